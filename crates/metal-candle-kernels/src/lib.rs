@@ -1,0 +1,1 @@
+//! CPU kernels of metal-candle: plain slices in, slices out.

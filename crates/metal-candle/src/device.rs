@@ -1,0 +1,129 @@
+//! The device a model lives on.
+
+use crate::error::{Error, Result};
+use std::fmt;
+use std::sync::OnceLock;
+
+/// A device: the CPU, or the one accelerator this process uses.
+///
+/// `Device` is a small copyable handle. candle treats two handles of one GPU as different devices, so
+/// the accelerator is opened once a process and shared from then on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device(Kind);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+static CUDA: OnceLock<std::result::Result<candle_core::Device, String>> = OnceLock::new();
+static METAL: OnceLock<std::result::Result<candle_core::Device, String>> = OnceLock::new();
+
+impl Device {
+    /// The CPU.
+    pub const CPU: Self = Self(Kind::Cpu);
+
+    /// The best device there is: Metal, else CUDA, else the CPU.
+    ///
+    /// `ordinal` numbers the CUDA devices from 0; the first call decides for the process.
+    pub fn new_with_fallback(ordinal: usize) -> Self {
+        Self::metal().or_else(|_| Self::cuda(ordinal)).unwrap_or(Self::CPU)
+    }
+
+    /// The Metal device.
+    ///
+    /// # Errors
+    /// The build lacks the feature `metal`, or there is no Metal device.
+    pub fn metal() -> Result<Self> {
+        let opened = METAL.get_or_init(open_metal);
+        opened.as_ref().map(|_| Self(Kind::Metal)).map_err(|e| Error::Device(e.clone()))
+    }
+
+    /// The CUDA device `ordinal`; the first call decides for the process.
+    ///
+    /// # Errors
+    /// The build lacks the feature `cuda`, or there is no such device.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        let opened = CUDA.get_or_init(|| {
+            if cfg!(feature = "cuda") {
+                candle_core::Device::new_cuda(ordinal).map_err(|e| e.to_string())
+            } else {
+                Err("this build has no CUDA support (feature `cuda`)".into())
+            }
+        });
+        opened.as_ref().map(|_| Self(Kind::Cuda)).map_err(|e| Error::Device(e.clone()))
+    }
+
+    /// candle's device.
+    pub fn candle(&self) -> candle_core::Device {
+        let opened = match self.0 {
+            Kind::Cpu => None,
+            Kind::Cuda => CUDA.get(),
+            Kind::Metal => METAL.get(),
+        };
+        match opened {
+            Some(Ok(device)) => device.clone(),
+            _ => candle_core::Device::Cpu,
+        }
+    }
+
+    /// Whether this is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        self.0 == Kind::Cpu
+    }
+
+    /// Whether this is a Metal device.
+    pub fn is_metal(&self) -> bool {
+        self.0 == Kind::Metal
+    }
+
+    /// Whether this is a CUDA device.
+    pub fn is_cuda(&self) -> bool {
+        self.0 == Kind::Cuda
+    }
+
+    /// `cpu`, `metal` or `cuda`.
+    pub fn name(&self) -> &'static str {
+        match self.0 {
+            Kind::Cpu => "cpu",
+            Kind::Cuda => "cuda",
+            Kind::Metal => "metal",
+        }
+    }
+
+    /// Waits until the device has done all it was given.
+    ///
+    /// # Errors
+    /// A command given to the device earlier has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.candle().synchronize().map_err(|e| Error::Device(e.to_string()))
+    }
+}
+
+#[cfg(feature = "metal")]
+fn open_metal() -> std::result::Result<candle_core::Device, String> {
+    // candle panics on an empty device list (virtual machines, remote shells)
+    if candle_metal_kernels::metal::Device::all().is_empty() {
+        return Err("there is no Metal device".into());
+    }
+    candle_core::Device::new_metal(0).map_err(|e| e.to_string())
+}
+
+#[cfg(not(feature = "metal"))]
+fn open_metal() -> std::result::Result<candle_core::Device, String> {
+    Err("this build has no Metal support (feature `metal`)".into())
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

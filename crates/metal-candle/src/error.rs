@@ -1,0 +1,154 @@
+//! The one error type of the library, sorted by what a caller can do about it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// What the library returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can go wrong, sorted by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read.
+    #[error("cannot read `{}`: {source}", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file or folder could not be written.
+    #[error("cannot write `{}`: {source}", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file was read but does not hold what it should.
+    #[error("`{}` is not valid: {message}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        message: String,
+    },
+    /// Tensors of a checkpoint or adapter do not fit the model; every one of them is listed.
+    #[error("`{}` does not fit the model:{}", path.display(), list(problems))]
+    Tensors {
+        /// The file or folder.
+        path: PathBuf,
+        /// One line a tensor: its name, what was expected, what was found.
+        problems: Vec<String>,
+    },
+    /// Rows of a dataset cannot be used; every one of them is listed.
+    #[error("the dataset cannot be used:{}", list(problems))]
+    Data {
+        /// One entry a row.
+        problems: Vec<DataProblem>,
+    },
+    /// A tensor argument has the wrong shape.
+    #[error("`{name}` has the wrong shape: expected {expected}, found {found:?}")]
+    Shape {
+        /// The argument.
+        name: String,
+        /// The expected shape, in words such as `[tokens, hidden]`.
+        expected: String,
+        /// The shape found.
+        found: Vec<usize>,
+    },
+    /// A setting or argument is out of its range, or two of them contradict each other.
+    #[error("`{name}`: {message}")]
+    Argument {
+        /// The setting or argument.
+        name: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// The file or request is well formed but asks for something that is not supported.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// A chat template could not be compiled or rendered.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// The loss was NaN or infinite.
+    #[error("the loss is {loss} at step {step}; rows: {}", rows.join(", "))]
+    NonFiniteLoss {
+        /// The optimizer step, counted from 1.
+        step: usize,
+        /// The loss.
+        loss: f64,
+        /// `file:line` of each row concerned.
+        rows: Vec<String>,
+    },
+    /// A callback, a dropped stream or a signal stopped the work.
+    #[error("stopped")]
+    Stopped,
+    /// The Hub did not answer or does not have the file.
+    #[error("hub: {0}")]
+    Hub(String),
+    /// The device failed, or there is no such device.
+    #[error("device: {0}")]
+    Device(String),
+    /// A tensor operation failed: a defect of this library or of the device.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// One row of a dataset that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataProblem {
+    /// The file.
+    pub path: PathBuf,
+    /// The line, counted from 1; 0 where the problem is the whole file's.
+    pub line: usize,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl fmt::Display for DataProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.line == 0 {
+            write!(f, "{}: {}", self.path.display(), self.message)
+        } else {
+            write!(f, "{}:{}: {}", self.path.display(), self.line, self.message)
+        }
+    }
+}
+
+/// How many problems are printed before the rest is counted.
+const MAX_LISTED: usize = 20;
+
+fn list<T: fmt::Display>(problems: &[T]) -> String {
+    let mut text = String::new();
+    for problem in problems.iter().take(MAX_LISTED) {
+        text.push_str(&format!("\n  {problem}"));
+    }
+    if problems.len() > MAX_LISTED {
+        text.push_str(&format!("\n  and {} more", problems.len() - MAX_LISTED));
+    }
+    text
+}
+
+impl Error {
+    pub(crate) fn read(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Read { path: path.as_ref().to_path_buf(), source }
+    }
+
+    pub(crate) fn write(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Write { path: path.as_ref().to_path_buf(), source }
+    }
+
+    pub(crate) fn format(path: impl AsRef<Path>, message: impl fmt::Display) -> Self {
+        Self::Format { path: path.as_ref().to_path_buf(), message: message.to_string() }
+    }
+
+    pub(crate) fn argument(name: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self::Argument { name: name.into(), message: message.to_string() }
+    }
+
+    pub(crate) fn shape(name: &str, expected: impl Into<String>, found: &[usize]) -> Self {
+        Self::Shape { name: name.into(), expected: expected.into(), found: found.to_vec() }
+    }
+}

@@ -1,0 +1,1 @@
+//! Generation: sampling, streaming and the generator.

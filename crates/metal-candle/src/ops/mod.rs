@@ -1,0 +1,5 @@
+//! Differentiable operations: the only place that knows backends and gradients.
+
+mod low_rank;
+
+pub use low_rank::{LowRank, LowRankTerms};

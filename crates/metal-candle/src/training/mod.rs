@@ -1,0 +1,1 @@
+//! Training: losses, optimizers, schedules, checkpoints and the trainer.
