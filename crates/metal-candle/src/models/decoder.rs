@@ -1,6 +1,6 @@
 //! The decoder: one description-driven stack of blocks for all families.
 
-use super::{Batch, KVCache, ModelConfig};
+use super::{Batch, KVCache, ModelConfig, families};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::LowRankTerms;
@@ -96,8 +96,7 @@ impl Model {
 
     /// Name and shape of every tensor a checkpoint of this configuration holds.
     pub fn parameter_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-        let _ = config;
-        Vec::new()
+        families::qwen2::parameters(config)
     }
 
     /// The configuration.

@@ -3,6 +3,7 @@
 mod batch;
 mod config;
 mod decoder;
+mod families;
 mod kv_cache;
 mod loader;
 
