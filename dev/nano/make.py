@@ -1,0 +1,83 @@
+"""Makes the built-in model's sources, tokenizer, corpus and fine-tuning data; see README.md beside this file."""
+
+import argparse
+import json
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_rows(path, rows):
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def source_files(folder):
+    return {split: read_rows(os.path.join(folder, "sources", f"{split}.jsonl")) for split in ("train", "valid", "test")}
+
+
+def make_sources(arguments):
+    import sources
+
+    files, report = sources.collect(ROOT)
+    for split, rows in files.items():
+        write_rows(os.path.join(arguments.corpus, "sources", f"{split}.jsonl"), rows)
+        print(split, len(rows), "files", sum(len(r["text"].encode()) for r in rows), "bytes", file=sys.stderr)
+    write_json(os.path.join(HERE, "crates.json"), report)
+    print(json.dumps(report["files_dropped"]), file=sys.stderr)
+
+
+def make_tokenizer(arguments):
+    import tokenizer
+
+    tokenizer.write_model_folder(arguments.model, [row["text"] for row in source_files(arguments.corpus)["train"]])
+
+
+def make_corpus(arguments):
+    import corpus
+
+    rows, report = corpus.make(source_files(arguments.corpus), arguments.model)
+    for split, texts in rows.items():
+        write_rows(os.path.join(arguments.corpus, f"{split}.jsonl"), [{"text": text} for text in texts])
+    print(json.dumps(report, indent=2))
+
+
+def make_signatures(arguments):
+    import signatures
+
+    rows, report = signatures.make(source_files(arguments.corpus))
+    for split, found in rows.items():
+        write_rows(os.path.join(arguments.model, "data", f"{split}.jsonl"), found)
+    print(json.dumps(report, indent=2))
+
+
+STEPS = {"sources": make_sources, "tokenizer": make_tokenizer, "corpus": make_corpus, "signatures": make_signatures}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=[*STEPS, "all"], help="what to make; `all` makes everything in this order")
+    parser.add_argument("--corpus", required=True, help="folder for the sources and the corpus")
+    parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the model")
+    arguments = parser.parse_args()
+    for name, step in STEPS.items():
+        if arguments.step in (name, "all"):
+            step(arguments)
+
+
+if __name__ == "__main__":
+    main()
