@@ -1,6 +1,6 @@
 """Writes the golden numbers of crates/metal-candle/tests/golden with torch, transformers and peft.
 
-    python dev/reference.py [models lora full optimizer training text]
+    python dev/reference.py [models lora mlx full optimizer training text]
 
 What each file holds is described in the README.md beside them. The same versions (versions.json) on the same
 processor give the same bytes.
@@ -9,6 +9,7 @@ processor give the same bytes.
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def generator(seed):
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    # Lists of numbers on one line.
+    text = re.sub(r"\[\n[-+.,\d\seE]+\]", lambda found: re.sub(r"\s+", "", found[0]).replace(",", ", "), text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_tensors(path, tensors):
@@ -301,6 +305,24 @@ def lora():
         })
 
 
+def mlx():
+    """The adapters qv and all-linear as mlx-lm writes them: transposed, and the scale as it is."""
+    for name, layers, keys in [("qv", 3, ["self_attn.q_proj", "self_attn.v_proj"]), ("all-linear", -1, None)]:
+        config = json.loads((ROOT / "lora" / name / "adapter_config.json").read_text())
+        tensors = {}
+        for key, tensor in load_file(ROOT / "lora" / name / "adapter_model.safetensors").items():
+            key = key.removeprefix("base_model.model.").replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b")
+            tensors[key] = tensor.T
+        parameters = {"rank": config["r"], "dropout": 0.0, "scale": config["lora_alpha"] / config["r"]}
+        if keys:
+            parameters["keys"] = keys
+        folder = ROOT / "mlx" / name
+        write_tensors(folder / "adapters.safetensors", tensors)
+        (folder / "adapter_config.json").write_text(json.dumps(
+            {"adapter_path": "adapters", "batch_size": 4, "fine_tune_type": "lora", "learning_rate": 1e-05, "lora_parameters": parameters,
+             "model": "models/gqa-tied", "num_layers": layers, "seed": 0, "train": True}, indent=4, sort_keys=True))
+
+
 def full():
     for name in ["gqa-tied", "untied"]:
         model = load_model(name)
@@ -441,13 +463,13 @@ def training():
 def text():
     import reference_text
 
-    reference_text.write(ROOT)
+    reference_text.write(ROOT, write_json)
 
 
 def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    parts = {f.__name__: f for f in [models, lora, full, optimizer, training, text]}
+    parts = {f.__name__: f for f in [models, lora, mlx, full, optimizer, training, text]}
     for name in sys.argv[1:] or parts:
         parts[name]()
     write_json(ROOT / "versions.json", {
