@@ -1,1 +1,5 @@
 //! CPU kernels of metal-candle: plain slices in, slices out.
+
+mod file;
+
+pub use file::{MappedFile, map_file};

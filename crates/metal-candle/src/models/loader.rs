@@ -1,16 +1,43 @@
 //! Loading safetensors checkpoints.
 
-use super::Model;
+use super::shards::Shards;
+use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, ErrorKind};
 use std::path::Path;
 
+/// After this many tensors a GPU is waited for, so that it frees what their transfer took.
+const TENSORS_PER_SYNCHRONIZATION: usize = 16;
+
 /// Loads a model from a safetensors file, an index of shards, or a folder.
+///
+/// Files are mapped into memory and read tensor by tensor; memory peaks at about the model and its largest tensor.
+///
+/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and, where
+/// `tie_word_embeddings` is set, an `lm_head.weight`: both are left aside, the head being the embedding. Names
+/// may lack the prefix `model.`, if all do.
 #[derive(Debug, Clone)]
 pub struct ModelLoader {
     device: Device,
     dtype: Option<DType>,
+    config: Option<ModelConfig>,
+}
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Tensors loaded so far.
+    pub tensors: usize,
+    /// Tensors in all.
+    pub num_tensors: usize,
+    /// Bytes of the files read so far.
+    pub bytes: usize,
+    /// Bytes to be read in all.
+    pub num_bytes: usize,
 }
 
 impl Default for ModelLoader {
@@ -22,7 +49,7 @@ impl Default for ModelLoader {
 impl ModelLoader {
     /// A loader for the CPU that keeps the file's dtype.
     pub fn new() -> Self {
-        Self { device: Device::CPU, dtype: None }
+        Self { device: Device::CPU, dtype: None, config: None }
     }
 
     /// Loads onto `device`.
@@ -33,9 +60,18 @@ impl ModelLoader {
     }
 
     /// Converts weights to `dtype` (f32, f16 or bf16) while loading.
+    ///
+    /// Without it, weights keep the dtype that most of the file's bytes have; f64 becomes f32.
     #[must_use]
     pub fn with_dtype(mut self, dtype: DType) -> Self {
         self.dtype = Some(dtype);
+        self
+    }
+
+    /// Uses `config` in place of the `config.json` beside the weights.
+    #[must_use]
+    pub fn with_config(mut self, config: ModelConfig) -> Self {
+        self.config = Some(config);
         self
     }
 
@@ -44,7 +80,153 @@ impl ModelLoader {
     /// # Errors
     /// A file is missing, truncated or foreign, or tensors do not fit the configuration.
     pub fn load(&self, path: impl AsRef<Path>) -> Result<Model> {
-        let _ = (&self.device, &self.dtype);
-        Err(Error::Unsupported(format!("loading {}", path.as_ref().display())))
+        self.load_with_progress(path, |_| ())
     }
+
+    /// As [`ModelLoader::load`]; `progress` is called after each tensor.
+    ///
+    /// # Errors
+    /// As [`ModelLoader::load`].
+    pub fn load_with_progress(&self, path: impl AsRef<Path>, progress: impl FnMut(LoadProgress)) -> Result<Model> {
+        let path = path.as_ref();
+        let shards = Shards::open(path)?;
+        let config = self.config_for(path)?;
+        let names = match_names(&shards, &config)?;
+        let tensors = self.read(&shards, &names, progress)?;
+        Model::from_tensors(config, tensors, self.device)
+    }
+
+    /// Loads all tensors of `path` by their names in the file, whatever model they belong to.
+    ///
+    /// # Errors
+    /// A file is missing, truncated or foreign, or a tensor is not of a float dtype.
+    pub fn load_weights(&self, path: impl AsRef<Path>) -> Result<HashMap<String, Tensor>> {
+        let shards = Shards::open(path.as_ref())?;
+        let names: BTreeMap<String, String> = shards.names().map(|name| (name.into(), name.into())).collect();
+        let problems: Vec<String> = shards.names().filter_map(|name| dtype_problem(&shards, name)).collect();
+        if !problems.is_empty() {
+            return Err(Error::Tensors { path: shards.path().to_path_buf(), problems });
+        }
+        self.read(&shards, &names, |_| ())
+    }
+
+    fn config_for(&self, path: &Path) -> Result<ModelConfig> {
+        if let Some(config) = &self.config {
+            config.validate()?;
+            return Ok(config.clone());
+        }
+        let beside = ModelConfig::path_beside(path);
+        if !beside.exists() {
+            let message = "no such file; the sizes of the model are read from it, or given by `with_config`";
+            return Err(Error::read(beside, io::Error::new(ErrorKind::NotFound, message)));
+        }
+        ModelConfig::from_json(beside)
+    }
+
+    /// Reads tensors, given by the names they shall have and the names in the files.
+    fn read(
+        &self,
+        shards: &Shards,
+        names: &BTreeMap<String, String>,
+        mut progress: impl FnMut(LoadProgress),
+    ) -> Result<HashMap<String, Tensor>> {
+        let dtype = self.dtype.unwrap_or_else(|| prevailing_dtype(shards, names.values()));
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            let found = dtype.as_str();
+            return Err(Error::argument("dtype", format!("expected f32, f16 or bf16, found {found}")));
+        }
+        let device = self.device.candle();
+        let num_bytes = names.values().filter_map(|name| shards.get(name)).map(|(_, entry)| entry.num_bytes()).sum();
+        let mut state = LoadProgress { tensors: 0, num_tensors: names.len(), bytes: 0, num_bytes };
+        let mut tensors = HashMap::with_capacity(names.len());
+        for (name, name_in_file) in names {
+            let Some((file, entry)) = shards.get(name_in_file) else { continue };
+            let mut tensor = file.float_tensor(name_in_file, dtype)?;
+            if !self.device.is_cpu() {
+                tensor = tensor.to_device(&device)?;
+            }
+            tensors.insert(name.clone(), tensor);
+            state.tensors += 1;
+            state.bytes += entry.num_bytes();
+            if !self.device.is_cpu() && state.tensors.is_multiple_of(TENSORS_PER_SYNCHRONIZATION) {
+                self.device.synchronize()?;
+            }
+            progress(state);
+        }
+        self.device.synchronize()?;
+        Ok(tensors)
+    }
+}
+
+/// The name in the file of each tensor of the model, or everything that does not fit.
+fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String, String>> {
+    let mut names = BTreeMap::new();
+    let mut problems = Vec::new();
+    let without_prefix = !shards.names().any(|name| name.starts_with("model."));
+    let name_in_model = |name: &str| -> String {
+        if without_prefix && !name.starts_with("lm_head.") { format!("model.{name}") } else { name.to_string() }
+    };
+    let mut found: HashMap<String, Cow<str>> =
+        shards.names().map(|name| (name_in_model(name), Cow::Borrowed(name))).collect();
+    for (name, shape) in Model::parameter_shapes(config) {
+        let Some(name_in_file) = found.remove(&name) else {
+            problems.push(format!("`{name}`: expected {shape:?}, found no such tensor"));
+            continue;
+        };
+        let Some((_, entry)) = shards.get(&name_in_file) else { continue };
+        if entry.shape != shape {
+            problems.push(format!("`{name_in_file}`: expected {shape:?}, found {:?}", entry.shape));
+        }
+        problems.extend(dtype_problem(shards, &name_in_file));
+        names.insert(name, name_in_file.into_owned());
+    }
+    for name in found.values() {
+        let tied_head = config.tie_word_embeddings && name == "lm_head.weight";
+        if tied_head {
+            warn_if_head_differs(shards, names.get("model.embed_tokens.weight"));
+        } else if !name.ends_with("rotary_emb.inv_freq") {
+            let shape = shards.get(name).map_or(&[][..], |(_, entry)| &entry.shape);
+            problems.push(format!("`{name}`: expected no such tensor, found {shape:?}"));
+        }
+    }
+    if problems.is_empty() {
+        return Ok(names);
+    }
+    problems.sort();
+    Err(Error::Tensors { path: shards.path().to_path_buf(), problems })
+}
+
+/// A tied head that is stored all the same should equal the embedding; it is not used in any case.
+fn warn_if_head_differs(shards: &Shards, embedding: Option<&String>) {
+    let bytes = |name: &str| shards.get(name).and_then(|(file, _)| file.bytes(name).ok());
+    if let (Some(head), Some(embedding)) = (bytes("lm_head.weight"), embedding.and_then(|name| bytes(name))) {
+        if head != embedding {
+            tracing::warn!(
+                "`{}`: `lm_head.weight` differs from the embedding but `tie_word_embeddings` is set: it is ignored",
+                shards.path().display()
+            );
+        }
+    }
+}
+
+fn dtype_problem(shards: &Shards, name: &str) -> Option<String> {
+    let (_, entry) = shards.get(name)?;
+    let found = entry.dtype;
+    (!entry.is_float()).then(|| format!("`{name}`: expected dtype F32, F16, BF16 or F64, found {found}"))
+}
+
+/// The dtype most bytes have; f32 for f64.
+fn prevailing_dtype<'a>(shards: &Shards, names: impl Iterator<Item = &'a String>) -> DType {
+    let mut sums: Vec<(DType, usize)> = Vec::new();
+    for (_, entry) in names.filter_map(|name| shards.get(name)) {
+        let dtype = match entry.candle_dtype() {
+            Some(dtype @ (DType::F16 | DType::BF16)) => dtype,
+            _ => DType::F32,
+        };
+        match sums.iter_mut().find(|(known, _)| *known == dtype) {
+            Some((_, bytes)) => *bytes += entry.num_bytes(),
+            None => sums.push((dtype, entry.num_bytes())),
+        }
+    }
+    sums.into_iter().max_by_key(|&(_, bytes)| bytes).map_or(DType::F32, |(dtype, _)| dtype)
 }

@@ -2,16 +2,24 @@
 
 mod batch;
 mod config;
+mod convert;
 mod decoder;
 mod families;
+mod foreign;
+mod json_object;
 mod kv_cache;
 mod loader;
+mod safetensors_file;
+mod saver;
+mod shards;
 
 pub use batch::Batch;
-pub use config::ModelConfig;
+pub use config::{GenerationDefaults, ModelConfig};
 pub use decoder::{Gradients, LinearInfo, LossOptions, Losses, Model, Rows, Targets, Trainable};
 pub use kv_cache::{KVCache, KVCacheConfig};
-pub use loader::ModelLoader;
+pub use loader::{LoadProgress, ModelLoader};
+pub use safetensors_file::{SafetensorsFile, TensorEntry};
+pub use saver::{save_model, write_atomically, write_safetensors};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.
 pub type Qwen = Model;

@@ -1,0 +1,158 @@
+//! A JSON object read from a file, with errors that name file, key, expected and found.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Most bytes of a JSON file that are read.
+const MAX_JSON_BYTES: u64 = 64 << 20;
+
+/// The keys of a JSON file.
+#[derive(Debug, Clone)]
+pub(crate) struct JsonObject {
+    path: PathBuf,
+    map: Map<String, Value>,
+}
+
+/// The text of a JSON file.
+pub(crate) fn read_json_text(path: &Path) -> Result<String> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+    if !metadata.is_file() {
+        return Err(Error::format(path, "expected a JSON file, found a folder or a device"));
+    }
+    if metadata.len() > MAX_JSON_BYTES {
+        let found = metadata.len();
+        return Err(Error::format(
+            path,
+            format!("expected a JSON file of at most {MAX_JSON_BYTES} bytes, found {found}"),
+        ));
+    }
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| Error::read(path, e))?;
+    file.take(MAX_JSON_BYTES).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
+    let text =
+        String::from_utf8(bytes).map_err(|_| Error::format(path, "expected JSON in UTF-8, found other bytes"))?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
+}
+
+impl JsonObject {
+    /// The object in the file `path`.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        Self::parse(&read_json_text(path)?, path)
+    }
+
+    /// The object in `text`; `path` is what errors name.
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
+        if text.trim().is_empty() {
+            return Err(Error::format(path, "expected a JSON object, found an empty file"));
+        }
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| Error::format(path, format!("expected JSON: {e}")))?;
+        match value {
+            Value::Object(map) => Ok(Self { path: path.to_path_buf(), map }),
+            other => Err(Error::format(path, format!("expected a JSON object, found {}", describe(&other)))),
+        }
+    }
+
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The keys.
+    pub(crate) fn map(&self) -> &Map<String, Value> {
+        &self.map
+    }
+
+    /// The value of `key`, unless absent or null.
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    /// The object at `key`, whose own keys are named `key.name` in errors.
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self { path: self.path.clone(), map: map.clone() })),
+            Some(other) => Err(self.wrong(key, "an object", other)),
+        }
+    }
+
+    /// The whole number at `key`.
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key).map(|value| self.to_size(key, value)).transpose()
+    }
+
+    /// The whole number at `key`, which must be there.
+    pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
+        self.size(key)?.ok_or_else(|| self.missing(key, "a whole number"))
+    }
+
+    /// The finite number at `key`.
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.get(key)
+            .map(|value| {
+                let number = value.as_f64().filter(|number| number.is_finite());
+                number.ok_or_else(|| self.wrong(key, "a number", value))
+            })
+            .transpose()
+    }
+
+    /// The truth value at `key`.
+    pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.get(key)
+            .map(|value| value.as_bool().ok_or_else(|| self.wrong(key, "`true` or `false`", value)))
+            .transpose()
+    }
+
+    /// The string at `key`.
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&str>> {
+        self.get(key).map(|value| value.as_str().ok_or_else(|| self.wrong(key, "a string", value))).transpose()
+    }
+
+    /// The token ids at `key`: one or a list.
+    pub(crate) fn token_ids(&self, key: &str) -> Result<Option<Vec<u32>>> {
+        let to_id = |value: &Value| {
+            let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+            id.ok_or_else(|| self.wrong(key, "a token id or a list of them", value))
+        };
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(list)) => list.iter().map(to_id).collect::<Result<_>>().map(Some),
+            Some(value) => Ok(Some(vec![to_id(value)?])),
+        }
+    }
+
+    /// The error of a key with a wrong value.
+    pub(crate) fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
+        Error::format(&self.path, format!("`{key}`: expected {expected}, found {}", describe(found)))
+    }
+
+    /// The error of a key that is not there.
+    pub(crate) fn missing(&self, key: &str, expected: &str) -> Error {
+        Error::format(&self.path, format!("`{key}`: expected {expected}, found no such key"))
+    }
+
+    fn to_size(&self, key: &str, value: &Value) -> Result<usize> {
+        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+        size.ok_or_else(|| self.wrong(key, "a whole number", value))
+    }
+}
+
+/// A value in a few words.
+fn describe(value: &Value) -> String {
+    const MAX_SHOWN: usize = 60;
+    match value {
+        Value::Array(list) => format!("a list of {}", list.len()),
+        Value::Object(_) => "an object".to_string(),
+        other => {
+            let text = other.to_string();
+            match text.char_indices().nth(MAX_SHOWN) {
+                Some((end, _)) => format!("`{}...`", &text[..end]),
+                None => format!("`{text}`"),
+            }
+        }
+    }
+}

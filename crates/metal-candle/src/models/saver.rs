@@ -1,0 +1,186 @@
+//! Writing safetensors files and model folders.
+
+use super::Model;
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use serde_json::{Map, Value, json};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Header bytes are filled up with spaces to a multiple of this, as the reference implementation does.
+const ALIGNMENT: usize = 8;
+
+/// Writes a model as a folder that transformers and [`super::ModelLoader`] load: `model.safetensors`,
+/// `config.json` and `generation_config.json`.
+///
+/// Each file is replaced at once, the weights first.
+///
+/// # Errors
+/// The folder or a file cannot be written.
+pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
+    let folder = folder.as_ref();
+    fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    write_safetensors(folder.join("model.safetensors"), model.parameters(), &[("format", "pt")])?;
+    write_atomically(folder.join("config.json"), |file| {
+        file.write_all(model.config().to_json(model.dtype()).as_bytes())
+    })?;
+    write_atomically(folder.join("generation_config.json"), |file| {
+        file.write_all(model.config().generation_to_json().as_bytes())
+    })
+}
+
+/// Writes tensors (f32, f16, bf16, f64, u8, u32 or i64) and strings for `__metadata__` as one safetensors file.
+///
+/// The file is replaced at once: whoever opens it sees the old one or the new one, also after a crash.
+///
+/// # Errors
+/// The file cannot be written, a name is there twice, or a tensor has another dtype.
+pub fn write_safetensors<S: AsRef<str>>(
+    path: impl AsRef<Path>,
+    tensors: &[(S, Tensor)],
+    metadata: &[(&str, &str)],
+) -> Result<()> {
+    let path = path.as_ref();
+    let mut tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_ref(), tensor)).collect();
+    // wide dtypes first, so that every tensor begins at a multiple of its width
+    tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
+    let header = header(&tensors, metadata)?;
+    let mut failure = None;
+    let written = write_atomically(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for (_, tensor) in &tensors {
+            match write_tensor(file, tensor) {
+                Ok(written) => written?,
+                Err(error) => {
+                    failure = Some(error);
+                    return Err(io::Error::other("a tensor could not be read"));
+                }
+            }
+        }
+        Ok(())
+    });
+    match failure {
+        Some(error) => Err(error.into()),
+        None => written,
+    }
+}
+
+fn header(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+    let mut map = Map::new();
+    if !metadata.is_empty() {
+        let strings: Map<String, Value> = metadata.iter().map(|(key, text)| ((*key).into(), json!(text))).collect();
+        map.insert("__metadata__".into(), Value::Object(strings));
+    }
+    let mut begin = 0;
+    for (name, tensor) in tensors {
+        let dtype = dtype_name(tensor.dtype())
+            .ok_or_else(|| Error::argument(*name, format!("{} cannot be written", tensor.dtype().as_str())))?;
+        let end = begin + tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let entry = json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [begin, end]});
+        if map.insert((*name).into(), entry).is_some() {
+            return Err(Error::argument(*name, "two tensors have this name"));
+        }
+        begin = end;
+    }
+    let mut bytes = Value::Object(map).to_string().into_bytes();
+    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), b' ');
+    Ok(bytes)
+}
+
+fn dtype_name(dtype: DType) -> Option<&'static str> {
+    Some(match dtype {
+        DType::F32 => "F32",
+        DType::F16 => "F16",
+        DType::BF16 => "BF16",
+        DType::F64 => "F64",
+        DType::U8 => "U8",
+        DType::U32 => "U32",
+        DType::I64 => "I64",
+        _ => return None,
+    })
+}
+
+fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io::Result<()>> {
+    let tensor = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    Ok(match tensor.dtype() {
+        DType::F32 => write_all(file, &tensor.to_vec1::<f32>()?, f32::to_le_bytes),
+        DType::F16 => write_all(file, &tensor.to_vec1::<f16>()?, f16::to_le_bytes),
+        DType::BF16 => write_all(file, &tensor.to_vec1::<bf16>()?, bf16::to_le_bytes),
+        DType::F64 => write_all(file, &tensor.to_vec1::<f64>()?, f64::to_le_bytes),
+        DType::U32 => write_all(file, &tensor.to_vec1::<u32>()?, u32::to_le_bytes),
+        DType::I64 => write_all(file, &tensor.to_vec1::<i64>()?, i64::to_le_bytes),
+        _ => write_all(file, &tensor.to_vec1::<u8>()?, u8::to_le_bytes),
+    })
+}
+
+fn write_all<T: Copy, const WIDTH: usize>(
+    file: &mut dyn Write,
+    values: &[T],
+    to_bytes: impl Fn(T) -> [u8; WIDTH],
+) -> io::Result<()> {
+    const VALUES_AT_ONCE: usize = 8192;
+    let mut bytes = Vec::with_capacity(VALUES_AT_ONCE * WIDTH);
+    for values in values.chunks(VALUES_AT_ONCE) {
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|&value| to_bytes(value)));
+        file.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Writes a file beside its place, and puts it there when it is complete and on the disk.
+///
+/// # Errors
+/// The file cannot be written; what was at `path` is still there then.
+pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let path = path.as_ref();
+    let temporary = temporary_beside(path)?;
+    let result = write_and_rename(&temporary, path, write);
+    if result.is_err() {
+        // the first error is the one to report
+        drop(fs::remove_file(&temporary));
+    }
+    result.map_err(|e| Error::write(path, e))
+}
+
+fn write_and_rename(
+    temporary: &Path,
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(temporary)?);
+    write(&mut file)?;
+    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(temporary, path)?;
+    sync_folder(path)
+}
+
+/// Tells apart the temporary files of one process.
+static NUM_TEMPORARY: AtomicUsize = AtomicUsize::new(0);
+
+/// A renamed file outlasts a power cut only when its folder is on the disk too.
+#[cfg(unix)]
+fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(not(unix))]
+fn sync_folder(_path: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+fn temporary_beside(path: &Path) -> Result<PathBuf> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::argument("path", format!("expected a file, found `{}`", path.display())));
+    };
+    let (name, process) = (name.to_string_lossy(), std::process::id());
+    let number = NUM_TEMPORARY.fetch_add(1, Ordering::Relaxed);
+    Ok(path.with_file_name(format!(".{name}.{process}-{number}.tmp")))
+}
