@@ -1,0 +1,305 @@
+"""Compares a built `metal-candle` with transformers and peft on random models they have never seen.
+
+    python dev/check_peft.py target/release/metal-candle [--seed N] [--models N] [--only WORD] [--keep FOLDER]
+
+Each model has an odd shape drawn from the seed (printed, so that a run can be repeated). Compared are: logits, plain and with
+adapters that peft or mlx-lm would have written; adapters that `metal-candle train` wrote, read by peft; models that `metal-candle fuse` wrote, read by
+transformers. A table on standard output; exit code 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+GOLDEN = Path(__file__).resolve().parent.parent / "crates" / "metal-candle" / "tests" / "golden"
+TOLERANCE = 1e-4
+WORDS = "the of sum value token model returns length index slice first last and vector of matrix rows columns".split()
+
+
+def draw_sizes(draw):
+    """A Qwen2 configuration nobody would choose."""
+    kv_heads = draw.choice([1, 2, 3])
+    heads = kv_heads * draw.choice([1, 2, 3, 7])
+    head_dim = draw.choice([6, 8, 10, 16, 34])
+    hidden = draw.choice([heads * head_dim, heads * head_dim, 4 * draw.randint(7, 20)])
+    return dict(
+        hidden_size=hidden, head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=draw.randint(17, 130), num_hidden_layers=draw.randint(1, 5), vocab_size=draw.choice([502, 503, 509, 641]),
+        rope_theta=draw.choice([1e4, 5e5, 1e6]), rms_norm_eps=draw.choice([1e-5, 1e-6]), tie_word_embeddings=draw.random() < 0.5,
+        max_position_embeddings=512,
+    )
+
+
+def make_model(folder, sizes, seed, dtype, shard_size):
+    config = transformers.Qwen2Config(**sizes, bos_token_id=None, eos_token_id=482, pad_token_id=None, attn_implementation="eager")
+    model = transformers.Qwen2ForCausalLM(config).float()
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=noise)
+            if name.endswith("bias"):
+                parameter.copy_(0.4 * drawn)
+            elif "norm" in name:
+                parameter.copy_(1.0 + 0.2 * drawn)
+            else:
+                parameter.copy_(1.4 / parameter.shape[1] ** 0.5 * drawn)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    for name in ["tokenizer.json", "tokenizer_config.json"]:
+        (folder / name).write_bytes((GOLDEN / "tokenizer" / name).read_bytes())
+
+
+def load_model(folder):
+    """The model with its weights as saved, computing in f32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+class Checks:
+    def __init__(self, binary, work, only):
+        self.binary, self.work, self.only, self.failures, self.count = binary, work, only, 0, 0
+
+    def wanted(self, name):
+        return not self.only or self.only in name
+
+    def run(self, *arguments):
+        command = [str(self.binary), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode != 0:
+            raise RuntimeError(f"exit code {done.returncode}: {' '.join(command)}\n{done.stderr[-1500:]}")
+        return done.stdout
+
+    def logits(self, model, ids, adapter=None):
+        out = self.work / f"logits-{self.count}.safetensors"
+        extra = ["--adapter", adapter] if adapter else []
+        self.run("logits", "--model", model, *extra, "--ids", ",".join(map(str, ids)), "--out", out, "--device", "cpu")
+        tensors = load_file(out)
+        if set(tensors) != {"logits"} or tensors["logits"].dtype != torch.float32:
+            raise RuntimeError(f"{out} holds {[(k, v.dtype) for k, v in tensors.items()]}, not one f32 tensor `logits`")
+        return tensors["logits"]
+
+    def row(self, name, difference, tolerance, note=""):
+        good = difference <= tolerance
+        self.failures += not good
+        print(f"{'ok  ' if good else 'FAIL'}  {name:<58} {difference:>10.3g}  {tolerance:>8.1g}  {note}", flush=True)
+
+    def check(self, name, compute):
+        """`compute` gives the difference, its tolerance and a note."""
+        if not self.wanted(name):
+            return
+        self.count += 1
+        try:
+            self.row(name, *compute())
+        except (RuntimeError, OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
+            self.row(name, float("nan"), 0.0, str(error).replace("\n", "\n        "))
+
+
+def difference(found, wanted):
+    if found.shape != wanted.shape:
+        raise ValueError(f"shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
+    # Random adapters make large logits; the tolerance is meant for those below ten.
+    return ((found - wanted).abs().max() / max(1.0, wanted.abs().max().item() / 10.0)).item()
+
+
+def adapter_kinds(layers):
+    last = layers - 1
+    return {
+        "qv": dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+        "all-linear": dict(r=3, lora_alpha=8, target_modules="all-linear"),
+        "rslora": dict(r=5, lora_alpha=7, target_modules=["k_proj", "o_proj", "up_proj"], use_rslora=True),
+        "patterns": dict(
+            r=4, lora_alpha=6, target_modules=["q_proj", "down_proj", "gate_proj"],
+            rank_pattern={f"layers.{last}.self_attn.q_proj": 2, "down_proj": 7}, alpha_pattern={"gate_proj": 11, f"layers.{last}.mlp.down_proj": 1},
+        ),
+        "rslora-patterns": dict(
+            r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 9}, alpha_pattern={"v_proj": 3}, use_rslora=True
+        ),
+        "some-layers": dict(r=2, lora_alpha=4, target_modules=["v_proj", "up_proj"], layers_to_transform=[last], layers_pattern="layers"),
+        "one-layer-number": dict(r=2, lora_alpha=4, target_modules=["v_proj"], layers_to_transform=0),
+        "expression": dict(r=2, lora_alpha=4, target_modules=r".*\.self_attn\.(q|k)_proj"),
+        "full-paths": dict(r=2, lora_alpha=5, target_modules=["model.layers.0.self_attn.q_proj", f"layers.{last}.mlp.down_proj"]),
+        "excluded": dict(r=2, lora_alpha=5, target_modules="all-linear", exclude_modules=["k_proj", "gate_proj"]),
+    }
+
+
+def make_adapter(folder, model_folder, settings, seed):
+    wrapped = peft.get_peft_model(load_model(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=noise) * (1.0 / parameter.shape[1] ** 0.5) * 0.7)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def as_mlx(folder, peft_folder, layers):
+    """The same adapter in mlx-lm's words, for the kinds that it can say."""
+    config = json.loads((peft_folder / "adapter_config.json").read_text())
+    tensors = load_file(peft_folder / "adapter_model.safetensors")
+    names = {k.removeprefix("base_model.model.").replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"): v for k, v in tensors.items()}
+    keys = sorted({".".join(name.split(".")[3:-1]) for name in names})
+    folder.mkdir()
+    save_file({name: tensor.T.contiguous() for name, tensor in names.items()}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "fine_tune_type": "lora", "num_layers": layers,
+        "lora_parameters": {"rank": config["r"], "scale": config["lora_alpha"] / config["r"], "dropout": 0.0, "keys": keys},
+    }))
+
+
+def check_logits(checks, name, folder, vocab, draw):
+    model = load_model(folder)
+    for length in [1, 2, 37, 257]:
+        ids = [draw.randrange(vocab) for _ in range(length)]
+        checks.check(f"{name} logits of {length}", lambda ids=ids: (difference(checks.logits(folder, ids), logits_of(model, ids)), TOLERANCE))
+
+
+def check_adapters(checks, name, folder, sizes, draw):
+    layers, vocab = sizes["num_hidden_layers"], sizes["vocab_size"]
+    base = load_model(folder)
+    for number, (kind, settings) in enumerate(adapter_kinds(layers).items()):
+        title = f"{name} adapter {kind}"
+        if not any(map(checks.wanted, [title, title + " as mlx", title + " fused", title + " fused weights"])):
+            continue
+        ids = [draw.randrange(vocab) for _ in range(29)]
+        adapter = checks.work / f"{name}-{kind}"
+        wrapped = make_adapter(adapter, folder, settings, 100 + number)
+        wanted = logits_of(wrapped, ids)
+        effect = (wanted - logits_of(base, ids)).abs().max().item()
+        checks.check(title, lambda: (difference(checks.logits(folder, ids, adapter), wanted), TOLERANCE, f"effect {effect:.2g}"))
+        if kind in ("qv", "all-linear"):
+            mlx = checks.work / f"{name}-{kind}-mlx"
+            as_mlx(mlx, adapter, layers)
+            checks.check(title + " as mlx", lambda: (difference(checks.logits(folder, ids, mlx), wanted), TOLERANCE))
+        fused = checks.work / f"{name}-{kind}-fused"
+        merged = wrapped.merge_and_unload()
+
+        def fuse():
+            checks.run("fuse", "--model", folder, "--adapter", adapter, "--output", fused, "--device", "cpu")
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(fused, dtype="auto", attn_implementation="eager").eval()
+            saved = theirs.dtype
+            if saved != torch.float32:
+                return weights_difference(theirs, merged), 1.0, f"weights, in steps of {saved}"
+            return difference(logits_of(theirs, ids), logits_of(merged, ids)), TOLERANCE
+
+        if kind in ("qv", "all-linear", "patterns", "rslora"):
+            checks.check(title + " fused", fuse)
+
+
+def weights_difference(found, wanted):
+    """The largest distance of two weights in roundings of the narrow type."""
+    bits = {torch.bfloat16: 8, torch.float16: 11}[found.dtype]
+    theirs, ours, worst = wanted.state_dict(), found.state_dict(), 0.0
+    if set(theirs) != set(ours):
+        raise ValueError(f"tensors differ: {sorted(set(theirs) ^ set(ours))}")
+    for name, tensor in theirs.items():
+        step = tensor.abs() * 2.0 ** (1 - bits) + 1e-6
+        worst = max(worst, ((ours[name].float() - tensor).abs() / step).max().item())
+    return worst
+
+
+def write_data(folder, draw):
+    """Rows in several schemas, so that training has something to read."""
+    folder.mkdir()
+    for split, count in [("train", 40), ("valid", 6), ("test", 4)]:
+        rows = []
+        for number in range(count):
+            question, answer = (" ".join(draw.choices(WORDS, k=draw.randint(2, 14))) for _ in range(2))
+            rows.append([
+                {"prompt": question, "completion": answer},
+                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+                {"instruction": question, "input": "", "output": answer},
+            ][number % 3])
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_training(checks, name, folder, sizes, draw):
+    data = checks.work / f"{name}-data"
+    write_data(data, draw)
+    base = load_model(folder)
+    ids = [draw.randrange(sizes["vocab_size"]) for _ in range(31)]
+    plain = logits_of(base, ids)
+    for kind, flags in {
+        "q,v": ["--rank", "4", "--alpha", "12", "--target-modules", "q_proj,v_proj"],
+        "all-linear": ["--rank", "3", "--alpha", "5", "--target-modules", "all-linear"],
+        "rslora in one layer": ["--rank", "5", "--alpha", "5", "--target-modules", "k_proj,down_proj", "--use-rslora", "--layers", "0"],
+    }.items():
+        run = checks.work / f"{name}-run-{kind.replace(',', '').replace(' ', '-')}"
+
+        def trained():
+            checks.run("train", "--model", folder, "--data", data, "--output", run, "--steps", "5", "--learning-rate", "1e-2", "--seed", "3",
+                       "--device", "cpu", *flags)
+            wrapped = peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval()
+            tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+            known = {key.replace(".default.", ".") for key, _ in wrapped.named_parameters() if "lora_" in key}
+            if set(tensors) != known:
+                raise ValueError(f"peft and the file differ in {sorted(set(tensors) ^ known)}")
+            wanted = logits_of(wrapped, ids)
+            effect = (wanted - plain).abs().max().item()
+            if effect < 1e-3:
+                raise ValueError(f"training changed no logit by more than {effect}")
+            return difference(checks.logits(folder, ids, run / "adapter"), wanted), TOLERANCE, f"effect {effect:.2g}"
+
+        def fused():
+            out = checks.work / f"{run.name}-fused"
+            checks.run("fuse", "--model", folder, "--adapter", run / "adapter", "--output", out, "--device", "cpu")
+            wrapped = peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval()
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto", attn_implementation="eager").eval()
+            if theirs.dtype != torch.float32:
+                return weights_difference(theirs, wrapped.merge_and_unload()), 1.0, f"weights, in steps of {theirs.dtype}"
+            return difference(logits_of(theirs, ids), logits_of(wrapped, ids)), TOLERANCE
+
+        checks.check(f"{name} trained {kind}", trained)
+        checks.check(f"{name} trained {kind} fused", fused)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("binary", type=Path)
+    parser.add_argument("--seed", type=int, default=None, help="[default: random]")
+    parser.add_argument("--models", type=int, default=5)
+    parser.add_argument("--only", default="", help="only checks whose name holds this")
+    parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which stays")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.keep or Path(temporary)
+        work.mkdir(exist_ok=True)
+        checks = Checks(arguments.binary.resolve(), work, arguments.only)
+        for number in range(arguments.models):
+            draw = random.Random(seed + number)
+            sizes = draw_sizes(draw)
+            dtype, shard_size = [(torch.float32, "1GB"), (torch.float32, "100KB"), (torch.bfloat16, "1GB"), (torch.float16, "1GB")][number % 4]
+            name = f"{number}"
+            print(f"model {name}: {str(dtype).removeprefix('torch.')}, shards of {shard_size}, " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+            folder = work / f"model-{name}"
+            make_model(folder, sizes, seed + number, dtype, shard_size)
+            check_logits(checks, name, folder, sizes["vocab_size"], draw)
+            check_adapters(checks, name, folder, sizes, draw)
+            check_training(checks, name, folder, sizes, draw)
+    print(f"{checks.count} checks, {checks.failures} failed")
+    return 1 if checks.failures or not checks.count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
