@@ -7,6 +7,10 @@ mod decoder;
 mod families;
 mod foreign;
 mod json_object;
+#[cfg(feature = "hub")]
+mod hub;
+#[cfg(feature = "hub")]
+mod hub_transfer;
 mod kv_cache;
 mod loader;
 mod safetensors_file;
@@ -16,6 +20,8 @@ mod shards;
 pub use batch::Batch;
 pub use config::{GenerationDefaults, ModelConfig};
 pub use decoder::{Gradients, LinearInfo, LossOptions, Losses, Model, Rows, Targets, Trainable};
+#[cfg(feature = "hub")]
+pub use hub::{DownloadProgress, Hub, HubName};
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use safetensors_file::{SafetensorsFile, TensorEntry};

@@ -1,0 +1,356 @@
+//! Models from the Hugging Face Hub, kept in the cache folder that other programs share.
+//!
+//! Names and places of the cache come from `hf-hub`. The transfer is our own: `hf-hub` 0.4.3 adds a whole file to
+//! a partial one where a server ignores the range it asked for, and cannot go on from a partial file that is
+//! complete; its version 1 brings an asynchronous runtime and some two hundred crates for the same job.
+
+use super::hub_transfer::{Transfer, plain_name};
+use crate::error::{Error, Result};
+use hf_hub::{Cache, Repo, RepoType};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// The name of a model on the Hub: `org/name` or `org/name@revision`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubName {
+    repository: String,
+    revision: String,
+}
+
+impl HubName {
+    /// `org/name`.
+    pub fn repository(&self) -> &str {
+        &self.repository
+    }
+
+    /// Branch, tag or commit; `main` unless the name says otherwise.
+    pub fn revision(&self) -> &str {
+        &self.revision
+    }
+}
+
+impl FromStr for HubName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (repository, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let word = |word: &str| {
+            !word.is_empty()
+                && word.len() <= 96
+                && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && !word.starts_with(['.', '-'])
+        };
+        let valid_repository = repository.split_once('/').is_some_and(|(owner, name)| word(owner) && word(name));
+        if !valid_repository || !revision.split('/').all(word) {
+            return Err(Error::argument(
+                "model",
+                format!("expected `org/name` or `org/name@revision`, found `{text}`"),
+            ));
+        }
+        Ok(Self { repository: repository.to_owned(), revision: revision.to_owned() })
+    }
+}
+
+impl fmt::Display for HubName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.revision.as_str() {
+            "main" => f.write_str(&self.repository),
+            revision => write!(f, "{}@{revision}", self.repository),
+        }
+    }
+}
+
+/// How far the download of a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DownloadProgress<'a> {
+    /// The file's name.
+    pub file: &'a str,
+    /// Bytes on the disk, those of an earlier download that broke off included.
+    pub num_bytes: u64,
+    /// Bytes of the whole file, where the server says so.
+    pub total_bytes: Option<u64>,
+}
+
+/// The Hub and the folder its files are kept in.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    endpoint: String,
+    cache_dir: PathBuf,
+    token: Option<String>,
+    offline: bool,
+}
+
+/// Files besides the weights, and whether a model cannot do without them.
+const FILES: [(&str, bool); 9] = [
+    ("config.json", true),
+    ("generation_config.json", false),
+    ("tokenizer.json", false),
+    ("tokenizer_config.json", false),
+    ("chat_template.jinja", false),
+    ("special_tokens_map.json", false),
+    ("added_tokens.json", false),
+    ("vocab.json", false),
+    ("merges.txt", false),
+];
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+impl Hub {
+    /// The Hub at `endpoint`, with its files in `cache_dir`, without a token.
+    pub fn new(endpoint: impl Into<String>, cache_dir: impl Into<PathBuf>) -> Self {
+        let endpoint = endpoint.into().trim_end_matches('/').to_owned();
+        Self { endpoint, cache_dir: cache_dir.into(), token: None, offline: false }
+    }
+
+    /// The Hub as the environment describes it, by the rules of the Hub's own programs.
+    ///
+    /// `HF_ENDPOINT` is its address. The cache is `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else in `huggingface` in the
+    /// user's cache folder. The token is `HF_TOKEN`, else the text of the file `HF_TOKEN_PATH`, else of `token` in
+    /// `HF_HOME`. With `HF_HUB_OFFLINE` set to 1 nothing is downloaded.
+    ///
+    /// # Errors
+    /// There is no home folder to keep files in.
+    pub fn from_env() -> Result<Self> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+        let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
+            let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+            cache.or_else(|| Some(std::env::home_dir()?.join(".cache"))).map(|cache| cache.join("huggingface"))
+        });
+        let cache_dir = variable("HF_HUB_CACHE")
+            .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
+            .map(PathBuf::from)
+            .or_else(|| Some(home.as_ref()?.join("hub")))
+            .ok_or_else(|| Error::Hub("there is no home folder; set `HF_HOME` to a folder for downloads".into()))?;
+        let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home?.join("token")));
+        let token = variable("HF_TOKEN").or_else(|| std::fs::read_to_string(token_file?).ok());
+        let offline = variable("HF_HUB_OFFLINE")
+            .is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on"));
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Ok(Self { offline, ..Self::new(endpoint, cache_dir).with_token(token) })
+    }
+
+    /// Sends `token` with each request to the Hub (not to the hosts it redirects to).
+    #[must_use]
+    pub fn with_token(mut self, token: Option<String>) -> Self {
+        self.token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+        self
+    }
+
+    /// Uses what the cache holds and downloads nothing.
+    #[must_use]
+    pub fn with_offline(mut self, offline: bool) -> Self {
+        self.offline = offline;
+        self
+    }
+
+    /// The folder that holds the files of a model; those that are not in the cache are downloaded.
+    ///
+    /// These are the configuration, the tokenizer's files, the chat template and the safetensors weights.
+    /// A download that broke off, in this process or an earlier one, goes on where it stopped. Without a connection the
+    /// cached files are used if they are complete.
+    ///
+    /// # Errors
+    /// The Hub cannot be reached, has no such model, or does not let the token's owner see it; the model has no
+    /// safetensors weights; or the cache cannot be written.
+    pub fn fetch_model(&self, name: &HubName, on_progress: &mut dyn FnMut(DownloadProgress)) -> Result<PathBuf> {
+        let repo = Repo::with_revision(name.repository.clone(), RepoType::Model, name.revision.clone());
+        let place = Place { folder: self.cache_dir.join(repo.folder_name()), cache_dir: self.cache_dir.clone(), repo };
+        if let Some(folder) = place.cached().filter(|_| self.offline || is_commit(&name.revision)) {
+            return Ok(folder);
+        }
+        if self.offline {
+            return Err(Error::Hub(format!(
+                "`{name}` is not, or not completely, in `{}`, and `HF_HUB_OFFLINE` forbids downloads",
+                self.cache_dir.display()
+            )));
+        }
+        if !self.endpoint.starts_with("http://") && !self.endpoint.starts_with("https://") {
+            let message = format!("expected an address that begins with `https://`, found `{}`", self.endpoint);
+            return Err(Error::argument("HF_ENDPOINT", message));
+        }
+        match self.download(name, &place, on_progress) {
+            Err(Failure::Unreachable(message) | Failure::BrokeOff(message)) => {
+                place.cached().ok_or(Error::Hub(message))
+            }
+            Err(Failure::Final(error)) => Err(error),
+            Ok(folder) => Ok(folder),
+        }
+    }
+
+    fn download(
+        &self,
+        name: &HubName,
+        place: &Place,
+        on_progress: &mut dyn FnMut(DownloadProgress),
+    ) -> std::result::Result<PathBuf, Failure> {
+        let transfer = Transfer::new(&self.endpoint, self.token.as_deref(), name, place.folder.clone());
+        // the first answer names the commit; the other files are asked for by it, so that they belong together
+        let first = transfer.fetch(&name.revision, FILES[0].0, on_progress)?;
+        let Some(first) = first else {
+            return Err(
+                Error::Hub(format!("`{name}` has no `config.json`: it is not a model this program can load")).into()
+            );
+        };
+        let commit = first.commit.unwrap_or_else(|| plain_name(&name.revision));
+        let snapshot = place.folder.join("snapshots").join(&commit);
+        let revision = if is_commit(&commit) { commit.as_str() } else { name.revision.as_str() };
+        link(&first.blob, &snapshot, FILES[0].0)?;
+
+        let mut get = |file: &str| -> std::result::Result<bool, Failure> {
+            let missing = place.folder.join(".no_exist").join(&commit).join(file);
+            if snapshot.join(file).exists() {
+                return Ok(true);
+            }
+            if missing.exists() {
+                return Ok(false);
+            }
+            match transfer.fetch(revision, file, on_progress)? {
+                Some(fetched) => link(&fetched.blob, &snapshot, file)?,
+                None if is_commit(&commit) => {
+                    create_parent(&missing)?;
+                    std::fs::write(&missing, []).map_err(|e| Error::write(&missing, e))?;
+                    return Ok(false);
+                }
+                None => return Ok(false),
+            }
+            Ok(true)
+        };
+        for (file, required) in &FILES[1..] {
+            if !get(file)? && *required {
+                return Err(Error::Hub(format!("`{name}` has no `{file}`")).into());
+            }
+        }
+        if !get(WEIGHTS)? {
+            if !get(INDEX)? {
+                return Err(Error::Hub(format!("`{name}` has neither `{WEIGHTS}` nor `{INDEX}`")).into());
+            }
+            for shard in shards(&snapshot.join(INDEX))? {
+                if !get(&shard)? {
+                    return Err(Error::Hub(format!("`{name}` has no `{shard}`, which its `{INDEX}` names")).into());
+                }
+            }
+        }
+        if commit != name.revision {
+            place.write_ref(&commit)?;
+        }
+        Ok(snapshot)
+    }
+}
+
+/// Why a download did not happen.
+pub(super) enum Failure {
+    /// The Hub did not answer, so the cache may be used instead.
+    Unreachable(String),
+    /// Bytes came and then no more; a new request may go on from there.
+    BrokeOff(String),
+    /// Nothing can be done.
+    Final(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Final(error)
+    }
+}
+
+/// Where a model's files are in the cache.
+struct Place {
+    folder: PathBuf,
+    cache_dir: PathBuf,
+    repo: Repo,
+}
+
+impl Place {
+    /// The snapshot of the revision, if its files are all there.
+    fn cached(&self) -> Option<PathBuf> {
+        let by_commit = self.folder.join("snapshots").join(self.repo.revision());
+        let snapshot = if is_commit(self.repo.revision()) && by_commit.exists() {
+            by_commit
+        } else {
+            let config = Cache::new(self.cache_dir.clone()).repo(self.repo.clone()).get(FILES[0].0)?;
+            config.parent()?.to_path_buf()
+        };
+        let complete = snapshot.join(FILES[0].0).exists()
+            && (snapshot.join(WEIGHTS).exists()
+                || shards(&snapshot.join(INDEX))
+                    .is_ok_and(|names| names.iter().all(|name| snapshot.join(name).exists())));
+        complete.then_some(snapshot)
+    }
+
+    /// Notes which commit the revision stands for.
+    fn write_ref(&self, commit: &str) -> Result<()> {
+        let cache = Cache::new(self.cache_dir.clone()).repo(self.repo.clone());
+        cache.create_ref(commit).map_err(|e| Error::write(self.folder.join("refs").join(self.repo.revision()), e))
+    }
+}
+
+/// Whether `revision` is a full commit hash, which never changes its meaning.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.chars().all(|c| c.is_ascii_hexdigit())
+}
+
+/// The files an index of shards names.
+fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read(index).map_err(|e| Error::read(index, e))?;
+    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| Error::format(index, e))?;
+    let map = json.get("weight_map").and_then(serde_json::Value::as_object);
+    let map = map.ok_or_else(|| Error::format(index, "expected an object `weight_map`"))?;
+    let mut names = BTreeSet::new();
+    for name in map.values() {
+        let plain = name.as_str().filter(|name| *name == plain_name(name) && name.ends_with(".safetensors"));
+        let plain = plain.ok_or_else(|| {
+            Error::format(index, format!("expected the name of a safetensors file beside it, found `{name}`"))
+        })?;
+        names.insert(plain.to_owned());
+    }
+    Ok(names)
+}
+
+pub(super) fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))
+}
+
+/// Makes `snapshot/file` stand for `blob`.
+fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
+    let target = snapshot.join(file);
+    create_parent(&target)?;
+    // a link whose blob is gone does not count as existing, but is in the way
+    if std::fs::symlink_metadata(&target).is_ok() {
+        std::fs::remove_file(&target).map_err(|e| Error::write(&target, e))?;
+    }
+    let blob_name = blob.file_name().unwrap_or_default();
+    #[cfg(unix)]
+    let linked = std::os::unix::fs::symlink(Path::new("../../blobs").join(blob_name), &target);
+    #[cfg(not(unix))]
+    let linked = std::fs::hard_link(blob, &target).or_else(|_| std::fs::copy(blob, &target).map(|_| ()));
+    #[cfg(not(unix))]
+    let _ = blob_name;
+    match linked {
+        // another process was faster
+        Err(_) if target.exists() => Ok(()),
+        linked => linked.map_err(|e| Error::write(&target, e)),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::HubName;
+
+    #[test]
+    fn names() {
+        let name: HubName = "Qwen/Qwen2.5-Coder-0.5B".parse().unwrap();
+        assert_eq!((name.repository(), name.revision()), ("Qwen/Qwen2.5-Coder-0.5B", "main"));
+        let name: HubName = "a/b@refs/pr/5".parse().unwrap();
+        assert_eq!(
+            (name.repository(), name.revision(), name.to_string().as_str()),
+            ("a/b", "refs/pr/5", "a/b@refs/pr/5")
+        );
+        for wrong in ["a", "a/b/c", "a/", "/b", "../b", "a/..", "a/b@", "a/b@../x", "a/b@x//y", "a b/c", "~/x"] {
+            assert!(wrong.parse::<HubName>().is_err(), "{wrong}");
+        }
+    }
+}

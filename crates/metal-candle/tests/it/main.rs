@@ -1,0 +1,7 @@
+//! Integration tests of the library.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+#[cfg(feature = "hub")]
+mod hub;
+#[cfg(feature = "hub")]
+mod stand_in_hub;
