@@ -37,6 +37,7 @@ impl Shards {
         let index = Index::read(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let names: BTreeSet<&str> = index.weight_map.iter().map(|(_, shard)| shard.as_str()).collect();
+        let names: Vec<&str> = names.into_iter().collect();
         for name in &names {
             if !is_inside(name) {
                 return Err(Error::format(path, format!("shard `{name}`: expected a file in the folder of the index")));
@@ -47,24 +48,27 @@ impl Shards {
             let list = missing.join("`, `");
             return Err(Error::format(path, format!("of {} shards these are missing: `{list}`", names.len())));
         }
-        let mut files = Vec::with_capacity(names.len());
+        let files = names.iter().map(|name| SafetensorsFile::open(folder.join(name))).collect::<Result<Vec<_>>>()?;
         let mut tensors: BTreeMap<String, usize> = BTreeMap::new();
         let mut problems = Vec::new();
-        for (number, name) in names.iter().enumerate() {
-            let file = SafetensorsFile::open(folder.join(name))?;
-            for entry in file.entries() {
-                if tensors.insert(entry.name.clone(), number).is_some() {
-                    problems.push(format!("`{}`: expected in one shard, found also in `{name}`", entry.name));
-                }
-            }
-            files.push(file);
-        }
         for (tensor, shard) in &index.weight_map {
-            let found = tensors.get(tensor).and_then(|&number| names.iter().nth(number));
-            match found {
-                Some(found) if found == shard => {}
-                Some(found) => problems.push(format!("`{tensor}`: expected in `{shard}`, found in `{found}`")),
-                None => problems.push(format!("`{tensor}`: expected in `{shard}`, found nowhere")),
+            let expected = names.iter().position(|name| name == shard).filter(|&n| files[n].entry(tensor).is_some());
+            let Some(number) = expected else {
+                let found = files.iter().position(|file| file.entry(tensor).is_some());
+                let found = found.map_or("nowhere".to_string(), |number| format!("in `{}`", names[number]));
+                problems.push(format!("`{tensor}`: expected in `{shard}`, found {found}"));
+                continue;
+            };
+            if tensors.insert(tensor.clone(), number).is_some() {
+                problems.push(format!("`{tensor}`: expected once in the index, found twice"));
+            }
+        }
+        for (number, file) in files.iter().enumerate() {
+            for entry in file.entries() {
+                if *tensors.entry(entry.name.clone()).or_insert(number) != number {
+                    let (name, other) = (&entry.name, names[number]);
+                    problems.push(format!("`{name}`: expected in one shard, found also in `{other}`"));
+                }
             }
         }
         if !problems.is_empty() {

@@ -3,5 +3,8 @@
 
 #[cfg(feature = "hub")]
 mod hub;
+mod loader_config;
+mod loader_files;
+mod loader_model;
 #[cfg(feature = "hub")]
 mod stand_in_hub;

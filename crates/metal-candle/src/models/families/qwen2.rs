@@ -7,6 +7,7 @@ use serde_json::Value;
 
 /// The keys that are read here and written anew by [`ModelConfig::to_json`].
 const KNOWN_KEYS: &[&str] = &[
+    "architectures",
     "model_type",
     "vocab_size",
     "hidden_size",
