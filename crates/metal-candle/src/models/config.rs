@@ -36,7 +36,7 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
-    /// Epsilon of RMSNorm.
+    /// Epsilon of the `RMSNorm` layers.
     pub rms_norm_eps: f64,
     /// Whether the head shares the embedding's weights.
     pub tie_word_embeddings: bool,

@@ -199,13 +199,13 @@ fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String,
 /// A tied head that is stored all the same should equal the embedding; it is not used in any case.
 fn warn_if_head_differs(shards: &Shards, embedding: Option<&String>) {
     let bytes = |name: &str| shards.get(name).and_then(|(file, _)| file.bytes(name).ok());
-    if let (Some(head), Some(embedding)) = (bytes("lm_head.weight"), embedding.and_then(|name| bytes(name))) {
-        if head != embedding {
-            tracing::warn!(
-                "`{}`: `lm_head.weight` differs from the embedding but `tie_word_embeddings` is set: it is ignored",
-                shards.path().display()
-            );
-        }
+    if let (Some(head), Some(embedding)) = (bytes("lm_head.weight"), embedding.and_then(|name| bytes(name)))
+        && head != embedding
+    {
+        tracing::warn!(
+            "`{}`: `lm_head.weight` differs from the embedding but `tie_word_embeddings` is set: it is ignored",
+            shards.path().display()
+        );
     }
 }
 

@@ -94,7 +94,7 @@ fn rope_theta(object: &JsonObject) -> Result<f64> {
         if let Some(kind) = kind.filter(|&kind| kind != "default") {
             return Err(unsupported(object, key, &format!("rotary scaling of type `{kind}`")));
         }
-        if rope.number("partial_rotary_factor")?.is_some_and(|share| share != 1.0) {
+        if rope.number("partial_rotary_factor")?.is_some_and(|share| (share - 1.0).abs() > f64::EPSILON) {
             return Err(unsupported(object, key, "a `partial_rotary_factor` other than 1"));
         }
         if rope.map().values().any(Value::is_object) {
