@@ -1,8 +1,16 @@
 //! Integration tests of the library.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::float_cmp,
+    missing_docs,
+    unreachable_pub
+)]
 
 #[cfg(feature = "hub")]
 mod hub;
+mod inference_sampling;
 mod loader_config;
 mod loader_files;
 mod loader_model;

@@ -1,0 +1,339 @@
+//! Choosing tokens one after the other: penalties, filters and draws in time linear in the vocabulary.
+
+use super::sampling::SamplingConfig;
+use crate::error::{Error, Result};
+use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher};
+
+/// Number of logits that top-k looks at together.
+const GROUP: usize = 16;
+
+/// A chosen token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    /// Its id.
+    pub token: u32,
+    /// The natural logarithm of the probability the model gave it, before penalties, bias, temperature and filters.
+    pub log_probability: f32,
+}
+
+/// Chooses tokens by a [`SamplingConfig`] and remembers them for the penalties.
+///
+/// No filter sorts the vocabulary. Top-k collects what is not below the k-th largest block maximum. Top-p draws from
+/// all tokens and keeps the draw if the tokens that rank before it (more probable, or equally probable and of lower
+/// id) have less than `top_p` of the probability together, else draws again among those tokens. Every draw takes one
+/// 64-bit number of `SplitMix64` (<https://doi.org/10.1145/2660193.2660195>, section 2), of which the upper 53 bits
+/// are the share of the probability, summed up in the order of the ids, at which the token lies.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    config: SamplingConfig,
+    draws: Draws,
+    /// How often each token is in the window of the penalties.
+    counts: HashMap<u32, u32>,
+    /// The window's tokens, oldest first; empty if it has no end.
+    window: VecDeque<u32>,
+    scratch: Scratch,
+}
+
+/// Buffers that are reused from token to token.
+#[derive(Debug, Clone, Default)]
+struct Scratch {
+    adjusted: Vec<f32>,
+    maxima: Vec<f32>,
+    sorted_maxima: Vec<f32>,
+    candidates: Vec<(u32, f32)>,
+    values: Vec<f32>,
+    weights: Vec<f32>,
+    sums: Vec<f64>,
+}
+
+impl Sampler {
+    /// A sampler that has seen no token.
+    ///
+    /// # Errors
+    /// A setting is out of its range.
+    pub fn new(config: SamplingConfig) -> Result<Self> {
+        config.validate()?;
+        let draws = Draws { state: config.seed.unwrap_or_else(entropy) };
+        Ok(Self { config, draws, counts: HashMap::new(), window: VecDeque::new(), scratch: Scratch::default() })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &SamplingConfig {
+        &self.config
+    }
+
+    /// Puts tokens, such as those of the prompt, into the window of the penalties.
+    pub fn observe(&mut self, ids: &[u32]) {
+        if !self.config.has_penalties() {
+            return;
+        }
+        for &id in ids {
+            *self.counts.entry(id).or_insert(0) += 1;
+            let Some(limit) = self.config.penalty_window else { continue };
+            self.window.push_back(id);
+            if self.window.len() > limit
+                && let Some(oldest) = self.window.pop_front()
+                && let Some(count) = self.counts.get_mut(&oldest)
+            {
+                *count -= 1;
+                if *count == 0 {
+                    self.counts.remove(&oldest);
+                }
+            }
+        }
+    }
+
+    /// Chooses the next token and puts it into the window of the penalties.
+    ///
+    /// # Shapes
+    /// `logits`: `[vocab]`.
+    ///
+    /// # Errors
+    /// There is no logit, one of them is NaN or positive infinity, all are negative infinity after the bias, or a
+    /// token of the bias or of the window is not in the vocabulary.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<Choice> {
+        let drawn = self.draw(logits)?;
+        let scratch = &mut self.scratch;
+        let maximum = match drawn.maximum {
+            Some(maximum) => maximum,
+            None => largest(logits, &mut scratch.maxima)?,
+        };
+        let total = drawn.total.unwrap_or_else(|| sum_of_exponentials(logits, maximum));
+        let logit = logits.get(drawn.index).copied().unwrap_or(f32::NEG_INFINITY);
+        let log_probability = (f64::from(logit) - f64::from(maximum) - total.ln()) as f32;
+        let token = drawn.index as u32;
+        self.observe(&[token]);
+        Ok(Choice { token, log_probability })
+    }
+
+    /// Takes over the settings that do not need what the sampler remembers.
+    pub(crate) fn set_filters(&mut self, config: &SamplingConfig) {
+        self.config.temperature = config.temperature;
+        self.config.top_k = config.top_k;
+        self.config.top_p = config.top_p;
+        self.config.min_p = config.min_p;
+    }
+
+    /// The next token, without its probability and without remembering it.
+    pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        Ok(self.draw(logits)?.index as u32)
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Result<Drawn> {
+        if logits.is_empty() {
+            return Err(Error::shape("logits", "[vocab]", &[0]));
+        }
+        let Self { config, draws, counts, scratch, .. } = self;
+        if counts.is_empty() && config.logit_bias.is_empty() {
+            return scratch.choose(logits, config, draws);
+        }
+        let mut adjusted = std::mem::take(&mut scratch.adjusted);
+        adjusted.clear();
+        adjusted.extend_from_slice(logits);
+        let drawn = adjust(&mut adjusted, config, counts).and_then(|()| scratch.choose(&adjusted, config, draws));
+        scratch.adjusted = adjusted;
+        Ok(Drawn { index: drawn?.index, maximum: None, total: None })
+    }
+}
+
+/// A drawn index, and what is known about the logits of the model by then.
+struct Drawn {
+    index: usize,
+    /// The largest logit.
+    maximum: Option<f32>,
+    /// The sum of the exponentials of the distances from it.
+    total: Option<f64>,
+}
+
+/// Applies penalties and bias.
+fn adjust(logits: &mut [f32], config: &SamplingConfig, counts: &HashMap<u32, u32>) -> Result<()> {
+    let vocab = logits.len();
+    let outside = |name: &str, id: u32| {
+        Error::argument(name, format!("token `{id}` is outside the vocabulary of {vocab} tokens"))
+    };
+    for (&id, &count) in counts {
+        let logit = logits.get_mut(id as usize).ok_or_else(|| outside("penalty_window", id))?;
+        let mut value = f64::from(*logit);
+        value = if value > 0.0 { value / config.repetition_penalty } else { value * config.repetition_penalty };
+        value -= config.frequency_penalty * f64::from(count) + config.presence_penalty;
+        *logit = value as f32;
+    }
+    for (&id, &bias) in &config.logit_bias {
+        *logits.get_mut(id as usize).ok_or_else(|| outside("logit_bias", id))? += bias;
+    }
+    Ok(())
+}
+
+/// The largest logit; `maxima` receives that of each block.
+fn largest(logits: &[f32], maxima: &mut Vec<f32>) -> Result<f32> {
+    let problem = |what: String| Err(Error::argument("logits", what));
+    if !block_maxima(logits, maxima) {
+        let token = logits.iter().position(|logit| logit.is_nan()).unwrap_or(0);
+        return problem(format!("expected numbers, found NaN for token `{token}`"));
+    }
+    let largest = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if largest == f32::INFINITY {
+        let token = logits.iter().position(|&logit| logit == largest).unwrap_or(0);
+        return problem(format!("expected finite numbers, found infinity for token `{token}`"));
+    }
+    if largest == f32::NEG_INFINITY {
+        return problem("expected a token that may be chosen, found negative infinity for all".into());
+    }
+    Ok(largest)
+}
+
+/// The first index of `largest`, by the maxima of the blocks.
+fn position_of(largest: f32, logits: &[f32], maxima: &[f32]) -> usize {
+    let block = maxima.iter().position(|&maximum| maximum == largest).unwrap_or(0);
+    let start = block * BLOCK;
+    start + logits[start..].iter().position(|&logit| logit == largest).unwrap_or(0)
+}
+
+impl Scratch {
+    /// Chooses among these logits.
+    fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Draws) -> Result<Drawn> {
+        let largest = largest(logits, &mut self.maxima)?;
+        let maximum = Some(largest);
+        if config.is_greedy() || config.top_k == 1 {
+            return Ok(Drawn { index: position_of(largest, logits, &self.maxima), maximum, total: None });
+        }
+        if config.top_k == 0 || config.top_k >= logits.len() {
+            let (index, total) = self.draw(logits, largest, config, draws);
+            return Ok(Drawn { index, maximum, total: (config.temperature == 1.0).then_some(total) });
+        }
+        self.collect_largest(logits, config.top_k);
+        let mut values = std::mem::take(&mut self.values);
+        values.clear();
+        values.extend(self.candidates.iter().map(|&(_, logit)| logit));
+        let (place, _) = self.draw(&values, largest, config, draws);
+        self.values = values;
+        let index = self.candidates.get(place).map_or(0, |&(id, _)| id as usize);
+        Ok(Drawn { index, maximum, total: None })
+    }
+
+    /// Collects the `k` largest logits in the order of their ids, of equal ones those with the lowest ids.
+    fn collect_largest(&mut self, logits: &[f32], k: usize) {
+        let Self { maxima, sorted_maxima, candidates, .. } = self;
+        candidates.clear();
+        // as many blocks as tokens hold something not below this bound, so the wanted tokens are not below it
+        let bound = if k <= maxima.len() {
+            sorted_maxima.clone_from(maxima);
+            *sorted_maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+        } else {
+            f32::NEG_INFINITY
+        };
+        for (number, block) in logits.chunks(BLOCK).enumerate() {
+            if maxima[number] < bound {
+                continue;
+            }
+            for (part, group) in block.chunks(GROUP).enumerate() {
+                // most groups hold nothing: one comparison of their maximum, which vectorises
+                if group.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }) >= bound {
+                    let ids = (number * BLOCK + part * GROUP) as u32..;
+                    candidates.extend(ids.zip(group.iter().copied()).filter(|&(_, logit)| logit >= bound));
+                }
+            }
+        }
+        if candidates.len() > k {
+            // partial_cmp, not total_cmp: 0 and -0 are equal
+            let rank = |a: &(u32, f32), b: &(u32, f32)| {
+                b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0))
+            };
+            candidates.select_nth_unstable_by(k - 1, rank);
+            candidates.truncate(k);
+            candidates.sort_unstable_by_key(|&(id, _)| id);
+        }
+    }
+
+    /// Draws an index from the distribution of `logits` by temperature, top-p and min-p; the sum of all weights.
+    fn draw(&mut self, logits: &[f32], maximum: f32, config: &SamplingConfig, draws: &mut Draws) -> (usize, f64) {
+        let Self { weights, sums, .. } = self;
+        let floor = config.min_p as f32;
+        let total = exponentials(logits, maximum, config.temperature, floor, weights, sums);
+        let mut chosen = pick(weights, sums, None, draws);
+        if config.top_p < 1.0 {
+            // the draw that ends this has on average half the rank of the one before it
+            while sums_before(weights, chosen, sums) >= config.top_p * total {
+                chosen = pick(weights, sums, Some(chosen), draws);
+            }
+        }
+        (chosen, total)
+    }
+}
+
+/// Draws an index by weight among those that rank before `pivot`; `sums` holds their weight in each block.
+fn pick(weights: &[f32], sums: &[f64], pivot: Option<usize>, draws: &mut Draws) -> usize {
+    let counts = |index: usize, weight: f32| {
+        pivot.is_none_or(|pivot| weight > weights[pivot] || (weight == weights[pivot] && index < pivot))
+    };
+    let target = draws.uniform() * sums.iter().sum::<f64>();
+    let mut below = 0.0;
+    // rounding may leave nothing at the very end: then it is the last one possible
+    let mut block = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
+    for (number, sum) in sums.iter().enumerate().take(block) {
+        if below + sum > target {
+            block = number;
+            break;
+        }
+        below += sum;
+    }
+    let start = block * BLOCK;
+    let end = weights.len().min(start + BLOCK);
+    let mut last = start;
+    for (index, &weight) in (start..end).zip(&weights[start..end]) {
+        if weight > 0.0 && counts(index, weight) {
+            last = index;
+            below += f64::from(weight);
+            if below > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// The generator of the draws, `SplitMix64`.
+#[derive(Debug, Clone)]
+struct Draws {
+    state: u64,
+}
+
+impl Draws {
+    /// A number from 0 up to but not including 1, in steps of 2^-53.
+    fn uniform(&mut self) -> f64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        (z >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+}
+
+/// A number that differs from call to call and from process to process.
+fn entropy() -> u64 {
+    std::hash::RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn penalties_and_bias_by_hand() {
+        let config = SamplingConfig::default()
+            .with_repetition_penalty(2.0)
+            .with_frequency_penalty(0.5)
+            .with_presence_penalty(0.25)
+            .with_logit_bias(2, -1.5);
+        let mut sampler = Sampler::new(config.clone()).unwrap();
+        sampler.observe(&[0, 1, 0]);
+        let mut logits = [2.0, -2.0, 1.0, 0.0];
+        adjust(&mut logits, &config, &sampler.counts).unwrap();
+        // 2 / 2 - 2 * 0.5 - 0.25; -2 * 2 - 0.5 - 0.25; 1 - 1.5; unchanged
+        assert_eq!(logits, [-0.25, -4.75, -0.5, 0.0]);
+    }
+}

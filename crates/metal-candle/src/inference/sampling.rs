@@ -1,0 +1,273 @@
+//! How the next token is chosen from logits: the settings, and choosing once without state.
+
+use super::sampler::Sampler;
+use crate::error::{Error, Result};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// One way to choose a token; [`SamplingConfig`] combines them.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub enum SamplingStrategy {
+    /// The token with the largest logit, of equal ones that with the lowest id.
+    #[default]
+    Greedy,
+    /// A token drawn from the `k` most probable ones.
+    TopK {
+        /// Number of tokens, at least 1.
+        k: usize,
+    },
+    /// A token drawn from the smallest set of most probable ones whose probabilities reach `p` together
+    /// (<https://arxiv.org/abs/1904.09751>, section 3.1).
+    TopP {
+        /// The probability to reach, above 0 and up to 1.
+        p: f64,
+    },
+    /// A token drawn from those that are at least `p` times as probable as the most probable one
+    /// (<https://arxiv.org/abs/2407.01082>, section 3).
+    MinP {
+        /// The share of the largest probability, 0 to 1.
+        p: f64,
+    },
+    /// A token drawn from all, with the logits divided by `temperature`.
+    Temperature {
+        /// The divisor; 0 chooses greedily.
+        temperature: f64,
+    },
+}
+
+/// How tokens are chosen: filters, penalties and the seed.
+///
+/// They act in this order: repetition penalty, frequency and presence penalty, logit bias, temperature, top-k, top-p,
+/// min-p. Each filter sees the probabilities that the one before it has left, made to sum to 1 again. The default draws
+/// from the model's own distribution.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingConfig {
+    /// The divisor of the logits; 0 chooses the largest logit, and the filters have no effect.
+    pub temperature: f64,
+    /// Number of most probable tokens to choose from; 0 for all.
+    pub top_k: usize,
+    /// Probability that the most probable tokens to choose from reach together; 1 for all.
+    pub top_p: f64,
+    /// Least probability to be chosen, as a share of the largest one; 0 for all.
+    pub min_p: f64,
+    /// What the positive logits of tokens in the window are divided by and the negative ones multiplied with
+    /// (<https://arxiv.org/abs/1909.05858>, section 4.1); 1 changes nothing.
+    pub repetition_penalty: f64,
+    /// What is subtracted from the logit of each token in the window.
+    pub presence_penalty: f64,
+    /// What is subtracted from the logit of a token for each time it is in the window.
+    pub frequency_penalty: f64,
+    /// Number of last tokens, of prompt and generated text, that the penalties look at; `None` for all.
+    pub penalty_window: Option<usize>,
+    /// What is added to the logit of a token; negative infinity bans it.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// The seed of the draws: the same seed, settings and logits give the same tokens on every machine. `None` takes
+    /// one from the operating system.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            penalty_window: None,
+            logit_bias: BTreeMap::new(),
+            seed: None,
+        }
+    }
+}
+
+impl From<SamplingStrategy> for SamplingConfig {
+    fn from(strategy: SamplingStrategy) -> Self {
+        let config = Self::default();
+        match strategy {
+            SamplingStrategy::Greedy => Self::greedy(),
+            SamplingStrategy::TopK { k } => config.with_top_k(k),
+            SamplingStrategy::TopP { p } => config.with_top_p(p),
+            SamplingStrategy::MinP { p } => config.with_min_p(p),
+            SamplingStrategy::Temperature { temperature } => config.with_temperature(temperature),
+        }
+    }
+}
+
+impl SamplingConfig {
+    /// The largest logit, always.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Sets the divisor of the logits; 0 is greedy.
+    #[must_use]
+    pub fn with_temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets the number of most probable tokens to choose from; 0 for all.
+    #[must_use]
+    pub fn with_top_k(mut self, top_k: usize) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Sets the probability that the tokens to choose from reach together; 1 for all.
+    #[must_use]
+    pub fn with_top_p(mut self, top_p: f64) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Sets the least probability as a share of the largest one; 0 for all.
+    #[must_use]
+    pub fn with_min_p(mut self, min_p: f64) -> Self {
+        self.min_p = min_p;
+        self
+    }
+
+    /// Sets the factor against tokens of the window; 1 for none.
+    #[must_use]
+    pub fn with_repetition_penalty(mut self, repetition_penalty: f64) -> Self {
+        self.repetition_penalty = repetition_penalty;
+        self
+    }
+
+    /// Sets what is subtracted once from the logits of tokens of the window.
+    #[must_use]
+    pub fn with_presence_penalty(mut self, presence_penalty: f64) -> Self {
+        self.presence_penalty = presence_penalty;
+        self
+    }
+
+    /// Sets what is subtracted from the logits of tokens of the window, times their count.
+    #[must_use]
+    pub fn with_frequency_penalty(mut self, frequency_penalty: f64) -> Self {
+        self.frequency_penalty = frequency_penalty;
+        self
+    }
+
+    /// Sets the number of last tokens that the penalties look at; `None` for all.
+    #[must_use]
+    pub fn with_penalty_window(mut self, penalty_window: Option<usize>) -> Self {
+        self.penalty_window = penalty_window;
+        self
+    }
+
+    /// Adds `bias` to the logit of token `id`; negative infinity bans it.
+    #[must_use]
+    pub fn with_logit_bias(mut self, id: u32, bias: f32) -> Self {
+        self.logit_bias.insert(id, bias);
+        self
+    }
+
+    /// Sets the seed of the draws.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Whether the largest logit is always chosen.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// Whether a penalty looks at the tokens so far.
+    pub(crate) fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// Checks the range of every setting.
+    ///
+    /// # Errors
+    /// The first setting that is out of its range.
+    pub fn validate(&self) -> Result<()> {
+        let check = |name: &str, value: f64, right: bool, expected: &str| {
+            if right { Ok(()) } else { Err(Error::argument(name, format!("expected {expected}, found {value}"))) }
+        };
+        let finite = "a finite number";
+        check(
+            "temperature",
+            self.temperature,
+            self.temperature >= 0.0 && self.temperature.is_finite(),
+            "a finite number of at least 0",
+        )?;
+        check("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "a number above 0 and up to 1")?;
+        check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "a number from 0 to 1")?;
+        check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(),
+            "a finite number above 0",
+        )?;
+        check("presence_penalty", self.presence_penalty, self.presence_penalty.is_finite(), finite)?;
+        check("frequency_penalty", self.frequency_penalty, self.frequency_penalty.is_finite(), finite)?;
+        for (id, &bias) in &self.logit_bias {
+            if bias.is_nan() || bias == f32::INFINITY {
+                let message = format!("token `{id}`: expected a finite number or negative infinity, found {bias}");
+                return Err(Error::argument("logit_bias", message));
+            }
+        }
+        Ok(())
+    }
+}
+
+thread_local! {
+    static SAMPLER: RefCell<Option<Sampler>> = const { RefCell::new(None) };
+}
+
+/// Chooses a token of one row of logits.
+///
+/// Draws come from a generator of the calling thread that takes its seed from the operating system; for draws that can
+/// be repeated, penalties or several filters at once use [`Sampler`].
+///
+/// # Shapes
+/// `logits`: `[vocab]`, or more dimensions of which all but the last are 1; any float dtype, any device.
+///
+/// # Errors
+/// The shape or dtype is another, a logit is NaN or infinite, or the strategy's number is out of its range.
+pub fn sample_token(logits: &Tensor, strategy: &SamplingStrategy) -> Result<u32> {
+    let config = SamplingConfig::from(*strategy);
+    config.validate()?;
+    if matches!(strategy, SamplingStrategy::TopK { k: 0 }) {
+        return Err(Error::argument("k", "expected at least 1, found 0"));
+    }
+    SAMPLER.with(|sampler| {
+        let mut sampler = sampler.try_borrow_mut().map_err(|_| Error::Stopped)?;
+        let sampler = match sampler.as_mut() {
+            Some(sampler) => sampler,
+            None => sampler.insert(Sampler::new(SamplingConfig::greedy())?),
+        };
+        sampler.set_filters(&config);
+        with_logits(logits, |logits| sampler.choose(logits))
+    })
+}
+
+/// Calls `read` with the values of one row of logits, without a copy where they are f32 in memory.
+pub(crate) fn with_logits<T>(logits: &Tensor, read: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let vocab = logits.dims().last().copied().unwrap_or(0);
+    if vocab == 0 || logits.elem_count() != vocab {
+        return Err(Error::shape("logits", "[vocab] or [1, vocab]", logits.dims()));
+    }
+    if !logits.dtype().is_float() {
+        let message = format!("expected a float dtype, found `{}`", logits.dtype().as_str());
+        return Err(Error::argument("logits", message));
+    }
+    let logits = logits.to_dtype(DType::F32)?.contiguous()?;
+    {
+        let (storage, layout) = logits.storage_and_layout();
+        if let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+            && let Some(values) = values.get(start..end)
+        {
+            return read(values);
+        }
+    }
+    read(&logits.flatten_all()?.to_vec1()?)
+}
