@@ -8,6 +8,9 @@
     unreachable_pub
 )]
 
+mod data_chat;
+mod data_packing;
+mod data_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
 mod inference_sampling;

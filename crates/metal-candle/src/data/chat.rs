@@ -1,0 +1,396 @@
+//! Chat templates: conversations as the text a model was trained on.
+
+use super::Message;
+use super::python;
+use crate::error::{Error, Result};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as TemplateValue};
+use serde_json::{Map, Value};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// Most bytes a template renders to.
+const MAX_OUTPUT_BYTES: usize = 16 << 20;
+/// Most bytes of a template's source.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Budget of a rendering: an instruction costs 1, and so does every 64 bytes of data it makes.
+const FUEL: u64 = 600_000;
+/// Budget that most conversations do with. A level of nested lists costs a template 1 at least and the engine up to half a kibibyte
+/// of stack when it prints or drops them, so this much is safe on any thread.
+const SMALL_FUEL: u64 = 3_000;
+/// Stack, in bytes, of the thread that renders what needs more than the small budget.
+const STACK_BYTES: usize = 256 << 20;
+/// Most nested macros and blocks (a macro counts several).
+const RECURSION_LIMIT: usize = 200;
+
+/// A chat template (Jinja), rendered as transformers' `apply_chat_template` does.
+///
+/// A template sees nothing but its arguments: it cannot open files or other templates, and what it may compute, write
+/// and nest is bounded.
+///
+/// ```
+/// use metal_candle::data::{ChatTemplate, Message};
+///
+/// let template = ChatTemplate::new("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")?;
+/// let text = template.render(&[Message::user("hello")], None, false, &Default::default())?;
+/// assert_eq!(text, "[user] hello\n");
+/// # Ok::<(), metal_candle::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    environment: Arc<Environment<'static>>,
+    sources: Vec<(String, String)>,
+    variables: Vec<(String, TemplateValue)>,
+}
+
+impl ChatTemplate {
+    /// The template with this source.
+    ///
+    /// # Errors
+    /// The source is no valid template.
+    pub fn new(source: impl Into<String>) -> Result<Self> {
+        Self::from_named([("default".to_string(), source.into())])
+    }
+
+    /// Several templates of one model; `default` is used, or `tool_use` when there are tools.
+    ///
+    /// # Errors
+    /// A source is no valid template, or there is neither a `default` nor a single one.
+    pub fn from_named(sources: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
+        let sources: Vec<(String, String)> = sources.into_iter().collect();
+        if sources.len() != 1 && !sources.iter().any(|(name, _)| name == "default") {
+            let names: Vec<&str> = sources.iter().map(|(name, _)| name.as_str()).collect();
+            return Err(Error::Template(format!("expected one named `default`, found {names:?}")));
+        }
+        let mut environment = environment()?;
+        for (name, source) in &sources {
+            if source.len() > MAX_SOURCE_BYTES {
+                let found = source.len();
+                return Err(Error::Template(format!("expected at most {MAX_SOURCE_BYTES} bytes, found {found}")));
+            }
+            environment
+                .add_template_owned(name.clone(), without_generation_tags(source))
+                .map_err(|e| template_error(&e, sources.len() > 1))?;
+        }
+        let template = Self { environment: Arc::new(environment), sources, variables: Vec::new() };
+        Ok(template.with_clock(SystemTime::now))
+    }
+
+    /// The template of a parsed `tokenizer_config.json` with its special tokens as variables; `None` if it has none.
+    ///
+    /// # Errors
+    /// `chat_template` is neither a string nor a list of `{name, template}`, or no valid template.
+    pub fn from_tokenizer_config(config: &Value) -> Result<Option<Self>> {
+        let template = match config.get("chat_template") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::String(source)) => Self::new(source.clone())?,
+            Some(Value::Array(entries)) => {
+                let named = entries.iter().map(|entry| {
+                    let text = |key: &str| entry.get(key).and_then(Value::as_str).map(str::to_string);
+                    Some((text("name")?, text("template")?))
+                });
+                let named: Option<Vec<_>> = named.collect();
+                Self::from_named(named.ok_or_else(|| {
+                    Error::Template("expected a `chat_template` list of `name` and `template`".into())
+                })?)?
+            }
+            Some(other) => {
+                let found = super::message::kind(other);
+                return Err(Error::Template(format!(
+                    "expected `chat_template` to be a string or a list, found {found}"
+                )));
+            }
+        };
+        Ok(Some(template.with_special_tokens(config)))
+    }
+
+    /// The template of a model folder: `chat_template.jinja` (with `additional_chat_templates/*.jinja`) if there is one, else
+    /// that of `tokenizer_config.json`; `None` if there is neither.
+    ///
+    /// # Errors
+    /// A file cannot be read or holds no valid template.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Option<Self>> {
+        let folder = folder.as_ref();
+        let config = super::tokenizer::read_json_if_exists(&folder.join("tokenizer_config.json"))?;
+        let config = config.unwrap_or(Value::Null);
+        let path = folder.join("chat_template.jinja");
+        if !path.is_file() {
+            return Self::from_tokenizer_config(&config);
+        }
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| Error::read(path, e));
+        let mut sources = vec![("default".to_string(), read(&path)?)];
+        if let Ok(entries) = std::fs::read_dir(folder.join("additional_chat_templates")) {
+            let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            paths.sort();
+            for path in paths.iter().filter(|path| path.extension().is_some_and(|e| e == "jinja")) {
+                if let Some(name) = path.file_stem().and_then(|name| name.to_str()) {
+                    sources.push((name.to_string(), read(path)?));
+                }
+            }
+        }
+        Ok(Some(Self::from_named(sources)?.with_special_tokens(&config)))
+    }
+
+    /// The template with a variable set, such as `bos_token`.
+    #[must_use]
+    pub fn with_variable(mut self, name: impl Into<String>, value: &Value) -> Self {
+        let name = name.into();
+        self.variables.retain(|(known, _)| *known != name);
+        self.variables.push((name, template_value(value)));
+        self
+    }
+
+    /// The template with another clock for `strftime_now`, which tells the time in UTC.
+    #[must_use]
+    pub fn with_clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        let mut environment = (*self.environment).clone();
+        environment.add_function("strftime_now", move |format: &str| python::strftime(format, clock()));
+        self.environment = Arc::new(environment);
+        self
+    }
+
+    /// The template with the special tokens that a `tokenizer_config.json` names as variables.
+    fn with_special_tokens(mut self, config: &Value) -> Self {
+        for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
+            if let Some(token) = super::tokenizer::special_token(config, name) {
+                self = self.with_variable(name, &Value::String(token));
+            }
+        }
+        if let Some(Value::Array(tokens)) = config.get("additional_special_tokens") {
+            let tokens: Vec<Value> =
+                tokens.iter().filter_map(super::tokenizer::token_text).map(Value::String).collect();
+            self = self.with_variable("additional_special_tokens", &Value::Array(tokens));
+        }
+        self
+    }
+
+    /// Name and source of each template.
+    pub fn sources(&self) -> &[(String, String)] {
+        &self.sources
+    }
+
+    /// The conversation as text.
+    ///
+    /// `tools` are JSON schemas of functions, `extra` further variables such as `enable_thinking`. With `add_generation_prompt`
+    /// the text ends where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// The template refuses the conversation, fails, or needs more than its budget; the message names the line.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&[Value]>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<String> {
+        let messages: Vec<TemplateValue> = messages.iter().map(message_value).collect();
+        self.render_values(&messages, tools_value(tools).as_ref(), add_generation_prompt, extra)
+    }
+
+    pub(super) fn render_values(
+        &self,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<String> {
+        let has_tools = tools.is_some();
+        let name = |wanted: &str| self.sources.iter().map(|(name, _)| name.as_str()).find(|name| *name == wanted);
+        let first = self.sources.first().map_or("default", |(name, _)| name.as_str());
+        let name = name("tool_use").filter(|_| has_tools).or_else(|| name("default")).unwrap_or(first);
+        let mut context = self.variables.clone();
+        context.extend(extra.iter().map(|(key, value)| (key.clone(), template_value(value))));
+        context.push(("messages".into(), TemplateValue::from(messages.to_vec())));
+        context.push(("tools".into(), tools.cloned().unwrap_or(TemplateValue::from(()))));
+        if !extra.contains_key("documents") {
+            context.push(("documents".into(), TemplateValue::from(())));
+        }
+        context.push(("add_generation_prompt".into(), TemplateValue::from(add_generation_prompt)));
+        let context = TemplateValue::from_pairs(context);
+        match render_within(&self.environment, name, &context) {
+            Err(error) if error.kind() == ErrorKind::OutOfFuel => self.render_on_large_stack(name, &context)?,
+            rendered => rendered,
+        }
+        .map_err(|e| template_error(&e, self.sources.len() > 1))
+    }
+
+    fn render_on_large_stack(&self, name: &str, context: &TemplateValue) -> Result<Rendered> {
+        let mut environment = (*self.environment).clone();
+        environment.set_fuel(Some(FUEL));
+        std::thread::scope(|scope| {
+            let render = || render_within(&environment, name, context);
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, render);
+            let thread = thread.map_err(|e| Error::Template(format!("no thread to render on: {e}")))?;
+            thread.join().map_err(|_| Error::Template("the template engine failed".into()))
+        })
+    }
+}
+
+/// A text or the engine's error.
+type Rendered = std::result::Result<String, minijinja::Error>;
+
+fn render_within(environment: &Environment, name: &str, context: &TemplateValue) -> Rendered {
+    let mut out = Bounded { bytes: Vec::new(), is_full: false };
+    let rendered = environment.get_template(name)?.render_captured_to(context.clone(), &mut out).map(drop);
+    if out.is_full {
+        let message = format!("the text is longer than {MAX_OUTPUT_BYTES} bytes");
+        return Err(minijinja::Error::new(ErrorKind::WriteFailure, message));
+    }
+    rendered?;
+    let not_text = |_| minijinja::Error::new(ErrorKind::WriteFailure, "the text is not UTF-8");
+    String::from_utf8(out.bytes).map_err(not_text)
+}
+
+/// A buffer that takes `MAX_OUTPUT_BYTES` and no more.
+struct Bounded {
+    bytes: Vec<u8>,
+    is_full: bool,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > MAX_OUTPUT_BYTES {
+            self.is_full = true;
+            return Err(io::Error::other("the text is too long"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn environment() -> Result<Environment<'static>> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax.map_err(|e| template_error(&e, false))?);
+    environment.set_debug(false);
+    environment.set_fuel(Some(SMALL_FUEL));
+    environment.set_recursion_limit(RECURSION_LIMIT);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(python_method);
+    environment.set_formatter(|out, state, value| {
+        if value.kind() == ValueKind::Number {
+            out.write_str(&python::number(value, "nan", "inf")).map_err(minijinja::Error::from)
+        } else {
+            minijinja::escape_formatter(out, state, value)
+        }
+    });
+    environment.add_filter("tojson", |state: &State, value: &TemplateValue, kwargs: Kwargs| {
+        let text = python::dumps(value, &kwargs)?;
+        state.consume_fuel(text.len() as u64 / 64)?;
+        Ok::<_, minijinja::Error>(text)
+    });
+    environment.add_function("raise_exception", |message: &str| {
+        Err::<TemplateValue, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_string()))
+    });
+    Ok(environment)
+}
+
+/// Methods of Python's strings that `pycompat` lacks, then those it has.
+fn python_method(
+    state: &mut State,
+    value: &TemplateValue,
+    method: &str,
+    args: &[TemplateValue],
+) -> std::result::Result<TemplateValue, minijinja::Error> {
+    if let (Some(text), [first, rest @ ..]) = (value.as_str(), args) {
+        let argument = first.as_str();
+        match (method, argument, rest) {
+            ("removeprefix", Some(prefix), []) => {
+                return Ok(TemplateValue::from(text.strip_prefix(prefix).unwrap_or(text)));
+            }
+            ("removesuffix", Some(suffix), []) => {
+                return Ok(TemplateValue::from(text.strip_suffix(suffix).unwrap_or(text)));
+            }
+            ("rsplit", Some(separator), rest) if !separator.is_empty() => {
+                let limit = rest.first().and_then(|n| usize::try_from(n.clone()).ok()).unwrap_or(usize::MAX);
+                let mut parts: Vec<&str> = text.rsplitn(limit.saturating_add(1), separator).collect();
+                parts.reverse();
+                return Ok(parts.into_iter().map(TemplateValue::from).collect());
+            }
+            ("partition", Some(separator), []) if !separator.is_empty() => {
+                let parts = text.split_once(separator).map_or([text, "", ""], |(a, b)| [a, separator, b]);
+                return Ok(parts.into_iter().map(TemplateValue::from).collect());
+            }
+            _ => {}
+        }
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// transformers marks the assistant's text by `{% generation %}`, which leaves no trace in the output.
+fn without_generation_tags(source: &str) -> String {
+    let mut text = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        text.push_str(before);
+        let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
+        let (tag, after) = tag.split_at(end);
+        let name = tag.trim_start_matches(['{', '%', '-', '+']).trim_end_matches(['}', '%', '-', '+']).trim();
+        match name {
+            "generation" => text.push_str(&tag.replacen("generation", "with", 1)),
+            "endgeneration" => text.push_str(&tag.replacen("endgeneration", "endwith", 1)),
+            _ => text.push_str(tag),
+        }
+        rest = after;
+    }
+    text + rest
+}
+
+fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
+    let mut message = String::new();
+    if let Some(name) = error.name().filter(|_| has_names) {
+        message.push_str(&format!("`{name}`, "));
+    }
+    if let Some(line) = error.line() {
+        message.push_str(&format!("line {line}: "));
+    }
+    match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => message.push_str("the template needs more than its budget of steps and memory"),
+        (_, Some(detail)) => message.push_str(detail),
+        (kind, None) => message.push_str(&kind.to_string()),
+    }
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        message.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    Error::Template(message)
+}
+
+/// What a template sees of a message: keys that are null are left out, as transformers 5 does.
+pub(super) fn message_value(message: &Message) -> TemplateValue {
+    let present = message.fields().iter().filter(|(_, value)| !value.is_null());
+    TemplateValue::from_pairs(present.map(|(key, value)| (key.clone(), template_value(value))))
+}
+
+pub(super) fn tools_value(tools: Option<&[Value]>) -> Option<TemplateValue> {
+    tools.map(|tools| tools.iter().map(template_value).collect())
+}
+
+fn map_value(map: &Map<String, Value>) -> TemplateValue {
+    TemplateValue::from_pairs(map.iter().map(|(key, value)| (key.clone(), template_value(value))))
+}
+
+/// The template engine's form of a JSON value.
+pub(super) fn template_value(value: &Value) -> TemplateValue {
+    match value {
+        Value::Null => TemplateValue::from(()),
+        Value::Bool(value) => TemplateValue::from(*value),
+        Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(integer), _) => TemplateValue::from(integer),
+            (None, Some(integer)) => TemplateValue::from(integer),
+            (None, None) => TemplateValue::from(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Value::String(text) => TemplateValue::from(text.as_str()),
+        Value::Array(items) => TemplateValue::from(items.iter().map(template_value).collect::<Vec<_>>()),
+        Value::Object(map) => map_value(map),
+    }
+}

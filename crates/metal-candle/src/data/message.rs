@@ -1,0 +1,183 @@
+//! Messages of a conversation.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// One message of a conversation: the JSON object a chat template sees.
+///
+/// Keys keep their order and unknown keys are kept, for templates see them.
+/// Known keys are `role`, `content` (text, `null`, or a list of parts), `tool_calls`, `tool_call_id`, `name` and
+/// `reasoning_content`.
+///
+/// ```
+/// use metal_candle::data::Message;
+///
+/// let message = Message::user("hello");
+/// assert_eq!(message.role(), "user");
+/// assert_eq!(message.text(), "hello");
+/// assert_eq!(serde_json::to_string(&message).unwrap(), r#"{"role":"user","content":"hello"}"#);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Map<String, Value>", into = "Map<String, Value>")]
+pub struct Message {
+    fields: Map<String, Value>,
+}
+
+impl Message {
+    /// A message of `role` with text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        let mut fields = Map::new();
+        fields.insert("role".into(), Value::String(role.into()));
+        fields.insert("content".into(), Value::String(content.into()));
+        Self { fields }
+    }
+
+    /// A message of the role `system`.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new("system", content)
+    }
+
+    /// A message of the role `user`.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new("user", content)
+    }
+
+    /// A message of the role `assistant`.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new("assistant", content)
+    }
+
+    /// A message of the role `tool`: what a tool answered.
+    pub fn tool(content: impl Into<String>) -> Self {
+        Self::new("tool", content)
+    }
+
+    /// The message with `key` set to `value`.
+    #[must_use]
+    pub fn with(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.fields.insert(key.into(), value.into());
+        self
+    }
+
+    /// The role.
+    pub fn role(&self) -> &str {
+        self.fields.get("role").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The value of `key`, if there is one.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.fields.get(key)
+    }
+
+    /// Takes `key` away and returns its value.
+    pub fn remove(&mut self, key: &str) -> Option<Value> {
+        self.fields.shift_remove(key)
+    }
+
+    /// The text: that of `content`, or of its text parts one after the other; empty where there is none.
+    pub fn text(&self) -> String {
+        match self.fields.get("content") {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Array(parts)) => parts.iter().filter_map(part_text).collect(),
+            _ => String::new(),
+        }
+    }
+
+    /// The tool calls; empty where there is none.
+    pub fn tool_calls(&self) -> &[Value] {
+        self.fields.get("tool_calls").and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    }
+
+    /// The message as models write it: text parts joined into one text, and the `arguments` of a tool call that are JSON in a
+    /// string turned into the object they hold.
+    ///
+    /// Templates write `arguments` by `tojson`, which would quote a string once more, and most expect text.
+    ///
+    /// # Errors
+    /// The `type` of a part that is not text.
+    pub fn normalized(mut self) -> Result<Self, String> {
+        if let Some(Value::Array(parts)) = self.fields.get("content") {
+            if let Some(part) = parts.iter().find(|part| part_text(part).is_none()) {
+                let kind = part.get("type").and_then(Value::as_str).unwrap_or("unknown");
+                return Err(format!("a content part of type `{kind}` is not supported, only `text` is"));
+            }
+            let text = self.text();
+            self.fields.insert("content".into(), Value::String(text));
+        }
+        if let Some(Value::Array(calls)) = self.fields.get_mut("tool_calls") {
+            calls.iter_mut().for_each(parse_arguments);
+        }
+        Ok(self)
+    }
+
+    /// All keys and values.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+}
+
+fn part_text(part: &Value) -> Option<&str> {
+    match part {
+        Value::String(text) => Some(text),
+        Value::Object(part) if part.get("type").is_none_or(|kind| kind == "text") => part.get("text")?.as_str(),
+        _ => None,
+    }
+}
+
+fn parse_arguments(call: &mut Value) {
+    let Some(call) = call.as_object_mut() else { return };
+    let arguments = match call.get_mut("function") {
+        Some(Value::Object(function)) => function.get_mut("arguments"),
+        _ => call.get_mut("arguments"),
+    };
+    if let Some(arguments) = arguments {
+        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
+        if let Some(parsed) = parsed.filter(Value::is_object) {
+            *arguments = parsed;
+        }
+    }
+}
+
+impl TryFrom<Map<String, Value>> for Message {
+    type Error = String;
+
+    fn try_from(fields: Map<String, Value>) -> Result<Self, String> {
+        match fields.get("role") {
+            Some(Value::String(_)) => {}
+            Some(other) => return Err(format!("`role` must be a string, found {}", kind(other))),
+            None => return Err("a message needs the key `role`".into()),
+        }
+        match fields.get("content") {
+            None | Some(Value::Null | Value::String(_)) => {}
+            Some(Value::Array(parts)) if parts.iter().all(|part| part.is_string() || part.is_object()) => {}
+            Some(Value::Array(_)) => return Err("`content` must hold strings or objects in its list".into()),
+            Some(other) => {
+                return Err(format!("`content` must be a string, null or a list of parts, found {}", kind(other)));
+            }
+        }
+        match fields.get("tool_calls") {
+            None | Some(Value::Null) => {}
+            Some(Value::Array(calls)) if calls.iter().all(Value::is_object) => {}
+            Some(other) => return Err(format!("`tool_calls` must be a list of objects, found {}", kind(other))),
+        }
+        Ok(Self { fields })
+    }
+}
+
+impl From<Message> for Map<String, Value> {
+    fn from(message: Message) -> Self {
+        message.fields
+    }
+}
+
+/// What a JSON value is, in words.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}

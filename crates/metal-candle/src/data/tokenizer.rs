@@ -1,0 +1,226 @@
+//! Tokenizers: text to token ids and back.
+
+use super::{ChatTemplate, StreamDecoder};
+use crate::error::{Error, Result};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A tokenizer read from `tokenizer.json`, with what a model folder says about it. Cloning is cheap.
+///
+/// Truncation and padding that the file asks for are not done.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    tokenizer: tokenizers::Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    pad_token: Option<String>,
+}
+
+/// Tokens and where in the text they come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoding {
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// First byte and byte past the last of each token in the text; equal for a token that is not in it.
+    pub offsets: Vec<(usize, usize)>,
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`. It knows no chat template and no end-of-text token.
+    ///
+    /// # Errors
+    /// The file cannot be read or is no tokenizer.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|e| Error::read(path, e))?;
+        Self::from_parts(path, &bytes, None, &Value::Null)
+    }
+
+    /// Reads the tokenizer of a model folder: `tokenizer.json`, and if they are there `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// There is no `tokenizer.json`, or a file is not valid.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|e| Error::read(&path, e))?;
+        let mut config = read_json_if_exists(&folder.join("special_tokens_map.json"))?.unwrap_or(Value::Null);
+        if let Some(Value::Object(known)) = read_json_if_exists(&folder.join("tokenizer_config.json"))? {
+            match &mut config {
+                Value::Object(config) => config.extend(known),
+                config => *config = Value::Object(known),
+            }
+        }
+        Self::from_parts(&path, &bytes, ChatTemplate::from_folder(folder)?, &config)
+    }
+
+    fn from_parts(path: &Path, bytes: &[u8], chat_template: Option<ChatTemplate>, config: &Value) -> Result<Self> {
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::format(path, e))?;
+        // a file made for training elsewhere may cut or pad every text
+        tokenizer.with_truncation(None).map_err(|e| Error::format(path, e))?;
+        tokenizer.with_padding(None);
+        let inner = Inner {
+            path: path.to_path_buf(),
+            tokenizer,
+            chat_template,
+            bos_token: special_token(config, "bos_token"),
+            eos_token: special_token(config, "eos_token"),
+            pad_token: special_token(config, "pad_token"),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The tokenizer with another chat template.
+    #[must_use]
+    pub fn with_chat_template(self, template: Option<ChatTemplate>) -> Self {
+        self.changed(|inner| inner.chat_template = template)
+    }
+
+    /// The tokenizer with another end-of-text token.
+    ///
+    /// # Errors
+    /// The vocabulary does not have the token.
+    pub fn with_eos_token(self, token: impl Into<String>) -> Result<Self> {
+        let token = token.into();
+        if self.token_to_id(&token).is_none() {
+            return Err(Error::argument("eos_token", format!("`{token}` is not in the vocabulary")));
+        }
+        Ok(self.changed(|inner| inner.eos_token = Some(token)))
+    }
+
+    fn changed(self, change: impl FnOnce(&mut Inner)) -> Self {
+        let mut inner = Arc::try_unwrap(self.inner).unwrap_or_else(|shared| Inner {
+            path: shared.path.clone(),
+            tokenizer: shared.tokenizer.clone(),
+            chat_template: shared.chat_template.clone(),
+            bos_token: shared.bos_token.clone(),
+            eos_token: shared.eos_token.clone(),
+            pad_token: shared.pad_token.clone(),
+        });
+        change(&mut inner);
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The tokens of `text`. With `add_special` those that the tokenizer puts around every text are added.
+    ///
+    /// # Errors
+    /// The tokenizer has no token for a part of the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.tokenizer.encode_fast(text, add_special).map_err(|e| self.encode_error(&e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of `text` with their places in it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoding> {
+        let encoding = self.inner.tokenizer.encode(text, add_special).map_err(|e| self.encode_error(&e))?;
+        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+    }
+
+    fn encode_error(&self, error: &tokenizers::Error) -> Error {
+        Error::format(&self.inner.path, format!("a text cannot be encoded: {error}"))
+    }
+
+    /// The text of `ids`. With `skip_special` special tokens leave no trace; ids outside the vocabulary never do.
+    ///
+    /// # Errors
+    /// The tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let text = self.inner.tokenizer.decode(ids, skip_special);
+        text.map_err(|e| Error::format(&self.inner.path, format!("tokens cannot be decoded: {e}")))
+    }
+
+    /// A decoder that takes one token at a time.
+    pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
+        StreamDecoder::new(self.clone(), skip_special)
+    }
+
+    /// The id of a token.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.tokenizer.token_to_id(token)
+    }
+
+    /// The token of an id, as the vocabulary spells it.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.tokenizer.id_to_token(id)
+    }
+
+    /// Whether the token is special: a mark such as `<|im_end|>`, not text.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.tokenizer.get_added_vocabulary();
+        added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
+    }
+
+    /// The special tokens, longest first.
+    pub(super) fn special_tokens(&self) -> Vec<String> {
+        let added = self.inner.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let special = added.values().filter(|token| token.special).map(|token| token.content.clone());
+        let mut tokens: Vec<String> = special.filter(|token| !token.is_empty()).collect();
+        tokens.sort_by_key(|token| std::cmp::Reverse(token.len()));
+        tokens
+    }
+
+    /// The number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.tokenizer.get_vocab_size(true)
+    }
+
+    /// The chat template, if there is one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.inner.chat_template.as_ref()
+    }
+
+    /// The token that begins a text, if there is one.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.inner.bos_token.as_deref()
+    }
+
+    /// The token that ends a text, if there is one.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.inner.eos_token.as_deref()
+    }
+
+    /// The token that fills rows up elsewhere, if there is one. Nothing is padded here.
+    pub fn pad_token(&self) -> Option<&str> {
+        self.inner.pad_token.as_deref()
+    }
+
+    /// The id of [`Tokenizer::eos_token`].
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.token_to_id(self.eos_token()?)
+    }
+
+    /// The `tokenizers` crate's form.
+    pub fn raw(&self) -> &tokenizers::Tokenizer {
+        &self.inner.tokenizer
+    }
+}
+
+/// The text of a special token: a string, or an object with `content`.
+pub(super) fn token_text(token: &Value) -> Option<String> {
+    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_string)
+}
+
+pub(super) fn special_token(config: &Value, name: &str) -> Option<String> {
+    config.get(name).and_then(token_text)
+}
+
+/// A parsed JSON file, or `None` if there is none.
+pub(super) fn read_json_if_exists(path: &Path) -> Result<Option<Value>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::format(path, e)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::read(path, error)),
+    }
+}
