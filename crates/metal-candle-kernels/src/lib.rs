@@ -1,6 +1,27 @@
 //! CPU kernels of metal-candle: plain slices in, slices out.
+//!
+//! Each kernel is compiled for the baseline, AVX2 + FMA and AVX-512, and the best one the machine has is
+//! taken at run time ([`isa`]). Work is shared out in pieces whose size depends on the problem alone, so results do
+//! not depend on the number of threads. All `unsafe` code of the workspace lives in this crate.
 
+mod attention;
+mod cross_entropy;
+mod elementwise;
 mod file;
+mod gemm;
+mod isa;
+mod math;
+mod norm;
+mod optimizer;
+mod parallel;
 pub mod sampling;
 
+pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention_backward};
+pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
+pub use elementwise::{add_bias, add_scaled, column_sums, dropout, rotary, swiglu, swiglu_backward};
 pub use file::{MappedFile, map_file};
+pub use gemm::{Matrix, gemm, linear};
+pub use isa::{Isa, isa};
+pub use math::{Element, narrow, widen};
+pub use norm::{rms_norm, rms_norm_backward};
+pub use optimizer::{AdamWStep, adamw, sum_of_squares};

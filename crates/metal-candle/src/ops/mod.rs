@@ -1,5 +1,22 @@
 //! Differentiable operations: the only place that knows backends and gradients.
+//!
+//! Each operation has a forward and a hand-written backward pass side by side. On the CPU they run the kernels of
+//! `metal-candle-kernels`; elsewhere, and as the reference in tests, candle's own operations on detached tensors.
 
+pub(crate) mod attention;
+pub(crate) mod head;
+mod host;
+pub(crate) mod linear;
 mod low_rank;
+pub(crate) mod rms_norm;
+pub(crate) mod rotary;
+pub(crate) mod swiglu;
+#[cfg(test)]
+mod tests;
 
 pub use low_rank::{LowRank, LowRankTerms};
+
+/// The size of a tensor, in bytes.
+pub(crate) fn num_bytes(tensor: &candle_core::Tensor) -> usize {
+    tensor.elem_count() * tensor.dtype().size_in_bytes()
+}

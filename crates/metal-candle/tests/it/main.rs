@@ -14,6 +14,7 @@ mod data_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
 mod inference_sampling;
+mod decoder;
 mod loader_config;
 mod loader_files;
 mod loader_model;

@@ -1,0 +1,146 @@
+//! Kernels that touch each element once: activation, rotary embedding, bias, dropout.
+
+use crate::isa::{Arithmetic, dispatch};
+use crate::math::sigmoid;
+use crate::parallel::{Shared, for_each, rows_per_task};
+
+/// Elements that one task handles.
+const CHUNK: usize = 32 * 1024;
+
+/// Runs `task(start, end)` over `0..len` in chunks.
+fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
+    for_each(len.div_ceil(CHUNK), 4 * len, |i| task(i * CHUNK, len.min((i + 1) * CHUNK)));
+}
+
+/// `y = silu(gate) * up` with `silu(x) = x / (1 + e^-x)` (<https://arxiv.org/abs/2002.05202>).
+pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    let shared = Shared::new(y);
+    chunks(gate.len().min(up.len()), |start, end| {
+        // SAFETY: chunks are disjoint.
+        let y = unsafe { shared.part(start, end - start) };
+        swiglu_chunk(&gate[start..end], &up[start..end], y);
+    });
+}
+
+dispatch! {
+    fn swiglu_chunk(gate: &[f32], up: &[f32], y: &mut [f32]) = swiglu_chunk_body
+}
+
+#[inline(always)]
+fn swiglu_chunk_body<A: Arithmetic>(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((g, u), y) in gate.iter().zip(up).zip(y) {
+        *y = g * sigmoid::<A>(*g) * u;
+    }
+}
+
+/// The gradients of [`swiglu`] with respect to `gate` and `up`, from `dy`.
+pub fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+    let (shared_gate, shared_up) = (Shared::new(d_gate), Shared::new(d_up));
+    chunks(gate.len().min(up.len()).min(dy.len()), |start, end| {
+        // SAFETY: chunks are disjoint.
+        let (d_gate, d_up) = unsafe { (shared_gate.part(start, end - start), shared_up.part(start, end - start)) };
+        swiglu_backward_chunk(&gate[start..end], &up[start..end], &dy[start..end], d_gate, d_up);
+    });
+}
+
+dispatch! {
+    fn swiglu_backward_chunk(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
+}
+
+#[inline(always)]
+fn swiglu_backward_chunk_body<A: Arithmetic>(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+    for i in 0..gate.len() {
+        let s = sigmoid::<A>(gate[i]);
+        d_up[i] = dy[i] * gate[i] * s;
+        d_gate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+    }
+}
+
+/// Rotates pairs `(i, i + head_dim / 2)` of each head in place (<https://arxiv.org/abs/2104.09864>, section 3.4).
+///
+/// `x: [tokens, heads, head_dim]`, `cos` and `sin`: `[tokens, head_dim / 2]`. With `inverse` it rotates back, which is the gradient.
+pub fn rotary(x: &mut [f32], (heads, head_dim): (usize, usize), cos: &[f32], sin: &[f32], inverse: bool) {
+    let half = head_dim / 2;
+    let width = heads * head_dim;
+    if width == 0 {
+        return;
+    }
+    let tokens = x.len() / width;
+    let rows = rows_per_task(width);
+    let shared = Shared::new(x);
+    for_each(tokens.div_ceil(rows), tokens * width, |task| {
+        for token in task * rows..tokens.min((task + 1) * rows) {
+            // SAFETY: tokens are disjoint.
+            let x = unsafe { shared.part(token * width, width) };
+            rotate_token(x, &cos[token * half..][..half], &sin[token * half..][..half], inverse);
+        }
+    });
+}
+
+dispatch! {
+    fn rotate_token(x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) = rotate_token_body
+}
+
+#[inline(always)]
+fn rotate_token_body<A: Arithmetic>(x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) {
+    let half = cos.len();
+    let sign = if inverse { -1.0 } else { 1.0 };
+    for head in x.chunks_exact_mut(2 * half) {
+        let (first, second) = head.split_at_mut(half);
+        for i in 0..half {
+            let (a, b, s) = (first[i], second[i], sign * sin[i]);
+            first[i] = A::mul_add(a, cos[i], -(b * s));
+            second[i] = A::mul_add(b, cos[i], a * s);
+        }
+    }
+}
+
+/// Adds `bias` to each row of `x: [rows, bias.len()]`.
+pub fn add_bias(x: &mut [f32], bias: &[f32]) {
+    for row in x.chunks_exact_mut(bias.len().max(1)) {
+        for (x, b) in row.iter_mut().zip(bias) {
+            *x += b;
+        }
+    }
+}
+
+/// `y += scale * x`.
+pub fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += scale * x;
+    }
+}
+
+/// The sum of each column of `x: [rows, width]` is added to `sums`.
+pub fn column_sums(x: &[f32], sums: &mut [f32]) {
+    for row in x.chunks_exact(sums.len().max(1)) {
+        for (sum, x) in sums.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
+}
+
+/// Inverted dropout: element `i` of `x` becomes 0 with probability `p`, else is divided by `1 - p`.
+///
+/// Whether it is kept follows from `seed` and `i` alone (the finalizer of `SplitMix64`), so the backward pass repeats the choice.
+pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
+    let threshold = (f64::from(p) * 2f64.powi(32)) as u64;
+    let scale = 1.0 / (1.0 - p);
+    let shared = Shared::new(y);
+    chunks(x.len(), |start, end| {
+        // SAFETY: chunks are disjoint.
+        let y = unsafe { shared.part(start, end - start) };
+        for (i, (y, x)) in y.iter_mut().zip(&x[start..end]).enumerate() {
+            let kept = mix(seed ^ mix((start + i) as u64)) >> 32 >= threshold;
+            *y = if kept { x * scale } else { 0.0 };
+        }
+    });
+}
+
+/// The output function of `SplitMix64` (<https://doi.org/10.1145/2714064.2660195>).
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

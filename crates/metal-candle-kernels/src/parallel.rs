@@ -1,0 +1,48 @@
+//! Sharing out work.
+
+use rayon::prelude::*;
+
+/// A pointer that tasks may share; each must keep to its own part of what it points to.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(*mut T);
+
+// SAFETY: the tasks that share it write to disjoint parts, as each use states.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    pub(crate) fn pointer(self) -> *mut T {
+        self.0
+    }
+
+    /// The part of the slice from `start` on, `len` long.
+    ///
+    /// # Safety
+    /// The part lies within the slice, no other task touches it meanwhile, and the slice outlives it.
+    pub(crate) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+/// Least work, in elements touched, that is worth another thread.
+const MIN_WORK: usize = 16 * 1024;
+
+/// Runs `task` for each of `0..count`, on all threads if `work` elements are enough for that.
+pub(crate) fn for_each(count: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
+    if count <= 1 || work < MIN_WORK || rayon::current_num_threads() == 1 {
+        (0..count).for_each(task);
+    } else {
+        (0..count).into_par_iter().for_each(task);
+    }
+}
+
+/// Rows handed to a task at a time, so that a task touches some ten thousand elements.
+pub(crate) fn rows_per_task(row: usize) -> usize {
+    (MIN_WORK / row.max(1)).max(1)
+}

@@ -1,0 +1,207 @@
+//! Causal attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
+
+use super::host::{Host, on_cpu, tensor};
+use crate::error::Result;
+use candle_core::{D, DType, Device, Tensor};
+use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Span};
+
+/// What the backward pass needs of the forward pass.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    /// The result: `[tokens, heads * head_dim]`.
+    pub(crate) out: Tensor,
+    /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; CPU only.
+    log_sums: Option<Tensor>,
+}
+
+impl Saved {
+    /// Bytes kept for the backward pass.
+    pub(crate) fn num_bytes(&self) -> usize {
+        super::num_bytes(&self.out) + self.log_sums.as_ref().map_or(0, super::num_bytes)
+    }
+}
+
+/// Attention of each sequence `offsets[i]..offsets[i + 1]` over itself.
+///
+/// # Shapes
+/// `q: [tokens, heads * head_dim]`, `k` and `v`: `[tokens, kv_heads * head_dim]`, result as `q`.
+pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<Saved> {
+    if !on_cpu(q) {
+        return Ok(Saved { out: plain_forward(shape, q, k, v, offsets)?, log_sums: None });
+    }
+    let kv_width = shape.kv_heads * shape.head_dim;
+    let span = |w: &[usize]| Span {
+        query_start: w[0],
+        num_queries: w[1] - w[0],
+        key_start: w[0] * kv_width,
+        num_keys: w[1] - w[0],
+    };
+    let spans: Vec<Span> = offsets.windows(2).map(span).collect();
+    let (keys, values, queries) = (Host::new(k)?, Host::new(v)?, Host::new(q)?);
+    let kv = KeyValues {
+        keys: keys.matrix()?,
+        values: values.matrix()?,
+        token_stride: kv_width,
+        head_stride: shape.head_dim,
+    };
+    let tokens = q.dim(0)?;
+    let (mut out, mut log_sums) = (vec![0.0; q.elem_count()], vec![0.0; tokens * shape.heads]);
+    kernels::attention(shape, &spans, queries.f32()?, kv, &mut out, Some(&mut log_sums));
+    Ok(Saved { out: tensor(out, q.shape())?, log_sums: Some(tensor(log_sums, (tokens, shape.heads))?) })
+}
+
+/// Attention of new queries over cached keys and values, which already hold the new tokens.
+///
+/// # Shapes
+/// `q: [tokens, heads * head_dim]`; `keys` and `values`: `[slots, kv_heads, max_seq_len, head_dim]`. Sequence `i` is
+/// `offsets[i]..offsets[i + 1]` and sees the first `lengths[i]` tokens of slot `slots[i]`.
+pub(crate) fn with_cache(
+    shape: AttentionShape,
+    q: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    offsets: &[usize],
+    slots: &[usize],
+    lengths: &[usize],
+) -> Result<Tensor> {
+    if !on_cpu(q) {
+        return plain_with_cache(shape, q, (keys, values), offsets, slots, lengths);
+    }
+    let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
+    let spans: Vec<Span> = offsets
+        .windows(2)
+        .zip(slots.iter().zip(lengths))
+        .map(|(w, (slot, length))| Span {
+            query_start: w[0],
+            num_queries: w[1] - w[0],
+            key_start: slot * kv_heads * max_seq_len * head_dim,
+            num_keys: *length,
+        })
+        .collect();
+    let (keys, values, queries) = (Host::new(keys)?, Host::new(values)?, Host::new(q)?);
+    let kv = KeyValues {
+        keys: keys.matrix()?,
+        values: values.matrix()?,
+        token_stride: head_dim,
+        head_stride: max_seq_len * head_dim,
+    };
+    let mut out = vec![0.0; q.elem_count()];
+    kernels::attention(shape, &spans, queries.f32()?, kv, &mut out, None);
+    tensor(out, q.shape())
+}
+
+/// The gradients with respect to q, k and v.
+pub(crate) fn backward(
+    shape: AttentionShape,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    saved: &Saved,
+    offsets: &[usize],
+    d_out: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let Some(log_sums) = &saved.log_sums else {
+        return plain_backward(shape, (q, k, v), offsets, d_out);
+    };
+    let (mut dq, mut dk, mut dv) = (vec![0.0; q.elem_count()], vec![0.0; k.elem_count()], vec![0.0; v.elem_count()]);
+    {
+        let (q, k, v) = (Host::new(q)?, Host::new(k)?, Host::new(v)?);
+        let (out, log_sums) = (Host::new(&saved.out)?, Host::new(log_sums)?);
+        let saved =
+            kernels::Saved { q: q.f32()?, k: k.f32()?, v: v.f32()?, out: out.f32()?, log_sums: log_sums.f32()? };
+        let d_out = Host::new(d_out)?;
+        kernels::attention_backward(shape, offsets, saved, d_out.f32()?, (&mut dq, &mut dk, &mut dv));
+    }
+    Ok((tensor(dq, q.shape())?, tensor(dk, k.shape())?, tensor(dv, v.shape())?))
+}
+
+/// `[tokens, heads * head_dim]` of one sequence as `[kv_heads, group * tokens, head_dim]`.
+fn split_heads(x: &Tensor, kv_heads: usize, head_dim: usize) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    let group = width / kv_heads / head_dim;
+    let x = x.reshape((tokens, kv_heads, group, head_dim))?.permute((1, 2, 0, 3))?;
+    Ok(x.contiguous()?.reshape((kv_heads, group * tokens, head_dim))?)
+}
+
+/// The inverse of [`split_heads`].
+fn merge_heads(x: &Tensor, tokens: usize) -> Result<Tensor> {
+    let (kv_heads, rows, head_dim) = x.dims3()?;
+    let group = rows / tokens;
+    let x = x.reshape((kv_heads, group, tokens, head_dim))?.permute((2, 0, 1, 3))?;
+    Ok(x.contiguous()?.reshape((tokens, kv_heads * group * head_dim))?)
+}
+
+/// `softmax(scale Q K^T)` with later keys hidden, f32: `[kv_heads, group * queries, keys]`.
+fn probabilities(scale: f32, q: &Tensor, k: &Tensor, queries: usize) -> Result<Tensor> {
+    let keys = k.dim(1)?;
+    let scores = q.matmul(&k.t()?)?.to_dtype(DType::F32)?.affine(f64::from(scale), 0.0)?;
+    let scores = if queries > 1 {
+        let (kv_heads, rows, _) = scores.dims3()?;
+        let scores = scores.reshape((kv_heads, rows / queries, queries, keys))?;
+        let mask = causal_mask(queries, keys, q.device())?;
+        scores.broadcast_add(&mask)?.reshape((kv_heads, rows, keys))?
+    } else {
+        scores
+    };
+    Ok(candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?)
+}
+
+/// 0 where query `i` of the last `queries` sees the key, else a large negative number: `[queries, keys]`.
+fn causal_mask(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let hidden = |i: usize, j: usize| if j + queries > i + keys { -1e30 } else { 0.0 };
+    let mask: Vec<f32> = (0..queries).flat_map(|i| (0..keys).map(move |j| hidden(i, j))).collect();
+    Ok(Tensor::from_vec(mask, (queries, keys), device)?)
+}
+
+/// One sequence at a time in candle's operations.
+pub(crate) fn plain_forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+    let mut parts = Vec::new();
+    for w in offsets.windows(2) {
+        let n = w[1] - w[0];
+        let part = |x: &Tensor| split_heads(&x.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim);
+        let p = probabilities(shape.scale, &part(q)?, &part(k)?, n)?.to_dtype(v.dtype())?;
+        parts.push(merge_heads(&p.matmul(&part(v)?)?, n)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+fn plain_with_cache(
+    shape: AttentionShape,
+    q: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    offsets: &[usize],
+    slots: &[usize],
+    lengths: &[usize],
+) -> Result<Tensor> {
+    let mut parts = Vec::new();
+    for (w, (slot, length)) in offsets.windows(2).zip(slots.iter().zip(lengths)) {
+        let n = w[1] - w[0];
+        let q = split_heads(&q.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim)?;
+        // force_contiguous: a view with an offset is not safe in every kernel
+        let cached = |x: &Tensor| x.get(*slot)?.narrow(1, 0, *length)?.force_contiguous()?.to_dtype(q.dtype());
+        let p = probabilities(shape.scale, &q, &cached(keys)?, n)?.to_dtype(q.dtype())?;
+        parts.push(merge_heads(&p.matmul(&cached(values)?)?, n)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+/// The gradients, one sequence at a time in candle's operations; probabilities are computed anew.
+pub(crate) fn plain_backward(
+    shape: AttentionShape,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    offsets: &[usize],
+    d_out: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let (mut dqs, mut dks, mut dvs) = (Vec::new(), Vec::new(), Vec::new());
+    for w in offsets.windows(2) {
+        let n = w[1] - w[0];
+        let part = |x: &Tensor| split_heads(&x.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim);
+        let (q, k, v, d_out) = (part(q)?, part(k)?, part(v)?, part(d_out)?);
+        let p = probabilities(shape.scale, &q, &k, n)?;
+        let dp = d_out.matmul(&v.t()?)?.to_dtype(DType::F32)?;
+        let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
+        let ds = (dp.broadcast_sub(&delta)? * &p)?.affine(f64::from(shape.scale), 0.0)?.to_dtype(q.dtype())?;
+        let p = p.to_dtype(q.dtype())?;
+        dqs.push(merge_heads(&ds.matmul(&k)?, n)?);
+        dks.push(merge_heads(&ds.t()?.contiguous()?.matmul(&q)?, n)?);
+        dvs.push(merge_heads(&p.t()?.contiguous()?.matmul(&d_out)?, n)?);
+    }
+    Ok((Tensor::cat(&dqs, 0)?, Tensor::cat(&dks, 0)?, Tensor::cat(&dvs, 0)?))
+}

@@ -1,0 +1,75 @@
+//! CPU tensors as slices.
+
+use crate::error::{Error, Result};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use metal_candle_kernels::Matrix;
+
+/// A contiguous CPU tensor whose elements can be read as a slice.
+pub(crate) struct Host<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Host<'a> {
+    pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Err(Error::Unsupported(format!("a tensor with strides {:?} as a slice", layout.stride())));
+        };
+        Ok(Self { storage, start, end })
+    }
+
+    /// The elements of an f32 tensor.
+    pub(crate) fn f32(&self) -> Result<&[f32]> {
+        match self.matrix()? {
+            Matrix::F32(values) => Ok(values),
+            Matrix::F16(_) | Matrix::BF16(_) => Err(Error::Unsupported("half-precision activations on the CPU".into())),
+        }
+    }
+
+    /// The elements of an f32, f16 or bf16 tensor.
+    pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
+        let range = self.start..self.end;
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => Ok(Matrix::F32(&values[range])),
+            Storage::Cpu(CpuStorage::F16(values)) => Ok(Matrix::F16(&values[range])),
+            Storage::Cpu(CpuStorage::BF16(values)) => Ok(Matrix::BF16(&values[range])),
+            other => Err(Error::Unsupported(format!("a CPU kernel on {:?}", other.dtype()))),
+        }
+    }
+}
+
+/// A CPU tensor of these elements.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
+}
+
+/// Whether the kernels of this crate's own run on it, rather than candle's.
+pub(crate) fn on_cpu(tensor: &Tensor) -> bool {
+    tensor.device().is_cpu() && tensor.dtype() == DType::F32
+}
+
+/// `x` with its elements changed in place; nothing else may share its storage.
+pub(crate) fn edit(x: Tensor, change: impl Fn(&mut [f32])) -> Result<Tensor> {
+    x.inplace_op1(&Edit(change))?;
+    Ok(x)
+}
+
+struct Edit<F>(F);
+
+impl<F: Fn(&mut [f32])> InplaceOp1 for Edit<F> {
+    fn name(&self) -> &'static str {
+        "edit"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        match (storage, layout.contiguous_offsets()) {
+            (CpuStorage::F32(values), Some((start, end))) => {
+                (self.0)(&mut values[start..end]);
+                Ok(())
+            }
+            _ => candle_core::bail!("only contiguous f32 tensors are changed in place"),
+        }
+    }
+}

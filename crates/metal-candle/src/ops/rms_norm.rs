@@ -1,0 +1,68 @@
+//! RMSNorm (<https://arxiv.org/abs/1910.07467>): `y = x / sqrt(mean(x^2) + eps) * w`.
+
+use super::host::{Host, edit, on_cpu, tensor};
+use super::linear::column_sums;
+use crate::error::Result;
+use candle_core::{D, DType, Tensor};
+use metal_candle_kernels as kernels;
+use std::cell::RefCell;
+
+/// The weight of a norm and its epsilon.
+#[derive(Debug, Clone)]
+pub(crate) struct RmsNorm {
+    /// `[hidden]`, f32 on the CPU.
+    pub(crate) weight: Tensor,
+    pub(crate) eps: f64,
+}
+
+impl RmsNorm {
+    /// # Shapes
+    /// `x: [tokens, hidden]`, result the same.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !on_cpu(x) {
+            return self.plain_forward(x);
+        }
+        let mut y = vec![0.0; x.elem_count()];
+        kernels::rms_norm(Host::new(x)?.f32()?, Host::new(&self.weight)?.f32()?, self.eps as f32, &mut y);
+        tensor(y, x.shape())
+    }
+
+    /// `dx`, in place, plus the gradient with respect to `x`, and that with respect to the weight if wanted.
+    pub(crate) fn backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+        if !on_cpu(x) {
+            return self.plain_backward(x, dy, &dx, weight);
+        }
+        let (x, w, dy) = (Host::new(x)?, Host::new(&self.weight)?, Host::new(dy)?);
+        let (x, w, dy) = (x.f32()?, w.f32()?, dy.f32()?);
+        let dw = RefCell::new(weight.then(|| vec![0.0; w.len()]));
+        let dx = edit(dx, |dx| {
+            kernels::rms_norm_backward(x, w, self.eps as f32, dy, dx, dw.borrow_mut().as_deref_mut());
+        })?;
+        let dw = dw.into_inner().map(|dw| tensor(dw, self.weight.shape())).transpose()?;
+        Ok((dx, dw))
+    }
+
+    /// The forward pass in candle's operations, f32 inside.
+    pub(crate) fn plain_forward(&self, x: &Tensor) -> Result<Tensor> {
+        let normalized = self.normalized(x)?.0;
+        Ok(normalized.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?)
+    }
+
+    /// `x / rms(x)` and `1 / rms(x)`, f32.
+    fn normalized(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let x = x.to_dtype(DType::F32)?;
+        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?;
+        Ok((x.broadcast_mul(&scale)?, scale))
+    }
+
+    /// The backward pass in candle's operations, f32 inside.
+    pub(crate) fn plain_backward(&self, x: &Tensor, dy: &Tensor, dx: &Tensor, weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+        let (normalized, scale) = self.normalized(x)?;
+        let dy = dy.to_dtype(DType::F32)?;
+        let weighted = dy.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?;
+        let mean = (&weighted * &normalized)?.mean_keepdim(D::Minus1)?;
+        let through = (weighted - normalized.broadcast_mul(&mean)?)?.broadcast_mul(&scale)?;
+        let dw = if weight { Some(column_sums(&(dy * normalized)?)?) } else { None };
+        Ok(((dx + through.to_dtype(dx.dtype())?)?, dw))
+    }
+}
