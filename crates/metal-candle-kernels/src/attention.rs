@@ -83,7 +83,14 @@ struct Task {
 ///
 /// # Panics
 /// A span reaches outside an operand.
-pub fn attention(shape: AttentionShape, spans: &[Span], q: &[f32], kv: KeyValues, out: &mut [f32], log_sums: Option<&mut [f32]>) {
+pub fn attention(
+    shape: AttentionShape,
+    spans: &[Span],
+    q: &[f32],
+    kv: KeyValues,
+    out: &mut [f32],
+    log_sums: Option<&mut [f32]>,
+) {
     let group = shape.heads / shape.kv_heads;
     let mut tasks = Vec::new();
     let mut work = 0;
@@ -91,11 +98,21 @@ pub fn attention(shape: AttentionShape, spans: &[Span], q: &[f32], kv: KeyValues
         check(shape, span, q.len().min(out.len()), kv);
         work += span.num_queries * span.num_keys * shape.heads * shape.head_dim / 8;
         if span.num_queries == 1 {
-            tasks.extend((0..shape.kv_heads).map(|kv_head| Task { span, head: kv_head * group, heads: group, query: 0, queries: 1 }));
+            tasks.extend((0..shape.kv_heads).map(|kv_head| Task {
+                span,
+                head: kv_head * group,
+                heads: group,
+                query: 0,
+                queries: 1,
+            }));
         } else {
             for head in 0..shape.heads {
-                tasks.extend((0..span.num_queries).step_by(QUERY_BLOCK).map(|query| {
-                    Task { span, head, heads: 1, query, queries: QUERY_BLOCK.min(span.num_queries - query) }
+                tasks.extend((0..span.num_queries).step_by(QUERY_BLOCK).map(|query| Task {
+                    span,
+                    head,
+                    heads: 1,
+                    query,
+                    queries: QUERY_BLOCK.min(span.num_queries - query),
                 }));
             }
         }
@@ -122,7 +139,14 @@ fn check(shape: AttentionShape, span: Span, len: usize, kv: KeyValues) {
 }
 
 /// A block of keys or values as f32: the slice itself or its widened copy, and the distance of its rows.
-fn block<'a>(from: Matrix<'a>, start: usize, rows: usize, stride: usize, width: usize, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
+fn block<'a>(
+    from: Matrix<'a>,
+    start: usize,
+    rows: usize,
+    stride: usize,
+    width: usize,
+    copy: &'a mut Vec<f32>,
+) -> (&'a [f32], usize) {
     fn fill<T: Element>(from: &[T], rows: usize, stride: usize, width: usize, copy: &mut Vec<f32>) {
         copy.resize(copy.len().max(rows * width), 0.0);
         for row in 0..rows {
@@ -172,7 +196,16 @@ fn forward_block(
         let shape_in = (rows, count, d);
         // SAFETY: the scratch belongs to this thread and is large enough.
         unsafe {
-            serial_gemm(shape_in, shape.scale, q, (row_stride, 1), keys, (1, key_stride), 0.0, (scores.as_mut_ptr(), count));
+            serial_gemm(
+                shape_in,
+                shape.scale,
+                q,
+                (row_stride, 1),
+                keys,
+                (1, key_stride),
+                0.0,
+                (scores.as_mut_ptr(), count),
+            );
         }
         for row in 0..rows {
             let query = if task.heads > 1 { 0 } else { row };
@@ -208,7 +241,13 @@ dispatch! {
 }
 
 #[inline(always)]
-fn accumulate_row_body<A: Arithmetic>(scores: &mut [f32], visible: usize, maximum: &mut f32, total: &mut f32, products: &mut [f32]) {
+fn accumulate_row_body<A: Arithmetic>(
+    scores: &mut [f32],
+    visible: usize,
+    maximum: &mut f32,
+    total: &mut f32,
+    products: &mut [f32],
+) {
     let (seen, hidden) = scores.split_at_mut(visible);
     hidden.fill(0.0);
     if seen.is_empty() {
@@ -298,7 +337,9 @@ fn backward_head(
             let q_at = query * q_stride + head * d;
             let (q, d_out) = (&saved.q[q_at..], &d_out[q_at..]);
             deltas.clear();
-            deltas.extend((0..queries).map(|i| plain_dot(&d_out[i * q_stride..][..d], &saved.out[q_at + i * q_stride..][..d])));
+            deltas.extend(
+                (0..queries).map(|i| plain_dot(&d_out[i * q_stride..][..d], &saved.out[q_at + i * q_stride..][..d])),
+            );
             for key in (begin..query + queries).step_by(KEY_BLOCK) {
                 let keys = KEY_BLOCK.min(query + queries - key);
                 let k_at = key * kv_stride + kv_head * d;
@@ -336,7 +377,14 @@ dispatch! {
 }
 
 #[inline(always)]
-fn score_gradient_body<A: Arithmetic>(p: &mut [f32], ds: &mut [f32], visible: usize, log_sum: f32, delta: f32, scale: f32) {
+fn score_gradient_body<A: Arithmetic>(
+    p: &mut [f32],
+    ds: &mut [f32],
+    visible: usize,
+    log_sum: f32,
+    delta: f32,
+    scale: f32,
+) {
     p[visible..].fill(0.0);
     ds[visible..].fill(0.0);
     for i in 0..visible {

@@ -48,7 +48,13 @@ dispatch! {
 }
 
 #[inline(always)]
-fn swiglu_backward_chunk_body<A: Arithmetic>(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+fn swiglu_backward_chunk_body<A: Arithmetic>(
+    gate: &[f32],
+    up: &[f32],
+    dy: &[f32],
+    d_gate: &mut [f32],
+    d_up: &mut [f32],
+) {
     for i in 0..gate.len() {
         let s = sigmoid::<A>(gate[i]);
         d_up[i] = dy[i] * gate[i] * s;

@@ -1,26 +1,40 @@
 //! The decoder: one description-driven stack of blocks for all families.
 
+use super::block::{Block, Context, MODULES};
 use super::{Batch, KVCache, ModelConfig, families};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::LowRankTerms;
+use crate::ops::linear::Linear;
+use crate::ops::rms_norm::RmsNorm;
+use crate::ops::rotary::{RotaryTable, Rotation};
+use crate::ops::{LowRankTerms, head};
 use candle_core::{DType, Tensor};
+use metal_candle_kernels::AttentionShape;
 use std::collections::HashMap;
 use std::sync::Arc;
+
+/// Linear layers of a block.
+pub(super) const NUM_LINEARS: usize = 7;
 
 /// A model: immutable, shared weights. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Model {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
+pub(super) struct Inner {
     config: ModelConfig,
     device: Device,
     dtype: DType,
     linears: Vec<LinearInfo>,
     parameters: Vec<(String, Tensor)>,
+    pub(super) embedding: Tensor,
+    pub(super) blocks: Vec<Block>,
+    pub(super) norm: RmsNorm,
+    /// The head's weight; the embedding itself where it is tied.
+    pub(super) head: Tensor,
+    rotary: RotaryTable,
 }
 
 /// A linear layer of a model, known to adapters by its number.
@@ -49,49 +63,55 @@ pub enum Rows<'a> {
     Of(&'a [usize]),
 }
 
-/// What each token of a batch should be followed by.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Targets {
-    /// The wanted next token of each token: `[tokens]`. Ignored where the weight is 0.
-    pub ids: Vec<u32>,
-    /// The weight of each token's loss: `[tokens]`, 0 where it is masked.
-    pub weights: Vec<f32>,
-}
-
-/// What gradients are wanted for; everything else is frozen.
-#[derive(Debug, Clone, Copy)]
-pub enum Trainable<'a> {
-    /// The low-rank terms, which also take part in the forward pass.
-    LowRank(&'a LowRankTerms),
-    /// Every parameter of the model.
-    All,
-}
-
-/// The loss of each token.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Losses {
-    /// Weight times cross-entropy in nats of each token: `[tokens]`, 0 where it is masked.
-    pub rows: Vec<f32>,
-}
-
-/// The gradients of `grad_scale * sum(losses.rows)`, f32, and nothing for frozen tensors.
-#[derive(Debug, Clone)]
-pub struct Gradients {
-    /// For [`Trainable::LowRank`] `2 n` holds the gradient of A and `2 n + 1` that of B of linear `n`;
-    /// for [`Trainable::All`] entry `i` that of `model.parameters()[i]`.
-    pub tensors: Vec<Option<Tensor>>,
-    /// Bytes kept between the forward and the backward pass.
-    pub saved_bytes: usize,
-}
-
 impl Model {
-    /// A model of these tensors, named as in a checkpoint of the family.
+    /// A model of these tensors, named as in a checkpoint of the family; all of one dtype and on `device`.
     ///
     /// # Errors
     /// All missing, unexpected and misshaped tensors, in one error.
-    pub fn from_tensors(config: ModelConfig, tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
-        let _ = (config, tensors, device);
-        Err(Error::Unsupported("from_tensors".into()))
+    pub fn from_tensors(config: ModelConfig, mut tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
+        let parameters = take_parameters(&config, &mut tensors)?;
+        let dtype = parameters.first().map_or(DType::F32, |(_, tensor)| tensor.dtype());
+        // norms and biases are small and only f32 is fast with f32 activations
+        let small = |tensor: &Tensor| if device.is_cpu() { tensor.to_dtype(DType::F32) } else { Ok(tensor.clone()) };
+        let by_name: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let find = |name: &str| {
+            by_name.get(name).copied().ok_or_else(|| Error::argument("tensors", format!("`{name}` is missing")))
+        };
+        let norm =
+            |name: &str| -> Result<RmsNorm> { Ok(RmsNorm { weight: small(find(name)?)?, eps: config.rms_norm_eps }) };
+        let shape = AttentionShape {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: (1.0 / (config.head_dim as f64).sqrt()) as f32,
+        };
+        let (mut linears, mut blocks) = (Vec::new(), Vec::new());
+        for layer in 0..config.num_hidden_layers {
+            let mut weights = Vec::with_capacity(NUM_LINEARS);
+            for (place, module) in MODULES.into_iter().enumerate() {
+                let room = if place < 4 { "self_attn" } else { "mlp" };
+                let path = format!("model.layers.{layer}.{room}.{module}");
+                let weight = find(&format!("{path}.weight"))?.clone();
+                let bias = by_name.get(format!("{path}.bias").as_str()).map(|bias| small(bias)).transpose()?;
+                let (out_features, in_features) = weight.dims2()?;
+                linears.push(LinearInfo { path, layer, module, in_features, out_features });
+                weights.push(Linear { weight, bias });
+            }
+            blocks.push(Block {
+                layer,
+                input_layernorm: norm(&format!("model.layers.{layer}.input_layernorm.weight"))?,
+                post_attention_layernorm: norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"))?,
+                linears: weights,
+                shape,
+            });
+        }
+        let embedding = find("model.embed_tokens.weight")?.clone();
+        let head = if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.clone() };
+        let norm = norm("model.norm.weight")?;
+        let rotary = RotaryTable::new(config.head_dim, config.rope_theta);
+        drop(by_name);
+        let inner = Inner { config, device, dtype, linears, parameters, embedding, blocks, norm, head, rotary };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Name and shape of every tensor a checkpoint of this configuration holds.
@@ -139,51 +159,90 @@ impl Model {
         &self,
         batch: &Batch,
         terms: Option<&LowRankTerms>,
-        cache: Option<&mut KVCache>,
+        mut cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
-        let _ = (batch, terms, cache, rows);
-        Err(Error::Unsupported("forward".into()))
+        let config = &self.inner.config;
+        self.check_positions(batch)?;
+        self.check_terms(terms)?;
+        if let Some(cache) = &cache {
+            cache.check(batch, config.num_key_value_heads, config.head_dim, config.num_hidden_layers)?;
+        } else if let Some(sequence) = (0..batch.num_sequences()).find(|&i| batch.positions()[batch.offsets()[i]] != 0)
+        {
+            let message =
+                format!("sequence {sequence} does not begin at position 0, and there is no cache to continue");
+            return Err(Error::argument("batch", message));
+        }
+        let (mut x, rotation) = self.embed(batch)?;
+        let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed: None };
+        for block in &self.inner.blocks {
+            x = block.forward(&x, context, cache.as_deref_mut().map(|cache| (cache, batch.slots())))?;
+        }
+        if let Some(cache) = cache {
+            cache.advance(batch);
+        }
+        let x = match rows {
+            Rows::All => x,
+            Rows::Last => gather_rows(&x, &batch.last_rows())?,
+            Rows::Of(rows) => gather_rows(&x, rows)?,
+        };
+        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head)
     }
 
-    /// The loss of each token, without gradients; no `[tokens, vocab_size]` tensor is made.
-    ///
-    /// # Errors
-    /// Targets and batch differ in length, or an id is out of range.
-    pub fn loss(
-        &self,
-        batch: &Batch,
-        targets: &Targets,
-        terms: Option<&LowRankTerms>,
-        label_smoothing: f32,
-    ) -> Result<Losses> {
-        let _ = (batch, targets, terms, label_smoothing);
-        Err(Error::Unsupported("loss".into()))
+    /// The residual stream that enters the first block, and the rotation of the batch's positions.
+    pub(super) fn embed(&self, batch: &Batch) -> Result<(Tensor, Rotation)> {
+        if batch.is_empty() {
+            return Err(Error::argument("batch", "expected at least one token, found none"));
+        }
+        let x = head::embed(&self.inner.embedding, batch.ids(), self.activation_dtype())?;
+        let rotation = self.inner.rotary.rotation(batch.positions(), &x)?;
+        Ok((x, rotation))
     }
 
-    /// The loss of each token and the gradients of `grad_scale * sum(rows)`.
-    ///
-    /// # Errors
-    /// As [`Model::loss`].
-    pub fn loss_and_gradients(
-        &self,
-        batch: &Batch,
-        targets: &Targets,
-        trainable: Trainable,
-        options: LossOptions,
-    ) -> Result<(Losses, Gradients)> {
-        let _ = (batch, targets, trainable, options);
-        Err(Error::Unsupported("loss_and_gradients".into()))
+    pub(super) fn check_positions(&self, batch: &Batch) -> Result<()> {
+        let longest = batch.positions().iter().max().map_or(0, |&p| p as usize + 1);
+        let limit = self.inner.config.max_position_embeddings;
+        if longest > limit {
+            let message = format!("a sequence of {longest} tokens is longer than the model's {limit}");
+            return Err(Error::argument("batch", message));
+        }
+        Ok(())
     }
 }
 
-/// Settings of a training step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LossOptions {
-    /// Share of the target taken from the wanted token and spread over the whole vocabulary, 0 to 1.
-    pub label_smoothing: f32,
-    /// Factor on all gradients.
-    pub grad_scale: f32,
-    /// Seed of the adapter's dropout in this step.
-    pub dropout_seed: u64,
+/// The rows of `x: [tokens, width]` with these indices.
+pub(super) fn gather_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    let count = x.dim(0)?;
+    if let Some(row) = rows.iter().find(|&&row| row >= count) {
+        return Err(Error::argument("rows", format!("row {row} is not below the number of tokens, {count}")));
+    }
+    let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+    Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
+}
+
+/// The parameters in checkpoint order, or everything that is wrong with them.
+fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Tensor>) -> Result<Vec<(String, Tensor)>> {
+    let mut problems = Vec::new();
+    let mut parameters = Vec::new();
+    let mut dtype = None;
+    for (name, shape) in Model::parameter_shapes(config) {
+        match tensors.remove(&name) {
+            None => problems.push(format!("`{name}` is missing")),
+            Some(tensor) if tensor.dims() != shape => {
+                problems.push(format!("`{name}`: expected shape {shape:?}, found {:?}", tensor.dims()));
+            }
+            Some(tensor) if *dtype.get_or_insert(tensor.dtype()) != tensor.dtype() => {
+                problems
+                    .push(format!("`{name}`: its dtype {:?} differs from that of the other tensors", tensor.dtype()));
+            }
+            Some(tensor) => parameters.push((name, tensor.detach())),
+        }
+    }
+    if config.tie_word_embeddings {
+        tensors.remove("lm_head.weight");
+    }
+    let mut unexpected: Vec<_> = tensors.keys().map(|name| format!("`{name}` is not part of the model")).collect();
+    unexpected.sort();
+    problems.extend(unexpected);
+    if problems.is_empty() { Ok(parameters) } else { Err(Error::Tensors { path: "tensors".into(), problems }) }
 }

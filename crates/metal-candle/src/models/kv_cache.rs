@@ -1,7 +1,8 @@
 //! The key/value cache of generation.
 
+use super::Batch;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// Sizes of a [`KVCache`].
@@ -93,5 +94,96 @@ impl KVCache {
     /// Memory held, in bytes.
     pub fn num_bytes(&self) -> usize {
         self.keys.first().map_or(0, |k| self.config.num_bytes(k.dtype()))
+    }
+
+    /// Whether a batch continues what the slots hold and fits.
+    pub(crate) fn check(&self, batch: &Batch, kv_heads: usize, head_dim: usize, layers: usize) -> Result<()> {
+        let wrong = |message: String| Err(Error::argument("cache", message));
+        let config = &self.config;
+        if (config.num_heads, config.head_dim, config.num_layers) != (kv_heads, head_dim, layers) {
+            return wrong(format!(
+                "the model has {layers} layers of {kv_heads} key/value heads of width {head_dim}, the cache {} of {} of {}",
+                config.num_layers, config.num_heads, config.head_dim
+            ));
+        }
+        let mut seen = vec![false; config.batch_size];
+        for (sequence, &slot) in batch.slots().iter().enumerate() {
+            let (start, end) = (batch.offsets()[sequence], batch.offsets()[sequence + 1]);
+            match seen.get_mut(slot) {
+                None => return wrong(format!("slot {slot} is not below the number of slots, {}", config.batch_size)),
+                Some(true) => return wrong(format!("slot {slot} occurs twice in a batch")),
+                Some(seen) => *seen = true,
+            }
+            let (first, held) = (batch.positions()[start] as usize, self.lengths[slot]);
+            if first != held {
+                return wrong(format!("a sequence begins at position {first}, but slot {slot} holds {held} tokens"));
+            }
+            if held + end - start > config.max_seq_len {
+                return wrong(format!(
+                    "{} tokens do not fit: slot {slot} holds {held} of at most {}",
+                    end - start,
+                    config.max_seq_len
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys and values of a layer: `[batch_size, num_heads, max_seq_len, head_dim]`.
+    pub(crate) fn layer(&self, layer: usize) -> (&Tensor, &Tensor) {
+        (&self.keys[layer], &self.values[layer])
+    }
+
+    /// Writes new keys and values, `[tokens, num_heads * head_dim]`, behind those held; returns how many each sequence then sees.
+    ///
+    /// The lengths of the slots change with [`KVCache::advance`], after the last layer.
+    pub(crate) fn append(
+        &mut self,
+        layer: usize,
+        k: &Tensor,
+        v: &Tensor,
+        offsets: &[usize],
+        slots: &[usize],
+    ) -> Result<Vec<usize>> {
+        let mut lengths = Vec::with_capacity(slots.len());
+        for (window, &slot) in offsets.windows(2).zip(slots) {
+            let (start, count) = (window[0], window[1] - window[0]);
+            let held = self.lengths[slot];
+            for (from, to) in [(k, &self.keys[layer]), (v, &self.values[layer])] {
+                let rows =
+                    from.narrow(0, start, count)?.reshape((count, self.config.num_heads, self.config.head_dim))?;
+                let rows = rows.transpose(0, 1)?.to_dtype(to.dtype())?.contiguous()?;
+                to.get(slot)?.slice_set(&rows, 1, held)?;
+            }
+            lengths.push(held + count);
+        }
+        Ok(lengths)
+    }
+
+    /// Counts the tokens of a batch as held.
+    pub(crate) fn advance(&mut self, batch: &Batch) {
+        for (window, &slot) in batch.offsets().windows(2).zip(batch.slots()) {
+            self.lengths[slot] += window[1] - window[0];
+        }
+    }
+
+    /// Copies the tokens of slot `from` to slot `to`.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn copy_slot(&mut self, from: usize, to: usize) -> Result<()> {
+        let slots = self.config.batch_size;
+        if from >= slots || to >= slots {
+            return Err(Error::argument("slot", format!("expected one below {slots}, found {}", from.max(to))));
+        }
+        let length = self.lengths[from];
+        if from != to && length > 0 {
+            for tensor in self.keys.iter().chain(&self.values) {
+                let rows = tensor.get(from)?.narrow(1, 0, length)?.force_contiguous()?;
+                tensor.get(to)?.slice_set(&rows, 1, 0)?;
+            }
+        }
+        self.lengths[to] = length;
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Models: configuration, weights, the decoder and its key/value cache.
 
 mod batch;
+mod block;
 mod config;
 mod convert;
 mod decoder;
@@ -16,16 +17,18 @@ mod loader;
 mod safetensors_file;
 mod saver;
 mod shards;
+mod step;
 
 pub use batch::Batch;
 pub use config::{GenerationDefaults, ModelConfig};
-pub use decoder::{Gradients, LinearInfo, LossOptions, Losses, Model, Rows, Targets, Trainable};
+pub use decoder::{LinearInfo, Model, Rows};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use safetensors_file::{SafetensorsFile, TensorEntry};
 pub use saver::{save_model, write_atomically, write_safetensors};
+pub use step::{Gradients, LossOptions, Losses, Targets, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.
 pub type Qwen = Model;

@@ -151,7 +151,13 @@ fn causal_mask(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
 }
 
 /// One sequence at a time in candle's operations.
-pub(crate) fn plain_forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+pub(crate) fn plain_forward(
+    shape: AttentionShape,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    offsets: &[usize],
+) -> Result<Tensor> {
     let mut parts = Vec::new();
     for w in offsets.windows(2) {
         let n = w[1] - w[0];

@@ -31,7 +31,13 @@ pub(crate) struct Wanted {
 ///
 /// # Shapes
 /// `hidden: [rows, hidden]`, `weight: [vocab, hidden]`.
-pub(crate) fn loss(hidden: &Tensor, weight: &Tensor, rows: &[Row], smoothing: f32, wanted: Option<Wanted>) -> Result<HeadLoss> {
+pub(crate) fn loss(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: &[Row],
+    smoothing: f32,
+    wanted: Option<Wanted>,
+) -> Result<HeadLoss> {
     let vocab = weight.dim(0)?;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
         let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
@@ -68,7 +74,12 @@ pub(crate) fn loss(hidden: &Tensor, weight: &Tensor, rows: &[Row], smoothing: f3
 }
 
 /// The losses, and the gradient in place of the logits.
-fn cross_entropy(logits: Tensor, rows: &[Row], smoothing: f32, scale: Option<f32>) -> Result<(Vec<f32>, Option<Tensor>)> {
+fn cross_entropy(
+    logits: Tensor,
+    rows: &[Row],
+    smoothing: f32,
+    scale: Option<f32>,
+) -> Result<(Vec<f32>, Option<Tensor>)> {
     let losses = std::cell::RefCell::new(vec![0.0; rows.len()]);
     let logits = super::host::edit(logits, |logits| match scale {
         Some(scale) => kernels::cross_entropy_backward(logits, rows, smoothing, scale, &mut losses.borrow_mut()),

@@ -28,7 +28,13 @@ impl RmsNorm {
     }
 
     /// `dx`, in place, plus the gradient with respect to `x`, and that with respect to the weight if wanted.
-    pub(crate) fn backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+    pub(crate) fn backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: Tensor,
+        weight: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         if !on_cpu(x) {
             return self.plain_backward(x, dy, &dx, weight);
         }
@@ -56,7 +62,13 @@ impl RmsNorm {
     }
 
     /// The backward pass in candle's operations, f32 inside.
-    pub(crate) fn plain_backward(&self, x: &Tensor, dy: &Tensor, dx: &Tensor, weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+    pub(crate) fn plain_backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: &Tensor,
+        weight: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let (normalized, scale) = self.normalized(x)?;
         let dy = dy.to_dtype(DType::F32)?;
         let weighted = dy.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?;

@@ -1,0 +1,234 @@
+//! A decoder block, forward and backward.
+
+use super::decoder::NUM_LINEARS;
+use super::kv_cache::KVCache;
+use crate::error::Result;
+use crate::ops::attention::{self, Saved};
+use crate::ops::linear::{Linear, Wanted, add_scaled};
+use crate::ops::rms_norm::RmsNorm;
+use crate::ops::rotary::Rotation;
+use crate::ops::{LowRank, LowRankTerms, num_bytes, swiglu};
+use candle_core::Tensor;
+use metal_candle_kernels::AttentionShape;
+
+/// The place of each linear layer in a block; its number is `NUM_LINEARS * layer + place`.
+pub(super) const MODULES: [&str; NUM_LINEARS] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
+
+/// The weights of a block.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) layer: usize,
+    pub(super) input_layernorm: RmsNorm,
+    pub(super) post_attention_layernorm: RmsNorm,
+    /// In the order of [`MODULES`].
+    pub(super) linears: Vec<Linear>,
+    pub(super) shape: AttentionShape,
+}
+
+/// What a block is given beside its input.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) rotation: &'a Rotation,
+    pub(super) offsets: &'a [usize],
+    pub(super) terms: Option<&'a LowRankTerms>,
+    /// In training, the seed of this step's dropout.
+    pub(super) dropout_seed: Option<u64>,
+}
+
+/// What the backward pass of a block needs of its forward pass.
+pub(super) struct BlockSaved {
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: Saved,
+    middle: Tensor,
+    gate: Tensor,
+    up: Tensor,
+}
+
+impl BlockSaved {
+    pub(super) fn num_bytes(&self) -> usize {
+        let tensors = [&self.x, &self.q, &self.k, &self.v, &self.middle, &self.gate, &self.up];
+        tensors.into_iter().map(num_bytes).sum::<usize>() + self.attention.num_bytes()
+    }
+}
+
+/// The gradients of a block's weights.
+#[derive(Default)]
+pub(super) struct BlockGradients {
+    /// A and B of each linear layer's low-rank term, in the order of [`MODULES`].
+    pub(super) terms: [Option<(Tensor, Tensor)>; NUM_LINEARS],
+    /// Weight and bias of each linear layer.
+    pub(super) linears: [(Option<Tensor>, Option<Tensor>); NUM_LINEARS],
+    pub(super) input_layernorm: Option<Tensor>,
+    pub(super) post_attention_layernorm: Option<Tensor>,
+}
+
+/// Which gradients of a block are wanted beside those of low-rank terms.
+#[derive(Clone, Copy)]
+pub(super) struct BlockWanted {
+    pub(super) input: bool,
+    pub(super) weights: bool,
+}
+
+impl Block {
+    fn term<'a>(&self, context: Context<'a>, place: usize) -> Option<&'a LowRank> {
+        context.terms.and_then(|terms| terms.get(NUM_LINEARS * self.layer + place))
+    }
+
+    fn seed(&self, context: Context, place: usize) -> Option<u64> {
+        let number = (NUM_LINEARS * self.layer + place) as u64;
+        context.dropout_seed.map(|seed| seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    fn linear(&self, context: Context, place: usize, x: &Tensor) -> Result<Tensor> {
+        self.linears[place].forward(x, self.term(context, place), self.seed(context, place))
+    }
+
+    /// Normed input, and q and k (rotated) and v from it.
+    fn projections(&self, x: &Tensor, context: Context) -> Result<(Tensor, Tensor, Tensor)> {
+        let x = self.input_layernorm.forward(x)?;
+        let q = context.rotation.apply(self.linear(context, Q, &x)?, false)?;
+        let k = context.rotation.apply(self.linear(context, K, &x)?, false)?;
+        Ok((q, k, self.linear(context, V, &x)?))
+    }
+
+    /// The residual stream after attention, `x + o_proj(attention)`.
+    fn after_attention(&self, x: &Tensor, attention: &Tensor, context: Context) -> Result<Tensor> {
+        add_scaled(self.linear(context, O, attention)?, 1.0, x)
+    }
+
+    /// The gate and up projections of the normed stream.
+    fn gate_and_up(&self, middle: &Tensor, context: Context) -> Result<(Tensor, Tensor)> {
+        let x = self.post_attention_layernorm.forward(middle)?;
+        Ok((self.linear(context, GATE, &x)?, self.linear(context, UP, &x)?))
+    }
+
+    fn after_mlp(&self, middle: &Tensor, activation: &Tensor, context: Context) -> Result<Tensor> {
+        add_scaled(self.linear(context, DOWN, activation)?, 1.0, middle)
+    }
+
+    /// The block's output for new tokens whose keys and values are added to the cache, if there is one.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        context: Context,
+        cache: Option<(&mut KVCache, &[usize])>,
+    ) -> Result<Tensor> {
+        let (q, k, v) = self.projections(x, context)?;
+        let attention = match cache {
+            Some((cache, slots)) => {
+                let lengths = cache.append(self.layer, &k, &v, context.offsets, slots)?;
+                attention::with_cache(self.shape, &q, cache.layer(self.layer), context.offsets, slots, &lengths)?
+            }
+            None => attention::forward(self.shape, &q, &k, &v, context.offsets)?.out,
+        };
+        let middle = self.after_attention(x, &attention, context)?;
+        let (gate, up) = self.gate_and_up(&middle, context)?;
+        self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context)
+    }
+
+    /// As [`Block::forward`], keeping what the backward pass needs.
+    pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
+        let (q, k, v) = self.projections(x, context)?;
+        let attention = attention::forward(self.shape, &q, &k, &v, context.offsets)?;
+        let middle = self.after_attention(x, &attention.out, context)?;
+        let (gate, up) = self.gate_and_up(&middle, context)?;
+        let y = self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context)?;
+        Ok((y, BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up }))
+    }
+
+    /// The gradient with respect to the block's input, if wanted, from that of its output.
+    pub(super) fn backward(
+        &self,
+        saved: BlockSaved,
+        context: Context,
+        dy: Tensor,
+        wanted: BlockWanted,
+        gradients: &mut BlockGradients,
+    ) -> Result<Option<Tensor>> {
+        let BlockSaved { x, q, k, v, attention, middle, gate, up } = saved;
+
+        let activation = swiglu::forward(&gate, &up)?;
+        let d_activation = self.through(DOWN, &activation, context, &dy, wanted, true, gradients)?;
+        drop(activation);
+        let Some(d_activation) = d_activation else { return Ok(None) };
+        let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_activation)?;
+        drop((gate, up, d_activation));
+        let normed = self.post_attention_layernorm.forward(&middle)?;
+        let through_gate = self.through(GATE, &normed, context, &d_gate, wanted, true, gradients)?;
+        let through_up = self.through(UP, &normed, context, &d_up, wanted, true, gradients)?;
+        let d_normed = sum([through_gate, through_up])?;
+        let (d_middle, weight) = self.norm_backward(&self.post_attention_layernorm, &middle, d_normed, dy, wanted)?;
+        gradients.post_attention_layernorm = weight;
+
+        let d_attention = self.through(O, &attention.out, context, &d_middle, wanted, true, gradients)?;
+        let Some(d_attention) = d_attention else { return Ok(None) };
+        let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.offsets, &d_attention)?;
+        drop((q, k, v, attention, d_attention));
+        let dq = context.rotation.apply(dq, true)?;
+        let dk = context.rotation.apply(dk, true)?;
+        let normed = self.input_layernorm.forward(&x)?;
+        let through_q = self.through(Q, &normed, context, &dq, wanted, wanted.input, gradients)?;
+        let through_k = self.through(K, &normed, context, &dk, wanted, wanted.input, gradients)?;
+        let through_v = self.through(V, &normed, context, &dv, wanted, wanted.input, gradients)?;
+        if !wanted.input {
+            return Ok(None);
+        }
+        let d_normed = sum([sum([through_q, through_k])?, through_v])?;
+        let (dx, weight) = self.norm_backward(&self.input_layernorm, &x, d_normed, d_middle, wanted)?;
+        gradients.input_layernorm = weight;
+        Ok(Some(dx))
+    }
+
+    /// Backward through linear layer `place`: keeps the gradients of its weights and returns that of its input.
+    #[allow(clippy::too_many_arguments)]
+    fn through(
+        &self,
+        place: usize,
+        x: &Tensor,
+        context: Context,
+        dy: &Tensor,
+        wanted: BlockWanted,
+        input: bool,
+        gradients: &mut BlockGradients,
+    ) -> Result<Option<Tensor>> {
+        let (term, seed) = (self.term(context, place), self.seed(context, place));
+        let wanted = Wanted { input, weight: wanted.weights };
+        let of_linear = self.linears[place].backward(x, term, seed, dy, wanted)?;
+        gradients.terms[place] = of_linear.term;
+        gradients.linears[place] = (of_linear.weight, of_linear.bias);
+        Ok(of_linear.input)
+    }
+
+    fn norm_backward(
+        &self,
+        norm: &RmsNorm,
+        x: &Tensor,
+        d_normed: Option<Tensor>,
+        dx: Tensor,
+        wanted: BlockWanted,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        match d_normed {
+            Some(d_normed) => norm.backward(x, &d_normed, dx, wanted.weights),
+            None => Ok((dx, None)),
+        }
+    }
+}
+
+/// The sum of two gradients, in place of the first.
+fn sum([a, b]: [Option<Tensor>; 2]) -> Result<Option<Tensor>> {
+    match (a, b) {
+        (Some(a), Some(b)) => Ok(Some(add_scaled(a, 1.0, &b)?)),
+        (a, b) => Ok(a.or(b)),
+    }
+}
