@@ -7,11 +7,11 @@ mod convert;
 mod decoder;
 mod families;
 mod foreign;
-mod json_object;
 #[cfg(feature = "hub")]
 mod hub;
 #[cfg(feature = "hub")]
 mod hub_transfer;
+mod json_object;
 mod kv_cache;
 mod loader;
 mod safetensors_file;

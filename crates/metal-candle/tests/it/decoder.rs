@@ -1,7 +1,6 @@
 //! The decoder against transformers and peft: logits, losses and gradients.
 
 use candle_core::{DType, Tensor};
-use half::bf16;
 use metal_candle::models::{
     Batch, KVCache, KVCacheConfig, LossOptions, Model, Rows, SafetensorsFile, Targets, Trainable,
 };
@@ -74,7 +73,8 @@ fn arg_max(row: &[f32]) -> u32 {
 fn logits_equal_transformers() {
     for name in MODELS {
         let model = model(name, DType::F32);
-        let (cases, tensors) = (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
+        let (cases, tensors) =
+            (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
         assert_eq!(model.config().num_parameters() as u64, cases["parameters"].as_u64().unwrap(), "{name}");
         for case in cases["cases"].as_array().unwrap() {
             let ids = ids(&case["ids"]);
@@ -88,7 +88,8 @@ fn logits_equal_transformers() {
 #[test]
 fn half_precision_weights_agree_with_transformers() {
     for name in MODELS {
-        let (cases, tensors) = (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
+        let (cases, tensors) =
+            (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
         let (bf16, f16) = (model(name, DType::BF16), model(name, DType::F16));
         for case in cases["cases"].as_array().unwrap() {
             let batch = Batch::single(&ids(&case["ids"]));
@@ -131,7 +132,7 @@ fn greedy_continuation_equals_transformers() {
         let model = model(name, DType::F32);
         let greedy = &json(&format!("logits/{name}.json"))["greedy"];
         let prompt = ids(&greedy["prompt"]);
-        let wanted = ids_of(greedy, "ids");
+        let wanted = ids_of(greedy, "continuation");
         let mut cache = cache(&model, 256, 1, DType::F32);
         let (mut next, mut found) = (prompt, Vec::new());
         while found.len() < wanted.len() {
@@ -181,7 +182,8 @@ fn cached_and_uncached_logits_agree() {
 #[test]
 fn a_batch_equals_its_sequences_one_by_one() {
     let model = model("gqa-tied", DType::F32);
-    let sequences: Vec<Vec<u32>> = [1usize, 65, 2, 130, 17].iter().map(|n| (0..*n as u32).map(|i| (i * 7 + 3) % 103).collect()).collect();
+    let sequences: Vec<Vec<u32>> =
+        [1usize, 65, 2, 130, 17].iter().map(|n| (0..*n as u32).map(|i| (i * 7 + 3) % 103).collect()).collect();
     let together = values(&model.forward(&Batch::from_sequences(&sequences), None, None, Rows::All).unwrap());
     let mut apart = Vec::new();
     for ids in &sequences {
@@ -305,7 +307,10 @@ fn gradients_of_all_parameters_equal_torch() {
                 let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                 let found = values(found);
                 let error = relative_error(&found, &expected);
-                assert!(error < 1e-4 || scale < 1e-6 && max_difference(&found, &expected) < 1e-6, "{name} {kind} {parameter}: {error}");
+                assert!(
+                    error < 1e-4 || scale < 1e-6 && max_difference(&found, &expected) < 1e-6,
+                    "{name} {kind} {parameter}: {error}"
+                );
             }
         }
     }
@@ -333,7 +338,8 @@ fn blocks_below_the_lowest_term_keep_nothing() {
 fn bf16_weights_train_with_the_same_gradients() {
     let case = json("lora/all-linear.json");
     let (rounded, narrow) = (model("gqa-tied", DType::BF16), model("gqa-tied", DType::BF16));
-    let tensors = rounded.parameters().iter().map(|(name, t)| (name.clone(), t.to_dtype(DType::F32).unwrap())).collect();
+    let tensors =
+        rounded.parameters().iter().map(|(name, t)| (name.clone(), t.to_dtype(DType::F32).unwrap())).collect();
     let wide = Model::from_tensors(rounded.config().clone(), tensors, Device::CPU).unwrap();
     let terms = terms(&wide, "lora/all-linear");
     let (batch, targets) = batch_of(&case["batch"]);
@@ -345,7 +351,6 @@ fn bf16_weights_train_with_the_same_gradients() {
     for (a, b) in wide_gradients.tensors.iter().flatten().zip(gradients.tensors.iter().flatten()) {
         assert!(relative_error(&values(b), &values(a)) < 1e-4);
     }
-    assert_eq!(bf16::from_f32(1.0).to_f32(), 1.0);
 }
 
 #[test]
@@ -361,7 +366,8 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
     let (batch, targets) = batch_of(&case["batch"]);
     let run = |terms: &LowRankTerms, dropout_seed: u64| {
         let options = LossOptions { dropout_seed, ..LossOptions::default() };
-        let (losses, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::LowRank(terms), options).unwrap();
+        let (losses, gradients) =
+            model.loss_and_gradients(&batch, &targets, Trainable::LowRank(terms), options).unwrap();
         (losses.rows.iter().map(|v| f64::from(*v)).sum::<f64>(), gradients)
     };
     let (loss, gradients) = run(&terms, 5);
@@ -371,7 +377,7 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
     for number in [0, 3, 6, 9] {
         let gradient = gradients.tensors[2 * number + 1].as_ref().unwrap();
         let squared: f64 = values(gradient).iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-        let step = 1e-2 / squared.sqrt();
+        let step = 1e-3 / squared.sqrt();
         let moved = |step: f64| {
             let mut moved = terms.clone();
             let mut term = terms.get(number).unwrap().clone();

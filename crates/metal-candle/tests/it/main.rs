@@ -1,20 +1,13 @@
 //! Integration tests of the library.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::float_cmp,
-    missing_docs,
-    unreachable_pub
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::float_cmp, missing_docs, unreachable_pub)]
 
 mod data_chat;
 mod data_packing;
 mod data_tokenizer;
+mod decoder;
 #[cfg(feature = "hub")]
 mod hub;
 mod inference_sampling;
-mod decoder;
 mod loader_config;
 mod loader_files;
 mod loader_model;
