@@ -1,6 +1,6 @@
 //! The files a checkpoint is spread over, seen as one.
 
-use super::json_object::{JsonObject, read_json_text};
+use super::json_object::read_json_text;
 use super::safetensors_file::{SafetensorsFile, TensorEntry};
 use crate::error::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -9,6 +9,8 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
+/// Most bytes of an index that are read.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The tensors of a checkpoint, whichever file each is in.
@@ -156,18 +158,11 @@ struct Index {
 
 impl Index {
     fn read(path: &Path) -> Result<Self> {
-        if !path.to_string_lossy().ends_with(INDEX_SUFFIX) {
-            // any other name will do if it has the key; `config.json` is the likely mistake
-            let object = JsonObject::read(path)?;
-            if !object.map().contains_key("weight_map") {
-                let message =
-                    "expected weights, an index of shards (with a `weight_map`) or a folder; found another JSON file";
-                return Err(Error::format(path, message));
-            }
-        }
-        let text = read_json_text(path)?;
-        let index: Self = serde_json::from_str(&text)
-            .map_err(|e| Error::format(path, format!("expected an index of shards: {e}")))?;
+        let text = read_json_text(path, MAX_INDEX_BYTES)?;
+        let index: Self = serde_json::from_str(&text).map_err(|e| {
+            let expected = "expected weights, an index of shards or a folder with them; read as an index of shards";
+            Error::format(path, format!("{expected}: {e}"))
+        })?;
         if index.weight_map.is_empty() {
             return Err(Error::format(path, "`weight_map`: expected the shard of each tensor, found none"));
         }
