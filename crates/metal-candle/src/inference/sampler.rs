@@ -1,6 +1,7 @@
 //! Choosing tokens one after the other: penalties, filters and draws in time linear in the vocabulary.
 
 use super::sampling::SamplingConfig;
+use crate::data::Random;
 use crate::error::{Error, Result};
 use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
 use std::collections::{HashMap, VecDeque};
@@ -23,12 +24,11 @@ pub struct Choice {
 /// No filter sorts the vocabulary. Top-k collects what is not below the k-th largest block maximum. Top-p draws from
 /// all tokens and keeps the draw if the tokens that rank before it (more probable, or equally probable and of lower
 /// id) have less than `top_p` of the probability together, else draws again among those tokens. Every draw takes one
-/// 64-bit number of `SplitMix64` (<https://doi.org/10.1145/2660193.2660195>, section 2), of which the upper 53 bits
-/// are the share of the probability, summed up in the order of the ids, at which the token lies.
+/// number of [`Random`], the share of the probability, summed up in the order of the ids, at which the token lies.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplingConfig,
-    draws: Draws,
+    draws: Random,
     /// How often each token is in the window of the penalties.
     counts: HashMap<u32, u32>,
     /// The window's tokens, oldest first; empty if it has no end.
@@ -55,7 +55,7 @@ impl Sampler {
     /// A setting is out of its range.
     pub fn new(config: SamplingConfig) -> Result<Self> {
         config.validate()?;
-        let draws = Draws { state: config.seed.unwrap_or_else(entropy) };
+        let draws = Random::new(config.seed.unwrap_or_else(entropy));
         Ok(Self { config, draws, counts: HashMap::new(), window: VecDeque::new(), scratch: Scratch::default() })
     }
 
@@ -193,7 +193,7 @@ fn position_of(largest: f32, logits: &[f32], maxima: &[f32]) -> usize {
 
 impl Scratch {
     /// Chooses among these logits.
-    fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Draws) -> Result<Drawn> {
+    fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Random) -> Result<Drawn> {
         let largest = largest(logits, &mut self.maxima)?;
         let maximum = Some(largest);
         if config.is_greedy() || config.top_k == 1 {
@@ -248,7 +248,7 @@ impl Scratch {
     }
 
     /// Draws an index from the distribution of `logits` by temperature, top-p and min-p; the sum of all weights.
-    fn draw(&mut self, logits: &[f32], maximum: f32, config: &SamplingConfig, draws: &mut Draws) -> (usize, f64) {
+    fn draw(&mut self, logits: &[f32], maximum: f32, config: &SamplingConfig, draws: &mut Random) -> (usize, f64) {
         let Self { weights, sums, .. } = self;
         let floor = config.min_p as f32;
         let total = exponentials(logits, maximum, config.temperature, floor, weights, sums);
@@ -264,11 +264,11 @@ impl Scratch {
 }
 
 /// Draws an index by weight among those that rank before `pivot`; `sums` holds their weight in each block.
-fn pick(weights: &[f32], sums: &[f64], pivot: Option<usize>, draws: &mut Draws) -> usize {
+fn pick(weights: &[f32], sums: &[f64], pivot: Option<usize>, draws: &mut Random) -> usize {
     let counts = |index: usize, weight: f32| {
         pivot.is_none_or(|pivot| weight > weights[pivot] || (weight == weights[pivot] && index < pivot))
     };
-    let target = draws.uniform() * sums.iter().sum::<f64>();
+    let target = draws.next_f64() * sums.iter().sum::<f64>();
     let mut below = 0.0;
     // rounding may leave nothing at the very end: then it is the last one possible
     let mut block = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
@@ -292,24 +292,6 @@ fn pick(weights: &[f32], sums: &[f64], pivot: Option<usize>, draws: &mut Draws) 
         }
     }
     last
-}
-
-/// The generator of the draws, `SplitMix64`.
-#[derive(Debug, Clone)]
-struct Draws {
-    state: u64,
-}
-
-impl Draws {
-    /// A number from 0 up to but not including 1, in steps of 2^-53.
-    fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
-    }
 }
 
 /// A number that differs from call to call and from process to process.

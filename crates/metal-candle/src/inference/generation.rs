@@ -1,0 +1,253 @@
+//! What a generation is asked for and what it gives.
+
+use super::SamplingConfig;
+use crate::error::{Error, Result};
+
+/// What is to be continued.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// Text; the generator's tokenizer turns it into tokens, with those that it puts around every text.
+    Text(String),
+    /// Tokens, taken as they are.
+    Ids(Vec<u32>),
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_string())
+    }
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<&String> for Prompt {
+    fn from(text: &String) -> Self {
+        Self::Text(text.clone())
+    }
+}
+
+impl From<&[u32]> for Prompt {
+    fn from(ids: &[u32]) -> Self {
+        Self::Ids(ids.to_vec())
+    }
+}
+
+impl From<Vec<u32>> for Prompt {
+    fn from(ids: Vec<u32>) -> Self {
+        Self::Ids(ids)
+    }
+}
+
+impl From<&Vec<u32>> for Prompt {
+    fn from(ids: &Vec<u32>) -> Self {
+        Self::Ids(ids.clone())
+    }
+}
+
+impl<const N: usize> From<[u32; N]> for Prompt {
+    fn from(ids: [u32; N]) -> Self {
+        Self::Ids(ids.to_vec())
+    }
+}
+
+/// How a prompt is continued, and when that ends. The default chooses greedily and ends after 256 tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationConfig {
+    /// Most tokens to generate, at least 1; the context length of the model is a limit too.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Texts that end the generation; they are not part of its text. They need a tokenizer.
+    pub stop_strings: Vec<String>,
+    /// Tokens that end the generation, beside those of the model's configuration.
+    pub stop_ids: Vec<u32>,
+    /// Whether the generation goes on after the end-of-text tokens of the model's configuration.
+    pub ignore_eos: bool,
+    /// Whether special tokens leave no trace in the text.
+    pub skip_special_tokens: bool,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self {
+            max_tokens: 256,
+            sampling: SamplingConfig::greedy(),
+            stop_strings: Vec::new(),
+            stop_ids: Vec::new(),
+            ignore_eos: false,
+            skip_special_tokens: true,
+        }
+    }
+}
+
+impl GenerationConfig {
+    /// Sets the most tokens to generate.
+    #[must_use]
+    pub fn with_max_tokens(mut self, max_tokens: usize) -> Self {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Sets how tokens are chosen, by a [`SamplingConfig`] or a [`SamplingStrategy`](super::SamplingStrategy).
+    #[must_use]
+    pub fn with_sampling(mut self, sampling: impl Into<SamplingConfig>) -> Self {
+        self.sampling = sampling.into();
+        self
+    }
+
+    /// Adds a text that ends the generation.
+    #[must_use]
+    pub fn with_stop_string(mut self, stop_string: impl Into<String>) -> Self {
+        self.stop_strings.push(stop_string.into());
+        self
+    }
+
+    /// Adds a token that ends the generation.
+    #[must_use]
+    pub fn with_stop_id(mut self, id: u32) -> Self {
+        self.stop_ids.push(id);
+        self
+    }
+
+    /// Sets whether the generation goes on after end-of-text tokens.
+    #[must_use]
+    pub fn with_ignore_eos(mut self, ignore_eos: bool) -> Self {
+        self.ignore_eos = ignore_eos;
+        self
+    }
+
+    /// Sets whether special tokens leave no trace in the text.
+    #[must_use]
+    pub fn with_skip_special_tokens(mut self, skip_special_tokens: bool) -> Self {
+        self.skip_special_tokens = skip_special_tokens;
+        self
+    }
+
+    /// Checks the range of every setting.
+    ///
+    /// # Errors
+    /// The first setting that is out of its range.
+    pub fn validate(&self) -> Result<()> {
+        if self.max_tokens == 0 {
+            return Err(Error::argument("max_tokens", "expected at least 1, found 0"));
+        }
+        if self.stop_strings.iter().any(String::is_empty) {
+            return Err(Error::argument("stop_strings", "expected texts, found an empty one"));
+        }
+        self.sampling.validate()
+    }
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// An end-of-text token, or one of the `stop_ids`, was chosen.
+    EndOfText,
+    /// The text came to one of the `stop_strings`.
+    StopString,
+    /// There are `max_tokens` tokens.
+    MaxTokens,
+    /// Prompt and text fill the context of the model.
+    Length,
+    /// The caller did not want more.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// `end_of_text`, `stop_string`, `max_tokens`, `length` or `cancelled`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EndOfText => "end_of_text",
+            Self::StopString => "stop_string",
+            Self::MaxTokens => "max_tokens",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl std::fmt::Display for FinishReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The end of a generation and what it took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finish {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Number of tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Number of first tokens of the prompt whose keys and values were still there from the generation before.
+    pub reused_tokens: usize,
+    /// Number of chosen tokens, the one that ended the text included.
+    pub generated_tokens: usize,
+    /// Tokens of the prompt, without the reused ones, for each second until the first token was chosen.
+    pub prompt_tokens_per_second: f64,
+    /// Tokens after the first for each second after it was chosen; 0 if there is only one.
+    pub decode_tokens_per_second: f64,
+    /// The most memory the process has had in RAM so far, in bytes, where the operating system tells (Linux).
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// A chosen token and the text that is certain with it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Piece {
+    /// The text since the piece before: empty while a character is not whole, or while the text may be the beginning of
+    /// a stop string, and always if the generator has no tokenizer.
+    pub text: String,
+    /// The token.
+    pub token: u32,
+    /// The natural logarithm of the probability the model gave the token, before penalties, bias, temperature and
+    /// filters.
+    pub log_probability: f32,
+    /// The end, in the last piece.
+    pub finish: Option<Finish>,
+}
+
+/// A finished generation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The text of all pieces.
+    pub text: String,
+    /// The chosen tokens, the one that ended the text included.
+    pub tokens: Vec<u32>,
+    /// The log-probability of each token, as in [`Piece`].
+    pub log_probabilities: Vec<f32>,
+    /// The end.
+    pub finish: Finish,
+}
+
+/// The pieces of a generation so far.
+#[derive(Debug, Default)]
+pub(super) struct Collected {
+    text: String,
+    tokens: Vec<u32>,
+    log_probabilities: Vec<f32>,
+}
+
+impl Collected {
+    pub(super) fn push(&mut self, piece: &Piece) {
+        self.text.push_str(&piece.text);
+        self.tokens.push(piece.token);
+        self.log_probabilities.push(piece.log_probability);
+    }
+
+    pub(super) fn finish(self, finish: Finish) -> Generation {
+        let Self { text, tokens, log_probabilities } = self;
+        Generation { text, tokens, log_probabilities, finish }
+    }
+}
+
+/// The most memory the process has had in RAM so far, in bytes.
+pub(super) fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}

@@ -1,0 +1,152 @@
+//! Pieces as an asynchronous stream, without a runtime.
+
+use super::generation::{GenerationConfig, Piece, Prompt};
+use super::generator::Generator;
+use super::sequence::Sequence;
+use crate::error::{Error, Result};
+use futures_core::Stream;
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::thread::JoinHandle;
+
+/// Number of pieces that are computed ahead of the reader.
+const MAX_AHEAD: usize = 16;
+
+/// The pieces of a generation that a thread of its own computes.
+///
+/// The thread waits when it is 16 pieces ahead. Dropping the stream cancels the generation and waits for the thread,
+/// at most as long as one step of the model takes.
+#[derive(Debug)]
+pub struct PieceStream {
+    channel: Arc<Channel>,
+    thread: Option<JoinHandle<Generator>>,
+}
+
+#[derive(Debug, Default)]
+struct Channel {
+    state: Mutex<State>,
+    /// Signalled when a piece is taken and when the reader goes.
+    taken: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    pieces: VecDeque<Result<Piece>>,
+    reader: Option<Waker>,
+    /// The thread will add no piece.
+    is_complete: bool,
+    /// The reader will take no piece.
+    is_cancelled: bool,
+}
+
+impl Channel {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a piece as soon as there is room; whether the reader is still there.
+    fn send(&self, piece: Result<Piece>) -> bool {
+        let full = |state: &mut State| state.pieces.len() >= MAX_AHEAD && !state.is_cancelled;
+        let mut state = self.taken.wait_while(self.state(), full).unwrap_or_else(PoisonError::into_inner);
+        if state.is_cancelled {
+            return false;
+        }
+        state.pieces.push_back(piece);
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+        true
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.state().is_cancelled
+    }
+
+    fn cancel(&self) {
+        self.state().is_cancelled = true;
+        self.taken.notify_all();
+    }
+}
+
+/// Says that no piece will come, also when the thread unwinds.
+struct Completion(Arc<Channel>);
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.is_complete = true;
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+    }
+}
+
+fn run(mut generator: Generator, mut sequence: Sequence, channel: Arc<Channel>) -> Generator {
+    let completion = Completion(channel);
+    while !completion.0.is_cancelled() {
+        let Some(piece) = generator.next_piece(&mut sequence).transpose() else { break };
+        if !completion.0.send(piece) || sequence.is_finished() {
+            break;
+        }
+    }
+    generator
+}
+
+impl Generator {
+    /// Continues `prompt` on a thread of its own; [`PieceStream::into_generator`] gives the generator back.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`], or the thread cannot be started.
+    pub fn into_stream(mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<PieceStream> {
+        let sequence = self.start(prompt.into(), config)?;
+        let channel = Arc::new(Channel::default());
+        let of_thread = Arc::clone(&channel);
+        let thread = std::thread::Builder::new()
+            .name("generation".into())
+            .spawn(move || run(self, sequence, of_thread))
+            .map_err(|error| Error::Device(format!("the thread of a generation cannot be started: {error}")))?;
+        Ok(PieceStream { channel, thread: Some(thread) })
+    }
+}
+
+impl PieceStream {
+    /// Cancels what is left of the generation and gives the generator back, with what it keeps for the next prompt;
+    /// `None` if its thread panicked.
+    pub fn into_generator(mut self) -> Option<Generator> {
+        self.channel.cancel();
+        self.thread.take()?.join().ok()
+    }
+}
+
+impl Stream for PieceStream {
+    type Item = Result<Piece>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut state = self.channel.state();
+        if let Some(piece) = state.pieces.pop_front() {
+            drop(state);
+            self.channel.taken.notify_one();
+            return Poll::Ready(Some(piece));
+        }
+        if state.is_complete {
+            return Poll::Ready(None);
+        }
+        match &mut state.reader {
+            Some(reader) => reader.clone_from(context.waker()),
+            reader => *reader = Some(context.waker().clone()),
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for PieceStream {
+    fn drop(&mut self) {
+        self.channel.cancel();
+        if let Some(thread) = self.thread.take() {
+            // a panic of the thread has been reported where it happened
+            let _ = thread.join();
+        }
+    }
+}
