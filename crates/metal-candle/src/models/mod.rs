@@ -24,6 +24,7 @@ pub use config::{GenerationDefaults, ModelConfig};
 pub use decoder::{LinearInfo, Model, Rows};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};
+pub(crate) use json_object::JsonObject;
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use safetensors_file::{SafetensorsFile, TensorEntry};

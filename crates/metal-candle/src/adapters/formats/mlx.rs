@@ -1,0 +1,124 @@
+//! Adapter folders of mlx-lm: `adapters.safetensors` and `adapter_config.json`.
+//!
+//! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
+
+use super::values::{self, Matrix, Naming};
+use super::{CONFIG_FILE, as_texts, make_folder, read_as};
+use crate::adapters::lora::{Layout, LoRAAdapter, LoRAModule, Planned, Settings};
+use crate::error::{Error, Result};
+use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+const TENSOR_FILE: &str = "adapters.safetensors";
+
+struct Names;
+
+impl Naming for Names {
+    fn name(&self, module: &LoRAModule, matrix: Matrix) -> String {
+        let leaf = if matrix == Matrix::A { "lora_a" } else { "lora_b" };
+        format!("{}.{leaf}", module.path)
+    }
+
+    fn transposed(&self) -> bool {
+        true
+    }
+}
+
+pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<LoRAAdapter> {
+    let path = config.path();
+    let kind = config.text("fine_tune_type")?.unwrap_or("lora");
+    if kind != "lora" {
+        return Err(Error::Unsupported(format!("`fine_tune_type` `{kind}` in `{}`", path.display())));
+    }
+    let parameters =
+        config.object("lora_parameters")?.ok_or_else(|| config.missing("lora_parameters", "an object"))?;
+    let rank = parameters.required_size("rank")?;
+    let scale = parameters.number("scale")?.ok_or_else(|| parameters.missing("scale", "a number"))?;
+    let keys = read_as(&parameters, "keys", "a list of module paths", as_texts)?;
+    // 0 and less stand for all layers
+    let num_layers = read_as(config, "num_layers", "a whole number", Value::as_i64)?.unwrap_or(-1);
+    let total = model.config().num_hidden_layers;
+    let num_layers = usize::try_from(num_layers).ok().filter(|&count| count > 0).unwrap_or(total).min(total);
+
+    let alpha = scale * rank as f64;
+    let mut planned = Vec::new();
+    let mut unused: BTreeSet<&str> = keys.iter().flatten().copied().collect();
+    for (number, linear) in model.linears().iter().enumerate() {
+        let key = within_layer(&linear.path);
+        if linear.layer + num_layers >= total && keys.as_ref().is_none_or(|keys| keys.contains(&key)) {
+            unused.remove(key);
+            planned.push(Planned { number, rank, alpha });
+        }
+    }
+    if !unused.is_empty() {
+        let names: Vec<&str> = unused.into_iter().collect();
+        let message = format!("`lora_parameters.keys` of `{}`: no linear layer `{}`", path.display(), names.join("`, `"));
+        return Err(Error::Unsupported(message));
+    }
+    let settings = Settings {
+        rank,
+        alpha,
+        dropout: parameters.number("dropout")?.unwrap_or(0.0),
+        use_rslora: false,
+        base_model: config.text("model")?.map(String::from),
+    };
+    let layout = Layout::new(model, settings, &planned)?;
+    let values = values::read(&folder.join(TENSOR_FILE), &layout, &Names)?;
+    LoRAAdapter::from_values(model, layout, values)
+}
+
+pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
+    let modules = adapter.modules();
+    let Some(first) = modules.first() else {
+        return Err(Error::argument("adapter", "has no module"));
+    };
+    if modules.iter().any(|module| module.rank != first.rank || module.scale.to_bits() != first.scale.to_bits()) {
+        return Err(Error::Unsupported("modules of different rank or scale in an adapter of mlx-lm".into()));
+    }
+    let keys: BTreeSet<&str> = modules.iter().map(|module| within_layer(&module.path)).collect();
+    let total = adapter.model().config().num_hidden_layers;
+    let num_layers = total - modules.iter().map(|module| module.layer).min().unwrap_or(0).min(total);
+    if modules.len() != keys.len() * num_layers {
+        let message = "an adapter of mlx-lm that does not have the same modules in each of the last layers";
+        return Err(Error::Unsupported(message.into()));
+    }
+    let mut tensors = Vec::with_capacity(2 * modules.len());
+    for module in modules {
+        let (a, b) = adapter.matrices(module)?;
+        tensors.push((Names.name(module, Matrix::A), a.t()?.contiguous()?));
+        tensors.push((Names.name(module, Matrix::B), b.t()?.contiguous()?));
+    }
+    tensors.sort_by(|left, right| left.0.cmp(&right.0));
+    make_folder(folder)?;
+    write_safetensors(folder.join(TENSOR_FILE), &tensors, &[])?;
+    let mut config = Map::new();
+    config.insert("fine_tune_type".into(), json!("lora"));
+    config.insert(
+        "lora_parameters".into(),
+        json!({"dropout": adapter.dropout(), "keys": keys, "rank": first.rank, "scale": first.scale}),
+    );
+    if let Some(model) = adapter.base_model() {
+        config.insert("model".into(), json!(model));
+    }
+    config.insert("num_layers".into(), json!(num_layers));
+    let path = folder.join(CONFIG_FILE);
+    let mut text = Vec::new();
+    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut text, formatter);
+    serde::Serialize::serialize(&config, &mut serializer).map_err(|error| Error::format(&path, error))?;
+    write_atomically(&path, |file| file.write_all(&text))
+}
+
+/// The part of a path after the number of its layer: `self_attn.q_proj`.
+fn within_layer(path: &str) -> &str {
+    let mut rest = path;
+    while let Some((part, tail)) = rest.split_once('.') {
+        rest = tail;
+        if part.bytes().all(|byte| byte.is_ascii_digit()) {
+            break;
+        }
+    }
+    rest
+}

@@ -1,0 +1,93 @@
+//! Reading and writing adapters.
+
+mod mlx;
+mod peft;
+mod peft_config;
+mod single;
+mod values;
+
+pub use single::SingleFileMetadata;
+pub(crate) use single::{load_single_file, save_single_file};
+
+use super::LoRAAdapter;
+use crate::error::{Error, Result};
+use crate::models::{JsonObject, Model};
+use serde_json::Value;
+use std::path::Path;
+
+/// The configuration both PEFT and mlx-lm keep beside the tensors.
+const CONFIG_FILE: &str = "adapter_config.json";
+
+impl LoRAAdapter {
+    /// Reads an adapter: a folder of PEFT or mlx-lm, or a file of [`save_checkpoint`](crate::training::save_checkpoint).
+    ///
+    /// # Errors
+    /// A file is missing or damaged, tensors do not fit the model (all of them are listed), or the adapter is of a
+    /// kind other than LoRA on linear layers.
+    pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path.is_file() {
+            return Ok(load_single_file(model, path)?.0);
+        }
+        let config_path = path.join(CONFIG_FILE);
+        let config = JsonObject::read(&config_path)?;
+        if config.get("peft_type").is_some() {
+            return peft::load(model, path, &config);
+        }
+        let is_mlx = ["fine_tune_type", "lora_parameters", "num_layers"].iter().any(|key| config.get(key).is_some());
+        if is_mlx {
+            return mlx::load(model, path, &config);
+        }
+        Err(Error::format(config_path, "neither `peft_type` (PEFT) nor `lora_parameters` (mlx-lm) is there"))
+    }
+
+    /// Writes a folder as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        peft::save(self, folder.as_ref())
+    }
+
+    /// Writes a folder as mlx-lm does: `adapter_config.json` and `adapters.safetensors`.
+    ///
+    /// # Errors
+    /// A file cannot be written, or mlx-lm has no words for the adapter: it knows one rank and one scale, and the same
+    /// modules in each of the last layers.
+    pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
+        mlx::save(self, folder.as_ref())
+    }
+}
+
+/// The value of `key` as `read` takes it, unless absent or null.
+fn read_as<'a, T>(
+    config: &'a JsonObject,
+    key: &str,
+    expected: &str,
+    read: impl Fn(&'a Value) -> Option<T>,
+) -> Result<Option<T>> {
+    let Some(value) = config.get(key) else { return Ok(None) };
+    read(value).map(Some).ok_or_else(|| config.wrong(key, expected, value))
+}
+
+fn as_count(value: &Value) -> Option<usize> {
+    value.as_u64().and_then(|value| usize::try_from(value).ok())
+}
+
+fn as_texts(value: &Value) -> Option<Vec<&str>> {
+    value.as_array()?.iter().map(Value::as_str).collect()
+}
+
+/// A value for a message, cut where it is long.
+fn brief(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+/// Makes the folder of a file that is going to be written.
+fn make_folder(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|source| Error::write(folder, source))
+}

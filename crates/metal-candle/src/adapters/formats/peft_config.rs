@@ -1,0 +1,276 @@
+//! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
+
+use super::{as_count, as_texts, brief, read_as};
+use crate::adapters::lora::{Layout, LoRAAdapter, LoRAModule, Planned, Settings};
+use crate::error::{Error, Result};
+use crate::models::{JsonObject, LinearInfo, Model};
+use regex::Regex;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What PEFT takes for models of the Qwen2 kind when `target_modules` is null.
+const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
+
+/// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
+const UNSUPPORTED: [&str; 15] = [
+    "modules_to_save",
+    "fan_in_fan_out",
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "ensure_weight_tying",
+];
+
+/// Ways to start an adapter that leave the weights of the model as they are.
+const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+
+pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<Layout> {
+    refuse_unsupported(config)?;
+    let rank = config.size("r")?.unwrap_or(8);
+    let alpha = config.number("lora_alpha")?.unwrap_or(8.0);
+    let ranks = patterns(config, "rank_pattern", as_count, "whole numbers")?;
+    let alphas = patterns(config, "alpha_pattern", Value::as_f64, "numbers")?;
+    let selection = Selection::read(config)?;
+    let mut planned = Vec::new();
+    for (number, linear) in model.linears().iter().enumerate() {
+        if selection.takes(linear) {
+            planned.push(Planned {
+                number,
+                rank: first_match(&ranks, &linear.path).unwrap_or(rank),
+                alpha: first_match(&alphas, &linear.path).unwrap_or(alpha),
+            });
+        }
+    }
+    if planned.is_empty() {
+        let found = config.get("target_modules").map_or("null".into(), brief);
+        let message = format!("`target_modules` `{found}` names no linear layer of the model");
+        return Err(Error::format(config.path(), message));
+    }
+    let settings = Settings {
+        rank,
+        alpha,
+        dropout: config.number("lora_dropout")?.unwrap_or(0.0),
+        use_rslora: config.flag("use_rslora")?.unwrap_or(false),
+        base_model: config.text("base_model_name_or_path")?.map(String::from),
+    };
+    Layout::new(model, settings, &planned)
+}
+
+fn refuse_unsupported(config: &JsonObject) -> Result<()> {
+    let refuse = |key: &str, value: &Value| {
+        Err(Error::Unsupported(format!("`{key}`: `{}` in `{}`", brief(value), config.path().display())))
+    };
+    let kind = config.text("peft_type")?.unwrap_or_default();
+    if kind != "LORA" {
+        return refuse("peft_type", &json!(kind));
+    }
+    for key in UNSUPPORTED {
+        match config.get(key) {
+            None | Some(Value::Bool(false)) => {}
+            Some(Value::Array(items)) if items.is_empty() => {}
+            Some(Value::Object(items)) if items.is_empty() => {}
+            Some(value) => return refuse(key, value),
+        }
+    }
+    if let Some(value) = config.get("bias").filter(|value| value.as_str() != Some("none")) {
+        return refuse("bias", value);
+    }
+    match config.get("init_lora_weights") {
+        None | Some(Value::Bool(_)) => Ok(()),
+        Some(Value::String(start)) if PLAIN_STARTS.contains(&start.as_str()) => Ok(()),
+        Some(value) => refuse("init_lora_weights", value),
+    }
+}
+
+/// The linear layers that have terms, by the rules of PEFT.
+struct Selection<'a> {
+    targets: Targets<'a>,
+    excluded: Option<Targets<'a>>,
+    layers: Option<Vec<usize>>,
+    layers_patterns: Vec<Regex>,
+}
+
+enum Targets<'a> {
+    /// Paths or their last parts.
+    Named(Vec<&'a str>),
+    /// The whole path must match.
+    Matching(Regex),
+    /// Every linear layer of the blocks.
+    All,
+}
+
+impl<'a> Selection<'a> {
+    fn read(config: &'a JsonObject) -> Result<Self> {
+        let targets = match targets_of(config, "target_modules")? {
+            Some(Targets::Matching(regex)) if regex.as_str() == whole("all-linear") => Targets::All,
+            Some(targets) => targets,
+            None => Targets::Named(DEFAULT_TARGETS.to_vec()),
+        };
+        let layers = read_as(config, "layers_to_transform", "a whole number or a list of them", |value| match value {
+            Value::Array(layers) => layers.iter().map(as_count).collect(),
+            layer => Some(vec![as_count(layer)?]),
+        })?;
+        let names = read_as(config, "layers_pattern", "text or a list of texts", |value| match value {
+            Value::String(name) => Some(vec![name.as_str()]),
+            names => as_texts(names),
+        })?;
+        let layers_patterns = names
+            .into_iter()
+            .flatten()
+            .filter(|name| !name.is_empty())
+            .map(|name| compile(config, "layers_pattern", &format!(r"^.*\.(?:{name})\.(\d+)\."), name))
+            .collect::<Result<_>>()?;
+        let excluded = targets_of(config, "exclude_modules")?;
+        Ok(Self { targets, excluded, layers: layers.filter(|layers| !layers.is_empty()), layers_patterns })
+    }
+
+    fn takes(&self, linear: &LinearInfo) -> bool {
+        if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(&linear.path)) {
+            return false;
+        }
+        if !self.targets.matches(&linear.path) {
+            return false;
+        }
+        match (&self.layers, &self.targets) {
+            (None, _) => true,
+            // a path written out in full is taken whatever its layer
+            (Some(_), Targets::Named(names)) if names.contains(&linear.path.as_str()) => true,
+            (Some(layers), _) => self.layer(linear).is_some_and(|layer| layers.contains(&layer)),
+        }
+    }
+
+    fn layer(&self, linear: &LinearInfo) -> Option<usize> {
+        if self.layers_patterns.is_empty() {
+            return Some(linear.layer);
+        }
+        let captures = self.layers_patterns.iter().find_map(|pattern| pattern.captures(&linear.path))?;
+        captures.get(1)?.as_str().parse().ok()
+    }
+}
+
+impl Targets<'_> {
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Named(names) => names.iter().any(|name| {
+                path == *name || path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
+            }),
+            Self::Matching(regex) => regex.is_match(path),
+            Self::All => true,
+        }
+    }
+}
+
+fn targets_of<'a>(config: &'a JsonObject, key: &str) -> Result<Option<Targets<'a>>> {
+    match config.get(key) {
+        None => Ok(None),
+        Some(Value::String(pattern)) => Ok(Some(Targets::Matching(compile(config, key, &whole(pattern), pattern)?))),
+        Some(value) => match as_texts(value) {
+            Some(names) => Ok(Some(Targets::Named(names))),
+            None => Err(config.wrong(key, "text or a list of texts", value)),
+        },
+    }
+}
+
+fn whole(pattern: &str) -> String {
+    format!("^(?:{pattern})$")
+}
+
+fn compile(config: &JsonObject, key: &str, pattern: &str, shown: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|_| {
+        Error::Unsupported(format!("the regular expression `{shown}` of `{key}` in `{}`", config.path().display()))
+    })
+}
+
+/// The entries of `rank_pattern` or `alpha_pattern` in the order of the file.
+fn patterns<T>(
+    config: &JsonObject,
+    key: &str,
+    read: impl Fn(&Value) -> Option<T>,
+    kind: &str,
+) -> Result<Vec<(Regex, T)>> {
+    let expected = format!("an object of {kind}");
+    let Some(value) = config.get(key) else { return Ok(Vec::new()) };
+    let Value::Object(object) = value else { return Err(config.wrong(key, &expected, value)) };
+    let mut patterns = Vec::with_capacity(object.len());
+    for (pattern, value) in object {
+        let number = read(value).ok_or_else(|| config.wrong(key, &expected, value))?;
+        patterns.push((compile(config, key, &format!(r"^(?:.*\.)?(?:{pattern})$"), pattern)?, number));
+    }
+    Ok(patterns)
+}
+
+fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
+    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|(_, value)| *value)
+}
+
+/// The configuration of an adapter with sorted keys: those that PEFT, mistral.rs and llama.cpp all read.
+pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
+    let modules = adapter.modules();
+    let kinds: BTreeSet<&str> = modules.iter().map(|module| module.module).collect();
+    let layers: BTreeSet<usize> = modules.iter().map(|module| module.layer).collect();
+    // each kind of module in each of some layers, or else every path by itself
+    let regular = modules.len() == kinds.len() * layers.len();
+    let all_layers = layers.len() == adapter.model().config().num_hidden_layers;
+    let targets: Vec<&str> = if regular {
+        kinds.into_iter().collect()
+    } else {
+        modules.iter().map(|module| module.path.as_str()).collect::<BTreeSet<_>>().into_iter().collect()
+    };
+    let some_layers = regular && !all_layers;
+    BTreeMap::from([
+        ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
+        ("base_model_name_or_path", json!(adapter.base_model())),
+        ("bias", json!("none")),
+        ("exclude_modules", Value::Null),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", json!(true)),
+        ("layers_pattern", if some_layers { json!("layers") } else { Value::Null }),
+        ("layers_to_transform", if some_layers { json!(layers) } else { Value::Null }),
+        ("lora_alpha", whole_number(adapter.alpha())),
+        ("lora_dropout", json!(adapter.dropout())),
+        ("modules_to_save", Value::Null),
+        ("peft_type", json!("LORA")),
+        ("r", json!(adapter.rank())),
+        ("rank_pattern", pattern_of(modules, |module| json!(module.rank), &json!(adapter.rank()))),
+        ("revision", Value::Null),
+        ("target_modules", json!(targets)),
+        ("task_type", json!("CAUSAL_LM")),
+        ("use_dora", json!(false)),
+        ("use_rslora", json!(adapter.use_rslora())),
+    ])
+}
+
+/// The values that are not the default: by the last part of the path where all such modules agree, else by path.
+fn pattern_of(modules: &[LoRAModule], value: impl Fn(&LoRAModule) -> Value, default: &Value) -> Value {
+    let mut kinds: BTreeMap<&str, Vec<(&str, Value)>> = BTreeMap::new();
+    for module in modules {
+        kinds.entry(module.module).or_default().push((&module.path, value(module)));
+    }
+    let mut pattern = BTreeMap::new();
+    for (kind, values) in kinds {
+        let first = &values[0].1;
+        if values.iter().all(|(_, value)| value == first) {
+            if first != default {
+                pattern.insert(kind, first.clone());
+            }
+        } else {
+            pattern.extend(values.into_iter().filter(|(_, value)| value != default));
+        }
+    }
+    json!(pattern)
+}
+
+/// A number as JSON, without a fraction where it has none: PEFT and its readers write alpha so.
+fn whole_number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
+}

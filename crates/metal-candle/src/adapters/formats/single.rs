@@ -1,0 +1,71 @@
+//! An adapter in one safetensors file: tensors named as PEFT names them, the configuration in the metadata.
+
+use super::peft::{Names, named_tensors};
+use super::{as_count, make_folder, peft_config, read_as, values};
+use crate::adapters::LoRAAdapter;
+use crate::error::{Error, Result};
+use crate::models::{JsonObject, Model, SafetensorsFile, write_safetensors};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// The entry of the header that holds the configuration of the adapter.
+const CONFIG_KEY: &str = "adapter_config";
+/// The entry of the header that holds what the caller gave.
+const METADATA_KEY: &str = "training";
+
+/// What a checkpoint file can tell about where it comes from.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SingleFileMetadata {
+    /// Optimizer steps done.
+    pub step: Option<usize>,
+    /// Passes over the data begun, from 1.
+    pub epoch: Option<usize>,
+    /// Mean loss of the last step or evaluation, in nats a token.
+    pub loss: Option<f64>,
+    /// Anything else, as text.
+    pub note: Option<String>,
+}
+
+impl SingleFileMetadata {
+    fn to_json(&self) -> Value {
+        json!({
+            "step": self.step, "epoch": self.epoch, "loss": self.loss.map(|loss| loss.to_string()), "note": self.note,
+        })
+    }
+
+    fn from_json(entry: &JsonObject) -> Result<Self> {
+        Ok(Self {
+            step: read_as(entry, "step", "a whole number", as_count)?,
+            epoch: read_as(entry, "epoch", "a whole number", as_count)?,
+            loss: read_as(entry, "loss", "a number as text", |value| value.as_str()?.parse().ok())?,
+            note: entry.text("note")?.map(String::from),
+        })
+    }
+}
+
+pub(crate) fn save_single_file(
+    adapter: &LoRAAdapter,
+    path: &Path,
+    metadata: Option<&SingleFileMetadata>,
+) -> Result<()> {
+    let config = json!(peft_config::describe(adapter)).to_string();
+    let metadata = metadata.map(|metadata| metadata.to_json().to_string());
+    let mut entries = vec![("format", "pt"), (CONFIG_KEY, config.as_str())];
+    entries.extend(metadata.as_deref().map(|metadata| (METADATA_KEY, metadata)));
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        make_folder(folder)?;
+    }
+    write_safetensors(path, &named_tensors(adapter)?, &entries)
+}
+
+pub(crate) fn load_single_file(model: &Model, path: &Path) -> Result<(LoRAAdapter, SingleFileMetadata)> {
+    let file = SafetensorsFile::open(path)?;
+    let entry = |key: &str| file.metadata().get(key).map(|text| JsonObject::parse(text, path)).transpose();
+    let Some(config) = entry(CONFIG_KEY)? else {
+        return Err(Error::format(path, format!("the header has no entry `{CONFIG_KEY}`")));
+    };
+    let layout = peft_config::layout(model, &config)?;
+    let values = values::read(path, &layout, &Names)?;
+    let metadata = entry(METADATA_KEY)?.map(|entry| SingleFileMetadata::from_json(&entry)).transpose()?;
+    Ok((LoRAAdapter::from_values(model, layout, values)?, metadata.unwrap_or_default()))
+}
