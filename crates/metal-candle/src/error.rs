@@ -82,6 +82,16 @@ pub enum Error {
         /// `file:line` of each row concerned.
         rows: Vec<String>,
     },
+    /// A gradient was NaN or infinite although the loss was not.
+    #[error("the gradients of `{}` are not finite at step {step}; rows: {}", parameters.join("`, `"), rows.join(", "))]
+    NonFiniteGradient {
+        /// The optimizer step, counted from 1.
+        step: usize,
+        /// Names of the tensors concerned.
+        parameters: Vec<String>,
+        /// `file:line` of each row of the step.
+        rows: Vec<String>,
+    },
     /// A callback, a dropped stream or a signal stopped the work.
     #[error("stopped")]
     Stopped,

@@ -1,1 +1,27 @@
-//! Training: losses, optimizers, schedules, checkpoints and the trainer.
+//! Training: losses, optimizer, schedules, checkpoints and the trainer.
+
+mod checkpoint;
+mod config;
+mod evaluation;
+mod kernels;
+mod loss;
+mod metrics_file;
+mod optimizer;
+mod progress;
+mod report;
+mod run;
+mod run_folder;
+mod scheduler;
+mod trained;
+mod trainer;
+
+pub use crate::adapters::{CheckpointMetadata, LoRAAdapter, LoRAAdapterConfig, TargetModule};
+pub use checkpoint::{load_checkpoint, save_checkpoint};
+pub use config::TrainingConfig;
+pub use evaluation::{Evaluation, evaluate};
+pub use loss::{bits_per_byte, cross_entropy, cross_entropy_rows, perplexity};
+pub use optimizer::{AdamW, AdamWConfig, global_norm};
+pub use report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
+pub use scheduler::LRScheduler;
+pub use trained::{Parameter, Trained};
+pub use trainer::Trainer;

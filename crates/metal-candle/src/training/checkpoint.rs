@@ -1,0 +1,27 @@
+//! An adapter in one file.
+
+use crate::adapters::{CheckpointMetadata, LoRAAdapter, load_single_file, save_single_file};
+use crate::error::Result;
+use crate::models::Model;
+use std::path::Path;
+
+/// Writes an adapter as one safetensors file: tensors named as PEFT names them, configuration and `metadata` in the
+/// header. The file is replaced whole or not at all.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn save_checkpoint(
+    adapter: &LoRAAdapter,
+    path: impl AsRef<Path>,
+    metadata: Option<CheckpointMetadata>,
+) -> Result<()> {
+    save_single_file(adapter, path.as_ref(), metadata.as_ref())
+}
+
+/// Reads what [`save_checkpoint`] wrote.
+///
+/// # Errors
+/// The file is missing, damaged or of another kind, or tensors do not fit the model; all of these are listed.
+pub fn load_checkpoint(model: &Model, path: impl AsRef<Path>) -> Result<(LoRAAdapter, CheckpointMetadata)> {
+    load_single_file(model, path.as_ref())
+}

@@ -1,0 +1,86 @@
+//! The loss of a dataset.
+
+use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
+use crate::error::{DataProblem, Error, Result};
+use crate::models::Model;
+use crate::ops::LowRankTerms;
+use std::path::PathBuf;
+
+/// The loss of a model on a dataset.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Sum over all trained tokens, in nats.
+    pub total_loss: f64,
+    /// Number of trained tokens.
+    pub trained_tokens: usize,
+}
+
+impl Evaluation {
+    /// Mean in nats a trained token.
+    pub fn loss(&self) -> f64 {
+        self.total_loss / self.trained_tokens.max(1) as f64
+    }
+
+    /// `exp` of the mean loss.
+    pub fn perplexity(&self) -> f64 {
+        super::perplexity(self.loss())
+    }
+}
+
+/// The loss over the trained tokens of a dataset, each token with the same weight.
+///
+/// Samples are packed into batches of up to `batch_tokens` tokens.
+///
+/// # Errors
+/// Samples cannot be used (all of them are listed), or `batch_tokens` is 0.
+pub fn evaluate(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    dataset: &Dataset,
+    batch_tokens: usize,
+) -> Result<Evaluation> {
+    check_dataset(dataset, model.config().vocab_size)?;
+    let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
+    let mut evaluation = Evaluation { total_loss: 0.0, trained_tokens: 0 };
+    for indices in pack(&lengths, PackingLimits::tokens(batch_tokens), &mut Random::new(0))? {
+        let samples: Vec<_> = indices.iter().map(|&index| &dataset.samples[index]).collect();
+        let (batch, targets) = batch_of(&samples);
+        let losses = model.loss(&batch, &targets, terms, 0.0)?;
+        evaluation.total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        evaluation.trained_tokens += targets.weights.iter().filter(|&&weight| weight > 0.0).count();
+    }
+    Ok(evaluation)
+}
+
+/// Where a sample comes from: `file:line`, or its number.
+pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
+    match dataset.samples.get(index).and_then(|sample| sample.source.as_ref()) {
+        Some(source) => format!("{}:{}", source.path.display(), source.line),
+        None => format!("sample {}", index + 1),
+    }
+}
+
+/// Refuses samples without a trained token and ids that the model does not have.
+pub(super) fn check_dataset(dataset: &Dataset, vocab_size: usize) -> Result<()> {
+    if dataset.is_empty() {
+        return Err(Error::argument("dataset", "has no sample"));
+    }
+    let mut problems = Vec::new();
+    for (index, sample) in dataset.samples.iter().enumerate() {
+        let message = if sample.trained.len() != sample.ids.len() {
+            format!("{} tokens, but {} marks of what is trained", sample.ids.len(), sample.trained.len())
+        } else if !sample.trained.iter().skip(1).any(|&trained| trained) {
+            "no token is trained".to_string()
+        } else if let Some(id) = sample.ids.iter().find(|&&id| id as usize >= vocab_size) {
+            format!("token id {id} is outside the vocabulary of {vocab_size}")
+        } else {
+            continue;
+        };
+        let (path, line) = match &sample.source {
+            Some(source) => (source.path.as_ref().clone(), source.line),
+            None => (PathBuf::from("sample"), index + 1),
+        };
+        problems.push(DataProblem { path, line, message });
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Data { problems }) }
+}

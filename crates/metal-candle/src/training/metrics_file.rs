@@ -1,0 +1,69 @@
+//! `metrics.jsonl`: one line a step or evaluation, without times, so that equal runs write equal bytes.
+
+use super::report::{EvaluationMetrics, StepMetrics};
+use crate::error::{Error, Result};
+use serde_json::{Value, json};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+#[derive(Debug)]
+pub(super) struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsFile {
+    /// Opens the file for appending, after everything later than `step` has been cut off; all of it if `step` is none.
+    pub(super) fn open(path: &Path, step: Option<usize>) -> Result<Self> {
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        let mut file = opened.map_err(|source| Error::write(path, source))?;
+        let kept = match step {
+            None => 0,
+            Some(step) => bytes_up_to(&file, step).map_err(|source| Error::read(path, source))?,
+        };
+        file.set_len(kept)
+            .and_then(|()| file.seek(SeekFrom::Start(kept)))
+            .map_err(|source| Error::write(path, source))?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    pub(super) fn step(&mut self, step: &StepMetrics) -> Result<()> {
+        self.append(&json!({
+            "event": "step", "step": step.step, "epoch": step.epoch, "loss": step.loss,
+            "learning_rate": step.learning_rate, "grad_norm": step.grad_norm, "tokens": step.tokens,
+            "trained_tokens": step.trained_tokens,
+        }))
+    }
+
+    pub(super) fn evaluation(&mut self, evaluation: &EvaluationMetrics) -> Result<()> {
+        self.append(&json!({"event": "evaluation", "step": evaluation.step, "loss": evaluation.loss}))
+    }
+
+    /// Brings the lines to the disk.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|source| Error::write(&self.path, source))
+    }
+
+    fn append(&mut self, line: &Value) -> Result<()> {
+        let mut text = line.to_string();
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|source| Error::write(&self.path, source))
+    }
+}
+
+/// The length of the complete lines at the beginning that tell of `step` or earlier steps.
+fn bytes_up_to(file: &File, step: usize) -> std::io::Result<u64> {
+    let mut reader = BufReader::new(file);
+    let mut kept = 0;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let read = reader.read_until(b'\n', &mut line)?;
+        let told = serde_json::from_slice::<Value>(&line).ok().and_then(|line| line.get("step")?.as_u64());
+        if !line.ends_with(b"\n") || told.is_none_or(|told| told > step as u64) {
+            return Ok(kept);
+        }
+        kept += read as u64;
+    }
+}

@@ -1,0 +1,536 @@
+//! One run of the trainer.
+
+use super::config::{Options, TrainingConfig};
+use super::evaluation::{evaluate, source_of};
+use super::metrics_file::MetricsFile;
+use super::optimizer::{AdamW, GradientSum, clip_factor, global_norm};
+use super::progress::Progress;
+use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
+use super::run_folder::{Checkpoint, Checkpoints};
+use super::trained::{Parameter, Trained};
+use super::trainer::Callback;
+use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
+use crate::error::{Error, Result};
+use crate::models::{
+    Batch, Gradients, LossOptions, SafetensorsFile, Targets, Trainable, write_safetensors,
+};
+use crate::ops::LowRankTerms;
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::time::Instant;
+
+/// The file of the moments in a checkpoint.
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const FIRST_MOMENT: &str = "first_moment";
+const SECOND_MOMENT: &str = "second_moment";
+
+/// Settings that may differ when a run goes on: they only say when it ends or what is kept of it.
+const FREE_SETTINGS: [&str; 2] = ["num_epochs", "max_steps"];
+
+/// Most rows that an error names.
+const MAX_ROWS: usize = 16;
+
+/// A batch of samples, given by their numbers.
+type Indices = Vec<usize>;
+
+/// The batches of each step of an epoch.
+pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Random) -> Result<Vec<Vec<Indices>>> {
+    let batches = match &options.batches {
+        Some(batches) => {
+            let is_known = |&index: &usize| index < dataset.len();
+            if batches.is_empty() || !batches.iter().all(|batch| !batch.is_empty() && batch.iter().all(is_known)) {
+                let message = format!("each batch needs samples with numbers below {}", dataset.len());
+                return Err(Error::argument("batches", message));
+            }
+            batches.clone()
+        }
+        None => {
+            let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
+            let limits = PackingLimits { max_tokens: options.batch_tokens, max_samples: options.batch_samples };
+            pack(&lengths, limits, order)?
+        }
+    };
+    if batches.is_empty() {
+        return Err(Error::argument("dataset", "has no sample"));
+    }
+    Ok(batches.chunks(options.gradient_accumulation.max(1)).map(<[_]>::to_vec).collect())
+}
+
+pub(super) struct Run<'a, T: Trained> {
+    start: &'a T,
+    config: &'a TrainingConfig,
+    options: &'a Options,
+    dataset: &'a Dataset,
+    total_steps: usize,
+    callbacks: &'a mut Vec<Callback>,
+    parameters: Vec<Parameter>,
+    optimizer: AdamW,
+    gradients: GradientSum,
+    /// What is trained, with views of the parameters in the optimizer.
+    live: T,
+    terms: Option<LowRankTerms>,
+    progress: Progress,
+    /// The steps of the current epoch, and the generator after its order was drawn.
+    epoch: Option<(Vec<Vec<Indices>>, Random)>,
+    best: Option<Tensor>,
+    folder: Option<(Checkpoints, MetricsFile)>,
+    metrics: TrainingMetrics,
+    is_stopped: bool,
+}
+
+impl<'a, T: Trained> Run<'a, T> {
+    pub(super) fn new(
+        start: &'a T,
+        config: &'a TrainingConfig,
+        options: &'a Options,
+        dataset: &'a Dataset,
+        total_steps: usize,
+        callbacks: &'a mut Vec<Callback>,
+    ) -> Result<Self> {
+        let parameters = start.trainable();
+        let optimizer = AdamW::new(&start.values()?, config.optimizer_config)?;
+        let num_trainable_parameters = parameters.iter().map(|parameter| parameter.len).sum();
+        let live = start.with_values(&optimizer.parameters()?)?;
+        let metrics = TrainingMetrics {
+            stop_reason: StopReason::Completed,
+            num_steps: 0,
+            num_epochs: 0,
+            steps: Vec::new(),
+            evaluations: Vec::new(),
+            best: None,
+            num_trainable_parameters,
+            num_gradient_tensors: 0,
+            gradient_bytes: 0,
+            saved_bytes: 0,
+            tokens: 0,
+            trained_tokens: 0,
+            seconds: 0.0,
+        };
+        let device = start.run_model().device().candle();
+        let mut run = Self {
+            terms: live.run_terms()?,
+            gradients: GradientSum::zeros(num_trainable_parameters, &device)?,
+            progress: Progress::new(options.seed),
+            start,
+            config,
+            options,
+            dataset,
+            total_steps,
+            callbacks,
+            parameters,
+            optimizer,
+            live,
+            epoch: None,
+            best: None,
+            folder: None,
+            metrics,
+            is_stopped: false,
+        };
+        run.open_folder()?;
+        Ok(run)
+    }
+
+    fn open_folder(&mut self) -> Result<()> {
+        let Some(folder) = &self.options.run_folder else { return Ok(()) };
+        let checkpoints = Checkpoints::open(folder)?;
+        let newest = checkpoints.newest()?;
+        let step = match newest {
+            Some(checkpoint) if self.options.resume => {
+                self.restore(&checkpoint, &checkpoints)?;
+                Some(self.progress.step)
+            }
+            Some(checkpoint) => {
+                let message = format!("`{}` is there already: resume it or choose another", checkpoint.path.display());
+                return Err(Error::argument("run_folder", message));
+            }
+            None => None,
+        };
+        let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), step)?;
+        self.folder = Some((checkpoints, metrics));
+        Ok(())
+    }
+
+    /// All steps that are left.
+    pub(super) fn execute(&mut self) -> Result<TrainingMetrics> {
+        self.emit(&TrainingEvent::Started {
+            step: self.progress.step,
+            total_steps: self.total_steps,
+            num_trainable_parameters: self.metrics.num_trainable_parameters,
+        });
+        if self.options.evaluation.is_some() && self.progress.num_evaluations == 0 {
+            self.evaluate()?;
+        }
+        while !self.is_stopped && self.end().is_none() {
+            let (batches, epoch_ends) = self.next_batches()?;
+            let before = self.progress.clone();
+            let step = match self.step(&batches) {
+                Ok(step) => step,
+                Err(error) => {
+                    self.progress = before;
+                    if is_divergence(&error) {
+                        self.save()?;
+                    }
+                    return Err(error);
+                }
+            };
+            self.advance(epoch_ends);
+            self.report(step)?;
+            let mut is_due = self.options.save_interval.is_some_and(|steps| self.progress.step.is_multiple_of(steps));
+            if self.evaluation_is_due(epoch_ends) {
+                is_due |= self.evaluate()?;
+            }
+            if is_due || self.is_stopped || self.end().is_some() {
+                self.save()?;
+            }
+        }
+        let stop_reason = self.end().unwrap_or(StopReason::Callback);
+        self.emit(&TrainingEvent::Finished { step: self.progress.step, stop_reason });
+        self.metrics.stop_reason = stop_reason;
+        self.metrics.num_steps = self.progress.step;
+        self.metrics.num_epochs = self.progress.epoch;
+        self.metrics.best = self.progress.best.map(|(step, loss)| EvaluationMetrics { step, loss });
+        self.metrics.tokens = self.progress.tokens;
+        self.metrics.trained_tokens = self.progress.trained_tokens;
+        Ok(self.metrics.clone())
+    }
+
+    /// What was trained, with its own copy of the parameters.
+    pub(super) fn snapshot(&self) -> Result<T> {
+        self.start.with_values(&self.optimizer.parameters()?.force_contiguous()?)
+    }
+
+    /// The same after the best evaluation.
+    pub(super) fn best(&self) -> Result<Option<T>> {
+        self.best.as_ref().map(|values| self.start.with_values(values)).transpose()
+    }
+
+    /// Why nothing is left to do, if so.
+    fn end(&self) -> Option<StopReason> {
+        let is_complete = match self.options.max_steps {
+            Some(steps) => self.progress.step >= steps,
+            None => self.progress.epoch >= self.config.num_epochs,
+        };
+        let is_hopeless =
+            self.options.patience.is_some_and(|patience| self.progress.evaluations_since_best >= patience);
+        if is_complete {
+            Some(StopReason::Completed)
+        } else {
+            is_hopeless.then_some(StopReason::EarlyStopping)
+        }
+    }
+
+    /// The batches of the next step, and whether it is the last of its epoch.
+    fn next_batches(&mut self) -> Result<(Vec<Indices>, bool)> {
+        if self.epoch.is_none() {
+            let mut order = self.progress.order.clone();
+            self.epoch = Some((plan_epoch(self.options, self.dataset, &mut order)?, order));
+        }
+        let steps = self.epoch.as_ref().map_or(&[][..], |(steps, _)| steps);
+        let Some(batches) = steps.get(self.progress.step_in_epoch) else {
+            let message = format!("an epoch has {} steps, the checkpoint is at {}", steps.len(), self.progress.step_in_epoch);
+            return Err(Error::argument("resume", message));
+        };
+        Ok((batches.clone(), self.progress.step_in_epoch + 1 == steps.len()))
+    }
+
+    /// Losses and gradients of all batches, and one update.
+    fn step(&mut self, batches: &[Indices]) -> Result<StepMetrics> {
+        let started = Instant::now();
+        let mut made: Vec<(&Indices, Batch, Targets)> = Vec::with_capacity(batches.len());
+        for indices in batches {
+            let samples: Vec<_> = indices.iter().map(|&index| &self.dataset.samples[index]).collect();
+            let (batch, targets) = batch_of(&samples);
+            made.push((indices, batch, targets));
+        }
+        let weight: f64 = made.iter().flat_map(|(_, _, targets)| &targets.weights).map(|&w| f64::from(w)).sum();
+        let mut total_loss = 0.0;
+        for (number, (indices, batch, targets)) in made.iter().enumerate() {
+            let options = LossOptions {
+                label_smoothing: self.options.label_smoothing as f32,
+                grad_scale: (1.0 / weight) as f32,
+                dropout_seed: self.progress.dropout.next_u64(),
+            };
+            let trainable = self.terms.as_ref().map_or(Trainable::All, Trainable::LowRank);
+            let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
+            if losses.rows.iter().any(|loss| !loss.is_finite()) {
+                return Err(self.non_finite_loss(indices, batch, &losses.rows));
+            }
+            total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            self.add(&gradients, number == 0)?;
+        }
+        let grad_norm = global_norm(self.gradients.tensor())?;
+        if !grad_norm.is_finite() {
+            let rows = batches.iter().flatten().map(|&index| source_of(self.dataset, index)).collect();
+            return Err(Error::NonFiniteGradient {
+                step: self.progress.step + 1,
+                parameters: self.non_finite_parameters()?,
+                rows: shorten(rows),
+            });
+        }
+        let learning_rate = self.config.lr_scheduler.learning_rate(self.progress.step);
+        let factor = clip_factor(grad_norm, self.config.max_grad_norm);
+        self.optimizer.step(self.gradients.tensor(), learning_rate, factor)?;
+        if self.live.terms_are_copies() {
+            self.terms = self.live.run_terms()?;
+        }
+        let tokens = made.iter().map(|(_, batch, _)| batch.num_tokens()).sum();
+        let trained_tokens =
+            made.iter().flat_map(|(_, _, targets)| &targets.weights).filter(|&&weight| weight > 0.0).count();
+        let seconds = started.elapsed().as_secs_f64();
+        self.metrics.seconds += seconds;
+        Ok(StepMetrics {
+            step: self.progress.step + 1,
+            epoch: self.progress.epoch + 1,
+            loss: total_loss / weight,
+            learning_rate,
+            grad_norm,
+            tokens,
+            trained_tokens,
+            tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
+        })
+    }
+
+    /// Adds the gradients of a batch; every trainable tensor must have one.
+    fn add(&mut self, gradients: &Gradients, is_first: bool) -> Result<()> {
+        let found = |parameter: &Parameter| {
+            let gradient = gradients.tensors.get(parameter.gradient).and_then(Option::as_ref);
+            gradient.filter(|gradient| gradient.elem_count() == parameter.len)
+        };
+        let missing: Vec<&str> = self
+            .parameters
+            .iter()
+            .filter(|parameter| found(parameter).is_none())
+            .map(|parameter| parameter.name.as_str())
+            .collect();
+        if !missing.is_empty() {
+            let message = format!("no gradient reaches `{}`", missing.join("`, `"));
+            return Err(Error::argument("trainable parameters", message));
+        }
+        for parameter in &self.parameters {
+            if let Some(gradient) = found(parameter) {
+                self.gradients.add(parameter.offset, gradient, is_first)?;
+            }
+        }
+        let made = || gradients.tensors.iter().flatten();
+        self.metrics.num_gradient_tensors = made().count();
+        self.metrics.gradient_bytes =
+            made().map(|gradient| gradient.elem_count() * gradient.dtype().size_in_bytes()).sum();
+        self.metrics.saved_bytes = self.metrics.saved_bytes.max(gradients.saved_bytes);
+        Ok(())
+    }
+
+    fn non_finite_loss(&self, indices: &Indices, batch: &Batch, losses: &[f32]) -> Error {
+        let spans = batch.offsets().windows(2).map(|span| &losses[span[0]..span[1]]);
+        let rows = indices
+            .iter()
+            .zip(spans)
+            .filter(|(_, losses)| losses.iter().any(|loss| !loss.is_finite()))
+            .map(|(&index, _)| source_of(self.dataset, index))
+            .collect();
+        let loss = losses.iter().map(|&loss| f64::from(loss)).sum();
+        Error::NonFiniteLoss { step: self.progress.step + 1, loss, rows: shorten(rows) }
+    }
+
+    fn non_finite_parameters(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for parameter in &self.parameters {
+            let gradient = self.gradients.tensor().narrow(0, parameter.offset, parameter.len)?;
+            if !global_norm(&gradient)?.is_finite() {
+                names.push(parameter.name.clone());
+            }
+        }
+        Ok(shorten(names))
+    }
+
+    fn advance(&mut self, epoch_ends: bool) {
+        self.progress.step += 1;
+        self.progress.step_in_epoch += 1;
+        if epoch_ends {
+            self.progress.epoch += 1;
+            self.progress.step_in_epoch = 0;
+            if let Some((_, order)) = self.epoch.take() {
+                self.progress.order = order;
+            }
+        }
+    }
+
+    fn report(&mut self, step: StepMetrics) -> Result<()> {
+        self.progress.tokens += step.tokens;
+        self.progress.trained_tokens += step.trained_tokens;
+        if let Some((_, metrics)) = &mut self.folder {
+            metrics.step(&step)?;
+        }
+        self.metrics.steps.push(step);
+        self.emit(&TrainingEvent::Step {
+            step: step.step,
+            epoch: step.epoch,
+            loss: step.loss,
+            learning_rate: step.learning_rate,
+            grad_norm: step.grad_norm,
+            tokens: step.tokens,
+            tokens_per_second: step.tokens_per_second,
+        });
+        Ok(())
+    }
+
+    fn evaluation_is_due(&self, epoch_ends: bool) -> bool {
+        self.options.evaluation.as_ref().is_some_and(|evaluation| {
+            let by_interval = match evaluation.interval {
+                0 => epoch_ends,
+                steps => self.progress.step.is_multiple_of(steps),
+            };
+            by_interval || self.end().is_some()
+        })
+    }
+
+    /// Measures the evaluation dataset; whether a checkpoint of this step should be kept.
+    fn evaluate(&mut self) -> Result<bool> {
+        let Some(options) = &self.options.evaluation else { return Ok(false) };
+        let model = self.live.run_model();
+        let loss = evaluate(model, self.terms.as_ref(), &options.dataset, self.options.batch_tokens)?.loss();
+        let step = self.progress.step;
+        let is_best = self.progress.best.is_none_or(|(_, best)| loss < best);
+        self.progress.num_evaluations += 1;
+        if is_best {
+            self.progress.best = Some((step, loss));
+            self.progress.evaluations_since_best = 0;
+            self.best = Some(self.optimizer.parameters()?.force_contiguous()?);
+        } else {
+            self.progress.evaluations_since_best += 1;
+        }
+        let evaluation = EvaluationMetrics { step, loss };
+        if let Some((_, metrics)) = &mut self.folder {
+            metrics.evaluation(&evaluation)?;
+        }
+        self.metrics.evaluations.push(evaluation);
+        self.emit(&TrainingEvent::Evaluated { step, loss, is_best });
+        Ok(is_best)
+    }
+
+    fn emit(&mut self, event: &TrainingEvent) {
+        for callback in self.callbacks.iter_mut() {
+            self.is_stopped |= callback(event).is_break();
+        }
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let Some((checkpoints, metrics)) = &self.folder else { return Ok(()) };
+        metrics.sync()?;
+        let step = self.progress.step;
+        let mut state = Map::new();
+        state.insert("progress".into(), self.progress.to_json());
+        state.insert("settings".into(), self.settings());
+        let (first, second) = self.optimizer.moments()?;
+        let moments = [(FIRST_MOMENT, first), (SECOND_MOMENT, second)];
+        let path = checkpoints.save(step, state, |folder| {
+            self.live.save_files(folder)?;
+            write_safetensors(folder.join(OPTIMIZER_FILE), &moments, &[])
+        })?;
+        let best = self.progress.best.map(|(step, _)| step);
+        checkpoints.prune(self.options.kept_checkpoints, best)?;
+        self.emit(&TrainingEvent::Checkpointed { step, path });
+        Ok(())
+    }
+
+    fn restore(&mut self, checkpoint: &Checkpoint, checkpoints: &Checkpoints) -> Result<()> {
+        let part = |key: &str| -> Result<_> {
+            checkpoint.state.object(key)?.ok_or_else(|| checkpoint.state.missing(key, "an object"))
+        };
+        self.check_settings(&checkpoint.path, part("settings")?.map())?;
+        self.progress = Progress::from_json(&part("progress")?)?;
+        let values = self.start.load_values(&checkpoint.path)?;
+        let file = SafetensorsFile::open(checkpoint.path.join(OPTIMIZER_FILE))?;
+        let device = self.start.run_model().device().candle();
+        let moment = |name: &str| -> Result<Tensor> { Ok(file.float_tensor(name, DType::F32)?.to_device(&device)?) };
+        self.optimizer.restore(&values, &moment(FIRST_MOMENT)?, &moment(SECOND_MOMENT)?, self.progress.step)?;
+        if self.live.terms_are_copies() {
+            self.terms = self.live.run_terms()?;
+        }
+        self.best = match self.progress.best {
+            None => None,
+            Some((0, _)) => Some(self.start.values()?),
+            Some((step, _)) => match checkpoints.load(step) {
+                Ok(best) => Some(self.start.load_values(&best.path)?),
+                Err(error) => {
+                    tracing::warn!("the best checkpoint cannot be read: {error}");
+                    None
+                }
+            },
+        };
+        Ok(())
+    }
+
+    /// Everything that decides what the steps compute.
+    fn settings(&self) -> Value {
+        let options = self.options;
+        let evaluation = options
+            .evaluation
+            .as_ref()
+            .map(|evaluation| json!({"dataset": fingerprint(&evaluation.dataset), "interval": evaluation.interval}));
+        json!({
+            "trained": digest(&self.start.identity().to_string()),
+            "model": digest(&format!("{:?}", self.start.run_model().config())),
+            "dtype": self.start.run_model().dtype().as_str(),
+            "dataset": fingerprint(self.dataset),
+            "num_epochs": self.config.num_epochs,
+            "max_steps": options.max_steps,
+            "lr_scheduler": self.config.lr_scheduler.to_json(),
+            "optimizer_config": self.config.optimizer_config.to_json(),
+            "max_grad_norm": self.config.max_grad_norm.map(|norm| norm.to_string()),
+            "batch_tokens": options.batch_tokens,
+            "batch_samples": options.batch_samples,
+            "batches": options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))),
+            "gradient_accumulation": options.gradient_accumulation,
+            "label_smoothing": options.label_smoothing.to_string(),
+            "seed": options.seed,
+            "evaluation": evaluation,
+            "patience": options.patience,
+        })
+    }
+
+    fn check_settings(&self, path: &Path, saved: &Map<String, Value>) -> Result<()> {
+        let Value::Object(now) = self.settings() else { return Ok(()) };
+        let different: Vec<String> = now
+            .iter()
+            .filter(|(key, value)| !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key) != Some(*value))
+            .map(|(key, value)| format!("`{key}` was {}, is {value}", saved.get(key).unwrap_or(&Value::Null)))
+            .collect();
+        if different.is_empty() {
+            return Ok(());
+        }
+        let message = format!("`{}` is of another run: {}", path.display(), different.join("; "));
+        Err(Error::argument("resume", message))
+    }
+}
+
+fn is_divergence(error: &Error) -> bool {
+    matches!(error, Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. })
+}
+
+/// The first names, and how many there are beyond.
+fn shorten(mut names: Vec<String>) -> Vec<String> {
+    let left = names.len().saturating_sub(MAX_ROWS);
+    if left > 0 {
+        names.truncate(MAX_ROWS);
+        names.push(format!("and {left} more"));
+    }
+    names
+}
+
+fn digest(text: &str) -> String {
+    format!("{:08x}", crc32c::crc32c(text.as_bytes()))
+}
+
+/// What tells one dataset from another: its tokens and which are trained.
+fn fingerprint(dataset: &Dataset) -> String {
+    let mut sum = 0;
+    for sample in &dataset.samples {
+        sum = crc32c::crc32c_append(sum, &(sample.ids.len() as u64).to_le_bytes());
+        for (id, trained) in sample.ids.iter().zip(&sample.trained) {
+            let [a, b, c, d] = id.to_le_bytes();
+            sum = crc32c::crc32c_append(sum, &[a, b, c, d, u8::from(*trained)]);
+        }
+    }
+    format!("{} samples, {sum:08x}", dataset.len())
+}

@@ -1,0 +1,195 @@
+//! What can be trained: an adapter, or all parameters of a model.
+
+use crate::adapters::LoRAAdapter;
+use crate::error::{Error, Result};
+use crate::models::{Model, SafetensorsFile, save_model};
+use crate::ops::LowRankTerms;
+use candle_core::{DType, Tensor};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// A trainable tensor: where it is in the flat parameters, and which gradient is its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    /// Its name, for messages.
+    pub name: String,
+    /// Where it begins.
+    pub offset: usize,
+    /// Its number of elements.
+    pub len: usize,
+    /// Index into [`Gradients::tensors`](crate::models::Gradients::tensors).
+    pub gradient: usize,
+}
+
+/// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], or all parameters of a [`Model`].
+pub trait Trained: Clone + Send + Sync + 'static {
+    /// Its trainable tensors, in the order of their offsets.
+    fn trainable(&self) -> Vec<Parameter>;
+
+    /// A copy of all parameters: `[n]`, f32.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn values(&self) -> Result<Tensor>;
+
+    /// The same thing with views of `values` (`[n]`, f32) as its parameters.
+    ///
+    /// # Errors
+    /// The shape is another.
+    fn with_values(&self, values: &Tensor) -> Result<Self>;
+
+    /// The model that is run.
+    fn run_model(&self) -> &Model;
+
+    /// The low-rank terms that are trained; none when the model itself is.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn run_terms(&self) -> Result<Option<LowRankTerms>>;
+
+    /// Whether the terms are copies that do not see changes of the parameters.
+    fn terms_are_copies(&self) -> bool;
+
+    /// Writes the parameters and all that is needed to use them into `folder`.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    fn save_files(&self, folder: &Path) -> Result<()>;
+
+    /// The parameters in a folder of [`Trained::save_files`]: `[n]`, f32.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, or holds other tensors.
+    fn load_values(&self, folder: &Path) -> Result<Tensor>;
+
+    /// What must be the same when a run goes on.
+    fn identity(&self) -> Value;
+}
+
+impl Trained for LoRAAdapter {
+    fn trainable(&self) -> Vec<Parameter> {
+        let mut parameters = Vec::with_capacity(2 * self.modules().len());
+        for module in self.modules() {
+            let (num_a, num_b) = (module.num_a(), module.num_b());
+            parameters.push(Parameter {
+                name: format!("{}.lora_A", module.path),
+                offset: module.offset,
+                len: num_a,
+                gradient: 2 * module.number,
+            });
+            parameters.push(Parameter {
+                name: format!("{}.lora_B", module.path),
+                offset: module.offset + num_a,
+                len: num_b,
+                gradient: 2 * module.number + 1,
+            });
+        }
+        parameters
+    }
+
+    fn values(&self) -> Result<Tensor> {
+        Ok(self.parameters().force_contiguous()?)
+    }
+
+    fn with_values(&self, values: &Tensor) -> Result<Self> {
+        self.with_parameters(values.clone())
+    }
+
+    fn run_model(&self) -> &Model {
+        self.model()
+    }
+
+    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
+        self.terms().map(Some)
+    }
+
+    fn terms_are_copies(&self) -> bool {
+        self.model().activation_dtype() != DType::F32
+    }
+
+    fn save_files(&self, folder: &Path) -> Result<()> {
+        self.save(folder)
+    }
+
+    fn load_values(&self, folder: &Path) -> Result<Tensor> {
+        let adapter = Self::load(self.model(), folder)?;
+        if adapter.trainable() != self.trainable() {
+            return Err(Error::format(folder, "the adapter has other modules or ranks"));
+        }
+        Ok(adapter.parameters().clone())
+    }
+
+    fn identity(&self) -> Value {
+        let modules: Vec<Value> = self
+            .modules()
+            .iter()
+            .map(|module| json!([module.path, module.rank, module.scale.to_string()]))
+            .collect();
+        json!({"modules": modules, "dropout": self.dropout().to_string()})
+    }
+}
+
+impl Trained for Model {
+    fn trainable(&self) -> Vec<Parameter> {
+        let mut offset = 0;
+        let mut parameters = Vec::with_capacity(self.parameters().len());
+        for (gradient, (name, tensor)) in self.parameters().iter().enumerate() {
+            let len = tensor.elem_count();
+            parameters.push(Parameter { name: name.clone(), offset, len, gradient });
+            offset += len;
+        }
+        parameters
+    }
+
+    fn values(&self) -> Result<Tensor> {
+        let flat = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.contiguous();
+        let tensors: Vec<Tensor> =
+            self.parameters().iter().map(|(_, tensor)| flat(tensor)).collect::<candle_core::Result<_>>()?;
+        Ok(Tensor::cat(&tensors, 0)?)
+    }
+
+    fn with_values(&self, values: &Tensor) -> Result<Self> {
+        let mut offset = 0;
+        let mut tensors = HashMap::with_capacity(self.parameters().len());
+        for (name, tensor) in self.parameters() {
+            let view = values.narrow(0, offset, tensor.elem_count())?.reshape(tensor.shape())?;
+            offset += tensor.elem_count();
+            tensors.insert(name.clone(), view);
+        }
+        Self::from_tensors(self.config().clone(), tensors, self.device())
+    }
+
+    fn run_model(&self) -> &Model {
+        self
+    }
+
+    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
+        Ok(None)
+    }
+
+    fn terms_are_copies(&self) -> bool {
+        false
+    }
+
+    fn save_files(&self, folder: &Path) -> Result<()> {
+        save_model(self, folder)
+    }
+
+    fn load_values(&self, folder: &Path) -> Result<Tensor> {
+        let file = SafetensorsFile::open(folder.join("model.safetensors"))?;
+        let mut tensors = Vec::with_capacity(self.parameters().len());
+        for (name, tensor) in self.parameters() {
+            let loaded = file.float_tensor(name, DType::F32)?;
+            if loaded.dims() != tensor.dims() {
+                return Err(Error::shape(name, format!("{:?}", tensor.dims()), loaded.dims()));
+            }
+            tensors.push(loaded.flatten_all()?);
+        }
+        Ok(Tensor::cat(&tensors, 0)?.to_device(&self.device().candle())?)
+    }
+
+    fn identity(&self) -> Value {
+        json!("all parameters")
+    }
+}

@@ -1,0 +1,271 @@
+//! The trainer.
+
+use super::config::{EvaluationOptions, Options, TrainingConfig, check};
+use super::evaluation::check_dataset;
+use super::progress::Progress;
+use super::report::{TrainingEvent, TrainingMetrics};
+use super::run::{Run, plan_epoch};
+use super::scheduler::LRScheduler;
+use super::trained::Trained;
+use crate::adapters::LoRAAdapter;
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::models::Model;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub(super) type Callback = Box<dyn FnMut(&TrainingEvent) -> ControlFlow<()> + Send>;
+
+/// Trains an adapter, or with [`Trainer::full`] all parameters of a model.
+///
+/// Each epoch shuffles the samples by the seed and packs them into batches; a step is one update of AdamW after one or
+/// several batches. Two runs with the same seed give the same bytes.
+///
+/// ```no_run
+/// # fn main() -> metal_candle::Result<()> {
+/// use metal_candle::data::{Dataset, Sample};
+/// use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
+///
+/// let model = metal_candle::ModelLoader::new().load("model.safetensors")?;
+/// let adapter = LoRAAdapter::builder(&model).with_rank(8).build()?;
+/// let config = TrainingConfig {
+///     num_epochs: 3,
+///     lr_scheduler: LRScheduler::warmup_cosine(100, 1000, 1e-4, 1e-6),
+///     optimizer_config: AdamWConfig::default(),
+///     max_grad_norm: Some(1.0),
+/// };
+/// let dataset = Dataset::from_samples(vec![Sample { ids: vec![1, 2, 3], trained: vec![true; 3], source: None }]);
+/// let trainer = Trainer::new(adapter, config)?.with_gradient_accumulation(4);
+/// let metrics = trainer.train(&dataset)?;
+/// println!("loss {:?}", metrics.final_loss());
+/// trainer.lora_adapter().save("adapter")?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Trainer<T: Trained = LoRAAdapter> {
+    config: TrainingConfig,
+    options: Options,
+    start: T,
+    /// Held while a run is going on.
+    callbacks: Mutex<Vec<Callback>>,
+    latest: Mutex<T>,
+    best: Mutex<Option<T>>,
+}
+
+impl Trainer<LoRAAdapter> {
+    /// A trainer of an adapter; the weights of its model are frozen.
+    ///
+    /// # Errors
+    /// A setting is out of its range.
+    pub fn new(adapter: LoRAAdapter, config: TrainingConfig) -> Result<Self> {
+        Self::of(adapter, config)
+    }
+
+    /// The adapter as the last run left it, or as it was given when there was none.
+    pub fn lora_adapter(&self) -> LoRAAdapter {
+        lock(&self.latest).clone()
+    }
+
+    /// The adapter with the lowest evaluation loss; none without evaluations.
+    pub fn best_adapter(&self) -> Option<LoRAAdapter> {
+        lock(&self.best).clone()
+    }
+}
+
+impl Trainer<Model> {
+    /// A trainer of all parameters of a model, in f32.
+    ///
+    /// # Errors
+    /// A setting is out of its range.
+    pub fn full(model: Model, config: TrainingConfig) -> Result<Self> {
+        Self::of(model, config)
+    }
+
+    /// The model as the last run left it (in f32), or as it was given when there was none.
+    pub fn model(&self) -> Model {
+        lock(&self.latest).clone()
+    }
+
+    /// The model with the lowest evaluation loss; none without evaluations.
+    pub fn best_model(&self) -> Option<Model> {
+        lock(&self.best).clone()
+    }
+}
+
+impl<T: Trained> Trainer<T> {
+    /// A trainer of anything that is [`Trained`].
+    ///
+    /// # Errors
+    /// A setting is out of its range.
+    pub fn of(start: T, config: TrainingConfig) -> Result<Self> {
+        let options = Options::default();
+        check(&config, &options)?;
+        Ok(Self {
+            config,
+            options,
+            latest: Mutex::new(start.clone()),
+            best: Mutex::new(None),
+            callbacks: Mutex::new(Vec::new()),
+            start,
+        })
+    }
+
+    /// Most tokens of a batch, 2048 unless set; a longer sample gets a batch of its own.
+    #[must_use]
+    pub fn with_batch_tokens(mut self, tokens: usize) -> Self {
+        self.options.batch_tokens = tokens;
+        self
+    }
+
+    /// Most samples of a batch.
+    #[must_use]
+    pub fn with_batch_samples(mut self, samples: usize) -> Self {
+        self.options.batch_samples = samples;
+        self
+    }
+
+    /// These batches in this order in each epoch, given by the numbers of the samples from 0, in place of shuffling and
+    /// packing.
+    #[must_use]
+    pub fn with_batches(mut self, batches: Vec<Vec<usize>>) -> Self {
+        self.options.batches = Some(batches);
+        self
+    }
+
+    /// Batches of a step. Each trained token of a step has the same weight, whatever its batch.
+    #[must_use]
+    pub fn with_gradient_accumulation(mut self, batches: usize) -> Self {
+        self.options.gradient_accumulation = batches;
+        self
+    }
+
+    /// Share of the target taken from the wanted token and spread over the whole vocabulary, 0 to 1.
+    #[must_use]
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
+        self.options.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// Exactly this many steps, over as many epochs as they need.
+    #[must_use]
+    pub fn with_max_steps(mut self, steps: usize) -> Self {
+        self.options.max_steps = Some(steps);
+        self
+    }
+
+    /// Another schedule than that of the configuration.
+    #[must_use]
+    pub fn with_lr_scheduler(mut self, lr_scheduler: LRScheduler) -> Self {
+        self.config.lr_scheduler = lr_scheduler;
+        self
+    }
+
+    /// Seed of the order of the samples and of dropout.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.options.seed = seed;
+        self
+    }
+
+    /// Measures the loss of `dataset` before the first step, after every `interval` steps (0: after each epoch) and
+    /// after the last one.
+    #[must_use]
+    pub fn with_evaluation(mut self, dataset: Dataset, interval: usize) -> Self {
+        self.options.evaluation = Some(EvaluationOptions { dataset, interval });
+        self
+    }
+
+    /// Stops when `patience` evaluations in a row have not been better than the best one.
+    #[must_use]
+    pub fn with_early_stopping(mut self, patience: usize) -> Self {
+        self.options.patience = Some(patience);
+        self
+    }
+
+    /// Writes `metrics.jsonl` and `checkpoints/` into this folder. There is a checkpoint after the last step, after each
+    /// evaluation that is the best so far and before an error of the loss.
+    #[must_use]
+    pub fn with_run_folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.options.run_folder = Some(folder.into());
+        self
+    }
+
+    /// Also writes a checkpoint after every `steps` steps.
+    #[must_use]
+    pub fn with_save_interval(mut self, steps: usize) -> Self {
+        self.options.save_interval = Some(steps);
+        self
+    }
+
+    /// Keeps the newest `count` checkpoints, 2 unless set, and the best.
+    #[must_use]
+    pub fn with_kept_checkpoints(mut self, count: usize) -> Self {
+        self.options.kept_checkpoints = count;
+        self
+    }
+
+    /// Goes on from the newest undamaged checkpoint of the run folder, if there is one.
+    #[must_use]
+    pub fn with_resume(mut self, resume: bool) -> Self {
+        self.options.resume = resume;
+        self
+    }
+
+    /// Calls `callback` at each event; the run stops after the current step when it breaks.
+    #[must_use]
+    pub fn with_callback(self, callback: impl FnMut(&TrainingEvent) -> ControlFlow<()> + Send + 'static) -> Self {
+        lock(&self.callbacks).push(Box::new(callback));
+        self
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &TrainingConfig {
+        &self.config
+    }
+
+    /// The number of steps that [`Trainer::train`] makes of `dataset`, unless it stops early.
+    ///
+    /// # Errors
+    /// A setting is out of its range, or the dataset is empty.
+    pub fn total_steps(&self, dataset: &Dataset) -> Result<usize> {
+        if let Some(steps) = self.options.max_steps {
+            return Ok(steps);
+        }
+        let mut order = Progress::new(self.options.seed).order;
+        let mut steps = 0;
+        for _ in 0..self.config.num_epochs {
+            steps += plan_epoch(&self.options, dataset, &mut order)?.len();
+        }
+        Ok(steps)
+    }
+
+    /// Trains from the parameters the trainer was given, or resumes, until the end of the run.
+    ///
+    /// # Errors
+    /// Settings or samples cannot be used; a trainable tensor gets no gradient; the loss is NaN or infinite (a checkpoint
+    /// is written first); a file cannot be written; the checkpoint to resume from belongs to another run.
+    pub fn train(&self, dataset: &Dataset) -> Result<TrainingMetrics> {
+        check(&self.config, &self.options)?;
+        let vocab_size = self.start.run_model().config().vocab_size;
+        check_dataset(dataset, vocab_size)?;
+        if let Some(evaluation) = &self.options.evaluation {
+            check_dataset(&evaluation.dataset, vocab_size)?;
+        }
+        let total_steps = self.total_steps(dataset)?;
+        let mut callbacks = self.callbacks.try_lock().map_err(|_| {
+            Error::argument("trainer", "is training already")
+        })?;
+        let mut run =
+            Run::new(&self.start, &self.config, &self.options, dataset, total_steps, &mut callbacks)?;
+        let outcome = run.execute();
+        // what was learned is kept when the run fails
+        *lock(&self.latest) = run.snapshot()?;
+        *lock(&self.best) = run.best()?;
+        outcome
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
