@@ -1,10 +1,13 @@
 //! Integration tests of the library.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::float_cmp, missing_docs, unreachable_pub)]
 
+mod adapters_formats;
+mod adapters_lora;
 mod data_chat;
 mod data_packing;
 mod data_tokenizer;
 mod decoder;
+mod golden;
 #[cfg(feature = "hub")]
 mod hub;
 mod inference_sampling;
@@ -13,3 +16,7 @@ mod loader_files;
 mod loader_model;
 #[cfg(feature = "hub")]
 mod stand_in_hub;
+mod training_gradients;
+mod training_optimizer;
+mod training_resume;
+mod training_trainer;
