@@ -3,7 +3,6 @@
 mod checkpoint;
 mod config;
 mod evaluation;
-mod kernels;
 mod loss;
 mod metrics_file;
 mod optimizer;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor};
-use super::kernels;
+use metal_candle_kernels as kernels;
 use serde_json::{Value, json};
 
 /// Settings of [`AdamW`]; the learning rate comes from the schedule.

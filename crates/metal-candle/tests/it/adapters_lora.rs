@@ -7,7 +7,7 @@ use metal_candle::models::{Batch, Rows};
 use metal_candle::{Device, Error, Model};
 
 fn logits(model: &Model, adapter: Option<&LoRAAdapter>) -> Tensor {
-    let batch = Batch::from_sequences([vec![7_u32, 83, 25, 101, 52], vec![3, 9]]);
+    let batch = Batch::from_sequences([vec![7_u32, 83, 25, 91, 52], vec![3, 9]]);
     let terms = adapter.map(|adapter| adapter.terms().unwrap());
     model.forward(&batch, terms.as_ref(), None, Rows::All).unwrap()
 }
