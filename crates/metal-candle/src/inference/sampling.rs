@@ -2,6 +2,7 @@
 
 use super::sampler::Sampler;
 use crate::error::{Error, Result};
+use crate::models::GenerationDefaults;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -94,6 +95,22 @@ impl From<SamplingStrategy> for SamplingConfig {
             SamplingStrategy::TopP { p } => config.with_top_p(p),
             SamplingStrategy::MinP { p } => config.with_min_p(p),
             SamplingStrategy::Temperature { temperature } => config.with_temperature(temperature),
+        }
+    }
+}
+
+impl From<&GenerationDefaults> for SamplingConfig {
+    /// What `generation_config.json` advises: greedy if it says so or says nothing about drawing.
+    fn from(defaults: &GenerationDefaults) -> Self {
+        let GenerationDefaults { do_sample, temperature, top_k, top_p, min_p, repetition_penalty } = *defaults;
+        let draws = do_sample.unwrap_or(temperature.is_some() || top_k.is_some() || top_p.is_some());
+        Self {
+            temperature: if draws { temperature.unwrap_or(1.0) } else { 0.0 },
+            top_k: top_k.unwrap_or(0),
+            top_p: top_p.unwrap_or(1.0),
+            min_p: min_p.unwrap_or(0.0),
+            repetition_penalty: repetition_penalty.unwrap_or(1.0),
+            ..Self::default()
         }
     }
 }

@@ -183,6 +183,8 @@ impl Model {
         }
         let x = match rows {
             Rows::All => x,
+            // a part of a prompt: the head is not computed, and an empty tensor is the CPU's on every device
+            Rows::Of([]) => return Ok(Tensor::zeros((0, config.vocab_size), DType::F32, &candle_core::Device::Cpu)?),
             Rows::Last => gather_rows(&x, &batch.last_rows())?,
             Rows::Of(rows) => gather_rows(&x, rows)?,
         };
