@@ -21,6 +21,13 @@ DOCUMENT = ["Write the documentation comment of this Rust code.", "Document this
 IMPLEMENT = ["Write the Rust code for this documentation.", "Write Rust code that is documented like this."]
 
 
+# A documentation comment and the item below it, both by indentation.
+DOCUMENTED = re.compile(
+    r"(?m)^(( *)///[^\n]*\n(?:\2///[^\n]*\n)*)"
+    r"((?:\2[^\s/][^\n]*\n|\2 +\S[^\n]*\n|\n)+?\2\}\n|\2[^\n]*;\n)"
+)
+
+
 def pieces(text, count):
     """Cuts a text at blank lines before the least indented lines, as far as needed for `PIECE_TOKENS` a piece.
 
@@ -38,15 +45,11 @@ def pieces(text, count):
 
 
 def opening(lines, at):
-    """The line that opens the `impl`, trait or module around a line, if rustfmt kept it in one line."""
-    inner = indentation(lines[at])
+    """The line that opens the block a line is directly inside of, if it is an `impl`, trait or module in one line."""
     for line in reversed(lines[:at]):
-        if line.strip() and indentation(line) < inner:
-            inner = indentation(line)
-            if re.match(r"\s*(pub(\(\w+\))? )?(unsafe )?(impl|trait|mod)\b[^\n]{,100}\{$", line):
-                return line + "\n"
-            if inner == 0:
-                break
+        if line.strip() and indentation(line) < indentation(lines[at]):
+            found = re.match(r"\s*(pub(\(\w+\))? )?(unsafe )?(impl|trait|mod)\b[^\n]{,100}\{$", line)
+            return line + "\n" if found else ""
     return ""
 
 
@@ -104,7 +107,7 @@ def with_gap(text, random_state):
         end -= 1
     else:  # from a word to another one
         edges = [m.start() for m in re.finditer(r"\b", text)]
-        if len(edges) < 12:
+        if len(edges) < 12:  # too little text
             return None
         first = random_state.randrange(1, len(edges) - 2)
         start, end = edges[first], edges[min(first + random_state.randrange(1, 40), len(edges) - 1)]
@@ -115,12 +118,12 @@ def with_gap(text, random_state):
 
 
 def chat(question, answer):
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
 
 
 def as_chat(text, random_state):
     """The piece as a question and an answer, or None."""
-    documented = [m for m in re.finditer(r"(?m)^(( *)///[^\n]*\n(?:\2///[^\n]*\n)*)((?:\2[^\s/][^\n]*\n|\2 +\S[^\n]*\n|\n)+?\2\}\n|\2[^\n]*;\n)", text)]
+    documented = list(DOCUMENTED.finditer(text))
     if documented and random_state.random() < 0.65:
         found = random_state.choice(documented)
         comment = re.sub(r"(?m)^" + found.group(2), "", found.group(1)).rstrip("\n")

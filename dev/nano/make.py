@@ -38,6 +38,8 @@ def make_sources(arguments):
         write_rows(os.path.join(arguments.corpus, "sources", f"{split}.jsonl"), rows)
         print(split, len(rows), "files", sum(len(r["text"].encode()) for r in rows), "bytes", file=sys.stderr)
     write_json(os.path.join(HERE, "crates.json"), report)
+    with open(os.path.join(arguments.model, "PROVENANCE.md"), "w", encoding="utf-8", newline="\n") as file:
+        file.write(sources.provenance(report))
     print(json.dumps(report["files_dropped"]), file=sys.stderr)
 
 

@@ -69,7 +69,8 @@ def licence_is_permissive(expression):
 
 def packages(root):
     """Every published package of the lock file, with the folder cargo has unpacked it to."""
-    command = ["cargo", "metadata", "--format-version", "1", "--all-features", "--manifest-path", os.path.join(root, "Cargo.toml")]
+    manifest = os.path.join(root, "Cargo.toml")
+    command = ["cargo", "metadata", "--format-version", "1", "--all-features", "--locked", "--manifest-path", manifest]
     metadata = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     found = [p for p in metadata["packages"] if p["source"] is not None]
     return sorted(found, key=lambda p: (p["name"], version_key(p["version"])))
@@ -188,7 +189,7 @@ def collect(root):
     # Held-out sides come first: whatever resembles them is then dropped from the training side.
     for split in files:
         for package in (p for p in found if side[p["name"]] == split):
-            entry = {key: package[key] for key in ("name", "version", "license")}
+            entry = {key: package[key] for key in ("name", "version", "license", "repository")}
             if not licence_is_permissive(package["license"]):
                 left_out.append(entry | {"reason": "licence"})
                 continue
@@ -238,3 +239,17 @@ def crate_files(package, seen, bytes_max, reasons):
         total += len(text.encode())
         kept.append({"crate": package["name"], "path": relative, "text": text})
     return kept
+
+
+def provenance(report):
+    """The crates used, as a document beside the model."""
+    lines = [
+        "# What the built-in model was made from", "",
+        "Written by `dev/nano/make.py sources`. Each crate is under the licence named here, by the authors its repository names.",
+        "The tokenizer and the weights saw the crates marked `train`; the rows of `data/` quote documentation comments and",
+        "signatures of public functions, of the crates of the same side.", "",
+        "| crate | version | licence | side | files | bytes | repository |", "| --- | --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for crate in sorted(report["used"], key=lambda entry: entry["name"]):
+        lines.append("| {name} | {version} | {license} | {split} | {files} | {bytes} | {repository} |".format(**crate))
+    return "\n".join(lines) + "\n"
