@@ -1,6 +1,6 @@
 //! Making a new LoRA adapter.
 
-use super::lora::{LoRAAdapter, LoRAAdapterConfig, Layout, Planned, Settings};
+use super::lora::{Layout, LoRAAdapter, LoRAAdapterConfig, Planned, Settings};
 use super::target::TargetModule;
 use crate::error::{Error, Result};
 use crate::models::Model;

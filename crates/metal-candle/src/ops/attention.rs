@@ -168,7 +168,7 @@ pub(crate) fn plain_forward(
     Ok(Tensor::cat(&parts, 0)?)
 }
 
-fn plain_with_cache(
+pub(crate) fn plain_with_cache(
     shape: AttentionShape,
     q: &Tensor,
     (keys, values): (&Tensor, &Tensor),

@@ -1,1 +1,215 @@
+//! Each operation against its twin in candle's operations, values and gradients, and gradients against finite differences.
 
+#![allow(clippy::unwrap_used)]
+
+use super::linear::{self, Linear, Wanted};
+use super::rms_norm::RmsNorm;
+use super::rotary::RotaryTable;
+use super::{LowRank, attention, head, swiglu};
+use candle_core::{DType, Device, Tensor};
+use metal_candle_kernels::{AttentionShape, Row};
+
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let count = shape.iter().product();
+    let values: Vec<f32> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    })
+    .take(count)
+    .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[track_caller]
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
+    assert_eq!(found.dims(), expected.dims());
+    let scale = values(expected).iter().fold(1.0f32, |m, v| m.max(v.abs()));
+    for (i, (a, b)) in values(found).iter().zip(values(expected)).enumerate() {
+        assert!((a - b).abs() <= tolerance * scale, "element {i}: {a} instead of {b}");
+    }
+}
+
+/// Tokens that are no multiple of any block, and heads of an odd group.
+const OFFSETS: [usize; 5] = [0, 1, 66, 68, 301];
+
+#[test]
+fn attention_equals_its_twin() {
+    for (heads, kv_heads, head_dim) in [(7, 1, 8), (4, 2, 32), (3, 3, 20)] {
+        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3 };
+        let tokens = OFFSETS[OFFSETS.len() - 1];
+        let q = random(&[tokens, heads * head_dim], 1);
+        let k = random(&[tokens, kv_heads * head_dim], 2);
+        let v = random(&[tokens, kv_heads * head_dim], 3);
+        let saved = attention::forward(shape, &q, &k, &v, &OFFSETS).unwrap();
+        assert_close(&saved.out, &attention::plain_forward(shape, &q, &k, &v, &OFFSETS).unwrap(), 1e-5);
+        let d_out = random(&[tokens, heads * head_dim], 4);
+        let (dq, dk, dv) = attention::backward(shape, (&q, &k, &v), &saved, &OFFSETS, &d_out).unwrap();
+        let (pq, pk, pv) = attention::plain_backward(shape, (&q, &k, &v), &OFFSETS, &d_out).unwrap();
+        assert_close(&dq, &pq, 1e-5);
+        assert_close(&dk, &pk, 1e-5);
+        assert_close(&dv, &pv, 1e-5);
+    }
+}
+
+#[test]
+fn attention_over_a_cache_equals_its_twin() {
+    let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 16, scale: 0.25 };
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+        let (keys, values) = (random(&[3, 2, 300, 16], 5), random(&[3, 2, 300, 16], 6));
+        let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
+        let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
+        let q = random(&[72, 96], 7);
+        let found = attention::with_cache(shape, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
+        let expected = attention::plain_with_cache(shape, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
+        assert_close(&found, &expected, tolerance);
+    }
+}
+
+#[test]
+fn large_scores_stay_finite() {
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0 };
+    let q = random(&[200, 4], 8).affine(60.0, 0.0).unwrap();
+    let k = random(&[200, 4], 9).affine(60.0, 0.0).unwrap();
+    let v = random(&[200, 4], 10);
+    let found = attention::forward(shape, &q, &k, &v, &[0, 200]).unwrap();
+    assert_close(&found.out, &attention::plain_forward(shape, &q, &k, &v, &[0, 200]).unwrap(), 1e-4);
+}
+
+#[test]
+fn rms_norm_equals_its_twin() {
+    for width in [1, 31, 64, 200] {
+        let norm = RmsNorm { weight: random(&[width], 1), eps: 1e-6 };
+        let (x, dy) = (random(&[9, width], 2), random(&[9, width], 3));
+        assert_close(&norm.forward(&x).unwrap(), &norm.plain_forward(&x).unwrap(), 1e-5);
+        let base = random(&[9, width], 4);
+        let expected = norm.plain_backward(&x, &dy, &base, true).unwrap();
+        let (dx, dw) = norm.backward(&x, &dy, base.copy().unwrap(), true).unwrap();
+        assert_close(&dx, &expected.0, 1e-4);
+        assert_close(&dw.unwrap(), &expected.1.unwrap(), 1e-4);
+    }
+}
+
+#[test]
+fn swiglu_equals_its_twin() {
+    let (gate, up, dy) = (random(&[5, 77], 1), random(&[5, 77], 2), random(&[5, 77], 3));
+    let gate = gate.affine(12.0, 0.0).unwrap();
+    assert_close(&swiglu::forward(&gate, &up).unwrap(), &swiglu::plain_forward(&gate, &up).unwrap(), 1e-6);
+    let (d_gate, d_up) = swiglu::backward(&gate, &up, &dy).unwrap();
+    let expected = swiglu::plain_backward(&gate, &up, &dy).unwrap();
+    assert_close(&d_gate, &expected.0, 1e-6);
+    assert_close(&d_up, &expected.1, 1e-6);
+}
+
+#[test]
+fn rotation_equals_its_twin_and_turns_back() {
+    let table = RotaryTable::new(16, 1e4);
+    let x = random(&[6, 48], 1);
+    let rotation = table.rotation(&[0, 1, 2, 900, 5, 70], &x).unwrap();
+    let turned = rotation.apply(x.copy().unwrap(), false).unwrap();
+    assert_close(&turned, &rotation.plain(&x, false).unwrap(), 1e-6);
+    assert_close(&turned.narrow(0, 0, 1).unwrap(), &x.narrow(0, 0, 1).unwrap(), 0.0);
+    assert_close(&rotation.apply(turned, true).unwrap(), &x, 1e-6);
+}
+
+#[test]
+fn cross_entropy_equals_its_twin() {
+    let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
+    let hidden = random(&[7, 12], 1);
+    let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
+    for smoothing in [0.0, 0.1, 1.0] {
+        let wanted = head::Wanted { scale: 0.25, weight: true };
+        let found = head::loss(&hidden, &weight, &rows, smoothing, Some(wanted)).unwrap();
+        let logits = linear::product(&hidden, &weight).unwrap();
+        let (losses, gradient) = head::plain_cross_entropy(&logits, &rows, smoothing, Some(0.25)).unwrap();
+        let gradient = gradient.unwrap();
+        for (a, b) in found.rows.iter().zip(&losses) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
+        assert_close(&found.hidden.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
+        assert_close(&found.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
+        assert_eq!(head::loss(&hidden, &weight, &rows, smoothing, None).unwrap().rows, found.rows);
+    }
+    let outside = [Row { target: 53, weight: 1.0 }];
+    assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &weight, &outside, 0.0, None).is_err());
+}
+
+/// The shapes of few rows, of several tiles, and odd ones.
+const PRODUCTS: [(usize, usize, usize); 6] =
+    [(1, 300, 70), (3, 5, 33), (5, 600, 64), (300, 300, 20), (70, 7, 1500), (513, 1, 9)];
+
+#[test]
+fn products_equal_candle_for_every_weight_type() {
+    for (m, n, k) in PRODUCTS {
+        let x = random(&[m, k], 1);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let w = random(&[n, k], 2).to_dtype(dtype).unwrap();
+            let wide = w.to_dtype(DType::F32).unwrap();
+            assert_close(&linear::product(&x, &w).unwrap(), &x.matmul(&wide.t().unwrap()).unwrap(), 1e-5);
+            let dy = random(&[m, n], 3);
+            assert_close(&linear::product_transposed(&dy, &w).unwrap(), &dy.matmul(&wide).unwrap(), 1e-5);
+        }
+        let y = random(&[m, n], 4);
+        assert_close(&linear::outer(&x, &y).unwrap(), &x.t().unwrap().matmul(&y).unwrap(), 1e-5);
+    }
+}
+
+#[test]
+fn products_do_not_depend_on_the_number_of_threads() {
+    let (x, w) = (random(&[300, 500], 1), random(&[700, 500], 2));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| values(&linear::product(&x, &w).unwrap()))
+    };
+    assert_eq!(run(1), run(3));
+}
+
+#[test]
+fn linear_gradients_match_finite_differences() {
+    let weight = random(&[6, 10], 1);
+    let layer = Linear { weight, bias: Some(random(&[6], 2)) };
+    let term = LowRank { a: random(&[3, 10], 3), b: random(&[6, 3], 4), scale: 1.7, dropout: 0.4 };
+    let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
+    let loss = |layer: &Linear, term: &LowRank, x: &Tensor| -> f64 {
+        let y = layer.forward(x, Some(term), Some(9)).unwrap();
+        values(&y).iter().zip(values(&dy)).map(|(a, b)| f64::from(a * b)).sum()
+    };
+    let wanted = Wanted { input: true, weight: true };
+    let gradients = layer.backward(&x, Some(&term), Some(9), &dy, wanted).unwrap();
+    let (da, db) = gradients.term.unwrap();
+    let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> f64| {
+        let direction = random(gradient.dims(), 7);
+        let expected: f64 = values(gradient).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
+        let step = |size: f64| moved(&direction.affine(size, 0.0).unwrap());
+        let slope = (step(1e-2) - step(-1e-2)) / 2e-2;
+        assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
+    };
+    check(&gradients.input.unwrap(), &|d| loss(&layer, &term, &(&x + d).unwrap()));
+    check(&da, &|d| loss(&layer, &LowRank { a: (&term.a + d).unwrap(), ..term.clone() }, &x));
+    check(&db, &|d| loss(&layer, &LowRank { b: (&term.b + d).unwrap(), ..term.clone() }, &x));
+    check(&gradients.weight.unwrap(), &|d| {
+        loss(&Linear { weight: (&layer.weight + d).unwrap(), ..layer.clone() }, &term, &x)
+    });
+    check(&gradients.bias.unwrap(), &|d| {
+        loss(&Linear { bias: Some((layer.bias.as_ref().unwrap() + d).unwrap()), ..layer.clone() }, &term, &x)
+    });
+}
+
+#[test]
+fn embedding_gradient_adds_up_repeated_ids() {
+    let weight = random(&[5, 3], 1);
+    let x = head::embed(&weight, &[4, 1, 4], DType::F32).unwrap();
+    assert_close(&x.narrow(0, 2, 1).unwrap(), &weight.narrow(0, 4, 1).unwrap(), 0.0);
+    let dx = random(&[3, 3], 2);
+    let dw = head::embed_backward(&[4, 1, 4], &dx, head::zeros_like(&weight).unwrap()).unwrap();
+    let expected = (dx.get(0).unwrap() + dx.get(2).unwrap()).unwrap();
+    assert_close(&dw.get(4).unwrap(), &expected, 1e-6);
+    assert_close(&dw.get(0).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 0.0);
+    assert!(head::embed(&weight, &[5], DType::F32).is_err());
+}

@@ -112,7 +112,11 @@ impl AdamW {
     pub fn restore(&mut self, parameters: &Tensor, first: &Tensor, second: &Tensor, step: usize) -> Result<()> {
         for (part, tensor) in [parameters, first, second].into_iter().enumerate() {
             if tensor.dims() != [self.num_parameters] {
-                return Err(Error::shape("state of the optimizer", format!("[{}]", self.num_parameters), tensor.dims()));
+                return Err(Error::shape(
+                    "state of the optimizer",
+                    format!("[{}]", self.num_parameters),
+                    tensor.dims(),
+                ));
             }
             self.buffer.slice_set(&tensor.contiguous()?, 0, part * self.num_parameters)?;
         }

@@ -11,9 +11,7 @@ use super::trained::{Parameter, Trained};
 use super::trainer::Callback;
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
-use crate::models::{
-    Batch, Gradients, LossOptions, SafetensorsFile, Targets, Trainable, write_safetensors,
-};
+use crate::models::{Batch, Gradients, LossOptions, SafetensorsFile, Targets, Trainable, write_safetensors};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
@@ -213,11 +211,7 @@ impl<'a, T: Trained> Run<'a, T> {
         };
         let is_hopeless =
             self.options.patience.is_some_and(|patience| self.progress.evaluations_since_best >= patience);
-        if is_complete {
-            Some(StopReason::Completed)
-        } else {
-            is_hopeless.then_some(StopReason::EarlyStopping)
-        }
+        if is_complete { Some(StopReason::Completed) } else { is_hopeless.then_some(StopReason::EarlyStopping) }
     }
 
     /// The batches of the next step, and whether it is the last of its epoch.
@@ -228,7 +222,8 @@ impl<'a, T: Trained> Run<'a, T> {
         }
         let steps = self.epoch.as_ref().map_or(&[][..], |(steps, _)| steps);
         let Some(batches) = steps.get(self.progress.step_in_epoch) else {
-            let message = format!("an epoch has {} steps, the checkpoint is at {}", steps.len(), self.progress.step_in_epoch);
+            let message =
+                format!("an epoch has {} steps, the checkpoint is at {}", steps.len(), self.progress.step_in_epoch);
             return Err(Error::argument("resume", message));
         };
         Ok((batches.clone(), self.progress.step_in_epoch + 1 == steps.len()))

@@ -74,17 +74,13 @@ impl LRScheduler {
     pub fn learning_rate(&self, step: usize) -> f64 {
         match *self {
             Self::Constant { learning_rate } => learning_rate,
-            Self::Linear { warmup_steps, total_steps, max_lr, min_lr } => {
-                rising(step, warmup_steps, max_lr).unwrap_or_else(|| {
-                    min_lr + (max_lr - min_lr) * (1.0 - progress(step, warmup_steps, total_steps))
-                })
-            }
-            Self::Cosine { warmup_steps, total_steps, max_lr, min_lr } => {
-                rising(step, warmup_steps, max_lr).unwrap_or_else(|| {
+            Self::Linear { warmup_steps, total_steps, max_lr, min_lr } => rising(step, warmup_steps, max_lr)
+                .unwrap_or_else(|| min_lr + (max_lr - min_lr) * (1.0 - progress(step, warmup_steps, total_steps))),
+            Self::Cosine { warmup_steps, total_steps, max_lr, min_lr } => rising(step, warmup_steps, max_lr)
+                .unwrap_or_else(|| {
                     let progress = progress(step, warmup_steps, total_steps);
                     min_lr + (max_lr - min_lr) * 0.5 * (1.0 + (PI * progress).cos())
-                })
-            }
+                }),
         }
     }
 

@@ -121,11 +121,8 @@ impl Trained for LoRAAdapter {
     }
 
     fn identity(&self) -> Value {
-        let modules: Vec<Value> = self
-            .modules()
-            .iter()
-            .map(|module| json!([module.path, module.rank, module.scale.to_string()]))
-            .collect();
+        let modules: Vec<Value> =
+            self.modules().iter().map(|module| json!([module.path, module.rank, module.scale.to_string()])).collect();
         json!({"modules": modules, "dropout": self.dropout().to_string()})
     }
 }

@@ -253,11 +253,8 @@ impl<T: Trained> Trainer<T> {
             check_dataset(&evaluation.dataset, vocab_size)?;
         }
         let total_steps = self.total_steps(dataset)?;
-        let mut callbacks = self.callbacks.try_lock().map_err(|_| {
-            Error::argument("trainer", "is training already")
-        })?;
-        let mut run =
-            Run::new(&self.start, &self.config, &self.options, dataset, total_steps, &mut callbacks)?;
+        let mut callbacks = self.callbacks.try_lock().map_err(|_| Error::argument("trainer", "is training already"))?;
+        let mut run = Run::new(&self.start, &self.config, &self.options, dataset, total_steps, &mut callbacks)?;
         let outcome = run.execute();
         // what was learned is kept when the run fails
         *lock(&self.latest) = run.snapshot()?;

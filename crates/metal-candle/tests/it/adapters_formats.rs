@@ -196,7 +196,9 @@ fn targets_are_chosen_by_the_rules_of_peft() {
             Error::Tensors { problems, .. } => problems
                 .iter()
                 .filter(|problem| problem.contains("lora_A"))
-                .map(|problem| problem.split("model.model.layers.").nth(1).unwrap().split(".lora_A").next().unwrap().into())
+                .map(|problem| {
+                    problem.split("model.model.layers.").nth(1).unwrap().split(".lora_A").next().unwrap().into()
+                })
                 .collect(),
             other => panic!("{settings}: {other}"),
         }

@@ -39,7 +39,8 @@ fn new_adapter_changes_no_logit() {
 #[test]
 fn parameters_are_one_flat_tensor() {
     let model = golden::model("models/gqa-tied");
-    let adapter = LoRAAdapter::new(&model, config(&[TargetModule::QProj, TargetModule::DownProj]), &Device::CPU).unwrap();
+    let adapter =
+        LoRAAdapter::new(&model, config(&[TargetModule::QProj, TargetModule::DownProj]), &Device::CPU).unwrap();
     let expected: usize = adapter.modules().iter().map(|module| 4 * (module.in_features + module.out_features)).sum();
     assert_eq!(adapter.num_parameters(), expected);
     assert_eq!(adapter.parameters().dims(), [expected]);
@@ -85,10 +86,7 @@ fn builder_sets_layers_scales_and_ranks() {
         .unwrap();
     let found: Vec<_> =
         adapter.modules().iter().map(|module| (module.layer, module.module, module.rank, module.scale)).collect();
-    assert_eq!(
-        found,
-        [(1, "q_proj", 16, 2.0), (1, "up_proj", 4, 1.5), (2, "q_proj", 16, 2.0), (2, "up_proj", 4, 1.5)]
-    );
+    assert_eq!(found, [(1, "q_proj", 16, 2.0), (1, "up_proj", 4, 1.5), (2, "q_proj", 16, 2.0), (2, "up_proj", 4, 1.5)]);
     let plain = LoRAAdapter::builder(&model).with_rank(16).with_alpha(8.0).with_layers([0]).build().unwrap();
     assert!(plain.modules().iter().all(|module| module.layer == 0 && module.scale == 0.5));
 }

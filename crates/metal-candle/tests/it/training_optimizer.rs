@@ -12,10 +12,8 @@ const NAMES: [&str; 3] = ["matrix", "vector", "cube"];
 
 /// The three golden tensors side by side, as `prefix.NAME`.
 fn flat(file: &SafetensorsFile, prefix: &str) -> Tensor {
-    let parts: Vec<Tensor> = NAMES
-        .iter()
-        .map(|name| file.tensor(&format!("{prefix}.{name}")).unwrap().flatten_all().unwrap())
-        .collect();
+    let parts: Vec<Tensor> =
+        NAMES.iter().map(|name| file.tensor(&format!("{prefix}.{name}")).unwrap().flatten_all().unwrap()).collect();
     Tensor::cat(&parts, 0).unwrap()
 }
 

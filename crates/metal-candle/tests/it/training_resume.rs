@@ -75,7 +75,10 @@ fn a_run_stopped_after_any_step_ends_with_the_same_bytes() {
         let rest = resumed.train(&data).unwrap();
         assert_eq!((rest.num_steps, rest.steps.len()), (9, 9 - stop));
         assert_eq!(rest.steps[0].loss, metrics.steps[stop].loss);
-        assert_eq!((rest.tokens, rest.trained_tokens, rest.best), (metrics.tokens, metrics.trained_tokens, metrics.best));
+        assert_eq!(
+            (rest.tokens, rest.trained_tokens, rest.best),
+            (metrics.tokens, metrics.trained_tokens, metrics.best)
+        );
         let found = files(folder.path());
         assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
         for (name, bytes) in &found {

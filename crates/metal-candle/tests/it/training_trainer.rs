@@ -76,7 +76,12 @@ fn ten_steps_equal_those_of_torch_and_peft() {
     for (index, step) in metrics.steps.iter().enumerate() {
         let (loss, norm) = (golden["losses"][index].as_f64().unwrap(), golden["grad_norms"][index].as_f64().unwrap());
         assert!((step.loss - loss).abs() < 1e-4, "step {}: loss {} instead of {loss}", step.step, step.loss);
-        assert!((step.grad_norm / norm - 1.0).abs() < 1e-3, "step {}: norm {} instead of {norm}", step.step, step.grad_norm);
+        assert!(
+            (step.grad_norm / norm - 1.0).abs() < 1e-3,
+            "step {}: norm {} instead of {norm}",
+            step.step,
+            step.grad_norm
+        );
     }
     let file = SafetensorsFile::open(golden::path("training/final.safetensors")).unwrap();
     let trained = trainer.lora_adapter();
@@ -96,8 +101,7 @@ fn same_seed_same_bits() {
     let dataset = dataset(20, 97);
     let start = LoRAAdapter::builder(&model).with_rank(4).with_dropout(0.2).build().unwrap();
     let run = |seed| {
-        let trainer =
-            Trainer::new(start.clone(), config(2, 1e-2)).unwrap().with_batch_tokens(64).with_seed(seed);
+        let trainer = Trainer::new(start.clone(), config(2, 1e-2)).unwrap().with_batch_tokens(64).with_seed(seed);
         let metrics = trainer.train(&dataset).unwrap();
         let losses: Vec<u64> = metrics.steps.iter().map(|step| step.loss.to_bits()).collect();
         (losses, bits(&trainer.lora_adapter()))
@@ -108,7 +112,10 @@ fn same_seed_same_bits() {
     assert_ne!(first.0, other.0);
     assert_ne!(first.1, other.1);
     // what was given is left as it was
-    assert!(start.matrices(&start.modules()[0]).unwrap().1.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() == 0.0);
+    assert!(
+        start.matrices(&start.modules()[0]).unwrap().1.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()
+            == 0.0
+    );
 }
 
 #[test]
@@ -138,10 +145,7 @@ fn loss_falls_and_is_reported() {
     assert_eq!(metrics.trained_tokens, 30 * trained);
     let events = events.lock().unwrap();
     assert_eq!(events.len(), total_steps + 2);
-    assert_eq!(
-        events[0],
-        TrainingEvent::Started { step: 0, total_steps, num_trainable_parameters: num_parameters }
-    );
+    assert_eq!(events[0], TrainingEvent::Started { step: 0, total_steps, num_trainable_parameters: num_parameters });
     assert!(matches!(events[1], TrainingEvent::Step { step: 1, epoch: 1, loss, .. } if loss == metrics.steps[0].loss));
     assert_eq!(
         events[total_steps + 1],
@@ -206,8 +210,10 @@ fn evaluation_weighs_tokens_and_keeps_the_best() {
     let position = losses.iter().position(|&loss| loss == best.loss).unwrap();
     assert!(losses.iter().all(|&loss| loss >= best.loss));
     assert_eq!(losses.len(), position + 4);
-    assert_eq!(metrics.evaluations.iter().map(|evaluation| evaluation.step).collect::<Vec<_>>(),
-        (0..losses.len()).map(|number| 2 * number).collect::<Vec<_>>());
+    assert_eq!(
+        metrics.evaluations.iter().map(|evaluation| evaluation.step).collect::<Vec<_>>(),
+        (0..losses.len()).map(|number| 2 * number).collect::<Vec<_>>()
+    );
     let kept = trainer.best_adapter().unwrap();
     let terms = kept.terms().unwrap();
     let again = evaluate(&model, Some(&terms), &held_out, 2048).unwrap();
@@ -284,7 +290,10 @@ fn settings_that_cannot_be_used_are_refused() {
     assert_eq!(name(new(config(1, f64::NAN))), "lr_scheduler");
     assert_eq!(name(new(TrainingConfig { max_grad_norm: Some(0.0), ..config(1, 1e-3) })), "max_grad_norm");
     assert_eq!(name(new(config(1, 1e-3)).map(|trainer| trainer.with_batch_tokens(0))), "batch_tokens");
-    assert_eq!(name(new(config(1, 1e-3)).map(|trainer| trainer.with_gradient_accumulation(0))), "gradient_accumulation");
+    assert_eq!(
+        name(new(config(1, 1e-3)).map(|trainer| trainer.with_gradient_accumulation(0))),
+        "gradient_accumulation"
+    );
     assert_eq!(name(new(config(1, 1e-3)).map(|trainer| trainer.with_label_smoothing(1.1))), "label_smoothing");
     assert_eq!(name(new(config(1, 1e-3)).map(|trainer| trainer.with_early_stopping(2))), "patience");
     assert_eq!(name(new(config(1, 1e-3)).map(|trainer| trainer.with_resume(true))), "resume");

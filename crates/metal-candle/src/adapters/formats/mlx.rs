@@ -32,8 +32,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     if kind != "lora" {
         return Err(Error::Unsupported(format!("`fine_tune_type` `{kind}` in `{}`", path.display())));
     }
-    let parameters =
-        config.object("lora_parameters")?.ok_or_else(|| config.missing("lora_parameters", "an object"))?;
+    let parameters = config.object("lora_parameters")?.ok_or_else(|| config.missing("lora_parameters", "an object"))?;
     let rank = parameters.required_size("rank")?;
     let scale = parameters.number("scale")?.ok_or_else(|| parameters.missing("scale", "a number"))?;
     let keys = read_as(&parameters, "keys", "a list of module paths", as_texts)?;
@@ -54,7 +53,8 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     }
     if !unused.is_empty() {
         let names: Vec<&str> = unused.into_iter().collect();
-        let message = format!("`lora_parameters.keys` of `{}`: no linear layer `{}`", path.display(), names.join("`, `"));
+        let message =
+            format!("`lora_parameters.keys` of `{}`: no linear layer `{}`", path.display(), names.join("`, `"));
         return Err(Error::Unsupported(message));
     }
     let settings = Settings {

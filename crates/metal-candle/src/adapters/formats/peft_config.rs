@@ -160,9 +160,9 @@ impl<'a> Selection<'a> {
 impl Targets<'_> {
     fn matches(&self, path: &str) -> bool {
         match self {
-            Self::Named(names) => names.iter().any(|name| {
-                path == *name || path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
-            }),
+            Self::Named(names) => names
+                .iter()
+                .any(|name| path == *name || path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))),
             Self::Matching(regex) => regex.is_match(path),
             Self::All => true,
         }
