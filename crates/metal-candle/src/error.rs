@@ -107,7 +107,7 @@ pub enum Error {
 }
 
 /// One row of a dataset that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct DataProblem {
     /// The file.
     pub path: PathBuf,

@@ -2,17 +2,26 @@
 
 mod chat;
 mod dataset;
+mod encode;
+mod files;
+mod lines;
 mod message;
 mod packing;
 mod python;
 mod random;
+mod report;
+mod rows;
+mod spans;
 mod stream_decoder;
 mod tokenizer;
 
 pub use chat::ChatTemplate;
-pub use dataset::{Dataset, Sample, Source};
+pub use dataset::{Dataset, DatasetFiles, DatasetOptions, Datasets, Sample, Source, SplitOptions, TrainedTurns};
+pub use encode::RoleTokens;
 pub use message::Message;
 pub use packing::{PackingLimits, batch_of, pack};
 pub use random::Random;
+pub use report::{Bar, DataReport, Duplicate, Duplicates, FileReport, Lengths, Span, highlight};
+pub use rows::Schema;
 pub use stream_decoder::StreamDecoder;
 pub use tokenizer::{Encoding, Tokenizer};

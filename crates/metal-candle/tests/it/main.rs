@@ -4,6 +4,8 @@
 mod adapters_formats;
 mod adapters_lora;
 mod data_chat;
+mod data_files;
+mod data_masks;
 mod data_packing;
 mod data_tokenizer;
 mod decoder;

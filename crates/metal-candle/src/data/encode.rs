@@ -1,0 +1,198 @@
+//! Rows as tokens, with the tokens that are trained.
+
+use super::rows::{Conversation, Row, Schema};
+use super::spans::{RenderedConversation, SpanFinder};
+use super::{DatasetOptions, Tokenizer, TrainedTurns};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
+
+/// Tokens of one role.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RoleTokens {
+    /// All of them.
+    pub tokens: usize,
+    /// Those that are trained.
+    pub trained: usize,
+}
+
+/// A row as tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct EncodedRow {
+    pub schema: Schema,
+    pub ids: Vec<u32>,
+    pub trained: Vec<bool>,
+    /// Whether a token reaches over the edge of a trained part, and so is not trained.
+    pub has_straddling_token: bool,
+    pub is_cut: bool,
+    /// Whether an end-of-text token was wanted that the tokenizer does not name.
+    pub lacks_eos: bool,
+    pub details: Option<Details>,
+}
+
+/// What a report tells of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Details {
+    pub roles: BTreeMap<String, RoleTokens>,
+    /// Of the text.
+    pub exact_hash: u64,
+    /// Of the text with all white space the same.
+    pub normalized_hash: u64,
+}
+
+/// Turns rows into tokens.
+pub(super) struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    options: &'a DatasetOptions,
+    finder: Option<SpanFinder<'a>>,
+    with_details: bool,
+}
+
+/// A text with its parts.
+struct Parts {
+    text: String,
+    /// What is trained; everything if there is none.
+    trained: Option<Vec<Range<usize>>>,
+    /// Where the part of each role ends.
+    roles: Vec<(String, usize)>,
+    /// Whether special tokens go around the text, and the end-of-text token after it.
+    is_plain: bool,
+}
+
+impl<'a> Encoder<'a> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, options: &'a DatasetOptions, with_details: bool) -> Self {
+        let finder = tokenizer.chat_template().map(|t| SpanFinder::new(t, tokenizer.special_tokens()));
+        Self { tokenizer, options, finder, with_details }
+    }
+
+    /// The tokens of a parsed row.
+    pub(super) fn encode(&self, schema: Schema, row: Row) -> Result<EncodedRow, String> {
+        let parts = match row {
+            Row::Text(text) => {
+                let roles = vec![("text".to_string(), text.len())];
+                Parts { text, trained: None, roles, is_plain: true }
+            }
+            Row::Completion { prompt, completion, tools } if self.finder.is_some() => {
+                let messages = vec![super::Message::user(prompt), super::Message::assistant(completion)];
+                self.conversation(schema, Conversation { train: vec![None; 2], messages, tools })?
+            }
+            Row::Completion { prompt, completion, .. } => {
+                let text = prompt.clone() + &completion;
+                let whole = prompt.len()..text.len();
+                let roles = vec![("prompt".to_string(), prompt.len()), ("completion".to_string(), text.len())];
+                Parts { trained: self.options.mask_prompt.then(|| vec![whole]), text, roles, is_plain: true }
+            }
+            Row::Conversation(conversation) => self.conversation(schema, conversation)?,
+        };
+        self.tokens(schema, parts)
+    }
+
+    fn conversation(&self, schema: Schema, conversation: Conversation) -> Result<Parts, String> {
+        let Some(finder) = &self.finder else {
+            return Err(format!("the tokenizer has no chat template, which the schema {schema} needs"));
+        };
+        let Conversation { messages, train, tools } = conversation;
+        let is_assistant = |index: &usize| messages[*index].role() == "assistant";
+        let last = (0..messages.len()).rev().find(is_assistant);
+        if let Some(index) = (0..messages.len()).find(|index| train[*index] == Some(true) && !is_assistant(index)) {
+            let role = messages[index].role();
+            return Err(format!("message {}: only assistant messages can be trained, found `{role}`", index + 1));
+        }
+        let wanted: Vec<usize> = (0..messages.len())
+            .filter(is_assistant)
+            .filter(|&index| {
+                let default = self.options.trained_turns == TrainedTurns::All || Some(index) == last;
+                train[index].unwrap_or(default)
+            })
+            .collect();
+        if wanted.is_empty() && self.options.mask_prompt {
+            return Err("no assistant message is trained".into());
+        }
+        let spans = if self.options.mask_prompt { wanted.as_slice() } else { &[] };
+        let RenderedConversation { text, spans } = finder.render(&messages, tools.as_deref(), spans)?;
+        let roles = if self.with_details { roles(finder, &messages, tools.as_deref(), &text) } else { Vec::new() };
+        Ok(Parts { text, trained: self.options.mask_prompt.then_some(spans), roles, is_plain: false })
+    }
+
+    fn tokens(&self, schema: Schema, parts: Parts) -> Result<EncodedRow, String> {
+        let encoding = self.tokenizer.encode_with_offsets(&parts.text, parts.is_plain).map_err(|e| e.to_string())?;
+        let (mut ids, offsets) = (encoding.ids, encoding.offsets);
+        let mut has_straddling_token = false;
+        let mut trained: Vec<bool> = offsets
+            .iter()
+            .map(|&(start, end)| {
+                let Some(spans) = &parts.trained else { return true };
+                let after = spans.partition_point(|span| span.end <= start);
+                let is_touched = start < end && spans.get(after).is_some_and(|span| span.start < end);
+                let is_inside = spans.get(after).is_some_and(|span| span.start <= start && end <= span.end);
+                has_straddling_token |= is_touched && !is_inside;
+                is_touched && is_inside
+            })
+            .collect();
+        let mut lacks_eos = false;
+        if parts.is_plain {
+            match self.tokenizer.eos_token_id() {
+                Some(eos) if ids.last() != Some(&eos) => {
+                    ids.push(eos);
+                    trained.push(true);
+                }
+                Some(_) => {}
+                None => lacks_eos = true,
+            }
+        }
+        let details = self.with_details.then(|| details(&parts, &offsets, &trained));
+        let max_tokens = self.options.max_tokens.unwrap_or(usize::MAX);
+        let is_cut = ids.len() > max_tokens;
+        if is_cut && !self.options.truncate {
+            return Err(format!("expected at most {max_tokens} tokens, found {}", ids.len()));
+        }
+        ids.truncate(max_tokens);
+        trained.truncate(max_tokens);
+        // nothing comes before the first token, so it cannot be predicted
+        if !trained.iter().skip(1).any(|&trained| trained) {
+            let which = if is_cut { format!(" of the first {max_tokens}") } else { String::new() };
+            return Err(format!("no token{which} is trained"));
+        }
+        Ok(EncodedRow { schema, ids, trained, has_straddling_token, is_cut, lacks_eos, details })
+    }
+}
+
+/// Where the part of each role ends in a conversation's text.
+fn roles(
+    finder: &SpanFinder,
+    messages: &[super::Message],
+    tools: Option<&[Value]>,
+    text: &str,
+) -> Vec<(String, usize)> {
+    let mut roles = Vec::new();
+    let mut has_gap = false;
+    for (message, end) in messages.iter().zip(finder.boundaries(messages, tools, text)) {
+        let Some(end) = end else {
+            has_gap = true;
+            continue;
+        };
+        let role = if has_gap { "several" } else { message.role() };
+        roles.push((role.to_string(), end));
+        has_gap = false;
+    }
+    roles
+}
+
+fn details(parts: &Parts, offsets: &[(usize, usize)], trained: &[bool]) -> Details {
+    let mut roles: BTreeMap<String, RoleTokens> = BTreeMap::new();
+    for (index, &is_trained) in trained.iter().enumerate() {
+        // the end-of-text token that was added belongs to the last role
+        let start = offsets.get(index).map_or(parts.text.len(), |&(start, _)| start);
+        let role = parts.roles.iter().find(|(_, end)| start < *end).or(parts.roles.last());
+        let Some((role, _)) = role else { continue };
+        let counts = roles.entry(role.clone()).or_default();
+        counts.tokens += 1;
+        counts.trained += usize::from(is_trained);
+    }
+    let mut exact = DefaultHasher::new();
+    parts.text.hash(&mut exact);
+    let mut normalized = DefaultHasher::new();
+    parts.text.split_whitespace().for_each(|word| word.hash(&mut normalized));
+    Details { roles, exact_hash: exact.finish(), normalized_hash: normalized.finish() }
+}

@@ -1,0 +1,271 @@
+//! Reading the records of a file one by one: the lines of a JSONL file, or the values of a JSON file.
+
+use std::io::{self, BufRead};
+
+/// Most bytes of a record.
+const MAX_RECORD_BYTES: usize = 64 << 20;
+
+const BOM: &[u8] = b"\xEF\xBB\xBF";
+
+/// One record of a file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Record {
+    /// What should be a JSON value, and the line it begins in.
+    Value { line: usize, bytes: Vec<u8> },
+    /// A record that cannot be used, and why.
+    Broken { line: usize, message: String },
+}
+
+/// What is odd about a file but does no harm.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Oddities {
+    pub has_bom: bool,
+    /// The first line that ends with CR LF.
+    pub crlf_line: Option<usize>,
+    /// The first empty line, and how many there are.
+    pub empty_lines: Option<(usize, usize)>,
+    /// Whether the file has no bytes, a byte order mark aside.
+    pub is_empty: bool,
+}
+
+/// Reads records and keeps no more than one of them in memory.
+pub(super) struct Records<R> {
+    reader: R,
+    is_json: bool,
+    line: usize,
+    is_started: bool,
+    is_in_array: bool,
+    is_ended: bool,
+    oddities: Oddities,
+}
+
+impl<R: BufRead> Records<R> {
+    /// The records of a JSONL file, or with `is_json` of a file with one JSON list or several JSON values.
+    pub(super) fn new(reader: R, is_json: bool) -> Self {
+        Self {
+            reader,
+            is_json,
+            line: 0,
+            is_started: false,
+            is_in_array: false,
+            is_ended: false,
+            oddities: Oddities::default(),
+        }
+    }
+
+    /// What was odd about the part that has been read.
+    pub(super) fn oddities(&self) -> &Oddities {
+        &self.oddities
+    }
+
+    /// The next record, `None` at the end.
+    pub(super) fn next(&mut self) -> io::Result<Option<Record>> {
+        if !self.is_started {
+            self.is_started = true;
+            if let Some(broken) = self.start()? {
+                return Ok(Some(broken));
+            }
+        }
+        match (self.is_ended, self.is_json) {
+            (true, _) => Ok(None),
+            (false, true) => self.next_value(),
+            (false, false) => self.next_line(),
+        }
+    }
+
+    fn start(&mut self) -> io::Result<Option<Record>> {
+        self.line = usize::from(self.is_json);
+        let bytes = self.reader.fill_buf()?;
+        if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
+            self.is_ended = true;
+            return Ok(Some(Record::Broken { line: 0, message: "expected UTF-8, found UTF-16".into() }));
+        }
+        self.oddities.has_bom = bytes.starts_with(BOM);
+        let skipped = if self.oddities.has_bom { BOM.len() } else { 0 };
+        self.reader.consume(skipped);
+        self.oddities.is_empty = self.reader.fill_buf()?.is_empty();
+        Ok(None)
+    }
+
+    fn next_line(&mut self) -> io::Result<Option<Record>> {
+        loop {
+            let mut bytes = Vec::new();
+            let mut num_bytes = 0;
+            let mut is_at_end = true;
+            loop {
+                let buffer = self.reader.fill_buf()?;
+                if buffer.is_empty() {
+                    break;
+                }
+                is_at_end = false;
+                let newline = buffer.iter().position(|&byte| byte == b'\n');
+                let part = &buffer[..newline.unwrap_or(buffer.len())];
+                num_bytes += part.len();
+                if num_bytes <= MAX_RECORD_BYTES {
+                    bytes.extend_from_slice(part);
+                }
+                let used = part.len() + usize::from(newline.is_some());
+                self.reader.consume(used);
+                if newline.is_some() {
+                    break;
+                }
+            }
+            if is_at_end {
+                return Ok(None);
+            }
+            self.line += 1;
+            let line = self.line;
+            if num_bytes > MAX_RECORD_BYTES {
+                return Ok(Some(too_long(line, num_bytes)));
+            }
+            if bytes.last() == Some(&b'\r') {
+                bytes.pop();
+                self.oddities.crlf_line.get_or_insert(line);
+            }
+            if bytes.trim_ascii().is_empty() {
+                let (_, count) = self.oddities.empty_lines.get_or_insert((line, 0));
+                *count += 1;
+                continue;
+            }
+            return Ok(Some(Record::Value { line, bytes }));
+        }
+    }
+
+    fn next_value(&mut self) -> io::Result<Option<Record>> {
+        let mut value = Value::default();
+        loop {
+            let buffer = self.reader.fill_buf()?;
+            if buffer.is_empty() {
+                return Ok(value.finish());
+            }
+            let mut used = 0;
+            let mut is_complete = false;
+            for &byte in buffer {
+                if !value.is_begun() && (byte.is_ascii_whitespace() || byte == b',') {
+                    used += 1;
+                } else if !value.is_begun() && !self.is_in_array && byte == b'[' {
+                    self.is_in_array = true;
+                    used += 1;
+                } else if !value.is_begun() && self.is_in_array && byte == b']' {
+                    self.is_in_array = false;
+                    used += 1;
+                } else if value.ends_before(byte) {
+                    is_complete = true;
+                    break;
+                } else {
+                    value.add(byte, self.line);
+                    used += 1;
+                    is_complete = value.is_complete();
+                }
+                self.line += usize::from(byte == b'\n');
+                if is_complete {
+                    break;
+                }
+            }
+            self.reader.consume(used);
+            if is_complete {
+                return Ok(value.finish());
+            }
+        }
+    }
+}
+
+/// A JSON value that is being collected.
+#[derive(Default)]
+struct Value {
+    line: usize,
+    bytes: Vec<u8>,
+    num_bytes: usize,
+    depth: usize,
+    is_in_string: bool,
+    is_escaped: bool,
+}
+
+impl Value {
+    fn is_begun(&self) -> bool {
+        self.num_bytes > 0
+    }
+
+    /// Whether a value that is no list or object ends before this byte.
+    fn ends_before(&self, byte: u8) -> bool {
+        self.is_begun() && self.depth == 0 && !self.is_in_string && matches!(byte, b',' | b']' | b'\n' | b'{' | b'[')
+    }
+
+    fn is_complete(&self) -> bool {
+        self.depth == 0 && !self.is_in_string && matches!(self.bytes.first(), Some(b'{' | b'['))
+    }
+
+    fn add(&mut self, byte: u8, line: usize) {
+        if !self.is_begun() {
+            self.line = line;
+        }
+        self.num_bytes += 1;
+        if self.num_bytes <= MAX_RECORD_BYTES {
+            self.bytes.push(byte);
+        }
+        match byte {
+            _ if self.is_escaped => self.is_escaped = false,
+            b'\\' if self.is_in_string => self.is_escaped = true,
+            b'"' => self.is_in_string = !self.is_in_string,
+            b'{' | b'[' if !self.is_in_string => self.depth += 1,
+            b'}' | b']' if !self.is_in_string => self.depth = self.depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+
+    fn finish(self) -> Option<Record> {
+        if self.num_bytes > MAX_RECORD_BYTES {
+            return Some(too_long(self.line, self.num_bytes));
+        }
+        self.is_begun().then_some(Record::Value { line: self.line, bytes: self.bytes })
+    }
+}
+
+fn too_long(line: usize, found: usize) -> Record {
+    Record::Broken { line, message: format!("expected at most {MAX_RECORD_BYTES} bytes, found {found}") }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn records(bytes: &[u8], is_json: bool) -> (Vec<(usize, String)>, Oddities) {
+        // a small buffer, so that records straddle its end
+        let mut records = Records::new(io::BufReader::with_capacity(5, bytes), is_json);
+        let mut found = Vec::new();
+        while let Some(record) = records.next().unwrap() {
+            match record {
+                Record::Value { line, bytes } => found.push((line, String::from_utf8(bytes).unwrap())),
+                Record::Broken { line, message } => found.push((line, format!("broken: {message}"))),
+            }
+        }
+        (found, records.oddities().clone())
+    }
+
+    #[test]
+    fn lines_are_counted_past_empty_ones() {
+        let (found, oddities) = records(b"\xEF\xBB\xBF{\"a\":1}\n\n  \r\n{\"b\":2}\r\n{\"c\":3}", false);
+        assert_eq!(found, [(1, "{\"a\":1}".into()), (4, "{\"b\":2}".into()), (5, "{\"c\":3}".into())]);
+        let wanted = Oddities { has_bom: true, crlf_line: Some(3), empty_lines: Some((2, 2)), is_empty: false };
+        assert_eq!(oddities, wanted);
+        assert!(records(b"", false).1.is_empty);
+        assert!(records(b"\xEF\xBB\xBF", true).1.is_empty);
+    }
+
+    #[test]
+    fn values_of_a_list_are_found_over_lines() {
+        let (found, _) = records(b"[\n {\"a\": \"}],[\\\"\"},\n\n {\"b\": [1,\n2]}, 5,\n\"x,y\"]\n", true);
+        let values = ["{\"a\": \"}],[\\\"\"}", "{\"b\": [1,\n2]}", "5", "\"x,y\""];
+        assert_eq!(found, [2, 4, 5, 6].into_iter().zip(values.map(String::from)).collect::<Vec<_>>());
+        assert_eq!(records(b"{\n}\n{}", true).0, [(1, "{\n}".into()), (3, "{}".into())]);
+        assert_eq!(records(b"[{\"a\": [1", true).0, [(1, "{\"a\": [1".into())]);
+        assert_eq!(records(b"[]", true).0, []);
+    }
+
+    #[test]
+    fn other_encodings_are_told() {
+        let (found, _) = records(b"\xFF\xFE{\0}\0\n\0{\0}\0", false);
+        assert_eq!(found, [(0, "broken: expected UTF-8, found UTF-16".into())]);
+    }
+}

@@ -1,0 +1,242 @@
+//! Which tokens of a row are trained.
+
+use crate::data_chat::template;
+use crate::data_tokenizer::TOKENIZER;
+use metal_candle::data::{ChatTemplate, Dataset, DatasetOptions, Sample, Tokenizer, TrainedTurns, highlight};
+use metal_candle::{Error, Result};
+use serde_json::{Value, json};
+
+fn read(tokenizer: &Tokenizer, options: &DatasetOptions, rows: &[Value]) -> Result<Dataset> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("data.jsonl");
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    Dataset::from_file(&path, tokenizer, options)
+}
+
+fn with_template(name: &str) -> Tokenizer {
+    TOKENIZER.clone().with_chat_template(Some(template(name)))
+}
+
+fn with_source(source: &str) -> Tokenizer {
+    let template = ChatTemplate::new(source).unwrap().with_variable("eos_token", &json!("<|im_end|>"));
+    TOKENIZER.clone().with_chat_template(Some(template))
+}
+
+/// The sample of a row, checked against the tokens of its text.
+fn sample(tokenizer: &Tokenizer, options: &DatasetOptions, row: Value) -> Sample {
+    read(tokenizer, options, &[row]).unwrap().samples.remove(0)
+}
+
+/// The trained parts of a row.
+fn trained(tokenizer: &Tokenizer, options: &DatasetOptions, row: Value) -> Vec<String> {
+    let sample = sample(tokenizer, options, row);
+    let spans = highlight(&sample, tokenizer).unwrap();
+    let text: String = spans.iter().map(|span| span.text.as_str()).collect();
+    assert_eq!(text, tokenizer.decode(&sample.ids, false).unwrap());
+    spans.into_iter().filter(|span| span.trained).map(|span| span.text).collect()
+}
+
+fn problem(tokenizer: &Tokenizer, options: &DatasetOptions, row: Value) -> String {
+    match read(tokenizer, options, &[row]) {
+        Err(Error::Data { problems }) => problems[0].message.clone(),
+        other => panic!("expected a problem, found {other:?}"),
+    }
+}
+
+fn all() -> DatasetOptions {
+    DatasetOptions::default()
+}
+
+fn last() -> DatasetOptions {
+    DatasetOptions { trained_turns: TrainedTurns::Last, ..all() }
+}
+
+fn dialogue() -> Value {
+    json!({"messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "in words 🦀?"},
+        {"role": "assistant", "content": "four 🦀\n"},
+    ]})
+}
+
+#[test]
+fn every_token_of_a_short_chat() {
+    let tokenizer = with_template("qwen2.5");
+    let row = json!({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]});
+    let sample = sample(&tokenizer, &all(), row);
+    let text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n";
+    assert_eq!(sample.ids, tokenizer.encode(text, false).unwrap());
+    let tokens = sample.ids.len();
+    // `A`, `<|im_end|>` and the newline after it are the last three
+    assert_eq!(tokenizer.decode(&sample.ids[tokens - 3..], false).unwrap(), "A<|im_end|>\n");
+    let wanted: Vec<bool> = (0..tokens).map(|index| index == tokens - 3 || index == tokens - 2).collect();
+    assert_eq!(sample.trained, wanted);
+    assert_eq!(sample.num_trained(), 2);
+}
+
+#[test]
+fn all_turns_or_the_last_or_those_marked() {
+    // one of the two writes a text as it is, the other without white space around it
+    for (name, four) in [("qwen2.5", "four 🦀\n<|im_end|>"), ("chatml", "four 🦀<|im_end|>")] {
+        let tokenizer = with_template(name);
+        assert_eq!(trained(&tokenizer, &all(), dialogue()), ["4<|im_end|>", four], "{name}");
+        assert_eq!(trained(&tokenizer, &last(), dialogue()), [four], "{name}");
+        let mut row = dialogue();
+        row["messages"][4]["train"] = json!(false);
+        assert_eq!(trained(&tokenizer, &all(), row.clone()), ["4<|im_end|>"], "{name}");
+        row["messages"][2]["train"] = json!(true);
+        assert_eq!(trained(&tokenizer, &last(), row.clone()), ["4<|im_end|>"], "{name}");
+        row["messages"][2]["train"] = json!(false);
+        assert_eq!(problem(&tokenizer, &all(), row), "no assistant message is trained");
+        let mut row = dialogue();
+        row["messages"][2]["weight"] = json!(0);
+        assert_eq!(trained(&tokenizer, &all(), row), [four], "{name}");
+    }
+}
+
+#[test]
+fn without_masks_everything_is_trained() {
+    let options = DatasetOptions { mask_prompt: false, ..all() };
+    let sample = sample(&with_template("qwen2.5"), &options, dialogue());
+    assert!(sample.trained.iter().all(|&trained| trained));
+}
+
+#[test]
+fn tool_calls_are_trained_and_answers_of_tools_are_not() {
+    let call = |arguments: Value| {
+        json!({"messages": [
+            {"role": "user", "content": "weather in Oslo and Rome?"},
+            {"role": "assistant", "content": "Looking.", "tool_calls": [
+                {"type": "function", "function": {"name": "weather", "arguments": arguments}},
+                {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]},
+            {"role": "tool", "content": "rain"},
+            {"role": "tool", "content": "sun"},
+            {"role": "assistant", "content": "Rain, sun."},
+        ], "tools": [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]})
+    };
+    for name in ["qwen2.5", "thinking"] {
+        let tokenizer = with_template(name);
+        let parts = trained(&tokenizer, &all(), call(json!({"city": "Oslo"})));
+        assert_eq!(parts.len(), 2, "{name}: {parts:?}");
+        assert!(
+            parts[0].contains("Looking.") && parts[0].contains(r#"{"name": "weather", "arguments": {"city": "Oslo"}}"#)
+        );
+        assert!(parts[0].ends_with("</tool_call><|im_end|>") && parts[0].contains("Rome"), "{parts:?}");
+        assert!(parts[1].ends_with("Rain, sun.<|im_end|>") && !parts.concat().contains("tool_response"), "{parts:?}");
+        // arguments as the text of an object come to the same
+        assert_eq!(trained(&tokenizer, &all(), call(json!(r#"{"city":"Oslo"}"#))), parts);
+    }
+}
+
+#[test]
+fn reasoning_is_trained_where_the_template_keeps_it() {
+    let tokenizer = with_template("thinking");
+    let row = json!({"messages": [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nuno"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "dos", "reasoning_content": "second"},
+    ]});
+    // the reasoning of the first answer is dropped, for a question follows; in a prefix of the conversation it is not
+    let parts = trained(&tokenizer, &all(), row);
+    assert_eq!(parts, ["uno<|im_end|>", "<think>\nsecond\n</think>\n\ndos<|im_end|>"]);
+    let plain = json!({"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "uno"}]});
+    assert_eq!(trained(&tokenizer, &all(), plain), ["<think>\n\n</think>\n\nuno<|im_end|>"]);
+    // a call of a tool whose reasoning is dropped once the next question comes
+    let row = json!({"messages": [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "reasoning_content": "ask", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "reasoning_content": "tell", "content": "uno"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "dos"},
+    ]});
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call><|im_end|>";
+    assert_eq!(trained(&tokenizer, &all(), row), [call, "uno<|im_end|>", "<think>\n\n</think>\n\ndos<|im_end|>"]);
+}
+
+#[test]
+fn templates_of_other_shapes() {
+    // no generation prompt at all
+    let tokenizer =
+        with_source("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}");
+    assert_eq!(trained(&tokenizer, &all(), dialogue()), ["4<|im_end|>", "four 🦀\n<|im_end|>"]);
+    // marks that are no special tokens, and text that is trimmed
+    let tokenizer = with_source(
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+    );
+    assert_eq!(trained(&tokenizer, &all(), dialogue()), [" 4<|im_end|>", " four 🦀<|im_end|>"]);
+    // a template that only shows the last answer
+    let tokenizer = with_source("{{ messages[-1].content }}{{ eos_token }}");
+    let message = "the chat template hides where message 3 begins and ends, so it cannot be trained";
+    assert_eq!(problem(&tokenizer, &all(), dialogue()), message);
+    assert_eq!(trained(&tokenizer, &last(), dialogue()), ["four 🦀\n<|im_end|>"]);
+    // a template that refuses
+    let tokenizer = with_source("{{ raise_exception('no system') }}");
+    assert_eq!(problem(&tokenizer, &all(), dialogue()), "chat template: line 1: no system");
+}
+
+#[test]
+fn completions_with_and_without_a_template() {
+    let row = json!({"prompt": "fn add", "completion": "(a: i32)"});
+    assert_eq!(trained(&with_template("qwen2.5"), &all(), row.clone()), ["(a: i32)<|im_end|>"]);
+    let plain = TOKENIZER.clone().with_chat_template(None);
+    let sample = sample(&plain, &all(), row.clone());
+    assert_eq!(plain.decode(&sample.ids, false).unwrap(), "fn add(a: i32)<|im_end|>");
+    assert_eq!(trained(&plain, &all(), row.clone()), ["(a: i32)<|im_end|>"]);
+    let options = DatasetOptions { mask_prompt: false, ..all() };
+    assert_eq!(trained(&plain, &options, row), ["fn add(a: i32)<|im_end|>"]);
+    // a token over the edge is not trained
+    let whole = plain.encode("    fn", false).unwrap();
+    assert!(whole.len() < plain.encode("  ", false).unwrap().len() + plain.encode("  fn", false).unwrap().len());
+    let parts = trained(&plain, &all(), json!({"prompt": "  ", "completion": "  fn"}));
+    assert_eq!(parts, [" fn<|im_end|>"]);
+    let row = json!({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]});
+    assert_eq!(trained(&with_template("qwen2.5"), &all(), row), ["d<|im_end|>"]);
+}
+
+#[test]
+fn texts_are_trained_whole_and_end_once() {
+    let sample = sample(&TOKENIZER, &all(), json!({"text": "fn main"}));
+    assert_eq!(TOKENIZER.decode(&sample.ids, false).unwrap(), "fn main<|im_end|>");
+    assert!(sample.trained.iter().all(|&trained| trained));
+    let ended = read(&TOKENIZER, &all(), &[json!({"text": "fn main<|im_end|>"})]).unwrap();
+    assert_eq!(ended.samples[0].ids, sample.ids);
+}
+
+#[test]
+fn alpaca_and_sharegpt_are_conversations() {
+    let tokenizer = with_template("qwen2.5");
+    let row = json!({"instruction": "Add", "input": "1 2", "output": "3", "system": "S", "history": [["a", "b"]], "text": "unused"});
+    let alpaca = sample(&tokenizer, &all(), row.clone());
+    let text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nAdd\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n";
+    assert_eq!(tokenizer.decode(&alpaca.ids, false).unwrap(), text);
+    assert_eq!(trained(&tokenizer, &all(), row), ["b<|im_end|>", "3<|im_end|>"]);
+    let row = json!({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "Add\n1 2"}, {"from": "model", "value": "3"}], "system": "S"});
+    let sharegpt = sample(&tokenizer, &all(), row);
+    assert_eq!((&sharegpt.ids, &sharegpt.trained), (&alpaca.ids, &alpaca.trained));
+    let row = json!({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"}, {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}], "tools": "[{\"name\": \"f\"}]"});
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call><|im_end|>";
+    let parts = trained(&tokenizer, &all(), row);
+    assert!(parts.len() == 2 && parts[0].ends_with(call), "{parts:?}");
+    assert_eq!(parts[1], "b<|im_end|>");
+}
+
+#[test]
+fn rows_that_are_too_long() {
+    let tokenizer = with_template("qwen2.5");
+    let tokens = sample(&tokenizer, &all(), dialogue()).ids.len();
+    let fits = DatasetOptions { max_tokens: Some(tokens), ..all() };
+    assert_eq!(sample(&tokenizer, &fits, dialogue()).ids.len(), tokens);
+    let short = DatasetOptions { max_tokens: Some(tokens - 4), ..all() };
+    let message = format!("expected at most {} tokens, found {tokens}", tokens - 4);
+    assert_eq!(problem(&tokenizer, &short, dialogue()), message);
+    let cut = DatasetOptions { truncate: true, ..short };
+    let sample = sample(&tokenizer, &cut, dialogue());
+    assert_eq!((sample.ids.len(), sample.trained.len()), (tokens - 4, tokens - 4));
+    let tiny = DatasetOptions { max_tokens: Some(5), truncate: true, ..all() };
+    assert_eq!(problem(&tokenizer, &tiny, dialogue()), "no token of the first 5 is trained");
+}
