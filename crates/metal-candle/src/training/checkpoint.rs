@@ -13,9 +13,9 @@ use std::path::Path;
 pub fn save_checkpoint(
     adapter: &LoRAAdapter,
     path: impl AsRef<Path>,
-    metadata: Option<CheckpointMetadata>,
+    metadata: Option<&CheckpointMetadata>,
 ) -> Result<()> {
-    save_single_file(adapter, path.as_ref(), metadata.as_ref())
+    save_single_file(adapter, path.as_ref(), metadata)
 }
 
 /// Reads what [`save_checkpoint`] wrote.

@@ -284,3 +284,54 @@ fn part_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Re
         _ => candle_core::bail!("a contiguous f32 tensor is wanted"),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn tensor_operations_and_kernel_agree() {
+        let values = |seed: usize| -> Tensor {
+            let values: Vec<f32> = (0..50).map(|i| ((i * 37 + seed * 11) % 29) as f32 / 14.0 - 1.0).collect();
+            Tensor::from_vec(values, 50, &Device::Cpu).unwrap()
+        };
+        let mut by_kernel = AdamW::new(&values(0), AdamWConfig::default()).unwrap();
+        let by_tensors = AdamW::new(&values(0), AdamWConfig::default()).unwrap();
+        for step in 1..=5 {
+            by_kernel.step(&values(step), 0.1, 0.5).unwrap();
+            let numbers = kernels::AdamWStep {
+                learning_rate: 0.1,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.01,
+                step,
+                grad_scale: 0.5,
+            };
+            by_tensors.step_by_tensors(&values(step), &numbers).unwrap();
+            let (left, right) =
+                (by_kernel.buffer.to_vec1::<f32>().unwrap(), by_tensors.buffer.to_vec1::<f32>().unwrap());
+            assert!(left.iter().zip(&right).all(|(l, r)| (l - r).abs() < 1e-5), "step {step}: {left:?} {right:?}");
+        }
+    }
+
+    #[test]
+    fn gradients_add_up_where_they_belong() {
+        let sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
+        let gradient = Tensor::new(&[[1.0_f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
+        sum.add(1, &gradient, true).unwrap();
+        sum.add(1, &gradient.t().unwrap(), false).unwrap();
+        assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [0.0, 2.0, 5.0, 5.0, 8.0]);
+        sum.add(1, &gradient, true).unwrap();
+        assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0]);
+    }
+
+    #[test]
+    fn clipping_is_that_of_torch() {
+        assert_eq!(clip_factor(0.5, Some(1.0)), 1.0);
+        assert!((clip_factor(4.0, Some(1.0)) - 1.0 / (4.0 + 1e-6)).abs() < 1e-15);
+        assert_eq!(clip_factor(4.0, None), 1.0);
+    }
+}

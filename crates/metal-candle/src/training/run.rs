@@ -34,20 +34,17 @@ type Indices = Vec<usize>;
 
 /// The batches of each step of an epoch.
 pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Random) -> Result<Vec<Vec<Indices>>> {
-    let batches = match &options.batches {
-        Some(batches) => {
-            let is_known = |&index: &usize| index < dataset.len();
-            if batches.is_empty() || !batches.iter().all(|batch| !batch.is_empty() && batch.iter().all(is_known)) {
-                let message = format!("each batch needs samples with numbers below {}", dataset.len());
-                return Err(Error::argument("batches", message));
-            }
-            batches.clone()
+    let batches = if let Some(batches) = &options.batches {
+        let is_known = |&index: &usize| index < dataset.len();
+        if batches.is_empty() || !batches.iter().all(|batch| !batch.is_empty() && batch.iter().all(is_known)) {
+            let message = format!("each batch needs samples with numbers below {}", dataset.len());
+            return Err(Error::argument("batches", message));
         }
-        None => {
-            let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
-            let limits = PackingLimits { max_tokens: options.batch_tokens, max_samples: options.batch_samples };
-            pack(&lengths, limits, order)?
-        }
+        batches.clone()
+    } else {
+        let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
+        let limits = PackingLimits { max_tokens: options.batch_tokens, max_samples: options.batch_samples };
+        pack(&lengths, limits, order)?
     };
     if batches.is_empty() {
         return Err(Error::argument("dataset", "has no sample"));
@@ -73,6 +70,8 @@ pub(super) struct Run<'a, T: Trained> {
     epoch: Option<(Vec<Vec<Indices>>, Random)>,
     best: Option<Tensor>,
     folder: Option<(Checkpoints, MetricsFile)>,
+    /// Everything that decides what the steps compute.
+    settings: Map<String, Value>,
     metrics: TrainingMetrics,
     is_stopped: bool,
 }
@@ -122,6 +121,7 @@ impl<'a, T: Trained> Run<'a, T> {
             epoch: None,
             best: None,
             folder: None,
+            settings: Map::new(),
             metrics,
             is_stopped: false,
         };
@@ -132,6 +132,7 @@ impl<'a, T: Trained> Run<'a, T> {
     fn open_folder(&mut self) -> Result<()> {
         let Some(folder) = &self.options.run_folder else { return Ok(()) };
         let checkpoints = Checkpoints::open(folder)?;
+        self.settings = self.describe_settings();
         let newest = checkpoints.newest()?;
         let step = match newest {
             Some(checkpoint) if self.options.resume => {
@@ -415,7 +416,7 @@ impl<'a, T: Trained> Run<'a, T> {
         let step = self.progress.step;
         let mut state = Map::new();
         state.insert("progress".into(), self.progress.to_json());
-        state.insert("settings".into(), self.settings());
+        state.insert("settings".into(), Value::Object(self.settings.clone()));
         let (first, second) = self.optimizer.moments()?;
         let moments = [(FIRST_MOMENT, first), (SECOND_MOMENT, second)];
         let path = checkpoints.save(step, state, |folder| {
@@ -456,37 +457,38 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok(())
     }
 
-    /// Everything that decides what the steps compute.
-    fn settings(&self) -> Value {
+    fn describe_settings(&self) -> Map<String, Value> {
         let options = self.options;
         let evaluation = options
             .evaluation
             .as_ref()
             .map(|evaluation| json!({"dataset": fingerprint(&evaluation.dataset), "interval": evaluation.interval}));
-        json!({
-            "trained": digest(&self.start.identity().to_string()),
-            "model": digest(&format!("{:?}", self.start.run_model().config())),
-            "dtype": self.start.run_model().dtype().as_str(),
-            "dataset": fingerprint(self.dataset),
-            "num_epochs": self.config.num_epochs,
-            "max_steps": options.max_steps,
-            "lr_scheduler": self.config.lr_scheduler.to_json(),
-            "optimizer_config": self.config.optimizer_config.to_json(),
-            "max_grad_norm": self.config.max_grad_norm.map(|norm| norm.to_string()),
-            "batch_tokens": options.batch_tokens,
-            "batch_samples": options.batch_samples,
-            "batches": options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))),
-            "gradient_accumulation": options.gradient_accumulation,
-            "label_smoothing": options.label_smoothing.to_string(),
-            "seed": options.seed,
-            "evaluation": evaluation,
-            "patience": options.patience,
-        })
+        let model = self.start.run_model();
+        let entries = [
+            ("trained", json!(digest(&self.start.identity().to_string()))),
+            ("model", json!(digest(&format!("{:?}", model.config())))),
+            ("dtype", json!(model.dtype().as_str())),
+            ("dataset", json!(fingerprint(self.dataset))),
+            ("num_epochs", json!(self.config.num_epochs)),
+            ("max_steps", json!(options.max_steps)),
+            ("lr_scheduler", self.config.lr_scheduler.to_json()),
+            ("optimizer_config", self.config.optimizer_config.to_json()),
+            ("max_grad_norm", json!(self.config.max_grad_norm.map(|norm| norm.to_string()))),
+            ("batch_tokens", json!(options.batch_tokens)),
+            ("batch_samples", json!(options.batch_samples)),
+            ("batches", json!(options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))))),
+            ("gradient_accumulation", json!(options.gradient_accumulation)),
+            ("label_smoothing", json!(options.label_smoothing.to_string())),
+            ("seed", json!(options.seed)),
+            ("evaluation", json!(evaluation)),
+            ("patience", json!(options.patience)),
+        ];
+        entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
     }
 
     fn check_settings(&self, path: &Path, saved: &Map<String, Value>) -> Result<()> {
-        let Value::Object(now) = self.settings() else { return Ok(()) };
-        let different: Vec<String> = now
+        let different: Vec<String> = self
+            .settings
             .iter()
             .filter(|(key, value)| !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key) != Some(*value))
             .map(|(key, value)| format!("`{key}` was {}, is {value}", saved.get(key).unwrap_or(&Value::Null)))

@@ -11,6 +11,7 @@ use crate::adapters::LoRAAdapter;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::models::Model;
+use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -260,6 +261,12 @@ impl<T: Trained> Trainer<T> {
         *lock(&self.latest) = run.snapshot()?;
         *lock(&self.best) = run.best()?;
         outcome
+    }
+}
+
+impl<T: Trained> fmt::Debug for Trainer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trainer").field("config", &self.config).field("options", &self.options).finish_non_exhaustive()
     }
 }
 

@@ -290,8 +290,11 @@ fn what_cannot_be_applied_is_named() {
         assert!(error.to_string().contains(&format!("`{key}`")), "{error}");
     }
     let folder = copied("lora/qv");
-    edit_config(folder.path(), |config| config["r"] = json!(u64::MAX));
-    assert!(LoRAAdapter::load(&model, folder.path()).unwrap_err().to_string().contains("too large"));
+    for (rank, expected) in [(u64::MAX, "too large"), (0, "is 0 for")] {
+        edit_config(folder.path(), |config| config["r"] = json!(rank));
+        let error = LoRAAdapter::load(&model, folder.path()).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("adapter_config.json"), "{error}");
+    }
     edit_config(folder.path(), |config| config["r"] = json!(1_u64 << 40));
     assert_eq!(problems(LoRAAdapter::load(&model, folder.path()).unwrap_err()).len(), 12);
 }
@@ -399,7 +402,7 @@ fn one_file_holds_adapter_and_metadata() {
     let path = folder.path().join("checkpoint.safetensors");
     let metadata =
         CheckpointMetadata { step: Some(70), epoch: Some(2), loss: Some(0.1 + 0.2), note: Some("a \"note\"".into()) };
-    save_checkpoint(&adapter, &path, Some(metadata.clone())).unwrap();
+    save_checkpoint(&adapter, &path, Some(&metadata)).unwrap();
     let (again, found) = load_checkpoint(&model, &path).unwrap();
     assert_eq!(found, metadata);
     assert_eq!(again.modules(), adapter.modules());

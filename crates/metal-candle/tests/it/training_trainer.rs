@@ -243,13 +243,19 @@ fn all_parameters_of_a_model_are_trained() {
     let model = golden::model("models/gqa-tied");
     let dataset = dataset(12, 103);
     let before = evaluate(&model, None, &dataset, 2048).unwrap().loss();
-    let trainer = Trainer::full(model.clone(), config(20, 3e-3)).unwrap().with_batch_tokens(100);
+    let trainer = Trainer::full(model.clone(), config(20, 3e-3))
+        .unwrap()
+        .with_batch_tokens(100)
+        .with_evaluation(dataset.clone(), 0);
     let metrics = trainer.train(&dataset).unwrap();
     assert_eq!(metrics.num_gradient_tensors, model.parameters().len());
     let total: usize = model.parameters().iter().map(|(_, tensor)| tensor.elem_count()).sum();
     assert_eq!((metrics.num_trainable_parameters, metrics.gradient_bytes), (total, 4 * total));
     let trained = trainer.model();
-    let after = evaluate(&trained, None, &dataset, 2048).unwrap().loss();
+    let after = evaluate(&trained, None, &dataset, 100).unwrap().loss();
+    // the run saw every update of every parameter
+    assert_eq!(after, metrics.evaluations.last().unwrap().loss);
+    assert_eq!(metrics.evaluations.len(), 21);
     assert!(after < 0.5 * before, "{before} {after}");
     for ((name, before), (_, after)) in model.parameters().iter().zip(trained.parameters()) {
         assert!(max_difference(before, after) > 0.0, "{name} was not trained");

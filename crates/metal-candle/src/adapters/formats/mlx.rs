@@ -3,8 +3,8 @@
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
 use super::values::{self, Matrix, Naming};
-use super::{CONFIG_FILE, as_texts, make_folder, read_as};
-use crate::adapters::lora::{Layout, LoRAAdapter, LoRAModule, Planned, Settings};
+use super::{CONFIG_FILE, as_texts, layout_of, make_folder, read_as};
+use crate::adapters::lora::{LoRAAdapter, LoRAModule, Planned, Settings};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
 use serde_json::{Map, Value, json};
@@ -64,7 +64,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
         use_rslora: false,
         base_model: config.text("model")?.map(String::from),
     };
-    let layout = Layout::new(model, settings, &planned)?;
+    let layout = layout_of(path, model, settings, &planned)?;
     let values = values::read(&folder.join(TENSOR_FILE), &layout, &Names)?;
     LoRAAdapter::from_values(model, layout, values)
 }

@@ -10,6 +10,7 @@ pub use single::SingleFileMetadata;
 pub(crate) use single::{load_single_file, save_single_file};
 
 use super::LoRAAdapter;
+use super::lora::{Layout, Planned, Settings};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model};
 use serde_json::Value;
@@ -57,6 +58,14 @@ impl LoRAAdapter {
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }
+}
+
+/// The layout a file asks for; what is wrong with its numbers is told with the file.
+fn layout_of(path: &Path, model: &Model, settings: Settings, planned: &[Planned]) -> Result<Layout> {
+    Layout::new(model, settings, planned).map_err(|error| match error {
+        Error::Argument { name, message } => Error::format(path, format!("`{name}`: {message}")),
+        other => other,
+    })
 }
 
 /// The value of `key` as `read` takes it, unless absent or null.

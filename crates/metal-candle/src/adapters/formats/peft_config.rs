@@ -1,6 +1,6 @@
 //! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
 
-use super::{as_count, as_texts, brief, read_as};
+use super::{as_count, as_texts, brief, layout_of, read_as};
 use crate::adapters::lora::{Layout, LoRAAdapter, LoRAModule, Planned, Settings};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, LinearInfo, Model};
@@ -62,7 +62,7 @@ pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<Layout> {
         use_rslora: config.flag("use_rslora")?.unwrap_or(false),
         base_model: config.text("base_model_name_or_path")?.map(String::from),
     };
-    Layout::new(model, settings, &planned)
+    layout_of(config.path(), model, settings, &planned)
 }
 
 fn refuse_unsupported(config: &JsonObject) -> Result<()> {
