@@ -60,9 +60,8 @@ fn steps(criterion: &mut Criterion) {
             let adapter = LoRAAdapter::builder(&model).with_rank(8).with_target_modules(modules).build().unwrap();
             let terms = adapter.terms().unwrap();
             group.bench_function(BenchmarkId::new(format!("LoRA on {name}"), dtype.as_str()), |bencher| {
-                bencher.iter(|| {
-                    model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap()
-                });
+                bencher
+                    .iter(|| model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap());
             });
         }
     }
@@ -94,8 +93,7 @@ fn optimizer(criterion: &mut Criterion) {
 
 fn checkpoint(criterion: &mut Criterion) {
     let model = model(DType::BF16);
-    let adapter =
-        LoRAAdapter::builder(&model).with_rank(8).with_target_modules(TargetModule::ALL).build().unwrap();
+    let adapter = LoRAAdapter::builder(&model).with_rank(8).with_target_modules(TargetModule::ALL).build().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint.safetensors");
     let mut group = criterion.benchmark_group("checkpoint");
