@@ -2,6 +2,7 @@
 
 use metal_candle::{Device, ModelLoader};
 use std::error::Error;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -9,10 +10,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).map_or_else(nano, PathBuf::from);
     let device = Device::new_with_fallback(0);
     let start = Instant::now();
+    let is_terminal = std::io::stderr().is_terminal();
     let model = ModelLoader::new().with_device(device).load_with_progress(&folder, |progress| {
-        eprint!("\r{} of {} tensors", progress.tensors, progress.num_tensors);
+        if is_terminal {
+            eprint!("\r{} of {} tensors ", progress.tensors, progress.num_tensors);
+        }
     })?;
-    eprintln!(" in {:.2?}", start.elapsed());
+    eprintln!("loaded in {:.2?}", start.elapsed());
 
     let config = model.config();
     let (dtype, parameters) = (model.dtype(), config.num_parameters());
