@@ -93,6 +93,16 @@ impl Device {
         }
     }
 
+    /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error.
+    pub(crate) fn step<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if self.is_cpu() {
+            return work();
+        }
+        let result = pooled(work)?;
+        self.synchronize()?;
+        Ok(result)
+    }
+
     /// Waits until the device has done all it was given.
     ///
     /// # Errors
@@ -104,9 +114,15 @@ impl Device {
 
 #[cfg(feature = "metal")]
 fn open_metal() -> std::result::Result<candle_core::Device, String> {
+    use objc2_metal::MTLDevice;
     // candle panics on an empty device list (virtual machines, remote shells)
-    if candle_metal_kernels::metal::Device::all().is_empty() {
+    let devices = candle_metal_kernels::metal::Device::all();
+    let Some(device) = devices.first() else {
         return Err("there is no Metal device".into());
+    };
+    // candle dispatches concurrently, which gives wrong results on discrete GPUs
+    if !device.as_ref().hasUnifiedMemory() {
+        return Err("the Metal device has no unified memory".into());
     }
     candle_core::Device::new_metal(0).map_err(|e| e.to_string())
 }
@@ -114,6 +130,16 @@ fn open_metal() -> std::result::Result<candle_core::Device, String> {
 #[cfg(not(feature = "metal"))]
 fn open_metal() -> std::result::Result<candle_core::Device, String> {
     Err("this build has no Metal support (feature `metal`)".into())
+}
+
+#[cfg(feature = "metal")]
+fn pooled<R>(work: impl FnOnce() -> R) -> R {
+    objc2::rc::autoreleasepool(|_| work())
+}
+
+#[cfg(not(feature = "metal"))]
+fn pooled<R>(work: impl FnOnce() -> R) -> R {
+    work()
 }
 
 impl fmt::Debug for Device {

@@ -159,6 +159,16 @@ impl Model {
         &self,
         batch: &Batch,
         terms: Option<&LowRankTerms>,
+        cache: Option<&mut KVCache>,
+        rows: Rows,
+    ) -> Result<Tensor> {
+        self.device().step(|| self.logits(batch, terms, cache, rows))
+    }
+
+    fn logits(
+        &self,
+        batch: &Batch,
+        terms: Option<&LowRankTerms>,
         mut cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {

@@ -118,6 +118,16 @@ impl Model {
         terms: Option<&LowRankTerms>,
         label_smoothing: f32,
     ) -> Result<Losses> {
+        self.device().step(|| self.losses(batch, targets, terms, label_smoothing))
+    }
+
+    fn losses(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        terms: Option<&LowRankTerms>,
+        label_smoothing: f32,
+    ) -> Result<Losses> {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
         self.check_terms(terms)?;
@@ -141,6 +151,16 @@ impl Model {
     /// # Errors
     /// As [`Model::loss`]; also if no token has a target.
     pub fn loss_and_gradients(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        trainable: Trainable,
+        options: LossOptions,
+    ) -> Result<(Losses, Gradients)> {
+        self.device().step(|| self.losses_and_gradients(batch, targets, trainable, options))
+    }
+
+    fn losses_and_gradients(
         &self,
         batch: &Batch,
         targets: &Targets,

@@ -163,7 +163,8 @@ impl<'a, T: Trained> Run<'a, T> {
         while !self.is_stopped && self.end().is_none() {
             let (batches, epoch_ends) = self.next_batches()?;
             let before = self.progress.clone();
-            let step = match self.step(&batches) {
+            let device = self.live.run_model().device();
+            let step = match device.step(|| self.step(&batches)) {
                 Ok(step) => step,
                 Err(error) => {
                     self.progress = before;

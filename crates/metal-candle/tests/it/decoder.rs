@@ -230,7 +230,7 @@ pub fn batch_of(value: &Value) -> (Batch, Targets) {
 }
 
 /// The low-rank terms of a PEFT folder, straight from its tensors.
-fn terms(model: &Model, folder: &str) -> LowRankTerms {
+pub fn terms(model: &Model, folder: &str) -> LowRankTerms {
     let config = json(&format!("{folder}/adapter_config.json"));
     let file = SafetensorsFile::open(golden(&format!("{folder}/adapter_model.safetensors"))).unwrap();
     drop(file);

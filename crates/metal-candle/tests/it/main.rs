@@ -3,12 +3,14 @@
 
 mod adapters_formats;
 mod adapters_lora;
+mod architecture;
 mod data_chat;
 mod data_files;
 mod data_masks;
 mod data_packing;
 mod data_tokenizer;
 mod decoder;
+mod devices;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;

@@ -1,0 +1,207 @@
+//! Every device against the golden numbers: `on_each_device!` runs a test on the CPU and, with the feature, on Metal or CUDA.
+
+use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, values};
+use candle_core::DType;
+use metal_candle::data::{Dataset, Sample};
+use metal_candle::models::{Batch, KVCache, KVCacheConfig, LossOptions, Model, Rows, Trainable};
+use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
+use metal_candle::{Device, ModelLoader};
+
+macro_rules! on_each_device {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn cpu() {
+                super::$name(metal_candle::Device::CPU);
+            }
+
+            #[cfg(feature = "metal")]
+            #[test]
+            fn metal() {
+                super::$name(metal_candle::Device::metal().unwrap());
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            fn cuda() {
+                super::$name(metal_candle::Device::cuda(0).unwrap());
+            }
+        }
+    )+};
+}
+
+on_each_device! {
+    logits_match_transformers,
+    lora_gradients_match_peft,
+    all_gradients_match_torch,
+    ten_training_losses_match_peft,
+    cached_generation_matches_the_cpu,
+    the_built_in_model_trains_and_generates,
+}
+
+fn load(name: &str, device: Device, dtype: DType) -> Model {
+    ModelLoader::new().with_device(device).with_dtype(dtype).load(golden(name)).unwrap()
+}
+
+/// Largest difference, by the spread of the expected values.
+fn relative(found: &[f32], expected: &[f32]) -> f32 {
+    let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    max_difference(found, expected) / largest
+}
+
+fn logits_match_transformers(device: Device) {
+    for name in super::decoder::MODELS {
+        let (cases, tensors) =
+            (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
+        // half precision: what rounding activations to 11 and 8 bits leaves after three blocks
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 1e-1)] {
+            let model = load(&format!("models/{name}"), device, dtype);
+            assert_eq!(model.device(), device);
+            for case in &cases["cases"].as_array().unwrap()[..2] {
+                let batch = Batch::single(&super::decoder::ids(&case["ids"]));
+                let logits = model.forward(&batch, None, None, Rows::All).unwrap();
+                let expected = tensors.values(&format!("logits.{}", batch.num_tokens()));
+                let difference = relative(&values(&logits), &expected);
+                assert!(difference < tolerance, "{name} {dtype:?}: {difference}");
+            }
+        }
+    }
+}
+
+fn lora_gradients_match_peft(device: Device) {
+    for name in ["qv", "all-linear-rslora"] {
+        let case = json(&format!("lora/{name}.json"));
+        let tensors = Tensors::open(&format!("lora/{name}.safetensors"));
+        let model = load(case["model"].as_str().unwrap(), device, DType::F32);
+        let terms = terms(&model, &format!("lora/{name}"));
+        let (batch, targets) = batch_of(&case["batch"]);
+        let trained: f32 = targets.weights.iter().sum();
+        let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
+        let (losses, gradients) =
+            model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap();
+        assert!(max_difference(&losses.rows, &tensors.values("loss_rows")) < 1e-4);
+        for (number, _) in terms.iter() {
+            for (place, letter) in ["A", "B"].into_iter().enumerate() {
+                let found = gradients.tensors[2 * number + place].as_ref().unwrap();
+                let key = format!("grad.base_model.model.{}.lora_{letter}.weight", model.linears()[number].path);
+                let error = relative(&values(found), &tensors.values(&key));
+                assert!(error < 1e-4, "{name} {key}: {error}");
+            }
+        }
+    }
+}
+
+fn all_gradients_match_torch(device: Device) {
+    let case = json("full/untied.json");
+    let tensors = Tensors::open("full/untied.safetensors");
+    let model = load("models/untied", device, DType::F32);
+    let (batch, targets) = batch_of(&case["batch"]);
+    let trained: f32 = targets.weights.iter().sum();
+    let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
+    let (_, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::All, options).unwrap();
+    for ((name, _), found) in model.parameters().iter().zip(&gradients.tensors) {
+        let expected = tensors.values(&format!("plain.grad.{name}"));
+        let difference = max_difference(&values(found.as_ref().unwrap()), &expected);
+        let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert!(difference < 1e-4 * largest.max(1e-2), "{name}: {difference} of {largest}");
+    }
+}
+
+/// A dataset and its batches of the golden run.
+fn golden_run() -> (Dataset, Vec<Vec<usize>>) {
+    let case = json("training/ten_steps.json");
+    let (mut samples, mut batches) = (Vec::new(), Vec::new());
+    for batch in case["batches"].as_array().unwrap() {
+        let (mut numbers, mut at) = (Vec::new(), 0);
+        for sequence in batch["sequences"].as_array().unwrap() {
+            let ids = super::decoder::ids(sequence);
+            let weights = batch["weights"].as_array().unwrap();
+            let mut trained = vec![false; ids.len()];
+            for i in 1..ids.len() {
+                trained[i] = weights[at + i - 1].as_f64().unwrap() > 0.0;
+            }
+            at += ids.len();
+            if trained.contains(&true) {
+                numbers.push(samples.len());
+                samples.push(Sample { ids, trained, source: None });
+            }
+        }
+        batches.push(numbers);
+    }
+    (Dataset::from_samples(samples), batches)
+}
+
+fn ten_training_losses_match_peft(device: Device) {
+    let case = json("training/ten_steps.json");
+    let model = load("models/gqa-tied", device, DType::F32);
+    let adapter = LoRAAdapter::load(&model, golden("training/initial")).unwrap();
+    let config = TrainingConfig {
+        num_epochs: 1,
+        lr_scheduler: LRScheduler::constant(1e-2),
+        optimizer_config: AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() },
+        max_grad_norm: Some(1.0),
+    };
+    let (dataset, batches) = golden_run();
+    let trainer = Trainer::new(adapter, config).unwrap().with_batches(batches);
+    let metrics = trainer.train(&dataset).unwrap();
+    let expected: Vec<f64> = case["losses"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+    let found: Vec<f64> = metrics.steps.iter().map(|step| step.loss).collect();
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs() < 1e-4, "{found} instead of {expected}");
+    }
+}
+
+/// Greedy tokens after a prompt, one at a time from the cache.
+fn continuation(model: &Model, prompt: &[u32], count: usize) -> Vec<u32> {
+    let config = model.config();
+    let sizes = KVCacheConfig {
+        max_seq_len: 64,
+        num_layers: config.num_hidden_layers,
+        num_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        batch_size: 1,
+    };
+    let mut cache = KVCache::new(sizes, &model.device()).unwrap();
+    let (mut next, mut found) = (prompt.to_vec(), Vec::new());
+    while found.len() < count {
+        let mut batch = Batch::new();
+        batch.push(&next, cache.len(0), 0);
+        let logits = values(&model.forward(&batch, None, Some(&mut cache), Rows::Last).unwrap());
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+        next = vec![u32::try_from(best).unwrap()];
+        found.push(next[0]);
+    }
+    found
+}
+
+fn cached_generation_matches_the_cpu(device: Device) {
+    let model = load("models/sharded", device, DType::F32);
+    let greedy = &json("logits/sharded.json")["greedy"];
+    let expected = super::decoder::ids(&greedy["continuation"]);
+    assert_eq!(continuation(&model, &super::decoder::ids(&greedy["prompt"]), 12), expected[..12]);
+}
+
+fn the_built_in_model_trains_and_generates(device: Device) {
+    let nano = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/nano");
+    let model = ModelLoader::new().with_device(device).with_dtype(DType::F32).load(&nano).unwrap();
+    let adapter = LoRAAdapter::builder(&model).with_rank(4).with_seed(7).build().unwrap();
+    let config = TrainingConfig {
+        num_epochs: 1,
+        lr_scheduler: LRScheduler::constant(1e-2),
+        optimizer_config: AdamWConfig::default(),
+        max_grad_norm: Some(1.0),
+    };
+    let ids: Vec<u32> = (0..40).map(|i| (i * 71 + 5) % 3000).collect();
+    let sample = Sample { trained: vec![true; ids.len()], ids: ids.clone(), source: None };
+    let trainer = Trainer::new(adapter, config).unwrap().with_max_steps(3);
+    let metrics = trainer.train(&Dataset::from_samples(vec![sample])).unwrap();
+    assert!(metrics.steps[2].loss < metrics.steps[0].loss, "the loss falls on one sample");
+    let cpu = ModelLoader::new().with_dtype(DType::F32).load(&nano).unwrap();
+    let difference = relative(
+        &values(&model.forward(&Batch::single(&ids), None, None, Rows::Last).unwrap()),
+        &values(&cpu.forward(&Batch::single(&ids), None, None, Rows::Last).unwrap()),
+    );
+    assert!(difference < 1e-4, "{difference}");
+    assert_eq!(continuation(&model, &ids, 4), continuation(&cpu, &ids, 4));
+}
