@@ -1,0 +1,25 @@
+.PHONY: all train test lint fmt doc bench coverage
+all: lint test
+
+train: ## the main job
+	cargo run --release -- train
+
+test:
+	cargo test
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt:
+	cargo fmt --all
+
+doc:
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+bench:
+	cargo bench --bench inference
+	cargo bench --bench training
+
+coverage: ## needs cargo-llvm-cov
+	cargo llvm-cov --workspace --summary-only
