@@ -124,12 +124,17 @@ def chat(question, answer):
 def as_chat(text, random_state):
     """The piece as a question and an answer, or None."""
     documented = list(DOCUMENTED.finditer(text))
-    if documented and random_state.random() < 0.65:
+    if documented and random_state.random() < 0.75:
         found = random_state.choice(documented)
-        comment = re.sub(r"(?m)^" + found.group(2), "", found.group(1)).rstrip("\n")
-        code = re.sub(r"(?m)^" + found.group(2), "", found.group(3)).rstrip("\n")
-        if random_state.random() < 0.5:
+        comment, code = (re.sub(r"(?m)^" + found.group(2), "", part).rstrip("\n") for part in found.group(1, 3))
+        if random_state.random() < 0.3:
             return chat(f"{random_state.choice(DOCUMENT)}\n{code}", comment)
+        named = re.search(r"(?m)^(?:pub(?:\(\w+\))? )?(?:const |async |unsafe )*fn (\w+)", code)
+        if named:
+            comment += f"\nfn {named.group(1)}"
+        opens = opening(text[:found.start()].split("\n") + [found.group(2) + "x"], -1) if found.group(2) else ""
+        if opens:
+            comment = opens.strip() + "\n" + re.sub(r"(?m)^", "    ", comment)
         return chat(f"{random_state.choice(IMPLEMENT)}\n{comment}", code)
     lines = text.rstrip("\n").split("\n")
     if len(lines) < 6:
