@@ -33,14 +33,25 @@ def source_files(folder):
 def make_sources(arguments):
     import sources
 
-    files, report = sources.collect(ROOT)
+    listed = os.path.join(HERE, "crates.json")
+    if arguments.from_lock:
+        found = sources.locked_packages(ROOT)
+        files, report = sources.collect(found, sources.splits(found))
+    else:
+        with open(listed, encoding="utf-8") as file:
+            earlier = json.load(file)
+        side = {crate["name"]: crate["split"] for crate in earlier["used"]}
+        files, report = sources.collect(sources.listed_packages(earlier["used"]), side)
     for split, rows in files.items():
         write_rows(os.path.join(arguments.corpus, "sources", f"{split}.jsonl"), rows)
         print(split, len(rows), "files", sum(len(r["text"].encode()) for r in rows), "bytes", file=sys.stderr)
-    write_json(os.path.join(HERE, "crates.json"), report)
+    if not arguments.from_lock:
+        if report["used"] != earlier["used"]:
+            raise SystemExit("the files differ from those that `crates.json` lists")
+        return
+    write_json(listed, report)
     with open(os.path.join(arguments.model, "PROVENANCE.md"), "w", encoding="utf-8", newline="\n") as file:
         file.write(sources.provenance(report))
-    print(json.dumps(report["files_dropped"]), file=sys.stderr)
 
 
 def make_tokenizer(arguments):
@@ -74,6 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=[*STEPS, "all"], help="what to make; `all` makes everything in this order")
     parser.add_argument("--corpus", required=True, help="folder for the sources and the corpus")
+    parser.add_argument("--from-lock", action="store_true", help="choose the crates anew from Cargo.lock, not those of crates.json")
     parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the model")
     arguments = parser.parse_args()
     for name, step in STEPS.items():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 
@@ -67,13 +68,34 @@ def licence_is_permissive(expression):
     return value and end == len(words)
 
 
-def packages(root):
-    """Every published package of the lock file, with the folder cargo has unpacked it to."""
-    manifest = os.path.join(root, "Cargo.toml")
-    command = ["cargo", "metadata", "--format-version", "1", "--all-features", "--locked", "--manifest-path", manifest]
-    metadata = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    found = [p for p in metadata["packages"] if p["source"] is not None]
-    return sorted(found, key=lambda p: (p["name"], version_key(p["version"])))
+def metadata(manifest, *flags):
+    """Every published package that cargo resolves a manifest to, with the folder it is unpacked to, by name and version."""
+    command = ["cargo", "metadata", "--format-version", "1", "--manifest-path", manifest, *flags]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["packages"]
+    return sorted((p for p in found if p["source"] is not None), key=lambda p: (p["name"], version_key(p["version"])))
+
+
+def locked_packages(root):
+    """The packages of the project's lock file, for all platforms and features."""
+    return metadata(os.path.join(root, "Cargo.toml"), "--all-features", "--locked")
+
+
+def listed_packages(used):
+    """The packages of an earlier report, fetched by a manifest that names each with its version."""
+    wanted = {(crate["name"], crate["version"]) for crate in used}
+    lines = ["[package]", 'name = "sources"', 'version = "0.0.0"', 'edition = "2021"', "[dependencies]"]
+    for name, version in sorted(wanted):
+        lines.append(f'{name} = {{ version = "={version.split("+")[0]}", default-features = false }}')
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(os.path.join(folder, "src"))
+        open(os.path.join(folder, "src", "lib.rs"), "w").close()
+        with open(os.path.join(folder, "Cargo.toml"), "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        found = [p for p in metadata(os.path.join(folder, "Cargo.toml")) if (p["name"], p["version"]) in wanted]
+    missing = wanted - {(p["name"], p["version"]) for p in found}
+    if missing:
+        raise SystemExit(f"cargo does not find {sorted(missing)}")
+    return found
 
 
 def version_key(version):
@@ -178,10 +200,8 @@ def is_duplicate(marks, seen):
     return not marks or len(marks & seen) >= DUPLICATE_SHARE * len(marks)
 
 
-def collect(root):
+def collect(found, side):
     """Files by split, `{crate, path, text}`, and the report on crates used and left out."""
-    found = packages(root)
-    side = splits(found)
     newest = {p["name"]: p["version"] for p in found}
     used, left_out, reasons = [], [], Counter()
     files = {"test": [], "valid": [], "train": []}
