@@ -187,11 +187,11 @@ impl<'a> Transfer<'a> {
         match request.call() {
             Ok(response) => Ok((response.status(), response)),
             Err(ureq::Error::Status(status, response)) => Ok((status, response)),
-            Err(ureq::Error::Transport(transport)) => Err(Failure::Unreachable(format!(
-                "`{}` cannot be reached: {}",
-                host(url),
-                transport.message().map_or_else(|| transport.to_string(), ToOwned::to_owned)
-            ))),
+            Err(ureq::Error::Transport(transport)) => {
+                let reason = transport.to_string();
+                let reason = reason.strip_prefix(url).map_or(reason.as_str(), |rest| rest.trim_start_matches(": "));
+                Err(Failure::Unreachable(format!("`{}` cannot be reached: {reason}", host(url))))
+            }
         }
     }
 

@@ -11,6 +11,7 @@ mod foreign;
 mod hub;
 #[cfg(feature = "hub")]
 mod hub_transfer;
+mod initialize;
 mod json_object;
 mod kv_cache;
 mod loader;
