@@ -1,3 +1,57 @@
 //! The `metal-candle` program.
 
-fn main() {}
+mod args;
+mod commands;
+mod interrupt;
+mod model_source;
+mod nano;
+mod output;
+mod plot;
+mod run_folder;
+mod sampling;
+mod settings;
+mod tensorboard;
+
+use args::{Arguments, Command};
+use clap::Parser;
+use output::Output;
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // there is nobody to tell if this cannot be printed
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("error: {panic}");
+        eprintln!("hint: this is a defect of the program: please report it with the command");
+        std::process::exit(2);
+    }));
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(output::report(&error)),
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let output = Output::new(arguments.json, arguments.quiet);
+    match &arguments.command {
+        Command::Train(flags) => commands::train::run(flags, output),
+        Command::Generate(flags) => commands::generate::run(flags, output),
+        Command::Chat(flags) => commands::chat::run(flags, output),
+        Command::Fuse(flags) => commands::fuse::run(flags, output),
+        Command::Eval(flags) => commands::eval::run(flags, output),
+        Command::Logits(flags) => commands::logits::run(flags, output),
+        Command::Data(flags) => commands::data::run(flags, output),
+        Command::Info(flags) => commands::info::run(flags, output),
+        Command::Completions { shell } => commands::completions::run(*shell),
+    }
+}

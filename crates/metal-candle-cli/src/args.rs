@@ -1,0 +1,391 @@
+//! The commands and their flags.
+
+use crate::settings::TrainSettings;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use metal_candle::Device;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Fine-tune, run and inspect language models on Metal, CUDA or a plain CPU.
+#[derive(Debug, Parser)]
+#[command(name = "metal-candle", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "\
+Examples:
+  metal-candle train
+  metal-candle generate --adapter runs/001 --prompt \"/// Returns the number of values.\"
+  metal-candle train --model Qwen/Qwen2.5-Coder-0.5B-Instruct --data my-data --rank 16
+  metal-candle data check my-data/train.jsonl
+
+Standard output carries results only, messages and progress go to standard error.
+Exit code: 0 done, 1 the input is at fault, 2 the program or the device is.")]
+pub(crate) struct Arguments {
+    /// Print one JSON object on standard output instead of text.
+    #[arg(long, global = true, help_heading = "Output")]
+    pub(crate) json: bool,
+
+    /// Print errors and results only.
+    #[arg(long, short, global = true, help_heading = "Output")]
+    pub(crate) quiet: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What the program does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Fine-tune a model with LoRA, or train all its weights.
+    #[command(after_help = "\
+Without any flag the built-in model is fine-tuned on its sample data: under two minutes on two CPU cores.
+
+Examples:
+  metal-candle train
+  metal-candle train --data my-data --steps 300 --rank 16 --target-modules all-linear
+  metal-candle train --model ./Qwen2.5-Coder-0.5B --data chats.jsonl --dtype bf16 --output runs/chats
+  metal-candle train --config runs/001/config.toml --learning-rate 5e-4
+  metal-candle train --resume runs/001
+
+--data is a JSONL file, which is split by the seed, or a folder with train.jsonl and, if there are,
+valid.jsonl and test.jsonl. Rows are chats, prompt and completion, plain text, alpaca or sharegpt.
+
+The run folder holds adapter/ (as PEFT writes it; model/ with --full), checkpoints/, config.toml,
+metrics.jsonl, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and ends the run.")]
+    Train(Box<TrainArguments>),
+
+    /// Write text that continues a prompt.
+    #[command(after_help = "\
+Examples:
+  metal-candle generate --prompt \"Returns the length of the string.\"
+  metal-candle generate --adapter runs/001 --prompt \"Opens a file.\" --temperature 0.7 --seed 1
+  metal-candle generate --model ./model --raw --prompt \"fn main() {\" --max-tokens 64 --stop \"\\n}\"
+  git diff | metal-candle generate --model ./model --prompt - --json")]
+    Generate(GenerateArguments),
+
+    /// Talk with a model over several turns.
+    #[command(after_help = "\
+Inside the conversation /help lists the commands. Input that is not a terminal is read line by line,
+each line a turn.
+
+Examples:
+  metal-candle chat --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+  metal-candle chat --model ./model --adapter runs/001 --system \"You answer in one line.\"")]
+    Chat(ChatArguments),
+
+    /// Merge an adapter into its model's weights.
+    #[command(after_help = "\
+Example:
+  metal-candle fuse --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --output ./merged
+
+The folder written holds config.json, the tokenizer's files and model.safetensors in the model's dtype; other
+programs load it as they load the model. The logits of model and adapter are compared with those of the
+merged model that was written.")]
+    Fuse(FuseArguments),
+
+    /// Loss, perplexity and bits per byte of a dataset or a text file.
+    #[command(after_help = "\
+Examples:
+  metal-candle eval --data my-data/test.jsonl --adapter runs/001
+  metal-candle eval --model ./model --data book.txt
+
+Of a folder the test split is used, or else the valid split.")]
+    Eval(EvalArguments),
+
+    /// The logits of given token ids, written to a safetensors file.
+    #[command(after_help = "\
+Example:
+  metal-candle logits --model ./model --ids 1,2,3 --out logits.safetensors
+
+The file holds one f32 tensor `logits` of shape [tokens, vocab].")]
+    Logits(LogitsArguments),
+
+    /// Look at datasets.
+    Data(DataArguments),
+
+    /// Device, features, and a model's sizes and memory.
+    Info(InfoArguments),
+
+    /// Print a completion script for a shell.
+    #[command(after_help = "\
+Example:
+  metal-candle completions bash > ~/.local/share/bash-completion/completions/metal-candle")]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+/// The type of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WeightType {
+    /// 32-bit floating point.
+    F32,
+    /// 16-bit floating point.
+    F16,
+    /// 16-bit floating point with the exponent of f32.
+    Bf16,
+}
+
+impl WeightType {
+    pub(crate) fn dtype(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::F16 => candle_core::DType::F16,
+            Self::Bf16 => candle_core::DType::BF16,
+        }
+    }
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DeviceKind {
+    /// Metal or CUDA if there is one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The Metal device.
+    Metal,
+    /// The first CUDA device.
+    Cuda,
+}
+
+impl DeviceKind {
+    pub(crate) fn open(self) -> metal_candle::Result<Device> {
+        match self {
+            Self::Auto => Ok(Device::new_with_fallback(0)),
+            Self::Cpu => Ok(Device::CPU),
+            Self::Metal => Device::metal(),
+            Self::Cuda => Device::cuda(0),
+        }
+    }
+}
+
+/// Which model, and where it runs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArguments {
+    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
+    /// `org/name` or `org/name@revision`.
+    #[arg(long, default_value = "nano")]
+    pub(crate) model: String,
+
+    /// Convert weights to this type while loading [default: as in the file].
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<WeightType>,
+
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) device: DeviceKind,
+}
+
+/// A model and an adapter on it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AdaptedModelArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+
+    /// An adapter to apply: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: Option<PathBuf>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArguments {
+    /// Longest answer, in tokens.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) max_tokens: usize,
+
+    /// Randomness: 0 always takes the likeliest token [default: the model's, else 0].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f64>,
+
+    /// Choose among this many likeliest tokens; 0 for all [default: the model's, else 0].
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+
+    /// Choose among the likeliest tokens that together have this probability [default: the model's, else 1].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) top_p: Option<f64>,
+
+    /// Leave out tokens less likely than this share of the likeliest one's probability [default: 0].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) min_p: Option<f64>,
+
+    /// Divide the logits of tokens that already occurred by this; 1 changes nothing [default: the model's, else 1].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f64>,
+
+    /// Subtract this from the logits of tokens already written [default: 0].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f64>,
+
+    /// Subtract this times their count from the logits of tokens already written [default: 0].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f64>,
+
+    /// Seed of the random choices; the same seed writes the same text.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// End before this text; may be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+/// Flags of `train`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TrainArguments {
+    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    #[arg(long, value_name = "FILE", conflicts_with = "resume", help_heading = "Run")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Continue the run in this folder from its last checkpoint, with its settings.
+    #[arg(long, value_name = "RUN", help_heading = "Run")]
+    pub(crate) resume: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) settings: TrainSettings,
+}
+
+/// Flags of `generate`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct GenerateArguments {
+    /// The text to answer or continue; `-` reads it from standard input.
+    #[arg(long, short, allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+
+    /// System prompt, put before the prompt by the chat template.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+
+    /// Continue the prompt as it is, without the model's chat template.
+    #[arg(long)]
+    pub(crate) raw: bool,
+
+    /// Print the text when it is complete instead of piece by piece.
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArguments,
+}
+
+/// Flags of `chat`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ChatArguments {
+    /// System prompt.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+
+    /// File that keeps the lines typed [default: `metal-candle/history.txt` in the user's data folder].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArguments,
+}
+
+/// Flags of `fuse`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct FuseArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+
+    /// The adapter to merge: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: PathBuf,
+
+    /// The folder to write; it must not exist or be empty.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+}
+
+/// Flags of `eval`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EvalArguments {
+    /// A JSONL file, a folder with splits, or a text file [default: the sample data of the built-in model].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Longest row, in tokens; a text file is read in windows of this size [default: 2048 or what the model can do].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_tokens_per_sample: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+}
+
+/// Flags of `logits`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogitsArguments {
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true, value_name = "ID,ID,...")]
+    pub(crate) ids: Vec<u32>,
+
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+}
+
+/// Flags of `data`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DataArguments {
+    #[command(subcommand)]
+    pub(crate) command: DataCommand,
+}
+
+/// What `data` does.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Token counts, lengths, what is trained, duplicates and leakage of a dataset, and some of its rows.
+    #[command(after_help = "\
+Examples:
+  metal-candle data check train.jsonl
+  metal-candle data check my-data --rows 10 --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+
+Trained tokens are shown in colour, or between brackets where colour is off (NO_COLOR, or not a terminal).")]
+    Check(DataCheckArguments),
+}
+
+/// Flags of `data check`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DataCheckArguments {
+    /// A JSONL file, or a folder with train.jsonl, valid.jsonl, test.jsonl.
+    pub(crate) data: PathBuf,
+
+    /// The model whose tokenizer and chat template are used: a folder, `nano`, or a Hub name.
+    #[arg(long, default_value = "nano")]
+    pub(crate) model: String,
+
+    /// Rows to show.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rows: usize,
+
+    /// Longest row, in tokens [default: what the model can do].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_tokens_per_sample: Option<usize>,
+
+    /// Train the last assistant turn of a chat only.
+    #[arg(long)]
+    pub(crate) train_last_turn_only: bool,
+}
+
+/// Flags of `info`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct InfoArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+}

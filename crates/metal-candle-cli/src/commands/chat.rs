@@ -1,0 +1,182 @@
+//! `chat`: a conversation of several turns.
+
+mod conversation;
+
+use crate::args::ChatArguments;
+use crate::commands::generate::{as_json, speeds, templated};
+use crate::interrupt;
+use crate::model_source::Loaded;
+use crate::output::{Output, UserError};
+use crate::sampling::generation_config;
+use anyhow::Result;
+use conversation::{Conversation, Reply};
+use metal_candle::Error;
+use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::inference::{FinishReason, Generator};
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use std::io::{BufRead, IsTerminal};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
+    let loaded = Loaded::new(&flags.model, output)?;
+    let tokenizer = loaded.source.tokenizer()?;
+    let Some(template) = tokenizer.chat_template().cloned() else {
+        return Err(UserError::new(format!("`{}` has no chat template", loaded.source.name))
+            .with_hint("`generate --raw` continues text without one")
+            .into());
+    };
+    let config = generation_config(&flags.sampling, loaded.model.config());
+    config.validate()?;
+    let mut chat = Chat {
+        generator: loaded.generator()?.with_tokenizer(tokenizer.clone()),
+        tokenizer,
+        template,
+        conversation: Conversation::new(flags.system.clone(), config),
+        output,
+    };
+    if std::io::stdin().is_terminal() {
+        output.note(format_args!("{}; /help lists the commands, /quit or Ctrl-D ends", loaded.source.name));
+        chat.talk(flags.history.clone().or_else(default_history).as_deref())
+    } else {
+        chat.read_lines()
+    }
+}
+
+struct Chat {
+    generator: Generator,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversation: Conversation,
+    output: Output,
+}
+
+impl Chat {
+    /// Turns typed at a terminal.
+    fn talk(&mut self, history: Option<&Path>) -> Result<()> {
+        let failed = |error: ReadlineError| Error::Read {
+            path: "the terminal".into(),
+            source: std::io::Error::other(error.to_string()),
+        };
+        let mut editor = DefaultEditor::new().map_err(failed)?;
+        if let Some(history) = history {
+            // there is none the first time
+            let _ = editor.load_history(history);
+        }
+        interrupt::listen();
+        loop {
+            match editor.readline("> ") {
+                Ok(line) => {
+                    let _ = editor.add_history_entry(line.as_str());
+                    if self.turn(&line)?.is_break() {
+                        break;
+                    }
+                }
+                Err(ReadlineError::Interrupted) => self.output.note("/quit or Ctrl-D ends the conversation"),
+                Err(ReadlineError::Eof) => break,
+                Err(error) => return Err(failed(error).into()),
+            }
+        }
+        if let Some(history) = history {
+            let folder = history.parent().map_or(Ok(()), std::fs::create_dir_all);
+            if let Err(error) = folder.map_err(ReadlineError::from).and_then(|()| editor.save_history(history)) {
+                Output::warn(format_args!("the lines typed cannot be kept in `{}`: {error}", history.display()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Each line of standard input is a turn.
+    fn read_lines(&mut self) -> Result<()> {
+        for line in std::io::stdin().lock().lines() {
+            let line = line.map_err(|source| Error::Read { path: "standard input".into(), source })?;
+            if self.turn(&line)?.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// One line: a command or a question. Errors of the input are shown and the conversation goes on.
+    fn turn(&mut self, line: &str) -> Result<ControlFlow<()>> {
+        let line = line.trim();
+        if line.is_empty() {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let done = match self.conversation.line(line) {
+            Ok(Reply::Say(text)) => {
+                self.output.note(text);
+                Ok(())
+            }
+            Ok(Reply::CountTokens) => self.count_tokens(),
+            Ok(Reply::Answer) => self.answer(),
+            Ok(Reply::Quit) => return Ok(ControlFlow::Break(())),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => {}
+            Err(error) if error.is::<std::io::Error>() => return Err(error),
+            Err(error) if std::io::stdin().is_terminal() => {
+                crate::output::report(&error);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn count_tokens(&self) -> Result<()> {
+        let text = self.template.render(&self.conversation.messages(), None, false, &serde_json::Map::new())?;
+        let count = self.tokenizer.encode(&text, false)?.len();
+        let context = self.generator.model().config().max_position_embeddings;
+        self.output.note(format_args!("{count} of {context} tokens"));
+        Ok(())
+    }
+
+    fn answer(&mut self) -> Result<()> {
+        let json = self.output.json;
+        let mut unwritten = Ok(());
+        interrupt::forget();
+        let prompt = templated(&self.template, &self.tokenizer, &self.conversation.messages());
+        let config = self.conversation.config();
+        let generation = prompt.and_then(|prompt| {
+            self.generator.generate_with(prompt, config, |piece| {
+                if !json {
+                    unwritten = Output::print(&piece.text);
+                }
+                if unwritten.is_err() || interrupt::is_asked() {
+                    return ControlFlow::Break(());
+                }
+                ControlFlow::Continue(())
+            })
+        });
+        unwritten?;
+        interrupt::forget();
+        let generation = match generation {
+            Ok(generation) => generation,
+            Err(error) => {
+                self.conversation.take_back();
+                return Err(error.into());
+            }
+        };
+        if json {
+            Output::print_json(&as_json(&generation))?;
+        } else {
+            Output::print("\n")?;
+        }
+        if generation.finish.reason == FinishReason::Cancelled || std::io::stdin().is_terminal() {
+            self.output.note(speeds(&generation.finish));
+        }
+        self.conversation.answered(generation.text);
+        Ok(())
+    }
+}
+
+/// `metal-candle/history.txt` in the user's data folder.
+fn default_history() -> Option<PathBuf> {
+    let data = match std::env::var_os("XDG_DATA_HOME").filter(|folder| !folder.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => std::env::home_dir()?.join(".local/share"),
+    };
+    Some(data.join("metal-candle/history.txt"))
+}

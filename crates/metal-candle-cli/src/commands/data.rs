@@ -1,0 +1,135 @@
+//! `data check`: what a dataset holds, and how its rows are read.
+
+use crate::args::{DataArguments, DataCheckArguments, DataCommand};
+use crate::model_source::ModelSource;
+use crate::output::{Output, grouped};
+use anyhow::Result;
+use metal_candle::Error;
+use metal_candle::data::{
+    DataReport, Dataset, DatasetOptions, Duplicates, FileReport, Lengths, Tokenizer, TrainedTurns, highlight,
+};
+use serde_json::json;
+use std::fmt::Write;
+use std::io::IsTerminal;
+
+/// Width of the longest bar of a histogram.
+const BAR_WIDTH: usize = 40;
+
+pub(crate) fn run(flags: &DataArguments, output: Output) -> Result<()> {
+    let DataCommand::Check(flags) = &flags.command;
+    check(flags, output)
+}
+
+fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
+    let source = ModelSource::find(&flags.model, output)?;
+    let tokenizer = source.tokenizer()?;
+    let max_tokens = match flags.max_tokens_per_sample {
+        Some(max_tokens) => max_tokens,
+        None => source.config()?.max_position_embeddings,
+    };
+    let options = DatasetOptions {
+        max_tokens: Some(max_tokens),
+        trained_turns: if flags.train_last_turn_only { TrainedTurns::Last } else { TrainedTurns::All },
+        ..DatasetOptions::default()
+    };
+    let report = DataReport::of(&flags.data, &tokenizer, &options)?;
+    if output.json {
+        Output::print_json(&json!(report))?;
+    } else {
+        let mut text = String::new();
+        for file in &report.files {
+            describe(&mut text, file)?;
+        }
+        if report.files.len() > 1 {
+            writeln!(text, "in other files  {}", duplicates(&report.leakage))?;
+        }
+        for note in &report.notes {
+            writeln!(text, "note            {note}")?;
+        }
+        if let (Some(first), true) = (report.files.first(), report.problems.is_empty()) {
+            let dataset = Dataset::from_file(&first.path, &tokenizer, &options)?;
+            let coloured = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+            for sample in dataset.samples.iter().take(flags.rows) {
+                let line = sample.source.as_ref().map_or(0, |source| source.line);
+                writeln!(text, "\nline {line} ({} tokens, {} trained)", sample.ids.len(), sample.num_trained())?;
+                writeln!(text, "{}", shown(sample, &tokenizer, coloured)?)?;
+            }
+        }
+        Output::print(text)?;
+    }
+    if report.problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Data { problems: report.problems }.into())
+}
+
+fn describe(text: &mut String, file: &FileReport) -> std::fmt::Result {
+    writeln!(text, "{}", file.path.display())?;
+    let schemas: Vec<String> =
+        file.schemas.iter().map(|(schema, count)| format!("{} {}", grouped(*count as u64), name(schema))).collect();
+    writeln!(text, "rows            {} ({})", grouped(file.rows as u64), schemas.join(", "))?;
+    writeln!(
+        text,
+        "tokens          {}, {} trained ({})",
+        grouped(file.tokens as u64),
+        grouped(file.trained_tokens as u64),
+        percent(file.trained_tokens, file.tokens),
+    )?;
+    for (role, counts) in &file.roles {
+        let trained = percent(counts.trained, counts.tokens);
+        writeln!(text, "  {role:<13} {} tokens, {trained} trained", grouped(counts.tokens as u64))?;
+    }
+    lengths(text, &file.lengths)?;
+    writeln!(text, "exact copies    {}", duplicates(&file.exact_duplicates))?;
+    writeln!(text, "near copies     {}\n", duplicates(&file.near_duplicates))
+}
+
+fn lengths(text: &mut String, lengths: &Lengths) -> std::fmt::Result {
+    let percentiles: Vec<String> =
+        lengths.percentiles.iter().map(|(percent, length)| format!("{percent} % up to {length}")).collect();
+    writeln!(
+        text,
+        "row lengths     {} to {} tokens, mean {:.0}; {}",
+        lengths.min,
+        lengths.max,
+        lengths.mean,
+        percentiles.join(", ")
+    )?;
+    let most = lengths.histogram.iter().map(|bar| bar.rows).max().unwrap_or(0).max(1);
+    for bar in &lengths.histogram {
+        // a bar that is not empty is seen
+        let width = (bar.rows * BAR_WIDTH).div_ceil(most);
+        writeln!(text, "  {:>6} - {:<6} {:>8}  {}", bar.from, bar.to, grouped(bar.rows as u64), "#".repeat(width))?;
+    }
+    Ok(())
+}
+
+fn duplicates(found: &Duplicates) -> String {
+    let Some(first) = found.listed.first() else { return "none".into() };
+    let shown: Vec<String> =
+        found.listed.iter().take(3).map(|row| format!("line {} is line {}", row.line, row.first_line)).collect();
+    let more = if found.count > shown.len() { ", ..." } else { "" };
+    format!("{} rows of {} ({}{more})", grouped(found.count as u64), first.path.display(), shown.join(", "))
+}
+
+fn percent(part: usize, whole: usize) -> String {
+    format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64)
+}
+
+/// The name of a schema as JSON has it.
+fn name(schema: &metal_candle::data::Schema) -> String {
+    json!(schema).as_str().unwrap_or_default().to_owned()
+}
+
+/// The row's text, what is trained in colour or between brackets.
+fn shown(sample: &metal_candle::data::Sample, tokenizer: &Tokenizer, coloured: bool) -> metal_candle::Result<String> {
+    let (begin, end) = if coloured { ("\x1b[32m", "\x1b[0m") } else { ("⟦", "⟧") };
+    let mut text = String::new();
+    for span in highlight(sample, tokenizer)? {
+        // a row may hold control characters, which are not for the terminal
+        let plain: String =
+            span.text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect();
+        text += &if span.trained { format!("{begin}{plain}{end}") } else { plain };
+    }
+    Ok(text)
+}

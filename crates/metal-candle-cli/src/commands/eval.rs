@@ -1,0 +1,114 @@
+//! `eval`: loss, perplexity and bits per byte.
+
+use crate::args::EvalArguments;
+use crate::model_source::{Loaded, NANO};
+use crate::output::{Output, UserError, grouped};
+use anyhow::Result;
+use metal_candle::Error;
+use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Sample, Tokenizer};
+use metal_candle::training::{bits_per_byte, evaluate};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// Tokens computed at once.
+const BATCH_TOKENS: usize = 2048;
+
+/// The token between texts in the training data of this family.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
+    let path = match &flags.data {
+        Some(path) => path.clone(),
+        None if flags.model.model.model == NANO => crate::nano::data()?,
+        None => {
+            return Err(UserError::new("there is nothing to measure on: `--data` is missing")
+                .with_hint("--data takes a JSONL file, a folder with splits, or a text file")
+                .into());
+        }
+    };
+    let file = file_of(&path)?;
+    let loaded = Loaded::new(&flags.model, output)?;
+    let tokenizer = loaded.source.tokenizer()?;
+    let context = loaded.model.config().max_position_embeddings;
+    let max_tokens = flags.max_tokens_per_sample.unwrap_or(2048).min(context);
+    if max_tokens < 2 {
+        let message = format!("expected at least 2, found {max_tokens}");
+        return Err(Error::Argument { name: "max_tokens_per_sample".into(), message }.into());
+    }
+    let dataset = if is_rows(&file) {
+        let options = DatasetOptions { max_tokens: Some(max_tokens), ..DatasetOptions::default() };
+        Dataset::from_file(&file, &tokenizer, &options)?
+    } else {
+        let text = std::fs::read_to_string(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
+        Dataset::from_samples(windows(&text, &tokenizer, max_tokens)?)
+    };
+    if dataset.is_empty() {
+        return Err(Error::Format { path: file, message: "there is nothing to measure in it".into() }.into());
+    }
+    let num_bytes = trained_bytes(&dataset, &tokenizer)?;
+    let terms = loaded.adapter.as_ref().map(|adapter| adapter.terms()).transpose()?;
+    let evaluation = evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?;
+    let bits = bits_per_byte(evaluation.total_loss, num_bytes.max(1));
+    if output.json {
+        Output::print_json(&json!({
+            "data": file.to_string_lossy(),
+            "samples": dataset.len(),
+            "tokens": evaluation.trained_tokens,
+            "bytes": num_bytes,
+            "loss": evaluation.loss(),
+            "perplexity": evaluation.perplexity(),
+            "bits_per_byte": bits,
+        }))?;
+        return Ok(());
+    }
+    Output::print(format_args!(
+        "data           {}\ntokens         {} ({} bytes of text)\nloss           {:.4} nats per token\nperplexity     {:.3}\nbits per byte  {bits:.4}\n",
+        file.display(),
+        grouped(evaluation.trained_tokens as u64),
+        grouped(num_bytes as u64),
+        evaluation.loss(),
+        evaluation.perplexity(),
+    ))?;
+    Ok(())
+}
+
+/// The file to measure: of a folder the test split, else the held-out one, else all there is.
+fn file_of(path: &Path) -> metal_candle::Result<PathBuf> {
+    let files = DatasetFiles::find(path)?;
+    Ok(files.test.or(files.valid).unwrap_or(files.train))
+}
+
+fn is_rows(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| ["jsonl", "json"].iter().any(|name| extension.eq_ignore_ascii_case(name)))
+}
+
+/// A text in overlapping windows: each token is measured once, and but for the first window after half a window at least.
+fn windows(text: &str, tokenizer: &Tokenizer, max_tokens: usize) -> metal_candle::Result<Vec<Sample>> {
+    let mut ids: Vec<u32> = tokenizer.token_to_id(END_OF_TEXT).into_iter().collect();
+    ids.extend(tokenizer.encode(text, false)?);
+    let mut samples = Vec::new();
+    let mut measured = 1;
+    while measured < ids.len() {
+        let start = if measured == 1 { 0 } else { measured - max_tokens / 2 };
+        let end = (start + max_tokens).min(ids.len());
+        let trained = (start..end).map(|index| index >= measured).collect();
+        samples.push(Sample { ids: ids[start..end].to_vec(), trained, source: None });
+        measured = end;
+    }
+    Ok(samples)
+}
+
+/// The bytes of text that the trained tokens stand for.
+fn trained_bytes(dataset: &Dataset, tokenizer: &Tokenizer) -> metal_candle::Result<usize> {
+    let mut num_bytes = 0;
+    for sample in &dataset.samples {
+        let trained = |index: usize| index > 0 && sample.trained[index];
+        let mut start = 0;
+        while let Some(begin) = (start..sample.ids.len()).find(|&index| trained(index)) {
+            let end = (begin..sample.ids.len()).find(|&index| !trained(index)).unwrap_or(sample.ids.len());
+            num_bytes += tokenizer.decode(&sample.ids[begin..end], true)?.len();
+            start = end;
+        }
+    }
+    Ok(num_bytes)
+}

@@ -1,0 +1,105 @@
+//! `fuse`: an adapter merged into its model's weights.
+
+use crate::args::FuseArguments;
+use crate::model_source::{ModelSource, check_adapter, load_adapter};
+use crate::output::{Output, UserError, bytes};
+use crate::run_folder::is_free;
+use anyhow::Result;
+use candle_core::DType;
+use metal_candle::models::{Batch, Rows, save_model, write_atomically};
+use metal_candle::{Error, Model, ModelLoader};
+use serde_json::json;
+use std::path::Path;
+
+/// Files that say how text becomes tokens and back.
+const TOKENIZER_FILES: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+];
+
+/// Tokens of the comparison.
+const NUM_COMPARED: usize = 32;
+
+pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
+    check_adapter(&flags.adapter)?;
+    if !is_free(&flags.output)? {
+        return Err(UserError::new(format!("`{}` is not empty", flags.output.display()))
+            .with_hint("name a new folder with --output; nothing is overwritten")
+            .into());
+    }
+    let source = ModelSource::find(&flags.model.model, output)?;
+    let model = source.load(flags.model.dtype, flags.model.device, output)?;
+    let adapter = load_adapter(&model, &flags.adapter)?;
+    let merged = adapter.merge(&model)?;
+    save_model(&merged, &flags.output)?;
+    copy_tokenizer(source.folder(), &flags.output)?;
+    drop(merged);
+
+    let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
+    let ids: Vec<u32> = probe(model.config().vocab_size);
+    let batch = Batch::single(&ids);
+    let with_adapter = model.forward(&batch, Some(&adapter.terms()?), None, Rows::All)?;
+    let with_merged = written.forward(&batch, None, None, Rows::All)?;
+    let difference = largest_difference(&with_adapter, &with_merged)?;
+    let without = model.forward(&batch, None, None, Rows::All)?;
+    let effect = largest_difference(&with_adapter, &without)?;
+
+    let size = std::fs::metadata(flags.output.join("model.safetensors")).map_or(0, |file| file.len());
+    if output.json {
+        Output::print_json(&json!({
+            "output": flags.output.to_string_lossy(),
+            "dtype": written.dtype().as_str(),
+            "bytes": size,
+            "max_logit_difference": difference,
+            "max_adapter_effect": effect,
+        }))?;
+    } else {
+        output.note(format_args!(
+            "wrote {} ({} in {})\nlogits of the merged model and of model + adapter differ by at most {difference:.2e} ({}); \
+             the adapter itself changes them by up to {effect:.2e}",
+            flags.output.display(),
+            bytes(size),
+            written.dtype().as_str(),
+            rounding(&written),
+        ));
+    }
+    if difference > 0.5 * effect && effect > 0.0 {
+        Output::warn(
+            "rounding to the model's dtype takes away most of what the adapter does; `--dtype f32` keeps it exact",
+        );
+    }
+    Ok(())
+}
+
+fn rounding(model: &Model) -> &'static str {
+    match model.dtype() {
+        DType::F32 => "the order of additions",
+        _ => "the rounding of its weights",
+    }
+}
+
+/// Ids spread over the vocabulary.
+fn probe(vocab_size: usize) -> Vec<u32> {
+    (0..NUM_COMPARED).map(|i| (i * 7919 % vocab_size) as u32).collect()
+}
+
+fn largest_difference(a: &candle_core::Tensor, b: &candle_core::Tensor) -> metal_candle::Result<f32> {
+    Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
+}
+
+/// Copies the files that say how text becomes tokens, and conversations text.
+pub(crate) fn copy_tokenizer(from: &Path, to: &Path) -> metal_candle::Result<()> {
+    for name in TOKENIZER_FILES {
+        let path = from.join(name);
+        if path.exists() {
+            let bytes = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
+            write_atomically(to.join(name), |file| file.write_all(&bytes))?;
+        }
+    }
+    Ok(())
+}

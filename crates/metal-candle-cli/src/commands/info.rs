@@ -1,0 +1,195 @@
+//! `info`: device, features, and a model's sizes and memory.
+
+use crate::args::InfoArguments;
+use crate::model_source::ModelSource;
+use crate::output::{Output, bytes, grouped};
+use anyhow::Result;
+use candle_core::DType;
+use metal_candle::models::KVCacheConfig;
+use metal_candle::{Device, Model, ModelConfig};
+use serde_json::json;
+use std::fmt::Write;
+
+pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
+    let device = flags.model.device.open()?;
+    let source = ModelSource::find(&flags.model.model, output)?;
+    let config = source.config()?;
+    let parts = parts(&config);
+    let dtypes = match flags.model.dtype {
+        Some(dtype) => vec![dtype.dtype()],
+        None => vec![DType::F32, DType::BF16],
+    };
+    if output.json {
+        let memory: serde_json::Map<_, _> =
+            dtypes.iter().map(|&dtype| (dtype.as_str().to_owned(), json!(config.num_bytes(dtype)))).collect();
+        Output::print_json(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "device": device.name(),
+            "devices": devices(),
+            "features": features(),
+            "cpu": { "architecture": std::env::consts::ARCH, "instruction_sets": instruction_sets(), "threads": threads() },
+            "model": {
+                "name": source.name,
+                "model_type": config.model_type,
+                "num_parameters": config.num_parameters(),
+                "parameters": parts.iter().map(|(name, count)| ((*name).to_owned(), json!(count))).collect::<serde_json::Map<_, _>>(),
+                "weight_bytes": memory,
+                "kv_cache_bytes_per_token": cache_bytes(&config, 1, DType::F32),
+                "num_hidden_layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": config.intermediate_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "head_dim": config.head_dim,
+                "vocab_size": config.vocab_size,
+                "max_position_embeddings": config.max_position_embeddings,
+            },
+        }))?;
+        return Ok(());
+    }
+    Output::print(text(device, &source, &config, &parts, &dtypes)?)?;
+    Ok(())
+}
+
+fn text(
+    device: Device,
+    source: &ModelSource,
+    config: &ModelConfig,
+    parts: &[(&str, usize)],
+    dtypes: &[DType],
+) -> Result<String> {
+    let mut text = String::new();
+    writeln!(text, "metal-candle {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(text, "device       {device} (there is: {})", devices().join(", "))?;
+    writeln!(text, "features     {}", if features().is_empty() { "none".into() } else { features().join(", ") })?;
+    writeln!(text, "cpu          {}, {} threads: {}", std::env::consts::ARCH, threads(), instruction_sets().join(" "))?;
+    writeln!(text)?;
+    writeln!(
+        text,
+        "model        {} ({}), {} parameters",
+        source.name,
+        config.model_type,
+        grouped(config.num_parameters() as u64)
+    )?;
+    writeln!(
+        text,
+        "             {} blocks, hidden {}, intermediate {}, {} heads of {} ({} for keys and values)",
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.head_dim,
+        config.num_key_value_heads,
+    )?;
+    writeln!(
+        text,
+        "             vocabulary {}{}, context {} tokens",
+        grouped(config.vocab_size as u64),
+        if config.tie_word_embeddings { " (head tied to the embedding)" } else { "" },
+        grouped(config.max_position_embeddings as u64),
+    )?;
+    writeln!(text)?;
+    write!(text, "{:<22}{:>16}", "", "parameters")?;
+    for dtype in dtypes {
+        write!(text, "{:>12}", dtype.as_str())?;
+    }
+    writeln!(text)?;
+    let total = ("total", parts.iter().map(|part| part.1).sum());
+    for (name, count) in parts.iter().chain([&total]) {
+        write!(text, "{name:<22}{:>16}", grouped(*count as u64))?;
+        for dtype in dtypes {
+            write!(text, "{:>12}", bytes((count * dtype.size_in_bytes()) as u64))?;
+        }
+        writeln!(text)?;
+    }
+    for tokens in [1024, config.max_position_embeddings] {
+        write!(text, "{:<22}{:>16}", "key/value cache", format!("{} tokens", grouped(tokens as u64)))?;
+        for &dtype in dtypes {
+            write!(text, "{:>12}", bytes(cache_bytes(config, tokens, dtype) as u64))?;
+        }
+        writeln!(text)?;
+        if config.max_position_embeddings == 1024 {
+            break;
+        }
+    }
+    Ok(text)
+}
+
+/// Parameters by what they are for.
+fn parts(config: &ModelConfig) -> Vec<(&'static str, usize)> {
+    let mut parts = [("embedding", 0), ("attention", 0), ("mlp", 0), ("norms", 0), ("head", 0)];
+    for (name, shape) in Model::parameter_shapes(config) {
+        let part = match name.as_str() {
+            name if name.contains("norm") => 3,
+            name if name.contains("self_attn") => 1,
+            name if name.contains("mlp") => 2,
+            name if name.starts_with("lm_head") => 4,
+            _ => 0,
+        };
+        parts[part].1 += shape.iter().product::<usize>();
+    }
+    parts.into_iter().filter(|part| part.1 > 0).collect()
+}
+
+fn cache_bytes(config: &ModelConfig, tokens: usize, dtype: DType) -> usize {
+    let cache = KVCacheConfig {
+        max_seq_len: tokens,
+        num_layers: config.num_hidden_layers,
+        num_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        batch_size: 1,
+    };
+    cache.num_bytes(dtype)
+}
+
+fn devices() -> Vec<&'static str> {
+    let found = [Device::metal(), Device::cuda(0), Ok(Device::CPU)];
+    found.iter().flatten().map(Device::name).collect()
+}
+
+fn features() -> Vec<&'static str> {
+    let all = [("cuda", cfg!(feature = "cuda")), ("hub", cfg!(feature = "hub")), ("metal", cfg!(feature = "metal"))];
+    all.into_iter().filter_map(|(name, enabled)| enabled.then_some(name)).collect()
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// The instruction sets of the CPU that matter here.
+fn instruction_sets() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! look_for {
+            ($($name:tt),*) => {
+                $(if std::arch::is_x86_feature_detected!($name) { found.push($name); })*
+            };
+        }
+        look_for!(
+            "sse4.2",
+            "avx",
+            "f16c",
+            "fma",
+            "avx2",
+            "avx512f",
+            "avx512bw",
+            "avx512vl",
+            "avx512vnni",
+            "avx512bf16"
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! look_for {
+            ($($name:tt),*) => {
+                $(if std::arch::is_aarch64_feature_detected!($name) { found.push($name); })*
+            };
+        }
+        look_for!("neon", "fp16", "dotprod", "i8mm", "bf16", "sve");
+    }
+    if found.is_empty() {
+        found.push("baseline");
+    }
+    found
+}

@@ -1,0 +1,11 @@
+//! One module a command.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod data;
+pub(crate) mod eval;
+pub(crate) mod fuse;
+pub(crate) mod generate;
+pub(crate) mod info;
+pub(crate) mod logits;
+pub(crate) mod train;

@@ -1,0 +1,215 @@
+//! `train`: fine-tuning with LoRA, and training all weights.
+
+mod answers;
+mod recorder;
+mod report;
+mod start;
+mod watch;
+
+use crate::args::TrainArguments;
+use crate::interrupt;
+use crate::model_source::ModelSource;
+use crate::output::{Output, UserError};
+use crate::run_folder::RunFolder;
+use crate::settings::TrainSettings;
+use answers::{Question, answer, show};
+use anyhow::Result;
+use metal_candle::Model;
+use metal_candle::adapters::LoRAAdapter;
+use metal_candle::data::{Datasets, Tokenizer};
+use metal_candle::inference::Generator;
+use metal_candle::training::{StopReason, Trained, Trainer, TrainingMetrics};
+use recorder::Recorder;
+use report::{Report, Written};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+use watch::Watch;
+
+pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
+    let started = Instant::now();
+    let (resumed, settings) = settings(flags)?;
+    let prepared = start::prepare(settings, output)?;
+    let report = match prepared.adapter.clone() {
+        Some(adapter) => {
+            let trainer = Trainer::new(adapter, prepared.training_config())?;
+            execute(trainer, prepared, resumed, output)?
+        }
+        None => {
+            let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
+            execute(trainer, prepared, resumed, output)?
+        }
+    };
+    report.print(output, started.elapsed().as_secs_f64())
+}
+
+/// The run to go on with, if any, and the settings of file and flags.
+fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)> {
+    if let Some(path) = &flags.resume {
+        let (run, settings) = RunFolder::open(path)?;
+        let kept: Vec<_> = flags.settings.given()?.into_iter().filter(|name| !FREE.contains(&name.as_str())).collect();
+        if !kept.is_empty() {
+            return Err(UserError::new(format!("a resumed run keeps its settings: leave `{}` out", kept.join("`, `")))
+                .with_hint(format!("to start another run with them: --config {}/config.toml", path.display()))
+                .into());
+        }
+        return Ok((Some(run), flags.settings.over(&settings)?));
+    }
+    let settings = match &flags.config {
+        Some(path) => flags.settings.over(&TrainSettings::read(path)?)?,
+        None => flags.settings.clone(),
+    };
+    Ok((None, settings))
+}
+
+/// Settings that may change when a run goes on.
+const FREE: [&str; 2] = ["--device", "--test-samples"];
+
+/// What a run begins with.
+struct Prepared {
+    settings: TrainSettings,
+    source: ModelSource,
+    model: Model,
+    /// The adapter to train; none when all weights are trained.
+    adapter: Option<LoRAAdapter>,
+    tokenizer: Tokenizer,
+    data: Datasets,
+    /// What the user called the data.
+    data_name: String,
+}
+
+/// What can be trained and saved by this command.
+trait Kept: Trained {
+    /// The best state of a run, or the last one if there was no evaluation.
+    fn of(trainer: &Trainer<Self>) -> Self;
+
+    /// Writes it where other commands find it; returns the folder.
+    fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf>;
+
+    fn generator(&self) -> metal_candle::Result<Generator> {
+        let generator = Generator::new(self.run_model().clone());
+        Ok(match self.run_terms()? {
+            Some(terms) => generator.with_adapter(terms),
+            None => generator,
+        })
+    }
+}
+
+impl Kept for LoRAAdapter {
+    fn of(trainer: &Trainer<Self>) -> Self {
+        trainer.best_adapter().unwrap_or_else(|| trainer.lora_adapter())
+    }
+
+    fn keep(&self, run: &RunFolder, _prepared: &Prepared) -> Result<PathBuf> {
+        self.save(run.adapter())?;
+        Ok(run.adapter())
+    }
+}
+
+impl Kept for Model {
+    fn of(trainer: &Trainer<Self>) -> Self {
+        trainer.best_model().unwrap_or_else(|| trainer.model())
+    }
+
+    fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf> {
+        start::save_full(self, &run.model(), prepared)?;
+        Ok(run.model())
+    }
+}
+
+fn execute<T: Kept>(
+    trainer: Trainer<T>,
+    mut prepared: Prepared,
+    resumed: Option<RunFolder>,
+    output: Output,
+) -> Result<Report> {
+    let trainer = prepared.configure(trainer)?;
+    let total_steps = trainer.total_steps(&prepared.data.train)?;
+    prepared.settings.complete_for(total_steps);
+    let trainer = trainer.with_lr_scheduler(prepared.settings.scheduler(total_steps));
+    let interval = prepared.settings.eval_interval.unwrap_or(0);
+    let trainer = match prepared.data.valid.take() {
+        Some(valid) if !valid.is_empty() => trainer.with_evaluation(valid, interval),
+        _ => trainer,
+    };
+    let trainer = match prepared.settings.early_stopping_patience {
+        None | Some(0) => trainer,
+        Some(patience) => trainer.with_early_stopping(patience),
+    };
+
+    // everything that can be refused has been; from here on files are written
+    let resumes = resumed.is_some();
+    let run = match resumed {
+        Some(run) => run,
+        None => RunFolder::create(prepared.settings.output.as_deref())?,
+    };
+    prepared.settings.output = None;
+    run.write_settings(&prepared.settings)?;
+    report::summary(&prepared, &run, total_steps, output);
+
+    let questions = prepared.questions();
+    let to_show = prepared.to_show();
+    let before = T::of(&trainer);
+    let written_before = write(&before, &prepared.tokenizer, &questions, to_show.as_ref())?;
+    report::sample_before(&prepared.tokenizer, to_show.as_ref(), &written_before, output)?;
+
+    interrupt::listen();
+    let title = format!("{} on {}", prepared.source.name, prepared.data_name);
+    let watch = Arc::new(Mutex::new(Watch::new(output, Recorder::new(run.clone()), title, run.picture())));
+    let shared = Arc::clone(&watch);
+    let trainer = trainer
+        .with_run_folder(run.path())
+        .with_save_interval(prepared.settings.save_interval.unwrap_or(interval.max(1)))
+        .with_resume(resumes)
+        .with_callback(move |event| shared.lock().unwrap_or_else(PoisonError::into_inner).event(event));
+    let outcome = trainer.train(&prepared.data.train);
+    let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+    watch.close();
+    let metrics: TrainingMetrics = outcome.inspect_err(|_| {
+        // the picture shows how it came to this; the error itself says more than a failure to draw
+        let _ = watch.draw();
+    })?;
+    watch.draw()?;
+    if let Some(failure) = watch.failure.take() {
+        return Err(failure.into());
+    }
+
+    let after = T::of(&trainer);
+    let kept = after.keep(&run, &prepared)?;
+    let written_after = match metrics.stop_reason {
+        StopReason::Callback => Written::default(),
+        _ => write(&after, &prepared.tokenizer, &questions, to_show.as_ref())?,
+    };
+    Ok(Report {
+        run,
+        kept,
+        is_full: prepared.adapter.is_none(),
+        model: prepared.source.name.clone(),
+        metrics,
+        total_steps,
+        valid: watch.recorder.curves().valid.clone(),
+        num_questions: questions.len(),
+        before: written_before,
+        after: written_after,
+        example: to_show.map(|question| question.prompt_text(&prepared.tokenizer)).transpose()?,
+    })
+}
+
+/// What the model writes now.
+fn write<T: Kept>(
+    state: &T,
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    to_show: Option<&Question>,
+) -> Result<Written> {
+    let mut generator = state.generator()?.with_tokenizer(tokenizer.clone());
+    let sample = to_show.map(|question| show(&mut generator, question)).transpose()?;
+    let answers = answer(&mut generator, tokenizer, questions)?;
+    Ok(Written { sample, num_right: answers.iter().filter(|answer| answer.is_right).count() })
+}
+
+/// Goes on or ends a run.
+fn flow(stop: bool) -> ControlFlow<()> {
+    if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}

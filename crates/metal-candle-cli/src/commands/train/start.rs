@@ -1,0 +1,157 @@
+//! Everything a run needs before its first step.
+
+use super::Prepared;
+use super::answers::Question;
+use crate::commands::fuse::copy_tokenizer;
+use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
+use crate::output::{Output, UserError};
+use crate::settings::{TrainSettings, parse_layers};
+use anyhow::Result;
+use candle_core::DType;
+use metal_candle::Model;
+use metal_candle::adapters::{LoRAAdapter, TargetModule};
+use metal_candle::data::{Dataset, DatasetOptions, Datasets, SplitOptions, TrainedTurns};
+use metal_candle::models::save_model;
+use metal_candle::training::{AdamWConfig, LRScheduler, Trained, Trainer, TrainingConfig};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// Loads model, adapter and data.
+pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Prepared> {
+    let name = settings.model.clone().unwrap_or_else(|| NANO.into());
+    let source = ModelSource::find(&name, output)?;
+    let config = source.config()?;
+    settings.complete(&config)?;
+    if let Some(adapter) = &settings.adapter {
+        check_adapter(adapter)?;
+    }
+    let data_path = match &settings.data {
+        Some(path) => path.clone(),
+        None if settings.is_nano() => crate::nano::data()?,
+        None => {
+            return Err(UserError::new("there is nothing to train on: `--data` is missing")
+                .with_hint(
+                    "--data takes a JSONL file or a folder with train.jsonl; `metal-candle train --help` has examples",
+                )
+                .into());
+        }
+    };
+    let data_name =
+        settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| path.display().to_string());
+    let tokenizer = source.tokenizer()?;
+    let options = DatasetOptions {
+        max_tokens: settings.max_tokens_per_sample,
+        truncate: settings.truncate == Some(true),
+        trained_turns: match settings.train_last_turn_only {
+            Some(true) => TrainedTurns::Last,
+            _ => TrainedTurns::All,
+        },
+        mask_prompt: settings.mask_prompt != Some(false),
+    };
+    let split =
+        SplitOptions { valid_fraction: settings.valid_fraction.unwrap_or(0.0), seed: settings.seed.unwrap_or(0) };
+    let data = Datasets::load(&data_path, &tokenizer, &options, &split)?;
+    for note in &data.notes {
+        output.note(format_args!("note: {note}"));
+    }
+
+    let is_full = settings.full == Some(true);
+    let device = settings.device.unwrap_or(crate::args::DeviceKind::Auto);
+    let model = if settings.from_scratch == Some(true) {
+        Model::initialize(config, settings.seed.unwrap_or(0), device.open()?)?
+    } else if is_full {
+        // all weights are trained in f32, whatever they are saved in
+        source.load(Some(crate::args::WeightType::F32), device, output)?
+    } else {
+        source.load(settings.dtype, device, output)?
+    };
+    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &source.name)?) };
+    Ok(Prepared { settings, source, model, adapter, tokenizer, data, data_name })
+}
+
+fn adapter(settings: &TrainSettings, model: &Model, name: &str) -> Result<LoRAAdapter> {
+    if let Some(path) = &settings.adapter {
+        return load_adapter(model, path);
+    }
+    let modules = TargetModule::parse_list(&settings.target_modules.clone().unwrap_or_default().join(","))?;
+    let mut builder = LoRAAdapter::builder(model)
+        .with_rank(settings.rank.unwrap_or(8))
+        .with_alpha(settings.alpha.unwrap_or(16.0))
+        .with_dropout(settings.dropout.unwrap_or(0.0))
+        .with_target_modules(modules)
+        .with_rslora(settings.use_rslora == Some(true))
+        .with_seed(settings.seed.unwrap_or(0))
+        .with_base_model(name);
+    if let Some(layers) = &settings.layers {
+        builder = builder.with_layers(parse_layers(layers, model.config().num_hidden_layers)?);
+    }
+    Ok(builder.build()?)
+}
+
+impl Prepared {
+    /// What the trainer is made with; the schedule comes when the number of steps is known.
+    pub(super) fn training_config(&self) -> TrainingConfig {
+        let settings = &self.settings;
+        TrainingConfig {
+            num_epochs: settings.epochs.unwrap_or(1),
+            lr_scheduler: LRScheduler::constant(settings.learning_rate.unwrap_or(0.0)),
+            optimizer_config: AdamWConfig {
+                weight_decay: settings.weight_decay.unwrap_or(0.0),
+                ..AdamWConfig::default()
+            },
+            max_grad_norm: settings.max_grad_norm.filter(|norm| *norm != 0.0),
+        }
+    }
+
+    /// The trainer with all settings that do not depend on the number of steps.
+    pub(super) fn configure<T: Trained>(&self, trainer: Trainer<T>) -> Result<Trainer<T>> {
+        let settings = &self.settings;
+        let at_least_one = |name: &str, count: Option<usize>| match count {
+            Some(0) => Err(UserError::new(format!("`--{name}`: expected at least 1, found 0"))),
+            count => Ok(count.unwrap_or(1)),
+        };
+        let mut trainer = trainer
+            .with_batch_tokens(at_least_one("batch-tokens", settings.batch_tokens)?)
+            .with_gradient_accumulation(at_least_one(
+                "gradient-accumulation-steps",
+                settings.gradient_accumulation_steps,
+            )?)
+            .with_label_smoothing(settings.label_smoothing.unwrap_or(0.0))
+            .with_seed(settings.seed.unwrap_or(0));
+        at_least_one("save-interval", settings.save_interval)?;
+        at_least_one("epochs", settings.epochs)?;
+        if settings.steps.is_some() {
+            trainer = trainer.with_max_steps(at_least_one("steps", settings.steps)?);
+        }
+        Ok(trainer)
+    }
+
+    /// The questions whose answers are compared with the test rows.
+    pub(super) fn questions(&self) -> Vec<Question> {
+        let count = self.settings.test_samples.unwrap_or(0);
+        self.data.test.as_ref().map_or_else(Vec::new, |test| Question::first(test, count))
+    }
+
+    /// A row to show what the model writes for it: one that is not trained, if there is such.
+    pub(super) fn to_show(&self) -> Option<Question> {
+        let held_out = self.data.test.as_ref().filter(|test| !test.is_empty());
+        let rows: &Dataset = held_out.or(self.data.valid.as_ref()).unwrap_or(&self.data.train);
+        Question::to_show(rows)
+    }
+}
+
+/// Writes a model whose weights were trained, in the dtype asked for or else that of the model it comes from.
+pub(super) fn save_full(model: &Model, folder: &Path, prepared: &Prepared) -> Result<()> {
+    let dtype = match prepared.settings.dtype {
+        Some(dtype) => dtype.dtype(),
+        None => prepared.source.dtype().unwrap_or(DType::F32),
+    };
+    let mut tensors = HashMap::new();
+    for (name, tensor) in model.parameters() {
+        tensors.insert(name.clone(), tensor.to_dtype(dtype).map_err(metal_candle::Error::from)?);
+    }
+    let model = Model::from_tensors(model.config().clone(), tensors, model.device())?;
+    save_model(&model, folder)?;
+    copy_tokenizer(prepared.source.folder(), folder)?;
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! Finding and loading the model and the adapter that flags name.
+
+use crate::args::{AdaptedModelArguments, DeviceKind, ModelArguments, WeightType};
+use crate::output::{Output, Unit, UserError};
+use anyhow::Result;
+use candle_core::DType;
+use metal_candle::adapters::LoRAAdapter;
+use metal_candle::data::Tokenizer;
+use metal_candle::models::SafetensorsFile;
+use metal_candle::{Model, ModelConfig, ModelLoader};
+use std::path::{Path, PathBuf};
+
+/// The name of the built-in model.
+pub(crate) const NANO: &str = "nano";
+
+/// A model's place on the disk.
+#[derive(Debug, Clone)]
+pub(crate) struct ModelSource {
+    /// A folder, or a safetensors file or an index of shards in one.
+    path: PathBuf,
+    /// What the user called it.
+    pub(crate) name: String,
+}
+
+impl ModelSource {
+    /// Finds a model by the value of `--model`; a model of the Hub is downloaded.
+    pub(crate) fn find(model: &str, output: Output) -> Result<Self> {
+        let name = model.to_owned();
+        let path = PathBuf::from(model);
+        if path.exists() {
+            return Ok(Self { path, name });
+        }
+        if model == NANO {
+            return Ok(Self { path: crate::nano::folder()?, name });
+        }
+        from_hub(model, output).map(|path| Self { path, name })
+    }
+
+    /// The folder of `config.json` and the tokenizer.
+    pub(crate) fn folder(&self) -> &Path {
+        if self.path.is_dir() {
+            return &self.path;
+        }
+        self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    pub(crate) fn config(&self) -> metal_candle::Result<ModelConfig> {
+        ModelConfig::from_json(self.folder().join("config.json"))
+    }
+
+    pub(crate) fn tokenizer(&self) -> metal_candle::Result<Tokenizer> {
+        Tokenizer::from_folder(self.folder())
+    }
+
+    /// The dtype of its weights, if they can be read.
+    pub(crate) fn dtype(&self) -> Option<DType> {
+        let is_weights = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "safetensors");
+        let mut files: Vec<PathBuf> = match self.path.is_file() && is_weights(&self.path) {
+            true => vec![self.path.clone()],
+            false => std::fs::read_dir(self.folder()).ok()?.flatten().map(|entry| entry.path()).collect(),
+        };
+        files.retain(is_weights);
+        files.sort();
+        let file = SafetensorsFile::open(files.first()?).ok()?;
+        file.entries().iter().max_by_key(|entry| entry.num_bytes())?.candle_dtype()
+    }
+
+    pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {
+        let mut loader = ModelLoader::new().with_device(device.open()?);
+        if let Some(dtype) = dtype {
+            loader = loader.with_dtype(dtype.dtype());
+        }
+        // a bar only for what takes a while
+        let mut bar = None;
+        let model = loader.load_with_progress(&self.path, |progress| {
+            if progress.num_bytes > 200 << 20 {
+                bar.get_or_insert_with(|| output.progress(progress.num_bytes as u64, "loading", Unit::Bytes))
+                    .set(progress.bytes as u64, "");
+            }
+        })?;
+        if let Some(bar) = bar {
+            bar.finish();
+        }
+        Ok(model)
+    }
+}
+
+/// A loaded model with its tokenizer, and an adapter if one was named.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) source: ModelSource,
+    pub(crate) model: Model,
+    pub(crate) adapter: Option<LoRAAdapter>,
+}
+
+impl Loaded {
+    pub(crate) fn new(flags: &AdaptedModelArguments, output: Output) -> Result<Self> {
+        let ModelArguments { model, dtype, device } = &flags.model;
+        let source = ModelSource::find(model, output)?;
+        if let Some(adapter) = &flags.adapter {
+            check_adapter(adapter)?;
+        }
+        let model = source.load(*dtype, *device, output)?;
+        let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path)).transpose()?;
+        Ok(Self { source, model, adapter })
+    }
+}
+
+/// Refuses early, before the model is loaded, what cannot be an adapter.
+pub(crate) fn check_adapter(path: &Path) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+    Err(metal_candle::Error::Read { path: path.to_path_buf(), source }.into())
+}
+
+/// Reads an adapter from a run folder, a PEFT or mlx-lm folder, or a checkpoint file.
+pub(crate) fn load_adapter(model: &Model, path: &Path) -> Result<LoRAAdapter> {
+    check_adapter(path)?;
+    let in_run = path.join("adapter");
+    let path = if in_run.is_dir() { in_run.as_path() } else { path };
+    Ok(LoRAAdapter::load(model, path)?)
+}
+
+fn no_such_model(model: &str) -> UserError {
+    UserError::new(format!("there is no model `{model}`: no such file or folder, and not a Hub name")).with_hint(
+        "--model takes a folder, a safetensors file, `nano`, or a Hub name such as `Qwen/Qwen2.5-Coder-0.5B-Instruct`",
+    )
+}
+
+#[cfg(feature = "hub")]
+fn from_hub(model: &str, output: Output) -> Result<PathBuf> {
+    use metal_candle::models::{Hub, HubName};
+    let name: HubName = model.parse().map_err(|_| no_such_model(model))?;
+    let mut current: Option<(String, crate::output::Progress)> = None;
+    let folder = Hub::from_env()?.fetch_model(&name, &mut |progress| {
+        let total = progress.total_bytes.unwrap_or(progress.num_bytes);
+        // small files are there before a bar could be read
+        if total < 1 << 20 {
+            return;
+        }
+        if current.as_ref().is_none_or(|(file, _)| file != progress.file) {
+            if let Some((_, bar)) = current.take() {
+                bar.finish();
+            }
+            current = Some((progress.file.to_owned(), output.progress(total, progress.file, Unit::Bytes)));
+        }
+        if let Some((_, bar)) = &mut current {
+            bar.set(progress.num_bytes, "");
+        }
+    });
+    if let Some((_, bar)) = current {
+        bar.finish();
+    }
+    Ok(folder?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(model: &str, _output: Output) -> Result<PathBuf> {
+    if model.split('/').count() == 2 {
+        return Err(no_such_model(model).with_hint("this build cannot download models (feature `hub`)").into());
+    }
+    Err(no_such_model(model).into())
+}

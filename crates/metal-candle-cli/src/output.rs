@@ -1,0 +1,291 @@
+//! Where text goes: results to standard output, everything else to standard error.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+/// An error of the user's input that the library does not know of.
+#[derive(Debug)]
+pub(crate) struct UserError {
+    message: String,
+    hint: Option<String>,
+}
+
+impl UserError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None }
+    }
+
+    pub(crate) fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for UserError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for UserError {}
+
+/// How the program talks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    /// Results are printed as one JSON object.
+    pub(crate) json: bool,
+    quiet: bool,
+    terminal: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+        Self { json, quiet, terminal: std::io::stderr().is_terminal() }
+    }
+
+    /// A message to whoever watches.
+    pub(crate) fn note(&self, message: impl fmt::Display) {
+        if !self.quiet {
+            // standard error may be closed; there is nobody to tell then
+            let _ = writeln!(std::io::stderr().lock(), "{message}");
+        }
+    }
+
+    /// A message that is shown with `--quiet` too.
+    pub(crate) fn warn(message: impl fmt::Display) {
+        let _ = writeln!(std::io::stderr().lock(), "warning: {message}");
+    }
+
+    /// A result.
+    pub(crate) fn print(text: impl fmt::Display) -> std::io::Result<()> {
+        let mut stdout = std::io::stdout().lock();
+        write!(stdout, "{text}")?;
+        stdout.flush()
+    }
+
+    /// The result as JSON, on one line.
+    pub(crate) fn print_json(value: &serde_json::Value) -> std::io::Result<()> {
+        Self::print(format_args!("{value}\n"))
+    }
+
+    /// A bar of `length` steps where standard error is a terminal, lines of progress otherwise.
+    pub(crate) fn progress(&self, length: u64, label: &str, style: Unit) -> Progress {
+        let bar = if self.terminal && !self.quiet {
+            let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
+            if let Ok(template) = ProgressStyle::with_template(style.template()) {
+                bar.set_style(template.progress_chars("━╸─"));
+            }
+            bar.set_prefix(label.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(250));
+            Some(bar)
+        } else {
+            None
+        };
+        Progress {
+            bar,
+            output: *self,
+            unit: style,
+            label: label.to_owned(),
+            length,
+            first: 0,
+            started: Instant::now(),
+            last_line: None,
+        }
+    }
+}
+
+/// What a progress bar counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// Steps of training and the like.
+    Steps,
+    /// Bytes.
+    Bytes,
+}
+
+impl Unit {
+    fn template(self) -> &'static str {
+        match self {
+            Self::Steps => "{prefix} {bar:28} {pos}/{len}  {msg}  {eta} left",
+            Self::Bytes => "{prefix} {bar:28} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
+        }
+    }
+}
+
+/// Seconds between two lines of progress.
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Progress of something long.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    output: Output,
+    unit: Unit,
+    label: String,
+    length: u64,
+    /// Where it began, and when.
+    first: u64,
+    started: Instant,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    /// Begins at `position`, when a part was done earlier.
+    pub(crate) fn start(&mut self, position: u64) {
+        self.first = position;
+        self.started = Instant::now();
+        if let Some(bar) = &self.bar {
+            bar.set_position(position);
+            bar.reset_eta();
+        }
+    }
+
+    /// Shows that `position` is reached.
+    pub(crate) fn set(&mut self, position: u64, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(position);
+            bar.set_message(message.to_owned());
+            return;
+        }
+        let now = Instant::now();
+        if position < self.length && self.last_line.is_some_and(|last| now - last < LINE_INTERVAL) {
+            return;
+        }
+        self.last_line = Some(now);
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let done = position.saturating_sub(self.first) as f64;
+        let left = elapsed / done * self.length.saturating_sub(position) as f64;
+        let left = if left.is_finite() { format!("  {} left", duration(left)) } else { String::new() };
+        match self.unit {
+            Unit::Steps => self.output.note(format_args!("{} {position}/{}  {message}{left}", self.label, self.length)),
+            Unit::Bytes => {
+                self.output.note(format_args!("{} {}/{}{left}", self.label, bytes(position), bytes(self.length)))
+            }
+        }
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// `1.2 MB`.
+pub(crate) fn bytes(count: u64) -> String {
+    let count = count as f64;
+    match count {
+        c if c < 1e3 => format!("{c:.0} B"),
+        c if c < 1e6 => format!("{:.1} kB", c / 1e3),
+        c if c < 1e9 => format!("{:.1} MB", c / 1e6),
+        c => format!("{:.2} GB", c / 1e9),
+    }
+}
+
+/// `3,145,728`.
+pub(crate) fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// `12 s` or `3:04 min` or `2:05:09 h`.
+pub(crate) fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..60 => format!("{whole} s"),
+        60..3600 => format!("{}:{:02} min", whole / 60, whole % 60),
+        _ => format!("{}:{:02}:{:02} h", whole / 3600, whole / 60 % 60, whole % 60),
+    }
+}
+
+/// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
+pub(crate) fn report(error: &anyhow::Error) -> u8 {
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "error: {error:#}");
+    if let Some(hint) = hint(error) {
+        let _ = writeln!(stderr, "hint: {hint}");
+    }
+    exit_code(error)
+}
+
+/// Whether whoever reads standard output has gone, as `head` does: no error then.
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    use metal_candle::Error;
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<Error>() {
+            return match error {
+                Error::Candle(_) | Error::Device(_) => 2,
+                _ => 1,
+            };
+        }
+        if cause.is::<UserError>() || cause.is::<std::io::Error>() {
+            return 1;
+        }
+    }
+    2
+}
+
+fn hint(error: &anyhow::Error) -> Option<String> {
+    use metal_candle::Error;
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<UserError>() {
+            return error.hint.clone();
+        }
+        let Some(error) = cause.downcast_ref::<Error>() else { continue };
+        let hint = match error {
+            Error::Tensors { .. } => {
+                "the weights and config.json (or the adapter and the model) belong to different models"
+            }
+            Error::Data { .. } => "`metal-candle data check FILE` shows how each row is read",
+            Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. } => {
+                "a lower --learning-rate or --max-grad-norm usually helps; see the rows named"
+            }
+            Error::Template(_) => "`generate --raw` does without the chat template",
+            Error::Hub(_) => "a model folder on this machine can be given to --model instead",
+            Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",
+            Error::Candle(_) => "this is a defect of the program or of the device: please report it with the command",
+            _ => return None,
+        };
+        return Some(hint.to_owned());
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bytes, duration, exit_code, grouped};
+    use metal_candle::Error;
+
+    #[test]
+    fn numbers_as_people_read_them() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(grouped(3_145_728), "3,145,728");
+        assert_eq!(bytes(25_165_824), "25.2 MB");
+        assert_eq!(duration(59.4), "59 s");
+        assert_eq!(duration(184.0), "3:04 min");
+        assert_eq!(duration(7509.0), "2:05:09 h");
+    }
+
+    #[test]
+    fn exit_codes_say_whose_fault_it_is() {
+        assert_eq!(exit_code(&Error::Unsupported("x".into()).into()), 1);
+        assert_eq!(exit_code(&anyhow::Error::from(Error::Hub("x".into())).context("y")), 1);
+        assert_eq!(exit_code(&Error::Device("x".into()).into()), 2);
+        assert_eq!(exit_code(&anyhow::anyhow!("x")), 2);
+    }
+}

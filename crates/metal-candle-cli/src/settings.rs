@@ -1,0 +1,416 @@
+//! The settings of a training run: flags and TOML file in one structure.
+
+use crate::args::{DeviceKind, WeightType};
+use crate::model_source::NANO;
+use crate::output::UserError;
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use metal_candle::ModelConfig;
+use metal_candle::training::LRScheduler;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// How the learning rate changes over the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Schedule {
+    /// The same at each step.
+    Constant,
+    /// Rises over the warm-up steps, then falls in a straight line to the minimum.
+    Linear,
+    /// Falls along half a cosine to the minimum.
+    Cosine,
+    /// Rises over the warm-up steps, then falls along half a cosine to the minimum.
+    WarmupCosine,
+}
+
+/// Settings of `train`. What is `None` was not given; [`TrainSettings::complete`] fills it in.
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct TrainSettings {
+    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
+    /// `org/name` or `org/name@revision` [default: nano].
+    #[arg(long, help_heading = "Model")]
+    pub(crate) model: Option<String>,
+
+    /// Start from this adapter: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: Option<PathBuf>,
+
+    /// Convert weights to this type while loading [default: as in the file].
+    #[arg(long, value_enum, help_heading = "Model")]
+    pub(crate) dtype: Option<WeightType>,
+
+    /// Where to run [default: auto].
+    #[arg(long, value_enum, help_heading = "Model")]
+    pub(crate) device: Option<DeviceKind>,
+
+    /// Train all weights instead of an adapter.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Model")]
+    pub(crate) full: Option<bool>,
+
+    /// With --full: start from random weights; of the model only config.json and the tokenizer are used.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Model")]
+    pub(crate) from_scratch: Option<bool>,
+
+    /// A JSONL file or a folder with train.jsonl, valid.jsonl, test.jsonl [default: the built-in model's
+    /// sample data].
+    #[arg(long, value_name = "PATH", help_heading = "Data")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Share of rows held out when the data has no valid.jsonl [default: 0.05].
+    #[arg(long, value_name = "SHARE", help_heading = "Data")]
+    pub(crate) valid_fraction: Option<f64>,
+
+    /// Longest row, in tokens; longer ones are an error [default: what the model can do, at most 2048].
+    #[arg(long, value_name = "TOKENS", help_heading = "Data")]
+    pub(crate) max_tokens_per_sample: Option<usize>,
+
+    /// Cut rows that are too long instead of refusing to start.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
+    pub(crate) truncate: Option<bool>,
+
+    /// Train answers and completions only, not what they follow [default: true].
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
+    pub(crate) mask_prompt: Option<bool>,
+
+    /// Train the last assistant turn of a chat only.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
+    pub(crate) train_last_turn_only: Option<bool>,
+
+    /// Rank of the adapter [default: 8].
+    #[arg(long, help_heading = "Adapter")]
+    pub(crate) rank: Option<usize>,
+
+    /// Alpha of the adapter; its output is scaled by alpha / rank [default: twice the rank].
+    #[arg(long, help_heading = "Adapter")]
+    pub(crate) alpha: Option<f64>,
+
+    /// Probability of dropping an input of the adapter [default: 0].
+    #[arg(long, help_heading = "Adapter")]
+    pub(crate) dropout: Option<f64>,
+
+    /// Layers to extend, separated by commas: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
+    /// or all-linear [default: all-linear].
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
+    pub(crate) target_modules: Option<Vec<String>>,
+
+    /// Decoder blocks to extend, as in `0-3,7` or `last:8` [default: all].
+    #[arg(long, value_name = "LIST", help_heading = "Adapter")]
+    pub(crate) layers: Option<String>,
+
+    /// Scale by alpha / sqrt(rank) (rsLoRA).
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
+    pub(crate) use_rslora: Option<bool>,
+
+    /// Number of optimizer steps; with it --epochs must not be given.
+    #[arg(long, conflicts_with = "epochs", help_heading = "Training")]
+    pub(crate) steps: Option<usize>,
+
+    /// Number of times to go through the data [default: 3].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) epochs: Option<usize>,
+
+    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) learning_rate: Option<f64>,
+
+    /// How the learning rate changes [default: warmup-cosine].
+    #[arg(long, value_enum, help_heading = "Training")]
+    pub(crate) schedule: Option<Schedule>,
+
+    /// Steps over which the learning rate rises, for linear and warmup-cosine [default: a twentieth of all steps].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) warmup_steps: Option<usize>,
+
+    /// Learning rate at the end, but for constant [default: a tenth of the highest].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) min_learning_rate: Option<f64>,
+
+    /// Weight decay of AdamW [default: 0.01].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) weight_decay: Option<f64>,
+
+    /// Largest norm of all gradients together; 0 for no limit [default: 1].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) max_grad_norm: Option<f64>,
+
+    /// Tokens computed at once [default: 2048].
+    #[arg(long, value_name = "TOKENS", help_heading = "Training")]
+    pub(crate) batch_tokens: Option<usize>,
+
+    /// Batches an optimizer step is made of [default: 1].
+    #[arg(long, value_name = "COUNT", help_heading = "Training")]
+    pub(crate) gradient_accumulation_steps: Option<usize>,
+
+    /// Share of the target spread over the whole vocabulary [default: 0].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) label_smoothing: Option<f64>,
+
+    /// Seed of everything random; the same seed gives the same run [default: 0].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Training")]
+    pub(crate) seed: Option<u64>,
+
+    /// Steps from one evaluation on the held-out rows to the next [default: a tenth of all steps].
+    #[arg(long, value_name = "STEPS", help_heading = "Training")]
+    pub(crate) eval_interval: Option<usize>,
+
+    /// Steps from one checkpoint to the next [default: as --eval-interval].
+    #[arg(long, value_name = "STEPS", help_heading = "Training")]
+    pub(crate) save_interval: Option<usize>,
+
+    /// End when the held-out loss has not fallen for this many evaluations; 0 for never [default: 0].
+    #[arg(long, value_name = "COUNT", help_heading = "Training")]
+    pub(crate) early_stopping_patience: Option<usize>,
+
+    /// Answers to write before and after training to compare with the test rows; 0 for none [default: 64].
+    #[arg(long, value_name = "COUNT", help_heading = "Run")]
+    pub(crate) test_samples: Option<usize>,
+
+    /// The run folder to write [default: the next free one of runs/001, runs/002, ...].
+    #[arg(long, value_name = "FOLDER", help_heading = "Run")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+impl TrainSettings {
+    /// These settings over those of `file`: what is given here wins.
+    pub(crate) fn over(&self, file: &Self) -> Result<Self> {
+        let mut table = file.table()?;
+        let own = self.table()?;
+        if own.contains_key("steps") {
+            table.remove("epochs");
+        } else if own.contains_key("epochs") {
+            table.remove("steps");
+        }
+        table.extend(own);
+        Ok(Value::Table(table).try_into()?)
+    }
+
+    fn table(&self) -> Result<Table> {
+        Ok(Table::try_from(self)?)
+    }
+
+    /// The names of the settings given.
+    pub(crate) fn given(&self) -> Result<Vec<String>> {
+        Ok(self.table()?.keys().map(|key| format!("--{}", key.replace('_', "-"))).collect())
+    }
+
+    /// Reads a TOML file whose keys are the names of the flags, with `-` or `_`.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })?;
+        Self::parse(&text).map_err(|error| UserError::new(format!("`{}`: {error:#}", path.display())).into())
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let given: Table = text.parse().context("this is not TOML")?;
+        let mut table = Table::new();
+        for (key, value) in given {
+            let name = key.replace('-', "_");
+            if table.insert(name, value).is_some() {
+                anyhow::bail!("`{key}` is given twice");
+            }
+        }
+        if table.contains_key("steps") && table.contains_key("epochs") {
+            anyhow::bail!("`steps` and `epochs` exclude each other");
+        }
+        let mut settings: Self = Value::Table(table).try_into()?;
+        if let Some(modules) = &mut settings.target_modules {
+            modules.retain(|name| !name.is_empty());
+        }
+        Ok(settings)
+    }
+
+    /// Fills in every setting that does not depend on the data, and refuses those that contradict each other.
+    pub(crate) fn complete(&mut self, model: &ModelConfig) -> Result<()> {
+        self.check()?;
+        let is_nano = self.is_nano();
+        let (full, from_scratch) = (*self.full.get_or_insert(false), *self.from_scratch.get_or_insert(false));
+        self.model.get_or_insert_with(|| NANO.into());
+        self.device.get_or_insert(DeviceKind::Auto);
+        self.valid_fraction.get_or_insert(0.05);
+        self.max_tokens_per_sample.get_or_insert(model.max_position_embeddings.min(2048));
+        self.truncate.get_or_insert(false);
+        self.mask_prompt.get_or_insert(true);
+        self.train_last_turn_only.get_or_insert(false);
+        if !full && self.adapter.is_none() {
+            let rank = *self.rank.get_or_insert(8);
+            self.alpha.get_or_insert(2.0 * rank as f64);
+            self.dropout.get_or_insert(0.0);
+            self.target_modules.get_or_insert_with(|| vec!["all-linear".into()]);
+            self.use_rslora.get_or_insert(false);
+        }
+        if self.steps.is_none() {
+            self.epochs.get_or_insert(3);
+        }
+        let learning_rate = *self.learning_rate.get_or_insert(match (from_scratch, full, is_nano) {
+            (true, _, _) => 1e-3,
+            (_, true, _) => 2e-5,
+            (_, _, true) => 3e-3,
+            _ => 2e-4,
+        });
+        if *self.schedule.get_or_insert(Schedule::WarmupCosine) != Schedule::Constant {
+            self.min_learning_rate.get_or_insert(learning_rate / 10.0);
+        }
+        self.weight_decay.get_or_insert(0.01);
+        self.max_grad_norm.get_or_insert(1.0);
+        self.batch_tokens.get_or_insert(2048);
+        self.gradient_accumulation_steps.get_or_insert(1);
+        self.label_smoothing.get_or_insert(0.0);
+        self.seed.get_or_insert(0);
+        self.early_stopping_patience.get_or_insert(0);
+        self.test_samples.get_or_insert(64);
+        Ok(())
+    }
+
+    /// Fills in what depends on the number of steps.
+    pub(crate) fn complete_for(&mut self, total_steps: usize) {
+        if matches!(self.schedule, Some(Schedule::Linear | Schedule::WarmupCosine)) {
+            self.warmup_steps.get_or_insert(total_steps / 20);
+        }
+        let interval = *self.eval_interval.get_or_insert((total_steps / 10).max(1));
+        self.save_interval.get_or_insert(interval.max(1));
+    }
+
+    /// Whether the model is the built-in one.
+    pub(crate) fn is_nano(&self) -> bool {
+        self.model.as_deref().is_none_or(|model| model == NANO)
+    }
+
+    /// The schedule of `total_steps` steps. All its settings are there after [`TrainSettings::complete_for`].
+    pub(crate) fn scheduler(&self, total_steps: usize) -> LRScheduler {
+        let (high, low) = (self.learning_rate.unwrap_or(0.0), self.min_learning_rate.unwrap_or(0.0));
+        let warmup_steps = self.warmup_steps.unwrap_or(0);
+        match self.schedule {
+            Some(Schedule::Constant) => LRScheduler::constant(high),
+            Some(Schedule::Linear) => LRScheduler::linear(warmup_steps, total_steps, high, low),
+            Some(Schedule::Cosine) => LRScheduler::cosine(total_steps, high, low),
+            Some(Schedule::WarmupCosine) | None => LRScheduler::warmup_cosine(warmup_steps, total_steps, high, low),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |message: String| Err(UserError::new(message).into());
+        if self.steps.is_some() && self.epochs.is_some() {
+            return refuse("`--steps` and `--epochs` exclude each other".into());
+        }
+        if self.from_scratch == Some(true) && self.full != Some(true) {
+            return refuse("`--from-scratch` trains all weights: it needs `--full`".into());
+        }
+        let of_new_adapters = [
+            ("--rank", self.rank.is_some()),
+            ("--alpha", self.alpha.is_some()),
+            ("--dropout", self.dropout.is_some()),
+            ("--target-modules", self.target_modules.is_some()),
+            ("--layers", self.layers.is_some()),
+            ("--use-rslora", self.use_rslora == Some(true)),
+        ];
+        let given: Vec<_> = of_new_adapters.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+        if self.full == Some(true) {
+            if self.adapter.is_some() {
+                return refuse("`--full` trains no adapter: leave `--adapter` out, or fuse it first".into());
+            }
+            if !given.is_empty() {
+                return refuse(format!("`--full` trains no adapter: leave `{}` out", given.join("`, `")));
+            }
+        }
+        if self.adapter.is_some() && !given.is_empty() {
+            return refuse(format!("`--adapter` has its own settings: leave `{}` out", given.join("`, `")));
+        }
+        let has_warmup = !matches!(self.schedule, Some(Schedule::Constant | Schedule::Cosine));
+        if self.warmup_steps.is_some() && !has_warmup {
+            return refuse("`--warmup-steps` needs `--schedule linear` or `warmup-cosine`".into());
+        }
+        if self.min_learning_rate.is_some() && self.schedule == Some(Schedule::Constant) {
+            return refuse("`--min-learning-rate` has no meaning with `--schedule constant`".into());
+        }
+        Ok(())
+    }
+
+    /// The TOML text that [`TrainSettings::read`] reads back.
+    pub(crate) fn to_toml(&self) -> Result<String> {
+        Ok(format!(
+            "# The settings of this run. `metal-candle train --config FILE` starts another run with them.\n{}",
+            toml::to_string(self)?
+        ))
+    }
+}
+
+/// The decoder blocks that `text` names: `0-3,7` or `last:8`.
+pub(crate) fn parse_layers(text: &str, num_layers: usize) -> Result<Vec<usize>> {
+    let wrong = |part: &str| {
+        UserError::new(format!(
+            "`--layers`: expected a list such as `0-3,7` or `last:8` within 0 to {}, found `{part}`",
+            num_layers.saturating_sub(1)
+        ))
+    };
+    if let Some(count) = text.strip_prefix("last:") {
+        let count: usize = count.trim().parse().map_err(|_| wrong(text))?;
+        if count == 0 || count > num_layers {
+            return Err(wrong(text).into());
+        }
+        return Ok((num_layers - count..num_layers).collect());
+    }
+    let mut layers = std::collections::BTreeSet::new();
+    for part in text.split(',').map(str::trim) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.trim().parse().map_err(|_| wrong(part))?;
+        let last: usize = last.trim().parse().map_err(|_| wrong(part))?;
+        if first > last || last >= num_layers {
+            return Err(wrong(part).into());
+        }
+        layers.extend(first..=last);
+    }
+    Ok(layers.into_iter().collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::{Schedule, TrainSettings, parse_layers};
+
+    #[test]
+    fn toml_and_flags_share_names_and_flags_win() {
+        let file = TrainSettings::parse(
+            "rank = 4\nlearning-rate = 1e-3\nepochs = 2\nschedule = \"warmup-cosine\"\ntarget_modules = [\"q_proj\"]\nfull = true\n",
+        )
+        .unwrap();
+        assert_eq!(file.learning_rate, Some(1e-3));
+        assert_eq!(file.schedule, Some(Schedule::WarmupCosine));
+        let flags = TrainSettings { rank: Some(16), steps: Some(5), full: Some(false), ..Default::default() };
+        let both = flags.over(&file).unwrap();
+        assert_eq!((both.rank, both.steps, both.epochs, both.full), (Some(16), Some(5), None, Some(false)));
+        assert_eq!(both.target_modules.as_deref(), Some(&["q_proj".to_owned()][..]));
+    }
+
+    #[test]
+    fn unknown_and_doubled_keys_are_errors() {
+        let unknown = TrainSettings::parse("ranks = 4").unwrap_err();
+        assert!(format!("{unknown:#}").contains("ranks"), "{unknown:#}");
+        let doubled = TrainSettings::parse("batch-tokens = 4\nbatch_tokens = 5").unwrap_err();
+        assert!(format!("{doubled:#}").contains("given twice"), "{doubled:#}");
+        assert!(TrainSettings::parse("steps = 1\nepochs = 1").is_err());
+    }
+
+    #[test]
+    fn written_settings_read_back() {
+        let settings = TrainSettings {
+            model: Some("a \"b\"".into()),
+            learning_rate: Some(3.25e-4),
+            seed: Some(7),
+            data: Some("x/y".into()),
+            ..Default::default()
+        };
+        assert_eq!(TrainSettings::parse(&settings.to_toml().unwrap()).unwrap(), settings);
+    }
+
+    #[test]
+    fn layer_lists() {
+        assert_eq!(parse_layers("0-2,5", 6).unwrap(), [0, 1, 2, 5]);
+        assert_eq!(parse_layers("last:2", 6).unwrap(), [4, 5]);
+        for wrong in ["6", "3-1", "", "a", "last:7", "last:0", "0-99999999999"] {
+            assert!(parse_layers(wrong, 6).is_err(), "{wrong}");
+        }
+    }
+}

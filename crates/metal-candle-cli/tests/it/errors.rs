@@ -1,0 +1,82 @@
+//! Wrong input: the exit code, and what is said.
+
+use crate::fixture::Fixture;
+
+#[test]
+fn wrong_input_is_code_1_and_named() {
+    let fixture = Fixture::new();
+    std::fs::write(fixture.path("empty.jsonl"), "").unwrap();
+    std::fs::write(fixture.path("unknown.toml"), "rnak = 3\n").unwrap();
+    std::fs::write(fixture.path("broken.toml"), "rank = = 3\n").unwrap();
+    std::fs::create_dir(fixture.path("nothing")).unwrap();
+    for (words, said) in [
+        ("train --steps 1 --epochs 1", "cannot be used with"),
+        ("train --model model", "`--data` is missing"),
+        ("train --model model --data missing.jsonl", "missing.jsonl"),
+        ("train --model model --data empty.jsonl", "the file is empty"),
+        ("train --model model --data nothing", "train.jsonl"),
+        ("train --model model --data data --config unknown.toml", "rnak"),
+        ("train --model model --data data --config broken.toml", "broken.toml"),
+        ("train --model model --data data --from-scratch", "`--full`"),
+        ("train --model model --data data --full --rank 4", "`--rank`"),
+        ("train --model model --data data --rank 0", "rank"),
+        ("train --model model --data data --target-modules x_proj", "x_proj"),
+        ("train --model model --data data --layers 2", "`--layers`"),
+        ("train --model model --data data --steps 0", "`--steps`"),
+        ("train --model model --data data --batch-tokens 0", "`--batch-tokens`"),
+        ("train --model model --data data --schedule constant --warmup-steps 3", "`--warmup-steps`"),
+        ("train --model model --data data --output data", "`data` is not empty"),
+        ("train --model model --data data --adapter missing", "`missing`"),
+        ("train --resume missing", "config.toml"),
+        ("generate --model model", "--prompt"),
+        ("generate --model nowhere --prompt x", "no model `nowhere`"),
+        ("generate --model nothing --prompt x", "nothing"),
+        ("generate --model model --prompt x --temperature -1", "temperature"),
+        ("generate --model model --prompt x --max-tokens 0", "max_tokens"),
+        ("generate --model model --prompt x --raw --system y", "--system"),
+        ("generate --model model --prompt x --adapter nothing", "nothing"),
+        ("logits --model model --ids 1,x --out o", "invalid value"),
+        ("logits --model model --ids 1 --out missing/folder/o", "missing/folder"),
+        ("eval --model model", "`--data` is missing"),
+        ("fuse --model model --adapter missing --output o", "`missing`"),
+        ("data check missing.jsonl --model model", "missing.jsonl"),
+        ("sing", "unrecognized subcommand"),
+    ] {
+        let ran = fixture.run(words);
+        assert_eq!(ran.code, 1, "{words}\n{}", ran.stderr);
+        assert!(ran.stderr.starts_with("error: "), "{words}\n{}", ran.stderr);
+        assert!(ran.stderr.contains(said), "{words}: `{said}` is not in\n{}", ran.stderr);
+        assert!(ran.stdout.is_empty(), "{words}\n{}", ran.stdout);
+        assert!(!fixture.path("runs").exists(), "{words} began a run");
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_code_2() {
+    let fixture = Fixture::new();
+    for device in ["metal", "cuda"] {
+        if cfg!(feature = "metal") || cfg!(feature = "cuda") {
+            return;
+        }
+        let ran = fixture.run(&format!("info --model model --device {device}"));
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains(&format!("feature `{device}`")) && ran.stderr.contains("\nhint: "),
+            "{}",
+            ran.stderr
+        );
+    }
+}
+
+#[test]
+fn damaged_weights_are_code_1() {
+    let fixture = Fixture::new();
+    let path = fixture.path("model/model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    for damaged in [&bytes[..bytes.len() / 2], &bytes[..4], &[]] {
+        std::fs::write(&path, damaged).unwrap();
+        let ran = fixture.run("generate --model model --prompt x");
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains("model.safetensors"), "{}", ran.stderr);
+    }
+}

@@ -1,0 +1,17 @@
+//! Tests of the program, run as its users run it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+mod chat;
+mod data;
+mod errors;
+mod events;
+mod fixture;
+#[cfg(feature = "hub")]
+mod hub;
+#[cfg(unix)]
+mod interrupted;
+mod models;
+#[cfg(feature = "hub")]
+#[path = "../../../metal-candle/tests/it/stand_in_hub.rs"]
+mod stand_in_hub;
+mod train;
