@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
-use metal_candle::inference::{Generator, KVCache, KVCacheConfig, SamplingStrategy, sample_token};
+use metal_candle::inference::{GenerationConfig, Generator, KVCache, KVCacheConfig, SamplingStrategy, sample_token};
 use metal_candle::models::{Batch, Qwen, Rows, write_safetensors};
 use metal_candle::training::{
     AdamWConfig, LRScheduler, LoRAAdapter, LoRAAdapterConfig, TargetModule, Trainer, TrainingConfig, cross_entropy,
@@ -94,13 +94,13 @@ fn load_train_save_and_generate() -> Result<(), Box<dyn Error>> {
     let smooth = cross_entropy(&logits, &target, 0.1)?.to_scalar::<f32>()?;
     assert!(smooth > plain, "smoothing {smooth} must cost more than {plain} on the likeliest token");
     let mut generator = Generator::new(model);
-    let bare = generator.generate([1, 5, 7], &Default::default())?;
+    let bare = generator.generate([1, 5, 7], &GenerationConfig::default())?;
     assert_eq!(bare.tokens.first(), Some(&best));
     generator.set_adapter(Some(trainer.lora_adapter().terms()?));
-    let adapted = generator.generate([1, 5, 7], &Default::default())?;
+    let adapted = generator.generate([1, 5, 7], &GenerationConfig::default())?;
     assert_ne!(adapted.log_probabilities[0].to_bits(), bare.log_probabilities[0].to_bits());
     generator.set_adapter(None);
-    assert_eq!(generator.generate([1, 5, 7], &Default::default())?.tokens, bare.tokens);
+    assert_eq!(generator.generate([1, 5, 7], &GenerationConfig::default())?.tokens, bare.tokens);
     Ok(())
 }
 
