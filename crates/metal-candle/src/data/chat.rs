@@ -72,7 +72,7 @@ impl ChatTemplate {
                 return Err(Error::Template(format!("expected at most {MAX_SOURCE_BYTES} bytes, found {found}")));
             }
             environment
-                .add_template_owned(name.clone(), without_generation_tags(source))
+                .add_template_owned(name.clone(), rewritten(source))
                 .map_err(|e| template_error(&e, sources.len() > 1))?;
         }
         let template = Self { environment: Arc::new(environment), sources, variables: Vec::new() };
@@ -286,6 +286,7 @@ fn environment() -> Result<Environment<'static>> {
         state.consume_fuel(text.len() as u64 / 64)?;
         Ok::<_, minijinja::Error>(text)
     });
+    environment.add_filter(STORABLE, storable);
     environment.add_function("raise_exception", |message: &str| {
         Err::<TemplateValue, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_string()))
     });
@@ -324,42 +325,103 @@ fn python_method(
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
 
-/// transformers marks the assistant's text by `{% generation %}`, which leaves no trace in the output.
-fn without_generation_tags(source: &str) -> String {
+/// The source with two changes that leave no trace in the output: transformers marks the assistant's text by
+/// `{% generation %}`, and what is put into a namespace goes through [`storable`].
+fn rewritten(source: &str) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         text.push_str(before);
-        let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        let (tag, after) = tag.split_at(end);
-        let name = tag.trim_start_matches(['{', '%', '-', '+']).trim_end_matches(['}', '%', '-', '+']).trim();
-        match name {
+        let (tag, after) = tag.split_at(tag_end(tag));
+        let is_mark = |c: char| matches!(c, '{' | '%' | '-' | '+' | '}');
+        match tag.trim_start_matches(is_mark).trim_end_matches(is_mark).trim() {
             "generation" => text.push_str(&tag.replacen("generation", "with", 1)),
             "endgeneration" => text.push_str(&tag.replacen("endgeneration", "endwith", 1)),
-            _ => text.push_str(tag),
+            inside => match namespace_assignment(inside) {
+                Some((target, value)) => {
+                    text.push_str(&tag.replacen(inside, &format!("{target}= ({value}) | {STORABLE}"), 1));
+                }
+                None => text.push_str(tag),
+            },
         }
         rest = after;
     }
     text + rest
 }
 
+/// The end of the tag at the beginning of a text; a `%}` in a string does not count.
+fn tag_end(tag: &str) -> usize {
+    let mut quote = None;
+    let mut is_escaped = false;
+    for (index, byte) in tag.bytes().enumerate() {
+        match (quote, byte) {
+            _ if is_escaped => is_escaped = false,
+            (Some(_), b'\\') => is_escaped = true,
+            (Some(open), byte) if open == byte => quote = None,
+            (None, b'"' | b'\'') => quote = Some(byte),
+            (None, b'}') if index > 2 && tag.as_bytes()[index - 1] == b'%' => return index + 1,
+            _ => {}
+        }
+    }
+    tag.len()
+}
+
+/// `set a.b ` and the value of `set a.b = value`.
+fn namespace_assignment(inside: &str) -> Option<(&str, &str)> {
+    let (target, value) = inside.split_once('=')?;
+    let names = target.strip_prefix("set")?;
+    let is_name = |c: char| c.is_alphanumeric() || c.is_whitespace() || matches!(c, '_' | '.' | ',' | '(' | ')');
+    (names.contains('.') && names.starts_with(char::is_whitespace) && names.chars().all(is_name))
+        .then_some((target, value))
+}
+
+/// The filter that guards namespaces, the only values a template can change.
+const STORABLE: &str = "_storable";
+/// Most levels of lists and maps in a value that a namespace holds.
+const MAX_STORED_DEPTH: usize = 100;
+
+/// A value that may be put into a namespace: not nested without end, and no namespace, which could come to hold itself. Printing,
+/// comparing or dropping such a value would overflow the stack.
+fn storable(state: &State, value: TemplateValue) -> std::result::Result<TemplateValue, minijinja::Error> {
+    if value.kind() == ValueKind::Iterable {
+        // some can be walked once only
+        return storable(state, value.try_iter()?.collect::<Vec<_>>().into());
+    }
+    check_storable(state, &value, 0).map(|()| value)
+}
+
+fn check_storable(state: &State, value: &TemplateValue, depth: usize) -> std::result::Result<(), minijinja::Error> {
+    let refuse = |message: &'static str| Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) {
+        return Ok(());
+    }
+    if depth > MAX_STORED_DEPTH {
+        return refuse("a namespace cannot hold a value of more than 100 levels");
+    }
+    if value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace")) {
+        return refuse("a namespace cannot hold a namespace");
+    }
+    state.consume_fuel(1 + value.len().unwrap_or(0) as u64)?;
+    for item in value.try_iter()? {
+        let item = if value.kind() == ValueKind::Map { value.get_item(&item)? } else { item };
+        check_storable(state, &item, depth + 1)?;
+    }
+    Ok(())
+}
+
 fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
-    let mut message = String::new();
-    if let Some(name) = error.name().filter(|_| has_names) {
-        message.push_str(&format!("`{name}`, "));
-    }
-    if let Some(line) = error.line() {
-        message.push_str(&format!("line {line}: "));
-    }
-    match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => message.push_str("the template needs more than its budget of steps and memory"),
-        (_, Some(detail)) => message.push_str(detail),
-        (kind, None) => message.push_str(&kind.to_string()),
-    }
+    let name = error.name().filter(|_| has_names).map(|name| format!("`{name}`, ")).unwrap_or_default();
+    let line = error.line().map(|line| format!("line {line}: ")).unwrap_or_default();
+    let what = match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => "the template needs more than its budget of steps and memory".to_string(),
+        (_, Some(detail)) => detail.to_string(),
+        (kind, None) => kind.to_string(),
+    };
+    let mut message = name + &line + &what;
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        message.push_str(&format!(": {cause}"));
+        message = format!("{message}: {cause}");
         source = cause.source();
     }
     Error::Template(message)

@@ -85,7 +85,7 @@ impl<'a> Encoder<'a> {
             }
             Row::Conversation(conversation) => self.conversation(schema, conversation)?,
         };
-        self.tokens(schema, parts)
+        self.tokens(schema, &parts)
     }
 
     fn conversation(&self, schema: Schema, conversation: Conversation) -> Result<Parts, String> {
@@ -115,7 +115,7 @@ impl<'a> Encoder<'a> {
         Ok(Parts { text, trained: self.options.mask_prompt.then_some(spans), roles, is_plain: false })
     }
 
-    fn tokens(&self, schema: Schema, parts: Parts) -> Result<EncodedRow, String> {
+    fn tokens(&self, schema: Schema, parts: &Parts) -> Result<EncodedRow, String> {
         let encoding = self.tokenizer.encode_with_offsets(&parts.text, parts.is_plain).map_err(|e| e.to_string())?;
         let (mut ids, offsets) = (encoding.ids, encoding.offsets);
         let mut has_straddling_token = false;
@@ -141,7 +141,7 @@ impl<'a> Encoder<'a> {
                 None => lacks_eos = true,
             }
         }
-        let details = self.with_details.then(|| details(&parts, &offsets, &trained));
+        let details = self.with_details.then(|| details(parts, &offsets, &trained));
         let max_tokens = self.options.max_tokens.unwrap_or(usize::MAX);
         let is_cut = ids.len() > max_tokens;
         if is_cut && !self.options.truncate {

@@ -28,29 +28,28 @@ pub(super) struct Oddities {
     pub is_empty: bool,
 }
 
+/// How far a file is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    New,
+    Started,
+    Ended,
+}
+
 /// Reads records and keeps no more than one of them in memory.
 pub(super) struct Records<R> {
     reader: R,
     is_json: bool,
     line: usize,
-    is_started: bool,
+    state: State,
     is_in_array: bool,
-    is_ended: bool,
     oddities: Oddities,
 }
 
 impl<R: BufRead> Records<R> {
     /// The records of a JSONL file, or with `is_json` of a file with one JSON list or several JSON values.
     pub(super) fn new(reader: R, is_json: bool) -> Self {
-        Self {
-            reader,
-            is_json,
-            line: 0,
-            is_started: false,
-            is_in_array: false,
-            is_ended: false,
-            oddities: Oddities::default(),
-        }
+        Self { reader, is_json, line: 0, state: State::New, is_in_array: false, oddities: Oddities::default() }
     }
 
     /// What was odd about the part that has been read.
@@ -60,16 +59,16 @@ impl<R: BufRead> Records<R> {
 
     /// The next record, `None` at the end.
     pub(super) fn next(&mut self) -> io::Result<Option<Record>> {
-        if !self.is_started {
-            self.is_started = true;
+        if self.state == State::New {
+            self.state = State::Started;
             if let Some(broken) = self.start()? {
                 return Ok(Some(broken));
             }
         }
-        match (self.is_ended, self.is_json) {
-            (true, _) => Ok(None),
-            (false, true) => self.next_value(),
-            (false, false) => self.next_line(),
+        match (self.state, self.is_json) {
+            (State::Ended, _) => Ok(None),
+            (_, true) => self.next_value(),
+            (_, false) => self.next_line(),
         }
     }
 
@@ -77,7 +76,7 @@ impl<R: BufRead> Records<R> {
         self.line = usize::from(self.is_json);
         let bytes = self.reader.fill_buf()?;
         if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
-            self.is_ended = true;
+            self.state = State::Ended;
             return Ok(Some(Record::Broken { line: 0, message: "expected UTF-8, found UTF-16".into() }));
         }
         self.oddities.has_bom = bytes.starts_with(BOM);

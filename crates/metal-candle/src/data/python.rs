@@ -210,7 +210,7 @@ pub(super) fn strftime(format: &str, time: SystemTime) -> Result<String, Error> 
         let padded = |number: i64, width: usize| {
             if is_unpadded { number.to_string() } else { format!("{number:0width$}") }
         };
-        text.push_str(&match code {
+        let part = match code {
             Some('Y') => year.to_string(),
             Some('y') => padded(year.rem_euclid(100), 2),
             Some('m') => padded(month, 2),
@@ -250,7 +250,8 @@ pub(super) fn strftime(format: &str, time: SystemTime) -> Result<String, Error> 
             Some('t') => "\t".into(),
             Some(other) => return Err(invalid(format!("`strftime_now` does not know `%{other}`"))),
             None => return Err(invalid("`strftime_now`: the format ends with `%`")),
-        });
+        };
+        text.push_str(&part);
     }
     Ok(text)
 }

@@ -117,17 +117,16 @@ impl<'a> SpanFinder<'a> {
         } else {
             view.prefix(turn + 1, false).filter(|prefix| text.starts_with(prefix.as_str())).map(|prefix| prefix.len())
         };
-        let span = match (start, end) {
-            (Some(start), Some(end)) => start..end,
-            _ => {
-                let changed = Self::changed(view, messages, text, turn)?;
-                let start = start
-                    .or_else(|| self.after_header(view, text, turn, changed.start))
-                    .or_else(|| Self::after_space(view, text, turn, changed.start))
-                    .unwrap_or(changed.start);
-                let end = end.unwrap_or_else(|| self.after_end_token(text, changed.end));
-                start..end
-            }
+        let span = if let (Some(start), Some(end)) = (start, end) {
+            start..end
+        } else {
+            let changed = Self::changed(view, messages, text, turn)?;
+            let start = start
+                .or_else(|| self.after_header(view, text, turn, changed.start))
+                .or_else(|| Self::after_space(view, text, turn, changed.start))
+                .unwrap_or(changed.start);
+            let end = end.unwrap_or_else(|| self.after_end_token(text, changed.end));
+            start..end
         };
         let end = self.without_space_after_end_token(text, &span);
         (span.start < end).then_some(span.start..end)

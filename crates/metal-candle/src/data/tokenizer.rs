@@ -64,7 +64,10 @@ impl Tokenizer {
     }
 
     fn from_parts(path: &Path, bytes: &[u8], chat_template: Option<ChatTemplate>, config: &Value) -> Result<Self> {
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::format(path, e))?;
+        // the crate panics on some damaged normalizers
+        let mut tokenizer = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+            .map_err(|_| Error::format(path, "expected a tokenizer, found one that cannot be read"))?
+            .map_err(|e| Error::format(path, e))?;
         // a file made for training elsewhere may cut or pad every text
         tokenizer.with_truncation(None).map_err(|e| Error::format(path, e))?;
         tokenizer.with_padding(None);

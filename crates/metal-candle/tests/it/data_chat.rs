@@ -100,7 +100,7 @@ fn generation_marks_leave_no_trace() {
 #[test]
 fn strftime_now_asks_the_given_clock() {
     let template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}").unwrap();
-    let template = template.with_clock(|| SystemTime::UNIX_EPOCH + Duration::from_secs(1_721_952_000));
+    let template = template.with_clock(|| SystemTime::UNIX_EPOCH + Duration::from_hours(478_320));
     assert_eq!(template.render(&[], None, false, &Map::new()).unwrap(), "26 Jul 2024");
 }
 
@@ -193,6 +193,18 @@ fn work_output_and_memory_are_bounded() {
     assert!(error_of("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}").contains("recursion"));
     assert!(error_of(&"{{".repeat(10)).contains("line 1"));
     assert!(error_of(&format!("{{{{ {}1{} }}}}", "(".repeat(10_000), ")".repeat(10_000))).contains("line 1"));
+}
+
+#[test]
+fn namespaces_hold_no_namespaces() {
+    for value in ["n", "[n]", "{'a': [n]}", "namespace()", "[n] | select", "[1] if false else n"] {
+        let message = error_of(&format!("{{% set n = namespace(x=1) %}}\n{{%- set n.x = {value} -%}}\n{{{{ n }}}}"));
+        assert!(message.starts_with("line 2: a namespace cannot hold a namespace"), "{value}: {message}");
+    }
+    let message = error_of("{% set n = namespace() %}{% for i in range(200) %}{% set n.x = [n.x] %}{% endfor %}");
+    assert_eq!(message, "line 1: a namespace cannot hold a value of more than 100 levels");
+    let source = "{% set n = namespace(a=[], b='%}') %}{% for i in range(3) %}{% set n.a = n.a + [i] %}{% set n.b = n.b ~ '%}' if i else 'x' -%} {% endfor %}{% set n.c %}d{{ 1 }}{% endset %}{{ n.a }}{{ n.b }}{{ n.c }}";
+    assert_eq!(render(source, &[]).unwrap(), "[0, 1, 2]x%}%}d1");
 }
 
 #[test]

@@ -72,7 +72,10 @@ fn damaged_files_are_refused() {
     let bytes = std::fs::read(path).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.json");
-    for damaged in [&b""[..], b"{}", b"null", b"\xff\xfe", &bytes[..bytes.len() / 2]] {
+    let mut json: Value = serde_json::from_slice(&bytes).unwrap();
+    json["normalizer"] = serde_json::json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
+    let odd_normalizer = json.to_string();
+    for damaged in [&b""[..], b"{}", b"null", b"\xff\xfe", &bytes[..bytes.len() / 2], odd_normalizer.as_bytes()] {
         std::fs::write(&path, damaged).unwrap();
         assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Format { .. })));
     }
