@@ -183,7 +183,10 @@ impl Generator {
             waiting.push((index, sequence.map_err(|error| of_prompt(index, error))?));
         }
         let num_prompts = waiting.len();
-        let max_seq_len = waiting.iter().map(|(_, sequence)| sequence.capacity()).max().unwrap_or(0);
+        if num_prompts == 0 {
+            return Ok(Vec::new());
+        }
+        let max_seq_len = waiting.iter().map(|(_, sequence)| sequence.first_room()).max().unwrap_or(0);
         let num_slots = num_prompts.min(MAX_BATCH_SIZE);
         let mut cache = self.new_cache(max_seq_len, num_slots)?;
         let mut waiting = waiting.into_iter();
@@ -249,21 +252,16 @@ impl Generator {
     pub(super) fn start(&mut self, prompt: Prompt, config: &GenerationConfig) -> Result<Sequence> {
         let ids = self.encode(prompt)?;
         let mut sequence = Sequence::new(ids, 0, config, &self.model, self.tokenizer.as_ref())?;
-        let capacity = sequence.capacity();
-        let old = self.cache.as_ref().map_or(0, |cache| cache.config().max_seq_len);
-        if old < capacity {
-            // doubling keeps the number of times that a growing conversation is computed anew small
-            let capacity = capacity.max(2 * old).min(self.model.config().max_position_embeddings);
-            self.clear_cache();
-            self.cache = Some(self.new_cache(capacity, 1)?);
-        }
+        let mut cache = match self.cache.take() {
+            Some(cache) => cache,
+            None => self.new_cache(sequence.first_room(), 1)?,
+        };
         // the last token of the prompt is always computed, for its logits
         let ids = &sequence.ids()[..sequence.ids().len() - 1];
         let reused = self.cached_ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
         self.cached_ids.truncate(reused);
-        if let Some(cache) = &mut self.cache {
-            cache.truncate(0, reused);
-        }
+        cache.truncate(0, reused);
+        self.cache = Some(cache);
         sequence.start(0, reused);
         Ok(sequence)
     }

@@ -10,6 +10,9 @@ use crate::models::{Batch, KVCache, Model, Rows};
 use crate::ops::LowRankTerms;
 use std::time::Instant;
 
+/// Most tokens after the prompt that the cache has room for at the start.
+const MAX_FIRST_ROOM: usize = 256;
+
 /// A prompt that is being continued.
 #[derive(Debug)]
 pub(super) struct Sequence {
@@ -106,9 +109,9 @@ impl Sequence {
         self.slot
     }
 
-    /// Number of tokens that the cache must have room for.
-    pub(super) fn capacity(&self) -> usize {
-        self.prompt_tokens.saturating_add(self.max_tokens).min(self.max_len)
+    /// Number of tokens that the cache should have room for at the start: more may never come.
+    pub(super) fn first_room(&self) -> usize {
+        self.prompt_tokens.saturating_add(self.max_tokens.min(MAX_FIRST_ROOM)).min(self.max_len)
     }
 
     /// Whether there will be no more piece.
@@ -182,6 +185,8 @@ impl Sequence {
 /// Feeds up to `max_batch_tokens` tokens of the unfinished sequences (decode steps first, at least one token) to the
 /// model in one batch; the pieces that come of it, by the index of their sequence.
 ///
+/// The cache grows as it must.
+///
 /// # Errors
 /// The model or the choice of a token fails; the cache is then of no use any more.
 pub(super) fn step(
@@ -215,6 +220,12 @@ pub(super) fn step(
     let last_rows = batch.last_rows();
     let rows: Vec<usize> =
         last_rows.into_iter().zip(&complete).filter_map(|(row, &wanted)| wanted.then_some(row)).collect();
+    let longest = fed.iter().map(|&(_, end)| end).max().unwrap_or(0);
+    let room = cache.config().max_seq_len;
+    if longest > room {
+        // doubling keeps the copies of a growing cache few
+        cache.reserve(longest.max(2 * room).min(model.config().max_position_embeddings))?;
+    }
     let logits = model.forward(&batch, terms, Some(cache), Rows::Of(&rows))?;
     let mut pieces = Vec::with_capacity(rows.len());
     for (&(index, end), complete) in fed.iter().zip(complete) {

@@ -91,6 +91,29 @@ impl KVCache {
         self.lengths.fill(0);
     }
 
+    /// Makes room for sequences of `max_seq_len` tokens and keeps what is held.
+    ///
+    /// # Errors
+    /// The device cannot hold it.
+    pub fn reserve(&mut self, max_seq_len: usize) -> Result<()> {
+        let old = self.config;
+        if max_seq_len <= old.max_seq_len {
+            return Ok(());
+        }
+        for tensor in self.keys.iter_mut().chain(&mut self.values) {
+            // one tensor at a time, so that only one is held twice
+            let shape = (old.batch_size, old.num_heads, max_seq_len, old.head_dim);
+            let larger = Tensor::zeros(shape, tensor.dtype(), tensor.device())?;
+            for (slot, &length) in self.lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
+                let rows = tensor.get(slot)?.narrow(1, 0, length)?.force_contiguous()?;
+                larger.get(slot)?.slice_set(&rows, 1, 0)?;
+            }
+            *tensor = larger;
+        }
+        self.config.max_seq_len = max_seq_len;
+        Ok(())
+    }
+
     /// Memory held, in bytes.
     pub fn num_bytes(&self) -> usize {
         self.keys.first().map_or(0, |k| self.config.num_bytes(k.dtype()))

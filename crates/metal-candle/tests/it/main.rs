@@ -14,6 +14,7 @@ mod devices;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;
+mod inference_generator;
 mod inference_sampling;
 mod loader_config;
 mod loader_files;
