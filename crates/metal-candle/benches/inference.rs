@@ -1,11 +1,18 @@
-//! The cost of choosing a token at the vocabulary of Qwen2.5, beside that of the forward pass it follows.
+//! Prefill, decode and sampling at the size of Qwen2.5-Coder-0.5B.
+//!
+//! The model has random bf16 weights: the speed of a pass does not depend on them. The last lines give the cost of
+//! choosing a token as a share of the forward pass before it.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use metal_candle::inference::{Sampler, SamplingConfig};
+use candle_core::{DType, Tensor};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use half::bf16;
+use metal_candle::inference::{KVCache, KVCacheConfig, Sampler, SamplingConfig};
+use metal_candle::models::{Batch, Model, Rows};
+use metal_candle::{Device, ModelConfig};
 use std::hint::black_box;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const VOCAB: usize = 151_936;
 
@@ -29,10 +36,9 @@ fn normal(deviation: f32) -> Vec<f32> {
     (0..VOCAB).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() - 6.0) * deviation).collect()
 }
 
-fn sampling(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("sampling");
+fn strategies() -> Vec<(&'static str, SamplingConfig)> {
     let seeded = || SamplingConfig::default().with_seed(1);
-    let strategies = [
+    vec![
         ("greedy", SamplingConfig::greedy()),
         ("temperature 1", seeded()),
         ("temperature 0.7", seeded().with_temperature(0.7)),
@@ -51,11 +57,22 @@ fn sampling(criterion: &mut Criterion) {
                 .with_repetition_penalty(1.05)
                 .with_penalty_window(Some(1024)),
         ),
-    ];
+    ]
+}
+
+/// A sampler that has seen a prompt of 1024 tokens.
+fn sampler(config: &SamplingConfig) -> Sampler {
+    let mut sampler = Sampler::new(config.clone()).unwrap();
+    sampler.observe(&(0..1024).map(|i| i * 131).collect::<Vec<_>>());
+    sampler
+}
+
+fn sampling(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("sampling");
+    let strategies = strategies();
     for (shape, logits) in [("peaked", peaked()), ("flat", normal(1.0))] {
         for (name, config) in &strategies {
-            let mut sampler = Sampler::new(config.clone()).unwrap();
-            sampler.observe(&(0..1024).map(|i| i * 131).collect::<Vec<_>>());
+            let mut sampler = sampler(config);
             group.bench_function(BenchmarkId::new(*name, shape), |bencher| {
                 bencher.iter(|| sampler.sample(black_box(&logits)).unwrap());
             });
@@ -64,9 +81,95 @@ fn sampling(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// `config.json` of Qwen2.5-Coder-0.5B.
+const CONFIG: &str = r#"{
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true
+}"#;
+
+fn model() -> Model {
+    let config = ModelConfig::from_json_str(CONFIG).unwrap();
+    let mut state = 1u32;
+    let tensors = Model::parameter_shapes(&config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let is_norm = name.contains("norm");
+            let mut weight = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                bf16::from_f32(((state >> 8) as f32 / (1u32 << 24) as f32 - 0.5) * 0.07 + f32::from(u8::from(is_norm)))
+            };
+            let weights: Vec<bf16> = (0..shape.iter().product()).map(|_| weight()).collect();
+            (name, Tensor::from_vec(weights, shape, &candle_core::Device::Cpu).unwrap())
+        })
+        .collect();
+    Model::from_tensors(config, tensors, Device::CPU).unwrap()
+}
+
+fn cache(model: &Model, max_seq_len: usize) -> KVCache {
+    let config = model.config();
+    let sizes = KVCacheConfig {
+        max_seq_len,
+        num_layers: config.num_hidden_layers,
+        num_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        batch_size: 1,
+    };
+    KVCache::with_dtype(sizes, &model.device(), DType::F16).unwrap()
+}
+
+const CONTEXT: usize = 64;
+
+fn forward(criterion: &mut Criterion) {
+    let model = model();
+    let prompt: Vec<u32> = (0..CONTEXT as u32).map(|i| i * 577).collect();
+    let mut cache = cache(&model, CONTEXT + 1);
+    let mut group = criterion.benchmark_group("forward");
+    group.sampling_mode(SamplingMode::Flat);
+    group.throughput(Throughput::Elements(CONTEXT as u64));
+    group.bench_function(format!("prefill of {CONTEXT} tokens"), |bencher| {
+        bencher.iter(|| {
+            cache.clear();
+            model.forward(&Batch::single(&prompt), None, Some(&mut cache), Rows::Last).unwrap()
+        });
+    });
+    let mut decode = || {
+        cache.truncate(0, CONTEXT);
+        let mut batch = Batch::new();
+        batch.push(&[1], CONTEXT, 0);
+        model.forward(&batch, None, Some(&mut cache), Rows::Last).unwrap()
+    };
+    // the weights that a step reads: tied, so the embedding is read once, as the head
+    group.throughput(Throughput::Bytes(model.config().num_bytes(DType::BF16) as u64));
+    group.bench_function(format!("decode after {CONTEXT} tokens"), |bencher| bencher.iter(&mut decode));
+    group.finish();
+
+    let pass = median(15, &mut decode);
+    let logits: Vec<f32> = decode().flatten_all().unwrap().to_vec1().unwrap();
+    println!("decode step: {:.2} ms; choosing a token from its logits:", pass * 1e3);
+    for (name, config) in strategies() {
+        let mut sampler = sampler(&config);
+        let choice = median(200, || sampler.sample(black_box(&logits)).unwrap());
+        println!("  {name}: {:.3} ms, {:.2} % of the step", choice * 1e3, choice / pass * 100.0);
+    }
+}
+
+/// The median time of a call, in seconds.
+fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
+    let mut times: Vec<f64> = (0..calls)
+        .map(|_| {
+            let start = Instant::now();
+            black_box(call());
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[calls / 2]
+}
+
 criterion_group! {
     name = benches;
-    config = Criterion::default().warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(20);
-    targets = sampling
+    config = Criterion::default().warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(10);
+    targets = sampling, forward
 }
 criterion_main!(benches);
