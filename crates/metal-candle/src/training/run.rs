@@ -137,6 +137,8 @@ impl<'a, T: Trained> Run<'a, T> {
         let step = match newest {
             Some(checkpoint) if self.options.resume => {
                 self.restore(&checkpoint, &checkpoints)?;
+                // the run may have been killed between writing a checkpoint and removing old ones
+                self.prune(&checkpoints)?;
                 Some(self.progress.step)
             }
             Some(checkpoint) => {
@@ -424,10 +426,13 @@ impl<'a, T: Trained> Run<'a, T> {
             self.live.save_files(folder)?;
             write_safetensors(folder.join(OPTIMIZER_FILE), &moments, &[])
         })?;
-        let best = self.progress.best.map(|(step, _)| step);
-        checkpoints.prune(self.options.kept_checkpoints, best)?;
+        self.prune(checkpoints)?;
         self.emit(&TrainingEvent::Checkpointed { step, path });
         Ok(())
+    }
+
+    fn prune(&self, checkpoints: &Checkpoints) -> Result<()> {
+        checkpoints.prune(self.options.kept_checkpoints, self.progress.best.map(|(step, _)| step))
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint, checkpoints: &Checkpoints) -> Result<()> {

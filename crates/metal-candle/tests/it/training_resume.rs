@@ -8,6 +8,8 @@ use metal_candle::{Error, Model};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// All files below a folder and their bytes.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -221,4 +223,47 @@ fn training_of_all_parameters_resumes_too() {
     }
     let name = "checkpoints/step-000012/model.safetensors";
     assert_eq!(files(whole.path())[name], files(parts.path())[name]);
+}
+
+/// Names the run folder of [`run_of_a_child`].
+const CHILD_FOLDER: &str = "METAL_CANDLE_TEST_RUN_FOLDER";
+
+#[test]
+#[ignore = "the process that a_process_killed_again_and_again_ends_with_the_same_bytes starts and kills"]
+fn run_of_a_child() {
+    let Some(folder) = std::env::var_os(CHILD_FOLDER) else { return };
+    let model = golden::model("models/untied");
+    trainer(&model, Path::new(&folder)).with_resume(true).train(&dataset(12, 97)).unwrap();
+}
+
+#[test]
+fn a_process_killed_again_and_again_ends_with_the_same_bytes() {
+    let model = golden::model("models/untied");
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    trainer(&model, whole.path()).train(&dataset(12, 97)).unwrap();
+    let mut num_kills = 0;
+    loop {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "training_resume::run_of_a_child", "--ignored", "--quiet"])
+            .env(CHILD_FOLDER, killed.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // longer each time, so that the run ends also where starting a process takes long
+        std::thread::sleep(Duration::from_millis(5 + 7 * num_kills));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            break;
+        }
+        // SIGKILL on Unix
+        child.kill().unwrap();
+        child.wait().unwrap();
+        num_kills += 1;
+    }
+    assert!(num_kills > 0);
+    let (expected, found) = (files(whole.path()), files(killed.path()));
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (name, bytes) in &found {
+        assert!(bytes == &expected[name], "{name} differs after {num_kills} kills");
+    }
 }
