@@ -1,5 +1,8 @@
 //! Choosing tokens one after the other: penalties, filters and draws in time linear in the vocabulary.
 
+// ranks and ties are those of equal numbers
+#![allow(clippy::float_cmp)]
+
 use super::sampling::SamplingConfig;
 use crate::data::Random;
 use crate::error::{Error, Result};

@@ -197,6 +197,7 @@ impl SamplingConfig {
     }
 
     /// Whether a penalty looks at the tokens so far.
+    #[allow(clippy::float_cmp)]
     pub(crate) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }

@@ -8,6 +8,7 @@ use metal_candle::inference::{
 use metal_candle::models::{Batch, Model, Rows};
 use metal_candle::ops::{LowRank, LowRankTerms};
 use metal_candle::{Device, Error, ModelConfig};
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -277,6 +278,28 @@ fn bad_requests_are_refused() {
     assert_eq!(name(vec![1], greedy(1).with_sampling(SamplingConfig::default().with_top_p(2.0))), "top_p");
     // more than any memory: the cache is not made for what may never come
     assert_eq!(generator.generate(vec![1], &greedy(usize::MAX).with_stop_id(0)).unwrap().finish.prompt_tokens, 1);
+}
+
+#[test]
+fn numbers_that_are_not_finite_end_it_and_leave_no_trace() {
+    let mut config = config();
+    config.tie_word_embeddings = false;
+    let whole = model_of(config.clone(), DType::F32);
+    let mut tensors: HashMap<String, Tensor> = whole.parameters().iter().cloned().collect();
+    let embedding = tensors.get_mut("model.embed_tokens.weight").unwrap();
+    let mut values: Vec<Vec<f32>> = embedding.to_vec2().unwrap();
+    values[5][0] = f32::NAN;
+    *embedding = Tensor::new(values, &candle_core::Device::Cpu).unwrap();
+    let mut generator = Generator::new(Model::from_tensors(config, tensors, Device::CPU).unwrap());
+    let without = |id| greedy(4).with_sampling(SamplingConfig::greedy().with_logit_bias(id, f32::NEG_INFINITY));
+    let mut pieces = generator.stream([1, 5, 7], &greedy(4)).unwrap();
+    let error = pieces.next().unwrap().unwrap_err();
+    assert_eq!(argument(&error), ("logits", "expected numbers, found NaN for token `0`"));
+    assert!(pieces.next().is_none());
+    let generation = generator.generate([1, 8, 7], &without(5)).unwrap();
+    assert_eq!(generation.finish.reused_tokens, 0);
+    let unharmed = Generator::new(whole).generate([1, 8, 7], &without(5)).unwrap();
+    assert_eq!(generation.tokens, unharmed.tokens);
 }
 
 /// Everything of a piece but what depends on the clock.
