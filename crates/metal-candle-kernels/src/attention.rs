@@ -260,7 +260,7 @@ fn accumulate_row_body<A: Arithmetic>(
     }
     *total = A::mul_add(*total, correction, seen.iter().sum::<f32>());
     *maximum = largest;
-    if correction != 1.0 {
+    if correction < 1.0 {
         for v in products {
             *v *= correction;
         }

@@ -4,6 +4,9 @@
 //! taken at run time ([`isa`]). Work is shared out in pieces whose size depends on the problem alone, so results do
 //! not depend on the number of threads. All `unsafe` code of the workspace lives in this crate.
 
+// kernels must be inlined into the function compiled for the instruction set, or they are compiled for the baseline
+#![allow(clippy::inline_always)]
+
 mod attention;
 mod cross_entropy;
 mod elementwise;

@@ -154,6 +154,7 @@ pub(crate) fn max(values: &[f32]) -> f32 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::isa::{Fused, Separate};

@@ -1,6 +1,6 @@
 //! The one error type of the library, sorted by what a caller can do about it.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 /// What the library returns.
@@ -133,10 +133,10 @@ const MAX_LISTED: usize = 20;
 fn list<T: fmt::Display>(problems: &[T]) -> String {
     let mut text = String::new();
     for problem in problems.iter().take(MAX_LISTED) {
-        text.push_str(&format!("\n  {problem}"));
+        let _ = write!(text, "\n  {problem}");
     }
     if problems.len() > MAX_LISTED {
-        text.push_str(&format!("\n  and {} more", problems.len() - MAX_LISTED));
+        let _ = write!(text, "\n  and {} more", problems.len() - MAX_LISTED);
     }
     text
 }

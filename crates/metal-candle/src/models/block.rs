@@ -168,7 +168,7 @@ impl Block {
         let through_gate = self.through(GATE, &normed, context, &d_gate, wanted, true, gradients)?;
         let through_up = self.through(UP, &normed, context, &d_up, wanted, true, gradients)?;
         let d_normed = sum([through_gate, through_up])?;
-        let (d_middle, weight) = self.norm_backward(&self.post_attention_layernorm, &middle, d_normed, dy, wanted)?;
+        let (d_middle, weight) = Self::norm_backward(&self.post_attention_layernorm, &middle, d_normed, dy, wanted)?;
         gradients.post_attention_layernorm = weight;
 
         let d_attention = self.through(O, &attention.out, context, &d_middle, wanted, true, gradients)?;
@@ -185,7 +185,7 @@ impl Block {
             return Ok(None);
         }
         let d_normed = sum([sum([through_q, through_k])?, through_v])?;
-        let (dx, weight) = self.norm_backward(&self.input_layernorm, &x, d_normed, d_middle, wanted)?;
+        let (dx, weight) = Self::norm_backward(&self.input_layernorm, &x, d_normed, d_middle, wanted)?;
         gradients.input_layernorm = weight;
         Ok(Some(dx))
     }
@@ -211,7 +211,6 @@ impl Block {
     }
 
     fn norm_backward(
-        &self,
         norm: &RmsNorm,
         x: &Tensor,
         d_normed: Option<Tensor>,

@@ -20,7 +20,7 @@ impl Model {
             let count = shape.iter().product();
             let values = if name.contains("norm") {
                 vec![1.0; count]
-            } else if name.ends_with(".bias") {
+            } else if name.rsplit('.').next() == Some("bias") {
                 vec![0.0; count]
             } else {
                 normal(mix(seed ^ mix(number as u64)), config.initializer_range, count)
@@ -50,7 +50,7 @@ fn normal(seed: u64, deviation: f64, count: usize) -> Vec<f32> {
     values
 }
 
-/// The output function of SplitMix64 (<https://doi.org/10.1145/2660193.2660195>, figure 17).
+/// The output function of `SplitMix64` (<https://doi.org/10.1145/2660193.2660195>, figure 17).
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
