@@ -55,9 +55,10 @@ impl ModelSource {
     /// The dtype of its weights, if they can be read.
     pub(crate) fn dtype(&self) -> Option<DType> {
         let is_weights = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "safetensors");
-        let mut files: Vec<PathBuf> = match self.path.is_file() && is_weights(&self.path) {
-            true => vec![self.path.clone()],
-            false => std::fs::read_dir(self.folder()).ok()?.flatten().map(|entry| entry.path()).collect(),
+        let mut files: Vec<PathBuf> = if self.path.is_file() && is_weights(&self.path) {
+            vec![self.path.clone()]
+        } else {
+            std::fs::read_dir(self.folder()).ok()?.flatten().map(|entry| entry.path()).collect()
         };
         files.retain(is_weights);
         files.sort();

@@ -1,18 +1,60 @@
-//! The built-in model and its sample data.
+//! The built-in model and its sample data, which the program carries with it.
 
-use crate::output::UserError;
 use anyhow::Result;
+use metal_candle::models::write_atomically;
 use std::path::{Path, PathBuf};
 
-/// The folder of the built-in model.
+macro_rules! embedded {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_bytes!(concat!("../../../assets/nano/", $name)).as_slice())),*]
+    };
+}
+
+static FILES: [(&str, &[u8]); 8] = embedded![
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "data/train.jsonl",
+    "data/valid.jsonl",
+    "data/test.jsonl",
+];
+
+/// The folder of the built-in model; it is made when it is not there, or not as it was made.
 pub(crate) fn folder() -> Result<PathBuf> {
-    let start = std::env::current_dir().unwrap_or_default();
-    let found =
-        start.ancestors().map(|folder| folder.join("assets/nano")).find(|folder| folder.join("config.json").exists());
-    found.ok_or_else(|| UserError::new("there is no `assets/nano` in this folder or those above it").into())
+    let sum = FILES.iter().fold(0, |sum, (_, bytes)| crc32c::crc32c_append(sum, bytes));
+    let name = format!("nano-{sum:08x}");
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .filter(|folder| !folder.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| Some(std::env::home_dir()?.join(".cache")));
+    if let Some(folder) = cache.map(|cache| cache.join("metal-candle").join(&name))
+        && unpack(&folder).is_ok()
+    {
+        return Ok(folder);
+    }
+    // a home that cannot be written to
+    let folder = std::env::temp_dir().join("metal-candle").join(name);
+    unpack(&folder)?;
+    Ok(folder)
 }
 
 /// The folder of its sample data.
 pub(crate) fn data() -> Result<PathBuf> {
-    Ok(folder()?.join(Path::new("data")))
+    Ok(folder()?.join("data"))
+}
+
+fn unpack(folder: &Path) -> metal_candle::Result<()> {
+    for (name, bytes) in FILES {
+        let path = folder.join(name);
+        if std::fs::read(&path).is_ok_and(|found| found == bytes) {
+            continue;
+        }
+        let parent = path.parent().unwrap_or(folder);
+        std::fs::create_dir_all(parent)
+            .map_err(|source| metal_candle::Error::Write { path: parent.to_path_buf(), source })?;
+        write_atomically(&path, |file| file.write_all(bytes))?;
+    }
+    Ok(())
 }

@@ -46,7 +46,7 @@ impl Output {
     }
 
     /// A message to whoever watches.
-    pub(crate) fn note(&self, message: impl fmt::Display) {
+    pub(crate) fn note(self, message: impl fmt::Display) {
         if !self.quiet {
             // standard error may be closed; there is nobody to tell then
             let _ = writeln!(std::io::stderr().lock(), "{message}");
@@ -71,7 +71,7 @@ impl Output {
     }
 
     /// A bar of `length` steps where standard error is a terminal, lines of progress otherwise.
-    pub(crate) fn progress(&self, length: u64, label: &str, style: Unit) -> Progress {
+    pub(crate) fn progress(self, length: u64, label: &str, style: Unit) -> Progress {
         let bar = if self.terminal && !self.quiet {
             let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
             if let Ok(template) = ProgressStyle::with_template(style.template()) {
@@ -85,7 +85,7 @@ impl Output {
         };
         Progress {
             bar,
-            output: *self,
+            output: self,
             unit: style,
             label: label.to_owned(),
             length,
@@ -114,8 +114,9 @@ impl Unit {
     }
 }
 
-/// Seconds between two lines of progress.
+/// Time between two lines of progress, at first and at most; in between it is a tenth of the time so far.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
+const LONGEST_LINE_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Progress of something long.
 #[derive(Debug)]
@@ -128,7 +129,7 @@ pub(crate) struct Progress {
     /// Where it began, and when.
     first: u64,
     started: Instant,
-    last_line: Option<Instant>,
+    last_line: Option<(Instant, u64)>,
 }
 
 impl Progress {
@@ -150,20 +151,24 @@ impl Progress {
             return;
         }
         let now = Instant::now();
-        if position < self.length && self.last_line.is_some_and(|last| now - last < LINE_INTERVAL) {
+        let interval = (self.started.elapsed() / 10).clamp(LINE_INTERVAL, LONGEST_LINE_INTERVAL);
+        let is_due = self
+            .last_line
+            .is_none_or(|(last, shown)| now - last >= interval || (position == self.length && shown != position));
+        if !is_due {
             return;
         }
-        self.last_line = Some(now);
+        self.last_line = Some((now, position));
         let elapsed = self.started.elapsed().as_secs_f64();
         let done = position.saturating_sub(self.first) as f64;
         let left = elapsed / done * self.length.saturating_sub(position) as f64;
         let left = if left.is_finite() { format!("  {} left", duration(left)) } else { String::new() };
-        match self.unit {
-            Unit::Steps => self.output.note(format_args!("{} {position}/{}  {message}{left}", self.label, self.length)),
-            Unit::Bytes => {
-                self.output.note(format_args!("{} {}/{}{left}", self.label, bytes(position), bytes(self.length)))
-            }
-        }
+        let (position, length) = match self.unit {
+            Unit::Steps => (position.to_string(), self.length.to_string()),
+            Unit::Bytes => (bytes(position), bytes(self.length)),
+        };
+        let message = if message.is_empty() { String::new() } else { format!("  {message}") };
+        self.output.note(format_args!("{} {position}/{length}{message}{left}", self.label));
     }
 
     /// Takes the bar away.

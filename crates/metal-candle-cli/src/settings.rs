@@ -91,8 +91,8 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Adapter")]
     pub(crate) dropout: Option<f64>,
 
-    /// Layers to extend, separated by commas: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
-    /// or all-linear [default: all-linear].
+    /// Layers to extend, separated by commas: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
+    /// `down_proj`, or `all-linear` [default: all-linear].
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) target_modules: Option<Vec<String>>,
 
@@ -269,7 +269,7 @@ impl TrainSettings {
         if matches!(self.schedule, Some(Schedule::Linear | Schedule::WarmupCosine)) {
             self.warmup_steps.get_or_insert(total_steps / 20);
         }
-        let interval = *self.eval_interval.get_or_insert((total_steps / 10).max(1));
+        let interval = *self.eval_interval.get_or_insert(total_steps.div_ceil(10).max(1));
         self.save_interval.get_or_insert(interval.max(1));
     }
 

@@ -1,4 +1,4 @@
-//! TensorBoard event files: TFRecord frames around hand-encoded `Event` messages that hold scalars.
+//! TensorBoard event files: `TFRecord` frames around hand-encoded `Event` messages that hold scalars.
 //!
 //! A frame is the payload's length (u64), its masked CRC-32C, the payload and its masked CRC-32C, all
 //! little-endian. Of the protocol buffer only the fields of a scalar are written: `wall_time` (1), `step` (2),
@@ -69,7 +69,7 @@ impl EventWriter {
     }
 }
 
-/// CRC-32C, rotated and shifted as TFRecord wants it.
+/// CRC-32C, rotated and shifted as `TFRecord` wants it.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }

@@ -66,7 +66,7 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
 fn describe(text: &mut String, file: &FileReport) -> std::fmt::Result {
     writeln!(text, "{}", file.path.display())?;
     let schemas: Vec<String> =
-        file.schemas.iter().map(|(schema, count)| format!("{} {}", grouped(*count as u64), name(schema))).collect();
+        file.schemas.iter().map(|(schema, count)| format!("{} {}", grouped(*count as u64), name(*schema))).collect();
     writeln!(text, "rows            {} ({})", grouped(file.rows as u64), schemas.join(", "))?;
     writeln!(
         text,
@@ -117,7 +117,7 @@ fn percent(part: usize, whole: usize) -> String {
 }
 
 /// The name of a schema as JSON has it.
-fn name(schema: &metal_candle::data::Schema) -> String {
+fn name(schema: metal_candle::data::Schema) -> String {
     json!(schema).as_str().unwrap_or_default().to_owned()
 }
 
@@ -129,7 +129,11 @@ fn shown(sample: &metal_candle::data::Sample, tokenizer: &Tokenizer, coloured: b
         // a row may hold control characters, which are not for the terminal
         let plain: String =
             span.text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect();
-        text += &if span.trained { format!("{begin}{plain}{end}") } else { plain };
+        if span.trained {
+            text.extend([begin, &plain, end]);
+        } else {
+            text.push_str(&plain);
+        }
     }
     Ok(text)
 }

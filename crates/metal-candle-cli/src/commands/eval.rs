@@ -5,6 +5,7 @@ use crate::model_source::{Loaded, NANO};
 use crate::output::{Output, UserError, grouped};
 use anyhow::Result;
 use metal_candle::Error;
+use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Sample, Tokenizer};
 use metal_candle::training::{bits_per_byte, evaluate};
 use serde_json::json;
@@ -35,18 +36,19 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         let message = format!("expected at least 2, found {max_tokens}");
         return Err(Error::Argument { name: "max_tokens_per_sample".into(), message }.into());
     }
-    let dataset = if is_rows(&file) {
+    let (dataset, num_bytes) = if is_rows(&file) {
         let options = DatasetOptions { max_tokens: Some(max_tokens), ..DatasetOptions::default() };
-        Dataset::from_file(&file, &tokenizer, &options)?
+        let dataset = Dataset::from_file(&file, &tokenizer, &options)?;
+        let num_bytes = trained_bytes(&dataset, &tokenizer)?;
+        (dataset, num_bytes)
     } else {
         let text = std::fs::read_to_string(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
-        Dataset::from_samples(windows(&text, &tokenizer, max_tokens)?)
+        (Dataset::from_samples(windows(&text, &tokenizer, max_tokens)?), text.len())
     };
     if dataset.is_empty() {
         return Err(Error::Format { path: file, message: "there is nothing to measure in it".into() }.into());
     }
-    let num_bytes = trained_bytes(&dataset, &tokenizer)?;
-    let terms = loaded.adapter.as_ref().map(|adapter| adapter.terms()).transpose()?;
+    let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
     let evaluation = evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?;
     let bits = bits_per_byte(evaluation.total_loss, num_bytes.max(1));
     if output.json {

@@ -31,15 +31,12 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
     let (resumed, settings) = settings(flags)?;
     let prepared = start::prepare(settings, output)?;
-    let report = match prepared.adapter.clone() {
-        Some(adapter) => {
-            let trainer = Trainer::new(adapter, prepared.training_config())?;
-            execute(trainer, prepared, resumed, output)?
-        }
-        None => {
-            let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
-            execute(trainer, prepared, resumed, output)?
-        }
+    let report = if let Some(adapter) = prepared.adapter.clone() {
+        let trainer = Trainer::new(adapter, prepared.training_config())?;
+        execute(trainer, prepared, resumed, output)?
+    } else {
+        let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
+        execute(trainer, prepared, resumed, output)?
     };
     report.print(output, started.elapsed().as_secs_f64())
 }
@@ -128,6 +125,7 @@ fn execute<T: Kept>(
     let total_steps = trainer.total_steps(&prepared.data.train)?;
     prepared.settings.complete_for(total_steps);
     let trainer = trainer.with_lr_scheduler(prepared.settings.scheduler(total_steps));
+    let rows = report::rows(&prepared.data);
     let interval = prepared.settings.eval_interval.unwrap_or(0);
     let trainer = match prepared.data.valid.take() {
         Some(valid) if !valid.is_empty() => trainer.with_evaluation(valid, interval),
@@ -146,7 +144,7 @@ fn execute<T: Kept>(
     };
     prepared.settings.output = None;
     run.write_settings(&prepared.settings)?;
-    report::summary(&prepared, &run, total_steps, output);
+    report::summary(&prepared, &rows, &run, total_steps, output);
 
     let questions = prepared.questions();
     let to_show = prepared.to_show();
@@ -192,7 +190,7 @@ fn execute<T: Kept>(
         num_questions: questions.len(),
         before: written_before,
         after: written_after,
-        example: to_show.map(|question| question.prompt_text(&prepared.tokenizer)).transpose()?,
+        example: to_show.and_then(|question| question.asked()),
     })
 }
 

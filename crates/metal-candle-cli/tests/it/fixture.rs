@@ -71,7 +71,10 @@ impl Fixture {
         for name in ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "NO_COLOR"] {
             command.env_remove(name);
         }
-        command.env("HF_HOME", self.path("hub")).env("RAYON_NUM_THREADS", "2");
+        command
+            .env("HF_HOME", self.path("hub"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("RAYON_NUM_THREADS", "2");
         command
     }
 

@@ -46,6 +46,14 @@ fn a_hub_name_is_downloaded_once_and_used_like_a_folder() {
     assert_eq!(ran.stdout, from_folder.stdout);
     assert_eq!(server.requests().len(), asked);
 
+    // a model without weights is named as such
+    server.behaviour.lock().unwrap().files.remove("model.safetensors");
+    let fresh = fixture.path("fresh").display().to_string();
+    let ran = run(&fixture, &server, words, &[("HF_TOKEN", "secret"), ("HF_HUB_CACHE", &fresh)]);
+    assert!(ran.stderr.contains("neither `model.safetensors` nor"), "{}", ran.stderr);
+    let weights = fixture.read("model/model.safetensors");
+    server.behaviour.lock().unwrap().files.insert("model.safetensors".into(), weights);
+
     let ran = run(&fixture, &server, "info --model org/other", &[("HF_TOKEN", "secret")]);
     assert_eq!(ran.code, 1);
     assert!(ran.stderr.contains("there is no model `org/other`"), "{}", ran.stderr);

@@ -11,6 +11,7 @@ mod hub;
 #[cfg(unix)]
 mod interrupted;
 mod models;
+mod nano;
 #[cfg(feature = "hub")]
 #[path = "../../../metal-candle/tests/it/stand_in_hub.rs"]
 mod stand_in_hub;

@@ -180,7 +180,7 @@ fn parse<T: std::str::FromStr>(name: &str, value: &str) -> Result<T> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::{Conversation, Reply};
     use metal_candle::inference::GenerationConfig;

@@ -1,8 +1,10 @@
 //! What the model writes before and after training, compared with what it should write.
 
 use anyhow::Result;
-use metal_candle::data::{Dataset, Sample, Tokenizer};
+use metal_candle::data::{Dataset, Message, Sample, Source, Tokenizer};
 use metal_candle::inference::{GenerationConfig, Generator};
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
 
 /// Longest answer that is written for a sample, in tokens.
 const MAX_SAMPLE_TOKENS: usize = 64;
@@ -12,6 +14,7 @@ const MAX_SAMPLE_TOKENS: usize = 64;
 pub(super) struct Question {
     prompt: Vec<u32>,
     answer: Vec<u32>,
+    source: Option<Source>,
 }
 
 /// What came of a [`Question`].
@@ -26,7 +29,11 @@ impl Question {
     pub(super) fn of(sample: &Sample) -> Option<Self> {
         let end = sample.trained.iter().rposition(|&trained| trained)? + 1;
         let start = sample.trained[..end].iter().rposition(|&trained| !trained)? + 1;
-        (start > 1).then(|| Self { prompt: sample.ids[..start].to_vec(), answer: sample.ids[start..end].to_vec() })
+        (start > 1).then(|| Self {
+            prompt: sample.ids[..start].to_vec(),
+            answer: sample.ids[start..end].to_vec(),
+            source: sample.source.clone(),
+        })
     }
 
     /// The first `count` questions of a dataset.
@@ -39,13 +46,27 @@ impl Question {
         dataset.samples.iter().find_map(Self::of).or_else(|| {
             let ids = &dataset.samples.iter().find(|sample| sample.ids.len() >= 4)?.ids;
             let (prompt, answer) = ids.split_at((ids.len() / 2).min(MAX_SAMPLE_TOKENS));
-            Some(Self { prompt: prompt.to_vec(), answer: answer.to_vec() })
+            Some(Self { prompt: prompt.to_vec(), answer: answer.to_vec(), source: None })
         })
     }
 
-    /// The prompt as text, without special tokens.
+    /// What was asked, as it stands in the file.
+    pub(super) fn asked(&self) -> Option<String> {
+        let Source { path, line } = self.source.as_ref()?;
+        let file = std::fs::File::open(path.as_path()).ok()?;
+        let row = BufReader::new(file).lines().nth(line.checked_sub(1)?)?.ok()?;
+        let row: Value = serde_json::from_str(row.trim_start_matches('\u{feff}')).ok()?;
+        if let Some(prompt) = row["prompt"].as_str() {
+            return Some(prompt.to_owned());
+        }
+        let messages: Vec<Message> = serde_json::from_value(row.get("messages")?.clone()).ok()?;
+        let asked = messages.iter().rfind(|message| message.role() == "user")?;
+        Some(asked.text())
+    }
+
+    /// What was asked, or else the whole prompt, without special tokens.
     pub(super) fn prompt_text(&self, tokenizer: &Tokenizer) -> metal_candle::Result<String> {
-        tokenizer.decode(&self.prompt, true)
+        self.asked().map_or_else(|| tokenizer.decode(&self.prompt, true), Ok)
     }
 
     /// The wanted answer as text, without special tokens.
@@ -94,7 +115,7 @@ mod tests {
     #[test]
     fn the_last_trained_turn_is_the_answer() {
         let question = Question::of(&sample(&[1, 2, 3, 4, 5, 6, 7], &[0, 0, 1, 0, 1, 1, 0]));
-        assert_eq!(question, Some(Question { prompt: vec![1, 2, 3, 4], answer: vec![5, 6] }));
+        assert_eq!(question, Some(Question { prompt: vec![1, 2, 3, 4], answer: vec![5, 6], source: None }));
         assert_eq!(Question::of(&sample(&[1, 2, 3], &[0, 1, 1])), None);
         assert_eq!(Question::of(&sample(&[1, 2, 3], &[1, 1, 1])), None);
         assert_eq!(Question::of(&sample(&[1, 2, 3], &[0, 0, 0])), None);

@@ -6,7 +6,7 @@ use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
 use crate::run_folder::RunFolder;
 use anyhow::Result;
-use metal_candle::data::{Dataset, Tokenizer};
+use metal_candle::data::{Dataset, Datasets, Tokenizer};
 use metal_candle::training::{StopReason, TrainingMetrics};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -40,9 +40,20 @@ pub(super) struct Report {
     pub(super) example: Option<String>,
 }
 
+/// How many rows there are for what.
+pub(super) fn rows(data: &Datasets) -> String {
+    let tokens: usize = data.train.lengths().iter().sum();
+    let count = |dataset: &Dataset| grouped(dataset.len() as u64);
+    let mut parts = vec![format!("{} rows ({} tokens) to train on", count(&data.train), grouped(tokens as u64))];
+    for (dataset, purpose) in [(&data.valid, "held out"), (&data.test, "to test")] {
+        parts.extend(dataset.as_ref().map(|dataset| format!("{} {purpose}", count(dataset))));
+    }
+    parts.join(", ")
+}
+
 /// Model, adapter and data, before the run.
-pub(super) fn summary(prepared: &Prepared, run: &RunFolder, total_steps: usize, output: Output) {
-    let Prepared { settings, source, model, adapter, data, .. } = prepared;
+pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_steps: usize, output: Output) {
+    let Prepared { settings, source, model, adapter, .. } = prepared;
     let config = model.config();
     output.note(format_args!(
         "model    {} ({} blocks, hidden {}, {} parameters, {}, on {})",
@@ -70,12 +81,7 @@ pub(super) fn summary(prepared: &Prepared, run: &RunFolder, total_steps: usize, 
         }
         None => output.note("adapter  none: all weights are trained"),
     }
-    let rows = |dataset: &Dataset| {
-        let tokens: usize = dataset.samples.iter().map(|sample| sample.ids.len()).sum();
-        format!("{} rows ({} tokens)", grouped(dataset.len() as u64), grouped(tokens as u64))
-    };
-    // the rows held out are with the trainer by now
-    output.note(format_args!("data     {}: {} to train on", prepared.data_name, rows(&data.train)));
+    output.note(format_args!("data     {}: {rows}", prepared.data_name));
     output.note(format_args!(
         "run      {}: {} steps of up to {} tokens, learning rate {:e}",
         run.path().display(),
