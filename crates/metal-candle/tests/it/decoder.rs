@@ -243,7 +243,8 @@ pub fn terms(model: &Model, folder: &str) -> LowRankTerms {
         let alpha = config["lora_alpha"].as_f64().unwrap();
         let rank = a.dim(0).unwrap() as f64;
         let rank = if config["use_rslora"].as_bool() == Some(true) { rank.sqrt() } else { rank };
-        terms.insert(number, LowRank { a: a.clone(), b: b.clone(), scale: (alpha / rank) as f32, dropout: 0.0 });
+        let [a, b] = [a, b].map(|tensor| tensor.to_device(&model.device().candle()).unwrap());
+        terms.insert(number, LowRank { a, b, scale: (alpha / rank) as f32, dropout: 0.0 });
     }
     terms
 }
