@@ -140,9 +140,15 @@ impl<'a> LoRAAdapterBuilder<'a> {
             let target = self.config.target_modules.iter().copied().find(|target| target.name() == linear.module);
             let in_layers = self.layers.as_ref().is_none_or(|layers| layers.contains(&linear.layer));
             if let (Some(target), true) = (target, in_layers) {
+                let rank = last_of(&self.ranks, target).unwrap_or(self.config.rank);
+                let widest = linear.in_features.max(linear.out_features).max(MAX_RANK);
+                if rank > widest {
+                    let message = format!("expected at most {widest} for `{}`, found {rank}", linear.path);
+                    return Err(Error::argument("rank", message));
+                }
                 planned.push(Planned {
                     number,
-                    rank: last_of(&self.ranks, target).unwrap_or(self.config.rank),
+                    rank,
                     alpha: last_of(&self.alphas, target).unwrap_or(self.config.alpha),
                 });
             }
@@ -166,6 +172,9 @@ impl<'a> LoRAAdapterBuilder<'a> {
         LoRAAdapter::from_values(self.model, layout, values)
     }
 }
+
+/// A rank above this and above both widths of a layer is a mistake: it would only cost memory.
+const MAX_RANK: usize = 1024;
 
 fn last_of<T: Copy>(values: &[(TargetModule, T)], target: TargetModule) -> Option<T> {
     values.iter().rev().find(|(module, _)| *module == target).map(|(_, value)| *value)

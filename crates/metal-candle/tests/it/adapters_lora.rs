@@ -99,6 +99,7 @@ fn settings_out_of_range_are_refused() {
         other => panic!("{other:?}"),
     };
     assert_eq!(name(LoRAAdapter::builder(&model).with_rank(0).build()), "rank");
+    assert_eq!(name(LoRAAdapter::builder(&model).with_rank(1025).build()), "rank");
     assert_eq!(name(LoRAAdapter::builder(&model).with_rank(usize::MAX / 8).build()), "rank");
     assert_eq!(name(LoRAAdapter::builder(&model).with_alpha(f64::NAN).build()), "alpha");
     assert_eq!(name(LoRAAdapter::builder(&model).with_dropout(1.0).build()), "dropout");
