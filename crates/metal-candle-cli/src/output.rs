@@ -108,8 +108,8 @@ pub(crate) enum Unit {
 impl Unit {
     fn template(self) -> &'static str {
         match self {
-            Self::Steps => "{prefix} {bar:28} {pos}/{len}  {msg}  {eta} left",
-            Self::Bytes => "{prefix} {bar:28} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
+            Self::Steps => "{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left",
+            Self::Bytes => "{prefix} {wide_bar} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::output::UserError;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use metal_candle::ModelConfig;
-use metal_candle::training::LRScheduler;
+use metal_candle::training::{AdamWConfig, LRScheduler};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
@@ -112,7 +112,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) epochs: Option<usize>,
 
-    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano].
+    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 1e-2 for nano].
     #[arg(long, help_heading = "Training")]
     pub(crate) learning_rate: Option<f64>,
 
@@ -131,6 +131,18 @@ pub(crate) struct TrainSettings {
     /// Weight decay of AdamW [default: 0.01].
     #[arg(long, help_heading = "Training")]
     pub(crate) weight_decay: Option<f64>,
+
+    /// Decay rate of AdamW's mean of the gradients [default: 0.9].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) beta1: Option<f64>,
+
+    /// Decay rate of AdamW's mean of the squared gradients [default: 0.999].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) beta2: Option<f64>,
+
+    /// Added to the square root of the latter [default: 1e-8].
+    #[arg(long, help_heading = "Training")]
+    pub(crate) eps: Option<f64>,
 
     /// Largest norm of all gradients together; 0 for no limit [default: 1].
     #[arg(long, help_heading = "Training")]
@@ -247,13 +259,17 @@ impl TrainSettings {
         let learning_rate = *self.learning_rate.get_or_insert(match (from_scratch, full, is_nano) {
             (true, _, _) => 1e-3,
             (_, true, _) => 2e-5,
-            (_, _, true) => 3e-3,
+            (_, _, true) => 1e-2,
             _ => 2e-4,
         });
         if *self.schedule.get_or_insert(Schedule::WarmupCosine) != Schedule::Constant {
             self.min_learning_rate.get_or_insert(learning_rate / 10.0);
         }
-        self.weight_decay.get_or_insert(0.01);
+        let adamw = AdamWConfig::default();
+        self.weight_decay.get_or_insert(adamw.weight_decay);
+        self.beta1.get_or_insert(adamw.beta1);
+        self.beta2.get_or_insert(adamw.beta2);
+        self.eps.get_or_insert(adamw.eps);
         self.max_grad_norm.get_or_insert(1.0);
         self.batch_tokens.get_or_insert(2048);
         self.gradient_accumulation_steps.get_or_insert(1);

@@ -71,9 +71,9 @@ impl Conversation {
         }
     }
 
-    /// A line that was typed: a command if it begins with `/`, else a question.
+    /// A line that was typed: a command if it begins with `/` and a letter, else a question (`// a comment` is one).
     pub(super) fn line(&mut self, line: &str) -> Result<Reply> {
-        let Some(command) = line.strip_prefix('/') else {
+        let Some(command) = line.strip_prefix('/').filter(|rest| rest.starts_with(char::is_alphabetic)) else {
             self.turns.push(Message::user(line));
             return Ok(Reply::Answer);
         };
@@ -194,6 +194,8 @@ mod tests {
         let mut chat = Conversation::new(Some("be brief".into()), GenerationConfig::default());
         assert!(chat.line("/retry").is_err());
         assert_eq!(chat.line("hello /help").unwrap(), Reply::Answer);
+        chat.take_back();
+        assert_eq!(chat.line("/// Adds two numbers.").unwrap(), Reply::Answer);
         chat.answered("hi".into());
         assert_eq!(roles(&chat), ["system", "user", "assistant"]);
         let seed = chat.config().sampling.seed.unwrap_or(0);

@@ -91,13 +91,15 @@ fn adapter(settings: &TrainSettings, model: &Model, name: &str) -> Result<LoRAAd
 impl Prepared {
     /// What the trainer is made with; the schedule comes when the number of steps is known.
     pub(super) fn training_config(&self) -> TrainingConfig {
-        let settings = &self.settings;
+        let (settings, adamw) = (&self.settings, AdamWConfig::default());
         TrainingConfig {
             num_epochs: settings.epochs.unwrap_or(1),
             lr_scheduler: LRScheduler::constant(settings.learning_rate.unwrap_or(0.0)),
             optimizer_config: AdamWConfig {
-                weight_decay: settings.weight_decay.unwrap_or(0.0),
-                ..AdamWConfig::default()
+                beta1: settings.beta1.unwrap_or(adamw.beta1),
+                beta2: settings.beta2.unwrap_or(adamw.beta2),
+                eps: settings.eps.unwrap_or(adamw.eps),
+                weight_decay: settings.weight_decay.unwrap_or(adamw.weight_decay),
             },
             max_grad_norm: settings.max_grad_norm.filter(|norm| *norm != 0.0),
         }
