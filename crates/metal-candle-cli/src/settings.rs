@@ -112,7 +112,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) epochs: Option<usize>,
 
-    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 1e-2 for nano].
+    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano].
     #[arg(long, help_heading = "Training")]
     pub(crate) learning_rate: Option<f64>,
 
@@ -259,7 +259,7 @@ impl TrainSettings {
         let learning_rate = *self.learning_rate.get_or_insert(match (from_scratch, full, is_nano) {
             (true, _, _) => 1e-3,
             (_, true, _) => 2e-5,
-            (_, _, true) => 1e-2,
+            (_, _, true) => 3e-3,
             _ => 2e-4,
         });
         if *self.schedule.get_or_insert(Schedule::WarmupCosine) != Schedule::Constant {
