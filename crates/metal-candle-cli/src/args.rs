@@ -1,11 +1,13 @@
 //! The commands and their flags.
 
 use crate::settings::TrainSettings;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use metal_candle::Device;
 use serde::{Deserialize, Serialize};
+use std::any::TypeId;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Fine-tune, run and inspect language models on Metal, CUDA or a plain CPU.
 #[derive(Debug, Parser)]
@@ -58,14 +60,14 @@ metrics.jsonl, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkp
 Examples:
   metal-candle generate --prompt \"Returns the length of the string.\"
   metal-candle generate --adapter runs/001 --prompt \"Opens a file.\" --temperature 0.7 --seed 1
-  metal-candle generate --model ./model --raw --prompt \"fn main() {\" --max-tokens 64 --stop \"\\n}\"
+  metal-candle generate --model ./model --raw --prompt \"fn main() {\" --max-tokens 64 --stop $'\\n}'
   git diff | metal-candle generate --model ./model --prompt - --json")]
     Generate(GenerateArguments),
 
     /// Talk with a model over several turns.
     #[command(after_help = "\
 Inside the conversation /help lists the commands. Input that is not a terminal is read line by line,
-each line a turn.
+each line a turn. With --json each turn prints one JSON object, on one line.
 
 Examples:
   metal-candle chat --model Qwen/Qwen2.5-Coder-0.5B-Instruct
@@ -113,6 +115,38 @@ Example:
         /// The shell.
         shell: Shell,
     },
+}
+
+/// The command with parsers of numbers that take a minus and say which numbers are expected.
+pub(crate) fn with_number_parsers(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|argument| {
+            let kind = argument.get_value_parser().type_id();
+            let argument = if kind == TypeId::of::<usize>() {
+                argument.value_parser(whole_number::<usize>)
+            } else if kind == TypeId::of::<u32>() {
+                argument.value_parser(whole_number::<u32>)
+            } else {
+                argument
+            };
+            let takes_one = matches!(argument.get_action(), ArgAction::Set | ArgAction::Append);
+            let negative = takes_one && argument.get_num_args().is_none();
+            argument.allow_negative_numbers(negative)
+        })
+        .mut_subcommands(with_number_parsers)
+}
+
+fn whole_number<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| {
+        let most = 8 * size_of::<T>();
+        format!("expected a whole number from 0 to 2^{most} - 1")
+    })
+}
+
+/// A seed that a run's settings can hold: TOML has no larger numbers.
+pub(crate) fn train_seed(text: &str) -> Result<u64, String> {
+    let seed = text.parse().ok().filter(|&seed: &u64| i64::try_from(seed).is_ok());
+    seed.ok_or_else(|| format!("expected a whole number from 0 to {}", i64::MAX))
 }
 
 /// The type of weights.
@@ -200,7 +234,7 @@ pub(crate) struct SamplingArguments {
     pub(crate) max_tokens: usize,
 
     /// Randomness: 0 always takes the likeliest token [default: the model's, else 0].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) temperature: Option<f64>,
 
     /// Choose among this many likeliest tokens; 0 for all [default: the model's, else 0].
@@ -208,27 +242,27 @@ pub(crate) struct SamplingArguments {
     pub(crate) top_k: Option<usize>,
 
     /// Choose among the likeliest tokens that together have this probability [default: the model's, else 1].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) top_p: Option<f64>,
 
     /// Leave out tokens less likely than this share of the likeliest one's probability [default: 0].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) min_p: Option<f64>,
 
     /// Divide the logits of tokens that already occurred by this; 1 changes nothing [default: the model's, else 1].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) repetition_penalty: Option<f64>,
 
     /// Subtract this from the logits of tokens already written [default: 0].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) presence_penalty: Option<f64>,
 
     /// Subtract this times their count from the logits of tokens already written [default: 0].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub(crate) frequency_penalty: Option<f64>,
 
     /// Seed of the random choices; the same seed writes the same text.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole_number::<u64>)]
     pub(crate) seed: u64,
 
     /// End before this text; may be given more than once.

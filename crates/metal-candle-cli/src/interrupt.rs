@@ -1,19 +1,43 @@
 //! Ctrl-C: the first one asks for an end, the second one ends the program.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// What is done before Ctrl-C ends the program at once.
+static LAST_WORDS: Mutex<Option<Box<dyn Fn() + Send>>> = Mutex::new(None);
+
+static HANDLER: Once = Once::new();
 
 /// Exit code of a program that Ctrl-C ended.
 const INTERRUPTED: i32 = 130;
 
+/// From now on Ctrl-C calls `last_words` and ends the program as one that is done.
+pub(crate) fn end_with(last_words: impl Fn() + Send + 'static) {
+    *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last_words));
+    handle();
+}
+
 /// From now on Ctrl-C is noted instead of ending the program.
 pub(crate) fn listen() {
-    // where there can be no handler Ctrl-C ends the program at once, as it did before
-    let _ = ctrlc::set_handler(|| {
-        if ASKED.swap(true, Ordering::SeqCst) {
-            std::process::exit(INTERRUPTED);
-        }
+    *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    handle();
+}
+
+fn handle() {
+    HANDLER.call_once(|| {
+        // where there can be no handler Ctrl-C ends the program at once, as it did before
+        let _ = ctrlc::set_handler(|| {
+            let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(last_words) = last_words.as_ref() {
+                last_words();
+                std::process::exit(0);
+            }
+            if ASKED.swap(true, Ordering::SeqCst) {
+                std::process::exit(INTERRUPTED);
+            }
+        });
     });
 }
 

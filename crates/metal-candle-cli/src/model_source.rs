@@ -7,7 +7,9 @@ use candle_core::DType;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Tokenizer;
 use metal_candle::models::SafetensorsFile;
-use metal_candle::{Model, ModelConfig, ModelLoader};
+use metal_candle::{Error, Model, ModelConfig, ModelLoader};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The name of the built-in model.
@@ -26,12 +28,15 @@ impl ModelSource {
     /// Finds a model by the value of `--model`; a model of the Hub is downloaded.
     pub(crate) fn find(model: &str, output: Output) -> Result<Self> {
         let name = model.to_owned();
+        if model == NANO {
+            return Ok(Self { path: crate::nano::folder()?, name });
+        }
         let path = PathBuf::from(model);
         if path.exists() {
             return Ok(Self { path, name });
         }
-        if model == NANO {
-            return Ok(Self { path: crate::nano::folder()?, name });
+        if is_local(model) {
+            return Err(UserError::new(format!("there is no model `{model}`: no such file or folder")).into());
         }
         from_hub(model, output).map(|path| Self { path, name })
     }
@@ -50,6 +55,30 @@ impl ModelSource {
 
     pub(crate) fn tokenizer(&self) -> metal_candle::Result<Tokenizer> {
         Tokenizer::from_folder(self.folder())
+    }
+
+    /// The safetensors files of its weights, and those that an index names but that are not there.
+    pub(crate) fn weights(&self) -> Result<(Vec<SafetensorsFile>, Vec<String>)> {
+        let file = if self.path.is_file() { self.path.clone() } else { self.path.join("model.safetensors") };
+        let index = match file.extension() {
+            Some(extension) if extension == "json" => file.clone(),
+            _ if file.is_file() => return Ok((vec![SafetensorsFile::open(file)?], Vec::new())),
+            _ => self.folder().join("model.safetensors.index.json"),
+        };
+        let names: BTreeSet<String> = if index.is_file() {
+            let text = std::fs::read_to_string(&index).map_err(|source| Error::Read { path: index.clone(), source })?;
+            let format = |message: String| Error::Format { path: index.clone(), message };
+            let index: Value = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
+            let map = index["weight_map"].as_object().ok_or_else(|| format("there is no `weight_map`".into()))?;
+            map.values().filter_map(|name| Some(name.as_str()?.to_owned())).collect()
+        } else {
+            let entries = std::fs::read_dir(self.folder()).into_iter().flatten().flatten();
+            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            names.filter(|name| name.ends_with(".safetensors") && !name.contains("adapter")).collect()
+        };
+        let (there, missing): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| self.folder().join(name).is_file());
+        let files = there.iter().map(|name| SafetensorsFile::open(self.folder().join(name)));
+        Ok((files.collect::<metal_candle::Result<_>>()?, missing))
     }
 
     /// The dtype of its weights, if they can be read.
@@ -122,6 +151,15 @@ pub(crate) fn load_adapter(model: &Model, path: &Path) -> Result<LoRAAdapter> {
     let in_run = path.join("adapter");
     let path = if in_run.is_dir() { in_run.as_path() } else { path };
     Ok(LoRAAdapter::load(model, path)?)
+}
+
+/// Whether a name that is no file or folder was meant to be one rather than a Hub name.
+fn is_local(model: &str) -> bool {
+    // a revision may hold more of them
+    let name = model.split_once('@').map_or(model, |(name, _)| name);
+    let has_other_separators = model.contains('\\') || name.matches('/').count() > 1;
+    let parent = Path::new(model).parent().filter(|parent| !parent.as_os_str().is_empty());
+    has_other_separators || name.starts_with(['.', '/', '~']) || parent.is_some_and(Path::exists)
 }
 
 fn no_such_model(model: &str) -> UserError {

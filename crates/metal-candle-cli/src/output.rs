@@ -216,11 +216,27 @@ pub(crate) fn duration(seconds: f64) -> String {
 /// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
     let mut stderr = std::io::stderr().lock();
-    let _ = writeln!(stderr, "error: {error:#}");
+    let _ = writeln!(stderr, "error: {}", message(error));
     if let Some(hint) = hint(error) {
         let _ = writeln!(stderr, "hint: {hint}");
     }
     exit_code(error)
+}
+
+/// The error and its causes, but those whose text was told already.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if message.contains(&text) {
+            continue;
+        }
+        if !message.is_empty() {
+            message.push_str(": ");
+        }
+        message.push_str(&text);
+    }
+    message
 }
 
 /// Whether whoever reads standard output has gone, as `head` does: no error then.
@@ -272,7 +288,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{bytes, duration, exit_code, grouped};
+    use super::{bytes, duration, exit_code, grouped, message};
     use metal_candle::Error;
 
     #[test]
@@ -284,6 +300,14 @@ mod tests {
         assert_eq!(duration(59.4), "59 s");
         assert_eq!(duration(184.0), "3:04 min");
         assert_eq!(duration(7509.0), "2:05:09 h");
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let missing = || std::io::Error::other("no such file");
+        let error = anyhow::Error::from(Error::Read { path: "x".into(), source: missing() });
+        assert_eq!(message(&error), "cannot read `x`: no such file");
+        assert_eq!(message(&anyhow::Error::from(missing()).context("y")), "y: no such file");
     }
 
     #[test]

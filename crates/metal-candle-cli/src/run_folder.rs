@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 /// Where runs go that are not given a folder.
 const RUNS: &str = "runs";
 
+/// The file of a run's settings.
+const CONFIG: &str = "config.toml";
+
 /// The folder of a run.
 #[derive(Debug, Clone)]
 pub(crate) struct RunFolder {
@@ -22,11 +25,7 @@ impl RunFolder {
     pub(crate) fn create(path: Option<&Path>) -> Result<Self> {
         let make = |path: &Path| std::fs::create_dir_all(path).map_err(|e| write_error(path, e));
         if let Some(path) = path {
-            if !is_free(path)? {
-                return Err(UserError::new(format!("`{}` is not empty", path.display()))
-                    .with_hint("continue that run with --resume, or name another folder with --output")
-                    .into());
-            }
+            check_free(path, "continue that run with --resume, or name another folder with --output")?;
             make(path)?;
             return Ok(Self { path: path.to_path_buf() });
         }
@@ -46,6 +45,16 @@ impl RunFolder {
     /// The folder of an earlier run, and its settings.
     pub(crate) fn open(path: &Path) -> Result<(Self, TrainSettings)> {
         let run = Self { path: path.to_path_buf() };
+        let is_run = |path: &Path| path.join(CONFIG).is_file();
+        if !is_run(path) {
+            let error = UserError::new(format!("`{}` is not a run folder: it holds no `{CONFIG}`", path.display()));
+            // `runs/001/checkpoints/step-000010` and `runs/001/adapter`
+            return Err(match path.ancestors().skip(1).take(2).find(|parent| is_run(parent)) {
+                Some(parent) => error.with_hint(format!("`--resume {}` is one", parent.display())),
+                None => error,
+            }
+            .into());
+        }
         let settings = TrainSettings::read(&run.config())?;
         Ok((run, settings))
     }
@@ -70,7 +79,7 @@ impl RunFolder {
     }
 
     fn config(&self) -> PathBuf {
-        self.path.join("config.toml")
+        self.path.join(CONFIG)
     }
 
     /// One line a step and evaluation, which the trainer writes.
@@ -78,19 +87,23 @@ impl RunFolder {
         self.path.join("metrics.jsonl")
     }
 
-    pub(crate) fn write_settings(&self, settings: &TrainSettings) -> Result<()> {
-        let text = settings.to_toml()?;
+    /// Writes what was `given`, and in comments what else is in `complete`.
+    pub(crate) fn write_settings(&self, given: &TrainSettings, complete: &TrainSettings) -> Result<()> {
+        let text = given.to_toml(complete)?;
         Ok(write_atomically(self.config(), |file| file.write_all(text.as_bytes()))?)
     }
 }
 
-/// Whether nothing is at `path` but, at most, an empty folder.
-pub(crate) fn is_free(path: &Path) -> metal_candle::Result<bool> {
-    match std::fs::read_dir(path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(false),
-        Err(source) => Err(Error::Read { path: path.to_path_buf(), source }),
+/// Refuses a folder to write unless nothing is at `path` but, at most, an empty folder.
+pub(crate) fn check_free(path: &Path, hint: &str) -> Result<()> {
+    if let Some(file) = path.ancestors().find(|part| part.is_file()) {
+        return Err(UserError::new(format!("`{}` is a file: expected a folder to write to", file.display())).into());
+    }
+    match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(UserError::new(format!("`{}` is not empty", path.display())).with_hint(hint).into()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(Error::Read { path: path.to_path_buf(), source }.into()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::args::{DeviceKind, WeightType};
 use crate::model_source::NANO;
-use crate::output::UserError;
+use crate::output::{UserError, message};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use metal_candle::ModelConfig;
@@ -161,14 +161,15 @@ pub(crate) struct TrainSettings {
     pub(crate) label_smoothing: Option<f64>,
 
     /// Seed of everything random; the same seed gives the same run [default: 0].
-    #[arg(long, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Training")]
+    #[arg(long, value_parser = crate::args::train_seed, help_heading = "Training")]
     pub(crate) seed: Option<u64>,
 
-    /// Steps from one evaluation on the held-out rows to the next [default: a tenth of all steps].
+    /// Steps from one evaluation on the held-out rows to the next; 0 for one at the end of each epoch
+    /// [default: a tenth of all steps].
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) eval_interval: Option<usize>,
 
-    /// Steps from one checkpoint to the next [default: as --eval-interval].
+    /// Steps from one checkpoint to the next [default: as --eval-interval, or a tenth of all steps if that is 0].
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) save_interval: Option<usize>,
 
@@ -186,7 +187,8 @@ pub(crate) struct TrainSettings {
 }
 
 impl TrainSettings {
-    /// These settings over those of `file`: what is given here wins.
+    /// These settings over those of `file`: what is given here wins, and settings of the file that have no meaning
+    /// beside it are left out.
     pub(crate) fn over(&self, file: &Self) -> Result<Self> {
         let mut table = file.table()?;
         let own = self.table()?;
@@ -194,6 +196,22 @@ impl TrainSettings {
             table.remove("epochs");
         } else if own.contains_key("epochs") {
             table.remove("steps");
+        }
+        let leave_out =
+            |table: &mut Table, names: &[&str]| names.iter().for_each(|name| std::mem::drop(table.remove(*name)));
+        match self.schedule {
+            Some(Schedule::Constant) => leave_out(&mut table, &["warmup_steps", "min_learning_rate"]),
+            Some(Schedule::Cosine) => leave_out(&mut table, &["warmup_steps"]),
+            _ => {}
+        }
+        if self.full == Some(true) {
+            leave_out(&mut table, &["adapter"]);
+        }
+        if self.full == Some(true) || self.adapter.is_some() {
+            leave_out(&mut table, &["rank", "alpha", "dropout", "target_modules", "layers", "use_rslora"]);
+        }
+        if self.full == Some(false) || self.adapter.is_some() {
+            leave_out(&mut table, &["full", "from_scratch"]);
         }
         table.extend(own);
         Ok(Value::Table(table).try_into()?)
@@ -212,7 +230,7 @@ impl TrainSettings {
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })?;
-        Self::parse(&text).map_err(|error| UserError::new(format!("`{}`: {error:#}", path.display())).into())
+        Self::parse(&text).map_err(|error| UserError::new(format!("`{}`: {}", path.display(), message(&error))).into())
     }
 
     fn parse(text: &str) -> Result<Self> {
@@ -242,6 +260,7 @@ impl TrainSettings {
         self.model.get_or_insert_with(|| NANO.into());
         self.device.get_or_insert(DeviceKind::Auto);
         self.valid_fraction.get_or_insert(0.05);
+        check_max_tokens(self.max_tokens_per_sample, model)?;
         self.max_tokens_per_sample.get_or_insert(model.max_position_embeddings.min(2048));
         self.truncate.get_or_insert(false);
         self.mask_prompt.get_or_insert(true);
@@ -263,7 +282,13 @@ impl TrainSettings {
             _ => 2e-4,
         });
         if *self.schedule.get_or_insert(Schedule::WarmupCosine) != Schedule::Constant {
-            self.min_learning_rate.get_or_insert(learning_rate / 10.0);
+            let lowest = *self.min_learning_rate.get_or_insert(learning_rate / 10.0);
+            if lowest > learning_rate {
+                return Err(UserError::new(format!(
+                    "`--min-learning-rate` is {lowest:e}: expected at most `--learning-rate`, which is {learning_rate:e}"
+                ))
+                .into());
+            }
         }
         let adamw = AdamWConfig::default();
         self.weight_decay.get_or_insert(adamw.weight_decay);
@@ -285,8 +310,12 @@ impl TrainSettings {
         if matches!(self.schedule, Some(Schedule::Linear | Schedule::WarmupCosine)) {
             self.warmup_steps.get_or_insert(total_steps / 20);
         }
-        let interval = *self.eval_interval.get_or_insert(total_steps.div_ceil(10).max(1));
-        self.save_interval.get_or_insert(interval.max(1));
+        let tenth = total_steps.div_ceil(10).max(1);
+        let interval = match *self.eval_interval.get_or_insert(tenth) {
+            0 => tenth,
+            steps => steps,
+        };
+        self.save_interval.get_or_insert(interval);
     }
 
     /// Whether the model is the built-in one.
@@ -334,6 +363,11 @@ impl TrainSettings {
         if self.adapter.is_some() && !given.is_empty() {
             return refuse(format!("`--adapter` has its own settings: leave `{}` out", given.join("`, `")));
         }
+        if let Some(alpha) = self.alpha
+            && (alpha <= 0.0 || !alpha.is_finite())
+        {
+            return refuse(format!("`--alpha`: expected a number above 0, found {alpha}"));
+        }
         let has_warmup = !matches!(self.schedule, Some(Schedule::Constant | Schedule::Cosine));
         if self.warmup_steps.is_some() && !has_warmup {
             return refuse("`--warmup-steps` needs `--schedule linear` or `warmup-cosine`".into());
@@ -344,12 +378,54 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// The TOML text that [`TrainSettings::read`] reads back.
-    pub(crate) fn to_toml(&self) -> Result<String> {
-        Ok(format!(
-            "# The settings of this run. `metal-candle train --config FILE` starts another run with them.\n{}",
-            toml::to_string(self)?
+    /// The TOML text that [`TrainSettings::read`] reads back; what `complete` holds beyond these settings is told in
+    /// comments.
+    pub(crate) fn to_toml(&self, complete: &Self) -> Result<String> {
+        let given = self.table()?;
+        let mut text = String::from(
+            "# The settings of this run. `metal-candle train --config FILE` starts another run with them.\n",
+        );
+        text.push_str(&toml::to_string(&given)?);
+        text.push_str("\n# Derived from them; to set one of these, take its `# ` away.\n");
+        for (key, value) in complete.table()? {
+            if !given.contains_key(&key) {
+                let line = toml::to_string(&Table::from_iter([(key, value)]))?;
+                text.push_str(&format!("# {}  (derived)\n", line.trim_end()));
+            }
+        }
+        Ok(text)
+    }
+
+    /// Makes paths of what is there absolute, so that they hold wherever the run is continued.
+    pub(crate) fn fix_paths(&mut self) -> Result<()> {
+        let fixed = |path: &Path| {
+            std::path::absolute(path).map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })
+        };
+        for path in [&mut self.adapter, &mut self.data].into_iter().flatten() {
+            if path.exists() {
+                *path = fixed(path)?;
+            }
+        }
+        if let Some(model) = &mut self.model
+            && model != NANO
+            && Path::new(model.as_str()).exists()
+            && let Some(path) = fixed(Path::new(model.as_str()))?.to_str()
+        {
+            path.clone_into(model);
+        }
+        Ok(())
+    }
+}
+
+/// Refuses rows longer than what the model can do.
+pub(crate) fn check_max_tokens(max_tokens: Option<usize>, model: &ModelConfig) -> Result<()> {
+    let most = model.max_position_embeddings;
+    match max_tokens {
+        Some(found) if found > most => Err(UserError::new(format!(
+            "`--max-tokens-per-sample`: expected at most {most}, the longest that the model can do, found {found}"
         ))
+        .into()),
+        _ => Ok(()),
     }
 }
 
@@ -418,7 +494,10 @@ mod tests {
             data: Some("x/y".into()),
             ..Default::default()
         };
-        assert_eq!(TrainSettings::parse(&settings.to_toml().unwrap()).unwrap(), settings);
+        let complete = TrainSettings { rank: Some(8), alpha: Some(16.0), ..settings.clone() };
+        let text = settings.to_toml(&complete).unwrap();
+        assert!(text.contains("\n# alpha = 16.0  (derived)\n"), "{text}");
+        assert_eq!(TrainSettings::parse(&text).unwrap(), settings);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::args::{DataArguments, DataCheckArguments, DataCommand};
 use crate::model_source::ModelSource;
 use crate::output::{Output, grouped};
+use crate::settings::check_max_tokens;
 use anyhow::Result;
 use metal_candle::Error;
 use metal_candle::data::{
@@ -23,10 +24,9 @@ pub(crate) fn run(flags: &DataArguments, output: Output) -> Result<()> {
 fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     let source = ModelSource::find(&flags.model, output)?;
     let tokenizer = source.tokenizer()?;
-    let max_tokens = match flags.max_tokens_per_sample {
-        Some(max_tokens) => max_tokens,
-        None => source.config()?.max_position_embeddings,
-    };
+    let config = source.config()?;
+    check_max_tokens(flags.max_tokens_per_sample, &config)?;
+    let max_tokens = flags.max_tokens_per_sample.unwrap_or(config.max_position_embeddings);
     let options = DatasetOptions {
         max_tokens: Some(max_tokens),
         trained_turns: if flags.train_last_turn_only { TrainedTurns::Last } else { TrainedTurns::All },

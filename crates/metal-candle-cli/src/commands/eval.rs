@@ -3,6 +3,7 @@
 use crate::args::EvalArguments;
 use crate::model_source::{Loaded, NANO};
 use crate::output::{Output, UserError, grouped};
+use crate::settings::check_max_tokens;
 use anyhow::Result;
 use metal_candle::Error;
 use metal_candle::adapters::LoRAAdapter;
@@ -31,6 +32,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     let loaded = Loaded::new(&flags.model, output)?;
     let tokenizer = loaded.source.tokenizer()?;
     let context = loaded.model.config().max_position_embeddings;
+    check_max_tokens(flags.max_tokens_per_sample, loaded.model.config())?;
     let max_tokens = flags.max_tokens_per_sample.unwrap_or(2048).min(context);
     if max_tokens < 2 {
         let message = format!("expected at least 2, found {max_tokens}");

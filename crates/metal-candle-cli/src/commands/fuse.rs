@@ -2,8 +2,8 @@
 
 use crate::args::FuseArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
-use crate::output::{Output, UserError, bytes};
-use crate::run_folder::is_free;
+use crate::output::{Output, bytes};
+use crate::run_folder::check_free;
 use anyhow::Result;
 use candle_core::DType;
 use metal_candle::models::{Batch, Rows, save_model, write_atomically};
@@ -27,11 +27,7 @@ const NUM_COMPARED: usize = 32;
 
 pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     check_adapter(&flags.adapter)?;
-    if !is_free(&flags.output)? {
-        return Err(UserError::new(format!("`{}` is not empty", flags.output.display()))
-            .with_hint("name a new folder with --output; nothing is overwritten")
-            .into());
-    }
+    check_free(&flags.output, "name a new folder with --output; nothing is overwritten")?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
     let adapter = load_adapter(&model, &flags.adapter)?;

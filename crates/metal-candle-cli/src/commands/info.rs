@@ -14,6 +14,15 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     let device = flags.model.device.open()?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let config = source.config()?;
+    let (files, missing) = source.weights()?;
+    let weights = if !missing.is_empty() {
+        format!("missing: `{}`", missing.join("`, `"))
+    } else if files.is_empty() {
+        "missing: config.json only".to_owned()
+    } else {
+        let size: usize = files.iter().flat_map(|file| file.entries()).map(|entry| entry.num_bytes()).sum();
+        format!("{} in {} file{}", bytes(size as u64), files.len(), if files.len() == 1 { "" } else { "s" })
+    };
     let parts = parts(&config);
     let dtypes = match flags.model.dtype {
         Some(dtype) => vec![dtype.dtype()],
@@ -33,6 +42,8 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
                 "model_type": config.model_type,
                 "num_parameters": config.num_parameters(),
                 "parameters": parts.iter().map(|(name, count)| ((*name).to_owned(), json!(count))).collect::<serde_json::Map<_, _>>(),
+                "weight_files": files.iter().map(|file| file.path().to_string_lossy()).collect::<Vec<_>>(),
+                "weights_are_complete": missing.is_empty() && !files.is_empty(),
                 "weight_bytes": memory,
                 "kv_cache_bytes_per_token": cache_bytes(&config, 1, DType::F32),
                 "num_hidden_layers": config.num_hidden_layers,
@@ -47,7 +58,7 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
         }))?;
         return Ok(());
     }
-    Output::print(text(device, &source, &config, &parts, &dtypes)?)?;
+    Output::print(text(device, &source, &config, &weights, &parts, &dtypes)?)?;
     Ok(())
 }
 
@@ -55,6 +66,7 @@ fn text(
     device: Device,
     source: &ModelSource,
     config: &ModelConfig,
+    weights: &str,
     parts: &[(&str, usize)],
     dtypes: &[DType],
 ) -> Result<String> {
@@ -88,6 +100,7 @@ fn text(
         if config.tie_word_embeddings { " (head tied to the embedding)" } else { "" },
         grouped(config.max_position_embeddings as u64),
     )?;
+    writeln!(text, "             weights {weights}")?;
     writeln!(text)?;
     write!(text, "{:<22}{:>16}", "", "parameters")?;
     for dtype in dtypes {

@@ -2,14 +2,21 @@
 
 use crate::args::LogitsArguments;
 use crate::model_source::Loaded;
-use crate::output::Output;
+use crate::output::{Output, UserError};
 use anyhow::Result;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::models::{Batch, Rows, write_safetensors};
+use metal_candle::models::{Batch, Rows, SafetensorsFile, write_safetensors};
 use serde_json::json;
+use std::path::Path;
 
 pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
     let loaded = Loaded::new(&flags.model, output)?;
+    let folders = [Some(loaded.source.folder()), flags.model.adapter.as_deref()];
+    for folder in folders.into_iter().flatten() {
+        for folder in [folder, &folder.join("adapter")] {
+            refuse_file_of(folder, &flags.out)?;
+        }
+    }
     let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
     let logits = loaded.model.forward(&Batch::single(&flags.ids), terms.as_ref(), None, Rows::All)?;
     write_safetensors(&flags.out, &[("logits", logits.clone())], &[])?;
@@ -19,6 +26,19 @@ pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
         Output::print_json(&json!({ "out": out, "tensor": "logits", "shape": [tokens, vocab], "dtype": "f32" }))?;
     } else {
         output.note(format_args!("wrote `logits`, f32 [{tokens}, {vocab}], to {}", flags.out.display()));
+    }
+    Ok(())
+}
+
+/// Refuses to write over a file of a model or adapter; earlier logits beside them may be overwritten.
+fn refuse_file_of(folder: &Path, out: &Path) -> Result<()> {
+    let Ok(target) = out.canonicalize() else { return Ok(()) };
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_own = files.filter_map(|file| file.path().canonicalize().ok()).any(|file| file == target);
+    let is_logits = |file: SafetensorsFile| file.entries().len() == 1 && file.entry("logits").is_some();
+    if is_own && !SafetensorsFile::open(&target).is_ok_and(is_logits) {
+        let message = format!("`--out`: `{}` belongs to the model and is not overwritten", out.display());
+        return Err(UserError::new(message).into());
     }
     Ok(())
 }

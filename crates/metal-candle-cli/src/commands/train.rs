@@ -10,7 +10,7 @@ use crate::args::TrainArguments;
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
-use crate::run_folder::RunFolder;
+use crate::run_folder::{RunFolder, check_free};
 use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
 use anyhow::Result;
@@ -21,15 +21,20 @@ use metal_candle::inference::Generator;
 use metal_candle::training::{StopReason, Trained, Trainer, TrainingMetrics};
 use recorder::Recorder;
 use report::{Report, Written};
+use serde_json::json;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use watch::Watch;
 
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
+    stop_at_once(flags.resume.as_deref(), output);
     let (resumed, settings) = settings(flags)?;
+    if let (Some(path), None) = (&settings.output, &resumed) {
+        check_free(path, "continue that run with --resume, or name another folder with --output")?;
+    }
     let prepared = start::prepare(settings, output)?;
     let report = if let Some(adapter) = prepared.adapter.clone() {
         let trainer = Trainer::new(adapter, prepared.training_config())?;
@@ -39,6 +44,22 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
         execute(trainer, prepared, resumed, output)?
     };
     report.print(output, started.elapsed().as_secs_f64())
+}
+
+/// From now on Ctrl-C ends the program at once, as a run that was stopped, and names the run to go on with, if any:
+/// until a step is done there is nothing to save.
+fn stop_at_once(run: Option<&Path>, output: Output) {
+    let run = run.map(|path| path.to_string_lossy().into_owned());
+    interrupt::end_with(move || {
+        if output.json {
+            // standard output may be closed; there is nobody to tell then
+            let _ = Output::print_json(&json!({ "run": run, "stop_reason": "stopped" }));
+        }
+        output.note("stopped before the first step");
+        if let Some(run) = &run {
+            output.note(format_args!("go on with      metal-candle train --resume {run}"));
+        }
+    });
 }
 
 /// The run to go on with, if any, and the settings of file and flags.
@@ -53,10 +74,11 @@ fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)
         }
         return Ok((Some(run), flags.settings.over(&settings)?));
     }
-    let settings = match &flags.config {
+    let mut settings = match &flags.config {
         Some(path) => flags.settings.over(&TrainSettings::read(path)?)?,
         None => flags.settings.clone(),
     };
+    settings.fix_paths()?;
     Ok((None, settings))
 }
 
@@ -65,6 +87,9 @@ const FREE: [&str; 2] = ["--device", "--test-samples"];
 
 /// What a run begins with.
 struct Prepared {
+    /// What file and flags said.
+    given: TrainSettings,
+    /// All settings.
     settings: TrainSettings,
     source: ModelSource,
     model: Model,
@@ -143,7 +168,9 @@ fn execute<T: Kept>(
         None => RunFolder::create(prepared.settings.output.as_deref())?,
     };
     prepared.settings.output = None;
-    run.write_settings(&prepared.settings)?;
+    prepared.given.output = None;
+    run.write_settings(&prepared.given, &prepared.settings)?;
+    stop_at_once(Some(run.path()), output);
     report::summary(&prepared, &rows, &run, total_steps, output);
 
     let questions = prepared.questions();
@@ -152,7 +179,6 @@ fn execute<T: Kept>(
     let written_before = write(&before, &prepared.tokenizer, &questions, to_show.as_ref())?;
     report::sample_before(&prepared.tokenizer, to_show.as_ref(), &written_before, output)?;
 
-    interrupt::listen();
     let title = format!("{} on {}", prepared.source.name, prepared.data_name);
     let watch = Arc::new(Mutex::new(Watch::new(output, Recorder::new(run.clone()), title, run.picture())));
     let shared = Arc::clone(&watch);
@@ -162,6 +188,7 @@ fn execute<T: Kept>(
         .with_resume(resumes)
         .with_callback(move |event| shared.lock().unwrap_or_else(PoisonError::into_inner).event(event));
     let outcome = trainer.train(&prepared.data.train);
+    interrupt::listen();
     let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
     watch.close();
     let metrics: TrainingMetrics = outcome.inspect_err(|_| {

@@ -27,7 +27,24 @@ fn wrong_input_is_code_1_and_named() {
         ("train --model model --data data --schedule constant --warmup-steps 3", "`--warmup-steps`"),
         ("train --model model --data data --output data", "`data` is not empty"),
         ("train --model model --data data --adapter missing", "`missing`"),
-        ("train --resume missing", "config.toml"),
+        ("train --resume missing", "`missing` is not a run folder"),
+        ("train --model model --data data --output empty.jsonl", "`empty.jsonl` is a file"),
+        ("train --model model --data data --output empty.jsonl/x/y", "`empty.jsonl` is a file"),
+        ("train --model model --data data --alpha 0", "`--alpha`"),
+        ("train --model model --data data --alpha -2", "`--alpha`"),
+        ("train --model model --data data --dropout -0.1", "dropout"),
+        ("train --model model --data data --beta2 1.5", "beta2"),
+        ("train --model model --data data --seed -1", "from 0 to 9223372036854775807"),
+        ("train --model model --data data --epochs -1", "from 0 to"),
+        ("train --model model --data data --max-tokens-per-sample 513", "at most 512"),
+        ("eval --model model --data data --max-tokens-per-sample 513", "at most 512"),
+        ("data check data --model model --max-tokens-per-sample 513", "at most 512"),
+        ("generate --model model --prompt x --top-k -1", "from 0 to"),
+        ("generate --model ./nowhere --prompt x", "no such file or folder"),
+        ("generate --model data/nowhere --prompt x", "no such file or folder"),
+        ("generate --model a/b/c --prompt x", "no such file or folder"),
+        ("logits --model model --ids 1 --out model/model.safetensors", "belongs to the model"),
+        ("logits --model model --ids 1 --out model/config.json", "belongs to the model"),
         ("generate --model model", "--prompt"),
         ("generate --model nowhere --prompt x", "no model `nowhere`"),
         ("generate --model nothing --prompt x", "nothing"),
@@ -46,6 +63,7 @@ fn wrong_input_is_code_1_and_named() {
         assert_eq!(ran.code, 1, "{words}\n{}", ran.stderr);
         assert!(ran.stderr.starts_with("error: "), "{words}\n{}", ran.stderr);
         assert!(ran.stderr.contains(said), "{words}: `{said}` is not in\n{}", ran.stderr);
+        assert!(ran.stderr.matches("(os error").count() < 2, "{words}\n{}", ran.stderr);
         assert!(ran.stdout.is_empty(), "{words}\n{}", ran.stdout);
         assert!(!fixture.path("runs").exists(), "{words} began a run");
     }
@@ -78,5 +96,11 @@ fn damaged_weights_are_code_1() {
         let ran = fixture.run("generate --model model --prompt x");
         assert_eq!(ran.code, 1, "{}", ran.stderr);
         assert!(ran.stderr.contains("model.safetensors"), "{}", ran.stderr);
+        let ran = fixture.run("info --model model");
+        assert_eq!(ran.code, 1, "{}", ran.stdout);
+        assert!(ran.stderr.contains("model.safetensors"), "{}", ran.stderr);
     }
+    std::fs::remove_file(&path).unwrap();
+    assert!(fixture.ok("info --model model").stdout.contains("weights missing"));
+    assert_eq!(fixture.ok("info --model model --json").json()["model"]["weights_are_complete"], false);
 }

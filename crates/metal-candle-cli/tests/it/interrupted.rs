@@ -109,6 +109,26 @@ fn ctrl_c_saves_and_the_run_goes_on_later() {
 }
 
 #[test]
+fn ctrl_c_before_the_first_step_ends_cleanly() {
+    let fixture = Fixture::new();
+    // so much to evaluate that the signal comes before the first step
+    let rows = fixture.text("data/valid.jsonl").repeat(400);
+    std::fs::write(fixture.path("data/valid.jsonl"), rows).unwrap();
+    let mut child = start(&fixture, &format!("{WORDS} --output cut"));
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !fixture.path("cut/config.toml").exists()
+        && !has_ended(&mut child, Instant::now())
+        && Instant::now() < deadline
+    {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let signal = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(signal.success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!fixture.path("cut/adapter").exists(), "the signal came too late");
+}
+
+#[test]
 fn a_resumed_run_keeps_its_settings() {
     let fixture = Fixture::new();
     fixture.ok(&format!("{WORDS} --output run"));

@@ -75,11 +75,64 @@ fn config_toml_starts_the_same_run_again() {
     fixture.ok("train --config runs/001/config.toml --seed 1 --output other");
     assert_ne!(adapter("001"), fixture.read("other/adapter/adapter_model.safetensors"));
     assert!(fixture.text("other/config.toml").contains("seed = 1\n"));
-    // every setting that is not a choice of its own is written down
-    let table: toml::Table = fixture.text("runs/001/config.toml").parse().unwrap();
-    for key in ["model", "data", "rank", "alpha", "learning_rate", "warmup_steps", "eval_interval", "device", "seed"] {
-        assert!(table.contains_key(key), "{key}");
+    // what was given are keys, everything else comments
+    let text = fixture.text("runs/001/config.toml");
+    let table: toml::Table = text.parse().unwrap();
+    let keys: Vec<_> = table.keys().map(String::as_str).collect();
+    assert_eq!(keys, ["batch_tokens", "data", "learning_rate", "model", "steps", "test_samples"]);
+    for line in
+        ["rank = 8", "alpha = 16.0", "warmup_steps = 0", "eval_interval = 1", "device = \"auto\"", "beta1 = 0.9"]
+    {
+        assert!(text.contains(&format!("\n# {line}  (derived)\n")), "{line} is not in\n{text}");
     }
+}
+
+#[test]
+fn what_a_config_does_not_set_is_derived_anew() {
+    let fixture = Fixture::new();
+    fixture.ok(&format!("{SMALL} --rank 4 --warmup-steps 1 --output first"));
+    let words = "train --config first/config.toml --output";
+    fixture.ok(&format!("{words} rate --learning-rate 1e-3 --steps 30 --rank 2"));
+    let text = fixture.text("rate/config.toml");
+    for line in
+        ["# min_learning_rate = 0.0001  (derived)", "# alpha = 4.0  (derived)", "# eval_interval = 3  (derived)"]
+    {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    for (flags, run) in [("--full", "full"), ("--schedule constant", "constant"), ("--epochs 1", "epochs")] {
+        fixture.ok(&format!("{words} {run} {flags}"));
+    }
+    assert!(!fixture.text("full/config.toml").contains("rank"));
+    assert!(!fixture.text("constant/config.toml").contains("warmup_steps"));
+    let ran = fixture.run(&format!("{words} no --min-learning-rate 0.5"));
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("`--min-learning-rate`") && ran.stderr.contains("`--learning-rate`"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_run_goes_on_from_any_folder() {
+    let fixture = Fixture::new();
+    let first = fixture.ok(&format!("{SMALL} --output run --json")).json();
+    let mut command = fixture.command();
+    let output = command.current_dir(fixture.path("run")).args(["train", "--resume", ".", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let again: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(again["valid_loss_after"], first["valid_loss_after"]);
+    let ran = fixture.run("train --resume run/adapter");
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("not a run folder") && ran.stderr.contains("hint: `--resume run`"), "{}", ran.stderr);
+}
+
+#[test]
+fn betas_reach_the_optimizer() {
+    let fixture = Fixture::new();
+    std::fs::write(fixture.path("betas.toml"), "beta1 = 0.5\nbeta2 = 0.9\n").unwrap();
+    fixture.ok(&format!("{SMALL} --output default"));
+    fixture.ok(&format!("{SMALL} --output same --beta1 0.9 --beta2 0.999"));
+    fixture.ok(&format!("{SMALL} --output file --config betas.toml"));
+    let adapter = |run: &str| fixture.read(&format!("{run}/adapter/adapter_model.safetensors"));
+    assert_eq!(adapter("default"), adapter("same"));
+    assert_ne!(adapter("default"), adapter("file"));
 }
 
 #[test]

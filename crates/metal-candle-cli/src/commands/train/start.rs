@@ -18,8 +18,10 @@ use std::path::Path;
 
 /// Loads model, adapter and data.
 pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Prepared> {
+    let given = settings.clone();
     let name = settings.model.clone().unwrap_or_else(|| NANO.into());
-    let source = ModelSource::find(&name, output)?;
+    let mut source = ModelSource::find(&name, output)?;
+    source.name = shown(Path::new(&name));
     let config = source.config()?;
     settings.complete(&config)?;
     if let Some(adapter) = &settings.adapter {
@@ -36,8 +38,7 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
                 .into());
         }
     };
-    let data_name =
-        settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| path.display().to_string());
+    let data_name = settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| shown(path));
     let tokenizer = source.tokenizer()?;
     let options = DatasetOptions {
         max_tokens: settings.max_tokens_per_sample,
@@ -65,8 +66,18 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
     } else {
         source.load(settings.dtype, device, output)?
     };
-    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &source.name)?) };
-    Ok(Prepared { settings, source, model, adapter, tokenizer, data, data_name })
+    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name)?) };
+    Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name })
+}
+
+/// A path as seen from the working folder.
+fn shown(path: &Path) -> String {
+    let folder = std::env::current_dir().ok();
+    let inside = folder.as_ref().and_then(|folder| path.strip_prefix(folder).ok());
+    match inside.filter(|inside| !inside.as_os_str().is_empty()) {
+        Some(inside) => inside.display().to_string(),
+        None => path.display().to_string(),
+    }
 }
 
 fn adapter(settings: &TrainSettings, model: &Model, name: &str) -> Result<LoRAAdapter> {

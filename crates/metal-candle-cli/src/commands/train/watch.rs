@@ -57,6 +57,7 @@ impl Watch {
                 self.progress = Some(progress);
             }
             TrainingEvent::Step { step, loss, tokens_per_second, .. } => {
+                interrupt::listen();
                 let mean = |mean: Option<f64>, value: f64| Some(mean.map_or(value, |mean| 0.9 * mean + 0.1 * value));
                 self.mean_loss = mean(self.mean_loss, *loss);
                 self.mean_speed = mean(self.mean_speed, *tokens_per_second);
