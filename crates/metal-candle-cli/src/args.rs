@@ -1,11 +1,12 @@
 //! The commands and their flags.
 
 use crate::settings::TrainSettings;
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use metal_candle::Device;
 use serde::{Deserialize, Serialize};
 use std::any::TypeId;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -117,23 +118,39 @@ Example:
     },
 }
 
-/// The command with parsers of numbers that take a minus and say which numbers are expected.
+/// The command with parsers that say which whole numbers are expected.
 pub(crate) fn with_number_parsers(command: clap::Command) -> clap::Command {
     command
         .mut_args(|argument| {
             let kind = argument.get_value_parser().type_id();
-            let argument = if kind == TypeId::of::<usize>() {
+            if kind == TypeId::of::<usize>() {
                 argument.value_parser(whole_number::<usize>)
             } else if kind == TypeId::of::<u32>() {
                 argument.value_parser(whole_number::<u32>)
             } else {
                 argument
-            };
-            let takes_one = matches!(argument.get_action(), ArgAction::Set | ArgAction::Append);
-            let negative = takes_one && argument.get_num_args().is_none();
-            argument.allow_negative_numbers(negative)
+            }
         })
         .mut_subcommands(with_number_parsers)
+}
+
+/// The words with a negative number joined to the flag before it, which would take it for a flag itself.
+pub(crate) fn with_negative_numbers(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut joined: Vec<OsString> = Vec::new();
+    for word in words {
+        let is_negative = word.to_str().is_some_and(|word| word.starts_with('-') && word.parse::<f64>().is_ok());
+        let is_flag = |flag: &&mut OsString| {
+            flag.to_str().is_some_and(|flag| flag.len() > 2 && flag.starts_with("--") && !flag.contains('='))
+        };
+        match joined.last_mut().filter(is_flag) {
+            Some(flag) if is_negative => {
+                flag.push("=");
+                flag.push(word);
+            }
+            _ => joined.push(word),
+        }
+    }
+    joined
 }
 
 fn whole_number<T: FromStr>(text: &str) -> Result<T, String> {

@@ -21,8 +21,9 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    let words = args::with_negative_numbers(std::env::args_os());
     let command = args::with_number_parsers(Arguments::command());
-    let arguments = match command.try_get_matches().and_then(|found| Arguments::from_arg_matches(&found)) {
+    let arguments = match command.try_get_matches_from(words).and_then(|found| Arguments::from_arg_matches(&found)) {
         Ok(arguments) => arguments,
         Err(error) => {
             // there is nobody to tell if this cannot be printed

@@ -36,7 +36,15 @@ impl ModelSource {
             return Ok(Self { path, name });
         }
         if is_local(model) {
-            return Err(UserError::new(format!("there is no model `{model}`: no such file or folder")).into());
+            let error = UserError::new(format!("there is no model `{model}`: no such file or folder"));
+            let folder = model.split_once('/').map(|(folder, _)| folder).filter(|folder| Path::new(folder).is_dir());
+            return Err(match folder.filter(|folder| !folder.starts_with('.')) {
+                Some(folder) => {
+                    error.with_hint(format!("it is not looked for on the Hub, as `{folder}` is a folder here"))
+                }
+                None => error,
+            }
+            .into());
         }
         from_hub(model, output).map(|path| Self { path, name })
     }

@@ -368,6 +368,11 @@ impl TrainSettings {
         {
             return refuse(format!("`--alpha`: expected a number above 0, found {alpha}"));
         }
+        if let Some(rate) = self.learning_rate
+            && (rate < 0.0 || !rate.is_finite())
+        {
+            return refuse(format!("`--learning-rate`: expected a number of at least 0, found {rate:e}"));
+        }
         let has_warmup = !matches!(self.schedule, Some(Schedule::Constant | Schedule::Cosine));
         if self.warmup_steps.is_some() && !has_warmup {
             return refuse("`--warmup-steps` needs `--schedule linear` or `warmup-cosine`".into());
@@ -390,7 +395,7 @@ impl TrainSettings {
         for (key, value) in complete.table()? {
             if !given.contains_key(&key) {
                 let line = toml::to_string(&Table::from_iter([(key, value)]))?;
-                text.push_str(&format!("# {}  (derived)\n", line.trim_end()));
+                text.extend(["# ", line.trim_end(), "  # derived\n"]);
             }
         }
         Ok(text)
@@ -496,7 +501,7 @@ mod tests {
         };
         let complete = TrainSettings { rank: Some(8), alpha: Some(16.0), ..settings.clone() };
         let text = settings.to_toml(&complete).unwrap();
-        assert!(text.contains("\n# alpha = 16.0  (derived)\n"), "{text}");
+        assert!(text.contains("\n# alpha = 16.0  # derived\n"), "{text}");
         assert_eq!(TrainSettings::parse(&text).unwrap(), settings);
     }
 

@@ -5,7 +5,7 @@ use crate::model_source::ModelSource;
 use crate::output::{Output, bytes, grouped};
 use anyhow::Result;
 use candle_core::DType;
-use metal_candle::models::KVCacheConfig;
+use metal_candle::models::{KVCacheConfig, SafetensorsFile, TensorEntry};
 use metal_candle::{Device, Model, ModelConfig};
 use serde_json::json;
 use std::fmt::Write;
@@ -20,7 +20,7 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     } else if files.is_empty() {
         "missing: config.json only".to_owned()
     } else {
-        let size: usize = files.iter().flat_map(|file| file.entries()).map(|entry| entry.num_bytes()).sum();
+        let size: usize = files.iter().flat_map(SafetensorsFile::entries).map(TensorEntry::num_bytes).sum();
         format!("{} in {} file{}", bytes(size as u64), files.len(), if files.len() == 1 { "" } else { "s" })
     };
     let parts = parts(&config);

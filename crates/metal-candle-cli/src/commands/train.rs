@@ -55,7 +55,7 @@ fn stop_at_once(run: Option<&Path>, output: Output) {
             // standard output may be closed; there is nobody to tell then
             let _ = Output::print_json(&json!({ "run": run, "stop_reason": "stopped" }));
         }
-        output.note("stopped before the first step");
+        output.note("stopped before a step was done");
         if let Some(run) = &run {
             output.note(format_args!("go on with      metal-candle train --resume {run}"));
         }

@@ -34,6 +34,8 @@ fn wrong_input_is_code_1_and_named() {
         ("train --model model --data data --alpha -2", "`--alpha`"),
         ("train --model model --data data --dropout -0.1", "dropout"),
         ("train --model model --data data --beta2 1.5", "beta2"),
+        ("train --model model --data data --learning-rate -1e-3", "`--learning-rate`: expected"),
+        ("train --model model --data data --learning-rate --steps 4", "a value is required"),
         ("train --model model --data data --seed -1", "from 0 to 9223372036854775807"),
         ("train --model model --data data --epochs -1", "from 0 to"),
         ("train --model model --data data --max-tokens-per-sample 513", "at most 512"),

@@ -83,7 +83,7 @@ fn config_toml_starts_the_same_run_again() {
     for line in
         ["rank = 8", "alpha = 16.0", "warmup_steps = 0", "eval_interval = 1", "device = \"auto\"", "beta1 = 0.9"]
     {
-        assert!(text.contains(&format!("\n# {line}  (derived)\n")), "{line} is not in\n{text}");
+        assert!(text.contains(&format!("\n# {line}  # derived\n")), "{line} is not in\n{text}");
     }
 }
 
@@ -95,7 +95,7 @@ fn what_a_config_does_not_set_is_derived_anew() {
     fixture.ok(&format!("{words} rate --learning-rate 1e-3 --steps 30 --rank 2"));
     let text = fixture.text("rate/config.toml");
     for line in
-        ["# min_learning_rate = 0.0001  (derived)", "# alpha = 4.0  (derived)", "# eval_interval = 3  (derived)"]
+        ["# min_learning_rate = 0.0001  # derived", "# alpha = 4.0  # derived", "# eval_interval = 3  # derived"]
     {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
