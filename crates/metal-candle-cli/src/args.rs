@@ -45,7 +45,7 @@ Without any flag the built-in model is fine-tuned on its sample data: under two 
 Examples:
   metal-candle train
   metal-candle train --data my-data --steps 300 --rank 16 --target-modules all-linear
-  metal-candle train --model ./Qwen2.5-Coder-0.5B --data chats.jsonl --dtype bf16 --output runs/chats
+  metal-candle train --model ./Qwen2.5-Coder-0.5B --data chats.jsonl --output runs/chats
   metal-candle train --config runs/001/config.toml --learning-rate 5e-4
   metal-candle train --resume runs/001
 
