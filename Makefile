@@ -21,5 +21,5 @@ bench:
 	cargo bench --bench inference
 	cargo bench --bench training
 
-coverage: ## needs cargo-llvm-cov
-	cargo llvm-cov --workspace --summary-only
+coverage: ## needs llvm-cov and llvm-profdata; LLVM=-19 where they are called llvm-cov-19
+	dev/coverage.sh
