@@ -101,20 +101,39 @@ fn rotate_token_body<A: Arithmetic>(x: &mut [f32], cos: &[f32], sin: &[f32], inv
     }
 }
 
+/// Runs `change(row, start)` on each row of `x: [rows, width]`, several rows a task; `start` is the element it begins at.
+fn rows(x: &mut [f32], width: usize, change: impl Fn(&mut [f32], usize) + Send + Sync) {
+    if width == 0 {
+        return;
+    }
+    let (count, per_task) = (x.len() / width, rows_per_task(width));
+    let shared = Shared::new(x);
+    for_each(count.div_ceil(per_task), count * width, |task| {
+        for row in task * per_task..count.min((task + 1) * per_task) {
+            // SAFETY: rows are disjoint.
+            change(unsafe { shared.part(row * width, width) }, row * width);
+        }
+    });
+}
+
 /// Adds `bias` to each row of `x: [rows, bias.len()]`.
 pub fn add_bias(x: &mut [f32], bias: &[f32]) {
-    for row in x.chunks_exact_mut(bias.len().max(1)) {
-        for (x, b) in row.iter_mut().zip(bias) {
-            *x += b;
-        }
-    }
+    rows(x, bias.len(), |row, _| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
+}
+
+/// Multiplies each row of `x: [rows, factors.len()]` by `factors`, element by element.
+pub fn scale_columns(x: &mut [f32], factors: &[f32]) {
+    rows(x, factors.len(), |row, _| row.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor));
 }
 
 /// `y += scale * x`.
 pub fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += scale * x;
-    }
+    let shared = Shared::new(y);
+    chunks(x.len(), |start, end| {
+        // SAFETY: chunks are disjoint.
+        let y = unsafe { shared.part(start, end - start) };
+        y.iter_mut().zip(&x[start..end]).for_each(|(y, x)| *y += scale * x);
+    });
 }
 
 /// The sum of each column of `x: [rows, width]` is added to `sums`.
@@ -139,6 +158,19 @@ pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
         for (i, (y, x)) in y.iter_mut().zip(&x[start..end]).enumerate() {
             let kept = mix(seed ^ mix((start + i) as u64)) >> 32 >= threshold;
             *y = if kept { x * scale } else { 0.0 };
+        }
+    });
+}
+
+/// Fills `y` with numbers from `-bound` up to `bound`; element `i` follows from `seed` and `first + i` alone.
+pub fn uniform_noise(y: &mut [f32], bound: f32, seed: u64, first: usize) {
+    let shared = Shared::new(y);
+    chunks(y.len(), |start, end| {
+        // SAFETY: chunks are disjoint.
+        let y = unsafe { shared.part(start, end - start) };
+        for (i, y) in y.iter_mut().enumerate() {
+            let bits = mix(seed ^ mix((first + start + i) as u64)) >> 40;
+            *y = bound * (bits as f32 / (1_u32 << 23) as f32 - 1.0);
         }
     });
 }

@@ -51,7 +51,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// `C = A B + beta C` with `A: [m, k]`, `B: [k, n]`, `C: [m, n]` row-major.
+/// `C = alpha A B + beta C` with `A: [m, k]`, `B: [k, n]`, `C: [m, n]` row-major.
 ///
 /// `a_strides` and `b_strides` are the distances of neighbouring rows and columns, so a transposed operand is a
 /// matter of strides. The result is cut into tiles of fixed size that are computed one thread each.
@@ -61,6 +61,7 @@ thread_local! {
 #[allow(clippy::too_many_arguments)]
 pub fn gemm(
     (m, n, k): (usize, usize, usize),
+    alpha: f32,
     a: &[f32],
     a_strides: (usize, usize),
     b: Matrix,
@@ -92,7 +93,7 @@ pub fn gemm(
         let a = &a[i * a_strides.0..];
         // SAFETY: tiles do not overlap, and each lies within C.
         let c = unsafe { shared.pointer().add(i * n + j) };
-        let tile = Tile { height, width, k, a_strides, b_strides, beta, c, c_stride: n };
+        let tile = Tile { height, width, k, alpha, a_strides, b_strides, beta, c, c_stride: n };
         match b {
             Matrix::F32(b) => tile.product(a, &b[j * b_strides.1..]),
             Matrix::F16(b) => tile.widened_product(a, &b[j * b_strides.1..]),
@@ -105,6 +106,7 @@ struct Tile {
     height: usize,
     width: usize,
     k: usize,
+    alpha: f32,
     a_strides: (usize, usize),
     b_strides: (usize, usize),
     beta: f32,
@@ -152,7 +154,7 @@ impl Tile {
     fn multiply(&self, a: &[f32], k: usize, b: &[f32], b_strides: (usize, usize), beta: f32) {
         let (shape, c) = ((self.height, self.width, k), (self.c, self.c_stride));
         // SAFETY: `gemm` makes each tile with a part of C of its own.
-        unsafe { serial_gemm(shape, 1.0, a, self.a_strides, b, b_strides, beta, c) }
+        unsafe { serial_gemm(shape, self.alpha, a, self.a_strides, b, b_strides, beta, c) }
     }
 }
 
@@ -211,7 +213,7 @@ const DOT_ELEMENTS: usize = 64 * 1024;
 pub fn linear((m, n, k): (usize, usize, usize), x: &[f32], w: Matrix, y: &mut [f32]) {
     assert!(x.len() >= m * k && w.len() >= n * k && y.len() >= m * n, "an operand is too short");
     if m > MAX_DOT_ROWS {
-        return gemm((m, n, k), x, (k, 1), w, (1, k), 0.0, y);
+        return gemm((m, n, k), 1.0, x, (k, 1), w, (1, k), 0.0, y);
     }
     let rows = (DOT_ELEMENTS / k.max(1)).max(1);
     let shared = Shared::new(y);

@@ -21,7 +21,9 @@ pub mod sampling;
 
 pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention_backward};
 pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
-pub use elementwise::{add_bias, add_scaled, column_sums, dropout, rotary, swiglu, swiglu_backward};
+pub use elementwise::{
+    add_bias, add_scaled, column_sums, dropout, rotary, scale_columns, swiglu, swiglu_backward, uniform_noise,
+};
 pub use file::{MappedFile, map_file};
 pub use gemm::{Matrix, gemm, linear};
 pub use isa::{Isa, isa};

@@ -49,7 +49,7 @@ fn batch() -> (Batch, Targets) {
 
 fn steps(criterion: &mut Criterion) {
     let (batch, targets) = batch();
-    let options = LossOptions { label_smoothing: 0.0, grad_scale: 1e-3, dropout_seed: 0 };
+    let options = LossOptions { label_smoothing: 0.0, grad_scale: 1e-3, dropout_seed: 0, ..LossOptions::default() };
     let mut group = criterion.benchmark_group("forward and backward");
     group.throughput(Throughput::Elements(batch.num_tokens() as u64));
     for dtype in [DType::F32, DType::BF16] {
@@ -61,13 +61,13 @@ fn steps(criterion: &mut Criterion) {
             let terms = adapter.terms().unwrap();
             group.bench_function(BenchmarkId::new(format!("LoRA on {name}"), dtype.as_str()), |bencher| {
                 bencher
-                    .iter(|| model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap());
+                    .iter(|| model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap());
             });
         }
     }
     let model = model(DType::F32);
     group.bench_function("all parameters", |bencher| {
-        bencher.iter(|| model.loss_and_gradients(&batch, &targets, Trainable::All, options).unwrap());
+        bencher.iter(|| model.loss_and_gradients(&batch, &targets, Trainable::all(), options).unwrap());
     });
     group.bench_function("loss only", |bencher| {
         bencher.iter(|| model.loss(&batch, &targets, None, 0.0).unwrap());

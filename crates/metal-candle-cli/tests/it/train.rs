@@ -164,7 +164,7 @@ fn settings_reach_the_trainer() {
     let adapter = LoRAAdapter::load(&model, fixture.path("run/adapter")).unwrap();
     assert!(adapter.use_rslora());
     assert_eq!(adapter.modules().len(), 7);
-    assert!(adapter.modules().iter().all(|module| module.layer == 1));
+    assert!(adapter.modules().iter().all(|module| module.layer == Some(1)));
     assert!((adapter.dropout() - 0.1).abs() < 1e-9);
     let tokens = rows.iter().filter_map(|row| row["tokens"].as_u64()).max().unwrap();
     assert!(tokens > 64 && tokens <= 128, "{tokens}");

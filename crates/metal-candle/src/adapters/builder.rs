@@ -138,7 +138,8 @@ impl<'a> LoRAAdapterBuilder<'a> {
         let mut planned = Vec::new();
         for (number, linear) in self.model.linears().iter().enumerate() {
             let target = self.config.target_modules.iter().copied().find(|target| target.name() == linear.module);
-            let in_layers = self.layers.as_ref().is_none_or(|layers| layers.contains(&linear.layer));
+            let in_layers =
+                self.layers.as_ref().is_none_or(|layers| linear.layer.is_some_and(|layer| layers.contains(&layer)));
             if let (Some(target), true) = (target, in_layers) {
                 let rank = last_of(&self.ranks, target).unwrap_or(self.config.rank);
                 let widest = linear.in_features.max(linear.out_features).max(MAX_RANK);

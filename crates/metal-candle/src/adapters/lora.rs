@@ -36,8 +36,8 @@ pub struct LoRAModule {
     pub number: usize,
     /// Its path in the checkpoint: `model.layers.0.self_attn.q_proj`.
     pub path: String,
-    /// The block it is in.
-    pub layer: usize,
+    /// The block it is in; none for the embedding and the head.
+    pub layer: Option<usize>,
     /// Last part of the path: `q_proj`.
     pub module: &'static str,
     /// Width of its input.
@@ -297,7 +297,7 @@ impl LoRAAdapter {
         for module in &self.layout.modules {
             let (a, b) = matrices(&parameters, module)?;
             let dropout = self.layout.settings.dropout as f32;
-            terms.insert(module.number, LowRank { a, b, scale: module.scale as f32, dropout });
+            terms.insert(module.number, LowRank { dropout, ..LowRank::new(a, b, module.scale as f32) });
         }
         Ok(terms)
     }

@@ -2,9 +2,10 @@
 
 use super::decoder::NUM_LINEARS;
 use super::kv_cache::KVCache;
-use crate::error::Result;
+use super::step::Gradients;
+use crate::error::{Error, Result};
 use crate::ops::attention::{self, Saved};
-use crate::ops::linear::{Linear, Wanted, add_scaled};
+use crate::ops::linear::{Linear, LinearGradients, Wanted, add_scaled};
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotation;
 use crate::ops::{LowRank, LowRankTerms, num_bytes, swiglu};
@@ -30,6 +31,7 @@ pub(super) struct Block {
     pub(super) post_attention_layernorm: RmsNorm,
     /// In the order of [`MODULES`].
     pub(super) linears: Vec<Linear>,
+    pub(super) parameters: BlockParameters,
     pub(super) shape: AttentionShape,
 }
 
@@ -62,22 +64,30 @@ impl BlockSaved {
     }
 }
 
-/// The gradients of a block's weights.
-#[derive(Default)]
-pub(super) struct BlockGradients {
-    /// A and B of each linear layer's low-rank term, in the order of [`MODULES`].
-    pub(super) terms: [Option<(Tensor, Tensor)>; NUM_LINEARS],
-    /// Weight and bias of each linear layer.
-    pub(super) linears: [(Option<Tensor>, Option<Tensor>); NUM_LINEARS],
-    pub(super) input_layernorm: Option<Tensor>,
-    pub(super) post_attention_layernorm: Option<Tensor>,
+/// Where the weights of a block are among the model's parameters.
+#[derive(Debug)]
+pub(super) struct BlockParameters {
+    /// Weight and bias of each linear layer, in the order of [`MODULES`].
+    pub(super) linears: Vec<(usize, Option<usize>)>,
+    pub(super) input_layernorm: usize,
+    pub(super) post_attention_layernorm: usize,
+}
+
+impl BlockParameters {
+    /// Whether one of the block's parameters is among the `wanted`.
+    pub(super) fn any(&self, wanted: &[bool]) -> bool {
+        let linears = self.linears.iter().flat_map(|&(weight, bias)| [Some(weight), bias]);
+        let norms = [Some(self.input_layernorm), Some(self.post_attention_layernorm)];
+        linears.chain(norms).flatten().any(|place| wanted[place])
+    }
 }
 
 /// Which gradients of a block are wanted beside those of low-rank terms.
 #[derive(Clone, Copy)]
-pub(super) struct BlockWanted {
+pub(super) struct BlockWanted<'a> {
     pub(super) input: bool,
-    pub(super) weights: bool,
+    /// For each parameter of the model.
+    pub(super) parameters: &'a [bool],
 }
 
 impl Block {
@@ -139,12 +149,18 @@ impl Block {
 
     /// As [`Block::forward`], keeping what the backward pass needs.
     pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
+        let saved = self.saved_again(x, context)?;
+        let y = self.after_mlp(&saved.middle, &swiglu::forward(&saved.gate, &saved.up)?, context)?;
+        Ok((y, saved))
+    }
+
+    /// What [`Block::forward_saving`] keeps, from the block's input; its output is not computed.
+    pub(super) fn saved_again(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
         let (q, k, v) = self.projections(x, context)?;
         let attention = attention::forward(self.shape, &q, &k, &v, context.offsets)?;
         let middle = self.after_attention(x, &attention.out, context)?;
         let (gate, up) = self.gate_and_up(&middle, context)?;
-        let y = self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context)?;
-        Ok((y, BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up }))
+        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up })
     }
 
     /// The gradient with respect to the block's input, if wanted, from that of its output.
@@ -154,43 +170,49 @@ impl Block {
         context: Context,
         dy: Tensor,
         wanted: BlockWanted,
-        gradients: &mut BlockGradients,
+        gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let BlockSaved { x, q, k, v, attention, middle, gate, up } = saved;
 
         let activation = swiglu::forward(&gate, &up)?;
-        let d_activation = self.through(DOWN, &activation, context, &dy, wanted, true, gradients)?;
+        let d_activation = self.through(DOWN, &activation, context, &dy, wanted, None, gradients)?;
         drop(activation);
-        let Some(d_activation) = d_activation else { return Ok(None) };
         let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_activation)?;
         drop((gate, up, d_activation));
         let normed = self.post_attention_layernorm.forward(&middle)?;
-        let through_gate = self.through(GATE, &normed, context, &d_gate, wanted, true, gradients)?;
-        let through_up = self.through(UP, &normed, context, &d_up, wanted, true, gradients)?;
-        let d_normed = sum([through_gate, through_up])?;
-        let (d_middle, weight) = Self::norm_backward(&self.post_attention_layernorm, &middle, d_normed, dy, wanted)?;
-        gradients.post_attention_layernorm = weight;
+        let d_normed = self.through(GATE, &normed, context, &d_gate, wanted, None, gradients)?;
+        drop(d_gate);
+        let d_normed = self.through(UP, &normed, context, &d_up, wanted, Some(d_normed), gradients)?;
+        drop((d_up, normed));
+        let norm = self.parameters.post_attention_layernorm;
+        let (d_middle, weight) =
+            self.post_attention_layernorm.backward(&middle, &d_normed, dy, wanted.parameters[norm])?;
+        gradients.parameters[norm] = weight;
+        drop((middle, d_normed));
 
-        let d_attention = self.through(O, &attention.out, context, &d_middle, wanted, true, gradients)?;
-        let Some(d_attention) = d_attention else { return Ok(None) };
+        let d_attention = self.through(O, &attention.out, context, &d_middle, wanted, None, gradients)?;
         let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.offsets, &d_attention)?;
         drop((q, k, v, attention, d_attention));
         let dq = context.rotation.apply(dq, true)?;
         let dk = context.rotation.apply(dk, true)?;
         let normed = self.input_layernorm.forward(&x)?;
-        let through_q = self.through(Q, &normed, context, &dq, wanted, wanted.input, gradients)?;
-        let through_k = self.through(K, &normed, context, &dk, wanted, wanted.input, gradients)?;
-        let through_v = self.through(V, &normed, context, &dv, wanted, wanted.input, gradients)?;
         if !wanted.input {
+            for (place, dy) in [(Q, dq), (K, dk), (V, dv)] {
+                self.weights_only(place, &normed, context, &dy, wanted, gradients)?;
+            }
             return Ok(None);
         }
-        let d_normed = sum([sum([through_q, through_k])?, through_v])?;
-        let (dx, weight) = Self::norm_backward(&self.input_layernorm, &x, d_normed, d_middle, wanted)?;
-        gradients.input_layernorm = weight;
+        let d_normed = self.through(Q, &normed, context, &dq, wanted, None, gradients)?;
+        let d_normed = self.through(K, &normed, context, &dk, wanted, Some(d_normed), gradients)?;
+        let d_normed = self.through(V, &normed, context, &dv, wanted, Some(d_normed), gradients)?;
+        drop((dq, dk, dv, normed));
+        let norm = self.parameters.input_layernorm;
+        let (dx, weight) = self.input_layernorm.backward(&x, &d_normed, d_middle, wanted.parameters[norm])?;
+        gradients.parameters[norm] = weight;
         Ok(Some(dx))
     }
 
-    /// Backward through linear layer `place`: keeps the gradients of its weights and returns that of its input.
+    /// Backward through linear layer `place`: keeps the gradients of its weights and returns that of its input, added to `dx`.
     #[allow(clippy::too_many_arguments)]
     fn through(
         &self,
@@ -199,35 +221,43 @@ impl Block {
         context: Context,
         dy: &Tensor,
         wanted: BlockWanted,
-        input: bool,
-        gradients: &mut BlockGradients,
-    ) -> Result<Option<Tensor>> {
+        dx: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
         let (term, seed) = (self.term(context, place), self.seed(context, place));
-        let wanted = Wanted { input, weight: wanted.weights };
-        let of_linear = self.linears[place].backward(x, term, seed, dy, wanted)?;
-        gradients.terms[place] = of_linear.term;
-        gradients.linears[place] = (of_linear.weight, of_linear.bias);
-        Ok(of_linear.input)
+        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, true, wanted), dx)?;
+        let input = of_linear.input.clone();
+        self.keep(place, of_linear, gradients);
+        input.ok_or_else(|| Error::Device("a gradient that was asked for was not computed".into()))
     }
 
-    fn norm_backward(
-        norm: &RmsNorm,
+    /// As [`Block::through`] where no gradient of the input is wanted.
+    fn weights_only(
+        &self,
+        place: usize,
         x: &Tensor,
-        d_normed: Option<Tensor>,
-        dx: Tensor,
+        context: Context,
+        dy: &Tensor,
         wanted: BlockWanted,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        match d_normed {
-            Some(d_normed) => norm.backward(x, &d_normed, dx, wanted.weights),
-            None => Ok((dx, None)),
-        }
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (term, seed) = (self.term(context, place), self.seed(context, place));
+        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, false, wanted), None)?;
+        self.keep(place, of_linear, gradients);
+        Ok(())
     }
-}
 
-/// The sum of two gradients, in place of the first.
-fn sum([a, b]: [Option<Tensor>; 2]) -> Result<Option<Tensor>> {
-    match (a, b) {
-        (Some(a), Some(b)) => Ok(Some(add_scaled(a, 1.0, &b)?)),
-        (a, b) => Ok(a.or(b)),
+    fn wanted(&self, place: usize, input: bool, wanted: BlockWanted) -> Wanted {
+        let (weight, bias) = self.parameters.linears[place];
+        Wanted { input, weight: wanted.parameters[weight], bias: bias.is_some_and(|bias| wanted.parameters[bias]) }
+    }
+
+    fn keep(&self, place: usize, of_linear: LinearGradients, gradients: &mut Gradients) {
+        let (weight, bias) = self.parameters.linears[place];
+        gradients.terms[NUM_LINEARS * self.layer + place] = of_linear.term;
+        gradients.parameters[weight] = of_linear.weight;
+        if let Some(bias) = bias {
+            gradients.parameters[bias] = of_linear.bias;
+        }
     }
 }

@@ -1,13 +1,13 @@
 //! The decoder: one description-driven stack of blocks for all families.
 
-use super::block::{Block, Context, MODULES};
+use super::block::{Block, BlockParameters, Context, MODULES};
 use super::{Batch, KVCache, ModelConfig, families};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::linear::Linear;
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::{RotaryTable, Rotation};
-use crate::ops::{LowRankTerms, head};
+use crate::ops::{LowRankTerms, embedding, head};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 use std::collections::HashMap;
@@ -32,21 +32,21 @@ pub(super) struct Inner {
     pub(super) embedding: Tensor,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: RmsNorm,
-    /// The head's weight; the embedding itself where it is tied.
-    pub(super) head: Tensor,
+    /// The head; its weight is the embedding itself where it is tied.
+    pub(super) head: Linear,
     rotary: RotaryTable,
 }
 
 /// A linear layer of a model, known to adapters by its number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearInfo {
-    /// Path in the checkpoint without `.weight`: `model.layers.0.self_attn.q_proj`.
+    /// Path in the checkpoint without `.weight`: `model.layers.0.self_attn.q_proj`, `model.embed_tokens`, `lm_head`.
     pub path: String,
-    /// The block it is in.
-    pub layer: usize,
+    /// The block it is in; none for the embedding and the head.
+    pub layer: Option<usize>,
     /// Last part of the path: `q_proj`.
     pub module: &'static str,
-    /// Width of its input.
+    /// Width of its input; for the embedding the size of the vocabulary.
     pub in_features: usize,
     /// Width of its output.
     pub out_features: usize,
@@ -71,14 +71,63 @@ impl Model {
     pub fn from_tensors(config: ModelConfig, mut tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
         let parameters = take_parameters(&config, &mut tensors)?;
         let dtype = parameters.first().map_or(DType::F32, |(_, tensor)| tensor.dtype());
+        Self::assemble(config, parameters, dtype, device)
+    }
+
+    /// The same model with some parameters replaced, by name; the others are shared. A `lm_head.weight` unties the head.
+    ///
+    /// On the CPU a replaced parameter may have another dtype than the others, and what is changed in place later is
+    /// seen; elsewhere it is converted.
+    ///
+    /// # Errors
+    /// A name is unknown or a shape is another: all such parameters are told.
+    pub fn with_parameters(&self, mut replaced: HashMap<String, Tensor>) -> Result<Self> {
+        let mut config = self.config().clone();
+        config.tie_word_embeddings &= !replaced.contains_key("lm_head.weight");
+        let own: HashMap<&str, &Tensor> =
+            self.parameters().iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let mut problems = Vec::new();
+        let mut parameters = Vec::new();
+        for (name, shape) in Self::parameter_shapes(&config) {
+            let tensor = match (replaced.remove(&name), own.get(name.as_str())) {
+                (Some(tensor), _) if tensor.dims() == shape => tensor.detach(),
+                (Some(tensor), _) => {
+                    problems.push(format!("`{name}`: expected shape {shape:?}, found {:?}", tensor.dims()));
+                    continue;
+                }
+                (None, Some(tensor)) => (*tensor).clone(),
+                (None, None) => {
+                    problems.push(format!("`{name}` is missing"));
+                    continue;
+                }
+            };
+            let is_at_home = self.device().is_cpu() || tensor.dtype() == self.dtype();
+            parameters.push((name, if is_at_home { tensor } else { tensor.to_dtype(self.dtype())? }));
+        }
+        let mut unknown: Vec<_> = replaced.keys().map(|name| format!("`{name}` is not part of the model")).collect();
+        unknown.sort();
+        problems.extend(unknown);
+        if !problems.is_empty() {
+            return Err(Error::Tensors { path: "parameters".into(), problems });
+        }
+        Self::assemble(config, parameters, self.dtype(), self.device())
+    }
+
+    /// A model of parameters that are known to fit.
+    fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, dtype: DType, device: Device) -> Result<Self> {
         // norms and biases are small and only f32 is fast with f32 activations
         let small = |tensor: &Tensor| if device.is_cpu() { tensor.to_dtype(DType::F32) } else { Ok(tensor.clone()) };
-        let by_name: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let find = |name: &str| {
-            by_name.get(name).copied().ok_or_else(|| Error::argument("tensors", format!("`{name}` is missing")))
+        let numbers: HashMap<&str, usize> =
+            parameters.iter().enumerate().map(|(number, (name, _))| (name.as_str(), number)).collect();
+        let find = |name: &str| -> Result<(usize, &Tensor)> {
+            let number = numbers.get(name).copied();
+            let number = number.ok_or_else(|| Error::argument("tensors", format!("`{name}` is missing")))?;
+            Ok((number, &parameters[number].1))
         };
-        let norm =
-            |name: &str| -> Result<RmsNorm> { Ok(RmsNorm { weight: small(find(name)?)?, eps: config.rms_norm_eps }) };
+        let norm = |name: &str| -> Result<(usize, RmsNorm)> {
+            let (number, weight) = find(name)?;
+            Ok((number, RmsNorm { weight: small(weight)?, eps: config.rms_norm_eps }))
+        };
         let shape = AttentionShape {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
@@ -87,29 +136,46 @@ impl Model {
         };
         let (mut linears, mut blocks) = (Vec::new(), Vec::new());
         for layer in 0..config.num_hidden_layers {
-            let mut weights = Vec::with_capacity(NUM_LINEARS);
+            let (mut weights, mut places) = (Vec::with_capacity(NUM_LINEARS), Vec::with_capacity(NUM_LINEARS));
             for (place, module) in MODULES.into_iter().enumerate() {
                 let room = if place < 4 { "self_attn" } else { "mlp" };
                 let path = format!("model.layers.{layer}.{room}.{module}");
-                let weight = find(&format!("{path}.weight"))?.clone();
-                let bias = by_name.get(format!("{path}.bias").as_str()).map(|bias| small(bias)).transpose()?;
+                let (number, weight) = find(&format!("{path}.weight"))?;
+                let bias = numbers.get(format!("{path}.bias").as_str()).copied();
+                places.push((number, bias));
+                let bias = bias.map(|bias| small(&parameters[bias].1)).transpose()?;
                 let (out_features, in_features) = weight.dims2()?;
-                linears.push(LinearInfo { path, layer, module, in_features, out_features });
-                weights.push(Linear { weight, bias });
+                linears.push(LinearInfo { path, layer: Some(layer), module, in_features, out_features });
+                weights.push(Linear { weight: weight.clone(), bias });
             }
+            let (input, input_layernorm) = norm(&format!("model.layers.{layer}.input_layernorm.weight"))?;
+            let (middle, post_attention_layernorm) =
+                norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"))?;
             blocks.push(Block {
                 layer,
-                input_layernorm: norm(&format!("model.layers.{layer}.input_layernorm.weight"))?,
-                post_attention_layernorm: norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"))?,
+                input_layernorm,
+                post_attention_layernorm,
                 linears: weights,
+                parameters: BlockParameters {
+                    linears: places,
+                    input_layernorm: input,
+                    post_attention_layernorm: middle,
+                },
                 shape,
             });
         }
-        let embedding = find("model.embed_tokens.weight")?.clone();
-        let head = if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.clone() };
-        let norm = norm("model.norm.weight")?;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        for (path, module, in_features, out_features) in
+            [("model.embed_tokens", "embed_tokens", vocab, hidden), ("lm_head", "lm_head", hidden, vocab)]
+        {
+            linears.push(LinearInfo { path: path.into(), layer: None, module, in_features, out_features });
+        }
+        let embedding = find("model.embed_tokens.weight")?.1.clone();
+        let head = if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.1.clone() };
+        let head = Linear { weight: head, bias: None };
+        let norm = norm("model.norm.weight")?.1;
         let rotary = RotaryTable::new(config.head_dim, config.rope_theta);
-        drop(by_name);
+        drop(numbers);
         let inner = Inner { config, device, dtype, linears, parameters, embedding, blocks, norm, head, rotary };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -139,7 +205,8 @@ impl Model {
         if self.inner.device.is_cpu() { DType::F32 } else { self.inner.dtype }
     }
 
-    /// The linear layers that an adapter can extend, by number.
+    /// The layers that an adapter can extend, by number: seven of each block, then the embedding and the head, the
+    /// latter also where its weight is the embedding's.
     pub fn linears(&self) -> &[LinearInfo] {
         &self.inner.linears
     }
@@ -183,7 +250,7 @@ impl Model {
                 format!("sequence {sequence} does not begin at position 0, and there is no cache to continue");
             return Err(Error::argument("batch", message));
         }
-        let (mut x, rotation) = self.embed(batch)?;
+        let (mut x, rotation) = self.embed(batch, terms)?;
         let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut().map(|cache| (cache, batch.slots())))?;
@@ -198,17 +265,29 @@ impl Model {
             Rows::Last => gather_rows(&x, &batch.last_rows())?,
             Rows::Of(rows) => gather_rows(&x, rows)?,
         };
-        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head)
+        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head, term)
     }
 
     /// The residual stream that enters the first block, and the rotation of the batch's positions.
-    pub(super) fn embed(&self, batch: &Batch) -> Result<(Tensor, Rotation)> {
+    pub(super) fn embed(&self, batch: &Batch, terms: Option<&LowRankTerms>) -> Result<(Tensor, Rotation)> {
         if batch.is_empty() {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
-        let x = head::embed(&self.inner.embedding, batch.ids(), self.activation_dtype())?;
+        let term = terms.and_then(|terms| terms.get(self.embedding_number()));
+        let x = embedding::forward(&self.inner.embedding, term, batch.ids(), self.activation_dtype())?;
         let rotation = self.inner.rotary.rotation(batch.positions(), &x)?;
         Ok((x, rotation))
+    }
+
+    /// The number of the embedding among [`Model::linears`].
+    pub(super) fn embedding_number(&self) -> usize {
+        NUM_LINEARS * self.inner.blocks.len()
+    }
+
+    /// The number of the head among [`Model::linears`].
+    pub(super) fn head_number(&self) -> usize {
+        self.embedding_number() + 1
     }
 
     pub(super) fn check_positions(&self, batch: &Batch) -> Result<()> {

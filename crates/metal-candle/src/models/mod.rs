@@ -20,6 +20,7 @@ mod saver;
 mod shards;
 mod step;
 
+pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::{GenerationDefaults, ModelConfig};
 pub use decoder::{LinearInfo, Model, Rows};
@@ -30,7 +31,7 @@ pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use safetensors_file::{SafetensorsFile, TensorEntry};
 pub use saver::{save_model, write_atomically, write_safetensors};
-pub use step::{Gradients, LossOptions, Losses, Targets, Trainable};
+pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.
 pub type Qwen = Model;

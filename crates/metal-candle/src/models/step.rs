@@ -1,11 +1,11 @@
 //! Losses and gradients: the training pass through the decoder.
 
-use super::block::{BlockGradients, BlockSaved, BlockWanted, Context};
-use super::decoder::{NUM_LINEARS, gather_rows};
+use super::block::{BlockSaved, BlockWanted, Context};
+use super::decoder::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
-use crate::ops::head::{self, HeadLoss};
-use crate::ops::{LowRankTerms, num_bytes};
+use crate::ops::head::{self, HeadWanted};
+use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
 use candle_core::Tensor;
 use metal_candle_kernels::Row;
 
@@ -19,12 +19,36 @@ pub struct Targets {
 }
 
 /// What gradients are wanted for; everything else is frozen.
-#[derive(Debug, Clone, Copy)]
-pub enum Trainable<'a> {
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Trainable<'a> {
     /// The low-rank terms, which also take part in the forward pass.
-    LowRank(&'a LowRankTerms),
-    /// Every parameter of the model.
+    pub terms: Option<&'a LowRankTerms>,
+    /// Parameters of the model itself.
+    pub parameters: Parameters<'a>,
+}
+
+/// Some of a model's parameters, by their place in [`Model::parameters`].
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Parameters<'a> {
+    /// None.
+    #[default]
+    None,
+    /// These.
+    Of(&'a [usize]),
+    /// Each.
     All,
+}
+
+impl<'a> Trainable<'a> {
+    /// The low-rank terms alone.
+    pub fn low_rank(terms: &'a LowRankTerms) -> Self {
+        Self { terms: Some(terms), parameters: Parameters::None }
+    }
+
+    /// Every parameter of the model.
+    pub fn all() -> Self {
+        Self { terms: None, parameters: Parameters::All }
+    }
 }
 
 /// The loss of each token.
@@ -37,11 +61,45 @@ pub struct Losses {
 /// The gradients of `grad_scale * sum(losses.rows)`, f32, and nothing for frozen tensors.
 #[derive(Debug, Clone)]
 pub struct Gradients {
-    /// For [`Trainable::LowRank`] `2 n` holds the gradient of A and `2 n + 1` that of B of linear `n`;
-    /// for [`Trainable::All`] entry `i` that of `model.parameters()[i]`.
-    pub tensors: Vec<Option<Tensor>>,
+    /// By the number of the layer in [`Model::linears`].
+    pub terms: Vec<Option<TermGradients>>,
+    /// By the place in [`Model::parameters`].
+    pub parameters: Vec<Option<Tensor>>,
     /// Bytes kept between the forward and the backward pass.
     pub saved_bytes: usize,
+}
+
+/// One of [`Gradients`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GradientOf {
+    /// That of A of the term with this number.
+    A(usize),
+    /// That of B of the term with this number.
+    B(usize),
+    /// That of the magnitudes of the term with this number.
+    Magnitude(usize),
+    /// That of the parameter at this place.
+    Parameter(usize),
+}
+
+impl Gradients {
+    /// One of the gradients, if it was computed.
+    pub fn get(&self, of: GradientOf) -> Option<&Tensor> {
+        let term = |number: usize| self.terms.get(number).and_then(Option::as_ref);
+        match of {
+            GradientOf::A(number) => term(number).map(|term| &term.a),
+            GradientOf::B(number) => term(number).map(|term| &term.b),
+            GradientOf::Magnitude(number) => term(number).and_then(|term| term.magnitude.as_ref()),
+            GradientOf::Parameter(place) => self.parameters.get(place).and_then(Option::as_ref),
+        }
+    }
+
+    /// All gradients that were computed.
+    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
+        let of_terms =
+            self.terms.iter().flatten().flat_map(|term| [Some(&term.a), Some(&term.b), term.magnitude.as_ref()]);
+        of_terms.flatten().chain(self.parameters.iter().flatten())
+    }
 }
 
 /// Settings of a training step.
@@ -51,15 +109,54 @@ pub struct LossOptions {
     pub label_smoothing: f32,
     /// Factor on all gradients.
     pub grad_scale: f32,
-    /// Seed of the adapter's dropout in this step.
+    /// Seed of what is random in this step: dropout and noise.
     pub dropout_seed: u64,
+    /// Noise on the embedded tokens, uniform within `alpha / sqrt(length * hidden)` for a sequence of `length` tokens
+    /// (`NEFTune`, <https://arxiv.org/abs/2310.05914>, section 2); 0 for none.
+    pub neftune_noise_alpha: f32,
+    /// The number of blocks, from the first one trained, that keep nothing but their input for the backward pass and are
+    /// computed anew there (<https://arxiv.org/abs/1604.06174>, section 4). The gradients are the same.
+    pub checkpointed_blocks: usize,
 }
 
 impl Default for LossOptions {
-    /// No smoothing, a factor of 1, seed 0.
+    /// No smoothing, a factor of 1, seed 0, no noise, everything kept.
     fn default() -> Self {
-        Self { label_smoothing: 0.0, grad_scale: 1.0, dropout_seed: 0 }
+        Self {
+            label_smoothing: 0.0,
+            grad_scale: 1.0,
+            dropout_seed: 0,
+            neftune_noise_alpha: 0.0,
+            checkpointed_blocks: 0,
+        }
     }
+}
+
+/// The place of the embedding in [`Model::parameters`].
+const EMBEDDING_PARAMETER: usize = 0;
+
+/// What a block keeps for its backward pass.
+enum Kept {
+    Everything(BlockSaved),
+    Input(Tensor),
+}
+
+impl Kept {
+    fn num_bytes(&self) -> usize {
+        match self {
+            Self::Everything(saved) => saved.num_bytes(),
+            Self::Input(x) => num_bytes(x),
+        }
+    }
+}
+
+/// Where the backward pass ends.
+#[derive(Clone, Copy)]
+struct Lowest {
+    /// The first block that has something trained in it or below it.
+    block: Option<usize>,
+    /// Whether something of the embedding is trained.
+    embedding: bool,
 }
 
 /// The rows of a batch that have a target, and what each should predict.
@@ -131,7 +228,7 @@ impl Model {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
         self.check_terms(terms)?;
-        let (mut x, rotation) = self.embed(batch)?;
+        let (mut x, rotation) = self.embed(batch, terms)?;
         let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
@@ -140,7 +237,8 @@ impl Model {
             return Ok(trained.losses(batch.num_tokens(), &[]));
         }
         let hidden = self.inner.norm.forward(&trained.gather(&x)?)?;
-        let loss = head::loss(&hidden, &self.inner.head, &trained.rows, label_smoothing, None)?;
+        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        let loss = head::loss(&hidden, &self.inner.head, term, None, &trained.rows, label_smoothing, None)?;
         Ok(trained.losses(batch.num_tokens(), &loss.rows))
     }
 
@@ -172,87 +270,120 @@ impl Model {
             return Err(Error::argument("targets", "no token of the batch has a target"));
         }
         self.check_positions(batch)?;
-        let (terms, weights) = match trainable {
-            Trainable::LowRank(terms) => (Some(terms), false),
-            Trainable::All => (None, true),
-        };
+        let Trainable { terms, parameters } = trainable;
         self.check_terms(terms)?;
-        let lowest = terms.and_then(|terms| terms.iter().next()).map_or(0, |(number, _)| number / NUM_LINEARS);
+        let wanted = self.wanted(parameters)?;
+        let lowest = self.lowest(terms, &wanted);
 
-        let (mut x, rotation) = self.embed(batch)?;
+        let (mut x, rotation) = self.embed(batch, terms)?;
+        if options.neftune_noise_alpha > 0.0 {
+            x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
+        }
         let dropout_seed = Some(options.dropout_seed);
         let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed };
-        let mut saved: Vec<BlockSaved> = Vec::new();
+        let first = lowest.block.unwrap_or(self.inner.blocks.len());
+        let mut kept: Vec<Kept> = Vec::new();
         for block in &self.inner.blocks {
-            if block.layer < lowest {
-                x = block.forward(&x, context, None)?;
+            x = if block.layer < first {
+                block.forward(&x, context, None)?
+            } else if block.layer - first < options.checkpointed_blocks {
+                let y = block.forward(&x, context, None)?;
+                kept.push(Kept::Input(x));
+                y
             } else {
-                let (y, of_block) = block.forward_saving(&x, context)?;
-                saved.push(of_block);
-                x = y;
-            }
+                let (y, saved) = block.forward_saving(&x, context)?;
+                kept.push(Kept::Everything(saved));
+                y
+            };
         }
 
         let stream = trained.gather(&x)?;
         drop(x);
         let hidden = self.inner.norm.forward(&stream)?;
-        let wanted = head::Wanted { scale: options.grad_scale, weight: weights };
-        let HeadLoss { rows, hidden: d_hidden, weight: d_head } =
-            head::loss(&hidden, &self.inner.head, &trained.rows, options.label_smoothing, Some(wanted))?;
-        let losses = trained.losses(batch.num_tokens(), &rows);
-        let saved_bytes = saved.iter().map(BlockSaved::num_bytes).sum::<usize>() + num_bytes(&stream);
-
-        let d_hidden = d_hidden.ok_or_else(|| Error::argument("targets", "no token of the batch has a target"))?;
-        let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
-        let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, weights)?;
-        let mut dx = Some(trained.scatter(dx, batch.num_tokens())?);
-
-        let mut of_blocks: Vec<BlockGradients> = Vec::new();
-        of_blocks.resize_with(self.inner.blocks.len(), BlockGradients::default);
-        for block in self.inner.blocks.iter().rev() {
-            let (Some(saved), Some(dy)) = (saved.pop(), dx.take()) else { break };
-            let wanted = BlockWanted { input: weights || block.layer > lowest, weights };
-            dx = block.backward(saved, context, dy, wanted, &mut of_blocks[block.layer])?;
-        }
-        let tensors = if weights {
-            self.parameter_gradients(batch, of_blocks, dx, d_norm, d_head)?
-        } else {
-            let terms = of_blocks.into_iter().flat_map(|block| block.terms);
-            terms.flat_map(|term| term.map_or([None, None], |(a, b)| [Some(a), Some(b)])).collect()
+        let head = self.head_parameter();
+        let wanted_of_head = HeadWanted {
+            scale: options.grad_scale,
+            input: lowest.block.is_some() || lowest.embedding || wanted[self.norm_parameter()],
+            weight: wanted[head],
         };
-        Ok((losses, Gradients { tensors, saved_bytes }))
-    }
+        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        let (smoothing, seed) = (options.label_smoothing, dropout_seed);
+        let of_head =
+            head::loss(&hidden, &self.inner.head, term, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
+        drop(hidden);
+        let losses = trained.losses(batch.num_tokens(), &of_head.rows);
+        let mut gradients = Gradients {
+            terms: vec![None; self.linears().len()],
+            parameters: vec![None; self.parameters().len()],
+            saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
+        };
+        gradients.terms[self.head_number()] = of_head.gradients.term;
+        gradients.parameters[head] = of_head.gradients.weight;
 
-    /// The gradients of all parameters in the order of [`Model::parameters`].
-    fn parameter_gradients(
-        &self,
-        batch: &Batch,
-        of_blocks: Vec<BlockGradients>,
-        dx: Option<Tensor>,
-        d_norm: Option<Tensor>,
-        d_head: Option<Tensor>,
-    ) -> Result<Vec<Option<Tensor>>> {
-        let mut by_name = std::collections::HashMap::new();
-        let tied = self.config().tie_word_embeddings;
-        let (mut d_embedding, d_head) = if tied { (d_head, None) } else { (None, d_head) };
-        if let Some(dx) = dx {
-            let sum = d_embedding.take().map_or_else(|| head::zeros_like(&self.inner.embedding), Ok)?;
-            d_embedding = Some(head::embed_backward(batch.ids(), &dx, sum)?);
+        let Some(d_hidden) = of_head.gradients.input else { return Ok((losses, gradients)) };
+        let norm = self.norm_parameter();
+        let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
+        let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;
+        gradients.parameters[norm] = d_norm;
+        drop((stream, d_hidden));
+        let mut dx = Some(trained.scatter(dx, batch.num_tokens())?);
+        for block in self.inner.blocks.iter().rev() {
+            let (Some(kept), Some(dy)) = (kept.pop(), dx.take()) else { break };
+            let saved = match kept {
+                Kept::Everything(saved) => saved,
+                Kept::Input(x) => block.saved_again(&x, context)?,
+            };
+            let wanted = BlockWanted { input: lowest.embedding || block.layer > first, parameters: &wanted };
+            dx = block.backward(saved, context, dy, wanted, &mut gradients)?;
         }
-        by_name.insert("model.embed_tokens.weight".to_string(), d_embedding);
-        by_name.insert("model.norm.weight".to_string(), d_norm);
-        by_name.insert("lm_head.weight".to_string(), d_head);
-        for (layer, block) in of_blocks.into_iter().enumerate() {
-            let path = format!("model.layers.{layer}");
-            by_name.insert(format!("{path}.input_layernorm.weight"), block.input_layernorm);
-            by_name.insert(format!("{path}.post_attention_layernorm.weight"), block.post_attention_layernorm);
-            for (place, (weight, bias)) in block.linears.into_iter().enumerate() {
-                let path = &self.linears()[NUM_LINEARS * layer + place].path;
-                by_name.insert(format!("{path}.weight"), weight);
-                by_name.insert(format!("{path}.bias"), bias);
+        if let Some(dx) = dx.filter(|_| lowest.embedding) {
+            if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
+                gradients.terms[self.embedding_number()] = Some(embedding::term_backward(term, batch.ids(), &dx)?);
+            }
+            let place = EMBEDDING_PARAMETER;
+            if wanted[place] {
+                // a tied head has left its part there
+                let sum = gradients.parameters[place].take();
+                let sum = sum.map_or_else(|| head::zeros_like(&self.inner.embedding), Ok)?;
+                gradients.parameters[place] = Some(embedding::backward(batch.ids(), &dx, sum)?);
             }
         }
-        Ok(self.parameters().iter().map(|(name, _)| by_name.remove(name).flatten()).collect())
+        Ok((losses, gradients))
+    }
+
+    /// For each parameter whether its gradient is wanted.
+    fn wanted(&self, parameters: Parameters) -> Result<Vec<bool>> {
+        let count = self.parameters().len();
+        let places = match parameters {
+            Parameters::None => &[][..],
+            Parameters::All => return Ok(vec![true; count]),
+            Parameters::Of(places) => places,
+        };
+        let mut wanted = vec![false; count];
+        for &place in places {
+            let message = || format!("there is no parameter {place}, the model has {count}");
+            *wanted.get_mut(place).ok_or_else(|| Error::argument("parameters", message()))? = true;
+        }
+        Ok(wanted)
+    }
+
+    /// How far down gradients have to go.
+    fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Lowest {
+        let numbers = || terms.into_iter().flat_map(LowRankTerms::iter).map(|(number, _)| number);
+        let embedding = wanted[EMBEDDING_PARAMETER] || numbers().any(|number| number == self.embedding_number());
+        let of_terms = numbers().filter_map(|number| self.linears()[number].layer).min();
+        let of_parameters =
+            self.inner.blocks.iter().find(|block| block.parameters.any(wanted)).map(|block| block.layer);
+        let block = if embedding { Some(0) } else { of_terms.into_iter().chain(of_parameters).min() };
+        Lowest { block, embedding }
+    }
+
+    fn norm_parameter(&self) -> usize {
+        self.parameters().len() - if self.config().tie_word_embeddings { 1 } else { 2 }
+    }
+
+    fn head_parameter(&self) -> usize {
+        if self.config().tie_word_embeddings { EMBEDDING_PARAMETER } else { self.parameters().len() - 1 }
     }
 
     /// Whether each term fits the linear layer of its number.
@@ -268,6 +399,22 @@ impl Model {
                 let (a, b) = (term.a.dims(), term.b.dims());
                 let message = format!("A {a:?} and B {b:?} do not fit `{path}` with (in, out) {expected:?}");
                 return Err(Error::argument("terms", message));
+            }
+            if let Some((a, b)) = &term.start {
+                let rank = a.dim(0)?;
+                if a.dims() != [rank, linear.in_features] || b.dims() != [linear.out_features, rank] {
+                    let message =
+                        format!("A {:?} and B {:?} at the start do not fit `{}`", a.dims(), b.dims(), linear.path);
+                    return Err(Error::argument("terms", message));
+                }
+            }
+            if let Some(magnitude) = &term.magnitude {
+                let fits =
+                    [&magnitude.m, &magnitude.weight_norms_squared].iter().all(|m| m.dims() == [linear.out_features]);
+                if !fits || number == self.embedding_number() {
+                    let message = format!("the magnitudes do not fit `{}`", linear.path);
+                    return Err(Error::argument("terms", message));
+                }
             }
         }
         Ok(())

@@ -1,76 +1,93 @@
 //! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
 
-use super::host::{Host, on_cpu, tensor};
-use super::linear::{add_scaled, outer, product, product_transposed};
+use super::host::{on_cpu, tensor};
+use super::linear::{Linear, LinearGradients, Wanted, add_outer};
+use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels::{self as kernels, Row};
 
-/// Bytes of logits held at a time.
-const CHUNK_BYTES: usize = 16 << 20;
+/// Most bytes of logits held at a time.
+const CHUNK_BYTES: usize = 64 << 20;
 
 /// What [`loss`] returns.
 #[derive(Debug)]
 pub(crate) struct HeadLoss {
     /// Weight times loss of each row: `[rows]`.
     pub(crate) rows: Vec<f32>,
-    /// The gradient with respect to `hidden`, if wanted.
-    pub(crate) hidden: Option<Tensor>,
-    /// The gradient with respect to the head's weight, if wanted.
-    pub(crate) weight: Option<Tensor>,
+    /// The gradients with respect to `hidden`, the head's weight and its term, if wanted.
+    pub(crate) gradients: LinearGradients,
 }
 
 /// Which gradients are wanted, and the factor on them.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
+pub(crate) struct HeadWanted {
     pub(crate) scale: f32,
+    /// The gradient with respect to the rows.
+    pub(crate) input: bool,
+    /// The gradient with respect to the head's weight.
     pub(crate) weight: bool,
 }
 
-/// Weighted cross-entropy of `hidden W^T` against `rows`, with label smoothing, and its gradients.
+/// Weighted cross-entropy of `head(hidden)` against `rows`, with label smoothing, and its gradients.
+///
+/// Rows are taken in chunks whose logits are turned into their gradient in place, so that `[rows, vocab]` is never held.
 ///
 /// # Shapes
-/// `hidden: [rows, hidden]`, `weight: [vocab, hidden]`.
+/// `hidden: [rows, hidden]`, the head's weight `[vocab, hidden]`.
 pub(crate) fn loss(
     hidden: &Tensor,
-    weight: &Tensor,
+    head: &Linear,
+    term: Option<&LowRank>,
+    dropout_seed: Option<u64>,
     rows: &[Row],
     smoothing: f32,
-    wanted: Option<Wanted>,
+    wanted: Option<HeadWanted>,
 ) -> Result<HeadLoss> {
-    let vocab = weight.dim(0)?;
+    let vocab = head.weight.dim(0)?;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
         let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
         return Err(Error::argument("targets", message));
     }
-    let chunk = (CHUNK_BYTES / 4 / vocab).max(1);
-    let mut result = HeadLoss { rows: Vec::with_capacity(rows.len()), hidden: None, weight: None };
+    let mut result = HeadLoss { rows: Vec::with_capacity(rows.len()), gradients: LinearGradients::default() };
     let mut d_hidden = Vec::new();
+    let chunk = chunk_rows(rows.len(), vocab);
     for start in (0..rows.len()).step_by(chunk) {
         let rows = &rows[start..rows.len().min(start + chunk)];
         let hidden = hidden.narrow(0, start, rows.len())?;
-        let logits = product(&hidden, weight)?;
+        // the elements of each chunk are numbered from 0
+        let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
+        let logits = head.forward(&hidden, term, seed)?;
         let (losses, gradient) = if on_cpu(&logits) {
             cross_entropy(logits, rows, smoothing, wanted.map(|w| w.scale))?
         } else {
             plain_cross_entropy(&logits, rows, smoothing, wanted.map(|w| w.scale))?
         };
         result.rows.extend(losses);
-        if let (Some(gradient), Some(wanted)) = (gradient, wanted) {
-            d_hidden.push(product_transposed(&gradient, weight)?);
-            if wanted.weight {
-                let dw = outer(&gradient, &hidden)?;
-                result.weight = Some(match result.weight.take() {
-                    Some(sum) => add_scaled(sum, 1.0, &dw)?,
-                    None => dw,
-                });
-            }
+        let (Some(gradient), Some(wanted)) = (gradient, wanted) else { continue };
+        if wanted.weight {
+            result.gradients.weight = Some(add_outer(result.gradients.weight.take(), &gradient, &hidden)?);
+        }
+        let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
+        let of_chunk = head.backward(&hidden, term, seed, &gradient, of_linear, None)?;
+        d_hidden.extend(of_chunk.input);
+        if let Some(of_term) = of_chunk.term {
+            result.gradients.term = Some(match result.gradients.term.take() {
+                Some(sum) => sum.plus(&of_term)?,
+                None => of_term,
+            });
         }
     }
     if !d_hidden.is_empty() {
-        result.hidden = Some(Tensor::cat(&d_hidden, 0)?);
+        result.gradients.input = Some(Tensor::cat(&d_hidden, 0)?);
     }
     Ok(result)
+}
+
+/// Rows of a chunk: as equal as possible, with at most [`CHUNK_BYTES`] of logits.
+pub(crate) fn chunk_rows(rows: usize, vocab: usize) -> usize {
+    let most = (CHUNK_BYTES / 4 / vocab.max(1)).max(1);
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
 /// The losses, and the gradient in place of the logits.
@@ -120,35 +137,9 @@ pub(crate) fn plain_cross_entropy(
     Ok((losses, Some(gradient.to_dtype(dtype)?)))
 }
 
-/// `hidden W^T` in f32: `[rows, vocab]`.
-pub(crate) fn logits(hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(product(hidden, weight)?.to_dtype(DType::F32)?)
-}
-
-/// The rows of the embedding `weight: [vocab, hidden]` with these ids, in `dtype`: `[tokens, hidden]`.
-pub(crate) fn embed(weight: &Tensor, ids: &[u32], dtype: DType) -> Result<Tensor> {
-    let vocab = weight.dim(0)?;
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::argument("ids", format!("token id {id} is not below the vocabulary's {vocab}")));
-    }
-    let ids = Tensor::new(ids, weight.device())?;
-    Ok(weight.index_select(&ids, 0)?.to_dtype(dtype)?)
-}
-
-/// The gradient of [`embed`] with respect to the weight is added to `dw: [vocab, hidden]`, f32, in place on the CPU.
-pub(crate) fn embed_backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
-    if !on_cpu(dx) {
-        let ids = Tensor::new(ids, dx.device())?;
-        return Ok(dw.index_add(&ids, &dx.to_dtype(DType::F32)?, 0)?);
-    }
-    let width = dx.dim(1)?;
-    let dx = Host::new(dx)?;
-    let dx = dx.f32()?;
-    super::host::edit(dw, |dw| {
-        for (id, dx) in ids.iter().zip(dx.chunks_exact(width)) {
-            kernels::add_scaled(1.0, dx, &mut dw[*id as usize * width..][..width]);
-        }
-    })
+/// The logits of `hidden` in f32: `[rows, vocab]`.
+pub(crate) fn logits(hidden: &Tensor, head: &Linear, term: Option<&LowRank>) -> Result<Tensor> {
+    Ok(head.forward(hidden, term, None)?.to_dtype(DType::F32)?)
 }
 
 /// A zero gradient of a weight of this shape, f32.

@@ -1,6 +1,8 @@
 //! Low-rank terms: what an adapter adds to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>, section 4.1).
 
-use candle_core::Tensor;
+use super::linear::{add_scaled, outer, product, row_dots};
+use crate::error::Result;
+use candle_core::{DType, Tensor};
 
 /// The term `scale * B A x` that is added to the output of one linear layer.
 #[derive(Debug, Clone)]
@@ -13,6 +15,68 @@ pub struct LowRank {
     pub scale: f32,
     /// Probability with which an input element of A is dropped in training; ignored elsewhere.
     pub dropout: f32,
+    /// A and B as they were when training began, if they were not without effect: `scale * (B A - B0 A0) x` is added then,
+    /// as if `scale * B0 A0` had been taken out of the weight. They are frozen.
+    pub start: Option<(Tensor, Tensor)>,
+    /// The magnitudes of the rows, for weight-decomposed adapters.
+    pub magnitude: Option<Magnitude>,
+}
+
+impl LowRank {
+    /// The term `scale * B A x`.
+    pub fn new(a: Tensor, b: Tensor, scale: f32) -> Self {
+        Self { a, b, scale, dropout: 0.0, start: None, magnitude: None }
+    }
+}
+
+/// The magnitudes of a weight-decomposed term (DoRA, <https://arxiv.org/abs/2402.09353>, section 4): row `j` of the
+/// product of input and adapted weight is multiplied by `m[j] / |W[j] + scale * (B A)[j]|`, and the norm counts as constant in
+/// the backward pass.
+#[derive(Debug, Clone)]
+pub struct Magnitude {
+    /// m: `[out_features]`.
+    pub m: Tensor,
+    /// The squared norm of each row of the weight: `[out_features]`, f32; what [`weight_norms_squared`] returns.
+    pub weight_norms_squared: Tensor,
+}
+
+/// The squared Euclidean norm of each row of `weight: [out_features, in_features]`: `[out_features]`, f32.
+///
+/// # Errors
+/// The device fails.
+pub fn weight_norms_squared(weight: &Tensor) -> Result<Tensor> {
+    let rows = weight.dim(0)?;
+    let mut parts = Vec::new();
+    // a part at a time: half-precision weights are not widened as a whole
+    for start in (0..rows).step_by(ROWS_WIDENED) {
+        let part = weight.narrow(0, start, ROWS_WIDENED.min(rows - start))?.to_dtype(DType::F32)?;
+        parts.push(part.sqr()?.sum(1)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+const ROWS_WIDENED: usize = 4096;
+
+impl LowRank {
+    /// `1 / |W[j] + scale * (B A - B0 A0)[j]|` for each row: `[out_features]`, f32.
+    ///
+    /// The norm is taken apart, `|W|^2 + 2 scale (W A^T) . B + scale^2 (B A A^T) . B`, so that no matrix of the size of W is made.
+    pub(super) fn reciprocal_norms(&self, magnitude: &Magnitude, weight: &Tensor) -> Result<Tensor> {
+        let (a, b) = match &self.start {
+            None => (self.a.clone(), self.b.clone()),
+            Some((a, b)) => (Tensor::cat(&[&self.a, a], 0)?, Tensor::cat(&[&self.b, &b.neg()?], 1)?),
+        };
+        // W A^T as (A W^T)^T: the weight may be in half precision, A is not
+        let through = product(&a, weight)?.t()?.contiguous()?.to_dtype(DType::F32)?;
+        let b = b.to_dtype(DType::F32)?.contiguous()?;
+        let gram = outer(&a.t()?.contiguous()?, &a.t()?.contiguous()?)?;
+        let square = product(&b, &gram)?;
+        let scale = f64::from(self.scale);
+        let norms = add_scaled(magnitude.weight_norms_squared.copy()?, 2.0 * scale, &row_dots(&through, &b)?)?;
+        let norms = add_scaled(norms, scale * scale, &row_dots(&square, &b)?)?;
+        // rounding may leave a row of zeros slightly negative
+        Ok(norms.clamp(f32::MIN_POSITIVE, f32::MAX)?.sqrt()?.recip()?)
+    }
 }
 
 /// The terms of an adapter by the number of the linear layer they belong to.

@@ -4,6 +4,7 @@
 //! `metal-candle-kernels`; elsewhere, and as the reference in tests, candle's own operations on detached tensors.
 
 pub(crate) mod attention;
+pub(crate) mod embedding;
 pub(crate) mod head;
 mod host;
 pub(crate) mod linear;
@@ -14,7 +15,8 @@ pub(crate) mod swiglu;
 #[cfg(test)]
 mod tests;
 
-pub use low_rank::{LowRank, LowRankTerms};
+pub use linear::TermGradients;
+pub use low_rank::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
 
 /// The size of a tensor, in bytes.
 pub(crate) fn num_bytes(tensor: &candle_core::Tensor) -> usize {

@@ -5,7 +5,7 @@
 use super::linear::{self, Linear, Wanted};
 use super::rms_norm::RmsNorm;
 use super::rotary::RotaryTable;
-use super::{LowRank, attention, head, swiglu};
+use super::{LowRank, Magnitude, attention, embedding, head, swiglu, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AttentionShape, Row};
 
@@ -123,21 +123,23 @@ fn cross_entropy_equals_its_twin() {
     let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
     let hidden = random(&[7, 12], 1);
     let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
+    let layer = Linear { weight: weight.clone(), bias: None };
     for smoothing in [0.0, 0.1, 1.0] {
-        let wanted = head::Wanted { scale: 0.25, weight: true };
-        let found = head::loss(&hidden, &weight, &rows, smoothing, Some(wanted)).unwrap();
+        let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true };
+        let run = |wanted| head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
+        let found = run(Some(wanted));
         let logits = linear::product(&hidden, &weight).unwrap();
         let (losses, gradient) = head::plain_cross_entropy(&logits, &rows, smoothing, Some(0.25)).unwrap();
         let gradient = gradient.unwrap();
         for (a, b) in found.rows.iter().zip(&losses) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
-        assert_close(&found.hidden.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
-        assert_close(&found.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
-        assert_eq!(head::loss(&hidden, &weight, &rows, smoothing, None).unwrap().rows, found.rows);
+        assert_close(&found.gradients.input.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
+        assert_close(&found.gradients.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
+        assert_eq!(run(None).rows, found.rows);
     }
     let outside = [Row { target: 53, weight: 1.0 }];
-    assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &weight, &outside, 0.0, None).is_err());
+    assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &layer, None, None, &outside, 0.0, None).is_err());
 }
 
 /// The shapes of few rows, of several tiles, and odd ones.
@@ -153,7 +155,7 @@ fn products_equal_candle_for_every_weight_type() {
             let wide = w.to_dtype(DType::F32).unwrap();
             assert_close(&linear::product(&x, &w).unwrap(), &x.matmul(&wide.t().unwrap()).unwrap(), 1e-5);
             let dy = random(&[m, n], 3);
-            assert_close(&linear::product_transposed(&dy, &w).unwrap(), &dy.matmul(&wide).unwrap(), 1e-5);
+            assert_close(&linear::add_product_transposed(None, &dy, &w).unwrap(), &dy.matmul(&wide).unwrap(), 1e-5);
         }
         let y = random(&[m, n], 4);
         assert_close(&linear::outer(&x, &y).unwrap(), &x.t().unwrap().matmul(&y).unwrap(), 1e-5);
@@ -174,15 +176,19 @@ fn products_do_not_depend_on_the_number_of_threads() {
 fn linear_gradients_match_finite_differences() {
     let weight = random(&[6, 10], 1);
     let layer = Linear { weight, bias: Some(random(&[6], 2)) };
-    let term = LowRank { a: random(&[3, 10], 3), b: random(&[6, 3], 4), scale: 1.7, dropout: 0.4 };
+    let term = LowRank {
+        dropout: 0.4,
+        start: Some((random(&[2, 10], 8), random(&[6, 2], 9))),
+        ..LowRank::new(random(&[3, 10], 3), random(&[6, 3], 4), 1.7)
+    };
     let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
     let loss = |layer: &Linear, term: &LowRank, x: &Tensor| -> f64 {
         let y = layer.forward(x, Some(term), Some(9)).unwrap();
         values(&y).iter().zip(values(&dy)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let wanted = Wanted { input: true, weight: true };
-    let gradients = layer.backward(&x, Some(&term), Some(9), &dy, wanted).unwrap();
-    let (da, db) = gradients.term.unwrap();
+    let wanted = Wanted { input: true, weight: true, bias: true };
+    let gradients = layer.backward(&x, Some(&term), Some(9), &dy, wanted, None).unwrap();
+    let of_term = gradients.term.unwrap();
     let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> f64| {
         let direction = random(gradient.dims(), 7);
         let expected: f64 = values(gradient).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
@@ -191,8 +197,8 @@ fn linear_gradients_match_finite_differences() {
         assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
     };
     check(&gradients.input.unwrap(), &|d| loss(&layer, &term, &(&x + d).unwrap()));
-    check(&da, &|d| loss(&layer, &LowRank { a: (&term.a + d).unwrap(), ..term.clone() }, &x));
-    check(&db, &|d| loss(&layer, &LowRank { b: (&term.b + d).unwrap(), ..term.clone() }, &x));
+    check(&of_term.a, &|d| loss(&layer, &LowRank { a: (&term.a + d).unwrap(), ..term.clone() }, &x));
+    check(&of_term.b, &|d| loss(&layer, &LowRank { b: (&term.b + d).unwrap(), ..term.clone() }, &x));
     check(&gradients.weight.unwrap(), &|d| {
         loss(&Linear { weight: (&layer.weight + d).unwrap(), ..layer.clone() }, &term, &x)
     });
@@ -201,15 +207,109 @@ fn linear_gradients_match_finite_differences() {
     });
 }
 
+/// The gradients of a weight-decomposed term, whose norms count as constant: against finite differences of the formula
+/// with the norms as they are.
+#[test]
+fn decomposed_gradients_match_finite_differences() {
+    let layer = Linear { weight: random(&[6, 10], 1), bias: Some(random(&[6], 2)) };
+    let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
+    for (dropout, has_start) in [(0.0, false), (0.0, true), (0.4, false), (0.4, true)] {
+        let start = has_start.then(|| (random(&[2, 10], 8), random(&[6, 2], 9)));
+        let weight_norms_squared = weight_norms_squared(&layer.weight).unwrap();
+        let magnitude = Some(Magnitude { m: random(&[6], 10), weight_norms_squared });
+        let term = LowRank {
+            dropout,
+            start: start.clone(),
+            magnitude,
+            ..LowRank::new(random(&[3, 10], 3), random(&[6, 3], 4), 1.7)
+        };
+        let change = |a: &Tensor, b: &Tensor| b.matmul(a).unwrap().affine(1.7, 0.0).unwrap();
+        let base = match &start {
+            Some((a, b)) => (&layer.weight - change(a, b)).unwrap(),
+            None => layer.weight.clone(),
+        };
+        let adapted = (&base + change(&term.a, &term.b)).unwrap();
+        let norms = adapted.sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
+        let mask = linear::dropped(&x.ones_like().unwrap(), &term, Some(9)).unwrap();
+        let formula = |a: &Tensor, b: &Tensor, m: &Tensor, x: &Tensor| {
+            let dropped = (x * &mask).unwrap();
+            let adapted = (&base + change(a, b)).unwrap();
+            let through = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+            let p = through(&dropped, &adapted).broadcast_mul(&(m / &norms).unwrap()).unwrap();
+            let plain = (through(x, &base) - through(&dropped, &base)).unwrap();
+            (plain + p).unwrap().broadcast_add(layer.bias.as_ref().unwrap()).unwrap()
+        };
+        let m = &term.magnitude.as_ref().unwrap().m;
+        assert_close(&layer.forward(&x, Some(&term), Some(9)).unwrap(), &formula(&term.a, &term.b, m, &x), 1e-5);
+        let wanted = Wanted { input: true, weight: false, bias: false };
+        let before = random(&[8, 10], 11);
+        let gradients = layer.backward(&x, Some(&term), Some(9), &dy, wanted, Some(before.copy().unwrap())).unwrap();
+        let of_term = gradients.term.unwrap();
+        let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> Tensor| {
+            let direction = random(gradient.dims(), 7);
+            let dot = |a: &Tensor, b: &Tensor| -> f64 {
+                values(a).iter().zip(values(b)).map(|(a, b)| f64::from(a * b)).sum()
+            };
+            let step = |size: f64| dot(&moved(&direction.affine(size, 0.0).unwrap()), &dy);
+            let (slope, expected) = ((step(1e-2) - step(-1e-2)) / 2e-2, dot(gradient, &direction));
+            assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
+        };
+        check(&(gradients.input.unwrap() - before).unwrap(), &|d| formula(&term.a, &term.b, m, &(&x + d).unwrap()));
+        check(&of_term.a, &|d| formula(&(&term.a + d).unwrap(), &term.b, m, &x));
+        check(&of_term.b, &|d| formula(&term.a, &(&term.b + d).unwrap(), m, &x));
+        check(&of_term.magnitude.unwrap(), &|d| formula(&term.a, &term.b, &(m + d).unwrap(), &x));
+    }
+}
+
+#[test]
+fn embedding_terms_match_finite_differences() {
+    let weight = random(&[7, 6], 1);
+    let (ids, dx) = ([4, 1, 4, 0], random(&[4, 6], 2));
+    let start = Some((random(&[2, 7], 8), random(&[6, 2], 9)));
+    let term = LowRank { start, ..LowRank::new(random(&[3, 7], 3), random(&[6, 3], 4), 1.3) };
+    let loss = |term: &LowRank| -> f64 {
+        let x = embedding::forward(&weight, Some(term), &ids, DType::F32).unwrap();
+        values(&x).iter().zip(values(&dx)).map(|(a, b)| f64::from(a * b)).sum()
+    };
+    let gradients = embedding::term_backward(&term, &ids, &dx).unwrap();
+    for (gradient, is_a) in [(&gradients.a, true), (&gradients.b, false)] {
+        let direction = random(gradient.dims(), 7);
+        let moved = |size: f64| {
+            let change = direction.affine(size, 0.0).unwrap();
+            let mut term = term.clone();
+            let matrix = if is_a { &mut term.a } else { &mut term.b };
+            *matrix = (&*matrix + change).unwrap();
+            loss(&term)
+        };
+        let expected: f64 = values(gradient).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
+        let slope = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+        assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
+    }
+}
+
+#[test]
+fn noise_is_bounded_by_the_length_and_repeats() {
+    let zeros = || Tensor::zeros((6, 4), DType::F32, &Device::Cpu).unwrap();
+    let noise = |seed| values(&embedding::add_noise(zeros(), &[0, 2, 6], 5.0, seed).unwrap());
+    let found = noise(1);
+    assert_eq!(found, noise(1));
+    assert_ne!(found, noise(2));
+    let largest = |part: &[f32]| part.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let (short, long) = (largest(&found[..8]), largest(&found[8..]));
+    let (short_bound, long_bound) = (5.0 / 8.0f32.sqrt(), 5.0 / 16.0f32.sqrt());
+    assert!(short > 0.5 * short_bound && short <= short_bound, "{short}");
+    assert!(long > 0.5 * long_bound && long <= long_bound, "{long}");
+}
+
 #[test]
 fn embedding_gradient_adds_up_repeated_ids() {
     let weight = random(&[5, 3], 1);
-    let x = head::embed(&weight, &[4, 1, 4], DType::F32).unwrap();
+    let x = embedding::forward(&weight, None, &[4, 1, 4], DType::F32).unwrap();
     assert_close(&x.narrow(0, 2, 1).unwrap(), &weight.narrow(0, 4, 1).unwrap(), 0.0);
     let dx = random(&[3, 3], 2);
-    let dw = head::embed_backward(&[4, 1, 4], &dx, head::zeros_like(&weight).unwrap()).unwrap();
+    let dw = embedding::backward(&[4, 1, 4], &dx, head::zeros_like(&weight).unwrap()).unwrap();
     let expected = (dx.get(0).unwrap() + dx.get(2).unwrap()).unwrap();
     assert_close(&dw.get(4).unwrap(), &expected, 1e-6);
     assert_close(&dw.get(0).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 0.0);
-    assert!(head::embed(&weight, &[5], DType::F32).is_err());
+    assert!(embedding::forward(&weight, None, &[5], DType::F32).is_err());
 }

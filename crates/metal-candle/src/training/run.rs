@@ -249,8 +249,9 @@ impl<'a, T: Trained> Run<'a, T> {
                 label_smoothing: self.options.label_smoothing as f32,
                 grad_scale: (1.0 / weight) as f32,
                 dropout_seed: self.progress.dropout.next_u64(),
+                ..LossOptions::default()
             };
-            let trainable = self.terms.as_ref().map_or(Trainable::All, Trainable::LowRank);
+            let trainable = self.terms.as_ref().map_or_else(Trainable::all, Trainable::low_rank);
             let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
             if losses.rows.iter().any(|loss| !loss.is_finite()) {
                 return Err(self.non_finite_loss(indices, batch, &losses.rows));
@@ -293,8 +294,7 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Adds the gradients of a batch; every trainable tensor must have one.
     fn add(&mut self, gradients: &Gradients, is_first: bool) -> Result<()> {
         let found = |parameter: &Parameter| {
-            let gradient = gradients.tensors.get(parameter.gradient).and_then(Option::as_ref);
-            gradient.filter(|gradient| gradient.elem_count() == parameter.len)
+            gradients.get(parameter.gradient).filter(|gradient| gradient.elem_count() == parameter.len)
         };
         let missing: Vec<&str> = self
             .parameters
@@ -311,7 +311,7 @@ impl<'a, T: Trained> Run<'a, T> {
                 self.gradients.add(parameter.offset, gradient, is_first)?;
             }
         }
-        let made = || gradients.tensors.iter().flatten();
+        let made = || gradients.iter();
         self.metrics.num_gradient_tensors = made().count();
         self.metrics.gradient_bytes =
             made().map(|gradient| gradient.elem_count() * gradient.dtype().size_in_bytes()).sum();

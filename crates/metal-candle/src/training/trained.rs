@@ -2,7 +2,7 @@
 
 use crate::adapters::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::models::{Model, SafetensorsFile, save_model};
+use crate::models::{GradientOf, Model, SafetensorsFile, save_model};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
@@ -18,8 +18,8 @@ pub struct Parameter {
     pub offset: usize,
     /// Its number of elements.
     pub len: usize,
-    /// Index into [`Gradients::tensors`](crate::models::Gradients::tensors).
-    pub gradient: usize,
+    /// Its gradient among [`Gradients`](crate::models::Gradients).
+    pub gradient: GradientOf,
 }
 
 /// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], or all parameters of a [`Model`].
@@ -76,13 +76,13 @@ impl Trained for LoRAAdapter {
                 name: format!("{}.lora_A", module.path),
                 offset: module.offset,
                 len: num_a,
-                gradient: 2 * module.number,
+                gradient: GradientOf::A(module.number),
             });
             parameters.push(Parameter {
                 name: format!("{}.lora_B", module.path),
                 offset: module.offset + num_a,
                 len: num_b,
-                gradient: 2 * module.number + 1,
+                gradient: GradientOf::B(module.number),
             });
         }
         parameters
@@ -131,9 +131,9 @@ impl Trained for Model {
     fn trainable(&self) -> Vec<Parameter> {
         let mut offset = 0;
         let mut parameters = Vec::with_capacity(self.parameters().len());
-        for (gradient, (name, tensor)) in self.parameters().iter().enumerate() {
+        for (place, (name, tensor)) in self.parameters().iter().enumerate() {
             let len = tensor.elem_count();
-            parameters.push(Parameter { name: name.clone(), offset, len, gradient });
+            parameters.push(Parameter { name: name.clone(), offset, len, gradient: GradientOf::Parameter(place) });
             offset += len;
         }
         parameters

@@ -242,7 +242,7 @@ fn first_matching_pattern_counts_and_scales_follow() {
     let found: Vec<_> = adapter
         .modules()
         .iter()
-        .map(|module| (module.layer, module.module, module.rank, module.alpha, module.scale))
+        .map(|module| (module.layer.unwrap(), module.module, module.rank, module.alpha, module.scale))
         .collect();
     assert_eq!(
         found,

@@ -60,7 +60,7 @@ fn a_depends_on_seed_and_path_only() {
         LoRAAdapter::builder(&model).with_target_modules(modules.to_vec()).with_seed(seed).build().unwrap()
     };
     let first = |adapter: &LoRAAdapter, name: &str| {
-        let module = adapter.modules().iter().find(|module| module.module == name && module.layer == 1).unwrap();
+        let module = adapter.modules().iter().find(|module| module.module == name && module.layer == Some(1)).unwrap();
         adapter.matrices(module).unwrap().0
     };
     let all = build(&TargetModule::ALL, 5);
@@ -84,11 +84,14 @@ fn builder_sets_layers_scales_and_ranks() {
         .with_last_layers(2)
         .build()
         .unwrap();
-    let found: Vec<_> =
-        adapter.modules().iter().map(|module| (module.layer, module.module, module.rank, module.scale)).collect();
+    let found: Vec<_> = adapter
+        .modules()
+        .iter()
+        .map(|module| (module.layer.unwrap(), module.module, module.rank, module.scale))
+        .collect();
     assert_eq!(found, [(1, "q_proj", 16, 2.0), (1, "up_proj", 4, 1.5), (2, "q_proj", 16, 2.0), (2, "up_proj", 4, 1.5)]);
     let plain = LoRAAdapter::builder(&model).with_rank(16).with_alpha(8.0).with_layers([0]).build().unwrap();
-    assert!(plain.modules().iter().all(|module| module.layer == 0 && module.scale == 0.5));
+    assert!(plain.modules().iter().all(|module| module.layer == Some(0) && module.scale == 0.5));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use metal_candle::models::{
-    Batch, KVCache, KVCacheConfig, LossOptions, Model, Rows, SafetensorsFile, Targets, Trainable,
+    Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, SafetensorsFile, Targets, Trainable,
 };
 use metal_candle::ops::{LowRank, LowRankTerms};
 use metal_candle::{Device, ModelLoader};
@@ -244,7 +244,7 @@ pub fn terms(model: &Model, folder: &str) -> LowRankTerms {
         let rank = a.dim(0).unwrap() as f64;
         let rank = if config["use_rslora"].as_bool() == Some(true) { rank.sqrt() } else { rank };
         let [a, b] = [a, b].map(|tensor| tensor.to_device(&model.device().candle()).unwrap());
-        terms.insert(number, LowRank { a, b, scale: (alpha / rank) as f32, dropout: 0.0 });
+        terms.insert(number, LowRank::new(a, b, (alpha / rank) as f32));
     }
     terms
 }
@@ -264,7 +264,7 @@ fn lora_logits_losses_and_gradients_equal_peft() {
         let trained: f32 = targets.weights.iter().sum();
         let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
         let (losses, gradients) =
-            model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap();
+            model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap();
         assert!(max_difference(&losses.rows, &tensors.values("loss_rows")) < 1e-4, "{name}");
         let loss = losses.rows.iter().map(|v| f64::from(*v)).sum::<f64>() / f64::from(trained);
         assert!((loss - case["loss"].as_f64().unwrap()).abs() < 1e-5, "{name}");
@@ -272,8 +272,8 @@ fn lora_logits_losses_and_gradients_equal_peft() {
 
         let mut compared = 0;
         for (number, linear) in model.linears().iter().enumerate() {
-            for (place, letter) in ["A", "B"].into_iter().enumerate() {
-                let found = gradients.tensors[2 * number + place].as_ref();
+            for (of, letter) in [(GradientOf::A(number), "A"), (GradientOf::B(number), "B")] {
+                let found = gradients.get(of);
                 assert_eq!(found.is_some(), terms.get(number).is_some(), "{}", linear.path);
                 if let Some(found) = found {
                     let key = format!("grad.base_model.model.{}.lora_{letter}.weight", linear.path);
@@ -299,9 +299,9 @@ fn gradients_of_all_parameters_equal_torch() {
         for kind in kinds {
             let label_smoothing = if kind == "smoothed" { 0.1 } else { 0.0 };
             let options = LossOptions { grad_scale: 1.0 / trained, label_smoothing, ..LossOptions::default() };
-            let (losses, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::All, options).unwrap();
+            let (losses, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::all(), options).unwrap();
             assert!(max_difference(&losses.rows, &tensors.values(&format!("{kind}.loss_rows"))) < 1e-4);
-            for ((parameter, _), found) in model.parameters().iter().zip(&gradients.tensors) {
+            for ((parameter, _), found) in model.parameters().iter().zip(&gradients.parameters) {
                 let found = found.as_ref().unwrap_or_else(|| panic!("no gradient of `{parameter}`"));
                 let expected = tensors.values(&format!("{kind}.grad.{parameter}"));
                 // the true gradient of a key bias is 0: softmax does not see what all scores share
@@ -322,16 +322,16 @@ fn blocks_below_the_lowest_term_keep_nothing() {
     let model = model("gqa-tied", DType::F32);
     let all = terms(&model, "lora/all-linear");
     let mut top = LowRankTerms::new();
-    for (number, term) in all.iter().filter(|(number, _)| model.linears()[*number].layer == 2) {
+    for (number, term) in all.iter().filter(|(number, _)| model.linears()[*number].layer == Some(2)) {
         top.insert(number, term.clone());
     }
     let (batch, targets) = batch_of(&json("lora/all-linear.json")["batch"]);
     let run = |terms: &LowRankTerms| {
-        model.loss_and_gradients(&batch, &targets, Trainable::LowRank(terms), LossOptions::default()).unwrap().1
+        model.loss_and_gradients(&batch, &targets, Trainable::low_rank(terms), LossOptions::default()).unwrap().1
     };
     let (of_all, of_top) = (run(&all), run(&top));
-    assert_eq!(of_all.tensors.iter().flatten().count(), 42);
-    assert_eq!(of_top.tensors.iter().flatten().count(), 14);
+    assert_eq!(of_all.iter().count(), 42);
+    assert_eq!(of_top.iter().count(), 14);
     assert!(of_top.saved_bytes * 2 < of_all.saved_bytes);
 }
 
@@ -345,11 +345,11 @@ fn bf16_weights_train_with_the_same_gradients() {
     let terms = terms(&wide, "lora/all-linear");
     let (batch, targets) = batch_of(&case["batch"]);
     let run = |model: &Model| {
-        model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), LossOptions::default()).unwrap()
+        model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), LossOptions::default()).unwrap()
     };
     let ((wide_losses, wide_gradients), (losses, gradients)) = (run(&wide), run(&narrow));
     assert!(max_difference(&wide_losses.rows, &losses.rows) < 1e-5);
-    for (a, b) in wide_gradients.tensors.iter().flatten().zip(gradients.tensors.iter().flatten()) {
+    for (a, b) in wide_gradients.iter().zip(gradients.iter()) {
         assert!(relative_error(&values(b), &values(a)) < 1e-4);
     }
 }
@@ -359,16 +359,14 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
     let model = model("untied", DType::F32);
     let case = json("lora/all-linear-rslora.json");
     let mut terms = terms(&model, "lora/all-linear-rslora");
-    for number in 0..model.linears().len() {
-        let mut term = terms.get(number).unwrap().clone();
-        term.dropout = 0.3;
-        terms.insert(number, term);
+    for (number, term) in terms.clone().iter() {
+        terms.insert(number, LowRank { dropout: 0.3, ..term.clone() });
     }
     let (batch, targets) = batch_of(&case["batch"]);
     let run = |terms: &LowRankTerms, dropout_seed: u64| {
         let options = LossOptions { dropout_seed, ..LossOptions::default() };
         let (losses, gradients) =
-            model.loss_and_gradients(&batch, &targets, Trainable::LowRank(terms), options).unwrap();
+            model.loss_and_gradients(&batch, &targets, Trainable::low_rank(terms), options).unwrap();
         (losses.rows.iter().map(|v| f64::from(*v)).sum::<f64>(), gradients)
     };
     let (loss, gradients) = run(&terms, 5);
@@ -376,7 +374,7 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
     assert!((loss - run(&terms, 6).0).abs() > 1e-3);
     // along the gradient of one B, the loss changes by the gradient's squared norm
     for number in [0, 3, 6, 9] {
-        let gradient = gradients.tensors[2 * number + 1].as_ref().unwrap();
+        let gradient = gradients.get(GradientOf::B(number)).unwrap();
         let squared: f64 = values(gradient).iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
         let step = 1e-3 / squared.sqrt();
         let moved = |step: f64| {

@@ -3,7 +3,7 @@
 use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, values};
 use candle_core::DType;
 use metal_candle::data::{Dataset, Sample};
-use metal_candle::models::{Batch, KVCache, KVCacheConfig, LossOptions, Model, Rows, Trainable};
+use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Trainable};
 use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, ModelLoader};
 
@@ -78,11 +78,11 @@ fn lora_gradients_match_peft(device: Device) {
         let trained: f32 = targets.weights.iter().sum();
         let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
         let (losses, gradients) =
-            model.loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap();
+            model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap();
         assert!(max_difference(&losses.rows, &tensors.values("loss_rows")) < 1e-4);
         for (number, _) in terms.iter() {
-            for (place, letter) in ["A", "B"].into_iter().enumerate() {
-                let found = gradients.tensors[2 * number + place].as_ref().unwrap();
+            for (of, letter) in [(GradientOf::A(number), "A"), (GradientOf::B(number), "B")] {
+                let found = gradients.get(of).unwrap();
                 let key = format!("grad.base_model.model.{}.lora_{letter}.weight", model.linears()[number].path);
                 let error = relative(&values(found), &tensors.values(&key));
                 assert!(error < 1e-4, "{name} {key}: {error}");
@@ -98,8 +98,8 @@ fn all_gradients_match_torch(device: Device) {
     let (batch, targets) = batch_of(&case["batch"]);
     let trained: f32 = targets.weights.iter().sum();
     let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
-    let (_, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::All, options).unwrap();
-    for ((name, _), found) in model.parameters().iter().zip(&gradients.tensors) {
+    let (_, gradients) = model.loss_and_gradients(&batch, &targets, Trainable::all(), options).unwrap();
+    for ((name, _), found) in model.parameters().iter().zip(&gradients.parameters) {
         let expected = tensors.values(&format!("plain.grad.{name}"));
         let difference = max_difference(&values(found.as_ref().unwrap()), &expected);
         let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));

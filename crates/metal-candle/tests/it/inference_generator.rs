@@ -60,7 +60,7 @@ fn adapter(model: &Model, seed: u64) -> LowRankTerms {
     for (number, linear) in model.linears().iter().enumerate() {
         let a = tensor(&mut random, &[4, linear.in_features], 0.3);
         let b = tensor(&mut random, &[linear.out_features, 4], 0.3);
-        terms.insert(number, LowRank { a, b, scale: 0.5, dropout: 0.0 });
+        terms.insert(number, LowRank::new(a, b, 0.5));
     }
     terms
 }

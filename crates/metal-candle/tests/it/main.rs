@@ -22,6 +22,7 @@ mod loader_model;
 mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;
+mod step;
 mod training_gradients;
 mod training_optimizer;
 mod training_resume;

@@ -3,9 +3,7 @@
 use crate::golden;
 use candle_core::Tensor;
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
-use metal_candle::models::{Gradients, LossOptions, SafetensorsFile, Trainable};
-
-const OPTIONS: LossOptions = LossOptions { label_smoothing: 0.0, grad_scale: 1.0, dropout_seed: 0 };
+use metal_candle::models::{GradientOf, Gradients, LossOptions, SafetensorsFile, Trainable};
 
 fn norm(tensor: &Tensor) -> f64 {
     f64::from(tensor.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt()
@@ -14,10 +12,10 @@ fn norm(tensor: &Tensor) -> f64 {
 fn gradients_of(adapter: &LoRAAdapter, batch: &serde_json::Value) -> (f64, Gradients) {
     let (batch, targets) = golden::batch(batch);
     let trained: f32 = targets.weights.iter().sum();
-    let options = LossOptions { grad_scale: 1.0 / trained, ..OPTIONS };
+    let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
     let terms = adapter.terms().unwrap();
     let (losses, gradients) =
-        adapter.model().loss_and_gradients(&batch, &targets, Trainable::LowRank(&terms), options).unwrap();
+        adapter.model().loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap();
     (losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / f64::from(trained), gradients)
 }
 
@@ -30,12 +28,12 @@ fn gradients_equal_those_of_peft() {
         let adapter = LoRAAdapter::load(&model, golden::path(&format!("lora/{name}"))).unwrap();
         let (loss, gradients) = gradients_of(&adapter, &golden["batch"]);
         assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{name}: {loss}");
-        assert_eq!(gradients.tensors.iter().flatten().count(), 2 * adapter.modules().len(), "{name}");
+        assert_eq!(gradients.iter().count(), 2 * adapter.modules().len(), "{name}");
         for module in adapter.modules() {
-            for (leaf, index) in [("lora_A", 2 * module.number), ("lora_B", 2 * module.number + 1)] {
+            for (leaf, of) in [("lora_A", GradientOf::A(module.number)), ("lora_B", GradientOf::B(module.number))] {
                 let key = format!("grad.base_model.model.{}.{leaf}.weight", module.path);
                 let expected = file.tensor(&key).unwrap();
-                let found = gradients.tensors[index].as_ref().unwrap();
+                let found = gradients.get(of).unwrap();
                 assert_eq!(found.dims(), expected.dims(), "{name}: {key}");
                 let error = norm(&(found - &expected).unwrap()) / norm(&expected);
                 assert!(error < 1e-4, "{name}: {key}: {error}");
@@ -62,8 +60,8 @@ fn gradients_equal_finite_differences() {
     // along the gradient of each matrix the loss changes by its squared norm
     let mut offset = 0;
     for module in adapter.modules() {
-        for index in [2 * module.number, 2 * module.number + 1] {
-            let gradient = gradients.tensors[index].as_ref().unwrap().flatten_all().unwrap();
+        for of in [GradientOf::A(module.number), GradientOf::B(module.number)] {
+            let gradient = gradients.get(of).unwrap().flatten_all().unwrap();
             let direction: Vec<f32> = gradient.to_vec1().unwrap();
             let expected = norm(&gradient);
             let step = 2e-3;
@@ -75,7 +73,7 @@ fn gradients_equal_finite_differences() {
                 loss(values)
             };
             let found = (moved(1.0) - moved(-1.0)) / (2.0 * step);
-            assert!((found - expected).abs() < 0.01 * expected + 2e-3, "{} {index}: {found} {expected}", module.path);
+            assert!((found - expected).abs() < 0.01 * expected + 2e-3, "{} {of:?}: {found} {expected}", module.path);
             offset += direction.len();
         }
     }
@@ -93,6 +91,6 @@ fn nothing_is_made_for_frozen_tensors() {
         .build()
         .unwrap();
     let (_, gradients) = gradients_of(&adapter, &golden["batch"]);
-    let made: Vec<usize> = gradients.tensors.iter().flatten().map(Tensor::elem_count).collect();
+    let made: Vec<usize> = gradients.iter().map(Tensor::elem_count).collect();
     assert_eq!(made, [2 * 56, 56 * 2]);
 }

@@ -315,7 +315,7 @@ struct Unreached(LoRAAdapter);
 impl Trained for Unreached {
     fn trainable(&self) -> Vec<metal_candle::training::Parameter> {
         let mut parameters = self.0.trainable();
-        parameters[1].gradient = 10_000;
+        parameters[1].gradient = metal_candle::models::GradientOf::A(10_000);
         parameters
     }
 

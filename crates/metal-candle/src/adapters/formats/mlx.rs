@@ -46,7 +46,9 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     let mut unused: BTreeSet<&str> = keys.iter().flatten().copied().collect();
     for (number, linear) in model.linears().iter().enumerate() {
         let key = within_layer(&linear.path);
-        if linear.layer + num_layers >= total && keys.as_ref().is_none_or(|keys| keys.contains(&key)) {
+        if linear.layer.is_some_and(|layer| layer + num_layers >= total)
+            && keys.as_ref().is_none_or(|keys| keys.contains(&key))
+        {
             unused.remove(key);
             planned.push(Planned { number, rank, alpha });
         }
@@ -79,7 +81,7 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     }
     let keys: BTreeSet<&str> = modules.iter().map(|module| within_layer(&module.path)).collect();
     let total = adapter.model().config().num_hidden_layers;
-    let num_layers = total - modules.iter().map(|module| module.layer).min().unwrap_or(0).min(total);
+    let num_layers = total - modules.iter().filter_map(|module| module.layer).min().unwrap_or(0).min(total);
     if modules.len() != keys.len() * num_layers {
         let message = "an adapter of mlx-lm that does not have the same modules in each of the last layers";
         return Err(Error::Unsupported(message.into()));

@@ -137,6 +137,10 @@ impl<'a> Selection<'a> {
         if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(&linear.path)) {
             return false;
         }
+        if matches!(self.targets, Targets::All) && linear.layer.is_none() {
+            // as in PEFT, the head is not among all linear layers
+            return false;
+        }
         if !self.targets.matches(&linear.path) {
             return false;
         }
@@ -150,7 +154,7 @@ impl<'a> Selection<'a> {
 
     fn layer(&self, linear: &LinearInfo) -> Option<usize> {
         if self.layers_patterns.is_empty() {
-            return Some(linear.layer);
+            return linear.layer;
         }
         let captures = self.layers_patterns.iter().find_map(|pattern| pattern.captures(&linear.path))?;
         captures.get(1)?.as_str().parse().ok()
@@ -216,7 +220,7 @@ fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
 pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     let modules = adapter.modules();
     let kinds: BTreeSet<&str> = modules.iter().map(|module| module.module).collect();
-    let layers: BTreeSet<usize> = modules.iter().map(|module| module.layer).collect();
+    let layers: BTreeSet<usize> = modules.iter().filter_map(|module| module.layer).collect();
     // each kind of module in each of some layers, or else every path by itself
     let regular = modules.len() == kinds.len() * layers.len();
     let all_layers = layers.len() == adapter.model().config().num_hidden_layers;

@@ -1,0 +1,72 @@
+//! The embedding of token ids, with an optional low-rank term and noise.
+
+use super::host::{Host, edit, on_cpu};
+use super::linear::{TermGradients, add_product, add_product_transposed, outer};
+use super::low_rank::LowRank;
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
+use metal_candle_kernels as kernels;
+
+/// The rows of the embedding `weight: [vocab, hidden]` with these ids, in `dtype`: `[tokens, hidden]`.
+///
+/// A term adds `scale * B A[:, id]` with A `[rank, vocab]` and B `[hidden, rank]`.
+pub(crate) fn forward(weight: &Tensor, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
+    let vocab = weight.dim(0)?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument("ids", format!("token id {id} is not below the vocabulary's {vocab}")));
+    }
+    let indices = Tensor::new(ids, weight.device())?;
+    let x = weight.index_select(&indices, 0)?.to_dtype(dtype)?;
+    let Some(term) = term else { return Ok(x) };
+    let x = add_product(x, term.scale, &columns(&term.a, &indices)?, &term.b)?;
+    match &term.start {
+        Some((a, b)) => add_product(x, -term.scale, &columns(a, &indices)?, b),
+        None => Ok(x),
+    }
+}
+
+/// The columns of `a: [rank, vocab]` with these ids, as rows: `[tokens, rank]`.
+fn columns(a: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    Ok(a.index_select(ids, 1)?.t()?.contiguous()?)
+}
+
+/// The gradient of [`forward`] with respect to the weight is added to `dw: [vocab, hidden]`, f32, in place on the CPU.
+pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
+    if !on_cpu(dx) {
+        let ids = Tensor::new(ids, dx.device())?;
+        return Ok(dw.index_add(&ids, &dx.to_dtype(DType::F32)?, 0)?);
+    }
+    let width = dx.dim(1)?;
+    let dx = Host::new(dx)?;
+    let dx = dx.f32()?;
+    edit(dw, |dw| {
+        for (id, dx) in ids.iter().zip(dx.chunks_exact(width)) {
+            kernels::add_scaled(1.0, dx, &mut dw[*id as usize * width..][..width]);
+        }
+    })
+}
+
+/// The gradients of [`forward`] with respect to A and B of its term.
+pub(crate) fn term_backward(term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
+    let scale = f64::from(term.scale);
+    let indices = Tensor::new(ids, dx.device())?;
+    let b = outer(dx, &columns(&term.a, &indices)?)?.affine(scale, 0.0)?;
+    let dz = add_product_transposed(None, dx, &term.b)?.affine(scale, 0.0)?.to_dtype(DType::F32)?;
+    let (rank, vocab) = term.a.dims2()?;
+    let transposed = Tensor::zeros((vocab, rank), DType::F32, dx.device())?.index_add(&indices, &dz, 0)?;
+    Ok(TermGradients { a: transposed.t()?.contiguous()?, b, magnitude: None })
+}
+
+/// Adds noise, uniform within `alpha / sqrt(length * hidden)`, to the rows of each sequence `offsets[i]..offsets[i + 1]`
+/// (`NEFTune`, <https://arxiv.org/abs/2310.05914>, algorithm 1). Only the seed decides which.
+pub(crate) fn add_noise(x: Tensor, offsets: &[usize], alpha: f32, seed: u64) -> Result<Tensor> {
+    let (tokens, hidden) = x.dims2()?;
+    let mut noise = vec![0.0; tokens * hidden];
+    for span in offsets.windows(2) {
+        let length = span[1] - span[0];
+        let bound = alpha / ((length * hidden) as f32).sqrt();
+        kernels::uniform_noise(&mut noise[span[0] * hidden..span[1] * hidden], bound, seed, span[0] * hidden);
+    }
+    let noise = Tensor::from_vec(noise, (tokens, hidden), x.device())?.to_dtype(x.dtype())?;
+    Ok((x + noise)?)
+}
