@@ -29,4 +29,8 @@ pub use gemm::{Matrix, gemm, linear};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 pub use norm::{rms_norm, rms_norm_backward};
-pub use optimizer::{AdamWStep, adamw, sum_of_squares};
+pub use optimizer::{
+    AdafactorStep, AdamStep, BLOCK, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,
+    adafactor_matrices, adafactor_vectors, adam, adamw_8bit, dynamic_codes, lion, muon, schedule_free_adamw, sgd,
+    sum_of_squares,
+};

@@ -8,8 +8,11 @@ use candle_core::{DType, Device as CandleDevice, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
 use metal_candle::data::Random;
-use metal_candle::models::{Batch, LossOptions, Targets, Trainable};
-use metal_candle::training::{AdamW, AdamWConfig, global_norm, save_checkpoint};
+use metal_candle::models::{Batch, GradientOf, LossOptions, Targets, Trainable};
+use metal_candle::training::{
+    AdafactorConfig, AdamWConfig, LionConfig, MuonConfig, Optimizer, OptimizerConfig, Parameter, ParameterGroup,
+    ScheduleFreeAdamWConfig, SgdConfig, global_norm, save_checkpoint,
+};
 use metal_candle::{Device, Model, ModelConfig};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -77,17 +80,40 @@ fn steps(criterion: &mut Criterion) {
 
 fn optimizer(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("optimizer");
-    for count in [100_000_usize, 4_000_000] {
-        let values = Tensor::ones(count, DType::F32, &CandleDevice::Cpu).unwrap();
-        let mut adamw = AdamW::new(&values, AdamWConfig::default()).unwrap();
-        group.throughput(Throughput::Elements(count as u64));
-        group.bench_function(BenchmarkId::new("norm and AdamW", count), |bencher| {
-            bencher.iter(|| {
-                let norm = global_norm(&values).unwrap();
-                adamw.step(&values, 1e-4, 1.0 / norm).unwrap();
-            });
+    let configs = [
+        OptimizerConfig::AdamW(AdamWConfig::default()),
+        OptimizerConfig::Sgd(SgdConfig::default()),
+        OptimizerConfig::Lion(LionConfig::default()),
+        OptimizerConfig::Adafactor(AdafactorConfig::default()),
+        OptimizerConfig::Muon(MuonConfig::default()),
+        OptimizerConfig::AdamW8bit(AdamWConfig::default()),
+        OptimizerConfig::ScheduleFreeAdamW(ScheduleFreeAdamWConfig::default()),
+    ];
+    // A and B of rank 8 of the linear layers of 24 blocks of width 896
+    let shapes = [896, 128, 128, 896, 4864, 4864].map(|out| [[8, 896], [out, 8]]);
+    let shapes: Vec<[usize; 2]> = shapes.into_iter().chain([[[8, 4864], [896, 8]]]).flatten().collect();
+    let mut parameters: Vec<Parameter> = Vec::new();
+    for shape in shapes.repeat(24) {
+        let offset = parameters.last().map_or(0, |last| last.offset + last.len);
+        let len = shape.iter().product();
+        parameters.push(Parameter {
+            name: "p".into(),
+            offset,
+            len,
+            shape: shape.to_vec(),
+            gradient: GradientOf::Parameter(0),
         });
     }
+    let count = parameters.iter().map(|parameter| parameter.len).sum::<usize>();
+    let values = Tensor::rand(-1.0_f32, 1.0, count, &CandleDevice::Cpu).unwrap();
+    group.throughput(Throughput::Elements(count as u64));
+    for config in configs {
+        let mut optimizer = Optimizer::new(&values, &parameters, config, |_| ParameterGroup::default()).unwrap();
+        group.bench_function(BenchmarkId::new(config.name(), count), |bencher| {
+            bencher.iter(|| optimizer.step(&values, 1e-4, 1.0).unwrap());
+        });
+    }
+    group.bench_function("norm", |bencher| bencher.iter(|| global_norm(&values).unwrap()));
     group.finish();
 }
 

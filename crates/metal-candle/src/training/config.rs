@@ -1,7 +1,7 @@
 //! Settings of a training run.
 
 use super::loss::check_label_smoothing;
-use super::{AdamWConfig, LRScheduler};
+use super::{AdamWConfig, LRScheduler, OptimizerConfig, Parameter, ParameterGroup};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ pub struct TrainingConfig {
     pub num_epochs: usize,
     /// The learning rate of each step.
     pub lr_scheduler: LRScheduler,
-    /// Settings of AdamW.
+    /// Settings of AdamW; [`Trainer::with_optimizer`](super::Trainer::with_optimizer) takes another optimizer.
     pub optimizer_config: AdamWConfig,
     /// Gradients whose global norm is larger are scaled down to it.
     pub max_grad_norm: Option<f64>,
@@ -33,6 +33,10 @@ impl Default for TrainingConfig {
 /// What the `with_*` methods of the trainer set.
 #[derive(Debug, Clone)]
 pub(super) struct Options {
+    /// In place of AdamW with the settings of the configuration.
+    pub(super) optimizer: Option<OptimizerConfig>,
+    pub(super) lora_plus_ratio: Option<f64>,
+    pub(super) decay_matrices_only: bool,
     pub(super) batch_tokens: usize,
     pub(super) batch_samples: usize,
     pub(super) batches: Option<Vec<Vec<usize>>>,
@@ -58,6 +62,9 @@ pub(super) struct EvaluationOptions {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            optimizer: None,
+            lora_plus_ratio: None,
+            decay_matrices_only: false,
             batch_tokens: 2048,
             batch_samples: usize::MAX,
             batches: None,
@@ -75,9 +82,39 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    pub(super) fn optimizer(&self, config: &TrainingConfig) -> OptimizerConfig {
+        self.optimizer.unwrap_or(OptimizerConfig::AdamW(config.optimizer_config))
+    }
+
+    /// The group of a parameter; `highest_rate` is that of the schedule.
+    pub(super) fn group(&self, parameter: &Parameter, highest_rate: f64) -> ParameterGroup {
+        let is_vector = parameter.shape.len() < 2;
+        ParameterGroup {
+            learning_rate_factor: self.lora_plus_ratio.map_or(1.0, |ratio| {
+                if parameter.name.contains("lora_embedding_") {
+                    // the rate itself is given, the schedule scales it
+                    if highest_rate > 0.0 { LORA_PLUS_EMBEDDING_RATE / highest_rate } else { 0.0 }
+                } else if parameter.name.ends_with("lora_B") || is_vector {
+                    ratio
+                } else {
+                    1.0
+                }
+            }),
+            decays: !(self.decay_matrices_only && is_vector),
+        }
+    }
+}
+
+/// The learning rate of adapters of embeddings beside LoRA+'s ratio, as PEFT has it.
+const LORA_PLUS_EMBEDDING_RATE: f64 = 1e-6;
+
 pub(super) fn check(config: &TrainingConfig, options: &Options) -> Result<()> {
     config.lr_scheduler.check()?;
-    config.optimizer_config.check()?;
+    options.optimizer(config).check()?;
+    if let Some(ratio) = options.lora_plus_ratio.filter(|ratio| !ratio.is_finite() || *ratio <= 0.0) {
+        return Err(Error::argument("lora_plus_ratio", format!("expected a number above 0, found `{ratio}`")));
+    }
     if let Some(norm) = config.max_grad_norm.filter(|norm| !norm.is_finite() || *norm <= 0.0) {
         return Err(Error::argument("max_grad_norm", format!("expected a number above 0, found `{norm}`")));
     }

@@ -3,6 +3,8 @@
 mod checkpoint;
 mod config;
 mod evaluation;
+mod gradients;
+mod in_place;
 mod loss;
 mod metrics_file;
 mod optimizer;
@@ -18,9 +20,13 @@ pub use crate::adapters::{CheckpointMetadata, LoRAAdapter, LoRAAdapterConfig, Ta
 pub use checkpoint::{load_checkpoint, save_checkpoint};
 pub use config::TrainingConfig;
 pub use evaluation::{Evaluation, evaluate};
+pub use gradients::global_norm;
 pub use loss::{bits_per_byte, cross_entropy, cross_entropy_rows, perplexity};
-pub use optimizer::{AdamW, AdamWConfig, global_norm};
+pub use optimizer::{
+    AdafactorConfig, AdamConfig, AdamWConfig, LionConfig, MuonConfig, MuonScale, Optimizer, OptimizerConfig,
+    ParameterGroup, ScheduleFreeAdamWConfig, SgdConfig,
+};
 pub use report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
-pub use scheduler::LRScheduler;
+pub use scheduler::{DecayShape, LRScheduler};
 pub use trained::{Parameter, Trained};
 pub use trainer::Trainer;

@@ -2,8 +2,9 @@
 
 use super::config::{Options, TrainingConfig};
 use super::evaluation::{evaluate, source_of};
+use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
-use super::optimizer::{AdamW, GradientSum, clip_factor, global_norm};
+use super::optimizer::Optimizer;
 use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
@@ -11,17 +12,15 @@ use super::trained::{Parameter, Trained};
 use super::trainer::Callback;
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
-use crate::models::{Batch, Gradients, LossOptions, SafetensorsFile, Targets, Trainable, write_safetensors};
+use crate::models::{Batch, Gradients, LossOptions, Model, SafetensorsFile, Targets, Trainable, write_safetensors};
 use crate::ops::LowRankTerms;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::time::Instant;
 
-/// The file of the moments in a checkpoint.
+/// The file of the optimizer's state in a checkpoint.
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-const FIRST_MOMENT: &str = "first_moment";
-const SECOND_MOMENT: &str = "second_moment";
 
 /// Settings that may differ when a run goes on: they only say when it ends or what is kept of it.
 const FREE_SETTINGS: [&str; 2] = ["num_epochs", "max_steps"];
@@ -60,7 +59,7 @@ pub(super) struct Run<'a, T: Trained> {
     total_steps: usize,
     callbacks: &'a mut Vec<Callback>,
     parameters: Vec<Parameter>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     gradients: GradientSum,
     /// What is trained, with views of the parameters in the optimizer.
     live: T,
@@ -86,7 +85,9 @@ impl<'a, T: Trained> Run<'a, T> {
         callbacks: &'a mut Vec<Callback>,
     ) -> Result<Self> {
         let parameters = start.trainable();
-        let optimizer = AdamW::new(&start.values()?, config.optimizer_config)?;
+        let highest_rate = config.lr_scheduler.highest();
+        let group = |parameter: &Parameter| options.group(parameter, highest_rate);
+        let optimizer = Optimizer::new(&start.values()?, &parameters, options.optimizer(config), group)?;
         let num_trainable_parameters = parameters.iter().map(|parameter| parameter.len).sum();
         let live = start.with_values(&optimizer.parameters()?)?;
         let metrics = TrainingMetrics {
@@ -199,7 +200,20 @@ impl<'a, T: Trained> Run<'a, T> {
 
     /// What was trained, with its own copy of the parameters.
     pub(super) fn snapshot(&self) -> Result<T> {
-        self.start.with_values(&self.optimizer.parameters()?.force_contiguous()?)
+        self.start.with_values(&self.values()?)
+    }
+
+    /// A copy of the parameters to keep.
+    fn values(&self) -> Result<Tensor> {
+        match self.optimizer.averaged_parameters()? {
+            Some(averaged) => Ok(averaged),
+            None => Ok(self.optimizer.parameters()?.force_contiguous()?),
+        }
+    }
+
+    /// What is evaluated and kept, if that is something else than what gradients are taken of.
+    fn averaged(&self) -> Result<Option<T>> {
+        self.optimizer.averaged_parameters()?.map(|values| self.start.with_values(&values)).transpose()
     }
 
     /// The same after the best evaluation.
@@ -386,15 +400,20 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Measures the evaluation dataset; whether a checkpoint of this step should be kept.
     fn evaluate(&mut self) -> Result<bool> {
         let Some(options) = &self.options.evaluation else { return Ok(false) };
-        let model = self.live.run_model();
-        let loss = evaluate(model, self.terms.as_ref(), &options.dataset, self.options.batch_tokens)?.loss();
+        let measure = |model: &Model, terms: Option<&LowRankTerms>| -> Result<f64> {
+            Ok(evaluate(model, terms, &options.dataset, self.options.batch_tokens)?.loss())
+        };
+        let loss = match self.averaged()? {
+            Some(averaged) => measure(averaged.run_model(), averaged.run_terms()?.as_ref())?,
+            None => measure(self.live.run_model(), self.terms.as_ref())?,
+        };
         let step = self.progress.step;
         let is_best = self.progress.best.is_none_or(|(_, best)| loss < best);
         self.progress.num_evaluations += 1;
         if is_best {
             self.progress.best = Some((step, loss));
             self.progress.evaluations_since_best = 0;
-            self.best = Some(self.optimizer.parameters()?.force_contiguous()?);
+            self.best = Some(self.values()?);
         } else {
             self.progress.evaluations_since_best += 1;
         }
@@ -420,11 +439,10 @@ impl<'a, T: Trained> Run<'a, T> {
         let mut state = Map::new();
         state.insert("progress".into(), self.progress.to_json());
         state.insert("settings".into(), Value::Object(self.settings.clone()));
-        let (first, second) = self.optimizer.moments()?;
-        let moments = [(FIRST_MOMENT, first), (SECOND_MOMENT, second)];
+        let (averaged, optimizer_state) = (self.averaged()?, self.optimizer.state()?);
         let path = checkpoints.save(step, state, |folder| {
-            self.live.save_files(folder)?;
-            write_safetensors(folder.join(OPTIMIZER_FILE), &moments, &[])
+            averaged.as_ref().unwrap_or(&self.live).save_files(folder)?;
+            write_safetensors(folder.join(OPTIMIZER_FILE), &optimizer_state, &[])
         })?;
         self.prune(checkpoints)?;
         self.emit(&TrainingEvent::Checkpointed { step, path });
@@ -443,9 +461,7 @@ impl<'a, T: Trained> Run<'a, T> {
         self.progress = Progress::from_json(&part("progress")?)?;
         let values = self.start.load_values(&checkpoint.path)?;
         let file = SafetensorsFile::open(checkpoint.path.join(OPTIMIZER_FILE))?;
-        let device = self.start.run_model().device().candle();
-        let moment = |name: &str| -> Result<Tensor> { Ok(file.float_tensor(name, DType::F32)?.to_device(&device)?) };
-        self.optimizer.restore(&values, &moment(FIRST_MOMENT)?, &moment(SECOND_MOMENT)?, self.progress.step)?;
+        self.optimizer.restore(&values, |name| file.tensor(name), self.progress.step)?;
         if self.live.terms_are_copies() {
             self.terms = self.live.run_terms()?;
         }
@@ -478,7 +494,9 @@ impl<'a, T: Trained> Run<'a, T> {
             ("num_epochs", json!(self.config.num_epochs)),
             ("max_steps", json!(options.max_steps)),
             ("lr_scheduler", self.config.lr_scheduler.to_json()),
-            ("optimizer_config", self.config.optimizer_config.to_json()),
+            ("optimizer_config", options.optimizer(self.config).to_json()),
+            ("lora_plus_ratio", json!(options.lora_plus_ratio.map(|ratio| ratio.to_string()))),
+            ("decay_matrices_only", json!(options.decay_matrices_only.then_some(true))),
             ("max_grad_norm", json!(self.config.max_grad_norm.map(|norm| norm.to_string()))),
             ("batch_tokens", json!(options.batch_tokens)),
             ("batch_samples", json!(options.batch_samples)),
@@ -496,7 +514,9 @@ impl<'a, T: Trained> Run<'a, T> {
         let different: Vec<String> = self
             .settings
             .iter()
-            .filter(|(key, value)| !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key) != Some(*value))
+            .filter(|(key, value)| {
+                !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key).unwrap_or(&Value::Null) != *value
+            })
             .map(|(key, value)| format!("`{key}` was {}, is {value}", saved.get(key).unwrap_or(&Value::Null)))
             .collect();
         if different.is_empty() {

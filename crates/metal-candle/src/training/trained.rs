@@ -18,6 +18,8 @@ pub struct Parameter {
     pub offset: usize,
     /// Its number of elements.
     pub len: usize,
+    /// Its shape; a matrix lies there row by row.
+    pub shape: Vec<usize>,
     /// Its gradient among [`Gradients`](crate::models::Gradients).
     pub gradient: GradientOf,
 }
@@ -76,12 +78,14 @@ impl Trained for LoRAAdapter {
                 name: format!("{}.lora_A", module.path),
                 offset: module.offset,
                 len: num_a,
+                shape: vec![module.rank, module.in_features],
                 gradient: GradientOf::A(module.number),
             });
             parameters.push(Parameter {
                 name: format!("{}.lora_B", module.path),
                 offset: module.offset + num_a,
                 len: num_b,
+                shape: vec![module.out_features, module.rank],
                 gradient: GradientOf::B(module.number),
             });
         }
@@ -133,7 +137,8 @@ impl Trained for Model {
         let mut parameters = Vec::with_capacity(self.parameters().len());
         for (place, (name, tensor)) in self.parameters().iter().enumerate() {
             let len = tensor.elem_count();
-            parameters.push(Parameter { name: name.clone(), offset, len, gradient: GradientOf::Parameter(place) });
+            let gradient = GradientOf::Parameter(place);
+            parameters.push(Parameter { name: name.clone(), offset, len, shape: tensor.dims().to_vec(), gradient });
             offset += len;
         }
         parameters

@@ -2,6 +2,7 @@
 
 use super::config::{EvaluationOptions, Options, TrainingConfig, check};
 use super::evaluation::check_dataset;
+use super::optimizer::OptimizerConfig;
 use super::progress::Progress;
 use super::report::{TrainingEvent, TrainingMetrics};
 use super::run::{Run, plan_epoch};
@@ -20,8 +21,8 @@ pub(super) type Callback = Box<dyn FnMut(&TrainingEvent) -> ControlFlow<()> + Se
 
 /// Trains an adapter, or with [`Trainer::full`] all parameters of a model.
 ///
-/// Each epoch shuffles the samples by the seed and packs them into batches; a step is one update of AdamW after one or
-/// several batches. Two runs with the same seed give the same bytes.
+/// Each epoch shuffles the samples by the seed and packs them into batches; a step is one update after one or several
+/// batches. Two runs with the same seed give the same bytes.
 ///
 /// ```no_run
 /// # fn main() -> metal_candle::Result<()> {
@@ -61,6 +62,14 @@ impl Trainer<LoRAAdapter> {
     /// A setting is out of its range.
     pub fn new(adapter: LoRAAdapter, config: TrainingConfig) -> Result<Self> {
         Self::of(adapter, config)
+    }
+
+    /// LoRA+ (<https://arxiv.org/abs/2402.12354>): the learning rate of each B is `ratio` times that of A, as is that of
+    /// vectors; adapters of embeddings learn with 1e-6 at the height of the schedule.
+    #[must_use]
+    pub fn with_lora_plus_ratio(mut self, ratio: f64) -> Self {
+        self.options.lora_plus_ratio = Some(ratio);
+        self
     }
 
     /// The adapter as the last run left it, or as it was given when there was none.
@@ -152,6 +161,20 @@ impl<T: Trained> Trainer<T> {
     #[must_use]
     pub fn with_max_steps(mut self, steps: usize) -> Self {
         self.options.max_steps = Some(steps);
+        self
+    }
+
+    /// Another optimizer than AdamW with the settings of the configuration.
+    #[must_use]
+    pub fn with_optimizer(mut self, optimizer: impl Into<OptimizerConfig>) -> Self {
+        self.options.optimizer = Some(optimizer.into());
+        self
+    }
+
+    /// Whether weight decay applies to matrices only, not to norms and biases; it applies to all unless set.
+    #[must_use]
+    pub fn with_decay_matrices_only(mut self, matrices_only: bool) -> Self {
+        self.options.decay_matrices_only = matrices_only;
         self
     }
 

@@ -25,5 +25,6 @@ mod stand_in_hub;
 mod step;
 mod training_gradients;
 mod training_optimizer;
+mod training_optimizer_runs;
 mod training_resume;
 mod training_trainer;

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// All files below a folder and their bytes.
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![folder.to_path_buf()];
     while let Some(next) = folders.pop() {
@@ -42,7 +42,7 @@ fn schedule() -> TrainingConfig {
 }
 
 /// A run of nine steps with everything that has a state.
-fn trainer(model: &Model, folder: &Path) -> Trainer {
+pub(crate) fn trainer(model: &Model, folder: &Path) -> Trainer {
     let start = LoRAAdapter::builder(model).with_rank(4).with_dropout(0.1).with_seed(8).build().unwrap();
     Trainer::new(start, schedule())
         .unwrap()
