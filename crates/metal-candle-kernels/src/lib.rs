@@ -9,6 +9,7 @@
 
 mod attention;
 mod cross_entropy;
+mod decomposition;
 mod elementwise;
 mod file;
 mod gemm;
@@ -21,6 +22,7 @@ pub mod sampling;
 
 pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention_backward};
 pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
+pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{
     add_bias, add_scaled, column_sums, dropout, rotary, scale_columns, swiglu, swiglu_backward, uniform_noise,
 };
