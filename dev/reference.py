@@ -1,6 +1,6 @@
 """Writes the golden numbers of crates/metal-candle/tests/golden with torch, transformers and peft.
 
-    python dev/reference.py [models lora mlx full optimizer training text]
+    python dev/reference.py [models lora mlx full optimizer training methods text]
 
 What each file holds is described in the README.md beside them. The same versions (versions.json) on the same
 processor give the same bytes.
@@ -665,6 +665,12 @@ def training():
     })
 
 
+def methods():
+    import reference_methods
+
+    reference_methods.write(sys.modules[__name__])
+
+
 def text():
     import reference_text
 
@@ -674,7 +680,7 @@ def text():
 def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    parts = {f.__name__: f for f in [models, lora, mlx, full, optimizer, training, text]}
+    parts = {f.__name__: f for f in [models, lora, mlx, full, optimizer, training, methods, text]}
     for name in sys.argv[1:] or parts:
         parts[name]()
     write_json(ROOT / "versions.json", {
