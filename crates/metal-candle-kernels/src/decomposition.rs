@@ -58,11 +58,7 @@ pub fn singular_values_by_iteration(
     let projected = product((rank, short, long), &basis, (long, 1), &w, strides);
     let SingularValues { left, values, right } = largest((rank, short), &projected, rank);
     let left = product((rank, long, rank), &left, (rank, 1), &basis, (long, 1));
-    if is_wide {
-        SingularValues { left: right, values, right: left }
-    } else {
-        SingularValues { left, values, right }
-    }
+    if is_wide { SingularValues { left: right, values, right: left } } else { SingularValues { left, values, right } }
 }
 
 /// The first `count` columns of Q, as rows `[count, m]`, and the first `count` rows of R, `[count, n]`, of `w: [m, n]`,
@@ -118,7 +114,7 @@ fn largest((m, n): (usize, usize), w: &[f64], rank: usize) -> SingularValues {
         // more exact than the root of the eigenvalue
         let value = dot(vector, vector).sqrt();
         let factor = if value > 0.0 { 1.0 / value } else { 0.0 };
-        vector.iter_mut().for_each(|element| *element *= factor);
+        scale(factor, vector);
         values.push(value);
     }
     if is_wide {
@@ -280,7 +276,7 @@ fn inverse_iteration(diagonal: &[f64], off_diagonal: &[f64], eigenvalue: f64, do
             vector[i] = (vector[i] - sum) / first;
         }
         let largest = vector.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
-        vector.iter_mut().for_each(|value| *value /= largest);
+        scale(1.0 / largest, vector);
         project_out(done, vector);
     }
 }
@@ -294,7 +290,13 @@ fn project_out(done: &[f64], vector: &mut [f64]) {
         }
         let length = dot(vector, vector).sqrt();
         let factor = if length > 0.0 { 1.0 / length } else { 0.0 };
-        vector.iter_mut().for_each(|value| *value *= factor);
+        scale(factor, vector);
+    }
+}
+
+fn scale(factor: f64, vector: &mut [f64]) {
+    for value in vector {
+        *value *= factor;
     }
 }
 

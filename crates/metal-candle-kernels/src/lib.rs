@@ -18,6 +18,7 @@ mod math;
 mod norm;
 mod optimizer;
 mod parallel;
+mod rounding;
 pub mod sampling;
 
 pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention_backward};
@@ -36,3 +37,4 @@ pub use optimizer::{
     adafactor_matrices, adafactor_vectors, adam, adamw_8bit, dynamic_codes, lion, muon, schedule_free_adamw, sgd,
     sum_of_squares,
 };
+pub use rounding::{round_to_int8, round_to_nf4};

@@ -1,9 +1,13 @@
 //! Making a new LoRA adapter.
 
-use super::lora::{Layout, LoRAAdapter, LoRAAdapterConfig, Planned, Settings};
+use super::begin::begin;
+use super::layout::{EMBEDDING, Layout, Planned, Settings};
+use super::lora::{LoRAAdapter, LoRAAdapterConfig};
+use super::patterns::Patterns;
+use super::start::Start;
 use super::target::TargetModule;
 use crate::error::{Error, Result};
-use crate::models::Model;
+use crate::models::{LinearInfo, Model};
 
 /// All settings of a new adapter.
 ///
@@ -30,7 +34,12 @@ pub struct LoRAAdapterBuilder<'a> {
     layers: Option<Vec<usize>>,
     ranks: Vec<(TargetModule, usize)>,
     alphas: Vec<(TargetModule, f64)>,
+    rank_patterns: Vec<(String, usize)>,
+    alpha_patterns: Vec<(String, f64)>,
     use_rslora: bool,
+    use_dora: bool,
+    modules_to_save: Vec<String>,
+    start: Start,
     seed: u64,
     base_model: Option<String>,
 }
@@ -43,7 +52,12 @@ impl<'a> LoRAAdapterBuilder<'a> {
             layers: None,
             ranks: Vec::new(),
             alphas: Vec::new(),
+            rank_patterns: Vec::new(),
+            alpha_patterns: Vec::new(),
             use_rslora: false,
+            use_dora: false,
+            modules_to_save: Vec::new(),
+            start: Start::default(),
             seed: 0,
             base_model: None,
         }
@@ -70,7 +84,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// The linear layers of each block that get a term.
+    /// The linear layers of each block that get a term, and the embedding and the head if they are among them.
     #[must_use]
     pub fn with_target_modules(mut self, modules: impl IntoIterator<Item = TargetModule>) -> Self {
         self.config.target_modules = modules.into_iter().collect();
@@ -105,6 +119,43 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
+    /// Another rank for the modules whose path ends, from one of its parts on, in a match of the regular expression
+    /// `pattern`; the first pattern that matches counts, and [`LoRAAdapterBuilder::with_module_rank`] after all patterns.
+    #[must_use]
+    pub fn with_rank_pattern(mut self, pattern: impl Into<String>, rank: usize) -> Self {
+        self.rank_patterns.push((pattern.into(), rank));
+        self
+    }
+
+    /// Another alpha, as with [`LoRAAdapterBuilder::with_rank_pattern`].
+    #[must_use]
+    pub fn with_alpha_pattern(mut self, pattern: impl Into<String>, alpha: f64) -> Self {
+        self.alpha_patterns.push((pattern.into(), alpha));
+        self
+    }
+
+    /// Modules that are trained as a whole, by the ends of their paths: `lm_head`, `embed_tokens`, `model.norm`; they get
+    /// no low-rank terms.
+    #[must_use]
+    pub fn with_modules_to_save<S: Into<String>>(mut self, modules: impl IntoIterator<Item = S>) -> Self {
+        self.modules_to_save = modules.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Gives each row of the adapted weights a magnitude of its own (DoRA, <https://arxiv.org/abs/2402.09353>, section 4).
+    #[must_use]
+    pub fn with_dora(mut self, use_dora: bool) -> Self {
+        self.use_dora = use_dora;
+        self
+    }
+
+    /// How A and B begin; the embedding has B normal and A zero, but for starts that PEFT has for it too.
+    #[must_use]
+    pub fn with_start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
     /// Scales by `alpha / sqrt(rank)` (rsLoRA, <https://arxiv.org/abs/2312.03732>, section 3).
     #[must_use]
     pub fn with_rslora(mut self, use_rslora: bool) -> Self {
@@ -112,7 +163,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// Seed of A.
+    /// Seed of what is random at the start.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -126,7 +177,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// The adapter.
+    /// The adapter. With [`Start::Loftq`] its [`LoRAAdapter::model`] is another than the builder was given.
     ///
     /// # Errors
     /// A setting is out of its range, or nothing is targeted.
@@ -135,42 +186,43 @@ impl<'a> LoRAAdapterBuilder<'a> {
         if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= num_layers) {
             return Err(Error::argument("layers", format!("there is no layer {layer}; the model has {num_layers}")));
         }
-        let mut planned = Vec::new();
-        for (number, linear) in self.model.linears().iter().enumerate() {
-            let target = self.config.target_modules.iter().copied().find(|target| target.name() == linear.module);
-            let in_layers =
-                self.layers.as_ref().is_none_or(|layers| linear.layer.is_some_and(|layer| layers.contains(&layer)));
-            if let (Some(target), true) = (target, in_layers) {
-                let rank = last_of(&self.ranks, target).unwrap_or(self.config.rank);
-                let widest = linear.in_features.max(linear.out_features).max(MAX_RANK);
-                if rank > widest {
-                    let message = format!("expected at most {widest} for `{}`, found {rank}", linear.path);
-                    return Err(Error::argument("rank", message));
-                }
-                planned.push(Planned {
-                    number,
-                    rank,
-                    alpha: last_of(&self.alphas, target).unwrap_or(self.config.alpha),
-                });
-            }
-        }
+        let ranks = Patterns::new("rank_pattern", self.rank_patterns.clone())?;
+        let alphas = Patterns::new("alpha_pattern", self.alpha_patterns.clone())?;
         let settings = Settings {
             rank: self.config.rank,
             alpha: self.config.alpha,
             dropout: self.config.dropout,
             use_rslora: self.use_rslora,
-            base_model: self.base_model,
+            use_dora: self.use_dora,
+            modules_to_save: self.modules_to_save.clone(),
+            base_model: self.base_model.clone(),
         };
-        let layout = Layout::new(self.model, settings, &planned)?;
-        let mut values = vec![0.0_f32; layout.num_parameters];
-        for module in &layout.modules {
-            let bound = 1.0 / (module.in_features as f64).sqrt();
-            let mut random = Uniform::new(self.seed, &module.path);
-            for value in &mut values[module.offset..module.offset + module.num_a()] {
-                *value = (random.next() * bound) as f32;
+        let mut planned = Vec::new();
+        for (number, linear) in self.model.linears().iter().enumerate() {
+            let Some(target) = self.target(linear).filter(|_| !settings.saves(&linear.path)) else { continue };
+            let rank = ranks.get(&linear.path).or_else(|| last_of(&self.ranks, target)).unwrap_or(self.config.rank);
+            let alpha = alphas.get(&linear.path).or_else(|| last_of(&self.alphas, target));
+            let widest = linear.in_features.max(linear.out_features).max(MAX_RANK);
+            if rank > widest {
+                let message = format!("expected at most {widest} for `{}`, found {rank}", linear.path);
+                return Err(Error::argument("rank", message));
+            }
+            let is_subtracted = self.start.is_subtracted() && linear.module != EMBEDDING;
+            planned.push(Planned { number, rank, alpha: alpha.unwrap_or(self.config.alpha), is_subtracted });
+        }
+        let paths = planned.iter().map(|planned| self.model.linears()[planned.number].path.as_str());
+        for (name, unused) in [("rank_pattern", ranks.unused(&paths)), ("alpha_pattern", alphas.unused(&paths))] {
+            if let Some(pattern) = unused.first() {
+                return Err(Error::argument(name, format!("`{pattern}` matches no adapted layer")));
             }
         }
-        LoRAAdapter::from_values(self.model, layout, values)
+        begin(self.model, Layout::new(self.model, settings, &planned)?, self.start, self.seed)
+    }
+
+    fn target(&self, linear: &LinearInfo) -> Option<TargetModule> {
+        let is_chosen = |layer| self.layers.as_ref().is_none_or(|layers| layers.contains(&layer));
+        let target = self.config.target_modules.iter().copied().find(|target| target.name() == linear.module);
+        target.filter(|_| linear.layer.is_none_or(is_chosen))
     }
 }
 
@@ -179,27 +231,4 @@ const MAX_RANK: usize = 1024;
 
 fn last_of<T: Copy>(values: &[(TargetModule, T)], target: TargetModule) -> Option<T> {
     values.iter().rev().find(|(module, _)| *module == target).map(|(_, value)| *value)
-}
-
-/// `SplitMix64` (<https://doi.org/10.1145/2714064.2660195>), seeded by a number and a path, so that a matrix starts the
-/// same whatever else is adapted.
-struct Uniform(u64);
-
-impl Uniform {
-    fn new(seed: u64, path: &str) -> Self {
-        let hash = path
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        Self(hash ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    /// A number from -1 up to 1.
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
-    }
 }

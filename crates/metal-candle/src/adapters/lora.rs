@@ -1,12 +1,13 @@
 //! LoRA (<https://arxiv.org/abs/2106.09685>, section 4.1): `W x + scale * B A x` with trained A and B.
 
+use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, parameter};
 use super::{LoRAAdapterBuilder, TargetModule};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::models::Model;
-use crate::ops::{LowRank, LowRankTerms};
+use crate::ops::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
 use candle_core::{DType, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ pub struct LoRAAdapterConfig {
     pub alpha: f64,
     /// Probability with which an input element of A is dropped in training.
     pub dropout: f64,
-    /// The linear layers of each block that get a term.
+    /// The layers that get a term.
     pub target_modules: Vec<TargetModule>,
 }
 
@@ -29,115 +30,11 @@ impl Default for LoRAAdapterConfig {
     }
 }
 
-/// The term of one linear layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoRAModule {
-    /// Number of the linear layer in [`Model::linears`].
-    pub number: usize,
-    /// Its path in the checkpoint: `model.layers.0.self_attn.q_proj`.
-    pub path: String,
-    /// The block it is in; none for the embedding and the head.
-    pub layer: Option<usize>,
-    /// Last part of the path: `q_proj`.
-    pub module: &'static str,
-    /// Width of its input.
-    pub in_features: usize,
-    /// Width of its output.
-    pub out_features: usize,
-    /// Rows of A and columns of B.
-    pub rank: usize,
-    /// Numerator of the scale.
-    pub alpha: f64,
-    /// Factor on `B A x`.
-    pub scale: f64,
-    /// Where A begins among the parameters; B follows.
-    pub(crate) offset: usize,
-}
-
-impl LoRAModule {
-    /// Elements of A.
-    pub(crate) fn num_a(&self) -> usize {
-        self.rank * self.in_features
-    }
-
-    /// Elements of B.
-    pub(crate) fn num_b(&self) -> usize {
-        self.out_features * self.rank
-    }
-}
-
-/// What is common to all terms of an adapter.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Settings {
-    pub(crate) rank: usize,
-    pub(crate) alpha: f64,
-    pub(crate) dropout: f64,
-    pub(crate) use_rslora: bool,
-    pub(crate) base_model: Option<String>,
-}
-
-#[derive(Debug)]
-pub(crate) struct Layout {
-    pub(crate) settings: Settings,
-    pub(crate) modules: Vec<LoRAModule>,
-    pub(crate) num_parameters: usize,
-}
-
-/// A linear layer that is to get a term.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Planned {
-    pub(crate) number: usize,
-    pub(crate) rank: usize,
-    pub(crate) alpha: f64,
-}
-
-impl Layout {
-    pub(crate) fn new(model: &Model, settings: Settings, planned: &[Planned]) -> Result<Self> {
-        if planned.is_empty() {
-            return Err(Error::argument("target_modules", "no linear layer of the model is targeted"));
-        }
-        if !(0.0..1.0).contains(&settings.dropout) {
-            let message = format!("`{}` is not a probability below 1", settings.dropout);
-            return Err(Error::argument("dropout", message));
-        }
-        let mut modules = Vec::with_capacity(planned.len());
-        let mut offset = 0_usize;
-        for &Planned { number, rank, alpha } in planned {
-            let Some(linear) = model.linears().get(number) else {
-                return Err(Error::argument("target_modules", format!("the model has no linear layer {number}")));
-            };
-            if rank == 0 {
-                return Err(Error::argument("rank", format!("is 0 for `{}`", linear.path)));
-            }
-            if !alpha.is_finite() {
-                return Err(Error::argument("alpha", format!("is `{alpha}` for `{}`", linear.path)));
-            }
-            let divisor = if settings.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
-            modules.push(LoRAModule {
-                number,
-                path: linear.path.clone(),
-                layer: linear.layer,
-                module: linear.module,
-                in_features: linear.in_features,
-                out_features: linear.out_features,
-                rank,
-                alpha,
-                scale: alpha / divisor,
-                offset,
-            });
-            offset = (linear.in_features + linear.out_features)
-                .checked_mul(rank)
-                .and_then(|elements| elements.checked_add(offset))
-                .filter(|&elements| elements <= isize::MAX as usize / 16)
-                .ok_or_else(|| Error::argument("rank", format!("`{rank}` is too large for `{}`", linear.path)))?;
-        }
-        Ok(Self { settings, modules, num_parameters: offset })
-    }
-}
-
-/// A LoRA adapter of one model: A and B of each adapted linear layer, as views of one flat f32 tensor.
+/// A LoRA adapter of one model: A and B of each adapted layer, its magnitudes (DoRA) and the parameters of modules that
+/// are trained as a whole, all views of one flat f32 tensor.
 ///
-/// An adapter does not change: training makes new ones. Cloning is cheap and shares the parameters.
+/// An adapter does not change: training makes new ones. Cloning is cheap and shares the parameters. Its terms run on
+/// [`LoRAAdapter::run_model`], which is [`LoRAAdapter::model`] unless modules are trained as a whole.
 ///
 /// ```no_run
 /// # fn main() -> metal_candle::Result<()> {
@@ -153,15 +50,21 @@ impl Layout {
 ///     target_modules: vec![TargetModule::QProj, TargetModule::VProj],
 /// };
 /// let adapter = LoRAAdapter::new(&model, config, &Device::CPU)?;
-/// let logits = model.forward(&Batch::single(&[1, 2, 3]), Some(&adapter.terms()?), None, Rows::Last)?;
+/// let logits = adapter.run_model().forward(&Batch::single(&[1, 2, 3]), Some(&adapter.terms()?), None, Rows::Last)?;
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
     model: Model,
+    /// The model with the saved parameters in place.
+    run_model: Model,
     layout: Arc<Layout>,
     parameters: Tensor,
+    /// A and B that are subtracted: `[num_start]`, f32.
+    start: Option<Tensor>,
+    /// The squared norms of the rows of each module's weight, where there are magnitudes.
+    norms: Arc<Vec<Tensor>>,
 }
 
 impl LoRAAdapter {
@@ -186,11 +89,26 @@ impl LoRAAdapter {
         LoRAAdapterBuilder::new(model)
     }
 
-    /// An adapter of this layout with the given values, in the order of the layout.
-    pub(crate) fn from_values(model: &Model, layout: Layout, values: Vec<f32>) -> Result<Self> {
-        let shape = layout.num_parameters;
-        let parameters = Tensor::from_vec(values, shape, &model.device().candle())?;
-        Ok(Self { model: model.clone(), layout: Arc::new(layout), parameters })
+    /// An adapter of this layout with the given values, in the order of the layout, and those that are subtracted.
+    pub(crate) fn from_values(model: &Model, layout: Layout, values: Vec<f32>, start: Vec<f32>) -> Result<Self> {
+        let device = model.device().candle();
+        let parameters = Tensor::from_vec(values, layout.num_parameters, &device)?;
+        let start = match layout.num_start {
+            0 => None,
+            count => Some(Tensor::from_vec(start, count, &device)?),
+        };
+        Self::assemble(model, Arc::new(layout), parameters, start)
+    }
+
+    fn assemble(model: &Model, layout: Arc<Layout>, parameters: Tensor, start: Option<Tensor>) -> Result<Self> {
+        let mut norms = Vec::new();
+        if layout.settings.use_dora {
+            for module in &layout.modules {
+                norms.push(norms_squared(model, module)?);
+            }
+        }
+        let run_model = run_model(model, &layout, &parameters)?;
+        Ok(Self { model: model.clone(), run_model, layout, parameters, start, norms: Arc::new(norms) })
     }
 
     /// The same adapter with other parameters, shared with the caller.
@@ -205,7 +123,8 @@ impl LoRAAdapter {
         if parameters.dims() != [shape] || parameters.dtype() != DType::F32 {
             return Err(Error::shape("parameters", format!("[{shape}] in f32"), parameters.dims()));
         }
-        Ok(Self { model: self.model.clone(), layout: self.layout.clone(), parameters })
+        let run_model = run_model(&self.model, &self.layout, &parameters)?;
+        Ok(Self { run_model, parameters, ..self.clone() })
     }
 
     /// The same adapter for another model with the same linear layers, which are found by path.
@@ -225,11 +144,88 @@ impl LoRAAdapter {
                 let expected = format!("[{}, {}]", module.out_features, module.in_features);
                 return Err(Error::shape(&module.path, expected, &[linear.out_features, linear.in_features]));
             }
-            planned.push(Planned { number, rank: module.rank, alpha: module.alpha });
+            let (rank, alpha, is_subtracted) = (module.rank, module.alpha, module.start.is_some());
+            planned.push(Planned { number, rank, alpha, is_subtracted });
         }
         let layout = Layout::new(model, self.layout.settings.clone(), &planned)?;
-        let parameters = self.parameters.to_device(&model.device().candle())?;
-        Ok(Self { model: model.clone(), layout: Arc::new(layout), parameters })
+        if layout.saved != self.layout.saved {
+            return Err(Error::argument("model", "has other modules where the adapter trains them as a whole"));
+        }
+        let device = model.device().candle();
+        let parameters = self.parameters.to_device(&device)?;
+        let start = self.start.as_ref().map(|start| start.to_device(&device)).transpose()?;
+        Self::assemble(model, Arc::new(layout), parameters, start)
+    }
+
+    /// The same function of the weights without anything subtracted: each module of rank r becomes one of rank 2 r,
+    /// `[A; A0]` and `[B, -B0]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn without_start(&self) -> Result<Self> {
+        let Some(start) = &self.start else { return Ok(self.clone()) };
+        let mut settings = self.layout.settings.clone();
+        let factor = if settings.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        settings.rank *= 2;
+        settings.alpha *= factor;
+        let mut planned = Vec::with_capacity(self.layout.modules.len());
+        for module in &self.layout.modules {
+            let (rank, alpha) = match module.start {
+                Some(_) => (2 * module.rank, factor * module.alpha),
+                None => (module.rank, module.alpha),
+            };
+            planned.push(Planned { number: module.number, rank, alpha, is_subtracted: false });
+        }
+        let layout = Layout::new(&self.model, settings, &planned)?;
+        let mut parts = Vec::new();
+        for module in &self.layout.modules {
+            let (a, b) = self.matrices(module)?;
+            let (a, b) = match starts(start, module)? {
+                Some((a0, b0)) => (Tensor::cat(&[a, a0], 0)?, Tensor::cat(&[b, b0.neg()?], 1)?),
+                None => (a, b),
+            };
+            parts.extend([a.flatten_all()?, b.contiguous()?.flatten_all()?]);
+            parts.extend(self.magnitudes(module)?);
+        }
+        for saved in &self.layout.saved {
+            parts.push(self.parameters.narrow(0, saved.offset, saved.num_parameters())?);
+        }
+        let parameters = Tensor::cat(&parts, 0)?;
+        Self::assemble(&self.model, Arc::new(layout), parameters, None)
+    }
+
+    /// The parameters of this adapter in one that [`LoRAAdapter::without_start`] made of it; none if it is of another.
+    pub(crate) fn parameters_with_start(&self, plain: &Self) -> Result<Option<Tensor>> {
+        let fits = |(module, found): (&LoRAModule, &LoRAModule)| {
+            let rank = if module.start.is_some() { 2 * module.rank } else { module.rank };
+            (found.number, found.rank, found.use_dora) == (module.number, rank, module.use_dora)
+        };
+        let names = |adapter: &Self| -> Vec<(String, Vec<usize>)> {
+            adapter.layout.saved.iter().map(|saved| (saved.name.clone(), saved.shape.clone())).collect()
+        };
+        if plain.modules().len() != self.modules().len()
+            || !self.modules().iter().zip(plain.modules()).all(fits)
+            || names(plain) != names(self)
+        {
+            return Ok(None);
+        }
+        let mut parts = Vec::new();
+        for (module, found) in self.modules().iter().zip(plain.modules()) {
+            let (a, b) = plain.matrices(found)?;
+            if let Some((a0, b0)) = self.start(module)? {
+                let (rank, rest) = (module.rank, found.rank - module.rank);
+                if !is_same(&a.narrow(0, rank, rest)?, &a0)? || !is_same(&b.narrow(1, rank, rest)?, &b0.neg()?)? {
+                    return Ok(None);
+                }
+            }
+            parts.push(a.narrow(0, 0, module.rank)?.flatten_all()?);
+            parts.push(b.narrow(1, 0, module.rank)?.contiguous()?.flatten_all()?);
+            parts.extend(plain.magnitudes(found)?);
+        }
+        for saved in &plain.layout.saved {
+            parts.push(plain.parameters.narrow(0, saved.offset, saved.num_parameters())?);
+        }
+        Ok(Some(Tensor::cat(&parts, 0)?))
     }
 
     /// The model it belongs to.
@@ -237,13 +233,31 @@ impl LoRAAdapter {
         &self.model
     }
 
-    /// The adapted linear layers.
+    /// The model that its terms run on: [`LoRAAdapter::model`] with the saved parameters in place.
+    pub fn run_model(&self) -> &Model {
+        &self.run_model
+    }
+
+    /// The parameters that are trained as a whole.
+    pub fn saved_parameters(&self) -> &[SavedParameter] {
+        &self.layout.saved
+    }
+
+    /// The value of a saved parameter: a view in f32.
+    ///
+    /// # Errors
+    /// `saved` is not one of [`LoRAAdapter::saved_parameters`].
+    pub fn saved_tensor(&self, saved: &SavedParameter) -> Result<Tensor> {
+        saved_tensor(&self.parameters, saved)
+    }
+
+    /// The adapted layers.
     pub fn modules(&self) -> &[LoRAModule] {
         &self.layout.modules
     }
 
-    /// All elements of all A and B: `[num_parameters]`, f32; for each module A `[rank, in_features]`, then B
-    /// `[out_features, rank]`.
+    /// All elements: `[num_parameters]`, f32; for each module A `[rank, in_features]`, then B `[out_features, rank]`, then
+    /// its magnitudes `[out_features]`, if any; after the modules the saved parameters.
     pub fn parameters(&self) -> &Tensor {
         &self.parameters
     }
@@ -273,6 +287,16 @@ impl LoRAAdapter {
         self.layout.settings.use_rslora
     }
 
+    /// Whether the rows of the adapted weights have magnitudes of their own (DoRA, <https://arxiv.org/abs/2402.09353>).
+    pub fn use_dora(&self) -> bool {
+        self.layout.settings.use_dora
+    }
+
+    /// Ends of the paths of modules that are trained as a whole.
+    pub fn modules_to_save(&self) -> &[String] {
+        &self.layout.settings.modules_to_save
+    }
+
     /// Name or path of the model it was made for, as it stands in a PEFT folder.
     pub fn base_model(&self) -> Option<&str> {
         self.layout.settings.base_model.as_deref()
@@ -286,18 +310,41 @@ impl LoRAAdapter {
         matrices(&self.parameters, module)
     }
 
+    /// The magnitudes of a module, `[out_features]`, if it has such: a view in f32.
+    ///
+    /// # Errors
+    /// `module` is not one of [`LoRAAdapter::modules`].
+    pub fn magnitudes(&self, module: &LoRAModule) -> Result<Option<Tensor>> {
+        magnitudes(&self.parameters, module)
+    }
+
+    /// A and B that are subtracted from those of a module, if there are such (PiSSA, OLoRA).
+    ///
+    /// # Errors
+    /// `module` is not one of [`LoRAAdapter::modules`].
+    pub fn start(&self, module: &LoRAModule) -> Result<Option<(Tensor, Tensor)>> {
+        self.start.as_ref().map_or(Ok(None), |start| starts(start, module))
+    }
+
     /// What [`Model::forward`] takes: A and B of each linear layer, views where activations are f32, else converted
     /// to their dtype.
     ///
     /// # Errors
     /// The device fails.
     pub fn terms(&self) -> Result<LowRankTerms> {
-        let parameters = self.parameters.to_dtype(self.model.activation_dtype())?;
+        let dtype = self.model.activation_dtype();
+        let parameters = self.parameters.to_dtype(dtype)?;
+        let start = self.start.as_ref().map(|start| start.to_dtype(dtype)).transpose()?;
         let mut terms = LowRankTerms::new();
-        for module in &self.layout.modules {
+        for (place, module) in self.layout.modules.iter().enumerate() {
             let (a, b) = matrices(&parameters, module)?;
+            let magnitude = match (magnitudes(&self.parameters, module)?, self.norms.get(place)) {
+                (Some(m), Some(norms)) => Some(Magnitude { m, weight_norms_squared: norms.clone() }),
+                _ => None,
+            };
+            let start = start.as_ref().map_or(Ok(None), |start| starts(start, module))?;
             let dropout = self.layout.settings.dropout as f32;
-            terms.insert(module.number, LowRank { dropout, ..LowRank::new(a, b, module.scale as f32) });
+            terms.insert(module.number, LowRank { a, b, scale: module.scale as f32, dropout, start, magnitude });
         }
         Ok(terms)
     }
@@ -309,12 +356,15 @@ impl LoRAAdapter {
             let (layers, parameters) =
                 groups.entry((module.module, module.rank, module.scale.to_string())).or_default();
             *layers += 1;
-            *parameters += module.num_a() + module.num_b();
+            *parameters += module.num_parameters();
         }
         let mut text = String::new();
         for ((module, rank, scale), (layers, parameters)) in groups {
             // writing to a string does not fail
             let _ = writeln!(text, "{module}: {layers} layers, rank {rank}, scale {scale}, {parameters} parameters");
+        }
+        for saved in &self.layout.saved {
+            let _ = writeln!(text, "{}: as a whole, {} parameters", saved.name, saved.num_parameters());
         }
         let total: usize = self.model.parameters().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let trained = self.num_parameters();
@@ -324,9 +374,58 @@ impl LoRAAdapter {
     }
 }
 
+fn is_same(left: &Tensor, right: &Tensor) -> Result<bool> {
+    let values = |tensor: &Tensor| -> Result<Vec<f32>> { Ok(tensor.contiguous()?.flatten_all()?.to_vec1()?) };
+    Ok(values(left)? == values(right)?)
+}
+
 fn matrices(parameters: &Tensor, module: &LoRAModule) -> Result<(Tensor, Tensor)> {
+    matrices_at(parameters, module, module.offset)
+}
+
+fn matrices_at(values: &Tensor, module: &LoRAModule, offset: usize) -> Result<(Tensor, Tensor)> {
     let (num_a, num_b) = (module.num_a(), module.num_b());
-    let a = parameters.narrow(0, module.offset, num_a)?.reshape((module.rank, module.in_features))?;
-    let b = parameters.narrow(0, module.offset + num_a, num_b)?.reshape((module.out_features, module.rank))?;
+    let a = values.narrow(0, offset, num_a)?.reshape((module.rank, module.in_features))?;
+    let b = values.narrow(0, offset + num_a, num_b)?.reshape((module.out_features, module.rank))?;
     Ok((a, b))
+}
+
+fn starts(start: &Tensor, module: &LoRAModule) -> Result<Option<(Tensor, Tensor)>> {
+    module.start.map(|offset| matrices_at(start, module, offset)).transpose()
+}
+
+fn magnitudes(parameters: &Tensor, module: &LoRAModule) -> Result<Option<Tensor>> {
+    if !module.use_dora {
+        return Ok(None);
+    }
+    Ok(Some(parameters.narrow(0, module.magnitude_offset(), module.out_features)?))
+}
+
+fn saved_tensor(parameters: &Tensor, saved: &SavedParameter) -> Result<Tensor> {
+    Ok(parameters.narrow(0, saved.offset, saved.num_parameters())?.reshape(saved.shape.as_slice())?)
+}
+
+/// The squared norms of the rows of the weight that a module extends: `[out_features]`, f32.
+pub(super) fn norms_squared(model: &Model, module: &LoRAModule) -> Result<Tensor> {
+    let weight = parameter(model, &format!("{}.weight", module.path))?;
+    // the embedding is kept as `[vocab, hidden]`, the transpose of a linear layer's weight
+    if module.is_embedding() { weight_norms_squared(&weight.t()?.contiguous()?) } else { weight_norms_squared(weight) }
+}
+
+/// The model with views of the saved parameters in place, or copies where its activations are not f32.
+fn run_model(model: &Model, layout: &Layout, parameters: &Tensor) -> Result<Model> {
+    if layout.saved.is_empty() {
+        return Ok(model.clone());
+    }
+    let mut replaced = HashMap::with_capacity(layout.saved.len() + 1);
+    for saved in &layout.saved {
+        let tensor = saved_tensor(parameters, saved)?.to_dtype(model.activation_dtype())?;
+        replaced.insert(saved.name.clone(), tensor);
+    }
+    // a head that was tied stays what it was when the embedding alone is trained
+    if model.config().tie_word_embeddings && replaced.contains_key(EMBEDDING_WEIGHT) {
+        let head = parameter(model, HEAD_WEIGHT)?;
+        replaced.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
+    }
+    model.with_parameters(replaced)
 }

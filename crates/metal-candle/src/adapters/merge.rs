@@ -1,44 +1,103 @@
 //! Merging adapters into weights.
 
 use super::LoRAAdapter;
+use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LoRAModule, parameter};
 use crate::error::{Error, Result};
 use crate::models::Model;
 use candle_core::{DType, Tensor};
 use std::collections::HashMap;
 
 impl LoRAAdapter {
-    /// A model with `W + scale * B A` in place of each adapted W; everything else is shared with `model`.
+    /// A model with the adapted weight, `W + scale * B A` and its relatives, in place of each W, and with the saved
+    /// parameters; everything else is shared with `model`. A head that is tied to an adapted embedding, or the
+    /// other way round, becomes a weight of its own.
     ///
     /// The sum is computed in f32 and rounded to the dtype of the weights.
     ///
     /// # Errors
     /// `model` lacks a layer, or has it in another shape.
     pub fn merge(&self, model: &Model) -> Result<Model> {
-        self.add_to(model, 1.0)
+        let adapter = self.attach(model)?;
+        let mut tensors = HashMap::new();
+        for module in adapter.modules() {
+            let name = format!("{}.weight", module.path);
+            let weight = parameter(model, &name)?;
+            let mut merged = (weight.to_dtype(DType::F32)? + adapter.change(module)?)?;
+            if let Some(factors) = adapter.factors(module)? {
+                merged = merged.broadcast_mul(&factors)?;
+            }
+            tensors.insert(name, merged.to_dtype(weight.dtype())?);
+        }
+        for saved in adapter.saved_parameters() {
+            let weight = parameter(model, &saved.name)?;
+            tensors.insert(saved.name.clone(), adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.copy()?);
+        }
+        if model.config().tie_word_embeddings && tensors.contains_key(EMBEDDING_WEIGHT) {
+            let head = parameter(model, HEAD_WEIGHT)?;
+            tensors.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
+        }
+        if tensors.is_empty() { Ok(model.clone()) } else { model.with_parameters(tensors) }
     }
 
-    /// A model with `W - scale * B A` in place of each adapted W: what [`LoRAAdapter::merge`] was given, but for the
-    /// rounding to the dtype of the weights.
+    /// The model that [`LoRAAdapter::merge`] was given, but for the rounding to the dtype of the weights; what merging
+    /// replaced as a whole comes from the adapter's own model.
     ///
     /// # Errors
     /// `model` lacks a layer, or has it in another shape.
     pub fn unmerge(&self, model: &Model) -> Result<Model> {
-        self.add_to(model, -1.0)
-    }
-
-    fn add_to(&self, model: &Model, sign: f64) -> Result<Model> {
-        let adapter = self.attach(model)?;
+        let own = self.model();
+        let was_tied = own.config().tie_word_embeddings && !model.config().tie_word_embeddings;
         let mut tensors: HashMap<String, Tensor> = model.parameters().iter().cloned().collect();
-        for module in adapter.modules() {
+        for module in self.modules() {
             let name = format!("{}.weight", module.path);
             let Some(weight) = tensors.get(&name) else {
                 return Err(Error::argument("model", format!("has no tensor `{name}`")));
             };
-            let (a, b) = adapter.matrices(module)?;
-            let change = (b.matmul(&a)? * (sign * module.scale))?;
-            let merged = (weight.to_dtype(DType::F32)? + change)?.to_dtype(weight.dtype())?;
-            tensors.insert(name, merged);
+            let device = weight.device();
+            let mut unmerged = weight.to_dtype(DType::F32)?;
+            if let Some(factors) = self.factors(module)? {
+                unmerged = unmerged.broadcast_div(&factors.to_device(device)?)?;
+            }
+            unmerged = (unmerged - self.change(module)?.to_device(device)?)?;
+            let unmerged = unmerged.to_dtype(weight.dtype())?;
+            tensors.insert(name, unmerged);
         }
-        Model::from_tensors(model.config().clone(), tensors, model.device())
+        let mut originals: Vec<&str> = self.saved_parameters().iter().map(|saved| saved.name.as_str()).collect();
+        if was_tied {
+            originals.push(EMBEDDING_WEIGHT);
+        }
+        for name in originals {
+            let original = parameter(own, name)?.to_device(&model.device().candle())?;
+            tensors.insert(name.into(), original.to_dtype(model.dtype())?);
+        }
+        let mut config = model.config().clone();
+        if was_tied {
+            config.tie_word_embeddings = true;
+            tensors.remove(HEAD_WEIGHT);
+        }
+        Model::from_tensors(config, tensors, model.device())
+    }
+
+    /// What a module adds to its weight, in the shape of the weight, f32.
+    fn change(&self, module: &LoRAModule) -> Result<Tensor> {
+        let (a, b) = self.matrices(module)?;
+        let mut product = b.matmul(&a)?;
+        if let Some((a, b)) = self.start(module)? {
+            product = (product - b.matmul(&a)?)?;
+        }
+        let change = (product * module.scale)?;
+        // the embedding is kept as `[vocab, hidden]`
+        Ok(if module.is_embedding() { change.t()?.contiguous()? } else { change })
+    }
+
+    /// The factors on the rows of the adapted weight of a module with magnitudes (the columns of an embedding).
+    fn factors(&self, module: &LoRAModule) -> Result<Option<Tensor>> {
+        let Some(magnitudes) = self.magnitudes(module)? else { return Ok(None) };
+        let weight = parameter(self.model(), &format!("{}.weight", module.path))?;
+        let adapted = (weight.to_dtype(DType::F32)? + self.change(module)?)?;
+        let across = usize::from(!module.is_embedding());
+        let norms = adapted.sqr()?.sum_keepdim(across)?.sqrt()?;
+        let shape = if module.is_embedding() { (1, module.out_features) } else { (module.out_features, 1) };
+        Ok(Some((magnitudes.reshape(shape)? / norms)?))
     }
 }

@@ -1,18 +1,25 @@
-//! Adapters: LoRA and its file formats.
+//! Adapters: LoRA with its relatives, and their file formats.
 //!
 //! An adapter is a set of low-rank terms for some linear layers of a model. It is passed to
 //! [`Model::forward`](crate::Model::forward) beside the batch and never stored in the model, so that adapters are
 //! swapped or dropped between two calls.
 
+mod begin;
 mod builder;
 mod formats;
+mod layout;
 mod lora;
 mod merge;
+mod patterns;
+mod random;
+mod start;
 mod target;
 
 pub use builder::LoRAAdapterBuilder;
 pub use formats::SingleFileMetadata as CheckpointMetadata;
-pub use lora::{LoRAAdapter, LoRAAdapterConfig, LoRAModule};
+pub use layout::{LoRAModule, SavedParameter};
+pub use lora::{LoRAAdapter, LoRAAdapterConfig};
+pub use start::Start;
 pub use target::TargetModule;
 
 pub(crate) use formats::{load_single_file, save_single_file};

@@ -1,10 +1,10 @@
-//! The linear layers of a decoder block.
+//! The layers that an adapter can extend.
 
 use crate::error::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
 
-/// A linear layer of a decoder block, by the last part of its path.
+/// A linear layer of a decoder block, the embedding or the head, by the last part of its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TargetModule {
     /// Queries: `q_proj`.
@@ -21,12 +21,19 @@ pub enum TargetModule {
     UpProj,
     /// Output of the MLP: `down_proj`.
     DownProj,
+    /// The embedding of the token ids: `embed_tokens`.
+    EmbedTokens,
+    /// The output head: `lm_head`.
+    LmHead,
 }
 
 impl TargetModule {
     /// All linear layers of a block.
     pub const ALL: [Self; 7] =
         [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// The layers outside of the blocks.
+    pub const OUTSIDE: [Self; 2] = [Self::EmbedTokens, Self::LmHead];
 
     /// The last part of the path: `q_proj`.
     pub fn name(self) -> &'static str {
@@ -38,26 +45,33 @@ impl TargetModule {
             Self::GateProj => "gate_proj",
             Self::UpProj => "up_proj",
             Self::DownProj => "down_proj",
+            Self::EmbedTokens => "embed_tokens",
+            Self::LmHead => "lm_head",
         }
     }
 
-    /// The modules of a list such as `q_proj,v_proj`, or all of them for `all-linear`.
+    /// The modules of a list such as `q_proj,v_proj`; `all-linear` stands for all linear layers of a block.
     ///
     /// ```
     /// use metal_candle::adapters::TargetModule;
     ///
     /// assert_eq!(TargetModule::parse_list("q_proj, v_proj")?, [TargetModule::QProj, TargetModule::VProj]);
     /// assert_eq!(TargetModule::parse_list("all-linear")?.len(), 7);
+    /// assert_eq!(TargetModule::parse_list("all-linear,lm_head")?.len(), 8);
     /// # Ok::<(), metal_candle::Error>(())
     /// ```
     ///
     /// # Errors
     /// A name is unknown.
     pub fn parse_list(list: &str) -> Result<Vec<Self>> {
-        if list.trim() == "all-linear" {
-            return Ok(Self::ALL.to_vec());
+        let mut modules = Vec::new();
+        for name in list.split(',').map(str::trim) {
+            match name {
+                "all-linear" => modules.extend(Self::ALL),
+                name => modules.push(name.parse()?),
+            }
         }
-        list.split(',').map(|name| name.trim().parse()).collect()
+        Ok(modules)
     }
 }
 
@@ -65,8 +79,10 @@ impl FromStr for TargetModule {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|module| module.name() == name).ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join("`, `");
+        let mut known = Self::ALL.into_iter().chain(Self::OUTSIDE);
+        known.clone().find(|module| module.name() == name).ok_or_else(|| {
+            let first = known.next().map_or("", Self::name).to_string();
+            let names = known.fold(first, |names, module| names + "`, `" + module.name());
             Error::argument("target_modules", format!("`{name}` is none of `{names}`"))
         })
     }

@@ -196,7 +196,8 @@ impl Block {
         let dq = context.rotation.apply(dq, true)?;
         let dk = context.rotation.apply(dk, true)?;
         let normed = self.input_layernorm.forward(&x)?;
-        if !wanted.input {
+        let norm = self.parameters.input_layernorm;
+        if !wanted.input && !wanted.parameters[norm] {
             for (place, dy) in [(Q, dq), (K, dk), (V, dv)] {
                 self.weights_only(place, &normed, context, &dy, wanted, gradients)?;
             }
@@ -206,7 +207,6 @@ impl Block {
         let d_normed = self.through(K, &normed, context, &dk, wanted, Some(d_normed), gradients)?;
         let d_normed = self.through(V, &normed, context, &dv, wanted, Some(d_normed), gradients)?;
         drop((dq, dk, dv, normed));
-        let norm = self.parameters.input_layernorm;
         let (dx, weight) = self.input_layernorm.backward(&x, &d_normed, d_middle, wanted.parameters[norm])?;
         gradients.parameters[norm] = weight;
         Ok(Some(dx))

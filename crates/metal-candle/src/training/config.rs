@@ -42,6 +42,7 @@ pub(super) struct Options {
     pub(super) batches: Option<Vec<Vec<usize>>>,
     pub(super) gradient_accumulation: usize,
     pub(super) label_smoothing: f64,
+    pub(super) neftune_noise_alpha: f64,
     pub(super) max_steps: Option<usize>,
     pub(super) seed: u64,
     pub(super) evaluation: Option<EvaluationOptions>,
@@ -70,6 +71,7 @@ impl Default for Options {
             batches: None,
             gradient_accumulation: 1,
             label_smoothing: 0.0,
+            neftune_noise_alpha: 0.0,
             max_steps: None,
             seed: 0,
             evaluation: None,
@@ -119,6 +121,13 @@ pub(super) fn check(config: &TrainingConfig, options: &Options) -> Result<()> {
         return Err(Error::argument("max_grad_norm", format!("expected a number above 0, found `{norm}`")));
     }
     check_label_smoothing(options.label_smoothing)?;
+    let alpha = options.neftune_noise_alpha;
+    if !alpha.is_finite() || alpha < 0.0 {
+        return Err(Error::argument(
+            "neftune_noise_alpha",
+            format!("expected a number of at least 0, found `{alpha}`"),
+        ));
+    }
     let counts = [
         ("batch_tokens", options.batch_tokens),
         ("batch_samples", options.batch_samples),

@@ -12,7 +12,10 @@ use super::trained::{Parameter, Trained};
 use super::trainer::Callback;
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
-use crate::models::{Batch, Gradients, LossOptions, Model, SafetensorsFile, Targets, Trainable, write_safetensors};
+use crate::models::{
+    Batch, GradientOf, Gradients, LossOptions, Model, Parameters, SafetensorsFile, Targets, Trainable,
+    write_safetensors,
+};
 use crate::ops::LowRankTerms;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
@@ -59,6 +62,8 @@ pub(super) struct Run<'a, T: Trained> {
     total_steps: usize,
     callbacks: &'a mut Vec<Callback>,
     parameters: Vec<Parameter>,
+    /// The trained ones of the model's own parameters.
+    places: Vec<usize>,
     optimizer: Optimizer,
     gradients: GradientSum,
     /// What is trained, with views of the parameters in the optimizer.
@@ -116,6 +121,7 @@ impl<'a, T: Trained> Run<'a, T> {
             dataset,
             total_steps,
             callbacks,
+            places: places(&parameters),
             parameters,
             optimizer,
             live,
@@ -263,9 +269,10 @@ impl<'a, T: Trained> Run<'a, T> {
                 label_smoothing: self.options.label_smoothing as f32,
                 grad_scale: (1.0 / weight) as f32,
                 dropout_seed: self.progress.dropout.next_u64(),
+                neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
                 ..LossOptions::default()
             };
-            let trainable = self.terms.as_ref().map_or_else(Trainable::all, Trainable::low_rank);
+            let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
             let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
             if losses.rows.iter().any(|loss| !loss.is_finite()) {
                 return Err(self.non_finite_loss(indices, batch, &losses.rows));
@@ -285,9 +292,7 @@ impl<'a, T: Trained> Run<'a, T> {
         let learning_rate = self.config.lr_scheduler.learning_rate(self.progress.step);
         let factor = clip_factor(grad_norm, self.config.max_grad_norm);
         self.optimizer.step(self.gradients.tensor(), learning_rate, factor)?;
-        if self.live.terms_are_copies() {
-            self.terms = self.live.run_terms()?;
-        }
+        self.refresh()?;
         let tokens = made.iter().map(|(_, batch, _)| batch.num_tokens()).sum();
         let trained_tokens =
             made.iter().flat_map(|(_, _, targets)| &targets.weights).filter(|&&weight| weight > 0.0).count();
@@ -303,6 +308,15 @@ impl<'a, T: Trained> Run<'a, T> {
             trained_tokens,
             tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
         })
+    }
+
+    /// Makes anew what does not see changes of the parameters.
+    fn refresh(&mut self) -> Result<()> {
+        if self.live.terms_are_copies() {
+            self.live = self.start.with_values(&self.optimizer.parameters()?)?;
+            self.terms = self.live.run_terms()?;
+        }
+        Ok(())
     }
 
     /// Adds the gradients of a batch; every trainable tensor must have one.
@@ -462,9 +476,7 @@ impl<'a, T: Trained> Run<'a, T> {
         let values = self.start.load_values(&checkpoint.path)?;
         let file = SafetensorsFile::open(checkpoint.path.join(OPTIMIZER_FILE))?;
         self.optimizer.restore(&values, |name| file.tensor(name), self.progress.step)?;
-        if self.live.terms_are_copies() {
-            self.terms = self.live.run_terms()?;
-        }
+        self.refresh()?;
         self.best = match self.progress.best {
             None => None,
             Some((0, _)) => Some(self.start.values()?),
@@ -503,6 +515,7 @@ impl<'a, T: Trained> Run<'a, T> {
             ("batches", json!(options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))))),
             ("gradient_accumulation", json!(options.gradient_accumulation)),
             ("label_smoothing", json!(options.label_smoothing.to_string())),
+            ("neftune_noise_alpha", json!(options.neftune_noise_alpha.to_string())),
             ("seed", json!(options.seed)),
             ("evaluation", json!(evaluation)),
             ("patience", json!(options.patience)),
@@ -525,6 +538,15 @@ impl<'a, T: Trained> Run<'a, T> {
         let message = format!("`{}` is of another run: {}", path.display(), different.join("; "));
         Err(Error::argument("resume", message))
     }
+}
+
+/// The places of trained parameters among those of the model.
+fn places(parameters: &[Parameter]) -> Vec<usize> {
+    let place = |parameter: &Parameter| match parameter.gradient {
+        GradientOf::Parameter(place) => Some(place),
+        _ => None,
+    };
+    parameters.iter().filter_map(place).collect()
 }
 
 fn is_divergence(error: &Error) -> bool {

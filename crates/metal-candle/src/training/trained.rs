@@ -24,7 +24,8 @@ pub struct Parameter {
     pub gradient: GradientOf,
 }
 
-/// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], or all parameters of a [`Model`].
+/// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], all parameters of a [`Model`], or those of its
+/// [`LastLayers`](super::LastLayers).
 pub trait Trained: Clone + Send + Sync + 'static {
     /// Its trainable tensors, in the order of their offsets.
     fn trainable(&self) -> Vec<Parameter>;
@@ -50,7 +51,7 @@ pub trait Trained: Clone + Send + Sync + 'static {
     /// The device fails.
     fn run_terms(&self) -> Result<Option<LowRankTerms>>;
 
-    /// Whether the terms are copies that do not see changes of the parameters.
+    /// Whether terms and model are copies that do not see changes of the parameters.
     fn terms_are_copies(&self) -> bool;
 
     /// Writes the parameters and all that is needed to use them into `folder`.
@@ -73,21 +74,30 @@ impl Trained for LoRAAdapter {
     fn trainable(&self) -> Vec<Parameter> {
         let mut parameters = Vec::with_capacity(2 * self.modules().len());
         for module in self.modules() {
-            let (num_a, num_b) = (module.num_a(), module.num_b());
-            parameters.push(Parameter {
-                name: format!("{}.lora_A", module.path),
-                offset: module.offset,
-                len: num_a,
-                shape: vec![module.rank, module.in_features],
-                gradient: GradientOf::A(module.number),
-            });
-            parameters.push(Parameter {
-                name: format!("{}.lora_B", module.path),
-                offset: module.offset + num_a,
-                len: num_b,
-                shape: vec![module.out_features, module.rank],
-                gradient: GradientOf::B(module.number),
-            });
+            let (num_a, number) = (module.num_a(), module.number);
+            let mut push = |part: &str, offset, shape: Vec<usize>, gradient| {
+                let (name, len) = (format!("{}.{part}", module.path), shape.iter().product());
+                parameters.push(Parameter { name, offset, len, shape, gradient });
+            };
+            push("lora_A", module.offset, vec![module.rank, module.in_features], GradientOf::A(number));
+            push("lora_B", module.offset + num_a, vec![module.out_features, module.rank], GradientOf::B(number));
+            if module.use_dora {
+                let (offset, shape) = (module.magnitude_offset(), vec![module.out_features]);
+                push("lora_magnitude_vector", offset, shape, GradientOf::Magnitude(number));
+            }
+        }
+        let places: HashMap<&str, usize> = Trained::run_model(self)
+            .parameters()
+            .iter()
+            .enumerate()
+            .map(|(place, (name, _))| (name.as_str(), place))
+            .collect();
+        for saved in self.saved_parameters() {
+            if let Some(&place) = places.get(saved.name.as_str()) {
+                let (name, shape, offset) = (saved.name.clone(), saved.shape.clone(), saved.offset);
+                let (len, gradient) = (saved.num_parameters(), GradientOf::Parameter(place));
+                parameters.push(Parameter { name, offset, len, shape, gradient });
+            }
         }
         parameters
     }
@@ -101,7 +111,7 @@ impl Trained for LoRAAdapter {
     }
 
     fn run_model(&self) -> &Model {
-        self.model()
+        Self::run_model(self)
     }
 
     fn run_terms(&self) -> Result<Option<LowRankTerms>> {
@@ -118,16 +128,22 @@ impl Trained for LoRAAdapter {
 
     fn load_values(&self, folder: &Path) -> Result<Tensor> {
         let adapter = Self::load(self.model(), folder)?;
-        if adapter.trainable() != self.trainable() {
-            return Err(Error::format(folder, "the adapter has other modules or ranks"));
-        }
-        Ok(adapter.parameters().clone())
+        let others = || Error::format(folder, "the adapter has other modules, ranks or another start");
+        self.parameters_with_start(&adapter)?.ok_or_else(others)
     }
 
     fn identity(&self) -> Value {
         let modules: Vec<Value> =
             self.modules().iter().map(|module| json!([module.path, module.rank, module.scale.to_string()])).collect();
-        json!({"modules": modules, "dropout": self.dropout().to_string()})
+        let mut identity = json!({"modules": modules, "dropout": self.dropout().to_string()});
+        if self.use_dora() {
+            identity["use_dora"] = json!(true);
+        }
+        if !self.saved_parameters().is_empty() {
+            let names = self.saved_parameters().iter().map(|saved| saved.name.as_str());
+            identity["saved"] = names.collect();
+        }
+        identity
     }
 }
 

@@ -121,6 +121,16 @@ impl<T: Trained> Trainer<T> {
         })
     }
 
+    /// What was trained as the last run left it, or as it was given when there was none.
+    pub fn latest(&self) -> T {
+        lock(&self.latest).clone()
+    }
+
+    /// The same after the evaluation with the lowest loss; none without evaluations.
+    pub fn best(&self) -> Option<T> {
+        lock(&self.best).clone()
+    }
+
     /// Most tokens of a batch, 2048 unless set; a longer sample gets a batch of its own.
     #[must_use]
     pub fn with_batch_tokens(mut self, tokens: usize) -> Self {
@@ -154,6 +164,14 @@ impl<T: Trained> Trainer<T> {
     #[must_use]
     pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
         self.options.label_smoothing = label_smoothing;
+        self
+    }
+
+    /// Noise on the embedded tokens in training (NEFTune, <https://arxiv.org/abs/2310.05914>, section 2), uniform within
+    /// `alpha / sqrt(length * hidden_size)` for a sample of `length` tokens; 0 for none.
+    #[must_use]
+    pub fn with_neftune_noise_alpha(mut self, alpha: f64) -> Self {
+        self.options.neftune_noise_alpha = alpha;
         self
     }
 

@@ -261,11 +261,9 @@ fn first_matching_pattern_counts_and_scales_follow() {
 fn what_cannot_be_applied_is_named() {
     let model = golden::model("models/gqa-tied");
     let cases = [
-        ("use_dora", json!(true)),
         ("fan_in_fan_out", json!(true)),
         ("bias", json!("all")),
         ("lora_bias", json!(true)),
-        ("modules_to_save", json!(["lm_head"])),
         ("layer_replication", json!([[0, 2]])),
         ("target_parameters", json!(["mlp.experts"])),
         ("trainable_token_indices", json!([1])),
@@ -381,7 +379,8 @@ fn damaged_folders_give_errors() {
 fn mlx_kinds_that_are_no_lora_are_refused() {
     let model = golden::model("models/gqa-tied");
     let cases = [
-        ("fine_tune_type", json!("dora"), "fine_tune_type"),
+        ("fine_tune_type", json!("full"), "fine_tune_type"),
+        ("fine_tune_type", json!("dora"), "q_proj.m` is missing"),
         ("lora_parameters", json!({"rank": 4, "scale": 4.0, "keys": ["self_attn.x_proj"]}), "self_attn.x_proj"),
         ("lora_parameters", json!({"scale": 4.0}), "rank"),
         ("num_layers", json!("all"), "num_layers"),

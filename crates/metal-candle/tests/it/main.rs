@@ -3,6 +3,7 @@
 
 mod adapters_formats;
 mod adapters_lora;
+mod adapters_methods;
 mod architecture;
 mod data_chat;
 mod data_files;

@@ -47,7 +47,7 @@ fn bits(adapter: &LoRAAdapter) -> Vec<u32> {
 }
 
 /// The golden batches as samples, and their numbers.
-fn golden_samples(batches: &Value) -> (Dataset, Vec<Vec<usize>>) {
+pub(crate) fn golden_samples(batches: &Value) -> (Dataset, Vec<Vec<usize>>) {
     let (mut samples, mut numbers) = (Vec::new(), Vec::new());
     for batch in batches.as_array().unwrap() {
         let first = samples.len();

@@ -2,9 +2,10 @@
 //!
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
-use super::values::{self, Matrix, Naming};
+use super::values::{self, Naming, Part};
 use super::{CONFIG_FILE, as_texts, layout_of, make_folder, read_as};
-use crate::adapters::lora::{LoRAAdapter, LoRAModule, Planned, Settings};
+use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, parameter};
+use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
 use serde_json::{Map, Value, json};
@@ -16,9 +17,21 @@ const TENSOR_FILE: &str = "adapters.safetensors";
 struct Names;
 
 impl Naming for Names {
-    fn name(&self, module: &LoRAModule, matrix: Matrix) -> String {
-        let leaf = if matrix == Matrix::A { "lora_a" } else { "lora_b" };
+    fn name(&self, module: &LoRAModule, part: Part) -> String {
+        let leaf = match part {
+            Part::A => "lora_a",
+            Part::B => "lora_b",
+            Part::Magnitude => "m",
+        };
         format!("{}.{leaf}", module.path)
+    }
+
+    fn saved(&self, saved: &SavedParameter) -> String {
+        saved.name.clone()
+    }
+
+    fn base(&self, _module: &LoRAModule) -> Option<String> {
+        None
     }
 
     fn transposed(&self) -> bool {
@@ -26,10 +39,22 @@ impl Naming for Names {
     }
 }
 
+/// Why mlx-lm would compute something else with a term of this module, if so.
+fn refusal(model: &Model, module: &str, use_dora: bool) -> Option<&'static str> {
+    match module {
+        "embed_tokens" if use_dora => Some("magnitudes of an embedding, which mlx-lm counts by token"),
+        "embed_tokens" | "lm_head" if model.config().tie_word_embeddings => {
+            Some("terms of a tied embedding or head, which mlx-lm applies to both")
+        }
+        _ => None,
+    }
+}
+
 pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<LoRAAdapter> {
     let path = config.path();
     let kind = config.text("fine_tune_type")?.unwrap_or("lora");
-    if kind != "lora" {
+    let use_dora = kind == "dora";
+    if kind != "lora" && !use_dora {
         return Err(Error::Unsupported(format!("`fine_tune_type` `{kind}` in `{}`", path.display())));
     }
     let parameters = config.object("lora_parameters")?.ok_or_else(|| config.missing("lora_parameters", "an object"))?;
@@ -45,12 +70,18 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     let mut planned = Vec::new();
     let mut unused: BTreeSet<&str> = keys.iter().flatten().copied().collect();
     for (number, linear) in model.linears().iter().enumerate() {
-        let key = within_layer(&linear.path);
-        if linear.layer.is_some_and(|layer| layer + num_layers >= total)
-            && keys.as_ref().is_none_or(|keys| keys.contains(&key))
-        {
+        let key = within_layer(linear.layer.is_some(), &linear.path);
+        let is_taken = match linear.layer {
+            Some(layer) => layer + num_layers >= total && keys.as_ref().is_none_or(|keys| keys.contains(&key)),
+            // only a key that is the whole path names what is in no layer
+            None => keys.as_ref().is_some_and(|keys| keys.contains(&key)),
+        };
+        if is_taken {
+            if let Some(what) = refusal(model, linear.module, use_dora) {
+                return Err(Error::Unsupported(format!("{what}, in `{}`", path.display())));
+            }
             unused.remove(key);
-            planned.push(Planned { number, rank, alpha });
+            planned.push(Planned { number, rank, alpha, is_subtracted: false });
         }
     }
     if !unused.is_empty() {
@@ -64,39 +95,57 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
         alpha,
         dropout: parameters.number("dropout")?.unwrap_or(0.0),
         use_rslora: false,
+        use_dora,
+        modules_to_save: Vec::new(),
         base_model: config.text("model")?.map(String::from),
     };
     let layout = layout_of(path, model, settings, &planned)?;
-    let values = values::read(&folder.join(TENSOR_FILE), &layout, &Names)?;
-    LoRAAdapter::from_values(model, layout, values)
+    let weight = |module: &LoRAModule| parameter(model, &format!("{}.weight", module.path));
+    let values = values::read(&folder.join(TENSOR_FILE), &layout, &Names, weight)?;
+    LoRAAdapter::from_values(model, layout, values, Vec::new())
 }
 
 pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
+    let adapter = &adapter.without_start()?;
     let modules = adapter.modules();
     let Some(first) = modules.first() else {
         return Err(Error::argument("adapter", "has no module"));
     };
+    if let Some(saved) = adapter.saved_parameters().first() {
+        let message = format!("`{}`, trained as a whole, in an adapter of mlx-lm", saved.name);
+        return Err(Error::Unsupported(message));
+    }
     if modules.iter().any(|module| module.rank != first.rank || module.scale.to_bits() != first.scale.to_bits()) {
         return Err(Error::Unsupported("modules of different rank or scale in an adapter of mlx-lm".into()));
     }
-    let keys: BTreeSet<&str> = modules.iter().map(|module| within_layer(&module.path)).collect();
+    for module in modules {
+        if let Some(what) = refusal(adapter.model(), module.module, adapter.use_dora()) {
+            return Err(Error::Unsupported(format!("{what}, in an adapter of mlx-lm")));
+        }
+    }
+    let keys: BTreeSet<&str> = modules.iter().map(key).collect();
     let total = adapter.model().config().num_hidden_layers;
-    let num_layers = total - modules.iter().filter_map(|module| module.layer).min().unwrap_or(0).min(total);
-    if modules.len() != keys.len() * num_layers {
+    let inside: Vec<&LoRAModule> = modules.iter().filter(|module| module.layer.is_some()).collect();
+    let num_layers = total - inside.iter().filter_map(|module| module.layer).min().unwrap_or(total).min(total);
+    let inside_keys: BTreeSet<&str> = inside.iter().map(|module| key(module)).collect();
+    if inside.len() != inside_keys.len() * num_layers {
         let message = "an adapter of mlx-lm that does not have the same modules in each of the last layers";
         return Err(Error::Unsupported(message.into()));
     }
     let mut tensors = Vec::with_capacity(2 * modules.len());
     for module in modules {
         let (a, b) = adapter.matrices(module)?;
-        tensors.push((Names.name(module, Matrix::A), a.t()?.contiguous()?));
-        tensors.push((Names.name(module, Matrix::B), b.t()?.contiguous()?));
+        tensors.push((Names.name(module, Part::A), a.t()?.contiguous()?));
+        tensors.push((Names.name(module, Part::B), b.t()?.contiguous()?));
+        if let Some(magnitudes) = adapter.magnitudes(module)? {
+            tensors.push((Names.name(module, Part::Magnitude), magnitudes));
+        }
     }
     tensors.sort_by(|left, right| left.0.cmp(&right.0));
     make_folder(folder)?;
     write_safetensors(folder.join(TENSOR_FILE), &tensors, &[])?;
     let mut config = Map::new();
-    config.insert("fine_tune_type".into(), json!("lora"));
+    config.insert("fine_tune_type".into(), json!(if adapter.use_dora() { "dora" } else { "lora" }));
     config.insert(
         "lora_parameters".into(),
         json!({"dropout": adapter.dropout(), "keys": keys, "rank": first.rank, "scale": first.scale}),
@@ -104,7 +153,8 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     if let Some(model) = adapter.base_model() {
         config.insert("model".into(), json!(model));
     }
-    config.insert("num_layers".into(), json!(num_layers));
+    // none stands for all; what is in no layer is named by its whole path, so one layer without a match will do
+    config.insert("num_layers".into(), json!(num_layers.max(1)));
     let path = folder.join(CONFIG_FILE);
     let mut text = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
@@ -113,10 +163,14 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     write_atomically(&path, |file| file.write_all(&text))
 }
 
-/// The part of a path after the number of its layer: `self_attn.q_proj`.
-fn within_layer(path: &str) -> &str {
+fn key(module: &LoRAModule) -> &str {
+    within_layer(module.layer.is_some(), &module.path)
+}
+
+/// The part of a path after the number of its layer, `self_attn.q_proj`; the whole path of what is in none.
+fn within_layer(is_in_layer: bool, path: &str) -> &str {
     let mut rest = path;
-    while let Some((part, tail)) = rest.split_once('.') {
+    while let Some((part, tail)) = rest.split_once('.').filter(|_| is_in_layer) {
         rest = tail;
         if part.bytes().all(|byte| byte.is_ascii_digit()) {
             break;

@@ -10,7 +10,7 @@ pub use single::SingleFileMetadata;
 pub(crate) use single::{load_single_file, save_single_file};
 
 use super::LoRAAdapter;
-use super::lora::{Layout, Planned, Settings};
+use super::layout::{Layout, Planned, Settings};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model};
 use serde_json::Value;
@@ -24,7 +24,7 @@ impl LoRAAdapter {
     ///
     /// # Errors
     /// A file is missing or damaged, tensors do not fit the model (all of them are listed), or the adapter is of a
-    /// kind other than LoRA on linear layers.
+    /// kind that is unknown here.
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if path.is_file() {
@@ -42,7 +42,8 @@ impl LoRAAdapter {
         Err(Error::format(config_path, "neither `peft_type` (PEFT) nor `lora_parameters` (mlx-lm) is there"))
     }
 
-    /// Writes a folder as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    /// Writes a folder as PEFT does: `adapter_config.json` and `adapter_model.safetensors`. What a start subtracts (PiSSA,
+    /// OLoRA) is written as [`LoRAAdapter::without_start`] has it, so that the folder fits the unchanged weights.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -53,8 +54,8 @@ impl LoRAAdapter {
     /// Writes a folder as mlx-lm does: `adapter_config.json` and `adapters.safetensors`.
     ///
     /// # Errors
-    /// A file cannot be written, or mlx-lm has no words for the adapter: it knows one rank and one scale, and the same
-    /// modules in each of the last layers.
+    /// A file cannot be written, or mlx-lm has no words for the adapter: it knows one rank and one scale, the same
+    /// modules in each of the last layers, and no modules that are trained as a whole.
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }

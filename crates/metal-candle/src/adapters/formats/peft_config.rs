@@ -1,7 +1,10 @@
 //! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
 
 use super::{as_count, as_texts, brief, layout_of, read_as};
-use crate::adapters::lora::{Layout, LoRAAdapter, LoRAModule, Planned, Settings};
+use crate::adapters::Start;
+use crate::adapters::layout::{EMBEDDING, Layout, LoRAModule, Planned, Settings};
+use crate::adapters::lora::LoRAAdapter;
+use crate::adapters::patterns::Patterns;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, LinearInfo, Model};
 use regex::Regex;
@@ -12,10 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
-const UNSUPPORTED: [&str; 15] = [
-    "modules_to_save",
+const UNSUPPORTED: [&str; 13] = [
     "fan_in_fan_out",
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "target_parameters",
@@ -33,36 +34,57 @@ const UNSUPPORTED: [&str; 15] = [
 /// Ways to start an adapter that leave the weights of the model as they are.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<Layout> {
+/// The layout that a configuration asks for, and the start whose A and B are subtracted, if there is one.
+pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<(Layout, Option<Start>)> {
     refuse_unsupported(config)?;
+    let start = start(config)?;
     let rank = config.size("r")?.unwrap_or(8);
     let alpha = config.number("lora_alpha")?.unwrap_or(8.0);
     let ranks = patterns(config, "rank_pattern", as_count, "whole numbers")?;
     let alphas = patterns(config, "alpha_pattern", Value::as_f64, "numbers")?;
-    let selection = Selection::read(config)?;
-    let mut planned = Vec::new();
-    for (number, linear) in model.linears().iter().enumerate() {
-        if selection.takes(linear) {
-            planned.push(Planned {
-                number,
-                rank: first_match(&ranks, &linear.path).unwrap_or(rank),
-                alpha: first_match(&alphas, &linear.path).unwrap_or(alpha),
-            });
-        }
-    }
-    if planned.is_empty() {
-        let found = config.get("target_modules").map_or("null".into(), brief);
-        let message = format!("`target_modules` `{found}` names no linear layer of the model");
-        return Err(Error::format(config.path(), message));
-    }
+    let modules_to_save = read_as(config, "modules_to_save", "a list of texts", as_texts)?.unwrap_or_default();
     let settings = Settings {
         rank,
         alpha,
         dropout: config.number("lora_dropout")?.unwrap_or(0.0),
         use_rslora: config.flag("use_rslora")?.unwrap_or(false),
+        use_dora: config.flag("use_dora")?.unwrap_or(false),
+        modules_to_save: modules_to_save.into_iter().map(String::from).collect(),
         base_model: config.text("base_model_name_or_path")?.map(String::from),
     };
-    layout_of(config.path(), model, settings, &planned)
+    let selection = Selection::read(config)?;
+    let mut planned = Vec::new();
+    for (number, linear) in model.linears().iter().enumerate() {
+        if selection.takes(linear) && !settings.saves(&linear.path) {
+            planned.push(Planned {
+                number,
+                rank: ranks.get(&linear.path).unwrap_or(rank),
+                alpha: alphas.get(&linear.path).unwrap_or(alpha),
+                is_subtracted: start.is_some() && linear.module != EMBEDDING,
+            });
+        }
+    }
+    if planned.is_empty() && settings.modules_to_save.is_empty() {
+        let found = config.get("target_modules").map_or("null".into(), brief);
+        let message = format!("`target_modules` `{found}` names no linear layer of the model");
+        return Err(Error::format(config.path(), message));
+    }
+    Ok((layout_of(config.path(), model, settings, &planned)?, start))
+}
+
+/// The start that PEFT takes out of the weights when it loads the adapter; it follows from the weights alone.
+fn start(config: &JsonObject) -> Result<Option<Start>> {
+    let refuse = |value: &Value| {
+        let found = format!("`init_lora_weights`: `{}` in `{}`", brief(value), config.path().display());
+        Err(Error::Unsupported(found))
+    };
+    match config.get("init_lora_weights") {
+        None | Some(Value::Bool(_)) => Ok(None),
+        Some(Value::String(start)) if PLAIN_STARTS.contains(&start.as_str()) => Ok(None),
+        Some(Value::String(start)) if start == "pissa" => Ok(Some(Start::Pissa { iterations: None })),
+        Some(Value::String(start)) if start == "olora" => Ok(Some(Start::Olora)),
+        Some(value) => refuse(value),
+    }
 }
 
 fn refuse_unsupported(config: &JsonObject) -> Result<()> {
@@ -84,11 +106,7 @@ fn refuse_unsupported(config: &JsonObject) -> Result<()> {
     if let Some(value) = config.get("bias").filter(|value| value.as_str() != Some("none")) {
         return refuse("bias", value);
     }
-    match config.get("init_lora_weights") {
-        None | Some(Value::Bool(_)) => Ok(()),
-        Some(Value::String(start)) if PLAIN_STARTS.contains(&start.as_str()) => Ok(()),
-        Some(value) => refuse("init_lora_weights", value),
-    }
+    Ok(())
 }
 
 /// The linear layers that have terms, by the rules of PEFT.
@@ -137,11 +155,9 @@ impl<'a> Selection<'a> {
         if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(&linear.path)) {
             return false;
         }
-        if matches!(self.targets, Targets::All) && linear.layer.is_none() {
-            // as in PEFT, the head is not among all linear layers
-            return false;
-        }
-        if !self.targets.matches(&linear.path) {
+        // PEFT counts neither the embedding nor the head among all linear layers
+        let is_meant = linear.layer.is_some() || !matches!(self.targets, Targets::All);
+        if !is_meant || !self.targets.matches(&linear.path) {
             return false;
         }
         match (&self.layers, &self.targets) {
@@ -195,41 +211,42 @@ fn compile(config: &JsonObject, key: &str, pattern: &str, shown: &str) -> Result
 }
 
 /// The entries of `rank_pattern` or `alpha_pattern` in the order of the file.
-fn patterns<T>(
+fn patterns<T: Copy>(
     config: &JsonObject,
     key: &str,
     read: impl Fn(&Value) -> Option<T>,
     kind: &str,
-) -> Result<Vec<(Regex, T)>> {
+) -> Result<Patterns<T>> {
     let expected = format!("an object of {kind}");
-    let Some(value) = config.get(key) else { return Ok(Vec::new()) };
-    let Value::Object(object) = value else { return Err(config.wrong(key, &expected, value)) };
-    let mut patterns = Vec::with_capacity(object.len());
-    for (pattern, value) in object {
-        let number = read(value).ok_or_else(|| config.wrong(key, &expected, value))?;
-        patterns.push((compile(config, key, &format!(r"^(?:.*\.)?(?:{pattern})$"), pattern)?, number));
+    let mut entries = Vec::new();
+    match config.get(key) {
+        None => {}
+        Some(Value::Object(object)) => {
+            for (pattern, value) in object {
+                let number = read(value).ok_or_else(|| config.wrong(key, &expected, value))?;
+                entries.push((pattern.clone(), number));
+            }
+        }
+        Some(value) => return Err(config.wrong(key, &expected, value)),
     }
-    Ok(patterns)
-}
-
-fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
-    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|(_, value)| *value)
+    Patterns::new(key, entries).map_err(|error| Error::Unsupported(format!("{error} in `{}`", config.path().display())))
 }
 
 /// The configuration of an adapter with sorted keys: those that PEFT, mistral.rs and llama.cpp all read.
 pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     let modules = adapter.modules();
-    let kinds: BTreeSet<&str> = modules.iter().map(|module| module.module).collect();
-    let layers: BTreeSet<usize> = modules.iter().filter_map(|module| module.layer).collect();
+    let (inside, outside): (Vec<&LoRAModule>, Vec<_>) = modules.iter().partition(|module| module.layer.is_some());
+    let kinds: BTreeSet<&str> = inside.iter().map(|module| module.module).collect();
+    let layers: BTreeSet<usize> = inside.iter().filter_map(|module| module.layer).collect();
     // each kind of module in each of some layers, or else every path by itself
-    let regular = modules.len() == kinds.len() * layers.len();
+    let regular = inside.len() == kinds.len() * layers.len();
     let all_layers = layers.len() == adapter.model().config().num_hidden_layers;
-    let targets: Vec<&str> = if regular {
-        kinds.into_iter().collect()
-    } else {
-        modules.iter().map(|module| module.path.as_str()).collect::<BTreeSet<_>>().into_iter().collect()
-    };
-    let some_layers = regular && !all_layers;
+    let some_layers = regular && !all_layers && !inside.is_empty();
+    let mut targets: BTreeSet<&str> =
+        if regular { kinds.into_iter().collect() } else { inside.iter().map(|module| module.path.as_str()).collect() };
+    // beside a choice of layers PEFT takes what is in none of them by its whole path only
+    targets.extend(outside.iter().map(|module| if some_layers { module.path.as_str() } else { module.module }));
+    let modules_to_save = Some(adapter.modules_to_save()).filter(|names| !names.is_empty());
     BTreeMap::from([
         ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
         ("base_model_name_or_path", json!(adapter.base_model())),
@@ -242,14 +259,14 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
         ("layers_to_transform", if some_layers { json!(layers) } else { Value::Null }),
         ("lora_alpha", whole_number(adapter.alpha())),
         ("lora_dropout", json!(adapter.dropout())),
-        ("modules_to_save", Value::Null),
+        ("modules_to_save", json!(modules_to_save)),
         ("peft_type", json!("LORA")),
         ("r", json!(adapter.rank())),
         ("rank_pattern", pattern_of(modules, |module| json!(module.rank), &json!(adapter.rank()))),
         ("revision", Value::Null),
         ("target_modules", json!(targets)),
         ("task_type", json!("CAUSAL_LM")),
-        ("use_dora", json!(false)),
+        ("use_dora", json!(adapter.use_dora())),
         ("use_rslora", json!(adapter.use_rslora())),
     ])
 }

@@ -1,7 +1,7 @@
 //! An adapter in one safetensors file: tensors named as PEFT names them, the configuration in the metadata.
 
-use super::peft::{Names, named_tensors};
-use super::{as_count, make_folder, peft_config, read_as, values};
+use super::peft::{self, named_tensors};
+use super::{as_count, make_folder, peft_config, read_as};
 use crate::adapters::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model, SafetensorsFile, write_safetensors};
@@ -48,14 +48,15 @@ pub(crate) fn save_single_file(
     path: &Path,
     metadata: Option<&SingleFileMetadata>,
 ) -> Result<()> {
-    let config = json!(peft_config::describe(adapter)).to_string();
+    let adapter = adapter.without_start()?;
+    let config = json!(peft_config::describe(&adapter)).to_string();
     let metadata = metadata.map(|metadata| metadata.to_json().to_string());
     let mut entries = vec![("format", "pt"), (CONFIG_KEY, config.as_str())];
     entries.extend(metadata.as_deref().map(|metadata| (METADATA_KEY, metadata)));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         make_folder(folder)?;
     }
-    write_safetensors(path, &named_tensors(adapter)?, &entries)
+    write_safetensors(path, &named_tensors(&adapter)?, &entries)
 }
 
 pub(crate) fn load_single_file(model: &Model, path: &Path) -> Result<(LoRAAdapter, SingleFileMetadata)> {
@@ -64,8 +65,7 @@ pub(crate) fn load_single_file(model: &Model, path: &Path) -> Result<(LoRAAdapte
     let Some(config) = entry(CONFIG_KEY)? else {
         return Err(Error::format(path, format!("the header has no entry `{CONFIG_KEY}`")));
     };
-    let layout = peft_config::layout(model, &config)?;
-    let values = values::read(path, &layout, &Names)?;
+    let adapter = peft::read(model, path, &config)?;
     let metadata = entry(METADATA_KEY)?.map(|entry| SingleFileMetadata::from_json(&entry)).transpose()?;
-    Ok((LoRAAdapter::from_values(model, layout, values)?, metadata.unwrap_or_default()))
+    Ok((adapter, metadata.unwrap_or_default()))
 }

@@ -1,0 +1,53 @@
+//! Values by the path of a module, as in PEFT's `rank_pattern` and `alpha_pattern`.
+
+use crate::error::{Error, Result};
+use regex::Regex;
+
+/// Values by regular expression; the first that matches the end of a path from a part on counts.
+#[derive(Debug, Clone)]
+pub(crate) struct Patterns<T> {
+    entries: Vec<(String, Regex, T)>,
+}
+
+impl<T: Copy> Patterns<T> {
+    /// # Errors
+    /// A pattern is no regular expression, or one with look-around or back references.
+    pub(crate) fn new(name: &str, entries: impl IntoIterator<Item = (String, T)>) -> Result<Self> {
+        let entries = entries.into_iter().map(|(pattern, value)| {
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+                .map_err(|_| Error::argument(name, format!("`{pattern}` is no regular expression known here")))?;
+            Ok((pattern, regex, value))
+        });
+        Ok(Self { entries: entries.collect::<Result<_>>()? })
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Option<T> {
+        self.entries.iter().find(|(_, regex, _)| regex.is_match(path)).map(|(_, _, value)| *value)
+    }
+
+    /// The patterns that match none of the paths.
+    pub(crate) fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Vec<&str> {
+        let is_used = |regex: &Regex| paths.clone().any(|path| regex.is_match(path));
+        self.entries.iter().filter(|(_, regex, _)| !is_used(regex)).map(|(pattern, _, _)| pattern.as_str()).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::Patterns;
+
+    #[test]
+    fn the_end_of_a_path_matches_from_a_part_on() {
+        let entries = [("q_proj", 1), (r"layers\.0\..*", 2), ("layers.1.mlp.(up|down)_proj", 3)];
+        let patterns = Patterns::new("rank_pattern", entries.map(|(name, rank)| (name.to_string(), rank))).unwrap();
+        assert_eq!(patterns.get("model.layers.0.self_attn.q_proj"), Some(1));
+        assert_eq!(patterns.get("model.layers.0.mlp.up_proj"), Some(2));
+        assert_eq!(patterns.get("model.layers.1.mlp.down_proj"), Some(3));
+        assert_eq!(patterns.get("model.layers.1.mlp.gate_proj"), None);
+        assert_eq!(patterns.get("model.layers.1.self_attn.aq_proj"), None);
+        let paths = ["model.layers.0.self_attn.q_proj"];
+        assert_eq!(patterns.unused(&paths.iter().copied()), ["layers.1.mlp.(up|down)_proj"]);
+        assert!(Patterns::new("rank_pattern", [("(?=x)".to_string(), 1)]).is_err());
+    }
+}
