@@ -1,5 +1,6 @@
 //! Settings of a training run.
 
+use super::TrainingWarning;
 use super::loss::check_label_smoothing;
 use super::{AdamWConfig, LRScheduler, OptimizerConfig, Parameter, ParameterGroup};
 use crate::data::Dataset;
@@ -51,6 +52,8 @@ pub(super) struct Options {
     pub(super) save_interval: Option<usize>,
     pub(super) kept_checkpoints: usize,
     pub(super) resume: bool,
+    /// What is known before the start.
+    pub(super) warnings: Vec<TrainingWarning>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +83,7 @@ impl Default for Options {
             save_interval: None,
             kept_checkpoints: 2,
             resume: false,
+            warnings: Vec::new(),
         }
     }
 }

@@ -8,14 +8,17 @@ mod in_place;
 mod last_layers;
 mod loss;
 mod metrics_file;
+mod monitor;
 mod optimizer;
 mod progress;
 mod report;
 mod run;
 mod run_folder;
 mod scheduler;
+mod template_check;
 mod trained;
 mod trainer;
+mod warnings;
 
 pub use crate::adapters::{CheckpointMetadata, LoRAAdapter, LoRAAdapterConfig, Start, TargetModule};
 pub use checkpoint::{load_checkpoint, save_checkpoint};
@@ -24,11 +27,14 @@ pub use evaluation::{Evaluation, evaluate};
 pub use gradients::global_norm;
 pub use last_layers::LastLayers;
 pub use loss::{bits_per_byte, cross_entropy, cross_entropy_rows, perplexity};
+pub use monitor::TrainingMonitor;
 pub use optimizer::{
     AdafactorConfig, AdamConfig, AdamWConfig, LionConfig, MuonConfig, MuonScale, Optimizer, OptimizerConfig,
     ParameterGroup, ScheduleFreeAdamWConfig, SgdConfig,
 };
 pub use report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 pub use scheduler::{DecayShape, LRScheduler};
+pub use template_check::template_warning;
 pub use trained::{Parameter, Trained};
 pub use trainer::Trainer;
+pub use warnings::{TrainingWarning, cut_rows_warning, dataset_warnings};

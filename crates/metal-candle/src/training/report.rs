@@ -1,5 +1,6 @@
 //! What a training run tells while it runs and when it is over.
 
+use super::warnings::TrainingWarning;
 use std::path::PathBuf;
 
 /// Something that happened in a training run.
@@ -40,6 +41,13 @@ pub enum TrainingEvent {
         loss: f64,
         /// Whether it is the lowest so far.
         is_best: bool,
+    },
+    /// Something should be looked at. Warnings change nothing of a run.
+    Warning {
+        /// Steps done.
+        step: usize,
+        /// What was seen.
+        warning: TrainingWarning,
     },
     /// A checkpoint was written.
     Checkpointed {

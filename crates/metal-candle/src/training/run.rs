@@ -4,12 +4,14 @@ use super::config::{Options, TrainingConfig};
 use super::evaluation::{evaluate, source_of};
 use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
+use super::monitor::TrainingMonitor;
 use super::optimizer::Optimizer;
 use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
 use super::trained::{Parameter, Trained};
 use super::trainer::Callback;
+use super::warnings::{TrainingWarning, dataset_warnings};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
 use crate::models::{
@@ -77,6 +79,7 @@ pub(super) struct Run<'a, T: Trained> {
     /// Everything that decides what the steps compute.
     settings: Map<String, Value>,
     metrics: TrainingMetrics,
+    monitor: TrainingMonitor,
     is_stopped: bool,
 }
 
@@ -130,6 +133,7 @@ impl<'a, T: Trained> Run<'a, T> {
             folder: None,
             settings: Map::new(),
             metrics,
+            monitor: TrainingMonitor::new(config.max_grad_norm),
             is_stopped: false,
         };
         run.open_folder()?;
@@ -166,6 +170,10 @@ impl<'a, T: Trained> Run<'a, T> {
             total_steps: self.total_steps,
             num_trainable_parameters: self.metrics.num_trainable_parameters,
         });
+        let held_out = self.options.evaluation.as_ref().map(|evaluation| &evaluation.dataset);
+        if self.progress.step == 0 {
+            self.warn([self.options.warnings.clone(), dataset_warnings(self.dataset, held_out)].concat());
+        }
         if self.options.evaluation.is_some() && self.progress.num_evaluations == 0 {
             self.evaluate()?;
         }
@@ -398,6 +406,8 @@ impl<'a, T: Trained> Run<'a, T> {
             tokens: step.tokens,
             tokens_per_second: step.tokens_per_second,
         });
+        let warnings = self.monitor.step(&step);
+        self.warn(warnings);
         Ok(())
     }
 
@@ -437,12 +447,21 @@ impl<'a, T: Trained> Run<'a, T> {
         }
         self.metrics.evaluations.push(evaluation);
         self.emit(&TrainingEvent::Evaluated { step, loss, is_best });
+        let warnings = self.monitor.evaluation(&evaluation);
+        self.warn(warnings);
         Ok(is_best)
     }
 
     fn emit(&mut self, event: &TrainingEvent) {
         for callback in self.callbacks.iter_mut() {
             self.is_stopped |= callback(event).is_break();
+        }
+    }
+
+    fn warn(&mut self, warnings: Vec<TrainingWarning>) {
+        let step = self.progress.step;
+        for warning in warnings {
+            self.emit(&TrainingEvent::Warning { step, warning });
         }
     }
 

@@ -8,6 +8,7 @@ use super::report::{TrainingEvent, TrainingMetrics};
 use super::run::{Run, plan_epoch};
 use super::scheduler::LRScheduler;
 use super::trained::Trained;
+use super::warnings::TrainingWarning;
 use crate::adapters::LoRAAdapter;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -251,6 +252,13 @@ impl<T: Trained> Trainer<T> {
     #[must_use]
     pub fn with_resume(mut self, resume: bool) -> Self {
         self.options.resume = resume;
+        self
+    }
+
+    /// Adds a warning of something found before the run, which is told when the run begins.
+    #[must_use]
+    pub fn with_warning(mut self, warning: TrainingWarning) -> Self {
+        self.options.warnings.push(warning);
         self
     }
 

@@ -29,3 +29,4 @@ mod training_optimizer;
 mod training_optimizer_runs;
 mod training_resume;
 mod training_trainer;
+mod training_warnings;

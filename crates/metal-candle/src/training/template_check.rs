@@ -1,0 +1,147 @@
+//! Whether a model knows the marks of its chat template.
+
+use super::warnings::TrainingWarning;
+use crate::data::{Dataset, Sample, Tokenizer, batch_of};
+use crate::error::Result;
+use crate::models::Model;
+use crate::ops::LowRankTerms;
+use candle_core::{DType, Tensor};
+use std::collections::BTreeMap;
+
+/// A mark that is predicted with this share of the loss of a guess, or more, is not known.
+const UNKNOWN_LOSS: f64 = 0.8;
+/// A mark whose embedding is like that of unused tokens counts as unknown from this share on.
+const UNTRAINED_LOSS: f64 = 0.25;
+/// Embeddings with less than this share of the usual norm were not trained.
+const TINY_NORM: f32 = 0.01;
+/// Embeddings with at least this cosine to [`MIN_ALIKE`] others of unused tokens were not trained.
+const ALIKE_COSINE: f32 = 0.95;
+const MIN_ALIKE: usize = 3;
+/// Rows that are looked through, and measured, the shortest ones.
+const SEARCHED_ROWS: usize = 256;
+const MEASURED_ROWS: usize = 4;
+/// Most tokens of a row that are measured.
+const MEASURED_TOKENS: usize = 512;
+/// Embeddings whose median norm is the usual one, and embeddings of unused tokens.
+const USUAL_ROWS: usize = 512;
+const UNUSED_ROWS: usize = 64;
+
+/// Measures whether the model knows the marks, special tokens such as `<|im_start|>`, that the rows of `dataset` contain.
+///
+/// A few short rows go through the model. Marks that it was trained on come as expected at least in one place: the
+/// beginning of the next turn, or the end of an answer. So there is a warning if it predicts each of them with a mean
+/// loss of 0.8 of a guess's, `ln vocab_size`, or more. Besides, tokens that never occur in training end up with embeddings
+/// that are equal to one another, as the softmax pushes all of them the same way, or nearly zero by weight decay. There is
+/// a warning too if a mark has such an embedding, which is below a hundredth of the usual norm or has a cosine of 0.95 to
+/// at least three of the tokens that no row and no text contains, unless the model predicts the mark well all the same.
+///
+/// There is none for rows without marks, as plain text.
+///
+/// # Errors
+/// The device fails, or ids are outside of the vocabulary.
+pub fn template_warning(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    tokenizer: &Tokenizer,
+    dataset: &Dataset,
+) -> Result<Option<TrainingWarning>> {
+    let losses = mark_losses(model, terms, tokenizer, dataset)?;
+    if losses.is_empty() {
+        return Ok(None);
+    }
+    let chance = (model.config().vocab_size as f64).ln();
+    let marks: Vec<u32> = losses.keys().copied().collect();
+    let untrained = untrained(model, tokenizer, &marks)?;
+    let is_unknown = |share: f64, mark: u32| losses[&mark] >= share * chance;
+    let bad: Vec<u32> = marks
+        .iter()
+        .zip(&untrained)
+        .filter(|&(&mark, &is_untrained)| is_untrained && is_unknown(UNTRAINED_LOSS, mark))
+        .map(|(&mark, _)| mark)
+        .collect();
+    let is_untrained = !bad.is_empty();
+    let reported = if marks.iter().all(|&mark| is_unknown(UNKNOWN_LOSS, mark)) { marks } else { bad };
+    if reported.is_empty() {
+        return Ok(None);
+    }
+    let loss = reported.iter().map(|mark| losses[mark]).sum::<f64>() / reported.len() as f64;
+    let marks = reported.iter().filter_map(|&mark| tokenizer.id_to_token(mark)).collect();
+    Ok(Some(TrainingWarning::UnknownTemplate { marks, loss, chance, is_untrained }))
+}
+
+/// The mean loss of each mark in the shortest rows that have marks within them.
+fn mark_losses(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    tokenizer: &Tokenizer,
+    dataset: &Dataset,
+) -> Result<BTreeMap<u32, f64>> {
+    let limit = MEASURED_TOKENS.min(model.config().max_position_embeddings);
+    let mut rows: Vec<Sample> = Vec::new();
+    for sample in dataset.samples.iter().take(SEARCHED_ROWS) {
+        let ids: Vec<u32> = sample.ids.iter().take(limit).copied().collect();
+        // the first token is not predicted
+        let is_mark = ids.iter().enumerate().map(|(index, &id)| index > 0 && tokenizer.is_special(id));
+        let trained: Vec<bool> = is_mark.collect();
+        // at least a turn's end and the next one's beginning
+        if trained.iter().filter(|&&is_mark| is_mark).count() >= 2 {
+            rows.push(Sample { ids, trained, source: None });
+        }
+    }
+    rows.sort_by_key(|row| row.ids.len());
+    rows.truncate(MEASURED_ROWS);
+    if rows.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let (batch, targets) = batch_of(&rows.iter().collect::<Vec<_>>());
+    let losses = model.loss(&batch, &targets, terms, 0.0)?;
+    let mut sums: BTreeMap<u32, (f64, usize)> = BTreeMap::new();
+    for ((&id, &weight), &loss) in targets.ids.iter().zip(&targets.weights).zip(&losses.rows) {
+        if weight > 0.0 {
+            let sum = sums.entry(id).or_default();
+            *sum = (sum.0 + f64::from(loss), sum.1 + 1);
+        }
+    }
+    Ok(sums.into_iter().map(|(id, (sum, count))| (id, sum / count as f64)).collect())
+}
+
+/// For each mark whether its embedding is that of a token that was never trained.
+fn untrained(model: &Model, tokenizer: &Tokenizer, marks: &[u32]) -> Result<Vec<bool>> {
+    let Some((_, embedding)) = model.parameters().iter().find(|(name, _)| name == "model.embed_tokens.weight") else {
+        return Ok(vec![false; marks.len()]);
+    };
+    let vocab_size = embedding.dim(0)?;
+    let known = tokenizer.vocab_size().min(vocab_size);
+    let unused: Vec<u32> = (known as u32..vocab_size as u32)
+        .take(UNUSED_ROWS)
+        .chain((0..known as u32).filter(|&id| tokenizer.is_special(id) && !marks.contains(&id)))
+        .collect();
+    let spread = (vocab_size / USUAL_ROWS).max(1);
+    let usual: Vec<u32> = (0..vocab_size as u32).step_by(spread).collect();
+    let mut norms: Vec<f32> = rows(embedding, &usual)?.iter().map(|row| norm(row)).collect();
+    norms.sort_by(f32::total_cmp);
+    let usual_norm = norms.get(norms.len() / 2).copied().unwrap_or(0.0);
+    let unused = rows(embedding, &unused)?;
+    let of_mark = |row: &Vec<f32>| {
+        let alike = unused.iter().filter(|other| cosine(row, other) >= ALIKE_COSINE).count();
+        norm(row) < TINY_NORM * usual_norm || alike >= MIN_ALIKE
+    };
+    Ok(rows(embedding, marks)?.iter().map(of_mark).collect())
+}
+
+fn rows(embedding: &Tensor, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ids = Tensor::new(ids, embedding.device())?;
+    Ok(embedding.index_select(&ids, 0)?.to_dtype(DType::F32)?.to_vec2()?)
+}
+
+fn norm(row: &[f32]) -> f32 {
+    row.iter().map(|value| value * value).sum::<f32>().sqrt()
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let product: f32 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+    product / (norm(a) * norm(b)).max(f32::MIN_POSITIVE)
+}
