@@ -102,6 +102,20 @@ Example:
 The file holds one f32 tensor `logits` of shape [tokens, vocab].")]
     Logits(LogitsArguments),
 
+    /// List training runs, and compare them.
+    #[command(args_conflicts_with_subcommands = true)]
+    #[command(after_help = "\
+Examples:
+  metal-candle runs
+  metal-candle runs --sort held-out --html runs.html
+  metal-candle runs compare runs/001 runs/002
+  metal-candle runs experiments/a experiments/b --json
+
+A run is running, done, stopped (and can go on with train --resume), failed, or killed, if its process ended
+without a word. Losses are in nats a token: that of training is the mean of the last ten steps. The page of
+--html shows the curves of all runs over one another; it needs no network.")]
+    Runs(RunsArguments),
+
     /// Look at datasets.
     Data(DataArguments),
 
@@ -298,6 +312,10 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "RUN", help_heading = "Run")]
     pub(crate) resume: Option<PathBuf>,
 
+    /// Show the run as a dashboard in the terminal: curves, speed, memory, warnings; `q` stops and saves.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) tui: bool,
+
     #[command(flatten)]
     pub(crate) settings: TrainSettings,
 }
@@ -389,6 +407,71 @@ pub(crate) struct LogitsArguments {
 
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
+}
+
+/// Flags of `runs`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RunsArguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<RunsCommand>,
+
+    /// Folders of runs, or folders that hold such [default: runs].
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folders: Vec<PathBuf>,
+
+    /// What the list is sorted by; runs that have no such value come last.
+    #[arg(long, value_enum, default_value = "name")]
+    pub(crate) sort: RunSort,
+
+    /// Turn the order around.
+    #[arg(long)]
+    pub(crate) reverse: bool,
+
+    /// Also write a page with the curves of all runs over one another.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// What `runs` does beside listing.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum RunsCommand {
+    /// Settings that differ between runs and what came of them, side by side.
+    Compare(CompareArguments),
+}
+
+/// Flags of `runs compare`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CompareArguments {
+    /// The folders of the runs.
+    #[arg(required = true, num_args = 2.., value_name = "RUN")]
+    pub(crate) runs: Vec<PathBuf>,
+
+    /// Also write a page with their curves over one another.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// What runs are sorted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RunSort {
+    /// The folder.
+    Name,
+    /// Running, done, stopped, failed, killed.
+    State,
+    /// When it was started.
+    Started,
+    /// Steps done.
+    Steps,
+    /// The highest learning rate.
+    LearningRate,
+    /// The last training loss.
+    TrainLoss,
+    /// The best held-out loss.
+    HeldOut,
+    /// Tokens a second.
+    Speed,
+    /// How long it took.
+    Time,
 }
 
 /// Flags of `data`.

@@ -34,11 +34,17 @@ fn handle() {
                 last_words();
                 std::process::exit(0);
             }
-            if ASKED.swap(true, Ordering::SeqCst) {
-                std::process::exit(INTERRUPTED);
-            }
+            ask();
         });
     });
+}
+
+/// Does what Ctrl-C does while it is noted: asks for an end, and the second time ends the program.
+pub(crate) fn ask() {
+    if ASKED.swap(true, Ordering::SeqCst) {
+        crate::screen::leave();
+        std::process::exit(INTERRUPTED);
+    }
 }
 
 /// Whether Ctrl-C was pressed since [`listen`] or [`forget`].

@@ -3,12 +3,15 @@
 mod args;
 mod commands;
 mod interrupt;
+mod memory;
 mod model_source;
 mod nano;
 mod output;
 mod plot;
 mod run_folder;
+mod run_record;
 mod sampling;
+mod screen;
 mod settings;
 mod tensorboard;
 
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         }
     };
     std::panic::set_hook(Box::new(|panic| {
+        screen::leave();
         eprintln!("error: {panic}");
         eprintln!("hint: this is a defect of the program: please report it with the command");
         std::process::exit(2);
@@ -52,6 +56,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Fuse(flags) => commands::fuse::run(flags, output),
         Command::Eval(flags) => commands::eval::run(flags, output),
         Command::Logits(flags) => commands::logits::run(flags, output),
+        Command::Runs(flags) => commands::runs::run(flags, output),
         Command::Data(flags) => commands::data::run(flags, output),
         Command::Info(flags) => commands::info::run(flags, output),
         Command::Completions { shell } => commands::completions::run(*shell),

@@ -53,6 +53,16 @@ impl Output {
         }
     }
 
+    /// Whether messages go to a terminal.
+    pub(crate) fn is_terminal(self) -> bool {
+        self.terminal
+    }
+
+    /// Whether only errors and results are wanted.
+    pub(crate) fn is_quiet(self) -> bool {
+        self.quiet
+    }
+
     /// A message that is shown with `--quiet` too.
     pub(crate) fn warn(message: impl fmt::Display) {
         let _ = writeln!(std::io::stderr().lock(), "warning: {message}");
@@ -108,7 +118,7 @@ pub(crate) enum Unit {
 impl Unit {
     fn template(self) -> &'static str {
         match self {
-            Self::Steps => "{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left",
+            Self::Steps => "{wide_bar} {pos}/{len}  {msg}  {eta} left",
             Self::Bytes => "{prefix} {wide_bar} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
         }
     }
@@ -171,6 +181,14 @@ impl Progress {
         self.output.note(format_args!("{} {position}/{length}{message}{left}", self.label));
     }
 
+    /// Prints a warning above the bar.
+    pub(crate) fn warn(&self, message: impl fmt::Display) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| Output::warn(message)),
+            None => Output::warn(message),
+        }
+    }
+
     /// Takes the bar away.
     pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
@@ -187,6 +205,16 @@ pub(crate) fn bytes(count: u64) -> String {
         c if c < 1e6 => format!("{:.1} kB", c / 1e3),
         c if c < 1e9 => format!("{:.1} MB", c / 1e6),
         c => format!("{:.2} GB", c / 1e9),
+    }
+}
+
+/// `987`, `10.9k`, `1.23M`: three digits and a unit.
+pub(crate) fn short(count: f64) -> String {
+    match count {
+        c if c < 999.5 => format!("{c:.0}"),
+        c if c < 99_950.0 => format!("{:.1}k", c / 1e3),
+        c if c < 999_500.0 => format!("{:.0}k", c / 1e3),
+        c => format!("{:.2}M", c / 1e6),
     }
 }
 
@@ -288,7 +316,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{bytes, duration, exit_code, grouped, message};
+    use super::{bytes, duration, exit_code, grouped, message, short};
     use metal_candle::Error;
 
     #[test]
@@ -297,6 +325,7 @@ mod tests {
         assert_eq!(grouped(999), "999");
         assert_eq!(grouped(3_145_728), "3,145,728");
         assert_eq!(bytes(25_165_824), "25.2 MB");
+        assert_eq!([7.4, 999.4, 10_864.0, 123_456.0, 1_234_567.0].map(short), ["7", "999", "10.9k", "123k", "1.23M"]);
         assert_eq!(duration(59.4), "59 s");
         assert_eq!(duration(184.0), "3:04 min");
         assert_eq!(duration(7509.0), "2:05:09 h");

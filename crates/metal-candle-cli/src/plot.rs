@@ -13,6 +13,8 @@ pub(crate) struct Curves {
     pub(crate) valid: Vec<(f64, f64)>,
     /// Learning rate of each training step.
     pub(crate) learning_rate: Vec<(f64, f64)>,
+    /// Global norm of the gradients of each training step; not in the picture.
+    pub(crate) grad_norm: Vec<(f64, f64)>,
 }
 
 const SIZE: (u32, u32) = (960, 540);
@@ -47,7 +49,7 @@ fn render(
     losses: &[f64],
     last: f64,
 ) -> std::result::Result<(), String> {
-    let (low, high) = loss_range(losses);
+    let (low, high) = range(losses);
     let highest_rate = curves.learning_rate.iter().map(|point| point.1).fold(0.0, f64::max);
     let rates = 0.0..if highest_rate > 0.0 { highest_rate * 1.15 } else { 1.0 };
     let text = |error: DrawingAreaErrorKind<_>| error.to_string();
@@ -121,17 +123,40 @@ fn render(
     area.present().map_err(text)
 }
 
-/// The loss axis: all losses but the highest hundredth, which may be spikes, with a margin.
-fn loss_range(losses: &[f64]) -> (f64, f64) {
-    let mut sorted = losses.to_vec();
+/// The axis of values, of which there is one at least: all but the highest hundredth, which may be spikes, with a margin.
+pub(crate) fn range(values: &[f64]) -> (f64, f64) {
+    let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
+    if sorted.is_empty() {
+        return (0.0, 1.0);
+    }
     let (low, high) = (sorted[0], sorted[(sorted.len() - 1) - (sorted.len() - 1) / 100]);
-    let margin = ((high - low) * 0.06).max(1e-3);
+    let margin = ((high - low) * 0.06).max(high.abs() * 1e-3).max(f64::MIN_POSITIVE);
     ((low - margin).max(0.0), high + margin)
 }
 
+/// At most `most` points, and two more, that look like all of them: of each stretch the lowest and the highest, and
+/// first and last. Those that are not finite are left out.
+pub(crate) fn thinned(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
+    let points: Vec<_> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
+    if points.len() <= most.max(2) {
+        return points;
+    }
+    let stretch = points.len().div_ceil((most / 2).max(1));
+    let mut thin = vec![points[0]];
+    for part in points.chunks(stretch) {
+        let by_value = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
+        let (Some(&low), Some(&high)) = (part.iter().min_by(by_value), part.iter().max_by(by_value)) else { continue };
+        let (first, second) = if low.0 <= high.0 { (low, high) } else { (high, low) };
+        thin.extend([first, second]);
+    }
+    thin.push(points[points.len() - 1]);
+    thin.dedup();
+    thin
+}
+
 /// Exponential moving average, corrected for its start.
-fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub(crate) fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let keep = 1.0 - 1.0 / (1.0 + points.len() as f64 / 20.0);
     let (mut mean, mut weight) = (0.0, 0.0);
     points
@@ -147,7 +172,7 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::{Curves, draw, loss_range, smoothed};
+    use super::{Curves, draw, range, smoothed, thinned};
 
     #[test]
     fn smoothing_keeps_constants_and_follows_steps() {
@@ -158,10 +183,23 @@ mod tests {
     }
 
     #[test]
+    fn thin_curves_keep_ends_and_spikes() {
+        let mut points: Vec<_> = (0..100_000).map(|i| (f64::from(i), 1.0 + 1.0 / f64::from(i + 1))).collect();
+        points[777].1 = 50.0;
+        points[778].1 = f64::NAN;
+        let thin = thinned(&points, 500);
+        assert!(thin.len() <= 502, "{}", thin.len());
+        assert!(thin.contains(&(777.0, 50.0)) && thin[0] == points[0] && thin.last() == points.last());
+        assert!(thin.windows(2).all(|pair| pair[0].0 < pair[1].0));
+        assert_eq!(thinned(&points[..10], 500), points[..10]);
+        assert_eq!(thinned(&[], 500), []);
+    }
+
+    #[test]
     fn a_spike_does_not_flatten_the_rest() {
         let mut losses: Vec<f64> = (0..400).map(|i| 3.0 - f64::from(i) / 400.0).collect();
         losses[7] = 900.0;
-        assert!(loss_range(&losses).1 < 4.0);
+        assert!(range(&losses).1 < 4.0);
     }
 
     #[test]
@@ -174,6 +212,7 @@ mod tests {
             train: (1..=100).map(|i| (f64::from(i), 5.0 / f64::from(i).sqrt())).collect(),
             valid: vec![(0.0, 5.0), (50.0, 1.0), (100.0, f64::NAN)],
             learning_rate: (1..=100).map(|i| (f64::from(i), 1e-4 * f64::from(i))).collect(),
+            grad_norm: Vec::new(),
         };
         draw(&path, "a & <b>", &curves).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();

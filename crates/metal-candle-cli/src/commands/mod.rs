@@ -8,4 +8,5 @@ pub(crate) mod fuse;
 pub(crate) mod generate;
 pub(crate) mod info;
 pub(crate) mod logits;
+pub(crate) mod runs;
 pub(crate) mod train;

@@ -1,6 +1,7 @@
 //! `train`: fine-tuning with LoRA, and training all weights.
 
 mod answers;
+mod dashboard;
 mod recorder;
 mod report;
 mod start;
@@ -11,6 +12,7 @@ use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
 use crate::run_folder::{RunFolder, check_free};
+use crate::run_record::{Outcome, RunLock};
 use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
 use anyhow::Result;
@@ -30,6 +32,9 @@ use watch::Watch;
 
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
+    if flags.tui {
+        dashboard::check(output)?;
+    }
     stop_at_once(flags.resume.as_deref(), output);
     let (resumed, settings) = settings(flags)?;
     if let (Some(path), None) = (&settings.output, &resumed) {
@@ -38,10 +43,10 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let prepared = start::prepare(settings, output)?;
     let report = if let Some(adapter) = prepared.adapter.clone() {
         let trainer = Trainer::new(adapter, prepared.training_config())?;
-        execute(trainer, prepared, resumed, output)?
+        execute(trainer, prepared, resumed, flags.tui, output)?
     } else {
         let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
-        execute(trainer, prepared, resumed, output)?
+        execute(trainer, prepared, resumed, flags.tui, output)?
     };
     report.print(output, started.elapsed().as_secs_f64())
 }
@@ -144,6 +149,7 @@ fn execute<T: Kept>(
     trainer: Trainer<T>,
     mut prepared: Prepared,
     resumed: Option<RunFolder>,
+    has_dashboard: bool,
     output: Output,
 ) -> Result<Report> {
     let trainer = prepared.configure(trainer)?;
@@ -167,6 +173,7 @@ fn execute<T: Kept>(
         Some(run) => run,
         None => RunFolder::create(prepared.settings.output.as_deref())?,
     };
+    let _lock = RunLock::take(&run)?;
     prepared.settings.output = None;
     prepared.given.output = None;
     run.write_settings(&prepared.given, &prepared.settings)?;
@@ -180,7 +187,14 @@ fn execute<T: Kept>(
     report::sample_before(&prepared.tokenizer, to_show.as_ref(), &written_before, output)?;
 
     let title = format!("{} on {}", prepared.source.name, prepared.data_name);
-    let watch = Arc::new(Mutex::new(Watch::new(output, Recorder::new(run.clone()), title, run.picture())));
+    let recorder = Recorder::new(run.clone(), prepared.record()?);
+    let mut watch = Watch::new(output, recorder, title, run.picture());
+    if has_dashboard {
+        let asked = to_show.as_ref().map(|question| question.prompt_text(&prepared.tokenizer)).transpose()?;
+        watch = watch.with_dashboard(asked.zip(written_before.sample.clone()));
+    }
+    let watch = Arc::new(Mutex::new(watch));
+    let trainer = prepared.warnings(resumes)?.into_iter().fold(trainer, Trainer::with_warning);
     let shared = Arc::clone(&watch);
     let trainer = trainer
         .with_run_folder(run.path())
@@ -191,9 +205,10 @@ fn execute<T: Kept>(
     interrupt::listen();
     let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
     watch.close();
-    let metrics: TrainingMetrics = outcome.inspect_err(|_| {
-        // the picture shows how it came to this; the error itself says more than a failure to draw
+    let metrics: TrainingMetrics = outcome.inspect_err(|error| {
+        // picture and record show how it came to this; the error itself says more than a failure to write them
         let _ = watch.draw();
+        let _ = watch.recorder.end(Outcome::Failed, Some(error.to_string()));
     })?;
     watch.draw()?;
     if let Some(failure) = watch.failure.take() {
@@ -202,6 +217,11 @@ fn execute<T: Kept>(
 
     let after = T::of(&trainer);
     let kept = after.keep(&run, &prepared)?;
+    let outcome = match metrics.stop_reason {
+        StopReason::Callback => Outcome::Stopped,
+        _ => Outcome::Done,
+    };
+    watch.recorder.end(outcome, None)?;
     let written_after = match metrics.stop_reason {
         StopReason::Callback => Written::default(),
         _ => write(&after, &prepared.tokenizer, &questions, to_show.as_ref())?,

@@ -12,6 +12,7 @@ mod hub;
 mod interrupted;
 mod models;
 mod nano;
+mod runs;
 #[cfg(feature = "hub")]
 #[path = "../../../metal-candle/tests/it/stand_in_hub.rs"]
 mod stand_in_hub;

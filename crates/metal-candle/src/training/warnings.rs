@@ -129,8 +129,9 @@ impl fmt::Display for TrainingWarning {
                 write!(
                     f,
                     "the {what} rose from {from:.3} at step {from_step} to {to:.3}: the learning rate of \
-                     {learning_rate:.1e} is probably too high; try {:.1e}, or a longer warm-up",
-                    learning_rate / 3.0
+                     {} is probably too high; try {}, or a longer warm-up",
+                    short(*learning_rate, 2),
+                    short(learning_rate / 3.0, 1)
                 )
             }
             Self::Overfitting { best_step, best_loss, loss, train_loss_then, train_loss_now } => write!(
@@ -172,6 +173,12 @@ impl fmt::Display for TrainingWarning {
     }
 }
 
+/// A number with so many digits: `0.003`, `7e-5`.
+fn short(value: f64, digits: usize) -> String {
+    let rounded: f64 = format!("{value:.*e}", digits.saturating_sub(1)).parse().unwrap_or(value);
+    if (1e-3..1e6).contains(&rounded) { format!("{rounded}") } else { format!("{rounded:e}") }
+}
+
 /// What the datasets alone tell: hardly a token trained, or held-out rows that are also trained on.
 ///
 /// Rows are the same if all their tokens are. The shares from which on there is a warning: less than 5 % of tokens
@@ -203,7 +210,7 @@ pub fn cut_rows_warning(dataset: &Dataset, max_tokens: usize) -> Option<Training
 
 #[cfg(test)]
 mod tests {
-    use super::{TrainingWarning, cut_rows_warning, dataset_warnings};
+    use super::{TrainingWarning, cut_rows_warning, dataset_warnings, short};
     use crate::data::{Dataset, Sample};
 
     fn rows(count: u32, length: usize, trained: usize) -> Dataset {
@@ -216,10 +223,16 @@ mod tests {
     }
 
     #[test]
+    fn learning_rates_are_short() {
+        assert_eq!([3e-3, 2e-4, 2e-4 / 3.0, 0.1 / 3.0].map(|rate| short(rate, 1)), ["0.003", "2e-4", "7e-5", "0.03"]);
+        assert_eq!(short(2.53e-4, 2), "2.5e-4");
+    }
+
+    #[test]
     fn masks_are_counted() {
         assert_eq!(dataset_warnings(&rows(10, 100, 5), None), []);
         let warning = TrainingWarning::FewTrainedTokens { trained_tokens: 40, tokens: 1000 };
-        assert_eq!(dataset_warnings(&rows(10, 100, 4), None), [warning.clone()]);
+        assert_eq!(dataset_warnings(&rows(10, 100, 4), None), std::slice::from_ref(&warning));
         assert!(warning.to_string().contains("only 40 of 1000 tokens are trained (4.0 %)"), "{warning}");
         assert_eq!(dataset_warnings(&Dataset::default(), Some(&Dataset::default())), []);
     }

@@ -1,12 +1,18 @@
-//! What is noted of a run beside the trainer's own files: TensorBoard events and the picture.
+//! What is noted of a run beside the trainer's own files: its record, TensorBoard events and the picture.
 
+use crate::memory;
 use crate::plot::{self, Curves};
 use crate::run_folder::RunFolder;
+use crate::run_record::{Outcome, RecordedWarning, RunRecord, seconds_since_epoch};
 use crate::tensorboard::EventWriter;
 use metal_candle::Result;
 use metal_candle::training::TrainingEvent;
 use serde_json::Value;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Time between two writings of the record during a run.
+const RECORD_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Follows the events of a run.
 #[derive(Debug)]
@@ -14,11 +20,52 @@ pub(super) struct Recorder {
     run: RunFolder,
     events: Option<EventWriter>,
     curves: Curves,
+    record: RunRecord,
+    /// When this process began, and what the run had taken before.
+    started: Instant,
+    seconds_before: f64,
+    recorded: Instant,
+    /// Tokens of this process's steps, and how long these took.
+    tokens: f64,
+    step_seconds: f64,
 }
 
 impl Recorder {
-    pub(super) fn new(run: RunFolder) -> Self {
-        Self { run, events: None, curves: Curves::default() }
+    /// A recorder of a run that `record` describes; what an earlier process recorded of the same run is taken over.
+    pub(super) fn new(run: RunFolder, mut record: RunRecord) -> Self {
+        let earlier = RunRecord::read(run.path()).ok().flatten().unwrap_or_default();
+        record.started = if earlier.started == 0 { seconds_since_epoch() } else { earlier.started };
+        record.warnings = earlier.warnings;
+        let now = Instant::now();
+        Self {
+            run,
+            events: None,
+            curves: Curves::default(),
+            record,
+            started: now,
+            seconds_before: earlier.seconds,
+            recorded: now,
+            tokens: 0.0,
+            step_seconds: 0.0,
+        }
+    }
+
+    /// Writes how the run stands.
+    pub(super) fn record(&mut self) -> Result<()> {
+        self.recorded = Instant::now();
+        let record = &mut self.record;
+        record.seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
+        record.peak_memory_bytes = memory::peak().max(record.peak_memory_bytes);
+        if self.step_seconds > 0.0 {
+            record.tokens_per_second = Some(self.tokens / self.step_seconds);
+        }
+        record.write(self.run.path())
+    }
+
+    /// Writes how the run ended.
+    pub(super) fn end(&mut self, outcome: Outcome, error: Option<String>) -> Result<()> {
+        (self.record.outcome, self.record.error) = (outcome, error);
+        self.record()
     }
 
     /// The curves so far.
@@ -28,16 +75,32 @@ impl Recorder {
 
     pub(super) fn note(&mut self, event: &TrainingEvent) -> Result<()> {
         match event {
-            TrainingEvent::Started { .. } => self.start(),
-            TrainingEvent::Step { step, loss, learning_rate, grad_norm, tokens_per_second, .. } => self.step(
-                *step,
-                &[
-                    (LOSS, *loss),
-                    ("train/learning_rate", *learning_rate),
-                    ("train/grad_norm", *grad_norm),
-                    ("train/tokens_per_second", *tokens_per_second),
-                ],
-            ),
+            TrainingEvent::Started { total_steps, num_trainable_parameters, .. } => {
+                self.record.total_steps = *total_steps;
+                self.record.num_trainable_parameters = *num_trainable_parameters;
+                self.start()
+            }
+            TrainingEvent::Step { step, loss, learning_rate, grad_norm, tokens, tokens_per_second, .. } => {
+                self.tokens += *tokens as f64;
+                self.step_seconds += *tokens as f64 / tokens_per_second.max(f64::MIN_POSITIVE);
+                if self.recorded.elapsed() > RECORD_INTERVAL {
+                    self.record()?;
+                }
+                self.step(
+                    *step,
+                    &[
+                        (LOSS, *loss),
+                        ("train/learning_rate", *learning_rate),
+                        ("train/grad_norm", *grad_norm),
+                        ("train/tokens_per_second", *tokens_per_second),
+                    ],
+                )
+            }
+            TrainingEvent::Warning { step, warning } => {
+                let (kind, text) = (warning.kind().to_owned(), warning.to_string());
+                self.record.warn(RecordedWarning { step: *step, kind, text });
+                self.record()
+            }
             TrainingEvent::Evaluated { step, loss, .. } => self.step(*step, &[(VALID_LOSS, *loss)]),
             _ => Ok(()),
         }
@@ -45,6 +108,7 @@ impl Recorder {
 
     /// Takes up what `metrics.jsonl` holds of the run so far; the trainer has cut off later lines.
     fn start(&mut self) -> Result<()> {
+        self.record()?;
         self.curves = Curves::default();
         self.events = Some(EventWriter::create(self.run.path())?);
         // without the file the run has just begun
@@ -74,6 +138,7 @@ impl Recorder {
                 LOSS => &mut self.curves.train,
                 VALID_LOSS => &mut self.curves.valid,
                 "train/learning_rate" => &mut self.curves.learning_rate,
+                "train/grad_norm" => &mut self.curves.grad_norm,
                 _ => continue,
             };
             curve.push((step as f64, value));

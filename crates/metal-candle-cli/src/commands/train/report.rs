@@ -2,6 +2,7 @@
 
 use super::Prepared;
 use super::answers::Question;
+use crate::memory;
 use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
 use crate::run_folder::RunFolder;
@@ -147,7 +148,7 @@ impl Report {
             0 => String::new(),
             _ => format!(", {:.0} tokens/s", self.metrics.tokens_per_second()),
         };
-        let memory = peak_memory().map_or_else(String::new, |peak| format!(", at most {} of memory", bytes(peak)));
+        let memory = memory::peak().map_or_else(String::new, |peak| format!(", at most {} of memory", bytes(peak)));
         output.note(format_args!(
             "done            {} of {} steps{how} in {}{speed}{memory}",
             self.metrics.num_steps,
@@ -203,7 +204,7 @@ impl Report {
             "trained_tokens": self.metrics.trained_tokens,
             "tokens_per_second": self.metrics.tokens_per_second(),
             "seconds": seconds,
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": memory::peak(),
             "sample_before": self.before.sample,
             "sample_after": self.after.sample,
         });
@@ -214,13 +215,6 @@ impl Report {
         }
         object
     }
-}
-
-/// The most memory the process has had in RAM, in bytes, where the operating system tells (Linux).
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 fn indented(text: &str) -> String {

@@ -5,6 +5,7 @@ use super::answers::Question;
 use crate::commands::fuse::copy_tokenizer;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::{Output, UserError};
+use crate::run_record::RunRecord;
 use crate::settings::{TrainSettings, parse_layers};
 use anyhow::Result;
 use candle_core::DType;
@@ -12,7 +13,10 @@ use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
 use metal_candle::data::{Dataset, DatasetOptions, Datasets, SplitOptions, TrainedTurns};
 use metal_candle::models::save_model;
-use metal_candle::training::{AdamWConfig, LRScheduler, Trained, Trainer, TrainingConfig};
+use metal_candle::training::{
+    AdamWConfig, LRScheduler, Trained, Trainer, TrainingConfig, TrainingWarning, cut_rows_warning, template_warning,
+};
+use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -137,6 +141,36 @@ impl Prepared {
             trainer = trainer.with_max_steps(at_least_one("steps", settings.steps)?);
         }
         Ok(trainer)
+    }
+
+    /// What can be warned of before the first step; a run that goes on has been warned.
+    pub(super) fn warnings(&self, resumes: bool) -> Result<Vec<TrainingWarning>> {
+        if resumes {
+            return Ok(Vec::new());
+        }
+        let train = &self.data.train;
+        let cut = self.settings.max_tokens_per_sample.filter(|_| self.settings.truncate == Some(true));
+        let mut warnings: Vec<_> = cut.and_then(|max_tokens| cut_rows_warning(train, max_tokens)).into_iter().collect();
+        // with all weights the marks are trained too
+        if let Some(adapter) = &self.adapter {
+            warnings.extend(template_warning(&self.model, Some(&adapter.terms()?), &self.tokenizer, train)?);
+        }
+        Ok(warnings)
+    }
+
+    /// What the run's record says of it from the start.
+    pub(super) fn record(&self) -> Result<RunRecord> {
+        let settings = match serde_json::to_value(&self.settings)? {
+            Value::Object(settings) => settings.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+            _ => serde_json::Map::new(),
+        };
+        Ok(RunRecord {
+            model: self.source.name.clone(),
+            data: self.data_name.clone(),
+            device: self.model.device().to_string(),
+            settings,
+            ..RunRecord::default()
+        })
     }
 
     /// The questions whose answers are compared with the test rows.

@@ -1,8 +1,10 @@
-//! Watching a run: the progress bar, the record, and Ctrl-C.
+//! Watching a run: the progress bar or the dashboard, the record, and Ctrl-C.
 
+use super::dashboard::{Dashboard, View};
 use super::recorder::Recorder;
 use crate::interrupt;
-use crate::output::{Output, Progress, Unit};
+use crate::memory::Gauge;
+use crate::output::{Output, Progress, Unit, bytes, short};
 use metal_candle::Error;
 use metal_candle::training::TrainingEvent;
 use std::ops::ControlFlow;
@@ -12,16 +14,25 @@ use std::time::{Duration, Instant};
 /// Seconds between two drawings of the picture during a run.
 const PICTURE_INTERVAL: Duration = Duration::from_secs(20);
 
+/// Time between two updates of the dashboard's curves.
+const CURVES_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Follows a run.
 #[derive(Debug)]
 pub(super) struct Watch {
     output: Output,
     progress: Option<Progress>,
+    /// What the dashboard begins with, if there is to be one.
+    view: Option<View>,
+    dashboard: Option<Dashboard>,
     pub(super) recorder: Recorder,
     title: String,
     /// Where the picture goes.
     picture: PathBuf,
     last_picture: Instant,
+    /// When the dashboard was given the curves, which may be long.
+    last_curves: Option<Instant>,
+    memory: Gauge,
     mean_loss: Option<f64>,
     mean_speed: Option<f64>,
     valid_loss: Option<f64>,
@@ -34,15 +45,25 @@ impl Watch {
         Self {
             output,
             progress: None,
+            view: None,
+            dashboard: None,
             recorder,
             title,
             picture,
             last_picture: Instant::now(),
+            last_curves: None,
+            memory: Gauge::default(),
             mean_loss: None,
             mean_speed: None,
             valid_loss: None,
             failure: None,
         }
+    }
+
+    /// Shows the run as a dashboard, with a prompt and what the model writes for it.
+    pub(super) fn with_dashboard(mut self, sample: Option<(String, String)>) -> Self {
+        self.view = Some(View { title: self.title.clone(), sample, ..View::default() });
+        self
     }
 
     pub(super) fn event(&mut self, event: &TrainingEvent) -> ControlFlow<()> {
@@ -51,11 +72,7 @@ impl Watch {
             return super::flow(true);
         }
         match event {
-            TrainingEvent::Started { step, total_steps, .. } => {
-                let mut progress = self.output.progress(*total_steps as u64, "training", Unit::Steps);
-                progress.start(*step as u64);
-                self.progress = Some(progress);
-            }
+            TrainingEvent::Started { step, total_steps, .. } => self.open(*step, *total_steps),
             TrainingEvent::Step { step, loss, tokens_per_second, .. } => {
                 interrupt::listen();
                 let mean = |mean: Option<f64>, value: f64| Some(mean.map_or(value, |mean| 0.9 * mean + 0.1 * value));
@@ -67,16 +84,48 @@ impl Watch {
                 self.valid_loss = Some(*loss);
                 self.show(*step);
             }
+            TrainingEvent::Warning { step, warning } => {
+                let when = if *step == 0 { String::new() } else { format!("step {step}: ") };
+                let text = format!("{when}{warning}");
+                match (&self.dashboard, &self.progress) {
+                    (Some(dashboard), _) => dashboard.update(|view| view.warnings.push(text)),
+                    (None, Some(progress)) => progress.warn(text),
+                    (None, None) => Output::warn(text),
+                }
+            }
             TrainingEvent::Finished { .. } => self.close(),
             _ => {}
         }
         super::flow(interrupt::is_asked())
     }
 
-    /// Takes the bar away, also when the run failed.
+    fn open(&mut self, step: usize, total_steps: usize) {
+        if let Some(mut view) = self.view.take() {
+            (view.first_step, view.total_steps) = (step, total_steps);
+            match Dashboard::open(view) {
+                Ok(dashboard) => {
+                    // Ctrl-C is a key now
+                    interrupt::listen();
+                    self.dashboard = Some(dashboard);
+                    return;
+                }
+                Err(error) => Output::warn(format_args!("no dashboard can be shown: {error}")),
+            }
+        }
+        let mut progress = self.output.progress(total_steps as u64, "training", Unit::Steps);
+        progress.start(step as u64);
+        self.progress = Some(progress);
+    }
+
+    /// Takes bar or dashboard away, also when the run failed.
     pub(super) fn close(&mut self) {
         if let Some(progress) = self.progress.take() {
             progress.finish();
+        }
+        if let Some(dashboard) = self.dashboard.take() {
+            for warning in dashboard.close().warnings {
+                Output::warn(warning);
+            }
         }
     }
 
@@ -94,14 +143,45 @@ impl Watch {
     }
 
     fn show(&mut self, step: usize) {
+        let memory = self.memory.bytes();
+        if let Some(dashboard) = &self.dashboard {
+            let curves = self.recorder.curves();
+            let is_due = self.last_curves.is_none_or(|last| last.elapsed() > CURVES_INTERVAL);
+            dashboard.update(|view| {
+                (view.step, view.memory, view.tokens_per_second) = (step, memory, self.mean_speed);
+                if is_due {
+                    view.curves.clone_from(curves);
+                }
+            });
+            if is_due {
+                self.last_curves = Some(Instant::now());
+            }
+        }
         let Some(progress) = &mut self.progress else { return };
-        let mut message = String::new();
-        if let (Some(loss), Some(speed)) = (self.mean_loss, self.mean_speed) {
-            message = format!("loss {loss:.3}  {speed:.0} tokens/s");
-        }
-        if let Some(loss) = self.valid_loss {
-            message = format!("{message}{}held-out {loss:.3}", if message.is_empty() { "" } else { "  " });
-        }
-        progress.set(step as u64, &message);
+        progress.set(step as u64, &message(self.mean_loss, self.valid_loss, self.mean_speed, memory));
+    }
+}
+
+/// What stands beside the bar: 50 columns at most for losses below 100.
+fn message(loss: Option<f64>, valid_loss: Option<f64>, speed: Option<f64>, memory: Option<u64>) -> String {
+    let parts = [
+        loss.map(|loss| format!("loss {loss:.3}")),
+        valid_loss.map(|loss| format!("held-out {loss:.3}")),
+        speed.map(|speed| format!("{} tokens/s", short(speed))),
+        memory.map(bytes),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("  ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::message;
+
+    #[test]
+    fn the_message_leaves_room_for_a_bar() {
+        let text = message(Some(12.3456), Some(11.987), Some(10_864.0), Some(193_700_000));
+        assert_eq!(text, "loss 12.346  held-out 11.987  10.9k tokens/s  193.7 MB");
+        assert!(text.len() <= 54, "{}", text.len());
+        assert_eq!(message(None, Some(2.0), None, None), "held-out 2.000");
     }
 }

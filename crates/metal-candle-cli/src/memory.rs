@@ -1,0 +1,66 @@
+//! The memory of this process.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The most memory the process has had in RAM, in bytes, where the operating system tells (Linux).
+pub(crate) fn peak() -> Option<u64> {
+    of_status("VmHWM:")
+}
+
+/// A line of `/proc/self/status`, in bytes.
+fn of_status(key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    kilobytes(line.trim().strip_suffix("kB")?)
+}
+
+fn kilobytes(text: &str) -> Option<u64> {
+    text.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Tells the memory in use, and asks again now and then only.
+#[derive(Debug, Default)]
+pub(crate) struct Gauge {
+    last: Option<(Instant, Option<u64>)>,
+}
+
+impl Gauge {
+    /// The memory the process has in RAM, in bytes, if the operating system tells.
+    pub(crate) fn bytes(&mut self) -> Option<u64> {
+        // asking `ps` takes milliseconds, reading a file of /proc does not
+        let interval = if cfg!(target_os = "linux") { Duration::from_millis(200) } else { Duration::from_secs(10) };
+        match self.last {
+            Some((when, bytes)) if when.elapsed() < interval => bytes,
+            _ => {
+                let bytes = of_status("VmRSS:").or_else(of_ps);
+                self.last = Some((Instant::now(), bytes));
+                bytes
+            }
+        }
+    }
+}
+
+/// What `ps` says, for systems without `/proc` such as macOS.
+fn of_ps() -> Option<u64> {
+    if !cfg!(unix) {
+        return None;
+    }
+    let output = Command::new("ps").args(["-o", "rss=", "-p", &std::process::id().to_string()]).output().ok()?;
+    kilobytes(std::str::from_utf8(&output.stdout).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Gauge, kilobytes};
+
+    #[test]
+    fn memory_is_told() {
+        assert_eq!(kilobytes(" 12 "), Some(12_288));
+        assert_eq!(kilobytes(""), None);
+        if cfg!(unix) {
+            let bytes = Gauge::default().bytes();
+            assert!(bytes.is_some_and(|bytes| bytes > 1 << 20), "{bytes:?}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! `run.json`: what a run is and how it stands, for whoever looks at it from outside; and the lock of a run.
+
+use crate::output::UserError;
+use crate::run_folder::RunFolder;
+use anyhow::Result;
+use metal_candle::Error;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Most warnings that are kept.
+const MAX_WARNINGS: usize = 50;
+
+/// How a run stands by its own account.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    /// It is going on, or was when it last could say so.
+    #[default]
+    Running,
+    /// All steps were done, or it stopped early as it was told to.
+    Done,
+    /// It was stopped and can go on.
+    Stopped,
+    /// An error ended it.
+    Failed,
+}
+
+/// What a run says of itself. Times and speeds are here, so that `metrics.jsonl` has none.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RunRecord {
+    pub(crate) outcome: Outcome,
+    /// What ended it, if it failed.
+    pub(crate) error: Option<String>,
+    pub(crate) model: String,
+    pub(crate) data: String,
+    pub(crate) device: String,
+    pub(crate) num_trainable_parameters: usize,
+    pub(crate) total_steps: usize,
+    /// When it was first started and when this was written, in seconds since 1970 (UTC).
+    pub(crate) started: u64,
+    pub(crate) updated: u64,
+    /// How long it has run, all its continuations together.
+    pub(crate) seconds: f64,
+    /// Of the last continuation.
+    pub(crate) tokens_per_second: Option<f64>,
+    pub(crate) peak_memory_bytes: Option<u64>,
+    /// The process that wrote this.
+    pub(crate) pid: u32,
+    pub(crate) warnings: Vec<RecordedWarning>,
+    /// Every setting, also those that were derived.
+    pub(crate) settings: Map<String, Value>,
+}
+
+/// A warning, when it was given.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RecordedWarning {
+    pub(crate) step: usize,
+    pub(crate) kind: String,
+    pub(crate) text: String,
+}
+
+impl RunRecord {
+    /// The file of a run folder.
+    pub(crate) fn path(folder: &Path) -> PathBuf {
+        folder.join("run.json")
+    }
+
+    /// Reads the record of a run; none if there is none.
+    pub(crate) fn read(folder: &Path) -> std::result::Result<Option<Self>, String> {
+        match std::fs::read(Self::path(folder)) {
+            Ok(bytes) => {
+                // an array would do for a structure
+                let object = serde_json::from_slice::<Map<String, Value>>(&bytes);
+                let record = object.and_then(|object| serde_json::from_value(Value::Object(object)));
+                record.map(Some).map_err(|error| format!("run.json: {error}"))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(format!("run.json: {error}")),
+        }
+    }
+
+    /// Writes it; whoever reads at the same time sees the old file or the new one.
+    pub(crate) fn write(&mut self, folder: &Path) -> metal_candle::Result<()> {
+        (self.updated, self.pid) = (seconds_since_epoch(), std::process::id());
+        let path = Self::path(folder);
+        let failed = |source| Error::Write { path: path.clone(), source };
+        let text = serde_json::to_vec_pretty(self).map_err(|error| failed(error.into()))?;
+        let temporary = path.with_extension("json.part");
+        std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &path)).map_err(failed)
+    }
+
+    /// Adds a warning, unless there are too many already or a continuation repeats one.
+    pub(crate) fn warn(&mut self, warning: RecordedWarning) {
+        if self.warnings.len() < MAX_WARNINGS && !self.warnings.contains(&warning) {
+            self.warnings.push(warning);
+        }
+    }
+}
+
+/// Now.
+pub(crate) fn seconds_since_epoch() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// Held by the process that trains a run. The operating system takes it back however the process ends.
+#[derive(Debug)]
+pub(crate) struct RunLock {
+    _file: File,
+}
+
+/// Whether a process is training a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Liveness {
+    Running,
+    NotRunning,
+    /// The file system has no locks.
+    Unknown,
+}
+
+/// How long whoever looks at a run may hold its lock.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl RunLock {
+    fn path(folder: &Path) -> PathBuf {
+        folder.join("run.lock")
+    }
+
+    /// Takes the lock, or refuses if another process trains the run.
+    pub(crate) fn take(run: &RunFolder) -> Result<Self> {
+        let path = Self::path(run.path());
+        let failed = |source| Error::Write { path: path.clone(), source };
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+        let mut waited = Duration::ZERO;
+        loop {
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) if waited < PATIENCE => {
+                    let pause = Duration::from_millis(50);
+                    std::thread::sleep(pause);
+                    waited += pause;
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let record = RunRecord::read(run.path()).ok().flatten();
+                    let process = record.map_or_else(String::new, |record| format!(" (process {})", record.pid));
+                    let path = run.path().display();
+                    return Err(UserError::new(format!("`{path}` is being trained by another process{process}"))
+                        .with_hint("wait for it, or stop it with Ctrl-C; `metal-candle runs` shows how it stands")
+                        .into());
+                }
+                // without locks two processes at one run are not noticed
+                Ok(()) | Err(TryLockError::Error(_)) => return Ok(Self { _file: file }),
+            }
+        }
+    }
+
+    /// Whether some process holds the lock of the run in `folder`.
+    pub(crate) fn is_held(folder: &Path) -> Liveness {
+        let Ok(file) = File::open(Self::path(folder)) else { return Liveness::NotRunning };
+        match file.try_lock_shared() {
+            Ok(()) => Liveness::NotRunning,
+            Err(TryLockError::WouldBlock) => Liveness::Running,
+            Err(TryLockError::Error(_)) => Liveness::Unknown,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::{Liveness, Outcome, RecordedWarning, RunLock, RunRecord};
+    use crate::run_folder::RunFolder;
+
+    #[test]
+    fn records_come_back_and_damage_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(RunRecord::read(folder.path()), Ok(None));
+        let mut record = RunRecord { outcome: Outcome::Stopped, model: "a \"b\"".into(), ..RunRecord::default() };
+        let warning = RecordedWarning { step: 3, kind: "k".into(), text: "t".into() };
+        record.warn(warning.clone());
+        record.warn(warning);
+        assert_eq!(record.warnings.len(), 1);
+        record.write(folder.path()).unwrap();
+        assert_eq!(RunRecord::read(folder.path()), Ok(Some(record)));
+        std::fs::write(RunRecord::path(folder.path()), "{\"outcome\": \"do").unwrap();
+        assert!(RunRecord::read(folder.path()).unwrap_err().starts_with("run.json: "));
+    }
+
+    #[test]
+    fn a_run_has_one_trainer() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(Some(&folder.path().join("run"))).unwrap();
+        assert_eq!(RunLock::is_held(run.path()), Liveness::NotRunning);
+        let lock = RunLock::take(&run).unwrap();
+        assert_eq!(RunLock::is_held(run.path()), Liveness::Running);
+        let refused = RunLock::take(&run).unwrap_err();
+        assert!(refused.to_string().contains("is being trained by another process"), "{refused}");
+        drop(lock);
+        assert_eq!(RunLock::is_held(run.path()), Liveness::NotRunning);
+        RunLock::take(&run).unwrap();
+    }
+}
