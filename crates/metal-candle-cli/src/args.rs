@@ -53,7 +53,8 @@ Examples:
 valid.jsonl and test.jsonl. Rows are chats, prompt and completion, plain text, alpaca or sharegpt.
 
 The run folder holds adapter/ (as PEFT writes it; model/ with --full), checkpoints/, config.toml,
-metrics.jsonl, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and ends the run.")]
+metrics.jsonl, run.json, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and ends
+the run. --tui shows it as a dashboard; `metal-candle runs` lists and compares what was trained.")]
     Train(Box<TrainArguments>),
 
     /// Write text that continues a prompt.

@@ -66,6 +66,8 @@ class Chart {
     }
     for (const { run, index } of shown) {
       const path = run[this.key].map(([step, value]) => x(step).toFixed(1) + "," + y(value).toFixed(1));
+      // a line needs two points
+      if (path.length === 1) path.push(path[0]);
       this.svg.querySelector(`[data-run="${index}"]`).setAttribute("points", path.join(" "));
     }
     this.last = last;

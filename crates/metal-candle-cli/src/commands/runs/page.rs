@@ -20,7 +20,7 @@ const COLORS: [&str; 10] =
 const SIZE: (f64, f64) = (600.0, 280.0);
 const LEFT: f64 = 58.0;
 const TOP: f64 = 8.0;
-const WIDTH: f64 = 530.0;
+const WIDTH: f64 = 510.0;
 const HEIGHT: f64 = 244.0;
 
 /// A curve of one run.
@@ -49,7 +49,7 @@ pub(super) fn page(runs: &[Run]) -> String {
     let _ = write!(
         html,
         "<meta name=\"viewport\" content=\"width=device-width\">\n<title>{count}</title>\n<style>\n{STYLE}</style>\n\
-         </head>\n<body>\n<h1>{count}</h1>\n<p>Untick a run to hide it; the axes follow those that are shown.</p>\n\
+         </head>\n<body>\n<h1>{count}</h1>\n<p>Curves by step. Untick a run to hide it; the axes follow those that are shown.</p>\n\
          <div class=\"legend\">\n"
     );
     for (index, run) in runs.iter().enumerate() {
@@ -127,7 +127,9 @@ fn chart(html: &mut String, key: &str, title: &str, curves: &[Points]) {
     let _ = writeln!(html, "</g>\n<g clip-path=\"url(#{key}-frame)\">");
     for (index, points) in curves.iter().enumerate() {
         let mut path = String::new();
-        for &(step, value) in points {
+        // a line needs two points
+        let doubled = if points.len() == 1 { points.first() } else { None };
+        for &(step, value) in points.iter().chain(doubled) {
             let _ = write!(path, "{:.1},{:.1} ", x(step), y(value));
         }
         // ten colours, then dashes

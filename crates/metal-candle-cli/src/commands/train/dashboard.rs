@@ -171,8 +171,8 @@ fn draw(frame: &mut Frame, view: &View) {
     loss_chart(frame, loss, &view.curves);
     if small.height > 0 {
         let [left, right] = Layout::horizontal([Constraint::Fill(1), Constraint::Fill(1)]).areas(small);
-        chart(frame, left, "learning rate", &[("", Color::Gray, GraphType::Line, &view.curves.learning_rate)]);
-        chart(frame, right, "gradient norm", &[("", Color::Magenta, GraphType::Line, &view.curves.grad_norm)]);
+        chart(frame, left, "learning rate", &[("", Color::Gray, Drawn::Line, &view.curves.learning_rate)]);
+        chart(frame, right, "gradient norm", &[("", Color::Magenta, Drawn::Line, &view.curves.grad_norm)]);
     }
     if warnings.height > 0 {
         let lines: Vec<Line> = view.warnings.iter().rev().take(3).map(|text| Line::from(text.as_str())).collect();
@@ -226,15 +226,26 @@ fn loss_chart(frame: &mut Frame, area: Rect, curves: &Curves) {
         area,
         "loss",
         &[
-            ("training", Color::DarkGray, GraphType::Scatter, &curves.train),
-            ("smoothed", Color::Blue, GraphType::Line, &smooth),
-            ("held-out", Color::LightRed, GraphType::Line, &curves.valid),
+            ("training", Color::DarkGray, Drawn::Scattered, &curves.train),
+            ("smoothed", Color::Blue, Drawn::Line, &smooth),
+            ("", Color::LightRed, Drawn::Line, &curves.valid),
+            ("held-out", Color::LightRed, Drawn::Dots, &curves.valid),
         ],
     );
 }
 
 /// A curve: its name in the legend, its colour, how it is drawn, and its points.
-type Curve<'a> = (&'a str, Color, GraphType, &'a [(f64, f64)]);
+type Curve<'a> = (&'a str, Color, Drawn, &'a [(f64, f64)]);
+
+/// How a curve is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Drawn {
+    Line,
+    /// Small points.
+    Scattered,
+    /// Points that stand out.
+    Dots,
+}
 
 fn chart(frame: &mut Frame, area: Rect, title: &str, curves: &[Curve]) {
     let thin = |points: &[(f64, f64)]| crate::plot::thinned(points, MAX_POINTS);
@@ -248,8 +259,13 @@ fn chart(frame: &mut Frame, area: Rect, title: &str, curves: &[Curve]) {
     };
     let (low, high) = crate::plot::range(&values);
     let last = last.max(1.0);
-    let datasets = curves.iter().zip(&points).map(|(&(name, color, kind, _), points)| {
-        let dataset = Dataset::default().marker(Marker::Braille).graph_type(kind).style(Style::new().fg(color));
+    let datasets = curves.iter().zip(&points).map(|(&(name, color, drawn, _), points)| {
+        let (marker, kind) = match drawn {
+            Drawn::Line => (Marker::Braille, GraphType::Line),
+            Drawn::Scattered => (Marker::Braille, GraphType::Scatter),
+            Drawn::Dots => (Marker::Dot, GraphType::Scatter),
+        };
+        let dataset = Dataset::default().marker(marker).graph_type(kind).style(Style::new().fg(color));
         let dataset = dataset.data(points);
         if name.is_empty() { dataset } else { dataset.name(name) }
     });
@@ -321,6 +337,8 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
+        // evaluations stand out
+        assert!(text.contains('•'), "{text}");
         // curves are drawn
         assert!(text.chars().filter(|c| ('\u{2801}'..='\u{28ff}').contains(c)).count() > 50, "{text}");
         let stopping = drawn(&View { is_stopping: true, ..view() }, 100, 42);
