@@ -22,7 +22,7 @@ const LEVEL_STEPS: usize = 10;
 const RISE_FROM_START: f64 = 0.1;
 /// or above the lowest level since by this share,
 const RISE_FROM_BEST: f64 = 0.5;
-/// in any case by so many nats,
+/// in any case by so many nats, and so with spikes, as all losses are small once rows are known by heart,
 const MIN_RISE: f64 = 0.2;
 /// and by so many standard deviations of the noise of one step.
 const RISE_DEVIATIONS: f64 = 4.0;
@@ -40,14 +40,15 @@ const DEVIATION_BY_MEDIAN: f64 = 1.4826;
 /// All rules compare with medians of the last 100 steps, and measure noise by the median absolute difference of
 /// neighbouring steps, which neither a trend nor a few odd values change:
 ///
-/// - a spike: a loss above 1.5 medians, and above the median by 6 standard deviations of the logarithm;
+/// - a spike: a loss above 1.5 medians, and above the median by 6 standard deviations of the logarithm and by 0.2 nats;
 /// - an explosion: a gradient norm above 1, above 10 medians, and by 6 such deviations;
 /// - a loss that rises: the median of the last 10 losses is above that of the first 3, 5 or 10 by a tenth, or above the
 ///   lowest so far by half; by 0.2 nats and by 4 standard deviations at least. Or a held-out loss that is a tenth above the
 ///   first one while the training loss does not fall;
 /// - over-fitting: three evaluations in a row above the best one, the last by 1 %, while the training loss fell.
 ///
-/// After a warning its kind is silent for 50 steps, then for 100, and so on; the last two kinds come once a run.
+/// After a warning its kind is silent for 50 steps, then for 100, and so on; the last two kinds come once a run. A run
+/// that is resumed begins with no history.
 #[derive(Debug, Clone, Default)]
 pub struct TrainingMonitor {
     max_grad_norm: Option<f64>,
@@ -93,7 +94,8 @@ impl TrainingMonitor {
         self.highest_learning_rate = self.highest_learning_rate.max(learning_rate);
         if self.losses.len() >= MIN_HISTORY {
             let median = self.losses.median();
-            if loss > median * self.losses.tail().max(SPIKE_RATIO) && self.spikes.allows(step) {
+            let is_spike = loss > (median * self.losses.tail().max(SPIKE_RATIO)).max(median + MIN_RISE);
+            if is_spike && self.spikes.allows(step) {
                 warnings.push(TrainingWarning::LossSpike { loss, median });
             }
             let median = self.grad_norms.median();
@@ -364,6 +366,10 @@ mod tests {
         }
         // 50 steps of silence, then 100
         assert_eq!(of_losses(&losses), [101, 201, 400].map(|step| (step, "loss spike")));
+        // what is known by heart has losses of almost nothing
+        let known: Vec<f64> = falling(200, 0.01, 0.001, 0.1, &mut Random::new(3));
+        let jumped: Vec<f64> = known.iter().enumerate().map(|(i, &loss)| if i == 150 { 0.1 } else { loss }).collect();
+        assert_eq!(of_losses(&jumped), []);
         // the real run, once with a bad batch
         let mut losses = LOSSES;
         losses[40] = 3.0;
