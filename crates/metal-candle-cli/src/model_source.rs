@@ -127,6 +127,7 @@ impl ModelSource {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) source: ModelSource,
+    /// The model that the adapter runs on.
     pub(crate) model: Model,
     pub(crate) adapter: Option<LoRAAdapter>,
 }
@@ -139,7 +140,9 @@ impl Loaded {
             check_adapter(adapter)?;
         }
         let model = source.load(*dtype, *device, output)?;
-        let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path)).transpose()?;
+        let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path, &source)).transpose()?;
+        // modules that were trained as a whole take the place of the model's
+        let model = adapter.as_ref().map_or(model, |adapter| adapter.run_model().clone());
         Ok(Self { source, model, adapter })
     }
 }
@@ -153,12 +156,24 @@ pub(crate) fn check_adapter(path: &Path) -> Result<()> {
     Err(metal_candle::Error::Read { path: path.to_path_buf(), source }.into())
 }
 
-/// Reads an adapter from a run folder, a PEFT or mlx-lm folder, or a checkpoint file.
-pub(crate) fn load_adapter(model: &Model, path: &Path) -> Result<LoRAAdapter> {
+/// Reads an adapter of a model from a run folder, a PEFT or mlx-lm folder, or a checkpoint file.
+pub(crate) fn load_adapter(model: &Model, path: &Path, source: &ModelSource) -> Result<LoRAAdapter> {
     check_adapter(path)?;
     let in_run = path.join("adapter");
     let path = if in_run.is_dir() { in_run.as_path() } else { path };
+    check_base(path, source)?;
     Ok(LoRAAdapter::load(model, path)?)
+}
+
+/// Refuses the adapter of a run on another model than the run's own, if it has one.
+fn check_base(adapter: &Path, source: &ModelSource) -> Result<()> {
+    let base = adapter.join("..").join("base");
+    let (Ok(base), Ok(found)) = (base.canonicalize(), source.folder().canonicalize()) else { return Ok(()) };
+    if !adapter.ends_with("adapter") || !base.join("config.json").is_file() || base == found {
+        return Ok(());
+    }
+    let message = format!("`{}` belongs to the model beside it, whose weights were rounded", adapter.display());
+    Err(UserError::new(message).with_hint(format!("--model {}", base.display())).into())
 }
 
 /// Whether a name that is no file or folder was meant to be one rather than a Hub name.

@@ -68,6 +68,11 @@ impl RunFolder {
         self.path.join("adapter")
     }
 
+    /// The model that the adapter belongs to, when its start rounded the weights.
+    pub(crate) fn base(&self) -> PathBuf {
+        self.path.join("base")
+    }
+
     /// The trained model, when all weights are trained.
     pub(crate) fn model(&self) -> PathBuf {
         self.path.join("model")

@@ -1,5 +1,7 @@
 //! The settings of a training run: flags and TOML file in one structure.
 
+mod methods;
+
 use crate::args::{DeviceKind, WeightType};
 use crate::model_source::NANO;
 use crate::output::{UserError, message};
@@ -7,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use metal_candle::ModelConfig;
 use metal_candle::training::{AdamWConfig, LRScheduler};
+pub(crate) use methods::PathValues;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
@@ -54,6 +57,10 @@ pub(crate) struct TrainSettings {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Model")]
     pub(crate) from_scratch: Option<bool>,
 
+    /// With --full: train only this many blocks, the last ones.
+    #[arg(long, value_name = "COUNT", help_heading = "Model")]
+    pub(crate) train_last_layers: Option<usize>,
+
     /// A JSONL file or a folder with train.jsonl, valid.jsonl, test.jsonl [default: the built-in model's
     /// sample data].
     #[arg(long, value_name = "PATH", help_heading = "Data")]
@@ -92,7 +99,7 @@ pub(crate) struct TrainSettings {
     pub(crate) dropout: Option<f64>,
 
     /// Layers to extend, separated by commas: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
-    /// `down_proj`, or `all-linear` [default: all-linear].
+    /// `down_proj`, or `all-linear` for these; and `embed_tokens`, `lm_head` [default: all-linear].
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) target_modules: Option<Vec<String>>,
 
@@ -103,6 +110,27 @@ pub(crate) struct TrainSettings {
     /// Scale by alpha / sqrt(rank) (rsLoRA).
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
     pub(crate) use_rslora: Option<bool>,
+
+    /// Give each row of the adapted weights a magnitude of its own (DoRA).
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
+    pub(crate) use_dora: Option<bool>,
+
+    /// What the adapter starts from: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N quick steps instead of
+    /// an exact decomposition), `olora`, `loftq`, `loftq_niter_N`, `loftq_8bit` [default: kaiming].
+    #[arg(long, value_name = "START", help_heading = "Adapter")]
+    pub(crate) init_lora_weights: Option<String>,
+
+    /// Other ranks by regular expression on the end of a path, as in `q_proj=16,layers\.0\..*=4`; the first match counts.
+    #[arg(long, value_name = "PATTERN=RANK,...", help_heading = "Adapter")]
+    pub(crate) rank_pattern: Option<PathValues>,
+
+    /// Other values of alpha in the same way.
+    #[arg(long, value_name = "PATTERN=ALPHA,...", help_heading = "Adapter")]
+    pub(crate) alpha_pattern: Option<PathValues>,
+
+    /// Modules to train as a whole, by the ends of their paths, as in `lm_head,embed_tokens,model.norm`.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
+    pub(crate) modules_to_save: Option<Vec<String>>,
 
     /// Number of optimizer steps; with it --epochs must not be given.
     #[arg(long, conflicts_with = "epochs", help_heading = "Training")]
@@ -160,6 +188,10 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) label_smoothing: Option<f64>,
 
+    /// Noise on the embedded tokens in training (NEFTune); 5 is usual, 0 is none [default: 0].
+    #[arg(long, value_name = "ALPHA", help_heading = "Training")]
+    pub(crate) neftune_noise_alpha: Option<f64>,
+
     /// Seed of everything random; the same seed gives the same run [default: 0].
     #[arg(long, value_parser = crate::args::train_seed, help_heading = "Training")]
     pub(crate) seed: Option<u64>,
@@ -208,10 +240,10 @@ impl TrainSettings {
             leave_out(&mut table, &["adapter"]);
         }
         if self.full == Some(true) || self.adapter.is_some() {
-            leave_out(&mut table, &["rank", "alpha", "dropout", "target_modules", "layers", "use_rslora"]);
+            leave_out(&mut table, &methods::OF_NEW_ADAPTERS);
         }
         if self.full == Some(false) || self.adapter.is_some() {
-            leave_out(&mut table, &["full", "from_scratch"]);
+            leave_out(&mut table, &["full", "from_scratch", "train_last_layers"]);
         }
         table.extend(own);
         Ok(Value::Table(table).try_into()?)
@@ -246,7 +278,7 @@ impl TrainSettings {
             anyhow::bail!("`steps` and `epochs` exclude each other");
         }
         let mut settings: Self = Value::Table(table).try_into()?;
-        if let Some(modules) = &mut settings.target_modules {
+        for modules in [&mut settings.target_modules, &mut settings.modules_to_save].into_iter().flatten() {
             modules.retain(|name| !name.is_empty());
         }
         Ok(settings)
@@ -271,6 +303,8 @@ impl TrainSettings {
             self.dropout.get_or_insert(0.0);
             self.target_modules.get_or_insert_with(|| vec!["all-linear".into()]);
             self.use_rslora.get_or_insert(false);
+            self.use_dora.get_or_insert(false);
+            self.init_lora_weights.get_or_insert_with(|| "kaiming".into());
         }
         if self.steps.is_none() {
             self.epochs.get_or_insert(3);
@@ -299,6 +333,7 @@ impl TrainSettings {
         self.batch_tokens.get_or_insert(2048);
         self.gradient_accumulation_steps.get_or_insert(1);
         self.label_smoothing.get_or_insert(0.0);
+        self.neftune_noise_alpha.get_or_insert(0.0);
         self.seed.get_or_insert(0);
         self.early_stopping_patience.get_or_insert(0);
         self.test_samples.get_or_insert(64);
@@ -343,26 +378,10 @@ impl TrainSettings {
         if self.from_scratch == Some(true) && self.full != Some(true) {
             return refuse("`--from-scratch` trains all weights: it needs `--full`".into());
         }
-        let of_new_adapters = [
-            ("--rank", self.rank.is_some()),
-            ("--alpha", self.alpha.is_some()),
-            ("--dropout", self.dropout.is_some()),
-            ("--target-modules", self.target_modules.is_some()),
-            ("--layers", self.layers.is_some()),
-            ("--use-rslora", self.use_rslora == Some(true)),
-        ];
-        let given: Vec<_> = of_new_adapters.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
-        if self.full == Some(true) {
-            if self.adapter.is_some() {
-                return refuse("`--full` trains no adapter: leave `--adapter` out, or fuse it first".into());
-            }
-            if !given.is_empty() {
-                return refuse(format!("`--full` trains no adapter: leave `{}` out", given.join("`, `")));
-            }
+        if self.full == Some(true) && self.adapter.is_some() {
+            return refuse("`--full` trains no adapter: leave `--adapter` out, or fuse it first".into());
         }
-        if self.adapter.is_some() && !given.is_empty() {
-            return refuse(format!("`--adapter` has its own settings: leave `{}` out", given.join("`, `")));
-        }
+        self.check_methods()?;
         if let Some(alpha) = self.alpha
             && (alpha <= 0.0 || !alpha.is_finite())
         {

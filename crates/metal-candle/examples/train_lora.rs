@@ -67,7 +67,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Prints the loss of the held-out rows.
 fn report(when: &str, adapter: &LoRAAdapter, held_out: &Dataset) -> Result<(), Box<dyn Error>> {
     if !held_out.is_empty() {
-        let evaluation = evaluate(adapter.model(), Some(&adapter.terms()?), held_out, BATCH_TOKENS)?;
+        let evaluation = evaluate(adapter.run_model(), Some(&adapter.terms()?), held_out, BATCH_TOKENS)?;
         println!("{when}: held-out loss {:.4} nats a token, {} rows", evaluation.loss(), held_out.len());
     }
     Ok(())

@@ -30,7 +30,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     check_free(&flags.output, "name a new folder with --output; nothing is overwritten")?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
-    let adapter = load_adapter(&model, &flags.adapter)?;
+    let adapter = load_adapter(&model, &flags.adapter, &source)?;
     let merged = adapter.merge(&model)?;
     save_model(&merged, &flags.output)?;
     copy_tokenizer(source.folder(), &flags.output)?;
@@ -39,7 +39,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
     let ids: Vec<u32> = probe(model.config().vocab_size);
     let batch = Batch::single(&ids);
-    let with_adapter = model.forward(&batch, Some(&adapter.terms()?), None, Rows::All)?;
+    let with_adapter = adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)?;
     let with_merged = written.forward(&batch, None, None, Rows::All)?;
     let difference = largest_difference(&with_adapter, &with_merged)?;
     let without = model.forward(&batch, None, None, Rows::All)?;

@@ -17,10 +17,10 @@ use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
 use anyhow::Result;
 use metal_candle::Model;
-use metal_candle::adapters::LoRAAdapter;
+use metal_candle::adapters::{LoRAAdapter, Start};
 use metal_candle::data::{Datasets, Tokenizer};
 use metal_candle::inference::Generator;
-use metal_candle::training::{StopReason, Trained, Trainer, TrainingMetrics};
+use metal_candle::training::{LastLayers, StopReason, Trained, Trainer, TrainingMetrics};
 use recorder::Recorder;
 use report::{Report, Written};
 use serde_json::json;
@@ -44,6 +44,9 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let report = if let Some(adapter) = prepared.adapter.clone() {
         let trainer = Trainer::new(adapter, prepared.training_config())?;
         execute(trainer, prepared, resumed, flags.tui, output)?
+    } else if let Some(count) = prepared.settings.train_last_layers {
+        let layers = LastLayers::new(&prepared.model, count)?;
+        execute(Trainer::of(layers, prepared.training_config())?, prepared, resumed, flags.tui, output)?
     } else {
         let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
         execute(trainer, prepared, resumed, flags.tui, output)?
@@ -108,9 +111,6 @@ struct Prepared {
 
 /// What can be trained and saved by this command.
 trait Kept: Trained {
-    /// The best state of a run, or the last one if there was no evaluation.
-    fn of(trainer: &Trainer<Self>) -> Self;
-
     /// Writes it where other commands find it; returns the folder.
     fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf>;
 
@@ -124,25 +124,34 @@ trait Kept: Trained {
 }
 
 impl Kept for LoRAAdapter {
-    fn of(trainer: &Trainer<Self>) -> Self {
-        trainer.best_adapter().unwrap_or_else(|| trainer.lora_adapter())
-    }
-
-    fn keep(&self, run: &RunFolder, _prepared: &Prepared) -> Result<PathBuf> {
-        self.save(run.adapter())?;
+    fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf> {
+        if let Start::Loftq { .. } = prepared.settings.start()? {
+            start::save_full(self.model(), &run.base(), prepared)?;
+            let base = std::path::absolute(run.base()).unwrap_or_else(|_| run.base());
+            self.with_base_model(base.to_string_lossy()).save(run.adapter())?;
+        } else {
+            self.save(run.adapter())?;
+        }
         Ok(run.adapter())
     }
 }
 
 impl Kept for Model {
-    fn of(trainer: &Trainer<Self>) -> Self {
-        trainer.best_model().unwrap_or_else(|| trainer.model())
-    }
-
     fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf> {
         start::save_full(self, &run.model(), prepared)?;
         Ok(run.model())
     }
+}
+
+impl Kept for LastLayers {
+    fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf> {
+        self.model().keep(run, prepared)
+    }
+}
+
+/// The best state of a run, or the last one if there was no evaluation.
+fn state<T: Trained>(trainer: &Trainer<T>) -> T {
+    trainer.best().unwrap_or_else(|| trainer.latest())
 }
 
 fn execute<T: Kept>(
@@ -182,7 +191,7 @@ fn execute<T: Kept>(
 
     let questions = prepared.questions();
     let to_show = prepared.to_show();
-    let before = T::of(&trainer);
+    let before = state(&trainer);
     let written_before = write(&before, &prepared.tokenizer, &questions, to_show.as_ref())?;
     report::sample_before(&prepared.tokenizer, to_show.as_ref(), &written_before, output)?;
 
@@ -215,7 +224,7 @@ fn execute<T: Kept>(
         return Err(failure.into());
     }
 
-    let after = T::of(&trainer);
+    let after = state(&trainer);
     let kept = after.keep(&run, &prepared)?;
     let outcome = match metrics.stop_reason {
         StopReason::Callback => Outcome::Stopped,

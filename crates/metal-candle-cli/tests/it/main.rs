@@ -10,6 +10,7 @@ mod fixture;
 mod hub;
 #[cfg(unix)]
 mod interrupted;
+mod methods;
 mod models;
 mod nano;
 mod runs;

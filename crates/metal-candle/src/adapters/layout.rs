@@ -122,7 +122,7 @@ impl Settings {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Layout {
     pub(crate) settings: Settings,
     pub(crate) modules: Vec<LoRAModule>,

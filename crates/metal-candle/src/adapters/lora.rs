@@ -302,6 +302,14 @@ impl LoRAAdapter {
         self.layout.settings.base_model.as_deref()
     }
 
+    /// The same adapter with another name or path of its model.
+    #[must_use]
+    pub fn with_base_model(&self, name: impl Into<String>) -> Self {
+        let mut layout = (*self.layout).clone();
+        layout.settings.base_model = Some(name.into());
+        Self { layout: Arc::new(layout), ..self.clone() }
+    }
+
     /// A `[rank, in_features]` and B `[out_features, rank]` of a module: views in f32.
     ///
     /// # Errors

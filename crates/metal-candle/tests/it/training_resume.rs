@@ -2,8 +2,8 @@
 
 use crate::golden;
 use crate::training_trainer::{adapter, config, dataset};
-use metal_candle::adapters::LoRAAdapter;
-use metal_candle::training::{LRScheduler, StopReason, Trainer, TrainingConfig, TrainingEvent};
+use metal_candle::adapters::{LoRAAdapter, TargetModule};
+use metal_candle::training::{LRScheduler, LastLayers, StopReason, Trained, Trainer, TrainingConfig, TrainingEvent};
 use metal_candle::{Error, Model};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -87,6 +87,52 @@ fn a_run_stopped_after_any_step_ends_with_the_same_bytes() {
             assert!(bytes == &expected[name], "stopped after {stop}: {name} differs");
         }
     }
+}
+
+/// Stops runs after three of nine steps and compares what the resumed ones leave with the files of whole ones.
+fn compare_resumed<T: Trained>(name: &str, start: impl Fn() -> T) {
+    let data = dataset(12, 97);
+    let trainer = |folder: &Path| {
+        Trainer::of(start(), schedule())
+            .unwrap()
+            .with_batch_samples(4)
+            .with_evaluation(dataset(4, 97), 2)
+            .with_neftune_noise_alpha(5.0)
+            .with_save_interval(1)
+            .with_run_folder(folder)
+    };
+    let (whole, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    trainer(whole.path()).train(&data).unwrap();
+    let stopped = trainer(folder.path()).with_callback(|event| match event {
+        TrainingEvent::Step { step: 3, .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert_eq!(stopped.train(&data).unwrap().num_steps, 3);
+    trainer(folder.path()).with_resume(true).train(&data).unwrap();
+    let (found, expected) = (files(folder.path()), files(whole.path()));
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name}");
+    for (file, bytes) in &found {
+        assert!(bytes == &expected[file], "{name}: {file} differs");
+    }
+}
+
+#[test]
+fn all_methods_resume_with_the_same_bytes() {
+    let model = golden::model("models/untied");
+    for (start, use_dora) in [("pissa", false), ("olora", true), ("loftq", false), ("orthogonal", true)] {
+        compare_resumed(start, || {
+            LoRAAdapter::builder(&model)
+                .with_rank(4)
+                .with_dropout(0.1)
+                .with_start(start.parse().unwrap())
+                .with_dora(use_dora)
+                .with_target_modules([TargetModule::QProj, TargetModule::DownProj, TargetModule::LmHead])
+                .with_modules_to_save(["embed_tokens", "model.norm"])
+                .build()
+                .unwrap()
+        });
+    }
+    compare_resumed("last layers", || LastLayers::new(&model, 1).unwrap());
 }
 
 #[test]

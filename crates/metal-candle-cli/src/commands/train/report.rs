@@ -70,6 +70,7 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
             let mut modules: Vec<_> = adapter.modules().iter().map(|module| module.module).collect();
             modules.sort_unstable();
             modules.dedup();
+            let saved: Vec<_> = adapter.saved_parameters().iter().map(|saved| saved.name.as_str()).collect();
             output.note(format_args!(
                 "adapter  rank {}, alpha {} on {} layers ({}): {} parameters, {:.2} % of the model's",
                 adapter.rank(),
@@ -79,8 +80,14 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
                 grouped(adapter.num_parameters() as u64),
                 100.0 * adapter.num_parameters() as f64 / config.num_parameters() as f64,
             ));
+            if !saved.is_empty() {
+                output.note(format_args!("         trained as a whole: {}", saved.join(", ")));
+            }
         }
-        None => output.note("adapter  none: all weights are trained"),
+        None => match settings.train_last_layers {
+            Some(count) => output.note(format_args!("adapter  none: the last {count} blocks are trained")),
+            None => output.note("adapter  none: all weights are trained"),
+        },
     }
     output.note(format_args!("data     {}: {rows}", prepared.data_name));
     output.note(format_args!(

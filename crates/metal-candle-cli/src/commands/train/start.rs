@@ -6,7 +6,7 @@ use crate::commands::fuse::copy_tokenizer;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::{Output, UserError};
 use crate::run_record::RunRecord;
-use crate::settings::{TrainSettings, parse_layers};
+use crate::settings::{PathValues, TrainSettings, parse_layers};
 use anyhow::Result;
 use candle_core::DType;
 use metal_candle::Model;
@@ -64,13 +64,15 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
     let device = settings.device.unwrap_or(crate::args::DeviceKind::Auto);
     let model = if settings.from_scratch == Some(true) {
         Model::initialize(config, settings.seed.unwrap_or(0), device.open()?)?
-    } else if is_full {
+    } else if is_full && settings.train_last_layers.is_none() {
         // all weights are trained in f32, whatever they are saved in
         source.load(Some(crate::args::WeightType::F32), device, output)?
     } else {
         source.load(settings.dtype, device, output)?
     };
-    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name)?) };
+    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source)?) };
+    // a start that rounds weights makes another model
+    let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
     Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name })
 }
 
@@ -84,9 +86,9 @@ fn shown(path: &Path) -> String {
     }
 }
 
-fn adapter(settings: &TrainSettings, model: &Model, name: &str) -> Result<LoRAAdapter> {
+fn adapter(settings: &TrainSettings, model: &Model, name: &str, source: &ModelSource) -> Result<LoRAAdapter> {
     if let Some(path) = &settings.adapter {
-        return load_adapter(model, path);
+        return load_adapter(model, path, source);
     }
     let modules = TargetModule::parse_list(&settings.target_modules.clone().unwrap_or_default().join(","))?;
     let mut builder = LoRAAdapter::builder(model)
@@ -95,10 +97,19 @@ fn adapter(settings: &TrainSettings, model: &Model, name: &str) -> Result<LoRAAd
         .with_dropout(settings.dropout.unwrap_or(0.0))
         .with_target_modules(modules)
         .with_rslora(settings.use_rslora == Some(true))
+        .with_dora(settings.use_dora == Some(true))
+        .with_start(settings.start()?)
+        .with_modules_to_save(settings.modules_to_save.clone().unwrap_or_default())
         .with_seed(settings.seed.unwrap_or(0))
         .with_base_model(name);
     if let Some(layers) = &settings.layers {
         builder = builder.with_layers(parse_layers(layers, model.config().num_hidden_layers)?);
+    }
+    for (pattern, rank) in settings.rank_pattern.as_ref().map_or(Ok(Vec::new()), PathValues::ranks)? {
+        builder = builder.with_rank_pattern(pattern, rank);
+    }
+    for (pattern, alpha) in settings.alpha_pattern.iter().flat_map(|patterns| &patterns.0) {
+        builder = builder.with_alpha_pattern(pattern, *alpha);
     }
     Ok(builder.build()?)
 }
@@ -134,6 +145,7 @@ impl Prepared {
                 settings.gradient_accumulation_steps,
             )?)
             .with_label_smoothing(settings.label_smoothing.unwrap_or(0.0))
+            .with_neftune_noise_alpha(settings.neftune_noise_alpha.unwrap_or(0.0))
             .with_seed(settings.seed.unwrap_or(0));
         at_least_one("save-interval", settings.save_interval)?;
         at_least_one("epochs", settings.epochs)?;

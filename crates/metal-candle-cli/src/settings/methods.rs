@@ -1,0 +1,184 @@
+//! Settings of the fine-tuning methods.
+
+use super::TrainSettings;
+use crate::output::UserError;
+use anyhow::Result;
+use metal_candle::adapters::Start;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
+use std::str::FromStr;
+
+/// Keys that only a new adapter has.
+pub(super) const OF_NEW_ADAPTERS: [&str; 11] = [
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "layers",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+];
+
+/// Numbers by regular expression on a path, as in `q_proj=16,layers\.0\..*=4`; the first that matches counts.
+///
+/// In TOML it may be a table too, which is taken in the order of its keys.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct PathValues(pub(crate) Vec<(String, f64)>);
+
+impl FromStr for PathValues {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut values = Vec::new();
+        let mut pattern = String::new();
+        for part in text.split(',') {
+            // a comma may be a part of an expression
+            let Some((end, number)) = part.rsplit_once('=') else {
+                pattern.push_str(part);
+                pattern.push(',');
+                continue;
+            };
+            pattern.push_str(end);
+            let number = number.trim().parse().ok().filter(|number: &f64| number.is_finite());
+            let number = number.ok_or_else(|| format!("expected a number after `{}=`", pattern.trim()))?;
+            values.push((std::mem::take(&mut pattern).trim().to_owned(), number));
+        }
+        if values.is_empty() || !pattern.is_empty() || values.iter().any(|(pattern, _)| pattern.is_empty()) {
+            return Err(format!("expected a list such as `q_proj=16,layers.0..*=4`, found `{text}`"));
+        }
+        Ok(Self(values))
+    }
+}
+
+impl fmt::Display for PathValues {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (place, (pattern, value)) in self.0.iter().enumerate() {
+            let comma = if place == 0 { "" } else { "," };
+            write!(f, "{comma}{pattern}={value}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for PathValues {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PathValues {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Given {
+            Text(String),
+            Table(std::collections::BTreeMap<String, f64>),
+        }
+        match Given::deserialize(deserializer)? {
+            Given::Text(text) => text.parse().map_err(serde::de::Error::custom),
+            Given::Table(table) => Ok(Self(table.into_iter().collect())),
+        }
+    }
+}
+
+impl PathValues {
+    /// The same as whole numbers above 0.
+    pub(crate) fn ranks(&self) -> Result<Vec<(String, usize)>> {
+        let rank = |(pattern, value): &(String, f64)| {
+            if value.fract() != 0.0 || *value < 1.0 {
+                let message =
+                    format!("`--rank-pattern`: expected a whole number above 0, found {value} for `{pattern}`");
+                return Err(UserError::new(message).into());
+            }
+            Ok((pattern.clone(), *value as usize))
+        };
+        self.0.iter().map(rank).collect()
+    }
+}
+
+impl TrainSettings {
+    /// How a new adapter begins.
+    pub(crate) fn start(&self) -> metal_candle::Result<Start> {
+        self.init_lora_weights.as_deref().map_or(Ok(Start::default()), str::parse)
+    }
+
+    /// Refuses methods that contradict each other or what is trained.
+    pub(super) fn check_methods(&self) -> Result<()> {
+        let refuse = |message: String| Err(UserError::new(message).into());
+        let table = self.table()?;
+        let is_given = |key: &&str| table.get(*key).is_some_and(|value| value.as_bool() != Some(false));
+        let given: Vec<String> =
+            OF_NEW_ADAPTERS.into_iter().filter(is_given).map(|key| format!("--{}", key.replace('_', "-"))).collect();
+        if self.full == Some(true) && !given.is_empty() {
+            return refuse(format!("`--full` trains no adapter: leave `{}` out", given.join("`, `")));
+        }
+        if self.adapter.is_some() && !given.is_empty() {
+            return refuse(format!("`--adapter` has its own settings: leave `{}` out", given.join("`, `")));
+        }
+        if self.train_last_layers.is_some() && self.full != Some(true) {
+            return refuse("`--train-last-layers` trains whole layers: it needs `--full`".into());
+        }
+        if self.train_last_layers.is_some() && self.from_scratch == Some(true) {
+            return refuse(
+                "`--train-last-layers` leaves the other layers as they are: leave `--from-scratch` out".into(),
+            );
+        }
+        if let Some(alpha) = self.neftune_noise_alpha.filter(|alpha| !alpha.is_finite() || *alpha < 0.0) {
+            return refuse(format!("`--neftune-noise-alpha`: expected a number of at least 0, found {alpha}"));
+        }
+        if let Some(patterns) = &self.rank_pattern {
+            patterns.ranks()?;
+        }
+        if let Some((pattern, alpha)) =
+            self.alpha_pattern.iter().flat_map(|patterns| &patterns.0).find(|(_, alpha)| *alpha <= 0.0)
+        {
+            return refuse(format!("`--alpha-pattern`: expected a number above 0, found {alpha} for `{pattern}`"));
+        }
+        self.start()?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::PathValues;
+    use crate::settings::TrainSettings;
+
+    #[test]
+    fn patterns_are_lists_or_tables() {
+        let values: PathValues = r"q_proj=16, layers\.\d{1,2}\.mlp.*=4.5".parse().unwrap();
+        assert_eq!(values.0, [("q_proj".to_owned(), 16.0), (r"layers\.\d{1,2}\.mlp.*".to_owned(), 4.5)]);
+        assert_eq!(values.to_string().parse::<PathValues>().unwrap(), values);
+        assert!(values.ranks().is_err());
+        for wrong in ["", "q_proj", "q_proj=", "=3", "q_proj=3,v_proj", "q_proj=x"] {
+            assert!(wrong.parse::<PathValues>().is_err(), "{wrong}");
+        }
+        let file =
+            TrainSettings::parse("rank_pattern = \"q_proj=2\"\n[alpha-pattern]\nv_proj = 3\nq_proj = 4.0\n").unwrap();
+        assert_eq!(file.rank_pattern.clone().unwrap().ranks().unwrap(), [("q_proj".to_owned(), 2)]);
+        assert_eq!(file.alpha_pattern.clone().unwrap().0, [("q_proj".to_owned(), 4.0), ("v_proj".to_owned(), 3.0)]);
+        let text = file.to_toml(&file).unwrap();
+        assert_eq!(TrainSettings::parse(&text).unwrap(), file);
+    }
+
+    #[test]
+    fn methods_that_contradict_each_other_are_refused() {
+        let refused = |text: &str, expected: &str| {
+            let error = TrainSettings::parse(text).unwrap().check_methods().unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        };
+        refused("full = true\nuse_dora = true\nmodules_to_save = [\"lm_head\"]", "`--use-dora`, `--modules-to-save`");
+        refused("adapter = \"x\"\nrank_pattern = \"q_proj=2\"", "`--rank-pattern`");
+        refused("train_last_layers = 2", "needs `--full`");
+        refused("init_lora_weights = \"eva\"", "found `eva`");
+        refused("rank_pattern = \"q_proj=2.5\"", "found 2.5 for `q_proj`");
+        refused("alpha_pattern = \"q_proj=0\"", "found 0 for `q_proj`");
+        refused("neftune_noise_alpha = -1.0", "found -1");
+        TrainSettings::parse("full = true\nuse_dora = false\ntrain_last_layers = 1").unwrap().check_methods().unwrap();
+    }
+}
