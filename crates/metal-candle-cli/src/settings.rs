@@ -1,32 +1,19 @@
 //! The settings of a training run: flags and TOML file in one structure.
 
 mod methods;
+mod optimization;
 
 use crate::args::{DeviceKind, WeightType};
 use crate::model_source::NANO;
 use crate::output::{UserError, message};
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use metal_candle::ModelConfig;
-use metal_candle::training::{AdamWConfig, LRScheduler};
 pub(crate) use methods::PathValues;
+use optimization::{DecayKind, OptimizerKind, Schedule};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
-
-/// How the learning rate changes over the run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Schedule {
-    /// The same at each step.
-    Constant,
-    /// Rises over the warm-up steps, then falls in a straight line to the minimum.
-    Linear,
-    /// Falls along half a cosine to the minimum.
-    Cosine,
-    /// Rises over the warm-up steps, then falls along half a cosine to the minimum.
-    WarmupCosine,
-}
 
 /// Settings of `train`. What is `None` was not given; [`TrainSettings::complete`] fills it in.
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
@@ -140,37 +127,75 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) epochs: Option<usize>,
 
-    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano].
-    #[arg(long, help_heading = "Training")]
+    /// Which optimizer [default: adamw].
+    #[arg(long, value_enum, help_heading = "Optimization")]
+    pub(crate) optimizer: Option<OptimizerKind>,
+
+    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano; of these a tenth
+    /// for lion, twice as much for schedule-free-adamw, 200 times as much for sgd].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) learning_rate: Option<f64>,
 
-    /// How the learning rate changes [default: warmup-cosine].
-    #[arg(long, value_enum, help_heading = "Training")]
+    /// How the learning rate changes [default: warmup-cosine; warmup-constant for schedule-free-adamw].
+    #[arg(long, value_enum, help_heading = "Optimization")]
     pub(crate) schedule: Option<Schedule>,
 
-    /// Steps over which the learning rate rises, for linear and warmup-cosine [default: a twentieth of all steps].
-    #[arg(long, help_heading = "Training")]
+    /// Steps over which the learning rate rises, but for constant and cosine [default: a twentieth of all steps].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) warmup_steps: Option<usize>,
 
-    /// Learning rate at the end, but for constant [default: a tenth of the highest].
-    #[arg(long, help_heading = "Training")]
+    /// Learning rate at the end, but for constant, warmup-constant and inverse-sqrt [default: a tenth of the highest].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) min_learning_rate: Option<f64>,
 
-    /// Weight decay of AdamW [default: 0.01].
-    #[arg(long, help_heading = "Training")]
+    /// Times that the learning rate falls with cosine-restarts [default: 3].
+    #[arg(long, value_name = "COUNT", help_heading = "Optimization")]
+    pub(crate) num_cycles: Option<usize>,
+
+    /// Exponent of polynomial [default: 2].
+    #[arg(long, help_heading = "Optimization")]
+    pub(crate) power: Option<f64>,
+
+    /// Steps over which the learning rate falls with warmup-stable-decay [default: a fifth of all steps].
+    #[arg(long, value_name = "STEPS", help_heading = "Optimization")]
+    pub(crate) decay_steps: Option<usize>,
+
+    /// How it falls then [default: one-minus-sqrt].
+    #[arg(long, value_enum, help_heading = "Optimization")]
+    pub(crate) decay_shape: Option<DecayKind>,
+
+    /// Weight decay [default: 0.01; 0.1 for lion and muon; 0 for adam, sgd, adafactor and schedule-free-adamw].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) weight_decay: Option<f64>,
 
-    /// Decay rate of AdamW's mean of the gradients [default: 0.9].
-    #[arg(long, help_heading = "Training")]
+    /// Weight decay for matrices only, not for norms and biases.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimization")]
+    pub(crate) decay_matrices_only: Option<bool>,
+
+    /// Decay rate of the mean of the gradients; for muon of what AdamW updates; not for sgd and adafactor [default: 0.9].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) beta1: Option<f64>,
 
-    /// Decay rate of AdamW's mean of the squared gradients [default: 0.999].
-    #[arg(long, help_heading = "Training")]
+    /// Decay rate of the mean of the squared gradients, for lion of the moment; not for sgd and adafactor [default: 0.999;
+    /// 0.99 for lion].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) beta2: Option<f64>,
 
-    /// Added to the square root of the latter [default: 1e-8].
-    #[arg(long, help_heading = "Training")]
+    /// Added to the square root of the mean of the squared gradients; not for sgd, lion and adafactor [default: 1e-8].
+    #[arg(long, help_heading = "Optimization")]
     pub(crate) eps: Option<f64>,
+
+    /// Share of the moment that is kept, for sgd and muon [default: 0.9; 0.95 for muon].
+    #[arg(long, help_heading = "Optimization")]
+    pub(crate) momentum: Option<f64>,
+
+    /// Look ahead along the moment, for sgd and muon [default: true for muon].
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimization")]
+    pub(crate) nesterov: Option<bool>,
+
+    /// LoRA+: the learning rate of each B is this times that of A [default: they are the same].
+    #[arg(long, value_name = "RATIO", help_heading = "Optimization")]
+    pub(crate) lora_plus_ratio: Option<f64>,
 
     /// Largest norm of all gradients together; 0 for no limit [default: 1].
     #[arg(long, help_heading = "Training")]
@@ -231,13 +256,9 @@ impl TrainSettings {
         }
         let leave_out =
             |table: &mut Table, names: &[&str]| names.iter().for_each(|name| std::mem::drop(table.remove(*name)));
-        match self.schedule {
-            Some(Schedule::Constant) => leave_out(&mut table, &["warmup_steps", "min_learning_rate"]),
-            Some(Schedule::Cosine) => leave_out(&mut table, &["warmup_steps"]),
-            _ => {}
-        }
+        self.leave_out_optimization(&mut table);
         if self.full == Some(true) {
-            leave_out(&mut table, &["adapter"]);
+            leave_out(&mut table, &["adapter", "lora_plus_ratio"]);
         }
         if self.full == Some(true) || self.adapter.is_some() {
             leave_out(&mut table, &methods::OF_NEW_ADAPTERS);
@@ -288,7 +309,8 @@ impl TrainSettings {
     pub(crate) fn complete(&mut self, model: &ModelConfig) -> Result<()> {
         self.check()?;
         let is_nano = self.is_nano();
-        let (full, from_scratch) = (*self.full.get_or_insert(false), *self.from_scratch.get_or_insert(false));
+        let full = *self.full.get_or_insert(false);
+        self.from_scratch.get_or_insert(false);
         self.model.get_or_insert_with(|| NANO.into());
         self.device.get_or_insert(DeviceKind::Auto);
         self.valid_fraction.get_or_insert(0.05);
@@ -309,26 +331,7 @@ impl TrainSettings {
         if self.steps.is_none() {
             self.epochs.get_or_insert(3);
         }
-        let learning_rate = *self.learning_rate.get_or_insert(match (from_scratch, full, is_nano) {
-            (true, _, _) => 1e-3,
-            (_, true, _) => 2e-5,
-            (_, _, true) => 3e-3,
-            _ => 2e-4,
-        });
-        if *self.schedule.get_or_insert(Schedule::WarmupCosine) != Schedule::Constant {
-            let lowest = *self.min_learning_rate.get_or_insert(learning_rate / 10.0);
-            if lowest > learning_rate {
-                return Err(UserError::new(format!(
-                    "`--min-learning-rate` is {lowest:e}: expected at most `--learning-rate`, which is {learning_rate:e}"
-                ))
-                .into());
-            }
-        }
-        let adamw = AdamWConfig::default();
-        self.weight_decay.get_or_insert(adamw.weight_decay);
-        self.beta1.get_or_insert(adamw.beta1);
-        self.beta2.get_or_insert(adamw.beta2);
-        self.eps.get_or_insert(adamw.eps);
+        self.complete_optimization(is_nano)?;
         self.max_grad_norm.get_or_insert(1.0);
         self.batch_tokens.get_or_insert(2048);
         self.gradient_accumulation_steps.get_or_insert(1);
@@ -342,9 +345,7 @@ impl TrainSettings {
 
     /// Fills in what depends on the number of steps.
     pub(crate) fn complete_for(&mut self, total_steps: usize) {
-        if matches!(self.schedule, Some(Schedule::Linear | Schedule::WarmupCosine)) {
-            self.warmup_steps.get_or_insert(total_steps / 20);
-        }
+        self.complete_schedule_for(total_steps);
         let tenth = total_steps.div_ceil(10).max(1);
         let interval = match *self.eval_interval.get_or_insert(tenth) {
             0 => tenth,
@@ -358,18 +359,6 @@ impl TrainSettings {
         self.model.as_deref().is_none_or(|model| model == NANO)
     }
 
-    /// The schedule of `total_steps` steps. All its settings are there after [`TrainSettings::complete_for`].
-    pub(crate) fn scheduler(&self, total_steps: usize) -> LRScheduler {
-        let (high, low) = (self.learning_rate.unwrap_or(0.0), self.min_learning_rate.unwrap_or(0.0));
-        let warmup_steps = self.warmup_steps.unwrap_or(0);
-        match self.schedule {
-            Some(Schedule::Constant) => LRScheduler::constant(high),
-            Some(Schedule::Linear) => LRScheduler::linear(warmup_steps, total_steps, high, low),
-            Some(Schedule::Cosine) => LRScheduler::cosine(total_steps, high, low),
-            Some(Schedule::WarmupCosine) | None => LRScheduler::warmup_cosine(warmup_steps, total_steps, high, low),
-        }
-    }
-
     fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(UserError::new(message).into());
         if self.steps.is_some() && self.epochs.is_some() {
@@ -381,25 +370,16 @@ impl TrainSettings {
         if self.full == Some(true) && self.adapter.is_some() {
             return refuse("`--full` trains no adapter: leave `--adapter` out, or fuse it first".into());
         }
+        if self.full == Some(true) && self.lora_plus_ratio.is_some() {
+            return refuse("`--full` trains no adapter: leave `--lora-plus-ratio` out".into());
+        }
         self.check_methods()?;
         if let Some(alpha) = self.alpha
             && (alpha <= 0.0 || !alpha.is_finite())
         {
             return refuse(format!("`--alpha`: expected a number above 0, found {alpha}"));
         }
-        if let Some(rate) = self.learning_rate
-            && (rate < 0.0 || !rate.is_finite())
-        {
-            return refuse(format!("`--learning-rate`: expected a number of at least 0, found {rate:e}"));
-        }
-        let has_warmup = !matches!(self.schedule, Some(Schedule::Constant | Schedule::Cosine));
-        if self.warmup_steps.is_some() && !has_warmup {
-            return refuse("`--warmup-steps` needs `--schedule linear` or `warmup-cosine`".into());
-        }
-        if self.min_learning_rate.is_some() && self.schedule == Some(Schedule::Constant) {
-            return refuse("`--min-learning-rate` has no meaning with `--schedule constant`".into());
-        }
-        Ok(())
+        self.check_optimization()
     }
 
     /// The TOML text that [`TrainSettings::read`] reads back; what `complete` holds beyond these settings is told in

@@ -42,7 +42,10 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     }
     let prepared = start::prepare(settings, output)?;
     let report = if let Some(adapter) = prepared.adapter.clone() {
-        let trainer = Trainer::new(adapter, prepared.training_config())?;
+        let mut trainer = Trainer::new(adapter, prepared.training_config())?;
+        if let Some(ratio) = prepared.settings.lora_plus_ratio {
+            trainer = trainer.with_lora_plus_ratio(ratio);
+        }
         execute(trainer, prepared, resumed, flags.tui, output)?
     } else if let Some(count) = prepared.settings.train_last_layers {
         let layers = LastLayers::new(&prepared.model, count)?;
@@ -176,6 +179,7 @@ fn execute<T: Kept>(
         Some(patience) => trainer.with_early_stopping(patience),
     };
 
+    trainer.check()?;
     // everything that can be refused has been; from here on files are written
     let resumes = resumed.is_some();
     let run = match resumed {

@@ -136,6 +136,34 @@ fn betas_reach_the_optimizer() {
 }
 
 #[test]
+fn each_optimizer_trains_and_goes_on() {
+    let fixture = Fixture::new();
+    let words = "train --model model --data data --steps 6 --test-samples 0 --json";
+    for (name, flags) in [
+        ("adamw", "--schedule polynomial --power 3 --lora-plus-ratio 8"),
+        ("adam", "--schedule cosine-restarts --num-cycles 2"),
+        ("sgd", "--momentum 0.8 --nesterov"),
+        ("lion", "--schedule wsd --decay-steps 2 --decay-shape cosine"),
+        ("adafactor", "--schedule inverse-sqrt --warmup-steps 2"),
+        ("muon", "--momentum 0.9 --decay-matrices-only"),
+        ("adamw-8bit", "--beta2 0.99"),
+        ("schedule-free-adamw", "--warmup-steps 2"),
+    ] {
+        let json = fixture.ok(&format!("{words} --optimizer {name} {flags} --output {name}")).json();
+        assert!(json["valid_loss_after"].as_f64() < json["valid_loss_before"].as_f64(), "{name}: {json}");
+        let adapter = fixture.read(&format!("{name}/adapter/adapter_model.safetensors"));
+        fixture.ok(&format!("train --config {name}/config.toml --json --output {name}-again"));
+        assert!(adapter == fixture.read(&format!("{name}-again/adapter/adapter_model.safetensors")), "{name}");
+        let table: toml::Table = fixture.text(&format!("{name}/config.toml")).parse().unwrap();
+        assert_eq!(table["optimizer"].as_str(), Some(name));
+        // the last checkpoint is taken away: the run goes on from the one before
+        std::fs::remove_dir_all(fixture.path(&format!("{name}/checkpoints/step-000006"))).unwrap();
+        fixture.ok(&format!("train --resume {name} --json"));
+        assert!(adapter == fixture.read(&format!("{name}/adapter/adapter_model.safetensors")), "{name} resumed");
+    }
+}
+
+#[test]
 fn an_adapter_is_trained_on() {
     let fixture = Fixture::new();
     let first = fixture.ok(&format!("{SMALL} --rank 2 --output first --json")).json();

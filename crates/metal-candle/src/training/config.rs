@@ -98,7 +98,7 @@ impl Options {
         let is_vector = parameter.shape.len() < 2;
         ParameterGroup {
             learning_rate_factor: self.lora_plus_ratio.map_or(1.0, |ratio| {
-                if parameter.name.contains("lora_embedding_") {
+                if parameter.name.contains("embed_tokens.lora_") {
                     // the rate itself is given, the schedule scales it
                     if highest_rate > 0.0 { LORA_PLUS_EMBEDDING_RATE / highest_rate } else { 0.0 }
                 } else if parameter.name.ends_with("lora_B") || is_vector {

@@ -274,6 +274,14 @@ impl<T: Trained> Trainer<T> {
         &self.config
     }
 
+    /// Refuses settings that [`Trainer::train`] would refuse.
+    ///
+    /// # Errors
+    /// A setting is out of its range, or two of them contradict each other.
+    pub fn check(&self) -> Result<()> {
+        check(&self.config, &self.options)
+    }
+
     /// The number of steps that [`Trainer::train`] makes of `dataset`, unless it stops early.
     ///
     /// # Errors
@@ -296,7 +304,7 @@ impl<T: Trained> Trainer<T> {
     /// Settings or samples cannot be used; a trainable tensor gets no gradient; the loss is NaN or infinite (a checkpoint
     /// is written first); a file cannot be written; the checkpoint to resume from belongs to another run.
     pub fn train(&self, dataset: &Dataset) -> Result<TrainingMetrics> {
-        check(&self.config, &self.options)?;
+        self.check()?;
         let vocab_size = self.start.run_model().config().vocab_size;
         check_dataset(dataset, vocab_size)?;
         if let Some(evaluation) = &self.options.evaluation {

@@ -3,7 +3,7 @@
 use crate::golden;
 use crate::training_optimizer::all;
 use crate::training_resume::{files, trainer};
-use crate::training_trainer::{adapter, config, dataset};
+use crate::training_trainer::{adapter, config, dataset, golden_samples};
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::training::{
     AdamWConfig, OptimizerConfig, ScheduleFreeAdamWConfig, SgdConfig, Trainer, TrainingEvent, evaluate,
@@ -126,6 +126,51 @@ fn lora_plus_moves_b_by_the_ratio_further() {
         let trainer = Trainer::new(adapter(&model), config(1, 1e-3)).unwrap().with_lora_plus_ratio(ratio);
         assert!(trainer.train(&dataset(6, 97)).unwrap_err().to_string().contains("lora_plus_ratio"));
     }
+}
+
+#[test]
+fn ten_steps_of_lora_plus_equal_those_of_peft() {
+    let golden = golden::json("methods/loraplus.json");
+    let model = golden::model(golden["model"].as_str().unwrap());
+    let start = LoRAAdapter::load(&model, golden::path(golden["adapter"].as_str().unwrap())).unwrap();
+    let (dataset, batches) = golden_samples(&golden::json("training/ten_steps.json")["batches"]);
+    let trainer = Trainer::new(start, config(1, golden["lr"].as_f64().unwrap()))
+        .unwrap()
+        .with_batches(batches)
+        .with_lora_plus_ratio(golden["loraplus_lr_ratio"].as_f64().unwrap());
+    let metrics = trainer.train(&dataset).unwrap();
+    let expected = golden["losses"].as_array().unwrap();
+    assert_eq!(metrics.steps.len(), expected.len());
+    for (step, expected) in metrics.steps.iter().zip(expected) {
+        let expected = expected.as_f64().unwrap();
+        assert!((step.loss - expected).abs() < 1e-4, "step {}: {} instead of {expected}", step.step, step.loss);
+    }
+}
+
+#[test]
+fn an_adapter_of_the_embedding_has_a_rate_of_its_own_with_lora_plus() {
+    let model = golden::model("models/untied");
+    let start = LoRAAdapter::load(&model, golden::path("methods/embeddings")).unwrap();
+    let run = |ratio: Option<f64>| {
+        let mut trainer = Trainer::new(start.clone(), config(1, 1e-2)).unwrap().with_max_steps(1);
+        if let Some(ratio) = ratio {
+            trainer = trainer.with_lora_plus_ratio(ratio);
+        }
+        trainer.train(&dataset(6, 97)).unwrap();
+        trainer.lora_adapter()
+    };
+    let farthest = |end: &LoRAAdapter, of_embedding: bool| {
+        let mut farthest = 0.0_f32;
+        for module in start.modules().iter().filter(|module| module.path.ends_with("embed_tokens") == of_embedding) {
+            let (old, new) = (start.matrices(module).unwrap(), end.matrices(module).unwrap());
+            farthest = farthest.max(golden::max_difference(&old.0, &new.0)).max(golden::max_difference(&old.1, &new.1));
+        }
+        farthest
+    };
+    assert!(farthest(&run(None), true) > 5e-3);
+    let plus = run(Some(1.0));
+    assert!(farthest(&plus, true) < 2e-6, "{}", farthest(&plus, true));
+    assert!(farthest(&plus, false) > 5e-3);
 }
 
 #[test]

@@ -115,18 +115,14 @@ fn adapter(settings: &TrainSettings, model: &Model, name: &str, source: &ModelSo
 }
 
 impl Prepared {
-    /// What the trainer is made with; the schedule comes when the number of steps is known.
+    /// What the trainer is made with; [`Prepared::configure`] says which optimizer, and the schedule comes when the number
+    /// of steps is known.
     pub(super) fn training_config(&self) -> TrainingConfig {
-        let (settings, adamw) = (&self.settings, AdamWConfig::default());
+        let settings = &self.settings;
         TrainingConfig {
             num_epochs: settings.epochs.unwrap_or(1),
             lr_scheduler: LRScheduler::constant(settings.learning_rate.unwrap_or(0.0)),
-            optimizer_config: AdamWConfig {
-                beta1: settings.beta1.unwrap_or(adamw.beta1),
-                beta2: settings.beta2.unwrap_or(adamw.beta2),
-                eps: settings.eps.unwrap_or(adamw.eps),
-                weight_decay: settings.weight_decay.unwrap_or(adamw.weight_decay),
-            },
+            optimizer_config: AdamWConfig::default(),
             max_grad_norm: settings.max_grad_norm.filter(|norm| *norm != 0.0),
         }
     }
@@ -139,6 +135,8 @@ impl Prepared {
             count => Ok(count.unwrap_or(1)),
         };
         let mut trainer = trainer
+            .with_optimizer(settings.optimizer_config())
+            .with_decay_matrices_only(settings.decay_matrices_only == Some(true))
             .with_batch_tokens(at_least_one("batch-tokens", settings.batch_tokens)?)
             .with_gradient_accumulation(at_least_one(
                 "gradient-accumulation-steps",

@@ -246,11 +246,11 @@ impl Range {
 
     fn text(self) -> &'static str {
         match self {
-            Self::Share => "at least 0 and below 1",
+            Self::Share => "of at least 0 and below 1",
             Self::ProperShare => "above 0 and below 1",
-            Self::NotNegative => "at least 0",
+            Self::NotNegative => "of at least 0",
             Self::Positive => "above 0",
-            Self::NotPositive => "at most 0",
+            Self::NotPositive => "of at most 0",
         }
     }
 }
