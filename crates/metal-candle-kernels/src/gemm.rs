@@ -1,11 +1,18 @@
 //! Matrix products with weights of any type, accumulated in f32.
+//!
+//! The right operand is packed one panel of a few columns at a time, which stays in the first-level cache while the whole
+//! left operand, packed before, streams past it (the loops of <https://doi.org/10.1145/1356052.1356053>, section 4, with
+//! one panel for a block). Half-precision operands are widened while they are packed.
 
-use crate::isa::{Arithmetic, dispatch};
-use crate::math::{Element, dot, widen};
+#[cfg(not(target_arch = "aarch64"))]
+use crate::isa::Separate;
+use crate::isa::{Arithmetic, Fused, dispatch};
+use crate::math::{Element, dot};
+use crate::pack::{Panel, pack_left, pack_right};
 use crate::parallel::{Shared, for_each};
 use gemmkit::{MatRef, Parallelism};
 use half::{bf16, f16};
-use std::cell::RefCell;
+use std::cell::Cell;
 
 /// The elements of a matrix operand.
 #[derive(Debug, Clone, Copy)]
@@ -42,19 +49,403 @@ impl Matrix<'_> {
     }
 }
 
-/// Rows and columns of the result that one task computes; its inner steps of half-precision operands.
-const TILE_ROWS: usize = 256;
-const TILE_COLUMNS: usize = 256;
-const TILE_DEPTH: usize = 1024;
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+/// `alpha A B` with `A: [m, k]`, `B: [k, n]`.
+///
+/// Strides are the distances of neighbouring rows and columns, so a transposed operand is a matter of strides.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// A.
+    pub a: &'a [f32],
+    /// Distances of A's rows and columns.
+    pub a_strides: (usize, usize),
+    /// B.
+    pub b: Matrix<'a>,
+    /// Distances of B's rows and columns.
+    pub b_strides: (usize, usize),
+    /// Columns of A and rows of B.
+    pub k: usize,
+    /// The factor.
+    pub alpha: f32,
 }
 
-/// `C = alpha A B + beta C` with `A: [m, k]`, `B: [k, n]`, `C: [m, n]` row-major.
+/// What products are added to.
+#[derive(Debug, Clone, Copy)]
+pub enum Start<'a> {
+    /// Nothing.
+    Zero,
+    /// What the result holds.
+    Result,
+    /// A row that is the same for all: `[n]`.
+    Row(&'a [f32]),
+    /// A matrix of the shape of the result.
+    Matrix(&'a [f32]),
+}
+
+/// Columns of A and rows of B that are multiplied at a time: with a panel's columns they fill half the first-level cache.
+const DEPTH: usize = 320;
+
+/// Columns of the widest panel.
+const MAX_COLUMNS: usize = 32;
+
+/// Where each step of the depth begins and how long it is: as equal as possible.
+fn depths(k: usize) -> impl Iterator<Item = (usize, usize)> {
+    let step = k.div_ceil(k.div_ceil(DEPTH).max(1)).max(1);
+    (0..k).step_by(step).map(move |at| (at, step.min(k - at)))
+}
+
+thread_local! {
+    static LEFT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// `C = start + sum of products`, with `C: [m, n]` row-major.
 ///
-/// `a_strides` and `b_strides` are the distances of neighbouring rows and columns, so a transposed operand is a
-/// matter of strides. The result is cut into tiles of fixed size that are computed one thread each.
+/// Each element is added up in the same order whatever the number of threads.
+///
+/// # Panics
+/// An operand is shorter than its shape and strides say.
+pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
+    assert!(c.len() >= m * n, "the result has {} elements, not {m} x {n}", c.len());
+    if m == 0 || n == 0 {
+        return;
+    }
+    match start {
+        Start::Row(row) => assert!(row.len() >= n, "the row is too short"),
+        Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
+        Start::Zero | Start::Result => {}
+    }
+    for Product { a, a_strides, b, b_strides, k, .. } in products.iter().filter(|product| product.k > 0) {
+        assert!(a.len() > (m - 1) * a_strides.0 + (k - 1) * a_strides.1, "the left operand is too short");
+        assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");
+    }
+    if let ([product], Start::Zero) = (products, start)
+        && narrow_outer((m, n), product, c)
+    {
+        return;
+    }
+    // tiles as large as the registers hold, but not wider than the result
+    #[cfg(target_arch = "x86_64")]
+    match crate::isa::isa() {
+        crate::isa::Isa::Avx512 if n > 16 => return run::<12, 32>((m, n), start, products, c, avx512::<12, 32>),
+        crate::isa::Isa::Avx512 => return run::<12, 16>((m, n), start, products, c, avx512::<12, 16>),
+        crate::isa::Isa::Avx2 if n > 8 => return run::<6, 16>((m, n), start, products, c, avx2::<6, 16>),
+        crate::isa::Isa::Avx2 => return run::<10, 8>((m, n), start, products, c, avx2::<10, 8>),
+        crate::isa::Isa::Baseline => {}
+    }
+    run::<6, 16>((m, n), start, products, c, baseline);
+}
+
+/// A part of the result: columns `panels * NR` of the rows of the left operand's `rows` panels.
+struct Task<'a> {
+    shape: (usize, usize),
+    start: Start<'a>,
+    products: &'a [Product<'a>],
+    left: &'a [f32],
+    panels: (usize, usize),
+    rows: (usize, usize),
+    c: Shared<f32>,
+}
+
+fn run<const MR: usize, const NR: usize>(
+    (m, n): (usize, usize),
+    start: Start,
+    products: &[Product],
+    c: &mut [f32],
+    task: impl Fn(&Task) + Send + Sync,
+) {
+    let row_panels = m.div_ceil(MR);
+    let depth: usize = products.iter().map(|product| product.k).sum();
+    let packed: usize = products.iter().filter(|product| !is_direct(product, n)).map(|product| product.k).sum();
+    let mut left = LEFT.take();
+    left.resize(left.len().max(row_panels * MR * packed), 0.0);
+    let shared = Shared::new(&mut left);
+    for_each(if packed == 0 { 0 } else { row_panels }, m * packed, |panel| {
+        let mut offset = 0;
+        for product in products.iter().filter(|product| !is_direct(product, n)) {
+            for (at, depth) in depths(product.k) {
+                let rows = (panel * MR, MR.min(m - panel * MR));
+                // SAFETY: panels do not overlap.
+                let to = unsafe { shared.part(offset + panel * MR * depth, MR * depth) };
+                pack_left::<MR>(product, rows, (at, depth), to);
+                offset += row_panels * MR * depth;
+            }
+        }
+    });
+
+    let (panels, threads) = (n.div_ceil(NR), rayon::current_num_threads());
+    let per_task = panels.div_ceil(4 * threads).clamp(1, 8);
+    let columns = panels.div_ceil(per_task);
+    // few columns: the threads share the rows
+    // each part packs the right operand again
+    let wanted = if packed == 0 { threads } else { 4 * threads };
+    let parts = if threads == 1 { 1 } else { wanted.div_ceil(columns).min(row_panels.div_ceil(4)) };
+    let rows_per_part = row_panels.div_ceil(parts);
+    let parts = row_panels.div_ceil(rows_per_part);
+    let shared = Shared::new(c);
+    let left_ref = &left;
+    for_each(columns * parts, m * n * depth / 16, |number| {
+        let (column, part) = (number / parts, number % parts);
+        task(&Task {
+            shape: (m, n),
+            start,
+            products,
+            left: left_ref,
+            panels: (column * per_task, panels.min((column + 1) * per_task)),
+            rows: (part * rows_per_part, row_panels.min((part + 1) * rows_per_part)),
+            c: shared,
+        });
+    });
+    LEFT.set(left);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx512<const MR: usize, const NR: usize>(task: &Task) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+    fn body<const MR: usize, const NR: usize>(task: &Task) {
+        task_body::<Fused, MR, NR>(task);
+    }
+    // SAFETY: taken only where `isa` has found these instructions.
+    unsafe { body::<MR, NR>(task) }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx2<const MR: usize, const NR: usize>(task: &Task) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn body<const MR: usize, const NR: usize>(task: &Task) {
+        task_body::<Fused, MR, NR>(task);
+    }
+    // SAFETY: as above.
+    unsafe { body::<MR, NR>(task) }
+}
+
+fn baseline(task: &Task) {
+    #[cfg(target_arch = "aarch64")]
+    task_body::<Fused, 6, 16>(task);
+    #[cfg(not(target_arch = "aarch64"))]
+    task_body::<Separate, 6, 16>(task);
+}
+
+#[inline(always)]
+fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
+    let (m, n) = task.shape;
+    let row_panels = m.div_ceil(MR);
+    let mut panel = Panel([0.0; DEPTH * MAX_COLUMNS]);
+    for column_panel in task.panels.0..task.panels.1 {
+        let j = column_panel * NR;
+        let width = NR.min(n - j);
+        let mut start = task.start;
+        let mut offset = 0;
+        let mut is_done = false;
+        for product in task.products {
+            let is_direct = is_direct(product, n);
+            for (at, depth) in depths(product.k) {
+                let right = &mut panel.0[..depth * NR];
+                pack_right::<A, NR>(product, (j, width), (at, depth), right);
+                for row_panel in task.rows.0..task.rows.1 {
+                    let tile = if is_direct {
+                        let rows = (row_panel * MR, MR.min(m - row_panel * MR));
+                        multiply_direct::<A, MR, NR>(product, rows, (at, depth), right)
+                    } else {
+                        let left = &task.left[offset + row_panel * MR * depth..][..MR * depth];
+                        multiply::<A, MR, NR>(left, right)
+                    };
+                    store(task, &tile, (row_panel * MR, j), width, start);
+                }
+                offset += if is_direct { 0 } else { row_panels * MR * depth };
+                start = Start::Result;
+                is_done = true;
+            }
+        }
+        if !is_done {
+            for row_panel in task.rows.0..task.rows.1 {
+                store(task, &[[0.0; NR]; MR], (row_panel * MR, j), width, start);
+            }
+        }
+    }
+}
+
+/// The product of a panel of rows and a panel of columns.
+#[inline(always)]
+fn multiply<A: Arithmetic, const MR: usize, const NR: usize>(left: &[f32], right: &[f32]) -> [[f32; NR]; MR] {
+    let mut sums = [[0.0; NR]; MR];
+    for (a, b) in left.as_chunks::<MR>().0.iter().zip(right.as_chunks::<NR>().0) {
+        for i in 0..MR {
+            for j in 0..NR {
+                sums[i][j] = A::mul_add(a[i], b[j], sums[i][j]);
+            }
+        }
+    }
+    sums
+}
+
+/// Whether the rows of A are read as they are: for few columns packing them would cost more than it saves.
+fn is_direct(product: &Product, n: usize) -> bool {
+    n <= MAX_COLUMNS && product.a_strides.1 == 1
+}
+
+/// As [`multiply`] with rows `rows.0 ..` of A, columns `at ..`, as they are; below the last row the last one is repeated.
+#[inline(always)]
+fn multiply_direct<A: Arithmetic, const MR: usize, const NR: usize>(
+    product: &Product,
+    rows: (usize, usize),
+    (at, depth): (usize, usize),
+    right: &[f32],
+) -> [[f32; NR]; MR] {
+    let row = |i: usize| &product.a[(rows.0 + i.min(rows.1 - 1)) * product.a_strides.0 + at..][..depth];
+    let left: [&[f32]; MR] = std::array::from_fn(row);
+    let mut sums = [[0.0; NR]; MR];
+    let right = &right.as_chunks::<NR>().0[..depth];
+    for p in 0..depth {
+        let b = &right[p];
+        for i in 0..MR {
+            for j in 0..NR {
+                sums[i][j] = A::mul_add(left[i][p], b[j], sums[i][j]);
+            }
+        }
+    }
+    sums
+}
+
+/// Rows of a result that is made by adding up its rows, and columns that a task makes.
+const MAX_OUTER_ROWS: usize = 16;
+const OUTER_COLUMNS: usize = 256;
+
+/// Computes a product whose operands both have long contiguous rows and whose result has few rows (or few columns), as the
+/// gradients of low-rank matrices; whether it is one.
+fn narrow_outer((m, n): (usize, usize), product: &Product, c: &mut [f32]) -> bool {
+    let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha } = *product else { return false };
+    if a_strides.0 != 1 || b_strides.1 != 1 || m.min(n) > MAX_OUTER_ROWS || m.max(n) < OUTER_COLUMNS || k == 0 {
+        return false;
+    }
+    if m <= n {
+        add_up_rows((m, n, k), alpha, (a, a_strides.1), (b, b_strides.0), c);
+        return true;
+    }
+    let mut transposed = vec![0.0; m * n];
+    add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), &mut transposed);
+    for (i, row) in c.chunks_exact_mut(n).take(m).enumerate() {
+        for (j, c) in row.iter_mut().enumerate() {
+            *c = transposed[j * m + i];
+        }
+    }
+    true
+}
+
+/// `C[i, j] = alpha sum over p of few[p, i] many[p, j]`.
+fn add_up_rows(
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    (few, few_stride): (&[f32], usize),
+    (many, many_stride): (&[f32], usize),
+    c: &mut [f32],
+) {
+    let shared = Shared::new(c);
+    for_each(n.div_ceil(OUTER_COLUMNS), m * n * k / 8, |task| {
+        let (start, width) = (task * OUTER_COLUMNS, OUTER_COLUMNS.min(n - task * OUTER_COLUMNS));
+        let mut sums = [0.0; MAX_OUTER_ROWS * OUTER_COLUMNS];
+        outer_columns(few, few_stride, &many[start..], many_stride, (m, width, k), &mut sums);
+        for (i, sums) in sums.chunks_exact(OUTER_COLUMNS).take(m).enumerate() {
+            // SAFETY: tasks have columns of their own.
+            let c = unsafe { shared.part(i * n + start, width) };
+            c.iter_mut().zip(sums).for_each(|(c, sum)| *c = alpha * sum);
+        }
+    });
+}
+
+dispatch! {
+    /// Adds up four rows at a time, so that a sum is loaded and stored once for four products.
+    fn outer_columns(few: &[f32], few_stride: usize, many: &[f32], many_stride: usize, shape: (usize, usize, usize), sums: &mut [f32]) = outer_columns_body
+}
+
+#[inline(always)]
+fn outer_columns_body<A: Arithmetic>(
+    few: &[f32],
+    few_stride: usize,
+    many: &[f32],
+    many_stride: usize,
+    (m, width, k): (usize, usize, usize),
+    sums: &mut [f32],
+) {
+    let whole = k / 4 * 4;
+    for p in (0..whole).step_by(4) {
+        let rows: [&[f32]; 4] = std::array::from_fn(|q| &many[(p + q) * many_stride..][..width]);
+        for (i, sums) in sums.chunks_exact_mut(OUTER_COLUMNS).take(m).enumerate() {
+            let factors: [f32; 4] = std::array::from_fn(|q| few[(p + q) * few_stride + i]);
+            let sums = &mut sums[..width];
+            for j in 0..width {
+                let sum = A::mul_add(factors[0], rows[0][j], sums[j]);
+                let sum = A::mul_add(factors[1], rows[1][j], sum);
+                let sum = A::mul_add(factors[2], rows[2][j], sum);
+                sums[j] = A::mul_add(factors[3], rows[3][j], sum);
+            }
+        }
+    }
+    for p in whole..k {
+        for (i, sums) in sums.chunks_exact_mut(OUTER_COLUMNS).take(m).enumerate() {
+            let factor = few[p * few_stride + i];
+            for (sum, value) in sums.iter_mut().zip(&many[p * many_stride..][..width]) {
+                *sum = A::mul_add(factor, *value, *sum);
+            }
+        }
+    }
+}
+
+/// Adds a tile to its place.
+#[inline(always)]
+fn store<const MR: usize, const NR: usize>(
+    task: &Task,
+    tile: &[[f32; NR]; MR],
+    (i, j): (usize, usize),
+    width: usize,
+    start: Start,
+) {
+    let (m, n) = task.shape;
+    for (row, sums) in tile.iter().enumerate().take(MR.min(m - i)) {
+        let at = (i + row) * n + j;
+        // SAFETY: tasks have rows or columns of their own.
+        let c = unsafe { task.c.part(at, width) };
+        match start {
+            Start::Zero => set::<NR>(c, sums, |_, sum| sum),
+            Start::Result => set::<NR>(c, sums, |c, sum| c + sum),
+            Start::Row(row) => {
+                set::<NR>(c, sums, |_, sum| sum);
+                add::<NR>(c, &row[j..j + width]);
+            }
+            Start::Matrix(matrix) => {
+                set::<NR>(c, sums, |_, sum| sum);
+                add::<NR>(c, &matrix[at..at + width]);
+            }
+        }
+    }
+}
+
+/// `change(c, sum)` for each element; of a whole row of a tile the compiler knows the length.
+#[inline(always)]
+fn set<const NR: usize>(c: &mut [f32], sums: &[f32; NR], change: impl Fn(f32, f32) -> f32) {
+    if let Some(c) = c.first_chunk_mut::<NR>() {
+        for j in 0..NR {
+            c[j] = change(c[j], sums[j]);
+        }
+        return;
+    }
+    for (c, sum) in c.iter_mut().zip(sums) {
+        *c = change(*c, *sum);
+    }
+}
+
+#[inline(always)]
+fn add<const NR: usize>(c: &mut [f32], values: &[f32]) {
+    if let (Some(c), Some(values)) = (c.first_chunk_mut::<NR>(), values.first_chunk::<NR>()) {
+        for j in 0..NR {
+            c[j] += values[j];
+        }
+        return;
+    }
+    for (c, value) in c.iter_mut().zip(values) {
+        *c += value;
+    }
+}
+
+/// `C = alpha A B + beta C` with `A: [m, k]`, `B: [k, n]`, `C: [m, n]` row-major; `beta` is 0 or 1.
 ///
 /// # Panics
 /// An operand is shorter than its shape and strides say.
@@ -69,93 +460,8 @@ pub fn gemm(
     beta: f32,
     c: &mut [f32],
 ) {
-    assert!(c.len() >= m * n, "the result has {} elements, not {m} x {n}", c.len());
-    if m == 0 || n == 0 {
-        return;
-    }
-    if k == 0 {
-        c[..m * n].iter_mut().for_each(|c| *c *= beta);
-        return;
-    }
-    assert!(a.len() > (m - 1) * a_strides.0 + (k - 1) * a_strides.1, "the left operand is too short");
-    assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");
-    let (row_tiles, column_tiles) = (m.div_ceil(TILE_ROWS), n.div_ceil(TILE_COLUMNS));
-    // with few tiles the threads would idle: cut the rows finer
-    let row_tiles = if row_tiles * column_tiles < 8 { m.div_ceil(64).min(8) } else { row_tiles };
-    let rows = m.div_ceil(row_tiles);
-    let shared = Shared::new(c);
-    for_each(row_tiles * column_tiles, m * n * k / 16, |tile| {
-        let (i, j) = ((tile / column_tiles) * rows, (tile % column_tiles) * TILE_COLUMNS);
-        if i >= m {
-            return;
-        }
-        let (height, width) = (rows.min(m - i), TILE_COLUMNS.min(n - j));
-        let a = &a[i * a_strides.0..];
-        // SAFETY: tiles do not overlap, and each lies within C.
-        let c = unsafe { shared.pointer().add(i * n + j) };
-        let tile = Tile { height, width, k, alpha, a_strides, b_strides, beta, c, c_stride: n };
-        match b {
-            Matrix::F32(b) => tile.product(a, &b[j * b_strides.1..]),
-            Matrix::F16(b) => tile.widened_product(a, &b[j * b_strides.1..]),
-            Matrix::BF16(b) => tile.widened_product(a, &b[j * b_strides.1..]),
-        }
-    });
-}
-
-struct Tile {
-    height: usize,
-    width: usize,
-    k: usize,
-    alpha: f32,
-    a_strides: (usize, usize),
-    b_strides: (usize, usize),
-    beta: f32,
-    c: *mut f32,
-    c_stride: usize,
-}
-
-impl Tile {
-    fn product(&self, a: &[f32], b: &[f32]) {
-        self.multiply(a, self.k, b, self.b_strides, self.beta);
-    }
-
-    /// Widens a panel of B to f32 at a time and multiplies that.
-    fn widened_product<T: Element>(&self, a: &[f32], b: &[T]) {
-        SCRATCH.with_borrow_mut(|panel| {
-            for start in (0..self.k).step_by(TILE_DEPTH) {
-                let depth = TILE_DEPTH.min(self.k - start);
-                panel.resize(panel.len().max(depth * self.width), 0.0);
-                let b = &b[start * self.b_strides.0..];
-                // keeps the order of memory: rows of a weight stay rows
-                let strides = if self.b_strides.0 == 1 {
-                    for j in 0..self.width {
-                        widen(&b[j * self.b_strides.1..][..depth], &mut panel[j * depth..][..depth]);
-                    }
-                    (1, depth)
-                } else if self.b_strides.1 == 1 {
-                    for p in 0..depth {
-                        widen(&b[p * self.b_strides.0..][..self.width], &mut panel[p * self.width..][..self.width]);
-                    }
-                    (self.width, 1)
-                } else {
-                    for p in 0..depth {
-                        for j in 0..self.width {
-                            panel[p * self.width + j] = b[p * self.b_strides.0 + j * self.b_strides.1].to_f32();
-                        }
-                    }
-                    (self.width, 1)
-                };
-                let beta = if start == 0 { self.beta } else { 1.0 };
-                self.multiply(&a[start * self.a_strides.1..], depth, panel, strides, beta);
-            }
-        });
-    }
-
-    fn multiply(&self, a: &[f32], k: usize, b: &[f32], b_strides: (usize, usize), beta: f32) {
-        let (shape, c) = ((self.height, self.width, k), (self.c, self.c_stride));
-        // SAFETY: `gemm` makes each tile with a part of C of its own.
-        unsafe { serial_gemm(shape, self.alpha, a, self.a_strides, b, b_strides, beta, c) }
-    }
+    let start = if beta == 0.0 { Start::Zero } else { Start::Result };
+    gemm_sum((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha }], c);
 }
 
 /// `C = alpha A B + beta C` on the calling thread; `c` is a pointer and the distance of rows.

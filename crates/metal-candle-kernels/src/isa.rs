@@ -56,6 +56,12 @@ fn detect() -> Isa {
 /// Without the instruction `f32::mul_add` is a library call, so the baseline of x86-64 rounds twice.
 pub(crate) trait Arithmetic {
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
+
+    /// The square with rows and columns exchanged.
+    #[inline(always)]
+    fn transposed(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
+    }
 }
 
 /// Instruction sets with a fused multiply-add.
@@ -69,6 +75,36 @@ impl Arithmetic for Fused {
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
+    }
+
+    /// Pairs, then fours, then halves of rows change places.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn transposed(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        use std::arch::x86_64::{
+            _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps,
+            _mm256_unpacklo_ps,
+        };
+        let mut result = [[0.0; 8]; 8];
+        // SAFETY: `Fused` is taken on x86-64 only where AVX2 has been found; each row holds eight floats.
+        unsafe {
+            let s = square.map(|row| _mm256_loadu_ps(row.as_ptr()));
+            let pairs: [_; 8] = std::array::from_fn(|i| {
+                let (a, b) = (s[i / 2 * 2], s[i / 2 * 2 + 1]);
+                if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
+            });
+            let fours: [_; 8] = std::array::from_fn(|i| {
+                let at = i / 4 * 4 + i % 4 / 2;
+                let (a, b) = (pairs[at], pairs[at + 2]);
+                if i % 2 == 0 { _mm256_shuffle_ps::<0x44>(a, b) } else { _mm256_shuffle_ps::<0xee>(a, b) }
+            });
+            for i in 0..4 {
+                let (a, b) = (fours[i], fours[i + 4]);
+                _mm256_storeu_ps(result[i].as_mut_ptr(), _mm256_permute2f128_ps::<0x20>(a, b));
+                _mm256_storeu_ps(result[i + 4].as_mut_ptr(), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
+        result
     }
 }
 

@@ -17,6 +17,7 @@ mod isa;
 mod math;
 mod norm;
 mod optimizer;
+mod pack;
 mod parallel;
 mod rounding;
 pub mod sampling;
@@ -28,7 +29,7 @@ pub use elementwise::{
     add_bias, add_scaled, column_sums, dropout, rotary, scale_columns, swiglu, swiglu_backward, uniform_noise,
 };
 pub use file::{MappedFile, map_file};
-pub use gemm::{Matrix, gemm, linear};
+pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, linear};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 pub use norm::{rms_norm, rms_norm_backward};
