@@ -122,6 +122,9 @@ pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product], c: &
     {
         return;
     }
+    if m <= MAX_DOT_ROWS && products.iter().all(|p| p.a_strides.1 == 1 && p.b_strides.0 == 1 && p.b_strides.1 >= p.k) {
+        return few_rows((m, n), start, products, c);
+    }
     // tiles as large as the registers hold, but not wider than the result
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
@@ -224,6 +227,8 @@ fn baseline(task: &Task) {
     task_body::<Separate, 6, 16>(task);
 }
 
+// the panel belongs on the stack of the thread that fills it: 40 KB
+#[allow(clippy::large_stack_arrays)]
 #[inline(always)]
 fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
     let (m, n) = task.shape;
@@ -512,40 +517,43 @@ const MAX_DOT_ROWS: usize = 4;
 /// Weights of a product of few rows that one task reads.
 const DOT_ELEMENTS: usize = 64 * 1024;
 
-/// `Y = X W^T` with `X: [m, k]`, `W: [n, k]`, `Y: [m, n]`, all row-major.
-///
-/// # Panics
-/// An operand is shorter than its shape says.
-pub fn linear((m, n, k): (usize, usize, usize), x: &[f32], w: Matrix, y: &mut [f32]) {
-    assert!(x.len() >= m * k && w.len() >= n * k && y.len() >= m * n, "an operand is too short");
-    if m > MAX_DOT_ROWS {
-        return gemm((m, n, k), 1.0, x, (k, 1), w, (1, k), 0.0, y);
-    }
-    let rows = (DOT_ELEMENTS / k.max(1)).max(1);
-    let shared = Shared::new(y);
-    for_each(n.div_ceil(rows), n * k, |task| {
-        let (start, end) = (task * rows, (task * rows + rows).min(n));
+/// The sum of products of few rows, whose right operands are rows of weights: `[n, k]` row-major.
+fn few_rows((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
+    let depth: usize = products.iter().map(|product| product.k).sum();
+    let columns = (DOT_ELEMENTS / depth.max(1)).max(1);
+    let shared = Shared::new(c);
+    for_each(n.div_ceil(columns), n * depth, |task| {
+        let (from, to) = (task * columns, (task * columns + columns).min(n));
         for i in 0..m {
-            let x = &x[i * k..][..k];
-            // SAFETY: tasks write disjoint ranges of each row of Y.
-            let y = unsafe { shared.part(i * n + start, end - start) };
-            match w {
-                Matrix::F32(w) => dots(&w[start * k..end * k], x, y),
-                Matrix::F16(w) => dots(&w[start * k..end * k], x, y),
-                Matrix::BF16(w) => dots(&w[start * k..end * k], x, y),
+            // SAFETY: tasks write disjoint ranges of each row.
+            let c = unsafe { shared.part(i * n + from, to - from) };
+            match start {
+                Start::Zero => c.fill(0.0),
+                Start::Result => {}
+                Start::Row(row) => c.copy_from_slice(&row[from..to]),
+                Start::Matrix(matrix) => c.copy_from_slice(&matrix[i * n + from..i * n + to]),
+            }
+            for &Product { a, a_strides, b, b_strides, k, alpha } in products.iter().filter(|product| product.k > 0) {
+                let x = &a[i * a_strides.0..][..k];
+                let range = from * b_strides.1..(to - 1) * b_strides.1 + k;
+                match b {
+                    Matrix::F32(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                    Matrix::F16(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                    Matrix::BF16(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                }
             }
         }
     });
 }
 
 dispatch! {
-    /// `y[j] = w[j] . x` for the rows of `w`.
-    fn dots<T: Element>(w: &[T], x: &[f32], y: &mut [f32]) = dots_body
+    /// `y[j] += alpha w[j] . x` for the rows of `w`, `stride` apart.
+    fn add_dots<T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) = add_dots_body
 }
 
 #[inline(always)]
-fn dots_body<A: Arithmetic, T: Element>(w: &[T], x: &[f32], y: &mut [f32]) {
-    for (w, y) in w.chunks_exact(x.len()).zip(y) {
-        *y = dot::<A, T>(w, x);
+fn add_dots_body<A: Arithmetic, T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) {
+    for (w, y) in w.chunks(stride).zip(y) {
+        *y = A::mul_add(alpha, dot::<A, T>(&w[..x.len()], x), *y);
     }
 }

@@ -29,7 +29,7 @@ pub use elementwise::{
     add_bias, add_scaled, column_sums, dropout, rotary, scale_columns, swiglu, swiglu_backward, uniform_noise,
 };
 pub use file::{MappedFile, map_file};
-pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, linear};
+pub use gemm::{Matrix, Product, Start, gemm, gemm_sum};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 pub use norm::{rms_norm, rms_norm_backward};

@@ -5,7 +5,7 @@ use super::kv_cache::KVCache;
 use super::step::Gradients;
 use crate::error::{Error, Result};
 use crate::ops::attention::{self, Saved};
-use crate::ops::linear::{Linear, LinearGradients, Wanted, add_scaled};
+use crate::ops::linear::{Linear, LinearGradients, Wanted};
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotation;
 use crate::ops::{LowRank, LowRankTerms, num_bytes, swiglu};
@@ -100,31 +100,31 @@ impl Block {
         context.dropout_seed.map(|seed| seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    fn linear(&self, context: Context, place: usize, x: &Tensor) -> Result<Tensor> {
-        self.linears[place].forward(x, self.term(context, place), self.seed(context, place))
+    fn linear(&self, context: Context, place: usize, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.linears[place].forward(x, self.term(context, place), self.seed(context, place), residual)
     }
 
     /// Normed input, and q and k (rotated) and v from it.
     fn projections(&self, x: &Tensor, context: Context) -> Result<(Tensor, Tensor, Tensor)> {
         let x = self.input_layernorm.forward(x)?;
-        let q = context.rotation.apply(self.linear(context, Q, &x)?, false)?;
-        let k = context.rotation.apply(self.linear(context, K, &x)?, false)?;
-        Ok((q, k, self.linear(context, V, &x)?))
+        let q = context.rotation.apply(self.linear(context, Q, &x, None)?, false)?;
+        let k = context.rotation.apply(self.linear(context, K, &x, None)?, false)?;
+        Ok((q, k, self.linear(context, V, &x, None)?))
     }
 
     /// The residual stream after attention, `x + o_proj(attention)`.
     fn after_attention(&self, x: &Tensor, attention: &Tensor, context: Context) -> Result<Tensor> {
-        add_scaled(self.linear(context, O, attention)?, 1.0, x)
+        self.linear(context, O, attention, Some(x))
     }
 
     /// The gate and up projections of the normed stream.
     fn gate_and_up(&self, middle: &Tensor, context: Context) -> Result<(Tensor, Tensor)> {
         let x = self.post_attention_layernorm.forward(middle)?;
-        Ok((self.linear(context, GATE, &x)?, self.linear(context, UP, &x)?))
+        Ok((self.linear(context, GATE, &x, None)?, self.linear(context, UP, &x, None)?))
     }
 
     fn after_mlp(&self, middle: &Tensor, activation: &Tensor, context: Context) -> Result<Tensor> {
-        add_scaled(self.linear(context, DOWN, activation)?, 1.0, middle)
+        self.linear(context, DOWN, activation, Some(middle))
     }
 
     /// The block's output for new tokens whose keys and values are added to the cache, if there is one.

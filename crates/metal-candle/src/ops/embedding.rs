@@ -1,7 +1,7 @@
 //! The embedding of token ids, with an optional low-rank term and noise.
 
 use super::host::{Host, edit, on_cpu};
-use super::linear::{TermGradients, add_product, add_product_transposed, outer};
+use super::linear::{Part, Start, TermGradients, outer, sum};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -18,11 +18,13 @@ pub(crate) fn forward(weight: &Tensor, term: Option<&LowRank>, ids: &[u32], dtyp
     let indices = Tensor::new(ids, weight.device())?;
     let x = weight.index_select(&indices, 0)?.to_dtype(dtype)?;
     let Some(term) = term else { return Ok(x) };
-    let x = add_product(x, term.scale, &columns(&term.a, &indices)?, &term.b)?;
-    match &term.start {
-        Some((a, b)) => add_product(x, -term.scale, &columns(a, &indices)?, b),
-        None => Ok(x),
+    let z = columns(&term.a, &indices)?;
+    let z0 = term.start.as_ref().map(|(a, _)| columns(a, &indices)).transpose()?;
+    let mut parts = vec![Part::transposed(&z, &term.b, term.scale)];
+    if let (Some((_, b)), Some(z0)) = (&term.start, &z0) {
+        parts.push(Part::transposed(z0, b, -term.scale));
     }
+    sum(Start::Sum(x), &parts)
 }
 
 /// The columns of `a: [rank, vocab]` with these ids, as rows: `[tokens, rank]`.
@@ -48,10 +50,9 @@ pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
 
 /// The gradients of [`forward`] with respect to A and B of its term.
 pub(crate) fn term_backward(term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
-    let scale = f64::from(term.scale);
     let indices = Tensor::new(ids, dx.device())?;
-    let b = outer(dx, &columns(&term.a, &indices)?)?.affine(scale, 0.0)?;
-    let dz = add_product_transposed(None, dx, &term.b)?.affine(scale, 0.0)?.to_dtype(DType::F32)?;
+    let b = outer(dx, &columns(&term.a, &indices)?)?.affine(f64::from(term.scale), 0.0)?;
+    let dz = sum(Start::Zero, &[Part::plain(dx, &term.b, term.scale)])?.to_dtype(DType::F32)?;
     let (rank, vocab) = term.a.dims2()?;
     let transposed = Tensor::zeros((vocab, rank), DType::F32, dx.device())?.index_add(&indices, &dz, 0)?;
     Ok(TermGradients { a: transposed.t()?.contiguous()?, b, magnitude: None })

@@ -57,7 +57,7 @@ pub(crate) fn loss(
         let hidden = hidden.narrow(0, start, rows.len())?;
         // the elements of each chunk are numbered from 0
         let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
-        let logits = head.forward(&hidden, term, seed)?;
+        let logits = head.forward(&hidden, term, seed, None)?;
         let (losses, gradient) = if on_cpu(&logits) {
             cross_entropy(logits, rows, smoothing, wanted.map(|w| w.scale))?
         } else {
@@ -139,7 +139,7 @@ pub(crate) fn plain_cross_entropy(
 
 /// The logits of `hidden` in f32: `[rows, vocab]`.
 pub(crate) fn logits(hidden: &Tensor, head: &Linear, term: Option<&LowRank>) -> Result<Tensor> {
-    Ok(head.forward(hidden, term, None)?.to_dtype(DType::F32)?)
+    Ok(head.forward(hidden, term, None, None)?.to_dtype(DType::F32)?)
 }
 
 /// A zero gradient of a weight of this shape, f32.

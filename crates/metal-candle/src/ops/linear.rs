@@ -61,25 +61,37 @@ struct Factors {
 }
 
 impl Linear {
-    /// The layer's output. A dropout seed means training.
+    /// The layer's output, added to `residual` if there is one. A dropout seed means training.
     ///
     /// # Shapes
-    /// `x: [tokens, in_features]`, result `[tokens, out_features]`.
-    pub(crate) fn forward(&self, x: &Tensor, term: Option<&LowRank>, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let y = self.base(x, term)?;
-        let Some(term) = term else { return self.biased(y) };
+    /// `x: [tokens, in_features]`, `residual` and the result `[tokens, out_features]`.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        dropout_seed: Option<u64>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let Some(term) = term else { return self.base(x, None, None, self.start(residual), residual) };
         let Some(magnitude) = &term.magnitude else {
-            return add_term(self.biased(y)?, &dropped(x, term, dropout_seed)?, term);
+            let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
+            return self.base(x, Some(term), Some(&z), self.start(residual), residual);
         };
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
-            return self.biased(scale_columns(add_term(y, x, term)?, &factors)?);
+            let z = product(x, &term.a)?;
+            let y = scale_columns(self.base(x, Some(term), Some(&z), Start::Zero, None)?, &factors)?;
+            let y = if let Some(bias) = &self.bias { add_bias(y, bias)? } else { y };
+            return if let Some(residual) = residual { add_scaled(y, 1.0, residual) } else { Ok(y) };
         }
         // the plain product sees the whole input, the weight-decomposed one what dropout left of it
         let dropped = dropped(x, term, dropout_seed)?;
-        let base = self.base(&dropped, Some(term))?;
-        let y = add_scaled(self.biased(y)?, -1.0, &base)?;
-        add_scaled(y, 1.0, &scale_columns(add_term(base, &dropped, term)?, &factors)?)
+        let y = self.base(x, Some(term), None, self.start(residual), residual)?;
+        let base = self.base(&dropped, Some(term), None, Start::Zero, None)?;
+        let y = add_scaled(y, -1.0, &base)?;
+        let z = product(&dropped, &term.a)?;
+        let adapted = sum(Start::Sum(base), &[Part::transposed(&z, &term.b, term.scale)])?;
+        add_scaled(y, 1.0, &scale_columns(adapted, &factors)?)
     }
 
     /// The gradients from `dy: [tokens, out_features]`; that of the input is added to `dx` if it is given.
@@ -100,15 +112,18 @@ impl Linear {
             gradients.bias = Some(column_sums(dy)?);
         }
         let Some(term) = term else {
-            gradients.input = wanted.input.then(|| self.base_backward(dx, dy, None)).transpose()?;
+            gradients.input = wanted.input.then(|| self.base_backward(dx, dy, None, None)).transpose()?;
             return Ok(gradients);
         };
         let dropped_x = dropped(x, term, dropout_seed)?;
         let Some(magnitude) = &term.magnitude else {
             let (of_term, dz) = term_gradients(&dropped_x, term, dy)?;
-            if wanted.input {
-                let dx = self.base_backward(dx, dy, Some(term))?;
-                gradients.input = Some(term_backward(dx, &dz, term, dropout_seed)?);
+            if wanted.input && is_dropping(term, dropout_seed) {
+                let dx = self.base_backward(dx, dy, Some(term), None)?;
+                let through = sum(Start::Zero, &[Part::plain(&dz, &term.a, 1.0)])?;
+                gradients.input = Some(add_scaled(dx, 1.0, &dropped(&through, term, dropout_seed)?)?);
+            } else if wanted.input {
+                gradients.input = Some(self.base_backward(dx, dy, Some(term), Some(&dz))?);
             }
             gradients.term = Some(of_term);
             return Ok(gradients);
@@ -116,7 +131,8 @@ impl Linear {
 
         // y = g p + b with p = base(x) + term(x); with dropout y = base(x) - base(drop(x)) + g p + b
         let Factors { factors, reciprocal_norms } = self.factors(term, magnitude)?;
-        let p = add_term(self.base(&dropped_x, Some(term))?, &dropped_x, term)?;
+        let z = product(&dropped_x, &term.a)?;
+        let p = self.base(&dropped_x, Some(term), Some(&z), Start::Zero, None)?;
         let d_magnitude = (column_dots(dy, &p)? * reciprocal_norms)?;
         drop(p);
         let dp = scale_columns(dy.copy()?, &factors)?;
@@ -126,35 +142,68 @@ impl Linear {
             return Ok(gradients);
         }
         gradients.input = Some(if is_dropping(term, dropout_seed) {
-            let through = self.base_backward(None, &add_scaled(dp, -1.0, dy)?, Some(term))?;
-            let through = add_product_transposed(Some(through), &dz, &term.a)?;
-            let dx = self.base_backward(dx, dy, Some(term))?;
+            let through = self.base_backward(None, &add_scaled(dp, -1.0, dy)?, Some(term), Some(&dz))?;
+            let dx = self.base_backward(dx, dy, Some(term), None)?;
             add_scaled(dx, 1.0, &dropped(&through, term, dropout_seed)?)?
         } else {
-            term_backward(self.base_backward(dx, &dp, Some(term))?, &dz, term, None)?
+            self.base_backward(dx, &dp, Some(term), Some(&dz))?
         });
         Ok(gradients)
     }
 
-    /// What training starts from: `x (W - scale B0 A0)^T`, without the bias.
-    fn base(&self, x: &Tensor, term: Option<&LowRank>) -> Result<Tensor> {
-        let y = product(x, &self.weight)?;
-        match term.and_then(|term| Some((term.scale, term.start.as_ref()?))) {
-            Some((scale, (a, b))) => add_product(y, -scale, &product(x, a)?, b),
-            None => Ok(y),
+    /// `x (W - scale B0 A0)^T`, what training starts from, plus `scale z B^T` if `z` is given, added to `start`.
+    fn base(
+        &self,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        z: Option<&Tensor>,
+        start: Start,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let mut parts = vec![Part::transposed(x, &self.weight, 1.0)];
+        if let (Some(term), Some(z)) = (term, z) {
+            parts.push(Part::transposed(z, &term.b, term.scale));
+        }
+        let first = term.and_then(|term| Some((term.scale, term.start.as_ref()?)));
+        let z0 = first.map(|(_, (a, _))| product(x, a)).transpose()?;
+        if let (Some((scale, (_, b))), Some(z0)) = (first, &z0) {
+            parts.push(Part::transposed(z0, b, -scale));
+        }
+        let has_both = residual.is_some() && matches!(start, Start::Row(_));
+        let y = sum(start, &parts)?;
+        match residual {
+            Some(residual) if has_both => add_scaled(y, 1.0, residual),
+            _ => Ok(y),
         }
     }
 
-    /// The gradient of [`Linear::base`], added to `dx` if it is given.
-    fn base_backward(&self, dx: Option<Tensor>, dy: &Tensor, term: Option<&LowRank>) -> Result<Tensor> {
-        let dx = add_product_transposed(dx, dy, &self.weight)?;
-        match term.and_then(|term| Some((term.scale, term.start.as_ref()?))) {
-            Some((scale, (a, b))) => {
-                let dz = add_product_transposed(None, dy, b)?.affine(f64::from(-scale), 0.0)?;
-                add_product_transposed(Some(dx), &dz, a)
-            }
-            None => Ok(dx),
+    /// Where the sum of an output begins; a layer with a bias adds the residual later.
+    fn start<'a>(&'a self, residual: Option<&'a Tensor>) -> Start<'a> {
+        match (&self.bias, residual) {
+            (Some(bias), _) => Start::Row(bias),
+            (None, Some(residual)) => Start::Matrix(residual),
+            (None, None) => Start::Zero,
         }
+    }
+
+    /// The gradient of [`Linear::base`] with respect to `x`, with `dz` that of `z`, added to `dx` if it is given.
+    fn base_backward(
+        &self,
+        dx: Option<Tensor>,
+        dy: &Tensor,
+        term: Option<&LowRank>,
+        dz: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let mut parts = vec![Part::plain(dy, &self.weight, 1.0)];
+        if let (Some(term), Some(dz)) = (term, dz) {
+            parts.push(Part::plain(dz, &term.a, 1.0));
+        }
+        let first = term.and_then(|term| Some((term.scale, term.start.as_ref()?)));
+        let dz0 = first.map(|(_, (_, b))| sum(Start::Zero, &[Part::plain(dy, b, 1.0)])).transpose()?;
+        if let (Some((scale, (a, _))), Some(dz0)) = (first, &dz0) {
+            parts.push(Part::plain(dz0, a, -scale));
+        }
+        sum(dx.map_or(Start::Zero, Start::Sum), &parts)
     }
 
     fn factors(&self, term: &LowRank, magnitude: &Magnitude) -> Result<Factors> {
@@ -162,80 +211,98 @@ impl Linear {
         let factors = (magnitude.m.to_dtype(DType::F32)? * &reciprocal_norms)?;
         Ok(Factors { factors, reciprocal_norms })
     }
-
-    fn biased(&self, y: Tensor) -> Result<Tensor> {
-        match &self.bias {
-            Some(bias) => add_bias(y, bias),
-            None => Ok(y),
-        }
-    }
 }
 
-/// `y + scale (x A^T) B^T`, in place of `y`.
-fn add_term(y: Tensor, x: &Tensor, term: &LowRank) -> Result<Tensor> {
-    add_product(y, term.scale, &product(x, &term.a)?, &term.b)
-}
-
-/// The gradients of A and B, and that of `x A^T`.
+/// The gradients of A and B, and that of `z = x A^T`.
 fn term_gradients(x: &Tensor, term: &LowRank, dy: &Tensor) -> Result<(TermGradients, Tensor)> {
-    let scale = f64::from(term.scale);
     let z = product(x, &term.a)?;
-    let dz = add_product_transposed(None, dy, &term.b)?.affine(scale, 0.0)?;
-    let b = outer(dy, &z)?.affine(scale, 0.0)?;
+    let dz = sum(Start::Zero, &[Part::plain(dy, &term.b, term.scale)])?;
+    let b = outer(dy, &z)?.affine(f64::from(term.scale), 0.0)?;
     let a = outer(&dz, x)?;
     Ok((TermGradients { a, b, magnitude: None }, dz))
 }
 
-/// The gradient with respect to the term's input, added to `dx`.
-fn term_backward(dx: Tensor, dz: &Tensor, term: &LowRank, dropout_seed: Option<u64>) -> Result<Tensor> {
-    if !is_dropping(term, dropout_seed) {
-        return add_product_transposed(Some(dx), dz, &term.a);
+/// What products are added to.
+pub(super) enum Start<'a> {
+    Zero,
+    /// A row that is the same for all: `[columns]`.
+    Row(&'a Tensor),
+    /// A matrix, which is left as it is.
+    Matrix(&'a Tensor),
+    /// A matrix whose place is taken.
+    Sum(Tensor),
+}
+
+/// One of the products of a sum.
+pub(super) struct Part<'a> {
+    x: &'a Tensor,
+    w: &'a Tensor,
+    is_transposed: bool,
+    scale: f32,
+}
+
+impl<'a> Part<'a> {
+    /// `scale X W` with `x: [m, k]`, `w: [k, n]`.
+    pub(super) fn plain(x: &'a Tensor, w: &'a Tensor, scale: f32) -> Self {
+        Self { x, w, is_transposed: false, scale }
     }
-    let through = add_product_transposed(None, dz, &term.a)?;
-    add_scaled(dx, 1.0, &dropped(&through, term, dropout_seed)?)
+
+    /// `scale X W^T` with `x: [m, k]`, `w: [n, k]`.
+    pub(super) fn transposed(x: &'a Tensor, w: &'a Tensor, scale: f32) -> Self {
+        Self { x, w, is_transposed: true, scale }
+    }
+
+    fn columns(&self) -> Result<usize> {
+        Ok(self.w.dim(usize::from(!self.is_transposed))?)
+    }
+
+    fn plain_product(&self) -> Result<Tensor> {
+        let product = if self.is_transposed { self.x.matmul(&self.w.t()?)? } else { self.x.matmul(self.w)? };
+        Ok(if (self.scale - 1.0).abs() > f32::EPSILON { product.affine(f64::from(self.scale), 0.0)? } else { product })
+    }
+}
+
+/// The sum of a start and one or more products of the same shape: one pass over the result on the CPU.
+pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
+    let (rows, columns) = (parts[0].x.dim(0)?, parts[0].columns()?);
+    if !on_cpu(parts[0].x) {
+        let mut y = parts[0].plain_product()?;
+        for part in &parts[1..] {
+            y = (y + part.plain_product()?)?;
+        }
+        return match start {
+            Start::Zero => Ok(y),
+            Start::Row(row) => Ok(y.broadcast_add(row)?),
+            Start::Matrix(matrix) => Ok((y + matrix)?),
+            Start::Sum(matrix) => Ok((y + matrix)?),
+        };
+    }
+    let hosts: Vec<(Host, Host)> =
+        parts.iter().map(|part| Ok((Host::new(part.x)?, Host::new(part.w)?))).collect::<Result<_>>()?;
+    let mut products = Vec::with_capacity(parts.len());
+    for (part, (x, w)) in parts.iter().zip(&hosts) {
+        let k = part.x.dim(1)?;
+        let b_strides = if part.is_transposed { (1, k) } else { (columns, 1) };
+        let (a, b) = (x.f32()?, w.matrix()?);
+        products.push(kernels::Product { a, a_strides: (k, 1), b, b_strides, k, alpha: part.scale });
+    }
+    let add_up = |start: kernels::Start, y: &mut [f32]| kernels::gemm_sum((rows, columns), start, &products, y);
+    let new = |start: kernels::Start| {
+        let mut y = vec![0.0; rows * columns];
+        add_up(start, &mut y);
+        tensor(y, (rows, columns))
+    };
+    match start {
+        Start::Zero => new(kernels::Start::Zero),
+        Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Start::Sum(matrix) => edit(matrix, |y| add_up(kernels::Start::Result, y)),
+    }
 }
 
 /// `X W^T` with `x: [m, k]`, `w: [n, k]`.
 pub(crate) fn product(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if !on_cpu(x) {
-        return Ok(x.matmul(&w.t()?)?);
-    }
-    let ((m, k), n) = (x.dims2()?, w.dim(0)?);
-    let mut y = vec![0.0; m * n];
-    kernels::linear((m, n, k), Host::new(x)?.f32()?, Host::new(w)?.matrix()?, &mut y);
-    tensor(y, (m, n))
-}
-
-/// `Y + scale X W^T` in place of `y: [m, n]`, with `x: [m, k]`, `w: [n, k]`.
-pub(crate) fn add_product(y: Tensor, scale: f32, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if !on_cpu(&y) {
-        return add_scaled(y, f64::from(scale), &product(x, w)?);
-    }
-    let ((m, k), n) = (x.dims2()?, w.dim(0)?);
-    let (x, w) = (Host::new(x)?, Host::new(w)?);
-    let (x, w) = (x.f32()?, w.matrix()?);
-    edit(y, |y| kernels::gemm((m, n, k), scale, x, (k, 1), w, (1, k), 1.0, y))
-}
-
-/// `X W`, added to `sum` in place if there is one, with `x: [m, k]`, `w: [k, n]`.
-pub(crate) fn add_product_transposed(sum: Option<Tensor>, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if !on_cpu(x) {
-        let product = x.matmul(w)?;
-        return match sum {
-            Some(sum) => Ok((sum + product)?),
-            None => Ok(product),
-        };
-    }
-    let ((m, k), n) = (x.dims2()?, w.dim(1)?);
-    let (x, w) = (Host::new(x)?, Host::new(w)?);
-    let (x, w) = (x.f32()?, w.matrix()?);
-    let multiply = |beta: f32, y: &mut [f32]| kernels::gemm((m, n, k), 1.0, x, (k, 1), w, (n, 1), beta, y);
-    if let Some(sum) = sum {
-        return edit(sum, |y| multiply(1.0, y));
-    }
-    let mut y = vec![0.0; m * n];
-    multiply(0.0, &mut y);
-    tensor(y, (m, n))
+    sum(Start::Zero, &[Part::transposed(x, w, 1.0)])
 }
 
 /// `X^T Y` in f32 with `x: [k, m]`, `y: [k, n]`: the gradient of a weight.

@@ -155,7 +155,11 @@ fn products_equal_candle_for_every_weight_type() {
             let wide = w.to_dtype(DType::F32).unwrap();
             assert_close(&linear::product(&x, &w).unwrap(), &x.matmul(&wide.t().unwrap()).unwrap(), 1e-5);
             let dy = random(&[m, n], 3);
-            assert_close(&linear::add_product_transposed(None, &dy, &w).unwrap(), &dy.matmul(&wide).unwrap(), 1e-5);
+            assert_close(
+                &linear::sum(linear::Start::Zero, &[linear::Part::plain(&dy, &w, 1.0)]).unwrap(),
+                &dy.matmul(&wide).unwrap(),
+                1e-5,
+            );
         }
         let y = random(&[m, n], 4);
         assert_close(&linear::outer(&x, &y).unwrap(), &x.t().unwrap().matmul(&y).unwrap(), 1e-5);
@@ -183,7 +187,7 @@ fn linear_gradients_match_finite_differences() {
     };
     let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
     let loss = |layer: &Linear, term: &LowRank, x: &Tensor| -> f64 {
-        let y = layer.forward(x, Some(term), Some(9)).unwrap();
+        let y = layer.forward(x, Some(term), Some(9), None).unwrap();
         values(&y).iter().zip(values(&dy)).map(|(a, b)| f64::from(a * b)).sum()
     };
     let wanted = Wanted { input: true, weight: true, bias: true };
@@ -240,7 +244,7 @@ fn decomposed_gradients_match_finite_differences() {
             (plain + p).unwrap().broadcast_add(layer.bias.as_ref().unwrap()).unwrap()
         };
         let m = &term.magnitude.as_ref().unwrap().m;
-        assert_close(&layer.forward(&x, Some(&term), Some(9)).unwrap(), &formula(&term.a, &term.b, m, &x), 1e-5);
+        assert_close(&layer.forward(&x, Some(&term), Some(9), None).unwrap(), &formula(&term.a, &term.b, m, &x), 1e-5);
         let wanted = Wanted { input: true, weight: false, bias: false };
         let before = random(&[8, 10], 11);
         let gradients = layer.backward(&x, Some(&term), Some(9), &dy, wanted, Some(before.copy().unwrap())).unwrap();
