@@ -1,8 +1,9 @@
 //! Kernels that touch each element once: activation, rotary embedding, bias, dropout.
 
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::sigmoid;
+use crate::math::{Element, sigmoid};
 use crate::parallel::{Shared, for_each, rows_per_task};
+use half::bf16;
 
 /// Elements that one task handles.
 const CHUNK: usize = 32 * 1024;
@@ -13,7 +14,7 @@ fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
 }
 
 /// `y = silu(gate) * up` with `silu(x) = x / (1 + e^-x)` (<https://arxiv.org/abs/2002.05202>).
-pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+pub fn swiglu<T: Element>(gate: &[T], up: &[T], y: &mut [f32]) {
     let shared = Shared::new(y);
     chunks(gate.len().min(up.len()), |start, end| {
         // SAFETY: chunks are disjoint.
@@ -23,18 +24,19 @@ pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
 }
 
 dispatch! {
-    fn swiglu_chunk(gate: &[f32], up: &[f32], y: &mut [f32]) = swiglu_chunk_body
+    fn swiglu_chunk<T: Element>(gate: &[T], up: &[T], y: &mut [f32]) = swiglu_chunk_body
 }
 
 #[inline(always)]
-fn swiglu_chunk_body<A: Arithmetic>(gate: &[f32], up: &[f32], y: &mut [f32]) {
+fn swiglu_chunk_body<A: Arithmetic, T: Element>(gate: &[T], up: &[T], y: &mut [f32]) {
     for ((g, u), y) in gate.iter().zip(up).zip(y) {
-        *y = g * sigmoid::<A>(*g) * u;
+        let g = g.to_f32();
+        *y = g * sigmoid::<A>(g) * u.to_f32();
     }
 }
 
 /// The gradients of [`swiglu`] with respect to `gate` and `up`, from `dy`.
-pub fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+pub fn swiglu_backward<T: Element>(gate: &[T], up: &[T], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
     let (shared_gate, shared_up) = (Shared::new(d_gate), Shared::new(d_up));
     chunks(gate.len().min(up.len()).min(dy.len()), |start, end| {
         // SAFETY: chunks are disjoint.
@@ -44,21 +46,45 @@ pub fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32],
 }
 
 dispatch! {
-    fn swiglu_backward_chunk(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
+    fn swiglu_backward_chunk<T: Element>(gate: &[T], up: &[T], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
 }
 
 #[inline(always)]
-fn swiglu_backward_chunk_body<A: Arithmetic>(
-    gate: &[f32],
-    up: &[f32],
+fn swiglu_backward_chunk_body<A: Arithmetic, T: Element>(
+    gate: &[T],
+    up: &[T],
     dy: &[f32],
     d_gate: &mut [f32],
     d_up: &mut [f32],
 ) {
     for i in 0..gate.len() {
-        let s = sigmoid::<A>(gate[i]);
-        d_up[i] = dy[i] * gate[i] * s;
-        d_gate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+        let (gate, up) = (gate[i].to_f32(), up[i].to_f32());
+        let s = sigmoid::<A>(gate);
+        d_up[i] = dy[i] * gate * s;
+        d_gate[i] = dy[i] * up * s * (1.0 + gate * (1.0 - s));
+    }
+}
+
+/// `x` rounded to bfloat16, to the nearest and ties to even; what is not a number stays so.
+pub fn round_to_bf16(x: &[f32], y: &mut [bf16]) {
+    let shared = Shared::new(y);
+    chunks(x.len(), |start, end| {
+        // SAFETY: chunks are disjoint.
+        round_chunk(&x[start..end], unsafe { shared.part(start, end - start) });
+    });
+}
+
+dispatch! {
+    fn round_chunk(x: &[f32], y: &mut [bf16]) = round_chunk_body
+}
+
+#[inline(always)]
+fn round_chunk_body<A: Arithmetic>(x: &[f32], y: &mut [bf16]) {
+    for (x, y) in x.iter().zip(y) {
+        let bits = x.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+        let quiet = (bits >> 16) as u16 | 0x40;
+        *y = bf16::from_bits(if x.is_nan() { quiet } else { rounded });
     }
 }
 
@@ -181,4 +207,21 @@ fn mix(value: u64) -> u64 {
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::round_to_bf16;
+    use half::bf16;
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        let values: Vec<f32> = (0..200_000_u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).collect();
+        let mut rounded = vec![bf16::ZERO; values.len()];
+        round_to_bf16(&values, &mut rounded);
+        for (value, rounded) in values.iter().zip(rounded) {
+            let expected = bf16::from_f32(*value);
+            assert!(rounded == expected || rounded.is_nan() && expected.is_nan(), "{value}: {rounded} {expected}");
+        }
+    }
 }

@@ -84,6 +84,9 @@ pub enum Start<'a> {
 /// Columns of A and rows of B that are multiplied at a time: with a panel's columns they fill half the first-level cache.
 const DEPTH: usize = 320;
 
+/// Elements of the left operand that are packed at a time.
+const LEFT_ELEMENTS: usize = 4 << 20;
+
 /// Columns of the widest panel.
 const MAX_COLUMNS: usize = 32;
 
@@ -154,6 +157,47 @@ fn run<const MR: usize, const NR: usize>(
     products: &[Product],
     c: &mut [f32],
     task: impl Fn(&Task) + Send + Sync,
+) {
+    // a part of the depth at a time: the packed left operand stays small
+    let most = (LEFT_ELEMENTS / m.next_multiple_of(MR)).max(DEPTH) / DEPTH * DEPTH;
+    let (mut start, mut parts, mut depth) = (start, Vec::with_capacity(products.len()), 0);
+    for product in products {
+        let mut at = 0;
+        while at < product.k {
+            let k = (product.k - at).min(most - depth);
+            parts.push(product.part(at, k));
+            (at, depth) = (at + k, depth + k);
+            if depth == most {
+                run_part::<MR, NR>((m, n), start, &parts, c, &task);
+                (start, depth) = (Start::Result, 0);
+                parts.clear();
+            }
+        }
+    }
+    if depth > 0 || matches!(start, Start::Zero | Start::Row(_) | Start::Matrix(_)) {
+        run_part::<MR, NR>((m, n), start, &parts, c, &task);
+    }
+}
+
+impl Product<'_> {
+    /// Columns `at..at + k` of A times the same rows of B.
+    fn part(&self, at: usize, k: usize) -> Self {
+        let b_from = at * self.b_strides.0;
+        let b = match self.b {
+            Matrix::F32(b) => Matrix::F32(&b[b_from..]),
+            Matrix::F16(b) => Matrix::F16(&b[b_from..]),
+            Matrix::BF16(b) => Matrix::BF16(&b[b_from..]),
+        };
+        Self { a: &self.a[at * self.a_strides.1..], b, k, ..*self }
+    }
+}
+
+fn run_part<const MR: usize, const NR: usize>(
+    (m, n): (usize, usize),
+    start: Start,
+    products: &[Product],
+    c: &mut [f32],
+    task: &(impl Fn(&Task) + Send + Sync),
 ) {
     let row_panels = m.div_ceil(MR);
     let depth: usize = products.iter().map(|product| product.k).sum();

@@ -26,7 +26,8 @@ pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention
 pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
 pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{
-    add_bias, add_scaled, column_sums, dropout, rotary, scale_columns, swiglu, swiglu_backward, uniform_noise,
+    add_bias, add_scaled, column_sums, dropout, rotary, round_to_bf16, scale_columns, swiglu, swiglu_backward,
+    uniform_noise,
 };
 pub use file::{MappedFile, map_file};
 pub use gemm::{Matrix, Product, Start, gemm, gemm_sum};

@@ -12,6 +12,7 @@ mod error;
 pub mod inference;
 pub mod models;
 pub mod ops;
+pub mod profile;
 pub mod training;
 
 pub use device::Device;

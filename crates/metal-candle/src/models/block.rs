@@ -8,7 +8,8 @@ use crate::ops::attention::{self, Saved};
 use crate::ops::linear::{Linear, LinearGradients, Wanted};
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotation;
-use crate::ops::{LowRank, LowRankTerms, num_bytes, swiglu};
+use crate::ops::{LowRank, LowRankTerms, kept, num_bytes, swiglu};
+use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use metal_candle_kernels::AttentionShape;
 
@@ -57,6 +58,16 @@ pub(super) struct BlockSaved {
     up: Tensor,
 }
 
+/// [`BlockSaved`] without gate and up.
+struct Unactivated {
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: Saved,
+    middle: Tensor,
+}
+
 impl BlockSaved {
     pub(super) fn num_bytes(&self) -> usize {
         let tensors = [&self.x, &self.q, &self.k, &self.v, &self.middle, &self.gate, &self.up];
@@ -101,6 +112,7 @@ impl Block {
     }
 
     fn linear(&self, context: Context, place: usize, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let _span = span(MODULES[place], Kind::Group);
         self.linears[place].forward(x, self.term(context, place), self.seed(context, place), residual)
     }
 
@@ -149,18 +161,29 @@ impl Block {
 
     /// As [`Block::forward`], keeping what the backward pass needs.
     pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
-        let saved = self.saved_again(x, context)?;
-        let y = self.after_mlp(&saved.middle, &swiglu::forward(&saved.gate, &saved.up)?, context)?;
-        Ok((y, saved))
+        let (saved, (gate, up)) = self.until_activation(x, context)?;
+        let y = self.after_mlp(&saved.middle, &swiglu::forward(&gate, &up)?, context)?;
+        Ok((y, self.with_activation(saved, gate, up)?))
     }
 
     /// What [`Block::forward_saving`] keeps, from the block's input; its output is not computed.
     pub(super) fn saved_again(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
+        let (saved, (gate, up)) = self.until_activation(x, context)?;
+        self.with_activation(saved, gate, up)
+    }
+
+    fn until_activation(&self, x: &Tensor, context: Context) -> Result<(Unactivated, (Tensor, Tensor))> {
         let (q, k, v) = self.projections(x, context)?;
         let attention = attention::forward(self.shape, &q, &k, &v, context.offsets)?;
         let middle = self.after_attention(x, &attention.out, context)?;
-        let (gate, up) = self.gate_and_up(&middle, context)?;
-        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up })
+        let gate_and_up = self.gate_and_up(&middle, context)?;
+        Ok((Unactivated { x: x.clone(), q, k, v, attention, middle }, gate_and_up))
+    }
+
+    fn with_activation(&self, saved: Unactivated, gate: Tensor, up: Tensor) -> Result<BlockSaved> {
+        let Unactivated { x, q, k, v, attention, middle } = saved;
+        let weights = self.linears[GATE].weight.dtype();
+        Ok(BlockSaved { x, q, k, v, attention, middle, gate: kept(gate, weights)?, up: kept(up, weights)? })
     }
 
     /// The gradient with respect to the block's input, if wanted, from that of its output.
@@ -224,6 +247,7 @@ impl Block {
         dx: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
+        let _span = span(MODULES[place], Kind::Group);
         let (term, seed) = (self.term(context, place), self.seed(context, place));
         let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, true, wanted), dx)?;
         let input = of_linear.input.clone();
@@ -241,6 +265,7 @@ impl Block {
         wanted: BlockWanted,
         gradients: &mut Gradients,
     ) -> Result<()> {
+        let _span = span(MODULES[place], Kind::Group);
         let (term, seed) = (self.term(context, place), self.seed(context, place));
         let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, false, wanted), None)?;
         self.keep(place, of_linear, gradients);

@@ -6,6 +6,7 @@ use super::{Batch, Model};
 use crate::error::{Error, Result};
 use crate::ops::head::{self, HeadWanted};
 use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
+use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use metal_candle_kernels::Row;
 
@@ -275,6 +276,7 @@ impl Model {
         let wanted = self.wanted(parameters)?;
         let lowest = self.lowest(terms, &wanted);
 
+        let forward = span("forward", Kind::Group);
         let (mut x, rotation) = self.embed(batch, terms)?;
         if options.neftune_noise_alpha > 0.0 {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
@@ -297,6 +299,8 @@ impl Model {
             };
         }
 
+        drop(forward);
+        let of_head = span("head", Kind::Group);
         let stream = trained.gather(&x)?;
         drop(x);
         let hidden = self.inner.norm.forward(&stream)?;
@@ -308,19 +312,20 @@ impl Model {
         };
         let term = terms.and_then(|terms| terms.get(self.head_number()));
         let (smoothing, seed) = (options.label_smoothing, dropout_seed);
-        let of_head =
-            head::loss(&hidden, &self.inner.head, term, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
+        let found = head::loss(&hidden, &self.inner.head, term, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
         drop(hidden);
-        let losses = trained.losses(batch.num_tokens(), &of_head.rows);
+        drop(of_head);
+        let losses = trained.losses(batch.num_tokens(), &found.rows);
         let mut gradients = Gradients {
             terms: vec![None; self.linears().len()],
             parameters: vec![None; self.parameters().len()],
             saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
         };
-        gradients.terms[self.head_number()] = of_head.gradients.term;
-        gradients.parameters[head] = of_head.gradients.weight;
+        gradients.terms[self.head_number()] = found.gradients.term;
+        gradients.parameters[head] = found.gradients.weight;
 
-        let Some(d_hidden) = of_head.gradients.input else { return Ok((losses, gradients)) };
+        let _backward = span("backward", Kind::Group);
+        let Some(d_hidden) = found.gradients.input else { return Ok((losses, gradients)) };
         let norm = self.norm_parameter();
         let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
         let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;
@@ -331,7 +336,10 @@ impl Model {
             let (Some(kept), Some(dy)) = (kept.pop(), dx.take()) else { break };
             let saved = match kept {
                 Kept::Everything(saved) => saved,
-                Kept::Input(x) => block.saved_again(&x, context)?,
+                Kept::Input(x) => {
+                    let _span = span("forward again", Kind::Group);
+                    block.saved_again(&x, context)?
+                }
             };
             let wanted = BlockWanted { input: lowest.embedding || block.layer > first, parameters: &wanted };
             dx = block.backward(saved, context, dy, wanted, &mut gradients)?;

@@ -2,6 +2,7 @@
 
 use super::host::{Host, on_cpu, tensor};
 use crate::error::Result;
+use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};
 use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Span};
 
@@ -29,6 +30,7 @@ pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor,
     if !on_cpu(q) {
         return Ok(Saved { out: plain_forward(shape, q, k, v, offsets)?, log_sums: None });
     }
+    let _span = profile::span("attention", Kind::Attention);
     let kv_width = shape.kv_heads * shape.head_dim;
     let span = |w: &[usize]| Span {
         query_start: w[0],
@@ -66,6 +68,7 @@ pub(crate) fn with_cache(
     if !on_cpu(q) {
         return plain_with_cache(shape, q, (keys, values), offsets, slots, lengths);
     }
+    let _span = profile::span("attention", Kind::Attention);
     let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
     let spans: Vec<Span> = offsets
         .windows(2)
@@ -100,6 +103,7 @@ pub(crate) fn backward(
     let Some(log_sums) = &saved.log_sums else {
         return plain_backward(shape, (q, k, v), offsets, d_out);
     };
+    let _span = profile::span("attention", Kind::Attention);
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.elem_count()], vec![0.0; k.elem_count()], vec![0.0; v.elem_count()]);
     {
         let (q, k, v) = (Host::new(q)?, Host::new(k)?, Host::new(v)?);

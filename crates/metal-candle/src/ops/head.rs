@@ -4,11 +4,12 @@ use super::host::{on_cpu, tensor};
 use super::linear::{Linear, LinearGradients, Wanted, add_outer};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
+use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels::{self as kernels, Row};
 
 /// Most bytes of logits held at a time.
-const CHUNK_BYTES: usize = 64 << 20;
+const CHUNK_BYTES: usize = 80 << 20;
 
 /// What [`loss`] returns.
 #[derive(Debug)]
@@ -97,6 +98,7 @@ fn cross_entropy(
     smoothing: f32,
     scale: Option<f32>,
 ) -> Result<(Vec<f32>, Option<Tensor>)> {
+    let _span = span("cross_entropy", Kind::Elementwise);
     let losses = std::cell::RefCell::new(vec![0.0; rows.len()]);
     let logits = super::host::edit(logits, |logits| match scale {
         Some(scale) => kernels::cross_entropy_backward(logits, rows, smoothing, scale, &mut losses.borrow_mut()),

@@ -45,6 +45,13 @@ pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor
     Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
 }
 
+/// `x` in f32 rounded to bf16.
+pub(crate) fn rounded(x: &Tensor) -> Result<Tensor> {
+    let mut y = vec![half::bf16::ZERO; x.elem_count()];
+    metal_candle_kernels::round_to_bf16(Host::new(x)?.f32()?, &mut y);
+    Ok(Tensor::from_vec(y, x.shape(), &Device::Cpu)?)
+}
+
 /// Whether the kernels of this crate's own run on it, rather than candle's.
 pub(crate) fn on_cpu(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && tensor.dtype() == DType::F32

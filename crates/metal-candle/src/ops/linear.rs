@@ -3,6 +3,7 @@
 use super::host::{Host, edit, on_cpu, tensor};
 use super::low_rank::{LowRank, Magnitude};
 use crate::error::Result;
+use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels as kernels;
 
@@ -277,6 +278,7 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
             Start::Sum(matrix) => Ok((y + matrix)?),
         };
     }
+    let _span = span("product", Kind::Gemm);
     let hosts: Vec<(Host, Host)> =
         parts.iter().map(|part| Ok((Host::new(part.x)?, Host::new(part.w)?))).collect::<Result<_>>()?;
     let mut products = Vec::with_capacity(parts.len());
@@ -319,6 +321,7 @@ pub(crate) fn add_outer(sum: Option<Tensor>, x: &Tensor, y: &Tensor) -> Result<T
             None => Ok(product),
         };
     }
+    let _span = span("outer product", Kind::Gemm);
     let ((k, m), n) = (x.dims2()?, y.dim(1)?);
     let (x, y) = (Host::new(x)?, Host::new(y)?);
     let (x, y) = (x.f32()?, y.f32()?);

@@ -15,10 +15,19 @@ pub(crate) mod swiglu;
 #[cfg(test)]
 mod tests;
 
+use crate::error::Result;
+use candle_core::{DType, Tensor};
+
 pub use linear::TermGradients;
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
 
+/// An activation as it is kept beside weights of this type for the backward pass: rounded to bf16 where the weights have
+/// half precision, which changes gradients by less than the rounding of the weights does.
+pub(crate) fn kept(x: Tensor, weights: DType) -> Result<Tensor> {
+    if weights == DType::F32 || !host::on_cpu(&x) { Ok(x) } else { host::rounded(&x) }
+}
+
 /// The size of a tensor, in bytes.
-pub(crate) fn num_bytes(tensor: &candle_core::Tensor) -> usize {
+pub(crate) fn num_bytes(tensor: &Tensor) -> usize {
     tensor.elem_count() * tensor.dtype().size_in_bytes()
 }

@@ -3,6 +3,7 @@
 use super::host::{Host, edit, on_cpu, tensor};
 use super::linear::column_sums;
 use crate::error::Result;
+use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels as kernels;
 use std::cell::RefCell;
@@ -22,6 +23,7 @@ impl RmsNorm {
         if !on_cpu(x) {
             return self.plain_forward(x);
         }
+        let _span = span("rms_norm", Kind::Elementwise);
         let mut y = vec![0.0; x.elem_count()];
         kernels::rms_norm(Host::new(x)?.f32()?, Host::new(&self.weight)?.f32()?, self.eps as f32, &mut y);
         tensor(y, x.shape())
@@ -38,6 +40,7 @@ impl RmsNorm {
         if !on_cpu(x) {
             return self.plain_backward(x, dy, &dx, weight);
         }
+        let _span = span("rms_norm", Kind::Elementwise);
         let (x, w, dy) = (Host::new(x)?, Host::new(&self.weight)?, Host::new(dy)?);
         let (x, w, dy) = (x.f32()?, w.f32()?, dy.f32()?);
         let dw = RefCell::new(weight.then(|| vec![0.0; w.len()]));

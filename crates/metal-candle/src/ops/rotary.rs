@@ -2,6 +2,7 @@
 
 use super::host::{Host, edit, on_cpu};
 use crate::error::{Error, Result};
+use crate::profile::{Kind, span};
 use candle_core::{D, Tensor};
 use metal_candle_kernels as kernels;
 use std::sync::{Arc, RwLock};
@@ -74,6 +75,7 @@ impl Rotation {
         if !on_cpu(&x) {
             return self.plain(&x, inverse);
         }
+        let _span = span("rotary", Kind::Elementwise);
         let head_dim = 2 * self.cos.dim(1)?;
         let heads = x.dim(1)? / head_dim;
         let (cos, sin) = (Host::new(&self.cos)?, Host::new(&self.sin)?);

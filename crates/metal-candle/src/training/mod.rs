@@ -14,6 +14,7 @@ mod progress;
 mod report;
 mod run;
 mod run_folder;
+mod run_settings;
 mod scheduler;
 mod template_check;
 mod trained;

@@ -9,6 +9,7 @@ use super::optimizer::Optimizer;
 use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
+use super::run_settings::{check_settings, describe_settings};
 use super::trained::{Parameter, Trained};
 use super::trainer::Callback;
 use super::warnings::{TrainingWarning, dataset_warnings};
@@ -19,16 +20,13 @@ use crate::models::{
     write_safetensors,
 };
 use crate::ops::LowRankTerms;
+use crate::profile::{Kind, span};
 use candle_core::Tensor;
-use serde_json::{Map, Value, json};
-use std::path::Path;
+use serde_json::{Map, Value};
 use std::time::Instant;
 
 /// The file of the optimizer's state in a checkpoint.
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-
-/// Settings that may differ when a run goes on: they only say when it ends or what is kept of it.
-const FREE_SETTINGS: [&str; 2] = ["num_epochs", "max_steps"];
 
 /// Most rows that an error names.
 const MAX_ROWS: usize = 16;
@@ -143,7 +141,7 @@ impl<'a, T: Trained> Run<'a, T> {
     fn open_folder(&mut self) -> Result<()> {
         let Some(folder) = &self.options.run_folder else { return Ok(()) };
         let checkpoints = Checkpoints::open(folder)?;
-        self.settings = self.describe_settings();
+        self.settings = describe_settings(self.start, self.config, self.options, self.dataset);
         let newest = checkpoints.newest()?;
         let step = match newest {
             Some(checkpoint) if self.options.resume => {
@@ -286,8 +284,10 @@ impl<'a, T: Trained> Run<'a, T> {
                 return Err(self.non_finite_loss(indices, batch, &losses.rows));
             }
             total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            let _span = span("gradients", Kind::Optimizer);
             self.add(&gradients, number == 0)?;
         }
+        let _span = span("optimizer", Kind::Optimizer);
         let grad_norm = global_norm(self.gradients.tensor())?;
         if !grad_norm.is_finite() {
             let rows = batches.iter().flatten().map(|&index| source_of(self.dataset, index)).collect();
@@ -490,7 +490,7 @@ impl<'a, T: Trained> Run<'a, T> {
         let part = |key: &str| -> Result<_> {
             checkpoint.state.object(key)?.ok_or_else(|| checkpoint.state.missing(key, "an object"))
         };
-        self.check_settings(&checkpoint.path, part("settings")?.map())?;
+        check_settings(&checkpoint.path, &self.settings, part("settings")?.map())?;
         self.progress = Progress::from_json(&part("progress")?)?;
         let values = self.start.load_values(&checkpoint.path)?;
         let file = SafetensorsFile::open(checkpoint.path.join(OPTIMIZER_FILE))?;
@@ -508,54 +508,6 @@ impl<'a, T: Trained> Run<'a, T> {
             },
         };
         Ok(())
-    }
-
-    fn describe_settings(&self) -> Map<String, Value> {
-        let options = self.options;
-        let evaluation = options
-            .evaluation
-            .as_ref()
-            .map(|evaluation| json!({"dataset": fingerprint(&evaluation.dataset), "interval": evaluation.interval}));
-        let model = self.start.run_model();
-        let entries = [
-            ("trained", json!(digest(&self.start.identity().to_string()))),
-            ("model", json!(digest(&format!("{:?}", model.config())))),
-            ("dtype", json!(model.dtype().as_str())),
-            ("dataset", json!(fingerprint(self.dataset))),
-            ("num_epochs", json!(self.config.num_epochs)),
-            ("max_steps", json!(options.max_steps)),
-            ("lr_scheduler", self.config.lr_scheduler.to_json()),
-            ("optimizer_config", options.optimizer(self.config).to_json()),
-            ("lora_plus_ratio", json!(options.lora_plus_ratio.map(|ratio| ratio.to_string()))),
-            ("decay_matrices_only", json!(options.decay_matrices_only.then_some(true))),
-            ("max_grad_norm", json!(self.config.max_grad_norm.map(|norm| norm.to_string()))),
-            ("batch_tokens", json!(options.batch_tokens)),
-            ("batch_samples", json!(options.batch_samples)),
-            ("batches", json!(options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))))),
-            ("gradient_accumulation", json!(options.gradient_accumulation)),
-            ("label_smoothing", json!(options.label_smoothing.to_string())),
-            ("neftune_noise_alpha", json!(options.neftune_noise_alpha.to_string())),
-            ("seed", json!(options.seed)),
-            ("evaluation", json!(evaluation)),
-            ("patience", json!(options.patience)),
-        ];
-        entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
-    }
-
-    fn check_settings(&self, path: &Path, saved: &Map<String, Value>) -> Result<()> {
-        let different: Vec<String> = self
-            .settings
-            .iter()
-            .filter(|(key, value)| {
-                !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key).unwrap_or(&Value::Null) != *value
-            })
-            .map(|(key, value)| format!("`{key}` was {}, is {value}", saved.get(key).unwrap_or(&Value::Null)))
-            .collect();
-        if different.is_empty() {
-            return Ok(());
-        }
-        let message = format!("`{}` is of another run: {}", path.display(), different.join("; "));
-        Err(Error::argument("resume", message))
     }
 }
 
@@ -580,21 +532,4 @@ fn shorten(mut names: Vec<String>) -> Vec<String> {
         names.push(format!("and {left} more"));
     }
     names
-}
-
-fn digest(text: &str) -> String {
-    format!("{:08x}", crc32c::crc32c(text.as_bytes()))
-}
-
-/// What tells one dataset from another: its tokens and which are trained.
-fn fingerprint(dataset: &Dataset) -> String {
-    let mut sum = 0;
-    for sample in &dataset.samples {
-        sum = crc32c::crc32c_append(sum, &(sample.ids.len() as u64).to_le_bytes());
-        for (id, trained) in sample.ids.iter().zip(&sample.trained) {
-            let [a, b, c, d] = id.to_le_bytes();
-            sum = crc32c::crc32c_append(sum, &[a, b, c, d, u8::from(*trained)]);
-        }
-    }
-    format!("{} samples, {sum:08x}", dataset.len())
 }

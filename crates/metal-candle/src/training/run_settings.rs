@@ -1,0 +1,81 @@
+//! What must be the same when a run goes on.
+
+use super::config::{Options, TrainingConfig};
+use super::trained::Trained;
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Settings that may differ when a run goes on: they only say when it ends or what is kept of it.
+const FREE_SETTINGS: [&str; 2] = ["num_epochs", "max_steps"];
+
+/// Everything that decides what the steps of a run compute.
+pub(super) fn describe_settings<T: Trained>(
+    start: &T,
+    config: &TrainingConfig,
+    options: &Options,
+    dataset: &Dataset,
+) -> Map<String, Value> {
+    let evaluation = options
+        .evaluation
+        .as_ref()
+        .map(|evaluation| json!({"dataset": fingerprint(&evaluation.dataset), "interval": evaluation.interval}));
+    let model = start.run_model();
+    let entries = [
+        ("trained", json!(digest(&start.identity().to_string()))),
+        ("model", json!(digest(&format!("{:?}", model.config())))),
+        ("dtype", json!(model.dtype().as_str())),
+        ("dataset", json!(fingerprint(dataset))),
+        ("num_epochs", json!(config.num_epochs)),
+        ("max_steps", json!(options.max_steps)),
+        ("lr_scheduler", config.lr_scheduler.to_json()),
+        ("optimizer_config", options.optimizer(config).to_json()),
+        ("lora_plus_ratio", json!(options.lora_plus_ratio.map(|ratio| ratio.to_string()))),
+        ("decay_matrices_only", json!(options.decay_matrices_only.then_some(true))),
+        ("max_grad_norm", json!(config.max_grad_norm.map(|norm| norm.to_string()))),
+        ("batch_tokens", json!(options.batch_tokens)),
+        ("batch_samples", json!(options.batch_samples)),
+        ("batches", json!(options.batches.as_ref().map(|batches| digest(&format!("{batches:?}"))))),
+        ("gradient_accumulation", json!(options.gradient_accumulation)),
+        ("label_smoothing", json!(options.label_smoothing.to_string())),
+        ("neftune_noise_alpha", json!(options.neftune_noise_alpha.to_string())),
+        ("seed", json!(options.seed)),
+        ("evaluation", json!(evaluation)),
+        ("patience", json!(options.patience)),
+    ];
+    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+}
+
+/// Refuses to go on from a checkpoint at `path` that was `saved` with other settings.
+pub(super) fn check_settings(path: &Path, settings: &Map<String, Value>, saved: &Map<String, Value>) -> Result<()> {
+    let different: Vec<String> = settings
+        .iter()
+        .filter(|(key, value)| {
+            !FREE_SETTINGS.contains(&key.as_str()) && saved.get(*key).unwrap_or(&Value::Null) != *value
+        })
+        .map(|(key, value)| format!("`{key}` was {}, is {value}", saved.get(key).unwrap_or(&Value::Null)))
+        .collect();
+    if different.is_empty() {
+        return Ok(());
+    }
+    let message = format!("`{}` is of another run: {}", path.display(), different.join("; "));
+    Err(Error::argument("resume", message))
+}
+
+fn digest(text: &str) -> String {
+    format!("{:08x}", crc32c::crc32c(text.as_bytes()))
+}
+
+/// What tells one dataset from another: its tokens and which are trained.
+fn fingerprint(dataset: &Dataset) -> String {
+    let mut sum = 0;
+    for sample in &dataset.samples {
+        sum = crc32c::crc32c_append(sum, &(sample.ids.len() as u64).to_le_bytes());
+        for (id, trained) in sample.ids.iter().zip(&sample.trained) {
+            let [a, b, c, d] = id.to_le_bytes();
+            sum = crc32c::crc32c_append(sum, &[a, b, c, d, u8::from(*trained)]);
+        }
+    }
+    format!("{} samples, {sum:08x}", dataset.len())
+}
