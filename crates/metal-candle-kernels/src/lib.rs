@@ -13,6 +13,7 @@ mod decomposition;
 mod elementwise;
 mod file;
 mod gemm;
+mod gemm_narrow;
 mod isa;
 mod math;
 mod norm;

@@ -55,6 +55,12 @@ struct Event {
     end: Duration,
 }
 
+impl Event {
+    fn time(&self) -> Duration {
+        self.end.saturating_sub(self.begin)
+    }
+}
+
 static IS_ON: AtomicBool = AtomicBool::new(false);
 static EVENTS: Mutex<Vec<Event>> = Mutex::new(Vec::new());
 static ORIGIN: OnceLock<Instant> = OnceLock::new();
@@ -125,7 +131,7 @@ impl Profile {
         let mut close = |event: &Event, path: String, inside: Duration| {
             let row = rows.entry((path, event.kind)).or_default();
             row.0 += 1;
-            row.1 += (event.end - event.begin).saturating_sub(inside);
+            row.1 += event.time().saturating_sub(inside);
         };
         for event in events {
             while let Some((last, ..)) = open.last()
@@ -137,7 +143,7 @@ impl Profile {
             }
             let path = match open.last_mut() {
                 Some((_, path, inside)) => {
-                    *inside += event.end - event.begin;
+                    *inside += event.time();
                     format!("{path}/{}", event.name)
                 }
                 None => event.name.to_owned(),
@@ -208,7 +214,7 @@ impl Profile {
             .map(|event| {
                 json!({
                     "name": event.name, "cat": event.kind.name(), "ph": "X", "pid": 1, "tid": event.thread,
-                    "ts": micros(event.begin), "dur": micros(event.end - event.begin),
+                    "ts": micros(event.begin), "dur": micros(event.time()),
                 })
             })
             .collect();

@@ -31,7 +31,7 @@ fn the_loss_falls_with_each_optimizer() {
             Trainer::new(adapter(&model), config(30, rate)).unwrap().with_batch_tokens(60).with_optimizer(optimizer);
         let metrics = of_adapter.train(&data).unwrap();
         let (first, last) = (metrics.steps[0].loss, metrics.final_loss().unwrap());
-        assert!(last < 0.8 * first, "adapter, {optimizer:?}: {first} {last}");
+        assert!(last < 0.9 * first, "adapter, {optimizer:?}: {first} {last}");
         let of_all = Trainer::full(model.clone(), config(20, 0.3 * rate)).unwrap().with_optimizer(optimizer);
         let metrics = of_all.train(&data).unwrap();
         let (first, last) = (metrics.steps[0].loss, metrics.final_loss().unwrap());

@@ -1,0 +1,137 @@
+//! Products of few rows or columns: decoding, and the gradients of low-rank matrices.
+
+use crate::gemm::{Matrix, Product, Start};
+use crate::isa::{Arithmetic, dispatch};
+use crate::math::{Element, dot};
+use crate::parallel::{Shared, for_each};
+
+/// Rows up to which a product reads each weight once and multiplies it with every row.
+pub(crate) const MAX_DOT_ROWS: usize = 4;
+
+/// Weights of a product of few rows that one task reads.
+const DOT_ELEMENTS: usize = 64 * 1024;
+
+/// The sum of products of few rows, whose right operands are rows of weights: `[n, k]` row-major.
+pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
+    let depth: usize = products.iter().map(|product| product.k).sum();
+    let columns = (DOT_ELEMENTS / depth.max(1)).max(1);
+    let shared = Shared::new(c);
+    for_each(n.div_ceil(columns), n * depth, |task| {
+        let (from, to) = (task * columns, (task * columns + columns).min(n));
+        for i in 0..m {
+            // SAFETY: tasks write disjoint ranges of each row.
+            let c = unsafe { shared.part(i * n + from, to - from) };
+            match start {
+                Start::Zero => c.fill(0.0),
+                Start::Result => {}
+                Start::Row(row) => c.copy_from_slice(&row[from..to]),
+                Start::Matrix(matrix) => c.copy_from_slice(&matrix[i * n + from..i * n + to]),
+            }
+            for &Product { a, a_strides, b, b_strides, k, alpha } in products.iter().filter(|product| product.k > 0) {
+                let x = &a[i * a_strides.0..][..k];
+                let range = from * b_strides.1..(to - 1) * b_strides.1 + k;
+                match b {
+                    Matrix::F32(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                    Matrix::F16(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                    Matrix::BF16(w) => add_dots(&w[range], b_strides.1, x, alpha, c),
+                }
+            }
+        }
+    });
+}
+
+dispatch! {
+    /// `y[j] += alpha w[j] . x` for the rows of `w`, `stride` apart.
+    fn add_dots<T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) = add_dots_body
+}
+
+#[inline(always)]
+fn add_dots_body<A: Arithmetic, T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) {
+    for (w, y) in w.chunks(stride).zip(y) {
+        *y = A::mul_add(alpha, dot::<A, T>(&w[..x.len()], x), *y);
+    }
+}
+
+/// Rows of a result that is made by adding up its rows, and columns that a task makes.
+const MAX_OUTER_ROWS: usize = 16;
+const OUTER_COLUMNS: usize = 256;
+
+/// Computes a product whose operands both have long contiguous rows and whose result has few rows (or few columns), as the
+/// gradients of low-rank matrices; whether it is one.
+pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: &mut [f32]) -> bool {
+    let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha } = *product else { return false };
+    if a_strides.0 != 1 || b_strides.1 != 1 || m.min(n) > MAX_OUTER_ROWS || m.max(n) < OUTER_COLUMNS || k == 0 {
+        return false;
+    }
+    if m <= n {
+        add_up_rows((m, n, k), alpha, (a, a_strides.1), (b, b_strides.0), c);
+        return true;
+    }
+    let mut transposed = vec![0.0; m * n];
+    add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), &mut transposed);
+    for (i, row) in c.chunks_exact_mut(n).take(m).enumerate() {
+        for (j, c) in row.iter_mut().enumerate() {
+            *c = transposed[j * m + i];
+        }
+    }
+    true
+}
+
+/// `C[i, j] = alpha sum over p of few[p, i] many[p, j]`.
+fn add_up_rows(
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    (few, few_stride): (&[f32], usize),
+    (many, many_stride): (&[f32], usize),
+    c: &mut [f32],
+) {
+    let shared = Shared::new(c);
+    for_each(n.div_ceil(OUTER_COLUMNS), m * n * k / 8, |task| {
+        let (start, width) = (task * OUTER_COLUMNS, OUTER_COLUMNS.min(n - task * OUTER_COLUMNS));
+        let mut sums = [0.0; MAX_OUTER_ROWS * OUTER_COLUMNS];
+        outer_columns(few, few_stride, &many[start..], many_stride, (m, width, k), &mut sums);
+        for (i, sums) in sums.chunks_exact(OUTER_COLUMNS).take(m).enumerate() {
+            // SAFETY: tasks have columns of their own.
+            let c = unsafe { shared.part(i * n + start, width) };
+            c.iter_mut().zip(sums).for_each(|(c, sum)| *c = alpha * sum);
+        }
+    });
+}
+
+dispatch! {
+    /// Adds up four rows at a time, so that a sum is loaded and stored once for four products.
+    fn outer_columns(few: &[f32], few_stride: usize, many: &[f32], many_stride: usize, shape: (usize, usize, usize), sums: &mut [f32]) = outer_columns_body
+}
+
+#[inline(always)]
+fn outer_columns_body<A: Arithmetic>(
+    few: &[f32],
+    few_stride: usize,
+    many: &[f32],
+    many_stride: usize,
+    (m, width, k): (usize, usize, usize),
+    sums: &mut [f32],
+) {
+    let whole = k / 4 * 4;
+    for p in (0..whole).step_by(4) {
+        let rows: [&[f32]; 4] = std::array::from_fn(|q| &many[(p + q) * many_stride..][..width]);
+        for (i, sums) in sums.chunks_exact_mut(OUTER_COLUMNS).take(m).enumerate() {
+            let factors: [f32; 4] = std::array::from_fn(|q| few[(p + q) * few_stride + i]);
+            let sums = &mut sums[..width];
+            for j in 0..width {
+                let sum = A::mul_add(factors[0], rows[0][j], sums[j]);
+                let sum = A::mul_add(factors[1], rows[1][j], sum);
+                let sum = A::mul_add(factors[2], rows[2][j], sum);
+                sums[j] = A::mul_add(factors[3], rows[3][j], sum);
+            }
+        }
+    }
+    for p in whole..k {
+        for (i, sums) in sums.chunks_exact_mut(OUTER_COLUMNS).take(m).enumerate() {
+            let factor = few[p * few_stride + i];
+            for (sum, value) in sums.iter_mut().zip(&many[p * many_stride..][..width]) {
+                *sum = A::mul_add(factor, *value, *sum);
+            }
+        }
+    }
+}
