@@ -131,8 +131,8 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_enum, help_heading = "Optimization")]
     pub(crate) optimizer: Option<OptimizerKind>,
 
-    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano; of these a tenth
-    /// for lion, twice as much for schedule-free-adamw, 200 times as much for sgd].
+    /// Highest learning rate [default: 2e-4; with --full 2e-5, with --from-scratch 1e-3; 3e-3 for nano; times 0.3
+    /// for lion, 2 for schedule-free-adamw, 200 for sgd].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) learning_rate: Option<f64>,
 

@@ -121,7 +121,7 @@ impl OptimizerKind {
     /// The right learning rate by that of AdamW.
     fn rate_to_adamw(self) -> f64 {
         match self {
-            Self::Lion => 0.1,
+            Self::Lion => 0.3,
             Self::ScheduleFreeAdamW => 2.0,
             Self::Sgd => 200.0,
             Self::AdamW | Self::Adam | Self::Adafactor | Self::Muon | Self::AdamW8bit => 1.0,

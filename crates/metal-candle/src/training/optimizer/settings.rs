@@ -58,8 +58,8 @@ impl Default for SgdConfig {
     }
 }
 
-/// Settings of Lion (<https://arxiv.org/abs/2302.06675>): each element moves by the learning rate, whose right size is about
-/// a tenth of that of AdamW.
+/// Settings of Lion (<https://arxiv.org/abs/2302.06675>): each element moves by the learning rate, whose right size is a
+/// third to a tenth of that of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LionConfig {
     /// Share of the moment in the direction of a step.
