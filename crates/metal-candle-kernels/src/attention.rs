@@ -1,12 +1,11 @@
 //! Causal attention with grouped key/value heads over ragged sequences, block by block.
 //!
 //! No `[queries, keys]` matrix is made: blocks of scores are normalised as they come
-//! (<https://arxiv.org/abs/2205.14135>, algorithm 1) and computed anew in the backward pass from the saved
-//! logarithm of each row's sum (<https://arxiv.org/abs/2307.08691>, algorithm 2).
+//! (<https://arxiv.org/abs/2205.14135>, algorithm 1).
 
 use crate::gemm::{Matrix, serial_gemm};
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::{Element, dot, exp, max, widen};
+use crate::math::{Element, exp, max, widen};
 use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
 
@@ -50,8 +49,8 @@ pub struct Span {
     pub num_keys: usize,
 }
 
-const QUERY_BLOCK: usize = 64;
-const KEY_BLOCK: usize = 128;
+pub(crate) const QUERY_BLOCK: usize = 64;
+pub(crate) const KEY_BLOCK: usize = 128;
 
 #[derive(Default)]
 struct Scratch {
@@ -265,140 +264,4 @@ fn accumulate_row_body<A: Arithmetic>(
             *v *= correction;
         }
     }
-}
-
-/// What [`attention_backward`] reads.
-#[derive(Debug, Clone, Copy)]
-pub struct Saved<'a> {
-    /// The queries: `[tokens, heads, head_dim]`.
-    pub q: &'a [f32],
-    /// The keys: `[tokens, kv_heads, head_dim]`.
-    pub k: &'a [f32],
-    /// The values: `[tokens, kv_heads, head_dim]`.
-    pub v: &'a [f32],
-    /// The result of the forward pass: `[tokens, heads, head_dim]`.
-    pub out: &'a [f32],
-    /// The logarithms of the sums: `[tokens, heads]`.
-    pub log_sums: &'a [f32],
-}
-
-/// Adds the gradients of [`attention`] to `dq`, `dk` and `dv`; sequence `i` is `offsets[i]..offsets[i + 1]`.
-///
-/// # Panics
-/// An operand is shorter than the last offset says.
-pub fn attention_backward(
-    shape: AttentionShape,
-    offsets: &[usize],
-    saved: Saved,
-    d_out: &[f32],
-    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
-) {
-    let tokens = offsets.last().copied().unwrap_or(0);
-    let (q_width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let long_enough = [saved.q.len(), saved.out.len(), d_out.len(), dq.len()].iter().all(|&n| n >= tokens * q_width)
-        && [saved.k.len(), saved.v.len(), dk.len(), dv.len()].iter().all(|&n| n >= tokens * kv_width)
-        && saved.log_sums.len() >= tokens * shape.heads;
-    assert!(long_enough, "an operand is too short");
-    let gradients = Gradients { dq: Shared::new(dq), dk: Shared::new(dk), dv: Shared::new(dv) };
-    let sequences = offsets.len().saturating_sub(1);
-    for_each(sequences * shape.kv_heads, tokens * q_width * 16, |task| {
-        let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let range = (offsets[sequence], offsets[sequence + 1]);
-        SCRATCH.with_borrow_mut(|scratch| backward_head(shape, range, kv_head, saved, d_out, gradients, scratch));
-    });
-}
-
-#[derive(Clone, Copy)]
-struct Gradients {
-    dq: Shared<f32>,
-    dk: Shared<f32>,
-    dv: Shared<f32>,
-}
-
-/// The gradients of one key/value head of one sequence and of the query heads that read it.
-fn backward_head(
-    shape: AttentionShape,
-    (begin, end): (usize, usize),
-    kv_head: usize,
-    saved: Saved,
-    d_out: &[f32],
-    gradients: Gradients,
-    scratch: &mut Scratch,
-) {
-    let d = shape.head_dim;
-    let (q_stride, kv_stride) = (shape.heads * d, shape.kv_heads * d);
-    let group = shape.heads / shape.kv_heads;
-    let Scratch { scores, products, sums: deltas, .. } = scratch;
-    scores.resize(scores.len().max(QUERY_BLOCK * KEY_BLOCK), 0.0);
-    products.resize(products.len().max(QUERY_BLOCK * KEY_BLOCK), 0.0);
-    for head in kv_head * group..(kv_head + 1) * group {
-        for query in (begin..end).step_by(QUERY_BLOCK) {
-            let queries = QUERY_BLOCK.min(end - query);
-            let q_at = query * q_stride + head * d;
-            let (q, d_out) = (&saved.q[q_at..], &d_out[q_at..]);
-            deltas.clear();
-            deltas.extend(
-                (0..queries).map(|i| plain_dot(&d_out[i * q_stride..][..d], &saved.out[q_at + i * q_stride..][..d])),
-            );
-            for key in (begin..query + queries).step_by(KEY_BLOCK) {
-                let keys = KEY_BLOCK.min(query + queries - key);
-                let k_at = key * kv_stride + kv_head * d;
-                let (k, v) = (&saved.k[k_at..], &saved.v[k_at..]);
-                let block = (queries, keys, d);
-                let (s, p) = ((scores.as_mut_ptr(), keys), (products.as_mut_ptr(), keys));
-                // SAFETY: the scratch belongs to this thread and is large enough.
-                unsafe {
-                    serial_gemm(block, shape.scale, q, (q_stride, 1), k, (1, kv_stride), 0.0, s);
-                    serial_gemm(block, 1.0, d_out, (q_stride, 1), v, (1, kv_stride), 0.0, p);
-                }
-                for i in 0..queries {
-                    let visible = (query + i + 1).saturating_sub(key).min(keys);
-                    let log_sum = saved.log_sums[(query + i) * shape.heads + head];
-                    let (p, ds) = (&mut scores[i * keys..][..keys], &mut products[i * keys..][..keys]);
-                    score_gradient(p, ds, visible, log_sum, deltas[i], shape.scale);
-                }
-                // SAFETY: this task alone writes these rows and heads of the gradients, which the caller checked to be there.
-                unsafe {
-                    let dq = (gradients.dq.pointer().add(q_at), q_stride);
-                    let dk = (gradients.dk.pointer().add(k_at), kv_stride);
-                    let dv = (gradients.dv.pointer().add(k_at), kv_stride);
-                    serial_gemm((queries, d, keys), 1.0, products, (keys, 1), k, (kv_stride, 1), 1.0, dq);
-                    serial_gemm((keys, d, queries), 1.0, products, (1, keys), q, (q_stride, 1), 1.0, dk);
-                    serial_gemm((keys, d, queries), 1.0, scores, (1, keys), d_out, (q_stride, 1), 1.0, dv);
-                }
-            }
-        }
-    }
-}
-
-dispatch! {
-    /// `p` holds scores and becomes probabilities; `ds` holds the gradients of these and becomes that of the unscaled scores.
-    fn score_gradient(p: &mut [f32], ds: &mut [f32], visible: usize, log_sum: f32, delta: f32, scale: f32) = score_gradient_body
-}
-
-#[inline(always)]
-fn score_gradient_body<A: Arithmetic>(
-    p: &mut [f32],
-    ds: &mut [f32],
-    visible: usize,
-    log_sum: f32,
-    delta: f32,
-    scale: f32,
-) {
-    p[visible..].fill(0.0);
-    ds[visible..].fill(0.0);
-    for i in 0..visible {
-        let probability = exp::<A>(p[i] - log_sum);
-        p[i] = probability;
-        ds[i] = probability * (ds[i] - delta) * scale;
-    }
-}
-
-dispatch! {
-    fn plain_dot(a: &[f32], b: &[f32]) -> f32 = plain_dot_body
-}
-
-#[inline(always)]
-fn plain_dot_body<A: Arithmetic>(a: &[f32], b: &[f32]) -> f32 {
-    dot::<A, f32>(a, b)
 }

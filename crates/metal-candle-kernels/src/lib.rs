@@ -8,6 +8,7 @@
 #![allow(clippy::inline_always)]
 
 mod attention;
+mod attention_backward;
 mod cross_entropy;
 mod decomposition;
 mod elementwise;
@@ -23,7 +24,8 @@ mod parallel;
 mod rounding;
 pub mod sampling;
 
-pub use attention::{AttentionShape, KeyValues, Saved, Span, attention, attention_backward};
+pub use attention::{AttentionShape, KeyValues, Span, attention};
+pub use attention_backward::{Saved, attention_backward};
 pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
 pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{

@@ -1,0 +1,391 @@
+//! The gradients of causal attention, block by block.
+//!
+//! No `[queries, keys]` matrix is kept: blocks of probabilities are computed anew from the saved logarithm of each row's sum
+//! (<https://arxiv.org/abs/2307.08691>, algorithm 2). All query heads of a group, and far apart queries, add to the gradients
+//! of the same keys. So the keys are gone through in rounds of at most [`ROUND_KEYS`]; in a round each query head of each
+//! part of the queries sums into memory of its own, and these sums are added up in a fixed order.
+
+use crate::attention::{AttentionShape, KEY_BLOCK, QUERY_BLOCK};
+use crate::gemm::serial_gemm;
+use crate::isa::{Arithmetic, dispatch};
+use crate::math::{dot, exp};
+use crate::parallel::{Shared, for_each};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// What [`attention_backward`] reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved<'a> {
+    /// The queries: `[tokens, heads, head_dim]`.
+    pub q: &'a [f32],
+    /// The keys: `[tokens, kv_heads, head_dim]`.
+    pub k: &'a [f32],
+    /// The values: `[tokens, kv_heads, head_dim]`.
+    pub v: &'a [f32],
+    /// The result of the forward pass: `[tokens, heads, head_dim]`.
+    pub out: &'a [f32],
+    /// The logarithms of the sums: `[tokens, heads]`.
+    pub log_sums: &'a [f32],
+}
+
+/// Keys of a round.
+const ROUND_KEYS: usize = 512;
+/// Queries of a task. The sums of a round take `2 * ROUND_KEYS / PART_QUERIES` times the memory of the queries at most, or
+/// twice that of [`ROUND_KEYS`] of them.
+const PART_QUERIES: usize = 1024;
+/// Keys whose sums are added up by a task.
+const SUM_KEYS: usize = 32;
+
+/// Keys of one sequence and the queries that see them.
+struct Piece {
+    keys: Range<usize>,
+    /// The end of the sequence; queries begin with the first of the keys.
+    end: usize,
+    /// Where the sums of its tasks begin.
+    sums: usize,
+}
+
+impl Piece {
+    fn parts(&self) -> usize {
+        (self.end - self.keys.start).div_ceil(PART_QUERIES)
+    }
+}
+
+/// One query head of a part of the queries of a piece.
+struct Task<'a> {
+    piece: &'a Piece,
+    head: usize,
+    part: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Gradients {
+    dq: Shared<f32>,
+    dk: Shared<f32>,
+    dv: Shared<f32>,
+    /// Of each task `[2, keys, head_dim]`: its sums of dk and dv.
+    sums: Shared<f32>,
+}
+
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    products: Vec<f32>,
+    deltas: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Adds the gradients of [`attention`](crate::attention()) to `dq`, `dk` and `dv`; sequence `i` is
+/// `offsets[i]..offsets[i + 1]`.
+///
+/// # Panics
+/// An operand is shorter than the last offset says.
+pub fn attention_backward(
+    shape: AttentionShape,
+    offsets: &[usize],
+    saved: Saved,
+    d_out: &[f32],
+    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
+) {
+    let tokens = offsets.last().copied().unwrap_or(0);
+    let (q_width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let long_enough = [saved.q.len(), saved.out.len(), d_out.len(), dq.len()].iter().all(|&n| n >= tokens * q_width)
+        && [saved.k.len(), saved.v.len(), dk.len(), dv.len()].iter().all(|&n| n >= tokens * kv_width)
+        && saved.log_sums.len() >= tokens * shape.heads;
+    assert!(long_enough && offsets.is_sorted(), "an operand is too short");
+    let rounds = rounds(shape, offsets);
+    let mut sums = vec![0.0; rounds.iter().map(|(_, sums)| *sums).max().unwrap_or(0)];
+    let gradients =
+        Gradients { dq: Shared::new(dq), dk: Shared::new(dk), dv: Shared::new(dv), sums: Shared::new(&mut sums) };
+    for (pieces, _) in &rounds {
+        let of_piece = |piece| {
+            let task = move |head| (0..Piece::parts(piece)).map(move |part| Task { piece, head, part });
+            (0..shape.heads).flat_map(task)
+        };
+        let tasks: Vec<Task> = pieces.iter().flat_map(of_piece).collect();
+        let work: usize = pieces.iter().map(|piece| (piece.end - piece.keys.start) * q_width * 16).sum();
+        for_each(tasks.len(), work, |i| {
+            SCRATCH.with_borrow_mut(|scratch| backward_part(shape, &tasks[i], saved, d_out, gradients, scratch));
+        });
+        let blocks: Vec<(&Piece, Range<usize>)> = pieces
+            .iter()
+            .flat_map(|piece| {
+                let keys = piece.keys.clone();
+                keys.step_by(SUM_KEYS).map(move |key| (piece, key..(key + SUM_KEYS).min(piece.keys.end)))
+            })
+            .collect();
+        for_each(blocks.len(), work / 16, |i| add_sums(shape, blocks[i].0, blocks[i].1.clone(), gradients));
+    }
+}
+
+/// The pieces of each round, at most one of a sequence, and the length of their sums.
+fn rounds(shape: AttentionShape, offsets: &[usize]) -> Vec<(Vec<Piece>, usize)> {
+    let mut rounds = Vec::new();
+    let (mut pieces, mut keys, mut sums) = (Vec::new(), 0, 0);
+    for window in offsets.windows(2) {
+        let (begin, end) = (window[0], window[1]);
+        for start in (begin..end).step_by(ROUND_KEYS) {
+            let piece = Piece { keys: start..(start + ROUND_KEYS).min(end), end, sums: 0 };
+            // all but the last piece of a sequence fill a round
+            if keys + piece.keys.len() > ROUND_KEYS {
+                rounds.push((std::mem::take(&mut pieces), sums));
+                (keys, sums) = (0, 0);
+            }
+            keys += piece.keys.len();
+            let len = shape.heads * piece.parts() * 2 * piece.keys.len() * shape.head_dim;
+            pieces.push(Piece { sums, ..piece });
+            sums += len;
+        }
+    }
+    rounds.push((pieces, sums));
+    rounds
+}
+
+/// The gradients of one part of the queries, and its share of those of the keys and values.
+fn backward_part(
+    shape: AttentionShape,
+    task: &Task,
+    saved: Saved,
+    d_out: &[f32],
+    gradients: Gradients,
+    scratch: &mut Scratch,
+) {
+    let (d, head, piece) = (shape.head_dim, task.head, task.piece);
+    let (q_stride, kv_stride) = (shape.heads * d, shape.kv_heads * d);
+    let kv_head = head / (shape.heads / shape.kv_heads);
+    let len = piece.keys.len() * d;
+    // SAFETY: each task has sums of its own.
+    let sums = unsafe { gradients.sums.part(piece.sums + (head * piece.parts() + task.part) * 2 * len, 2 * len) };
+    sums.fill(0.0);
+    let (dk, dv) = sums.split_at_mut(len);
+    let Scratch { scores, products, deltas } = scratch;
+    scores.resize(QUERY_BLOCK * KEY_BLOCK, 0.0);
+    products.resize(QUERY_BLOCK * KEY_BLOCK, 0.0);
+    let first = piece.keys.start + task.part * PART_QUERIES;
+    let last = (first + PART_QUERIES).min(piece.end);
+    for query in (first..last).step_by(QUERY_BLOCK) {
+        let queries = QUERY_BLOCK.min(last - query);
+        let q_at = query * q_stride + head * d;
+        let (q, d_out) = (&saved.q[q_at..], &d_out[q_at..]);
+        deltas.clear();
+        deltas.extend(
+            (0..queries).map(|i| plain_dot(&d_out[i * q_stride..][..d], &saved.out[q_at + i * q_stride..][..d])),
+        );
+        let seen = piece.keys.end.min(query + queries);
+        for key in (piece.keys.start..seen).step_by(KEY_BLOCK) {
+            let keys = KEY_BLOCK.min(seen - key);
+            let k_at = key * kv_stride + kv_head * d;
+            let (k, v) = (&saved.k[k_at..], &saved.v[k_at..]);
+            let block = (queries, keys, d);
+            let (s, p) = ((scores.as_mut_ptr(), keys), (products.as_mut_ptr(), keys));
+            // SAFETY: the scratch belongs to this thread and is large enough.
+            unsafe {
+                serial_gemm(block, shape.scale, q, (q_stride, 1), k, (1, kv_stride), 0.0, s);
+                serial_gemm(block, 1.0, d_out, (q_stride, 1), v, (1, kv_stride), 0.0, p);
+            }
+            for i in 0..queries {
+                let visible = (query + i + 1).saturating_sub(key).min(keys);
+                let log_sum = saved.log_sums[(query + i) * shape.heads + head];
+                let (p, ds) = (&mut scores[i * keys..][..keys], &mut products[i * keys..][..keys]);
+                score_gradient(p, ds, visible, log_sum, deltas[i], shape.scale);
+            }
+            let at = (key - piece.keys.start) * d;
+            // SAFETY: in a round this task alone writes these queries and heads of the gradient, which the caller checked to be
+            // there, and the sums have a row for each key.
+            unsafe {
+                let dq = (gradients.dq.pointer().add(q_at), q_stride);
+                let (dk, dv) = ((dk[at..].as_mut_ptr(), d), (dv[at..].as_mut_ptr(), d));
+                serial_gemm((queries, d, keys), 1.0, products, (keys, 1), k, (kv_stride, 1), 1.0, dq);
+                serial_gemm((keys, d, queries), 1.0, products, (1, keys), q, (q_stride, 1), 1.0, dk);
+                serial_gemm((keys, d, queries), 1.0, scores, (1, keys), d_out, (q_stride, 1), 1.0, dv);
+            }
+        }
+    }
+}
+
+/// Adds the sums of all tasks for some keys of a piece to the gradients.
+fn add_sums(shape: AttentionShape, piece: &Piece, keys: Range<usize>, gradients: Gradients) {
+    let (d, tasks) = (shape.head_dim, shape.heads / shape.kv_heads * piece.parts());
+    let len = piece.keys.len() * d;
+    for (gradient, offset) in [(gradients.dk, 0), (gradients.dv, len)] {
+        for kv_head in 0..shape.kv_heads {
+            for task in kv_head * tasks..(kv_head + 1) * tasks {
+                let sums = piece.sums + task * 2 * len + offset + (keys.start - piece.keys.start) * d;
+                for (row, key) in keys.clone().enumerate() {
+                    // SAFETY: the tasks that wrote the sums are done, and each key's gradients belong to one call.
+                    let (to, from) = unsafe {
+                        let to = gradient.part((key * shape.kv_heads + kv_head) * d, d);
+                        (to, gradients.sums.part(sums + row * d, d))
+                    };
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// `p` holds scores and becomes probabilities; `ds` holds the gradients of these and becomes that of the unscaled scores.
+    fn score_gradient(p: &mut [f32], ds: &mut [f32], visible: usize, log_sum: f32, delta: f32, scale: f32) = score_gradient_body
+}
+
+#[inline(always)]
+fn score_gradient_body<A: Arithmetic>(
+    p: &mut [f32],
+    ds: &mut [f32],
+    visible: usize,
+    log_sum: f32,
+    delta: f32,
+    scale: f32,
+) {
+    p[visible..].fill(0.0);
+    ds[visible..].fill(0.0);
+    for i in 0..visible {
+        let probability = exp::<A>(p[i] - log_sum);
+        p[i] = probability;
+        ds[i] = probability * (ds[i] - delta) * scale;
+    }
+}
+
+dispatch! {
+    fn plain_dot(a: &[f32], b: &[f32]) -> f32 = plain_dot_body
+}
+
+#[inline(always)]
+fn plain_dot_body<A: Arithmetic>(a: &[f32], b: &[f32]) -> f32 {
+    dot::<A, f32>(a, b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PART_QUERIES, ROUND_KEYS, Saved, attention_backward, rounds};
+    use crate::attention::{AttentionShape, KeyValues, Span, attention};
+    use crate::gemm::Matrix;
+
+    const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.35 };
+
+    fn noise(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    struct Case {
+        offsets: Vec<usize>,
+        q: Vec<f32>,
+        k: Vec<f32>,
+        v: Vec<f32>,
+        out: Vec<f32>,
+        log_sums: Vec<f32>,
+        d_out: Vec<f32>,
+    }
+
+    impl Case {
+        fn new(offsets: &[usize]) -> Self {
+            let tokens = offsets[offsets.len() - 1];
+            let (width, kv_width) = (SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim);
+            let (q, d_out) = (noise(tokens * width, 1), noise(tokens * width, 2));
+            let (k, v) = (noise(tokens * kv_width, 3), noise(tokens * kv_width, 4));
+            let (mut out, mut log_sums) = (vec![0.0; q.len()], vec![0.0; tokens * SHAPE.heads]);
+            let span = |w: &[usize]| Span {
+                query_start: w[0],
+                num_queries: w[1] - w[0],
+                key_start: w[0] * kv_width,
+                num_keys: w[1] - w[0],
+            };
+            let spans: Vec<Span> = offsets.windows(2).map(span).collect();
+            let kv = KeyValues {
+                keys: Matrix::F32(&k),
+                values: Matrix::F32(&v),
+                token_stride: kv_width,
+                head_stride: SHAPE.head_dim,
+            };
+            attention(SHAPE, &spans, &q, kv, &mut out, Some(&mut log_sums));
+            Self { offsets: offsets.to_vec(), q, k, v, out, log_sums, d_out }
+        }
+
+        fn gradients(&self) -> [Vec<f32>; 3] {
+            let Self { q, k, v, out, log_sums, .. } = self;
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            let saved = Saved { q, k, v, out, log_sums };
+            attention_backward(SHAPE, &self.offsets, saved, &self.d_out, (&mut dq, &mut dk, &mut dv));
+            [dq, dk, dv]
+        }
+
+        /// From the definition, in f64.
+        fn expected(&self) -> [Vec<f64>; 3] {
+            let (d, group) = (SHAPE.head_dim, SHAPE.heads / SHAPE.kv_heads);
+            let (mut dq, mut dk, mut dv) = (vec![0.0; self.q.len()], vec![0.0; self.k.len()], vec![0.0; self.v.len()]);
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            for window in self.offsets.windows(2) {
+                for (query, head) in (window[0]..window[1]).flat_map(|query| (0..SHAPE.heads).map(move |h| (query, h)))
+                {
+                    let q_at = (query * SHAPE.heads + head) * d;
+                    let (q, d_out) = (&self.q[q_at..][..d], &self.d_out[q_at..][..d]);
+                    let at = |key: usize| (key * SHAPE.kv_heads + head / group) * d;
+                    let keys = window[0]..=query;
+                    let scale = f64::from(SHAPE.scale);
+                    let exps: Vec<f64> =
+                        keys.clone().map(|key| (scale * dot(q, &self.k[at(key)..][..d])).exp()).collect();
+                    let dp: Vec<f64> = keys.clone().map(|key| dot(d_out, &self.v[at(key)..][..d])).collect();
+                    let total: f64 = exps.iter().sum();
+                    let delta = exps.iter().zip(&dp).map(|(e, dp)| e * dp).sum::<f64>() / total;
+                    for (key, (e, dp)) in keys.zip(exps.iter().zip(&dp)) {
+                        let (p, k_at) = (e / total, at(key));
+                        let ds = p * (dp - delta) * scale;
+                        for i in 0..d {
+                            dq[q_at + i] += ds * f64::from(self.k[k_at + i]);
+                            dk[k_at + i] += ds * f64::from(q[i]);
+                            dv[k_at + i] += p * f64::from(d_out[i]);
+                        }
+                    }
+                }
+            }
+            [dq, dk, dv]
+        }
+    }
+
+    #[test]
+    fn gradients_over_several_rounds_and_parts_equal_the_definition() {
+        let long = PART_QUERIES + ROUND_KEYS / 2 + 3;
+        let case = Case::new(&[0, 5, 5 + long, 5 + long, 105 + long]);
+        for (found, expected) in case.gradients().iter().zip(case.expected()) {
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 2e-5 * (1.0 + expected.abs()), "{found} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_do_not_depend_on_the_number_of_threads() -> Result<(), rayon::ThreadPoolBuildError> {
+        let case = Case::new(&[0, 700, 1900, 1960]);
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+            let bits = |values: &Vec<f32>| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            Ok::<_, rayon::ThreadPoolBuildError>(pool.install(|| case.gradients()).each_ref().map(bits))
+        };
+        let one = with(1)?;
+        for threads in [2, 5, 8] {
+            assert_eq!(with(threads)?, one, "{threads} threads");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sums_are_no_larger_than_the_queries() {
+        let width = SHAPE.heads * SHAPE.head_dim;
+        for offsets in [vec![0, 16_384], vec![0, 3000, 3100, 8000], (0..33).map(|i| i * 256).collect()] {
+            let rounds = rounds(SHAPE, &offsets);
+            let keys: usize = rounds.iter().flat_map(|(pieces, _)| pieces).map(|piece| piece.keys.len()).sum();
+            assert_eq!(keys, offsets[offsets.len() - 1]);
+            let largest = rounds.iter().map(|(_, sums)| *sums).max().unwrap_or(0);
+            assert!(largest <= (keys + PART_QUERIES) * width, "{largest} for {keys} tokens");
+        }
+    }
+}
