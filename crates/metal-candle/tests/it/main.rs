@@ -20,6 +20,7 @@ mod inference_sampling;
 mod loader_config;
 mod loader_files;
 mod loader_model;
+mod long_sequences;
 mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;
