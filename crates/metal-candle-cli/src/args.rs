@@ -317,6 +317,11 @@ pub(crate) struct TrainArguments {
     #[arg(long, help_heading = "Output")]
     pub(crate) tui: bool,
 
+    /// Record where the time of the first 20 steps goes: a table at the end, and a trace for
+    /// ui.perfetto.dev or Chrome in profile.json of the run folder.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) profile: bool,
+
     #[command(flatten)]
     pub(crate) settings: TrainSettings,
 }

@@ -83,6 +83,11 @@ impl RunFolder {
         self.path.join("loss.svg")
     }
 
+    /// Where the time of the first steps went, as a trace.
+    pub(crate) fn profile(&self) -> PathBuf {
+        self.path.join("profile.json")
+    }
+
     fn config(&self) -> PathBuf {
         self.path.join(CONFIG)
     }

@@ -121,6 +121,11 @@ pub struct Row {
 }
 
 impl Profile {
+    /// Takes up what was recorded elsewhere or later.
+    pub fn append(&mut self, mut other: Self) {
+        self.events.append(&mut other.events);
+    }
+
     /// Each operation, the longest first.
     pub fn rows(&self) -> Vec<Row> {
         let mut events: Vec<&Event> = self.events.iter().collect();

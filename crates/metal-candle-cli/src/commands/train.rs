@@ -2,6 +2,7 @@
 
 mod answers;
 mod dashboard;
+mod profiler;
 mod recorder;
 mod report;
 mod start;
@@ -21,6 +22,7 @@ use metal_candle::adapters::{LoRAAdapter, Start};
 use metal_candle::data::{Datasets, Tokenizer};
 use metal_candle::inference::Generator;
 use metal_candle::training::{LastLayers, StopReason, Trained, Trainer, TrainingMetrics};
+use profiler::{Profiled, Profiler};
 use recorder::Recorder;
 use report::{Report, Written};
 use serde_json::json;
@@ -46,13 +48,13 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
         if let Some(ratio) = prepared.settings.lora_plus_ratio {
             trainer = trainer.with_lora_plus_ratio(ratio);
         }
-        execute(trainer, prepared, resumed, flags.tui, output)?
+        execute(trainer, prepared, resumed, flags, output)?
     } else if let Some(count) = prepared.settings.train_last_layers {
         let layers = LastLayers::new(&prepared.model, count)?;
-        execute(Trainer::of(layers, prepared.training_config())?, prepared, resumed, flags.tui, output)?
+        execute(Trainer::of(layers, prepared.training_config())?, prepared, resumed, flags, output)?
     } else {
         let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
-        execute(trainer, prepared, resumed, flags.tui, output)?
+        execute(trainer, prepared, resumed, flags, output)?
     };
     report.print(output, started.elapsed().as_secs_f64())
 }
@@ -161,7 +163,7 @@ fn execute<T: Kept>(
     trainer: Trainer<T>,
     mut prepared: Prepared,
     resumed: Option<RunFolder>,
-    has_dashboard: bool,
+    flags: &TrainArguments,
     output: Output,
 ) -> Result<Report> {
     let trainer = prepared.configure(trainer)?;
@@ -202,9 +204,12 @@ fn execute<T: Kept>(
     let title = format!("{} on {}", prepared.source.name, prepared.data_name);
     let recorder = Recorder::new(run.clone(), prepared.record()?);
     let mut watch = Watch::new(output, recorder, title, run.picture());
-    if has_dashboard {
+    if flags.tui {
         let asked = to_show.as_ref().map(|question| question.prompt_text(&prepared.tokenizer)).transpose()?;
         watch = watch.with_dashboard(asked.zip(written_before.sample.clone()));
+    }
+    if flags.profile {
+        watch = watch.with_profiler(Profiler::new(&run));
     }
     let watch = Arc::new(Mutex::new(watch));
     let trainer = prepared.warnings(resumes)?.into_iter().fold(trainer, Trainer::with_warning);
@@ -218,6 +223,7 @@ fn execute<T: Kept>(
     interrupt::listen();
     let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
     watch.close();
+    let profiled = watch.profiler.take().map(Profiler::write);
     let metrics: TrainingMetrics = outcome.inspect_err(|error| {
         // picture and record show how it came to this; the error itself says more than a failure to write them
         let _ = watch.draw();
@@ -227,6 +233,7 @@ fn execute<T: Kept>(
     if let Some(failure) = watch.failure.take() {
         return Err(failure.into());
     }
+    let profiled: Option<Profiled> = profiled.transpose()?.flatten();
 
     let after = state(&trainer);
     let kept = after.keep(&run, &prepared)?;
@@ -251,6 +258,7 @@ fn execute<T: Kept>(
         before: written_before,
         after: written_after,
         example: to_show.and_then(|question| question.asked()),
+        profiled,
     })
 }
 

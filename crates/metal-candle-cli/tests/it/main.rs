@@ -13,6 +13,7 @@ mod interrupted;
 mod methods;
 mod models;
 mod nano;
+mod profile;
 mod runs;
 #[cfg(feature = "hub")]
 #[path = "../../../metal-candle/tests/it/stand_in_hub.rs"]

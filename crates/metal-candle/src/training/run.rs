@@ -179,7 +179,10 @@ impl<'a, T: Trained> Run<'a, T> {
             let (batches, epoch_ends) = self.next_batches()?;
             let before = self.progress.clone();
             let device = self.live.run_model().device();
-            let step = match device.step(|| self.step(&batches)) {
+            let of_step = span("step", Kind::Group);
+            let step = device.step(|| self.step(&batches));
+            drop(of_step);
+            let step = match step {
                 Ok(step) => step,
                 Err(error) => {
                     self.progress = before;

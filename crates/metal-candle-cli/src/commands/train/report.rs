@@ -2,6 +2,7 @@
 
 use super::Prepared;
 use super::answers::Question;
+use super::profiler::Profiled;
 use crate::memory;
 use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
@@ -39,6 +40,8 @@ pub(super) struct Report {
     pub(super) after: Written,
     /// A prompt for the next command.
     pub(super) example: Option<String>,
+    /// Where the time of the first steps went, if that was recorded.
+    pub(super) profiled: Option<Profiled>,
 }
 
 /// How many rows there are for what.
@@ -122,6 +125,9 @@ impl Report {
             Output::print_json(&self.as_json(seconds))?;
         }
         let is_stopped = self.metrics.stop_reason == StopReason::Callback;
+        if let (Some(profiled), false) = (&self.profiled, output.json) {
+            profiled.print(output);
+        }
         if let (Some(text), false) = (&self.after.sample, is_stopped) {
             output.note(format_args!("\nwhat the model writes after training:\n{}\n", indented(text)));
         }
@@ -215,6 +221,9 @@ impl Report {
             "sample_before": self.before.sample,
             "sample_after": self.after.sample,
         });
+        if let Some(profiled) = &self.profiled {
+            object["profile"] = json!(path(&profiled.path));
+        }
         if self.num_questions > 0 && self.metrics.stop_reason != StopReason::Callback {
             object["test_samples"] = json!(self.num_questions);
             object["exactly_right_before"] = json!(self.before.num_right);

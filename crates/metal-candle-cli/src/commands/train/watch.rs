@@ -1,6 +1,7 @@
 //! Watching a run: the progress bar or the dashboard, the record, and Ctrl-C.
 
 use super::dashboard::{Dashboard, View};
+use super::profiler::Profiler;
 use super::recorder::Recorder;
 use crate::interrupt;
 use crate::memory::Gauge;
@@ -26,6 +27,8 @@ pub(super) struct Watch {
     view: Option<View>,
     dashboard: Option<Dashboard>,
     pub(super) recorder: Recorder,
+    /// Records where time goes, if that is asked for.
+    pub(super) profiler: Option<Profiler>,
     title: String,
     /// Where the picture goes.
     picture: PathBuf,
@@ -48,6 +51,7 @@ impl Watch {
             view: None,
             dashboard: None,
             recorder,
+            profiler: None,
             title,
             picture,
             last_picture: Instant::now(),
@@ -66,7 +70,16 @@ impl Watch {
         self
     }
 
+    /// Records where the time of the first steps goes.
+    pub(super) fn with_profiler(mut self, profiler: Profiler) -> Self {
+        self.profiler = Some(profiler);
+        self
+    }
+
     pub(super) fn event(&mut self, event: &TrainingEvent) -> ControlFlow<()> {
+        if let Some(profiler) = &mut self.profiler {
+            profiler.event(event);
+        }
         if let Err(error) = self.record(event) {
             self.failure = Some(error);
             return super::flow(true);
