@@ -90,6 +90,23 @@ const LEFT_ELEMENTS: usize = 4 << 20;
 /// Columns of the widest panel.
 const MAX_COLUMNS: usize = 32;
 
+/// The memory that the left operand `[m, depth]` of a product takes while it is packed, in bytes.
+#[must_use]
+pub fn packed_bytes(m: usize, depth: usize) -> usize {
+    let rows = m.next_multiple_of(tile_rows());
+    4 * rows * depth.min(packed_depth(rows))
+}
+
+/// Columns of the left operand that are packed at a time.
+fn packed_depth(rows: usize) -> usize {
+    (LEFT_ELEMENTS / rows.max(1)).max(DEPTH) / DEPTH * DEPTH
+}
+
+/// Rows of a tile.
+fn tile_rows() -> usize {
+    if crate::isa::isa() == crate::isa::Isa::Avx512 { 12 } else { 6 }
+}
+
 /// Where each step of the depth begins and how long it is: as equal as possible.
 fn depths(k: usize) -> impl Iterator<Item = (usize, usize)> {
     let step = k.div_ceil(k.div_ceil(DEPTH).max(1)).max(1);
@@ -159,7 +176,7 @@ fn run<const MR: usize, const NR: usize>(
     task: impl Fn(&Task) + Send + Sync,
 ) {
     // a part of the depth at a time: the packed left operand stays small
-    let most = (LEFT_ELEMENTS / m.next_multiple_of(MR)).max(DEPTH) / DEPTH * DEPTH;
+    let most = packed_depth(m.next_multiple_of(MR));
     let (mut start, mut parts, mut depth) = (start, Vec::with_capacity(products.len()), 0);
     for product in products {
         let mut at = 0;
@@ -203,7 +220,11 @@ fn run_part<const MR: usize, const NR: usize>(
     let depth: usize = products.iter().map(|product| product.k).sum();
     let packed: usize = products.iter().filter(|product| !is_direct(product, n)).map(|product| product.k).sum();
     let mut left = LEFT.take();
-    left.resize(left.len().max(row_panels * MR * packed), 0.0);
+    if left.len() < row_panels * MR * packed {
+        // given back first: growing in place would hold the old space beside the new
+        drop(left);
+        left = vec![0.0; row_panels * MR * packed];
+    }
     let shared = Shared::new(&mut left);
     for_each(if packed == 0 { 0 } else { row_panels }, m * packed, |panel| {
         let mut offset = 0;

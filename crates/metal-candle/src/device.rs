@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fmt;
+use std::path::Path;
 use std::sync::OnceLock;
 
 /// A device: the CPU, or the one accelerator this process uses.
@@ -93,6 +94,15 @@ impl Device {
         }
     }
 
+    /// The memory that can be used now, where the system tells: of the CPU on Linux, within the limit of a control group.
+    pub fn memory(&self) -> Option<MemoryInUse> {
+        match self.0 {
+            Kind::Cpu => cpu_memory(),
+            Kind::Metal => metal_memory(),
+            Kind::Cuda => None,
+        }
+    }
+
     /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error.
     pub(crate) fn step<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         if self.is_cpu() {
@@ -110,6 +120,51 @@ impl Device {
     pub fn synchronize(&self) -> Result<()> {
         self.candle().synchronize().map_err(|e| Error::Device(e.to_string()))
     }
+}
+
+/// Memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryInUse {
+    /// What this process uses.
+    pub used: usize,
+    /// What is left for it.
+    pub free: usize,
+}
+
+fn cpu_memory() -> Option<MemoryInUse> {
+    let used = kilobytes(Path::new("/proc/self/status"), "VmRSS:")?;
+    let mut free = kilobytes(Path::new("/proc/meminfo"), "MemAvailable:")?;
+    let number = |name: &str| -> Option<usize> {
+        std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse().ok()
+    };
+    // no limit is the word `max`
+    if let (Some(limit), Some(current)) = (number("memory.max"), number("memory.current")) {
+        free = free.min(limit.saturating_sub(current));
+    }
+    Some(MemoryInUse { used, free })
+}
+
+/// The line of a file under `/proc` that begins with `key`, in bytes.
+fn kilobytes(path: &Path, key: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
+}
+
+/// Below what Metal recommends as a working set: at its limit the whole system suffers.
+#[cfg(feature = "metal")]
+fn metal_memory() -> Option<MemoryInUse> {
+    use objc2_metal::MTLDevice;
+    let devices = candle_metal_kernels::metal::Device::all();
+    let device = devices.first()?;
+    let used = device.as_ref().currentAllocatedSize();
+    let limit = usize::try_from(device.as_ref().recommendedMaxWorkingSetSize()).ok()? / 10 * 8;
+    Some(MemoryInUse { used, free: limit.saturating_sub(used) })
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal_memory() -> Option<MemoryInUse> {
+    None
 }
 
 #[cfg(feature = "metal")]

@@ -92,6 +92,19 @@ pub enum Error {
         /// `file:line` of each row of the step.
         rows: Vec<String>,
     },
+    /// The run would not fit into memory.
+    #[error("{} of memory are needed, {} may be used: {detail}", gigabytes(*needed), gigabytes(*limit))]
+    Memory {
+        /// The least that is needed, in bytes.
+        needed: usize,
+        /// The most that may be used, in bytes.
+        limit: usize,
+        /// What takes it.
+        detail: String,
+    },
+    /// The device has run out of memory.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
     /// A callback, a dropped stream or a signal stopped the work.
     #[error("stopped")]
     Stopped,
@@ -141,7 +154,25 @@ fn list<T: fmt::Display>(problems: &[T]) -> String {
     text
 }
 
+fn gigabytes(bytes: usize) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
 impl Error {
+    /// Whether less at a time might work.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        let text = match self {
+            Self::OutOfMemory(_) => return true,
+            Self::Candle(error) => error.to_string(),
+            Self::Device(message) => message.clone(),
+            _ => return false,
+        };
+        // CUDA's driver, candle's Metal backend, Metal's command buffers
+        ["out of memory", "OUT_OF_MEMORY", "Insufficient Memory", "FailedToCreateResource"]
+            .iter()
+            .any(|words| text.contains(words))
+    }
+
     pub(crate) fn read(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Self::Read { path: path.as_ref().to_path_buf(), source }
     }

@@ -15,7 +15,7 @@ pub mod ops;
 pub mod profile;
 pub mod training;
 
-pub use device::Device;
+pub use device::{Device, MemoryInUse};
 pub use error::{DataProblem, Error, Result};
 pub use models::{Model, ModelConfig, ModelLoader};
 

@@ -85,11 +85,16 @@ pub(super) struct BlockParameters {
 }
 
 impl BlockParameters {
-    /// Whether one of the block's parameters is among the `wanted`.
-    pub(super) fn any(&self, wanted: &[bool]) -> bool {
+    /// The places of all of them.
+    pub(super) fn places(&self) -> impl Iterator<Item = usize> {
         let linears = self.linears.iter().flat_map(|&(weight, bias)| [Some(weight), bias]);
         let norms = [Some(self.input_layernorm), Some(self.post_attention_layernorm)];
-        linears.chain(norms).flatten().any(|place| wanted[place])
+        linears.chain(norms).flatten()
+    }
+
+    /// Whether one of the block's parameters is among the `wanted`.
+    pub(super) fn any(&self, wanted: &[bool]) -> bool {
+        self.places().any(|place| wanted[place])
     }
 }
 
@@ -154,7 +159,9 @@ impl Block {
             }
             None => attention::forward(self.shape, &q, &k, &v, context.offsets)?.out,
         };
+        drop((q, k, v));
         let middle = self.after_attention(x, &attention, context)?;
+        drop(attention);
         let (gate, up) = self.gate_and_up(&middle, context)?;
         self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context)
     }

@@ -134,7 +134,7 @@ impl Default for LossOptions {
 }
 
 /// The place of the embedding in [`Model::parameters`].
-const EMBEDDING_PARAMETER: usize = 0;
+pub(super) const EMBEDDING_PARAMETER: usize = 0;
 
 /// What a block keeps for its backward pass.
 enum Kept {
@@ -153,11 +153,11 @@ impl Kept {
 
 /// Where the backward pass ends.
 #[derive(Clone, Copy)]
-struct Lowest {
+pub(super) struct Lowest {
     /// The first block that has something trained in it or below it.
-    block: Option<usize>,
+    pub(super) block: Option<usize>,
     /// Whether something of the embedding is trained.
-    embedding: bool,
+    pub(super) embedding: bool,
 }
 
 /// The rows of a batch that have a target, and what each should predict.
@@ -360,7 +360,7 @@ impl Model {
     }
 
     /// For each parameter whether its gradient is wanted.
-    fn wanted(&self, parameters: Parameters) -> Result<Vec<bool>> {
+    pub(super) fn wanted(&self, parameters: Parameters) -> Result<Vec<bool>> {
         let count = self.parameters().len();
         let places = match parameters {
             Parameters::None => &[][..],
@@ -376,7 +376,7 @@ impl Model {
     }
 
     /// How far down gradients have to go.
-    fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Lowest {
+    pub(super) fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Lowest {
         let numbers = || terms.into_iter().flat_map(LowRankTerms::iter).map(|(number, _)| number);
         let embedding = wanted[EMBEDDING_PARAMETER] || numbers().any(|number| number == self.embedding_number());
         let of_terms = numbers().filter_map(|number| self.linears()[number].layer).min();
@@ -386,11 +386,11 @@ impl Model {
         Lowest { block, embedding }
     }
 
-    fn norm_parameter(&self) -> usize {
+    pub(super) fn norm_parameter(&self) -> usize {
         self.parameters().len() - if self.config().tie_word_embeddings { 1 } else { 2 }
     }
 
-    fn head_parameter(&self) -> usize {
+    pub(super) fn head_parameter(&self) -> usize {
         if self.config().tie_word_embeddings { EMBEDDING_PARAMETER } else { self.parameters().len() - 1 }
     }
 

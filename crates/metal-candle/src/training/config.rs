@@ -40,6 +40,9 @@ pub(super) struct Options {
     pub(super) decay_matrices_only: bool,
     pub(super) batch_tokens: usize,
     pub(super) batch_samples: usize,
+    /// Batches with more tokens are computed in parts.
+    pub(super) micro_batch_tokens: Option<usize>,
+    pub(super) checkpointed_blocks: usize,
     pub(super) batches: Option<Vec<Vec<usize>>>,
     pub(super) gradient_accumulation: usize,
     pub(super) label_smoothing: f64,
@@ -71,6 +74,8 @@ impl Default for Options {
             decay_matrices_only: false,
             batch_tokens: 2048,
             batch_samples: usize::MAX,
+            micro_batch_tokens: None,
+            checkpointed_blocks: 0,
             batches: None,
             gradient_accumulation: 1,
             label_smoothing: 0.0,
@@ -135,6 +140,7 @@ pub(super) fn check(config: &TrainingConfig, options: &Options) -> Result<()> {
     let counts = [
         ("batch_tokens", options.batch_tokens),
         ("batch_samples", options.batch_samples),
+        ("micro_batch_tokens", options.micro_batch_tokens.unwrap_or(1)),
         ("gradient_accumulation", options.gradient_accumulation),
         ("save_interval", options.save_interval.unwrap_or(1)),
         ("kept_checkpoints", options.kept_checkpoints),

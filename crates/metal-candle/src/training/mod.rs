@@ -10,6 +10,7 @@ mod loss;
 mod metrics_file;
 mod monitor;
 mod optimizer;
+mod plan;
 mod progress;
 mod report;
 mod run;
@@ -33,6 +34,7 @@ pub use optimizer::{
     AdafactorConfig, AdamConfig, AdamWConfig, LionConfig, MuonConfig, MuonScale, Optimizer, OptimizerConfig,
     ParameterGroup, ScheduleFreeAdamWConfig, SgdConfig,
 };
+pub use plan::TrainingPlan;
 pub use report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 pub use scheduler::{DecayShape, LRScheduler};
 pub use template_check::template_warning;

@@ -3,6 +3,7 @@
 use super::config::{EvaluationOptions, Options, TrainingConfig, check};
 use super::evaluation::check_dataset;
 use super::optimizer::OptimizerConfig;
+use super::plan::{self, TrainingPlan};
 use super::progress::Progress;
 use super::report::{TrainingEvent, TrainingMetrics};
 use super::run::{Run, plan_epoch};
@@ -137,6 +138,54 @@ impl<T: Trained> Trainer<T> {
     pub fn with_batch_tokens(mut self, tokens: usize) -> Self {
         self.options.batch_tokens = tokens;
         self
+    }
+
+    /// Most tokens that are computed at once: larger batches are computed in parts, which add up to the same gradients but
+    /// for rounding. A longer sample is computed by itself.
+    #[must_use]
+    pub fn with_micro_batch_tokens(mut self, tokens: usize) -> Self {
+        self.options.micro_batch_tokens = Some(tokens);
+        self
+    }
+
+    /// The number of blocks, from the first one trained, that keep only their input and are computed anew in the backward
+    /// pass: the same gradients, less memory, up to a third more work (<https://arxiv.org/abs/1604.06174>, section 4).
+    #[must_use]
+    pub fn with_checkpointed_blocks(mut self, blocks: usize) -> Self {
+        self.options.checkpointed_blocks = blocks;
+        self
+    }
+
+    /// What [`Trainer::train`] of `dataset` will need.
+    ///
+    /// # Errors
+    /// Settings or samples cannot be used.
+    pub fn plan(&self, dataset: &Dataset) -> Result<TrainingPlan> {
+        check(&self.config, &self.options)?;
+        check_dataset(dataset, self.start.run_model().config().vocab_size)?;
+        TrainingPlan::new(&self.start, &self.config, &self.options, dataset)
+    }
+
+    /// The trainer with a micro-batch and checkpointed blocks that make the run fit into `limit` bytes, and its plan. What
+    /// fits already stays as it is.
+    ///
+    /// # Errors
+    /// Nothing fits, or settings or samples cannot be used.
+    pub fn fitted(mut self, dataset: &Dataset, limit: usize) -> Result<(Self, TrainingPlan)> {
+        check(&self.config, &self.options)?;
+        check_dataset(dataset, self.start.run_model().config().vocab_size)?;
+        let (options, plan) = plan::fit(&self.start, &self.config, &self.options, dataset, limit)?;
+        self.options = options;
+        Ok((self, plan))
+    }
+
+    /// Tokens a second, measured on the first `batches` micro-batches of `dataset`; nothing is trained.
+    ///
+    /// # Errors
+    /// Settings or samples cannot be used.
+    pub fn measure(&self, dataset: &Dataset, batches: usize) -> Result<f64> {
+        check_dataset(dataset, self.start.run_model().config().vocab_size)?;
+        plan::measure(&self.start, &self.options, dataset, batches)
     }
 
     /// Most samples of a batch.

@@ -57,6 +57,15 @@ pub enum TrainingWarning {
         /// Mean training loss since the last evaluation.
         train_loss_now: f64,
     },
+    /// Memory ran out in a step, which is made again with less at a time.
+    OutOfMemory {
+        /// Most tokens that are computed at once from now on.
+        micro_batch_tokens: usize,
+        /// Blocks that are computed anew in the backward pass from now on.
+        checkpointed_blocks: usize,
+        /// What was said.
+        reason: String,
+    },
     /// Hardly a token is trained.
     FewTrainedTokens {
         /// The tokens whose prediction is trained.
@@ -101,6 +110,7 @@ impl TrainingWarning {
             Self::GradientExplosion { .. } => "gradient explosion",
             Self::LossRises { .. } => "loss rises",
             Self::Overfitting { .. } => "over-fitting",
+            Self::OutOfMemory { .. } => "out of memory",
             Self::FewTrainedTokens { .. } => "few trained tokens",
             Self::CutRows { .. } => "cut rows",
             Self::LeakedRows { .. } => "leaked rows",
@@ -139,6 +149,11 @@ impl fmt::Display for TrainingWarning {
                 "over-fitting: the held-out loss rose from {best_loss:.3} at step {best_step} to {loss:.3}, while the \
                  training loss fell from {train_loss_then:.3} to {train_loss_now:.3}; try fewer steps, more data, \
                  dropout, a lower rank, or early stopping"
+            ),
+            Self::OutOfMemory { micro_batch_tokens, checkpointed_blocks, reason } => write!(
+                f,
+                "{reason}; the step is made again with at most {micro_batch_tokens} tokens at once and \
+                 {checkpointed_blocks} blocks computed anew"
             ),
             Self::FewTrainedTokens { trained_tokens, tokens } => write!(
                 f,

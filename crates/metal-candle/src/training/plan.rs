@@ -1,0 +1,236 @@
+//! What a run will need, told before it starts, and what makes it fit.
+
+use super::config::{Options, TrainingConfig};
+use super::run::{micro_batches, plan_epoch};
+use super::trained::Trained;
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::models::{GradientOf, LossOptions, Parameters, StepMemory, Trainable};
+use candle_core::DType;
+use std::time::Instant;
+
+/// The memory and the work of a run.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TrainingPlan {
+    /// The weights of the model, in bytes.
+    pub weights_bytes: usize,
+    /// What is trained, its gradients and the copies that are kept of it, in bytes.
+    pub trained_bytes: usize,
+    /// The state of the optimizer, in bytes.
+    pub optimizer_bytes: usize,
+    /// The largest micro-batch: activations, and what is held beside them for a moment.
+    pub step: StepMemory,
+    /// The most that all of it takes together, in bytes: the program itself, tokenizer and data are not in it.
+    pub peak_bytes: usize,
+    /// Updates of the parameters.
+    pub steps: usize,
+    /// Tokens of all steps, trained or not.
+    pub tokens: usize,
+    /// Tokens whose prediction is trained.
+    pub trained_tokens: usize,
+    /// Tokens of the longest sample.
+    pub longest_sample: usize,
+    /// Tokens of the largest batch of a step.
+    pub largest_batch: usize,
+    /// Most tokens computed at once: batches with more are computed in parts.
+    pub micro_batch_tokens: usize,
+    /// Blocks that are computed anew in the backward pass.
+    pub checkpointed_blocks: usize,
+    /// Blocks that have a backward pass.
+    pub trained_blocks: usize,
+}
+
+impl TrainingPlan {
+    /// Of a run whose settings have been checked.
+    pub(super) fn new<T: Trained>(
+        start: &T,
+        config: &TrainingConfig,
+        options: &Options,
+        dataset: &Dataset,
+    ) -> Result<Self> {
+        let model = start.run_model();
+        let parameters = start.trainable();
+        let trained: usize = parameters.iter().map(|parameter| parameter.len).sum();
+        let vector = trained * DType::F32.size_in_bytes();
+        let terms = start.run_terms()?;
+        let places: Vec<usize> = parameters
+            .iter()
+            .filter_map(|parameter| match parameter.gradient {
+                GradientOf::Parameter(place) => Some(place),
+                _ => None,
+            })
+            .collect();
+        let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
+
+        let (mut order, mut steps, mut epochs) = (super::progress::Progress::new(options.seed).order, 0, 0);
+        let (mut tokens, mut trained_tokens, mut largest_batch) = (0, 0, 0);
+        let mut largest = (0, 0);
+        let mut step = StepMemory::default();
+        let is_over = |steps: usize, epochs: usize| match options.max_steps {
+            Some(most) => steps >= most,
+            None => epochs >= config.num_epochs,
+        };
+        while !is_over(steps, epochs) {
+            for batches in plan_epoch(options, dataset, &mut order)? {
+                if is_over(steps, epochs) {
+                    break;
+                }
+                steps += 1;
+                for batch in &batches {
+                    largest_batch = largest_batch.max(size_of(dataset, batch).0);
+                    for part in micro_batches(dataset, batch, options.micro_batch_tokens) {
+                        let size = size_of(dataset, &part);
+                        tokens += size.0;
+                        trained_tokens += size.1;
+                        // more of either never takes less
+                        if size.0 > largest.0 || size.1 > largest.1 {
+                            largest = (size.0.max(largest.0), size.1.max(largest.1));
+                            let needed = model.step_memory(size.0, size.1, trainable, options.checkpointed_blocks)?;
+                            if needed.peak > step.peak {
+                                step = needed;
+                            }
+                        }
+                    }
+                }
+            }
+            epochs += 1;
+        }
+        // what is given to the trainer, what it changes, the sum of the gradients, and the best state
+        let given = model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes());
+        let weights_bytes: usize = given.sum();
+        let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
+        let trained_bytes = copies * vector;
+        let optimizer_bytes = options.optimizer(config).state_bytes(&parameters)?;
+        let trained_blocks = model.trained_blocks(trainable)?;
+        Ok(Self {
+            weights_bytes,
+            trained_bytes,
+            optimizer_bytes,
+            step,
+            peak_bytes: weights_bytes + trained_bytes + optimizer_bytes + step.peak.max(vector),
+            steps,
+            tokens,
+            trained_tokens,
+            longest_sample: dataset.samples.iter().map(|sample| sample.ids.len()).max().unwrap_or(0),
+            largest_batch,
+            micro_batch_tokens: options.micro_batch_tokens.unwrap_or(largest_batch).min(largest_batch),
+            checkpointed_blocks: options.checkpointed_blocks.min(trained_blocks),
+            trained_blocks,
+        })
+    }
+}
+
+/// Fewest tokens that are computed at once for the sake of memory before blocks are computed anew: with fewer the products
+/// become slow.
+const MICRO_BATCH_TOKENS: usize = 512;
+
+/// The settings that make a run fit into `limit` bytes, and its plan: a smaller micro-batch first, then as few blocks computed
+/// anew as needed, then samples one by one.
+pub(super) fn fit<T: Trained>(
+    start: &T,
+    config: &TrainingConfig,
+    options: &Options,
+    dataset: &Dataset,
+    limit: usize,
+) -> Result<(Options, TrainingPlan)> {
+    let plan_of = |micro_batch_tokens: usize, checkpointed_blocks: usize| -> Result<(Options, TrainingPlan)> {
+        let mut options = options.clone();
+        options.micro_batch_tokens = Some(micro_batch_tokens);
+        options.checkpointed_blocks = checkpointed_blocks;
+        let plan = TrainingPlan::new(start, config, &options, dataset)?;
+        Ok((options, plan))
+    };
+    let plan = TrainingPlan::new(start, config, options, dataset)?;
+    if plan.peak_bytes <= limit {
+        return Ok((options.clone(), plan));
+    }
+    let smallest = plan.longest_sample.max(1);
+    let mut sizes = vec![plan.micro_batch_tokens];
+    while sizes[sizes.len() - 1] > smallest.max(MICRO_BATCH_TOKENS) {
+        sizes.push((sizes[sizes.len() - 1] / 2).max(smallest.max(MICRO_BATCH_TOKENS)));
+    }
+    for &tokens in &sizes {
+        let fitted = plan_of(tokens, plan.checkpointed_blocks)?;
+        if fitted.1.peak_bytes <= limit {
+            return Ok(fitted);
+        }
+    }
+    let tokens = sizes[sizes.len() - 1];
+    for tokens in [tokens, smallest.min(tokens)] {
+        let all = plan_of(tokens, plan.trained_blocks)?;
+        if all.1.peak_bytes > limit {
+            continue;
+        }
+        // memory falls with each block computed anew
+        let (mut too_few, mut enough) = (plan.checkpointed_blocks, plan.trained_blocks);
+        let mut best = all;
+        while enough - too_few > 1 {
+            let middle = usize::midpoint(too_few, enough);
+            let tried = plan_of(tokens, middle)?;
+            if tried.1.peak_bytes <= limit {
+                (enough, best) = (middle, tried);
+            } else {
+                too_few = middle;
+            }
+        }
+        return Ok(best);
+    }
+    let least = plan_of(smallest.min(tokens), plan.trained_blocks)?.1;
+    Err(Error::Memory {
+        needed: least.peak_bytes,
+        limit,
+        detail: format!(
+            "as planned {} are needed, with the longest sample ({} tokens) by itself and every block computed anew {}: \
+             weights {}, trained parameters {}, optimizer {}, step {}",
+            megabytes(plan.peak_bytes),
+            plan.longest_sample,
+            megabytes(least.peak_bytes),
+            megabytes(least.weights_bytes),
+            megabytes(least.trained_bytes),
+            megabytes(least.optimizer_bytes),
+            megabytes(least.step.peak),
+        ),
+    })
+}
+
+fn megabytes(bytes: usize) -> String {
+    format!("{:.0} MB", bytes as f64 / 1e6)
+}
+
+/// Tokens of these samples, and those among them that are trained.
+fn size_of(dataset: &Dataset, indices: &[usize]) -> (usize, usize) {
+    indices.iter().fold((0, 0), |(tokens, trained), &index| {
+        let sample = &dataset.samples[index];
+        // the first token of a sequence is never predicted
+        let of_sample = sample.trained.iter().skip(1).filter(|&&trained| trained).count();
+        (tokens + sample.ids.len(), trained + of_sample)
+    })
+}
+
+/// Tokens a second of forward and backward passes, measured on the first micro-batches; no parameter changes.
+pub(super) fn measure<T: Trained>(start: &T, options: &Options, dataset: &Dataset, batches: usize) -> Result<f64> {
+    let mut order = super::progress::Progress::new(options.seed).order;
+    let planned = plan_epoch(options, dataset, &mut order)?;
+    let parts = planned.iter().flatten().flat_map(|batch| micro_batches(dataset, batch, options.micro_batch_tokens));
+    let terms = start.run_terms()?;
+    let places: Vec<usize> = start
+        .trainable()
+        .iter()
+        .filter_map(|parameter| match parameter.gradient {
+            GradientOf::Parameter(place) => Some(place),
+            _ => None,
+        })
+        .collect();
+    let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
+    let loss_options = LossOptions { checkpointed_blocks: options.checkpointed_blocks, ..LossOptions::default() };
+    let mut best: f64 = 0.0;
+    for part in parts.take(batches) {
+        let samples: Vec<_> = part.iter().map(|&index| &dataset.samples[index]).collect();
+        let (batch, targets) = crate::data::batch_of(&samples);
+        let started = Instant::now();
+        start.run_model().loss_and_gradients(&batch, &targets, trainable, loss_options)?;
+        best = best.max(batch.num_tokens() as f64 / started.elapsed().as_secs_f64().max(f64::MIN_POSITIVE));
+    }
+    Ok(best)
+}
