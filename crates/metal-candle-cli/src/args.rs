@@ -57,6 +57,18 @@ metrics.jsonl, run.json, loss.svg and an event file for TensorBoard. Ctrl-C save
 the run. --tui shows it as a dashboard; `metal-candle runs` lists and compares what was trained.")]
     Train(Box<TrainArguments>),
 
+    /// Tell what a run would need and how long it would take, without running it.
+    #[command(after_help = "\
+Examples:
+  metal-candle plan
+  metal-candle plan --model ./Qwen2.5-Coder-0.5B --data my-data --memory 8GB
+  metal-candle plan --config runs/001/config.toml --full --measure 0
+
+The flags are those of `train`. Peak memory is told by part, from the lengths of the rows as they are packed. If the
+run would not fit, fewer tokens are computed at once and then blocks are computed anew in the backward pass, as `train`
+does it. The time comes from a few micro-batches that are run; no file is written.")]
+    Plan(Box<PlanArguments>),
+
     /// Write text that continues a prompt.
     #[command(after_help = "\
 Examples:
@@ -321,6 +333,21 @@ pub(crate) struct TrainArguments {
     /// ui.perfetto.dev or Chrome in profile.json of the run folder.
     #[arg(long, help_heading = "Output")]
     pub(crate) profile: bool,
+
+    #[command(flatten)]
+    pub(crate) settings: TrainSettings,
+}
+
+/// Flags of `plan`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlanArguments {
+    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Micro-batches to run for the estimate of the time; 0 for none.
+    #[arg(long, value_name = "COUNT", default_value_t = 3, help_heading = "Run")]
+    pub(crate) measure: usize,
 
     #[command(flatten)]
     pub(crate) settings: TrainSettings,

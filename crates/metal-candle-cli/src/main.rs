@@ -51,6 +51,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let output = Output::new(arguments.json, arguments.quiet);
     match &arguments.command {
         Command::Train(flags) => commands::train::run(flags, output),
+        Command::Plan(flags) => commands::train::plan(flags, output),
         Command::Generate(flags) => commands::generate::run(flags, output),
         Command::Chat(flags) => commands::chat::run(flags, output),
         Command::Fuse(flags) => commands::fuse::run(flags, output),

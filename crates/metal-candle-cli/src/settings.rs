@@ -201,7 +201,21 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) max_grad_norm: Option<f64>,
 
-    /// Tokens computed at once [default: 2048].
+    /// Most memory the run may take, as in `8GB`: fewer tokens are computed at once and then blocks are computed anew
+    /// until it fits [default: nine tenths of what is free].
+    #[arg(long, value_name = "SIZE", help_heading = "Training")]
+    pub(crate) memory: Option<String>,
+
+    /// Blocks that keep only their input and are computed anew in the backward pass: `none`, `all` or a number
+    /// [default: as many as the memory needs].
+    #[arg(long, value_name = "COUNT", help_heading = "Training")]
+    pub(crate) checkpointed_blocks: Option<String>,
+
+    /// Most tokens computed at once; larger batches are computed in parts [default: as the memory allows].
+    #[arg(long, value_name = "TOKENS", help_heading = "Training")]
+    pub(crate) micro_batch_tokens: Option<usize>,
+
+    /// Tokens of a batch [default: 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Training")]
     pub(crate) batch_tokens: Option<usize>,
 

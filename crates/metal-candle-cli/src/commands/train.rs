@@ -2,13 +2,14 @@
 
 mod answers;
 mod dashboard;
+mod plan;
 mod profiler;
 mod recorder;
 mod report;
 mod start;
 mod watch;
 
-use crate::args::TrainArguments;
+use crate::args::{PlanArguments, TrainArguments};
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
@@ -21,7 +22,7 @@ use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Start};
 use metal_candle::data::{Datasets, Tokenizer};
 use metal_candle::inference::Generator;
-use metal_candle::training::{LastLayers, StopReason, Trained, Trainer, TrainingMetrics};
+use metal_candle::training::{LastLayers, StopReason, Trained, Trainer, TrainingMetrics, TrainingPlan};
 use profiler::{Profiled, Profiler};
 use recorder::Recorder;
 use report::{Report, Written};
@@ -43,20 +44,71 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
         check_free(path, "continue that run with --resume, or name another folder with --output")?;
     }
     let prepared = start::prepare(settings, output)?;
-    let report = if let Some(adapter) = prepared.adapter.clone() {
-        let mut trainer = Trainer::new(adapter, prepared.training_config())?;
+    let report = with_trainer(prepared, Execution { flags, resumed, output })?;
+    report.print(output, started.elapsed().as_secs_f64())
+}
+
+/// Tells what a run would need.
+pub(crate) fn plan(flags: &PlanArguments, output: Output) -> Result<()> {
+    let mut settings = match &flags.config {
+        Some(path) => flags.settings.over(&TrainSettings::read(path)?)?,
+        None => flags.settings.clone(),
+    };
+    settings.fix_paths()?;
+    with_trainer(start::prepare(settings, output)?, Planning { flags, output })
+}
+
+/// What is done with a trainer, whatever it trains.
+trait Job {
+    type Result;
+
+    fn run<T: Kept>(self, trainer: Trainer<T>, prepared: Prepared) -> Result<Self::Result>;
+}
+
+struct Execution<'a> {
+    flags: &'a TrainArguments,
+    resumed: Option<RunFolder>,
+    output: Output,
+}
+
+impl Job for Execution<'_> {
+    type Result = Report;
+
+    fn run<T: Kept>(self, trainer: Trainer<T>, prepared: Prepared) -> Result<Report> {
+        execute(trainer, prepared, self)
+    }
+}
+
+struct Planning<'a> {
+    flags: &'a PlanArguments,
+    output: Output,
+}
+
+impl Job for Planning<'_> {
+    type Result = ();
+
+    fn run<T: Kept>(self, trainer: Trainer<T>, mut prepared: Prepared) -> Result<()> {
+        let (trainer, _) = prepared.schedule(trainer)?;
+        trainer.check()?;
+        plan::print(trainer, &prepared, self.flags, self.output)
+    }
+}
+
+/// Does a job with the trainer that the settings ask for.
+fn with_trainer<J: Job>(prepared: Prepared, job: J) -> Result<J::Result> {
+    let config = prepared.training_config();
+    if let Some(adapter) = prepared.adapter.clone() {
+        let mut trainer = Trainer::new(adapter, config)?;
         if let Some(ratio) = prepared.settings.lora_plus_ratio {
             trainer = trainer.with_lora_plus_ratio(ratio);
         }
-        execute(trainer, prepared, resumed, flags, output)?
+        job.run(trainer, prepared)
     } else if let Some(count) = prepared.settings.train_last_layers {
         let layers = LastLayers::new(&prepared.model, count)?;
-        execute(Trainer::of(layers, prepared.training_config())?, prepared, resumed, flags, output)?
+        job.run(Trainer::of(layers, config)?, prepared)
     } else {
-        let trainer = Trainer::full(prepared.model.clone(), prepared.training_config())?;
-        execute(trainer, prepared, resumed, flags, output)?
-    };
-    report.print(output, started.elapsed().as_secs_f64())
+        job.run(Trainer::full(prepared.model.clone(), config)?, prepared)
+    }
 }
 
 /// From now on Ctrl-C ends the program at once, as a run that was stopped, and names the run to go on with, if any:
@@ -159,29 +211,47 @@ fn state<T: Trained>(trainer: &Trainer<T>) -> T {
     trainer.best().unwrap_or_else(|| trainer.latest())
 }
 
-fn execute<T: Kept>(
-    trainer: Trainer<T>,
-    mut prepared: Prepared,
-    resumed: Option<RunFolder>,
-    flags: &TrainArguments,
-    output: Output,
-) -> Result<Report> {
-    let trainer = prepared.configure(trainer)?;
-    let total_steps = trainer.total_steps(&prepared.data.train)?;
-    prepared.settings.complete_for(total_steps);
-    let trainer = trainer.with_lr_scheduler(prepared.settings.scheduler(total_steps));
-    let rows = report::rows(&prepared.data);
-    let interval = prepared.settings.eval_interval.unwrap_or(0);
-    let trainer = match prepared.data.valid.take() {
-        Some(valid) if !valid.is_empty() => trainer.with_evaluation(valid, interval),
-        _ => trainer,
-    };
-    let trainer = match prepared.settings.early_stopping_patience {
-        None | Some(0) => trainer,
-        Some(patience) => trainer.with_early_stopping(patience),
-    };
+impl Prepared {
+    /// The trainer with all settings, and the number of its steps. The held-out rows are the trainer's then.
+    fn schedule<T: Kept>(&mut self, trainer: Trainer<T>) -> Result<(Trainer<T>, usize)> {
+        let trainer = self.configure(trainer)?;
+        let total_steps = trainer.total_steps(&self.data.train)?;
+        self.settings.complete_for(total_steps);
+        let trainer = trainer.with_lr_scheduler(self.settings.scheduler(total_steps));
+        let interval = self.settings.eval_interval.unwrap_or(0);
+        let trainer = match self.data.valid.take() {
+            Some(valid) if !valid.is_empty() => trainer.with_evaluation(valid, interval),
+            _ => trainer,
+        };
+        let trainer = match self.settings.early_stopping_patience {
+            None | Some(0) => trainer,
+            Some(patience) => trainer.with_early_stopping(patience),
+        };
+        Ok((trainer, total_steps))
+    }
 
+    /// Keeps in the settings what was chosen to make the run fit, so that it goes on in the same way.
+    fn note_choice(&mut self, plan: &TrainingPlan) {
+        for settings in [&mut self.given, &mut self.settings] {
+            if plan.micro_batch_tokens < plan.largest_batch {
+                settings.micro_batch_tokens = Some(plan.micro_batch_tokens);
+            }
+            if plan.checkpointed_blocks > 0 {
+                settings.checkpointed_blocks = Some(plan.checkpointed_blocks.to_string());
+            }
+        }
+    }
+}
+
+fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Execution) -> Result<Report> {
+    let Execution { flags, resumed, output } = execution;
+    let rows = report::rows(&prepared.data);
+    let to_show = prepared.to_show();
+    let (trainer, total_steps) = prepared.schedule(trainer)?;
+    let interval = prepared.settings.eval_interval.unwrap_or(0);
     trainer.check()?;
+    let (trainer, fitted) = prepared.fit(trainer)?;
+    prepared.note_choice(&fitted.plan);
     // everything that can be refused has been; from here on files are written
     let resumes = resumed.is_some();
     let run = match resumed {
@@ -194,9 +264,9 @@ fn execute<T: Kept>(
     run.write_settings(&prepared.given, &prepared.settings)?;
     stop_at_once(Some(run.path()), output);
     report::summary(&prepared, &rows, &run, total_steps, output);
+    fitted.note(output);
 
     let questions = prepared.questions();
-    let to_show = prepared.to_show();
     let before = state(&trainer);
     let written_before = write(&before, &prepared.tokenizer, &questions, to_show.as_ref())?;
     report::sample_before(&prepared.tokenizer, to_show.as_ref(), &written_before, output)?;

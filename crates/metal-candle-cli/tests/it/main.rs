@@ -13,6 +13,7 @@ mod interrupted;
 mod methods;
 mod models;
 mod nano;
+mod plan;
 mod profile;
 mod runs;
 #[cfg(feature = "hub")]

@@ -11,6 +11,7 @@ mod metrics_file;
 mod monitor;
 mod optimizer;
 mod plan;
+mod portion;
 mod progress;
 mod report;
 mod run;

@@ -6,6 +6,7 @@ use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
 use super::monitor::TrainingMonitor;
 use super::optimizer::Optimizer;
+use super::portion::{Portion, micro_batches};
 use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
@@ -54,26 +55,6 @@ pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Rando
     Ok(batches.chunks(options.gradient_accumulation.max(1)).map(<[_]>::to_vec).collect())
 }
 
-/// The parts of a batch that are computed one after the other: samples in order, with at most `most` tokens or one sample.
-pub(super) fn micro_batches(dataset: &Dataset, batch: &[usize], most: Option<usize>) -> Vec<Indices> {
-    let Some(most) = most else { return vec![batch.to_vec()] };
-    let (mut parts, mut tokens): (Vec<Indices>, usize) = (Vec::new(), 0);
-    for &index in batch {
-        let length = dataset.samples[index].ids.len();
-        match parts.last_mut() {
-            Some(part) if tokens + length <= most => {
-                part.push(index);
-                tokens += length;
-            }
-            _ => {
-                parts.push(vec![index]);
-                tokens = length;
-            }
-        }
-    }
-    parts
-}
-
 pub(super) struct Run<'a, T: Trained> {
     start: &'a T,
     config: &'a TrainingConfig,
@@ -98,11 +79,8 @@ pub(super) struct Run<'a, T: Trained> {
     settings: Map<String, Value>,
     metrics: TrainingMetrics,
     monitor: TrainingMonitor,
-    /// As in the options, or less after memory ran out.
-    micro_batch_tokens: Option<usize>,
-    checkpointed_blocks: usize,
-    /// Memory of the process when everything but the steps was there, in bytes.
-    resident: Option<usize>,
+    /// How much is computed at once: as in the options, or less after memory ran out.
+    portion: Portion,
     is_stopped: bool,
 }
 
@@ -157,9 +135,7 @@ impl<'a, T: Trained> Run<'a, T> {
             settings: Map::new(),
             metrics,
             monitor: TrainingMonitor::new(config.max_grad_norm),
-            micro_batch_tokens: options.micro_batch_tokens,
-            checkpointed_blocks: options.checkpointed_blocks,
-            resident: start.run_model().device().memory().map(|memory| memory.used),
+            portion: Portion::new(options, start.run_model().device()),
             is_stopped: false,
         };
         run.open_folder()?;
@@ -212,12 +188,15 @@ impl<'a, T: Trained> Run<'a, T> {
             drop(of_step);
             let step = match step {
                 Ok(step) => step,
-                Err(error) if error.is_out_of_memory() && self.shrink(&batches) => {
+                Err(error)
+                    if error.is_out_of_memory()
+                        && self.portion.shrink(self.live.run_model(), self.dataset, &batches) =>
+                {
                     self.progress = before;
                     self.save()?;
                     let warning = TrainingWarning::OutOfMemory {
-                        micro_batch_tokens: self.micro_batch_tokens.unwrap_or(0),
-                        checkpointed_blocks: self.checkpointed_blocks,
+                        micro_batch_tokens: self.portion.micro_batch_tokens,
+                        checkpointed_blocks: self.portion.checkpointed_blocks,
                         reason: error.to_string(),
                     };
                     self.warn(vec![warning]);
@@ -304,8 +283,10 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Losses and gradients of all batches, and one update.
     fn step(&mut self, batches: &[Indices]) -> Result<StepMetrics> {
         let started = Instant::now();
-        let parts: Vec<Indices> =
-            batches.iter().flat_map(|batch| micro_batches(self.dataset, batch, self.micro_batch_tokens)).collect();
+        let parts: Vec<Indices> = batches
+            .iter()
+            .flat_map(|batch| micro_batches(self.dataset, batch, self.portion.micro_batch_tokens))
+            .collect();
         let mut made: Vec<(&Indices, Batch, Targets)> = Vec::with_capacity(parts.len());
         for indices in &parts {
             let samples: Vec<_> = indices.iter().map(|&index| &self.dataset.samples[index]).collect();
@@ -320,10 +301,10 @@ impl<'a, T: Trained> Run<'a, T> {
                 grad_scale: (1.0 / weight) as f32,
                 dropout_seed: self.progress.dropout.next_u64(),
                 neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
-                checkpointed_blocks: self.checkpointed_blocks,
+                checkpointed_blocks: self.portion.checkpointed_blocks,
             };
-            self.check_memory(batch, targets)?;
             let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
+            self.portion.check(self.live.run_model(), batch, targets, trainable)?;
             let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
             if losses.rows.iter().any(|loss| !loss.is_finite()) {
                 return Err(self.non_finite_loss(indices, batch, &losses.rows));
@@ -361,40 +342,6 @@ impl<'a, T: Trained> Run<'a, T> {
             trained_tokens,
             tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
         })
-    }
-
-    /// Refuses a batch that the free memory is too small for, before the operating system ends the process.
-    fn check_memory(&self, batch: &Batch, targets: &Targets) -> Result<()> {
-        let Some((memory, resident)) = self.live.run_model().device().memory().zip(self.resident) else {
-            return Ok(());
-        };
-        let trained = targets.weights.iter().filter(|&&weight| weight != 0.0).count();
-        let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
-        let model = self.live.run_model();
-        let needed = model.step_memory(batch.num_tokens(), trained, trainable, self.checkpointed_blocks)?.peak;
-        // memory that was given back may still count as the process's
-        let left = (memory.used + memory.free).saturating_sub(resident);
-        if needed > left {
-            let message = format!("a batch of {} tokens needs {needed} bytes, {left} are left", batch.num_tokens());
-            return Err(Error::OutOfMemory(message));
-        }
-        Ok(())
-    }
-
-    /// Computes less at a time from now on; whether that is possible.
-    fn shrink(&mut self, batches: &[Indices]) -> bool {
-        let tokens_of = |part: &Indices| part.iter().map(|&index| self.dataset.samples[index].ids.len()).sum::<usize>();
-        let parts = || batches.iter().flat_map(|batch| micro_batches(self.dataset, batch, self.micro_batch_tokens));
-        let largest = parts().map(|part| tokens_of(&part)).max().unwrap_or(0);
-        let blocks = self.live.run_model().config().num_hidden_layers;
-        if parts().any(|part| part.len() > 1) {
-            self.micro_batch_tokens = Some((largest / 2).max(1));
-        } else if self.checkpointed_blocks < blocks {
-            self.checkpointed_blocks = blocks;
-        } else {
-            return false;
-        }
-        true
     }
 
     /// Makes anew what does not see changes of the parameters.

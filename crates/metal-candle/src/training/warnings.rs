@@ -59,8 +59,8 @@ pub enum TrainingWarning {
     },
     /// Memory ran out in a step, which is made again with less at a time.
     OutOfMemory {
-        /// Most tokens that are computed at once from now on.
-        micro_batch_tokens: usize,
+        /// Most tokens that are computed at once from now on; none where batches are computed as a whole.
+        micro_batch_tokens: Option<usize>,
         /// Blocks that are computed anew in the backward pass from now on.
         checkpointed_blocks: usize,
         /// What was said.
@@ -150,11 +150,14 @@ impl fmt::Display for TrainingWarning {
                  training loss fell from {train_loss_then:.3} to {train_loss_now:.3}; try fewer steps, more data, \
                  dropout, a lower rank, or early stopping"
             ),
-            Self::OutOfMemory { micro_batch_tokens, checkpointed_blocks, reason } => write!(
-                f,
-                "{reason}; the step is made again with at most {micro_batch_tokens} tokens at once and \
-                 {checkpointed_blocks} blocks computed anew"
-            ),
+            Self::OutOfMemory { micro_batch_tokens, checkpointed_blocks, reason } => {
+                write!(f, "{reason}; the step is made again with ")?;
+                match micro_batch_tokens {
+                    Some(tokens) => write!(f, "at most {tokens} tokens at once and ")?,
+                    None => {}
+                }
+                write!(f, "{checkpointed_blocks} blocks computed anew in the backward pass")
+            }
             Self::FewTrainedTokens { trained_tokens, tokens } => write!(
                 f,
                 "only {trained_tokens} of {tokens} tokens are trained ({:.1} %), most are masked: see whether the \

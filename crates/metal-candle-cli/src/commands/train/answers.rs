@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader};
 
 /// Longest answer that is written for a sample, in tokens.
-const MAX_SAMPLE_TOKENS: usize = 64;
+pub(super) const MAX_SAMPLE_TOKENS: usize = 64;
 
 /// A prompt and the answer that should follow.
 #[derive(Debug, Clone, PartialEq, Eq)]

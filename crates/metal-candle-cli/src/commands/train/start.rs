@@ -145,6 +145,17 @@ impl Prepared {
             .with_label_smoothing(settings.label_smoothing.unwrap_or(0.0))
             .with_neftune_noise_alpha(settings.neftune_noise_alpha.unwrap_or(0.0))
             .with_seed(settings.seed.unwrap_or(0));
+        if settings.micro_batch_tokens.is_some() {
+            let tokens = at_least_one("micro-batch-tokens", settings.micro_batch_tokens)?;
+            trainer = trainer.with_micro_batch_tokens(tokens);
+        }
+        trainer = trainer.with_checkpointed_blocks(match settings.checkpointed_blocks.as_deref() {
+            None | Some("none") => 0,
+            Some("all") => self.model.config().num_hidden_layers,
+            Some(count) => count.parse().map_err(|_| {
+                UserError::new(format!("`--checkpointed-blocks`: expected `none`, `all` or a number, found `{count}`"))
+            })?,
+        });
         at_least_one("save-interval", settings.save_interval)?;
         at_least_one("epochs", settings.epochs)?;
         if settings.steps.is_some() {

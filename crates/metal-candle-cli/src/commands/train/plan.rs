@@ -1,0 +1,205 @@
+//! What a run will need: the command `plan`, and the first lines of `train`.
+
+use super::Prepared;
+use crate::args::PlanArguments;
+use crate::output::{Output, UserError, bytes, duration, grouped};
+use anyhow::Result;
+use metal_candle::data::Dataset;
+use metal_candle::models::KVCacheConfig;
+use metal_candle::training::{Trained, Trainer, TrainingPlan};
+use serde_json::json;
+use std::fmt::Write as _;
+
+/// Share of the free memory that a run may take unless `--memory` says more.
+const SHARE_OF_FREE: f64 = 0.9;
+
+/// A number of bytes such as `8GB`, `500 MB` or `12e9`.
+pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("`{text}`: expected a size such as `8GB`, `500MB` or `6GiB`");
+    let text = text.trim();
+    let unit = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e' && c != 'E').unwrap_or(text.len());
+    let number: f64 = text[..unit].trim().parse().map_err(|_| wrong())?;
+    let factor: f64 = match text[unit..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" | "k" => 1e3,
+        "mb" | "m" => 1e6,
+        "gb" | "g" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * factor;
+    if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
+}
+
+/// A trainer made to fit, its plan and what else takes memory.
+pub(super) struct Fitted {
+    pub(super) plan: TrainingPlan,
+    /// The program, its tokenizer and data, in bytes, where the system tells.
+    program_bytes: Option<usize>,
+    /// The most that may be used, in bytes, where it is known.
+    limit: Option<usize>,
+    /// The cache of keys and values while samples are written.
+    cache_bytes: usize,
+    /// Whether a smaller micro-batch or checkpointed blocks were chosen.
+    is_changed: bool,
+}
+
+impl Prepared {
+    /// Makes the run fit into the memory that `--memory` allows or that is free.
+    pub(super) fn fit<T: Trained>(&self, trainer: Trainer<T>) -> Result<(Trainer<T>, Fitted)> {
+        let whole = trainer.plan(&self.data.train)?;
+        let memory = self.model.device().memory();
+        let program_bytes = memory.map(|memory| memory.used.saturating_sub(whole.weights_bytes));
+        let budget = match &self.settings.memory {
+            Some(text) => Some(parse_bytes(text).map_err(|message| UserError::new(format!("`--memory`: {message}")))?),
+            None => memory.map(|memory| memory.used + (SHARE_OF_FREE * memory.free as f64) as usize),
+        };
+        let cache_bytes = self.cache_bytes();
+        let Some(budget) = budget else {
+            let fitted = Fitted { plan: whole, program_bytes, limit: None, cache_bytes, is_changed: false };
+            return Ok((trainer, fitted));
+        };
+        let limit = budget.saturating_sub(program_bytes.unwrap_or(0));
+        let (trainer, plan) = trainer.fitted(&self.data.train, limit)?;
+        let is_changed = plan != whole;
+        Ok((trainer, Fitted { plan, program_bytes, limit: Some(budget), cache_bytes, is_changed }))
+    }
+
+    /// The cache of keys and values for the longest answer that is written before and after training.
+    fn cache_bytes(&self) -> usize {
+        let rows: Vec<&Dataset> = [self.data.test.as_ref(), self.data.valid.as_ref()].into_iter().flatten().collect();
+        let longest = rows.iter().flat_map(|rows| rows.lengths()).max().unwrap_or(0);
+        let config = self.model.config();
+        KVCacheConfig {
+            max_seq_len: longest + super::answers::MAX_SAMPLE_TOKENS,
+            num_layers: config.num_hidden_layers,
+            num_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            batch_size: 1,
+        }
+        .num_bytes(self.model.activation_dtype())
+    }
+}
+
+impl Fitted {
+    /// The most that is used at any time, in bytes.
+    fn peak_bytes(&self) -> usize {
+        let resting = self.plan.weights_bytes + self.plan.trained_bytes + self.plan.optimizer_bytes;
+        self.plan.peak_bytes.max(resting + self.cache_bytes) + self.program_bytes.unwrap_or(0)
+    }
+
+    /// The lines that `train` begins with.
+    pub(super) fn note(&self, output: Output) {
+        let plan = &self.plan;
+        let limit = self.limit.map_or_else(String::new, |limit| format!(" of {}", bytes(limit as u64)));
+        let how = if self.is_changed { ", chosen to fit" } else { "" };
+        output.note(format_args!(
+            "memory   at most {}{limit}: weights {}, trained {}, optimizer {}, activations {}, head {}",
+            bytes(self.peak_bytes() as u64),
+            bytes(plan.weights_bytes as u64),
+            bytes(plan.trained_bytes as u64),
+            bytes(plan.optimizer_bytes as u64),
+            bytes((plan.step.peak.saturating_sub(plan.step.head)) as u64),
+            bytes(plan.step.head as u64),
+        ));
+        if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
+            output.note(format_args!(
+                "         {} tokens at once, {} of {} blocks computed anew in the backward pass{how}",
+                grouped(plan.micro_batch_tokens as u64),
+                plan.checkpointed_blocks,
+                plan.trained_blocks,
+            ));
+        }
+    }
+}
+
+/// Prints the plan of a run.
+pub(super) fn print<T: Trained>(
+    trainer: Trainer<T>,
+    prepared: &Prepared,
+    flags: &PlanArguments,
+    output: Output,
+) -> Result<()> {
+    let (trainer, fitted) = prepared.fit(trainer)?;
+    let plan = &fitted.plan;
+    let speed = match flags.measure {
+        0 => None,
+        batches => Some(trainer.measure(&prepared.data.train, batches)?).filter(|speed| *speed > 0.0),
+    };
+    let seconds = speed.map(|speed| plan.tokens as f64 / speed);
+    if output.json {
+        Output::print_json(&json!({
+            "peak_memory_bytes": fitted.peak_bytes(),
+            "memory_limit_bytes": fitted.limit,
+            "weights_bytes": plan.weights_bytes,
+            "trained_bytes": plan.trained_bytes,
+            "optimizer_bytes": plan.optimizer_bytes,
+            "kept_activations_bytes": plan.step.kept,
+            "step_bytes": plan.step.peak,
+            "head_bytes": plan.step.head,
+            "kv_cache_bytes": fitted.cache_bytes,
+            "program_bytes": fitted.program_bytes,
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "trained_tokens": plan.trained_tokens,
+            "longest_sample": plan.longest_sample,
+            "batch_tokens": plan.largest_batch,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "checkpointed_blocks": plan.checkpointed_blocks,
+            "trained_blocks": plan.trained_blocks,
+            "tokens_per_second": speed,
+            "seconds": seconds,
+        }))?;
+        return Ok(());
+    }
+    let mut text = String::new();
+    let mut line = |name: &str, value: String, remark: &str| {
+        // writing to a string does not fail
+        let _ = writeln!(text, "{}", format!("{name:14} {value:>12}  {remark}").trim_end());
+    };
+    let size = |count: usize| bytes(count as u64);
+    let count = |count: usize| grouped(count as u64);
+    line("weights", size(plan.weights_bytes), "");
+    line("trained", size(plan.trained_bytes), "parameters, gradients and the copies that are kept");
+    line("optimizer", size(plan.optimizer_bytes), "");
+    line("activations", size(plan.step.kept), "kept between forward and backward pass");
+    line("step", size(plan.step.peak.saturating_sub(plan.step.kept)), "held beside them at the highest point");
+    line("head", size(plan.step.head), "logits and loss, at another time than the step's highest point or part of it");
+    line("kv cache", size(fitted.cache_bytes), "while samples are written, before and after training");
+    if let Some(program) = fitted.program_bytes {
+        line("program", size(program), "the program itself, tokenizer and data");
+    }
+    let limit = fitted.limit.map_or_else(String::new, |limit| format!("of {} that may be used", size(limit)));
+    line("peak", size(fitted.peak_bytes()), &limit);
+    line("steps", count(plan.steps), "");
+    line("tokens", count(plan.tokens), &format!("{} of them trained", count(plan.trained_tokens)));
+    line("batch", count(plan.largest_batch), "tokens at most; the longest row is below");
+    line("longest row", count(plan.longest_sample), "tokens");
+    let chosen = if fitted.is_changed { "tokens computed at once, chosen to fit" } else { "tokens computed at once" };
+    line("micro-batch", count(plan.micro_batch_tokens), chosen);
+    let remark = format!("of {} blocks keep only their input and are computed anew", plan.trained_blocks);
+    line("checkpointed", count(plan.checkpointed_blocks), &remark);
+    if let (Some(speed), Some(seconds)) = (speed, seconds) {
+        line("speed", format!("{speed:.0}"), "tokens/s, measured on the first micro-batches");
+        line("time", duration(seconds), "for the steps; evaluations and samples come on top");
+    }
+    Output::print(text)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(parse_bytes("8GB"), Ok(8_000_000_000));
+        assert_eq!(parse_bytes(" 1.5 MiB"), Ok(1_572_864));
+        assert_eq!(parse_bytes("12e9"), Ok(12_000_000_000));
+        for wrong in ["", "GB", "-3GB", "8 parsecs", "0", "1e400"] {
+            assert!(parse_bytes(wrong).is_err_and(|message| message.contains("expected a size")), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! How much of a step is computed at once.
+
+use super::config::Options;
+use crate::data::Dataset;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::models::{Batch, Model, Targets, Trainable};
+
+/// The parts of a batch that are computed one after the other: samples in order, with at most `most` tokens or one sample.
+pub(super) fn micro_batches(dataset: &Dataset, batch: &[usize], most: Option<usize>) -> Vec<Vec<usize>> {
+    let Some(most) = most else { return vec![batch.to_vec()] };
+    let (mut parts, mut tokens): (Vec<Vec<usize>>, usize) = (Vec::new(), 0);
+    for &index in batch {
+        let length = dataset.samples[index].ids.len();
+        match parts.last_mut() {
+            Some(part) if tokens + length <= most => {
+                part.push(index);
+                tokens += length;
+            }
+            _ => {
+                parts.push(vec![index]);
+                tokens = length;
+            }
+        }
+    }
+    parts
+}
+
+/// How much is computed at once, and whether there is memory for it.
+#[derive(Debug)]
+pub(super) struct Portion {
+    pub(super) micro_batch_tokens: Option<usize>,
+    pub(super) checkpointed_blocks: usize,
+    /// Memory of the process when everything but the steps was there, in bytes.
+    resting: Option<usize>,
+}
+
+impl Portion {
+    /// As the options say; made when everything but the steps is in memory.
+    pub(super) fn new(options: &Options, device: Device) -> Self {
+        Self {
+            micro_batch_tokens: options.micro_batch_tokens,
+            checkpointed_blocks: options.checkpointed_blocks,
+            resting: device.memory().map(|memory| memory.used),
+        }
+    }
+
+    /// Refuses a batch that the free memory is too small for, before the operating system ends the process.
+    pub(super) fn check(&self, model: &Model, batch: &Batch, targets: &Targets, trainable: Trainable) -> Result<()> {
+        #[cfg(test)]
+        if tests::is_to_fail() {
+            return Err(Error::OutOfMemory("as the test wants it".into()));
+        }
+        let Some((memory, resting)) = model.device().memory().zip(self.resting) else { return Ok(()) };
+        let trained = targets.weights.iter().filter(|&&weight| weight != 0.0).count();
+        let needed = model.step_memory(batch.num_tokens(), trained, trainable, self.checkpointed_blocks)?.peak;
+        // what earlier steps gave back may still count as the process's
+        let left = (memory.used + memory.free).saturating_sub(resting);
+        if needed > left {
+            let message = format!("a batch of {} tokens needs {needed} bytes, {left} are left", batch.num_tokens());
+            return Err(Error::OutOfMemory(message));
+        }
+        Ok(())
+    }
+
+    /// Computes less of these batches at a time from now on: half the tokens while there is more than one sample, then every
+    /// block anew in the backward pass. Whether that is possible.
+    pub(super) fn shrink(&mut self, model: &Model, dataset: &Dataset, batches: &[Vec<usize>]) -> bool {
+        let parts = || batches.iter().flat_map(|batch| micro_batches(dataset, batch, self.micro_batch_tokens));
+        let tokens_of = |part: &Vec<usize>| part.iter().map(|&index| dataset.samples[index].ids.len()).sum::<usize>();
+        if parts().any(|part| part.len() > 1) {
+            let largest = parts().map(|part| tokens_of(&part)).max().unwrap_or(0);
+            self.micro_batch_tokens = Some((largest / 2).max(1));
+            return true;
+        }
+        let blocks = model.config().num_hidden_layers;
+        let is_possible = self.checkpointed_blocks < blocks;
+        self.checkpointed_blocks = blocks;
+        is_possible
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use crate::adapters::LoRAAdapter;
+    use crate::data::{Dataset, Sample};
+    use crate::training::{Trainer, TrainingConfig, TrainingEvent, TrainingWarning};
+    use crate::{Device, Error, Model, ModelConfig};
+    use std::cell::Cell;
+    use std::ops::ControlFlow;
+    use std::sync::{Arc, Mutex};
+
+    thread_local! {
+        /// Checks that pass before those that fail, and how many fail.
+        static FAILURES: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+    }
+
+    pub(super) fn is_to_fail() -> bool {
+        let (passing, failing) = FAILURES.get();
+        FAILURES.set((passing.saturating_sub(1), if passing == 0 { failing.saturating_sub(1) } else { failing }));
+        passing == 0 && failing > 0
+    }
+
+    fn trainer() -> Trainer {
+        let config = r#"{"model_type": "qwen2", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": true,
+            "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.2}"#;
+        let model = Model::initialize(ModelConfig::from_json_str(config).unwrap(), 1, Device::CPU).unwrap();
+        Trainer::new(LoRAAdapter::builder(&model).build().unwrap(), TrainingConfig::default()).unwrap()
+    }
+
+    fn dataset() -> Dataset {
+        let sample = |number: u32| Sample {
+            ids: (0..20).map(|i| (number * 7 + i * 3) % 50).collect(),
+            trained: vec![true; 20],
+            source: None,
+        };
+        Dataset::from_samples((0..8).map(sample).collect())
+    }
+
+    #[test]
+    fn a_step_is_made_again_with_less_when_memory_runs_out() {
+        let expected = trainer().with_batch_tokens(80).train(&dataset()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let warnings = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&warnings);
+        let trainer = trainer().with_batch_tokens(80).with_run_folder(folder.path()).with_callback(move |event| {
+            if let TrainingEvent::Warning { step, warning: warning @ TrainingWarning::OutOfMemory { .. } } = event {
+                seen.lock().unwrap().push((*step, warning.clone()));
+            }
+            ControlFlow::Continue(())
+        });
+        // the second step fails with 80 tokens at once, with 40, with 20 and then with blocks kept
+        FAILURES.set((1, 3));
+        let metrics = trainer.train(&dataset()).unwrap();
+        assert_eq!(metrics.num_steps, 2);
+        for (found, expected) in metrics.steps.iter().zip(&expected.steps) {
+            assert!((found.loss - expected.loss).abs() < 1e-5, "{} {}", found.loss, expected.loss);
+            assert_eq!(found.tokens, expected.tokens);
+        }
+        let found: Vec<_> = warnings
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(step, warning)| match warning {
+                TrainingWarning::OutOfMemory { micro_batch_tokens, checkpointed_blocks, .. } => {
+                    (*step, *micro_batch_tokens, *checkpointed_blocks)
+                }
+                _ => (0, None, 0),
+            })
+            .collect();
+        assert_eq!(found, [(1, Some(40), 0), (1, Some(20), 0), (1, Some(20), 3)]);
+        assert!(folder.path().join("checkpoints/step-000001").is_dir(), "what was trained is saved first");
+    }
+
+    #[test]
+    fn a_run_that_nothing_helps_ends_with_an_error() {
+        FAILURES.set((0, 100));
+        let failed = trainer().train(&dataset());
+        FAILURES.set((0, 0));
+        assert!(matches!(failed, Err(Error::OutOfMemory(_))), "{failed:?}");
+    }
+}
