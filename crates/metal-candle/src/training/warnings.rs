@@ -152,9 +152,8 @@ impl fmt::Display for TrainingWarning {
             ),
             Self::OutOfMemory { micro_batch_tokens, checkpointed_blocks, reason } => {
                 write!(f, "{reason}; the step is made again with ")?;
-                match micro_batch_tokens {
-                    Some(tokens) => write!(f, "at most {tokens} tokens at once and ")?,
-                    None => {}
+                if let Some(tokens) = micro_batch_tokens {
+                    write!(f, "at most {tokens} tokens at once and ")?;
                 }
                 write!(f, "{checkpointed_blocks} blocks computed anew in the backward pass")
             }
