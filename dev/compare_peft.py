@@ -10,7 +10,8 @@ does not count and then those that do.
 
 Measured are whole steps: forward, backward, clipping (metal-candle only) and update; tokens/s is the median over the steps of all
 rounds. Memory is the most a process had in RAM: of metal-candle from its start on, of PEFT from after the model was loaded
-(where Linux allows to reset the mark). PYTHON has torch, transformers, peft and safetensors; by default that is the one running this.
+(where Linux allows to reset the mark). PYTHON has torch, transformers, peft and safetensors; by default that is the one running
+this. On processors without products of bf16 torch is very slow with them: `--types f32` leaves them out.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -167,8 +169,9 @@ def compare(arguments, shape, batch, targets):
     folder = arguments.work / f"qwen2-{shape}"
     sides = ["metal-candle"] + [f"peft {kind}" for kind in arguments.types]
     seconds, memory, trained, versions = ({side: [] for side in sides}, dict.fromkeys(sides, 0), set(), None)
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
         for side in sides:
+            print(f"round {number + 1} of {arguments.rounds}: {shape} {batch} x {LENGTH} {targets}, {side}", file=sys.stderr, flush=True)
             if side == "metal-candle":
                 found = train_ours(arguments, folder, batch, targets)
             else:
@@ -201,6 +204,8 @@ def main():
     if sys.argv[1:2] == ["--request"]:
         print(json.dumps(work(json.loads(sys.argv[2]))))
         return
+    # a process that is waited for ends with this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", type=Path, help="a release build of metal-candle")
     parser.add_argument("--python", default=sys.executable, help="the Python with torch, transformers and peft")
