@@ -1,6 +1,6 @@
 //! The predicted peak of memory against what is really allocated: by itself, since it counts all of the process.
 
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use candle_core::{DType, Device, Tensor};
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
