@@ -166,7 +166,7 @@ pub(super) fn print<T: Trained>(
     line("optimizer", size(plan.optimizer_bytes), "");
     line("activations", size(plan.step.kept), "kept between forward and backward pass");
     line("step", size(plan.step.peak.saturating_sub(plan.step.kept)), "held beside them at the highest point");
-    line("head", size(plan.step.head), "logits and loss, at another time than the step's highest point or part of it");
+    line("head", size(plan.step.head), "of the step, logits and loss");
     line("kv cache", size(fitted.cache_bytes), "while samples are written, before and after training");
     if let Some(program) = fitted.program_bytes {
         line("program", size(program), "the program itself, tokenizer and data");
