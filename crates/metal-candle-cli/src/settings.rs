@@ -202,7 +202,7 @@ pub(crate) struct TrainSettings {
     pub(crate) max_grad_norm: Option<f64>,
 
     /// Most memory the run may take, as in `8GB`: fewer tokens are computed at once and then blocks are computed anew
-    /// until it fits [default: nine tenths of what is free].
+    /// until it fits [default: nine tenths of what is free, where the system tells].
     #[arg(long, value_name = "SIZE", help_heading = "Training")]
     pub(crate) memory: Option<String>,
 

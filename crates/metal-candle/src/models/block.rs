@@ -58,16 +58,6 @@ pub(super) struct BlockSaved {
     up: Tensor,
 }
 
-/// [`BlockSaved`] without gate and up.
-struct Unactivated {
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention: Saved,
-    middle: Tensor,
-}
-
 impl BlockSaved {
     pub(super) fn num_bytes(&self) -> usize {
         let tensors = [&self.x, &self.q, &self.k, &self.v, &self.middle, &self.gate, &self.up];
@@ -168,29 +158,28 @@ impl Block {
 
     /// As [`Block::forward`], keeping what the backward pass needs.
     pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
-        let (saved, (gate, up)) = self.until_activation(x, context)?;
-        let y = self.after_mlp(&saved.middle, &swiglu::forward(&gate, &up)?, context)?;
-        Ok((y, self.with_activation(saved, gate, up)?))
+        let saved = self.until_activation(x, context)?;
+        let y = self.after_mlp(&saved.middle, &swiglu::forward(&saved.gate, &saved.up)?, context)?;
+        Ok((y, self.rounded(saved)?))
     }
 
     /// What [`Block::forward_saving`] keeps, from the block's input; its output is not computed.
     pub(super) fn saved_again(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
-        let (saved, (gate, up)) = self.until_activation(x, context)?;
-        self.with_activation(saved, gate, up)
+        self.rounded(self.until_activation(x, context)?)
     }
 
-    fn until_activation(&self, x: &Tensor, context: Context) -> Result<(Unactivated, (Tensor, Tensor))> {
+    fn until_activation(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
         let (q, k, v) = self.projections(x, context)?;
         let attention = attention::forward(self.shape, &q, &k, &v, context.offsets)?;
         let middle = self.after_attention(x, &attention.out, context)?;
-        let gate_and_up = self.gate_and_up(&middle, context)?;
-        Ok((Unactivated { x: x.clone(), q, k, v, attention, middle }, gate_and_up))
+        let (gate, up) = self.gate_and_up(&middle, context)?;
+        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up })
     }
 
-    fn with_activation(&self, saved: Unactivated, gate: Tensor, up: Tensor) -> Result<BlockSaved> {
-        let Unactivated { x, q, k, v, attention, middle } = saved;
+    /// Gate and up in the type they are kept in.
+    fn rounded(&self, saved: BlockSaved) -> Result<BlockSaved> {
         let weights = self.linears[GATE].weight.dtype();
-        Ok(BlockSaved { x, q, k, v, attention, middle, gate: kept(gate, weights)?, up: kept(up, weights)? })
+        Ok(BlockSaved { gate: kept(saved.gate, weights)?, up: kept(saved.up, weights)?, ..saved })
     }
 
     /// The gradient with respect to the block's input, if wanted, from that of its output.

@@ -158,7 +158,8 @@ impl Model {
                     until_activation(&mut meter, sizes, extras);
                     round(&mut meter, sizes);
                 }
-                backward(&mut meter, sizes, extras, lowest.embedding || layer > first);
+                let norm = self.inner.blocks[layer].parameters.input_layernorm;
+                backward(&mut meter, sizes, extras, lowest.embedding || layer > first || wanted[norm]);
             }
             if lowest.embedding && wanted[super::step::EMBEDDING_PARAMETER] && !self.config().tie_word_embeddings {
                 meter.take(weight);

@@ -73,22 +73,22 @@ impl Linear {
         dropout_seed: Option<u64>,
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Some(term) = term else { return self.base(x, None, None, self.start(residual), residual) };
+        let Some(term) = term else { return self.finished(self.base(x, None, None, self.start(residual))?, residual) };
         let Some(magnitude) = &term.magnitude else {
             let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
-            return self.base(x, Some(term), Some(&z), self.start(residual), residual);
+            return self.finished(self.base(x, Some(term), Some(&z), self.start(residual))?, residual);
         };
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
             let z = product(x, &term.a)?;
-            let y = scale_columns(self.base(x, Some(term), Some(&z), Start::Zero, None)?, &factors)?;
+            let y = scale_columns(self.base(x, Some(term), Some(&z), Start::Zero)?, &factors)?;
             let y = if let Some(bias) = &self.bias { add_bias(y, bias)? } else { y };
             return if let Some(residual) = residual { add_scaled(y, 1.0, residual) } else { Ok(y) };
         }
         // the plain product sees the whole input, the weight-decomposed one what dropout left of it
         let dropped = dropped(x, term, dropout_seed)?;
-        let y = self.base(x, Some(term), None, self.start(residual), residual)?;
-        let base = self.base(&dropped, Some(term), None, Start::Zero, None)?;
+        let y = self.finished(self.base(x, Some(term), None, self.start(residual))?, residual)?;
+        let base = self.base(&dropped, Some(term), None, Start::Zero)?;
         let y = add_scaled(y, -1.0, &base)?;
         let z = product(&dropped, &term.a)?;
         let adapted = sum(Start::Sum(base), &[Part::transposed(&z, &term.b, term.scale)])?;
@@ -133,7 +133,7 @@ impl Linear {
         // y = g p + b with p = base(x) + term(x); with dropout y = base(x) - base(drop(x)) + g p + b
         let Factors { factors, reciprocal_norms } = self.factors(term, magnitude)?;
         let z = product(&dropped_x, &term.a)?;
-        let p = self.base(&dropped_x, Some(term), Some(&z), Start::Zero, None)?;
+        let p = self.base(&dropped_x, Some(term), Some(&z), Start::Zero)?;
         let d_magnitude = (column_dots(dy, &p)? * reciprocal_norms)?;
         drop(p);
         let dp = scale_columns(dy.copy()?, &factors)?;
@@ -153,14 +153,7 @@ impl Linear {
     }
 
     /// `x (W - scale B0 A0)^T`, what training starts from, plus `scale z B^T` if `z` is given, added to `start`.
-    fn base(
-        &self,
-        x: &Tensor,
-        term: Option<&LowRank>,
-        z: Option<&Tensor>,
-        start: Start,
-        residual: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    fn base(&self, x: &Tensor, term: Option<&LowRank>, z: Option<&Tensor>, start: Start) -> Result<Tensor> {
         let mut parts = vec![Part::transposed(x, &self.weight, 1.0)];
         if let (Some(term), Some(z)) = (term, z) {
             parts.push(Part::transposed(z, &term.b, term.scale));
@@ -170,20 +163,23 @@ impl Linear {
         if let (Some((scale, (_, b))), Some(z0)) = (first, &z0) {
             parts.push(Part::transposed(z0, b, -scale));
         }
-        let has_both = residual.is_some() && matches!(start, Start::Row(_));
-        let y = sum(start, &parts)?;
-        match residual {
-            Some(residual) if has_both => add_scaled(y, 1.0, residual),
-            _ => Ok(y),
-        }
+        sum(start, &parts)
     }
 
-    /// Where the sum of an output begins; a layer with a bias adds the residual later.
+    /// Where the sum of an output begins; a layer with a bias adds the residual at the end.
     fn start<'a>(&'a self, residual: Option<&'a Tensor>) -> Start<'a> {
         match (&self.bias, residual) {
             (Some(bias), _) => Start::Row(bias),
             (None, Some(residual)) => Start::Matrix(residual),
             (None, None) => Start::Zero,
+        }
+    }
+
+    /// An output that began with [`Linear::start`].
+    fn finished(&self, y: Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        match residual {
+            Some(residual) if self.bias.is_some() => add_scaled(y, 1.0, residual),
+            _ => Ok(y),
         }
     }
 

@@ -266,6 +266,31 @@ fn decomposed_gradients_match_finite_differences() {
 }
 
 #[test]
+fn a_residual_is_added_to_every_kind_of_layer() {
+    let (x, residual) = (random(&[70, 10], 5), random(&[70, 33], 6));
+    let weight = random(&[33, 10], 1);
+    let plain = LowRank::new(random(&[3, 10], 3), random(&[33, 3], 4), 1.7);
+    let magnitude = || {
+        let weight_norms_squared = weight_norms_squared(&weight).unwrap();
+        Some(Magnitude { m: random(&[33], 10), weight_norms_squared })
+    };
+    let terms = [
+        None,
+        Some(plain.clone()),
+        Some(LowRank { start: Some((random(&[2, 10], 8), random(&[33, 2], 9))), ..plain.clone() }),
+        Some(LowRank { magnitude: magnitude(), ..plain.clone() }),
+        Some(LowRank { magnitude: magnitude(), dropout: 0.4, ..plain }),
+    ];
+    for bias in [None, Some(random(&[33], 2))] {
+        let layer = Linear { weight: weight.clone(), bias };
+        for term in &terms {
+            let run = |residual| layer.forward(&x, term.as_ref(), Some(9), residual).unwrap();
+            assert_close(&run(Some(&residual)), &(run(None) + &residual).unwrap(), 1e-5);
+        }
+    }
+}
+
+#[test]
 fn embedding_terms_match_finite_differences() {
     let weight = random(&[7, 6], 1);
     let (ids, dx) = ([4, 1, 4, 0], random(&[4, 6], 2));

@@ -3,10 +3,10 @@
 use super::config::{Options, TrainingConfig};
 use super::portion::micro_batches;
 use super::run::plan_epoch;
-use super::trained::Trained;
+use super::trained::{Trained, places};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::models::{GradientOf, LossOptions, Parameters, StepMemory, Trainable};
+use crate::models::{LossOptions, Parameters, StepMemory, Trainable};
 use candle_core::DType;
 use std::time::Instant;
 
@@ -55,13 +55,7 @@ impl TrainingPlan {
         let trained: usize = parameters.iter().map(|parameter| parameter.len).sum();
         let vector = trained * DType::F32.size_in_bytes();
         let terms = start.run_terms()?;
-        let places: Vec<usize> = parameters
-            .iter()
-            .filter_map(|parameter| match parameter.gradient {
-                GradientOf::Parameter(place) => Some(place),
-                _ => None,
-            })
-            .collect();
+        let places = places(&parameters);
         let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
 
         let (mut order, mut steps, mut epochs) = (super::progress::Progress::new(options.seed).order, 0, 0);
@@ -215,14 +209,7 @@ pub(super) fn measure<T: Trained>(start: &T, options: &Options, dataset: &Datase
     let planned = plan_epoch(options, dataset, &mut order)?;
     let parts = planned.iter().flatten().flat_map(|batch| micro_batches(dataset, batch, options.micro_batch_tokens));
     let terms = start.run_terms()?;
-    let places: Vec<usize> = start
-        .trainable()
-        .iter()
-        .filter_map(|parameter| match parameter.gradient {
-            GradientOf::Parameter(place) => Some(place),
-            _ => None,
-        })
-        .collect();
+    let places = places(&start.trainable());
     let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
     let loss_options = LossOptions { checkpointed_blocks: options.checkpointed_blocks, ..LossOptions::default() };
     let mut best: f64 = 0.0;

@@ -11,14 +11,13 @@ use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
 use super::run_settings::{check_settings, describe_settings};
-use super::trained::{Parameter, Trained};
+use super::trained::{Parameter, Trained, places};
 use super::trainer::Callback;
 use super::warnings::{TrainingWarning, dataset_warnings};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
 use crate::models::{
-    Batch, GradientOf, Gradients, LossOptions, Model, Parameters, SafetensorsFile, Targets, Trainable,
-    write_safetensors,
+    Batch, Gradients, LossOptions, Model, Parameters, SafetensorsFile, Targets, Trainable, write_safetensors,
 };
 use crate::ops::LowRankTerms;
 use crate::profile::{Kind, span};
@@ -535,15 +534,6 @@ impl<'a, T: Trained> Run<'a, T> {
         };
         Ok(())
     }
-}
-
-/// The places of trained parameters among those of the model.
-fn places(parameters: &[Parameter]) -> Vec<usize> {
-    let place = |parameter: &Parameter| match parameter.gradient {
-        GradientOf::Parameter(place) => Some(place),
-        _ => None,
-    };
-    parameters.iter().filter_map(place).collect()
 }
 
 fn is_divergence(error: &Error) -> bool {

@@ -24,6 +24,15 @@ pub struct Parameter {
     pub gradient: GradientOf,
 }
 
+/// The places of trained parameters among those of the model.
+pub(super) fn places(parameters: &[Parameter]) -> Vec<usize> {
+    let place = |parameter: &Parameter| match parameter.gradient {
+        GradientOf::Parameter(place) => Some(place),
+        _ => None,
+    };
+    parameters.iter().filter_map(place).collect()
+}
+
 /// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], all parameters of a [`Model`], or those of its
 /// [`LastLayers`](super::LastLayers).
 pub trait Trained: Clone + Send + Sync + 'static {
