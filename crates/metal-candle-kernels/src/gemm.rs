@@ -299,15 +299,14 @@ fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
     let (m, n) = task.shape;
     let row_panels = m.div_ceil(MR);
     let mut panel = Panel([0.0; DEPTH * MAX_COLUMNS]);
-    for column_panel in task.panels.0..task.panels.1 {
-        let j = column_panel * NR;
-        let width = NR.min(n - j);
-        let mut start = task.start;
-        let mut offset = 0;
-        let mut is_done = false;
-        for product in task.products {
-            let is_direct = is_direct(product, n);
-            for (at, depth) in depths(product.k) {
+    let mut start = task.start;
+    let mut offset = 0;
+    let mut is_done = false;
+    let columns = (task.panels.0..task.panels.1).map(|panel| (panel * NR, NR.min(n - panel * NR)));
+    for product in task.products {
+        let is_direct = is_direct(product, n);
+        for (at, depth) in depths(product.k) {
+            for (j, width) in columns.clone() {
                 let right = &mut panel.0[..depth * NR];
                 pack_right::<A, NR>(product, (j, width), (at, depth), right);
                 for row_panel in task.rows.0..task.rows.1 {
@@ -320,12 +319,14 @@ fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
                     };
                     store(task, &tile, (row_panel * MR, j), width, start);
                 }
-                offset += if is_direct { 0 } else { row_panels * MR * depth };
-                start = Start::Result;
-                is_done = true;
             }
+            offset += if is_direct { 0 } else { row_panels * MR * depth };
+            start = Start::Result;
+            is_done = true;
         }
-        if !is_done {
+    }
+    if !is_done {
+        for (j, width) in columns {
             for row_panel in task.rows.0..task.rows.1 {
                 store(task, &[[0.0; NR]; MR], (row_panel * MR, j), width, start);
             }
