@@ -2,7 +2,7 @@
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, sigmoid};
-use crate::parallel::{Shared, for_each, rows_per_task};
+use crate::parallel::{Shared, for_each, rows_per_task, written};
 use half::bf16;
 
 /// Elements that one task handles.
@@ -13,14 +13,22 @@ fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
     for_each(len.div_ceil(CHUNK), 4 * len, |i| task(i * CHUNK, len.min((i + 1) * CHUNK)));
 }
 
-/// `y = silu(gate) * up` with `silu(x) = x / (1 + e^-x)` (<https://arxiv.org/abs/2002.05202>).
-pub fn swiglu<T: Element>(gate: &[T], up: &[T], y: &mut [f32]) {
-    let shared = Shared::new(y);
-    chunks(gate.len().min(up.len()), |start, end| {
-        // SAFETY: chunks are disjoint.
-        let y = unsafe { shared.part(start, end - start) };
-        swiglu_chunk(&gate[start..end], &up[start..end], y);
-    });
+/// `silu(gate) * up` with `silu(x) = x / (1 + e^-x)` (<https://arxiv.org/abs/2002.05202>).
+///
+/// # Panics
+/// The operands differ in length.
+#[must_use]
+pub fn swiglu<T: Element>(gate: &[T], up: &[T]) -> Vec<f32> {
+    assert_eq!(gate.len(), up.len(), "lengths of gate and up");
+    let write = |y: Shared<f32>| {
+        chunks(gate.len(), |start, end| {
+            // SAFETY: chunks are disjoint.
+            let y = unsafe { y.part(start, end - start) };
+            swiglu_chunk(&gate[start..end], &up[start..end], y);
+        });
+    };
+    // SAFETY: the chunks cover all elements.
+    unsafe { written(gate.len(), write) }
 }
 
 dispatch! {
@@ -35,43 +43,50 @@ fn swiglu_chunk_body<A: Arithmetic, T: Element>(gate: &[T], up: &[T], y: &mut [f
     }
 }
 
-/// The gradients of [`swiglu`] with respect to `gate` and `up`, from `dy`.
-pub fn swiglu_backward<T: Element>(gate: &[T], up: &[T], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-    let (shared_gate, shared_up) = (Shared::new(d_gate), Shared::new(d_up));
-    chunks(gate.len().min(up.len()).min(dy.len()), |start, end| {
-        // SAFETY: chunks are disjoint.
-        let (d_gate, d_up) = unsafe { (shared_gate.part(start, end - start), shared_up.part(start, end - start)) };
-        swiglu_backward_chunk(&gate[start..end], &up[start..end], &dy[start..end], d_gate, d_up);
-    });
+/// The gradients of [`swiglu`] with respect to `up`, and with respect to `gate` in place of `dy`.
+///
+/// # Panics
+/// The operands differ in length.
+#[must_use]
+pub fn swiglu_backward<T: Element>(gate: &[T], up: &[T], dy: &mut [f32]) -> Vec<f32> {
+    assert_eq!((gate.len(), gate.len()), (up.len(), dy.len()), "lengths of gate, up and dy");
+    let dy = Shared::new(dy);
+    let write = |d_up: Shared<f32>| {
+        chunks(gate.len(), |start, end| {
+            // SAFETY: chunks are disjoint.
+            let (dy, d_up) = unsafe { (dy.part(start, end - start), d_up.part(start, end - start)) };
+            swiglu_backward_chunk(&gate[start..end], &up[start..end], dy, d_up);
+        });
+    };
+    // SAFETY: the chunks cover all elements.
+    unsafe { written(gate.len(), write) }
 }
 
 dispatch! {
-    fn swiglu_backward_chunk<T: Element>(gate: &[T], up: &[T], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
+    fn swiglu_backward_chunk<T: Element>(gate: &[T], up: &[T], dy: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
 }
 
 #[inline(always)]
-fn swiglu_backward_chunk_body<A: Arithmetic, T: Element>(
-    gate: &[T],
-    up: &[T],
-    dy: &[f32],
-    d_gate: &mut [f32],
-    d_up: &mut [f32],
-) {
+fn swiglu_backward_chunk_body<A: Arithmetic, T: Element>(gate: &[T], up: &[T], dy: &mut [f32], d_up: &mut [f32]) {
     for i in 0..gate.len() {
         let (gate, up) = (gate[i].to_f32(), up[i].to_f32());
         let s = sigmoid::<A>(gate);
         d_up[i] = dy[i] * gate * s;
-        d_gate[i] = dy[i] * up * s * (1.0 + gate * (1.0 - s));
+        dy[i] = dy[i] * up * s * (1.0 + gate * (1.0 - s));
     }
 }
 
 /// `x` rounded to bfloat16, to the nearest and ties to even; what is not a number stays so.
-pub fn round_to_bf16(x: &[f32], y: &mut [bf16]) {
-    let shared = Shared::new(y);
-    chunks(x.len(), |start, end| {
-        // SAFETY: chunks are disjoint.
-        round_chunk(&x[start..end], unsafe { shared.part(start, end - start) });
-    });
+#[must_use]
+pub fn round_to_bf16(x: &[f32]) -> Vec<bf16> {
+    let write = |y: Shared<bf16>| {
+        chunks(x.len(), |start, end| {
+            // SAFETY: chunks are disjoint.
+            round_chunk(&x[start..end], unsafe { y.part(start, end - start) });
+        });
+    };
+    // SAFETY: the chunks cover all elements.
+    unsafe { written(x.len(), write) }
 }
 
 dispatch! {
@@ -217,9 +232,7 @@ mod tests {
     #[test]
     fn rounding_is_that_of_half() {
         let values: Vec<f32> = (0..200_000_u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).collect();
-        let mut rounded = vec![bf16::ZERO; values.len()];
-        round_to_bf16(&values, &mut rounded);
-        for (value, rounded) in values.iter().zip(rounded) {
+        for (value, rounded) in values.iter().zip(round_to_bf16(&values)) {
             let expected = bf16::from_f32(*value);
             assert!(rounded == expected || rounded.is_nan() && expected.is_nan(), "{value}: {rounded} {expected}");
         }

@@ -9,7 +9,7 @@ use crate::gemm_narrow::{MAX_DOT_ROWS, few_rows, narrow_outer};
 use crate::isa::Separate;
 use crate::isa::{Arithmetic, Fused};
 use crate::pack::{Panel, pack_left, pack_right};
-use crate::parallel::{Shared, for_each};
+use crate::parallel::{Shared, for_each, written};
 use gemmkit::{MatRef, Parallelism};
 use half::{bf16, f16};
 use std::cell::Cell;
@@ -81,7 +81,16 @@ pub enum Start<'a> {
     Matrix(&'a [f32]),
 }
 
-/// Columns of A and rows of B that are multiplied at a time: with a panel's columns they fill half the first-level cache.
+/// Columns of A and rows of B that are multiplied at a time with a panel of so many columns: together they fill some two
+/// thirds of the first-level cache.
+const fn panel_depth(columns: usize) -> usize {
+    if columns > 16 { 256 } else { 320 }
+}
+
+/// Elements of the largest panel.
+const PANEL: usize = 256 * MAX_COLUMNS;
+
+/// What the columns of A that are packed at a time are a multiple of.
 const DEPTH: usize = 320;
 
 /// Elements of the left operand that are packed at a time.
@@ -108,8 +117,8 @@ fn tile_rows() -> usize {
 }
 
 /// Where each step of the depth begins and how long it is: as equal as possible.
-fn depths(k: usize) -> impl Iterator<Item = (usize, usize)> {
-    let step = k.div_ceil(k.div_ceil(DEPTH).max(1)).max(1);
+fn depths<const NR: usize>(k: usize) -> impl Iterator<Item = (usize, usize)> {
+    let step = k.div_ceil(k.div_ceil(panel_depth(NR)).max(1)).max(1);
     (0..k).step_by(step).map(move |at| (at, step.min(k - at)))
 }
 
@@ -117,14 +126,29 @@ thread_local! {
     static LEFT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// `C = start + sum of products`, with `C: [m, n]` row-major.
+/// `start + sum of products` as a new matrix `[m, n]`, row-major.
 ///
 /// Each element is added up in the same order whatever the number of threads.
 ///
 /// # Panics
-/// An operand is shorter than its shape and strides say.
-pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
+/// An operand is shorter than its shape and strides say, or the start is to be the result itself.
+#[must_use]
+pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
+    assert!(!matches!(start, Start::Result), "there is no result to start from");
+    // SAFETY: each way of adding up begins by writing the start.
+    unsafe { written(m * n, |c| add_up((m, n), start, products, c)) }
+}
+
+/// As [`gemm_sum`] in place of `c`.
+///
+/// # Panics
+/// An operand or `c` is shorter than its shape and strides say.
+pub fn gemm_sum_to((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
     assert!(c.len() >= m * n, "the result has {} elements, not {m} x {n}", c.len());
+    add_up((m, n), start, products, Shared::new(c));
+}
+
+fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
     if m == 0 || n == 0 {
         return;
     }
@@ -172,7 +196,7 @@ fn run<const MR: usize, const NR: usize>(
     (m, n): (usize, usize),
     start: Start,
     products: &[Product],
-    c: &mut [f32],
+    c: Shared<f32>,
     task: impl Fn(&Task) + Send + Sync,
 ) {
     // a part of the depth at a time: the packed left operand stays small
@@ -213,7 +237,7 @@ fn run_part<const MR: usize, const NR: usize>(
     (m, n): (usize, usize),
     start: Start,
     products: &[Product],
-    c: &mut [f32],
+    c: Shared<f32>,
     task: &(impl Fn(&Task) + Send + Sync),
 ) {
     let row_panels = m.div_ceil(MR);
@@ -229,7 +253,7 @@ fn run_part<const MR: usize, const NR: usize>(
     for_each(if packed == 0 { 0 } else { row_panels }, m * packed, |panel| {
         let mut offset = 0;
         for product in products.iter().filter(|product| !is_direct(product, n)) {
-            for (at, depth) in depths(product.k) {
+            for (at, depth) in depths::<NR>(product.k) {
                 let rows = (panel * MR, MR.min(m - panel * MR));
                 // SAFETY: panels do not overlap.
                 let to = unsafe { shared.part(offset + panel * MR * depth, MR * depth) };
@@ -248,7 +272,6 @@ fn run_part<const MR: usize, const NR: usize>(
     let parts = if threads == 1 { 1 } else { wanted.div_ceil(columns).min(row_panels.div_ceil(4)) };
     let rows_per_part = row_panels.div_ceil(parts);
     let parts = row_panels.div_ceil(rows_per_part);
-    let shared = Shared::new(c);
     let left_ref = &left;
     for_each(columns * parts, m * n * depth / 16, |number| {
         let (column, part) = (number / parts, number % parts);
@@ -259,7 +282,7 @@ fn run_part<const MR: usize, const NR: usize>(
             left: left_ref,
             panels: (column * per_task, panels.min((column + 1) * per_task)),
             rows: (part * rows_per_part, row_panels.min((part + 1) * rows_per_part)),
-            c: shared,
+            c,
         });
     });
     LEFT.set(left);
@@ -292,20 +315,20 @@ fn baseline(task: &Task) {
     task_body::<Separate, 6, 16>(task);
 }
 
-// the panel belongs on the stack of the thread that fills it: 40 KB
+// the panel belongs on the stack of the thread that fills it: 32 KB
 #[allow(clippy::large_stack_arrays)]
 #[inline(always)]
 fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
     let (m, n) = task.shape;
     let row_panels = m.div_ceil(MR);
-    let mut panel = Panel([0.0; DEPTH * MAX_COLUMNS]);
+    let mut panel = Panel([0.0; PANEL]);
     let mut start = task.start;
     let mut offset = 0;
     let mut is_done = false;
     let columns = (task.panels.0..task.panels.1).map(|panel| (panel * NR, NR.min(n - panel * NR)));
     for product in task.products {
         let is_direct = is_direct(product, n);
-        for (at, depth) in depths(product.k) {
+        for (at, depth) in depths::<NR>(product.k) {
             for (j, width) in columns.clone() {
                 let right = &mut panel.0[..depth * NR];
                 pack_right::<A, NR>(product, (j, width), (at, depth), right);
@@ -448,7 +471,7 @@ pub fn gemm(
     c: &mut [f32],
 ) {
     let start = if beta == 0.0 { Start::Zero } else { Start::Result };
-    gemm_sum((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha }], c);
+    gemm_sum_to((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha }], c);
 }
 
 /// `C = alpha A B + beta C` on the calling thread; `c` is a pointer and the distance of rows.

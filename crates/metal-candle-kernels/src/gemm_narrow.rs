@@ -12,10 +12,9 @@ pub(crate) const MAX_DOT_ROWS: usize = 4;
 const DOT_ELEMENTS: usize = 64 * 1024;
 
 /// The sum of products of few rows, whose right operands are rows of weights: `[n, k]` row-major.
-pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
+pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product], shared: Shared<f32>) {
     let depth: usize = products.iter().map(|product| product.k).sum();
     let columns = (DOT_ELEMENTS / depth.max(1)).max(1);
-    let shared = Shared::new(c);
     for_each(n.div_ceil(columns), n * depth, |task| {
         let (from, to) = (task * columns, (task * columns + columns).min(n));
         for i in 0..m {
@@ -54,11 +53,11 @@ fn add_dots_body<A: Arithmetic, T: Element>(w: &[T], stride: usize, x: &[f32], a
 
 /// Rows of a result that is made by adding up its rows, and columns that a task makes.
 const MAX_OUTER_ROWS: usize = 16;
-const OUTER_COLUMNS: usize = 256;
+const OUTER_COLUMNS: usize = 64;
 
 /// Computes a product whose operands both have long contiguous rows and whose result has few rows (or few columns), as the
 /// gradients of low-rank matrices; whether it is one.
-pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: &mut [f32]) -> bool {
+pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<f32>) -> bool {
     let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha } = *product else { return false };
     if a_strides.0 != 1 || b_strides.1 != 1 || m.min(n) > MAX_OUTER_ROWS || m.max(n) < OUTER_COLUMNS || k == 0 {
         return false;
@@ -68,9 +67,10 @@ pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: &mut [f
         return true;
     }
     let mut transposed = vec![0.0; m * n];
-    add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), &mut transposed);
-    for (i, row) in c.chunks_exact_mut(n).take(m).enumerate() {
-        for (j, c) in row.iter_mut().enumerate() {
+    add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), Shared::new(&mut transposed));
+    for i in 0..m {
+        // SAFETY: no other task has the result.
+        for (j, c) in unsafe { c.part(i * n, n) }.iter_mut().enumerate() {
             *c = transposed[j * m + i];
         }
     }
@@ -83,9 +83,8 @@ fn add_up_rows(
     alpha: f32,
     (few, few_stride): (&[f32], usize),
     (many, many_stride): (&[f32], usize),
-    c: &mut [f32],
+    shared: Shared<f32>,
 ) {
-    let shared = Shared::new(c);
     for_each(n.div_ceil(OUTER_COLUMNS), m * n * k / 8, |task| {
         let (start, width) = (task * OUTER_COLUMNS, OUTER_COLUMNS.min(n - task * OUTER_COLUMNS));
         let mut sums = [0.0; MAX_OUTER_ROWS * OUTER_COLUMNS];

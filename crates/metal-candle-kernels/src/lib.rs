@@ -33,7 +33,7 @@ pub use elementwise::{
     uniform_noise,
 };
 pub use file::{MappedFile, map_file};
-pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, packed_bytes};
+pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 pub use norm::{rms_norm, rms_norm_backward};

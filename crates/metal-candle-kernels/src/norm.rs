@@ -2,19 +2,27 @@
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{LANES, add_lanes, dot};
-use crate::parallel::{Shared, for_each, rows_per_task};
+use crate::parallel::{Shared, for_each, rows_per_task, written};
 
-/// RMSNorm of the rows of `x: [rows, w.len()]` into `y`.
-pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+/// RMSNorm of the rows of `x: [rows, w.len()]`.
+///
+/// # Panics
+/// `x` does not consist of whole rows.
+#[must_use]
+pub fn rms_norm(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
     let width = w.len();
+    assert!(x.len().is_multiple_of(width), "rows of {width}, but {} elements", x.len());
     let rows = rows_per_task(width);
-    let shared = Shared::new(y);
-    for_each(x.len().div_ceil(rows * width), x.len(), |task| {
-        let start = task * rows * width;
-        let x = &x[start..x.len().min(start + rows * width)];
-        // SAFETY: tasks write disjoint rows.
-        forward_rows(x, w, eps, unsafe { shared.part(start, x.len()) });
-    });
+    let write = |y: Shared<f32>| {
+        for_each(x.len().div_ceil(rows * width), x.len(), |task| {
+            let start = task * rows * width;
+            let x = &x[start..x.len().min(start + rows * width)];
+            // SAFETY: tasks write disjoint rows.
+            forward_rows(x, w, eps, unsafe { y.part(start, x.len()) });
+        });
+    };
+    // SAFETY: the tasks cover all rows.
+    unsafe { written(x.len(), write) }
 }
 
 dispatch! {

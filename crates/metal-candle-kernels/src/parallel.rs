@@ -30,6 +30,18 @@ impl<T> Shared<T> {
     }
 }
 
+/// A vector that `write` makes on its threads: elements that are written first need no zeros, which one thread would write.
+///
+/// # Safety
+/// `write` writes each of the `len` elements and reads none before.
+pub(crate) unsafe fn written<T: Copy>(len: usize, write: impl FnOnce(Shared<T>)) -> Vec<T> {
+    let mut values = Vec::with_capacity(len);
+    write(Shared(values.as_mut_ptr()));
+    // SAFETY: there is room for them, and the caller promises that they are written.
+    unsafe { values.set_len(len) };
+    values
+}
+
 /// Least work, in elements touched, that is worth another thread.
 const MIN_WORK: usize = 16 * 1024;
 

@@ -22,7 +22,7 @@ const V: usize = 2;
 const O: usize = 3;
 const GATE: usize = 4;
 const UP: usize = 5;
-const DOWN: usize = 6;
+pub(super) const DOWN: usize = 6;
 
 /// The weights of a block.
 #[derive(Debug)]
@@ -193,15 +193,17 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let BlockSaved { x, q, k, v, attention, middle, gate, up } = saved;
 
-        let activation = swiglu::forward(&gate, &up)?;
-        let d_activation = self.through(DOWN, &activation, context, &dy, wanted, None, gradients)?;
+        // inputs are computed anew only where a gradient needs them
+        let needed = |places: &[usize]| places.iter().any(|&place| self.needs_input(place, context, wanted));
+        let activation = needed(&[DOWN]).then(|| swiglu::forward(&gate, &up)).transpose()?;
+        let d_activation = self.through(DOWN, activation.as_ref(), context, &dy, wanted, None, gradients)?;
         drop(activation);
-        let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_activation)?;
-        drop((gate, up, d_activation));
-        let normed = self.post_attention_layernorm.forward(&middle)?;
-        let d_normed = self.through(GATE, &normed, context, &d_gate, wanted, None, gradients)?;
+        let (d_gate, d_up) = swiglu::backward(&gate, &up, d_activation)?;
+        drop((gate, up));
+        let normed = needed(&[GATE, UP]).then(|| self.post_attention_layernorm.forward(&middle)).transpose()?;
+        let d_normed = self.through(GATE, normed.as_ref(), context, &d_gate, wanted, None, gradients)?;
         drop(d_gate);
-        let d_normed = self.through(UP, &normed, context, &d_up, wanted, Some(d_normed), gradients)?;
+        let d_normed = self.through(UP, normed.as_ref(), context, &d_up, wanted, Some(d_normed), gradients)?;
         drop((d_up, normed));
         let norm = self.parameters.post_attention_layernorm;
         let (d_middle, weight) =
@@ -209,22 +211,22 @@ impl Block {
         gradients.parameters[norm] = weight;
         drop((middle, d_normed));
 
-        let d_attention = self.through(O, &attention.out, context, &d_middle, wanted, None, gradients)?;
+        let d_attention = self.through(O, Some(&attention.out), context, &d_middle, wanted, None, gradients)?;
         let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.offsets, &d_attention)?;
         drop((q, k, v, attention, d_attention));
         let dq = context.rotation.apply(dq, true)?;
         let dk = context.rotation.apply(dk, true)?;
-        let normed = self.input_layernorm.forward(&x)?;
+        let normed = needed(&[Q, K, V]).then(|| self.input_layernorm.forward(&x)).transpose()?;
         let norm = self.parameters.input_layernorm;
         if !wanted.input && !wanted.parameters[norm] {
             for (place, dy) in [(Q, dq), (K, dk), (V, dv)] {
-                self.weights_only(place, &normed, context, &dy, wanted, gradients)?;
+                self.weights_only(place, normed.as_ref(), context, &dy, wanted, gradients)?;
             }
             return Ok(None);
         }
-        let d_normed = self.through(Q, &normed, context, &dq, wanted, None, gradients)?;
-        let d_normed = self.through(K, &normed, context, &dk, wanted, Some(d_normed), gradients)?;
-        let d_normed = self.through(V, &normed, context, &dv, wanted, Some(d_normed), gradients)?;
+        let d_normed = self.through(Q, normed.as_ref(), context, &dq, wanted, None, gradients)?;
+        let d_normed = self.through(K, normed.as_ref(), context, &dk, wanted, Some(d_normed), gradients)?;
+        let d_normed = self.through(V, normed.as_ref(), context, &dv, wanted, Some(d_normed), gradients)?;
         drop((dq, dk, dv, normed));
         let (dx, weight) = self.input_layernorm.backward(&x, &d_normed, d_middle, wanted.parameters[norm])?;
         gradients.parameters[norm] = weight;
@@ -236,7 +238,7 @@ impl Block {
     fn through(
         &self,
         place: usize,
-        x: &Tensor,
+        x: Option<&Tensor>,
         context: Context,
         dy: &Tensor,
         wanted: BlockWanted,
@@ -255,7 +257,7 @@ impl Block {
     fn weights_only(
         &self,
         place: usize,
-        x: &Tensor,
+        x: Option<&Tensor>,
         context: Context,
         dy: &Tensor,
         wanted: BlockWanted,
@@ -266,6 +268,11 @@ impl Block {
         let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, false, wanted), None)?;
         self.keep(place, of_linear, gradients);
         Ok(())
+    }
+
+    /// Whether the backward pass of linear layer `place` reads the layer's input.
+    fn needs_input(&self, place: usize, context: Context, wanted: BlockWanted) -> bool {
+        self.term(context, place).is_some() || wanted.parameters[self.parameters.linears[place].0]
     }
 
     fn wanted(&self, place: usize, input: bool, wanted: BlockWanted) -> Wanted {

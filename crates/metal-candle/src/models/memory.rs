@@ -3,6 +3,7 @@
 //! It follows `step.rs` and `block.rs` line by line; who changes what is alive there changes it here.
 
 use super::Model;
+use super::block::DOWN;
 use super::decoder::NUM_LINEARS;
 use super::step::Trainable;
 use crate::error::Result;
@@ -72,6 +73,8 @@ struct Extras {
     gradients: usize,
     /// The largest of the copies that dropout or magnitudes make in one layer.
     copies: usize,
+    /// Whether the backward pass needs the input of `down_proj` again.
+    needs_activation: bool,
 }
 
 impl Model {
@@ -216,6 +219,8 @@ impl Model {
             sum.copies = sum.copies.max(of_linear.copies);
         }
         let parameters = &self.inner.blocks[layer].parameters;
+        let has_term = terms.is_some_and(|terms| terms.get(NUM_LINEARS * layer + DOWN).is_some());
+        sum.needs_activation = has_term || wanted[parameters.linears[DOWN].0];
         let trained = parameters.places().filter(|&place| wanted[place]);
         let elements = trained.map(|place| self.parameters()[place].1.elem_count());
         sum.gradients += elements.sum::<usize>() * DType::F32.size_in_bytes();
@@ -230,7 +235,7 @@ impl Model {
         let gradients = (term.a.elem_count() + term.b.elem_count() + magnitudes) * float;
         let dropped = if term.dropout > 0.0 { tokens * linear.in_features * float } else { 0 };
         let scaled = if term.magnitude.is_some() { 3 * tokens * linear.out_features * float } else { 0 };
-        Extras { gradients, copies: dropped + scaled }
+        Extras { gradients, copies: dropped + scaled, needs_activation: false }
     }
 }
 
@@ -288,13 +293,14 @@ fn round(meter: &mut Meter, Sizes { inner, kept_inner, .. }: Sizes) {
 /// A block's backward pass: what it kept and the gradient of its output are there before, the gradient of its input after.
 fn backward(meter: &mut Meter, sizes: Sizes, extras: Extras, has_input: bool) {
     let Sizes { hidden, queries, keys, inner, kept_inner, log_sums } = sizes;
-    // the activation and its gradient
-    meter.take(2 * inner);
+    let activation = if extras.needs_activation { inner } else { 0 };
+    meter.take(activation + inner);
     meter.touch(extras.copies);
     meter.take(extras.gradients);
-    meter.give(inner);
-    meter.take(2 * inner);
-    meter.give(2 * kept_inner + inner);
+    meter.give(activation);
+    // the gradient of gate takes the place of that of the activation
+    meter.take(inner);
+    meter.give(2 * kept_inner);
     meter.take(2 * hidden);
     meter.touch(extras.copies);
     meter.give(2 * inner + hidden);

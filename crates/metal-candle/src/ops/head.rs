@@ -70,7 +70,7 @@ pub(crate) fn loss(
             result.gradients.weight = Some(add_outer(result.gradients.weight.take(), &gradient, &hidden)?);
         }
         let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
-        let of_chunk = head.backward(&hidden, term, seed, &gradient, of_linear, None)?;
+        let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None)?;
         d_hidden.extend(of_chunk.input);
         if let Some(of_term) = of_chunk.term {
             result.gradients.term = Some(match result.gradients.term.take() {

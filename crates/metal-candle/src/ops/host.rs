@@ -47,9 +47,7 @@ pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor
 
 /// `x` in f32 rounded to bf16.
 pub(crate) fn rounded(x: &Tensor) -> Result<Tensor> {
-    let mut y = vec![half::bf16::ZERO; x.elem_count()];
-    metal_candle_kernels::round_to_bf16(Host::new(x)?.f32()?, &mut y);
-    Ok(Tensor::from_vec(y, x.shape(), &Device::Cpu)?)
+    Ok(Tensor::from_vec(metal_candle_kernels::round_to_bf16(Host::new(x)?.f32()?), x.shape(), &Device::Cpu)?)
 }
 
 /// Whether the kernels of this crate's own run on it, rather than candle's.

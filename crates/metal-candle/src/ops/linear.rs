@@ -2,7 +2,7 @@
 
 use super::host::{Host, edit, on_cpu, tensor};
 use super::low_rank::{LowRank, Magnitude};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels as kernels;
@@ -95,10 +95,11 @@ impl Linear {
         add_scaled(y, 1.0, &scale_columns(adapted, &factors)?)
     }
 
-    /// The gradients from `dy: [tokens, out_features]`; that of the input is added to `dx` if it is given.
+    /// The gradients from `dy: [tokens, out_features]`; that of the input is added to `dx` if it is given. Only those of a
+    /// weight or a term need the input `x`.
     pub(crate) fn backward(
         &self,
-        x: &Tensor,
+        x: Option<&Tensor>,
         term: Option<&LowRank>,
         dropout_seed: Option<u64>,
         dy: &Tensor,
@@ -106,8 +107,9 @@ impl Linear {
         dx: Option<Tensor>,
     ) -> Result<LinearGradients> {
         let mut gradients = LinearGradients::default();
+        let x = || x.ok_or_else(|| Error::argument("x", "the gradient of a weight or a term needs the layer's input"));
         if wanted.weight {
-            gradients.weight = Some(outer(dy, x)?);
+            gradients.weight = Some(outer(dy, x()?)?);
         }
         if wanted.bias && self.bias.is_some() {
             gradients.bias = Some(column_sums(dy)?);
@@ -116,7 +118,7 @@ impl Linear {
             gradients.input = wanted.input.then(|| self.base_backward(dx, dy, None, None)).transpose()?;
             return Ok(gradients);
         };
-        let dropped_x = dropped(x, term, dropout_seed)?;
+        let dropped_x = dropped(x()?, term, dropout_seed)?;
         let Some(magnitude) = &term.magnitude else {
             let (of_term, dz) = term_gradients(&dropped_x, term, dy)?;
             if wanted.input && is_dropping(term, dropout_seed) {
@@ -284,17 +286,13 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
         let (a, b) = (x.f32()?, w.matrix()?);
         products.push(kernels::Product { a, a_strides: (k, 1), b, b_strides, k, alpha: part.scale });
     }
-    let add_up = |start: kernels::Start, y: &mut [f32]| kernels::gemm_sum((rows, columns), start, &products, y);
-    let new = |start: kernels::Start| {
-        let mut y = vec![0.0; rows * columns];
-        add_up(start, &mut y);
-        tensor(y, (rows, columns))
-    };
+    let shape = (rows, columns);
+    let new = |start: kernels::Start| tensor(kernels::gemm_sum(shape, start, &products), shape);
     match start {
         Start::Zero => new(kernels::Start::Zero),
         Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
         Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
-        Start::Sum(matrix) => edit(matrix, |y| add_up(kernels::Start::Result, y)),
+        Start::Sum(matrix) => edit(matrix, |y| kernels::gemm_sum_to(shape, kernels::Start::Result, &products, y)),
     }
 }
 
