@@ -5,6 +5,7 @@
 use candle_core::{DType, Device, Tensor};
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
 use metal_candle::data::{Dataset, Random, Sample};
+use metal_candle::models::{Batch, LossOptions, Targets, Trainable};
 use metal_candle::training::{LRScheduler, Trained, Trainer, TrainingConfig};
 use metal_candle::{Error, Model, ModelConfig};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -171,6 +172,24 @@ fn the_predicted_peak_is_the_real_one() {
     assert!(worst <= 0.05, "the worst prediction is {:.1} % off", 100.0 * worst);
 
     alone(a_run_is_made_to_fit);
+    let taken = |vocab| alone(move || taken_by_a_step(vocab, 2048));
+    let (of_head, of_blocks) = (taken(151_936), taken(64));
+    eprintln!("the head takes {} bytes beside the {of_blocks} of the blocks", of_head - of_blocks);
+    assert!(of_head - of_blocks < 100_000_000);
+}
+
+/// What the gradients of one sequence of `tokens` tokens take beside the weights.
+fn taken_by_a_step(vocab: usize, tokens: usize) -> usize {
+    let model = model(&Shape { layers: 1, vocab, ..SMALL });
+    let adapter = LoRAAdapter::builder(&model).build().unwrap();
+    let terms = adapter.terms().unwrap();
+    let ids: Vec<u32> = (0..tokens as u32).map(|i| i % 64).collect();
+    let targets = Targets { ids: ids.clone(), weights: vec![1.0; tokens] };
+    let before = IN_USE.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    let trainable = Trainable::low_rank(&terms);
+    model.loss_and_gradients(&Batch::single(&ids), &targets, trainable, LossOptions::default()).unwrap();
+    PEAK.load(Ordering::Relaxed) - before
 }
 
 fn a_run_is_made_to_fit() {

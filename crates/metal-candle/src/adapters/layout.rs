@@ -180,9 +180,6 @@ impl Layout {
         if !alpha.is_finite() {
             return Err(Error::argument("alpha", format!("is `{alpha}` for `{}`", linear.path)));
         }
-        if self.settings.use_dora && linear.module == EMBEDDING {
-            return Err(Error::Unsupported(format!("`use_dora` of the embedding `{}`", linear.path)));
-        }
         let too_large = || Error::argument("rank", format!("`{rank}` is too large for `{}`", linear.path));
         let elements = (linear.in_features + linear.out_features)
             .checked_mul(rank)

@@ -347,7 +347,9 @@ impl LoRAAdapter {
         for (place, module) in self.layout.modules.iter().enumerate() {
             let (a, b) = matrices(&parameters, module)?;
             let magnitude = match (magnitudes(&self.parameters, module)?, self.norms.get(place)) {
-                (Some(m), Some(norms)) => Some(Magnitude { m, weight_norms_squared: norms.clone() }),
+                (Some(m), Some(norms)) => {
+                    Some(Magnitude { m, weight_norms_squared: norms.clone(), reciprocal_norms: None })
+                }
                 _ => None,
             };
             let start = start.as_ref().map_or(Ok(None), |start| starts(start, module))?;

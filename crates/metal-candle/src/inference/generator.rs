@@ -40,6 +40,8 @@ pub struct Generator {
     model: Model,
     tokenizer: Option<Tokenizer>,
     adapter: Option<LowRankTerms>,
+    /// The adapter's terms as the present generation takes them.
+    terms: Option<LowRankTerms>,
     cache: Option<KVCache>,
     /// The tokens in the cache, as the present adapter computed them.
     cached_ids: Vec<u32>,
@@ -52,6 +54,7 @@ impl Clone for Generator {
             model: self.model.clone(),
             tokenizer: self.tokenizer.clone(),
             adapter: self.adapter.clone(),
+            terms: None,
             cache: None,
             cached_ids: Vec::new(),
         }
@@ -61,7 +64,7 @@ impl Clone for Generator {
 impl Generator {
     /// A generator that takes token ids and gives token ids.
     pub fn new(model: Model) -> Self {
-        Self { model, tokenizer: None, adapter: None, cache: None, cached_ids: Vec::new() }
+        Self { model, tokenizer: None, adapter: None, terms: None, cache: None, cached_ids: Vec::new() }
     }
 
     /// Lets it take and give text.
@@ -190,6 +193,7 @@ impl Generator {
         let num_slots = num_prompts.min(MAX_BATCH_SIZE);
         let mut cache = self.new_cache(max_seq_len, num_slots)?;
         let mut waiting = waiting.into_iter();
+        self.terms = self.fixed_terms()?;
         let (mut indices, mut sequences) = (Vec::new(), Vec::new());
         let mut free_slots: Vec<usize> = (0..num_slots).rev().collect();
         let mut collected: Vec<Collected> = (0..num_prompts).map(|_| Collected::default()).collect();
@@ -207,7 +211,7 @@ impl Generator {
             if sequences.is_empty() {
                 break;
             }
-            let pieces = step(&self.model, self.adapter.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK)?;
+            let pieces = step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK)?;
             for (place, piece) in pieces {
                 let index = indices[place];
                 collected[index].push(&piece);
@@ -235,6 +239,10 @@ impl Generator {
         }
     }
 
+    fn fixed_terms(&self) -> Result<Option<LowRankTerms>> {
+        self.adapter.as_ref().map(|terms| self.model.with_fixed_norms(terms)).transpose()
+    }
+
     fn new_cache(&self, max_seq_len: usize, batch_size: usize) -> Result<KVCache> {
         let config = self.model.config();
         let sizes = KVCacheConfig {
@@ -252,6 +260,7 @@ impl Generator {
     pub(super) fn start(&mut self, prompt: Prompt, config: &GenerationConfig) -> Result<Sequence> {
         let ids = self.encode(prompt)?;
         let mut sequence = Sequence::new(ids, 0, config, &self.model, self.tokenizer.as_ref())?;
+        self.terms = self.fixed_terms()?;
         let mut cache = match self.cache.take() {
             Some(cache) => cache,
             None => self.new_cache(sequence.first_room(), 1)?,
@@ -271,7 +280,7 @@ impl Generator {
         let Some(mut cache) = self.cache.take() else { return Err(Error::Stopped) };
         while !sequence.is_finished() {
             let sequences = std::slice::from_mut(sequence);
-            let stepped = step(&self.model, self.adapter.as_ref(), &mut cache, sequences, PREFILL_CHUNK);
+            let stepped = step(&self.model, self.terms.as_ref(), &mut cache, sequences, PREFILL_CHUNK);
             let mut pieces = match stepped {
                 Ok(pieces) => pieces,
                 Err(error) => {

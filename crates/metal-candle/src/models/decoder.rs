@@ -280,6 +280,22 @@ impl Model {
         Ok((x, rotation))
     }
 
+    /// The terms with what their magnitudes are divided by worked out, for as long as A and B stay what they are.
+    pub(crate) fn with_fixed_norms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
+        self.check_terms(Some(terms))?;
+        let mut fixed = LowRankTerms::new();
+        for (number, term) in terms.iter() {
+            let is_embedding = number == self.embedding_number();
+            let weight = match self.inner.blocks.get(number / NUM_LINEARS) {
+                Some(block) => &block.linears[number % NUM_LINEARS].weight,
+                None if is_embedding => &self.inner.embedding,
+                None => &self.inner.head.weight,
+            };
+            fixed.insert(number, term.with_fixed_norms(weight, is_embedding)?);
+        }
+        Ok(fixed)
+    }
+
     /// The number of the embedding among [`Model::linears`].
     pub(super) fn embedding_number(&self) -> usize {
         NUM_LINEARS * self.inner.blocks.len()

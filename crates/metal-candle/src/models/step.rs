@@ -346,7 +346,8 @@ impl Model {
         }
         if let Some(dx) = dx.filter(|_| lowest.embedding) {
             if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
-                gradients.terms[self.embedding_number()] = Some(embedding::term_backward(term, batch.ids(), &dx)?);
+                gradients.terms[self.embedding_number()] =
+                    Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), &dx)?);
             }
             let place = EMBEDDING_PARAMETER;
             if wanted[place] {
@@ -419,7 +420,7 @@ impl Model {
             if let Some(magnitude) = &term.magnitude {
                 let fits =
                     [&magnitude.m, &magnitude.weight_norms_squared].iter().all(|m| m.dims() == [linear.out_features]);
-                if !fits || number == self.embedding_number() {
+                if !fits {
                     let message = format!("the magnitudes do not fit `{}`", linear.path);
                     return Err(Error::argument("terms", message));
                 }

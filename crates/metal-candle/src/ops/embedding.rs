@@ -1,7 +1,7 @@
 //! The embedding of token ids, with an optional low-rank term and noise.
 
 use super::host::{Host, edit, on_cpu};
-use super::linear::{Part, Start, TermGradients, outer, sum};
+use super::linear::{Part, Start, TermGradients, column_dots, outer, scale_columns, sum};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -9,7 +9,8 @@ use metal_candle_kernels as kernels;
 
 /// The rows of the embedding `weight: [vocab, hidden]` with these ids, in `dtype`: `[tokens, hidden]`.
 ///
-/// A term adds `scale * B A[:, id]` with A `[rank, vocab]` and B `[hidden, rank]`.
+/// A term adds `scale * B A[:, id]` with A `[rank, vocab]` and B `[hidden, rank]`. Its magnitudes are those of the columns, as in
+/// PEFT.
 pub(crate) fn forward(weight: &Tensor, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
     let vocab = weight.dim(0)?;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
@@ -18,8 +19,16 @@ pub(crate) fn forward(weight: &Tensor, term: Option<&LowRank>, ids: &[u32], dtyp
     let indices = Tensor::new(ids, weight.device())?;
     let x = weight.index_select(&indices, 0)?.to_dtype(dtype)?;
     let Some(term) = term else { return Ok(x) };
-    let z = columns(&term.a, &indices)?;
-    let z0 = term.start.as_ref().map(|(a, _)| columns(a, &indices)).transpose()?;
+    let x = with_term(x, term, &indices)?;
+    let Some(magnitude) = &term.magnitude else { return Ok(x) };
+    let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
+    scale_columns(x, &(magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?)
+}
+
+/// The rows `x` and what the term adds to them, without its magnitudes.
+fn with_term(x: Tensor, term: &LowRank, indices: &Tensor) -> Result<Tensor> {
+    let z = columns(&term.a, indices)?;
+    let z0 = term.start.as_ref().map(|(a, _)| columns(a, indices)).transpose()?;
     let mut parts = vec![Part::transposed(&z, &term.b, term.scale)];
     if let (Some((_, b)), Some(z0)) = (&term.start, &z0) {
         parts.push(Part::transposed(z0, b, -term.scale));
@@ -48,13 +57,23 @@ pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
     })
 }
 
-/// The gradients of [`forward`] with respect to A and B of its term.
-pub(crate) fn term_backward(term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
+/// The gradients of [`forward`] with respect to A, B and the magnitudes of its term.
+pub(crate) fn term_backward(weight: &Tensor, term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
     let indices = Tensor::new(ids, dx.device())?;
-    let b = outer(dx, &columns(&term.a, &indices)?)?.affine(f64::from(term.scale), 0.0)?;
+    let Some(magnitude) = &term.magnitude else { return matrices_backward(term, &indices, dx) };
+    let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
+    let x = with_term(weight.index_select(&indices, 0)?.to_dtype(dx.dtype())?, term, &indices)?;
+    let d_magnitude = (column_dots(dx, &x)? * &reciprocal_norms)?;
+    let factors = (magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?;
+    let of_matrices = matrices_backward(term, &indices, &scale_columns(dx.copy()?, &factors)?)?;
+    Ok(TermGradients { magnitude: Some(d_magnitude), ..of_matrices })
+}
+
+fn matrices_backward(term: &LowRank, indices: &Tensor, dx: &Tensor) -> Result<TermGradients> {
+    let b = outer(dx, &columns(&term.a, indices)?)?.affine(f64::from(term.scale), 0.0)?;
     let dz = sum(Start::Zero, &[Part::plain(dx, &term.b, term.scale)])?.to_dtype(DType::F32)?;
     let (rank, vocab) = term.a.dims2()?;
-    let transposed = Tensor::zeros((vocab, rank), DType::F32, dx.device())?.index_add(&indices, &dz, 0)?;
+    let transposed = Tensor::zeros((vocab, rank), DType::F32, dx.device())?.index_add(indices, &dz, 0)?;
     Ok(TermGradients { a: transposed.t()?.contiguous()?, b, magnitude: None })
 }
 

@@ -8,8 +8,8 @@ use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels::{self as kernels, Row};
 
-/// Most bytes of logits held at a time.
-const CHUNK_BYTES: usize = 80 << 20;
+/// Most bytes of logits held at a time: with what their products pack less than 100 MB.
+const CHUNK_BYTES: usize = 78_000_000;
 
 /// What [`loss`] returns.
 #[derive(Debug)]

@@ -206,7 +206,7 @@ impl Linear {
     }
 
     fn factors(&self, term: &LowRank, magnitude: &Magnitude) -> Result<Factors> {
-        let reciprocal_norms = term.reciprocal_norms(magnitude, &self.weight)?;
+        let reciprocal_norms = term.reciprocal_norms(magnitude, &self.weight, false)?;
         let factors = (magnitude.m.to_dtype(DType::F32)? * &reciprocal_norms)?;
         Ok(Factors { factors, reciprocal_norms })
     }
@@ -340,7 +340,7 @@ pub(crate) fn column_sums(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `sum over rows of x[:, j] y[:, j]` for each column, f32.
-fn column_dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+pub(super) fn column_dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     Ok((x.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?.sum(0)?)
 }
 
@@ -350,7 +350,7 @@ pub(super) fn row_dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 /// Column `j` of `y` times `factors[j]`.
-fn scale_columns(y: Tensor, factors: &Tensor) -> Result<Tensor> {
+pub(super) fn scale_columns(y: Tensor, factors: &Tensor) -> Result<Tensor> {
     if !on_cpu(&y) {
         return Ok(y.broadcast_mul(&factors.to_dtype(y.dtype())?)?);
     }

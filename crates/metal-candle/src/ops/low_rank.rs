@@ -1,6 +1,6 @@
 //! Low-rank terms: what an adapter adds to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>, section 4.1).
 
-use super::linear::{add_scaled, outer, product, row_dots};
+use super::linear::{Part, Start, add_scaled, outer, product, row_dots, sum};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
@@ -38,6 +38,8 @@ pub struct Magnitude {
     pub m: Tensor,
     /// The squared norm of each row of the weight: `[out_features]`, f32; what [`weight_norms_squared`] returns.
     pub weight_norms_squared: Tensor,
+    /// `1 / |W[j] + scale * (B A)[j]|`, f32, if A and B are known not to change; else it is computed whenever it is needed.
+    pub reciprocal_norms: Option<Tensor>,
 }
 
 /// The squared Euclidean norm of each row of `weight: [out_features, in_features]`: `[out_features]`, f32.
@@ -58,16 +60,36 @@ pub fn weight_norms_squared(weight: &Tensor) -> Result<Tensor> {
 const ROWS_WIDENED: usize = 4096;
 
 impl LowRank {
+    /// The term for as long as A and B stay what they are.
+    pub(crate) fn with_fixed_norms(&self, weight: &Tensor, is_embedding: bool) -> Result<Self> {
+        let mut fixed = self.clone();
+        if let Some(magnitude) = &mut fixed.magnitude {
+            magnitude.reciprocal_norms = Some(self.reciprocal_norms(magnitude, weight, is_embedding)?);
+        }
+        Ok(fixed)
+    }
+
     /// `1 / |W[j] + scale * (B A - B0 A0)[j]|` for each row: `[out_features]`, f32.
     ///
     /// The norm is taken apart, `|W|^2 + 2 scale (W A^T) . B + scale^2 (B A A^T) . B`, so that no matrix of the size of W is made.
-    pub(super) fn reciprocal_norms(&self, magnitude: &Magnitude, weight: &Tensor) -> Result<Tensor> {
+    /// Of an embedding the transpose of W is kept.
+    pub(super) fn reciprocal_norms(
+        &self,
+        magnitude: &Magnitude,
+        weight: &Tensor,
+        is_embedding: bool,
+    ) -> Result<Tensor> {
+        if let Some(reciprocal_norms) = &magnitude.reciprocal_norms {
+            return Ok(reciprocal_norms.clone());
+        }
         let (a, b) = match &self.start {
             None => (self.a.clone(), self.b.clone()),
             Some((a, b)) => (Tensor::cat(&[&self.a, a], 0)?, Tensor::cat(&[&self.b, &b.neg()?], 1)?),
         };
         // W A^T as (A W^T)^T: the weight may be in half precision, A is not
-        let through = product(&a, weight)?.t()?.contiguous()?.to_dtype(DType::F32)?;
+        let through =
+            if is_embedding { sum(Start::Zero, &[Part::plain(&a, weight, 1.0)])? } else { product(&a, weight)? };
+        let through = through.t()?.contiguous()?.to_dtype(DType::F32)?;
         let b = b.to_dtype(DType::F32)?.contiguous()?;
         let gram = outer(&a.t()?.contiguous()?, &a.t()?.contiguous()?)?;
         let square = product(&b, &gram)?;

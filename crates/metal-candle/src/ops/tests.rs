@@ -220,7 +220,7 @@ fn decomposed_gradients_match_finite_differences() {
     for (dropout, has_start) in [(0.0, false), (0.0, true), (0.4, false), (0.4, true)] {
         let start = has_start.then(|| (random(&[2, 10], 8), random(&[6, 2], 9)));
         let weight_norms_squared = weight_norms_squared(&layer.weight).unwrap();
-        let magnitude = Some(Magnitude { m: random(&[6], 10), weight_norms_squared });
+        let magnitude = Some(Magnitude { m: random(&[6], 10), weight_norms_squared, reciprocal_norms: None });
         let term = LowRank {
             dropout,
             start: start.clone(),
@@ -273,7 +273,7 @@ fn a_residual_is_added_to_every_kind_of_layer() {
     let plain = LowRank::new(random(&[3, 10], 3), random(&[33, 3], 4), 1.7);
     let magnitude = || {
         let weight_norms_squared = weight_norms_squared(&weight).unwrap();
-        Some(Magnitude { m: random(&[33], 10), weight_norms_squared })
+        Some(Magnitude { m: random(&[33], 10), weight_norms_squared, reciprocal_norms: None })
     };
     let terms = [
         None,
@@ -301,7 +301,7 @@ fn embedding_terms_match_finite_differences() {
         let x = embedding::forward(&weight, Some(term), &ids, DType::F32).unwrap();
         values(&x).iter().zip(values(&dx)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let gradients = embedding::term_backward(&term, &ids, &dx).unwrap();
+    let gradients = embedding::term_backward(&weight, &term, &ids, &dx).unwrap();
     for (gradient, is_a) in [(&gradients.a, true), (&gradients.b, false)] {
         let direction = random(gradient.dims(), 7);
         let moved = |size: f64| {

@@ -4,14 +4,16 @@ use crate::golden::{self, max_difference};
 use crate::training_trainer::{config, golden_samples};
 use candle_core::{DType, Tensor};
 use metal_candle::adapters::{LoRAAdapter, LoRAModule, Start, TargetModule};
+use metal_candle::inference::{GenerationConfig, Generator};
 use metal_candle::models::{Batch, GradientOf, LossOptions, Parameters, Rows, SafetensorsFile, Trainable};
 use metal_candle::training::{LastLayers, Trained, Trainer};
 use metal_candle::{Error, Model};
 use serde_json::Value;
 
-const CASES: [&str; 14] = [
+const CASES: [&str; 15] = [
     "dora-qv",
     "dora-all",
+    "dora-embeddings",
     "embeddings-tied",
     "embeddings",
     "head",
@@ -422,5 +424,30 @@ fn mlx_lm_folders_hold_magnitudes_and_embeddings() {
         let folder = tempfile::tempdir().unwrap();
         let error = adapter.save_mlx(folder.path()).unwrap_err();
         assert!(matches!(&error, Error::Unsupported(message) if message.contains(expected)), "{error}");
+    }
+}
+
+#[test]
+fn generation_with_magnitudes_follows_the_forward_pass() {
+    for name in ["dora-all", "dora-embeddings"] {
+        let case = case(name);
+        let adapter = LoRAAdapter::load(&case.model, &case.folder).unwrap();
+        let mut ids = golden::ids(&case.facts["logits_ids"]);
+        let config = GenerationConfig::default().with_max_tokens(6).with_ignore_eos(true);
+        let mut generator = Generator::new(case.model.clone()).with_adapter(adapter.terms().unwrap());
+        for _ in 0..2 {
+            let found = generator.generate(ids.clone(), &config).unwrap().tokens;
+            assert_eq!(found.len(), 6);
+            for id in found {
+                let last = logits(&adapter, &ids).get(ids.len() - 1).unwrap();
+                assert_eq!(
+                    last.argmax(0).unwrap().to_scalar::<u32>().unwrap(),
+                    id,
+                    "{name} after {} tokens",
+                    ids.len()
+                );
+                ids.push(id);
+            }
+        }
     }
 }
