@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "crates" / "metal-candle" / "tests" / "golden"
 TOLERANCE = 1e-4
-UNTYING = ["embeddings", "saved modules"]
+UNTYING = ["embeddings", "dora embeddings", "saved modules"]
 WORDS = "the of sum value token model returns length index slice first last and vector of matrix rows columns".split()
 
 
@@ -143,6 +143,7 @@ def adapter_kinds(layers):
         "dora": dict(r=3, lora_alpha=6, target_modules="all-linear", use_dora=True),
         "dora-rslora": dict(r=4, lora_alpha=6, target_modules=["v_proj", "down_proj"], use_dora=True, use_rslora=True),
         "embeddings": dict(r=3, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "o_proj"]),
+        "dora-embeddings": dict(r=3, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "k_proj"], use_dora=True),
         "saved": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"]),
         "saved-embedding": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
         "saved-in-blocks": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["mlp", "input_layernorm"]),
@@ -263,6 +264,7 @@ def check_training(checks, name, folder, sizes, draw):
         "olora": ["--rank", "3", "--init-lora-weights", "olora", "--rank-pattern", "q_proj=2"],
         "orthogonal": ["--rank", "4", "--init-lora-weights", "orthogonal", "--neftune-noise-alpha", "5"],
         "embeddings": ["--rank", "3", "--target-modules", "q_proj,embed_tokens,lm_head"],
+        "dora embeddings": ["--rank", "3", "--target-modules", "q_proj,embed_tokens,lm_head", "--use-dora"],
         "saved modules": ["--rank", "3", "--target-modules", "q_proj", "--modules-to-save", "lm_head,model.norm"],
         "patterns": ["--rank", "3", "--rank-pattern", r"layers\.0\..*=2,up_proj=5", "--alpha-pattern", "v_proj=9"],
         "rslora in one layer": ["--rank", "5", "--alpha", "5", "--target-modules", "k_proj,down_proj", "--use-rslora", "--layers", "0"],
