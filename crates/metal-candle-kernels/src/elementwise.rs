@@ -190,7 +190,7 @@ pub fn column_sums(x: &[f32], sums: &mut [f32]) {
 ///
 /// Whether it is kept follows from `seed` and `i` alone (the finalizer of `SplitMix64`), so the backward pass repeats the choice.
 pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
-    let threshold = (f64::from(p) * 2f64.powi(32)) as u64;
+    let threshold = dropout_threshold(p);
     let scale = 1.0 / (1.0 - p);
     let shared = Shared::new(y);
     chunks(x.len(), |start, end| {
@@ -201,6 +201,12 @@ pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
             *y = if kept { x * scale } else { 0.0 };
         }
     });
+}
+
+/// What 32 bits of an element's hash must reach for [`dropout`] with this probability to keep it.
+#[must_use]
+pub fn dropout_threshold(p: f32) -> u64 {
+    (f64::from(p) * 2f64.powi(32)) as u64
 }
 
 /// Fills `y` with numbers from `-bound` up to `bound`; element `i` follows from `seed` and `first + i` alone.

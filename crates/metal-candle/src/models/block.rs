@@ -4,7 +4,7 @@ use super::decoder::NUM_LINEARS;
 use super::kv_cache::KVCache;
 use super::step::Gradients;
 use crate::error::{Error, Result};
-use crate::ops::attention::{self, Saved};
+use crate::ops::attention::{self, Saved, Spans};
 use crate::ops::linear::{Linear, LinearGradients, Wanted};
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotation;
@@ -40,7 +40,7 @@ pub(super) struct Block {
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) rotation: &'a Rotation,
-    pub(super) offsets: &'a [usize],
+    pub(super) spans: &'a Spans,
     pub(super) terms: Option<&'a LowRankTerms>,
     /// In training, the seed of this step's dropout.
     pub(super) dropout_seed: Option<u64>,
@@ -114,8 +114,8 @@ impl Block {
     /// Normed input, and q and k (rotated) and v from it.
     fn projections(&self, x: &Tensor, context: Context) -> Result<(Tensor, Tensor, Tensor)> {
         let x = self.input_layernorm.forward(x)?;
-        let q = context.rotation.apply(self.linear(context, Q, &x, None)?, false)?;
-        let k = context.rotation.apply(self.linear(context, K, &x, None)?, false)?;
+        let (q, k) = (self.linear(context, Q, &x, None)?, self.linear(context, K, &x, None)?);
+        let (q, k) = context.rotation.apply_to_both(q, k, false)?;
         Ok((q, k, self.linear(context, V, &x, None)?))
     }
 
@@ -139,15 +139,15 @@ impl Block {
         &self,
         x: &Tensor,
         context: Context,
-        cache: Option<(&mut KVCache, &[usize])>,
+        cache: Option<&mut KVCache>,
     ) -> Result<Tensor> {
         let (q, k, v) = self.projections(x, context)?;
         let attention = match cache {
-            Some((cache, slots)) => {
-                let lengths = cache.append(self.layer, &k, &v, context.offsets, slots)?;
-                attention::with_cache(self.shape, &q, cache.layer(self.layer), context.offsets, slots, &lengths)?
+            Some(cache) => {
+                cache.append(self.layer, &k, &v, context.spans)?;
+                attention::with_cache(self.shape, &q, cache.layer(self.layer), context.spans)?
             }
-            None => attention::forward(self.shape, &q, &k, &v, context.offsets)?.out,
+            None => attention::forward(self.shape, &q, &k, &v, context.spans)?.out,
         };
         drop((q, k, v));
         let middle = self.after_attention(x, &attention, context)?;
@@ -170,7 +170,7 @@ impl Block {
 
     fn until_activation(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
         let (q, k, v) = self.projections(x, context)?;
-        let attention = attention::forward(self.shape, &q, &k, &v, context.offsets)?;
+        let attention = attention::forward(self.shape, &q, &k, &v, context.spans)?;
         let middle = self.after_attention(x, &attention.out, context)?;
         let (gate, up) = self.gate_and_up(&middle, context)?;
         Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up })
@@ -212,10 +212,9 @@ impl Block {
         drop((middle, d_normed));
 
         let d_attention = self.through(O, Some(&attention.out), context, &d_middle, wanted, None, gradients)?;
-        let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.offsets, &d_attention)?;
+        let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.spans, &d_attention)?;
         drop((q, k, v, attention, d_attention));
-        let dq = context.rotation.apply(dq, true)?;
-        let dk = context.rotation.apply(dk, true)?;
+        let (dq, dk) = context.rotation.apply_to_both(dq, dk, true)?;
         let normed = needed(&[Q, K, V]).then(|| self.input_layernorm.forward(&x)).transpose()?;
         let norm = self.parameters.input_layernorm;
         if !wanted.input && !wanted.parameters[norm] {

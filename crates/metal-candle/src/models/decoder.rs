@@ -4,6 +4,7 @@ use super::block::{Block, BlockParameters, Context, MODULES};
 use super::{Batch, KVCache, ModelConfig, families};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ops::attention::{Cached, Spans};
 use crate::ops::linear::Linear;
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::{RotaryTable, Rotation};
@@ -35,6 +36,7 @@ pub(super) struct Inner {
     /// The head; its weight is the embedding itself where it is tied.
     pub(super) head: Linear,
     rotary: RotaryTable,
+    pub(super) attention: AttentionShape,
 }
 
 /// A linear layer of a model, known to adapters by its number.
@@ -176,7 +178,7 @@ impl Model {
         let norm = norm("model.norm.weight")?.1;
         let rotary = RotaryTable::new(config.head_dim, config.rope_theta);
         drop(numbers);
-        let inner = Inner { config, device, dtype, linears, parameters, embedding, blocks, norm, head, rotary };
+        let inner = Inner { config, device, dtype, linears, parameters, embedding, blocks, norm, head, rotary, attention: shape };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -251,9 +253,10 @@ impl Model {
             return Err(Error::argument("batch", message));
         }
         let (mut x, rotation) = self.embed(batch, terms)?;
-        let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed: None };
+        let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
+        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed: None };
         for block in &self.inner.blocks {
-            x = block.forward(&x, context, cache.as_deref_mut().map(|cache| (cache, batch.slots())))?;
+            x = block.forward(&x, context, cache.as_deref_mut())?;
         }
         if let Some(cache) = cache {
             cache.advance(batch);
@@ -278,6 +281,11 @@ impl Model {
         let x = embedding::forward(&self.inner.embedding, term, batch.ids(), self.activation_dtype())?;
         let rotation = self.inner.rotary.rotation(batch.positions(), &x)?;
         Ok((x, rotation))
+    }
+
+    /// Where the sequences of a batch are, for attention.
+    pub(super) fn spans(&self, batch: &Batch, cached: Option<Cached>, x: &Tensor) -> Result<Spans> {
+        Spans::new(batch.offsets(), self.inner.attention, cached, x)
     }
 
     /// The terms with what their magnitudes are divided by worked out, for as long as A and B stay what they are.

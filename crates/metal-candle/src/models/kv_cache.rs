@@ -3,6 +3,8 @@
 use super::Batch;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ops::attention::{Cached, Spans};
+use crate::ops::cache_write;
 use candle_core::{DType, Tensor};
 
 /// Sizes of a [`KVCache`].
@@ -157,7 +159,7 @@ impl KVCache {
         (&self.keys[layer], &self.values[layer])
     }
 
-    /// Writes new keys and values, `[tokens, num_heads * head_dim]`, behind those held; returns how many each sequence then sees.
+    /// Writes new keys and values, `[tokens, num_heads * head_dim]`, behind those held.
     ///
     /// The lengths of the slots change with [`KVCache::advance`], after the last layer.
     pub(crate) fn append(
@@ -165,12 +167,13 @@ impl KVCache {
         layer: usize,
         k: &Tensor,
         v: &Tensor,
-        offsets: &[usize],
-        slots: &[usize],
-    ) -> Result<Vec<usize>> {
-        let mut lengths = Vec::with_capacity(slots.len());
-        for (window, &slot) in offsets.windows(2).zip(slots) {
-            let (start, count) = (window[0], window[1] - window[0]);
+        spans: &Spans,
+    ) -> Result<()> {
+        if cache_write::append((k, v), (&self.keys[layer], &self.values[layer]), spans)? {
+            return Ok(());
+        }
+        for (window, slot) in spans.sequences_in_slots() {
+            let (start, count) = (window.start, window.len());
             let held = self.lengths[slot];
             for (from, to) in [(k, &self.keys[layer]), (v, &self.values[layer])] {
                 let rows =
@@ -178,9 +181,15 @@ impl KVCache {
                 let rows = rows.transpose(0, 1)?.to_dtype(to.dtype())?.contiguous()?;
                 to.get(slot)?.slice_set(&rows, 1, held)?;
             }
-            lengths.push(held + count);
         }
-        Ok(lengths)
+        Ok(())
+    }
+
+    /// Where the sequences of a batch are when its tokens are added.
+    pub(crate) fn cached(&self, batch: &Batch) -> Cached {
+        let lengths = batch.offsets().windows(2).zip(batch.slots());
+        let lengths = lengths.map(|(window, &slot)| self.lengths[slot] + window[1] - window[0]).collect();
+        Cached { slots: batch.slots().to_vec(), lengths, max_seq_len: self.config.max_seq_len }
     }
 
     /// Counts the tokens of a batch as held.

@@ -125,7 +125,7 @@ impl Model {
         let stream = trained * row;
         meter.take(stream);
         let vocab = self.config().vocab_size;
-        let chunk = head::chunk_rows(trained, vocab).min(trained);
+        let chunk = head::chunk_rows(trained, vocab, &self.device().candle()).min(trained);
         let logits = chunk * vocab * self.activation_dtype().size_in_bytes();
         let of_head = self.extras_of(self.head_number(), chunk, trainable.terms);
         let weight = vocab * self.config().hidden_size * DType::F32.size_in_bytes();
@@ -208,7 +208,7 @@ impl Model {
         let depth = widest + ranks.max().unwrap_or(0);
         let of_blocks = metal_candle_kernels::packed_bytes(tokens, depth);
         let vocab = self.config().vocab_size;
-        of_blocks.max(metal_candle_kernels::packed_bytes(head::chunk_rows(trained, vocab).min(trained), vocab))
+        of_blocks.max(metal_candle_kernels::packed_bytes(head::chunk_rows(trained, vocab, &self.device().candle()).min(trained), vocab))
     }
 
     fn extras(&self, layer: usize, tokens: usize, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Extras {

@@ -230,7 +230,8 @@ impl Model {
         self.check_positions(batch)?;
         self.check_terms(terms)?;
         let (mut x, rotation) = self.embed(batch, terms)?;
-        let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed: None };
+        let spans = self.spans(batch, None, &x)?;
+        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
         }
@@ -240,7 +241,7 @@ impl Model {
         let hidden = self.inner.norm.forward(&trained.gather(&x)?)?;
         let term = terms.and_then(|terms| terms.get(self.head_number()));
         let loss = head::loss(&hidden, &self.inner.head, term, None, &trained.rows, label_smoothing, None)?;
-        Ok(trained.losses(batch.num_tokens(), &loss.rows))
+        Ok(trained.losses(batch.num_tokens(), &loss.rows()?))
     }
 
     /// The loss of each token and the gradients of `grad_scale * sum(rows)`.
@@ -282,7 +283,8 @@ impl Model {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
         }
         let dropout_seed = Some(options.dropout_seed);
-        let context = Context { rotation: &rotation, offsets: batch.offsets(), terms, dropout_seed };
+        let spans = self.spans(batch, None, &x)?;
+        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
         let mut kept: Vec<Kept> = Vec::new();
         for block in &self.inner.blocks {
@@ -315,17 +317,18 @@ impl Model {
         let found = head::loss(&hidden, &self.inner.head, term, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
         drop(hidden);
         drop(of_head);
-        let losses = trained.losses(batch.num_tokens(), &found.rows);
         let mut gradients = Gradients {
             terms: vec![None; self.linears().len()],
             parameters: vec![None; self.parameters().len()],
             saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
         };
-        gradients.terms[self.head_number()] = found.gradients.term;
-        gradients.parameters[head] = found.gradients.weight;
+        // the CPU learns the losses at the end, when the device has been given everything
+        let losses = || -> Result<Losses> { Ok(trained.losses(batch.num_tokens(), &found.rows()?)) };
+        gradients.terms[self.head_number()] = found.gradients.term.clone();
+        gradients.parameters[head] = found.gradients.weight.clone();
 
         let _backward = span("backward", Kind::Group);
-        let Some(d_hidden) = found.gradients.input else { return Ok((losses, gradients)) };
+        let Some(d_hidden) = found.gradients.input.clone() else { return Ok((losses()?, gradients)) };
         let norm = self.norm_parameter();
         let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
         let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;
@@ -357,7 +360,7 @@ impl Model {
                 gradients.parameters[place] = Some(embedding::backward(batch.ids(), &dx, sum)?);
             }
         }
-        Ok((losses, gradients))
+        Ok((losses()?, gradients))
     }
 
     /// For each parameter whether its gradient is wanted.

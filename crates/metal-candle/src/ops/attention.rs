@@ -1,7 +1,9 @@
 //! Causal attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
 
 use super::host::{Host, on_cpu, tensor};
-use crate::error::Result;
+pub(crate) use super::spans::{Cached, Spans};
+use super::attention_gpu;
+use crate::error::{Error, Result};
 use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};
 use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Span};
@@ -11,7 +13,7 @@ use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Span};
 pub(crate) struct Saved {
     /// The result: `[tokens, heads * head_dim]`.
     pub(crate) out: Tensor,
-    /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; CPU only.
+    /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; none in candle's operations.
     log_sums: Option<Tensor>,
 }
 
@@ -22,11 +24,17 @@ impl Saved {
     }
 }
 
-/// Attention of each sequence `offsets[i]..offsets[i + 1]` over itself.
+/// Attention of each sequence over itself.
 ///
 /// # Shapes
 /// `q: [tokens, heads * head_dim]`, `k` and `v`: `[tokens, kv_heads * head_dim]`, result as `q`.
-pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<Saved> {
+pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans) -> Result<Saved> {
+    let offsets = &spans.offsets;
+    if spans.tables.is_some() {
+        let _span = profile::span("attention", Kind::Attention);
+        let (out, log_sums) = attention_gpu::forward(shape, (q, k, v), spans)?;
+        return Ok(Saved { out, log_sums: Some(log_sums) });
+    }
     if !on_cpu(q) {
         return Ok(Saved { out: plain_forward(shape, q, k, v, offsets)?, log_sums: None });
     }
@@ -55,16 +63,22 @@ pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor,
 /// Attention of new queries over cached keys and values, which already hold the new tokens.
 ///
 /// # Shapes
-/// `q: [tokens, heads * head_dim]`; `keys` and `values`: `[slots, kv_heads, max_seq_len, head_dim]`. Sequence `i` is
-/// `offsets[i]..offsets[i + 1]` and sees the first `lengths[i]` tokens of slot `slots[i]`.
+/// `q: [tokens, heads * head_dim]`; `keys` and `values`: `[slots, kv_heads, max_seq_len, head_dim]`. Each sequence sees what
+/// its slot holds.
 pub(crate) fn with_cache(
     shape: AttentionShape,
     q: &Tensor,
     (keys, values): (&Tensor, &Tensor),
-    offsets: &[usize],
-    slots: &[usize],
-    lengths: &[usize],
+    spans: &Spans,
 ) -> Result<Tensor> {
+    let Some(Cached { slots, lengths, .. }) = &spans.cached else {
+        return Err(Error::argument("spans", "attention over a cache needs its slots"));
+    };
+    let offsets = &spans.offsets;
+    if spans.tables.is_some() && keys.dtype() == q.dtype() {
+        let _span = profile::span("attention", Kind::Attention);
+        return attention_gpu::with_cache(shape, q, (keys, values), spans);
+    }
     if !on_cpu(q) {
         return plain_with_cache(shape, q, (keys, values), offsets, slots, lengths);
     }
@@ -97,9 +111,14 @@ pub(crate) fn backward(
     shape: AttentionShape,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     saved: &Saved,
-    offsets: &[usize],
+    spans: &Spans,
     d_out: &Tensor,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let offsets = &spans.offsets;
+    if let (Some(log_sums), true) = (&saved.log_sums, spans.tables.is_some()) {
+        let _span = profile::span("attention", Kind::Attention);
+        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out);
+    }
     let Some(log_sums) = &saved.log_sums else {
         return plain_backward(shape, (q, k, v), offsets, d_out);
     };

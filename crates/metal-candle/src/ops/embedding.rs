@@ -1,7 +1,7 @@
 //! The embedding of token ids, with an optional low-rank term and noise.
 
 use super::host::{Host, edit, on_cpu};
-use super::linear::{Part, Start, TermGradients, column_dots, outer, scale_columns, sum};
+use super::linear::{Part, Start, TermGradients, column_dots, scale_columns, scaled_outer, sum};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -70,7 +70,7 @@ pub(crate) fn term_backward(weight: &Tensor, term: &LowRank, ids: &[u32], dx: &T
 }
 
 fn matrices_backward(term: &LowRank, indices: &Tensor, dx: &Tensor) -> Result<TermGradients> {
-    let b = outer(dx, &columns(&term.a, indices)?)?.affine(f64::from(term.scale), 0.0)?;
+    let b = scaled_outer(term.scale, dx, &columns(&term.a, indices)?)?;
     let dz = sum(Start::Zero, &[Part::plain(dx, &term.b, term.scale)])?.to_dtype(DType::F32)?;
     let (rank, vocab) = term.a.dims2()?;
     let transposed = Tensor::zeros((vocab, rank), DType::F32, dx.device())?.index_add(indices, &dz, 0)?;

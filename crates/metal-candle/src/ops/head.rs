@@ -1,23 +1,39 @@
 //! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
 
+use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{on_cpu, tensor};
 use super::linear::{Linear, LinearGradients, Wanted, add_outer};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use metal_candle_kernels::{self as kernels, Row};
 
-/// Most bytes of logits held at a time: with what their products pack less than 100 MB.
-const CHUNK_BYTES: usize = 78_000_000;
+/// Most logits held at a time on the CPU: with what their products pack less than 100 MB.
+const CHUNK: usize = 78_000_000 / 4;
+/// The same on Metal and on CUDA, whose products want many rows.
+const CHUNK_METAL: usize = 1 << 26;
+const CHUNK_CUDA: usize = 1 << 28;
 
 /// What [`loss`] returns.
 #[derive(Debug)]
 pub(crate) struct HeadLoss {
-    /// Weight times loss of each row: `[rows]`.
-    pub(crate) rows: Vec<f32>,
+    rows: Vec<f32>,
+    /// The losses of the chunks where they are not yet known to the CPU.
+    losses_on_device: Vec<Tensor>,
     /// The gradients with respect to `hidden`, the head's weight and its term, if wanted.
     pub(crate) gradients: LinearGradients,
+}
+
+impl HeadLoss {
+    /// Weight times loss of each row: `[rows]`. Waits for the device.
+    pub(crate) fn rows(&self) -> Result<Vec<f32>> {
+        let mut rows = self.rows.clone();
+        if !self.losses_on_device.is_empty() {
+            rows.extend(Tensor::cat(&self.losses_on_device, 0)?.to_vec1::<f32>()?);
+        }
+        Ok(rows)
+    }
 }
 
 /// Which gradients are wanted, and the factor on them.
@@ -50,24 +66,34 @@ pub(crate) fn loss(
         let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
         return Err(Error::argument("targets", message));
     }
-    let mut result = HeadLoss { rows: Vec::with_capacity(rows.len()), gradients: LinearGradients::default() };
-    let mut d_hidden = Vec::new();
-    let chunk = chunk_rows(rows.len(), vocab);
+    let mut result = HeadLoss {
+        rows: Vec::with_capacity(rows.len()),
+        losses_on_device: Vec::new(),
+        gradients: LinearGradients::default(),
+    };
+    let (mut d_hidden, mut losses_on_device) = (Vec::new(), Vec::new());
+    let chunk = chunk_rows(rows.len(), vocab, hidden.device());
     for start in (0..rows.len()).step_by(chunk) {
         let rows = &rows[start..rows.len().min(start + chunk)];
         let hidden = hidden.narrow(0, start, rows.len())?;
         // the elements of each chunk are numbered from 0
         let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
         let logits = head.forward(&hidden, term, seed, None)?;
-        let (losses, gradient) = if on_cpu(&logits) {
-            cross_entropy(logits, rows, smoothing, wanted.map(|w| w.scale))?
+        let scale = wanted.map(|w| w.scale);
+        let gradient = if gpu::has_kernels(&logits) {
+            losses_on_device.push(gpu_cross_entropy(&logits, rows, smoothing, scale)?);
+            wanted.map(|_| logits)
         } else {
-            plain_cross_entropy(&logits, rows, smoothing, wanted.map(|w| w.scale))?
+            let (losses, gradient) = match on_cpu(&logits) {
+                true => cross_entropy(logits, rows, smoothing, scale)?,
+                false => plain_cross_entropy(&logits, rows, smoothing, scale)?,
+            };
+            result.rows.extend(losses);
+            gradient
         };
-        result.rows.extend(losses);
         let (Some(gradient), Some(wanted)) = (gradient, wanted) else { continue };
         if wanted.weight {
-            result.gradients.weight = Some(add_outer(result.gradients.weight.take(), &gradient, &hidden)?);
+            result.gradients.weight = Some(add_outer(result.gradients.weight.take(), 1.0, &gradient, &hidden)?);
         }
         let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
         let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None)?;
@@ -80,15 +106,35 @@ pub(crate) fn loss(
         }
     }
     if !d_hidden.is_empty() {
-        result.gradients.input = Some(Tensor::cat(&d_hidden, 0)?);
+        result.gradients.input = Some(if d_hidden.len() == 1 { d_hidden.remove(0) } else { Tensor::cat(&d_hidden, 0)? });
     }
+    result.losses_on_device = losses_on_device;
     Ok(result)
 }
 
-/// Rows of a chunk: as equal as possible, with at most [`CHUNK_BYTES`] of logits.
-pub(crate) fn chunk_rows(rows: usize, vocab: usize) -> usize {
-    let most = (CHUNK_BYTES / 4 / vocab.max(1)).max(1);
+/// Rows of a chunk: as equal as possible, with at most so many logits as the device holds.
+pub(crate) fn chunk_rows(rows: usize, vocab: usize, device: &Device) -> usize {
+    let logits = match device {
+        Device::Cpu => CHUNK,
+        Device::Metal(_) => CHUNK_METAL,
+        Device::Cuda(_) => CHUNK_CUDA,
+    };
+    let most = (logits / vocab.max(1)).max(1);
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
+}
+
+/// The losses, `[rows]`; with a scale the gradient takes the place of the logits.
+fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Option<f32>) -> Result<Tensor> {
+    let _span = span("cross_entropy", Kind::Elementwise);
+    let (count, vocab) = logits.dims2()?;
+    let targets: Vec<u32> = rows.iter().map(|row| row.target as u32).collect();
+    let targets = Tensor::from_vec(targets, count, logits.device())?;
+    let weights = Tensor::from_vec(rows.iter().map(|row| row.weight).collect::<Vec<_>>(), count, logits.device())?;
+    let losses = gpu::empty_f32(count, logits)?;
+    let args = [Arg::Out(logits), Arg::In(&targets), Arg::In(&weights), Arg::Out(&losses)];
+    let words = [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into()];
+    gpu::launch(&Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype()), Grid::row(count, 512), &args, &words)?;
+    Ok(losses)
 }
 
 /// The losses, and the gradient in place of the logits.

@@ -1,5 +1,6 @@
 //! The linear layer with an optional low-rank term: `y = x W^T + b + scale (drop(x) A^T) B^T`.
 
+use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu, tensor};
 use super::low_rank::{LowRank, Magnitude};
 use crate::error::{Error, Result};
@@ -216,7 +217,7 @@ impl Linear {
 fn term_gradients(x: &Tensor, term: &LowRank, dy: &Tensor) -> Result<(TermGradients, Tensor)> {
     let z = product(x, &term.a)?;
     let dz = sum(Start::Zero, &[Part::plain(dy, &term.b, term.scale)])?;
-    let b = outer(dy, &z)?.affine(f64::from(term.scale), 0.0)?;
+    let b = scaled_outer(term.scale, dy, &z)?;
     let a = outer(&dz, x)?;
     Ok((TermGradients { a, b, magnitude: None }, dz))
 }
@@ -264,16 +265,19 @@ impl<'a> Part<'a> {
 /// The sum of a start and one or more products of the same shape: one pass over the result on the CPU.
 pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
     let (rows, columns) = (parts[0].x.dim(0)?, parts[0].columns()?);
+    if gpu::has_products(parts[0].x) {
+        return gpu_sum(start, parts, (rows, columns));
+    }
     if !on_cpu(parts[0].x) {
         let mut y = parts[0].plain_product()?;
         for part in &parts[1..] {
-            y = (y + part.plain_product()?)?;
+            y = add_scaled(y, 1.0, &part.plain_product()?)?;
         }
         return match start {
             Start::Zero => Ok(y),
-            Start::Row(row) => Ok(y.broadcast_add(row)?),
-            Start::Matrix(matrix) => Ok((y + matrix)?),
-            Start::Sum(matrix) => Ok((y + matrix)?),
+            Start::Row(row) => add_bias(y, row),
+            Start::Matrix(matrix) => add_scaled(y, 1.0, matrix),
+            Start::Sum(matrix) => add_scaled(matrix, 1.0, &y),
         };
     }
     let _span = span("product", Kind::Gemm);
@@ -296,6 +300,22 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
     }
 }
 
+/// The same by products that add to what is there.
+fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor> {
+    let _span = span("product", Kind::Gemm);
+    let (y, bias, mut beta) = match start {
+        Start::Zero => (gpu::empty(shape, parts[0].x)?, None, 0.0),
+        Start::Row(row) => (gpu::empty(shape, parts[0].x)?, Some(row), 0.0),
+        Start::Matrix(matrix) => (matrix.copy()?, None, 1.0),
+        Start::Sum(matrix) => (matrix, None, 1.0),
+    };
+    for part in parts {
+        gpu::product(&y, (part.x, false), (part.w, part.is_transposed), part.scale, beta)?;
+        beta = 1.0;
+    }
+    if let Some(bias) = bias { add_bias(y, bias) } else { Ok(y) }
+}
+
 /// `X W^T` with `x: [m, k]`, `w: [n, k]`.
 pub(crate) fn product(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     sum(Start::Zero, &[Part::transposed(x, w, 1.0)])
@@ -303,13 +323,26 @@ pub(crate) fn product(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 
 /// `X^T Y` in f32 with `x: [k, m]`, `y: [k, n]`: the gradient of a weight.
 pub(crate) fn outer(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    add_outer(None, x, y)
+    add_outer(None, 1.0, x, y)
 }
 
-/// `X^T Y` in f32, added to `sum` in place if there is one, with `x: [k, m]`, `y: [k, n]`.
-pub(crate) fn add_outer(sum: Option<Tensor>, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+/// `scale X^T Y` in f32.
+pub(super) fn scaled_outer(scale: f32, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    add_outer(None, scale, x, y)
+}
+
+/// `scale X^T Y` in f32, added to `sum` in place if there is one, with `x: [k, m]`, `y: [k, n]`.
+pub(crate) fn add_outer(sum: Option<Tensor>, scale: f32, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if gpu::has_products(x) {
+        let _span = span("outer product", Kind::Gemm);
+        let beta = if sum.is_some() { 1.0 } else { 0.0 };
+        let sum = sum.map_or_else(|| gpu::empty_f32((x.dim(1)?, y.dim(1)?), x), Ok)?;
+        gpu::product(&sum, (x, true), (y, false), scale, beta)?;
+        return Ok(sum);
+    }
     if !on_cpu(x) {
         let product = x.t()?.contiguous()?.matmul(y)?.to_dtype(DType::F32)?;
+        let product = if scale == 1.0 { product } else { product.affine(f64::from(scale), 0.0)? };
         return match sum {
             Some(sum) => Ok((sum + product)?),
             None => Ok(product),
@@ -319,7 +352,7 @@ pub(crate) fn add_outer(sum: Option<Tensor>, x: &Tensor, y: &Tensor) -> Result<T
     let ((k, m), n) = (x.dims2()?, y.dim(1)?);
     let (x, y) = (Host::new(x)?, Host::new(y)?);
     let (x, y) = (x.f32()?, y.f32()?);
-    let multiply = |beta: f32, z: &mut [f32]| kernels::gemm((m, n, k), 1.0, x, (1, m), y.into(), (n, 1), beta, z);
+    let multiply = |beta: f32, z: &mut [f32]| kernels::gemm((m, n, k), scale, x, (1, m), y.into(), (n, 1), beta, z);
     if let Some(sum) = sum {
         return edit(sum, |z| multiply(1.0, z));
     }
@@ -330,6 +363,14 @@ pub(crate) fn add_outer(sum: Option<Tensor>, x: &Tensor, y: &Tensor) -> Result<T
 
 /// The sums of the columns of `x: [rows, width]`, f32.
 pub(crate) fn column_sums(x: &Tensor) -> Result<Tensor> {
+    if gpu::has_kernels(x) {
+        let (rows, width) = x.dims2()?;
+        let sums = gpu::empty_f32(width, x)?;
+        let kernel = Kernel::new(Source::Norm, "column_sums", x.dtype());
+        let args = [Arg::In(x), Arg::Out(&sums)];
+        gpu::launch(&kernel, Grid::row(width.div_ceil(32), 512), &args, &[rows.into(), width.into()])?;
+        return Ok(sums);
+    }
     if !on_cpu(x) {
         return Ok(x.to_dtype(DType::F32)?.sum(0)?);
     }
@@ -351,6 +392,10 @@ pub(super) fn row_dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 
 /// Column `j` of `y` times `factors[j]`.
 pub(super) fn scale_columns(y: Tensor, factors: &Tensor) -> Result<Tensor> {
+    if gpu::has_kernels(&y) && factors.dtype() == DType::F32 {
+        gpu::by_row("scale_columns", &y, &[Arg::In(factors), Arg::Out(&y)])?;
+        return Ok(y);
+    }
     if !on_cpu(&y) {
         return Ok(y.broadcast_mul(&factors.to_dtype(y.dtype())?)?);
     }
@@ -360,6 +405,10 @@ pub(super) fn scale_columns(y: Tensor, factors: &Tensor) -> Result<Tensor> {
 }
 
 fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
+    if gpu::has_kernels(&y) && bias.dtype() == y.dtype() {
+        gpu::by_row("add_row", &y, &[Arg::In(bias), Arg::Out(&y)])?;
+        return Ok(y);
+    }
     if !on_cpu(&y) {
         return Ok(y.broadcast_add(bias)?);
     }
@@ -370,6 +419,11 @@ fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
 
 /// `y + scale x`, in place of `y`.
 pub(crate) fn add_scaled(y: Tensor, scale: f64, x: &Tensor) -> Result<Tensor> {
+    if gpu::has_kernels(&y) && x.dtype() == y.dtype() {
+        let args = [Arg::In(x), Arg::Out(&y)];
+        gpu::by_four("add_scaled", &[&y, x], &args, &[(scale as f32).into()])?;
+        return Ok(y);
+    }
     if !on_cpu(&y) {
         let x = if (scale - 1.0).abs() > f64::EPSILON { x.affine(scale, 0.0)? } else { x.clone() };
         return Ok((y + x)?);
@@ -389,6 +443,21 @@ pub(super) fn dropped(x: &Tensor, term: &LowRank, seed: Option<u64>) -> Result<T
     let (Some(seed), true) = (seed, term.dropout > 0.0) else {
         return Ok(x.clone());
     };
+    if gpu::has_kernels(x) {
+        let y = gpu::empty(x.shape(), x)?;
+        let (count, threshold) = (x.elem_count(), kernels::dropout_threshold(term.dropout));
+        let words = [
+            count.into(),
+            (1.0 / (1.0 - term.dropout)).into(),
+            (threshold as u32).into(),
+            ((threshold >> 32) as u32).into(),
+            (seed as u32).into(),
+            ((seed >> 32) as u32).into(),
+        ];
+        let kernel = Kernel::new(Source::Elementwise, "dropout", x.dtype());
+        gpu::launch(&kernel, Grid::elements(count), &[Arg::In(x), Arg::Out(&y)], &words)?;
+        return Ok(y);
+    }
     if on_cpu(x) {
         let mut y = vec![0.0; x.elem_count()];
         kernels::dropout(Host::new(x)?.f32()?, term.dropout, seed, &mut y);

@@ -1,16 +1,21 @@
 //! Differentiable operations: the only place that knows backends and gradients.
 //!
-//! Each operation has a forward and a hand-written backward pass side by side. On the CPU they run the kernels of
-//! `metal-candle-kernels`; elsewhere, and as the reference in tests, candle's own operations on detached tensors.
+//! Each operation has a forward and a hand-written backward pass side by side. They run the kernels of
+//! `metal-candle-kernels`; the `plain_*` functions are the same in candle's operations on detached tensors, which is the
+//! reference in tests, and what runs where there is no kernel.
 
 pub(crate) mod attention;
+mod attention_gpu;
+pub(crate) mod cache_write;
 pub(crate) mod embedding;
+pub(crate) mod gpu;
 pub(crate) mod head;
 mod host;
 pub(crate) mod linear;
 mod low_rank;
 pub(crate) mod rms_norm;
 pub(crate) mod rotary;
+mod spans;
 pub(crate) mod swiglu;
 #[cfg(test)]
 mod tests;

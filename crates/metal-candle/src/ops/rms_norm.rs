@@ -1,5 +1,6 @@
 //! RMSNorm (<https://arxiv.org/abs/1910.07467>): `y = x / sqrt(mean(x^2) + eps) * w`.
 
+use super::gpu::{self, Arg, Grid, Kernel, ROW_THREADS, Source};
 use super::host::{Host, edit, on_cpu, tensor};
 use super::linear::column_sums;
 use crate::error::Result;
@@ -20,6 +21,15 @@ impl RmsNorm {
     /// # Shapes
     /// `x: [tokens, hidden]`, result the same.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.has_kernels(x) {
+            let _span = span("rms_norm", Kind::Elementwise);
+            let (rows, width) = x.dims2()?;
+            let y = gpu::empty(x.shape(), x)?;
+            let args = [Arg::In(x), Arg::In(&self.weight), Arg::Out(&y)];
+            let words = [width.into(), (self.eps as f32).into()];
+            gpu::launch(&Kernel::new(Source::Norm, "rms_norm", x.dtype()), Grid::row(rows, ROW_THREADS), &args, &words)?;
+            return Ok(y);
+        }
         if !on_cpu(x) {
             return self.plain_forward(x);
         }
@@ -35,6 +45,9 @@ impl RmsNorm {
         dx: Tensor,
         weight: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
+        if self.has_kernels(x) {
+            return self.gpu_backward(x, dy, dx, weight);
+        }
         if !on_cpu(x) {
             return self.plain_backward(x, dy, &dx, weight);
         }
@@ -47,6 +60,28 @@ impl RmsNorm {
         })?;
         let dw = dw.into_inner().map(|dw| tensor(dw, self.weight.shape())).transpose()?;
         Ok((dx, dw))
+    }
+
+    fn has_kernels(&self, x: &Tensor) -> bool {
+        gpu::has_kernels(x) && self.weight.dtype() == x.dtype()
+    }
+
+    fn gpu_backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+        let _span = span("rms_norm", Kind::Elementwise);
+        let (rows, width) = x.dims2()?;
+        let scales = gpu::empty_f32(rows, x)?;
+        let args = [Arg::In(x), Arg::In(&self.weight), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
+        let words = [width.into(), (self.eps as f32).into()];
+        let kernel = Kernel::new(Source::Norm, "rms_norm_backward", x.dtype());
+        gpu::launch(&kernel, Grid::row(rows, ROW_THREADS), &args, &words)?;
+        if !weight {
+            return Ok((dx, None));
+        }
+        let dw = gpu::empty_f32(width, x)?;
+        let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
+        let kernel = Kernel::new(Source::Norm, "rms_norm_weight_gradient", x.dtype());
+        gpu::launch(&kernel, Grid::row(width.div_ceil(32), 512), &args, &[rows.into(), width.into()])?;
+        Ok((dx, Some(dw)))
     }
 
     /// The forward pass in candle's operations, f32 inside.

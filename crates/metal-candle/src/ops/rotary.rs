@@ -1,5 +1,6 @@
 //! Rotary position embedding (<https://arxiv.org/abs/2104.09864>), halves rotated against each other.
 
+use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu};
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
@@ -21,7 +22,7 @@ struct Rows {
     sin: Vec<f32>,
 }
 
-/// The cosines and sines of a batch: `[tokens, head_dim / 2]`, f32 on the CPU, else in the dtype of the activations.
+/// The cosines and sines of a batch: `[tokens, head_dim / 2]`, f32 where there are kernels, else in the dtype of the activations.
 #[derive(Debug, Clone)]
 pub(crate) struct Rotation {
     cos: Tensor,
@@ -48,7 +49,8 @@ impl RotaryTable {
             for &position in positions {
                 values.extend_from_slice(&table[position as usize * half..][..half]);
             }
-            Tensor::from_vec(values, (positions.len(), half), like.device())?.to_dtype(like.dtype())
+            let rows = Tensor::from_vec(values, (positions.len(), half), like.device())?;
+            if gpu::has_kernels(like) { Ok(rows) } else { rows.to_dtype(like.dtype()) }
         };
         Ok(Rotation { cos: gather(&rows.cos)?, sin: gather(&rows.sin)? })
     }
@@ -70,8 +72,25 @@ impl RotaryTable {
 }
 
 impl Rotation {
+    /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` back, which is the gradient.
+    pub(crate) fn apply_to_both(&self, q: Tensor, k: Tensor, inverse: bool) -> Result<(Tensor, Tensor)> {
+        if !gpu::has_kernels(&q) {
+            return Ok((self.apply(q, inverse)?, self.apply(k, inverse)?));
+        }
+        let _span = span("rotary", Kind::Elementwise);
+        let half = self.cos.dim(1)?;
+        let ((tokens, q_width), k_width) = (q.dims2()?, k.dim(1)?);
+        let (q_heads, k_heads) = (q_width / (2 * half), k_width / (2 * half));
+        let count = tokens * (q_heads + k_heads) * half;
+        let sign = if inverse { -1.0f32 } else { 1.0 };
+        let args = [Arg::In(&self.cos), Arg::In(&self.sin), Arg::Out(&q), Arg::Out(&k)];
+        let words = [count.into(), q_heads.into(), k_heads.into(), half.into(), sign.into()];
+        gpu::launch(&Kernel::new(Source::Elementwise, "rotate", q.dtype()), Grid::elements(count), &args, &words)?;
+        Ok((q, k))
+    }
+
     /// Rotates `x: [tokens, heads * head_dim]` in place; with `inverse` back, which is the gradient.
-    pub(crate) fn apply(&self, x: Tensor, inverse: bool) -> Result<Tensor> {
+    pub(super) fn apply(&self, x: Tensor, inverse: bool) -> Result<Tensor> {
         if !on_cpu(&x) {
             return self.plain(&x, inverse);
         }
@@ -87,12 +106,13 @@ impl Rotation {
     pub(crate) fn plain(&self, x: &Tensor, inverse: bool) -> Result<Tensor> {
         let (tokens, width) = x.dims2()?;
         let half = self.cos.dim(1)?;
-        let x = x.reshape((tokens, width / (2 * half), 2 * half))?;
+        let like = x.dtype();
+        let x = x.reshape((tokens, width / (2 * half), 2 * half))?.to_dtype(self.cos.dtype())?;
         let (first, second) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
         let cos = self.cos.unsqueeze(1)?;
         let sin = if inverse { self.sin.neg()? } else { self.sin.clone() }.unsqueeze(1)?;
         let a = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
         let b = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-        Ok(Tensor::cat(&[a, b], D::Minus1)?.reshape((tokens, width))?)
+        Ok(Tensor::cat(&[a, b], D::Minus1)?.reshape((tokens, width))?.to_dtype(like)?)
     }
 }

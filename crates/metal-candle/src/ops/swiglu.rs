@@ -1,5 +1,6 @@
 //! The activation of the gated MLP: `y = silu(gate) * up` (<https://arxiv.org/abs/2002.05202>).
 
+use super::gpu::{self, Arg};
 use super::host::{Host, edit, tensor};
 use crate::error::Result;
 use crate::profile::{Kind, span};
@@ -11,6 +12,11 @@ use std::cell::RefCell;
 /// `gate`, `up` and the result: `[tokens, intermediate]`; on the CPU `gate` and `up` may be rounded to bf16.
 pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let _span = span("swiglu", Kind::Elementwise);
+    if gpu::has_kernels(gate) {
+        let y = gpu::empty(gate.shape(), gate)?;
+        gpu::by_four("swiglu", &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(&y)], &[])?;
+        return Ok(y);
+    }
     if !gate.device().is_cpu() {
         return plain_forward(gate, up);
     }
@@ -22,9 +28,15 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     tensor(y, gate.shape())
 }
 
-/// The gradients with respect to `gate`, on the CPU in place of `dy`, and `up`.
+/// The gradients with respect to `gate`, in place of `dy`, and `up`.
 pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: Tensor) -> Result<(Tensor, Tensor)> {
     let _span = span("swiglu", Kind::Elementwise);
+    if gpu::has_kernels(gate) {
+        let d_up = gpu::empty(gate.shape(), gate)?;
+        let args = [Arg::In(gate), Arg::In(up), Arg::Out(&dy), Arg::Out(&d_up)];
+        gpu::by_four("swiglu_backward", &[gate, up, &dy], &args, &[])?;
+        return Ok((dy, d_up));
+    }
     if !gate.device().is_cpu() {
         return plain_backward(gate, up, &dy);
     }

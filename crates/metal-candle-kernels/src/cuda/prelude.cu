@@ -1,0 +1,134 @@
+// What the kernels are written with, for CUDA. No header is included: NVRTC may have none.
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned long long wide;
+
+struct f16_t {
+    ushort bits;
+    f16_t() = default;
+    __device__ explicit f16_t(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+struct bf16_t {
+    ushort bits;
+    bf16_t() = default;
+    __device__ explicit bf16_t(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const { return __uint_as_float(uint(bits) << 16); }
+};
+
+#if ELEMENT == 0
+typedef float T;
+#elif ELEMENT == 1
+typedef f16_t T;
+#else
+typedef bf16_t T;
+#endif
+
+#define KERNEL(name) extern "C" __global__ void name
+#define IN(type, name, index) const type* name
+#define OUT(type, name, index) type* name
+#define WORDS(type, index) const type p
+#define PLACE
+#define GLOBAL
+#define SHARED __shared__ __align__(16)
+#define SHARED_ARG
+#define PRIVATE
+#define CONSTANT
+#define FUNCTION static __device__ __forceinline__
+#define group blockIdx
+#define groups gridDim
+#define me (threadIdx.x)
+#define threads (blockDim.x)
+#define lane (threadIdx.x & 31u)
+#define warp (threadIdx.x >> 5)
+#define BARRIER __syncthreads()
+#define UNROLL _Pragma("unroll")
+#define ATOMIC_UINT uint
+#define ATOMIC_STORE(a, i, x) a[i] = x
+#define ATOMIC_LOAD(a, i) a[i]
+#define ATOMIC_ADD(a, i, x) atomicAdd(&a[i], x)
+#define EXP(x) expf(x)
+#define LOG(x) logf(x)
+#define SQRT(x) sqrtf(x)
+#define RSQRT(x) (1.0f / sqrtf(x))
+#define MAXIMUM(a, b) ((a) > (b) ? (a) : (b))
+#define MINIMUM(a, b) ((a) < (b) ? (a) : (b))
+#undef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+
+FUNCTION float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
+    return x;
+}
+FUNCTION float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+    return x;
+}
+FUNCTION uint warp_sum_uint(uint x) {
+    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
+    return x;
+}
+FUNCTION float warp_shuffle(float x, uint from) { return __shfl_sync(0xffffffffu, x, from); }
+FUNCTION float warp_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION uint warp_shuffle_xor_uint(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION float bits_to_float(uint x) { return __uint_as_float(x); }
+FUNCTION uint float_to_bits(float x) { return __float_as_uint(x); }
+#if ELEMENT == 0
+FUNCTION void load4(const T* x, float* y) {
+    const float4 v = *reinterpret_cast<const float4*>(x);
+    y[0] = v.x;
+    y[1] = v.y;
+    y[2] = v.z;
+    y[3] = v.w;
+}
+FUNCTION void load8(const T* x, float* y) {
+    load4(x, y);
+    load4(x + 4, y + 4);
+}
+FUNCTION void store4(T* y, const float* x) {
+    *reinterpret_cast<float4*>(y) = make_float4(x[0], x[1], x[2], x[3]);
+}
+#else
+FUNCTION T from_bits(uint bits) {
+    T x;
+    x.bits = ushort(bits);
+    return x;
+}
+FUNCTION void unpack(uint pair, float* y) {
+    y[0] = float(from_bits(pair & 0xffffu));
+    y[1] = float(from_bits(pair >> 16));
+}
+FUNCTION uint pack(float a, float b) { return uint(T(a).bits) | (uint(T(b).bits) << 16); }
+FUNCTION void load4(const T* x, float* y) {
+    const uint2 v = *reinterpret_cast<const uint2*>(x);
+    unpack(v.x, y);
+    unpack(v.y, y + 2);
+}
+FUNCTION void load8(const T* x, float* y) {
+    const uint4 v = *reinterpret_cast<const uint4*>(x);
+    unpack(v.x, y);
+    unpack(v.y, y + 2);
+    unpack(v.z, y + 4);
+    unpack(v.w, y + 6);
+}
+FUNCTION void store4(T* y, const float* x) {
+    *reinterpret_cast<uint2*>(y) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+}
+#endif
+
+FUNCTION void load8_shared(const float* x, float* y) {
+    const float4 a = *reinterpret_cast<const float4*>(x);
+    const float4 b = *reinterpret_cast<const float4*>(x + 4);
+    y[0] = a.x;
+    y[1] = a.y;
+    y[2] = a.z;
+    y[3] = a.w;
+    y[4] = b.x;
+    y[5] = b.y;
+    y[6] = b.z;
+    y[7] = b.w;
+}

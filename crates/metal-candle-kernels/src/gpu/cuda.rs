@@ -1,0 +1,266 @@
+//! Launches, products and graphs on CUDA.
+//!
+//! Everything runs on the stream of candle's device, one after the other; no events are kept to order it.
+
+use super::{Arg, Grid, Kernel, Word};
+use candle_core::cuda_backend::cudarc::cublas::sys as blas;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaGraph, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result, sys,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+const PRELUDE: &str = include_str!("../cuda/prelude.cu");
+
+/// Most words a kernel takes.
+const MAX_WORDS: usize = 24;
+
+/// Most buffers a kernel takes.
+const MAX_ARGS: usize = 24;
+
+/// The words as they are copied to the device; a kernel takes as many of them as its structure has.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Words([u32; MAX_WORDS]);
+
+// SAFETY: an array of plain numbers, laid out as in C
+unsafe impl DeviceRepr for Words {}
+
+/// Kernels by ordinal of the device.
+type Functions = HashMap<(usize, Kernel), CudaFunction>;
+
+fn function(device: &CudaDevice, kernel: &Kernel) -> Result<CudaFunction> {
+    static FUNCTIONS: OnceLock<Mutex<Functions>> = OnceLock::new();
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let key = (context.ordinal(), kernel.clone());
+    let mut functions = FUNCTIONS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(function) = functions.get(&key) {
+        return Ok(function.clone());
+    }
+    let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
+    let options = CompileOptions {
+        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
+        ..CompileOptions::default()
+    };
+    let ptx = compile_ptx_with_opts(kernel.text(PRELUDE)?, options).map_err(candle_core::Error::wrap)?;
+    let module = context.load_module(ptx).map_err(candle_core::Error::wrap)?;
+    let function = module.load_function(kernel.name).map_err(candle_core::Error::wrap)?;
+    functions.insert(key, function.clone());
+    Ok(function)
+}
+
+/// The address of the first element of a tensor's storage seen through its layout.
+fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
+    fn of<T: candle_core::cuda_backend::CudaDType>(storage: &CudaStorage, stream: &CudaStream) -> Result<u64> {
+        // the guard would record an event, and none is kept
+        Ok(storage.as_cuda_slice::<T>()?.device_ptr(stream).0)
+    }
+    let dtype = candle_core::backend::BackendStorage::dtype(storage);
+    let start = match dtype {
+        DType::U8 => of::<u8>(storage, stream)?,
+        DType::U32 => of::<u32>(storage, stream)?,
+        DType::F32 => of::<f32>(storage, stream)?,
+        DType::F16 => of::<f16>(storage, stream)?,
+        DType::BF16 => of::<bf16>(storage, stream)?,
+        other => bail!("kernels do not take {}", other.as_str()),
+    };
+    Ok(start + (layout.start_offset() * dtype.size_in_bytes()) as u64)
+}
+
+pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
+    let function = function(device, kernel)?;
+    let stream = device.cuda_stream();
+    if args.len() > MAX_ARGS || words.len() > MAX_WORDS {
+        bail!("kernel `{}` is given {} buffers and {} words", kernel.name, args.len(), words.len());
+    }
+    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
+    let mut addresses = [0u64; MAX_ARGS];
+    for (address_of, held) in addresses.iter_mut().zip(&held) {
+        match held.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+            Some((Storage::Cuda(storage), layout)) => *address_of = address(storage, layout, &stream)?,
+            None => {}
+            Some(_) => bail!("kernel `{}`: a tensor is not on the CUDA device", kernel.name),
+        }
+    }
+    let mut all = Words([0; MAX_WORDS]);
+    for (to, word) in all.0.iter_mut().zip(words) {
+        *to = word.0;
+    }
+    if grid.shared_bytes > 48 * 1024 {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, grid.shared_bytes as i32).map_err(candle_core::Error::wrap)?;
+    }
+    let mut builder = stream.launch_builder(&function);
+    for address in &addresses[..args.len()] {
+        builder.arg(address);
+    }
+    if !words.is_empty() {
+        builder.arg(&all);
+    }
+    let [x, y, z] = grid.groups.map(|count| count as u32);
+    let config = LaunchConfig {
+        grid_dim: (x, y, z),
+        block_dim: (grid.threads as u32, 1, 1),
+        shared_mem_bytes: grid.shared_bytes as u32,
+    };
+    // SAFETY: the kernel takes these buffers and words, and stays within the buffers for the words it is given
+    unsafe { builder.launch(config) }.map_err(candle_core::Error::wrap)?;
+    Ok(())
+}
+
+/// Prepares candle's device: no events between launches of its one stream, memory that stays with the process, and room for
+/// products, so that they can be part of a graph.
+///
+/// # Errors
+/// The device fails.
+pub fn prepare(device: &CudaDevice) -> Result<()> {
+    // SAFETY: all work of the process on this device is given to one stream
+    unsafe { device.disable_event_tracking() };
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if context.has_async_alloc() {
+        let mut everything = u64::MAX;
+        // SAFETY: the pool is that of an open device, the value is what this attribute takes
+        unsafe {
+            let pool = result::device::get_default_mem_pool(context.cu_device()).map_err(candle_core::Error::wrap)?;
+            sys::cuMemPoolSetAttribute(
+                pool,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                std::ptr::from_mut(&mut everything).cast(),
+            )
+            .result()
+            .map_err(candle_core::Error::wrap)?;
+        }
+    }
+    Ok(())
+}
+
+/// One of the matrices of a product.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a> {
+    /// A contiguous matrix.
+    pub tensor: &'a Tensor,
+    /// Whether its transpose is meant.
+    pub is_transposed: bool,
+}
+
+/// `C = alpha A B + beta C`, added up in f32.
+///
+/// # Shapes
+/// `a: [m, k]` or its transpose, `b: [k, n]` or its transpose, of one type; `c: [m, n]`, of that type or f32.
+///
+/// # Errors
+/// Shapes do not fit, a matrix is not contiguous or not on a CUDA device, or the device fails.
+pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Result<()> {
+    let (m, n) = c.dims2()?;
+    let sides = |operand: Operand| -> Result<(usize, usize)> {
+        let (rows, columns) = operand.tensor.dims2()?;
+        Ok(if operand.is_transposed { (columns, rows) } else { (rows, columns) })
+    };
+    let ((am, k), (bk, bn)) = (sides(a)?, sides(b)?);
+    if (am, bk, bn) != (m, k, n) {
+        bail!("a product of {:?} and {:?} is not {:?}", (am, k), (bk, bn), (m, n));
+    }
+    if ![c, a.tensor, b.tensor].iter().all(|tensor| tensor.is_contiguous()) {
+        bail!("a product of matrices that are not contiguous");
+    }
+    let candle_core::Device::Cuda(device) = c.device() else { bail!("a product on another device than CUDA") };
+    let stream = device.cuda_stream();
+    let place = |tensor: &Tensor| -> Result<u64> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => address(storage, layout, &stream),
+            _ => bail!("a matrix of a product is not on the CUDA device"),
+        }
+    };
+    let (place_a, place_b, place_c) = (place(a.tensor)?, place(b.tensor)?, place(c)?);
+    let dtype = |tensor: &Tensor| match tensor.dtype() {
+        DType::F32 => Ok(blas::cudaDataType_t::CUDA_R_32F),
+        DType::F16 => Ok(blas::cudaDataType_t::CUDA_R_16F),
+        DType::BF16 => Ok(blas::cudaDataType_t::CUDA_R_16BF),
+        other => bail!("products take f32, f16 and bf16, found {}", other.as_str()),
+    };
+    let (type_a, type_b, type_c) = (dtype(a.tensor)?, dtype(b.tensor)?, dtype(c)?);
+    let operation = |is_transposed| match is_transposed {
+        true => blas::cublasOperation_t::CUBLAS_OP_T,
+        false => blas::cublasOperation_t::CUBLAS_OP_N,
+    };
+    let width = |tensor: &Tensor| -> Result<i32> { Ok(tensor.dim(1)? as i32) };
+    let handle = device.cublas_handle();
+    // cuBLAS has matrices by columns: there C^T = B^T A^T, and a matrix by rows is its transpose
+    // SAFETY: the addresses are those of matrices of these sizes on the device of the handle
+    let done = unsafe {
+        blas::cublasGemmEx(
+            *handle.handle(),
+            operation(b.is_transposed),
+            operation(a.is_transposed),
+            n as i32,
+            m as i32,
+            k as i32,
+            std::ptr::from_ref(&alpha).cast(),
+            place_b as *const _,
+            type_b,
+            width(b.tensor)?,
+            place_a as *const _,
+            type_a,
+            width(a.tensor)?,
+            std::ptr::from_ref(&beta).cast(),
+            place_c as *mut _,
+            type_c,
+            n as i32,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
+    };
+    done.result().map_err(candle_core::Error::wrap)
+}
+
+/// Work that was recorded once and can be done again.
+pub struct Graph {
+    graph: CudaGraph,
+    stream: Arc<CudaStream>,
+}
+
+// SAFETY: the graph has one owner, and is used through a mutable reference
+unsafe impl Send for Graph {}
+// SAFETY: a shared reference gives no access to it
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Records what `work` gives to the device; none of it is done. `work` must not allocate, nor read anything back.
+    ///
+    /// # Errors
+    /// `work` fails, or does something that cannot be recorded.
+    pub fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(candle_core::Error::wrap)?;
+        let worked = work();
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags);
+        worked?;
+        match graph.map_err(candle_core::Error::wrap)? {
+            Some(graph) => Ok(Self { graph, stream }),
+            None => bail!("nothing was recorded"),
+        }
+    }
+
+    /// Does the work again, behind what the device was given before.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn replay(&mut self) -> Result<()> {
+        self.graph.launch().map_err(candle_core::Error::wrap)
+    }
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph(device {})", self.stream.context().ordinal())
+    }
+}

@@ -1,0 +1,90 @@
+//! Launches on Metal.
+
+use super::{Arg, Grid, Kernel, Word};
+use candle_core::{MetalDevice, Result, Storage, bail};
+use candle_metal_kernels::metal::{ComputePipeline, Library};
+use objc2_metal::{MTLCompileOptions, MTLSize};
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+const PRELUDE: &str = include_str!("../metal/prelude.metal");
+
+/// What was compiled. There is one Metal device in a process.
+#[derive(Default)]
+struct Compiled {
+    libraries: HashMap<Kernel, Library>,
+    pipelines: HashMap<Kernel, ComputePipeline>,
+}
+
+fn compiled() -> MutexGuard<'static, Compiled> {
+    static COMPILED: OnceLock<Mutex<Compiled>> = OnceLock::new();
+    COMPILED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pipeline(device: &MetalDevice, kernel: &Kernel) -> Result<ComputePipeline> {
+    let mut compiled = compiled();
+    if let Some(pipeline) = compiled.pipelines.get(kernel) {
+        return Ok(pipeline.clone());
+    }
+    let metal = device.metal_device();
+    // all kernels of a source with the same constants are one library
+    let key = Kernel { name: "", ..kernel.clone() };
+    let library = if let Some(library) = compiled.libraries.get(&key) {
+        library.clone()
+    } else {
+        let options = MTLCompileOptions::new();
+        // fast maths would take NaN and infinity to be impossible
+        #[allow(deprecated)]
+        options.setFastMathEnabled(false);
+        let text = kernel.text(PRELUDE)?;
+        let library =
+            metal.new_library_with_source(&text, Some(&options)).map_err(candle_core::Error::wrap)?;
+        compiled.libraries.insert(key, library.clone());
+        library
+    };
+    let function = library.get_function(kernel.name, None).map_err(candle_core::Error::wrap)?;
+    let pipeline = metal.new_compute_pipeline_state_with_function(&function).map_err(candle_core::Error::wrap)?;
+    compiled.pipelines.insert(kernel.clone(), pipeline.clone());
+    Ok(pipeline)
+}
+
+pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
+    let pipeline = pipeline(device, kernel)?;
+    if grid.threads > pipeline.max_total_threads_per_threadgroup() {
+        bail!("kernel `{}`: the device cannot run {} threads of it together", kernel.name, grid.threads);
+    }
+    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(candle_core::Tensor::storage_and_layout)).collect();
+    let mut buffers = Vec::with_capacity(args.len());
+    for held in &held {
+        buffers.push(match held.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+            Some((Storage::Metal(storage), layout)) => {
+                let size = candle_core::backend::BackendStorage::dtype(storage).size_in_bytes();
+                Some((storage.buffer(), layout.start_offset() * size))
+            }
+            None => None,
+            Some(_) => bail!("kernel `{}`: a tensor is not on the Metal device", kernel.name),
+        });
+    }
+    let any = buffers.iter().flatten().next().map(|(buffer, _)| *buffer);
+    let guard = device.command_encoder()?;
+    let encoder = guard.as_ref();
+    encoder.set_compute_pipeline_state(&pipeline);
+    for (index, (arg, buffer)) in args.iter().zip(&buffers).enumerate() {
+        match (arg, buffer) {
+            (Arg::Out(_), Some((buffer, offset))) => encoder.set_output_buffer(index, Some(buffer), *offset),
+            (_, Some((buffer, offset))) => encoder.set_input_buffer(index, Some(buffer), *offset),
+            // every index must have a buffer, be it one that is not touched
+            (_, None) => encoder.set_input_buffer(index, any, 0),
+        }
+    }
+    let words: Vec<u32> = words.iter().map(|word| word.0).collect();
+    if !words.is_empty() {
+        encoder.set_bytes_directly(args.len(), 4 * words.len(), words.as_ptr().cast());
+    }
+    let [width, height, depth] = grid.groups;
+    encoder.dispatch_thread_groups(
+        MTLSize { width, height, depth },
+        MTLSize { width: grid.threads, height: 1, depth: 1 },
+    );
+    Ok(())
+}

@@ -1,0 +1,243 @@
+// Causal attention with grouped key/value heads over a ragged batch.
+//
+// Scores of a tile of queries and a tile of keys are computed with a lane for each key (or half of one: PARTS lanes share
+// a key of a wide head), results with a lane for each element of a head. Softmax runs along the keys with running maxima.
+// HEAD_DIM is a constant, a multiple of 4 and at most 128.
+#if HEAD_DIM <= 64
+#define KEYS 32
+#define ROWS 2
+#else
+#define KEYS 16
+#define ROWS 1
+#endif
+#define PARTS (32 / KEYS)
+#define WARPS 8
+#define TILE (WARPS * ROWS)
+#define SLICE (HEAD_DIM / PARTS)
+#define WIDTH (HEAD_DIM + 1)
+#define ELEMENTS ((HEAD_DIM + 31) / 32)
+
+struct AttentionWords {
+    uint heads;
+    uint kv_heads;
+    float scale;
+    // elements from one key to the next, and from one key/value head to the next
+    uint token_stride;
+    uint head_stride;
+};
+
+FUNCTION float score(SHARED_ARG const float* a, SHARED_ARG const float* b, uint part) {
+    float sum = 0.0f;
+    for (uint i = part * SLICE; i < (part + 1) * SLICE; i++) sum += a[i] * b[i];
+    for (uint mask = KEYS; mask < 32; mask *= 2) sum += warp_shuffle_xor(sum, mask);
+    return sum;
+}
+
+FUNCTION void load_rows(
+    GLOBAL const T* from, wide stride, uint count, uint room, SHARED_ARG float* to, uint width, uint my_thread,
+    uint num_threads) {
+    for (uint i = my_thread; i < room * HEAD_DIM; i += num_threads) {
+        const uint row = i / HEAD_DIM;
+        const uint column = i % HEAD_DIM;
+        to[row * width + column] = row < count ? float(from[row * stride + column]) : 0.0f;
+    }
+}
+
+// A tile is four words: its first query, its number of queries, the element at which its sequence's keys begin, and the
+// number of keys that its first query sees; each further query sees one more.
+KERNEL(attention)
+(IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(uint, tiles, 3), OUT(T, out, 4), OUT(float, log_sums, 5),
+ WORDS(AttentionWords, 6) PLACE) {
+    SHARED float queries[TILE * HEAD_DIM];
+    SHARED float keys[KEYS * WIDTH];
+    SHARED float values[KEYS * WIDTH];
+    GLOBAL const uint* tile = tiles + 4 * group.x;
+    const uint head = group.y;
+    const wide start = wide(tile[2]) + wide(head / (p.heads / p.kv_heads)) * p.head_stride;
+    const wide query_stride = wide(p.heads) * HEAD_DIM;
+    const wide first = tile[0] * query_stride + head * HEAD_DIM;
+    load_rows(q + first, query_stride, tile[1], TILE, queries, HEAD_DIM, me, threads);
+    float largest[ROWS], sums[ROWS], result[ROWS][ELEMENTS];
+    for (uint r = 0; r < ROWS; r++) {
+        largest[r] = -INFINITY;
+        sums[r] = 0.0f;
+        for (uint e = 0; e < ELEMENTS; e++) result[r][e] = 0.0f;
+    }
+    const uint key = lane % KEYS;
+    const uint part = lane / KEYS;
+    const uint num_keys = tile[3] + tile[1] - 1;
+    for (uint begin = 0; begin < num_keys; begin += KEYS) {
+        const uint count = MINIMUM(uint(KEYS), num_keys - begin);
+        BARRIER;
+        load_rows(k + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, keys, WIDTH, me, threads);
+        load_rows(v + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, values, WIDTH, me, threads);
+        BARRIER;
+        for (uint r = 0; r < ROWS; r++) {
+            const uint row = warp * ROWS + r;
+            const float s = score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale;
+            const bool is_seen = begin + key < tile[3] + row && key < count;
+            const float maximum = MAXIMUM(largest[r], warp_max(is_seen ? s : -INFINITY));
+            if (maximum == -INFINITY) continue;
+            const float weight = is_seen ? EXP(s - maximum) : 0.0f;
+            const float shrink = EXP(largest[r] - maximum);
+            largest[r] = maximum;
+            sums[r] = sums[r] * shrink + warp_sum(part == 0 ? weight : 0.0f);
+            for (uint e = 0; e < ELEMENTS; e++) result[r][e] *= shrink;
+            for (uint j = 0; j < count; j++) {
+                const float w = warp_shuffle(weight, j);
+                for (uint e = 0; e < ELEMENTS; e++) {
+                    const uint i = e * 32 + lane;
+                    if (i < HEAD_DIM) result[r][e] += w * values[j * WIDTH + i];
+                }
+            }
+        }
+    }
+    for (uint r = 0; r < ROWS; r++) {
+        const uint row = warp * ROWS + r;
+        if (row >= tile[1]) continue;
+        for (uint e = 0; e < ELEMENTS; e++) {
+            const uint i = e * 32 + lane;
+            if (i < HEAD_DIM) out[first + row * query_stride + i] = T(result[r][e] / sums[r]);
+        }
+        if (KEEPS_SUMS && lane == 0) log_sums[wide(tile[0] + row) * p.heads + head] = largest[r] + LOG(sums[r]);
+    }
+}
+
+struct DeltaWords {
+    uint count;
+};
+
+// out . d_out of each token and head: a warp each.
+KERNEL(attention_delta)(IN(T, out, 0), IN(T, d_out, 1), OUT(float, delta, 2), WORDS(DeltaWords, 3) PLACE) {
+    const uint at = group.x * (threads / 32) + warp;
+    if (at >= p.count) return;
+    float sum = 0.0f;
+    for (uint i = lane; i < HEAD_DIM; i += 32) {
+        sum += float(out[wide(at) * HEAD_DIM + i]) * float(d_out[wide(at) * HEAD_DIM + i]);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) delta[at] = sum;
+}
+
+// The gradient with respect to q. Tiles are those of `attention` over the sequences themselves.
+KERNEL(attention_backward_q)
+(IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, d_out, 3), IN(float, log_sums, 4), IN(float, delta, 5), IN(uint, tiles, 6),
+ OUT(T, dq, 7), WORDS(AttentionWords, 8) PLACE) {
+    SHARED float queries[TILE * HEAD_DIM];
+    SHARED float d_outs[TILE * HEAD_DIM];
+    SHARED float keys[KEYS * WIDTH];
+    SHARED float values[KEYS * WIDTH];
+    GLOBAL const uint* tile = tiles + 4 * group.x;
+    const uint head = group.y;
+    const wide start = wide(tile[2]) + wide(head / (p.heads / p.kv_heads)) * p.head_stride;
+    const wide query_stride = wide(p.heads) * HEAD_DIM;
+    const wide first = tile[0] * query_stride + head * HEAD_DIM;
+    load_rows(q + first, query_stride, tile[1], TILE, queries, HEAD_DIM, me, threads);
+    load_rows(d_out + first, query_stride, tile[1], TILE, d_outs, HEAD_DIM, me, threads);
+    float log_sum[ROWS], shift[ROWS], result[ROWS][ELEMENTS];
+    for (uint r = 0; r < ROWS; r++) {
+        const uint row = MINIMUM(warp * ROWS + r, tile[1] - 1);
+        log_sum[r] = log_sums[wide(tile[0] + row) * p.heads + head];
+        shift[r] = delta[wide(tile[0] + row) * p.heads + head];
+        for (uint e = 0; e < ELEMENTS; e++) result[r][e] = 0.0f;
+    }
+    const uint key = lane % KEYS;
+    const uint part = lane / KEYS;
+    const uint num_keys = tile[3] + tile[1] - 1;
+    for (uint begin = 0; begin < num_keys; begin += KEYS) {
+        const uint count = MINIMUM(uint(KEYS), num_keys - begin);
+        BARRIER;
+        load_rows(k + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, keys, WIDTH, me, threads);
+        load_rows(v + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, values, WIDTH, me, threads);
+        BARRIER;
+        for (uint r = 0; r < ROWS; r++) {
+            const uint row = warp * ROWS + r;
+            const float s = score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale;
+            const float dp = score(d_outs + row * HEAD_DIM, values + key * WIDTH, part);
+            const bool is_seen = begin + key < tile[3] + row && key < count;
+            const float ds = is_seen ? EXP(s - log_sum[r]) * (dp - shift[r]) * p.scale : 0.0f;
+            for (uint j = 0; j < count; j++) {
+                const float w = warp_shuffle(ds, j);
+                for (uint e = 0; e < ELEMENTS; e++) {
+                    const uint i = e * 32 + lane;
+                    if (i < HEAD_DIM) result[r][e] += w * keys[j * WIDTH + i];
+                }
+            }
+        }
+    }
+    for (uint r = 0; r < ROWS; r++) {
+        const uint row = warp * ROWS + r;
+        if (row >= tile[1]) continue;
+        for (uint e = 0; e < ELEMENTS; e++) {
+            const uint i = e * 32 + lane;
+            if (i < HEAD_DIM) dq[first + row * query_stride + i] = T(result[r][e]);
+        }
+    }
+}
+
+// The gradients with respect to k and v, summed over the query heads of a group of heads. A tile here is four words: its
+// first key, its number of keys, the first query that sees one of them, and the end of the sequence.
+KERNEL(attention_backward_kv)
+(IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, d_out, 3), IN(float, log_sums, 4), IN(float, delta, 5), IN(uint, tiles, 6),
+ OUT(T, dk, 7), OUT(T, dv, 8), WORDS(AttentionWords, 9) PLACE) {
+    SHARED float queries[KEYS * WIDTH];
+    SHARED float d_outs[KEYS * WIDTH];
+    SHARED float keys[TILE * HEAD_DIM];
+    SHARED float values[TILE * HEAD_DIM];
+    GLOBAL const uint* tile = tiles + 4 * group.x;
+    const uint kv_head = group.y;
+    const uint group_size = p.heads / p.kv_heads;
+    const wide kv_stride = wide(p.kv_heads) * HEAD_DIM;
+    const wide query_stride = wide(p.heads) * HEAD_DIM;
+    const wide first = tile[0] * kv_stride + kv_head * HEAD_DIM;
+    load_rows(k + first, kv_stride, tile[1], TILE, keys, HEAD_DIM, me, threads);
+    load_rows(v + first, kv_stride, tile[1], TILE, values, HEAD_DIM, me, threads);
+    float of_key[ROWS][ELEMENTS], of_value[ROWS][ELEMENTS];
+    for (uint r = 0; r < ROWS; r++) {
+        for (uint e = 0; e < ELEMENTS; e++) of_key[r][e] = of_value[r][e] = 0.0f;
+    }
+    const uint query = lane % KEYS;
+    const uint part = lane / KEYS;
+    for (uint head = kv_head * group_size; head < (kv_head + 1) * group_size; head++) {
+        for (uint begin = tile[2]; begin < tile[3]; begin += KEYS) {
+            const uint count = MINIMUM(uint(KEYS), tile[3] - begin);
+            const wide from = begin * query_stride + head * HEAD_DIM;
+            BARRIER;
+            load_rows(q + from, query_stride, count, KEYS, queries, WIDTH, me, threads);
+            load_rows(d_out + from, query_stride, count, KEYS, d_outs, WIDTH, me, threads);
+            BARRIER;
+            const wide at = wide(MINIMUM(begin + query, tile[3] - 1)) * p.heads + head;
+            const float log_sum = log_sums[at];
+            const float shift = delta[at];
+            for (uint r = 0; r < ROWS; r++) {
+                const uint row = warp * ROWS + r;
+                const float s = score(keys + row * HEAD_DIM, queries + query * WIDTH, part) * p.scale;
+                const float dp = score(values + row * HEAD_DIM, d_outs + query * WIDTH, part);
+                const bool is_seen = query < count && tile[0] + row <= begin + query;
+                const float weight = is_seen ? EXP(s - log_sum) : 0.0f;
+                const float ds = weight * (dp - shift) * p.scale;
+                for (uint j = 0; j < count; j++) {
+                    const float w = warp_shuffle(weight, j);
+                    const float d = warp_shuffle(ds, j);
+                    for (uint e = 0; e < ELEMENTS; e++) {
+                        const uint i = e * 32 + lane;
+                        if (i < HEAD_DIM) {
+                            of_value[r][e] += w * d_outs[j * WIDTH + i];
+                            of_key[r][e] += d * queries[j * WIDTH + i];
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for (uint r = 0; r < ROWS; r++) {
+        const uint row = warp * ROWS + r;
+        if (row >= tile[1]) continue;
+        for (uint e = 0; e < ELEMENTS; e++) {
+            const uint i = e * 32 + lane;
+            if (i >= HEAD_DIM) continue;
+            dk[first + row * kv_stride + i] = T(of_key[r][e]);
+            dv[first + row * kv_stride + i] = T(of_value[r][e]);
+        }
+    }
+}

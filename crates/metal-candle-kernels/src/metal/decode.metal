@@ -1,0 +1,450 @@
+// A decoder block for few tokens, each of another sequence: five kernels. Every weight is read once.
+//
+// BATCH is a constant. The state of the batch is on the device: `state[b]` is the id of token b, `state[BATCH + b]` its
+// position and `state[2 * BATCH + b]` its slot of the cache, so a step can be repeated without the CPU.
+#define MAX_RANK 64
+
+// The products of two rows of weights with each vector, summed: a warp. `x` holds BATCH vectors of `width` floats.
+FUNCTION void shared_dots_of_two(
+    GLOBAL const T* w0, GLOBAL const T* w1, SHARED_ARG const float* x, uint width, uint my_lane, PRIVATE float* sums0,
+    PRIVATE float* sums1) {
+    for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
+    UNROLL for (uint i = 8 * my_lane; i < width; i += 256) {
+        float u[8], v[8];
+        load8(w0 + i, u);
+        load8(w1 + i, v);
+        UNROLL for (uint b = 0; b < BATCH; b++) {
+            float value[8];
+            load8_shared(x + b * width + i, value);
+            UNROLL for (uint j = 0; j < 8; j++) {
+                sums0[b] += u[j] * value[j];
+                sums1[b] += v[j] * value[j];
+            }
+        }
+    }
+    for (uint b = 0; b < BATCH; b++) {
+        sums0[b] = warp_sum(sums0[b]);
+        sums1[b] = warp_sum(sums1[b]);
+    }
+}
+
+// The same for vectors in device memory.
+FUNCTION void dots_of_two(
+    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint width, uint my_lane, PRIVATE float* sums0,
+    PRIVATE float* sums1) {
+    for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
+    UNROLL for (uint i = 8 * my_lane; i < width; i += 256) {
+        float u[8], v[8];
+        load8(w0 + i, u);
+        load8(w1 + i, v);
+        UNROLL for (uint b = 0; b < BATCH; b++) {
+            float value[8];
+            load8(x + b * width + i, value);
+            UNROLL for (uint j = 0; j < 8; j++) {
+                sums0[b] += u[j] * value[j];
+                sums1[b] += v[j] * value[j];
+            }
+        }
+    }
+    for (uint b = 0; b < BATCH; b++) {
+        sums0[b] = warp_sum(sums0[b]);
+        sums1[b] = warp_sum(sums1[b]);
+    }
+}
+
+// The normed vectors, as floats.
+FUNCTION void norm_into(
+    GLOBAL const T* x, GLOBAL const T* weight, uint width, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
+    uint my_thread, uint my_lane, uint my_warp, uint num_threads) {
+    for (uint b = 0; b < BATCH; b++) {
+        float sum = 0.0f;
+        for (uint i = my_thread; i < width; i += num_threads) {
+            const float value = float(x[b * width + i]);
+            y[b * width + i] = value * float(weight[i]);
+            sum += value * value;
+        }
+        const float scale = RSQRT(group_sum(sum, scratch, my_lane, my_warp, num_threads) / float(width) + eps);
+        for (uint i = my_thread; i < width; i += num_threads) y[b * width + i] *= scale;
+    }
+    BARRIER;
+}
+
+// z = scale * A x of a low-rank term, for vectors in shared memory: BATCH rows of MAX_RANK. A may lie at any element.
+FUNCTION void low_rank_into(
+    GLOBAL const T* a, uint rank, float scale, SHARED_ARG const float* x, uint width, SHARED_ARG float* z, uint my_lane,
+    uint my_warp, uint num_threads) {
+    for (uint r = my_warp; r < rank; r += num_threads / 32) {
+        for (uint b = 0; b < BATCH; b++) {
+            float sum = 0.0f;
+            for (uint i = my_lane; i < width; i += 32) sum += float(a[r * width + i]) * x[b * width + i];
+            sum = warp_sum(sum);
+            if (my_lane == 0) z[b * MAX_RANK + r] = sum * scale;
+        }
+    }
+}
+
+FUNCTION void low_rank_of_device_into(
+    GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint width, SHARED_ARG float* z, uint my_lane,
+    uint my_warp, uint num_threads) {
+    for (uint r = my_warp; r < rank; r += num_threads / 32) {
+        for (uint b = 0; b < BATCH; b++) {
+            float sum = 0.0f;
+            for (uint i = my_lane; i < width; i += 32) sum += float(a[r * width + i]) * float(x[b * width + i]);
+            sum = warp_sum(sum);
+            if (my_lane == 0) z[b * MAX_RANK + r] = sum * scale;
+        }
+    }
+}
+
+// Row `row` of B times z, added to the sums.
+FUNCTION void add_low_rank(
+    GLOBAL const T* b_matrix, uint rank, uint row, SHARED_ARG const float* z, PRIVATE float* sums, uint my_lane) {
+    for (uint b = 0; b < BATCH; b++) {
+        float sum = 0.0f;
+        for (uint r = my_lane; r < rank; r += 32) sum += float(b_matrix[row * rank + r]) * z[b * MAX_RANK + r];
+        sums[b] += warp_sum(sum);
+    }
+}
+
+struct EmbedWords {
+    uint width;
+};
+
+// x[b] = the embedding of token b
+KERNEL(decode_embed)(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), WORDS(EmbedWords, 3) PLACE) {
+    const wide from = wide(state[group.x]) * p.width;
+    for (uint i = me; i < p.width; i += threads) x[group.x * p.width + i] = embedding[from + i];
+}
+
+struct ProjectionWords {
+    float eps;
+    uint heads;
+    uint kv_heads;
+    uint half_dim;
+    uint max_seq_len;
+    uint has_bias;
+    uint q_rank;
+    uint k_rank;
+    uint v_rank;
+    float q_scale;
+    float k_scale;
+    float v_scale;
+};
+
+// Norm, projections to q, k and v, rotation of q and k; k and v go to the cache. A warp takes the two elements of a head that
+// are rotated against each other; the groups of a head lie side by side.
+KERNEL(decode_projections)
+(IN(T, x, 0), IN(T, norm, 1), IN(T, wq, 2), IN(T, bq, 3), IN(T, wk, 4), IN(T, bk, 5), IN(T, wv, 6), IN(T, bv, 7),
+ IN(T, aq, 8), IN(T, lq, 9), IN(T, ak, 10), IN(T, lk, 11), IN(T, av, 12), IN(T, lv, 13), IN(float, cosines, 14),
+ IN(float, sines, 15), IN(uint, state, 16), OUT(T, q, 17), OUT(T, keys, 18), OUT(T, values, 19),
+ WORDS(ProjectionWords, 20) PLACE) {
+    SHARED float normed[BATCH * HIDDEN];
+    SHARED float z[BATCH * MAX_RANK];
+    SHARED float scratch[32];
+    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    const uint pairs = threads / 32;
+    const uint groups_of_head = p.half_dim / pairs;
+    uint head = group.x / groups_of_head;
+    const uint i = group.x % groups_of_head * pairs + warp;
+    GLOBAL const T* w = wq;
+    GLOBAL const T* bias = bq;
+    GLOBAL const T* a = aq;
+    GLOBAL const T* l = lq;
+    uint rank = p.q_rank;
+    float scale = p.q_scale;
+    uint kind = 0;
+    if (head >= p.heads + p.kv_heads) {
+        kind = 2;
+        head -= p.heads + p.kv_heads;
+        w = wv;
+        bias = bv;
+        a = av;
+        l = lv;
+        rank = p.v_rank;
+        scale = p.v_scale;
+    } else if (head >= p.heads) {
+        kind = 1;
+        head -= p.heads;
+        w = wk;
+        bias = bk;
+        a = ak;
+        l = lk;
+        rank = p.k_rank;
+        scale = p.k_scale;
+    }
+    if (rank > 0) {
+        low_rank_into(a, rank, scale, normed, HIDDEN, z, lane, warp, threads);
+        BARRIER;
+    }
+    const uint row0 = head * 2 * p.half_dim + i;
+    const uint row1 = row0 + p.half_dim;
+    float sums0[BATCH], sums1[BATCH];
+    shared_dots_of_two(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, normed, HIDDEN, lane, sums0, sums1);
+    if (rank > 0) {
+        add_low_rank(l, rank, row0, z, sums0, lane);
+        add_low_rank(l, rank, row1, z, sums1, lane);
+    }
+    if (lane != 0) return;
+    for (uint b = 0; b < BATCH; b++) {
+        float first = sums0[b];
+        float second = sums1[b];
+        if (p.has_bias) {
+            first += float(bias[row0]);
+            second += float(bias[row1]);
+        }
+        const uint position = state[BATCH + b];
+        if (kind < 2) {
+            const float c = cosines[position * p.half_dim + i];
+            const float s = sines[position * p.half_dim + i];
+            const float turned = first * c - second * s;
+            second = second * c + first * s;
+            first = turned;
+        }
+        if (kind == 0) {
+            q[b * p.heads * 2 * p.half_dim + row0] = T(first);
+            q[b * p.heads * 2 * p.half_dim + row1] = T(second);
+        } else {
+            const wide at = ((wide(state[2 * BATCH + b]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim;
+            GLOBAL T* cache = kind == 1 ? keys : values;
+            cache[at + i] = T(first);
+            cache[at + i + p.half_dim] = T(second);
+        }
+    }
+}
+
+struct DecodeAttentionWords {
+    uint heads;
+    uint kv_heads;
+    uint max_seq_len;
+    float scale;
+};
+
+#ifdef HEAD_DIM
+#define ELEMENTS ((HEAD_DIM + 31) / 32)
+
+// Attention of one query over its slot of the cache: a group for each head and token. The warps take blocks of 32 keys by
+// turns and put their parts together at the end.
+KERNEL(decode_attention)
+(IN(T, q, 0), IN(T, keys, 1), IN(T, values, 2), IN(uint, state, 3), OUT(T, out, 4), WORDS(DecodeAttentionWords, 5) PLACE) {
+    SHARED float query[HEAD_DIM];
+    SHARED float maxima[32];
+    SHARED float totals[32];
+    SHARED float parts[DECODE_WARPS * HEAD_DIM];
+    const uint head = group.x;
+    const uint b = group.y;
+    const uint num_keys = state[BATCH + b] + 1;
+    const uint kv_head = head / (p.heads / p.kv_heads);
+    const wide start = (wide(state[2 * BATCH + b]) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
+    for (uint i = me; i < HEAD_DIM; i += threads) query[i] = float(q[(b * p.heads + head) * HEAD_DIM + i]) * p.scale;
+    BARRIER;
+    float largest = -INFINITY;
+    float sum = 0.0f;
+    float result[ELEMENTS];
+    for (uint e = 0; e < ELEMENTS; e++) result[e] = 0.0f;
+    for (uint begin = 32 * warp; begin < num_keys; begin += 32 * DECODE_WARPS) {
+        const uint key = begin + lane;
+        float s = -INFINITY;
+        if (key < num_keys) {
+            GLOBAL const T* row = keys + start + wide(key) * HEAD_DIM;
+            s = 0.0f;
+            UNROLL for (uint i = 0; i < HEAD_DIM; i += 8) {
+                float v[8];
+                load8(row + i, v);
+                UNROLL for (uint j = 0; j < 8; j++) s += v[j] * query[i + j];
+            }
+        }
+        const float maximum = MAXIMUM(largest, warp_max(s));
+        const float weight = key < num_keys ? EXP(s - maximum) : 0.0f;
+        const float shrink = EXP(largest - maximum);
+        largest = maximum;
+        sum = sum * shrink + warp_sum(weight);
+        for (uint e = 0; e < ELEMENTS; e++) result[e] *= shrink;
+        const uint count = MINIMUM(32u, num_keys - begin);
+        for (uint j = 0; j < count; j++) {
+            const float w = warp_shuffle(weight, j);
+            for (uint e = 0; e < ELEMENTS; e++) {
+                const uint i = e * 32 + lane;
+                if (i < HEAD_DIM) result[e] += w * float(values[start + wide(begin + j) * HEAD_DIM + i]);
+            }
+        }
+    }
+    if (lane == 0) {
+        maxima[warp] = largest;
+        totals[warp] = sum;
+    }
+    for (uint e = 0; e < ELEMENTS; e++) {
+        const uint i = e * 32 + lane;
+        if (i < HEAD_DIM) parts[warp * HEAD_DIM + i] = result[e];
+    }
+    BARRIER;
+    float maximum = -INFINITY;
+    for (uint w = 0; w < DECODE_WARPS; w++) maximum = MAXIMUM(maximum, maxima[w]);
+    float total = 0.0f;
+    for (uint w = 0; w < DECODE_WARPS; w++) total += totals[w] * EXP(maxima[w] - maximum);
+    for (uint i = me; i < HEAD_DIM; i += threads) {
+        float value = 0.0f;
+        for (uint w = 0; w < DECODE_WARPS; w++) value += parts[w * HEAD_DIM + i] * EXP(maxima[w] - maximum);
+        out[(b * p.heads + head) * HEAD_DIM + i] = T(value / total);
+    }
+}
+#endif
+
+struct LinearWords {
+    uint in_features;
+    uint out_features;
+    uint rank;
+    float scale;
+};
+
+// y += W x + scale B A x; a warp takes two rows.
+KERNEL(decode_linear)
+(IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), WORDS(LinearWords, 5) PLACE) {
+    SHARED float z[BATCH * MAX_RANK];
+    if (p.rank > 0) {
+        low_rank_of_device_into(a, p.rank, p.scale, x, p.in_features, z, lane, warp, threads);
+        BARRIER;
+    }
+    const uint row0 = 2 * (group.x * (threads / 32) + warp);
+    if (row0 >= p.out_features) return;
+    const uint row1 = MINIMUM(row0 + 1, p.out_features - 1);
+    float sums0[BATCH], sums1[BATCH];
+    dots_of_two(
+        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, x, p.in_features, lane, sums0, sums1);
+    if (p.rank > 0) {
+        add_low_rank(l, p.rank, row0, z, sums0, lane);
+        add_low_rank(l, p.rank, row1, z, sums1, lane);
+    }
+    if (lane != 0) return;
+    for (uint b = 0; b < BATCH; b++) {
+        const uint at = b * p.out_features;
+        y[at + row0] = T(float(y[at + row0]) + sums0[b]);
+        if (row1 > row0) y[at + row1] = T(float(y[at + row1]) + sums1[b]);
+    }
+}
+
+struct GatedWords {
+    float eps;
+    uint intermediate;
+    uint gate_rank;
+    uint up_rank;
+    float gate_scale;
+    float up_scale;
+};
+
+// Norm, gate and up projection and activation; a warp takes a row of each.
+KERNEL(decode_gated)
+(IN(T, x, 0), IN(T, norm, 1), IN(T, w_gate, 2), IN(T, w_up, 3), IN(T, a_gate, 4), IN(T, l_gate, 5), IN(T, a_up, 6),
+ IN(T, l_up, 7), OUT(T, y, 8), WORDS(GatedWords, 9) PLACE) {
+    SHARED float normed[BATCH * HIDDEN];
+    SHARED float z_gate[BATCH * MAX_RANK];
+    SHARED float z_up[BATCH * MAX_RANK];
+    SHARED float scratch[32];
+    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    if (p.gate_rank + p.up_rank > 0) {
+        low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
+        low_rank_into(a_up, p.up_rank, p.up_scale, normed, HIDDEN, z_up, lane, warp, threads);
+        BARRIER;
+    }
+    for (uint r = 0; r < GATED_ROWS; r++) {
+        const uint row = (group.x * (threads / 32) + warp) * GATED_ROWS + r;
+        if (row >= p.intermediate) return;
+        float gate[BATCH], up[BATCH];
+        shared_dots_of_two(w_gate + wide(row) * HIDDEN, w_up + wide(row) * HIDDEN, normed, HIDDEN, lane, gate, up);
+        if (p.gate_rank > 0) add_low_rank(l_gate, p.gate_rank, row, z_gate, gate, lane);
+        if (p.up_rank > 0) add_low_rank(l_up, p.up_rank, row, z_up, up, lane);
+        if (lane == 0) {
+            for (uint b = 0; b < BATCH; b++) {
+                y[b * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
+            }
+        }
+    }
+}
+
+struct HeadWords {
+    float eps;
+    uint vocab;
+    uint rank;
+    float scale;
+};
+
+// Norm and head: the logits in f32. Each group also leaves, for each token, its largest logit, that one's id and the sum of
+// exponentials of the distances from it: `parts[b][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
+KERNEL(decode_head)
+(IN(T, x, 0), IN(T, norm, 1), IN(T, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
+ WORDS(HeadWords, 7) PLACE) {
+    SHARED float normed[BATCH * HIDDEN];
+    SHARED float z[BATCH * MAX_RANK];
+    SHARED float scratch[32];
+    SHARED float found[BATCH * 3 * 32];
+    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    if (p.rank > 0) {
+        low_rank_into(a, p.rank, p.scale, normed, HIDDEN, z, lane, warp, threads);
+        BARRIER;
+    }
+    float largest[BATCH], sums[BATCH];
+    uint best[BATCH];
+    for (uint b = 0; b < BATCH; b++) {
+        largest[b] = -INFINITY;
+        sums[b] = 0.0f;
+        best[b] = 0;
+    }
+    const uint first = (group.x * (threads / 32) + warp) * HEAD_ROWS;
+    for (uint r = 0; r < HEAD_ROWS; r += 2) {
+        const uint row0 = first + r;
+        if (row0 >= p.vocab) break;
+        const uint row1 = MINIMUM(row0 + 1, p.vocab - 1);
+        float sums0[BATCH], sums1[BATCH];
+        shared_dots_of_two(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, normed, HIDDEN, lane, sums0, sums1);
+        if (p.rank > 0) {
+            add_low_rank(l, p.rank, row0, z, sums0, lane);
+            add_low_rank(l, p.rank, row1, z, sums1, lane);
+        }
+        for (uint b = 0; b < BATCH; b++) {
+            for (uint j = 0; j < 2; j++) {
+                const uint row = j == 0 ? row0 : row1;
+                if (j == 1 && row1 == row0) continue;
+                const float logit = j == 0 ? sums0[b] : sums1[b];
+                if (lane == 0) logits[wide(b) * p.vocab + row] = logit;
+                if (logit > largest[b]) {
+                    sums[b] = sums[b] * EXP(largest[b] - logit) + 1.0f;
+                    largest[b] = logit;
+                    best[b] = row;
+                } else {
+                    // a NaN gets here and stays
+                    sums[b] += EXP(logit - largest[b]);
+                }
+            }
+        }
+    }
+    if (lane == 0) {
+        for (uint b = 0; b < BATCH; b++) {
+            found[(b * 3 + 0) * 32 + warp] = largest[b];
+            found[(b * 3 + 1) * 32 + warp] = bits_to_float(best[b]);
+            found[(b * 3 + 2) * 32 + warp] = sums[b];
+        }
+    }
+    BARRIER;
+    if (me < BATCH) {
+        const uint b = me;
+        float maximum = -INFINITY;
+        float id = 0.0f;
+        for (uint i = 0; i < threads / 32; i++) {
+            const float value = found[b * 3 * 32 + i];
+            if (value > maximum) {
+                maximum = value;
+                id = found[(b * 3 + 1) * 32 + i];
+            }
+        }
+        float sum = 0.0f;
+        for (uint i = 0; i < threads / 32; i++) {
+            const float value = found[b * 3 * 32 + i];
+            const float of_warp = found[(b * 3 + 2) * 32 + i];
+            // nothing of a warp without a row, but all of a NaN
+            if (of_warp != 0.0f) sum += of_warp * EXP(value - maximum);
+        }
+        GLOBAL float* part = parts + (wide(b) * groups.x + group.x) * 3;
+        part[0] = maximum;
+        part[1] = id;
+        part[2] = sum;
+    }
+}

@@ -1,0 +1,168 @@
+// Kernels that touch each element once. Those with `is_aligned` take four elements a thread.
+struct ElementWords {
+    uint count;
+    uint is_aligned;
+};
+
+FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + EXP(-x)); }
+
+// Loads up to four elements from `at` on; those behind the end are 0.
+FUNCTION void load_part(GLOBAL const T* x, uint at, uint count, uint is_aligned, PRIVATE float* y) {
+    if (is_aligned && at + 4 <= count) {
+        load4(x + at, y);
+    } else {
+        for (uint i = 0; i < 4; i++) y[i] = at + i < count ? float(x[at + i]) : 0.0f;
+    }
+}
+
+FUNCTION void store_part(GLOBAL T* y, uint at, uint count, uint is_aligned, PRIVATE const float* x) {
+    if (is_aligned && at + 4 <= count) {
+        store4(y + at, x);
+    } else {
+        for (uint i = 0; i < 4; i++) {
+            if (at + i < count) y[at + i] = T(x[i]);
+        }
+    }
+}
+
+// y = silu(gate) * up
+KERNEL(swiglu)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ElementWords, 3) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float g[4], u[4];
+    load_part(gate, at, p.count, p.is_aligned, g);
+    load_part(up, at, p.count, p.is_aligned, u);
+    for (uint i = 0; i < 4; i++) g[i] = g[i] * sigmoid(g[i]) * u[i];
+    store_part(y, at, p.count, p.is_aligned, g);
+}
+
+// The gradients with respect to gate and up, the former in the place of dy.
+KERNEL(swiglu_backward)(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), WORDS(ElementWords, 4) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float g[4], u[4], d[4];
+    load_part(gate, at, p.count, p.is_aligned, g);
+    load_part(up, at, p.count, p.is_aligned, u);
+    load_part(dy, at, p.count, p.is_aligned, d);
+    for (uint i = 0; i < 4; i++) {
+        const float s = sigmoid(g[i]);
+        const float of_up = d[i] * g[i] * s;
+        d[i] = d[i] * u[i] * s * (1.0f + g[i] * (1.0f - s));
+        u[i] = of_up;
+    }
+    store_part(dy, at, p.count, p.is_aligned, d);
+    store_part(d_up, at, p.count, p.is_aligned, u);
+}
+
+struct ScaledWords {
+    uint count;
+    uint is_aligned;
+    float scale;
+};
+
+// y += scale * x
+KERNEL(add_scaled)(IN(T, x, 0), OUT(T, y, 1), WORDS(ScaledWords, 2) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float a[4], b[4];
+    load_part(x, at, p.count, p.is_aligned, a);
+    load_part(y, at, p.count, p.is_aligned, b);
+    for (uint i = 0; i < 4; i++) b[i] += p.scale * a[i];
+    store_part(y, at, p.count, p.is_aligned, b);
+}
+
+struct RowWords {
+    uint count;
+    uint width;
+};
+
+// y += row, for each row
+KERNEL(add_row)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at < p.count) y[at] = T(float(y[at]) + float(row[at % p.width]));
+}
+
+// each row of y = row
+KERNEL(fill_rows)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at < p.count) y[at] = row[at % p.width];
+}
+
+// y[:, j] *= factors[j]
+KERNEL(scale_columns)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at < p.count) y[at] = T(float(y[at]) * factors[at % p.width]);
+}
+
+struct RotationWords {
+    uint count;
+    uint q_heads;
+    uint k_heads;
+    uint half_dim;
+    float sign;
+};
+
+// Rotates q and k in place: the halves of each head against each other, by the angle of the token; sign -1 turns back.
+KERNEL(rotate)(IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), WORDS(RotationWords, 4) PLACE) {
+    uint at = group.x * threads + me;
+    if (at >= p.count) return;
+    const uint i = at % p.half_dim;
+    at /= p.half_dim;
+    const uint head = at % (p.q_heads + p.k_heads);
+    const uint token = at / (p.q_heads + p.k_heads);
+    const float c = cosines[token * p.half_dim + i];
+    const float s = sines[token * p.half_dim + i] * p.sign;
+    GLOBAL T* x = head < p.q_heads ? q + (wide(token) * p.q_heads + head) * 2 * p.half_dim
+                                   : k + (wide(token) * p.k_heads + head - p.q_heads) * 2 * p.half_dim;
+    const float a = float(x[i]);
+    const float b = float(x[i + p.half_dim]);
+    x[i] = T(a * c - b * s);
+    x[i + p.half_dim] = T(b * c + a * s);
+}
+
+struct CacheWords {
+    uint count;
+    uint kv_heads;
+    uint head_dim;
+    uint max_seq_len;
+};
+
+// Copies new keys and values to their places in the cache [slots, kv_heads, max_seq_len, head_dim]; `places` has the slot
+// and the position of each token.
+KERNEL(append)
+(IN(T, k, 0), IN(T, v, 1), IN(uint, places, 2), OUT(T, keys, 3), OUT(T, values, 4), WORDS(CacheWords, 5) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at >= p.count) return;
+    const uint i = at % p.head_dim;
+    const uint head = at / p.head_dim % p.kv_heads;
+    const uint token = at / p.head_dim / p.kv_heads;
+    const wide row = (wide(places[2 * token]) * p.kv_heads + head) * p.max_seq_len + places[2 * token + 1];
+    keys[row * p.head_dim + i] = k[at];
+    values[row * p.head_dim + i] = v[at];
+}
+
+struct DropoutWords {
+    uint count;
+    float scale;
+    uint threshold_low;
+    uint threshold_high;
+    uint seed_low;
+    uint seed_high;
+};
+
+FUNCTION wide mix(wide value) {
+    wide z = value + 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+}
+
+// Elements are kept or dropped by a hash of the seed and their number, as on the CPU.
+KERNEL(dropout)(IN(T, x, 0), OUT(T, y, 1), WORDS(DropoutWords, 2) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at >= p.count) return;
+    const wide seed = (wide(p.seed_high) << 32) | p.seed_low;
+    const wide threshold = (wide(p.threshold_high) << 32) | p.threshold_low;
+    const bool is_kept = (mix(seed ^ mix(wide(at))) >> 32) >= threshold;
+    y[at] = T(is_kept ? float(x[at]) * p.scale : 0.0f);
+}

@@ -1,0 +1,230 @@
+// The choice of a token for each row of logits: a group a row.
+//
+// `state` is that of decode.metal, [ids | positions | slots | two words of SplitMix64 for each row]. The chosen token becomes
+// the next id and the position moves on, so that a step can follow without the CPU.
+struct SamplingWords {
+    uint vocab;
+    uint batch;
+    uint num_parts;
+};
+
+// (5 words a row) temperature, top-p, min-p as floats, top-k (0 for all), and whether the state moves on.
+#define SETTINGS 5
+
+FUNCTION wide next_random(GLOBAL uint* words) {
+    wide s = ((wide(words[1]) << 32) | words[0]) + 0x9e3779b97f4a7c15;
+    words[0] = uint(s & 0xffffffff);
+    words[1] = uint(s >> 32);
+    s = (s ^ (s >> 30)) * 0xbf58476d1ce4e5b9;
+    s = (s ^ (s >> 27)) * 0x94d049bb133111eb;
+    return s ^ (s >> 31);
+}
+
+// Bits in the order of the numbers.
+FUNCTION uint ordered(float x) {
+    const uint bits = float_to_bits(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+struct Filter {
+    float maximum;
+    float temperature;
+    float min_p;
+    uint least;      // ordered bits of the k-th largest logit
+    uint last_equal; // of the logits that equal it, ids up to this one count
+    float pivot_weight;
+    uint pivot; // tokens that rank before this one count; the size of the vocabulary for all
+};
+
+FUNCTION float weight_of(float logit, uint id, Filter f) {
+    const uint bits = ordered(logit);
+    if (bits < f.least || (bits == f.least && id > f.last_equal)) return 0.0f;
+    const float weight = EXP((logit - f.maximum) / f.temperature);
+    if (weight < f.min_p) return 0.0f;
+    return weight;
+}
+
+FUNCTION bool ranks_before(float weight, uint id, Filter f, uint vocab) {
+    return f.pivot == vocab || weight > f.pivot_weight || (weight == f.pivot_weight && id < f.pivot);
+}
+
+KERNEL(sample)
+(IN(float, all_logits, 0), IN(float, all_parts, 1), IN(uint, all_settings, 2), OUT(uint, state, 3), OUT(uint, result, 4),
+ WORDS(SamplingWords, 5) PLACE) {
+    SHARED float scratch[32];
+    SHARED float sums[32];
+    SHARED uint ids[32];
+    SHARED ATOMIC_UINT bins[256];
+    SHARED float shared_target;
+    SHARED uint chosen;
+    const uint row = group.x;
+    GLOBAL const float* logits = all_logits + wide(row) * p.vocab;
+    GLOBAL const float* parts = all_parts + wide(row) * p.num_parts * 3;
+    GLOBAL const uint* settings = all_settings + SETTINGS * row;
+    GLOBAL uint* random = state + 3 * p.batch + 2 * row;
+    const uint num_warps = threads / 32;
+
+    // the largest logit, the first id that has it, and the logarithm of the sum of exponentials
+    float largest = -INFINITY;
+    uint best = 0xffffffffu;
+    for (uint i = me; i < p.num_parts; i += threads) {
+        const float value = parts[3 * i];
+        const uint id = float_to_bits(parts[3 * i + 1]);
+        if (value > largest || (value == largest && id < best)) {
+            largest = value;
+            best = id;
+        }
+    }
+    const float maximum = group_max(largest, scratch, lane, warp, threads);
+    if (largest != maximum) best = 0xffffffffu;
+    for (uint mask = 16; mask > 0; mask /= 2) best = MINIMUM(best, warp_shuffle_xor_uint(best, mask));
+    if (lane == 0) ids[warp] = best;
+    BARRIER;
+    for (uint i = 0; i < num_warps; i++) best = MINIMUM(best, ids[i]);
+    float sum = 0.0f;
+    for (uint i = me; i < p.num_parts; i += threads) {
+        if (parts[3 * i + 2] != 0.0f) sum += parts[3 * i + 2] * EXP(parts[3 * i] - maximum);
+    }
+    const float log_sum = LOG(group_sum(sum, scratch, lane, warp, threads));
+
+    const float temperature = bits_to_float(settings[0]);
+    uint token = best;
+    if (temperature > 0.0f && settings[3] != 1) {
+        Filter f;
+        f.maximum = maximum;
+        f.temperature = temperature;
+        f.min_p = bits_to_float(settings[2]);
+        f.least = 0;
+        f.last_equal = 0xffffffffu;
+        f.pivot = p.vocab;
+        f.pivot_weight = 0.0f;
+        const uint top_k = settings[3];
+        if (top_k > 0 && top_k < p.vocab) {
+            // eight bits of the k-th largest at a time
+            uint wanted = top_k;
+            uint prefix = 0;
+            for (int shift = 24; shift >= 0; shift -= 8) {
+                for (uint i = me; i < 256; i += threads) ATOMIC_STORE(bins, i, 0);
+                BARRIER;
+                for (uint i = me; i < p.vocab; i += threads) {
+                    const uint bits = ordered(logits[i]);
+                    if (shift == 24 || (bits >> (shift + 8)) == (prefix >> (shift + 8))) {
+                        ATOMIC_ADD(bins, (bits >> shift) & 255u, 1);
+                    }
+                }
+                BARRIER;
+                uint bin = 255;
+                while (bin > 0 && ATOMIC_LOAD(bins, bin) < wanted) {
+                    wanted -= ATOMIC_LOAD(bins, bin);
+                    bin--;
+                }
+                prefix |= bin << shift;
+                BARRIER;
+            }
+            f.least = prefix;
+            // of equal ones the lowest ids: `wanted` of them
+            if (me == 0) chosen = 0xffffffffu;
+            BARRIER;
+            if (warp == 0) {
+                uint seen = 0;
+                for (uint begin = 0; begin < p.vocab && seen < wanted; begin += 32) {
+                    const uint i = begin + lane;
+                    const uint is_equal = i < p.vocab && ordered(logits[i]) == prefix ? 1 : 0;
+                    const uint count = warp_sum_uint(is_equal);
+                    if (count > 0) {
+                        for (uint j = 0; j < 32 && seen < wanted; j++) {
+                            if (warp_shuffle(float(is_equal), j) > 0.5f) {
+                                seen++;
+                                if (seen == wanted && lane == 0) chosen = begin + j;
+                            }
+                        }
+                    }
+                }
+            }
+            BARRIER;
+            f.last_equal = chosen;
+        }
+        const float top_p = bits_to_float(settings[1]);
+        const uint share = (p.vocab + num_warps - 1) / num_warps;
+        const uint begin = warp * share;
+        const uint end = MINIMUM(p.vocab, begin + share);
+        float total = 0.0f;
+        for (uint attempt = 0; attempt < 64; attempt++) {
+            // each warp's part of the probability, then the warp and the place in it at which the number lies
+            float part = 0.0f;
+            for (uint i = begin + lane; i < end; i += 32) {
+                const float weight = weight_of(logits[i], i, f);
+                if (ranks_before(weight, i, f, p.vocab)) part += weight;
+            }
+            part = warp_sum(part);
+            BARRIER;
+            if (lane == 0) sums[warp] = part;
+            BARRIER;
+            float all = 0.0f;
+            for (uint i = 0; i < num_warps; i++) all += sums[i];
+            if (attempt == 0) total = all;
+            if (me == 0) shared_target = float(next_random(random) >> 40) * (1.0f / 16777216.0f) * all;
+            BARRIER;
+            float target = shared_target;
+            uint owner = 0;
+            uint last = 0;
+            float below = 0.0f;
+            bool is_found = false;
+            for (uint i = 0; i < num_warps; i++) {
+                if (sums[i] > 0.0f) last = i;
+                if (!is_found && below + sums[i] > target) {
+                    owner = i;
+                    is_found = true;
+                }
+                if (!is_found) below += sums[i];
+            }
+            if (!is_found) {
+                // rounding left nothing at the very end
+                owner = last;
+                target = INFINITY;
+            }
+            if (warp == owner) {
+                uint found = 0xffffffffu;
+                uint latest = begin;
+                for (uint from = begin; from < end && found == 0xffffffffu; from += 32) {
+                    const uint i = from + lane;
+                    float weight = i < end ? weight_of(logits[i], i, f) : 0.0f;
+                    if (i < end && !ranks_before(weight, i, f, p.vocab)) weight = 0.0f;
+                    const float of_block = warp_sum(weight);
+                    if (of_block == 0.0f) continue;
+                    for (uint j = 0; j < 32; j++) {
+                        const float w = warp_shuffle(weight, j);
+                        if (w > 0.0f && found == 0xffffffffu) {
+                            latest = from + j;
+                            below += w;
+                            if (below > target) found = from + j;
+                        }
+                    }
+                }
+                if (lane == 0) chosen = found == 0xffffffffu ? latest : found;
+            }
+            BARRIER;
+            token = chosen;
+            if (top_p >= 1.0f) break;
+            f.pivot = p.vocab;
+            const float weight_of_token = weight_of(logits[token], token, f);
+            f.pivot = token;
+            f.pivot_weight = weight_of_token;
+            float before = 0.0f;
+            for (uint i = begin + lane; i < end; i += 32) {
+                const float weight = weight_of(logits[i], i, f);
+                if (ranks_before(weight, i, f, p.vocab)) before += weight;
+            }
+            before = group_sum(before, scratch, lane, warp, threads);
+            if (before < top_p * total) break;
+        }
+    }
+    if (me == 0) {
+        result[2 * row] = token;
+        result[2 * row + 1] = float_to_bits(logits[token < p.vocab ? token : 0] - maximum - log_sum);
+        if (settings[4]) {
+            state[row] = token < p.vocab ? token : 0;
+            state[p.batch + row] += 1;
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Attention by the kernels of Metal and CUDA.
+
+use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
+use super::spans::{Spans, Tables, is_for_tensor_cores};
+use crate::error::{Error, Result};
+use candle_core::Tensor;
+use metal_candle_kernels::AttentionShape;
+
+/// Threads of a group of `attention.metal`.
+const THREADS: usize = 256;
+
+/// Threads of a group of `attention.cu`.
+const TENSOR_CORE_THREADS: usize = 128;
+
+fn portable(name: &'static str, shape: AttentionShape, like: &Tensor, keeps_sums: bool) -> Kernel {
+    Kernel::new(Source::Attention, name, like.dtype())
+        .with("HEAD_DIM", shape.head_dim)
+        .with("KEEPS_SUMS", usize::from(keeps_sums))
+}
+
+fn tensor_core(name: &'static str, shape: AttentionShape, like: &Tensor) -> Kernel {
+    Kernel::new(Source::TensorCoreAttention, name, like.dtype()).with("HEAD_DIM", shape.head_dim)
+}
+
+fn words_of(shape: AttentionShape, token_stride: usize, head_stride: usize) -> [Word; 5] {
+    [shape.heads.into(), shape.kv_heads.into(), shape.scale.into(), token_stride.into(), head_stride.into()]
+}
+
+fn missing() -> Error {
+    Error::Device("attention has no table for its kernels".into())
+}
+
+/// Result and, for the backward pass, the logarithms of the sums of exponentials.
+pub(super) fn forward(
+    shape: AttentionShape,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    spans: &Spans,
+) -> Result<(Tensor, Tensor)> {
+    let out = gpu::empty(q.shape(), q)?;
+    let log_sums = gpu::empty_f32((q.dim(0)?, shape.heads), q)?;
+    match spans.tables.as_ref().ok_or_else(missing)? {
+        Tables::Portable { queries, .. } => {
+            let args = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::In(queries), Arg::Out(&out), Arg::Out(&log_sums)];
+            let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);
+            let words = words_of(shape, shape.kv_heads * shape.head_dim, shape.head_dim);
+            gpu::launch(&portable("attention", shape, q, true), grid, &args, &words)?;
+        }
+        Tables::TensorCore { offsets, queries, .. } => {
+            let args = [q, k, v].map(Arg::In).into_iter().chain([Arg::Out(&out), Arg::Out(&log_sums)]);
+            let args: Vec<Arg> = args.chain([Arg::In(offsets), Arg::In(queries)]).collect();
+            let mut grid = Grid::plane((queries.elem_count() / 2, shape.heads), TENSOR_CORE_THREADS);
+            grid.shared_bytes = (128 + 4 * 64) * 2 * shape.head_dim;
+            let words = [shape.heads.into(), shape.kv_heads.into(), shape.scale.into()];
+            gpu::launch(&tensor_core("flash_forward", shape, q), grid, &args, &words)?;
+        }
+    }
+    Ok((out, log_sums))
+}
+
+/// Attention over a cache `[slots, kv_heads, max_seq_len, head_dim]`.
+pub(super) fn with_cache(
+    shape: AttentionShape,
+    q: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    spans: &Spans,
+) -> Result<Tensor> {
+    let out = gpu::empty(q.shape(), q)?;
+    let max_seq_len = keys.dim(2)?;
+    match spans.tables.as_ref().ok_or_else(missing)? {
+        Tables::Portable { queries, .. } => {
+            let args = [Arg::In(q), Arg::In(keys), Arg::In(values), Arg::In(queries), Arg::Out(&out), Arg::None];
+            let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);
+            let words = words_of(shape, shape.head_dim, max_seq_len * shape.head_dim);
+            gpu::launch(&portable("attention", shape, q, false), grid, &args, &words)?;
+        }
+        Tables::TensorCore { offsets, queries, slots_and_lengths, .. } => {
+            let (slots, lengths) = slots_and_lengths.as_ref().ok_or_else(missing)?;
+            let args = [
+                Arg::In(q),
+                Arg::In(keys),
+                Arg::In(values),
+                Arg::Out(&out),
+                Arg::In(offsets),
+                Arg::In(lengths),
+                Arg::In(slots),
+                Arg::In(queries),
+            ];
+            let mut grid = Grid::plane((queries.elem_count() / 2, shape.heads), TENSOR_CORE_THREADS);
+            grid.shared_bytes = (128 + 4 * 64) * 2 * shape.head_dim;
+            let words = [shape.heads.into(), shape.kv_heads.into(), max_seq_len.into(), shape.scale.into()];
+            gpu::launch(&tensor_core("flash_forward_cached", shape, q), grid, &args, &words)?;
+        }
+    }
+    Ok(out)
+}
+
+/// The gradients with respect to q, k and v.
+pub(super) fn backward(
+    shape: AttentionShape,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    (out, log_sums): (&Tensor, &Tensor),
+    spans: &Spans,
+    d_out: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let (dq, dk, dv) = (gpu::empty(q.shape(), q)?, gpu::empty(k.shape(), k)?, gpu::empty(v.shape(), v)?);
+    let rows = q.dim(0)? * shape.heads;
+    let delta = gpu::empty_f32(rows, q)?;
+    let read = [q, k, v, d_out, log_sums, &delta].map(Arg::In);
+    match spans.tables.as_ref().ok_or_else(missing)? {
+        Tables::Portable { queries, keys, .. } => {
+            let keys = keys.as_ref().ok_or_else(missing)?;
+            let args = [Arg::In(out), Arg::In(d_out), Arg::Out(&delta)];
+            let grid = Grid::row(rows.div_ceil(THREADS / 32), THREADS);
+            gpu::launch(&portable("attention_delta", shape, q, true), grid, &args, &[rows.into()])?;
+            let words = words_of(shape, shape.kv_heads * shape.head_dim, shape.head_dim);
+            let args: Vec<Arg> = read.into_iter().chain([Arg::In(queries), Arg::Out(&dq)]).collect();
+            let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);
+            gpu::launch(&portable("attention_backward_q", shape, q, true), grid, &args, &words)?;
+            let args: Vec<Arg> = read.into_iter().chain([Arg::In(keys), Arg::Out(&dk), Arg::Out(&dv)]).collect();
+            let grid = Grid::plane((keys.elem_count() / 4, shape.kv_heads), THREADS);
+            gpu::launch(&portable("attention_backward_kv", shape, q, true), grid, &args, &words)?;
+        }
+        Tables::TensorCore { offsets, queries, keys, .. } => {
+            debug_assert!(is_for_tensor_cores(shape.head_dim, q.dtype(), q.device()));
+            let keys = keys.as_ref().ok_or_else(missing)?;
+            let args = [Arg::In(out), Arg::In(d_out), Arg::Out(&delta)];
+            let grid = Grid::elements(rows * (shape.head_dim / 8));
+            let words = [rows.into(), Word(0)];
+            gpu::launch(&tensor_core("flash_backward_delta", shape, q), grid, &args, &words)?;
+            let words = [shape.heads.into(), shape.kv_heads.into(), shape.scale.into()];
+            let args: Vec<Arg> =
+                read.into_iter().chain([Arg::Out(&dq), Arg::In(offsets), Arg::In(queries)]).collect();
+            let mut grid = Grid::plane((queries.elem_count() / 2, shape.heads), TENSOR_CORE_THREADS);
+            let keys_at_once = if shape.head_dim <= 64 { 64 } else { 32 };
+            grid.shared_bytes = (256 + 4 * keys_at_once) * 2 * shape.head_dim;
+            gpu::launch(&tensor_core("flash_backward_dq", shape, q), grid, &args, &words)?;
+            let written = [Arg::Out(&dk), Arg::Out(&dv), Arg::In(offsets), Arg::In(keys)];
+            let args: Vec<Arg> = read.into_iter().chain(written).collect();
+            let mut grid = Grid::plane((keys.elem_count() / 2, shape.kv_heads), TENSOR_CORE_THREADS);
+            grid.shared_bytes = (128 + 4 * 64) * 2 * shape.head_dim + 1024;
+            gpu::launch(&tensor_core("flash_backward_dkv", shape, q), grid, &args, &words)?;
+        }
+    }
+    Ok((dq, dk, dv))
+}

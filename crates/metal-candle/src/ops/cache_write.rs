@@ -1,0 +1,18 @@
+//! New keys and values to their places in a cache.
+
+use super::gpu::{self, Arg, Grid, Kernel, Source};
+use super::spans::Spans;
+use crate::error::Result;
+use candle_core::Tensor;
+
+/// Writes `k` and `v`, `[tokens, kv_heads * head_dim]`, into `[slots, kv_heads, max_seq_len, head_dim]`, if there is a kernel
+/// for them; whether there is.
+pub(crate) fn append((k, v): (&Tensor, &Tensor), (keys, values): (&Tensor, &Tensor), spans: &Spans) -> Result<bool> {
+    let Some(places) = spans.places_on_device().filter(|_| keys.dtype() == k.dtype()) else { return Ok(false) };
+    let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
+    let args = [Arg::In(k), Arg::In(v), Arg::In(places), Arg::Out(keys), Arg::Out(values)];
+    let count = k.elem_count();
+    let words = [count.into(), kv_heads.into(), head_dim.into(), max_seq_len.into()];
+    gpu::launch(&Kernel::new(Source::Elementwise, "append", k.dtype()), Grid::elements(count), &args, &words)?;
+    Ok(true)
+}

@@ -1,0 +1,67 @@
+//! Launches of the kernels of Metal and CUDA on tensors.
+
+use crate::error::Result;
+use candle_core::{DType, Shape, Tensor};
+use metal_candle_kernels::gpu;
+pub(crate) use metal_candle_kernels::gpu::{Arg, Grid, Kernel, Source, Word};
+
+/// Threads of a group that takes a row.
+pub(super) const ROW_THREADS: usize = 256;
+
+/// Whether kernels of this project's own run on it, rather than those of the CPU or candle's.
+pub(crate) fn has_kernels(tensor: &Tensor) -> bool {
+    gpu::has_kernels(tensor)
+}
+
+/// Gives a kernel to the device.
+pub(crate) fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
+    Ok(gpu::launch(kernel, grid, args, words)?)
+}
+
+/// A tensor of the type and device of `like`, whose elements a kernel has yet to write.
+pub(crate) fn empty(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
+    Ok(gpu::empty(shape, like.dtype(), like.device())?)
+}
+
+/// The same in f32.
+pub(crate) fn empty_f32(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
+    Ok(gpu::empty(shape, DType::F32, like.device())?)
+}
+
+/// Whether products of this type run by [`product`].
+pub(super) fn has_products(tensor: &Tensor) -> bool {
+    cfg!(feature = "cuda") && tensor.device().is_cuda() && gpu::has_kernels(tensor)
+}
+
+/// `y = scale A B + beta y`; each matrix with whether its transpose is meant.
+#[cfg(feature = "cuda")]
+pub(super) fn product(y: &Tensor, a: (&Tensor, bool), b: (&Tensor, bool), scale: f32, beta: f32) -> Result<()> {
+    let operand = |(tensor, is_transposed)| gpu::cuda::Operand { tensor, is_transposed };
+    Ok(gpu::cuda::product(y, operand(a), operand(b), scale, beta)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(super) fn product(_: &Tensor, _: (&Tensor, bool), _: (&Tensor, bool), _: f32, _: f32) -> Result<()> {
+    Err(crate::error::Error::Unsupported("products on another device than CUDA".into()))
+}
+
+/// Whether the first element of each lies at a multiple of four.
+pub(super) fn are_aligned(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))
+}
+
+/// Launches a kernel of `elementwise.metal` that takes four elements a thread and the words `count` and `is_aligned` first.
+pub(super) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
+    let count = tensors[0].elem_count();
+    let mut words: Vec<Word> = vec![count.into(), are_aligned(tensors).into()];
+    words.extend(more);
+    let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype());
+    launch(&kernel, Grid::elements(count.div_ceil(4)), args, &words)
+}
+
+/// Launches a kernel of `elementwise.metal` that takes an element a thread and the words `count` and `width` first.
+pub(super) fn by_row(name: &'static str, y: &Tensor, args: &[Arg]) -> Result<()> {
+    let (count, width) = (y.elem_count(), y.dim(1)?);
+    let kernel = Kernel::new(Source::Elementwise, name, y.dtype());
+    launch(&kernel, Grid::elements(count), args, &[count.into(), width.into()])
+}
