@@ -47,13 +47,7 @@ impl Device {
     /// # Errors
     /// The build lacks the feature `cuda`, or there is no such device.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        let opened = CUDA.get_or_init(|| {
-            if cfg!(feature = "cuda") {
-                candle_core::Device::new_cuda(ordinal).map_err(|e| e.to_string())
-            } else {
-                Err("this build has no CUDA support (feature `cuda`)".into())
-            }
-        });
+        let opened = CUDA.get_or_init(|| open_cuda(ordinal));
         opened.as_ref().map(|_| Self(Kind::Cuda)).map_err(|e| Error::Device(e.clone()))
     }
 
@@ -113,6 +107,12 @@ impl Device {
         Ok(result)
     }
 
+    /// Runs work that waits for the device itself: frees what Metal's framework leaves behind.
+    #[allow(clippy::unused_self)]
+    pub(crate) fn pooled<R>(self, work: impl FnOnce() -> R) -> R {
+        pooled(work)
+    }
+
     /// Waits until the device has done all it was given.
     ///
     /// # Errors
@@ -165,6 +165,19 @@ fn metal_memory() -> Option<MemoryInUse> {
 #[cfg(not(feature = "metal"))]
 fn metal_memory() -> Option<MemoryInUse> {
     None
+}
+
+/// A device with a stream of its own, so that work can be recorded.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String> {
+    let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(|e| e.to_string())?;
+    metal_candle_kernels::gpu::cuda::prepare(&device).map_err(|e| e.to_string())?;
+    Ok(candle_core::Device::Cuda(device))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_: usize) -> std::result::Result<candle_core::Device, String> {
+    Err("this build has no CUDA support (feature `cuda`)".into())
 }
 
 #[cfg(feature = "metal")]

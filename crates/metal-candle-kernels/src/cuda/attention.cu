@@ -470,10 +470,32 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
 }
 
 // Queries and keys both from the ragged batch; writes lse (natural log) for the backward.
+// The scalars of the kernels, as one structure each.
+struct ForwardWords {
+    int heads;
+    int kv_heads;
+    float scale;
+};
+struct CachedWords {
+    int heads;
+    int kv_heads;
+    int max_seq;
+    float scale;
+};
+struct SplitWords {
+    int heads;
+    int kv_heads;
+    float scale;
+    int tokens;
+    int splits;
+};
+
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                   elem* __restrict__ out, float* __restrict__ lse, const u32* __restrict__ offsets,
-                  const u32* __restrict__ tiles, int heads, int kv_heads, float scale) {
+                  const u32* __restrict__ tiles, const ForwardWords p) {
+    const int heads = p.heads, kv_heads = p.kv_heads;
+    const float scale = p.scale;
     int sequence, tile, head;
     block_work(tiles, sequence, tile, head);
     const long long start = offsets[sequence];
@@ -490,8 +512,9 @@ extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward_cached(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                          elem* __restrict__ out, const u32* __restrict__ offsets, const u32* __restrict__ lengths,
-                         const u32* __restrict__ slots, const u32* __restrict__ tiles, int heads, int kv_heads,
-                         int max_seq, float scale) {
+                         const u32* __restrict__ slots, const u32* __restrict__ tiles, const CachedWords p) {
+    const int heads = p.heads, kv_heads = p.kv_heads, max_seq = p.max_seq;
+    const float scale = p.scale;
     int sequence, tile, head;
     block_work(tiles, sequence, tile, head);
     const long long start = offsets[sequence];
@@ -530,8 +553,9 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
     flash_backward_dq(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                       const elem* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta,
-                      elem* __restrict__ dq, const u32* __restrict__ offsets, const u32* __restrict__ tiles, int heads,
-                      int kv_heads, float scale) {
+                      elem* __restrict__ dq, const u32* __restrict__ offsets, const u32* __restrict__ tiles, const ForwardWords p) {
+    const int heads = p.heads, kv_heads = p.kv_heads;
+    const float scale = p.scale;
     constexpr int THREADS = DQ_WARPS * 32;
     constexpr int NB = DQ_SUB / 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -908,7 +932,9 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
     flash_backward_dkv(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                        const elem* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta,
                        elem* __restrict__ dk, elem* __restrict__ dv, const u32* __restrict__ offsets,
-                       const u32* __restrict__ tiles, int heads, int kv_heads, float scale) {
+                       const u32* __restrict__ tiles, const ForwardWords p) {
+    const int heads = p.heads, kv_heads = p.kv_heads;
+    const float scale = p.scale;
     int sequence, tile, kv_head;
     block_work(tiles, sequence, tile, kv_head);
     const long long start = offsets[sequence];
@@ -927,8 +953,9 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
                              const elem* __restrict__ d_out, const float* __restrict__ lse,
                              const float* __restrict__ delta, float* __restrict__ dk_part,
                              float* __restrict__ dv_part, const u32* __restrict__ offsets,
-                             const u32* __restrict__ tiles, int heads, int kv_heads, float scale, int tokens,
-                             int splits) {
+                             const u32* __restrict__ tiles, const SplitWords p) {
+    const int heads = p.heads, kv_heads = p.kv_heads, tokens = p.tokens, splits = p.splits;
+    const float scale = p.scale;
     int sequence, tile, at;
     block_work(tiles, sequence, tile, at);
     const int kv_head = at / splits, part = at - kv_head * splits;

@@ -1,7 +1,8 @@
 //! Launches on Metal.
 
 use super::{Arg, Grid, Kernel, Word};
-use candle_core::{MetalDevice, Result, Storage, bail};
+use candle_core::op::BackpropOp;
+use candle_core::{DType, MetalDevice, MetalStorage, Result, Storage, Tensor, bail};
 use candle_metal_kernels::metal::{ComputePipeline, Library};
 use objc2_metal::{MTLCompileOptions, MTLSize};
 use std::collections::HashMap;
@@ -53,7 +54,7 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
     if grid.threads > pipeline.max_total_threads_per_threadgroup() {
         bail!("kernel `{}`: the device cannot run {} threads of it together", kernel.name, grid.threads);
     }
-    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(candle_core::Tensor::storage_and_layout)).collect();
+    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
     let mut buffers = Vec::with_capacity(args.len());
     for held in &held {
         buffers.push(match held.as_ref().map(|(storage, layout)| (&**storage, layout)) {
@@ -87,4 +88,35 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
         MTLSize { width: grid.threads, height: 1, depth: 1 },
     );
     Ok(())
+}
+
+/// Zeros in memory that the CPU sees.
+pub(super) fn words(count: usize, device: &MetalDevice) -> Result<Tensor> {
+    let buffer = device.new_buffer_with_data(&vec![0u32; count])?;
+    let storage = MetalStorage::new(buffer, device.clone(), count, DType::U32);
+    Ok(Tensor::from_storage(Storage::Metal(storage), count, BackpropOp::none(), false))
+}
+
+/// The first word of a tensor in memory that the CPU sees.
+fn contents(tensor: &Tensor) -> Result<*mut u32> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Metal(storage) = &*storage else { bail!("words that are not on the Metal device") };
+    let first = storage.buffer().contents();
+    if first.is_null() || tensor.dtype() != DType::U32 || layout.start_offset() != 0 {
+        bail!("words in memory that the CPU does not see");
+    }
+    Ok(first.cast())
+}
+
+pub(super) fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
+    let first = contents(to)?;
+    // SAFETY: the buffer has at least as many words as the tensor, whose length the caller has checked
+    unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), first, words.len()) };
+    Ok(())
+}
+
+pub(super) fn read_words(from: &Tensor) -> Result<Vec<u32>> {
+    let first = contents(from)?;
+    // SAFETY: the buffer has at least as many words as the tensor, and the device is done with it
+    Ok(unsafe { std::slice::from_raw_parts(first, from.elem_count()) }.to_vec())
 }

@@ -226,3 +226,45 @@ pub fn empty(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<T
     // SAFETY: every bit pattern is a value of the numeric types of candle
     unsafe { Tensor::empty(shape, dtype, device) }
 }
+
+/// Words that the CPU writes and reads often, all zero.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn words(count: usize, device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "metal")]
+        Device::Metal(device) => metal::words(count, device),
+        other => Tensor::zeros(count, DType::U32, other),
+    }
+}
+
+/// Writes words made by [`words`]; the device must have done what it was given.
+///
+/// # Errors
+/// The number of words is another, or the device fails.
+pub fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
+    if to.dims() != [words.len()] {
+        bail!("{} words for {:?}", words.len(), to.dims());
+    }
+    match to.device() {
+        #[cfg(feature = "metal")]
+        Device::Metal(_) => metal::write_words(to, words),
+        device => to.slice_set(&Tensor::from_slice(words, words.len(), device)?, 0, 0),
+    }
+}
+
+/// Waits until the device has done what it was given, and reads words made by [`words`].
+///
+/// # Errors
+/// Something the device was given has failed.
+pub fn read_words(from: &Tensor) -> Result<Vec<u32>> {
+    match from.device() {
+        #[cfg(feature = "metal")]
+        Device::Metal(device) => {
+            device.wait_until_completed()?;
+            metal::read_words(from)
+        }
+        _ => from.to_vec1(),
+    }
+}

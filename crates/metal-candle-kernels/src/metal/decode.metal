@@ -1,7 +1,8 @@
 // A decoder block for few tokens, each of another sequence: five kernels. Every weight is read once.
 //
-// BATCH is a constant. The state of the batch is on the device: `state[b]` is the id of token b, `state[BATCH + b]` its
-// position and `state[2 * BATCH + b]` its slot of the cache, so a step can be repeated without the CPU.
+// There are `rows` tokens, taken BATCH (a constant) at a time; groups that share weights lie side by side. The state is on the
+// device, `state[row]` is the id of a token, `state[rows + row]` its position and `state[2 * rows + row]` its slot of the
+// cache, so that a step can be repeated without the CPU.
 #define MAX_RANK 64
 
 // The products of two rows of weights with each vector, summed: a warp. `x` holds BATCH vectors of `width` floats.
@@ -28,9 +29,9 @@ FUNCTION void shared_dots_of_two(
     }
 }
 
-// The same for vectors in device memory.
+// The same for `live` vectors in device memory.
 FUNCTION void dots_of_two(
-    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint width, uint my_lane, PRIVATE float* sums0,
+    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint live, uint width, uint my_lane, PRIVATE float* sums0,
     PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
     UNROLL for (uint i = 8 * my_lane; i < width; i += 256) {
@@ -39,7 +40,7 @@ FUNCTION void dots_of_two(
         load8(w1 + i, v);
         UNROLL for (uint b = 0; b < BATCH; b++) {
             float value[8];
-            load8(x + b * width + i, value);
+            load8(x + MINIMUM(b, live - 1) * width + i, value);
             UNROLL for (uint j = 0; j < 8; j++) {
                 sums0[b] += u[j] * value[j];
                 sums1[b] += v[j] * value[j];
@@ -52,14 +53,14 @@ FUNCTION void dots_of_two(
     }
 }
 
-// The normed vectors, as floats.
+// The normed vectors, `live` of them, as floats.
 FUNCTION void norm_into(
-    GLOBAL const T* x, GLOBAL const T* weight, uint width, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
+    GLOBAL const T* x, uint live, GLOBAL const T* weight, uint width, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
     uint my_thread, uint my_lane, uint my_warp, uint num_threads) {
     for (uint b = 0; b < BATCH; b++) {
         float sum = 0.0f;
         for (uint i = my_thread; i < width; i += num_threads) {
-            const float value = float(x[b * width + i]);
+            const float value = b < live ? float(x[b * width + i]) : 0.0f;
             y[b * width + i] = value * float(weight[i]);
             sum += value * value;
         }
@@ -84,10 +85,10 @@ FUNCTION void low_rank_into(
 }
 
 FUNCTION void low_rank_of_device_into(
-    GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint width, SHARED_ARG float* z, uint my_lane,
+    GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint live, uint width, SHARED_ARG float* z, uint my_lane,
     uint my_warp, uint num_threads) {
     for (uint r = my_warp; r < rank; r += num_threads / 32) {
-        for (uint b = 0; b < BATCH; b++) {
+        for (uint b = 0; b < live; b++) {
             float sum = 0.0f;
             for (uint i = my_lane; i < width; i += 32) sum += float(a[r * width + i]) * float(x[b * width + i]);
             sum = warp_sum(sum);
@@ -117,6 +118,7 @@ KERNEL(decode_embed)(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), WORD
 }
 
 struct ProjectionWords {
+    uint rows;
     float eps;
     uint heads;
     uint kv_heads;
@@ -141,11 +143,15 @@ KERNEL(decode_projections)
     SHARED float normed[BATCH * HIDDEN];
     SHARED float z[BATCH * MAX_RANK];
     SHARED float scratch[32];
-    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    const uint chunks = (p.rows + BATCH - 1) / BATCH;
+    const uint first_row = group.x % chunks * BATCH;
+    const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     const uint pairs = threads / 32;
     const uint groups_of_head = p.half_dim / pairs;
-    uint head = group.x / groups_of_head;
-    const uint i = group.x % groups_of_head * pairs + warp;
+    const uint block = group.x / chunks;
+    uint head = block / groups_of_head;
+    const uint i = block % groups_of_head * pairs + warp;
     GLOBAL const T* w = wq;
     GLOBAL const T* bias = bq;
     GLOBAL const T* a = aq;
@@ -185,14 +191,15 @@ KERNEL(decode_projections)
         add_low_rank(l, rank, row1, z, sums1, lane);
     }
     if (lane != 0) return;
-    for (uint b = 0; b < BATCH; b++) {
+    for (uint b = 0; b < live; b++) {
+        const uint row = first_row + b;
         float first = sums0[b];
         float second = sums1[b];
         if (p.has_bias) {
             first += float(bias[row0]);
             second += float(bias[row1]);
         }
-        const uint position = state[BATCH + b];
+        const uint position = state[p.rows + row];
         if (kind < 2) {
             const float c = cosines[position * p.half_dim + i];
             const float s = sines[position * p.half_dim + i];
@@ -201,10 +208,10 @@ KERNEL(decode_projections)
             first = turned;
         }
         if (kind == 0) {
-            q[b * p.heads * 2 * p.half_dim + row0] = T(first);
-            q[b * p.heads * 2 * p.half_dim + row1] = T(second);
+            q[row * p.heads * 2 * p.half_dim + row0] = T(first);
+            q[row * p.heads * 2 * p.half_dim + row1] = T(second);
         } else {
-            const wide at = ((wide(state[2 * BATCH + b]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim;
+            const wide at = ((wide(state[2 * p.rows + row]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim;
             GLOBAL T* cache = kind == 1 ? keys : values;
             cache[at + i] = T(first);
             cache[at + i + p.half_dim] = T(second);
@@ -213,6 +220,7 @@ KERNEL(decode_projections)
 }
 
 struct DecodeAttentionWords {
+    uint rows;
     uint heads;
     uint kv_heads;
     uint max_seq_len;
@@ -232,9 +240,9 @@ KERNEL(decode_attention)
     SHARED float parts[DECODE_WARPS * HEAD_DIM];
     const uint head = group.x;
     const uint b = group.y;
-    const uint num_keys = state[BATCH + b] + 1;
+    const uint num_keys = state[p.rows + b] + 1;
     const uint kv_head = head / (p.heads / p.kv_heads);
-    const wide start = (wide(state[2 * BATCH + b]) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
+    const wide start = (wide(state[2 * p.rows + b]) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
     for (uint i = me; i < HEAD_DIM; i += threads) query[i] = float(q[(b * p.heads + head) * HEAD_DIM + i]) * p.scale;
     BARRIER;
     float largest = -INFINITY;
@@ -290,6 +298,7 @@ KERNEL(decode_attention)
 #endif
 
 struct LinearWords {
+    uint rows;
     uint in_features;
     uint out_features;
     uint rank;
@@ -300,29 +309,35 @@ struct LinearWords {
 KERNEL(decode_linear)
 (IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), WORDS(LinearWords, 5) PLACE) {
     SHARED float z[BATCH * MAX_RANK];
+    const uint chunks = (p.rows + BATCH - 1) / BATCH;
+    const uint first_row = group.x % chunks * BATCH;
+    const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    GLOBAL const T* vectors = x + first_row * p.in_features;
     if (p.rank > 0) {
-        low_rank_of_device_into(a, p.rank, p.scale, x, p.in_features, z, lane, warp, threads);
+        low_rank_of_device_into(a, p.rank, p.scale, vectors, live, p.in_features, z, lane, warp, threads);
         BARRIER;
     }
-    const uint row0 = 2 * (group.x * (threads / 32) + warp);
+    const uint row0 = 2 * (group.x / chunks * (threads / 32) + warp);
     if (row0 >= p.out_features) return;
     const uint row1 = MINIMUM(row0 + 1, p.out_features - 1);
     float sums0[BATCH], sums1[BATCH];
     dots_of_two(
-        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, x, p.in_features, lane, sums0, sums1);
+        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, vectors, live, p.in_features, lane, sums0,
+        sums1);
     if (p.rank > 0) {
         add_low_rank(l, p.rank, row0, z, sums0, lane);
         add_low_rank(l, p.rank, row1, z, sums1, lane);
     }
     if (lane != 0) return;
-    for (uint b = 0; b < BATCH; b++) {
-        const uint at = b * p.out_features;
+    for (uint b = 0; b < live; b++) {
+        const uint at = (first_row + b) * p.out_features;
         y[at + row0] = T(float(y[at + row0]) + sums0[b]);
         if (row1 > row0) y[at + row1] = T(float(y[at + row1]) + sums1[b]);
     }
 }
 
 struct GatedWords {
+    uint rows;
     float eps;
     uint intermediate;
     uint gate_rank;
@@ -339,28 +354,32 @@ KERNEL(decode_gated)
     SHARED float z_gate[BATCH * MAX_RANK];
     SHARED float z_up[BATCH * MAX_RANK];
     SHARED float scratch[32];
-    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    const uint chunks = (p.rows + BATCH - 1) / BATCH;
+    const uint first_row = group.x % chunks * BATCH;
+    const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     if (p.gate_rank + p.up_rank > 0) {
         low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
         low_rank_into(a_up, p.up_rank, p.up_scale, normed, HIDDEN, z_up, lane, warp, threads);
         BARRIER;
     }
     for (uint r = 0; r < GATED_ROWS; r++) {
-        const uint row = (group.x * (threads / 32) + warp) * GATED_ROWS + r;
+        const uint row = (group.x / chunks * (threads / 32) + warp) * GATED_ROWS + r;
         if (row >= p.intermediate) return;
         float gate[BATCH], up[BATCH];
         shared_dots_of_two(w_gate + wide(row) * HIDDEN, w_up + wide(row) * HIDDEN, normed, HIDDEN, lane, gate, up);
         if (p.gate_rank > 0) add_low_rank(l_gate, p.gate_rank, row, z_gate, gate, lane);
         if (p.up_rank > 0) add_low_rank(l_up, p.up_rank, row, z_up, up, lane);
         if (lane == 0) {
-            for (uint b = 0; b < BATCH; b++) {
-                y[b * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
+            for (uint b = 0; b < live; b++) {
+                y[(first_row + b) * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
             }
         }
     }
 }
 
 struct HeadWords {
+    uint rows;
     float eps;
     uint vocab;
     uint rank;
@@ -368,7 +387,7 @@ struct HeadWords {
 };
 
 // Norm and head: the logits in f32. Each group also leaves, for each token, its largest logit, that one's id and the sum of
-// exponentials of the distances from it: `parts[b][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
+// exponentials of the distances from it: `parts[row][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
 KERNEL(decode_head)
 (IN(T, x, 0), IN(T, norm, 1), IN(T, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
  WORDS(HeadWords, 7) PLACE) {
@@ -376,7 +395,10 @@ KERNEL(decode_head)
     SHARED float z[BATCH * MAX_RANK];
     SHARED float scratch[32];
     SHARED float found[BATCH * 3 * 32];
-    norm_into(x, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    const uint chunks = (p.rows + BATCH - 1) / BATCH;
+    const uint first_row = group.x % chunks * BATCH;
+    const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     if (p.rank > 0) {
         low_rank_into(a, p.rank, p.scale, normed, HIDDEN, z, lane, warp, threads);
         BARRIER;
@@ -388,7 +410,7 @@ KERNEL(decode_head)
         sums[b] = 0.0f;
         best[b] = 0;
     }
-    const uint first = (group.x * (threads / 32) + warp) * HEAD_ROWS;
+    const uint first = (group.x / chunks * (threads / 32) + warp) * HEAD_ROWS;
     for (uint r = 0; r < HEAD_ROWS; r += 2) {
         const uint row0 = first + r;
         if (row0 >= p.vocab) break;
@@ -399,12 +421,12 @@ KERNEL(decode_head)
             add_low_rank(l, p.rank, row0, z, sums0, lane);
             add_low_rank(l, p.rank, row1, z, sums1, lane);
         }
-        for (uint b = 0; b < BATCH; b++) {
+        for (uint b = 0; b < live; b++) {
             for (uint j = 0; j < 2; j++) {
                 const uint row = j == 0 ? row0 : row1;
                 if (j == 1 && row1 == row0) continue;
                 const float logit = j == 0 ? sums0[b] : sums1[b];
-                if (lane == 0) logits[wide(b) * p.vocab + row] = logit;
+                if (lane == 0) logits[wide(first_row + b) * p.vocab + row] = logit;
                 if (logit > largest[b]) {
                     sums[b] = sums[b] * EXP(largest[b] - logit) + 1.0f;
                     largest[b] = logit;
@@ -424,7 +446,7 @@ KERNEL(decode_head)
         }
     }
     BARRIER;
-    if (me < BATCH) {
+    if (me < live) {
         const uint b = me;
         float maximum = -INFINITY;
         float id = 0.0f;
@@ -442,7 +464,7 @@ KERNEL(decode_head)
             // nothing of a warp without a row, but all of a NaN
             if (of_warp != 0.0f) sum += of_warp * EXP(value - maximum);
         }
-        GLOBAL float* part = parts + (wide(b) * groups.x + group.x) * 3;
+        GLOBAL float* part = parts + (wide(first_row + b) * (groups.x / chunks) + group.x / chunks) * 3;
         part[0] = maximum;
         part[1] = id;
         part[2] = sum;

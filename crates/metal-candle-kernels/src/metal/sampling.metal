@@ -1,10 +1,11 @@
 // The choice of a token for each row of logits: a group a row.
 //
 // `state` is that of decode.metal, [ids | positions | slots | two words of SplitMix64 for each row]. The chosen token becomes
-// the next id and the position moves on, so that a step can follow without the CPU.
+// the next id and the position moves on, so that a step can follow without the CPU. Of each row `result` has the token, its
+// logarithmic probability before all filters, and the words of the generator.
 struct SamplingWords {
     uint vocab;
-    uint batch;
+    uint rows;
     uint num_parts;
 };
 
@@ -61,7 +62,7 @@ KERNEL(sample)
     GLOBAL const float* logits = all_logits + wide(row) * p.vocab;
     GLOBAL const float* parts = all_parts + wide(row) * p.num_parts * 3;
     GLOBAL const uint* settings = all_settings + SETTINGS * row;
-    GLOBAL uint* random = state + 3 * p.batch + 2 * row;
+    GLOBAL uint* random = state + 3 * p.rows + 2 * row;
     const uint num_warps = threads / 32;
 
     // the largest logit, the first id that has it, and the logarithm of the sum of exponentials
@@ -220,11 +221,13 @@ KERNEL(sample)
         }
     }
     if (me == 0) {
-        result[2 * row] = token;
-        result[2 * row + 1] = float_to_bits(logits[token < p.vocab ? token : 0] - maximum - log_sum);
+        result[4 * row] = token;
+        result[4 * row + 2] = random[0];
+        result[4 * row + 3] = random[1];
+        result[4 * row + 1] = float_to_bits(logits[token < p.vocab ? token : 0] - maximum - log_sum);
         if (settings[4]) {
             state[row] = token < p.vocab ? token : 0;
-            state[p.batch + row] += 1;
+            state[p.rows + row] += 1;
         }
     }
 }

@@ -4,7 +4,7 @@ use super::generation::{Collected, Finish, FinishReason, Generation, GenerationC
 use super::sequence::{Sequence, step};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::models::{KVCache, KVCacheConfig, Model};
+use crate::models::{Decoding, KVCache, KVCacheConfig, Model};
 use crate::ops::LowRankTerms;
 use candle_core::DType;
 use std::ops::ControlFlow;
@@ -43,6 +43,8 @@ pub struct Generator {
     /// The adapter's terms as the present generation takes them.
     terms: Option<LowRankTerms>,
     cache: Option<KVCache>,
+    /// What single-token steps of the present generation keep on the device.
+    decoding: Option<Decoding>,
     /// The tokens in the cache, as the present adapter computed them.
     cached_ids: Vec<u32>,
 }
@@ -56,6 +58,7 @@ impl Clone for Generator {
             adapter: self.adapter.clone(),
             terms: None,
             cache: None,
+            decoding: None,
             cached_ids: Vec::new(),
         }
     }
@@ -64,7 +67,7 @@ impl Clone for Generator {
 impl Generator {
     /// A generator that takes token ids and gives token ids.
     pub fn new(model: Model) -> Self {
-        Self { model, tokenizer: None, adapter: None, terms: None, cache: None, cached_ids: Vec::new() }
+        Self { model, tokenizer: None, adapter: None, terms: None, cache: None, decoding: None, cached_ids: Vec::new() }
     }
 
     /// Lets it take and give text.
@@ -112,6 +115,7 @@ impl Generator {
     /// Gives the memory of the kept keys and values back.
     pub fn clear_cache(&mut self) {
         self.cache = None;
+        self.decoding = None;
         self.cached_ids.clear();
     }
 
@@ -194,6 +198,8 @@ impl Generator {
         let mut cache = self.new_cache(max_seq_len, num_slots)?;
         let mut waiting = waiting.into_iter();
         self.terms = self.fixed_terms()?;
+        self.decoding = None;
+        let mut decoding = None;
         let (mut indices, mut sequences) = (Vec::new(), Vec::new());
         let mut free_slots: Vec<usize> = (0..num_slots).rev().collect();
         let mut collected: Vec<Collected> = (0..num_prompts).map(|_| Collected::default()).collect();
@@ -211,7 +217,7 @@ impl Generator {
             if sequences.is_empty() {
                 break;
             }
-            let pieces = step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK)?;
+            let pieces = step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK, &mut decoding)?;
             for (place, piece) in pieces {
                 let index = indices[place];
                 collected[index].push(&piece);
@@ -252,7 +258,11 @@ impl Generator {
             head_dim: config.head_dim,
             batch_size,
         };
-        let dtype = if self.model.dtype() == DType::F32 { DType::F32 } else { DType::F16 };
+        let dtype = match self.model.dtype() {
+            DType::F32 => DType::F32,
+            _ if self.model.device().is_cpu() => DType::F16,
+            other => other,
+        };
         KVCache::with_dtype(sizes, &self.model.device(), dtype)
     }
 
@@ -261,6 +271,7 @@ impl Generator {
         let ids = self.encode(prompt)?;
         let mut sequence = Sequence::new(ids, 0, config, &self.model, self.tokenizer.as_ref())?;
         self.terms = self.fixed_terms()?;
+        self.decoding = None;
         let mut cache = match self.cache.take() {
             Some(cache) => cache,
             None => self.new_cache(sequence.first_room(), 1)?,
@@ -280,12 +291,14 @@ impl Generator {
         let Some(mut cache) = self.cache.take() else { return Err(Error::Stopped) };
         while !sequence.is_finished() {
             let sequences = std::slice::from_mut(sequence);
-            let stepped = step(&self.model, self.terms.as_ref(), &mut cache, sequences, PREFILL_CHUNK);
+            let terms = self.terms.as_ref();
+            let stepped = step(&self.model, terms, &mut cache, sequences, PREFILL_CHUNK, &mut self.decoding);
             let mut pieces = match stepped {
                 Ok(pieces) => pieces,
                 Err(error) => {
                     // the cache may hold a part of the step: it is dropped
                     self.cached_ids.clear();
+                    self.decoding = None;
                     sequence.finish(FinishReason::Cancelled);
                     return Err(error);
                 }

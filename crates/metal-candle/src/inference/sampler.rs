@@ -5,6 +5,7 @@
 
 use super::sampling::SamplingConfig;
 use crate::data::Random;
+use crate::models::{Decoded, DecodingChoice};
 use crate::error::{Error, Result};
 use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
 use std::collections::{HashMap, VecDeque};
@@ -109,6 +110,28 @@ impl Sampler {
         let token = drawn.index as u32;
         self.observe(&[token]);
         Ok(Choice { token, log_probability })
+    }
+
+    /// How a device chooses the next token as this sampler would; `None` if that takes penalties or a bias.
+    pub(super) fn choice_on_device(&self) -> Option<DecodingChoice> {
+        if !self.counts.is_empty() || !self.config.logit_bias.is_empty() {
+            return None;
+        }
+        let temperature = if self.config.is_greedy() { 0.0 } else { self.config.temperature as f32 };
+        Some(DecodingChoice {
+            temperature,
+            top_p: self.config.top_p as f32,
+            min_p: self.config.min_p as f32,
+            top_k: self.config.top_k,
+            random: self.draws.state(),
+        })
+    }
+
+    /// Takes over what a device chose.
+    pub(super) fn accept(&mut self, decoded: Decoded) -> Choice {
+        self.draws = Random::from_state(decoded.random);
+        self.observe(&[decoded.token]);
+        Choice { token: decoded.token, log_probability: decoded.log_probability }
     }
 
     /// Takes over the settings that do not need what the sampler remembers.

@@ -6,7 +6,7 @@ use super::sampling::with_logits;
 use super::stop::StopMatcher;
 use crate::data::{StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
-use crate::models::{Batch, KVCache, Model, Rows};
+use crate::models::{Batch, Decoding, DecodingRow, KVCache, Model, Rows};
 use crate::ops::LowRankTerms;
 use std::time::Instant;
 
@@ -151,7 +151,18 @@ impl Sequence {
 
     /// Adds the token chosen from this row of logits.
     fn advance(&mut self, logits: &[f32]) -> Result<Piece> {
-        let Choice { token, log_probability } = self.sampler.sample(logits)?;
+        let choice = self.sampler.sample(logits)?;
+        self.add(choice)
+    }
+
+    /// Its next step, if that is the step after its last token and the device can choose.
+    fn decoding_row(&self) -> Option<DecodingRow> {
+        let choice = self.sampler.choice_on_device()?;
+        let position = self.num_cached;
+        (position + 1 == self.ids.len()).then(|| DecodingRow { id: self.ids[position], position, slot: self.slot, choice })
+    }
+
+    fn add(&mut self, Choice { token, log_probability }: Choice) -> Result<Piece> {
         self.generated_tokens += 1;
         self.first_token.get_or_insert_with(Instant::now);
         let mut reason = None;
@@ -182,6 +193,46 @@ impl Sequence {
     }
 }
 
+/// Makes a step of all unfinished sequences on the device, if each of them is at its last token.
+fn decode(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    cache: &mut KVCache,
+    sequences: &mut [Sequence],
+    decoding: &mut Option<Decoding>,
+) -> Result<Option<Vec<(usize, Piece)>>> {
+    if !model.can_decode(terms, cache) {
+        return Ok(None);
+    }
+    let open = || (0..sequences.len()).filter(|&index| !sequences[index].is_finished);
+    let Some(rows) = open().map(|index| sequences[index].decoding_row()).collect::<Option<Vec<_>>>() else {
+        return Ok(None);
+    };
+    let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
+    if rows.is_empty() || longest > cache.config().max_seq_len {
+        return Ok(None);
+    }
+    let indices: Vec<usize> = open().collect();
+    let decoded = model.decode(decoding, &rows, terms, cache)?;
+    let mut pieces = Vec::with_capacity(rows.len());
+    for (row, (&index, decoded)) in indices.iter().zip(decoded).enumerate() {
+        let sequence = &mut sequences[index];
+        sequence.num_cached += 1;
+        cache.set_len(sequence.slot, sequence.num_cached);
+        let piece = if decoded.log_probability.is_finite() {
+            let choice = sequence.sampler.accept(decoded);
+            sequence.add(choice)?
+        } else {
+            // the sampler says what is wrong with them
+            let logits = decoding.as_ref().map(|decoding| model.decoded_logits(decoding).get(row)).transpose()?;
+            let logits = logits.ok_or(Error::Stopped)?;
+            with_logits(&logits, |logits| sequence.advance(logits))?
+        };
+        pieces.push((index, piece));
+    }
+    Ok(Some(pieces))
+}
+
 /// Feeds up to `max_batch_tokens` tokens of the unfinished sequences (decode steps first, at least one token) to the
 /// model in one batch; the pieces that come of it, by the index of their sequence.
 ///
@@ -195,7 +246,11 @@ pub(super) fn step(
     cache: &mut KVCache,
     sequences: &mut [Sequence],
     max_batch_tokens: usize,
+    decoding: &mut Option<Decoding>,
 ) -> Result<Vec<(usize, Piece)>> {
+    if let Some(pieces) = decode(model, terms, cache, sequences, decoding)? {
+        return Ok(pieces);
+    }
     let waiting = |sequence: &Sequence| sequence.ids.len() - sequence.num_cached;
     let (decoding, prompts): (Vec<usize>, Vec<usize>) = (0..sequences.len())
         .filter(|&index| !sequences[index].is_finished)

@@ -16,12 +16,12 @@ use metal_candle_kernels::AttentionShape;
 /// The place of each linear layer in a block; its number is `NUM_LINEARS * layer + place`.
 pub(super) const MODULES: [&str; NUM_LINEARS] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-const Q: usize = 0;
-const K: usize = 1;
-const V: usize = 2;
-const O: usize = 3;
-const GATE: usize = 4;
-const UP: usize = 5;
+pub(super) const Q: usize = 0;
+pub(super) const K: usize = 1;
+pub(super) const V: usize = 2;
+pub(super) const O: usize = 3;
+pub(super) const GATE: usize = 4;
+pub(super) const UP: usize = 5;
 pub(super) const DOWN: usize = 6;
 
 /// The weights of a block.

@@ -35,7 +35,7 @@ pub(super) struct Inner {
     pub(super) norm: RmsNorm,
     /// The head; its weight is the embedding itself where it is tied.
     pub(super) head: Linear,
-    rotary: RotaryTable,
+    pub(super) rotary: RotaryTable,
     pub(super) attention: AttentionShape,
 }
 

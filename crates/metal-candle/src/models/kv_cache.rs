@@ -88,6 +88,13 @@ impl KVCache {
         }
     }
 
+    /// Says how many tokens of `slot` were written.
+    pub(crate) fn set_len(&mut self, slot: usize, len: usize) {
+        if let Some(length) = self.lengths.get_mut(slot) {
+            *length = len;
+        }
+    }
+
     /// Forgets everything.
     pub fn clear(&mut self) {
         self.lengths.fill(0);
@@ -114,6 +121,11 @@ impl KVCache {
         }
         self.config.max_seq_len = max_seq_len;
         Ok(())
+    }
+
+    /// The type of what is stored; none without layers.
+    pub(crate) fn dtype(&self) -> Option<DType> {
+        self.keys.first().map(Tensor::dtype)
     }
 
     /// Memory held, in bytes.

@@ -5,6 +5,7 @@ mod block;
 mod config;
 mod convert;
 mod decoder;
+mod decoding;
 mod families;
 mod foreign;
 #[cfg(feature = "hub")]
@@ -25,6 +26,7 @@ pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::{GenerationDefaults, ModelConfig};
 pub use decoder::{LinearInfo, Model, Rows};
+pub(crate) use decoding::{Decoded, Decoding, DecodingChoice, DecodingRow};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};
 pub(crate) use json_object::JsonObject;

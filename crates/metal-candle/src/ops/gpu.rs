@@ -50,6 +50,57 @@ pub(super) fn are_aligned(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))
 }
 
+/// Words that the CPU writes and reads often, all zero, on the device of `like`.
+pub(crate) fn words(count: usize, like: &Tensor) -> Result<Tensor> {
+    Ok(gpu::words(count, like.device())?)
+}
+
+/// Writes words made by [`words`]; the device must have done what it was given.
+pub(crate) fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
+    Ok(gpu::write_words(to, words)?)
+}
+
+/// Waits for the device and reads words made by [`words`].
+pub(crate) fn read_words(from: &Tensor) -> Result<Vec<u32>> {
+    Ok(gpu::read_words(from)?)
+}
+
+/// Work that was recorded once and can be done again: a CUDA graph.
+#[derive(Debug)]
+pub(crate) struct Recording {
+    #[cfg(feature = "cuda")]
+    graph: gpu::cuda::Graph,
+}
+
+impl Recording {
+    /// Does the work again.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn replay(&mut self) -> Result<()> {
+        Ok(self.graph.replay()?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
+    pub(crate) fn replay(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Records what `work` gives to the device of `like`, without doing it; nothing where that is not possible. `work` must not
+/// allocate and must have been done before.
+#[cfg(feature = "cuda")]
+pub(crate) fn record(like: &Tensor, work: impl FnOnce() -> Result<()>) -> Result<Option<Recording>> {
+    let candle_core::Device::Cuda(device) = like.device() else { return Ok(None) };
+    let work = || work().map_err(candle_core::Error::wrap);
+    Ok(Some(Recording { graph: gpu::cuda::Graph::record(device, work)? }))
+}
+
+#[cfg(not(feature = "cuda"))]
+#[allow(clippy::unnecessary_wraps)]
+pub(crate) fn record(_: &Tensor, _: impl FnOnce() -> Result<()>) -> Result<Option<Recording>> {
+    Ok(None)
+}
+
 /// Launches a kernel of `elementwise.metal` that takes four elements a thread and the words `count` and `is_aligned` first.
 pub(super) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
     let count = tensors[0].elem_count();

@@ -4,6 +4,7 @@
 //! `metal-candle-kernels`; the `plain_*` functions are the same in candle's operations on detached tensors, which is the
 //! reference in tests, and what runs where there is no kernel.
 
+pub(crate) mod adam;
 pub(crate) mod attention;
 mod attention_gpu;
 pub(crate) mod cache_write;
@@ -17,6 +18,8 @@ pub(crate) mod rms_norm;
 pub(crate) mod rotary;
 mod spans;
 pub(crate) mod swiglu;
+#[cfg(all(test, any(feature = "metal", feature = "cuda")))]
+mod gpu_tests;
 #[cfg(test)]
 mod tests;
 

@@ -4,7 +4,7 @@ use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu};
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 use metal_candle_kernels as kernels;
 use std::sync::{Arc, RwLock};
 
@@ -53,6 +53,13 @@ impl RotaryTable {
             if gpu::has_kernels(like) { Ok(rows) } else { rows.to_dtype(like.dtype()) }
         };
         Ok(Rotation { cos: gather(&rows.cos)?, sin: gather(&rows.sin)? })
+    }
+
+    /// Cosines and sines of the first `positions`, `[positions, head_dim / 2]` each, in f32.
+    pub(crate) fn on_device(&self, positions: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+        let (rows, half) = (self.rows(positions)?, self.frequencies.len());
+        let part = |table: &[f32]| Tensor::from_slice(&table[..positions * half], (positions, half), device);
+        Ok((part(&rows.cos)?, part(&rows.sin)?))
     }
 
     fn rows(&self, positions: usize) -> Result<Arc<Rows>> {

@@ -5,11 +5,12 @@
 use super::linear::{self, Linear, Wanted};
 use super::rms_norm::RmsNorm;
 use super::rotary::RotaryTable;
+use super::attention::{Cached, Spans};
 use super::{LowRank, Magnitude, attention, embedding, head, swiglu, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AttentionShape, Row};
 
-fn random(shape: &[usize], seed: u64) -> Tensor {
+pub(super) fn random(shape: &[usize], seed: u64) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let count = shape.iter().product();
     let values: Vec<f32> = std::iter::repeat_with(|| {
@@ -23,7 +24,7 @@ fn random(shape: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-fn values(tensor: &Tensor) -> Vec<f32> {
+pub(super) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -47,10 +48,11 @@ fn attention_equals_its_twin() {
         let q = random(&[tokens, heads * head_dim], 1);
         let k = random(&[tokens, kv_heads * head_dim], 2);
         let v = random(&[tokens, kv_heads * head_dim], 3);
-        let saved = attention::forward(shape, &q, &k, &v, &OFFSETS).unwrap();
+        let spans = Spans::new(&OFFSETS, shape, None, &q).unwrap();
+        let saved = attention::forward(shape, &q, &k, &v, &spans).unwrap();
         assert_close(&saved.out, &attention::plain_forward(shape, &q, &k, &v, &OFFSETS).unwrap(), 1e-5);
         let d_out = random(&[tokens, heads * head_dim], 4);
-        let (dq, dk, dv) = attention::backward(shape, (&q, &k, &v), &saved, &OFFSETS, &d_out).unwrap();
+        let (dq, dk, dv) = attention::backward(shape, (&q, &k, &v), &saved, &spans, &d_out).unwrap();
         let (pq, pk, pv) = attention::plain_backward(shape, (&q, &k, &v), &OFFSETS, &d_out).unwrap();
         assert_close(&dq, &pq, 1e-5);
         assert_close(&dk, &pk, 1e-5);
@@ -66,7 +68,9 @@ fn attention_over_a_cache_equals_its_twin() {
         let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
         let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
         let q = random(&[72, 96], 7);
-        let found = attention::with_cache(shape, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
+        let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
+        let spans = Spans::new(&offsets, shape, Some(cached), &q).unwrap();
+        let found = attention::with_cache(shape, &q, (&keys, &values), &spans).unwrap();
         let expected = attention::plain_with_cache(shape, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
         assert_close(&found, &expected, tolerance);
     }
@@ -78,7 +82,8 @@ fn large_scores_stay_finite() {
     let q = random(&[200, 4], 8).affine(60.0, 0.0).unwrap();
     let k = random(&[200, 4], 9).affine(60.0, 0.0).unwrap();
     let v = random(&[200, 4], 10);
-    let found = attention::forward(shape, &q, &k, &v, &[0, 200]).unwrap();
+    let spans = Spans::new(&[0, 200], shape, None, &q).unwrap();
+    let found = attention::forward(shape, &q, &k, &v, &spans).unwrap();
     assert_close(&found.out, &attention::plain_forward(shape, &q, &k, &v, &[0, 200]).unwrap(), 1e-4);
 }
 
@@ -131,12 +136,12 @@ fn cross_entropy_equals_its_twin() {
         let logits = linear::product(&hidden, &weight).unwrap();
         let (losses, gradient) = head::plain_cross_entropy(&logits, &rows, smoothing, Some(0.25)).unwrap();
         let gradient = gradient.unwrap();
-        for (a, b) in found.rows.iter().zip(&losses) {
+        for (a, b) in found.rows().unwrap().iter().zip(&losses) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
+        assert_eq!(run(None).rows().unwrap(), found.rows().unwrap());
         assert_close(&found.gradients.input.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
         assert_close(&found.gradients.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
-        assert_eq!(run(None).rows, found.rows);
     }
     let outside = [Row { target: 53, weight: 1.0 }];
     assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &layer, None, None, &outside, 0.0, None).is_err());

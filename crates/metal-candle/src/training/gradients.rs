@@ -2,6 +2,7 @@
 
 use super::in_place::{change_with, part};
 use crate::error::{Error, Result};
+use crate::ops::adam;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
 
@@ -44,6 +45,9 @@ impl GradientSum {
 /// # Errors
 /// The device fails.
 pub fn global_norm(tensor: &Tensor) -> Result<f64> {
+    if adam::has_kernels(tensor) && tensor.is_contiguous() {
+        return Ok(f64::from(adam::sum_of_squares(tensor)?).sqrt());
+    }
     if !tensor.device().is_cpu() {
         return Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt());
     }

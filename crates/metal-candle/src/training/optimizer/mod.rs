@@ -14,6 +14,7 @@ pub use settings::{
 use super::in_place::{change_bytes, change_with};
 use super::trained::Parameter;
 use crate::error::{Error, Result};
+use crate::ops::adam;
 use candle_core::{DType, Tensor};
 use layout::Layout;
 use step::Step;
@@ -35,6 +36,8 @@ pub struct Optimizer {
     buffer: Tensor,
     /// Codes of first moments, then of second ones: u8.
     codes: Option<Tensor>,
+    /// The sections as kernels of other devices than the CPU read them, once they were needed.
+    table: Option<Tensor>,
     average: Average,
     step: usize,
 }
@@ -101,7 +104,7 @@ impl Optimizer {
             0 => None,
             count => Some(Tensor::zeros(2 * count, DType::U8, device)?),
         };
-        let optimizer = Self { config, layout, buffer, codes, average: Average::default(), step: 0 };
+        let optimizer = Self { config, layout, buffer, codes, table: None, average: Average::default(), step: 0 };
         let values = values.contiguous()?;
         optimizer.buffer.slice_set(&values, 0, 0)?;
         if let OptimizerConfig::ScheduleFreeAdamW(_) = config {
@@ -217,6 +220,18 @@ impl Optimizer {
     /// The shape is another, or the device fails.
     pub fn step(&mut self, gradients: &Tensor, learning_rate: f64, gradient_scale: f64) -> Result<()> {
         let step = self.begin(gradients, learning_rate, gradient_scale)?;
+        if let Step::Adam(step) = &step
+            && adam::has_kernels(&self.buffer)
+        {
+            let sections = &self.layout.sections;
+            let table = match &self.table {
+                Some(table) => table,
+                None => self.table.insert(adam::table(sections, self.buffer.device())?),
+            };
+            let n = self.layout.num_parameters;
+            let moments = (n, n + self.layout.slots[0].len);
+            return adam::step(&self.buffer, &gradients.contiguous()?, (table, sections), moments, step);
+        }
         if !self.buffer.device().is_cpu() {
             return tensors::step(&self.buffer, gradients, &self.layout, &step);
         }

@@ -1,0 +1,373 @@
+//! Single-token steps on a device with kernels: five kernels a block, no memory that is not there yet, and the chosen token
+//! stays on the device.
+
+use super::block::{Block, DOWN, GATE, K, O, Q, UP, V};
+use super::decoder::NUM_LINEARS;
+use super::{KVCache, Model};
+use crate::error::{Error, Result};
+use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
+use crate::ops::{LowRank, LowRankTerms};
+use candle_core::{DType, Tensor};
+
+/// Most tokens that a group of threads takes together.
+const MAX_BATCH: usize = 8;
+
+/// Most floats of normed tokens in the memory of a group: with what else is there, less than 32 KiB.
+const MAX_NORMED: usize = 7168;
+
+/// Largest rank of a term.
+const MAX_RANK: usize = 64;
+
+/// Threads of a group: for projections, for attention, for the head, for the choice.
+const THREADS: usize = 128;
+const ATTENTION_THREADS: usize = 512;
+const HEAD_THREADS: usize = 256;
+const SAMPLING_THREADS: usize = 512;
+
+/// Rows of the head that a warp takes.
+const HEAD_ROWS: usize = 8;
+
+/// A token to go on from, and how the next one is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct DecodingRow {
+    pub(crate) id: u32,
+    /// The number of tokens before it.
+    pub(crate) position: usize,
+    pub(crate) slot: usize,
+    pub(crate) choice: DecodingChoice,
+}
+
+/// How a token is chosen on the device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct DecodingChoice {
+    /// 0 for the largest logit.
+    pub(crate) temperature: f32,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+    /// 0 for all.
+    pub(crate) top_k: usize,
+    /// The state of the generator.
+    pub(crate) random: u64,
+}
+
+/// What was chosen for a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Decoded {
+    pub(crate) token: u32,
+    /// The logarithm of its probability before all filters; no number if the logits are none.
+    pub(crate) log_probability: f32,
+    /// The state of the generator afterwards.
+    pub(crate) random: u64,
+}
+
+/// The buffers of a batch of tokens, and the recorded step.
+#[derive(Debug)]
+pub(crate) struct Decoding {
+    /// What is on the device: rows as the next step takes them.
+    rows: Vec<DecodingRow>,
+    max_seq_len: usize,
+    batch: usize,
+    state: Tensor,
+    settings: Tensor,
+    result: Tensor,
+    x: Tensor,
+    q: Tensor,
+    attention: Tensor,
+    activation: Tensor,
+    logits: Tensor,
+    parts: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    recording: Option<Recording>,
+}
+
+impl Model {
+    /// Whether [`Model::decode`] can run here with these terms.
+    pub(crate) fn can_decode(&self, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
+        let config = self.config();
+        let widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim];
+        let dtype = self.activation_dtype();
+        let is_usual = |block: &Block| {
+            let weights = block.linears.iter().all(|linear| linear.weight.dtype() == dtype);
+            let biases = [O, GATE, UP, DOWN].iter().all(|&place| block.linears[place].bias.is_none());
+            let same = [Q, K, V].iter().all(|&p| block.linears[p].bias.is_some() == block.linears[Q].bias.is_some());
+            weights && biases && same
+        };
+        let head = self.head_number();
+        let fits = |(number, term): (usize, &LowRank)| {
+            let is_plain = term.start.is_none() && term.magnitude.is_none() && term.a.dtype() == dtype;
+            is_plain && term.a.dims()[0] <= MAX_RANK && (number < self.embedding_number() || number == head)
+        };
+        gpu::has_kernels(&self.inner.embedding)
+            && cache.dtype() == Some(dtype)
+            && widths.iter().all(|width| width.is_multiple_of(8))
+            && config.hidden_size <= MAX_NORMED
+            && config.head_dim.is_multiple_of(8)
+            && config.head_dim <= 128
+            && self.inner.blocks.iter().all(is_usual)
+            && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
+    }
+
+    /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
+    /// as it is.
+    pub(crate) fn decode(
+        &self,
+        decoding: &mut Option<Decoding>,
+        rows: &[DecodingRow],
+        terms: Option<&LowRankTerms>,
+        cache: &mut KVCache,
+    ) -> Result<Vec<Decoded>> {
+        self.device().pooled(|| {
+            let max_seq_len = cache.config().max_seq_len;
+            let is_same = |held: &Decoding| held.rows.len() == rows.len() && held.max_seq_len == max_seq_len;
+            if !decoding.as_ref().is_some_and(is_same) {
+                *decoding = Some(self.new_decoding(rows.len(), max_seq_len)?);
+            }
+            let held = decoding.as_mut().ok_or(Error::Stopped)?;
+            if held.rows != rows {
+                held.write(rows)?;
+            }
+            if let Some(recording) = &mut held.recording {
+                recording.replay()?;
+            } else {
+                self.launch_step(held, terms, cache)?;
+                // what was compiled for the first step can be recorded for the next ones
+                held.recording = gpu::record(&held.x, || self.launch_step(held, terms, cache))?;
+            }
+            let words = gpu::read_words(&held.result)?;
+            let decoded: Vec<Decoded> = words
+                .chunks_exact(4)
+                .map(|words| Decoded {
+                    token: words[0],
+                    log_probability: f32::from_bits(words[1]),
+                    random: u64::from(words[2]) | (u64::from(words[3]) << 32),
+                })
+                .collect();
+            for (row, decoded) in held.rows.iter_mut().zip(&decoded) {
+                row.id = decoded.token;
+                row.position += 1;
+                row.choice.random = decoded.random;
+            }
+            Ok(decoded)
+        })
+    }
+
+    /// The logits of the last step of [`Model::decode`]: `[rows, vocab_size]`, f32.
+    pub(crate) fn decoded_logits<'a>(&self, decoding: &'a Decoding) -> &'a Tensor {
+        &decoding.logits
+    }
+
+    fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
+        let config = self.config();
+        let like = &self.inner.embedding;
+        let batch = rows.min(MAX_BATCH).min(MAX_NORMED / config.hidden_size);
+        let (cosines, sines) = self.inner.rotary.on_device(max_seq_len, like.device())?;
+        let empty = |width: usize| gpu::empty((rows, width), like);
+        let heads = config.num_attention_heads * config.head_dim;
+        let groups = config.vocab_size.div_ceil(HEAD_THREADS / 32 * HEAD_ROWS);
+        Ok(Decoding {
+            rows: vec![UNSET; rows],
+            max_seq_len,
+            batch,
+            state: gpu::words(5 * rows, like)?,
+            settings: gpu::words(5 * rows, like)?,
+            result: gpu::words(4 * rows, like)?,
+            x: empty(config.hidden_size)?,
+            q: empty(heads)?,
+            attention: empty(heads)?,
+            activation: empty(config.intermediate_size)?,
+            logits: gpu::empty_f32((rows, config.vocab_size), like)?,
+            parts: gpu::empty_f32(3 * rows * groups, like)?,
+            cosines,
+            sines,
+            recording: None,
+        })
+    }
+
+    fn kernel(&self, name: &'static str, batch: usize) -> Kernel {
+        let config = self.config();
+        Kernel::new(Source::Decode, name, self.activation_dtype())
+            .with("BATCH", batch)
+            .with("HIDDEN", config.hidden_size)
+            .with("HEAD_DIM", config.head_dim)
+            .with("DECODE_WARPS", ATTENTION_THREADS / 32)
+            .with("GATED_ROWS", 1)
+            .with("HEAD_ROWS", HEAD_ROWS)
+    }
+
+    fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
+        let rows = held.rows.len();
+        let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
+        let args = [Arg::In(&self.inner.embedding), Arg::In(&held.state), Arg::Out(&held.x)];
+        gpu::launch(&self.kernel("decode_embed", held.batch), Grid::row(rows, THREADS), &args, &[hidden.into()])?;
+        for block in &self.inner.blocks {
+            self.launch_block(block, held, terms, cache)?;
+        }
+        let chunks = rows.div_ceil(held.batch);
+        let groups = vocab.div_ceil(HEAD_THREADS / 32 * HEAD_ROWS);
+        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_number())));
+        let norm = &self.inner.norm;
+        let args = [
+            Arg::In(&held.x),
+            Arg::In(&norm.weight),
+            Arg::In(&self.inner.head.weight),
+            a,
+            b,
+            Arg::Out(&held.logits),
+            Arg::Out(&held.parts),
+        ];
+        let words = [rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
+        gpu::launch(&self.kernel("decode_head", held.batch), Grid::row(groups * chunks, HEAD_THREADS), &args, &words)?;
+        let args = [
+            Arg::In(&held.logits),
+            Arg::In(&held.parts),
+            Arg::In(&held.settings),
+            Arg::Out(&held.state),
+            Arg::Out(&held.result),
+        ];
+        let words = [vocab.into(), rows.into(), groups.into()];
+        gpu::launch(&Kernel::new(Source::Sampling, "sample", DType::F32), Grid::row(rows, SAMPLING_THREADS), &args, &words)
+    }
+
+    fn launch_block(&self, block: &Block, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
+        let config = self.config();
+        let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.batch));
+        let term = |place: usize| term_args(terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place)));
+        let weight = |place: usize| Arg::In(&block.linears[place].weight);
+        let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
+        let (keys, values) = cache.layer(block.layer);
+        let [q, k, v] = [Q, K, V].map(term);
+        let norm = &block.input_layernorm;
+        let args = [
+            Arg::In(&held.x),
+            Arg::In(&norm.weight),
+            weight(Q),
+            bias(Q),
+            weight(K),
+            bias(K),
+            weight(V),
+            bias(V),
+            q.0,
+            q.1,
+            k.0,
+            k.1,
+            v.0,
+            v.1,
+            Arg::In(&held.cosines),
+            Arg::In(&held.sines),
+            Arg::In(&held.state),
+            Arg::Out(&held.q),
+            Arg::Out(keys),
+            Arg::Out(values),
+        ];
+        let words = [
+            rows.into(),
+            (norm.eps as f32).into(),
+            heads.into(),
+            kv_heads.into(),
+            (head_dim / 2).into(),
+            held.max_seq_len.into(),
+            block.linears[Q].bias.is_some().into(),
+            q.2.into(),
+            k.2.into(),
+            v.2.into(),
+            q.3.into(),
+            k.3.into(),
+            v.3.into(),
+        ];
+        let groups = (heads + 2 * kv_heads) * (head_dim / 2) / (THREADS / 32);
+        let kernel = self.kernel("decode_projections", held.batch);
+        gpu::launch(&kernel, Grid::row(groups * chunks, THREADS), &args, &words)?;
+
+        let args =
+            [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
+        let words =
+            [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
+        let kernel = self.kernel("decode_attention", held.batch);
+        gpu::launch(&kernel, Grid::plane((heads, rows), ATTENTION_THREADS), &args, &words)?;
+
+        self.launch_linear(block, O, term(O), &held.attention, held)?;
+
+        let [gate, up] = [GATE, UP].map(term);
+        let norm = &block.post_attention_layernorm;
+        let args = [
+            Arg::In(&held.x),
+            Arg::In(&norm.weight),
+            weight(GATE),
+            weight(UP),
+            gate.0,
+            gate.1,
+            up.0,
+            up.1,
+            Arg::Out(&held.activation),
+        ];
+        let inner = config.intermediate_size;
+        let words = [
+            rows.into(),
+            (norm.eps as f32).into(),
+            inner.into(),
+            gate.2.into(),
+            up.2.into(),
+            gate.3.into(),
+            up.3.into(),
+        ];
+        let groups = inner.div_ceil(THREADS / 32);
+        gpu::launch(&self.kernel("decode_gated", held.batch), Grid::row(groups * chunks, THREADS), &args, &words)?;
+
+        self.launch_linear(block, DOWN, term(DOWN), &held.activation, held)
+    }
+
+    /// A linear layer whose result is added to the stream.
+    fn launch_linear(&self, block: &Block, place: usize, term: TermArgs, x: &Tensor, held: &Decoding) -> Result<()> {
+        let (a, b, rank, scale) = term;
+        let weight = &block.linears[place].weight;
+        let (out_features, in_features) = weight.dims2()?;
+        let rows = held.rows.len();
+        let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];
+        let words = [rows.into(), in_features.into(), out_features.into(), rank.into(), scale.into()];
+        let groups = out_features.div_ceil(2 * THREADS / 32) * rows.div_ceil(held.batch);
+        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, THREADS), &args, &words)
+    }
+}
+
+/// A and B of a term, its rank and its scale.
+type TermArgs<'a> = (Arg<'a>, Arg<'a>, usize, f32);
+
+fn term_args(term: Option<&LowRank>) -> TermArgs<'_> {
+    match term {
+        Some(term) => (Arg::In(&term.a), Arg::In(&term.b), term.a.dims()[0], term.scale),
+        None => (Arg::None, Arg::None, 0, 0.0),
+    }
+}
+
+/// A row that no sequence is at.
+const UNSET: DecodingRow = DecodingRow {
+    id: u32::MAX,
+    position: usize::MAX,
+    slot: usize::MAX,
+    choice: DecodingChoice { temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0, random: 0 },
+};
+
+impl Decoding {
+    /// Tells the device the rows.
+    fn write(&mut self, rows: &[DecodingRow]) -> Result<()> {
+        let mut state = Vec::with_capacity(5 * rows.len());
+        state.extend(rows.iter().map(|row| row.id));
+        state.extend(rows.iter().map(|row| row.position as u32));
+        state.extend(rows.iter().map(|row| row.slot as u32));
+        state.extend(rows.iter().flat_map(|row| [row.choice.random as u32, (row.choice.random >> 32) as u32]));
+        let settings: Vec<u32> = rows
+            .iter()
+            .flat_map(|row| {
+                let DecodingChoice { temperature, top_p, min_p, top_k, .. } = row.choice;
+                [temperature.to_bits(), top_p.to_bits(), min_p.to_bits(), top_k as u32, 1]
+            })
+            .collect();
+        gpu::write_words(&self.state, &state)?;
+        gpu::write_words(&self.settings, &settings)?;
+        self.rows.clear();
+        self.rows.extend_from_slice(rows);
+        Ok(())
+    }
+}
