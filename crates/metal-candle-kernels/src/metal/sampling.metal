@@ -37,12 +37,16 @@ struct Filter {
     uint pivot; // tokens that rank before this one count; the size of the vocabulary for all
 };
 
-FUNCTION float weight_of(float logit, uint id, Filter f) {
+// What temperature and top-k leave.
+FUNCTION float weight_before_min_p(float logit, uint id, Filter f) {
     const uint bits = ordered(logit);
     if (bits < f.least || (bits == f.least && id > f.last_equal)) return 0.0f;
-    const float weight = EXP((logit - f.maximum) / f.temperature);
-    if (weight < f.min_p) return 0.0f;
-    return weight;
+    return EXP((logit - f.maximum) / f.temperature);
+}
+
+FUNCTION float weight_of(float logit, uint id, Filter f) {
+    const float weight = weight_before_min_p(logit, id, f);
+    return weight < f.min_p ? 0.0f : weight;
 }
 
 FUNCTION bool ranks_before(float weight, uint id, Filter f, uint vocab) {
@@ -153,8 +157,11 @@ KERNEL(sample)
         for (uint attempt = 0; attempt < 64; attempt++) {
             // each warp's part of the probability, then the warp and the place in it at which the number lies
             float part = 0.0f;
+            float whole = 0.0f;
             for (uint i = begin + lane; i < end; i += 32) {
-                const float weight = weight_of(logits[i], i, f);
+                const float before_min_p = weight_before_min_p(logits[i], i, f);
+                whole += before_min_p;
+                const float weight = before_min_p < f.min_p ? 0.0f : before_min_p;
                 if (ranks_before(weight, i, f, p.vocab)) part += weight;
             }
             part = warp_sum(part);
@@ -163,7 +170,8 @@ KERNEL(sample)
             BARRIER;
             float all = 0.0f;
             for (uint i = 0; i < num_warps; i++) all += sums[i];
-            if (attempt == 0) total = all;
+            // top-p is a share of what min-p has not yet filtered
+            if (attempt == 0) total = group_sum(whole, scratch, lane, warp, threads);
             if (me == 0) shared_target = float(next_random(random) >> 40) * (1.0f / 16777216.0f) * all;
             BARRIER;
             float target = shared_target;

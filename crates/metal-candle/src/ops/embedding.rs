@@ -65,7 +65,7 @@ pub(crate) fn term_backward(weight: &Tensor, term: &LowRank, ids: &[u32], dx: &T
     let x = with_term(weight.index_select(&indices, 0)?.to_dtype(dx.dtype())?, term, &indices)?;
     let d_magnitude = (column_dots(dx, &x)? * &reciprocal_norms)?;
     let factors = (magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?;
-    let of_matrices = matrices_backward(term, &indices, &scale_columns(dx.copy()?, &factors)?)?;
+    let of_matrices = matrices_backward(term, &indices, &scale_columns(dx.force_contiguous()?, &factors)?)?;
     Ok(TermGradients { magnitude: Some(d_magnitude), ..of_matrices })
 }
 

@@ -55,7 +55,7 @@ fn norms() {
             let plain = RmsNorm { weight: weight_cpu, eps: 1e-6 };
             assert!(gpu::has_kernels(&x));
             assert_near("norm", &norm.forward(&x).unwrap(), &plain.plain_forward(&x_cpu).unwrap(), tolerance);
-            let (dx, dw) = norm.backward(&x, &dy, base.copy().unwrap(), true).unwrap();
+            let (dx, dw) = norm.backward(&x, &dy, base.force_contiguous().unwrap(), true).unwrap();
             let expected = plain.plain_backward(&x_cpu, &dy_cpu, &base_cpu, true).unwrap();
             assert_near("dx", &dx, &expected.0, 2.0 * tolerance);
             assert_near("dw", &dw.unwrap(), &expected.1.unwrap(), 2.0 * tolerance);
@@ -73,12 +73,12 @@ fn activation_rotation_bias_residual_and_dropout() {
             let (dy, dy_cpu) = both(&[rows, width], 3, dtype, 0);
             let found = swiglu::forward(&gate, &up).unwrap();
             assert_near("swiglu", &found, &swiglu::plain_forward(&gate_cpu, &up_cpu).unwrap(), tolerance);
-            let (d_gate, d_up) = swiglu::backward(&gate, &up, dy.copy().unwrap()).unwrap();
+            let (d_gate, d_up) = swiglu::backward(&gate, &up, dy.force_contiguous().unwrap()).unwrap();
             let expected = swiglu::plain_backward(&gate_cpu, &up_cpu, &dy_cpu).unwrap();
             assert_near("d_gate", &d_gate, &expected.0, tolerance);
             assert_near("d_up", &d_up, &expected.1, tolerance);
 
-            let sum = linear::add_scaled(dy.copy().unwrap(), -0.5, &gate).unwrap();
+            let sum = linear::add_scaled(dy.force_contiguous().unwrap(), -0.5, &gate).unwrap();
             assert_near("sum", &sum, &(&dy_cpu - (&gate_cpu * 0.5).unwrap()).unwrap(), tolerance);
             let (bias, bias_cpu) = both(&[width], 4, dtype, 1);
             let layer = Linear { weight: random(&[width, width], 5).to_dtype(dtype).unwrap(), bias: None };
@@ -91,7 +91,7 @@ fn activation_rotation_bias_residual_and_dropout() {
             assert_near("residual", &found, &(expected + &dy_cpu).unwrap(), 2.0 * tolerance);
             let factors = random(&[width], 6);
             let scaled =
-                linear::scale_columns(dy.copy().unwrap(), &factors.to_device(&device()).unwrap()).unwrap();
+                linear::scale_columns(dy.force_contiguous().unwrap(), &factors.to_device(&device()).unwrap()).unwrap();
             assert_near("columns", &scaled, &dy_cpu.broadcast_mul(&factors).unwrap(), tolerance);
 
             let term = LowRank { dropout: 0.4, ..LowRank::new(random(&[1, 1], 1), random(&[1, 1], 2), 1.0) };
@@ -105,7 +105,7 @@ fn activation_rotation_bias_residual_and_dropout() {
         let rotation = table.rotation(&positions, &q).unwrap();
         let plain = table.rotation(&positions, &q_cpu).unwrap();
         for inverse in [false, true] {
-            let (q, k) = (q.copy().unwrap(), k.copy().unwrap());
+            let (q, k) = (q.force_contiguous().unwrap(), k.force_contiguous().unwrap());
             let (q, k) = rotation.apply_to_both(q, k, inverse).unwrap();
             assert_near("q", &q, &plain.plain(&q_cpu, inverse).unwrap(), tolerance);
             assert_near("k", &k, &plain.plain(&k_cpu, inverse).unwrap(), tolerance);
@@ -129,7 +129,7 @@ fn products_and_low_rank_terms() {
             assert_near("y", &found, &expected, 2.0 * tolerance);
             let wanted = linear::Wanted { input: true, weight: true, bias: false };
             let found =
-                layer.backward(Some(&x), Some(&term), None, &dy, wanted, Some(before.copy().unwrap())).unwrap();
+                layer.backward(Some(&x), Some(&term), None, &dy, wanted, Some(before.force_contiguous().unwrap())).unwrap();
             let expected =
                 plain.backward(Some(&x_cpu), Some(&plain_term), None, &dy_cpu, wanted, Some(before_cpu)).unwrap();
             assert_near("dx", &found.input.unwrap(), &expected.input.unwrap(), 3.0 * tolerance);

@@ -139,7 +139,7 @@ impl Linear {
         let p = self.base(&dropped_x, Some(term), Some(&z), Start::Zero)?;
         let d_magnitude = (column_dots(dy, &p)? * reciprocal_norms)?;
         drop(p);
-        let dp = scale_columns(dy.copy()?, &factors)?;
+        let dp = scale_columns(dy.force_contiguous()?, &factors)?;
         let (of_term, dz) = term_gradients(&dropped_x, term, &dp)?;
         gradients.term = Some(TermGradients { magnitude: Some(d_magnitude), ..of_term });
         if !wanted.input {
@@ -306,7 +306,7 @@ fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor
     let (y, bias, mut beta) = match start {
         Start::Zero => (gpu::empty(shape, parts[0].x)?, None, 0.0),
         Start::Row(row) => (gpu::empty(shape, parts[0].x)?, Some(row), 0.0),
-        Start::Matrix(matrix) => (matrix.copy()?, None, 1.0),
+        Start::Matrix(matrix) => (matrix.force_contiguous()?, None, 1.0),
         Start::Sum(matrix) => (matrix, None, 1.0),
     };
     for part in parts {

@@ -1,8 +1,9 @@
 //! Every device against the golden numbers: `on_each_device!` runs a test on the CPU and, with the feature, on Metal or CUDA.
 
 use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, values};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
+use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
 use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Trainable};
 use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, ModelLoader};
@@ -36,6 +37,8 @@ on_each_device! {
     all_gradients_match_torch,
     ten_training_losses_match_peft,
     cached_generation_matches_the_cpu,
+    generated_tokens_match_the_cpu,
+    logits_that_are_no_numbers_are_an_error,
     the_built_in_model_trains_and_generates,
 }
 
@@ -180,6 +183,54 @@ fn cached_generation_matches_the_cpu(device: Device) {
     let greedy = &json("logits/sharded.json")["greedy"];
     let expected = super::decoder::ids(&greedy["continuation"]);
     assert_eq!(continuation(&model, &super::decoder::ids(&greedy["prompt"]), 12), expected[..12]);
+}
+
+/// Through the generator, which lets a device with kernels choose the tokens: greedily and by draws, with and without an adapter,
+/// alone and many side by side.
+fn generated_tokens_match_the_cpu(device: Device) {
+    let name = "models/gqa-tied";
+    let (model, cpu) = (load(name, device, DType::F32), load(name, Device::CPU, DType::F32));
+    let prompts: Vec<Vec<u32>> = (0..11).map(|i| (0..=i).map(|j| (i * 7 + j * 3) % 90).collect()).collect();
+    let samplings = [
+        SamplingConfig::greedy(),
+        SamplingConfig::default().with_seed(1),
+        SamplingConfig::default().with_temperature(0.7).with_top_k(5).with_seed(2),
+        SamplingConfig::default().with_top_p(0.6).with_seed(3),
+        SamplingConfig::default().with_temperature(1.3).with_min_p(0.2).with_top_p(0.9).with_top_k(20).with_seed(4),
+        SamplingConfig::greedy().with_repetition_penalty(1.3),
+    ];
+    let adapter = |model: &Model| Some(terms(model, "lora/all-linear"));
+    for with_adapter in [false, true] {
+        let mut generators = [&model, &cpu].map(|model| {
+            let mut generator = Generator::new(model.clone());
+            generator.set_adapter(adapter(model).filter(|_| with_adapter));
+            generator
+        });
+        for sampling in &samplings {
+            let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() };
+            let config = GenerationConfig { sampling: sampling.clone(), ..config.with_max_tokens(12) };
+            let [found, expected] = generators.each_mut().map(|generator| {
+                let mut all = generator.generate_batch(prompts.clone(), std::slice::from_ref(&config)).unwrap();
+                all.push(generator.generate(prompts[4].clone(), &config).unwrap());
+                all
+            });
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.tokens, expected.tokens, "{sampling:?}, adapter: {with_adapter}");
+                for (a, b) in found.log_probabilities.iter().zip(&expected.log_probabilities) {
+                    assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
+                }
+            }
+        }
+    }
+}
+
+/// A weight that is no number makes logits of which none can be chosen.
+fn logits_that_are_no_numbers_are_an_error(device: Device) {
+    let model = load("models/gqa-tied", device, DType::F32);
+    let norm = Tensor::full(f32::NAN, model.config().hidden_size, &device.candle()).unwrap();
+    let broken = model.with_parameters([("model.norm.weight".to_string(), norm)].into()).unwrap();
+    let error = Generator::new(broken).generate(vec![1u32, 2], &GenerationConfig::default()).unwrap_err();
+    assert!(error.to_string().contains("NaN"), "{error}");
 }
 
 fn the_built_in_model_trains_and_generates(device: Device) {
