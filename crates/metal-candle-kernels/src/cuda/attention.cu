@@ -482,6 +482,10 @@ struct CachedWords {
     int max_seq;
     float scale;
 };
+struct SumWords {
+    unsigned long long elements;
+    int splits;
+};
 struct SplitWords {
     int heads;
     int kv_heads;
@@ -971,7 +975,9 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
 // dk = sum of dk_part's parts (blockIdx.y 0) and dv likewise (1); elements = tokens * kv_heads * HEAD_DIM.
 extern "C" __global__ void __launch_bounds__(256)
     flash_backward_sum(const float* __restrict__ dk_part, const float* __restrict__ dv_part, elem* __restrict__ dk,
-                       elem* __restrict__ dv, unsigned long long elements, int splits) {
+                       elem* __restrict__ dv, const SumWords p) {
+    const unsigned long long elements = p.elements;
+    const int splits = p.splits;
     const unsigned long long at = ((unsigned long long)blockIdx.x * 256 + threadIdx.x) * 8;
     if (at >= elements) return;
     const float* part = blockIdx.y ? dv_part : dk_part;

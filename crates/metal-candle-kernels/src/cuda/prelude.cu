@@ -55,11 +55,14 @@ typedef bf16_t T;
 #define LOG(x) logf(x)
 #define SQRT(x) sqrtf(x)
 #define RSQRT(x) (1.0f / sqrtf(x))
-#define MAXIMUM(a, b) ((a) > (b) ? (a) : (b))
-#define MINIMUM(a, b) ((a) < (b) ? (a) : (b))
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 
+// functions, not macros: an argument may be a shuffle, which every thread must do as often
+FUNCTION float MAXIMUM(float a, float b) { return a > b ? a : b; }
+FUNCTION uint MAXIMUM(uint a, uint b) { return a > b ? a : b; }
+FUNCTION float MINIMUM(float a, float b) { return a < b ? a : b; }
+FUNCTION uint MINIMUM(uint a, uint b) { return a < b ? a : b; }
 FUNCTION float warp_sum(float x) {
     for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
     return x;

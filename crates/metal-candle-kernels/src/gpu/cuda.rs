@@ -5,7 +5,7 @@
 use super::{Arg, Grid, Kernel, Word};
 use candle_core::cuda_backend::cudarc::cublas::sys as blas;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaGraph, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
@@ -30,28 +30,43 @@ struct Words([u32; MAX_WORDS]);
 // SAFETY: an array of plain numbers, laid out as in C
 unsafe impl DeviceRepr for Words {}
 
-/// Kernels by ordinal of the device.
-type Functions = HashMap<(usize, Kernel), CudaFunction>;
+/// What was compiled, by ordinal of the device: all kernels of a source with the same constants are one module.
+#[derive(Default)]
+struct Compiled {
+    modules: HashMap<(usize, Kernel), Arc<CudaModule>>,
+    functions: HashMap<(usize, Kernel), CudaFunction>,
+}
 
 fn function(device: &CudaDevice, kernel: &Kernel) -> Result<CudaFunction> {
-    static FUNCTIONS: OnceLock<Mutex<Functions>> = OnceLock::new();
+    static COMPILED: OnceLock<Mutex<Compiled>> = OnceLock::new();
     let stream = device.cuda_stream();
     let context = stream.context();
     let key = (context.ordinal(), kernel.clone());
-    let mut functions = FUNCTIONS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(function) = functions.get(&key) {
+    let mut compiled = COMPILED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(function) = compiled.functions.get(&key) {
         return Ok(function.clone());
     }
+    let of_module = (context.ordinal(), Kernel { name: "", ..kernel.clone() });
+    let module = if let Some(module) = compiled.modules.get(&of_module) {
+        Arc::clone(module)
+    } else {
+        let module = compile(context, kernel)?;
+        compiled.modules.insert(of_module, Arc::clone(&module));
+        module
+    };
+    let function = module.load_function(kernel.name).map_err(candle_core::Error::wrap)?;
+    compiled.functions.insert(key, function.clone());
+    Ok(function)
+}
+
+fn compile(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule>> {
     let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
     let options = CompileOptions {
         options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
         ..CompileOptions::default()
     };
     let ptx = compile_ptx_with_opts(kernel.text(PRELUDE)?, options).map_err(candle_core::Error::wrap)?;
-    let module = context.load_module(ptx).map_err(candle_core::Error::wrap)?;
-    let function = module.load_function(kernel.name).map_err(candle_core::Error::wrap)?;
-    functions.insert(key, function.clone());
-    Ok(function)
+    context.load_module(ptx).map_err(candle_core::Error::wrap)
 }
 
 /// The address of the first element of a tensor's storage seen through its layout.

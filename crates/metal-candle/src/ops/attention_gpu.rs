@@ -94,6 +94,41 @@ pub(super) fn with_cache(
     Ok(out)
 }
 
+/// Blocks that are enough to keep a device busy.
+const MANY_BLOCKS: usize = 512;
+
+/// The gradients with respect to k and v on tensor cores. Where tiles of keys are few, the heads of a group are dealt to several
+/// blocks, whose sums are then added in their order.
+fn keys_and_values_backward(
+    shape: AttentionShape,
+    read: [Arg; 6],
+    (offsets, tiles): (&Tensor, &Tensor),
+    (dk, dv): (&Tensor, &Tensor),
+) -> Result<()> {
+    let num_tiles = tiles.elem_count() / 2;
+    let splits = (MANY_BLOCKS / (num_tiles * shape.kv_heads).max(1)).clamp(1, shape.heads / shape.kv_heads);
+    let mut grid = Grid::plane((num_tiles, shape.kv_heads * splits), TENSOR_CORE_THREADS);
+    grid.shared_bytes = (128 + 4 * 64) * 2 * shape.head_dim + 1024;
+    let mut words = vec![shape.heads.into(), shape.kv_heads.into(), shape.scale.into()];
+    let launch = |name, written: [&Tensor; 2], words: &[Word]| {
+        let written = [Arg::Out(written[0]), Arg::Out(written[1]), Arg::In(offsets), Arg::In(tiles)];
+        let args: Vec<Arg> = read.into_iter().chain(written).collect();
+        gpu::launch(&tensor_core(name, shape, dk), grid, &args, words)
+    };
+    if splits == 1 {
+        return launch("flash_backward_dkv", [dk, dv], &words);
+    }
+    let (tokens, width) = dk.dims2()?;
+    let parts = || gpu::empty_f32((splits, tokens, width), dk);
+    let (k_parts, v_parts) = (parts()?, parts()?);
+    words.extend([Word::from(tokens), splits.into()]);
+    launch("flash_backward_dkv_split", [&k_parts, &v_parts], &words)?;
+    let elements = tokens * width;
+    let grid = Grid::plane((elements.div_ceil(8 * 256), 2), 256);
+    let args = [Arg::In(&k_parts), Arg::In(&v_parts), Arg::Out(dk), Arg::Out(dv)];
+    gpu::launch(&tensor_core("flash_backward_sum", shape, dk), grid, &args, &[elements.into(), Word(0), splits.into()])
+}
+
 /// The gradients with respect to q, k and v.
 pub(super) fn backward(
     shape: AttentionShape,
@@ -134,11 +169,7 @@ pub(super) fn backward(
             let keys_at_once = if shape.head_dim <= 64 { 64 } else { 32 };
             grid.shared_bytes = (256 + 4 * keys_at_once) * 2 * shape.head_dim;
             gpu::launch(&tensor_core("flash_backward_dq", shape, q), grid, &args, &words)?;
-            let written = [Arg::Out(&dk), Arg::Out(&dv), Arg::In(offsets), Arg::In(keys)];
-            let args: Vec<Arg> = read.into_iter().chain(written).collect();
-            let mut grid = Grid::plane((keys.elem_count() / 2, shape.kv_heads), TENSOR_CORE_THREADS);
-            grid.shared_bytes = (128 + 4 * 64) * 2 * shape.head_dim + 1024;
-            gpu::launch(&tensor_core("flash_backward_dkv", shape, q), grid, &args, &words)?;
+            keys_and_values_backward(shape, read, (offsets, keys), (&dk, &dv))?;
         }
     }
     Ok((dq, dk, dv))

@@ -21,6 +21,8 @@ mod loader_config;
 mod loader_files;
 mod loader_model;
 mod long_sequences;
+#[cfg(all(feature = "metal", target_os = "linux"))]
+mod metal_budget;
 mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;

@@ -1,0 +1,101 @@
+//! What the Metal device is given for a token and for a training step, read off the counters of the software device, which is
+//! the only Metal there is on Linux.
+
+use metal_candle::data::{Dataset, Sample};
+use metal_candle::inference::{GenerationConfig, Generator};
+use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, TargetModule, Trainer, TrainingConfig};
+use metal_candle::{Device, Model, ModelConfig};
+use serde_json::Value;
+use std::process::Command;
+
+const LAYERS: i64 = 3;
+
+/// What one process is to do.
+const WORK: &str = "METAL_CANDLE_TEST_WORK";
+
+fn model(vocab: usize) -> Model {
+    let config = format!(
+        r#"{{"model_type": "qwen2", "vocab_size": {vocab}, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": {LAYERS}, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true,
+        "max_position_embeddings": 128, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.2}}"#
+    );
+    let config = ModelConfig::from_json_str(&config).unwrap();
+    Model::initialize(config, 1, Device::metal().unwrap()).unwrap()
+}
+
+fn adapter(model: &Model, modules: &[TargetModule]) -> LoRAAdapter {
+    LoRAAdapter::builder(model).with_rank(4).with_target_modules(modules.to_vec()).build().unwrap()
+}
+
+/// Runs in a process of its own, whose counters are read when it ends.
+#[test]
+#[ignore = "a part of the tests below, which run it"]
+fn worker() {
+    let work = std::env::var(WORK).unwrap();
+    let (kind, count) = work.split_once(' ').unwrap();
+    let count: usize = count.parse().unwrap();
+    let model = model(50);
+    match kind {
+        "decode" | "decode-adapter" => {
+            let mut generator = Generator::new(model.clone());
+            if kind == "decode-adapter" {
+                generator.set_adapter(Some(adapter(&model, &TargetModule::ALL).terms().unwrap()));
+            }
+            let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() }.with_max_tokens(count);
+            assert_eq!(generator.generate(vec![1u32, 2, 3], &config).unwrap().tokens.len(), count);
+        }
+        _ => {
+            let modules = if kind == "train-all" { &TargetModule::ALL[..] } else { &[TargetModule::QProj][..] };
+            let config = TrainingConfig {
+                num_epochs: 1,
+                lr_scheduler: LRScheduler::constant(1e-2),
+                optimizer_config: AdamWConfig::default(),
+                max_grad_norm: Some(1.0),
+            };
+            let sample = Sample { ids: (0..20).map(|i| i * 7 % 50).collect(), trained: vec![true; 20], source: None };
+            let trainer = Trainer::new(adapter(&model, modules), config).unwrap().with_max_steps(count);
+            assert_eq!(trainer.train(&Dataset::from_samples(vec![sample])).unwrap().num_steps, count);
+        }
+    }
+}
+
+/// The counters of a process that does this.
+fn counters(work: &str) -> Value {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("counters.json");
+    let run = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "metal_budget::worker", "--ignored"])
+        .env(WORK, work)
+        .env("METAL_SIM_STATS", &file)
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
+    let text = std::fs::read_to_string(&file).expect("the software Metal device writes its counters");
+    let counters: Value = serde_json::from_str(&text).unwrap();
+    let problems = &counters["problems"];
+    assert!(problems.as_object().is_none_or(serde_json::Map::is_empty), "{work}: {problems}");
+    counters
+}
+
+/// What one more token or step adds, by counter.
+fn added(kind: &str, few: usize, many: usize) -> impl Fn(&str) -> i64 {
+    let (less, more) = (counters(&format!("{kind} {few}")), counters(&format!("{kind} {many}")));
+    let count = (many - few) as i64;
+    move |name: &str| {
+        let value = |counters: &Value| counters[name].as_i64().unwrap_or_else(|| panic!("no counter `{name}`"));
+        let difference = value(&more) - value(&less);
+        assert_eq!(difference % count, 0, "`{name}` differs from one to the next");
+        difference / count
+    }
+}
+
+#[test]
+fn a_token_takes_five_dispatches_a_block_and_three() {
+    for kind in ["decode", "decode-adapter"] {
+        let added = added(kind, 4, 12);
+        assert_eq!(added("dispatches"), 5 * LAYERS + 3, "{kind}");
+        assert_eq!(added("waits"), 1);
+        assert_eq!(added("buffers_allocated"), 0);
+        assert_eq!(added("blit_copies") + added("blit_fills"), 0);
+    }
+}
