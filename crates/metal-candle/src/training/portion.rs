@@ -1,6 +1,7 @@
 //! How much of a step is computed at once.
 
 use super::config::Options;
+use super::distributed::Group;
 use crate::data::Dataset;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -43,6 +44,17 @@ impl Portion {
             checkpointed_blocks: options.checkpointed_blocks,
             resting: device.memory().map(|memory| memory.used),
         }
+    }
+
+    /// Takes the smallest portion of any rank, so that all of them shrink at once.
+    pub(super) fn agree(&mut self, group: &Group) -> Result<()> {
+        let tokens = self.micro_batch_tokens.map_or(f64::INFINITY, |tokens| tokens as f64);
+        let all = group.gather_numbers(&[tokens, self.checkpointed_blocks as f64])?;
+        let numbers = |place: usize| all.iter().filter_map(move |numbers| numbers.get(place).copied());
+        let least = numbers(0).fold(f64::INFINITY, f64::min);
+        self.micro_batch_tokens = least.is_finite().then_some(least as usize);
+        self.checkpointed_blocks = numbers(1).fold(0.0, f64::max) as usize;
+        Ok(())
     }
 
     /// Refuses a batch that the free memory is too small for, before the operating system ends the process.

@@ -60,12 +60,13 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
     let Prepared { settings, source, model, adapter, .. } = prepared;
     let config = model.config();
     output.note(format_args!(
-        "model    {} ({} blocks, hidden {}, {} parameters, {}, on {})",
+        "model    {} ({} blocks, hidden {}, {} parameters, {}, on {}{})",
         source.name,
         config.num_hidden_layers,
         config.hidden_size,
         grouped(config.num_parameters() as u64),
         model.dtype().as_str(),
+        if prepared.num_devices > 1 { format!("{} x ", prepared.num_devices) } else { String::new() },
         model.device(),
     ));
     match adapter {
