@@ -278,11 +278,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         None => trainer,
     };
     if is_follower(group.as_ref()) {
-        let trainer = match &resumed {
-            Some(run) => trainer.with_run_folder(run.path()).with_resume(true),
-            None => trainer,
-        };
-        trainer.train(&prepared.data.train)?;
+        help(trainer, &prepared, resumed.as_ref())?;
         return Ok(None);
     }
     prepared.note_choice(&fitted.plan);
@@ -364,6 +360,16 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         example: to_show.and_then(|question| question.asked()),
         profiled,
     }))
+}
+
+/// Trains as a rank that only helps: it reads what a run goes on from and writes nothing.
+fn help<T: Kept>(trainer: Trainer<T>, prepared: &Prepared, resumed: Option<&RunFolder>) -> Result<()> {
+    let trainer = match resumed {
+        Some(run) => trainer.with_run_folder(run.path()).with_resume(true),
+        None => trainer,
+    };
+    trainer.train(&prepared.data.train)?;
+    Ok(())
 }
 
 /// What the model writes now.

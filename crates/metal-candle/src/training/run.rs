@@ -149,7 +149,9 @@ impl<'a, T: Trained> Run<'a, T> {
         let Some(folder) = &self.options.run_folder else { return self.agree() };
         if self.rank() > 0 {
             let checkpoints = Checkpoints::of_other(folder);
-            if let (true, Some(checkpoint)) = (self.options.resume, checkpoints.newest()?) {
+            if self.options.resume
+                && let Some(checkpoint) = checkpoints.newest()?
+            {
                 self.restore(&checkpoint, &checkpoints)?;
             }
             return self.agree();

@@ -232,9 +232,9 @@ impl Group {
         };
         let all = self.gather_json(&report)?;
         let loss_of = |report: &Value| report["loss"].as_str().and_then(|text| text.parse::<f64>().ok());
-        let failed = |kind: &str| all.iter().enumerate().filter(|(_, report)| report["failed"] == kind).collect();
-        let (otherwise, diverged, memory): (Vec<_>, Vec<_>, Vec<_>) =
-            (failed("otherwise"), failed("loss"), failed("memory"));
+        let failed =
+            |kind: &str| all.iter().enumerate().filter(|(_, report)| report["failed"] == kind).collect::<Vec<_>>();
+        let [otherwise, diverged, memory] = ["otherwise", "loss", "memory"].map(failed);
         let message = |report: &Value| report["message"].as_str().unwrap_or_default().to_owned();
         if let Some((rank, report)) = otherwise.first() {
             return match own {

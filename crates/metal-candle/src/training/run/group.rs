@@ -19,7 +19,8 @@ impl<T: Trained> Run<'_, T> {
         let device = self.start.run_model().device();
         let settings = Value::Object(self.settings.clone()).to_string();
         group.check_same("device", device.name())?;
-        group.check_same("digest of settings and data", &digest(settings.as_bytes()))?;
+        let digest = format!("{:08x}", crc32c::crc32c(settings.as_bytes()));
+        group.check_same("digest of settings and data", &digest)?;
         group.check_same("step to go on from", &self.progress.step.to_string())?;
         self.portion.agree(group)?;
         group.prepare(device)?;
@@ -30,8 +31,12 @@ impl<T: Trained> Run<'_, T> {
     pub(super) fn check_parameters(&self) -> Result<()> {
         let Some(group) = &self.options.group else { return Ok(()) };
         let values = self.optimizer.parameters()?.to_vec1::<f32>()?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        group.check_same("digest of parameters", &digest(&bytes))
+        let mut sum = 0;
+        for chunk in values.chunks(1 << 14) {
+            let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
+            sum = crc32c::crc32c_append(sum, &bytes);
+        }
+        group.check_same("digest of parameters", &format!("{sum:08x}"))
     }
 
     /// Whether any rank was told to stop.
@@ -52,8 +57,4 @@ impl<T: Trained> Run<'_, T> {
             Some(group) => Random::new(self.progress.dropout.next_u64().wrapping_add(group.rank() as u64)),
         }
     }
-}
-
-fn digest(bytes: &[u8]) -> String {
-    format!("{:08x}", crc32c::crc32c(bytes))
 }
