@@ -41,6 +41,11 @@ pub(crate) fn device_number() -> usize {
     std::env::var(Group::RANK).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
+/// The flag that starts as many processes again, after a space; nothing for one.
+pub(crate) fn flag() -> String {
+    std::env::var(Group::NUM_RANKS).map_or_else(|_| String::new(), |count| format!(" --num-devices {count}"))
+}
+
 /// The group of this process, if it has one.
 pub(crate) fn join() -> Result<Option<Group>> {
     if is_rank() {

@@ -141,7 +141,7 @@ fn stop_at_once(run: Option<&Path>, output: Output) {
         }
         output.note("stopped before a step was done");
         if let Some(run) = &run {
-            output.note(format_args!("go on with      metal-candle train --resume {run}"));
+            output.note(format_args!("go on with      metal-candle train --resume {run}{}", ranks::flag()));
         }
     });
 }

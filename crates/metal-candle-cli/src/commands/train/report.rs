@@ -6,6 +6,7 @@ use super::profiler::Profiled;
 use crate::memory;
 use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
+use crate::ranks;
 use crate::run_folder::RunFolder;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Datasets, Tokenizer};
@@ -173,7 +174,11 @@ impl Report {
         output.note(format_args!("{kind:<15} {}", self.kept.display()));
         output.note(format_args!("picture         {}", self.run.picture().display()));
         if is_stopped {
-            output.note(format_args!("go on with      metal-candle train --resume {}", self.run.path().display()));
+            output.note(format_args!(
+                "go on with      metal-candle train --resume {}{}",
+                self.run.path().display(),
+                ranks::flag()
+            ));
         } else {
             output.note(format_args!("try it          {}", self.next_command()));
         }
