@@ -164,7 +164,7 @@ fn a_loss_that_is_not_finite_on_one_rank_is_the_same_error_on_all() {
 #[test]
 fn sums_are_in_the_order_of_the_ranks() {
     // 1e8 + 1 - 1e8 is 0 in f32, in another order it is 1; longer than what is sent at once
-    let numbers = [1e8, 1.0, -1e8];
+    let numbers = [1e8_f32, 1.0, -1e8];
     let sums = ranks(3, |group| {
         let tensor = Tensor::full(numbers[group.rank()], 40_001, &Device::Cpu).unwrap();
         group.all_reduce(&tensor).unwrap();
