@@ -48,6 +48,7 @@ Examples:
   metal-candle train --model ./Qwen2.5-Coder-0.5B --data chats.jsonl --output runs/chats
   metal-candle train --config runs/001/config.toml --learning-rate 5e-4
   metal-candle train --resume runs/001
+  metal-candle train --model ./Qwen2.5-Coder-0.5B --data my-data --batch-tokens 16384 --num-devices 2
 
 --data is a JSONL file, which is split by the seed, or a folder with train.jsonl and, if there are,
 valid.jsonl and test.jsonl. Rows are chats, prompt and completion, plain text, alpaca or sharegpt.
@@ -225,17 +226,17 @@ pub(crate) enum DeviceKind {
     Cpu,
     /// The Metal device.
     Metal,
-    /// The first CUDA device.
+    /// The first CUDA device, or the first ones with `--num-devices`.
     Cuda,
 }
 
 impl DeviceKind {
     pub(crate) fn open(self) -> metal_candle::Result<Device> {
         match self {
-            Self::Auto => Ok(Device::new_with_fallback(0)),
+            Self::Auto => Ok(Device::new_with_fallback(crate::ranks::device_number())),
             Self::Cpu => Ok(Device::CPU),
             Self::Metal => Device::metal(),
-            Self::Cuda => Device::cuda(0),
+            Self::Cuda => Device::cuda(crate::ranks::device_number()),
         }
     }
 }
@@ -324,6 +325,11 @@ pub(crate) struct TrainArguments {
     /// Continue the run in this folder from its last checkpoint, with its settings.
     #[arg(long, value_name = "RUN", help_heading = "Run")]
     pub(crate) resume: Option<PathBuf>,
+
+    /// Train on this many devices at once, one process each: the first CUDA devices, or processes of the CPU that share its
+    /// threads. Each computes a share of every batch; a run may go on with another number.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, help_heading = "Run")]
+    pub(crate) num_devices: usize,
 
     /// Show the run as a dashboard in the terminal: curves, speed, memory, warnings; `q` stops and saves.
     #[arg(long, help_heading = "Output")]

@@ -8,6 +8,9 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 /// What is done before Ctrl-C ends the program at once.
 static LAST_WORDS: Mutex<Option<Box<dyn Fn() + Send>>> = Mutex::new(None);
 
+/// What Ctrl-C does instead, if anything.
+static DIVERTED: Mutex<Option<Box<dyn Fn() + Send>>> = Mutex::new(None);
+
 static HANDLER: Once = Once::new();
 
 /// Exit code of a program that Ctrl-C ended.
@@ -28,15 +31,27 @@ pub(crate) fn listen() {
 fn handle() {
     HANDLER.call_once(|| {
         // where there can be no handler Ctrl-C ends the program at once, as it did before
-        let _ = ctrlc::set_handler(|| {
-            let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(last_words) = last_words.as_ref() {
-                last_words();
-                std::process::exit(0);
-            }
-            ask();
+        let _ = ctrlc::set_handler(|| match DIVERTED.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            Some(diverted) => diverted(),
+            None => press(),
         });
     });
+}
+
+/// From now on Ctrl-C calls `instead`, and [`press`] does what it did.
+pub(crate) fn divert(instead: impl Fn() + Send + 'static) {
+    *DIVERTED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(instead));
+    handle();
+}
+
+/// Does what Ctrl-C does.
+pub(crate) fn press() {
+    let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(last_words) = last_words.as_ref() {
+        last_words();
+        std::process::exit(0);
+    }
+    ask();
 }
 
 /// Does what Ctrl-C does while it is noted: asks for an end, and the second time ends the program.

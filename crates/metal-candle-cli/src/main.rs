@@ -8,6 +8,7 @@ mod model_source;
 mod nano;
 mod output;
 mod plot;
+mod ranks;
 mod run_folder;
 mod run_record;
 mod sampling;

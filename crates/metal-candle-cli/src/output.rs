@@ -278,6 +278,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         if let Some(error) = cause.downcast_ref::<Error>() {
             return match error {
                 Error::Candle(_) | Error::Device(_) => 2,
+                Error::Peer { .. } => crate::ranks::OTHER_FAILED,
                 _ => 1,
             };
         }

@@ -18,6 +18,8 @@ mod gemm;
 mod gemm_narrow;
 mod isa;
 mod math;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod norm;
 mod optimizer;
 mod pack;
@@ -37,6 +39,8 @@ pub use file::{MappedFile, map_file};
 pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
+#[cfg(feature = "nccl")]
+pub use nccl::{Communicator, communicator_id};
 pub use norm::{rms_norm, rms_norm_backward};
 pub use optimizer::{
     AdafactorStep, AdamStep, BLOCK, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,

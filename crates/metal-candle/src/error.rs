@@ -111,6 +111,14 @@ pub enum Error {
     /// The Hub did not answer or does not have the file.
     #[error("hub: {0}")]
     Hub(String),
+    /// Another process of a distributed run failed or ended.
+    #[error("rank {rank}: {message}")]
+    Peer {
+        /// The number of the process, from 0.
+        rank: usize,
+        /// What it said, or what was seen of it.
+        message: String,
+    },
     /// The device failed, or there is no such device.
     #[error("device: {0}")]
     Device(String),

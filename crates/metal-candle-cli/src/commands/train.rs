@@ -13,6 +13,7 @@ use crate::args::{PlanArguments, TrainArguments};
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
+use crate::ranks;
 use crate::run_folder::{RunFolder, check_free};
 use crate::run_record::{Outcome, RunLock};
 use crate::settings::TrainSettings;
@@ -22,7 +23,7 @@ use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Start};
 use metal_candle::data::{Datasets, Tokenizer};
 use metal_candle::inference::Generator;
-use metal_candle::training::{LastLayers, StopReason, Trained, Trainer, TrainingMetrics, TrainingPlan};
+use metal_candle::training::{Group, LastLayers, StopReason, Trained, Trainer, TrainingMetrics, TrainingPlan};
 use profiler::{Profiled, Profiler};
 use recorder::Recorder;
 use report::{Report, Written};
@@ -35,17 +36,33 @@ use watch::Watch;
 
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
-    if flags.tui {
-        dashboard::check(output)?;
+    // a rank's flags were checked by the process that started it
+    if !ranks::is_rank() {
+        if flags.tui {
+            dashboard::check(output)?;
+        }
+        ranks::check(flags.num_devices, flags.settings.device)?;
+        if flags.num_devices > 1 {
+            return ranks::launch(flags.num_devices);
+        }
     }
+    let group = ranks::join()?;
+    let output = if is_follower(group.as_ref()) { Output::new(false, true) } else { output };
     stop_at_once(flags.resume.as_deref(), output);
     let (resumed, settings) = settings(flags)?;
     if let (Some(path), None) = (&settings.output, &resumed) {
         check_free(path, "continue that run with --resume, or name another folder with --output")?;
     }
     let prepared = start::prepare(settings, output)?;
-    let report = with_trainer(prepared, Execution { flags, resumed, output })?;
-    report.print(output, started.elapsed().as_secs_f64())
+    match with_trainer(prepared, Execution { flags, resumed, output, group })? {
+        Some(report) => report.print(output, started.elapsed().as_secs_f64()),
+        None => Ok(()),
+    }
+}
+
+/// Whether another process writes the files and talks with the user.
+fn is_follower(group: Option<&Group>) -> bool {
+    group.is_some_and(|group| group.rank() > 0)
 }
 
 /// Tells what a run would need.
@@ -69,12 +86,14 @@ struct Execution<'a> {
     flags: &'a TrainArguments,
     resumed: Option<RunFolder>,
     output: Output,
+    group: Option<Group>,
 }
 
 impl Job for Execution<'_> {
-    type Result = Report;
+    /// None of a rank that only helps.
+    type Result = Option<Report>;
 
-    fn run<T: Kept>(self, trainer: Trainer<T>, prepared: Prepared) -> Result<Report> {
+    fn run<T: Kept>(self, trainer: Trainer<T>, prepared: Prepared) -> Result<Option<Report>> {
         execute(trainer, prepared, self)
     }
 }
@@ -122,7 +141,7 @@ fn stop_at_once(run: Option<&Path>, output: Output) {
         }
         output.note("stopped before a step was done");
         if let Some(run) = &run {
-            output.note(format_args!("go on with      metal-candle train --resume {run}"));
+            output.note(format_args!("go on with      metal-candle train --resume {run}{}", ranks::flag()));
         }
     });
 }
@@ -164,6 +183,8 @@ struct Prepared {
     data: Datasets,
     /// What the user called the data.
     data_name: String,
+    /// How many processes train together.
+    num_devices: usize,
 }
 
 /// What can be trained and saved by this command.
@@ -243,14 +264,23 @@ impl Prepared {
     }
 }
 
-fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Execution) -> Result<Report> {
-    let Execution { flags, resumed, output } = execution;
+fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Execution) -> Result<Option<Report>> {
+    let Execution { flags, resumed, output, group } = execution;
+    prepared.num_devices = group.as_ref().map_or(1, Group::num_ranks);
     let rows = report::rows(&prepared.data);
     let to_show = prepared.to_show();
     let (trainer, total_steps) = prepared.schedule(trainer)?;
     let interval = prepared.settings.eval_interval.unwrap_or(0);
     trainer.check()?;
     let (trainer, fitted) = prepared.fit(trainer)?;
+    let trainer = match &group {
+        Some(group) => trainer.with_group(group.clone()),
+        None => trainer,
+    };
+    if is_follower(group.as_ref()) {
+        help(trainer, &prepared, resumed.as_ref())?;
+        return Ok(None);
+    }
     prepared.note_choice(&fitted.plan);
     // everything that can be refused has been; from here on files are written
     let resumes = resumed.is_some();
@@ -316,7 +346,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         StopReason::Callback => Written::default(),
         _ => write(&after, &prepared.tokenizer, &questions, to_show.as_ref())?,
     };
-    Ok(Report {
+    Ok(Some(Report {
         run,
         kept,
         is_full: prepared.adapter.is_none(),
@@ -329,7 +359,17 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         after: written_after,
         example: to_show.and_then(|question| question.asked()),
         profiled,
-    })
+    }))
+}
+
+/// Trains as a rank that only helps: it reads what a run goes on from and writes nothing.
+fn help<T: Kept>(trainer: Trainer<T>, prepared: &Prepared, resumed: Option<&RunFolder>) -> Result<()> {
+    let trainer = match resumed {
+        Some(run) => trainer.with_run_folder(run.path()).with_resume(true),
+        None => trainer,
+    };
+    trainer.train(&prepared.data.train)?;
+    Ok(())
 }
 
 /// What the model writes now.

@@ -3,6 +3,7 @@
 
 mod chat;
 mod data;
+mod devices;
 mod errors;
 mod events;
 mod fixture;

@@ -1,6 +1,7 @@
 //! Settings of a training run.
 
 use super::TrainingWarning;
+use super::distributed::Group;
 use super::loss::check_label_smoothing;
 use super::{AdamWConfig, LRScheduler, OptimizerConfig, Parameter, ParameterGroup};
 use crate::data::Dataset;
@@ -55,6 +56,8 @@ pub(super) struct Options {
     pub(super) save_interval: Option<usize>,
     pub(super) kept_checkpoints: usize,
     pub(super) resume: bool,
+    /// The processes that train together, if this one does not train alone.
+    pub(super) group: Option<Group>,
     /// What is known before the start.
     pub(super) warnings: Vec<TrainingWarning>,
 }
@@ -88,6 +91,7 @@ impl Default for Options {
             save_interval: None,
             kept_checkpoints: 2,
             resume: false,
+            group: None,
             warnings: Vec::new(),
         }
     }

@@ -1,5 +1,6 @@
 //! The loss of a dataset.
 
+use super::distributed::{Group, sizes};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{DataProblem, Error, Result};
 use crate::models::Model;
@@ -39,17 +40,36 @@ pub fn evaluate(
     dataset: &Dataset,
     batch_tokens: usize,
 ) -> Result<Evaluation> {
+    evaluate_in(None, model, terms, dataset, batch_tokens)
+}
+
+/// The same by all ranks of a group: each takes its share of the batches, and the losses of batches are added up in the same
+/// order however many ranks there are.
+pub(super) fn evaluate_in(
+    group: Option<&Group>,
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    dataset: &Dataset,
+    batch_tokens: usize,
+) -> Result<Evaluation> {
     check_dataset(dataset, model.config().vocab_size)?;
     let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
-    let mut evaluation = Evaluation { total_loss: 0.0, trained_tokens: 0 };
-    for indices in pack(&lengths, PackingLimits::tokens(batch_tokens), &mut Random::new(0))? {
+    let batches = pack(&lengths, PackingLimits::tokens(batch_tokens), &mut Random::new(0))?;
+    let (rank, num_ranks) = group.map_or((0, 1), |group| (group.rank(), group.num_ranks()));
+    let mut sums = vec![0.0; batches.len()];
+    for (sum, indices) in sums.iter_mut().zip(&batches).skip(rank).step_by(num_ranks) {
         let samples: Vec<_> = indices.iter().map(|&index| &dataset.samples[index]).collect();
         let (batch, targets) = batch_of(&samples);
         let losses = model.loss(&batch, &targets, terms, 0.0)?;
-        evaluation.total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-        evaluation.trained_tokens += targets.weights.iter().filter(|&&weight| weight > 0.0).count();
+        *sum = losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     }
-    Ok(evaluation)
+    if let Some(group) = group {
+        let all = group.gather_numbers(&sums)?;
+        for (number, sum) in sums.iter_mut().enumerate() {
+            *sum = all[number % num_ranks].get(number).copied().unwrap_or(f64::NAN);
+        }
+    }
+    Ok(Evaluation { total_loss: sums.iter().sum(), trained_tokens: sizes(dataset, &batches).1 })
 }
 
 /// Where a sample comes from: `file:line`, or its number.

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod config;
+mod distributed;
 mod evaluation;
 mod gradients;
 mod in_place;
@@ -26,6 +27,7 @@ mod warnings;
 pub use crate::adapters::{CheckpointMetadata, LoRAAdapter, LoRAAdapterConfig, Start, TargetModule};
 pub use checkpoint::{load_checkpoint, save_checkpoint};
 pub use config::TrainingConfig;
+pub use distributed::Group;
 pub use evaluation::{Evaluation, evaluate};
 pub use gradients::global_norm;
 pub use last_layers::LastLayers;

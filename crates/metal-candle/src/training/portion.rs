@@ -1,6 +1,7 @@
 //! How much of a step is computed at once.
 
 use super::config::Options;
+use super::distributed::Group;
 use crate::data::Dataset;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -45,6 +46,17 @@ impl Portion {
         }
     }
 
+    /// Takes the smallest portion of any rank, so that all of them shrink at once.
+    pub(super) fn agree(&mut self, group: &Group) -> Result<()> {
+        let tokens = self.micro_batch_tokens.map_or(f64::INFINITY, |tokens| tokens as f64);
+        let all = group.gather_numbers(&[tokens, self.checkpointed_blocks as f64])?;
+        let numbers = |place: usize| all.iter().filter_map(move |numbers| numbers.get(place).copied());
+        let least = numbers(0).fold(f64::INFINITY, f64::min);
+        self.micro_batch_tokens = least.is_finite().then_some(least as usize);
+        self.checkpointed_blocks = numbers(1).fold(0.0, f64::max) as usize;
+        Ok(())
+    }
+
     /// Refuses a batch that the free memory is too small for, before the operating system ends the process.
     pub(super) fn check(&self, model: &Model, batch: &Batch, targets: &Targets, trainable: Trainable) -> Result<()> {
         #[cfg(test)]
@@ -85,7 +97,7 @@ impl Portion {
 mod tests {
     use crate::adapters::LoRAAdapter;
     use crate::data::{Dataset, Sample};
-    use crate::training::{Trainer, TrainingConfig, TrainingEvent, TrainingWarning};
+    use crate::training::{Group, Trainer, TrainingConfig, TrainingEvent, TrainingWarning};
     use crate::{Device, Error, Model, ModelConfig};
     use std::cell::Cell;
     use std::ops::ControlFlow;
@@ -152,6 +164,40 @@ mod tests {
             .collect();
         assert_eq!(found, [(1, Some(40), 0), (1, Some(20), 0), (1, Some(20), 3)]);
         assert!(folder.path().join("checkpoints/step-000001").is_dir(), "what was trained is saved first");
+    }
+
+    #[test]
+    fn all_ranks_compute_less_when_one_runs_out_of_memory() {
+        let expected = trainer().with_batch_tokens(80).train(&dataset()).unwrap();
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let train = |rank: usize| {
+            // the second step of one rank fails with its 40 tokens at once
+            FAILURES.set((1, rank));
+            let portions = Arc::new(Mutex::new(Vec::new()));
+            let seen = Arc::clone(&portions);
+            let trainer = trainer().with_batch_tokens(80).with_group(Group::connect(rank, 2, &address, "").unwrap());
+            let trainer = trainer.with_callback(move |event| {
+                if let TrainingEvent::Warning {
+                    warning: TrainingWarning::OutOfMemory { micro_batch_tokens, .. }, ..
+                } = event
+                {
+                    seen.lock().unwrap().push(*micro_batch_tokens);
+                }
+                ControlFlow::Continue(())
+            });
+            let metrics = trainer.train(&dataset()).unwrap();
+            assert_eq!(*portions.lock().unwrap(), [Some(20)], "rank {rank}");
+            metrics
+        };
+        let both = std::thread::scope(|scope| {
+            let other = scope.spawn(|| train(1));
+            [train(0), other.join().unwrap()]
+        });
+        for metrics in both {
+            for (found, expected) in metrics.steps.iter().zip(&expected.steps) {
+                assert!((found.loss - expected.loss).abs() < 1e-5, "{} {}", found.loss, expected.loss);
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! One run of the trainer.
 
+mod group;
+
 use super::config::{Options, TrainingConfig};
-use super::evaluation::{evaluate, source_of};
+use super::distributed::sizes;
+use super::evaluation::{evaluate_in, source_of};
 use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
 use super::monitor::TrainingMonitor;
@@ -142,15 +145,22 @@ impl<'a, T: Trained> Run<'a, T> {
     }
 
     fn open_folder(&mut self) -> Result<()> {
-        let Some(folder) = &self.options.run_folder else { return Ok(()) };
-        let checkpoints = Checkpoints::open(folder)?;
         self.settings = describe_settings(self.start, self.config, self.options, self.dataset);
+        let Some(folder) = &self.options.run_folder else { return self.agree() };
+        if self.rank() > 0 {
+            let checkpoints = Checkpoints::of_other(folder);
+            if self.options.resume
+                && let Some(checkpoint) = checkpoints.newest()?
+            {
+                self.restore(&checkpoint, &checkpoints)?;
+            }
+            return self.agree();
+        }
+        let checkpoints = Checkpoints::open(folder)?;
         let newest = checkpoints.newest()?;
         let step = match newest {
             Some(checkpoint) if self.options.resume => {
                 self.restore(&checkpoint, &checkpoints)?;
-                // the run may have been killed between writing a checkpoint and removing old ones
-                self.prune(&checkpoints)?;
                 Some(self.progress.step)
             }
             Some(checkpoint) => {
@@ -159,6 +169,11 @@ impl<'a, T: Trained> Run<'a, T> {
             }
             None => None,
         };
+        self.agree()?;
+        // the run may have been killed between writing a checkpoint and removing old ones; now all ranks have read theirs
+        if step.is_some() {
+            self.prune(&checkpoints)?;
+        }
         let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), step)?;
         self.folder = Some((checkpoints, metrics));
         Ok(())
@@ -178,6 +193,7 @@ impl<'a, T: Trained> Run<'a, T> {
         if self.options.evaluation.is_some() && self.progress.num_evaluations == 0 {
             self.evaluate()?;
         }
+        self.is_stopped = self.stops()?;
         while !self.is_stopped && self.end().is_none() {
             let (batches, epoch_ends) = self.next_batches()?;
             let before = self.progress.clone();
@@ -189,7 +205,11 @@ impl<'a, T: Trained> Run<'a, T> {
                 Ok(step) => step,
                 Err(error)
                     if error.is_out_of_memory()
-                        && self.portion.shrink(self.live.run_model(), self.dataset, &batches) =>
+                        && self.portion.shrink(
+                            self.live.run_model(),
+                            self.dataset,
+                            &self.shares(&batches).concat(),
+                        ) =>
                 {
                     self.progress = before;
                     self.save()?;
@@ -215,10 +235,12 @@ impl<'a, T: Trained> Run<'a, T> {
             if self.evaluation_is_due(epoch_ends) {
                 is_due |= self.evaluate()?;
             }
+            self.is_stopped = self.stops()?;
             if is_due || self.is_stopped || self.end().is_some() {
                 self.save()?;
             }
         }
+        self.check_parameters()?;
         let stop_reason = self.end().unwrap_or(StopReason::Callback);
         self.emit(&TrainingEvent::Finished { step: self.progress.step, stop_reason });
         self.metrics.stop_reason = stop_reason;
@@ -282,36 +304,17 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Losses and gradients of all batches, and one update.
     fn step(&mut self, batches: &[Indices]) -> Result<StepMetrics> {
         let started = Instant::now();
-        let parts: Vec<Indices> = batches
-            .iter()
-            .flat_map(|batch| micro_batches(self.dataset, batch, self.portion.micro_batch_tokens))
-            .collect();
-        let mut made: Vec<(&Indices, Batch, Targets)> = Vec::with_capacity(parts.len());
-        for indices in &parts {
-            let samples: Vec<_> = indices.iter().map(|&index| &self.dataset.samples[index]).collect();
-            let (batch, targets) = batch_of(&samples);
-            made.push((indices, batch, targets));
-        }
-        let weight: f64 = made.iter().flat_map(|(_, _, targets)| &targets.weights).map(|&w| f64::from(w)).sum();
-        let mut total_loss = 0.0;
-        for (number, (indices, batch, targets)) in made.iter().enumerate() {
-            let options = LossOptions {
-                label_smoothing: self.options.label_smoothing as f32,
-                grad_scale: (1.0 / weight) as f32,
-                dropout_seed: self.progress.dropout.next_u64(),
-                neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
-                checkpointed_blocks: self.portion.checkpointed_blocks,
-            };
-            let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
-            self.portion.check(self.live.run_model(), batch, targets, trainable)?;
-            let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
-            if losses.rows.iter().any(|loss| !loss.is_finite()) {
-                return Err(self.non_finite_loss(indices, batch, &losses.rows));
+        let (tokens, trained_tokens) = sizes(self.dataset, batches);
+        let own_loss = self.loss_and_gradients(batches, trained_tokens as f64);
+        let total_loss = match &self.options.group {
+            None => own_loss?,
+            Some(group) => {
+                let _span = span("all-reduce", Kind::Optimizer);
+                let total_loss = group.sum_of_losses(own_loss)?;
+                group.all_reduce(self.gradients.tensor())?;
+                total_loss
             }
-            total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-            let _span = span("gradients", Kind::Optimizer);
-            self.add(&gradients, number == 0)?;
-        }
+        };
         let _span = span("optimizer", Kind::Optimizer);
         let grad_norm = global_norm(self.gradients.tensor())?;
         if !grad_norm.is_finite() {
@@ -326,21 +329,62 @@ impl<'a, T: Trained> Run<'a, T> {
         let factor = clip_factor(grad_norm, self.config.max_grad_norm);
         self.optimizer.step(self.gradients.tensor(), learning_rate, factor)?;
         self.refresh()?;
-        let tokens = made.iter().map(|(_, batch, _)| batch.num_tokens()).sum();
-        let trained_tokens =
-            made.iter().flat_map(|(_, _, targets)| &targets.weights).filter(|&&weight| weight > 0.0).count();
         let seconds = started.elapsed().as_secs_f64();
         self.metrics.seconds += seconds;
         Ok(StepMetrics {
             step: self.progress.step + 1,
             epoch: self.progress.epoch + 1,
-            loss: total_loss / weight,
+            loss: total_loss / trained_tokens as f64,
             learning_rate,
             grad_norm,
             tokens,
             trained_tokens,
             tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
         })
+    }
+
+    /// The sum of the losses of this rank's share of the batches, and its gradients; `weight` is the number of trained tokens
+    /// of all ranks.
+    fn loss_and_gradients(&mut self, batches: &[Indices], weight: f64) -> Result<f64> {
+        let share = self.shares(batches).swap_remove(self.rank());
+        let parts: Vec<Indices> = share
+            .iter()
+            .flat_map(|batch| micro_batches(self.dataset, batch, self.portion.micro_batch_tokens))
+            .collect();
+        let mut made: Vec<(&Indices, Batch, Targets)> = Vec::with_capacity(parts.len());
+        for indices in &parts {
+            let samples: Vec<_> = indices.iter().map(|&index| &self.dataset.samples[index]).collect();
+            let (batch, targets) = batch_of(&samples);
+            made.push((indices, batch, targets));
+        }
+        let mut seeds = self.seeds();
+        if made.is_empty() {
+            self.gradients =
+                GradientSum::zeros(self.metrics.num_trainable_parameters, self.gradients.tensor().device())?;
+        }
+        let mut total_loss = 0.0;
+        for (number, (indices, batch, targets)) in made.iter().enumerate() {
+            let options = LossOptions {
+                label_smoothing: self.options.label_smoothing as f32,
+                grad_scale: (1.0 / weight) as f32,
+                dropout_seed: seeds.next_u64(),
+                neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
+                checkpointed_blocks: self.portion.checkpointed_blocks,
+            };
+            let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
+            self.portion.check(self.live.run_model(), batch, targets, trainable)?;
+            let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
+            if losses.rows.iter().any(|loss| !loss.is_finite()) {
+                return Err(self.non_finite_loss(indices, batch, &losses.rows));
+            }
+            total_loss += losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            let _span = span("gradients", Kind::Optimizer);
+            self.add(&gradients, number == 0)?;
+        }
+        if self.options.group.is_none() {
+            self.progress.dropout = seeds;
+        }
+        Ok(total_loss)
     }
 
     /// Makes anew what does not see changes of the parameters.
@@ -450,8 +494,10 @@ impl<'a, T: Trained> Run<'a, T> {
     fn evaluate(&mut self) -> Result<bool> {
         let Some(options) = &self.options.evaluation else { return Ok(false) };
         let measure = |model: &Model, terms: Option<&LowRankTerms>| -> Result<f64> {
-            Ok(evaluate(model, terms, &options.dataset, self.options.batch_tokens)?.loss())
+            let group = self.options.group.as_ref();
+            Ok(evaluate_in(group, model, terms, &options.dataset, self.options.batch_tokens)?.loss())
         };
+        self.check_parameters()?;
         let loss = match self.averaged()? {
             Some(averaged) => measure(averaged.run_model(), averaged.run_terms()?.as_ref())?,
             None => measure(self.live.run_model(), self.terms.as_ref())?,

@@ -39,6 +39,11 @@ impl Checkpoints {
         Ok(Self { folder })
     }
 
+    /// Those of a folder that another process writes; it may not be there yet.
+    pub(super) fn of_other(run_folder: &Path) -> Self {
+        Self { folder: run_folder.join("checkpoints") }
+    }
+
     pub(super) fn path(&self, step: usize) -> PathBuf {
         self.folder.join(format!("step-{step:06}"))
     }
@@ -137,6 +142,9 @@ impl Checkpoints {
 }
 
 fn names(folder: &Path) -> Result<Vec<String>> {
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
     let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
     let entries = entries.map_err(|source| Error::read(folder, source))?;
     Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())

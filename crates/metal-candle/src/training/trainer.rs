@@ -1,6 +1,7 @@
 //! The trainer.
 
 use super::config::{EvaluationOptions, Options, TrainingConfig, check};
+use super::distributed::Group;
 use super::evaluation::check_dataset;
 use super::optimizer::OptimizerConfig;
 use super::plan::{self, TrainingPlan};
@@ -304,6 +305,15 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
+    /// Trains together with the other processes of a group: each computes a share of every step's samples, and the sum
+    /// of the gradients is taken once a step. Files are written by rank 0 only; the folder of a run that goes on is read by all.
+    /// Dropout and `NEFTune` depend on the number of processes, everything else does not but for rounding.
+    #[must_use]
+    pub fn with_group(mut self, group: Group) -> Self {
+        self.options.group = Some(group);
+        self
+    }
+
     /// Adds a warning of something found before the run, which is told when the run begins.
     #[must_use]
     pub fn with_warning(mut self, warning: TrainingWarning) -> Self {
@@ -351,8 +361,17 @@ impl<T: Trained> Trainer<T> {
     ///
     /// # Errors
     /// Settings or samples cannot be used; a trainable tensor gets no gradient; the loss is NaN or infinite (a checkpoint
-    /// is written first); a file cannot be written; the checkpoint to resume from belongs to another run.
+    /// is written first); a file cannot be written; the checkpoint to resume from belongs to another run; another process of
+    /// the group failed.
     pub fn train(&self, dataset: &Dataset) -> Result<TrainingMetrics> {
+        let outcome = self.run(dataset);
+        if let (Some(group), Err(error)) = (&self.options.group, &outcome) {
+            group.fail(error);
+        }
+        outcome
+    }
+
+    fn run(&self, dataset: &Dataset) -> Result<TrainingMetrics> {
         self.check()?;
         let vocab_size = self.start.run_model().config().vocab_size;
         check_dataset(dataset, vocab_size)?;

@@ -12,6 +12,7 @@ mod data_packing;
 mod data_tokenizer;
 mod decoder;
 mod devices;
+mod distributed;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;

@@ -50,10 +50,18 @@ impl Prepared {
     /// Makes the run fit into the memory that `--memory` allows or that is free.
     pub(super) fn fit<T: Trained>(&self, trainer: Trainer<T>) -> Result<(Trainer<T>, Fitted)> {
         let whole = trainer.plan(&self.data.train)?;
-        let memory = self.model.device().memory();
+        let mut memory = self.model.device().memory();
+        // processes of the CPU share what is free, and what may be taken
+        let sharing = if self.model.device().is_cpu() { self.num_devices } else { 1 };
+        if let Some(memory) = &mut memory {
+            memory.free /= sharing;
+        }
         let program_bytes = memory.map(|memory| memory.used.saturating_sub(whole.weights_bytes));
         let budget = match &self.settings.memory {
-            Some(text) => Some(parse_bytes(text).map_err(|message| UserError::new(format!("`--memory`: {message}")))?),
+            Some(text) => {
+                let bytes = parse_bytes(text).map_err(|message| UserError::new(format!("`--memory`: {message}")))?;
+                Some(bytes / sharing)
+            }
             None => memory.map(|memory| memory.used + (SHARE_OF_FREE * memory.free as f64) as usize),
         };
         let cache_bytes = self.cache_bytes();

@@ -6,6 +6,7 @@ use super::profiler::Profiled;
 use crate::memory;
 use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
+use crate::ranks;
 use crate::run_folder::RunFolder;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Datasets, Tokenizer};
@@ -60,12 +61,13 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
     let Prepared { settings, source, model, adapter, .. } = prepared;
     let config = model.config();
     output.note(format_args!(
-        "model    {} ({} blocks, hidden {}, {} parameters, {}, on {})",
+        "model    {} ({} blocks, hidden {}, {} parameters, {}, on {}{})",
         source.name,
         config.num_hidden_layers,
         config.hidden_size,
         grouped(config.num_parameters() as u64),
         model.dtype().as_str(),
+        if prepared.num_devices > 1 { format!("{} x ", prepared.num_devices) } else { String::new() },
         model.device(),
     ));
     match adapter {
@@ -172,7 +174,11 @@ impl Report {
         output.note(format_args!("{kind:<15} {}", self.kept.display()));
         output.note(format_args!("picture         {}", self.run.picture().display()));
         if is_stopped {
-            output.note(format_args!("go on with      metal-candle train --resume {}", self.run.path().display()));
+            output.note(format_args!(
+                "go on with      metal-candle train --resume {}{}",
+                self.run.path().display(),
+                ranks::flag()
+            ));
         } else {
             output.note(format_args!("try it          {}", self.next_command()));
         }

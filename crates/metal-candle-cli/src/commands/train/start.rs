@@ -73,7 +73,7 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
     let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source)?) };
     // a start that rounds weights makes another model
     let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
-    Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name })
+    Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name, num_devices: 1 })
 }
 
 /// A path as seen from the working folder.
@@ -188,7 +188,10 @@ impl Prepared {
         Ok(RunRecord {
             model: self.source.name.clone(),
             data: self.data_name.clone(),
-            device: self.model.device().to_string(),
+            device: match self.num_devices {
+                1 => self.model.device().to_string(),
+                count => format!("{count} x {}", self.model.device()),
+            },
             settings,
             ..RunRecord::default()
         })

@@ -1,0 +1,84 @@
+//! Which rank computes which samples of a step.
+
+use crate::data::Dataset;
+
+/// Tokens and trained tokens of the samples of these batches.
+pub(in crate::training) fn sizes(dataset: &Dataset, batches: &[Vec<usize>]) -> (usize, usize) {
+    let samples = || batches.iter().flatten().map(|&index| &dataset.samples[index]);
+    let trained = samples().map(|sample| sample.trained.iter().skip(1).filter(|&&trained| trained).count()).sum();
+    (samples().map(|sample| sample.ids.len()).sum(), trained)
+}
+
+/// The batches that each rank computes of those of a step: all samples, so divided that tokens are balanced, in batches
+/// that are not larger than the largest one given. One rank computes the batches as they are.
+pub(in crate::training) fn divide(dataset: &Dataset, batches: &[Vec<usize>], num_ranks: usize) -> Vec<Vec<Vec<usize>>> {
+    if num_ranks == 1 {
+        return vec![batches.to_vec()];
+    }
+    let length = |index: usize| dataset.samples[index].ids.len();
+    let tokens = |batch: &[usize]| batch.iter().map(|&index| length(index)).sum::<usize>();
+    let most = batches.iter().map(|batch| tokens(batch)).max().unwrap_or(0).max(1);
+    let into_batches = |share: Vec<usize>| {
+        let mut count = tokens(&share).div_ceil(most);
+        loop {
+            let made = balance(&share, count, length);
+            if made.iter().all(|batch| batch.len() < 2 || tokens(batch) <= most) {
+                return made.into_iter().filter(|batch| !batch.is_empty()).collect();
+            }
+            count += 1;
+        }
+    };
+    balance(&batches.concat(), num_ranks, length).into_iter().map(into_batches).collect()
+}
+
+/// Divides items into `count` parts: the longest first, each into the part that has least so far. Within a part they keep
+/// their order.
+fn balance(items: &[usize], count: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by_key(|&place| std::cmp::Reverse(length(items[place])));
+    let mut parts = vec![(0, Vec::new()); count];
+    for place in order {
+        if let Some((total, places)) = parts.iter_mut().min_by_key(|(total, _)| *total) {
+            *total += length(items[place]);
+            places.push(place);
+        }
+    }
+    let in_order = |mut places: Vec<usize>| {
+        places.sort_unstable();
+        places.into_iter().map(|place| items[place]).collect()
+    };
+    parts.into_iter().map(|(_, places)| in_order(places)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{divide, sizes};
+    use crate::data::{Dataset, Sample};
+
+    fn dataset(lengths: &[usize]) -> Dataset {
+        let sample = |&length: &usize| Sample { ids: vec![1; length], trained: vec![true; length], source: None };
+        Dataset::from_samples(lengths.iter().map(sample).collect())
+    }
+
+    #[test]
+    fn tokens_are_balanced_and_batches_stay_small() {
+        let dataset = dataset(&[9, 1, 4, 4, 2, 6, 3, 3]);
+        let batches = [vec![0, 1, 2], vec![7, 6, 5, 4], vec![3]];
+        assert_eq!(sizes(&dataset, &batches), (32, 24));
+        assert_eq!(divide(&dataset, &batches, 1), [batches.to_vec()]);
+        for num_ranks in 2..12 {
+            let shares = divide(&dataset, &batches, num_ranks);
+            assert_eq!(shares.len(), num_ranks);
+            let mut all: Vec<usize> = shares.iter().flatten().flatten().copied().collect();
+            all.sort_unstable();
+            assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7], "{num_ranks} ranks");
+            let tokens = |batches: &[Vec<usize>]| sizes(&dataset, batches).0;
+            assert!(shares.iter().flatten().all(|batch| tokens(std::slice::from_ref(batch)) <= 14));
+            if num_ranks == 2 {
+                assert_eq!([tokens(&shares[0]), tokens(&shares[1])], [16, 16]);
+                assert_eq!(shares[0].len(), 2, "16 tokens in batches of at most 14");
+            }
+            assert!(num_ranks < 9 || shares.iter().any(Vec::is_empty), "more ranks than samples");
+        }
+    }
+}
