@@ -159,7 +159,7 @@ impl Folder {
 impl Subject {
     fn new(flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
         let shape = match (&flags.model, flags.shape) {
-            (None, None) if !device.is_cpu() => Some(Shape::HalfBillion),
+            (None, None) if !device.is_cpu() => Some(Shape::Qwen500M),
             (_, shape) => shape,
         };
         if let Some(shape) = shape {

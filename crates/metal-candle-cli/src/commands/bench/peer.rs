@@ -83,7 +83,7 @@ impl Peer {
             let hint = format!("{python} -m pip install {}, or --python PROGRAM that has it", kind.packages(device));
             return Err(UserError::new(message).with_hint(hint).into());
         }
-        peer.name = greeting["name"].as_str().unwrap_or(kind.name()).to_owned();
+        greeting["name"].as_str().unwrap_or(kind.name()).clone_into(&mut peer.name);
         Ok(peer)
     }
 

@@ -114,7 +114,8 @@ impl Report {
         let titles = |ms: &str, speed: &str, memory: &str| format!("{ms:>11}{speed:>11}{memory:>11}");
         let mut head = format!("{:width$}{}", "", titles("ms", "tokens/s", "memory"));
         if self.peer.is_some() {
-            head += &format!("{}{:>8}", titles("their ms", "tokens/s", "memory"), "ratio");
+            head.push_str(&titles("their ms", "tokens/s", "memory"));
+            head.push_str("   ratio");
         }
         line(head);
         let cells = |row: &Row, measured: &Measured| {
@@ -131,8 +132,9 @@ impl Report {
             let title = format!("{} ({})", row.work.title(), row.ours.seconds.len());
             let mut words = format!("{title:width$}{}", cells(row, &row.ours));
             if let Some(theirs) = &row.theirs {
-                let ratio = row.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
-                words += &format!("{}{ratio:>8}", cells(row, theirs));
+                let ratio = row.ratio().map_or_else(|| "       -".to_owned(), |ratio| format!("{ratio:>8.2}"));
+                words.push_str(&cells(row, theirs));
+                words.push_str(&ratio);
             }
             line(words);
         }

@@ -9,31 +9,31 @@ use serde_json::json;
 pub(crate) enum Shape {
     /// 494 million parameters.
     #[value(name = "qwen2.5-0.5b")]
-    HalfBillion,
+    Qwen500M,
     /// 1.54 billion parameters.
     #[value(name = "qwen2.5-1.5b")]
-    OneAndAHalfBillion,
+    Qwen1500M,
     /// 7.62 billion parameters.
     #[value(name = "qwen2.5-7b")]
-    SevenBillion,
+    Qwen7B,
 }
 
 impl Shape {
     /// The name on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::HalfBillion => "qwen2.5-0.5b",
-            Self::OneAndAHalfBillion => "qwen2.5-1.5b",
-            Self::SevenBillion => "qwen2.5-7b",
+            Self::Qwen500M => "qwen2.5-0.5b",
+            Self::Qwen1500M => "qwen2.5-1.5b",
+            Self::Qwen7B => "qwen2.5-7b",
         }
     }
 
     /// Its sizes, as in the `config.json` of the model on the Hub.
     pub(super) fn config(self) -> metal_candle::Result<ModelConfig> {
         let (hidden, intermediate, layers, heads, key_value_heads, vocabulary) = match self {
-            Self::HalfBillion => (896, 4864, 24, 14, 2, 151_936),
-            Self::OneAndAHalfBillion => (1536, 8960, 28, 12, 2, 151_936),
-            Self::SevenBillion => (3584, 18_944, 28, 28, 4, 152_064),
+            Self::Qwen500M => (896, 4864, 24, 14, 2, 151_936),
+            Self::Qwen1500M => (1536, 8960, 28, 12, 2, 151_936),
+            Self::Qwen7B => (3584, 18_944, 28, 28, 4, 152_064),
         };
         let config = json!({
             "model_type": "qwen2",
@@ -46,7 +46,7 @@ impl Shape {
             "max_position_embeddings": 32_768,
             "rope_theta": 1e6,
             "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": self != Self::SevenBillion,
+            "tie_word_embeddings": self != Self::Qwen7B,
         });
         ModelConfig::from_json_str(&config.to_string())
     }
@@ -58,11 +58,7 @@ mod tests {
 
     #[test]
     fn shapes_have_the_sizes_they_are_named_after() {
-        let sizes = [
-            (Shape::HalfBillion, 494_032_768),
-            (Shape::OneAndAHalfBillion, 1_543_714_304),
-            (Shape::SevenBillion, 7_615_616_512),
-        ];
+        let sizes = [(Shape::Qwen500M, 494_032_768), (Shape::Qwen1500M, 1_543_714_304), (Shape::Qwen7B, 7_615_616_512)];
         for (shape, parameters) in sizes {
             assert!(shape.config().is_ok_and(|config| config.num_parameters() == parameters), "{}", shape.name());
         }
