@@ -1,4 +1,4 @@
-.PHONY: all train test lint fmt doc bench coverage
+.PHONY: all train test lint fmt doc bench bench-parts coverage
 all: lint test
 
 train: ## the main job
@@ -17,7 +17,10 @@ fmt:
 doc:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
-bench:
+bench: ## reading, writing and training on this machine; FEATURES=metal or FEATURES=cuda, ARGUMENTS='--against mlx-lm'
+	cargo run --release $(if $(FEATURES),--features $(FEATURES)) -- bench $(ARGUMENTS)
+
+bench-parts: ## single operations, by criterion
 	cargo bench --bench inference
 	cargo bench --bench training
 

@@ -1,5 +1,6 @@
 //! The commands and their flags.
 
+use crate::commands::bench::BenchArguments;
 use crate::settings::TrainSettings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -135,6 +136,10 @@ without a word. Losses are in nats a token: that of training is the mean of the 
 
     /// Device, features, and a model's sizes and memory.
     Info(InfoArguments),
+
+    /// Measure reading prompts, writing tokens and LoRA training on this machine.
+    #[command(after_help = crate::commands::bench::HELP)]
+    Bench(BenchArguments),
 
     /// Print a completion script for a shell.
     #[command(after_help = "\

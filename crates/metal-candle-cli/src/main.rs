@@ -60,6 +60,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Logits(flags) => commands::logits::run(flags, output),
         Command::Runs(flags) => commands::runs::run(flags, output),
         Command::Data(flags) => commands::data::run(flags, output),
+        Command::Bench(flags) => commands::bench::run(flags, output),
         Command::Info(flags) => commands::info::run(flags, output),
         Command::Completions { shell } => commands::completions::run(*shell),
     }

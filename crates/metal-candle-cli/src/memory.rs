@@ -8,6 +8,12 @@ pub(crate) fn peak() -> Option<u64> {
     of_status("VmHWM:")
 }
 
+/// Lets the peak begin anew at what is in use now, where the operating system can (Linux).
+pub(crate) fn forget_peak() {
+    // where it cannot, the peak is that of the whole process
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
 /// A line of `/proc/self/status`, in bytes.
 fn of_status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

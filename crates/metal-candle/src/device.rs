@@ -88,12 +88,31 @@ impl Device {
         }
     }
 
+    /// The name its maker gave it, such as `NVIDIA H100 80GB HBM3`, `Apple M3 Max` or that of the CPU, where the system
+    /// tells.
+    pub fn description(&self) -> Option<String> {
+        match self.0 {
+            Kind::Cpu => cpu_name(),
+            Kind::Metal => metal_name(),
+            Kind::Cuda => cuda_name(),
+        }
+    }
+
     /// The memory that can be used now, where the system tells: of the CPU on Linux, within the limit of a control group.
     pub fn memory(&self) -> Option<MemoryInUse> {
         match self.0 {
             Kind::Cpu => cpu_memory(),
             Kind::Metal => metal_memory(),
-            Kind::Cuda => None,
+            Kind::Cuda => cuda_memory(),
+        }
+    }
+
+    /// All the memory there is, in bytes, where the system tells: on Metal what is recommended as a working set.
+    pub fn total_memory(&self) -> Option<usize> {
+        match self.0 {
+            Kind::Cpu => cpu_total_memory(),
+            Kind::Metal => metal_working_set(),
+            Kind::Cuda => cuda_free_and_total().map(|(_, total)| total),
         }
     }
 
@@ -125,23 +144,45 @@ impl Device {
 /// Memory of a device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryInUse {
-    /// What this process uses.
+    /// What this process uses; on CUDA what all processes use of the card.
     pub used: usize,
-    /// What is left for it.
+    /// What is left for it, less a margin on accelerators.
     pub free: usize,
 }
 
 fn cpu_memory() -> Option<MemoryInUse> {
     let used = kilobytes(Path::new("/proc/self/status"), "VmRSS:")?;
     let mut free = kilobytes(Path::new("/proc/meminfo"), "MemAvailable:")?;
-    let number = |name: &str| -> Option<usize> {
-        std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse().ok()
-    };
-    // no limit is the word `max`
-    if let (Some(limit), Some(current)) = (number("memory.max"), number("memory.current")) {
+    if let (Some(limit), Some(current)) = (control_group("memory.max"), control_group("memory.current")) {
         free = free.min(limit.saturating_sub(current));
     }
     Some(MemoryInUse { used, free })
+}
+
+fn cpu_total_memory() -> Option<usize> {
+    let total = kilobytes(Path::new("/proc/meminfo"), "MemTotal:").or_else(|| system_value("hw.memsize")?.parse().ok());
+    total.map(|total| control_group("memory.max").map_or(total, |limit| limit.min(total)))
+}
+
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.trim_start().strip_prefix(':'));
+    name.map(|name| name.trim().to_owned()).or_else(|| system_value("machdep.cpu.brand_string"))
+}
+
+/// A number of the control group; no limit is the word `max`.
+fn control_group(name: &str) -> Option<usize> {
+    std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse().ok()
+}
+
+/// A value of the kernel's state on macOS.
+fn system_value(name: &str) -> Option<String> {
+    if !cfg!(target_os = "macos") {
+        return None;
+    }
+    let output = std::process::Command::new("sysctl").args(["-n", name]).output().ok()?;
+    let value = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (!value.is_empty()).then_some(value)
 }
 
 /// The line of a file under `/proc` that begins with `key`, in bytes.
@@ -156,10 +197,23 @@ fn kilobytes(path: &Path, key: &str) -> Option<usize> {
 fn metal_memory() -> Option<MemoryInUse> {
     use objc2_metal::MTLDevice;
     let devices = candle_metal_kernels::metal::Device::all();
-    let device = devices.first()?;
-    let used = device.as_ref().currentAllocatedSize();
-    let limit = usize::try_from(device.as_ref().recommendedMaxWorkingSetSize()).ok()? / 10 * 8;
+    let used = devices.first()?.as_ref().currentAllocatedSize();
+    let limit = metal_working_set()? / 10 * 8;
     Some(MemoryInUse { used, free: limit.saturating_sub(used) })
+}
+
+#[cfg(feature = "metal")]
+fn metal_working_set() -> Option<usize> {
+    use objc2_metal::MTLDevice;
+    let devices = candle_metal_kernels::metal::Device::all();
+    usize::try_from(devices.first()?.as_ref().recommendedMaxWorkingSetSize()).ok()
+}
+
+#[cfg(feature = "metal")]
+fn metal_name() -> Option<String> {
+    use objc2_metal::MTLDevice;
+    let devices = candle_metal_kernels::metal::Device::all();
+    Some(devices.first()?.as_ref().name().to_string())
 }
 
 #[cfg(not(feature = "metal"))]
@@ -178,6 +232,44 @@ fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String>
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(_: usize) -> std::result::Result<candle_core::Device, String> {
     Err("this build has no CUDA support (feature `cuda`)".into())
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal_working_set() -> Option<usize> {
+    None
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal_name() -> Option<String> {
+    None
+}
+
+/// Of the whole card, with a margin: other processes use it too, and memory in pieces cannot be used to the last byte.
+fn cuda_memory() -> Option<MemoryInUse> {
+    let (free, total) = cuda_free_and_total()?;
+    Some(MemoryInUse { used: total.saturating_sub(free), free: free / 10 * 9 })
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_free_and_total() -> Option<(usize, usize)> {
+    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
+    device.cuda_stream().context().mem_get_info().ok()
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_name() -> Option<String> {
+    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
+    device.cuda_stream().context().name().ok()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_free_and_total() -> Option<(usize, usize)> {
+    None
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_name() -> Option<String> {
+    None
 }
 
 #[cfg(feature = "metal")]

@@ -34,6 +34,9 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
         Output::print_json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
             "device": device.name(),
+            "device_name": device.description(),
+            "memory": { "total_bytes": device.total_memory(), "free_bytes": device.memory().map(|memory| memory.free) },
+            "driver": driver(device),
             "devices": devices(),
             "features": features(),
             "cpu": { "architecture": std::env::consts::ARCH, "instruction_sets": instruction_sets(), "threads": threads() },
@@ -72,7 +75,16 @@ fn text(
 ) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "metal-candle {}", env!("CARGO_PKG_VERSION"))?;
-    writeln!(text, "device       {device} (there is: {})", devices().join(", "))?;
+    let name = device.description().map_or_else(String::new, |name| format!(": {name}"));
+    writeln!(text, "device       {device}{name} (there is: {})", devices().join(", "))?;
+    if let Some(total) = device.total_memory() {
+        let free = device.memory().map_or_else(String::new, |memory| format!(", {} free", bytes(memory.free as u64)));
+        let what = if device.is_metal() { " may be used at the same time" } else { "" };
+        writeln!(text, "memory       {}{what}{free}", bytes(total as u64))?;
+    }
+    if let Some(driver) = driver(device) {
+        writeln!(text, "driver       {driver}")?;
+    }
     writeln!(text, "features     {}", if features().is_empty() { "none".into() } else { features().join(", ") })?;
     writeln!(text, "cpu          {}, {} threads: {}", std::env::consts::ARCH, threads(), instruction_sets().join(" "))?;
     writeln!(text)?;
@@ -158,6 +170,21 @@ fn cache_bytes(config: &ModelConfig, tokens: usize, dtype: DType) -> usize {
 fn devices() -> Vec<&'static str> {
     let found = [Device::metal(), Device::cuda(0), Ok(Device::CPU)];
     found.iter().flatten().map(Device::name).collect()
+}
+
+/// What drives the accelerator: NVIDIA's kernel module, or the version of macOS.
+fn driver(device: Device) -> Option<String> {
+    if device.is_cuda() {
+        let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+        let version =
+            text.lines().next()?.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+        return version.map(|version| format!("NVIDIA {version}"));
+    }
+    if device.is_metal() {
+        let output = std::process::Command::new("sw_vers").arg("-productVersion").output().ok()?;
+        return Some(format!("macOS {}", String::from_utf8(output.stdout).ok()?.trim()));
+    }
+    None
 }
 
 fn features() -> Vec<&'static str> {

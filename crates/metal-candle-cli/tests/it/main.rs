@@ -1,6 +1,7 @@
 //! Tests of the program, run as its users run it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
+mod bench;
 mod chat;
 mod data;
 mod devices;

@@ -12,9 +12,6 @@ use std::ops::ControlFlow;
 /// Number of prompt tokens that go through the model at once.
 const PREFILL_CHUNK: usize = 512;
 
-/// Most prompts of [`Generator::generate_batch`] that are generated at the same time.
-const MAX_BATCH_SIZE: usize = 32;
-
 /// Continues prompts with a model, and with an adapter that can be swapped at any time.
 ///
 /// The keys and values of the last generation are kept: a prompt that begins with the same tokens, such as the next
@@ -65,6 +62,9 @@ impl Clone for Generator {
 }
 
 impl Generator {
+    /// Most prompts of [`Generator::generate_batch`] that are generated at the same time.
+    pub const MAX_BATCH_SIZE: usize = 32;
+
     /// A generator that takes token ids and gives token ids.
     pub fn new(model: Model) -> Self {
         Self { model, tokenizer: None, adapter: None, terms: None, cache: None, decoding: None, cached_ids: Vec::new() }
@@ -176,6 +176,20 @@ impl Generator {
         prompts: impl IntoIterator<Item = P>,
         configs: &[GenerationConfig],
     ) -> Result<Vec<Generation>> {
+        self.generate_batch_with(prompts, configs, |_, _| ControlFlow::Continue(()))
+    }
+
+    /// Continues several prompts at once and calls `on_piece` with the number of the prompt, from 0, and every token of it;
+    /// `Break` ends the generation of that prompt with the reason [`FinishReason::Cancelled`].
+    ///
+    /// # Errors
+    /// As [`Generator::generate_batch`].
+    pub fn generate_batch_with<P: Into<Prompt>>(
+        &mut self,
+        prompts: impl IntoIterator<Item = P>,
+        configs: &[GenerationConfig],
+        mut on_piece: impl FnMut(usize, &Piece) -> ControlFlow<()>,
+    ) -> Result<Vec<Generation>> {
         let prompts: Vec<Prompt> = prompts.into_iter().map(Into::into).collect();
         if configs.len() != 1 && configs.len() != prompts.len() {
             let message =
@@ -194,7 +208,7 @@ impl Generator {
             return Ok(Vec::new());
         }
         let max_seq_len = waiting.iter().map(|(_, sequence)| sequence.first_room()).max().unwrap_or(0);
-        let num_slots = num_prompts.min(MAX_BATCH_SIZE);
+        let num_slots = num_prompts.min(Self::MAX_BATCH_SIZE);
         let mut cache = self.new_cache(max_seq_len, num_slots)?;
         let mut waiting = waiting.into_iter();
         self.terms = self.fixed_terms()?;
@@ -221,7 +235,11 @@ impl Generator {
             for (place, piece) in pieces {
                 let index = indices[place];
                 collected[index].push(&piece);
-                finished[index] = piece.finish;
+                let flow = on_piece(index, &piece);
+                finished[index] = match piece.finish {
+                    None if flow.is_break() => Some(sequences[place].finish(FinishReason::Cancelled)),
+                    finish => finish,
+                };
             }
             for place in (0..sequences.len()).rev() {
                 if sequences[place].is_finished() {

@@ -3,7 +3,7 @@
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::collections::HashMap;
 use std::f64::consts::TAU;
 
@@ -30,7 +30,49 @@ impl Model {
         }
         Self::from_tensors(config, tensors, device)
     }
+
+    /// A new model in `dtype` made for measuring: matrices are cut one after another from the same million of draws from a
+    /// normal distribution of standard deviation `initializer_range`, repeated on the device; biases are 0, norms 1.
+    ///
+    /// No matrix is ever on the host or in f32, so that a model takes no more memory and hardly more time than its copy.
+    ///
+    /// # Errors
+    /// The configuration makes no decoder, or the device cannot hold it.
+    pub fn repeated_pattern(config: ModelConfig, seed: u64, dtype: DType, device: Device) -> Result<Self> {
+        config.validate()?;
+        let home = device.candle();
+        let drawn = normal(mix(seed), config.initializer_range, PATTERN);
+        let pattern = Tensor::from_vec(drawn, PATTERN, &candle_core::Device::Cpu)?.to_dtype(dtype)?.to_device(&home)?;
+        let mut tensors = HashMap::new();
+        let mut position = 0;
+        for (name, shape) in Self::parameter_shapes(&config) {
+            let tensor = if name.contains("norm") {
+                Tensor::ones(shape, dtype, &home)?
+            } else if name.rsplit('.').next() == Some("bias") {
+                Tensor::zeros(shape, dtype, &home)?
+            } else {
+                let count: usize = shape.iter().product();
+                let mut pieces = Vec::with_capacity(count / PATTERN + 2);
+                let mut missing = count;
+                while missing > 0 {
+                    let length = missing.min(PATTERN - position);
+                    pieces.push(pattern.narrow(0, position, length)?);
+                    position = (position + length) % PATTERN;
+                    missing -= length;
+                }
+                // a copy even of a single piece: nothing of the pattern is kept
+                let tensor = if pieces.len() == 1 { pieces[0].copy()? } else { Tensor::cat(&pieces, 0)? };
+                tensor.reshape(shape)?
+            };
+            tensors.insert(name, tensor);
+        }
+        device.synchronize()?;
+        Self::from_tensors(config, tensors, device)
+    }
 }
+
+/// Number of draws of [`Model::repeated_pattern`]: a prime, so that no two rows of a matrix are equal.
+const PATTERN: usize = 1_048_573;
 
 /// `count` draws from a normal distribution around 0, two of each pair of uniform draws (Box and Muller, 1958).
 fn normal(seed: u64, deviation: f64, count: usize) -> Vec<f32> {
@@ -59,7 +101,34 @@ fn mix(mut z: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::normal;
+    use super::{Device, Model, ModelConfig, PATTERN, normal};
+    use candle_core::DType;
+    use std::collections::HashSet;
+
+    #[test]
+    fn a_repeated_pattern_is_as_wide_as_the_configuration_says() {
+        let config = r#"{"model_type": "qwen2", "vocab_size": 20000, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": false,
+            "initializer_range": 0.05}"#;
+        let config = ModelConfig::from_json_str(config).unwrap();
+        let model = Model::repeated_pattern(config, 3, DType::BF16, Device::CPU).unwrap();
+        assert_eq!(model.dtype(), DType::BF16);
+        let mut first_values = HashSet::new();
+        for (name, tensor) in model.parameters() {
+            let values: Vec<f32> = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            if name.contains("norm") || name.ends_with("bias") {
+                let expected = if name.contains("norm") { 1.0 } else { 0.0 };
+                assert!(values.iter().all(|&value| value == expected), "{name}");
+                continue;
+            }
+            let square = values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>() / values.len() as f64;
+            assert!((square.sqrt() - 0.05).abs() < 0.003, "{name}: {square}");
+            first_values.insert(values[..8].iter().map(|value| value.to_bits()).collect::<Vec<_>>());
+        }
+        assert_eq!(first_values.len(), 2 + 2 * 7, "matrices begin alike");
+        let head = model.parameters().iter().find(|(name, _)| name == "lm_head.weight").unwrap();
+        assert!(head.1.elem_count() > PATTERN, "the pattern is not repeated in this test");
+    }
 
     #[test]
     fn draws_are_normal_and_follow_the_seed() {

@@ -1,0 +1,193 @@
+//! `bench`: how fast this machine reads prompts, writes tokens and trains, alone or beside another program.
+
+mod arguments;
+mod measure;
+mod memory;
+mod peer;
+mod report;
+mod shape;
+
+pub(crate) use arguments::BenchArguments;
+
+use crate::args::WeightType;
+use crate::model_source::{ModelSource, NANO};
+use crate::output::{Output, UserError};
+use anyhow::{Context, Result};
+use arguments::Work;
+use measure::{Measured, measure};
+use metal_candle::models::save_model;
+use metal_candle::{Device, Model};
+use peer::Peer;
+use report::{Report, Row};
+use shape::Shape;
+use std::path::{Path, PathBuf};
+
+/// What `--help` says below the flags.
+pub(crate) const HELP: &str = "\
+Without a flag the built-in model is measured on the CPU, and on Metal or CUDA random weights of the shape of
+qwen2.5-0.5b in bf16. Prompts and decoding go through the generator, training through the trainer (AdamW, all linear
+layers), as in the other commands; what fits the memory by fewer tokens at once or by blocks computed anew is said.
+Memory is the highest use: of the process on the CPU, of the device elsewhere. Standard error tells what is going on.
+
+Examples:
+  metal-candle bench
+  metal-candle bench --shape qwen2.5-7b --skip train
+  metal-candle bench --model ./Qwen2.5-Coder-0.5B --prefill 1024 --decode-batch 1,4,16 --context 2048
+  metal-candle bench --against mlx-lm --python ~/mlx/bin/python
+  metal-candle bench --against transformers --shape qwen2.5-0.5b --json
+
+--against needs a Python with mlx-lm, or with torch, transformers and peft. Random weights are written to a temporary
+folder (TMPDIR) for it. Both programs hold the model and each row is measured by one and then the other; where memory
+is short this program does all its rows first.";
+
+pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
+    let device = flags.device.open()?;
+    // what is missing is said before anything is loaded
+    let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
+    let subject = Subject::new(flags, device, output)?;
+    let works = flags.works(subject.model.config(), device, output)?;
+    let mut report = Report {
+        device: device.name(),
+        device_name: device.description(),
+        threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        model: subject.name.clone(),
+        num_parameters: subject.model.config().num_parameters(),
+        dtype: subject.model.dtype().as_str(),
+        rows: Vec::with_capacity(works.len()),
+        peer: peer.as_ref().map(|peer| peer.name.clone()),
+    };
+    let mut bench = Bench { output, failure: None };
+    match &mut peer {
+        Some(peer) => bench.beside(subject, peer, &works, &mut report)?,
+        None => {
+            for work in works {
+                report.rows.push(Row { work, ours: bench.measure(&subject.model, work)?, theirs: None });
+            }
+        }
+    }
+    if output.json {
+        Output::print_json(&report.to_json())?;
+    } else {
+        Output::print(report.to_text())?;
+    }
+    bench.failure.map_or(Ok(()), Err)
+}
+
+/// Measurements going on.
+struct Bench {
+    output: Output,
+    /// The first row that failed: the others are measured and printed all the same.
+    failure: Option<anyhow::Error>,
+}
+
+impl Bench {
+    fn measure(&mut self, model: &Model, work: Work) -> Result<Measured> {
+        self.output.note(format_args!("measuring {}", work.title()));
+        match measure(model, work) {
+            Err(error) if !error.is::<UserError>() => {
+                let remark = crate::output::message(&error);
+                self.failure.get_or_insert(error.context(work.title()));
+                Ok(Measured::failed(remark))
+            }
+            measured => measured,
+        }
+    }
+
+    /// Measures both programs, row by row if the memory is enough for both.
+    fn beside(&mut self, subject: Subject, peer: &mut Peer, works: &[Work], report: &mut Report) -> Result<()> {
+        let dtype = subject.model.dtype().as_str();
+        let weights = weights_bytes(&subject.model);
+        let (model, folder) = subject.into_folder(self.output)?;
+        // theirs, and as much again to work with
+        let fits_twice = model.device().memory().is_none_or(|memory| memory.free >= 2 * weights);
+        let mut measured = Vec::new();
+        let model = if fits_twice {
+            Some(model)
+        } else {
+            self.output.note("the memory is too small for both programs at the same time: one after the other");
+            for &work in works {
+                measured.push(self.measure(&model, work)?);
+            }
+            None
+        };
+        let mut measured = measured.into_iter();
+        self.output.note(format_args!("loading the model with {}", peer.name));
+        peer.load(folder.path(), dtype)?;
+        for &work in works {
+            let ours = match (measured.next(), &model) {
+                (Some(measured), _) => measured,
+                (None, Some(model)) => self.measure(model, work)?,
+                (None, None) => Measured::default(),
+            };
+            self.output.note(format_args!("measuring {} with {}", work.title(), peer.name));
+            let theirs = peer.measure(work);
+            report.rows.push(Row { work, ours, theirs: Some(theirs) });
+        }
+        Ok(())
+    }
+}
+
+/// The weights of a model, in bytes.
+fn weights_bytes(model: &Model) -> usize {
+    model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+}
+
+/// The model that is measured.
+struct Subject {
+    model: Model,
+    /// What the report calls it.
+    name: String,
+    /// Where it was read from; none for random weights.
+    folder: Option<PathBuf>,
+}
+
+/// A folder with a model, which may be a temporary one.
+enum Folder {
+    Own(tempfile::TempDir),
+    Given(PathBuf),
+}
+
+impl Folder {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(folder) => folder.path(),
+            Self::Given(path) => path,
+        }
+    }
+}
+
+impl Subject {
+    fn new(flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
+        let shape = match (&flags.model, flags.shape) {
+            (None, None) if !device.is_cpu() => Some(Shape::Qwen500M),
+            (_, shape) => shape,
+        };
+        if let Some(shape) = shape {
+            let dtype = flags.dtype.unwrap_or(WeightType::Bf16).dtype();
+            let config = shape.config()?;
+            let needed = config.num_bytes(dtype);
+            if let Some(memory) = device.memory().filter(|memory| memory.free < needed) {
+                let sizes = [needed, memory.free].map(|size| crate::output::bytes(size as u64));
+                let message = format!("{} takes {} for its weights, {} are free", shape.name(), sizes[0], sizes[1]);
+                return Err(UserError::new(message).with_hint("a smaller --shape").into());
+            }
+            output.note(format_args!("making random weights of the shape of {}", shape.name()));
+            let model = Model::repeated_pattern(config, 1, dtype, device)?;
+            return Ok(Self { model, name: format!("random weights, shape {}", shape.name()), folder: None });
+        }
+        let source = ModelSource::find(flags.model.as_deref().unwrap_or(NANO), output)?;
+        let model = source.load(flags.dtype, flags.device, output)?;
+        Ok(Self { model, name: source.name.clone(), folder: Some(source.folder().to_path_buf()) })
+    }
+
+    /// The model, and a folder that other programs can load it from.
+    fn into_folder(self, output: Output) -> Result<(Model, Folder)> {
+        if let Some(folder) = self.folder {
+            return Ok((self.model, Folder::Given(folder)));
+        }
+        let folder = tempfile::tempdir().context("a temporary folder for the model")?;
+        output.note("writing the weights for the other program to a temporary folder");
+        save_model(&self.model, folder.path())?;
+        Ok((self.model, Folder::Own(folder)))
+    }
+}

@@ -1,0 +1,216 @@
+//! Flags of `bench`, and what they are where they are not given.
+
+use super::peer::PeerKind;
+use super::shape::Shape;
+use crate::args::{DeviceKind, WeightType};
+use crate::output::{Output, UserError};
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use metal_candle::inference::Generator;
+use metal_candle::{Device, ModelConfig};
+use serde_json::{Value, json};
+
+/// Flags of `bench`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BenchArguments {
+    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name [default: nano on the CPU,
+    /// elsewhere random weights of the shape of qwen2.5-0.5b].
+    #[arg(long, conflicts_with = "shape", help_heading = "Model")]
+    pub(super) model: Option<String>,
+
+    /// Random weights of this shape instead of a model; no file is needed.
+    #[arg(long, value_enum, help_heading = "Model")]
+    pub(super) shape: Option<Shape>,
+
+    /// The type of the weights [default: as in the file; bf16 for random weights].
+    #[arg(long, value_enum, help_heading = "Model")]
+    pub(super) dtype: Option<WeightType>,
+
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Model")]
+    pub(super) device: DeviceKind,
+
+    /// Lengths of prompts, in tokens [default: 512,4096; on the CPU 512].
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,...", help_heading = "Work")]
+    prefill: Vec<usize>,
+
+    /// Numbers of sequences that are decoded at the same time [default: 1,32; on the CPU 1,8].
+    #[arg(long, value_delimiter = ',', value_name = "COUNT,...", help_heading = "Work")]
+    decode_batch: Vec<usize>,
+
+    /// Tokens of each sequence before decoding [default: 512; on the CPU 128].
+    #[arg(long, value_name = "TOKENS", help_heading = "Work")]
+    context: Option<usize>,
+
+    /// Steps of decoding [default: 256; on the CPU 64].
+    #[arg(long, value_name = "COUNT", help_heading = "Work")]
+    decode_tokens: Option<usize>,
+
+    /// Sequences of a training step and their length in tokens [default: 8x1024; on the CPU 4x256].
+    #[arg(long, value_name = "COUNTxTOKENS", value_parser = parse_batch, help_heading = "Work")]
+    train_batch: Option<(usize, usize)>,
+
+    /// Rank of the adapter that is trained, on all linear layers of the blocks.
+    #[arg(long, default_value_t = 16, help_heading = "Work")]
+    rank: usize,
+
+    /// Prompts of each length and training steps that are timed [default: 5; on the CPU 3].
+    #[arg(long, value_name = "COUNT", help_heading = "Work")]
+    repeats: Option<usize>,
+
+    /// What is not measured.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PART,...", help_heading = "Work")]
+    skip: Vec<Part>,
+
+    /// Measure another program beside, with the same model, weights and lengths, by turns.
+    #[arg(long, value_enum, help_heading = "Comparison")]
+    pub(super) against: Option<PeerKind>,
+
+    /// The Python that has it.
+    #[arg(long, value_name = "PROGRAM", default_value = "python3", help_heading = "Comparison")]
+    pub(super) python: String,
+}
+
+/// A part of the measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Part {
+    /// Reading prompts.
+    Prefill,
+    /// Writing tokens.
+    Decode,
+    /// Steps of LoRA training.
+    Train,
+}
+
+/// One thing to measure: a row of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// From a prompt of `length` tokens to the first token after it.
+    Prefill { length: usize, repeats: usize },
+    /// One more token of each of `sequences` after `length` tokens.
+    Decode { sequences: usize, length: usize, steps: usize },
+    /// A step of LoRA training: forward, backward, update.
+    Train { sequences: usize, length: usize, rank: usize, repeats: usize },
+}
+
+impl Work {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Prefill { .. } => "prefill",
+            Self::Decode { .. } => "decode",
+            Self::Train { .. } => "train",
+        }
+    }
+
+    /// The line of the table.
+    pub(super) fn title(self) -> String {
+        match self {
+            Self::Prefill { length, .. } => format!("prefill {length}"),
+            Self::Decode { sequences, length, .. } => format!("decode {sequences}, after {length}"),
+            Self::Train { sequences, length, rank, .. } => format!("LoRA step {sequences}x{length}, rank {rank}"),
+        }
+    }
+
+    /// Tokens that are read, written or trained in one measured time.
+    pub(super) fn tokens(self) -> usize {
+        match self {
+            Self::Prefill { length, .. } => length,
+            Self::Decode { sequences, .. } => sequences,
+            Self::Train { sequences, length, .. } => sequences * length,
+        }
+    }
+
+    /// The request to the other program.
+    pub(super) fn request(self) -> Value {
+        match self {
+            Self::Prefill { length, repeats } => json!({"work": "prefill", "length": length, "repeats": repeats}),
+            Self::Decode { sequences, length, steps } => {
+                json!({"work": "decode", "sequences": sequences, "length": length, "steps": steps})
+            }
+            Self::Train { sequences, length, rank, repeats } => json!({
+                "work": "train", "sequences": sequences, "length": length, "rank": rank, "repeats": repeats
+            }),
+        }
+    }
+}
+
+/// Sizes where no flag names them.
+struct Defaults {
+    prefill: &'static [usize],
+    decode_batch: &'static [usize],
+    context: usize,
+    decode_tokens: usize,
+    train_batch: (usize, usize),
+    repeats: usize,
+}
+
+const ON_CPU: Defaults = Defaults {
+    prefill: &[512],
+    decode_batch: &[1, 8],
+    context: 128,
+    decode_tokens: 64,
+    train_batch: (4, 256),
+    repeats: 3,
+};
+
+const ON_ACCELERATOR: Defaults = Defaults {
+    prefill: &[512, 4096],
+    decode_batch: &[1, 32],
+    context: 512,
+    decode_tokens: 256,
+    train_batch: (8, 1024),
+    repeats: 5,
+};
+
+impl BenchArguments {
+    /// What is to be measured of this model.
+    pub(super) fn works(&self, config: &ModelConfig, device: Device, output: Output) -> Result<Vec<Work>> {
+        let defaults = if device.is_cpu() { &ON_CPU } else { &ON_ACCELERATOR };
+        let most = config.max_position_embeddings;
+        let within = |flag: &str, size: usize, limit: usize| {
+            if (1..=limit).contains(&size) {
+                return Ok(size);
+            }
+            Err(UserError::new(format!("`--{flag}`: expected 1 to {limit}, found {size}")))
+        };
+        let repeats = within("repeats", self.repeats.unwrap_or(defaults.repeats), 1000)?;
+        let mut works = Vec::new();
+        if !self.skip.contains(&Part::Prefill) {
+            let mut lengths = self.prefill.clone();
+            if lengths.is_empty() {
+                lengths = defaults.prefill.to_vec();
+                lengths.retain(|length| *length < most);
+                if lengths.len() < defaults.prefill.len() {
+                    output.note(format_args!("longer prompts do not fit the model's context of {most} tokens"));
+                }
+            }
+            for length in lengths {
+                let length = within("prefill", length, most - 1)?;
+                works.push(Work::Prefill { length, repeats });
+            }
+        }
+        if !self.skip.contains(&Part::Decode) {
+            let steps = within("decode-tokens", self.decode_tokens.unwrap_or(defaults.decode_tokens), most - 1)?;
+            let length = within("context", self.context.unwrap_or(defaults.context), most - steps)?;
+            let batches = if self.decode_batch.is_empty() { defaults.decode_batch } else { &self.decode_batch };
+            for &sequences in batches {
+                let sequences = within("decode-batch", sequences, Generator::MAX_BATCH_SIZE)?;
+                works.push(Work::Decode { sequences, length, steps });
+            }
+        }
+        if !self.skip.contains(&Part::Train) {
+            let (sequences, length) = self.train_batch.unwrap_or(defaults.train_batch);
+            let sequences = within("train-batch", sequences, 1 << 16)?;
+            let length = within("train-batch", length, most)?;
+            let rank = within("rank", self.rank, config.hidden_size)?;
+            works.push(Work::Train { sequences, length, rank, repeats });
+        }
+        Ok(works)
+    }
+}
+
+/// `8x1024`.
+fn parse_batch(text: &str) -> Result<(usize, usize), String> {
+    let sizes = text.split_once('x').and_then(|(count, length)| Some((count.parse().ok()?, length.parse().ok()?)));
+    sizes.ok_or_else(|| "expected sequences x tokens of each, such as `8x1024`".to_owned())
+}

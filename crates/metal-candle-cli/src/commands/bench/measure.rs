@@ -1,0 +1,184 @@
+//! Measures this program, through what its users call.
+
+use super::arguments::Work;
+use super::memory::PeakMemory;
+use crate::output::UserError;
+use anyhow::Result;
+use metal_candle::data::{Dataset, Sample};
+use metal_candle::inference::{GenerationConfig, Generator};
+use metal_candle::training::{
+    AdamWConfig, LRScheduler, LoRAAdapter, TargetModule, Trainer, TrainingConfig, TrainingEvent,
+};
+use metal_candle::{Model, ModelConfig};
+use std::ops::ControlFlow;
+use std::sync::mpsc;
+use std::time::Instant;
+
+/// First steps of decoding that are not counted.
+const WARM_UP_STEPS: usize = 4;
+
+/// Share of the free memory that training may take.
+const SHARE_OF_FREE: f64 = 0.9;
+
+/// What came of a piece of work.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Measured {
+    /// The time of each repetition.
+    pub(super) seconds: Vec<f64>,
+    pub(super) peak_memory_bytes: Option<u64>,
+    /// What was different from what was asked for.
+    pub(super) remark: Option<String>,
+}
+
+impl Measured {
+    pub(super) fn failed(remark: String) -> Self {
+        Self { remark: Some(remark), ..Self::default() }
+    }
+
+    /// The median time.
+    pub(super) fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        match sorted.len() {
+            0 => f64::NAN,
+            length if length % 2 == 1 => sorted[length / 2],
+            length => f64::midpoint(sorted[length / 2 - 1], sorted[length / 2]),
+        }
+    }
+}
+
+/// The tokens of a prompt or sample: any, but always the same.
+fn ids(config: &ModelConfig, sequence: usize, length: usize) -> Vec<u32> {
+    (0..length).map(|position| ((position * 577 + sequence * 7919 + 13) % config.vocab_size) as u32).collect()
+}
+
+/// Measures `work` on the model.
+pub(super) fn measure(model: &Model, work: Work) -> Result<Measured> {
+    let memory = PeakMemory::watch(model);
+    let (seconds, remark) = match work {
+        Work::Prefill { length, repeats } => (prefill(model, length, repeats)?, None),
+        Work::Decode { sequences, length, steps } => (decode(model, sequences, length, steps)?, None),
+        Work::Train { sequences, length, rank, repeats } => train(model, sequences, length, rank, repeats)?,
+    };
+    Ok(Measured { seconds, peak_memory_bytes: memory.peak_bytes(), remark })
+}
+
+/// Times from a prompt to the first token, which is read from the device.
+fn prefill(model: &Model, length: usize, repeats: usize) -> Result<Vec<f64>> {
+    let mut generator = Generator::new(model.clone());
+    let prompt = ids(model.config(), 0, length);
+    let config = GenerationConfig::default().with_max_tokens(1).with_ignore_eos(true);
+    let mut seconds = Vec::with_capacity(repeats + 1);
+    for _ in 0..=repeats {
+        generator.clear_cache();
+        model.device().synchronize()?;
+        let started = Instant::now();
+        generator.generate(&prompt, &config)?;
+        seconds.push(started.elapsed().as_secs_f64());
+    }
+    Ok(seconds.split_off(1))
+}
+
+/// Times of the steps in which all sequences get a token each. Every token is read from the device.
+fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Result<Vec<f64>> {
+    let mut generator = Generator::new(model.clone());
+    let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
+    // the first prompts are continued while the last are read: they go on until all have made their steps
+    let most = if sequences == 1 { steps + 1 } else { model.config().max_position_embeddings };
+    let config = GenerationConfig::default().with_max_tokens(most).with_ignore_eos(true);
+    let mut has_begun = vec![false; sequences];
+    let (mut num_waiting, mut num_pieces) = (sequences, 0);
+    let mut times: Vec<Instant> = Vec::with_capacity(steps + 1);
+    generator.generate_batch_with(prompts, &[config], |index, piece| {
+        if num_waiting > 0 {
+            num_waiting -= usize::from(!std::mem::replace(&mut has_begun[index], true));
+            if num_waiting == 0 {
+                times.push(Instant::now());
+            }
+        } else if times.len() <= steps {
+            num_pieces += 1;
+            if num_pieces % sequences == 0 {
+                times.push(Instant::now());
+            }
+        }
+        let is_over = times.len() > steps || (num_waiting == 0 && piece.finish.is_some());
+        if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let seconds: Vec<f64> = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
+    if seconds.len() < steps {
+        let message = format!(
+            "the model's context of {} tokens is too short to decode {steps} tokens of {sequences} sequences after {length}",
+            model.config().max_position_embeddings
+        );
+        return Err(UserError::new(message).with_hint("a smaller --context or fewer --decode-tokens").into());
+    }
+    let warm_up = WARM_UP_STEPS.min(steps - 1);
+    Ok(seconds[warm_up..].to_vec())
+}
+
+/// Times of training steps, and what was changed to make them fit into the memory.
+fn train(
+    model: &Model,
+    sequences: usize,
+    length: usize,
+    rank: usize,
+    repeats: usize,
+) -> Result<(Vec<f64>, Option<String>)> {
+    let steps = repeats + 1;
+    let sample =
+        |number: usize| Sample { ids: ids(model.config(), number, length), trained: vec![true; length], source: None };
+    let data = Dataset::from_samples((0..steps * sequences).map(sample).collect());
+    let adapter = LoRAAdapter::builder(model)
+        .with_rank(rank)
+        .with_alpha(2.0 * rank as f64)
+        .with_target_modules(TargetModule::ALL)
+        .build()?;
+    let config = TrainingConfig {
+        num_epochs: 1,
+        lr_scheduler: LRScheduler::constant(1e-4),
+        optimizer_config: AdamWConfig::default(),
+        max_grad_norm: Some(1.0),
+    };
+    let (sender, times) = mpsc::channel();
+    let device = model.device();
+    let mut trainer = Trainer::new(adapter, config)?
+        .with_batch_tokens(sequences * length)
+        .with_batch_samples(sequences)
+        .with_max_steps(steps)
+        .with_callback(move |event| {
+            if let TrainingEvent::Step { .. } = event {
+                // nobody is left to listen only when the run has failed
+                let _ = sender.send(device.synchronize().map(|()| Instant::now()));
+            }
+            ControlFlow::Continue(())
+        });
+    let mut remark = None;
+    if let Some(memory) = device.memory() {
+        let limit = super::weights_bytes(model) + (SHARE_OF_FREE * memory.free as f64) as usize;
+        let plan;
+        (trainer, plan) = trainer.fitted(&data, limit)?;
+        if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
+            remark = Some(format!(
+                "to fit into the memory: {} tokens at once, {} of {} blocks computed anew in the backward pass",
+                plan.micro_batch_tokens, plan.checkpointed_blocks, plan.trained_blocks
+            ));
+        }
+    }
+    trainer.train(&data)?;
+    drop(trainer);
+    let times: Vec<Instant> = times.into_iter().collect::<metal_candle::Result<_>>()?;
+    Ok((times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect(), remark))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Measured;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        for (seconds, median) in [(vec![3.0, 1.0, 2.0], 2.0), (vec![4.0, 1.0, 2.0, 3.0], 2.5), (vec![5.0], 5.0)] {
+            let found = Measured { seconds, ..Measured::default() }.median();
+            assert!((found - median).abs() < 1e-12, "{found} is not {median}");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The most memory that a piece of work takes.
+
+use metal_candle::{Device, Model};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Time between two looks at an accelerator.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Watches the memory of a model's device.
+#[derive(Debug)]
+pub(super) enum PeakMemory {
+    /// What the process has in RAM.
+    Process,
+    /// Of a Metal device what the process has there; of a CUDA card, which other processes use too, the weights and what its
+    /// use grows by.
+    Device {
+        watcher: Watcher,
+        weights_bytes: usize,
+        /// What the card held at the beginning.
+        first: usize,
+    },
+    /// The device does not tell.
+    Unknown,
+}
+
+/// A thread that looks at the memory of a device now and then.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    is_over: Arc<AtomicBool>,
+    most: Arc<AtomicUsize>,
+    thread: JoinHandle<()>,
+}
+
+impl PeakMemory {
+    /// Begins to watch.
+    pub(super) fn watch(model: &Model) -> Self {
+        let device = model.device();
+        if device.is_cpu() {
+            crate::memory::forget_peak();
+            return Self::Process;
+        }
+        let Some(memory) = device.memory() else { return Self::Unknown };
+        let (weights_bytes, first) = if device.is_cuda() { (super::weights_bytes(model), memory.used) } else { (0, 0) };
+        Self::Device { watcher: Watcher::start(device), weights_bytes, first }
+    }
+
+    /// The most that was used, in bytes, where the system tells.
+    pub(super) fn peak_bytes(self) -> Option<u64> {
+        match self {
+            Self::Process => crate::memory::peak(),
+            Self::Device { watcher, weights_bytes, first } => {
+                Some((weights_bytes + watcher.most().saturating_sub(first)) as u64)
+            }
+            Self::Unknown => None,
+        }
+    }
+}
+
+impl Watcher {
+    fn start(device: Device) -> Self {
+        let (is_over, most) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (over, highest) = (Arc::clone(&is_over), Arc::clone(&most));
+        let thread = std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                if let Some(memory) = device.memory() {
+                    highest.fetch_max(memory.used, Ordering::Relaxed);
+                }
+                std::thread::sleep(INTERVAL);
+            }
+        });
+        Self { is_over, most, thread }
+    }
+
+    fn most(self) -> usize {
+        self.is_over.store(true, Ordering::Relaxed);
+        // it only looks, and cannot fail
+        let _ = self.thread.join();
+        self.most.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,145 @@
+//! Other programs that are measured beside this one, by a small Python program.
+
+use super::arguments::Work;
+use super::measure::Measured;
+use crate::output::UserError;
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use metal_candle::Device;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+/// Measures and answers on standard output.
+const PROGRAM: &str = include_str!("peer.py");
+
+/// Most characters of what a program said that are shown.
+const MAX_SAID: usize = 400;
+
+/// What is measured beside this program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PeerKind {
+    /// mlx-lm, on Apple's GPU, the CPU or CUDA.
+    MlxLm,
+    /// transformers and PEFT on torch.
+    Transformers,
+}
+
+impl PeerKind {
+    /// As on the command line.
+    fn name(self) -> &'static str {
+        match self {
+            Self::MlxLm => "mlx-lm",
+            Self::Transformers => "transformers",
+        }
+    }
+
+    /// What pip installs.
+    fn packages(self, device: Device) -> &'static str {
+        match self {
+            Self::MlxLm if device.is_cuda() => "'mlx[cuda]' mlx-lm",
+            // outside macOS the program's core is a package of its own
+            Self::MlxLm if cfg!(target_os = "linux") => "'mlx[cpu]' mlx-lm",
+            Self::MlxLm => "mlx-lm",
+            Self::Transformers => "torch transformers peft",
+        }
+    }
+}
+
+/// A running Python process that measures on request.
+#[derive(Debug)]
+pub(super) struct Peer {
+    /// Its name and version.
+    pub(super) name: String,
+    kind: PeerKind,
+    process: Child,
+    requests: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    /// What it says on standard error.
+    said: tempfile::NamedTempFile,
+}
+
+impl Peer {
+    /// Starts it; nothing is loaded yet.
+    pub(super) fn start(kind: PeerKind, python: &str, device: Device) -> Result<Self> {
+        let said = tempfile::NamedTempFile::new().context("a file for what the other program says")?;
+        let started = Command::new(python)
+            .args(["-c", PROGRAM, kind.name(), device.name()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(said.reopen().context("a file for what the other program says")?)
+            .spawn();
+        let mut process = started.map_err(|error| {
+            UserError::new(format!("cannot run `{python}`: {error}"))
+                .with_hint(format!("--python PROGRAM names a Python that has {}", kind.name()))
+        })?;
+        let (requests, answers) = (process.stdin.take(), process.stdout.take());
+        let answers = BufReader::new(answers.context("the other program has no output")?);
+        let mut peer = Self { name: String::new(), kind, process, requests, answers, said };
+        let greeting = peer.answer()?;
+        if let Some(missing) = greeting["missing"].as_str() {
+            let message = format!("`{python}` has no {}: {missing}", kind.name());
+            let hint = format!("{python} -m pip install {}, or --python PROGRAM that has it", kind.packages(device));
+            return Err(UserError::new(message).with_hint(hint).into());
+        }
+        greeting["name"].as_str().unwrap_or(kind.name()).clone_into(&mut peer.name);
+        Ok(peer)
+    }
+
+    /// Loads the model in a folder.
+    pub(super) fn load(&mut self, folder: &Path, dtype: &str) -> Result<()> {
+        let folder = folder.to_str().context("the path of the model is not UTF-8")?;
+        let answer = self.ask(&json!({"work": "load", "folder": folder, "dtype": dtype}))?;
+        match answer["error"].as_str() {
+            None => Ok(()),
+            Some(error) => Err(UserError::new(format!("{} cannot load the model: {error}", self.name)).into()),
+        }
+    }
+
+    /// Measures `work`; a failure is a remark, also when it is the end of the program.
+    pub(super) fn measure(&mut self, work: Work) -> Measured {
+        let answer = match self.ask(&work.request()) {
+            Ok(answer) => answer,
+            Err(error) => return Measured::failed(error.to_string()),
+        };
+        if let Some(error) = answer["error"].as_str() {
+            return Measured::failed(format!("{}: {error}", self.name));
+        }
+        let seconds = answer["seconds"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Measured {
+            seconds: seconds.iter().filter_map(Value::as_f64).collect(),
+            peak_memory_bytes: answer["peak_memory_bytes"].as_u64(),
+            remark: None,
+        }
+    }
+
+    fn ask(&mut self, request: &Value) -> Result<Value> {
+        // a program that has ended is found out by its missing answer
+        if let Some(requests) = &mut self.requests {
+            let _ = writeln!(requests, "{request}").and_then(|()| requests.flush());
+        }
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).context("the other program's answer")?;
+        serde_json::from_str(&line).map_err(|_| {
+            let said = std::fs::read_to_string(self.said.path()).unwrap_or_default();
+            let last: Vec<&str> = said.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
+            let last = last.into_iter().rev().collect::<Vec<_>>().join("; ");
+            let begin = last.char_indices().rev().nth(MAX_SAID).map_or(0, |(index, _)| index);
+            UserError::new(format!("{} ended without an answer: {}", self.kind.name(), &last[begin..])).into()
+        })
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // without requests it ends by itself, unless something hangs
+        drop(self.requests.take());
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
