@@ -135,3 +135,40 @@ FUNCTION void load8_shared(const float* x, float* y) {
     y[6] = b.z;
     y[7] = b.w;
 }
+
+// Eight elements as they lie in memory.
+struct Eight {
+#if ELEMENT == 0
+    float4 low;
+    float4 high;
+#else
+    uint4 bits;
+#endif
+};
+FUNCTION Eight load_eight(const T* x) {
+    Eight y;
+#if ELEMENT == 0
+    y.low = *reinterpret_cast<const float4*>(x);
+    y.high = *reinterpret_cast<const float4*>(x + 4);
+#else
+    y.bits = *reinterpret_cast<const uint4*>(x);
+#endif
+    return y;
+}
+FUNCTION void unpack_eight(Eight x, float* y) {
+#if ELEMENT == 0
+    y[0] = x.low.x;
+    y[1] = x.low.y;
+    y[2] = x.low.z;
+    y[3] = x.low.w;
+    y[4] = x.high.x;
+    y[5] = x.high.y;
+    y[6] = x.high.z;
+    y[7] = x.high.w;
+#else
+    unpack(x.bits.x, y);
+    unpack(x.bits.y, y + 2);
+    unpack(x.bits.z, y + 4);
+    unpack(x.bits.w, y + 6);
+#endif
+}

@@ -10,6 +10,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -87,9 +88,14 @@ fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Resul
     Ok(start + (layout.start_offset() * dtype.size_in_bytes()) as u64)
 }
 
+thread_local! {
+    /// The stream that records what this thread launches, while it does.
+    static RECORDING: RefCell<Option<Arc<CudaStream>>> = const { RefCell::new(None) };
+}
+
 pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     let function = function(device, kernel)?;
-    let stream = device.cuda_stream();
+    let stream = RECORDING.with_borrow(Clone::clone).unwrap_or_else(|| device.cuda_stream());
     if args.len() > MAX_ARGS || words.len() > MAX_WORDS {
         bail!("kernel `{}` is given {} buffers and {} words", kernel.name, args.len(), words.len());
     }
@@ -247,17 +253,21 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Records what `work` gives to the device; none of it is done. `work` must not allocate, nor read anything back.
+    /// Records the kernels that `work` launches by [`launch`](super::launch); none of them runs. `work` must not do anything
+    /// else with the device. What other threads do meanwhile is not recorded.
     ///
     /// # Errors
     /// `work` fails, or does something that cannot be recorded.
     pub fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let stream = device.cuda_stream();
+        let recorder = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(candle_core::Error::wrap)?;
+        recorder.begin_capture(mode).map_err(candle_core::Error::wrap)?;
+        RECORDING.set(Some(Arc::clone(&recorder)));
         let worked = work();
+        RECORDING.set(None);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags);
+        let graph = recorder.end_capture(flags);
         worked?;
         match graph.map_err(candle_core::Error::wrap)? {
             Some(graph) => Ok(Self { graph, stream }),
@@ -270,7 +280,10 @@ impl Graph {
     /// # Errors
     /// The device fails.
     pub fn replay(&mut self) -> Result<()> {
-        self.graph.launch().map_err(candle_core::Error::wrap)
+        self.stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
+        // SAFETY: the graph is there as long as this is, and its buffers as long as their owner keeps them beside it
+        unsafe { result::graph::launch(self.graph.cu_graph_exec(), self.stream.cu_stream()) }
+            .map_err(candle_core::Error::wrap)
     }
 }
 

@@ -5,21 +5,54 @@
 // cache, so that a step can be repeated without the CPU.
 #define MAX_RANK 64
 
-// The products of two rows of weights with each vector, summed: a warp. `x` holds BATCH vectors of `width` floats.
-FUNCTION void shared_dots_of_two(
-    GLOBAL const T* w0, GLOBAL const T* w1, SHARED_ARG const float* x, uint width, uint my_lane, PRIVATE float* sums0,
-    PRIVATE float* sums1) {
+// Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on
+// their way while the vectors are normed.
+#define STEPS ((HIDDEN + 255) / 256)
+#define HOLDS_ROWS (HIDDEN <= 1024)
+struct TwoRows {
+#if HOLDS_ROWS
+    Eight first[STEPS];
+    Eight second[STEPS];
+#endif
+    uint unused;
+};
+
+FUNCTION void ask_for_rows(GLOBAL const T* w0, GLOBAL const T* w1, uint my_lane, PRIVATE TwoRows& rows) {
+    rows.unused = 0;
+#if HOLDS_ROWS
+    UNROLL for (uint step = 0; step < STEPS; step++) {
+        const uint i = 8 * my_lane + 256 * step;
+        if (i < HIDDEN) {
+            rows.first[step] = load_eight(w0 + i);
+            rows.second[step] = load_eight(w1 + i);
+        }
+    }
+#endif
+}
+
+// The products of the rows with each vector, summed. `x` holds BATCH vectors of HIDDEN floats.
+FUNCTION void dots_of_rows(
+    GLOBAL const T* w0, GLOBAL const T* w1, PRIVATE const TwoRows& rows, SHARED_ARG const float* x, uint my_lane,
+    PRIVATE float* sums0, PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
-    UNROLL for (uint i = 8 * my_lane; i < width; i += 256) {
-        float u[8], v[8];
-        load8(w0 + i, u);
-        load8(w1 + i, v);
-        UNROLL for (uint b = 0; b < BATCH; b++) {
-            float value[8];
-            load8_shared(x + b * width + i, value);
-            UNROLL for (uint j = 0; j < 8; j++) {
-                sums0[b] += u[j] * value[j];
-                sums1[b] += v[j] * value[j];
+    UNROLL for (uint step = 0; step < STEPS; step++) {
+        const uint i = 8 * my_lane + 256 * step;
+        if (i < HIDDEN) {
+            float u[8], v[8];
+#if HOLDS_ROWS
+            unpack_eight(rows.first[step], u);
+            unpack_eight(rows.second[step], v);
+#else
+            load8(w0 + i, u);
+            load8(w1 + i, v);
+#endif
+            UNROLL for (uint b = 0; b < BATCH; b++) {
+                float value[8];
+                load8_shared(x + b * HIDDEN + i, value);
+                UNROLL for (uint j = 0; j < 8; j++) {
+                    sums0[b] += u[j] * value[j];
+                    sums1[b] += v[j] * value[j];
+                }
             }
         }
     }
@@ -146,7 +179,6 @@ KERNEL(decode_projections)
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
-    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     const uint pairs = threads / 32;
     const uint groups_of_head = p.half_dim / pairs;
     const uint block = group.x / chunks;
@@ -178,14 +210,19 @@ KERNEL(decode_projections)
         rank = p.k_rank;
         scale = p.k_scale;
     }
+    const uint row0 = head * 2 * p.half_dim + i;
+    const uint row1 = row0 + p.half_dim;
+    GLOBAL const T* w0 = w + wide(row0) * HIDDEN;
+    GLOBAL const T* w1 = w + wide(row1) * HIDDEN;
+    TwoRows rows;
+    ask_for_rows(w0, w1, lane, rows);
+    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     if (rank > 0) {
         low_rank_into(a, rank, scale, normed, HIDDEN, z, lane, warp, threads);
         BARRIER;
     }
-    const uint row0 = head * 2 * p.half_dim + i;
-    const uint row1 = row0 + p.half_dim;
     float sums0[BATCH], sums1[BATCH];
-    shared_dots_of_two(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, normed, HIDDEN, lane, sums0, sums1);
+    dots_of_rows(w0, w1, rows, normed, lane, sums0, sums1);
     if (rank > 0) {
         add_low_rank(l, rank, row0, z, sums0, lane);
         add_low_rank(l, rank, row1, z, sums1, lane);
@@ -267,12 +304,13 @@ KERNEL(decode_attention)
         largest = maximum;
         sum = sum * shrink + warp_sum(weight);
         for (uint e = 0; e < ELEMENTS; e++) result[e] *= shrink;
-        const uint count = MINIMUM(32u, num_keys - begin);
-        for (uint j = 0; j < count; j++) {
+        // all 32 rows, so that their loads do not wait for each other: those behind the end have weight 0
+        UNROLL for (uint j = 0; j < 32; j++) {
             const float w = warp_shuffle(weight, j);
-            for (uint e = 0; e < ELEMENTS; e++) {
+            const uint row = MINIMUM(begin + j, num_keys - 1);
+            UNROLL for (uint e = 0; e < ELEMENTS; e++) {
                 const uint i = e * 32 + lane;
-                if (i < HEAD_DIM) result[e] += w * float(values[start + wide(begin + j) * HEAD_DIM + i]);
+                if (i < HEAD_DIM) result[e] += w * float(values[start + wide(row) * HEAD_DIM + i]);
             }
         }
     }
@@ -357,23 +395,25 @@ KERNEL(decode_gated)
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    const uint row = group.x / chunks * (threads / 32) + warp;
+    const bool is_row = row < p.intermediate;
+    const wide at = wide(MINIMUM(row, p.intermediate - 1)) * HIDDEN;
+    TwoRows rows;
+    ask_for_rows(w_gate + at, w_up + at, lane, rows);
     norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
     if (p.gate_rank + p.up_rank > 0) {
         low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
         low_rank_into(a_up, p.up_rank, p.up_scale, normed, HIDDEN, z_up, lane, warp, threads);
         BARRIER;
     }
-    for (uint r = 0; r < GATED_ROWS; r++) {
-        const uint row = (group.x / chunks * (threads / 32) + warp) * GATED_ROWS + r;
-        if (row >= p.intermediate) return;
-        float gate[BATCH], up[BATCH];
-        shared_dots_of_two(w_gate + wide(row) * HIDDEN, w_up + wide(row) * HIDDEN, normed, HIDDEN, lane, gate, up);
-        if (p.gate_rank > 0) add_low_rank(l_gate, p.gate_rank, row, z_gate, gate, lane);
-        if (p.up_rank > 0) add_low_rank(l_up, p.up_rank, row, z_up, up, lane);
-        if (lane == 0) {
-            for (uint b = 0; b < live; b++) {
-                y[(first_row + b) * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
-            }
+    if (!is_row) return;
+    float gate[BATCH], up[BATCH];
+    dots_of_rows(w_gate + at, w_up + at, rows, normed, lane, gate, up);
+    if (p.gate_rank > 0) add_low_rank(l_gate, p.gate_rank, row, z_gate, gate, lane);
+    if (p.up_rank > 0) add_low_rank(l_up, p.up_rank, row, z_up, up, lane);
+    if (lane == 0) {
+        for (uint b = 0; b < live; b++) {
+            y[(first_row + b) * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
         }
     }
 }
@@ -416,7 +456,9 @@ KERNEL(decode_head)
         if (row0 >= p.vocab) break;
         const uint row1 = MINIMUM(row0 + 1, p.vocab - 1);
         float sums0[BATCH], sums1[BATCH];
-        shared_dots_of_two(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, normed, HIDDEN, lane, sums0, sums1);
+        TwoRows rows;
+        ask_for_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, lane, rows);
+        dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, rows, normed, lane, sums0, sums1);
         if (p.rank > 0) {
             add_low_rank(l, p.rank, row0, z, sums0, lane);
             add_low_rank(l, p.rank, row1, z, sums1, lane);

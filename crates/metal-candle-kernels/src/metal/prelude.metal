@@ -72,3 +72,20 @@ FUNCTION void load8(device const T* x, thread float* y) {
 FUNCTION void load8_shared(threadgroup const float* x, thread float* y) {
     for (uint i = 0; i < 8; i++) y[i] = x[i];
 }
+// Eight elements as they lie in memory.
+struct Eight {
+    T4 low;
+    T4 high;
+};
+FUNCTION Eight load_eight(device const T* x) {
+    Eight y;
+    y.low = *reinterpret_cast<device const T4*>(x);
+    y.high = *reinterpret_cast<device const T4*>(x + 4);
+    return y;
+}
+FUNCTION void unpack_eight(Eight x, thread float* y) {
+    for (uint i = 0; i < 4; i++) {
+        y[i] = float(x.low[i]);
+        y[4 + i] = float(x.high[i]);
+    }
+}

@@ -88,7 +88,9 @@ impl Model {
         let widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim];
         let dtype = self.activation_dtype();
         let is_usual = |block: &Block| {
-            let weights = block.linears.iter().all(|linear| linear.weight.dtype() == dtype);
+            // eight elements are read at once
+            let fits = |weight: &Tensor| weight.dtype() == dtype && weight.layout().start_offset().is_multiple_of(8);
+            let weights = block.linears.iter().all(|linear| fits(&linear.weight));
             let biases = [O, GATE, UP, DOWN].iter().all(|&place| block.linears[place].bias.is_none());
             let same = [Q, K, V].iter().all(|&p| block.linears[p].bias.is_some() == block.linears[Q].bias.is_some());
             weights && biases && same
@@ -191,7 +193,6 @@ impl Model {
             .with("HIDDEN", config.hidden_size)
             .with("HEAD_DIM", config.head_dim)
             .with("DECODE_WARPS", ATTENTION_THREADS / 32)
-            .with("GATED_ROWS", 1)
             .with("HEAD_ROWS", HEAD_ROWS)
     }
 

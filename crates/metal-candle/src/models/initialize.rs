@@ -61,7 +61,7 @@ impl Model {
                     missing -= length;
                 }
                 // a copy even of a single piece: nothing of the pattern is kept
-                let tensor = if pieces.len() == 1 { pieces[0].copy()? } else { Tensor::cat(&pieces, 0)? };
+                let tensor = if pieces.len() == 1 { pieces[0].force_contiguous()? } else { Tensor::cat(&pieces, 0)? };
                 tensor.reshape(shape)?
             };
             tensors.insert(name, tensor);

@@ -4,7 +4,7 @@ use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, val
 use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
 use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
-use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Trainable};
+use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Targets, Trainable};
 use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, ModelLoader};
 
@@ -40,6 +40,7 @@ on_each_device! {
     generated_tokens_match_the_cpu,
     logits_that_are_no_numbers_are_an_error,
     the_built_in_model_trains_and_generates,
+    the_built_in_model_agrees_with_the_cpu_in_each_type,
 }
 
 fn load(name: &str, device: Device, dtype: DType) -> Model {
@@ -255,4 +256,29 @@ fn the_built_in_model_trains_and_generates(device: Device) {
     );
     assert!(difference < 1e-4, "{difference}");
     assert_eq!(continuation(&model, &ids, 4), continuation(&cpu, &ids, 4));
+}
+
+/// Logits and losses of the same rounded weights: the CPU computes in f32, another device in the type of the weights.
+fn the_built_in_model_agrees_with_the_cpu_in_each_type(device: Device) {
+    let nano = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/nano");
+    let ids: Vec<u32> = (0..60).map(|i| (i * 71 + 5) % 3000).collect();
+    let mut wanted: Vec<u32> = ids[1..].to_vec();
+    wanted.push(0);
+    let targets = Targets { ids: wanted, weights: vec![1.0; ids.len()] };
+    for (dtype, of_logits, of_losses) in
+        [(DType::F32, 1e-4, 1e-4), (DType::F16, 2e-2, 2e-2), (DType::BF16, 1e-1, 1e-1)]
+    {
+        let found = [device, Device::CPU].map(|device| {
+            let model = ModelLoader::new().with_device(device).with_dtype(dtype).load(&nano).unwrap();
+            let batch = Batch::single(&ids);
+            let logits = values(&model.forward(&batch, None, None, Rows::All).unwrap());
+            (logits, model.loss(&batch, &targets, None, 0.0).unwrap().rows)
+        });
+        let [(logits, losses), (cpu_logits, cpu_losses)] = found;
+        let logits = relative(&logits, &cpu_logits);
+        let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+        let of_mean = (mean(&losses) - mean(&cpu_losses)).abs();
+        println!("{device} {dtype:?}: logits {logits:.1e} of the largest, mean loss {of_mean:.1e}");
+        assert!(logits < of_logits && of_mean < of_losses, "{dtype:?}: {logits} {of_mean}");
+    }
 }
