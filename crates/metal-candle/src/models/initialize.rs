@@ -100,6 +100,7 @@ fn mix(mut z: u64) -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::{Device, Model, ModelConfig, PATTERN, normal};
     use candle_core::DType;
@@ -117,8 +118,8 @@ mod tests {
         for (name, tensor) in model.parameters() {
             let values: Vec<f32> = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
             if name.contains("norm") || name.ends_with("bias") {
-                let expected = if name.contains("norm") { 1.0 } else { 0.0 };
-                assert!(values.iter().all(|&value| value == expected), "{name}");
+                let expected: f32 = if name.contains("norm") { 1.0 } else { 0.0 };
+                assert!(values.iter().all(|value| value.to_bits() == expected.to_bits()), "{name}");
                 continue;
             }
             let square = values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>() / values.len() as f64;
