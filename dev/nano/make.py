@@ -1,8 +1,10 @@
 """Makes the built-in model's sources, tokenizer, corpus and fine-tuning data; see README.md beside this file."""
 
 import argparse
+import array
 import json
 import os
+import struct
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -99,17 +101,45 @@ def make_signatures(arguments):
     print(json.dumps(report, indent=2))
 
 
-STEPS = {"sources": make_sources, "tokenizer": make_tokenizer, "corpus": make_corpus, "signatures": make_signatures}
+def make_weights(arguments):
+    """The weights of a training run, rounded to bf16 (to the nearest, ties to even)."""
+    if not arguments.weights:
+        return
+    with open(os.path.join(arguments.weights, "model.safetensors"), "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        data = file.read()
+    metadata = {"__metadata__": header.pop("__metadata__")} if "__metadata__" in header else {}
+    tensors, parts, end = {}, [], 0
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        assert tensor["dtype"] == "F32", name
+        bits = array.array("I", data[slice(*tensor["data_offsets"])])
+        parts.append(array.array("H", ((x + 0x7FFF + (x >> 16 & 1)) >> 16 for x in bits)).tobytes())
+        tensors[name] = {"dtype": "BF16", "shape": tensor["shape"], "data_offsets": [end, end + len(parts[-1])]}
+        end += len(parts[-1])
+    head = json.dumps(metadata | tensors, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(os.path.join(arguments.model, "model.safetensors"), "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head + b"".join(parts))
+    print("weights", end, "bytes", file=sys.stderr)
+
+
+STEPS = {
+    "sources": make_sources, "tokenizer": make_tokenizer, "corpus": make_corpus, "signatures": make_signatures,
+    "weights": make_weights,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=[*STEPS, "all"], help="what to make; `all` makes everything in this order")
-    parser.add_argument("--corpus", required=True, help="folder for the sources and the corpus")
+    parser.add_argument("step", choices=[*STEPS, "all"], help="what to make; `all`: everything in this order, weights if --weights is given")
+    parser.add_argument("--corpus", help="folder for the sources and the corpus; all steps but `weights` need it")
     parser.add_argument("--from-lock", action="store_true", help="choose the crates anew from Cargo.lock, not those of crates.json")
-    parser.add_argument("--more-from-list", action="store_true", help="choose the further crates anew from more.txt, not those of more.json")
+    parser.add_argument("--more-from-list", action="store_true", help="choose the further crates anew from more.txt")
+    parser.add_argument("--weights", help="folder of a trained model, for the step `weights`, which rounds them to bf16")
     parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the model")
     arguments = parser.parse_args()
+    if arguments.corpus is None and arguments.step != "weights":
+        parser.error("--corpus is missing")
     for name, step in STEPS.items():
         if arguments.step in (name, "all"):
             step(arguments)

@@ -110,15 +110,19 @@ def main():
     for split, count in PROMPTS.items():
         path = os.path.join(arguments.corpus, f"{split}.jsonl")
         texts = [row["text"] for row in read_rows(path)]
+        evaluation = call(arguments.program, "eval", "--model", arguments.model, "--data", path, "--device", "cpu")
         found[split] = {
-            "bits per byte": call(arguments.program, "eval", "--model", arguments.model, "--data", path, "--device", "cpu")["bits_per_byte"],
+            "bits per byte": evaluation["bits_per_byte"],
             "next line": complete(arguments, prompts(texts, line_prompt, count), "--stop", "\n"),
             "gap": complete(arguments, prompts(texts, gap_prompt, count)),
         }
         print(split, json.dumps(found[split]), flush=True)
     if not arguments.no_fine_tuning:
         report = fine_tuned(arguments)
-        names = ("total_steps", "seconds", "valid_loss_before", "valid_loss_after", "exactly_right_before", "exactly_right_after", "test_samples")
+        names = (
+            "total_steps", "seconds", "valid_loss_before", "valid_loss_after", "exactly_right_before", "exactly_right_after",
+            "test_samples",
+        )
         found["fine-tuning"] = {name: report[name] for name in names}
         print("fine-tuning", json.dumps(found["fine-tuning"]), flush=True)
     print("\n| | valid | test |\n| --- | ---: | ---: |")
