@@ -157,7 +157,7 @@ def make(files, model):
     for split in ("test", "valid", "train"):
         random_state = random.Random(f"nano {split}")
         found = []
-        for file in files[split]:
+        for file in files[split] + (files["more"] if split == "train" else []):
             lines = [line + "\n" for line in file["text"].split("\n")]
             costs = dict(zip(lines, counts(lines)))
             for number, (opens, piece) in enumerate(pieces(file["text"], costs.__getitem__)):
