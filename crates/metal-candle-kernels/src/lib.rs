@@ -13,9 +13,9 @@ mod cross_entropy;
 mod decomposition;
 mod elementwise;
 mod file;
-pub mod gpu;
 mod gemm;
 mod gemm_narrow;
+pub mod gpu;
 mod isa;
 mod math;
 #[cfg(feature = "nccl")]
@@ -32,8 +32,8 @@ pub use attention_backward::{Saved, attention_backward};
 pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
 pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{
-    add_bias, add_scaled, column_sums, dropout, dropout_threshold, rotary, round_to_bf16, scale_columns, swiglu, swiglu_backward,
-    uniform_noise,
+    add_bias, add_scaled, column_sums, dropout, dropout_threshold, rotary, round_to_bf16, scale_columns, swiglu,
+    swiglu_backward, uniform_noise,
 };
 pub use file::{MappedFile, map_file};
 pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, gemm_sum_to, packed_bytes};

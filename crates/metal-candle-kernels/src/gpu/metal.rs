@@ -38,8 +38,7 @@ fn pipeline(device: &MetalDevice, kernel: &Kernel) -> Result<ComputePipeline> {
         #[allow(deprecated)]
         options.setFastMathEnabled(false);
         let text = kernel.text(PRELUDE)?;
-        let library =
-            metal.new_library_with_source(&text, Some(&options)).map_err(candle_core::Error::wrap)?;
+        let library = metal.new_library_with_source(&text, Some(&options)).map_err(candle_core::Error::wrap)?;
         compiled.libraries.insert(key, library.clone());
         library
     };
@@ -83,10 +82,8 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
         encoder.set_bytes_directly(args.len(), 4 * words.len(), words.as_ptr().cast());
     }
     let [width, height, depth] = grid.groups;
-    encoder.dispatch_thread_groups(
-        MTLSize { width, height, depth },
-        MTLSize { width: grid.threads, height: 1, depth: 1 },
-    );
+    encoder
+        .dispatch_thread_groups(MTLSize { width, height, depth }, MTLSize { width: grid.threads, height: 1, depth: 1 });
     Ok(())
 }
 

@@ -93,7 +93,8 @@ impl Kernel {
         };
         let mut text = format!("#define ELEMENT {element}\n");
         if self.source == Source::TensorCoreAttention {
-            let _ = writeln!(text, "#define T_F16 {}\n#define T_BF16 {}", u8::from(element == 1), u8::from(element == 2));
+            let _ =
+                writeln!(text, "#define T_F16 {}\n#define T_BF16 {}", u8::from(element == 1), u8::from(element == 2));
         }
         for (name, value) in &self.constants {
             // writing to a string does not fail

@@ -30,7 +30,8 @@ impl LoRAAdapter {
         }
         for saved in adapter.saved_parameters() {
             let weight = parameter(model, &saved.name)?;
-            tensors.insert(saved.name.clone(), adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.force_contiguous()?);
+            tensors
+                .insert(saved.name.clone(), adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.force_contiguous()?);
         }
         if model.config().tie_word_embeddings && tensors.contains_key(EMBEDDING_WEIGHT) {
             let head = parameter(model, HEAD_WEIGHT)?;

@@ -231,7 +231,8 @@ impl Generator {
             if sequences.is_empty() {
                 break;
             }
-            let pieces = step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK, &mut decoding)?;
+            let pieces =
+                step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK, &mut decoding)?;
             for (place, piece) in pieces {
                 let index = indices[place];
                 collected[index].push(&piece);

@@ -5,8 +5,8 @@
 
 use super::sampling::SamplingConfig;
 use crate::data::Random;
-use crate::models::{Decoded, DecodingChoice};
 use crate::error::{Error, Result};
+use crate::models::{Decoded, DecodingChoice};
 use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};

@@ -159,7 +159,12 @@ impl Sequence {
     fn decoding_row(&self) -> Option<DecodingRow> {
         let choice = self.sampler.choice_on_device()?;
         let position = self.num_cached;
-        (position + 1 == self.ids.len()).then(|| DecodingRow { id: self.ids[position], position, slot: self.slot, choice })
+        (position + 1 == self.ids.len()).then(|| DecodingRow {
+            id: self.ids[position],
+            position,
+            slot: self.slot,
+            choice,
+        })
     }
 
     fn add(&mut self, Choice { token, log_probability }: Choice) -> Result<Piece> {
@@ -224,7 +229,7 @@ fn decode(
             sequence.add(choice)?
         } else {
             // the sampler says what is wrong with them
-            let logits = decoding.as_ref().map(|decoding| model.decoded_logits(decoding).get(row)).transpose()?;
+            let logits = decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose()?;
             let logits = logits.ok_or(Error::Stopped)?;
             with_logits(&logits, |logits| sequence.advance(logits))?
         };

@@ -135,12 +135,7 @@ impl Block {
     }
 
     /// The block's output for new tokens whose keys and values are added to the cache, if there is one.
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        context: Context,
-        cache: Option<&mut KVCache>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, context: Context, cache: Option<&mut KVCache>) -> Result<Tensor> {
         let (q, k, v) = self.projections(x, context)?;
         let attention = match cache {
             Some(cache) => {

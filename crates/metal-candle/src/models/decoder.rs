@@ -178,7 +178,19 @@ impl Model {
         let norm = norm("model.norm.weight")?.1;
         let rotary = RotaryTable::new(config.head_dim, config.rope_theta);
         drop(numbers);
-        let inner = Inner { config, device, dtype, linears, parameters, embedding, blocks, norm, head, rotary, attention: shape };
+        let inner = Inner {
+            config,
+            device,
+            dtype,
+            linears,
+            parameters,
+            embedding,
+            blocks,
+            norm,
+            head,
+            rotary,
+            attention: shape,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 

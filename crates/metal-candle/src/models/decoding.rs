@@ -154,11 +154,6 @@ impl Model {
         })
     }
 
-    /// The logits of the last step of [`Model::decode`]: `[rows, vocab_size]`, f32.
-    pub(crate) fn decoded_logits<'a>(&self, decoding: &'a Decoding) -> &'a Tensor {
-        &decoding.logits
-    }
-
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
         let config = self.config();
         let like = &self.inner.embedding;
@@ -227,10 +222,21 @@ impl Model {
             Arg::Out(&held.result),
         ];
         let words = [vocab.into(), rows.into(), groups.into()];
-        gpu::launch(&Kernel::new(Source::Sampling, "sample", DType::F32), Grid::row(rows, SAMPLING_THREADS), &args, &words)
+        gpu::launch(
+            &Kernel::new(Source::Sampling, "sample", DType::F32),
+            Grid::row(rows, SAMPLING_THREADS),
+            &args,
+            &words,
+        )
     }
 
-    fn launch_block(&self, block: &Block, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
+    fn launch_block(
+        &self,
+        block: &Block,
+        held: &Decoding,
+        terms: Option<&LowRankTerms>,
+        cache: &KVCache,
+    ) -> Result<()> {
         let config = self.config();
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.batch));
@@ -281,8 +287,7 @@ impl Model {
         let kernel = self.kernel("decode_projections", held.batch);
         gpu::launch(&kernel, Grid::row(groups * chunks, THREADS), &args, &words)?;
 
-        let args =
-            [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
+        let args = [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
         let words =
             [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
         let kernel = self.kernel("decode_attention", held.batch);
@@ -351,6 +356,11 @@ const UNSET: DecodingRow = DecodingRow {
 };
 
 impl Decoding {
+    /// The logits of the last step: `[rows, vocab_size]`, f32.
+    pub(crate) fn logits(&self) -> &Tensor {
+        &self.logits
+    }
+
     /// Tells the device the rows.
     fn write(&mut self, rows: &[DecodingRow]) -> Result<()> {
         let mut state = Vec::with_capacity(5 * rows.len());

@@ -174,13 +174,7 @@ impl KVCache {
     /// Writes new keys and values, `[tokens, num_heads * head_dim]`, behind those held.
     ///
     /// The lengths of the slots change with [`KVCache::advance`], after the last layer.
-    pub(crate) fn append(
-        &mut self,
-        layer: usize,
-        k: &Tensor,
-        v: &Tensor,
-        spans: &Spans,
-    ) -> Result<()> {
+    pub(crate) fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor, spans: &Spans) -> Result<()> {
         if cache_write::append((k, v), (&self.keys[layer], &self.values[layer]), spans)? {
             return Ok(());
         }

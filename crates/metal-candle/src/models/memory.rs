@@ -208,7 +208,10 @@ impl Model {
         let depth = widest + ranks.max().unwrap_or(0);
         let of_blocks = metal_candle_kernels::packed_bytes(tokens, depth);
         let vocab = self.config().vocab_size;
-        of_blocks.max(metal_candle_kernels::packed_bytes(head::chunk_rows(trained, vocab, &self.device().candle()).min(trained), vocab))
+        of_blocks.max(metal_candle_kernels::packed_bytes(
+            head::chunk_rows(trained, vocab, &self.device().candle()).min(trained),
+            vocab,
+        ))
     }
 
     fn extras(&self, layer: usize, tokens: usize, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Extras {

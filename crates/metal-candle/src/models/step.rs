@@ -5,6 +5,7 @@ use super::decoder::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
 use crate::ops::head::{self, HeadWanted};
+use crate::ops::linear::LinearGradients;
 use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
@@ -312,9 +313,10 @@ impl Model {
             input: lowest.block.is_some() || lowest.embedding || wanted[self.norm_parameter()],
             weight: wanted[head],
         };
-        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        let of_terms = terms.and_then(|terms| terms.get(self.head_number()));
         let (smoothing, seed) = (options.label_smoothing, dropout_seed);
-        let found = head::loss(&hidden, &self.inner.head, term, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
+        let mut found =
+            head::loss(&hidden, &self.inner.head, of_terms, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
         drop(hidden);
         drop(of_head);
         let mut gradients = Gradients {
@@ -322,13 +324,14 @@ impl Model {
             parameters: vec![None; self.parameters().len()],
             saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
         };
+        let LinearGradients { input, weight, term, .. } = std::mem::take(&mut found.gradients);
         // the CPU learns the losses at the end, when the device has been given everything
         let losses = || -> Result<Losses> { Ok(trained.losses(batch.num_tokens(), &found.rows()?)) };
-        gradients.terms[self.head_number()] = found.gradients.term.clone();
-        gradients.parameters[head] = found.gradients.weight.clone();
+        gradients.terms[self.head_number()] = term;
+        gradients.parameters[head] = weight;
 
         let _backward = span("backward", Kind::Group);
-        let Some(d_hidden) = found.gradients.input.clone() else { return Ok((losses()?, gradients)) };
+        let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
         let norm = self.norm_parameter();
         let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
         let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;

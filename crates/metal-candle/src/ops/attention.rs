@@ -1,8 +1,8 @@
 //! Causal attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
 
+use super::attention_gpu;
 use super::host::{Host, on_cpu, tensor};
 pub(crate) use super::spans::{Cached, Spans};
-use super::attention_gpu;
 use crate::error::{Error, Result};
 use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};

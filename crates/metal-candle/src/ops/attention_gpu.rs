@@ -163,8 +163,7 @@ pub(super) fn backward(
             let words = [rows.into(), Word(0)];
             gpu::launch(&tensor_core("flash_backward_delta", shape, q), grid, &args, &words)?;
             let words = [shape.heads.into(), shape.kv_heads.into(), shape.scale.into()];
-            let args: Vec<Arg> =
-                read.into_iter().chain([Arg::Out(&dq), Arg::In(offsets), Arg::In(queries)]).collect();
+            let args: Vec<Arg> = read.into_iter().chain([Arg::Out(&dq), Arg::In(offsets), Arg::In(queries)]).collect();
             let mut grid = Grid::plane((queries.elem_count() / 2, shape.heads), TENSOR_CORE_THREADS);
             let keys_at_once = if shape.head_dim <= 64 { 64 } else { 32 };
             grid.shared_bytes = (256 + 4 * keys_at_once) * 2 * shape.head_dim;

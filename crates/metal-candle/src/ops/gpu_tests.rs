@@ -26,7 +26,8 @@ const TYPES: [(DType, f32); 3] = [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType
 fn both(shape: &[usize], seed: u64, dtype: DType, offset: usize) -> (Tensor, Tensor) {
     let rounded = random(shape, seed).to_dtype(dtype).unwrap();
     let count = rounded.elem_count();
-    let wide = Tensor::cat(&[random(&[offset], 99).to_dtype(dtype).unwrap(), rounded.flatten_all().unwrap()], 0).unwrap();
+    let wide =
+        Tensor::cat(&[random(&[offset], 99).to_dtype(dtype).unwrap(), rounded.flatten_all().unwrap()], 0).unwrap();
     let there = wide.to_device(&device()).unwrap().narrow(0, offset, count).unwrap().reshape(shape).unwrap();
     assert_eq!(there.layout().start_offset(), offset);
     (there, rounded.to_dtype(DType::F32).unwrap())
@@ -128,8 +129,9 @@ fn products_and_low_rank_terms() {
             let expected = plain.forward(&x_cpu, Some(&plain_term), None, Some(&dy_cpu)).unwrap();
             assert_near("y", &found, &expected, 2.0 * tolerance);
             let wanted = linear::Wanted { input: true, weight: true, bias: false };
-            let found =
-                layer.backward(Some(&x), Some(&term), None, &dy, wanted, Some(before.force_contiguous().unwrap())).unwrap();
+            let found = layer
+                .backward(Some(&x), Some(&term), None, &dy, wanted, Some(before.force_contiguous().unwrap()))
+                .unwrap();
             let expected =
                 plain.backward(Some(&x_cpu), Some(&plain_term), None, &dy_cpu, wanted, Some(before_cpu)).unwrap();
             assert_near("dx", &found.input.unwrap(), &expected.input.unwrap(), 3.0 * tolerance);

@@ -84,9 +84,10 @@ pub(crate) fn loss(
             losses_on_device.push(gpu_cross_entropy(&logits, rows, smoothing, scale)?);
             wanted.map(|_| logits)
         } else {
-            let (losses, gradient) = match on_cpu(&logits) {
-                true => cross_entropy(logits, rows, smoothing, scale)?,
-                false => plain_cross_entropy(&logits, rows, smoothing, scale)?,
+            let (losses, gradient) = if on_cpu(&logits) {
+                cross_entropy(logits, rows, smoothing, scale)?
+            } else {
+                plain_cross_entropy(&logits, rows, smoothing, scale)?
             };
             result.rows.extend(losses);
             gradient
@@ -106,7 +107,8 @@ pub(crate) fn loss(
         }
     }
     if !d_hidden.is_empty() {
-        result.gradients.input = Some(if d_hidden.len() == 1 { d_hidden.remove(0) } else { Tensor::cat(&d_hidden, 0)? });
+        result.gradients.input =
+            Some(if d_hidden.len() == 1 { d_hidden.remove(0) } else { Tensor::cat(&d_hidden, 0)? });
     }
     result.losses_on_device = losses_on_device;
     Ok(result)
@@ -133,7 +135,12 @@ fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Optio
     let losses = gpu::empty_f32(count, logits)?;
     let args = [Arg::Out(logits), Arg::In(&targets), Arg::In(&weights), Arg::Out(&losses)];
     let words = [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into()];
-    gpu::launch(&Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype()), Grid::row(count, 512), &args, &words)?;
+    gpu::launch(
+        &Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype()),
+        Grid::row(count, 512),
+        &args,
+        &words,
+    )?;
     Ok(losses)
 }
 

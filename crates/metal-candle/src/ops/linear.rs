@@ -342,7 +342,7 @@ pub(crate) fn add_outer(sum: Option<Tensor>, scale: f32, x: &Tensor, y: &Tensor)
     }
     if !on_cpu(x) {
         let product = x.t()?.contiguous()?.matmul(y)?.to_dtype(DType::F32)?;
-        let product = if scale == 1.0 { product } else { product.affine(f64::from(scale), 0.0)? };
+        let product = if (scale - 1.0).abs() > f32::EPSILON { product.affine(f64::from(scale), 0.0)? } else { product };
         return match sum {
             Some(sum) => Ok((sum + product)?),
             None => Ok(product),

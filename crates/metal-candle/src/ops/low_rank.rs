@@ -94,7 +94,8 @@ impl LowRank {
         let gram = outer(&a.t()?.contiguous()?, &a.t()?.contiguous()?)?;
         let square = product(&b, &gram)?;
         let scale = f64::from(self.scale);
-        let norms = add_scaled(magnitude.weight_norms_squared.force_contiguous()?, 2.0 * scale, &row_dots(&through, &b)?)?;
+        let norms =
+            add_scaled(magnitude.weight_norms_squared.force_contiguous()?, 2.0 * scale, &row_dots(&through, &b)?)?;
         let norms = add_scaled(norms, scale * scale, &row_dots(&square, &b)?)?;
         // rounding may leave a row of zeros slightly negative
         Ok(norms.clamp(f32::MIN_POSITIVE, f32::MAX)?.sqrt()?.recip()?)

@@ -10,6 +10,8 @@ mod attention_gpu;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;
 pub(crate) mod gpu;
+#[cfg(all(test, any(feature = "metal", feature = "cuda")))]
+mod gpu_tests;
 pub(crate) mod head;
 mod host;
 pub(crate) mod linear;
@@ -18,8 +20,6 @@ pub(crate) mod rms_norm;
 pub(crate) mod rotary;
 mod spans;
 pub(crate) mod swiglu;
-#[cfg(all(test, any(feature = "metal", feature = "cuda")))]
-mod gpu_tests;
 #[cfg(test)]
 mod tests;
 

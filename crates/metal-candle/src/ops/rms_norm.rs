@@ -27,7 +27,12 @@ impl RmsNorm {
             let y = gpu::empty(x.shape(), x)?;
             let args = [Arg::In(x), Arg::In(&self.weight), Arg::Out(&y)];
             let words = [width.into(), (self.eps as f32).into()];
-            gpu::launch(&Kernel::new(Source::Norm, "rms_norm", x.dtype()), Grid::row(rows, ROW_THREADS), &args, &words)?;
+            gpu::launch(
+                &Kernel::new(Source::Norm, "rms_norm", x.dtype()),
+                Grid::row(rows, ROW_THREADS),
+                &args,
+                &words,
+            )?;
             return Ok(y);
         }
         if !on_cpu(x) {

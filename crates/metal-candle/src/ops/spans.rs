@@ -136,8 +136,11 @@ impl Spans {
         };
         let numbers = |values: &[usize]| words(values.iter().map(|&value| value as u32).collect(), device);
         let keys = if self.cached.is_none() { Some(words(sorted(keys), device)?) } else { None };
-        let slots_and_lengths =
-            self.cached.as_ref().map(|c| Ok::<_, crate::Error>((numbers(&c.slots)?, numbers(&c.lengths)?))).transpose()?;
+        let slots_and_lengths = self
+            .cached
+            .as_ref()
+            .map(|c| Ok::<_, crate::Error>((numbers(&c.slots)?, numbers(&c.lengths)?)))
+            .transpose()?;
         Ok(Tables::TensorCore {
             offsets: numbers(&self.offsets)?,
             queries: words(sorted(queries), device)?,

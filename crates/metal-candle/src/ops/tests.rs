@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use super::attention::{Cached, Spans};
 use super::linear::{self, Linear, Wanted};
 use super::rms_norm::RmsNorm;
 use super::rotary::RotaryTable;
-use super::attention::{Cached, Spans};
 use super::{LowRank, Magnitude, attention, embedding, head, swiglu, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AttentionShape, Row};

@@ -265,8 +265,7 @@ fn the_built_in_model_agrees_with_the_cpu_in_each_type(device: Device) {
     let mut wanted: Vec<u32> = ids[1..].to_vec();
     wanted.push(0);
     let targets = Targets { ids: wanted, weights: vec![1.0; ids.len()] };
-    for (dtype, of_logits, of_losses) in
-        [(DType::F32, 1e-4, 1e-4), (DType::F16, 2e-2, 2e-2), (DType::BF16, 1e-1, 1e-1)]
+    for (dtype, of_logits, of_losses) in [(DType::F32, 1e-4, 1e-4), (DType::F16, 2e-2, 2e-2), (DType::BF16, 1e-1, 1e-1)]
     {
         let found = [device, Device::CPU].map(|device| {
             let model = ModelLoader::new().with_device(device).with_dtype(dtype).load(&nano).unwrap();
