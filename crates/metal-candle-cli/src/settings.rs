@@ -123,7 +123,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, conflicts_with = "epochs", help_heading = "Training")]
     pub(crate) steps: Option<usize>,
 
-    /// Number of times to go through the data [default: 3].
+    /// Number of times to go through the data [default: 3; 1 for nano].
     #[arg(long, help_heading = "Training")]
     pub(crate) epochs: Option<usize>,
 
@@ -343,7 +343,7 @@ impl TrainSettings {
             self.init_lora_weights.get_or_insert_with(|| "kaiming".into());
         }
         if self.steps.is_none() {
-            self.epochs.get_or_insert(3);
+            self.epochs.get_or_insert(if is_nano { 1 } else { 3 });
         }
         self.complete_optimization(is_nano)?;
         self.max_grad_norm.get_or_insert(1.0);

@@ -28,7 +28,7 @@ fn each_row_is_measured() {
     let fixture = Fixture::new();
     let report = fixture.ok(&format!("bench --model {} --json {LITTLE}", nano().display())).json();
     assert_eq!((&report["device"], &report["dtype"]), (&"cpu".into(), &"bf16".into()));
-    assert_eq!(report["num_parameters"], 2_362_304);
+    assert_eq!(report["num_parameters"], 5_608_896);
     let rows = report["rows"].as_array().unwrap();
     let found: Vec<_> = rows.iter().map(checked).collect();
     let wanted = [

@@ -206,10 +206,10 @@ fn decode(
     sequences: &mut [Sequence],
     decoding: &mut Option<Decoding>,
 ) -> Result<Option<Vec<(usize, Piece)>>> {
-    if !model.can_decode(terms, cache) {
+    let open = || (0..sequences.len()).filter(|&index| !sequences[index].is_finished);
+    if !model.can_decode(open().count(), terms, cache) {
         return Ok(None);
     }
-    let open = || (0..sequences.len()).filter(|&index| !sequences[index].is_finished);
     let Some(rows) = open().map(|index| sequences[index].decoding_row()).collect::<Option<Vec<_>>>() else {
         return Ok(None);
     };

@@ -18,6 +18,9 @@ const MAX_NORMED: usize = 7168;
 /// Largest rank of a term.
 const MAX_RANK: usize = 64;
 
+/// Most elements of the tokens of a step together; with more, products of matrices are faster than reading rows of weights.
+const MAX_ELEMENTS: usize = 32 * 1024;
+
 /// Threads of a group: for projections, for attention, for the head, for the choice.
 const THREADS: usize = 128;
 const ATTENTION_THREADS: usize = 512;
@@ -82,9 +85,12 @@ pub(crate) struct Decoding {
 }
 
 impl Model {
-    /// Whether [`Model::decode`] can run here with these terms.
-    pub(crate) fn can_decode(&self, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
+    /// Whether [`Model::decode`] can run here with these terms, and is the faster way for so many rows.
+    pub(crate) fn can_decode(&self, rows: usize, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
         let config = self.config();
+        if rows * config.hidden_size > MAX_ELEMENTS {
+            return false;
+        }
         let widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim];
         let dtype = self.activation_dtype();
         let is_usual = |block: &Block| {

@@ -99,3 +99,14 @@ fn a_token_takes_five_dispatches_a_block_and_three() {
         assert_eq!(added("blit_copies") + added("blit_fills"), 0);
     }
 }
+
+/// The head, the norm of the gradient and copies of the parameters are blits or waits of a step; no block and no matrix adds one.
+#[test]
+fn a_training_step_keeps_to_its_dispatches() {
+    let (few, all) = (added("train-q", 1, 3), added("train-all", 1, 3));
+    for (added, most) in [(&few, 156), (&all, 446)] {
+        assert!(added("dispatches") <= most, "{} dispatches", added("dispatches"));
+        assert!(added("blit_copies") + added("blit_fills") <= 6);
+        assert!(added("waits") <= 3);
+    }
+}
