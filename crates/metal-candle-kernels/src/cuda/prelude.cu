@@ -47,6 +47,7 @@ typedef bf16_t T;
 #define warp (threadIdx.x >> 5)
 #define BARRIER __syncthreads()
 #define UNROLL _Pragma("unroll")
+#define UNROLL4 _Pragma("unroll 4")
 #define ATOMIC_UINT uint
 #define ATOMIC_STORE(a, i, x) a[i] = x
 #define ATOMIC_LOAD(a, i) a[i]

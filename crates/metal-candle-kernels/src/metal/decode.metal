@@ -62,12 +62,12 @@ FUNCTION void dots_of_rows(
     }
 }
 
-// The same for `live` vectors in device memory.
+// The products of a part of two rows of weights, from `from` up to `end`, with each of `live` vectors in device memory.
 FUNCTION void dots_of_two(
-    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint live, uint width, uint my_lane, PRIVATE float* sums0,
-    PRIVATE float* sums1) {
+    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint live, uint width, uint from, uint end, uint my_lane,
+    PRIVATE float* sums0, PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
-    UNROLL for (uint i = 8 * my_lane; i < width; i += 256) {
+    UNROLL4 for (uint i = from + 8 * my_lane; i < end; i += 256) {
         float u[8], v[8];
         load8(w0 + i, u);
         load8(w1 + i, v);
@@ -86,19 +86,25 @@ FUNCTION void dots_of_two(
     }
 }
 
-// The normed vectors, `live` of them, as floats.
+// The normed vectors, `live` of them, as floats. A thread keeps its share of a vector until its norm is known.
+template <uint THREADS>
 FUNCTION void norm_into(
-    GLOBAL const T* x, uint live, GLOBAL const T* weight, uint width, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
-    uint my_thread, uint my_lane, uint my_warp, uint num_threads) {
+    GLOBAL const T* x, uint live, GLOBAL const T* weight, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
+    uint my_thread, uint my_lane, uint my_warp) {
     for (uint b = 0; b < BATCH; b++) {
+        float values[(HIDDEN + THREADS - 1) / THREADS];
         float sum = 0.0f;
-        for (uint i = my_thread; i < width; i += num_threads) {
-            const float value = b < live ? float(x[b * width + i]) : 0.0f;
-            y[b * width + i] = value * float(weight[i]);
+        UNROLL for (uint step = 0; step < (HIDDEN + THREADS - 1) / THREADS; step++) {
+            const uint i = step * THREADS + my_thread;
+            const float value = b < live && i < HIDDEN ? float(x[b * HIDDEN + i]) : 0.0f;
+            values[step] = i < HIDDEN ? value * float(weight[i]) : 0.0f;
             sum += value * value;
         }
-        const float scale = RSQRT(group_sum(sum, scratch, my_lane, my_warp, num_threads) / float(width) + eps);
-        for (uint i = my_thread; i < width; i += num_threads) y[b * width + i] *= scale;
+        const float scale = RSQRT(group_sum(sum, scratch, my_lane, my_warp, THREADS) / float(HIDDEN) + eps);
+        UNROLL for (uint step = 0; step < (HIDDEN + THREADS - 1) / THREADS; step++) {
+            const uint i = step * THREADS + my_thread;
+            if (i < HIDDEN) y[b * HIDDEN + i] = values[step] * scale;
+        }
     }
     BARRIER;
 }
@@ -216,7 +222,15 @@ KERNEL(decode_projections)
     GLOBAL const T* w1 = w + wide(row1) * HIDDEN;
     TwoRows rows;
     ask_for_rows(w0, w1, lane, rows);
-    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    // every lane reads what its group needs at the end, long before
+    uint positions[BATCH];
+    float cosine[BATCH], sine[BATCH];
+    for (uint b = 0; b < BATCH; b++) {
+        positions[b] = state[p.rows + first_row + MINIMUM(b, live - 1)];
+        cosine[b] = cosines[positions[b] * p.half_dim + i];
+        sine[b] = sines[positions[b] * p.half_dim + i];
+    }
+    norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (rank > 0) {
         low_rank_into(a, rank, scale, normed, HIDDEN, z, lane, warp, threads);
         BARRIER;
@@ -236,12 +250,10 @@ KERNEL(decode_projections)
             first += float(bias[row0]);
             second += float(bias[row1]);
         }
-        const uint position = state[p.rows + row];
+        const uint position = positions[b];
         if (kind < 2) {
-            const float c = cosines[position * p.half_dim + i];
-            const float s = sines[position * p.half_dim + i];
-            const float turned = first * c - second * s;
-            second = second * c + first * s;
+            const float turned = first * cosine[b] - second * sine[b];
+            second = second * cosine[b] + first * sine[b];
             first = turned;
         }
         if (kind == 0) {
@@ -288,29 +300,41 @@ KERNEL(decode_attention)
     for (uint e = 0; e < ELEMENTS; e++) result[e] = 0.0f;
     for (uint begin = 32 * warp; begin < num_keys; begin += 32 * DECODE_WARPS) {
         const uint key = begin + lane;
-        float s = -INFINITY;
-        if (key < num_keys) {
-            GLOBAL const T* row = keys + start + wide(key) * HEAD_DIM;
-            s = 0.0f;
-            UNROLL for (uint i = 0; i < HEAD_DIM; i += 8) {
-                float v[8];
-                load8(row + i, v);
-                UNROLL for (uint j = 0; j < 8; j++) s += v[j] * query[i + j];
+        // keys and values are asked for together: all 32 rows, those behind the end have weight 0
+        GLOBAL const T* key_row = keys + start + wide(MINIMUM(key, num_keys - 1)) * HEAD_DIM;
+        Eight asked[HEAD_DIM / 8];
+        UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) asked[i] = load_eight(key_row + 8 * i);
+#if HEAD_DIM <= 64
+        T held[32][ELEMENTS];
+        UNROLL for (uint j = 0; j < 32; j++) {
+            GLOBAL const T* value_row = values + start + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM;
+            UNROLL for (uint e = 0; e < ELEMENTS; e++) {
+                held[j][e] = value_row[MINIMUM(e * 32 + lane, uint(HEAD_DIM) - 1)];
             }
         }
+#endif
+        float s = 0.0f;
+        UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) {
+            float v[8];
+            unpack_eight(asked[i], v);
+            UNROLL for (uint j = 0; j < 8; j++) s += v[j] * query[8 * i + j];
+        }
+        if (key >= num_keys) s = -INFINITY;
         const float maximum = MAXIMUM(largest, warp_max(s));
         const float weight = key < num_keys ? EXP(s - maximum) : 0.0f;
         const float shrink = EXP(largest - maximum);
         largest = maximum;
         sum = sum * shrink + warp_sum(weight);
         for (uint e = 0; e < ELEMENTS; e++) result[e] *= shrink;
-        // all 32 rows, so that their loads do not wait for each other: those behind the end have weight 0
         UNROLL for (uint j = 0; j < 32; j++) {
             const float w = warp_shuffle(weight, j);
-            const uint row = MINIMUM(begin + j, num_keys - 1);
             UNROLL for (uint e = 0; e < ELEMENTS; e++) {
-                const uint i = e * 32 + lane;
-                if (i < HEAD_DIM) result[e] += w * float(values[start + wide(row) * HEAD_DIM + i]);
+#if HEAD_DIM <= 64
+                result[e] += w * float(held[j][e]);
+#else
+                const uint i = MINIMUM(e * 32 + lane, uint(HEAD_DIM) - 1);
+                result[e] += w * float(values[start + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM + i]);
+#endif
             }
         }
     }
@@ -343,34 +367,54 @@ struct LinearWords {
     float scale;
 };
 
-// y += W x + scale B A x; a warp takes two rows.
+// y += W x + scale B A x. Four warps share two rows, each a quarter of their width.
+#define QUARTERS 4
 KERNEL(decode_linear)
 (IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), WORDS(LinearWords, 5) PLACE) {
     SHARED float z[BATCH * MAX_RANK];
+    SHARED float parts[LINEAR_THREADS / 32 * 2 * BATCH];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
     GLOBAL const T* vectors = x + first_row * p.in_features;
+    const uint pairs = LINEAR_THREADS / 32 / QUARTERS;
+    const uint first = 2 * pairs * (group.x / chunks);
+    const uint row0 = MINIMUM(first + 2 * (warp / QUARTERS), p.out_features - 1);
+    const uint row1 = MINIMUM(row0 + 1, p.out_features - 1);
+    // parts of the width are multiples of 256
+    const uint share = (p.in_features + 256 * QUARTERS - 1) / (256 * QUARTERS) * 256;
+    const uint from = MINIMUM(warp % QUARTERS * share, p.in_features);
+    const uint end = MINIMUM(from + share, p.in_features);
+    float sums0[BATCH], sums1[BATCH];
+    dots_of_two(
+        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, vectors, live, p.in_features, from, end, lane,
+        sums0, sums1);
     if (p.rank > 0) {
         low_rank_of_device_into(a, p.rank, p.scale, vectors, live, p.in_features, z, lane, warp, threads);
         BARRIER;
+        if (warp % QUARTERS == 0) {
+            add_low_rank(l, p.rank, row0, z, sums0, lane);
+            add_low_rank(l, p.rank, row1, z, sums1, lane);
+        }
     }
-    const uint row0 = 2 * (group.x / chunks * (threads / 32) + warp);
-    if (row0 >= p.out_features) return;
-    const uint row1 = MINIMUM(row0 + 1, p.out_features - 1);
-    float sums0[BATCH], sums1[BATCH];
-    dots_of_two(
-        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, vectors, live, p.in_features, lane, sums0,
-        sums1);
-    if (p.rank > 0) {
-        add_low_rank(l, p.rank, row0, z, sums0, lane);
-        add_low_rank(l, p.rank, row1, z, sums1, lane);
+    if (lane == 0) {
+        for (uint b = 0; b < BATCH; b++) {
+            parts[(2 * b) * (LINEAR_THREADS / 32) + warp] = sums0[b];
+            parts[(2 * b + 1) * (LINEAR_THREADS / 32) + warp] = sums1[b];
+        }
     }
-    if (lane != 0) return;
-    for (uint b = 0; b < live; b++) {
-        const uint at = (first_row + b) * p.out_features;
-        y[at + row0] = T(float(y[at + row0]) + sums0[b]);
-        if (row1 > row0) y[at + row1] = T(float(y[at + row1]) + sums1[b]);
+    BARRIER;
+    // a thread for each row of the group and each vector
+    const uint b = me / (2 * pairs);
+    const uint row = first + me % (2 * pairs);
+    if (b < live && row < p.out_features) {
+        const uint pair = me % (2 * pairs) / 2;
+        float sum = 0.0f;
+        for (uint i = 0; i < QUARTERS; i++) {
+            sum += parts[(2 * b + me % 2) * (LINEAR_THREADS / 32) + pair * QUARTERS + i];
+        }
+        const uint at = (first_row + b) * p.out_features + row;
+        y[at] = T(float(y[at]) + sum);
     }
 }
 
@@ -400,7 +444,7 @@ KERNEL(decode_gated)
     const wide at = wide(MINIMUM(row, p.intermediate - 1)) * HIDDEN;
     TwoRows rows;
     ask_for_rows(w_gate + at, w_up + at, lane, rows);
-    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (p.gate_rank + p.up_rank > 0) {
         low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
         low_rank_into(a_up, p.up_rank, p.up_scale, normed, HIDDEN, z_up, lane, warp, threads);
@@ -438,7 +482,7 @@ KERNEL(decode_head)
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
-    norm_into(x + first_row * HIDDEN, live, norm, HIDDEN, p.eps, normed, scratch, me, lane, warp, threads);
+    norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (p.rank > 0) {
         low_rank_into(a, p.rank, p.scale, normed, HIDDEN, z, lane, warp, threads);
         BARRIER;

@@ -32,6 +32,7 @@ typedef bfloat4 T4;
 #define threads (threads3.x)
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define UNROLL _Pragma("unroll")
+#define UNROLL4
 #define ATOMIC_UINT atomic_uint
 #define ATOMIC_STORE(a, i, x) atomic_store_explicit(&a[i], x, memory_order_relaxed)
 #define ATOMIC_LOAD(a, i) atomic_load_explicit(&a[i], memory_order_relaxed)

@@ -21,11 +21,16 @@ const MAX_RANK: usize = 64;
 /// Most elements of the tokens of a step together; with more, products of matrices are faster than reading rows of weights.
 const MAX_ELEMENTS: usize = 32 * 1024;
 
-/// Threads of a group: for projections, for attention, for the head, for the choice.
+/// Threads of a group: for projections, linear layers, the gated MLP, attention, the head and the choice.
 const THREADS: usize = 128;
+const LINEAR_THREADS: usize = 512;
+const GATED_THREADS: usize = 256;
 const ATTENTION_THREADS: usize = 512;
 const HEAD_THREADS: usize = 256;
 const SAMPLING_THREADS: usize = 512;
+
+/// Rows that a group takes of a linear layer: two for each four warps.
+const LINEAR_ROWS: usize = 2 * LINEAR_THREADS / 32 / 4;
 
 /// Rows of the head that a warp takes.
 const HEAD_ROWS: usize = 8;
@@ -194,6 +199,10 @@ impl Model {
             .with("HIDDEN", config.hidden_size)
             .with("HEAD_DIM", config.head_dim)
             .with("DECODE_WARPS", ATTENTION_THREADS / 32)
+            .with("PROJECTION_THREADS", THREADS)
+            .with("LINEAR_THREADS", LINEAR_THREADS)
+            .with("GATED_THREADS", GATED_THREADS)
+            .with("HEAD_THREADS", HEAD_THREADS)
             .with("HEAD_ROWS", HEAD_ROWS)
     }
 
@@ -324,8 +333,13 @@ impl Model {
             gate.3.into(),
             up.3.into(),
         ];
-        let groups = inner.div_ceil(THREADS / 32);
-        gpu::launch(&self.kernel("decode_gated", held.batch), Grid::row(groups * chunks, THREADS), &args, &words)?;
+        let groups = inner.div_ceil(GATED_THREADS / 32);
+        gpu::launch(
+            &self.kernel("decode_gated", held.batch),
+            Grid::row(groups * chunks, GATED_THREADS),
+            &args,
+            &words,
+        )?;
 
         self.launch_linear(block, DOWN, term(DOWN), &held.activation, held)
     }
@@ -338,8 +352,8 @@ impl Model {
         let rows = held.rows.len();
         let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];
         let words = [rows.into(), in_features.into(), out_features.into(), rank.into(), scale.into()];
-        let groups = out_features.div_ceil(2 * THREADS / 32) * rows.div_ceil(held.batch);
-        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, THREADS), &args, &words)
+        let groups = out_features.div_ceil(LINEAR_ROWS) * rows.div_ceil(held.batch);
+        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, LINEAR_THREADS), &args, &words)
     }
 }
 
