@@ -12,25 +12,32 @@ use candle_core::{DType, Tensor};
 /// Most tokens that a group of threads takes together.
 const MAX_BATCH: usize = 8;
 
-/// Most floats of normed tokens in the memory of a group: with what else is there, less than 32 KiB.
-const MAX_NORMED: usize = 7168;
-
 /// Largest rank of a term.
 const MAX_RANK: usize = 64;
 
 /// Most elements of the tokens of a step together; with more, products of matrices are faster than reading rows of weights.
 const MAX_ELEMENTS: usize = 32 * 1024;
 
-/// Threads of a group: for projections, linear layers, the gated MLP, attention, the head and the choice.
+/// Threads of a group: for projections, the gated MLP and the head.
 const THREADS: usize = 128;
-const LINEAR_THREADS: usize = 512;
 const GATED_THREADS: usize = 256;
-const ATTENTION_THREADS: usize = 512;
 const HEAD_THREADS: usize = 256;
-const SAMPLING_THREADS: usize = 512;
 
-/// Rows that a group takes of a linear layer: two for each four warps.
-const LINEAR_ROWS: usize = 2 * LINEAR_THREADS / 32 / 4;
+/// What differs between devices.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Most floats of normed tokens in the memory of a group: with what else is there, less than 32 KiB on Metal and 48 on CUDA.
+    normed: usize,
+    /// Threads of a group for attention, linear layers and the choice; Metal allows fewer where a kernel takes many registers.
+    threads: usize,
+}
+
+impl Limits {
+    /// Rows that a group takes of a linear layer: two for each four warps.
+    fn linear_rows(self) -> usize {
+        2 * (self.threads / 32) / 4
+    }
+}
 
 /// Rows of the head that a warp takes.
 const HEAD_ROWS: usize = 8;
@@ -114,7 +121,7 @@ impl Model {
         gpu::has_kernels(&self.inner.embedding)
             && cache.dtype() == Some(dtype)
             && widths.iter().all(|width| width.is_multiple_of(8))
-            && config.hidden_size <= MAX_NORMED
+            && config.hidden_size <= self.limits().normed
             && config.head_dim.is_multiple_of(8)
             && config.head_dim <= 128
             && self.inner.blocks.iter().all(is_usual)
@@ -168,7 +175,7 @@ impl Model {
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
         let config = self.config();
         let like = &self.inner.embedding;
-        let batch = rows.min(MAX_BATCH).min(MAX_NORMED / config.hidden_size);
+        let batch = rows.min(MAX_BATCH).min(self.limits().normed / config.hidden_size);
         let (cosines, sines) = self.inner.rotary.on_device(max_seq_len, like.device())?;
         let empty = |width: usize| gpu::empty((rows, width), like);
         let heads = config.num_attention_heads * config.head_dim;
@@ -192,15 +199,23 @@ impl Model {
         })
     }
 
+    fn limits(&self) -> Limits {
+        if self.device().is_metal() {
+            Limits { normed: 6144, threads: 256 }
+        } else {
+            Limits { normed: 7168, threads: 512 }
+        }
+    }
+
     fn kernel(&self, name: &'static str, batch: usize) -> Kernel {
         let config = self.config();
         Kernel::new(Source::Decode, name, self.activation_dtype())
             .with("BATCH", batch)
             .with("HIDDEN", config.hidden_size)
             .with("HEAD_DIM", config.head_dim)
-            .with("DECODE_WARPS", ATTENTION_THREADS / 32)
+            .with("DECODE_WARPS", self.limits().threads / 32)
             .with("PROJECTION_THREADS", THREADS)
-            .with("LINEAR_THREADS", LINEAR_THREADS)
+            .with("LINEAR_THREADS", self.limits().threads)
             .with("GATED_THREADS", GATED_THREADS)
             .with("HEAD_THREADS", HEAD_THREADS)
             .with("HEAD_ROWS", HEAD_ROWS)
@@ -239,7 +254,7 @@ impl Model {
         let words = [vocab.into(), rows.into(), groups.into()];
         gpu::launch(
             &Kernel::new(Source::Sampling, "sample", DType::F32),
-            Grid::row(rows, SAMPLING_THREADS),
+            Grid::row(rows, self.limits().threads),
             &args,
             &words,
         )
@@ -306,7 +321,7 @@ impl Model {
         let words =
             [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
         let kernel = self.kernel("decode_attention", held.batch);
-        gpu::launch(&kernel, Grid::plane((heads, rows), ATTENTION_THREADS), &args, &words)?;
+        gpu::launch(&kernel, Grid::plane((heads, rows), self.limits().threads), &args, &words)?;
 
         self.launch_linear(block, O, term(O), &held.attention, held)?;
 
@@ -352,8 +367,8 @@ impl Model {
         let rows = held.rows.len();
         let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];
         let words = [rows.into(), in_features.into(), out_features.into(), rank.into(), scale.into()];
-        let groups = out_features.div_ceil(LINEAR_ROWS) * rows.div_ceil(held.batch);
-        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, LINEAR_THREADS), &args, &words)
+        let groups = out_features.div_ceil(self.limits().linear_rows()) * rows.div_ceil(held.batch);
+        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, self.limits().threads), &args, &words)
     }
 }
 
