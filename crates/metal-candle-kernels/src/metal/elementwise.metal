@@ -82,12 +82,6 @@ KERNEL(add_row)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
     if (at < p.count) y[at] = T(float(y[at]) + float(row[at % p.width]));
 }
 
-// each row of y = row
-KERNEL(fill_rows)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
-    const uint at = group.x * threads + me;
-    if (at < p.count) y[at] = row[at % p.width];
-}
-
 // y[:, j] *= factors[j]
 KERNEL(scale_columns)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
     const uint at = group.x * threads + me;
