@@ -65,7 +65,9 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
             Some(_) => bail!("kernel `{}`: a tensor is not on the Metal device", kernel.name),
         });
     }
-    let any = buffers.iter().flatten().next().map(|(buffer, _)| *buffer);
+    // every index must have a buffer; where nothing is given it is one that is written in any case, so that nothing waits for it
+    let any = args.iter().zip(&buffers).find(|(arg, _)| matches!(arg, Arg::Out(_)));
+    let any = any.and_then(|(_, buffer)| buffer.map(|(buffer, _)| buffer));
     let guard = device.command_encoder()?;
     let encoder = guard.as_ref();
     encoder.set_compute_pipeline_state(&pipeline);
@@ -73,7 +75,6 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
         match (arg, buffer) {
             (Arg::Out(_), Some((buffer, offset))) => encoder.set_output_buffer(index, Some(buffer), *offset),
             (_, Some((buffer, offset))) => encoder.set_input_buffer(index, Some(buffer), *offset),
-            // every index must have a buffer, be it one that is not touched
             (_, None) => encoder.set_input_buffer(index, any, 0),
         }
     }

@@ -25,6 +25,10 @@ pub enum Source {
     Norm,
     /// Rotation, activation, bias, residual, dropout and copies.
     Elementwise,
+    /// What is between the products of a block, with low-rank terms.
+    Fused,
+    /// Products, several to a launch, on Metal devices.
+    Product,
     /// Attention over a ragged batch, over a cache, and its gradients.
     Attention,
     /// A decoder block for few tokens, the head and the embedding.
@@ -45,6 +49,8 @@ impl Source {
         match self {
             Self::Norm => include_str!("../metal/norm.metal"),
             Self::Elementwise => include_str!("../metal/elementwise.metal"),
+            Self::Fused => include_str!("../metal/fused.metal"),
+            Self::Product => include_str!("../metal/product.metal"),
             Self::Attention => include_str!("../metal/attention.metal"),
             Self::Decode => include_str!("../metal/decode.metal"),
             Self::CrossEntropy => include_str!("../metal/cross_entropy.metal"),

@@ -104,19 +104,45 @@ KERNEL(attention)
 }
 
 struct DeltaWords {
-    uint count;
+    uint tokens;
+    uint heads;
+    uint rank;
 };
 
-// out . d_out of each token and head: a warp each.
-KERNEL(attention_delta)(IN(T, out, 0), IN(T, d_out, 1), OUT(float, delta, 2), WORDS(DeltaWords, 3) PLACE) {
+// out . d_out of each token and head, after a term of the projection behind attention is added to d_out, if its rank is not 0. A
+// warp takes a head of several tokens.
+KERNEL(attention_delta)
+(IN(T, out, 0), OUT(T, d_out, 1), OUT(float, delta, 2), IN(T, dz, 3), IN(T, a, 4), WORDS(DeltaWords, 5) PLACE) {
     const uint at = group.x * (threads / 32) + warp;
-    if (at >= p.count) return;
-    float sum = 0.0f;
+    const uint head = at % p.heads;
+    const uint first = at / p.heads * TERM_ROWS;
+    if (first >= p.tokens) return;
+    const uint rows = MINIMUM(uint(TERM_ROWS), p.tokens - first);
+    const wide width = wide(p.heads) * HEAD_DIM;
+    float dots[TERM_ROWS];
+    UNROLL
+    for (uint r = 0; r < TERM_ROWS; r++) dots[r] = 0.0f;
     for (uint i = lane; i < HEAD_DIM; i += 32) {
-        sum += float(out[wide(at) * HEAD_DIM + i]) * float(d_out[wide(at) * HEAD_DIM + i]);
+        const uint column = head * HEAD_DIM + i;
+        float sums[TERM_ROWS];
+        UNROLL
+        for (uint r = 0; r < TERM_ROWS; r++) sums[r] = float(d_out[(first + MINIMUM(r, rows - 1)) * width + column]);
+        add_term(dz + first * p.rank, p.rank, 1.0f, a + column, width, rows, sums);
+        UNROLL
+        for (uint r = 0; r < TERM_ROWS; r++) {
+            if (r < rows) {
+                const wide place = (first + r) * width + column;
+                const T rounded = T(sums[r]);
+                if (p.rank > 0) d_out[place] = rounded;
+                dots[r] += float(rounded) * float(out[place]);
+            }
+        }
     }
-    sum = warp_sum(sum);
-    if (lane == 0) delta[at] = sum;
+    UNROLL
+    for (uint r = 0; r < TERM_ROWS; r++) {
+        const float sum = warp_sum(dots[r]);
+        if (lane == 0 && r < rows) delta[wide(first + r) * p.heads + head] = sum;
+    }
 }
 
 // The gradient with respect to q. Tiles are those of `attention` over the sequences themselves.

@@ -18,3 +18,24 @@ FUNCTION float group_max(float x, SHARED_ARG float* scratch, uint my_lane, uint 
     BARRIER;
     return largest;
 }
+
+FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + EXP(-x)); }
+
+// Low-rank terms, y[t, j] += scale * sum of z[t, r] b[r, j] over r, are added by threads that take so many tokens of a column:
+// what they read of b serves them all.
+#define TERM_ROWS 4
+
+// Adds a term to a column of `rows` tokens, at most TERM_ROWS; z is that of the first, b(r) is at b[r * stride].
+FUNCTION void add_term(
+    GLOBAL const T* z, uint rank, float scale, GLOBAL const T* b, wide stride, uint rows, PRIVATE float* y) {
+    float sums[TERM_ROWS];
+    UNROLL
+    for (uint i = 0; i < TERM_ROWS; i++) sums[i] = 0.0f;
+    for (uint r = 0; r < rank; r++) {
+        const float value = float(b[r * stride]);
+        UNROLL
+        for (uint i = 0; i < TERM_ROWS; i++) sums[i] += value * float(z[MINIMUM(i, rows - 1) * rank + r]);
+    }
+    UNROLL
+    for (uint i = 0; i < TERM_ROWS; i++) y[i] += scale * sums[i];
+}

@@ -4,8 +4,6 @@ struct ElementWords {
     uint is_aligned;
 };
 
-FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + EXP(-x)); }
-
 // Loads up to four elements from `at` on; those behind the end are 0.
 FUNCTION void load_part(GLOBAL const T* x, uint at, uint count, uint is_aligned, PRIVATE float* y) {
     if (is_aligned && at + 4 <= count) {

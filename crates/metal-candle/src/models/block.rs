@@ -5,6 +5,7 @@ use super::kv_cache::KVCache;
 use super::step::Gradients;
 use crate::error::{Error, Result};
 use crate::ops::attention::{self, Saved, Spans};
+use crate::ops::fused::TermRoom;
 use crate::ops::linear::{Linear, LinearGradients, Wanted};
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::Rotation;
@@ -48,20 +49,23 @@ pub(super) struct Context<'a> {
 
 /// What the backward pass of a block needs of its forward pass.
 pub(super) struct BlockSaved {
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention: Saved,
-    middle: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    pub(super) x: Tensor,
+    pub(super) q: Tensor,
+    pub(super) k: Tensor,
+    pub(super) v: Tensor,
+    pub(super) attention: Saved,
+    pub(super) middle: Tensor,
+    pub(super) gate: Tensor,
+    pub(super) up: Tensor,
+    /// The product of the input of each layer with A of its term, where the kernels kept it.
+    pub(super) z: Vec<Option<Tensor>>,
 }
 
 impl BlockSaved {
     pub(super) fn num_bytes(&self) -> usize {
         let tensors = [&self.x, &self.q, &self.k, &self.v, &self.middle, &self.gate, &self.up];
-        tensors.into_iter().map(num_bytes).sum::<usize>() + self.attention.num_bytes()
+        let tensors = tensors.into_iter().chain(self.z.iter().flatten());
+        tensors.map(num_bytes).sum::<usize>() + self.attention.num_bytes()
     }
 }
 
@@ -94,10 +98,12 @@ pub(super) struct BlockWanted<'a> {
     pub(super) input: bool,
     /// For each parameter of the model.
     pub(super) parameters: &'a [bool],
+    /// Where the gradients of terms go, if the device gathers them.
+    pub(super) room: Option<&'a TermRoom>,
 }
 
 impl Block {
-    fn term<'a>(&self, context: Context<'a>, place: usize) -> Option<&'a LowRank> {
+    pub(super) fn term<'a>(&self, context: Context<'a>, place: usize) -> Option<&'a LowRank> {
         context.terms.and_then(|terms| terms.get(NUM_LINEARS * self.layer + place))
     }
 
@@ -136,6 +142,9 @@ impl Block {
 
     /// The block's output for new tokens whose keys and values are added to the cache, if there is one.
     pub(super) fn forward(&self, x: &Tensor, context: Context, cache: Option<&mut KVCache>) -> Result<Tensor> {
+        if self.is_fused(x, context) {
+            return self.fused_forward(x, context, cache, false)?.0.ok_or_else(missing);
+        }
         let (q, k, v) = self.projections(x, context)?;
         let attention = match cache {
             Some(cache) => {
@@ -153,6 +162,10 @@ impl Block {
 
     /// As [`Block::forward`], keeping what the backward pass needs.
     pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
+        if self.is_fused(x, context) {
+            let (y, saved) = self.fused_forward(x, context, None, false)?;
+            return Ok((y.ok_or_else(missing)?, saved));
+        }
         let saved = self.until_activation(x, context)?;
         let y = self.after_mlp(&saved.middle, &swiglu::forward(&saved.gate, &saved.up)?, context)?;
         Ok((y, self.rounded(saved)?))
@@ -160,6 +173,9 @@ impl Block {
 
     /// What [`Block::forward_saving`] keeps, from the block's input; its output is not computed.
     pub(super) fn saved_again(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
+        if self.is_fused(x, context) {
+            return Ok(self.fused_forward(x, context, None, true)?.1);
+        }
         self.rounded(self.until_activation(x, context)?)
     }
 
@@ -168,7 +184,7 @@ impl Block {
         let attention = attention::forward(self.shape, &q, &k, &v, context.spans)?;
         let middle = self.after_attention(x, &attention.out, context)?;
         let (gate, up) = self.gate_and_up(&middle, context)?;
-        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up })
+        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up, z: Vec::new() })
     }
 
     /// Gate and up in the type they are kept in.
@@ -186,7 +202,10 @@ impl Block {
         wanted: BlockWanted,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let BlockSaved { x, q, k, v, attention, middle, gate, up } = saved;
+        if !saved.z.is_empty() && wanted.room.is_some() && !self.parameters.any(wanted.parameters) {
+            return self.fused_backward(saved, context, &dy, wanted, gradients);
+        }
+        let BlockSaved { x, q, k, v, attention, middle, gate, up, z: _ } = saved;
 
         // inputs are computed anew only where a gradient needs them
         let needed = |places: &[usize]| places.iter().any(|&place| self.needs_input(place, context, wanted));
@@ -244,7 +263,7 @@ impl Block {
         let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, true, wanted), dx)?;
         let input = of_linear.input.clone();
         self.keep(place, of_linear, gradients);
-        input.ok_or_else(|| Error::Device("a gradient that was asked for was not computed".into()))
+        input.ok_or_else(missing)
     }
 
     /// As [`Block::through`] where no gradient of the input is wanted.
@@ -282,4 +301,9 @@ impl Block {
             gradients.parameters[bias] = of_linear.bias;
         }
     }
+}
+
+/// What a launch should have made is not there.
+pub(super) fn missing() -> Error {
+    Error::Device("something that was asked for was not computed".into())
 }

@@ -8,6 +8,7 @@ mod decoder;
 mod decoding;
 mod families;
 mod foreign;
+mod fused_block;
 #[cfg(feature = "hub")]
 mod hub;
 #[cfg(feature = "hub")]

@@ -4,6 +4,7 @@ use super::block::{BlockSaved, BlockWanted, Context};
 use super::decoder::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
+use crate::ops::fused::TermRoom;
 use crate::ops::head::{self, HeadWanted};
 use crate::ops::linear::LinearGradients;
 use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
@@ -69,6 +70,8 @@ pub struct Gradients {
     pub parameters: Vec<Option<Tensor>>,
     /// Bytes kept between the forward and the backward pass.
     pub saved_bytes: usize,
+    /// What holds gradients of terms together, on a device that gathers them.
+    pub(crate) room: Option<TermRoom>,
 }
 
 /// One of [`Gradients`].
@@ -323,6 +326,7 @@ impl Model {
             terms: vec![None; self.linears().len()],
             parameters: vec![None; self.parameters().len()],
             saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
+            room: None,
         };
         let LinearGradients { input, weight, term, .. } = std::mem::take(&mut found.gradients);
         // the CPU learns the losses at the end, when the device has been given everything
@@ -337,6 +341,10 @@ impl Model {
         let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;
         gradients.parameters[norm] = d_norm;
         drop((stream, d_hidden));
+        if let Some(terms) = terms.filter(|_| dx.device().is_metal()) {
+            gradients.room = TermRoom::new(terms, self.embedding_number(), &dx)?;
+        }
+        let room = gradients.room.clone();
         let mut dx = Some(trained.scatter(dx, batch.num_tokens())?);
         for block in self.inner.blocks.iter().rev() {
             let (Some(kept), Some(dy)) = (kept.pop(), dx.take()) else { break };
@@ -347,7 +355,8 @@ impl Model {
                     block.saved_again(&x, context)?
                 }
             };
-            let wanted = BlockWanted { input: lowest.embedding || block.layer > first, parameters: &wanted };
+            let input = lowest.embedding || block.layer > first;
+            let wanted = BlockWanted { input, parameters: &wanted, room: room.as_ref() };
             dx = block.backward(saved, context, dy, wanted, &mut gradients)?;
         }
         if let Some(dx) = dx.filter(|_| lowest.embedding) {

@@ -1,6 +1,8 @@
 //! Causal attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
 
 use super::attention_gpu;
+use super::fused::Layer;
+use super::gpu::Arg;
 use super::host::{Host, on_cpu, tensor};
 pub(crate) use super::spans::{Cached, Spans};
 use crate::error::{Error, Result};
@@ -15,6 +17,13 @@ pub(crate) struct Saved {
     pub(crate) out: Tensor,
     /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; none in candle's operations.
     log_sums: Option<Tensor>,
+}
+
+impl From<Tensor> for Saved {
+    /// Of a forward pass that nothing goes back through.
+    fn from(out: Tensor) -> Self {
+        Self { out, log_sums: None }
+    }
 }
 
 impl Saved {
@@ -117,7 +126,7 @@ pub(crate) fn backward(
     let offsets = &spans.offsets;
     if let (Some(log_sums), true) = (&saved.log_sums, spans.tables.is_some()) {
         let _span = profile::span("attention", Kind::Attention);
-        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out);
+        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out, None);
     }
     let Some(log_sums) = &saved.log_sums else {
         return plain_backward(shape, (q, k, v), offsets, d_out);
@@ -133,6 +142,21 @@ pub(crate) fn backward(
         kernels::attention_backward(shape, offsets, saved, d_out.f32()?, (&mut dq, &mut dk, &mut dv));
     }
     Ok((tensor(dq, q.shape())?, tensor(dk, k.shape())?, tensor(dv, v.shape())?))
+}
+
+/// The same for kernels, behind which a layer has a term that `d_out`, in place, has yet to go through.
+pub(crate) fn backward_through(
+    shape: AttentionShape,
+    qkv: (&Tensor, &Tensor, &Tensor),
+    saved: &Saved,
+    spans: &Spans,
+    d_out: &Tensor,
+    (layer, dz): (Layer, Option<&Tensor>),
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let Some(log_sums) = &saved.log_sums else { return backward(shape, qkv, saved, spans, d_out) };
+    let _span = profile::span("attention", Kind::Attention);
+    let through = dz.map(|dz| (Arg::In(dz), layer.a()));
+    attention_gpu::backward(shape, qkv, (&saved.out, log_sums), spans, d_out, through)
 }
 
 /// `[tokens, heads * head_dim]` of one sequence as `[kv_heads, group * tokens, head_dim]`.

@@ -1,5 +1,6 @@
 //! Attention by the kernels of Metal and CUDA.
 
+use super::fused::TERM_ROWS;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::spans::{Spans, Tables, is_for_tensor_cores};
 use crate::error::{Error, Result};
@@ -129,13 +130,15 @@ fn keys_and_values_backward(
     gpu::launch(&tensor_core("flash_backward_sum", shape, dk), grid, &args, &[elements.into(), Word(0), splits.into()])
 }
 
-/// The gradients with respect to q, k and v.
+/// The gradients with respect to q, k and v. `through` is dz and A of a term behind attention, whose product is added to `d_out`
+/// on the way, in place; only the kernels for every device do so.
 pub(super) fn backward(
     shape: AttentionShape,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     (out, log_sums): (&Tensor, &Tensor),
     spans: &Spans,
     d_out: &Tensor,
+    through: Option<(Arg, Arg)>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (dq, dk, dv) = (gpu::empty(q.shape(), q)?, gpu::empty(k.shape(), k)?, gpu::empty(v.shape(), v)?);
     let rows = q.dim(0)? * shape.heads;
@@ -144,9 +147,13 @@ pub(super) fn backward(
     match spans.tables.as_ref().ok_or_else(missing)? {
         Tables::Portable { queries, keys, .. } => {
             let keys = keys.as_ref().ok_or_else(missing)?;
-            let args = [Arg::In(out), Arg::In(d_out), Arg::Out(&delta)];
-            let grid = Grid::row(rows.div_ceil(THREADS / 32), THREADS);
-            gpu::launch(&portable("attention_delta", shape, q, true), grid, &args, &[rows.into()])?;
+            let (dz, a) = through.unwrap_or((Arg::None, Arg::None));
+            let rank = if let Arg::In(dz) = dz { dz.dim(1)? } else { 0 };
+            let args = [Arg::In(out), Arg::Out(d_out), Arg::Out(&delta), dz, a];
+            let tokens = q.dim(0)?;
+            let grid = Grid::row((tokens.div_ceil(TERM_ROWS) * shape.heads).div_ceil(THREADS / 32), THREADS);
+            let words = [tokens.into(), shape.heads.into(), rank.into()];
+            gpu::launch(&portable("attention_delta", shape, q, true), grid, &args, &words)?;
             let words = words_of(shape, shape.kv_heads * shape.head_dim, shape.head_dim);
             let args: Vec<Arg> = read.into_iter().chain([Arg::In(queries), Arg::Out(&dq)]).collect();
             let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);

@@ -9,6 +9,7 @@ pub(crate) mod attention;
 mod attention_gpu;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;
+pub(crate) mod fused;
 pub(crate) mod gpu;
 #[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod gpu_tests;

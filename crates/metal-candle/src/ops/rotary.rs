@@ -79,6 +79,11 @@ impl RotaryTable {
 }
 
 impl Rotation {
+    /// Cosines and sines: `[tokens, head_dim / 2]` each.
+    pub(super) fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` back, which is the gradient.
     pub(crate) fn apply_to_both(&self, q: Tensor, k: Tensor, inverse: bool) -> Result<(Tensor, Tensor)> {
         if !gpu::has_kernels(&q) {

@@ -56,6 +56,11 @@ pub(super) fn is_for_tensor_cores(head_dim: usize, dtype: DType, device: &Device
 }
 
 impl Spans {
+    /// Whether kernels of a device other than the CPU know where the sequences are.
+    pub(crate) fn has_tables(&self) -> bool {
+        self.tables.is_some()
+    }
+
     /// Sequences over themselves, or over what a cache holds; `like` gives type and device of the activations.
     pub(crate) fn new(offsets: &[usize], shape: AttentionShape, cached: Option<Cached>, like: &Tensor) -> Result<Self> {
         let mut spans = Self { offsets: offsets.to_vec(), cached, tables: None };

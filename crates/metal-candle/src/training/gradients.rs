@@ -3,6 +3,7 @@
 use super::in_place::{change_with, part};
 use crate::error::{Error, Result};
 use crate::ops::adam;
+use crate::ops::linear::add_scaled;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
 
@@ -15,8 +16,32 @@ impl GradientSum {
         Ok(Self(Tensor::zeros(num_parameters, DType::F32, device)?))
     }
 
-    /// Adds `gradient` to the elements from `offset` on, or puts it there when it is the `first` of a step.
-    pub(crate) fn add(&self, offset: usize, gradient: &Tensor, first: bool) -> Result<()> {
+    /// Adds gradients, each to the elements from its offset on, or puts them there when they are the `first` of a step. Views
+    /// of `together` with the same distances as the offsets are taken at once.
+    pub(crate) fn add(&mut self, parts: &[(usize, &Tensor)], together: Option<&Tensor>, first: bool) -> Result<()> {
+        let mut parts = parts.iter().copied().peekable();
+        while let Some((offset, gradient)) = parts.next() {
+            let Some((all, start)) = together.and_then(|all| Some((all, start_in(gradient, all)?))) else {
+                self.add_one(offset, gradient, first)?;
+                continue;
+            };
+            let mut len = gradient.elem_count();
+            let follows = |(next, gradient): &(usize, &Tensor), len| {
+                *next == offset + len && start_in(gradient, all) == Some(start + len)
+            };
+            while let Some((_, gradient)) = parts.next_if(|part| follows(part, len)) {
+                len += gradient.elem_count();
+            }
+            if first && [all.elem_count(), self.0.elem_count()] == [len, len] {
+                self.0 = all.clone();
+            } else {
+                self.add_one(offset, &all.narrow(0, start, len)?, first)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_one(&self, offset: usize, gradient: &Tensor, first: bool) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
         if first {
             self.0.slice_set(&gradient, 0, offset)?;
@@ -24,7 +49,10 @@ impl GradientSum {
         }
         let sum = self.0.narrow(0, offset, gradient.elem_count())?;
         if !sum.device().is_cpu() {
-            self.0.slice_set(&(sum + gradient)?, 0, offset)?;
+            let added = add_scaled(sum, 1.0, &gradient)?;
+            if start_in(&added, &self.0) != Some(offset) {
+                self.0.slice_set(&added, 0, offset)?;
+            }
             return Ok(());
         }
         change_with(&sum, &gradient, |sum, gradient| {
@@ -38,6 +66,13 @@ impl GradientSum {
     pub(crate) fn tensor(&self) -> &Tensor {
         &self.0
     }
+}
+
+/// Where `part`, contiguous, begins in the flat tensor `all`, if it is a view of it.
+fn start_in(part: &Tensor, all: &Tensor) -> Option<usize> {
+    let ((of_part, layout), (of_all, all)) = (part.storage_and_layout(), all.storage_and_layout());
+    let is_view = std::ptr::eq(&raw const *of_part, &raw const *of_all) && layout.is_contiguous();
+    if is_view { layout.start_offset().checked_sub(all.start_offset()) } else { None }
 }
 
 /// The Euclidean norm of all elements of an f32 tensor.
@@ -72,13 +107,31 @@ mod tests {
 
     #[test]
     fn gradients_add_up_where_they_belong() {
-        let sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
+        let mut sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
         let gradient = Tensor::new(&[[1.0_f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
-        sum.add(1, &gradient, true).unwrap();
-        sum.add(1, &gradient.t().unwrap(), false).unwrap();
+        sum.add(&[(1, &gradient)], None, true).unwrap();
+        sum.add(&[(1, &gradient.t().unwrap())], None, false).unwrap();
         assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [0.0, 2.0, 5.0, 5.0, 8.0]);
-        sum.add(1, &gradient, true).unwrap();
+        sum.add(&[(1, &gradient)], None, true).unwrap();
         assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0]);
+    }
+
+    #[test]
+    fn gradients_that_lie_together_are_taken_at_once() {
+        let all = Tensor::new(&[1.0_f32, 2.0, 3.0, 4.0, 5.0], &Device::Cpu).unwrap();
+        let part = |start, len| all.narrow(0, start, len).unwrap();
+        let mut sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
+        // whole: the sum is the tensor itself
+        sum.add(&[(0, &part(0, 2)), (2, &part(2, 3))], Some(&all), true).unwrap();
+        assert_eq!(start_in(sum.tensor(), &all), Some(0));
+        // in another order, and one that is no part of it
+        let mut sum = GradientSum::zeros(6, &Device::Cpu).unwrap();
+        let other = Tensor::new(&[10.0_f32], &Device::Cpu).unwrap();
+        let parts = [(0, &part(3, 2)), (2, &other), (3, &part(0, 1)), (4, &part(1, 2))];
+        sum.add(&parts, Some(&all), true).unwrap();
+        assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [4.0, 5.0, 10.0, 1.0, 2.0, 3.0]);
+        sum.add(&parts, Some(&all), false).unwrap();
+        assert_eq!(sum.tensor().to_vec1::<f32>().unwrap(), [8.0, 10.0, 20.0, 2.0, 4.0, 6.0]);
     }
 
     #[test]

@@ -411,11 +411,9 @@ impl<'a, T: Trained> Run<'a, T> {
             let message = format!("no gradient reaches `{}`", missing.join("`, `"));
             return Err(Error::argument("trainable parameters", message));
         }
-        for parameter in &self.parameters {
-            if let Some(gradient) = found(parameter) {
-                self.gradients.add(parameter.offset, gradient, is_first)?;
-            }
-        }
+        let parts: Vec<(usize, &Tensor)> =
+            self.parameters.iter().filter_map(|parameter| Some((parameter.offset, found(parameter)?))).collect();
+        self.gradients.add(&parts, gradients.room.as_ref().map(|room| &room.flat), is_first)?;
         let made = || gradients.iter();
         self.metrics.num_gradient_tensors = made().count();
         self.metrics.gradient_bytes =
