@@ -57,6 +57,8 @@ struct Sizes {
     /// Gate or up as they are kept.
     kept_inner: usize,
     log_sums: usize,
+    /// Whether what the gradients of terms need stays until the end of a block, where they are made in one launch.
+    is_gathered: bool,
 }
 
 impl Sizes {
@@ -194,6 +196,7 @@ impl Model {
             inner,
             kept_inner: if is_rounded { inner / 2 } else { inner },
             log_sums: tokens * config.num_attention_heads * DType::F32.size_in_bytes(),
+            is_gathered: self.device().is_metal(),
         }
     }
 
@@ -295,9 +298,10 @@ fn round(meter: &mut Meter, Sizes { inner, kept_inner, .. }: Sizes) {
 
 /// A block's backward pass: what it kept and the gradient of its output are there before, the gradient of its input after.
 fn backward(meter: &mut Meter, sizes: Sizes, extras: Extras, has_input: bool) {
-    let Sizes { hidden, queries, keys, inner, kept_inner, log_sums } = sizes;
-    let activation = if extras.needs_activation { inner } else { 0 };
-    meter.take(activation + inner);
+    let Sizes { hidden, queries, keys, inner, kept_inner, log_sums, is_gathered } = sizes;
+    let gathered = if is_gathered { inner + 2 * hidden } else { 0 };
+    let activation = if extras.needs_activation && !is_gathered { inner } else { 0 };
+    meter.take(gathered + activation + inner);
     meter.touch(extras.copies);
     meter.take(extras.gradients);
     meter.give(activation);
@@ -322,5 +326,5 @@ fn backward(meter: &mut Meter, sizes: Sizes, extras: Extras, has_input: bool) {
     }
     meter.give(hidden + queries + 2 * keys);
     // the input; without a gradient of it that of the output too
-    meter.give(if has_input { hidden } else { 2 * hidden });
+    meter.give(gathered + if has_input { hidden } else { 2 * hidden });
 }
