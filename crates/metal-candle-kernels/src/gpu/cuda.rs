@@ -3,10 +3,10 @@
 //! Everything runs on the stream of candle's device, one after the other; no events are kept to order it.
 
 use super::{Arg, Grid, Kernel, Word};
-use candle_core::cuda_backend::cudarc::cublas::sys as blas;
+use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
-    result, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
+    PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
@@ -89,14 +89,46 @@ fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Resul
     Ok(start + (layout.start_offset() * dtype.size_in_bytes()) as u64)
 }
 
+/// What records.
+#[derive(Clone)]
+struct Recorder {
+    stream: Arc<CudaStream>,
+    products: Arc<Products>,
+}
+
+/// cuBLAS on the recording stream, with memory of its own: what is recorded must not allocate.
+struct Products {
+    blas: CudaBlas,
+    _workspace: CudaSlice<u8>,
+}
+
+/// What cuBLAS asks for on Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+impl Products {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+        let blas = CudaBlas::new(Arc::clone(stream)).map_err(candle_core::Error::wrap)?;
+        // SAFETY: nobody reads what cuBLAS has not written
+        let workspace = unsafe { stream.alloc::<u8>(WORKSPACE_BYTES) }.map_err(candle_core::Error::wrap)?;
+        stream.synchronize().map_err(candle_core::Error::wrap)?;
+        let address = workspace.device_ptr(stream).0;
+        // SAFETY: the memory is as large as that and is kept beside the handle
+        unsafe { blas::cublasSetWorkspace_v2(*blas.handle(), address as *mut _, WORKSPACE_BYTES) }
+            .result()
+            .map_err(candle_core::Error::wrap)?;
+        Ok(Self { blas, _workspace: workspace })
+    }
+}
+
 thread_local! {
-    /// The stream that records what this thread launches, while it does.
-    static RECORDING: RefCell<Option<Arc<CudaStream>>> = const { RefCell::new(None) };
+    /// What records what this thread launches, while it does.
+    static RECORDING: RefCell<Option<Recorder>> = const { RefCell::new(None) };
 }
 
 pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     let function = function(device, kernel)?;
-    let stream = RECORDING.with_borrow(Clone::clone).unwrap_or_else(|| device.cuda_stream());
+    let stream = RECORDING.with_borrow(|recorder| recorder.as_ref().map(|recorder| Arc::clone(&recorder.stream)));
+    let stream = stream.unwrap_or_else(|| device.cuda_stream());
     if args.len() > MAX_ARGS || words.len() > MAX_WORDS {
         bail!("kernel `{}` is given {} buffers and {} words", kernel.name, args.len(), words.len());
     }
@@ -192,7 +224,8 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
         bail!("a product of matrices that are not contiguous");
     }
     let candle_core::Device::Cuda(device) = c.device() else { bail!("a product on another device than CUDA") };
-    let stream = device.cuda_stream();
+    let recorder = RECORDING.with_borrow(Clone::clone);
+    let stream = recorder.as_ref().map_or_else(|| device.cuda_stream(), |recorder| Arc::clone(&recorder.stream));
     let place = |tensor: &Tensor| -> Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
         match &*storage {
@@ -213,12 +246,13 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
         false => blas::cublasOperation_t::CUBLAS_OP_N,
     };
     let width = |tensor: &Tensor| -> Result<i32> { Ok(tensor.dim(1)? as i32) };
-    let handle = device.cublas_handle();
+    let usual = device.cublas_handle();
+    let handle = recorder.as_ref().map_or(*usual.handle(), |recorder| *recorder.products.blas.handle());
     // cuBLAS has matrices by columns: there C^T = B^T A^T, and a matrix by rows is its transpose
     // SAFETY: the addresses are those of matrices of these sizes on the device of the handle
     let done = unsafe {
         blas::cublasGemmEx(
-            *handle.handle(),
+            handle,
             operation(b.is_transposed),
             operation(a.is_transposed),
             n as i32,
@@ -246,6 +280,7 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
 pub struct Graph {
     graph: CudaGraph,
     stream: Arc<CudaStream>,
+    _products: Arc<Products>,
 }
 
 // SAFETY: the graph has one owner, and is used through a mutable reference
@@ -254,24 +289,25 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Records the kernels that `work` launches by [`launch`](super::launch); none of them runs. `work` must not do anything
-    /// else with the device. What other threads do meanwhile is not recorded.
+    /// Records the kernels that `work` launches by [`launch`](super::launch) and its [`product`]s; none of them runs. `work` must
+    /// not do anything else with the device. What other threads do meanwhile is not recorded.
     ///
     /// # Errors
     /// `work` fails, or does something that cannot be recorded.
     pub fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let stream = device.cuda_stream();
         let recorder = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
+        let products = Arc::new(Products::new(&recorder)?);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         recorder.begin_capture(mode).map_err(candle_core::Error::wrap)?;
-        RECORDING.set(Some(Arc::clone(&recorder)));
+        RECORDING.set(Some(Recorder { stream: Arc::clone(&recorder), products: Arc::clone(&products) }));
         let worked = work();
         RECORDING.set(None);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = recorder.end_capture(flags);
         worked?;
         match graph.map_err(candle_core::Error::wrap)? {
-            Some(graph) => Ok(Self { graph, stream }),
+            Some(graph) => Ok(Self { graph, stream, _products: products }),
             None => bail!("nothing was recorded"),
         }
     }

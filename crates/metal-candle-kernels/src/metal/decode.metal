@@ -268,6 +268,66 @@ KERNEL(decode_projections)
     }
 }
 
+struct RotateWords {
+    uint rows;
+    uint heads;
+    uint kv_heads;
+    uint half_dim;
+    uint max_seq_len;
+    uint has_bias;
+};
+
+// What follows the products for q, k and v where they are products of matrices: biases, rotation, and k and v to the cache.
+KERNEL(decode_rotate)
+(IN(T, k, 0), IN(T, v, 1), IN(T, bq, 2), IN(T, bk, 3), IN(T, bv, 4), IN(float, cosines, 5), IN(float, sines, 6),
+ IN(uint, state, 7), OUT(T, q, 8), OUT(T, keys, 9), OUT(T, values, 10), WORDS(RotateWords, 11) PLACE) {
+    uint at = group.x * threads + me;
+    const uint i = at % p.half_dim;
+    at /= p.half_dim;
+    uint head = at % (p.heads + 2 * p.kv_heads);
+    const uint row = at / (p.heads + 2 * p.kv_heads);
+    if (row >= p.rows) return;
+    GLOBAL const T* from = q;
+    GLOBAL const T* bias = bq;
+    uint kind = 0;
+    if (head >= p.heads + p.kv_heads) {
+        kind = 2;
+        from = v;
+        bias = bv;
+        head -= p.heads + p.kv_heads;
+    } else if (head >= p.heads) {
+        kind = 1;
+        from = k;
+        bias = bk;
+        head -= p.heads;
+    }
+    const uint column = head * 2 * p.half_dim + i;
+    const uint start = row * (kind == 0 ? p.heads : p.kv_heads) * 2 * p.half_dim + column;
+    float first = float(from[start]);
+    float second = float(from[start + p.half_dim]);
+    if (p.has_bias) {
+        first += float(bias[column]);
+        second += float(bias[column + p.half_dim]);
+    }
+    const uint position = state[p.rows + row];
+    if (kind < 2) {
+        const float cosine = cosines[position * p.half_dim + i];
+        const float sine = sines[position * p.half_dim + i];
+        const float turned = first * cosine - second * sine;
+        second = second * cosine + first * sine;
+        first = turned;
+    }
+    if (kind == 0) {
+        q[start] = T(first);
+        q[start + p.half_dim] = T(second);
+    } else {
+        const wide to = ((wide(state[2 * p.rows + row]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim + i;
+        GLOBAL T* cache = kind == 1 ? keys : values;
+        cache[to] = T(first);
+        cache[to + p.half_dim] = T(second);
+    }
+}
+
 struct DecodeAttentionWords {
     uint rows;
     uint heads;

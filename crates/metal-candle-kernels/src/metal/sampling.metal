@@ -53,6 +53,59 @@ FUNCTION bool ranks_before(float weight, uint id, Filter f, uint vocab) {
     return f.pivot == vocab || weight > f.pivot_weight || (weight == f.pivot_weight && id < f.pivot);
 }
 
+struct PartWords {
+    uint vocab;
+    uint width;
+};
+
+// The parts that decode_head leaves beside its logits, for logits made in another way: of each `width` logits of a row the
+// largest, its id and the sum of exponentials of the distances from it.
+KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWords, 2) PLACE) {
+    SHARED float scratch[32];
+    SHARED float found[32];
+    SHARED uint ids[32];
+    GLOBAL const float* x = logits + wide(group.y) * p.vocab;
+    const uint from = group.x * p.width;
+    const uint end = MINIMUM(from + p.width, p.vocab);
+    float largest = -INFINITY;
+    uint best = from;
+    for (uint i = from + me; i < end; i += threads) {
+        if (x[i] > largest) {
+            largest = x[i];
+            best = i;
+        }
+    }
+    for (uint mask = 16; mask > 0; mask >>= 1) {
+        const float other = warp_shuffle_xor(largest, mask);
+        const uint id = warp_shuffle_xor_uint(best, mask);
+        if (other > largest || (other == largest && id < best)) {
+            largest = other;
+            best = id;
+        }
+    }
+    if (lane == 0) {
+        found[warp] = largest;
+        ids[warp] = best;
+    }
+    BARRIER;
+    for (uint i = 0; i < threads / 32; i++) {
+        if (found[i] > largest || (found[i] == largest && ids[i] < best)) {
+            largest = found[i];
+            best = ids[i];
+        }
+    }
+    // a NaN stays
+    float sum = 0.0f;
+    for (uint i = from + me; i < end; i += threads) sum += EXP(x[i] - largest);
+    sum = group_sum(sum, scratch, lane, warp, threads);
+    if (me == 0) {
+        GLOBAL float* part = parts + (wide(group.y) * groups.x + group.x) * 3;
+        part[0] = largest;
+        part[1] = bits_to_float(best);
+        part[2] = sum;
+    }
+}
+
 KERNEL(sample)
 (IN(float, all_logits, 0), IN(float, all_parts, 1), IN(uint, all_settings, 2), OUT(uint, state, 3), OUT(uint, result, 4),
  WORDS(SamplingWords, 5) PLACE) {

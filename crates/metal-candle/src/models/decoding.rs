@@ -1,12 +1,12 @@
-//! Single-token steps on a device with kernels: five kernels a block, no memory that is not there yet, and the chosen token
-//! stays on the device.
+//! Single-token steps on a device with kernels: no memory that is not there yet, and the chosen token stays on the device. For few
+//! rows a block is five kernels that read rows of weights; for many, on CUDA, its products are those of matrices.
 
 use super::block::{Block, DOWN, GATE, K, O, Q, UP, V};
 use super::decoder::NUM_LINEARS;
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
-use crate::ops::{LowRank, LowRankTerms};
+use crate::ops::{LowRank, LowRankTerms, swiglu};
 use candle_core::{DType, Tensor};
 
 /// Most tokens that a group of threads takes together.
@@ -15,8 +15,17 @@ const MAX_BATCH: usize = 8;
 /// Largest rank of a term.
 const MAX_RANK: usize = 64;
 
-/// Most elements of the tokens of a step together; with more, products of matrices are faster than reading rows of weights.
+/// Most elements of the tokens of a step that are taken by rows of weights; with more, products of matrices are faster.
 const MAX_ELEMENTS: usize = 32 * 1024;
+
+/// Most rows of that kind where there are products that can be recorded.
+const MAX_ROWS: usize = 8;
+
+/// Most rows of a step.
+const MAX_WIDE_ROWS: usize = 512;
+
+/// Logits of a part in which the largest is looked for, after a product of matrices.
+const PART: usize = 4096;
 
 /// Threads of a group: for projections, the gated MLP and the head.
 const THREADS: usize = 128;
@@ -39,8 +48,9 @@ impl Limits {
     }
 }
 
-/// Rows of the head that a warp takes.
+/// Rows of the head that a warp takes, and a group.
 const HEAD_ROWS: usize = 8;
+const HEAD_PART: usize = HEAD_THREADS / 32 * HEAD_ROWS;
 
 /// A token to go on from, and how the next one is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,14 +103,28 @@ pub(crate) struct Decoding {
     parts: Tensor,
     cosines: Tensor,
     sines: Tensor,
+    wide: Option<Wide>,
     recording: Option<Recording>,
+}
+
+/// What products of matrices need beside that.
+#[derive(Debug)]
+struct Wide {
+    normed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    /// Of terms: `rows * MAX_RANK` elements.
+    z: Tensor,
 }
 
 impl Model {
     /// Whether [`Model::decode`] can run here with these terms, and is the faster way for so many rows.
     pub(crate) fn can_decode(&self, rows: usize, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
         let config = self.config();
-        if rows * config.hidden_size > MAX_ELEMENTS {
+        let is_wide = self.is_wide(rows);
+        if rows > MAX_WIDE_ROWS || (!is_wide && rows * config.hidden_size > MAX_ELEMENTS) {
             return false;
         }
         let widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim];
@@ -121,11 +145,17 @@ impl Model {
         gpu::has_kernels(&self.inner.embedding)
             && cache.dtype() == Some(dtype)
             && widths.iter().all(|width| width.is_multiple_of(8))
-            && config.hidden_size <= self.limits().normed
+            && (is_wide || config.hidden_size <= self.limits().normed)
             && config.head_dim.is_multiple_of(8)
             && config.head_dim <= 128
             && self.inner.blocks.iter().all(is_usual)
             && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
+    }
+
+    /// Whether a step of so many rows is one of products of matrices.
+    fn is_wide(&self, rows: usize) -> bool {
+        let elements = rows * self.config().hidden_size;
+        gpu::has_products(&self.inner.embedding) && (rows > MAX_ROWS || elements > MAX_ELEMENTS)
     }
 
     /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
@@ -139,13 +169,19 @@ impl Model {
     ) -> Result<Vec<Decoded>> {
         self.device().pooled(|| {
             let max_seq_len = cache.config().max_seq_len;
-            let is_same = |held: &Decoding| held.rows.len() == rows.len() && held.max_seq_len == max_seq_len;
-            if !decoding.as_ref().is_some_and(is_same) {
+            // rows that ended are made up for by copies of the last one, which do what it does, until half of them have ended
+            let fits = |held: &Decoding| {
+                let has_room = (rows.len()..2 * rows.len()).contains(&held.rows.len());
+                has_room && held.max_seq_len == max_seq_len
+            };
+            if !decoding.as_ref().is_some_and(fits) {
                 *decoding = Some(self.new_decoding(rows.len(), max_seq_len)?);
             }
             let held = decoding.as_mut().ok_or(Error::Stopped)?;
-            if held.rows != rows {
-                held.write(rows)?;
+            let copies = rows.last().into_iter().cycle().take(held.rows.len() - rows.len());
+            let padded: Vec<DecodingRow> = rows.iter().chain(copies).copied().collect();
+            if held.rows != padded {
+                held.write(&padded)?;
             }
             if let Some(recording) = &mut held.recording {
                 recording.replay()?;
@@ -155,7 +191,7 @@ impl Model {
                 held.recording = gpu::record(&held.x, || self.launch_step(held, terms, cache))?;
             }
             let words = gpu::read_words(&held.result)?;
-            let decoded: Vec<Decoded> = words
+            let mut decoded: Vec<Decoded> = words
                 .chunks_exact(4)
                 .map(|words| Decoded {
                     token: words[0],
@@ -168,6 +204,7 @@ impl Model {
                 row.position += 1;
                 row.choice.random = decoded.random;
             }
+            decoded.truncate(rows.len());
             Ok(decoded)
         })
     }
@@ -175,11 +212,24 @@ impl Model {
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
         let config = self.config();
         let like = &self.inner.embedding;
-        let batch = rows.min(MAX_BATCH).min(self.limits().normed / config.hidden_size);
+        let batch = rows.min(MAX_BATCH).min(self.limits().normed / config.hidden_size).max(1);
         let (cosines, sines) = self.inner.rotary.on_device(max_seq_len, like.device())?;
         let empty = |width: usize| gpu::empty((rows, width), like);
         let heads = config.num_attention_heads * config.head_dim;
-        let groups = config.vocab_size.div_ceil(HEAD_THREADS / 32 * HEAD_ROWS);
+        let kv_heads = config.num_key_value_heads * config.head_dim;
+        let wide = if self.is_wide(rows) {
+            Some(Wide {
+                normed: empty(config.hidden_size)?,
+                k: empty(kv_heads)?,
+                v: empty(kv_heads)?,
+                gate: empty(config.intermediate_size)?,
+                up: empty(config.intermediate_size)?,
+                z: gpu::empty(rows * MAX_RANK, like)?,
+            })
+        } else {
+            None
+        };
+        let groups = config.vocab_size.div_ceil(if wide.is_some() { PART } else { HEAD_PART });
         Ok(Decoding {
             rows: vec![UNSET; rows],
             max_seq_len,
@@ -195,6 +245,7 @@ impl Model {
             parts: gpu::empty_f32(3 * rows * groups, like)?,
             cosines,
             sines,
+            wide,
             recording: None,
         })
     }
@@ -226,24 +277,17 @@ impl Model {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let args = [Arg::In(&self.inner.embedding), Arg::In(&held.state), Arg::Out(&held.x)];
         gpu::launch(&self.kernel("decode_embed", held.batch), Grid::row(rows, THREADS), &args, &[hidden.into()])?;
-        for block in &self.inner.blocks {
-            self.launch_block(block, held, terms, cache)?;
-        }
-        let chunks = rows.div_ceil(held.batch);
-        let groups = vocab.div_ceil(HEAD_THREADS / 32 * HEAD_ROWS);
-        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_number())));
-        let norm = &self.inner.norm;
-        let args = [
-            Arg::In(&held.x),
-            Arg::In(&norm.weight),
-            Arg::In(&self.inner.head.weight),
-            a,
-            b,
-            Arg::Out(&held.logits),
-            Arg::Out(&held.parts),
-        ];
-        let words = [rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
-        gpu::launch(&self.kernel("decode_head", held.batch), Grid::row(groups * chunks, HEAD_THREADS), &args, &words)?;
+        let groups = if let Some(wide) = &held.wide {
+            for block in &self.inner.blocks {
+                self.launch_wide_block(block, held, wide, terms, cache)?;
+            }
+            self.launch_wide_head(held, wide, terms)?
+        } else {
+            for block in &self.inner.blocks {
+                self.launch_block(block, held, terms, cache)?;
+            }
+            self.launch_head(held, terms)?
+        };
         let args = [
             Arg::In(&held.logits),
             Arg::In(&held.parts),
@@ -258,6 +302,99 @@ impl Model {
             &args,
             &words,
         )
+    }
+
+    /// Norm, logits and the largest of each part of them; returns the number of parts.
+    fn launch_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
+        let (rows, vocab) = (held.rows.len(), self.config().vocab_size);
+        let chunks = rows.div_ceil(held.batch);
+        let groups = vocab.div_ceil(HEAD_PART);
+        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_number())));
+        let norm = &self.inner.norm;
+        let args = [
+            Arg::In(&held.x),
+            Arg::In(&norm.weight),
+            Arg::In(&self.inner.head.weight),
+            a,
+            b,
+            Arg::Out(&held.logits),
+            Arg::Out(&held.parts),
+        ];
+        let words = [rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
+        gpu::launch(&self.kernel("decode_head", held.batch), Grid::row(groups * chunks, HEAD_THREADS), &args, &words)?;
+        Ok(groups)
+    }
+
+    /// The same by a product of matrices.
+    fn launch_wide_head(&self, held: &Decoding, wide: &Wide, terms: Option<&LowRankTerms>) -> Result<usize> {
+        let vocab = self.config().vocab_size;
+        self.inner.norm.forward_into(&held.x, &wide.normed)?;
+        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        multiply(&self.inner.head.weight, term, &wide.normed, (&held.logits, 0.0), wide)?;
+        let groups = vocab.div_ceil(PART);
+        let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
+        let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);
+        gpu::launch(&kernel, Grid::plane((groups, held.rows.len()), 256), &args, &[vocab.into(), PART.into()])?;
+        Ok(groups)
+    }
+
+    /// A block by products of matrices.
+    fn launch_wide_block(
+        &self,
+        block: &Block,
+        held: &Decoding,
+        wide: &Wide,
+        terms: Option<&LowRankTerms>,
+        cache: &KVCache,
+    ) -> Result<()> {
+        let config = self.config();
+        let (heads, kv_heads, half) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim / 2);
+        let rows = held.rows.len();
+        let multiply = |place: usize, x: &Tensor, y: &Tensor, beta: f32| {
+            let term = terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place));
+            multiply(&block.linears[place].weight, term, x, (y, beta), wide)
+        };
+        block.input_layernorm.forward_into(&held.x, &wide.normed)?;
+        multiply(Q, &wide.normed, &held.q, 0.0)?;
+        multiply(K, &wide.normed, &wide.k, 0.0)?;
+        multiply(V, &wide.normed, &wide.v, 0.0)?;
+        let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
+        let (keys, values) = cache.layer(block.layer);
+        let args = [
+            Arg::In(&wide.k),
+            Arg::In(&wide.v),
+            bias(Q),
+            bias(K),
+            bias(V),
+            Arg::In(&held.cosines),
+            Arg::In(&held.sines),
+            Arg::In(&held.state),
+            Arg::Out(&held.q),
+            Arg::Out(keys),
+            Arg::Out(values),
+        ];
+        let has_bias = block.linears[Q].bias.is_some();
+        let words = [rows, heads, kv_heads, half, held.max_seq_len, usize::from(has_bias)].map(Into::into);
+        let grid = Grid::elements(rows * (heads + 2 * kv_heads) * half);
+        gpu::launch(&self.kernel("decode_rotate", held.batch), grid, &args, &words)?;
+        self.launch_attention(held, (keys, values))?;
+        multiply(O, &held.attention, &held.x, 1.0)?;
+        block.post_attention_layernorm.forward_into(&held.x, &wide.normed)?;
+        multiply(GATE, &wide.normed, &wide.gate, 0.0)?;
+        multiply(UP, &wide.normed, &wide.up, 0.0)?;
+        swiglu::forward_into(&wide.gate, &wide.up, &held.activation)?;
+        multiply(DOWN, &held.activation, &held.x, 1.0)
+    }
+
+    /// Attention of each row over its slot of a layer's cache.
+    fn launch_attention(&self, held: &Decoding, (keys, values): (&Tensor, &Tensor)) -> Result<()> {
+        let (heads, kv_heads) = (self.config().num_attention_heads, self.config().num_key_value_heads);
+        let rows = held.rows.len();
+        let args = [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
+        let words =
+            [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
+        let kernel = self.kernel("decode_attention", held.batch);
+        gpu::launch(&kernel, Grid::plane((heads, rows), self.limits().threads), &args, &words)
     }
 
     fn launch_block(
@@ -317,12 +454,7 @@ impl Model {
         let kernel = self.kernel("decode_projections", held.batch);
         gpu::launch(&kernel, Grid::row(groups * chunks, THREADS), &args, &words)?;
 
-        let args = [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
-        let words =
-            [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
-        let kernel = self.kernel("decode_attention", held.batch);
-        gpu::launch(&kernel, Grid::plane((heads, rows), self.limits().threads), &args, &words)?;
-
+        self.launch_attention(held, (keys, values))?;
         self.launch_linear(block, O, term(O), &held.attention, held)?;
 
         let [gate, up] = [GATE, UP].map(term);
@@ -370,6 +502,16 @@ impl Model {
         let groups = out_features.div_ceil(self.limits().linear_rows()) * rows.div_ceil(held.batch);
         gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, self.limits().threads), &args, &words)
     }
+}
+
+/// `y = x W^T + beta y`, and what a term adds, by products of matrices.
+fn multiply(weight: &Tensor, term: Option<&LowRank>, x: &Tensor, (y, beta): (&Tensor, f32), wide: &Wide) -> Result<()> {
+    gpu::product(y, (x, false), (weight, true), 1.0, beta)?;
+    let Some(term) = term else { return Ok(()) };
+    let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
+    let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
+    gpu::product(&z, (x, false), (&term.a, true), term.scale, 0.0)?;
+    gpu::product(y, (&z, false), (&term.b, true), 1.0, 1.0)
 }
 
 /// A and B of a term, its rank and its scale.

@@ -29,19 +29,19 @@ pub(crate) fn empty_f32(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor
 }
 
 /// Whether products of this type run by [`product`].
-pub(super) fn has_products(tensor: &Tensor) -> bool {
+pub(crate) fn has_products(tensor: &Tensor) -> bool {
     cfg!(feature = "cuda") && tensor.device().is_cuda() && gpu::has_kernels(tensor)
 }
 
 /// `y = scale A B + beta y`; each matrix with whether its transpose is meant.
 #[cfg(feature = "cuda")]
-pub(super) fn product(y: &Tensor, a: (&Tensor, bool), b: (&Tensor, bool), scale: f32, beta: f32) -> Result<()> {
+pub(crate) fn product(y: &Tensor, a: (&Tensor, bool), b: (&Tensor, bool), scale: f32, beta: f32) -> Result<()> {
     let operand = |(tensor, is_transposed)| gpu::cuda::Operand { tensor, is_transposed };
     Ok(gpu::cuda::product(y, operand(a), operand(b), scale, beta)?)
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn product(_: &Tensor, _: (&Tensor, bool), _: (&Tensor, bool), _: f32, _: f32) -> Result<()> {
+pub(crate) fn product(_: &Tensor, _: (&Tensor, bool), _: (&Tensor, bool), _: f32, _: f32) -> Result<()> {
     Err(crate::error::Error::Unsupported("products on another device than CUDA".into()))
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn record(_: &Tensor, _: impl FnOnce() -> Result<()>) -> Result<Optio
 }
 
 /// Launches a kernel of `elementwise.metal` that takes four elements a thread and the words `count` and `is_aligned` first.
-pub(super) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
+pub(crate) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
     let count = tensors[0].elem_count();
     let mut words: Vec<Word> = vec![count.into(), are_aligned(tensors).into()];
     words.extend(more);

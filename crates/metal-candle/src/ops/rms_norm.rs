@@ -22,17 +22,8 @@ impl RmsNorm {
     /// `x: [tokens, hidden]`, result the same.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.has_kernels(x) {
-            let _span = span("rms_norm", Kind::Elementwise);
-            let (rows, width) = x.dims2()?;
             let y = gpu::empty(x.shape(), x)?;
-            let args = [Arg::In(x), Arg::In(&self.weight), Arg::Out(&y)];
-            let words = [width.into(), (self.eps as f32).into()];
-            gpu::launch(
-                &Kernel::new(Source::Norm, "rms_norm", x.dtype()),
-                Grid::row(rows, ROW_THREADS),
-                &args,
-                &words,
-            )?;
+            self.forward_into(x, &y)?;
             return Ok(y);
         }
         if !on_cpu(x) {
@@ -40,6 +31,16 @@ impl RmsNorm {
         }
         let _span = span("rms_norm", Kind::Elementwise);
         tensor(kernels::rms_norm(Host::new(x)?.f32()?, Host::new(&self.weight)?.f32()?, self.eps as f32), x.shape())
+    }
+
+    /// The same by a kernel, written to `y`.
+    pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+        let _span = span("rms_norm", Kind::Elementwise);
+        let (rows, width) = x.dims2()?;
+        let args = [Arg::In(x), Arg::In(&self.weight), Arg::Out(y)];
+        let words = [width.into(), (self.eps as f32).into()];
+        let kernel = Kernel::new(Source::Norm, "rms_norm", x.dtype());
+        gpu::launch(&kernel, Grid::row(rows, ROW_THREADS), &args, &words)
     }
 
     /// `dx`, in place, plus the gradient with respect to `x`, and that with respect to the weight if wanted.

@@ -14,7 +14,7 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let _span = span("swiglu", Kind::Elementwise);
     if gpu::has_kernels(gate) {
         let y = gpu::empty(gate.shape(), gate)?;
-        gpu::by_four("swiglu", &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(&y)], &[])?;
+        forward_into(gate, up, &y)?;
         return Ok(y);
     }
     if !gate.device().is_cpu() {
@@ -26,6 +26,11 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         _ => kernels::swiglu(g.f32()?, u.f32()?),
     };
     tensor(y, gate.shape())
+}
+
+/// The same by a kernel, written to `y`.
+pub(crate) fn forward_into(gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
+    gpu::by_four("swiglu", &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(y)], &[])
 }
 
 /// The gradients with respect to `gate`, in place of `dy`, and `up`.
