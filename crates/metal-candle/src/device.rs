@@ -116,6 +116,19 @@ impl Device {
         }
     }
 
+    /// Forgets the most memory that was in use until now, for [`Device::peak_memory`]. Only a CUDA device counts it.
+    pub fn reset_peak_memory(&self) {
+        if self.is_cuda() {
+            reset_cuda_peak();
+        }
+    }
+
+    /// The most memory that this process held on a CUDA device since [`Device::reset_peak_memory`], in bytes, with what is
+    /// kept for the next tensors.
+    pub fn peak_memory(&self) -> Option<usize> {
+        if self.is_cuda() { cuda_peak() } else { None }
+    }
+
     /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error.
     pub(crate) fn step<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         if self.is_cpu() {
@@ -260,6 +273,28 @@ fn cuda_free_and_total() -> Option<(usize, usize)> {
 fn cuda_name() -> Option<String> {
     let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
     device.cuda_stream().context().name().ok()
+}
+
+#[cfg(feature = "cuda")]
+fn reset_cuda_peak() {
+    if let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() {
+        // who asks for the peak afterwards is told that of a longer time
+        let _ = metal_candle_kernels::gpu::cuda::reset_peak_memory(device);
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_peak() -> Option<usize> {
+    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
+    metal_candle_kernels::gpu::cuda::peak_memory(device).ok().flatten()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn reset_cuda_peak() {}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_peak() -> Option<usize> {
+    None
 }
 
 #[cfg(not(feature = "cuda"))]

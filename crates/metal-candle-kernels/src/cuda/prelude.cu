@@ -46,6 +46,13 @@ typedef bf16_t T;
 #define lane (threadIdx.x & 31u)
 #define warp (threadIdx.x >> 5)
 #define BARRIER __syncthreads()
+#define AHEAD 5
+// A kernel of these sources is launched while the one before runs. From here on that one has ended, and the next may be launched.
+#if __CUDA_ARCH__ >= 900
+#define WAIT_FOR_INPUT asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory")
+#else
+#define WAIT_FOR_INPUT
+#endif
 #define UNROLL _Pragma("unroll")
 #define UNROLL4 _Pragma("unroll 4")
 #define ATOMIC_UINT uint

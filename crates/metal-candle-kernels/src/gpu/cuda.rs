@@ -2,17 +2,17 @@
 //!
 //! Everything runs on the stream of candle's device, one after the other; no events are kept to order it.
 
-use super::{Arg, Grid, Kernel, Word};
+use super::{Arg, Grid, Kernel, Source, Word};
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
-    PushKernelArg, result, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -28,9 +28,6 @@ const MAX_ARGS: usize = 24;
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Words([u32; MAX_WORDS]);
-
-// SAFETY: an array of plain numbers, laid out as in C
-unsafe impl DeviceRepr for Words {}
 
 /// What was compiled, by ordinal of the device: all kernels of a source with the same constants are one module.
 #[derive(Default)]
@@ -149,22 +146,45 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, grid.shared_bytes as i32).map_err(candle_core::Error::wrap)?;
     }
-    let mut builder = stream.launch_builder(&function);
-    for address in &addresses[..args.len()] {
-        builder.arg(address);
-    }
+    let mut parameters: Vec<*mut c_void> =
+        addresses[..args.len()].iter_mut().map(|address| std::ptr::from_mut(address).cast()).collect();
     if !words.is_empty() {
-        builder.arg(&all);
+        parameters.push(std::ptr::from_mut(&mut all).cast());
     }
+    // SAFETY: plain numbers and enumerations, of which zero is one
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
     let [x, y, z] = grid.groups.map(|count| count as u32);
-    let config = LaunchConfig {
-        grid_dim: (x, y, z),
-        block_dim: (grid.threads as u32, 1, 1),
-        shared_mem_bytes: grid.shared_bytes as u32,
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: grid.threads as u32,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared_bytes as u32,
+        hStream: stream.cu_stream(),
+        attrs: &raw mut attribute,
+        numAttrs: u32::from(waits_itself(kernel, &stream)?),
     };
-    // SAFETY: the kernel takes these buffers and words, and stays within the buffers for the words it is given
-    unsafe { builder.launch(config) }.map_err(candle_core::Error::wrap)?;
-    Ok(())
+    stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
+    // SAFETY: the kernel takes these buffers and words, and stays within the buffers for the words it is given; what it is
+    // given is copied before this returns
+    unsafe {
+        sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), std::ptr::null_mut())
+    }
+    .result()
+    .map_err(candle_core::Error::wrap)
+}
+
+/// Whether a kernel may begin before the one in front of it has ended: it waits where it must.
+fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
+    if !matches!(kernel.source, Source::Decode | Source::Sampling) {
+        return Ok(false);
+    }
+    let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
+    Ok(major >= 9)
 }
 
 /// Prepares candle's device: no events between launches of its one stream, memory that stays with the process, and room for
@@ -175,23 +195,55 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
 pub fn prepare(device: &CudaDevice) -> Result<()> {
     // SAFETY: all work of the process on this device is given to one stream
     unsafe { device.disable_event_tracking() };
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    if context.has_async_alloc() {
-        let mut everything = u64::MAX;
-        // SAFETY: the pool is that of an open device, the value is what this attribute takes
-        unsafe {
-            let pool = result::device::get_default_mem_pool(context.cu_device()).map_err(candle_core::Error::wrap)?;
-            sys::cuMemPoolSetAttribute(
-                pool,
-                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-                std::ptr::from_mut(&mut everything).cast(),
-            )
-            .result()
-            .map_err(candle_core::Error::wrap)?;
-        }
+    if let Some(pool) = memory_pool(device)? {
+        set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
     }
     Ok(())
+}
+
+/// What the device's memory comes from, where it is a pool.
+fn memory_pool(device: &CudaDevice) -> Result<Option<sys::CUmemoryPool>> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return Ok(None);
+    }
+    // SAFETY: the device is open
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map(Some).map_err(candle_core::Error::wrap)
+}
+
+fn set_attribute(pool: sys::CUmemoryPool, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<()> {
+    // SAFETY: the pool is that of an open device, and 64 bits are what the attributes used here take
+    unsafe { sys::cuMemPoolSetAttribute(pool, attribute, std::ptr::from_mut(&mut value).cast()) }
+        .result()
+        .map_err(candle_core::Error::wrap)
+}
+
+/// Gives back memory that is not in use, and forgets the most that was held before.
+///
+/// # Errors
+/// The device fails.
+pub fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
+    let Some(pool) = memory_pool(device)? else { return Ok(()) };
+    device.cuda_stream().synchronize().map_err(candle_core::Error::wrap)?;
+    // SAFETY: the pool is that of an open device
+    unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().map_err(candle_core::Error::wrap)?;
+    set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, 0)
+}
+
+/// The most memory that was held at once, what is kept for later included, in bytes; none where the driver does not count.
+///
+/// # Errors
+/// The device fails.
+pub fn peak_memory(device: &CudaDevice) -> Result<Option<usize>> {
+    let Some(pool) = memory_pool(device)? else { return Ok(None) };
+    let mut value = 0u64;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
+    // SAFETY: as in `set_attribute`
+    unsafe { sys::cuMemPoolGetAttribute(pool, attribute, std::ptr::from_mut(&mut value).cast()) }
+        .result()
+        .map_err(candle_core::Error::wrap)?;
+    Ok(Some(value as usize))
 }
 
 /// One of the matrices of a product.

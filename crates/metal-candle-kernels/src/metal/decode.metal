@@ -3,6 +3,9 @@
 // There are `rows` tokens, taken BATCH (a constant) at a time; groups that share weights lie side by side. The state is on the
 // device, `state[row]` is the id of a token, `state[rows + row]` its position and `state[2 * rows + row]` its slot of the
 // cache, so that a step can be repeated without the CPU.
+//
+// On new CUDA devices a kernel begins while the one before it runs: what is before WAIT_FOR_INPUT reads weights, the state, and
+// keys and values of earlier steps only, and writes nothing.
 #define MAX_RANK 64
 
 // Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on
@@ -62,23 +65,54 @@ FUNCTION void dots_of_rows(
     }
 }
 
+// The first weights of a lane's part of two rows, asked for early.
+struct TwoParts {
+    Eight first[AHEAD];
+    Eight second[AHEAD];
+};
+
+FUNCTION void ask_for_parts(
+    GLOBAL const T* w0, GLOBAL const T* w1, uint from, uint end, uint my_lane, PRIVATE TwoParts& parts) {
+    UNROLL for (uint step = 0; step < AHEAD; step++) {
+        const uint i = from + 8 * my_lane + 256 * step;
+        if (i < end) {
+            parts.first[step] = load_eight(w0 + i);
+            parts.second[step] = load_eight(w1 + i);
+        }
+    }
+}
+
+FUNCTION void add_products(
+    PRIVATE const float* u, PRIVATE const float* v, GLOBAL const T* x, uint live, uint width, PRIVATE float* sums0,
+    PRIVATE float* sums1) {
+    UNROLL for (uint b = 0; b < BATCH; b++) {
+        float value[8];
+        load8(x + MINIMUM(b, live - 1) * width, value);
+        UNROLL for (uint j = 0; j < 8; j++) {
+            sums0[b] += u[j] * value[j];
+            sums1[b] += v[j] * value[j];
+        }
+    }
+}
+
 // The products of a part of two rows of weights, from `from` up to `end`, with each of `live` vectors in device memory.
 FUNCTION void dots_of_two(
-    GLOBAL const T* w0, GLOBAL const T* w1, GLOBAL const T* x, uint live, uint width, uint from, uint end, uint my_lane,
-    PRIVATE float* sums0, PRIVATE float* sums1) {
+    GLOBAL const T* w0, GLOBAL const T* w1, PRIVATE const TwoParts& parts, GLOBAL const T* x, uint live, uint width,
+    uint from, uint end, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
-    UNROLL4 for (uint i = from + 8 * my_lane; i < end; i += 256) {
-        float u[8], v[8];
+    float u[8], v[8];
+    UNROLL for (uint step = 0; step < AHEAD; step++) {
+        const uint i = from + 8 * my_lane + 256 * step;
+        if (i < end) {
+            unpack_eight(parts.first[step], u);
+            unpack_eight(parts.second[step], v);
+            add_products(u, v, x + i, live, width, sums0, sums1);
+        }
+    }
+    UNROLL4 for (uint i = from + 8 * my_lane + 256 * AHEAD; i < end; i += 256) {
         load8(w0 + i, u);
         load8(w1 + i, v);
-        UNROLL for (uint b = 0; b < BATCH; b++) {
-            float value[8];
-            load8(x + MINIMUM(b, live - 1) * width + i, value);
-            UNROLL for (uint j = 0; j < 8; j++) {
-                sums0[b] += u[j] * value[j];
-                sums1[b] += v[j] * value[j];
-            }
-        }
+        add_products(u, v, x + i, live, width, sums0, sums1);
     }
     for (uint b = 0; b < BATCH; b++) {
         sums0[b] = warp_sum(sums0[b]);
@@ -152,6 +186,7 @@ struct EmbedWords {
 
 // x[b] = the embedding of token b
 KERNEL(decode_embed)(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), WORDS(EmbedWords, 3) PLACE) {
+    WAIT_FOR_INPUT;
     const wide from = wide(state[group.x]) * p.width;
     for (uint i = me; i < p.width; i += threads) x[group.x * p.width + i] = embedding[from + i];
 }
@@ -230,6 +265,7 @@ KERNEL(decode_projections)
         cosine[b] = cosines[positions[b] * p.half_dim + i];
         sine[b] = sines[positions[b] * p.half_dim + i];
     }
+    WAIT_FOR_INPUT;
     norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (rank > 0) {
         low_rank_into(a, rank, scale, normed, HIDDEN, z, lane, warp, threads);
@@ -281,6 +317,7 @@ struct RotateWords {
 KERNEL(decode_rotate)
 (IN(T, k, 0), IN(T, v, 1), IN(T, bq, 2), IN(T, bk, 3), IN(T, bv, 4), IN(float, cosines, 5), IN(float, sines, 6),
  IN(uint, state, 7), OUT(T, q, 8), OUT(T, keys, 9), OUT(T, values, 10), WORDS(RotateWords, 11) PLACE) {
+    WAIT_FOR_INPUT;
     uint at = group.x * threads + me;
     const uint i = at % p.half_dim;
     at /= p.half_dim;
@@ -339,6 +376,28 @@ struct DecodeAttentionWords {
 #ifdef HEAD_DIM
 #define ELEMENTS ((HEAD_DIM + 31) / 32)
 
+// Values that are asked for with their keys.
+#if HEAD_DIM <= 64
+#define HELD 32
+#else
+#define HELD 1
+#endif
+
+// A lane's key of the 32 from `begin` on; those behind the end have weight 0.
+FUNCTION void ask_for_keys(GLOBAL const T* keys, uint begin, uint num_keys, uint my_lane, PRIVATE Eight* asked) {
+    GLOBAL const T* row = keys + wide(MINIMUM(begin + my_lane, num_keys - 1)) * HEAD_DIM;
+    UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) asked[i] = load_eight(row + 8 * i);
+}
+
+// A lane's elements of each of the 32 values.
+FUNCTION void ask_for_values(
+    GLOBAL const T* values, uint begin, uint num_keys, uint my_lane, PRIVATE T (*held)[ELEMENTS]) {
+    UNROLL for (uint j = 0; j < HELD; j++) {
+        GLOBAL const T* row = values + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM;
+        UNROLL for (uint e = 0; e < ELEMENTS; e++) held[j][e] = row[MINIMUM(e * 32 + my_lane, uint(HEAD_DIM) - 1)];
+    }
+}
+
 // Attention of one query over its slot of the cache: a group for each head and token. The warps take blocks of 32 keys by
 // turns and put their parts together at the end.
 KERNEL(decode_attention)
@@ -352,6 +411,14 @@ KERNEL(decode_attention)
     const uint num_keys = state[p.rows + b] + 1;
     const uint kv_head = head / (p.heads / p.kv_heads);
     const wide start = (wide(state[2 * p.rows + b]) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
+    // the last key and value are of this step, the others are asked for before the query is there
+    Eight asked[HEAD_DIM / 8];
+    T held[HELD][ELEMENTS];
+    if (32 * warp + 32 < num_keys) {
+        ask_for_keys(keys + start, 32 * warp, num_keys, lane, asked);
+        ask_for_values(values + start, 32 * warp, num_keys, lane, held);
+    }
+    WAIT_FOR_INPUT;
     for (uint i = me; i < HEAD_DIM; i += threads) query[i] = float(q[(b * p.heads + head) * HEAD_DIM + i]) * p.scale;
     BARRIER;
     float largest = -INFINITY;
@@ -360,19 +427,10 @@ KERNEL(decode_attention)
     for (uint e = 0; e < ELEMENTS; e++) result[e] = 0.0f;
     for (uint begin = 32 * warp; begin < num_keys; begin += 32 * DECODE_WARPS) {
         const uint key = begin + lane;
-        // keys and values are asked for together: all 32 rows, those behind the end have weight 0
-        GLOBAL const T* key_row = keys + start + wide(MINIMUM(key, num_keys - 1)) * HEAD_DIM;
-        Eight asked[HEAD_DIM / 8];
-        UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) asked[i] = load_eight(key_row + 8 * i);
-#if HEAD_DIM <= 64
-        T held[32][ELEMENTS];
-        UNROLL for (uint j = 0; j < 32; j++) {
-            GLOBAL const T* value_row = values + start + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM;
-            UNROLL for (uint e = 0; e < ELEMENTS; e++) {
-                held[j][e] = value_row[MINIMUM(e * 32 + lane, uint(HEAD_DIM) - 1)];
-            }
+        if (begin != 32 * warp || begin + 32 >= num_keys) {
+            ask_for_keys(keys + start, begin, num_keys, lane, asked);
+            ask_for_values(values + start, begin, num_keys, lane, held);
         }
-#endif
         float s = 0.0f;
         UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) {
             float v[8];
@@ -445,10 +503,13 @@ KERNEL(decode_linear)
     const uint share = (p.in_features + 256 * QUARTERS - 1) / (256 * QUARTERS) * 256;
     const uint from = MINIMUM(warp % QUARTERS * share, p.in_features);
     const uint end = MINIMUM(from + share, p.in_features);
+    GLOBAL const T* w0 = w + wide(row0) * p.in_features;
+    GLOBAL const T* w1 = w + wide(row1) * p.in_features;
+    TwoParts asked;
+    ask_for_parts(w0, w1, from, end, lane, asked);
+    WAIT_FOR_INPUT;
     float sums0[BATCH], sums1[BATCH];
-    dots_of_two(
-        w + wide(row0) * p.in_features, w + wide(row1) * p.in_features, vectors, live, p.in_features, from, end, lane,
-        sums0, sums1);
+    dots_of_two(w0, w1, asked, vectors, live, p.in_features, from, end, lane, sums0, sums1);
     if (p.rank > 0) {
         low_rank_of_device_into(a, p.rank, p.scale, vectors, live, p.in_features, z, lane, warp, threads);
         BARRIER;
@@ -504,6 +565,7 @@ KERNEL(decode_gated)
     const wide at = wide(MINIMUM(row, p.intermediate - 1)) * HIDDEN;
     TwoRows rows;
     ask_for_rows(w_gate + at, w_up + at, lane, rows);
+    WAIT_FOR_INPUT;
     norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (p.gate_rank + p.up_rank > 0) {
         low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
@@ -542,6 +604,12 @@ KERNEL(decode_head)
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
+    const uint first = (group.x / chunks * (threads / 32) + warp) * HEAD_ROWS;
+    TwoRows rows;
+    if (first < p.vocab) {
+        ask_for_rows(w + wide(first) * HIDDEN, w + wide(MINIMUM(first + 1, p.vocab - 1)) * HIDDEN, lane, rows);
+    }
+    WAIT_FOR_INPUT;
     norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
     if (p.rank > 0) {
         low_rank_into(a, p.rank, p.scale, normed, HIDDEN, z, lane, warp, threads);
@@ -554,15 +622,17 @@ KERNEL(decode_head)
         sums[b] = 0.0f;
         best[b] = 0;
     }
-    const uint first = (group.x / chunks * (threads / 32) + warp) * HEAD_ROWS;
     for (uint r = 0; r < HEAD_ROWS; r += 2) {
         const uint row0 = first + r;
         if (row0 >= p.vocab) break;
         const uint row1 = MINIMUM(row0 + 1, p.vocab - 1);
         float sums0[BATCH], sums1[BATCH];
-        TwoRows rows;
-        ask_for_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, lane, rows);
-        dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, rows, normed, lane, sums0, sums1);
+        const TwoRows now = rows;
+        if (r + 2 < HEAD_ROWS && row0 + 2 < p.vocab) {
+            const uint next = MINIMUM(row0 + 3, p.vocab - 1);
+            ask_for_rows(w + wide(row0 + 2) * HIDDEN, w + wide(next) * HIDDEN, lane, rows);
+        }
+        dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, now, normed, lane, sums0, sums1);
         if (p.rank > 0) {
             add_low_rank(l, p.rank, row0, z, sums0, lane);
             add_low_rank(l, p.rank, row1, z, sums1, lane);

@@ -61,6 +61,7 @@ struct PartWords {
 // The parts that decode_head leaves beside its logits, for logits made in another way: of each `width` logits of a row the
 // largest, its id and the sum of exponentials of the distances from it.
 KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWords, 2) PLACE) {
+    WAIT_FOR_INPUT;
     SHARED float scratch[32];
     SHARED float found[32];
     SHARED uint ids[32];
@@ -109,6 +110,7 @@ KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWo
 KERNEL(sample)
 (IN(float, all_logits, 0), IN(float, all_parts, 1), IN(uint, all_settings, 2), OUT(uint, state, 3), OUT(uint, result, 4),
  WORDS(SamplingWords, 5) PLACE) {
+    WAIT_FOR_INPUT;
     SHARED float scratch[32];
     SHARED float sums[32];
     SHARED uint ids[32];

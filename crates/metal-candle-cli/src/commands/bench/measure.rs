@@ -54,7 +54,7 @@ fn ids(config: &ModelConfig, sequence: usize, length: usize) -> Vec<u32> {
 
 /// Measures `work` on the model.
 pub(super) fn measure(model: &Model, work: Work) -> Result<Measured> {
-    let memory = PeakMemory::watch(model);
+    let memory = PeakMemory::watch(model.device());
     let (seconds, remark) = match work {
         Work::Prefill { length, repeats } => (prefill(model, length, repeats)?, None),
         Work::Decode { sequences, length, steps } => (decode(model, sequences, length, steps)?, None),

@@ -1,6 +1,6 @@
 //! The most memory that a piece of work takes.
 
-use metal_candle::{Device, Model};
+use metal_candle::Device;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -14,14 +14,10 @@ const INTERVAL: Duration = Duration::from_millis(10);
 pub(super) enum PeakMemory {
     /// What the process has in RAM.
     Process,
-    /// Of a Metal device what the process has there; of a CUDA card, which other processes use too, the weights and what its
-    /// use grows by.
-    Device {
-        watcher: Watcher,
-        weights_bytes: usize,
-        /// What the card held at the beginning.
-        first: usize,
-    },
+    /// What the process has on a Metal device.
+    Watched(Watcher),
+    /// A CUDA device counts what the process holds there.
+    Counted(Device),
     /// The device does not tell.
     Unknown,
 }
@@ -36,24 +32,24 @@ pub(super) struct Watcher {
 
 impl PeakMemory {
     /// Begins to watch.
-    pub(super) fn watch(model: &Model) -> Self {
-        let device = model.device();
+    pub(super) fn watch(device: Device) -> Self {
         if device.is_cpu() {
             crate::memory::forget_peak();
             return Self::Process;
         }
-        let Some(memory) = device.memory() else { return Self::Unknown };
-        let (weights_bytes, first) = if device.is_cuda() { (super::weights_bytes(model), memory.used) } else { (0, 0) };
-        Self::Device { watcher: Watcher::start(device), weights_bytes, first }
+        if device.is_cuda() {
+            device.reset_peak_memory();
+            return Self::Counted(device);
+        }
+        if device.memory().is_none() { Self::Unknown } else { Self::Watched(Watcher::start(device)) }
     }
 
     /// The most that was used, in bytes, where the system tells.
     pub(super) fn peak_bytes(self) -> Option<u64> {
         match self {
             Self::Process => crate::memory::peak(),
-            Self::Device { watcher, weights_bytes, first } => {
-                Some((weights_bytes + watcher.most().saturating_sub(first)) as u64)
-            }
+            Self::Watched(watcher) => Some(watcher.most() as u64),
+            Self::Counted(device) => device.peak_memory().map(|bytes| bytes as u64),
             Self::Unknown => None,
         }
     }
