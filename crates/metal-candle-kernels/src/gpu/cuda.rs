@@ -62,6 +62,8 @@ fn compile(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule
     let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
     let options = CompileOptions {
         options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
+        // a group has at most 512 threads, and a processor 64 Ki registers
+        maxrregcount: (kernel.source == Source::Decode).then_some(128),
         ..CompileOptions::default()
     };
     let ptx = compile_ptx_with_opts(kernel.text(PRELUDE)?, options).map_err(candle_core::Error::wrap)?;

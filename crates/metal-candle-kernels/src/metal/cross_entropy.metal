@@ -4,7 +4,24 @@ struct CrossEntropyWords {
     float smoothing;
     float scale;
     uint wants_gradient;
+    uint is_aligned; // rows begin at a multiple of eight elements and have such a length
 };
+
+// Takes logits into the running maximum, the sum of exponentials of distances from it, and the sum.
+FUNCTION void add_logits(
+    PRIVATE const float* z, uint count, PRIVATE float* largest, PRIVATE float* sum, PRIVATE float* total) {
+    float most = *largest;
+    for (uint i = 0; i < count; i++) {
+        most = MAXIMUM(most, z[i]);
+        *total += z[i];
+    }
+    if (most > *largest) {
+        *sum *= EXP(*largest - most);
+        *largest = most;
+    }
+    // a NaN gets here and stays
+    for (uint i = 0; i < count; i++) *sum += EXP(z[i] - *largest);
+}
 
 KERNEL(cross_entropy)
 (OUT(T, logits, 0), IN(uint, targets, 1), IN(float, weights, 2), OUT(float, losses, 3), WORDS(CrossEntropyWords, 4) PLACE) {
@@ -14,16 +31,15 @@ KERNEL(cross_entropy)
     float largest = -INFINITY;
     float sum = 0.0f;
     float total = 0.0f;
-    for (uint i = me; i < p.vocab; i += threads) {
+    const uint even = p.is_aligned ? p.vocab : 0;
+    UNROLL4 for (uint i = 8 * me; i < even; i += 8 * threads) {
+        float z[8];
+        load8(row + i, z);
+        add_logits(z, 8, &largest, &sum, &total);
+    }
+    for (uint i = even + me; i < p.vocab; i += threads) {
         const float z = float(row[i]);
-        total += z;
-        if (z > largest) {
-            sum = sum * EXP(largest - z) + 1.0f;
-            largest = z;
-        } else {
-            // a NaN gets here and stays
-            sum += EXP(z - largest);
-        }
+        add_logits(&z, 1, &largest, &sum, &total);
     }
     const float maximum = group_max(largest, scratch, lane, warp, threads);
     // a thread without an element has a sum of 0 below minus infinity
@@ -40,9 +56,20 @@ KERNEL(cross_entropy)
     BARRIER;
     const float factor = weight * p.scale;
     const float spread = p.smoothing / float(p.vocab);
-    for (uint i = me; i < p.vocab; i += threads) {
-        float gradient = EXP(float(row[i]) - maximum) / sum - spread;
-        if (i == target) gradient -= 1.0f - p.smoothing;
-        row[i] = T(gradient * factor);
+    const float share = factor / sum;
+    UNROLL4 for (uint i = 8 * me; i < even; i += 8 * threads) {
+        float z[8];
+        load8(row + i, z);
+        UNROLL for (uint j = 0; j < 8; j++) {
+            z[j] = EXP(z[j] - maximum) * share - spread * factor;
+            if (i + j == target) z[j] -= (1.0f - p.smoothing) * factor;
+        }
+        store4(row + i, z);
+        store4(row + i + 4, z + 4);
+    }
+    for (uint i = even + me; i < p.vocab; i += threads) {
+        float gradient = EXP(float(row[i]) - maximum) * share - spread * factor;
+        if (i == target) gradient -= (1.0f - p.smoothing) * factor;
+        row[i] = T(gradient);
     }
 }

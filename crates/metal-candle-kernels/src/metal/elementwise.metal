@@ -133,6 +133,14 @@ KERNEL(append)
     values[row * p.head_dim + i] = v[at];
 }
 
+// Rows to their places among others, which are 0: row i of y is row `sources[i]` of x, if there is such a row.
+KERNEL(spread_rows)(IN(T, x, 0), IN(uint, sources, 1), OUT(T, y, 2), WORDS(RowWords, 3) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at >= p.count) return;
+    const uint source = sources[at / p.width];
+    y[at] = source == 0xffffffffu ? T(0.0f) : x[wide(source) * p.width + at % p.width];
+}
+
 struct DropoutWords {
     uint count;
     float scale;

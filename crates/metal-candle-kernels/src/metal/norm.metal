@@ -1,44 +1,77 @@
-// RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, one group a row.
+// RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, a warp a row.
 struct NormWords {
+    uint rows;
     uint width;
     float eps;
+    uint is_aligned; // rows begin at a multiple of eight elements and have such a length
 };
 
-// 1 / sqrt(mean(x^2) + eps) of a row
-FUNCTION float row_scale(
-    GLOBAL const T* x, uint width, float eps, SHARED_ARG float* scratch, uint my_thread, uint my_lane, uint my_warp,
-    uint num_threads) {
-    float sum = 0.0f;
-    for (uint i = my_thread; i < width; i += num_threads) {
-        const float value = float(x[i]);
-        sum += value * value;
-    }
-    return RSQRT(group_sum(sum, scratch, my_lane, my_warp, num_threads) / float(width) + eps);
-}
-
 KERNEL(rms_norm)(IN(T, x, 0), IN(T, weight, 1), OUT(T, y, 2), WORDS(NormWords, 3) PLACE) {
-    SHARED float scratch[32];
-    const wide start = wide(group.x) * p.width;
-    const float scale = row_scale(x + start, p.width, p.eps, scratch, me, lane, warp, threads);
-    for (uint i = me; i < p.width; i += threads) y[start + i] = T(float(x[start + i]) * scale * float(weight[i]));
+    const uint row = group.x * (threads / 32) + warp;
+    if (row >= p.rows) return;
+    GLOBAL const T* from = x + wide(row) * p.width;
+    GLOBAL T* to = y + wide(row) * p.width;
+    const uint even = p.is_aligned ? p.width : 0;
+    float sum = 0.0f;
+    UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
+        float v[8];
+        load8(from + i, v);
+        UNROLL for (uint j = 0; j < 8; j++) sum += v[j] * v[j];
+    }
+    for (uint i = even + lane; i < p.width; i += 32) sum += float(from[i]) * float(from[i]);
+    const float scale = RSQRT(warp_sum(sum) / float(p.width) + p.eps);
+    UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
+        float v[8], w[8];
+        load8(from + i, v);
+        load8(weight + i, w);
+        UNROLL for (uint j = 0; j < 8; j++) v[j] = v[j] * scale * w[j];
+        store4(to + i, v);
+        store4(to + i + 4, v + 4);
+    }
+    for (uint i = even + lane; i < p.width; i += 32) to[i] = T(float(from[i]) * scale * float(weight[i]));
 }
 
 // The gradient with respect to x is added to dx; the scale of each row is left in `scales`.
 KERNEL(rms_norm_backward)
 (IN(T, x, 0), IN(T, weight, 1), IN(T, dy, 2), OUT(T, dx, 3), OUT(float, scales, 4), WORDS(NormWords, 5) PLACE) {
-    SHARED float scratch[32];
-    const wide start = wide(group.x) * p.width;
-    const float scale = row_scale(x + start, p.width, p.eps, scratch, me, lane, warp, threads);
+    const uint row = group.x * (threads / 32) + warp;
+    if (row >= p.rows) return;
+    const wide start = wide(row) * p.width;
+    const uint even = p.is_aligned ? p.width : 0;
+    float sum = 0.0f;
     float dot = 0.0f;
-    for (uint i = me; i < p.width; i += threads) {
-        dot += float(dy[start + i]) * float(weight[i]) * float(x[start + i]) * scale;
+    UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
+        float v[8], w[8], d[8];
+        load8(x + start + i, v);
+        load8(weight + i, w);
+        load8(dy + start + i, d);
+        UNROLL for (uint j = 0; j < 8; j++) {
+            sum += v[j] * v[j];
+            dot += d[j] * w[j] * v[j];
+        }
     }
-    const float mean = group_sum(dot, scratch, lane, warp, threads) / float(p.width);
-    for (uint i = me; i < p.width; i += threads) {
+    for (uint i = even + lane; i < p.width; i += 32) {
+        const float value = float(x[start + i]);
+        sum += value * value;
+        dot += float(dy[start + i]) * float(weight[i]) * value;
+    }
+    const float scale = RSQRT(warp_sum(sum) / float(p.width) + p.eps);
+    const float mean = warp_sum(dot) * scale / float(p.width);
+    UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
+        float v[8], w[8], d[8], before[8];
+        load8(x + start + i, v);
+        load8(weight + i, w);
+        load8(dy + start + i, d);
+        load8(dx + start + i, before);
+        UNROLL for (uint j = 0; j < 8; j++) before[j] += (d[j] * w[j] - v[j] * scale * mean) * scale;
+        store4(dx + start + i, before);
+        store4(dx + start + i + 4, before + 4);
+    }
+    for (uint i = even + lane; i < p.width; i += 32) {
         const float through = (float(dy[start + i]) * float(weight[i]) - float(x[start + i]) * scale * mean) * scale;
         dx[start + i] = T(float(dx[start + i]) + through);
     }
-    if (me == 0) scales[group.x] = scale;
+    if (lane == 0) scales[row] = scale;
 }
 
 struct ColumnWords {

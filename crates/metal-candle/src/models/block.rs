@@ -57,7 +57,7 @@ pub(super) struct BlockSaved {
     pub(super) middle: Tensor,
     pub(super) gate: Tensor,
     pub(super) up: Tensor,
-    /// The product of the input of each layer with A of its term, where the kernels kept it.
+    /// The product of the input of each layer with A of its term, where it was kept.
     pub(super) z: Vec<Option<Tensor>>,
 }
 
@@ -112,32 +112,55 @@ impl Block {
         context.dropout_seed.map(|seed| seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    fn linear(&self, context: Context, place: usize, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    /// Linear layer `place`; what its backward pass can use is put into `z`.
+    fn linear(
+        &self,
+        context: Context,
+        place: usize,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        z: &mut [Option<Tensor>],
+    ) -> Result<Tensor> {
         let _span = span(MODULES[place], Kind::Group);
-        self.linears[place].forward(x, self.term(context, place), self.seed(context, place), residual)
+        let (term, seed) = (self.term(context, place), self.seed(context, place));
+        let (y, kept) = self.linears[place].forward_keeping(x, term, seed, residual)?;
+        z[place] = kept;
+        Ok(y)
     }
 
     /// Normed input, and q and k (rotated) and v from it.
-    fn projections(&self, x: &Tensor, context: Context) -> Result<(Tensor, Tensor, Tensor)> {
+    fn projections(&self, x: &Tensor, context: Context, z: &mut [Option<Tensor>]) -> Result<(Tensor, Tensor, Tensor)> {
         let x = self.input_layernorm.forward(x)?;
-        let (q, k) = (self.linear(context, Q, &x, None)?, self.linear(context, K, &x, None)?);
+        let (q, k) = (self.linear(context, Q, &x, None, z)?, self.linear(context, K, &x, None, z)?);
         let (q, k) = context.rotation.apply_to_both(q, k, false)?;
-        Ok((q, k, self.linear(context, V, &x, None)?))
+        Ok((q, k, self.linear(context, V, &x, None, z)?))
     }
 
     /// The residual stream after attention, `x + o_proj(attention)`.
-    fn after_attention(&self, x: &Tensor, attention: &Tensor, context: Context) -> Result<Tensor> {
-        self.linear(context, O, attention, Some(x))
+    fn after_attention(
+        &self,
+        x: &Tensor,
+        attention: &Tensor,
+        context: Context,
+        z: &mut [Option<Tensor>],
+    ) -> Result<Tensor> {
+        self.linear(context, O, attention, Some(x), z)
     }
 
     /// The gate and up projections of the normed stream.
-    fn gate_and_up(&self, middle: &Tensor, context: Context) -> Result<(Tensor, Tensor)> {
+    fn gate_and_up(&self, middle: &Tensor, context: Context, z: &mut [Option<Tensor>]) -> Result<(Tensor, Tensor)> {
         let x = self.post_attention_layernorm.forward(middle)?;
-        Ok((self.linear(context, GATE, &x, None)?, self.linear(context, UP, &x, None)?))
+        Ok((self.linear(context, GATE, &x, None, z)?, self.linear(context, UP, &x, None, z)?))
     }
 
-    fn after_mlp(&self, middle: &Tensor, activation: &Tensor, context: Context) -> Result<Tensor> {
-        self.linear(context, DOWN, activation, Some(middle))
+    fn after_mlp(
+        &self,
+        middle: &Tensor,
+        activation: &Tensor,
+        context: Context,
+        z: &mut [Option<Tensor>],
+    ) -> Result<Tensor> {
+        self.linear(context, DOWN, activation, Some(middle), z)
     }
 
     /// The block's output for new tokens whose keys and values are added to the cache, if there is one.
@@ -145,7 +168,8 @@ impl Block {
         if self.is_fused(x, context) {
             return self.fused_forward(x, context, cache, false)?.0.ok_or_else(missing);
         }
-        let (q, k, v) = self.projections(x, context)?;
+        let z = &mut [const { None }; NUM_LINEARS];
+        let (q, k, v) = self.projections(x, context, z)?;
         let attention = match cache {
             Some(cache) => {
                 cache.append(self.layer, &k, &v, context.spans)?;
@@ -154,10 +178,10 @@ impl Block {
             None => attention::forward(self.shape, &q, &k, &v, context.spans)?.out,
         };
         drop((q, k, v));
-        let middle = self.after_attention(x, &attention, context)?;
+        let middle = self.after_attention(x, &attention, context, z)?;
         drop(attention);
-        let (gate, up) = self.gate_and_up(&middle, context)?;
-        self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context)
+        let (gate, up) = self.gate_and_up(&middle, context, z)?;
+        self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context, z)
     }
 
     /// As [`Block::forward`], keeping what the backward pass needs.
@@ -166,8 +190,9 @@ impl Block {
             let (y, saved) = self.fused_forward(x, context, None, false)?;
             return Ok((y.ok_or_else(missing)?, saved));
         }
-        let saved = self.until_activation(x, context)?;
-        let y = self.after_mlp(&saved.middle, &swiglu::forward(&saved.gate, &saved.up)?, context)?;
+        let mut saved = self.until_activation(x, context)?;
+        let activation = swiglu::forward(&saved.gate, &saved.up)?;
+        let y = self.after_mlp(&saved.middle, &activation, context, &mut saved.z)?;
         Ok((y, self.rounded(saved)?))
     }
 
@@ -180,11 +205,12 @@ impl Block {
     }
 
     fn until_activation(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
-        let (q, k, v) = self.projections(x, context)?;
+        let mut z = vec![None; NUM_LINEARS];
+        let (q, k, v) = self.projections(x, context, &mut z)?;
         let attention = attention::forward(self.shape, &q, &k, &v, context.spans)?;
-        let middle = self.after_attention(x, &attention.out, context)?;
-        let (gate, up) = self.gate_and_up(&middle, context)?;
-        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up, z: Vec::new() })
+        let middle = self.after_attention(x, &attention.out, context, &mut z)?;
+        let (gate, up) = self.gate_and_up(&middle, context, &mut z)?;
+        Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up, z })
     }
 
     /// Gate and up in the type they are kept in.
@@ -202,22 +228,25 @@ impl Block {
         wanted: BlockWanted,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        if !saved.z.is_empty() && wanted.room.is_some() && !self.parameters.any(wanted.parameters) {
+        if self.is_fused(&saved.x, context) && wanted.room.is_some() && !self.parameters.any(wanted.parameters) {
             return self.fused_backward(saved, context, &dy, wanted, gradients);
         }
-        let BlockSaved { x, q, k, v, attention, middle, gate, up, z: _ } = saved;
+        let BlockSaved { x, q, k, v, attention, middle, gate, up, z } = saved;
 
         // inputs are computed anew only where a gradient needs them
         let needed = |places: &[usize]| places.iter().any(|&place| self.needs_input(place, context, wanted));
         let activation = needed(&[DOWN]).then(|| swiglu::forward(&gate, &up)).transpose()?;
-        let d_activation = self.through(DOWN, activation.as_ref(), context, &dy, wanted, None, gradients)?;
+        let d_activation =
+            self.through(DOWN, activation.as_ref(), context, &dy, wanted, None, z[DOWN].as_ref(), gradients)?;
         drop(activation);
         let (d_gate, d_up) = swiglu::backward(&gate, &up, d_activation)?;
         drop((gate, up));
         let normed = needed(&[GATE, UP]).then(|| self.post_attention_layernorm.forward(&middle)).transpose()?;
-        let d_normed = self.through(GATE, normed.as_ref(), context, &d_gate, wanted, None, gradients)?;
+        let d_normed =
+            self.through(GATE, normed.as_ref(), context, &d_gate, wanted, None, z[GATE].as_ref(), gradients)?;
         drop(d_gate);
-        let d_normed = self.through(UP, normed.as_ref(), context, &d_up, wanted, Some(d_normed), gradients)?;
+        let d_normed =
+            self.through(UP, normed.as_ref(), context, &d_up, wanted, Some(d_normed), z[UP].as_ref(), gradients)?;
         drop((d_up, normed));
         let norm = self.parameters.post_attention_layernorm;
         let (d_middle, weight) =
@@ -225,7 +254,8 @@ impl Block {
         gradients.parameters[norm] = weight;
         drop((middle, d_normed));
 
-        let d_attention = self.through(O, Some(&attention.out), context, &d_middle, wanted, None, gradients)?;
+        let d_attention =
+            self.through(O, Some(&attention.out), context, &d_middle, wanted, None, z[O].as_ref(), gradients)?;
         let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.spans, &d_attention)?;
         drop((q, k, v, attention, d_attention));
         let (dq, dk) = context.rotation.apply_to_both(dq, dk, true)?;
@@ -233,13 +263,15 @@ impl Block {
         let norm = self.parameters.input_layernorm;
         if !wanted.input && !wanted.parameters[norm] {
             for (place, dy) in [(Q, dq), (K, dk), (V, dv)] {
-                self.weights_only(place, normed.as_ref(), context, &dy, wanted, gradients)?;
+                self.weights_only(place, normed.as_ref(), context, &dy, wanted, z[place].as_ref(), gradients)?;
             }
             return Ok(None);
         }
-        let d_normed = self.through(Q, normed.as_ref(), context, &dq, wanted, None, gradients)?;
-        let d_normed = self.through(K, normed.as_ref(), context, &dk, wanted, Some(d_normed), gradients)?;
-        let d_normed = self.through(V, normed.as_ref(), context, &dv, wanted, Some(d_normed), gradients)?;
+        let d_normed = self.through(Q, normed.as_ref(), context, &dq, wanted, None, z[Q].as_ref(), gradients)?;
+        let d_normed =
+            self.through(K, normed.as_ref(), context, &dk, wanted, Some(d_normed), z[K].as_ref(), gradients)?;
+        let d_normed =
+            self.through(V, normed.as_ref(), context, &dv, wanted, Some(d_normed), z[V].as_ref(), gradients)?;
         drop((dq, dk, dv, normed));
         let (dx, weight) = self.input_layernorm.backward(&x, &d_normed, d_middle, wanted.parameters[norm])?;
         gradients.parameters[norm] = weight;
@@ -256,17 +288,19 @@ impl Block {
         dy: &Tensor,
         wanted: BlockWanted,
         dx: Option<Tensor>,
+        z: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
         let _span = span(MODULES[place], Kind::Group);
         let (term, seed) = (self.term(context, place), self.seed(context, place));
-        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, true, wanted), dx)?;
+        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, true, wanted), dx, z)?;
         let input = of_linear.input.clone();
         self.keep(place, of_linear, gradients);
         input.ok_or_else(missing)
     }
 
     /// As [`Block::through`] where no gradient of the input is wanted.
+    #[allow(clippy::too_many_arguments)]
     fn weights_only(
         &self,
         place: usize,
@@ -274,11 +308,12 @@ impl Block {
         context: Context,
         dy: &Tensor,
         wanted: BlockWanted,
+        z: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let _span = span(MODULES[place], Kind::Group);
         let (term, seed) = (self.term(context, place), self.seed(context, place));
-        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, false, wanted), None)?;
+        let of_linear = self.linears[place].backward(x, term, seed, dy, self.wanted(place, false, wanted), None, z)?;
         self.keep(place, of_linear, gradients);
         Ok(())
     }

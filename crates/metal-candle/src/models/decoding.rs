@@ -19,7 +19,7 @@ const MAX_RANK: usize = 64;
 const MAX_ELEMENTS: usize = 32 * 1024;
 
 /// Most rows of that kind where there are products that can be recorded.
-const MAX_ROWS: usize = 8;
+const MAX_ROWS: usize = 4;
 
 /// Most rows of a step.
 const MAX_WIDE_ROWS: usize = 512;

@@ -202,9 +202,7 @@ impl TrainedRows {
         if self.indices.len() == tokens {
             return Ok(dx);
         }
-        let indices: Vec<u32> = self.indices.iter().map(|&i| i as u32).collect();
-        let zeros = Tensor::zeros((tokens, dx.dim(1)?), dx.dtype(), dx.device())?;
-        Ok(zeros.index_add(&Tensor::new(indices, dx.device())?, &dx, 0)?)
+        head::spread_rows(&dx, &self.indices, tokens)
     }
 }
 

@@ -50,6 +50,14 @@ pub(super) fn are_aligned(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))
 }
 
+/// Whether what a kernel is given begins at a multiple of eight elements.
+pub(super) fn begin_at_eights(args: &[Arg]) -> bool {
+    args.iter().all(|arg| match arg {
+        Arg::In(tensor) | Arg::Out(tensor) => tensor.layout().start_offset().is_multiple_of(8),
+        Arg::None => true,
+    })
+}
+
 /// Words that the CPU writes and reads often, all zero, on the device of `like`.
 pub(crate) fn words(count: usize, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::words(count, like.device())?)

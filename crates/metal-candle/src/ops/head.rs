@@ -97,7 +97,7 @@ pub(crate) fn loss(
             result.gradients.weight = Some(add_outer(result.gradients.weight.take(), 1.0, &gradient, &hidden)?);
         }
         let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
-        let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None)?;
+        let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None, None)?;
         d_hidden.extend(of_chunk.input);
         if let Some(of_term) = of_chunk.term {
             result.gradients.term = Some(match result.gradients.term.take() {
@@ -134,7 +134,9 @@ fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Optio
     let weights = Tensor::from_vec(rows.iter().map(|row| row.weight).collect::<Vec<_>>(), count, logits.device())?;
     let losses = gpu::empty_f32(count, logits)?;
     let args = [Arg::Out(logits), Arg::In(&targets), Arg::In(&weights), Arg::Out(&losses)];
-    let words = [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into()];
+    let is_aligned = vocab.is_multiple_of(8) && gpu::begin_at_eights(&args[..1]);
+    let words =
+        [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into(), is_aligned.into()];
     gpu::launch(
         &Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype()),
         Grid::row(count, 512),
@@ -203,4 +205,21 @@ pub(crate) fn zeros_like(weight: &Tensor) -> Result<Tensor> {
         return tensor(vec![0.0; weight.elem_count()], weight.shape());
     }
     Ok(Tensor::zeros(weight.shape(), DType::F32, weight.device())?)
+}
+
+/// Rows to these places, in rising order, among `count` rows, the others of which are 0.
+pub(crate) fn spread_rows(rows: &Tensor, places: &[usize], count: usize) -> Result<Tensor> {
+    let width = rows.dim(1)?;
+    if !gpu::has_kernels(rows) {
+        let places: Vec<u32> = places.iter().map(|&place| place as u32).collect();
+        let zeros = Tensor::zeros((count, width), rows.dtype(), rows.device())?;
+        return Ok(zeros.index_add(&Tensor::new(places, rows.device())?, rows, 0)?);
+    }
+    let mut sources = vec![u32::MAX; count];
+    for (row, &place) in places.iter().enumerate() {
+        sources[place] = row as u32;
+    }
+    let y = gpu::empty((count, width), rows)?;
+    gpu::by_row("spread_rows", &y, &[Arg::In(rows), Arg::In(&Tensor::new(sources, rows.device())?), Arg::Out(&y)])?;
+    Ok(y)
 }

@@ -74,10 +74,35 @@ impl Linear {
         dropout_seed: Option<u64>,
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Some(term) = term else { return self.finished(self.base(x, None, None, self.start(residual))?, residual) };
-        let Some(magnitude) = &term.magnitude else {
-            let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
-            return self.finished(self.base(x, Some(term), Some(&z), self.start(residual))?, residual);
+        Ok(self.forward_keeping(x, term, dropout_seed, residual)?.0)
+    }
+
+    /// The same, and the product with A of a term, where keeping it for [`Linear::backward`] is worth while.
+    pub(crate) fn forward_keeping(
+        &self,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        dropout_seed: Option<u64>,
+        residual: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(term) = term.filter(|term| term.magnitude.is_none()) else {
+            return Ok((self.forward_alone(x, term, dropout_seed, residual)?, None));
+        };
+        let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
+        let y = self.finished(self.base(x, Some(term), Some(&z), self.start(residual))?, residual)?;
+        Ok((y, gpu::has_products(x).then_some(z)))
+    }
+
+    /// Without a term, or with one that has magnitudes.
+    fn forward_alone(
+        &self,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        dropout_seed: Option<u64>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let Some((term, magnitude)) = term.and_then(|term| Some((term, term.magnitude.as_ref()?))) else {
+            return self.finished(self.base(x, None, None, self.start(residual))?, residual);
         };
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
@@ -97,7 +122,8 @@ impl Linear {
     }
 
     /// The gradients from `dy: [tokens, out_features]`; that of the input is added to `dx` if it is given. Only those of a
-    /// weight or a term need the input `x`.
+    /// weight or a term need the input `x`; `z` is what the forward pass kept.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn backward(
         &self,
         x: Option<&Tensor>,
@@ -106,6 +132,7 @@ impl Linear {
         dy: &Tensor,
         wanted: Wanted,
         dx: Option<Tensor>,
+        z: Option<&Tensor>,
     ) -> Result<LinearGradients> {
         let mut gradients = LinearGradients::default();
         let x = || x.ok_or_else(|| Error::argument("x", "the gradient of a weight or a term needs the layer's input"));
@@ -121,7 +148,7 @@ impl Linear {
         };
         let dropped_x = dropped(x()?, term, dropout_seed)?;
         let Some(magnitude) = &term.magnitude else {
-            let (of_term, dz) = term_gradients(&dropped_x, term, dy)?;
+            let (of_term, dz) = term_gradients(&dropped_x, term, dy, z)?;
             if wanted.input && is_dropping(term, dropout_seed) {
                 let dx = self.base_backward(dx, dy, Some(term), None)?;
                 let through = sum(Start::Zero, &[Part::plain(&dz, &term.a, 1.0)])?;
@@ -140,7 +167,7 @@ impl Linear {
         let d_magnitude = (column_dots(dy, &p)? * reciprocal_norms)?;
         drop(p);
         let dp = scale_columns(dy.force_contiguous()?, &factors)?;
-        let (of_term, dz) = term_gradients(&dropped_x, term, &dp)?;
+        let (of_term, dz) = term_gradients(&dropped_x, term, &dp, Some(&z))?;
         gradients.term = Some(TermGradients { magnitude: Some(d_magnitude), ..of_term });
         if !wanted.input {
             return Ok(gradients);
@@ -213,9 +240,9 @@ impl Linear {
     }
 }
 
-/// The gradients of A and B, and that of `z = x A^T`.
-fn term_gradients(x: &Tensor, term: &LowRank, dy: &Tensor) -> Result<(TermGradients, Tensor)> {
-    let z = product(x, &term.a)?;
+/// The gradients of A and B, and that of `z = x A^T`, which may be known.
+fn term_gradients(x: &Tensor, term: &LowRank, dy: &Tensor, z: Option<&Tensor>) -> Result<(TermGradients, Tensor)> {
+    let z = z.map_or_else(|| product(x, &term.a), |z| Ok(z.clone()))?;
     let dz = sum(Start::Zero, &[Part::plain(dy, &term.b, term.scale)])?;
     let b = scaled_outer(term.scale, dy, &z)?;
     let a = outer(&dz, x)?;

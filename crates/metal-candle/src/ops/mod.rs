@@ -10,6 +10,8 @@ mod attention_gpu;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;
 pub(crate) mod fused;
+#[cfg(all(test, feature = "metal"))]
+mod fused_tests;
 pub(crate) mod gpu;
 #[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod gpu_tests;

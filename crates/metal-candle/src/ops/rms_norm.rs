@@ -36,11 +36,17 @@ impl RmsNorm {
     /// The same by a kernel, written to `y`.
     pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
         let _span = span("rms_norm", Kind::Elementwise);
-        let (rows, width) = x.dims2()?;
         let args = [Arg::In(x), Arg::In(&self.weight), Arg::Out(y)];
-        let words = [width.into(), (self.eps as f32).into()];
-        let kernel = Kernel::new(Source::Norm, "rms_norm", x.dtype());
-        gpu::launch(&kernel, Grid::row(rows, ROW_THREADS), &args, &words)
+        self.launch("rms_norm", x, &args)
+    }
+
+    /// Launches a kernel that takes a row a warp.
+    fn launch(&self, name: &'static str, x: &Tensor, args: &[Arg]) -> Result<()> {
+        let (rows, width) = x.dims2()?;
+        let is_aligned = width.is_multiple_of(8) && gpu::begin_at_eights(args);
+        let words = [rows.into(), width.into(), (self.eps as f32).into(), is_aligned.into()];
+        let kernel = Kernel::new(Source::Norm, name, x.dtype());
+        gpu::launch(&kernel, Grid::row(rows.div_ceil(ROW_THREADS / 32), ROW_THREADS), args, &words)
     }
 
     /// `dx`, in place, plus the gradient with respect to `x`, and that with respect to the weight if wanted.
@@ -77,9 +83,7 @@ impl RmsNorm {
         let (rows, width) = x.dims2()?;
         let scales = gpu::empty_f32(rows, x)?;
         let args = [Arg::In(x), Arg::In(&self.weight), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
-        let words = [width.into(), (self.eps as f32).into()];
-        let kernel = Kernel::new(Source::Norm, "rms_norm_backward", x.dtype());
-        gpu::launch(&kernel, Grid::row(rows, ROW_THREADS), &args, &words)?;
+        self.launch("rms_norm_backward", x, &args)?;
         if !weight {
             return Ok((dx, None));
         }

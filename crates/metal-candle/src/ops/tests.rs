@@ -196,7 +196,7 @@ fn linear_gradients_match_finite_differences() {
         values(&y).iter().zip(values(&dy)).map(|(a, b)| f64::from(a * b)).sum()
     };
     let wanted = Wanted { input: true, weight: true, bias: true };
-    let gradients = layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, None).unwrap();
+    let gradients = layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, None, None).unwrap();
     let of_term = gradients.term.unwrap();
     let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> f64| {
         let direction = random(gradient.dims(), 7);
@@ -253,7 +253,7 @@ fn decomposed_gradients_match_finite_differences() {
         let wanted = Wanted { input: true, weight: false, bias: false };
         let before = random(&[8, 10], 11);
         let gradients =
-            layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, Some(before.copy().unwrap())).unwrap();
+            layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, Some(before.copy().unwrap()), None).unwrap();
         let of_term = gradients.term.unwrap();
         let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> Tensor| {
             let direction = random(gradient.dims(), 7);

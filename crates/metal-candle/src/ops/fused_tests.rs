@@ -1,0 +1,201 @@
+//! The joined layers of a block on Metal against products and candle's operations on the CPU.
+
+#![allow(clippy::unwrap_used)]
+
+use super::attention::{self, Spans};
+use super::fused::{self, Factors, Layer, TermRoom};
+use super::gpu_tests::{OFFSETS, TYPES, assert_near, both};
+use super::linear::Linear;
+use super::rms_norm::RmsNorm;
+use super::rotary::RotaryTable;
+use super::tests::values;
+use super::{LowRank, LowRankTerms, swiglu};
+use candle_core::{DType, Tensor};
+use metal_candle_kernels::AttentionShape;
+
+/// A layer on the device, and its weight, A and B on the CPU in f32.
+struct TwoLayers {
+    linear: Linear,
+    term: Option<LowRank>,
+    weight: Tensor,
+    bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+}
+
+const SCALE: f32 = 0.7;
+
+fn two_layers(out: usize, input: usize, rank: usize, seed: u64, dtype: DType, offset: usize) -> TwoLayers {
+    let (weight, weight_cpu) = both(&[out, input], seed, dtype, offset);
+    let (bias, bias_cpu) = both(&[out], seed + 1, dtype, offset);
+    let (a, a_cpu) = both(&[rank.max(1), input], seed + 2, dtype, offset);
+    let (b, b_cpu) = both(&[out, rank.max(1)], seed + 3, dtype, offset);
+    let linear = Linear { weight, bias: Some(bias) };
+    let scale = if rank == 0 { 0.0 } else { f64::from(SCALE) };
+    let term = (rank > 0).then(|| LowRank::new(a, b, SCALE));
+    TwoLayers { linear, term, weight: weight_cpu, bias: bias_cpu, a: (a_cpu * scale).unwrap(), b: b_cpu }
+}
+
+impl TwoLayers {
+    fn layer(&self) -> Layer<'_> {
+        Layer { linear: &self.linear, term: self.term.as_ref() }
+    }
+
+    /// `x (W + scale B A)^T`.
+    fn plain(&self, x: &Tensor) -> Tensor {
+        x.matmul(&self.adapted().t().unwrap()).unwrap()
+    }
+
+    fn adapted(&self) -> Tensor {
+        (&self.weight + self.b.matmul(&self.a).unwrap()).unwrap()
+    }
+}
+
+/// Whole and half ranks, odd sizes, tensors that begin anywhere: what the launches of a block with terms add up to.
+#[test]
+fn fused_layers() {
+    for (dtype, tolerance) in TYPES {
+        for (tokens, hidden, inner, ranks, offset) in
+            [(1, 12, 20, [2, 0, 3], 0), (70, 64, 96, [16, 16, 16], 4), (37, 26, 75, [5, 70, 1], 3)]
+        {
+            let tolerance = 3.0 * tolerance;
+            let (x, x_cpu) = both(&[tokens, hidden], 1, dtype, offset);
+            let near = |what: &str, found: &Tensor, expected: &Tensor| {
+                assert_near(&format!("{what} of {tokens} in {dtype:?}"), found, expected, tolerance);
+            };
+
+            // q, k and v, of two heads and one
+            let head_dim = 16;
+            let qkv: Vec<TwoLayers> = [2 * head_dim, head_dim, head_dim]
+                .into_iter()
+                .zip(ranks)
+                .zip([10, 20, 30])
+                .map(|((out, rank), seed)| two_layers(out, hidden, rank, seed, dtype, offset))
+                .collect();
+            let layers: Vec<Layer> = qkv.iter().map(TwoLayers::layer).collect();
+            let layers: [Layer; 3] = layers.try_into().unwrap();
+            let made = fused::products(&x, &layers, true).unwrap();
+            let table = RotaryTable::new(head_dim, 1e4);
+            let positions: Vec<u32> = (0..tokens as u32).map(|i| i * 7 % 41).collect();
+            let (rotation, plain) =
+                (table.rotation(&positions, &x).unwrap(), table.rotation(&positions, &x_cpu).unwrap());
+            fused::finish_qkv(&rotation, &layers, &made).unwrap();
+            for (i, two) in qkv.iter().enumerate() {
+                let expected = two.plain(&x_cpu).broadcast_add(&two.bias).unwrap();
+                let expected = if i < 2 { plain.plain(&expected, false).unwrap() } else { expected };
+                near("q, k or v", &made.y[i], &expected);
+            }
+
+            // the way back, through the norm in front of them
+            let dys: Vec<(Tensor, Tensor)> = qkv
+                .iter()
+                .map(|two| both(&[tokens, two.weight.dims()[0]], 40 + two.weight.dims()[0] as u64, dtype, offset))
+                .collect();
+            let on_device: Vec<&Tensor> = dys.iter().map(|(dy, _)| dy).collect();
+            let (d_normed, dzs) = fused::products_backward(&layers, &on_device, true).unwrap();
+            let (none, same) = fused::products_backward(&layers, &on_device, false).unwrap();
+            assert!(none.is_none());
+            for (a, b) in dzs.iter().zip(&same) {
+                assert_eq!(a.as_ref().map(values), b.as_ref().map(values));
+            }
+            let (weight, weight_cpu) = both(&[hidden], 50, dtype, offset);
+            let norm = RmsNorm { weight, eps: 1e-6 };
+            let plain_norm = RmsNorm { weight: weight_cpu, eps: 1e-6 };
+            let (before, before_cpu) = both(&[tokens, hidden], 51, dtype, offset);
+            let through = |i: usize| dys[i].1.matmul(&qkv[i].adapted()).unwrap();
+            let expected = ((through(0) + through(1)).unwrap() + through(2)).unwrap();
+            let (expected, _) = plain_norm.plain_backward(&x_cpu, &expected, &before_cpu, false).unwrap();
+            let (dx, normed) =
+                fused::finish_norm_backward(&norm, &x, d_normed.unwrap(), &before, &layers, &dzs).unwrap();
+            near("dx", &dx, &expected);
+            near("norm", &normed, &plain_norm.plain_forward(&x_cpu).unwrap());
+
+            // the gradients of the terms
+            let mut terms = LowRankTerms::new();
+            for (i, two) in qkv.iter().enumerate() {
+                if let Some(term) = &two.term {
+                    terms.insert(i, term.clone());
+                }
+            }
+            let room = TermRoom::new(&terms, 7, &x).unwrap().unwrap();
+            let factors: Vec<Factors> = (0..3)
+                .map(|i| Factors {
+                    number: i,
+                    layer: layers[i],
+                    x: &x,
+                    dy: on_device[i],
+                    z: made.z[i].as_ref(),
+                    dz: dzs[i].as_ref(),
+                })
+                .collect();
+            let found = fused::term_gradients(&factors, &room).unwrap();
+            assert_eq!(found.len(), ranks.iter().filter(|&&rank| rank > 0).count());
+            for (i, of_term) in found {
+                let (two, dy) = (&qkv[i], &dys[i].1);
+                let scaled = (dy * f64::from(SCALE)).unwrap();
+                let dz = scaled.matmul(&two.b).unwrap();
+                near("da", &of_term.a, &dz.t().unwrap().matmul(&x_cpu).unwrap());
+                let z = x_cpu.matmul(&two.a.t().unwrap()).unwrap();
+                near("db", &of_term.b, &dy.t().unwrap().matmul(&z).unwrap());
+            }
+
+            // the gated activation, both ways
+            let mlp = [0, 1].map(|i| two_layers(inner, hidden, ranks[i], 60 + 10 * i as u64, dtype, offset));
+            let layers = [mlp[0].layer(), mlp[1].layer()];
+            let made = fused::products(&x, &layers, true).unwrap();
+            let y = fused::finish_mlp(&layers, &made).unwrap();
+            let (gate, up) = (mlp[0].plain(&x_cpu), mlp[1].plain(&x_cpu));
+            near("gate", &made.y[0], &gate);
+            near("up", &made.y[1], &up);
+            let expected = swiglu::plain_forward(&gate, &up).unwrap();
+            near("activation", &y, &expected);
+            let down = two_layers(hidden, inner, ranks[2], 80, dtype, offset);
+            let ((dy, dy_cpu), wide) = (both(&[tokens, hidden], 81, dtype, offset), down.adapted());
+            let (d_activation, dz) = fused::products_backward(&[down.layer()], &[&dy], true).unwrap();
+            let pair = (&made.y[0], &made.y[1]);
+            let (d_gate, d_up, again) =
+                fused::finish_mlp_backward(pair, d_activation.unwrap(), down.layer(), dz[0].as_ref()).unwrap();
+            let (pd_gate, pd_up) = swiglu::plain_backward(&gate, &up, &dy_cpu.matmul(&wide).unwrap()).unwrap();
+            near("d_gate", &d_gate, &pd_gate);
+            near("d_up", &d_up, &pd_up);
+            assert_eq!(values(&again), values(&y));
+
+            // the residual stream behind it
+            let made = fused::products(&y, &[down.layer()], true).unwrap();
+            let only = fused::products(&y, &[down.layer()], false).unwrap();
+            assert_eq!(made.z[0].as_ref().map(values), only.z[0].as_ref().map(values));
+            let z = made.z[0].as_ref();
+            let product = || made.y[0].force_contiguous().unwrap();
+            let (stream, _) = fused::finish_stream(&x, product(), down.layer(), z, None).unwrap();
+            let expected = (&x_cpu + down.plain(&expected)).unwrap();
+            near("stream", &stream, &expected);
+            let (stream, normed) = fused::finish_stream(&x, product(), down.layer(), z, Some(&norm)).unwrap();
+            near("stream", &stream, &expected);
+            near("normed stream", &normed.unwrap(), &plain_norm.plain_forward(&expected).unwrap());
+        }
+    }
+}
+
+#[test]
+fn attention_in_front_of_a_term() {
+    for (dtype, tolerance) in TYPES {
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 20, scale: 0.3 };
+        let tokens = OFFSETS[OFFSETS.len() - 1];
+        let tensor = |width, seed| both(&[tokens, width], seed, dtype, 0);
+        let ((q, q_cpu), (k, k_cpu), (v, v_cpu)) = (tensor(80, 1), tensor(40, 2), tensor(40, 3));
+        let o = two_layers(30, 80, 5, 4, dtype, 3);
+        let (dy, dy_cpu) = tensor(30, 9);
+        let spans = Spans::new(&OFFSETS, shape, None, &q).unwrap();
+        let saved = attention::forward(shape, &q, &k, &v, &spans).unwrap();
+        let (d_out, dz) = fused::products_backward(&[o.layer()], &[&dy], true).unwrap();
+        let d_out = d_out.unwrap();
+        let (dq, dk, dv) =
+            attention::backward_through(shape, (&q, &k, &v), &saved, &spans, &d_out, (o.layer(), dz[0].as_ref()))
+                .unwrap();
+        let d_out = dy_cpu.matmul(&o.adapted()).unwrap();
+        let (pq, pk, pv) = attention::plain_backward(shape, (&q_cpu, &k_cpu, &v_cpu), &OFFSETS, &d_out).unwrap();
+        assert_near("dq", &dq, &pq, 4.0 * tolerance);
+        assert_near("dk", &dk, &pk, 4.0 * tolerance);
+        assert_near("dv", &dv, &pv, 4.0 * tolerance);
+    }
+}
