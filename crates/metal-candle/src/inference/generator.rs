@@ -9,8 +9,13 @@ use crate::ops::LowRankTerms;
 use candle_core::DType;
 use std::ops::ControlFlow;
 
-/// Number of prompt tokens that go through the model at once.
-const PREFILL_CHUNK: usize = 512;
+/// Number of prompt tokens that go through the model at once: on the CPU, and on devices that need many to be busy.
+const PREFILL_CHUNK_CPU: usize = 512;
+const PREFILL_CHUNK_DEVICE: usize = 4096;
+
+fn prefill_chunk(model: &Model) -> usize {
+    if model.device().is_cpu() { PREFILL_CHUNK_CPU } else { PREFILL_CHUNK_DEVICE }
+}
 
 /// Continues prompts with a model, and with an adapter that can be swapped at any time.
 ///
@@ -231,8 +236,14 @@ impl Generator {
             if sequences.is_empty() {
                 break;
             }
-            let pieces =
-                step(&self.model, self.terms.as_ref(), &mut cache, &mut sequences, PREFILL_CHUNK, &mut decoding)?;
+            let pieces = step(
+                &self.model,
+                self.terms.as_ref(),
+                &mut cache,
+                &mut sequences,
+                prefill_chunk(&self.model),
+                &mut decoding,
+            )?;
             for (place, piece) in pieces {
                 let index = indices[place];
                 collected[index].push(&piece);
@@ -311,7 +322,8 @@ impl Generator {
         while !sequence.is_finished() {
             let sequences = std::slice::from_mut(sequence);
             let terms = self.terms.as_ref();
-            let stepped = step(&self.model, terms, &mut cache, sequences, PREFILL_CHUNK, &mut self.decoding);
+            let stepped =
+                step(&self.model, terms, &mut cache, sequences, prefill_chunk(&self.model), &mut self.decoding);
             let mut pieces = match stepped {
                 Ok(pieces) => pieces,
                 Err(error) => {
