@@ -46,12 +46,6 @@ typedef bf16_t T;
 #define lane (threadIdx.x & 31u)
 #define warp (threadIdx.x >> 5)
 #define BARRIER __syncthreads()
-// Weights of a row that are asked for early, in steps of 256: as many as there are registers for.
-#if ELEMENT == 0
-#define AHEAD 2
-#else
-#define AHEAD 5
-#endif
 // A kernel of these sources is launched while the one before runs. From here on that one has ended, and the next may be launched.
 #if __CUDA_ARCH__ >= 900
 #define WAIT_FOR_INPUT asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory")

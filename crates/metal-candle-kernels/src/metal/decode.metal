@@ -65,7 +65,7 @@ FUNCTION void dots_of_rows(
     }
 }
 
-// The first weights of a lane's part of two rows, asked for early.
+// The first weights of a lane's part of two rows, asked for early: AHEAD (a constant) times eight.
 struct TwoParts {
     Eight first[AHEAD];
     Eight second[AHEAD];

@@ -32,8 +32,6 @@ typedef bfloat4 T4;
 #define threads (threads3.x)
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define WAIT_FOR_INPUT
-// Weights of a row that are asked for early, in steps of 256: here nothing is gained by more.
-#define AHEAD 1
 #define UNROLL _Pragma("unroll")
 #define UNROLL4
 #define ATOMIC_UINT atomic_uint

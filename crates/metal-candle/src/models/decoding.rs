@@ -260,6 +260,8 @@ impl Model {
 
     fn kernel(&self, name: &'static str, batch: usize) -> Kernel {
         let config = self.config();
+        // more is a gain where a row is short and there are registers for it
+        let is_narrow = config.hidden_size <= 1024 && self.activation_dtype() != DType::F32;
         Kernel::new(Source::Decode, name, self.activation_dtype())
             .with("BATCH", batch)
             .with("HIDDEN", config.hidden_size)
@@ -270,6 +272,7 @@ impl Model {
             .with("GATED_THREADS", GATED_THREADS)
             .with("HEAD_THREADS", HEAD_THREADS)
             .with("HEAD_ROWS", HEAD_ROWS)
+            .with("AHEAD", if self.device().is_cuda() && is_narrow { 5 } else { 1 })
     }
 
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
