@@ -49,7 +49,12 @@ impl PeakMemory {
         match self {
             Self::Process => crate::memory::peak(),
             Self::Watched(watcher) => Some(watcher.most() as u64),
-            Self::Counted(device) => device.peak_memory().map(|bytes| bytes as u64),
+            Self::Counted(device) => {
+                let peak = device.peak_memory();
+                // what is kept for the next tensors would be missing to another program
+                device.reset_peak_memory();
+                peak.map(|bytes| bytes as u64)
+            }
             Self::Unknown => None,
         }
     }
