@@ -129,19 +129,22 @@ impl Device {
         if self.is_cuda() { cuda_peak() } else { None }
     }
 
-    /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error.
+    /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error. On
+    /// Metal one thread at a time does so.
     pub(crate) fn step<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         if self.is_cpu() {
             return work();
         }
-        let result = pooled(work)?;
-        self.synchronize()?;
-        Ok(result)
+        pooled(|| {
+            let result = work()?;
+            self.synchronize()?;
+            Ok(result)
+        })
     }
 
     /// Runs work that waits for the device itself: frees what Metal's framework leaves behind.
     #[allow(clippy::unused_self)]
-    pub(crate) fn pooled<R>(self, work: impl FnOnce() -> R) -> R {
+    pub(crate) fn pooled<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         pooled(work)
     }
 
@@ -328,12 +331,48 @@ fn open_metal() -> std::result::Result<candle_core::Device, String> {
 }
 
 #[cfg(feature = "metal")]
-fn pooled<R>(work: impl FnOnce() -> R) -> R {
-    objc2::rc::autoreleasepool(|_| work())
+fn pooled<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
+    objc2::rc::autoreleasepool(|_| alone(work))
+}
+
+/// Runs work while no other thread does. candle deals what several threads give it to several command buffers, with no fence from
+/// one to another, even for a buffer that one thread has dropped and another takes. So as soon as there are two threads, work
+/// begins when all that was given before is done.
+#[cfg(feature = "metal")]
+fn alone<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
+    use std::cell::Cell;
+    use std::sync::{Mutex, PoisonError};
+    use std::thread::{ThreadId, current};
+    struct Users {
+        first: Option<ThreadId>,
+        are_many: bool,
+    }
+    static USERS: Mutex<Users> = Mutex::new(Users { first: None, are_many: false });
+    thread_local! {
+        static IS_ALONE: Cell<bool> = const { Cell::new(false) };
+    }
+    struct Leave;
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            IS_ALONE.set(false);
+        }
+    }
+    if IS_ALONE.get() {
+        return work();
+    }
+    let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+    IS_ALONE.set(true);
+    let _leave = Leave;
+    let me = current().id();
+    users.are_many |= *users.first.get_or_insert(me) != me;
+    if users.are_many {
+        Device::metal()?.synchronize()?;
+    }
+    work()
 }
 
 #[cfg(not(feature = "metal"))]
-fn pooled<R>(work: impl FnOnce() -> R) -> R {
+fn pooled<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
     work()
 }
 
