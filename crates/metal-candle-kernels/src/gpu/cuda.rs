@@ -295,9 +295,8 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
         other => bail!("products take f32, f16 and bf16, found {}", other.as_str()),
     };
     let (type_a, type_b, type_c) = (dtype(a.tensor)?, dtype(b.tensor)?, dtype(c)?);
-    let operation = |is_transposed| match is_transposed {
-        true => blas::cublasOperation_t::CUBLAS_OP_T,
-        false => blas::cublasOperation_t::CUBLAS_OP_N,
+    let operation = |is_transposed| {
+        if is_transposed { blas::cublasOperation_t::CUBLAS_OP_T } else { blas::cublasOperation_t::CUBLAS_OP_N }
     };
     let width = |tensor: &Tensor| -> Result<i32> { Ok(tensor.dim(1)? as i32) };
     let usual = device.cublas_handle();
@@ -332,7 +331,7 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
 
 /// Work that was recorded once and can be done again.
 pub struct Graph {
-    graph: CudaGraph,
+    recorded: CudaGraph,
     stream: Arc<CudaStream>,
     _products: Arc<Products>,
 }
@@ -361,7 +360,7 @@ impl Graph {
         let graph = recorder.end_capture(flags);
         worked?;
         match graph.map_err(candle_core::Error::wrap)? {
-            Some(graph) => Ok(Self { graph, stream, _products: products }),
+            Some(recorded) => Ok(Self { recorded, stream, _products: products }),
             None => bail!("nothing was recorded"),
         }
     }
@@ -373,7 +372,7 @@ impl Graph {
     pub fn replay(&mut self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
         // SAFETY: the graph is there as long as this is, and its buffers as long as their owner keeps them beside it
-        unsafe { result::graph::launch(self.graph.cu_graph_exec(), self.stream.cu_stream()) }
+        unsafe { result::graph::launch(self.recorded.cu_graph_exec(), self.stream.cu_stream()) }
             .map_err(candle_core::Error::wrap)
     }
 }
