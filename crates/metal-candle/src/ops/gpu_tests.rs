@@ -48,7 +48,7 @@ pub(super) fn assert_near(what: &str, found: &Tensor, expected: &Tensor, toleran
 fn norms() {
     for (dtype, tolerance) in TYPES {
         for (rows, width, offset) in [(1, 1, 0), (9, 31, 3), (33, 200, 1), (5, 896, 8)] {
-            let (weight, weight_cpu) = both(&[width], 1, dtype, 1);
+            let (weight, weight_cpu) = both(&[width], 1, dtype, offset);
             let (x, x_cpu) = both(&[rows, width], 2, dtype, offset);
             let (dy, dy_cpu) = both(&[rows, width], 3, dtype, offset);
             let (base, base_cpu) = both(&[rows, width], 4, dtype, 0);
@@ -211,10 +211,10 @@ fn attention_over_a_cache_that_is_written_first() {
 
 #[test]
 fn cross_entropy_of_a_head() {
-    for (dtype, tolerance) in TYPES {
-        let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
+    for ((dtype, tolerance), vocab) in TYPES.into_iter().flat_map(|of_type| [53, 5000].map(|vocab| (of_type, vocab))) {
+        let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 713) % vocab, weight: i as f32 * 0.5 }).collect();
         let (hidden, hidden_cpu) = both(&[7, 16], 1, dtype, 0);
-        let (weight, weight_cpu) = both(&[53, 16], 2, dtype, 0);
+        let (weight, weight_cpu) = both(&[vocab, 16], 2, dtype, 0);
         let (layer, plain) = (Linear { weight, bias: None }, Linear { weight: weight_cpu, bias: None });
         for smoothing in [0.0, 0.1] {
             let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true });
@@ -229,6 +229,15 @@ fn cross_entropy_of_a_head() {
             largest("input", found.gradients.input, expected.gradients.input);
             largest("weight", found.gradients.weight, expected.gradients.weight);
         }
+    }
+}
+
+#[test]
+fn rows_go_to_their_places_and_the_others_are_zero() {
+    for (dtype, _) in TYPES {
+        let (rows, rows_cpu) = both(&[3, 5], 1, dtype, 3);
+        let found = head::spread_rows(&rows, &[1, 2, 6], 8).unwrap();
+        assert_near("rows", &found, &head::spread_rows(&rows_cpu, &[1, 2, 6], 8).unwrap(), 0.0);
     }
 }
 

@@ -85,25 +85,25 @@ impl Linear {
         dropout_seed: Option<u64>,
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let Some(term) = term.filter(|term| term.magnitude.is_none()) else {
-            return Ok((self.forward_alone(x, term, dropout_seed, residual)?, None));
+        let Some(term) = term else {
+            return Ok((self.finished(self.base(x, None, None, self.start(residual))?, residual)?, None));
         };
+        if let Some(magnitude) = &term.magnitude {
+            return Ok((self.decomposed(x, (term, magnitude), dropout_seed, residual)?, None));
+        }
         let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
         let y = self.finished(self.base(x, Some(term), Some(&z), self.start(residual))?, residual)?;
         Ok((y, gpu::has_products(x).then_some(z)))
     }
 
-    /// Without a term, or with one that has magnitudes.
-    fn forward_alone(
+    /// The output with a term that has magnitudes.
+    fn decomposed(
         &self,
         x: &Tensor,
-        term: Option<&LowRank>,
+        (term, magnitude): (&LowRank, &Magnitude),
         dropout_seed: Option<u64>,
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Some((term, magnitude)) = term.and_then(|term| Some((term, term.magnitude.as_ref()?))) else {
-            return self.finished(self.base(x, None, None, self.start(residual))?, residual);
-        };
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
             let z = product(x, &term.a)?;
