@@ -2,13 +2,14 @@
 
 mod conversation;
 
-use crate::args::ChatArguments;
+use crate::args::{AdaptedModelArguments, SamplingArguments};
 use crate::commands::generate::{as_json, speeds, templated};
 use crate::interrupt;
 use crate::model_source::Loaded;
 use crate::output::{Output, UserError};
 use crate::sampling::generation_config;
 use anyhow::Result;
+use clap::Args;
 use conversation::{Conversation, Reply};
 use metal_candle::Error;
 use metal_candle::data::{ChatTemplate, Tokenizer};
@@ -18,6 +19,24 @@ use rustyline::error::ReadlineError;
 use std::io::{BufRead, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+
+/// Flags of `chat`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ChatArguments {
+    /// System prompt.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+
+    /// File that keeps the lines typed [default: `metal-candle/history.txt` in the user's data folder].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArguments,
+}
 
 pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
     let loaded = Loaded::new(&flags.model, output)?;

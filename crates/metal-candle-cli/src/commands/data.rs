@@ -1,10 +1,10 @@
 //! `data check`: what a dataset holds, and how its rows are read.
 
-use crate::args::{DataArguments, DataCheckArguments, DataCommand};
 use crate::model_source::ModelSource;
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
 use anyhow::Result;
+use clap::{Args, Subcommand};
 use metal_candle::Error;
 use metal_candle::data::{
     DataReport, Dataset, DatasetOptions, Duplicates, FileReport, Lengths, Tokenizer, TrainedTurns, highlight,
@@ -12,9 +12,53 @@ use metal_candle::data::{
 use serde_json::json;
 use std::fmt::Write;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 
 /// Width of the longest bar of a histogram.
 const BAR_WIDTH: usize = 40;
+
+/// Flags of `data`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DataArguments {
+    #[command(subcommand)]
+    pub(crate) command: DataCommand,
+}
+
+/// What `data` does.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Token counts, lengths, what is trained, duplicates and leakage of a dataset, and some of its rows.
+    #[command(after_help = "\
+Examples:
+  metal-candle data check train.jsonl
+  metal-candle data check my-data --rows 10 --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+
+Trained tokens are shown in colour, or between brackets where colour is off (NO_COLOR, or not a terminal).")]
+    Check(DataCheckArguments),
+}
+
+/// Flags of `data check`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DataCheckArguments {
+    /// A JSONL file, or a folder with train.jsonl, valid.jsonl, test.jsonl.
+    pub(crate) data: PathBuf,
+
+    /// The model whose tokenizer and chat template are used: a folder, `nano`, or a Hub name.
+    #[arg(long, default_value = "nano")]
+    pub(crate) model: String,
+
+    /// Rows to show.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rows: usize,
+
+    /// Longest row, in tokens [default: what the model can do].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_tokens_per_sample: Option<usize>,
+
+    /// Train the last assistant turn of a chat only.
+    #[arg(long)]
+    pub(crate) train_last_turn_only: bool,
+}
 
 pub(crate) fn run(flags: &DataArguments, output: Output) -> Result<()> {
     let DataCommand::Check(flags) = &flags.command;

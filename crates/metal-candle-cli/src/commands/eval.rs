@@ -1,10 +1,11 @@
 //! `eval`: loss, perplexity and bits per byte.
 
-use crate::args::EvalArguments;
+use crate::args::AdaptedModelArguments;
 use crate::model_source::{Loaded, NANO};
 use crate::output::{Output, UserError, grouped};
 use crate::settings::check_max_tokens;
 use anyhow::Result;
+use clap::Args;
 use metal_candle::Error;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Sample, Tokenizer};
@@ -17,6 +18,21 @@ const BATCH_TOKENS: usize = 2048;
 
 /// The token between texts in the training data of this family.
 const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// Flags of `eval`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EvalArguments {
+    /// A JSONL file, a folder with splits, or a text file [default: the sample data of the built-in model].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Longest row, in tokens; a text file is read in windows of this size [default: 2048 or what the model can do].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_tokens_per_sample: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+}
 
 pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     let path = match &flags.data {

@@ -1,15 +1,16 @@
 //! `fuse`: an adapter merged into its model's weights.
 
-use crate::args::FuseArguments;
+use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
 use crate::run_folder::check_free;
 use anyhow::Result;
 use candle_core::DType;
+use clap::Args;
 use metal_candle::models::{Batch, Rows, save_model, write_atomically};
 use metal_candle::{Error, Model, ModelLoader};
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Files that say how text becomes tokens and back.
 const TOKENIZER_FILES: [&str; 7] = [
@@ -24,6 +25,21 @@ const TOKENIZER_FILES: [&str; 7] = [
 
 /// Tokens of the comparison.
 const NUM_COMPARED: usize = 32;
+
+/// Flags of `fuse`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct FuseArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+
+    /// The adapter to merge: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: PathBuf,
+
+    /// The folder to write; it must not exist or be empty.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+}
 
 pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     check_adapter(&flags.adapter)?;

@@ -1,16 +1,43 @@
 //! `generate`: text that continues a prompt.
 
-use crate::args::GenerateArguments;
+use crate::args::{AdaptedModelArguments, SamplingArguments};
 use crate::model_source::Loaded;
 use crate::output::Output;
 use crate::sampling::generation_config;
 use anyhow::Result;
+use clap::Args;
 use metal_candle::Error;
 use metal_candle::data::{ChatTemplate, Message, Tokenizer};
 use metal_candle::inference::{Finish, Generation, Generator, Prompt};
 use serde_json::{Map, Value, json};
 use std::io::Read;
 use std::ops::ControlFlow;
+
+/// Flags of `generate`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct GenerateArguments {
+    /// The text to answer or continue; `-` reads it from standard input.
+    #[arg(long, short, allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+
+    /// System prompt, put before the prompt by the chat template.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+
+    /// Continue the prompt as it is, without the model's chat template.
+    #[arg(long)]
+    pub(crate) raw: bool,
+
+    /// Print the text when it is complete instead of piece by piece.
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArguments,
+}
 
 pub(crate) fn run(flags: &GenerateArguments, output: Output) -> Result<()> {
     let text = if flags.prompt == "-" { read_stdin()? } else { flags.prompt.clone() };

@@ -1,14 +1,22 @@
 //! `info`: device, features, and a model's sizes and memory.
 
-use crate::args::InfoArguments;
+use crate::args::ModelArguments;
 use crate::model_source::ModelSource;
 use crate::output::{Output, bytes, grouped};
 use anyhow::Result;
 use candle_core::DType;
+use clap::Args;
 use metal_candle::models::{KVCacheConfig, SafetensorsFile, TensorEntry};
 use metal_candle::{Device, Model, ModelConfig};
 use serde_json::json;
 use std::fmt::Write;
+
+/// Flags of `info`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct InfoArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+}
 
 pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     let device = flags.model.device.open()?;

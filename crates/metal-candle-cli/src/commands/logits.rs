@@ -1,13 +1,29 @@
 //! `logits`: the logits of given token ids.
 
-use crate::args::LogitsArguments;
+use crate::args::AdaptedModelArguments;
 use crate::model_source::Loaded;
 use crate::output::{Output, UserError};
 use anyhow::Result;
+use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::models::{Batch, Rows, SafetensorsFile, write_safetensors};
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// Flags of `logits`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogitsArguments {
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true, value_name = "ID,ID,...")]
+    pub(crate) ids: Vec<u32>,
+
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) model: AdaptedModelArguments,
+}
 
 pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
     let loaded = Loaded::new(&flags.model, output)?;

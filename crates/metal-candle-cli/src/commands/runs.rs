@@ -4,9 +4,9 @@ mod page;
 mod summary;
 mod table;
 
-use crate::args::{RunSort, RunsArguments, RunsCommand};
 use crate::output::{Output, UserError};
 use anyhow::Result;
+use clap::{Args, Subcommand, ValueEnum};
 use metal_candle::Error;
 use metal_candle::models::write_atomically;
 use std::cmp::Ordering;
@@ -15,6 +15,71 @@ use summary::{Run, find, is_run};
 
 /// Where runs are that were given no folder.
 const RUNS: &str = "runs";
+
+/// Flags of `runs`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RunsArguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<RunsCommand>,
+
+    /// Folders of runs, or folders that hold such [default: runs].
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folders: Vec<PathBuf>,
+
+    /// What the list is sorted by; runs that have no such value come last.
+    #[arg(long, value_enum, default_value = "name")]
+    pub(crate) sort: RunSort,
+
+    /// Turn the order around.
+    #[arg(long)]
+    pub(crate) reverse: bool,
+
+    /// Also write a page with the curves of all runs over one another.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// What `runs` does beside listing.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum RunsCommand {
+    /// Settings that differ between runs and what came of them, side by side.
+    Compare(CompareArguments),
+}
+
+/// Flags of `runs compare`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CompareArguments {
+    /// The folders of the runs.
+    #[arg(required = true, num_args = 2.., value_name = "RUN")]
+    pub(crate) runs: Vec<PathBuf>,
+
+    /// Also write a page with their curves over one another.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// What runs are sorted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RunSort {
+    /// The folder.
+    Name,
+    /// Running, done, stopped, failed, killed.
+    State,
+    /// When it was started.
+    Started,
+    /// Steps done.
+    Steps,
+    /// The highest learning rate.
+    LearningRate,
+    /// The last training loss.
+    TrainLoss,
+    /// The best held-out loss.
+    HeldOut,
+    /// Tokens a second.
+    Speed,
+    /// How long it took.
+    Time,
+}
 
 pub(crate) fn run(flags: &RunsArguments, output: Output) -> Result<()> {
     if let Some(RunsCommand::Compare(compared)) = &flags.command {

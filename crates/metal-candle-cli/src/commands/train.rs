@@ -9,7 +9,6 @@ mod report;
 mod start;
 mod watch;
 
-use crate::args::{PlanArguments, TrainArguments};
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
@@ -19,6 +18,7 @@ use crate::run_record::{Outcome, RunLock};
 use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
 use anyhow::Result;
+use clap::Args;
 use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Start};
 use metal_candle::data::{Datasets, Tokenizer};
@@ -33,6 +33,50 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use watch::Watch;
+
+/// Flags of `train`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TrainArguments {
+    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    #[arg(long, value_name = "FILE", conflicts_with = "resume", help_heading = "Run")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Continue the run in this folder from its last checkpoint, with its settings.
+    #[arg(long, value_name = "RUN", help_heading = "Run")]
+    pub(crate) resume: Option<PathBuf>,
+
+    /// Train on this many devices at once, one process each: the first CUDA devices, or processes of the CPU that share its
+    /// threads. Each computes a share of every batch; a run may go on with another number.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, help_heading = "Run")]
+    pub(crate) num_devices: usize,
+
+    /// Show the run as a dashboard in the terminal: curves, speed, memory, warnings; `q` stops and saves.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) tui: bool,
+
+    /// Record where the time of the first 20 steps goes: a table at the end, and a trace for
+    /// ui.perfetto.dev or Chrome in profile.json of the run folder.
+    #[arg(long, help_heading = "Output")]
+    pub(crate) profile: bool,
+
+    #[command(flatten)]
+    pub(crate) settings: TrainSettings,
+}
+
+/// Flags of `plan`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlanArguments {
+    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Micro-batches to run for the estimate of the time; 0 for none.
+    #[arg(long, value_name = "COUNT", default_value_t = 3, help_heading = "Run")]
+    pub(crate) measure: usize,
+
+    #[command(flatten)]
+    pub(crate) settings: TrainSettings,
+}
 
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();

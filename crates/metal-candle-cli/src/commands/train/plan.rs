@@ -1,7 +1,6 @@
 //! What a run will need: the command `plan`, and the first lines of `train`.
 
-use super::Prepared;
-use crate::args::PlanArguments;
+use super::{PlanArguments, Prepared};
 use crate::output::{Output, UserError, bytes, duration, grouped};
 use anyhow::Result;
 use metal_candle::data::Dataset;
