@@ -1,6 +1,7 @@
 //! What a model is: the keys of `config.json`.
 
 use super::families;
+use super::generation_defaults::{Advice, GenerationDefaults};
 use super::json_object::JsonObject;
 use crate::error::{Error, Result};
 use candle_core::DType;
@@ -48,39 +49,10 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Sampling settings the model's makers advise.
     pub generation: GenerationDefaults,
+    /// What is odd about the files read and does no harm, such as values of `generation_config.json` that make no sense.
+    pub notes: Vec<String>,
     /// The keys that the decoder does not need, kept for [`ModelConfig::to_json`].
     pub(crate) other_keys: Map<String, Value>,
-}
-
-/// Sampling settings of `generation_config.json`; `None` where it says nothing.
-#[derive(Debug, Clone, Default, PartialEq)]
-#[non_exhaustive]
-pub struct GenerationDefaults {
-    /// Whether tokens are drawn (`true`) or the likeliest one is taken (`false`).
-    pub do_sample: Option<bool>,
-    /// Divisor of the logits.
-    pub temperature: Option<f64>,
-    /// Number of likeliest tokens kept; 0 keeps all.
-    pub top_k: Option<usize>,
-    /// Probability mass kept, 0 to 1.
-    pub top_p: Option<f64>,
-    /// Least probability kept, as a share of the likeliest token's.
-    pub min_p: Option<f64>,
-    /// Divisor of the logits of tokens that have occurred.
-    pub repetition_penalty: Option<f64>,
-}
-
-impl GenerationDefaults {
-    fn read(object: &JsonObject) -> Result<Self> {
-        Ok(Self {
-            do_sample: object.flag("do_sample")?,
-            temperature: object.number("temperature")?,
-            top_k: object.size("top_k")?,
-            top_p: object.number("top_p")?,
-            min_p: object.number("min_p")?,
-            repetition_penalty: object.number("repetition_penalty")?,
-        })
-    }
 }
 
 impl ModelConfig {
@@ -88,19 +60,21 @@ impl ModelConfig {
     ///
     /// Both the keys of transformers 4 and of transformers 5 are understood.
     ///
+    /// What `generation_config.json` says is advice: values that make no sense are ignored and listed in
+    /// [`ModelConfig::notes`].
+    ///
     /// # Errors
-    /// A file cannot be read, a key is missing or has a wrong value, or the model is not supported.
+    /// `config.json` cannot be read, a key is missing or has a wrong value, or the model is not supported.
     pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
         let mut config = Self::from_object(&JsonObject::read(&file)?)?;
         let generation = file.with_file_name("generation_config.json");
-        if generation != file && generation.is_file() {
-            let object = JsonObject::read(&generation)?;
-            config.generation = GenerationDefaults::read(&object)?;
-            if let Some(ids) = object.token_ids("eos_token_id")? {
-                config.eos_token_ids = ids;
-            }
+        if generation != file {
+            let advice = Advice::read(&generation, config.vocab_size);
+            config.generation = advice.defaults;
+            config.notes = advice.notes;
+            config.eos_token_ids = advice.eos_token_ids.unwrap_or(config.eos_token_ids);
         }
         Ok(config)
     }

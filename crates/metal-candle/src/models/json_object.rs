@@ -139,7 +139,7 @@ impl JsonObject {
 }
 
 /// A value in a few words.
-fn describe(value: &Value) -> String {
+pub(super) fn describe(value: &Value) -> String {
     const MAX_SHOWN: usize = 60;
     match value {
         Value::Array(list) => format!("a list of {}", list.len()),

@@ -9,6 +9,7 @@ mod decoding;
 mod families;
 mod foreign;
 mod fused_block;
+mod generation_defaults;
 #[cfg(feature = "hub")]
 mod hub;
 #[cfg(feature = "hub")]
@@ -25,9 +26,10 @@ mod step;
 
 pub use crate::ops::TermGradients;
 pub use batch::Batch;
-pub use config::{GenerationDefaults, ModelConfig};
+pub use config::ModelConfig;
 pub use decoder::{LinearInfo, Model, Rows};
 pub(crate) use decoding::{Decoded, Decoding, DecodingChoice, DecodingRow};
+pub use generation_defaults::GenerationDefaults;
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};
 pub(crate) use json_object::JsonObject;

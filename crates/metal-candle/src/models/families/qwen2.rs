@@ -1,7 +1,8 @@
 //! Qwen2 and Qwen2.5 (`model_type` `qwen2`): <https://arxiv.org/abs/2412.15115>, section 2.
 
 use crate::error::{Error, Result};
-use crate::models::config::{GenerationDefaults, ModelConfig};
+use crate::models::config::ModelConfig;
+use crate::models::generation_defaults::GenerationDefaults;
 use crate::models::json_object::JsonObject;
 use serde_json::Value;
 
@@ -70,6 +71,7 @@ pub(crate) fn config(object: &JsonObject) -> Result<ModelConfig> {
         eos_token_ids: object.token_ids("eos_token_id")?.unwrap_or_default(),
         initializer_range: object.number("initializer_range")?.unwrap_or(0.02),
         generation: GenerationDefaults::default(),
+        notes: Vec::new(),
         other_keys: object.map().iter().filter(|(key, _)| !KNOWN_KEYS.contains(&key.as_str())).fold(
             serde_json::Map::new(),
             |mut others, (key, value)| {
