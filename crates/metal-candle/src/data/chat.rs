@@ -153,7 +153,7 @@ impl ChatTemplate {
     }
 
     /// The template with the special tokens that a `tokenizer_config.json` names as variables.
-    fn with_special_tokens(mut self, config: &Value) -> Self {
+    pub(super) fn with_special_tokens(mut self, config: &Value) -> Self {
         for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
             if let Some(token) = super::tokenizer::special_token(config, name) {
                 self = self.with_variable(name, &Value::String(token));

@@ -1,8 +1,10 @@
 //! Datasets: rows of token ids with the tokens that are trained.
 
+use super::encode::Encoder;
 use super::files::{FileRow, Problems, read_rows};
-use super::{Random, Tokenizer};
+use super::{Random, Tokenizer, rows};
 use crate::error::{DataProblem, Error, Result};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,6 +29,17 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// The sample that a row of any schema becomes, as [`Dataset::from_file`] reads it.
+    ///
+    /// # Errors
+    /// The row cannot be used; the message says why.
+    pub fn from_row(row: Value, tokenizer: &Tokenizer, options: &DatasetOptions) -> Result<Self> {
+        let encoded = rows::parse(row)
+            .and_then(|(schema, row)| Encoder::new(tokenizer, options, false).encode(schema, row))
+            .map_err(|message| Error::argument("row", message))?;
+        Ok(Self { ids: encoded.ids, trained: encoded.trained, source: None })
+    }
+
     /// The number of tokens whose prediction is trained.
     pub fn num_trained(&self) -> usize {
         self.trained.iter().skip(1).filter(|&&trained| trained).count()

@@ -13,7 +13,9 @@ mod report;
 mod rows;
 mod spans;
 mod stream_decoder;
+mod template_source;
 mod tokenizer;
+mod turn_end;
 
 pub use chat::ChatTemplate;
 pub use dataset::{Dataset, DatasetFiles, DatasetOptions, Datasets, Sample, Source, SplitOptions, TrainedTurns};

@@ -17,7 +17,8 @@ pub struct Tokenizer {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    tokenizer: tokenizers::Tokenizer,
+    /// Shared, so that a tokenizer with another chat template costs little.
+    tokenizer: Arc<tokenizers::Tokenizer>,
     chat_template: Option<ChatTemplate>,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -73,7 +74,7 @@ impl Tokenizer {
         tokenizer.with_padding(None);
         let inner = Inner {
             path: path.to_path_buf(),
-            tokenizer,
+            tokenizer: Arc::new(tokenizer),
             chat_template,
             bos_token: special_token(config, "bos_token"),
             eos_token: special_token(config, "eos_token"),
@@ -103,7 +104,7 @@ impl Tokenizer {
     fn changed(self, change: impl FnOnce(&mut Inner)) -> Self {
         let mut inner = Arc::try_unwrap(self.inner).unwrap_or_else(|shared| Inner {
             path: shared.path.clone(),
-            tokenizer: shared.tokenizer.clone(),
+            tokenizer: Arc::clone(&shared.tokenizer),
             chat_template: shared.chat_template.clone(),
             bos_token: shared.bos_token.clone(),
             eos_token: shared.eos_token.clone(),
@@ -113,13 +114,15 @@ impl Tokenizer {
         Self { inner: Arc::new(inner) }
     }
 
-    /// The tokens of `text`. With `add_special` those that the tokenizer puts around every text are added.
+    /// The tokens of `text`. With `add_special` those that the tokenizer puts around every text are added; one that the text
+    /// begins with already is not put before it again.
     ///
     /// # Errors
     /// The tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.tokenizer.encode_fast(text, add_special).map_err(|e| self.encode_error(&e))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = encoding.get_ids();
+        Ok(ids[self.num_doubled(text, ids, add_special)..].to_vec())
     }
 
     /// The tokens of `text` with their places in it.
@@ -128,7 +131,25 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoding> {
         let encoding = self.inner.tokenizer.encode(text, add_special).map_err(|e| self.encode_error(&e))?;
-        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+        let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
+        let start = self.num_doubled(text, ids, add_special);
+        Ok(Encoding { ids: ids[start..].to_vec(), offsets: offsets[start..].to_vec() })
+    }
+
+    /// Number of first tokens that the tokenizer put before a text that begins with the same token already: 1 or 0.
+    fn num_doubled(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
+        let [first, second, ..] = ids else { return 0 };
+        let is_doubled = add_special
+            && first == second
+            && self.is_special(*first)
+            && self.id_to_token(*first).is_some_and(|token| text.starts_with(&token));
+        usize::from(is_doubled && self.encodes_before_text(*first))
+    }
+
+    /// Whether the tokenizer puts this token before every text.
+    fn encodes_before_text(&self, id: u32) -> bool {
+        let empty = self.inner.tokenizer.encode_fast("", true);
+        empty.is_ok_and(|encoding| encoding.get_ids().first() == Some(&id))
     }
 
     fn encode_error(&self, error: &tokenizers::Error) -> Error {
