@@ -9,6 +9,8 @@ use crate::commands::generate::GenerateArguments;
 use crate::commands::info::InfoArguments;
 use crate::commands::logits::LogitsArguments;
 use crate::commands::runs::RunsArguments;
+use crate::commands::template::TemplateCommandArguments;
+use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
 use crate::commands::train::{PlanArguments, TrainArguments};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -85,7 +87,12 @@ Examples:
   metal-candle generate --prompt \"Returns the length of the string.\"
   metal-candle generate --adapter runs/001 --prompt \"Opens a file.\" --temperature 0.7 --seed 1
   metal-candle generate --model ./model --raw --prompt \"fn main() {\" --max-tokens 64 --stop $'\\n}'
-  git diff | metal-candle generate --model ./model --prompt - --json")]
+  git diff | metal-candle generate --model ./model --prompt - --json
+  metal-candle generate --model ./model --prompts questions.jsonl --json > answers.jsonl
+  metal-candle generate --model ./model --tools tools.json --template-var enable_thinking=false --prompt \"What time is it?\"
+
+Each line of a --prompts file is an object with `prompt` or `messages`, perhaps `tools` and `chat_template_kwargs`. The
+answers come in the order of the lines; with --json each is one object on one line.")]
     Generate(GenerateArguments),
 
     /// Talk with a model over several turns.
@@ -138,6 +145,33 @@ A run is running, done, stopped (and can go on with train --resume), failed, or 
 without a word. Losses are in nats a token: that of training is the mean of the last ten steps. The page of
 --html shows the curves of all runs over one another; it needs no network.")]
     Runs(RunsArguments),
+
+    /// Print what a chat template makes of conversations: text, token ids, trained tokens.
+    #[command(after_help = "\
+Examples:
+  metal-candle template chat.json --model ./model --add-generation-prompt
+  metal-candle template rows.jsonl --model ./model --template-var enable_thinking=false --json
+  echo '[{\"role\": \"user\", \"content\": \"hi\"}]' | metal-candle template --json --chat-template other.jinja
+
+With --json each row prints one object on one line: `text`, `ids` and `trained`, one truth value for each id. Of a JSONL
+file each object also has its `line`; a row that cannot be rendered has an `error` instead, and the exit code is 1.
+Without --json trained tokens stand between brackets.")]
+    Template(TemplateCommandArguments),
+
+    /// Print the token ids of a text.
+    #[command(after_help = "\
+Examples:
+  metal-candle tokenize 'fn main() {' --model ./model
+  metal-candle tokenize --file book.txt --add-special-tokens=false --json
+  metal-candle tokenize 'fn main' | metal-candle detokenize")]
+    Tokenize(TokenizeArguments),
+
+    /// Print the text of token ids.
+    #[command(after_help = "\
+Examples:
+  metal-candle detokenize 1,2,3 --model ./model
+  metal-candle detokenize --skip-special-tokens '[1, 2, 3]'")]
+    Detokenize(DetokenizeArguments),
 
     /// Look at datasets.
     Data(DataArguments),

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod input;
 mod interrupt;
 mod memory;
 mod model_source;
@@ -14,6 +15,7 @@ mod run_record;
 mod sampling;
 mod screen;
 mod settings;
+mod templates;
 mod tensorboard;
 
 use args::{Arguments, Command};
@@ -59,6 +61,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Eval(flags) => commands::eval::run(flags, output),
         Command::Logits(flags) => commands::logits::run(flags, output),
         Command::Runs(flags) => commands::runs::run(flags, output),
+        Command::Template(flags) => commands::template::run(flags, output),
+        Command::Tokenize(flags) => commands::tokenize::run(flags, output),
+        Command::Detokenize(flags) => commands::tokenize::detokenize(flags, output),
         Command::Data(flags) => commands::data::run(flags, output),
         Command::Bench(flags) => commands::bench::run(flags, output),
         Command::Info(flags) => commands::info::run(flags, output),

@@ -11,6 +11,7 @@ use metal_candle::{Error, Model, ModelConfig, ModelLoader};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// The name of the built-in model.
 pub(crate) const NANO: &str = "nano";
@@ -58,7 +59,9 @@ impl ModelSource {
     }
 
     pub(crate) fn config(&self) -> metal_candle::Result<ModelConfig> {
-        ModelConfig::from_json(self.folder().join("config.json"))
+        let config = ModelConfig::from_json(self.folder().join("config.json"))?;
+        warn_once(&config.notes);
+        Ok(config)
     }
 
     pub(crate) fn tokenizer(&self) -> metal_candle::Result<Tokenizer> {
@@ -119,7 +122,19 @@ impl ModelSource {
         if let Some(bar) = bar {
             bar.finish();
         }
+        warn_once(&model.config().notes);
         Ok(model)
+    }
+}
+
+/// Warns of what is odd about a model's files, once in the life of the process.
+fn warn_once(notes: &[String]) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
+    for note in notes {
+        if warned.insert(note.clone()) {
+            Output::warn(note);
+        }
     }
 }
 

@@ -14,6 +14,9 @@ const RUNS: &str = "runs";
 /// The file of a run's settings.
 const CONFIG: &str = "config.toml";
 
+/// The file of a chat template in a run or adapter folder.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// The folder of a run.
 #[derive(Debug, Clone)]
 pub(crate) struct RunFolder {
@@ -55,7 +58,10 @@ impl RunFolder {
             }
             .into());
         }
-        let settings = TrainSettings::read(&run.config())?;
+        let mut settings = TrainSettings::read(&run.config())?;
+        if settings.chat_template.is_some() && run.chat_template().is_file() {
+            settings.chat_template = Some(std::path::absolute(run.chat_template()).unwrap_or(run.chat_template()));
+        }
         Ok((run, settings))
     }
 
@@ -88,6 +94,11 @@ impl RunFolder {
         self.path.join("profile.json")
     }
 
+    /// The chat template that `--chat-template` named when the run was started.
+    pub(crate) fn chat_template(&self) -> PathBuf {
+        self.path.join(CHAT_TEMPLATE)
+    }
+
     fn config(&self) -> PathBuf {
         self.path.join(CONFIG)
     }
@@ -102,6 +113,31 @@ impl RunFolder {
         let text = given.to_toml(complete)?;
         Ok(write_atomically(self.config(), |file| file.write_all(text.as_bytes()))?)
     }
+}
+
+/// The chat template and its variables that a run was trained with.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct RecordedTemplate {
+    /// The template's file, if it is not the model's own.
+    pub(crate) chat_template: Option<PathBuf>,
+    /// The variables, as `--template-var` takes them.
+    pub(crate) template_var: Vec<String>,
+}
+
+/// What the run recorded that `path` belongs to: a run folder, or `adapter`, `model` or a checkpoint in one. An adapter folder
+/// outside of a run may bring its template along.
+pub(crate) fn recorded_template(path: &Path) -> Result<RecordedTemplate> {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let is_run = |folder: &&Path| folder.join(CONFIG).is_file() && folder.join("metrics.jsonl").is_file();
+    let run = path.ancestors().take(3).find(is_run);
+    let Some(run) = run else {
+        let file = path.join(CHAT_TEMPLATE);
+        let is_adapter = path.join("adapter_config.json").is_file() && file.is_file();
+        return Ok(RecordedTemplate { chat_template: is_adapter.then_some(file), ..RecordedTemplate::default() });
+    };
+    let (run, settings) = RunFolder::open(run)?;
+    let chat_template = Some(run.chat_template()).filter(|file| file.is_file());
+    Ok(RecordedTemplate { chat_template, template_var: settings.template_var.unwrap_or_default() })
 }
 
 /// Refuses a folder to write unless nothing is at `path` but, at most, an empty folder.

@@ -2,6 +2,7 @@
 
 use crate::args::SamplingArguments;
 use metal_candle::ModelConfig;
+use metal_candle::data::Tokenizer;
 use metal_candle::inference::{GenerationConfig, SamplingConfig};
 
 /// The configuration of a generation by the flags and, where they say nothing, the model's makers.
@@ -17,4 +18,12 @@ pub(crate) fn generation_config(flags: &SamplingArguments, model: &ModelConfig) 
     let mut config = GenerationConfig::default().with_max_tokens(flags.max_tokens).with_sampling(sampling);
     config.stop_strings.clone_from(&flags.stop);
     config
+}
+
+/// The configuration with the token that ends a turn of the chat template as an end: a base model's own list does not have it.
+pub(crate) fn with_end_of_turn(config: GenerationConfig, tokenizer: Option<&Tokenizer>) -> GenerationConfig {
+    match tokenizer.and_then(Tokenizer::end_of_turn_id) {
+        Some(id) => config.with_stop_id(id),
+        None => config,
+    }
 }

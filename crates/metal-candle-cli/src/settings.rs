@@ -73,6 +73,14 @@ pub(crate) struct TrainSettings {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
     pub(crate) train_last_turn_only: Option<bool>,
 
+    /// Use the chat template in this file [default: the model's].
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    pub(crate) chat_template: Option<PathBuf>,
+
+    /// Set a variable of the chat template, as in `enable_thinking=false`; may be given more than once.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::templates::template_var, help_heading = "Data")]
+    pub(crate) template_var: Option<Vec<String>>,
+
     /// Rank of the adapter [default: 8].
     #[arg(long, help_heading = "Adapter")]
     pub(crate) rank: Option<usize>,
@@ -419,7 +427,7 @@ impl TrainSettings {
         let fixed = |path: &Path| {
             std::path::absolute(path).map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })
         };
-        for path in [&mut self.adapter, &mut self.data].into_iter().flatten() {
+        for path in [&mut self.adapter, &mut self.data, &mut self.chat_template].into_iter().flatten() {
             if path.exists() {
                 *path = fixed(path)?;
             }

@@ -7,7 +7,8 @@ use crate::commands::generate::{as_json, speeds, templated};
 use crate::interrupt;
 use crate::model_source::Loaded;
 use crate::output::{Output, UserError};
-use crate::sampling::generation_config;
+use crate::sampling::{generation_config, with_end_of_turn};
+use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
 use clap::Args;
 use conversation::{Conversation, Reply};
@@ -16,6 +17,7 @@ use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::inference::{FinishReason, Generator};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
+use serde_json::{Map, Value};
 use std::io::{BufRead, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -31,8 +33,15 @@ pub(crate) struct ChatArguments {
     #[arg(long, value_name = "FILE")]
     pub(crate) history: Option<PathBuf>,
 
+    /// The JSON schemas of tools that the model may call: a list.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tools: Option<PathBuf>,
+
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) template: TemplateArguments,
 
     #[command(flatten)]
     pub(crate) sampling: SamplingArguments,
@@ -40,18 +49,20 @@ pub(crate) struct ChatArguments {
 
 pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
     let loaded = Loaded::new(&flags.model, output)?;
-    let tokenizer = loaded.source.tokenizer()?;
+    let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
+    let tools = read_tools(flags.tools.as_deref())?;
     let Some(template) = tokenizer.chat_template().cloned() else {
         return Err(UserError::new(format!("`{}` has no chat template", loaded.source.name))
             .with_hint("`generate --raw` continues text without one")
             .into());
     };
-    let config = generation_config(&flags.sampling, loaded.model.config());
+    let config = with_end_of_turn(generation_config(&flags.sampling, loaded.model.config()), Some(&tokenizer));
     config.validate()?;
     let mut chat = Chat {
         generator: loaded.generator()?.with_tokenizer(tokenizer.clone()),
         tokenizer,
         template,
+        tools,
         conversation: Conversation::new(flags.system.clone(), config),
         output,
     };
@@ -67,6 +78,7 @@ struct Chat {
     generator: Generator,
     tokenizer: Tokenizer,
     template: ChatTemplate,
+    tools: Option<Vec<Value>>,
     conversation: Conversation,
     output: Output,
 }
@@ -145,7 +157,7 @@ impl Chat {
     }
 
     fn count_tokens(&self) -> Result<()> {
-        let text = self.template.render(&self.conversation.messages(), None, false, &serde_json::Map::new())?;
+        let text = self.template.render(&self.conversation.messages(), self.tools.as_deref(), false, &Map::new())?;
         let count = self.tokenizer.encode(&text, false)?.len();
         let context = self.generator.model().config().max_position_embeddings;
         self.output.note(format_args!("{count} of {context} tokens"));
@@ -155,11 +167,19 @@ impl Chat {
     fn answer(&mut self) -> Result<()> {
         let json = self.output.json;
         let mut unwritten = Ok(());
+        let mut prompt_ids = Vec::new();
         interrupt::forget();
-        let prompt = templated(&self.template, &self.tokenizer, &self.conversation.messages());
+        let prompt = templated(
+            &self.tokenizer,
+            &self.template,
+            &self.conversation.messages(),
+            self.tools.as_deref(),
+            &Map::new(),
+        );
         let config = self.conversation.config();
         let generation = prompt.and_then(|prompt| {
-            self.generator.generate_with(prompt, config, |piece| {
+            prompt_ids = prompt;
+            self.generator.generate_with(&prompt_ids, config, |piece| {
                 if !json {
                     unwritten = Output::print(&piece.text);
                 }
@@ -179,7 +199,7 @@ impl Chat {
             }
         };
         if json {
-            Output::print_json(&as_json(&generation))?;
+            Output::print_json(&as_json(&generation, &prompt_ids))?;
         } else {
             Output::print("\n")?;
         }

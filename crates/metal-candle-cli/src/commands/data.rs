@@ -3,16 +3,17 @@
 use crate::model_source::ModelSource;
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
+use crate::templates::TemplateArguments;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use metal_candle::Error;
 use metal_candle::data::{
     DataReport, Dataset, DatasetOptions, Duplicates, FileReport, Lengths, Tokenizer, TrainedTurns, highlight,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Width of the longest bar of a histogram.
 const BAR_WIDTH: usize = 40;
@@ -58,6 +59,9 @@ pub(crate) struct DataCheckArguments {
     /// Train the last assistant turn of a chat only.
     #[arg(long)]
     pub(crate) train_last_turn_only: bool,
+
+    #[command(flatten)]
+    pub(crate) template: TemplateArguments,
 }
 
 pub(crate) fn run(flags: &DataArguments, output: Output) -> Result<()> {
@@ -67,7 +71,7 @@ pub(crate) fn run(flags: &DataArguments, output: Output) -> Result<()> {
 
 fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     let source = ModelSource::find(&flags.model, output)?;
-    let tokenizer = source.tokenizer()?;
+    let tokenizer = flags.template.tokenizer(&source, None)?;
     let config = source.config()?;
     check_max_tokens(flags.max_tokens_per_sample, &config)?;
     let max_tokens = flags.max_tokens_per_sample.unwrap_or(config.max_position_embeddings);
@@ -78,7 +82,13 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     };
     let report = DataReport::of(&flags.data, &tokenizer, &options)?;
     if output.json {
-        Output::print_json(&json!(report))?;
+        let mut object = json!(report);
+        let rows = match (report.files.first(), report.problems.is_empty()) {
+            (Some(first), true) if flags.rows > 0 => rows(&first.path, flags.rows, &tokenizer, &options)?,
+            _ => Vec::new(),
+        };
+        object["rows"] = Value::Array(rows);
+        Output::print_json(&object)?;
     } else {
         let mut text = String::new();
         for file in &report.files {
@@ -92,11 +102,10 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         }
         if let (Some(first), true) = (report.files.first(), report.problems.is_empty()) {
             let dataset = Dataset::from_file(&first.path, &tokenizer, &options)?;
-            let coloured = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
             for sample in dataset.samples.iter().take(flags.rows) {
                 let line = sample.source.as_ref().map_or(0, |source| source.line);
                 writeln!(text, "\nline {line} ({} tokens, {} trained)", sample.ids.len(), sample.num_trained())?;
-                writeln!(text, "{}", shown(sample, &tokenizer, coloured)?)?;
+                writeln!(text, "{}", shown(sample, &tokenizer, is_coloured())?)?;
             }
         }
         Output::print(text)?;
@@ -105,6 +114,25 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         return Ok(());
     }
     Err(Error::Data { problems: report.problems }.into())
+}
+
+/// The first rows of a file: line, text, and for each token its id and whether it is trained.
+fn rows(path: &Path, count: usize, tokenizer: &Tokenizer, options: &DatasetOptions) -> Result<Vec<Value>> {
+    let dataset = Dataset::from_file(path, tokenizer, options)?;
+    let rows = dataset.samples.iter().take(count).map(|sample| {
+        Ok(json!({
+            "line": sample.source.as_ref().map(|source| source.line),
+            "text": tokenizer.decode(&sample.ids, false)?,
+            "ids": sample.ids,
+            "trained": sample.trained,
+        }))
+    });
+    rows.collect()
+}
+
+/// Whether trained tokens are shown in colour.
+pub(crate) fn is_coloured() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn describe(text: &mut String, file: &FileReport) -> std::fmt::Result {
@@ -166,7 +194,11 @@ fn name(schema: metal_candle::data::Schema) -> String {
 }
 
 /// The row's text, what is trained in colour or between brackets.
-fn shown(sample: &metal_candle::data::Sample, tokenizer: &Tokenizer, coloured: bool) -> metal_candle::Result<String> {
+pub(crate) fn shown(
+    sample: &metal_candle::data::Sample,
+    tokenizer: &Tokenizer,
+    coloured: bool,
+) -> metal_candle::Result<String> {
     let (begin, end) = if coloured { ("\x1b[32m", "\x1b[0m") } else { ("⟦", "⟧") };
     let mut text = String::new();
     for span in highlight(sample, tokenizer)? {

@@ -4,20 +4,18 @@ use crate::args::AdaptedModelArguments;
 use crate::model_source::{Loaded, NANO};
 use crate::output::{Output, UserError, grouped};
 use crate::settings::check_max_tokens;
+use crate::templates::TemplateArguments;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::Error;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Sample, Tokenizer};
+use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Encoding, Sample, Tokenizer};
 use metal_candle::training::{bits_per_byte, evaluate};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
 /// Tokens computed at once.
 const BATCH_TOKENS: usize = 2048;
-
-/// The token between texts in the training data of this family.
-const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// Flags of `eval`.
 #[derive(Debug, Clone, Args)]
@@ -32,6 +30,9 @@ pub(crate) struct EvalArguments {
 
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) template: TemplateArguments,
 }
 
 pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
@@ -46,7 +47,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     };
     let file = file_of(&path)?;
     let loaded = Loaded::new(&flags.model, output)?;
-    let tokenizer = loaded.source.tokenizer()?;
+    let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let context = loaded.model.config().max_position_embeddings;
     check_max_tokens(flags.max_tokens_per_sample, loaded.model.config())?;
     let max_tokens = flags.max_tokens_per_sample.unwrap_or(2048).min(context);
@@ -61,7 +62,8 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         (dataset, num_bytes)
     } else {
         let text = std::fs::read_to_string(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
-        (Dataset::from_samples(windows(&text, &tokenizer, max_tokens)?), text.len())
+        let (samples, num_bytes) = windows(&text, &tokenizer, max_tokens)?;
+        (Dataset::from_samples(samples), num_bytes)
     };
     if dataset.is_empty() {
         return Err(Error::Format { path: file, message: "there is nothing to measure in it".into() }.into());
@@ -102,10 +104,11 @@ fn is_rows(path: &Path) -> bool {
     path.extension().is_some_and(|extension| ["jsonl", "json"].iter().any(|name| extension.eq_ignore_ascii_case(name)))
 }
 
-/// A text in overlapping windows: each token is measured once, and but for the first window after half a window at least.
-fn windows(text: &str, tokenizer: &Tokenizer, max_tokens: usize) -> metal_candle::Result<Vec<Sample>> {
-    let mut ids: Vec<u32> = tokenizer.token_to_id(END_OF_TEXT).into_iter().collect();
-    ids.extend(tokenizer.encode(text, false)?);
+/// A text in overlapping windows and the number of its bytes that are measured: each token but the first is measured once, and but
+/// for the first window after half a window at least. A BOS token comes first only where the tokenizer puts one there.
+fn windows(text: &str, tokenizer: &Tokenizer, max_tokens: usize) -> metal_candle::Result<(Vec<Sample>, usize)> {
+    let Encoding { ids, offsets } = tokenizer.encode_with_offsets(text, true)?;
+    let num_bytes = text.len() - offsets.first().map_or(0, |&(_, end)| end);
     let mut samples = Vec::new();
     let mut measured = 1;
     while measured < ids.len() {
@@ -115,7 +118,7 @@ fn windows(text: &str, tokenizer: &Tokenizer, max_tokens: usize) -> metal_candle
         samples.push(Sample { ids: ids[start..end].to_vec(), trained, source: None });
         measured = end;
     }
-    Ok(samples)
+    Ok((samples, num_bytes))
 }
 
 /// The bytes of text that the trained tokens stand for.

@@ -4,9 +4,12 @@ use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
 use crate::run_folder::check_free;
+use crate::run_folder::recorded_template;
+use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
+use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::models::{Batch, Rows, save_model, write_atomically};
 use metal_candle::{Error, Model, ModelLoader};
 use serde_json::json;
@@ -47,9 +50,14 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
     let adapter = load_adapter(&model, &flags.adapter, &source)?;
-    let merged = adapter.merge(&model)?;
+    let template = TemplateArguments::default();
+    let tokenizer = template.tokenizer(&source, Some(&flags.adapter))?;
+    let merged = with_end_of_turn(adapter.merge(&model)?, &tokenizer)?;
     save_model(&merged, &flags.output)?;
     copy_tokenizer(source.folder(), &flags.output)?;
+    if recorded_template(&flags.adapter)?.chat_template.is_some() {
+        write_template(&tokenizer, &flags.output)?;
+    }
     drop(merged);
 
     let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
@@ -86,6 +94,22 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The model with the token that ends a turn of the chat template among those that end a text.
+pub(crate) fn with_end_of_turn(model: Model, tokenizer: &Tokenizer) -> metal_candle::Result<Model> {
+    let mut config = model.config().clone();
+    let end = tokenizer.end_of_turn_id().filter(|&id| (id as usize) < config.vocab_size);
+    let Some(end) = end.filter(|end| !config.eos_token_ids.contains(end)) else { return Ok(model) };
+    config.eos_token_ids.push(end);
+    let tensors = model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    Model::from_tensors(config, tensors, model.device())
+}
+
+/// Writes the chat template of a tokenizer into a folder, if it is a single one.
+pub(crate) fn write_template(tokenizer: &Tokenizer, folder: &Path) -> metal_candle::Result<()> {
+    let Some([(_, source)]) = tokenizer.chat_template().map(ChatTemplate::sources) else { return Ok(()) };
+    write_atomically(folder.join("chat_template.jinja"), |file| file.write_all(source.as_bytes()))
 }
 
 fn rounding(model: &Model) -> &'static str {

@@ -10,4 +10,6 @@ pub(crate) mod generate;
 pub(crate) mod info;
 pub(crate) mod logits;
 pub(crate) mod runs;
+pub(crate) mod template;
+pub(crate) mod tokenize;
 pub(crate) mod train;

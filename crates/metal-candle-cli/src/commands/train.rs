@@ -254,6 +254,7 @@ impl Kept for LoRAAdapter {
         } else {
             self.save(run.adapter())?;
         }
+        prepared.write_template(&run.adapter())?;
         Ok(run.adapter())
     }
 }
@@ -335,6 +336,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
     let _lock = RunLock::take(&run)?;
     prepared.settings.output = None;
     prepared.given.output = None;
+    prepared.write_template(run.path())?;
     run.write_settings(&prepared.given, &prepared.settings)?;
     stop_at_once(Some(run.path()), output);
     report::summary(&prepared, &rows, &run, total_steps, output);

@@ -1,5 +1,6 @@
 //! What the model writes before and after training, compared with what it should write.
 
+use crate::sampling::with_end_of_turn;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Message, Sample, Source, Tokenizer};
 use metal_candle::inference::{GenerationConfig, Generator};
@@ -84,7 +85,8 @@ pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions
         .iter()
         .map(|question| {
             let most = context.saturating_sub(question.prompt.len()).max(1);
-            GenerationConfig::default().with_max_tokens((question.answer.len() + 1).clamp(1, most))
+            let config = GenerationConfig::default().with_max_tokens((question.answer.len() + 1).clamp(1, most));
+            with_end_of_turn(config, Some(tokenizer))
         })
         .collect();
     let prompts = questions.iter().map(|question| question.prompt.clone());
@@ -99,7 +101,7 @@ pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions
 pub(super) fn show(generator: &mut Generator, question: &Question) -> metal_candle::Result<String> {
     let context = generator.model().config().max_position_embeddings;
     let most = context.saturating_sub(question.prompt.len()).clamp(1, MAX_SAMPLE_TOKENS);
-    let config = GenerationConfig::default().with_max_tokens(most);
+    let config = with_end_of_turn(GenerationConfig::default().with_max_tokens(most), generator.tokenizer());
     Ok(generator.generate(question.prompt.clone(), &config)?.text)
 }
 

@@ -2,11 +2,12 @@
 
 use super::Prepared;
 use super::answers::Question;
-use crate::commands::fuse::copy_tokenizer;
+use crate::commands::fuse::{copy_tokenizer, with_end_of_turn, write_template};
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::{Output, UserError};
 use crate::run_record::RunRecord;
 use crate::settings::{PathValues, TrainSettings, parse_layers};
+use crate::templates::with_template;
 use anyhow::Result;
 use candle_core::DType;
 use metal_candle::Model;
@@ -43,7 +44,8 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
         }
     };
     let data_name = settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| shown(path));
-    let tokenizer = source.tokenizer()?;
+    let variables: Vec<&str> = settings.template_var.iter().flatten().map(String::as_str).collect();
+    let tokenizer = with_template(&source, settings.chat_template.as_deref(), &variables)?;
     let options = DatasetOptions {
         max_tokens: settings.max_tokens_per_sample,
         truncate: settings.truncate == Some(true),
@@ -179,6 +181,14 @@ impl Prepared {
         Ok(warnings)
     }
 
+    /// Writes the chat template into a folder, if it is not the model's own.
+    pub(super) fn write_template(&self, folder: &Path) -> Result<()> {
+        if self.settings.chat_template.is_some() {
+            write_template(&self.tokenizer, folder)?;
+        }
+        Ok(())
+    }
+
     /// What the run's record says of it from the start.
     pub(super) fn record(&self) -> Result<RunRecord> {
         let settings = match serde_json::to_value(&self.settings)? {
@@ -222,7 +232,8 @@ pub(super) fn save_full(model: &Model, folder: &Path, prepared: &Prepared) -> Re
         tensors.insert(name.clone(), tensor.to_dtype(dtype).map_err(metal_candle::Error::from)?);
     }
     let model = Model::from_tensors(model.config().clone(), tensors, model.device())?;
-    save_model(&model, folder)?;
+    save_model(&with_end_of_turn(model, &prepared.tokenizer)?, folder)?;
     copy_tokenizer(prepared.source.folder(), folder)?;
+    prepared.write_template(folder)?;
     Ok(())
 }

@@ -1,0 +1,114 @@
+//! `--chat-template`, `--template-var` and `--tools`: how conversations become text.
+
+use crate::input;
+use crate::model_source::ModelSource;
+use crate::output::{Output, UserError};
+use crate::run_folder::recorded_template;
+use anyhow::Result;
+use clap::Args;
+use metal_candle::Error;
+use metal_candle::data::{ChatTemplate, Tokenizer};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// Most bytes of a template or of a file with tools.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+
+/// Variables that the program sets itself.
+const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
+/// The chat template and its variables.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Chat template")]
+pub(crate) struct TemplateArguments {
+    /// Use the chat template in this file [default: the adapter's run's, else the model's].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+
+    /// Set a variable of the template, as in `enable_thinking=false`; VALUE is JSON, or else text. May be given more than
+    /// once.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = template_var)]
+    pub(crate) template_var: Vec<String>,
+}
+
+/// Checks the form of a template variable.
+pub(crate) fn template_var(text: &str) -> Result<String, String> {
+    let name = text.split_once('=').map(|(name, _)| name).ok_or("expected NAME=VALUE")?;
+    let is_name = name.chars().all(|c| c.is_alphanumeric() || c == '_') && !name.starts_with(|c: char| c.is_numeric());
+    if name.is_empty() || !is_name {
+        return Err(format!("expected a name of letters, digits and `_` before `=`, found `{name}`"));
+    }
+    if RESERVED.contains(&name) {
+        return Err(format!("`{name}` is set by the program"));
+    }
+    Ok(text.to_owned())
+}
+
+impl TemplateArguments {
+    /// The tokenizer of a model with the chat template of these flags, else of the run that `adapter` or the model comes from,
+    /// else its own.
+    pub(crate) fn tokenizer(&self, source: &ModelSource, adapter: Option<&Path>) -> Result<Tokenizer> {
+        let recorded = match adapter {
+            Some(adapter) => recorded_template(adapter)?,
+            None => recorded_template(source.folder())?,
+        };
+        let file = self.chat_template.clone().or(recorded.chat_template);
+        let flags: Vec<&str> = self.template_var.iter().map(String::as_str).collect();
+        let recorded: Vec<&str> = recorded.template_var.iter().map(String::as_str).collect();
+        with_template(source, file.as_deref(), &[recorded, flags].concat())
+    }
+}
+
+/// The tokenizer of a model with the template in `file`, or else its own, and variables set; of two values of a variable the last
+/// one counts.
+pub(crate) fn with_template(source: &ModelSource, file: Option<&Path>, variables: &[&str]) -> Result<Tokenizer> {
+    let tokenizer = source.tokenizer()?;
+    if file.is_none() && variables.is_empty() {
+        return Ok(tokenizer);
+    }
+    let template = match file {
+        Some(path) => {
+            let template = ChatTemplate::for_folder(input::read_text(path, MAX_FILE_BYTES)?, source.folder());
+            Some(template.map_err(|error| match error {
+                Error::Template(message) => Error::Format { path: path.to_path_buf(), message },
+                other => other,
+            })?)
+        }
+        None => tokenizer.chat_template().cloned(),
+    };
+    let Some(mut template) = template else {
+        return Err(UserError::new(format!("`--template-var`: `{}` has no chat template", source.name))
+            .with_hint("--chat-template FILE names one")
+            .into());
+    };
+    for text in variables {
+        let text = template_var(text).map_err(|error| UserError::new(format!("`--template-var`: {error}")))?;
+        let Some((name, value)) = text.split_once('=') else { continue };
+        if !template.sources().iter().any(|(_, source)| source.contains(name)) {
+            Output::warn(format_args!("`--template-var`: the chat template does not use `{name}`"));
+        }
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        template = template.with_variable(name, &value);
+    }
+    Ok(tokenizer.with_chat_template(Some(template)))
+}
+
+/// Reads the JSON schemas of tools: a list, or an object with a list at `tools`.
+pub(crate) fn read_tools(path: Option<&Path>) -> Result<Option<Vec<Value>>> {
+    let Some(path) = path else { return Ok(None) };
+    let text = input::read_text(path, MAX_FILE_BYTES)?;
+    let format = |message: String| Error::Format { path: path.to_path_buf(), message };
+    let value: Value = serde_json::from_str(&text).map_err(|error| format(format!("expected JSON: {error}")))?;
+    let list = match value {
+        Value::Array(list) => list,
+        Value::Object(mut map) => match map.remove("tools") {
+            Some(Value::Array(list)) => list,
+            _ => return Err(format("expected a list of tools, found an object without one at `tools`".into()).into()),
+        },
+        _ => return Err(format("expected a list of tools, found another value".into()).into()),
+    };
+    if let Some(index) = list.iter().position(|tool| !tool.is_object()) {
+        return Err(format(format!("tool {}: expected an object with the tool's JSON schema", index + 1)).into());
+    }
+    Ok((!list.is_empty()).then_some(list))
+}
