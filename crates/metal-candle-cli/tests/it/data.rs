@@ -14,6 +14,10 @@ fn numbers_and_rows() {
     assert!(!ran.stdout.contains('\x1b'));
     let json = fixture.ok("data check data --model model --json").json();
     assert_eq!(json["files"][0]["rows"], 40);
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[2]["line"]), (3, &3.into()));
+    assert!(rows[2]["text"].as_str().unwrap().contains("fn item_2()"), "{}", rows[2]);
+    assert_eq!(rows[2]["ids"].as_array().unwrap().len(), rows[2]["trained"].as_array().unwrap().len());
     assert_eq!(json["leakage"]["count"], 0);
 }
 

@@ -21,4 +21,5 @@ mod runs;
 #[cfg(feature = "hub")]
 #[path = "../../../metal-candle/tests/it/stand_in_hub.rs"]
 mod stand_in_hub;
+mod texts;
 mod train;

@@ -165,15 +165,16 @@ fn eval_measures_rows_and_text() {
     let ids = tokenizer.encode(&text, false).unwrap();
     assert!(ids.len() > 600);
     let json = fixture.ok("eval --model model --data text.rs --max-tokens-per-sample 256 --json").json();
-    assert_eq!(json["tokens"], ids.len());
-    assert_eq!(json["bytes"], text.len());
-    let bits = json["loss"].as_f64().unwrap() * ids.len() as f64 / std::f64::consts::LN_2 / text.len() as f64;
+    // nothing comes before the first token, which is `fn`
+    assert_eq!(json["tokens"], ids.len() - 1);
+    assert_eq!(json["bytes"], text.len() - 2);
+    let bits =
+        json["loss"].as_f64().unwrap() * (ids.len() - 1) as f64 / std::f64::consts::LN_2 / (text.len() - 2) as f64;
     assert!(close(&json["bits_per_byte"], bits), "{json}");
-    // the first window has no other context than the library gives it
+    // the tokenizer has `add_bos_token: false`: no token comes before the text
     let short = "fn main() {}";
     std::fs::write(fixture.path("short.txt"), short).unwrap();
-    let mut ids = vec![tokenizer.token_to_id("<|endoftext|>").unwrap()];
-    ids.extend(tokenizer.encode(short, false).unwrap());
+    let ids = tokenizer.encode(short, false).unwrap();
     let sample = metal_candle::data::Sample { trained: vec![true; ids.len()], ids, source: None };
     let wanted = evaluate(&model, None, &Dataset::from_samples(vec![sample]), 4096).unwrap();
     assert!(close(&fixture.ok("eval --model model --data short.txt --json").json()["loss"], wanted.loss()));
@@ -191,7 +192,9 @@ fn completions_are_scripts() {
 #[test]
 fn help_has_examples() {
     let fixture = Fixture::new();
-    for command in ["", "train", "generate", "chat", "fuse", "eval", "logits", "data check"] {
+    for command in
+        ["", "train", "generate", "chat", "fuse", "eval", "logits", "template", "tokenize", "detokenize", "data check"]
+    {
         let text = fixture.ok(&format!("{command} --help")).stdout;
         assert!(text.contains("Example"), "{command}\n{text}");
     }

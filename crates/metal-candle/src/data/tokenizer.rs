@@ -21,6 +21,8 @@ struct Inner {
     tokenizer: Arc<tokenizers::Tokenizer>,
     chat_template: Option<ChatTemplate>,
     bos_token: Option<String>,
+    /// Whether a BOS token comes before a text, where the folder says so.
+    add_bos_token: Option<bool>,
     eos_token: Option<String>,
     pad_token: Option<String>,
 }
@@ -77,6 +79,7 @@ impl Tokenizer {
             tokenizer: Arc::new(tokenizer),
             chat_template,
             bos_token: special_token(config, "bos_token"),
+            add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
             eos_token: special_token(config, "eos_token"),
             pad_token: special_token(config, "pad_token"),
         };
@@ -107,6 +110,7 @@ impl Tokenizer {
             tokenizer: Arc::clone(&shared.tokenizer),
             chat_template: shared.chat_template.clone(),
             bos_token: shared.bos_token.clone(),
+            add_bos_token: shared.add_bos_token,
             eos_token: shared.eos_token.clone(),
             pad_token: shared.pad_token.clone(),
         });
@@ -122,7 +126,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.tokenizer.encode_fast(text, add_special).map_err(|e| self.encode_error(&e))?;
         let ids = encoding.get_ids();
-        Ok(ids[self.num_doubled(text, ids, add_special)..].to_vec())
+        Ok(ids[self.num_unwanted(text, ids, add_special)..].to_vec())
     }
 
     /// The tokens of `text` with their places in it.
@@ -132,18 +136,18 @@ impl Tokenizer {
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoding> {
         let encoding = self.inner.tokenizer.encode(text, add_special).map_err(|e| self.encode_error(&e))?;
         let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
-        let start = self.num_doubled(text, ids, add_special);
+        let start = self.num_unwanted(text, ids, add_special);
         Ok(Encoding { ids: ids[start..].to_vec(), offsets: offsets[start..].to_vec() })
     }
 
-    /// Number of first tokens that the tokenizer put before a text that begins with the same token already: 1 or 0.
-    fn num_doubled(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
-        let [first, second, ..] = ids else { return 0 };
-        let is_doubled = add_special
-            && first == second
-            && self.is_special(*first)
-            && self.id_to_token(*first).is_some_and(|token| text.starts_with(&token));
-        usize::from(is_doubled && self.encodes_before_text(*first))
+    /// Number of first tokens that do not belong there, 1 or 0: a BOS token that the folder's `add_bos_token` turns off, or one
+    /// before a text that begins with it already.
+    fn num_unwanted(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
+        let Some(&first) = ids.first().filter(|&&id| add_special && self.is_special(id)) else { return 0 };
+        let Some(token) = self.id_to_token(first) else { return 0 };
+        let is_off = self.inner.add_bos_token == Some(false) && self.inner.bos_token.as_ref() == Some(&token);
+        let is_doubled = ids.get(1) == Some(&first) && text.starts_with(&token);
+        usize::from((is_off || is_doubled) && self.encodes_before_text(first))
     }
 
     /// Whether the tokenizer puts this token before every text.
@@ -246,5 +250,47 @@ pub(super) fn read_json_if_exists(path: &Path) -> Result<Option<Value>> {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::format(path, e)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::read(path, error)),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::Tokenizer;
+    use serde_json::{Value, json};
+
+    /// A tokenizer of words that puts `<s>` before every text.
+    fn with_bos(config: &Value) -> Tokenizer {
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
+            "added_tokens": [{"id": 1, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "<s>": 1, "a": 2}, "unk_token": "<unk>"},
+        });
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn a_bos_token_comes_once_or_not_at_all() {
+        let on = with_bos(&json!({"bos_token": "<s>", "add_bos_token": true}));
+        let off = with_bos(&json!({"bos_token": "<s>", "add_bos_token": false}));
+        for (text, with, without) in
+            [("a", vec![1, 2], vec![2]), ("<s> a", vec![1, 2], vec![1, 2]), ("", vec![1], vec![])]
+        {
+            assert_eq!(on.encode(text, true).unwrap(), with, "{text}");
+            assert_eq!(off.encode(text, true).unwrap(), without, "{text}");
+            assert_eq!(on.encode_with_offsets(text, true).unwrap().ids, with, "{text}");
+        }
+        // two in the text stay two
+        assert_eq!(on.encode("<s> <s> a", true).unwrap(), [1, 1, 2]);
+        assert_eq!(with_bos(&json!({})).encode("a", true).unwrap(), [1, 2]);
     }
 }
