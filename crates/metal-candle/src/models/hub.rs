@@ -6,6 +6,7 @@
 
 use super::hub_transfer::{Transfer, plain_name};
 use crate::error::{Error, Result};
+use crate::files::read_text;
 use hf_hub::{Cache, Repo, RepoType};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -96,6 +97,8 @@ const FILES: [(&str, bool); 9] = [
 ];
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Most bytes of the file with the access token.
+const MAX_TOKEN_BYTES: u64 = 64 << 10;
 
 impl Hub {
     /// The Hub at `endpoint`, with its files in `cache_dir`, without a token.
@@ -124,7 +127,7 @@ impl Hub {
             .or_else(|| Some(home.as_ref()?.join("hub")))
             .ok_or_else(|| Error::Hub("there is no home folder; set `HF_HOME` to a folder for downloads".into()))?;
         let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home?.join("token")));
-        let token = variable("HF_TOKEN").or_else(|| std::fs::read_to_string(token_file?).ok());
+        let token = variable("HF_TOKEN").or_else(|| read_text(token_file?, MAX_TOKEN_BYTES).ok());
         let offline = variable("HF_HUB_OFFLINE")
             .is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on"));
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
@@ -293,8 +296,7 @@ fn is_commit(revision: &str) -> bool {
 
 /// The files an index of shards names.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read(index).map_err(|e| Error::read(index, e))?;
-    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| Error::format(index, e))?;
+    let json: serde_json::Value = crate::files::read_json(index, super::shards::MAX_INDEX_BYTES)?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| Error::format(index, "expected an object `weight_map`"))?;
     let mut names = BTreeSet::new();
