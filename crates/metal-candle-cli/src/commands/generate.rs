@@ -115,7 +115,7 @@ fn answer_all(
                 object["index"] = json!(first + index);
                 Output::print_json(&object)?;
             } else {
-                Output::print(format_args!("{}\n", generation.text))?;
+                Output::print_generated(&format!("{}\n", generation.text))?;
             }
         }
         first += part.len();
