@@ -1,7 +1,6 @@
 //! Where text goes: results to standard output, everything else to standard error.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use metal_candle::files::{printable, printable_json, sanitize};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -50,7 +49,7 @@ impl Output {
     pub(crate) fn note(self, message: impl fmt::Display) {
         if !self.quiet {
             // standard error may be closed; there is nobody to tell then
-            let _ = writeln!(std::io::stderr().lock(), "{}", sanitize(&message.to_string()));
+            let _ = writeln!(std::io::stderr().lock(), "{message}");
         }
     }
 
@@ -66,30 +65,11 @@ impl Output {
 
     /// A message that is shown with `--quiet` too.
     pub(crate) fn warn(message: impl fmt::Display) {
-        let _ = writeln!(std::io::stderr().lock(), "warning: {}", sanitize(&message.to_string()));
+        let _ = writeln!(std::io::stderr().lock(), "warning: {message}");
     }
 
-    /// `error: ...` and, where there is one, `hint: ...`.
-    pub(crate) fn error(message: impl fmt::Display, hint: Option<&str>) {
-        let mut stderr = std::io::stderr().lock();
-        let _ = writeln!(stderr, "error: {}", sanitize(&message.to_string()));
-        if let Some(hint) = hint {
-            let _ = writeln!(stderr, "hint: {}", sanitize(hint));
-        }
-    }
-
-    /// A result; its control characters are escaped.
+    /// A result.
     pub(crate) fn print(text: impl fmt::Display) -> std::io::Result<()> {
-        Self::print_styled(printable(&text.to_string()))
-    }
-
-    /// Text that a model wrote: byte by byte into a file or a pipe, with control characters escaped on a terminal.
-    pub(crate) fn print_generated(text: &str) -> std::io::Result<()> {
-        if std::io::stdout().is_terminal() { Self::print(text) } else { Self::print_styled(text) }
-    }
-
-    /// A result with colours, whose text the caller has made [`printable`].
-    pub(crate) fn print_styled(text: impl fmt::Display) -> std::io::Result<()> {
         let mut stdout = std::io::stdout().lock();
         write!(stdout, "{text}")?;
         stdout.flush()
@@ -97,7 +77,7 @@ impl Output {
 
     /// The result as JSON, on one line.
     pub(crate) fn print_json(value: &serde_json::Value) -> std::io::Result<()> {
-        Self::print_styled(format_args!("{}\n", printable_json(&value.to_string())))
+        Self::print(format_args!("{value}\n"))
     }
 
     /// A bar of `length` steps where standard error is a terminal, lines of progress otherwise.
@@ -107,7 +87,7 @@ impl Output {
             if let Ok(template) = ProgressStyle::with_template(style.template()) {
                 bar.set_style(template.progress_chars("━╸─"));
             }
-            bar.set_prefix(sanitize(label));
+            bar.set_prefix(label.to_owned());
             bar.enable_steady_tick(Duration::from_millis(250));
             Some(bar)
         } else {
@@ -177,7 +157,7 @@ impl Progress {
     pub(crate) fn set(&mut self, position: u64, message: &str) {
         if let Some(bar) = &self.bar {
             bar.set_position(position);
-            bar.set_message(sanitize(message));
+            bar.set_message(message.to_owned());
             return;
         }
         let now = Instant::now();
@@ -263,7 +243,11 @@ pub(crate) fn duration(seconds: f64) -> String {
 
 /// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
-    Output::error(message(error), hint(error).as_deref());
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "error: {}", message(error));
+    if let Some(hint) = hint(error) {
+        let _ = writeln!(stderr, "hint: {hint}");
+    }
     exit_code(error)
 }
 

@@ -303,7 +303,8 @@ impl TrainSettings {
 
     /// Reads a TOML file whose keys are the names of the flags, with `-` or `_`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = metal_candle::files::read_text(path, metal_candle::files::MAX_SIDE_FILE_BYTES)?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })?;
         Self::parse(&text).map_err(|error| UserError::new(format!("`{}`: {}", path.display(), message(&error))).into())
     }
 

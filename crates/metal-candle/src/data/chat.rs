@@ -1,10 +1,10 @@
 //! Chat templates: conversations as the text a model was trained on.
 
 use super::Message;
-use super::python;
+use super::jinja::{self, STORABLE};
 use crate::error::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::ValueKind;
 use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as TemplateValue};
 use serde_json::{Map, Value};
 use std::io;
@@ -16,8 +16,12 @@ use std::time::SystemTime;
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
 /// Most bytes of a template's source.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Budget of a rendering: an instruction costs 1, and so does every 64 bytes of data it makes.
+/// Budget of a rendering without its input: an instruction costs 1, and so does every 64 bytes of data it makes.
 const FUEL: u64 = 600_000;
+/// Fuel for each value of the input.
+const FUEL_PER_VALUE: u64 = 400;
+/// Fuel for each byte of the input's texts.
+const FUEL_PER_BYTE: u64 = 16;
 /// Budget that most conversations do with. A level of nested lists costs a template 1 at least and the engine up to half a kibibyte
 /// of stack when it prints or drops them, so this much is safe on any thread.
 const SMALL_FUEL: u64 = 3_000;
@@ -71,8 +75,9 @@ impl ChatTemplate {
                 let found = source.len();
                 return Err(Error::Template(format!("expected at most {MAX_SOURCE_BYTES} bytes, found {found}")));
             }
-            environment
-                .add_template_owned(name.clone(), rewritten(source))
+            let source = jinja::rewritten(source).map_err(Error::Template)?;
+            // the parser recurses
+            on_large_stack(|| environment.add_template_owned(name.clone(), source))?
                 .map_err(|e| template_error(&e, sources.len() > 1))?;
         }
         let template = Self { environment: Arc::new(environment), sources, variables: Vec::new() };
@@ -120,7 +125,7 @@ impl ChatTemplate {
         if !path.is_file() {
             return Self::from_tokenizer_config(&config);
         }
-        let read = |path: &Path| crate::files::read_text(path, MAX_SOURCE_BYTES as u64);
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| Error::read(path, e));
         let mut sources = vec![("default".to_string(), read(&path)?)];
         if let Ok(entries) = std::fs::read_dir(folder.join("additional_chat_templates")) {
             let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -143,11 +148,11 @@ impl ChatTemplate {
         self
     }
 
-    /// The template with another clock for `strftime_now`, which tells the time in UTC.
+    /// The template with another clock for `strftime_now`, which prints local time.
     #[must_use]
     pub fn with_clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         let mut environment = (*self.environment).clone();
-        environment.add_function("strftime_now", move |format: &str| python::strftime(format, clock()));
+        environment.add_function("strftime_now", move |format: &str| jinja::strftime_local(format, clock()));
         self.environment = Arc::new(environment);
         self
     }
@@ -219,14 +224,32 @@ impl ChatTemplate {
 
     fn render_on_large_stack(&self, name: &str, context: &TemplateValue) -> Result<Rendered> {
         let mut environment = (*self.environment).clone();
-        environment.set_fuel(Some(FUEL));
-        std::thread::scope(|scope| {
-            let render = || render_within(&environment, name, context);
-            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, render);
-            let thread = thread.map_err(|e| Error::Template(format!("no thread to render on: {e}")))?;
-            thread.join().map_err(|_| Error::Template("the template engine failed".into()))
-        })
+        environment.set_fuel(Some(FUEL.saturating_add(fuel_for(context, 0))));
+        on_large_stack(|| render_within(&environment, name, context))
     }
+}
+
+/// Runs what may recurse deep on a thread of its own.
+fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| Error::Template(format!("no thread to render on: {e}")))?;
+        thread.join().map_err(|_| Error::Template("the template engine failed".into()))
+    })
+}
+
+/// Fuel that a rendering gets for its input: templates walk over messages and characters.
+fn fuel_for(value: &TemplateValue, depth: usize) -> u64 {
+    if let Some(text) = value.as_str() {
+        return FUEL_PER_VALUE + FUEL_PER_BYTE * text.len() as u64;
+    }
+    let is_list = matches!(value.kind(), ValueKind::Seq | ValueKind::Map) && depth < MAX_STORED_DEPTH;
+    let Some(items) = value.try_iter().ok().filter(|_| is_list) else { return FUEL_PER_VALUE };
+    let items = items.map(|item| match value.kind() {
+        ValueKind::Map => fuel_for(&value.get_item(&item).unwrap_or_default(), depth + 1),
+        _ => fuel_for(&item, depth + 1),
+    });
+    items.fold(FUEL_PER_VALUE, u64::saturating_add)
 }
 
 /// A text or the engine's error.
@@ -273,19 +296,8 @@ fn environment() -> Result<Environment<'static>> {
     environment.set_fuel(Some(SMALL_FUEL));
     environment.set_recursion_limit(RECURSION_LIMIT);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_unknown_method_callback(python_method);
-    environment.set_formatter(|out, state, value| {
-        if value.kind() == ValueKind::Number {
-            out.write_str(&python::number(value, "nan", "inf")).map_err(minijinja::Error::from)
-        } else {
-            minijinja::escape_formatter(out, state, value)
-        }
-    });
-    environment.add_filter("tojson", |state: &State, value: &TemplateValue, kwargs: Kwargs| {
-        let text = python::dumps(value, &kwargs)?;
-        state.consume_fuel(text.len() as u64 / 64)?;
-        Ok::<_, minijinja::Error>(text)
-    });
+    environment.set_unknown_method_callback(jinja::method);
+    jinja::install(&mut environment);
     environment.add_filter(STORABLE, storable);
     environment.add_function("raise_exception", |message: &str| {
         Err::<TemplateValue, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_string()))
@@ -293,91 +305,6 @@ fn environment() -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// Methods of Python's strings that `pycompat` lacks, then those it has.
-fn python_method(
-    state: &mut State,
-    value: &TemplateValue,
-    method: &str,
-    args: &[TemplateValue],
-) -> std::result::Result<TemplateValue, minijinja::Error> {
-    if let (Some(text), [first, rest @ ..]) = (value.as_str(), args) {
-        let argument = first.as_str();
-        match (method, argument, rest) {
-            ("removeprefix", Some(prefix), []) => {
-                return Ok(TemplateValue::from(text.strip_prefix(prefix).unwrap_or(text)));
-            }
-            ("removesuffix", Some(suffix), []) => {
-                return Ok(TemplateValue::from(text.strip_suffix(suffix).unwrap_or(text)));
-            }
-            ("rsplit", Some(separator), rest) if !separator.is_empty() => {
-                let limit = rest.first().and_then(|n| usize::try_from(n.clone()).ok()).unwrap_or(usize::MAX);
-                let mut parts: Vec<&str> = text.rsplitn(limit.saturating_add(1), separator).collect();
-                parts.reverse();
-                return Ok(parts.into_iter().map(TemplateValue::from).collect());
-            }
-            ("partition", Some(separator), []) if !separator.is_empty() => {
-                let parts = text.split_once(separator).map_or([text, "", ""], |(a, b)| [a, separator, b]);
-                return Ok(parts.into_iter().map(TemplateValue::from).collect());
-            }
-            _ => {}
-        }
-    }
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
-}
-
-/// The source with two changes that leave no trace in the output: transformers marks the assistant's text by
-/// `{% generation %}`, and what is put into a namespace goes through [`storable`].
-fn rewritten(source: &str) -> String {
-    let mut text = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        text.push_str(before);
-        let (tag, after) = tag.split_at(tag_end(tag));
-        let is_mark = |c: char| matches!(c, '{' | '%' | '-' | '+' | '}');
-        match tag.trim_start_matches(is_mark).trim_end_matches(is_mark).trim() {
-            "generation" => text.push_str(&tag.replacen("generation", "with", 1)),
-            "endgeneration" => text.push_str(&tag.replacen("endgeneration", "endwith", 1)),
-            inside => match namespace_assignment(inside) {
-                Some((target, value)) => {
-                    text.push_str(&tag.replacen(inside, &format!("{target}= ({value}) | {STORABLE}"), 1));
-                }
-                None => text.push_str(tag),
-            },
-        }
-        rest = after;
-    }
-    text + rest
-}
-
-/// The end of the tag at the beginning of a text; a `%}` in a string does not count.
-fn tag_end(tag: &str) -> usize {
-    let mut quote = None;
-    let mut is_escaped = false;
-    for (index, byte) in tag.bytes().enumerate() {
-        match (quote, byte) {
-            _ if is_escaped => is_escaped = false,
-            (Some(_), b'\\') => is_escaped = true,
-            (Some(open), byte) if open == byte => quote = None,
-            (None, b'"' | b'\'') => quote = Some(byte),
-            (None, b'}') if index > 2 && tag.as_bytes()[index - 1] == b'%' => return index + 1,
-            _ => {}
-        }
-    }
-    tag.len()
-}
-
-/// `set a.b ` and the value of `set a.b = value`.
-fn namespace_assignment(inside: &str) -> Option<(&str, &str)> {
-    let (target, value) = inside.split_once('=')?;
-    let names = target.strip_prefix("set")?;
-    let is_name = |c: char| c.is_alphanumeric() || c.is_whitespace() || matches!(c, '_' | '.' | ',' | '(' | ')');
-    (names.contains('.') && names.starts_with(char::is_whitespace) && names.chars().all(is_name))
-        .then_some((target, value))
-}
-
-/// The filter that guards namespaces, the only values a template can change.
-const STORABLE: &str = "_storable";
 /// Most levels of lists and maps in a value that a namespace holds.
 const MAX_STORED_DEPTH: usize = 100;
 
@@ -399,7 +326,7 @@ fn check_storable(state: &State, value: &TemplateValue, depth: usize) -> std::re
     if depth > MAX_STORED_DEPTH {
         return refuse("a namespace cannot hold a value of more than 100 levels");
     }
-    if value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace")) {
+    if jinja::is_namespace(value) {
         return refuse("a namespace cannot hold a namespace");
     }
     state.consume_fuel(1 + value.len().unwrap_or(0) as u64)?;

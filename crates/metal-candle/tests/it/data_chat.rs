@@ -100,7 +100,7 @@ fn generation_marks_leave_no_trace() {
 #[test]
 fn strftime_now_asks_the_given_clock() {
     let template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}").unwrap();
-    let template = template.with_clock(|| SystemTime::UNIX_EPOCH + Duration::from_hours(478_320));
+    let template = template.with_clock(|| SystemTime::UNIX_EPOCH + Duration::from_hours(478_332));
     assert_eq!(template.render(&[], None, false, &Map::new()).unwrap(), "26 Jul 2024");
 }
 
@@ -224,4 +224,46 @@ fn values_nested_without_end_do_no_harm() {
         let unrolled = format!("{{% set x = {} %}}", nested.replace("[]", "[x]")).repeat(rounds);
         let _ = render(&format!("{{% set x = 1 %}}{unrolled}{{{{ x }}}}"), &[]);
     }
+}
+
+#[test]
+fn expressions_equal_those_of_jinja2() {
+    let text = std::fs::read_to_string(golden().join("chat/expressions.json")).unwrap();
+    let cases: Vec<(String, Option<String>)> = serde_json::from_str(&text).unwrap();
+    let variables = json!({"f": 1e-7, "big": 1e20, "l": [1e16, 2.0, null, true, "it's"], "d": {"a": 0.1, "b": [false]}, "s": "a-b c"});
+    let mut wrong = Vec::new();
+    for (source, expected) in &cases {
+        let template = ChatTemplate::new(source.as_str());
+        let found = template.and_then(|template| template.render(&[], None, false, variables.as_object().unwrap()));
+        match (expected, found) {
+            (Some(expected), Ok(found)) if *expected == found => {}
+            (None, Err(_)) => {}
+            (expected, found) => wrong.push(format!("{source}\n  {expected:?}\n  {found:?}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+#[test]
+fn deep_sources_and_large_results_are_refused() {
+    let chains = ["-", "+", "not ", "~", "a if a else ", "a and ", "1 % "];
+    for chain in chains {
+        let _ = error_of(&format!("{{{{ {}1 }}}}", chain.repeat(20_000)));
+    }
+    assert!(error_of(&format!("{{{{ 1{} }}}}", "+1".repeat(32_000))).contains("operators"));
+    assert!(error_of(&format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(20_000))).contains("elif"));
+    for source in
+        ["('a' * 9000000).split('a')", "'a'.ljust(10**9)", "('a' * 9000000) | list", "'%99999d' % 1 * 1000000"]
+    {
+        let message = error_of(&format!("{{{{ {source} }}}}"));
+        assert!(message.contains("budget") || message.contains("longer"), "{source}: {message}");
+    }
+}
+
+#[test]
+fn long_conversations_have_budget() {
+    let source = "{% for m in messages %}{% set ns = namespace(n=0) %}{% for c in m.content %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }};{% endfor %}";
+    assert_eq!(render(source, &[Message::user("x".repeat(100_000))]).unwrap(), "100000;");
+    let many: Vec<Message> = (0..800).map(|_| Message::user("hello there")).collect();
+    assert_eq!(render(source, &many).unwrap().len(), 800 * 3);
 }

@@ -1,9 +1,8 @@
-//! What chat templates expect of Python: `json.dumps`, `str` of numbers, and `strftime`.
+//! Values as Python prints them: `json.dumps`, `str` and `repr`.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
-use std::time::{Duration, SystemTime};
 
 /// Most levels of lists and maps that are written.
 const MAX_DEPTH: usize = 200;
@@ -48,7 +47,7 @@ pub(super) fn dumps(value: &Value, kwargs: &Kwargs) -> Result<String, Error> {
     Ok(text)
 }
 
-fn invalid(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+pub(super) fn invalid(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
@@ -167,115 +166,126 @@ pub(super) fn number(value: &Value, nan: &str, infinity: &str) -> String {
     format!("{sign}{digits}e{exponent_sign}{:02}", exponent.abs())
 }
 
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-
-/// `time.strftime(format)` in UTC and English.
-pub(super) fn strftime(format: &str, time: SystemTime) -> Result<String, Error> {
-    let elapsed = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    let seconds = elapsed.as_secs() as i64;
-    let (days, second_of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let (year, month, day) = civil_from_days(days);
-    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
-    // the first of January 1970 was a Thursday
-    let weekday = (days + 3).rem_euclid(7) as usize;
-    let day_of_year = days - days_from_civil(year, 1, 1) + 1;
-    let month_name = MONTHS[(month - 1) as usize];
-    let hour12 = (hour + 11) % 12 + 1;
-    let mut text = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            text.push(c);
-            continue;
-        }
-        let mut code = chars.next();
-        let is_unpadded = code == Some('-');
-        if is_unpadded {
-            code = chars.next();
-        }
-        let padded = |number: i64, width: usize| {
-            if is_unpadded { number.to_string() } else { format!("{number:0width$}") }
-        };
-        let part = match code {
-            Some('Y') => year.to_string(),
-            Some('y') => padded(year.rem_euclid(100), 2),
-            Some('m') => padded(month, 2),
-            Some('d') => padded(day, 2),
-            Some('e') => {
-                if is_unpadded {
-                    day.to_string()
-                } else {
-                    format!("{day:2}")
-                }
-            }
-            Some('j') => padded(day_of_year, 3),
-            Some('H') => padded(hour, 2),
-            Some('I') => padded(hour12, 2),
-            Some('M') => padded(minute, 2),
-            Some('S') => padded(second, 2),
-            Some('f') => format!("{:06}", elapsed.subsec_micros()),
-            Some('p') => if hour < 12 { "AM" } else { "PM" }.into(),
-            Some('B') => month_name.into(),
-            Some('b' | 'h') => month_name[..3].into(),
-            Some('A') => DAYS[weekday].into(),
-            Some('a') => DAYS[weekday][..3].into(),
-            Some('w') => ((weekday + 1) % 7).to_string(),
-            Some('u') => (weekday + 1).to_string(),
-            Some('F') => format!("{year}-{month:02}-{day:02}"),
-            Some('T' | 'X') => format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('R') => format!("{hour:02}:{minute:02}"),
-            Some('D' | 'x') => format!("{month:02}/{day:02}/{:02}", year.rem_euclid(100)),
-            Some('c') => {
-                format!("{} {} {day:2} {hour:02}:{minute:02}:{second:02} {year}", &DAYS[weekday][..3], &month_name[..3])
-            }
-            Some('s') => seconds.to_string(),
-            // `datetime.now()` knows no zone, so Python writes nothing for these
-            Some('z' | 'Z') => String::new(),
-            Some('%') => "%".into(),
-            Some('n') => "\n".into(),
-            Some('t') => "\t".into(),
-            Some(other) => return Err(invalid(format!("`strftime_now` does not know `%{other}`"))),
-            None => return Err(invalid("`strftime_now`: the format ends with `%`")),
-        };
-        text.push_str(&part);
+/// `str(value)`.
+pub(in crate::data) fn str_of(value: &Value) -> Result<String, Error> {
+    match value.as_str() {
+        Some(text) if value.kind() == ValueKind::String => Ok(text.to_string()),
+        _ if value.is_undefined() => Ok(String::new()),
+        _ => repr(value),
     }
+}
+
+/// `repr(value)`.
+pub(super) fn repr(value: &Value) -> Result<String, Error> {
+    let mut text = String::new();
+    write_repr(value, 0, &mut text)?;
     Ok(text)
 }
 
-/// Year, month and day of a day counted from 1970-01-01 (Hinnant, "chrono-compatible low-level date algorithms").
-fn civil_from_days(days: i64) -> (i64, i64, i64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(invalid(format!("a value nested deeper than {MAX_DEPTH} levels cannot be printed")));
+    }
+    match value.kind() {
+        ValueKind::Undefined => out.push_str("Undefined"),
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Number => out.push_str(&number(value, "nan", "inf")),
+        ValueKind::String if value.is_safe() => {
+            out.push_str("Markup(");
+            repr_string(value.as_str().unwrap_or_default(), out);
+            out.push(')');
+        }
+        ValueKind::String => repr_string(value.as_str().unwrap_or_default(), out),
+        ValueKind::Bytes => repr_bytes(value.as_bytes().unwrap_or_default(), out),
+        ValueKind::Seq | ValueKind::Iterable => {
+            let is_tuple = value.is_tuple();
+            out.push(if is_tuple { '(' } else { '[' });
+            let mut len = 0;
+            for item in value.try_iter()? {
+                if len > 0 {
+                    out.push_str(", ");
+                }
+                write_repr(&item, depth + 1, out)?;
+                len += 1;
+            }
+            out.push_str(match (is_tuple, len) {
+                (true, 1) => ",)",
+                (true, _) => ")",
+                (false, _) => "]",
+            });
+        }
+        ValueKind::Map => {
+            let is_namespace = is_namespace(value);
+            out.push_str(if is_namespace { "<Namespace {" } else { "{" });
+            for (index, key) in value.try_iter()?.enumerate() {
+                if index > 0 {
+                    out.push_str(", ");
+                }
+                write_repr(&key, depth + 1, out)?;
+                out.push_str(": ");
+                write_repr(&value.get_item(&key)?, depth + 1, out)?;
+            }
+            out.push_str(if is_namespace { "}>" } else { "}" });
+        }
+        ValueKind::Invalid => return Err(invalid(value.to_string())),
+        _ => out.push_str(&value.to_string()),
+    }
+    Ok(())
 }
 
-/// The inverse of [`civil_from_days`].
-fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
-    let year = year - i64::from(month <= 2);
-    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
-    let shifted_month = (month + 9) % 12;
-    let day_of_year = (153 * shifted_month + 2) / 5 + day - 1;
-    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
-    era * 146_097 + day_of_era - 719_468
+/// Is this the engine's namespace, which looks like a map?
+pub(in crate::data) fn is_namespace(value: &Value) -> bool {
+    value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace"))
+}
+
+fn quote_for(has_single: bool, has_double: bool) -> char {
+    if has_single && !has_double { '"' } else { '\'' }
+}
+
+fn repr_string(text: &str, out: &mut String) {
+    let quote = quote_for(text.contains('\''), text.contains('"'));
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            c if c == quote => out.extend(['\\', c]),
+            c if is_printable(c) => out.push(c),
+            // writing to a string cannot fail
+            c if u32::from(c) < 0x100 => drop(write!(out, "\\x{:02x}", u32::from(c))),
+            c if u32::from(c) < 0x1_0000 => drop(write!(out, "\\u{:04x}", u32::from(c))),
+            c => drop(write!(out, "\\U{:08x}", u32::from(c))),
+        }
+    }
+    out.push(quote);
+}
+
+fn repr_bytes(bytes: &[u8], out: &mut String) {
+    let quote = quote_for(bytes.contains(&b'\''), bytes.contains(&b'"'));
+    out.push('b');
+    out.push(quote);
+    for &byte in bytes {
+        match byte {
+            b'\n' => out.push_str("\\n"),
+            b'\r' => out.push_str("\\r"),
+            b'\t' => out.push_str("\\t"),
+            b'\\' => out.push_str("\\\\"),
+            byte if char::from(byte) == quote => out.extend(['\\', quote]),
+            b' '..=b'~' => out.push(char::from(byte)),
+            // writing to a string cannot fail
+            byte => drop(write!(out, "\\x{byte:02x}")),
+        }
+    }
+    out.push(quote);
+}
+
+/// `str.isprintable` of one character.
+pub(super) fn is_printable(c: char) -> bool {
+    // The standard library escapes the same categories; after a letter it leaves combining characters alone.
+    c == '"' || c == '\'' || c == '\\' || ['x', c].iter().collect::<String>().escape_debug().count() == 2
 }
 
 #[cfg(test)]
@@ -301,15 +311,5 @@ mod tests {
         }
         assert_eq!(number(&Value::from(7), "NaN", "Infinity"), "7");
         assert_eq!(number(&Value::from(f64::NEG_INFINITY), "nan", "inf"), "-inf");
-    }
-
-    #[test]
-    fn dates_are_right_across_leap_years() {
-        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        assert_eq!(strftime("%F %T %a", at(0)).unwrap(), "1970-01-01 00:00:00 Thu");
-        assert_eq!(strftime("%d %b %Y", at(1_709_164_800)).unwrap(), "29 Feb 2024");
-        assert_eq!(strftime("%A %-d %B %y, day %j", at(1_735_603_200)).unwrap(), "Tuesday 31 December 24, day 366");
-        assert_eq!(strftime("%I:%M %p 100%%", at(13 * 3600 + 300)).unwrap(), "01:05 PM 100%");
-        assert!(strftime("%Q", at(0)).unwrap_err().to_string().contains("`%Q`"));
     }
 }

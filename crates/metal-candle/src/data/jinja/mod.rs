@@ -1,0 +1,15 @@
+//! What chat templates expect of Jinja2 and Python: filters, tests, methods, formats and the printing of values.
+
+mod args;
+mod filters;
+mod format;
+mod methods;
+mod python;
+mod source;
+mod strftime;
+
+pub(super) use filters::install;
+pub(super) use methods::method;
+pub(super) use python::is_namespace;
+pub(super) use source::{STORABLE, rewritten};
+pub(super) use strftime::strftime_local;
