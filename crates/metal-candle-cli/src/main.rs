@@ -22,9 +22,13 @@ use args::{Arguments, Command};
 use clap::{CommandFactory, FromArgMatches};
 use output::Output;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Whether a thread has panicked outside a guard, which is a bug.
+static HAS_PANICKED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let words = args::with_negative_numbers(std::env::args_os());
@@ -38,15 +42,22 @@ fn main() -> ExitCode {
         }
     };
     std::panic::set_hook(Box::new(|panic| {
+        // the library returns it as an error
+        if metal_candle::files::is_guarded() {
+            return;
+        }
         screen::leave();
-        eprintln!("error: {panic}");
-        eprintln!("hint: this is a defect of the program: please report it with the command");
-        std::process::exit(2);
+        HAS_PANICKED.store(true, Ordering::Relaxed);
+        Output::error(panic, Some("this is a bug; please open an issue and include the command you ran"));
     }));
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => ExitCode::from(output::report(&error)),
+    // threads that the program starts end with a panic of their own, which the hook has printed
+    let outcome = std::panic::catch_unwind(|| run(&arguments));
+    match outcome {
+        _ if HAS_PANICKED.load(Ordering::Relaxed) => ExitCode::from(2),
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => ExitCode::from(output::report(&error)),
+        Err(_) => ExitCode::from(2),
     }
 }
 

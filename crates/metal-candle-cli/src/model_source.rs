@@ -6,12 +6,16 @@ use anyhow::Result;
 use candle_core::DType;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Tokenizer;
+use metal_candle::files;
 use metal_candle::models::SafetensorsFile;
 use metal_candle::{Error, Model, ModelConfig, ModelLoader};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+/// Most bytes of an index of shards.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 /// The name of the built-in model.
 pub(crate) const NANO: &str = "nano";
@@ -77,10 +81,9 @@ impl ModelSource {
             _ => self.folder().join("model.safetensors.index.json"),
         };
         let names: BTreeSet<String> = if index.is_file() {
-            let text = std::fs::read_to_string(&index).map_err(|source| Error::Read { path: index.clone(), source })?;
-            let format = |message: String| Error::Format { path: index.clone(), message };
-            let index: Value = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
-            let map = index["weight_map"].as_object().ok_or_else(|| format("there is no `weight_map`".into()))?;
+            let json: Value = files::read_json(&index, MAX_INDEX_BYTES)?;
+            let message = "expected an object `weight_map`".to_owned();
+            let map = json["weight_map"].as_object().ok_or(Error::Format { path: index.clone(), message })?;
             map.values().filter_map(|name| Some(name.as_str()?.to_owned())).collect()
         } else {
             let entries = std::fs::read_dir(self.folder()).into_iter().flatten().flatten();

@@ -1,6 +1,7 @@
 //! Where text goes: results to standard output, everything else to standard error.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use metal_candle::files::{printable, printable_json, sanitize};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -49,7 +50,7 @@ impl Output {
     pub(crate) fn note(self, message: impl fmt::Display) {
         if !self.quiet {
             // standard error may be closed; there is nobody to tell then
-            let _ = writeln!(std::io::stderr().lock(), "{message}");
+            let _ = writeln!(std::io::stderr().lock(), "{}", sanitize(&message.to_string()));
         }
     }
 
@@ -65,11 +66,30 @@ impl Output {
 
     /// A message that is shown with `--quiet` too.
     pub(crate) fn warn(message: impl fmt::Display) {
-        let _ = writeln!(std::io::stderr().lock(), "warning: {message}");
+        let _ = writeln!(std::io::stderr().lock(), "warning: {}", sanitize(&message.to_string()));
     }
 
-    /// A result.
+    /// `error: ...` and, where there is one, `hint: ...`.
+    pub(crate) fn error(message: impl fmt::Display, hint: Option<&str>) {
+        let mut stderr = std::io::stderr().lock();
+        let _ = writeln!(stderr, "error: {}", sanitize(&message.to_string()));
+        if let Some(hint) = hint {
+            let _ = writeln!(stderr, "hint: {}", sanitize(hint));
+        }
+    }
+
+    /// A result; its control characters are escaped.
     pub(crate) fn print(text: impl fmt::Display) -> std::io::Result<()> {
+        Self::print_styled(printable(&text.to_string()))
+    }
+
+    /// Text that a model wrote: byte by byte into a file or a pipe, with control characters escaped on a terminal.
+    pub(crate) fn print_generated(text: &str) -> std::io::Result<()> {
+        if std::io::stdout().is_terminal() { Self::print(text) } else { Self::print_styled(text) }
+    }
+
+    /// A result with colours, whose text the caller has made [`printable`].
+    pub(crate) fn print_styled(text: impl fmt::Display) -> std::io::Result<()> {
         let mut stdout = std::io::stdout().lock();
         write!(stdout, "{text}")?;
         stdout.flush()
@@ -77,7 +97,7 @@ impl Output {
 
     /// The result as JSON, on one line.
     pub(crate) fn print_json(value: &serde_json::Value) -> std::io::Result<()> {
-        Self::print(format_args!("{value}\n"))
+        Self::print_styled(format_args!("{}\n", printable_json(&value.to_string())))
     }
 
     /// A bar of `length` steps where standard error is a terminal, lines of progress otherwise.
@@ -87,7 +107,7 @@ impl Output {
             if let Ok(template) = ProgressStyle::with_template(style.template()) {
                 bar.set_style(template.progress_chars("━╸─"));
             }
-            bar.set_prefix(label.to_owned());
+            bar.set_prefix(sanitize(label));
             bar.enable_steady_tick(Duration::from_millis(250));
             Some(bar)
         } else {
@@ -157,7 +177,7 @@ impl Progress {
     pub(crate) fn set(&mut self, position: u64, message: &str) {
         if let Some(bar) = &self.bar {
             bar.set_position(position);
-            bar.set_message(message.to_owned());
+            bar.set_message(sanitize(message));
             return;
         }
         let now = Instant::now();
@@ -243,11 +263,7 @@ pub(crate) fn duration(seconds: f64) -> String {
 
 /// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
-    let mut stderr = std::io::stderr().lock();
-    let _ = writeln!(stderr, "error: {}", message(error));
-    if let Some(hint) = hint(error) {
-        let _ = writeln!(stderr, "hint: {hint}");
-    }
+    Output::error(message(error), hint(error).as_deref());
     exit_code(error)
 }
 

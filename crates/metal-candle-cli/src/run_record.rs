@@ -4,6 +4,7 @@ use crate::output::UserError;
 use crate::run_folder::RunFolder;
 use anyhow::Result;
 use metal_candle::Error;
+use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_if_exists};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -72,14 +73,14 @@ impl RunRecord {
 
     /// Reads the record of a run; none if there is none.
     pub(crate) fn read(folder: &Path) -> std::result::Result<Option<Self>, String> {
-        match std::fs::read(Self::path(folder)) {
-            Ok(bytes) => {
+        match read_if_exists(Self::path(folder), MAX_SIDE_FILE_BYTES) {
+            Ok(Some(bytes)) => {
                 // an array would do for a structure
                 let object = serde_json::from_slice::<Map<String, Value>>(&bytes);
                 let record = object.and_then(|object| serde_json::from_value(Value::Object(object)));
                 record.map(Some).map_err(|error| format!("run.json: {error}"))
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Ok(None) => Ok(None),
             Err(error) => Err(format!("run.json: {error}")),
         }
     }

@@ -303,8 +303,7 @@ impl TrainSettings {
 
     /// Reads a TOML file whose keys are the names of the flags, with `-` or `_`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })?;
+        let text = metal_candle::files::read_text(path, metal_candle::files::MAX_SIDE_FILE_BYTES)?;
         Self::parse(&text).map_err(|error| UserError::new(format!("`{}`: {}", path.display(), message(&error))).into())
     }
 

@@ -9,6 +9,7 @@ pub mod adapters;
 pub mod data;
 mod device;
 mod error;
+pub mod files;
 pub mod inference;
 pub mod models;
 pub mod ops;

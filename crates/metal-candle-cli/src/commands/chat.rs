@@ -181,7 +181,7 @@ impl Chat {
             prompt_ids = prompt;
             self.generator.generate_with(&prompt_ids, config, |piece| {
                 if !json {
-                    unwritten = Output::print(&piece.text);
+                    unwritten = Output::print_generated(&piece.text);
                 }
                 if unwritten.is_err() || interrupt::is_asked() {
                     return ControlFlow::Break(());

@@ -8,6 +8,6 @@ use clap_complete::Shell;
 pub(crate) fn run(shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "metal-candle", &mut script);
-    Output::print(String::from_utf8_lossy(&script))?;
+    Output::print_styled(String::from_utf8_lossy(&script))?;
     Ok(())
 }

@@ -10,6 +10,7 @@ use metal_candle::Error;
 use metal_candle::data::{
     DataReport, Dataset, DatasetOptions, Duplicates, FileReport, Lengths, Tokenizer, TrainedTurns, highlight,
 };
+use metal_candle::files::printable;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -100,15 +101,15 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         for note in &report.notes {
             writeln!(text, "note            {note}")?;
         }
+        Output::print(text)?;
         if let (Some(first), true) = (report.files.first(), report.problems.is_empty()) {
             let dataset = Dataset::from_file(&first.path, &tokenizer, &options)?;
             for sample in dataset.samples.iter().take(flags.rows) {
                 let line = sample.source.as_ref().map_or(0, |source| source.line);
-                writeln!(text, "\nline {line} ({} tokens, {} trained)", sample.ids.len(), sample.num_trained())?;
-                writeln!(text, "{}", shown(sample, &tokenizer, is_coloured())?)?;
+                let head = format!("\nline {line} ({} tokens, {} trained)", sample.ids.len(), sample.num_trained());
+                Output::print_styled(format_args!("{head}\n{}\n", shown(sample, &tokenizer, is_coloured())?))?;
             }
         }
-        Output::print(text)?;
     }
     if report.problems.is_empty() {
         return Ok(());
@@ -203,8 +204,7 @@ pub(crate) fn shown(
     let mut text = String::new();
     for span in highlight(sample, tokenizer)? {
         // a row may hold control characters, which are not for the terminal
-        let plain: String =
-            span.text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect();
+        let plain = printable(&span.text);
         if span.trained {
             text.extend([begin, &plain, end]);
         } else {

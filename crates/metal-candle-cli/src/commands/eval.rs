@@ -14,6 +14,9 @@ use metal_candle::training::{bits_per_byte, evaluate};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
+/// Most bytes of a text file, which is encoded at once.
+const MAX_TEXT_BYTES: u64 = 1024 << 20;
+
 /// Tokens computed at once.
 const BATCH_TOKENS: usize = 2048;
 
@@ -61,7 +64,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         let num_bytes = trained_bytes(&dataset, &tokenizer)?;
         (dataset, num_bytes)
     } else {
-        let text = std::fs::read_to_string(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
+        let text = metal_candle::files::read_text(&file, MAX_TEXT_BYTES)?;
         let (samples, num_bytes) = windows(&text, &tokenizer, max_tokens)?;
         (Dataset::from_samples(samples), num_bytes)
     };

@@ -10,8 +10,9 @@ use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
 use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::files::read_bounded;
 use metal_candle::models::{Batch, Rows, save_model, write_atomically};
-use metal_candle::{Error, Model, ModelLoader};
+use metal_candle::{Model, ModelLoader};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -128,12 +129,15 @@ fn largest_difference(a: &candle_core::Tensor, b: &candle_core::Tensor) -> metal
     Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
 }
 
+/// Most bytes of such a file.
+const MAX_COPIED_BYTES: u64 = 256 << 20;
+
 /// Copies the files that say how text becomes tokens, and conversations text.
 pub(crate) fn copy_tokenizer(from: &Path, to: &Path) -> metal_candle::Result<()> {
     for name in TOKENIZER_FILES {
         let path = from.join(name);
         if path.exists() {
-            let bytes = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
+            let bytes = read_bounded(&path, MAX_COPIED_BYTES)?;
             write_atomically(to.join(name), |file| file.write_all(&bytes))?;
         }
     }

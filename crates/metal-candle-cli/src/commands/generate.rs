@@ -76,7 +76,7 @@ pub(crate) fn run(flags: &GenerateArguments, output: Output) -> Result<()> {
     let mut unwritten = Ok(());
     let generation = generator.generate_with(&prompt, &config, |piece| {
         if streams {
-            unwritten = Output::print(&piece.text);
+            unwritten = Output::print_generated(&piece.text);
         }
         if unwritten.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
@@ -86,7 +86,7 @@ pub(crate) fn run(flags: &GenerateArguments, output: Output) -> Result<()> {
         return Ok(());
     }
     if !streams {
-        Output::print(&generation.text)?;
+        Output::print_generated(&generation.text)?;
     }
     Output::print("\n")?;
     output.note(speeds(&generation.finish));
@@ -115,7 +115,7 @@ fn answer_all(
                 object["index"] = json!(first + index);
                 Output::print_json(&object)?;
             } else {
-                Output::print(format_args!("{}\n", generation.text))?;
+                Output::print_generated(&format!("{}\n", generation.text))?;
             }
         }
         first += part.len();

@@ -65,7 +65,7 @@ pub(crate) fn run(flags: &TemplateCommandArguments, output: Output) -> Result<()
             .and_then(|row| renderer.render(&row).map_err(|error| crate::output::message(&error)));
         match rendered {
             Ok(rendered) if output.json => Output::print_json(&rendered.json(is_batch.then_some(line)))?,
-            Ok(rendered) => Output::print(rendered.shown(&renderer, is_batch.then_some(line))?)?,
+            Ok(rendered) => Output::print_styled(rendered.shown(&renderer, is_batch.then_some(line))?)?,
             Err(message) if is_batch => {
                 num_failed += 1;
                 if output.json {
@@ -193,12 +193,12 @@ impl Rendered {
                 let sample = Sample { ids: self.ids.clone(), trained: trained.clone(), source: None };
                 shown.push_str(&super::data::shown(&sample, &renderer.own, super::data::is_coloured())?);
             }
-            Err(_) => shown.push_str(&self.text),
+            Err(_) => shown.push_str(&metal_candle::files::printable(&self.text)),
         }
         let ids: Vec<String> = self.ids.iter().map(u32::to_string).collect();
         let num_trained = match &self.trained {
             Ok(trained) => format!("{} trained", trained.iter().filter(|trained| **trained).count()),
-            Err(reason) => format!("not trained: {reason}"),
+            Err(reason) => format!("not trained: {}", metal_candle::files::sanitize(&reason.to_string())),
         };
         Ok(format!("{shown}\n[{} tokens, {num_trained}]\n{}\n", ids.len(), ids.join(" ")))
     }

@@ -125,7 +125,7 @@ impl ChatTemplate {
         if !path.is_file() {
             return Self::from_tokenizer_config(&config);
         }
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| Error::read(path, e));
+        let read = |path: &Path| crate::files::read_text(path, MAX_SOURCE_BYTES as u64);
         let mut sources = vec![("default".to_string(), read(&path)?)];
         if let Ok(entries) = std::fs::read_dir(folder.join("additional_chat_templates")) {
             let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();

@@ -143,6 +143,9 @@ fn encode_bytes(encoder: &Encoder, bytes: &[u8]) -> std::result::Result<EncodedR
     let text =
         std::str::from_utf8(bytes).map_err(|e| format!("not UTF-8 from byte {} of the row on", e.valid_up_to() + 1))?;
     let value = serde_json::from_str(text).map_err(|e| {
+        if let Some(message) = dialect(text) {
+            return message;
+        }
         let message = e.to_string();
         let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
         let place = if e.line() == 1 { format!("column {}", e.column()) } else { format!("line {} of it", e.line()) };
@@ -150,6 +153,49 @@ fn encode_bytes(encoder: &Encoder, bytes: &[u8]) -> std::result::Result<EncodedR
     })?;
     let (schema, row) = rows::parse(value)?;
     encoder.encode(schema, row)
+}
+
+/// What is wrong with a text that is no JSON but that Python's `json` reads, or that holds several values.
+fn dialect(text: &str) -> Option<String> {
+    let bytes = text.as_bytes();
+    let (mut at, mut is_in_string) = (0, false);
+    let unit = |at: usize| {
+        let digits = bytes.get(at..at + 6)?.strip_prefix(b"\\u")?;
+        u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+    };
+    while at < bytes.len() {
+        let rest = &bytes[at..];
+        match (is_in_string, rest[0]) {
+            (true, b'\\') => match unit(at) {
+                Some(0xD800..=0xDBFF) if unit(at + 6).is_some_and(|low| (0xDC00..=0xDFFF).contains(&low)) => at += 11,
+                Some(code @ 0xD800..=0xDFFF) => {
+                    return Some(format!(
+                        "not valid JSON: `\\u{code:04x}` is an unpaired surrogate, half a character such as an emoji \
+                         (column {}); the text was cut there: remove it",
+                        at + 1
+                    ));
+                }
+                _ => at += 1,
+            },
+            (_, b'"') => is_in_string = !is_in_string,
+            (false, b'N' | b'I') => {
+                let name = ["NaN", "Infinity"].into_iter().find(|name| rest.starts_with(name.as_bytes()))?;
+                return Some(format!("not valid JSON: `{name}` is no JSON number (column {}); write `null`", at + 1));
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<serde_json::Value>();
+    let first = values.next()?.ok()?;
+    let end = values.byte_offset();
+    let is_another = values.next().is_some_and(|next| next.is_ok_and(|next| next.is_object()));
+    (first.is_object() && is_another).then(|| {
+        format!(
+            "several JSON values on one line, the second from column {} on; write each on a line of its own",
+            end + 1
+        )
+    })
 }
 
 fn notes(

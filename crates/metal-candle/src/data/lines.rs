@@ -5,6 +5,9 @@ use std::io::{self, BufRead};
 /// Most bytes of a record.
 const MAX_RECORD_BYTES: usize = 64 << 20;
 
+/// Most bytes of a record that is too long and is skipped; what follows it is not read.
+const MAX_SKIPPED_BYTES: usize = 1 << 30;
+
 const BOM: &[u8] = b"\xEF\xBB\xBF";
 
 /// One record of a file.
@@ -75,14 +78,22 @@ impl<R: BufRead> Records<R> {
     fn start(&mut self) -> io::Result<Option<Record>> {
         self.line = usize::from(self.is_json);
         let bytes = self.reader.fill_buf()?;
-        if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
+        if let Some(message) = other_format(bytes) {
             self.state = State::Ended;
-            return Ok(Some(Record::Broken { line: 0, message: "expected UTF-8, found UTF-16".into() }));
+            return Ok(Some(Record::Broken { line: 0, message }));
         }
         self.oddities.has_bom = bytes.starts_with(BOM);
         let skipped = if self.oddities.has_bom { BOM.len() } else { 0 };
         self.reader.consume(skipped);
-        self.oddities.is_empty = self.reader.fill_buf()?.is_empty();
+        let bytes = self.reader.fill_buf()?;
+        self.oddities.is_empty = bytes.is_empty();
+        // a list, or objects over several lines, whatever the name of the file says
+        let first_line = bytes.split(|&byte| byte == b'\n').find(|line| !line.trim_ascii().is_empty());
+        if !self.is_json
+            && first_line.is_some_and(|line| line.trim_ascii() == b"{" || line.trim_ascii().starts_with(b"["))
+        {
+            (self.is_json, self.line) = (true, 1);
+        }
         Ok(None)
     }
 
@@ -105,7 +116,8 @@ impl<R: BufRead> Records<R> {
                 }
                 let used = part.len() + usize::from(newline.is_some());
                 self.reader.consume(used);
-                if newline.is_some() {
+                // a device has no end
+                if newline.is_some() || num_bytes > MAX_SKIPPED_BYTES {
                     break;
                 }
             }
@@ -114,6 +126,9 @@ impl<R: BufRead> Records<R> {
             }
             self.line += 1;
             let line = self.line;
+            if num_bytes > MAX_SKIPPED_BYTES {
+                self.state = State::Ended;
+            }
             if num_bytes > MAX_RECORD_BYTES {
                 return Ok(Some(too_long(line, num_bytes)));
             }
@@ -162,6 +177,10 @@ impl<R: BufRead> Records<R> {
                 }
             }
             self.reader.consume(used);
+            if value.num_bytes > MAX_SKIPPED_BYTES {
+                self.state = State::Ended;
+                return Ok(value.finish());
+            }
             if is_complete {
                 return Ok(value.finish());
             }
@@ -220,6 +239,74 @@ impl Value {
     }
 }
 
+/// What a file is and what to do with it, if its first bytes show that it holds no JSON text.
+fn other_format(bytes: &[u8]) -> Option<String> {
+    let starts = |magic: &[u8]| bytes.starts_with(magic);
+    let expected = "expected JSON lines in UTF-8, found";
+    let utf16 = "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`";
+    let utf32 = "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl`";
+    let found = if starts(b"\x1F\x8B") {
+        "a gzip file; unpack it with `gzip -dc FILE > NEW.jsonl`"
+    } else if starts(b"\x28\xB5\x2F\xFD") {
+        "a zstd file; unpack it with `zstd -dc FILE > NEW.jsonl`"
+    } else if starts(b"\xFD7zXZ\0") {
+        "an xz file; unpack it with `xz -dc FILE > NEW.jsonl`"
+    } else if starts(b"BZh") {
+        "a bzip2 file; unpack it with `bzip2 -dc FILE > NEW.jsonl`"
+    } else if starts(b"\x04\x22\x4D\x18") {
+        "an lz4 file; unpack it with `lz4 -dc FILE > NEW.jsonl`"
+    } else if starts(b"PK\x03\x04") || starts(b"PK\x05\x06") {
+        "a zip file; unpack it with `unzip FILE`"
+    } else if starts(b"7z\xBC\xAF\x27\x1C") {
+        "a 7z file; unpack it with `7z x FILE`"
+    } else if starts(b"PAR1") {
+        "a Parquet file; convert it with `pandas.read_parquet(FILE).to_json(NEW, orient=\"records\", lines=True)` in Python"
+    } else if starts(b"ARROW1") || starts(b"\xFF\xFF\xFF\xFF") {
+        "an Arrow file; convert it with `datasets.Dataset.from_file(FILE).to_json(NEW)` in Python"
+    } else if starts(b"SQLite format 3\0") {
+        "an SQLite database; export its rows as JSON lines"
+    } else if starts(b"\x80") && bytes.get(1).is_some_and(|version| (2..=5).contains(version)) {
+        "a Python pickle; write its rows as JSON lines in Python"
+    } else if starts(b"\xFF\xFE\0\0") || starts(b"\0\0\xFE\xFF") {
+        utf32
+    } else if starts(b"\xFF\xFE")
+        || starts(b"\xFE\xFF")
+        || starts(b"{\0")
+        || starts(b"[\0")
+        || starts(b"\0{")
+        || starts(b"\0[")
+    {
+        utf16
+    } else if bytes.iter().take(1024).any(|&byte| byte == 0) {
+        "binary data"
+    } else {
+        return text_format(bytes);
+    };
+    Some(format!("{expected} {found}"))
+}
+
+/// The same for files of text: tables, XML and YAML, whose first line is not the start of a JSON value.
+fn text_format(bytes: &[u8]) -> Option<String> {
+    let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
+    let line = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).find(|line| !line.is_empty())?;
+    let is_column = |cell: &[u8]| {
+        let cell = cell.trim_ascii();
+        let cell = cell.strip_prefix(b"\"").and_then(|cell| cell.strip_suffix(b"\"")).unwrap_or(cell);
+        !cell.is_empty() && cell.iter().all(|&byte| byte.is_ascii_alphabetic() || byte == b'_' || byte == b' ')
+    };
+    let is_header = |separator: u8| line.contains(&separator) && line.split(|&byte| byte == separator).all(is_column);
+    let convert = "in Python";
+    if is_header(b',') {
+        let call = "pandas.read_csv(FILE).to_json(NEW, orient=\"records\", lines=True)";
+        return Some(format!("expected JSON lines, found a CSV table; convert it with `{call}` {convert}"));
+    }
+    if is_header(b'\t') || is_header(b';') {
+        let call = "pandas.read_csv(FILE, sep=None, engine=\"python\").to_json(NEW, orient=\"records\", lines=True)";
+        return Some(format!("expected JSON lines, found a TSV or CSV table; convert it with `{call}` {convert}"));
+    }
+    line.starts_with(b"<").then(|| "expected JSON lines, found XML or HTML; write its rows as JSON lines".into())
+}
+
 fn too_long(line: usize, found: usize) -> Record {
     Record::Broken { line, message: format!("expected at most {MAX_RECORD_BYTES} bytes, found {found}") }
 }
@@ -260,11 +347,29 @@ mod tests {
         assert_eq!(records(b"{\n}\n{}", true).0, [(1, "{\n}".into()), (3, "{}".into())]);
         assert_eq!(records(b"[{\"a\": [1", true).0, [(1, "{\"a\": [1".into())]);
         assert_eq!(records(b"[]", true).0, []);
+        // whatever the name of the file says
+        assert_eq!(records(b"{\n\"a\":1}\n{\n}\n", false).0, [(1, "{\n\"a\":1}".into()), (3, "{\n}".into())]);
+        assert_eq!(records(b"[{},\n{}]", false).0, [(1, "{}".into()), (2, "{}".into())]);
     }
 
     #[test]
     fn other_encodings_are_told() {
         let (found, _) = records(b"\xFF\xFE{\0}\0\n\0{\0}\0", false);
-        assert_eq!(found, [(0, "broken: expected UTF-8, found UTF-16".into())]);
+        assert!(found.len() == 1 && found[0].1.contains("found UTF-16"), "{found:?}");
+        // a buffer of five bytes shows them too
+        for (bytes, name) in [
+            (&b"\x1F\x8B\x08"[..], "gzip"),
+            (b"PAR1\x15", "Parquet"),
+            (b"PK\x03\x04a", "zip"),
+            (b"\0\0\0\0\0", "binary"),
+        ] {
+            let (found, _) = records(bytes, false);
+            assert!(found.len() == 1 && found[0].0 == 0 && found[0].1.contains(name), "{found:?}");
+        }
+        for (bytes, name) in [(&b"prompt,completion\na,b\n"[..], "CSV"), (b"a\tb\n", "TSV"), (b"<a>", "XML")] {
+            assert!(other_format(bytes).is_some_and(|message| message.contains(name)), "{name}");
+        }
+        assert_eq!(other_format(b"{\"a\": 1}\n"), None);
+        assert_eq!(other_format(b"true,"), None);
     }
 }

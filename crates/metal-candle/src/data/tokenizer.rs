@@ -2,9 +2,15 @@
 
 use super::{ChatTemplate, StreamDecoder};
 use crate::error::{Error, Result};
+use crate::files::{guard, read_bounded, read_if_exists};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Most bytes of a `tokenizer.json`; that of Gemma 3 has 33 MB.
+const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Most bytes of `tokenizer_config.json` and `special_tokens_map.json`.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A tokenizer read from `tokenizer.json`, with what a model folder says about it. Cloning is cheap.
 ///
@@ -43,7 +49,7 @@ impl Tokenizer {
     /// The file cannot be read or is no tokenizer.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|e| Error::read(path, e))?;
+        let bytes = read_bounded(path, MAX_TOKENIZER_BYTES)?;
         Self::from_parts(path, &bytes, None, &Value::Null)
     }
 
@@ -55,7 +61,7 @@ impl Tokenizer {
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|e| Error::read(&path, e))?;
+        let bytes = read_bounded(&path, MAX_TOKENIZER_BYTES)?;
         let mut config = read_json_if_exists(&folder.join("special_tokens_map.json"))?.unwrap_or(Value::Null);
         if let Some(Value::Object(known)) = read_json_if_exists(&folder.join("tokenizer_config.json"))? {
             match &mut config {
@@ -68,8 +74,10 @@ impl Tokenizer {
 
     fn from_parts(path: &Path, bytes: &[u8], chat_template: Option<ChatTemplate>, config: &Value) -> Result<Self> {
         // the crate panics on some damaged normalizers
-        let mut tokenizer = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
-            .map_err(|_| Error::format(path, "expected a tokenizer, found one that cannot be read"))?
+        let mut tokenizer = guard(|| tokenizers::Tokenizer::from_bytes(bytes))
+            .map_err(|panic| {
+                Error::format(path, format!("expected a tokenizer, found one that cannot be read: {panic}"))
+            })?
             .map_err(|e| Error::format(path, e))?;
         // a file made for training elsewhere may cut or pad every text
         tokenizer.with_truncation(None).map_err(|e| Error::format(path, e))?;
@@ -124,7 +132,8 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.tokenizer.encode_fast(text, add_special).map_err(|e| self.encode_error(&e))?;
+        let encoding = guard(|| self.inner.tokenizer.encode_fast(text, add_special));
+        let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let ids = encoding.get_ids();
         Ok(ids[self.num_unwanted(text, ids, add_special)..].to_vec())
     }
@@ -134,7 +143,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoding> {
-        let encoding = self.inner.tokenizer.encode(text, add_special).map_err(|e| self.encode_error(&e))?;
+        let encoding = guard(|| self.inner.tokenizer.encode(text, add_special));
+        let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
         let start = self.num_unwanted(text, ids, add_special);
         Ok(Encoding { ids: ids[start..].to_vec(), offsets: offsets[start..].to_vec() })
@@ -152,11 +162,11 @@ impl Tokenizer {
 
     /// Whether the tokenizer puts this token before every text.
     fn encodes_before_text(&self, id: u32) -> bool {
-        let empty = self.inner.tokenizer.encode_fast("", true);
-        empty.is_ok_and(|encoding| encoding.get_ids().first() == Some(&id))
+        let empty = guard(|| self.inner.tokenizer.encode_fast("", true));
+        empty.is_ok_and(|empty| empty.is_ok_and(|encoding| encoding.get_ids().first() == Some(&id)))
     }
 
-    fn encode_error(&self, error: &tokenizers::Error) -> Error {
+    fn encode_error(&self, error: impl std::fmt::Display) -> Error {
         Error::format(&self.inner.path, format!("a text cannot be encoded: {error}"))
     }
 
@@ -165,8 +175,9 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let text = self.inner.tokenizer.decode(ids, skip_special);
-        text.map_err(|e| Error::format(&self.inner.path, format!("tokens cannot be decoded: {e}")))
+        let failed = |error: String| Error::format(&self.inner.path, format!("tokens cannot be decoded: {error}"));
+        let text = guard(|| self.inner.tokenizer.decode(ids, skip_special)).map_err(failed)?;
+        text.map_err(|error| failed(error.to_string()))
     }
 
     /// A decoder that takes one token at a time.
@@ -246,11 +257,8 @@ pub(super) fn special_token(config: &Value, name: &str) -> Option<String> {
 
 /// A parsed JSON file, or `None` if there is none.
 pub(super) fn read_json_if_exists(path: &Path) -> Result<Option<Value>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::format(path, e)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::read(path, error)),
-    }
+    let bytes = read_if_exists(path, MAX_CONFIG_BYTES)?;
+    bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|e| Error::format(path, e))).transpose()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 
 use super::hub_transfer::{Transfer, plain_name};
 use crate::error::{Error, Result};
+use crate::files::read_text;
 use hf_hub::{Cache, Repo, RepoType};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -96,6 +97,8 @@ const FILES: [(&str, bool); 9] = [
 ];
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Most bytes of the file with the access token.
+const MAX_TOKEN_BYTES: u64 = 64 << 10;
 
 impl Hub {
     /// The Hub at `endpoint`, with its files in `cache_dir`, without a token.
@@ -108,24 +111,30 @@ impl Hub {
     ///
     /// `HF_ENDPOINT` is its address. The cache is `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else in `huggingface` in the
     /// user's cache folder. The token is `HF_TOKEN`, else the text of the file `HF_TOKEN_PATH`, else of `token` in
-    /// `HF_HOME`. With `HF_HUB_OFFLINE` set to 1 nothing is downloaded.
+    /// `HF_HOME`. With `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` set to 1 nothing is downloaded. `HUGGING_FACE_HUB_TOKEN`
+    /// is an older name of `HF_TOKEN`. `~` and `$NAME` in paths are expanded.
     ///
     /// # Errors
     /// There is no home folder to keep files in.
     pub fn from_env() -> Result<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
-        let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
-            let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        let path = |name: &str| {
+            variable(name).map(|value| expand(&value, std::env::home_dir(), |name| std::env::var(name).ok()))
+        };
+        let home = path("HF_HOME").or_else(|| {
+            let cache = path("XDG_CACHE_HOME");
             cache.or_else(|| Some(std::env::home_dir()?.join(".cache"))).map(|cache| cache.join("huggingface"))
         });
-        let cache_dir = variable("HF_HUB_CACHE")
-            .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
-            .map(PathBuf::from)
+        let cache_dir = path("HF_HUB_CACHE")
+            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
             .or_else(|| Some(home.as_ref()?.join("hub")))
             .ok_or_else(|| Error::Hub("there is no home folder; set `HF_HOME` to a folder for downloads".into()))?;
-        let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home?.join("token")));
-        let token = variable("HF_TOKEN").or_else(|| std::fs::read_to_string(token_file?).ok());
+        let token_file = path("HF_TOKEN_PATH").or_else(|| Some(home?.join("token")));
+        let token = variable("HF_TOKEN")
+            .or_else(|| variable("HUGGING_FACE_HUB_TOKEN"))
+            .or_else(|| read_text(token_file?, MAX_TOKEN_BYTES).ok());
         let offline = variable("HF_HUB_OFFLINE")
+            .or_else(|| variable("TRANSFORMERS_OFFLINE"))
             .is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on"));
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         Ok(Self { offline, ..Self::new(endpoint, cache_dir).with_token(token) })
@@ -239,6 +248,36 @@ impl Hub {
     }
 }
 
+/// A path of an environment variable with `~`, `$NAME` and `${NAME}` replaced, as a shell would; unknown names stay.
+fn expand(value: &str, home: Option<PathBuf>, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
+    let mut text = value.to_owned();
+    if let (Some(rest), Some(home)) = (value.strip_prefix('~'), home.as_ref().and_then(|home| home.to_str())) {
+        if rest.is_empty() || rest.starts_with('/') {
+            text = format!("{home}{rest}");
+        }
+    }
+    let mut expanded = String::new();
+    let mut rest = text.as_str();
+    while let Some(at) = rest.find('$') {
+        expanded.push_str(&rest[..at]);
+        let after = &rest[at + 1..];
+        let (name, used) = match after.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
+            Some((name, _)) => (name, name.len() + 2),
+            None => {
+                let end = after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len());
+                (&after[..end], end)
+            }
+        };
+        match variable(name).filter(|_| !name.is_empty()) {
+            Some(value) => expanded.push_str(&value),
+            None => expanded.push_str(&rest[at..=at + used]),
+        }
+        rest = &after[used..];
+    }
+    expanded.push_str(rest);
+    expanded.into()
+}
+
 /// Why a download did not happen.
 pub(super) enum Failure {
     /// The Hub did not answer, so the cache may be used instead.
@@ -293,8 +332,7 @@ fn is_commit(revision: &str) -> bool {
 
 /// The files an index of shards names.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read(index).map_err(|e| Error::read(index, e))?;
-    let json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| Error::format(index, e))?;
+    let json: serde_json::Value = crate::files::read_json(index, super::shards::MAX_INDEX_BYTES)?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| Error::format(index, "expected an object `weight_map`"))?;
     let mut names = BTreeSet::new();
@@ -339,6 +377,14 @@ fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::HubName;
+
+    #[test]
+    fn paths_are_expanded() {
+        let variable = |name: &str| (name == "A").then(|| "x".to_owned());
+        let expand = |value| super::expand(value, Some("/home/u".into()), variable).display().to_string();
+        assert_eq!(expand("~/a/$A-${A}/$B/${C}/~$"), "/home/u/a/x-x/$B/${C}/~$");
+        assert_eq!([expand("~"), expand("~v/a"), expand("$A")], ["/home/u", "~v/a", "x"]);
+    }
 
     #[test]
     fn names() {

@@ -1,13 +1,9 @@
 //! A JSON object read from a file, with errors that name file, key, expected and found.
 
 use crate::error::{Error, Result};
+use crate::files::{MAX_SIDE_FILE_BYTES, read_text};
 use serde_json::{Map, Value};
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-
-/// Most bytes of a file that is kept as a tree of values, which takes some twenty times its memory.
-const MAX_OBJECT_BYTES: u64 = 4 << 20;
 
 /// The keys of a JSON file.
 #[derive(Debug, Clone)]
@@ -16,28 +12,10 @@ pub(crate) struct JsonObject {
     map: Map<String, Value>,
 }
 
-/// The text of a JSON file of at most `max_bytes`.
-pub(crate) fn read_json_text(path: &Path, max_bytes: u64) -> Result<String> {
-    let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
-    if !metadata.is_file() {
-        return Err(Error::format(path, "expected a JSON file, found a folder or a device"));
-    }
-    if metadata.len() > max_bytes {
-        let found = metadata.len();
-        return Err(Error::format(path, format!("expected a JSON file of at most {max_bytes} bytes, found {found}")));
-    }
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|e| Error::read(path, e))?;
-    file.take(max_bytes).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
-    let text =
-        String::from_utf8(bytes).map_err(|_| Error::format(path, "expected JSON in UTF-8, found other bytes"))?;
-    Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
-}
-
 impl JsonObject {
     /// The object in the file `path`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        Self::parse(&read_json_text(path, MAX_OBJECT_BYTES)?, path)
+        Self::parse(&read_text(path, MAX_SIDE_FILE_BYTES)?, path)
     }
 
     /// The object in `text`; `path` is what errors name.

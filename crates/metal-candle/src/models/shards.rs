@@ -1,8 +1,8 @@
 //! The files a checkpoint is spread over, seen as one.
 
-use super::json_object::read_json_text;
 use super::safetensors_file::{SafetensorsFile, TensorEntry};
 use crate::error::{Error, Result};
+use crate::files::read_text;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,7 +10,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
 /// Most bytes of an index that are read.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
+pub(super) const MAX_INDEX_BYTES: u64 = 64 << 20;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The tensors of a checkpoint, whichever file each is in.
@@ -158,7 +158,7 @@ struct Index {
 
 impl Index {
     fn read(path: &Path) -> Result<Self> {
-        let text = read_json_text(path, MAX_INDEX_BYTES)?;
+        let text = read_text(path, MAX_INDEX_BYTES)?;
         let index: Self = serde_json::from_str(&text).map_err(|e| {
             let expected = "expected weights, an index of shards or a folder with them; read as an index of shards";
             Error::format(path, format!("{expected}: {e}"))

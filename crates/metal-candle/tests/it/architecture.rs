@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 /// The modules of the library, each of which uses only those before it (or itself).
-const ORDER: [&str; 9] = ["error", "device", "profile", "ops", "models", "adapters", "data", "inference", "training"];
+const ORDER: [&str; 10] =
+    ["error", "files", "device", "profile", "ops", "models", "adapters", "data", "inference", "training"];
 
 /// Most lines of a source file.
 const MAX_LINES: usize = 600;

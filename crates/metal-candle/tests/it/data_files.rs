@@ -107,7 +107,14 @@ fn files_without_rows_are_problems() {
     assert_eq!(problems(&folder.write("b.jsonl", "\n \n")), [(0, "the file has no rows".into())]);
     assert_eq!(problems(&folder.write("c.json", "[]")), [(0, "the file has no rows".into())]);
     let utf16 = [b"\xff\xfe".as_slice(), b"{\0}\0"].concat();
-    assert_eq!(problems(&folder.write("d.jsonl", utf16)), [(0, "expected UTF-8, found UTF-16".into())]);
+    assert_eq!(
+        problems(&folder.write("d.jsonl", utf16)),
+        [(
+            0,
+            "expected JSON lines in UTF-8, found UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`"
+                .into()
+        )]
+    );
     let missing = folder.path().join("nothing.jsonl");
     let result = Datasets::load(&missing, &TOKENIZER, &DatasetOptions::default(), &SplitOptions::default());
     assert!(matches!(result, Err(Error::Read { path, .. }) if path == missing));

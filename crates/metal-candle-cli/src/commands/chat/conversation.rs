@@ -8,6 +8,9 @@ use metal_candle::inference::GenerationConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
+/// Most bytes of a saved conversation.
+const MAX_CONVERSATION_BYTES: u64 = 64 << 20;
+
 const HELP: &str = "\
 /system TEXT      set the system prompt; without TEXT there is none
 /set NAME VALUE   max_tokens, seed, temperature, top_k, top_p, min_p, repetition_penalty,
@@ -160,7 +163,7 @@ impl Conversation {
 
     fn load(&mut self, file: &str) -> Result<String> {
         let path = Path::new(named(file)?);
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+        let text = metal_candle::files::read_text(path, MAX_CONVERSATION_BYTES)?;
         let row: Row = serde_json::from_str(text.trim())
             .map_err(|error| Error::Format { path: path.to_path_buf(), message: error.to_string() })?;
         let mut messages = row.messages;

@@ -3,6 +3,7 @@
 use crate::model_source::NANO;
 use crate::plot::Curves;
 use crate::run_record::{Liveness, Outcome, RunLock, RunRecord, seconds_since_epoch};
+use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_text};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -124,7 +125,7 @@ impl Run {
 
     /// What the file of settings says, of a run that has no record.
     fn read_config(&mut self, path: &Path) {
-        let text = match std::fs::read_to_string(path) {
+        let text = match read_text(path, MAX_SIDE_FILE_BYTES) {
             Ok(text) => text,
             Err(error) => return self.problems.push(format!("config.toml: {error}")),
         };
