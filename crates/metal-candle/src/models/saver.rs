@@ -105,7 +105,7 @@ fn dtype_name(dtype: DType) -> Option<&'static str> {
 }
 
 fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io::Result<()>> {
-    let tensor = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let tensor = to_host(tensor)?.flatten_all()?;
     Ok(match tensor.dtype() {
         DType::F32 => write_all(file, &tensor.to_vec1::<f32>()?, f32::to_le_bytes),
         DType::F16 => write_all(file, &tensor.to_vec1::<f16>()?, f16::to_le_bytes),
@@ -115,6 +115,12 @@ fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io
         DType::I64 => write_all(file, &tensor.to_vec1::<i64>()?, i64::to_le_bytes),
         _ => write_all(file, &tensor.to_vec1::<u8>()?, u8::to_le_bytes),
     })
+}
+
+/// The tensor on the CPU. candle's `to_device` copies the whole buffer behind a view, so a view of a device buffer (a moment of
+/// the optimizer, say) is first copied on the device to a buffer of its own size.
+fn to_host(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    if tensor.device().is_cpu() { Ok(tensor.clone()) } else { tensor.force_contiguous()?.to_device(&Device::Cpu) }
 }
 
 fn write_all<T: Copy, const WIDTH: usize>(
