@@ -78,6 +78,7 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     let max_tokens = flags.max_tokens_per_sample.unwrap_or(config.max_position_embeddings);
     let options = DatasetOptions {
         max_tokens: Some(max_tokens),
+        vocab_size: Some(config.vocab_size),
         trained_turns: if flags.train_last_turn_only { TrainedTurns::Last } else { TrainedTurns::All },
         ..DatasetOptions::default()
     };

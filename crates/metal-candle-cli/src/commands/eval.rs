@@ -59,7 +59,8 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         return Err(Error::Argument { name: "max_tokens_per_sample".into(), message }.into());
     }
     let (dataset, num_bytes) = if is_rows(&file) {
-        let options = DatasetOptions { max_tokens: Some(max_tokens), ..DatasetOptions::default() };
+        let vocab_size = Some(loaded.model.config().vocab_size);
+        let options = DatasetOptions { max_tokens: Some(max_tokens), vocab_size, ..DatasetOptions::default() };
         let dataset = Dataset::from_file(&file, &tokenizer, &options)?;
         let num_bytes = trained_bytes(&dataset, &tokenizer)?;
         (dataset, num_bytes)

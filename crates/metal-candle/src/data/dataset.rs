@@ -67,11 +67,19 @@ pub struct DatasetOptions {
     pub trained_turns: TrainedTurns,
     /// Whether only answers are trained; else every token is.
     pub mask_prompt: bool,
+    /// The number of tokens that the model has embeddings for; a row with a token id at or above it cannot be used.
+    pub vocab_size: Option<usize>,
 }
 
 impl Default for DatasetOptions {
     fn default() -> Self {
-        Self { max_tokens: None, truncate: false, trained_turns: TrainedTurns::All, mask_prompt: true }
+        Self {
+            max_tokens: None,
+            truncate: false,
+            trained_turns: TrainedTurns::All,
+            mask_prompt: true,
+            vocab_size: None,
+        }
     }
 }
 

@@ -148,6 +148,7 @@ impl<'a> Encoder<'a> {
             return Err(format!("expected at most {max_tokens} tokens, found {}", ids.len()));
         }
         ids.truncate(max_tokens);
+        self.check_ids(&ids)?;
         trained.truncate(max_tokens);
         // nothing comes before the first token, so it cannot be predicted
         if !trained.iter().skip(1).any(|&trained| trained) {
@@ -155,6 +156,19 @@ impl<'a> Encoder<'a> {
             return Err(format!("no token{which} is trained"));
         }
         Ok(EncodedRow { schema, ids, trained, has_straddling_token, is_cut, lacks_eos, details })
+    }
+}
+
+impl Encoder<'_> {
+    /// Refuses a token that the model has no embedding for.
+    fn check_ids(&self, ids: &[u32]) -> Result<(), String> {
+        let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
+        let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) else { return Ok(()) };
+        let token = self.tokenizer.id_to_token(id).unwrap_or_default();
+        Err(format!(
+            "token `{token}` has id {id}, outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another model, \
+             or the model's embedding was not resized after tokens were added"
+        ))
     }
 }
 

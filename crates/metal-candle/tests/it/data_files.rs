@@ -275,3 +275,16 @@ fn lengths_are_summed_up() {
     assert_eq!(wide.histogram.iter().map(|bar| bar.rows).sum::<usize>(), 2);
     assert!(wide.histogram.len() <= 20);
 }
+
+#[test]
+fn a_token_without_an_embedding_is_named_with_its_line() {
+    let folder = Folder::new();
+    let path = folder.write("train.jsonl", "{\"text\": \"fn\"}\n{\"text\": \"fn struct\"}\n");
+    let rows = Dataset::from_file(&path, &TOKENIZER, &DatasetOptions::default()).unwrap();
+    let largest = rows.samples[1].ids.iter().copied().max().unwrap();
+    let with = |vocab_size: u32| DatasetOptions { vocab_size: Some(vocab_size as usize), ..DatasetOptions::default() };
+    assert_eq!(Dataset::from_file(&path, &TOKENIZER, &with(largest + 1)).unwrap().len(), 2);
+    let found = problems_with(&path, &with(largest));
+    let (line, message) = found.last().unwrap();
+    assert!(*line == 2 && message.contains(&format!("id {largest}, outside")), "{found:?}");
+}
