@@ -354,10 +354,27 @@ fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
     Error::Template(message)
 }
 
-/// What a template sees of a message: keys that are null are left out, as transformers 5 does.
+/// Names that a message's reasoning goes by; the first is the one that most templates read.
+pub(super) const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// What a template sees of a message: keys that are null are left out, as transformers 5 does, and the reasoning has all of its
+/// names, so that a template sees it whichever it reads.
 pub(super) fn message_value(message: &Message) -> TemplateValue {
-    let present = message.fields().iter().filter(|(_, value)| !value.is_null());
-    TemplateValue::from_pairs(present.map(|(key, value)| (key.clone(), template_value(value))))
+    let fields = message.fields();
+    let present = fields.iter().filter(|(_, value)| !value.is_null());
+    let mut pairs: Vec<(String, TemplateValue)> =
+        present.map(|(key, value)| (key.clone(), template_value(value))).collect();
+    let reasoning = REASONING_KEYS.into_iter().filter_map(|key| fields.get(key)).find(|value| !value.is_null());
+    if let Some(reasoning) = reasoning {
+        pairs.retain(|(key, _)| key != REASONING_KEYS[0]);
+        pairs.push((REASONING_KEYS[0].to_string(), template_value(reasoning)));
+        for key in &REASONING_KEYS[1..] {
+            if !pairs.iter().any(|(known, _)| known == key) {
+                pairs.push(((*key).to_string(), template_value(reasoning)));
+            }
+        }
+    }
+    TemplateValue::from_pairs(pairs)
 }
 
 pub(super) fn tools_value(tools: Option<&[Value]>) -> Option<TemplateValue> {

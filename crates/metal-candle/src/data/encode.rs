@@ -3,7 +3,7 @@
 use super::rows::{Conversation, Row, Schema};
 use super::spans::{RenderedConversation, SpanFinder};
 use super::{DatasetOptions, Tokenizer, TrainedTurns};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
@@ -73,9 +73,9 @@ impl<'a> Encoder<'a> {
                 let roles = vec![("text".to_string(), text.len())];
                 Parts { text, trained: None, roles, is_plain: true }
             }
-            Row::Completion { prompt, completion, tools } if self.finder.is_some() => {
+            Row::Completion { prompt, completion, tools, variables } if self.finder.is_some() => {
                 let messages = vec![super::Message::user(prompt), super::Message::assistant(completion)];
-                self.conversation(schema, Conversation { train: vec![None; 2], messages, tools })?
+                self.conversation(schema, Conversation { train: vec![None; 2], messages, tools, variables })?
             }
             Row::Completion { prompt, completion, .. } => {
                 let text = prompt.clone() + &completion;
@@ -92,7 +92,9 @@ impl<'a> Encoder<'a> {
         let Some(finder) = &self.finder else {
             return Err(format!("the tokenizer has no chat template, which the schema {schema} needs"));
         };
-        let Conversation { messages, train, tools } = conversation;
+        let Conversation { messages, train, tools, variables } = conversation;
+        let mut all_variables = self.options.template_variables.clone();
+        all_variables.extend(variables);
         let is_assistant = |index: &usize| messages[*index].role() == "assistant";
         let last = (0..messages.len()).rev().find(is_assistant);
         if let Some(index) = (0..messages.len()).find(|index| train[*index] == Some(true) && !is_assistant(index)) {
@@ -110,8 +112,12 @@ impl<'a> Encoder<'a> {
             return Err("no assistant message is trained".into());
         }
         let spans = if self.options.mask_prompt { wanted.as_slice() } else { &[] };
-        let RenderedConversation { text, spans } = finder.render(&messages, tools.as_deref(), spans)?;
-        let roles = if self.with_details { roles(finder, &messages, tools.as_deref(), &text) } else { Vec::new() };
+        let RenderedConversation { text, spans } = finder.render(&messages, tools.as_deref(), &all_variables, spans)?;
+        let roles = if self.with_details {
+            roles(finder, &messages, tools.as_deref(), &all_variables, &text)
+        } else {
+            Vec::new()
+        };
         Ok(Parts { text, trained: self.options.mask_prompt.then_some(spans), roles, is_plain: false })
     }
 
@@ -125,7 +131,7 @@ impl<'a> Encoder<'a> {
                 let Some(spans) = &parts.trained else { return true };
                 let after = spans.partition_point(|span| span.end <= start);
                 let is_touched = start < end && spans.get(after).is_some_and(|span| span.start < end);
-                let is_inside = spans.get(after).is_some_and(|span| span.start <= start && end <= span.end);
+                let is_inside = spans.get(after).is_some_and(|span| covers(span, &parts.text, start, end));
                 has_straddling_token |= is_touched && !is_inside;
                 is_touched && is_inside
             })
@@ -172,16 +178,33 @@ impl Encoder<'_> {
     }
 }
 
+/// Whether a token is in a span, or reaches over its edges by white space only. End tokens take the white space after them with some
+/// tokenizers, and the first word of an answer the space before it.
+fn covers(span: &Range<usize>, text: &str, start: usize, end: usize) -> bool {
+    let part = |from: usize, to: usize| text.get(from..to).unwrap_or_default().trim();
+    let (inner_start, inner_end) = (start.max(span.start), end.min(span.end));
+    let is_whole = inner_start == start && inner_end == end;
+    is_whole
+        || (part(start, inner_start).is_empty()
+            && part(inner_end, end).is_empty()
+            && !part(inner_start, inner_end).is_empty()
+            && text.is_char_boundary(inner_start)
+            && text.is_char_boundary(inner_end)
+            && text.is_char_boundary(start)
+            && text.is_char_boundary(end))
+}
+
 /// Where the part of each role ends in a conversation's text.
 fn roles(
     finder: &SpanFinder,
     messages: &[super::Message],
     tools: Option<&[Value]>,
+    variables: &Map<String, Value>,
     text: &str,
 ) -> Vec<(String, usize)> {
     let mut roles = Vec::new();
     let mut has_gap = false;
-    for (message, end) in messages.iter().zip(finder.boundaries(messages, tools, text)) {
+    for (message, end) in messages.iter().zip(finder.boundaries(messages, tools, variables, text)) {
         let Some(end) = end else {
             has_gap = true;
             continue;

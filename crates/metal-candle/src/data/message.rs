@@ -94,12 +94,19 @@ impl Message {
     /// Templates write `arguments` by `tojson`, which would quote a string once more, and most expect text.
     ///
     /// # Errors
-    /// The `type` of a part that is not text.
+    /// The `type` of a part that is not text, or a part that says whether it is trained.
     pub fn normalized(mut self) -> Result<Self, String> {
         if let Some(Value::Array(parts)) = self.fields.get("content") {
             if let Some(part) = parts.iter().find(|part| part_text(part).is_none()) {
                 let kind = part.get("type").and_then(Value::as_str).unwrap_or("unknown");
                 return Err(format!("a content part of type `{kind}` is not supported, only `text` is"));
+            }
+            if let Some(key) =
+                parts.iter().find_map(|part| PART_TRAIN_KEYS.into_iter().find(|key| part.get(*key).is_some()))
+            {
+                return Err(format!(
+                    "`{key}` of a content part is not supported; use messages of their own with `train`"
+                ));
             }
             let text = self.text();
             self.fields.insert("content".into(), Value::String(text));
@@ -115,6 +122,9 @@ impl Message {
         &self.fields
     }
 }
+
+/// Keys of a content part that say whether it is trained, which is not supported.
+const PART_TRAIN_KEYS: [&str; 4] = ["train", "weight", "loss_mask", "loss"];
 
 fn part_text(part: &Value) -> Option<&str> {
     match part {

@@ -2,7 +2,7 @@
 
 use super::Message;
 use super::message::kind;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::fmt;
 
 /// The schema of a row, found by its keys.
@@ -40,7 +40,7 @@ impl fmt::Display for Schema {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Row {
     Conversation(Conversation),
-    Completion { prompt: String, completion: String, tools: Option<Vec<Value>> },
+    Completion { prompt: String, completion: String, tools: Option<Vec<Value>>, variables: Map<String, Value> },
     Text(String),
 }
 
@@ -50,6 +50,8 @@ pub(super) struct Conversation {
     /// For each message whether the row says that it is trained or not.
     pub train: Vec<Option<bool>>,
     pub tools: Option<Vec<Value>>,
+    /// The row's variables of the chat template, `chat_template_kwargs`.
+    pub variables: Map<String, Value>,
 }
 
 impl Conversation {
@@ -65,25 +67,27 @@ pub(super) fn parse(row: Value) -> Result<(Schema, Row), String> {
         return Err(format!("expected an object, found {}", kind(&row)));
     };
     row.retain(|_, value| !value.is_null());
+    refuse_row_train_keys(&row)?;
     if row.contains_key("prompt") && row.contains_key("completion") {
         return Ok((Schema::Completions, completions(&mut row)?));
     }
-    if row.contains_key("messages") {
-        let tools = tools(&mut row)?;
-        let mut conversation = conversation(&mut row, "messages")?;
-        conversation.tools = tools;
-        let schema = if conversation.tools.is_some() { Schema::Tools } else { Schema::Chat };
-        return Ok((schema, Row::Conversation(conversation)));
-    }
-    if row.contains_key("conversations") {
-        let tools = tools(&mut row)?;
-        let mut conversation = conversation(&mut row, "conversations")?;
-        conversation.tools = tools;
-        if let Some(system) = string(&mut row, "system")?.filter(|system| !system.is_empty()) {
+    for (key, is_sharegpt) in [("messages", false), ("conversations", true)] {
+        if !row.contains_key(key) {
+            continue;
+        }
+        let (tools, variables) = (tools(&mut row)?, variables(&mut row)?);
+        let mut conversation = Conversation { tools, variables, ..conversation(&mut row, key)? };
+        let system = string(&mut row, "system")?.filter(|system| !system.is_empty());
+        if let Some(system) = system.filter(|_| conversation.messages[0].role() != "system") {
             conversation.messages.insert(0, Message::system(system));
             conversation.train.insert(0, None);
         }
-        return Ok((Schema::ShareGpt, Row::Conversation(conversation)));
+        let schema = match conversation.tools {
+            _ if is_sharegpt => Schema::ShareGpt,
+            Some(_) => Schema::Tools,
+            None => Schema::Chat,
+        };
+        return Ok((schema, Row::Conversation(conversation)));
     }
     if row.contains_key("instruction") && row.contains_key("output") {
         return Ok((Schema::Alpaca, Row::Conversation(alpaca(&mut row)?)));
@@ -110,39 +114,81 @@ fn required(row: &mut Map<String, Value>, key: &str) -> Result<String, String> {
     string(row, key)?.ok_or_else(|| format!("the key `{key}` is missing"))
 }
 
-/// The list under `tools`, or the one in a string there; an empty one counts as none.
+/// The tools of a row: the list under `tools`, or under `functions` in OpenAI's older form. An empty list counts as none.
 fn tools(row: &mut Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
-    let tools = match row.remove("tools") {
+    let functions = tool_list(row, "functions")?.map(|functions| functions.into_iter().map(as_tool).collect());
+    match (tool_list(row, "tools")?, functions) {
+        (Some(_), Some(_)) => Err("the row has both `tools` and `functions`; keep only `tools`".into()),
+        (tools, functions) => Ok(tools.or(functions)),
+    }
+}
+
+/// The list of objects under `key`, or the one in a JSON string there.
+fn tool_list(row: &mut Map<String, Value>, key: &str) -> Result<Option<Vec<Value>>, String> {
+    let tools = match row.remove(key) {
         None => return Ok(None),
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
         Some(Value::String(text)) => {
-            serde_json::from_str(&text).map_err(|e| format!("`tools` holds a string that is not valid JSON: {e}"))?
+            serde_json::from_str(&text).map_err(|e| format!("`{key}` holds a string that is not valid JSON: {e}"))?
         }
         Some(tools) => tools,
     };
     match tools {
         Value::Array(tools) if tools.iter().all(Value::is_object) => Ok(Some(tools).filter(|tools| !tools.is_empty())),
-        other => Err(format!("`tools` must be a list of objects, found {}", kind(&other))),
+        other => Err(format!("`{key}` must be a list of objects, found {}", kind(&other))),
     }
 }
 
+/// A function description or call in the form that `tools` and `tool_calls` hold.
+fn as_tool(function: Value) -> Value {
+    if function.get("function").is_some_and(Value::is_object) {
+        return function;
+    }
+    json!({"type": "function", "function": function})
+}
+
+/// The variables of the chat template that a row sets: the object under `chat_template_kwargs`, or in a JSON string there.
+fn variables(row: &mut Map<String, Value>) -> Result<Map<String, Value>, String> {
+    let key = "chat_template_kwargs";
+    let value = match row.remove(key) {
+        None => return Ok(Map::new()),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(Map::new()),
+        Some(Value::String(text)) => {
+            serde_json::from_str(&text).map_err(|e| format!("`{key}` holds a string that is not valid JSON: {e}"))?
+        }
+        Some(value) => value,
+    };
+    let Value::Object(mut variables) = value else {
+        return Err(format!("`{key}` must be an object, found {}", kind(&value)));
+    };
+    // datasets libraries give every row the keys of all rows, `null` where a row has no value
+    variables.retain(|_, value| !value.is_null());
+    match variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {
+        Some(name) => Err(format!("`{key}` cannot set `{name}`, which comes from the row")),
+        None => Ok(variables),
+    }
+}
+
+/// Variables of a chat template that a row's messages and tools define.
+const RESERVED_VARIABLES: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
+
 fn completions(row: &mut Map<String, Value>) -> Result<Row, String> {
-    let tools = tools(row)?;
+    let (tools, variables) = (tools(row)?, variables(row)?);
     if !(row.get("prompt").is_some_and(Value::is_array) && row.get("completion").is_some_and(Value::is_array)) {
         let (prompt, completion) = (required(row, "prompt")?, required(row, "completion")?);
-        return Ok(Row::Completion { prompt, completion, tools });
+        return Ok(Row::Completion { prompt, completion, tools, variables });
     }
     let mut whole = conversation(row, "prompt")?;
     whole.train.fill(Some(false));
     let answer = conversation(row, "completion")?;
     whole.messages.extend(answer.messages);
     whole.train.extend(answer.train);
-    whole.tools = tools;
+    (whole.tools, whole.variables) = (tools, variables);
     Ok(Row::Conversation(whole))
 }
 
 fn alpaca(row: &mut Map<String, Value>) -> Result<Conversation, String> {
-    let mut conversation = Conversation::default();
+    let mut conversation = Conversation { variables: variables(row)?, ..Conversation::default() };
     if let Some(system) = string(row, "system")?.filter(|system| !system.is_empty()) {
         conversation.push(Message::system(system));
     }
@@ -218,21 +264,110 @@ fn message(value: Value) -> Result<(Message, Option<bool>), String> {
         if role == "function_call" {
             read_function_call(&mut fields)?;
         }
+        if known == "assistant" {
+            take_function_call(&mut fields)?;
+            refuse_text_elsewhere(&fields)?;
+        }
         fields.insert("role".into(), Value::String(known.to_string()));
     }
     let message = Message::try_from(fields)?.normalized()?;
     Ok((message, train))
 }
 
-/// `train` of a message, or the `weight` of 0 or 1 that stands for it elsewhere.
+/// Keys that say whether a message is trained, with the truth value that stands for trained.
+const TRAIN_KEYS: [(&str, bool); 8] = [
+    ("train", true),
+    ("trainable", true),
+    ("training", true),
+    ("train_on_turn", true),
+    ("weight", true),
+    ("loss", true),
+    ("loss_mask", true),
+    ("masked", false),
+];
+/// Keys of other programs that choose what is trained in a way that is not supported.
+const UNSUPPORTED_TRAIN_KEYS: [&str; 4] = ["train_detail", "training_detail", "mask", "loss_weight"];
+
+/// Whether a message says that it is trained: `train`, or a key that stands for it elsewhere such as `weight` or `loss_mask`.
 fn train(fields: &mut Map<String, Value>) -> Result<Option<bool>, String> {
-    match (fields.shift_remove("train"), fields.shift_remove("weight")) {
-        (Some(Value::Bool(train)), _) => Ok(Some(train)),
-        (None | Some(Value::Null), None | Some(Value::Null)) => Ok(None),
-        (None | Some(Value::Null), Some(Value::Number(weight))) if weight.as_f64() == Some(0.0) => Ok(Some(false)),
-        (None | Some(Value::Null), Some(Value::Number(weight))) if weight.as_f64() == Some(1.0) => Ok(Some(true)),
-        (None | Some(Value::Null), Some(_)) => Err("`weight` must be 0 or 1".into()),
-        (Some(other), _) => Err(format!("`train` must be true or false, found {}", kind(&other))),
+    let mut found: Option<(&str, bool)> = None;
+    for (key, stands_for_trained) in TRAIN_KEYS {
+        let says = match fields.shift_remove(key) {
+            None | Some(Value::Null) => continue,
+            Some(Value::Bool(value)) => value,
+            Some(Value::Number(number)) if key != "train" && number.as_f64() == Some(0.0) => false,
+            Some(Value::Number(number)) if key != "train" && number.as_f64() == Some(1.0) => true,
+            Some(_) if key == "weight" => return Err("`weight` must be 0 or 1".into()),
+            Some(other) => return Err(format!("`{key}` must be true or false, found {}", kind(&other))),
+        };
+        let is_trained = says == stands_for_trained;
+        match found {
+            Some((first, other)) if other != is_trained => {
+                return Err(format!("`{first}` and `{key}` disagree on whether the message is trained"));
+            }
+            _ => found = Some((key, is_trained)),
+        }
+    }
+    match UNSUPPORTED_TRAIN_KEYS.into_iter().find(|key| fields.get(*key).is_some_and(|value| !value.is_null())) {
+        Some(key) => Err(format!("`{key}` of a message is not supported; set `train` to true or false instead")),
+        None => Ok(found.map(|(_, is_trained)| is_trained)),
+    }
+}
+
+/// A row cannot say as a whole that it is not trained; losing that would train it.
+fn refuse_row_train_keys(row: &Map<String, Value>) -> Result<(), String> {
+    for (key, stands_for_trained) in TRAIN_KEYS {
+        let is_refused = match row.get(key) {
+            Some(Value::Bool(value)) => *value != stands_for_trained,
+            Some(Value::Number(number)) => (number.as_f64() != Some(0.0)) != stands_for_trained,
+            Some(Value::Array(_)) => true,
+            _ => false,
+        };
+        if is_refused {
+            return Err(format!(
+                "`{key}` of a whole row is not supported; set `train` of its messages or leave the row out"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// OpenAI's older `function_call` of a message, as an entry of `tool_calls`.
+fn take_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
+    let call = match fields.shift_remove("function_call") {
+        None | Some(Value::Null) => return Ok(()),
+        Some(call) => call,
+    };
+    if fields.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty()) {
+        return Err("the message has both `tool_calls` and `function_call`; keep only `tool_calls`".into());
+    }
+    let call = match call {
+        Value::String(text) => {
+            serde_json::from_str(&text).map_err(|e| format!("`function_call` is not valid JSON: {e}"))?
+        }
+        call => call,
+    };
+    if !call.get("name").is_some_and(Value::is_string) {
+        return Err("`function_call` must be an object with `name` and `arguments`".into());
+    }
+    fields.insert("tool_calls".into(), Value::Array(vec![as_tool(call)]));
+    Ok(())
+}
+
+/// Keys under which other programs put the text of an answer.
+const TEXT_KEYS: [&str; 5] = ["text", "value", "refusal", "response", "output"];
+
+/// An answer without `content` whose text is under another key would be trained as an empty one.
+fn refuse_text_elsewhere(fields: &Map<String, Value>) -> Result<(), String> {
+    let is_text = |key: &str| fields.get(key).and_then(Value::as_str).is_some_and(|text| !text.is_empty());
+    let has_content = match fields.get("content") {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.is_empty(),
+        Some(_) => true,
+    };
+    match TEXT_KEYS.into_iter().find(|key| !has_content && is_text(key)) {
+        Some(key) => Err(format!("the message has no `content`, but text under `{key}`; rename the key to `content`")),
+        None => Ok(()),
     }
 }
 
@@ -244,8 +379,7 @@ fn read_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
         Value::Array(calls) => calls,
         call => vec![call],
     };
-    let calls: Vec<Value> =
-        calls.into_iter().map(|call| serde_json::json!({"type": "function", "function": call})).collect();
+    let calls: Vec<Value> = calls.into_iter().map(as_tool).collect();
     fields.insert("content".into(), Value::String(String::new()));
     fields.insert("tool_calls".into(), Value::Array(calls));
     Ok(())

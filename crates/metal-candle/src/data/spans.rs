@@ -1,6 +1,6 @@
 //! Where the assistant's turns are in a rendered conversation.
 
-use super::chat::{message_value, tools_value};
+use super::chat::{REASONING_KEYS, message_value, tools_value};
 use super::{ChatTemplate, Message};
 use minijinja::Value as TemplateValue;
 use serde_json::{Map, Value};
@@ -31,11 +31,12 @@ struct View<'a> {
     template: &'a ChatTemplate,
     messages: Vec<TemplateValue>,
     tools: Option<TemplateValue>,
+    variables: &'a Map<String, Value>,
 }
 
 impl View<'_> {
     fn render(&self, messages: &[TemplateValue], add_generation_prompt: bool) -> crate::error::Result<String> {
-        self.template.render_values(messages, self.tools.as_ref(), add_generation_prompt, &Map::new())
+        self.template.render_values(messages, self.tools.as_ref(), add_generation_prompt, self.variables)
     }
 
     /// The first `count` messages, if the template takes them.
@@ -69,12 +70,14 @@ impl<'a> SpanFinder<'a> {
         &self,
         messages: &[Message],
         tools: Option<&[Value]>,
+        variables: &Map<String, Value>,
         wanted: &[usize],
     ) -> Result<RenderedConversation, String> {
         let view = View {
             template: self.template,
             messages: messages.iter().map(message_value).collect(),
             tools: tools_value(tools),
+            variables,
         };
         let text = view.render(&view.messages, false).map_err(|e| e.to_string())?;
         let mut spans: Vec<Range<usize>> = Vec::with_capacity(wanted.len());
@@ -90,11 +93,18 @@ impl<'a> SpanFinder<'a> {
     }
 
     /// The bytes that each message takes in the whole; `None` for those that cannot be told from the one after.
-    pub(super) fn boundaries(&self, messages: &[Message], tools: Option<&[Value]>, text: &str) -> Vec<Option<usize>> {
+    pub(super) fn boundaries(
+        &self,
+        messages: &[Message],
+        tools: Option<&[Value]>,
+        variables: &Map<String, Value>,
+        text: &str,
+    ) -> Vec<Option<usize>> {
         let view = View {
             template: self.template,
             messages: messages.iter().map(message_value).collect(),
             tools: tools_value(tools),
+            variables,
         };
         (1..=messages.len())
             .map(|count| {
@@ -137,7 +147,9 @@ impl<'a> SpanFinder<'a> {
         let mut plain = messages.get(turn)?.clone().with("content", SENTINEL);
         let with_calls = plain.clone();
         plain.remove("tool_calls");
-        plain.remove("reasoning_content");
+        for key in REASONING_KEYS {
+            plain.remove(key);
+        }
         let other = view.with(turn, &plain).or_else(|| view.with(turn, &with_calls))?;
         let start = common_prefix(text, &other);
         let end = text.len() - common_suffix(&text[start..], &other[start..]);

@@ -240,3 +240,80 @@ fn rows_that_are_too_long() {
     let tiny = DatasetOptions { max_tokens: Some(5), truncate: true, ..all() };
     assert_eq!(problem(&tokenizer, &tiny, dialogue()), "no token of the first 5 is trained");
 }
+
+#[test]
+fn reasoning_is_found_under_each_of_its_names() {
+    for read in ["reasoning_content", "thinking", "reasoning"] {
+        let tokenizer = with_source(
+            &"{% for m in messages %}[{{ m.role }}]{% if m.NAME is defined %}<think>{{ m.NAME }}</think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+                .replace("NAME", read),
+        );
+        for written in ["reasoning_content", "thinking", "reasoning"] {
+            let row = json!({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", written: "two and two"}]});
+            assert_eq!(trained(&tokenizer, &all(), row), ["<think>two and two</think>4<|im_end|>"], "{read} {written}");
+        }
+    }
+}
+
+#[test]
+fn older_calls_of_functions_are_calls_of_tools() {
+    let tokenizer = with_template("qwen2.5");
+    let parameters = json!({"type": "object", "properties": {"which": {"type": "string"}}});
+    let function = json!({"name": "open", "description": "d", "parameters": parameters});
+    let older = json!({"messages": [
+        {"role": "user", "content": "Open"},
+        {"role": "assistant", "content": null, "function_call": {"name": "open", "arguments": "{\"which\": \"front\"}"}},
+        {"role": "function", "name": "open", "content": "opened"},
+        {"role": "assistant", "content": "Done."},
+    ], "functions": [function]});
+    let newer = json!({"messages": [
+        {"role": "user", "content": "Open"},
+        {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "open", "arguments": "{\"which\": \"front\"}"}}]},
+        {"role": "tool", "name": "open", "content": "opened"},
+        {"role": "assistant", "content": "Done."},
+    ], "tools": [{"type": "function", "function": function}]});
+    let parts = trained(&tokenizer, &all(), older.clone());
+    assert!(parts[0].contains(r#"{"name": "open", "arguments": {"which": "front"}}"#), "{parts:?}");
+    assert_eq!(sample(&tokenizer, &all(), older.clone()), sample(&tokenizer, &all(), newer));
+    let mut both = older;
+    both["messages"][1]["tool_calls"] = json!([{"function": {"name": "f", "arguments": {}}}]);
+    assert!(problem(&tokenizer, &all(), both).contains("both `tool_calls` and `function_call`"));
+}
+
+#[test]
+fn keys_that_say_what_is_trained() {
+    let tokenizer = with_template("chatml");
+    for (key, value) in
+        [("trainable", json!(false)), ("loss_mask", json!(0)), ("loss", json!(false)), ("masked", json!(true))]
+    {
+        let mut row = dialogue();
+        row["messages"][2][key] = value.clone();
+        assert_eq!(trained(&tokenizer, &all(), row), ["four 🦀<|im_end|>"], "{key}");
+        let mut row = dialogue();
+        row[key] = value;
+        assert!(problem(&tokenizer, &all(), row).contains(key));
+    }
+    let mut row = dialogue();
+    row["messages"][2]["train_detail"] = json!([]);
+    assert!(problem(&tokenizer, &all(), row).contains("`train_detail` of a message is not supported"));
+    let row = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "refusal": "no"}]});
+    assert!(problem(&tokenizer, &all(), row).contains("text under `refusal`"));
+}
+
+#[test]
+fn variables_of_options_and_rows_reach_the_template() {
+    let tokenizer = with_source("{% for m in messages %}[{{ mood }}]{{ m.content }}{{ eos_token }}{% endfor %}");
+    let row = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
+    let text = |options: &DatasetOptions, row: &Value| {
+        tokenizer.decode(&sample(&tokenizer, options, row.clone()).ids, false).unwrap()
+    };
+    let variables = json!({"mood": "calm"}).as_object().cloned().unwrap();
+    let options = DatasetOptions { template_variables: variables, ..all() };
+    assert_eq!(text(&all(), &row), "[]a<|im_end|>[]b<|im_end|>");
+    assert_eq!(text(&options, &row), "[calm]a<|im_end|>[calm]b<|im_end|>");
+    let mut own = row.clone();
+    own["chat_template_kwargs"] = json!({"mood": "bright"});
+    assert_eq!(text(&options, &own), "[bright]a<|im_end|>[bright]b<|im_end|>");
+    own["chat_template_kwargs"] = json!({"messages": []});
+    assert!(problem(&tokenizer, &options, own).contains("cannot set `messages`"));
+}
