@@ -114,7 +114,7 @@ fn required(row: &mut Map<String, Value>, key: &str) -> Result<String, String> {
     string(row, key)?.ok_or_else(|| format!("the key `{key}` is missing"))
 }
 
-/// The tools of a row: the list under `tools`, or under `functions` in OpenAI's older form. An empty list counts as none.
+/// The tools of a row: the list under `tools`, or under `functions` in `OpenAI`'s older form. An empty list counts as none.
 fn tools(row: &mut Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
     let functions = tool_list(row, "functions")?.map(|functions| functions.into_iter().map(as_tool).collect());
     match (tool_list(row, "tools")?, functions) {
@@ -332,7 +332,7 @@ fn refuse_row_train_keys(row: &Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// OpenAI's older `function_call` of a message, as an entry of `tool_calls`.
+/// `OpenAI`'s older `function_call` of a message, as an entry of `tool_calls`.
 fn take_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
     let call = match fields.shift_remove("function_call") {
         None | Some(Value::Null) => return Ok(()),
