@@ -195,6 +195,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
             modules_to_save: self.modules_to_save.clone(),
+            parameters_to_save: Vec::new(),
             base_model: self.base_model.clone(),
         };
         let mut planned = Vec::new();

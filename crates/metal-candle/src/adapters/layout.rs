@@ -97,6 +97,8 @@ pub(crate) struct Settings {
     pub(crate) use_dora: bool,
     /// Ends of the paths of modules that are trained as a whole.
     pub(crate) modules_to_save: Vec<String>,
+    /// Names of single parameters that an adapter file replaces: biases, rows of the embedding, another head.
+    pub(crate) parameters_to_save: Vec<String>,
     pub(crate) base_model: Option<String>,
 }
 
@@ -147,7 +149,7 @@ const MAX_PARAMETERS: usize = isize::MAX as usize / 16;
 
 impl Layout {
     pub(crate) fn new(model: &Model, settings: Settings, planned: &[Planned]) -> Result<Self> {
-        if planned.is_empty() && settings.modules_to_save.is_empty() {
+        if planned.is_empty() && settings.modules_to_save.is_empty() && settings.parameters_to_save.is_empty() {
             return Err(Error::argument("target_modules", "no linear layer of the model is targeted"));
         }
         if !(0.0..1.0).contains(&settings.dropout) {
@@ -213,7 +215,7 @@ impl Layout {
     fn save_modules(&mut self, model: &Model) -> Result<()> {
         for (name, shape) in all_parameters(model) {
             let Some((module, _)) = name.rsplit_once('.') else { continue };
-            if self.settings.saves(module) {
+            if self.settings.saves(module) || self.settings.parameters_to_save.contains(&name) {
                 let saved = SavedParameter { shape, offset: self.num_parameters, name };
                 self.num_parameters += saved.num_parameters();
                 self.saved.push(saved);
@@ -232,7 +234,7 @@ impl Layout {
 }
 
 /// Name and shape of each parameter, with the head also where it is the embedding.
-fn all_parameters(model: &Model) -> Vec<(String, Vec<usize>)> {
+pub(super) fn all_parameters(model: &Model) -> Vec<(String, Vec<usize>)> {
     let mut parameters: Vec<(String, Vec<usize>)> =
         model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
     if model.config().tie_word_embeddings

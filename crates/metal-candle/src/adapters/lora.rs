@@ -297,6 +297,11 @@ impl LoRAAdapter {
         &self.layout.settings.modules_to_save
     }
 
+    /// Names of single parameters that replace those of the model.
+    pub(crate) fn parameters_to_save(&self) -> &[String] {
+        &self.layout.settings.parameters_to_save
+    }
+
     /// Name or path of the model it was made for, as it stands in a PEFT folder.
     pub fn base_model(&self) -> Option<&str> {
         self.layout.settings.base_model.as_deref()

@@ -1,7 +1,7 @@
 //! Values by the path of a module, as in PEFT's `rank_pattern` and `alpha_pattern`.
 
 use crate::error::{Error, Result};
-use regex::Regex;
+use fancy_regex::Regex;
 
 /// Values by regular expression; the first that matches the end of a path from a part on counts.
 #[derive(Debug, Clone)]
@@ -11,7 +11,7 @@ pub(crate) struct Patterns<T> {
 
 impl<T: Copy> Patterns<T> {
     /// # Errors
-    /// A pattern is no regular expression, or one with look-around or back references.
+    /// A pattern is no regular expression of Python.
     pub(crate) fn new(name: &str, entries: impl IntoIterator<Item = (String, T)>) -> Result<Self> {
         let entries = entries.into_iter().map(|(pattern, value)| {
             let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
@@ -22,14 +22,19 @@ impl<T: Copy> Patterns<T> {
     }
 
     pub(crate) fn get(&self, path: &str) -> Option<T> {
-        self.entries.iter().find(|(_, regex, _)| regex.is_match(path)).map(|(_, _, value)| *value)
+        self.entries.iter().find(|(_, regex, _)| is_match(regex, path)).map(|(_, _, value)| *value)
     }
 
     /// The patterns that match none of the paths.
     pub(crate) fn unused<'a>(&self, paths: &(impl Iterator<Item = &'a str> + Clone)) -> Vec<&str> {
-        let is_used = |regex: &Regex| paths.clone().any(|path| regex.is_match(path));
+        let is_used = |regex: &Regex| paths.clone().any(|path| is_match(regex, path));
         self.entries.iter().filter(|(_, regex, _)| !is_used(regex)).map(|(pattern, _, _)| pattern.as_str()).collect()
     }
+}
+
+/// Whether an expression matches; one that takes too many steps does not.
+pub(super) fn is_match(regex: &Regex, text: &str) -> bool {
+    regex.is_match(text).unwrap_or(false)
 }
 
 #[cfg(test)]
@@ -48,6 +53,9 @@ mod tests {
         assert_eq!(patterns.get("model.layers.1.self_attn.aq_proj"), None);
         let paths = ["model.layers.0.self_attn.q_proj"];
         assert_eq!(patterns.unused(&paths.iter().copied()), ["layers.1.mlp.(up|down)_proj"]);
-        assert!(Patterns::new("rank_pattern", [("(?=x)".to_string(), 1)]).is_err());
+        let looking = Patterns::new("rank_pattern", [(r"(?!.*mlp).*_proj\Z".to_string(), 1)]).unwrap();
+        assert_eq!(looking.get("layers.0.self_attn.q_proj"), Some(1));
+        assert_eq!(looking.get("layers.0.mlp.up_proj"), None);
+        assert!(Patterns::new("rank_pattern", [("(".to_string(), 1)]).is_err());
     }
 }

@@ -17,9 +17,9 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 ///
 /// Files are mapped into memory and read tensor by tensor; memory peaks at about the model and its largest tensor.
 ///
-/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and, where
-/// `tie_word_embeddings` is set, an `lm_head.weight`: both are left aside, the head being the embedding. Names
-/// may lack the prefix `model.`, if all do.
+/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, which are left aside.
+/// Where `tie_word_embeddings` is set, an `lm_head.weight` may be there too: one that differs from the embedding unties
+/// the head, as in transformers 5. Names may lack the prefix `model.`, if all do.
 #[derive(Debug, Clone)]
 pub struct ModelLoader {
     device: Device,
@@ -90,7 +90,14 @@ impl ModelLoader {
     pub fn load_with_progress(&self, path: impl AsRef<Path>, progress: impl FnMut(LoadProgress)) -> Result<Model> {
         let path = path.as_ref();
         let shards = Shards::open(path)?;
-        let config = self.config_for(path)?;
+        let mut config = self.config_for(path)?;
+        if config.tie_word_embeddings && head_differs(&shards)? {
+            tracing::warn!(
+                "`{}`: `lm_head.weight` differs from the embedding, so it is used although `tie_word_embeddings` is set",
+                shards.path().display()
+            );
+            config.tie_word_embeddings = false;
+        }
         let names = match_names(&shards, &config)?;
         let tensors = self.read(&shards, &names, progress)?;
         Model::from_tensors(config, tensors, self.device)
@@ -182,9 +189,7 @@ fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String,
     }
     for name in found.values() {
         let tied_head = config.tie_word_embeddings && name == "lm_head.weight";
-        if tied_head {
-            warn_if_head_differs(shards, names.get("model.embed_tokens.weight"));
-        } else if !name.ends_with("rotary_emb.inv_freq") {
+        if !tied_head && !name.ends_with("rotary_emb.inv_freq") {
             let shape = shards.get(name).map_or(&[][..], |(_, entry)| &entry.shape);
             problems.push(format!("`{name}`: expected no such tensor, found {shape:?}"));
         }
@@ -196,17 +201,21 @@ fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String,
     Err(Error::Tensors { path: shards.path().to_path_buf(), problems })
 }
 
-/// A tied head that is stored all the same should equal the embedding; it is not used in any case.
-fn warn_if_head_differs(shards: &Shards, embedding: Option<&String>) {
-    let bytes = |name: &str| shards.get(name).and_then(|(file, _)| file.bytes(name).ok());
-    if let (Some(head), Some(embedding)) = (bytes("lm_head.weight"), embedding.and_then(|name| bytes(name)))
-        && head != embedding
-    {
-        tracing::warn!(
-            "`{}`: `lm_head.weight` differs from the embedding but `tie_word_embeddings` is set: it is ignored",
-            shards.path().display()
-        );
+/// Whether there are a head and an embedding of one shape with different values.
+fn head_differs(shards: &Shards) -> Result<bool> {
+    let embedding = ["model.embed_tokens.weight", "embed_tokens.weight"].into_iter().find_map(|name| shards.get(name));
+    let (Some((head_file, head)), Some((file, embedding))) = (shards.get("lm_head.weight"), embedding) else {
+        return Ok(false);
+    };
+    if head.dtype == embedding.dtype && head_file.bytes(&head.name)? == file.bytes(&embedding.name)? {
+        return Ok(false);
     }
+    if head.shape != embedding.shape || !head.is_float() || !embedding.is_float() {
+        return Ok(true);
+    }
+    let (head, embedding) =
+        (head_file.float_tensor(&head.name, DType::F32)?, file.float_tensor(&embedding.name, DType::F32)?);
+    Ok(head.ne(&embedding)?.flatten_all()?.max(0)?.to_scalar::<u8>()? != 0)
 }
 
 fn dtype_problem(shards: &Shards, name: &str) -> Option<String> {

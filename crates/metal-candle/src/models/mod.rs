@@ -37,7 +37,7 @@ pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
 pub use safetensors_file::{SafetensorsFile, TensorEntry};
-pub use saver::{save_model, write_atomically, write_safetensors};
+pub use saver::{check_finite, save_model, write_atomically, write_safetensors};
 pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.

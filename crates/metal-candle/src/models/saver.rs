@@ -37,7 +37,7 @@ pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
 /// The file is replaced at once: whoever opens it sees the old one or the new one, also after a crash.
 ///
 /// # Errors
-/// The file cannot be written, a name is there twice, or a tensor has another dtype.
+/// The file cannot be written, a name is there twice, or a tensor has another dtype or a value that is not finite.
 pub fn write_safetensors<S: AsRef<str>>(
     path: impl AsRef<Path>,
     tensors: &[(S, Tensor)],
@@ -52,8 +52,8 @@ pub fn write_safetensors<S: AsRef<str>>(
     let written = write_atomically(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        for (_, tensor) in &tensors {
-            match write_tensor(file, tensor) {
+        for (name, tensor) in &tensors {
+            match check_finite(name, tensor).and_then(|()| Ok(write_tensor(file, tensor)?)) {
                 Ok(written) => written?,
                 Err(error) => {
                     failure = Some(error);
@@ -64,7 +64,7 @@ pub fn write_safetensors<S: AsRef<str>>(
         Ok(())
     });
     match failure {
-        Some(error) => Err(error.into()),
+        Some(error) => Err(error),
         None => written,
     }
 }
@@ -102,6 +102,32 @@ fn dtype_name(dtype: DType) -> Option<&'static str> {
         DType::I64 => "I64",
         _ => return None,
     })
+}
+
+/// Refuses a tensor with NaN or infinity: no file of weights or results may hold them.
+///
+/// # Errors
+/// A value is not finite; the message names the tensor.
+pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
+    if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
+        return Ok(());
+    }
+    let tensor = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let index = match tensor.dtype() {
+        DType::F16 => tensor.to_vec1::<f16>()?.iter().position(|value| !value.is_finite()),
+        DType::BF16 => tensor.to_vec1::<bf16>()?.iter().position(|value| !value.is_finite()),
+        DType::F64 => tensor.to_vec1::<f64>()?.iter().position(|value| !value.is_finite()),
+        _ => tensor.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().position(|value| !value.is_finite()),
+    };
+    match index {
+        None => Ok(()),
+        Some(index) => Err(Error::argument(
+            name,
+            format!(
+                "element {index} is not finite (NaN or infinity), so nothing is written; were the numbers too large?"
+            ),
+        )),
+    }
 }
 
 fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io::Result<()>> {

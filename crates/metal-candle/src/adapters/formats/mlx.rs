@@ -2,14 +2,15 @@
 //!
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
+use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use super::{CONFIG_FILE, as_texts, layout_of, make_folder, read_as};
-use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, parameter};
+use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
-use serde_json::{Map, Value, json};
-use std::collections::BTreeSet;
+use serde_json::{Map, json};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 const TENSOR_FILE: &str = "adapters.safetensors";
@@ -26,12 +27,8 @@ impl Naming for Names {
         format!("{}.{leaf}", module.path)
     }
 
-    fn saved(&self, saved: &SavedParameter) -> String {
+    fn saved(&self, saved: &SavedParameter, _has_terms: bool) -> String {
         saved.name.clone()
-    }
-
-    fn base(&self, _module: &LoRAModule) -> Option<String> {
-        None
     }
 
     fn transposed(&self) -> bool {
@@ -61,26 +58,20 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     let rank = parameters.required_size("rank")?;
     let scale = parameters.number("scale")?.ok_or_else(|| parameters.missing("scale", "a number"))?;
     let keys = read_as(&parameters, "keys", "a list of module paths", as_texts)?;
-    // 0 and less stand for all layers
-    let num_layers = read_as(config, "num_layers", "a whole number", Value::as_i64)?.unwrap_or(-1);
-    let total = model.config().num_hidden_layers;
-    let num_layers = usize::try_from(num_layers).ok().filter(|&count| count > 0).unwrap_or(total).min(total);
+    let source = TensorSource::open(&folder.join(TENSOR_FILE))?;
+    let has = |path: &str, leaf: &str| source.shape(&format!("{path}.{leaf}")).is_some();
 
     let alpha = scale * rank as f64;
     let mut planned = Vec::new();
     let mut unused: BTreeSet<&str> = keys.iter().flatten().copied().collect();
     for (number, linear) in model.linears().iter().enumerate() {
         let key = within_layer(linear.layer.is_some(), &linear.path);
-        let is_taken = match linear.layer {
-            Some(layer) => layer + num_layers >= total && keys.as_ref().is_none_or(|keys| keys.contains(&key)),
-            // only a key that is the whole path names what is in no layer
-            None => keys.as_ref().is_some_and(|keys| keys.contains(&key)),
-        };
-        if is_taken {
+        unused.remove(key);
+        // mlx-lm takes files with a subset of the modules: a term that is absent is zero
+        if ["lora_a", "lora_b", "m"].iter().any(|leaf| has(&linear.path, leaf)) {
             if let Some(what) = refusal(model, linear.module, use_dora) {
                 return Err(Error::Unsupported(format!("{what}, in `{}`", path.display())));
             }
-            unused.remove(key);
             planned.push(Planned { number, rank, alpha, is_subtracted: false });
         }
     }
@@ -97,11 +88,11 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
         use_rslora: false,
         use_dora,
         modules_to_save: Vec::new(),
+        parameters_to_save: Vec::new(),
         base_model: config.text("model")?.map(String::from),
     };
     let layout = layout_of(path, model, settings, &planned)?;
-    let weight = |module: &LoRAModule| parameter(model, &format!("{}.weight", module.path));
-    let values = values::read(&folder.join(TENSOR_FILE), &layout, &Names, weight)?;
+    let values = values::read(&source, &layout, &Names, &BTreeMap::new(), &BTreeSet::new())?;
     LoRAAdapter::from_values(model, layout, values, Vec::new())
 }
 

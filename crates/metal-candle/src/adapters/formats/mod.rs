@@ -3,7 +3,9 @@
 mod mlx;
 mod peft;
 mod peft_config;
+mod replaced;
 mod single;
+mod source;
 mod values;
 
 pub use single::SingleFileMetadata;
@@ -35,7 +37,9 @@ impl LoRAAdapter {
         if config.get("peft_type").is_some() {
             return peft::load(model, path, &config);
         }
-        let is_mlx = ["fine_tune_type", "lora_parameters", "num_layers"].iter().any(|key| config.get(key).is_some());
+        let is_mlx = ["fine_tune_type", "lora_parameters", "num_layers", "lora_layers"]
+            .iter()
+            .any(|key| config.get(key).is_some());
         if is_mlx {
             return mlx::load(model, path, &config);
         }

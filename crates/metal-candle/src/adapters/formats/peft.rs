@@ -1,18 +1,20 @@
-//! Adapter folders of PEFT: `adapter_model.safetensors` and `adapter_config.json`.
+//! Adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and `adapter_config.json`.
 
 use super::peft_config::{self, describe};
+use super::replaced::Replaced;
+use super::source::TensorSource;
 use super::values::{self, Naming, Part};
-use super::{CONFIG_FILE, make_folder};
-use crate::adapters::Start;
+use super::{CONFIG_FILE, layout_of, make_folder};
 use crate::adapters::begin::subtracted_values;
-use crate::adapters::layout::{Layout, LoRAModule, SavedParameter, parameter};
+use crate::adapters::layout::{LoRAModule, SavedParameter};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
+use crate::models::{JsonObject, LinearInfo, Model, write_atomically, write_safetensors};
 use candle_core::Tensor;
 use std::path::Path;
 
 const TENSOR_FILE: &str = "adapter_model.safetensors";
+const PICKLE_FILE: &str = "adapter_model.bin";
 
 struct Names;
 
@@ -28,13 +30,11 @@ impl Naming for Names {
         format!("base_model.model.{}.{leaf}", module.path)
     }
 
-    fn saved(&self, saved: &SavedParameter) -> String {
-        format!("base_model.model.{}", saved.name)
-    }
-
-    /// PEFT saves the weights of the embedding and the head with an adapter that targets the embedding.
-    fn base(&self, module: &LoRAModule) -> Option<String> {
-        module.layer.is_none().then(|| format!("base_model.model.{}.base_layer.weight", module.path))
+    fn saved(&self, saved: &SavedParameter, has_terms: bool) -> String {
+        match saved.name.rsplit_once('.') {
+            Some((module, leaf)) if has_terms => format!("base_model.model.{module}.base_layer.{leaf}"),
+            _ => format!("base_model.model.{}", saved.name),
+        }
     }
 
     fn transposed(&self) -> bool {
@@ -43,23 +43,26 @@ impl Naming for Names {
 }
 
 pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<LoRAAdapter> {
-    let layout = peft_config::layout(model, config)?;
     let path = folder.join(TENSOR_FILE);
-    if !path.exists() && folder.join("adapter_model.bin").exists() {
-        let message = format!("`adapter_model.bin` in `{}`: save the adapter as safetensors", folder.display());
-        return Err(Error::Unsupported(message));
-    }
-    read_tensors(model, &path, layout)
+    let pickle = folder.join(PICKLE_FILE);
+    read(model, if !path.exists() && pickle.exists() { &pickle } else { &path }, config)
 }
 
 /// The adapter whose tensors are in the file `path`.
 pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<LoRAAdapter> {
-    read_tensors(model, path, peft_config::layout(model, config)?)
-}
-
-fn read_tensors(model: &Model, path: &Path, (layout, start): (Layout, Option<Start>)) -> Result<LoRAAdapter> {
-    let weight = |module: &LoRAModule| parameter(model, &format!("{}.weight", module.path));
-    let values = values::read(path, &layout, &Names, weight)?;
+    let source = TensorSource::open(path)?;
+    let leaves = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"];
+    let is_in_file = |linear: &LinearInfo| {
+        leaves.iter().any(|leaf| source.shape(&format!("base_model.model.{}.{leaf}", linear.path)).is_some())
+    };
+    let (mut settings, planned, start) = peft_config::plan(model, config, is_in_file)?;
+    let found = Replaced::read(model, &source, config, &settings, &planned)?;
+    settings.parameters_to_save = found.values.keys().cloned().collect();
+    if planned.is_empty() && settings.modules_to_save.is_empty() && settings.parameters_to_save.is_empty() {
+        return Err(peft_config::nothing_selected(config));
+    }
+    let layout = layout_of(config.path(), model, settings, &planned)?;
+    let values = values::read(&source, &layout, &Names, &found.values, &found.names)?;
     // what PEFT takes out of the weights when it loads such an adapter
     let subtracted = start.map_or(Ok(Vec::new()), |start| subtracted_values(model, &layout, start))?;
     LoRAAdapter::from_values(model, layout, values, subtracted)
@@ -86,7 +89,11 @@ pub(super) fn named_tensors(adapter: &LoRAAdapter) -> Result<Vec<(String, Tensor
         }
     }
     for saved in adapter.saved_parameters() {
-        tensors.push((Names.saved(saved), adapter.saved_tensor(saved)?));
+        let has_terms = saved
+            .name
+            .rsplit_once('.')
+            .is_some_and(|(path, _)| adapter.modules().iter().any(|module| module.path == path));
+        tensors.push((Names.saved(saved, has_terms), adapter.saved_tensor(saved)?));
     }
     tensors.sort_by(|left, right| left.0.cmp(&right.0));
     Ok(tensors)

@@ -1,13 +1,13 @@
 //! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
 
-use super::{as_count, as_texts, brief, layout_of, read_as};
+use super::{as_count, as_texts, brief, read_as};
 use crate::adapters::Start;
-use crate::adapters::layout::{EMBEDDING, Layout, LoRAModule, Planned, Settings};
+use crate::adapters::layout::{EMBEDDING, LoRAModule, Planned, Settings};
 use crate::adapters::lora::LoRAAdapter;
-use crate::adapters::patterns::Patterns;
+use crate::adapters::patterns::{Patterns, is_match};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, LinearInfo, Model};
-use regex::Regex;
+use fancy_regex::Regex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,12 +15,11 @@ use std::collections::{BTreeMap, BTreeSet};
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
-const UNSUPPORTED: [&str; 13] = [
+const UNSUPPORTED: [&str; 11] = [
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "use_qalora",
     "alora_invocation_tokens",
     "use_bdlora",
@@ -28,14 +27,19 @@ const UNSUPPORTED: [&str; 13] = [
     "kasa_config",
     "velora_config",
     "monteclora_config",
-    "ensure_weight_tying",
 ];
 
 /// Ways to start an adapter that leave the weights of the model as they are.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-/// The layout that a configuration asks for, and the start whose A and B are subtracted, if there is one.
-pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<(Layout, Option<Start>)> {
+/// The settings of a configuration, the layers with low-rank terms and the start that is subtracted, if there is one.
+///
+/// `is_in_file` says whether the file holds tensors of a layer; such a layer is taken whatever the configuration selects.
+pub(super) fn plan(
+    model: &Model,
+    config: &JsonObject,
+    is_in_file: impl Fn(&LinearInfo) -> bool,
+) -> Result<(Settings, Vec<Planned>, Option<Start>)> {
     refuse_unsupported(config)?;
     let start = start(config)?;
     let rank = config.size("r")?.unwrap_or(8);
@@ -50,12 +54,13 @@ pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<(Layout, Opti
         use_rslora: config.flag("use_rslora")?.unwrap_or(false),
         use_dora: config.flag("use_dora")?.unwrap_or(false),
         modules_to_save: modules_to_save.into_iter().map(String::from).collect(),
+        parameters_to_save: Vec::new(),
         base_model: config.text("base_model_name_or_path")?.map(String::from),
     };
     let selection = Selection::read(config)?;
     let mut planned = Vec::new();
     for (number, linear) in model.linears().iter().enumerate() {
-        if selection.takes(linear) && !settings.saves(&linear.path) {
+        if (selection.takes(linear) && !settings.saves(&linear.path)) || is_in_file(linear) {
             planned.push(Planned {
                 number,
                 rank: ranks.get(&linear.path).unwrap_or(rank),
@@ -64,12 +69,13 @@ pub(super) fn layout(model: &Model, config: &JsonObject) -> Result<(Layout, Opti
             });
         }
     }
-    if planned.is_empty() && settings.modules_to_save.is_empty() {
-        let found = config.get("target_modules").map_or("null".into(), brief);
-        let message = format!("`target_modules` `{found}` names no linear layer of the model");
-        return Err(Error::format(config.path(), message));
-    }
-    Ok((layout_of(config.path(), model, settings, &planned)?, start))
+    Ok((settings, planned, start))
+}
+
+/// The error for an adapter without any part for the model.
+pub(super) fn nothing_selected(config: &JsonObject) -> Error {
+    let found = config.get("target_modules").map_or("null".into(), brief);
+    Error::format(config.path(), format!("`target_modules` `{found}` names no linear layer of the model"))
 }
 
 /// The start that PEFT takes out of the weights when it loads the adapter; it follows from the weights alone.
@@ -103,7 +109,9 @@ fn refuse_unsupported(config: &JsonObject) -> Result<()> {
             Some(value) => return refuse(key, value),
         }
     }
-    if let Some(value) = config.get("bias").filter(|value| value.as_str() != Some("none")) {
+    // biases that were trained are in the file
+    let is_known = |value: &&Value| matches!(value.as_str(), Some("none" | "all" | "lora_only"));
+    if let Some(value) = config.get("bias").filter(|value| !is_known(value)) {
         return refuse("bias", value);
     }
     Ok(())
@@ -172,7 +180,7 @@ impl<'a> Selection<'a> {
         if self.layers_patterns.is_empty() {
             return linear.layer;
         }
-        let captures = self.layers_patterns.iter().find_map(|pattern| pattern.captures(&linear.path))?;
+        let captures = self.layers_patterns.iter().find_map(|pattern| pattern.captures(&linear.path).ok().flatten())?;
         captures.get(1)?.as_str().parse().ok()
     }
 }
@@ -183,7 +191,7 @@ impl Targets<'_> {
             Self::Named(names) => names
                 .iter()
                 .any(|name| path == *name || path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))),
-            Self::Matching(regex) => regex.is_match(path),
+            Self::Matching(regex) => is_match(regex, path),
             Self::All => true,
         }
     }
@@ -250,7 +258,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
         ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
         ("base_model_name_or_path", json!(adapter.base_model())),
-        ("bias", json!("none")),
+        ("bias", json!(if has_biases(adapter) { "all" } else { "none" })),
         ("exclude_modules", Value::Null),
         ("fan_in_fan_out", json!(false)),
         ("inference_mode", json!(true)),
@@ -269,6 +277,11 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
         ("use_dora", json!(adapter.use_dora())),
         ("use_rslora", json!(adapter.use_rslora())),
     ])
+}
+
+/// Whether biases are saved beside the modules that are trained as a whole.
+fn has_biases(adapter: &LoRAAdapter) -> bool {
+    adapter.parameters_to_save().iter().any(|name| name.ends_with(".bias"))
 }
 
 /// The values that are not the default: by the last part of the path where all such modules agree, else by path.

@@ -1,11 +1,9 @@
 //! From tensors of a file to the flat parameters of an adapter.
 
+use super::source::TensorSource;
 use crate::adapters::layout::{Layout, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
-use crate::models::SafetensorsFile;
-use candle_core::{DType, Tensor};
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A part of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,10 +19,9 @@ pub(super) trait Naming {
     fn name(&self, module: &LoRAModule, part: Part) -> String;
 
     /// The tensor that holds a parameter that is trained as a whole.
-    fn saved(&self, saved: &SavedParameter) -> String;
-
-    /// The tensor that may hold a copy of the weight that a module extends.
-    fn base(&self, module: &LoRAModule) -> Option<String>;
+    ///
+    /// `has_terms` says whether its module has low-rank terms too.
+    fn saved(&self, saved: &SavedParameter, has_terms: bool) -> String;
 
     /// Whether A and B are held transposed.
     fn transposed(&self) -> bool;
@@ -38,7 +35,7 @@ struct Slot {
     transposed: bool,
 }
 
-fn slots(layout: &Layout, naming: &dyn Naming) -> Vec<Slot> {
+fn slots(layout: &Layout, naming: &dyn Naming, replaced: &BTreeMap<String, Vec<f32>>) -> Vec<Slot> {
     let mut slots = Vec::new();
     for module in &layout.modules {
         for (part, rows, columns, offset) in [
@@ -54,8 +51,8 @@ fn slots(layout: &Layout, naming: &dyn Naming) -> Vec<Slot> {
             slots.push(Slot { name, shape: vec![module.out_features], offset, transposed: false });
         }
     }
-    for saved in &layout.saved {
-        let (name, shape) = (naming.saved(saved), saved.shape.clone());
+    for saved in layout.saved.iter().filter(|saved| !replaced.contains_key(&saved.name)) {
+        let (name, shape) = (naming.saved(saved, false), saved.shape.clone());
         slots.push(Slot { name, shape, offset: saved.offset, transposed: false });
     }
     slots
@@ -63,48 +60,39 @@ fn slots(layout: &Layout, naming: &dyn Naming) -> Vec<Slot> {
 
 /// The parameters in the order of `layout`; all tensors that are missing, unexpected or misshaped are told at once.
 ///
-/// `weight` gives the weight that a module extends, for the copies that some files hold of it.
-pub(super) fn read<'a>(
-    path: &Path,
+/// `replaced` holds the parameters whose values are known already, and `known` the tensors of the file behind them.
+pub(super) fn read(
+    file: &TensorSource,
     layout: &Layout,
     naming: &dyn Naming,
-    weight: impl Fn(&LoRAModule) -> Result<&'a Tensor>,
+    replaced: &BTreeMap<String, Vec<f32>>,
+    known: &BTreeSet<String>,
 ) -> Result<Vec<f32>> {
-    let file = SafetensorsFile::open(path)?;
-    let mut left: BTreeSet<&str> = file.entries().iter().map(|entry| entry.name.as_str()).collect();
+    let mut left: BTreeSet<&str> = file.names().filter(|name| !known.contains(*name)).collect();
     let mut problems = Vec::new();
     let mut found = Vec::new();
-    for slot in slots(layout, naming) {
+    for slot in slots(layout, naming, replaced) {
         let name = slot.name.as_str();
         left.remove(name);
-        let Some(entry) = file.entry(name) else {
+        let Some(shape) = file.shape(name) else {
             problems.push(format!("`{name}` is missing"));
             continue;
         };
-        if entry.shape != slot.shape {
-            problems.push(format!("`{name}`: expected shape {:?}, found {:?}", slot.shape, entry.shape));
-        } else if !entry.is_float() {
-            problems.push(format!("`{name}`: expected f32, f16 or bf16, found {}", entry.dtype));
+        if shape != slot.shape {
+            problems.push(format!("`{name}`: expected shape {:?}, found {shape:?}", slot.shape));
+        } else if let Some(dtype) = file.foreign_dtype(name) {
+            problems.push(format!("`{name}`: expected f32, f16 or bf16, found {dtype}"));
         } else {
-            let values = file.float_tensor(name, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let values = file.values(name)?;
             if values.iter().any(|value| !value.is_finite()) {
                 problems.push(format!("`{name}` holds a value that is not finite"));
             }
             found.push((slot, values));
         }
     }
-    for module in &layout.modules {
-        let Some(name) = naming.base(module).filter(|name| left.remove(name.as_str())) else { continue };
-        let weight = weight(module)?;
-        if !file.entry(&name).is_some_and(|entry| entry.is_float() && entry.shape == weight.dims())
-            || !is_same(&file.float_tensor(&name, weight.dtype())?, weight)?
-        {
-            problems.push(format!("`{name}` is not the weight of this model"));
-        }
-    }
     problems.extend(left.into_iter().map(|name| format!("`{name}` is not expected")));
     if !problems.is_empty() {
-        return Err(Error::Tensors { path: path.to_path_buf(), problems });
+        return Err(Error::Tensors { path: file.path().to_path_buf(), problems });
     }
     let mut parameters = vec![0.0; layout.num_parameters];
     for (slot, values) in found {
@@ -118,13 +106,10 @@ pub(super) fn read<'a>(
             target.copy_from_slice(&values);
         }
     }
+    for saved in &layout.saved {
+        if let Some(values) = replaced.get(&saved.name) {
+            parameters[saved.offset..saved.offset + values.len()].copy_from_slice(values);
+        }
+    }
     Ok(parameters)
-}
-
-fn is_same(left: &Tensor, right: &Tensor) -> Result<bool> {
-    let values = |tensor: &Tensor| -> Result<Vec<f32>> {
-        let tensor = tensor.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F32)?;
-        Ok(tensor.flatten_all()?.to_vec1()?)
-    };
-    Ok(values(left)? == values(right)?)
 }

@@ -1,0 +1,182 @@
+//! Tensors of a PEFT file that stand for parameters of the model: copies of its embedding and head, rows of trained
+//! tokens, biases.
+
+use super::as_count;
+use super::source::TensorSource;
+use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, all_parameters, parameter};
+use crate::error::{Error, Result};
+use crate::models::{JsonObject, Model};
+use candle_core::{DType, Device};
+use half::{bf16, f16};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+const PREFIX: &str = "base_model.model.";
+const TOKENS_SUFFIX: &str = "trainable_tokens_delta";
+
+/// What the tensors of a file replace.
+#[derive(Default)]
+pub(super) struct Replaced {
+    /// Values of each parameter that differs from the model's.
+    pub(super) values: BTreeMap<String, Vec<f32>>,
+    /// The tensors of the file that were looked at.
+    pub(super) names: BTreeSet<String>,
+}
+
+impl Replaced {
+    /// Compares the tensors of `source` that are named as parameters of the model. A copy is accepted, also one that was
+    /// rounded to bf16 or f16; another value replaces the model's.
+    pub(super) fn read(
+        model: &Model,
+        source: &TensorSource,
+        config: &JsonObject,
+        settings: &Settings,
+        planned: &[Planned],
+    ) -> Result<Self> {
+        let mut found = Self::default();
+        let mut problems = Vec::new();
+        let shapes: BTreeMap<String, Vec<usize>> = all_parameters(model).into_iter().collect();
+        let has_term = |path: &str| planned.iter().any(|planned| model.linears()[planned.number].path == path);
+        for name in source.names() {
+            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+            let bare = rest.replace(".token_adapter.", ".").replace(".base_layer.", ".");
+            let Some((path, shape)) = bare.rsplit_once('.').and_then(|(path, _)| Some((path, shapes.get(&bare)?)))
+            else {
+                continue;
+            };
+            if settings.saves(path) {
+                continue;
+            }
+            found.names.insert(name.into());
+            let shape_found = source.shape(name).unwrap_or_default();
+            if shape_found != shape.as_slice() {
+                problems.push(format!("`{name}`: expected shape {shape:?}, found {shape_found:?}"));
+                continue;
+            }
+            if let Some(dtype) = source.foreign_dtype(name) {
+                problems.push(format!("`{name}`: expected f32, f16 or bf16, found {dtype}"));
+                continue;
+            }
+            let values = source.values(name)?;
+            if values.iter().any(|value| !value.is_finite()) {
+                problems.push(format!("`{name}` holds a value that is not finite"));
+                continue;
+            }
+            if is_copy(&values, &base(model, &bare)?) {
+                continue;
+            }
+            if bare.ends_with(".weight") && has_term(path) {
+                problems.push(format!("`{name}` is not the weight of this model"));
+            } else {
+                found.values.insert(bare, values);
+            }
+        }
+        found.insert_tokens(model, source, config, &mut problems)?;
+        if model.config().tie_word_embeddings {
+            found.tie(settings, &mut problems);
+        }
+        if problems.is_empty() {
+            return Ok(found);
+        }
+        Err(Error::Tensors { path: source.path().to_path_buf(), problems })
+    }
+
+    /// Puts the rows of `trainable_token_indices` into the embedding or head.
+    fn insert_tokens(
+        &mut self,
+        model: &Model,
+        source: &TensorSource,
+        config: &JsonObject,
+        problems: &mut Vec<String>,
+    ) -> Result<()> {
+        let Some(indices) = config.get("trainable_token_indices") else { return Ok(()) };
+        let mut num_found = 0;
+        for name in source.names().filter(|name| name.ends_with(TOKENS_SUFFIX)) {
+            let path = name.strip_prefix(PREFIX).unwrap_or(name);
+            let path = path.strip_suffix(TOKENS_SUFFIX).unwrap_or(path).trim_end_matches('.');
+            let path = path.strip_suffix(".token_adapter").unwrap_or(path);
+            let rows = match indices {
+                Value::Object(of_modules) => of_modules
+                    .iter()
+                    .find(|(key, _)| path == *key || path.strip_suffix(key.as_str()).is_some_and(|p| p.ends_with('.')))
+                    .map(|(_, rows)| rows),
+                rows => Some(rows),
+            };
+            let rows: Option<Vec<usize>> =
+                rows.and_then(Value::as_array).and_then(|rows| rows.iter().map(as_count).collect());
+            let Some(rows) = rows else {
+                let expected = "a list of token ids, or an object of such lists by module";
+                return Err(config.wrong("trainable_token_indices", expected, indices));
+            };
+            let weight = format!("{path}.weight");
+            let Ok((vocab, hidden)) = parameter(model, &weight).and_then(|weight| Ok(weight.dims2()?)) else {
+                problems.push(format!("`{name}`: the model has no module `{path}`"));
+                continue;
+            };
+            self.names.insert(name.into());
+            num_found += 1;
+            let (expected, shape) = ([rows.len(), hidden], source.shape(name).unwrap_or_default());
+            if shape != expected || source.foreign_dtype(name).is_some() {
+                problems.push(format!("`{name}`: expected shape {expected:?} in f32, f16 or bf16, found {shape:?}"));
+                continue;
+            }
+            if let Some(row) = rows.iter().find(|row| **row >= vocab) {
+                problems.push(format!("`{name}`: token {row} is not below the {vocab} of the model"));
+                continue;
+            }
+            let delta = source.values(name)?;
+            if delta.iter().any(|value| !value.is_finite()) {
+                problems.push(format!("`{name}` holds a value that is not finite"));
+                continue;
+            }
+            let mut values = match self.values.remove(&weight) {
+                Some(values) => values,
+                None => base(model, &weight)?,
+            };
+            for (row, delta) in rows.iter().zip(delta.chunks_exact(hidden)) {
+                values[row * hidden..][..hidden].copy_from_slice(delta);
+            }
+            self.values.insert(weight, values);
+        }
+        let is_empty =
+            indices.as_array().is_some_and(Vec::is_empty) || indices.as_object().is_some_and(serde_json::Map::is_empty);
+        if num_found == 0 && !is_empty {
+            problems.push(format!("`...{TOKENS_SUFFIX}` is missing, which `trainable_token_indices` asks for"));
+        }
+        Ok(())
+    }
+
+    /// In a model whose head is the embedding PEFT changes both at once.
+    fn tie(&mut self, settings: &Settings, problems: &mut Vec<String>) {
+        match (self.values.get(EMBEDDING_WEIGHT), self.values.get(HEAD_WEIGHT)) {
+            (Some(embedding), None) if !settings.saves("lm_head") => {
+                self.values.insert(HEAD_WEIGHT.into(), embedding.clone());
+            }
+            (embedding, Some(head)) if embedding != Some(head) => {
+                problems.push(format!("`{HEAD_WEIGHT}` differs from the embedding that this model ties it to"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The values of a parameter of the model.
+fn base(model: &Model, name: &str) -> Result<Vec<f32>> {
+    let tensor = parameter(model, name)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+/// Whether all values are equal, if need be after rounding one side to bf16 or f16.
+fn is_copy(left: &[f32], right: &[f32]) -> bool {
+    let to_bf16 = |value: f32| bf16::from_f32(value).to_f32();
+    let to_f16 = |value: f32| f16::from_f32(value).to_f32();
+    let is_equal = |left_of: &dyn Fn(f32) -> f32, right_of: &dyn Fn(f32) -> f32| {
+        left.len() == right.len() && left.iter().zip(right).all(|(left, right)| left_of(*left) == right_of(*right))
+    };
+    let same = |value: f32| value;
+    is_equal(&same, &same)
+        || is_equal(&same, &to_bf16)
+        || is_equal(&same, &to_f16)
+        || is_equal(&to_bf16, &same)
+        || is_equal(&to_f16, &same)
+}
