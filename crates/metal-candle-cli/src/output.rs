@@ -313,9 +313,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         }
         let Some(error) = cause.downcast_ref::<Error>() else { continue };
         let hint = match error {
-            Error::Tensors { .. } => {
-                "the weights and config.json (or the adapter and the model) belong to different models"
-            }
+            Error::Tensors { path, problems } => return Some(tensors_hint(path, problems)),
             Error::Data { .. } => "`metal-candle data check FILE` shows how each row is read",
             Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. } => {
                 "a lower --learning-rate or --max-grad-norm usually helps; see the rows named"
@@ -329,6 +327,32 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         return Some(hint.to_owned());
     }
     None
+}
+
+/// What fits the problems of the tensors in `path`.
+fn tensors_hint(path: &std::path::Path, problems: &[String]) -> String {
+    let folder = path.parent().unwrap_or(path);
+    let is_adapter = folder.join("adapter_config.json").is_file();
+    let any = |words: &str| problems.iter().any(|problem| problem.contains(words));
+    let all = |words: &str| problems.iter().all(|problem| problem.contains(words));
+    let what = if any("expected shape") || any("not the weight of this model") || any("expected [") {
+        if is_adapter {
+            "the adapter belongs to a model of other sizes or weights; give that model to --model"
+        } else {
+            "the weights and config.json belong to different models"
+        }
+    } else if all("is missing") || all("found no such tensor") {
+        "the file lacks tensors that its configuration asks for: it may be incomplete; copy or download it again"
+    } else if all("is not expected") {
+        "the file holds tensors that this model has no use for; it may belong to a model with more layers"
+    } else if all("not finite") {
+        "the training that wrote the file diverged; use an earlier checkpoint"
+    } else if is_adapter {
+        "the adapter and the model do not fit together"
+    } else {
+        "the weights and config.json belong to different models"
+    };
+    what.to_owned()
 }
 
 #[cfg(test)]

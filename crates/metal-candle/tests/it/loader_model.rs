@@ -165,10 +165,17 @@ fn tolerated_extras_and_names_without_prefix() {
     let expected = tensors(&config(true), DType::F32);
     let cpu = candle_core::Device::Cpu;
     let mut extras = expected.clone();
-    extras.push(("lm_head.weight".into(), Tensor::zeros((23, 16), DType::F32, &cpu).unwrap()));
+    let embedding = expected.iter().find(|(name, _)| name == "model.embed_tokens.weight").unwrap().1.clone();
+    extras.push(("lm_head.weight".into(), embedding));
     extras.push(("model.layers.0.self_attn.rotary_emb.inv_freq".into(), Tensor::zeros(2, DType::F32, &cpu).unwrap()));
     extras.push(("model.rotary_emb.inv_freq".into(), Tensor::zeros(2, DType::F32, &cpu).unwrap()));
     assert_holds(&ModelLoader::new().load(folder(TIED, &extras).path()).unwrap(), &expected);
+
+    // a head that differs from the embedding is used, as in transformers 5
+    extras[expected.len()].1 = Tensor::zeros((23, 16), DType::F32, &cpu).unwrap();
+    let untied = ModelLoader::new().load(folder(TIED, &extras).path()).unwrap();
+    assert!(!untied.config().tie_word_embeddings);
+    assert_eq!(untied.parameters().len(), expected.len() + 1);
 
     let bare: Tensors = expected.iter().map(|(name, t)| (name.replacen("model.", "", 1), t.clone())).collect();
     assert_holds(&ModelLoader::new().load(folder(TIED, &bare).path()).unwrap(), &expected);

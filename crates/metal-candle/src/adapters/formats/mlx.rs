@@ -58,6 +58,10 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     let rank = parameters.required_size("rank")?;
     let scale = parameters.number("scale")?.ok_or_else(|| parameters.missing("scale", "a number"))?;
     let keys = read_as(&parameters, "keys", "a list of module paths", as_texts)?;
+    // the tensors name the layers; the number is only looked at for its kind
+    for key in ["num_layers", "lora_layers"] {
+        read_as(config, key, "a whole number", serde_json::Value::as_i64)?;
+    }
     let source = TensorSource::open(&folder.join(TENSOR_FILE))?;
     let has = |path: &str, leaf: &str| source.shape(&format!("{path}.{leaf}")).is_some();
 
