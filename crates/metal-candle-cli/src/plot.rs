@@ -1,5 +1,6 @@
 //! The picture of a run: training and held-out loss, and the learning rate.
 
+use metal_candle::files::write_atomically;
 use metal_candle::{Error, Result};
 use plotters::prelude::*;
 use std::path::Path;
@@ -36,10 +37,7 @@ pub(crate) fn draw(path: &Path, title: &str, curves: &Curves) -> Result<()> {
     let mut svg = String::new();
     render(&mut svg, title, curves, &losses, last.max(1.0))
         .map_err(|message| Error::Write { path: path.to_path_buf(), source: std::io::Error::other(message) })?;
-    let temporary = path.with_extension("svg.part");
-    std::fs::write(&temporary, svg)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|source| Error::Write { path: path.to_path_buf(), source })
+    write_atomically(path, |file| file.write_all(svg.as_bytes()))
 }
 
 fn render(

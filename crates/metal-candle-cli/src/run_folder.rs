@@ -1,15 +1,19 @@
 //! The folder of a training run.
 
 use crate::output::UserError;
+use crate::run_record::{Liveness, RunLock};
 use crate::settings::TrainSettings;
 use anyhow::Result;
 use metal_candle::Error;
-use metal_candle::models::write_atomically;
+use metal_candle::files::{remove_stale_temporaries, write_atomically};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Where runs go that are not given a folder.
 const RUNS: &str = "runs";
+
+/// The lock of a run.
+pub(crate) const LOCK: &str = "run.lock";
 
 /// The file of a run's settings.
 const CONFIG: &str = "config.toml";
@@ -28,7 +32,7 @@ impl RunFolder {
     pub(crate) fn create(path: Option<&Path>) -> Result<Self> {
         let make = |path: &Path| std::fs::create_dir_all(path).map_err(|e| write_error(path, e));
         if let Some(path) = path {
-            check_free(path, "continue that run with --resume, or name another folder with --output")?;
+            check_new_run(path)?;
             make(path)?;
             return Ok(Self { path: path.to_path_buf() });
         }
@@ -52,6 +56,11 @@ impl RunFolder {
         if !is_run(path) {
             let error = UserError::new(format!("`{}` is not a run folder: it holds no `{CONFIG}`", path.display()));
             // `runs/001/checkpoints/step-000010` and `runs/001/adapter`
+            if is_unfinished_start(path) {
+                let start =
+                    format!("start it again with `--output {}`: it was killed before its first file", path.display());
+                return Err(error.with_hint(start).into());
+            }
             return Err(match path.ancestors().skip(1).take(2).find(|parent| is_run(parent)) {
                 Some(parent) => error.with_hint(format!("`--resume {}` is one", parent.display())),
                 None => error,
@@ -99,6 +108,24 @@ impl RunFolder {
         self.path.join(CHAT_TEMPLATE)
     }
 
+    /// Removes the temporary files of killed processes; the caller holds the lock of the run.
+    pub(crate) fn remove_stale_temporaries(&self) -> Result<()> {
+        for folder in [self.path.clone(), self.adapter(), self.base(), self.model()] {
+            remove_stale_temporaries(folder)?;
+        }
+        Ok(())
+    }
+
+    /// Removes a folder whose first file could not be written.
+    pub(crate) fn abandon(&self) {
+        if is_unfinished_start(&self.path) {
+            // the first error is the one to report
+            let _ = self.remove_stale_temporaries();
+            let _ = std::fs::remove_file(self.path.join(LOCK));
+            let _ = std::fs::remove_dir(&self.path);
+        }
+    }
+
     fn config(&self) -> PathBuf {
         self.path.join(CONFIG)
     }
@@ -138,6 +165,24 @@ pub(crate) fn recorded_template(path: &Path) -> Result<RecordedTemplate> {
     let (run, settings) = RunFolder::open(run)?;
     let chat_template = Some(run.chat_template()).filter(|file| file.is_file());
     Ok(RecordedTemplate { chat_template, template_var: settings.template_var.unwrap_or_default() })
+}
+
+/// Refuses a folder for a new run unless it is free, or holds only what a run leaves that was killed before its settings
+/// were written.
+pub(crate) fn check_new_run(path: &Path) -> Result<()> {
+    if is_unfinished_start(path) && RunLock::is_held(path) != Liveness::Running {
+        return Ok(());
+    }
+    check_free(path, "continue that run with --resume, or name another folder with --output")
+}
+
+/// Whether a folder holds nothing but the lock of a run and temporary files of its settings.
+fn is_unfinished_start(path: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(path) else { return false };
+    let is_of_start = |name: &str| name == LOCK || name.starts_with(".config.toml.");
+    let names: Vec<_> =
+        entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
+    !names.is_empty() && names.iter().all(|name| is_of_start(name))
 }
 
 /// Refuses a folder to write unless nothing is at `path` but, at most, an empty folder.

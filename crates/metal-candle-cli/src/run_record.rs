@@ -1,10 +1,10 @@
 //! `run.json`: what a run is and how it stands, for whoever looks at it from outside; and the lock of a run.
 
 use crate::output::UserError;
-use crate::run_folder::RunFolder;
+use crate::run_folder::{LOCK, RunFolder};
 use anyhow::Result;
 use metal_candle::Error;
-use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_if_exists};
+use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_if_exists, write_atomically};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -91,8 +91,7 @@ impl RunRecord {
         let path = Self::path(folder);
         let failed = |source| Error::Write { path: path.clone(), source };
         let text = serde_json::to_vec_pretty(self).map_err(|error| failed(error.into()))?;
-        let temporary = path.with_extension("json.part");
-        std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &path)).map_err(failed)
+        write_atomically(&path, |file| file.write_all(&text))
     }
 
     /// Adds a warning, unless there are too many already or a continuation repeats one.
@@ -128,7 +127,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 impl RunLock {
     fn path(folder: &Path) -> PathBuf {
-        folder.join("run.lock")
+        folder.join(LOCK)
     }
 
     /// Takes the lock, or refuses if another process trains the run.

@@ -13,7 +13,7 @@ use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
 use crate::ranks;
-use crate::run_folder::{RunFolder, check_free};
+use crate::run_folder::{RunFolder, check_new_run};
 use crate::run_record::{Outcome, RunLock};
 use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
@@ -95,9 +95,9 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     stop_at_once(flags.resume.as_deref(), output);
     let (resumed, settings) = settings(flags)?;
     if let (Some(path), None) = (&settings.output, &resumed) {
-        check_free(path, "continue that run with --resume, or name another folder with --output")?;
+        check_new_run(path)?;
     }
-    let prepared = start::prepare(settings, output)?;
+    let prepared = start::prepare(settings, resumed.as_ref(), output)?;
     match with_trainer(prepared, Execution { flags, resumed, output, group })? {
         Some(report) => report.print(output, started.elapsed().as_secs_f64()),
         None => Ok(()),
@@ -116,7 +116,7 @@ pub(crate) fn plan(flags: &PlanArguments, output: Output) -> Result<()> {
         None => flags.settings.clone(),
     };
     settings.fix_paths()?;
-    with_trainer(start::prepare(settings, output)?, Planning { flags, output })
+    with_trainer(start::prepare(settings, None, output)?, Planning { flags, output })
 }
 
 /// What is done with a trainer, whatever it trains.
@@ -227,6 +227,8 @@ struct Prepared {
     data: Datasets,
     /// What the user called the data.
     data_name: String,
+    /// When the run was first started, in seconds since 1970 (UTC): the time that chat templates read.
+    started: u64,
     /// How many processes train together.
     num_devices: usize,
 }
@@ -337,7 +339,8 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
     prepared.settings.output = None;
     prepared.given.output = None;
     prepared.write_template(run.path())?;
-    run.write_settings(&prepared.given, &prepared.settings)?;
+    run.remove_stale_temporaries()?;
+    run.write_settings(&prepared.given, &prepared.settings).inspect_err(|_| run.abandon())?;
     stop_at_once(Some(run.path()), output);
     report::summary(&prepared, &rows, &run, total_steps, output);
     fitted.note(output);

@@ -3,7 +3,10 @@
 mod guard;
 mod read;
 mod sanitize;
+mod write;
 
 pub use guard::{guard, is_guarded};
 pub use read::{MAX_SIDE_FILE_BYTES, read_bounded, read_if_exists, read_json, read_text};
 pub use sanitize::{printable, printable_json, sanitize};
+pub(crate) use write::sync_folder;
+pub use write::{create_folder, remove_stale_temporaries, write_atomically};

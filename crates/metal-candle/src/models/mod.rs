@@ -24,6 +24,7 @@ mod saver;
 mod shards;
 mod step;
 
+pub use crate::files::write_atomically;
 pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::ModelConfig;
@@ -37,7 +38,7 @@ pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
 pub use safetensors_file::{SafetensorsFile, TensorEntry};
-pub use saver::{check_finite, save_model, write_atomically, write_safetensors};
+pub use saver::{check_finite, save_model, write_safetensors};
 pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.

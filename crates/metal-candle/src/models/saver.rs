@@ -2,13 +2,12 @@
 
 use super::Model;
 use crate::error::{Error, Result};
+use crate::files::{create_folder, write_atomically};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io::{self, Write};
+use std::path::Path;
 
 /// Header bytes are filled up with spaces to a multiple of this, as the reference implementation does.
 const ALIGNMENT: usize = 8;
@@ -22,7 +21,7 @@ const ALIGNMENT: usize = 8;
 /// The folder or a file cannot be written.
 pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
-    fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    create_folder(folder)?;
     write_safetensors(folder.join("model.safetensors"), model.parameters(), &[("format", "pt")])?;
     write_atomically(folder.join("config.json"), |file| {
         file.write_all(model.config().to_json(model.dtype()).as_bytes())
@@ -162,57 +161,4 @@ fn write_all<T: Copy, const WIDTH: usize>(
         file.write_all(&bytes)?;
     }
     Ok(())
-}
-
-/// Writes a file beside its place, and puts it there when it is complete and on the disk.
-///
-/// # Errors
-/// The file cannot be written; what was at `path` is still there then.
-pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let path = path.as_ref();
-    let temporary = temporary_beside(path)?;
-    let result = write_and_rename(&temporary, path, write);
-    if result.is_err() {
-        // the first error is the one to report
-        drop(fs::remove_file(&temporary));
-    }
-    result.map_err(|e| Error::write(path, e))
-}
-
-fn write_and_rename(
-    temporary: &Path,
-    path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut file = BufWriter::new(File::create(temporary)?);
-    write(&mut file)?;
-    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.sync_all()?;
-    drop(file);
-    fs::rename(temporary, path)?;
-    sync_folder(path)
-}
-
-/// Tells apart the temporary files of one process.
-static NUM_TEMPORARY: AtomicUsize = AtomicUsize::new(0);
-
-/// A renamed file outlasts a power cut only when its folder is on the disk too.
-#[cfg(unix)]
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
-}
-
-#[cfg(not(unix))]
-fn sync_folder(_path: &Path) -> io::Result<()> {
-    Ok(())
-}
-
-fn temporary_beside(path: &Path) -> Result<PathBuf> {
-    let Some(name) = path.file_name() else {
-        return Err(Error::argument("path", format!("expected a file, found `{}`", path.display())));
-    };
-    let (name, process) = (name.to_string_lossy(), std::process::id());
-    let number = NUM_TEMPORARY.fetch_add(1, Ordering::Relaxed);
-    Ok(path.with_file_name(format!(".{name}.{process}-{number}.tmp")))
 }

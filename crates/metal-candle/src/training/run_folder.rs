@@ -1,9 +1,10 @@
 //! The checkpoints of a run: folders that appear complete or not at all.
 
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, write_atomically};
+use crate::files::{create_folder, remove_stale_temporaries, sync_folder, write_atomically};
+use crate::models::JsonObject;
 use serde_json::{Map, Value, json};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -29,7 +30,8 @@ impl Checkpoints {
     /// Makes the folder, and removes what an interrupted run left half done.
     pub(super) fn open(run_folder: &Path) -> Result<Self> {
         let folder = run_folder.join("checkpoints");
-        fs::create_dir_all(&folder).map_err(|source| Error::write(&folder, source))?;
+        create_folder(&folder)?;
+        remove_stale_temporaries(&folder)?;
         for name in names(&folder)? {
             if name.starts_with(TEMPORARY) {
                 let path = folder.join(name);
@@ -74,21 +76,17 @@ impl Checkpoints {
             fs::remove_dir_all(&temporary).map_err(failed)?;
         }
         fs::create_dir_all(&temporary).map_err(failed)?;
-        write(&temporary)?;
-        let mut files = names(&temporary)?;
-        files.sort();
-        let mut sums = Map::new();
-        for name in files {
-            sums.insert(name.clone(), checksum(&temporary.join(&name))?);
+        let saved = fill(&temporary, &mut state, write).and_then(|()| {
+            if path.exists() {
+                self.remove(step)?;
+            }
+            fs::rename(&temporary, &path).and_then(|()| sync_folder(&self.folder)).map_err(failed)
+        });
+        if saved.is_err() {
+            // the first error is the one to report
+            drop(fs::remove_dir_all(&temporary));
         }
-        state.insert("files".into(), Value::Object(sums));
-        let text = serde_json::to_vec_pretty(&state).map_err(|error| Error::format(&path, error))?;
-        write_atomically(temporary.join(STATE_FILE), |file| file.write_all(&text))?;
-        if path.exists() {
-            self.remove(step)?;
-        }
-        fs::rename(&temporary, &path).and_then(|()| sync_folder(&self.folder)).map_err(failed)?;
-        Ok(path)
+        saved.map(|()| path)
     }
 
     /// The checkpoint of `step`, after its files have been checked.
@@ -141,6 +139,20 @@ impl Checkpoints {
     }
 }
 
+/// Writes the files of a checkpoint into `folder`, the state with their checksums last.
+fn fill(folder: &Path, state: &mut Map<String, Value>, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    write(folder)?;
+    let mut files = names(folder)?;
+    files.sort();
+    let mut sums = Map::new();
+    for name in files {
+        sums.insert(name.clone(), checksum(&folder.join(&name))?);
+    }
+    state.insert("files".into(), Value::Object(sums));
+    let text = serde_json::to_vec_pretty(&state).map_err(|error| Error::format(folder, error))?;
+    write_atomically(folder.join(STATE_FILE), |file| file.write_all(&text))
+}
+
 fn names(folder: &Path) -> Result<Vec<String>> {
     if !folder.exists() {
         return Ok(Vec::new());
@@ -153,9 +165,4 @@ fn names(folder: &Path) -> Result<Vec<String>> {
 fn checksum(path: &Path) -> Result<Value> {
     let map = metal_candle_kernels::map_file(path).map_err(|source| Error::read(path, source))?;
     Ok(json!({"bytes": map.len(), "crc32c": format!("{:08x}", crc32c::crc32c(&map))}))
-}
-
-fn sync_folder(folder: &Path) -> io::Result<()> {
-    // only Unix opens folders as files
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }

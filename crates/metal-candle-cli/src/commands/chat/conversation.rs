@@ -4,6 +4,7 @@ use crate::output::UserError;
 use anyhow::Result;
 use metal_candle::Error;
 use metal_candle::data::Message;
+use metal_candle::files::write_atomically;
 use metal_candle::inference::GenerationConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -157,7 +158,7 @@ impl Conversation {
     fn save(&self, file: &str) -> Result<String> {
         let path = Path::new(named(file)?);
         let row = serde_json::to_string(&Row { messages: self.messages() })? + "\n";
-        std::fs::write(path, row).map_err(|source| Error::Write { path: path.to_path_buf(), source })?;
+        write_atomically(path, |file| file.write_all(row.as_bytes()))?;
         Ok(format!("wrote {} messages to {file}", self.messages().len()))
     }
 

@@ -3,7 +3,7 @@
 use crate::memory;
 use crate::plot::{self, Curves};
 use crate::run_folder::RunFolder;
-use crate::run_record::{Outcome, RecordedWarning, RunRecord, seconds_since_epoch};
+use crate::run_record::{Outcome, RecordedWarning, RunRecord};
 use crate::tensorboard::EventWriter;
 use metal_candle::Result;
 use metal_candle::training::TrainingEvent;
@@ -34,7 +34,9 @@ impl Recorder {
     /// A recorder of a run that `record` describes; what an earlier process recorded of the same run is taken over.
     pub(super) fn new(run: RunFolder, mut record: RunRecord) -> Self {
         let earlier = RunRecord::read(run.path()).ok().flatten().unwrap_or_default();
-        record.started = if earlier.started == 0 { seconds_since_epoch() } else { earlier.started };
+        if earlier.started > 0 {
+            record.started = earlier.started;
+        }
         record.warnings = earlier.warnings;
         let now = Instant::now();
         Self {

@@ -5,7 +5,8 @@ use super::answers::Question;
 use crate::commands::fuse::{copy_tokenizer, with_end_of_turn, write_template};
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::{Output, UserError};
-use crate::run_record::RunRecord;
+use crate::run_folder::RunFolder;
+use crate::run_record::{RunRecord, seconds_since_epoch};
 use crate::settings::{PathValues, TrainSettings, parse_layers};
 use crate::templates::with_template;
 use anyhow::Result;
@@ -20,9 +21,10 @@ use metal_candle::training::{
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
-/// Loads model, adapter and data.
-pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Prepared> {
+/// Loads model, adapter and data; a resumed run renders its data as on the day it was started.
+pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, output: Output) -> Result<Prepared> {
     let given = settings.clone();
     let name = settings.model.clone().unwrap_or_else(|| NANO.into());
     let mut source = ModelSource::find(&name, output)?;
@@ -46,6 +48,12 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
     let data_name = settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| shown(path));
     let variables: Vec<&str> = settings.template_var.iter().flatten().map(String::as_str).collect();
     let tokenizer = with_template(&source, settings.chat_template.as_deref(), &variables)?;
+    let recorded =
+        resumed.and_then(|run| RunRecord::read(run.path()).ok().flatten()).map_or(0, |record| record.started);
+    let started = if recorded == 0 { seconds_since_epoch() } else { recorded };
+    let now = UNIX_EPOCH + Duration::from_secs(started);
+    let template = tokenizer.chat_template().cloned().map(|template| template.with_clock(move || now));
+    let tokenizer = tokenizer.with_chat_template(template);
     let options = DatasetOptions {
         max_tokens: settings.max_tokens_per_sample,
         truncate: settings.truncate == Some(true),
@@ -77,7 +85,7 @@ pub(super) fn prepare(mut settings: TrainSettings, output: Output) -> Result<Pre
     let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source)?) };
     // a start that rounds weights makes another model
     let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
-    Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name, num_devices: 1 })
+    Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name, started, num_devices: 1 })
 }
 
 /// A path as seen from the working folder.
@@ -205,6 +213,7 @@ impl Prepared {
                 count => format!("{count} x {}", self.model.device()),
             },
             settings,
+            started: self.started,
             ..RunRecord::default()
         })
     }

@@ -15,7 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
-const UNSUPPORTED: [&str; 11] = [
+const UNSUPPORTED: [&str; 12] = [
+    "ensure_weight_tying",
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",

@@ -1,0 +1,242 @@
+//! The one write path: whole files are replaced atomically, links and devices are written through.
+
+use crate::error::{Error, Result};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// As many links in a row as Linux follows.
+const MAX_LINKS: usize = 40;
+
+/// Numbers the temporary files of one process.
+static NUM_TEMPORARY: AtomicUsize = AtomicUsize::new(0);
+
+/// Where the bytes for a path go.
+#[derive(Debug, PartialEq, Eq)]
+enum Destination {
+    /// A regular file or nothing: a complete file is renamed over it.
+    File(PathBuf),
+    /// A pipe, a device or a socket: opened and written to.
+    Stream,
+}
+
+/// Writes a temporary file next to `path` and renames it over `path` once it is complete and synced.
+///
+/// Only a regular file is replaced. A symbolic link stays, and its target is replaced. A pipe or device is written
+/// to directly. A replaced file keeps its permissions.
+///
+/// # Errors
+/// The file cannot be written, or `path` is a folder. A file at `path` is unchanged then, and no temporary file is
+/// left.
+pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let path = path.as_ref();
+    if path.file_name().is_none() {
+        return Err(Error::argument("path", format!("expected a file, found `{}`", path.display())));
+    }
+    let written = match destination(path) {
+        Ok(Destination::File(target)) => replace(&target, write),
+        Ok(Destination::Stream) => write_through(path, write),
+        Err(error) => Err(error),
+    };
+    written.map_err(|e| Error::write(path, e))
+}
+
+/// Creates a folder and its parents.
+///
+/// # Errors
+/// The folder cannot be created.
+pub fn create_folder(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    fs::create_dir_all(path).map_err(|e| Error::write(path, e))
+}
+
+/// Removes the temporary files that killed processes left in `folder`. The caller makes sure, with a lock, that no
+/// other process is writing there.
+///
+/// # Errors
+/// The folder cannot be read, or a file cannot be removed.
+pub fn remove_stale_temporaries(folder: impl AsRef<Path>) -> Result<()> {
+    let folder = folder.as_ref();
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) => return Err(Error::read(folder, error)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::read(folder, e))?;
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && is_temporary(&entry.file_name().to_string_lossy()) {
+            fs::remove_file(entry.path()).map_err(|e| Error::write(entry.path(), e))?;
+        }
+    }
+    Ok(())
+}
+
+fn destination(path: &Path) -> io::Result<Destination> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => Err(io::Error::new(ErrorKind::IsADirectory, "expected a file, found a folder")),
+        // what `/dev/stdout` and `/proc/self/fd/1` lead to belongs to another program
+        Ok(found) if !found.is_file() || is_descriptor(path) => Ok(Destination::Stream),
+        Ok(_) => fs::canonicalize(path).map(Destination::File),
+        Err(error) if error.kind() == ErrorKind::NotFound => follow(path).map(Destination::File),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_descriptor(path: &Path) -> bool {
+    ["/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/"].iter().any(|folder| path.starts_with(folder))
+}
+
+/// The missing file that a dangling symbolic link leads to.
+fn follow(path: &Path) -> io::Result<PathBuf> {
+    let mut target = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        if !fs::symlink_metadata(&target).is_ok_and(|found| found.is_symlink()) {
+            return Ok(target);
+        }
+        let link = fs::read_link(&target)?;
+        target = target.parent().map_or_else(|| link.clone(), |folder| folder.join(&link));
+    }
+    Err(io::Error::other("too many symbolic links"))
+}
+
+fn replace(target: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let temporary = temporary_beside(target);
+    let replaced = write_and_rename(&temporary, target, write);
+    if replaced.is_err() {
+        // the first error is the one to report
+        drop(fs::remove_file(&temporary));
+    }
+    replaced
+}
+
+fn write_and_rename(
+    temporary: &Path,
+    target: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut file = BufWriter::new(OpenOptions::new().write(true).create_new(true).open(temporary)?);
+    if let Ok(found) = fs::metadata(target) {
+        file.get_ref().set_permissions(found.permissions())?;
+    }
+    write(&mut file)?;
+    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(temporary, target)?;
+    sync_folder(target.parent().unwrap_or(Path::new("")))
+}
+
+fn write_through(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut file = BufWriter::new(OpenOptions::new().write(true).truncate(true).open(path)?);
+    write(&mut file)?;
+    file.flush()
+}
+
+/// Syncs a folder: a renamed file survives a power cut only once its folder is on the disk.
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
+    // only Unix opens folders as files
+    if cfg!(unix) {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn temporary_beside(target: &Path) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    // a file system allows names of 255 bytes
+    let name: String = name.chars().take(50).collect();
+    let number = NUM_TEMPORARY.fetch_add(1, Ordering::Relaxed);
+    target.with_file_name(format!(".{name}.{}-{number}.tmp", std::process::id()))
+}
+
+/// Whether a name is one of [`temporary_beside`], or one that an earlier version gave.
+fn is_temporary(name: &str) -> bool {
+    if ["run.json.part", "loss.svg.part"].contains(&name) {
+        return true;
+    }
+    let numbers = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")?.rsplit_once('.'));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    numbers
+        .and_then(|(_, numbers)| numbers.split_once('-'))
+        .is_some_and(|(process, number)| is_number(process) && is_number(number))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::{is_temporary, remove_stale_temporaries, temporary_beside, write_atomically};
+    use std::fs;
+    use std::io;
+    use std::path::Path;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write_atomically(&path, |file| file.write_all(b"old")).unwrap();
+        let full = |file: &mut dyn io::Write| {
+            file.write_all(b"new")?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        };
+        write_atomically(&path, full).unwrap_err();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["file"]);
+        write_atomically(folder.path(), |file| file.write_all(b"new")).unwrap_err();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_stay_links() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("other")).unwrap();
+        fs::write(at("other/target"), "old").unwrap();
+        fs::set_permissions(at("other/target"), fs::Permissions::from_mode(0o600)).unwrap();
+        symlink("other/target", at("link")).unwrap();
+        symlink("link", at("chain")).unwrap();
+        symlink("other/missing", at("dangling")).unwrap();
+        for name in ["link", "chain", "dangling"] {
+            write_atomically(at(name), |file| file.write_all(name.as_bytes())).unwrap();
+            assert!(at(name).is_symlink());
+            assert_eq!(fs::read_to_string(at(name)).unwrap(), name);
+        }
+        assert_eq!(fs::metadata(at("other/target")).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(names(&at("other")), ["missing", "target"]);
+        symlink("loop", at("loop")).unwrap();
+        write_atomically(at("loop"), |file| file.write_all(b"x")).unwrap_err();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_is_written_through() {
+        use std::os::unix::fs::FileTypeExt;
+        write_atomically("/dev/null", |file| file.write_all(b"text")).unwrap();
+        assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+    }
+
+    #[test]
+    fn only_temporary_files_are_stale() {
+        let folder = tempfile::tempdir().unwrap();
+        let temporary = temporary_beside(&folder.path().join("run.json"));
+        assert!(is_temporary(&temporary.file_name().unwrap().to_string_lossy()));
+        fs::write(&temporary, "").unwrap();
+        let kept = [".a.tmp", ".b.1-x.tmp", "c.1-2.tmp", "run.json"];
+        for name in kept {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        remove_stale_temporaries(folder.path()).unwrap();
+        remove_stale_temporaries(folder.path().join("missing")).unwrap();
+        assert_eq!(names(folder.path()), kept);
+    }
+}
