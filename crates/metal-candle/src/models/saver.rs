@@ -111,7 +111,7 @@ pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
     if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
         return Ok(());
     }
-    let tensor = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let tensor = to_host(tensor)?.flatten_all()?;
     let index = match tensor.dtype() {
         DType::F16 => tensor.to_vec1::<f16>()?.iter().position(|value| !value.is_finite()),
         DType::BF16 => tensor.to_vec1::<bf16>()?.iter().position(|value| !value.is_finite()),
