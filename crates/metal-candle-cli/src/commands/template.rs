@@ -198,7 +198,7 @@ impl Rendered {
         let ids: Vec<String> = self.ids.iter().map(u32::to_string).collect();
         let num_trained = match &self.trained {
             Ok(trained) => format!("{} trained", trained.iter().filter(|trained| **trained).count()),
-            Err(reason) => format!("not trained: {}", metal_candle::files::sanitize(&reason.to_string())),
+            Err(reason) => format!("not trained: {}", metal_candle::files::sanitize(reason)),
         };
         Ok(format!("{shown}\n[{} tokens, {num_trained}]\n{}\n", ids.len(), ids.join(" ")))
     }

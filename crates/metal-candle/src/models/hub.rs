@@ -119,7 +119,7 @@ impl Hub {
     pub fn from_env() -> Result<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
         let path = |name: &str| {
-            variable(name).map(|value| expand(&value, std::env::home_dir(), |name| std::env::var(name).ok()))
+            variable(name).map(|value| expand(&value, std::env::home_dir().as_deref(), |name| std::env::var(name).ok()))
         };
         let home = path("HF_HOME").or_else(|| {
             let cache = path("XDG_CACHE_HOME");
@@ -249,24 +249,24 @@ impl Hub {
 }
 
 /// A path of an environment variable with `~`, `$NAME` and `${NAME}` replaced, as a shell would; unknown names stay.
-fn expand(value: &str, home: Option<PathBuf>, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
+fn expand(value: &str, home: Option<&Path>, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
     let mut text = value.to_owned();
-    if let (Some(rest), Some(home)) = (value.strip_prefix('~'), home.as_ref().and_then(|home| home.to_str())) {
-        if rest.is_empty() || rest.starts_with('/') {
-            text = format!("{home}{rest}");
-        }
+    if let (Some(rest), Some(home)) = (value.strip_prefix('~'), home.and_then(Path::to_str))
+        && (rest.is_empty() || rest.starts_with('/'))
+    {
+        text = format!("{home}{rest}");
     }
     let mut expanded = String::new();
     let mut rest = text.as_str();
     while let Some(at) = rest.find('$') {
         expanded.push_str(&rest[..at]);
         let after = &rest[at + 1..];
-        let (name, used) = match after.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
-            Some((name, _)) => (name, name.len() + 2),
-            None => {
-                let end = after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len());
-                (&after[..end], end)
-            }
+        let in_braces = after.strip_prefix('{').and_then(|inner| inner.split_once('}'));
+        let (name, used) = if let Some((name, _)) = in_braces {
+            (name, name.len() + 2)
+        } else {
+            let end = after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len());
+            (&after[..end], end)
         };
         match variable(name).filter(|_| !name.is_empty()) {
             Some(value) => expanded.push_str(&value),
@@ -381,7 +381,8 @@ mod tests {
     #[test]
     fn paths_are_expanded() {
         let variable = |name: &str| (name == "A").then(|| "x".to_owned());
-        let expand = |value| super::expand(value, Some("/home/u".into()), variable).display().to_string();
+        let expand =
+            |value| super::expand(value, Some(std::path::Path::new("/home/u")), variable).display().to_string();
         assert_eq!(expand("~/a/$A-${A}/$B/${C}/~$"), "/home/u/a/x-x/$B/${C}/~$");
         assert_eq!([expand("~"), expand("~v/a"), expand("$A")], ["/home/u", "~v/a", "x"]);
     }

@@ -238,11 +238,11 @@ fn generation_config_beside_it() {
     assert_eq!((bare.eos_token_ids.as_slice(), bare.generation.top_k), ([151_645].as_slice(), None));
 
     let generation = folder.path().join("generation_config.json");
-    let text = r#"{"bos_token_id": 151643, "pad_token_id": 151643, "do_sample": true, "eos_token_id": [151645, 151643],
+    let text = r#"{"bos_token_id": 151643, "pad_token_id": 151643, "do_sample": true, "eos_token_id": [299, 7, 151643],
         "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.44.0"}"#;
     std::fs::write(&generation, text).unwrap();
     let config = ModelConfig::from_json(folder.path()).unwrap();
-    assert_eq!(config.eos_token_ids, [151_645, 151_643]);
+    assert_eq!(config.eos_token_ids, [299, 7], "the third is outside the vocabulary");
     let defaults = &config.generation;
     assert_eq!((defaults.do_sample, defaults.top_k, defaults.min_p), (Some(true), Some(20), None));
     assert_eq!((defaults.temperature, defaults.top_p, defaults.repetition_penalty), (Some(0.7), Some(0.8), Some(1.1)));

@@ -282,7 +282,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
 
 /// Whether biases are saved beside the modules that are trained as a whole.
 fn has_biases(adapter: &LoRAAdapter) -> bool {
-    adapter.parameters_to_save().iter().any(|name| name.ends_with(".bias"))
+    adapter.parameters_to_save().iter().any(|name| name.rsplit('.').next() == Some("bias"))
 }
 
 /// The values that are not the default: by the last part of the path where all such modules agree, else by path.

@@ -166,6 +166,8 @@ fn base(model: &Model, name: &str) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1()?)
 }
 
+// copies are equal to the bit
+#[allow(clippy::float_cmp)]
 /// Whether all values are equal, if need be after rounding one side to bf16 or f16.
 fn is_copy(left: &[f32], right: &[f32]) -> bool {
     let to_bf16 = |value: f32| bf16::from_f32(value).to_f32();

@@ -1,5 +1,8 @@
 //! Filters and tests as Jinja2 defines them, where the engine's differ or are missing.
 
+// the engine hands arguments over by value
+#![allow(clippy::needless_pass_by_value)]
+
 use super::args::{Args, pay_bytes, pay_items};
 use super::format::percent;
 use super::methods::{capitalized, is_space};
@@ -10,6 +13,8 @@ use minijinja::{AutoEscape, Environment, Error, State};
 use std::fmt::Write;
 
 /// Puts the filters, the tests and the printing of values into an environment.
+// one line a filter
+#[allow(clippy::too_many_lines)]
 pub(in crate::data) fn install(environment: &mut Environment<'static>) {
     environment.set_formatter(|out, state, value| {
         let is_escaped = !matches!(state.auto_escape(), AutoEscape::None) && !value.is_safe();
@@ -154,7 +159,7 @@ fn remainder(state: &State, left: &Value, right: &Value) -> Result<Value, Error>
     }
     let remainder = left % right;
     Ok(Value::from(match remainder {
-        remainder if remainder == 0.0 => 0.0_f64.copysign(right),
+        0.0 => 0.0_f64.copysign(right),
         remainder if (remainder < 0.0) != (right < 0.0) => remainder + right,
         remainder => remainder,
     }))
@@ -388,10 +393,8 @@ fn to_int(value: &Value, args: Rest<Value>, keywords: Kwargs) -> Result<Value, E
     if value.is_integer() {
         return Ok(value.clone());
     }
-    if let Some(text) = value.as_str() {
-        if let Some(integer) = integer_of(text, base) {
-            return Ok(Value::from(integer));
-        }
+    if let Some(integer) = value.as_str().and_then(|text| integer_of(text, base)) {
+        return Ok(Value::from(integer));
     }
     let float = float_of(value).filter(|float| float.is_finite() && float.abs() < 1e38);
     Ok(float.map_or(default, |float| {

@@ -122,15 +122,15 @@ impl Directive {
         let (sign, digits) = match code {
             's' | 'r' | 'a' => {
                 let text = if code == 's' { str_of(value)? } else { repr(value)? };
-                let text = text.chars().take(self.precision.unwrap_or(usize::MAX)).collect();
-                return Ok(self.pad("", text, false));
+                let text: String = text.chars().take(self.precision.unwrap_or(usize::MAX)).collect();
+                return Ok(self.pad("", &text, false));
             }
             'c' => {
                 let code_point = value.as_i64().and_then(|code| u32::try_from(code).ok()).and_then(char::from_u32);
                 let text = code_point.map(String::from).or_else(|| value.as_str().map(str::to_string));
                 let text = text.filter(|text| text.chars().count() == 1);
                 let text = text.ok_or_else(|| invalid("`%c` wants an integer or one character"))?;
-                return Ok(self.pad("", text, false));
+                return Ok(self.pad("", &text, false));
             }
             'd' | 'i' | 'u' | 'x' | 'X' | 'o' => {
                 let is_float = value.kind() == ValueKind::Number && !value.is_integer();
@@ -169,10 +169,10 @@ impl Directive {
             }
             other => return Err(invalid(format!("`%`: unsupported format character `{other}`"))),
         };
-        Ok(self.pad(&sign, digits, self.is_zero && !self.is_left))
+        Ok(self.pad(&sign, &digits, self.is_zero && !self.is_left))
     }
 
-    fn pad(&self, sign: &str, text: String, with_zeros: bool) -> String {
+    fn pad(&self, sign: &str, text: &str, with_zeros: bool) -> String {
         let missing = self.width.saturating_sub(sign.len() + text.chars().count());
         match (self.is_left, with_zeros) {
             (true, _) => format!("{sign}{text}{}", " ".repeat(missing)),

@@ -26,6 +26,8 @@ pub(in crate::data) fn method(state: &mut State, value: &Value, name: &str, args
     }
 }
 
+// one arm a method
+#[allow(clippy::too_many_lines)]
 fn string_method(state: &State, text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     if name == "format" {
         return str_format(state, text, args).map(Value::from);

@@ -93,7 +93,7 @@ impl Level {
         let is_text = operand.trim().starts_with(['"', '\''])
             && !operand.trim()[1..operand.trim().len() - 1].contains(['"', '\'']);
         if self.is_concatenated && !is_text && !operand.trim().is_empty() {
-            self.done.push_str(&format!(" (({operand}) | {PRINTED}) "));
+            self.done.extend([" ((", operand.as_ref(), ") | ", PRINTED, ") "]);
         } else {
             self.done.push_str(&operand);
         }
@@ -279,7 +279,9 @@ fn literal(text: &str) -> String {
             _ => (None, c.len_utf8()),
         };
         match (code, c) {
-            (Some(code), _) if u32::from(code) < 0x1_0000 => out.push_str(&format!("\\u{:04x}", u32::from(code))),
+            (Some(code), _) if u32::from(code) < 0x1_0000 => {
+                out.extend(["\\u".to_owned(), format!("{:04x}", u32::from(code))]);
+            }
             (Some(code), _) => out.push(code),
             (None, '\n') => {}
             (None, '\\' | '"' | '\'' | 'n' | 't' | 'r' | 'b' | 'f' | 'u') => out.extend(['\\', c]),
