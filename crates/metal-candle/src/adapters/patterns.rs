@@ -53,7 +53,7 @@ mod tests {
         assert_eq!(patterns.get("model.layers.1.self_attn.aq_proj"), None);
         let paths = ["model.layers.0.self_attn.q_proj"];
         assert_eq!(patterns.unused(&paths.iter().copied()), ["layers.1.mlp.(up|down)_proj"]);
-        let looking = Patterns::new("rank_pattern", [(r"(?!.*mlp).*_proj\Z".to_string(), 1)]).unwrap();
+        let looking = Patterns::new("rank_pattern", [(r"(?=\w+_proj).*(?<!up)_proj\Z".to_string(), 1)]).unwrap();
         assert_eq!(looking.get("layers.0.self_attn.q_proj"), Some(1));
         assert_eq!(looking.get("layers.0.mlp.up_proj"), None);
         assert!(Patterns::new("rank_pattern", [("(".to_string(), 1)]).is_err());

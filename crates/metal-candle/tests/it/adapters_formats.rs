@@ -379,6 +379,8 @@ fn damaged_folders_give_errors() {
     std::fs::rename(&path, folder.path().join("adapter_model.bin")).unwrap();
     let error = LoRAAdapter::load(&model, folder.path()).unwrap_err();
     assert!(matches!(&error, Error::Format { path, .. } if path.ends_with("adapter_model.bin")), "{error}");
+    std::fs::remove_file(folder.path().join("adapter_model.bin")).unwrap();
+    std::fs::write(&path, &bytes).unwrap();
     for text in ["", "[1]", "{", "{}", "{\"peft_type\": 3}"] {
         std::fs::write(folder.path().join("adapter_config.json"), text).unwrap();
         let error = LoRAAdapter::load(&model, folder.path()).unwrap_err();
