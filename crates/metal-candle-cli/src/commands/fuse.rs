@@ -52,12 +52,18 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
     let adapter = load_adapter(&model, &flags.adapter, &source)?;
     let template = TemplateArguments::default();
-    let tokenizer = template.tokenizer(&source, Some(&flags.adapter))?;
-    let merged = with_end_of_turn(adapter.merge(&model)?, &tokenizer)?;
+    // a folder of weights alone can be merged too
+    let has_tokenizer = source.folder().join("tokenizer.json").is_file();
+    let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&flags.adapter))).transpose()?;
+    let merged = adapter.merge(&model)?;
+    let merged = match &tokenizer {
+        Some(tokenizer) => with_end_of_turn(merged, tokenizer)?,
+        None => merged,
+    };
     save_model(&merged, &flags.output)?;
     copy_tokenizer(source.folder(), &flags.output)?;
-    if recorded_template(&flags.adapter)?.chat_template.is_some() {
-        write_template(&tokenizer, &flags.output)?;
+    if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&flags.adapter)?.chat_template) {
+        write_template(tokenizer, &flags.output)?;
     }
     drop(merged);
 
