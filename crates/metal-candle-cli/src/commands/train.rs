@@ -46,7 +46,7 @@ pub(crate) struct TrainArguments {
     pub(crate) resume: Option<PathBuf>,
 
     /// Train on this many devices at once, one process each: the first CUDA devices, or processes of the CPU that share its
-    /// threads. Each computes a share of every batch; a run may go on with another number.
+    /// threads. Each computes a share of every batch; a run can resume with another number.
     #[arg(long, value_name = "COUNT", default_value_t = 1, help_heading = "Run")]
     pub(crate) num_devices: usize,
 
