@@ -12,9 +12,9 @@ use crate::commands::runs::RunsArguments;
 use crate::commands::template::TemplateCommandArguments;
 use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
 use crate::commands::train::{PlanArguments, TrainArguments};
+use crate::device::DeviceKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use metal_candle::Device;
 use serde::{Deserialize, Serialize};
 use std::any::TypeId;
 use std::ffi::OsString;
@@ -263,31 +263,6 @@ impl WeightType {
     }
 }
 
-/// Where the model runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum DeviceKind {
-    /// Metal or CUDA if there is one, else the CPU.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The Metal device.
-    Metal,
-    /// The first CUDA device, or the first ones with `--num-devices`.
-    Cuda,
-}
-
-impl DeviceKind {
-    pub(crate) fn open(self) -> metal_candle::Result<Device> {
-        match self {
-            Self::Auto => Ok(Device::new_with_fallback(crate::ranks::device_number())),
-            Self::Cpu => Ok(Device::CPU),
-            Self::Metal => Device::metal(),
-            Self::Cuda => Device::cuda(crate::ranks::device_number()),
-        }
-    }
-}
-
 /// Which model, and where it runs.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
@@ -301,8 +276,9 @@ pub(crate) struct ModelArguments {
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "auto")]
+    /// Where to run: `auto` (Metal or CUDA, else the CPU), `cpu`, `metal`, `cuda`, or `cuda:1` for
+    /// the second CUDA device.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: DeviceKind,
 }
 

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod device;
 mod input;
 mod interrupt;
 mod memory;

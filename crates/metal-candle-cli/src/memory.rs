@@ -3,9 +3,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// The most memory the process has had in RAM, in bytes, where the operating system tells (Linux).
+/// The most memory the process has held, in bytes: on its CUDA devices if it uses any, else in RAM (Linux).
 pub(crate) fn peak() -> Option<u64> {
-    of_status("VmHWM:")
+    metal_candle::Device::process_peak_memory()
 }
 
 /// Lets the peak begin anew at what is in use now, where the operating system can (Linux).

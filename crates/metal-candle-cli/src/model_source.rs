@@ -1,6 +1,7 @@
 //! Finding and loading the model and the adapter that flags name.
 
-use crate::args::{AdaptedModelArguments, DeviceKind, ModelArguments, WeightType};
+use crate::args::{AdaptedModelArguments, ModelArguments, WeightType};
+use crate::device::DeviceKind;
 use crate::output::{Output, Unit, UserError};
 use anyhow::Result;
 use candle_core::DType;
@@ -110,7 +111,7 @@ impl ModelSource {
     }
 
     pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {
-        let mut loader = ModelLoader::new().with_device(device.open()?);
+        let mut loader = ModelLoader::new().with_device(device.open(output)?);
         if let Some(dtype) = dtype {
             loader = loader.with_dtype(dtype.dtype());
         }

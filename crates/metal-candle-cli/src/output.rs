@@ -321,6 +321,9 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             Error::Template(_) => "`generate --raw` does without the chat template",
             Error::Hub(_) => "a model folder on this machine can be given to --model instead",
             Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",
+            Error::OutOfMemory(_) => {
+                "fewer or shorter sequences, or --dtype bf16, take less memory; other programs on the device take some too"
+            }
             Error::Candle(_) => "this is a defect of the program or of the device: please report it with the command",
             _ => return None,
         };

@@ -223,8 +223,8 @@ impl Said {
 }
 
 /// Refuses what cannot be trained on more than one device.
-pub(crate) fn check(num_devices: usize, device: Option<crate::args::DeviceKind>) -> Result<()> {
-    use crate::args::DeviceKind;
+pub(crate) fn check(num_devices: usize, device: Option<crate::device::DeviceKind>) -> Result<()> {
+    use crate::device::DeviceKind;
     if num_devices == 0 {
         return Err(UserError::new("`--num-devices`: expected at least 1, found 0").into());
     }

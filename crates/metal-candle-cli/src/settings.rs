@@ -3,7 +3,8 @@
 mod methods;
 mod optimization;
 
-use crate::args::{DeviceKind, WeightType};
+use crate::args::WeightType;
+use crate::device::DeviceKind;
 use crate::model_source::NANO;
 use crate::output::{UserError, message};
 use anyhow::{Context, Result};
@@ -32,8 +33,8 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Where to run [default: auto].
-    #[arg(long, value_enum, help_heading = "Model")]
+    /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N` [default: auto].
+    #[arg(long, value_name = "DEVICE", help_heading = "Model")]
     pub(crate) device: Option<DeviceKind>,
 
     /// Train all weights instead of an adapter.

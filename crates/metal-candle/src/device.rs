@@ -5,21 +5,26 @@ use std::fmt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// A device: the CPU, or the one accelerator this process uses.
+/// A device: the CPU, the Metal device or a CUDA device.
 ///
 /// `Device` is a small copyable handle. candle treats two handles of one GPU as different devices, so
-/// the accelerator is opened once a process and shared from then on.
+/// each accelerator is opened once per process and shared from then on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Device(Kind);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
     Cpu,
-    Cuda,
+    /// With its ordinal.
+    Cuda(u8),
     Metal,
 }
 
-static CUDA: OnceLock<std::result::Result<candle_core::Device, String>> = OnceLock::new();
+/// The most CUDA devices of a machine.
+const MAX_CUDA: usize = 64;
+
+static CUDA: [OnceLock<std::result::Result<candle_core::Device, String>>; MAX_CUDA] =
+    [const { OnceLock::new() }; MAX_CUDA];
 static METAL: OnceLock<std::result::Result<candle_core::Device, String>> = OnceLock::new();
 
 impl Device {
@@ -28,9 +33,26 @@ impl Device {
 
     /// The best device there is: Metal, else CUDA, else the CPU.
     ///
-    /// `ordinal` numbers the CUDA devices from 0; the first call decides for the process.
+    /// `ordinal` numbers the CUDA devices from 0. [`Device::accelerator`] also reports why there is none.
     pub fn new_with_fallback(ordinal: usize) -> Self {
-        Self::metal().or_else(|_| Self::cuda(ordinal)).unwrap_or(Self::CPU)
+        Self::accelerator(ordinal).unwrap_or(Self::CPU)
+    }
+
+    /// The Metal device, else the CUDA device `ordinal`.
+    ///
+    /// # Errors
+    /// Neither can be used; the message says why for each that the build supports.
+    pub fn accelerator(ordinal: usize) -> Result<Self> {
+        let metal = match Self::metal() {
+            Err(error) if cfg!(feature = "cuda") => error,
+            other => return other,
+        };
+        Self::cuda(ordinal).map_err(|cuda| match (metal, cuda) {
+            (Error::Device(metal), Error::Device(cuda)) if cfg!(feature = "metal") => {
+                Error::Device(format!("{metal}; {cuda}"))
+            }
+            (_, cuda) => cuda,
+        })
     }
 
     /// The Metal device.
@@ -42,20 +64,23 @@ impl Device {
         opened.as_ref().map(|_| Self(Kind::Metal)).map_err(|e| Error::Device(e.clone()))
     }
 
-    /// The CUDA device `ordinal`; the first call decides for the process.
+    /// The CUDA device `ordinal`, numbered from 0.
     ///
     /// # Errors
     /// The build lacks the feature `cuda`, or there is no such device.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        let opened = CUDA.get_or_init(|| open_cuda(ordinal));
-        opened.as_ref().map(|_| Self(Kind::Cuda)).map_err(|e| Error::Device(e.clone()))
+        let (Some(slot), Ok(number)) = (CUDA.get(ordinal), u8::try_from(ordinal)) else {
+            return Err(Error::Device(format!("CUDA devices have the numbers 0 to {}, found {ordinal}", MAX_CUDA - 1)));
+        };
+        let opened = slot.get_or_init(|| open_cuda(ordinal));
+        opened.as_ref().map(|_| Self(Kind::Cuda(number))).map_err(|e| Error::Device(e.clone()))
     }
 
     /// candle's device.
     pub fn candle(&self) -> candle_core::Device {
         let opened = match self.0 {
             Kind::Cpu => None,
-            Kind::Cuda => CUDA.get(),
+            Kind::Cuda(ordinal) => CUDA[usize::from(ordinal)].get(),
             Kind::Metal => METAL.get(),
         };
         match opened {
@@ -76,15 +101,23 @@ impl Device {
 
     /// Whether this is a CUDA device.
     pub fn is_cuda(&self) -> bool {
-        self.0 == Kind::Cuda
+        matches!(self.0, Kind::Cuda(_))
     }
 
     /// `cpu`, `metal` or `cuda`.
     pub fn name(&self) -> &'static str {
         match self.0 {
             Kind::Cpu => "cpu",
-            Kind::Cuda => "cuda",
+            Kind::Cuda(_) => "cuda",
             Kind::Metal => "metal",
+        }
+    }
+
+    /// The number of a CUDA device, from 0; 0 for other devices.
+    pub fn ordinal(&self) -> usize {
+        match self.0 {
+            Kind::Cuda(ordinal) => usize::from(ordinal),
+            Kind::Cpu | Kind::Metal => 0,
         }
     }
 
@@ -94,7 +127,7 @@ impl Device {
         match self.0 {
             Kind::Cpu => cpu_name(),
             Kind::Metal => metal_name(),
-            Kind::Cuda => cuda_name(),
+            Kind::Cuda(_) => cuda_name(*self),
         }
     }
 
@@ -103,7 +136,7 @@ impl Device {
         match self.0 {
             Kind::Cpu => cpu_memory(),
             Kind::Metal => metal_memory(),
-            Kind::Cuda => cuda_memory(),
+            Kind::Cuda(_) => cuda_memory(*self),
         }
     }
 
@@ -112,21 +145,33 @@ impl Device {
         match self.0 {
             Kind::Cpu => cpu_total_memory(),
             Kind::Metal => metal_working_set(),
-            Kind::Cuda => cuda_free_and_total().map(|(_, total)| total),
+            Kind::Cuda(_) => cuda_free_and_total(*self).map(|(_, total)| total),
         }
     }
 
     /// Forgets the most memory that was in use until now, for [`Device::peak_memory`]. Only a CUDA device counts it.
     pub fn reset_peak_memory(&self) {
         if self.is_cuda() {
-            reset_cuda_peak();
+            reset_cuda_peak(*self);
         }
     }
 
     /// The most memory that this process held on a CUDA device since [`Device::reset_peak_memory`], in bytes, with what is
     /// kept for the next tensors.
     pub fn peak_memory(&self) -> Option<usize> {
-        if self.is_cuda() { cuda_peak() } else { None }
+        if self.is_cuda() { cuda_peak(*self) } else { None }
+    }
+
+    /// The most memory this process has held so far, in bytes: on its CUDA devices if it uses any, else in RAM, where the
+    /// system reports it (Linux).
+    pub fn process_peak_memory() -> Option<u64> {
+        let opened = (0..MAX_CUDA).filter(|&ordinal| matches!(CUDA[ordinal].get(), Some(Ok(_))));
+        let peaks: Vec<Option<usize>> = opened.map(|ordinal| cuda_peak(Self(Kind::Cuda(ordinal as u8)))).collect();
+        if peaks.is_empty() {
+            return kilobytes(Path::new("/proc/self/status"), "VmHWM:").map(|bytes| bytes as u64);
+        }
+        let sum: Option<usize> = peaks.into_iter().sum();
+        sum.map(|bytes| bytes as u64)
     }
 
     /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error. On
@@ -240,8 +285,17 @@ fn metal_memory() -> Option<MemoryInUse> {
 /// A device with a stream of its own, so that work can be recorded.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String> {
-    let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(|e| e.to_string())?;
-    metal_candle_kernels::gpu::cuda::prepare(&device).map_err(|e| e.to_string())?;
+    let count = metal_candle_kernels::gpu::cuda::count_devices()?;
+    if ordinal >= count {
+        return Err(match count {
+            0 => "there is no CUDA device".into(),
+            1 => format!("there is no CUDA device {ordinal}: this machine has one, number 0"),
+            _ => format!("there is no CUDA device {ordinal}: this machine has {count}, numbers 0 to {}", count - 1),
+        });
+    }
+    let failed = |e: candle_core::Error| format!("CUDA device {ordinal} cannot be used: {}", Error::from(e));
+    let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(failed)?;
+    metal_candle_kernels::gpu::cuda::prepare(&device).map_err(failed)?;
     Ok(candle_core::Device::Cuda(device))
 }
 
@@ -261,52 +315,52 @@ fn metal_name() -> Option<String> {
 }
 
 /// Of the whole card, with a margin: other processes use it too, and memory in pieces cannot be used to the last byte.
-fn cuda_memory() -> Option<MemoryInUse> {
-    let (free, total) = cuda_free_and_total()?;
+fn cuda_memory(device: Device) -> Option<MemoryInUse> {
+    let (free, total) = cuda_free_and_total(device)?;
     Some(MemoryInUse { used: total.saturating_sub(free), free: free / 10 * 9 })
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_free_and_total() -> Option<(usize, usize)> {
-    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
+fn cuda_free_and_total(device: Device) -> Option<(usize, usize)> {
+    let candle_core::Device::Cuda(device) = device.candle() else { return None };
     device.cuda_stream().context().mem_get_info().ok()
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_name() -> Option<String> {
-    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
+fn cuda_name(device: Device) -> Option<String> {
+    let candle_core::Device::Cuda(device) = device.candle() else { return None };
     device.cuda_stream().context().name().ok()
 }
 
 #[cfg(feature = "cuda")]
-fn reset_cuda_peak() {
-    if let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() {
+fn reset_cuda_peak(device: Device) {
+    if let candle_core::Device::Cuda(device) = device.candle() {
         // who asks for the peak afterwards is told that of a longer time
-        let _ = metal_candle_kernels::gpu::cuda::reset_peak_memory(device);
+        let _ = metal_candle_kernels::gpu::cuda::reset_peak_memory(&device);
     }
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_peak() -> Option<usize> {
-    let Some(Ok(candle_core::Device::Cuda(device))) = CUDA.get() else { return None };
-    metal_candle_kernels::gpu::cuda::peak_memory(device).ok().flatten()
+fn cuda_peak(device: Device) -> Option<usize> {
+    let candle_core::Device::Cuda(device) = device.candle() else { return None };
+    metal_candle_kernels::gpu::cuda::peak_memory(&device).ok().flatten()
 }
 
 #[cfg(not(feature = "cuda"))]
-fn reset_cuda_peak() {}
+fn reset_cuda_peak(_: Device) {}
 
 #[cfg(not(feature = "cuda"))]
-fn cuda_peak() -> Option<usize> {
+fn cuda_peak(_: Device) -> Option<usize> {
     None
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda_free_and_total() -> Option<(usize, usize)> {
+fn cuda_free_and_total(_: Device) -> Option<(usize, usize)> {
     None
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda_name() -> Option<String> {
+fn cuda_name(_: Device) -> Option<String> {
     None
 }
 
@@ -378,12 +432,16 @@ fn pooled<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        fmt::Display::fmt(self, f)
     }
 }
 
+/// `cpu`, `metal`, `cuda`, or `cuda:1` where it is not the first.
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        match self.0 {
+            Kind::Cuda(ordinal) if ordinal > 0 => write!(f, "cuda:{ordinal}"),
+            _ => f.write_str(self.name()),
+        }
     }
 }

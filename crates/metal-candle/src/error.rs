@@ -122,9 +122,53 @@ pub enum Error {
     /// The device failed, or there is no such device.
     #[error("device: {0}")]
     Device(String),
-    /// A tensor operation failed: a defect of this library or of the device.
+    /// A tensor operation failed: a bug of this library.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
+}
+
+/// Failures of the device become [`Error::OutOfMemory`] or [`Error::Device`]; the rest is [`Error::Candle`].
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        let text = error.to_string();
+        let message = device_failure(&text);
+        if is_about_memory(&text) {
+            let inner = text.lines().next().unwrap_or_default().trim_start_matches("out of memory: ").to_owned();
+            return Self::OutOfMemory(message.unwrap_or(inner));
+        }
+        message.map_or(Self::Candle(error), Self::Device)
+    }
+}
+
+/// What CUDA's driver, Metal and the libraries say when the device has no memory left.
+fn is_about_memory(text: &str) -> bool {
+    // CUDA's driver, cuBLAS, candle's Metal backend, Metal's command buffers
+    let words = ["out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED"];
+    let of_metal = ["Insufficient Memory", "FailedToCreateResource"];
+    words.iter().chain(&of_metal).any(|words| text.contains(words))
+}
+
+/// A sentence for what CUDA's driver or one of its libraries reports as `DriverError(CODE, "text")` or `CublasError(CODE)`.
+fn device_failure(text: &str) -> Option<String> {
+    const SOURCES: [(&str, &str); 5] = [
+        ("DriverError(", "the CUDA driver"),
+        ("CublasError(", "cuBLAS"),
+        ("CurandError(", "cuRAND"),
+        ("NvrtcError(", "the CUDA compiler (NVRTC)"),
+        ("NcclError(", "NCCL"),
+    ];
+    let (who, inside) = SOURCES.iter().find_map(|(start, who)| {
+        let from = text.find(start)? + start.len();
+        let inside = &text[from..];
+        Some((*who, inside.split_once(')').map_or(inside, |(inside, _)| inside)))
+    })?;
+    let (code, words) = inside.split_once(',').unwrap_or((inside, ""));
+    let code = code.trim();
+    // a compiler's first complaint is worth more than its code
+    let log = text.lines().find(|line| line.contains("error:")).unwrap_or_default().trim();
+    let words = words.trim().trim_matches('"');
+    let words = if words.is_empty() { log } else { words };
+    Some(if words.is_empty() { format!("{who} reports {code}") } else { format!("{who} reports: {words} ({code})") })
 }
 
 /// One row of a dataset that cannot be used.
@@ -175,10 +219,7 @@ impl Error {
             Self::Device(message) => message.clone(),
             _ => return false,
         };
-        // CUDA's driver, candle's Metal backend, Metal's command buffers
-        ["out of memory", "OUT_OF_MEMORY", "Insufficient Memory", "FailedToCreateResource"]
-            .iter()
-            .any(|words| text.contains(words))
+        is_about_memory(&text)
     }
 
     pub(crate) fn read(path: impl AsRef<Path>, source: std::io::Error) -> Self {
@@ -199,5 +240,32 @@ impl Error {
 
     pub(crate) fn shape(name: &str, expected: impl Into<String>, found: &[usize]) -> Self {
         Self::Shape { name: name.into(), expected: expected.into(), found: found.to_vec() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+
+    fn converted(text: &str) -> Error {
+        Error::from(candle_core::Error::Msg(text.to_owned()))
+    }
+
+    #[test]
+    fn failures_of_a_device_are_sentences() {
+        let error = converted("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        assert!(matches!(error, Error::OutOfMemory(_)) && error.is_out_of_memory());
+        let text = "out of memory: the CUDA driver reports: out of memory (CUDA_ERROR_OUT_OF_MEMORY)";
+        assert_eq!(error.to_string(), text);
+        // what was converted once, wrapped and converted again reads the same
+        assert_eq!(converted(text).to_string(), text);
+        let error = converted("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")");
+        let expected = "device: the CUDA driver reports: an illegal memory access was encountered \
+                        (CUDA_ERROR_ILLEGAL_ADDRESS)";
+        assert_eq!(error.to_string(), expected);
+        let error = converted("CublasError(CUBLAS_STATUS_EXECUTION_FAILED)");
+        assert_eq!(error.to_string(), "device: cuBLAS reports CUBLAS_STATUS_EXECUTION_FAILED");
+        assert!(converted("CublasError(CUBLAS_STATUS_ALLOC_FAILED)").is_out_of_memory());
+        assert!(matches!(converted("shape mismatch in add"), Error::Candle(_)));
     }
 }

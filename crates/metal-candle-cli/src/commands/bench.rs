@@ -41,7 +41,7 @@ folder (TMPDIR) for it. Both programs hold the model and each row is measured by
 is short this program does all its rows first.";
 
 pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
-    let device = flags.device.open()?;
+    let device = flags.device.open(output)?;
     // what is missing is said before anything is loaded
     let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
     let subject = Subject::new(flags, device, output)?;

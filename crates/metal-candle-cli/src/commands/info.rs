@@ -19,7 +19,7 @@ pub(crate) struct InfoArguments {
 }
 
 pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
-    let device = flags.model.device.open()?;
+    let device = flags.model.device.open(output)?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let config = source.config()?;
     let (files, missing) = source.weights()?;

@@ -28,7 +28,12 @@ typedef f16_t T;
 typedef bf16_t T;
 #endif
 
+// Where the number of threads is known, the compiler keeps the registers within what a block of them can have.
+#ifdef BLOCK_THREADS
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) name
+#else
 #define KERNEL(name) extern "C" __global__ void name
+#endif
 #define IN(type, name, index) const type* name
 #define OUT(type, name, index) type* name
 #define WORDS(type, index) const type p

@@ -33,10 +33,31 @@ struct Words([u32; MAX_WORDS]);
 #[derive(Default)]
 struct Compiled {
     modules: HashMap<(usize, Kernel), Arc<CudaModule>>,
-    functions: HashMap<(usize, Kernel), CudaFunction>,
+    functions: HashMap<(usize, Kernel), Function>,
 }
 
-fn function(device: &CudaDevice, kernel: &Kernel) -> Result<CudaFunction> {
+/// A kernel as the device runs it.
+#[derive(Clone)]
+struct Function {
+    function: CudaFunction,
+    /// The most threads of a block: a kernel that takes many registers allows fewer than the device does.
+    max_threads: usize,
+}
+
+impl Function {
+    fn new(function: CudaFunction) -> Result<Self> {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let max_threads = function.get_attribute(attribute).map_err(candle_core::Error::wrap)?;
+        Ok(Self { function, max_threads: usize::try_from(max_threads).unwrap_or(0) })
+    }
+}
+
+/// The most threads that a block of `kernel` can have on this device.
+pub(super) fn max_threads(device: &CudaDevice, kernel: &Kernel) -> Result<usize> {
+    Ok(function(device, kernel)?.max_threads)
+}
+
+fn function(device: &CudaDevice, kernel: &Kernel) -> Result<Function> {
     static COMPILED: OnceLock<Mutex<Compiled>> = OnceLock::new();
     let stream = device.cuda_stream();
     let context = stream.context();
@@ -53,7 +74,7 @@ fn function(device: &CudaDevice, kernel: &Kernel) -> Result<CudaFunction> {
         compiled.modules.insert(of_module, Arc::clone(&module));
         module
     };
-    let function = module.load_function(kernel.name).map_err(candle_core::Error::wrap)?;
+    let function = Function::new(module.load_function(kernel.name).map_err(candle_core::Error::wrap)?)?;
     compiled.functions.insert(key, function.clone());
     Ok(function)
 }
@@ -62,8 +83,6 @@ fn compile(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule
     let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
     let options = CompileOptions {
         options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
-        // a group has at most 512 threads, and a processor 64 Ki registers
-        maxrregcount: (kernel.source == Source::Decode).then_some(128),
         ..CompileOptions::default()
     };
     let ptx = compile_ptx_with_opts(kernel.text(PRELUDE)?, options).map_err(candle_core::Error::wrap)?;
@@ -125,7 +144,14 @@ thread_local! {
 }
 
 pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
-    let function = function(device, kernel)?;
+    let Function { function, max_threads } = function(device, kernel)?;
+    if grid.threads > max_threads {
+        bail!(
+            "kernel `{}`: the device runs at most {max_threads} threads of it in a block, not {}",
+            kernel.name,
+            grid.threads
+        );
+    }
     let stream = RECORDING.with_borrow(|recorder| recorder.as_ref().map(|recorder| Arc::clone(&recorder.stream)));
     let stream = stream.unwrap_or_else(|| device.cuda_stream());
     if args.len() > MAX_ARGS || words.len() > MAX_WORDS {
@@ -187,6 +213,21 @@ fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
     }
     let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
     Ok(major >= 9)
+}
+
+/// The number of CUDA devices of this machine.
+///
+/// # Errors
+/// The driver cannot be used; the message says why.
+pub fn count_devices() -> std::result::Result<usize, String> {
+    match result::init().and_then(|()| result::device::get_count()) {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        Err(error) => {
+            let text = error.error_string().ok().and_then(|text| text.to_str().ok()).unwrap_or("the driver failed");
+            Err(format!("CUDA cannot be used: {text} ({:?})", error.0))
+        }
+    }
 }
 
 /// Prepares candle's device: no events between launches of its one stream, memory that stays with the process, and room for
@@ -300,6 +341,7 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
     };
     let width = |tensor: &Tensor| -> Result<i32> { Ok(tensor.dim(1)? as i32) };
     let usual = device.cublas_handle();
+    stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
     let handle = recorder.as_ref().map_or(*usual.handle(), |recorder| *recorder.products.blas.handle());
     // cuBLAS has matrices by columns: there C^T = B^T A^T, and a matrix by rows is its transpose
     // SAFETY: the addresses are those of matrices of these sizes on the device of the handle

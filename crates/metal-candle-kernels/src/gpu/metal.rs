@@ -48,10 +48,20 @@ fn pipeline(device: &MetalDevice, kernel: &Kernel) -> Result<ComputePipeline> {
     Ok(pipeline)
 }
 
+/// The most threads that a threadgroup of `kernel` can have on this device.
+pub(super) fn max_threads(device: &MetalDevice, kernel: &Kernel) -> Result<usize> {
+    Ok(pipeline(device, kernel)?.max_total_threads_per_threadgroup())
+}
+
 pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     let pipeline = pipeline(device, kernel)?;
-    if grid.threads > pipeline.max_total_threads_per_threadgroup() {
-        bail!("kernel `{}`: the device cannot run {} threads of it together", kernel.name, grid.threads);
+    let most = pipeline.max_total_threads_per_threadgroup();
+    if grid.threads > most {
+        bail!(
+            "kernel `{}`: the device runs at most {most} threads of it in a group, not {}",
+            kernel.name,
+            grid.threads
+        );
     }
     let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
     let mut buffers = Vec::with_capacity(args.len());

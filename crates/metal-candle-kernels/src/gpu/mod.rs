@@ -61,6 +61,19 @@ impl Source {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Source {
+    /// The most threads of a block that its kernels are launched with, where that is known before they are compiled. The
+    /// compiler then gives a thread no more registers than such a block can have.
+    fn known_threads(self) -> Option<usize> {
+        match self {
+            Self::Decode => None,
+            Self::Norm | Self::CrossEntropy | Self::Sampling => Some(512),
+            _ => Some(256),
+        }
+    }
+}
+
 /// A kernel for one type of elements.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Kernel {
@@ -101,6 +114,10 @@ impl Kernel {
         if self.source == Source::TensorCoreAttention {
             let _ =
                 writeln!(text, "#define T_F16 {}\n#define T_BF16 {}", u8::from(element == 1), u8::from(element == 2));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(threads) = self.source.known_threads() {
+            let _ = writeln!(text, "#define BLOCK_THREADS {threads}");
         }
         for (name, value) in &self.constants {
             // writing to a string does not fail
@@ -211,6 +228,20 @@ pub fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Resu
             let _ = words;
             bail!("kernel `{}`: there are no kernels for {:?}", kernel.name, other.location())
         }
+    }
+}
+
+/// The most threads that a group of `kernel` can have on the device of `like`. It is compiled if it has not been yet.
+///
+/// # Errors
+/// The kernel cannot be compiled, or there are no kernels for the device.
+pub fn max_threads(kernel: &Kernel, like: &Tensor) -> Result<usize> {
+    match like.device() {
+        #[cfg(feature = "metal")]
+        Device::Metal(device) => metal::max_threads(device, kernel),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::max_threads(device, kernel),
+        other => bail!("kernel `{}`: there are no kernels for {:?}", kernel.name, other.location()),
     }
 }
 

@@ -191,7 +191,7 @@ pub struct Finish {
     pub prompt_tokens_per_second: f64,
     /// Tokens after the first for each second after it was chosen; 0 if there is only one.
     pub decode_tokens_per_second: f64,
-    /// The most memory the process has had in RAM so far, in bytes, where the operating system tells (Linux).
+    /// The most memory the process has held so far, in bytes: [`Device::process_peak_memory`](crate::Device::process_peak_memory).
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -242,12 +242,4 @@ impl Collected {
         let Self { text, tokens, log_probabilities } = self;
         Generation { text, tokens, log_probabilities, finish }
     }
-}
-
-/// The most memory the process has had in RAM so far, in bytes.
-pub(super) fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
-    kibibytes.checked_mul(1024)
 }

@@ -1,6 +1,6 @@
 //! Sequences that are generated, alone or side by side in one ragged batch.
 
-use super::generation::{Finish, FinishReason, GenerationConfig, Piece, peak_memory_bytes};
+use super::generation::{Finish, FinishReason, GenerationConfig, Piece};
 use super::sampler::{Choice, Sampler};
 use super::sampling::with_logits;
 use super::stop::StopMatcher;
@@ -145,7 +145,7 @@ impl Sequence {
                 self.generated_tokens.saturating_sub(1),
                 first_token.elapsed().as_secs_f64(),
             ),
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes: crate::Device::process_peak_memory(),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use super::block::{Block, DOWN, GATE, K, O, Q, UP, V};
 use super::decoder::NUM_LINEARS;
+use super::decoding_threads::{StepShape, Threads};
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
@@ -27,30 +28,8 @@ const MAX_WIDE_ROWS: usize = 512;
 /// Logits of a part in which the largest is looked for, after a product of matrices.
 const PART: usize = 4096;
 
-/// Threads of a group: for projections, the gated MLP and the head.
-const THREADS: usize = 128;
-const GATED_THREADS: usize = 256;
-const HEAD_THREADS: usize = 256;
-
-/// What differs between devices.
-#[derive(Debug, Clone, Copy)]
-struct Limits {
-    /// Most floats of normed tokens in the memory of a group: with what else is there, less than 32 KiB on Metal and 48 on CUDA.
-    normed: usize,
-    /// Threads of a group for attention, linear layers and the choice; Metal allows fewer where a kernel takes many registers.
-    threads: usize,
-}
-
-impl Limits {
-    /// Rows that a group takes of a linear layer: two for each four warps.
-    fn linear_rows(self) -> usize {
-        2 * (self.threads / 32) / 4
-    }
-}
-
-/// Rows of the head that a warp takes, and a group.
-const HEAD_ROWS: usize = 8;
-const HEAD_PART: usize = HEAD_THREADS / 32 * HEAD_ROWS;
+/// Threads of a group that has an element each.
+const ROW_THREADS: usize = 128;
 
 /// A token to go on from, and how the next one is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,7 +70,8 @@ pub(crate) struct Decoding {
     /// What is on the device: rows as the next step takes them.
     rows: Vec<DecodingRow>,
     max_seq_len: usize,
-    batch: usize,
+    shape: StepShape,
+    threads: Threads,
     state: Tensor,
     settings: Tensor,
     result: Tensor,
@@ -145,7 +125,7 @@ impl Model {
         gpu::has_kernels(&self.inner.embedding)
             && cache.dtype() == Some(dtype)
             && widths.iter().all(|width| width.is_multiple_of(8))
-            && (is_wide || config.hidden_size <= self.limits().normed)
+            && (is_wide || config.hidden_size <= self.max_normed())
             && config.head_dim.is_multiple_of(8)
             && config.head_dim <= 128
             && self.inner.blocks.iter().all(is_usual)
@@ -212,12 +192,14 @@ impl Model {
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
         let config = self.config();
         let like = &self.inner.embedding;
-        let batch = rows.min(MAX_BATCH).min(self.limits().normed / config.hidden_size).max(1);
+        let batch = rows.min(MAX_BATCH).min(self.max_normed() / config.hidden_size).max(1);
+        let shape = StepShape { batch, is_wide: self.is_wide(rows) };
+        let threads = self.decoding_threads(shape)?;
         let (cosines, sines) = self.inner.rotary.on_device(max_seq_len, like.device())?;
         let empty = |width: usize| gpu::empty((rows, width), like);
         let heads = config.num_attention_heads * config.head_dim;
         let kv_heads = config.num_key_value_heads * config.head_dim;
-        let wide = if self.is_wide(rows) {
+        let wide = if shape.is_wide {
             Some(Wide {
                 normed: empty(config.hidden_size)?,
                 k: empty(kv_heads)?,
@@ -229,11 +211,12 @@ impl Model {
         } else {
             None
         };
-        let groups = config.vocab_size.div_ceil(if wide.is_some() { PART } else { HEAD_PART });
+        let groups = config.vocab_size.div_ceil(if shape.is_wide { PART } else { threads.head_part() });
         Ok(Decoding {
             rows: vec![UNSET; rows],
             max_seq_len,
-            batch,
+            shape,
+            threads,
             state: gpu::words(5 * rows, like)?,
             settings: gpu::words(5 * rows, like)?,
             result: gpu::words(4 * rows, like)?,
@@ -250,36 +233,20 @@ impl Model {
         })
     }
 
-    fn limits(&self) -> Limits {
-        if self.device().is_metal() {
-            Limits { normed: 6144, threads: 256 }
-        } else {
-            Limits { normed: 7168, threads: 512 }
-        }
+    /// Most floats of normed tokens in the memory of a group: with the rest, less than 32 KiB on Metal and 48 KiB on CUDA.
+    fn max_normed(&self) -> usize {
+        if self.device().is_metal() { 6144 } else { 7168 }
     }
 
-    fn kernel(&self, name: &'static str, batch: usize) -> Kernel {
-        let config = self.config();
-        // more is a gain where a row is short and there are registers for it
-        let is_narrow = config.hidden_size <= 1024 && self.activation_dtype() != DType::F32;
-        Kernel::new(Source::Decode, name, self.activation_dtype())
-            .with("BATCH", batch)
-            .with("HIDDEN", config.hidden_size)
-            .with("HEAD_DIM", config.head_dim)
-            .with("DECODE_WARPS", self.limits().threads / 32)
-            .with("PROJECTION_THREADS", THREADS)
-            .with("LINEAR_THREADS", self.limits().threads)
-            .with("GATED_THREADS", GATED_THREADS)
-            .with("HEAD_THREADS", HEAD_THREADS)
-            .with("HEAD_ROWS", HEAD_ROWS)
-            .with("AHEAD", if self.device().is_cuda() && is_narrow { 5 } else { 1 })
+    fn kernel(&self, name: &'static str, held: &Decoding) -> Kernel {
+        self.decoding_kernel(name, held.shape, &held.threads)
     }
 
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
         let rows = held.rows.len();
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let args = [Arg::In(&self.inner.embedding), Arg::In(&held.state), Arg::Out(&held.x)];
-        gpu::launch(&self.kernel("decode_embed", held.batch), Grid::row(rows, THREADS), &args, &[hidden.into()])?;
+        gpu::launch(&self.kernel("decode_embed", held), Grid::row(rows, ROW_THREADS), &args, &[hidden.into()])?;
         let groups = if let Some(wide) = &held.wide {
             for block in &self.inner.blocks {
                 self.launch_wide_block(block, held, wide, terms, cache)?;
@@ -301,7 +268,7 @@ impl Model {
         let words = [vocab.into(), rows.into(), groups.into()];
         gpu::launch(
             &Kernel::new(Source::Sampling, "sample", DType::F32),
-            Grid::row(rows, self.limits().threads),
+            Grid::row(rows, held.threads.sample),
             &args,
             &words,
         )
@@ -310,8 +277,8 @@ impl Model {
     /// Norm, logits and the largest of each part of them; returns the number of parts.
     fn launch_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
         let (rows, vocab) = (held.rows.len(), self.config().vocab_size);
-        let chunks = rows.div_ceil(held.batch);
-        let groups = vocab.div_ceil(HEAD_PART);
+        let chunks = rows.div_ceil(held.shape.batch);
+        let groups = vocab.div_ceil(held.threads.head_part());
         let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_number())));
         let norm = &self.inner.norm;
         let args = [
@@ -324,7 +291,7 @@ impl Model {
             Arg::Out(&held.parts),
         ];
         let words = [rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
-        gpu::launch(&self.kernel("decode_head", held.batch), Grid::row(groups * chunks, HEAD_THREADS), &args, &words)?;
+        gpu::launch(&self.kernel("decode_head", held), Grid::row(groups * chunks, held.threads.head), &args, &words)?;
         Ok(groups)
     }
 
@@ -379,7 +346,7 @@ impl Model {
         let has_bias = block.linears[Q].bias.is_some();
         let words = [rows, heads, kv_heads, half, held.max_seq_len, usize::from(has_bias)].map(Into::into);
         let grid = Grid::elements(rows * (heads + 2 * kv_heads) * half);
-        gpu::launch(&self.kernel("decode_rotate", held.batch), grid, &args, &words)?;
+        gpu::launch(&self.kernel("decode_rotate", held), grid, &args, &words)?;
         self.launch_attention(held, (keys, values))?;
         multiply(O, &held.attention, &held.x, 1.0)?;
         block.post_attention_layernorm.forward_into(&held.x, &wide.normed)?;
@@ -396,8 +363,8 @@ impl Model {
         let args = [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
         let words =
             [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
-        let kernel = self.kernel("decode_attention", held.batch);
-        gpu::launch(&kernel, Grid::plane((heads, rows), self.limits().threads), &args, &words)
+        let kernel = self.kernel("decode_attention", held);
+        gpu::launch(&kernel, Grid::plane((heads, rows), held.threads.attention), &args, &words)
     }
 
     fn launch_block(
@@ -409,7 +376,7 @@ impl Model {
     ) -> Result<()> {
         let config = self.config();
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
-        let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.batch));
+        let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.shape.batch));
         let term = |place: usize| term_args(terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place)));
         let weight = |place: usize| Arg::In(&block.linears[place].weight);
         let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
@@ -453,9 +420,9 @@ impl Model {
             k.3.into(),
             v.3.into(),
         ];
-        let groups = (heads + 2 * kv_heads) * (head_dim / 2) / (THREADS / 32);
-        let kernel = self.kernel("decode_projections", held.batch);
-        gpu::launch(&kernel, Grid::row(groups * chunks, THREADS), &args, &words)?;
+        let groups = (heads + 2 * kv_heads) * (head_dim / 2) / (held.threads.projections / 32);
+        let kernel = self.kernel("decode_projections", held);
+        gpu::launch(&kernel, Grid::row(groups * chunks, held.threads.projections), &args, &words)?;
 
         self.launch_attention(held, (keys, values))?;
         self.launch_linear(block, O, term(O), &held.attention, held)?;
@@ -483,13 +450,8 @@ impl Model {
             gate.3.into(),
             up.3.into(),
         ];
-        let groups = inner.div_ceil(GATED_THREADS / 32);
-        gpu::launch(
-            &self.kernel("decode_gated", held.batch),
-            Grid::row(groups * chunks, GATED_THREADS),
-            &args,
-            &words,
-        )?;
+        let groups = inner.div_ceil(held.threads.gated / 32);
+        gpu::launch(&self.kernel("decode_gated", held), Grid::row(groups * chunks, held.threads.gated), &args, &words)?;
 
         self.launch_linear(block, DOWN, term(DOWN), &held.activation, held)
     }
@@ -502,8 +464,8 @@ impl Model {
         let rows = held.rows.len();
         let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];
         let words = [rows.into(), in_features.into(), out_features.into(), rank.into(), scale.into()];
-        let groups = out_features.div_ceil(self.limits().linear_rows()) * rows.div_ceil(held.batch);
-        gpu::launch(&self.kernel("decode_linear", held.batch), Grid::row(groups, self.limits().threads), &args, &words)
+        let groups = out_features.div_ceil(held.threads.linear_rows()) * rows.div_ceil(held.shape.batch);
+        gpu::launch(&self.kernel("decode_linear", held), Grid::row(groups, held.threads.linear), &args, &words)
     }
 }
 

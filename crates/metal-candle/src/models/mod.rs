@@ -6,6 +6,7 @@ mod config;
 mod convert;
 mod decoder;
 mod decoding;
+mod decoding_threads;
 mod families;
 mod foreign;
 mod fused_block;

@@ -18,6 +18,22 @@ pub(crate) fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) 
     Ok(gpu::launch(kernel, grid, args, words)?)
 }
 
+/// The most threads that a group of `kernel` can have on the device of `like`.
+pub(crate) fn max_threads(kernel: &Kernel, like: &Tensor) -> Result<usize> {
+    Ok(gpu::max_threads(kernel, like)?)
+}
+
+/// Threads of a group for a kernel that can be run with any number of warps: `most`, or the next smaller power of two that
+/// the device can run.
+pub(crate) fn threads(kernel: &Kernel, like: &Tensor, most: usize) -> Result<usize> {
+    let allowed = max_threads(kernel, like)?;
+    let mut threads = most;
+    while threads > allowed && threads > 32 {
+        threads /= 2;
+    }
+    Ok(threads)
+}
+
 /// A tensor of the type and device of `like`, whose elements a kernel has yet to write.
 pub(crate) fn empty(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::empty(shape, like.dtype(), like.device())?)

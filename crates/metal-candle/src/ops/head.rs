@@ -137,12 +137,9 @@ fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Optio
     let is_aligned = vocab.is_multiple_of(8) && gpu::begin_at_eights(&args[..1]);
     let words =
         [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into(), is_aligned.into()];
-    gpu::launch(
-        &Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype()),
-        Grid::row(count, 512),
-        &args,
-        &words,
-    )?;
+    let kernel = Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype());
+    let threads = gpu::threads(&kernel, logits, 512)?;
+    gpu::launch(&kernel, Grid::row(count, threads), &args, &words)?;
     Ok(losses)
 }
 

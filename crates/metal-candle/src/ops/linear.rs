@@ -395,7 +395,8 @@ pub(crate) fn column_sums(x: &Tensor) -> Result<Tensor> {
         let sums = gpu::empty_f32(width, x)?;
         let kernel = Kernel::new(Source::Norm, "column_sums", x.dtype());
         let args = [Arg::In(x), Arg::Out(&sums)];
-        gpu::launch(&kernel, Grid::row(width.div_ceil(32), 512), &args, &[rows.into(), width.into()])?;
+        let threads = gpu::threads(&kernel, x, 512)?;
+        gpu::launch(&kernel, Grid::row(width.div_ceil(32), threads), &args, &[rows.into(), width.into()])?;
         return Ok(sums);
     }
     if !on_cpu(x) {

@@ -90,7 +90,8 @@ impl RmsNorm {
         let dw = gpu::empty_f32(width, x)?;
         let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
         let kernel = Kernel::new(Source::Norm, "rms_norm_weight_gradient", x.dtype());
-        gpu::launch(&kernel, Grid::row(width.div_ceil(32), 512), &args, &[rows.into(), width.into()])?;
+        let threads = gpu::threads(&kernel, x, 512)?;
+        gpu::launch(&kernel, Grid::row(width.div_ceil(32), threads), &args, &[rows.into(), width.into()])?;
         Ok((dx, Some(dw)))
     }
 

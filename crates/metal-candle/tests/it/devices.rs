@@ -38,6 +38,7 @@ on_each_device! {
     ten_training_losses_match_peft,
     cached_generation_matches_the_cpu,
     generated_tokens_match_the_cpu,
+    steps_with_every_head_size_match_the_cpu,
     logits_that_are_no_numbers_are_an_error,
     the_built_in_model_trains_and_generates,
     the_built_in_model_agrees_with_the_cpu_in_each_type,
@@ -221,6 +222,44 @@ fn generated_tokens_match_the_cpu(device: Device) {
                 assert_eq!(found.tokens, expected.tokens, "{sampling:?}, adapter: {with_adapter}");
                 for (a, b) in found.log_probabilities.iter().zip(&expected.log_probabilities) {
                     assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
+                }
+            }
+        }
+    }
+}
+
+/// Decoding kernels are compiled for the type, the head size and the number of rows, and take registers accordingly. Each
+/// choice runs, and assigns the CPU's log-probabilities to its tokens.
+fn steps_with_every_head_size_match_the_cpu(device: Device) {
+    let head_dims: &[usize] = if device.is_cuda() { &[8, 32, 40, 64, 72, 96, 128] } else { &[8, 64, 128] };
+    let prompts: Vec<Vec<u32>> = (0..9u32).map(|i| (0..40 + i).map(|j| (i * 7 + j * 3) % 60).collect()).collect();
+    for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
+        for &head_dim in head_dims {
+            let config = serde_json::json!({
+                "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "vocab_size": 64,
+                "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                "initializer_range": 0.2, "tie_word_embeddings": false
+            });
+            let config = metal_candle::ModelConfig::from_json_str(&config.to_string()).unwrap();
+            let model = Model::repeated_pattern(config.clone(), 3, dtype, device).unwrap();
+            let cpu = Model::repeated_pattern(config, 3, dtype, Device::CPU).unwrap();
+            for rows in [1, 2, 4, 9] {
+                let greedy = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() };
+                let greedy = GenerationConfig { sampling: SamplingConfig::greedy(), ..greedy }.with_max_tokens(4);
+                let configs = vec![greedy; rows];
+                let all = Generator::new(model.clone()).generate_batch(prompts[..rows].to_vec(), &configs).unwrap();
+                for (found, prompt) in all.iter().zip(&prompts) {
+                    let sequence = [&prompt[..], &found.tokens].concat();
+                    let logits = cpu.forward(&Batch::single(&sequence), None, None, Rows::All).unwrap();
+                    let logits: Vec<Vec<f32>> = logits.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
+                    for (i, (&token, found)) in found.tokens.iter().zip(&found.log_probabilities).enumerate() {
+                        let logits = &logits[prompt.len() + i - 1];
+                        let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
+                        let expected = logits[token as usize] - sum.ln();
+                        let what = format!("{dtype:?}, heads of {head_dim}, {rows} rows, token {i}");
+                        assert!((found - expected).abs() < tolerance, "{what}: {found} instead of {expected}");
+                    }
                 }
             }
         }

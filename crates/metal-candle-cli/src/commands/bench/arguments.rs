@@ -2,7 +2,8 @@
 
 use super::peer::PeerKind;
 use super::shape::Shape;
-use crate::args::{DeviceKind, WeightType};
+use crate::args::WeightType;
+use crate::device::DeviceKind;
 use crate::output::{Output, UserError};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -26,8 +27,8 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(super) dtype: Option<WeightType>,
 
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "auto", help_heading = "Model")]
+    /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N`.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub(super) device: DeviceKind,
 
     /// Lengths of prompts, in tokens [default: 512,4096; on the CPU 512].

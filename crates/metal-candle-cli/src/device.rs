@@ -1,0 +1,119 @@
+//! The value of `--device`.
+
+use crate::output::Output;
+use metal_candle::Device;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) enum DeviceKind {
+    /// Metal or CUDA if there is one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The Metal device.
+    Metal,
+    /// The CUDA device of this number; with `--num-devices` this one and those after it.
+    Cuda(usize),
+}
+
+impl DeviceKind {
+    /// Opens the device. `auto` says so if the build has an accelerator that cannot be used.
+    pub(crate) fn open(self, output: Output) -> metal_candle::Result<Device> {
+        let rank = crate::ranks::device_number();
+        match self {
+            Self::Auto => Ok(Device::accelerator(rank).unwrap_or_else(|error| {
+                if cfg!(any(feature = "cuda", feature = "metal")) {
+                    let reason = match error {
+                        metal_candle::Error::Device(message) => message,
+                        other => other.to_string(),
+                    };
+                    output.note(format_args!("note: running on the CPU: {reason}"));
+                }
+                Device::CPU
+            })),
+            Self::Cpu => Ok(Device::CPU),
+            Self::Metal => Device::metal(),
+            Self::Cuda(first) => Device::cuda(first.saturating_add(rank)),
+        }
+    }
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.to_ascii_lowercase();
+        let (name, number) = match lower.split_once(':') {
+            Some((name, number)) => (name, Some(number)),
+            None => (lower.as_str(), None),
+        };
+        let number = match number {
+            None => None,
+            Some(digits) if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+                Some(digits.parse::<usize>().unwrap_or(usize::MAX))
+            }
+            Some(_) => return Err("expected the number of a device after `:`, as in `cuda:1`".into()),
+        };
+        match (name, number) {
+            ("auto", None) => Ok(Self::Auto),
+            ("cpu", None | Some(0)) => Ok(Self::Cpu),
+            ("metal", None | Some(0)) => Ok(Self::Metal),
+            ("cuda", number) => Ok(Self::Cuda(number.unwrap_or(0))),
+            ("cpu" | "metal", Some(number)) => Err(format!("there is one `{name}` device, number 0, and no {number}")),
+            _ => Err("expected `auto`, `cpu`, `metal`, `cuda` or `cuda:N`".into()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Metal => f.write_str("metal"),
+            Self::Cuda(0) => f.write_str("cuda"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceKind {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map_err(|message| format!("`{text}` is no device: {message}"))
+    }
+}
+
+impl From<DeviceKind> for String {
+    fn from(kind: DeviceKind) -> Self {
+        kind.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DeviceKind;
+
+    #[test]
+    fn names_of_devices() {
+        for (text, kind, shown) in [
+            ("auto", DeviceKind::Auto, "auto"),
+            ("cpu", DeviceKind::Cpu, "cpu"),
+            ("metal:0", DeviceKind::Metal, "metal"),
+            ("cuda", DeviceKind::Cuda(0), "cuda"),
+            ("cuda:0", DeviceKind::Cuda(0), "cuda"),
+            ("cuda:12", DeviceKind::Cuda(12), "cuda:12"),
+        ] {
+            let parsed: DeviceKind = text.parse().unwrap_or_else(|message| unreachable!("{message}"));
+            assert_eq!((parsed, parsed.to_string().as_str()), (kind, shown));
+        }
+        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "metal:1", "cpu:2", "auto:0", "cuda:1:2"] {
+            assert!(text.parse::<DeviceKind>().is_err(), "{text}");
+        }
+    }
+}
