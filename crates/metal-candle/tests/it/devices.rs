@@ -236,8 +236,8 @@ fn steps_with_every_head_size_match_the_cpu(device: Device) {
     for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
         for &head_dim in head_dims {
             let config = serde_json::json!({
-                "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "vocab_size": 64,
+                "model_type": "qwen2", "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
                 "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
                 "initializer_range": 0.2, "tie_word_embeddings": false
             });
