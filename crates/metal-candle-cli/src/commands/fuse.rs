@@ -53,7 +53,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     let adapter = load_adapter(&model, &flags.adapter, &source)?;
     let template = TemplateArguments::default();
     // a folder of weights alone can be merged too
-    let has_tokenizer = source.folder().join("tokenizer.json").is_file();
+    let has_tokenizer = Tokenizer::is_in_folder(source.folder());
     let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&flags.adapter))).transpose()?;
     let merged = adapter.merge(&model)?;
     let merged = match &tokenizer {

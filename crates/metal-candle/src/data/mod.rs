@@ -15,6 +15,7 @@ mod spans;
 mod stream_decoder;
 mod template_source;
 mod tokenizer;
+mod tokenizer_files;
 mod turn_end;
 
 pub use chat::ChatTemplate;

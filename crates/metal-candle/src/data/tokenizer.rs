@@ -1,14 +1,14 @@
 //! Tokenizers: text to token ids and back.
 
-use super::{ChatTemplate, StreamDecoder};
+use super::{ChatTemplate, StreamDecoder, tokenizer_files};
 use crate::error::{Error, Result};
 use crate::files::{guard, read_bounded, read_if_exists};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Most bytes of a `tokenizer.json`; that of Gemma 3 has 33 MB.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+pub(super) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 /// Most bytes of `tokenizer_config.json` and `special_tokens_map.json`.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
@@ -50,29 +50,48 @@ impl Tokenizer {
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read_bounded(path, MAX_TOKENIZER_BYTES)?;
-        Self::from_parts(path, &bytes, None, &Value::Null)
+        Self::from_parts(path, &bytes, None, &Map::new(), None)
     }
 
     /// Reads the tokenizer of a model folder: `tokenizer.json`, and if they are there `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja`.
+    /// `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`. Tokens that only these files name are
+    /// added, with the ids that transformers gives them. Without a `tokenizer.json`, `vocab.json` and `merges.txt` of
+    /// Qwen2 and GPT-2 tokenizers are read.
     ///
     /// # Errors
-    /// There is no `tokenizer.json`, or a file is not valid.
+    /// There is no tokenizer that can be read, or a file is not valid.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
+        let map = read_json_if_exists(&folder.join("special_tokens_map.json"))?;
+        let mut config =
+            tokenizer_files::merge_configs(read_json_if_exists(&folder.join("tokenizer_config.json"))?, map.as_ref());
         let path = folder.join("tokenizer.json");
-        let bytes = read_bounded(&path, MAX_TOKENIZER_BYTES)?;
-        let mut config = read_json_if_exists(&folder.join("special_tokens_map.json"))?.unwrap_or(Value::Null);
-        if let Some(Value::Object(known)) = read_json_if_exists(&folder.join("tokenizer_config.json"))? {
-            match &mut config {
-                Value::Object(config) => config.extend(known),
-                config => *config = Value::Object(known),
-            }
-        }
-        Self::from_parts(&path, &bytes, ChatTemplate::from_folder(folder)?, &config)
+        let (path, bytes) = match read_if_exists(&path, MAX_TOKENIZER_BYTES)? {
+            Some(bytes) => (path, bytes),
+            None => tokenizer_files::from_vocab_and_merges(folder, &mut config)?,
+        };
+        let tokenizer = Self::from_parts(&path, &bytes, ChatTemplate::from_folder(folder)?, &config, Some(folder))?;
+        // a configuration with all tokens hides the map from transformers, but it may still name the end of a text
+        let name = |known: Option<String>, name: &str| known.or_else(|| special_token(map.as_ref()?, name));
+        Ok(tokenizer.changed(|inner| {
+            inner.bos_token = name(inner.bos_token.take(), "bos_token");
+            inner.eos_token = name(inner.eos_token.take(), "eos_token");
+            inner.pad_token = name(inner.pad_token.take(), "pad_token");
+        }))
     }
 
-    fn from_parts(path: &Path, bytes: &[u8], chat_template: Option<ChatTemplate>, config: &Value) -> Result<Self> {
+    /// Whether a folder holds files of a tokenizer that [`Tokenizer::from_folder`] reads.
+    pub fn is_in_folder(folder: impl AsRef<Path>) -> bool {
+        tokenizer_files::has_tokenizer(folder.as_ref())
+    }
+
+    fn from_parts(
+        path: &Path,
+        bytes: &[u8],
+        chat_template: Option<ChatTemplate>,
+        config: &Map<String, Value>,
+        folder: Option<&Path>,
+    ) -> Result<Self> {
         // the crate panics on some damaged normalizers
         let mut tokenizer = guard(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|panic| {
@@ -82,14 +101,21 @@ impl Tokenizer {
         // a file made for training elsewhere may cut or pad every text
         tokenizer.with_truncation(None).map_err(|e| Error::format(path, e))?;
         tokenizer.with_padding(None);
+        if let Some(folder) = folder {
+            tokenizer_files::add_tokens(&mut tokenizer, folder, config)?;
+            if tokenizer.get_post_processor().is_none() && !path.ends_with("tokenizer.json") {
+                tokenizer_files::set_post_processor(&mut tokenizer, folder, config)?;
+            }
+        }
+        let token = |name: &str| config.get(name).and_then(token_text);
         let inner = Inner {
             path: path.to_path_buf(),
             tokenizer: Arc::new(tokenizer),
             chat_template,
-            bos_token: special_token(config, "bos_token"),
+            bos_token: token("bos_token"),
             add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
-            eos_token: special_token(config, "eos_token"),
-            pad_token: special_token(config, "pad_token"),
+            eos_token: token("eos_token"),
+            pad_token: token("pad_token"),
         };
         Ok(Self { inner: Arc::new(inner) })
     }

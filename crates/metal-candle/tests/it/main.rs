@@ -28,6 +28,7 @@ mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;
 mod step;
+mod tokenizer_folders;
 mod training_gradients;
 mod training_optimizer;
 mod training_optimizer_runs;
