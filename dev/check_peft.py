@@ -78,7 +78,7 @@ def logits_of(model, ids):
 
 class Checks:
     def __init__(self, binary, work, only):
-        self.binary, self.work, self.only, self.failures, self.count = binary, work, only, 0, 0
+        self.binary, self.work, self.only, self.failures, self.count, self.largest = binary, work, only, 0, 0, 0.0
 
     def wanted(self, name):
         return not self.only or self.only in name
@@ -102,6 +102,8 @@ class Checks:
     def row(self, name, difference, tolerance, note=""):
         good = difference <= tolerance
         self.failures += not good
+        if good and tolerance == TOLERANCE:
+            self.largest = max(self.largest, difference)
         print(f"{'ok  ' if good else 'FAIL'}  {name:<58} {difference:>10.3g}  {tolerance:>8.1g}  {note}", flush=True)
 
     def check(self, name, compute):
@@ -147,19 +149,56 @@ def adapter_kinds(layers):
         "saved": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"]),
         "saved-embedding": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
         "saved-in-blocks": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["mlp", "input_layernorm"]),
+        "bias-all": dict(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], bias="all"),
+        "bias-lora-only": dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], bias="lora_only"),
+        "bias-all-saved": dict(r=2, lora_alpha=4, target_modules=["o_proj"], modules_to_save=["lm_head", "k_proj"], bias="all"),
+        "dora-bias": dict(r=2, lora_alpha=4, target_modules="all-linear", use_dora=True, bias="lora_only"),
+        "tokens": dict(r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices=[3, 0, 477, 12]),
+        "tokens-bias": dict(r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [9, 5]}, bias="all"),
+        "tokens-in-head": dict(
+            r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [9, 5], "lm_head": [7, 30, 5]}
+        ),
+        "tokens-of-head": dict(r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices={"lm_head": [7, 30, 5]}),
+        "tokens-tied": dict(r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices=[7, 30, 5], ensure_weight_tying=True),
+        "saved-embedding-tied": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        "saved-head-tied": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+        "embedding-tied": dict(r=2, lora_alpha=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     }
 
 
-def make_adapter(folder, model_folder, settings, seed):
+# How PEFT writes an adapter; the first is its default.
+REWRITTEN = ["qv", "dora", "embeddings", "saved", "bias-all", "tokens", "tokens-bias"]
+WRITINGS = ["auto", "with-embeddings", "with-rounded-embeddings", "bin", "bin-with-embeddings", "bf16"]
+
+
+def write_adapter(wrapped, folder, writing):
+    wrapped.save_pretrained(folder, save_embedding_layers=True if "embeddings" in writing else "auto")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if "rounded" in writing:
+        tensors = {name: tensor.bfloat16() if "embed_tokens.weight" in name or "lm_head.weight" in name else tensor for name, tensor in tensors.items()}
+        save_file(tensors, path)
+    if writing == "bf16":
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+        # copies of the base's weights stand for those weights, whatever they were rounded to
+        peft.set_peft_model_state_dict(wrapped, {name: tensor for name, tensor in load_file(path).items() if "base_layer.weight" not in name})
+    if "bin" in writing:
+        torch.save(tensors, folder / "adapter_model.bin")
+        path.unlink()
+
+
+def make_adapter(folder, model_folder, settings, seed, writing="auto"):
     wrapped = peft.get_peft_model(load_model(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_magnitude" in name or "modules_to_save" in name:
+            if any(part in name for part in ["lora_magnitude", "modules_to_save", "token_adapter.trainable_tokens"]):
                 parameter.mul_(1.0 + 0.2 * torch.randn(parameter.shape, generator=noise))
             elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=noise) * (1.0 / parameter.shape[1] ** 0.5) * 0.7)
-    wrapped.save_pretrained(folder)
+            elif parameter.requires_grad and "trainable_tokens" not in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+    write_adapter(wrapped, folder, writing)
     return wrapped
 
 
@@ -189,7 +228,12 @@ def check_adapters(checks, name, folder, sizes, draw):
     base = load_model(folder)
     for number, (kind, settings) in enumerate(adapter_kinds(layers).items()):
         title = f"{name} adapter {kind}"
-        if not any(map(checks.wanted, [title, title + " as mlx", title + " fused", title + " fused weights"])):
+        names = [title, title + " as mlx", title + " fused", title + " fused weights", *(f"{title} written {w}" for w in WRITINGS)]
+        if not any(map(checks.wanted, names)):
+            continue
+        if "tokens" in kind and "head" in kind and sizes["tie_word_embeddings"]:
+            continue  # PEFT cannot hold rows of a tied head
+        if "-tied" in kind and not sizes["tie_word_embeddings"]:
             continue
         ids = [draw.randrange(vocab) for _ in range(29)]
         adapter = checks.work / f"{name}-{kind}"
@@ -201,6 +245,16 @@ def check_adapters(checks, name, folder, sizes, draw):
             mlx = checks.work / f"{name}-{kind}-mlx"
             as_mlx(mlx, adapter, layers)
             checks.check(title + " as mlx", lambda: (difference(checks.logits(folder, ids, mlx), wanted), TOLERANCE))
+        for writing in WRITINGS[1:]:
+            if kind not in REWRITTEN or (kind == "saved" and "rounded" in writing) or not checks.wanted(f"{title} written {writing}"):
+                continue
+            written = checks.work / f"{name}-{kind}-{writing}"
+
+            def rewritten(writing=writing, written=written):
+                changed = make_adapter(written, folder, settings, 100 + number, writing)
+                return difference(checks.logits(folder, ids, written), logits_of(changed, ids)), TOLERANCE
+
+            checks.check(f"{title} written {writing}", rewritten)
         fused = checks.work / f"{name}-{kind}-fused"
         merged = wrapped.merge_and_unload()
 
@@ -212,7 +266,7 @@ def check_adapters(checks, name, folder, sizes, draw):
                 return weights_difference(theirs, merged), 1.0, f"weights, in steps of {saved}"
             return difference(logits_of(theirs, ids), logits_of(merged, ids)), TOLERANCE
 
-        if kind in ("qv", "all-linear", "patterns", "rslora", "dora", "dora-rslora"):
+        if kind in ("qv", "all-linear", "patterns", "rslora", "dora", "dora-rslora", "bias-all", "bias-lora-only", "dora-bias", "tokens", "tokens-bias"):
             checks.check(title + " fused", fuse)
 
 
@@ -331,7 +385,7 @@ def main():
             check_logits(checks, name, folder, sizes["vocab_size"], draw)
             check_adapters(checks, name, folder, sizes, draw)
             check_training(checks, name, folder, sizes, draw)
-    print(f"{checks.count} checks, {checks.failures} failed")
+    print(f"{checks.count} checks, {checks.failures} failed, largest difference of logits among the others {checks.largest:.3g}")
     return 1 if checks.failures or not checks.count else 0
 
 

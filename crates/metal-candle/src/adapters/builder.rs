@@ -196,6 +196,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
             use_dora: self.use_dora,
             modules_to_save: self.modules_to_save.clone(),
             parameters_to_save: Vec::new(),
+            ensure_weight_tying: false,
             base_model: self.base_model.clone(),
         };
         let mut planned = Vec::new();

@@ -99,6 +99,9 @@ pub(crate) struct Settings {
     pub(crate) modules_to_save: Vec<String>,
     /// Names of single parameters that an adapter file replaces: biases, rows of the embedding, another head.
     pub(crate) parameters_to_save: Vec<String>,
+    /// Whether the head stays tied to an embedding that is trained (`ensure_weight_tying` of PEFT); no in models that tie
+    /// nothing.
+    pub(crate) ensure_weight_tying: bool,
     pub(crate) base_model: Option<String>,
 }
 
@@ -121,6 +124,11 @@ impl Settings {
                 None => return false,
             }
         }
+    }
+
+    /// Whether embedding and head are trained as a whole and as one.
+    pub(crate) fn saves_tied(&self) -> bool {
+        self.ensure_weight_tying && (self.saves("model.embed_tokens") || self.saves("lm_head"))
     }
 }
 
@@ -213,9 +221,16 @@ impl Layout {
     }
 
     fn save_modules(&mut self, model: &Model) -> Result<()> {
+        let is_tied = self.settings.ensure_weight_tying;
         for (name, shape) in all_parameters(model) {
             let Some((module, _)) = name.rsplit_once('.') else { continue };
-            if self.settings.saves(module) || self.settings.parameters_to_save.contains(&name) {
+            // a tied head is trained as the embedding
+            let is_saved = match name.as_str() {
+                HEAD_WEIGHT if is_tied => false,
+                EMBEDDING_WEIGHT if is_tied => self.settings.saves_tied(),
+                _ => self.settings.saves(module),
+            };
+            if is_saved || self.settings.parameters_to_save.contains(&name) {
                 let saved = SavedParameter { shape, offset: self.num_parameters, name };
                 self.num_parameters += saved.num_parameters();
                 self.saved.push(saved);
@@ -223,8 +238,10 @@ impl Layout {
         }
         for name in &self.settings.modules_to_save {
             let only = Settings { modules_to_save: vec![name.clone()], ..self.settings.clone() };
-            let is_found =
-                |saved: &SavedParameter| saved.name.rsplit_once('.').is_some_and(|(path, _)| only.saves(path));
+            let is_found = |saved: &SavedParameter| {
+                saved.name.rsplit_once('.').is_some_and(|(path, _)| only.saves(path))
+                    || (is_tied && saved.name == EMBEDDING_WEIGHT && only.saves_tied())
+            };
             if name.is_empty() || !self.saved.iter().any(is_found) {
                 return Err(Error::argument("modules_to_save", format!("the model has no module `{name}`")));
             }

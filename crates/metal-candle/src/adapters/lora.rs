@@ -297,6 +297,11 @@ impl LoRAAdapter {
         &self.layout.settings.modules_to_save
     }
 
+    /// Whether the head stays tied to an embedding that is trained.
+    pub fn ensure_weight_tying(&self) -> bool {
+        self.layout.settings.ensure_weight_tying
+    }
+
     /// Names of single parameters that replace those of the model.
     pub(crate) fn parameters_to_save(&self) -> &[String] {
         &self.layout.settings.parameters_to_save
@@ -438,7 +443,8 @@ fn run_model(model: &Model, layout: &Layout, parameters: &Tensor) -> Result<Mode
         replaced.insert(saved.name.clone(), tensor);
     }
     // a head that was tied stays what it was when the embedding alone is trained
-    if model.config().tie_word_embeddings && replaced.contains_key(EMBEDDING_WEIGHT) {
+    let is_tied = layout.settings.ensure_weight_tying;
+    if model.config().tie_word_embeddings && !is_tied && replaced.contains_key(EMBEDDING_WEIGHT) {
         let head = parameter(model, HEAD_WEIGHT)?;
         replaced.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
     }

@@ -33,7 +33,8 @@ impl LoRAAdapter {
             tensors
                 .insert(saved.name.clone(), adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.force_contiguous()?);
         }
-        if model.config().tie_word_embeddings && tensors.contains_key(EMBEDDING_WEIGHT) {
+        let is_tied = adapter.ensure_weight_tying();
+        if model.config().tie_word_embeddings && !is_tied && tensors.contains_key(EMBEDDING_WEIGHT) {
             let head = parameter(model, HEAD_WEIGHT)?;
             tensors.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
         }

@@ -1,6 +1,6 @@
 //! What can be trained: an adapter, or all parameters of a model.
 
-use crate::adapters::LoRAAdapter;
+use crate::adapters::{LoRAAdapter, LoRAModule};
 use crate::error::{Error, Result};
 use crate::models::{GradientOf, Model, SafetensorsFile, save_model};
 use crate::ops::LowRankTerms;
@@ -77,6 +77,14 @@ pub trait Trained: Clone + Send + Sync + 'static {
 
     /// What must be the same when a run goes on.
     fn identity(&self) -> Value;
+
+    /// Whether it can be trained as it is.
+    ///
+    /// # Errors
+    /// It holds values that training would not treat as whoever made it did.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Trained for LoRAAdapter {
@@ -153,6 +161,23 @@ impl Trained for LoRAAdapter {
             identity["saved"] = names.collect();
         }
         identity
+    }
+
+    fn check(&self) -> Result<()> {
+        if let Some(name) = self.parameters_to_save().first() {
+            return Err(Error::Unsupported(format!(
+                "training from an adapter that brings another `{name}`: fuse it into the model and train a new adapter"
+            )));
+        }
+        let is_outside = |module: &&LoRAModule| module.layer.is_none();
+        if self.ensure_weight_tying() && self.modules().iter().filter(is_outside).count() > 1 {
+            return Err(Error::Unsupported(
+                "training from an adapter whose `ensure_weight_tying` ties low-rank terms of embedding and head: they \
+                 would be trained apart. Fuse it into the model and train a new adapter"
+                    .into(),
+            ));
+        }
+        Ok(())
     }
 }
 

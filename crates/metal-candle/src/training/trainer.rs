@@ -114,6 +114,7 @@ impl<T: Trained> Trainer<T> {
     pub fn of(start: T, config: TrainingConfig) -> Result<Self> {
         let options = Options::default();
         check(&config, &options)?;
+        start.check()?;
         Ok(Self {
             config,
             options,

@@ -4,7 +4,7 @@ use crate::golden::{self, max_difference};
 use candle_core::{DType, Tensor};
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
 use metal_candle::models::{Batch, Rows, SafetensorsFile, write_safetensors};
-use metal_candle::training::{CheckpointMetadata, load_checkpoint, save_checkpoint};
+use metal_candle::training::{CheckpointMetadata, Trainer, TrainingConfig, load_checkpoint, save_checkpoint};
 use metal_candle::{Error, Model};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -436,6 +436,65 @@ fn copies_of_the_base_are_accepted_and_another_head_is_used() {
     }
     edit_config(folder.path(), |config| config["trainable_token_indices"] = json!([3, 1_000_000]));
     assert!(problems(LoRAAdapter::load(&model, folder.path()).unwrap_err())[0].contains("token 1000000"));
+}
+
+#[test]
+fn tensors_that_peft_writes_more_than_once_are_compared() {
+    // with `save_embedding_layers`, and for biases of modules that are trained as a whole
+    let model = golden::model("models/gqa-tied");
+    let folder = copied("methods/saved-embedding-tied");
+    let path = folder.path().join("adapter_model.safetensors");
+    let original = tensors_of(&path);
+    let embedding = original.iter().find(|(name, _)| name.ends_with("embed_tokens.weight")).unwrap().1.clone();
+    let with = |extra: &[(&str, &Tensor)]| {
+        let mut tensors = original.clone();
+        let named = |(name, tensor): &(&str, &Tensor)| (format!("base_model.model.{name}"), (*tensor).clone());
+        tensors.extend(extra.iter().map(named));
+        write_safetensors(&path, &tensors, &[]).unwrap();
+        LoRAAdapter::load(&model, folder.path())
+    };
+    let ids = [1, 5, 9];
+    let run = |adapter: &LoRAAdapter| {
+        let terms = adapter.terms().unwrap();
+        adapter.run_model().forward(&Batch::single(&ids), Some(&terms), None, Rows::All).unwrap()
+    };
+    let apart = run(&with(&[]).unwrap());
+    let (copy, before) = ("model.embed_tokens.modules_to_save.weight", "model.embed_tokens.original_module.weight");
+    let doubled = (&embedding * 2.0).unwrap();
+    let adapter = with(&[(copy, &embedding), (before, &doubled)]).unwrap();
+    assert_eq!(max_difference(&run(&adapter), &apart), 0.0);
+    let error = problems(with(&[(copy, &doubled)]).unwrap_err());
+    assert!(error[0].contains("modules_to_save.weight` differs from"), "{error:?}");
+
+    // PEFT writes the head, too, where it keeps it tied
+    edit_config(folder.path(), |config| config["ensure_weight_tying"] = json!(true));
+    let adapter = with(&[("lm_head.weight", &embedding)]).unwrap();
+    assert_eq!(adapter.saved_parameters().len(), 1);
+    assert!(adapter.run_model().config().tie_word_embeddings);
+    assert!(max_difference(&run(&adapter), &apart) > 0.1);
+    assert!(adapter.merge(&model).unwrap().config().tie_word_embeddings);
+    let written = tempfile::tempdir().unwrap();
+    adapter.save(written.path()).unwrap();
+    let again = LoRAAdapter::load(&model, written.path()).unwrap();
+    assert!(again.ensure_weight_tying());
+    assert_eq!(max_difference(&run(&again), &run(&adapter)), 0.0);
+    let error = problems(with(&[("lm_head.weight", &doubled)]).unwrap_err());
+    assert!(error[0].contains("lm_head.weight` differs from"), "{error:?}");
+}
+
+#[test]
+fn adapters_that_bring_another_head_are_not_trained() {
+    let model = golden::model("models/untied");
+    let folder = copied("methods/head");
+    let path = folder.path().join("adapter_model.safetensors");
+    let mut tensors = tensors_of(&path);
+    let name = "model.embed_tokens.weight";
+    let embedding = &model.parameters().iter().find(|(found, _)| found == name).unwrap().1;
+    tensors.push((format!("base_model.model.{name}"), (embedding * 2.0).unwrap()));
+    write_safetensors(&path, &tensors, &[]).unwrap();
+    let adapter = LoRAAdapter::load(&model, folder.path()).unwrap();
+    let error = Trainer::new(adapter, TrainingConfig::default()).err().unwrap().to_string();
+    assert!(error.contains("another `model.embed_tokens.weight`"), "{error}");
 }
 
 #[test]

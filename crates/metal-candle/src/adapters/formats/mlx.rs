@@ -93,6 +93,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
         use_dora,
         modules_to_save: Vec::new(),
         parameters_to_save: Vec::new(),
+        ensure_weight_tying: false,
         base_model: config.text("model")?.map(String::from),
     };
     let layout = layout_of(path, model, settings, &planned)?;

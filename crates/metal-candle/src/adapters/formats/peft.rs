@@ -1,12 +1,12 @@
 //! Adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and `adapter_config.json`.
 
 use super::peft_config::{self, describe};
-use super::replaced::Replaced;
+use super::replaced::{Replaced, is_equal};
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use super::{CONFIG_FILE, layout_of, make_folder};
 use crate::adapters::begin::subtracted_values;
-use crate::adapters::layout::{LoRAModule, SavedParameter};
+use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, SavedParameter};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, LinearInfo, Model, write_atomically, write_safetensors};
@@ -14,6 +14,8 @@ use candle_core::Tensor;
 use std::path::Path;
 
 const TENSOR_FILE: &str = "adapter_model.safetensors";
+/// What PEFT puts before the paths of the model.
+pub(super) const PREFIX: &str = "base_model.model.";
 const PICKLE_FILE: &str = "adapter_model.bin";
 
 struct Names;
@@ -27,13 +29,13 @@ impl Naming for Names {
             (Part::B, true) => "lora_embedding_B",
             (Part::Magnitude, _) => "lora_magnitude_vector",
         };
-        format!("base_model.model.{}.{leaf}", module.path)
+        format!("{PREFIX}{}.{leaf}", module.path)
     }
 
     fn saved(&self, saved: &SavedParameter, has_terms: bool) -> String {
         match saved.name.rsplit_once('.') {
-            Some((module, leaf)) if has_terms => format!("base_model.model.{module}.base_layer.{leaf}"),
-            _ => format!("base_model.model.{}", saved.name),
+            Some((module, leaf)) if has_terms => format!("{PREFIX}{module}.base_layer.{leaf}"),
+            _ => format!("{PREFIX}{}", saved.name),
         }
     }
 
@@ -53,7 +55,7 @@ pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<Lo
     let source = TensorSource::open(path)?;
     let leaves = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"];
     let is_in_file = |linear: &LinearInfo| {
-        leaves.iter().any(|leaf| source.shape(&format!("base_model.model.{}.{leaf}", linear.path)).is_some())
+        leaves.iter().any(|leaf| source.shape(&format!("{PREFIX}{}.{leaf}", linear.path)).is_some())
     };
     let (mut settings, planned, start) = peft_config::plan(model, config, is_in_file)?;
     let found = Replaced::read(model, &source, config, &settings, &planned)?;
@@ -63,9 +65,34 @@ pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<Lo
     }
     let layout = layout_of(config.path(), model, settings, &planned)?;
     let values = values::read(&source, &layout, &Names, &found.values, &found.names)?;
+    check_tied_terms(&source, &layout)?;
     // what PEFT takes out of the weights when it loads such an adapter
     let subtracted = start.map_or(Ok(Vec::new()), |start| subtracted_values(model, &layout, start))?;
     LoRAAdapter::from_values(model, layout, values, subtracted)
+}
+
+/// With `ensure_weight_tying` PEFT trains one A and B for embedding and head, and writes both.
+fn check_tied_terms(source: &TensorSource, layout: &Layout) -> Result<()> {
+    let module = |is_embedding: bool| {
+        layout.modules.iter().find(|module| module.layer.is_none() && module.is_embedding() == is_embedding)
+    };
+    let (true, Some(embedding), Some(head)) = (layout.settings.ensure_weight_tying, module(true), module(false)) else {
+        return Ok(());
+    };
+    let transposed = |name: &str, (rows, columns): (usize, usize)| -> Result<Vec<f32>> {
+        let values = source.values(name)?;
+        Ok((0..values.len()).map(|index| values[index % rows * columns + index / rows]).collect())
+    };
+    let (rank, vocab, hidden) = (embedding.rank, embedding.in_features, embedding.out_features);
+    for (part, other, shape) in [(Part::A, Part::B, (hidden, rank)), (Part::B, Part::A, (rank, vocab))] {
+        let (name, of_embedding) = (Names.name(head, part), Names.name(embedding, other));
+        if head.rank != rank || !is_equal(&source.values(&name)?, &transposed(&of_embedding, shape)?) {
+            let problem =
+                format!("`{name}` is not the transpose of `{of_embedding}`, to which `ensure_weight_tying` ties it");
+            return Err(Error::Tensors { path: source.path().to_path_buf(), problems: vec![problem] });
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
@@ -93,7 +120,12 @@ pub(super) fn named_tensors(adapter: &LoRAAdapter) -> Result<Vec<(String, Tensor
             .name
             .rsplit_once('.')
             .is_some_and(|(path, _)| adapter.modules().iter().any(|module| module.path == path));
-        tensors.push((Names.saved(saved, has_terms), adapter.saved_tensor(saved)?));
+        let tensor = adapter.saved_tensor(saved)?;
+        if adapter.ensure_weight_tying() && saved.name == EMBEDDING_WEIGHT {
+            // PEFT writes both
+            tensors.push((format!("{PREFIX}{HEAD_WEIGHT}"), tensor.copy()?));
+        }
+        tensors.push((Names.saved(saved, has_terms), tensor));
     }
     tensors.sort_by(|left, right| left.0.cmp(&right.0));
     Ok(tensors)

@@ -15,8 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
-const UNSUPPORTED: [&str; 12] = [
-    "ensure_weight_tying",
+const UNSUPPORTED: [&str; 11] = [
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
@@ -56,6 +55,7 @@ pub(super) fn plan(
         use_dora: config.flag("use_dora")?.unwrap_or(false),
         modules_to_save: modules_to_save.into_iter().map(String::from).collect(),
         parameters_to_save: Vec::new(),
+        ensure_weight_tying: config.flag("ensure_weight_tying")?.unwrap_or(false) && model.config().tie_word_embeddings,
         base_model: config.text("base_model_name_or_path")?.map(String::from),
     };
     let selection = Selection::read(config)?;
@@ -256,7 +256,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     // beside a choice of layers PEFT takes what is in none of them by its whole path only
     targets.extend(outside.iter().map(|module| if some_layers { module.path.as_str() } else { module.module }));
     let modules_to_save = Some(adapter.modules_to_save()).filter(|names| !names.is_empty());
-    BTreeMap::from([
+    let mut config = BTreeMap::from([
         ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
         ("base_model_name_or_path", json!(adapter.base_model())),
         ("bias", json!(if has_biases(adapter) { "all" } else { "none" })),
@@ -277,7 +277,11 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
         ("task_type", json!("CAUSAL_LM")),
         ("use_dora", json!(adapter.use_dora())),
         ("use_rslora", json!(adapter.use_rslora())),
-    ])
+    ]);
+    if adapter.ensure_weight_tying() {
+        config.insert("ensure_weight_tying", json!(true));
+    }
+    config
 }
 
 /// Whether biases are saved beside the modules that are trained as a whole.

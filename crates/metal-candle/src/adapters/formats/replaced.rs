@@ -2,6 +2,7 @@
 //! tokens, biases.
 
 use super::as_count;
+use super::peft::PREFIX;
 use super::source::TensorSource;
 use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, all_parameters, parameter};
 use crate::error::{Error, Result};
@@ -11,7 +12,8 @@ use half::{bf16, f16};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-const PREFIX: &str = "base_model.model.";
+/// Parts of a path that wrappers of PEFT add.
+const WRAPPERS: [&str; 4] = [".token_adapter.", ".base_layer.", ".modules_to_save.", ".original_module."];
 const TOKENS_SUFFIX: &str = "trainable_tokens_delta";
 
 /// What the tensors of a file replace.
@@ -39,13 +41,28 @@ impl Replaced {
         let has_term = |path: &str| planned.iter().any(|planned| model.linears()[planned.number].path == path);
         for name in source.names() {
             let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            let bare = rest.replace(".token_adapter.", ".").replace(".base_layer.", ".");
+            let bare = WRAPPERS.iter().fold(rest.to_owned(), |name, wrapper| name.replace(wrapper, "."));
             let Some((path, shape)) = bare.rsplit_once('.').and_then(|(path, _)| Some((path, shapes.get(&bare)?)))
             else {
                 continue;
             };
-            if settings.saves(path) {
-                continue;
+            match role(rest, &bare, path, settings) {
+                Role::Saved => continue,
+                Role::Original => {
+                    found.names.insert(name.into());
+                    continue;
+                }
+                Role::CopyOf(other) => {
+                    found.names.insert(name.into());
+                    let is_equal = source.shape(name) == source.shape(&other)
+                        && source.foreign_dtype(name).is_none()
+                        && is_copy(&source.values(name)?, &source.values(&other)?);
+                    if !is_equal {
+                        problems.push(format!("`{name}` differs from `{other}`, of which it should be a copy"));
+                    }
+                    continue;
+                }
+                Role::Replacement => {}
             }
             found.names.insert(name.into());
             let shape_found = source.shape(name).unwrap_or_default();
@@ -90,7 +107,7 @@ impl Replaced {
         problems: &mut Vec<String>,
     ) -> Result<()> {
         let Some(indices) = config.get("trainable_token_indices") else { return Ok(()) };
-        let mut num_found = 0;
+        let (mut num_found, is_tied) = (0, model.config().tie_word_embeddings);
         for name in source.names().filter(|name| name.ends_with(TOKENS_SUFFIX)) {
             let path = name.strip_prefix(PREFIX).unwrap_or(name);
             let path = path.strip_suffix(TOKENS_SUFFIX).unwrap_or(path).trim_end_matches('.');
@@ -99,7 +116,9 @@ impl Replaced {
                 Value::Object(of_modules) => of_modules
                     .iter()
                     .find(|(key, _)| path == *key || path.strip_suffix(key.as_str()).is_some_and(|p| p.ends_with('.')))
-                    .map(|(_, rows)| rows),
+                    .map(|(_, rows)| rows)
+                    // PEFT ties the rows of a tied head to those of the embedding
+                    .or_else(|| of_modules.values().next().filter(|_| is_tied && of_modules.len() == 1)),
                 rows => Some(rows),
             };
             let rows: Option<Vec<usize>> =
@@ -160,6 +179,37 @@ impl Replaced {
     }
 }
 
+/// What a tensor named as a parameter of the model is for.
+enum Role {
+    /// A parameter of a module that is trained as a whole; the layout expects it.
+    Saved,
+    /// What such a parameter was before training.
+    Original,
+    /// The values of another tensor of the file.
+    CopyOf(String),
+    /// It takes the place of the model's parameter.
+    Replacement,
+}
+
+/// The role of the tensor `rest`, which is `bare` without PEFT's wrappers, of the module `path`.
+///
+/// PEFT writes wrapped modules more than once with `save_embedding_layers` or `bias`, and a tied head beside its embedding.
+fn role(rest: &str, bare: &str, path: &str, settings: &Settings) -> Role {
+    let is_tied = settings.saves_tied() && [EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&bare);
+    if !settings.saves(path) && !is_tied {
+        return Role::Replacement;
+    }
+    if rest.contains(".original_module.") {
+        Role::Original
+    } else if rest.contains(".modules_to_save.") {
+        Role::CopyOf(format!("{PREFIX}{bare}"))
+    } else if is_tied && rest == HEAD_WEIGHT {
+        Role::CopyOf(format!("{PREFIX}{EMBEDDING_WEIGHT}"))
+    } else {
+        Role::Saved
+    }
+}
+
 /// The values of a parameter of the model.
 fn base(model: &Model, name: &str) -> Result<Vec<f32>> {
     let tensor = parameter(model, name)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
@@ -167,6 +217,12 @@ fn base(model: &Model, name: &str) -> Result<Vec<f32>> {
 }
 
 // copies are equal to the bit
+#[allow(clippy::float_cmp)]
+/// Whether all values are equal.
+pub(super) fn is_equal(left: &[f32], right: &[f32]) -> bool {
+    left == right
+}
+
 #[allow(clippy::float_cmp)]
 /// Whether all values are equal, if need be after rounding one side to bf16 or f16.
 fn is_copy(left: &[f32], right: &[f32]) -> bool {
