@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "crates" / "metal-candle" / "tests" / "golden"
 TOLERANCE = 1e-4
-UNTYING = ["embeddings", "dora embeddings", "saved modules"]
+UNTYING = ["embeddings", "dora embeddings", "saved modules", "saved modules tied"]
 WORDS = "the of sum value token model returns length index slice first last and vector of matrix rows columns".split()
 
 
@@ -303,6 +303,10 @@ def plain_key(name):
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
 def check_training(checks, name, folder, sizes, draw):
     data = checks.work / f"{name}-data"
     write_data(data, draw)
@@ -320,6 +324,10 @@ def check_training(checks, name, folder, sizes, draw):
         "embeddings": ["--rank", "3", "--target-modules", "q_proj,embed_tokens,lm_head"],
         "dora embeddings": ["--rank", "3", "--target-modules", "q_proj,embed_tokens,lm_head", "--use-dora"],
         "saved modules": ["--rank", "3", "--target-modules", "q_proj", "--modules-to-save", "lm_head,model.norm"],
+        "tokens": ["--rank", "3", "--target-modules", "q_proj", "--trainable-tokens", "482,7,0,19"],
+        "tokens, bias all": ["--rank", "3", "--target-modules", "q_proj", "--trainable-tokens", "5,12", "--bias", "all"],
+        "bias lora_only": ["--rank", "3", "--target-modules", "q_proj,down_proj", "--bias", "lora_only", "--use-dora"],
+        "saved modules tied": ["--rank", "3", "--target-modules", "q_proj", "--modules-to-save", "embed_tokens", "--ensure-weight-tying"],
         "patterns": ["--rank", "3", "--rank-pattern", r"layers\.0\..*=2,up_proj=5", "--alpha-pattern", "v_proj=9"],
         "rslora in one layer": ["--rank", "5", "--alpha", "5", "--target-modules", "k_proj,down_proj", "--use-rslora", "--layers", "0"],
     }.items():
@@ -330,7 +338,10 @@ def check_training(checks, name, folder, sizes, draw):
                        "--device", "cpu", *flags)
             wrapped = peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval()
             tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-            known = {plain_key(key) for key, _ in wrapped.named_parameters() if "lora_" in key or "modules_to_save" in key}
+            known = {plain_key(key) for key, _ in wrapped.named_parameters() if "lora_" in key or "modules_to_save" in key or "tokens_delta" in key}
+            known |= {key for key in tensors if key.endswith(".bias")}
+            if config_of(run / "adapter").get("ensure_weight_tying"):
+                known.add("base_model.model.lm_head.weight")
             if set(tensors) != known:
                 raise ValueError(f"peft and the file differ in {sorted(set(tensors) ^ known)}")
             wanted = logits_of(wrapped, ids)

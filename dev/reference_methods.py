@@ -43,9 +43,17 @@ CASES = {
     "olora-patterns": ("gqa-tied", dict(
         r=3, lora_alpha=6, target_modules=["k_proj", "o_proj"], init_lora_weights="olora", rank_pattern={"o_proj": 2}, alpha_pattern={"k_proj": 5},
     )),
+    # Rows of single tokens, those of a tied head with them; biases; embedding and head trained as one.
+    "tokens-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], trainable_token_indices=[40, 3, 61, 22])),
+    "tokens-and-head": ("untied", dict(
+        r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [61, 2], "lm_head": [22, 13, 0]}, bias="lora_only"
+    )),
+    "bias-all": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], bias="all")),
+    "dora-bias": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], bias="lora_only", use_dora=True)),
+    "saved-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
 }
 # Not pissa: the singular vectors of torch are 6e-6 off in f32, and ten steps make more than 1e-2 of that.
-WITH_LOSSES = ["dora-qv", "embeddings-tied", "saved-head-tied", "olora-patterns", "patterns-by-path"]
+WITH_LOSSES = ["dora-qv", "embeddings-tied", "saved-head-tied", "olora-patterns", "patterns-by-path", "tokens-tied", "bias-all", "dora-bias", "saved-tied"]
 
 # The 16 values of NF4 (QLoRA, https://arxiv.org/abs/2305.14314, appendix E).
 NF4 = torch.tensor([
@@ -77,6 +85,8 @@ def adapted(reference, base, settings, seed):
             noise = torch.randn(parameter.shape, generator=random)
             if "lora_magnitude" in name or "modules_to_save" in name:
                 parameter.mul_(1.0 + 0.2 * noise)
+            elif "trainable_tokens" in name or name.endswith("bias"):
+                parameter.add_(0.2 * noise)
             elif keeps_start:
                 parameter.add_(0.1 * noise)
             else:
@@ -235,6 +245,7 @@ def write(reference):
     shutil.rmtree(root, ignore_errors=True)
     batches = json.loads((reference.ROOT / "training" / "ten_steps.json").read_text())["batches"]
     for number, (name, (base, settings)) in enumerate(CASES.items()):
+        # new cases come last, so that the others keep their random numbers
         write_case(reference, root, number, name, base, settings, batches)
     loftq(reference, root)
     last_layers(reference, root, batches)

@@ -151,6 +151,19 @@ fn the_predicted_peak_is_the_real_one() {
             run(before, &Trainer::new(adapter, config()).unwrap(), &dataset(&[600, 500], 1))
         }),
     );
+    for (name, is_tied) in [("rows of 64 tokens", true), ("rows of 64 tokens of embedding and head", false)] {
+        check(
+            name,
+            alone(|| {
+                let before = IN_USE.load(Ordering::Relaxed);
+                let model = model(&Shape { is_tied, ..wide });
+                let builder = LoRAAdapter::builder(&model).with_trainable_tokens(0..64);
+                let builder = if is_tied { builder } else { builder.with_trainable_head_tokens(64..128) };
+                let adapter = builder.build().unwrap();
+                run(before, &Trainer::new(adapter, config()).unwrap(), &dataset(&[600, 500], 1))
+            }),
+        );
+    }
     check(
         "micro-batches",
         alone(|| {

@@ -31,7 +31,11 @@ pub(super) fn begin(model: &Model, layout: Layout, start: Start, seed: u64) -> R
         }
     }
     for saved in &layout.saved {
-        values.extend(host_values(parameter(&base, &saved.name)?)?);
+        let whole = parameter(&base, &saved.name)?;
+        values.extend(match &saved.rows {
+            Some(ids) => host_values(&whole.index_select(&Tensor::new(ids.as_slice(), whole.device())?, 0)?)?,
+            None => host_values(whole)?,
+        });
     }
     LoRAAdapter::from_values(&base, layout, values, subtracted)
 }

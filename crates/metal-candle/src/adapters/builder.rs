@@ -1,13 +1,14 @@
 //! Making a new LoRA adapter.
 
 use super::begin::begin;
-use super::layout::{EMBEDDING, Layout, Planned, Settings};
+use super::layout::{EMBEDDING, EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, Planned, Settings, TrainedBiases};
 use super::lora::{LoRAAdapter, LoRAAdapterConfig};
 use super::patterns::Patterns;
 use super::start::Start;
 use super::target::TargetModule;
 use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
+use std::collections::BTreeMap;
 
 /// All settings of a new adapter.
 ///
@@ -39,6 +40,9 @@ pub struct LoRAAdapterBuilder<'a> {
     use_rslora: bool,
     use_dora: bool,
     modules_to_save: Vec<String>,
+    bias: TrainedBiases,
+    trainable_tokens: BTreeMap<String, Vec<u32>>,
+    ensure_weight_tying: bool,
     start: Start,
     seed: u64,
     base_model: Option<String>,
@@ -57,6 +61,9 @@ impl<'a> LoRAAdapterBuilder<'a> {
             use_rslora: false,
             use_dora: false,
             modules_to_save: Vec::new(),
+            bias: TrainedBiases::None,
+            trainable_tokens: BTreeMap::new(),
+            ensure_weight_tying: false,
             start: Start::default(),
             seed: 0,
             base_model: None,
@@ -142,6 +149,44 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
+    /// Trains biases, too: all of the model, or those of the layers with low-rank terms.
+    #[must_use]
+    pub fn with_bias(mut self, bias: TrainedBiases) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Trains the rows of the embedding for these tokens, and no other row of it (`trainable_token_indices` of PEFT). They
+    /// are rows of a tied head, too.
+    #[must_use]
+    pub fn with_trainable_tokens(self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.with_rows(EMBEDDING_WEIGHT, ids)
+    }
+
+    /// Trains the rows of the head for these tokens. A head that was tied to the embedding becomes a weight of its own.
+    #[must_use]
+    pub fn with_trainable_head_tokens(self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.with_rows(HEAD_WEIGHT, ids)
+    }
+
+    fn with_rows(mut self, name: &str, ids: impl IntoIterator<Item = u32>) -> Self {
+        let ids: Vec<u32> = ids.into_iter().collect();
+        if ids.is_empty() {
+            self.trainable_tokens.remove(name);
+        } else {
+            self.trainable_tokens.insert(name.into(), ids);
+        }
+        self
+    }
+
+    /// Keeps the head tied to the embedding when one of them is trained as a whole (`ensure_weight_tying` of PEFT); without
+    /// it the head becomes a weight of its own. It changes nothing in models that tie nothing.
+    #[must_use]
+    pub fn with_ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
+        self.ensure_weight_tying = ensure_weight_tying;
+        self
+    }
+
     /// Gives each row of the adapted weights a magnitude of its own (DoRA, <https://arxiv.org/abs/2402.09353>, section 4).
     #[must_use]
     pub fn with_dora(mut self, use_dora: bool) -> Self {
@@ -196,9 +241,17 @@ impl<'a> LoRAAdapterBuilder<'a> {
             use_dora: self.use_dora,
             modules_to_save: self.modules_to_save.clone(),
             parameters_to_save: Vec::new(),
-            ensure_weight_tying: false,
+            bias: self.bias,
+            trainable_tokens: self.trainable_tokens.clone(),
+            ensure_weight_tying: self.ensure_weight_tying && self.model.config().tie_word_embeddings,
             base_model: self.base_model.clone(),
         };
+        let is_outside = |target: &TargetModule| TargetModule::OUTSIDE.contains(target);
+        if settings.ensure_weight_tying && self.config.target_modules.iter().any(is_outside) {
+            let message = "low-rank terms of embedding and head are trained apart: only modules that are trained as a \
+                           whole can stay tied";
+            return Err(Error::argument("ensure_weight_tying", message));
+        }
         let mut planned = Vec::new();
         for (number, linear) in self.model.linears().iter().enumerate() {
             let Some(target) = self.target(linear).filter(|_| !settings.saves(&linear.path)) else { continue };

@@ -3,6 +3,8 @@
 use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
 use candle_core::Tensor;
+use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
 
 /// The term of one linear layer, of the embedding or of the head.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,8 +77,10 @@ pub(super) const HEAD_WEIGHT: &str = "lm_head.weight";
 pub struct SavedParameter {
     /// Its name in the checkpoint: `lm_head.weight`.
     pub name: String,
-    /// Its shape.
+    /// Its shape; with rows, that of the trained ones: `[rows, hidden]`.
     pub shape: Vec<usize>,
+    /// The ids of the tokens whose rows are trained, if not all are (`trainable_token_indices` of PEFT).
+    pub rows: Option<Vec<u32>>,
     /// Where it begins among the parameters.
     pub(crate) offset: usize,
 }
@@ -84,6 +88,40 @@ pub struct SavedParameter {
 impl SavedParameter {
     pub(crate) fn num_parameters(&self) -> usize {
         self.shape.iter().product()
+    }
+}
+
+/// The biases that an adapter trains; `bias` in PEFT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrainedBiases {
+    /// None.
+    #[default]
+    None,
+    /// All of the model.
+    All,
+    /// Those of the layers with low-rank terms.
+    LoraOnly,
+}
+
+impl TrainedBiases {
+    /// Its name in PEFT: `none`, `all` or `lora_only`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        }
+    }
+}
+
+impl FromStr for TrainedBiases {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Self::None, Self::All, Self::LoraOnly]
+            .into_iter()
+            .find(|bias| bias.name() == text)
+            .ok_or_else(|| Error::argument("bias", format!("expected `none`, `all` or `lora_only`, found `{text}`")))
     }
 }
 
@@ -97,7 +135,11 @@ pub(crate) struct Settings {
     pub(crate) use_dora: bool,
     /// Ends of the paths of modules that are trained as a whole.
     pub(crate) modules_to_save: Vec<String>,
-    /// Names of single parameters that an adapter file replaces: biases, rows of the embedding, another head.
+    /// Which biases are trained.
+    pub(crate) bias: TrainedBiases,
+    /// The ids of the tokens whose rows are trained, by the name of embedding or head.
+    pub(crate) trainable_tokens: BTreeMap<String, Vec<u32>>,
+    /// Names of single parameters that an adapter file replaces: another embedding or head. They are not trained.
     pub(crate) parameters_to_save: Vec<String>,
     /// Whether the head stays tied to an embedding that is trained (`ensure_weight_tying` of PEFT); no in models that tie
     /// nothing.
@@ -124,6 +166,14 @@ impl Settings {
                 None => return false,
             }
         }
+    }
+
+    /// Whether anything beside low-rank terms may be in the adapter.
+    pub(crate) fn saves_something(&self) -> bool {
+        !self.modules_to_save.is_empty()
+            || !self.parameters_to_save.is_empty()
+            || !self.trainable_tokens.is_empty()
+            || self.bias == TrainedBiases::All
     }
 
     /// Whether embedding and head are trained as a whole and as one.
@@ -157,7 +207,7 @@ const MAX_PARAMETERS: usize = isize::MAX as usize / 16;
 
 impl Layout {
     pub(crate) fn new(model: &Model, settings: Settings, planned: &[Planned]) -> Result<Self> {
-        if planned.is_empty() && settings.modules_to_save.is_empty() && settings.parameters_to_save.is_empty() {
+        if planned.is_empty() && !settings.saves_something() {
             return Err(Error::argument("target_modules", "no linear layer of the model is targeted"));
         }
         if !(0.0..1.0).contains(&settings.dropout) {
@@ -180,6 +230,14 @@ impl Layout {
         }
         layout.save_modules(model)?;
         Ok(layout)
+    }
+
+    /// Whether the head of a model that ties it stays tied: it is not replaced by itself, and of the embedding rows are
+    /// trained, or all of it as one with the head.
+    pub(crate) fn is_tied(&self) -> bool {
+        let tokens = &self.settings.trainable_tokens;
+        (self.settings.ensure_weight_tying || tokens.contains_key(EMBEDDING_WEIGHT))
+            && !self.saved.iter().any(|saved| saved.name == HEAD_WEIGHT)
     }
 
     fn push(&mut self, linear: &LinearInfo, planned: Planned) -> Result<()> {
@@ -223,15 +281,27 @@ impl Layout {
     fn save_modules(&mut self, model: &Model) -> Result<()> {
         let is_tied = self.settings.ensure_weight_tying;
         for (name, shape) in all_parameters(model) {
-            let Some((module, _)) = name.rsplit_once('.') else { continue };
+            let Some((module, leaf)) = name.rsplit_once('.') else { continue };
             // a tied head is trained as the embedding
-            let is_saved = match name.as_str() {
+            let is_whole = match name.as_str() {
                 HEAD_WEIGHT if is_tied => false,
                 EMBEDDING_WEIGHT if is_tied => self.settings.saves_tied(),
                 _ => self.settings.saves(module),
             };
-            if is_saved || self.settings.parameters_to_save.contains(&name) {
-                let saved = SavedParameter { shape, offset: self.num_parameters, name };
+            let has_term = self.modules.iter().any(|term| term.path == module);
+            let is_trained_bias = leaf == "bias"
+                && match self.settings.bias {
+                    TrainedBiases::None => false,
+                    TrainedBiases::All => true,
+                    TrainedBiases::LoraOnly => has_term,
+                };
+            let rows = self.settings.trainable_tokens.get(&name).cloned();
+            if is_whole || is_trained_bias || self.settings.parameters_to_save.contains(&name) || rows.is_some() {
+                let mut saved = SavedParameter { shape, offset: self.num_parameters, name, rows };
+                if let Some(rows) = &saved.rows {
+                    check_rows(&saved.name, rows, saved.shape[0], is_whole, has_term)?;
+                    saved.shape[0] = rows.len();
+                }
                 self.num_parameters += saved.num_parameters();
                 self.saved.push(saved);
             }
@@ -247,6 +317,25 @@ impl Layout {
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses rows that cannot be trained.
+fn check_rows(name: &str, rows: &[u32], vocab: usize, is_whole: bool, has_term: bool) -> Result<()> {
+    let wrong = |message: String| Err(Error::argument("trainable_token_indices", message));
+    if is_whole || has_term {
+        return wrong(format!(
+            "`{name}` is trained as a whole or has low-rank terms, so its rows cannot be trained beside"
+        ));
+    }
+    if let Some(row) = rows.iter().find(|&&row| row as usize >= vocab) {
+        return wrong(format!("token {row} is not below the {vocab} of `{name}`"));
+    }
+    let mut seen = BTreeSet::new();
+    match rows.iter().find(|row| !seen.insert(**row)) {
+        Some(row) => wrong(format!("token {row} of `{name}` is there twice")),
+        None if rows.is_empty() => wrong(format!("no token of `{name}` is named")),
+        None => Ok(()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! LoRA (<https://arxiv.org/abs/2106.09685>, section 4.1): `W x + scale * B A x` with trained A and B.
 
-use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, parameter};
+use super::layout::{
+    EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, TrainedBiases, parameter,
+};
 use super::{LoRAAdapterBuilder, TargetModule};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -107,7 +109,7 @@ impl LoRAAdapter {
                 norms.push(norms_squared(model, module)?);
             }
         }
-        let run_model = run_model(model, &layout, &parameters)?;
+        let run_model = run_model(model, &layout, &parameters, None)?;
         Ok(Self { model: model.clone(), run_model, layout, parameters, start, norms: Arc::new(norms) })
     }
 
@@ -123,7 +125,14 @@ impl LoRAAdapter {
         if parameters.dims() != [shape] || parameters.dtype() != DType::F32 {
             return Err(Error::shape("parameters", format!("[{shape}] in f32"), parameters.dims()));
         }
-        let run_model = run_model(&self.model, &self.layout, &parameters)?;
+        let run_model = run_model(&self.model, &self.layout, &parameters, None)?;
+        Ok(Self { run_model, parameters, ..self.clone() })
+    }
+
+    /// The same, but where single rows of embedding or head are trained, those rows are changed in this adapter's
+    /// [`LoRAAdapter::run_model`] in place, in place of another copy of the rest.
+    pub(crate) fn with_parameters_in_place(&self, parameters: Tensor) -> Result<Self> {
+        let run_model = run_model(&self.model, &self.layout, &parameters, Some(&self.run_model))?;
         Ok(Self { run_model, parameters, ..self.clone() })
     }
 
@@ -297,6 +306,21 @@ impl LoRAAdapter {
         &self.layout.settings.modules_to_save
     }
 
+    /// Which biases are trained.
+    pub fn bias(&self) -> TrainedBiases {
+        self.layout.settings.bias
+    }
+
+    /// The ids of the tokens whose rows are trained, by the name of embedding or head.
+    pub fn trainable_tokens(&self) -> &BTreeMap<String, Vec<u32>> {
+        &self.layout.settings.trainable_tokens
+    }
+
+    /// Whether the head of the model stays tied to what replaces the embedding.
+    pub(crate) fn is_tied(&self) -> bool {
+        self.layout.is_tied()
+    }
+
     /// Whether the head stays tied to an embedding that is trained.
     pub fn ensure_weight_tying(&self) -> bool {
         self.layout.settings.ensure_weight_tying
@@ -384,7 +408,8 @@ impl LoRAAdapter {
             let _ = writeln!(text, "{module}: {layers} layers, rank {rank}, scale {scale}, {parameters} parameters");
         }
         for saved in &self.layout.saved {
-            let _ = writeln!(text, "{}: as a whole, {} parameters", saved.name, saved.num_parameters());
+            let what = saved.rows.as_ref().map_or("as a whole".into(), |rows| format!("{} rows", rows.len()));
+            let _ = writeln!(text, "{}: {what}, {} parameters", saved.name, saved.num_parameters());
         }
         let total: usize = self.model.parameters().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let trained = self.num_parameters();
@@ -432,21 +457,42 @@ pub(super) fn norms_squared(model: &Model, module: &LoRAModule) -> Result<Tensor
     if module.is_embedding() { weight_norms_squared(&weight.t()?.contiguous()?) } else { weight_norms_squared(weight) }
 }
 
-/// The model with views of the saved parameters in place, or copies where its activations are not f32.
-fn run_model(model: &Model, layout: &Layout, parameters: &Tensor) -> Result<Model> {
+/// The model with views of the saved parameters in place, or copies where its activations are not f32. Rows are put into a
+/// copy of the model's parameter, or into that of `earlier`.
+fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Option<&Model>) -> Result<Model> {
     if layout.saved.is_empty() {
         return Ok(model.clone());
     }
+    let dtype = model.activation_dtype();
     let mut replaced = HashMap::with_capacity(layout.saved.len() + 1);
     for saved in &layout.saved {
-        let tensor = saved_tensor(parameters, saved)?.to_dtype(model.activation_dtype())?;
+        let mut tensor = saved_tensor(parameters, saved)?.to_dtype(dtype)?;
+        if let Some(ids) = &saved.rows {
+            let whole = match earlier {
+                Some(earlier) => parameter(earlier, &saved.name)?.clone(),
+                None => own_copy(parameter(model, &saved.name)?, dtype)?,
+            };
+            tensor = with_rows(whole, ids, &tensor)?;
+        }
         replaced.insert(saved.name.clone(), tensor);
     }
     // a head that was tied stays what it was when the embedding alone is trained
-    let is_tied = layout.settings.ensure_weight_tying;
-    if model.config().tie_word_embeddings && !is_tied && replaced.contains_key(EMBEDDING_WEIGHT) {
+    if model.config().tie_word_embeddings && !layout.is_tied() && replaced.contains_key(EMBEDDING_WEIGHT) {
         let head = parameter(model, HEAD_WEIGHT)?;
         replaced.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
     }
     model.with_parameters(replaced)
+}
+
+/// A contiguous copy that shares nothing with `tensor`.
+fn own_copy(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    Ok(if tensor.dtype() == dtype { tensor.force_contiguous()? } else { tensor.to_dtype(dtype)?.contiguous()? })
+}
+
+/// `whole` with the rows of these numbers replaced in place.
+pub(super) fn with_rows(whole: Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
+    for (number, &id) in ids.iter().enumerate() {
+        whole.slice_set(&rows.narrow(0, number, 1)?.contiguous()?, 0, id as usize)?;
+    }
+    Ok(whole)
 }

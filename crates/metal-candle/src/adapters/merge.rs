@@ -2,6 +2,7 @@
 
 use super::LoRAAdapter;
 use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LoRAModule, parameter};
+use super::lora::with_rows;
 use crate::error::{Error, Result};
 use crate::models::Model;
 use candle_core::{DType, Tensor};
@@ -30,10 +31,13 @@ impl LoRAAdapter {
         }
         for saved in adapter.saved_parameters() {
             let weight = parameter(model, &saved.name)?;
-            tensors
-                .insert(saved.name.clone(), adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.force_contiguous()?);
+            let mut tensor = adapter.saved_tensor(saved)?.to_dtype(weight.dtype())?.force_contiguous()?;
+            if let Some(ids) = &saved.rows {
+                tensor = with_rows(weight.force_contiguous()?, ids, &tensor)?;
+            }
+            tensors.insert(saved.name.clone(), tensor);
         }
-        let is_tied = adapter.ensure_weight_tying();
+        let is_tied = adapter.is_tied();
         if model.config().tie_word_embeddings && !is_tied && tensors.contains_key(EMBEDDING_WEIGHT) {
             let head = parameter(model, HEAD_WEIGHT)?;
             tensors.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());

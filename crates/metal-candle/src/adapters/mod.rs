@@ -17,7 +17,7 @@ mod target;
 
 pub use builder::LoRAAdapterBuilder;
 pub use formats::SingleFileMetadata as CheckpointMetadata;
-pub use layout::{LoRAModule, SavedParameter};
+pub use layout::{LoRAModule, SavedParameter, TrainedBiases};
 pub use lora::{LoRAAdapter, LoRAAdapterConfig};
 pub use start::Start;
 pub use target::TargetModule;

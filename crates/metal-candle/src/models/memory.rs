@@ -93,7 +93,7 @@ impl Model {
         checkpointed_blocks: usize,
     ) -> Result<StepMemory> {
         let wanted = self.wanted(trainable.parameters)?;
-        let lowest = self.lowest(trainable.terms, &wanted);
+        let lowest = self.lowest(trainable.terms, &wanted, trainable.parameters);
         let sizes = self.sizes(tokens);
         let blocks = self.inner.blocks.len();
         let first = lowest.block.unwrap_or(blocks);
@@ -137,6 +137,12 @@ impl Model {
         }
         meter.touch(of_head.copies);
         meter.take(of_head.gradients);
+        // gradients of single rows stay; those of the logits are picked from each chunk
+        let float = DType::F32.size_in_bytes();
+        let rows_of = |place| trainable.parameters.rows_of(place).map_or(0, |rows| rows.ids.len());
+        let (rows, row_of_hidden) = (rows_of(self.head_parameter()), self.config().hidden_size * float);
+        meter.touch(chunk * rows * float);
+        meter.take(rows * row_of_hidden);
         // the gradient in parts, then put together
         let goes_down = lowest.block.is_some() || wanted[self.norm_parameter()];
         if goes_down {
@@ -169,6 +175,9 @@ impl Model {
             if lowest.embedding && wanted[super::step::EMBEDDING_PARAMETER] && !self.config().tie_word_embeddings {
                 meter.take(weight);
             }
+            if lowest.embedding && !self.config().tie_word_embeddings {
+                meter.take(rows_of(super::step::EMBEDDING_PARAMETER) * row_of_hidden);
+            }
             meter.touch(self.extras_of(self.embedding_number(), tokens, trainable.terms).gradients * 3);
         }
         let working = meter.peak.saturating_sub(kept);
@@ -180,7 +189,7 @@ impl Model {
     /// # Errors
     /// A trained parameter is not the model's.
     pub fn trained_blocks(&self, trainable: Trainable) -> Result<usize> {
-        let lowest = self.lowest(trainable.terms, &self.wanted(trainable.parameters)?);
+        let lowest = self.lowest(trainable.terms, &self.wanted(trainable.parameters)?, trainable.parameters);
         Ok(lowest.block.map_or(0, |block| self.inner.blocks.len() - block))
     }
 

@@ -40,7 +40,7 @@ pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
 pub use safetensors_file::{SafetensorsFile, TensorEntry};
 pub use saver::{check_finite, save_model, write_safetensors};
-pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, Trainable};
+pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, TokenRows, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.
 pub type Qwen = Model;

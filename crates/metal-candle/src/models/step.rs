@@ -38,8 +38,30 @@ pub enum Parameters<'a> {
     None,
     /// These.
     Of(&'a [usize]),
+    /// These, and single rows of others.
+    WithRows(&'a [usize], &'a [TokenRows]),
     /// Each.
     All,
+}
+
+/// Rows of the embedding or of the head that are trained, while its other rows are frozen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRows {
+    /// The place of the parameter in [`Model::parameters`]. Rows of an embedding with a tied head are rows of the head too.
+    pub place: usize,
+    /// The ids of the tokens, each once.
+    pub ids: Vec<u32>,
+}
+
+impl<'a> Parameters<'a> {
+    fn rows(self) -> &'a [TokenRows] {
+        if let Self::WithRows(_, rows) = self { rows } else { &[] }
+    }
+
+    /// The trained rows of the parameter at `place`.
+    pub(super) fn rows_of(self, place: usize) -> Option<&'a TokenRows> {
+        self.rows().iter().find(|rows| rows.place == place)
+    }
 }
 
 impl<'a> Trainable<'a> {
@@ -68,6 +90,8 @@ pub struct Gradients {
     pub terms: Vec<Option<TermGradients>>,
     /// By the place in [`Model::parameters`].
     pub parameters: Vec<Option<Tensor>>,
+    /// Of the trained rows of a parameter, by its place: `[rows, hidden]`.
+    pub rows: Vec<(usize, Tensor)>,
     /// Bytes kept between the forward and the backward pass.
     pub saved_bytes: usize,
     /// What holds gradients of terms together, on a device that gathers them.
@@ -85,6 +109,8 @@ pub enum GradientOf {
     Magnitude(usize),
     /// That of the parameter at this place.
     Parameter(usize),
+    /// That of the trained rows of the parameter at this place.
+    Rows(usize),
 }
 
 impl Gradients {
@@ -96,6 +122,7 @@ impl Gradients {
             GradientOf::B(number) => term(number).map(|term| &term.b),
             GradientOf::Magnitude(number) => term(number).and_then(|term| term.magnitude.as_ref()),
             GradientOf::Parameter(place) => self.parameters.get(place).and_then(Option::as_ref),
+            GradientOf::Rows(place) => self.rows.iter().find(|(found, _)| *found == place).map(|(_, rows)| rows),
         }
     }
 
@@ -103,7 +130,7 @@ impl Gradients {
     pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
         let of_terms =
             self.terms.iter().flatten().flat_map(|term| [Some(&term.a), Some(&term.b), term.magnitude.as_ref()]);
-        of_terms.flatten().chain(self.parameters.iter().flatten())
+        of_terms.flatten().chain(self.parameters.iter().flatten()).chain(self.rows.iter().map(|(_, rows)| rows))
     }
 }
 
@@ -277,7 +304,7 @@ impl Model {
         let Trainable { terms, parameters } = trainable;
         self.check_terms(terms)?;
         let wanted = self.wanted(parameters)?;
-        let lowest = self.lowest(terms, &wanted);
+        let lowest = self.lowest(terms, &wanted, parameters);
 
         let forward = span("forward", Kind::Group);
         let (mut x, rotation) = self.embed(batch, terms)?;
@@ -313,6 +340,7 @@ impl Model {
             scale: options.grad_scale,
             input: lowest.block.is_some() || lowest.embedding || wanted[self.norm_parameter()],
             weight: wanted[head],
+            rows: parameters.rows_of(head).map(|rows| rows.ids.as_slice()),
         };
         let of_terms = terms.and_then(|terms| terms.get(self.head_number()));
         let (smoothing, seed) = (options.label_smoothing, dropout_seed);
@@ -323,14 +351,17 @@ impl Model {
         let mut gradients = Gradients {
             terms: vec![None; self.linears().len()],
             parameters: vec![None; self.parameters().len()],
+            rows: Vec::new(),
             saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
             room: None,
         };
         let LinearGradients { input, weight, term, .. } = std::mem::take(&mut found.gradients);
+        let of_rows = found.gradient_of_rows.take();
         // the CPU learns the losses at the end, when the device has been given everything
         let losses = || -> Result<Losses> { Ok(trained.losses(batch.num_tokens(), &found.rows()?)) };
         gradients.terms[self.head_number()] = term;
         gradients.parameters[head] = weight;
+        gradients.rows.extend(of_rows.map(|rows| (head, rows)));
 
         let _backward = span("backward", Kind::Group);
         let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
@@ -358,19 +389,38 @@ impl Model {
             dx = block.backward(saved, context, dy, wanted, &mut gradients)?;
         }
         if let Some(dx) = dx.filter(|_| lowest.embedding) {
-            if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
-                gradients.terms[self.embedding_number()] =
-                    Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), &dx)?);
-            }
-            let place = EMBEDDING_PARAMETER;
-            if wanted[place] {
-                // a tied head has left its part there
-                let sum = gradients.parameters[place].take();
-                let sum = sum.map_or_else(|| head::zeros_like(&self.inner.embedding), Ok)?;
-                gradients.parameters[place] = Some(embedding::backward(batch.ids(), &dx, sum)?);
-            }
+            self.embedding_backward(batch, trainable, &wanted, &dx, &mut gradients)?;
         }
         Ok((losses()?, gradients))
+    }
+
+    /// Adds the gradients of what is trained of the embedding, from that of its output.
+    fn embedding_backward(
+        &self,
+        batch: &Batch,
+        Trainable { terms, parameters }: Trainable,
+        wanted: &[bool],
+        dx: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
+            gradients.terms[self.embedding_number()] =
+                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx)?);
+        }
+        let place = EMBEDDING_PARAMETER;
+        if wanted[place] {
+            // a tied head has left its part there
+            let sum = gradients.parameters[place].take();
+            let sum = sum.map_or_else(|| head::zeros_like(&self.inner.embedding), Ok)?;
+            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum)?);
+        }
+        if let Some(rows) = parameters.rows_of(place) {
+            // a tied head has left its part here too
+            let sum = gradients.rows.iter().position(|(found, _)| *found == place);
+            let sum = sum.map(|index| gradients.rows.swap_remove(index).1);
+            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum)?));
+        }
+        Ok(())
     }
 
     /// For each parameter whether its gradient is wanted.
@@ -379,8 +429,15 @@ impl Model {
         let places = match parameters {
             Parameters::None => &[][..],
             Parameters::All => return Ok(vec![true; count]),
-            Parameters::Of(places) => places,
+            Parameters::Of(places) | Parameters::WithRows(places, _) => places,
         };
+        for rows in parameters.rows() {
+            let is_whole = places.contains(&rows.place);
+            if is_whole || ![EMBEDDING_PARAMETER, self.head_parameter()].contains(&rows.place) {
+                let message = format!("rows of parameter {}: it is trained as a whole, or is no embedding", rows.place);
+                return Err(Error::argument("parameters", message));
+            }
+        }
         let mut wanted = vec![false; count];
         for &place in places {
             let message = || format!("there is no parameter {place}, the model has {count}");
@@ -390,9 +447,10 @@ impl Model {
     }
 
     /// How far down gradients have to go.
-    pub(super) fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Lowest {
+    pub(super) fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool], parameters: Parameters) -> Lowest {
         let numbers = || terms.into_iter().flat_map(LowRankTerms::iter).map(|(number, _)| number);
-        let embedding = wanted[EMBEDDING_PARAMETER] || numbers().any(|number| number == self.embedding_number());
+        let of_embedding = wanted[EMBEDDING_PARAMETER] || parameters.rows_of(EMBEDDING_PARAMETER).is_some();
+        let embedding = of_embedding || numbers().any(|number| number == self.embedding_number());
         let of_terms = numbers().filter_map(|number| self.linears()[number].layer).min();
         let of_parameters =
             self.inner.blocks.iter().find(|block| block.parameters.any(wanted)).map(|block| block.layer);

@@ -6,6 +6,7 @@ use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
+use std::collections::HashMap;
 
 /// The rows of the embedding `weight: [vocab, hidden]` with these ids, in `dtype`: `[tokens, hidden]`.
 ///
@@ -55,6 +56,26 @@ pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
             kernels::add_scaled(1.0, dx, &mut dw[*id as usize * width..][..width]);
         }
     })
+}
+
+/// The gradient of [`forward`] with respect to the rows of the weight with the ids `rows`, plus `sum: [rows, hidden]`, f32.
+pub(crate) fn rows_backward(ids: &[u32], dx: &Tensor, rows: &[u32], sum: Option<Tensor>) -> Result<Tensor> {
+    let numbers: HashMap<u32, u32> = rows.iter().zip(0..).map(|(id, number)| (*id, number)).collect();
+    let (mut places, mut found) = (Vec::new(), Vec::new());
+    for (place, id) in (0_u32..).zip(ids) {
+        if let Some(number) = numbers.get(id) {
+            places.push(place);
+            found.push(*number);
+        }
+    }
+    let sum = match sum {
+        Some(sum) => sum,
+        None => Tensor::zeros((rows.len(), dx.dim(1)?), DType::F32, dx.device())?,
+    };
+    if places.is_empty() {
+        return Ok(sum);
+    }
+    backward(&found, &dx.index_select(&Tensor::new(places, dx.device())?, 0)?, sum)
 }
 
 /// The gradients of [`forward`] with respect to A, B and the magnitudes of its term.

@@ -217,7 +217,7 @@ fn cross_entropy_of_a_head() {
         let (weight, weight_cpu) = both(&[vocab, 16], 2, dtype, 0);
         let (layer, plain) = (Linear { weight, bias: None }, Linear { weight: weight_cpu, bias: None });
         for smoothing in [0.0, 0.1] {
-            let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true });
+            let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None });
             let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
             let expected = head::loss(&hidden_cpu, &plain, None, None, &rows, smoothing, wanted).unwrap();
             for (a, b) in found.rows().unwrap().iter().zip(expected.rows().unwrap()) {

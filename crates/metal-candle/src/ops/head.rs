@@ -23,6 +23,8 @@ pub(crate) struct HeadLoss {
     losses_on_device: Vec<Tensor>,
     /// The gradients with respect to `hidden`, the head's weight and its term, if wanted.
     pub(crate) gradients: LinearGradients,
+    /// The gradient with respect to single rows of the head's weight, if wanted: `[rows, hidden]`, f32.
+    pub(crate) gradient_of_rows: Option<Tensor>,
 }
 
 impl HeadLoss {
@@ -38,12 +40,14 @@ impl HeadLoss {
 
 /// Which gradients are wanted, and the factor on them.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct HeadWanted {
+pub(crate) struct HeadWanted<'a> {
     pub(crate) scale: f32,
     /// The gradient with respect to the rows.
     pub(crate) input: bool,
     /// The gradient with respect to the head's weight.
     pub(crate) weight: bool,
+    /// The gradient with respect to these rows of it.
+    pub(crate) rows: Option<&'a [u32]>,
 }
 
 /// Weighted cross-entropy of `head(hidden)` against `rows`, with label smoothing, and its gradients.
@@ -59,7 +63,7 @@ pub(crate) fn loss(
     dropout_seed: Option<u64>,
     rows: &[Row],
     smoothing: f32,
-    wanted: Option<HeadWanted>,
+    wanted: Option<HeadWanted<'_>>,
 ) -> Result<HeadLoss> {
     let vocab = head.weight.dim(0)?;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
@@ -70,7 +74,13 @@ pub(crate) fn loss(
         rows: Vec::with_capacity(rows.len()),
         losses_on_device: Vec::new(),
         gradients: LinearGradients::default(),
+        gradient_of_rows: None,
     };
+    let ids = wanted.and_then(|wanted| wanted.rows);
+    if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument("rows", format!("token id {id} is not below the vocabulary's {vocab}")));
+    }
+    let ids = ids.map(|ids| Tensor::new(ids, hidden.device())).transpose()?;
     let (mut d_hidden, mut losses_on_device) = (Vec::new(), Vec::new());
     let chunk = chunk_rows(rows.len(), vocab, hidden.device());
     for start in (0..rows.len()).step_by(chunk) {
@@ -95,6 +105,10 @@ pub(crate) fn loss(
         let (Some(gradient), Some(wanted)) = (gradient, wanted) else { continue };
         if wanted.weight {
             result.gradients.weight = Some(add_outer(result.gradients.weight.take(), 1.0, &gradient, &hidden)?);
+        }
+        if let Some(ids) = &ids {
+            let of_rows = gradient.index_select(ids, 1)?;
+            result.gradient_of_rows = Some(add_outer(result.gradient_of_rows.take(), 1.0, &of_rows, &hidden)?);
         }
         let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
         let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None, None)?;

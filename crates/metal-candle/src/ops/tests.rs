@@ -130,7 +130,7 @@ fn cross_entropy_equals_its_twin() {
     let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
     let layer = Linear { weight: weight.clone(), bias: None };
     for smoothing in [0.0, 0.1, 1.0] {
-        let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true };
+        let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None };
         let run = |wanted| head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
         let found = run(Some(wanted));
         let logits = linear::product(&hidden, &weight).unwrap();

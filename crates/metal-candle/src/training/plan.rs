@@ -3,10 +3,11 @@
 use super::config::{Options, TrainingConfig};
 use super::portion::micro_batches;
 use super::run::plan_epoch;
-use super::trained::{Trained, places};
+use super::trained::{OfModel, Trained};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::models::{LossOptions, Parameters, StepMemory, Trainable};
+use crate::models::{LossOptions, StepMemory, TokenRows};
+use crate::ops::num_bytes;
 use candle_core::DType;
 use std::time::Instant;
 
@@ -55,8 +56,8 @@ impl TrainingPlan {
         let trained: usize = parameters.iter().map(|parameter| parameter.len).sum();
         let vector = trained * DType::F32.size_in_bytes();
         let terms = start.run_terms()?;
-        let places = places(&parameters);
-        let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
+        let of_model = OfModel::new(start, &parameters);
+        let trainable = of_model.with(terms.as_ref());
 
         let (mut order, mut steps, mut epochs) = (super::progress::Progress::new(options.seed).order, 0, 0);
         let (mut tokens, mut trained_tokens, mut largest_batch) = (0, 0, 0);
@@ -95,7 +96,10 @@ impl TrainingPlan {
         let given = model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes());
         let weights_bytes: usize = given.sum();
         let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
-        let trained_bytes = copies * vector;
+        // a parameter of which rows are trained is copied for the run, beside that of the model and that of the start
+        let of_rows = |rows: TokenRows| 2 * num_bytes(&model.parameters()[rows.place].1);
+        let of_rows: usize = start.token_rows().into_iter().map(of_rows).sum();
+        let trained_bytes = copies * vector + of_rows;
         let optimizer_bytes = options.optimizer(config).state_bytes(&parameters)?;
         let trained_blocks = model.trained_blocks(trainable)?;
         Ok(Self {
@@ -209,8 +213,8 @@ pub(super) fn measure<T: Trained>(start: &T, options: &Options, dataset: &Datase
     let planned = plan_epoch(options, dataset, &mut order)?;
     let parts = planned.iter().flatten().flat_map(|batch| micro_batches(dataset, batch, options.micro_batch_tokens));
     let terms = start.run_terms()?;
-    let places = places(&start.trainable());
-    let trainable = Trainable { terms: terms.as_ref(), parameters: Parameters::Of(&places) };
+    let of_model = OfModel::new(start, &start.trainable());
+    let trainable = of_model.with(terms.as_ref());
     let loss_options = LossOptions { checkpointed_blocks: options.checkpointed_blocks, ..LossOptions::default() };
     let mut best: f64 = 0.0;
     for part in parts.take(batches) {

@@ -14,14 +14,12 @@ use super::progress::Progress;
 use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
 use super::run_settings::{check_settings, describe_settings};
-use super::trained::{Parameter, Trained, places};
+use super::trained::{OfModel, Parameter, Trained};
 use super::trainer::Callback;
 use super::warnings::{TrainingWarning, dataset_warnings};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
-use crate::models::{
-    Batch, Gradients, LossOptions, Model, Parameters, SafetensorsFile, Targets, Trainable, write_safetensors,
-};
+use crate::models::{Batch, Gradients, LossOptions, Model, SafetensorsFile, Targets, write_safetensors};
 use crate::ops::LowRankTerms;
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
@@ -66,7 +64,7 @@ pub(super) struct Run<'a, T: Trained> {
     callbacks: &'a mut Vec<Callback>,
     parameters: Vec<Parameter>,
     /// The trained ones of the model's own parameters.
-    places: Vec<usize>,
+    of_model: OfModel,
     optimizer: Optimizer,
     gradients: GradientSum,
     /// What is trained, with views of the parameters in the optimizer.
@@ -127,7 +125,7 @@ impl<'a, T: Trained> Run<'a, T> {
             dataset,
             total_steps,
             callbacks,
-            places: places(&parameters),
+            of_model: OfModel::new(start, &parameters),
             parameters,
             optimizer,
             live,
@@ -371,7 +369,7 @@ impl<'a, T: Trained> Run<'a, T> {
                 neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
                 checkpointed_blocks: self.portion.checkpointed_blocks,
             };
-            let trainable = Trainable { terms: self.terms.as_ref(), parameters: Parameters::Of(&self.places) };
+            let trainable = self.of_model.with(self.terms.as_ref());
             self.portion.check(self.live.run_model(), batch, targets, trainable)?;
             let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
             if losses.rows.iter().any(|loss| !loss.is_finite()) {
@@ -390,7 +388,7 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Makes anew what does not see changes of the parameters.
     fn refresh(&mut self) -> Result<()> {
         if self.live.terms_are_copies() {
-            self.live = self.start.with_values(&self.optimizer.parameters()?)?;
+            self.live = self.live.refreshed(&self.optimizer.parameters()?)?;
             self.terms = self.live.run_terms()?;
         }
         Ok(())

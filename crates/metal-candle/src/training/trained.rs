@@ -1,8 +1,8 @@
 //! What can be trained: an adapter, or all parameters of a model.
 
-use crate::adapters::{LoRAAdapter, LoRAModule};
+use crate::adapters::{LoRAAdapter, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
-use crate::models::{GradientOf, Model, SafetensorsFile, save_model};
+use crate::models::{GradientOf, Model, Parameters, SafetensorsFile, TokenRows, Trainable, save_model};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
@@ -24,13 +24,25 @@ pub struct Parameter {
     pub gradient: GradientOf,
 }
 
-/// The places of trained parameters among those of the model.
-pub(super) fn places(parameters: &[Parameter]) -> Vec<usize> {
-    let place = |parameter: &Parameter| match parameter.gradient {
-        GradientOf::Parameter(place) => Some(place),
-        _ => None,
-    };
-    parameters.iter().filter_map(place).collect()
+/// The trained ones among the model's own parameters.
+pub(super) struct OfModel {
+    places: Vec<usize>,
+    rows: Vec<TokenRows>,
+}
+
+impl OfModel {
+    pub(super) fn new<T: Trained>(trained: &T, parameters: &[Parameter]) -> Self {
+        let place = |parameter: &Parameter| match parameter.gradient {
+            GradientOf::Parameter(place) => Some(place),
+            _ => None,
+        };
+        Self { places: parameters.iter().filter_map(place).collect(), rows: trained.token_rows() }
+    }
+
+    /// These and the low-rank terms.
+    pub(super) fn with<'a>(&'a self, terms: Option<&'a LowRankTerms>) -> Trainable<'a> {
+        Trainable { terms, parameters: Parameters::WithRows(&self.places, &self.rows) }
+    }
 }
 
 /// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], all parameters of a [`Model`], or those of its
@@ -50,6 +62,20 @@ pub trait Trained: Clone + Send + Sync + 'static {
     /// # Errors
     /// The shape is another.
     fn with_values(&self, values: &Tensor) -> Result<Self>;
+
+    /// The same thing after `values`, which its parameters are views of, have changed. What it holds copies of is made
+    /// again, or changed in place, so that it must not share them.
+    ///
+    /// # Errors
+    /// As [`Trained::with_values`].
+    fn refreshed(&self, values: &Tensor) -> Result<Self> {
+        self.with_values(values)
+    }
+
+    /// The rows of embedding and head that are trained by themselves.
+    fn token_rows(&self) -> Vec<TokenRows> {
+        Vec::new()
+    }
 
     /// The model that is run.
     fn run_model(&self) -> &Model;
@@ -112,7 +138,9 @@ impl Trained for LoRAAdapter {
         for saved in self.saved_parameters() {
             if let Some(&place) = places.get(saved.name.as_str()) {
                 let (name, shape, offset) = (saved.name.clone(), saved.shape.clone(), saved.offset);
-                let (len, gradient) = (saved.num_parameters(), GradientOf::Parameter(place));
+                let gradient =
+                    if saved.rows.is_some() { GradientOf::Rows(place) } else { GradientOf::Parameter(place) };
+                let len = saved.num_parameters();
                 parameters.push(Parameter { name, offset, len, shape, gradient });
             }
         }
@@ -127,6 +155,19 @@ impl Trained for LoRAAdapter {
         self.with_parameters(values.clone())
     }
 
+    fn refreshed(&self, values: &Tensor) -> Result<Self> {
+        self.with_parameters_in_place(values.clone())
+    }
+
+    fn token_rows(&self) -> Vec<TokenRows> {
+        let parameters = Trained::run_model(self).parameters();
+        let rows_of = |saved: &SavedParameter| {
+            let place = parameters.iter().position(|(name, _)| *name == saved.name)?;
+            Some(TokenRows { place, ids: saved.rows.clone()? })
+        };
+        self.saved_parameters().iter().filter_map(rows_of).collect()
+    }
+
     fn run_model(&self) -> &Model {
         Self::run_model(self)
     }
@@ -137,6 +178,7 @@ impl Trained for LoRAAdapter {
 
     fn terms_are_copies(&self) -> bool {
         self.model().activation_dtype() != DType::F32
+            || self.saved_parameters().iter().any(|saved| saved.rows.is_some())
     }
 
     fn save_files(&self, folder: &Path) -> Result<()> {
@@ -159,6 +201,12 @@ impl Trained for LoRAAdapter {
         if !self.saved_parameters().is_empty() {
             let names = self.saved_parameters().iter().map(|saved| saved.name.as_str());
             identity["saved"] = names.collect();
+        }
+        let rows =
+            self.saved_parameters().iter().filter_map(|saved| saved.rows.as_ref().map(|rows| (&saved.name, rows)));
+        let rows: Vec<_> = rows.collect();
+        if !rows.is_empty() {
+            identity["rows"] = json!(rows);
         }
         identity
     }

@@ -423,12 +423,16 @@ fn copies_of_the_base_are_accepted_and_another_head_is_used() {
     let mut tensors = original.clone();
     let rows = Tensor::full(0.25_f32, (2, embedding.dim(1).unwrap()), &candle_core::Device::Cpu).unwrap();
     let delta = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
-    tensors.push((delta.into(), rows));
+    tensors.push((delta.into(), rows.clone()));
     write_safetensors(&path, &tensors, &[]).unwrap();
     for indices in [json!([3, 9]), json!({"embed_tokens": [3, 9]})] {
         edit_config(folder.path(), |config| config["trainable_token_indices"] = indices);
         let adapter = LoRAAdapter::load(&model, folder.path()).unwrap();
-        let rows: Vec<Vec<f32>> = adapter.saved_tensor(&adapter.saved_parameters()[0]).unwrap().to_vec2().unwrap();
+        let saved = &adapter.saved_parameters()[0];
+        assert_eq!((saved.shape.as_slice(), saved.rows.as_deref()), (rows.dims(), Some(&[3, 9][..])));
+        assert!(adapter.run_model().config().tie_word_embeddings);
+        let whole = &adapter.run_model().parameters()[0].1;
+        let rows: Vec<Vec<f32>> = whole.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
         let before: Vec<Vec<f32>> = embedding.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
         for (token, (row, before)) in rows.iter().zip(&before).enumerate() {
             assert!(if token == 3 || token == 9 { row.iter().all(|value| *value == 0.25) } else { row == before });

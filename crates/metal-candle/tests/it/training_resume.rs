@@ -2,7 +2,7 @@
 
 use crate::golden;
 use crate::training_trainer::{adapter, config, dataset};
-use metal_candle::adapters::{LoRAAdapter, TargetModule};
+use metal_candle::adapters::{LoRAAdapter, TargetModule, TrainedBiases};
 use metal_candle::training::{LRScheduler, LastLayers, StopReason, Trained, Trainer, TrainingConfig, TrainingEvent};
 use metal_candle::{Error, Model};
 use std::collections::BTreeMap;
@@ -132,6 +132,20 @@ fn all_methods_resume_with_the_same_bytes() {
                 .unwrap()
         });
     }
+    let tied = golden::model("models/gqa-tied");
+    for model in [&model, &tied] {
+        compare_resumed("rows of tokens and biases", || {
+            let builder = LoRAAdapter::builder(model).with_rank(4).with_bias(TrainedBiases::All);
+            builder.with_trainable_tokens([90, 5, 7]).with_trainable_head_tokens([8, 2]).build().unwrap()
+        });
+    }
+    compare_resumed("tied rows of tokens", || {
+        LoRAAdapter::builder(&tied).with_rank(4).with_trainable_tokens([90, 5, 7]).build().unwrap()
+    });
+    compare_resumed("a tied embedding", || {
+        let builder = LoRAAdapter::builder(&tied).with_modules_to_save(["lm_head"]);
+        builder.with_ensure_weight_tying(true).build().unwrap()
+    });
     compare_resumed("last layers", || LastLayers::new(&model, 1).unwrap());
 }
 

@@ -5,7 +5,7 @@
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use super::{CONFIG_FILE, as_texts, layout_of, make_folder, read_as};
-use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings};
+use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model, write_atomically, write_safetensors};
@@ -93,6 +93,8 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
         use_dora,
         modules_to_save: Vec::new(),
         parameters_to_save: Vec::new(),
+        bias: TrainedBiases::None,
+        trainable_tokens: BTreeMap::new(),
         ensure_weight_tying: false,
         base_model: config.text("model")?.map(String::from),
     };
@@ -108,7 +110,12 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
         return Err(Error::argument("adapter", "has no module"));
     };
     if let Some(saved) = adapter.saved_parameters().first() {
-        let message = format!("`{}`, trained as a whole, in an adapter of mlx-lm", saved.name);
+        let what = match saved.name.ends_with(".bias") {
+            _ if saved.rows.is_some() => "rows of single tokens (`trainable_token_indices`)",
+            true => "trained (`bias`)",
+            false => "trained as a whole",
+        };
+        let message = format!("`{}`: {what}, in an adapter of mlx-lm, which holds low-rank terms only", saved.name);
         return Err(Error::Unsupported(message));
     }
     if modules.iter().any(|module| module.rank != first.rank || module.scale.to_bits() != first.scale.to_bits()) {

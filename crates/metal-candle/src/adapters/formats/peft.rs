@@ -1,7 +1,7 @@
 //! Adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and `adapter_config.json`.
 
 use super::peft_config::{self, describe};
-use super::replaced::{Replaced, is_equal};
+use super::replaced::{Replaced, TOKENS_SUFFIX, is_equal};
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use super::{CONFIG_FILE, layout_of, make_folder};
@@ -34,6 +34,7 @@ impl Naming for Names {
 
     fn saved(&self, saved: &SavedParameter, has_terms: bool) -> String {
         match saved.name.rsplit_once('.') {
+            Some((module, _)) if saved.rows.is_some() => format!("{PREFIX}{module}.{TOKENS_SUFFIX}"),
             Some((module, leaf)) if has_terms => format!("{PREFIX}{module}.base_layer.{leaf}"),
             _ => format!("{PREFIX}{}", saved.name),
         }
@@ -59,8 +60,9 @@ pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<Lo
     };
     let (mut settings, planned, start) = peft_config::plan(model, config, is_in_file)?;
     let found = Replaced::read(model, &source, config, &settings, &planned)?;
-    settings.parameters_to_save = found.values.keys().cloned().collect();
-    if planned.is_empty() && settings.modules_to_save.is_empty() && settings.parameters_to_save.is_empty() {
+    settings.trainable_tokens.clone_from(&found.rows);
+    settings.parameters_to_save = found.others();
+    if planned.is_empty() && !settings.saves_something() {
         return Err(peft_config::nothing_selected(config));
     }
     let layout = layout_of(config.path(), model, settings, &planned)?;
@@ -121,7 +123,7 @@ pub(super) fn named_tensors(adapter: &LoRAAdapter) -> Result<Vec<(String, Tensor
             .rsplit_once('.')
             .is_some_and(|(path, _)| adapter.modules().iter().any(|module| module.path == path));
         let tensor = adapter.saved_tensor(saved)?;
-        if adapter.ensure_weight_tying() && saved.name == EMBEDDING_WEIGHT {
+        if adapter.ensure_weight_tying() && saved.name == EMBEDDING_WEIGHT && saved.rows.is_none() {
             // PEFT writes both
             tensors.push((format!("{PREFIX}{HEAD_WEIGHT}"), tensor.copy()?));
         }

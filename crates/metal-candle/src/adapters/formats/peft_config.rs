@@ -2,7 +2,7 @@
 
 use super::{as_count, as_texts, brief, read_as};
 use crate::adapters::Start;
-use crate::adapters::layout::{EMBEDDING, LoRAModule, Planned, Settings};
+use crate::adapters::layout::{EMBEDDING, EMBEDDING_WEIGHT, LoRAModule, Planned, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
 use crate::adapters::patterns::{Patterns, is_match};
 use crate::error::{Error, Result};
@@ -54,6 +54,8 @@ pub(super) fn plan(
         use_rslora: config.flag("use_rslora")?.unwrap_or(false),
         use_dora: config.flag("use_dora")?.unwrap_or(false),
         modules_to_save: modules_to_save.into_iter().map(String::from).collect(),
+        bias: config.text("bias")?.map_or(Ok(TrainedBiases::None), str::parse)?,
+        trainable_tokens: BTreeMap::new(),
         parameters_to_save: Vec::new(),
         ensure_weight_tying: config.flag("ensure_weight_tying")?.unwrap_or(false) && model.config().tie_word_embeddings,
         base_model: config.text("base_model_name_or_path")?.map(String::from),
@@ -259,7 +261,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     let mut config = BTreeMap::from([
         ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
         ("base_model_name_or_path", json!(adapter.base_model())),
-        ("bias", json!(if has_biases(adapter) { "all" } else { "none" })),
+        ("bias", json!(bias_of(adapter).name())),
         ("exclude_modules", Value::Null),
         ("fan_in_fan_out", json!(false)),
         ("inference_mode", json!(true)),
@@ -281,12 +283,31 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     if adapter.ensure_weight_tying() {
         config.insert("ensure_weight_tying", json!(true));
     }
+    if let Some(indices) = token_indices(adapter) {
+        config.insert("trainable_token_indices", indices);
+    }
     config
 }
 
-/// Whether biases are saved beside the modules that are trained as a whole.
-fn has_biases(adapter: &LoRAAdapter) -> bool {
-    adapter.parameters_to_save().iter().any(|name| name.rsplit('.').next() == Some("bias"))
+/// The biases to name; those that came with an adapter that names none are kept as all.
+fn bias_of(adapter: &LoRAAdapter) -> TrainedBiases {
+    let is_bias = |name: &String| name.rsplit('.').next() == Some("bias");
+    let has_others = adapter.parameters_to_save().iter().any(is_bias);
+    if has_others { TrainedBiases::All } else { adapter.bias() }
+}
+
+/// `trainable_token_indices`: a list for the embedding, else lists by module.
+fn token_indices(adapter: &LoRAAdapter) -> Option<Value> {
+    let tokens = adapter.trainable_tokens();
+    match tokens.get(EMBEDDING_WEIGHT) {
+        Some(of_embedding) if tokens.len() == 1 => Some(json!(of_embedding)),
+        _ if tokens.is_empty() => None,
+        _ => {
+            let module = |name: &str| name.trim_end_matches(".weight").rsplit('.').next().map(String::from);
+            let by_module = tokens.iter().filter_map(|(name, ids)| Some((module(name)?, json!(ids))));
+            Some(Value::Object(by_module.collect()))
+        }
+    }
 }
 
 /// The values that are not the default: by the last part of the path where all such modules agree, else by path.

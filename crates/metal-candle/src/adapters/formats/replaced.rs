@@ -1,10 +1,11 @@
 //! Tensors of a PEFT file that stand for parameters of the model: copies of its embedding and head, rows of trained
 //! tokens, biases.
 
-use super::as_count;
 use super::peft::PREFIX;
 use super::source::TensorSource;
-use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, all_parameters, parameter};
+use crate::adapters::layout::{
+    EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, TrainedBiases, all_parameters, parameter,
+};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, Model};
 use candle_core::{DType, Device};
@@ -14,13 +15,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Parts of a path that wrappers of PEFT add.
 const WRAPPERS: [&str; 4] = [".token_adapter.", ".base_layer.", ".modules_to_save.", ".original_module."];
-const TOKENS_SUFFIX: &str = "trainable_tokens_delta";
+const DELTA: &str = "trainable_tokens_delta";
+/// What follows the path of a module whose rows are trained.
+pub(super) const TOKENS_SUFFIX: &str = "token_adapter.trainable_tokens_delta";
 
 /// What the tensors of a file replace.
 #[derive(Default)]
 pub(super) struct Replaced {
     /// Values of each parameter that differs from the model's.
     pub(super) values: BTreeMap<String, Vec<f32>>,
+    /// The ids of the tokens whose rows are among the values, by the name of the parameter.
+    pub(super) rows: BTreeMap<String, Vec<u32>>,
+    /// Names of biases that are trained.
+    biases: BTreeSet<String>,
     /// The tensors of the file that were looked at.
     pub(super) names: BTreeSet<String>,
 }
@@ -39,6 +46,19 @@ impl Replaced {
         let mut problems = Vec::new();
         let shapes: BTreeMap<String, Vec<usize>> = all_parameters(model).into_iter().collect();
         let has_term = |path: &str| planned.iter().any(|planned| model.linears()[planned.number].path == path);
+        for name in shapes.keys() {
+            let Some(path) = name.strip_suffix(".bias") else { continue };
+            let is_trained = match settings.bias {
+                TrainedBiases::None => false,
+                TrainedBiases::All => !settings.saves(path),
+                TrainedBiases::LoraOnly => has_term(path) && !settings.saves(path),
+            };
+            if is_trained {
+                // a file without it has that of the model
+                found.biases.insert(name.clone());
+                found.values.insert(name.clone(), base(model, name)?);
+            }
+        }
         for name in source.names() {
             let Some(rest) = name.strip_prefix(PREFIX) else { continue };
             let bare = WRAPPERS.iter().fold(rest.to_owned(), |name, wrapper| name.replace(wrapper, "."));
@@ -79,6 +99,10 @@ impl Replaced {
                 problems.push(format!("`{name}` holds a value that is not finite"));
                 continue;
             }
+            if found.biases.contains(&bare) {
+                found.values.insert(bare, values);
+                continue;
+            }
             if is_copy(&values, &base(model, &bare)?) {
                 continue;
             }
@@ -98,6 +122,12 @@ impl Replaced {
         Err(Error::Tensors { path: source.path().to_path_buf(), problems })
     }
 
+    /// The parameters that are neither trained rows nor trained biases.
+    pub(super) fn others(&self) -> Vec<String> {
+        let is_other = |name: &&String| !self.rows.contains_key(*name) && !self.biases.contains(*name);
+        self.values.keys().filter(is_other).cloned().collect()
+    }
+
     /// Puts the rows of `trainable_token_indices` into the embedding or head.
     fn insert_tokens(
         &mut self,
@@ -108,9 +138,9 @@ impl Replaced {
     ) -> Result<()> {
         let Some(indices) = config.get("trainable_token_indices") else { return Ok(()) };
         let (mut num_found, is_tied) = (0, model.config().tie_word_embeddings);
-        for name in source.names().filter(|name| name.ends_with(TOKENS_SUFFIX)) {
+        for name in source.names().filter(|name| name.ends_with(DELTA)) {
             let path = name.strip_prefix(PREFIX).unwrap_or(name);
-            let path = path.strip_suffix(TOKENS_SUFFIX).unwrap_or(path).trim_end_matches('.');
+            let path = path.strip_suffix(DELTA).unwrap_or(path).trim_end_matches('.');
             let path = path.strip_suffix(".token_adapter").unwrap_or(path);
             let rows = match indices {
                 Value::Object(of_modules) => of_modules
@@ -121,8 +151,9 @@ impl Replaced {
                     .or_else(|| of_modules.values().next().filter(|_| is_tied && of_modules.len() == 1)),
                 rows => Some(rows),
             };
-            let rows: Option<Vec<usize>> =
-                rows.and_then(Value::as_array).and_then(|rows| rows.iter().map(as_count).collect());
+            let as_id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+            let rows: Option<Vec<u32>> =
+                rows.and_then(Value::as_array).and_then(|rows| rows.iter().map(as_id).collect());
             let Some(rows) = rows else {
                 let expected = "a list of token ids, or an object of such lists by module";
                 return Err(config.wrong("trainable_token_indices", expected, indices));
@@ -139,7 +170,7 @@ impl Replaced {
                 problems.push(format!("`{name}`: expected shape {expected:?} in f32, f16 or bf16, found {shape:?}"));
                 continue;
             }
-            if let Some(row) = rows.iter().find(|row| **row >= vocab) {
+            if let Some(row) = rows.iter().find(|row| **row as usize >= vocab) {
                 problems.push(format!("`{name}`: token {row} is not below the {vocab} of the model"));
                 continue;
             }
@@ -148,26 +179,38 @@ impl Replaced {
                 problems.push(format!("`{name}` holds a value that is not finite"));
                 continue;
             }
-            let mut values = match self.values.remove(&weight) {
-                Some(values) => values,
-                None => base(model, &weight)?,
-            };
-            for (row, delta) in rows.iter().zip(delta.chunks_exact(hidden)) {
-                values[row * hidden..][..hidden].copy_from_slice(delta);
+            if let Some(values) = self.values.get_mut(&weight) {
+                // the file brings another embedding: the rows are a part of it
+                for (row, delta) in rows.iter().zip(delta.chunks_exact(hidden)) {
+                    values[*row as usize * hidden..][..hidden].copy_from_slice(delta);
+                }
+            } else {
+                self.values.insert(weight.clone(), delta);
+                self.rows.insert(weight, rows);
             }
-            self.values.insert(weight, values);
         }
         let is_empty =
             indices.as_array().is_some_and(Vec::is_empty) || indices.as_object().is_some_and(serde_json::Map::is_empty);
         if num_found == 0 && !is_empty {
-            problems.push(format!("`...{TOKENS_SUFFIX}` is missing, which `trainable_token_indices` asks for"));
+            problems.push(format!("`...{DELTA}` is missing, which `trainable_token_indices` asks for"));
         }
         Ok(())
     }
 
     /// In a model whose head is the embedding PEFT changes both at once.
     fn tie(&mut self, settings: &Settings, problems: &mut Vec<String>) {
+        let (rows, of_head) = (self.rows.get(EMBEDDING_WEIGHT), self.rows.get(HEAD_WEIGHT));
         match (self.values.get(EMBEDDING_WEIGHT), self.values.get(HEAD_WEIGHT)) {
+            (Some(_), None) if rows.is_some() => {}
+            (Some(_), Some(_)) if of_head.is_some() && rows.is_none() => {
+                problems.push("rows of a head whose embedding is another than the model's".into());
+            }
+            // PEFT ties rows of the same tokens; others are those of a head of its own
+            (_, Some(_)) if of_head.is_some() && rows != of_head => {}
+            (Some(embedding), Some(head)) if of_head.is_some() && embedding == head => {
+                self.values.remove(HEAD_WEIGHT);
+                self.rows.remove(HEAD_WEIGHT);
+            }
             (Some(embedding), None) if !settings.saves("lm_head") => {
                 self.values.insert(HEAD_WEIGHT.into(), embedding.clone());
             }
