@@ -128,6 +128,19 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) modules_to_save: Option<Vec<String>>,
 
+    /// Keep the head tied to the embedding where one of them is trained as a whole.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
+    pub(crate) ensure_weight_tying: Option<bool>,
+
+    /// Tokens whose rows of the embedding are trained (those of a tied head, too), as ids or as in the vocabulary:
+    /// `151665,<|tool|>`.
+    #[arg(long, value_delimiter = ',', value_name = "TOKEN,...", help_heading = "Adapter")]
+    pub(crate) trainable_tokens: Option<Vec<String>>,
+
+    /// Biases to train: `none`, `all` or `lora_only`, those of the extended layers [default: none].
+    #[arg(long, value_name = "KIND", help_heading = "Adapter")]
+    pub(crate) bias: Option<String>,
+
     /// Number of optimizer steps; with it --epochs must not be given.
     #[arg(long, conflicts_with = "epochs", help_heading = "Training")]
     pub(crate) steps: Option<usize>,
@@ -321,7 +334,10 @@ impl TrainSettings {
             anyhow::bail!("`steps` and `epochs` exclude each other");
         }
         let mut settings: Self = Value::Table(table).try_into()?;
-        for modules in [&mut settings.target_modules, &mut settings.modules_to_save].into_iter().flatten() {
+        for modules in [&mut settings.target_modules, &mut settings.modules_to_save, &mut settings.trainable_tokens]
+            .into_iter()
+            .flatten()
+        {
             modules.retain(|name| !name.is_empty());
         }
         Ok(settings)

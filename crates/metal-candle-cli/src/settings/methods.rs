@@ -3,13 +3,14 @@
 use super::TrainSettings;
 use crate::output::UserError;
 use anyhow::Result;
-use metal_candle::adapters::Start;
+use metal_candle::adapters::{Start, TrainedBiases};
+use metal_candle::data::Tokenizer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
 /// Keys that only a new adapter has.
-pub(super) const OF_NEW_ADAPTERS: [&str; 11] = [
+pub(super) const OF_NEW_ADAPTERS: [&str; 14] = [
     "rank",
     "alpha",
     "dropout",
@@ -21,6 +22,9 @@ pub(super) const OF_NEW_ADAPTERS: [&str; 11] = [
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "ensure_weight_tying",
+    "trainable_tokens",
+    "bias",
 ];
 
 /// Numbers by regular expression on a path, as in `q_proj=16,layers\.0\..*=4`; the first that matches counts.
@@ -106,6 +110,21 @@ impl TrainSettings {
         self.init_lora_weights.as_deref().map_or(Ok(Start::default()), str::parse)
     }
 
+    /// Which biases a new adapter trains.
+    pub(crate) fn trained_biases(&self) -> metal_candle::Result<TrainedBiases> {
+        self.bias.as_deref().map_or(Ok(TrainedBiases::default()), str::parse)
+    }
+
+    /// The ids of the tokens whose rows a new adapter trains.
+    pub(crate) fn trainable_token_ids(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let id = |token: &String| {
+            let id = token.parse().ok().or_else(|| tokenizer.token_to_id(token));
+            let message = || format!("`--trainable-tokens`: `{token}` is neither an id nor in the vocabulary");
+            id.ok_or_else(|| UserError::new(message()).into())
+        };
+        self.trainable_tokens.iter().flatten().map(id).collect()
+    }
+
     /// Refuses methods that contradict each other or what is trained.
     pub(super) fn check_methods(&self) -> Result<()> {
         let refuse = |message: String| Err(UserError::new(message).into());
@@ -139,6 +158,7 @@ impl TrainSettings {
             return refuse(format!("`--alpha-pattern`: expected a number above 0, found {alpha} for `{pattern}`"));
         }
         self.start()?;
+        self.trained_biases()?;
         Ok(())
     }
 }
@@ -176,6 +196,7 @@ mod tests {
         refused("adapter = \"x\"\nrank_pattern = \"q_proj=2\"", "`--rank-pattern`");
         refused("train_last_layers = 2", "needs `--full`");
         refused("init_lora_weights = \"eva\"", "found `eva`");
+        refused("bias = \"some\"", "expected `none`, `all` or `lora_only`, found `some`");
         refused("rank_pattern = \"q_proj=2.5\"", "found 2.5 for `q_proj`");
         refused("alpha_pattern = \"q_proj=0\"", "found 0 for `q_proj`");
         refused("neftune_noise_alpha = -1.0", "found -1");

@@ -13,7 +13,7 @@ use anyhow::Result;
 use candle_core::DType;
 use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
-use metal_candle::data::{Dataset, DatasetOptions, Datasets, SplitOptions, TrainedTurns};
+use metal_candle::data::{Dataset, DatasetOptions, Datasets, SplitOptions, Tokenizer, TrainedTurns};
 use metal_candle::models::save_model;
 use metal_candle::training::{
     AdamWConfig, LRScheduler, Trained, Trainer, TrainingConfig, TrainingWarning, cut_rows_warning, template_warning,
@@ -82,7 +82,7 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     } else {
         source.load(settings.dtype, device, output)?
     };
-    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source)?) };
+    let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source, &tokenizer)?) };
     // a start that rounds weights makes another model
     let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
     Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name, started, num_devices: 1 })
@@ -98,7 +98,13 @@ fn shown(path: &Path) -> String {
     }
 }
 
-fn adapter(settings: &TrainSettings, model: &Model, name: &str, source: &ModelSource) -> Result<LoRAAdapter> {
+fn adapter(
+    settings: &TrainSettings,
+    model: &Model,
+    name: &str,
+    source: &ModelSource,
+    tokenizer: &Tokenizer,
+) -> Result<LoRAAdapter> {
     if let Some(path) = &settings.adapter {
         return load_adapter(model, path, source);
     }
@@ -112,6 +118,9 @@ fn adapter(settings: &TrainSettings, model: &Model, name: &str, source: &ModelSo
         .with_dora(settings.use_dora == Some(true))
         .with_start(settings.start()?)
         .with_modules_to_save(settings.modules_to_save.clone().unwrap_or_default())
+        .with_ensure_weight_tying(settings.ensure_weight_tying == Some(true))
+        .with_bias(settings.trained_biases()?)
+        .with_trainable_tokens(settings.trainable_token_ids(tokenizer)?)
         .with_seed(settings.seed.unwrap_or(0))
         .with_base_model(name);
     if let Some(layers) = &settings.layers {
