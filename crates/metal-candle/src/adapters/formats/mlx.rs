@@ -110,10 +110,10 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
         return Err(Error::argument("adapter", "has no module"));
     };
     if let Some(saved) = adapter.saved_parameters().first() {
-        let what = match saved.name.ends_with(".bias") {
+        let what = match saved.name.rsplit('.').next() {
             _ if saved.rows.is_some() => "rows of single tokens (`trainable_token_indices`)",
-            true => "trained (`bias`)",
-            false => "trained as a whole",
+            Some("bias") => "trained (`bias`)",
+            _ => "trained as a whole",
         };
         let message = format!("`{}`: {what}, in an adapter of mlx-lm, which holds low-rank terms only", saved.name);
         return Err(Error::Unsupported(message));
