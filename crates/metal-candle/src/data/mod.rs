@@ -16,6 +16,7 @@ mod stream_decoder;
 mod template_source;
 mod tokenizer;
 mod tokenizer_files;
+mod tokenizer_limits;
 mod turn_end;
 
 pub use chat::ChatTemplate;

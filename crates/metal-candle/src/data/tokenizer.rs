@@ -1,5 +1,6 @@
 //! Tokenizers: text to token ids and back.
 
+use super::tokenizer_limits::Growth;
 use super::{ChatTemplate, StreamDecoder, tokenizer_files};
 use crate::error::{Error, Result};
 use crate::files::{guard, read_bounded, read_if_exists};
@@ -25,6 +26,7 @@ struct Inner {
     path: PathBuf,
     /// Shared, so that a tokenizer with another chat template costs little.
     tokenizer: Arc<tokenizers::Tokenizer>,
+    growth: Growth,
     chat_template: Option<ChatTemplate>,
     bos_token: Option<String>,
     /// Whether a BOS token comes before a text, where the folder says so.
@@ -92,7 +94,9 @@ impl Tokenizer {
         config: &Map<String, Value>,
         folder: Option<&Path>,
     ) -> Result<Self> {
-        // the crate panics on some damaged normalizers
+        // the crate runs the normalizer on the added tokens while it reads them
+        let growth = Growth::of(bytes).map_err(|message| Error::format(path, message))?;
+        // it panics on some damaged normalizers
         let mut tokenizer = guard(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|panic| {
                 Error::format(path, format!("expected a tokenizer, found one that cannot be read: {panic}"))
@@ -111,6 +115,7 @@ impl Tokenizer {
         let inner = Inner {
             path: path.to_path_buf(),
             tokenizer: Arc::new(tokenizer),
+            growth,
             chat_template,
             bos_token: token("bos_token"),
             add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
@@ -142,6 +147,7 @@ impl Tokenizer {
         let mut inner = Arc::try_unwrap(self.inner).unwrap_or_else(|shared| Inner {
             path: shared.path.clone(),
             tokenizer: Arc::clone(&shared.tokenizer),
+            growth: shared.growth,
             chat_template: shared.chat_template.clone(),
             bos_token: shared.bos_token.clone(),
             add_bos_token: shared.add_bos_token,
@@ -158,6 +164,7 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.inner.growth.check(text.len()).map_err(|message| self.encode_error(message))?;
         let encoding = guard(|| self.inner.tokenizer.encode_fast(text, add_special));
         let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let ids = encoding.get_ids();
@@ -169,6 +176,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoding> {
+        self.inner.growth.check(text.len()).map_err(|message| self.encode_error(message))?;
         let encoding = guard(|| self.inner.tokenizer.encode(text, add_special));
         let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
