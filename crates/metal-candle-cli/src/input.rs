@@ -1,38 +1,38 @@
 //! Texts and rows that commands take from a file or from standard input.
 
 use anyhow::Result;
-use metal_candle::Error;
+use metal_candle::{Error, files};
 use serde_json::Value;
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
 
 /// Most bytes of a text or a file of rows that is held in memory at once.
 pub(crate) const MAX_INPUT_BYTES: u64 = 1 << 30;
 
 /// The text of a file of at most `max_bytes`; `-` is standard input.
 pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
-    let read_error = |source| Error::Read { path: path.to_path_buf(), source };
-    let format = |message: String| Error::Format { path: path.to_path_buf(), message };
-    let mut bytes = Vec::new();
-    let limit = max_bytes.saturating_add(1);
     if path == Path::new("-") {
-        std::io::stdin()
-            .take(limit)
-            .read_to_end(&mut bytes)
-            .map_err(|source| Error::Read { path: "standard input".into(), source })?;
-    } else {
-        let file = File::open(path).map_err(read_error)?;
-        file.take(limit).read_to_end(&mut bytes).map_err(read_error)?;
+        return Ok(files::read_text_stream(std::io::stdin().lock(), "standard input", max_bytes)?);
     }
-    if bytes.len() as u64 > max_bytes {
-        return Err(format(format!("expected at most {max_bytes} bytes, found more")).into());
+    Ok(files::read_text(path, max_bytes)?)
+}
+
+/// A path that can be read more than once: `path`, or for a pipe or device a copy of it in a temporary folder, which lasts
+/// as long as the second value.
+pub(crate) fn rereadable(path: &Path) -> Result<(PathBuf, Option<TempDir>)> {
+    if !is_stream(path) {
+        return Ok((path.to_path_buf(), None));
     }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        format(format!("expected UTF-8, found other bytes at byte {at}"))
-    })?;
-    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+    let bytes = files::read_bounded(path, MAX_INPUT_BYTES)?;
+    let folder = tempfile::tempdir()?;
+    let copy = folder.path().join(path.file_name().unwrap_or("data".as_ref()));
+    files::write_atomically(&copy, |file| file.write_all(&bytes))?;
+    Ok((copy, Some(folder)))
+}
+
+/// Whether a path is a pipe, a device or a socket, which can be read only once.
+pub(crate) fn is_stream(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
 /// A text without the end of its last line.

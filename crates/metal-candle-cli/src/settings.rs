@@ -307,6 +307,14 @@ impl TrainSettings {
     }
 
     fn table(&self) -> Result<Table> {
+        // TOML has no numbers from 2^63 on
+        for (key, value) in serde_json::to_value(self)?.as_object().into_iter().flatten() {
+            if value.as_u64().is_some_and(|value| i64::try_from(value).is_err()) {
+                let flag = key.replace('_', "-");
+                let message = format!("`--{flag}`: expected a whole number of at most 2^63 - 1, found {value}");
+                return Err(UserError::new(message).into());
+            }
+        }
         Ok(Table::try_from(self)?)
     }
 

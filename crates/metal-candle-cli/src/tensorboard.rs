@@ -4,6 +4,7 @@
 //! little-endian. Of the protocol buffer only the fields of a scalar are written: `wall_time` (1), `step` (2),
 //! `file_version` (3), `summary` (5) with `value` (1), and of that `tag` (1) and `simple_value` (2).
 
+use metal_candle::files::open_to_append;
 use metal_candle::{Error, Result};
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -29,7 +30,7 @@ impl EventWriter {
             }
         }
         let path = folder.join(format!("events.out.tfevents.{}.metal-candle", seconds_since_epoch() as u64));
-        let file = File::create(&path).map_err(|source| Error::Write { path: path.clone(), source })?;
+        let file = open_to_append(&path)?;
         let mut writer = Self { path, file: BufWriter::new(file) };
         let mut event = Vec::new();
         put_double(&mut event, 1, seconds_since_epoch());

@@ -12,15 +12,21 @@ use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
 use clap::Args;
 use conversation::{Conversation, Reply};
-use metal_candle::Error;
 use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::files::BoundedLines;
 use metal_candle::inference::{FinishReason, Generator};
+use metal_candle::{Error, files};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value};
-use std::io::{BufRead, IsTerminal};
+use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+
+/// Most bytes of a line of standard input.
+const MAX_LINE_BYTES: usize = 64 << 20;
+/// Most bytes of the file with the lines typed.
+const MAX_HISTORY_BYTES: u64 = 16 << 20;
 
 /// Flags of `chat`.
 #[derive(Debug, Clone, Args)]
@@ -93,7 +99,9 @@ impl Chat {
         let mut editor = DefaultEditor::new().map_err(failed)?;
         if let Some(history) = history {
             // there is none the first time
-            let _ = editor.load_history(history);
+            if std::fs::metadata(history).is_ok_and(|found| found.is_file() && found.len() <= MAX_HISTORY_BYTES) {
+                let _ = editor.load_history(history);
+            }
         }
         interrupt::listen();
         loop {
@@ -110,9 +118,17 @@ impl Chat {
             }
         }
         if let Some(history) = history {
-            let folder = history.parent().map_or(Ok(()), std::fs::create_dir_all);
-            if let Err(error) = folder.map_err(ReadlineError::from).and_then(|()| editor.save_history(history)) {
-                Output::warn(format_args!("the lines typed cannot be kept in `{}`: {error}", history.display()));
+            // rustyline knows the format of the file
+            let temporary = tempfile::tempdir()?;
+            let saved = temporary.path().join("history");
+            editor.save_history(&saved)?;
+            let lines = files::read_bounded(&saved, MAX_HISTORY_BYTES)?;
+            let folder = history.parent().map_or(Ok(()), files::create_folder);
+            if let Err(error) = folder.and_then(|()| files::write_atomically(history, |file| file.write_all(&lines))) {
+                Output::warn(format_args!("the lines typed are not saved: {error}"));
+            } else if history.is_file() {
+                // readable by the user only, as rustyline writes it
+                std::fs::set_permissions(history, std::fs::metadata(&saved)?.permissions())?;
             }
         }
         Ok(())
@@ -120,9 +136,11 @@ impl Chat {
 
     /// Each line of standard input is a turn.
     fn read_lines(&mut self) -> Result<()> {
-        for line in std::io::stdin().lock().lines() {
-            let line = line.map_err(|source| Error::Read { path: "standard input".into(), source })?;
-            if self.turn(&line)?.is_break() {
+        let mut lines = BoundedLines::new(std::io::stdin().lock(), MAX_LINE_BYTES);
+        let error = |source| Error::Read { path: "standard input".into(), source };
+        while let Some(line) = lines.next_line().map_err(error)? {
+            let line = std::str::from_utf8(line).map_err(|e| error(io::Error::new(io::ErrorKind::InvalidData, e)))?;
+            if self.turn(line)?.is_break() {
                 break;
             }
         }

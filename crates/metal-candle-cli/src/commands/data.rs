@@ -1,5 +1,6 @@
 //! `data check`: what a dataset holds, and how its rows are read.
 
+use crate::input::rereadable;
 use crate::model_source::ModelSource;
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
@@ -82,7 +83,9 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         trained_turns: if flags.train_last_turn_only { TrainedTurns::Last } else { TrainedTurns::All },
         ..DatasetOptions::default()
     };
-    let report = DataReport::of(&flags.data, &tokenizer, &options)?;
+    // rows are read again to be shown
+    let (data, _copy) = rereadable(&flags.data)?;
+    let report = DataReport::of(&data, &tokenizer, &options)?;
     if output.json {
         let mut object = json!(report);
         let rows = match (report.files.first(), report.problems.is_empty()) {

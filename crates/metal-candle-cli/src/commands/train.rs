@@ -9,6 +9,7 @@ mod report;
 mod start;
 mod watch;
 
+use crate::input::is_stream;
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::{Output, UserError};
@@ -96,6 +97,11 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let (resumed, settings) = settings(flags)?;
     if let (Some(path), None) = (&settings.output, &resumed) {
         check_new_run(path)?;
+    }
+    if let Some(data) = settings.data.as_ref().filter(|data| is_stream(data)) {
+        let message = format!("`--data`: expected a file or folder, found a pipe or device: `{}`", data.display());
+        let hint = "a run that is resumed reads its data again; write the rows into a file first";
+        return Err(UserError::new(message).with_hint(hint).into());
     }
     let prepared = start::prepare(settings, resumed.as_ref(), output)?;
     match with_trainer(prepared, Execution { flags, resumed, output, group })? {

@@ -48,6 +48,9 @@ fn wrong_input_is_code_1_and_named() {
         ("train --model model --data data --learning-rate --steps 4", "a value is required"),
         ("train --model model --data data --seed -1", "from 0 to 9223372036854775807"),
         ("train --model model --data data --epochs -1", "from 0 to"),
+        ("train --model model --data data --steps 9223372036854775808", "`--steps`: expected a whole number"),
+        ("train --model model --data data --batch-tokens 18446744073709551615", "`--batch-tokens`: expected"),
+        ("plan --model model --data data --rank 9223372036854775808", "`--rank`: expected"),
         ("train --model model --data data --max-tokens-per-sample 513", "at most 512"),
         ("eval --model model --data data --max-tokens-per-sample 513", "at most 512"),
         ("data check data --model model --max-tokens-per-sample 513", "at most 512"),
@@ -79,6 +82,23 @@ fn wrong_input_is_code_1_and_named() {
         assert!(ran.stdout.is_empty(), "{words}\n{}", ran.stdout);
         assert!(!fixture.path("runs").exists(), "{words} began a run");
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_read_once_or_refused() {
+    let fixture = Fixture::new();
+    let rows = std::fs::read_to_string(fixture.path("data/train.jsonl")).unwrap();
+    let from_file = fixture.ok("data check data/train.jsonl --model model --rows 1 --json");
+    let words = "data check /dev/stdin --model model --rows 1 --json";
+    let ran = fixture.run_with(&words.split_whitespace().collect::<Vec<_>>(), &rows);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let rows_of = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["rows"].clone();
+    assert_eq!(rows_of(&ran.stdout), rows_of(&from_file.stdout));
+    let words = "train --model model --data /dev/stdin --steps 1";
+    let ran = fixture.run_with(&words.split_whitespace().collect::<Vec<_>>(), &rows);
+    assert!(ran.code == 1 && ran.stderr.contains("found a pipe or device"), "{}", ran.stderr);
+    assert!(!fixture.path("runs").exists());
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! Values by the path of a module, as in PEFT's `rank_pattern` and `alpha_pattern`.
 
 use crate::error::{Error, Result};
-use fancy_regex::Regex;
+use crate::files::guard;
+use fancy_regex::{Regex, RegexBuilder};
+
+/// Most steps that a match with the path of a module may take.
+const MAX_STEPS: usize = 20_000;
 
 /// Values by regular expression; the first that matches the end of a path from a part on counts.
 #[derive(Debug, Clone)]
@@ -14,8 +18,8 @@ impl<T: Copy> Patterns<T> {
     /// A pattern is no regular expression of Python.
     pub(crate) fn new(name: &str, entries: impl IntoIterator<Item = (String, T)>) -> Result<Self> {
         let entries = entries.into_iter().map(|(pattern, value)| {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
-                .map_err(|_| Error::argument(name, format!("`{pattern}` is no regular expression known here")))?;
+            let regex = compile(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+                .ok_or_else(|| Error::argument(name, format!("`{pattern}` is no regular expression known here")))?;
             Ok((pattern, regex, value))
         });
         Ok(Self { entries: entries.collect::<Result<_>>()? })
@@ -32,9 +36,15 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
+/// A regular expression of Python, `None` if it is not valid or too large.
+pub(super) fn compile(pattern: &str) -> Option<Regex> {
+    let build = || RegexBuilder::new(pattern).backtrack_limit(MAX_STEPS).build();
+    guard(build).ok()?.ok()
+}
+
 /// Whether an expression matches; one that takes too many steps does not.
 pub(super) fn is_match(regex: &Regex, text: &str) -> bool {
-    regex.is_match(text).unwrap_or(false)
+    guard(|| regex.is_match(text).unwrap_or(false)).unwrap_or(false)
 }
 
 #[cfg(test)]
@@ -57,5 +67,9 @@ mod tests {
         assert_eq!(looking.get("layers.0.self_attn.q_proj"), Some(1));
         assert_eq!(looking.get("layers.0.mlp.up_proj"), None);
         assert!(Patterns::new("rank_pattern", [("(".to_string(), 1)]).is_err());
+        assert!(Patterns::new("rank_pattern", [(r"\w{1000}{1000}{1000}".to_string(), 1)]).is_err());
+        // ends after a bounded number of steps
+        let slow = Patterns::new("rank_pattern", [(r"((a+)+)+(?!a)b\1".to_string(), 1)]).unwrap();
+        assert_eq!(slow.get(&"a".repeat(200)), None);
     }
 }

@@ -288,7 +288,12 @@ fn other_format(bytes: &[u8]) -> Option<String> {
 /// The same for files of text: tables, XML and YAML, whose first line is not the start of a JSON value.
 fn text_format(bytes: &[u8]) -> Option<String> {
     let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
-    let line = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).find(|line| !line.is_empty())?;
+    let mut lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+    let line = lines.next()?;
+    // a file of rows may start with a line that is none
+    if lines.any(|line| line.starts_with(b"{") && line.len() > 1) {
+        return None;
+    }
     let is_column = |cell: &[u8]| {
         let cell = cell.trim_ascii();
         let cell = cell.strip_prefix(b"\"").and_then(|cell| cell.strip_suffix(b"\"")).unwrap_or(cell);
@@ -371,5 +376,6 @@ mod tests {
         }
         assert_eq!(other_format(b"{\"a\": 1}\n"), None);
         assert_eq!(other_format(b"true,"), None);
+        assert_eq!(other_format(b"prompt, completion\n{\"a\": 1}\n"), None);
     }
 }

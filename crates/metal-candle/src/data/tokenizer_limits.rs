@@ -15,7 +15,7 @@ const MAX_STEPS: usize = 256;
 const MAX_TEMPLATE_PIECES: usize = 256;
 /// Most bytes of a prefix or suffix that is put at every word or character.
 const MAX_AFFIX_BYTES: usize = 256;
-/// Most characters of a word that WordPiece searches, which takes the square of their number.
+/// Most characters of a word that `WordPiece` searches, which takes the square of their number.
 const MAX_WORD_CHARS: u64 = 1000;
 
 /// The parts of a `tokenizer.json` that change the length of a text.
@@ -139,15 +139,11 @@ fn step(component: &Value, num_precompiled: &mut u64) -> Step {
         "Replace" => {
             let content = text("content").to_string();
             let pattern = component.get("pattern").unwrap_or(&Value::Null);
-            match pattern.get("String").and_then(Value::as_str) {
-                Some(pattern) => {
-                    let is_inserted = pattern.is_empty();
-                    Step { content, last: pattern.chars().last(), is_inserted, ..plain }
-                }
-                None => {
-                    let is_inserted = pattern.get("Regex").and_then(Value::as_str).is_none_or(may_be_empty);
-                    Step { content, last: None, is_inserted, ..plain }
-                }
+            if let Some(pattern) = pattern.get("String").and_then(Value::as_str) {
+                Step { content, last: pattern.chars().last(), is_inserted: pattern.is_empty(), ..plain }
+            } else {
+                let is_inserted = pattern.get("Regex").and_then(Value::as_str).is_none_or(may_be_empty);
+                Step { content, last: None, is_inserted, ..plain }
             }
         }
         "Prepend" => Step { content: text("prepend").to_string(), is_inserted: true, last: Some('\0'), ..plain },
@@ -160,9 +156,8 @@ fn step(component: &Value, num_precompiled: &mut u64) -> Step {
         "ByteLevel" if component.get("add_prefix_space").and_then(Value::as_bool) == Some(true) => {
             Step { content: " ".to_string(), is_inserted: true, last: Some('\0'), factor: 2 }
         }
-        "ByteLevel" => Step { factor: 2, ..plain },
         // the forms of Unicode grow few characters, and a second time nothing
-        "NFKC" | "NFKD" | "BertNormalizer" => Step { factor: 2, ..plain },
+        "ByteLevel" | "NFKC" | "NFKD" | "BertNormalizer" => Step { factor: 2, ..plain },
         "Precompiled" => {
             let longest = longest_entry(text("precompiled_charsmap"));
             *num_precompiled += 1;
@@ -205,7 +200,9 @@ fn growth(steps: &[Step]) -> u64 {
             }
             None if !step.content.is_empty() => {
                 next_other = next_other.max(content.saturating_add(inserted));
-                next.values_mut().for_each(|bytes| *bytes = (*bytes).max(content.saturating_add(inserted)));
+                for bytes in next.values_mut() {
+                    *bytes = (*bytes).max(content.saturating_add(inserted));
+                }
             }
             None => {}
         }
@@ -273,7 +270,7 @@ mod tests {
         assert_eq!(of(&[json!({"type": "Prepend", "prepend": "▁"}), replace(" ", "▁")], &[]), Ok(6));
         assert_eq!(of(&[replace(" ", "▁")], &[json!({"type": "Split"})]), Ok(3));
         let charsmap = json!({"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhYmNkAA=="});
-        assert!(of(&[charsmap.clone(), spaces.clone()], &[metaspace.clone()]).unwrap() < 50);
+        assert!(of(&[charsmap.clone(), spaces.clone()], std::slice::from_ref(&metaspace)).unwrap() < 50);
         let quotes: Vec<Value> = (0..100).map(|_| replace("``", "<|quote|>")).collect();
         assert!(of(&quotes, &[bytes]).unwrap() < 50);
         assert!(

@@ -6,7 +6,10 @@ mod sanitize;
 mod write;
 
 pub use guard::{guard, is_guarded};
-pub use read::{MAX_SIDE_FILE_BYTES, read_bounded, read_if_exists, read_json, read_text};
+pub use read::{
+    BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, read_bounded, read_if_exists, read_json, read_stream,
+    read_text, read_text_stream,
+};
 pub use sanitize::{printable, printable_json, sanitize};
 pub(crate) use write::sync_folder;
-pub use write::{create_folder, remove_stale_temporaries, write_atomically};
+pub use write::{create_folder, open_to_append, remove_stale_temporaries, write_atomically};

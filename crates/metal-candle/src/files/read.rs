@@ -3,11 +3,14 @@
 use crate::error::{Error, Result};
 use serde::de::DeserializeOwned;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
 /// Most bytes of a file beside the weights that is kept as a tree of values, which takes some twenty times its memory.
 pub const MAX_SIDE_FILE_BYTES: u64 = 4 << 20;
+
+/// Most bytes of a line of `metrics.jsonl`.
+pub const MAX_METRICS_LINE_BYTES: usize = 1 << 20;
 
 /// The bytes of a file of at most `max_bytes`.
 ///
@@ -26,10 +29,19 @@ pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> Result<Vec<u8>> {
         return Err(too_large(metadata.len().to_string()));
     }
     let file = File::open(path).map_err(|e| Error::read(path, e))?;
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
+    read_stream(file, path, max_bytes)
+}
+
+/// The bytes of a stream of at most `max_bytes`; `name` is what errors call it.
+///
+/// # Errors
+/// The stream cannot be read, or is longer.
+pub fn read_stream(stream: impl Read, name: impl AsRef<Path>, max_bytes: u64) -> Result<Vec<u8>> {
+    let name = name.as_ref();
+    let mut bytes = Vec::new();
+    stream.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| Error::read(name, e))?;
     if bytes.len() as u64 > max_bytes {
-        return Err(too_large(format!("{} or more", bytes.len())));
+        return Err(Error::format(name, format!("expected at most {max_bytes} bytes, found {} or more", bytes.len())));
     }
     Ok(bytes)
 }
@@ -52,7 +64,19 @@ pub fn read_if_exists(path: impl AsRef<Path>, max_bytes: u64) -> Result<Option<V
 /// The file cannot be read, is larger, or is not UTF-8.
 pub fn read_text(path: impl AsRef<Path>, max_bytes: u64) -> Result<String> {
     let path = path.as_ref();
-    let bytes = read_bounded(path, max_bytes)?;
+    text_of(read_bounded(path, max_bytes)?, path)
+}
+
+/// The text of a UTF-8 stream of at most `max_bytes`, without a byte order mark; `name` is what errors call it.
+///
+/// # Errors
+/// As [`read_text`].
+pub fn read_text_stream(stream: impl Read, name: impl AsRef<Path>, max_bytes: u64) -> Result<String> {
+    let name = name.as_ref();
+    text_of(read_stream(stream, name, max_bytes)?, name)
+}
+
+fn text_of(bytes: Vec<u8>, path: &Path) -> Result<String> {
     if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
         return Err(Error::format(path, "expected text in UTF-8, found UTF-16; save it as UTF-8"));
     }
@@ -76,10 +100,52 @@ pub fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>, max_bytes: u64) ->
     serde_json::from_str(&text).map_err(|e| Error::format(path, format!("expected JSON: {e}")))
 }
 
+/// Reads the lines of a file or stream one by one, and holds no more than one of them in memory.
+#[derive(Debug)]
+pub struct BoundedLines<R> {
+    reader: R,
+    max_line_bytes: usize,
+    line: Vec<u8>,
+    number: usize,
+}
+
+impl BoundedLines<BufReader<File>> {
+    /// The lines of a file.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(path: impl AsRef<Path>, max_line_bytes: usize) -> io::Result<Self> {
+        Ok(Self::new(BufReader::new(File::open(path)?), max_line_bytes))
+    }
+}
+
+impl<R: BufRead> BoundedLines<R> {
+    /// The lines of a stream, each of at most `max_line_bytes`.
+    pub fn new(reader: R, max_line_bytes: usize) -> Self {
+        Self { reader, max_line_bytes, line: Vec::new(), number: 0 }
+    }
+
+    /// The next line with its end, which only the last one may lack; `None` at the end of the file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the line is longer.
+    pub fn next_line(&mut self) -> io::Result<Option<&[u8]>> {
+        self.line.clear();
+        let limit = self.max_line_bytes as u64;
+        let read = self.reader.by_ref().take(limit.saturating_add(1)).read_until(b'\n', &mut self.line)?;
+        self.number += 1;
+        if read as u64 > limit {
+            let message = format!("line {}: expected at most {limit} bytes, found more", self.number);
+            return Err(io::Error::new(ErrorKind::InvalidData, message));
+        }
+        Ok((read > 0).then_some(&self.line))
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::{read_bounded, read_if_exists, read_json, read_text};
+    use super::{BoundedLines, read_bounded, read_if_exists, read_json, read_text, read_text_stream};
     use serde_json::Value;
 
     #[test]
@@ -104,6 +170,23 @@ mod tests {
     fn a_device_ends_at_the_limit() {
         let message = read_bounded("/dev/zero", 1000).unwrap_err().to_string();
         assert!(message.contains("expected at most 1000 bytes, found 1001 or more"), "{message}");
+        let mut lines = BoundedLines::open("/dev/zero", 1000).unwrap();
+        assert!(lines.next_line().unwrap_err().to_string().contains("line 1: expected at most 1000 bytes"));
+    }
+
+    #[test]
+    fn lines_and_streams_are_bounded() {
+        let mut lines = BoundedLines::new(&b"ab\n\nabc\nd"[..], 4);
+        for expected in [&b"ab\n"[..], b"\n", b"abc\n", b"d"] {
+            assert_eq!(lines.next_line().unwrap(), Some(expected));
+        }
+        assert_eq!(lines.next_line().unwrap(), None);
+        let mut lines = BoundedLines::new(&b"ab\nabcd\n"[..], 4);
+        lines.next_line().unwrap();
+        assert!(lines.next_line().unwrap_err().to_string().starts_with("line 2: expected at most 4 bytes"));
+        assert_eq!(read_text_stream(&b"\xEF\xBB\xBFab"[..], "stream", 5).unwrap(), "ab");
+        let message = read_text_stream(&b"ab"[..], "stream", 1).unwrap_err().to_string();
+        assert!(message.contains("`stream` is not valid: expected at most 1 bytes"), "{message}");
     }
 
     #[test]

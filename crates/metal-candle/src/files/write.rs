@@ -42,6 +42,20 @@ pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Writ
     written.map_err(|e| Error::write(path, e))
 }
 
+/// Opens a file that grows line by line or record by record, and creates it if it is missing. What it holds stays.
+///
+/// # Errors
+/// The file cannot be opened for reading and writing, or is no regular file.
+pub fn open_to_append(path: impl AsRef<Path>) -> Result<File> {
+    let path = path.as_ref();
+    if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        let message = "expected a regular file, found a folder, pipe or device";
+        return Err(Error::write(path, io::Error::new(ErrorKind::InvalidInput, message)));
+    }
+    let opened = OpenOptions::new().read(true).append(true).create(true).open(path);
+    opened.map_err(|e| Error::write(path, e))
+}
+
 /// Creates a folder and its parents.
 ///
 /// # Errors
@@ -167,7 +181,7 @@ fn is_temporary(name: &str) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::{is_temporary, remove_stale_temporaries, temporary_beside, write_atomically};
+    use super::{is_temporary, open_to_append, remove_stale_temporaries, temporary_beside, write_atomically};
     use std::fs;
     use std::io;
     use std::path::Path;
@@ -222,6 +236,7 @@ mod tests {
     fn a_device_is_written_through() {
         use std::os::unix::fs::FileTypeExt;
         write_atomically("/dev/null", |file| file.write_all(b"text")).unwrap();
+        assert!(open_to_append("/dev/null").unwrap_err().to_string().contains("expected a regular file"));
         assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
     }
 

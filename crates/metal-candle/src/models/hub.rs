@@ -6,7 +6,7 @@
 
 use super::hub_transfer::{Transfer, plain_name};
 use crate::error::{Error, Result};
-use crate::files::read_text;
+use crate::files::{read_text, write_atomically};
 use hf_hub::{Cache, Repo, RepoType};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -219,7 +219,7 @@ impl Hub {
                 Some(fetched) => link(&fetched.blob, &snapshot, file)?,
                 None if is_commit(&commit) => {
                     create_parent(&missing)?;
-                    std::fs::write(&missing, []).map_err(|e| Error::write(&missing, e))?;
+                    write_atomically(&missing, |_| Ok(()))?;
                     return Ok(false);
                 }
                 None => return Ok(false),

@@ -2,7 +2,7 @@
 
 use super::hub::{DownloadProgress, Failure, HubName, create_parent};
 use crate::error::{Error, Result};
-use std::fs::{File, OpenOptions};
+use crate::files::open_to_append;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -109,7 +109,7 @@ impl<'a> Transfer<'a> {
         // two processes that want the same file: the second waits, then finds it
         let lock_path = self.lock_path(&blob_name);
         create_parent(&lock_path)?;
-        let lock = File::create(&lock_path).map_err(|e| Error::write(&lock_path, e))?;
+        let lock = open_to_append(&lock_path)?;
         lock.lock().map_err(|e| Error::write(&lock_path, e))?;
         if blob.exists() && etag.is_some() {
             return Ok(Some(fetched));
@@ -203,7 +203,7 @@ impl<'a> Transfer<'a> {
         partial: &Path,
         on_progress: &mut dyn FnMut(DownloadProgress),
     ) -> Outcome<()> {
-        let open = || OpenOptions::new().create(true).append(true).open(partial).map_err(|e| Error::write(partial, e));
+        let open = || open_to_append(partial);
         let mut out = open()?;
         let mut written = out.metadata().map_err(|e| Error::read(partial, e))?.len();
         let Answer { mut response, headers, url, start } = answer;

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 const LENGTH_BYTES: usize = 8;
 /// Most bytes of a header, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Most tensors of a file; the largest published models have some 150,000 in all their files.
+const MAX_TENSORS: usize = 200_000;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 16;
 
@@ -319,6 +321,9 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                     return Err(M::Error::custom("`__metadata__` is there twice"));
                 }
             } else {
+                if tensors.len() == MAX_TENSORS {
+                    return Err(M::Error::custom(format!("expected at most {MAX_TENSORS} tensors, found more")));
+                }
                 let tensor = map.next_value().map_err(|e| M::Error::custom(format!("tensor `{name}`: {e}")))?;
                 tensors.push((name, tensor));
             }

@@ -11,6 +11,8 @@ use std::path::{Component, Path, PathBuf};
 
 /// Most bytes of an index that are read.
 pub(super) const MAX_INDEX_BYTES: u64 = 64 << 20;
+/// Most misplaced tensors that are looked for in the other shards; a message lists fewer.
+const MAX_SEARCHED: usize = 100;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The tensors of a checkpoint, whichever file each is in.
@@ -54,9 +56,12 @@ impl Shards {
         let mut tensors: BTreeMap<String, usize> = BTreeMap::new();
         let mut problems = Vec::new();
         for (tensor, shard) in &index.weight_map {
-            let expected = names.iter().position(|name| name == shard).filter(|&n| files[n].entry(tensor).is_some());
+            // the names are sorted
+            let expected = names.binary_search(&shard.as_str()).ok().filter(|&n| files[n].entry(tensor).is_some());
             let Some(number) = expected else {
-                let found = files.iter().position(|file| file.entry(tensor).is_some());
+                let search = problems.len() < MAX_SEARCHED;
+                let found = files.iter().take(if search { files.len() } else { 0 });
+                let found = found.enumerate().find(|(_, file)| file.entry(tensor).is_some()).map(|(number, _)| number);
                 let found = found.map_or("nowhere".to_string(), |number| format!("in `{}`", names[number]));
                 problems.push(format!("`{tensor}`: expected in `{shard}`, found {found}"));
                 continue;

@@ -2,9 +2,10 @@
 
 use super::report::{EvaluationMetrics, StepMetrics};
 use crate::error::{Error, Result};
+use crate::files::{BoundedLines, MAX_METRICS_LINE_BYTES, open_to_append};
 use serde_json::{Value, json};
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug)]
@@ -16,8 +17,7 @@ pub(super) struct MetricsFile {
 impl MetricsFile {
     /// Opens the file for appending, after everything later than `step` has been cut off; all of it if `step` is none.
     pub(super) fn open(path: &Path, step: Option<usize>) -> Result<Self> {
-        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
-        let mut file = opened.map_err(|source| Error::write(path, source))?;
+        let mut file = open_to_append(path)?;
         let kept = match step {
             None => 0,
             Some(step) => bytes_up_to(&file, step).map_err(|source| Error::read(path, source))?,
@@ -54,16 +54,14 @@ impl MetricsFile {
 
 /// The length of the complete lines at the beginning that tell of `step` or earlier steps.
 fn bytes_up_to(file: &File, step: usize) -> std::io::Result<u64> {
-    let mut reader = BufReader::new(file);
+    let mut lines = BoundedLines::new(BufReader::new(file), MAX_METRICS_LINE_BYTES);
     let mut kept = 0;
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        let read = reader.read_until(b'\n', &mut line)?;
-        let told = serde_json::from_slice::<Value>(&line).ok().and_then(|line| line.get("step")?.as_u64());
-        if !line.ends_with(b"\n") || told.is_none_or(|told| told > step as u64) {
-            return Ok(kept);
+    while let Some(line) = lines.next_line()? {
+        let found = serde_json::from_slice::<Value>(line).ok().and_then(|line| line.get("step")?.as_u64());
+        if !line.ends_with(b"\n") || found.is_none_or(|found| found > step as u64) {
+            break;
         }
-        kept += read as u64;
+        kept += line.len() as u64;
     }
+    Ok(kept)
 }

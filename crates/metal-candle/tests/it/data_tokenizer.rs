@@ -75,7 +75,18 @@ fn damaged_files_are_refused() {
     let mut json: Value = serde_json::from_slice(&bytes).unwrap();
     json["normalizer"] = serde_json::json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
     let odd_normalizer = json.to_string();
-    for damaged in [&b""[..], b"{}", b"null", b"\xff\xfe", &bytes[..bytes.len() / 2], odd_normalizer.as_bytes()] {
+    let replace = serde_json::json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+    json["normalizer"] = serde_json::json!({"type": "Sequence", "normalizers": vec![replace; 40]});
+    let growing = json.to_string();
+    for damaged in [
+        &b""[..],
+        b"{}",
+        b"null",
+        b"\xff\xfe",
+        &bytes[..bytes.len() / 2],
+        odd_normalizer.as_bytes(),
+        growing.as_bytes(),
+    ] {
         std::fs::write(&path, damaged).unwrap();
         assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Format { .. })));
     }

@@ -175,6 +175,16 @@ fn each_lie_of_a_header_is_named() {
 }
 
 #[test]
+fn headers_of_too_many_tensors_are_refused() {
+    let tensors: Vec<String> =
+        (0..200_001).map(|i| format!(r#""t{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#)).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let error = open(folder.path(), &with_header(&format!("{{{}}}", tensors.join(",")), &[])).unwrap_err().to_string();
+    assert!(error.contains("expected at most 200000 tensors"), "{error}");
+    open(folder.path(), &with_header(&format!("{{{}}}", tensors[1..].join(",")), &[])).unwrap();
+}
+
+#[test]
 fn edge_cases_that_are_valid() {
     let folder = tempfile::tempdir().unwrap();
     assert!(open(folder.path(), &with_header("{}", &[])).unwrap().entries().is_empty());

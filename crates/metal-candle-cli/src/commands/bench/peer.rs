@@ -6,14 +6,19 @@ use crate::output::UserError;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use metal_candle::Device;
+use metal_candle::files::BoundedLines;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Measures and answers on standard output.
 const PROGRAM: &str = include_str!("peer.py");
 
+/// Most bytes of an answer.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
+/// Most bytes of the other program's standard error that are read.
+const MAX_SAID_BYTES: u64 = 64 << 10;
 /// Most characters of what a program said that are shown.
 const MAX_SAID: usize = 400;
 
@@ -55,7 +60,7 @@ pub(super) struct Peer {
     kind: PeerKind,
     process: Child,
     requests: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    answers: BoundedLines<BufReader<ChildStdout>>,
     /// What it says on standard error.
     said: tempfile::NamedTempFile,
 }
@@ -76,6 +81,7 @@ impl Peer {
         })?;
         let (requests, answers) = (process.stdin.take(), process.stdout.take());
         let answers = BufReader::new(answers.context("the other program has no output")?);
+        let answers = BoundedLines::new(answers, MAX_ANSWER_BYTES);
         let mut peer = Self { name: String::new(), kind, process, requests, answers, said };
         let greeting = peer.answer()?;
         if let Some(missing) = greeting["missing"].as_str() {
@@ -123,15 +129,26 @@ impl Peer {
     }
 
     fn answer(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).context("the other program's answer")?;
-        serde_json::from_str(&line).map_err(|_| {
-            let said = std::fs::read_to_string(self.said.path()).unwrap_or_default();
+        let line = self.answers.next_line().context("the other program's answer")?.unwrap_or_default();
+        serde_json::from_slice(line).map_err(|_| {
+            let said = self.last_said().unwrap_or_default();
             let last: Vec<&str> = said.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
             let last = last.into_iter().rev().collect::<Vec<_>>().join("; ");
             let begin = last.char_indices().rev().nth(MAX_SAID).map_or(0, |(index, _)| index);
             UserError::new(format!("{} ended without an answer: {}", self.kind.name(), &last[begin..])).into()
         })
+    }
+}
+
+impl Peer {
+    /// The end of what the other program wrote to standard error.
+    fn last_said(&self) -> std::io::Result<String> {
+        let mut file = self.said.reopen()?;
+        let start = file.metadata()?.len().saturating_sub(MAX_SAID_BYTES);
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_SAID_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
 

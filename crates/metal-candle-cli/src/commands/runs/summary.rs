@@ -3,11 +3,9 @@
 use crate::model_source::NANO;
 use crate::plot::Curves;
 use crate::run_record::{Liveness, Outcome, RunLock, RunRecord, seconds_since_epoch};
-use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_text};
+use metal_candle::files::{BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, read_text};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -144,27 +142,26 @@ impl Run {
     }
 
     fn read_metrics(&mut self, path: &Path, is_running: bool) {
-        let file = match File::open(path) {
-            Ok(file) => file,
+        let mut lines = match BoundedLines::open(path, MAX_METRICS_LINE_BYTES) {
+            Ok(lines) => lines,
             // a run that was stopped before its first evaluation
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return self.problems.push("no metrics.jsonl: no step was done".into());
             }
             Err(error) => return self.problems.push(format!("metrics.jsonl: {error}")),
         };
-        let mut reader = BufReader::new(file);
-        let (mut line, mut number, mut bad, mut first_bad) = (Vec::new(), 0, 0, 0);
+        let (mut number, mut bad, mut first_bad) = (0, 0, 0);
         loop {
-            line.clear();
-            match reader.read_until(b'\n', &mut line) {
-                Ok(0) => break,
-                Ok(_) => number += 1,
+            let line = match lines.next_line() {
+                Ok(None) => break,
+                Ok(Some(line)) => line,
                 Err(error) => {
                     self.problems.push(format!("metrics.jsonl: {error}"));
                     break;
                 }
-            }
-            match serde_json::from_slice::<Row>(&line) {
+            };
+            number += 1;
+            match serde_json::from_slice::<Row>(line) {
                 Ok(row) => self.add(&row),
                 // it is being written just now
                 Err(_) if is_running && !line.ends_with(b"\n") => {}

@@ -1,12 +1,15 @@
 //! What the model writes before and after training, compared with what it should write.
 
+use crate::input::is_stream;
 use crate::sampling::with_end_of_turn;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Message, Sample, Source, Tokenizer};
+use metal_candle::files::BoundedLines;
 use metal_candle::inference::{GenerationConfig, Generator};
 use serde_json::Value;
-use std::io::{BufRead, BufReader};
 
+/// Most bytes of a row.
+const MAX_ROW_BYTES: usize = 64 << 20;
 /// Longest answer that is written for a sample, in tokens.
 pub(super) const MAX_SAMPLE_TOKENS: usize = 64;
 
@@ -54,9 +57,16 @@ impl Question {
     /// What was asked, as it stands in the file.
     pub(super) fn asked(&self) -> Option<String> {
         let Source { path, line } = self.source.as_ref()?;
-        let file = std::fs::File::open(path.as_path()).ok()?;
-        let row = BufReader::new(file).lines().nth(line.checked_sub(1)?)?.ok()?;
-        let row: Value = serde_json::from_str(row.trim_start_matches('\u{feff}')).ok()?;
+        // a pipe has been read already
+        if is_stream(path) {
+            return None;
+        }
+        let mut lines = BoundedLines::open(path.as_path(), MAX_ROW_BYTES).ok()?;
+        for _ in 1..*line {
+            lines.next_line().ok()??;
+        }
+        let row = lines.next_line().ok()??;
+        let row: Value = serde_json::from_slice(row.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(row)).ok()?;
         if let Some(prompt) = row["prompt"].as_str() {
             return Some(prompt.to_owned());
         }

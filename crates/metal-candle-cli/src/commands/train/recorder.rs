@@ -6,6 +6,7 @@ use crate::run_folder::RunFolder;
 use crate::run_record::{Outcome, RecordedWarning, RunRecord};
 use crate::tensorboard::EventWriter;
 use metal_candle::Result;
+use metal_candle::files::{BoundedLines, MAX_METRICS_LINE_BYTES};
 use metal_candle::training::TrainingEvent;
 use serde_json::Value;
 use std::path::Path;
@@ -114,9 +115,9 @@ impl Recorder {
         self.curves = Curves::default();
         self.events = Some(EventWriter::create(self.run.path())?);
         // without the file the run has just begun
-        let text = std::fs::read_to_string(self.run.metrics()).unwrap_or_default();
-        for line in text.lines() {
-            let Ok(row) = serde_json::from_str::<Value>(line) else { continue };
+        let Ok(mut lines) = BoundedLines::open(self.run.metrics(), MAX_METRICS_LINE_BYTES) else { return Ok(()) };
+        while let Ok(Some(line)) = lines.next_line() {
+            let Ok(row) = serde_json::from_slice::<Value>(line) else { continue };
             let Some(step) = row["step"].as_u64() else { continue };
             let number = |key: &str| row[key].as_f64();
             let values = if row["event"] == "evaluation" {

@@ -4,7 +4,7 @@ use super::{as_count, as_texts, brief, read_as};
 use crate::adapters::Start;
 use crate::adapters::layout::{EMBEDDING, EMBEDDING_WEIGHT, LoRAModule, Planned, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
-use crate::adapters::patterns::{Patterns, is_match};
+use crate::adapters::patterns::{Patterns, compile as compile_pattern, is_match};
 use crate::error::{Error, Result};
 use crate::models::{JsonObject, LinearInfo, Model};
 use fancy_regex::Regex;
@@ -216,7 +216,7 @@ fn whole(pattern: &str) -> String {
 }
 
 fn compile(config: &JsonObject, key: &str, pattern: &str, shown: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|_| {
+    compile_pattern(pattern).ok_or_else(|| {
         Error::Unsupported(format!("the regular expression `{shown}` of `{key}` in `{}`", config.path().display()))
     })
 }
