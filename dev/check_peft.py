@@ -3,7 +3,7 @@
     python dev/check_peft.py target/release/metal-candle [--seed N] [--models N] [--only WORD] [--keep FOLDER]
 
 Each model has an odd shape drawn from the seed (printed, so that a run can be repeated). Compared are: logits, plain and with
-adapters that peft or mlx-lm would have written; adapters that `metal-candle train` wrote, read by peft; models that `metal-candle fuse` wrote, read by
+adapters that peft or mlx-lm would have written; adapters that `metal-candle train` wrote, read by peft; adapters that `metal-candle convert` wrote, read by mlx-lm and peft; models that `metal-candle fuse` wrote, read by
 transformers. A table on standard output; exit code 1 if anything differs.
 """
 
@@ -216,6 +216,52 @@ def as_mlx(folder, peft_folder, layers):
     }))
 
 
+# Kinds that are no low-rank terms alone; and those whose terms mlx-lm would apply to a tied head too.
+UNKNOWN_TO_MLX = [
+    "dora-embeddings", "saved", "saved-embedding", "saved-in-blocks", "bias-all", "bias-lora-only", "bias-all-saved", "dora-bias", "tokens",
+    "tokens-bias", "tokens-in-head", "tokens-of-head", "tokens-tied", "saved-embedding-tied", "saved-head-tied",
+]
+OF_EMBEDDING = ["embeddings", "embedding-tied"]
+
+
+def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unknown):
+    """`convert` to mlx-lm, run by mlx-lm, and back to PEFT, run by peft; what mlx-lm cannot hold must be refused."""
+    mlx, back = Path(f"{adapter}-to-mlx"), Path(f"{adapter}-to-peft")
+
+    def convert(source, target, kind):
+        checks.run("convert", "--model", folder, "--adapter", source, "--format", kind, "--output", target, "--device", "cpu")
+
+    def refused():
+        try:
+            convert(adapter, mlx, "mlx")
+        except RuntimeError as error:
+            if "mlx-lm" in str(error) and "exit code 1" in str(error) and not mlx.exists():
+                return 0.0, 0.0
+            raise
+        raise ValueError("mlx-lm cannot hold this, but it was written")
+
+    def by_mlx():
+        import mlx.core as mx
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model as load_mlx
+
+        convert(adapter, mlx, "mlx")
+        # mlx-lm reads `rope_theta` in the place where transformers 4 wrote it
+        model = load_mlx(folder, model_config={"rope_theta": sizes["rope_theta"]})[0]
+        model.set_dtype(mx.float32)
+        load_adapters(model, str(mlx)).eval()
+        return difference(torch.tensor(model(mx.array([ids]))[0].tolist()), wanted), TOLERANCE
+
+    def by_peft():
+        convert(mlx if mlx.exists() else adapter, back, "peft")
+        return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), wanted), TOLERANCE
+
+    # mlx-lm takes heads for as wide as they would be in equal parts
+    if is_unknown or sizes["hidden_size"] == sizes["num_attention_heads"] * sizes["head_dim"]:
+        checks.check(title + " converted to mlx", refused if is_unknown else by_mlx)
+    checks.check(title + " converted back", by_peft)
+
+
 def check_logits(checks, name, folder, vocab, draw):
     model = load_model(folder)
     for length in [1, 2, 37, 257]:
@@ -228,7 +274,7 @@ def check_adapters(checks, name, folder, sizes, draw):
     base = load_model(folder)
     for number, (kind, settings) in enumerate(adapter_kinds(layers).items()):
         title = f"{name} adapter {kind}"
-        names = [title, title + " as mlx", title + " fused", title + " fused weights", *(f"{title} written {w}" for w in WRITINGS)]
+        names = [title, title + " as mlx", title + " converted to mlx", title + " converted back", title + " fused", title + " fused weights", *(f"{title} written {w}" for w in WRITINGS)]
         if not any(map(checks.wanted, names)):
             continue
         if "tokens" in kind and "head" in kind and sizes["tie_word_embeddings"]:
@@ -245,6 +291,8 @@ def check_adapters(checks, name, folder, sizes, draw):
             mlx = checks.work / f"{name}-{kind}-mlx"
             as_mlx(mlx, adapter, layers)
             checks.check(title + " as mlx", lambda: (difference(checks.logits(folder, ids, mlx), wanted), TOLERANCE))
+        if checks.wanted(title + " converted"):
+            check_conversion(checks, title, folder, sizes, adapter, ids, wanted, kind in UNKNOWN_TO_MLX or (kind in OF_EMBEDDING and sizes["tie_word_embeddings"]))
         for writing in WRITINGS[1:]:
             if kind not in REWRITTEN or (kind == "saved" and "rounded" in writing) or not checks.wanted(f"{title} written {writing}"):
                 continue

@@ -2,6 +2,7 @@
 
 use crate::commands::bench::BenchArguments;
 use crate::commands::chat::ChatArguments;
+use crate::commands::convert::ConvertArguments;
 use crate::commands::data::DataArguments;
 use crate::commands::eval::EvalArguments;
 use crate::commands::fuse::FuseArguments;
@@ -114,6 +115,17 @@ The folder written holds config.json, the tokenizer's files and model.safetensor
 programs load it as they load the model. The logits of model and adapter are compared with those of the
 merged model that was written.")]
     Fuse(FuseArguments),
+
+    /// Write an adapter in the format of PEFT or of mlx-lm.
+    #[command(after_help = "\
+Examples:
+  metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --format mlx --output ./for-mlx
+  metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter ./from-mlx --format peft --output ./for-peft
+
+The logits with both adapters are compared. mlx-lm has low-rank terms of one rank and scale: other ranks are
+padded with zeros. Adapters with trained modules, rows of tokens or biases, or with terms of a tied embedding
+are refused there; `fuse` merges them.")]
+    Convert(ConvertArguments),
 
     /// Loss, perplexity and bits per byte of a dataset or a text file.
     #[command(after_help = "\

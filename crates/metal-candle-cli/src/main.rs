@@ -70,6 +70,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Generate(flags) => commands::generate::run(flags, output),
         Command::Chat(flags) => commands::chat::run(flags, output),
         Command::Fuse(flags) => commands::fuse::run(flags, output),
+        Command::Convert(flags) => commands::convert::run(flags, output),
         Command::Eval(flags) => commands::eval::run(flags, output),
         Command::Logits(flags) => commands::logits::run(flags, output),
         Command::Runs(flags) => commands::runs::run(flags, output),

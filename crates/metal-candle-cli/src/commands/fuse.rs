@@ -126,12 +126,12 @@ fn rounding(model: &Model) -> &'static str {
     }
 }
 
-/// Ids spread over the vocabulary.
-fn probe(vocab_size: usize) -> Vec<u32> {
+/// Ids for a comparison, spread over the vocabulary.
+pub(super) fn probe(vocab_size: usize) -> Vec<u32> {
     (0..NUM_COMPARED).map(|i| (i * 7919 % vocab_size) as u32).collect()
 }
 
-fn largest_difference(a: &candle_core::Tensor, b: &candle_core::Tensor) -> metal_candle::Result<f32> {
+pub(super) fn largest_difference(a: &candle_core::Tensor, b: &candle_core::Tensor) -> metal_candle::Result<f32> {
     Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
 }
 

@@ -101,3 +101,36 @@ fn patterns_come_from_a_table_too() {
     let ran = fixture.run(&format!("{SMALL} --rank-pattern gate=3"));
     assert!(ran.code == 1 && ran.stderr.contains("`gate` matches no adapted layer"), "{}", ran.stderr);
 }
+
+#[test]
+fn adapters_are_converted_and_what_mlx_lm_cannot_hold_is_named() {
+    let fixture = Fixture::new();
+    fixture.ok(&format!("{SMALL} --output run --rank-pattern q_proj=4 --use-dora"));
+    let expected = logits(&fixture, "model", Some("run"));
+    fixture.ok("convert --model model --adapter run --format mlx --output mlx");
+    let ran = fixture.ok("convert --model model --adapter mlx --format peft --output peft --json");
+    assert!(ran.json()["max_logit_difference"].as_f64().unwrap() < 1e-5, "{}", ran.json());
+    for folder in ["mlx", "peft"] {
+        assert!(largest_difference(&logits(&fixture, "model", Some(folder)), &expected) < 1e-4, "{folder}");
+    }
+    let again = fixture.run("convert --model model --adapter run --format mlx --output mlx");
+    assert!(again.code == 1 && again.stderr.contains("`mlx` is not empty"), "{}", again.stderr);
+    let kinds = [
+        ("--trainable-tokens 5,9", "`model.embed_tokens.weight`: rows of single tokens"),
+        ("--bias all", ".bias`: trained (`bias`)"),
+        ("--modules-to-save model.norm", "`model.norm.weight`: trained as a whole"),
+    ];
+    for (number, (flags, expected)) in kinds.into_iter().enumerate() {
+        let run = format!("run-{number}");
+        fixture.ok(&format!("{SMALL} --output {run} {flags}"));
+        let refused = fixture.run(&format!("convert --model model --adapter {run} --format mlx --output other"));
+        assert!(refused.code == 1 && refused.stderr.contains(expected), "{}", refused.stderr);
+        assert!(!fixture.path("other").exists());
+        // and training from it goes on with the same parts
+        fixture.ok(&format!("{} --adapter {run} --output {run}-again", SMALL.replace(" --rank 2", "")));
+        let config = |run: &str| fixture.text(&format!("{run}/adapter/adapter_config.json"));
+        assert_eq!(config(&run), config(&format!("{run}-again")));
+    }
+    let refused = fixture.run(&format!("{SMALL} --output x --trainable-tokens no-such-token"));
+    assert!(refused.stderr.contains("`no-such-token` is neither an id nor in the vocabulary"), "{}", refused.stderr);
+}

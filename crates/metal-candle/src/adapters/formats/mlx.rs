@@ -118,9 +118,6 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
         let message = format!("`{}`: {what}, in an adapter of mlx-lm, which holds low-rank terms only", saved.name);
         return Err(Error::Unsupported(message));
     }
-    if modules.iter().any(|module| module.rank != first.rank || module.scale.to_bits() != first.scale.to_bits()) {
-        return Err(Error::Unsupported("modules of different rank or scale in an adapter of mlx-lm".into()));
-    }
     for module in modules {
         if let Some(what) = refusal(adapter.model(), module.module, adapter.use_dora()) {
             return Err(Error::Unsupported(format!("{what}, in an adapter of mlx-lm")));
@@ -128,16 +125,20 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     }
     let keys: BTreeSet<&str> = modules.iter().map(key).collect();
     let total = adapter.model().config().num_hidden_layers;
-    let inside: Vec<&LoRAModule> = modules.iter().filter(|module| module.layer.is_some()).collect();
-    let num_layers = total - inside.iter().filter_map(|module| module.layer).min().unwrap_or(total).min(total);
-    let inside_keys: BTreeSet<&str> = inside.iter().map(|module| key(module)).collect();
-    if inside.len() != inside_keys.len() * num_layers {
-        let message = "an adapter of mlx-lm that does not have the same modules in each of the last layers";
-        return Err(Error::Unsupported(message.into()));
-    }
+    let num_layers = total - modules.iter().filter_map(|module| module.layer).min().unwrap_or(total).min(total);
+    // mlx-lm has one rank and one scale: A and B get rows and columns of zeros, and B what the scale lacks
+    let rank = modules.iter().map(|module| module.rank).max().unwrap_or(first.rank);
+    let scale = modules.iter().map(|module| module.scale).find(|scale| *scale != 0.0).unwrap_or(first.scale);
     let mut tensors = Vec::with_capacity(2 * modules.len());
     for module in modules {
-        let (a, b) = adapter.matrices(module)?;
+        let (mut a, mut b) = adapter.matrices(module)?;
+        if module.rank < rank {
+            a = a.pad_with_zeros(0, 0, rank - module.rank)?;
+            b = b.pad_with_zeros(1, 0, rank - module.rank)?;
+        }
+        if module.scale.to_bits() != scale.to_bits() {
+            b = (b * (module.scale / scale))?;
+        }
         tensors.push((Names.name(module, Part::A), a.t()?.contiguous()?));
         tensors.push((Names.name(module, Part::B), b.t()?.contiguous()?));
         if let Some(magnitudes) = adapter.magnitudes(module)? {
@@ -151,12 +152,12 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     config.insert("fine_tune_type".into(), json!(if adapter.use_dora() { "dora" } else { "lora" }));
     config.insert(
         "lora_parameters".into(),
-        json!({"dropout": adapter.dropout(), "keys": keys, "rank": first.rank, "scale": first.scale}),
+        json!({"dropout": adapter.dropout(), "keys": keys, "rank": rank, "scale": scale}),
     );
     if let Some(model) = adapter.base_model() {
         config.insert("model".into(), json!(model));
     }
-    // none stands for all; what is in no layer is named by its whole path, so one layer without a match will do
+    // of the last layers, those without tensors stay as they are in mlx-lm; none stands for all, and what is in no layer is named by its whole path, so one layer without a match will do
     config.insert("num_layers".into(), json!(num_layers.max(1)));
     let path = folder.join(CONFIG_FILE);
     let mut text = Vec::new();

@@ -55,11 +55,12 @@ impl LoRAAdapter {
         peft::save(self, folder.as_ref())
     }
 
-    /// Writes a folder as mlx-lm does: `adapter_config.json` and `adapters.safetensors`.
+    /// Writes a folder as mlx-lm does: `adapter_config.json` and `adapters.safetensors`. mlx-lm has one rank and one scale:
+    /// smaller matrices are padded with zeros, and other scales become a factor of B, so that the function is the same.
     ///
     /// # Errors
-    /// A file cannot be written, or mlx-lm has no words for the adapter: it knows one rank and one scale, the same
-    /// modules in each of the last layers, and no modules that are trained as a whole.
+    /// A file cannot be written, or mlx-lm cannot hold the adapter: it has low-rank terms only (no modules that are trained
+    /// as a whole, no rows of tokens, no biases), and none of a tied embedding or head.
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }

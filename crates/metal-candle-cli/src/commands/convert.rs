@@ -1,0 +1,78 @@
+//! `convert`: an adapter written in another format.
+
+use super::fuse::{largest_difference, probe};
+use crate::args::ModelArguments;
+use crate::model_source::{ModelSource, check_adapter, load_adapter};
+use crate::output::Output;
+use crate::run_folder::check_free;
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use metal_candle::adapters::LoRAAdapter;
+use metal_candle::models::{Batch, Rows};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// A format of adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AdapterFormat {
+    /// `adapter_model.safetensors` and `adapter_config.json`, as PEFT reads them.
+    Peft,
+    /// `adapters.safetensors` and `adapter_config.json`, as mlx-lm reads them.
+    Mlx,
+}
+
+/// Flags of `convert`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConvertArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+
+    /// The adapter to convert: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: PathBuf,
+
+    /// The format to write.
+    #[arg(long, value_enum)]
+    pub(crate) format: AdapterFormat,
+
+    /// The folder to write; it must not exist or be empty.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+}
+
+pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
+    check_adapter(&flags.adapter)?;
+    check_free(&flags.output, "name a new folder with --output; nothing is overwritten")?;
+    let source = ModelSource::find(&flags.model.model, output)?;
+    let model = source.load(flags.model.dtype, flags.model.device, output)?;
+    let mut adapter = load_adapter(&model, &flags.adapter, &source)?;
+    if adapter.base_model().is_none() {
+        adapter = adapter.with_base_model(&flags.model.model);
+    }
+    match flags.format {
+        AdapterFormat::Peft => adapter.save(&flags.output)?,
+        AdapterFormat::Mlx => adapter.save_mlx(&flags.output)?,
+    }
+
+    let written = LoRAAdapter::load(&model, &flags.output)?;
+    let batch = Batch::single(&probe(model.config().vocab_size));
+    let logits_of = |adapter: &LoRAAdapter| -> metal_candle::Result<_> {
+        adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)
+    };
+    let difference = largest_difference(&logits_of(&adapter)?, &logits_of(&written)?)?;
+    if output.json {
+        Output::print_json(&json!({
+            "output": flags.output.to_string_lossy(),
+            "modules": written.modules().len(),
+            "parameters": written.num_parameters(),
+            "max_logit_difference": difference,
+        }))?;
+    } else {
+        output.note(format_args!(
+            "wrote {} ({} modules)\nlogits with the adapter and with the one written differ by at most {difference:.2e}",
+            flags.output.display(),
+            written.modules().len(),
+        ));
+    }
+    Ok(())
+}
