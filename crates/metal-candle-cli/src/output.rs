@@ -318,6 +318,10 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. } => {
                 "a lower --learning-rate or --max-grad-norm usually helps; see the rows named"
             }
+            Error::NonFiniteEvaluation { .. } => {
+                "the model or the adapter overflows on these rows: `--dtype f32` has a wider range, or use an earlier checkpoint"
+            }
+            Error::Format { path, message } if message.contains("of the model") => return base_hint(path),
             Error::Template(_) => "`generate --raw` does without the chat template",
             Error::Hub(_) => "a model folder on this machine can be given to --model instead",
             Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",
@@ -332,6 +336,20 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     None
 }
 
+/// The base model that the configuration beside an adapter's file `path` names.
+fn base_of(path: &std::path::Path) -> Option<String> {
+    use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_json};
+    let config = path.parent()?.join("adapter_config.json");
+    let config: serde_json::Value = read_json(config, MAX_SIDE_FILE_BYTES).ok()?;
+    let name = config.get("base_model_name_or_path").or_else(|| config.get("model"))?.as_str()?;
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
+/// What to do about an adapter that may belong to another model.
+fn base_hint(path: &std::path::Path) -> Option<String> {
+    base_of(path).map(|base| format!("the adapter was made for `{base}`; give that model to --model"))
+}
+
 /// What fits the problems of the tensors in `path`.
 fn tensors_hint(path: &std::path::Path, problems: &[String]) -> String {
     let folder = path.parent().unwrap_or(path);
@@ -340,18 +358,31 @@ fn tensors_hint(path: &std::path::Path, problems: &[String]) -> String {
     let all = |words: &str| problems.iter().all(|problem| problem.contains(words));
     let what = if any("expected shape") || any("not the weight of this model") || any("expected [") {
         if is_adapter {
-            "the adapter belongs to a model of other sizes or weights; give that model to --model"
+            match base_of(path) {
+                Some(base) => {
+                    return format!(
+                        "the adapter was made for `{base}`, which has other sizes or weights; give that model to --model"
+                    );
+                }
+                None => "the adapter belongs to a model of other sizes or weights; give that model to --model",
+            }
         } else {
             "the weights and config.json belong to different models"
         }
     } else if all("is missing") || all("found no such tensor") {
         "the file lacks tensors that its configuration asks for: it may be incomplete; copy or download it again"
     } else if all("is not expected") {
-        "the file holds tensors that this model has no use for; it may belong to a model with more layers"
+        match base_of(path).filter(|_| is_adapter) {
+            Some(base) => return format!("the adapter was made for `{base}`, which may have more layers"),
+            None => "the file holds tensors that this model has no use for; it may belong to a model with more layers",
+        }
     } else if all("not finite") {
         "the training that wrote the file diverged; use an earlier checkpoint"
     } else if is_adapter {
-        "the adapter and the model do not fit together"
+        match base_hint(path) {
+            Some(hint) => return hint,
+            None => "the adapter and the model do not fit together",
+        }
     } else {
         "the weights and config.json belong to different models"
     };

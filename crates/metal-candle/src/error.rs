@@ -82,6 +82,14 @@ pub enum Error {
         /// `file:line` of each row concerned.
         rows: Vec<String>,
     },
+    /// The loss of an evaluation was NaN or infinite.
+    #[error("the loss is {loss}, not a finite number; rows: {}", rows.join(", "))]
+    NonFiniteEvaluation {
+        /// The loss of these rows.
+        loss: f64,
+        /// `file:line` of each row concerned.
+        rows: Vec<String>,
+    },
     /// A gradient was NaN or infinite although the loss was not.
     #[error("the gradients of `{}` are not finite at step {step}; rows: {}", parameters.join("`, `"), rows.join(", "))]
     NonFiniteGradient {

@@ -3,7 +3,7 @@
 use super::fuse::{largest_difference, probe};
 use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
-use crate::output::Output;
+use crate::output::{Output, UserError};
 use crate::run_folder::check_free;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -49,17 +49,21 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     if adapter.base_model().is_none() {
         adapter = adapter.with_base_model(&flags.model.model);
     }
+    let batch = Batch::single(&probe(model.config().vocab_size));
+    let logits_of = |adapter: &LoRAAdapter| -> metal_candle::Result<_> {
+        adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)
+    };
+    let expected = logits_of(&adapter)?;
+    if !largest_difference(&expected, &expected)?.is_finite() {
+        return Err(UserError::new("the logits with this adapter are not finite: it overflows").into());
+    }
     match flags.format {
         AdapterFormat::Peft => adapter.save(&flags.output)?,
         AdapterFormat::Mlx => adapter.save_mlx(&flags.output)?,
     }
 
     let written = LoRAAdapter::load(&model, &flags.output)?;
-    let batch = Batch::single(&probe(model.config().vocab_size));
-    let logits_of = |adapter: &LoRAAdapter| -> metal_candle::Result<_> {
-        adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)
-    };
-    let difference = largest_difference(&logits_of(&adapter)?, &logits_of(&written)?)?;
+    let difference = largest_difference(&expected, &logits_of(&written)?)?;
     if output.json {
         Output::print_json(&json!({
             "output": flags.output.to_string_lossy(),

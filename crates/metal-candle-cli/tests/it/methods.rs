@@ -134,3 +134,24 @@ fn adapters_are_converted_and_what_mlx_lm_cannot_hold_is_named() {
     let refused = fixture.run(&format!("{SMALL} --output x --trainable-tokens no-such-token"));
     assert!(refused.stderr.contains("`no-such-token` is neither an id nor in the vocabulary"), "{}", refused.stderr);
 }
+
+#[test]
+fn an_adapter_of_another_model_names_that_model() {
+    let fixture = Fixture::new();
+    fixture.ok(&format!("{SMALL} --output run"));
+    // the built-in model has other sizes
+    let refused = fixture.run("generate --model nano --adapter run --prompt x");
+    assert!(refused.code == 1 && refused.stderr.contains("hint: the adapter was made for `"), "{}", refused.stderr);
+    // tensors that no module of the model has
+    let text = fixture.text("run/adapter/adapter_config.json").replace("_proj\"", "_projection\"");
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["base_model_name_or_path"] = "org/base".into();
+    std::fs::write(fixture.path("run/adapter/adapter_config.json"), config.to_string()).unwrap();
+    let path = fixture.path("run/adapter/adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    let tensor = |name: &str| (name.replace("_proj", "_projection"), file.tensor(name).unwrap());
+    let tensors: Vec<_> = file.entries().iter().map(|entry| tensor(&entry.name)).collect();
+    metal_candle::models::write_safetensors(&path, &tensors, &[]).unwrap();
+    let refused = fixture.run("logits --model model --adapter run --ids 1 --out x");
+    assert!(refused.code == 1 && refused.stderr.contains("was made for `org/base`"), "{}", refused.stderr);
+}

@@ -1,6 +1,7 @@
 //! The loss of a dataset.
 
 use super::distributed::{Group, sizes};
+use super::run::shorten;
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{DataProblem, Error, Result};
 use crate::models::Model;
@@ -33,7 +34,7 @@ impl Evaluation {
 /// Samples are packed into batches of up to `batch_tokens` tokens.
 ///
 /// # Errors
-/// Samples cannot be used (all of them are listed), or `batch_tokens` is 0.
+/// Samples cannot be used (all of them are listed), `batch_tokens` is 0, or the loss is not finite (its rows are named).
 pub fn evaluate(
     model: &Model,
     terms: Option<&LowRankTerms>,
@@ -69,7 +70,29 @@ pub(super) fn evaluate_in(
             *sum = all[number % num_ranks].get(number).copied().unwrap_or(f64::NAN);
         }
     }
+    if let Some((_, indices)) = sums.iter().zip(&batches).find(|(sum, _)| !sum.is_finite()) {
+        return Err(non_finite(model, terms, dataset, indices)?);
+    }
     Ok(Evaluation { total_loss: sums.iter().sum(), trained_tokens: sizes(dataset, &batches).1 })
+}
+
+/// The error for a batch whose loss is not finite: its samples are measured by themselves.
+fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, indices: &[usize]) -> Result<Error> {
+    let (mut total, mut rows) = (0.0, Vec::new());
+    for &index in indices {
+        let (batch, targets) = batch_of(&[&dataset.samples[index]]);
+        let losses = model.loss(&batch, &targets, terms, 0.0)?;
+        let loss: f64 = losses.rows.iter().map(|&loss| f64::from(loss)).sum();
+        if !loss.is_finite() {
+            total += loss;
+            rows.push(source_of(dataset, index));
+        }
+    }
+    if rows.is_empty() {
+        // not finite beside one another only
+        (total, rows) = (f64::NAN, indices.iter().map(|&index| source_of(dataset, index)).collect());
+    }
+    Ok(Error::NonFiniteEvaluation { loss: total, rows: shorten(rows) })
 }
 
 /// Where a sample comes from: `file:line`, or its number.

@@ -583,7 +583,7 @@ fn is_divergence(error: &Error) -> bool {
 }
 
 /// The first names, and how many there are beyond.
-fn shorten(mut names: Vec<String>) -> Vec<String> {
+pub(super) fn shorten(mut names: Vec<String>) -> Vec<String> {
     let left = names.len().saturating_sub(MAX_ROWS);
     if left > 0 {
         names.truncate(MAX_ROWS);

@@ -378,6 +378,12 @@ fn a_loss_that_is_not_finite_stops_the_run_after_saving() {
         sample.ids.iter_mut().for_each(|id| *id %= 50);
     }
     dataset.samples[4].ids[1] = 50;
+    match evaluate(&model, None, &dataset, 1000).unwrap_err() {
+        Error::NonFiniteEvaluation { loss, rows } => {
+            assert!(loss.is_nan() && rows == ["train.jsonl:5"], "{loss} {rows:?}");
+        }
+        other => panic!("{other:?}"),
+    }
     let folder = tempfile::tempdir().unwrap();
     let trainer = Trainer::new(adapter(&model), config(1, 1e-3))
         .unwrap()
