@@ -3,6 +3,7 @@
 use super::Message;
 use super::jinja::{self, STORABLE};
 use crate::error::{Error, Result};
+use crate::files::guard;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::ValueKind;
 use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as TemplateValue};
@@ -232,9 +233,10 @@ impl ChatTemplate {
 /// Runs what may recurse deep on a thread of its own.
 fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || guard(work));
         let thread = thread.map_err(|e| Error::Template(format!("no thread to render on: {e}")))?;
-        thread.join().map_err(|_| Error::Template("the template engine failed".into()))
+        let failed = |panic: String| Error::Template(format!("the template engine failed: {panic}"));
+        thread.join().map_err(|_| failed("its thread ended".into()))?.map_err(failed)
     })
 }
 
@@ -256,6 +258,14 @@ fn fuel_for(value: &TemplateValue, depth: usize) -> u64 {
 type Rendered = std::result::Result<String, minijinja::Error>;
 
 fn render_within(environment: &Environment, name: &str, context: &TemplateValue) -> Rendered {
+    // the engine panics on some odd numbers
+    guard(|| render_unguarded(environment, name, context)).unwrap_or_else(|panic| {
+        let message = format!("the template engine failed: {panic}");
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    })
+}
+
+fn render_unguarded(environment: &Environment, name: &str, context: &TemplateValue) -> Rendered {
     let mut out = Bounded { bytes: Vec::new(), is_full: false };
     let rendered = environment.get_template(name)?.render_captured_to(context.clone(), &mut out).map(drop);
     if out.is_full {

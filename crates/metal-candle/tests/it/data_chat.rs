@@ -267,3 +267,15 @@ fn long_conversations_have_budget() {
     let many: Vec<Message> = (0..800).map(|_| Message::user("hello there")).collect();
     assert_eq!(render(source, &many).unwrap().len(), 800 * 3);
 }
+
+#[test]
+fn a_panic_of_the_engine_is_an_error() {
+    let messages: Vec<Message> = serde_json::from_value(serde_json::json!([{"role": "user", "content": "a"}])).unwrap();
+    let render = |source: &str| ChatTemplate::new(source)?.render(&messages, None, false, &serde_json::Map::new());
+    // overflows inside the engine
+    for number in ["-9223372036854775808", "-9223372036854775807 - 1"] {
+        let _ = render(&format!("{{% for m in messages[::{number}] %}}{{{{ m.content }}}}{{% endfor %}}"));
+        let _ = render(&format!("{{{{ ({number}) // -1 }}}}{{{{ ({number}) % -1 }}}}{{{{ -({number}) }}}}"));
+    }
+    assert_eq!(render("{% for m in messages[::-1] %}{{ m.content }}{% endfor %}").unwrap(), "a");
+}

@@ -13,6 +13,8 @@ mod data_tokenizer;
 mod decoder;
 mod devices;
 mod distributed;
+#[cfg(target_os = "linux")]
+mod fuzz;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;
