@@ -23,6 +23,8 @@ pub struct Target {
     pub name: &'static str,
     /// Runs one input; returns whether it could be read.
     pub run: fn(&[u8]) -> bool,
+    /// Longest input of the bounded run.
+    pub max_bytes: usize,
     /// Words for the mutator.
     pub dictionary: &'static [&'static [u8]],
 }
@@ -32,6 +34,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "safetensors",
         run: safetensors,
+        max_bytes: 1 << 20,
         dictionary: &[
             SEPARATOR,
             b"\"__metadata__\"",
@@ -46,6 +49,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "config",
         run: config,
+        max_bytes: 1 << 20,
         dictionary: &[
             SEPARATOR,
             b"null",
@@ -61,6 +65,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "tokenizer",
         run: tokenizer,
+        max_bytes: 1 << 20,
         dictionary: &[
             SEPARATOR,
             b"{\"type\":\"Replace\",\"pattern\":{\"String\":\"a\"},\"content\":\"aa\"},",
@@ -83,6 +88,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "template",
         run: template,
+        max_bytes: 1 << 20,
         dictionary: &[
             SEPARATOR,
             b"{{",
@@ -116,6 +122,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "adapter",
         run: adapter,
+        max_bytes: 1 << 20,
         dictionary: &[
             SEPARATOR,
             b"null",
@@ -135,6 +142,8 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "dataset",
         run: dataset,
+        // a row is rendered once for each of its messages, which takes the square of their number
+        max_bytes: 16 << 10,
         dictionary: &[
             b"\n",
             b"\r\n",
@@ -157,6 +166,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "checkpoint",
         run: checkpoint,
+        max_bytes: 1 << 20,
         dictionary: &[SEPARATOR, b"null", b"\"step\":", b"\"files\":{}", b"\"best\":", b"[", b"{\"a\":", b"../"],
     },
 ];

@@ -49,7 +49,7 @@ fn run_in_a_watched_process() {
     let count: usize = std::env::var(INPUTS).unwrap().parse().unwrap();
     let target = bodies::TARGETS.into_iter().find(|target| target.name == name).unwrap();
     let seeds = seeds(&name);
-    let mut mutator = mutate::Mutator::new(11);
+    let mut mutator = mutate::Mutator::new(11, target.max_bytes);
     let (mut slowest, mut largest, mut num_read) = (Duration::ZERO, 0, 0);
     let inputs = seeds.len() + count;
     for number in 0..inputs {
@@ -154,30 +154,12 @@ fn small_safetensors(tensors: &[(&str, &str, &[usize], usize)]) -> Vec<u8> {
     file
 }
 
-/// Writes `fuzz/seeds` again: `cargo test --test it fuzz::write_seeds -- --ignored`.
-#[test]
-#[ignore = "writes files of the repository"]
-fn write_seeds() {
-    use metal_candle::adapters::LoRAAdapter;
-    let write = |target: &str, name: &str, bytes: Vec<u8>| {
-        std::fs::create_dir_all(seeds_folder(target)).unwrap();
-        std::fs::write(seeds_folder(target).join(name), bytes).unwrap();
-    };
-    let tensors: &[(&str, &str, &[usize], usize)] =
-        &[("a", "F32", &[2, 3], 24), ("b", "BF16", &[4], 8), ("c", "F16", &[0, 5], 0), ("d", "U8", &[3], 3)];
-    write("safetensors", "file", small_safetensors(tensors));
-    let folder = tempfile::tempdir().unwrap();
-    metal_candle::models::save_model(bodies::small_model(), folder.path()).unwrap();
-    write("safetensors", "model", std::fs::read(folder.path().join("model.safetensors")).unwrap());
-    let index = json!({"metadata": {"total_size": 32}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}});
-    let shards = [&tensors[..1], &tensors[1..2]].map(small_safetensors);
-    write("safetensors", "index", joined(&[vec![index.to_string().into_bytes()], shards.to_vec()].concat()));
+fn write(target: &str, name: &str, bytes: Vec<u8>) {
+    std::fs::create_dir_all(seeds_folder(target)).unwrap();
+    std::fs::write(seeds_folder(target).join(name), bytes).unwrap();
+}
 
-    let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/nano");
-    let config = ["config.json", "generation_config.json"].map(|name| std::fs::read(nano.join(name)).unwrap());
-    write("config", "nano", joined(&config));
-    write("config", "small", bodies::small_config().into_bytes());
-
+fn write_tokenizer_seeds() {
     // a small vocabulary, so that mutations often meet other parts
     let bytes: Vec<char> = ('!'..='~').chain(['\u{120}', '\u{10a}']).collect();
     let mut vocab = serde_json::Map::new();
@@ -220,7 +202,29 @@ fn write_seeds() {
     let vocab = serde_json::Value::Object(vocab).to_string().into_bytes();
     let parts = [empty.clone(), side.to_string().into_bytes(), empty.clone(), empty, vocab, merges];
     write("tokenizer", "vocab_and_merges", joined(&parts));
+}
 
+/// Writes `fuzz/seeds` again: `cargo test --test it fuzz::write_seeds -- --ignored`.
+#[test]
+#[ignore = "writes files of the repository"]
+fn write_seeds() {
+    use metal_candle::adapters::LoRAAdapter;
+    let tensors: &[(&str, &str, &[usize], usize)] =
+        &[("a", "F32", &[2, 3], 24), ("b", "BF16", &[4], 8), ("c", "F16", &[0, 5], 0), ("d", "U8", &[3], 3)];
+    write("safetensors", "file", small_safetensors(tensors));
+    let folder = tempfile::tempdir().unwrap();
+    metal_candle::models::save_model(bodies::small_model(), folder.path()).unwrap();
+    write("safetensors", "model", std::fs::read(folder.path().join("model.safetensors")).unwrap());
+    let index = json!({"metadata": {"total_size": 32}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}});
+    let shards = [&tensors[..1], &tensors[1..2]].map(small_safetensors);
+    write("safetensors", "index", joined(&[vec![index.to_string().into_bytes()], shards.to_vec()].concat()));
+
+    let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/nano");
+    let config = ["config.json", "generation_config.json"].map(|name| std::fs::read(nano.join(name)).unwrap());
+    write("config", "nano", joined(&config));
+    write("config", "small", bodies::small_config().into_bytes());
+
+    write_tokenizer_seeds();
     let messages = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
         {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
         {"role": "tool", "content": "4"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]);
