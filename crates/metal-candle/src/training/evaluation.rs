@@ -79,7 +79,9 @@ pub(super) fn evaluate_in(
 /// The error for a batch whose loss is not finite: its samples are measured by themselves.
 fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, indices: &[usize]) -> Result<Error> {
     let (mut total, mut rows) = (0.0, Vec::new());
-    for &index in indices {
+    let mut indices = indices.to_vec();
+    indices.sort_unstable();
+    for &index in &indices {
         let (batch, targets) = batch_of(&[&dataset.samples[index]]);
         let losses = model.loss(&batch, &targets, terms, 0.0)?;
         let loss: f64 = losses.rows.iter().map(|&loss| f64::from(loss)).sum();
@@ -89,7 +91,7 @@ fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, in
         }
     }
     if rows.is_empty() {
-        // not finite beside one another only
+        // only the sum of the batch overflows
         (total, rows) = (f64::NAN, indices.iter().map(|&index| source_of(dataset, index)).collect());
     }
     Ok(Error::NonFiniteEvaluation { loss: total, rows: shorten(rows) })

@@ -63,8 +63,8 @@ pub trait Trained: Clone + Send + Sync + 'static {
     /// The shape is another.
     fn with_values(&self, values: &Tensor) -> Result<Self>;
 
-    /// The same thing after `values`, which its parameters are views of, have changed. What it holds copies of is made
-    /// again, or changed in place, so that it must not share them.
+    /// Returns what [`Trained::with_values`] returns, after `values` have changed. It may update copies that `self` holds in
+    /// place, so nothing else may use `self` any more.
     ///
     /// # Errors
     /// As [`Trained::with_values`].
