@@ -85,11 +85,17 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     };
     // rows are read again to be shown
     let (data, _copy) = rereadable(&flags.data)?;
-    let report = DataReport::of(&data, &tokenizer, &options)?;
+    let mut report = DataReport::of(&data, &tokenizer, &options)?;
+    let first = report.files.first().map(|file| file.path.clone());
+    let paths = report.files.iter_mut().map(|file| &mut file.path);
+    let problems = report.notes.iter_mut().chain(&mut report.problems).map(|problem| &mut problem.path);
+    for path in paths.chain(problems).filter(|path| **path == data) {
+        path.clone_from(&flags.data);
+    }
     if output.json {
         let mut object = json!(report);
-        let rows = match (report.files.first(), report.problems.is_empty()) {
-            (Some(first), true) if flags.rows > 0 => rows(&first.path, flags.rows, &tokenizer, &options)?,
+        let rows = match (&first, report.problems.is_empty()) {
+            (Some(first), true) if flags.rows > 0 => rows(first, flags.rows, &tokenizer, &options)?,
             _ => Vec::new(),
         };
         object["rows"] = Value::Array(rows);
@@ -106,8 +112,8 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
             writeln!(text, "note            {note}")?;
         }
         Output::print(text)?;
-        if let (Some(first), true) = (report.files.first(), report.problems.is_empty()) {
-            let dataset = Dataset::from_file(&first.path, &tokenizer, &options)?;
+        if let (Some(first), true) = (&first, report.problems.is_empty()) {
+            let dataset = Dataset::from_file(first, &tokenizer, &options)?;
             for sample in dataset.samples.iter().take(flags.rows) {
                 let line = sample.source.as_ref().map_or(0, |source| source.line);
                 let head = format!("\nline {line} ({} tokens, {} trained)", sample.ids.len(), sample.num_trained());

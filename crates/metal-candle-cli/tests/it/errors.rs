@@ -95,6 +95,7 @@ fn a_pipe_is_read_once_or_refused() {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let rows_of = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["rows"].clone();
     assert_eq!(rows_of(&ran.stdout), rows_of(&from_file.stdout));
+    assert!(ran.stdout.contains("\"path\":\"/dev/stdin\""), "{}", ran.stdout);
     let words = "train --model model --data /dev/stdin --steps 1";
     let ran = fixture.run_with(&words.split_whitespace().collect::<Vec<_>>(), &rows);
     assert!(ran.code == 1 && ran.stderr.contains("found a pipe or device"), "{}", ran.stderr);
