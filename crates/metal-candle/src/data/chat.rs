@@ -23,6 +23,10 @@ const FUEL: u64 = 600_000;
 const FUEL_PER_VALUE: u64 = 400;
 /// Fuel for each byte of the input's texts.
 const FUEL_PER_BYTE: u64 = 16;
+/// Fuel for each pair of messages: templates look for the question before each answer.
+const FUEL_PER_PAIR: u64 = 60;
+/// Most fuel for pairs.
+const MAX_PAIR_FUEL: u64 = 60_000_000;
 /// Budget that most conversations do with. A level of nested lists costs a template 1 at least and the engine up to half a kibibyte
 /// of stack when it prints or drops them, so this much is safe on any thread.
 const SMALL_FUEL: u64 = 3_000;
@@ -178,6 +182,11 @@ impl ChatTemplate {
         &self.sources
     }
 
+    /// Whether a source marks what the assistant writes by `{% generation %}`.
+    pub(super) fn has_generation_marks(&self) -> bool {
+        self.sources.iter().any(|(_, source)| source.contains("endgeneration"))
+    }
+
     /// The conversation as text.
     ///
     /// `tools` are JSON schemas of functions, `extra` further variables such as `enable_thinking`. With `add_generation_prompt`
@@ -216,16 +225,18 @@ impl ChatTemplate {
         }
         context.push(("add_generation_prompt".into(), TemplateValue::from(add_generation_prompt)));
         let context = TemplateValue::from_pairs(context);
+        let pairs = (messages.len() as u64).saturating_pow(2);
         match render_within(&self.environment, name, &context) {
-            Err(error) if error.kind() == ErrorKind::OutOfFuel => self.render_on_large_stack(name, &context)?,
+            Err(error) if error.kind() == ErrorKind::OutOfFuel => self.render_on_large_stack(name, &context, pairs)?,
             rendered => rendered,
         }
         .map_err(|e| template_error(&e, self.sources.len() > 1))
     }
 
-    fn render_on_large_stack(&self, name: &str, context: &TemplateValue) -> Result<Rendered> {
+    fn render_on_large_stack(&self, name: &str, context: &TemplateValue, pairs: u64) -> Result<Rendered> {
         let mut environment = (*self.environment).clone();
-        environment.set_fuel(Some(FUEL.saturating_add(fuel_for(context, 0))));
+        let fuel = fuel_for(context, 0).saturating_add(MAX_PAIR_FUEL.min(FUEL_PER_PAIR.saturating_mul(pairs)));
+        environment.set_fuel(Some(FUEL.saturating_add(fuel)));
         on_large_stack(|| render_within(&environment, name, context))
     }
 }
@@ -367,21 +378,21 @@ fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
 /// Names that a message's reasoning goes by; the first is the one that most templates read.
 pub(super) const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// What a template sees of a message: keys that are null are left out, as transformers 5 does, and the reasoning has all of its
-/// names, so that a template sees it whichever it reads.
+/// What a template sees of a message: keys that are null are left out, but for `content`, and the reasoning is found under the two
+/// names that transformers gives it, `reasoning_content` and `thinking`.
 pub(super) fn message_value(message: &Message) -> TemplateValue {
     let fields = message.fields();
-    let present = fields.iter().filter(|(_, value)| !value.is_null());
+    let present = fields.iter().filter(|(key, value)| !value.is_null() || *key == "content");
     let mut pairs: Vec<(String, TemplateValue)> =
         present.map(|(key, value)| (key.clone(), template_value(value))).collect();
     let reasoning = REASONING_KEYS.into_iter().filter_map(|key| fields.get(key)).find(|value| !value.is_null());
-    if let Some(reasoning) = reasoning {
-        pairs.retain(|(key, _)| key != REASONING_KEYS[0]);
-        pairs.push((REASONING_KEYS[0].to_string(), template_value(reasoning)));
-        for key in &REASONING_KEYS[1..] {
-            if !pairs.iter().any(|(known, _)| known == key) {
-                pairs.push(((*key).to_string(), template_value(reasoning)));
-            }
+    if let Some(reasoning) = reasoning.map(template_value) {
+        let has_key = |pairs: &[(String, TemplateValue)], key: &str| pairs.iter().any(|(known, _)| known == key);
+        if !has_key(&pairs, "thinking") {
+            pairs.insert(0, ("thinking".into(), reasoning.clone()));
+        }
+        if !has_key(&pairs, "reasoning_content") {
+            pairs.push(("reasoning_content".into(), reasoning));
         }
     }
     TemplateValue::from_pairs(pairs)

@@ -7,7 +7,7 @@ use super::args::{Args, pay_bytes, pay_items};
 use super::format::percent;
 use super::methods::{capitalized, is_space};
 use super::python::{dumps, invalid, is_namespace, number, repr, str_of};
-use super::source::{PERCENT, PRINTED};
+use super::source::{GENERATION_END, GENERATION_START, MARK, PERCENT, PLUS, PRINTED};
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, State};
 use std::fmt::Write;
@@ -31,6 +31,11 @@ pub(in crate::data) fn install(environment: &mut Environment<'static>) {
         let text = dumps(value, &kwargs)?;
         pay_bytes(state, text.len())?;
         Ok::<_, Error>(text)
+    });
+    environment.add_function(MARK, |is_start: bool, writes_marks: &Value, _caller: Kwargs| match is_start {
+        _ if !writes_marks.is_true() => String::new(),
+        true => GENERATION_START.to_string(),
+        false => GENERATION_END.to_string(),
     });
     add_tests(environment);
     let mut text = |name: &'static str, filter: TextFilter| {
@@ -86,6 +91,7 @@ pub(in crate::data) fn install(environment: &mut Environment<'static>) {
     }
     environment.add_filter("forceescape", force_escape);
     environment.add_filter("safe", |value: &Value| str_of(value).map(Value::from_safe_string));
+    environment.add_filter(PLUS, plus);
     environment.add_filter("int", to_int);
     environment.add_filter("float", |value: &Value, args: Rest<Value>, keywords: Kwargs| {
         let mut args = Args::of("float", &args, keywords);
@@ -190,6 +196,20 @@ fn force_escape(state: &State, value: &Value) -> Result<Value, Error> {
 }
 
 /// The text with the five characters of HTML as `markupsafe` writes them.
+/// `a + b` where one of the two may be safe: then the other is escaped, as Markup does.
+fn plus(state: &State, a: &Value, b: &Value) -> Result<Value, Error> {
+    let (Some(left), Some(right)) = (a.as_str(), b.as_str()) else {
+        return state.env().compile_expression("a + b")?.eval(minijinja::context! { a, b });
+    };
+    pay_bytes(state, left.len() + right.len())?;
+    let part = |value: &Value, text: &str| if value.is_safe() { text.to_string() } else { escaped(text) };
+    Ok(if a.is_safe() || b.is_safe() {
+        Value::from_safe_string(part(a, left) + &part(b, right))
+    } else {
+        Value::from(left.to_string() + right)
+    })
+}
+
 pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -11,5 +11,5 @@ mod strftime;
 pub(super) use filters::install;
 pub(super) use methods::method;
 pub(super) use python::is_namespace;
-pub(super) use source::{STORABLE, rewritten};
+pub(super) use source::{GENERATION_END, GENERATION_MARKS, GENERATION_START, STORABLE, rewritten};
 pub(super) use strftime::strftime_local;

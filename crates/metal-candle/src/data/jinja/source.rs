@@ -1,14 +1,24 @@
 //! Rewrites the source of a template where the engine's operators differ from Python's, and bounds how deep it nests.
 //!
-//! None of the changes leaves a trace in the output or moves a line: transformers' `{% generation %}` becomes a scope, operands
-//! of `~` print as in Python, `%` formats text, and what is put into a namespace goes through a filter that checks it.
+//! None of the changes leaves a trace in the output or moves a line: transformers' `{% generation %}` becomes a scope whose edges
+//! are marked on demand, operands of `~` print as in Python, `%` formats text, and what is put into a namespace goes through a filter that checks it.
 
 /// Most operators in one tag, and most `elif` in a template: the parser recurses once for each.
 const MAX_OPERATORS: usize = 5_000;
 /// The filter that guards namespaces, the only values a template can change.
 pub(in crate::data) const STORABLE: &str = "_storable";
+/// Variable that makes a template write [`GENERATION_START`] and [`GENERATION_END`] around what it marks by `{% generation %}`.
+pub(in crate::data) const GENERATION_MARKS: &str = "_generation_marks";
+/// Written where a marked part begins: a private-use character.
+pub(in crate::data) const GENERATION_START: char = '\u{E0FA}';
+/// Written where a marked part ends.
+pub(in crate::data) const GENERATION_END: char = '\u{E0FB}';
+/// The function that writes them.
+pub(super) const MARK: &str = "_generation_mark";
 /// The filter that stands for `%`.
 pub(super) const PERCENT: &str = "_percent";
+/// The filter that stands for `+` in tags with the filter `safe`.
+pub(super) const PLUS: &str = "_plus";
 /// The filter that prints an operand of `~`.
 pub(super) const PRINTED: &str = "_printed";
 
@@ -78,6 +88,11 @@ struct Level {
     operand: String,
     left_of_percent: Option<String>,
     is_concatenated: bool,
+    /// Where the sum begins whose operand is read.
+    sum_start: usize,
+    /// Whether all of the sum is an operand of [`PLUS`] already.
+    is_filtered: bool,
+    is_in_plus: bool,
 }
 
 impl Level {
@@ -97,6 +112,9 @@ impl Level {
         } else {
             self.done.push_str(&operand);
         }
+        if std::mem::take(&mut self.is_in_plus) {
+            self.done.push(')');
+        }
     }
 
     fn delimiter(&mut self, token: &str, is_concatenation: bool) {
@@ -104,6 +122,21 @@ impl Level {
         self.end_operand();
         self.is_concatenated = is_concatenation;
         self.done.push_str(token);
+        self.is_filtered = false;
+        if !matches!(token, "-" | "~") {
+            self.sum_start = self.done.len();
+        }
+    }
+
+    fn plus(&mut self) {
+        self.end_operand();
+        self.is_concatenated = false;
+        if !std::mem::replace(&mut self.is_filtered, true) {
+            self.done.insert(self.sum_start, '(');
+            self.done.push(')');
+        }
+        self.done.extend([" | ", PLUS, "("]);
+        self.is_in_plus = true;
     }
 }
 
@@ -126,6 +159,7 @@ impl Tag {
         let bytes = tag.as_bytes();
         let close = if is_block { "%}" } else { "}}" };
         let start = if matches!(bytes.get(2), Some(b'-' | b'+')) { 3 } else { 2 };
+        let has_safe = tag.find(close).is_some_and(|end| tag[..end].contains("safe"));
         let mut levels = vec![Level::default()];
         let mut name = String::new();
         let mut num_operators = 0;
@@ -154,14 +188,11 @@ impl Tag {
                     len = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
                     let word = &rest[..len];
                     let is_first = is_block && name.is_empty();
-                    if is_first {
-                        name = word.to_string();
-                    }
+                    name.push_str(if is_first { word } else { "" });
                     // behind a dot or a bar a keyword is a name
                     let is_name = level.operand.trim_end().ends_with(['.', '|']);
                     let is_keyword = matches!(word, "and" | "or" | "not" | "if" | "else" | "elif" | "in" | "recursive");
-                    let belongs_to_is = word == "not" && level.operand.trim_end().ends_with(" is")
-                        || word == "in" && level.operand.trim_end().ends_with(" is");
+                    let belongs_to_is = matches!(word, "not" | "in") && level.operand.trim_end().ends_with(" is");
                     if is_first || (is_keyword && !is_name && !belongs_to_is) {
                         level.delimiter(word, false);
                         num_operators += 1;
@@ -213,7 +244,10 @@ impl Tag {
                 }
                 '+' | '-' | '=' | '!' | '<' | '>' | ',' | ':' => {
                     len += usize::from(rest[1..].starts_with('=') && !matches!(c, '+' | '-' | ',' | ':'));
-                    level.delimiter(&rest[..len], false);
+                    match c {
+                        '+' if has_safe => level.plus(),
+                        _ => level.delimiter(&rest[..len], false),
+                    }
                     num_operators += usize::from(!matches!(c, ',' | ':'));
                     after_operand = false;
                 }
@@ -229,9 +263,10 @@ impl Tag {
     /// The inside with the names of statements replaced.
     fn finished(&self) -> String {
         let inside = &self.inside;
+        let mark = |is_start| format!("call {MARK}({is_start}, {GENERATION_MARKS}) %}}{{% endcall ");
         match inside.trim() {
-            "generation" => inside.replacen("generation", "with", 1),
-            "endgeneration" => inside.replacen("endgeneration", "endwith", 1),
+            "generation" => inside.replacen("generation", &format!("with %}}{{% {}", mark(true)), 1),
+            "endgeneration" => inside.replacen("endgeneration", &format!("{}%}}{{% endwith", mark(false)), 1),
             _ => match namespace_assignment(inside) {
                 Some((target, value)) => format!("{target}= ({value}) | {STORABLE} "),
                 None => inside.clone(),
