@@ -1,10 +1,11 @@
 //! Rows as tokens, with the tokens that are trained.
 
+use super::chat::REASONING_KEYS;
 use super::rows::{Conversation, Row, Schema};
-use super::spans::{RenderedConversation, SpanFinder};
-use super::{DatasetOptions, Tokenizer, TrainedTurns};
+use super::spans::{RenderNote, RenderedConversation, SpanFinder};
+use super::{DatasetOptions, Message, Tokenizer, TrainedTurns};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
@@ -28,6 +29,8 @@ pub(super) struct EncodedRow {
     pub is_cut: bool,
     /// Whether an end-of-text token was wanted that the tokenizer does not name.
     pub lacks_eos: bool,
+    /// What else is odd.
+    pub notes: BTreeSet<String>,
     pub details: Option<Details>,
 }
 
@@ -58,7 +61,16 @@ struct Parts {
     roles: Vec<(String, usize)>,
     /// Whether special tokens go around the text, and the end-of-text token after it.
     is_plain: bool,
+    /// Whether tokens that are trained in part are trained, as transformers does with a template's own marks.
+    trains_touched: bool,
+    notes: BTreeSet<String>,
 }
+
+/// What is said of an answer that is trained and has no text.
+const EMPTY_ANSWER: &str = "an answer that is trained is empty";
+/// Keys of an answer that templates need not read.
+const KNOWN_KEYS: [&str; 10] =
+    ["role", "content", "tool_calls", "tool_call_id", "name", "id", "model", "date", "timestamp", "created"];
 
 impl<'a> Encoder<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, options: &'a DatasetOptions, with_details: bool) -> Self {
@@ -71,17 +83,19 @@ impl<'a> Encoder<'a> {
         let parts = match row {
             Row::Text(text) => {
                 let roles = vec![("text".to_string(), text.len())];
-                Parts { text, trained: None, roles, is_plain: true }
+                Parts { text, trained: None, roles, is_plain: true, trains_touched: false, notes: BTreeSet::new() }
             }
             Row::Completion { prompt, completion, tools, variables } if self.finder.is_some() => {
-                let messages = vec![super::Message::user(prompt), super::Message::assistant(completion)];
+                let messages = vec![Message::user(prompt), Message::assistant(completion)];
                 self.conversation(schema, Conversation { train: vec![None; 2], messages, tools, variables })?
             }
             Row::Completion { prompt, completion, .. } => {
                 let text = prompt.clone() + &completion;
                 let whole = prompt.len()..text.len();
                 let roles = vec![("prompt".to_string(), prompt.len()), ("completion".to_string(), text.len())];
-                Parts { trained: self.options.mask_prompt.then(|| vec![whole]), text, roles, is_plain: true }
+                let notes = completion.is_empty().then(|| EMPTY_ANSWER.to_string()).into_iter().collect();
+                let trained = self.options.mask_prompt.then(|| vec![whole]);
+                Parts { trained, text, roles, is_plain: true, trains_touched: false, notes }
             }
             Row::Conversation(conversation) => self.conversation(schema, conversation)?,
         };
@@ -111,14 +125,43 @@ impl<'a> Encoder<'a> {
         if wanted.is_empty() && self.options.mask_prompt {
             return Err("no assistant message is trained".into());
         }
-        let spans = if self.options.mask_prompt { wanted.as_slice() } else { &[] };
-        let RenderedConversation { text, spans } = finder.render(&messages, tools.as_deref(), &all_variables, spans)?;
+        let mask_prompt = self.options.mask_prompt;
+        let rendered = finder.render(&messages, tools.as_deref(), &all_variables, &wanted, mask_prompt)?;
         let roles = if self.with_details {
-            roles(finder, &messages, tools.as_deref(), &all_variables, &text)
+            roles(finder, &messages, tools.as_deref(), &all_variables, &rendered)
         } else {
             Vec::new()
         };
-        Ok(Parts { text, trained: self.options.mask_prompt.then_some(spans), roles, is_plain: false })
+        let answers: Vec<&Message> = wanted.iter().map(|&index| &messages[index]).collect();
+        let mut notes = notes(&rendered, &answers);
+        notes.extend(self.unread_keys(&answers));
+        let RenderedConversation { text, spans, has_marks, .. } = rendered;
+        let trained = mask_prompt.then_some(spans);
+        Ok(Parts { text, trained, roles, is_plain: false, trains_touched: has_marks, notes })
+    }
+
+    /// Notes on texts in trained answers that no template reads.
+    fn unread_keys(&self, answers: &[&Message]) -> Vec<String> {
+        let sources = self.finder.as_ref().map_or(&[][..], |finder| finder.template().sources());
+        let is_read = |key: &str| sources.iter().any(|(_, source)| source.contains(key));
+        let fields = answers.iter().flat_map(|message| message.fields());
+        let texts = fields.filter(|(_, value)| value.as_str().is_some_and(|text| !text.is_empty()));
+        let unknown = texts.map(|(key, _)| key.as_str()).filter(|key| {
+            let is_known = KNOWN_KEYS.contains(key) || REASONING_KEYS.contains(key);
+            !is_known && !is_read(key)
+        });
+        let unknown: BTreeSet<&str> = unknown.collect();
+        unknown
+            .into_iter()
+            .take(5)
+            .map(|key| {
+                let short: String = key.chars().take(40).collect();
+                format!(
+                    "the chat template does not read the key `{}` of an answer that is trained",
+                    short.escape_debug()
+                )
+            })
+            .collect()
     }
 
     fn tokens(&self, schema: Schema, parts: &Parts) -> Result<EncodedRow, String> {
@@ -132,8 +175,8 @@ impl<'a> Encoder<'a> {
                 let after = spans.partition_point(|span| span.end <= start);
                 let is_touched = start < end && spans.get(after).is_some_and(|span| span.start < end);
                 let is_inside = spans.get(after).is_some_and(|span| covers(span, &parts.text, start, end));
-                has_straddling_token |= is_touched && !is_inside;
-                is_touched && is_inside
+                has_straddling_token |= is_touched && !is_inside && !parts.trains_touched;
+                is_touched && (is_inside || parts.trains_touched)
             })
             .collect();
         let mut lacks_eos = false;
@@ -161,7 +204,11 @@ impl<'a> Encoder<'a> {
             let which = if is_cut { format!(" of the first {max_tokens}") } else { String::new() };
             return Err(format!("no token{which} is trained"));
         }
-        Ok(EncodedRow { schema, ids, trained, has_straddling_token, is_cut, lacks_eos, details })
+        if parts.trained.is_some() && !parts.is_plain && trained.iter().all(|&trained| trained) {
+            return Err("every token is trained, for the chat template writes nothing before the answer".into());
+        }
+        let notes = parts.notes.clone();
+        Ok(EncodedRow { schema, ids, trained, has_straddling_token, is_cut, lacks_eos, notes, details })
     }
 }
 
@@ -194,17 +241,37 @@ fn covers(span: &Range<usize>, text: &str, start: usize, end: usize) -> bool {
             && text.is_char_boundary(end))
 }
 
+/// Notes on a conversation and the answers that are trained.
+fn notes(rendered: &RenderedConversation, answers: &[&Message]) -> BTreeSet<String> {
+    let of_text = rendered.notes.iter().map(|note| match note {
+        RenderNote::LosesText => "the chat template leaves out the text of an answer that is trained",
+        RenderNote::LosesCalls => "the chat template leaves out the tool calls of an answer that is trained",
+        RenderNote::WritesNone => {
+            "the chat template writes `None` for an answer whose `content` is null; leave it empty"
+        }
+        RenderNote::LosesReasoning => "the chat template leaves out the reasoning of an answer that is trained",
+        RenderNote::ReplacesIds => {
+            "the chat template takes tool call ids of nine characters only, so the ids are replaced"
+        }
+    });
+    let mut notes: BTreeSet<String> = of_text.map(str::to_string).collect();
+    if answers.iter().any(|answer| answer.text().is_empty() && answer.tool_calls().is_empty()) {
+        notes.insert(EMPTY_ANSWER.to_string());
+    }
+    notes
+}
+
 /// Where the part of each role ends in a conversation's text.
 fn roles(
     finder: &SpanFinder,
-    messages: &[super::Message],
+    messages: &[Message],
     tools: Option<&[Value]>,
     variables: &Map<String, Value>,
-    text: &str,
+    rendered: &RenderedConversation,
 ) -> Vec<(String, usize)> {
     let mut roles = Vec::new();
     let mut has_gap = false;
-    for (message, end) in messages.iter().zip(finder.boundaries(messages, tools, variables, text)) {
+    for (message, end) in messages.iter().zip(finder.boundaries(messages, tools, variables, rendered)) {
         let Some(end) = end else {
             has_gap = true;
             continue;

@@ -59,11 +59,13 @@ impl Problems {
 }
 
 /// What is odd about a row but does no harm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum RowNote {
     Cut,
     Straddles,
     LacksEos,
+    /// In words.
+    Other(String),
 }
 
 /// Reads a file and gives each usable row to `keep`, in order. Returns notes; what cannot be used goes to `problems`.
@@ -106,7 +108,8 @@ pub(super) fn read_rows(
                 (RowNote::Straddles, row.has_straddling_token),
                 (RowNote::LacksEos, row.lacks_eos),
             ];
-            for (note, _) in notes.into_iter().filter(|(_, is_so)| *is_so) {
+            let others = row.notes.into_iter().map(|note| (RowNote::Other(note), true));
+            for (note, _) in notes.into_iter().chain(others).filter(|(_, is_so)| *is_so) {
                 row_notes.entry(note).or_insert((line, 0)).1 += 1;
             }
             let source = Some(Source { path: Arc::clone(&shared_path), line });
@@ -231,6 +234,8 @@ fn notes(
                 RowNote::Straddles => {
                     format!("{rows} have a token that reaches over the edge of an answer and is not trained")
                 }
+                RowNote::Other(what) if count == 1 => format!("this row: {what}"),
+                RowNote::Other(what) => format!("the first of {count} rows: {what}"),
                 RowNote::LacksEos => {
                     let verb = if count == 1 { "ends" } else { "end" };
                     format!("{rows} {verb} without an end-of-text token, for the tokenizer names none")

@@ -6,6 +6,7 @@ mod encode;
 mod files;
 mod jinja;
 mod lines;
+mod marked;
 mod message;
 mod packing;
 mod random;

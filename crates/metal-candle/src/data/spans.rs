@@ -1,20 +1,43 @@
 //! Where the assistant's turns are in a rendered conversation.
 
 use super::chat::{REASONING_KEYS, message_value, tools_value};
+use super::jinja::{GENERATION_END, GENERATION_MARKS, GENERATION_START};
+use super::marked::{Marker, Part, Strings, generation_ranges};
 use super::{ChatTemplate, Message};
-use minijinja::Value as TemplateValue;
 use serde_json::{Map, Value};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 /// A text that no conversation holds: private-use characters at both ends.
 const SENTINEL: &str = "\u{E0F7}0\u{E0F8}";
+/// Length of the tool call ids that Mistral's templates require.
+const CALL_ID_LENGTH: usize = 9;
+/// Bytes by which the end of a string is found again in another rendering.
+const MAX_ANCHOR_BYTES: usize = 40;
+/// Most messages of a conversation whose boundaries are found by rendering each of its beginnings.
+const MAX_BEGINNINGS: usize = 64;
 
 /// A conversation as text.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct RenderedConversation {
     pub text: String,
-    /// The bytes of each wanted turn, its end token included.
+    /// The bytes that are trained, in order: those of each wanted turn, its end token included.
     pub spans: Vec<Range<usize>>,
+    /// Whether the template marks the spans itself, by `{% generation %}`.
+    pub has_marks: bool,
+    /// Where messages begin and end in the text, if they can be found.
+    strings: Option<Strings>,
+    pub notes: BTreeSet<RenderNote>,
+}
+
+/// What is odd about a rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum RenderNote {
+    LosesText,
+    LosesCalls,
+    LosesReasoning,
+    WritesNone,
+    ReplacesIds,
 }
 
 /// Finds turns in what a template writes.
@@ -24,18 +47,31 @@ pub(super) struct SpanFinder<'a> {
     special_tokens: Vec<String>,
     /// Whether the template writes more when an answer is to follow.
     has_generation_prompt: bool,
+    /// What it writes before an answer if it writes no more when one is to follow; white space belongs to the answer.
+    header: String,
+    /// The special tokens that the template puts after an answer.
+    end_tokens: Vec<String>,
 }
 
 /// A conversation in the template engine's form.
 struct View<'a> {
     template: &'a ChatTemplate,
-    messages: Vec<TemplateValue>,
-    tools: Option<TemplateValue>,
+    messages: Vec<minijinja::Value>,
+    tools: Option<minijinja::Value>,
     variables: &'a Map<String, Value>,
 }
 
-impl View<'_> {
-    fn render(&self, messages: &[TemplateValue], add_generation_prompt: bool) -> crate::error::Result<String> {
+impl<'a> View<'a> {
+    fn new(
+        template: &'a ChatTemplate,
+        messages: &[Message],
+        tools: Option<&[Value]>,
+        variables: &'a Map<String, Value>,
+    ) -> Self {
+        Self { template, messages: messages.iter().map(message_value).collect(), tools: tools_value(tools), variables }
+    }
+
+    fn render(&self, messages: &[minijinja::Value], add_generation_prompt: bool) -> crate::error::Result<String> {
         self.template.render_values(messages, self.tools.as_ref(), add_generation_prompt, self.variables)
     }
 
@@ -44,11 +80,38 @@ impl View<'_> {
         self.render(&self.messages[..count], add_generation_prompt).ok()
     }
 
+    /// Bytes of the first `count` messages where their text is a beginning of the whole.
+    fn beginning(&self, text: &str, count: usize, add_generation_prompt: bool) -> Option<usize> {
+        let prefix = self.prefix(count, add_generation_prompt)?;
+        text.starts_with(prefix.as_str()).then_some(prefix.len())
+    }
+
     /// The conversation with another message in place of number `turn`.
     fn with(&self, turn: usize, message: &Message) -> Option<String> {
         let mut messages = self.messages.clone();
         *messages.get_mut(turn)? = message_value(message);
-        self.render(&messages, false).ok().filter(|text| text.contains(SENTINEL))
+        self.render(&messages, false).ok()
+    }
+
+    /// Where the strings of the messages are in the text.
+    fn strings(&self, messages: &[Message], text: &str) -> Option<Strings> {
+        let attempts = [true, false].into_iter().map(|calls| {
+            let marker = Marker::new(messages, calls);
+            let marked: Vec<minijinja::Value> = marker.messages.iter().map(message_value).collect();
+            marker.align(&self.render(&marked, false).ok()?, text)
+        });
+        attempts.flatten().next().map(|found| Strings::new(found, messages.len()))
+    }
+
+    /// The parts of the text in `{% generation %}`, if the template marks any.
+    fn generation_ranges(&self, text: &str) -> Option<Vec<Range<usize>>> {
+        if !self.template.has_generation_marks() {
+            return None;
+        }
+        let mut variables = self.variables.clone();
+        variables.insert(GENERATION_MARKS.into(), Value::Bool(true));
+        let marked = self.template.render_values(&self.messages, self.tools.as_ref(), false, &variables).ok()?;
+        generation_ranges(&marked, text, GENERATION_START, GENERATION_END).filter(|ranges| !ranges.is_empty())
     }
 }
 
@@ -56,83 +119,304 @@ impl<'a> SpanFinder<'a> {
     pub(super) fn new(template: &'a ChatTemplate, special_tokens: Vec<String>) -> Self {
         let probe = [Message::user("a")];
         let render = |prompt| template.render(&probe, None, prompt, &Map::new()).ok();
-        let has_generation_prompt = render(false).is_none_or(|text| Some(text) != render(true));
-        Self { template, special_tokens, has_generation_prompt }
+        let bare = render(false);
+        let has_generation_prompt = bare.is_none() || bare != render(true);
+        let answer = [Message::user("a"), Message::assistant(SENTINEL)];
+        let answer = template.render(&answer, None, false, &Map::new()).unwrap_or_default();
+        let header = answer.strip_prefix(bare.unwrap_or_default().as_str()).and_then(|rest| rest.split_once(SENTINEL));
+        let header =
+            header.map(|(header, _)| header).filter(|header| !has_generation_prompt && !header.trim().is_empty());
+        let header = header.unwrap_or_default().to_string();
+        let end = super::turn_end::turn_end(template, &special_tokens);
+        let end_tokens = [end.last, end.middle].into_iter().flatten().collect();
+        Self { template, special_tokens, has_generation_prompt, header, end_tokens }
+    }
+
+    pub(super) fn template(&self) -> &ChatTemplate {
+        self.template
     }
 
     /// Renders a conversation and finds the `wanted` turns in it: what the model has to write after the prompt, up to and with the
     /// token that ends the turn.
     ///
-    /// A turn lies between the rendering of the messages before it and that of the messages up to it, where both are a beginning of
-    /// the whole. Templates that change earlier turns when later ones come (reasoning is dropped) break this; there the turn is
-    /// what changes in the whole when the turn's text does.
+    /// What the template marks by `{% generation %}` is what is trained. Without marks, a turn lies between the rendering of the
+    /// messages before it and that of the messages up to it, where both are a beginning of the whole. Templates that change
+    /// earlier turns when later ones come (reasoning is dropped) break this; there the turn is what lies around its strings.
+    /// Turns with the same text around their strings are looked at once, so the time is linear.
     pub(super) fn render(
         &self,
         messages: &[Message],
         tools: Option<&[Value]>,
         variables: &Map<String, Value>,
         wanted: &[usize],
+        mask_prompt: bool,
     ) -> Result<RenderedConversation, String> {
-        let view = View {
-            template: self.template,
-            messages: messages.iter().map(message_value).collect(),
-            tools: tools_value(tools),
-            variables,
+        let mut view = View::new(self.template, messages, tools, variables);
+        let mut rendered = RenderedConversation::default();
+        let with_ids;
+        let mut messages = messages;
+        rendered.text = match view.render(&view.messages, false) {
+            Ok(text) => text,
+            Err(error) => {
+                with_ids = with_call_ids(messages).ok_or_else(|| error.to_string())?;
+                messages = &with_ids;
+                view = View::new(self.template, messages, tools, variables);
+                rendered.notes.insert(RenderNote::ReplacesIds);
+                view.render(&view.messages, false).map_err(|_| error.to_string())?
+            }
         };
-        let text = view.render(&view.messages, false).map_err(|e| e.to_string())?;
+        let text = rendered.text.as_str();
+        let strings = view.strings(messages, text);
+        Self::check_lost(&view, messages, text, strings.as_ref(), wanted, &mut rendered.notes)?;
+        if mask_prompt {
+            let marks = view.generation_ranges(text);
+            let is_assistant = |index: &usize| messages[*index].role() == "assistant";
+            let takes_all = wanted.len() == (0..messages.len()).filter(is_assistant).count();
+            rendered.has_marks = marks.is_some();
+            rendered.spans = match marks {
+                Some(marks) if takes_all => marks,
+                marks => {
+                    let spans = self.spans(&view, messages, text, strings.as_ref(), wanted)?;
+                    match marks {
+                        Some(mut marks) => {
+                            marks.retain(|mark| {
+                                let after = spans.partition_point(|span| span.end <= mark.start);
+                                spans.get(after).is_some_and(|span| span.start < mark.end)
+                            });
+                            marks
+                        }
+                        None => spans,
+                    }
+                }
+            };
+        }
+        if wanted.iter().any(|&turn| messages[turn].get("content") == Some(&Value::Null)) {
+            let filled = messages.iter().map(|message| match message.get("content") {
+                Some(Value::Null) => message_value(&message.clone().with("content", "")),
+                _ => message_value(message),
+            });
+            let filled = view.render(&filled.collect::<Vec<_>>(), false).unwrap_or_default();
+            if filled.matches("None").count() < text.matches("None").count() {
+                rendered.notes.insert(RenderNote::WritesNone);
+            }
+        }
+        rendered.strings = strings;
+        Ok(rendered)
+    }
+
+    fn spans(
+        &self,
+        view: &View,
+        messages: &[Message],
+        text: &str,
+        strings: Option<&Strings>,
+        wanted: &[usize],
+    ) -> Result<Vec<Range<usize>>, String> {
         let mut spans: Vec<Range<usize>> = Vec::with_capacity(wanted.len());
+        let mut known = HashMap::new();
         for &turn in wanted {
-            let span = self
-                .span(&view, messages, &text, turn)
-                .filter(|span| spans.last().is_none_or(|last| last.end <= span.start));
-            spans.push(span.ok_or_else(|| {
+            let own = strings.and_then(|strings| Some((strings, strings.own[turn].clone()?)));
+            let parts = match own {
+                Some((strings, own)) => self.parts(view, text, turn, strings, &own, &mut known),
+                None => self.span(view, messages, text, turn).map(|span| vec![span]),
+            };
+            let last_end = spans.last().map_or(0, |last| last.end);
+            let is_empty = messages[turn].text().is_empty() && messages[turn].tool_calls().is_empty();
+            if parts.is_none() && is_empty {
+                continue;
+            }
+            let parts = parts.filter(|parts| parts.first().is_some_and(|part| last_end <= part.start));
+            spans.extend(parts.ok_or_else(|| {
                 format!("the chat template hides where message {} begins and ends, so it cannot be trained", turn + 1)
             })?);
         }
-        Ok(RenderedConversation { text, spans })
+        Ok(spans)
     }
 
-    /// The bytes that each message takes in the whole; `None` for those that cannot be told from the one after.
+    /// The parts of a turn around its strings, without what other messages put between them.
+    fn parts<'t>(
+        &self,
+        view: &View,
+        text: &'t str,
+        turn: usize,
+        strings: &Strings,
+        own: &Range<usize>,
+        known: &mut HashMap<(&'t str, &'t str, bool), (usize, usize)>,
+    ) -> Option<Vec<Range<usize>>> {
+        let room = strings.around(own, text.len());
+        let is_last = turn + 1 == view.messages.len();
+        let key = (&text[room.start..own.start], &text[own.end..room.end], is_last);
+        let (lead, trail) = *known.entry(key).or_insert_with(|| self.around(view, text, turn, own, &room));
+        let span = own.start - lead..own.end + trail;
+        let foreign = strings.foreign(turn, &span);
+        let mut parts = if foreign.is_empty() {
+            vec![span.clone()]
+        } else {
+            self.without_foreign(view, text, turn, &span, &foreign)
+                .unwrap_or_else(|| between_strings(strings, turn, &span, &foreign))
+        };
+        let last = parts.last_mut()?;
+        last.end = self.without_space_after_end_token(text, last);
+        parts.retain(|part| part.start < part.end);
+        (!parts.is_empty()).then_some(parts)
+    }
+
+    /// Bytes of a turn before its first string and after its last.
+    fn around(&self, view: &View, text: &str, turn: usize, own: &Range<usize>, room: &Range<usize>) -> (usize, usize) {
+        let in_lead = |at: &usize| (room.start..=own.start).contains(at);
+        let prompted = self.has_generation_prompt.then(|| view.beginning(text, turn, true)).flatten().filter(in_lead);
+        let start = prompted
+            .or_else(|| self.after_tail(view, text, turn, room.start..own.start))
+            .or_else(|| self.after_header(view, &text[..own.start], turn, room.start))
+            .or_else(|| Self::after_space(view, text, turn, own.start).filter(in_lead))
+            .unwrap_or(own.start);
+        let in_trail = |at: &usize| (own.end..=room.end).contains(at);
+        let count = turn + 1;
+        let ended = if count == view.messages.len() { Some(text.len()) } else { view.beginning(text, count, false) };
+        let limit = ended.filter(in_trail);
+        let until = limit.unwrap_or(room.end);
+        // the last message of a beginning may lack its end token
+        let end = self.end_in(&text[own.end..until]).map(|len| own.end + len);
+        let end = end.unwrap_or_else(|| match self.after_end_token(text, until) {
+            after if limit.is_some() && after <= room.end => after,
+            _ => limit.unwrap_or_else(|| self.after_end_token(text, own.end).min(room.end)),
+        });
+        (own.start - start, end - own.end)
+    }
+
+    /// The turn without the one part that later messages put into it: what its rendering as the last message lacks.
+    fn without_foreign(
+        &self,
+        view: &View,
+        text: &str,
+        turn: usize,
+        span: &Range<usize>,
+        foreign: &[Range<usize>],
+    ) -> Option<Vec<Range<usize>>> {
+        let alone = view.prefix(turn + 1, false)?;
+        let before = &text[..span.start];
+        let alone = alone.strip_prefix(before)?;
+        let whole = &text[span.clone()];
+        let end = self.end_in(alone);
+        let alone = &alone[..end.unwrap_or(alone.len())];
+        let mut start = common_prefix(whole, alone);
+        let rest = alone.len() - start;
+        if common_suffix(&whole[start..], &alone[start..]) < rest {
+            return None;
+        }
+        // equal text on both sides of the insertion leaves open where it begins; not within a token
+        let is_cut = |at: usize| {
+            self.special_tokens.iter().any(|token| {
+                let from = (at + 1).saturating_sub(token.len());
+                (from..at).any(|from| alone.as_bytes()[from..].starts_with(token.as_bytes()))
+            })
+        };
+        let added = whole.len() - alone.len();
+        while start > 0 && (is_cut(start) || !whole.is_char_boundary(start)) {
+            start -= 1;
+            if !whole.is_char_boundary(start + added) || whole[start + added..] != alone[start..] {
+                return None;
+            }
+        }
+        let hole = span.start + start..span.start + start + added;
+        let covers = |other: &Range<usize>| hole.start <= other.start && other.end <= hole.end;
+        foreign.iter().all(covers).then(|| vec![span.start..hole.start, hole.end..span.end])
+    }
+
+    /// An error for texts and calls of trained turns that the template leaves out.
+    fn check_lost(
+        view: &View,
+        messages: &[Message],
+        text: &str,
+        strings: Option<&Strings>,
+        wanted: &[usize],
+        notes: &mut BTreeSet<RenderNote>,
+    ) -> Result<(), String> {
+        let lost = strings.map(Strings::lost).unwrap_or_default();
+        // a template may write the numbers of a call and none of its strings; all turns are alike in this
+        let mut writes_calls = None;
+        for &turn in wanted {
+            let message = &messages[turn];
+            let is_lost = |part| lost.contains(&(turn, part));
+            let (mut loses_text, mut loses_calls) = (is_lost(Part::Text), is_lost(Part::Call));
+            let mut loses_all = strings.is_some_and(|strings| strings.own[turn].is_none());
+            if strings.is_none() {
+                let content = message.text();
+                let answer = content.rsplit("</think>").next().unwrap_or_default().trim();
+                loses_text = !text.contains(answer) && Self::changed(view, messages, text, turn).is_none();
+                let names = message.tool_calls().iter().map(|call| call.get("function").unwrap_or(call).get("name"));
+                loses_calls = names.flatten().filter_map(Value::as_str).any(|name| !text.contains(name));
+                loses_all = (loses_text || answer.is_empty()) && (loses_calls || message.tool_calls().is_empty());
+            }
+            if loses_calls {
+                loses_calls = !*writes_calls.get_or_insert_with(|| {
+                    let mut other = message.clone();
+                    other.remove("tool_calls");
+                    view.with(turn, &other).is_some_and(|other| other != text)
+                });
+            }
+            let lost = [
+                (loses_text, RenderNote::LosesText, "text"),
+                (loses_calls, RenderNote::LosesCalls, "tool calls"),
+                (is_lost(Part::Reasoning), RenderNote::LosesReasoning, "reasoning"),
+            ];
+            for (_, note, what) in lost.into_iter().filter(|(is_lost, ..)| *is_lost) {
+                if loses_all {
+                    let turn = turn + 1;
+                    return Err(format!("the chat template leaves out the {what} of message {turn}, which is trained"));
+                }
+                notes.insert(note);
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes at which each message ends in the whole; `None` for those that cannot be told from the one after.
     pub(super) fn boundaries(
         &self,
         messages: &[Message],
         tools: Option<&[Value]>,
         variables: &Map<String, Value>,
-        text: &str,
+        rendered: &RenderedConversation,
     ) -> Vec<Option<usize>> {
-        let view = View {
-            template: self.template,
-            messages: messages.iter().map(message_value).collect(),
-            tools: tools_value(tools),
-            variables,
-        };
+        let view = View::new(self.template, messages, tools, variables);
+        let text = rendered.text.as_str();
+        let own = |index: usize| rendered.strings.as_ref().and_then(|strings| strings.own.get(index)?.clone());
+        let mut known: HashMap<(&str, &str, &str), Option<usize>> = HashMap::new();
         (1..=messages.len())
             .map(|count| {
                 if count == messages.len() {
                     return Some(text.len());
                 }
-                view.prefix(count, false).filter(|prefix| text.starts_with(prefix.as_str())).map(|prefix| prefix.len())
+                let between = match (own(count - 1), own(count)) {
+                    (Some(before), Some(after)) if before.end <= after.start => Some(before.end..after.start),
+                    _ => None,
+                };
+                let Some(between) = between else {
+                    let is_short = messages.len() <= MAX_BEGINNINGS;
+                    return is_short.then(|| view.beginning(text, count, false)).flatten();
+                };
+                let key = (messages[count - 1].role(), messages[count].role(), &text[between.clone()]);
+                let offset = *known.entry(key).or_insert_with(|| {
+                    let end = view.beginning(text, count, false).filter(|end| between.contains(end));
+                    end.map(|end| end - between.start)
+                });
+                offset.map(|offset| between.start + offset)
             })
             .collect()
     }
 
+    /// A turn without strings that can be found.
     fn span(&self, view: &View, messages: &[Message], text: &str, turn: usize) -> Option<Range<usize>> {
-        let start = if self.has_generation_prompt {
-            view.prefix(turn, true).filter(|prefix| text.starts_with(prefix.as_str())).map(|prefix| prefix.len())
-        } else {
-            None
-        };
-        let end = if turn + 1 == messages.len() {
-            Some(text.len())
-        } else {
-            view.prefix(turn + 1, false).filter(|prefix| text.starts_with(prefix.as_str())).map(|prefix| prefix.len())
-        };
+        let start = if self.has_generation_prompt { view.beginning(text, turn, true) } else { None };
+        let is_last = turn + 1 == messages.len();
+        let end = if is_last { Some(text.len()) } else { view.beginning(text, turn + 1, false) };
         let span = if let (Some(start), Some(end)) = (start, end) {
             start..end
         } else {
             let changed = Self::changed(view, messages, text, turn)?;
             let start = start
-                .or_else(|| self.after_header(view, text, turn, changed.start))
+                .or_else(|| self.after_header(view, &text[..changed.start], turn, 0))
                 .or_else(|| Self::after_space(view, text, turn, changed.start))
                 .unwrap_or(changed.start);
             let end = end.unwrap_or_else(|| self.after_end_token(text, changed.end));
@@ -150,33 +434,60 @@ impl<'a> SpanFinder<'a> {
         for key in REASONING_KEYS {
             plain.remove(key);
         }
-        let other = view.with(turn, &plain).or_else(|| view.with(turn, &with_calls))?;
+        let with = |message| view.with(turn, message).filter(|text| text.contains(SENTINEL));
+        let other = with(&plain).or_else(|| with(&with_calls))?;
         let start = common_prefix(text, &other);
         let end = text.len() - common_suffix(&text[start..], &other[start..]);
         Some(start..end)
     }
 
-    /// The end of the generation prompt that stands before a turn's text, with nothing but text between the two.
-    fn after_header(&self, view: &View, text: &str, turn: usize, text_start: usize) -> Option<usize> {
+    /// The end of what the template writes after the string before a turn when that turn is to follow, at the beginning of the room
+    /// between the two.
+    fn after_tail(&self, view: &View, text: &str, turn: usize, room: Range<usize>) -> Option<usize> {
+        let before = view.prefix(turn, self.has_generation_prompt)?;
+        let mut len = room.start.min(MAX_ANCHOR_BYTES);
+        while !text.is_char_boundary(room.start - len) {
+            len -= 1;
+        }
+        let anchor = &text[room.start - len..room.start];
+        let (_, tail) = before.rsplit_once(anchor).filter(|_| len > 0)?;
+        let lead = text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str())?;
+        Some(room.end - lead.len())
+    }
+
+    /// The end of the generation prompt, or of its longest part, before a turn's first string, with no end of a turn between the two.
+    fn after_header(&self, view: &View, before: &str, turn: usize, from: usize) -> Option<usize> {
         let (bare, prompted) = (view.prefix(turn, false)?, view.prefix(turn, true)?);
         let header = prompted.strip_prefix(bare.as_str()).filter(|header| !header.is_empty())?;
-        let before = &text[..text_start];
-        let start = before.rfind(header)? + header.len();
-        let between = &before[start..];
-        (!self.special_tokens.iter().any(|token| between.contains(token.as_str()))).then_some(start)
+        let lead = before.get(from..)?;
+        let cuts = header.match_indices(['\n', '>', ']']).map(|(at, end)| at + end.len());
+        let mut cuts: Vec<usize> = cuts.chain([header.len()]).collect();
+        cuts.dedup();
+        cuts.into_iter().rev().find_map(|cut| {
+            let start = lead.rfind(&header[..cut])? + cut;
+            let tokens = if self.end_tokens.is_empty() { &self.special_tokens } else { &self.end_tokens };
+            let is_open = |between: &str| !tokens.iter().any(|token| between.contains(token.as_str()));
+            is_open(&lead[start..]).then_some(from + start)
+        })
     }
 
     /// The end of the messages before a turn, with nothing but white space between it and the turn's text: the model writes that too.
     fn after_space(view: &View, text: &str, turn: usize, text_start: usize) -> Option<usize> {
-        let before = view.prefix(turn, false).filter(|prefix| text.starts_with(prefix.as_str()))?;
-        let between = text.get(before.len()..text_start)?;
-        between.trim().is_empty().then_some(before.len())
+        let before = view.beginning(text, turn, false)?;
+        let between = text.get(before..text_start)?;
+        between.trim().is_empty().then_some(before)
     }
 
-    /// The end of the special token that follows a turn's text, white space between them aside.
+    /// Bytes up to the end of the first end token.
+    fn end_in(&self, text: &str) -> Option<usize> {
+        let ends = self.end_tokens.iter().filter_map(|token| Some(text.find(token.as_str())? + token.len()));
+        ends.min()
+    }
+
+    /// The end of the end token that follows a turn's text, white space between them aside.
     fn after_end_token(&self, text: &str, text_end: usize) -> usize {
         let rest = text[text_end..].trim_start();
-        let token = self.special_tokens.iter().find(|token| rest.starts_with(token.as_str()));
+        let token = self.end_tokens.iter().find(|token| rest.starts_with(token.as_str()));
         token.map_or(text_end, |token| text.len() - rest.len() + token.len())
     }
 
@@ -186,6 +497,50 @@ impl<'a> SpanFinder<'a> {
         let ends_with_token = self.special_tokens.iter().any(|token| trimmed.ends_with(token.as_str()));
         if ends_with_token { span.start + trimmed.len() } else { span.end }
     }
+}
+
+/// The parts of a span without all that lies between a turn's strings around those of other messages.
+fn between_strings(strings: &Strings, turn: usize, span: &Range<usize>, foreign: &[Range<usize>]) -> Vec<Range<usize>> {
+    let own: Vec<&Range<usize>> = strings.sorted.iter().filter(|(m, _)| *m == turn).map(|(_, range)| range).collect();
+    let mut parts = Vec::new();
+    let mut start = span.start;
+    for other in foreign {
+        let end = own.iter().filter(|range| range.end <= other.start).map(|range| range.end).max();
+        if let Some(end) = end.filter(|end| start < *end) {
+            parts.push(start..end);
+        }
+        let next = own.iter().filter(|range| range.start >= other.end).map(|range| range.start).min();
+        start = next.unwrap_or(span.end);
+    }
+    parts.push(start..span.end);
+    parts
+}
+
+/// The conversation with tool call ids of nine characters, which some templates require, and each answer with the id of its call.
+/// `None` if there are no calls.
+fn with_call_ids(messages: &[Message]) -> Option<Vec<Message>> {
+    let mut count = 0;
+    let mut pending: Vec<(Option<Value>, String)> = Vec::new();
+    let replaced = messages.iter().map(|message| {
+        let mut message = message.clone();
+        if let Some(Value::Array(mut calls)) = message.get("tool_calls").cloned() {
+            pending.clear();
+            for call in calls.iter_mut().filter_map(Value::as_object_mut) {
+                let id = format!("call{count:0width$}", width = CALL_ID_LENGTH - 4);
+                count += 1;
+                pending.push((call.insert("id".into(), Value::String(id.clone())), id));
+            }
+            message = message.with("tool_calls", calls);
+        } else if message.role() == "tool" && !pending.is_empty() {
+            let asked = message.get("tool_call_id");
+            let place = pending.iter().position(|(old, _)| asked.is_some() && old.as_ref() == asked).unwrap_or(0);
+            let (_, id) = pending.remove(place);
+            message = message.with("tool_call_id", id);
+        }
+        message
+    });
+    let replaced: Vec<Message> = replaced.collect();
+    (count > 0).then_some(replaced)
 }
 
 /// Bytes of the characters that both texts begin with.

@@ -1,6 +1,6 @@
 //! The token that ends an assistant's turn, read off what the chat template writes.
 
-use super::{Message, Tokenizer};
+use super::{ChatTemplate, Message, Tokenizer};
 use serde_json::Map;
 
 /// Text of a turn that no template writes by itself.
@@ -13,23 +13,72 @@ impl Tokenizer {
     /// A model that was trained on the template ends its answers with this token, whatever `eos_token_id` its
     /// `config.json` names.
     pub fn end_of_turn_id(&self) -> Option<u32> {
-        let template = self.chat_template()?;
-        let turn = || vec![Message::user("a"), Message::assistant(PROBE)];
-        // a template that writes nothing after the last turn ends it by the header of the next one
-        let with_next = || [turn(), vec![Message::user("a")]].concat();
-        let with_system = |turns: Vec<Message>| [vec![Message::system("a")], turns].concat();
-        let conversations = [turn(), with_system(turn()), with_next(), with_system(with_next())];
-        conversations.iter().find_map(|messages| {
-            let text = template.render(messages, None, false, &Map::new()).ok()?;
-            let (_, after) = text.rsplit_once(PROBE)?;
-            self.first_special_token(after)
-        })
+        let end = turn_end(self.chat_template()?, &self.special_tokens());
+        self.token_to_id(&end.last.or(end.header)?)
     }
+}
 
-    fn first_special_token(&self, text: &str) -> Option<u32> {
-        let ids = self.encode(text, false).ok()?;
-        ids.into_iter().find(|&id| self.is_special(id))
+/// The special tokens that end a turn.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct TurnEnd {
+    /// Of the last answer.
+    pub last: Option<String>,
+    /// Of an answer before other messages, where it is another one.
+    pub middle: Option<String>,
+    /// The first of the next message, where nothing is written after an answer.
+    pub header: Option<String>,
+}
+
+/// Reads off a template what ends a turn: the last special token of those that it writes after an answer whether another message
+/// follows or not, else the first after each. `special_tokens` has the longest first.
+pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> TurnEnd {
+    let turn = [Message::user("a"), Message::assistant(PROBE)];
+    let next = [Message::user("a")];
+    let around = |messages: &[Message]| {
+        let text = template.render(messages, None, false, &Map::new()).ok()?;
+        text.rsplit_once(PROBE).map(|(before, after)| (before.to_string(), after.to_string()))
+    };
+    let system = [Message::system("a")];
+    let found = [&[][..], &system[..]].into_iter().find_map(|before| {
+        let (header, last) = around(&[before, &turn[..]].concat())?;
+        let middle = around(&[before, &turn[..], &next[..]].concat()).map_or_else(|| last.clone(), |(_, after)| after);
+        let (last_tokens, middle_tokens) = (tokens_in(&last, special_tokens), tokens_in(&middle, special_tokens));
+        // the header of an answer, which some templates always write, begins like that of other messages
+        let is_end = |&(at, token): &(usize, &str)| {
+            let rest = &last[at + token.len()..];
+            let next = tokens_in(rest, special_tokens).first().map_or(rest.len(), |(at, token)| at + token.len());
+            rest[..next].trim().is_empty() || !header.contains(&last[at..at + token.len() + next])
+        };
+        let same = last_tokens.iter().zip(&middle_tokens).take_while(|(a, b)| a == b);
+        let mut same: Vec<(usize, &str)> = same.map(|(token, _)| *token).collect();
+        if same.len() > 1 && same.last().is_some_and(|token| !is_end(token)) {
+            same.pop();
+        }
+        let text = |token: Option<(usize, &str)>| token.map(|(_, token)| token.to_string());
+        let end = match text(same.last().copied()) {
+            Some(token) => TurnEnd { last: Some(token), ..TurnEnd::default() },
+            None if last_tokens.is_empty() => {
+                TurnEnd { header: text(middle_tokens.first().copied()), ..TurnEnd::default() }
+            }
+            None => {
+                let (last, middle) = (text(last_tokens.first().copied()), text(middle_tokens.first().copied()));
+                TurnEnd { last, middle, header: None }
+            }
+        };
+        Some(end).filter(|end| *end != TurnEnd::default())
+    });
+    found.unwrap_or_default()
+}
+
+/// The special tokens in a text and where they begin.
+fn tokens_in<'t>(text: &str, special_tokens: &'t [String]) -> Vec<(usize, &'t str)> {
+    let (mut found, mut at) = (Vec::new(), 0);
+    while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
+        let token = special_tokens.iter().find(|token| rest.starts_with(token.as_str()));
+        found.extend(token.map(|token| (at, token.as_str())));
+        at += token.map_or_else(|| rest.chars().next().map_or(1, char::len_utf8), String::len);
     }
+    found
 }
 
 #[cfg(test)]
@@ -59,5 +108,11 @@ mod tests {
             format!("{{% if messages[0].role != 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{chatml}");
         assert_eq!(end_of(&strict).as_deref(), Some("<|im_end|>"));
         assert_eq!(end_of(&turns("{{ m.role }}: {{ m.content }}\n")), None);
+        // several tokens end each turn, and another one the conversation
+        let several = turns("{{ m.role }}: {{ m.content }}<|endoftext|><|im_end|>\n") + "<|im_start|>";
+        assert_eq!(end_of(&several).as_deref(), Some("<|im_end|>"));
+        // the header of an answer is always written
+        let open = chatml.clone() + "<|im_start|>assistant\n";
+        assert_eq!(end_of(&open).as_deref(), Some("<|im_end|>"));
     }
 }

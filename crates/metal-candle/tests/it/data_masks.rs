@@ -171,9 +171,10 @@ fn templates_of_other_shapes() {
     assert_eq!(trained(&tokenizer, &all(), dialogue()), [" 4<|im_end|>", " four 🦀<|im_end|>"]);
     // a template that only shows the last answer
     let tokenizer = with_source("{{ messages[-1].content }}{{ eos_token }}");
-    let message = "the chat template hides where message 3 begins and ends, so it cannot be trained";
+    let message = "the chat template leaves out the text of message 3, which is trained";
     assert_eq!(problem(&tokenizer, &all(), dialogue()), message);
-    assert_eq!(trained(&tokenizer, &last(), dialogue()), ["four 🦀\n<|im_end|>"]);
+    let message = "every token is trained, for the chat template writes nothing before the answer";
+    assert_eq!(problem(&tokenizer, &last(), dialogue()), message);
     // a template that refuses
     let tokenizer = with_source("{{ raise_exception('no system') }}");
     assert_eq!(problem(&tokenizer, &all(), dialogue()), "chat template: line 1: no system");
@@ -243,7 +244,8 @@ fn rows_that_are_too_long() {
 
 #[test]
 fn reasoning_is_found_under_each_of_its_names() {
-    for read in ["reasoning_content", "thinking", "reasoning"] {
+    // as in transformers, whose templates read the first two
+    for read in ["reasoning_content", "thinking"] {
         let tokenizer = with_source(
             &"{% for m in messages %}[{{ m.role }}]{% if m.NAME is defined %}<think>{{ m.NAME }}</think>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
                 .replace("NAME", read),
@@ -317,4 +319,89 @@ fn variables_of_options_and_rows_reach_the_template() {
     assert_eq!(text(&options, &own), "[bright]a<|im_end|>[bright]b<|im_end|>");
     own["chat_template_kwargs"] = json!({"messages": []});
     assert!(problem(&tokenizer, &options, own).contains("cannot set `messages`"));
+}
+
+#[test]
+fn results_of_tools_within_a_turn_are_not_trained() {
+    let tokenizer = with_source(
+        "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}[call {{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}{% if m.tool_calls and not loop.last and loop.nextitem.role == 'tool' %}[result {{ loop.nextitem.content }}]{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    );
+    let row = json!({"messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "It is warm.", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"what": "sky"}}}]},
+        {"role": "tool", "name": "look", "content": "MEASURED 31"},
+        {"role": "assistant", "content": "More?"},
+    ]});
+    let parts = trained(&tokenizer, &all(), row);
+    assert_eq!(parts.concat(), "[call look {\"what\": \"sky\"}]It is warm.<|im_end|>More?<|im_end|>");
+    assert_eq!(parts.len(), 3, "{parts:?}");
+}
+
+#[test]
+fn marks_of_the_template_are_what_is_trained() {
+    let source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}Sure: {% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    // as `return_assistant_tokens_mask` of transformers has it: without the end token, which is not marked
+    let tokenizer = with_source(source);
+    assert_eq!(trained(&tokenizer, &last(), dialogue()).concat().trim(), "four 🦀");
+    // marks that mark nothing
+    let tokenizer = with_source(&source.replace("'assistant' %}Sure: ", "'nobody' %}Sure: "));
+    assert_eq!(trained(&tokenizer, &last(), dialogue()), ["four 🦀\n<|im_end|>"]);
+}
+
+#[test]
+fn templates_that_require_ids_of_calls() {
+    let tokenizer = with_source(
+        "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.revindex0 < 4 %}[TOOLS]{{ tools | tojson }}{% endif %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls %}[CALLS]{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}{{ c.function | tojson }}, {{ c.id }}{% endfor %}{{ eos_token }}{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}{{ m.tool_call_id }}[/RESULT]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    );
+    let row = json!({"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {"b": "c"}}}]},
+        {"role": "tool", "tool_call_id": "x", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ], "tools": [{"type": "function", "function": {"name": "f"}}]});
+    let call = "[CALLS]{\"name\": \"f\", \"arguments\": {\"b\": \"c\"}}, call00000<|im_end|>";
+    let parts = trained(&tokenizer, &all(), row);
+    assert!(parts.len() == 2 && call.ends_with(&parts[0]) && parts[0].contains("\"f\""), "{parts:?}");
+    assert_eq!(parts[1], "e<|im_end|>");
+}
+
+#[test]
+fn long_conversations_take_linear_time() {
+    let tokenizer = with_template("thinking");
+    let turns = |count: usize| {
+        let pair = |index: usize| {
+            [
+                json!({"role": "user", "content": format!("q{index}")}),
+                json!({"role": "assistant", "content": format!("a{index}")}),
+            ]
+        };
+        json!({"messages": (0..count).flat_map(pair).collect::<Vec<_>>()})
+    };
+    let start = std::time::Instant::now();
+    let parts = trained(&tokenizer, &all(), turns(300));
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    assert_eq!(parts.len(), 300);
+    assert_eq!((parts[0].as_str(), parts[298].as_str()), ("a0<|im_end|>", "a298<|im_end|>"));
+    assert_eq!(parts[299], "<think>\n\n</think>\n\na299<|im_end|>");
+}
+
+#[test]
+fn answers_of_which_the_template_writes_a_part_or_nothing() {
+    let source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}CALLS{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}";
+    let call = json!([{"type": "function", "function": {"name": "look", "arguments": {"what": 7.5}}}]);
+    let row = |content: &str, calls: &serde_json::Value| {
+        json!({"messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": content, "tool_calls": calls},
+        ]})
+    };
+    // numbers only
+    let writes = "{% for c in m.tool_calls %}{{ c.function.arguments.what }}{% endfor %}";
+    let tokenizer = with_source(&source.replace("CALLS", writes));
+    assert_eq!(trained(&tokenizer, &all(), row("", &call)), ["7.5<|im_end|>"]);
+    // nothing of the calls
+    let tokenizer = with_source(&source.replace("CALLS", "{{ m.content }}"));
+    let message = "the chat template leaves out the tool calls of message 2, which is trained";
+    assert_eq!(problem(&tokenizer, &all(), row("", &call)), message);
+    assert_eq!(trained(&tokenizer, &all(), row("b", &call)), ["b<|im_end|>"]);
 }
