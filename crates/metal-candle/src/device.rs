@@ -293,6 +293,9 @@ fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String>
             _ => format!("there is no CUDA device {ordinal}: this machine has {count}, numbers 0 to {}", count - 1),
         });
     }
+    if let Some(folder) = crate::files::KernelFolder::of_user() {
+        metal_candle_kernels::gpu::cuda::set_kernel_store(Box::new(folder));
+    }
     let failed = |e: candle_core::Error| format!("CUDA device {ordinal} cannot be used: {}", Error::from(e));
     let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(failed)?;
     metal_candle_kernels::gpu::cuda::prepare(&device).map_err(failed)?;

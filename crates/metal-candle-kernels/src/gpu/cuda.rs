@@ -2,12 +2,17 @@
 //!
 //! Everything runs on the stream of candle's device, one after the other; no events are kept to order it.
 
+mod compile;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod libraries;
+
+pub use compile::{KernelStore, set_kernel_store};
+
 use super::{Arg, Grid, Kernel, Source, Word};
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
+    CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
 };
-use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use std::cell::RefCell;
@@ -70,23 +75,13 @@ fn function(device: &CudaDevice, kernel: &Kernel) -> Result<Function> {
     let module = if let Some(module) = compiled.modules.get(&of_module) {
         Arc::clone(module)
     } else {
-        let module = compile(context, kernel)?;
+        let module = compile::module(context, &kernel.text(PRELUDE)?)?;
         compiled.modules.insert(of_module, Arc::clone(&module));
         module
     };
     let function = Function::new(module.load_function(kernel.name).map_err(candle_core::Error::wrap)?)?;
     compiled.functions.insert(key, function.clone());
     Ok(function)
-}
-
-fn compile(context: &Arc<CudaContext>, kernel: &Kernel) -> Result<Arc<CudaModule>> {
-    let (major, minor) = context.compute_capability().map_err(candle_core::Error::wrap)?;
-    let options = CompileOptions {
-        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
-        ..CompileOptions::default()
-    };
-    let ptx = compile_ptx_with_opts(kernel.text(PRELUDE)?, options).map_err(candle_core::Error::wrap)?;
-    context.load_module(ptx).map_err(candle_core::Error::wrap)
 }
 
 /// The address of the first element of a tensor's storage seen through its layout.
@@ -220,6 +215,10 @@ fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
 /// # Errors
 /// The driver cannot be used; the message says why.
 pub fn count_devices() -> std::result::Result<usize, String> {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if let Some(message) = libraries::missing_library() {
+        return Err(message);
+    }
     match result::init().and_then(|()| result::device::get_count()) {
         Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
         Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),

@@ -1,11 +1,15 @@
 //! Untrusted input: bounded reads, text made safe for messages, and panics of dependencies turned into errors.
 
 mod guard;
+#[cfg(any(test, feature = "cuda"))]
+mod kernels;
 mod read;
 mod sanitize;
 mod write;
 
 pub use guard::{guard, is_guarded};
+#[cfg(feature = "cuda")]
+pub(crate) use kernels::KernelFolder;
 pub use read::{
     BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, read_bounded, read_if_exists, read_json, read_stream,
     read_text, read_text_stream,

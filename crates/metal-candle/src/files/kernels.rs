@@ -1,0 +1,153 @@
+//! Machine code of kernels, kept in the user's cache folder so that only the first start on a machine compiles them.
+
+use super::{create_folder, read_bounded, write_atomically};
+use std::collections::hash_map::DefaultHasher;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::PathBuf;
+
+/// The first bytes of a file. The rest is the length of the key (8 bytes), the key, the code, and the CRC-32C of all before it.
+const MAGIC: &[u8] = b"metal-candle kernels 1\n";
+
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// A folder holds at most this number of files; the oldest are removed first.
+const MAX_FILES: usize = 512;
+
+/// A folder of files, one for each key.
+#[derive(Debug)]
+pub(crate) struct KernelFolder {
+    folder: PathBuf,
+}
+
+impl KernelFolder {
+    /// The folder `metal-candle/kernels` in `XDG_CACHE_HOME`, else in `.cache` in the home folder. `None` if there is no home.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_user() -> Option<Self> {
+        // the XDG specification has relative paths ignored
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+        let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")))?;
+        Some(Self { folder: cache.join("metal-candle").join("kernels") })
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        // keys with one name replace each other: the whole key is in the file and is compared
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        self.folder.join(format!("{:016x}.cubin", hasher.finish()))
+    }
+
+    /// The code saved under a key. A file that is damaged, unreadable or holds another key counts as missing.
+    pub(crate) fn load(&self, key: &str) -> Option<Vec<u8>> {
+        let mut bytes = read_bounded(self.path(key), MAX_FILE_BYTES).ok()?;
+        let sum = bytes.split_off(bytes.len().checked_sub(4)?);
+        if sum != crc32c::crc32c(&bytes).to_le_bytes() {
+            return None;
+        }
+        let rest = bytes.strip_prefix(MAGIC)?;
+        let (length, rest) = rest.split_first_chunk()?;
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+        let (found, code) = rest.split_at_checked(length)?;
+        (found == key.as_bytes()).then(|| code.to_vec())
+    }
+
+    /// Saves code under a key. A folder that cannot be written to is no error: the next process compiles again.
+    pub(crate) fn save(&self, key: &str, code: &[u8]) {
+        let mut bytes = [MAGIC, &(key.len() as u64).to_le_bytes(), key.as_bytes(), code].concat();
+        bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+        let saved =
+            create_folder(&self.folder).and_then(|()| write_atomically(self.path(key), |file| file.write_all(&bytes)));
+        match saved {
+            Ok(()) => self.remove_oldest(),
+            Err(error) => tracing::debug!("compiled kernels are not kept: {error}"),
+        }
+    }
+
+    fn remove_oldest(&self) {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return };
+        let mut files: Vec<_> = entries
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                Some((entry.metadata().ok()?.modified().ok()?, entry.path()))
+            })
+            .collect();
+        files.sort();
+        for (_, path) in files.iter().take(files.len().saturating_sub(MAX_FILES)) {
+            // another process may have removed it
+            drop(fs::remove_file(path));
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl metal_candle_kernels::gpu::cuda::KernelStore for KernelFolder {
+    fn load(&self, key: &str) -> Option<Vec<u8>> {
+        Self::load(self, key)
+    }
+
+    fn save(&self, key: &str, code: &[u8]) {
+        Self::save(self, key, code);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::KernelFolder;
+    use std::fs;
+
+    #[test]
+    fn code_comes_back_under_its_key_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let kernels = KernelFolder { folder: folder.path().join("a/b") };
+        assert_eq!(kernels.load("key"), None);
+        kernels.save("key", b"code");
+        kernels.save("other", b"");
+        assert_eq!(kernels.load("key").unwrap(), b"code");
+        assert_eq!(kernels.load("other").unwrap(), b"");
+        // another key that has the same name of a file
+        fs::copy(kernels.path("other"), kernels.path("key")).unwrap();
+        assert_eq!(kernels.load("key"), None);
+        kernels.save("key", b"new");
+        assert_eq!(kernels.load("key").unwrap(), b"new");
+    }
+
+    #[test]
+    fn damaged_files_count_as_missing_and_are_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let kernels = KernelFolder { folder: folder.path().to_owned() };
+        kernels.save("key", b"code");
+        let path = kernels.path("key");
+        let whole = fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert_eq!(kernels.load("key"), None);
+            let mut damaged = whole.clone();
+            damaged[length] ^= 1;
+            fs::write(&path, damaged).unwrap();
+            assert_eq!(kernels.load("key"), None);
+        }
+        kernels.save("key", b"code");
+        assert_eq!(fs::read(&path).unwrap(), whole);
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_to_is_no_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let kernels = KernelFolder { folder: file.path().join("folder") };
+        kernels.save("key", b"code");
+        assert_eq!(kernels.load("key"), None);
+    }
+
+    #[test]
+    fn the_number_of_files_is_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let kernels = KernelFolder { folder: folder.path().to_owned() };
+        for i in 0..super::MAX_FILES + 3 {
+            fs::write(folder.path().join(format!("{i}.cubin")), "").unwrap();
+        }
+        kernels.save("key", b"code");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), super::MAX_FILES);
+        assert!(kernels.load("key").is_some());
+    }
+}
