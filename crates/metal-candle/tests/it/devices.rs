@@ -6,7 +6,7 @@ use metal_candle::data::{Dataset, Sample};
 use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
 use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Targets, Trainable};
 use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
-use metal_candle::{Device, ModelLoader};
+use metal_candle::{Device, ModelConfig, ModelLoader};
 
 macro_rules! on_each_device {
     ($($name:ident),+ $(,)?) => {$(
@@ -39,6 +39,7 @@ on_each_device! {
     cached_generation_matches_the_cpu,
     generated_tokens_match_the_cpu,
     steps_with_every_head_size_match_the_cpu,
+    gradients_with_every_head_size_match_the_cpu,
     logits_that_are_no_numbers_are_an_error,
     the_built_in_model_trains_and_generates,
     the_built_in_model_agrees_with_the_cpu_in_each_type,
@@ -228,20 +229,28 @@ fn generated_tokens_match_the_cpu(device: Device) {
     }
 }
 
+/// Sizes of heads that take different kernels, or registers.
+fn head_dims(device: Device) -> &'static [usize] {
+    if device.is_cuda() { &[8, 32, 40, 64, 72, 96, 128] } else { &[8, 64, 128] }
+}
+
+fn config_with_heads(head_dim: usize) -> ModelConfig {
+    let config = serde_json::json!({
+        "model_type": "qwen2", "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "initializer_range": 0.2, "tie_word_embeddings": false
+    });
+    ModelConfig::from_json_str(&config.to_string()).unwrap()
+}
+
 /// Decoding kernels are compiled for the type, the head size and the number of rows, and take registers accordingly. Each
 /// choice runs, and assigns the CPU's log-probabilities to its tokens.
 fn steps_with_every_head_size_match_the_cpu(device: Device) {
-    let head_dims: &[usize] = if device.is_cuda() { &[8, 32, 40, 64, 72, 96, 128] } else { &[8, 64, 128] };
     let prompts: Vec<Vec<u32>> = (0..9u32).map(|i| (0..40 + i).map(|j| (i * 7 + j * 3) % 60).collect()).collect();
     for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
-        for &head_dim in head_dims {
-            let config = serde_json::json!({
-                "model_type": "qwen2", "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
-                "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-                "initializer_range": 0.2, "tie_word_embeddings": false
-            });
-            let config = metal_candle::ModelConfig::from_json_str(&config.to_string()).unwrap();
+        for &head_dim in head_dims(device) {
+            let config = config_with_heads(head_dim);
             let model = Model::repeated_pattern(config.clone(), 3, dtype, device).unwrap();
             let cpu = Model::repeated_pattern(config, 3, dtype, Device::CPU).unwrap();
             for rows in [1, 2, 4, 9] {
@@ -261,6 +270,50 @@ fn steps_with_every_head_size_match_the_cpu(device: Device) {
                         assert!((found - expected).abs() < tolerance, "{what}: {found} instead of {expected}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// A training step runs for each head size and type: all weights in f32, and an adapter in each type.
+fn gradients_with_every_head_size_match_the_cpu(device: Device) {
+    let sequences: Vec<Vec<u32>> = (0..3u32).map(|i| (0..60 + 9 * i).map(|j| (i * 7 + j * 3) % 60).collect()).collect();
+    let (mut batch, mut targets) = (Batch::new(), Targets { ids: Vec::new(), weights: Vec::new() });
+    for (slot, sequence) in sequences.iter().enumerate() {
+        batch.push(sequence, 0, slot);
+        targets.ids.extend(sequence[1..].iter().chain([&0]));
+        targets.weights.extend((0..sequence.len()).map(|i| if i + 1 < sequence.len() { 1.0 } else { 0.0 }));
+    }
+    for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
+        for &head_dim in head_dims(device) {
+            let run = |device: Device| {
+                let model = Model::repeated_pattern(config_with_heads(head_dim), 3, dtype, device).unwrap();
+                let adapter = LoRAAdapter::builder(&model).with_rank(4).build().unwrap();
+                let count = adapter.num_parameters();
+                let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.1).collect();
+                let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &device.candle()).unwrap();
+                let terms = adapter.with_parameters(parameters).unwrap().terms().unwrap();
+                let options = LossOptions { grad_scale: 1.0 / 180.0, ..LossOptions::default() };
+                let gradients = |trainable| model.loss_and_gradients(&batch, &targets, trainable, options).unwrap().1;
+                let of_terms = gradients(Trainable::low_rank(&terms));
+                let numbers = terms.iter().map(|(number, _)| number);
+                let mut all: Vec<Tensor> = numbers
+                    .flat_map(|number| [GradientOf::A(number), GradientOf::B(number)])
+                    .map(|of| of_terms.get(of).unwrap().clone())
+                    .collect();
+                if dtype == DType::F32 {
+                    all.extend(gradients(Trainable::all()).parameters.into_iter().flatten());
+                }
+                all.iter().map(|tensor| self::values(tensor)).collect::<Vec<_>>()
+            };
+            let (found, expected) = (run(device), run(Device::CPU));
+            assert_eq!(found.len(), expected.len());
+            for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+                let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+                let difference = difference / norm(&mut expected.iter().copied()).max(1e-6);
+                let what = format!("{dtype:?}, heads of {head_dim}, gradient {number}");
+                assert!(difference < tolerance, "{what}: {difference}");
             }
         }
     }

@@ -41,9 +41,12 @@ impl Kind {
         static OPENED: [OnceLock<Result<Library, String>>; Kind::ALL.len()] =
             [const { OnceLock::new() }; Kind::ALL.len()];
         OPENED[self as usize].get_or_init(|| {
+            let file = self.file();
             // SAFETY: the libraries of CUDA may be loaded at any time
-            unsafe { Library::open(Some(self.file()), libloading::os::unix::RTLD_NOW) }
-                .map_err(|error| error.to_string())
+            unsafe { Library::open(Some(&file), libloading::os::unix::RTLD_NOW) }.map_err(|error| {
+                let reason = std::error::Error::source(&error).map(ToString::to_string);
+                reason.filter(|reason| reason.contains(&file)).unwrap_or_else(|| format!("{file}: {error}"))
+            })
         })
     }
 
