@@ -176,7 +176,13 @@ fn device_failure(text: &str) -> Option<String> {
     let log = text.lines().find(|line| line.contains("error:")).unwrap_or_default().trim();
     let words = words.trim().trim_matches('"');
     let words = if words.is_empty() { log } else { words };
-    Some(if words.is_empty() { format!("{who} reports {code}") } else { format!("{who} reports: {words} ({code})") })
+    let sentence =
+        if words.is_empty() { format!("{who} reports {code}") } else { format!("{who} reports: {words} ({code})") };
+    #[cfg(feature = "cuda")]
+    if let Some(missing) = metal_candle_kernels::gpu::cuda::missing_function() {
+        return Some(format!("{sentence}; {missing}"));
+    }
+    Some(sentence)
 }
 
 /// One row of a dataset that cannot be used.

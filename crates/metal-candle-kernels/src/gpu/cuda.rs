@@ -219,6 +219,17 @@ pub fn count_devices() -> std::result::Result<usize, String> {
     if let Some(message) = libraries::missing_library() {
         return Err(message);
     }
+    let mut version = 0;
+    // SAFETY: the function writes one number
+    let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let (major, of_driver) = (sys::CUDA_VERSION / 1000, version.unsigned_abs());
+    if asked == sys::CUresult::CUDA_SUCCESS && of_driver / 1000 < major {
+        return Err(format!(
+            "this build needs CUDA {major}, and the NVIDIA driver supports CUDA {}.{}: install a newer driver",
+            of_driver / 1000,
+            of_driver % 1000 / 10
+        ));
+    }
     match result::init().and_then(|()| result::device::get_count()) {
         Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
         Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
@@ -226,6 +237,18 @@ pub fn count_devices() -> std::result::Result<usize, String> {
             let text = error.error_string().ok().and_then(|text| text.to_str().ok()).unwrap_or("the driver failed");
             Err(format!("CUDA cannot be used: {text} ({:?})", error.0))
         }
+    }
+}
+
+/// The function that an installed CUDA library is too old for, as a sentence that explains failures of the device.
+pub fn missing_function() -> Option<String> {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    {
+        libraries::missing_function()
+    }
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    {
+        None
     }
 }
 
@@ -273,14 +296,25 @@ pub fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
     set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, 0)
 }
 
+/// The memory that is held now, what is kept for later included, in bytes; none where the driver does not count.
+///
+/// # Errors
+/// The device fails.
+pub fn memory(device: &CudaDevice) -> Result<Option<usize>> {
+    attribute(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
+}
+
 /// The most memory that was held at once, what is kept for later included, in bytes; none where the driver does not count.
 ///
 /// # Errors
 /// The device fails.
 pub fn peak_memory(device: &CudaDevice) -> Result<Option<usize>> {
+    attribute(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)
+}
+
+fn attribute(device: &CudaDevice, attribute: sys::CUmemPool_attribute) -> Result<Option<usize>> {
     let Some(pool) = memory_pool(device)? else { return Ok(None) };
     let mut value = 0u64;
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
     // SAFETY: as in `set_attribute`
     unsafe { sys::cuMemPoolGetAttribute(pool, attribute, std::ptr::from_mut(&mut value).cast()) }
         .result()

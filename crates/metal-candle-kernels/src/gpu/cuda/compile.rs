@@ -1,4 +1,4 @@
-//! Compiles kernels with NVRTC to machine code of the device. A store that the caller sets keeps it between processes.
+//! Compiles kernels with NVRTC to machine code of the device. The caller may set a store that caches the code between processes.
 
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaModule, sys as driver};
 use candle_core::cuda_backend::cudarc::nvrtc::{Ptx, result, sys};
@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 use std::ffi::{CStr, CString};
 use std::sync::{Arc, OnceLock};
 
-/// Keeps machine code of kernels between processes.
+/// Caches machine code of kernels between processes.
 pub trait KernelStore: Send + Sync {
     /// The code that was saved under exactly this key.
     fn load(&self, key: &str) -> Option<Vec<u8>>;

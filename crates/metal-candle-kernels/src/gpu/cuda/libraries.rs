@@ -1,10 +1,11 @@
-//! CUDA's libraries are loaded when one of their functions is first called, so that a program with CUDA support also starts on a
-//! machine that has no driver, and runs there on the CPU.
+//! Loads CUDA's libraries when one of their functions is first called. A program with CUDA support therefore also starts on a
+//! machine without a driver, and uses the CPU there.
 //!
-//! cudarc links to the libraries, and candle chooses so. This module defines the functions that are used: each jumps to an
-//! address that is looked up on the first call. The linker takes these definitions before those of the libraries and then
-//! does not record that the program needs a library (`readelf -d` shows which ones it needs). A function that is missing in the list makes
-//! its library needed again; nothing else changes. The same holds on other systems and processors, and for NCCL.
+//! cudarc declares the functions and links to the libraries, because candle selects dynamic linking. This module defines the
+//! functions that the program uses: each definition jumps to an address that is looked up on the first call. The linker
+//! prefers these definitions and then does not record that the program needs the library (`readelf -d` lists the libraries
+//! that it needs). If a function is missing in the list, its library is needed at the start again; nothing else changes. The
+//! same holds for NCCL, and on other systems and processors.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUDA_VERSION;
 use libloading::os::unix::Library;
@@ -50,7 +51,7 @@ impl Kind {
         })
     }
 
-    /// What a function returns whose library is not there.
+    /// The status that a function of a missing library returns.
     fn failure(self) -> c_int {
         match self {
             // CUDA_ERROR_SHARED_OBJECT_INIT_FAILED
@@ -81,6 +82,16 @@ pub(super) fn missing_library() -> Option<String> {
     })
 }
 
+/// The first function that was called and that its library lacks.
+static MISSING_FUNCTION: OnceLock<(&CStr, Kind)> = OnceLock::new();
+
+/// The function that an installed library is too old for, as a sentence. Its calls fail.
+pub(super) fn missing_function() -> Option<String> {
+    let (name, kind) = MISSING_FUNCTION.get()?;
+    let what = if *kind == Kind::Driver { "a newer NVIDIA driver" } else { "newer CUDA libraries" };
+    Some(format!("`{}` has no function `{}`, install {what}", kind.file(), name.to_string_lossy()))
+}
+
 /// Defines the functions by their names, and the table of their addresses.
 macro_rules! functions {
     ($($kind:ident: $($name:literal)*;)*) => {
@@ -106,6 +117,7 @@ macro_rules! functions {
             $($(concat!(
                 ".balign 16\n",
                 ".globl ", $name, "\n",
+                ".hidden ", $name, "\n",
                 ".type ", $name, ",@function\n",
                 $name, ":\n",
                 "jmp qword ptr [rip + .Lentry_", $name, "]\n",
@@ -163,8 +175,11 @@ functions! {
 global_asm!(
     ".pushsection .text",
     ".balign 16",
+    ".globl metal_candle_cuda_look_up",
+    ".hidden metal_candle_cuda_look_up",
     "metal_candle_cuda_look_up:",
-    // the address of the entry, then all registers that may hold arguments
+    // the address of the entry, then all registers that may hold arguments; 208 bytes with the caller's return address, so
+    // the stack is aligned to 16 bytes for the call
     "push r11",
     "push rdi",
     "push rsi",
@@ -221,7 +236,12 @@ extern "C" fn look_up(entry: *const AtomicPtr<c_void>) -> *mut c_void {
     let address = kind.open().as_ref().ok().and_then(|library| {
         // SAFETY: only the address is taken; the callers know the function's type
         let symbol = unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) };
-        symbol.ok().map(|symbol| symbol.as_raw_ptr())
+        let address = symbol.ok().map(|symbol| symbol.as_raw_ptr()).filter(|address| !address.is_null());
+        if address.is_none() {
+            // the first one explains the failures that follow
+            let _ = MISSING_FUNCTION.set((name, kind));
+        }
+        address
     });
     let address = address.unwrap_or_else(|| stand_in(name, kind));
     // SAFETY: as above
@@ -229,12 +249,12 @@ extern "C" fn look_up(entry: *const AtomicPtr<c_void>) -> *mut c_void {
     address
 }
 
-/// A function for one that is not there. It ignores its arguments.
+/// The function to call when a library or one of its functions is missing: it ignores its arguments and returns a failure.
 fn stand_in(name: &CStr, kind: Kind) -> *mut c_void {
     extern "C" fn text() -> *const c_char {
         c"a library of CUDA is not installed".as_ptr()
     }
-    // what the constructors of compiled kernels get and pass on to functions that are not there either
+    // the constructors of candle's compiled kernels pass the handle of `__cudaRegisterFatBinary` to stand-ins only
     if [c"cudaGetErrorString", c"cudaGetErrorName", c"__cudaRegisterFatBinary"].contains(&name) {
         return text as *mut c_void;
     }
