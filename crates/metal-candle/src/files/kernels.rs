@@ -1,4 +1,4 @@
-//! Machine code of kernels, kept in the user's cache folder so that only the first start on a machine compiles them.
+//! Caches machine code of kernels in the user's cache folder, so that only the first start on a machine compiles them.
 
 use super::{create_folder, read_bounded, write_atomically};
 use std::collections::hash_map::DefaultHasher;
@@ -24,9 +24,13 @@ impl KernelFolder {
     /// The folder `metal-candle/kernels` in `XDG_CACHE_HOME`, else in `.cache` in the home folder. `None` if there is no home.
     #[cfg(feature = "cuda")]
     pub(crate) fn of_user() -> Option<Self> {
-        // the XDG specification has relative paths ignored
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
-        let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")))?;
+        Self::within(std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from), std::env::home_dir())
+    }
+
+    fn within(cache: Option<PathBuf>, home: Option<PathBuf>) -> Option<Self> {
+        // the XDG specification says to ignore relative paths; one of the home folder would depend on the working folder
+        let absolute = |folder: &PathBuf| folder.is_absolute();
+        let cache = cache.filter(absolute).or_else(|| Some(home.filter(absolute)?.join(".cache")))?;
         Some(Self { folder: cache.join("metal-candle").join("kernels") })
     }
 
@@ -95,6 +99,8 @@ impl metal_candle_kernels::gpu::cuda::KernelStore for KernelFolder {
 mod tests {
     use super::KernelFolder;
     use std::fs;
+    use std::path::PathBuf;
+    use std::time::{Duration, SystemTime};
 
     #[test]
     fn code_comes_back_under_its_key_alone() {
@@ -144,10 +150,30 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let kernels = KernelFolder { folder: folder.path().to_owned() };
         for i in 0..super::MAX_FILES + 3 {
-            fs::write(folder.path().join(format!("{i}.cubin")), "").unwrap();
+            let file = fs::File::create(folder.path().join(format!("{i}.cubin"))).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(i as u64)).unwrap();
         }
         kernels.save("key", b"code");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), super::MAX_FILES);
         assert!(kernels.load("key").is_some());
+        let exists = |i: usize| folder.path().join(format!("{i}.cubin")).exists();
+        assert!(!exists(3) && exists(4), "the oldest files are removed");
+    }
+
+    #[test]
+    fn the_folder_is_absolute() {
+        let within = |cache: Option<&str>, home: Option<&str>| {
+            KernelFolder::within(cache.map(PathBuf::from), home.map(PathBuf::from)).map(|kernels| kernels.folder)
+        };
+        let cache = std::env::temp_dir().join("cache");
+        let home = std::env::temp_dir().join("home");
+        let (cache, home) = (cache.to_str().unwrap(), home.to_str().unwrap());
+        let of_cache = PathBuf::from(cache).join("metal-candle/kernels");
+        let of_home = PathBuf::from(home).join(".cache/metal-candle/kernels");
+        assert_eq!(within(Some(cache), Some(home)).unwrap(), of_cache);
+        assert_eq!(within(Some("cache"), Some(home)).unwrap(), of_home);
+        assert_eq!(within(None, Some(home)).unwrap(), of_home);
+        assert_eq!(within(Some(""), Some("")), None);
+        assert_eq!(within(None, None), None);
     }
 }
