@@ -14,32 +14,26 @@ pub(crate) fn forget_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// A line of `/proc/self/status`, in bytes.
-fn of_status(key: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-    kilobytes(line.trim().strip_suffix("kB")?)
-}
-
 fn kilobytes(text: &str) -> Option<u64> {
     text.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Tells the memory in use, and asks again now and then only.
+/// Reports the memory in use, and asks the system for it at intervals only.
 #[derive(Debug, Default)]
 pub(crate) struct Gauge {
     last: Option<(Instant, Option<u64>)>,
 }
 
 impl Gauge {
-    /// The memory the process has in RAM, in bytes, if the operating system tells.
+    /// The memory the process holds, in bytes: on its CUDA devices if it uses any, else in RAM, if the operating system
+    /// reports it.
     pub(crate) fn bytes(&mut self) -> Option<u64> {
         // asking `ps` takes milliseconds, reading a file of /proc does not
         let interval = if cfg!(target_os = "linux") { Duration::from_millis(200) } else { Duration::from_secs(10) };
         match self.last {
             Some((when, bytes)) if when.elapsed() < interval => bytes,
             _ => {
-                let bytes = of_status("VmRSS:").or_else(of_ps);
+                let bytes = metal_candle::Device::process_memory().or_else(of_ps);
                 self.last = Some((Instant::now(), bytes));
                 bytes
             }

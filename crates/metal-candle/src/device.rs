@@ -165,13 +165,13 @@ impl Device {
     /// The most memory this process has held so far, in bytes: on its CUDA devices if it uses any, else in RAM, where the
     /// system reports it (Linux).
     pub fn process_peak_memory() -> Option<u64> {
-        let opened = (0..MAX_CUDA).filter(|&ordinal| matches!(CUDA[ordinal].get(), Some(Ok(_))));
-        let peaks: Vec<Option<usize>> = opened.map(|ordinal| cuda_peak(Self(Kind::Cuda(ordinal as u8)))).collect();
-        if peaks.is_empty() {
-            return kilobytes(Path::new("/proc/self/status"), "VmHWM:").map(|bytes| bytes as u64);
-        }
-        let sum: Option<usize> = peaks.into_iter().sum();
-        sum.map(|bytes| bytes as u64)
+        of_process(cuda_peak, "VmHWM:")
+    }
+
+    /// The memory this process holds now, in bytes: on its CUDA devices if it uses any, else in RAM, where the system reports
+    /// it (Linux).
+    pub fn process_memory() -> Option<u64> {
+        of_process(cuda_held, "VmRSS:")
     }
 
     /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error. On
@@ -200,6 +200,17 @@ impl Device {
     pub fn synchronize(&self) -> Result<()> {
         self.candle().synchronize().map_err(|e| Error::Device(e.to_string()))
     }
+}
+
+/// Sums a number of bytes over the CUDA devices that this process uses. Without any, reads it from `/proc/self/status`.
+fn of_process(of_cuda: impl Fn(Device) -> Option<usize>, of_ram: &str) -> Option<u64> {
+    let opened = (0..MAX_CUDA).filter(|&ordinal| matches!(CUDA[ordinal].get(), Some(Ok(_))));
+    let of_devices: Vec<Option<usize>> = opened.map(|ordinal| of_cuda(Device(Kind::Cuda(ordinal as u8)))).collect();
+    if of_devices.is_empty() {
+        return kilobytes(Path::new("/proc/self/status"), of_ram).map(|bytes| bytes as u64);
+    }
+    let sum: Option<usize> = of_devices.into_iter().sum();
+    sum.map(|bytes| bytes as u64)
 }
 
 /// Memory of a device, in bytes.
@@ -349,11 +360,22 @@ fn cuda_peak(device: Device) -> Option<usize> {
     metal_candle_kernels::gpu::cuda::peak_memory(&device).ok().flatten()
 }
 
+#[cfg(feature = "cuda")]
+fn cuda_held(device: Device) -> Option<usize> {
+    let candle_core::Device::Cuda(device) = device.candle() else { return None };
+    metal_candle_kernels::gpu::cuda::memory(&device).ok().flatten()
+}
+
 #[cfg(not(feature = "cuda"))]
 fn reset_cuda_peak(_: Device) {}
 
 #[cfg(not(feature = "cuda"))]
 fn cuda_peak(_: Device) -> Option<usize> {
+    None
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_held(_: Device) -> Option<usize> {
     None
 }
 
