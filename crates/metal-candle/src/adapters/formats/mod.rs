@@ -3,6 +3,7 @@
 mod mlx;
 mod peft;
 mod peft_config;
+mod pickle_check;
 mod replaced;
 mod single;
 mod source;

@@ -1,5 +1,6 @@
 //! The tensors of an adapter file: safetensors, or the zip file of `torch.save`.
 
+use super::pickle_check::check_pickles;
 use crate::error::{Error, Result};
 use crate::models::SafetensorsFile;
 use candle_core::pickle::PthTensors;
@@ -73,11 +74,17 @@ impl TensorSource {
 
 fn read_pickle(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let expected = "expected the zip file of `torch.save` with tensors only";
-    let wrong = |error: candle_core::Error| Error::format(path, format!("{expected}: {error}"));
+    let advice = "`torch.save` it again by name, or as safetensors";
+    let wrong = |error: candle_core::Error| {
+        // what follows the first line is a backtrace
+        let text = error.to_string();
+        Error::format(path, format!("{expected}: {}; {advice}", text.lines().next().unwrap_or_default()))
+    };
     let size = std::fs::metadata(path).map_err(|source| Error::read(path, source))?.len();
     if size > MAX_PICKLE_BYTES {
         return Err(Error::format(path, format!("expected at most {MAX_PICKLE_BYTES} bytes, found {size}")));
     }
+    check_pickles(path)?;
     let file = PthTensors::new(path, None).map_err(wrong)?;
     let mut tensors = BTreeMap::new();
     for (name, info) in file.tensor_infos() {
@@ -97,7 +104,7 @@ fn read_pickle(path: &Path) -> Result<BTreeMap<String, Tensor>> {
         tensors.insert(name.clone(), tensor);
     }
     if tensors.is_empty() {
-        return Err(Error::format(path, format!("{expected}, found none")));
+        return Err(Error::format(path, format!("{expected}, found none at its top level; {advice}")));
     }
     Ok(tensors)
 }
