@@ -94,6 +94,7 @@ def conversations():
     yield "call with text", [q, answer("I LOOK.", tool_calls=[one]), result("GREEN 31", name="look_up", tool_call_id="call00001"), answer("It is NOON.")], [TOOL]
     yield "two calls", [q, answer("", tool_calls=[one, two]), result("GREEN 31", name="look_up", tool_call_id="call00001"), result("12:00", name="now", tool_call_id="call00002"), answer("It is NOON.")], [TOOL, OTHER]
     yield "two rounds", [q, answer("", tool_calls=[one], reasoning_content="First LOOK."), result("GREEN 31", name="look_up", tool_call_id="call00001"), answer("", tool_calls=[two], reasoning_content="Then TIME."), result("12:00", name="now", tool_call_id="call00002"), answer("It is NOON.", reasoning_content="So NOON.")], [TOOL, OTHER]
+    yield "call, then more", [q, answer("", tool_calls=[one]), result("GREEN 31", name="look_up", tool_call_id="call00001"), answer("It is NOON."), user("And WHERE?"), answer("In ROME."), user("And WHY?"), answer("No IDEA.")], [TOOL]
     yield "call last", [q, answer("", tool_calls=[one])], [TOOL]
     yield "call as text", [q, answer("", tool_calls=[call("look_up", '{"word": "PEAR"}')]), result("GREEN 31", name="look_up", tool_call_id="call00001"), answer("It is NOON.")], [TOOL]
     yield "call without tools", [q, answer("", tool_calls=[one]), result("GREEN 31", name="look_up", tool_call_id="call00001"), answer("It is NOON.")], None
@@ -138,7 +139,8 @@ def model_folder(folder, nano, sources):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x"}))
-    (folder / "config.json").write_text((nano / "config.json").read_text())
+    config = json.loads((nano / "config.json").read_text()) | {"vocab_size": number}
+    (folder / "config.json").write_text(json.dumps(config))
     return {t["content"] for t in tokenizer["added_tokens"]}
 
 
@@ -183,6 +185,8 @@ def judge(conversation, source, text, trained, special, variables):
     got = "".join(trained)
     own = set().union(*(strings({k: messages[i].get(k) for k in ("content", "tool_calls")}) for i in wanted), set())
     foreign = set().union(*(strings(m) for m in messages if m["role"] != "assistant"), set()) - own
+    if len(trained) > len(wanted) + 1 and not marked(source, messages, tools, variables):
+        return f"more parts than answers: {trained!r}"
     if missing := [word for word in sorted(own) if word in text and word not in got]:
         return f"not trained: {missing}: {trained!r}"
     if wrong := [word for word in sorted(foreign) if word in got]:

@@ -246,7 +246,7 @@ impl<'a> SpanFinder<'a> {
         let room = strings.around(own, text.len());
         let is_last = turn + 1 == view.messages.len();
         let key = (&text[room.start..own.start], &text[own.end..room.end], is_last);
-        let (lead, trail) = *known.entry(key).or_insert_with(|| self.around(view, text, turn, own, &room));
+        let (lead, trail) = *known.entry(key).or_insert_with(|| self.around(view, text, turn, strings, own, &room));
         let span = own.start - lead..own.end + trail;
         let foreign = strings.foreign(turn, &span);
         let mut parts = if foreign.is_empty() {
@@ -262,11 +262,19 @@ impl<'a> SpanFinder<'a> {
     }
 
     /// Bytes of a turn before its first string and after its last.
-    fn around(&self, view: &View, text: &str, turn: usize, own: &Range<usize>, room: &Range<usize>) -> (usize, usize) {
+    fn around(
+        &self,
+        view: &View,
+        text: &str,
+        turn: usize,
+        strings: &Strings,
+        own: &Range<usize>,
+        room: &Range<usize>,
+    ) -> (usize, usize) {
         let in_lead = |at: &usize| (room.start..=own.start).contains(at);
         let prompted = self.has_generation_prompt.then(|| view.beginning(text, turn, true)).flatten().filter(in_lead);
         let start = prompted
-            .or_else(|| self.after_tail(view, text, turn, room.start..own.start))
+            .or_else(|| self.after_tail(view, text, turn, strings, &(room.start..own.start)))
             .or_else(|| self.after_header(view, &text[..own.start], turn, room.start))
             .or_else(|| Self::after_space(view, text, turn, own.start).filter(in_lead))
             .unwrap_or(own.start);
@@ -443,16 +451,25 @@ impl<'a> SpanFinder<'a> {
 
     /// The end of what the template writes after the string before a turn when that turn is to follow, at the beginning of the room
     /// between the two.
-    fn after_tail(&self, view: &View, text: &str, turn: usize, room: Range<usize>) -> Option<usize> {
-        let before = view.prefix(turn, self.has_generation_prompt)?;
-        let mut len = room.start.min(MAX_ANCHOR_BYTES);
-        while !text.is_char_boundary(room.start - len) {
-            len -= 1;
+    fn after_tail(
+        &self,
+        view: &View,
+        text: &str,
+        turn: usize,
+        strings: &Strings,
+        room: &Range<usize>,
+    ) -> Option<usize> {
+        let prompted = view.prefix(turn, self.has_generation_prompt)?;
+        let last = strings.sorted.iter().rev().map(|(_, range)| range).find(|range| range.end == room.start)?;
+        let mut from = last.start.max(room.start.saturating_sub(MAX_ANCHOR_BYTES));
+        while !text.is_char_boundary(from) {
+            from += 1;
         }
-        let anchor = &text[room.start - len..room.start];
-        let (_, tail) = before.rsplit_once(anchor).filter(|_| len > 0)?;
-        let lead = text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str())?;
-        Some(room.end - lead.len())
+        let anchor = &text[from..room.start];
+        let tails = prompted.rmatch_indices(anchor).map(|(at, _)| &prompted[at + anchor.len()..]);
+        let leads = tails.filter_map(|tail| text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str()));
+        // a short string may be found within the header too
+        leads.map(|lead| room.end - lead.len()).max()
     }
 
     /// The end of the generation prompt, or of its longest part, before a turn's first string, with no end of a turn between the two.

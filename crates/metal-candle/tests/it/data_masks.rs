@@ -358,11 +358,13 @@ fn templates_that_require_ids_of_calls() {
         {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {"b": "c"}}}]},
         {"role": "tool", "tool_call_id": "x", "content": "d"},
         {"role": "assistant", "content": "e"},
+        // tools are written before the last question, so no beginning is rendered alike
+        {"role": "user", "content": "g"},
+        {"role": "assistant", "content": "h"},
     ], "tools": [{"type": "function", "function": {"name": "f"}}]});
     let call = "[CALLS]{\"name\": \"f\", \"arguments\": {\"b\": \"c\"}}, call00000<|im_end|>";
     let parts = trained(&tokenizer, &all(), row);
-    assert!(parts.len() == 2 && call.ends_with(&parts[0]) && parts[0].contains("\"f\""), "{parts:?}");
-    assert_eq!(parts[1], "e<|im_end|>");
+    assert_eq!(parts, [call, "e<|im_end|>", "h<|im_end|>"]);
 }
 
 #[test]
