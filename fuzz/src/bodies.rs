@@ -142,8 +142,7 @@ pub const TARGETS: [Target; 7] = [
     Target {
         name: "dataset",
         run: dataset,
-        // a row is rendered once for each of its messages, which takes the square of their number
-        max_bytes: 16 << 10,
+        max_bytes: 1 << 20,
         dictionary: &[
             b"\n",
             b"\r\n",

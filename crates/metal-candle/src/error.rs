@@ -83,7 +83,7 @@ pub enum Error {
         rows: Vec<String>,
     },
     /// The loss of an evaluation was NaN or infinite.
-    #[error("the loss is {loss}, not a finite number; rows: {}", rows.join(", "))]
+    #[error("the loss of an evaluation is {loss}, not a finite number; rows: {}", rows.join(", "))]
     NonFiniteEvaluation {
         /// The loss of these rows.
         loss: f64,

@@ -120,7 +120,7 @@ fn failures_and_warnings_are_recorded() {
     assert_eq!(ran.code, 1, "{}", ran.stderr);
     let run = &list(&fixture, "failed")[0];
     assert_eq!(run["state"], "failed");
-    assert!(run["problems"][0].as_str().unwrap().contains("step"), "{run}");
+    assert!(run["problems"][0].as_str().unwrap().contains("the loss of an evaluation is NaN"), "{run}");
 }
 
 #[test]
