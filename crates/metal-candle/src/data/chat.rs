@@ -144,7 +144,7 @@ impl ChatTemplate {
         Ok(Some(Self::from_named(sources)?.with_special_tokens(&config)))
     }
 
-    /// The template with a variable set, such as `bos_token`.
+    /// The template with a variable set, such as `bos_token` or `enable_thinking`; `chat_template_kwargs` of a row goes before it.
     #[must_use]
     pub fn with_variable(mut self, name: impl Into<String>, value: &Value) -> Self {
         let name = name.into();

@@ -4,7 +4,7 @@ use super::encode::Encoder;
 use super::files::{FileRow, Problems, read_rows};
 use super::{Random, Tokenizer, rows};
 use crate::error::{DataProblem, Error, Result};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -69,8 +69,6 @@ pub struct DatasetOptions {
     pub mask_prompt: bool,
     /// The number of tokens that the model has embeddings for; a row with a token id at or above it cannot be used.
     pub vocab_size: Option<usize>,
-    /// Variables of the chat template, such as `enable_thinking`; `chat_template_kwargs` of a row goes before them.
-    pub template_variables: Map<String, Value>,
 }
 
 impl Default for DatasetOptions {
@@ -81,7 +79,6 @@ impl Default for DatasetOptions {
             trained_turns: TrainedTurns::All,
             mask_prompt: true,
             vocab_size: None,
-            template_variables: Map::new(),
         }
     }
 }

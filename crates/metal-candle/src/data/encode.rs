@@ -107,8 +107,6 @@ impl<'a> Encoder<'a> {
             return Err(format!("the tokenizer has no chat template, which the schema {schema} needs"));
         };
         let Conversation { messages, train, tools, variables } = conversation;
-        let mut all_variables = self.options.template_variables.clone();
-        all_variables.extend(variables);
         let is_assistant = |index: &usize| messages[*index].role() == "assistant";
         let last = (0..messages.len()).rev().find(is_assistant);
         if let Some(index) = (0..messages.len()).find(|index| train[*index] == Some(true) && !is_assistant(index)) {
@@ -126,9 +124,9 @@ impl<'a> Encoder<'a> {
             return Err("no assistant message is trained".into());
         }
         let mask_prompt = self.options.mask_prompt;
-        let rendered = finder.render(&messages, tools.as_deref(), &all_variables, &wanted, mask_prompt)?;
+        let rendered = finder.render(&messages, tools.as_deref(), &variables, &wanted, mask_prompt)?;
         let roles = if self.with_details {
-            roles(finder, &messages, tools.as_deref(), &all_variables, &rendered)
+            roles(finder, &messages, tools.as_deref(), &variables, &rendered)
         } else {
             Vec::new()
         };

@@ -304,21 +304,22 @@ fn keys_that_say_what_is_trained() {
 }
 
 #[test]
-fn variables_of_options_and_rows_reach_the_template() {
-    let tokenizer = with_source("{% for m in messages %}[{{ mood }}]{{ m.content }}{{ eos_token }}{% endfor %}");
+fn variables_of_templates_and_rows_reach_the_template() {
+    let source = "{% for m in messages %}[{{ mood }}]{{ m.content }}{{ eos_token }}{% endfor %}";
     let row = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
-    let text = |options: &DatasetOptions, row: &Value| {
-        tokenizer.decode(&sample(&tokenizer, options, row.clone()).ids, false).unwrap()
+    let text = |tokenizer: &Tokenizer, row: &Value| {
+        tokenizer.decode(&sample(tokenizer, &all(), row.clone()).ids, false).unwrap()
     };
-    let variables = json!({"mood": "calm"}).as_object().cloned().unwrap();
-    let options = DatasetOptions { template_variables: variables, ..all() };
-    assert_eq!(text(&all(), &row), "[]a<|im_end|>[]b<|im_end|>");
-    assert_eq!(text(&options, &row), "[calm]a<|im_end|>[calm]b<|im_end|>");
+    let plain = with_source(source);
+    assert_eq!(text(&plain, &row), "[]a<|im_end|>[]b<|im_end|>");
+    let template = plain.chat_template().unwrap().clone().with_variable("mood", &json!("calm"));
+    let calm = plain.with_chat_template(Some(template));
+    assert_eq!(text(&calm, &row), "[calm]a<|im_end|>[calm]b<|im_end|>");
     let mut own = row.clone();
     own["chat_template_kwargs"] = json!({"mood": "bright"});
-    assert_eq!(text(&options, &own), "[bright]a<|im_end|>[bright]b<|im_end|>");
+    assert_eq!(text(&calm, &own), "[bright]a<|im_end|>[bright]b<|im_end|>");
     own["chat_template_kwargs"] = json!({"messages": []});
-    assert!(problem(&tokenizer, &options, own).contains("cannot set `messages`"));
+    assert!(problem(&calm, &all(), own).contains("cannot set `messages`"));
 }
 
 #[test]

@@ -63,7 +63,6 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
         },
         mask_prompt: settings.mask_prompt != Some(false),
         vocab_size: Some(config.vocab_size),
-        ..DatasetOptions::default()
     };
     let split =
         SplitOptions { valid_fraction: settings.valid_fraction.unwrap_or(0.0), seed: settings.seed.unwrap_or(0) };
