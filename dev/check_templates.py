@@ -63,7 +63,7 @@ def call(name, arguments, number=1):
 def conversations():
     """Name, messages and tools of each."""
     q, a = user("Quelle heure est-il, SIXTY?"), answer("It is NOON.")
-    one = call("look_up", {"word": "PEAR", "limit": 2, "scale": 1e-7, "tags": ["x", "Y1"], "where": {"city": "Ulm"}, "deep": None})
+    one = call("look_up", {"word": "PEAR", "limit": 2, "scale": 1e-7, "tags": ["x", "Y1"], "where": {"city": "Ulm"}, "deep": None, "COUNT": 3})
     two = call("now", {}, 2)
     yield "one", [q], None
     yield "pair", [q, a], None

@@ -222,11 +222,15 @@ impl Said {
     }
 }
 
+/// Most processes of a run.
+const MAX_DEVICES: usize = 64;
+
 /// Refuses what cannot be trained on more than one device.
 pub(crate) fn check(num_devices: usize, device: Option<crate::device::DeviceKind>) -> Result<()> {
     use crate::device::DeviceKind;
-    if num_devices == 0 {
-        return Err(UserError::new("`--num-devices`: expected at least 1, found 0").into());
+    if !(1..=MAX_DEVICES).contains(&num_devices) {
+        let message = format!("`--num-devices`: expected 1 to {MAX_DEVICES}, found {num_devices}");
+        return Err(UserError::new(message).into());
     }
     let is_metal = match device {
         Some(DeviceKind::Metal) => true,

@@ -87,10 +87,26 @@ pub(crate) fn with_template(source: &ModelSource, file: Option<&Path>, variables
         if !template.sources().iter().any(|(_, source)| source.contains(name)) {
             Output::warn(format_args!("`--template-var`: the chat template does not use `{name}`"));
         }
-        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        let value = variable_value(name, value)?;
         template = template.with_variable(name, &value);
     }
     Ok(tokenizer.with_chat_template(Some(template)))
+}
+
+/// The value of a variable: JSON, Python's `True`, `False` and `None`, or else the text itself.
+fn variable_value(name: &str, text: &str) -> Result<Value> {
+    match text {
+        "True" => Ok(Value::Bool(true)),
+        "False" => Ok(Value::Bool(false)),
+        "None" => Ok(Value::Null),
+        _ => match serde_json::from_str(text) {
+            Ok(value) => Ok(value),
+            Err(error) if text.starts_with(['[', '{', '"']) => {
+                Err(UserError::new(format!("`--template-var {name}`: `{text}` is not JSON: {error}")).into())
+            }
+            Err(_) => Ok(Value::String(text.to_owned())),
+        },
+    }
 }
 
 /// Reads the JSON schemas of tools: a list, or an object with a list at `tools`.

@@ -243,7 +243,8 @@ impl DatasetFiles {
         };
         let find = |names: &[&str]| {
             let paths = names.iter().flat_map(|name| ["jsonl", "json"].map(|e| path.join(format!("{name}.{e}"))));
-            let found: Vec<PathBuf> = paths.filter(|path| path.is_file()).collect();
+            // whatever stands there is read, so that a link to nothing is an error and not an absent file
+            let found: Vec<PathBuf> = paths.filter(|path| path.symlink_metadata().is_ok()).collect();
             match found.as_slice() {
                 [] => Ok(None),
                 [path] => Ok(Some(path.clone())),

@@ -10,6 +10,8 @@ use std::ops::Range;
 const NUMBER: char = '\u{E0F7}';
 const OPEN: char = '\u{E0F8}';
 const CLOSE: char = '\u{E0F9}';
+/// Bytes of an anchor.
+const MAX_ANCHOR_BYTES: usize = 40;
 /// Longest tag at the edge of a string that stays outside of the marks.
 const MAX_TAG_BYTES: usize = 40;
 /// Tags that templates split an answer at.
@@ -53,6 +55,16 @@ impl Strings {
         }
         sorted.sort_by_key(|(_, range)| (range.start, range.end));
         Self { found, sorted, own }
+    }
+
+    /// The last bytes of the string that ends at `end`, by which it is found again in another rendering.
+    pub(super) fn anchor<'t>(&self, text: &'t str, end: usize) -> Option<&'t str> {
+        let string = self.sorted.iter().rev().map(|(_, range)| range).find(|range| range.end == end)?;
+        let mut from = string.start.max(end.saturating_sub(MAX_ANCHOR_BYTES));
+        while !text.is_char_boundary(from) {
+            from += 1;
+        }
+        text.get(from..end)
     }
 
     /// The end of the last string before a range, and the start of the first one after it.

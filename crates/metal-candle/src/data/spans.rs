@@ -12,8 +12,6 @@ use std::ops::Range;
 const SENTINEL: &str = "\u{E0F7}0\u{E0F8}";
 /// Length of the tool call ids that Mistral's templates require.
 const CALL_ID_LENGTH: usize = 9;
-/// Bytes by which the end of a string is found again in another rendering.
-const MAX_ANCHOR_BYTES: usize = 40;
 /// Most messages of a conversation whose boundaries are found by rendering each of its beginnings.
 const MAX_BEGINNINGS: usize = 64;
 
@@ -216,15 +214,16 @@ impl<'a> SpanFinder<'a> {
         let mut known = HashMap::new();
         for &turn in wanted {
             let own = strings.and_then(|strings| Some((strings, strings.own[turn].clone()?)));
+            let last_end = spans.last().map_or(0, |last| last.end);
+            let is_empty = messages[turn].text().trim().is_empty() && messages[turn].tool_calls().is_empty();
             let parts = match own {
                 Some((strings, own)) => self.parts(view, text, turn, strings, &own, &mut known),
+                None if is_empty => match self.between_beginnings(view, text, turn) {
+                    Some(span) if last_end <= span.start => Some(vec![span]),
+                    _ => continue,
+                },
                 None => self.span(view, messages, text, turn).map(|span| vec![span]),
             };
-            let last_end = spans.last().map_or(0, |last| last.end);
-            let is_empty = messages[turn].text().is_empty() && messages[turn].tool_calls().is_empty();
-            if parts.is_none() && is_empty {
-                continue;
-            }
             let parts = parts.filter(|parts| parts.first().is_some_and(|part| last_end <= part.start));
             spans.extend(parts.ok_or_else(|| {
                 format!("the chat template hides where message {} begins and ends, so it cannot be trained", turn + 1)
@@ -281,7 +280,7 @@ impl<'a> SpanFinder<'a> {
         let in_trail = |at: &usize| (own.end..=room.end).contains(at);
         let count = turn + 1;
         let ended = if count == view.messages.len() { Some(text.len()) } else { view.beginning(text, count, false) };
-        let limit = ended.filter(in_trail);
+        let limit = ended.filter(in_trail).or_else(|| self.before_next(view, text, turn, strings, own.end..room.end));
         let until = limit.unwrap_or(room.end);
         // the last message of a beginning may lack its end token
         let end = self.end_in(&text[own.end..until]).map(|len| own.end + len);
@@ -460,16 +459,42 @@ impl<'a> SpanFinder<'a> {
         room: &Range<usize>,
     ) -> Option<usize> {
         let prompted = view.prefix(turn, self.has_generation_prompt)?;
-        let last = strings.sorted.iter().rev().map(|(_, range)| range).find(|range| range.end == room.start)?;
-        let mut from = last.start.max(room.start.saturating_sub(MAX_ANCHOR_BYTES));
-        while !text.is_char_boundary(from) {
-            from += 1;
-        }
-        let anchor = &text[from..room.start];
+        let anchor = strings.anchor(text, room.start)?;
         let tails = prompted.rmatch_indices(anchor).map(|(at, _)| &prompted[at + anchor.len()..]);
         let leads = tails.filter_map(|tail| text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str()));
         // a short string may be found within the header too
         leads.map(|lead| room.end - lead.len()).max()
+    }
+
+    /// The end of what the template writes after the last string of a turn when nothing follows, at the beginning of the room after it.
+    fn before_next(
+        &self,
+        view: &View,
+        text: &str,
+        turn: usize,
+        strings: &Strings,
+        room: Range<usize>,
+    ) -> Option<usize> {
+        let alone = view.prefix(turn + 1, false)?;
+        let anchor = strings.anchor(text, room.start)?;
+        let tails = alone.rmatch_indices(anchor).map(|(at, _)| &alone[at + anchor.len()..]);
+        let lens = tails.map(|tail| {
+            let len = common_prefix(tail, &text[room.clone()]);
+            // not within a token that ends the last turn only
+            let tokens = super::turn_end::tokens_in(tail, &self.special_tokens);
+            tokens.into_iter().find(|(at, token)| (*at..at + token.len()).contains(&len)).map_or(len, |(at, _)| at)
+        });
+        lens.max().map(|len| room.start + len)
+    }
+
+    /// A turn between two renderings, where both are beginnings of the whole.
+    fn between_beginnings(&self, view: &View, text: &str, turn: usize) -> Option<Range<usize>> {
+        let start = view.beginning(text, turn, true).filter(|_| self.has_generation_prompt)?;
+        let is_last = turn + 1 == view.messages.len();
+        let end = if is_last { Some(text.len()) } else { view.beginning(text, turn + 1, false) };
+        let span = start..end.filter(|end| start < *end)?;
+        let end = self.without_space_after_end_token(text, &span);
+        (span.start < end).then_some(span.start..end)
     }
 
     /// The end of the generation prompt, or of its longest part, before a turn's first string, with no end of a turn between the two.

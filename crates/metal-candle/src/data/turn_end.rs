@@ -5,6 +5,8 @@ use serde_json::Map;
 
 /// Text of a turn that no template writes by itself.
 const PROBE: &str = "\u{E0F7}0\u{E0F8}";
+/// Text of a question.
+const QUESTION: &str = "\u{E0F7}1\u{E0F8}";
 
 impl Tokenizer {
     /// The special token that the chat template writes after an assistant's text; `None` if there is no template, or the
@@ -14,7 +16,7 @@ impl Tokenizer {
     /// `config.json` names.
     pub fn end_of_turn_id(&self) -> Option<u32> {
         let end = turn_end(self.chat_template()?, &self.special_tokens());
-        self.token_to_id(&end.last.or(end.header)?)
+        self.token_to_id(&end.last.or(end.middle).or(end.header)?)
     }
 }
 
@@ -32,8 +34,8 @@ pub(super) struct TurnEnd {
 /// Reads off a template what ends a turn: the last special token of those that it writes after an answer whether another message
 /// follows or not, else the first after each. `special_tokens` has the longest first.
 pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> TurnEnd {
-    let turn = [Message::user("a"), Message::assistant(PROBE)];
-    let next = [Message::user("a")];
+    let turn = [Message::user(QUESTION), Message::assistant(PROBE)];
+    let next = [Message::user(QUESTION)];
     let around = |messages: &[Message]| {
         let text = template.render(messages, None, false, &Map::new()).ok()?;
         text.rsplit_once(PROBE).map(|(before, after)| (before.to_string(), after.to_string()))
@@ -58,7 +60,14 @@ pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> Tu
         let end = match text(same.last().copied()) {
             Some(token) => TurnEnd { last: Some(token), ..TurnEnd::default() },
             None if last_tokens.is_empty() => {
-                TurnEnd { header: text(middle_tokens.first().copied()), ..TurnEnd::default() }
+                // what is also written before the first question is its header
+                let part = |text: &str| tokens_in(text.split(QUESTION).next().unwrap_or_default(), special_tokens);
+                let (first, between) = (part(&header), part(&middle));
+                let same = first.iter().rev().zip(between.iter().rev()).take_while(|((_, a), (_, b))| a == b).count();
+                match text(between[..between.len() - same].last().copied()) {
+                    None => TurnEnd { header: text(middle_tokens.first().copied()), ..TurnEnd::default() },
+                    middle => TurnEnd { middle, ..TurnEnd::default() },
+                }
             }
             None => {
                 let (last, middle) = (text(last_tokens.first().copied()), text(middle_tokens.first().copied()));
@@ -71,7 +80,7 @@ pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> Tu
 }
 
 /// The special tokens in a text and where they begin.
-fn tokens_in<'t>(text: &str, special_tokens: &'t [String]) -> Vec<(usize, &'t str)> {
+pub(super) fn tokens_in<'t>(text: &str, special_tokens: &'t [String]) -> Vec<(usize, &'t str)> {
     let (mut found, mut at) = (Vec::new(), 0);
     while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
         let token = special_tokens.iter().find(|token| rest.starts_with(token.as_str()));
@@ -108,6 +117,10 @@ mod tests {
             format!("{{% if messages[0].role != 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{chatml}");
         assert_eq!(end_of(&strict).as_deref(), Some("<|im_end|>"));
         assert_eq!(end_of(&turns("{{ m.role }}: {{ m.content }}\n")), None);
+        // the last turn is left open
+        let open =
+            "{% for m in messages %}<|im_start|>{{ m.content }}{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}";
+        assert_eq!(end_of(open).as_deref(), Some("<|im_end|>"));
         // several tokens end each turn, and another one the conversation
         let several = turns("{{ m.role }}: {{ m.content }}<|endoftext|><|im_end|>\n") + "<|im_start|>";
         assert_eq!(end_of(&several).as_deref(), Some("<|im_end|>"));

@@ -408,3 +408,21 @@ fn answers_of_which_the_template_writes_a_part_or_nothing() {
     assert_eq!(problem(&tokenizer, &all(), row("", &call)), message);
     assert_eq!(trained(&tokenizer, &all(), row("b", &call)), ["b<|im_end|>"]);
 }
+
+#[test]
+fn turns_that_later_messages_change_are_found_to_their_end() {
+    let tokenizer = with_source(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking and loop.last %}({{ m.thinking }}){% endif %}{% for c in m.tool_calls or [] %}[call {{ c.function.arguments | tojson }}]{% endfor %}{{ m.content }}{% if loop.last %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    );
+    let call = json!([{"type": "function", "function": {"name": "look", "arguments": {"what": "sky", "days": 3}}}]);
+    let row = json!({"messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": call},
+        {"role": "tool", "content": "31"},
+        {"role": "assistant", "content": " "},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Warm."},
+    ]});
+    let parts = trained(&tokenizer, &all(), row);
+    assert_eq!(parts, ["[call {\"what\": \"sky\", \"days\": 3}]<|im_end|>", "Warm.<|endoftext|>"]);
+}

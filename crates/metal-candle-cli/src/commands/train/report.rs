@@ -99,7 +99,7 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
         "run      {}: {} steps of up to {} tokens, learning rate {:e}",
         run.path().display(),
         grouped(total_steps as u64),
-        settings.batch_tokens.unwrap_or(0) * settings.gradient_accumulation_steps.unwrap_or(1),
+        settings.batch_tokens.unwrap_or(0).saturating_mul(settings.gradient_accumulation_steps.unwrap_or(1)),
         settings.learning_rate.unwrap_or(0.0),
     ));
 }

@@ -151,7 +151,9 @@ impl Prepared {
     pub(super) fn configure<T: Trained>(&self, trainer: Trainer<T>) -> Result<Trainer<T>> {
         let settings = &self.settings;
         let at_least_one = |name: &str, count: Option<usize>| match count {
-            Some(0) => Err(UserError::new(format!("`--{name}`: expected at least 1, found 0"))),
+            Some(count) if !(1..=1 << 30).contains(&count) => {
+                Err(UserError::new(format!("`--{name}`: expected 1 to {}, found {count}", 1 << 30)))
+            }
             count => Ok(count.unwrap_or(1)),
         };
         let mut trainer = trainer
