@@ -26,6 +26,7 @@ from transformers.utils import chat_template_utils
 NAMED = {
     "phi": "the last `</s>` ends the conversation, not the answer, which ends by `<|end|>` anywhere",
     "microsoft-Phi": "the last `</s>` ends the conversation, not the answer, which ends by `<|end|>` anywhere",
+    "Apertus": "the end of an answer is trained, which is written when another message follows",
     "CohereForAI-c4ai-command-r7b": "the header of the next answer is always written and not trained",
 }
 SPECIAL = re.compile(r"<\|[^|<>\s{}]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?[A-Z_]{3,24}\]|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool)\|?>|<eos>|<bos>")

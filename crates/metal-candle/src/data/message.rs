@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+/// Length of the tool call ids that Mistral's templates require.
+const CALL_ID_LENGTH: usize = 9;
+
 /// One message of a conversation: the JSON object a chat template sees.
 ///
 /// Keys keep their order and unknown keys are kept, for templates see them.
@@ -190,4 +193,30 @@ pub(crate) fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
+}
+/// The conversation with tool call ids of nine characters, which some templates require, and each answer with the id of its call.
+/// `None` if there are no calls.
+pub(super) fn with_call_ids(messages: &[Message]) -> Option<Vec<Message>> {
+    let mut count = 0;
+    let mut pending: Vec<(Option<Value>, String)> = Vec::new();
+    let replaced = messages.iter().map(|message| {
+        let mut message = message.clone();
+        if let Some(Value::Array(mut calls)) = message.get("tool_calls").cloned() {
+            pending.clear();
+            for call in calls.iter_mut().filter_map(Value::as_object_mut) {
+                let id = format!("call{count:0width$}", width = CALL_ID_LENGTH - 4);
+                count += 1;
+                pending.push((call.insert("id".into(), Value::String(id.clone())), id));
+            }
+            message = message.with("tool_calls", calls);
+        } else if message.role() == "tool" && !pending.is_empty() {
+            let asked = message.get("tool_call_id");
+            let place = pending.iter().position(|(old, _)| asked.is_some() && old.as_ref() == asked).unwrap_or(0);
+            let (_, id) = pending.remove(place);
+            message = message.with("tool_call_id", id);
+        }
+        message
+    });
+    let replaced: Vec<Message> = replaced.collect();
+    (count > 0).then_some(replaced)
 }

@@ -3,6 +3,7 @@
 use super::chat::{REASONING_KEYS, message_value, tools_value};
 use super::jinja::{GENERATION_END, GENERATION_MARKS, GENERATION_START};
 use super::marked::{Marker, Part, Strings, generation_ranges};
+use super::message::with_call_ids;
 use super::{ChatTemplate, Message};
 use serde_json::{Map, Value};
 use std::collections::{BTreeSet, HashMap};
@@ -10,8 +11,6 @@ use std::ops::Range;
 
 /// A text that no conversation holds: private-use characters at both ends.
 const SENTINEL: &str = "\u{E0F7}0\u{E0F8}";
-/// Length of the tool call ids that Mistral's templates require.
-const CALL_ID_LENGTH: usize = 9;
 /// Most messages of a conversation whose boundaries are found by rendering each of its beginnings.
 const MAX_BEGINNINGS: usize = 64;
 
@@ -252,7 +251,7 @@ impl<'a> SpanFinder<'a> {
             vec![span.clone()]
         } else {
             self.without_foreign(view, text, turn, &span, &foreign)
-                .unwrap_or_else(|| between_strings(strings, turn, &span, &foreign))
+                .unwrap_or_else(|| self.between_strings(view, text, turn, strings, &span, &foreign))
         };
         let last = parts.last_mut()?;
         last.end = self.without_space_after_end_token(text, last);
@@ -280,13 +279,16 @@ impl<'a> SpanFinder<'a> {
         let in_trail = |at: &usize| (own.end..=room.end).contains(at);
         let count = turn + 1;
         let ended = if count == view.messages.len() { Some(text.len()) } else { view.beginning(text, count, false) };
-        let limit = ended.filter(in_trail).or_else(|| self.before_next(view, text, turn, strings, own.end..room.end));
+        let tail = || self.before_next(view, text, turn, strings, own.end..room.end);
+        let tail = if ended.is_some_and(|at| in_trail(&at)) { None } else { tail() };
+        let limit = ended.filter(in_trail).or_else(|| tail.filter(|tail| tail.1).map(|tail| tail.0));
         let until = limit.unwrap_or(room.end);
-        // the last message of a beginning may lack its end token
         let end = self.end_in(&text[own.end..until]).map(|len| own.end + len);
-        let end = end.unwrap_or_else(|| match self.after_end_token(text, until) {
-            after if limit.is_some() && after <= room.end => after,
-            _ => limit.unwrap_or_else(|| self.after_end_token(text, own.end).min(room.end)),
+        // the last message of a beginning may lack its end token
+        let end = end.unwrap_or_else(|| match (limit, self.after_end_token(text, until)) {
+            (Some(_), after) if after <= room.end => after,
+            (Some(limit), _) => limit,
+            (None, _) => tail.map_or(own.end, |tail| tail.0),
         });
         (own.start - start, end - own.end)
     }
@@ -466,7 +468,8 @@ impl<'a> SpanFinder<'a> {
         leads.map(|lead| room.end - lead.len()).max()
     }
 
-    /// The end of what the template writes after the last string of a turn when nothing follows, at the beginning of the room after it.
+    /// The end of what the template writes after the last string of a turn when nothing follows, at the beginning of the room after it,
+    /// and whether that is all of it.
     fn before_next(
         &self,
         view: &View,
@@ -474,7 +477,7 @@ impl<'a> SpanFinder<'a> {
         turn: usize,
         strings: &Strings,
         room: Range<usize>,
-    ) -> Option<usize> {
+    ) -> Option<(usize, bool)> {
         let alone = view.prefix(turn + 1, false)?;
         let anchor = strings.anchor(text, room.start)?;
         let tails = alone.rmatch_indices(anchor).map(|(at, _)| &alone[at + anchor.len()..]);
@@ -482,9 +485,35 @@ impl<'a> SpanFinder<'a> {
             let len = common_prefix(tail, &text[room.clone()]);
             // not within a token that ends the last turn only
             let tokens = super::turn_end::tokens_in(tail, &self.special_tokens);
-            tokens.into_iter().find(|(at, token)| (*at..at + token.len()).contains(&len)).map_or(len, |(at, _)| at)
+            let cut = tokens.into_iter().find(|(at, token)| (*at..at + token.len()).contains(&len));
+            (cut.map_or(len, |(at, _)| at), len == tail.len())
         });
-        lens.max().map(|len| room.start + len)
+        lens.max().map(|(len, is_whole)| (room.start + len, is_whole))
+    }
+
+    /// The parts of a span without all that lies between a turn's strings around those of other messages.
+    fn between_strings(
+        &self,
+        view: &View,
+        text: &str,
+        turn: usize,
+        strings: &Strings,
+        span: &Range<usize>,
+        foreign: &[Range<usize>],
+    ) -> Vec<Range<usize>> {
+        let own = || strings.sorted.iter().filter(|(message, _)| *message == turn).map(|(_, range)| range);
+        let mut parts = Vec::new();
+        let mut start = span.start;
+        for other in foreign {
+            let end = own().filter(|range| range.end <= other.start).map(|range| range.end).max();
+            if let Some(end) = end.filter(|end| start < *end) {
+                let after = self.before_next(view, text, turn, strings, end..other.start);
+                parts.push(start..after.map_or(end, |(after, _)| after));
+            }
+            start = own().filter(|range| range.start >= other.end).map(|range| range.start).min().unwrap_or(span.end);
+        }
+        parts.push(start..span.end);
+        parts
     }
 
     /// A turn between two renderings, where both are beginnings of the whole.
@@ -539,50 +568,6 @@ impl<'a> SpanFinder<'a> {
         let ends_with_token = self.special_tokens.iter().any(|token| trimmed.ends_with(token.as_str()));
         if ends_with_token { span.start + trimmed.len() } else { span.end }
     }
-}
-
-/// The parts of a span without all that lies between a turn's strings around those of other messages.
-fn between_strings(strings: &Strings, turn: usize, span: &Range<usize>, foreign: &[Range<usize>]) -> Vec<Range<usize>> {
-    let own: Vec<&Range<usize>> = strings.sorted.iter().filter(|(m, _)| *m == turn).map(|(_, range)| range).collect();
-    let mut parts = Vec::new();
-    let mut start = span.start;
-    for other in foreign {
-        let end = own.iter().filter(|range| range.end <= other.start).map(|range| range.end).max();
-        if let Some(end) = end.filter(|end| start < *end) {
-            parts.push(start..end);
-        }
-        let next = own.iter().filter(|range| range.start >= other.end).map(|range| range.start).min();
-        start = next.unwrap_or(span.end);
-    }
-    parts.push(start..span.end);
-    parts
-}
-
-/// The conversation with tool call ids of nine characters, which some templates require, and each answer with the id of its call.
-/// `None` if there are no calls.
-fn with_call_ids(messages: &[Message]) -> Option<Vec<Message>> {
-    let mut count = 0;
-    let mut pending: Vec<(Option<Value>, String)> = Vec::new();
-    let replaced = messages.iter().map(|message| {
-        let mut message = message.clone();
-        if let Some(Value::Array(mut calls)) = message.get("tool_calls").cloned() {
-            pending.clear();
-            for call in calls.iter_mut().filter_map(Value::as_object_mut) {
-                let id = format!("call{count:0width$}", width = CALL_ID_LENGTH - 4);
-                count += 1;
-                pending.push((call.insert("id".into(), Value::String(id.clone())), id));
-            }
-            message = message.with("tool_calls", calls);
-        } else if message.role() == "tool" && !pending.is_empty() {
-            let asked = message.get("tool_call_id");
-            let place = pending.iter().position(|(old, _)| asked.is_some() && old.as_ref() == asked).unwrap_or(0);
-            let (_, id) = pending.remove(place);
-            message = message.with("tool_call_id", id);
-        }
-        message
-    });
-    let replaced: Vec<Message> = replaced.collect();
-    (count > 0).then_some(replaced)
 }
 
 /// Bytes of the characters that both texts begin with.
