@@ -35,7 +35,7 @@ fn a_run_that_cannot_fit_is_refused_before_it_starts() {
     for (flag, expected) in [
         ("--memory much", "expected a size such as `8GB`"),
         ("--checkpointed-blocks some", "expected `none`, `all` or a number"),
-        ("--micro-batch-tokens 0", "expected at least 1"),
+        ("--micro-batch-tokens 0", "expected 1 to"),
     ] {
         let failed = fixture.run(&format!("plan --model model --data data {flag}"));
         assert!(failed.code == 1 && failed.stderr.contains(expected), "{}", failed.stderr);

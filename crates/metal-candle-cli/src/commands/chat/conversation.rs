@@ -7,7 +7,7 @@ use metal_candle::data::Message;
 use metal_candle::files::write_atomically;
 use metal_candle::inference::GenerationConfig;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Most bytes of a saved conversation.
 const MAX_CONVERSATION_BYTES: u64 = 64 << 20;
@@ -41,6 +41,8 @@ pub(super) struct Conversation {
     system: Option<String>,
     turns: Vec<Message>,
     config: GenerationConfig,
+    /// The file that it was last written to or read from.
+    file: Option<PathBuf>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -50,7 +52,7 @@ struct Row {
 
 impl Conversation {
     pub(super) fn new(system: Option<String>, config: GenerationConfig) -> Self {
-        Self { system, turns: Vec::new(), config }
+        Self { system, turns: Vec::new(), config, file: None }
     }
 
     /// All messages, the system prompt first.
@@ -155,10 +157,16 @@ impl Conversation {
         Ok(format!("{name} is {value}"))
     }
 
-    fn save(&self, file: &str) -> Result<String> {
+    fn save(&mut self, file: &str) -> Result<String> {
         let path = Path::new(named(file)?);
+        if path.is_file() && self.file.as_deref() != Some(path) {
+            return Err(UserError::new(format!("`{file}` exists and is not written over"))
+                .with_hint("another name, or /load it first")
+                .into());
+        }
         let row = serde_json::to_string(&Row { messages: self.messages() })? + "\n";
         write_atomically(path, |file| file.write_all(row.as_bytes()))?;
+        self.file = Some(path.to_path_buf());
         Ok(format!("wrote {} messages to {file}", self.messages().len()))
     }
 
@@ -171,6 +179,7 @@ impl Conversation {
         let has_system = messages.first().is_some_and(|message| message.role() == "system");
         self.system = has_system.then(|| messages.remove(0).text());
         self.turns = messages;
+        self.file = Some(path.to_path_buf());
         Ok(format!("read {} messages from {file}", self.messages().len()))
     }
 }
@@ -235,7 +244,11 @@ mod tests {
         chat.line("a \"b\"\u{e9}").unwrap();
         chat.answered("c".into());
         chat.line(&format!("/save {}", file.display())).unwrap();
+        chat.line(&format!("/save {}", file.display())).unwrap();
         let mut other = Conversation::new(None, GenerationConfig::default());
+        other.line("x").unwrap();
+        // a file of something else is not written over
+        assert!(other.line(&format!("/save {}", file.display())).is_err());
         other.line(&format!("/load {}", file.display())).unwrap();
         assert_eq!(other.messages(), chat.messages());
         assert!(other.line("/load").is_err());
