@@ -47,19 +47,20 @@ pub(crate) fn without_line_end(mut text: String) -> String {
 pub(crate) fn read_values(path: &Path) -> Result<(Vec<(usize, Value)>, bool)> {
     let text = read_text(path, MAX_INPUT_BYTES)?;
     let is_jsonl = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
+    let format = |message: String| Error::Format { path: path.to_path_buf(), message };
     if !is_jsonl && let Ok(value) = serde_json::from_str(&text) {
+        files::check_integers(&text).map_err(format)?;
         return Ok((vec![(1, value)], false));
     }
     let mut values = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let value = serde_json::from_str(line).map_err(|error| Error::Format {
-            path: path.to_path_buf(),
-            message: format!("line {}: expected JSON: {error}", index + 1),
-        })?;
+        let place = |message: String| format(format!("line {}: {message}", index + 1));
+        let value = serde_json::from_str(line).map_err(|error| place(format!("expected JSON: {error}")))?;
+        files::check_integers(line).map_err(place)?;
         values.push((index + 1, value));
     }
     if values.is_empty() {
-        return Err(Error::Format { path: path.to_path_buf(), message: "there is no row in it".into() }.into());
+        return Err(format("there is no row in it".into()).into());
     }
     Ok((values, true))
 }

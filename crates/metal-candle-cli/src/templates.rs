@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::Args;
 use metal_candle::Error;
 use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::files::check_integers;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -100,7 +101,10 @@ fn variable_value(name: &str, text: &str) -> Result<Value> {
         "False" => Ok(Value::Bool(false)),
         "None" => Ok(Value::Null),
         _ => match serde_json::from_str(text) {
-            Ok(value) => Ok(value),
+            Ok(value) => {
+                check_integers(text).map_err(|error| UserError::new(format!("`--template-var {name}`: {error}")))?;
+                Ok(value)
+            }
             Err(error) if text.starts_with(['[', '{', '"']) => {
                 Err(UserError::new(format!("`--template-var {name}`: `{text}` is not JSON: {error}")).into())
             }
@@ -115,6 +119,7 @@ pub(crate) fn read_tools(path: Option<&Path>) -> Result<Option<Vec<Value>>> {
     let text = input::read_text(path, MAX_FILE_BYTES)?;
     let format = |message: String| Error::Format { path: path.to_path_buf(), message };
     let value: Value = serde_json::from_str(&text).map_err(|error| format(format!("expected JSON: {error}")))?;
+    check_integers(&text).map_err(format)?;
     let list = match value {
         Value::Array(list) => list,
         Value::Object(mut map) => match map.remove("tools") {

@@ -154,6 +154,7 @@ fn encode_bytes(encoder: &Encoder, bytes: &[u8]) -> std::result::Result<EncodedR
         let place = if e.line() == 1 { format!("column {}", e.column()) } else { format!("line {} of it", e.line()) };
         format!("not valid JSON: {message} ({place})")
     })?;
+    crate::files::check_integers(text)?;
     let (schema, row) = rows::parse(value)?;
     encoder.encode(schema, row)
 }

@@ -87,6 +87,39 @@ fn text_of(bytes: Vec<u8>, path: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
 }
 
+/// An error in words for a JSON text with a whole number that does not fit into 64 bits, which would be rounded.
+///
+/// # Errors
+/// There is such a number.
+pub fn check_integers(json: &str) -> std::result::Result<(), String> {
+    let bytes = json.as_bytes();
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => {
+                at += 1;
+                while bytes.get(at).is_some_and(|byte| *byte != b'"') {
+                    at += if bytes[at] == b'\\' { 2 } else { 1 };
+                }
+                at += 1;
+            }
+            b'-' | b'0'..=b'9' => {
+                let is_part = |byte: &u8| matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-');
+                let len = bytes[at..].iter().position(|byte| !is_part(byte)).unwrap_or(bytes.len() - at);
+                let number = &json[at..at + len];
+                let is_whole = !number.contains(['.', 'e', 'E']);
+                if is_whole && len > 18 && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+                    let start = &number[..len.min(40)];
+                    return Err(format!("the whole number `{start}` does not fit into 64 bits: write it as text"));
+                }
+                at += len;
+            }
+            _ => at += 1,
+        }
+    }
+    Ok(())
+}
+
 /// The value of a JSON file of at most `max_bytes`; values may be nested 127 deep.
 ///
 /// # Errors
@@ -145,6 +178,20 @@ impl<R: BufRead> BoundedLines<R> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    #[test]
+    fn whole_numbers_beyond_64_bits_are_found() {
+        let check = super::check_integers;
+        for fits in [
+            "[-9223372036854775808, 18446744073709551615, 1e30, 123456789012345678901.5]",
+            "\"99999999999999999999\\\"9\"",
+        ] {
+            assert_eq!(check(fits), Ok(()), "{fits}");
+        }
+        for large in ["{\"a\\\\\": 18446744073709551616}", "-9223372036854775809"] {
+            assert!(check(large).is_err_and(|message| message.contains("64 bits")), "{large}");
+        }
+    }
+
     use super::{BoundedLines, read_bounded, read_if_exists, read_json, read_text, read_text_stream};
     use serde_json::Value;
 
