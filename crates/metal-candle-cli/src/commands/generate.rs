@@ -162,8 +162,11 @@ fn parse_row(line: usize, value: Value) -> std::result::Result<Row, UserError> {
     let content = match (map.remove("prompt"), map.remove("messages")) {
         (Some(Value::String(text)), None) => Content::Prompt(text),
         (None, Some(messages)) | (Some(messages @ Value::Array(_)), None) => {
-            let messages = serde_json::from_value(messages).map_err(|error| wrong(format!("`messages`: {error}")))?;
-            Content::Messages(messages)
+            let messages: Vec<Message> =
+                serde_json::from_value(messages).map_err(|error| wrong(format!("`messages`: {error}")))?;
+            // as training reads them
+            let messages: std::result::Result<_, String> = messages.into_iter().map(Message::normalized).collect();
+            Content::Messages(messages.map_err(|error| wrong(format!("`messages`: {error}")))?)
         }
         (Some(_), None) => return Err(wrong("`prompt`: expected text or a list of messages".into())),
         (Some(_), Some(_)) => return Err(wrong("expected one of `prompt` and `messages`, found both".into())),
