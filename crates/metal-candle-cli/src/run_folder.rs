@@ -185,6 +185,9 @@ fn is_unfinished_start(path: &Path) -> bool {
     !names.is_empty() && names.iter().all(|name| is_of_start(name))
 }
 
+/// What to do about a folder that is not free.
+pub(crate) const FREE_HINT: &str = "name a new folder with --output; nothing is overwritten";
+
 /// Refuses a folder to write unless nothing is at `path` but, at most, an empty folder.
 pub(crate) fn check_free(path: &Path, hint: &str) -> Result<()> {
     if let Some(file) = path.ancestors().find(|part| part.is_file()) {
@@ -198,6 +201,41 @@ pub(crate) fn check_free(path: &Path, hint: &str) -> Result<()> {
     }
 }
 
+/// Fills a folder that is free (see [`check_free`]). If that fails, what was written and the folders made for it are removed.
+pub(crate) fn fill_folder(path: &Path, hint: &str, fill: impl FnOnce() -> Result<()>) -> Result<()> {
+    check_free(path, hint)?;
+    let missing: Vec<&Path> = path.ancestors().take_while(|part| part.symlink_metadata().is_err()).collect();
+    fill().inspect_err(|_| {
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let _ = if is_folder { std::fs::remove_dir_all(entry.path()) } else { std::fs::remove_file(entry.path()) };
+        }
+        for folder in missing {
+            let _ = std::fs::remove_dir(folder);
+        }
+    })
+}
+
 fn write_error(path: &Path, source: std::io::Error) -> Error {
     Error::Write { path: path.to_path_buf(), source }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    #[test]
+    fn a_folder_that_cannot_be_filled_is_as_before() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("a/b");
+        let fill = |is_whole: bool| {
+            super::fill_folder(&folder, "", || {
+                std::fs::create_dir_all(folder.join("c")).unwrap();
+                std::fs::write(folder.join("file"), "x").unwrap();
+                if is_whole { Ok(()) } else { Err(anyhow::anyhow!("full")) }
+            })
+        };
+        assert!(fill(false).is_err() && !outer.path().join("a").exists());
+        fill(true).unwrap();
+        assert!(fill(false).is_err() && folder.join("file").exists());
+    }
 }

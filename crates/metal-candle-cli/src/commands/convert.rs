@@ -4,7 +4,7 @@ use super::fuse::{largest_difference, probe};
 use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, UserError};
-use crate::run_folder::check_free;
+use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use metal_candle::adapters::LoRAAdapter;
@@ -42,7 +42,7 @@ pub(crate) struct ConvertArguments {
 
 pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     check_adapter(&flags.adapter)?;
-    check_free(&flags.output, "name a new folder with --output; nothing is overwritten")?;
+    check_free(&flags.output, FREE_HINT)?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
     let mut adapter = load_adapter(&model, &flags.adapter, &source)?;
@@ -57,10 +57,10 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     if !largest_difference(&expected, &expected)?.is_finite() {
         return Err(UserError::new("the logits with this adapter are not finite: it overflows").into());
     }
-    match flags.format {
-        AdapterFormat::Peft => adapter.save(&flags.output)?,
-        AdapterFormat::Mlx => adapter.save_mlx(&flags.output)?,
-    }
+    fill_folder(&flags.output, FREE_HINT, || match flags.format {
+        AdapterFormat::Peft => Ok(adapter.save(&flags.output)?),
+        AdapterFormat::Mlx => Ok(adapter.save_mlx(&flags.output)?),
+    })?;
 
     let written = LoRAAdapter::load(&model, &flags.output)?;
     let difference = largest_difference(&expected, &logits_of(&written)?)?;

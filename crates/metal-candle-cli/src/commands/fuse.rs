@@ -3,8 +3,8 @@
 use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
-use crate::run_folder::check_free;
 use crate::run_folder::recorded_template;
+use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;
@@ -47,7 +47,7 @@ pub(crate) struct FuseArguments {
 
 pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     check_adapter(&flags.adapter)?;
-    check_free(&flags.output, "name a new folder with --output; nothing is overwritten")?;
+    check_free(&flags.output, FREE_HINT)?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load(flags.model.dtype, flags.model.device, output)?;
     let adapter = load_adapter(&model, &flags.adapter, &source)?;
@@ -60,11 +60,14 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
         Some(tokenizer) => with_end_of_turn(merged, tokenizer)?,
         None => merged,
     };
-    save_model(&merged, &flags.output)?;
-    copy_tokenizer(source.folder(), &flags.output)?;
-    if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&flags.adapter)?.chat_template) {
-        write_template(tokenizer, &flags.output)?;
-    }
+    fill_folder(&flags.output, FREE_HINT, || {
+        save_model(&merged, &flags.output)?;
+        copy_tokenizer(source.folder(), &flags.output)?;
+        if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&flags.adapter)?.chat_template) {
+            write_template(tokenizer, &flags.output)?;
+        }
+        Ok(())
+    })?;
     drop(merged);
 
     let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
