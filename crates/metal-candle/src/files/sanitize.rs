@@ -18,31 +18,27 @@ fn is_unsafe(c: char) -> bool {
 
 /// `text` with every control character (but newline and tab) and override of direction escaped, at full length.
 pub fn printable(text: &str) -> Cow<'_, str> {
+    escaped(text, |safe, c| safe.extend(c.escape_default()))
+}
+
+/// A JSON text with the same characters escaped as JSON does it.
+pub fn printable_json(json: &str) -> Cow<'_, str> {
+    escaped(json, |safe, c| {
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            let _ = write!(safe, "\\u{unit:04x}");
+        }
+    })
+}
+
+/// `text` with each unsafe character written by `escape`; borrowed if there is none.
+fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
     if !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
     }
     let mut safe = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         if is_unsafe(c) {
-            safe.extend(c.escape_default());
-        } else {
-            safe.push(c);
-        }
-    }
-    Cow::Owned(safe)
-}
-
-/// A JSON text with the same characters escaped as JSON does it.
-pub fn printable_json(json: &str) -> Cow<'_, str> {
-    if !json.contains(is_unsafe) {
-        return Cow::Borrowed(json);
-    }
-    let mut safe = String::with_capacity(json.len() + 16);
-    for c in json.chars() {
-        if is_unsafe(c) {
-            for unit in c.encode_utf16(&mut [0; 2]) {
-                let _ = write!(safe, "\\u{unit:04x}");
-            }
+            escape(&mut safe, c);
         } else {
             safe.push(c);
         }
