@@ -85,20 +85,13 @@ impl Replaced {
                 Role::Replacement => {}
             }
             found.names.insert(name.into());
-            let shape_found = source.shape(name).unwrap_or_default();
-            if shape_found != shape.as_slice() {
-                problems.push(format!("`{name}`: expected shape {shape:?}, found {shape_found:?}"));
-                continue;
-            }
-            if let Some(dtype) = source.foreign_dtype(name) {
-                problems.push(format!("`{name}`: expected f32, f16 or bf16, found {dtype}"));
-                continue;
-            }
-            let values = source.values(name)?;
-            if values.iter().any(|value| !value.is_finite()) {
-                problems.push(format!("`{name}` holds a value that is not finite"));
-                continue;
-            }
+            let values = match source.checked_values(name, shape.as_slice())? {
+                Ok(values) => values,
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
             if found.biases.contains(&bare) {
                 found.values.insert(bare, values);
                 continue;
@@ -165,20 +158,17 @@ impl Replaced {
             };
             self.names.insert(name.into());
             num_found += 1;
-            let (expected, shape) = ([rows.len(), hidden], source.shape(name).unwrap_or_default());
-            if shape != expected || source.foreign_dtype(name).is_some() {
-                problems.push(format!("`{name}`: expected shape {expected:?} in f32, f16 or bf16, found {shape:?}"));
-                continue;
-            }
             if let Some(row) = rows.iter().find(|row| **row as usize >= vocab) {
                 problems.push(format!("`{name}`: token {row} is not below the {vocab} of the model"));
                 continue;
             }
-            let delta = source.values(name)?;
-            if delta.iter().any(|value| !value.is_finite()) {
-                problems.push(format!("`{name}` holds a value that is not finite"));
-                continue;
-            }
+            let delta = match source.checked_values(name, &[rows.len(), hidden])? {
+                Ok(delta) => delta,
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
             if let Some(values) = self.values.get_mut(&weight) {
                 // the file brings another embedding: the rows are a part of it
                 for (row, delta) in rows.iter().zip(delta.chunks_exact(hidden)) {

@@ -59,6 +59,23 @@ impl TensorSource {
         }
     }
 
+    /// The finite values of a tensor of this shape in f32, row by row; the inner error describes a tensor that is not as expected.
+    pub(super) fn checked_values(&self, name: &str, shape: &[usize]) -> Result<std::result::Result<Vec<f32>, String>> {
+        let found = self.shape(name).unwrap_or_default();
+        if found != shape {
+            return Ok(Err(format!("`{name}`: expected shape {shape:?}, found {found:?}")));
+        }
+        if let Some(dtype) = self.foreign_dtype(name) {
+            return Ok(Err(format!("`{name}`: expected f32, f16 or bf16, found {dtype}")));
+        }
+        let values = self.values(name)?;
+        Ok(if values.iter().all(|value| value.is_finite()) {
+            Ok(values)
+        } else {
+            Err(format!("`{name}` holds a value that is not finite"))
+        })
+    }
+
     /// The values of a tensor in f32, row by row.
     pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
         let tensor = match self {
