@@ -239,50 +239,50 @@ impl Value {
     }
 }
 
-/// What a file is and what to do with it, if its first bytes show that it holds no JSON text.
+/// The first bytes of file formats that hold no JSON text, with the advice for each; the first match counts.
+const MAGIC: [(&[u8], &str); 24] = [
+    (b"\x1F\x8B", "a gzip file; unpack it with `gzip -dc FILE > NEW.jsonl`"),
+    (b"\x28\xB5\x2F\xFD", "a zstd file; unpack it with `zstd -dc FILE > NEW.jsonl`"),
+    (b"\xFD7zXZ\0", "an xz file; unpack it with `xz -dc FILE > NEW.jsonl`"),
+    (b"BZh", "a bzip2 file; unpack it with `bzip2 -dc FILE > NEW.jsonl`"),
+    (b"\x04\x22\x4D\x18", "an lz4 file; unpack it with `lz4 -dc FILE > NEW.jsonl`"),
+    (b"PK\x03\x04", ZIP),
+    (b"PK\x05\x06", ZIP),
+    (b"7z\xBC\xAF\x27\x1C", "a 7z file; unpack it with `7z x FILE`"),
+    (
+        b"PAR1",
+        "a Parquet file; convert it with `pandas.read_parquet(FILE).to_json(NEW, orient=\"records\", lines=True)` in Python",
+    ),
+    (b"ARROW1", ARROW),
+    (b"\xFF\xFF\xFF\xFF", ARROW),
+    (b"SQLite format 3\0", "an SQLite database; export its rows as JSON lines"),
+    (b"\x80\x02", PICKLE),
+    (b"\x80\x03", PICKLE),
+    (b"\x80\x04", PICKLE),
+    (b"\x80\x05", PICKLE),
+    (b"\xFF\xFE\0\0", UTF32),
+    (b"\0\0\xFE\xFF", UTF32),
+    (b"\xFF\xFE", UTF16),
+    (b"\xFE\xFF", UTF16),
+    (b"{\0", UTF16),
+    (b"[\0", UTF16),
+    (b"\0{", UTF16),
+    (b"\0[", UTF16),
+];
+const ZIP: &str = "a zip file; unpack it with `unzip FILE`";
+const ARROW: &str = "an Arrow file; convert it with `datasets.Dataset.from_file(FILE).to_json(NEW)` in Python";
+const PICKLE: &str = "a Python pickle; write its rows as JSON lines in Python";
+const UTF16: &str = "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`";
+const UTF32: &str = "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl`";
+
+/// Names the format of a file whose first bytes show that it holds no JSON text, with advice.
 fn other_format(bytes: &[u8]) -> Option<String> {
-    let starts = |magic: &[u8]| bytes.starts_with(magic);
-    let expected = "expected JSON lines in UTF-8, found";
-    let utf16 = "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`";
-    let utf32 = "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl`";
-    let found = if starts(b"\x1F\x8B") {
-        "a gzip file; unpack it with `gzip -dc FILE > NEW.jsonl`"
-    } else if starts(b"\x28\xB5\x2F\xFD") {
-        "a zstd file; unpack it with `zstd -dc FILE > NEW.jsonl`"
-    } else if starts(b"\xFD7zXZ\0") {
-        "an xz file; unpack it with `xz -dc FILE > NEW.jsonl`"
-    } else if starts(b"BZh") {
-        "a bzip2 file; unpack it with `bzip2 -dc FILE > NEW.jsonl`"
-    } else if starts(b"\x04\x22\x4D\x18") {
-        "an lz4 file; unpack it with `lz4 -dc FILE > NEW.jsonl`"
-    } else if starts(b"PK\x03\x04") || starts(b"PK\x05\x06") {
-        "a zip file; unpack it with `unzip FILE`"
-    } else if starts(b"7z\xBC\xAF\x27\x1C") {
-        "a 7z file; unpack it with `7z x FILE`"
-    } else if starts(b"PAR1") {
-        "a Parquet file; convert it with `pandas.read_parquet(FILE).to_json(NEW, orient=\"records\", lines=True)` in Python"
-    } else if starts(b"ARROW1") || starts(b"\xFF\xFF\xFF\xFF") {
-        "an Arrow file; convert it with `datasets.Dataset.from_file(FILE).to_json(NEW)` in Python"
-    } else if starts(b"SQLite format 3\0") {
-        "an SQLite database; export its rows as JSON lines"
-    } else if starts(b"\x80") && bytes.get(1).is_some_and(|version| (2..=5).contains(version)) {
-        "a Python pickle; write its rows as JSON lines in Python"
-    } else if starts(b"\xFF\xFE\0\0") || starts(b"\0\0\xFE\xFF") {
-        utf32
-    } else if starts(b"\xFF\xFE")
-        || starts(b"\xFE\xFF")
-        || starts(b"{\0")
-        || starts(b"[\0")
-        || starts(b"\0{")
-        || starts(b"\0[")
-    {
-        utf16
-    } else if bytes.iter().take(1024).any(|&byte| byte == 0) {
-        "binary data"
-    } else {
-        return text_format(bytes);
-    };
-    Some(format!("{expected} {found}"))
+    let known = MAGIC.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, found)| *found);
+    let is_binary = || bytes.iter().take(1024).any(|&byte| byte == 0);
+    match known.or_else(|| is_binary().then_some("binary data")) {
+        Some(found) => Some(format!("expected JSON lines in UTF-8, found {found}")),
+        None => text_format(bytes),
+    }
 }
 
 /// The same for files of text: tables, XML and YAML, whose first line is not the start of a JSON value.
