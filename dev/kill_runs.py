@@ -1,8 +1,8 @@
-"""Kills training runs at random moments, lets them go on, and compares all their files with those of a run that was left alone.
+"""Kills training runs at random moments, resumes them, and compares all their files with those of an uninterrupted run.
 
 `python dev/kill_runs.py --binary target/release/metal-candle --kills 300`. A third of the kills come at any moment, a third in the first
-moments after a start, and a third as soon as a temporary file is seen. After each kill the run goes on by `--resume`; where that finds no
-run yet, by the first command again. In the end every file must hold the same bytes and no other file may be there.
+moments after a start, and a third as soon as a temporary file is seen. After each kill `--resume` continues the
+run; if there is no run yet, the first command is repeated. In the end every file must hold the same bytes and no other file may exist.
 """
 
 import argparse

@@ -324,7 +324,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             Error::Format { path, message } if message.contains("of the model") => return base_hint(path),
             Error::Template(_) => "`generate --raw` does without the chat template",
             Error::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "free some space on that disk; a training run goes on with `train --resume RUN`"
+                "free some space on that disk; `train --resume RUN` continues a training run"
             }
             Error::Hub(_) => "a model folder on this machine can be given to --model instead",
             Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",

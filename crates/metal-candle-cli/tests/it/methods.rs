@@ -126,7 +126,7 @@ fn adapters_are_converted_and_what_mlx_lm_cannot_hold_is_named() {
         let refused = fixture.run(&format!("convert --model model --adapter {run} --format mlx --output other"));
         assert!(refused.code == 1 && refused.stderr.contains(expected), "{}", refused.stderr);
         assert!(!fixture.path("other").exists());
-        // and training from it goes on with the same parts
+        // and training from it continues with the same parameters
         fixture.ok(&format!("{} --adapter {run} --output {run}-again", SMALL.replace(" --rank 2", "")));
         let config = |run: &str| fixture.text(&format!("{run}/adapter/adapter_config.json"));
         assert_eq!(config(&run), config(&format!("{run}-again")));

@@ -380,7 +380,8 @@ impl<'a> SpanFinder<'a> {
         Ok(())
     }
 
-    /// The bytes at which each message ends in the whole; `None` for those that cannot be told from the one after.
+    /// The byte offset at which each message ends in the rendered text; `None` if its end and the next message's start are not
+    /// distinguishable.
     pub(super) fn boundaries(
         &self,
         messages: &[Message],

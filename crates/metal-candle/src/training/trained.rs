@@ -107,7 +107,7 @@ pub trait Trained: Clone + Send + Sync + 'static {
     /// Whether it can be trained as it is.
     ///
     /// # Errors
-    /// It holds values that training would not treat as whoever made it did.
+    /// The adapter holds tensors that this trainer would not update the way the program that wrote it does.
     fn check(&self) -> Result<()> {
         Ok(())
     }

@@ -345,7 +345,7 @@ fn marks_of_the_template_are_what_is_trained() {
     let tokenizer = with_source(source);
     assert_eq!(trained(&tokenizer, &last(), dialogue()).concat().trim(), "four 🦀");
     // marks that mark nothing
-    let tokenizer = with_source(&source.replace("'assistant' %}Sure: ", "'nobody' %}Sure: "));
+    let tokenizer = with_source(&source.replace("'assistant' %}Sure: ", "'other' %}Sure: "));
     assert_eq!(trained(&tokenizer, &last(), dialogue()), ["four 🦀\n<|im_end|>"]);
 }
 
