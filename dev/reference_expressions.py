@@ -197,6 +197,15 @@ true | int
 '<a>' | escape
 '<a>' | safe
 ('<a>' | safe) | e
+('<a>' | safe) + '<b>'
+'<b>' + ('<a>' | safe)
+'<a>' | safe + '<b>' + '&' | upper + '>'
+'<a>' | safe + '<b>' if true else '<c>' + '<d>'
+1 + 2 + ('<a>' | safe | length)
+3 - 1 + ('abc' | safe | length) * 2
+[1] + [2] + (['<a>' | safe])
+('<a>' | safe) + 1
+'<a>' | safe + '<b>' == '<a>&lt;b&gt;'
 '<a>' | e | e
 '<a>' | forceescape
 'a' | upper

@@ -49,6 +49,11 @@ fn wrong_input_is_code_1_and_named() {
         ("train --model model --data data --seed -1", "from 0 to 9223372036854775807"),
         ("train --model model --data data --epochs -1", "from 0 to"),
         ("train --model model --data data --steps 9223372036854775808", "`--steps`: expected a whole number"),
+        ("train --model model --data data --num-devices 9223372036854775808", "`--num-devices`: expected 1 to 64"),
+        (
+            "train --model model --data data --gradient-accumulation-steps 9223372036854775807",
+            "expected 1 to 1073741824",
+        ),
         ("train --model model --data data --batch-tokens 18446744073709551615", "`--batch-tokens`: expected"),
         ("plan --model model --data data --rank 9223372036854775808", "`--rank`: expected"),
         ("train --model model --data data --max-tokens-per-sample 513", "at most 512"),

@@ -61,7 +61,22 @@ fn rows_bring_their_own_template_tools_and_variables() {
     assert_eq!(rows[1]["text"], "user?:hi<|endoftext|>[clock]assistant?:");
     assert!(rows[2]["line"] == 3 && rows[2]["error"].as_str().unwrap().contains("messages"), "{}", rows[2]);
     assert_eq!(rows[3]["text"], "user!:hi<|endoftext|>[own]");
-    for (flag, wrong) in [("mark", "NAME=VALUE"), ("messages=1", "set by the program"), ("a-b=1", "letters")] {
+    let text = |flag: &str| {
+        let words =
+            format!("template one.json --model model --chat-template other.jinja --template-var mark={flag} --json");
+        fixture.ok(&words).json()["text"].as_str().unwrap().to_owned()
+    };
+    std::fs::write(fixture.path("one.json"), "[{\"role\": \"user\", \"content\": \"hi\"}]").unwrap();
+    let shown = ["False", "false", "None", "[1.0]", "1e-7", "text"].map(text);
+    let expected = ["False", "False", "None", "[1.0]", "1e-07", "text"];
+    assert_eq!(shown, expected.map(|value| format!("user{value}:hi<|endoftext|>")));
+    for (flag, wrong) in [
+        ("mark", "NAME=VALUE"),
+        ("messages=1", "set by the program"),
+        ("a-b=1", "letters"),
+        ("mark=[1,2", "is not JSON"),
+        ("mark=99999999999999999999", "64 bits"),
+    ] {
         let ran = fixture.run(&format!("template rows.jsonl --model model --template-var {flag}"));
         assert!(ran.code == 1 && ran.stderr.contains(wrong), "{flag}: {}", ran.stderr);
     }
@@ -93,6 +108,11 @@ fn many_prompts_are_answered_in_their_order() {
         assert_eq!((&answer["tokens"], &answer["prompt_ids"]), (&alone["tokens"], &alone["prompt_ids"]));
         assert_eq!(alone["prompt_ids"].as_array().unwrap().len(), alone["prompt_tokens"].as_u64().unwrap() as usize);
     }
+    // lists of parts are joined as in training
+    let parts = "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"le\"}, {\"type\": \"text\", \"text\": \"t\"}]}]}";
+    std::fs::write(fixture.path("parts.jsonl"), parts).unwrap();
+    let answer = lines(&fixture.ok(&format!("generate --prompts parts.jsonl {words}")).stdout);
+    assert_eq!(answer[0]["prompt_ids"], answers[1]["prompt_ids"]);
     std::fs::write(fixture.path("bad.jsonl"), "{\"prompt\": \"fn\"}\n{\"text\": 1}\n").unwrap();
     let ran = fixture.run(&format!("generate --prompts bad.jsonl {words}"));
     assert!(ran.code == 1 && ran.stderr.contains("bad.jsonl:2: expected `prompt` or `messages`"), "{}", ran.stderr);

@@ -261,11 +261,22 @@ fn deep_sources_and_large_results_are_refused() {
 }
 
 #[test]
+fn content_that_is_null_is_none_and_other_null_keys_are_absent() {
+    let messages = json!([{"role": "assistant", "content": null, "name": null, "reasoning": "r"}]);
+    let messages: Vec<Message> = serde_json::from_value(messages).unwrap();
+    let source = "{{ messages[0].content is none }} {{ messages[0].name is defined }} {{ messages[0].thinking }} {{ messages[0].reasoning_content }}";
+    assert_eq!(render(source, &messages).unwrap(), "True False r r");
+}
+
+#[test]
 fn long_conversations_have_budget() {
     let source = "{% for m in messages %}{% set ns = namespace(n=0) %}{% for c in m.content %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }};{% endfor %}";
     assert_eq!(render(source, &[Message::user("x".repeat(100_000))]).unwrap(), "100000;");
     let many: Vec<Message> = (0..800).map(|_| Message::user("hello there")).collect();
     assert_eq!(render(source, &many).unwrap().len(), 800 * 3);
+    // the question before each message is looked for from the first message on
+    let source = "{% for m in messages %}{% set ns = namespace(i=0) %}{% for n in messages[:loop.index0] %}{% if n.role == 'user' and n.content %}{% set ns.i = loop.index %}{% endif %}{% endfor %}{{ ns.i }};{% endfor %}";
+    assert!(render(source, &many).unwrap().ends_with("798;799;"));
 }
 
 #[test]

@@ -184,6 +184,24 @@ fn a_folder_has_its_files() {
     assert_eq!((datasets.train.len(), datasets.valid.unwrap().len(), datasets.test.unwrap().len()), (8, 1, 2));
     folder.write("val.jsonl", texts(1));
     assert!(load().unwrap_err().to_string().contains("found both"));
+    // a folder in the place of a file is no absent file
+    std::fs::remove_file(folder.path().join("val.jsonl")).unwrap();
+    std::fs::remove_file(folder.path().join("test.jsonl")).unwrap();
+    std::fs::create_dir(folder.path().join("test.jsonl")).unwrap();
+    assert!(load().unwrap_err().to_string().contains("test.jsonl"));
+}
+
+#[test]
+fn whole_numbers_beyond_64_bits_are_problems() {
+    let folder = Folder::new();
+    let row = |number: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"a\", \"id\": {number}}}, {{\"role\": \"assistant\", \"content\": \"b\"}}]}}\n"
+        )
+    };
+    let path = folder.write("data.jsonl", row("18446744073709551615") + &row("18446744073709551616"));
+    let message = "the whole number `18446744073709551616` does not fit into 64 bits: write it as text";
+    assert_eq!(problems(&path), [(2, message.to_string())]);
 }
 
 #[test]
