@@ -423,6 +423,15 @@ fn turns_that_later_messages_change_are_found_to_their_end() {
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "Warm."},
     ]});
-    let parts = trained(&tokenizer, &all(), row);
+    let parts = trained(&tokenizer, &all(), row.clone());
     assert_eq!(parts, ["[call {\"what\": \"sky\", \"days\": 3}]<|im_end|>", "Warm.<|endoftext|>"]);
+
+    // a call that no special token ends
+    let tokenizer = with_source(
+        "{% for m in messages %}{% if m.role == 'tool' %}<tool>{{ m.content }}</tool>{% else %}<|im_start|>{{ m.role }}\n{% if m.thinking and loop.last %}({{ m.thinking }}){% endif %}{% for c in m.tool_calls or [] %}[call {{ c.function.arguments | tojson }}]/call;{% else %}{{ m.content }}<|im_end|>{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    );
+    assert_eq!(
+        trained(&tokenizer, &all(), row).concat(),
+        "[call {\"what\": \"sky\", \"days\": 3}]/call; <|im_end|>Warm.<|im_end|>"
+    );
 }
