@@ -90,6 +90,19 @@ impl<'a> View<'a> {
         self.render(&messages, false).ok()
     }
 
+    /// Whether the template prints `None` for the content of an answer that is null.
+    fn writes_none(&self, messages: &[Message], text: &str, wanted: &[usize]) -> bool {
+        let is_null = |message: &Message| message.get("content") == Some(&Value::Null);
+        if !wanted.iter().any(|&turn| is_null(&messages[turn])) {
+            return false;
+        }
+        let filled = messages.iter().zip(&self.messages).map(|(message, value)| {
+            if is_null(message) { message_value(&message.clone().with("content", "")) } else { value.clone() }
+        });
+        let filled = self.render(&filled.collect::<Vec<_>>(), false).unwrap_or_default();
+        filled.matches("None").count() < text.matches("None").count()
+    }
+
     /// Where the strings of the messages are in the text.
     fn strings(&self, messages: &[Message], text: &str) -> Option<Strings> {
         let attempts = [true, false].into_iter().map(|calls| {
@@ -166,36 +179,18 @@ impl<'a> SpanFinder<'a> {
         let strings = view.strings(messages, text);
         Self::check_lost(&view, messages, text, strings.as_ref(), wanted, &mut rendered.notes)?;
         if mask_prompt {
+            let spans = || self.spans(&view, messages, text, strings.as_ref(), wanted);
+            let num_answers = messages.iter().filter(|message| message.role() == "assistant").count();
             let marks = view.generation_ranges(text);
-            let is_assistant = |index: &usize| messages[*index].role() == "assistant";
-            let takes_all = wanted.len() == (0..messages.len()).filter(is_assistant).count();
             rendered.has_marks = marks.is_some();
             rendered.spans = match marks {
-                Some(marks) if takes_all => marks,
-                marks => {
-                    let spans = self.spans(&view, messages, text, strings.as_ref(), wanted)?;
-                    match marks {
-                        Some(mut marks) => {
-                            marks.retain(|mark| {
-                                let after = spans.partition_point(|span| span.end <= mark.start);
-                                spans.get(after).is_some_and(|span| span.start < mark.end)
-                            });
-                            marks
-                        }
-                        None => spans,
-                    }
-                }
+                None => spans()?,
+                Some(marks) if wanted.len() == num_answers => marks,
+                Some(marks) => overlapping(marks, &spans()?),
             };
         }
-        if wanted.iter().any(|&turn| messages[turn].get("content") == Some(&Value::Null)) {
-            let filled = messages.iter().map(|message| match message.get("content") {
-                Some(Value::Null) => message_value(&message.clone().with("content", "")),
-                _ => message_value(message),
-            });
-            let filled = view.render(&filled.collect::<Vec<_>>(), false).unwrap_or_default();
-            if filled.matches("None").count() < text.matches("None").count() {
-                rendered.notes.insert(RenderNote::WritesNone);
-            }
+        if view.writes_none(messages, text, wanted) {
+            rendered.notes.insert(RenderNote::WritesNone);
         }
         rendered.strings = strings;
         Ok(rendered)
@@ -569,6 +564,15 @@ impl<'a> SpanFinder<'a> {
         let ends_with_token = self.special_tokens.iter().any(|token| trimmed.ends_with(token.as_str()));
         if ends_with_token { span.start + trimmed.len() } else { span.end }
     }
+}
+
+/// The marks that share bytes with one of the spans; both are in order.
+fn overlapping(mut marks: Vec<Range<usize>>, spans: &[Range<usize>]) -> Vec<Range<usize>> {
+    marks.retain(|mark| {
+        let after = spans.partition_point(|span| span.end <= mark.start);
+        spans.get(after).is_some_and(|span| span.start < mark.end)
+    });
+    marks
 }
 
 /// Bytes of the characters that both texts begin with.
