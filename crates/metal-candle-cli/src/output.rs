@@ -331,7 +331,9 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             Error::OutOfMemory(_) => {
                 "fewer or shorter sequences, or --dtype bf16, take less memory; other programs on the device take some too"
             }
-            Error::Candle(_) => "this is a defect of the program or of the device: please report it with the command",
+            Error::Candle(_) => {
+                "this is a bug, or the device is faulty: please open an issue and include the command you ran"
+            }
             _ => return None,
         };
         return Some(hint.to_owned());
