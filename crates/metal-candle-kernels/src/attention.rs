@@ -3,9 +3,10 @@
 //! No `[queries, keys]` matrix is made: blocks of scores are normalised as they come
 //! (<https://arxiv.org/abs/2205.14135>, algorithm 1).
 
-use crate::gemm::{Matrix, serial_gemm};
+use crate::gemm::serial_gemm;
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, exp, max, widen};
+use crate::operand::Matrix;
 use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
 

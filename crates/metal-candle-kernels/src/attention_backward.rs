@@ -263,7 +263,7 @@ fn plain_dot_body<A: Arithmetic>(a: &[f32], b: &[f32]) -> f32 {
 mod tests {
     use super::{PART_QUERIES, ROUND_KEYS, Saved, attention_backward, rounds};
     use crate::attention::{AttentionShape, KeyValues, Span, attention};
-    use crate::gemm::Matrix;
+    use crate::operand::Matrix;
 
     const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.35 };
 

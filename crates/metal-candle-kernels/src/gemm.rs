@@ -8,78 +8,11 @@ use crate::gemm_narrow::{MAX_DOT_ROWS, few_rows, narrow_outer};
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
 use crate::isa::{Arithmetic, Fused};
+use crate::operand::{Matrix, Product, Start};
 use crate::pack::{Panel, pack_left, pack_right};
 use crate::parallel::{Shared, for_each, written};
 use gemmkit::{MatRef, Parallelism};
-use half::{bf16, f16};
 use std::cell::Cell;
-
-/// The elements of a matrix operand.
-#[derive(Debug, Clone, Copy)]
-pub enum Matrix<'a> {
-    /// 32-bit floats.
-    F32(&'a [f32]),
-    /// Half-precision floats.
-    F16(&'a [f16]),
-    /// bfloat16.
-    BF16(&'a [bf16]),
-}
-
-impl<'a> From<&'a [f32]> for Matrix<'a> {
-    fn from(values: &'a [f32]) -> Self {
-        Self::F32(values)
-    }
-}
-
-impl Matrix<'_> {
-    /// The number of elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        match self {
-            Self::F32(v) => v.len(),
-            Self::F16(v) => v.len(),
-            Self::BF16(v) => v.len(),
-        }
-    }
-
-    /// Whether there is no element.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// `alpha A B` with `A: [m, k]`, `B: [k, n]`.
-///
-/// Strides are the distances of neighbouring rows and columns, so a transposed operand is a matter of strides.
-#[derive(Debug, Clone, Copy)]
-pub struct Product<'a> {
-    /// A.
-    pub a: &'a [f32],
-    /// Distances of A's rows and columns.
-    pub a_strides: (usize, usize),
-    /// B.
-    pub b: Matrix<'a>,
-    /// Distances of B's rows and columns.
-    pub b_strides: (usize, usize),
-    /// Columns of A and rows of B.
-    pub k: usize,
-    /// The factor.
-    pub alpha: f32,
-}
-
-/// What products are added to.
-#[derive(Debug, Clone, Copy)]
-pub enum Start<'a> {
-    /// Nothing.
-    Zero,
-    /// What the result holds.
-    Result,
-    /// A row that is the same for all: `[n]`.
-    Row(&'a [f32]),
-    /// A matrix of the shape of the result.
-    Matrix(&'a [f32]),
-}
 
 /// Columns of A and rows of B that are multiplied at a time with a panel of so many columns: together they fill some two
 /// thirds of the first-level cache.
@@ -217,19 +150,6 @@ fn run<const MR: usize, const NR: usize>(
     }
     if depth > 0 || matches!(start, Start::Zero | Start::Row(_) | Start::Matrix(_)) {
         run_part::<MR, NR>((m, n), start, &parts, c, &task);
-    }
-}
-
-impl Product<'_> {
-    /// Columns `at..at + k` of A times the same rows of B.
-    fn part(&self, at: usize, k: usize) -> Self {
-        let b_from = at * self.b_strides.0;
-        let b = match self.b {
-            Matrix::F32(b) => Matrix::F32(&b[b_from..]),
-            Matrix::F16(b) => Matrix::F16(&b[b_from..]),
-            Matrix::BF16(b) => Matrix::BF16(&b[b_from..]),
-        };
-        Self { a: &self.a[at * self.a_strides.1..], b, k, ..*self }
     }
 }
 

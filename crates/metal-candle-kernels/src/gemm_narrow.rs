@@ -1,8 +1,8 @@
 //! Products of few rows or columns: decoding, and the gradients of low-rank matrices.
 
-use crate::gemm::{Matrix, Product, Start};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, dot};
+use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
 
 /// Rows up to which a product reads each weight once and multiplies it with every row.

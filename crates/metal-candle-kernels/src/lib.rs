@@ -21,6 +21,7 @@ mod math;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod norm;
+mod operand;
 mod optimizer;
 mod pack;
 mod parallel;
@@ -36,12 +37,13 @@ pub use elementwise::{
     swiglu_backward, uniform_noise,
 };
 pub use file::{MappedFile, map_file};
-pub use gemm::{Matrix, Product, Start, gemm, gemm_sum, gemm_sum_to, packed_bytes};
+pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};
 pub use norm::{rms_norm, rms_norm_backward};
+pub use operand::{Matrix, Product, Start};
 pub use optimizer::{
     AdafactorStep, AdamStep, BLOCK, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,
     adafactor_matrices, adafactor_vectors, adam, adamw_8bit, dynamic_codes, lion, muon, schedule_free_adamw, sgd,

@@ -1,8 +1,8 @@
 //! Panels of matrix operands, laid out in the order in which products read them.
 
-use crate::gemm::{Matrix, Product};
 use crate::isa::Arithmetic;
 use crate::math::Element;
+use crate::operand::{Matrix, Product};
 
 /// Room for a panel, at the beginning of a cache line.
 #[repr(align(64))]

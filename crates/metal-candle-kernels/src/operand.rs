@@ -1,0 +1,83 @@
+//! Operands of matrix products: matrices of any element type, products with strides, and initial values.
+
+use half::{bf16, f16};
+
+/// The elements of a matrix operand.
+#[derive(Debug, Clone, Copy)]
+pub enum Matrix<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// Half-precision floats.
+    F16(&'a [f16]),
+    /// bfloat16.
+    BF16(&'a [bf16]),
+}
+
+impl<'a> From<&'a [f32]> for Matrix<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::F32(values)
+    }
+}
+
+impl Matrix<'_> {
+    /// The number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::BF16(v) => v.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// `alpha A B` with `A: [m, k]`, `B: [k, n]`.
+///
+/// A stride is the distance in elements between neighbouring rows or columns; a transposed operand swaps its strides.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// A.
+    pub a: &'a [f32],
+    /// Row and column stride of A.
+    pub a_strides: (usize, usize),
+    /// B.
+    pub b: Matrix<'a>,
+    /// Row and column stride of B.
+    pub b_strides: (usize, usize),
+    /// The number of columns of A and of rows of B.
+    pub k: usize,
+    /// The factor.
+    pub alpha: f32,
+}
+
+impl Product<'_> {
+    /// The product of columns `at..at + k` of A and rows `at..at + k` of B.
+    pub(crate) fn part(&self, at: usize, k: usize) -> Self {
+        let b_from = at * self.b_strides.0;
+        let b = match self.b {
+            Matrix::F32(b) => Matrix::F32(&b[b_from..]),
+            Matrix::F16(b) => Matrix::F16(&b[b_from..]),
+            Matrix::BF16(b) => Matrix::BF16(&b[b_from..]),
+        };
+        Self { a: &self.a[at * self.a_strides.1..], b, k, ..*self }
+    }
+}
+
+/// The initial value of a result, to which products are added.
+#[derive(Debug, Clone, Copy)]
+pub enum Start<'a> {
+    /// Zeros.
+    Zero,
+    /// The current contents of the result.
+    Result,
+    /// One row `[n]`, repeated for each row of the result (a bias).
+    Row(&'a [f32]),
+    /// A matrix of the shape of the result.
+    Matrix(&'a [f32]),
+}
