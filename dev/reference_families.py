@@ -99,7 +99,9 @@ CASES = {
         model_type="cohere2", num_hidden_layers=3, attention_bias=True, logit_scale=0.25, tie_word_embeddings=True, sliding_window=4,
         layer_types=[SLIDING, FULL, SLIDING],
     ),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=1, rope_parameters=PLAIN),
 }
+# A case's number makes its seed: new cases go to the end.
 LENGTH, PROMPT, GENERATED = 24, 8, 16
 # Two equally good tokens must not decide a test.
 SMALLEST_LEAD = 5e-3
