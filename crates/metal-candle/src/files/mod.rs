@@ -1,19 +1,35 @@
-//! Untrusted input: bounded reads, text made safe for messages, and panics of dependencies turned into errors.
+//! Reads and writes files that may be damaged or hostile: text, JSON and safetensors within limits, atomic writes,
+//! downloads from the Hub, and panics of dependencies turned into errors.
 
+mod convert;
+mod foreign;
 mod guard;
+#[cfg(feature = "hub")]
+mod hub;
+mod json_object;
 #[cfg(any(test, feature = "cuda"))]
 mod kernels;
 mod read;
+mod safetensors;
 mod sanitize;
+mod saver;
+mod shards;
 mod write;
 
 pub use guard::{guard, is_guarded};
+#[cfg(feature = "hub")]
+pub use hub::{DownloadProgress, Hub, HubName};
+pub(crate) use json_object::{JsonObject, describe};
 #[cfg(feature = "cuda")]
 pub(crate) use kernels::KernelFolder;
 pub use read::{
     BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, check_integers, read_bounded, read_if_exists, read_json,
     read_stream, read_text, read_text_stream,
 };
+pub(crate) use safetensors::element_count;
+pub use safetensors::{SafetensorsFile, TensorEntry};
 pub use sanitize::{printable, printable_json, sanitize};
+pub use saver::{check_finite, write_safetensors};
+pub(crate) use shards::Shards;
 pub(crate) use write::sync_folder;
 pub use write::{create_folder, open_to_append, remove_stale_temporaries, write_atomically};

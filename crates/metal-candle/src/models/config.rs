@@ -2,8 +2,8 @@
 
 use super::families;
 use super::generation_defaults::{Advice, GenerationDefaults};
-use super::json_object::JsonObject;
 use crate::error::{Error, Result};
+use crate::files::{JsonObject, element_count};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -256,9 +256,4 @@ fn dtype_name(dtype: DType) -> &'static str {
 
 fn count_elements(config: &ModelConfig) -> Option<u64> {
     families::qwen2::parameters(config).iter().try_fold(0_u64, |sum, (_, shape)| sum.checked_add(element_count(shape)?))
-}
-
-/// The product of a shape, unless it overflows.
-pub(crate) fn element_count(shape: &[usize]) -> Option<u64> {
-    shape.iter().try_fold(1_u64, |product, &size| product.checked_mul(size as u64))
 }

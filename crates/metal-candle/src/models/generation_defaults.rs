@@ -1,6 +1,6 @@
 //! Sampling settings of `generation_config.json`. They are advice: a value that makes no sense is a note, never an error.
 
-use super::json_object::{JsonObject, describe};
+use crate::files::{JsonObject, describe};
 use serde_json::Value;
 use std::path::Path;
 

@@ -1,9 +1,9 @@
 //! Loading safetensors checkpoints.
 
-use super::shards::Shards;
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::Shards;
 use candle_core::{DType, Tensor};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};

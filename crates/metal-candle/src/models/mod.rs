@@ -3,43 +3,32 @@
 mod batch;
 mod block;
 mod config;
-mod convert;
 mod decoder;
 mod decoding;
 mod decoding_threads;
 mod families;
-mod foreign;
 mod fused_block;
 mod generation_defaults;
-#[cfg(feature = "hub")]
-mod hub;
-#[cfg(feature = "hub")]
-mod hub_transfer;
 mod initialize;
-mod json_object;
 mod kv_cache;
 mod loader;
 mod memory;
-mod safetensors_file;
-mod saver;
-mod shards;
+mod save;
 mod step;
 
-pub use crate::files::write_atomically;
+#[cfg(feature = "hub")]
+pub use crate::files::{DownloadProgress, Hub, HubName};
+pub use crate::files::{SafetensorsFile, TensorEntry, check_finite, write_atomically, write_safetensors};
 pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::ModelConfig;
 pub use decoder::{LinearInfo, Model, Rows};
 pub(crate) use decoding::{Decoded, Decoding, DecodingChoice, DecodingRow};
 pub use generation_defaults::GenerationDefaults;
-#[cfg(feature = "hub")]
-pub use hub::{DownloadProgress, Hub, HubName};
-pub(crate) use json_object::JsonObject;
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
-pub use safetensors_file::{SafetensorsFile, TensorEntry};
-pub use saver::{check_finite, save_model, write_safetensors};
+pub use save::save_model;
 pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, TokenRows, Trainable};
 
 /// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.

@@ -2,7 +2,8 @@
 
 use super::trained::{Parameter, Trained};
 use crate::error::{Error, Result};
-use crate::models::{GradientOf, Model, SafetensorsFile, write_safetensors};
+use crate::files::{SafetensorsFile, write_safetensors};
+use crate::models::{GradientOf, Model};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};

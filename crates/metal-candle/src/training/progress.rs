@@ -2,7 +2,7 @@
 
 use crate::data::Random;
 use crate::error::Result;
-use crate::models::JsonObject;
+use crate::files::JsonObject;
 use serde_json::{Value, json};
 
 /// The version of the layout of `state.json`.

@@ -1,8 +1,7 @@
 //! The checkpoints of a run: folders that appear complete or not at all.
 
 use crate::error::{Error, Result};
-use crate::files::{create_folder, remove_stale_temporaries, sync_folder, write_atomically};
-use crate::models::JsonObject;
+use crate::files::{JsonObject, create_folder, remove_stale_temporaries, sync_folder, write_atomically};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::io;

@@ -2,7 +2,8 @@
 
 use crate::adapters::{LoRAAdapter, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
-use crate::models::{GradientOf, Model, Parameters, SafetensorsFile, TokenRows, Trainable, save_model};
+use crate::files::SafetensorsFile;
+use crate::models::{GradientOf, Model, Parameters, TokenRows, Trainable, save_model};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};

@@ -15,7 +15,8 @@ pub(crate) use single::{load_single_file, save_single_file};
 use super::LoRAAdapter;
 use super::layout::{Layout, Planned, Settings};
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, Model};
+use crate::files::JsonObject;
+use crate::models::Model;
 use serde_json::Value;
 use std::path::Path;
 

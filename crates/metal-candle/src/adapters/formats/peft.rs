@@ -9,7 +9,8 @@ use crate::adapters::begin::subtracted_values;
 use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, SavedParameter};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, LinearInfo, Model, write_atomically, write_safetensors};
+use crate::files::{JsonObject, write_atomically, write_safetensors};
+use crate::models::{LinearInfo, Model};
 use candle_core::Tensor;
 use std::path::Path;
 

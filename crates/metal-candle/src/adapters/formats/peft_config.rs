@@ -6,7 +6,8 @@ use crate::adapters::layout::{EMBEDDING, EMBEDDING_WEIGHT, LoRAModule, Planned, 
 use crate::adapters::lora::LoRAAdapter;
 use crate::adapters::patterns::{Patterns, compile as compile_pattern, is_match};
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, LinearInfo, Model};
+use crate::files::JsonObject;
+use crate::models::{LinearInfo, Model};
 use fancy_regex::Regex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};

@@ -7,7 +7,8 @@ use crate::adapters::layout::{
     EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, TrainedBiases, all_parameters, parameter,
 };
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, Model};
+use crate::files::JsonObject;
+use crate::models::Model;
 use candle_core::{DType, Device};
 use half::{bf16, f16};
 use serde_json::Value;

@@ -4,7 +4,8 @@ use super::peft::{self, named_tensors};
 use super::{as_count, make_folder, peft_config, read_as};
 use crate::adapters::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::models::{JsonObject, Model, SafetensorsFile, write_safetensors};
+use crate::files::{JsonObject, SafetensorsFile, write_safetensors};
+use crate::models::Model;
 use serde_json::{Value, json};
 use std::path::Path;
 

@@ -2,7 +2,7 @@
 
 use super::pickle_check::check_pickles;
 use crate::error::{Error, Result};
-use crate::models::SafetensorsFile;
+use crate::files::SafetensorsFile;
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;

@@ -1,9 +1,9 @@
 //! Qwen2 and Qwen2.5 (`model_type` `qwen2`): <https://arxiv.org/abs/2412.15115>, section 2.
 
 use crate::error::{Error, Result};
+use crate::files::JsonObject;
 use crate::models::config::ModelConfig;
 use crate::models::generation_defaults::GenerationDefaults;
-use crate::models::json_object::JsonObject;
 use serde_json::Value;
 
 /// The keys that are read here and written anew by [`ModelConfig::to_json`].

@@ -1,8 +1,7 @@
-//! Writing safetensors files and model folders.
+//! Writes safetensors files.
 
-use super::Model;
+use super::write::write_atomically;
 use crate::error::{Error, Result};
-use crate::files::{create_folder, write_atomically};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
@@ -11,25 +10,6 @@ use std::path::Path;
 
 /// Header bytes are filled up with spaces to a multiple of this, as the reference implementation does.
 const ALIGNMENT: usize = 8;
-
-/// Writes a model as a folder that transformers and [`super::ModelLoader`] load: `model.safetensors`,
-/// `config.json` and `generation_config.json`.
-///
-/// Each file is replaced at once, the weights first.
-///
-/// # Errors
-/// The folder or a file cannot be written.
-pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
-    let folder = folder.as_ref();
-    create_folder(folder)?;
-    write_safetensors(folder.join("model.safetensors"), model.parameters(), &[("format", "pt")])?;
-    write_atomically(folder.join("config.json"), |file| {
-        file.write_all(model.config().to_json(model.dtype()).as_bytes())
-    })?;
-    write_atomically(folder.join("generation_config.json"), |file| {
-        file.write_all(model.config().generation_to_json().as_bytes())
-    })
-}
 
 /// Writes tensors (f32, f16, bf16, f64, u8, u32 or i64) and strings for `__metadata__` as one safetensors file.
 ///

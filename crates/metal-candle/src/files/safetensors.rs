@@ -1,6 +1,5 @@
 //! Safetensors files: a memory-mapped, fully checked view (<https://huggingface.co/docs/safetensors>).
 
-use super::config::element_count;
 use super::convert;
 use super::foreign;
 use crate::error::{Error, Result};
@@ -357,4 +356,9 @@ impl<'de> Visitor<'de> for ShapeVisitor {
         }
         Ok(Shape(sizes))
     }
+}
+
+/// The number of elements of a tensor of shape `shape`; `None` if it overflows.
+pub(crate) fn element_count(shape: &[usize]) -> Option<u64> {
+    shape.iter().try_fold(1_u64, |product, &size| product.checked_mul(size as u64))
 }

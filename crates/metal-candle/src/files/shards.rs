@@ -1,8 +1,8 @@
-//! The files a checkpoint is spread over, seen as one.
+//! Opens a checkpoint of one or several safetensors files as one set of named tensors.
 
-use super::safetensors_file::{SafetensorsFile, TensorEntry};
+use super::read::read_text;
+use super::safetensors::{SafetensorsFile, TensorEntry};
 use crate::error::{Error, Result};
-use crate::files::read_text;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,7 +15,7 @@ pub(super) const MAX_INDEX_BYTES: u64 = 64 << 20;
 const MAX_SEARCHED: usize = 100;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
-/// The tensors of a checkpoint, whichever file each is in.
+/// The tensors of a checkpoint and the file that holds each.
 #[derive(Debug)]
 pub(crate) struct Shards {
     path: PathBuf,

@@ -1,80 +1,25 @@
-//! Models from the Hugging Face Hub, kept in the cache folder that other programs share.
+//! Downloads models from the Hugging Face Hub into the cache folder that other programs share.
 //!
-//! Names and places of the cache come from `hf-hub`. The transfer is our own: `hf-hub` 0.4.3 adds a whole file to
-//! a partial one where a server ignores the range it asked for, and cannot go on from a partial file that is
-//! complete; its version 1 brings an asynchronous runtime and some two hundred crates for the same job.
+//! `hf-hub` defines the names and paths of the cache. The transfer is our own: `hf-hub` 0.4.3 appends the whole file to
+//! a partial one if a server ignores the requested range, and cannot resume from a partial file that is already
+//! complete. Its version 1 adds an asynchronous runtime and about two hundred crates.
 
-use super::hub_transfer::{Transfer, plain_name};
+mod name;
+mod transfer;
+
+use super::read::{read_json, read_text};
+use super::shards::MAX_INDEX_BYTES;
+use super::write::write_atomically;
 use crate::error::{Error, Result};
-use crate::files::{read_text, write_atomically};
 use hf_hub::{Cache, Repo, RepoType};
 use std::collections::BTreeSet;
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use transfer::{Failure, Transfer, create_parent, plain_name};
 
-/// The name of a model on the Hub: `org/name` or `org/name@revision`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HubName {
-    repository: String,
-    revision: String,
-}
+pub use name::HubName;
+pub use transfer::DownloadProgress;
 
-impl HubName {
-    /// `org/name`.
-    pub fn repository(&self) -> &str {
-        &self.repository
-    }
-
-    /// Branch, tag or commit; `main` unless the name says otherwise.
-    pub fn revision(&self) -> &str {
-        &self.revision
-    }
-}
-
-impl FromStr for HubName {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let (repository, revision) = text.split_once('@').unwrap_or((text, "main"));
-        let word = |word: &str| {
-            !word.is_empty()
-                && word.len() <= 96
-                && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && !word.starts_with(['.', '-'])
-        };
-        let valid_repository = repository.split_once('/').is_some_and(|(owner, name)| word(owner) && word(name));
-        if !valid_repository || !revision.split('/').all(word) {
-            return Err(Error::argument(
-                "model",
-                format!("expected `org/name` or `org/name@revision`, found `{text}`"),
-            ));
-        }
-        Ok(Self { repository: repository.to_owned(), revision: revision.to_owned() })
-    }
-}
-
-impl fmt::Display for HubName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.revision.as_str() {
-            "main" => f.write_str(&self.repository),
-            revision => write!(f, "{}@{revision}", self.repository),
-        }
-    }
-}
-
-/// How far the download of a file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DownloadProgress<'a> {
-    /// The file's name.
-    pub file: &'a str,
-    /// Bytes on the disk, those of an earlier download that broke off included.
-    pub num_bytes: u64,
-    /// Bytes of the whole file, where the server says so.
-    pub total_bytes: Option<u64>,
-}
-
-/// The Hub and the folder its files are kept in.
+/// A Hub and the cache folder of its files.
 #[derive(Debug, Clone)]
 pub struct Hub {
     endpoint: String,
@@ -83,7 +28,7 @@ pub struct Hub {
     offline: bool,
 }
 
-/// Files besides the weights, and whether a model cannot do without them.
+/// Files besides the weights, and whether a model requires them.
 const FILES: [(&str, bool); 9] = [
     ("config.json", true),
     ("generation_config.json", false),
@@ -97,7 +42,7 @@ const FILES: [(&str, bool); 9] = [
 ];
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Most bytes of the file with the access token.
+/// Largest accepted size of the access token file, in bytes.
 const MAX_TOKEN_BYTES: u64 = 64 << 10;
 
 impl Hub {
@@ -164,9 +109,9 @@ impl Hub {
     /// The Hub cannot be reached, has no such model, or does not let the token's owner see it; the model has no
     /// safetensors weights; or the cache cannot be written.
     pub fn fetch_model(&self, name: &HubName, on_progress: &mut dyn FnMut(DownloadProgress)) -> Result<PathBuf> {
-        let repo = Repo::with_revision(name.repository.clone(), RepoType::Model, name.revision.clone());
+        let repo = Repo::with_revision(name.repository().into(), RepoType::Model, name.revision().into());
         let place = Place { folder: self.cache_dir.join(repo.folder_name()), cache_dir: self.cache_dir.clone(), repo };
-        if let Some(folder) = place.cached().filter(|_| self.offline || is_commit(&name.revision)) {
+        if let Some(folder) = place.cached().filter(|_| self.offline || is_commit(name.revision())) {
             return Ok(folder);
         }
         if self.offline {
@@ -196,15 +141,15 @@ impl Hub {
     ) -> std::result::Result<PathBuf, Failure> {
         let transfer = Transfer::new(&self.endpoint, self.token.as_deref(), name, place.folder.clone());
         // the first answer names the commit; the other files are asked for by it, so that they belong together
-        let first = transfer.fetch(&name.revision, FILES[0].0, on_progress)?;
+        let first = transfer.fetch(name.revision(), FILES[0].0, on_progress)?;
         let Some(first) = first else {
             return Err(
                 Error::Hub(format!("`{name}` has no `config.json`: it is not a model this program can load")).into()
             );
         };
-        let commit = first.commit.unwrap_or_else(|| plain_name(&name.revision));
+        let commit = first.commit.unwrap_or_else(|| plain_name(name.revision()));
         let snapshot = place.folder.join("snapshots").join(&commit);
-        let revision = if is_commit(&commit) { commit.as_str() } else { name.revision.as_str() };
+        let revision = if is_commit(&commit) { commit.as_str() } else { name.revision() };
         link(&first.blob, &snapshot, FILES[0].0)?;
 
         let mut get = |file: &str| -> std::result::Result<bool, Failure> {
@@ -241,7 +186,7 @@ impl Hub {
                 }
             }
         }
-        if commit != name.revision {
+        if commit != name.revision() {
             place.write_ref(&commit)?;
         }
         Ok(snapshot)
@@ -276,22 +221,6 @@ fn expand(value: &str, home: Option<&Path>, variable: impl Fn(&str) -> Option<St
     }
     expanded.push_str(rest);
     expanded.into()
-}
-
-/// Why a download did not happen.
-pub(super) enum Failure {
-    /// The Hub did not answer, so the cache may be used instead.
-    Unreachable(String),
-    /// Bytes came and then no more; a new request may go on from there.
-    BrokeOff(String),
-    /// Nothing can be done.
-    Final(Error),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Final(error)
-    }
 }
 
 /// Where a model's files are in the cache.
@@ -332,7 +261,7 @@ fn is_commit(revision: &str) -> bool {
 
 /// The files an index of shards names.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let json: serde_json::Value = crate::files::read_json(index, super::shards::MAX_INDEX_BYTES)?;
+    let json: serde_json::Value = read_json(index, MAX_INDEX_BYTES)?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| Error::format(index, "expected an object `weight_map`"))?;
     let mut names = BTreeSet::new();
@@ -344,11 +273,6 @@ fn shards(index: &Path) -> Result<BTreeSet<String>> {
         names.insert(plain.to_owned());
     }
     Ok(names)
-}
-
-pub(super) fn create_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))
 }
 
 /// Makes `snapshot/file` stand for `blob`.
@@ -374,10 +298,7 @@ fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
-    use super::HubName;
-
     #[test]
     fn paths_are_expanded() {
         let variable = |name: &str| (name == "A").then(|| "x".to_owned());
@@ -385,19 +306,5 @@ mod tests {
             |value| super::expand(value, Some(std::path::Path::new("/home/u")), variable).display().to_string();
         assert_eq!(expand("~/a/$A-${A}/$B/${C}/~$"), "/home/u/a/x-x/$B/${C}/~$");
         assert_eq!([expand("~"), expand("~v/a"), expand("$A")], ["/home/u", "~v/a", "x"]);
-    }
-
-    #[test]
-    fn names() {
-        let name: HubName = "Qwen/Qwen2.5-Coder-0.5B".parse().unwrap();
-        assert_eq!((name.repository(), name.revision()), ("Qwen/Qwen2.5-Coder-0.5B", "main"));
-        let name: HubName = "a/b@refs/pr/5".parse().unwrap();
-        assert_eq!(
-            (name.repository(), name.revision(), name.to_string().as_str()),
-            ("a/b", "refs/pr/5", "a/b@refs/pr/5")
-        );
-        for wrong in ["a", "a/b/c", "a/", "/b", "../b", "a/..", "a/b@", "a/b@../x", "a/b@x//y", "a b/c", "~/x"] {
-            assert!(wrong.parse::<HubName>().is_err(), "{wrong}");
-        }
     }
 }

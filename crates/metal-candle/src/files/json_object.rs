@@ -1,7 +1,7 @@
 //! A JSON object read from a file, with errors that name file, key, expected and found.
 
+use super::read::{MAX_SIDE_FILE_BYTES, read_text};
 use crate::error::{Error, Result};
-use crate::files::{MAX_SIDE_FILE_BYTES, read_text};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ impl JsonObject {
         Self::parse(&read_text(path, MAX_SIDE_FILE_BYTES)?, path)
     }
 
-    /// The object in `text`; `path` is what errors name.
+    /// The object in `text`; errors name `path`.
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
         if text.trim().is_empty() {
             return Err(Error::format(path, "expected a JSON object, found an empty file"));
@@ -60,7 +60,7 @@ impl JsonObject {
         self.get(key).map(|value| self.to_size(key, value)).transpose()
     }
 
-    /// The whole number at `key`, which must be there.
+    /// The whole number at `key`; an error if it is missing.
     pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
         self.size(key)?.ok_or_else(|| self.missing(key, "a whole number"))
     }
@@ -105,7 +105,7 @@ impl JsonObject {
         Error::format(&self.path, format!("`{key}`: expected {expected}, found {}", describe(found)))
     }
 
-    /// The error of a key that is not there.
+    /// The error of a missing key.
     pub(crate) fn missing(&self, key: &str, expected: &str) -> Error {
         Error::format(&self.path, format!("`{key}`: expected {expected}, found no such key"))
     }
@@ -116,8 +116,8 @@ impl JsonObject {
     }
 }
 
-/// A value in a few words.
-pub(super) fn describe(value: &Value) -> String {
+/// A short description of a value, for errors.
+pub(crate) fn describe(value: &Value) -> String {
     const MAX_SHOWN: usize = 60;
     match value {
         Value::Array(list) => format!("a list of {}", list.len()),

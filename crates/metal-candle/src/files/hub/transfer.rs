@@ -1,6 +1,6 @@
 //! The transfer of one file from the Hub into the cache.
 
-use super::hub::{DownloadProgress, Failure, HubName, create_parent};
+use super::name::HubName;
 use crate::error::{Error, Result};
 use crate::files::open_to_append;
 use std::io::{Read, Write};
@@ -15,6 +15,33 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Outcome<T> = std::result::Result<T, Failure>;
+
+/// The progress of the download of one file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DownloadProgress<'a> {
+    /// The file's name.
+    pub file: &'a str,
+    /// Bytes on disk, including those of an earlier, interrupted download.
+    pub num_bytes: u64,
+    /// Bytes of the whole file, if the server reports them.
+    pub total_bytes: Option<u64>,
+}
+
+/// Why a download failed.
+pub(super) enum Failure {
+    /// The Hub did not answer; the cache may be used instead.
+    Unreachable(String),
+    /// The transfer was interrupted; a new request may resume it.
+    BrokeOff(String),
+    /// Retrying does not help.
+    Final(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Final(error)
+    }
+}
 
 /// Downloads files of one model.
 pub(super) struct Transfer<'a> {
@@ -300,6 +327,12 @@ pub(super) fn plain_name(text: &str) -> String {
         Some(rest) => format!("-{rest}"),
         None => name,
     }
+}
+
+/// Creates the folder of the file `path`.
+pub(super) fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))
 }
 
 /// The name of the blob that has this etag.

@@ -1,9 +1,9 @@
-//! Recognizes files that are no safetensors files, to say what they are.
+//! Recognizes common files that are not safetensors files, so that the error can name the format.
 
-/// How many first bytes are looked at.
+/// The number of leading bytes that are examined.
 const LOOKED_AT: usize = 256;
 
-/// What a file is that is not a safetensors file, and what to do about it.
+/// Describes a file that is not a safetensors file, and what to do; `None` if its format is unknown.
 pub(crate) fn recognize(file: &[u8]) -> Option<String> {
     let start = &file[..file.len().min(LOOKED_AT)];
     let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();

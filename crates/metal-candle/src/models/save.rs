@@ -1,0 +1,25 @@
+//! Writes a model as a folder of weights and configuration files.
+
+use super::decoder::Model;
+use crate::error::Result;
+use crate::files::{create_folder, write_atomically, write_safetensors};
+use std::path::Path;
+
+/// Writes a model as a folder that transformers and [`ModelLoader`](super::ModelLoader) load: `model.safetensors`,
+/// `config.json` and `generation_config.json`.
+///
+/// Each file is replaced at once, the weights first.
+///
+/// # Errors
+/// The folder or a file cannot be written.
+pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
+    let folder = folder.as_ref();
+    create_folder(folder)?;
+    write_safetensors(folder.join("model.safetensors"), model.parameters(), &[("format", "pt")])?;
+    write_atomically(folder.join("config.json"), |file| {
+        file.write_all(model.config().to_json(model.dtype()).as_bytes())
+    })?;
+    write_atomically(folder.join("generation_config.json"), |file| {
+        file.write_all(model.config().generation_to_json().as_bytes())
+    })
+}
