@@ -1,9 +1,22 @@
 //! Files mapped into memory.
 
+use crate::operand::Matrix;
+use half::{bf16, f16};
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
 use std::path::Path;
+
+/// The type of the elements of a part of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElementType {
+    /// 32-bit floats.
+    F32,
+    /// Half-precision floats.
+    F16,
+    /// bfloat16.
+    BF16,
+}
 
 /// The bytes of a file, mapped read-only.
 #[derive(Debug)]
@@ -30,6 +43,21 @@ pub fn map_file(path: impl AsRef<Path>) -> io::Result<MappedFile> {
 }
 
 impl MappedFile {
+    /// The little-endian elements in a byte range, without a copy; none where the range ends outside the file, is not aligned
+    /// for the type or no multiple of its size, or where the machine is big-endian.
+    #[must_use]
+    pub fn matrix(&self, range: Range<usize>, element: ElementType) -> Option<Matrix<'_>> {
+        if cfg!(target_endian = "big") {
+            return None;
+        }
+        let bytes = self.0.get(range)?;
+        Some(match element {
+            ElementType::F32 => Matrix::F32(elements(bytes)?),
+            ElementType::F16 => Matrix::F16(elements(bytes)?),
+            ElementType::BF16 => Matrix::BF16(elements(bytes)?),
+        })
+    }
+
     /// Gives the memory of a byte range back to the system; it is read again when it is looked at again.
     ///
     /// Without this, a file that was read once counts towards the memory of the process until it is unmapped.
@@ -50,6 +78,18 @@ impl MappedFile {
     }
 }
 
+/// Types of which every bit pattern is a value.
+trait Plain {}
+impl Plain for f32 {}
+impl Plain for f16 {}
+impl Plain for bf16 {}
+
+fn elements<T: Plain>(bytes: &[u8]) -> Option<&[T]> {
+    // SAFETY: every bit pattern is a value of these types.
+    let (before, elements, after) = unsafe { bytes.align_to::<T>() };
+    (before.is_empty() && after.is_empty()).then_some(elements)
+}
+
 impl Deref for MappedFile {
     type Target = [u8];
 
@@ -62,6 +102,29 @@ impl Deref for MappedFile {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn elements_are_read_where_they_are_aligned() {
+        let path = std::env::temp_dir().join(format!("metal-candle-elements-{}", std::process::id()));
+        let values = [1.5_f32, -2.0, 3.25];
+        std::fs::write(&path, values.map(f32::to_le_bytes).concat()).unwrap();
+        let map = map_file(&path).unwrap();
+        let Some(Matrix::F32(found)) = map.matrix(4..12, ElementType::F32) else { panic!("expected two elements") };
+        assert_eq!(found.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), [-2.0_f32, 3.25].map(f32::to_bits));
+        let Some(Matrix::BF16(found)) = map.matrix(2..4, ElementType::BF16) else { panic!("expected an element") };
+        assert_eq!(found, [bf16::from_f32(1.5)]);
+        assert_eq!(map.matrix(4..4, ElementType::F16).map(|matrix| matrix.len()), Some(0));
+        for (range, element) in [
+            (2..6, ElementType::F32),
+            (0..6, ElementType::F32),
+            (1..3, ElementType::F16),
+            (8..16, ElementType::F32),
+            (8..14, ElementType::BF16),
+        ] {
+            assert!(map.matrix(range.clone(), element).is_none(), "{range:?} {element:?}");
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn bytes_are_those_of_the_file_also_after_release() {

@@ -36,7 +36,7 @@ pub use elementwise::{
     add_bias, add_scaled, column_sums, dropout, dropout_threshold, rotary, round_to_bf16, scale_columns, swiglu,
     swiglu_backward, uniform_noise,
 };
-pub use file::{MappedFile, map_file};
+pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};

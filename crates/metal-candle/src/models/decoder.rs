@@ -8,7 +8,7 @@ use crate::ops::attention::{Cached, Spans};
 use crate::ops::linear::Linear;
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rotary::{RotaryTable, Rotation};
-use crate::ops::{LowRankTerms, embedding, head};
+use crate::ops::{LowRankTerms, Weight, embedding, head};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ pub(super) struct Inner {
     dtype: DType,
     linears: Vec<LinearInfo>,
     parameters: Vec<(String, Tensor)>,
-    pub(super) embedding: Tensor,
+    pub(super) embedding: Weight,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: RmsNorm,
     /// The head; its weight is the embedding itself where it is tied.
@@ -148,7 +148,7 @@ impl Model {
                 let bias = bias.map(|bias| small(&parameters[bias].1)).transpose()?;
                 let (out_features, in_features) = weight.dims2()?;
                 linears.push(LinearInfo { path, layer: Some(layer), module, in_features, out_features });
-                weights.push(Linear { weight: weight.clone(), bias });
+                weights.push(Linear { weight: weight.clone().into(), bias });
             }
             let (input, input_layernorm) = norm(&format!("model.layers.{layer}.input_layernorm.weight"))?;
             let (middle, post_attention_layernorm) =
@@ -172,8 +172,9 @@ impl Model {
         {
             linears.push(LinearInfo { path: path.into(), layer: None, module, in_features, out_features });
         }
-        let embedding = find("model.embed_tokens.weight")?.1.clone();
-        let head = if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.1.clone() };
+        let embedding = Weight::from(find("model.embed_tokens.weight")?.1.clone());
+        let head =
+            if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.1.clone().into() };
         let head = Linear { weight: head, bias: None };
         let norm = norm("model.norm.weight")?.1;
         let rotary = RotaryTable::new(config.head_dim, config.rope_theta);

@@ -112,7 +112,7 @@ impl Model {
         let is_usual = |block: &Block| {
             // eight elements are read at once
             let fits = |weight: &Tensor| weight.dtype() == dtype && weight.layout().start_offset().is_multiple_of(8);
-            let weights = block.linears.iter().all(|linear| fits(&linear.weight));
+            let weights = block.linears.iter().all(|linear| linear.weight.dense().is_ok_and(fits));
             let biases = [O, GATE, UP, DOWN].iter().all(|&place| block.linears[place].bias.is_none());
             let same = [Q, K, V].iter().all(|&p| block.linears[p].bias.is_some() == block.linears[Q].bias.is_some());
             weights && biases && same
@@ -122,7 +122,7 @@ impl Model {
             let is_plain = term.start.is_none() && term.magnitude.is_none() && term.a.dtype() == dtype;
             is_plain && term.a.dims()[0] <= MAX_RANK && (number < self.embedding_number() || number == head)
         };
-        gpu::has_kernels(&self.inner.embedding)
+        self.inner.embedding.dense().is_ok_and(gpu::has_kernels)
             && cache.dtype() == Some(dtype)
             && widths.iter().all(|width| width.is_multiple_of(8))
             && (is_wide || config.hidden_size <= self.max_normed())
@@ -135,7 +135,7 @@ impl Model {
     /// Whether a step of so many rows is one of products of matrices.
     fn is_wide(&self, rows: usize) -> bool {
         let elements = rows * self.config().hidden_size;
-        gpu::has_products(&self.inner.embedding) && (rows > MAX_ROWS || elements > MAX_ELEMENTS)
+        self.inner.embedding.dense().is_ok_and(gpu::has_products) && (rows > MAX_ROWS || elements > MAX_ELEMENTS)
     }
 
     /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
@@ -191,7 +191,7 @@ impl Model {
 
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
         let config = self.config();
-        let like = &self.inner.embedding;
+        let like = self.inner.embedding.dense()?;
         let batch = rows.min(MAX_BATCH).min(self.max_normed() / config.hidden_size).max(1);
         let shape = StepShape { batch, is_wide: self.is_wide(rows) };
         let threads = self.decoding_threads(shape)?;
@@ -245,7 +245,7 @@ impl Model {
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
         let rows = held.rows.len();
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
-        let args = [Arg::In(&self.inner.embedding), Arg::In(&held.state), Arg::Out(&held.x)];
+        let args = [Arg::In(self.inner.embedding.dense()?), Arg::In(&held.state), Arg::Out(&held.x)];
         gpu::launch(&self.kernel("decode_embed", held), Grid::row(rows, ROW_THREADS), &args, &[hidden.into()])?;
         let groups = if let Some(wide) = &held.wide {
             for block in &self.inner.blocks {
@@ -284,7 +284,7 @@ impl Model {
         let args = [
             Arg::In(&held.x),
             Arg::In(&norm.weight),
-            Arg::In(&self.inner.head.weight),
+            Arg::In(self.inner.head.weight.dense()?),
             a,
             b,
             Arg::Out(&held.logits),
@@ -300,7 +300,7 @@ impl Model {
         let vocab = self.config().vocab_size;
         self.inner.norm.forward_into(&held.x, &wide.normed)?;
         let term = terms.and_then(|terms| terms.get(self.head_number()));
-        multiply(&self.inner.head.weight, term, &wide.normed, (&held.logits, 0.0), wide)?;
+        multiply(self.inner.head.weight.dense()?, term, &wide.normed, (&held.logits, 0.0), wide)?;
         let groups = vocab.div_ceil(PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
         let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);
@@ -322,7 +322,7 @@ impl Model {
         let rows = held.rows.len();
         let multiply = |place: usize, x: &Tensor, y: &Tensor, beta: f32| {
             let term = terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place));
-            multiply(&block.linears[place].weight, term, x, (y, beta), wide)
+            multiply(block.linears[place].weight.dense()?, term, x, (y, beta), wide)
         };
         block.input_layernorm.forward_into(&held.x, &wide.normed)?;
         multiply(Q, &wide.normed, &held.q, 0.0)?;
@@ -378,7 +378,7 @@ impl Model {
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.shape.batch));
         let term = |place: usize| term_args(terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place)));
-        let weight = |place: usize| Arg::In(&block.linears[place].weight);
+        let weight = |place: usize| block.linears[place].weight.dense().map(Arg::In);
         let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
         let (keys, values) = cache.layer(block.layer);
         let [q, k, v] = [Q, K, V].map(term);
@@ -386,11 +386,11 @@ impl Model {
         let args = [
             Arg::In(&held.x),
             Arg::In(&norm.weight),
-            weight(Q),
+            weight(Q)?,
             bias(Q),
-            weight(K),
+            weight(K)?,
             bias(K),
-            weight(V),
+            weight(V)?,
             bias(V),
             q.0,
             q.1,
@@ -432,8 +432,8 @@ impl Model {
         let args = [
             Arg::In(&held.x),
             Arg::In(&norm.weight),
-            weight(GATE),
-            weight(UP),
+            weight(GATE)?,
+            weight(UP)?,
             gate.0,
             gate.1,
             up.0,
@@ -459,7 +459,7 @@ impl Model {
     /// A linear layer whose result is added to the stream.
     fn launch_linear(&self, block: &Block, place: usize, term: TermArgs, x: &Tensor, held: &Decoding) -> Result<()> {
         let (a, b, rank, scale) = term;
-        let weight = &block.linears[place].weight;
+        let weight = block.linears[place].weight.dense()?;
         let (out_features, in_features) = weight.dims2()?;
         let rows = held.rows.len();
         let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];

@@ -63,7 +63,7 @@ impl Model {
     /// # Errors
     /// A kernel cannot be compiled, or the device runs too few threads of one.
     pub(super) fn decoding_threads(&self, shape: StepShape) -> Result<Threads> {
-        let like = &self.inner.embedding;
+        let like = self.inner.embedding.dense()?;
         let most = if self.device().is_metal() { 256 } else { 512 };
         // long f32 keys fill the registers of a larger group; what is not tried need not be compiled
         let is_large = self.activation_dtype() == DType::F32 && self.config().head_dim > 32;

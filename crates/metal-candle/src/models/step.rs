@@ -411,7 +411,7 @@ impl Model {
         if wanted[place] {
             // a tied head has left its part there
             let sum = gradients.parameters[place].take();
-            let sum = sum.map_or_else(|| head::zeros_like(&self.inner.embedding), Ok)?;
+            let sum = sum.map_or_else(|| self.inner.embedding.zero_gradient(), Ok)?;
             gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum)?);
         }
         if let Some(rows) = parameters.rows_of(place) {

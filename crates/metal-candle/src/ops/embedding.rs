@@ -3,6 +3,7 @@
 use super::host::{Host, edit, on_cpu};
 use super::linear::{Part, Start, TermGradients, column_dots, scale_columns, scaled_outer, sum};
 use super::low_rank::LowRank;
+use super::weight::Weight;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
@@ -12,15 +13,14 @@ use std::collections::HashMap;
 ///
 /// A term adds `scale * B A[:, id]` with A `[rank, vocab]` and B `[hidden, rank]`. Its magnitudes are those of the columns, as in
 /// PEFT.
-pub(crate) fn forward(weight: &Tensor, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
-    let vocab = weight.dim(0)?;
+pub(crate) fn forward(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
+    let vocab = weight.dims2()?.0;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::argument("ids", format!("token id {id} is not below the vocabulary's {vocab}")));
     }
-    let indices = Tensor::new(ids, weight.device())?;
-    let x = weight.index_select(&indices, 0)?.to_dtype(dtype)?;
+    let x = weight.rows(ids, dtype)?;
     let Some(term) = term else { return Ok(x) };
-    let x = with_term(x, term, &indices)?;
+    let x = with_term(x, term, &Tensor::new(ids, weight.device())?)?;
     let Some(magnitude) = &term.magnitude else { return Ok(x) };
     let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
     scale_columns(x, &(magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?)
@@ -79,11 +79,11 @@ pub(crate) fn rows_backward(ids: &[u32], dx: &Tensor, rows: &[u32], sum: Option<
 }
 
 /// The gradients of [`forward`] with respect to A, B and the magnitudes of its term.
-pub(crate) fn term_backward(weight: &Tensor, term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
+pub(crate) fn term_backward(weight: &Weight, term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
     let indices = Tensor::new(ids, dx.device())?;
     let Some(magnitude) = &term.magnitude else { return matrices_backward(term, &indices, dx) };
     let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
-    let x = with_term(weight.index_select(&indices, 0)?.to_dtype(dx.dtype())?, term, &indices)?;
+    let x = with_term(weight.rows(ids, dx.dtype())?, term, &indices)?;
     let d_magnitude = (column_dots(dx, &x)? * &reciprocal_norms)?;
     let factors = (magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?;
     let of_matrices = matrices_backward(term, &indices, &scale_columns(dx.force_contiguous()?, &factors)?)?;

@@ -34,7 +34,12 @@ impl<'a> Layer<'a> {
             !drops && term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b)
         });
         let of_bias = self.linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias));
-        of_term && of_bias && fits(&self.linear.weight)
+        of_term && of_bias && self.linear.weight.dense().is_ok_and(fits)
+    }
+
+    /// The argument of a kernel that stands for the weight.
+    fn weight(&self) -> Result<Arg<'a>> {
+        self.linear.weight.dense().map(Arg::In)
     }
 
     /// The term's rank, 0 if there is none.
@@ -112,7 +117,7 @@ pub(crate) struct Products {
 pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Result<Products> {
     let _span = span("products", Kind::Gemm);
     let (tokens, k) = x.dims2()?;
-    let width = |layer: &Layer| if with_weights { layer.linear.weight.dim(0) } else { Ok(0) };
+    let width = |layer: &Layer| layer.linear.weight.dims2().map(|(rows, _)| if with_weights { rows } else { 0 });
     let mut made = Products { y: Vec::new(), z: Vec::new() };
     let mut widths = [0; 2 * MOST];
     for (place, layer) in layers.iter().enumerate() {
@@ -123,8 +128,9 @@ pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Resu
         }
         made.z.push(layer.empty_z(tokens, x)?);
     }
+    let weights = layers.iter().map(Layer::weight).collect::<Result<Vec<_>>>()?;
     let mut args = vec![Arg::In(x)];
-    args.extend(each(layers.iter().map(|layer| Arg::In(&layer.linear.weight))));
+    args.extend(each(weights.into_iter()));
     args.extend(each(layers.iter().map(Layer::a)));
     args.extend(each(made.y.iter().map(Arg::Out)));
     args.extend(each(made.z.iter().map(|z| written(z.as_ref()))));
@@ -148,13 +154,14 @@ pub(crate) fn products_backward(
     wants_input: bool,
 ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
     let _span = span("products", Kind::Gemm);
-    let (tokens, width) = (dys[0].dim(0)?, layers[0].linear.weight.dim(1)?);
+    let (tokens, width) = (dys[0].dim(0)?, layers[0].linear.weight.dims2()?.1);
     let dx = if wants_input { Some(gpu::empty((tokens, width), dys[0])?) } else { None };
     let dzs = layers.iter().map(|layer| layer.empty_z(tokens, dys[0])).collect::<Result<Vec<_>>>()?;
     let width = if wants_input { width } else { 0 };
+    let weights = layers.iter().map(Layer::weight).collect::<Result<Vec<_>>>()?;
     let mut args = Vec::new();
     args.extend(each(dys.iter().map(|dy| Arg::In(dy))));
-    args.extend(each(layers.iter().map(|layer| Arg::In(&layer.linear.weight))));
+    args.extend(each(weights.into_iter()));
     args.extend(each(layers.iter().map(Layer::b)));
     args.push(written(dx.as_ref()));
     args.extend(each(dzs.iter().map(|dz| written(dz.as_ref()))));

@@ -30,7 +30,7 @@ fn two_layers(out: usize, input: usize, rank: usize, seed: u64, dtype: DType, of
     let (bias, bias_cpu) = both(&[out], seed + 1, dtype, offset);
     let (a, a_cpu) = both(&[rank.max(1), input], seed + 2, dtype, offset);
     let (b, b_cpu) = both(&[out, rank.max(1)], seed + 3, dtype, offset);
-    let linear = Linear { weight, bias: Some(bias) };
+    let linear = Linear { weight: weight.into(), bias: Some(bias) };
     let scale = if rank == 0 { 0.0 } else { f64::from(SCALE) };
     let term = (rank > 0).then(|| LowRank::new(a, b, SCALE));
     TwoLayers { linear, term, weight: weight_cpu, bias: bias_cpu, a: (a_cpu * scale).unwrap(), b: b_cpu }

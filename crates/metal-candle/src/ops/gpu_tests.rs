@@ -82,9 +82,9 @@ fn activation_rotation_bias_residual_and_dropout() {
             let sum = linear::add_scaled(dy.force_contiguous().unwrap(), -0.5, &gate).unwrap();
             assert_near("sum", &sum, &(&dy_cpu - (&gate_cpu * 0.5).unwrap()).unwrap(), tolerance);
             let (bias, bias_cpu) = both(&[width], 4, dtype, 1);
-            let layer = Linear { weight: random(&[width, width], 5).to_dtype(dtype).unwrap(), bias: None };
-            let layer = Linear { weight: layer.weight.to_device(&device()).unwrap(), bias: Some(bias) };
-            let wide = layer.weight.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            let weight = random(&[width, width], 5).to_dtype(dtype).unwrap();
+            let layer = Linear { weight: weight.to_device(&device()).unwrap().into(), bias: Some(bias) };
+            let wide = weight.to_dtype(DType::F32).unwrap();
             let expected = gate_cpu.matmul(&wide.t().unwrap()).unwrap().broadcast_add(&bias_cpu).unwrap();
             let found = layer.forward(&gate, None, None, None).unwrap();
             assert_near("bias", &found, &expected, 2.0 * tolerance);
@@ -120,8 +120,8 @@ fn products_and_low_rank_terms() {
         for (m, n, k, rank) in [(1, 24, 16, 2), (33, 40, 24, 3), (70, 7, 130, 8)] {
             let ((x, x_cpu), (w, w_cpu)) = (both(&[m, k], 1, dtype, 0), both(&[n, k], 2, dtype, 0));
             let ((a, a_cpu), (b, b_cpu)) = (both(&[rank, k], 3, dtype, 0), both(&[n, rank], 4, dtype, 0));
-            let layer = Linear { weight: w, bias: None };
-            let plain = Linear { weight: w_cpu, bias: None };
+            let layer = Linear { weight: w.into(), bias: None };
+            let plain = Linear { weight: w_cpu.clone().into(), bias: None };
             let (term, plain_term) = (LowRank::new(a, b, 0.7), LowRank::new(a_cpu, b_cpu, 0.7));
             let (dy, dy_cpu) = both(&[m, n], 5, dtype, 0);
             let (before, before_cpu) = both(&[m, k], 6, dtype, 0);
@@ -141,7 +141,7 @@ fn products_and_low_rank_terms() {
             assert_near("db", &found.b, &expected.b, 3.0 * tolerance);
             assert_eq!(found.a.dtype(), DType::F32);
             let start = linear::sum(Start::Matrix(&x), &[Part::plain(&dy, &layer.weight, -0.5)]).unwrap();
-            let expected = (x_cpu - (dy_cpu.matmul(&plain.weight).unwrap() * 0.5).unwrap()).unwrap();
+            let expected = (x_cpu - (dy_cpu.matmul(&w_cpu).unwrap() * 0.5).unwrap()).unwrap();
             assert_near("matrix", &start, &expected, 2.0 * tolerance);
         }
     }
@@ -215,7 +215,8 @@ fn cross_entropy_of_a_head() {
         let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 713) % vocab, weight: i as f32 * 0.5 }).collect();
         let (hidden, hidden_cpu) = both(&[7, 16], 1, dtype, 0);
         let (weight, weight_cpu) = both(&[vocab, 16], 2, dtype, 0);
-        let (layer, plain) = (Linear { weight, bias: None }, Linear { weight: weight_cpu, bias: None });
+        let (layer, plain) =
+            (Linear { weight: weight.into(), bias: None }, Linear { weight: weight_cpu.into(), bias: None });
         for smoothing in [0.0, 0.1] {
             let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None });
             let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();

@@ -65,7 +65,7 @@ pub(crate) fn loss(
     smoothing: f32,
     wanted: Option<HeadWanted<'_>>,
 ) -> Result<HeadLoss> {
-    let vocab = head.weight.dim(0)?;
+    let vocab = head.weight.dims2()?.0;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
         let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
         return Err(Error::argument("targets", message));

@@ -4,11 +4,23 @@ use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
 use metal_candle_kernels::Matrix;
 
-/// A contiguous CPU tensor whose elements can be read as a slice.
-pub(crate) struct Host<'a> {
-    storage: StorageRef<'a>,
-    start: usize,
-    end: usize,
+/// Elements on the CPU that can be read as a slice.
+pub(crate) struct Host<'a>(Elements<'a>);
+
+enum Elements<'a> {
+    /// A contiguous tensor.
+    Tensor {
+        storage: StorageRef<'a>,
+        start: usize,
+        end: usize,
+    },
+    Slice(Matrix<'a>),
+}
+
+impl<'a> From<Matrix<'a>> for Host<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Self(Elements::Slice(matrix))
+    }
 }
 
 impl<'a> Host<'a> {
@@ -17,7 +29,7 @@ impl<'a> Host<'a> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             return Err(Error::Unsupported(format!("a tensor with strides {:?} as a slice", layout.stride())));
         };
-        Ok(Self { storage, start, end })
+        Ok(Self(Elements::Tensor { storage, start, end }))
     }
 
     /// The elements of an f32 tensor.
@@ -30,8 +42,11 @@ impl<'a> Host<'a> {
 
     /// The elements of an f32, f16 or bf16 tensor.
     pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
-        let range = self.start..self.end;
-        match &*self.storage {
+        let (storage, range) = match &self.0 {
+            Elements::Tensor { storage, start, end } => (storage, *start..*end),
+            Elements::Slice(matrix) => return Ok(*matrix),
+        };
+        match &**storage {
             Storage::Cpu(CpuStorage::F32(values)) => Ok(Matrix::F32(&values[range])),
             Storage::Cpu(CpuStorage::F16(values)) => Ok(Matrix::F16(&values[range])),
             Storage::Cpu(CpuStorage::BF16(values)) => Ok(Matrix::BF16(&values[range])),

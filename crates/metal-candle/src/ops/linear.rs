@@ -3,6 +3,7 @@
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu, tensor};
 use super::low_rank::{LowRank, Magnitude};
+use super::weight::{Factor, Weight};
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
@@ -12,7 +13,7 @@ use metal_candle_kernels as kernels;
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
     /// `[out_features, in_features]`.
-    pub(crate) weight: Tensor,
+    pub(crate) weight: Weight,
     /// `[out_features]`.
     pub(crate) bias: Option<Tensor>,
 }
@@ -263,28 +264,32 @@ pub(super) enum Start<'a> {
 /// One of the products of a sum.
 pub(super) struct Part<'a> {
     x: &'a Tensor,
-    w: &'a Tensor,
+    w: Factor<'a>,
     is_transposed: bool,
     scale: f32,
 }
 
 impl<'a> Part<'a> {
     /// `scale X W` with `x: [m, k]`, `w: [k, n]`.
-    pub(super) fn plain(x: &'a Tensor, w: &'a Tensor, scale: f32) -> Self {
-        Self { x, w, is_transposed: false, scale }
+    pub(super) fn plain(x: &'a Tensor, w: impl Into<Factor<'a>>, scale: f32) -> Self {
+        Self { x, w: w.into(), is_transposed: false, scale }
     }
 
     /// `scale X W^T` with `x: [m, k]`, `w: [n, k]`.
-    pub(super) fn transposed(x: &'a Tensor, w: &'a Tensor, scale: f32) -> Self {
-        Self { x, w, is_transposed: true, scale }
+    pub(super) fn transposed(x: &'a Tensor, w: impl Into<Factor<'a>>, scale: f32) -> Self {
+        Self { x, w: w.into(), is_transposed: true, scale }
     }
 
     fn columns(&self) -> Result<usize> {
-        Ok(self.w.dim(usize::from(!self.is_transposed))?)
+        match self.w.dims() {
+            &[rows, columns] => Ok(if self.is_transposed { rows } else { columns }),
+            dims => Err(Error::argument("weight", format!("expected a matrix, found the shape {dims:?}"))),
+        }
     }
 
     fn plain_product(&self) -> Result<Tensor> {
-        let product = if self.is_transposed { self.x.matmul(&self.w.t()?)? } else { self.x.matmul(self.w)? };
+        let w = self.w.tensor()?;
+        let product = if self.is_transposed { self.x.matmul(&w.t()?)? } else { self.x.matmul(&w)? };
         Ok(if (self.scale - 1.0).abs() > f32::EPSILON { product.affine(f64::from(self.scale), 0.0)? } else { product })
     }
 }
@@ -309,7 +314,7 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
     }
     let _span = span("product", Kind::Gemm);
     let hosts: Vec<(Host, Host)> =
-        parts.iter().map(|part| Ok((Host::new(part.x)?, Host::new(part.w)?))).collect::<Result<_>>()?;
+        parts.iter().map(|part| Ok((Host::new(part.x)?, part.w.host()?))).collect::<Result<_>>()?;
     let mut products = Vec::with_capacity(parts.len());
     for (part, (x, w)) in parts.iter().zip(&hosts) {
         let k = part.x.dim(1)?;
@@ -337,14 +342,14 @@ fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor
         Start::Sum(matrix) => (matrix, None, 1.0),
     };
     for part in parts {
-        gpu::product(&y, (part.x, false), (part.w, part.is_transposed), part.scale, beta)?;
+        gpu::product(&y, (part.x, false), (part.w.dense()?, part.is_transposed), part.scale, beta)?;
         beta = 1.0;
     }
     if let Some(bias) = bias { add_bias(y, bias) } else { Ok(y) }
 }
 
 /// `X W^T` with `x: [m, k]`, `w: [n, k]`.
-pub(crate) fn product(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+pub(super) fn product<'a>(x: &'a Tensor, w: impl Into<Factor<'a>>) -> Result<Tensor> {
     sum(Start::Zero, &[Part::transposed(x, w, 1.0)])
 }
 

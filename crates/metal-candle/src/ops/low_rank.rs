@@ -1,6 +1,7 @@
 //! Low-rank terms: what an adapter adds to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>, section 4.1).
 
 use super::linear::{Part, Start, add_scaled, outer, product, row_dots, sum};
+use super::weight::Weight;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
@@ -47,21 +48,12 @@ pub struct Magnitude {
 /// # Errors
 /// The device fails.
 pub fn weight_norms_squared(weight: &Tensor) -> Result<Tensor> {
-    let rows = weight.dim(0)?;
-    let mut parts = Vec::new();
-    // a part at a time: half-precision weights are not widened as a whole
-    for start in (0..rows).step_by(ROWS_WIDENED) {
-        let part = weight.narrow(0, start, ROWS_WIDENED.min(rows - start))?.to_dtype(DType::F32)?;
-        parts.push(part.sqr()?.sum(1)?);
-    }
-    Ok(Tensor::cat(&parts, 0)?)
+    Weight::from(weight.clone()).row_norms_squared()
 }
-
-const ROWS_WIDENED: usize = 4096;
 
 impl LowRank {
     /// The term for as long as A and B stay what they are.
-    pub(crate) fn with_fixed_norms(&self, weight: &Tensor, is_embedding: bool) -> Result<Self> {
+    pub(crate) fn with_fixed_norms(&self, weight: &Weight, is_embedding: bool) -> Result<Self> {
         let mut fixed = self.clone();
         if let Some(magnitude) = &mut fixed.magnitude {
             magnitude.reciprocal_norms = Some(self.reciprocal_norms(magnitude, weight, is_embedding)?);
@@ -76,7 +68,7 @@ impl LowRank {
     pub(super) fn reciprocal_norms(
         &self,
         magnitude: &Magnitude,
-        weight: &Tensor,
+        weight: &Weight,
         is_embedding: bool,
     ) -> Result<Tensor> {
         if let Some(reciprocal_norms) = &magnitude.reciprocal_norms {

@@ -25,12 +25,14 @@ mod spans;
 pub(crate) mod swiglu;
 #[cfg(test)]
 mod tests;
+mod weight;
 
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
 pub use linear::TermGradients;
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
+pub use weight::Weight;
 
 /// An activation as it is kept beside weights of this type for the backward pass: rounded to bf16 where the weights have
 /// half precision, which changes gradients by less than the rounding of the weights does.

@@ -6,9 +6,10 @@ use super::attention::{Cached, Spans};
 use super::linear::{self, Linear, Wanted};
 use super::rms_norm::RmsNorm;
 use super::rotary::RotaryTable;
-use super::{LowRank, Magnitude, attention, embedding, head, swiglu, weight_norms_squared};
+use super::{LowRank, Magnitude, Weight, attention, embedding, head, swiglu, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AttentionShape, Row};
+use std::sync::Arc;
 
 pub(super) fn random(shape: &[usize], seed: u64) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -128,7 +129,7 @@ fn cross_entropy_equals_its_twin() {
     let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
     let hidden = random(&[7, 12], 1);
     let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
-    let layer = Linear { weight: weight.clone(), bias: None };
+    let layer = Linear { weight: weight.clone().into(), bias: None };
     for smoothing in [0.0, 0.1, 1.0] {
         let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None };
         let run = |wanted| head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
@@ -184,7 +185,7 @@ fn products_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn linear_gradients_match_finite_differences() {
     let weight = random(&[6, 10], 1);
-    let layer = Linear { weight, bias: Some(random(&[6], 2)) };
+    let layer = Linear { weight: weight.clone().into(), bias: Some(random(&[6], 2)) };
     let term = LowRank {
         dropout: 0.4,
         start: Some((random(&[2, 10], 8), random(&[6, 2], 9))),
@@ -209,7 +210,7 @@ fn linear_gradients_match_finite_differences() {
     check(&of_term.a, &|d| loss(&layer, &LowRank { a: (&term.a + d).unwrap(), ..term.clone() }, &x));
     check(&of_term.b, &|d| loss(&layer, &LowRank { b: (&term.b + d).unwrap(), ..term.clone() }, &x));
     check(&gradients.weight.unwrap(), &|d| {
-        loss(&Linear { weight: (&layer.weight + d).unwrap(), ..layer.clone() }, &term, &x)
+        loss(&Linear { weight: (&weight + d).unwrap().into(), ..layer.clone() }, &term, &x)
     });
     check(&gradients.bias.unwrap(), &|d| {
         loss(&Linear { bias: Some((layer.bias.as_ref().unwrap() + d).unwrap()), ..layer.clone() }, &term, &x)
@@ -220,11 +221,12 @@ fn linear_gradients_match_finite_differences() {
 /// with the norms as they are.
 #[test]
 fn decomposed_gradients_match_finite_differences() {
-    let layer = Linear { weight: random(&[6, 10], 1), bias: Some(random(&[6], 2)) };
+    let weight = random(&[6, 10], 1);
+    let layer = Linear { weight: weight.clone().into(), bias: Some(random(&[6], 2)) };
     let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
     for (dropout, has_start) in [(0.0, false), (0.0, true), (0.4, false), (0.4, true)] {
         let start = has_start.then(|| (random(&[2, 10], 8), random(&[6, 2], 9)));
-        let weight_norms_squared = weight_norms_squared(&layer.weight).unwrap();
+        let weight_norms_squared = weight_norms_squared(&weight).unwrap();
         let magnitude = Some(Magnitude { m: random(&[6], 10), weight_norms_squared, reciprocal_norms: None });
         let term = LowRank {
             dropout,
@@ -234,8 +236,8 @@ fn decomposed_gradients_match_finite_differences() {
         };
         let change = |a: &Tensor, b: &Tensor| b.matmul(a).unwrap().affine(1.7, 0.0).unwrap();
         let base = match &start {
-            Some((a, b)) => (&layer.weight - change(a, b)).unwrap(),
-            None => layer.weight.clone(),
+            Some((a, b)) => (&weight - change(a, b)).unwrap(),
+            None => weight.clone(),
         };
         let adapted = (&base + change(&term.a, &term.b)).unwrap();
         let norms = adapted.sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
@@ -288,7 +290,7 @@ fn a_residual_is_added_to_every_kind_of_layer() {
         Some(LowRank { magnitude: magnitude(), dropout: 0.4, ..plain }),
     ];
     for bias in [None, Some(random(&[33], 2))] {
-        let layer = Linear { weight: weight.clone(), bias };
+        let layer = Linear { weight: weight.clone().into(), bias };
         for term in &terms {
             let run = |residual| layer.forward(&x, term.as_ref(), Some(9), residual).unwrap();
             assert_close(&run(Some(&residual)), &(run(None) + &residual).unwrap(), 1e-5);
@@ -303,10 +305,10 @@ fn embedding_terms_match_finite_differences() {
     let start = Some((random(&[2, 7], 8), random(&[6, 2], 9)));
     let term = LowRank { start, ..LowRank::new(random(&[3, 7], 3), random(&[6, 3], 4), 1.3) };
     let loss = |term: &LowRank| -> f64 {
-        let x = embedding::forward(&weight, Some(term), &ids, DType::F32).unwrap();
+        let x = embedding::forward(&weight.clone().into(), Some(term), &ids, DType::F32).unwrap();
         values(&x).iter().zip(values(&dx)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let gradients = embedding::term_backward(&weight, &term, &ids, &dx).unwrap();
+    let gradients = embedding::term_backward(&weight.clone().into(), &term, &ids, &dx).unwrap();
     for (gradient, is_a) in [(&gradients.a, true), (&gradients.b, false)] {
         let direction = random(gradient.dims(), 7);
         let moved = |size: f64| {
@@ -339,12 +341,73 @@ fn noise_is_bounded_by_the_length_and_repeats() {
 #[test]
 fn embedding_gradient_adds_up_repeated_ids() {
     let weight = random(&[5, 3], 1);
-    let x = embedding::forward(&weight, None, &[4, 1, 4], DType::F32).unwrap();
+    let table = weight.clone().into();
+    let x = embedding::forward(&table, None, &[4, 1, 4], DType::F32).unwrap();
     assert_close(&x.narrow(0, 2, 1).unwrap(), &weight.narrow(0, 4, 1).unwrap(), 0.0);
     let dx = random(&[3, 3], 2);
     let dw = embedding::backward(&[4, 1, 4], &dx, head::zeros_like(&weight).unwrap()).unwrap();
     let expected = (dx.get(0).unwrap() + dx.get(2).unwrap()).unwrap();
     assert_close(&dw.get(4).unwrap(), &expected, 1e-6);
     assert_close(&dw.get(0).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 0.0);
-    assert!(embedding::forward(&weight, None, &[5], DType::F32).is_err());
+    assert!(embedding::forward(&table, None, &[5], DType::F32).is_err());
+}
+
+fn little_endian(tensor: &Tensor) -> Vec<u8> {
+    fn bytes<T: candle_core::WithDType, const N: usize>(tensor: &Tensor, to_bytes: fn(T) -> [u8; N]) -> Vec<u8> {
+        tensor.flatten_all().unwrap().to_vec1::<T>().unwrap().into_iter().flat_map(to_bytes).collect()
+    }
+    match tensor.dtype() {
+        DType::F32 => bytes(tensor, f32::to_le_bytes),
+        DType::F16 => bytes(tensor, half::f16::to_le_bytes),
+        _ => bytes(tensor, half::bf16::to_le_bytes),
+    }
+}
+
+/// A weight in a file gives the bits of the same weight in a tensor, in every use of it.
+#[test]
+fn a_mapped_weight_equals_its_tensor() {
+    let path = std::env::temp_dir().join(format!("metal-candle-weight-{}", std::process::id()));
+    let (rows, columns) = (19, 34);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let dense = random(&[rows, columns], 1).to_dtype(dtype).unwrap();
+        let size = dtype.size_in_bytes();
+        let bytes = little_endian(&dense);
+        let content: Vec<u8> = [vec![7; 12], bytes, vec![7; 3]].concat();
+        std::fs::write(&path, &content).unwrap();
+        let file = Arc::new(metal_candle_kernels::map_file(&path).unwrap());
+        let end = 12 + rows * columns * size;
+        assert!(Weight::mapped(&file, 12..end, &[rows, columns + 1], dtype).is_none());
+        assert!(Weight::mapped(&file, 11..end - 1, &[rows, columns], dtype).is_none());
+        assert!(Weight::mapped(&file, 12..end, &[rows, columns], DType::I64).is_none());
+        let mapped = Weight::mapped(&file, 12..end, &[rows, columns], dtype).unwrap();
+        let weight = Weight::from(dense.clone());
+        assert_eq!((mapped.dims(), mapped.dtype()), (weight.dims(), dtype));
+        let same = |found: Tensor, expected: Tensor| {
+            assert_eq!(found.dims(), expected.dims());
+            assert_eq!(found.dtype(), expected.dtype());
+            let bits =
+                |x: &Tensor| values(&x.to_dtype(DType::F32).unwrap()).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&found), bits(&expected), "{dtype:?}");
+        };
+        same(mapped.tensor().unwrap(), dense.clone());
+        same(mapped.rows(&[18, 0, 18], DType::F32).unwrap(), weight.rows(&[18, 0, 18], DType::F32).unwrap());
+        same(mapped.row_norms_squared().unwrap(), weight_norms_squared(&dense).unwrap());
+        let part = mapped.narrow_rows(3, 7).unwrap();
+        same(part.tensor().unwrap(), dense.narrow(0, 3, 7).unwrap());
+        same(part.narrow_rows(6, 1).unwrap().tensor().unwrap(), dense.narrow(0, 9, 1).unwrap());
+        assert!(part.narrow_rows(6, 2).is_err() && mapped.rows(&[19], DType::F32).is_err() && mapped.dense().is_err());
+        let term = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
+        let layers = [&mapped, &weight].map(|weight| Linear { weight: weight.clone(), bias: Some(random(&[rows], 2)) });
+        for count in [1, 70] {
+            let (x, dy) = (random(&[count, columns], 5), random(&[count, rows], 6));
+            let [found, expected] = layers.each_ref().map(|layer| layer.forward(&x, Some(&term), None, None).unwrap());
+            same(found, expected);
+            let wanted = Wanted { input: true, weight: false, bias: false };
+            let [found, expected] = layers
+                .each_ref()
+                .map(|layer| layer.backward(Some(&x), Some(&term), None, &dy, wanted, None, None).unwrap());
+            same(found.input.unwrap(), expected.input.unwrap());
+        }
+    }
+    std::fs::remove_file(&path).unwrap();
 }

@@ -1,0 +1,260 @@
+//! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file.
+
+use super::host::{Host, tensor};
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Shape, Tensor};
+use metal_candle_kernels::{ElementType, MappedFile, Matrix, widen};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A parameter of a model. Cloning is cheap.
+///
+/// Callers ask it for products, rows or norms and do not need to know how it is stored.
+#[derive(Debug, Clone)]
+pub struct Weight(Stored);
+
+#[derive(Debug, Clone)]
+enum Stored {
+    Dense(Tensor),
+    Mapped(Mapped),
+}
+
+/// A part of a mapped file that is aligned for its elements.
+#[derive(Debug, Clone)]
+struct Mapped {
+    file: Arc<MappedFile>,
+    bytes: Range<usize>,
+    shape: Shape,
+    dtype: DType,
+    element: ElementType,
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Self(Stored::Dense(tensor))
+    }
+}
+
+impl Weight {
+    #[cfg_attr(not(test), expect(dead_code, reason = "the loader maps weights next"))]
+    /// The elements in a byte range of `file`, little-endian and row by row, without a copy; none where they cannot be used
+    /// as they are: `dtype` is not f32, f16 or bf16, the range is not aligned for it or has another size than the shape.
+    pub(crate) fn mapped(file: &Arc<MappedFile>, bytes: Range<usize>, dims: &[usize], dtype: DType) -> Option<Self> {
+        let element = match dtype {
+            DType::F32 => ElementType::F32,
+            DType::F16 => ElementType::F16,
+            DType::BF16 => ElementType::BF16,
+            _ => return None,
+        };
+        let shape = Shape::from(dims);
+        let matrix = file.matrix(bytes.clone(), element)?;
+        (matrix.len() == shape.elem_count())
+            .then(|| Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element })))
+    }
+
+    /// Its shape.
+    pub fn dims(&self) -> &[usize] {
+        match &self.0 {
+            Stored::Dense(tensor) => tensor.dims(),
+            Stored::Mapped(mapped) => mapped.shape.dims(),
+        }
+    }
+
+    /// The number of rows and columns of a matrix.
+    ///
+    /// # Errors
+    /// It has another number of dimensions.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        match self.dims() {
+            &[rows, columns] => Ok((rows, columns)),
+            dims => Err(Error::argument("weight", format!("expected a matrix, found the shape {dims:?}"))),
+        }
+    }
+
+    /// The number of elements.
+    pub fn elem_count(&self) -> usize {
+        self.dims().iter().product()
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        match &self.0 {
+            Stored::Dense(tensor) => tensor.dtype(),
+            Stored::Mapped(mapped) => mapped.dtype,
+        }
+    }
+
+    /// Where the elements are; a mapped file is on the CPU.
+    pub fn device(&self) -> &Device {
+        match &self.0 {
+            Stored::Dense(tensor) => tensor.device(),
+            Stored::Mapped(_) => &Device::Cpu,
+        }
+    }
+
+    /// The elements as a tensor: the tensor itself, or a copy of a part of a file.
+    ///
+    /// # Errors
+    /// The copy does not fit into memory.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match &self.0 {
+            Stored::Dense(tensor) => Ok(tensor.clone()),
+            Stored::Mapped(Mapped { file, bytes, shape, dtype, .. }) => {
+                Ok(Tensor::from_raw_buffer(&file[bytes.clone()], *dtype, shape.dims(), &Device::Cpu)?)
+            }
+        }
+    }
+
+    /// The tensor that a kernel of a GPU reads.
+    ///
+    /// # Errors
+    /// The elements are in a mapped file, which only the CPU reads.
+    pub(crate) fn dense(&self) -> Result<&Tensor> {
+        match &self.0 {
+            Stored::Dense(tensor) => Ok(tensor),
+            Stored::Mapped(_) => Err(Error::Unsupported("a mapped weight as the argument of a GPU kernel".into())),
+        }
+    }
+
+    /// The elements as a slice on the CPU.
+    pub(super) fn host(&self) -> Result<Host<'_>> {
+        match &self.0 {
+            Stored::Dense(tensor) => Host::new(tensor),
+            Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
+        }
+    }
+
+    /// The rows with these indices in `dtype`: `[ids, columns]`.
+    ///
+    /// # Errors
+    /// An index is not below the number of rows, or this is no matrix.
+    pub fn rows(&self, ids: &[u32], dtype: DType) -> Result<Tensor> {
+        let (count, width) = self.dims2()?;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= count) {
+            return Err(Error::argument("ids", format!("row {id} is not below the number of rows, {count}")));
+        }
+        match &self.0 {
+            Stored::Dense(tensor) => {
+                Ok(tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype)?)
+            }
+            Stored::Mapped(mapped) => {
+                let mut rows = vec![0.0; ids.len() * width];
+                let matrix = mapped.matrix()?;
+                for (id, row) in ids.iter().zip(rows.chunks_exact_mut(width.max(1))) {
+                    let range = *id as usize * width..(*id as usize + 1) * width;
+                    match matrix {
+                        Matrix::F32(values) => row.copy_from_slice(&values[range]),
+                        Matrix::F16(values) => widen(&values[range], row),
+                        Matrix::BF16(values) => widen(&values[range], row),
+                    }
+                }
+                Ok(tensor(rows, (ids.len(), width))?.to_dtype(dtype)?)
+            }
+        }
+    }
+
+    /// Rows `start..start + len`, without a copy.
+    ///
+    /// # Errors
+    /// There are fewer rows.
+    pub fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
+        match &self.0 {
+            Stored::Dense(tensor) => Ok(tensor.narrow(0, start, len)?.into()),
+            Stored::Mapped(mapped) => {
+                let dims = mapped.shape.dims();
+                let count = dims.first().copied().unwrap_or(0);
+                if start.checked_add(len).is_none_or(|end| end > count) {
+                    let message = format!("rows {start} to {start} + {len} of a weight with {count} rows");
+                    return Err(Error::argument("rows", message));
+                }
+                let row = mapped.bytes.len().checked_div(count).unwrap_or(0);
+                let begin = mapped.bytes.start + start * row;
+                let shape = Shape::from([&[len], &dims[1..]].concat());
+                Ok(Self(Stored::Mapped(Mapped { bytes: begin..begin + len * row, shape, ..mapped.clone() })))
+            }
+        }
+    }
+
+    /// The squared Euclidean norm of each row of a matrix: `[rows]`, f32.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn row_norms_squared(&self) -> Result<Tensor> {
+        let rows = self.dims2()?.0;
+        let mut parts = Vec::new();
+        // a part at a time: half-precision weights are not widened as a whole
+        for start in (0..rows).step_by(ROWS_WIDENED) {
+            let part = self.narrow_rows(start, ROWS_WIDENED.min(rows - start))?.tensor()?.to_dtype(DType::F32)?;
+            parts.push(part.sqr()?.sum(1)?);
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// A gradient of zeros with its shape, f32.
+    pub(crate) fn zero_gradient(&self) -> Result<Tensor> {
+        if self.device().is_cpu() {
+            return tensor(vec![0.0; self.elem_count()], self.dims());
+        }
+        Ok(Tensor::zeros(self.dims(), DType::F32, self.device())?)
+    }
+}
+
+const ROWS_WIDENED: usize = 4096;
+
+impl Mapped {
+    fn matrix(&self) -> Result<Matrix<'_>> {
+        let matrix = self.file.matrix(self.bytes.clone(), self.element);
+        matrix.ok_or_else(|| Error::Unsupported("a part of a file that is not aligned".into()))
+    }
+}
+
+/// The right operand of a product: an activation, a matrix of a low-rank update, or a weight.
+#[derive(Clone, Copy)]
+pub(super) enum Factor<'a> {
+    Tensor(&'a Tensor),
+    Weight(&'a Weight),
+}
+
+impl<'a> From<&'a Tensor> for Factor<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        Self::Tensor(tensor)
+    }
+}
+
+impl<'a> From<&'a Weight> for Factor<'a> {
+    fn from(weight: &'a Weight) -> Self {
+        Self::Weight(weight)
+    }
+}
+
+impl<'a> Factor<'a> {
+    pub(super) fn dims(self) -> &'a [usize] {
+        match self {
+            Self::Tensor(tensor) => tensor.dims(),
+            Self::Weight(weight) => weight.dims(),
+        }
+    }
+
+    /// The elements as a slice on the CPU.
+    pub(super) fn host(self) -> Result<Host<'a>> {
+        match self {
+            Self::Tensor(tensor) => Host::new(tensor),
+            Self::Weight(weight) => weight.host(),
+        }
+    }
+
+    /// The tensor that a kernel of a GPU reads.
+    pub(super) fn dense(self) -> Result<&'a Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Weight(weight) => weight.dense(),
+        }
+    }
+
+    pub(super) fn tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.clone()),
+            Self::Weight(weight) => weight.tensor(),
+        }
+    }
+}
