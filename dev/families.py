@@ -31,7 +31,7 @@ def build_config(model_type, **keys):
 
 def randomize(model, seed, std=0.35):
     """Draws all weights so that no feature hides: norms away from one, biases away from zero, and matrices of standard deviation `std`, or
-    twice what keeps the size of their input if `std` is None."""
+    1.5 times what keeps the size of their input if `std` is None."""
     noise = torch.Generator().manual_seed(seed)
     is_centred = "gemma" in model.config.model_type
     with torch.no_grad():
@@ -43,7 +43,7 @@ def randomize(model, seed, std=0.35):
                 # weights of Gemma's norms are added to one
                 parameter.copy_(0.3 * drawn + (0.0 if is_centred else 1.0))
             else:
-                parameter.copy_((std or 2.0 / parameter.shape[-1] ** 0.5) * drawn)
+                parameter.copy_((std or 1.5 / parameter.shape[-1] ** 0.5) * drawn)
             # exactly representable in bfloat16, so that a narrow file holds the same model
             parameter.copy_(parameter.bfloat16().float())
 
