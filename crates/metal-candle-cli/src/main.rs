@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod device;
+mod error;
 mod input;
 mod interrupt;
 mod memory;
@@ -56,8 +57,8 @@ fn main() -> ExitCode {
     match outcome {
         _ if HAS_PANICKED.load(Ordering::Relaxed) => ExitCode::from(2),
         Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Ok(Err(error)) => ExitCode::from(output::report(&error)),
+        Ok(Err(error)) if error::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => ExitCode::from(error::report(&error)),
         Err(_) => ExitCode::from(2),
     }
 }

@@ -2,7 +2,8 @@
 
 use crate::args::{AdaptedModelArguments, ModelArguments, WeightType};
 use crate::device::DeviceKind;
-use crate::output::{Output, Unit, UserError};
+use crate::error::UserError;
+use crate::output::{Output, Unit};
 use anyhow::Result;
 use candle_core::DType;
 use metal_candle::adapters::LoRAAdapter;

@@ -6,32 +6,6 @@ use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// An error of the user's input that the library does not know of.
-#[derive(Debug)]
-pub(crate) struct UserError {
-    message: String,
-    hint: Option<String>,
-}
-
-impl UserError {
-    pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None }
-    }
-
-    pub(crate) fn with_hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
-        self
-    }
-}
-
-impl fmt::Display for UserError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for UserError {}
-
 /// How the program talks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Output {
@@ -261,143 +235,9 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
-/// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
-pub(crate) fn report(error: &anyhow::Error) -> u8 {
-    Output::error(message(error), hint(error).as_deref());
-    exit_code(error)
-}
-
-/// The error and its causes, but those whose text was told already.
-pub(crate) fn message(error: &anyhow::Error) -> String {
-    let mut message = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string();
-        if message.contains(&text) {
-            continue;
-        }
-        if !message.is_empty() {
-            message.push_str(": ");
-        }
-        message.push_str(&text);
-    }
-    message
-}
-
-/// Whether whoever reads standard output has gone, as `head` does: no error then.
-pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-fn exit_code(error: &anyhow::Error) -> u8 {
-    use metal_candle::Error;
-    for cause in error.chain() {
-        if let Some(error) = cause.downcast_ref::<Error>() {
-            return match error {
-                Error::Candle(_) | Error::Device(_) => 2,
-                Error::Peer { .. } => crate::ranks::OTHER_FAILED,
-                _ => 1,
-            };
-        }
-        if cause.is::<UserError>() || cause.is::<std::io::Error>() {
-            return 1;
-        }
-    }
-    2
-}
-
-fn hint(error: &anyhow::Error) -> Option<String> {
-    use metal_candle::Error;
-    for cause in error.chain() {
-        if let Some(error) = cause.downcast_ref::<UserError>() {
-            return error.hint.clone();
-        }
-        let Some(error) = cause.downcast_ref::<Error>() else { continue };
-        let hint = match error {
-            Error::Tensors { path, problems } => return Some(tensors_hint(path, problems)),
-            Error::Data { .. } => "`metal-candle data check FILE` shows how each row is read",
-            Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. } => {
-                "a lower --learning-rate or --max-grad-norm usually helps; see the rows named"
-            }
-            Error::NonFiniteEvaluation { .. } => {
-                "the model or the adapter overflows on these rows: `--dtype f32` has a wider range, or use an earlier checkpoint"
-            }
-            Error::Format { path, message } if message.contains("of the model") => return base_hint(path),
-            Error::Template(_) => "`generate --raw` does without the chat template",
-            Error::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "free some space on that disk; `train --resume RUN` continues a training run"
-            }
-            Error::Hub(_) => "a model folder on this machine can be given to --model instead",
-            Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",
-            Error::OutOfMemory(_) => {
-                "fewer or shorter sequences, or --dtype bf16, take less memory; other programs on the device take some too"
-            }
-            Error::Candle(_) => {
-                "this is a bug, or the device is faulty: please open an issue and include the command you ran"
-            }
-            _ => return None,
-        };
-        return Some(hint.to_owned());
-    }
-    None
-}
-
-/// The base model that the configuration beside an adapter's file `path` names.
-fn base_of(path: &std::path::Path) -> Option<String> {
-    use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_json};
-    let config = path.parent()?.join("adapter_config.json");
-    let config: serde_json::Value = read_json(config, MAX_SIDE_FILE_BYTES).ok()?;
-    let name = config.get("base_model_name_or_path").or_else(|| config.get("model"))?.as_str()?;
-    (!name.is_empty()).then(|| name.to_owned())
-}
-
-/// What to do about an adapter that may belong to another model.
-fn base_hint(path: &std::path::Path) -> Option<String> {
-    base_of(path).map(|base| format!("the adapter was made for `{base}`; give that model to --model"))
-}
-
-/// What fits the problems of the tensors in `path`.
-fn tensors_hint(path: &std::path::Path, problems: &[String]) -> String {
-    let folder = path.parent().unwrap_or(path);
-    let is_adapter = folder.join("adapter_config.json").is_file();
-    let any = |words: &str| problems.iter().any(|problem| problem.contains(words));
-    let all = |words: &str| problems.iter().all(|problem| problem.contains(words));
-    let what = if any("expected shape") || any("not the weight of this model") || any("expected [") {
-        if is_adapter {
-            match base_of(path) {
-                Some(base) => {
-                    return format!(
-                        "the adapter was made for `{base}`, which has other sizes or weights; give that model to --model"
-                    );
-                }
-                None => "the adapter belongs to a model of other sizes or weights; give that model to --model",
-            }
-        } else {
-            "the weights and config.json belong to different models"
-        }
-    } else if all("is missing") || all("found no such tensor") {
-        "the file lacks tensors that its configuration asks for: it may be incomplete; copy or download it again"
-    } else if all("is not expected") {
-        match base_of(path).filter(|_| is_adapter) {
-            Some(base) => return format!("the adapter was made for `{base}`, which may have more layers"),
-            None => "the file holds tensors that this model has no use for; it may belong to a model with more layers",
-        }
-    } else if all("not finite") {
-        "the training that wrote the file diverged; use an earlier checkpoint"
-    } else if is_adapter {
-        match base_hint(path) {
-            Some(hint) => return hint,
-            None => "the adapter and the model do not fit together",
-        }
-    } else {
-        "the weights and config.json belong to different models"
-    };
-    what.to_owned()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{bytes, duration, exit_code, grouped, message, short};
-    use metal_candle::Error;
+    use super::{bytes, duration, grouped, short};
 
     #[test]
     fn numbers_as_people_read_them() {
@@ -409,21 +249,5 @@ mod tests {
         assert_eq!(duration(59.4), "59 s");
         assert_eq!(duration(184.0), "3:04 min");
         assert_eq!(duration(7509.0), "2:05:09 h");
-    }
-
-    #[test]
-    fn a_cause_is_told_once() {
-        let missing = || std::io::Error::other("no such file");
-        let error = anyhow::Error::from(Error::Read { path: "x".into(), source: missing() });
-        assert_eq!(message(&error), "cannot read `x`: no such file");
-        assert_eq!(message(&anyhow::Error::from(missing()).context("y")), "y: no such file");
-    }
-
-    #[test]
-    fn exit_codes_say_whose_fault_it_is() {
-        assert_eq!(exit_code(&Error::Unsupported("x".into()).into()), 1);
-        assert_eq!(exit_code(&anyhow::Error::from(Error::Hub("x".into())).context("y")), 1);
-        assert_eq!(exit_code(&Error::Device("x".into()).into()), 2);
-        assert_eq!(exit_code(&anyhow::anyhow!("x")), 2);
     }
 }

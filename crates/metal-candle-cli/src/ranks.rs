@@ -3,8 +3,9 @@
 //! Rank 0 talks with the user as a lone process does. The first process gives each rank a pipe as its standard input: a byte
 //! in it means Ctrl-C, its end that the first process is gone.
 
+use crate::error::UserError;
 use crate::interrupt;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use anyhow::{Context, Result};
 use metal_candle::training::Group;
 use std::collections::VecDeque;

@@ -1,6 +1,6 @@
 //! The folder of a training run.
 
-use crate::output::UserError;
+use crate::error::UserError;
 use crate::run_record::{Liveness, RunLock};
 use crate::settings::TrainSettings;
 use anyhow::Result;

@@ -1,6 +1,6 @@
 //! `run.json`: what a run is and how it stands, for whoever looks at it from outside; and the lock of a run.
 
-use crate::output::UserError;
+use crate::error::UserError;
 use crate::run_folder::{LOCK, RunFolder};
 use anyhow::Result;
 use metal_candle::Error;

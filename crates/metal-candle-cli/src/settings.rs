@@ -5,8 +5,8 @@ mod optimization;
 
 use crate::args::WeightType;
 use crate::device::DeviceKind;
+use crate::error::{UserError, message};
 use crate::model_source::NANO;
-use crate::output::{UserError, message};
 use anyhow::{Context, Result};
 use clap::Args;
 use metal_candle::ModelConfig;

@@ -1,8 +1,9 @@
 //! `--chat-template`, `--template-var` and `--tools`: how conversations become text.
 
+use crate::error::UserError;
 use crate::input;
 use crate::model_source::ModelSource;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::run_folder::recorded_template;
 use anyhow::Result;
 use clap::Args;

@@ -10,8 +10,9 @@ mod shape;
 pub(crate) use arguments::BenchArguments;
 
 use crate::args::WeightType;
+use crate::error::UserError;
 use crate::model_source::{ModelSource, NANO};
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use anyhow::{Context, Result};
 use arguments::Work;
 use measure::{Measured, measure};
@@ -85,7 +86,7 @@ impl Bench {
         self.output.note(format_args!("measuring {}", work.title()));
         match measure(model, work) {
             Err(error) if !error.is::<UserError>() => {
-                let remark = crate::output::message(&error);
+                let remark = crate::error::message(&error);
                 self.failure.get_or_insert(error.context(work.title()));
                 Ok(Measured::failed(remark))
             }

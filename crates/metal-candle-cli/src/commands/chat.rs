@@ -4,9 +4,10 @@ mod conversation;
 
 use crate::args::{AdaptedModelArguments, SamplingArguments};
 use crate::commands::generate::{as_json, speeds, templated};
+use crate::error::UserError;
 use crate::interrupt;
 use crate::model_source::Loaded;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::sampling::{generation_config, with_end_of_turn};
 use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
@@ -167,7 +168,7 @@ impl Chat {
             Ok(()) => {}
             Err(error) if error.is::<std::io::Error>() => return Err(error),
             Err(error) if std::io::stdin().is_terminal() => {
-                crate::output::report(&error);
+                crate::error::report(&error);
             }
             Err(error) => return Err(error),
         }

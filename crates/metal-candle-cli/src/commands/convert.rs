@@ -2,8 +2,9 @@
 
 use super::fuse::{largest_difference, probe};
 use crate::args::ModelArguments;
+use crate::error::UserError;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use anyhow::Result;
 use clap::{Args, ValueEnum};

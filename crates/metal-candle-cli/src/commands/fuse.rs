@@ -3,8 +3,7 @@
 use crate::args::ModelArguments;
 use crate::model_source::{ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
-use crate::run_folder::recorded_template;
-use crate::run_folder::{FREE_HINT, check_free, fill_folder};
+use crate::run_folder::{FREE_HINT, check_free, fill_folder, recorded_template};
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;

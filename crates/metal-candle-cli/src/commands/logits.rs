@@ -1,8 +1,9 @@
 //! `logits`: the logits of given token ids.
 
 use crate::args::AdaptedModelArguments;
+use crate::error::UserError;
 use crate::model_source::Loaded;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::adapters::LoRAAdapter;

@@ -4,7 +4,9 @@ mod page;
 mod summary;
 mod table;
 
-use crate::output::{Output, UserError};
+use crate::output::Output;
+
+use crate::error::UserError;
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 use metal_candle::Error;

@@ -1,8 +1,9 @@
 //! `template`: conversations as the text, the token ids and the trained tokens that a chat template makes of them.
 
+use crate::error::UserError;
 use crate::input;
 use crate::model_source::ModelSource;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
 use clap::{ArgAction, Args};
@@ -62,7 +63,7 @@ pub(crate) fn run(flags: &TemplateCommandArguments, output: Output) -> Result<()
     let mut num_failed = 0;
     for (line, value) in values {
         let rendered = row(value, tools.as_ref(), flags.add_generation_prompt)
-            .and_then(|row| renderer.render(&row).map_err(|error| crate::output::message(&error)));
+            .and_then(|row| renderer.render(&row).map_err(|error| crate::error::message(&error)));
         match rendered {
             Ok(rendered) if output.json => Output::print_json(&rendered.json(is_batch.then_some(line)))?,
             Ok(rendered) => Output::print_styled(rendered.shown(&renderer, is_batch.then_some(line))?)?,

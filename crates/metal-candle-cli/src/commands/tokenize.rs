@@ -1,8 +1,9 @@
 //! `tokenize` and `detokenize`: text to token ids and back.
 
+use crate::error::UserError;
 use crate::input::{self, MAX_INPUT_BYTES};
 use crate::model_source::ModelSource;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use anyhow::Result;
 use clap::{ArgAction, Args};
 use serde_json::{Value, json};

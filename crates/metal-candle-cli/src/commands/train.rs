@@ -9,10 +9,11 @@ mod report;
 mod start;
 mod watch;
 
+use crate::error::UserError;
 use crate::input::is_stream;
 use crate::interrupt;
 use crate::model_source::ModelSource;
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::ranks;
 use crate::run_folder::{RunFolder, check_new_run};
 use crate::run_record::{Outcome, RunLock};

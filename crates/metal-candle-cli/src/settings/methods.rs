@@ -1,7 +1,7 @@
 //! Settings of the fine-tuning methods.
 
 use super::TrainSettings;
-use crate::output::UserError;
+use crate::error::UserError;
 use anyhow::Result;
 use metal_candle::adapters::{Start, TrainedBiases};
 use metal_candle::data::Tokenizer;

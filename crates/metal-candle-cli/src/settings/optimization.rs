@@ -1,7 +1,7 @@
 //! Optimizer and schedule of a training run.
 
 use super::TrainSettings;
-use crate::output::UserError;
+use crate::error::UserError;
 use anyhow::Result;
 use clap::ValueEnum;
 use metal_candle::training::{

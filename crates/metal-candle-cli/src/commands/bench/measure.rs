@@ -2,7 +2,7 @@
 
 use super::arguments::Work;
 use super::memory::PeakMemory;
-use crate::output::UserError;
+use crate::error::UserError;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Sample};
 use metal_candle::inference::{GenerationConfig, Generator};

@@ -2,7 +2,7 @@
 
 use super::arguments::Work;
 use super::measure::Measured;
-use crate::output::UserError;
+use crate::error::UserError;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use metal_candle::Device;

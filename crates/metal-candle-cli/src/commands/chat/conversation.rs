@@ -1,6 +1,6 @@
 //! The state of a conversation, and its commands.
 
-use crate::output::UserError;
+use crate::error::UserError;
 use anyhow::Result;
 use metal_candle::Error;
 use metal_candle::data::Message;

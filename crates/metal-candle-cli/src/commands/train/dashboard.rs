@@ -1,7 +1,8 @@
 //! The run as a dashboard in the terminal.
 
+use crate::error::UserError;
 use crate::interrupt;
-use crate::output::{Output, UserError, bytes, duration, short};
+use crate::output::{Output, bytes, duration, short};
 use crate::plot::Curves;
 use crate::screen;
 use anyhow::Result;

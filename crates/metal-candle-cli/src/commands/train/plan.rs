@@ -1,7 +1,8 @@
 //! What a run will need: the command `plan`, and the first lines of `train`.
 
 use super::{PlanArguments, Prepared};
-use crate::output::{Output, UserError, bytes, duration, grouped};
+use crate::error::UserError;
+use crate::output::{Output, bytes, duration, grouped};
 use anyhow::Result;
 use metal_candle::data::Dataset;
 use metal_candle::models::KVCacheConfig;

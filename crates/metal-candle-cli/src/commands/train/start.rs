@@ -3,8 +3,9 @@
 use super::Prepared;
 use super::answers::Question;
 use crate::commands::fuse::{copy_tokenizer, with_end_of_turn, write_template};
+use crate::error::UserError;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
-use crate::output::{Output, UserError};
+use crate::output::Output;
 use crate::run_folder::RunFolder;
 use crate::run_record::{RunRecord, seconds_since_epoch};
 use crate::settings::{PathValues, TrainSettings, parse_layers};
