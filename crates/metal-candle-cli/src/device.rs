@@ -23,7 +23,7 @@ pub(crate) enum DeviceKind {
 impl DeviceKind {
     /// Opens the device. `auto` says so if the build has an accelerator that cannot be used.
     pub(crate) fn open(self, output: Output) -> metal_candle::Result<Device> {
-        let rank = crate::ranks::device_number();
+        let rank = crate::rank::device_number();
         match self {
             Self::Auto => Ok(Device::accelerator(rank).unwrap_or_else(|error| {
                 if cfg!(any(feature = "cuda", feature = "metal")) {

@@ -1,7 +1,7 @@
 //! Errors of the program: what is printed for an error, the hint that helps, and the exit code.
 
 use crate::output::Output;
-use crate::ranks::OTHER_FAILED;
+use crate::rank::OTHER_FAILED;
 use metal_candle::Error;
 use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_json};
 use serde_json::Value;

@@ -11,6 +11,7 @@ mod model_source;
 mod nano;
 mod output;
 mod plot;
+mod rank;
 mod ranks;
 mod run_folder;
 mod run_record;

@@ -3,9 +3,11 @@
 //! Rank 0 talks with the user as a lone process does. The first process gives each rank a pipe as its standard input: a byte
 //! in it means Ctrl-C, its end that the first process is gone.
 
+use crate::device::DeviceKind;
 use crate::error::UserError;
 use crate::interrupt;
 use crate::output::Output;
+use crate::rank::{OTHER_FAILED, STARTED, device_number, is_rank};
 use anyhow::{Context, Result};
 use metal_candle::training::Group;
 use std::collections::VecDeque;
@@ -17,12 +19,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// The environment variable of processes that were started here.
-const STARTED: &str = "METAL_CANDLE_STARTED";
-
-/// Exit code of a process that ended because another one of its group did.
-pub(crate) const OTHER_FAILED: u8 = 3;
-
 /// How long the rest may go on when one process has ended: to tell what happened, to write it down.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -31,21 +27,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Lines kept of what a rank but 0 says.
 const MAX_LINES: usize = 20;
-
-/// Whether this process was started by another one as a rank.
-pub(crate) fn is_rank() -> bool {
-    std::env::var_os(STARTED).is_some()
-}
-
-/// Which of several devices is this process's: its rank, or 0.
-pub(crate) fn device_number() -> usize {
-    std::env::var(Group::RANK).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-}
-
-/// The flag that starts as many processes again, after a space; nothing for one.
-pub(crate) fn flag() -> String {
-    std::env::var(Group::NUM_RANKS).map_or_else(|_| String::new(), |count| format!(" --num-devices {count}"))
-}
 
 /// The group of this process, if it has one.
 pub(crate) fn join() -> Result<Option<Group>> {
@@ -227,8 +208,7 @@ impl Said {
 const MAX_DEVICES: usize = 64;
 
 /// Refuses what cannot be trained on more than one device.
-pub(crate) fn check(num_devices: usize, device: Option<crate::device::DeviceKind>) -> Result<()> {
-    use crate::device::DeviceKind;
+pub(crate) fn check(num_devices: usize, device: Option<DeviceKind>) -> Result<()> {
     if !(1..=MAX_DEVICES).contains(&num_devices) {
         let message = format!("`--num-devices`: expected 1 to {MAX_DEVICES}, found {num_devices}");
         return Err(UserError::new(message).into());

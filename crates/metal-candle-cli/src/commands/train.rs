@@ -14,6 +14,7 @@ use crate::input::is_stream;
 use crate::interrupt;
 use crate::model_source::ModelSource;
 use crate::output::Output;
+use crate::rank;
 use crate::ranks;
 use crate::run_folder::{RunFolder, check_new_run};
 use crate::run_record::{Outcome, RunLock};
@@ -83,7 +84,7 @@ pub(crate) struct PlanArguments {
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
     // a rank's flags were checked by the process that started it
-    if !ranks::is_rank() {
+    if !rank::is_rank() {
         if flags.tui {
             dashboard::check(output)?;
         }
@@ -192,7 +193,7 @@ fn stop_at_once(run: Option<&Path>, output: Output) {
         }
         output.note("stopped before a step was done");
         if let Some(run) = &run {
-            output.note(format_args!("go on with      metal-candle train --resume {run}{}", ranks::flag()));
+            output.note(format_args!("go on with      metal-candle train --resume {run}{}", rank::flag()));
         }
     });
 }

@@ -6,7 +6,7 @@ use super::profiler::Profiled;
 use crate::memory;
 use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
-use crate::ranks;
+use crate::rank;
 use crate::run_folder::RunFolder;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Datasets, Tokenizer};
@@ -177,7 +177,7 @@ impl Report {
             output.note(format_args!(
                 "go on with      metal-candle train --resume {}{}",
                 self.run.path().display(),
-                ranks::flag()
+                rank::flag()
             ));
         } else {
             output.note(format_args!("try it          {}", self.next_command()));
