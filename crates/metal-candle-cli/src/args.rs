@@ -1,4 +1,4 @@
-//! The commands and their flags.
+//! The command line: global flags and the list of commands. Each command module defines its own flags.
 
 use crate::commands::bench::BenchArguments;
 use crate::commands::chat::ChatArguments;
@@ -13,14 +13,8 @@ use crate::commands::runs::RunsArguments;
 use crate::commands::template::TemplateCommandArguments;
 use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
 use crate::commands::train::{PlanArguments, TrainArguments};
-use crate::device::DeviceKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use clap_complete::Shell;
-use serde::{Deserialize, Serialize};
-use std::any::TypeId;
-use std::ffi::OsString;
-use std::path::PathBuf;
-use std::str::FromStr;
 
 /// Fine-tune, run and inspect language models on Metal, CUDA or a plain CPU.
 #[derive(Debug, Parser)]
@@ -203,149 +197,4 @@ Example:
         /// The shell.
         shell: Shell,
     },
-}
-
-/// The command with parsers that say which whole numbers are expected.
-pub(crate) fn with_number_parsers(command: clap::Command) -> clap::Command {
-    command
-        .mut_args(|argument| {
-            let kind = argument.get_value_parser().type_id();
-            if kind == TypeId::of::<usize>() {
-                argument.value_parser(whole_number::<usize>)
-            } else if kind == TypeId::of::<u32>() {
-                argument.value_parser(whole_number::<u32>)
-            } else {
-                argument
-            }
-        })
-        .mut_subcommands(with_number_parsers)
-}
-
-/// The words with a negative number joined to the flag before it, which would take it for a flag itself.
-pub(crate) fn with_negative_numbers(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let mut joined: Vec<OsString> = Vec::new();
-    for word in words {
-        let is_negative = word.to_str().is_some_and(|word| word.starts_with('-') && word.parse::<f64>().is_ok());
-        let is_flag = |flag: &&mut OsString| {
-            flag.to_str().is_some_and(|flag| flag.len() > 2 && flag.starts_with("--") && !flag.contains('='))
-        };
-        match joined.last_mut().filter(is_flag) {
-            Some(flag) if is_negative => {
-                flag.push("=");
-                flag.push(word);
-            }
-            _ => joined.push(word),
-        }
-    }
-    joined
-}
-
-fn whole_number<T: FromStr>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|_| {
-        let most = 8 * size_of::<T>();
-        format!("expected a whole number from 0 to 2^{most} - 1")
-    })
-}
-
-/// A seed that a run's settings can hold: TOML has no larger numbers.
-pub(crate) fn train_seed(text: &str) -> Result<u64, String> {
-    let seed = text.parse().ok().filter(|&seed: &u64| i64::try_from(seed).is_ok());
-    seed.ok_or_else(|| format!("expected a whole number from 0 to {}", i64::MAX))
-}
-
-/// The type of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum WeightType {
-    /// 32-bit floating point.
-    F32,
-    /// 16-bit floating point.
-    F16,
-    /// 16-bit floating point with the exponent of f32.
-    Bf16,
-}
-
-impl WeightType {
-    pub(crate) fn dtype(self) -> candle_core::DType {
-        match self {
-            Self::F32 => candle_core::DType::F32,
-            Self::F16 => candle_core::DType::F16,
-            Self::Bf16 => candle_core::DType::BF16,
-        }
-    }
-}
-
-/// Which model, and where it runs.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Model")]
-pub(crate) struct ModelArguments {
-    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
-    /// `org/name` or `org/name@revision`.
-    #[arg(long, default_value = "nano")]
-    pub(crate) model: String,
-
-    /// Convert weights to this type while loading [default: as in the file].
-    #[arg(long, value_enum)]
-    pub(crate) dtype: Option<WeightType>,
-
-    /// Where to run: `auto` (Metal or CUDA, else the CPU), `cpu`, `metal`, `cuda`, or `cuda:1` for
-    /// the second CUDA device.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub(crate) device: DeviceKind,
-}
-
-/// A model and an adapter on it.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct AdaptedModelArguments {
-    #[command(flatten)]
-    pub(crate) model: ModelArguments,
-
-    /// An adapter to apply: a run folder, a PEFT folder or an mlx-lm folder.
-    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
-    pub(crate) adapter: Option<PathBuf>,
-}
-
-/// How tokens are chosen.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Sampling")]
-pub(crate) struct SamplingArguments {
-    /// Longest answer, in tokens.
-    #[arg(long, default_value_t = 256)]
-    pub(crate) max_tokens: usize,
-
-    /// Randomness: 0 always takes the likeliest token [default: the model's, else 0].
-    #[arg(long)]
-    pub(crate) temperature: Option<f64>,
-
-    /// Choose among this many likeliest tokens; 0 for all [default: the model's, else 0].
-    #[arg(long)]
-    pub(crate) top_k: Option<usize>,
-
-    /// Choose among the likeliest tokens that together have this probability [default: the model's, else 1].
-    #[arg(long)]
-    pub(crate) top_p: Option<f64>,
-
-    /// Leave out tokens less likely than this share of the likeliest one's probability [default: 0].
-    #[arg(long)]
-    pub(crate) min_p: Option<f64>,
-
-    /// Divide the logits of tokens that already occurred by this; 1 changes nothing [default: the model's, else 1].
-    #[arg(long)]
-    pub(crate) repetition_penalty: Option<f64>,
-
-    /// Subtract this from the logits of tokens already written [default: 0].
-    #[arg(long)]
-    pub(crate) presence_penalty: Option<f64>,
-
-    /// Subtract this times their count from the logits of tokens already written [default: 0].
-    #[arg(long)]
-    pub(crate) frequency_penalty: Option<f64>,
-
-    /// Seed of the random choices; the same seed writes the same text.
-    #[arg(long, default_value_t = 0, value_parser = whole_number::<u64>)]
-    pub(crate) seed: u64,
-
-    /// End before this text; may be given more than once.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) stop: Vec<String>,
 }

@@ -2,13 +2,13 @@
 
 mod args;
 mod commands;
-mod device;
 mod error;
 mod input;
 mod interrupt;
 mod memory;
 mod model_source;
 mod nano;
+mod numbers;
 mod output;
 mod plot;
 mod rank;
@@ -20,6 +20,7 @@ mod screen;
 mod settings;
 mod templates;
 mod tensorboard;
+mod values;
 
 use args::{Arguments, Command};
 use clap::{CommandFactory, FromArgMatches};
@@ -34,8 +35,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 static HAS_PANICKED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
-    let words = args::with_negative_numbers(std::env::args_os());
-    let command = args::with_number_parsers(Arguments::command());
+    let words = numbers::with_negative_numbers(std::env::args_os());
+    let command = numbers::with_number_parsers(Arguments::command());
     let arguments = match command.try_get_matches_from(words).and_then(|found| Arguments::from_arg_matches(&found)) {
         Ok(arguments) => arguments,
         Err(error) => {

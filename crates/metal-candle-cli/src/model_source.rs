@@ -1,11 +1,11 @@
 //! Finding and loading the model and the adapter that flags name.
 
-use crate::args::{AdaptedModelArguments, ModelArguments, WeightType};
-use crate::device::DeviceKind;
 use crate::error::UserError;
 use crate::output::{Output, Unit};
+use crate::values::{DeviceKind, WeightType};
 use anyhow::Result;
 use candle_core::DType;
+use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Tokenizer;
 use metal_candle::files;
@@ -22,7 +22,37 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// The name of the built-in model.
 pub(crate) const NANO: &str = "nano";
 
-/// A model's place on the disk.
+/// The flags of a model and its device.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArguments {
+    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
+    /// `org/name` or `org/name@revision`.
+    #[arg(long, default_value = "nano")]
+    pub(crate) model: String,
+
+    /// Convert weights to this type while loading [default: as in the file].
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<WeightType>,
+
+    /// Where to run: `auto` (Metal or CUDA, else the CPU), `cpu`, `metal`, `cuda`, or `cuda:1` for
+    /// the second CUDA device.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: DeviceKind,
+}
+
+/// The flags of a model and an adapter on it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AdaptedModelArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+
+    /// An adapter to apply: a run folder, a PEFT folder or an mlx-lm folder.
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub(crate) adapter: Option<PathBuf>,
+}
+
+/// A model on disk.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSource {
     /// A folder, or a safetensors file or an index of shards in one.

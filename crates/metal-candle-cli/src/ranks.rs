@@ -3,11 +3,11 @@
 //! Rank 0 talks with the user as a lone process does. The first process gives each rank a pipe as its standard input: a byte
 //! in it means Ctrl-C, its end that the first process is gone.
 
-use crate::device::DeviceKind;
 use crate::error::UserError;
 use crate::interrupt;
 use crate::output::Output;
 use crate::rank::{OTHER_FAILED, STARTED, device_number, is_rank};
+use crate::values::DeviceKind;
 use anyhow::{Context, Result};
 use metal_candle::training::Group;
 use std::collections::VecDeque;

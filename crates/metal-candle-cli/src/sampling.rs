@@ -1,9 +1,55 @@
 //! How tokens are chosen: the flags over the model's own advice.
 
-use crate::args::SamplingArguments;
+use crate::numbers::whole_number;
+use clap::Args;
 use metal_candle::ModelConfig;
 use metal_candle::data::Tokenizer;
 use metal_candle::inference::{GenerationConfig, SamplingConfig};
+
+/// The flags of sampling.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArguments {
+    /// Longest answer, in tokens.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) max_tokens: usize,
+
+    /// Randomness: 0 always takes the likeliest token [default: the model's, else 0].
+    #[arg(long)]
+    pub(crate) temperature: Option<f64>,
+
+    /// Choose among this many likeliest tokens; 0 for all [default: the model's, else 0].
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+
+    /// Choose among the likeliest tokens that together have this probability [default: the model's, else 1].
+    #[arg(long)]
+    pub(crate) top_p: Option<f64>,
+
+    /// Leave out tokens less likely than this share of the likeliest one's probability [default: 0].
+    #[arg(long)]
+    pub(crate) min_p: Option<f64>,
+
+    /// Divide the logits of tokens that already occurred by this; 1 changes nothing [default: the model's, else 1].
+    #[arg(long)]
+    pub(crate) repetition_penalty: Option<f64>,
+
+    /// Subtract this from the logits of tokens already written [default: 0].
+    #[arg(long)]
+    pub(crate) presence_penalty: Option<f64>,
+
+    /// Subtract this times their count from the logits of tokens already written [default: 0].
+    #[arg(long)]
+    pub(crate) frequency_penalty: Option<f64>,
+
+    /// Seed of the random choices; the same seed writes the same text.
+    #[arg(long, default_value_t = 0, value_parser = whole_number::<u64>)]
+    pub(crate) seed: u64,
+
+    /// End before this text; may be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
 
 /// The configuration of a generation by the flags and, where they say nothing, the model's makers.
 pub(crate) fn generation_config(flags: &SamplingArguments, model: &ModelConfig) -> GenerationConfig {

@@ -3,10 +3,9 @@
 mod methods;
 mod optimization;
 
-use crate::args::WeightType;
-use crate::device::DeviceKind;
 use crate::error::{UserError, message};
 use crate::model_source::NANO;
+use crate::values::{DeviceKind, WeightType};
 use anyhow::{Context, Result};
 use clap::Args;
 use metal_candle::ModelConfig;
@@ -79,7 +78,7 @@ pub(crate) struct TrainSettings {
     pub(crate) chat_template: Option<PathBuf>,
 
     /// Set a variable of the chat template, as in `enable_thinking=false`; may be given more than once.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::templates::template_var, help_heading = "Data")]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::values::template_var, help_heading = "Data")]
     pub(crate) template_var: Option<Vec<String>>,
 
     /// Rank of the adapter [default: 8].
@@ -254,7 +253,7 @@ pub(crate) struct TrainSettings {
     pub(crate) neftune_noise_alpha: Option<f64>,
 
     /// Seed of everything random; the same seed gives the same run [default: 0].
-    #[arg(long, value_parser = crate::args::train_seed, help_heading = "Training")]
+    #[arg(long, value_parser = crate::numbers::train_seed, help_heading = "Training")]
     pub(crate) seed: Option<u64>,
 
     /// Steps from one evaluation on the held-out rows to the next; 0 for one at the end of each epoch

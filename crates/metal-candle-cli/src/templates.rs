@@ -5,6 +5,7 @@ use crate::input;
 use crate::model_source::ModelSource;
 use crate::output::Output;
 use crate::run_folder::recorded_template;
+use crate::values::template_var;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::Error;
@@ -15,9 +16,6 @@ use std::path::{Path, PathBuf};
 
 /// Most bytes of a template or of a file with tools.
 const MAX_FILE_BYTES: u64 = 4 << 20;
-
-/// Variables that the program sets itself.
-const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
 /// The chat template and its variables.
 #[derive(Debug, Clone, Default, Args)]
@@ -31,19 +29,6 @@ pub(crate) struct TemplateArguments {
     /// once.
     #[arg(long, value_name = "NAME=VALUE", value_parser = template_var)]
     pub(crate) template_var: Vec<String>,
-}
-
-/// Checks the form of a template variable.
-pub(crate) fn template_var(text: &str) -> Result<String, String> {
-    let name = text.split_once('=').map(|(name, _)| name).ok_or("expected NAME=VALUE")?;
-    let is_name = name.chars().all(|c| c.is_alphanumeric() || c == '_') && !name.starts_with(|c: char| c.is_numeric());
-    if name.is_empty() || !is_name {
-        return Err(format!("expected a name of letters, digits and `_` before `=`, found `{name}`"));
-    }
-    if RESERVED.contains(&name) {
-        return Err(format!("`{name}` is set by the program"));
-    }
-    Ok(text.to_owned())
 }
 
 impl TemplateArguments {

@@ -9,10 +9,10 @@ mod shape;
 
 pub(crate) use arguments::BenchArguments;
 
-use crate::args::WeightType;
 use crate::error::UserError;
 use crate::model_source::{ModelSource, NANO};
 use crate::output::Output;
+use crate::values::WeightType;
 use anyhow::{Context, Result};
 use arguments::Work;
 use measure::{Measured, measure};

@@ -2,13 +2,13 @@
 
 mod conversation;
 
-use crate::args::{AdaptedModelArguments, SamplingArguments};
+use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
+
 use crate::commands::generate::{as_json, speeds, templated};
 use crate::error::UserError;
 use crate::interrupt;
-use crate::model_source::Loaded;
+use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
-use crate::sampling::{generation_config, with_end_of_turn};
 use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
 use clap::Args;

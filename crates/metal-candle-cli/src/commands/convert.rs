@@ -1,9 +1,8 @@
 //! `convert`: an adapter written in another format.
 
 use super::fuse::{largest_difference, probe};
-use crate::args::ModelArguments;
 use crate::error::UserError;
-use crate::model_source::{ModelSource, check_adapter, load_adapter};
+use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::Output;
 use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use anyhow::Result;

@@ -1,8 +1,7 @@
 //! `eval`: loss, perplexity and bits per byte.
 
-use crate::args::AdaptedModelArguments;
 use crate::error::UserError;
-use crate::model_source::{Loaded, NANO};
+use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
 use crate::templates::TemplateArguments;

@@ -1,7 +1,6 @@
 //! `fuse`: an adapter merged into its model's weights.
 
-use crate::args::ModelArguments;
-use crate::model_source::{ModelSource, check_adapter, load_adapter};
+use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
 use crate::run_folder::{FREE_HINT, check_free, fill_folder, recorded_template};
 use crate::templates::TemplateArguments;

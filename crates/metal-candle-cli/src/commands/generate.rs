@@ -1,11 +1,11 @@
 //! `generate`: text that continues a prompt.
 
-use crate::args::{AdaptedModelArguments, SamplingArguments};
+use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
+
 use crate::error::UserError;
 use crate::input::{MAX_INPUT_BYTES, read_text, read_values, without_line_end};
-use crate::model_source::Loaded;
+use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
-use crate::sampling::{generation_config, with_end_of_turn};
 use crate::templates::{TemplateArguments, read_tools};
 use anyhow::{Context, Result};
 use clap::Args;

@@ -1,7 +1,6 @@
 //! `info`: device, features, and a model's sizes and memory.
 
-use crate::args::ModelArguments;
-use crate::model_source::ModelSource;
+use crate::model_source::{ModelArguments, ModelSource};
 use crate::output::{Output, bytes, grouped};
 use anyhow::Result;
 use candle_core::DType;

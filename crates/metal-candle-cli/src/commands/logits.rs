@@ -1,8 +1,7 @@
 //! `logits`: the logits of given token ids.
 
-use crate::args::AdaptedModelArguments;
 use crate::error::UserError;
-use crate::model_source::Loaded;
+use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use anyhow::Result;
 use clap::Args;

@@ -2,10 +2,9 @@
 
 use super::peer::PeerKind;
 use super::shape::Shape;
-use crate::args::WeightType;
-use crate::device::DeviceKind;
 use crate::error::UserError;
 use crate::output::Output;
+use crate::values::{DeviceKind, WeightType};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use metal_candle::inference::Generator;

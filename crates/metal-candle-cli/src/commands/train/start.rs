@@ -73,12 +73,12 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     }
 
     let is_full = settings.full == Some(true);
-    let device = settings.device.unwrap_or(crate::device::DeviceKind::Auto);
+    let device = settings.device.unwrap_or(crate::values::DeviceKind::Auto);
     let model = if settings.from_scratch == Some(true) {
         Model::initialize(config, settings.seed.unwrap_or(0), device.open(output)?)?
     } else if is_full && settings.train_last_layers.is_none() {
         // all weights are trained in f32, whatever they are saved in
-        source.load(Some(crate::args::WeightType::F32), device, output)?
+        source.load(Some(crate::values::WeightType::F32), device, output)?
     } else {
         source.load(settings.dtype, device, output)?
     };

@@ -1,6 +1,9 @@
-//! The value of `--device`.
+//! Values of flags that several commands take: devices, types of weights, variables of templates.
 
 use crate::output::Output;
+use crate::rank::device_number;
+use candle_core::DType;
+use clap::ValueEnum;
 use metal_candle::Device;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -23,7 +26,7 @@ pub(crate) enum DeviceKind {
 impl DeviceKind {
     /// Opens the device. `auto` says so if the build has an accelerator that cannot be used.
     pub(crate) fn open(self, output: Output) -> metal_candle::Result<Device> {
-        let rank = crate::rank::device_number();
+        let rank = device_number();
         match self {
             Self::Auto => Ok(Device::accelerator(rank).unwrap_or_else(|error| {
                 if cfg!(any(feature = "cuda", feature = "metal")) {
@@ -93,6 +96,44 @@ impl From<DeviceKind> for String {
     fn from(kind: DeviceKind) -> Self {
         kind.to_string()
     }
+}
+
+/// The type of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WeightType {
+    /// 32-bit floating point.
+    F32,
+    /// 16-bit floating point.
+    F16,
+    /// 16-bit floating point with the exponent of f32.
+    Bf16,
+}
+
+impl WeightType {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Variables that the program sets itself.
+const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
+/// Checks the form of a template variable.
+pub(crate) fn template_var(text: &str) -> Result<String, String> {
+    let name = text.split_once('=').map(|(name, _)| name).ok_or("expected NAME=VALUE")?;
+    let is_name = name.chars().all(|c| c.is_alphanumeric() || c == '_') && !name.starts_with(|c: char| c.is_numeric());
+    if name.is_empty() || !is_name {
+        return Err(format!("expected a name of letters, digits and `_` before `=`, found `{name}`"));
+    }
+    if RESERVED.contains(&name) {
+        return Err(format!("`{name}` is set by the program"));
+    }
+    Ok(text.to_owned())
 }
 
 #[cfg(test)]
