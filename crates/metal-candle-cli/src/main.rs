@@ -14,6 +14,7 @@ mod plot;
 mod rank;
 mod ranks;
 mod run_folder;
+mod run_lock;
 mod run_record;
 mod sampling;
 mod screen;

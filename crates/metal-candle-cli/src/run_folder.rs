@@ -1,7 +1,7 @@
 //! The folder of a training run.
 
 use crate::error::UserError;
-use crate::run_record::{Liveness, RunLock};
+use crate::run_lock::{LOCK, Liveness, RunLock};
 use crate::settings::TrainSettings;
 use anyhow::Result;
 use metal_candle::Error;
@@ -11,9 +11,6 @@ use std::path::{Path, PathBuf};
 
 /// Where runs go that are not given a folder.
 const RUNS: &str = "runs";
-
-/// The lock of a run.
-pub(crate) const LOCK: &str = "run.lock";
 
 /// The file of a run's settings.
 const CONFIG: &str = "config.toml";

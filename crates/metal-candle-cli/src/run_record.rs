@@ -1,15 +1,11 @@
-//! `run.json`: what a run is and how it stands, for whoever looks at it from outside; and the lock of a run.
+//! `run.json`: the settings and the status of a run, for other processes.
 
-use crate::error::UserError;
-use crate::run_folder::{LOCK, RunFolder};
-use anyhow::Result;
 use metal_candle::Error;
 use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_if_exists, write_atomically};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Most warnings that are kept.
 const MAX_WARNINGS: usize = 50;
@@ -107,72 +103,10 @@ pub(crate) fn seconds_since_epoch() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Held by the process that trains a run. The operating system takes it back however the process ends.
-#[derive(Debug)]
-pub(crate) struct RunLock {
-    _file: File,
-}
-
-/// Whether a process is training a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Liveness {
-    Running,
-    NotRunning,
-    /// The file system has no locks.
-    Unknown,
-}
-
-/// How long whoever looks at a run may hold its lock.
-const PATIENCE: Duration = Duration::from_millis(500);
-
-impl RunLock {
-    fn path(folder: &Path) -> PathBuf {
-        folder.join(LOCK)
-    }
-
-    /// Takes the lock, or refuses if another process trains the run.
-    pub(crate) fn take(run: &RunFolder) -> Result<Self> {
-        let path = Self::path(run.path());
-        let failed = |source| Error::Write { path: path.clone(), source };
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-        let mut waited = Duration::ZERO;
-        loop {
-            match file.try_lock() {
-                Err(TryLockError::WouldBlock) if waited < PATIENCE => {
-                    let pause = Duration::from_millis(50);
-                    std::thread::sleep(pause);
-                    waited += pause;
-                }
-                Err(TryLockError::WouldBlock) => {
-                    let record = RunRecord::read(run.path()).ok().flatten();
-                    let process = record.map_or_else(String::new, |record| format!(" (process {})", record.pid));
-                    let path = run.path().display();
-                    return Err(UserError::new(format!("`{path}` is being trained by another process{process}"))
-                        .with_hint("wait for it, or stop it with Ctrl-C; `metal-candle runs` shows how it stands")
-                        .into());
-                }
-                // without locks two processes at one run are not noticed
-                Ok(()) | Err(TryLockError::Error(_)) => return Ok(Self { _file: file }),
-            }
-        }
-    }
-
-    /// Whether some process holds the lock of the run in `folder`.
-    pub(crate) fn is_held(folder: &Path) -> Liveness {
-        let Ok(file) = File::open(Self::path(folder)) else { return Liveness::NotRunning };
-        match file.try_lock_shared() {
-            Ok(()) => Liveness::NotRunning,
-            Err(TryLockError::WouldBlock) => Liveness::Running,
-            Err(TryLockError::Error(_)) => Liveness::Unknown,
-        }
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::{Liveness, Outcome, RecordedWarning, RunLock, RunRecord};
-    use crate::run_folder::RunFolder;
+    use super::{Outcome, RecordedWarning, RunRecord};
 
     #[test]
     fn records_come_back_and_damage_is_told() {
@@ -187,19 +121,5 @@ mod tests {
         assert_eq!(RunRecord::read(folder.path()), Ok(Some(record)));
         std::fs::write(RunRecord::path(folder.path()), "{\"outcome\": \"do").unwrap();
         assert!(RunRecord::read(folder.path()).unwrap_err().starts_with("run.json: "));
-    }
-
-    #[test]
-    fn a_run_has_one_trainer() {
-        let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(Some(&folder.path().join("run"))).unwrap();
-        assert_eq!(RunLock::is_held(run.path()), Liveness::NotRunning);
-        let lock = RunLock::take(&run).unwrap();
-        assert_eq!(RunLock::is_held(run.path()), Liveness::Running);
-        let refused = RunLock::take(&run).unwrap_err();
-        assert!(refused.to_string().contains("is being trained by another process"), "{refused}");
-        drop(lock);
-        assert_eq!(RunLock::is_held(run.path()), Liveness::NotRunning);
-        RunLock::take(&run).unwrap();
     }
 }

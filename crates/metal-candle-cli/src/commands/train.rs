@@ -17,7 +17,8 @@ use crate::output::Output;
 use crate::rank;
 use crate::ranks;
 use crate::run_folder::{RunFolder, check_new_run};
-use crate::run_record::{Outcome, RunLock};
+use crate::run_lock::RunLock;
+use crate::run_record::Outcome;
 use crate::settings::TrainSettings;
 use answers::{Question, answer, show};
 use anyhow::Result;
@@ -343,7 +344,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         Some(run) => run,
         None => RunFolder::create(prepared.settings.output.as_deref())?,
     };
-    let _lock = RunLock::take(&run)?;
+    let _lock = RunLock::take(run.path())?;
     prepared.settings.output = None;
     prepared.given.output = None;
     prepared.write_template(run.path())?;

@@ -2,7 +2,8 @@
 
 use crate::model_source::NANO;
 use crate::plot::Curves;
-use crate::run_record::{Liveness, Outcome, RunLock, RunRecord, seconds_since_epoch};
+use crate::run_lock::{Liveness, RunLock};
+use crate::run_record::{Outcome, RunRecord, seconds_since_epoch};
 use metal_candle::files::{BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, read_text};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
