@@ -1,19 +1,39 @@
 //! The settings of a training run: flags and TOML file in one structure.
 
+mod kinds;
 mod methods;
 mod optimization;
+mod path_values;
 
 use crate::error::{UserError, message};
 use crate::model_source::NANO;
 use crate::values::{DeviceKind, WeightType};
 use anyhow::{Context, Result};
 use clap::Args;
+use kinds::{DecayKind, OptimizerKind, Schedule};
 use metal_candle::ModelConfig;
-pub(crate) use methods::PathValues;
-use optimization::{DecayKind, OptimizerKind, Schedule};
+pub(crate) use path_values::PathValues;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
+
+/// Settings that only a new adapter has.
+const OF_NEW_ADAPTERS: [&str; 14] = [
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "layers",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "ensure_weight_tying",
+    "trainable_tokens",
+    "bias",
+];
 
 /// Settings of `train`. What is `None` was not given; [`TrainSettings::complete`] fills it in.
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
@@ -296,7 +316,7 @@ impl TrainSettings {
             leave_out(&mut table, &["adapter", "lora_plus_ratio"]);
         }
         if self.full == Some(true) || self.adapter.is_some() {
-            leave_out(&mut table, &methods::OF_NEW_ADAPTERS);
+            leave_out(&mut table, &OF_NEW_ADAPTERS);
         }
         if self.full == Some(false) || self.adapter.is_some() {
             leave_out(&mut table, &["full", "from_scratch", "train_last_layers"]);
