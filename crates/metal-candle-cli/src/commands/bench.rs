@@ -6,6 +6,7 @@ mod memory;
 mod peer;
 mod report;
 mod shape;
+mod work;
 
 pub(crate) use arguments::BenchArguments;
 
@@ -14,14 +15,14 @@ use crate::model_source::{ModelSource, NANO};
 use crate::output::Output;
 use crate::values::WeightType;
 use anyhow::{Context, Result};
-use arguments::Work;
-use measure::{Measured, measure};
+use measure::{Measured, measure, weights_bytes};
 use metal_candle::models::save_model;
 use metal_candle::{Device, Model};
 use peer::Peer;
 use report::{Report, Row};
 use shape::Shape;
 use std::path::{Path, PathBuf};
+use work::Work;
 
 /// What `--help` says below the flags.
 pub(crate) const HELP: &str = "\
@@ -126,11 +127,6 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-/// The weights of a model, in bytes.
-fn weights_bytes(model: &Model) -> usize {
-    model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
 }
 
 /// The model that is measured.

@@ -2,14 +2,14 @@
 
 use super::peer::PeerKind;
 use super::shape::Shape;
+use super::work::{Part, Work};
 use crate::error::UserError;
 use crate::output::Output;
 use crate::values::{DeviceKind, WeightType};
 use anyhow::Result;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use metal_candle::inference::Generator;
 use metal_candle::{Device, ModelConfig};
-use serde_json::{Value, json};
 
 /// Flags of `bench`.
 #[derive(Debug, Clone, Args)]
@@ -70,69 +70,6 @@ pub(crate) struct BenchArguments {
     /// The Python that has it.
     #[arg(long, value_name = "PROGRAM", default_value = "python3", help_heading = "Comparison")]
     pub(super) python: String,
-}
-
-/// A part of the measurements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Part {
-    /// Reading prompts.
-    Prefill,
-    /// Writing tokens.
-    Decode,
-    /// Steps of LoRA training.
-    Train,
-}
-
-/// One thing to measure: a row of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Work {
-    /// From a prompt of `length` tokens to the first token after it.
-    Prefill { length: usize, repeats: usize },
-    /// One more token of each of `sequences` after `length` tokens.
-    Decode { sequences: usize, length: usize, steps: usize },
-    /// A step of LoRA training: forward, backward, update.
-    Train { sequences: usize, length: usize, rank: usize, repeats: usize },
-}
-
-impl Work {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Prefill { .. } => "prefill",
-            Self::Decode { .. } => "decode",
-            Self::Train { .. } => "train",
-        }
-    }
-
-    /// The line of the table.
-    pub(super) fn title(self) -> String {
-        match self {
-            Self::Prefill { length, .. } => format!("prefill {length}"),
-            Self::Decode { sequences, length, .. } => format!("decode {sequences}, after {length}"),
-            Self::Train { sequences, length, rank, .. } => format!("LoRA step {sequences}x{length}, rank {rank}"),
-        }
-    }
-
-    /// Tokens that are read, written or trained in one measured time.
-    pub(super) fn tokens(self) -> usize {
-        match self {
-            Self::Prefill { length, .. } => length,
-            Self::Decode { sequences, .. } => sequences,
-            Self::Train { sequences, length, .. } => sequences * length,
-        }
-    }
-
-    /// The request to the other program.
-    pub(super) fn request(self) -> Value {
-        match self {
-            Self::Prefill { length, repeats } => json!({"work": "prefill", "length": length, "repeats": repeats}),
-            Self::Decode { sequences, length, steps } => {
-                json!({"work": "decode", "sequences": sequences, "length": length, "steps": steps})
-            }
-            Self::Train { sequences, length, rank, repeats } => json!({
-                "work": "train", "sequences": sequences, "length": length, "rank": rank, "repeats": repeats
-            }),
-        }
-    }
 }
 
 /// Sizes where no flag names them.

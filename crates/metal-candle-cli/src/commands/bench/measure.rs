@@ -1,7 +1,7 @@
 //! Measures this program, through what its users call.
 
-use super::arguments::Work;
 use super::memory::PeakMemory;
+use super::work::Work;
 use crate::error::UserError;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Sample};
@@ -45,6 +45,11 @@ impl Measured {
             length => f64::midpoint(sorted[length / 2 - 1], sorted[length / 2]),
         }
     }
+}
+
+/// The weights of a model, in bytes.
+pub(super) fn weights_bytes(model: &Model) -> usize {
+    model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
 }
 
 /// The tokens of a prompt or sample: any, but always the same.
@@ -154,7 +159,7 @@ fn train(
         });
     let mut remark = None;
     if let Some(memory) = device.memory() {
-        let limit = super::weights_bytes(model) + (SHARE_OF_FREE * memory.free as f64) as usize;
+        let limit = weights_bytes(model) + (SHARE_OF_FREE * memory.free as f64) as usize;
         let plan;
         (trainer, plan) = trainer.fitted(&data, limit)?;
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {

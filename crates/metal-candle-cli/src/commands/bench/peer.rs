@@ -1,7 +1,7 @@
 //! Other programs that are measured beside this one, by a small Python program.
 
-use super::arguments::Work;
 use super::measure::Measured;
+use super::work::Work;
 use crate::error::UserError;
 use anyhow::{Context, Result};
 use clap::ValueEnum;

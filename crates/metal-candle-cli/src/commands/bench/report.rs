@@ -1,7 +1,7 @@
 //! The table and the JSON object of `bench`.
 
-use super::arguments::Work;
 use super::measure::Measured;
+use super::work::Work;
 use crate::output::{bytes, grouped};
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -165,8 +165,8 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::arguments::Work;
     use super::super::measure::Measured;
+    use super::super::work::Work;
     use super::{Report, Row, number};
 
     #[test]

@@ -1,0 +1,67 @@
+//! What `bench` measures.
+
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+/// A part of the measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Part {
+    /// Reading prompts.
+    Prefill,
+    /// Writing tokens.
+    Decode,
+    /// Steps of LoRA training.
+    Train,
+}
+
+/// One measurement: a row of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// From a prompt of `length` tokens to the first token after it.
+    Prefill { length: usize, repeats: usize },
+    /// One more token of each of `sequences` after `length` tokens.
+    Decode { sequences: usize, length: usize, steps: usize },
+    /// A step of LoRA training: forward, backward, update.
+    Train { sequences: usize, length: usize, rank: usize, repeats: usize },
+}
+
+impl Work {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Prefill { .. } => "prefill",
+            Self::Decode { .. } => "decode",
+            Self::Train { .. } => "train",
+        }
+    }
+
+    /// The line of the table.
+    pub(super) fn title(self) -> String {
+        match self {
+            Self::Prefill { length, .. } => format!("prefill {length}"),
+            Self::Decode { sequences, length, .. } => format!("decode {sequences}, after {length}"),
+            Self::Train { sequences, length, rank, .. } => format!("LoRA step {sequences}x{length}, rank {rank}"),
+        }
+    }
+
+    /// Tokens that are read, written or trained in one measured time.
+    pub(super) fn tokens(self) -> usize {
+        match self {
+            Self::Prefill { length, .. } => length,
+            Self::Decode { sequences, .. } => sequences,
+            Self::Train { sequences, length, .. } => sequences * length,
+        }
+    }
+
+    /// The request to the other program.
+    pub(super) fn request(self) -> Value {
+        match self {
+            Self::Prefill { length, repeats } => json!({"work": "prefill", "length": length, "repeats": repeats}),
+            Self::Decode { sequences, length, steps } => {
+                json!({"work": "decode", "sequences": sequences, "length": length, "steps": steps})
+            }
+            Self::Train { sequences, length, rank, repeats } => json!({
+                "work": "train", "sequences": sequences, "length": length, "rank": rank, "repeats": repeats
+            }),
+        }
+    }
+}
