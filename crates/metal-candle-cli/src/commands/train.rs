@@ -3,6 +3,7 @@
 mod answers;
 mod dashboard;
 mod plan;
+mod prepared;
 mod profiler;
 mod recorder;
 mod report;
@@ -12,7 +13,6 @@ mod watch;
 use crate::error::UserError;
 use crate::input::is_stream;
 use crate::interrupt;
-use crate::model_source::ModelSource;
 use crate::output::Output;
 use crate::rank;
 use crate::ranks;
@@ -25,14 +25,15 @@ use anyhow::Result;
 use clap::Args;
 use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Start};
-use metal_candle::data::{Datasets, Tokenizer};
+use metal_candle::data::Tokenizer;
 use metal_candle::inference::Generator;
-use metal_candle::training::{Group, LastLayers, StopReason, Trained, Trainer, TrainingMetrics, TrainingPlan};
+use metal_candle::training::{Group, LastLayers, StopReason, Trained, Trainer, TrainingMetrics};
+pub(crate) use plan::PlanArguments;
+use prepared::Prepared;
 use profiler::{Profiled, Profiler};
 use recorder::Recorder;
 use report::{Report, Written};
 use serde_json::json;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -62,21 +63,6 @@ pub(crate) struct TrainArguments {
     /// ui.perfetto.dev or Chrome in profile.json of the run folder.
     #[arg(long, help_heading = "Output")]
     pub(crate) profile: bool,
-
-    #[command(flatten)]
-    pub(crate) settings: TrainSettings,
-}
-
-/// Flags of `plan`.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct PlanArguments {
-    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
-    #[arg(long, value_name = "FILE", help_heading = "Run")]
-    pub(crate) config: Option<PathBuf>,
-
-    /// Micro-batches to run for the estimate of the time; 0 for none.
-    #[arg(long, value_name = "COUNT", default_value_t = 3, help_heading = "Run")]
-    pub(crate) measure: usize,
 
     #[command(flatten)]
     pub(crate) settings: TrainSettings,
@@ -222,26 +208,6 @@ fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)
 /// Settings that may change when a run goes on.
 const FREE: [&str; 2] = ["--device", "--test-samples"];
 
-/// What a run begins with.
-struct Prepared {
-    /// What file and flags said.
-    given: TrainSettings,
-    /// All settings.
-    settings: TrainSettings,
-    source: ModelSource,
-    model: Model,
-    /// The adapter to train; none when all weights are trained.
-    adapter: Option<LoRAAdapter>,
-    tokenizer: Tokenizer,
-    data: Datasets,
-    /// What the user called the data.
-    data_name: String,
-    /// When the run was first started, in seconds since 1970 (UTC): the time that chat templates read.
-    started: u64,
-    /// How many processes train together.
-    num_devices: usize,
-}
-
 /// What can be trained and saved by this command.
 trait Kept: Trained {
     /// Writes it where other commands find it; returns the folder.
@@ -286,38 +252,6 @@ impl Kept for LastLayers {
 /// The best state of a run, or the last one if there was no evaluation.
 fn state<T: Trained>(trainer: &Trainer<T>) -> T {
     trainer.best().unwrap_or_else(|| trainer.latest())
-}
-
-impl Prepared {
-    /// The trainer with all settings, and the number of its steps. The held-out rows are the trainer's then.
-    fn schedule<T: Kept>(&mut self, trainer: Trainer<T>) -> Result<(Trainer<T>, usize)> {
-        let trainer = self.configure(trainer)?;
-        let total_steps = trainer.total_steps(&self.data.train)?;
-        self.settings.complete_for(total_steps);
-        let trainer = trainer.with_lr_scheduler(self.settings.scheduler(total_steps));
-        let interval = self.settings.eval_interval.unwrap_or(0);
-        let trainer = match self.data.valid.take() {
-            Some(valid) if !valid.is_empty() => trainer.with_evaluation(valid, interval),
-            _ => trainer,
-        };
-        let trainer = match self.settings.early_stopping_patience {
-            None | Some(0) => trainer,
-            Some(patience) => trainer.with_early_stopping(patience),
-        };
-        Ok((trainer, total_steps))
-    }
-
-    /// Keeps in the settings what was chosen to make the run fit, so that it goes on in the same way.
-    fn note_choice(&mut self, plan: &TrainingPlan) {
-        for settings in [&mut self.given, &mut self.settings] {
-            if plan.micro_batch_tokens < plan.largest_batch {
-                settings.micro_batch_tokens = Some(plan.micro_batch_tokens);
-            }
-            if plan.checkpointed_blocks > 0 {
-                settings.checkpointed_blocks = Some(plan.checkpointed_blocks.to_string());
-            }
-        }
-    }
 }
 
 fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Execution) -> Result<Option<Report>> {
@@ -441,9 +375,4 @@ fn write<T: Kept>(
     let sample = to_show.map(|question| show(&mut generator, question)).transpose()?;
     let answers = answer(&mut generator, tokenizer, questions)?;
     Ok(Written { sample, num_right: answers.iter().filter(|answer| answer.is_right).count() })
-}
-
-/// Goes on or ends a run.
-fn flow(stop: bool) -> ControlFlow<()> {
-    if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }

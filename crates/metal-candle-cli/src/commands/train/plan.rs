@@ -1,14 +1,32 @@
 //! What a run will need: the command `plan`, and the first lines of `train`.
 
-use super::{PlanArguments, Prepared};
+use super::prepared::Prepared;
 use crate::error::UserError;
 use crate::output::{Output, bytes, duration, grouped};
+use crate::settings::TrainSettings;
 use anyhow::Result;
+use clap::Args;
 use metal_candle::data::Dataset;
 use metal_candle::models::KVCacheConfig;
 use metal_candle::training::{Trained, Trainer, TrainingPlan};
 use serde_json::json;
 use std::fmt::Write as _;
+use std::path::PathBuf;
+
+/// Flags of `plan`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlanArguments {
+    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Micro-batches to run for the estimate of the time; 0 for none.
+    #[arg(long, value_name = "COUNT", default_value_t = 3, help_heading = "Run")]
+    pub(crate) measure: usize,
+
+    #[command(flatten)]
+    pub(crate) settings: TrainSettings,
+}
 
 /// Share of the free memory that a run may take unless `--memory` says more.
 const SHARE_OF_FREE: f64 = 0.9;

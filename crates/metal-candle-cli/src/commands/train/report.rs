@@ -1,7 +1,7 @@
 //! What `train` prints.
 
-use super::Prepared;
 use super::answers::Question;
+use super::prepared::Prepared;
 use super::profiler::Profiled;
 use crate::memory;
 use crate::model_source::NANO;

@@ -82,7 +82,7 @@ impl Watch {
         }
         if let Err(error) = self.record(event) {
             self.failure = Some(error);
-            return super::flow(true);
+            return flow(true);
         }
         match event {
             TrainingEvent::Started { step, total_steps, .. } => self.open(*step, *total_steps),
@@ -109,7 +109,7 @@ impl Watch {
             TrainingEvent::Finished { .. } => self.close(),
             _ => {}
         }
-        super::flow(interrupt::is_asked())
+        flow(interrupt::is_asked())
     }
 
     fn open(&mut self, step: usize, total_steps: usize) {
@@ -184,6 +184,11 @@ fn message(loss: Option<f64>, valid_loss: Option<f64>, speed: Option<f64>, memor
         memory.map(bytes),
     ];
     parts.into_iter().flatten().collect::<Vec<_>>().join("  ")
+}
+
+/// Ends the run if `stop` is set.
+fn flow(stop: bool) -> ControlFlow<()> {
+    if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
 #[cfg(test)]
