@@ -1,16 +1,56 @@
-//! Causal attention with grouped key/value heads over ragged sequences, block by block.
+//! Causal, windowed or chunked attention with grouped key/value heads over ragged sequences, block by block.
 //!
-//! No `[queries, keys]` matrix is made: blocks of scores are normalised as they come
-//! (<https://arxiv.org/abs/2205.14135>, algorithm 1).
+//! No `[queries, keys]` matrix is made: the softmax runs along blocks of keys with a running maximum
+//! (<https://arxiv.org/abs/2205.14135>, algorithm 1). Blocks of keys that no query of a task sees are skipped.
 
 use crate::gemm::serial_gemm;
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::{Element, exp, max, widen};
+use crate::math::{Element, exp, max, soft_cap, widen};
 use crate::operand::Matrix;
 use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
+use std::ops::Range;
 
-/// Heads of an attention and the factor on its scores.
+/// Which keys a query sees of those at its own position and before. Positions count from the first key of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mask {
+    /// All of them.
+    Causal,
+    /// The last `n`, the query's own included; `n` is at least 1.
+    Window(usize),
+    /// Those in the query's chunk of `n` positions; `n` is at least 1.
+    Chunk(usize),
+}
+
+impl Mask {
+    /// The first position that the query at `position` sees.
+    #[must_use]
+    pub fn first_key(self, position: usize) -> usize {
+        match self {
+            Self::Causal => 0,
+            Self::Window(size) => (position + 1).saturating_sub(size),
+            Self::Chunk(size) => position - position % size,
+        }
+    }
+
+    /// The position after the last query that sees the key at `position`.
+    #[must_use]
+    pub fn queries_end(self, position: usize) -> usize {
+        match self {
+            Self::Causal => usize::MAX,
+            Self::Window(size) => position.saturating_add(size),
+            Self::Chunk(size) => (position - position % size).saturating_add(size),
+        }
+    }
+
+    /// Whether every query sees at least itself.
+    #[must_use]
+    pub fn is_valid(self) -> bool {
+        !matches!(self, Self::Window(0) | Self::Chunk(0))
+    }
+}
+
+/// Heads of an attention, and what happens to its scores.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
@@ -19,8 +59,20 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Factor on the scores, `1 / sqrt(head_dim)`.
+    /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Which keys a query sees.
+    pub mask: Mask,
+    /// Scaled scores `s` become `c * tanh(s / c)` before the mask.
+    pub soft_cap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// Causal attention without a cap.
+    #[must_use]
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize, scale: f32) -> Self {
+        Self { heads, kv_heads, head_dim, scale, mask: Mask::Causal, soft_cap: None }
+    }
 }
 
 /// Keys and values of all sequences: the element of token `t`, head `h` begins at
@@ -76,15 +128,17 @@ struct Task {
     queries: usize,
 }
 
-/// `softmax(scale Q K^T) V` for each sequence and head, query `i` seeing the keys up to its own.
+/// `softmax(scale Q K^T) V` for each sequence and head, over the keys that the mask shows.
 ///
-/// `q` and `out`: `[tokens, heads, head_dim]`. `log_sums`, if given: `[tokens, heads]` receives the logarithm of
-/// each row's sum of exponentials.
+/// `q` and `out`: `[tokens, heads, head_dim]`. `sinks`, if given: `[heads]`, a logit of each head that takes part in the
+/// softmax and has no value. `log_sums`, if given: `[tokens, heads]` receives the logarithm of each row's sum of
+/// exponentials, the sink's included.
 ///
 /// # Panics
-/// A span reaches outside an operand.
+/// A span reaches outside an operand, `sinks` has another length, or the mask hides everything.
 pub fn attention(
     shape: AttentionShape,
+    sinks: Option<&[f32]>,
     spans: &[Span],
     q: &[f32],
     kv: KeyValues,
@@ -92,6 +146,8 @@ pub fn attention(
     log_sums: Option<&mut [f32]>,
 ) {
     let group = shape.heads / shape.kv_heads;
+    assert!(shape.mask.is_valid(), "{:?} hides every key", shape.mask);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.heads), "expected a sink for each of {} heads", shape.heads);
     let mut tasks = Vec::new();
     let mut work = 0;
     for &span in spans {
@@ -123,7 +179,7 @@ pub fn attention(
         Shared::new(sums)
     });
     for_each(tasks.len(), work, |i| {
-        SCRATCH.with_borrow_mut(|scratch| forward_block(shape, &tasks[i], q, kv, out, log_sums, scratch));
+        SCRATCH.with_borrow_mut(|scratch| forward_block(shape, sinks, &tasks[i], q, kv, (out, log_sums), scratch));
     });
 }
 
@@ -163,11 +219,11 @@ fn block<'a>(
 
 fn forward_block(
     shape: AttentionShape,
+    sinks: Option<&[f32]>,
     task: &Task,
     q: &[f32],
     kv: KeyValues,
-    out: Shared<f32>,
-    log_sums: Option<Shared<f32>>,
+    (out, log_sums): (Shared<f32>, Option<Shared<f32>>),
     scratch: &mut Scratch,
 ) {
     let (d, span) = (shape.head_dim, task.span);
@@ -176,9 +232,9 @@ fn forward_block(
     let first_row = span.query_start + task.query;
     let q = &q[(first_row * shape.heads + task.head) * d..];
     let kv_head = task.head / (shape.heads / shape.kv_heads);
-    // keys that the first and the last query of the block see
-    let seen_first = span.num_keys - span.num_queries + task.query + 1;
-    let seen_last = seen_first + task.queries - 1;
+    // the position of the first query of the block, and the keys that its queries see together
+    let position = span.num_keys - span.num_queries + task.query;
+    let seen = shape.mask.first_key(position)..position + task.queries;
 
     let Scratch { scores, products, keys, values, sums, maxima } = scratch;
     scores.resize(scores.len().max(rows * KEY_BLOCK), 0.0);
@@ -188,8 +244,8 @@ fn forward_block(
     sums.resize(rows, 0.0);
     maxima.clear();
     maxima.resize(rows, f32::NEG_INFINITY);
-    for start in (0..seen_last).step_by(KEY_BLOCK) {
-        let count = KEY_BLOCK.min(seen_last - start);
+    for start in seen.clone().step_by(KEY_BLOCK) {
+        let count = KEY_BLOCK.min(seen.end - start);
         let at = span.key_start + start * kv.token_stride + kv_head * kv.head_stride;
         let (keys, key_stride) = block(kv.keys, at, count, kv.token_stride, d, keys);
         let (values, value_stride) = block(kv.values, at, count, kv.token_stride, d, values);
@@ -208,10 +264,12 @@ fn forward_block(
             );
         }
         for row in 0..rows {
-            let query = if task.heads > 1 { 0 } else { row };
-            let visible = (seen_first + query).saturating_sub(start).min(count);
+            let position = position + if task.heads > 1 { 0 } else { row };
+            let within = |key: usize| key.saturating_sub(start).min(count);
+            let visible = within(shape.mask.first_key(position))..within(position + 1);
             let scores = &mut scores[row * count..][..count];
-            accumulate_row(scores, visible, &mut maxima[row], &mut sums[row], &mut products[row * d..][..d]);
+            let of_row = &mut products[row * d..][..d];
+            accumulate_row(scores, visible, shape.soft_cap, &mut maxima[row], &mut sums[row], of_row);
         }
         // SAFETY: as above.
         unsafe {
@@ -224,34 +282,57 @@ fn forward_block(
         let index = (first_row + query) * shape.heads + task.head + head;
         // SAFETY: each task writes the rows of its own queries and heads.
         let out = unsafe { out.part(index * d, d) };
-        let factor = 1.0 / sums[row];
+        let (mut largest, mut sum, mut factor) = (maxima[row], sums[row], 1.0);
+        if let Some(sinks) = sinks {
+            let sink = sinks[task.head + head];
+            largest = maxima[row].max(sink);
+            factor = (maxima[row] - largest).exp();
+            sum = sum * factor + (sink - largest).exp();
+        }
+        factor /= sum;
         for (out, product) in out.iter_mut().zip(&products[row * d..][..d]) {
             *out = product * factor;
         }
         if let Some(log_sums) = log_sums {
             // SAFETY: as above.
-            unsafe { log_sums.part(index, 1)[0] = maxima[row] + sums[row].ln() };
+            unsafe { log_sums.part(index, 1)[0] = largest + sum.ln() };
         }
     }
 }
 
 dispatch! {
-    /// Turns scores into exponentials relative to the running maximum, hides those from `visible` on and scales what was summed before.
-    fn accumulate_row(scores: &mut [f32], visible: usize, maximum: &mut f32, total: &mut f32, products: &mut [f32]) = accumulate_row_body
+    /// Turns the `visible` scores into exponentials relative to the running maximum, the others into 0, and scales what was
+    /// summed before.
+    fn accumulate_row(
+        scores: &mut [f32],
+        visible: Range<usize>,
+        cap: Option<f32>,
+        maximum: &mut f32,
+        total: &mut f32,
+        products: &mut [f32],
+    ) = accumulate_row_body
 }
 
 #[inline(always)]
 fn accumulate_row_body<A: Arithmetic>(
     scores: &mut [f32],
-    visible: usize,
+    visible: Range<usize>,
+    cap: Option<f32>,
     maximum: &mut f32,
     total: &mut f32,
     products: &mut [f32],
 ) {
-    let (seen, hidden) = scores.split_at_mut(visible);
-    hidden.fill(0.0);
+    let (seen, later) = scores.split_at_mut(visible.end);
+    later.fill(0.0);
+    let (earlier, seen) = seen.split_at_mut(visible.start);
+    earlier.fill(0.0);
     if seen.is_empty() {
         return;
+    }
+    if let Some(cap) = cap {
+        for v in seen.iter_mut() {
+            *v = soft_cap::<A>(*v, cap);
+        }
     }
     let largest = max(seen).max(*maximum);
     let correction = if *maximum == f32::NEG_INFINITY { 0.0 } else { exp::<A>(*maximum - largest) };

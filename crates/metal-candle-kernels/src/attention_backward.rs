@@ -1,14 +1,14 @@
-//! The gradients of causal attention, block by block.
+//! The gradients of attention, block by block.
 //!
-//! No `[queries, keys]` matrix is kept: blocks of probabilities are computed anew from the saved logarithm of each row's sum
-//! (<https://arxiv.org/abs/2307.08691>, algorithm 2). All query heads of a group, and far apart queries, add to the gradients
+//! No `[queries, keys]` matrix is kept: blocks of probabilities are recomputed from the saved logarithm of each row's sum
+//! (<https://arxiv.org/abs/2307.08691>, algorithm 2). Blocks of keys that the mask hides are skipped. All query heads of a group, and far apart queries, add to the gradients
 //! of the same keys. So the keys are gone through in rounds of at most [`ROUND_KEYS`]; in a round each query head of each
 //! part of the queries sums into memory of its own, and these sums are added up in a fixed order.
 
 use crate::attention::{AttentionShape, KEY_BLOCK, QUERY_BLOCK};
 use crate::gemm::serial_gemm;
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::{dot, exp};
+use crate::math::{dot, exp, tanh};
 use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -39,7 +39,9 @@ const SUM_KEYS: usize = 32;
 /// Keys of one sequence and the queries that see them.
 struct Piece {
     keys: Range<usize>,
-    /// The end of the sequence; queries begin with the first of the keys.
+    /// The first key of the sequence.
+    sequence: usize,
+    /// The end of the queries that see one of the keys; they begin with the first of the keys.
     end: usize,
     /// Where the sums of its tasks begin.
     sums: usize,
@@ -96,6 +98,7 @@ pub fn attention_backward(
         && [saved.k.len(), saved.v.len(), dk.len(), dv.len()].iter().all(|&n| n >= tokens * kv_width)
         && saved.log_sums.len() >= tokens * shape.heads;
     assert!(long_enough && offsets.is_sorted(), "an operand is too short");
+    assert!(shape.mask.is_valid(), "{:?} hides every key", shape.mask);
     let rounds = rounds(shape, offsets);
     let mut sums = vec![0.0; rounds.iter().map(|(_, sums)| *sums).max().unwrap_or(0)];
     let gradients =
@@ -128,7 +131,9 @@ fn rounds(shape: AttentionShape, offsets: &[usize]) -> Vec<(Vec<Piece>, usize)> 
     for window in offsets.windows(2) {
         let (begin, end) = (window[0], window[1]);
         for start in (begin..end).step_by(ROUND_KEYS) {
-            let piece = Piece { keys: start..(start + ROUND_KEYS).min(end), end, sums: 0 };
+            let keys_end = (start + ROUND_KEYS).min(end);
+            let seen_until = shape.mask.queries_end(keys_end - 1 - begin).saturating_add(begin);
+            let piece = Piece { keys: start..keys_end, sequence: begin, end: end.min(seen_until), sums: 0 };
             // all but the last piece of a sequence fill a round
             if keys + piece.keys.len() > ROUND_KEYS {
                 rounds.push((std::mem::take(&mut pieces), sums));
@@ -174,9 +179,10 @@ fn backward_part(
         deltas.extend(
             (0..queries).map(|i| plain_dot(&d_out[i * q_stride..][..d], &saved.out[q_at + i * q_stride..][..d])),
         );
-        let seen = piece.keys.end.min(query + queries);
-        for key in (piece.keys.start..seen).step_by(KEY_BLOCK) {
-            let keys = KEY_BLOCK.min(seen - key);
+        let first_key = |query: usize| piece.sequence + shape.mask.first_key(query - piece.sequence);
+        let seen = piece.keys.start.max(first_key(query))..piece.keys.end.min(query + queries);
+        for key in seen.clone().step_by(KEY_BLOCK) {
+            let keys = KEY_BLOCK.min(seen.end - key);
             let k_at = key * kv_stride + kv_head * d;
             let (k, v) = (&saved.k[k_at..], &saved.v[k_at..]);
             let block = (queries, keys, d);
@@ -187,10 +193,11 @@ fn backward_part(
                 serial_gemm(block, 1.0, d_out, (q_stride, 1), v, (1, kv_stride), 0.0, p);
             }
             for i in 0..queries {
-                let visible = (query + i + 1).saturating_sub(key).min(keys);
+                let within = |other: usize| other.saturating_sub(key).min(keys);
+                let visible = within(first_key(query + i))..within(query + i + 1);
                 let log_sum = saved.log_sums[(query + i) * shape.heads + head];
                 let (p, ds) = (&mut scores[i * keys..][..keys], &mut products[i * keys..][..keys]);
-                score_gradient(p, ds, visible, log_sum, deltas[i], shape.scale);
+                score_gradient(p, ds, visible, log_sum, deltas[i], shape);
             }
             let at = (key - piece.keys.start) * d;
             // SAFETY: in a round this task alone writes these queries and heads of the gradient, which the caller checked to be
@@ -227,26 +234,64 @@ fn add_sums(shape: AttentionShape, piece: &Piece, keys: Range<usize>, gradients:
     }
 }
 
+/// The gradient with respect to `sinks: [heads]`, from what the forward pass with them saved.
+///
+/// # Panics
+/// An operand is too short.
+#[must_use]
+pub fn sink_gradient(shape: AttentionShape, sinks: &[f32], saved: Saved, d_out: &[f32]) -> Vec<f32> {
+    let (heads, d) = (shape.heads, shape.head_dim);
+    let mut gradient = vec![0.0; heads];
+    for (row, log_sums) in saved.log_sums.chunks_exact(heads).enumerate() {
+        for head in 0..heads {
+            let at = (row * heads + head) * d;
+            let delta = plain_dot(&d_out[at..][..d], &saved.out[at..][..d]);
+            gradient[head] -= (sinks[head] - log_sums[head]).exp() * delta;
+        }
+    }
+    gradient
+}
+
 dispatch! {
     /// `p` holds scores and becomes probabilities; `ds` holds the gradients of these and becomes that of the unscaled scores.
-    fn score_gradient(p: &mut [f32], ds: &mut [f32], visible: usize, log_sum: f32, delta: f32, scale: f32) = score_gradient_body
+    fn score_gradient(
+        p: &mut [f32],
+        ds: &mut [f32],
+        visible: Range<usize>,
+        log_sum: f32,
+        delta: f32,
+        shape: AttentionShape,
+    ) = score_gradient_body
 }
 
 #[inline(always)]
 fn score_gradient_body<A: Arithmetic>(
     p: &mut [f32],
     ds: &mut [f32],
-    visible: usize,
+    visible: Range<usize>,
     log_sum: f32,
     delta: f32,
-    scale: f32,
+    shape: AttentionShape,
 ) {
-    p[visible..].fill(0.0);
-    ds[visible..].fill(0.0);
-    for i in 0..visible {
-        let probability = exp::<A>(p[i] - log_sum);
-        p[i] = probability;
-        ds[i] = probability * (ds[i] - delta) * scale;
+    for values in [&mut *p, &mut *ds] {
+        values[visible.end..].fill(0.0);
+        values[..visible.start].fill(0.0);
+    }
+    let scale = shape.scale;
+    let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
+    let Some(cap) = shape.soft_cap else {
+        for (p, ds) in p.iter_mut().zip(ds) {
+            let probability = exp::<A>(*p - log_sum);
+            *p = probability;
+            *ds = probability * (*ds - delta) * scale;
+        }
+        return;
+    };
+    for (p, ds) in p.iter_mut().zip(ds) {
+        let t = tanh::<A>(*p / cap);
+        let probability = exp::<A>(cap * t - log_sum);
+        *p = probability;
+        *ds = probability * (*ds - delta) * scale * (1.0 - t * t);
     }
 }
 
@@ -261,11 +306,12 @@ fn plain_dot_body<A: Arithmetic>(a: &[f32], b: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::{PART_QUERIES, ROUND_KEYS, Saved, attention_backward, rounds};
-    use crate::attention::{AttentionShape, KeyValues, Span, attention};
+    use super::{PART_QUERIES, ROUND_KEYS, Saved, attention_backward, rounds, sink_gradient};
+    use crate::attention::{AttentionShape, KeyValues, Mask, Span, attention};
     use crate::operand::Matrix;
 
-    const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.35 };
+    const SHAPE: AttentionShape =
+        AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.35, mask: Mask::Causal, soft_cap: None };
 
     fn noise(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
@@ -277,6 +323,8 @@ mod tests {
     }
 
     struct Case {
+        shape: AttentionShape,
+        sinks: Option<Vec<f32>>,
         offsets: Vec<usize>,
         q: Vec<f32>,
         k: Vec<f32>,
@@ -286,13 +334,21 @@ mod tests {
         d_out: Vec<f32>,
     }
 
+    /// The result, and the gradients with respect to q, k, v and the sinks.
+    #[derive(Default)]
+    struct Expected {
+        out: Vec<f64>,
+        gradients: [Vec<f64>; 4],
+    }
+
     impl Case {
-        fn new(offsets: &[usize]) -> Self {
+        fn new(shape: AttentionShape, has_sinks: bool, offsets: &[usize]) -> Self {
             let tokens = offsets[offsets.len() - 1];
-            let (width, kv_width) = (SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim);
+            let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
             let (q, d_out) = (noise(tokens * width, 1), noise(tokens * width, 2));
             let (k, v) = (noise(tokens * kv_width, 3), noise(tokens * kv_width, 4));
-            let (mut out, mut log_sums) = (vec![0.0; q.len()], vec![0.0; tokens * SHAPE.heads]);
+            let sinks = has_sinks.then(|| noise(shape.heads, 5).iter().map(|sink| 3.0 * sink).collect::<Vec<_>>());
+            let (mut out, mut log_sums) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
             let span = |w: &[usize]| Span {
                 query_start: w[0],
                 num_queries: w[1] - w[0],
@@ -304,42 +360,65 @@ mod tests {
                 keys: Matrix::F32(&k),
                 values: Matrix::F32(&v),
                 token_stride: kv_width,
-                head_stride: SHAPE.head_dim,
+                head_stride: shape.head_dim,
             };
-            attention(SHAPE, &spans, &q, kv, &mut out, Some(&mut log_sums));
-            Self { offsets: offsets.to_vec(), q, k, v, out, log_sums, d_out }
+            attention(shape, sinks.as_deref(), &spans, &q, kv, &mut out, Some(&mut log_sums));
+            Self { shape, sinks, offsets: offsets.to_vec(), q, k, v, out, log_sums, d_out }
         }
 
-        fn gradients(&self) -> [Vec<f32>; 3] {
-            let Self { q, k, v, out, log_sums, .. } = self;
+        fn gradients(&self) -> [Vec<f32>; 4] {
+            let Self { shape, q, k, v, out, log_sums, d_out, .. } = self;
             let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
             let saved = Saved { q, k, v, out, log_sums };
-            attention_backward(SHAPE, &self.offsets, saved, &self.d_out, (&mut dq, &mut dk, &mut dv));
-            [dq, dk, dv]
+            attention_backward(*shape, &self.offsets, saved, d_out, (&mut dq, &mut dk, &mut dv));
+            let d_sinks = self.sinks.as_ref().map(|sinks| sink_gradient(*shape, sinks, saved, d_out));
+            [dq, dk, dv, d_sinks.unwrap_or_default()]
         }
 
-        /// From the definition, in f64.
-        fn expected(&self) -> [Vec<f64>; 3] {
-            let (d, group) = (SHAPE.head_dim, SHAPE.heads / SHAPE.kv_heads);
-            let (mut dq, mut dk, mut dv) = (vec![0.0; self.q.len()], vec![0.0; self.k.len()], vec![0.0; self.v.len()]);
+        /// From the definition, in f64, with every key visited.
+        fn expected(&self) -> Expected {
+            let shape = self.shape;
+            let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+            let zeros = |like: &[f32]| vec![0.0; like.len()];
+            let (mut out, mut dq) = (zeros(&self.q), zeros(&self.q));
+            let (mut dk, mut dv) = (zeros(&self.k), zeros(&self.v));
+            let mut d_sinks = zeros(self.sinks.as_deref().unwrap_or_default());
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            let is_seen = |query: usize, key: usize| match shape.mask {
+                Mask::Causal => true,
+                Mask::Window(size) => query - key < size,
+                Mask::Chunk(size) => query / size == key / size,
+            };
             for window in self.offsets.windows(2) {
-                for (query, head) in (window[0]..window[1]).flat_map(|query| (0..SHAPE.heads).map(move |h| (query, h)))
+                for (query, head) in (window[0]..window[1]).flat_map(|query| (0..shape.heads).map(move |h| (query, h)))
                 {
-                    let q_at = (query * SHAPE.heads + head) * d;
+                    let q_at = (query * shape.heads + head) * d;
                     let (q, d_out) = (&self.q[q_at..][..d], &self.d_out[q_at..][..d]);
-                    let at = |key: usize| (key * SHAPE.kv_heads + head / group) * d;
-                    let keys = window[0]..=query;
-                    let scale = f64::from(SHAPE.scale);
-                    let exps: Vec<f64> =
-                        keys.clone().map(|key| (scale * dot(q, &self.k[at(key)..][..d])).exp()).collect();
-                    let dp: Vec<f64> = keys.clone().map(|key| dot(d_out, &self.v[at(key)..][..d])).collect();
-                    let total: f64 = exps.iter().sum();
+                    let at = |key: usize| (key * shape.kv_heads + head / group) * d;
+                    let keys: Vec<usize> =
+                        (window[0]..=query).filter(|key| is_seen(query - window[0], key - window[0])).collect();
+                    let scale = f64::from(shape.scale);
+                    // the score, and its derivative with respect to the score before the cap
+                    let score = |key: usize| {
+                        let score = scale * dot(q, &self.k[at(key)..][..d]);
+                        let Some(cap) = shape.soft_cap.map(f64::from) else { return (score, 1.0) };
+                        let t = (score / cap).tanh();
+                        (cap * t, 1.0 - t * t)
+                    };
+                    let scores: Vec<(f64, f64)> = keys.iter().map(|key| score(*key)).collect();
+                    let exps: Vec<f64> = scores.iter().map(|(score, _)| score.exp()).collect();
+                    let sink = self.sinks.as_ref().map_or(0.0, |sinks| f64::from(sinks[head]).exp());
+                    let total = exps.iter().sum::<f64>() + sink;
+                    let dp: Vec<f64> = keys.iter().map(|key| dot(d_out, &self.v[at(*key)..][..d])).collect();
                     let delta = exps.iter().zip(&dp).map(|(e, dp)| e * dp).sum::<f64>() / total;
-                    for (key, (e, dp)) in keys.zip(exps.iter().zip(&dp)) {
-                        let (p, k_at) = (e / total, at(key));
-                        let ds = p * (dp - delta) * scale;
+                    if let Some(d_sink) = d_sinks.get_mut(head) {
+                        *d_sink -= sink / total * delta;
+                    }
+                    for (i, key) in keys.into_iter().enumerate() {
+                        let (p, k_at) = (exps[i] / total, at(key));
+                        let ds = p * (dp[i] - delta) * scale * scores[i].1;
                         for i in 0..d {
+                            out[q_at + i] += p * f64::from(self.v[k_at + i]);
                             dq[q_at + i] += ds * f64::from(self.k[k_at + i]);
                             dk[k_at + i] += ds * f64::from(q[i]);
                             dv[k_at + i] += p * f64::from(d_out[i]);
@@ -347,32 +426,60 @@ mod tests {
                     }
                 }
             }
-            [dq, dk, dv]
+            Expected { out, gradients: [dq, dk, dv, d_sinks] }
+        }
+
+        fn check(&self) {
+            let expected = self.expected();
+            let pairs = [(self.out.clone(), expected.out)];
+            for (what, (found, expected)) in
+                pairs.into_iter().chain(self.gradients().into_iter().zip(expected.gradients)).enumerate()
+            {
+                assert_eq!(found.len(), expected.len());
+                for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    let error = (f64::from(*found) - expected).abs();
+                    let shape = self.shape;
+                    assert!(error < 3e-5 * (1.0 + expected.abs()), "{shape:?} {what} {i}: {found} {expected}");
+                }
+            }
         }
     }
 
     #[test]
     fn gradients_over_several_rounds_and_parts_equal_the_definition() {
         let long = PART_QUERIES + ROUND_KEYS / 2 + 3;
-        let case = Case::new(&[0, 5, 5 + long, 5 + long, 105 + long]);
-        for (found, expected) in case.gradients().iter().zip(case.expected()) {
-            for (found, expected) in found.iter().zip(expected) {
-                assert!((f64::from(*found) - expected).abs() < 2e-5 * (1.0 + expected.abs()), "{found} {expected}");
-            }
+        let offsets = [0, 5, 5 + long, 5 + long, 105 + long];
+        Case::new(SHAPE, false, &offsets).check();
+        // windows and chunks that end within a round, a part and a block
+        for mask in [Mask::Window(700), Mask::Chunk(600)] {
+            Case::new(AttentionShape { heads: 2, kv_heads: 1, mask, ..SHAPE }, true, &offsets).check();
+        }
+    }
+
+    #[test]
+    fn masks_caps_and_sinks_equal_the_definition() {
+        let masks = [1, 3, 64, 100, 129, 400].into_iter().flat_map(|n| [Mask::Window(n), Mask::Chunk(n)]);
+        for (i, mask) in masks.chain([Mask::Causal]).enumerate() {
+            let soft_cap = [None, Some(0.6), Some(5.0)][i % 3];
+            let (head_dim, scale) = [(8, 0.9), (20, 0.3), (6, 1.7)][i / 2 % 3];
+            let shape = AttentionShape { head_dim, scale, mask, soft_cap, ..SHAPE };
+            Case::new(shape, i % 2 == 0, &[0, 1, 131, 134, 430]).check();
         }
     }
 
     #[test]
     fn gradients_do_not_depend_on_the_number_of_threads() -> Result<(), rayon::ThreadPoolBuildError> {
-        let case = Case::new(&[0, 700, 1900, 1960]);
-        let with = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-            let bits = |values: &Vec<f32>| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-            Ok::<_, rayon::ThreadPoolBuildError>(pool.install(|| case.gradients()).each_ref().map(bits))
-        };
-        let one = with(1)?;
-        for threads in [2, 5, 8] {
-            assert_eq!(with(threads)?, one, "{threads} threads");
+        for mask in [Mask::Causal, Mask::Window(300)] {
+            let case = Case::new(AttentionShape { mask, ..SHAPE }, true, &[0, 700, 1900, 1960]);
+            let with = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+                let bits = |values: &Vec<f32>| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                Ok::<_, rayon::ThreadPoolBuildError>(pool.install(|| case.gradients()).each_ref().map(bits))
+            };
+            let one = with(1)?;
+            for threads in [2, 5, 8] {
+                assert_eq!(with(threads)?, one, "{threads} threads");
+            }
         }
         Ok(())
     }

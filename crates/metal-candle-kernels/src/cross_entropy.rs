@@ -1,8 +1,60 @@
 //! Cross-entropy with label smoothing over rows of logits.
 
+use crate::elementwise::chunks;
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::{LANES, add_lanes, exp, max};
+use crate::math::{exp, max, soft_cap, sum};
 use crate::parallel::{Shared, for_each};
+
+/// How logits follow from the products of the output head: `y = scale * x`, then `cap * tanh(y / cap)` if there is a cap.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitForm {
+    /// The factor on each product.
+    pub scale: f32,
+    /// What logits stay below.
+    pub soft_cap: Option<f32>,
+}
+
+impl LogitForm {
+    /// Logits that are the products themselves.
+    pub const PLAIN: Self = Self { scale: 1.0, soft_cap: None };
+
+    /// Whether logits are the products themselves.
+    #[must_use]
+    pub fn is_plain(self) -> bool {
+        self == Self::PLAIN
+    }
+
+    /// Turns products into logits, in place.
+    pub fn apply(self, products: &mut [f32]) {
+        if self.is_plain() {
+            return;
+        }
+        let len = products.len();
+        let shared = Shared::new(products);
+        chunks(len, |start, end| {
+            // SAFETY: chunks are disjoint.
+            form_chunk(unsafe { shared.part(start, end - start) }, self);
+        });
+    }
+
+    /// The derivative of a logit with respect to its product.
+    #[inline(always)]
+    fn slope(self, logit: f32) -> f32 {
+        self.scale * self.soft_cap.map_or(1.0, |cap| (1.0 - logit / cap) * (1.0 + logit / cap))
+    }
+}
+
+dispatch! {
+    fn form_chunk(products: &mut [f32], form: LogitForm) = form_chunk_body
+}
+
+#[inline(always)]
+fn form_chunk_body<A: Arithmetic>(products: &mut [f32], form: LogitForm) {
+    match form.soft_cap {
+        None => products.iter_mut().for_each(|v| *v *= form.scale),
+        Some(cap) => products.iter_mut().for_each(|v| *v = soft_cap::<A>(*v * form.scale, cap)),
+    }
+}
 
 /// What one row of logits should predict.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,26 +65,34 @@ pub struct Row {
     pub weight: f32,
 }
 
-/// The weighted loss of each row of `logits: [rows.len(), classes]`, in nats.
+/// The weighted loss of each row of `logits: [rows.len(), classes]`, in nats. `logits` holds the products of the output head,
+/// which become logits as `form` says.
 ///
 /// With smoothing `e` the target distribution is `1 - e` on the wanted class plus `e / classes` on each
 /// (<https://arxiv.org/abs/1512.00567>, section 7).
 ///
 /// # Panics
 /// A target is not a class.
-pub fn cross_entropy(logits: &mut [f32], rows: &[Row], smoothing: f32, losses: &mut [f32]) {
-    run(logits, rows, smoothing, None, losses);
+pub fn cross_entropy(logits: &mut [f32], form: LogitForm, rows: &[Row], smoothing: f32, losses: &mut [f32]) {
+    run(logits, form, rows, smoothing, None, losses);
 }
 
-/// As [`cross_entropy`]; `logits` becomes the gradient of `scale * sum(losses)` with respect to them.
+/// As [`cross_entropy`]; `logits` becomes the gradient of `scale * sum(losses)` with respect to the products.
 ///
 /// # Panics
 /// A target is not a class.
-pub fn cross_entropy_backward(logits: &mut [f32], rows: &[Row], smoothing: f32, scale: f32, losses: &mut [f32]) {
-    run(logits, rows, smoothing, Some(scale), losses);
+pub fn cross_entropy_backward(
+    logits: &mut [f32],
+    form: LogitForm,
+    rows: &[Row],
+    smoothing: f32,
+    scale: f32,
+    losses: &mut [f32],
+) {
+    run(logits, form, rows, smoothing, Some(scale), losses);
 }
 
-fn run(logits: &mut [f32], rows: &[Row], smoothing: f32, scale: Option<f32>, losses: &mut [f32]) {
+fn run(logits: &mut [f32], form: LogitForm, rows: &[Row], smoothing: f32, scale: Option<f32>, losses: &mut [f32]) {
     if rows.is_empty() {
         return;
     }
@@ -43,16 +103,25 @@ fn run(logits: &mut [f32], rows: &[Row], smoothing: f32, scale: Option<f32>, los
     for_each(rows.len(), work, |i| {
         // SAFETY: rows are disjoint.
         let (logits, loss) = unsafe { (shared.part(i * classes, classes), shared_losses.part(i, 1)) };
-        loss[0] = one_row(logits, rows[i], smoothing, scale);
+        loss[0] = one_row(logits, form, rows[i], smoothing, scale);
     });
 }
 
 dispatch! {
-    fn one_row(logits: &mut [f32], row: Row, smoothing: f32, scale: Option<f32>) -> f32 = one_row_body
+    fn one_row(logits: &mut [f32], form: LogitForm, row: Row, smoothing: f32, scale: Option<f32>) -> f32 = one_row_body
 }
 
 #[inline(always)]
-fn one_row_body<A: Arithmetic>(logits: &mut [f32], row: Row, smoothing: f32, scale: Option<f32>) -> f32 {
+fn one_row_body<A: Arithmetic>(
+    logits: &mut [f32],
+    form: LogitForm,
+    row: Row,
+    smoothing: f32,
+    scale: Option<f32>,
+) -> f32 {
+    if !form.is_plain() {
+        form_chunk_body::<A>(logits, form);
+    }
     let classes = logits.len();
     let largest = max(logits);
     let wanted = logits[row.target];
@@ -64,25 +133,19 @@ fn one_row_body<A: Arithmetic>(logits: &mut [f32], row: Row, smoothing: f32, sca
     if let Some(scale) = scale {
         let factor = scale * row.weight;
         let (share, floor) = (factor / total, factor * smoothing / classes as f32);
-        for v in logits.iter_mut() {
-            *v = A::mul_add(exp::<A>(*v - largest), share, -floor);
+        let gradient = |v: f32| A::mul_add(exp::<A>(v - largest), share, -floor);
+        let of_target = factor * (1.0 - smoothing);
+        if form.is_plain() {
+            for v in logits.iter_mut() {
+                *v = gradient(*v);
+            }
+            logits[row.target] -= of_target;
+        } else {
+            for v in logits.iter_mut() {
+                *v = gradient(*v) * form.slope(*v);
+            }
+            logits[row.target] -= of_target * form.slope(wanted);
         }
-        logits[row.target] -= factor * (1.0 - smoothing);
     }
     row.weight * loss
-}
-
-#[inline(always)]
-fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] += term(chunk[i]);
-        }
-    }
-    for (i, v) in rest.iter().enumerate() {
-        lanes[i] += term(*v);
-    }
-    add_lanes(lanes)
 }

@@ -1,7 +1,6 @@
-//! Kernels that touch each element once: activation, rotary embedding, bias, dropout.
+//! Kernels that touch each element once: rotary embedding, bias, factors, rounding, dropout.
 
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::{Element, sigmoid};
 use crate::parallel::{Shared, for_each, rows_per_task, written};
 use half::bf16;
 
@@ -9,71 +8,8 @@ use half::bf16;
 const CHUNK: usize = 32 * 1024;
 
 /// Runs `task(start, end)` over `0..len` in chunks.
-fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
+pub(crate) fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
     for_each(len.div_ceil(CHUNK), 4 * len, |i| task(i * CHUNK, len.min((i + 1) * CHUNK)));
-}
-
-/// `silu(gate) * up` with `silu(x) = x / (1 + e^-x)` (<https://arxiv.org/abs/2002.05202>).
-///
-/// # Panics
-/// The operands differ in length.
-#[must_use]
-pub fn swiglu<T: Element>(gate: &[T], up: &[T]) -> Vec<f32> {
-    assert_eq!(gate.len(), up.len(), "lengths of gate and up");
-    let write = |y: Shared<f32>| {
-        chunks(gate.len(), |start, end| {
-            // SAFETY: chunks are disjoint.
-            let y = unsafe { y.part(start, end - start) };
-            swiglu_chunk(&gate[start..end], &up[start..end], y);
-        });
-    };
-    // SAFETY: the chunks cover all elements.
-    unsafe { written(gate.len(), write) }
-}
-
-dispatch! {
-    fn swiglu_chunk<T: Element>(gate: &[T], up: &[T], y: &mut [f32]) = swiglu_chunk_body
-}
-
-#[inline(always)]
-fn swiglu_chunk_body<A: Arithmetic, T: Element>(gate: &[T], up: &[T], y: &mut [f32]) {
-    for ((g, u), y) in gate.iter().zip(up).zip(y) {
-        let g = g.to_f32();
-        *y = g * sigmoid::<A>(g) * u.to_f32();
-    }
-}
-
-/// The gradients of [`swiglu`] with respect to `up`, and with respect to `gate` in place of `dy`.
-///
-/// # Panics
-/// The operands differ in length.
-#[must_use]
-pub fn swiglu_backward<T: Element>(gate: &[T], up: &[T], dy: &mut [f32]) -> Vec<f32> {
-    assert_eq!((gate.len(), gate.len()), (up.len(), dy.len()), "lengths of gate, up and dy");
-    let dy = Shared::new(dy);
-    let write = |d_up: Shared<f32>| {
-        chunks(gate.len(), |start, end| {
-            // SAFETY: chunks are disjoint.
-            let (dy, d_up) = unsafe { (dy.part(start, end - start), d_up.part(start, end - start)) };
-            swiglu_backward_chunk(&gate[start..end], &up[start..end], dy, d_up);
-        });
-    };
-    // SAFETY: the chunks cover all elements.
-    unsafe { written(gate.len(), write) }
-}
-
-dispatch! {
-    fn swiglu_backward_chunk<T: Element>(gate: &[T], up: &[T], dy: &mut [f32], d_up: &mut [f32]) = swiglu_backward_chunk_body
-}
-
-#[inline(always)]
-fn swiglu_backward_chunk_body<A: Arithmetic, T: Element>(gate: &[T], up: &[T], dy: &mut [f32], d_up: &mut [f32]) {
-    for i in 0..gate.len() {
-        let (gate, up) = (gate[i].to_f32(), up[i].to_f32());
-        let s = sigmoid::<A>(gate);
-        d_up[i] = dy[i] * gate * s;
-        dy[i] = dy[i] * up * s * (1.0 + gate * (1.0 - s));
-    }
 }
 
 /// `x` rounded to bfloat16, to the nearest and ties to even; what is not a number stays so.
@@ -103,15 +39,34 @@ fn round_chunk_body<A: Arithmetic>(x: &[f32], y: &mut [bf16]) {
     }
 }
 
-/// Rotates pairs `(i, i + head_dim / 2)` of each head in place (<https://arxiv.org/abs/2104.09864>, section 3.4).
+/// Which elements of a head rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pairs {
+    /// Element `i` and element `i + n / 2` of the `n` that rotate.
+    Halves,
+    /// Elements `2 i` and `2 i + 1`.
+    Adjacent,
+}
+
+/// Rotates the first elements of each head in place (<https://arxiv.org/abs/2104.09864>, section 3.4); the others stay.
 ///
-/// `x: [tokens, heads, head_dim]`, `cos` and `sin`: `[tokens, head_dim / 2]`. With `inverse` it rotates back, which is the gradient.
-pub fn rotary(x: &mut [f32], (heads, head_dim): (usize, usize), cos: &[f32], sin: &[f32], inverse: bool) {
-    let half = head_dim / 2;
+/// `x: [tokens, heads, head_dim]`, `cos` and `sin`: `[tokens, half]`, for the first `2 * half` elements of a head. With `inverse`
+/// it turns the other way, which is the gradient.
+///
+/// # Panics
+/// `cos` and `sin` are shorter than the tokens, or the rotated elements are more than a head.
+pub fn rotary(
+    x: &mut [f32],
+    (heads, head_dim): (usize, usize),
+    (cos, sin, half): (&[f32], &[f32], usize),
+    pairs: Pairs,
+    inverse: bool,
+) {
     let width = heads * head_dim;
-    if width == 0 {
+    if width == 0 || half == 0 {
         return;
     }
+    assert!(2 * half <= head_dim, "{} elements of a head of {head_dim} to rotate", 2 * half);
     let tokens = x.len() / width;
     let rows = rows_per_task(width);
     let shared = Shared::new(x);
@@ -119,25 +74,46 @@ pub fn rotary(x: &mut [f32], (heads, head_dim): (usize, usize), cos: &[f32], sin
         for token in task * rows..tokens.min((task + 1) * rows) {
             // SAFETY: tokens are disjoint.
             let x = unsafe { shared.part(token * width, width) };
-            rotate_token(x, &cos[token * half..][..half], &sin[token * half..][..half], inverse);
+            let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+            match pairs {
+                Pairs::Halves => rotate_halves(x, head_dim, cos, sin, inverse),
+                Pairs::Adjacent => rotate_adjacent(x, head_dim, cos, sin, inverse),
+            }
         }
     });
 }
 
 dispatch! {
-    fn rotate_token(x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) = rotate_token_body
+    fn rotate_halves(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) = rotate_halves_body
 }
 
 #[inline(always)]
-fn rotate_token_body<A: Arithmetic>(x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) {
+fn rotate_halves_body<A: Arithmetic>(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) {
     let half = cos.len();
     let sign = if inverse { -1.0 } else { 1.0 };
-    for head in x.chunks_exact_mut(2 * half) {
+    for head in x.chunks_exact_mut(head_dim) {
         let (first, second) = head.split_at_mut(half);
+        let second = &mut second[..half];
         for i in 0..half {
             let (a, b, s) = (first[i], second[i], sign * sin[i]);
             first[i] = A::mul_add(a, cos[i], -(b * s));
             second[i] = A::mul_add(b, cos[i], a * s);
+        }
+    }
+}
+
+dispatch! {
+    fn rotate_adjacent(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) = rotate_adjacent_body
+}
+
+#[inline(always)]
+fn rotate_adjacent_body<A: Arithmetic>(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) {
+    let sign = if inverse { -1.0 } else { 1.0 };
+    for head in x.chunks_exact_mut(head_dim) {
+        let (pairs, _) = head.as_chunks_mut::<2>();
+        for ((pair, cos), sin) in pairs.iter_mut().zip(cos).zip(sin) {
+            let ([a, b], s) = (*pair, sign * sin);
+            *pair = [A::mul_add(a, *cos, -(b * s)), A::mul_add(b, *cos, a * s)];
         }
     }
 }
@@ -165,6 +141,21 @@ pub fn add_bias(x: &mut [f32], bias: &[f32]) {
 /// Multiplies each row of `x: [rows, factors.len()]` by `factors`, element by element.
 pub fn scale_columns(x: &mut [f32], factors: &[f32]) {
     rows(x, factors.len(), |row, _| row.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor));
+}
+
+/// Multiplies row `i` of `x: [factors.len(), width]` by `factors[i]`.
+///
+/// # Panics
+/// `x` does not consist of rows of one length.
+pub fn scale_rows(x: &mut [f32], factors: &[f32]) {
+    let width = x.len() / factors.len().max(1);
+    assert_eq!(x.len(), width * factors.len(), "elements of {} rows", factors.len());
+    rows(x, width, |row, start| {
+        let factor = factors[start / width];
+        for x in row {
+            *x *= factor;
+        }
+    });
 }
 
 /// `y += scale * x`.

@@ -7,6 +7,7 @@
 // kernels must be inlined into the function compiled for the instruction set, or they are compiled for the baseline
 #![allow(clippy::inline_always)]
 
+mod activation;
 mod attention;
 mod attention_backward;
 mod cross_entropy;
@@ -28,13 +29,14 @@ mod parallel;
 mod rounding;
 pub mod sampling;
 
-pub use attention::{AttentionShape, KeyValues, Span, attention};
-pub use attention_backward::{Saved, attention_backward};
-pub use cross_entropy::{Row, cross_entropy, cross_entropy_backward};
+pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
+pub use attention::{AttentionShape, KeyValues, Mask, Span, attention};
+pub use attention_backward::{Saved, attention_backward, sink_gradient};
+pub use cross_entropy::{LogitForm, Row, cross_entropy, cross_entropy_backward};
 pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{
-    add_bias, add_scaled, column_sums, dropout, dropout_threshold, rotary, round_to_bf16, scale_columns, swiglu,
-    swiglu_backward, uniform_noise,
+    Pairs, add_bias, add_scaled, column_sums, dropout, dropout_threshold, rotary, round_to_bf16, scale_columns,
+    scale_rows, uniform_noise,
 };
 pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
@@ -42,7 +44,7 @@ pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};
-pub use norm::{rms_norm, rms_norm_backward};
+pub use norm::{Norm, NormKind};
 pub use operand::{Matrix, Product, Start};
 pub use optimizer::{
     AdafactorStep, AdamStep, BLOCK, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,

@@ -79,10 +79,18 @@ pub fn narrow<T: Element>(from: &[f32], to: &mut [T]) {
 }
 
 /// `e^x` within 2 units in the last place; 0 below -87.3, the largest finite power above 88.
+#[inline(always)]
+pub(crate) fn exp<A: Arithmetic>(x: f32) -> f32 {
+    let (p, power) = reduced_exp::<A>(x);
+    let value = (p + 1.0) * power;
+    if x < -87.3 { 0.0 } else { value }
+}
+
+/// `p` and `2^n` with `e^x = (1 + p) 2^n`, for `x` within -87.3 and 88.
 ///
 /// Range reduction by `ln 2` in two parts and a polynomial of degree 6 (J.-M. Muller, Elementary Functions, chapter 4).
 #[inline(always)]
-pub(crate) fn exp<A: Arithmetic>(x: f32) -> f32 {
+fn reduced_exp<A: Arithmetic>(x: f32) -> (f32, f32) {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     let clamped = x.clamp(-87.3, 88.0);
     let shifted = A::mul_add(clamped, std::f32::consts::LOG2_E, ROUND);
@@ -95,10 +103,22 @@ pub(crate) fn exp<A: Arithmetic>(x: f32) -> f32 {
     p = A::mul_add(p, r, 4.166_579_6e-2);
     p = A::mul_add(p, r, 1.666_666_5e-1);
     p = A::mul_add(p, r, 0.5);
-    p = A::mul_add(p, r * r, r) + 1.0;
     let exponent = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
-    let value = p * f32::from_bits(exponent);
-    if x < -87.3 { 0.0 } else { value }
+    (A::mul_add(p, r * r, r), f32::from_bits(exponent))
+}
+
+/// The hyperbolic tangent within 4 units in the last place, small values included: from `e^(2x) - 1`.
+#[inline(always)]
+pub(crate) fn tanh<A: Arithmetic>(x: f32) -> f32 {
+    let (p, power) = reduced_exp::<A>(2.0 * x.clamp(-15.0, 15.0));
+    let less_one = A::mul_add(p, power, power - 1.0);
+    less_one / (less_one + 2.0)
+}
+
+/// `c tanh(x / c)`.
+#[inline(always)]
+pub(crate) fn soft_cap<A: Arithmetic>(x: f32, cap: f32) -> f32 {
+    cap * tanh::<A>(x / cap)
 }
 
 /// The logistic function `1 / (1 + e^-x)`.
@@ -121,6 +141,22 @@ pub(crate) fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+/// The sum of `term(values[i])`.
+#[inline(always)]
+pub(crate) fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += term(chunk[i]);
+        }
+    }
+    for (i, v) in rest.iter().enumerate() {
+        lanes[i] += term(*v);
+    }
+    add_lanes(lanes)
 }
 
 /// `sum a[i] b[i]` of equally long slices.
@@ -174,6 +210,21 @@ mod tests {
         assert_eq!(exp::<Fused>(0.0), 1.0);
         assert!(exp::<Fused>(1000.0).is_finite());
         assert!(exp::<Fused>(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn hyperbolic_tangent_is_exact_to_a_few_ulps() {
+        let mut x = 1e-6f32;
+        while x < 20.0 {
+            let exact = f64::from(x).tanh();
+            for value in [tanh::<Fused>(x), tanh::<Separate>(x), -tanh::<Fused>(-x)] {
+                assert!((f64::from(value) / exact - 1.0).abs() < 4e-7, "{x}: {value} {exact}");
+            }
+            x *= 1.003;
+        }
+        assert_eq!(tanh::<Fused>(0.0), 0.0);
+        assert_eq!([tanh::<Fused>(1e30), tanh::<Fused>(f32::NEG_INFINITY)], [1.0, -1.0]);
+        assert!(tanh::<Fused>(f32::NAN).is_nan());
     }
 
     #[test]

@@ -4,12 +4,13 @@ use super::decoder::NUM_LINEARS;
 use super::kv_cache::KVCache;
 use super::step::Gradients;
 use crate::error::{Error, Result};
-use crate::ops::attention::{self, Saved, Spans};
+use crate::ops::activation::{self, Activation};
+use crate::ops::attention::{self, AttentionGradients, Saved, Spans};
 use crate::ops::fused::TermRoom;
 use crate::ops::linear::{Linear, LinearGradients, Wanted};
-use crate::ops::rms_norm::RmsNorm;
+use crate::ops::norm::{Norm, NormWanted};
 use crate::ops::rotary::Rotation;
-use crate::ops::{LowRank, LowRankTerms, kept, num_bytes, swiglu};
+use crate::ops::{LowRank, LowRankTerms, kept, num_bytes};
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use metal_candle_kernels::AttentionShape;
@@ -29,8 +30,8 @@ pub(super) const DOWN: usize = 6;
 #[derive(Debug)]
 pub(super) struct Block {
     pub(super) layer: usize,
-    pub(super) input_layernorm: RmsNorm,
-    pub(super) post_attention_layernorm: RmsNorm,
+    pub(super) input_layernorm: Norm,
+    pub(super) post_attention_layernorm: Norm,
     /// In the order of [`MODULES`].
     pub(super) linears: Vec<Linear>,
     pub(super) parameters: BlockParameters,
@@ -132,7 +133,7 @@ impl Block {
     fn projections(&self, x: &Tensor, context: Context, z: &mut [Option<Tensor>]) -> Result<(Tensor, Tensor, Tensor)> {
         let x = self.input_layernorm.forward(x)?;
         let (q, k) = (self.linear(context, Q, &x, None, z)?, self.linear(context, K, &x, None, z)?);
-        let (q, k) = context.rotation.apply_to_both(q, k, false)?;
+        let (q, k) = context.rotation.apply_to_both(q, k, self.shape.head_dim, false)?;
         Ok((q, k, self.linear(context, V, &x, None, z)?))
     }
 
@@ -173,15 +174,15 @@ impl Block {
         let attention = match cache {
             Some(cache) => {
                 cache.append(self.layer, &k, &v, context.spans)?;
-                attention::with_cache(self.shape, &q, cache.layer(self.layer), context.spans)?
+                attention::with_cache(self.shape, None, &q, cache.layer(self.layer), context.spans)?
             }
-            None => attention::forward(self.shape, &q, &k, &v, context.spans)?.out,
+            None => attention::forward(self.shape, None, &q, &k, &v, context.spans)?.out,
         };
         drop((q, k, v));
         let middle = self.after_attention(x, &attention, context, z)?;
         drop(attention);
         let (gate, up) = self.gate_and_up(&middle, context, z)?;
-        self.after_mlp(&middle, &swiglu::forward(&gate, &up)?, context, z)
+        self.after_mlp(&middle, &activation::gated(Activation::Silu, &gate, &up)?, context, z)
     }
 
     /// As [`Block::forward`], keeping what the backward pass needs.
@@ -191,7 +192,7 @@ impl Block {
             return Ok((y.ok_or_else(missing)?, saved));
         }
         let mut saved = self.until_activation(x, context)?;
-        let activation = swiglu::forward(&saved.gate, &saved.up)?;
+        let activation = activation::gated(Activation::Silu, &saved.gate, &saved.up)?;
         let y = self.after_mlp(&saved.middle, &activation, context, &mut saved.z)?;
         Ok((y, self.rounded(saved)?))
     }
@@ -207,7 +208,7 @@ impl Block {
     fn until_activation(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
         let mut z = vec![None; NUM_LINEARS];
         let (q, k, v) = self.projections(x, context, &mut z)?;
-        let attention = attention::forward(self.shape, &q, &k, &v, context.spans)?;
+        let attention = attention::forward(self.shape, None, &q, &k, &v, context.spans)?;
         let middle = self.after_attention(x, &attention.out, context, &mut z)?;
         let (gate, up) = self.gate_and_up(&middle, context, &mut z)?;
         Ok(BlockSaved { x: x.clone(), q, k, v, attention, middle, gate, up, z })
@@ -235,11 +236,11 @@ impl Block {
 
         // inputs are computed anew only where a gradient needs them
         let needed = |places: &[usize]| places.iter().any(|&place| self.needs_input(place, context, wanted));
-        let activation = needed(&[DOWN]).then(|| swiglu::forward(&gate, &up)).transpose()?;
+        let activation = needed(&[DOWN]).then(|| activation::gated(Activation::Silu, &gate, &up)).transpose()?;
         let d_activation =
             self.through(DOWN, activation.as_ref(), context, &dy, wanted, None, z[DOWN].as_ref(), gradients)?;
         drop(activation);
-        let (d_gate, d_up) = swiglu::backward(&gate, &up, d_activation)?;
+        let (d_gate, d_up) = activation::gated_backward(Activation::Silu, &gate, &up, d_activation)?;
         drop((gate, up));
         let normed = needed(&[GATE, UP]).then(|| self.post_attention_layernorm.forward(&middle)).transpose()?;
         let d_normed =
@@ -250,15 +251,16 @@ impl Block {
         drop((d_up, normed));
         let norm = self.parameters.post_attention_layernorm;
         let (d_middle, weight) =
-            self.post_attention_layernorm.backward(&middle, &d_normed, dy, wanted.parameters[norm])?;
-        gradients.parameters[norm] = weight;
+            self.post_attention_layernorm.backward(&middle, &d_normed, Some(dy), weight_of(wanted.parameters[norm]))?;
+        gradients.parameters[norm] = weight.weight;
         drop((middle, d_normed));
 
         let d_attention =
             self.through(O, Some(&attention.out), context, &d_middle, wanted, None, z[O].as_ref(), gradients)?;
-        let (dq, dk, dv) = attention::backward(self.shape, (&q, &k, &v), &attention, context.spans, &d_attention)?;
+        let AttentionGradients { q: dq, k: dk, v: dv, .. } =
+            attention::backward(self.shape, None, (&q, &k, &v), &attention, context.spans, &d_attention)?;
         drop((q, k, v, attention, d_attention));
-        let (dq, dk) = context.rotation.apply_to_both(dq, dk, true)?;
+        let (dq, dk) = context.rotation.apply_to_both(dq, dk, self.shape.head_dim, true)?;
         let normed = needed(&[Q, K, V]).then(|| self.input_layernorm.forward(&x)).transpose()?;
         let norm = self.parameters.input_layernorm;
         if !wanted.input && !wanted.parameters[norm] {
@@ -273,8 +275,9 @@ impl Block {
         let d_normed =
             self.through(V, normed.as_ref(), context, &dv, wanted, Some(d_normed), z[V].as_ref(), gradients)?;
         drop((dq, dk, dv, normed));
-        let (dx, weight) = self.input_layernorm.backward(&x, &d_normed, d_middle, wanted.parameters[norm])?;
-        gradients.parameters[norm] = weight;
+        let (dx, weight) =
+            self.input_layernorm.backward(&x, &d_normed, Some(d_middle), weight_of(wanted.parameters[norm]))?;
+        gradients.parameters[norm] = weight.weight;
         Ok(Some(dx))
     }
 
@@ -336,6 +339,10 @@ impl Block {
             gradients.parameters[bias] = of_linear.bias;
         }
     }
+}
+
+fn weight_of(weight: bool) -> NormWanted {
+    NormWanted { weight, bias: false }
 }
 
 /// What a launch should have made is not there.

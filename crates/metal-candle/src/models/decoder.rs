@@ -5,9 +5,10 @@ use super::{Batch, KVCache, ModelConfig, families};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Cached, Spans};
+use crate::ops::head::Head;
 use crate::ops::linear::Linear;
-use crate::ops::rms_norm::RmsNorm;
-use crate::ops::rotary::{RotaryTable, Rotation};
+use crate::ops::norm::Norm;
+use crate::ops::rotary::{Pairs, RotaryScaling, RotarySpec, RotaryTable, Rotation};
 use crate::ops::{LowRankTerms, Weight, embedding, head};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
@@ -32,9 +33,9 @@ pub(super) struct Inner {
     parameters: Vec<(String, Tensor)>,
     pub(super) embedding: Weight,
     pub(super) blocks: Vec<Block>,
-    pub(super) norm: RmsNorm,
+    pub(super) norm: Norm,
     /// The head; its weight is the embedding itself where it is tied.
-    pub(super) head: Linear,
+    pub(super) head: Head,
     pub(super) rotary: RotaryTable,
     pub(super) attention: AttentionShape,
 }
@@ -126,16 +127,16 @@ impl Model {
             let number = number.ok_or_else(|| Error::argument("tensors", format!("`{name}` is missing")))?;
             Ok((number, &parameters[number].1))
         };
-        let norm = |name: &str| -> Result<(usize, RmsNorm)> {
+        let norm = |name: &str| -> Result<(usize, Norm)> {
             let (number, weight) = find(name)?;
-            Ok((number, RmsNorm { weight: small(weight)?, eps: config.rms_norm_eps }))
+            Ok((number, Norm::rms(small(weight)?, config.rms_norm_eps)))
         };
-        let shape = AttentionShape {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            scale: (1.0 / (config.head_dim as f64).sqrt()) as f32,
-        };
+        let shape = AttentionShape::new(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            (1.0 / (config.head_dim as f64).sqrt()) as f32,
+        );
         let (mut linears, mut blocks) = (Vec::new(), Vec::new());
         for layer in 0..config.num_hidden_layers {
             let (mut weights, mut places) = (Vec::with_capacity(NUM_LINEARS), Vec::with_capacity(NUM_LINEARS));
@@ -175,9 +176,15 @@ impl Model {
         let embedding = Weight::from(find("model.embed_tokens.weight")?.1.clone());
         let head =
             if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.1.clone().into() };
-        let head = Linear { weight: head, bias: None };
+        let head = Head::new(Linear { weight: head, bias: None });
         let norm = norm("model.norm.weight")?.1;
-        let rotary = RotaryTable::new(config.head_dim, config.rope_theta);
+        let rotary = RotaryTable::new(&RotarySpec {
+            dim: config.head_dim,
+            theta: config.rope_theta,
+            scaling: RotaryScaling::Default,
+            pairs: Pairs::Halves,
+            max_position_embeddings: config.max_position_embeddings,
+        })?;
         drop(numbers);
         let inner = Inner {
             config,
@@ -291,14 +298,14 @@ impl Model {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
         let term = terms.and_then(|terms| terms.get(self.embedding_number()));
-        let x = embedding::forward(&self.inner.embedding, term, batch.ids(), self.activation_dtype())?;
-        let rotation = self.inner.rotary.rotation(batch.positions(), &x)?;
+        let x = embedding::forward(&self.inner.embedding, term, batch.ids(), self.activation_dtype(), 1.0)?;
+        let rotation = self.inner.rotary.rotation(batch.positions(), batch.offsets(), &x)?;
         Ok((x, rotation))
     }
 
     /// Where the sequences of a batch are, for attention.
     pub(super) fn spans(&self, batch: &Batch, cached: Option<Cached>, x: &Tensor) -> Result<Spans> {
-        Spans::new(batch.offsets(), self.inner.attention, cached, x)
+        Spans::new(batch.offsets(), &[self.inner.attention], cached, x)
     }
 
     /// The terms with what their magnitudes are divided by worked out, for as long as A and B stay what they are.
@@ -310,7 +317,7 @@ impl Model {
             let weight = match self.inner.blocks.get(number / NUM_LINEARS) {
                 Some(block) => &block.linears[number % NUM_LINEARS].weight,
                 None if is_embedding => &self.inner.embedding,
-                None => &self.inner.head.weight,
+                None => &self.inner.head.linear.weight,
             };
             fixed.insert(number, term.with_fixed_norms(weight, is_embedding)?);
         }

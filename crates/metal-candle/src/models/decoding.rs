@@ -6,8 +6,9 @@ use super::decoder::NUM_LINEARS;
 use super::decoding_threads::{StepShape, Threads};
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
+use crate::ops::activation::{self, Activation};
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
-use crate::ops::{LowRank, LowRankTerms, swiglu};
+use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
 
 /// Most tokens that a group of threads takes together.
@@ -283,8 +284,8 @@ impl Model {
         let norm = &self.inner.norm;
         let args = [
             Arg::In(&held.x),
-            Arg::In(&norm.weight),
-            Arg::In(self.inner.head.weight.dense()?),
+            norm.plain_weight().map_or(Arg::None, Arg::In),
+            Arg::In(self.inner.head.linear.weight.dense()?),
             a,
             b,
             Arg::Out(&held.logits),
@@ -300,7 +301,7 @@ impl Model {
         let vocab = self.config().vocab_size;
         self.inner.norm.forward_into(&held.x, &wide.normed)?;
         let term = terms.and_then(|terms| terms.get(self.head_number()));
-        multiply(self.inner.head.weight.dense()?, term, &wide.normed, (&held.logits, 0.0), wide)?;
+        multiply(self.inner.head.linear.weight.dense()?, term, &wide.normed, (&held.logits, 0.0), wide)?;
         let groups = vocab.div_ceil(PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
         let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);
@@ -352,7 +353,7 @@ impl Model {
         block.post_attention_layernorm.forward_into(&held.x, &wide.normed)?;
         multiply(GATE, &wide.normed, &wide.gate, 0.0)?;
         multiply(UP, &wide.normed, &wide.up, 0.0)?;
-        swiglu::forward_into(&wide.gate, &wide.up, &held.activation)?;
+        activation::gated_into(Activation::Silu, &wide.gate, &wide.up, &held.activation)?;
         multiply(DOWN, &held.activation, &held.x, 1.0)
     }
 
@@ -385,7 +386,7 @@ impl Model {
         let norm = &block.input_layernorm;
         let args = [
             Arg::In(&held.x),
-            Arg::In(&norm.weight),
+            norm.plain_weight().map_or(Arg::None, Arg::In),
             weight(Q)?,
             bias(Q),
             weight(K)?,
@@ -431,7 +432,7 @@ impl Model {
         let norm = &block.post_attention_layernorm;
         let args = [
             Arg::In(&held.x),
-            Arg::In(&norm.weight),
+            norm.plain_weight().map_or(Arg::None, Arg::In),
             weight(GATE)?,
             weight(UP)?,
             gate.0,

@@ -5,7 +5,7 @@ use super::decoder::NUM_LINEARS;
 use super::kv_cache::KVCache;
 use super::step::Gradients;
 use crate::error::Result;
-use crate::ops::attention;
+use crate::ops::attention::{self, AttentionGradients};
 use crate::ops::fused::{self, Factors, Layer};
 use candle_core::Tensor;
 
@@ -15,8 +15,9 @@ impl Block {
         let dtype = x.dtype();
         let is_training = context.dropout_seed.is_some();
         x.device().is_metal()
-            && context.spans.has_tables()
-            && [&self.input_layernorm, &self.post_attention_layernorm].iter().all(|norm| norm.weight.dtype() == dtype)
+            && context.spans.has_tables(self.shape)
+            && context.rotation.is_of_whole_heads(self.shape.head_dim)
+            && [&self.input_layernorm, &self.post_attention_layernorm].iter().all(|norm| norm.is_plain_rms(dtype))
             && (0..NUM_LINEARS).all(|place| self.layer(context, place).is_plain(dtype, place <= V, is_training))
     }
 
@@ -46,9 +47,9 @@ impl Block {
         let attention = match cache {
             Some(cache) => {
                 cache.append(self.layer, &k, &v, context.spans)?;
-                attention::with_cache(self.shape, &q, cache.layer(self.layer), context.spans)?.into()
+                attention::with_cache(self.shape, None, &q, cache.layer(self.layer), context.spans)?.into()
             }
-            None => attention::forward(self.shape, &q, &k, &v, context.spans)?,
+            None => attention::forward(self.shape, None, &q, &k, &v, context.spans)?,
         };
 
         let o = self.layer(context, O);
@@ -100,10 +101,17 @@ impl Block {
         let (d_attention, dz_o) = fused::products_backward(&[o], &[&d_middle], true)?;
         let through = (o, dz_o[0].as_ref());
         let d_attention = made(d_attention)?;
-        let (dq, dk, dv) =
-            attention::backward_through(self.shape, (&q, &k, &v), &attention, context.spans, &d_attention, through)?;
+        let AttentionGradients { q: dq, k: dk, v: dv, .. } = attention::backward_through(
+            self.shape,
+            None,
+            (&q, &k, &v),
+            &attention,
+            context.spans,
+            &d_attention,
+            through,
+        )?;
         drop((q, k, v, d_attention));
-        let (dq, dk) = context.rotation.apply_to_both(dq, dk, true)?;
+        let (dq, dk) = context.rotation.apply_to_both(dq, dk, self.shape.head_dim, true)?;
         let layers = self.layers(context, [Q, K, V]);
         let (d_normed, dz_qkv) = fused::products_backward(&layers, &[&dq, &dk, &dv], wanted.input)?;
         let norm = &self.input_layernorm;

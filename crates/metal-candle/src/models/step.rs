@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::ops::fused::TermRoom;
 use crate::ops::head::{self, HeadWanted};
 use crate::ops::linear::LinearGradients;
+use crate::ops::norm::NormWanted;
 use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
@@ -366,9 +367,9 @@ impl Model {
         let _backward = span("backward", Kind::Group);
         let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
         let norm = self.norm_parameter();
-        let zeros = head::zeros_like(&stream)?.to_dtype(stream.dtype())?;
-        let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, zeros, wanted[norm])?;
-        gradients.parameters[norm] = d_norm;
+        let wanted_of_norm = NormWanted { weight: wanted[norm], bias: false };
+        let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, None, wanted_of_norm)?;
+        gradients.parameters[norm] = d_norm.weight;
         drop((stream, d_hidden));
         if let Some(terms) = terms.filter(|_| dx.device().is_metal()) {
             gradients.room = TermRoom::new(terms, self.embedding_number(), &dx)?;
@@ -405,20 +406,20 @@ impl Model {
     ) -> Result<()> {
         if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
             gradients.terms[self.embedding_number()] =
-                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx)?);
+                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx, 1.0)?);
         }
         let place = EMBEDDING_PARAMETER;
         if wanted[place] {
             // a tied head has left its part there
             let sum = gradients.parameters[place].take();
             let sum = sum.map_or_else(|| self.inner.embedding.zero_gradient(), Ok)?;
-            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum)?);
+            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum, 1.0)?);
         }
         if let Some(rows) = parameters.rows_of(place) {
             // a tied head has left its part here too
             let sum = gradients.rows.iter().position(|(found, _)| *found == place);
             let sum = sum.map(|index| gradients.rows.swap_remove(index).1);
-            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum)?));
+            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum, 1.0)?));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Causal attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
+//! Attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
 
 use super::attention_gpu;
 use super::fused::Layer;
@@ -8,7 +8,7 @@ pub(crate) use super::spans::{Cached, Spans};
 use crate::error::{Error, Result};
 use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};
-use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Span};
+use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Mask, Span};
 
 /// What the backward pass needs of the forward pass.
 #[derive(Debug)]
@@ -17,6 +17,16 @@ pub(crate) struct Saved {
     pub(crate) out: Tensor,
     /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; none in candle's operations.
     log_sums: Option<Tensor>,
+}
+
+#[allow(dead_code)] // for model families
+/// The gradients of an attention; that of the sinks is `[heads]`, f32, where there are sinks.
+#[derive(Debug)]
+pub(crate) struct AttentionGradients {
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) sinks: Option<Tensor>,
 }
 
 impl From<Tensor> for Saved {
@@ -33,19 +43,26 @@ impl Saved {
     }
 }
 
-/// Attention of each sequence over itself.
+/// Attention of each sequence over itself. `sinks` are a logit of each head that takes part in the softmax and has no value.
 ///
 /// # Shapes
-/// `q: [tokens, heads * head_dim]`, `k` and `v`: `[tokens, kv_heads * head_dim]`, result as `q`.
-pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans) -> Result<Saved> {
+/// `sinks: [heads]`, `q: [tokens, heads * head_dim]`, `k` and `v`: `[tokens, kv_heads * head_dim]`, result as `q`.
+pub(crate) fn forward(
+    shape: AttentionShape,
+    sinks: Option<&Tensor>,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    spans: &Spans,
+) -> Result<Saved> {
     let offsets = &spans.offsets;
-    if spans.tables.is_some() {
+    if sinks.is_none() && spans.has_tables(shape) {
         let _span = profile::span("attention", Kind::Attention);
         let (out, log_sums) = attention_gpu::forward(shape, (q, k, v), spans)?;
         return Ok(Saved { out, log_sums: Some(log_sums) });
     }
     if !on_cpu(q) {
-        return Ok(Saved { out: plain_forward(shape, q, k, v, offsets)?, log_sums: None });
+        return Ok(Saved { out: plain_forward(shape, sinks, q, k, v, offsets)?, log_sums: None });
     }
     let _span = profile::span("attention", Kind::Attention);
     let kv_width = shape.kv_heads * shape.head_dim;
@@ -56,6 +73,9 @@ pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor,
         num_keys: w[1] - w[0],
     };
     let spans: Vec<Span> = offsets.windows(2).map(span).collect();
+    let sinks = wide(sinks)?;
+    let sinks = sinks.as_ref().map(Host::new).transpose()?;
+    let sinks = sinks.as_ref().map(Host::f32).transpose()?;
     let (keys, values, queries) = (Host::new(k)?, Host::new(v)?, Host::new(q)?);
     let kv = KeyValues {
         keys: keys.matrix()?,
@@ -65,8 +85,13 @@ pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor,
     };
     let tokens = q.dim(0)?;
     let (mut out, mut log_sums) = (vec![0.0; q.elem_count()], vec![0.0; tokens * shape.heads]);
-    kernels::attention(shape, &spans, queries.f32()?, kv, &mut out, Some(&mut log_sums));
+    kernels::attention(shape, sinks, &spans, queries.f32()?, kv, &mut out, Some(&mut log_sums));
     Ok(Saved { out: tensor(out, q.shape())?, log_sums: Some(tensor(log_sums, (tokens, shape.heads))?) })
+}
+
+/// The sinks in f32.
+fn wide(sinks: Option<&Tensor>) -> Result<Option<Tensor>> {
+    Ok(sinks.map(|sinks| sinks.to_dtype(DType::F32)).transpose()?)
 }
 
 /// Attention of new queries over cached keys and values, which already hold the new tokens.
@@ -76,6 +101,7 @@ pub(crate) fn forward(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor,
 /// its slot holds.
 pub(crate) fn with_cache(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     q: &Tensor,
     (keys, values): (&Tensor, &Tensor),
     spans: &Spans,
@@ -84,12 +110,12 @@ pub(crate) fn with_cache(
         return Err(Error::argument("spans", "attention over a cache needs its slots"));
     };
     let offsets = &spans.offsets;
-    if spans.tables.is_some() && keys.dtype() == q.dtype() {
+    if sinks.is_none() && spans.has_tables(shape) && keys.dtype() == q.dtype() {
         let _span = profile::span("attention", Kind::Attention);
         return attention_gpu::with_cache(shape, q, (keys, values), spans);
     }
     if !on_cpu(q) {
-        return plain_with_cache(shape, q, (keys, values), offsets, slots, lengths);
+        return plain_with_cache(shape, sinks, q, (keys, values), offsets, slots, lengths);
     }
     let _span = profile::span("attention", Kind::Attention);
     let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
@@ -103,6 +129,9 @@ pub(crate) fn with_cache(
             num_keys: *length,
         })
         .collect();
+    let sinks = wide(sinks)?;
+    let sinks = sinks.as_ref().map(Host::new).transpose()?;
+    let sinks = sinks.as_ref().map(Host::f32).transpose()?;
     let (keys, values, queries) = (Host::new(keys)?, Host::new(values)?, Host::new(q)?);
     let kv = KeyValues {
         keys: keys.matrix()?,
@@ -111,49 +140,64 @@ pub(crate) fn with_cache(
         head_stride: max_seq_len * head_dim,
     };
     let mut out = vec![0.0; q.elem_count()];
-    kernels::attention(shape, &spans, queries.f32()?, kv, &mut out, None);
+    kernels::attention(shape, sinks, &spans, queries.f32()?, kv, &mut out, None);
     tensor(out, q.shape())
 }
 
-/// The gradients with respect to q, k and v.
+/// The gradients with respect to q, k, v and the sinks.
 pub(crate) fn backward(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     saved: &Saved,
     spans: &Spans,
     d_out: &Tensor,
-) -> Result<(Tensor, Tensor, Tensor)> {
+) -> Result<AttentionGradients> {
     let offsets = &spans.offsets;
-    if let (Some(log_sums), true) = (&saved.log_sums, spans.tables.is_some()) {
-        let _span = profile::span("attention", Kind::Attention);
-        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out, None);
-    }
     let Some(log_sums) = &saved.log_sums else {
-        return plain_backward(shape, (q, k, v), offsets, d_out);
+        return plain_backward(shape, sinks, (q, k, v), offsets, d_out);
     };
     let _span = profile::span("attention", Kind::Attention);
+    if spans.has_tables(shape) {
+        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out, None);
+    }
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.elem_count()], vec![0.0; k.elem_count()], vec![0.0; v.elem_count()]);
-    {
+    let sinks = wide(sinks)?;
+    let d_sinks = {
         let (q, k, v) = (Host::new(q)?, Host::new(k)?, Host::new(v)?);
         let (out, log_sums) = (Host::new(&saved.out)?, Host::new(log_sums)?);
         let saved =
             kernels::Saved { q: q.f32()?, k: k.f32()?, v: v.f32()?, out: out.f32()?, log_sums: log_sums.f32()? };
         let d_out = Host::new(d_out)?;
-        kernels::attention_backward(shape, offsets, saved, d_out.f32()?, (&mut dq, &mut dk, &mut dv));
-    }
-    Ok((tensor(dq, q.shape())?, tensor(dk, k.shape())?, tensor(dv, v.shape())?))
+        let d_out = d_out.f32()?;
+        kernels::attention_backward(shape, offsets, saved, d_out, (&mut dq, &mut dk, &mut dv));
+        let d_sinks = |sinks: &Tensor| {
+            let gradient = kernels::sink_gradient(shape, Host::new(sinks)?.f32()?, saved, d_out);
+            tensor(gradient, sinks.shape())
+        };
+        sinks.as_ref().map(d_sinks).transpose()?
+    };
+    Ok(AttentionGradients {
+        q: tensor(dq, q.shape())?,
+        k: tensor(dk, k.shape())?,
+        v: tensor(dv, v.shape())?,
+        sinks: d_sinks,
+    })
 }
 
 /// The same for kernels, behind which a layer has a term that `d_out`, in place, has yet to go through.
 pub(crate) fn backward_through(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     qkv: (&Tensor, &Tensor, &Tensor),
     saved: &Saved,
     spans: &Spans,
     d_out: &Tensor,
     (layer, dz): (Layer, Option<&Tensor>),
-) -> Result<(Tensor, Tensor, Tensor)> {
-    let Some(log_sums) = &saved.log_sums else { return backward(shape, qkv, saved, spans, d_out) };
+) -> Result<AttentionGradients> {
+    let (Some(log_sums), true) = (&saved.log_sums, spans.has_tables(shape) && sinks.is_none()) else {
+        return Err(Error::Unsupported(format!("the fused backward pass of {shape:?}")));
+    };
     let _span = profile::span("attention", Kind::Attention);
     let through = dz.map(|dz| (Arg::In(dz), layer.a()));
     attention_gpu::backward(shape, qkv, (&saved.out, log_sums), spans, d_out, through)
@@ -175,24 +219,53 @@ fn merge_heads(x: &Tensor, tokens: usize) -> Result<Tensor> {
     Ok(x.contiguous()?.reshape((tokens, kv_heads * group * head_dim))?)
 }
 
-/// `softmax(scale Q K^T)` with later keys hidden, f32: `[kv_heads, group * queries, keys]`.
-fn probabilities(scale: f32, q: &Tensor, k: &Tensor, queries: usize) -> Result<Tensor> {
+/// What the scores of a sequence become, f32: `[kv_heads, group * queries, keys]`, and `[.., .., 1]` of a sink.
+struct Probabilities {
+    of_keys: Tensor,
+    of_sink: Option<Tensor>,
+    /// The derivative of capped scores with respect to scaled ones.
+    cap_slope: Option<Tensor>,
+}
+
+/// The softmax of the scores of the last `queries` tokens of a sequence.
+fn probabilities(
+    shape: AttentionShape,
+    sinks: Option<&Tensor>,
+    q: &Tensor,
+    k: &Tensor,
+    queries: usize,
+) -> Result<Probabilities> {
     let keys = k.dim(1)?;
-    let scores = q.matmul(&k.t()?)?.to_dtype(DType::F32)?.affine(f64::from(scale), 0.0)?;
-    let scores = if queries > 1 {
-        let (kv_heads, rows, _) = scores.dims3()?;
-        let scores = scores.reshape((kv_heads, rows / queries, queries, keys))?;
-        let mask = causal_mask(queries, keys, q.device())?;
-        scores.broadcast_add(&mask)?.reshape((kv_heads, rows, keys))?
-    } else {
-        scores
+    let mut scores = q.matmul(&k.t()?)?.to_dtype(DType::F32)?.affine(f64::from(shape.scale), 0.0)?;
+    let (kv_heads, rows, _) = scores.dims3()?;
+    let mut cap_slope = None;
+    if let Some(cap) = shape.soft_cap.map(f64::from) {
+        let t = scores.affine(1.0 / cap, 0.0)?.tanh()?;
+        scores = t.affine(cap, 0.0)?;
+        cap_slope = Some(t.sqr()?.affine(-1.0, 1.0)?);
+    }
+    if queries > 1 || shape.mask != Mask::Causal {
+        let split = scores.reshape((kv_heads, rows / queries, queries, keys))?;
+        let mask = mask_of(shape.mask, queries, keys, q.device())?;
+        scores = split.broadcast_add(&mask)?.reshape((kv_heads, rows, keys))?;
+    }
+    let Some(sinks) = sinks else {
+        let of_keys = candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?;
+        return Ok(Probabilities { of_keys, of_sink: None, cap_slope });
     };
-    Ok(candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?)
+    let sinks = sinks.to_dtype(DType::F32)?.reshape((kv_heads, rows / queries, 1))?;
+    let sinks = sinks.broadcast_as((kv_heads, rows / queries, queries))?.contiguous()?.reshape((kv_heads, rows, 1))?;
+    let all = candle_nn::ops::softmax_last_dim(&Tensor::cat(&[scores, sinks], D::Minus1)?)?;
+    let of_keys = all.narrow(D::Minus1, 0, keys)?.contiguous()?;
+    Ok(Probabilities { of_keys, of_sink: Some(all.narrow(D::Minus1, keys, 1)?.contiguous()?), cap_slope })
 }
 
 /// 0 where query `i` of the last `queries` sees the key, else a large negative number: `[queries, keys]`.
-fn causal_mask(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
-    let hidden = |i: usize, j: usize| if j + queries > i + keys { -1e30 } else { 0.0 };
+fn mask_of(mask: Mask, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let hidden = |i: usize, j: usize| {
+        let position = i + keys - queries;
+        if (mask.first_key(position)..=position).contains(&j) { 0.0 } else { -1e30 }
+    };
     let mask: Vec<f32> = (0..queries).flat_map(|i| (0..keys).map(move |j| hidden(i, j))).collect();
     Ok(Tensor::from_vec(mask, (queries, keys), device)?)
 }
@@ -200,16 +273,17 @@ fn causal_mask(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
 /// One sequence at a time in candle's operations.
 pub(crate) fn plain_forward(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     offsets: &[usize],
 ) -> Result<Tensor> {
     let mut parts = Vec::new();
-    for w in offsets.windows(2) {
+    for w in offsets.windows(2).filter(|w| w[1] > w[0]) {
         let n = w[1] - w[0];
         let part = |x: &Tensor| split_heads(&x.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim);
-        let p = probabilities(shape.scale, &part(q)?, &part(k)?, n)?.to_dtype(v.dtype())?;
+        let p = probabilities(shape, sinks, &part(q)?, &part(k)?, n)?.of_keys.to_dtype(v.dtype())?;
         parts.push(merge_heads(&p.matmul(&part(v)?)?, n)?);
     }
     Ok(Tensor::cat(&parts, 0)?)
@@ -217,6 +291,7 @@ pub(crate) fn plain_forward(
 
 pub(crate) fn plain_with_cache(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     q: &Tensor,
     (keys, values): (&Tensor, &Tensor),
     offsets: &[usize],
@@ -229,32 +304,39 @@ pub(crate) fn plain_with_cache(
         let q = split_heads(&q.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim)?;
         // force_contiguous: a view with an offset is not safe in every kernel
         let cached = |x: &Tensor| x.get(*slot)?.narrow(1, 0, *length)?.force_contiguous()?.to_dtype(q.dtype());
-        let p = probabilities(shape.scale, &q, &cached(keys)?, n)?.to_dtype(q.dtype())?;
+        let p = probabilities(shape, sinks, &q, &cached(keys)?, n)?.of_keys.to_dtype(q.dtype())?;
         parts.push(merge_heads(&p.matmul(&cached(values)?)?, n)?);
     }
     Ok(Tensor::cat(&parts, 0)?)
 }
 
-/// The gradients, one sequence at a time in candle's operations; probabilities are computed anew.
+/// The gradients, one sequence at a time in candle's operations; probabilities are recomputed.
 pub(crate) fn plain_backward(
     shape: AttentionShape,
+    sinks: Option<&Tensor>,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     offsets: &[usize],
     d_out: &Tensor,
-) -> Result<(Tensor, Tensor, Tensor)> {
-    let (mut dqs, mut dks, mut dvs) = (Vec::new(), Vec::new(), Vec::new());
-    for w in offsets.windows(2) {
+) -> Result<AttentionGradients> {
+    let (mut dqs, mut dks, mut dvs, mut d_sinks) = (Vec::new(), Vec::new(), Vec::new(), None::<Tensor>);
+    for w in offsets.windows(2).filter(|w| w[1] > w[0]) {
         let n = w[1] - w[0];
         let part = |x: &Tensor| split_heads(&x.narrow(0, w[0], n)?, shape.kv_heads, shape.head_dim);
         let (q, k, v, d_out) = (part(q)?, part(k)?, part(v)?, part(d_out)?);
-        let p = probabilities(shape.scale, &q, &k, n)?;
+        let Probabilities { of_keys: p, of_sink, cap_slope } = probabilities(shape, sinks, &q, &k, n)?;
         let dp = d_out.matmul(&v.t()?)?.to_dtype(DType::F32)?;
         let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let ds = (dp.broadcast_sub(&delta)? * &p)?.affine(f64::from(shape.scale), 0.0)?.to_dtype(q.dtype())?;
+        let ds = (dp.broadcast_sub(&delta)? * &p)?.affine(f64::from(shape.scale), 0.0)?;
+        let ds = if let Some(slope) = cap_slope { (ds * slope)? } else { ds }.to_dtype(q.dtype())?;
+        if let Some(of_sink) = of_sink {
+            let of_heads = (of_sink * delta)?.neg()?.reshape((shape.heads, n))?.sum(1)?;
+            d_sinks = Some(if let Some(sum) = d_sinks { (sum + of_heads)? } else { of_heads });
+        }
         let p = p.to_dtype(q.dtype())?;
         dqs.push(merge_heads(&ds.matmul(&k)?, n)?);
         dks.push(merge_heads(&ds.t()?.contiguous()?.matmul(&q)?, n)?);
         dvs.push(merge_heads(&p.t()?.contiguous()?.matmul(&d_out)?, n)?);
     }
-    Ok((Tensor::cat(&dqs, 0)?, Tensor::cat(&dks, 0)?, Tensor::cat(&dvs, 0)?))
+    let all = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
+    Ok(AttentionGradients { q: all(dqs)?, k: all(dks)?, v: all(dvs)?, sinks: d_sinks })
 }

@@ -1,5 +1,6 @@
 //! Attention by the kernels of Metal and CUDA.
 
+use super::attention::AttentionGradients;
 use super::fused::TERM_ROWS;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::spans::{Spans, Tables, is_for_tensor_cores};
@@ -39,7 +40,7 @@ pub(super) fn forward(
 ) -> Result<(Tensor, Tensor)> {
     let out = gpu::empty(q.shape(), q)?;
     let log_sums = gpu::empty_f32((q.dim(0)?, shape.heads), q)?;
-    match spans.tables.as_ref().ok_or_else(missing)? {
+    match spans.tables(shape).ok_or_else(missing)? {
         Tables::Portable { queries, .. } => {
             let args = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::In(queries), Arg::Out(&out), Arg::Out(&log_sums)];
             let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);
@@ -67,7 +68,7 @@ pub(super) fn with_cache(
 ) -> Result<Tensor> {
     let out = gpu::empty(q.shape(), q)?;
     let max_seq_len = keys.dim(2)?;
-    match spans.tables.as_ref().ok_or_else(missing)? {
+    match spans.tables(shape).ok_or_else(missing)? {
         Tables::Portable { queries, .. } => {
             let args = [Arg::In(q), Arg::In(keys), Arg::In(values), Arg::In(queries), Arg::Out(&out), Arg::None];
             let grid = Grid::plane((queries.elem_count() / 4, shape.heads), THREADS);
@@ -139,12 +140,12 @@ pub(super) fn backward(
     spans: &Spans,
     d_out: &Tensor,
     through: Option<(Arg, Arg)>,
-) -> Result<(Tensor, Tensor, Tensor)> {
+) -> Result<AttentionGradients> {
     let (dq, dk, dv) = (gpu::empty(q.shape(), q)?, gpu::empty(k.shape(), k)?, gpu::empty(v.shape(), v)?);
     let rows = q.dim(0)? * shape.heads;
     let delta = gpu::empty_f32(rows, q)?;
     let read = [q, k, v, d_out, log_sums, &delta].map(Arg::In);
-    match spans.tables.as_ref().ok_or_else(missing)? {
+    match spans.tables(shape).ok_or_else(missing)? {
         Tables::Portable { queries, keys, .. } => {
             let keys = keys.as_ref().ok_or_else(missing)?;
             let (dz, a) = through.unwrap_or((Arg::None, Arg::None));
@@ -178,5 +179,5 @@ pub(super) fn backward(
             keys_and_values_backward(shape, read, (offsets, keys), (&dk, &dv))?;
         }
     }
-    Ok((dq, dk, dv))
+    Ok(AttentionGradients { q: dq, k: dk, v: dv, sinks: None })
 }

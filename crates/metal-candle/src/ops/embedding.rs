@@ -9,11 +9,26 @@ use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
 use std::collections::HashMap;
 
-/// The rows of the embedding `weight: [vocab, hidden]` with these ids, in `dtype`: `[tokens, hidden]`.
+/// The rows of the embedding `weight: [vocab, hidden]` with these ids times `scale`, in `dtype`: `[tokens, hidden]`.
 ///
 /// A term adds `scale * B A[:, id]` with A `[rank, vocab]` and B `[hidden, rank]`. Its magnitudes are those of the columns, as in
 /// PEFT.
-pub(crate) fn forward(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
+pub(crate) fn forward(
+    weight: &Weight,
+    term: Option<&LowRank>,
+    ids: &[u32],
+    dtype: DType,
+    scale: f32,
+) -> Result<Tensor> {
+    scaled(unscaled(weight, term, ids, dtype)?, scale)
+}
+
+fn scaled(x: Tensor, scale: f32) -> Result<Tensor> {
+    let is_one = scale.to_bits() == 1f32.to_bits();
+    if is_one { Ok(x) } else { Ok(x.affine(f64::from(scale), 0.0)?) }
+}
+
+fn unscaled(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
     let vocab = weight.dims2()?.0;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::argument("ids", format!("token id {id} is not below the vocabulary's {vocab}")));
@@ -43,23 +58,23 @@ fn columns(a: &Tensor, ids: &Tensor) -> Result<Tensor> {
 }
 
 /// The gradient of [`forward`] with respect to the weight is added to `dw: [vocab, hidden]`, f32, in place on the CPU.
-pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor) -> Result<Tensor> {
+pub(crate) fn backward(ids: &[u32], dx: &Tensor, dw: Tensor, scale: f32) -> Result<Tensor> {
     if !on_cpu(dx) {
         let ids = Tensor::new(ids, dx.device())?;
-        return Ok(dw.index_add(&ids, &dx.to_dtype(DType::F32)?, 0)?);
+        return Ok(dw.index_add(&ids, &scaled(dx.to_dtype(DType::F32)?, scale)?, 0)?);
     }
     let width = dx.dim(1)?;
     let dx = Host::new(dx)?;
     let dx = dx.f32()?;
     edit(dw, |dw| {
         for (id, dx) in ids.iter().zip(dx.chunks_exact(width)) {
-            kernels::add_scaled(1.0, dx, &mut dw[*id as usize * width..][..width]);
+            kernels::add_scaled(scale, dx, &mut dw[*id as usize * width..][..width]);
         }
     })
 }
 
 /// The gradient of [`forward`] with respect to the rows of the weight with the ids `rows`, plus `sum: [rows, hidden]`, f32.
-pub(crate) fn rows_backward(ids: &[u32], dx: &Tensor, rows: &[u32], sum: Option<Tensor>) -> Result<Tensor> {
+pub(crate) fn rows_backward(ids: &[u32], dx: &Tensor, rows: &[u32], sum: Option<Tensor>, scale: f32) -> Result<Tensor> {
     let numbers: HashMap<u32, u32> = rows.iter().zip(0..).map(|(id, number)| (*id, number)).collect();
     let (mut places, mut found) = (Vec::new(), Vec::new());
     for (place, id) in (0_u32..).zip(ids) {
@@ -75,11 +90,18 @@ pub(crate) fn rows_backward(ids: &[u32], dx: &Tensor, rows: &[u32], sum: Option<
     if places.is_empty() {
         return Ok(sum);
     }
-    backward(&found, &dx.index_select(&Tensor::new(places, dx.device())?, 0)?, sum)
+    backward(&found, &dx.index_select(&Tensor::new(places, dx.device())?, 0)?, sum, scale)
 }
 
 /// The gradients of [`forward`] with respect to A, B and the magnitudes of its term.
-pub(crate) fn term_backward(weight: &Weight, term: &LowRank, ids: &[u32], dx: &Tensor) -> Result<TermGradients> {
+pub(crate) fn term_backward(
+    weight: &Weight,
+    term: &LowRank,
+    ids: &[u32],
+    dx: &Tensor,
+    scale: f32,
+) -> Result<TermGradients> {
+    let dx = &scaled(dx.clone(), scale)?;
     let indices = Tensor::new(ids, dx.device())?;
     let Some(magnitude) = &term.magnitude else { return matrices_backward(term, &indices, dx) };
     let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;

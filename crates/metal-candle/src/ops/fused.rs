@@ -4,7 +4,7 @@
 use super::gpu::{self, Arg, Grid, Kernel, ROW_THREADS, Source, Word};
 use super::linear::{Linear, TermGradients};
 use super::low_rank::{LowRank, LowRankTerms};
-use super::rms_norm::RmsNorm;
+use super::norm::Norm;
 use super::rotary::Rotation;
 use crate::error::Result;
 use crate::profile::{Kind, span};
@@ -241,7 +241,7 @@ pub(crate) fn finish_stream(
     y: Tensor,
     layer: Layer,
     z: Option<&Tensor>,
-    norm: Option<&RmsNorm>,
+    norm: Option<&Norm>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let _span = span("rms_norm", Kind::Elementwise);
     let (tokens, width) = y.dims2()?;
@@ -249,7 +249,7 @@ pub(crate) fn finish_stream(
     let args = [
         Arg::In(residual),
         Arg::Out(&y),
-        read(norm.map(|norm| &norm.weight)),
+        read(norm.and_then(Norm::plain_weight)),
         written(normed.as_ref()),
         read(z),
         layer.b(),
@@ -265,7 +265,7 @@ pub(crate) fn finish_stream(
 /// Back through the norm of `x` in front of layers: the gradient with respect to `x`, added to `before`, and the norm's output
 /// again; from the gradient of that output without the layers' terms.
 pub(crate) fn finish_norm_backward(
-    norm: &RmsNorm,
+    norm: &Norm,
     x: &Tensor,
     d_normed: Tensor,
     before: &Tensor,
@@ -275,7 +275,8 @@ pub(crate) fn finish_norm_backward(
     let _span = span("rms_norm", Kind::Elementwise);
     let (tokens, width) = x.dims2()?;
     let normed = gpu::empty((tokens, width), x)?;
-    let mut args = vec![Arg::In(x), Arg::In(&norm.weight), Arg::Out(&d_normed), Arg::In(before), Arg::Out(&normed)];
+    let weight = read(norm.plain_weight());
+    let mut args = vec![Arg::In(x), weight, Arg::Out(&d_normed), Arg::In(before), Arg::Out(&normed)];
     args.extend(each(dzs.iter().map(|dz| read(dz.as_ref()))));
     args.extend(each(layers.iter().map(Layer::a)));
     let mut words: Vec<Word> = vec![tokens.into(), width.into(), (norm.eps as f32).into()];

@@ -1,19 +1,39 @@
 //! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
-use super::host::{on_cpu, tensor};
+use super::host::on_cpu;
 use super::linear::{Linear, LinearGradients, Wanted, add_outer};
 use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Device, Tensor};
-use metal_candle_kernels::{self as kernels, Row};
+use metal_candle_kernels::{self as kernels, LogitForm, Row};
 
 /// Most logits held at a time on the CPU: with what their products pack less than 100 MB.
 const CHUNK: usize = 78_000_000 / 4;
 /// The same on Metal and on CUDA, whose products want many rows.
 const CHUNK_METAL: usize = 1 << 26;
 const CHUNK_CUDA: usize = 1 << 28;
+
+/// The output head: logits are the products of its layer times `scale`, and below the cap if there is one.
+#[derive(Debug, Clone)]
+pub(crate) struct Head {
+    pub(crate) linear: Linear,
+    pub(crate) scale: f32,
+    /// Scaled products `y` become `c * tanh(y / c)`.
+    pub(crate) soft_cap: Option<f32>,
+}
+
+impl Head {
+    /// A head whose logits are the products themselves.
+    pub(crate) fn new(linear: Linear) -> Self {
+        Self { linear, scale: 1.0, soft_cap: None }
+    }
+
+    fn form(&self) -> LogitForm {
+        LogitForm { scale: self.scale, soft_cap: self.soft_cap }
+    }
+}
 
 /// What [`loss`] returns.
 #[derive(Debug)]
@@ -58,13 +78,14 @@ pub(crate) struct HeadWanted<'a> {
 /// `hidden: [rows, hidden]`, the head's weight `[vocab, hidden]`.
 pub(crate) fn loss(
     hidden: &Tensor,
-    head: &Linear,
+    head: &Head,
     term: Option<&LowRank>,
     dropout_seed: Option<u64>,
     rows: &[Row],
     smoothing: f32,
     wanted: Option<HeadWanted<'_>>,
 ) -> Result<HeadLoss> {
+    let (form, head) = (head.form(), &head.linear);
     let vocab = head.weight.dims2()?.0;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
         let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
@@ -90,14 +111,14 @@ pub(crate) fn loss(
         let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
         let logits = head.forward(&hidden, term, seed, None)?;
         let scale = wanted.map(|w| w.scale);
-        let gradient = if gpu::has_kernels(&logits) {
+        let gradient = if gpu::has_kernels(&logits) && form.is_plain() {
             losses_on_device.push(gpu_cross_entropy(&logits, rows, smoothing, scale)?);
             wanted.map(|_| logits)
         } else {
             let (losses, gradient) = if on_cpu(&logits) {
-                cross_entropy(logits, rows, smoothing, scale)?
+                cross_entropy(logits, form, rows, smoothing, scale)?
             } else {
-                plain_cross_entropy(&logits, rows, smoothing, scale)?
+                plain_cross_entropy(&logits, form, rows, smoothing, scale)?
             };
             result.rows.extend(losses);
             gradient
@@ -160,6 +181,7 @@ fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Optio
 /// The losses, and the gradient in place of the logits.
 fn cross_entropy(
     logits: Tensor,
+    form: LogitForm,
     rows: &[Row],
     smoothing: f32,
     scale: Option<f32>,
@@ -167,8 +189,8 @@ fn cross_entropy(
     let _span = span("cross_entropy", Kind::Elementwise);
     let losses = std::cell::RefCell::new(vec![0.0; rows.len()]);
     let logits = super::host::edit(logits, |logits| match scale {
-        Some(scale) => kernels::cross_entropy_backward(logits, rows, smoothing, scale, &mut losses.borrow_mut()),
-        None => kernels::cross_entropy(logits, rows, smoothing, &mut losses.borrow_mut()),
+        Some(scale) => kernels::cross_entropy_backward(logits, form, rows, smoothing, scale, &mut losses.borrow_mut()),
+        None => kernels::cross_entropy(logits, form, rows, smoothing, &mut losses.borrow_mut()),
     })?;
     Ok((losses.into_inner(), scale.map(|_| logits)))
 }
@@ -176,6 +198,7 @@ fn cross_entropy(
 /// Losses and gradient in candle's operations, f32 inside.
 pub(crate) fn plain_cross_entropy(
     logits: &Tensor,
+    form: LogitForm,
     rows: &[Row],
     smoothing: f32,
     scale: Option<f32>,
@@ -185,7 +208,7 @@ pub(crate) fn plain_cross_entropy(
     let targets: Vec<u32> = rows.iter().map(|row| row.target as u32).collect();
     let targets = Tensor::from_vec(targets, (count, 1), device)?;
     let weights = Tensor::from_vec(rows.iter().map(|row| row.weight).collect::<Vec<_>>(), (count, 1), device)?;
-    let logits = logits.to_dtype(DType::F32)?.contiguous()?;
+    let (logits, slope) = plain_form(&logits.to_dtype(DType::F32)?.contiguous()?, form)?;
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
     let exponentials = shifted.exp()?;
     let sums = exponentials.sum_keepdim(D::Minus1)?;
@@ -202,20 +225,36 @@ pub(crate) fn plain_cross_entropy(
     let gradient = exponentials.broadcast_div(&sums)?.affine(1.0, -smoothing / vocab as f64)?;
     let gradient = gradient.scatter_add(&targets, &ones, D::Minus1)?;
     let gradient = gradient.broadcast_mul(&weights.affine(f64::from(scale), 0.0)?)?;
+    let gradient = if let Some(slope) = slope { (gradient * slope)? } else { gradient };
     Ok((losses, Some(gradient.to_dtype(dtype)?)))
 }
 
-/// The logits of `hidden` in f32: `[rows, vocab]`.
-pub(crate) fn logits(hidden: &Tensor, head: &Linear, term: Option<&LowRank>) -> Result<Tensor> {
-    Ok(head.forward(hidden, term, None, None)?.to_dtype(DType::F32)?)
+/// Logits of the products of a head, f32, and their derivative with respect to these unless it is 1.
+fn plain_form(products: &Tensor, form: LogitForm) -> Result<(Tensor, Option<Tensor>)> {
+    if form.is_plain() {
+        return Ok((products.clone(), None));
+    }
+    let scaled = products.affine(f64::from(form.scale), 0.0)?;
+    let Some(cap) = form.soft_cap.map(f64::from) else {
+        let slope = Tensor::full(form.scale, products.shape(), products.device())?;
+        return Ok((scaled, Some(slope)));
+    };
+    let t = scaled.affine(1.0 / cap, 0.0)?.tanh()?;
+    let slope = t.sqr()?.affine(-f64::from(form.scale), f64::from(form.scale))?;
+    Ok((t.affine(cap, 0.0)?, Some(slope)))
 }
 
-/// A zero gradient of a weight of this shape, f32.
-pub(crate) fn zeros_like(weight: &Tensor) -> Result<Tensor> {
-    if weight.device().is_cpu() {
-        return tensor(vec![0.0; weight.elem_count()], weight.shape());
+/// The logits of `hidden` in f32: `[rows, vocab]`.
+pub(crate) fn logits(hidden: &Tensor, head: &Head, term: Option<&LowRank>) -> Result<Tensor> {
+    let (form, products) = (head.form(), head.linear.forward(hidden, term, None, None)?);
+    let products = products.to_dtype(DType::F32)?;
+    if form.is_plain() {
+        return Ok(products);
     }
-    Ok(Tensor::zeros(weight.shape(), DType::F32, weight.device())?)
+    if on_cpu(&products) {
+        return super::host::edit(products, |products| form.apply(products));
+    }
+    Ok(plain_form(&products, form)?.0)
 }
 
 /// Rows to these places, in rising order, among `count` rows, the others of which are 0.

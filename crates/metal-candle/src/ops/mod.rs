@@ -4,6 +4,7 @@
 //! `metal-candle-kernels`; the `plain_*` functions are the same in candle's operations on detached tensors, which is the
 //! reference in tests, and what runs where there is no kernel.
 
+pub(crate) mod activation;
 pub(crate) mod adam;
 pub(crate) mod attention;
 mod attention_gpu;
@@ -19,10 +20,10 @@ pub(crate) mod head;
 mod host;
 pub(crate) mod linear;
 mod low_rank;
-pub(crate) mod rms_norm;
+pub(crate) mod norm;
 pub(crate) mod rotary;
+mod rotary_scaling;
 mod spans;
-pub(crate) mod swiglu;
 #[cfg(test)]
 mod tests;
 mod weight;

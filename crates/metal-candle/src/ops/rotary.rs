@@ -1,93 +1,168 @@
-//! Rotary position embedding (<https://arxiv.org/abs/2104.09864>), halves rotated against each other.
+//! Rotary position embedding (<https://arxiv.org/abs/2104.09864>) of the first elements of each head.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu};
+pub(crate) use super::rotary_scaling::{RotaryScaling, RotarySpec};
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, Device, Tensor};
 use metal_candle_kernels as kernels;
+pub(crate) use metal_candle_kernels::Pairs;
 use std::sync::{Arc, RwLock};
 
-/// Cosines and sines of all positions met so far; it grows with the longest.
+/// Cosines and sines of a layer's positions, for sequences of any length.
 #[derive(Debug)]
 pub(crate) struct RotaryTable {
-    frequencies: Vec<f32>,
+    spec: RotarySpec,
+    /// For sequences up to `spec.fixed_until()`, or for all.
+    short: Frequencies,
+    /// For longer ones, where all of them share frequencies.
+    long: Option<Frequencies>,
+}
+
+/// The frequencies of each pair, and cosines and sines of the positions met so far; they grow with the longest.
+#[derive(Debug)]
+struct Frequencies {
+    of_pairs: Vec<f32>,
+    /// The factor on cosines and sines.
+    factor: f32,
     rows: RwLock<Arc<Rows>>,
 }
 
-/// `[positions, head_dim / 2]` each.
+/// `[positions, dim / 2]` each.
 #[derive(Debug, Default)]
 struct Rows {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-/// The cosines and sines of a batch: `[tokens, head_dim / 2]`, f32 where there are kernels, else in the dtype of the activations.
+/// The cosines and sines of a batch: `[tokens, dim / 2]`, f32 where there are kernels, else in the dtype of the activations.
 #[derive(Debug, Clone)]
 pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,
+    pairs: Pairs,
 }
 
-impl RotaryTable {
-    /// Frequencies `theta^(-2 i / head_dim)`, rounded to f32 as the reference implementation does.
-    pub(crate) fn new(head_dim: usize, theta: f64) -> Self {
-        let frequency = |i: usize| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            1.0 / (theta.powf(f64::from(exponent)) as f32)
-        };
-        Self { frequencies: (0..head_dim / 2).map(frequency).collect(), rows: RwLock::default() }
+impl Frequencies {
+    fn new(spec: &RotarySpec, length: usize) -> Self {
+        let factor = spec.attention_factor() as f32;
+        Self { of_pairs: spec.frequencies(length), factor, rows: RwLock::default() }
     }
 
-    /// The rows of these positions, like `like` in device and dtype.
-    pub(crate) fn rotation(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
-        let half = self.frequencies.len();
-        let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        let rows = self.rows(longest)?;
-        let gather = |table: &[f32]| {
-            let mut values = Vec::with_capacity(positions.len() * half);
-            for &position in positions {
-                values.extend_from_slice(&table[position as usize * half..][..half]);
-            }
-            let rows = Tensor::from_vec(values, (positions.len(), half), like.device())?;
-            if gpu::has_kernels(like) { Ok(rows) } else { rows.to_dtype(like.dtype()) }
-        };
-        Ok(Rotation { cos: gather(&rows.cos)?, sin: gather(&rows.sin)? })
-    }
-
-    /// Cosines and sines of the first `positions`, `[positions, head_dim / 2]` each, in f32.
-    pub(crate) fn on_device(&self, positions: usize, device: &Device) -> Result<(Tensor, Tensor)> {
-        let (rows, half) = (self.rows(positions)?, self.frequencies.len());
-        let part = |table: &[f32]| Tensor::from_slice(&table[..positions * half], (positions, half), device);
-        Ok((part(&rows.cos)?, part(&rows.sin)?))
+    /// Cosine and sine of each pair at a position.
+    fn at(&self, position: usize) -> impl Iterator<Item = (f32, f32)> {
+        self.of_pairs.iter().map(move |frequency| {
+            let angle = f64::from(position as f32 * frequency);
+            (angle.cos() as f32 * self.factor, angle.sin() as f32 * self.factor)
+        })
     }
 
     fn rows(&self, positions: usize) -> Result<Arc<Rows>> {
-        let half = self.frequencies.len();
+        let half = self.of_pairs.len();
         let poisoned = || Error::Device("the rotary table is unusable after a panic".into());
         let rows = Arc::clone(&*self.rows.read().map_err(|_| poisoned())?);
         if rows.cos.len() >= positions * half {
             return Ok(rows);
         }
         let positions = positions.next_power_of_two().max(64);
-        let angles = (0..positions).flat_map(|p| self.frequencies.iter().map(move |f| f64::from(p as f32 * f)));
-        let (sin, cos) = angles.map(|angle| (angle.sin() as f32, angle.cos() as f32)).unzip();
+        let (cos, sin) = (0..positions).flat_map(|position| self.at(position)).unzip();
         let rows = Arc::new(Rows { cos, sin });
         *self.rows.write().map_err(|_| poisoned())? = Arc::clone(&rows);
         Ok(rows)
     }
 }
 
+impl RotaryTable {
+    /// # Errors
+    /// A number of the embedding is out of its range.
+    pub(crate) fn new(spec: &RotarySpec) -> Result<Self> {
+        spec.check()?;
+        let is_long = matches!(spec.scaling, RotaryScaling::LongRope { .. });
+        Ok(Self {
+            spec: spec.clone(),
+            short: Frequencies::new(spec, 1),
+            long: is_long.then(|| Frequencies::new(spec, usize::MAX)),
+        })
+    }
+
+    /// Whether sequences of up to `positions` tokens all have the same table.
+    pub(crate) fn is_fixed(&self, positions: usize) -> bool {
+        self.spec.fixed_until().is_none_or(|until| positions <= until)
+    }
+
+    /// The rows of the tokens at `positions`, like `like` in device and dtype. Sequence `i` of the batch is
+    /// `offsets[i]..offsets[i + 1]`; where frequencies depend on the length, each sequence's follow from its last position.
+    pub(crate) fn rotation(&self, positions: &[u32], offsets: &[usize], like: &Tensor) -> Result<Rotation> {
+        if offsets.first() != Some(&0) || offsets.last() != Some(&positions.len()) || !offsets.is_sorted() {
+            let message = format!("expected offsets from 0 to the number of positions, {}", positions.len());
+            return Err(Error::argument("offsets", message));
+        }
+        let half = self.spec.dim / 2;
+        let room = positions.len() * half;
+        let (mut cos, mut sin) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        for sequence in offsets.windows(2).map(|window| &positions[window[0]..window[1]]) {
+            let length = sequence.iter().max().map_or(0, |&last| last as usize + 1);
+            let frequencies = if self.is_fixed(length) { Some(&self.short) } else { self.long.as_ref() };
+            if let Some(frequencies) = frequencies {
+                let rows = frequencies.rows(length)?;
+                for &position in sequence {
+                    let at = position as usize * half;
+                    cos.extend_from_slice(&rows.cos[at..][..half]);
+                    sin.extend_from_slice(&rows.sin[at..][..half]);
+                }
+            } else {
+                let frequencies = Frequencies::new(&self.spec, length);
+                for (c, s) in sequence.iter().flat_map(|&position| frequencies.at(position as usize)) {
+                    cos.push(c);
+                    sin.push(s);
+                }
+            }
+        }
+        let on_device = |values: Vec<f32>| {
+            let rows = Tensor::from_vec(values, (positions.len(), half), like.device())?;
+            if gpu::has_kernels(like) { Ok(rows) } else { rows.to_dtype(like.dtype()) }
+        };
+        Ok(Rotation { cos: on_device(cos)?, sin: on_device(sin)?, pairs: self.spec.pairs })
+    }
+
+    /// Cosines and sines of the first `positions`, `[positions, dim / 2]` each, in f32.
+    ///
+    /// # Errors
+    /// They depend on the length of a sequence: [`RotaryTable::is_fixed`] is false.
+    pub(crate) fn on_device(&self, positions: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+        if !self.is_fixed(positions) {
+            let message =
+                format!("one rotary table for sequences of up to {positions} tokens with {:?}", self.spec.scaling);
+            return Err(Error::Unsupported(message));
+        }
+        let (rows, half) = (self.short.rows(positions)?, self.spec.dim / 2);
+        let part = |table: &[f32]| Tensor::from_slice(&table[..positions * half], (positions, half), device);
+        Ok((part(&rows.cos)?, part(&rows.sin)?))
+    }
+}
+
 impl Rotation {
-    /// Cosines and sines: `[tokens, head_dim / 2]` each.
+    /// Cosines and sines: `[tokens, dim / 2]` each.
     pub(super) fn tables(&self) -> (&Tensor, &Tensor) {
         (&self.cos, &self.sin)
     }
 
-    /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` back, which is the gradient.
-    pub(crate) fn apply_to_both(&self, q: Tensor, k: Tensor, inverse: bool) -> Result<(Tensor, Tensor)> {
-        if !gpu::has_kernels(&q) {
-            return Ok((self.apply(q, inverse)?, self.apply(k, inverse)?));
+    /// Whether it rotates all of a head, halves against each other.
+    pub(crate) fn is_of_whole_heads(&self, head_dim: usize) -> bool {
+        self.pairs == Pairs::Halves && self.cos.dims().last().is_some_and(|half| 2 * half == head_dim)
+    }
+
+    /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` the other way, which is the gradient.
+    pub(crate) fn apply_to_both(
+        &self,
+        q: Tensor,
+        k: Tensor,
+        head_dim: usize,
+        inverse: bool,
+    ) -> Result<(Tensor, Tensor)> {
+        if !gpu::has_kernels(&q) || !self.is_of_whole_heads(head_dim) {
+            return Ok((self.apply(q, head_dim, inverse)?, self.apply(k, head_dim, inverse)?));
         }
         let _span = span("rotary", Kind::Elementwise);
         let half = self.cos.dim(1)?;
@@ -101,30 +176,67 @@ impl Rotation {
         Ok((q, k))
     }
 
-    /// Rotates `x: [tokens, heads * head_dim]` in place; with `inverse` back, which is the gradient.
-    pub(super) fn apply(&self, x: Tensor, inverse: bool) -> Result<Tensor> {
+    /// Rotates `x: [tokens, heads * head_dim]` in place; with `inverse` the other way, which is the gradient.
+    pub(crate) fn apply(&self, x: Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
+        let ((tokens, half), (x_tokens, width)) = (self.cos.dims2()?, x.dims2()?);
+        if tokens != x_tokens || head_dim == 0 || !width.is_multiple_of(head_dim) || 2 * half > head_dim {
+            let message = format!(
+                "a rotation of {tokens} tokens and {} elements does not fit {x_tokens} tokens, {width} wide, with heads of {head_dim}",
+                2 * half
+            );
+            return Err(Error::argument("x", message));
+        }
         if !on_cpu(&x) {
-            return self.plain(&x, inverse);
+            return self.plain(&x, head_dim, inverse);
         }
         let _span = span("rotary", Kind::Elementwise);
-        let head_dim = 2 * self.cos.dim(1)?;
-        let heads = x.dim(1)? / head_dim;
         let (cos, sin) = (Host::new(&self.cos)?, Host::new(&self.sin)?);
         let (cos, sin) = (cos.f32()?, sin.f32()?);
-        edit(x, |x| kernels::rotary(x, (heads, head_dim), cos, sin, inverse))
+        edit(x, |x| kernels::rotary(x, (width / head_dim, head_dim), (cos, sin, half), self.pairs, inverse))
     }
 
     /// The rotation in candle's operations.
-    pub(crate) fn plain(&self, x: &Tensor, inverse: bool) -> Result<Tensor> {
+    pub(crate) fn plain(&self, x: &Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
         let (tokens, width) = x.dims2()?;
         let half = self.cos.dim(1)?;
-        let like = x.dtype();
-        let x = x.reshape((tokens, width / (2 * half), 2 * half))?.to_dtype(self.cos.dtype())?;
-        let (first, second) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+        let (like, heads) = (x.dtype(), width / head_dim);
+        let x = x.reshape((tokens, heads, head_dim))?.to_dtype(self.cos.dtype())?;
+        let rotated = x.narrow(D::Minus1, 0, 2 * half)?;
+        let (first, second) = match self.pairs {
+            Pairs::Halves => (rotated.narrow(D::Minus1, 0, half)?, rotated.narrow(D::Minus1, half, half)?),
+            Pairs::Adjacent => {
+                let pairs = rotated.contiguous()?.reshape((tokens, heads, half, 2))?;
+                let of_pair = |i| pairs.narrow(D::Minus1, i, 1)?.squeeze(D::Minus1);
+                (of_pair(0)?, of_pair(1)?)
+            }
+        };
         let cos = self.cos.unsqueeze(1)?;
         let sin = if inverse { self.sin.neg()? } else { self.sin.clone() }.unsqueeze(1)?;
         let a = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
         let b = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-        Ok(Tensor::cat(&[a, b], D::Minus1)?.reshape((tokens, width))?.to_dtype(like)?)
+        let rotated = match self.pairs {
+            Pairs::Halves => Tensor::cat(&[a, b], D::Minus1)?,
+            Pairs::Adjacent => Tensor::stack(&[a, b], D::Minus1)?.reshape((tokens, heads, 2 * half))?,
+        };
+        let rest = head_dim - 2 * half;
+        let x =
+            if rest == 0 { rotated } else { Tensor::cat(&[rotated, x.narrow(D::Minus1, 2 * half, rest)?], D::Minus1)? };
+        Ok(x.reshape((tokens, width))?.to_dtype(like)?)
     }
+}
+
+#[allow(dead_code)] // for model families
+/// `x: [tokens, width]` with row `i` multiplied by `factors[i]`, f32; in place on the CPU.
+pub(crate) fn scale_rows(x: Tensor, factors: &Tensor) -> Result<Tensor> {
+    if !on_cpu(&x) {
+        let factors = factors.to_dtype(x.dtype())?.reshape(((), 1))?;
+        return Ok(x.broadcast_mul(&factors)?);
+    }
+    let _span = span("scale_rows", Kind::Elementwise);
+    if factors.elem_count() != x.dim(0)? {
+        return Err(Error::argument("factors", format!("expected {}, found {}", x.dim(0)?, factors.elem_count())));
+    }
+    let factors = Host::new(factors)?;
+    let factors = factors.f32()?;
+    edit(x, |x| kernels::scale_rows(x, factors))
 }

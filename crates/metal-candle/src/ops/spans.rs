@@ -1,16 +1,33 @@
 //! Where the sequences of a batch are, for attention: on the CPU as numbers, for kernels as tables on their device.
 
 use super::gpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use metal_candle_kernels::AttentionShape;
+use metal_candle_kernels::{AttentionShape, Mask};
 
 /// The sequences of a batch: `offsets[i]..offsets[i + 1]`.
 #[derive(Debug)]
 pub(crate) struct Spans {
     pub(super) offsets: Vec<usize>,
     pub(super) cached: Option<Cached>,
-    pub(super) tables: Option<Tables>,
+    /// Of each kind of attention among the layers.
+    tables: Vec<(TableKey, Tables)>,
+    /// The cache's slot and position of each token.
+    places: Option<Tensor>,
+}
+
+/// What tables depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct TableKey {
+    kv_heads: usize,
+    head_dim: usize,
+    mask: Mask,
+}
+
+impl TableKey {
+    fn new(shape: AttentionShape) -> Self {
+        Self { kv_heads: shape.kv_heads, head_dim: shape.head_dim, mask: shape.mask }
+    }
 }
 
 /// Where the sequences' keys and values are in a cache.
@@ -27,16 +44,10 @@ pub(crate) struct Cached {
 /// What kernels read; see `attention.metal` and `attention.cu`.
 #[derive(Debug)]
 pub(super) enum Tables {
-    /// Tiles of queries and of keys, four words each, and the cache's slot and position of each token.
-    Portable { queries: Tensor, keys: Option<Tensor>, places: Option<Tensor> },
-    /// The offsets, tiles of queries and of keys (sequence and number in it), slots and lengths, and places.
-    TensorCore {
-        offsets: Tensor,
-        queries: Tensor,
-        keys: Option<Tensor>,
-        slots_and_lengths: Option<(Tensor, Tensor)>,
-        places: Option<Tensor>,
-    },
+    /// Tiles of queries and of keys, four words each.
+    Portable { queries: Tensor, keys: Option<Tensor> },
+    /// The offsets, tiles of queries and of keys (sequence and number in it), and slots and lengths.
+    TensorCore { offsets: Tensor, queries: Tensor, keys: Option<Tensor>, slots_and_lengths: Option<(Tensor, Tensor)> },
 }
 
 /// The widest head that kernels take.
@@ -50,27 +61,59 @@ fn rows_of_tile(head_dim: usize) -> usize {
 /// Queries and keys of a tile of `attention.cu`.
 const TENSOR_CORE_TILES: (usize, usize) = (128, 64);
 
+/// Whether kernels take this attention.
+fn has_kernels(shape: AttentionShape) -> bool {
+    let fits = shape.head_dim <= MAX_HEAD_DIM && shape.head_dim.is_multiple_of(4);
+    fits && shape.mask == Mask::Causal && shape.soft_cap.is_none()
+}
+
 /// Whether `attention.cu` takes heads of this width and type.
 pub(super) fn is_for_tensor_cores(head_dim: usize, dtype: DType, device: &Device) -> bool {
     device.is_cuda() && matches!(dtype, DType::BF16 | DType::F16) && matches!(head_dim, 32 | 64 | 128)
 }
 
 impl Spans {
-    /// Whether kernels of a device other than the CPU know where the sequences are.
-    pub(crate) fn has_tables(&self) -> bool {
-        self.tables.is_some()
+    /// Whether kernels of a device other than the CPU take this attention of the batch.
+    pub(crate) fn has_tables(&self, shape: AttentionShape) -> bool {
+        self.tables(shape).is_some()
     }
 
-    /// Sequences over themselves, or over what a cache holds; `like` gives type and device of the activations.
-    pub(crate) fn new(offsets: &[usize], shape: AttentionShape, cached: Option<Cached>, like: &Tensor) -> Result<Self> {
-        let mut spans = Self { offsets: offsets.to_vec(), cached, tables: None };
-        let head_dim = shape.head_dim;
-        if gpu::has_kernels(like) && head_dim <= MAX_HEAD_DIM && head_dim.is_multiple_of(4) {
-            spans.tables = Some(if is_for_tensor_cores(head_dim, like.dtype(), like.device()) {
+    /// What kernels read for this attention, where there are kernels for it.
+    pub(super) fn tables(&self, shape: AttentionShape) -> Option<&Tables> {
+        let key = TableKey::new(shape);
+        self.tables.iter().find(|(of, _)| *of == key && has_kernels(shape)).map(|(_, tables)| tables)
+    }
+
+    /// Sequences over themselves, or over what a cache holds. `shapes` are those of the layers' attention, each as often as you
+    /// like; `like` gives type and device of the activations.
+    ///
+    /// # Errors
+    /// A mask hides every key.
+    pub(crate) fn new(
+        offsets: &[usize],
+        shapes: &[AttentionShape],
+        cached: Option<Cached>,
+        like: &Tensor,
+    ) -> Result<Self> {
+        if let Some(shape) = shapes.iter().find(|shape| !shape.mask.is_valid()) {
+            return Err(Error::argument("mask", format!("{:?} hides every key", shape.mask)));
+        }
+        let mut spans = Self { offsets: offsets.to_vec(), cached, tables: Vec::new(), places: None };
+        if !gpu::has_kernels(like) {
+            return Ok(spans);
+        }
+        spans.places = spans.places(like.device())?;
+        for &shape in shapes.iter().filter(|shape| has_kernels(**shape)) {
+            let key = TableKey::new(shape);
+            if spans.tables.iter().any(|(of, _)| *of == key) {
+                continue;
+            }
+            let tables = if is_for_tensor_cores(shape.head_dim, like.dtype(), like.device()) {
                 spans.tensor_core_tables(like.device())?
             } else {
                 spans.portable_tables(shape, like.device())?
-            });
+            };
+            spans.tables.push((key, tables));
         }
         Ok(spans)
     }
@@ -92,9 +135,7 @@ impl Spans {
 
     /// The slot and the position of each token, on the device.
     pub(super) fn places_on_device(&self) -> Option<&Tensor> {
-        match self.tables.as_ref()? {
-            Tables::Portable { places, .. } | Tables::TensorCore { places, .. } => places.as_ref(),
-        }
+        self.places.as_ref()
     }
 
     fn places(&self, device: &Device) -> Result<Option<Tensor>> {
@@ -120,7 +161,7 @@ impl Spans {
             }
         }
         let keys = if self.cached.is_none() { Some(words(keys, device)?) } else { None };
-        Ok(Tables::Portable { queries: words(queries, device)?, keys, places: self.places(device)? })
+        Ok(Tables::Portable { queries: words(queries, device)?, keys })
     }
 
     fn tensor_core_tables(&self, device: &Device) -> Result<Tables> {
@@ -151,7 +192,6 @@ impl Spans {
             queries: words(sorted(queries), device)?,
             keys,
             slots_and_lengths,
-            places: self.places(device)?,
         })
     }
 }

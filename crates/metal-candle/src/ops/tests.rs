@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+use super::activation::{self, Activation};
 use super::attention::{Cached, Spans};
+use super::head::Head;
 use super::linear::{self, Linear, Wanted};
-use super::rms_norm::RmsNorm;
-use super::rotary::RotaryTable;
-use super::{LowRank, Magnitude, Weight, attention, embedding, head, swiglu, weight_norms_squared};
+use super::norm::{Norm, NormKind, NormWanted};
+use super::rotary::{self, Pairs, RotaryScaling, RotarySpec, RotaryTable};
+use super::{LowRank, Magnitude, Weight, attention, embedding, head, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
-use metal_candle_kernels::{AttentionShape, Row};
+use metal_candle_kernels::{AttentionShape, LogitForm, Mask, Row};
 use std::sync::Arc;
 
 pub(super) fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -41,87 +43,203 @@ fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
 /// Tokens that are no multiple of any block, and heads of an odd group.
 const OFFSETS: [usize; 5] = [0, 1, 66, 68, 301];
 
+/// Attention of every kind: causal, windows and chunks smaller and larger than a block, capped, with sinks.
+pub(super) fn attention_kinds() -> Vec<(AttentionShape, Option<Tensor>)> {
+    let masks = [Mask::Window(1), Mask::Window(5), Mask::Window(100), Mask::Chunk(3), Mask::Chunk(90), Mask::Causal];
+    let heads = [(7, 1, 8), (4, 2, 32), (3, 3, 20), (2, 1, 96)];
+    let kinds = heads.into_iter().flat_map(|heads| masks.map(|mask| (heads, mask))).enumerate();
+    let kind = |(i, ((heads, kv_heads, head_dim), mask)): (usize, ((usize, usize, usize), Mask))| {
+        let soft_cap = [None, Some(5.0), Some(0.7)][i % 3];
+        let shape = AttentionShape { mask, soft_cap, ..AttentionShape::new(heads, kv_heads, head_dim, 0.3) };
+        (shape, (i % 2 == 0).then(|| random(&[heads], 11).affine(3.0, 0.0).unwrap()))
+    };
+    let causal = heads.map(|(heads, kv_heads, head_dim)| (AttentionShape::new(heads, kv_heads, head_dim, 0.3), None));
+    kinds.map(kind).chain(causal).collect()
+}
+
 #[test]
 fn attention_equals_its_twin() {
-    for (heads, kv_heads, head_dim) in [(7, 1, 8), (4, 2, 32), (3, 3, 20)] {
-        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3 };
+    for (shape, sinks) in attention_kinds() {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let sinks = sinks.as_ref();
         let tokens = OFFSETS[OFFSETS.len() - 1];
         let q = random(&[tokens, heads * head_dim], 1);
         let k = random(&[tokens, kv_heads * head_dim], 2);
         let v = random(&[tokens, kv_heads * head_dim], 3);
-        let spans = Spans::new(&OFFSETS, shape, None, &q).unwrap();
-        let saved = attention::forward(shape, &q, &k, &v, &spans).unwrap();
-        assert_close(&saved.out, &attention::plain_forward(shape, &q, &k, &v, &OFFSETS).unwrap(), 1e-5);
+        let spans = Spans::new(&OFFSETS, &[shape], None, &q).unwrap();
+        let saved = attention::forward(shape, sinks, &q, &k, &v, &spans).unwrap();
+        assert_close(&saved.out, &attention::plain_forward(shape, sinks, &q, &k, &v, &OFFSETS).unwrap(), 1e-5);
         let d_out = random(&[tokens, heads * head_dim], 4);
-        let (dq, dk, dv) = attention::backward(shape, (&q, &k, &v), &saved, &spans, &d_out).unwrap();
-        let (pq, pk, pv) = attention::plain_backward(shape, (&q, &k, &v), &OFFSETS, &d_out).unwrap();
-        assert_close(&dq, &pq, 1e-5);
-        assert_close(&dk, &pk, 1e-5);
-        assert_close(&dv, &pv, 1e-5);
+        let found = attention::backward(shape, sinks, (&q, &k, &v), &saved, &spans, &d_out).unwrap();
+        let expected = attention::plain_backward(shape, sinks, (&q, &k, &v), &OFFSETS, &d_out).unwrap();
+        assert_close(&found.q, &expected.q, 1e-5);
+        assert_close(&found.k, &expected.k, 1e-5);
+        assert_close(&found.v, &expected.v, 1e-5);
+        assert_eq!(found.sinks.is_some(), sinks.is_some());
+        if let Some((found, expected)) = found.sinks.zip(expected.sinks) {
+            assert_close(&found, &expected, 1e-5);
+        }
     }
 }
 
 #[test]
 fn attention_over_a_cache_equals_its_twin() {
-    let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 16, scale: 0.25 };
-    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-        let (keys, values) = (random(&[3, 2, 300, 16], 5), random(&[3, 2, 300, 16], 6));
-        let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
-        let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
-        let q = random(&[72, 96], 7);
-        let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
-        let spans = Spans::new(&offsets, shape, Some(cached), &q).unwrap();
-        let found = attention::with_cache(shape, &q, (&keys, &values), &spans).unwrap();
-        let expected = attention::plain_with_cache(shape, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
-        assert_close(&found, &expected, tolerance);
+    for (shape, sinks) in attention_kinds() {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let sinks = sinks.as_ref();
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+            let cache = |seed| random(&[3, kv_heads, 300, head_dim], seed).to_dtype(dtype).unwrap();
+            let (keys, values) = (cache(5), cache(6));
+            let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
+            let q = random(&[72, heads * head_dim], 7);
+            let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
+            let spans = Spans::new(&offsets, &[shape], Some(cached), &q).unwrap();
+            let found = attention::with_cache(shape, sinks, &q, (&keys, &values), &spans).unwrap();
+            let expected =
+                attention::plain_with_cache(shape, sinks, &q, (&keys, &values), &offsets, &slots, &lengths).unwrap();
+            assert_close(&found, &expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn masks_that_hide_everything_are_refused() {
+    let like = random(&[1, 4], 1);
+    for mask in [Mask::Window(0), Mask::Chunk(0)] {
+        let shape = AttentionShape { mask, ..AttentionShape::new(1, 1, 4, 1.0) };
+        let message = Spans::new(&[0, 1], &[shape], None, &like).unwrap_err().to_string();
+        assert!(message.contains("hides every key"), "{message}");
     }
 }
 
 #[test]
 fn large_scores_stay_finite() {
-    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0 };
+    let shape = AttentionShape::new(1, 1, 4, 1.0);
     let q = random(&[200, 4], 8).affine(60.0, 0.0).unwrap();
     let k = random(&[200, 4], 9).affine(60.0, 0.0).unwrap();
     let v = random(&[200, 4], 10);
-    let spans = Spans::new(&[0, 200], shape, None, &q).unwrap();
-    let found = attention::forward(shape, &q, &k, &v, &spans).unwrap();
-    assert_close(&found.out, &attention::plain_forward(shape, &q, &k, &v, &[0, 200]).unwrap(), 1e-4);
-}
-
-#[test]
-fn rms_norm_equals_its_twin() {
-    for width in [1, 31, 64, 200] {
-        let norm = RmsNorm { weight: random(&[width], 1), eps: 1e-6 };
-        let (x, dy) = (random(&[9, width], 2), random(&[9, width], 3));
-        assert_close(&norm.forward(&x).unwrap(), &norm.plain_forward(&x).unwrap(), 1e-5);
-        let base = random(&[9, width], 4);
-        let expected = norm.plain_backward(&x, &dy, &base, true).unwrap();
-        let (dx, dw) = norm.backward(&x, &dy, base.copy().unwrap(), true).unwrap();
-        assert_close(&dx, &expected.0, 1e-4);
-        assert_close(&dw.unwrap(), &expected.1.unwrap(), 1e-4);
+    for soft_cap in [None, Some(50.0)] {
+        let shape = AttentionShape { soft_cap, ..shape };
+        let spans = Spans::new(&[0, 200], &[shape], None, &q).unwrap();
+        let found = attention::forward(shape, None, &q, &k, &v, &spans).unwrap();
+        assert_close(&found.out, &attention::plain_forward(shape, None, &q, &k, &v, &[0, 200]).unwrap(), 1e-4);
     }
 }
 
+/// Norms of every kind: of whole rows, of heads, with a weight of each head, without weight.
+pub(super) fn norm_kinds() -> Vec<(Norm, usize)> {
+    let mut norms = Vec::new();
+    for kind in [NormKind::Rms { offset: 0.0 }, NormKind::Rms { offset: 1.0 }, NormKind::Layer] {
+        for (width, parts, runs) in [(1, 1, 1), (31, 1, 1), (64, 1, 1), (200, 1, 1), (8, 1, 6), (20, 3, 6)] {
+            let weight = random(&[parts * width], 1);
+            let bias = (kind == NormKind::Layer).then(|| random(&[parts * width], 12));
+            norms.push((Norm { kind, weight: Some(weight), bias, eps: 1e-6, width }, runs * width));
+        }
+        norms.push((Norm { kind, weight: None, bias: None, eps: 1e-5, width: 12 }, 36));
+    }
+    norms
+}
+
 #[test]
-fn swiglu_equals_its_twin() {
+fn norms_equal_their_twin() {
+    for (norm, row) in norm_kinds() {
+        let (x, dy) = (random(&[9, row], 2).affine(1.0, 0.4).unwrap(), random(&[9, row], 3));
+        assert_close(&norm.forward(&x).unwrap(), &norm.plain_forward(&x).unwrap(), 1e-5);
+        let base = random(&[9, row], 4);
+        let wanted = NormWanted { weight: true, bias: true };
+        let wanted_plain = NormWanted { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
+        let expected = norm.plain_backward(&x, &dy, &base, wanted_plain).unwrap();
+        let (dx, found) = norm.backward(&x, &dy, Some(base.copy().unwrap()), wanted).unwrap();
+        // a run of one element has no spread, so that its gradient is a difference of large numbers
+        assert_close(&dx, &expected.0, if norm.width == 1 { 2e-3 } else { 1e-4 });
+        for (found, expected, has) in [
+            (found.weight, expected.1.weight, norm.weight.is_some()),
+            (found.bias, expected.1.bias, norm.bias.is_some()),
+        ] {
+            assert_eq!((found.is_some(), expected.is_some()), (has, has));
+            if let Some((found, expected)) = found.zip(expected) {
+                assert_close(&found, &expected, 1e-4);
+            }
+        }
+        let (alone, _) = norm.backward(&x, &dy, None, NormWanted::default()).unwrap();
+        assert_close(&(alone + base).unwrap(), &dx, if norm.width == 1 { 2e-3 } else { 1e-5 });
+    }
+    let norm = Norm::rms(random(&[5], 1), 1e-6);
+    assert!(norm.forward(&random(&[2, 12], 1)).is_err());
+}
+
+pub(super) const ACTIVATIONS: [Activation; 7] = [
+    Activation::Silu,
+    Activation::GeluTanh,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::Relu2,
+    Activation::Sigmoid,
+    Activation::Clamped { limit: 7.0, alpha: 1.702 },
+];
+
+#[test]
+fn activations_equal_their_twin() {
     let (gate, up, dy) = (random(&[5, 77], 1), random(&[5, 77], 2), random(&[5, 77], 3));
-    let gate = gate.affine(12.0, 0.0).unwrap();
-    assert_close(&swiglu::forward(&gate, &up).unwrap(), &swiglu::plain_forward(&gate, &up).unwrap(), 1e-6);
-    let (d_gate, d_up) = swiglu::backward(&gate, &up, dy.copy().unwrap()).unwrap();
-    let expected = swiglu::plain_backward(&gate, &up, &dy).unwrap();
+    let (gate, up) = (gate.affine(12.0, 0.0).unwrap(), up.affine(9.0, 0.0).unwrap());
+    for activation in ACTIVATIONS {
+        let expected = activation::plain_gated(activation, &gate, &up).unwrap();
+        assert_close(&activation::gated(activation, &gate, &up).unwrap(), &expected, 1e-6);
+        let (d_gate, d_up) = activation::gated_backward(activation, &gate, &up, dy.copy().unwrap()).unwrap();
+        let expected = activation::plain_gated_backward(activation, &gate, &up, &dy).unwrap();
+        assert_close(&d_gate, &expected.0, 4e-6);
+        assert_close(&d_up, &expected.1, 4e-6);
+        // as a gate whose product is with 1, or with 0 + 1
+        let one = if matches!(activation, Activation::Clamped { .. }) { 0.0 } else { 1.0 };
+        let ones = gate.affine(0.0, one).unwrap();
+        let expected = activation::plain_gated(activation, &gate, &ones).unwrap();
+        assert_close(&activation::plain(activation, &gate).unwrap(), &expected, 1e-6);
+        let expected = activation::plain_gated_backward(activation, &gate, &ones, &dy).unwrap().0;
+        assert_close(&activation::plain_backward(activation, &gate, dy.copy().unwrap()).unwrap(), &expected, 4e-6);
+    }
+    let found = activation::sigmoid_gate(&up, &gate).unwrap();
+    assert_close(&found, &(&up * (gate.neg().unwrap().exp().unwrap() + 1.0).unwrap().recip().unwrap()).unwrap(), 1e-6);
+    let (dx, d_gate) = activation::sigmoid_gate_backward(&up, &gate, dy.copy().unwrap()).unwrap();
+    let expected = activation::plain_gated_backward(Activation::Sigmoid, &gate, &up, &dy).unwrap();
+    assert_close(&dx, &expected.1, 1e-6);
     assert_close(&d_gate, &expected.0, 1e-6);
-    assert_close(&d_up, &expected.1, 1e-6);
+}
+
+pub(super) fn rotary_table(dim: usize, pairs: Pairs, scaling: RotaryScaling) -> RotaryTable {
+    RotaryTable::new(&RotarySpec { dim, theta: 1e4, scaling, pairs, max_position_embeddings: 1000 }).unwrap()
 }
 
 #[test]
 fn rotation_equals_its_twin_and_turns_back() {
-    let table = RotaryTable::new(16, 1e4);
-    let x = random(&[6, 48], 1);
-    let rotation = table.rotation(&[0, 1, 2, 900, 5, 70], &x).unwrap();
-    let turned = rotation.apply(x.copy().unwrap(), false).unwrap();
-    assert_close(&turned, &rotation.plain(&x, false).unwrap(), 1e-6);
-    assert_close(&turned.narrow(0, 0, 1).unwrap(), &x.narrow(0, 0, 1).unwrap(), 0.0);
-    assert_close(&rotation.apply(turned, true).unwrap(), &x, 1e-6);
+    let positions = [0, 1, 2, 900, 5, 70];
+    for (dim, head_dim) in [(16, 16), (12, 16), (2, 24)] {
+        for pairs in [Pairs::Halves, Pairs::Adjacent] {
+            let table = rotary_table(dim, pairs, RotaryScaling::Default);
+            let x = random(&[6, 48], 1);
+            let rotation = table.rotation(&positions, &[0, 6], &x).unwrap();
+            let turned = rotation.apply(x.copy().unwrap(), head_dim, false).unwrap();
+            assert_close(&turned, &rotation.plain(&x, head_dim, false).unwrap(), 1e-6);
+            assert_close(&turned.narrow(0, 0, 1).unwrap(), &x.narrow(0, 0, 1).unwrap(), 0.0);
+            // the first pair of the fourth token turns by 900, what is behind the rotated elements stays
+            let second = if pairs == Pairs::Halves { dim / 2 } else { 1 };
+            let (x_row, row) = (values(&x.get(3).unwrap()), values(&turned.get(3).unwrap()));
+            let (sin, cos) = 900f32.sin_cos();
+            assert!((row[0] - (x_row[0] * cos - x_row[second] * sin)).abs() < 1e-6);
+            assert!((row[second] - (x_row[second] * cos + x_row[0] * sin)).abs() < 1e-6);
+            assert_eq!(row[dim..head_dim], x_row[dim..head_dim]);
+            assert_close(&rotation.apply(turned, head_dim, true).unwrap(), &x, 1e-6);
+            assert!(rotation.apply(x.copy().unwrap(), dim - 1, false).is_err());
+            assert!(rotation.apply(x.narrow(0, 0, 5).unwrap(), head_dim, false).is_err());
+        }
+    }
+}
+
+#[test]
+fn rows_are_scaled() {
+    let (x, factors) = (random(&[6, 48], 1), random(&[6], 2));
+    let expected = x.broadcast_mul(&factors.reshape((6, 1)).unwrap()).unwrap();
+    assert_close(&rotary::scale_rows(x.copy().unwrap(), &factors).unwrap(), &expected, 0.0);
+    assert!(rotary::scale_rows(x, &factors.narrow(0, 0, 5).unwrap()).is_err());
 }
 
 #[test]
@@ -129,13 +247,22 @@ fn cross_entropy_equals_its_twin() {
     let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
     let hidden = random(&[7, 12], 1);
     let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
-    let layer = Linear { weight: weight.clone().into(), bias: None };
-    for smoothing in [0.0, 0.1, 1.0] {
+    let layer = || Linear { weight: weight.clone().into(), bias: None };
+    for (smoothing, scale, soft_cap) in [
+        (0.0, 1.0, None),
+        (0.1, 1.0, None),
+        (1.0, 1.0, None),
+        (0.1, 0.25, None),
+        (0.0, 1.0, Some(3.0)),
+        (0.1, 1.5, Some(5.0)),
+    ] {
+        let head = Head { linear: layer(), scale, soft_cap };
         let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None };
-        let run = |wanted| head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
+        let run = |wanted| head::loss(&hidden, &head, None, None, &rows, smoothing, wanted).unwrap();
         let found = run(Some(wanted));
-        let logits = linear::product(&hidden, &weight).unwrap();
-        let (losses, gradient) = head::plain_cross_entropy(&logits, &rows, smoothing, Some(0.25)).unwrap();
+        let products = linear::product(&hidden, &weight).unwrap();
+        let form = LogitForm { scale, soft_cap };
+        let (losses, gradient) = head::plain_cross_entropy(&products, form, &rows, smoothing, Some(0.25)).unwrap();
         let gradient = gradient.unwrap();
         for (a, b) in found.rows().unwrap().iter().zip(&losses) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
@@ -143,9 +270,40 @@ fn cross_entropy_equals_its_twin() {
         assert_eq!(run(None).rows().unwrap(), found.rows().unwrap());
         assert_close(&found.gradients.input.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
         assert_close(&found.gradients.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
+
+        let logits = head::logits(&hidden, &head, None).unwrap();
+        for (found, product) in values(&logits).into_iter().zip(values(&products)) {
+            let product = f64::from(product) * f64::from(scale);
+            let expected = soft_cap.map(f64::from).map_or(product, |cap| cap * (product / cap).tanh());
+            assert!((f64::from(found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+        // the loss from these logits is the same without a form
+        let (plain, _) = head::plain_cross_entropy(&logits, LogitForm::PLAIN, &rows, smoothing, None).unwrap();
+        for (a, b) in losses.iter().zip(plain) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
     }
     let outside = [Row { target: 53, weight: 1.0 }];
-    assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &layer, None, None, &outside, 0.0, None).is_err());
+    let head = Head::new(layer());
+    assert!(head::loss(&hidden.narrow(0, 0, 1).unwrap(), &head, None, None, &outside, 0.0, None).is_err());
+}
+
+#[test]
+fn gradients_of_scaled_and_capped_logits_match_finite_differences() {
+    let rows: Vec<Row> = (0..5).map(|i| Row { target: (i * 7) % 11, weight: 1.0 }).collect();
+    let (hidden, weight) = (random(&[5, 6], 1), random(&[11, 6], 2).affine(2.0, 0.0).unwrap());
+    let head = Head { linear: Linear { weight: weight.into(), bias: None }, scale: 1.5, soft_cap: Some(2.0) };
+    let loss = |hidden: &Tensor| {
+        let rows = head::loss(hidden, &head, None, None, &rows, 0.1, None).unwrap().rows().unwrap();
+        rows.iter().map(|loss| f64::from(*loss)).sum::<f64>()
+    };
+    let wanted = head::HeadWanted { scale: 1.0, input: true, weight: false, rows: None };
+    let found = head::loss(&hidden, &head, None, None, &rows, 0.1, Some(wanted)).unwrap().gradients.input.unwrap();
+    let direction = random(&[5, 6], 3);
+    let expected: f64 = values(&found).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
+    let step = |size: f64| loss(&(&hidden + direction.affine(size, 0.0).unwrap()).unwrap());
+    let slope = (step(1e-2) - step(-1e-2)) / 2e-2;
+    assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
 }
 
 /// The shapes of few rows, of several tiles, and odd ones.
@@ -305,10 +463,10 @@ fn embedding_terms_match_finite_differences() {
     let start = Some((random(&[2, 7], 8), random(&[6, 2], 9)));
     let term = LowRank { start, ..LowRank::new(random(&[3, 7], 3), random(&[6, 3], 4), 1.3) };
     let loss = |term: &LowRank| -> f64 {
-        let x = embedding::forward(&weight.clone().into(), Some(term), &ids, DType::F32).unwrap();
+        let x = embedding::forward(&weight.clone().into(), Some(term), &ids, DType::F32, 1.7).unwrap();
         values(&x).iter().zip(values(&dx)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let gradients = embedding::term_backward(&weight.clone().into(), &term, &ids, &dx).unwrap();
+    let gradients = embedding::term_backward(&weight.clone().into(), &term, &ids, &dx, 1.7).unwrap();
     for (gradient, is_a) in [(&gradients.a, true), (&gradients.b, false)] {
         let direction = random(gradient.dims(), 7);
         let moved = |size: f64| {
@@ -341,15 +499,20 @@ fn noise_is_bounded_by_the_length_and_repeats() {
 #[test]
 fn embedding_gradient_adds_up_repeated_ids() {
     let weight = random(&[5, 3], 1);
-    let table = weight.clone().into();
-    let x = embedding::forward(&table, None, &[4, 1, 4], DType::F32).unwrap();
-    assert_close(&x.narrow(0, 2, 1).unwrap(), &weight.narrow(0, 4, 1).unwrap(), 0.0);
-    let dx = random(&[3, 3], 2);
-    let dw = embedding::backward(&[4, 1, 4], &dx, head::zeros_like(&weight).unwrap()).unwrap();
-    let expected = (dx.get(0).unwrap() + dx.get(2).unwrap()).unwrap();
-    assert_close(&dw.get(4).unwrap(), &expected, 1e-6);
-    assert_close(&dw.get(0).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 0.0);
-    assert!(embedding::forward(&table, None, &[5], DType::F32).is_err());
+    for scale in [1.0, 2.5] {
+        let x = embedding::forward(&weight.clone().into(), None, &[4, 1, 4], DType::F32, scale).unwrap();
+        let row = weight.narrow(0, 4, 1).unwrap().affine(f64::from(scale), 0.0).unwrap();
+        assert_close(&x.narrow(0, 2, 1).unwrap(), &row, 0.0);
+        let dx = random(&[3, 3], 2);
+        let dw = embedding::backward(&[4, 1, 4], &dx, Tensor::zeros((5, 3), DType::F32, &Device::Cpu).unwrap(), scale)
+            .unwrap();
+        let expected = (dx.get(0).unwrap() + dx.get(2).unwrap()).unwrap().affine(f64::from(scale), 0.0).unwrap();
+        assert_close(&dw.get(4).unwrap(), &expected, 1e-6);
+        assert_close(&dw.get(0).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 0.0);
+        let rows = embedding::rows_backward(&[4, 1, 4], &dx, &[4, 2], None, scale).unwrap();
+        assert_close(&rows.get(0).unwrap(), &expected, 1e-6);
+    }
+    assert!(embedding::forward(&weight.clone().into(), None, &[5], DType::F32, 1.0).is_err());
 }
 
 fn little_endian(tensor: &Tensor) -> Vec<u8> {

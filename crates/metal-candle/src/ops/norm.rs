@@ -1,0 +1,250 @@
+//! The norms of a model: root mean square (<https://arxiv.org/abs/1910.07467>) and layer norm
+//! (<https://arxiv.org/abs/1607.06450>), over whole rows or over each head.
+
+use super::gpu::{self, Arg, Grid, Kernel, ROW_THREADS, Source};
+use super::host::{Host, edit, on_cpu, tensor};
+use super::linear::column_sums;
+use crate::error::{Error, Result};
+use crate::profile::{Kind, span};
+use candle_core::{D, DType, Tensor};
+use metal_candle_kernels as kernels;
+pub(crate) use metal_candle_kernels::NormKind;
+use std::cell::RefCell;
+
+/// A norm of each run of `width` elements of a row.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm {
+    pub(crate) kind: NormKind,
+    /// `[m * width]`, f32 on the CPU: run `i` of a row is multiplied by part `i % m`. None for a weight of 1.
+    pub(crate) weight: Option<Tensor>,
+    /// As long as the weight, or `[width]` without one; f32 on the CPU.
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) eps: f64,
+    pub(crate) width: usize,
+}
+
+/// Which gradients of a norm are needed beside that of its input.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct NormWanted {
+    pub(crate) weight: bool,
+    pub(crate) bias: bool,
+}
+
+#[allow(dead_code)] // for model families
+/// The gradients of a norm's weight and bias, f32.
+#[derive(Debug, Default)]
+pub(crate) struct NormGradients {
+    pub(crate) weight: Option<Tensor>,
+    pub(crate) bias: Option<Tensor>,
+}
+
+impl Norm {
+    /// Root mean square norm of whole rows.
+    pub(crate) fn rms(weight: Tensor, eps: f64) -> Self {
+        let width = weight.elem_count();
+        Self { kind: NormKind::Rms { offset: 0.0 }, weight: Some(weight), bias: None, eps, width }
+    }
+
+    /// # Shapes
+    /// `x: [tokens, n * width]`, where `n` is a multiple of the parts of the weight; result the same.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.check(x)?;
+        if self.has_kernels(x) {
+            let y = gpu::empty(x.shape(), x)?;
+            self.forward_into(x, &y)?;
+            return Ok(y);
+        }
+        if !on_cpu(x) {
+            return self.plain_forward(x);
+        }
+        let _span = span("norm", Kind::Elementwise);
+        self.with_host(|norm| tensor(norm.forward(Host::new(x)?.f32()?), x.shape()))
+    }
+
+    /// The same by a kernel, written to `y`.
+    pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+        let Some(weight) = self.weight.as_ref().filter(|_| self.has_kernels(x)) else {
+            return Err(Error::Unsupported(format!("a {:?} norm into a given tensor on this device", self.kind)));
+        };
+        let _span = span("norm", Kind::Elementwise);
+        let args = [Arg::In(x), Arg::In(weight), Arg::Out(y)];
+        self.launch("rms_norm", x, &args)
+    }
+
+    /// `dx`, in place, plus the gradient with respect to `x`; and those with respect to weight and bias.
+    pub(crate) fn backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: Option<Tensor>,
+        wanted: NormWanted,
+    ) -> Result<(Tensor, NormGradients)> {
+        self.check(x)?;
+        let wanted =
+            NormWanted { weight: wanted.weight && self.weight.is_some(), bias: wanted.bias && self.bias.is_some() };
+        let dx = match dx {
+            Some(dx) => dx,
+            None => x.zeros_like()?,
+        };
+        if self.has_kernels(x) {
+            return self.gpu_backward(x, dy, dx, wanted);
+        }
+        if !on_cpu(x) {
+            return self.plain_backward(x, dy, &dx, wanted);
+        }
+        let _span = span("norm", Kind::Elementwise);
+        let (x, dy) = (Host::new(x)?, Host::new(dy)?);
+        let (x, dy) = (x.f32()?, dy.f32()?);
+        let zeros = |wanted: bool, like: &Option<Tensor>| {
+            let like = like.as_ref().filter(|_| wanted);
+            RefCell::new(like.map(|like| vec![0.0; like.elem_count()]))
+        };
+        let (dw, db) = (zeros(wanted.weight, &self.weight), zeros(wanted.bias, &self.bias));
+        let dx = self.with_host(|norm| {
+            edit(dx, |dx| {
+                norm.backward(x, dy, dx, dw.borrow_mut().as_deref_mut(), db.borrow_mut().as_deref_mut());
+            })
+        })?;
+        let shaped = |values: RefCell<Option<Vec<f32>>>, like: &Option<Tensor>| -> Result<Option<Tensor>> {
+            let Some((values, like)) = values.into_inner().zip(like.as_ref()) else { return Ok(None) };
+            Ok(Some(tensor(values, like.shape())?))
+        };
+        Ok((dx, NormGradients { weight: shaped(dw, &self.weight)?, bias: shaped(db, &self.bias)? }))
+    }
+
+    /// Whether this is a root mean square norm of whole rows with a weight of this type and nothing else.
+    pub(crate) fn is_plain_rms(&self, dtype: DType) -> bool {
+        self.plain_weight().is_some_and(|weight| weight.dtype() == dtype && weight.elem_count() == self.width)
+    }
+
+    /// The weight of a root mean square norm that has no offset and no bias.
+    pub(crate) fn plain_weight(&self) -> Option<&Tensor> {
+        let is_plain = self.kind == NormKind::Rms { offset: 0.0 } && self.bias.is_none();
+        self.weight.as_ref().filter(|_| is_plain)
+    }
+
+    /// Elements after which the weights repeat.
+    fn period(&self) -> usize {
+        self.weight.as_ref().or(self.bias.as_ref()).map_or(self.width, Tensor::elem_count)
+    }
+
+    fn check(&self, x: &Tensor) -> Result<()> {
+        let (width, period) = (x.dim(D::Minus1)?, self.period());
+        let bias = self.bias.as_ref().map_or(period, Tensor::elem_count);
+        let fits = self.width > 0 && period.is_multiple_of(self.width) && width.is_multiple_of(period.max(1));
+        if fits && bias == period {
+            return Ok(());
+        }
+        let message = format!(
+            "rows of {width} elements do not fit a norm of runs of {} with {period} weights and {bias} biases",
+            self.width
+        );
+        Err(Error::argument("x", message))
+    }
+
+    fn with_host<R>(&self, run: impl FnOnce(kernels::Norm) -> Result<R>) -> Result<R> {
+        let (weight, bias) =
+            (self.weight.as_ref().map(Host::new).transpose()?, self.bias.as_ref().map(Host::new).transpose()?);
+        run(kernels::Norm {
+            kind: self.kind,
+            weight: weight.as_ref().map(Host::f32).transpose()?,
+            bias: bias.as_ref().map(Host::f32).transpose()?,
+            eps: self.eps as f32,
+            width: self.width,
+        })
+    }
+
+    fn has_kernels(&self, x: &Tensor) -> bool {
+        gpu::has_kernels(x) && self.is_plain_rms(x.dtype())
+    }
+
+    /// Launches a kernel that takes a run a warp.
+    fn launch(&self, name: &'static str, x: &Tensor, args: &[Arg]) -> Result<()> {
+        let (width, runs) = (self.width, x.elem_count() / self.width);
+        let is_aligned = width.is_multiple_of(8) && gpu::begin_at_eights(args);
+        let words = [runs.into(), width.into(), (self.eps as f32).into(), is_aligned.into()];
+        let kernel = Kernel::new(Source::Norm, name, x.dtype());
+        gpu::launch(&kernel, Grid::row(runs.div_ceil(ROW_THREADS / 32), ROW_THREADS), args, &words)
+    }
+
+    fn gpu_backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, wanted: NormWanted) -> Result<(Tensor, NormGradients)> {
+        let _span = span("norm", Kind::Elementwise);
+        let Some(weight) = &self.weight else { return self.plain_backward(x, dy, &dx, wanted) };
+        let (width, runs) = (self.width, x.elem_count() / self.width);
+        let scales = gpu::empty_f32(runs, x)?;
+        let args = [Arg::In(x), Arg::In(weight), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
+        self.launch("rms_norm_backward", x, &args)?;
+        if !wanted.weight {
+            return Ok((dx, NormGradients::default()));
+        }
+        let dw = gpu::empty_f32(width, x)?;
+        let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
+        let kernel = Kernel::new(Source::Norm, "rms_norm_weight_gradient", x.dtype());
+        let threads = gpu::threads(&kernel, x, 512)?;
+        gpu::launch(&kernel, Grid::row(width.div_ceil(32), threads), &args, &[runs.into(), width.into()])?;
+        Ok((dx, NormGradients { weight: Some(dw), bias: None }))
+    }
+
+    /// `x` as `[rows, parts, width]` in f32, and a weight or bias as `[parts, width]`.
+    fn split(&self, x: &Tensor) -> Result<Tensor> {
+        let (period, width) = (self.period(), self.width);
+        Ok(x.to_dtype(DType::F32)?.reshape((x.elem_count() / period, period / width, width))?)
+    }
+
+    /// Each run less its mean where the norm subtracts one, times its scale; and the scale, f32.
+    fn normalized(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let x = self.split(x)?;
+        let x = match self.kind {
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+            NormKind::Rms { .. } => x,
+        };
+        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?;
+        Ok((x.broadcast_mul(&scale)?, scale))
+    }
+
+    /// `y` times the weight, which `y` and the result have as `[rows, parts, width]`.
+    fn weighted(&self, y: &Tensor) -> Result<Tensor> {
+        let Some(weight) = &self.weight else { return Ok(y.clone()) };
+        let offset = if let NormKind::Rms { offset } = self.kind { f64::from(offset) } else { 0.0 };
+        let weight = (weight.to_dtype(DType::F32)?.reshape(((), self.width))? + offset)?;
+        Ok(y.broadcast_mul(&weight)?)
+    }
+
+    /// The forward pass in candle's operations, f32 inside.
+    pub(crate) fn plain_forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.weighted(&self.normalized(x)?.0)?;
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.to_dtype(DType::F32)?.reshape(((), self.width))?)?,
+            None => y,
+        };
+        Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?)
+    }
+
+    /// The backward pass in candle's operations, f32 inside.
+    pub(crate) fn plain_backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: &Tensor,
+        wanted: NormWanted,
+    ) -> Result<(Tensor, NormGradients)> {
+        let (normalized, scale) = self.normalized(x)?;
+        let dy = self.split(dy)?;
+        let weighted = self.weighted(&dy)?;
+        let mean = (&weighted * &normalized)?.mean_keepdim(D::Minus1)?;
+        let through = (&weighted - normalized.broadcast_mul(&mean)?)?;
+        let through = match self.kind {
+            NormKind::Layer => through.broadcast_sub(&weighted.mean_keepdim(D::Minus1)?)?,
+            NormKind::Rms { .. } => through,
+        };
+        let through = through.broadcast_mul(&scale)?.reshape(x.shape())?;
+        let sums = |wanted: bool, terms: Tensor| -> Result<Option<Tensor>> {
+            if !wanted {
+                return Ok(None);
+            }
+            Ok(Some(column_sums(&terms.reshape(((), self.period()))?)?))
+        };
+        let weight = sums(wanted.weight, (&dy * normalized)?)?;
+        Ok(((dx + through.to_dtype(dx.dtype())?)?, NormGradients { weight, bias: sums(wanted.bias, dy)? }))
+    }
+}
