@@ -105,13 +105,26 @@ impl KVCache {
     /// # Errors
     /// The device cannot hold it.
     pub fn reserve(&mut self, max_seq_len: usize) -> Result<()> {
+        self.resize(self.config.batch_size, max_seq_len)
+    }
+
+    /// Grows the cache to at least `batch_size` slots. The new slots are empty.
+    ///
+    /// # Errors
+    /// The device cannot hold them.
+    pub fn reserve_slots(&mut self, batch_size: usize) -> Result<()> {
+        self.resize(batch_size, self.config.max_seq_len)
+    }
+
+    fn resize(&mut self, batch_size: usize, max_seq_len: usize) -> Result<()> {
         let old = self.config;
-        if max_seq_len <= old.max_seq_len {
+        let (batch_size, max_seq_len) = (batch_size.max(old.batch_size), max_seq_len.max(old.max_seq_len));
+        if (batch_size, max_seq_len) == (old.batch_size, old.max_seq_len) {
             return Ok(());
         }
         for tensor in self.keys.iter_mut().chain(&mut self.values) {
             // one tensor at a time, so that only one is held twice
-            let shape = (old.batch_size, old.num_heads, max_seq_len, old.head_dim);
+            let shape = (batch_size, old.num_heads, max_seq_len, old.head_dim);
             let larger = Tensor::zeros(shape, tensor.dtype(), tensor.device())?;
             for (slot, &length) in self.lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
                 let rows = tensor.get(slot)?.narrow(1, 0, length)?.force_contiguous()?;
@@ -119,7 +132,8 @@ impl KVCache {
             }
             *tensor = larger;
         }
-        self.config.max_seq_len = max_seq_len;
+        self.config = KVCacheConfig { max_seq_len, batch_size, ..old };
+        self.lengths.resize(batch_size, 0);
         Ok(())
     }
 
