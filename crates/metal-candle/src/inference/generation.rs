@@ -1,6 +1,7 @@
 //! What a generation is asked for and what it gives.
 
-use super::SamplingConfig;
+use super::sampler::Choice;
+use super::sampling::SamplingConfig;
 use crate::error::{Error, Result};
 
 /// What is to be continued.
@@ -183,7 +184,8 @@ pub struct Finish {
     pub reason: FinishReason,
     /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Number of first tokens of the prompt whose keys and values were still there from the generation before.
+    /// Number of first tokens of the prompt that were not computed for this sequence: their keys and values were in the
+    /// cache, or another sample of the prompt computed them.
     pub reused_tokens: usize,
     /// Number of chosen tokens, the one that ended the text included.
     pub generated_tokens: usize,
@@ -195,6 +197,21 @@ pub struct Finish {
     pub peak_memory_bytes: Option<u64>,
 }
 
+impl Finish {
+    /// The end of a sequence that an error ended.
+    pub(super) fn unknown() -> Self {
+        Self {
+            reason: FinishReason::Cancelled,
+            prompt_tokens: 0,
+            reused_tokens: 0,
+            generated_tokens: 0,
+            prompt_tokens_per_second: 0.0,
+            decode_tokens_per_second: 0.0,
+            peak_memory_bytes: None,
+        }
+    }
+}
+
 /// A chosen token and the text that is certain with it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
@@ -203,9 +220,12 @@ pub struct Piece {
     pub text: String,
     /// The token.
     pub token: u32,
-    /// The natural logarithm of the probability the model gave the token, before penalties, bias, temperature and
+    /// The natural logarithm of the token's probability in the model, before penalties, bias, mask, temperature and
     /// filters.
     pub log_probability: f32,
+    /// The most probable tokens at this position, as many as the request asks for, with log-probabilities as above: the
+    /// most probable first, equally probable ones in the order of their ids.
+    pub top_log_probabilities: Vec<Choice>,
     /// The end, in the last piece.
     pub finish: Option<Finish>,
 }

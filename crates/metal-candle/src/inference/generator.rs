@@ -1,26 +1,22 @@
 //! The generator: prompt in, text out.
 
-use super::generation::{Collected, Finish, FinishReason, Generation, GenerationConfig, Piece, Prompt};
-use super::sequence::{Sequence, step};
+use super::generation::{Collected, Finish, Generation, GenerationConfig, Piece, Prompt};
+use super::request::{AdapterId, Request, SequenceId};
+use super::scheduler::{Scheduler, SchedulerConfig};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::models::{Decoding, KVCache, KVCacheConfig, Model};
+use crate::models::Model;
 use crate::ops::LowRankTerms;
-use candle_core::DType;
 use std::ops::ControlFlow;
 
-/// Number of prompt tokens that go through the model at once: on the CPU, and on devices that need many to be busy.
-const PREFILL_CHUNK_CPU: usize = 512;
-const PREFILL_CHUNK_DEVICE: usize = 4096;
-
-fn prefill_chunk(model: &Model) -> usize {
-    if model.device().is_cpu() { PREFILL_CHUNK_CPU } else { PREFILL_CHUNK_DEVICE }
-}
+/// The generations of a generator share the cache of common prefixes.
+const PREFIX_KEY: u64 = 0;
 
 /// Continues prompts with a model, and with an adapter that can be swapped at any time.
 ///
-/// The keys and values of the last generation are kept: a prompt that begins with the same tokens, such as the next
-/// turn of a conversation, is computed from the first other token on.
+/// It is a thin layer over a [`Scheduler`] that runs one sequence at a time, or all prompts of a batch. The KV cache of the
+/// last single generation stays: a prompt that starts with the same tokens, such as the next turn of a conversation, is
+/// computed from the first different token on.
 ///
 /// ```no_run
 /// use metal_candle::data::Tokenizer;
@@ -39,46 +35,43 @@ fn prefill_chunk(model: &Model) -> usize {
 /// ```
 #[derive(Debug)]
 pub struct Generator {
-    model: Model,
-    tokenizer: Option<Tokenizer>,
+    scheduler: Scheduler,
     adapter: Option<LowRankTerms>,
-    /// The adapter's terms as the present generation takes them.
-    terms: Option<LowRankTerms>,
-    cache: Option<KVCache>,
-    /// What single-token steps of the present generation keep on the device.
-    decoding: Option<Decoding>,
-    /// The tokens in the cache, as the present adapter computed them.
-    cached_ids: Vec<u32>,
+    /// The adapter in the scheduler, from the first generation on.
+    scheduled_adapter: Option<AdapterId>,
 }
 
 impl Clone for Generator {
-    /// A generator of the same shared weights, tokenizer and adapter, with a cache of its own that is empty.
+    /// A generator of the same shared weights, tokenizer and adapter, with an empty cache of its own.
     fn clone(&self) -> Self {
-        Self {
-            model: self.model.clone(),
-            tokenizer: self.tokenizer.clone(),
-            adapter: self.adapter.clone(),
-            terms: None,
-            cache: None,
-            decoding: None,
-            cached_ids: Vec::new(),
-        }
+        Self { scheduler: self.new_scheduler(1), adapter: self.adapter.clone(), scheduled_adapter: None }
     }
 }
 
 impl Generator {
     /// Most prompts of [`Generator::generate_batch`] that are generated at the same time.
-    pub const MAX_BATCH_SIZE: usize = 32;
+    pub const MAX_BATCH_SIZE: usize = SchedulerConfig::MAX_SEQUENCES;
 
-    /// A generator that takes token ids and gives token ids.
+    /// A generator that takes token ids and returns token ids.
     pub fn new(model: Model) -> Self {
-        Self { model, tokenizer: None, adapter: None, terms: None, cache: None, decoding: None, cached_ids: Vec::new() }
+        let config = SchedulerConfig { max_sequences: 1, ..SchedulerConfig::of(&model) };
+        Self { scheduler: Scheduler::with_limits(model, config), adapter: None, scheduled_adapter: None }
     }
 
-    /// Lets it take and give text.
+    /// A scheduler without sequences for the same model and tokenizer.
+    fn new_scheduler(&self, max_sequences: usize) -> Scheduler {
+        let config = SchedulerConfig { max_sequences, ..*self.scheduler.config() };
+        let scheduler = Scheduler::with_limits(self.model().clone(), config);
+        match self.tokenizer() {
+            Some(tokenizer) => scheduler.with_tokenizer(tokenizer.clone()),
+            None => scheduler,
+        }
+    }
+
+    /// Lets it take text and return text.
     #[must_use]
     pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
-        self.tokenizer = Some(tokenizer);
+        self.scheduler = self.scheduler.with_tokenizer(tokenizer);
         self
     }
 
@@ -89,22 +82,24 @@ impl Generator {
         self
     }
 
-    /// Swaps the low-rank terms of the adapter, or takes them away. The next prompt is computed from its beginning.
+    /// Swaps the low-rank terms of the adapter, or removes them. What the previous adapter computed is not used again.
     pub fn set_adapter(&mut self, adapter: Option<LowRankTerms>) {
-        if adapter.is_some() || self.adapter.is_some() {
-            self.cached_ids.clear();
+        if let Some(id) = self.scheduled_adapter.take() {
+            self.scheduler.cancel_all();
+            // cannot fail: no sequence is left
+            let _ = self.scheduler.remove_adapter(id);
         }
         self.adapter = adapter;
     }
 
     /// The model.
     pub fn model(&self) -> &Model {
-        &self.model
+        self.scheduler.model()
     }
 
     /// The tokenizer.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.tokenizer.as_ref()
+        self.scheduler.tokenizer()
     }
 
     /// The low-rank terms of the adapter.
@@ -112,16 +107,16 @@ impl Generator {
         self.adapter.as_ref()
     }
 
-    /// Memory of the keys and values that are kept, in bytes.
+    /// Memory of the KV cache in bytes.
     pub fn cache_bytes(&self) -> usize {
-        self.cache.as_ref().map_or(0, KVCache::num_bytes)
+        self.scheduler.cache_bytes()
     }
 
-    /// Gives the memory of the kept keys and values back.
+    /// Frees the KV cache.
     pub fn clear_cache(&mut self) {
-        self.cache = None;
-        self.decoding = None;
-        self.cached_ids.clear();
+        self.scheduler.cancel_all();
+        // cannot fail: no sequence is left
+        let _ = self.scheduler.clear_cache();
     }
 
     /// Continues `prompt`.
@@ -168,7 +163,7 @@ impl Generator {
     /// As [`Generator::generate`].
     pub fn stream(&mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Pieces<'_>> {
         let sequence = self.start(prompt.into(), config)?;
-        Ok(Pieces { generator: self, sequence })
+        Ok(Pieces { generator: self, sequence, finish: None, is_over: false })
     }
 
     /// Continues several prompts at once, in ragged batches without padding; the generations in the order of the
@@ -201,63 +196,27 @@ impl Generator {
                 format!("expected one, or one for each of {} prompts, found {}", prompts.len(), configs.len());
             return Err(Error::argument("configs", message));
         }
-        let mut waiting = Vec::with_capacity(prompts.len());
+        let mut scheduler = self.new_scheduler(Self::MAX_BATCH_SIZE);
+        let adapter = self.adapter.as_ref().map(|terms| scheduler.add_adapter(terms)).transpose()?;
+        let mut ids = Vec::with_capacity(prompts.len());
         for (index, prompt) in prompts.into_iter().enumerate() {
             let config = configs.get(index).unwrap_or(&configs[0]);
-            let ids = self.encode(prompt)?;
-            let sequence = Sequence::new(ids, 0, config, &self.model, self.tokenizer.as_ref());
-            waiting.push((index, sequence.map_err(|error| of_prompt(index, error))?));
+            let request = Request::new(self.encode(prompt)?, config.clone()).with_adapter(adapter);
+            ids.extend(scheduler.admit(request).map_err(|error| of_prompt(index, error))?);
         }
-        let num_prompts = waiting.len();
-        if num_prompts == 0 {
-            return Ok(Vec::new());
-        }
-        let max_seq_len = waiting.iter().map(|(_, sequence)| sequence.first_room()).max().unwrap_or(0);
-        let num_slots = num_prompts.min(Self::MAX_BATCH_SIZE);
-        let mut cache = self.new_cache(max_seq_len, num_slots)?;
-        let mut waiting = waiting.into_iter();
-        self.terms = self.fixed_terms()?;
-        self.decoding = None;
-        let mut decoding = None;
-        let (mut indices, mut sequences) = (Vec::new(), Vec::new());
-        let mut free_slots: Vec<usize> = (0..num_slots).rev().collect();
-        let mut collected: Vec<Collected> = (0..num_prompts).map(|_| Collected::default()).collect();
-        let mut finished: Vec<Option<Finish>> = vec![None; num_prompts];
-        loop {
-            while let Some(&slot) = free_slots.last()
-                && let Some((index, mut sequence)) = waiting.next()
-            {
-                free_slots.pop();
-                cache.truncate(slot, 0);
-                sequence.start(slot, 0);
-                indices.push(index);
-                sequences.push(sequence);
-            }
-            if sequences.is_empty() {
-                break;
-            }
-            let pieces = step(
-                &self.model,
-                self.terms.as_ref(),
-                &mut cache,
-                &mut sequences,
-                prefill_chunk(&self.model),
-                &mut decoding,
-            )?;
-            for (place, piece) in pieces {
-                let index = indices[place];
+        let mut collected: Vec<Collected> = ids.iter().map(|_| Collected::default()).collect();
+        let mut finished: Vec<Option<Finish>> = vec![None; ids.len()];
+        while !scheduler.is_idle() {
+            for event in scheduler.step()? {
+                // ids rise in the order of admission
+                let index = ids.binary_search(&event.sequence).map_err(|_| Error::Stopped)?;
+                let piece = event.result?;
                 collected[index].push(&piece);
                 let flow = on_piece(index, &piece);
                 finished[index] = match piece.finish {
-                    None if flow.is_break() => Some(sequences[place].finish(FinishReason::Cancelled)),
+                    None if flow.is_break() => Some(scheduler.cancel(event.sequence)?),
                     finish => finish,
                 };
-            }
-            for place in (0..sequences.len()).rev() {
-                if sequences[place].is_finished() {
-                    free_slots.push(sequences.swap_remove(place).slot());
-                    indices.swap_remove(place);
-                }
             }
         }
         let all = collected.into_iter().zip(finished);
@@ -265,7 +224,7 @@ impl Generator {
     }
 
     fn encode(&self, prompt: Prompt) -> Result<Vec<u32>> {
-        match (prompt, &self.tokenizer) {
+        match (prompt, self.tokenizer()) {
             (Prompt::Ids(ids), _) => Ok(ids),
             (Prompt::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true),
             (Prompt::Text(_), None) => Err(Error::argument(
@@ -275,77 +234,39 @@ impl Generator {
         }
     }
 
-    fn fixed_terms(&self) -> Result<Option<LowRankTerms>> {
-        self.adapter.as_ref().map(|terms| self.model.with_fixed_norms(terms)).transpose()
-    }
-
-    fn new_cache(&self, max_seq_len: usize, batch_size: usize) -> Result<KVCache> {
-        let config = self.model.config();
-        let sizes = KVCacheConfig {
-            max_seq_len,
-            num_layers: config.num_hidden_layers,
-            num_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            batch_size,
-        };
-        let dtype = match self.model.dtype() {
-            DType::F32 => DType::F32,
-            _ if self.model.device().is_cpu() => DType::F16,
-            other => other,
-        };
-        KVCache::with_dtype(sizes, &self.model.device(), dtype)
-    }
-
-    /// A sequence that continues as much of the cache as it can.
-    pub(super) fn start(&mut self, prompt: Prompt, config: &GenerationConfig) -> Result<Sequence> {
+    /// Starts a sequence that reuses the cached tokens that its prompt starts with.
+    pub(super) fn start(&mut self, prompt: Prompt, config: &GenerationConfig) -> Result<SequenceId> {
+        // the sequence of an iterator that was dropped
+        self.scheduler.cancel_all();
         let ids = self.encode(prompt)?;
-        let mut sequence = Sequence::new(ids, 0, config, &self.model, self.tokenizer.as_ref())?;
-        self.terms = self.fixed_terms()?;
-        self.decoding = None;
-        let mut cache = match self.cache.take() {
-            Some(cache) => cache,
-            None => self.new_cache(sequence.first_room(), 1)?,
-        };
-        // the last token of the prompt is always computed, for its logits
-        let ids = &sequence.ids()[..sequence.ids().len() - 1];
-        let reused = self.cached_ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
-        self.cached_ids.truncate(reused);
-        cache.truncate(0, reused);
-        self.cache = Some(cache);
-        sequence.start(0, reused);
-        Ok(sequence)
+        if let (Some(terms), None) = (&self.adapter, self.scheduled_adapter) {
+            self.scheduled_adapter = Some(self.scheduler.add_adapter(terms)?);
+        }
+        let request =
+            Request::new(ids, config.clone()).with_adapter(self.scheduled_adapter).with_prefix_key(PREFIX_KEY);
+        self.scheduler.admit(request)?.pop().ok_or(Error::Stopped)
     }
 
-    /// The next piece of `sequence`, or `None` if it is finished.
-    pub(super) fn next_piece(&mut self, sequence: &mut Sequence) -> Result<Option<Piece>> {
-        let Some(mut cache) = self.cache.take() else { return Err(Error::Stopped) };
-        while !sequence.is_finished() {
-            let sequences = std::slice::from_mut(sequence);
-            let terms = self.terms.as_ref();
-            let stepped =
-                step(&self.model, terms, &mut cache, sequences, prefill_chunk(&self.model), &mut self.decoding);
-            let mut pieces = match stepped {
-                Ok(pieces) => pieces,
-                Err(error) => {
-                    // the cache may hold a part of the step: it is dropped
-                    self.cached_ids.clear();
-                    self.decoding = None;
-                    sequence.finish(FinishReason::Cancelled);
-                    return Err(error);
-                }
-            };
-            self.cached_ids.extend_from_slice(&sequence.cached_ids()[self.cached_ids.len()..]);
-            if let Some((_, piece)) = pieces.pop() {
-                self.cache = Some(cache);
-                return Ok(Some(piece));
+    /// The next piece of the sequence that was started last, which must not have ended. An error ends it.
+    pub(super) fn next_piece(&mut self) -> Result<Piece> {
+        loop {
+            let events = self.scheduler.step().inspect_err(|_| self.scheduler.cancel_all())?;
+            if let Some(event) = events.into_iter().next() {
+                return event.result;
+            }
+            if self.scheduler.is_idle() {
+                return Err(Error::Stopped);
             }
         }
-        self.cache = Some(cache);
-        Ok(None)
+    }
+
+    /// Ends the sequence; `None` if it has ended.
+    pub(super) fn cancel(&mut self, sequence: SequenceId) -> Option<Finish> {
+        self.scheduler.cancel(sequence).ok()
     }
 }
 
-/// An error about a prompt, with its place among several.
+/// Adds the index of the prompt to an error about a prompt of a batch.
 fn of_prompt(index: usize, error: Error) -> Error {
     match error {
         Error::Argument { name, message } if name == "prompt" => Error::argument(format!("prompts[{index}]"), message),
@@ -357,13 +278,18 @@ fn of_prompt(index: usize, error: Error) -> Error {
 #[derive(Debug)]
 pub struct Pieces<'a> {
     generator: &'a mut Generator,
-    sequence: Sequence,
+    sequence: SequenceId,
+    /// The end, once it was returned.
+    finish: Option<Finish>,
+    is_over: bool,
 }
 
 impl Pieces<'_> {
-    /// Ends the generation here.
+    /// Ends the generation here. If it has ended already, this returns its end again.
     pub fn cancel(mut self) -> Finish {
-        self.sequence.finish(FinishReason::Cancelled)
+        let cancelled = self.generator.cancel(self.sequence);
+        // an error ended it: no count is known
+        cancelled.or_else(|| self.finish.take()).unwrap_or_else(Finish::unknown)
     }
 }
 
@@ -371,10 +297,13 @@ impl Iterator for Pieces<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.sequence.is_finished() {
+        if self.is_over {
             return None;
         }
-        self.generator.next_piece(&mut self.sequence).transpose()
+        let piece = self.generator.next_piece();
+        self.finish = piece.as_ref().ok().and_then(|piece| piece.finish.clone());
+        self.is_over = self.finish.is_some() || piece.is_err();
+        Some(piece)
     }
 }
 

@@ -1,10 +1,14 @@
-//! Generation: sampling, streaming and the generator.
+//! Generation: sampling, the scheduler that batches sequences, and the generator.
 
 mod generation;
 mod generator;
+mod mask;
+mod request;
 mod sampler;
 mod sampling;
+mod scheduler;
 mod sequence;
+mod slots;
 mod stop;
 #[cfg(feature = "async")]
 mod stream;
@@ -12,7 +16,10 @@ mod stream;
 pub use crate::models::{KVCache, KVCacheConfig};
 pub use generation::{Finish, FinishReason, Generation, GenerationConfig, Piece, Prompt};
 pub use generator::{Generator, Pieces};
+pub use mask::{AllowedTokens, TokenMask};
+pub use request::{AdapterId, Event, Request, SequenceId, sample_seed};
 pub use sampler::{Choice, Sampler};
 pub use sampling::{SamplingConfig, SamplingStrategy, sample_token};
+pub use scheduler::{Scheduler, SchedulerConfig};
 #[cfg(feature = "async")]
 pub use stream::PieceStream;

@@ -3,23 +3,25 @@
 // ranks and ties are those of equal numbers
 #![allow(clippy::float_cmp)]
 
+use super::mask::AllowedTokens;
 use super::sampling::SamplingConfig;
 use crate::data::Random;
 use crate::error::{Error, Result};
 use crate::models::{Decoded, DecodingChoice};
 use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
+use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 
 /// Number of logits that top-k looks at together.
 const GROUP: usize = 16;
 
-/// A chosen token.
+/// A token with its log-probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     /// Its id.
     pub token: u32,
-    /// The natural logarithm of the probability the model gave it, before penalties, bias, temperature and filters.
+    /// The natural logarithm of its probability in the model, before penalties, bias, mask, temperature and filters.
     pub log_probability: f32,
 }
 
@@ -98,18 +100,38 @@ impl Sampler {
     /// There is no logit, one of them is NaN or positive infinity, all are negative infinity after the bias, or a
     /// token of the bias or of the window is not in the vocabulary.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Choice> {
-        let drawn = self.draw(logits)?;
+        self.sample_allowed(logits, None, 0).map(|(choice, _)| choice)
+    }
+
+    /// As [`Sampler::sample`], from the allowed tokens only, with the `num_top` most probable tokens of `logits`: the
+    /// most probable first, equally probable ones in the order of their ids.
+    pub(super) fn sample_allowed(
+        &mut self,
+        logits: &[f32],
+        allowed: Option<&AllowedTokens>,
+        num_top: usize,
+    ) -> Result<(Choice, Vec<Choice>)> {
+        let drawn = self.draw(logits, allowed)?;
         let scratch = &mut self.scratch;
         let maximum = match drawn.maximum {
             Some(maximum) => maximum,
             None => largest(logits, &mut scratch.maxima)?,
         };
         let total = drawn.total.unwrap_or_else(|| sum_of_exponentials(logits, maximum));
-        let logit = logits.get(drawn.index).copied().unwrap_or(f32::NEG_INFINITY);
-        let log_probability = (f64::from(logit) - f64::from(maximum) - total.ln()) as f32;
+        let choice = |token: u32, logit: f32| {
+            let log_probability = (f64::from(logit) - f64::from(maximum) - total.ln()) as f32;
+            Choice { token, log_probability }
+        };
+        let mut top = Vec::new();
+        if num_top > 0 {
+            scratch.collect_largest(logits, num_top);
+            scratch.candidates.sort_unstable_by(|a, b| rank(*a, *b));
+            top.extend(scratch.candidates.iter().map(|&(token, logit)| choice(token, logit)));
+        }
         let token = drawn.index as u32;
+        let chosen = choice(token, logits.get(drawn.index).copied().unwrap_or(f32::NEG_INFINITY));
         self.observe(&[token]);
-        Ok(Choice { token, log_probability })
+        Ok((chosen, top))
     }
 
     /// How a device chooses the next token as this sampler would; `None` if that takes penalties or a bias.
@@ -144,21 +166,23 @@ impl Sampler {
 
     /// The next token, without its probability and without remembering it.
     pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<u32> {
-        Ok(self.draw(logits)?.index as u32)
+        Ok(self.draw(logits, None)?.index as u32)
     }
 
-    fn draw(&mut self, logits: &[f32]) -> Result<Drawn> {
+    fn draw(&mut self, logits: &[f32], allowed: Option<&AllowedTokens>) -> Result<Drawn> {
         if logits.is_empty() {
             return Err(Error::shape("logits", "[vocab]", &[0]));
         }
         let Self { config, draws, counts, scratch, .. } = self;
-        if counts.is_empty() && config.logit_bias.is_empty() {
+        if counts.is_empty() && config.logit_bias.is_empty() && allowed.is_none() {
             return scratch.choose(logits, config, draws);
         }
         let mut adjusted = std::mem::take(&mut scratch.adjusted);
         adjusted.clear();
         adjusted.extend_from_slice(logits);
-        let drawn = adjust(&mut adjusted, config, counts).and_then(|()| scratch.choose(&adjusted, config, draws));
+        let drawn = adjust(&mut adjusted, config, counts)
+            .and_then(|()| allowed.map_or(Ok(()), |allowed| allowed.apply(&mut adjusted)))
+            .and_then(|()| scratch.choose(&adjusted, config, draws));
         scratch.adjusted = adjusted;
         Ok(Drawn { index: drawn?.index, maximum: None, total: None })
     }
@@ -217,6 +241,12 @@ fn position_of(largest: f32, logits: &[f32], maxima: &[f32]) -> usize {
     start + logits[start..].iter().position(|&logit| logit == largest).unwrap_or(0)
 }
 
+/// The order of tokens by falling logit, of equal logits by id.
+fn rank((id, logit): (u32, f32), (other_id, other): (u32, f32)) -> Ordering {
+    // partial_cmp, not total_cmp: 0 and -0 are equal
+    other.partial_cmp(&logit).unwrap_or(Ordering::Equal).then(id.cmp(&other_id))
+}
+
 impl Scratch {
     /// Chooses among these logits.
     fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Random) -> Result<Drawn> {
@@ -263,11 +293,7 @@ impl Scratch {
             }
         }
         if candidates.len() > k {
-            // partial_cmp, not total_cmp: 0 and -0 are equal
-            let rank = |a: &(u32, f32), b: &(u32, f32)| {
-                b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0))
-            };
-            candidates.select_nth_unstable_by(k - 1, rank);
+            candidates.select_nth_unstable_by(k - 1, |a, b| rank(*a, *b));
             candidates.truncate(k);
             candidates.sort_unstable_by_key(|&(id, _)| id);
         }

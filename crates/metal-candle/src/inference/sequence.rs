@@ -1,21 +1,23 @@
-//! Sequences that are generated, alone or side by side in one ragged batch.
+//! One sequence of a scheduler: its tokens, its sampler, and when it ends.
 
-use super::generation::{Finish, FinishReason, GenerationConfig, Piece};
+use super::generation::{Finish, FinishReason, Piece};
+use super::mask::{AllowedTokens, TokenMask};
+use super::request::{AdapterId, Request, SequenceId, sample_seed};
 use super::sampler::{Choice, Sampler};
-use super::sampling::with_logits;
+use super::slots::Prefix;
 use super::stop::StopMatcher;
 use crate::data::{StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
-use crate::models::{Batch, Decoding, DecodingRow, KVCache, Model, Rows};
-use crate::ops::LowRankTerms;
+use crate::models::{Decoded, DecodingRow, Model};
 use std::time::Instant;
 
-/// Most tokens after the prompt that the cache has room for at the start.
+/// Most tokens after the prompt that the cache is first allocated for.
 const MAX_FIRST_ROOM: usize = 256;
 
-/// A prompt that is being continued.
+/// A prompt and the tokens that continue it.
 #[derive(Debug)]
 pub(super) struct Sequence {
+    id: SequenceId,
     /// The prompt and the tokens after it.
     ids: Vec<u32>,
     prompt_tokens: usize,
@@ -24,6 +26,10 @@ pub(super) struct Sequence {
     reused_tokens: usize,
     generated_tokens: usize,
     slot: usize,
+    adapter: Option<AdapterId>,
+    prefix_key: Option<u64>,
+    mask: Option<Box<dyn TokenMask>>,
+    num_top: usize,
     sampler: Sampler,
     decoder: Option<StreamDecoder>,
     stop: StopMatcher,
@@ -31,67 +37,103 @@ pub(super) struct Sequence {
     max_tokens: usize,
     /// Most tokens of prompt and text together.
     max_len: usize,
+    /// Step in which it was last computed, or started.
+    last_step: u64,
     started: Instant,
     first_token: Option<Instant>,
-    is_finished: bool,
+    state: State,
+    /// The other samples of its prompt, until the prompt is computed.
+    samples: Vec<Sequence>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    Finished,
+    Failed,
 }
 
 impl Sequence {
-    /// A prompt in `slot` of the cache, nothing of which is computed.
+    /// The sequences of a request: the first holds the others. The id of sample `i` is `first_id + i`.
     ///
     /// # Errors
     /// The prompt is empty or does not fit the model, a setting is out of its range, or stop strings lack a tokenizer.
-    pub(super) fn new(
-        ids: Vec<u32>,
-        slot: usize,
-        config: &GenerationConfig,
+    pub(super) fn new(request: Request, first_id: u64, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<Self> {
+        check(&request, model, tokenizer)?;
+        let mut first = Self::sample(&request, 0, first_id, model, tokenizer)?;
+        for index in 1..request.num_samples {
+            let mut sample = Self::sample(&request, index, first_id, model, tokenizer)?;
+            sample.mask = request.mask.as_ref().map(|mask| mask.fork());
+            first.samples.push(sample);
+        }
+        first.mask = request.mask;
+        Ok(first)
+    }
+
+    fn sample(
+        request: &Request,
+        index: usize,
+        first_id: u64,
         model: &Model,
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Self> {
-        config.validate()?;
-        let max_len = model.config().max_position_embeddings;
-        let vocab = model.config().vocab_size;
-        if ids.is_empty() {
-            return Err(Error::argument("prompt", "expected at least one token, found none"));
-        }
-        if ids.len() >= max_len {
-            let message = format!(
-                "expected at most {} tokens, for the model's context of {max_len} to hold one more, found {}",
-                max_len.saturating_sub(1),
-                ids.len()
-            );
-            return Err(Error::argument("prompt", message));
-        }
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            let message = format!("token `{id}` is outside the vocabulary of {vocab} tokens");
-            return Err(Error::argument("prompt", message));
-        }
-        if tokenizer.is_none() && !config.stop_strings.is_empty() {
-            return Err(Error::argument("stop_strings", "the generator has no tokenizer to find them with"));
-        }
-        let mut sampler = Sampler::new(config.sampling.clone())?;
+        let (ids, config) = (request.prompt.clone(), &request.config);
+        let mut sampling = config.sampling.clone();
+        sampling.seed = sampling.seed.map(|seed| sample_seed(seed, index));
+        let mut sampler = Sampler::new(sampling)?;
         sampler.observe(&ids);
         let mut end_ids = config.stop_ids.clone();
         if !config.ignore_eos {
             end_ids.extend(&model.config().eos_token_ids);
         }
         Ok(Self {
+            id: SequenceId(first_id + index as u64),
             prompt_tokens: ids.len(),
             ids,
             num_cached: 0,
             reused_tokens: 0,
             generated_tokens: 0,
-            slot,
+            slot: 0,
+            adapter: request.adapter,
+            prefix_key: request.prefix_key,
+            mask: None,
+            num_top: request.num_top_log_probabilities,
             sampler,
             decoder: tokenizer.map(|tokenizer| tokenizer.stream_decoder(config.skip_special_tokens)),
             stop: StopMatcher::new(config.stop_strings.clone()),
             end_ids,
             max_tokens: config.max_tokens,
-            max_len,
+            max_len: model.config().max_position_embeddings,
+            last_step: 0,
             started: Instant::now(),
             first_token: None,
-            is_finished: false,
+            state: State::Open,
+            samples: Vec::new(),
         })
+    }
+
+    pub(super) fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    pub(super) fn slot(&self) -> usize {
+        self.slot
+    }
+
+    pub(super) fn adapter(&self) -> Option<AdapterId> {
+        self.adapter
+    }
+
+    pub(super) fn prefix_key(&self) -> Option<u64> {
+        self.prefix_key
+    }
+
+    pub(super) fn last_step(&self) -> u64 {
+        self.last_step
+    }
+
+    pub(super) fn num_cached(&self) -> usize {
+        self.num_cached
     }
 
     /// The prompt and the tokens after it.
@@ -99,37 +141,86 @@ impl Sequence {
         &self.ids
     }
 
-    /// The tokens whose keys and values are in the cache.
-    pub(super) fn cached_ids(&self) -> &[u32] {
-        &self.ids[..self.num_cached]
+    /// Number of tokens that the cache does not hold yet.
+    pub(super) fn num_waiting(&self) -> usize {
+        self.ids.len() - self.num_cached
     }
 
-    /// The slot of the cache it is in.
-    pub(super) fn slot(&self) -> usize {
-        self.slot
-    }
-
-    /// Number of tokens that the cache should have room for at the start: more may never come.
+    /// Number of tokens to allocate the cache for at first: a sequence may end long before its limit.
     pub(super) fn first_room(&self) -> usize {
         self.prompt_tokens.saturating_add(self.max_tokens.min(MAX_FIRST_ROOM)).min(self.max_len)
     }
 
-    /// Whether there will be no more piece.
-    pub(super) fn is_finished(&self) -> bool {
-        self.is_finished
+    /// Number of sequences: itself and the samples that wait for its prompt.
+    pub(super) fn num_sequences(&self) -> usize {
+        1 + self.samples.len()
     }
 
-    /// Begins with the first `reused` tokens of the prompt in the cache, from now on the clock.
-    pub(super) fn start(&mut self, slot: usize, reused: usize) {
+    /// Whether there will be no more piece.
+    pub(super) fn is_finished(&self) -> bool {
+        self.state != State::Open
+    }
+
+    /// The samples that wait for the prompt.
+    pub(super) fn samples_mut(&mut self) -> &mut Vec<Self> {
+        &mut self.samples
+    }
+
+    /// Starts in a slot of the cache that holds the first `reused` tokens.
+    pub(super) fn start(&mut self, slot: usize, reused: usize, step: u64) {
         self.slot = slot;
         self.num_cached = reused;
         self.reused_tokens = reused;
+        self.last_step = step;
         self.started = Instant::now();
+    }
+
+    /// Records that the cache holds the first `len` tokens.
+    pub(super) fn set_cached(&mut self, len: usize, step: u64) {
+        self.num_cached = len;
+        self.last_step = step;
+    }
+
+    /// Records that a copy of the cache of the whole prompt is in its slot.
+    pub(super) fn set_prompt_copied(&mut self, step: u64) {
+        self.set_cached(self.prompt_tokens, step);
+        self.reused_tokens = self.prompt_tokens;
+    }
+
+    /// Takes sequence `id` out of this one and its samples. If that is this one, the first sample takes its place and
+    /// what the cache holds of the prompt.
+    pub(super) fn take_sample(&mut self, id: SequenceId) -> Option<Self> {
+        if self.id != id {
+            let index = self.samples.iter().position(|sample| sample.id == id)?;
+            return Some(self.samples.remove(index));
+        }
+        if self.samples.is_empty() {
+            return None;
+        }
+        let mut next = self.samples.remove(0);
+        std::mem::swap(&mut next.slot, &mut self.slot);
+        std::mem::swap(&mut next.num_cached, &mut self.num_cached);
+        std::mem::swap(&mut next.samples, &mut self.samples);
+        (next.reused_tokens, next.last_step) = (self.reused_tokens, self.last_step);
+        (next.started, self.reused_tokens) = (self.started, 0);
+        Some(std::mem::replace(self, next))
+    }
+
+    /// What its slot holds when it is released, if later sequences may use it.
+    pub(super) fn into_prefix(mut self) -> Option<Prefix> {
+        let key = self.prefix_key.filter(|_| self.state != State::Failed)?;
+        self.ids.truncate(self.num_cached);
+        Some(Prefix { ids: self.ids, key, adapter: self.adapter })
+    }
+
+    /// Ends it after an error.
+    pub(super) fn fail(&mut self) {
+        self.state = State::Failed;
     }
 
     /// The end, for this reason.
     pub(super) fn finish(&mut self, reason: FinishReason) -> Finish {
-        self.is_finished = true;
+        self.state = State::Finished;
         let first_token = self.first_token.unwrap_or_else(Instant::now);
         let per_second = |count: usize, seconds: f64| {
             if count > 0 && seconds > 0.0 { count as f64 / seconds } else { 0.0 }
@@ -149,25 +240,44 @@ impl Sequence {
         }
     }
 
-    /// Adds the token chosen from this row of logits.
-    fn advance(&mut self, logits: &[f32]) -> Result<Piece> {
-        let choice = self.sampler.sample(logits)?;
-        self.add(choice)
+    /// Adds the token sampled from this row of logits. `allowed` is a buffer for the mask.
+    pub(super) fn advance(&mut self, logits: &[f32], allowed: &mut Option<AllowedTokens>) -> Result<Piece> {
+        let allowed = match &mut self.mask {
+            None => None,
+            Some(mask) => {
+                let allowed = allowed.get_or_insert_with(|| AllowedTokens::new(logits.len()));
+                let generated = &self.ids[self.prompt_tokens..];
+                allowed.clear();
+                mask.allow(generated, allowed)?;
+                if allowed.is_empty() {
+                    let count = generated.len();
+                    let message = format!("expected at least one allowed token, found none; generated so far: {count}");
+                    return Err(Error::argument("mask", message));
+                }
+                Some(&*allowed)
+            }
+        };
+        let (choice, top) = self.sampler.sample_allowed(logits, allowed, self.num_top)?;
+        self.add(choice, top)
     }
 
-    /// Its next step, if that is the step after its last token and the device can choose.
-    fn decoding_row(&self) -> Option<DecodingRow> {
+    /// Adds the token that the device sampled.
+    pub(super) fn accept(&mut self, decoded: Decoded) -> Result<Piece> {
+        let choice = self.sampler.accept(decoded);
+        self.add(choice, Vec::new())
+    }
+
+    /// Its next step, if that is the step after its last token and the device can sample the token after it.
+    pub(super) fn decoding_row(&self) -> Option<DecodingRow> {
+        if self.num_waiting() != 1 || self.mask.is_some() || self.num_top > 0 || !self.samples.is_empty() {
+            return None;
+        }
         let choice = self.sampler.choice_on_device()?;
         let position = self.num_cached;
-        (position + 1 == self.ids.len()).then(|| DecodingRow {
-            id: self.ids[position],
-            position,
-            slot: self.slot,
-            choice,
-        })
+        Some(DecodingRow { id: self.ids[position], position, slot: self.slot, choice })
     }
 
-    fn add(&mut self, Choice { token, log_probability }: Choice) -> Result<Piece> {
+    fn add(&mut self, Choice { token, log_probability }: Choice, top: Vec<Choice>) -> Result<Piece> {
         self.generated_tokens += 1;
         self.first_token.get_or_insert_with(Instant::now);
         let mut reason = None;
@@ -194,107 +304,44 @@ impl Sequence {
             reason = Some(if matched.stopped { FinishReason::StopString } else { other });
         }
         let finish = reason.map(|reason| self.finish(reason));
-        Ok(Piece { text, token, log_probability, finish })
+        Ok(Piece { text, token, log_probability, top_log_probabilities: top, finish })
     }
 }
 
-/// Makes a step of all unfinished sequences on the device, if each of them is at its last token.
-fn decode(
-    model: &Model,
-    terms: Option<&LowRankTerms>,
-    cache: &mut KVCache,
-    sequences: &mut [Sequence],
-    decoding: &mut Option<Decoding>,
-) -> Result<Option<Vec<(usize, Piece)>>> {
-    let open = || (0..sequences.len()).filter(|&index| !sequences[index].is_finished);
-    if !model.can_decode(open().count(), terms, cache) {
-        return Ok(None);
+/// Checks a request against the model.
+fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<()> {
+    let Request { prompt, config, .. } = request;
+    config.validate()?;
+    let max_len = model.config().max_position_embeddings;
+    let vocab = model.config().vocab_size;
+    if prompt.is_empty() {
+        return Err(Error::argument("prompt", "expected at least one token, found none"));
     }
-    let Some(rows) = open().map(|index| sequences[index].decoding_row()).collect::<Option<Vec<_>>>() else {
-        return Ok(None);
-    };
-    let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-    if rows.is_empty() || longest > cache.config().max_seq_len {
-        return Ok(None);
+    if prompt.len() >= max_len {
+        let message = format!(
+            "expected at most {} tokens, for the model's context of {max_len} to hold one more, found {}",
+            max_len.saturating_sub(1),
+            prompt.len()
+        );
+        return Err(Error::argument("prompt", message));
     }
-    let indices: Vec<usize> = open().collect();
-    let decoded = model.decode(decoding, &rows, terms, cache)?;
-    let mut pieces = Vec::with_capacity(rows.len());
-    for (row, (&index, decoded)) in indices.iter().zip(decoded).enumerate() {
-        let sequence = &mut sequences[index];
-        sequence.num_cached += 1;
-        cache.set_len(sequence.slot, sequence.num_cached);
-        let piece = if decoded.log_probability.is_finite() {
-            let choice = sequence.sampler.accept(decoded);
-            sequence.add(choice)?
-        } else {
-            // the sampler says what is wrong with them
-            let logits = decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose()?;
-            let logits = logits.ok_or(Error::Stopped)?;
-            with_logits(&logits, |logits| sequence.advance(logits))?
-        };
-        pieces.push((index, piece));
+    let outside = |id: u32| format!("token `{id}` is outside the vocabulary of {vocab} tokens");
+    if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument("prompt", outside(id)));
     }
-    Ok(Some(pieces))
-}
-
-/// Feeds up to `max_batch_tokens` tokens of the unfinished sequences (decode steps first, at least one token) to the
-/// model in one batch; the pieces that come of it, by the index of their sequence.
-///
-/// The cache grows as it must.
-///
-/// # Errors
-/// The model or the choice of a token fails; the cache is then of no use any more.
-pub(super) fn step(
-    model: &Model,
-    terms: Option<&LowRankTerms>,
-    cache: &mut KVCache,
-    sequences: &mut [Sequence],
-    max_batch_tokens: usize,
-    decoding: &mut Option<Decoding>,
-) -> Result<Vec<(usize, Piece)>> {
-    if let Some(pieces) = decode(model, terms, cache, sequences, decoding)? {
-        return Ok(pieces);
+    if let Some(&id) = config.sampling.logit_bias.keys().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument("logit_bias", outside(id)));
     }
-    let waiting = |sequence: &Sequence| sequence.ids.len() - sequence.num_cached;
-    let (decoding, prompts): (Vec<usize>, Vec<usize>) = (0..sequences.len())
-        .filter(|&index| !sequences[index].is_finished)
-        .partition(|&index| waiting(&sequences[index]) == 1);
-    let mut batch = Batch::new();
-    let mut fed = Vec::new();
-    for index in decoding.into_iter().chain(prompts) {
-        let sequence = &sequences[index];
-        let room = max_batch_tokens.saturating_sub(batch.num_tokens()).max(usize::from(batch.is_empty()));
-        let count = waiting(sequence).min(room);
-        if count == 0 {
-            break;
-        }
-        let end = sequence.num_cached + count;
-        batch.push(&sequence.ids[sequence.num_cached..end], sequence.num_cached, sequence.slot);
-        fed.push((index, end));
+    if tokenizer.is_none() && !config.stop_strings.is_empty() {
+        return Err(Error::argument("stop_strings", "the generator has no tokenizer to find them with"));
     }
-    if batch.is_empty() {
-        return Ok(Vec::new());
+    if request.num_top_log_probabilities > vocab {
+        let message = format!("expected at most the {vocab} tokens of the vocabulary");
+        let message = format!("{message}, found {}", request.num_top_log_probabilities);
+        return Err(Error::argument("num_top_log_probabilities", message));
     }
-    let complete: Vec<bool> = fed.iter().map(|&(index, end)| end == sequences[index].ids.len()).collect();
-    let last_rows = batch.last_rows();
-    let rows: Vec<usize> =
-        last_rows.into_iter().zip(&complete).filter_map(|(row, &wanted)| wanted.then_some(row)).collect();
-    let longest = fed.iter().map(|&(_, end)| end).max().unwrap_or(0);
-    let room = cache.config().max_seq_len;
-    if longest > room {
-        // doubling keeps the copies of a growing cache few
-        cache.reserve(longest.max(2 * room).min(model.config().max_position_embeddings))?;
+    if request.num_samples == 0 {
+        return Err(Error::argument("num_samples", "expected at least 1, found 0"));
     }
-    let logits = model.forward(&batch, terms, Some(cache), Rows::Of(&rows))?;
-    let mut pieces = Vec::with_capacity(rows.len());
-    for (&(index, end), complete) in fed.iter().zip(complete) {
-        let sequence = &mut sequences[index];
-        sequence.num_cached = end;
-        if complete {
-            let row = logits.get(pieces.len())?;
-            pieces.push((index, with_logits(&row, |logits| sequence.advance(logits))?));
-        }
-    }
-    Ok(pieces)
+    Ok(())
 }

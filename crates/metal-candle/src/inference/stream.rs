@@ -2,7 +2,7 @@
 
 use super::generation::{GenerationConfig, Piece, Prompt};
 use super::generator::Generator;
-use super::sequence::Sequence;
+use super::request::SequenceId;
 use crate::error::{Error, Result};
 use futures_core::Stream;
 use std::collections::VecDeque;
@@ -83,14 +83,16 @@ impl Drop for Completion {
     }
 }
 
-fn run(mut generator: Generator, mut sequence: Sequence, channel: Arc<Channel>) -> Generator {
+fn run(mut generator: Generator, sequence: SequenceId, channel: Arc<Channel>) -> Generator {
     let completion = Completion(channel);
     while !completion.0.is_cancelled() {
-        let Some(piece) = generator.next_piece(&mut sequence).transpose() else { break };
-        if !completion.0.send(piece) || sequence.is_finished() {
+        let piece = generator.next_piece();
+        let is_last = piece.as_ref().map_or(true, |piece| piece.finish.is_some());
+        if !completion.0.send(piece) || is_last {
             break;
         }
     }
+    generator.cancel(sequence);
     generator
 }
 

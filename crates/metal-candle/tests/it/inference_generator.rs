@@ -12,13 +12,13 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-const VOCAB: usize = 502;
+pub(super) const VOCAB: usize = 502;
 
 fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
 
-fn tokenizer() -> Tokenizer {
+pub(super) fn tokenizer() -> Tokenizer {
     Tokenizer::from_folder(golden("tokenizer")).unwrap()
 }
 
@@ -29,7 +29,7 @@ fn tensor(random: &mut Random, shape: &[usize], deviation: f32) -> Tensor {
 }
 
 /// The sizes of a golden model (7 query heads to 1 key/value head), with the vocabulary of the golden tokenizer.
-fn config() -> ModelConfig {
+pub(super) fn config() -> ModelConfig {
     let mut config = ModelConfig::from_json(golden("models/gqa-tied/config.json")).unwrap();
     config.vocab_size = VOCAB;
     config.max_position_embeddings = 2048;
@@ -37,7 +37,7 @@ fn config() -> ModelConfig {
     config
 }
 
-fn model_of(config: ModelConfig, dtype: DType) -> Model {
+pub(super) fn model_of(config: ModelConfig, dtype: DType) -> Model {
     let mut random = Random::new(1);
     let tensors = Model::parameter_shapes(&config)
         .into_iter()
@@ -54,7 +54,7 @@ fn generator() -> Generator {
     Generator::new(model_of(config(), DType::F32)).with_tokenizer(tokenizer())
 }
 
-fn adapter(model: &Model, seed: u64) -> LowRankTerms {
+pub(super) fn adapter(model: &Model, seed: u64) -> LowRankTerms {
     let mut random = Random::new(seed);
     let mut terms = LowRankTerms::new();
     for (number, linear) in model.linears().iter().enumerate() {
@@ -65,19 +65,19 @@ fn adapter(model: &Model, seed: u64) -> LowRankTerms {
     terms
 }
 
-fn ids(n: usize) -> Vec<u32> {
+pub(super) fn ids(n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| (i * 37 + 11) % 480).collect()
 }
 
-fn greedy(max_tokens: usize) -> GenerationConfig {
+pub(super) fn greedy(max_tokens: usize) -> GenerationConfig {
     GenerationConfig::default().with_max_tokens(max_tokens)
 }
 
-fn drawn(max_tokens: usize, seed: u64) -> GenerationConfig {
+pub(super) fn drawn(max_tokens: usize, seed: u64) -> GenerationConfig {
     greedy(max_tokens).with_sampling(SamplingConfig::default().with_temperature(0.9).with_seed(seed))
 }
 
-fn logits_of(model: &Model, ids: &[u32]) -> Vec<f32> {
+pub(super) fn logits_of(model: &Model, ids: &[u32]) -> Vec<f32> {
     let logits = model.forward(&Batch::single(ids), None, None, Rows::Last).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -94,7 +94,7 @@ fn uncached(model: &Model, prompt: &[u32], n: usize) -> (Vec<u32>, Vec<f32>) {
     (all.split_off(prompt.len()), log_probabilities)
 }
 
-fn assert_close(found: &[f32], wanted: &[f32]) {
+pub(super) fn assert_close(found: &[f32], wanted: &[f32]) {
     assert_eq!(found.len(), wanted.len());
     for (found, wanted) in found.iter().zip(wanted) {
         assert!((found - wanted).abs() < 1e-4, "{found}, expected {wanted}");
@@ -106,7 +106,7 @@ fn choices(generation: &Generation) -> (&str, &[u32], FinishReason) {
     (&generation.text, &generation.tokens, generation.finish.reason)
 }
 
-fn argument(error: &Error) -> (&str, &str) {
+pub(super) fn argument(error: &Error) -> (&str, &str) {
     let Error::Argument { name, message } = error else { panic!("{error}") };
     (name, message)
 }

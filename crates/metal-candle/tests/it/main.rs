@@ -20,6 +20,7 @@ mod golden;
 mod hub;
 mod inference_generator;
 mod inference_sampling;
+mod inference_scheduler;
 mod loader_config;
 mod loader_files;
 mod loader_model;

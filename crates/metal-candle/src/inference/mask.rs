@@ -1,0 +1,128 @@
+//! Masks over the vocabulary: a hook that restricts which token may follow.
+
+use crate::error::{Error, Result};
+
+const BITS: usize = u32::BITS as usize;
+
+/// Restricts the next token of a sequence, for example to those that a grammar allows.
+///
+/// A sequence with a mask samples on the CPU from the logits of the model; other sequences of the batch keep the device's
+/// faster path.
+pub trait TokenMask: std::fmt::Debug + Send {
+    /// Allows the tokens that may follow `generated`, the tokens sampled so far without the prompt. No token is allowed
+    /// when it is called. It is called once per token, before the token is sampled.
+    ///
+    /// # Errors
+    /// Any error ends this sequence and no other.
+    fn allow(&mut self, generated: &[u32], allowed: &mut AllowedTokens) -> Result<()>;
+
+    /// A mask in the state of this one, for another sample of the same prompt.
+    fn fork(&self) -> Box<dyn TokenMask>;
+}
+
+/// A set of token ids: one bit per token of the vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AllowedTokens {
+    words: Vec<u32>,
+    vocab_size: usize,
+}
+
+impl AllowedTokens {
+    /// The empty set over a vocabulary of `vocab_size` tokens.
+    pub fn new(vocab_size: usize) -> Self {
+        Self { words: vec![0; vocab_size.div_ceil(BITS)], vocab_size }
+    }
+
+    /// Number of tokens of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Adds a token.
+    ///
+    /// # Errors
+    /// The id is outside the vocabulary.
+    pub fn insert(&mut self, id: u32) -> Result<()> {
+        if id as usize >= self.vocab_size {
+            let message = format!("token `{id}` is outside the vocabulary of {} tokens", self.vocab_size);
+            return Err(Error::argument("mask", message));
+        }
+        self.words[id as usize / BITS] |= 1 << (id as usize % BITS);
+        Ok(())
+    }
+
+    /// Adds every token.
+    pub fn insert_all(&mut self) {
+        self.words.fill(u32::MAX);
+    }
+
+    /// Removes every token.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Whether the token is in the set.
+    pub fn contains(&self, id: u32) -> bool {
+        let bit = |word: &u32| word >> (id as usize % BITS) & 1 == 1;
+        (id as usize) < self.vocab_size && self.words.get(id as usize / BITS).is_some_and(bit)
+    }
+
+    /// Whether no token is in the set.
+    pub fn is_empty(&self) -> bool {
+        let (rest, whole) = (self.vocab_size % BITS, self.vocab_size / BITS);
+        let last = self.words.get(whole).map_or(0, |word| word & ((1 << rest) - 1));
+        last == 0 && self.words[..whole].iter().all(|&word| word == 0)
+    }
+
+    /// The bits: token `id` is bit `id % 32` of word `id / 32`. Bits past the vocabulary are ignored.
+    pub fn words_mut(&mut self) -> &mut [u32] {
+        &mut self.words
+    }
+
+    /// Sets the logits of all other tokens to negative infinity.
+    pub(super) fn apply(&self, logits: &mut [f32]) -> Result<()> {
+        if logits.len() != self.vocab_size {
+            let message = format!("expected a mask over {} tokens, found one over {}", logits.len(), self.vocab_size);
+            return Err(Error::argument("mask", message));
+        }
+        for (&word, logits) in self.words.iter().zip(logits.chunks_mut(BITS)) {
+            if word == u32::MAX {
+                continue;
+            }
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_past_the_vocabulary_are_ignored() {
+        let mut allowed = AllowedTokens::new(35);
+        allowed.words_mut()[1] = !0b111;
+        assert!(allowed.is_empty());
+        assert!(!allowed.contains(35));
+        assert!(allowed.insert(35).is_err());
+        allowed.insert(34).unwrap();
+        assert!(!allowed.is_empty() && allowed.contains(34) && !allowed.contains(2));
+        let mut logits = vec![1.0; 35];
+        allowed.apply(&mut logits).unwrap();
+        let left: Vec<usize> = (0..35).filter(|&id| logits[id] > f32::NEG_INFINITY).collect();
+        assert_eq!(left, [34]);
+        assert!(allowed.apply(&mut [0.0; 34]).is_err());
+        let mut whole = AllowedTokens::new(64);
+        assert!(whole.is_empty());
+        whole.insert_all();
+        assert!(!whole.is_empty() && whole.contains(63));
+        whole.clear();
+        assert!(whole.is_empty());
+    }
+}

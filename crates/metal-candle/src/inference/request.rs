@@ -1,0 +1,115 @@
+//! What callers ask a scheduler for, and what its steps report.
+
+use super::generation::{GenerationConfig, Piece};
+use super::mask::TokenMask;
+use crate::data::Random;
+use crate::error::Result;
+
+/// A sequence of a [`Scheduler`](super::Scheduler). A scheduler never issues an id twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub(super) u64);
+
+impl std::fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// An adapter of a [`Scheduler`](super::Scheduler). A scheduler never issues an id twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AdapterId(pub(super) u64);
+
+impl std::fmt::Display for AdapterId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A prompt to continue, once or several times.
+#[derive(Debug)]
+pub struct Request {
+    /// The token ids of the prompt, at least one.
+    pub prompt: Vec<u32>,
+    /// How tokens are sampled and when a sequence ends.
+    pub config: GenerationConfig,
+    /// Number of sequences that continue the prompt, at least 1. The prompt is computed once. Sample `i` draws with
+    /// [`sample_seed`] of the seed and `i`.
+    pub num_samples: usize,
+    /// The adapter; none for the model alone.
+    pub adapter: Option<AdapterId>,
+    /// Restricts the tokens that may be sampled.
+    pub mask: Option<Box<dyn TokenMask>>,
+    /// Number of most probable tokens that each piece lists; 0 for none.
+    pub num_top_log_probabilities: usize,
+    /// Requests with the same key and adapter share the cache of a common prefix: the prefix is not computed again. With
+    /// no key nothing is shared. Who may measure the time to the first token can find out what a prompt of the same key
+    /// was, so callers that do not trust each other need different keys.
+    pub prefix_key: Option<u64>,
+}
+
+impl Request {
+    /// A request for one sequence, without an adapter and without shared prefixes.
+    pub fn new(prompt: impl Into<Vec<u32>>, config: GenerationConfig) -> Self {
+        Self {
+            prompt: prompt.into(),
+            config,
+            num_samples: 1,
+            adapter: None,
+            mask: None,
+            num_top_log_probabilities: 0,
+            prefix_key: None,
+        }
+    }
+
+    /// Sets the number of sequences that continue the prompt.
+    #[must_use]
+    pub fn with_num_samples(mut self, num_samples: usize) -> Self {
+        self.num_samples = num_samples;
+        self
+    }
+
+    /// Sets the adapter.
+    #[must_use]
+    pub fn with_adapter(mut self, adapter: Option<AdapterId>) -> Self {
+        self.adapter = adapter;
+        self
+    }
+
+    /// Restricts the tokens that may be sampled.
+    #[must_use]
+    pub fn with_mask(mut self, mask: impl TokenMask + 'static) -> Self {
+        self.mask = Some(Box::new(mask));
+        self
+    }
+
+    /// Sets the number of most probable tokens that each piece lists.
+    #[must_use]
+    pub fn with_num_top_log_probabilities(mut self, count: usize) -> Self {
+        self.num_top_log_probabilities = count;
+        self
+    }
+
+    /// Shares the cache of common prefixes with requests of the same key.
+    #[must_use]
+    pub fn with_prefix_key(mut self, key: u64) -> Self {
+        self.prefix_key = Some(key);
+        self
+    }
+}
+
+/// The seed that sample `sample` of a request with `seed` draws with: `seed` itself for sample 0.
+pub fn sample_seed(seed: u64, sample: usize) -> u64 {
+    if sample == 0 {
+        return seed;
+    }
+    Random::new(Random::new(seed).next_u64() ^ sample as u64).next_u64()
+}
+
+/// What a step did for one sequence.
+#[derive(Debug)]
+pub struct Event {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The next piece, whose `finish` is set in the last one; or why the sequence failed, which ends it.
+    pub result: Result<Piece>,
+}

@@ -1,0 +1,542 @@
+//! Continuous batching: admits prompts at any time and advances all of them by one token or prompt chunk per step.
+
+use super::generation::{Finish, FinishReason, Piece};
+use super::mask::AllowedTokens;
+use super::request::{AdapterId, Event, Request, SequenceId};
+use super::sampling::with_logits;
+use super::sequence::Sequence;
+use super::slots::Slots;
+use crate::data::Tokenizer;
+use crate::error::{Error, Result};
+use crate::models::{Batch, Decoding, Model, Rows};
+use crate::ops::LowRankTerms;
+use candle_core::Tensor;
+use std::collections::VecDeque;
+
+/// Limits of a [`Scheduler`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// Most sequences that run at the same time, each in its own slot of the KV cache. Others wait.
+    pub max_sequences: usize,
+    /// Prompts are computed in chunks that end at multiples of this number of tokens.
+    pub prefill_chunk: usize,
+    /// Most tokens of a step: one per decoding sequence, the rest for prompt chunks. A chunk is never cut to fit, and one
+    /// chunk is computed in any case.
+    pub step_tokens: usize,
+}
+
+impl SchedulerConfig {
+    /// The default of `max_sequences`.
+    pub(super) const MAX_SEQUENCES: usize = 32;
+
+    /// The limits that suit a model's device: 32 sequences, and chunks of 512 tokens on the CPU or 4,096 elsewhere.
+    pub fn of(model: &Model) -> Self {
+        let prefill_chunk = if model.device().is_cpu() { 512 } else { 4096 };
+        Self { max_sequences: Self::MAX_SEQUENCES, prefill_chunk, step_tokens: prefill_chunk }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let Self { max_sequences, prefill_chunk, step_tokens } = *self;
+        let all = [("max_sequences", max_sequences), ("prefill_chunk", prefill_chunk), ("step_tokens", step_tokens)];
+        match all.into_iter().find(|(_, value)| *value == 0) {
+            Some((name, _)) => Err(Error::argument(name, "expected at least 1, found 0")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Continues many prompts with one model: continuous batching without threads or waiting.
+///
+/// [`Scheduler::admit`] queues a prompt, [`Scheduler::step`] advances every running sequence, and [`Scheduler::cancel`] ends
+/// one. A sequence that ends frees its slot for the next one in the queue.
+///
+/// A sequence samples the same tokens alone and beside any others: its draws come from its own seed, and its prompt is cut
+/// into chunks at the same positions.
+///
+/// ```no_run
+/// use metal_candle::ModelLoader;
+/// use metal_candle::data::Tokenizer;
+/// use metal_candle::inference::{GenerationConfig, Request, Scheduler};
+///
+/// # fn main() -> metal_candle::Result<()> {
+/// let tokenizer = Tokenizer::from_folder("model")?;
+/// let mut scheduler = Scheduler::new(ModelLoader::new().load("model")?).with_tokenizer(tokenizer.clone());
+/// for text in ["fn main() {", "struct Point"] {
+///     scheduler.admit(Request::new(tokenizer.encode(text, true)?, GenerationConfig::default()))?;
+/// }
+/// while !scheduler.is_idle() {
+///     for event in scheduler.step()? {
+///         println!("{}: {:?}", event.sequence, event.result?.text);
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Scheduler {
+    model: Model,
+    tokenizer: Option<Tokenizer>,
+    config: SchedulerConfig,
+    adapters: Vec<(AdapterId, LowRankTerms)>,
+    slots: Slots,
+    /// The requests without slots, each as its first sample, in the order of their admission.
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    /// Buffers of the device's path for single-token steps, with the adapter that they were made for.
+    decoding: Option<Decoding>,
+    decoding_adapter: Option<AdapterId>,
+    /// Buffer for masks.
+    allowed: Option<AllowedTokens>,
+    /// Events that no step has returned yet.
+    events: Vec<Event>,
+    num_steps: u64,
+    num_admitted: u64,
+    num_adapters: u64,
+}
+
+impl Scheduler {
+    /// A scheduler with the limits of [`SchedulerConfig::of`].
+    pub fn new(model: Model) -> Self {
+        let config = SchedulerConfig::of(&model);
+        Self::with_limits(model, config)
+    }
+
+    /// A scheduler with limits none of which is 0.
+    pub(super) fn with_limits(model: Model, config: SchedulerConfig) -> Self {
+        Self {
+            model,
+            tokenizer: None,
+            config,
+            adapters: Vec::new(),
+            slots: Slots::default(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            decoding: None,
+            decoding_adapter: None,
+            allowed: None,
+            events: Vec::new(),
+            num_steps: 0,
+            num_admitted: 0,
+            num_adapters: 0,
+        }
+    }
+
+    /// A scheduler with other limits.
+    ///
+    /// # Errors
+    /// A limit is 0.
+    pub fn with_config(model: Model, config: SchedulerConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self::with_limits(model, config))
+    }
+
+    /// Decodes the tokens of later requests to text, which stop strings need.
+    #[must_use]
+    pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
+        self.tokenizer = Some(tokenizer);
+        self
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The limits.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Number of sequences that have a slot of the cache.
+    pub fn num_running(&self) -> usize {
+        self.running.iter().map(Sequence::num_sequences).sum()
+    }
+
+    /// Number of sequences that wait for a slot.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.iter().map(Sequence::num_sequences).sum()
+    }
+
+    /// Whether there is nothing to compute and no event to return.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty() && self.events.is_empty()
+    }
+
+    /// Memory of the KV cache in bytes.
+    pub fn cache_bytes(&self) -> usize {
+        self.slots.num_bytes()
+    }
+
+    /// Allocates the KV cache for `num_sequences` of `num_tokens` each. Without this the cache grows on demand, which
+    /// copies it within a step.
+    ///
+    /// # Errors
+    /// More sequences than `max_sequences` or more tokens than the model's context, or the device cannot hold the cache.
+    /// In the last case running sequences are computed again from their first token.
+    pub fn reserve(&mut self, num_sequences: usize, num_tokens: usize) -> Result<()> {
+        let limits = [
+            ("num_sequences", num_sequences, self.config.max_sequences),
+            ("num_tokens", num_tokens, self.model.config().max_position_embeddings),
+        ];
+        if let Some((name, found, limit)) = limits.into_iter().find(|(_, found, limit)| found > limit) {
+            return Err(Error::argument(name, format!("expected at most {limit}, found {found}")));
+        }
+        self.grow(num_sequences, num_tokens)
+    }
+
+    /// Frees the KV cache.
+    ///
+    /// # Errors
+    /// A sequence is running.
+    pub fn clear_cache(&mut self) -> Result<()> {
+        if !self.running.is_empty() {
+            let message = format!("expected no running sequence, found {}", self.num_running());
+            return Err(Error::argument("cache", message));
+        }
+        self.slots.clear();
+        self.decoding = None;
+        Ok(())
+    }
+
+    /// Adds an adapter that requests can name. Its tensors must not change as long as it is used.
+    ///
+    /// # Errors
+    /// The adapter does not fit the model.
+    pub fn add_adapter(&mut self, terms: &LowRankTerms) -> Result<AdapterId> {
+        let terms = self.model.with_fixed_norms(terms)?;
+        let id = AdapterId(self.num_adapters);
+        self.num_adapters += 1;
+        self.adapters.push((id, terms));
+        Ok(id)
+    }
+
+    /// Removes an adapter.
+    ///
+    /// # Errors
+    /// There is no such adapter, or a sequence uses it.
+    pub fn remove_adapter(&mut self, adapter: AdapterId) -> Result<()> {
+        let index = self.adapter_index(adapter)?;
+        let used = self.waiting.iter().chain(&self.running).find(|sequence| sequence.adapter() == Some(adapter));
+        if let Some(sequence) = used {
+            let message = format!("adapter {adapter} is in use by sequence {}", sequence.id());
+            return Err(Error::argument("adapter", message));
+        }
+        self.adapters.remove(index);
+        self.slots.forget_adapter(adapter);
+        if self.decoding_adapter == Some(adapter) {
+            self.decoding = None;
+        }
+        Ok(())
+    }
+
+    fn adapter_index(&self, adapter: AdapterId) -> Result<usize> {
+        let index = self.adapters.iter().position(|(id, _)| *id == adapter);
+        index
+            .ok_or_else(|| Error::argument("adapter", format!("adapter {adapter} was never added or has been removed")))
+    }
+
+    /// Queues a request; returns the ids of its sequences, one per sample.
+    ///
+    /// # Errors
+    /// The prompt is empty, does not fit the context of the model or has an id outside the vocabulary; a setting is out of
+    /// its range; there is no such adapter; stop strings lack a tokenizer; more samples than `max_sequences`. Nothing is
+    /// queued then.
+    pub fn admit(&mut self, request: Request) -> Result<Vec<SequenceId>> {
+        if let Some(adapter) = request.adapter {
+            self.adapter_index(adapter)?;
+        }
+        let (count, limit) = (request.num_samples, self.config.max_sequences);
+        if count > limit {
+            let message = format!("expected at most {limit}, the most sequences that run at a time, found {count}");
+            return Err(Error::argument("num_samples", message));
+        }
+        let sequence = Sequence::new(request, self.num_admitted, &self.model, self.tokenizer.as_ref())?;
+        let first = self.num_admitted;
+        self.num_admitted += count as u64;
+        self.waiting.push_back(sequence);
+        Ok((first..self.num_admitted).map(SequenceId).collect())
+    }
+
+    /// Ends a sequence before its time and frees its slot.
+    ///
+    /// # Errors
+    /// The sequence is neither waiting nor running.
+    pub fn cancel(&mut self, sequence: SequenceId) -> Result<Finish> {
+        for index in 0..self.waiting.len() {
+            let found = &mut self.waiting[index];
+            let taken = found.take_sample(sequence);
+            let taken = if taken.is_none() && found.id() == sequence { self.waiting.remove(index) } else { taken };
+            if let Some(mut taken) = taken {
+                return Ok(taken.finish(FinishReason::Cancelled));
+            }
+        }
+        for index in 0..self.running.len() {
+            let found = &mut self.running[index];
+            let taken = found.take_sample(sequence);
+            let is_found = taken.is_none() && found.id() == sequence;
+            let taken = if is_found { Some(self.running.remove(index)) } else { taken };
+            if let Some(mut taken) = taken {
+                let finish = taken.finish(FinishReason::Cancelled);
+                self.slots.release(taken.slot(), taken.into_prefix());
+                return Ok(finish);
+            }
+        }
+        let message = format!("sequence {sequence} is neither waiting nor running: it has ended or was never admitted");
+        Err(Error::argument("sequence", message))
+    }
+
+    /// Ends all sequences and drops the events that no step has returned.
+    pub fn cancel_all(&mut self) {
+        self.waiting.clear();
+        for mut sequence in std::mem::take(&mut self.running) {
+            for sample in std::mem::take(sequence.samples_mut()) {
+                self.slots.release(sample.slot(), None);
+            }
+            self.slots.release(sequence.slot(), sequence.into_prefix());
+        }
+        self.events.clear();
+    }
+
+    /// Advances the running sequences: each decoding sequence by one token, and prompts by chunks. Returns what became of
+    /// them; a sequence that fails, for example by logits that are not finite, ends with its error and leaves the others
+    /// alone.
+    ///
+    /// # Errors
+    /// The device fails or has no memory for the cache. The sequences stay as they were before the pass that failed, and the
+    /// next step tries again. It also returns the events of the passes that succeeded.
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        self.num_steps += 1;
+        let stepped = self.start_waiting().and_then(|()| self.decode()).and_then(|rest| self.forward(&rest));
+        self.retire();
+        stepped?;
+        Ok(std::mem::take(&mut self.events))
+    }
+
+    /// Gives slots to waiting sequences.
+    fn start_waiting(&mut self) -> Result<()> {
+        let max = self.config.max_sequences;
+        let fits = |slots: &Slots, next: &Sequence| slots.num_taken() + next.num_sequences() <= max;
+        if !self.waiting.front().is_some_and(|next| fits(&self.slots, next)) {
+            return Ok(());
+        }
+        let needed = (self.slots.num_taken() + self.num_waiting()).min(max);
+        let is_empty = self.slots.num_bytes() == 0;
+        // doubling keeps the copies of a growing cache few
+        let grown = if needed > self.slots.len() { needed.max(2 * self.slots.len()).min(max) } else { needed };
+        let room = self.waiting.iter().map(Sequence::first_room).max().unwrap_or(0);
+        self.grow(grown, if is_empty { room } else { 0 })?;
+        while let Some(mut sequence) = self.waiting.pop_front_if(|next| fits(&self.slots, next)) {
+            let (key, adapter) = (sequence.prefix_key(), sequence.adapter());
+            let (slot, reused) = self.slots.take(sequence.ids(), key, adapter).ok_or(Error::Stopped)?;
+            sequence.start(slot, reused, self.num_steps);
+            for sample in sequence.samples_mut() {
+                let (slot, _) = self.slots.take(&[], None, adapter).ok_or(Error::Stopped)?;
+                sample.start(slot, 0, self.num_steps);
+            }
+            self.running.push(sequence);
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
+        let grown = self.slots.reserve(&self.model, num_slots, num_tokens);
+        if !matches!(grown, Ok(false)) {
+            self.decoding = None;
+        }
+        if grown.is_err() && self.slots.num_bytes() == 0 {
+            for sequence in &mut self.running {
+                sequence.set_cached(0, self.num_steps);
+            }
+        }
+        grown.map(|_| ())
+    }
+
+    /// Decodes on the device the sequences for which it has kernels, if no prompt is left to compute; returns the indices
+    /// of the others.
+    fn decode(&mut self) -> Result<Vec<usize>> {
+        let all = || (0..self.running.len()).collect();
+        // with a prompt in the step, one pass over the weights serves both
+        if self.model.device().is_cpu() || self.running.iter().any(|sequence| sequence.num_waiting() > 1) {
+            return Ok(all());
+        }
+        let (mut rows, mut indices, mut rest) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, sequence) in self.running.iter().enumerate() {
+            match sequence.decoding_row() {
+                Some(row) => {
+                    rows.push(row);
+                    indices.push(index);
+                }
+                None => rest.push(index),
+            }
+        }
+        let (Some(&first), Some(cache)) = (indices.first(), self.slots.cache()) else { return Ok(all()) };
+        let adapter = self.running[first].adapter();
+        let terms = terms_of(&self.adapters, adapter)?;
+        let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
+        if indices.iter().any(|&index| self.running[index].adapter() != adapter)
+            || longest > cache.config().max_seq_len
+            || !self.model.can_decode(rows.len(), terms, cache)
+        {
+            return Ok(all());
+        }
+        if self.decoding_adapter != adapter {
+            self.decoding = None;
+            self.decoding_adapter = adapter;
+        }
+        let decoded =
+            self.model.decode(&mut self.decoding, &rows, terms, cache).inspect_err(|_| self.decoding = None)?;
+        for (row, (index, decoded)) in indices.into_iter().zip(decoded).enumerate() {
+            let sequence = &mut self.running[index];
+            sequence.set_cached(sequence.num_cached() + 1, self.num_steps);
+            cache.set_len(sequence.slot(), sequence.num_cached());
+            let result = if decoded.log_probability.is_finite() {
+                sequence.accept(decoded)
+            } else {
+                // sampling from the logits says what is wrong with them
+                let logits = self.decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose();
+                logits.map_err(Error::from).and_then(|logits| {
+                    with_logits(&logits.ok_or(Error::Stopped)?, |logits| sequence.advance(logits, &mut self.allowed))
+                })
+            };
+            if result.is_err() {
+                sequence.fail();
+            }
+            self.events.push(Event { sequence: sequence.id(), result });
+        }
+        Ok(rest)
+    }
+
+    /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass per adapter.
+    fn forward(&mut self, indices: &[usize]) -> Result<()> {
+        let mut fed = self.tokens_of_step(indices);
+        let longest = fed.iter().map(|&(_, end)| end).max().unwrap_or(0);
+        let room = self.slots.cache().map_or(0, |cache| cache.config().max_seq_len);
+        if longest > room {
+            // doubling keeps the copies of a growing cache few
+            self.grow(0, longest.max(2 * room).min(self.model.config().max_position_embeddings))?;
+        }
+        fed.sort_by_key(|&(index, _)| self.running[index].adapter());
+        while let Some(&(first, _)) = fed.first() {
+            let adapter = self.running[first].adapter();
+            let count = fed.iter().take_while(|&&(index, _)| self.running[index].adapter() == adapter).count();
+            let rest = fed.split_off(count);
+            self.forward_with(adapter, &fed)?;
+            fed = rest;
+        }
+        Ok(())
+    }
+
+    /// The sequences to feed, each with the position after its last token to feed: decode steps first, then the chunks of
+    /// prompts, of which those that waited longest go first.
+    fn tokens_of_step(&self, indices: &[usize]) -> Vec<(usize, usize)> {
+        let end_of = |&index: &usize| {
+            let (cached, chunk) = (self.running[index].num_cached(), self.config.prefill_chunk);
+            // the same positions whatever else is in the step, so that the numbers are the same
+            let end = (cached / chunk + 1).saturating_mul(chunk);
+            (index, end.min(self.running[index].ids().len()))
+        };
+        let (mut fed, mut prompts): (Vec<_>, Vec<_>) =
+            indices.iter().map(end_of).partition(|&(index, _)| self.running[index].num_waiting() == 1);
+        prompts.sort_by_key(|&(index, _)| self.running[index].last_step());
+        let mut left = self.config.step_tokens.saturating_sub(fed.len());
+        for (number, (index, end)) in prompts.into_iter().enumerate() {
+            let count = end - self.running[index].num_cached();
+            if count <= left || number == 0 {
+                left = left.saturating_sub(count);
+                fed.push((index, end));
+            }
+        }
+        fed
+    }
+
+    fn forward_with(&mut self, adapter: Option<AdapterId>, fed: &[(usize, usize)]) -> Result<()> {
+        let terms = terms_of(&self.adapters, adapter)?;
+        let cache = self.slots.cache().ok_or(Error::Stopped)?;
+        let mut batch = Batch::new();
+        for &(index, end) in fed {
+            let sequence = &self.running[index];
+            batch.push(&sequence.ids()[sequence.num_cached()..end], sequence.num_cached(), sequence.slot());
+        }
+        let is_complete = |&(index, end): &(usize, usize)| end == self.running[index].ids().len();
+        let complete: Vec<bool> = fed.iter().map(is_complete).collect();
+        let rows = batch.last_rows().into_iter().zip(&complete);
+        let rows: Vec<usize> = rows.filter_map(|(row, &is_complete)| is_complete.then_some(row)).collect();
+        let logits = match self.model.forward(&batch, terms, Some(cache), Rows::Of(&rows)) {
+            Ok(logits) => logits,
+            Err(error) => {
+                // what it wrote behind the tokens of a slot is overwritten later
+                for &(index, _) in fed {
+                    let sequence = &self.running[index];
+                    self.slots.truncate(sequence.slot(), sequence.num_cached());
+                }
+                return Err(error);
+            }
+        };
+        let mut row = 0;
+        for (&(index, end), is_complete) in fed.iter().zip(complete) {
+            self.running[index].set_cached(end, self.num_steps);
+            if is_complete {
+                self.sample(index, logits.get(row).map_err(Error::from));
+                row += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Samples the next token of a sequence, and the first one of each sample that waits for its prompt.
+    fn sample(&mut self, index: usize, logits: Result<Tensor>) {
+        let Self { running, slots, allowed, events, num_steps, .. } = self;
+        let first = &mut running[index];
+        let mut samples = std::mem::take(first.samples_mut());
+        let read = logits.and_then(|logits| {
+            with_logits(&logits, |logits| {
+                let result = first.advance(logits, allowed);
+                report(events, first, result);
+                for sample in &mut samples {
+                    let copied = slots.cache().ok_or(Error::Stopped).and_then(|cache| {
+                        cache.copy_slot(first.slot(), sample.slot())?;
+                        sample.set_prompt_copied(*num_steps);
+                        sample.advance(logits, allowed)
+                    });
+                    report(events, sample, copied);
+                }
+                Ok(())
+            })
+        });
+        if let Err(error) = read {
+            for sample in &mut samples {
+                report(events, sample, Err(Error::Device(error.to_string())));
+            }
+            report(events, first, Err(error));
+        }
+        running.append(&mut samples);
+    }
+
+    /// Frees the slots of sequences that have ended.
+    fn retire(&mut self) {
+        let slots = &mut self.slots;
+        for sequence in self.running.extract_if(.., |sequence| sequence.is_finished()) {
+            slots.release(sequence.slot(), sequence.into_prefix());
+        }
+    }
+}
+
+/// Adds the event of a sequence, which ends if it failed.
+fn report(events: &mut Vec<Event>, sequence: &mut Sequence, result: Result<Piece>) {
+    if result.is_err() {
+        sequence.fail();
+    }
+    events.push(Event { sequence: sequence.id(), result });
+}
+
+fn terms_of(adapters: &[(AdapterId, LowRankTerms)], adapter: Option<AdapterId>) -> Result<Option<&LowRankTerms>> {
+    let Some(adapter) = adapter else { return Ok(None) };
+    let found = adapters.iter().find(|(id, _)| *id == adapter);
+    // an adapter in use is not removed
+    found.map(|(_, terms)| Some(terms)).ok_or(Error::Stopped)
+}
