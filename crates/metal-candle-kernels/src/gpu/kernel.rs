@@ -1,0 +1,194 @@
+//! Descriptions of kernels and launches, which do not depend on the device.
+
+use candle_core::{DType, Tensor};
+
+/// The text that follows both preludes.
+#[cfg(any(feature = "cuda", feature = "metal"))]
+const COMMON: &str = include_str!("../metal/common.metal");
+
+/// A file of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// RMSNorm and its gradients.
+    Norm,
+    /// Rotation, activation, bias, residual, dropout and copies.
+    Elementwise,
+    /// The operations between the products of a block, with low-rank terms.
+    Fused,
+    /// Products, several to a launch, on Metal devices.
+    Product,
+    /// Attention over a ragged batch, over a cache, and its gradients.
+    Attention,
+    /// A decoder block for few tokens, the head and the embedding.
+    Decode,
+    /// Cross-entropy of logits.
+    CrossEntropy,
+    /// Optimizer steps over flat buffers, and norms.
+    Optimizer,
+    /// The choice of a token.
+    Sampling,
+    /// Attention on the tensor cores of CUDA devices.
+    TensorCoreAttention,
+}
+
+impl Source {
+    /// The text without its prelude.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Norm => include_str!("../metal/norm.metal"),
+            Self::Elementwise => include_str!("../metal/elementwise.metal"),
+            Self::Fused => include_str!("../metal/fused.metal"),
+            Self::Product => include_str!("../metal/product.metal"),
+            Self::Attention => include_str!("../metal/attention.metal"),
+            Self::Decode => include_str!("../metal/decode.metal"),
+            Self::CrossEntropy => include_str!("../metal/cross_entropy.metal"),
+            Self::Optimizer => include_str!("../metal/optimizer.metal"),
+            Self::Sampling => include_str!("../metal/sampling.metal"),
+            Self::TensorCoreAttention => include_str!("../cuda/attention.cu"),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Source {
+    /// The largest number of threads of a block of these kernels, if it is known before they are compiled. The compiler
+    /// then limits the registers of a thread to what such a block can have.
+    pub(super) fn known_threads(self) -> Option<usize> {
+        match self {
+            Self::Decode => None,
+            Self::Norm | Self::CrossEntropy | Self::Sampling => Some(512),
+            _ => Some(256),
+        }
+    }
+}
+
+/// A kernel for one type of elements.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// The file it is in.
+    pub source: Source,
+    /// Its name there.
+    pub name: &'static str,
+    /// The type called `T` in the source: f32, f16 or bf16.
+    pub element: DType,
+    /// Macros defined before the source.
+    pub constants: Vec<(&'static str, u32)>,
+}
+
+impl Kernel {
+    /// A kernel without constants.
+    pub fn new(source: Source, name: &'static str, element: DType) -> Self {
+        Self { source, name, element, constants: Vec::new() }
+    }
+
+    /// Adds a constant.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: usize) -> Self {
+        self.constants.push((name, value as u32));
+        self
+    }
+
+    /// The whole text to compile after `prelude`.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub(super) fn text(&self, prelude: &str) -> candle_core::Result<String> {
+        use std::fmt::Write;
+        let element = match self.element {
+            DType::F32 => 0,
+            DType::F16 => 1,
+            DType::BF16 => 2,
+            other => candle_core::bail!("kernels take f32, f16 and bf16, found {}", other.as_str()),
+        };
+        let mut text = format!("#define ELEMENT {element}\n");
+        if self.source == Source::TensorCoreAttention {
+            let _ =
+                writeln!(text, "#define T_F16 {}\n#define T_BF16 {}", u8::from(element == 1), u8::from(element == 2));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(threads) = self.source.known_threads() {
+            let _ = writeln!(text, "#define BLOCK_THREADS {threads}");
+        }
+        for (name, value) in &self.constants {
+            // writing to a string does not fail
+            let _ = writeln!(text, "#define {name} {value}");
+        }
+        // the source that is only for CUDA uses no prelude
+        let before = if self.source == Source::TensorCoreAttention { ["", ""] } else { [prelude, COMMON] };
+        Ok(text + before[0] + before[1] + self.source.text())
+    }
+}
+
+/// An argument of a kernel: a buffer, or none.
+#[derive(Debug, Clone, Copy)]
+pub enum Arg<'a> {
+    /// An input; the tensor is contiguous.
+    In(&'a Tensor),
+    /// An output, or a buffer updated in place; the tensor is contiguous.
+    Out(&'a Tensor),
+    /// No buffer; the kernel does not access this argument.
+    None,
+}
+
+impl Arg<'_> {
+    pub(super) fn tensor(&self) -> Option<&Tensor> {
+        match self {
+            Self::In(tensor) | Self::Out(tensor) => Some(tensor),
+            Self::None => None,
+        }
+    }
+}
+
+/// A word of the structure that a kernel takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Word(pub u32);
+
+impl From<usize> for Word {
+    fn from(value: usize) -> Self {
+        Self(value as u32)
+    }
+}
+
+impl From<u32> for Word {
+    fn from(value: u32) -> Self {
+        Self(value)
+    }
+}
+
+impl From<f32> for Word {
+    fn from(value: f32) -> Self {
+        Self(value.to_bits())
+    }
+}
+
+impl From<bool> for Word {
+    fn from(value: bool) -> Self {
+        Self(u32::from(value))
+    }
+}
+
+/// Threadgroups (blocks) of a launch, and threads of each.
+#[derive(Debug, Clone, Copy)]
+pub struct Grid {
+    /// Groups in each direction.
+    pub groups: [usize; 3],
+    /// Threads of a group: a multiple of 32.
+    pub threads: usize,
+    /// Dynamic shared memory of a group in bytes; CUDA only.
+    pub shared_bytes: usize,
+}
+
+impl Grid {
+    /// Groups in a row.
+    pub fn row(groups: usize, threads: usize) -> Self {
+        Self { groups: [groups, 1, 1], threads, shared_bytes: 0 }
+    }
+
+    /// Groups in two directions.
+    pub fn plane(groups: (usize, usize), threads: usize) -> Self {
+        Self { groups: [groups.0, groups.1, 1], threads, shared_bytes: 0 }
+    }
+
+    /// Enough groups of 256 threads for `count` elements.
+    pub fn elements(count: usize) -> Self {
+        Self::row(count.div_ceil(256), 256)
+    }
+}
