@@ -1,6 +1,6 @@
 //! Adafactor.
 
-use super::{CHUNK, MatrixSection, Section, check, sum_of_squares};
+use super::section::{CHUNK, MatrixSection, Section, check, sum_of_squares};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{LANES, add_lanes};
 use crate::parallel::{Shared, for_each};

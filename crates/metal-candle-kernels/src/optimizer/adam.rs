@@ -1,6 +1,6 @@
 //! Adam and AdamW.
 
-use super::{Section, for_each_piece};
+use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
 /// The numbers of one step of Adam or AdamW.

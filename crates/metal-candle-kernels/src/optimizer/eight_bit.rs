@@ -1,7 +1,7 @@
 //! AdamW with both moments in 8 bits.
 
-use super::adam::update;
-use super::{AdamStep, CHUNK, Section, check};
+use super::adam::{AdamStep, update};
+use super::section::{CHUNK, Section, check};
 use crate::parallel::{Shared, for_each};
 use std::sync::OnceLock;
 

@@ -1,6 +1,6 @@
 //! Optimizers with one moment or none: SGD and Lion.
 
-use super::{Section, for_each_piece};
+use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
 /// The numbers of one step of SGD.

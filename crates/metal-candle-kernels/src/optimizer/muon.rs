@@ -1,6 +1,6 @@
 //! Muon.
 
-use super::{MatrixSection, check, sum_of_squares};
+use super::section::{MatrixSection, check, sum_of_squares};
 use crate::gemm::gemm;
 use crate::parallel::{Shared, for_each};
 

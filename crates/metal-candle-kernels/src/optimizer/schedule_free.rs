@@ -1,6 +1,6 @@
 //! Schedule-free AdamW.
 
-use super::{Section, for_each_piece};
+use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
 /// The numbers of one step of schedule-free AdamW.
