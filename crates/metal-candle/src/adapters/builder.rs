@@ -2,13 +2,33 @@
 
 use super::begin::begin;
 use super::layout::{EMBEDDING, EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, Planned, Settings, TrainedBiases};
-use super::lora::{LoRAAdapter, LoRAAdapterConfig};
+use super::lora::LoRAAdapter;
 use super::patterns::Patterns;
 use super::start::Start;
 use super::target::TargetModule;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
 use std::collections::BTreeMap;
+
+/// The usual settings of a LoRA adapter; [`LoRAAdapter::builder`] has more.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoRAAdapterConfig {
+    /// Rows of A and columns of B.
+    pub rank: usize,
+    /// The terms are scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// Probability with which an input element of A is dropped in training.
+    pub dropout: f64,
+    /// The layers that get a term.
+    pub target_modules: Vec<TargetModule>,
+}
+
+impl Default for LoRAAdapterConfig {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 16.0, dropout: 0.0, target_modules: vec![TargetModule::QProj, TargetModule::VProj] }
+    }
+}
 
 /// All settings of a new adapter.
 ///
@@ -46,6 +66,29 @@ pub struct LoRAAdapterBuilder<'a> {
     start: Start,
     seed: u64,
     base_model: Option<String>,
+}
+
+impl LoRAAdapter {
+    /// A new adapter: A uniform in `+-1 / sqrt(in_features)`, B zero, so that it changes no logit yet.
+    ///
+    /// # Errors
+    /// A setting is out of its range, or `device` is not that of the model.
+    pub fn new(model: &Model, config: LoRAAdapterConfig, device: &Device) -> Result<Self> {
+        if *device != model.device() {
+            return Err(Error::argument("device", format!("is {device}, but the model is on {}", model.device())));
+        }
+        Self::builder(model)
+            .with_rank(config.rank)
+            .with_alpha(config.alpha)
+            .with_dropout(config.dropout)
+            .with_target_modules(config.target_modules)
+            .build()
+    }
+
+    /// A builder with all settings: rank 8, alpha 16, no dropout, `q_proj` and `v_proj` of all layers.
+    pub fn builder(model: &Model) -> LoRAAdapterBuilder<'_> {
+        LoRAAdapterBuilder::new(model)
+    }
 }
 
 impl<'a> LoRAAdapterBuilder<'a> {

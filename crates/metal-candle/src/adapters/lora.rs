@@ -3,8 +3,6 @@
 use super::layout::{
     EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, TrainedBiases, parameter,
 };
-use super::{LoRAAdapterBuilder, TargetModule};
-use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::models::Model;
 use crate::ops::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
@@ -12,25 +10,6 @@ use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;
-
-/// The usual settings of a LoRA adapter; [`LoRAAdapter::builder`] has more.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoRAAdapterConfig {
-    /// Rows of A and columns of B.
-    pub rank: usize,
-    /// The terms are scaled by `alpha / rank`.
-    pub alpha: f64,
-    /// Probability with which an input element of A is dropped in training.
-    pub dropout: f64,
-    /// The layers that get a term.
-    pub target_modules: Vec<TargetModule>,
-}
-
-impl Default for LoRAAdapterConfig {
-    fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, dropout: 0.0, target_modules: vec![TargetModule::QProj, TargetModule::VProj] }
-    }
-}
 
 /// A LoRA adapter of one model: A and B of each adapted layer, its magnitudes (DoRA) and the parameters of modules that
 /// are trained as a whole, all views of one flat f32 tensor.
@@ -70,27 +49,6 @@ pub struct LoRAAdapter {
 }
 
 impl LoRAAdapter {
-    /// A new adapter: A uniform in `+-1 / sqrt(in_features)`, B zero, so that it changes no logit yet.
-    ///
-    /// # Errors
-    /// A setting is out of its range, or `device` is not that of the model.
-    pub fn new(model: &Model, config: LoRAAdapterConfig, device: &Device) -> Result<Self> {
-        if *device != model.device() {
-            return Err(Error::argument("device", format!("is {device}, but the model is on {}", model.device())));
-        }
-        Self::builder(model)
-            .with_rank(config.rank)
-            .with_alpha(config.alpha)
-            .with_dropout(config.dropout)
-            .with_target_modules(config.target_modules)
-            .build()
-    }
-
-    /// A builder with all settings: rank 8, alpha 16, no dropout, `q_proj` and `v_proj` of all layers.
-    pub fn builder(model: &Model) -> LoRAAdapterBuilder<'_> {
-        LoRAAdapterBuilder::new(model)
-    }
-
     /// An adapter of this layout with the given values, in the order of the layout, and those that are subtracted.
     pub(crate) fn from_values(model: &Model, layout: Layout, values: Vec<f32>, start: Vec<f32>) -> Result<Self> {
         let device = model.device().candle();

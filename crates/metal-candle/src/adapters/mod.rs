@@ -15,10 +15,10 @@ mod random;
 mod start;
 mod target;
 
-pub use builder::LoRAAdapterBuilder;
+pub use builder::{LoRAAdapterBuilder, LoRAAdapterConfig};
 pub use formats::SingleFileMetadata as CheckpointMetadata;
 pub use layout::{LoRAModule, SavedParameter, TrainedBiases};
-pub use lora::{LoRAAdapter, LoRAAdapterConfig};
+pub use lora::LoRAAdapter;
 pub use start::Start;
 pub use target::TargetModule;
 
