@@ -2,13 +2,13 @@
 //!
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
+use super::config_file::{CONFIG_FILE, as_texts, layout_of, read_as};
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
-use super::{CONFIG_FILE, as_texts, layout_of, make_folder, read_as};
 use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::files::{JsonObject, write_atomically, write_safetensors};
+use crate::files::{JsonObject, create_folder, write_atomically, write_safetensors};
 use crate::models::Model;
 use serde_json::{Map, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,7 +147,7 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
         }
     }
     tensors.sort_by(|left, right| left.0.cmp(&right.0));
-    make_folder(folder)?;
+    create_folder(folder)?;
     write_safetensors(folder.join(TENSOR_FILE), &tensors, &[])?;
     let mut config = Map::new();
     config.insert("fine_tune_type".into(), json!(if adapter.use_dora() { "dora" } else { "lora" }));

@@ -1,5 +1,6 @@
-//! Reading and writing adapters.
+//! Reads and writes adapters in the formats of PEFT and mlx-lm, and as one file.
 
+mod config_file;
 mod mlx;
 mod peft;
 mod peft_config;
@@ -12,16 +13,12 @@ mod values;
 pub use single::SingleFileMetadata;
 pub(crate) use single::{load_single_file, save_single_file};
 
-use super::LoRAAdapter;
-use super::layout::{Layout, Planned, Settings};
+use super::lora::LoRAAdapter;
 use crate::error::{Error, Result};
 use crate::files::JsonObject;
 use crate::models::Model;
-use serde_json::Value;
+use config_file::CONFIG_FILE;
 use std::path::Path;
-
-/// The configuration both PEFT and mlx-lm keep beside the tensors.
-const CONFIG_FILE: &str = "adapter_config.json";
 
 impl LoRAAdapter {
     /// Reads an adapter: a folder of PEFT or mlx-lm, or a file of [`save_checkpoint`](crate::training::save_checkpoint).
@@ -66,45 +63,4 @@ impl LoRAAdapter {
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }
-}
-
-/// The layout a file asks for; what is wrong with its numbers is told with the file.
-fn layout_of(path: &Path, model: &Model, settings: Settings, planned: &[Planned]) -> Result<Layout> {
-    Layout::new(model, settings, planned).map_err(|error| match error {
-        Error::Argument { name, message } => Error::format(path, format!("`{name}`: {message}")),
-        other => other,
-    })
-}
-
-/// The value of `key` as `read` takes it, unless absent or null.
-fn read_as<'a, T>(
-    config: &'a JsonObject,
-    key: &str,
-    expected: &str,
-    read: impl Fn(&'a Value) -> Option<T>,
-) -> Result<Option<T>> {
-    let Some(value) = config.get(key) else { return Ok(None) };
-    read(value).map(Some).ok_or_else(|| config.wrong(key, expected, value))
-}
-
-fn as_count(value: &Value) -> Option<usize> {
-    value.as_u64().and_then(|value| usize::try_from(value).ok())
-}
-
-fn as_texts(value: &Value) -> Option<Vec<&str>> {
-    value.as_array()?.iter().map(Value::as_str).collect()
-}
-
-/// A value for a message, cut where it is long.
-fn brief(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text,
-    }
-}
-
-/// Makes the folder of a file that is going to be written.
-fn make_folder(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(|source| Error::write(folder, source))
 }

@@ -1,22 +1,21 @@
 //! Adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and `adapter_config.json`.
 
+use super::config_file::{CONFIG_FILE, layout_of};
 use super::peft_config::{self, describe};
-use super::replaced::{Replaced, TOKENS_SUFFIX, is_equal};
+use super::replaced::{PREFIX, Replaced, TOKENS_SUFFIX, is_equal};
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
-use super::{CONFIG_FILE, layout_of, make_folder};
 use crate::adapters::begin::subtracted_values;
 use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, SavedParameter};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::files::{JsonObject, write_atomically, write_safetensors};
+use crate::files::{JsonObject, create_folder, write_atomically, write_safetensors};
 use crate::models::{LinearInfo, Model};
 use candle_core::Tensor;
 use std::path::Path;
 
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 /// What PEFT puts before the paths of the model.
-pub(super) const PREFIX: &str = "base_model.model.";
 const PICKLE_FILE: &str = "adapter_model.bin";
 
 struct Names;
@@ -100,7 +99,7 @@ fn check_tied_terms(source: &TensorSource, layout: &Layout) -> Result<()> {
 
 pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     let adapter = adapter.without_start()?;
-    make_folder(folder)?;
+    create_folder(folder)?;
     write_safetensors(folder.join(TENSOR_FILE), &named_tensors(&adapter)?, &[("format", "pt")])?;
     let path = folder.join(CONFIG_FILE);
     let text = serde_json::to_vec_pretty(&describe(&adapter)).map_err(|error| Error::format(&path, error))?;

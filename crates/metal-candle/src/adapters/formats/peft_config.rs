@@ -1,6 +1,6 @@
 //! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
 
-use super::{as_count, as_texts, brief, read_as};
+use super::config_file::{as_count, as_texts, brief, read_as};
 use crate::adapters::Start;
 use crate::adapters::layout::{EMBEDDING, EMBEDDING_WEIGHT, LoRAModule, Planned, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;

@@ -1,7 +1,6 @@
 //! Tensors of a PEFT file that stand for parameters of the model: copies of its embedding and head, rows of trained
 //! tokens, biases.
 
-use super::peft::PREFIX;
 use super::source::TensorSource;
 use crate::adapters::layout::{
     EMBEDDING_WEIGHT, HEAD_WEIGHT, Planned, Settings, TrainedBiases, all_parameters, parameter,
@@ -16,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Parts of a path that wrappers of PEFT add.
 const WRAPPERS: [&str; 4] = [".token_adapter.", ".base_layer.", ".modules_to_save.", ".original_module."];
+pub(super) const PREFIX: &str = "base_model.model.";
 const DELTA: &str = "trainable_tokens_delta";
 /// What follows the path of a module whose rows are trained.
 pub(super) const TOKENS_SUFFIX: &str = "token_adapter.trainable_tokens_delta";

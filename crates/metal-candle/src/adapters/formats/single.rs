@@ -1,10 +1,11 @@
 //! An adapter in one safetensors file: tensors named as PEFT names them, the configuration in the metadata.
 
+use super::config_file::{as_count, read_as};
 use super::peft::{self, named_tensors};
-use super::{as_count, make_folder, peft_config, read_as};
+use super::peft_config;
 use crate::adapters::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::files::{JsonObject, SafetensorsFile, write_safetensors};
+use crate::files::{JsonObject, SafetensorsFile, create_folder, write_safetensors};
 use crate::models::Model;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -55,7 +56,7 @@ pub(crate) fn save_single_file(
     let mut entries = vec![("format", "pt"), (CONFIG_KEY, config.as_str())];
     entries.extend(metadata.as_deref().map(|metadata| (METADATA_KEY, metadata)));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        make_folder(folder)?;
+        create_folder(folder)?;
     }
     write_safetensors(path, &named_tensors(&adapter)?, &entries)
 }
