@@ -4,6 +4,7 @@ mod generation;
 mod generator;
 mod mask;
 mod request;
+mod sample_token;
 mod sampler;
 mod sampling;
 mod scheduler;
@@ -18,8 +19,9 @@ pub use generation::{Finish, FinishReason, Generation, GenerationConfig, Piece, 
 pub use generator::{Generator, Pieces};
 pub use mask::{AllowedTokens, TokenMask};
 pub use request::{AdapterId, Event, Request, SequenceId, sample_seed};
+pub use sample_token::sample_token;
 pub use sampler::{Choice, Sampler};
-pub use sampling::{SamplingConfig, SamplingStrategy, sample_token};
+pub use sampling::{SamplingConfig, SamplingStrategy};
 pub use scheduler::{Scheduler, SchedulerConfig};
 #[cfg(feature = "async")]
 pub use stream::PieceStream;

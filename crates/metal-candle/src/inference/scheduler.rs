@@ -3,7 +3,7 @@
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::AllowedTokens;
 use super::request::{AdapterId, Event, Request, SequenceId};
-use super::sampling::with_logits;
+use super::sample_token::with_logits;
 use super::sequence::Sequence;
 use super::slots::Slots;
 use crate::data::Tokenizer;
