@@ -1,12 +1,11 @@
 //! The loss of a dataset.
 
 use super::distributed::{Group, sizes};
-use super::run::shorten;
+use super::samples::{check_dataset, shorten, source_of};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
-use crate::error::{DataProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::models::Model;
 use crate::ops::LowRankTerms;
-use std::path::PathBuf;
 
 /// The loss of a model on a dataset.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -95,37 +94,4 @@ fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, in
         (total, rows) = (f64::NAN, indices.iter().map(|&index| source_of(dataset, index)).collect());
     }
     Ok(Error::NonFiniteEvaluation { loss: total, rows: shorten(rows) })
-}
-
-/// Where a sample comes from: `file:line`, or its number.
-pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
-    match dataset.samples.get(index).and_then(|sample| sample.source.as_ref()) {
-        Some(source) => format!("{}:{}", source.path.display(), source.line),
-        None => format!("sample {}", index + 1),
-    }
-}
-
-/// Refuses samples without a trained token and ids that the model does not have.
-pub(super) fn check_dataset(dataset: &Dataset, vocab_size: usize) -> Result<()> {
-    if dataset.is_empty() {
-        return Err(Error::argument("dataset", "has no sample"));
-    }
-    let mut problems = Vec::new();
-    for (index, sample) in dataset.samples.iter().enumerate() {
-        let message = if sample.trained.len() != sample.ids.len() {
-            format!("{} tokens, but {} marks of what is trained", sample.ids.len(), sample.trained.len())
-        } else if !sample.trained.iter().skip(1).any(|&trained| trained) {
-            "no token is trained".to_string()
-        } else if let Some(id) = sample.ids.iter().find(|&&id| id as usize >= vocab_size) {
-            format!("token id {id} is outside the vocabulary of {vocab_size}")
-        } else {
-            continue;
-        };
-        let (path, line) = match &sample.source {
-            Some(source) => (source.path.as_ref().clone(), source.line),
-            None => (PathBuf::from("sample"), index + 1),
-        };
-        problems.push(DataProblem { path, line, message });
-    }
-    if problems.is_empty() { Ok(()) } else { Err(Error::Data { problems }) }
 }

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod config;
 mod distributed;
+mod epoch;
 mod evaluation;
 mod gradients;
 mod in_place;
@@ -18,6 +19,7 @@ mod report;
 mod run;
 mod run_folder;
 mod run_settings;
+mod samples;
 mod scheduler;
 mod template_check;
 mod trained;

@@ -1,8 +1,8 @@
 //! What a run will need, told before it starts, and what makes it fit.
 
 use super::config::{Options, TrainingConfig};
+use super::epoch::plan_epoch;
 use super::portion::micro_batches;
-use super::run::plan_epoch;
 use super::trained::{OfModel, Trained};
 use crate::data::Dataset;
 use crate::error::{Error, Result};

@@ -1,7 +1,11 @@
-//! What a training run tells while it runs and when it is over.
+//! Events and metrics of a training run.
 
 use super::warnings::TrainingWarning;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+
+/// Receives the events of a run; `Break` stops the run.
+pub(super) type Callback = Box<dyn FnMut(&TrainingEvent) -> ControlFlow<()> + Send>;
 
 /// Something that happened in a training run.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,20 +4,21 @@ mod group;
 
 use super::config::{Options, TrainingConfig};
 use super::distributed::sizes;
-use super::evaluation::{evaluate_in, source_of};
+use super::epoch::{Indices, plan_epoch};
+use super::evaluation::evaluate_in;
 use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
 use super::monitor::TrainingMonitor;
 use super::optimizer::Optimizer;
 use super::portion::{Portion, micro_batches};
 use super::progress::Progress;
-use super::report::{EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
+use super::report::{Callback, EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
 use super::run_settings::{check_settings, describe_settings};
+use super::samples::{shorten, source_of};
 use super::trained::{OfModel, Parameter, Trained};
-use super::trainer::Callback;
 use super::warnings::{TrainingWarning, dataset_warnings};
-use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
+use crate::data::{Dataset, Random, batch_of};
 use crate::error::{Error, Result};
 use crate::files::{SafetensorsFile, write_safetensors};
 use crate::models::{Batch, Gradients, LossOptions, Model, Targets};
@@ -29,32 +30,6 @@ use std::time::Instant;
 
 /// The file of the optimizer's state in a checkpoint.
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-
-/// Most rows that an error names.
-const MAX_ROWS: usize = 16;
-
-/// A batch of samples, given by their numbers.
-type Indices = Vec<usize>;
-
-/// The batches of each step of an epoch.
-pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Random) -> Result<Vec<Vec<Indices>>> {
-    let batches = if let Some(batches) = &options.batches {
-        let is_known = |&index: &usize| index < dataset.len();
-        if batches.is_empty() || !batches.iter().all(|batch| !batch.is_empty() && batch.iter().all(is_known)) {
-            let message = format!("each batch needs samples with numbers below {}", dataset.len());
-            return Err(Error::argument("batches", message));
-        }
-        batches.clone()
-    } else {
-        let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
-        let limits = PackingLimits { max_tokens: options.batch_tokens, max_samples: options.batch_samples };
-        pack(&lengths, limits, order)?
-    };
-    if batches.is_empty() {
-        return Err(Error::argument("dataset", "has no sample"));
-    }
-    Ok(batches.chunks(options.gradient_accumulation.max(1)).map(<[_]>::to_vec).collect())
-}
 
 pub(super) struct Run<'a, T: Trained> {
     start: &'a T,
@@ -581,14 +556,4 @@ impl<'a, T: Trained> Run<'a, T> {
 
 fn is_divergence(error: &Error) -> bool {
     matches!(error, Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. })
-}
-
-/// The first names, and how many there are beyond.
-pub(super) fn shorten(mut names: Vec<String>) -> Vec<String> {
-    let left = names.len().saturating_sub(MAX_ROWS);
-    if left > 0 {
-        names.truncate(MAX_ROWS);
-        names.push(format!("and {left} more"));
-    }
-    names
 }

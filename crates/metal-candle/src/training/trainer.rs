@@ -2,12 +2,13 @@
 
 use super::config::{EvaluationOptions, Options, TrainingConfig, check};
 use super::distributed::Group;
-use super::evaluation::check_dataset;
+use super::epoch::plan_epoch;
 use super::optimizer::OptimizerConfig;
 use super::plan::{self, TrainingPlan};
 use super::progress::Progress;
-use super::report::{TrainingEvent, TrainingMetrics};
-use super::run::{Run, plan_epoch};
+use super::report::{Callback, TrainingEvent, TrainingMetrics};
+use super::run::Run;
+use super::samples::check_dataset;
 use super::scheduler::LRScheduler;
 use super::trained::Trained;
 use super::warnings::TrainingWarning;
@@ -19,8 +20,6 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-pub(super) type Callback = Box<dyn FnMut(&TrainingEvent) -> ControlFlow<()> + Send>;
 
 /// Trains an adapter, or with [`Trainer::full`] all parameters of a model.
 ///

@@ -1,9 +1,10 @@
 //! What a run has to do with the other ranks of its group.
 
-use super::{Indices, Run};
+use super::Run;
 use crate::data::Random;
 use crate::error::Result;
 use crate::training::distributed::{Group, divide};
+use crate::training::epoch::Indices;
 use crate::training::trained::Trained;
 use serde_json::Value;
 

@@ -1,0 +1,51 @@
+//! Checks samples before training, and names them in errors.
+
+use crate::data::Dataset;
+use crate::error::{DataProblem, Error, Result};
+use std::path::PathBuf;
+
+/// The largest number of rows that an error names.
+const MAX_ROWS: usize = 16;
+
+/// The name of a sample: `file:line`, or its number.
+pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
+    match dataset.samples.get(index).and_then(|sample| sample.source.as_ref()) {
+        Some(source) => format!("{}:{}", source.path.display(), source.line),
+        None => format!("sample {}", index + 1),
+    }
+}
+
+/// The first names, and the number of the others.
+pub(super) fn shorten(mut names: Vec<String>) -> Vec<String> {
+    let left = names.len().saturating_sub(MAX_ROWS);
+    if left > 0 {
+        names.truncate(MAX_ROWS);
+        names.push(format!("and {left} more"));
+    }
+    names
+}
+
+/// Refuses samples without a trained token and ids that the model does not have.
+pub(super) fn check_dataset(dataset: &Dataset, vocab_size: usize) -> Result<()> {
+    if dataset.is_empty() {
+        return Err(Error::argument("dataset", "has no sample"));
+    }
+    let mut problems = Vec::new();
+    for (index, sample) in dataset.samples.iter().enumerate() {
+        let message = if sample.trained.len() != sample.ids.len() {
+            format!("{} tokens, but {} marks of what is trained", sample.ids.len(), sample.trained.len())
+        } else if !sample.trained.iter().skip(1).any(|&trained| trained) {
+            "no token is trained".to_string()
+        } else if let Some(id) = sample.ids.iter().find(|&&id| id as usize >= vocab_size) {
+            format!("token id {id} is outside the vocabulary of {vocab_size}")
+        } else {
+            continue;
+        };
+        let (path, line) = match &sample.source {
+            Some(source) => (source.path.as_ref().clone(), source.line),
+            None => (PathBuf::from("sample"), index + 1),
+        };
+        problems.push(DataProblem { path, line, message });
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Data { problems }) }
+}
