@@ -2,6 +2,7 @@
 
 use super::Message;
 use super::jinja::{self, STORABLE};
+use super::side_files::{read_json_if_exists, special_token, token_text};
 use crate::error::{Error, Result};
 use crate::files::guard;
 use minijinja::syntax::SyntaxConfig;
@@ -124,7 +125,7 @@ impl ChatTemplate {
     /// A file cannot be read or holds no valid template.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Option<Self>> {
         let folder = folder.as_ref();
-        let config = super::tokenizer::read_json_if_exists(&folder.join("tokenizer_config.json"))?;
+        let config = read_json_if_exists(&folder.join("tokenizer_config.json"))?;
         let config = config.unwrap_or(Value::Null);
         let path = folder.join("chat_template.jinja");
         if !path.is_file() {
@@ -165,13 +166,12 @@ impl ChatTemplate {
     /// The template with the special tokens that a `tokenizer_config.json` names as variables.
     pub(super) fn with_special_tokens(mut self, config: &Value) -> Self {
         for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
-            if let Some(token) = super::tokenizer::special_token(config, name) {
+            if let Some(token) = special_token(config, name) {
                 self = self.with_variable(name, &Value::String(token));
             }
         }
         if let Some(Value::Array(tokens)) = config.get("additional_special_tokens") {
-            let tokens: Vec<Value> =
-                tokens.iter().filter_map(super::tokenizer::token_text).map(Value::String).collect();
+            let tokens: Vec<Value> = tokens.iter().filter_map(token_text).map(Value::String).collect();
             self = self.with_variable("additional_special_tokens", &Value::Array(tokens));
         }
         self

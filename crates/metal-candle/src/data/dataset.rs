@@ -2,31 +2,13 @@
 
 use super::encode::Encoder;
 use super::files::{FileRow, Problems, read_rows};
-use super::{Random, Tokenizer, rows};
+use super::random::Random;
+use super::rows;
+use super::sample::{DatasetOptions, Sample};
+use super::tokenizer::Tokenizer;
 use crate::error::{DataProblem, Error, Result};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-/// Where a sample comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// The file.
-    pub path: Arc<PathBuf>,
-    /// The line, counted from 1.
-    pub line: usize,
-}
-
-/// One row of a dataset.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sample {
-    /// The tokens.
-    pub ids: Vec<u32>,
-    /// For each token whether predicting it is trained; the first one's entry has no effect.
-    pub trained: Vec<bool>,
-    /// Where it comes from, if from a file.
-    pub source: Option<Source>,
-}
 
 impl Sample {
     /// The sample that a row of any schema becomes, as [`Dataset::from_file`] reads it.
@@ -38,48 +20,6 @@ impl Sample {
             .and_then(|(schema, row)| Encoder::new(tokenizer, options, false).encode(schema, row))
             .map_err(|message| Error::argument("row", message))?;
         Ok(Self { ids: encoded.ids, trained: encoded.trained, source: None })
-    }
-
-    /// The number of tokens whose prediction is trained.
-    pub fn num_trained(&self) -> usize {
-        self.trained.iter().skip(1).filter(|&&trained| trained).count()
-    }
-}
-
-/// Which assistant turns of a conversation are trained where its messages do not say so by `train`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum TrainedTurns {
-    /// Every one.
-    #[default]
-    All,
-    /// The last one.
-    Last,
-}
-
-/// How rows become samples.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DatasetOptions {
-    /// Most tokens of a row.
-    pub max_tokens: Option<usize>,
-    /// Whether a row that is too long is cut at its end instead of being refused.
-    pub truncate: bool,
-    /// The assistant turns that are trained.
-    pub trained_turns: TrainedTurns,
-    /// Whether only answers are trained; else every token is.
-    pub mask_prompt: bool,
-    /// The number of tokens that the model has embeddings for; a row with a token id at or above it cannot be used.
-    pub vocab_size: Option<usize>,
-}
-
-impl Default for DatasetOptions {
-    fn default() -> Self {
-        Self {
-            max_tokens: None,
-            truncate: false,
-            trained_turns: TrainedTurns::All,
-            mask_prompt: true,
-            vocab_size: None,
-        }
     }
 }
 

@@ -42,6 +42,13 @@ enum State {
     Window { ids: Vec<u32>, told: usize },
 }
 
+impl Tokenizer {
+    /// A decoder that takes one token at a time.
+    pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
+        StreamDecoder::new(self.clone(), skip_special)
+    }
+}
+
 impl StreamDecoder {
     /// A decoder at the beginning of a text.
     pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {

@@ -1,7 +1,7 @@
 //! A chat template given beside a model folder instead of the folder's own.
 
 use super::ChatTemplate;
-use super::tokenizer::read_json_if_exists;
+use super::side_files::read_json_if_exists;
 use crate::error::Result;
 use serde_json::Value;
 use std::path::Path;

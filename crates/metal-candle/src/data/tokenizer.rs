@@ -1,17 +1,14 @@
 //! Tokenizers: text to token ids and back.
 
+use super::chat::ChatTemplate;
+use super::side_files::{MAX_TOKENIZER_BYTES, read_json_if_exists, special_token, token_text};
+use super::tokenizer_files;
 use super::tokenizer_limits::Growth;
-use super::{ChatTemplate, StreamDecoder, tokenizer_files};
 use crate::error::{Error, Result};
 use crate::files::{guard, read_bounded, read_if_exists};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Most bytes of a `tokenizer.json`; that of Gemma 3 has 33 MB.
-pub(super) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// Most bytes of `tokenizer_config.json` and `special_tokens_map.json`.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A tokenizer read from `tokenizer.json`, with what a model folder says about it. Cloning is cheap.
 ///
@@ -214,11 +211,6 @@ impl Tokenizer {
         text.map_err(|error| failed(error.to_string()))
     }
 
-    /// A decoder that takes one token at a time.
-    pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
-        StreamDecoder::new(self.clone(), skip_special)
-    }
-
     /// The id of a token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.tokenizer.token_to_id(token)
@@ -278,21 +270,6 @@ impl Tokenizer {
     pub fn raw(&self) -> &tokenizers::Tokenizer {
         &self.inner.tokenizer
     }
-}
-
-/// The text of a special token: a string, or an object with `content`.
-pub(super) fn token_text(token: &Value) -> Option<String> {
-    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_string)
-}
-
-pub(super) fn special_token(config: &Value, name: &str) -> Option<String> {
-    config.get(name).and_then(token_text)
-}
-
-/// A parsed JSON file, or `None` if there is none.
-pub(super) fn read_json_if_exists(path: &Path) -> Result<Option<Value>> {
-    let bytes = read_if_exists(path, MAX_CONFIG_BYTES)?;
-    bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|e| Error::format(path, e))).transpose()
 }
 
 #[cfg(test)]

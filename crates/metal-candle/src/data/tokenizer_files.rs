@@ -1,6 +1,6 @@
 //! Tokenizer folders without a complete `tokenizer.json`: `vocab.json` with `merges.txt`, and tokens of side files.
 
-use super::tokenizer::{MAX_TOKENIZER_BYTES, read_json_if_exists, token_text};
+use super::side_files::{MAX_TOKENIZER_BYTES, read_json_if_exists, token_text};
 use crate::error::{Error, Result};
 use crate::files::{guard, read_json, read_text};
 use serde_json::{Map, Value, json};
