@@ -1,6 +1,7 @@
 //! Attention with grouped key/value heads over a ragged batch (<https://arxiv.org/abs/2305.13245>).
 
 use super::attention_gpu;
+pub(crate) use super::attention_gpu::AttentionGradients;
 use super::fused::Layer;
 use super::gpu::Arg;
 use super::host::{Host, on_cpu, tensor};
@@ -17,16 +18,6 @@ pub(crate) struct Saved {
     pub(crate) out: Tensor,
     /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; none in candle's operations.
     log_sums: Option<Tensor>,
-}
-
-#[allow(dead_code)] // for model families
-/// The gradients of an attention; that of the sinks is `[heads]`, f32, where there are sinks.
-#[derive(Debug)]
-pub(crate) struct AttentionGradients {
-    pub(crate) q: Tensor,
-    pub(crate) k: Tensor,
-    pub(crate) v: Tensor,
-    pub(crate) sinks: Option<Tensor>,
 }
 
 impl From<Tensor> for Saved {

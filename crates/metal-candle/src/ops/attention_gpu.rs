@@ -1,12 +1,21 @@
 //! Attention by the kernels of Metal and CUDA.
 
-use super::attention::AttentionGradients;
 use super::fused::TERM_ROWS;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::spans::{Spans, Tables, is_for_tensor_cores};
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use metal_candle_kernels::AttentionShape;
+
+#[allow(dead_code)] // for model families
+/// The gradients of an attention; that of the sinks is `[heads]`, f32, where there are sinks.
+#[derive(Debug)]
+pub(crate) struct AttentionGradients {
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) sinks: Option<Tensor>,
+}
 
 /// Threads of a group of `attention.metal`.
 const THREADS: usize = 256;
