@@ -18,6 +18,7 @@ mod fuzz;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;
+mod imports;
 mod inference_generator;
 mod inference_sampling;
 mod inference_scheduler;
