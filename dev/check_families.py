@@ -194,6 +194,18 @@ def edit_config(draw, folder):
         for key, value in list(config.items()):
             if key != "model_type" and key in defaults and defaults[key] == value and maybe(draw):
                 del config[key]
+    kind = config["model_type"]
+    # keys whose absence or presence means something else than a default
+    if kind == "mistral" and maybe(draw, 0.3):
+        config["layer_types"] = draw_layer_types(draw, config["num_hidden_layers"])
+        config["sliding_window"] = config.get("sliding_window") or 5
+    if kind == "ministral3" and maybe(draw, 0.2):
+        for key in ["rope_parameters", "rope_scaling", "rope_theta"]:
+            config.pop(key, None)
+    if kind == "phi3" and maybe(draw, 0.2):
+        config.pop("original_max_position_embeddings", None)
+    if kind == "smollm3" and config.get("no_rope_layers") and maybe(draw, 0.3):
+        config["no_rope_layers"] = config["no_rope_layers"] + [1]
     if maybe(draw, 0.3):
         whole["a_key_nobody_knows"] = None
     path.write_text(json.dumps(whole, indent=2))
