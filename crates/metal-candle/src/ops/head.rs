@@ -2,8 +2,9 @@
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::on_cpu;
-use super::linear::{Linear, LinearGradients, Wanted, add_outer};
+use super::linear::{Linear, LinearGradients, Wanted};
 use super::low_rank::LowRank;
+use super::products::add_outer;
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Device, Tensor};

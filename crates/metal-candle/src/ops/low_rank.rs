@@ -1,6 +1,6 @@
 //! Low-rank terms: what an adapter adds to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>, section 4.1).
 
-use super::linear::{Part, Start, add_scaled, outer, product, row_dots, sum};
+use super::products::{Part, Start, add_scaled, outer, product, row_dots, sum};
 use super::weight::Weight;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
@@ -27,6 +27,28 @@ impl LowRank {
     /// The term `scale * B A x`.
     pub fn new(a: Tensor, b: Tensor, scale: f32) -> Self {
         Self { a, b, scale, dropout: 0.0, start: None, magnitude: None }
+    }
+}
+
+/// The gradients of a low-rank term, f32.
+#[derive(Debug, Clone)]
+pub struct TermGradients {
+    /// With respect to A: `[rank, in_features]`.
+    pub a: Tensor,
+    /// With respect to B: `[out_features, rank]`.
+    pub b: Tensor,
+    /// With respect to the magnitudes, if there are any: `[out_features]`.
+    pub magnitude: Option<Tensor>,
+}
+
+impl TermGradients {
+    /// The sum of two gradients of the same term.
+    pub(super) fn plus(self, other: &Self) -> Result<Self> {
+        let magnitude = match (self.magnitude, &other.magnitude) {
+            (Some(sum), Some(other)) => Some(add_scaled(sum, 1.0, other)?),
+            (sum, other) => sum.or_else(|| other.clone()),
+        };
+        Ok(Self { a: add_scaled(self.a, 1.0, &other.a)?, b: add_scaled(self.b, 1.0, &other.b)?, magnitude })
     }
 }
 

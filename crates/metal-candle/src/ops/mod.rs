@@ -21,6 +21,7 @@ mod host;
 pub(crate) mod linear;
 mod low_rank;
 pub(crate) mod norm;
+pub(crate) mod products;
 pub(crate) mod rotary;
 mod rotary_scaling;
 mod spans;
@@ -31,8 +32,7 @@ mod weight;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
-pub use linear::TermGradients;
-pub use low_rank::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
+pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
 pub use weight::Weight;
 
 /// An activation as it is kept beside weights of this type for the backward pass: rounded to bf16 where the weights have

@@ -3,7 +3,7 @@
 use super::in_place::{change_with, part};
 use crate::error::{Error, Result};
 use crate::ops::adam;
-use crate::ops::linear::add_scaled;
+use crate::ops::products::add_scaled;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
 
