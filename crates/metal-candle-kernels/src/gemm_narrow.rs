@@ -41,7 +41,7 @@ pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product
 
 dispatch! {
     /// `y[j] += alpha w[j] . x` for the rows of `w`, `stride` apart.
-    fn add_dots<T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) = add_dots_body
+    pub(crate) fn add_dots<T: Element>(w: &[T], stride: usize, x: &[f32], alpha: f32, y: &mut [f32]) = add_dots_body
 }
 
 #[inline(always)]

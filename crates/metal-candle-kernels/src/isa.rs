@@ -65,10 +65,12 @@ pub(crate) trait Arithmetic {
 }
 
 /// Instruction sets with a fused multiply-add.
+#[derive(Clone, Copy)]
 pub(crate) struct Fused;
 
 /// Instruction sets without one.
 #[cfg_attr(target_arch = "aarch64", allow(dead_code))]
+#[derive(Clone, Copy)]
 pub(crate) struct Separate;
 
 impl Arithmetic for Fused {

@@ -16,6 +16,8 @@ mod elementwise;
 mod file;
 mod gemm;
 mod gemm_narrow;
+mod gemm_rows;
+mod gemm_tile;
 pub mod gpu;
 mod isa;
 mod math;
@@ -40,6 +42,7 @@ pub use elementwise::{
 };
 pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
+pub use gemm_rows::{RowProduct, row_products};
 pub use isa::{Isa, isa};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
