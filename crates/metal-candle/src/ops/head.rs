@@ -247,7 +247,7 @@ fn plain_form(products: &Tensor, form: LogitForm) -> Result<(Tensor, Option<Tens
 
 /// The logits of `hidden` in f32: `[rows, vocab]`.
 pub(crate) fn logits(hidden: &Tensor, head: &Head, term: Option<&LowRank>) -> Result<Tensor> {
-    let (form, products) = (head.form(), head.linear.forward(hidden, term, None, None)?);
+    let (form, products) = (head.form(), head.linear.infer(hidden, term, None)?);
     let products = products.to_dtype(DType::F32)?;
     if form.is_plain() {
         return Ok(products);

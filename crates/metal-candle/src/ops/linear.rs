@@ -4,8 +4,8 @@ use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, on_cpu, tensor};
 pub(super) use super::low_rank::TermGradients;
 use super::low_rank::{LowRank, Magnitude};
-use super::products::add_bias;
-pub(super) use super::products::{Part, Start, column_dots, product, scale_columns, scaled_outer, sum};
+pub(super) use super::products::{Order, Part, Start, column_dots, product, scale_columns, scaled_outer, sum, sum_in};
+use super::products::{add_bias, product_in};
 pub(crate) use super::products::{add_scaled, column_sums, outer};
 use super::weight::Weight;
 use crate::error::{Error, Result};
@@ -59,7 +59,12 @@ impl Linear {
         Ok(self.forward_keeping(x, term, dropout_seed, residual)?.0)
     }
 
-    /// The same, and the product with A of a term, where keeping it for [`Linear::backward`] is worth while.
+    /// The output where no backward pass follows: on the CPU each row has the same bits alone and among any others.
+    pub(crate) fn infer(&self, x: &Tensor, term: Option<&LowRank>, residual: Option<&Tensor>) -> Result<Tensor> {
+        Ok(self.output(Order::ByRow, x, term, None, residual)?.0)
+    }
+
+    /// [`Linear::forward`], and the product with A of a term, where keeping it for [`Linear::backward`] is worth while.
     pub(crate) fn forward_keeping(
         &self,
         x: &Tensor,
@@ -67,20 +72,32 @@ impl Linear {
         dropout_seed: Option<u64>,
         residual: Option<&Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
+        self.output(Order::ByShape, x, term, dropout_seed, residual)
+    }
+
+    fn output(
+        &self,
+        order: Order,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        dropout_seed: Option<u64>,
+        residual: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let Some(term) = term else {
-            return Ok((self.finished(self.base(x, None, None, self.start(residual))?, residual)?, None));
+            return Ok((self.finished(self.base(order, x, None, None, self.start(residual))?, residual)?, None));
         };
         if let Some(magnitude) = &term.magnitude {
-            return Ok((self.decomposed(x, (term, magnitude), dropout_seed, residual)?, None));
+            return Ok((self.decomposed(order, x, (term, magnitude), dropout_seed, residual)?, None));
         }
-        let z = product(&dropped(x, term, dropout_seed)?, &term.a)?;
-        let y = self.finished(self.base(x, Some(term), Some(&z), self.start(residual))?, residual)?;
+        let z = product_in(order, &dropped(x, term, dropout_seed)?, &term.a)?;
+        let y = self.finished(self.base(order, x, Some(term), Some(&z), self.start(residual))?, residual)?;
         Ok((y, gpu::has_products(x).then_some(z)))
     }
 
     /// The output with a term that has magnitudes.
     fn decomposed(
         &self,
+        order: Order,
         x: &Tensor,
         (term, magnitude): (&LowRank, &Magnitude),
         dropout_seed: Option<u64>,
@@ -88,18 +105,18 @@ impl Linear {
     ) -> Result<Tensor> {
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
-            let z = product(x, &term.a)?;
-            let y = scale_columns(self.base(x, Some(term), Some(&z), Start::Zero)?, &factors)?;
+            let z = product_in(order, x, &term.a)?;
+            let y = scale_columns(self.base(order, x, Some(term), Some(&z), Start::Zero)?, &factors)?;
             let y = if let Some(bias) = &self.bias { add_bias(y, bias)? } else { y };
             return if let Some(residual) = residual { add_scaled(y, 1.0, residual) } else { Ok(y) };
         }
         // the plain product sees the whole input, the weight-decomposed one what dropout left of it
         let dropped = dropped(x, term, dropout_seed)?;
-        let y = self.finished(self.base(x, Some(term), None, self.start(residual))?, residual)?;
-        let base = self.base(&dropped, Some(term), None, Start::Zero)?;
+        let y = self.finished(self.base(order, x, Some(term), None, self.start(residual))?, residual)?;
+        let base = self.base(order, &dropped, Some(term), None, Start::Zero)?;
         let y = add_scaled(y, -1.0, &base)?;
-        let z = product(&dropped, &term.a)?;
-        let adapted = sum(Start::Sum(base), &[Part::transposed(&z, &term.b, term.scale)])?;
+        let z = product_in(order, &dropped, &term.a)?;
+        let adapted = sum_in(order, Start::Sum(base), &[Part::transposed(&z, &term.b, term.scale)])?;
         add_scaled(y, 1.0, &scale_columns(adapted, &factors)?)
     }
 
@@ -145,7 +162,7 @@ impl Linear {
         // y = g p + b with p = base(x) + term(x); with dropout y = base(x) - base(drop(x)) + g p + b
         let Factors { factors, reciprocal_norms } = self.factors(term, magnitude)?;
         let z = product(&dropped_x, &term.a)?;
-        let p = self.base(&dropped_x, Some(term), Some(&z), Start::Zero)?;
+        let p = self.base(Order::ByShape, &dropped_x, Some(term), Some(&z), Start::Zero)?;
         let d_magnitude = (column_dots(dy, &p)? * reciprocal_norms)?;
         drop(p);
         let dp = scale_columns(dy.force_contiguous()?, &factors)?;
@@ -165,17 +182,24 @@ impl Linear {
     }
 
     /// `x (W - scale B0 A0)^T`, what training starts from, plus `scale z B^T` if `z` is given, added to `start`.
-    fn base(&self, x: &Tensor, term: Option<&LowRank>, z: Option<&Tensor>, start: Start) -> Result<Tensor> {
+    fn base(
+        &self,
+        order: Order,
+        x: &Tensor,
+        term: Option<&LowRank>,
+        z: Option<&Tensor>,
+        start: Start,
+    ) -> Result<Tensor> {
         let mut parts = vec![Part::transposed(x, &self.weight, 1.0)];
         if let (Some(term), Some(z)) = (term, z) {
             parts.push(Part::transposed(z, &term.b, term.scale));
         }
         let first = term.and_then(|term| Some((term.scale, term.start.as_ref()?)));
-        let z0 = first.map(|(_, (a, _))| product(x, a)).transpose()?;
+        let z0 = first.map(|(_, (a, _))| product_in(order, x, a)).transpose()?;
         if let (Some((scale, (_, b))), Some(z0)) = (first, &z0) {
             parts.push(Part::transposed(z0, b, -scale));
         }
-        sum(start, &parts)
+        sum_in(order, start, &parts)
     }
 
     /// Where the sum of an output begins; a layer with a bias adds the residual at the end.

@@ -28,6 +28,8 @@ mod spans;
 #[cfg(test)]
 mod tests;
 mod weight;
+#[cfg(test)]
+mod weight_tests;
 
 use crate::error::Result;
 use candle_core::{DType, Tensor};

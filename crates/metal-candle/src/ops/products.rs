@@ -8,6 +8,15 @@ use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels as kernels;
 
+/// The order in which the CPU sums a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Depends on the number of rows. Training keeps it, so that a resumed run writes the same bytes.
+    ByShape,
+    /// The same for any number of rows: each row has the same bits alone and among any others.
+    ByRow,
+}
+
 /// The initial value of a sum, to which products are added.
 pub(super) enum Start<'a> {
     Zero,
@@ -54,6 +63,11 @@ impl<'a> Part<'a> {
 
 /// The sum of a start and one or more products of the same shape: one pass over the result on the CPU.
 pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
+    sum_in(Order::ByShape, start, parts)
+}
+
+/// [`sum`] in an order of the CPU's; transposed parts alone are summed by row.
+pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tensor> {
     let (rows, columns) = (parts[0].x.dim(0)?, parts[0].columns()?);
     if gpu::has_products(parts[0].x) {
         return gpu_sum(start, parts, (rows, columns));
@@ -73,6 +87,9 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
     let _span = span("product", Kind::Gemm);
     let hosts: Vec<(Host, Host)> =
         parts.iter().map(|part| Ok((Host::new(part.x)?, part.w.host()?))).collect::<Result<_>>()?;
+    if order == Order::ByRow && parts.iter().all(|part| part.is_transposed) {
+        return sum_by_row(start, parts, &hosts, (rows, columns));
+    }
     let mut products = Vec::with_capacity(parts.len());
     for (part, (x, w)) in parts.iter().zip(&hosts) {
         let k = part.x.dim(1)?;
@@ -87,6 +104,20 @@ pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
         Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
         Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
         Start::Sum(matrix) => edit(matrix, |y| kernels::gemm_sum_to(shape, kernels::Start::Result, &products, y)),
+    }
+}
+
+fn sum_by_row(start: Start, parts: &[Part], hosts: &[(Host, Host)], shape: (usize, usize)) -> Result<Tensor> {
+    let mut products = Vec::with_capacity(parts.len());
+    for (part, (x, w)) in parts.iter().zip(hosts) {
+        products.push(kernels::RowProduct { a: x.f32()?, b: w.matrix()?, k: part.x.dim(1)?, alpha: part.scale });
+    }
+    let new = |start: kernels::Start| tensor(kernels::row_products(shape, start, &products), shape);
+    match start {
+        Start::Zero => new(kernels::Start::Zero),
+        Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Start::Sum(matrix) => new(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
     }
 }
 
@@ -108,7 +139,11 @@ fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor
 
 /// `X W^T` with `x: [m, k]`, `w: [n, k]`.
 pub(super) fn product<'a>(x: &'a Tensor, w: impl Into<Factor<'a>>) -> Result<Tensor> {
-    sum(Start::Zero, &[Part::transposed(x, w, 1.0)])
+    product_in(Order::ByShape, x, w)
+}
+
+pub(super) fn product_in<'a>(order: Order, x: &'a Tensor, w: impl Into<Factor<'a>>) -> Result<Tensor> {
+    sum_in(order, Start::Zero, &[Part::transposed(x, w, 1.0)])
 }
 
 /// `X^T Y` in f32 with `x: [k, m]`, `y: [k, n]`: the gradient of a weight.
