@@ -8,16 +8,12 @@ use candle_core::DType;
 use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Tokenizer;
-use metal_candle::files;
+use metal_candle::files::shard_names;
 use metal_candle::models::SafetensorsFile;
-use metal_candle::{Error, Model, ModelConfig, ModelLoader};
-use serde_json::Value;
+use metal_candle::{Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-
-/// Most bytes of an index of shards.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 /// The name of the built-in model.
 pub(crate) const NANO: &str = "nano";
@@ -113,10 +109,7 @@ impl ModelSource {
             _ => self.folder().join("model.safetensors.index.json"),
         };
         let names: BTreeSet<String> = if index.is_file() {
-            let json: Value = files::read_json(&index, MAX_INDEX_BYTES)?;
-            let message = "expected an object `weight_map`".to_owned();
-            let map = json["weight_map"].as_object().ok_or(Error::Format { path: index.clone(), message })?;
-            map.values().filter_map(|name| Some(name.as_str()?.to_owned())).collect()
+            shard_names(&index)?
         } else {
             let entries = std::fs::read_dir(self.folder()).into_iter().flatten().flatten();
             let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());

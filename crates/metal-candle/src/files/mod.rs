@@ -31,5 +31,6 @@ pub use safetensors::{SafetensorsFile, TensorEntry};
 pub use sanitize::{printable, printable_json, sanitize};
 pub use saver::{check_finite, write_safetensors};
 pub(crate) use shards::Shards;
+pub use shards::shard_names;
 pub(crate) use write::sync_folder;
 pub use write::{create_folder, open_to_append, remove_stale_temporaries, write_atomically};

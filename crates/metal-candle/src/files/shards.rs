@@ -9,8 +9,8 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
-/// Most bytes of an index that are read.
-pub(super) const MAX_INDEX_BYTES: u64 = 64 << 20;
+/// Largest accepted index, in bytes.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// Most misplaced tensors that are looked for in the other shards; a message lists fewer.
 const MAX_SEARCHED: usize = 100;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -40,13 +40,8 @@ impl Shards {
     fn open_index(path: &Path) -> Result<Self> {
         let index = Index::read(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let names: BTreeSet<&str> = index.weight_map.iter().map(|(_, shard)| shard.as_str()).collect();
-        let names: Vec<&str> = names.into_iter().collect();
-        for name in &names {
-            if !is_inside(name) {
-                return Err(Error::format(path, format!("shard `{name}`: expected a file in the folder of the index")));
-            }
-        }
+        let names = index.shard_names(path)?;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let missing: Vec<&str> = names.iter().copied().filter(|name| !folder.join(name).exists()).collect();
         if !missing.is_empty() {
             let list = missing.join("`, `");
@@ -102,7 +97,7 @@ impl Shards {
     }
 }
 
-/// Whether a shard's name stays in the folder of its index.
+/// Whether the name of a shard is a path inside the folder of its index.
 fn is_inside(name: &str) -> bool {
     let only_names = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
     !name.is_empty() && only_names && !name.contains(['\\', ':', '\0'])
@@ -156,6 +151,15 @@ fn nothing_found(names: &[String]) -> String {
     format!("the folder holds neither `model.safetensors` nor an index of shards{hint}")
 }
 
+/// The names of the files that an index of shards lists (`model.safetensors.index.json`), sorted.
+///
+/// # Errors
+/// The file cannot be read, is not an index, or names a file outside of its folder.
+pub fn shard_names(index: impl AsRef<Path>) -> Result<BTreeSet<String>> {
+    let path = index.as_ref();
+    Index::read(path)?.shard_names(path)
+}
+
 /// An index of shards: the shard of each tensor.
 struct Index {
     weight_map: Vec<(String, String)>,
@@ -172,6 +176,17 @@ impl Index {
             return Err(Error::format(path, "`weight_map`: expected the shard of each tensor, found none"));
         }
         Ok(index)
+    }
+
+    /// The names of the shards, sorted; `path` is the file of the index.
+    fn shard_names(&self, path: &Path) -> Result<BTreeSet<String>> {
+        let names: BTreeSet<String> = self.weight_map.iter().map(|(_, shard)| shard.clone()).collect();
+        match names.iter().find(|name| !is_inside(name)) {
+            Some(name) => {
+                Err(Error::format(path, format!("shard `{name}`: expected a file in the folder of the index")))
+            }
+            None => Ok(names),
+        }
     }
 }
 

@@ -7,8 +7,8 @@
 mod name;
 mod transfer;
 
-use super::read::{read_json, read_text};
-use super::shards::MAX_INDEX_BYTES;
+use super::read::read_text;
+use super::shards::shard_names;
 use super::write::write_atomically;
 use crate::error::{Error, Result};
 use hf_hub::{Cache, Repo, RepoType};
@@ -259,20 +259,15 @@ fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.chars().all(|c| c.is_ascii_hexdigit())
 }
 
-/// The files an index of shards names.
+/// The files that an index of shards lists, each of which must be a safetensors file beside it.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let json: serde_json::Value = read_json(index, MAX_INDEX_BYTES)?;
-    let map = json.get("weight_map").and_then(serde_json::Value::as_object);
-    let map = map.ok_or_else(|| Error::format(index, "expected an object `weight_map`"))?;
-    let mut names = BTreeSet::new();
-    for name in map.values() {
-        let plain = name.as_str().filter(|name| *name == plain_name(name) && name.ends_with(".safetensors"));
-        let plain = plain.ok_or_else(|| {
-            Error::format(index, format!("expected the name of a safetensors file beside it, found `{name}`"))
-        })?;
-        names.insert(plain.to_owned());
+    let names = shard_names(index)?;
+    match names.iter().find(|name| **name != plain_name(name) || !name.ends_with(".safetensors")) {
+        Some(name) => {
+            Err(Error::format(index, format!("expected the name of a safetensors file beside it, found `{name}`")))
+        }
+        None => Ok(names),
     }
-    Ok(names)
 }
 
 /// Makes `snapshot/file` stand for `blob`.

@@ -2,7 +2,7 @@
 
 use super::name::HubName;
 use crate::error::{Error, Result};
-use crate::files::open_to_append;
+use crate::files::{create_folder, open_to_append};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -331,8 +331,7 @@ pub(super) fn plain_name(text: &str) -> String {
 
 /// Creates the folder of the file `path`.
 pub(super) fn create_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))
+    create_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
 /// The name of the blob that has this etag.
