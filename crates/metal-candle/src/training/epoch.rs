@@ -17,9 +17,8 @@ pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Rando
         }
         batches.clone()
     } else {
-        let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
         let limits = PackingLimits { max_tokens: options.batch_tokens, max_samples: options.batch_samples };
-        pack(&lengths, limits, order)?
+        pack(&dataset.lengths(), limits, order)?
     };
     if batches.is_empty() {
         return Err(Error::argument("dataset", "has no sample"));

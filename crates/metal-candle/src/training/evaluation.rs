@@ -1,7 +1,7 @@
 //! The loss of a dataset.
 
-use super::distributed::{Group, sizes};
-use super::samples::{check_dataset, shorten, source_of};
+use super::distributed::Group;
+use super::samples::{check_dataset, count_tokens, shorten, source_of};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
 use crate::models::Model;
@@ -53,8 +53,7 @@ pub(super) fn evaluate_in(
     batch_tokens: usize,
 ) -> Result<Evaluation> {
     check_dataset(dataset, model.config().vocab_size)?;
-    let lengths: Vec<usize> = dataset.samples.iter().map(|sample| sample.ids.len()).collect();
-    let batches = pack(&lengths, PackingLimits::tokens(batch_tokens), &mut Random::new(0))?;
+    let batches = pack(&dataset.lengths(), PackingLimits::tokens(batch_tokens), &mut Random::new(0))?;
     let (rank, num_ranks) = group.map_or((0, 1), |group| (group.rank(), group.num_ranks()));
     let mut sums = vec![0.0; batches.len()];
     for (sum, indices) in sums.iter_mut().zip(&batches).skip(rank).step_by(num_ranks) {
@@ -72,7 +71,7 @@ pub(super) fn evaluate_in(
     if let Some((_, indices)) = sums.iter().zip(&batches).find(|(sum, _)| !sum.is_finite()) {
         return Err(non_finite(model, terms, dataset, indices)?);
     }
-    Ok(Evaluation { total_loss: sums.iter().sum(), trained_tokens: sizes(dataset, &batches).1 })
+    Ok(Evaluation { total_loss: sums.iter().sum(), trained_tokens: count_tokens(dataset, batches.iter().flatten()).1 })
 }
 
 /// The error for a batch whose loss is not finite: its samples are measured by themselves.

@@ -3,6 +3,7 @@
 use super::config::{Options, TrainingConfig};
 use super::epoch::plan_epoch;
 use super::portion::micro_batches;
+use super::samples::count_tokens;
 use super::trained::{OfModel, Trained};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -74,9 +75,9 @@ impl TrainingPlan {
                 }
                 steps += 1;
                 for batch in &batches {
-                    largest_batch = largest_batch.max(size_of(dataset, batch).0);
+                    largest_batch = largest_batch.max(count_tokens(dataset, batch).0);
                     for part in micro_batches(dataset, batch, options.micro_batch_tokens) {
-                        let size = size_of(dataset, &part);
+                        let size = count_tokens(dataset, &part);
                         tokens += size.0;
                         trained_tokens += size.1;
                         // more of either never takes less
@@ -111,7 +112,7 @@ impl TrainingPlan {
             steps,
             tokens,
             trained_tokens,
-            longest_sample: dataset.samples.iter().map(|sample| sample.ids.len()).max().unwrap_or(0),
+            longest_sample: dataset.lengths().into_iter().max().unwrap_or(0),
             largest_batch,
             micro_batch_tokens: options.micro_batch_tokens.unwrap_or(largest_batch).min(largest_batch),
             checkpointed_blocks: options.checkpointed_blocks.min(trained_blocks),
@@ -195,16 +196,6 @@ pub(super) fn fit<T: Trained>(
 
 fn megabytes(bytes: usize) -> String {
     format!("{:.0} MB", bytes as f64 / 1e6)
-}
-
-/// Tokens of these samples, and those among them that are trained.
-fn size_of(dataset: &Dataset, indices: &[usize]) -> (usize, usize) {
-    indices.iter().fold((0, 0), |(tokens, trained), &index| {
-        let sample = &dataset.samples[index];
-        // the first token of a sequence is never predicted
-        let of_sample = sample.trained.iter().skip(1).filter(|&&trained| trained).count();
-        (tokens + sample.ids.len(), trained + of_sample)
-    })
 }
 
 /// Tokens a second of forward and backward passes, measured on the first micro-batches; no parameter changes.

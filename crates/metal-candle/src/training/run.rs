@@ -3,7 +3,6 @@
 mod group;
 
 use super::config::{Options, TrainingConfig};
-use super::distributed::sizes;
 use super::epoch::{Indices, plan_epoch};
 use super::evaluation::evaluate_in;
 use super::gradients::{GradientSum, clip_factor, global_norm};
@@ -15,7 +14,7 @@ use super::progress::Progress;
 use super::report::{Callback, EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
 use super::run_settings::{check_settings, describe_settings};
-use super::samples::{shorten, source_of};
+use super::samples::{count_tokens, shorten, source_of};
 use super::trained::{OfModel, Parameter, Trained};
 use super::warnings::{TrainingWarning, dataset_warnings};
 use crate::data::{Dataset, Random, batch_of};
@@ -278,7 +277,7 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Losses and gradients of all batches, and one update.
     fn step(&mut self, batches: &[Indices]) -> Result<StepMetrics> {
         let started = Instant::now();
-        let (tokens, trained_tokens) = sizes(self.dataset, batches);
+        let (tokens, trained_tokens) = count_tokens(self.dataset, batches.iter().flatten());
         let own_loss = self.loss_and_gradients(batches, trained_tokens as f64);
         let total_loss = match &self.options.group {
             None => own_loss?,

@@ -7,6 +7,14 @@ use std::path::PathBuf;
 /// The largest number of rows that an error names.
 const MAX_ROWS: usize = 16;
 
+/// The number of tokens of the samples with these indices, and the number of those whose prediction is trained.
+pub(super) fn count_tokens<'a>(dataset: &Dataset, indices: impl IntoIterator<Item = &'a usize>) -> (usize, usize) {
+    indices.into_iter().fold((0, 0), |(tokens, trained), &index| {
+        let sample = &dataset.samples[index];
+        (tokens + sample.ids.len(), trained + sample.num_trained())
+    })
+}
+
 /// The name of a sample: `file:line`, or its number.
 pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
     match dataset.samples.get(index).and_then(|sample| sample.source.as_ref()) {

@@ -15,7 +15,7 @@
 mod share;
 mod wire;
 
-pub(super) use share::{divide, sizes};
+pub(super) use share::divide;
 
 use crate::device::Device;
 use crate::error::{Error, Result};

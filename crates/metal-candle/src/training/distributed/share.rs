@@ -2,13 +2,6 @@
 
 use crate::data::Dataset;
 
-/// Tokens and trained tokens of the samples of these batches.
-pub(in crate::training) fn sizes(dataset: &Dataset, batches: &[Vec<usize>]) -> (usize, usize) {
-    let samples = || batches.iter().flatten().map(|&index| &dataset.samples[index]);
-    let trained = samples().map(|sample| sample.trained.iter().skip(1).filter(|&&trained| trained).count()).sum();
-    (samples().map(|sample| sample.ids.len()).sum(), trained)
-}
-
 /// The batches that each rank computes of those of a step: all samples, so divided that tokens are balanced, in batches
 /// that are not larger than the largest one given. One rank computes the batches as they are.
 pub(in crate::training) fn divide(dataset: &Dataset, batches: &[Vec<usize>], num_ranks: usize) -> Vec<Vec<Vec<usize>>> {
@@ -52,8 +45,9 @@ fn balance(items: &[usize], count: usize, length: impl Fn(usize) -> usize) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use super::{divide, sizes};
+    use super::divide;
     use crate::data::{Dataset, Sample};
+    use crate::training::samples::count_tokens;
 
     fn dataset(lengths: &[usize]) -> Dataset {
         let sample = |&length: &usize| Sample { ids: vec![1; length], trained: vec![true; length], source: None };
@@ -64,7 +58,7 @@ mod tests {
     fn tokens_are_balanced_and_batches_stay_small() {
         let dataset = dataset(&[9, 1, 4, 4, 2, 6, 3, 3]);
         let batches = [vec![0, 1, 2], vec![7, 6, 5, 4], vec![3]];
-        assert_eq!(sizes(&dataset, &batches), (32, 24));
+        assert_eq!(count_tokens(&dataset, batches.iter().flatten()), (32, 24));
         assert_eq!(divide(&dataset, &batches, 1), [batches.to_vec()]);
         for num_ranks in 2..12 {
             let shares = divide(&dataset, &batches, num_ranks);
@@ -72,7 +66,7 @@ mod tests {
             let mut all: Vec<usize> = shares.iter().flatten().flatten().copied().collect();
             all.sort_unstable();
             assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7], "{num_ranks} ranks");
-            let tokens = |batches: &[Vec<usize>]| sizes(&dataset, batches).0;
+            let tokens = |batches: &[Vec<usize>]| count_tokens(&dataset, batches.iter().flatten()).0;
             assert!(shares.iter().flatten().all(|batch| tokens(std::slice::from_ref(batch)) <= 14));
             if num_ranks == 2 {
                 assert_eq!([tokens(&shares[0]), tokens(&shares[1])], [16, 16]);

@@ -42,9 +42,14 @@ impl Link {
     fn new(rank: usize, stream: TcpStream, timeout: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(timeout))?;
-        stream.set_write_timeout(Some(timeout))?;
-        Ok(Self { rank, stream })
+        let link = Self { rank, stream };
+        link.set_timeout(timeout)?;
+        Ok(link)
+    }
+
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(timeout))?;
+        self.stream.set_write_timeout(Some(timeout))
     }
 
     pub(super) fn send(&mut self, purpose: Purpose, message: &[u8]) -> Result<()> {
@@ -174,8 +179,7 @@ pub(super) fn accept_all(
                 let Ok(said) = link.receive(Purpose::Hello) else { continue };
                 let Some(rank) = (1..num_ranks).find(|&rank| said == hello(rank, num_ranks, token)) else { continue };
                 link.rank = rank;
-                link.stream.set_read_timeout(Some(answer_timeout)).map_err(failed)?;
-                link.stream.set_write_timeout(Some(answer_timeout)).map_err(failed)?;
+                link.set_timeout(answer_timeout).map_err(failed)?;
                 links[rank - 1].get_or_insert(link);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
@@ -218,7 +222,6 @@ pub(super) fn join(
     let mut link = Link::new(0, stream, timeout).map_err(failed)?;
     link.send(Purpose::Hello, &hello(rank, num_ranks, token))?;
     link.receive(Purpose::Hello)?;
-    link.stream.set_read_timeout(Some(answer_timeout)).map_err(failed)?;
-    link.stream.set_write_timeout(Some(answer_timeout)).map_err(failed)?;
+    link.set_timeout(answer_timeout).map_err(failed)?;
     Ok(link)
 }
