@@ -299,6 +299,16 @@ pub(crate) struct TrainSettings {
 }
 
 impl TrainSettings {
+    /// These settings over those of the file at `path`, if any, with absolute paths.
+    pub(crate) fn over_file(&self, path: Option<&Path>) -> Result<Self> {
+        let mut settings = match path {
+            Some(path) => self.over(&Self::read(path)?)?,
+            None => self.clone(),
+        };
+        settings.fix_paths()?;
+        Ok(settings)
+    }
+
     /// These settings over those of `file`: what is given here wins, and settings of the file that have no meaning
     /// beside it are left out.
     pub(crate) fn over(&self, file: &Self) -> Result<Self> {

@@ -106,11 +106,7 @@ fn is_follower(group: Option<&Group>) -> bool {
 
 /// Tells what a run would need.
 pub(crate) fn plan(flags: &PlanArguments, output: Output) -> Result<()> {
-    let mut settings = match &flags.config {
-        Some(path) => flags.settings.over(&TrainSettings::read(path)?)?,
-        None => flags.settings.clone(),
-    };
-    settings.fix_paths()?;
+    let settings = flags.settings.over_file(flags.config.as_deref())?;
     with_trainer(start::prepare(settings, None, output)?, Planning { flags, output })
 }
 
@@ -197,12 +193,7 @@ fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)
         }
         return Ok((Some(run), flags.settings.over(&settings)?));
     }
-    let mut settings = match &flags.config {
-        Some(path) => flags.settings.over(&TrainSettings::read(path)?)?,
-        None => flags.settings.clone(),
-    };
-    settings.fix_paths()?;
-    Ok((None, settings))
+    Ok((None, flags.settings.over_file(flags.config.as_deref())?))
 }
 
 /// Settings that may change when a run goes on.
