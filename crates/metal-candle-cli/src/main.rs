@@ -1,11 +1,13 @@
 //! The `metal-candle` program.
 
+mod adapter_output;
 mod args;
 mod commands;
 mod error;
 mod input;
 mod interrupt;
 mod memory;
+mod model_folder;
 mod model_source;
 mod nano;
 mod numbers;

@@ -1,16 +1,14 @@
 //! `convert`: an adapter written in another format.
 
-use super::fuse::{largest_difference, probe};
+use crate::adapter_output::{AdapterOutputArguments, largest_difference, probe};
 use crate::error::UserError;
-use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::Output;
-use crate::run_folder::{FREE_HINT, check_free, fill_folder};
+use crate::run_folder::{FREE_HINT, fill_folder};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::models::{Batch, Rows};
+use metal_candle::models::Rows;
 use serde_json::json;
-use std::path::PathBuf;
 
 /// A format of adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -24,32 +22,21 @@ pub(crate) enum AdapterFormat {
 /// Flags of `convert`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ConvertArguments {
-    #[command(flatten)]
-    pub(crate) model: ModelArguments,
-
-    /// The adapter to convert: a run folder, a PEFT folder or an mlx-lm folder.
-    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
-    pub(crate) adapter: PathBuf,
-
     /// The format to write.
     #[arg(long, value_enum)]
     pub(crate) format: AdapterFormat,
 
-    /// The folder to write; it must not exist or be empty.
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) output: PathBuf,
+    #[command(flatten)]
+    pub(crate) files: AdapterOutputArguments,
 }
 
 pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
-    check_adapter(&flags.adapter)?;
-    check_free(&flags.output, FREE_HINT)?;
-    let source = ModelSource::find(&flags.model.model, output)?;
-    let model = source.load(flags.model.dtype, flags.model.device, output)?;
-    let mut adapter = load_adapter(&model, &flags.adapter, &source)?;
+    let ConvertArguments { format, files: flags } = flags;
+    let (_, model, mut adapter) = flags.load(output)?;
     if adapter.base_model().is_none() {
         adapter = adapter.with_base_model(&flags.model.model);
     }
-    let batch = Batch::single(&probe(model.config().vocab_size));
+    let batch = probe(&model);
     let logits_of = |adapter: &LoRAAdapter| -> metal_candle::Result<_> {
         adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)
     };
@@ -57,7 +44,7 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     if !largest_difference(&expected, &expected)?.is_finite() {
         return Err(UserError::new("the logits with this adapter are not finite: it overflows").into());
     }
-    fill_folder(&flags.output, FREE_HINT, || match flags.format {
+    fill_folder(&flags.output, FREE_HINT, || match format {
         AdapterFormat::Peft => Ok(adapter.save(&flags.output)?),
         AdapterFormat::Mlx => Ok(adapter.save_mlx(&flags.output)?),
     })?;

@@ -1,8 +1,8 @@
 //! A run before its first step: settings, model and data, and the trainer that they configure.
 
 use super::answers::Question;
-use crate::commands::fuse::write_template;
 use crate::error::UserError;
+use crate::model_folder::write_template;
 use crate::model_source::ModelSource;
 use crate::run_record::RunRecord;
 use crate::settings::TrainSettings;

@@ -1,8 +1,8 @@
 //! Everything a run needs before its first step.
 
 use super::prepared::Prepared;
-use crate::commands::fuse::{copy_tokenizer, with_end_of_turn};
 use crate::error::UserError;
+use crate::model_folder::{copy_tokenizer, with_end_of_turn};
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::Output;
 use crate::run_folder::RunFolder;
