@@ -1,13 +1,13 @@
 //! Training the last decoder blocks as a whole.
 
 use super::trained::{Parameter, Trained};
+use super::whole_parameters::WholeParameters;
 use crate::error::{Error, Result};
-use crate::files::{SafetensorsFile, write_safetensors};
-use crate::models::{GradientOf, Model};
+use crate::files::write_safetensors;
+use crate::models::Model;
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::path::Path;
 
 /// The file of the trained parameters in a checkpoint.
@@ -36,7 +36,7 @@ const TENSOR_FILE: &str = "last_layers.safetensors";
 pub struct LastLayers {
     model: Model,
     num_layers: usize,
-    /// The trained ones of [`Model::parameters`].
+    /// The indices of the trained parameters in [`Model::parameters`].
     places: Vec<usize>,
 }
 
@@ -69,40 +69,22 @@ impl LastLayers {
         self.num_layers
     }
 
-    fn tensors(&self) -> impl Iterator<Item = &(String, Tensor)> {
-        self.places.iter().map(|&place| &self.model.parameters()[place])
+    fn parameters(&self) -> WholeParameters<'_> {
+        WholeParameters::new(&self.model, self.places.iter().copied())
     }
 }
 
 impl Trained for LastLayers {
     fn trainable(&self) -> Vec<Parameter> {
-        let mut offset = 0;
-        let mut parameters = Vec::with_capacity(self.places.len());
-        for (&place, (name, tensor)) in self.places.iter().zip(self.tensors()) {
-            let (len, shape) = (tensor.elem_count(), tensor.dims().to_vec());
-            let gradient = GradientOf::Parameter(place);
-            parameters.push(Parameter { name: name.clone(), offset, len, shape, gradient });
-            offset += len;
-        }
-        parameters
+        self.parameters().describe()
     }
 
     fn values(&self) -> Result<Tensor> {
-        let flat = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.contiguous();
-        let tensors: Vec<Tensor> =
-            self.tensors().map(|(_, tensor)| flat(tensor)).collect::<candle_core::Result<_>>()?;
-        Ok(Tensor::cat(&tensors, 0)?)
+        self.parameters().values()
     }
 
     fn with_values(&self, values: &Tensor) -> Result<Self> {
-        let mut offset = 0;
-        let mut replaced = HashMap::with_capacity(self.places.len());
-        for (name, tensor) in self.tensors() {
-            let view = values.narrow(0, offset, tensor.elem_count())?.reshape(tensor.shape())?;
-            offset += tensor.elem_count();
-            replaced.insert(name.clone(), view);
-        }
-        Ok(Self { model: self.model.with_parameters(replaced)?, ..self.clone() })
+        Ok(Self { model: self.model.with_parameters(self.parameters().views(values)?)?, ..self.clone() })
     }
 
     fn run_model(&self) -> &Model {
@@ -120,23 +102,14 @@ impl Trained for LastLayers {
     /// Writes the trained parameters alone.
     fn save_files(&self, folder: &Path) -> Result<()> {
         let mut tensors = Vec::with_capacity(self.places.len());
-        for (name, tensor) in self.tensors() {
+        for (name, tensor) in self.parameters().iter() {
             tensors.push((name, tensor.to_dtype(DType::F32)?));
         }
         write_safetensors(folder.join(TENSOR_FILE), &tensors, &[("format", "pt")])
     }
 
     fn load_values(&self, folder: &Path) -> Result<Tensor> {
-        let file = SafetensorsFile::open(folder.join(TENSOR_FILE))?;
-        let mut tensors = Vec::with_capacity(self.places.len());
-        for (name, tensor) in self.tensors() {
-            let loaded = file.float_tensor(name, DType::F32)?;
-            if loaded.dims() != tensor.dims() {
-                return Err(Error::shape(name, format!("{:?}", tensor.dims()), loaded.dims()));
-            }
-            tensors.push(loaded.flatten_all()?);
-        }
-        Ok(Tensor::cat(&tensors, 0)?.to_device(&self.model.device().candle())?)
+        self.parameters().load(&folder.join(TENSOR_FILE))
     }
 
     fn identity(&self) -> Value {

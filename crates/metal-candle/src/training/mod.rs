@@ -25,6 +25,7 @@ mod template_check;
 mod trained;
 mod trainer;
 mod warnings;
+mod whole_parameters;
 
 pub use crate::adapters::{CheckpointMetadata, LoRAAdapter, LoRAAdapterConfig, Start, TargetModule};
 pub use checkpoint::{load_checkpoint, save_checkpoint};

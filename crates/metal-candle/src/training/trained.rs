@@ -1,9 +1,8 @@
-//! What can be trained: an adapter, or all parameters of a model.
+//! The trait of what a trainer trains, and its implementation for adapters.
 
 use crate::adapters::{LoRAAdapter, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
-use crate::files::SafetensorsFile;
-use crate::models::{GradientOf, Model, Parameters, TokenRows, Trainable, save_model};
+use crate::models::{GradientOf, Model, Parameters, TokenRows, Trainable};
 use crate::ops::LowRankTerms;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
@@ -227,70 +226,5 @@ impl Trained for LoRAAdapter {
             ));
         }
         Ok(())
-    }
-}
-
-impl Trained for Model {
-    fn trainable(&self) -> Vec<Parameter> {
-        let mut offset = 0;
-        let mut parameters = Vec::with_capacity(self.parameters().len());
-        for (place, (name, tensor)) in self.parameters().iter().enumerate() {
-            let len = tensor.elem_count();
-            let gradient = GradientOf::Parameter(place);
-            parameters.push(Parameter { name: name.clone(), offset, len, shape: tensor.dims().to_vec(), gradient });
-            offset += len;
-        }
-        parameters
-    }
-
-    fn values(&self) -> Result<Tensor> {
-        let flat = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.contiguous();
-        let tensors: Vec<Tensor> =
-            self.parameters().iter().map(|(_, tensor)| flat(tensor)).collect::<candle_core::Result<_>>()?;
-        Ok(Tensor::cat(&tensors, 0)?)
-    }
-
-    fn with_values(&self, values: &Tensor) -> Result<Self> {
-        let mut offset = 0;
-        let mut tensors = HashMap::with_capacity(self.parameters().len());
-        for (name, tensor) in self.parameters() {
-            let view = values.narrow(0, offset, tensor.elem_count())?.reshape(tensor.shape())?;
-            offset += tensor.elem_count();
-            tensors.insert(name.clone(), view);
-        }
-        Self::from_tensors(self.config().clone(), tensors, self.device())
-    }
-
-    fn run_model(&self) -> &Model {
-        self
-    }
-
-    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
-        Ok(None)
-    }
-
-    fn terms_are_copies(&self) -> bool {
-        false
-    }
-
-    fn save_files(&self, folder: &Path) -> Result<()> {
-        save_model(self, folder)
-    }
-
-    fn load_values(&self, folder: &Path) -> Result<Tensor> {
-        let file = SafetensorsFile::open(folder.join("model.safetensors"))?;
-        let mut tensors = Vec::with_capacity(self.parameters().len());
-        for (name, tensor) in self.parameters() {
-            let loaded = file.float_tensor(name, DType::F32)?;
-            if loaded.dims() != tensor.dims() {
-                return Err(Error::shape(name, format!("{:?}", tensor.dims()), loaded.dims()));
-            }
-            tensors.push(loaded.flatten_all()?);
-        }
-        Ok(Tensor::cat(&tensors, 0)?.to_device(&self.device().candle())?)
-    }
-
-    fn identity(&self) -> Value {
-        json!("all parameters")
     }
 }
