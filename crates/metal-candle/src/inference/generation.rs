@@ -1,15 +1,15 @@
-//! What a generation is asked for and what it gives.
+//! Settings of a generation, its pieces and its result.
 
 use super::sampler::Choice;
 use super::sampling::SamplingConfig;
 use crate::error::{Error, Result};
 
-/// What is to be continued.
+/// The prompt of a generation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prompt {
-    /// Text; the generator's tokenizer turns it into tokens, with those that it puts around every text.
+    /// Text, which the generator's tokenizer encodes with the special tokens that it adds to every text.
     Text(String),
-    /// Tokens, taken as they are.
+    /// Token ids, used unchanged.
     Ids(Vec<u32>),
 }
 
@@ -55,20 +55,20 @@ impl<const N: usize> From<[u32; N]> for Prompt {
     }
 }
 
-/// How a prompt is continued, and when that ends. The default chooses greedily and ends after 256 tokens.
+/// How tokens are sampled, and when a generation ends. The default is greedy and ends after 256 tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
     /// Most tokens to generate, at least 1; the context length of the model is a limit too.
     pub max_tokens: usize,
-    /// How tokens are chosen.
+    /// How tokens are sampled.
     pub sampling: SamplingConfig,
     /// Texts that end the generation; they are not part of its text. They need a tokenizer.
     pub stop_strings: Vec<String>,
-    /// Tokens that end the generation, beside those of the model's configuration.
+    /// Tokens that end the generation, in addition to the end-of-text tokens of the model's configuration.
     pub stop_ids: Vec<u32>,
-    /// Whether the generation goes on after the end-of-text tokens of the model's configuration.
+    /// Whether the generation continues after the end-of-text tokens of the model's configuration.
     pub ignore_eos: bool,
-    /// Whether special tokens leave no trace in the text.
+    /// Whether the text leaves out special tokens.
     pub skip_special_tokens: bool,
 }
 
@@ -93,7 +93,7 @@ impl GenerationConfig {
         self
     }
 
-    /// Sets how tokens are chosen, by a [`SamplingConfig`] or a [`SamplingStrategy`](super::SamplingStrategy).
+    /// Sets how tokens are sampled, by a [`SamplingConfig`] or a [`SamplingStrategy`](super::SamplingStrategy).
     #[must_use]
     pub fn with_sampling(mut self, sampling: impl Into<SamplingConfig>) -> Self {
         self.sampling = sampling.into();
@@ -114,14 +114,14 @@ impl GenerationConfig {
         self
     }
 
-    /// Sets whether the generation goes on after end-of-text tokens.
+    /// Sets whether the generation continues after end-of-text tokens.
     #[must_use]
     pub fn with_ignore_eos(mut self, ignore_eos: bool) -> Self {
         self.ignore_eos = ignore_eos;
         self
     }
 
-    /// Sets whether special tokens leave no trace in the text.
+    /// Sets whether the text leaves out special tokens.
     #[must_use]
     pub fn with_skip_special_tokens(mut self, skip_special_tokens: bool) -> Self {
         self.skip_special_tokens = skip_special_tokens;
@@ -137,7 +137,7 @@ impl GenerationConfig {
             return Err(Error::argument("max_tokens", "expected at least 1, found 0"));
         }
         if self.stop_strings.iter().any(String::is_empty) {
-            return Err(Error::argument("stop_strings", "expected texts, found an empty one"));
+            return Err(Error::argument("stop_strings", "expected text, found an empty string"));
         }
         self.sampling.validate()
     }
@@ -146,15 +146,15 @@ impl GenerationConfig {
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// An end-of-text token, or one of the `stop_ids`, was chosen.
+    /// The model sampled an end-of-text token or one of the `stop_ids`.
     EndOfText,
-    /// The text came to one of the `stop_strings`.
+    /// The text reached one of the `stop_strings`.
     StopString,
-    /// There are `max_tokens` tokens.
+    /// The generation has `max_tokens` tokens.
     MaxTokens,
     /// Prompt and text fill the context of the model.
     Length,
-    /// The caller did not want more.
+    /// The caller cancelled it.
     Cancelled,
 }
 
@@ -177,7 +177,7 @@ impl std::fmt::Display for FinishReason {
     }
 }
 
-/// The end of a generation and what it took.
+/// Why a generation ended, and its counts and speeds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Finish {
     /// Why it ended.
@@ -187,18 +187,18 @@ pub struct Finish {
     /// Number of first tokens of the prompt that were not computed for this sequence: their keys and values were in the
     /// cache, or another sample of the prompt computed them.
     pub reused_tokens: usize,
-    /// Number of chosen tokens, the one that ended the text included.
+    /// Number of sampled tokens, including the one that ended the text.
     pub generated_tokens: usize,
-    /// Tokens of the prompt, without the reused ones, for each second until the first token was chosen.
+    /// Computed tokens of the prompt per second until the first token was sampled.
     pub prompt_tokens_per_second: f64,
-    /// Tokens after the first for each second after it was chosen; 0 if there is only one.
+    /// Tokens after the first, per second since it was sampled; 0 if there is only one.
     pub decode_tokens_per_second: f64,
     /// The most memory the process has held so far, in bytes: [`Device::process_peak_memory`](crate::Device::process_peak_memory).
     pub peak_memory_bytes: Option<u64>,
 }
 
 impl Finish {
-    /// The end of a sequence that an error ended.
+    /// For a sequence that an error ended: its counts are not known.
     pub(super) fn unknown() -> Self {
         Self {
             reason: FinishReason::Cancelled,
@@ -212,11 +212,11 @@ impl Finish {
     }
 }
 
-/// A chosen token and the text that is certain with it.
+/// A sampled token and the text that it completes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
-    /// The text since the piece before: empty while a character is not whole, or while the text may be the beginning of
-    /// a stop string, and always if the generator has no tokenizer.
+    /// The text since the previous piece. It is empty while a character is incomplete, while the text may be the start of
+    /// a stop string, and always without a tokenizer.
     pub text: String,
     /// The token.
     pub token: u32,
@@ -226,7 +226,7 @@ pub struct Piece {
     /// The most probable tokens at this position, as many as the request asks for, with log-probabilities as above: the
     /// most probable first, equally probable ones in the order of their ids.
     pub top_log_probabilities: Vec<Choice>,
-    /// The end, in the last piece.
+    /// Set in the last piece.
     pub finish: Option<Finish>,
 }
 
@@ -235,11 +235,11 @@ pub struct Piece {
 pub struct Generation {
     /// The text of all pieces.
     pub text: String,
-    /// The chosen tokens, the one that ended the text included.
+    /// The sampled tokens, including the one that ended the text.
     pub tokens: Vec<u32>,
     /// The log-probability of each token, as in [`Piece`].
     pub log_probabilities: Vec<f32>,
-    /// The end.
+    /// Why it ended.
     pub finish: Finish,
 }
 

@@ -1,4 +1,4 @@
-//! The generator: prompt in, text out.
+//! Generates text for one prompt or a batch of prompts.
 
 use super::generation::{Collected, Finish, Generation, GenerationConfig, Piece, Prompt};
 use super::request::{AdapterId, Request, SequenceId};
@@ -12,7 +12,7 @@ use std::ops::ControlFlow;
 /// The generations of a generator share the cache of common prefixes.
 const PREFIX_KEY: u64 = 0;
 
-/// Continues prompts with a model, and with an adapter that can be swapped at any time.
+/// Continues prompts with a model and an adapter that can be swapped between generations.
 ///
 /// It is a thin layer over a [`Scheduler`] that runs one sequence at a time, or all prompts of a batch. The KV cache of the
 /// last single generation stays: a prompt that starts with the same tokens, such as the next turn of a conversation, is
@@ -68,7 +68,7 @@ impl Generator {
         }
     }
 
-    /// Lets it take text and return text.
+    /// Accepts text as prompts and decodes tokens to text.
     #[must_use]
     pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.scheduler = self.scheduler.with_tokenizer(tokenizer);
@@ -123,13 +123,13 @@ impl Generator {
     ///
     /// # Errors
     /// The prompt is empty, does not fit the context of the model or is text without a tokenizer; a setting is out of
-    /// its range; the model gives numbers that are not finite.
+    /// its range; the logits of the model are not finite.
     pub fn generate(&mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generation> {
         self.generate_with(prompt, config, |_| ControlFlow::Continue(()))
     }
 
     /// Continues `prompt` and calls `on_piece` with every token; `Break` ends the generation with the reason
-    /// [`FinishReason::Cancelled`].
+    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled).
     ///
     /// # Errors
     /// As [`Generator::generate`].
@@ -155,7 +155,7 @@ impl Generator {
         Err(Error::Stopped)
     }
 
-    /// Continues `prompt` token by token: each step of the iterator computes one, so dropping it cancels the rest.
+    /// Continues `prompt` token by token. Each step of the iterator computes one token, so dropping it cancels the rest.
     ///
     /// After an error the iterator ends.
     ///
@@ -166,11 +166,11 @@ impl Generator {
         Ok(Pieces { generator: self, sequence, finish: None, is_over: false })
     }
 
-    /// Continues several prompts at once, in ragged batches without padding; the generations in the order of the
-    /// prompts. `configs` holds one for all or one for each.
+    /// Continues several prompts at once, in ragged batches without padding. Returns the generations in the order of the
+    /// prompts. `configs` holds one entry for all prompts, or one per prompt.
     ///
     /// # Errors
-    /// As [`Generator::generate`], before anything is computed if it is a prompt or setting.
+    /// As [`Generator::generate`]. Errors of prompts and settings are returned before anything is computed.
     pub fn generate_batch<P: Into<Prompt>>(
         &mut self,
         prompts: impl IntoIterator<Item = P>,
@@ -179,8 +179,8 @@ impl Generator {
         self.generate_batch_with(prompts, configs, |_, _| ControlFlow::Continue(()))
     }
 
-    /// Continues several prompts at once and calls `on_piece` with the number of the prompt, from 0, and every token of it;
-    /// `Break` ends the generation of that prompt with the reason [`FinishReason::Cancelled`].
+    /// Continues several prompts at once and calls `on_piece` with the index of the prompt and each of its tokens;
+    /// `Break` ends the generation of that prompt with the reason [`FinishReason::Cancelled`](super::FinishReason::Cancelled).
     ///
     /// # Errors
     /// As [`Generator::generate_batch`].
@@ -192,8 +192,7 @@ impl Generator {
     ) -> Result<Vec<Generation>> {
         let prompts: Vec<Prompt> = prompts.into_iter().map(Into::into).collect();
         if configs.len() != 1 && configs.len() != prompts.len() {
-            let message =
-                format!("expected one, or one for each of {} prompts, found {}", prompts.len(), configs.len());
+            let message = format!("expected one, or one per prompt ({}), found {}", prompts.len(), configs.len());
             return Err(Error::argument("configs", message));
         }
         let mut scheduler = self.new_scheduler(Self::MAX_BATCH_SIZE);
@@ -229,7 +228,7 @@ impl Generator {
             (Prompt::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true),
             (Prompt::Text(_), None) => Err(Error::argument(
                 "prompt",
-                "expected token ids, found text, which the generator has no tokenizer for",
+                "expected token ids, found text, for which the generator has no tokenizer",
             )),
         }
     }
@@ -279,16 +278,16 @@ fn of_prompt(index: usize, error: Error) -> Error {
 pub struct Pieces<'a> {
     generator: &'a mut Generator,
     sequence: SequenceId,
-    /// The end, once it was returned.
+    /// The end, once a piece has it.
     finish: Option<Finish>,
     is_over: bool,
 }
 
 impl Pieces<'_> {
-    /// Ends the generation here. If it has ended already, this returns its end again.
+    /// Ends the generation. If it has ended already, this returns its end again.
     pub fn cancel(mut self) -> Finish {
         let cancelled = self.generator.cancel(self.sequence);
-        // an error ended it: no count is known
+        // `None` after an error
         cancelled.or_else(|| self.finish.take()).unwrap_or_else(Finish::unknown)
     }
 }

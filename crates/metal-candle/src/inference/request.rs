@@ -41,9 +41,9 @@ pub struct Request {
     pub mask: Option<Box<dyn TokenMask>>,
     /// Number of most probable tokens that each piece lists; 0 for none.
     pub num_top_log_probabilities: usize,
-    /// Requests with the same key and adapter share the cache of a common prefix: the prefix is not computed again. With
-    /// no key nothing is shared. Who may measure the time to the first token can find out what a prompt of the same key
-    /// was, so callers that do not trust each other need different keys.
+    /// Requests with the same key and adapter share the cache of a common prefix, which is not computed again. Without a
+    /// key nothing is shared. The time to the first token reveals whether a prefix was cached, so callers that do not
+    /// trust each other need different keys.
     pub prefix_key: Option<u64>,
 }
 

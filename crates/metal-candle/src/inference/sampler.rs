@@ -1,4 +1,4 @@
-//! Choosing tokens one after the other: penalties, filters and draws in time linear in the vocabulary.
+//! Samples tokens by penalties, filters and draws, in time linear in the vocabulary.
 
 // ranks and ties are those of equal numbers
 #![allow(clippy::float_cmp)]
@@ -25,7 +25,7 @@ pub struct Choice {
     pub log_probability: f32,
 }
 
-/// Chooses tokens by a [`SamplingConfig`] and remembers them for the penalties.
+/// Samples tokens by a [`SamplingConfig`] and counts them for the penalties.
 ///
 /// No filter sorts the vocabulary. Top-k collects what is not below the k-th largest block maximum. Top-p draws from
 /// all tokens and keeps the draw if the tokens that rank before it (more probable, or equally probable and of lower
@@ -149,7 +149,7 @@ impl Sampler {
         })
     }
 
-    /// Takes over what a device chose.
+    /// Adopts the token that a device sampled.
     pub(super) fn accept(&mut self, decoded: Decoded) -> Choice {
         self.draws = Random::from_state(decoded.random);
         self.observe(&[decoded.token]);

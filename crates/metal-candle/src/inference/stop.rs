@@ -1,25 +1,25 @@
-//! Stop strings in text that comes in pieces.
+//! Finds stop strings in streamed text.
 
-/// Finds stop strings in a stream of text, also where they straddle pieces.
+/// Finds stop strings in a stream of pieces, including those that straddle pieces.
 ///
-/// Text that may be the beginning of a stop string is held back, so what is let through never holds a part of one.
+/// Text that may be the start of a stop string is held back, so the returned text never contains a part of one.
 #[derive(Debug, Clone)]
 pub(super) struct StopMatcher {
     stop_strings: Vec<String>,
     held: String,
 }
 
-/// What became of a piece of text.
+/// The text that a piece releases.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Matched {
-    /// The text that is let through.
+    /// The text that cannot be a part of a stop string.
     pub(super) text: String,
     /// Whether a stop string followed it.
     pub(super) stopped: bool,
 }
 
 impl StopMatcher {
-    /// A matcher of these strings, none of which may be empty.
+    /// A matcher for these strings, none of which may be empty.
     pub(super) fn new(stop_strings: Vec<String>) -> Self {
         Self { stop_strings, held: String::new() }
     }
@@ -36,7 +36,7 @@ impl StopMatcher {
         Matched { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
-    /// Adds the last piece and lets through what was held back.
+    /// Adds the last piece and returns the held text too.
     pub(super) fn finish(&mut self, piece: &str) -> Matched {
         let mut matched = self.push(piece);
         if !matched.stopped {
@@ -46,7 +46,7 @@ impl StopMatcher {
     }
 }
 
-/// Length in bytes of the longest end of `text` that `stop` begins with but is longer than.
+/// Length in bytes of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let longest = text.len().min(stop.len() - 1);
     (1..=longest).rev().find(|&n| text.as_bytes().ends_with(&stop.as_bytes()[..n])).unwrap_or(0)
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The pieces that come out, and whether a stop string was found.
+    /// The returned pieces, and whether a stop string was found.
     fn run(pieces: &[&str], stop_strings: &[&str]) -> (Vec<String>, bool) {
         let mut matcher = StopMatcher::new(stop_strings.iter().map(ToString::to_string).collect());
         let mut out = Vec::new();
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn characters_of_several_bytes_stay_whole() {
-        // both begin with the byte 0xC3
+        // both start with the byte 0xC3
         assert_eq!(run(&["ä", "ü!"], &["ö"]), (["ä", "ü!", ""].map(String::from).to_vec(), false));
         assert_eq!(run(&["aé", "è"], &["éè"]), (vec!["a".into(), String::new()], true));
     }
@@ -125,7 +125,7 @@ mod tests {
             if !stopped {
                 out.push_str(&matcher.finish("").text);
             }
-            // the string that is complete first ends the text, where it begins
+            // the string that is complete first ends the text, at its start
             let end = stop_strings.iter().filter_map(|stop| text.find(stop.as_str()).map(|at| at + stop.len())).min();
             prop_assert_eq!(stopped, end.is_some());
             prop_assert!(text.starts_with(&out));

@@ -1,4 +1,4 @@
-//! Pieces as an asynchronous stream, without a runtime.
+//! Streams pieces asynchronously from a thread, without an async runtime.
 
 use super::generation::{GenerationConfig, Piece, Prompt};
 use super::generator::Generator;
@@ -11,10 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
-/// Number of pieces that are computed ahead of the reader.
+/// Most pieces that the thread computes ahead of the reader.
 const MAX_AHEAD: usize = 16;
 
-/// The pieces of a generation that a thread of its own computes.
+/// The pieces of a generation that runs on its own thread.
 ///
 /// The thread waits when it is 16 pieces ahead. Dropping the stream cancels the generation and waits for the thread,
 /// at most as long as one step of the model takes.
@@ -27,7 +27,7 @@ pub struct PieceStream {
 #[derive(Debug, Default)]
 struct Channel {
     state: Mutex<State>,
-    /// Signalled when a piece is taken and when the reader goes.
+    /// Signalled when a piece is taken and when the reader is dropped.
     taken: Condvar,
 }
 
@@ -46,7 +46,7 @@ impl Channel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a piece as soon as there is room; whether the reader is still there.
+    /// Adds a piece once fewer than `MAX_AHEAD` wait; returns whether the reader still exists.
     fn send(&self, piece: Result<Piece>) -> bool {
         let full = |state: &mut State| state.pieces.len() >= MAX_AHEAD && !state.is_cancelled;
         let mut state = self.taken.wait_while(self.state(), full).unwrap_or_else(PoisonError::into_inner);
@@ -70,7 +70,7 @@ impl Channel {
     }
 }
 
-/// Says that no piece will come, also when the thread unwinds.
+/// Completes the stream, also when the thread unwinds.
 struct Completion(Arc<Channel>);
 
 impl Drop for Completion {
@@ -97,7 +97,7 @@ fn run(mut generator: Generator, sequence: SequenceId, channel: Arc<Channel>) ->
 }
 
 impl Generator {
-    /// Continues `prompt` on a thread of its own; [`PieceStream::into_generator`] gives the generator back.
+    /// Continues `prompt` on a new thread; [`PieceStream::into_generator`] returns the generator.
     ///
     /// # Errors
     /// As [`Generator::generate`], or the thread cannot be started.
@@ -108,14 +108,13 @@ impl Generator {
         let thread = std::thread::Builder::new()
             .name("generation".into())
             .spawn(move || run(self, sequence, of_thread))
-            .map_err(|error| Error::Device(format!("the thread of a generation cannot be started: {error}")))?;
+            .map_err(|error| Error::Device(format!("cannot start the thread of a generation: {error}")))?;
         Ok(PieceStream { channel, thread: Some(thread) })
     }
 }
 
 impl PieceStream {
-    /// Cancels what is left of the generation and gives the generator back, with what it keeps for the next prompt;
-    /// `None` if its thread panicked.
+    /// Cancels the rest of the generation and returns the generator with its cache; `None` if its thread panicked.
     pub fn into_generator(mut self) -> Option<Generator> {
         self.channel.cancel();
         self.thread.take()?.join().ok()
@@ -147,7 +146,7 @@ impl Drop for PieceStream {
     fn drop(&mut self) {
         self.channel.cancel();
         if let Some(thread) = self.thread.take() {
-            // a panic of the thread has been reported where it happened
+            // the panic hook has reported a panic of the thread
             let _ = thread.join();
         }
     }
