@@ -262,11 +262,18 @@ impl Scheduler {
         Ok((first..self.num_admitted).map(SequenceId).collect())
     }
 
-    /// Ends a sequence before its time and frees its slot.
+    /// Ends a sequence and frees its slot. No later step returns an event of it.
     ///
     /// # Errors
     /// The sequence is neither waiting nor running.
     pub fn cancel(&mut self, sequence: SequenceId) -> Result<Finish> {
+        let finish = self.remove(sequence)?;
+        // of a step that failed
+        self.events.retain(|event| event.sequence != sequence);
+        Ok(finish)
+    }
+
+    fn remove(&mut self, sequence: SequenceId) -> Result<Finish> {
         for index in 0..self.waiting.len() {
             let found = &mut self.waiting[index];
             let taken = found.take_sample(sequence);
@@ -330,13 +337,15 @@ impl Scheduler {
         let grown = if needed > self.slots.len() { needed.max(2 * self.slots.len()).min(max) } else { needed };
         let room = self.waiting.iter().map(Sequence::first_room).max().unwrap_or(0);
         self.grow(grown, if is_empty { room } else { 0 })?;
+        // a prompt that has been fed in this step comes after those that have not
+        let step = self.num_steps.saturating_sub(1);
         while let Some(mut sequence) = self.waiting.pop_front_if(|next| fits(&self.slots, next)) {
             let (key, adapter) = (sequence.prefix_key(), sequence.adapter());
             let (slot, reused) = self.slots.take(sequence.ids(), key, adapter).ok_or(Error::Stopped)?;
-            sequence.start(slot, reused, self.num_steps);
+            sequence.start(slot, reused, step);
             for sample in sequence.samples_mut() {
                 let (slot, _) = self.slots.take(&[], None, adapter).ok_or(Error::Stopped)?;
-                sample.start(slot, 0, self.num_steps);
+                sample.start(slot, 0, step);
             }
             self.running.push(sequence);
         }
