@@ -1,9 +1,10 @@
 //! Every device against the golden numbers: `on_each_device!` runs a test on the CPU and, with the feature, on Metal or CUDA.
 
 use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, values};
+use super::inference_scheduler::{Collected, Script};
 use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
-use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
+use metal_candle::inference::{GenerationConfig, Generator, Piece, Request, SamplingConfig, Scheduler};
 use metal_candle::models::{Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, Targets, Trainable};
 use metal_candle::training::{AdamWConfig, LRScheduler, LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, ModelConfig, ModelLoader};
@@ -38,6 +39,7 @@ on_each_device! {
     ten_training_losses_match_peft,
     cached_generation_matches_the_cpu,
     generated_tokens_match_the_cpu,
+    scheduled_tokens_match_the_cpu,
     steps_with_every_head_size_match_the_cpu,
     gradients_with_every_head_size_match_the_cpu,
     logits_that_are_no_numbers_are_an_error,
@@ -225,6 +227,51 @@ fn generated_tokens_match_the_cpu(device: Device) {
                     assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
                 }
             }
+        }
+    }
+}
+
+/// Sequences that only the CPU can sample, several samples of a prompt and two adapters, beside sequences that the device
+/// decodes. They end one after the other.
+fn scheduled_tokens_match_the_cpu(device: Device) {
+    let name = "models/gqa-tied";
+    let models = [load(name, device, DType::F32), load(name, Device::CPU, DType::F32)];
+    for with_adapters in [false, true] {
+        let [found, expected] = models.each_ref().map(|model| {
+            let mut scheduler = Scheduler::new(model.clone());
+            let adapter = scheduler.add_adapter(&terms(model, "lora/all-linear")).unwrap();
+            for i in 0..8u32 {
+                let prompt: Vec<u32> = (0..3 + i).map(|j| (i * 7 + j * 3) % 90).collect();
+                let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() };
+                let config = config.with_max_tokens(4 + i as usize);
+                let sampling = if i % 2 == 0 {
+                    SamplingConfig::greedy()
+                } else {
+                    SamplingConfig::default().with_top_p(0.8).with_seed(u64::from(i))
+                };
+                let request = Request::new(prompt, config.with_sampling(sampling));
+                let request = request.with_adapter(Some(adapter).filter(|_| with_adapters && i % 3 == 0));
+                let request = match i {
+                    2 => request.with_mask(Script::new(&[&[1, 2, 3], &[4], &[5, 6]])),
+                    3 => request.with_num_samples(3),
+                    4 => request.with_num_top_log_probabilities(3),
+                    _ => request,
+                };
+                scheduler.admit(request).unwrap();
+            }
+            Collected::run(&mut scheduler)
+        });
+        assert!(found.errors.is_empty());
+        assert_eq!(found.pieces.len(), 10);
+        for (id, expected) in expected.pieces {
+            for (found, expected) in found.pieces[&id].iter().zip(&expected) {
+                assert_eq!(found.token, expected.token, "sequence {id}, adapters: {with_adapters}");
+                let top = |piece: &Piece| piece.top_log_probabilities.iter().map(|top| top.token).collect::<Vec<_>>();
+                assert_eq!(top(found), top(expected));
+                let difference = (found.log_probability - expected.log_probability).abs();
+                assert!(difference < 1e-3, "{difference}");
+            }
+            assert_eq!(found.pieces[&id].len(), expected.len());
         }
     }
 }
