@@ -1,11 +1,13 @@
 //! Files mapped into memory.
 
+use crate::missing_pages::Watch;
 use crate::operand::Matrix;
 use half::{bf16, f16};
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// The type of the elements of a part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,13 +21,22 @@ pub enum ElementType {
 }
 
 /// The bytes of a file, mapped read-only.
+///
+/// A file that is replaced by renaming or deleted stays mapped as it was. If another process shortens or overwrites the file in
+/// place, reads return zeros or the new bytes and [`MappedFile::check`] fails from then on, so callers check after they have
+/// read and before they use what they computed. A write within the resolution of the file system's clock, some milliseconds
+/// after the file was mapped, can go unseen.
 #[derive(Debug)]
-pub struct MappedFile(memmap2::Mmap);
+pub struct MappedFile {
+    // dropped before the map, whose addresses may then belong to others
+    watch: Watch,
+    map: memmap2::Mmap,
+    file: File,
+    path: PathBuf,
+    modified: Option<SystemTime>,
+}
 
 /// Maps `path` read-only; nothing is read until its bytes are looked at.
-///
-/// The file must stay as it is while it is mapped: if another process cuts it, the operating system ends this
-/// one on the next look at the missing part. Files that are replaced by renaming are safe.
 ///
 /// # Errors
 /// `path` cannot be opened, or is not a regular file.
@@ -36,13 +47,35 @@ pub fn map_file(path: impl AsRef<Path>) -> io::Result<MappedFile> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let file = File::open(path)?;
-    // SAFETY: the map is read-only and private to this value, and its bytes are handed out as plain `u8`, for
-    // which every bit pattern is valid. That the file is not changed meanwhile is asked of the caller above.
+    let modified = file.metadata()?.modified().ok();
+    // SAFETY: the map is read-only and its bytes are handed out as numbers, for which every bit pattern is valid. Changes of
+    // the file meanwhile are found by `check`; a page that is missing is replaced by `Watch`.
     let map = unsafe { memmap2::Mmap::map(&file)? };
-    Ok(MappedFile(map))
+    Ok(MappedFile { watch: Watch::new(&map), map, file, path: path.to_path_buf(), modified })
 }
 
 impl MappedFile {
+    /// Its path when it was mapped.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether all that was read so far are the bytes that the file had when it was mapped.
+    ///
+    /// # Errors
+    /// The file was shortened or overwritten since.
+    pub fn check(&self) -> io::Result<()> {
+        let metadata = self.file.metadata()?;
+        let is_same = metadata.len() == self.map.len() as u64 && metadata.modified().ok() == self.modified;
+        if is_same && !self.watch.has_lost_pages() {
+            return Ok(());
+        }
+        let message = "the file was shortened or overwritten while it was in use: load it again, and replace files by \
+                       renaming";
+        Err(io::Error::new(io::ErrorKind::InvalidData, message))
+    }
+
     /// The little-endian elements in a byte range, without a copy; none where the range ends outside the file, is not aligned
     /// for the type or no multiple of its size, or where the machine is big-endian.
     #[must_use]
@@ -50,7 +83,7 @@ impl MappedFile {
         if cfg!(target_endian = "big") {
             return None;
         }
-        let bytes = self.0.get(range)?;
+        let bytes = self.map.get(range)?;
         Some(match element {
             ElementType::F32 => Matrix::F32(elements(bytes)?),
             ElementType::F16 => Matrix::F16(elements(bytes)?),
@@ -62,7 +95,7 @@ impl MappedFile {
     ///
     /// Without this, a file that was read once counts towards the memory of the process until it is unmapped.
     pub fn release(&self, range: Range<usize>) {
-        if range.start >= range.end || range.end > self.0.len() {
+        if range.start >= range.end || range.end > self.map.len() {
             return;
         }
         #[cfg(unix)]
@@ -70,7 +103,11 @@ impl MappedFile {
             // SAFETY: the map is shared, read-only and backed by the file, so dropped pages come back with the
             // same bytes, and the range lies inside it.
             let advised = unsafe {
-                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.end - range.start)
+                self.map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    range.start,
+                    range.end - range.start,
+                )
             };
             // only memory is at stake, never the result
             drop(advised);
@@ -94,7 +131,7 @@ impl Deref for MappedFile {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 
@@ -123,6 +160,56 @@ mod tests {
         ] {
             assert!(map.matrix(range.clone(), element).is_none(), "{range:?} {element:?}");
         }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("metal-candle-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn a_file_that_is_cut_gives_an_error_and_no_signal() {
+        let path = path("cut");
+        std::fs::write(&path, vec![7; 100_000]).unwrap();
+        let map = map_file(&path).unwrap();
+        map.check().unwrap();
+        let sum = |map: &MappedFile| map.iter().map(|byte| usize::from(*byte)).sum::<usize>();
+        assert_eq!(sum(&map), 700_000);
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(10).unwrap();
+        assert_eq!(map.check().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        // without the watch this ends the process
+        assert!(sum(&map) < 700_000);
+        assert!(map.watch.has_lost_pages());
+        // as long as it was before, the file still has other bytes
+        file.set_len(100_000).unwrap();
+        assert!(map.check().is_err());
+        let again = map_file(&path).unwrap();
+        assert_eq!(again.len(), 100_000);
+        assert!(!again.watch.has_lost_pages());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_overwritten_gives_an_error_and_one_that_is_replaced_does_not() {
+        let (path, other) = (path("old"), path("new"));
+        std::fs::write(&path, [1; 5000]).unwrap();
+        let past = SystemTime::now() - std::time::Duration::from_mins(1);
+        File::options().write(true).open(&path).unwrap().set_modified(past).unwrap();
+        let map = map_file(&path).unwrap();
+        std::fs::write(&other, [2; 5000]).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        map.check().unwrap();
+        assert_eq!(map[..], [1; 5000]);
+        let map = map_file(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        map.check().unwrap();
+        std::fs::write(&path, [1; 5000]).unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(past).unwrap();
+        let map = map_file(&path).unwrap();
+        map.check().unwrap();
+        io::Write::write_all(&mut File::options().write(true).open(&path).unwrap(), &[3; 100]).unwrap();
+        assert!(map.check().unwrap_err().to_string().contains("overwritten"));
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -21,6 +21,7 @@ mod gemm_tile;
 pub mod gpu;
 mod isa;
 mod math;
+mod missing_pages;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod norm;

@@ -95,12 +95,14 @@ impl Weight {
     /// The elements as a tensor: the tensor itself, or a copy of a part of a file.
     ///
     /// # Errors
-    /// The copy does not fit into memory.
+    /// The file was shortened or overwritten meanwhile.
     pub fn tensor(&self) -> Result<Tensor> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.clone()),
             Stored::Mapped(Mapped { file, bytes, shape, dtype, .. }) => {
-                Ok(Tensor::from_raw_buffer(&file[bytes.clone()], *dtype, shape.dims(), &Device::Cpu)?)
+                let copy = Tensor::from_raw_buffer(&file[bytes.clone()], *dtype, shape.dims(), &Device::Cpu)?;
+                file.check().map_err(|error| Error::read(file.path(), error))?;
+                Ok(copy)
             }
         }
     }
