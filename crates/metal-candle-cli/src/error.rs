@@ -65,7 +65,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if let Some(error) = cause.downcast_ref::<Error>() {
             return match error {
-                Error::Candle(_) | Error::Device(_) => 2,
+                Error::Candle(_) | Error::Device(_) | Error::Bug(_) => 2,
                 Error::Peer { .. } => OTHER_FAILED,
                 _ => 1,
             };

@@ -390,7 +390,7 @@ impl TrainSettings {
         self.device.get_or_insert(DeviceKind::Auto);
         self.valid_fraction.get_or_insert(0.05);
         check_max_tokens(self.max_tokens_per_sample, model)?;
-        self.max_tokens_per_sample.get_or_insert(model.max_position_embeddings.min(2048));
+        self.max_tokens_per_sample.get_or_insert(model.max_sequence_length().min(2048));
         self.truncate.get_or_insert(false);
         self.mask_prompt.get_or_insert(true);
         self.train_last_turn_only.get_or_insert(false);
@@ -498,7 +498,7 @@ impl TrainSettings {
 
 /// Refuses rows longer than what the model can do.
 pub(crate) fn check_max_tokens(max_tokens: Option<usize>, model: &ModelConfig) -> Result<()> {
-    let most = model.max_position_embeddings;
+    let most = model.max_sequence_length();
     match max_tokens {
         Some(found) if found > most => Err(UserError::new(format!(
             "`--max-tokens-per-sample`: expected at most {most}, the longest that the model can do, found {found}"

@@ -69,6 +69,9 @@ pub enum Error {
     /// The file or request is well formed but asks for something that is not supported.
     #[error("not supported: {0}")]
     Unsupported(String),
+    /// Two parts of the library contradict each other: a bug.
+    #[error("internal error: {0}; please open an issue and include the command you ran")]
+    Bug(String),
     /// A chat template could not be compiled or rendered.
     #[error("chat template: {0}")]
     Template(String),

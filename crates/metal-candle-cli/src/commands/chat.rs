@@ -178,7 +178,7 @@ impl Chat {
     fn count_tokens(&self) -> Result<()> {
         let text = self.template.render(&self.conversation.messages(), self.tools.as_deref(), false, &Map::new())?;
         let count = self.tokenizer.encode(&text, false)?.len();
-        let context = self.generator.model().config().max_position_embeddings;
+        let context = self.generator.model().config().max_sequence_length();
         self.output.note(format_args!("{count} of {context} tokens"));
         Ok(())
     }

@@ -51,7 +51,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     let file = file_of(&path)?;
     let loaded = Loaded::new(&flags.model, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
-    let context = loaded.model.config().max_position_embeddings;
+    let context = loaded.model.config().max_sequence_length();
     check_max_tokens(flags.max_tokens_per_sample, loaded.model.config())?;
     let max_tokens = flags.max_tokens_per_sample.unwrap_or(2048).min(context);
     if max_tokens < 2 {

@@ -296,10 +296,13 @@ impl<'a> LoRAAdapterBuilder<'a> {
             return Err(Error::argument("ensure_weight_tying", message));
         }
         let mut planned = Vec::new();
+        self.check_targets()?;
         for (number, linear) in self.model.linears().iter().enumerate() {
-            let Some(target) = self.target(linear).filter(|_| !settings.saves(&linear.path)) else { continue };
-            let rank = ranks.get(&linear.path).or_else(|| last_of(&self.ranks, target)).unwrap_or(self.config.rank);
-            let alpha = alphas.get(&linear.path).or_else(|| last_of(&self.alphas, target));
+            if !self.is_target(linear) || settings.saves(&linear.path) {
+                continue;
+            }
+            let rank = ranks.get(&linear.path).or_else(|| last_of(&self.ranks, linear)).unwrap_or(self.config.rank);
+            let alpha = alphas.get(&linear.path).or_else(|| last_of(&self.alphas, linear));
             let widest = linear.in_features.max(linear.out_features).max(MAX_RANK);
             if rank > widest {
                 let message = format!("expected at most {widest} for `{}`, found {rank}", linear.path);
@@ -317,16 +320,31 @@ impl<'a> LoRAAdapterBuilder<'a> {
         begin(self.model, Layout::new(self.model, settings, &planned)?, self.start, self.seed)
     }
 
-    fn target(&self, linear: &LinearInfo) -> Option<TargetModule> {
+    fn is_target(&self, linear: &LinearInfo) -> bool {
         let is_chosen = |layer| self.layers.as_ref().is_none_or(|layers| layers.contains(&layer));
-        let target = self.config.target_modules.iter().copied().find(|target| target.name() == linear.module);
-        target.filter(|_| linear.layer.is_none_or(is_chosen))
+        linear.layer.is_none_or(is_chosen) && self.config.target_modules.iter().any(|target| target.selects(linear))
+    }
+
+    /// Refuses a target that selects no layer of the model.
+    fn check_targets(&self) -> Result<()> {
+        let linears = self.model.linears();
+        let is_unused = |target: &&TargetModule| !linears.iter().any(|linear| target.selects(linear));
+        let Some(target) = self.config.target_modules.iter().find(is_unused) else { return Ok(()) };
+        let mut names: Vec<&str> = Vec::new();
+        for linear in linears {
+            if !names.contains(&linear.module) {
+                names.push(linear.module);
+            }
+        }
+        let message = format!("`{target}` selects no layer of the model; its modules are `{}`", names.join("`, `"));
+        Err(Error::argument("target_modules", message))
     }
 }
 
 /// A rank above this and above both widths of a layer is a mistake: it would only cost memory.
 const MAX_RANK: usize = 1024;
 
-fn last_of<T: Copy>(values: &[(TargetModule, T)], target: TargetModule) -> Option<T> {
-    values.iter().rev().find(|(module, _)| *module == target).map(|(_, value)| *value)
+/// The value of the last module that selects a layer.
+fn last_of<T: Copy>(values: &[(TargetModule, T)], linear: &LinearInfo) -> Option<T> {
+    values.iter().rev().find(|(module, _)| module.selects(linear)).map(|(_, value)| *value)
 }

@@ -20,6 +20,6 @@ pub use formats::SingleFileMetadata as CheckpointMetadata;
 pub use layout::{LoRAModule, SavedParameter, TrainedBiases};
 pub use lora::LoRAAdapter;
 pub use start::Start;
-pub use target::TargetModule;
+pub use target::{ModuleName, TargetModule};
 
 pub(crate) use formats::{load_single_file, save_single_file};

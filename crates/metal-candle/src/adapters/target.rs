@@ -1,10 +1,14 @@
 //! The layers that an adapter can extend.
 
+use super::patterns::{compile, is_match};
 use crate::error::{Error, Result};
+use crate::models::LinearInfo;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
-/// A linear layer of a decoder block, the embedding or the head, by the last part of its path.
+/// Linear layers of a model: by the last part of their paths, by path, or by a regular expression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TargetModule {
     /// Queries: `q_proj`.
@@ -25,29 +29,93 @@ pub enum TargetModule {
     EmbedTokens,
     /// The output head: `lm_head`.
     LmHead,
+    /// Each linear layer of each block, whatever the family calls it: `all-linear`.
+    AllLinear,
+    /// The layers that a name, a path or a regular expression selects, see [`TargetModule::named`].
+    Named(ModuleName),
 }
 
+/// The text of a [`TargetModule::Named`]. Equal texts are held once for the life of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModuleName(&'static str);
+
+impl ModuleName {
+    fn new(text: &str) -> Self {
+        static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+        let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(name) = names.get(text) {
+            return Self(name);
+        }
+        let name: &'static str = Box::leak(text.into());
+        names.insert(name);
+        Self(name)
+    }
+}
+
+/// The names of the variants that stand for one kind of module.
+const KINDS: [(TargetModule, &str); 9] = [
+    (TargetModule::QProj, "q_proj"),
+    (TargetModule::KProj, "k_proj"),
+    (TargetModule::VProj, "v_proj"),
+    (TargetModule::OProj, "o_proj"),
+    (TargetModule::GateProj, "gate_proj"),
+    (TargetModule::UpProj, "up_proj"),
+    (TargetModule::DownProj, "down_proj"),
+    (TargetModule::EmbedTokens, "embed_tokens"),
+    (TargetModule::LmHead, "lm_head"),
+];
+
+/// What stands for all linear layers of the blocks.
+const ALL_LINEAR: &str = "all-linear";
+
 impl TargetModule {
-    /// All linear layers of a block.
+    /// The linear layers of a block of most families, by name. [`TargetModule::AllLinear`] fits every family.
     pub const ALL: [Self; 7] =
         [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
 
     /// The layers outside of the blocks.
     pub const OUTSIDE: [Self; 2] = [Self::EmbedTokens, Self::LmHead];
 
-    /// The last part of the path: `q_proj`.
+    /// The layers that `text` selects: `qkv_proj` those whose path ends in this part, `layers.0.mlp.up_proj` those whose path
+    /// ends in these parts, and a regular expression such as `.*\.[0-3]\..*_proj` those whose whole path matches, as in PEFT.
+    ///
+    /// # Errors
+    /// The text is empty, or a regular expression that cannot be compiled.
+    pub fn named(text: &str) -> Result<Self> {
+        if text == ALL_LINEAR {
+            return Ok(Self::AllLinear);
+        }
+        if let Some((module, _)) = KINDS.iter().find(|(_, name)| *name == text) {
+            return Ok(*module);
+        }
+        let is_wrong = text.is_empty() || (is_pattern(text) && compile(&whole(text)).is_none());
+        if is_wrong {
+            let message = format!("`{text}` is neither the name of a module nor a regular expression known here");
+            return Err(Error::argument("target_modules", message));
+        }
+        Ok(Self::Named(ModuleName::new(text)))
+    }
+
+    /// The name, path or regular expression: `q_proj`.
     pub fn name(self) -> &'static str {
         match self {
-            Self::QProj => "q_proj",
-            Self::KProj => "k_proj",
-            Self::VProj => "v_proj",
-            Self::OProj => "o_proj",
-            Self::GateProj => "gate_proj",
-            Self::UpProj => "up_proj",
-            Self::DownProj => "down_proj",
-            Self::EmbedTokens => "embed_tokens",
-            Self::LmHead => "lm_head",
+            Self::AllLinear => ALL_LINEAR,
+            Self::Named(name) => name.0,
+            kind => KINDS.iter().find(|(module, _)| *module == kind).map_or("", |(_, name)| name),
         }
+    }
+
+    /// Whether it selects this layer.
+    pub(crate) fn selects(self, linear: &LinearInfo) -> bool {
+        let name = match self {
+            // PEFT counts neither the embedding nor the head among all linear layers
+            Self::AllLinear => return linear.layer.is_some(),
+            Self::Named(name) if is_pattern(name.0) => {
+                return compile(&whole(name.0)).is_some_and(|regex| is_match(&regex, &linear.path));
+            }
+            other => other.name(),
+        };
+        linear.path == name || linear.path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
     }
 
     /// The modules of a list such as `q_proj,v_proj`; `all-linear` stands for all linear layers of a block.
@@ -56,35 +124,31 @@ impl TargetModule {
     /// use metal_candle::adapters::TargetModule;
     ///
     /// assert_eq!(TargetModule::parse_list("q_proj, v_proj")?, [TargetModule::QProj, TargetModule::VProj]);
-    /// assert_eq!(TargetModule::parse_list("all-linear")?.len(), 7);
-    /// assert_eq!(TargetModule::parse_list("all-linear,lm_head")?.len(), 8);
+    /// assert_eq!(TargetModule::parse_list("all-linear,lm_head")?, [TargetModule::AllLinear, TargetModule::LmHead]);
     /// # Ok::<(), metal_candle::Error>(())
     /// ```
     ///
     /// # Errors
-    /// A name is unknown.
+    /// As [`TargetModule::named`].
     pub fn parse_list(list: &str) -> Result<Vec<Self>> {
-        let mut modules = Vec::new();
-        for name in list.split(',').map(str::trim) {
-            match name {
-                "all-linear" => modules.extend(Self::ALL),
-                name => modules.push(name.parse()?),
-            }
-        }
-        Ok(modules)
+        list.split(',').map(|name| name.trim().parse()).collect()
     }
+}
+
+/// Whether a text is a regular expression and no name or path.
+fn is_pattern(text: &str) -> bool {
+    text.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\'])
+}
+
+fn whole(pattern: &str) -> String {
+    format!("^(?:{pattern})$")
 }
 
 impl FromStr for TargetModule {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let mut known = Self::ALL.into_iter().chain(Self::OUTSIDE);
-        known.clone().find(|module| module.name() == name).ok_or_else(|| {
-            let first = known.next().map_or("", Self::name).to_string();
-            let names = known.fold(first, |names, module| names + "`, `" + module.name());
-            Error::argument("target_modules", format!("`{name}` is none of `{names}`"))
-        })
+        Self::named(name)
     }
 }
 

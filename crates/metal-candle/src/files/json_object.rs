@@ -31,6 +31,21 @@ impl JsonObject {
         }
     }
 
+    /// The object of these keys; errors name `path`.
+    pub(crate) fn from_map(path: &Path, map: Map<String, Value>) -> Self {
+        Self { path: path.to_path_buf(), map }
+    }
+
+    /// The same object with these keys of `other` where it has none.
+    pub(crate) fn with_defaults(mut self, other: &Self, keys: &[&str]) -> Self {
+        for key in keys {
+            if let Some(value) = other.get(key) {
+                self.map.entry(*key).or_insert_with(|| value.clone());
+            }
+        }
+        self
+    }
+
     /// The file.
     pub(crate) fn path(&self) -> &Path {
         &self.path

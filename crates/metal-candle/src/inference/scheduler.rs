@@ -181,7 +181,7 @@ impl Scheduler {
     pub fn reserve(&mut self, num_sequences: usize, num_tokens: usize) -> Result<()> {
         let limits = [
             ("num_sequences", num_sequences, self.config.max_sequences),
-            ("num_tokens", num_tokens, self.model.config().max_position_embeddings),
+            ("num_tokens", num_tokens, self.model.config().max_sequence_length()),
         ];
         if let Some((name, found, limit)) = limits.into_iter().find(|(_, found, limit)| found > limit) {
             return Err(Error::argument(name, format!("expected at most {limit}, found {found}")));
@@ -341,7 +341,11 @@ impl Scheduler {
         let step = self.num_steps.saturating_sub(1);
         while let Some(mut sequence) = self.waiting.pop_front_if(|next| fits(&self.slots, next)) {
             let (key, adapter) = (sequence.prefix_key(), sequence.adapter());
-            let (slot, reused) = self.slots.take(sequence.ids(), key, adapter).ok_or(Error::Stopped)?;
+            let (slot, mut reused) = self.slots.take(sequence.ids(), key, adapter).ok_or(Error::Stopped)?;
+            if self.model.rotary_limit().is_some() {
+                self.slots.truncate(slot, 0);
+                reused = 0;
+            }
             sequence.start(slot, reused, step);
             for sample in sequence.samples_mut() {
                 let (slot, _) = self.slots.take(&[], None, adapter).ok_or(Error::Stopped)?;
@@ -422,12 +426,13 @@ impl Scheduler {
 
     /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass per adapter.
     fn forward(&mut self, indices: &[usize]) -> Result<()> {
+        self.restart_at_other_positions(indices);
         let mut fed = self.tokens_of_step(indices);
         let longest = fed.iter().map(|&(_, end)| end).max().unwrap_or(0);
         let room = self.slots.cache().map_or(0, |cache| cache.config().max_seq_len);
         if longest > room {
             // doubling keeps the copies of a growing cache few
-            self.grow(0, longest.max(2 * room).min(self.model.config().max_position_embeddings))?;
+            self.grow(0, longest.max(2 * room).min(self.model.config().max_sequence_length()))?;
         }
         fed.sort_by_key(|&(index, _)| self.running[index].adapter());
         while let Some(&(first, _)) = fed.first() {
@@ -440,12 +445,27 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Empties the slots of sequences whose cached keys were rotated for shorter texts: they are computed again.
+    fn restart_at_other_positions(&mut self, indices: &[usize]) {
+        let Some(limit) = self.model.rotary_limit() else { return };
+        for &index in indices {
+            let sequence = &mut self.running[index];
+            if (1..=limit).contains(&sequence.num_cached()) && sequence.ids().len() > limit {
+                self.slots.truncate(sequence.slot(), 0);
+                sequence.set_cached(0, self.num_steps);
+            }
+        }
+    }
+
     /// The sequences to feed, each with the position after its last token to feed: decode steps first, then the chunks of
     /// prompts, of which those that waited longest go first.
     fn tokens_of_step(&self, indices: &[usize]) -> Vec<(usize, usize)> {
         let end_of = |&index: &usize| {
             let (cached, chunk) = (self.running[index].num_cached(), self.config.prefill_chunk);
             // the same positions whatever else is in the step, so that the numbers are the same
+            let is_long = self.model.rotary_limit().is_some_and(|limit| self.running[index].ids().len() > limit);
+            // the rotation of a text follows from its length, so that it is computed as a whole
+            let chunk = if is_long { self.running[index].ids().len() } else { chunk };
             let end = (cached / chunk + 1).saturating_mul(chunk);
             (index, end.min(self.running[index].ids().len()))
         };

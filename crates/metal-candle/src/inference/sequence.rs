@@ -103,7 +103,7 @@ impl Sequence {
             stop: StopMatcher::new(config.stop_strings.clone()),
             end_ids,
             max_tokens: config.max_tokens,
-            max_len: model.config().max_position_embeddings,
+            max_len: model.config().max_sequence_length(),
             last_step: 0,
             started: Instant::now(),
             first_token: None,
@@ -312,7 +312,7 @@ impl Sequence {
 fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<()> {
     let Request { prompt, config, .. } = request;
     config.validate()?;
-    let max_len = model.config().max_position_embeddings;
+    let max_len = model.config().max_sequence_length();
     let vocab = model.config().vocab_size;
     if prompt.is_empty() {
         return Err(Error::argument("prompt", "expected at least one token, found none"));

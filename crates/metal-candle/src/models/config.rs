@@ -1,29 +1,25 @@
 //! What a model is: the keys of `config.json`.
 
-use super::families;
-use super::generation_defaults::{Advice, GenerationDefaults};
-use crate::error::{Error, Result};
-use crate::files::{JsonObject, element_count};
+use super::generation_defaults::GenerationDefaults;
+use super::keys::Keys;
+use crate::error::Result;
 use candle_core::DType;
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
-
-/// Most rows, columns, heads or tokens a configuration may name.
-const MAX_SIZE: usize = 1 << 24;
-/// Most blocks a configuration may name.
-const MAX_LAYERS: usize = 1 << 12;
+use std::fmt;
 
 /// Sizes and options of a decoder, in the words of `config.json`.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// The fields are those that all families have. What else a family reads is among the keys that the configuration holds.
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ModelConfig {
-    /// The family, `qwen2`.
+    /// The family: `qwen2`, `llama`, `gemma3_text`.
     pub model_type: String,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the gated MLP.
+    /// Width of the MLP.
     pub intermediate_size: usize,
     /// Number of decoder blocks.
     pub num_hidden_layers: usize,
@@ -31,17 +27,17 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Number of key/value heads.
     pub num_key_value_heads: usize,
-    /// Width of a head; `hidden_size / num_attention_heads` unless the file says otherwise.
+    /// Width of a head; `hidden_size / num_attention_heads` unless the file or the family says otherwise.
     pub head_dim: usize,
     /// Longest sequence the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// Base of the rotary embedding.
+    /// Base of the rotary embedding; that of layers with full attention where layers differ.
     pub rope_theta: f64,
-    /// Epsilon of the `RMSNorm` layers.
+    /// Epsilon of the norms.
     pub rms_norm_eps: f64,
     /// Whether the head shares the embedding's weights.
     pub tie_word_embeddings: bool,
-    /// Whether q, k and v have a bias (Qwen2 has).
+    /// Whether q, k and v have a bias.
     pub attention_bias: bool,
     /// Ids that end a text: `eos_token_id` of `generation_config.json` if there is one, else of `config.json`.
     pub eos_token_ids: Vec<u32>,
@@ -51,162 +47,143 @@ pub struct ModelConfig {
     pub generation: GenerationDefaults,
     /// What is odd about the files read and does no harm, such as values of `generation_config.json` that make no sense.
     pub notes: Vec<String>,
-    /// The keys that the decoder does not need, kept for [`ModelConfig::to_json`].
-    pub(crate) other_keys: Map<String, Value>,
+    /// How much longer than `max_position_embeddings` a text may be.
+    pub(crate) length_factor: f64,
+    /// All keys as they were read; of a multimodal model those of its text part.
+    pub(crate) keys: Map<String, Value>,
+}
+
+/// Two configurations are equal if their files would be, whatever the style of the keys they were read from.
+impl PartialEq for ModelConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_map("", DType::F32) == other.to_map("", DType::F32)
+            && self.generation == other.generation
+            && self.notes == other.notes
+            && self.eos_token_ids == other.eos_token_ids
+    }
+}
+
+/// The values of absent keys, as transformers has them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Defaults {
+    pub(crate) max_position_embeddings: usize,
+    /// The key of the norms' epsilon, and its default.
+    pub(crate) norm_eps: (&'static str, f64),
+    pub(crate) rope_theta: f64,
+    pub(crate) tie_word_embeddings: bool,
+    pub(crate) head_dim: Option<usize>,
+    pub(crate) num_key_value_heads: KeyValueHeads,
+    pub(crate) attention_bias: bool,
+    pub(crate) eos_token_ids: &'static [u32],
+}
+
+/// The number of key/value heads where the key is absent; a null key always means the number of query heads.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum KeyValueHeads {
+    /// The key must be there.
+    Required,
+    /// As many as query heads.
+    AsQueries,
+    /// This number.
+    Of(usize),
+}
+
+impl Defaults {
+    /// What most families share.
+    pub(crate) const BASE: Self = Self {
+        max_position_embeddings: 32_768,
+        norm_eps: ("rms_norm_eps", 1e-6),
+        rope_theta: 10_000.0,
+        tie_word_embeddings: false,
+        head_dim: None,
+        num_key_value_heads: KeyValueHeads::AsQueries,
+        attention_bias: false,
+        eos_token_ids: &[],
+    };
 }
 
 impl ModelConfig {
-    /// Reads a `config.json` (or the one in a folder) and the `generation_config.json` beside it, if there is one.
-    ///
-    /// Both the keys of transformers 4 and of transformers 5 are understood.
-    ///
-    /// What `generation_config.json` says is advice: values that make no sense are ignored and listed in
-    /// [`ModelConfig::notes`].
-    ///
-    /// # Errors
-    /// `config.json` cannot be read, a key is missing or has a wrong value, or the model is not supported.
-    pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
-        let mut config = Self::from_object(&JsonObject::read(&file)?)?;
-        let generation = file.with_file_name("generation_config.json");
-        if generation != file {
-            let advice = Advice::read(&generation, config.vocab_size);
-            config.generation = advice.defaults;
-            config.notes = advice.notes;
-            config.eos_token_ids = advice.eos_token_ids.unwrap_or(config.eos_token_ids);
-        }
-        Ok(config)
-    }
-
-    /// Reads the text of a `config.json`.
-    ///
-    /// # Errors
-    /// As [`ModelConfig::from_json`].
-    pub fn from_json_str(text: &str) -> Result<Self> {
-        Self::from_object(&JsonObject::parse(text, Path::new("config.json"))?)
-    }
-
-    fn from_object(object: &JsonObject) -> Result<Self> {
-        let config = match object.text("model_type")? {
-            Some("qwen2") => families::qwen2::config(object)?,
-            Some(other) => {
-                let path = object.path().display();
-                let supported = families::SUPPORTED.join("`, `");
-                return Err(Error::Unsupported(format!(
-                    "`{path}` has `model_type` `{other}`; supported are: `{supported}`"
-                )));
+    /// The fields that all families have, from the keys of a file.
+    pub(crate) fn read(model_type: &str, defaults: &Defaults, keys: &Keys) -> Result<Self> {
+        let num_attention_heads = keys.required_size("num_attention_heads")?;
+        let hidden_size = keys.required_size("hidden_size")?;
+        let num_key_value_heads = match (keys.size("num_key_value_heads")?, defaults.num_key_value_heads) {
+            (Some(heads), _) | (None, KeyValueHeads::Of(heads)) if !keys.is_null("num_key_value_heads") => heads,
+            (None, KeyValueHeads::Required) if !keys.contains("num_key_value_heads") => {
+                return Err(keys.missing("num_key_value_heads", "a whole number"));
             }
-            None => return Err(object.missing("model_type", "the name of a model family")),
+            _ => num_attention_heads,
         };
-        config.validate().map_err(|error| match error {
-            Error::Argument { name, message } => Error::format(object.path(), format!("`{name}`: {message}")),
-            other => other,
-        })?;
-        Ok(config)
-    }
-
-    /// Checks that the sizes make a decoder that can exist.
-    ///
-    /// # Errors
-    /// The first key whose value cannot be, with what was expected.
-    pub fn validate(&self) -> Result<()> {
-        if !families::SUPPORTED.contains(&self.model_type.as_str()) {
-            let supported = families::SUPPORTED.join("`, `");
-            let found = &self.model_type;
-            return Err(Error::Unsupported(format!("`model_type` `{found}`; supported are: `{supported}`")));
-        }
-        for (name, size, most) in [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-            ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
-            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
-            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
-            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
-            ("head_dim", self.head_dim, MAX_SIZE),
-            ("max_position_embeddings", self.max_position_embeddings, MAX_SIZE),
-            ("num_attention_heads * head_dim", self.num_attention_heads.saturating_mul(self.head_dim), MAX_SIZE),
-        ] {
-            if size == 0 || size > most {
-                return Err(Error::argument(name, format!("expected 1 to {most}, found {size}")));
+        let default_head_dim = defaults.head_dim.filter(|_| !keys.contains("head_dim"));
+        let head_dim = match keys.size("head_dim")?.or(default_head_dim) {
+            Some(size) => size,
+            None if num_attention_heads > 0 && hidden_size.is_multiple_of(num_attention_heads) => {
+                hidden_size / num_attention_heads
             }
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            let found = self.head_dim;
-            return Err(Error::argument("head_dim", format!("expected an even number, found {found}")));
-        }
-        let (queries, keys) = (self.num_attention_heads, self.num_key_value_heads);
-        if !queries.is_multiple_of(keys) {
-            return Err(Error::argument(
-                "num_key_value_heads",
-                format!("expected a divisor of `num_attention_heads` {queries}, found {keys}"),
-            ));
-        }
-        for (name, number, fits) in [
-            ("rope_theta", self.rope_theta, self.rope_theta >= 1.0 && self.rope_theta <= 1e30),
-            ("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0),
-            ("initializer_range", self.initializer_range, (0.0..1e3).contains(&self.initializer_range)),
-        ] {
-            if !fits {
-                return Err(Error::argument(name, format!("expected a value in its range, found {number}")));
+            None => {
+                let expected = format!("a multiple of `num_attention_heads` {num_attention_heads}, or a `head_dim`");
+                return Err(keys.wrong("hidden_size", &expected, &Value::from(hidden_size)));
             }
-        }
-        if self.count_parameters().is_none_or(|count| count > isize::MAX as u64 / 4) {
-            return Err(Error::argument("num_hidden_layers", "the model is larger than any memory"));
-        }
-        Ok(())
+        };
+        let (eps, default_eps) = defaults.norm_eps;
+        let eos_token_ids = match keys.token_ids("eos_token_id")? {
+            Some(ids) => ids,
+            None if keys.contains("eos_token_id") => Vec::new(),
+            None => defaults.eos_token_ids.to_vec(),
+        };
+        let max_position_embeddings = keys.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        Ok(Self {
+            model_type: model_type.to_string(),
+            vocab_size: keys.required_size("vocab_size")?,
+            hidden_size,
+            intermediate_size: keys.required_size("intermediate_size")?,
+            num_hidden_layers: keys.required_size("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            max_position_embeddings,
+            length_factor: 1.0,
+            rope_theta: defaults.rope_theta,
+            rms_norm_eps: keys.number(eps)?.unwrap_or(default_eps),
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            attention_bias: keys.flag("attention_bias")?.unwrap_or(defaults.attention_bias),
+            eos_token_ids,
+            initializer_range: keys.number("initializer_range")?.unwrap_or(0.02),
+            generation: GenerationDefaults::default(),
+            notes: Vec::new(),
+            keys: keys.map().clone(),
+        })
     }
 
-    /// Number of parameters; a tied head is counted once.
-    pub fn num_parameters(&self) -> usize {
-        self.count_parameters().and_then(|count| usize::try_from(count).ok()).unwrap_or(usize::MAX)
+    /// The fields and these keys, to be shown.
+    pub(super) fn with_other_keys<'a>(&'a self, other_keys: &'a Map<String, Value>) -> impl fmt::Debug + 'a {
+        fmt::from_fn(move |f| {
+            f.debug_struct("ModelConfig")
+                .field("model_type", &self.model_type)
+                .field("vocab_size", &self.vocab_size)
+                .field("hidden_size", &self.hidden_size)
+                .field("intermediate_size", &self.intermediate_size)
+                .field("num_hidden_layers", &self.num_hidden_layers)
+                .field("num_attention_heads", &self.num_attention_heads)
+                .field("num_key_value_heads", &self.num_key_value_heads)
+                .field("head_dim", &self.head_dim)
+                .field("max_position_embeddings", &self.max_position_embeddings)
+                .field("rope_theta", &self.rope_theta)
+                .field("rms_norm_eps", &self.rms_norm_eps)
+                .field("tie_word_embeddings", &self.tie_word_embeddings)
+                .field("attention_bias", &self.attention_bias)
+                .field("eos_token_ids", &self.eos_token_ids)
+                .field("initializer_range", &self.initializer_range)
+                .field("generation", &self.generation)
+                .field("notes", &self.notes)
+                .field("other_keys", other_keys)
+                .finish()
+        })
     }
 
-    /// Memory of the weights in `dtype`, in bytes.
-    pub fn num_bytes(&self, dtype: DType) -> usize {
-        self.num_parameters().saturating_mul(dtype.size_in_bytes())
-    }
-
-    fn count_parameters(&self) -> Option<u64> {
-        let one_layer = Self { num_hidden_layers: 1, ..self.clone() };
-        let no_layer = Self { num_hidden_layers: 0, ..self.clone() };
-        let (rest, one) = (count_elements(&no_layer)?, count_elements(&one_layer)?);
-        (one - rest).checked_mul(self.num_hidden_layers as u64)?.checked_add(rest)
-    }
-
-    /// The text of a `config.json` for weights in `dtype` that transformers and this library load.
-    pub fn to_json(&self, dtype: DType) -> String {
-        let mut map = Map::new();
-        map.insert("architectures".into(), json!(["Qwen2ForCausalLM"]));
-        map.insert("model_type".into(), json!(self.model_type));
-        for (key, size) in [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("max_position_embeddings", self.max_position_embeddings),
-        ] {
-            map.insert(key.into(), json!(size));
-        }
-        if self.head_dim.saturating_mul(self.num_attention_heads) != self.hidden_size {
-            map.insert("head_dim".into(), json!(self.head_dim));
-        }
-        map.insert("hidden_act".into(), json!("silu"));
-        map.insert("rms_norm_eps".into(), json!(self.rms_norm_eps));
-        map.insert("rope_theta".into(), json!(self.rope_theta));
-        map.insert("initializer_range".into(), json!(self.initializer_range));
-        map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
-        map.insert("use_sliding_window".into(), json!(false));
-        if let Some(ids) = self.eos_json() {
-            map.insert("eos_token_id".into(), ids);
-        }
-        map.insert("torch_dtype".into(), json!(dtype_name(dtype)));
-        for (key, value) in &self.other_keys {
-            map.entry(key.clone()).or_insert_with(|| value.clone());
-        }
-        format!("{:#}\n", Value::Object(map))
+    /// Longest sequence that the model takes, in tokens: `max_position_embeddings`, times the factor of dynamic rotary scaling.
+    pub fn max_sequence_length(&self) -> usize {
+        (self.max_position_embeddings as f64 * self.length_factor) as usize
     }
 
     /// The text of a `generation_config.json`.
@@ -230,17 +207,49 @@ impl ModelConfig {
         format!("{:#}\n", Value::Object(map))
     }
 
+    /// The keys of a `config.json` for weights in `dtype` and the class that transformers has for the family: those that were
+    /// read, with the values that may have changed since.
+    pub(crate) fn to_map(&self, architecture: &str, dtype: DType) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("architectures".into(), json!([architecture]));
+        map.insert("model_type".into(), json!(self.model_type));
+        for (key, value) in &self.keys {
+            map.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        for (key, size) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ] {
+            map.insert(key.into(), json!(size));
+        }
+        if self.head_dim.saturating_mul(self.num_attention_heads) != self.hidden_size {
+            map.insert("head_dim".into(), json!(self.head_dim));
+        }
+        map.insert("initializer_range".into(), json!(self.initializer_range));
+        map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
+        if let Some(ids) = self.eos_json() {
+            map.insert("eos_token_id".into(), ids);
+        }
+        let is_nested = |rope: &Map<String, Value>| rope.values().any(Value::is_object);
+        if !map.get("rope_parameters").and_then(Value::as_object).is_some_and(is_nested) {
+            map.insert("rope_theta".into(), json!(self.rope_theta));
+        }
+        map.remove("dtype");
+        map.insert("torch_dtype".into(), json!(dtype_name(dtype)));
+        map
+    }
+
     fn eos_json(&self) -> Option<Value> {
         match self.eos_token_ids.as_slice() {
             [] => None,
             [id] => Some(json!(id)),
             ids => Some(json!(ids)),
         }
-    }
-
-    /// The `config.json` that belongs to weights at `path`.
-    pub(crate) fn path_beside(path: &Path) -> PathBuf {
-        if path.is_dir() { path.join("config.json") } else { path.with_file_name("config.json") }
     }
 }
 
@@ -252,8 +261,4 @@ fn dtype_name(dtype: DType) -> &'static str {
         DType::F64 => "float64",
         _ => "float32",
     }
-}
-
-fn count_elements(config: &ModelConfig) -> Option<u64> {
-    families::qwen2::parameters(config).iter().try_fold(0_u64, |sum, (_, shape)| sum.checked_add(element_count(shape)?))
 }

@@ -1,21 +1,15 @@
-//! Single-token steps on a device with kernels: no memory that is not there yet, and the chosen token stays on the device. For few
-//! rows a block is five kernels that read rows of weights; for many, on CUDA, its products are those of matrices.
+//! Single-token steps on a device with kernels: nothing is allocated per token, and the chosen token stays on the device.
 
-use super::block::{Block, DOWN, GATE, K, O, Q, UP, V};
-use super::decoder::NUM_LINEARS;
-use super::decoding_threads::{StepShape, Threads};
+use super::parts::feed_forward::FeedForward;
+use super::parts::step::{MAX_RANK, Step, StepShape, Threads, Wide, is_plain_norm, multiply, term_args};
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
-use crate::ops::activation::{self, Activation};
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
 
 /// Most tokens that a group of threads takes together.
 const MAX_BATCH: usize = 8;
-
-/// Largest rank of a term.
-const MAX_RANK: usize = 64;
 
 /// Most elements of the tokens of a step that are taken by rows of weights; with more, products of matrices are faster.
 const MAX_ELEMENTS: usize = 32 * 1024;
@@ -32,7 +26,7 @@ const PART: usize = 4096;
 /// Threads of a group that has an element each.
 const ROW_THREADS: usize = 128;
 
-/// A token to go on from, and how the next one is chosen.
+/// The last token of a sequence, and how the next one is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct DecodingRow {
     pub(crate) id: u32,
@@ -68,72 +62,45 @@ pub(crate) struct Decoded {
 /// The buffers of a batch of tokens, and the recorded step.
 #[derive(Debug)]
 pub(crate) struct Decoding {
-    /// What is on the device: rows as the next step takes them.
+    /// The rows as they are on the device, for the next step.
     rows: Vec<DecodingRow>,
-    max_seq_len: usize,
-    shape: StepShape,
-    threads: Threads,
-    state: Tensor,
+    step: Step,
     settings: Tensor,
     result: Tensor,
-    x: Tensor,
-    q: Tensor,
-    attention: Tensor,
-    activation: Tensor,
     logits: Tensor,
+    /// The largest logit of each part of a row.
     parts: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    wide: Option<Wide>,
     recording: Option<Recording>,
 }
 
-/// What products of matrices need beside that.
-#[derive(Debug)]
-struct Wide {
-    normed: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    /// Of terms: `rows * MAX_RANK` elements.
-    z: Tensor,
-}
-
 impl Model {
-    /// Whether [`Model::decode`] can run here with these terms, and is the faster way for so many rows.
+    /// Whether [`Model::decode`] can run here with these low-rank updates, and is the faster way for this number of rows.
     pub(crate) fn can_decode(&self, rows: usize, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
-        let config = self.config();
+        let hidden = self.config().hidden_size;
         let is_wide = self.is_wide(rows);
-        if rows > MAX_WIDE_ROWS || (!is_wide && rows * config.hidden_size > MAX_ELEMENTS) {
+        if rows > MAX_WIDE_ROWS || (!is_wide && rows * hidden > MAX_ELEMENTS) {
             return false;
         }
-        let widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim];
         let dtype = self.activation_dtype();
-        let is_usual = |block: &Block| {
-            // eight elements are read at once
-            let fits = |weight: &Tensor| weight.dtype() == dtype && weight.layout().start_offset().is_multiple_of(8);
-            let weights = block.linears.iter().all(|linear| linear.weight.dense().is_ok_and(fits));
-            let biases = [O, GATE, UP, DOWN].iter().all(|&place| block.linears[place].bias.is_none());
-            let same = [Q, K, V].iter().all(|&p| block.linears[p].bias.is_some() == block.linears[Q].bias.is_some());
-            weights && biases && same
-        };
-        let head = self.head_number();
-        let fits = |(number, term): (usize, &LowRank)| {
+        let fits = |(id, term): (usize, &LowRank)| {
             let is_plain = term.start.is_none() && term.magnitude.is_none() && term.a.dtype() == dtype;
-            is_plain && term.a.dims()[0] <= MAX_RANK && (number < self.embedding_number() || number == head)
+            is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
         };
+        let head = &self.inner.head;
         self.inner.embedding.dense().is_ok_and(gpu::has_kernels)
             && cache.dtype() == Some(dtype)
-            && widths.iter().all(|width| width.is_multiple_of(8))
-            && (is_wide || config.hidden_size <= self.max_normed())
-            && config.head_dim.is_multiple_of(8)
-            && config.head_dim <= 128
-            && self.inner.blocks.iter().all(is_usual)
+            && hidden.is_multiple_of(8)
+            && (is_wide || hidden <= self.max_normed())
+            && head.is_plain()
+            && (self.inner.embedding_scale - 1.0).abs() < f32::EPSILON
+            && is_plain_norm(&self.inner.norm)
+            && self.inner.shapes.len() == 1
+            && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
+            && self.inner.blocks.iter().all(|block| block.can_step(dtype))
             && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
     }
 
-    /// Whether a step of so many rows is one of products of matrices.
+    /// Whether a step of this number of rows is one of products of matrices.
     fn is_wide(&self, rows: usize) -> bool {
         let elements = rows * self.config().hidden_size;
         self.inner.embedding.dense().is_ok_and(gpu::has_products) && (rows > MAX_ROWS || elements > MAX_ELEMENTS)
@@ -150,10 +117,10 @@ impl Model {
     ) -> Result<Vec<Decoded>> {
         self.device().pooled(|| {
             let max_seq_len = cache.config().max_seq_len;
-            // rows that ended are made up for by copies of the last one, which do what it does, until half of them have ended
+            // rows that ended are replaced by copies of the last one, which do what it does, until half of them have ended
             let fits = |held: &Decoding| {
                 let has_room = (rows.len()..2 * rows.len()).contains(&held.rows.len());
-                has_room && held.max_seq_len == max_seq_len
+                has_room && held.step.max_seq_len == max_seq_len
             };
             if !decoding.as_ref().is_some_and(fits) {
                 *decoding = Some(self.new_decoding(rows.len(), max_seq_len)?);
@@ -169,7 +136,7 @@ impl Model {
             } else {
                 self.launch_step(held, terms, cache)?;
                 // what was compiled for the first step can be recorded for the next ones
-                held.recording = gpu::record(&held.x, || self.launch_step(held, terms, cache))?;
+                held.recording = gpu::record(&held.step.x, || self.launch_step(held, terms, cache))?;
             }
             let words = gpu::read_words(&held.result)?;
             let mut decoded: Vec<Decoded> = words
@@ -191,45 +158,60 @@ impl Model {
     }
 
     fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
-        let config = self.config();
+        let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let like = self.inner.embedding.dense()?;
-        let batch = rows.min(MAX_BATCH).min(self.max_normed() / config.hidden_size).max(1);
-        let shape = StepShape { batch, is_wide: self.is_wide(rows) };
-        let threads = self.decoding_threads(shape)?;
-        let (cosines, sines) = self.inner.rotary.on_device(max_seq_len, like.device())?;
+        let shape = StepShape {
+            batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
+            is_wide: self.is_wide(rows),
+            dtype: self.activation_dtype(),
+            hidden,
+            head_dim: self.inner.shapes.first().map_or(0, |shape| shape.head_dim),
+            is_cuda: self.device().is_cuda(),
+        };
+        let threads = Threads::new(&shape, like)?;
         let empty = |width: usize| gpu::empty((rows, width), like);
-        let heads = config.num_attention_heads * config.head_dim;
-        let kv_heads = config.num_key_value_heads * config.head_dim;
+        let widest = |width: &dyn Fn(&super::block::Block) -> usize| self.inner.blocks.iter().map(width).max();
+        let heads = widest(&|block| block.attention.part.shape.heads).unwrap_or(0) * shape.head_dim;
+        let kv_heads = widest(&|block| block.attention.part.shape.kv_heads).unwrap_or(0) * shape.head_dim;
+        let inner = widest(&|block| match &block.feed_forward.part {
+            FeedForward::Gated(part) => part.inner,
+            FeedForward::Plain(_) => 0,
+        });
+        let inner = inner.unwrap_or(0);
         let wide = if shape.is_wide {
             Some(Wide {
-                normed: empty(config.hidden_size)?,
+                normed: empty(hidden)?,
                 k: empty(kv_heads)?,
                 v: empty(kv_heads)?,
-                gate: empty(config.intermediate_size)?,
-                up: empty(config.intermediate_size)?,
+                gate: empty(inner)?,
+                up: empty(inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
             })
         } else {
             None
         };
-        let groups = config.vocab_size.div_ceil(if shape.is_wide { PART } else { threads.head_part() });
-        Ok(Decoding {
-            rows: vec![UNSET; rows],
+        let groups = vocab.div_ceil(if shape.is_wide { PART } else { threads.head_part() });
+        let rotary = self.inner.rotary.iter().map(|table| table.on_device(max_seq_len, like.device()));
+        let step = Step {
+            rows,
             max_seq_len,
             shape,
             threads,
             state: gpu::words(5 * rows, like)?,
-            settings: gpu::words(5 * rows, like)?,
-            result: gpu::words(4 * rows, like)?,
-            x: empty(config.hidden_size)?,
+            x: empty(hidden)?,
             q: empty(heads)?,
             attention: empty(heads)?,
-            activation: empty(config.intermediate_size)?,
-            logits: gpu::empty_f32((rows, config.vocab_size), like)?,
-            parts: gpu::empty_f32(3 * rows * groups, like)?,
-            cosines,
-            sines,
+            activation: empty(inner)?,
+            rotary: rotary.collect::<Result<_>>()?,
             wide,
+        };
+        Ok(Decoding {
+            rows: vec![UNSET; rows],
+            step,
+            settings: gpu::words(5 * rows, like)?,
+            result: gpu::words(4 * rows, like)?,
+            logits: gpu::empty_f32((rows, vocab), like)?,
+            parts: gpu::empty_f32(3 * rows * groups, like)?,
             recording: None,
         })
     }
@@ -239,254 +221,60 @@ impl Model {
         if self.device().is_metal() { 6144 } else { 7168 }
     }
 
-    fn kernel(&self, name: &'static str, held: &Decoding) -> Kernel {
-        self.decoding_kernel(name, held.shape, &held.threads)
-    }
-
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
-        let rows = held.rows.len();
-        let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
-        let args = [Arg::In(self.inner.embedding.dense()?), Arg::In(&held.state), Arg::Out(&held.x)];
-        gpu::launch(&self.kernel("decode_embed", held), Grid::row(rows, ROW_THREADS), &args, &[hidden.into()])?;
-        let groups = if let Some(wide) = &held.wide {
-            for block in &self.inner.blocks {
-                self.launch_wide_block(block, held, wide, terms, cache)?;
-            }
-            self.launch_wide_head(held, wide, terms)?
-        } else {
-            for block in &self.inner.blocks {
-                self.launch_block(block, held, terms, cache)?;
-            }
-            self.launch_head(held, terms)?
-        };
+        let step = &held.step;
+        let (rows, hidden, vocab) = (step.rows, self.config().hidden_size, self.config().vocab_size);
+        let args = [Arg::In(self.inner.embedding.dense()?), Arg::In(&step.state), Arg::Out(&step.x)];
+        gpu::launch(&step.kernel("decode_embed"), Grid::row(rows, ROW_THREADS), &args, &[hidden.into()])?;
+        for block in &self.inner.blocks {
+            block.step(step, terms, cache)?;
+        }
+        let groups = if step.shape.is_wide { self.wide_head(held, terms)? } else { self.narrow_head(held, terms)? };
         let args = [
             Arg::In(&held.logits),
             Arg::In(&held.parts),
             Arg::In(&held.settings),
-            Arg::Out(&held.state),
+            Arg::Out(&step.state),
             Arg::Out(&held.result),
         ];
         let words = [vocab.into(), rows.into(), groups.into()];
-        gpu::launch(
-            &Kernel::new(Source::Sampling, "sample", DType::F32),
-            Grid::row(rows, held.threads.sample),
-            &args,
-            &words,
-        )
+        let kernel = Kernel::new(Source::Sampling, "sample", DType::F32);
+        gpu::launch(&kernel, Grid::row(rows, step.threads.sample), &args, &words)
     }
 
     /// Norm, logits and the largest of each part of them; returns the number of parts.
-    fn launch_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
-        let (rows, vocab) = (held.rows.len(), self.config().vocab_size);
-        let chunks = rows.div_ceil(held.shape.batch);
-        let groups = vocab.div_ceil(held.threads.head_part());
-        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_number())));
-        let norm = &self.inner.norm;
+    fn narrow_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
+        let (step, vocab) = (&held.step, self.config().vocab_size);
+        let groups = vocab.div_ceil(step.threads.head_part());
+        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_id())));
+        let norm = &self.inner.norm.norm;
         let args = [
-            Arg::In(&held.x),
-            norm.plain_weight().map_or(Arg::None, Arg::In),
+            Arg::In(&step.x),
+            norm.weight.as_ref().map_or(Arg::None, Arg::In),
             Arg::In(self.inner.head.linear.weight.dense()?),
             a,
             b,
             Arg::Out(&held.logits),
             Arg::Out(&held.parts),
         ];
-        let words = [rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
-        gpu::launch(&self.kernel("decode_head", held), Grid::row(groups * chunks, held.threads.head), &args, &words)?;
+        let words = [step.rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
+        let grid = Grid::row(groups * step.chunks(), step.threads.head);
+        gpu::launch(&step.kernel("decode_head"), grid, &args, &words)?;
         Ok(groups)
     }
 
     /// The same by a product of matrices.
-    fn launch_wide_head(&self, held: &Decoding, wide: &Wide, terms: Option<&LowRankTerms>) -> Result<usize> {
-        let vocab = self.config().vocab_size;
-        self.inner.norm.forward_into(&held.x, &wide.normed)?;
-        let term = terms.and_then(|terms| terms.get(self.head_number()));
+    fn wide_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
+        let (step, vocab) = (&held.step, self.config().vocab_size);
+        let wide = step.wide()?;
+        self.inner.norm.norm.forward_into(&step.x, &wide.normed)?;
+        let term = terms.and_then(|terms| terms.get(self.head_id()));
         multiply(self.inner.head.linear.weight.dense()?, term, &wide.normed, (&held.logits, 0.0), wide)?;
         let groups = vocab.div_ceil(PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
         let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);
-        gpu::launch(&kernel, Grid::plane((groups, held.rows.len()), 256), &args, &[vocab.into(), PART.into()])?;
+        gpu::launch(&kernel, Grid::plane((groups, step.rows), 256), &args, &[vocab.into(), PART.into()])?;
         Ok(groups)
-    }
-
-    /// A block by products of matrices.
-    fn launch_wide_block(
-        &self,
-        block: &Block,
-        held: &Decoding,
-        wide: &Wide,
-        terms: Option<&LowRankTerms>,
-        cache: &KVCache,
-    ) -> Result<()> {
-        let config = self.config();
-        let (heads, kv_heads, half) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim / 2);
-        let rows = held.rows.len();
-        let multiply = |place: usize, x: &Tensor, y: &Tensor, beta: f32| {
-            let term = terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place));
-            multiply(block.linears[place].weight.dense()?, term, x, (y, beta), wide)
-        };
-        block.input_layernorm.forward_into(&held.x, &wide.normed)?;
-        multiply(Q, &wide.normed, &held.q, 0.0)?;
-        multiply(K, &wide.normed, &wide.k, 0.0)?;
-        multiply(V, &wide.normed, &wide.v, 0.0)?;
-        let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
-        let (keys, values) = cache.layer(block.layer);
-        let args = [
-            Arg::In(&wide.k),
-            Arg::In(&wide.v),
-            bias(Q),
-            bias(K),
-            bias(V),
-            Arg::In(&held.cosines),
-            Arg::In(&held.sines),
-            Arg::In(&held.state),
-            Arg::Out(&held.q),
-            Arg::Out(keys),
-            Arg::Out(values),
-        ];
-        let has_bias = block.linears[Q].bias.is_some();
-        let words = [rows, heads, kv_heads, half, held.max_seq_len, usize::from(has_bias)].map(Into::into);
-        let grid = Grid::elements(rows * (heads + 2 * kv_heads) * half);
-        gpu::launch(&self.kernel("decode_rotate", held), grid, &args, &words)?;
-        self.launch_attention(held, (keys, values))?;
-        multiply(O, &held.attention, &held.x, 1.0)?;
-        block.post_attention_layernorm.forward_into(&held.x, &wide.normed)?;
-        multiply(GATE, &wide.normed, &wide.gate, 0.0)?;
-        multiply(UP, &wide.normed, &wide.up, 0.0)?;
-        activation::gated_into(Activation::Silu, &wide.gate, &wide.up, &held.activation)?;
-        multiply(DOWN, &held.activation, &held.x, 1.0)
-    }
-
-    /// Attention of each row over its slot of a layer's cache.
-    fn launch_attention(&self, held: &Decoding, (keys, values): (&Tensor, &Tensor)) -> Result<()> {
-        let (heads, kv_heads) = (self.config().num_attention_heads, self.config().num_key_value_heads);
-        let rows = held.rows.len();
-        let args = [Arg::In(&held.q), Arg::In(keys), Arg::In(values), Arg::In(&held.state), Arg::Out(&held.attention)];
-        let words =
-            [rows.into(), heads.into(), kv_heads.into(), held.max_seq_len.into(), self.inner.attention.scale.into()];
-        let kernel = self.kernel("decode_attention", held);
-        gpu::launch(&kernel, Grid::plane((heads, rows), held.threads.attention), &args, &words)
-    }
-
-    fn launch_block(
-        &self,
-        block: &Block,
-        held: &Decoding,
-        terms: Option<&LowRankTerms>,
-        cache: &KVCache,
-    ) -> Result<()> {
-        let config = self.config();
-        let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
-        let (rows, chunks) = (held.rows.len(), held.rows.len().div_ceil(held.shape.batch));
-        let term = |place: usize| term_args(terms.and_then(|terms| terms.get(NUM_LINEARS * block.layer + place)));
-        let weight = |place: usize| block.linears[place].weight.dense().map(Arg::In);
-        let bias = |place: usize| block.linears[place].bias.as_ref().map_or(Arg::None, Arg::In);
-        let (keys, values) = cache.layer(block.layer);
-        let [q, k, v] = [Q, K, V].map(term);
-        let norm = &block.input_layernorm;
-        let args = [
-            Arg::In(&held.x),
-            norm.plain_weight().map_or(Arg::None, Arg::In),
-            weight(Q)?,
-            bias(Q),
-            weight(K)?,
-            bias(K),
-            weight(V)?,
-            bias(V),
-            q.0,
-            q.1,
-            k.0,
-            k.1,
-            v.0,
-            v.1,
-            Arg::In(&held.cosines),
-            Arg::In(&held.sines),
-            Arg::In(&held.state),
-            Arg::Out(&held.q),
-            Arg::Out(keys),
-            Arg::Out(values),
-        ];
-        let words = [
-            rows.into(),
-            (norm.eps as f32).into(),
-            heads.into(),
-            kv_heads.into(),
-            (head_dim / 2).into(),
-            held.max_seq_len.into(),
-            block.linears[Q].bias.is_some().into(),
-            q.2.into(),
-            k.2.into(),
-            v.2.into(),
-            q.3.into(),
-            k.3.into(),
-            v.3.into(),
-        ];
-        let groups = (heads + 2 * kv_heads) * (head_dim / 2) / (held.threads.projections / 32);
-        let kernel = self.kernel("decode_projections", held);
-        gpu::launch(&kernel, Grid::row(groups * chunks, held.threads.projections), &args, &words)?;
-
-        self.launch_attention(held, (keys, values))?;
-        self.launch_linear(block, O, term(O), &held.attention, held)?;
-
-        let [gate, up] = [GATE, UP].map(term);
-        let norm = &block.post_attention_layernorm;
-        let args = [
-            Arg::In(&held.x),
-            norm.plain_weight().map_or(Arg::None, Arg::In),
-            weight(GATE)?,
-            weight(UP)?,
-            gate.0,
-            gate.1,
-            up.0,
-            up.1,
-            Arg::Out(&held.activation),
-        ];
-        let inner = config.intermediate_size;
-        let words = [
-            rows.into(),
-            (norm.eps as f32).into(),
-            inner.into(),
-            gate.2.into(),
-            up.2.into(),
-            gate.3.into(),
-            up.3.into(),
-        ];
-        let groups = inner.div_ceil(held.threads.gated / 32);
-        gpu::launch(&self.kernel("decode_gated", held), Grid::row(groups * chunks, held.threads.gated), &args, &words)?;
-
-        self.launch_linear(block, DOWN, term(DOWN), &held.activation, held)
-    }
-
-    /// A linear layer whose result is added to the stream.
-    fn launch_linear(&self, block: &Block, place: usize, term: TermArgs, x: &Tensor, held: &Decoding) -> Result<()> {
-        let (a, b, rank, scale) = term;
-        let weight = block.linears[place].weight.dense()?;
-        let (out_features, in_features) = weight.dims2()?;
-        let rows = held.rows.len();
-        let args = [Arg::In(x), Arg::In(weight), a, b, Arg::Out(&held.x)];
-        let words = [rows.into(), in_features.into(), out_features.into(), rank.into(), scale.into()];
-        let groups = out_features.div_ceil(held.threads.linear_rows()) * rows.div_ceil(held.shape.batch);
-        gpu::launch(&self.kernel("decode_linear", held), Grid::row(groups, held.threads.linear), &args, &words)
-    }
-}
-
-/// `y = x W^T + beta y`, and what a term adds, by products of matrices.
-fn multiply(weight: &Tensor, term: Option<&LowRank>, x: &Tensor, (y, beta): (&Tensor, f32), wide: &Wide) -> Result<()> {
-    gpu::product(y, (x, false), (weight, true), 1.0, beta)?;
-    let Some(term) = term else { return Ok(()) };
-    let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
-    let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
-    gpu::product(&z, (x, false), (&term.a, true), term.scale, 0.0)?;
-    gpu::product(y, (&z, false), (&term.b, true), 1.0, 1.0)
-}
-
-/// A and B of a term, its rank and its scale.
-type TermArgs<'a> = (Arg<'a>, Arg<'a>, usize, f32);
-
-fn term_args(term: Option<&LowRank>) -> TermArgs<'_> {
-    match term {
-        Some(term) => (Arg::In(&term.a), Arg::In(&term.b), term.a.dims()[0], term.scale),
-        None => (Arg::None, Arg::None, 0, 0.0),
     }
 }
 
@@ -504,7 +292,7 @@ impl Decoding {
         &self.logits
     }
 
-    /// Tells the device the rows.
+    /// Writes the rows to the device.
     fn write(&mut self, rows: &[DecodingRow]) -> Result<()> {
         let mut state = Vec::with_capacity(5 * rows.len());
         state.extend(rows.iter().map(|row| row.id));
@@ -518,7 +306,7 @@ impl Decoding {
                 [temperature.to_bits(), top_p.to_bits(), min_p.to_bits(), top_k as u32, 1]
             })
             .collect();
-        gpu::write_words(&self.state, &state)?;
+        gpu::write_words(&self.step.state, &state)?;
         gpu::write_words(&self.settings, &settings)?;
         self.rows.clear();
         self.rows.extend_from_slice(rows);

@@ -1,5 +1,6 @@
 //! New models with random weights.
 
+use super::registry::{ParameterSpec, Role};
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::Result;
@@ -16,17 +17,14 @@ impl Model {
     pub fn initialize(config: ModelConfig, seed: u64, device: Device) -> Result<Self> {
         config.validate()?;
         let mut tensors = HashMap::new();
-        for (number, (name, shape)) in Self::parameter_shapes(&config).into_iter().enumerate() {
-            let count = shape.iter().product();
-            let values = if name.contains("norm") {
-                vec![1.0; count]
-            } else if name.rsplit('.').next() == Some("bias") {
-                vec![0.0; count]
-            } else {
-                normal(mix(seed ^ mix(number as u64)), config.initializer_range, count)
+        for (index, spec) in config.parameter_specs()?.into_iter().enumerate() {
+            let count = spec.shape.iter().product();
+            let values = match neutral(spec.role) {
+                Some(value) => vec![value; count],
+                None => normal(mix(seed ^ mix(index as u64)), config.initializer_range, count),
             };
-            let tensor = Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?;
-            tensors.insert(name, tensor.to_device(&device.candle())?);
+            let tensor = Tensor::from_vec(values, spec.shape, &candle_core::Device::Cpu)?;
+            tensors.insert(spec.name, tensor.to_device(&device.candle())?);
         }
         Self::from_tensors(config, tensors, device)
     }
@@ -45,11 +43,9 @@ impl Model {
         let pattern = Tensor::from_vec(drawn, PATTERN, &candle_core::Device::Cpu)?.to_dtype(dtype)?.to_device(&home)?;
         let mut tensors = HashMap::new();
         let mut position = 0;
-        for (name, shape) in Self::parameter_shapes(&config) {
-            let tensor = if name.contains("norm") {
-                Tensor::ones(shape, dtype, &home)?
-            } else if name.rsplit('.').next() == Some("bias") {
-                Tensor::zeros(shape, dtype, &home)?
+        for ParameterSpec { name, shape, role } in config.parameter_specs()? {
+            let tensor = if let Some(value) = neutral(role) {
+                Tensor::full(value, shape, &home)?.to_dtype(dtype)?
             } else {
                 let count: usize = shape.iter().product();
                 let mut pieces = Vec::with_capacity(count / PATTERN + 2);
@@ -68,6 +64,15 @@ impl Model {
         }
         device.synchronize()?;
         Self::from_tensors(config, tensors, device)
+    }
+}
+
+/// The initial value of a parameter that is not drawn.
+fn neutral(role: Role) -> Option<f32> {
+    match role {
+        Role::Embedding | Role::Matrix => None,
+        Role::Bias | Role::Norm { is_offset: true } => Some(0.0),
+        Role::Norm { is_offset: false } => Some(1.0),
     }
 }
 

@@ -148,13 +148,20 @@ impl KVCache {
     }
 
     /// Whether a batch continues what the slots hold and fits.
-    pub(crate) fn check(&self, batch: &Batch, kv_heads: usize, head_dim: usize, layers: usize) -> Result<()> {
+    ///
+    /// `layers` are the key/value heads of each of the model's layers, and their width.
+    pub(crate) fn check(&self, batch: &Batch, layers: &[[usize; 2]]) -> Result<()> {
         let wrong = |message: String| Err(Error::argument("cache", message));
         let config = &self.config;
-        if (config.num_heads, config.head_dim, config.num_layers) != (kv_heads, head_dim, layers) {
+        let own = [config.num_heads, config.head_dim];
+        if config.num_layers != layers.len() || layers.iter().any(|shape| *shape != own) {
+            let [kv_heads, head_dim] = layers.iter().find(|shape| **shape != own).copied().unwrap_or(own);
             return wrong(format!(
-                "the model has {layers} layers of {kv_heads} key/value heads of width {head_dim}, the cache {} of {} of {}",
-                config.num_layers, config.num_heads, config.head_dim
+                "the model has {} layers of {kv_heads} key/value heads of width {head_dim}, the cache {} of {} of {}",
+                layers.len(),
+                config.num_layers,
+                config.num_heads,
+                config.head_dim
             ));
         }
         let mut seen = vec![false; config.batch_size];

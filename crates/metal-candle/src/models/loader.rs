@@ -5,7 +5,6 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::files::Shards;
 use candle_core::{DType, Tensor};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -17,7 +16,8 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 ///
 /// Files are mapped into memory and read tensor by tensor; memory peaks at about the model and its largest tensor.
 ///
-/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, which are left aside.
+/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and those of the vision part of a
+/// multimodal model, which are left out.
 /// Where `tie_word_embeddings` is set, an `lm_head.weight` may be there too: one that differs from the embedding unties
 /// the head, as in transformers 5. Names may lack the prefix `model.`, if all do.
 #[derive(Debug, Clone)]
@@ -91,14 +91,15 @@ impl ModelLoader {
         let path = path.as_ref();
         let shards = Shards::open(path)?;
         let mut config = self.config_for(path)?;
-        if config.tie_word_embeddings && head_differs(&shards)? {
+        let found = names_in_model(&shards);
+        if config.tie_word_embeddings && head_differs(&shards, &found)? {
             tracing::warn!(
                 "`{}`: `lm_head.weight` differs from the embedding, so it is used although `tie_word_embeddings` is set",
                 shards.path().display()
             );
             config.tie_word_embeddings = false;
         }
-        let names = match_names(&shards, &config)?;
+        let names = match_names(&shards, found, &config)?;
         let tensors = self.read(&shards, &names, progress)?;
         Model::from_tensors(config, tensors, self.device)
     }
@@ -165,16 +166,36 @@ impl ModelLoader {
     }
 }
 
-/// The name in the file of each tensor of the model, or everything that does not fit.
-fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String, String>> {
-    let mut names = BTreeMap::new();
-    let mut problems = Vec::new();
+/// The name in the file of each tensor, by its name in a model of the family. The text part of a multimodal checkpoint is taken
+/// for the model, the other parts are left out.
+fn names_in_model(shards: &Shards) -> HashMap<String, String> {
+    const TEXT_PARTS: [(&str, &str); 3] = [
+        ("model.language_model.", "model."),
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+    ];
+    let in_text_part = |name: &str| -> Option<String> {
+        TEXT_PARTS.iter().find_map(|(prefix, own)| Some(format!("{own}{}", name.strip_prefix(prefix)?)))
+    };
+    if shards.names().any(|name| in_text_part(name).is_some()) {
+        let own = |name: &str| in_text_part(name).or_else(|| name.starts_with("lm_head.").then(|| name.to_string()));
+        return shards.names().filter_map(|name| Some((own(name)?, name.to_string()))).collect();
+    }
     let without_prefix = !shards.names().any(|name| name.starts_with("model."));
-    let name_in_model = |name: &str| -> String {
+    let own = |name: &str| {
         if without_prefix && !name.starts_with("lm_head.") { format!("model.{name}") } else { name.to_string() }
     };
-    let mut found: HashMap<String, Cow<str>> =
-        shards.names().map(|name| (name_in_model(name), Cow::Borrowed(name))).collect();
+    shards.names().map(|name| (own(name), name.to_string())).collect()
+}
+
+/// The name in the file of each tensor of the model, or everything that does not fit.
+fn match_names(
+    shards: &Shards,
+    mut found: HashMap<String, String>,
+    config: &ModelConfig,
+) -> Result<BTreeMap<String, String>> {
+    let mut names = BTreeMap::new();
+    let mut problems = Vec::new();
     for (name, shape) in Model::parameter_shapes(config) {
         let Some(name_in_file) = found.remove(&name) else {
             problems.push(format!("`{name}`: expected {shape:?}, found no such tensor"));
@@ -185,7 +206,7 @@ fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String,
             problems.push(format!("`{name_in_file}`: expected {shape:?}, found {:?}", entry.shape));
         }
         problems.extend(dtype_problem(shards, &name_in_file));
-        names.insert(name, name_in_file.into_owned());
+        names.insert(name, name_in_file);
     }
     for name in found.values() {
         let tied_head = config.tie_word_embeddings && name == "lm_head.weight";
@@ -202,9 +223,10 @@ fn match_names(shards: &Shards, config: &ModelConfig) -> Result<BTreeMap<String,
 }
 
 /// Whether there are a head and an embedding of one shape with different values.
-fn head_differs(shards: &Shards) -> Result<bool> {
-    let embedding = ["model.embed_tokens.weight", "embed_tokens.weight"].into_iter().find_map(|name| shards.get(name));
-    let (Some((head_file, head)), Some((file, embedding))) = (shards.get("lm_head.weight"), embedding) else {
+fn head_differs(shards: &Shards, found: &HashMap<String, String>) -> Result<bool> {
+    let get = |name: &str| found.get(name).and_then(|name| shards.get(name));
+    let (head, embedding) = (get("lm_head.weight"), get("model.embed_tokens.weight"));
+    let (Some((head_file, head)), Some((file, embedding))) = (head, embedding) else {
         return Ok(false);
     };
     if head.dtype == embedding.dtype && head_file.bytes(&head.name)? == file.bytes(&embedding.name)? {

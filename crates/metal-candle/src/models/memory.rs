@@ -1,12 +1,12 @@
-//! How much memory a training step takes: the walk through [`Model::loss_and_gradients`] with sizes in place of tensors.
-//!
-//! It follows `step.rs` and `block.rs` line by line; who changes what is alive there changes it here.
+//! How much memory a training step takes: a walk through [`Model::loss_and_gradients`] with sizes in place of tensors. Each part
+//! of a layer walks through itself.
 
 use super::Model;
-use super::block::DOWN;
-use super::decoder::NUM_LINEARS;
-use super::step::Trainable;
+use super::gradients::Trainable;
+use super::parts::linear::Extras;
+use super::parts::pass::{Meter, StepSize};
 use crate::error::Result;
+use crate::ops::rotary::RotaryTable;
 use crate::ops::{LowRankTerms, head};
 use candle_core::DType;
 
@@ -21,62 +21,6 @@ pub struct StepMemory {
     pub head: usize,
     /// Most of all together.
     pub peak: usize,
-}
-
-/// Bytes in use, and the most that were.
-#[derive(Debug, Default)]
-struct Meter {
-    now: usize,
-    peak: usize,
-}
-
-impl Meter {
-    fn take(&mut self, bytes: usize) {
-        self.now += bytes;
-        self.peak = self.peak.max(self.now);
-    }
-
-    fn give(&mut self, bytes: usize) {
-        self.now -= bytes;
-    }
-
-    /// Takes and gives back.
-    fn touch(&mut self, bytes: usize) {
-        self.take(bytes);
-        self.give(bytes);
-    }
-}
-
-/// The sizes of the tensors of a block for a number of tokens, in bytes.
-#[derive(Clone, Copy)]
-struct Sizes {
-    hidden: usize,
-    queries: usize,
-    keys: usize,
-    inner: usize,
-    /// Gate or up as they are kept.
-    kept_inner: usize,
-    log_sums: usize,
-    /// Whether what the gradients of terms need stays until the end of a block, where they are made in one launch.
-    is_gathered: bool,
-}
-
-impl Sizes {
-    /// What a block keeps beside its input.
-    fn kept(&self) -> usize {
-        2 * self.queries + 2 * self.keys + self.log_sums + self.hidden + 2 * self.kept_inner
-    }
-}
-
-/// What low-rank terms and trained weights of a block add, in bytes.
-#[derive(Default, Clone, Copy)]
-struct Extras {
-    /// Gradients that stay until the end of the step.
-    gradients: usize,
-    /// The largest of the copies that dropout or magnitudes make in one layer.
-    copies: usize,
-    /// Whether the backward pass needs the input of `down_proj` again.
-    needs_activation: bool,
 }
 
 impl Model {
@@ -94,43 +38,54 @@ impl Model {
     ) -> Result<StepMemory> {
         let wanted = self.wanted(trainable.parameters)?;
         let lowest = self.lowest(trainable.terms, &wanted, trainable.parameters);
-        let sizes = self.sizes(tokens);
+        let elements: Vec<usize> = self.parameters().iter().map(|(_, tensor)| tensor.elem_count()).collect();
+        let dtype = self.activation_dtype();
+        let size = StepSize {
+            tokens,
+            dtype,
+            stream: tokens * self.config().hidden_size * dtype.size_in_bytes(),
+            is_rounded: self.device().is_cpu() && self.dtype() != DType::F32,
+            is_gathered: self.device().is_metal(),
+            terms: trainable.terms,
+            trained: &wanted,
+            elements: &elements,
+        };
         let blocks = self.inner.blocks.len();
         let first = lowest.block.unwrap_or(blocks);
         let mut meter = Meter::default();
         let scratch = self.scratch(tokens, trained, trainable.terms);
         // cosines and sines of the positions
-        meter.take(scratch + tokens * self.config().head_dim * self.activation_dtype().size_in_bytes());
+        let rotated: usize = self.inner.rotary.iter().map(RotaryTable::dim).sum();
+        meter.take(scratch + tokens * rotated * dtype.size_in_bytes());
 
         // the stream that enters the first block
-        meter.take(sizes.hidden);
+        meter.take(size.stream);
         let mut kept = 0;
-        for layer in 0..blocks {
-            let extras = self.extras(layer, tokens, trainable.terms, &wanted);
-            let keeps_everything = layer >= first && layer - first >= checkpointed_blocks;
-            forward(&mut meter, sizes, extras, keeps_everything);
-            if layer < first {
-                meter.give(sizes.hidden);
+        for block in &self.inner.blocks {
+            let keeps_everything = block.layer >= first && block.layer - first >= checkpointed_blocks;
+            block.forward_memory(size, keeps_everything, &mut meter);
+            if block.layer < first {
+                meter.give(size.stream);
             } else {
-                kept += sizes.hidden + if keeps_everything { sizes.kept() } else { 0 };
+                kept += size.stream + if keeps_everything { block.saved_memory(size) } else { 0 };
             }
         }
 
         let before_head = meter.now;
         let peak_of_blocks = std::mem::take(&mut meter.peak);
         meter.peak = meter.now;
-        let row = self.config().hidden_size * self.activation_dtype().size_in_bytes();
+        let row = self.config().hidden_size * dtype.size_in_bytes();
         if trained < tokens {
             meter.take(trained * row);
-            meter.give(sizes.hidden);
+            meter.give(size.stream);
         }
         let stream = trained * row;
         meter.take(stream);
         let vocab = self.config().vocab_size;
         let chunk = head::chunk_rows(trained, vocab, &self.device().candle()).min(trained);
-        let logits = chunk * vocab * self.activation_dtype().size_in_bytes();
-        let of_head = self.extras_of(self.head_number(), chunk, trainable.terms);
-        let weight = vocab * self.config().hidden_size * DType::F32.size_in_bytes();
+        let logits = chunk * vocab * dtype.size_in_bytes();
+        let of_head = self.extras_of(self.head_id(), chunk, trainable.terms);
+        let weight = self.embedding_weight_bytes();
         meter.take(logits);
         if wanted[self.head_parameter()] {
             meter.take(weight);
@@ -144,7 +99,7 @@ impl Model {
         meter.touch(chunk * rows * float);
         meter.take(rows * row_of_hidden);
         // the gradient in parts, then put together
-        let goes_down = lowest.block.is_some() || wanted[self.norm_parameter()];
+        let goes_down = lowest.block.is_some() || self.inner.norm.is_trained(&wanted);
         if goes_down {
             meter.take(stream);
             meter.give(logits);
@@ -160,25 +115,22 @@ impl Model {
             meter.take(stream);
             meter.give(2 * stream);
             if trained < tokens {
-                meter.take(2 * sizes.hidden);
-                meter.give(sizes.hidden + stream);
+                meter.take(2 * size.stream);
+                meter.give(size.stream + stream);
             }
-            for layer in (first..blocks).rev() {
-                let extras = self.extras(layer, tokens, trainable.terms, &wanted);
-                if layer - first < checkpointed_blocks {
-                    until_activation(&mut meter, sizes, extras);
-                    round(&mut meter, sizes);
+            for block in self.inner.blocks[first..].iter().rev() {
+                if block.layer - first < checkpointed_blocks {
+                    block.saved_again_memory(size, &mut meter);
                 }
-                let norm = self.inner.blocks[layer].parameters.input_layernorm;
-                backward(&mut meter, sizes, extras, lowest.embedding || layer > first || wanted[norm]);
+                block.backward_memory(size, lowest.embedding || block.layer > first, &mut meter);
             }
-            if lowest.embedding && wanted[super::step::EMBEDDING_PARAMETER] && !self.config().tie_word_embeddings {
+            if lowest.embedding && wanted[self.embedding_parameter()] && !self.config().tie_word_embeddings {
                 meter.take(weight);
             }
             if lowest.embedding && !self.config().tie_word_embeddings {
-                meter.take(rows_of(super::step::EMBEDDING_PARAMETER) * row_of_hidden);
+                meter.take(rows_of(self.embedding_parameter()) * row_of_hidden);
             }
-            meter.touch(self.extras_of(self.embedding_number(), tokens, trainable.terms).gradients * 3);
+            meter.touch(self.extras_of(self.embedding_id(), tokens, trainable.terms).gradients * 3);
         }
         let working = meter.peak.saturating_sub(kept);
         Ok(StepMemory { kept, working, head, peak: meter.peak })
@@ -193,20 +145,8 @@ impl Model {
         Ok(lowest.block.map_or(0, |block| self.inner.blocks.len() - block))
     }
 
-    fn sizes(&self, tokens: usize) -> Sizes {
-        let config = self.config();
-        let element = tokens * self.activation_dtype().size_in_bytes();
-        let inner = config.intermediate_size * element;
-        let is_rounded = self.device().is_cpu() && self.dtype() != DType::F32;
-        Sizes {
-            hidden: config.hidden_size * element,
-            queries: config.num_attention_heads * config.head_dim * element,
-            keys: config.num_key_value_heads * config.head_dim * element,
-            inner,
-            kept_inner: if is_rounded { inner / 2 } else { inner },
-            log_sums: tokens * config.num_attention_heads * DType::F32.size_in_bytes(),
-            is_gathered: self.device().is_metal(),
-        }
+    fn embedding_weight_bytes(&self) -> usize {
+        self.config().vocab_size * self.config().hidden_size * DType::F32.size_in_bytes()
     }
 
     /// The packed left operand of the largest product.
@@ -226,114 +166,8 @@ impl Model {
         ))
     }
 
-    fn extras(&self, layer: usize, tokens: usize, terms: Option<&LowRankTerms>, wanted: &[bool]) -> Extras {
-        let mut sum = Extras::default();
-        for place in 0..NUM_LINEARS {
-            let of_linear = self.extras_of(NUM_LINEARS * layer + place, tokens, terms);
-            sum.gradients += of_linear.gradients;
-            sum.copies = sum.copies.max(of_linear.copies);
-        }
-        let parameters = &self.inner.blocks[layer].parameters;
-        let has_term = terms.is_some_and(|terms| terms.get(NUM_LINEARS * layer + DOWN).is_some());
-        sum.needs_activation = has_term || wanted[parameters.linears[DOWN].0];
-        let trained = parameters.places().filter(|&place| wanted[place]);
-        let elements = trained.map(|place| self.parameters()[place].1.elem_count());
-        sum.gradients += elements.sum::<usize>() * DType::F32.size_in_bytes();
-        sum
+    fn extras_of(&self, id: usize, tokens: usize, terms: Option<&LowRankTerms>) -> Extras {
+        let linear = &self.linears()[id];
+        Extras::new(terms, id, [linear.in_features, linear.out_features], tokens)
     }
-
-    fn extras_of(&self, number: usize, tokens: usize, terms: Option<&LowRankTerms>) -> Extras {
-        let Some(term) = terms.and_then(|terms| terms.get(number)) else { return Extras::default() };
-        let linear = &self.linears()[number];
-        let float = DType::F32.size_in_bytes();
-        let magnitudes = if term.magnitude.is_some() { linear.out_features } else { 0 };
-        let gradients = (term.a.elem_count() + term.b.elem_count() + magnitudes) * float;
-        let dropped = if term.dropout > 0.0 { tokens * linear.in_features * float } else { 0 };
-        let scaled = if term.magnitude.is_some() { 3 * tokens * linear.out_features * float } else { 0 };
-        Extras { gradients, copies: dropped + scaled, needs_activation: false }
-    }
-}
-
-/// A block's forward pass: its input is there before and after, its output after.
-fn forward(meter: &mut Meter, sizes: Sizes, extras: Extras, keeps_everything: bool) {
-    let Sizes { hidden, inner, .. } = sizes;
-    if keeps_everything {
-        until_activation(meter, sizes, extras);
-    } else {
-        // q, k, v and the result of attention are given back before the gated part
-        let of_attention = 2 * sizes.queries + 2 * sizes.keys + sizes.log_sums;
-        meter.take(hidden.max(sizes.queries) + of_attention);
-        meter.touch(extras.copies);
-        meter.give(hidden.max(sizes.queries) + of_attention);
-        meter.take(2 * hidden + 2 * inner);
-        meter.touch(extras.copies);
-        meter.give(hidden);
-    }
-    meter.take(inner);
-    meter.touch(extras.copies);
-    meter.take(hidden);
-    meter.give(inner);
-    if keeps_everything {
-        round(meter, sizes);
-    } else {
-        meter.give(2 * inner + hidden);
-    }
-}
-
-/// From a block's input to gate and up.
-fn until_activation(meter: &mut Meter, sizes: Sizes, extras: Extras) {
-    let Sizes { hidden, queries, keys, inner, log_sums, .. } = sizes;
-    meter.take(hidden);
-    meter.touch(extras.copies);
-    meter.take(queries + 2 * keys);
-    meter.give(hidden);
-    meter.take(queries + log_sums);
-    // the stream after attention, and its norm
-    meter.take(2 * hidden);
-    meter.take(2 * inner);
-    meter.touch(extras.copies);
-    meter.give(hidden);
-}
-
-/// Gate and up are kept in a smaller type.
-fn round(meter: &mut Meter, Sizes { inner, kept_inner, .. }: Sizes) {
-    if kept_inner < inner {
-        for _ in 0..2 {
-            meter.take(kept_inner);
-            meter.give(inner);
-        }
-    }
-}
-
-/// A block's backward pass: what it kept and the gradient of its output are there before, the gradient of its input after.
-fn backward(meter: &mut Meter, sizes: Sizes, extras: Extras, has_input: bool) {
-    let Sizes { hidden, queries, keys, inner, kept_inner, log_sums, is_gathered } = sizes;
-    let gathered = if is_gathered { inner + 2 * hidden } else { 0 };
-    let activation = if extras.needs_activation && !is_gathered { inner } else { 0 };
-    meter.take(gathered + activation + inner);
-    meter.touch(extras.copies);
-    meter.take(extras.gradients);
-    meter.give(activation);
-    // the gradient of gate takes the place of that of the activation
-    meter.take(inner);
-    meter.give(2 * kept_inner);
-    meter.take(2 * hidden);
-    meter.touch(extras.copies);
-    meter.give(2 * inner + hidden);
-    // the stream after attention and the gradient of its norm
-    meter.give(2 * hidden);
-    meter.take(queries);
-    meter.touch(extras.copies);
-    // the gradients of q, k and v; those of k and v by query head
-    meter.take(queries + 2 * keys);
-    meter.give(2 * queries + 2 * keys + log_sums + queries);
-    meter.take(hidden);
-    if has_input {
-        meter.take(hidden);
-        meter.touch(extras.copies);
-        meter.give(hidden);
-    }
-    meter.give(hidden + queries + 2 * keys);
-    // the input; without a gradient of it that of the output too
-    meter.give(gathered + if has_input { hidden } else { 2 * hidden });
 }

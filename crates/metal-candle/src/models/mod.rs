@@ -3,18 +3,25 @@
 mod batch;
 mod block;
 mod config;
-mod decoder;
+mod config_file;
 mod decoding;
-mod decoding_threads;
+mod description;
 mod families;
-mod fused_block;
 mod generation_defaults;
+mod gradients;
 mod initialize;
+mod keys;
 mod kv_cache;
+mod layout;
 mod loader;
 mod memory;
+mod model;
+mod parts;
+mod registry;
+mod rows;
 mod save;
 mod step;
+mod tensors;
 
 #[cfg(feature = "hub")]
 pub use crate::files::{DownloadProgress, Hub, HubName};
@@ -22,14 +29,17 @@ pub use crate::files::{SafetensorsFile, TensorEntry, check_finite, write_atomica
 pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::ModelConfig;
-pub use decoder::{LinearInfo, Model, Rows};
 pub(crate) use decoding::{Decoded, Decoding, DecodingChoice, DecodingRow};
 pub use generation_defaults::GenerationDefaults;
+pub use gradients::{GradientOf, Gradients, Parameters, TokenRows, Trainable};
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
+pub use model::Model;
+pub use registry::{LinearId, LinearInfo, ParameterSpec, Role};
+pub use rows::Rows;
 pub use save::save_model;
-pub use step::{GradientOf, Gradients, LossOptions, Losses, Parameters, Targets, TokenRows, Trainable};
+pub use step::{LossOptions, Losses, Targets};
 
-/// The Qwen2 family: the decoder driven by a configuration of `model_type` `qwen2`.
+/// The model by the name it had when Qwen2 was its only family.
 pub type Qwen = Model;

@@ -1,6 +1,6 @@
 //! Writes a model as a folder of weights and configuration files.
 
-use super::decoder::Model;
+use super::model::Model;
 use crate::error::Result;
 use crate::files::{create_folder, write_atomically, write_safetensors};
 use std::path::Path;

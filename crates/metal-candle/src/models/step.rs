@@ -1,14 +1,15 @@
 //! Losses and gradients: the training pass through the decoder.
 
-use super::block::{BlockSaved, BlockWanted, Context};
-use super::decoder::gather_rows;
+use super::block::{BlockSaved, BlockWanted};
+use super::gradients::{Gradients, Parameters, Trainable};
+use super::parts::pass::{Backward, Context};
+use super::rows::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
 use crate::ops::fused::TermRoom;
 use crate::ops::head::{self, HeadWanted};
 use crate::ops::linear::LinearGradients;
-use crate::ops::norm::NormWanted;
-use crate::ops::{LowRankTerms, TermGradients, embedding, num_bytes};
+use crate::ops::{LowRankTerms, embedding, num_bytes};
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use metal_candle_kernels::Row;
@@ -22,117 +23,11 @@ pub struct Targets {
     pub weights: Vec<f32>,
 }
 
-/// What gradients are wanted for; everything else is frozen.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Trainable<'a> {
-    /// The low-rank terms, which also take part in the forward pass.
-    pub terms: Option<&'a LowRankTerms>,
-    /// Parameters of the model itself.
-    pub parameters: Parameters<'a>,
-}
-
-/// Some of a model's parameters, by their place in [`Model::parameters`].
-#[derive(Debug, Clone, Copy, Default)]
-pub enum Parameters<'a> {
-    /// None.
-    #[default]
-    None,
-    /// These.
-    Of(&'a [usize]),
-    /// These, and single rows of others.
-    WithRows(&'a [usize], &'a [TokenRows]),
-    /// Each.
-    All,
-}
-
-/// Rows of the embedding or of the head that are trained, while its other rows are frozen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TokenRows {
-    /// The place of the parameter in [`Model::parameters`]. Rows of an embedding with a tied head are rows of the head too.
-    pub place: usize,
-    /// The ids of the tokens, each once.
-    pub ids: Vec<u32>,
-}
-
-impl<'a> Parameters<'a> {
-    fn rows(self) -> &'a [TokenRows] {
-        if let Self::WithRows(_, rows) = self { rows } else { &[] }
-    }
-
-    /// The trained rows of the parameter at `place`.
-    pub(super) fn rows_of(self, place: usize) -> Option<&'a TokenRows> {
-        self.rows().iter().find(|rows| rows.place == place)
-    }
-}
-
-impl<'a> Trainable<'a> {
-    /// The low-rank terms alone.
-    pub fn low_rank(terms: &'a LowRankTerms) -> Self {
-        Self { terms: Some(terms), parameters: Parameters::None }
-    }
-
-    /// Every parameter of the model.
-    pub fn all() -> Self {
-        Self { terms: None, parameters: Parameters::All }
-    }
-}
-
 /// The loss of each token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Losses {
     /// Weight times cross-entropy in nats of each token: `[tokens]`, 0 where it is masked.
     pub rows: Vec<f32>,
-}
-
-/// The gradients of `grad_scale * sum(losses.rows)`, f32, and nothing for frozen tensors.
-#[derive(Debug, Clone)]
-pub struct Gradients {
-    /// By the number of the layer in [`Model::linears`].
-    pub terms: Vec<Option<TermGradients>>,
-    /// By the place in [`Model::parameters`].
-    pub parameters: Vec<Option<Tensor>>,
-    /// Of the trained rows of a parameter, by its place: `[rows, hidden]`.
-    pub rows: Vec<(usize, Tensor)>,
-    /// Bytes kept between the forward and the backward pass.
-    pub saved_bytes: usize,
-    /// What holds gradients of terms together, on a device that gathers them.
-    pub(crate) room: Option<TermRoom>,
-}
-
-/// One of [`Gradients`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GradientOf {
-    /// That of A of the term with this number.
-    A(usize),
-    /// That of B of the term with this number.
-    B(usize),
-    /// That of the magnitudes of the term with this number.
-    Magnitude(usize),
-    /// That of the parameter at this place.
-    Parameter(usize),
-    /// That of the trained rows of the parameter at this place.
-    Rows(usize),
-}
-
-impl Gradients {
-    /// One of the gradients, if it was computed.
-    pub fn get(&self, of: GradientOf) -> Option<&Tensor> {
-        let term = |number: usize| self.terms.get(number).and_then(Option::as_ref);
-        match of {
-            GradientOf::A(number) => term(number).map(|term| &term.a),
-            GradientOf::B(number) => term(number).map(|term| &term.b),
-            GradientOf::Magnitude(number) => term(number).and_then(|term| term.magnitude.as_ref()),
-            GradientOf::Parameter(place) => self.parameters.get(place).and_then(Option::as_ref),
-            GradientOf::Rows(place) => self.rows.iter().find(|(found, _)| *found == place).map(|(_, rows)| rows),
-        }
-    }
-
-    /// All gradients that were computed.
-    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
-        let of_terms =
-            self.terms.iter().flatten().flat_map(|term| [Some(&term.a), Some(&term.b), term.magnitude.as_ref()]);
-        of_terms.flatten().chain(self.parameters.iter().flatten()).chain(self.rows.iter().map(|(_, rows)| rows))
-    }
 }
 
 /// Settings of a training step.
@@ -164,9 +59,6 @@ impl Default for LossOptions {
         }
     }
 }
-
-/// The place of the embedding in [`Model::parameters`].
-pub(super) const EMBEDDING_PARAMETER: usize = 0;
 
 /// What a block keeps for its backward pass.
 enum Kept {
@@ -259,9 +151,10 @@ impl Model {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
         self.check_terms(terms)?;
-        let (mut x, rotation) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms)?;
         let spans = self.spans(batch, None, &x)?;
-        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed: None };
+        let (rotations, positions) = (rotations.as_slice(), batch.positions());
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
         }
@@ -269,7 +162,7 @@ impl Model {
             return Ok(trained.losses(batch.num_tokens(), &[]));
         }
         let hidden = self.inner.norm.forward(&trained.gather(&x)?)?;
-        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        let term = terms.and_then(|terms| terms.get(self.head_id()));
         let loss = head::loss(&hidden, &self.inner.head, term, None, &trained.rows, label_smoothing, None)?;
         Ok(trained.losses(batch.num_tokens(), &loss.rows()?))
     }
@@ -308,13 +201,14 @@ impl Model {
         let lowest = self.lowest(terms, &wanted, parameters);
 
         let forward = span("forward", Kind::Group);
-        let (mut x, rotation) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms)?;
         if options.neftune_noise_alpha > 0.0 {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
         }
         let dropout_seed = Some(options.dropout_seed);
         let spans = self.spans(batch, None, &x)?;
-        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed };
+        let (rotations, positions) = (rotations.as_slice(), batch.positions());
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
         let mut kept: Vec<Kept> = Vec::new();
         for block in &self.inner.blocks {
@@ -339,11 +233,11 @@ impl Model {
         let head = self.head_parameter();
         let wanted_of_head = HeadWanted {
             scale: options.grad_scale,
-            input: lowest.block.is_some() || lowest.embedding || wanted[self.norm_parameter()],
+            input: lowest.block.is_some() || lowest.embedding || self.inner.norm.is_trained(&wanted),
             weight: wanted[head],
             rows: parameters.rows_of(head).map(|rows| rows.ids.as_slice()),
         };
-        let of_terms = terms.and_then(|terms| terms.get(self.head_number()));
+        let of_terms = terms.and_then(|terms| terms.get(self.head_id()));
         let (smoothing, seed) = (options.label_smoothing, dropout_seed);
         let mut found =
             head::loss(&hidden, &self.inner.head, of_terms, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
@@ -360,19 +254,16 @@ impl Model {
         let of_rows = found.gradient_of_rows.take();
         // the CPU learns the losses at the end, when the device has been given everything
         let losses = || -> Result<Losses> { Ok(trained.losses(batch.num_tokens(), &found.rows()?)) };
-        gradients.terms[self.head_number()] = term;
+        gradients.terms[self.head_id()] = term;
         gradients.parameters[head] = weight;
         gradients.rows.extend(of_rows.map(|rows| (head, rows)));
 
         let _backward = span("backward", Kind::Group);
         let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
-        let norm = self.norm_parameter();
-        let wanted_of_norm = NormWanted { weight: wanted[norm], bias: false };
-        let (dx, d_norm) = self.inner.norm.backward(&stream, &d_hidden, None, wanted_of_norm)?;
-        gradients.parameters[norm] = d_norm.weight;
+        let dx = self.norm_backward(&stream, &d_hidden, context, &wanted, &mut gradients)?;
         drop((stream, d_hidden));
         if let Some(terms) = terms.filter(|_| dx.device().is_metal()) {
-            gradients.room = TermRoom::new(terms, self.embedding_number(), &dx)?;
+            gradients.room = TermRoom::new(terms, self.embedding_id(), &dx)?;
         }
         let room = gradients.room.clone();
         let mut dx = Some(trained.scatter(dx, batch.num_tokens())?);
@@ -386,13 +277,26 @@ impl Model {
                 }
             };
             let input = lowest.embedding || block.layer > first;
-            let wanted = BlockWanted { input, parameters: &wanted, room: room.as_ref() };
+            let wanted = BlockWanted { input, trained: &wanted, room: room.as_ref() };
             dx = block.backward(saved, context, dy, wanted, &mut gradients)?;
         }
         if let Some(dx) = dx.filter(|_| lowest.embedding) {
             self.embedding_backward(batch, trainable, &wanted, &dx, &mut gradients)?;
         }
         Ok((losses()?, gradients))
+    }
+
+    /// Back through the final norm: the gradient of the stream, added to nothing.
+    fn norm_backward(
+        &self,
+        stream: &Tensor,
+        d_hidden: &Tensor,
+        context: Context,
+        trained: &[bool],
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        let mut pass = Backward { context, trained, room: None, factors: Vec::new(), gradients };
+        self.inner.norm.backward(stream, d_hidden, None, &mut pass)
     }
 
     /// Adds the gradients of what is trained of the embedding, from that of its output.
@@ -404,22 +308,23 @@ impl Model {
         dx: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_number())) {
-            gradients.terms[self.embedding_number()] =
-                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx, 1.0)?);
+        let scale = self.inner.embedding_scale;
+        if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_id())) {
+            gradients.terms[self.embedding_id()] =
+                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx, scale)?);
         }
-        let place = EMBEDDING_PARAMETER;
+        let place = self.embedding_parameter();
         if wanted[place] {
             // a tied head has left its part there
             let sum = gradients.parameters[place].take();
             let sum = sum.map_or_else(|| self.inner.embedding.zero_gradient(), Ok)?;
-            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum, 1.0)?);
+            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum, scale)?);
         }
         if let Some(rows) = parameters.rows_of(place) {
             // a tied head has left its part here too
             let sum = gradients.rows.iter().position(|(found, _)| *found == place);
             let sum = sum.map(|index| gradients.rows.swap_remove(index).1);
-            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum, 1.0)?));
+            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum, scale)?));
         }
         Ok(())
     }
@@ -434,7 +339,7 @@ impl Model {
         };
         for rows in parameters.rows() {
             let is_whole = places.contains(&rows.place);
-            if is_whole || ![EMBEDDING_PARAMETER, self.head_parameter()].contains(&rows.place) {
+            if is_whole || ![self.embedding_parameter(), self.head_parameter()].contains(&rows.place) {
                 let message = format!("rows of parameter {}: it is trained as a whole, or is no embedding", rows.place);
                 return Err(Error::argument("parameters", message));
             }
@@ -450,21 +355,13 @@ impl Model {
     /// How far down gradients have to go.
     pub(super) fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool], parameters: Parameters) -> Lowest {
         let numbers = || terms.into_iter().flat_map(LowRankTerms::iter).map(|(number, _)| number);
-        let of_embedding = wanted[EMBEDDING_PARAMETER] || parameters.rows_of(EMBEDDING_PARAMETER).is_some();
-        let embedding = of_embedding || numbers().any(|number| number == self.embedding_number());
+        let of_embedding =
+            wanted[self.embedding_parameter()] || parameters.rows_of(self.embedding_parameter()).is_some();
+        let embedding = of_embedding || numbers().any(|number| number == self.embedding_id());
         let of_terms = numbers().filter_map(|number| self.linears()[number].layer).min();
-        let of_parameters =
-            self.inner.blocks.iter().find(|block| block.parameters.any(wanted)).map(|block| block.layer);
+        let of_parameters = self.inner.blocks.iter().find(|block| block.is_trained(wanted)).map(|block| block.layer);
         let block = if embedding { Some(0) } else { of_terms.into_iter().chain(of_parameters).min() };
         Lowest { block, embedding }
-    }
-
-    pub(super) fn norm_parameter(&self) -> usize {
-        self.parameters().len() - if self.config().tie_word_embeddings { 1 } else { 2 }
-    }
-
-    pub(super) fn head_parameter(&self) -> usize {
-        if self.config().tie_word_embeddings { EMBEDDING_PARAMETER } else { self.parameters().len() - 1 }
     }
 
     /// Whether each term fits the linear layer of its number.

@@ -318,10 +318,10 @@ pub(crate) struct Factors<'a> {
     /// The number of the layer.
     pub(crate) number: usize,
     pub(crate) layer: Layer<'a>,
-    pub(crate) x: &'a Tensor,
-    pub(crate) dy: &'a Tensor,
-    pub(crate) z: Option<&'a Tensor>,
-    pub(crate) dz: Option<&'a Tensor>,
+    pub(crate) x: Tensor,
+    pub(crate) dy: Tensor,
+    pub(crate) z: Option<Tensor>,
+    pub(crate) dz: Option<Tensor>,
 }
 
 /// Tensors that the kernel of [`term_gradients`] has room for, and gradients.
@@ -329,10 +329,10 @@ const SOURCES: usize = 25;
 const GRADIENTS: usize = 14;
 
 /// The gradients of the terms of at most seven layers, in one launch, with the numbers of the layers.
-pub(crate) fn term_gradients(factors: &[Factors], room: &TermRoom) -> Result<Vec<(usize, TermGradients)>> {
+pub(crate) fn term_gradients<'s>(factors: &'s [Factors], room: &TermRoom) -> Result<Vec<(usize, TermGradients)>> {
     let _span = span("outer product", Kind::Gemm);
-    let mut sources: Vec<&Tensor> = Vec::new();
-    let mut place_of = |tensor| {
+    let mut sources: Vec<&'s Tensor> = Vec::new();
+    let mut place_of = |tensor: &'s Tensor| {
         sources.iter().position(|source| source.id() == Tensor::id(tensor)).unwrap_or_else(|| {
             sources.push(tensor);
             sources.len() - 1
@@ -340,11 +340,11 @@ pub(crate) fn term_gradients(factors: &[Factors], room: &TermRoom) -> Result<Vec
     };
     let (mut words, mut made, mut tiles, mut most) = (Vec::<Word>::new(), Vec::new(), 0, 0);
     for factor in factors {
-        let (Some(z), Some(dz), Some(term)) = (factor.z, factor.dz, factor.layer.term) else { continue };
+        let (Some(z), Some(dz), Some(term)) = (&factor.z, &factor.dz, factor.layer.term) else { continue };
         let Some(start) = room.starts.get(factor.number).copied().flatten() else { continue };
         let start_of_b = start + term.a.elem_count();
         for (wide, narrow, is_a, scale, start) in
-            [(factor.x, dz, true, 1.0, start), (factor.dy, z, false, term.scale, start_of_b)]
+            [(&factor.x, dz, true, 1.0, start), (&factor.dy, z, false, term.scale, start_of_b)]
         {
             let (features, rank) = (wide.dim(1)?, narrow.dim(1)?);
             tiles += features.div_ceil(TILE);

@@ -27,8 +27,14 @@ pub(crate) struct Head {
 
 impl Head {
     /// A head whose logits are the products themselves.
+    #[cfg(test)]
     pub(crate) fn new(linear: Linear) -> Self {
         Self { linear, scale: 1.0, soft_cap: None }
+    }
+
+    /// Whether logits are the products themselves.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.soft_cap.is_none() && (self.scale - 1.0).abs() < f32::EPSILON
     }
 
     fn form(&self) -> LogitForm {

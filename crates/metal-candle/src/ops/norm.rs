@@ -40,6 +40,7 @@ pub(crate) struct NormGradients {
 
 impl Norm {
     /// Root mean square norm of whole rows.
+    #[cfg(test)]
     pub(crate) fn rms(weight: Tensor, eps: f64) -> Self {
         let width = weight.elem_count();
         Self { kind: NormKind::Rms { offset: 0.0 }, weight: Some(weight), bias: None, eps, width }

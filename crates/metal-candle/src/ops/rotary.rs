@@ -86,6 +86,19 @@ impl RotaryTable {
         })
     }
 
+    /// Elements of a head that rotate.
+    pub(crate) fn dim(&self) -> usize {
+        self.spec.dim
+    }
+
+    /// The length from which on all positions of a text have other frequencies.
+    pub(crate) fn limit(&self) -> Option<usize> {
+        let RotaryScaling::LongRope { original_max_position_embeddings: limit, .. } = self.spec.scaling else {
+            return None;
+        };
+        (limit < self.spec.max_position_embeddings).then_some(limit)
+    }
+
     /// Whether sequences of up to `positions` tokens all have the same table.
     pub(crate) fn is_fixed(&self, positions: usize) -> bool {
         self.spec.fixed_until().is_none_or(|until| positions <= until)

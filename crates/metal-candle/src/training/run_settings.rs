@@ -24,7 +24,7 @@ pub(super) fn describe_settings<T: Trained>(
     let model = start.run_model();
     let entries = [
         ("trained", json!(digest(&start.identity().to_string()))),
-        ("model", json!(digest(&format!("{:?}", model.config())))),
+        ("model", json!(digest(&model.config().identity()))),
         ("dtype", json!(model.dtype().as_str())),
         ("dataset", json!(fingerprint(dataset))),
         ("num_epochs", json!(config.num_epochs)),

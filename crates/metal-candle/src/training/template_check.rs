@@ -76,7 +76,7 @@ fn mark_losses(
     tokenizer: &Tokenizer,
     dataset: &Dataset,
 ) -> Result<BTreeMap<u32, f64>> {
-    let limit = MEASURED_TOKENS.min(model.config().max_position_embeddings);
+    let limit = MEASURED_TOKENS.min(model.config().max_sequence_length());
     let mut rows: Vec<Sample> = Vec::new();
     for sample in dataset.samples.iter().take(SEARCHED_ROWS) {
         let ids: Vec<u32> = sample.ids.iter().take(limit).copied().collect();

@@ -108,8 +108,11 @@ fn settings_out_of_range_are_refused() {
     assert_eq!(name(LoRAAdapter::builder(&model).with_dropout(1.0).build()), "dropout");
     assert_eq!(name(LoRAAdapter::builder(&model).with_target_modules([]).build()), "target_modules");
     assert_eq!(name(LoRAAdapter::builder(&model).with_layers([3]).build()), "layers");
-    let error = TargetModule::parse_list("q_proj,w_proj").unwrap_err().to_string();
-    assert!(error.contains("`w_proj` is none of `q_proj`, `k_proj`"), "{error}");
+    let modules = TargetModule::parse_list("q_proj,w_proj").unwrap();
+    let error = LoRAAdapter::builder(&model).with_target_modules(modules).build().unwrap_err().to_string();
+    assert!(error.contains("`w_proj` selects no layer of the model; its modules are `q_proj`, `k_proj`"), "{error}");
+    let error = TargetModule::parse_list("(q_proj").unwrap_err().to_string();
+    assert!(error.contains("`(q_proj` is neither the name of a module nor a regular expression"), "{error}");
 }
 
 #[test]

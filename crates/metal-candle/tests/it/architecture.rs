@@ -79,19 +79,6 @@ fn no_module_uses_one_behind_it() {
 const ROOTS: [&str; 3] =
     ["crates/metal-candle-kernels/src/lib.rs", "crates/metal-candle/src/lib.rs", "crates/metal-candle-cli/src/main.rs"];
 
-/// Circles among these files are not errors yet: the rebuild of the models from parts removes them.
-const BEING_REBUILT: [&str; 9] = [
-    "models/block.rs",
-    "models/config.rs",
-    "models/decoder.rs",
-    "models/decoding.rs",
-    "models/families/qwen2.rs",
-    "models/fused_block.rs",
-    "models/kv_cache.rs",
-    "models/memory.rs",
-    "models/step.rs",
-];
-
 #[test]
 fn no_files_use_each_other() {
     let root = workspace();
@@ -102,9 +89,7 @@ fn no_files_use_each_other() {
         let folder = Path::new(path).parent().unwrap().to_string_lossy().into_owned();
         assert_eq!(num_files, sources(&folder).len(), "{path}: files of no module, or modules of no file");
         assert!(imports.num_edges() > num_files, "{path}: the test does not see the imports");
-        let is_rebuilt = |file: &Path| BEING_REBUILT.iter().any(|name| file.ends_with(name));
-        let found = imports.circles().into_iter().filter(|files| !files.iter().all(|file| is_rebuilt(file)));
-        circles.extend(found.map(|files| imports.describe(&files, &root)));
+        circles.extend(imports.circles().into_iter().map(|files| imports.describe(&files, &root)));
     }
     assert!(circles.is_empty(), "files that use each other:\n{}", circles.join("\n\n"));
 }

@@ -32,6 +32,10 @@ impl Tensors {
         Self(candle_core::safetensors::load(golden(path), &candle_core::Device::Cpu).unwrap())
     }
 
+    pub fn renamed(self, rename: impl Fn(&str) -> String) -> Self {
+        Self(self.0.into_iter().map(|(name, tensor)| (rename(&name), tensor)).collect())
+    }
+
     pub fn get(&self, name: &str) -> &Tensor {
         self.0.get(name).unwrap_or_else(|| panic!("no golden tensor `{name}`"))
     }
@@ -114,7 +118,7 @@ fn ids_of(case: &Value, key: &str) -> Vec<u32> {
 }
 
 /// A cache for this model.
-fn cache(model: &Model, max_seq_len: usize, slots: usize, dtype: DType) -> KVCache {
+pub fn cache(model: &Model, max_seq_len: usize, slots: usize, dtype: DType) -> KVCache {
     let config = model.config();
     let config = KVCacheConfig {
         max_seq_len,

@@ -139,19 +139,14 @@ fn windows_that_never_apply_are_accepted() {
 #[test]
 fn what_is_not_supported_is_refused_by_key() {
     for (changes, words) in [
-        (json!({"model_type": "llama"}), ["model_type", "llama"]),
-        (json!({"hidden_act": "gelu"}), ["hidden_act", "gelu"]),
-        (
-            json!({"use_sliding_window": true, "max_window_layers": 2, "sliding_window": 16}),
-            ["use_sliding_window", "sliding"],
-        ),
+        (json!({"model_type": "mamba"}), ["model_type", "mamba"]),
+        (json!({"hidden_act": "mish"}), ["hidden_act", "mish"]),
         (
             json!({"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8}),
             ["layer_types", "sliding"],
         ),
-        (json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), ["rope_scaling", "yarn"]),
-        (json!({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}), ["rope_scaling", "linear"]),
-        (json!({"rope_parameters": {"rope_type": "dynamic"}}), ["rope_parameters", "dynamic"]),
+        (json!({"rope_scaling": {"type": "unheard", "factor": 4.0}}), ["rope_scaling", "unheard"]),
+        (json!({"rope_parameters": {"rope_type": "axial"}}), ["rope_parameters", "axial"]),
         (json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}), ["rope_parameters", "layer"]),
         (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), ["rope_parameters", "partial_rotary_factor"]),
         (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), ["quantization_config", "gptq"]),
@@ -163,7 +158,7 @@ fn what_is_not_supported_is_refused_by_key() {
         let text = error.to_string();
         assert!(text.contains("config.json") && words.iter().all(|word| text.contains(word)), "{changes}: {text}");
     }
-    assert!(parse(&with(json!({"model_type": "llama"}))).unwrap_err().to_string().contains("`qwen2`"));
+    assert!(parse(&with(json!({"model_type": "mamba"}))).unwrap_err().to_string().contains("`qwen2`"));
 }
 
 #[test]
@@ -194,6 +189,8 @@ fn wrong_values_are_named_with_what_was_expected() {
         (with(json!({"rope_theta": 0})), ["`rope_theta`", "expected", "0"]),
         (with(json!({"rope_theta": "big"})), ["`rope_theta`", "a number", "big"]),
         (with(json!({"rope_scaling": 3})), ["`rope_scaling`", "an object", "3"]),
+        (with(json!({"rope_scaling": {"type": "linear"}})), ["`factor`", "a number", "no such key"]),
+        (with(json!({"rope_scaling": {"type": "linear", "factor": -4.0}})), ["`factor`", "above 0", "-4"]),
         (with(json!({"rms_norm_eps": -1.0})), ["`rms_norm_eps`", "expected", "-1"]),
         (with(json!({"tie_word_embeddings": 1})), ["`tie_word_embeddings`", "`true` or `false`", "1"]),
         (with(json!({"eos_token_id": -2})), ["`eos_token_id`", "token id", "-2"]),

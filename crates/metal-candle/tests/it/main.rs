@@ -11,8 +11,10 @@ mod data_masks;
 mod data_packing;
 mod data_tokenizer;
 mod decoder;
+#[macro_use]
 mod devices;
 mod distributed;
+mod families;
 #[cfg(target_os = "linux")]
 mod fuzz;
 mod golden;

@@ -89,7 +89,7 @@ fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Resul
     let mut generator = Generator::new(model.clone());
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
     // the first prompts are continued while the last are read: they go on until all have made their steps
-    let most = if sequences == 1 { steps + 1 } else { model.config().max_position_embeddings };
+    let most = if sequences == 1 { steps + 1 } else { model.config().max_sequence_length() };
     let config = GenerationConfig::default().with_max_tokens(most).with_ignore_eos(true);
     let mut has_begun = vec![false; sequences];
     let (mut num_waiting, mut num_pieces) = (sequences, 0);
@@ -113,7 +113,7 @@ fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Resul
     if seconds.len() < steps {
         let message = format!(
             "the model's context of {} tokens is too short to decode {steps} tokens of {sequences} sequences after {length}",
-            model.config().max_position_embeddings
+            model.config().max_sequence_length()
         );
         return Err(UserError::new(message).with_hint("a smaller --context or fewer --decode-tokens").into());
     }
@@ -136,7 +136,7 @@ fn train(
     let adapter = LoRAAdapter::builder(model)
         .with_rank(rank)
         .with_alpha(2.0 * rank as f64)
-        .with_target_modules(TargetModule::ALL)
+        .with_target_modules([TargetModule::AllLinear])
         .build()?;
     let config = TrainingConfig {
         num_epochs: 1,

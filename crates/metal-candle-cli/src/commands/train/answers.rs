@@ -88,7 +88,7 @@ impl Question {
 
 /// Greedy answers to all questions, side by side.
 pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions: &[Question]) -> Result<Vec<Answer>> {
-    let context = generator.model().config().max_position_embeddings;
+    let context = generator.model().config().max_sequence_length();
     let mut answers = Vec::with_capacity(questions.len());
     // a right answer is as long as the wanted one; what is longer need not be written to the end
     let configs: Vec<_> = questions
@@ -109,7 +109,7 @@ pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions
 
 /// The text that is written for one question, not cut at the length of the wanted answer.
 pub(super) fn show(generator: &mut Generator, question: &Question) -> metal_candle::Result<String> {
-    let context = generator.model().config().max_position_embeddings;
+    let context = generator.model().config().max_sequence_length();
     let most = context.saturating_sub(question.prompt.len()).clamp(1, MAX_SAMPLE_TOKENS);
     let config = with_end_of_turn(GenerationConfig::default().with_max_tokens(most), generator.tokenizer());
     Ok(generator.generate(question.prompt.clone(), &config)?.text)

@@ -12,8 +12,9 @@ use fancy_regex::Regex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What PEFT takes for models of the Qwen2 kind when `target_modules` is null.
+/// What PEFT takes for these families when `target_modules` is null; for the others it takes nothing.
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
+const FAMILIES_WITH_DEFAULTS: [&str; 7] = ["llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"];
 
 /// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
 const UNSUPPORTED: [&str; 11] = [
@@ -61,7 +62,7 @@ pub(super) fn plan(
         ensure_weight_tying: config.flag("ensure_weight_tying")?.unwrap_or(false) && model.config().tie_word_embeddings,
         base_model: config.text("base_model_name_or_path")?.map(String::from),
     };
-    let selection = Selection::read(config)?;
+    let selection = Selection::read(config, &model.config().model_type)?;
     let mut planned = Vec::new();
     for (number, linear) in model.linears().iter().enumerate() {
         if (selection.takes(linear) && !settings.saves(&linear.path)) || is_in_file(linear) {
@@ -139,11 +140,12 @@ enum Targets<'a> {
 }
 
 impl<'a> Selection<'a> {
-    fn read(config: &'a JsonObject) -> Result<Self> {
+    fn read(config: &'a JsonObject, model_type: &str) -> Result<Self> {
         let targets = match targets_of(config, "target_modules")? {
             Some(Targets::Matching(regex)) if regex.as_str() == whole("all-linear") => Targets::All,
             Some(targets) => targets,
-            None => Targets::Named(DEFAULT_TARGETS.to_vec()),
+            None if FAMILIES_WITH_DEFAULTS.contains(&model_type) => Targets::Named(DEFAULT_TARGETS.to_vec()),
+            None => Targets::Named(Vec::new()),
         };
         let layers = read_as(config, "layers_to_transform", "a whole number or a list of them", |value| match value {
             Value::Array(layers) => layers.iter().map(as_count).collect(),

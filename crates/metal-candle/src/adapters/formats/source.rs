@@ -11,49 +11,84 @@ use std::path::{Path, PathBuf};
 /// Most bytes of a `.bin` file.
 const MAX_PICKLE_BYTES: u64 = 8 << 30;
 
-/// The tensors of an adapter file, by name.
-pub(super) enum TensorSource {
+/// The tensors of an adapter file, by name. Names of an adapter of a multimodal model are those of its text part.
+pub(super) struct TensorSource {
+    stored: Stored,
+    /// The names in the file, by the names of the text part.
+    names: BTreeMap<String, String>,
+}
+
+enum Stored {
     Safetensors(SafetensorsFile),
     Pickle(PathBuf, BTreeMap<String, Tensor>),
 }
 
-impl TensorSource {
-    /// Opens a file. One whose name ends in `.bin` is read as a pickle of which only tensors are built and no code is run.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        if path.extension().is_some_and(|extension| extension == "bin") {
-            return Ok(Self::Pickle(path.to_path_buf(), read_pickle(path)?));
-        }
-        Ok(Self::Safetensors(SafetensorsFile::open(path)?))
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        match self {
-            Self::Safetensors(file) => file.path(),
-            Self::Pickle(path, _) => path,
-        }
-    }
-
-    /// The names of all tensors.
-    pub(super) fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+impl Stored {
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         match self {
             Self::Safetensors(file) => Box::new(file.entries().iter().map(|entry| entry.name.as_str())),
             Self::Pickle(_, tensors) => Box::new(tensors.keys().map(String::as_str)),
         }
     }
+}
+
+/// The name that a tensor of the text part of a multimodal model has in the text model.
+fn name_in_text_model(name: &str) -> String {
+    for (part, own) in [
+        ("model.language_model.", "model."),
+        ("language_model.model.", "model."),
+        ("language_model.lm_head", "lm_head"),
+    ] {
+        if let Some((before, after)) = name.split_once(part) {
+            return format!("{before}{own}{after}");
+        }
+    }
+    name.to_string()
+}
+
+impl TensorSource {
+    /// Opens a file. One whose name ends in `.bin` is read as a pickle of which only tensors are built and no code is run.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let stored = if path.extension().is_some_and(|extension| extension == "bin") {
+            Stored::Pickle(path.to_path_buf(), read_pickle(path)?)
+        } else {
+            Stored::Safetensors(SafetensorsFile::open(path)?)
+        };
+        let names = stored.names().map(|name| (name_in_text_model(name), name.to_string())).collect();
+        Ok(Self { stored, names })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match &self.stored {
+            Stored::Safetensors(file) => file.path(),
+            Stored::Pickle(path, _) => path,
+        }
+    }
+
+    /// The names of all tensors.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.keys().map(String::as_str)
+    }
+
+    fn in_file<'a>(&'a self, name: &'a str) -> &'a str {
+        self.names.get(name).map_or(name, String::as_str)
+    }
 
     /// The shape of a tensor, if the file has it.
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        match self {
-            Self::Safetensors(file) => file.entry(name).map(|entry| entry.shape.as_slice()),
-            Self::Pickle(_, tensors) => tensors.get(name).map(Tensor::dims),
+        let name = self.names.get(name)?;
+        match &self.stored {
+            Stored::Safetensors(file) => file.entry(name).map(|entry| entry.shape.as_slice()),
+            Stored::Pickle(_, tensors) => tensors.get(name).map(Tensor::dims),
         }
     }
 
     /// The dtype of a tensor, unless it is a float.
     pub(super) fn foreign_dtype(&self, name: &str) -> Option<&'static str> {
-        match self {
-            Self::Safetensors(file) => file.entry(name).filter(|entry| !entry.is_float()).map(|entry| entry.dtype),
-            Self::Pickle(_, tensors) => {
+        let name = self.names.get(name)?;
+        match &self.stored {
+            Stored::Safetensors(file) => file.entry(name).filter(|entry| !entry.is_float()).map(|entry| entry.dtype),
+            Stored::Pickle(_, tensors) => {
                 tensors.get(name).map(Tensor::dtype).filter(|dtype| !dtype.is_float()).map(|dtype| dtype.as_str())
             }
         }
@@ -78,9 +113,10 @@ impl TensorSource {
 
     /// The values of a tensor in f32, row by row.
     pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let tensor = match self {
-            Self::Safetensors(file) => file.float_tensor(name, DType::F32)?,
-            Self::Pickle(path, tensors) => {
+        let name = self.in_file(name);
+        let tensor = match &self.stored {
+            Stored::Safetensors(file) => file.float_tensor(name, DType::F32)?,
+            Stored::Pickle(path, tensors) => {
                 let tensor = tensors.get(name).ok_or_else(|| Error::format(path, format!("has no tensor `{name}`")))?;
                 tensor.to_dtype(DType::F32)?
             }

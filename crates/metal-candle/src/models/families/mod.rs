@@ -1,6 +1,58 @@
-//! Families: how a `model_type` names its tensors and reads its `config.json`.
+//! Model families: each file turns the keys of one `model_type` into a description.
 
-pub(crate) mod qwen2;
+mod cohere;
+mod common;
+mod family;
+mod gemma;
+mod glm;
+mod granite;
+mod llama;
+mod mistral;
+mod olmo;
+mod phi3;
+mod qwen;
+mod smollm3;
+mod starcoder2;
+
+pub(crate) use family::Family;
 
 /// Each `model_type` that can be loaded.
-pub(crate) const SUPPORTED: &[&str] = &["qwen2"];
+const FAMILIES: &[&Family] = &[
+    &cohere::COHERE,
+    &cohere::COHERE2,
+    &gemma::GEMMA,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3,
+    &glm::GLM,
+    &glm::GLM4,
+    &granite::GRANITE,
+    &granite::GRANITE_HYBRID,
+    &llama::LLAMA,
+    &mistral::MINISTRAL,
+    &mistral::MINISTRAL3,
+    &mistral::MISTRAL,
+    &olmo::OLMO2,
+    &olmo::OLMO3,
+    &phi3::PHI3,
+    &qwen::QWEN2,
+    &qwen::QWEN3,
+    &smollm3::SMOLLM3,
+    &starcoder2::STARCODER2,
+];
+
+/// Multimodal models whose text part can be loaded, and the type of that part if its configuration does not name it.
+const MULTIMODAL: &[(&str, &str)] = &[("gemma3", "gemma3_text"), ("mistral3", "mistral")];
+
+pub(crate) fn find(model_type: &str) -> Option<&'static Family> {
+    FAMILIES.iter().copied().find(|family| family.model_type == model_type)
+}
+
+/// The names of all families, for messages.
+pub(crate) fn names() -> String {
+    FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join("`, `")
+}
+
+/// The type of the text part of a multimodal model.
+pub(crate) fn text_type(model_type: &str) -> Option<&'static str> {
+    MULTIMODAL.iter().find(|(multimodal, _)| *multimodal == model_type).map(|(_, text)| *text)
+}

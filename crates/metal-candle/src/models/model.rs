@@ -1,22 +1,28 @@
-//! The decoder: one description-driven stack of blocks for all families.
+//! The model: a description with weights, and its forward pass.
 
-use super::block::{Block, BlockParameters, Context, MODULES};
-use super::{Batch, KVCache, ModelConfig, families};
+use super::block::Block;
+use super::config::ModelConfig;
+use super::layout::Layout;
+use super::parts::attention::Attention;
+use super::parts::feed_forward::FeedForward;
+use super::parts::norm::NormLayer;
+use super::parts::pass::Context;
+use super::parts::sublayer::Sublayer;
+use super::registry::LinearInfo;
+use super::rows::{Rows, gather_rows};
+use super::tensors::Tensors;
+use super::{Batch, KVCache};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Cached, Spans};
-use crate::ops::head::Head;
+use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
-use crate::ops::norm::Norm;
-use crate::ops::rotary::{Pairs, RotaryScaling, RotarySpec, RotaryTable, Rotation};
-use crate::ops::{LowRankTerms, Weight, embedding, head};
+use crate::ops::rotary::{RotaryTable, Rotation};
+use crate::ops::{LowRankTerms, Weight, embedding};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// Linear layers of a block.
-pub(super) const NUM_LINEARS: usize = 7;
 
 /// A model: immutable, shared weights. Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -27,43 +33,20 @@ pub struct Model {
 #[derive(Debug)]
 pub(super) struct Inner {
     config: ModelConfig,
+    layout: Layout,
     device: Device,
     dtype: DType,
-    linears: Vec<LinearInfo>,
     parameters: Vec<(String, Tensor)>,
     pub(super) embedding: Weight,
+    /// The factor on embedded tokens.
+    pub(super) embedding_scale: f32,
     pub(super) blocks: Vec<Block>,
-    pub(super) norm: Norm,
+    pub(super) norm: NormLayer,
     /// The head; its weight is the embedding itself where it is tied.
     pub(super) head: Head,
-    pub(super) rotary: RotaryTable,
-    pub(super) attention: AttentionShape,
-}
-
-/// A linear layer of a model, known to adapters by its number.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LinearInfo {
-    /// Path in the checkpoint without `.weight`: `model.layers.0.self_attn.q_proj`, `model.embed_tokens`, `lm_head`.
-    pub path: String,
-    /// The block it is in; none for the embedding and the head.
-    pub layer: Option<usize>,
-    /// Last part of the path: `q_proj`.
-    pub module: &'static str,
-    /// Width of its input; for the embedding the size of the vocabulary.
-    pub in_features: usize,
-    /// Width of its output.
-    pub out_features: usize,
-}
-
-/// The rows of a batch whose logits are wanted.
-#[derive(Debug, Clone, Copy)]
-pub enum Rows<'a> {
-    /// Each token's.
-    All,
-    /// Those of the last token of each sequence.
-    Last,
-    /// Those of the tokens with these indices.
-    Of(&'a [usize]),
+    pub(super) rotary: Vec<RotaryTable>,
+    /// The different kinds of attention that the layers have.
+    pub(super) shapes: Vec<AttentionShape>,
 }
 
 impl Model {
@@ -118,93 +101,62 @@ impl Model {
 
     /// A model of parameters that are known to fit.
     fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, dtype: DType, device: Device) -> Result<Self> {
-        // norms and biases are small and only f32 is fast with f32 activations
-        let small = |tensor: &Tensor| if device.is_cpu() { tensor.to_dtype(DType::F32) } else { Ok(tensor.clone()) };
-        let numbers: HashMap<&str, usize> =
-            parameters.iter().enumerate().map(|(number, (name, _))| (name.as_str(), number)).collect();
-        let find = |name: &str| -> Result<(usize, &Tensor)> {
-            let number = numbers.get(name).copied();
-            let number = number.ok_or_else(|| Error::argument("tensors", format!("`{name}` is missing")))?;
-            Ok((number, &parameters[number].1))
-        };
-        let norm = |name: &str| -> Result<(usize, Norm)> {
-            let (number, weight) = find(name)?;
-            Ok((number, Norm::rms(small(weight)?, config.rms_norm_eps)))
-        };
-        let shape = AttentionShape::new(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            (1.0 / (config.head_dim as f64).sqrt()) as f32,
-        );
-        let (mut linears, mut blocks) = (Vec::new(), Vec::new());
-        for layer in 0..config.num_hidden_layers {
-            let (mut weights, mut places) = (Vec::with_capacity(NUM_LINEARS), Vec::with_capacity(NUM_LINEARS));
-            for (place, module) in MODULES.into_iter().enumerate() {
-                let room = if place < 4 { "self_attn" } else { "mlp" };
-                let path = format!("model.layers.{layer}.{room}.{module}");
-                let (number, weight) = find(&format!("{path}.weight"))?;
-                let bias = numbers.get(format!("{path}.bias").as_str()).copied();
-                places.push((number, bias));
-                let bias = bias.map(|bias| small(&parameters[bias].1)).transpose()?;
-                let (out_features, in_features) = weight.dims2()?;
-                linears.push(LinearInfo { path, layer: Some(layer), module, in_features, out_features });
-                weights.push(Linear { weight: weight.clone().into(), bias });
+        let (description, layout) = (config.describe()?, config.layout()?);
+        let tensors = Tensors { linears: &layout.linears, parameters: &parameters, device };
+        let norm = |slot: Option<_>| slot.map(|slot| tensors.norm(slot)).transpose();
+        let (mut blocks, mut shapes) = (Vec::with_capacity(layout.layers.len()), Vec::new());
+        for (layer, (spec, slots)) in description.layers.iter().zip(&layout.layers).enumerate() {
+            let attention = Attention::new(layer, &spec.attention, &slots.attention, &description.rotary, &tensors)?;
+            if !shapes.contains(&attention.shape) {
+                shapes.push(attention.shape);
             }
-            let (input, input_layernorm) = norm(&format!("model.layers.{layer}.input_layernorm.weight"))?;
-            let (middle, post_attention_layernorm) =
-                norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"))?;
+            let feed_forward = FeedForward::new(&spec.feed_forward, &slots.feed_forward, &tensors)?;
+            let scale = spec.residual_scale;
             blocks.push(Block {
                 layer,
-                input_layernorm,
-                post_attention_layernorm,
-                linears: weights,
-                parameters: BlockParameters {
-                    linears: places,
-                    input_layernorm: input,
-                    post_attention_layernorm: middle,
+                attention: Sublayer {
+                    before: norm(slots.before_attention)?,
+                    part: attention,
+                    after: norm(slots.after_attention)?,
+                    scale,
                 },
-                shape,
+                feed_forward: Sublayer {
+                    before: norm(slots.before_feed_forward)?,
+                    part: feed_forward,
+                    after: norm(slots.after_feed_forward)?,
+                    scale,
+                },
+                is_parallel: spec.is_parallel,
+                parameters: slots.parameters.clone(),
             });
         }
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        for (path, module, in_features, out_features) in
-            [("model.embed_tokens", "embed_tokens", vocab, hidden), ("lm_head", "lm_head", hidden, vocab)]
-        {
-            linears.push(LinearInfo { path: path.into(), layer: None, module, in_features, out_features });
-        }
-        let embedding = Weight::from(find("model.embed_tokens.weight")?.1.clone());
-        let head =
-            if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight")?.1.clone().into() };
-        let head = Head::new(Linear { weight: head, bias: None });
-        let norm = norm("model.norm.weight")?.1;
-        let rotary = RotaryTable::new(&RotarySpec {
-            dim: config.head_dim,
-            theta: config.rope_theta,
-            scaling: RotaryScaling::Default,
-            pairs: Pairs::Halves,
-            max_position_embeddings: config.max_position_embeddings,
-        })?;
-        drop(numbers);
+        let norm = tensors.norm(layout.norm)?;
+        let embedding = tensors.matrix(layout.embedding)?;
+        let linear = Linear { weight: tensors.matrix(layout.head)?, bias: None };
+        let head = Head { linear, scale: description.head.scale, soft_cap: description.head.soft_cap };
+        let rotary = description.rotary.iter().map(RotaryTable::new).collect::<Result<_>>()?;
+        let embedding_scale = description.embedding.scale;
         let inner = Inner {
             config,
+            layout,
             device,
             dtype,
-            linears,
             parameters,
             embedding,
+            embedding_scale,
             blocks,
             norm,
             head,
             rotary,
-            attention: shape,
+            shapes,
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Name and shape of every tensor a checkpoint of this configuration holds.
+    /// Name and shape of every tensor a checkpoint of this configuration holds; none if it makes no decoder.
     pub fn parameter_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-        families::qwen2::parameters(config)
+        let specs = config.parameter_specs().unwrap_or_default();
+        specs.into_iter().map(|spec| (spec.name, spec.shape)).collect()
     }
 
     /// The configuration.
@@ -227,10 +179,10 @@ impl Model {
         if self.inner.device.is_cpu() { DType::F32 } else { self.inner.dtype }
     }
 
-    /// The layers that an adapter can extend, by number: seven of each block, then the embedding and the head, the
-    /// latter also where its weight is the embedding's.
+    /// The layers that an adapter can extend, by id: those of each block, then the embedding and the head, the latter also
+    /// where its weight is the embedding's.
     pub fn linears(&self) -> &[LinearInfo] {
-        &self.inner.linears
+        &self.inner.layout.linears
     }
 
     /// Name and tensor of each parameter, in the order of [`Model::parameter_shapes`]; a tied head is not listed.
@@ -265,16 +217,17 @@ impl Model {
         self.check_positions(batch)?;
         self.check_terms(terms)?;
         if let Some(cache) = &cache {
-            cache.check(batch, config.num_key_value_heads, config.head_dim, config.num_hidden_layers)?;
+            cache.check(batch, &self.cache_shape())?;
         } else if let Some(sequence) = (0..batch.num_sequences()).find(|&i| batch.positions()[batch.offsets()[i]] != 0)
         {
             let message =
                 format!("sequence {sequence} does not begin at position 0, and there is no cache to continue");
             return Err(Error::argument("batch", message));
         }
-        let (mut x, rotation) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms)?;
         let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
-        let context = Context { rotation: &rotation, spans: &spans, terms, dropout_seed: None };
+        let (rotations, positions) = (rotations.as_slice(), batch.positions());
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut())?;
         }
@@ -288,71 +241,79 @@ impl Model {
             Rows::Last => gather_rows(&x, &batch.last_rows())?,
             Rows::Of(rows) => gather_rows(&x, rows)?,
         };
-        let term = terms.and_then(|terms| terms.get(self.head_number()));
+        let term = terms.and_then(|terms| terms.get(self.head_id()));
         head::logits(&self.inner.norm.forward(&x)?, &self.inner.head, term)
     }
 
-    /// The residual stream that enters the first block, and the rotation of the batch's positions.
-    pub(super) fn embed(&self, batch: &Batch, terms: Option<&LowRankTerms>) -> Result<(Tensor, Rotation)> {
+    /// The residual stream that enters the first block, and the rotations of the batch's positions by each table.
+    pub(super) fn embed(&self, batch: &Batch, terms: Option<&LowRankTerms>) -> Result<(Tensor, Vec<Rotation>)> {
         if batch.is_empty() {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
-        let term = terms.and_then(|terms| terms.get(self.embedding_number()));
-        let x = embedding::forward(&self.inner.embedding, term, batch.ids(), self.activation_dtype(), 1.0)?;
-        let rotation = self.inner.rotary.rotation(batch.positions(), batch.offsets(), &x)?;
-        Ok((x, rotation))
+        let term = terms.and_then(|terms| terms.get(self.embedding_id()));
+        let (ids, dtype) = (batch.ids(), self.activation_dtype());
+        let x = embedding::forward(&self.inner.embedding, term, ids, dtype, self.inner.embedding_scale)?;
+        let rotation = |table: &RotaryTable| table.rotation(batch.positions(), batch.offsets(), &x);
+        let rotations = self.inner.rotary.iter().map(rotation).collect::<Result<_>>()?;
+        Ok((x, rotations))
+    }
+
+    /// The length from which on a text has other rotary frequencies, keys that are cached included (longrope).
+    pub(crate) fn rotary_limit(&self) -> Option<usize> {
+        self.inner.rotary.iter().filter_map(RotaryTable::limit).min()
     }
 
     /// Where the sequences of a batch are, for attention.
     pub(super) fn spans(&self, batch: &Batch, cached: Option<Cached>, x: &Tensor) -> Result<Spans> {
-        Spans::new(batch.offsets(), &[self.inner.attention], cached, x)
+        Spans::new(batch.offsets(), &self.inner.shapes, cached, x)
     }
 
-    /// The terms with what their magnitudes are divided by worked out, for as long as A and B stay what they are.
+    /// Key/value heads of each layer and their width.
+    pub(super) fn cache_shape(&self) -> Vec<[usize; 2]> {
+        let shapes = self.inner.blocks.iter().map(|block| block.attention.part.shape);
+        shapes.map(|shape| [shape.kv_heads, shape.head_dim]).collect()
+    }
+
+    /// The low-rank updates with the norms that DoRA divides by, for as long as A and B do not change.
     pub(crate) fn with_fixed_norms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
         self.check_terms(Some(terms))?;
         let mut fixed = LowRankTerms::new();
-        for (number, term) in terms.iter() {
-            let is_embedding = number == self.embedding_number();
-            let weight = match self.inner.blocks.get(number / NUM_LINEARS) {
-                Some(block) => &block.linears[number % NUM_LINEARS].weight,
-                None if is_embedding => &self.inner.embedding,
-                None => &self.inner.head.linear.weight,
-            };
-            fixed.insert(number, term.with_fixed_norms(weight, is_embedding)?);
+        for (id, term) in terms.iter() {
+            let weight = self.parameters()[self.linears()[id].weight].1.clone().into();
+            fixed.insert(id, term.with_fixed_norms(&weight, id == self.embedding_id())?);
         }
         Ok(fixed)
     }
 
-    /// The number of the embedding among [`Model::linears`].
-    pub(super) fn embedding_number(&self) -> usize {
-        NUM_LINEARS * self.inner.blocks.len()
+    /// The id of the embedding among [`Model::linears`].
+    pub(super) fn embedding_id(&self) -> usize {
+        self.inner.layout.embedding_id
     }
 
-    /// The number of the head among [`Model::linears`].
-    pub(super) fn head_number(&self) -> usize {
-        self.embedding_number() + 1
+    /// The id of the head among [`Model::linears`].
+    pub(super) fn head_id(&self) -> usize {
+        self.inner.layout.head_id
+    }
+
+    /// The index of the embedding among [`Model::parameters`].
+    pub(super) fn embedding_parameter(&self) -> usize {
+        self.inner.layout.embedding
+    }
+
+    /// The index of the head's weight among [`Model::parameters`]; the embedding's where it is tied.
+    pub(super) fn head_parameter(&self) -> usize {
+        self.inner.layout.head
     }
 
     pub(super) fn check_positions(&self, batch: &Batch) -> Result<()> {
         let longest = batch.positions().iter().max().map_or(0, |&p| p as usize + 1);
-        let limit = self.inner.config.max_position_embeddings;
+        let limit = self.inner.config.max_sequence_length();
         if longest > limit {
             let message = format!("a sequence of {longest} tokens is longer than the model's {limit}");
             return Err(Error::argument("batch", message));
         }
         Ok(())
     }
-}
-
-/// The rows of `x: [tokens, width]` with these indices.
-pub(super) fn gather_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
-    let count = x.dim(0)?;
-    if let Some(row) = rows.iter().find(|&&row| row >= count) {
-        return Err(Error::argument("rows", format!("row {row} is not below the number of tokens, {count}")));
-    }
-    let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-    Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
 }
 
 /// The parameters in checkpoint order, or everything that is wrong with them.

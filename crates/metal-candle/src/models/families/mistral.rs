@@ -1,0 +1,71 @@
+//! Mistral (<https://arxiv.org/abs/2310.06825>, section 2) and Ministral.
+
+use super::common::{RopeKeys, decoder, layer_types, set_windows, sliding_window};
+use super::family::Family;
+use crate::error::Result;
+use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
+use crate::models::description::{Description, QueryScaling};
+use crate::models::keys::Keys;
+
+const DEFAULTS: Defaults = Defaults {
+    max_position_embeddings: 131_072,
+    num_key_value_heads: KeyValueHeads::Of(8),
+    eos_token_ids: &[2],
+    ..Defaults::BASE
+};
+
+pub(super) const MISTRAL: Family =
+    Family { model_type: "mistral", architecture: "MistralForCausalLM", defaults: DEFAULTS, describe: mistral };
+
+pub(super) const MINISTRAL: Family =
+    Family { model_type: "ministral", architecture: "MinistralForCausalLM", defaults: DEFAULTS, describe: ministral };
+
+pub(super) const MINISTRAL3: Family = Family {
+    model_type: "ministral3",
+    architecture: "Ministral3ForCausalLM",
+    defaults: Defaults {
+        max_position_embeddings: 262_144,
+        norm_eps: ("rms_norm_eps", 1e-5),
+        rope_theta: 1e6,
+        head_dim: Some(128),
+        ..DEFAULTS
+    },
+    describe: ministral3,
+};
+
+/// A window in all layers, if any.
+fn mistral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    config.attention_bias = false;
+    let mut description = decoder(config, keys)?;
+    let size = sliding_window(keys, Some(4096))?;
+    let is_sliding = vec![size.is_some(); config.num_hidden_layers];
+    set_windows(&mut description, config, keys, &is_sliding, size)?;
+    Ok(description)
+}
+
+/// A window where `layer_types` says so, without the key in all layers.
+fn ministral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    config.attention_bias = false;
+    let mut description = decoder(config, keys)?;
+    let size = sliding_window(keys, Some(4096))?;
+    let is_sliding = layer_types(config, keys)?.unwrap_or(vec![size.is_some(); config.num_hidden_layers]);
+    set_windows(&mut description, config, keys, &is_sliding, size)?;
+    Ok(description)
+}
+
+/// Queries grow with the logarithm of the position.
+fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    config.attention_bias = false;
+    let mut description = decoder(config, keys)?;
+    let size = sliding_window(keys, None)?;
+    let is_sliding = vec![size.is_some(); config.num_hidden_layers];
+    set_windows(&mut description, config, keys, &is_sliding, size)?;
+    let rope = RopeKeys::read(config, keys, None)?;
+    let original = rope.number("original_max_position_embeddings")?;
+    let original = original.map_or(config.max_position_embeddings, |original| original as usize);
+    if let Some(beta) = rope.number("llama_4_scaling_beta")? {
+        let scaling = QueryScaling { beta, original_max_position_embeddings: original.max(1) };
+        description.for_each_attention(|_, attention| attention.query_scaling = Some(scaling));
+    }
+    Ok(description)
+}

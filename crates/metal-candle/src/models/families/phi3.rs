@@ -1,0 +1,32 @@
+//! Phi-3, Phi-3.5 and Phi-4 (<https://arxiv.org/abs/2404.14219>, section 2).
+
+use super::common::{decoder, set_windows, sliding_window};
+use super::family::Family;
+use crate::error::Result;
+use crate::models::config::{Defaults, ModelConfig};
+use crate::models::description::{Description, GatedProjections};
+use crate::models::keys::Keys;
+
+pub(super) const PHI3: Family = Family {
+    model_type: "phi3",
+    architecture: "Phi3ForCausalLM",
+    defaults: Defaults {
+        max_position_embeddings: 4096,
+        norm_eps: ("rms_norm_eps", 1e-5),
+        eos_token_ids: &[32_000],
+        ..Defaults::BASE
+    },
+    describe: phi3,
+};
+
+/// q, k and v, and gate and up, are one tensor each. Adapters extend these as PEFT does, with one A for all of its rows.
+fn phi3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    config.attention_bias = false;
+    let mut description = decoder(config, keys)?;
+    let size = sliding_window(keys, None)?;
+    let is_sliding = vec![size.is_some(); config.num_hidden_layers];
+    set_windows(&mut description, config, keys, &is_sliding, size)?;
+    description.for_each_attention(|_, attention| attention.is_fused = true);
+    description.for_each_gated_mlp(|mlp| mlp.projections = GatedProjections::Fused(["gate_up_proj", "down_proj"]));
+    Ok(description)
+}

@@ -1,0 +1,510 @@
+//! Attention with grouped key/value heads, its projections, norms of q and k, and rotation.
+
+mod step;
+
+use super::super::description::{AttentionSpec, QkNormExtent, QkNormSpec};
+use super::super::kv_cache::KVCache;
+use super::super::registry::{LinearSlot, NormSlot, Registry, Role};
+use super::super::tensors::Tensors;
+use super::input::{Input, Output, Pending};
+use super::linear::{Extras, LinearLayer};
+use super::norm::NormLayer;
+use super::pass::{Backward, Context, Meter, StepSize, missing};
+use super::sublayer::{Part, Saved};
+use crate::error::Result;
+use crate::ops::attention::{self, AttentionGradients};
+use crate::ops::fused::{self, Factors, Layer};
+use crate::ops::num_bytes;
+use crate::ops::rotary::{Pairs, RotarySpec, scale_rows};
+use candle_core::{DType, Tensor};
+use metal_candle_kernels::AttentionShape;
+
+const FOLDER: &str = "self_attn";
+
+/// Where the tensors of an attention part are registered.
+#[derive(Debug)]
+pub(in crate::models) struct AttentionSlots {
+    /// q, k and v, or their fused layer.
+    inputs: Vec<LinearSlot>,
+    output: LinearSlot,
+    qk_norm: Option<[NormSlot; 2]>,
+    sinks: Option<usize>,
+}
+
+impl AttentionSlots {
+    pub(in crate::models) fn new(spec: &AttentionSpec, registry: &mut Registry, hidden: usize) -> Self {
+        let [queries, keys, values] = spec.widths();
+        let inputs = if spec.is_fused {
+            vec![registry.linear(FOLDER, "qkv_proj", [hidden, queries + keys + values], spec.has_bias)]
+        } else {
+            let layers = [("q_proj", queries), ("k_proj", keys), ("v_proj", values)];
+            layers.map(|(name, width)| registry.linear(FOLDER, name, [hidden, width], spec.has_bias)).into()
+        };
+        let output = registry.linear(FOLDER, "o_proj", [queries, hidden], spec.has_output_bias);
+        let qk_norm = spec.qk_norm.map(|norm| {
+            let mut register = |name: &str, heads: usize| {
+                let (width, shape) = norm.extent.sizes(heads, spec.head_dim);
+                registry.norm(&format!("{FOLDER}.{name}"), norm.norm, width, &shape)
+            };
+            [register(norm.names[0], spec.heads), register(norm.names[1], spec.kv_heads)]
+        });
+        let sinks =
+            spec.has_sinks.then(|| registry.parameter(&format!("{FOLDER}.sinks"), vec![spec.heads], Role::Bias));
+        Self { inputs, output, qk_norm, sinks }
+    }
+}
+
+impl AttentionSpec {
+    /// The widths of q, k and v.
+    fn widths(&self) -> [usize; 3] {
+        [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads.saturating_mul(self.head_dim))
+    }
+
+    /// Heads, scale and mask as kernels take them.
+    pub(in crate::models) fn shape(&self) -> AttentionShape {
+        let Self { heads, kv_heads, head_dim, scale, mask, soft_cap, .. } = *self;
+        AttentionShape { heads, kv_heads, head_dim, scale, mask, soft_cap }
+    }
+}
+
+impl QkNormExtent {
+    /// The elements that are normed together, and the shape of the weight.
+    fn sizes(self, heads: usize, head_dim: usize) -> (usize, Vec<usize>) {
+        match self {
+            Self::Head => (head_dim, vec![head_dim]),
+            Self::OwnHead => (head_dim, vec![heads, head_dim]),
+            Self::Width => (heads.saturating_mul(head_dim), vec![heads.saturating_mul(head_dim)]),
+        }
+    }
+}
+
+/// Attention of a layer.
+#[derive(Debug)]
+pub(in crate::models) struct Attention {
+    pub(in crate::models) layer: usize,
+    pub(in crate::models) spec: AttentionSpec,
+    pub(in crate::models) shape: AttentionShape,
+    /// q, k and v, or their fused layer.
+    pub(in crate::models) inputs: Vec<LinearLayer>,
+    pub(in crate::models) output: LinearLayer,
+    pub(in crate::models) qk_norm: Option<([NormLayer; 2], QkNormSpec)>,
+    sinks: Option<(usize, Tensor)>,
+    /// Whether halves of whole heads are rotated against each other.
+    is_whole_rotary: bool,
+}
+
+/// What the backward pass needs of the forward pass.
+pub(in crate::models) struct AttentionSaved {
+    /// q and k as attention takes them: normed and rotated.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /// q and k before their norms.
+    raw: Option<[Tensor; 2]>,
+    attention: attention::Saved,
+    /// The product of each layer's input with A of its low-rank update, where it was saved; the output's is last.
+    z: Vec<Option<Tensor>>,
+}
+
+impl Saved for AttentionSaved {
+    fn num_bytes(&self) -> usize {
+        let tensors = [&self.q, &self.k, &self.v].into_iter().chain(self.raw.iter().flatten());
+        tensors.chain(self.z.iter().flatten()).map(num_bytes).sum::<usize>() + self.attention.num_bytes()
+    }
+}
+
+/// The result of the projections.
+struct Projected {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw: Option<[Tensor; 2]>,
+}
+
+impl Attention {
+    pub(in crate::models) fn new(
+        layer: usize,
+        spec: &AttentionSpec,
+        slots: &AttentionSlots,
+        rotary: &[RotarySpec],
+        tensors: &Tensors,
+    ) -> Result<Self> {
+        let table = spec.rotary.and_then(|table| rotary.get(table));
+        let qk_norm = match (&slots.qk_norm, spec.qk_norm) {
+            (Some([q, k]), Some(norm)) => Some(([tensors.norm(*q)?, tensors.norm(*k)?], norm)),
+            _ => None,
+        };
+        Ok(Self {
+            layer,
+            spec: spec.clone(),
+            shape: spec.shape(),
+            inputs: slots.inputs.iter().map(|slot| tensors.linear(*slot)).collect::<Result<_>>()?,
+            output: tensors.linear(slots.output)?,
+            qk_norm,
+            sinks: slots.sinks.map(|index| Ok::<_, crate::Error>((index, tensors.small(index)?))).transpose()?,
+            is_whole_rotary: table.is_some_and(|table| table.pairs == Pairs::Halves && table.dim == spec.head_dim),
+        })
+    }
+
+    fn sinks(&self) -> Option<&Tensor> {
+        self.sinks.as_ref().map(|(_, sinks)| sinks)
+    }
+
+    /// q, k and v of the normed input; what the backward passes of the layers can use is appended to `z`.
+    fn projections(&self, x: &Tensor, context: Context, z: &mut Vec<Option<Tensor>>) -> Result<Projected> {
+        let mut linear = |layer: &LinearLayer| {
+            z.push(None);
+            let last = z.len() - 1;
+            layer.forward(x, None, context, &mut z[last])
+        };
+        if let [q, k, v] = self.inputs.as_slice() {
+            let (q, k) = (linear(q)?, linear(k)?);
+            let (q, k, raw) = self.positioned(q, k, context)?;
+            return Ok(Projected { q, k, v: linear(v)?, raw });
+        }
+        let together = linear(self.inputs.first().ok_or_else(missing)?)?;
+        let [queries, keys, values] = self.spec.widths();
+        let part = |start, width| Ok::<_, crate::Error>(together.narrow(1, start, width)?.contiguous()?);
+        let (q, k, v) = (part(0, queries)?, part(queries, keys)?, part(queries + keys, values)?);
+        drop(together);
+        let (q, k, raw) = self.positioned(q, k, context)?;
+        Ok(Projected { q, k, v, raw })
+    }
+
+    /// q and k normed, rotated and scaled, and what they were before their norms.
+    #[allow(clippy::type_complexity)]
+    fn positioned(&self, q: Tensor, k: Tensor, context: Context) -> Result<(Tensor, Tensor, Option<[Tensor; 2]>)> {
+        let Some(([q_norm, k_norm], spec)) = &self.qk_norm else {
+            let (q, k) = self.rotated(q, k, context, false)?;
+            return Ok((self.scaled(q, context)?, k, None));
+        };
+        let (q, k) = if spec.is_after_rotary { self.rotated(q, k, context, false)? } else { (q, k) };
+        let raw = [q, k];
+        let (q, k) = (q_norm.forward(&raw[0])?, k_norm.forward(&raw[1])?);
+        let (q, k) = if spec.is_after_rotary { (q, k) } else { self.rotated(q, k, context, false)? };
+        Ok((self.scaled(q, context)?, k, Some(raw)))
+    }
+
+    fn rotated(&self, q: Tensor, k: Tensor, context: Context, is_inverse: bool) -> Result<(Tensor, Tensor)> {
+        match self.spec.rotary {
+            Some(table) => context.rotations[table].apply_to_both(q, k, self.spec.head_dim, is_inverse),
+            None => Ok((q, k)),
+        }
+    }
+
+    /// q times the factors of the tokens' positions.
+    fn scaled(&self, q: Tensor, context: Context) -> Result<Tensor> {
+        let Some(scaling) = self.spec.query_scaling else { return Ok(q) };
+        let factors: Vec<f32> = context.positions.iter().map(|&position| scaling.factor(position)).collect();
+        let factors = Tensor::from_vec(factors, context.positions.len(), q.device())?;
+        scale_rows(q, &factors)
+    }
+
+    /// The gradients of the projections' results, from those of q and k as attention takes them.
+    fn positioned_backward(
+        &self,
+        (dq, dk): (Tensor, Tensor),
+        raw: Option<&[Tensor; 2]>,
+        pass: &mut Backward,
+    ) -> Result<(Tensor, Tensor)> {
+        let dq = self.scaled(dq, pass.context)?;
+        let (Some(([q_norm, k_norm], spec)), Some([q, k])) = (&self.qk_norm, raw) else {
+            return self.rotated(dq, dk, pass.context, true);
+        };
+        let (dq, dk) = if spec.is_after_rotary { (dq, dk) } else { self.rotated(dq, dk, pass.context, true)? };
+        let (dq, dk) = (q_norm.backward(q, &dq, None, pass)?, k_norm.backward(k, &dk, None, pass)?);
+        if spec.is_after_rotary { self.rotated(dq, dk, pass.context, true) } else { Ok((dq, dk)) }
+    }
+
+    /// Attention of the batch over itself, or over the cache that its keys and values are added to.
+    fn attend(&self, projected: &Projected, context: Context, cache: Option<&mut KVCache>) -> Result<attention::Saved> {
+        let Projected { q, k, v, .. } = projected;
+        match cache {
+            Some(cache) => {
+                cache.append(self.layer, k, v, context.spans)?;
+                let cached = cache.layer(self.layer);
+                Ok(attention::with_cache(self.shape, self.sinks(), q, cached, context.spans)?.into())
+            }
+            None => attention::forward(self.shape, self.sinks(), q, k, v, context.spans),
+        }
+    }
+
+    /// Whether the launches of `ops::fused` run this part for `x`.
+    pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
+        let is_training = context.dropout_seed.is_some();
+        let plain =
+            |layer: &LinearLayer, may_have_bias| layer.layer(context).is_plain(x.dtype(), may_have_bias, is_training);
+        x.device().is_metal()
+            && context.spans.has_tables(self.shape)
+            && self.inputs.len() == 3
+            && self.qk_norm.is_none()
+            && self.spec.query_scaling.is_none()
+            && self.is_whole_rotary
+            && self.inputs.iter().all(|layer| plain(layer, true))
+            && plain(&self.output, false)
+    }
+
+    fn layers<'a>(&'a self, context: Context<'a>) -> Result<[Layer<'a>; 3]> {
+        let layers: Vec<Layer> = self.inputs.iter().map(|layer| layer.layer(context)).collect();
+        layers.try_into().map_err(|_| missing())
+    }
+
+    fn fused_forward<'a>(
+        &'a self,
+        input: &Input,
+        context: Context<'a>,
+        cache: Option<&mut KVCache>,
+    ) -> Result<(Output<'a>, AttentionSaved)> {
+        let normed = input.get()?;
+        let layers = self.layers(context)?;
+        let made = fused::products(&normed, &layers, true)?;
+        drop(normed);
+        let rotation = self.spec.rotary.map(|table| &context.rotations[table]).ok_or_else(missing)?;
+        fused::finish_qkv(rotation, &layers, &made)?;
+        let mut z = made.z;
+        let [q, k, v] = all_of(made.y)?;
+        let projected = Projected { q, k, v, raw: None };
+        let attention = self.attend(&projected, context, cache)?;
+        let layer = self.output.layer(context);
+        let mut made = fused::products(&attention.out, &[layer], true)?;
+        let z_output = made.z.pop().flatten();
+        z.push(z_output.clone());
+        let output = Output { y: made.y.pop().ok_or_else(missing)?, pending: Some(Pending { layer, z: z_output }) };
+        let Projected { q, k, v, raw } = projected;
+        Ok((output, AttentionSaved { q, k, v, raw, attention, z }))
+    }
+
+    fn fused_backward<'a>(
+        &'a self,
+        input: &Input,
+        saved: AttentionSaved,
+        dy: &Tensor,
+        carry: &Tensor,
+        needs_input: bool,
+        pass: &mut Backward<'a, '_>,
+    ) -> Result<Option<Tensor>> {
+        let AttentionSaved { q, k, v, attention, mut z, .. } = saved;
+        let context = pass.context;
+        let (output, norm) = (self.output.layer(context), input.norm.ok_or_else(missing)?);
+        let (d_attention, mut dz_output) = fused::products_backward(&[output], &[dy], true)?;
+        let dz_output = dz_output.pop().flatten();
+        let d_attention = d_attention.ok_or_else(missing)?;
+        let through = (output, dz_output.as_ref());
+        let qkv = (&q, &k, &v);
+        let AttentionGradients { q: dq, k: dk, v: dv, .. } = attention::backward_through(
+            self.shape,
+            self.sinks(),
+            qkv,
+            &attention,
+            context.spans,
+            &d_attention,
+            through,
+        )?;
+        drop((q, k, v, d_attention));
+        let (dq, dk) = self.rotated(dq, dk, context, true)?;
+        let layers = self.layers(context)?;
+        let (d_normed, dz) = fused::products_backward(&layers, &[&dq, &dk, &dv], needs_input)?;
+        let (dx, normed) = match d_normed {
+            Some(d_normed) => {
+                let (dx, normed) =
+                    fused::finish_norm_backward(&norm.norm, input.stream, d_normed, carry, &layers, &dz)?;
+                (Some(dx), normed)
+            }
+            None => (None, norm.forward(input.stream)?),
+        };
+        let z_output = z.pop().flatten();
+        let of_inputs = self.inputs.iter().zip(layers).zip([dq, dk, dv]).zip(z.into_iter().zip(dz));
+        pass.factors.extend(of_inputs.map(|(((layer, fused), dy), (z, dz))| Factors {
+            number: layer.slot.id,
+            layer: fused,
+            x: normed.clone(),
+            dy,
+            z,
+            dz,
+        }));
+        let number = self.output.slot.id;
+        let x = attention.out;
+        pass.factors.push(Factors { number, layer: output, x, dy: dy.clone(), z: z_output, dz: dz_output });
+        Ok(dx)
+    }
+}
+
+impl Part for Attention {
+    type Saved = AttentionSaved;
+
+    fn forward<'a>(
+        &'a self,
+        input: &Input,
+        residual: Option<&Tensor>,
+        context: Context<'a>,
+        cache: Option<&mut KVCache>,
+    ) -> Result<Output<'a>> {
+        if residual.is_some() && self.is_fused(input.stream, context) {
+            return Ok(self.fused_forward(input, context, cache)?.0);
+        }
+        let mut z = Vec::new();
+        let x = input.get()?;
+        let projected = self.projections(&x, context, &mut z)?;
+        drop(x);
+        let attention = self.attend(&projected, context, cache)?.out;
+        drop(projected);
+        Ok(self.output.forward(&attention, residual, context, &mut None)?.into())
+    }
+
+    fn forward_saving<'a>(
+        &'a self,
+        input: &Input,
+        residual: Option<&Tensor>,
+        context: Context<'a>,
+        _: bool,
+    ) -> Result<(Option<Output<'a>>, AttentionSaved)> {
+        if residual.is_some() && self.is_fused(input.stream, context) {
+            let (output, saved) = self.fused_forward(input, context, None)?;
+            return Ok((Some(output), saved));
+        }
+        let mut z = Vec::with_capacity(self.inputs.len() + 1);
+        let x = input.get()?;
+        let projected = self.projections(&x, context, &mut z)?;
+        drop(x);
+        let attention = self.attend(&projected, context, None)?;
+        let mut z_output = None;
+        let y = self.output.forward(&attention.out, residual, context, &mut z_output)?;
+        z.push(z_output);
+        let Projected { q, k, v, raw } = projected;
+        Ok((Some(y.into()), AttentionSaved { q, k, v, raw, attention, z }))
+    }
+
+    fn backward<'a>(
+        &'a self,
+        input: &Input,
+        saved: AttentionSaved,
+        dy: &Tensor,
+        carry: Tensor,
+        needs_input: bool,
+        pass: &mut Backward<'a, '_>,
+    ) -> Result<Option<Tensor>> {
+        let layers = || self.inputs.iter().chain([&self.output]);
+        let is_frozen = layers().all(|layer| !pass.trained[layer.slot.weight] && !pass.is_trained(layer.slot.bias))
+            && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
+        if pass.room.is_some()
+            && is_frozen
+            && input.norm.is_some_and(|norm| norm.norm.is_plain_rms(input.stream.dtype()))
+            && self.is_fused(input.stream, pass.context)
+        {
+            return self.fused_backward(input, saved, dy, &carry, needs_input, pass);
+        }
+        let AttentionSaved { q, k, v, raw, attention, z } = saved;
+        let z = |index: usize| z.get(index).and_then(Option::as_ref);
+        let of_output = z(self.inputs.len());
+        let d_attention = self.output.backward(Some(&attention.out), dy, (None, true), of_output, pass)?;
+        let d_attention = d_attention.ok_or_else(missing)?;
+        let found =
+            attention::backward(self.shape, self.sinks(), (&q, &k, &v), &attention, pass.context.spans, &d_attention)?;
+        let AttentionGradients { q: dq, k: dk, v: dv, sinks } = found;
+        drop((q, k, v, attention, d_attention));
+        if let Some((index, _)) = &self.sinks {
+            let sinks = sinks.filter(|_| pass.trained[*index]);
+            pass.add(Some(*index), sinks)?;
+        }
+        let (dq, dk) = self.positioned_backward((dq, dk), raw.as_ref(), pass)?;
+        drop(raw);
+
+        // the input is recomputed only where a gradient needs it
+        let needs_normed = self.inputs.iter().any(|layer| layer.needs_input(pass));
+        let normed = needs_normed.then(|| input.get()).transpose()?;
+        let dys = if self.inputs.len() == 3 { vec![dq, dk, dv] } else { vec![Tensor::cat(&[dq, dk, dv], 1)?] };
+        let mut d_normed = None;
+        for (index, (layer, dy)) in self.inputs.iter().zip(&dys).enumerate() {
+            d_normed = layer.backward(normed.as_ref(), dy, (d_normed, needs_input), z(index), pass)?;
+        }
+        drop((dys, normed));
+        if !needs_input {
+            return Ok(None);
+        }
+        input.backward(&d_normed.ok_or_else(missing)?, carry, pass).map(Some)
+    }
+
+    fn forward_memory(&self, size: StepSize, is_saving: bool, _: bool, meter: &mut Meter) {
+        let sizes = self.sizes(size);
+        let Sizes { queries, keys, log_sums } = sizes;
+        let copies = Extras::of(self.inputs.iter().chain([&self.output]), size).copies;
+        meter.take(size.stream);
+        meter.touch(copies);
+        meter.take(queries + 2 * keys);
+        if self.inputs.len() == 1 {
+            meter.touch(queries + 2 * keys);
+        }
+        let raw = sizes.raw(self);
+        meter.take(raw);
+        meter.give(if is_saving { 0 } else { raw });
+        meter.give(size.stream);
+        meter.take(queries + log_sums);
+        meter.give(if is_saving { 0 } else { queries + 2 * keys + log_sums });
+        meter.take(size.stream);
+        meter.touch(copies);
+        meter.give(if is_saving { 0 } else { queries });
+    }
+
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+        let sizes = self.sizes(size);
+        let Sizes { queries, keys, log_sums } = sizes;
+        let extras = Extras::of(self.inputs.iter().chain([&self.output]), size);
+        let norms = self.qk_norm.iter().flat_map(|(norms, _)| norms);
+        let of_norms: usize = norms.map(|norm| norm.gradient_bytes(size)).sum();
+        meter.take(extras.gradients + of_norms + size.gradient(self.sinks.as_ref().map(|(index, _)| *index)));
+        meter.take(queries);
+        meter.touch(extras.copies);
+        // the gradients of q, k and v
+        meter.take(queries + 2 * keys);
+        meter.give(2 * queries + 2 * keys + log_sums + queries);
+        if self.qk_norm.is_some() {
+            meter.touch(queries + keys);
+            meter.give(sizes.raw(self));
+        }
+        if self.inputs.len() == 1 {
+            meter.touch(queries + 2 * keys);
+        }
+        meter.take(size.stream);
+        if needs_input {
+            meter.take(size.stream);
+            meter.touch(extras.copies);
+            meter.give(size.stream);
+        }
+        meter.give(size.stream + queries + 2 * keys);
+        let gathered = if size.is_gathered { size.stream } else { 0 };
+        meter.take(gathered);
+        gathered
+    }
+}
+
+/// Bytes of the tensors of a step.
+struct Sizes {
+    queries: usize,
+    keys: usize,
+    log_sums: usize,
+}
+
+impl Sizes {
+    /// Bytes of q and k before their norms.
+    fn raw(&self, attention: &Attention) -> usize {
+        if attention.qk_norm.is_some() { self.queries + self.keys } else { 0 }
+    }
+}
+
+impl Attention {
+    fn sizes(&self, size: StepSize) -> Sizes {
+        let [queries, keys, _] = self.spec.widths().map(|width| size.activations(width));
+        Sizes { queries, keys, log_sums: size.tokens * self.spec.heads * DType::F32.size_in_bytes() }
+    }
+
+    /// Bytes that are saved for the backward pass beside the input.
+    pub(in crate::models) fn saved_memory(&self, size: StepSize) -> usize {
+        let sizes = self.sizes(size);
+        2 * sizes.queries + 2 * sizes.keys + sizes.log_sums + sizes.raw(self)
+    }
+}
+
+/// The results of a launch, whose number is known.
+fn all_of<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+    tensors.try_into().map_err(|_| missing())
+}

@@ -1,0 +1,13 @@
+//! The parts of a layer. Each file holds everything about one part: its tensors, forward pass, saved state, backward pass,
+//! single-token step and memory.
+
+pub(super) mod attention;
+pub(super) mod feed_forward;
+pub(super) mod gated_mlp;
+pub(super) mod input;
+pub(super) mod linear;
+pub(super) mod norm;
+pub(super) mod pass;
+pub(super) mod plain_mlp;
+pub(super) mod step;
+pub(super) mod sublayer;
