@@ -24,6 +24,8 @@ pub(crate) mod norm;
 pub(crate) mod products;
 pub(crate) mod rotary;
 mod rotary_scaling;
+#[cfg(test)]
+mod rotary_tests;
 mod spans;
 #[cfg(test)]
 mod tests;
