@@ -1,13 +1,19 @@
-// Causal grouped-query attention over a ragged batch: forward, forward over a
+// Grouped-query attention over a ragged batch: forward, forward over a
 // key/value cache, and a deterministic backward. Compiled at run time by NVRTC;
 // the host defines, ahead of this text:
 //   T_BF16 or T_F16   1 for the storage type of q, k, v, out and gradients
-//   HEAD_DIM          32, 64 or 128
+//   WIDTH             elements of a head: a multiple of 8, at most 256
+//   MASK              0 for causal attention, 1 for a window of `mask_size` keys,
+//                     2 for chunks of as many positions
+//   HAS_CAP           1 if scaled scores s become cap * tanh(s / cap)
+//   HAS_SINKS         1 if a logit of each head takes part in the softmax
+// Rows in shared memory have HEAD_DIM elements: WIDTH rounded up to 32, 64, 128 or
+// 256, the rest zeros that no product reads beyond the next multiple of 16.
 // It includes nothing. Everything accumulates in f32; no float atomics, so equal
 // inputs give equal bits.
 //
 // RAGGED BATCH. Sequence i owns rows offsets[i]..offsets[i+1] of the flat tensors
-// q/out [tokens, heads*HEAD_DIM], k/v [tokens, kv_heads*HEAD_DIM],
+// q/out [tokens, heads*WIDTH], k/v [tokens, kv_heads*WIDTH],
 // lse/delta f32 [tokens, heads]. All T pointers must be 16-byte aligned.
 //
 // TILE LIST. `tiles` holds gridDim.x pairs (sequence, tile index in the sequence).
@@ -21,8 +27,8 @@
 //   flash_forward_cached     (query tiles, heads)         32*FWD_WARPS  (FWD_ROWS + 4*FWD_KEYS)*E
 //   flash_backward_delta     ceil(tokens*heads*(HEAD_DIM/8)/256)  256   0
 //   flash_backward_dq        (query tiles, heads)         32*DQ_WARPS   (2*DQ_ROWS + 4*DQ_KEYS)*E
-//   flash_backward_dkv       (key tiles, kv_heads)        32*DKV_WARPS  (2*DKV_ROWS + 4*DKV_QUERIES)*E + 16*DKV_QUERIES
-//   flash_backward_dkv_split (key tiles, kv_heads*splits) as dkv        as dkv
+//   flash_backward_dkv       (key tiles, kv_heads, DKV_PASSES)  32*DKV_WARPS  (2*DKV_ROWS + 4*DKV_QUERIES)*E + 16*DKV_QUERIES
+//   flash_backward_dkv_split (key tiles, kv_heads*splits, DKV_PASSES)  as dkv  as dkv
 //   flash_backward_sum       (ceil(elements/8/256), 2)    256           0
 // with FWD_ROWS = FWD_WARPS*16*FWD_MR query rows per tile, DQ_ROWS likewise, and
 // DKV_ROWS = DKV_WARPS*16*DKV_MR keys per tile. Above 48 KiB the host must set
@@ -37,9 +43,20 @@
 #if T_BF16 + T_F16 != 1
 #error "define exactly one of T_BF16 and T_F16 as 1"
 #endif
-#if HEAD_DIM != 32 && HEAD_DIM != 64 && HEAD_DIM != 128
-#error "HEAD_DIM must be 32, 64 or 128"
+#if WIDTH % 8 != 0 || WIDTH > 256 || WIDTH == 0
+#error "WIDTH must be a multiple of 8 and at most 256"
 #endif
+#if WIDTH <= 32
+#define HEAD_DIM 32
+#elif WIDTH <= 64
+#define HEAD_DIM 64
+#elif WIDTH <= 128
+#define HEAD_DIM 128
+#else
+#define HEAD_DIM 256
+#endif
+// Registers hold the gradients of keys and of values of wide heads one after the other.
+#define DKV_PASSES (HEAD_DIM == 256 ? 2 : 1)
 
 // Tile shapes. *_MR is the number of 16-row blocks a warp owns; the streamed side
 // comes in double-buffered tiles of *_KEYS / *_QUERIES rows; *_SUB is the width
@@ -49,35 +66,35 @@
 #define FWD_WARPS 4
 #endif
 #ifndef FWD_MR
-#define FWD_MR 2
+#define FWD_MR (HEAD_DIM == 256 ? 1 : 2)
 #endif
 #ifndef FWD_KEYS
-#define FWD_KEYS 64
+#define FWD_KEYS (HEAD_DIM == 256 ? 32 : 64)
 #endif
 #ifndef FWD_AREG
 #define FWD_AREG (HEAD_DIM <= 64)
 #endif
 #ifndef FWD_MINB
-#define FWD_MINB 2
+#define FWD_MINB (HEAD_DIM == 256 ? 1 : 2)
 #endif
 
 #ifndef DQ_WARPS
 #define DQ_WARPS 4
 #endif
 #ifndef DQ_MR
-#define DQ_MR 2
+#define DQ_MR (HEAD_DIM == 256 ? 1 : 2)
 #endif
 #ifndef DQ_KEYS
-#define DQ_KEYS (HEAD_DIM == 128 ? 32 : 64)
+#define DQ_KEYS (HEAD_DIM == 256 ? 16 : HEAD_DIM == 128 ? 32 : 64)
 #endif
 #ifndef DQ_SUB
-#define DQ_SUB 32
+#define DQ_SUB (HEAD_DIM == 256 ? 16 : 32)
 #endif
 #ifndef DQ_AREG
 #define DQ_AREG (HEAD_DIM <= 64)
 #endif
 #ifndef DQ_MINB
-#define DQ_MINB 2
+#define DQ_MINB (HEAD_DIM == 256 ? 1 : 2)
 #endif
 
 #ifndef DKV_WARPS
@@ -87,16 +104,16 @@
 #define DKV_MR 1
 #endif
 #ifndef DKV_QUERIES
-#define DKV_QUERIES 64
+#define DKV_QUERIES (HEAD_DIM == 256 ? 16 : 64)
 #endif
 #ifndef DKV_SUB
-#define DKV_SUB 32
+#define DKV_SUB (HEAD_DIM == 256 ? 16 : 32)
 #endif
 #ifndef DKV_AREG
 #define DKV_AREG (HEAD_DIM <= 64)
 #endif
 #ifndef DKV_MINB
-#define DKV_MINB 2
+#define DKV_MINB (HEAD_DIM == 256 ? 1 : 2)
 #endif
 
 #define FWD_ROWS (FWD_WARPS * 16 * FWD_MR)
@@ -108,7 +125,8 @@ typedef unsigned short elem;  // 16 bits of storage, bf16 or f16
 
 #define ROW_BYTES (HEAD_DIM * 2)
 #define CHUNKS (HEAD_DIM / 8)  // 16-byte chunks in a row
-#define DSTEPS (HEAD_DIM / 16)
+#define DSTEPS ((WIDTH + 15) / 16)
+#define BLOCKS (2 * DSTEPS)  // 8-wide blocks of an accumulator
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define POS_INF __int_as_float(0x7f800000)
@@ -238,11 +256,12 @@ __device__ __forceinline__ void start_tile(u32 dst, const elem* src, int stride,
     static_assert(ROWS * CHUNKS % THREADS == 0 && THREADS % CHUNKS == 0, "tile copy shape");
     const int chunk = threadIdx.x % CHUNKS;
     const int first = threadIdx.x / CHUNKS;
+    const bool inside = chunk * 8 < WIDTH;
     src += chunk * 8;
 #pragma unroll
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int row = first + i * (THREADS / CHUNKS);
-        bool ok = row < live;
+        bool ok = inside && row < live;
         copy16(dst + tile_offset(row, chunk), src + (ok ? row : 0) * stride, ok);
     }
 }
@@ -258,12 +277,12 @@ __device__ __forceinline__ u32 lane_colmajor(u32 lane) {  // right operand store
 }
 
 // Writes a warp's 16-row accumulator block into a tile as T, at row `row0`.
-__device__ __forceinline__ void stage_rows(u32 tile, u32 row0, const float (&acc)[HEAD_DIM / 8][4], float top,
+__device__ __forceinline__ void stage_rows(u32 tile, u32 row0, const float (&acc)[BLOCKS][4], float top,
                                            float bottom) {
     const u32 lane = threadIdx.x & 31;
     const u32 row = row0 + (lane >> 2);
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
+    for (int c = 0; c < BLOCKS; c++) {
         store_shared(tile + tile_offset(row, c) + (lane & 3) * 4, pack(acc[c][0] * top, acc[c][1] * top));
         store_shared(tile + tile_offset(row + 8, c) + (lane & 3) * 4, pack(acc[c][2] * bottom, acc[c][3] * bottom));
     }
@@ -277,7 +296,7 @@ __device__ __forceinline__ void flush_rows(u32 tile, int row0, elem* dst, int st
     for (int i = 0; i < ROWS * CHUNKS / 32; i++) {
         int row = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
         uint4 v = load_shared16(tile + tile_offset(row0 + row, chunk));
-        if (row < live) *(uint4*)(dst + row * stride + chunk * 8) = v;
+        if (row < live && chunk * 8 < WIDTH) *(uint4*)(dst + row * stride + chunk * 8) = v;
     }
 }
 
@@ -292,15 +311,36 @@ __device__ __forceinline__ void block_work(const u32* tiles, int& sequence, int&
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
+// The first key that the query at a position sees, and the position after the last query that sees a key.
+__device__ __forceinline__ int first_key(int position, int size) {
+    if (MASK == 1) return max(position + 1 - size, 0);
+    if (MASK == 2) return position - position % size;
+    return 0;
+}
+__device__ __forceinline__ int queries_end(int key, int size) {
+    if (MASK == 1) return key > 0x7fffffff - size ? 0x7fffffff : key + size;
+    const int begin = key - (MASK == 2 ? key % size : 0);
+    if (MASK == 2) return begin > 0x7fffffff - size ? 0x7fffffff : begin + size;
+    return 0x7fffffff;
+}
+
+// Scores are kept in units in which `factor` makes them logarithms to base 2.
+__device__ __forceinline__ float factor_of(float scale) { return HAS_CAP ? LOG2E : scale * LOG2E; }
+
+// The hyperbolic tangent of a scaled score over its cap.
+__device__ __forceinline__ float tanh_of(float product, float scale, float cap) {
+    return 1.f - 2.f / (1.f + exp2_fast(product * (2.f * LOG2E * scale / cap)));
+}
+
 // ------------------------------------------------------------------- forward
 
 // One tile of FWD_ROWS queries. q, out: this head at the sequence's first query,
 // row stride q_stride; k, v: this kv head at the first key, row stride kv_stride.
-// Query r sees keys 0..=r + keys - queries.
+// Query r is at position r + keys - queries and sees keys up to there, from the first that the mask shows.
 template <bool LSE>
 __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const elem* v, elem* out, float* lse,
                                              int lse_stride, int q_stride, int kv_stride, int queries,
-                                             int keys, int tile, float scale) {
+                                             int keys, int tile, float scale, int mask_size, float cap, float sink) {
     constexpr int THREADS = FWD_WARPS * 32;
     constexpr int NB = FWD_KEYS / 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -317,29 +357,34 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
 
     const int end = m0 + live + shift;  // keys visible to the tile
     const int steps = (end + FWD_KEYS - 1) / FWD_KEYS;
+    const int begin = first_key(m0 + shift, mask_size) / FWD_KEYS;  // the tile of keys that is the first to be seen
 
     start_tile<FWD_ROWS, THREADS>(q_tile, q + (long long)m0 * q_stride, q_stride, live);
-    start_tile<FWD_KEYS, THREADS>(kv_tiles, k, kv_stride, keys);
-    start_tile<FWD_KEYS, THREADS>(kv_tiles + KV, v, kv_stride, keys);
+    {
+        const int n1 = begin * FWD_KEYS;
+        const u32 into = kv_tiles + (begin & 1) * (2 * KV);
+        start_tile<FWD_KEYS, THREADS>(into, k + (long long)n1 * kv_stride, kv_stride, keys - n1);
+        start_tile<FWD_KEYS, THREADS>(into + KV, v + (long long)n1 * kv_stride, kv_stride, keys - n1);
+    }
     copies_commit();
 
-    float o[FWD_MR][CHUNKS][4];
+    float o[FWD_MR][BLOCKS][4];
     float top[FWD_MR][2], sum[FWD_MR][2];
 #pragma unroll
     for (int m = 0; m < FWD_MR; m++) {
         top[m][0] = top[m][1] = NEG_INF;
         sum[m][0] = sum[m][1] = 0.f;
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) o[m][c][0] = o[m][c][1] = o[m][c][2] = o[m][c][3] = 0.f;
+        for (int c = 0; c < BLOCKS; c++) o[m][c][0] = o[m][c][1] = o[m][c][2] = o[m][c][3] = 0.f;
     }
-    const float factor = scale * LOG2E;
+    const float factor = factor_of(scale);
     const u32 q_lane = q_tile + w0 * ROW_BYTES + lane_rowmajor(lane);
     const u32 k_lane = kv_tiles + lane_colmajor(lane);
     const u32 v_lane = kv_tiles + KV + lane_rowmajor(lane);
 
     u32 qf[FWD_AREG ? DSTEPS : 1][FWD_MR][4];
 
-    for (int j = 0; j < steps; j++) {
+    for (int j = begin; j < steps; j++) {
         copies_wait();
         __syncthreads();
         if (j + 1 < steps) {
@@ -349,7 +394,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
             start_tile<FWD_KEYS, THREADS>(into + KV, v + (long long)n1 * kv_stride, kv_stride, keys - n1);
             copies_commit();
         }
-        if (FWD_AREG && j == 0) {
+        if (FWD_AREG && j == begin) {
 #pragma unroll
             for (int d = 0; d < DSTEPS; d++)
 #pragma unroll
@@ -357,6 +402,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
         }
         const int n0 = j * FWD_KEYS;
         if (n0 > first + 16 * FWD_MR - 1) continue;  // nothing visible to this warp
+        if (MASK && n0 + FWD_KEYS - 1 < first_key(first, mask_size)) continue;
         const u32 buffer = (j & 1) * (2 * KV);
 
         float s[FWD_MR][NB][4];
@@ -383,7 +429,15 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
             }
         }
 
-        if (n0 + FWD_KEYS - 1 > first) {
+        if (HAS_CAP) {
+#pragma unroll
+            for (int m = 0; m < FWD_MR; m++)
+#pragma unroll
+                for (int n = 0; n < NB; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[m][n][e] = cap * tanh_of(s[m][n][e], scale, cap);
+        }
+        if (n0 + FWD_KEYS - 1 > first || (MASK && n0 < first_key(first + 16 * FWD_MR - 1, mask_size))) {
 #pragma unroll
             for (int m = 0; m < FWD_MR; m++)
 #pragma unroll
@@ -392,11 +446,11 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
                     for (int e = 0; e < 4; e++) {
                         int key = n0 + n * 8 + (lane & 3) * 2 + (e & 1);
                         int seen = first + m * 16 + (lane >> 2) + (e >> 1) * 8;
-                        if (key > seen) s[m][n][e] = NEG_INF;
+                        if (key > seen || (MASK && key < first_key(seen, mask_size))) s[m][n][e] = NEG_INF;
                     }
         }
 
-        // Key 0 is visible to every row and comes in the first step, so from then on `top` is finite.
+        // Without a mask key 0 is visible to every row and comes in the first step, so from then on `top` is finite.
 #pragma unroll
         for (int m = 0; m < FWD_MR; m++)
 #pragma unroll
@@ -406,7 +460,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
                 for (int n = 0; n < NB; n++) big = fmaxf(big, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
                 big = fmaxf(big, __shfl_xor_sync(0xffffffffu, big, 1));
                 big = fmaxf(big, __shfl_xor_sync(0xffffffffu, big, 2));
-                const float bias = big * factor;
+                const float bias = MASK && big == NEG_INF ? 0.f : big * factor;
                 const float shrink = exp2_fast(top[m][h] * factor - bias);
                 top[m][h] = big;
                 float total = 0.f;
@@ -418,7 +472,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
                 }
                 sum[m][h] = sum[m][h] * shrink + total;
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) {
+                for (int c = 0; c < BLOCKS; c++) {
                     o[m][c][2 * h] *= shrink;
                     o[m][c][2 * h + 1] *= shrink;
                 }
@@ -457,10 +511,21 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
             float total = sum[m][h];
             total += __shfl_xor_sync(0xffffffffu, total, 1);
             total += __shfl_xor_sync(0xffffffffu, total, 2);
-            inverse[h] = 1.f / total;
+            float level = top[m][h] * factor;  // to base 2
+            float shrink = 1.f;
+            if (HAS_SINKS) {
+                const float most = fmaxf(level, sink * LOG2E);
+                shrink = exp2_fast(level - most);
+                total = total * shrink + exp2_fast(sink * LOG2E - most);
+                level = most;
+            }
+            inverse[h] = shrink / total;
             if (LSE && (lane & 3) == 0) {
                 int row = w0 + m * 16 + (lane >> 2) + h * 8;
-                if (row < live) lse[(long long)(m0 + row) * lse_stride] = top[m][h] * scale + log2_fast(total) * LN2;
+                if (row < live) {
+                    const float largest = HAS_SINKS || HAS_CAP ? level * LN2 : top[m][h] * scale;
+                    lse[(long long)(m0 + row) * lse_stride] = largest + log2_fast(total) * LN2;
+                }
             }
         }
         stage_rows(q_tile, w0 + m * 16, o[m], inverse[0], inverse[1]);
@@ -475,12 +540,16 @@ struct ForwardWords {
     int heads;
     int kv_heads;
     float scale;
+    int mask_size;
+    float cap;
 };
 struct CachedWords {
     int heads;
     int kv_heads;
     int max_seq;
     float scale;
+    int mask_size;
+    float cap;
 };
 struct SumWords {
     unsigned long long elements;
@@ -490,13 +559,15 @@ struct SplitWords {
     int heads;
     int kv_heads;
     float scale;
+    int mask_size;
+    float cap;
     int tokens;
     int splits;
 };
 
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
-                  elem* __restrict__ out, float* __restrict__ lse, const u32* __restrict__ offsets,
+                  const float* __restrict__ sinks, elem* __restrict__ out, float* __restrict__ lse, const u32* __restrict__ offsets,
                   const u32* __restrict__ tiles, const ForwardWords p) {
     const int heads = p.heads, kv_heads = p.kv_heads;
     const float scale = p.scale;
@@ -504,18 +575,18 @@ extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     block_work(tiles, sequence, tile, head);
     const long long start = offsets[sequence];
     const int n = offsets[sequence + 1] - (u32)start;
-    const int q_stride = heads * HEAD_DIM, kv_stride = kv_heads * HEAD_DIM;
-    const long long q_at = start * q_stride + head * HEAD_DIM;
-    const long long kv_at = start * kv_stride + head / (heads / kv_heads) * HEAD_DIM;
+    const int q_stride = heads * WIDTH, kv_stride = kv_heads * WIDTH;
+    const long long q_at = start * q_stride + head * WIDTH;
+    const long long kv_at = start * kv_stride + head / (heads / kv_heads) * WIDTH;
     forward_tile<true>(q + q_at, k + kv_at, v + kv_at, out + q_at, lse + start * heads + head, heads, q_stride,
-                       kv_stride, n, n, tile, scale);
+                       kv_stride, n, n, tile, scale, p.mask_size, p.cap, HAS_SINKS ? sinks[head] : 0.f);
 }
 
-// Keys from a cache [slots, kv_heads, max_seq, HEAD_DIM]: the queries of sequence i
+// Keys from a cache [slots, kv_heads, max_seq, WIDTH]: the queries of sequence i
 // are the last ones of the lengths[i] tokens cached in slot slots[i].
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward_cached(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
-                         elem* __restrict__ out, const u32* __restrict__ offsets, const u32* __restrict__ lengths,
+                         const float* __restrict__ sinks, elem* __restrict__ out, const u32* __restrict__ offsets, const u32* __restrict__ lengths,
                          const u32* __restrict__ slots, const u32* __restrict__ tiles, const CachedWords p) {
     const int heads = p.heads, kv_heads = p.kv_heads, max_seq = p.max_seq;
     const float scale = p.scale;
@@ -523,12 +594,12 @@ extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     block_work(tiles, sequence, tile, head);
     const long long start = offsets[sequence];
     const int n = offsets[sequence + 1] - (u32)start;
-    const int q_stride = heads * HEAD_DIM;
-    const long long q_at = start * q_stride + head * HEAD_DIM;
+    const int q_stride = heads * WIDTH;
+    const long long q_at = start * q_stride + head * WIDTH;
     const long long kv_at =
-        ((long long)slots[sequence] * kv_heads + head / (heads / kv_heads)) * max_seq * HEAD_DIM;
-    forward_tile<false>(q + q_at, k + kv_at, v + kv_at, out + q_at, nullptr, 0, q_stride, HEAD_DIM, n,
-                        (int)lengths[sequence], tile, scale);
+        ((long long)slots[sequence] * kv_heads + head / (heads / kv_heads)) * max_seq * WIDTH;
+    forward_tile<false>(q + q_at, k + kv_at, v + kv_at, out + q_at, nullptr, 0, q_stride, WIDTH, n,
+                        (int)lengths[sequence], tile, scale, p.mask_size, p.cap, HAS_SINKS ? sinks[head] : 0.f);
 }
 
 // ------------------------------------------------------------------ backward
@@ -539,9 +610,11 @@ extern "C" __global__ void __launch_bounds__(256)
                          unsigned long long rows) {
     const unsigned long long at = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
     const unsigned long long row = at / CHUNKS;
+    const int chunk = at % CHUNKS;
     float total = 0.f;
-    if (row < rows) {
-        uint4 a = ((const uint4*)out)[at], b = ((const uint4*)d_out)[at];
+    if (row < rows && chunk < WIDTH / 8) {
+        const unsigned long long from = row * (WIDTH / 8) + chunk;
+        uint4 a = ((const uint4*)out)[from], b = ((const uint4*)d_out)[from];
         total = low_float(a.x) * low_float(b.x) + high_float(a.x) * high_float(b.x);
         total += low_float(a.y) * low_float(b.y) + high_float(a.y) * high_float(b.y);
         total += low_float(a.z) * low_float(b.z) + high_float(a.z) * high_float(b.z);
@@ -549,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 #pragma unroll
     for (int d = CHUNKS / 2; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffffu, total, d);
-    if (row < rows && at % CHUNKS == 0) delta[row] = total;
+    if (row < rows && chunk == 0) delta[row] = total;
 }
 
 // dq of a tile of DQ_ROWS queries: a pass over the keys that recomputes the
@@ -569,9 +642,9 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
     const int n = offsets[sequence + 1] - (u32)start;
     const int m0 = tile * DQ_ROWS;
     if (m0 >= n) return;
-    const int q_stride = heads * HEAD_DIM, kv_stride = kv_heads * HEAD_DIM;
-    const long long q_at = (start + m0) * q_stride + head * HEAD_DIM;
-    const long long kv_at = start * kv_stride + head / (heads / kv_heads) * HEAD_DIM;
+    const int q_stride = heads * WIDTH, kv_stride = kv_heads * WIDTH;
+    const long long q_at = (start + m0) * q_stride + head * WIDTH;
+    const long long kv_at = start * kv_stride + head / (heads / kv_heads) * WIDTH;
     k += kv_at;
     v += kv_at;
     const int live = min(n - m0, DQ_ROWS);
@@ -583,14 +656,19 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
     const u32 kv_tiles = g_tile + DQ_ROWS * ROW_BYTES;
     constexpr u32 KV = DQ_KEYS * ROW_BYTES;
     const int steps = (m0 + live + DQ_KEYS - 1) / DQ_KEYS;
+    const int begin = first_key(m0, p.mask_size) / DQ_KEYS;
 
     start_tile<DQ_ROWS, THREADS>(q_tile, q + q_at, q_stride, live);
     start_tile<DQ_ROWS, THREADS>(g_tile, d_out + q_at, q_stride, live);
-    start_tile<DQ_KEYS, THREADS>(kv_tiles, k, kv_stride, n);
-    start_tile<DQ_KEYS, THREADS>(kv_tiles + KV, v, kv_stride, n);
+    {
+        const int n1 = begin * DQ_KEYS;
+        const u32 into = kv_tiles + (begin & 1) * (2 * KV);
+        start_tile<DQ_KEYS, THREADS>(into, k + (long long)n1 * kv_stride, kv_stride, n - n1);
+        start_tile<DQ_KEYS, THREADS>(into + KV, v + (long long)n1 * kv_stride, kv_stride, n - n1);
+    }
     copies_commit();
 
-    float acc[DQ_MR][CHUNKS][4];
+    float acc[DQ_MR][BLOCKS][4];
     float bias[DQ_MR][2], less[DQ_MR][2];
 #pragma unroll
     for (int m = 0; m < DQ_MR; m++) {
@@ -602,9 +680,9 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
             less[m][h] = row < live ? delta[at] : 0.f;
         }
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) acc[m][c][0] = acc[m][c][1] = acc[m][c][2] = acc[m][c][3] = 0.f;
+        for (int c = 0; c < BLOCKS; c++) acc[m][c][0] = acc[m][c][1] = acc[m][c][2] = acc[m][c][3] = 0.f;
     }
-    const float factor = scale * LOG2E;
+    const float factor = factor_of(scale);
     const u32 q_lane = q_tile + w0 * ROW_BYTES + lane_rowmajor(lane);
     const u32 g_lane = g_tile + w0 * ROW_BYTES + lane_rowmajor(lane);
     const u32 kn_lane = kv_tiles + lane_colmajor(lane);
@@ -613,7 +691,7 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
     u32 qf[DQ_AREG ? DSTEPS : 1][DQ_MR][4];
     u32 gf[DQ_AREG ? DSTEPS : 1][DQ_MR][4];
 
-    for (int j = 0; j < steps; j++) {
+    for (int j = begin; j < steps; j++) {
         copies_wait();
         __syncthreads();
         if (j + 1 < steps) {
@@ -623,7 +701,7 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
             start_tile<DQ_KEYS, THREADS>(into + KV, v + (long long)n1 * kv_stride, kv_stride, n - n1);
             copies_commit();
         }
-        if (DQ_AREG && j == 0) {
+        if (DQ_AREG && j == begin) {
 #pragma unroll
             for (int d = 0; d < DSTEPS; d++)
 #pragma unroll
@@ -637,6 +715,7 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
         for (int sub = 0; sub < DQ_KEYS / DQ_SUB; sub++) {
             const int n0 = j * DQ_KEYS + sub * DQ_SUB;
             if (n0 > first + 16 * DQ_MR - 1) break;
+            if (MASK && n0 + DQ_SUB - 1 < first_key(first, p.mask_size)) continue;
             const u32 kn = kn_lane + buffer + sub * (DQ_SUB * ROW_BYTES);
             const u32 kt = kt_lane + buffer + sub * (DQ_SUB * ROW_BYTES);
 
@@ -672,20 +751,23 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
                     }
                 }
             }
-            const bool edge = n0 + DQ_SUB - 1 > first;
+            const bool edge =
+                n0 + DQ_SUB - 1 > first || (MASK && n0 < first_key(first + 16 * DQ_MR - 1, p.mask_size));
 #pragma unroll
             for (int m = 0; m < DQ_MR; m++)
 #pragma unroll
                 for (int b = 0; b < NB; b++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        float p = exp2_fast(s[m][b][e] * factor - bias[m][e >> 1]);
+                        const float t = HAS_CAP ? tanh_of(s[m][b][e], scale, p.cap) : 0.f;
+                        float share = exp2_fast((HAS_CAP ? p.cap * t : s[m][b][e]) * factor - bias[m][e >> 1]);
                         if (edge) {
                             int key = n0 + b * 8 + (lane & 3) * 2 + (e & 1);
                             int seen = first + m * 16 + (lane >> 2) + (e >> 1) * 8;
-                            if (key > seen) p = 0.f;
+                            if (key > seen || (MASK && key < first_key(seen, p.mask_size))) share = 0.f;
                         }
-                        s[m][b][e] = p * (dp[m][b][e] - less[m][e >> 1]);
+                        s[m][b][e] = share * (dp[m][b][e] - less[m][e >> 1]);
+                        if (HAS_CAP) s[m][b][e] *= 1.f - t * t;
                     }
 #pragma unroll
             for (int b = 0; b < NB / 2; b++) {
@@ -734,18 +816,20 @@ __device__ __forceinline__ void start_stats(u32 dst, const float* lse, const flo
 // dk and dv of a tile of DKV_ROWS keys: a pass over the queries that see them, for
 // `group` query heads from `head0` on. Scores are held transposed (keys by
 // queries), so P^T and dS^T are left operands straight from registers.
-template <bool SPLIT>
+// PASS says which of them: 1 for dk, 2 for dv, 3 for both.
+template <bool SPLIT, int PASS>
 __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const elem* v, const elem* d_out,
                                          const float* lse, const float* delta, elem* dk, elem* dv, float* dk_part,
                                          float* dv_part, long long start, int n, int tile, int head0, int group,
-                                         int kv_head, int heads, int kv_heads, float scale) {
+                                         int kv_head, int heads, int kv_heads, float scale, int mask_size,
+                                         float cap) {
     constexpr int THREADS = DKV_WARPS * 32;
     constexpr int NB = DKV_SUB / 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     const int k0 = tile * DKV_ROWS;
     if (k0 >= n) return;
-    const int q_stride = heads * HEAD_DIM, kv_stride = kv_heads * HEAD_DIM;
-    const long long kv_at = (start + k0) * kv_stride + kv_head * HEAD_DIM;
+    const int q_stride = heads * WIDTH, kv_stride = kv_heads * WIDTH;
+    const long long kv_at = (start + k0) * kv_stride + kv_head * WIDTH;
     const int live = min(n - k0, DKV_ROWS);
     const int w0 = warp * (16 * DKV_MR);
     const int first = k0 + w0;  // warp's first key
@@ -758,7 +842,8 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
     constexpr u32 STATS = DKV_QUERIES * 8;
 
     const int from = k0 / DKV_QUERIES * DKV_QUERIES;  // first query tile that sees a key
-    const int steps = group * ((n - from + DKV_QUERIES - 1) / DKV_QUERIES);
+    const int seen_until = min(n, queries_end(k0 + live - 1, mask_size));
+    const int steps = group * ((seen_until - from + DKV_QUERIES - 1) / DKV_QUERIES);
 
     // The next tile to copy: head `next_head` at query `next_row`.
     int next_head = head0, next_row = from;
@@ -766,28 +851,28 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
     start_tile<DKV_ROWS, THREADS>(v_tile, v + kv_at, kv_stride, live);
     auto start_step = [&](int b) {
         const long long row = start + next_row;
-        const long long at = row * q_stride + next_head * HEAD_DIM;
+        const long long at = row * q_stride + next_head * WIDTH;
         start_tile<DKV_QUERIES, THREADS>(q_tiles + b * (2 * Q), q + at, q_stride, n - next_row);
         start_tile<DKV_QUERIES, THREADS>(q_tiles + b * (2 * Q) + Q, d_out + at, q_stride, n - next_row);
         start_stats(stats + b * STATS, lse + row * heads + next_head, delta + row * heads + next_head, heads,
                     n - next_row);
         copies_commit();
         next_row += DKV_QUERIES;
-        if (next_row >= n) {
+        if (next_row >= seen_until) {
             next_row = from;
             next_head++;
         }
     };
     start_step(0);
 
-    float ak[DKV_MR][CHUNKS][4], av[DKV_MR][CHUNKS][4];
+    float ak[DKV_MR][BLOCKS][4], av[DKV_MR][BLOCKS][4];
 #pragma unroll
     for (int m = 0; m < DKV_MR; m++)
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++)
+        for (int c = 0; c < BLOCKS; c++)
 #pragma unroll
             for (int e = 0; e < 4; e++) ak[m][c][e] = av[m][c][e] = 0.f;
-    const float factor = scale * LOG2E;
+    const float factor = factor_of(scale);
     const u32 k_lane = k_tile + w0 * ROW_BYTES + lane_rowmajor(lane);
     const u32 v_lane = v_tile + w0 * ROW_BYTES + lane_rowmajor(lane);
     const u32 qn_lane = q_tiles + lane_colmajor(lane);
@@ -815,6 +900,7 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
         for (int sub = 0; sub < DKV_QUERIES / DKV_SUB; sub++) {
             const int r0 = row + sub * DKV_SUB;             // first query of the block
             if (r0 + DKV_SUB - 1 < first || r0 >= n) continue;  // sees none of the warp's keys
+            if (MASK && r0 >= queries_end(first + 16 * DKV_MR - 1, mask_size)) continue;
             const u32 qn = qn_lane + buffer + sub * (DKV_SUB * ROW_BYTES);
             const u32 qt = qt_lane + buffer + sub * (DKV_SUB * ROW_BYTES);
             const u32 st = stats + (j & 1) * STATS + (sub * DKV_SUB + (lane & 3) * 2) * 4;
@@ -851,7 +937,8 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
                     }
                 }
             }
-            const bool edge = r0 < first + 16 * DKV_MR - 1;
+            const bool edge = r0 < first + 16 * DKV_MR - 1 ||
+                              (MASK && r0 + DKV_SUB - 1 >= queries_end(first, mask_size));
 #pragma unroll
             for (int b = 0; b < NB; b++) {
                 const float2 l = load_shared_pair(st + b * 32);
@@ -862,14 +949,16 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
                 for (int m = 0; m < DKV_MR; m++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        float p = exp2_fast(s[m][b][e] * factor - bias[e & 1]);
+                        const float t = HAS_CAP ? tanh_of(s[m][b][e], scale, cap) : 0.f;
+                        float p = exp2_fast((HAS_CAP ? cap * t : s[m][b][e]) * factor - bias[e & 1]);
                         if (edge) {
                             int query = r0 + b * 8 + (lane & 3) * 2 + (e & 1);
                             int key = first + m * 16 + (lane >> 2) + (e >> 1) * 8;
-                            if (key > query) p = 0.f;
+                            if (key > query || (MASK && key < first_key(query, mask_size))) p = 0.f;
                         }
                         s[m][b][e] = p;
                         dp[m][b][e] = p * (dp[m][b][e] - less[e & 1]);
+                        if (HAS_CAP) dp[m][b][e] *= 1.f - t * t;
                     }
             }
 #pragma unroll
@@ -886,20 +975,24 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
 #pragma unroll
                 for (int d = 0; d < DSTEPS; d++) {
                     u32 x[4], y[4];
-                    load_matrices_transposed(x, (qt ^ (d * 32)) + b * (16 * ROW_BYTES));
-                    load_matrices_transposed(y, (qt ^ (d * 32)) + Q + b * (16 * ROW_BYTES));
+                    if (PASS & 1) load_matrices_transposed(x, (qt ^ (d * 32)) + b * (16 * ROW_BYTES));
+                    if (PASS & 2) load_matrices_transposed(y, (qt ^ (d * 32)) + Q + b * (16 * ROW_BYTES));
 #pragma unroll
                     for (int m = 0; m < DKV_MR; m++) {
-                        mma(av[m][2 * d], p[m], y[0], y[1]);
-                        mma(av[m][2 * d + 1], p[m], y[2], y[3]);
-                        mma(ak[m][2 * d], ds[m], x[0], x[1]);
-                        mma(ak[m][2 * d + 1], ds[m], x[2], x[3]);
+                        if (PASS & 2) {
+                            mma(av[m][2 * d], p[m], y[0], y[1]);
+                            mma(av[m][2 * d + 1], p[m], y[2], y[3]);
+                        }
+                        if (PASS & 1) {
+                            mma(ak[m][2 * d], ds[m], x[0], x[1]);
+                            mma(ak[m][2 * d + 1], ds[m], x[2], x[3]);
+                        }
                     }
                 }
             }
         }
         row += DKV_QUERIES;
-        if (row >= n) row = from;
+        if (row >= seen_until) row = from;
     }
 
     if (SPLIT) {
@@ -912,9 +1005,10 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
                     float* pk = dk_part + kv_at + (long long)r * kv_stride + (lane & 3) * 2;
                     float* pv = dv_part + kv_at + (long long)r * kv_stride + (lane & 3) * 2;
 #pragma unroll
-                    for (int c = 0; c < CHUNKS; c++) {
-                        *(float2*)(pk + c * 8) = make_float2(ak[m][c][2 * h] * scale, ak[m][c][2 * h + 1] * scale);
-                        *(float2*)(pv + c * 8) = make_float2(av[m][c][2 * h], av[m][c][2 * h + 1]);
+                    for (int c = 0; c < WIDTH / 8; c++) {
+                        if (PASS & 1)
+                            *(float2*)(pk + c * 8) = make_float2(ak[m][c][2 * h] * scale, ak[m][c][2 * h + 1] * scale);
+                        if (PASS & 2) *(float2*)(pv + c * 8) = make_float2(av[m][c][2 * h], av[m][c][2 * h + 1]);
                     }
                 }
             }
@@ -922,12 +1016,14 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
         __syncwarp();
 #pragma unroll
         for (int m = 0; m < DKV_MR; m++) {
-            stage_rows(k_tile, w0 + m * 16, ak[m], scale, scale);
-            stage_rows(v_tile, w0 + m * 16, av[m], 1.f, 1.f);
+            if (PASS & 1) stage_rows(k_tile, w0 + m * 16, ak[m], scale, scale);
+            if (PASS & 2) stage_rows(v_tile, w0 + m * 16, av[m], 1.f, 1.f);
         }
         __syncwarp();
-        flush_rows<16 * DKV_MR>(k_tile, w0, dk + kv_at + w0 * kv_stride, kv_stride, live - w0);
-        flush_rows<16 * DKV_MR>(v_tile, w0, dv + kv_at + w0 * kv_stride, kv_stride, live - w0);
+        if (PASS & 1)
+            flush_rows<16 * DKV_MR>(k_tile, w0, dk + kv_at + w0 * kv_stride, kv_stride, live - w0);
+        if (PASS & 2)
+            flush_rows<16 * DKV_MR>(v_tile, w0, dv + kv_at + w0 * kv_stride, kv_stride, live - w0);
     }
 }
 
@@ -944,14 +1040,24 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
     const long long start = offsets[sequence];
     const int n = offsets[sequence + 1] - (u32)start;
     const int group = heads / kv_heads;
-    dkv_tile<false>(q, k, v, d_out, lse, delta, dk, dv, nullptr, nullptr, start, n, tile, kv_head * group, group,
-                    kv_head, heads, kv_heads, scale);
+#if HEAD_DIM == 256
+    if (blockIdx.z == 0) {
+        dkv_tile<false, 1>(q, k, v, d_out, lse, delta, dk, dv, nullptr, nullptr, start, n, tile, kv_head * group, group,
+                    kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+    } else {
+        dkv_tile<false, 2>(q, k, v, d_out, lse, delta, dk, dv, nullptr, nullptr, start, n, tile, kv_head * group, group,
+                    kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+    }
+#else
+    dkv_tile<false, 3>(q, k, v, d_out, lse, delta, dk, dv, nullptr, nullptr, start, n, tile, kv_head * group, group,
+                    kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+#endif
 }
 
 // The same with each group of query heads dealt to `splits` blocks (1 <= splits <=
 // heads / kv_heads), for when key tiles * kv_heads alone are too few to fill the
 // device. Block part s writes f32 sums to part s of dk_part and dv_part, each
-// [splits, tokens, kv_heads*HEAD_DIM]; flash_backward_sum then adds the parts in order.
+// [splits, tokens, kv_heads*WIDTH]; flash_backward_sum then adds the parts in order.
 extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
     flash_backward_dkv_split(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                              const elem* __restrict__ d_out, const float* __restrict__ lse,
@@ -967,12 +1073,22 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
     const int n = offsets[sequence + 1] - (u32)start;
     const int group = heads / kv_heads;
     const int lo = group * part / splits, hi = group * (part + 1) / splits;
-    const long long skip = (long long)part * tokens * kv_heads * HEAD_DIM;
-    dkv_tile<true>(q, k, v, d_out, lse, delta, nullptr, nullptr, dk_part + skip, dv_part + skip, start, n, tile,
-                   kv_head * group + lo, hi - lo, kv_head, heads, kv_heads, scale);
+    const long long skip = (long long)part * tokens * kv_heads * WIDTH;
+#if HEAD_DIM == 256
+    if (blockIdx.z == 0) {
+        dkv_tile<true, 1>(q, k, v, d_out, lse, delta, nullptr, nullptr, dk_part + skip, dv_part + skip, start, n, tile,
+                   kv_head * group + lo, hi - lo, kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+    } else {
+        dkv_tile<true, 2>(q, k, v, d_out, lse, delta, nullptr, nullptr, dk_part + skip, dv_part + skip, start, n, tile,
+                   kv_head * group + lo, hi - lo, kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+    }
+#else
+    dkv_tile<true, 3>(q, k, v, d_out, lse, delta, nullptr, nullptr, dk_part + skip, dv_part + skip, start, n, tile,
+                   kv_head * group + lo, hi - lo, kv_head, heads, kv_heads, scale, p.mask_size, p.cap);
+#endif
 }
 
-// dk = sum of dk_part's parts (blockIdx.y 0) and dv likewise (1); elements = tokens * kv_heads * HEAD_DIM.
+// dk = sum of dk_part's parts (blockIdx.y 0) and dv likewise (1); elements = tokens * kv_heads * WIDTH.
 extern "C" __global__ void __launch_bounds__(256)
     flash_backward_sum(const float* __restrict__ dk_part, const float* __restrict__ dv_part, elem* __restrict__ dk,
                        elem* __restrict__ dv, const SumWords p) {

@@ -1,17 +1,23 @@
-// Causal attention with grouped key/value heads over a ragged batch.
+// Attention with grouped key/value heads over a ragged batch.
 //
 // Scores of a tile of queries and a tile of keys are computed with a lane for each key (or half of one: PARTS lanes share
 // a key of a wide head), results with a lane for each element of a head. Softmax runs along the keys with running maxima.
-// HEAD_DIM is a constant, a multiple of 4 and at most 128.
+// HEAD_DIM is a constant, a multiple of 4 and at most 256. MASK is 0 (causal), 1 (a window) or 2 (chunks); tiles of keys that no query
+// of a tile sees are skipped. HAS_CAP and HAS_SINKS say what else happens to scores.
 #if HEAD_DIM <= 64
 #define KEYS 32
 #define ROWS 2
-#else
+#define WARPS 8
+#elif HEAD_DIM <= 128
 #define KEYS 16
 #define ROWS 1
+#define WARPS 8
+#else
+#define KEYS 8
+#define ROWS 1
+#define WARPS 4
 #endif
 #define PARTS (32 / KEYS)
-#define WARPS 8
 #define TILE (WARPS * ROWS)
 #define SLICE (HEAD_DIM / PARTS)
 #define WIDTH (HEAD_DIM + 1)
@@ -24,7 +30,25 @@ struct AttentionWords {
     // elements from one key to the next, and from one key/value head to the next
     uint token_stride;
     uint head_stride;
+    // keys of a window or of a chunk
+    uint mask_size;
+    float cap;
 };
+
+// The first position that a query sees.
+FUNCTION uint first_key(uint position, uint mask_size) {
+    if (MASK == 1) return position < mask_size ? 0 : position + 1 - mask_size;
+    if (MASK == 2) return position - position % mask_size;
+    return 0;
+}
+
+// The score that takes part in the softmax; `slope` becomes its derivative.
+FUNCTION float capped(float s, float cap, PRIVATE float* slope) {
+    if (!HAS_CAP) return s;
+    const float t = hyperbolic_tangent(s / cap);
+    *slope = 1.0f - t * t;
+    return cap * t;
+}
 
 FUNCTION float score(SHARED_ARG const float* a, SHARED_ARG const float* b, uint part) {
     float sum = 0.0f;
@@ -46,8 +70,8 @@ FUNCTION void load_rows(
 // A tile is four words: its first query, its number of queries, the element at which its sequence's keys begin, and the
 // number of keys that its first query sees; each further query sees one more.
 KERNEL(attention)
-(IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(uint, tiles, 3), OUT(T, out, 4), OUT(float, log_sums, 5),
- WORDS(AttentionWords, 6) PLACE) {
+(IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(uint, tiles, 3), IN(float, sinks, 4), OUT(T, out, 5), OUT(float, log_sums, 6),
+ WORDS(AttentionWords, 7) PLACE) {
     SHARED float queries[TILE * HEAD_DIM];
     SHARED float keys[KEYS * WIDTH];
     SHARED float values[KEYS * WIDTH];
@@ -66,7 +90,7 @@ KERNEL(attention)
     const uint key = lane % KEYS;
     const uint part = lane / KEYS;
     const uint num_keys = tile[3] + tile[1] - 1;
-    for (uint begin = 0; begin < num_keys; begin += KEYS) {
+    for (uint begin = first_key(tile[3] - 1, p.mask_size); begin < num_keys; begin += KEYS) {
         const uint count = MINIMUM(uint(KEYS), num_keys - begin);
         BARRIER;
         load_rows(k + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, keys, WIDTH, me, threads);
@@ -74,8 +98,10 @@ KERNEL(attention)
         BARRIER;
         for (uint r = 0; r < ROWS; r++) {
             const uint row = warp * ROWS + r;
-            const float s = score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale;
-            const bool is_seen = begin + key < tile[3] + row && key < count;
+            float slope = 1.0f;
+            const float s = capped(score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale, p.cap, &slope);
+            const bool is_late = begin + key >= first_key(tile[3] - 1 + row, p.mask_size);
+            const bool is_seen = begin + key < tile[3] + row && key < count && (MASK == 0 || is_late);
             const float maximum = MAXIMUM(largest[r], warp_max(is_seen ? s : -INFINITY));
             if (maximum == -INFINITY) continue;
             const float weight = is_seen ? EXP(s - maximum) : 0.0f;
@@ -95,6 +121,13 @@ KERNEL(attention)
     for (uint r = 0; r < ROWS; r++) {
         const uint row = warp * ROWS + r;
         if (row >= tile[1]) continue;
+        if (HAS_SINKS) {
+            const float maximum = MAXIMUM(largest[r], sinks[head]);
+            const float shrink = EXP(largest[r] - maximum);
+            largest[r] = maximum;
+            sums[r] = sums[r] * shrink + EXP(sinks[head] - maximum);
+            for (uint e = 0; e < ELEMENTS; e++) result[r][e] *= shrink;
+        }
         for (uint e = 0; e < ELEMENTS; e++) {
             const uint i = e * 32 + lane;
             if (i < HEAD_DIM) out[first + row * query_stride + i] = T(result[r][e] / sums[r]);
@@ -170,7 +203,7 @@ KERNEL(attention_backward_q)
     const uint key = lane % KEYS;
     const uint part = lane / KEYS;
     const uint num_keys = tile[3] + tile[1] - 1;
-    for (uint begin = 0; begin < num_keys; begin += KEYS) {
+    for (uint begin = first_key(tile[3] - 1, p.mask_size); begin < num_keys; begin += KEYS) {
         const uint count = MINIMUM(uint(KEYS), num_keys - begin);
         BARRIER;
         load_rows(k + start + wide(begin) * p.token_stride, p.token_stride, count, KEYS, keys, WIDTH, me, threads);
@@ -178,10 +211,13 @@ KERNEL(attention_backward_q)
         BARRIER;
         for (uint r = 0; r < ROWS; r++) {
             const uint row = warp * ROWS + r;
-            const float s = score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale;
+            float slope = 1.0f;
+            const float s = capped(score(queries + row * HEAD_DIM, keys + key * WIDTH, part) * p.scale, p.cap, &slope);
             const float dp = score(d_outs + row * HEAD_DIM, values + key * WIDTH, part);
-            const bool is_seen = begin + key < tile[3] + row && key < count;
-            const float ds = is_seen ? EXP(s - log_sum[r]) * (dp - shift[r]) * p.scale : 0.0f;
+            const bool is_late = begin + key >= first_key(tile[3] - 1 + row, p.mask_size);
+            const bool is_seen = begin + key < tile[3] + row && key < count && (MASK == 0 || is_late);
+            float ds = is_seen ? EXP(s - log_sum[r]) * (dp - shift[r]) * p.scale : 0.0f;
+            if (HAS_CAP) ds *= slope;
             for (uint j = 0; j < count; j++) {
                 const float w = warp_shuffle(ds, j);
                 for (uint e = 0; e < ELEMENTS; e++) {
@@ -202,7 +238,7 @@ KERNEL(attention_backward_q)
 }
 
 // The gradients with respect to k and v, summed over the query heads of a group of heads. A tile here is four words: its
-// first key, its number of keys, the first query that sees one of them, and the end of the sequence.
+// first key, its number of keys, the beginning of the sequence, and the end of the queries that see one of them.
 KERNEL(attention_backward_kv)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, d_out, 3), IN(float, log_sums, 4), IN(float, delta, 5), IN(uint, tiles, 6),
  OUT(T, dk, 7), OUT(T, dv, 8), WORDS(AttentionWords, 9) PLACE) {
@@ -225,7 +261,7 @@ KERNEL(attention_backward_kv)
     const uint query = lane % KEYS;
     const uint part = lane / KEYS;
     for (uint head = kv_head * group_size; head < (kv_head + 1) * group_size; head++) {
-        for (uint begin = tile[2]; begin < tile[3]; begin += KEYS) {
+        for (uint begin = tile[0]; begin < tile[3]; begin += KEYS) {
             const uint count = MINIMUM(uint(KEYS), tile[3] - begin);
             const wide from = begin * query_stride + head * HEAD_DIM;
             BARRIER;
@@ -237,11 +273,16 @@ KERNEL(attention_backward_kv)
             const float shift = delta[at];
             for (uint r = 0; r < ROWS; r++) {
                 const uint row = warp * ROWS + r;
-                const float s = score(keys + row * HEAD_DIM, queries + query * WIDTH, part) * p.scale;
+                float slope = 1.0f;
+                const float s =
+                    capped(score(keys + row * HEAD_DIM, queries + query * WIDTH, part) * p.scale, p.cap, &slope);
                 const float dp = score(values + row * HEAD_DIM, d_outs + query * WIDTH, part);
-                const bool is_seen = query < count && tile[0] + row <= begin + query;
+                const bool is_late =
+                    tile[0] + row - tile[2] >= first_key(begin + query - tile[2], p.mask_size);
+                const bool is_seen = query < count && tile[0] + row <= begin + query && (MASK == 0 || is_late);
                 const float weight = is_seen ? EXP(s - log_sum) : 0.0f;
-                const float ds = weight * (dp - shift) * p.scale;
+                float ds = weight * (dp - shift) * p.scale;
+                if (HAS_CAP) ds *= slope;
                 for (uint j = 0; j < count; j++) {
                     const float w = warp_shuffle(weight, j);
                     const float d = warp_shuffle(ds, j);
@@ -266,4 +307,23 @@ KERNEL(attention_backward_kv)
             dv[first + row * kv_stride + i] = T(of_value[r][e]);
         }
     }
+}
+
+struct SinkWords {
+    uint tokens;
+    uint heads;
+};
+
+// The gradient with respect to the sinks. A group takes a head.
+KERNEL(attention_sink_gradient)
+(IN(float, sinks, 0), IN(float, log_sums, 1), IN(float, delta, 2), OUT(float, d_sinks, 3), WORDS(SinkWords, 4) PLACE) {
+    SHARED float scratch[32];
+    const uint head = group.x;
+    float sum = 0.0f;
+    for (uint token = me; token < p.tokens; token += threads) {
+        const wide at = wide(token) * p.heads + head;
+        sum -= EXP(sinks[head] - log_sums[at]) * delta[at];
+    }
+    sum = group_sum(sum, scratch, lane, warp, threads);
+    if (me == 0) d_sinks[head] = sum;
 }

@@ -21,6 +21,15 @@ FUNCTION float group_max(float x, SHARED_ARG float* scratch, uint my_lane, uint 
 
 FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + EXP(-x)); }
 
+FUNCTION float hyperbolic_tangent(float x) {
+    const float square = x * x;
+    // near 0 the quotient below would lose the digits of x
+    if (square < 0.02f) return x * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.05396825f)));
+    const float e = EXP(-2.0f * (x < 0.0f ? -x : x));
+    const float t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
+
 // Low-rank terms, y[t, j] += scale * sum of z[t, r] b[r, j] over r, are added by threads that take so many tokens of a column:
 // what they read of b serves them all.
 #define TERM_ROWS 4

@@ -1,11 +1,23 @@
-// Cross-entropy of rows of logits with label smoothing; the gradient takes the place of the logits.
+// Cross-entropy of rows of logits with label smoothing; the gradient takes the place of the head's products.
 struct CrossEntropyWords {
     uint vocab;
     float smoothing;
     float scale;
     uint wants_gradient;
     uint is_aligned; // rows begin at a multiple of eight elements and have such a length
+    float form_scale;
+    float cap; // 0 if there is none
 };
+
+// Logits from products of the output head, and their slope; without HAS_FORM they are the same.
+FUNCTION float logit_of(float product, float scale, float cap) {
+    if (!HAS_FORM) return product;
+    return cap > 0.0f ? cap * hyperbolic_tangent(product * scale / cap) : product * scale;
+}
+FUNCTION float slope_of(float logit, float scale, float cap) {
+    if (!HAS_FORM) return 1.0f;
+    return cap > 0.0f ? scale * (1.0f - logit / cap) * (1.0f + logit / cap) : scale;
+}
 
 // Takes logits into the running maximum, the sum of exponentials of distances from it, and the sum.
 FUNCTION void add_logits(
@@ -35,10 +47,11 @@ KERNEL(cross_entropy)
     UNROLL4 for (uint i = 8 * me; i < even; i += 8 * threads) {
         float z[8];
         load8(row + i, z);
+        UNROLL for (uint j = 0; j < 8; j++) z[j] = logit_of(z[j], p.form_scale, p.cap);
         add_logits(z, 8, &largest, &sum, &total);
     }
     for (uint i = even + me; i < p.vocab; i += threads) {
-        const float z = float(row[i]);
+        const float z = logit_of(float(row[i]), p.form_scale, p.cap);
         add_logits(&z, 1, &largest, &sum, &total);
     }
     const float maximum = group_max(largest, scratch, lane, warp, threads);
@@ -49,7 +62,7 @@ KERNEL(cross_entropy)
     const float normalizer = maximum + LOG(sum);
     const float weight = weights[group.x];
     if (me == 0) {
-        const float wanted = normalizer - float(row[target]);
+        const float wanted = normalizer - logit_of(float(row[target]), p.form_scale, p.cap);
         losses[group.x] = weight * ((1.0f - p.smoothing) * wanted + p.smoothing * (normalizer - mean));
     }
     if (p.wants_gradient == 0) return;
@@ -61,15 +74,19 @@ KERNEL(cross_entropy)
         float z[8];
         load8(row + i, z);
         UNROLL for (uint j = 0; j < 8; j++) {
-            z[j] = EXP(z[j] - maximum) * share - spread * factor;
+            const float logit = logit_of(z[j], p.form_scale, p.cap);
+            z[j] = EXP(logit - maximum) * share - spread * factor;
             if (i + j == target) z[j] -= (1.0f - p.smoothing) * factor;
+            if (HAS_FORM) z[j] *= slope_of(logit, p.form_scale, p.cap);
         }
         store4(row + i, z);
         store4(row + i + 4, z + 4);
     }
     for (uint i = even + me; i < p.vocab; i += threads) {
-        float gradient = EXP(float(row[i]) - maximum) * share - spread * factor;
+        const float logit = logit_of(float(row[i]), p.form_scale, p.cap);
+        float gradient = EXP(logit - maximum) * share - spread * factor;
         if (i == target) gradient -= (1.0f - p.smoothing) * factor;
+        if (HAS_FORM) gradient *= slope_of(logit, p.form_scale, p.cap);
         row[i] = T(gradient);
     }
 }

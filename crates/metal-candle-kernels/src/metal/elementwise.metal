@@ -1,8 +1,7 @@
 // Kernels that touch each element once. Those with `is_aligned` take four elements a thread.
-struct ElementWords {
-    uint count;
-    uint is_aligned;
-};
+#ifndef KIND
+#define KIND 0
+#endif
 
 // Loads up to four elements from `at` on; those behind the end are 0.
 FUNCTION void load_part(GLOBAL const T* x, uint at, uint count, uint is_aligned, PRIVATE float* y) {
@@ -23,19 +22,91 @@ FUNCTION void store_part(GLOBAL T* y, uint at, uint count, uint is_aligned, PRIV
     }
 }
 
-// y = silu(gate) * up
-KERNEL(swiglu)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ElementWords, 3) PLACE) {
+struct ActivationWords {
+    uint count;
+    uint is_aligned;
+    float limit;
+    float alpha;
+};
+
+// erfc(z) for z >= 0, see `activation.rs`.
+FUNCTION float complementary_error(float z) {
+    const float t = 1.0f / (1.0f + 0.5f * z);
+    float q = 0.14493021f;
+    q = q * t - 0.6808272f;
+    q = q * t + 1.1567338f;
+    q = q * t - 0.6962519f;
+    q = q * t - 0.08028043f;
+    q = q * t + 0.0012675867f;
+    q = q * t + 0.0346028f;
+    q = q * t + 0.3866404f;
+    q = q * t + 0.9986328f;
+    q = q * t - 1.265448f;
+    return t * EXP(q - z * z);
+}
+
+// The activation of number KIND, in the order of `Activation`, and its slope.
+FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* value, PRIVATE float* slope) {
+#if KIND == 0
+    const float s = sigmoid(x);
+    *value = x * s;
+    *slope = s * (1.0f + x * (1.0f - s));
+#elif KIND == 1
+    const float square = x * x;
+    const float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * square));
+    *value = x * s;
+    // far out the product is 0 times a number that may be infinite
+    const bool is_bent = s > 1e-30f && s < 1.0f;
+    *slope = s + (is_bent ? x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * square) : 0.0f);
+#elif KIND == 2
+    const float tail = 0.5f * complementary_error((x < 0.0f ? -x : x) * 0.70710678f);
+    const float share = x < 0.0f ? tail : 1.0f - tail;
+    *value = x * share;
+    *slope = share + x * 0.3989423f * EXP(-0.5f * x * x);
+#elif KIND == 3
+    *value = x < 0.0f ? 0.0f : x;
+    *slope = x > 0.0f ? 1.0f : 0.0f;
+#elif KIND == 4
+    const float positive = x < 0.0f ? 0.0f : x;
+    *value = positive * positive;
+    *slope = 2.0f * positive;
+#elif KIND == 5
+    const float g = x > limit ? limit : x;
+    const float s = sigmoid(alpha * g);
+    *value = g * s;
+    *slope = x > limit ? 0.0f : s * (1.0f + alpha * g * (1.0f - s));
+#else
+    const float s = sigmoid(x);
+    *value = s;
+    *slope = s * (1.0f - s);
+#endif
+}
+
+// What an activation of a gate is multiplied with, and its slope.
+FUNCTION float up_of(float up, float limit) {
+    if (KIND != 5) return up;
+    return (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
+}
+FUNCTION float up_slope(float up, float limit) { return KIND == 5 && (up > limit || up < -limit) ? 0.0f : 1.0f; }
+
+// y = f(gate) * up
+KERNEL(gated)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ActivationWords, 3) PLACE) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float g[4], u[4];
     load_part(gate, at, p.count, p.is_aligned, g);
     load_part(up, at, p.count, p.is_aligned, u);
-    for (uint i = 0; i < 4; i++) g[i] = g[i] * sigmoid(g[i]) * u[i];
+    for (uint i = 0; i < 4; i++) {
+        float value, slope;
+        activation_at(g[i], p.limit, p.alpha, &value, &slope);
+        g[i] = value * up_of(u[i], p.limit);
+    }
     store_part(y, at, p.count, p.is_aligned, g);
 }
 
 // The gradients with respect to gate and up, the former in the place of dy.
-KERNEL(swiglu_backward)(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), WORDS(ElementWords, 4) PLACE) {
+KERNEL(gated_backward)
+(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), WORDS(ActivationWords, 4) PLACE) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float g[4], u[4], d[4];
@@ -43,13 +114,49 @@ KERNEL(swiglu_backward)(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up
     load_part(up, at, p.count, p.is_aligned, u);
     load_part(dy, at, p.count, p.is_aligned, d);
     for (uint i = 0; i < 4; i++) {
+#if KIND == 0
         const float s = sigmoid(g[i]);
         const float of_up = d[i] * g[i] * s;
         d[i] = d[i] * u[i] * s * (1.0f + g[i] * (1.0f - s));
+#else
+        float value, slope;
+        activation_at(g[i], p.limit, p.alpha, &value, &slope);
+        const float of_up = d[i] * value * up_slope(u[i], p.limit);
+        d[i] = d[i] * up_of(u[i], p.limit) * slope;
+#endif
         u[i] = of_up;
     }
     store_part(dy, at, p.count, p.is_aligned, d);
     store_part(d_up, at, p.count, p.is_aligned, u);
+}
+
+// y = f(x)
+KERNEL(activate)(IN(T, x, 0), OUT(T, y, 1), WORDS(ActivationWords, 2) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float v[4];
+    load_part(x, at, p.count, p.is_aligned, v);
+    for (uint i = 0; i < 4; i++) {
+        float value, slope;
+        activation_at(v[i], p.limit, p.alpha, &value, &slope);
+        v[i] = value;
+    }
+    store_part(y, at, p.count, p.is_aligned, v);
+}
+
+// dy becomes the gradient with respect to x.
+KERNEL(activate_backward)(IN(T, x, 0), OUT(T, dy, 1), WORDS(ActivationWords, 2) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float v[4], d[4];
+    load_part(x, at, p.count, p.is_aligned, v);
+    load_part(dy, at, p.count, p.is_aligned, d);
+    for (uint i = 0; i < 4; i++) {
+        float value, slope;
+        activation_at(v[i], p.limit, p.alpha, &value, &slope);
+        d[i] *= slope;
+    }
+    store_part(dy, at, p.count, p.is_aligned, d);
 }
 
 struct ScaledWords {
@@ -86,15 +193,44 @@ KERNEL(scale_columns)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PL
     if (at < p.count) y[at] = T(float(y[at]) * factors[at % p.width]);
 }
 
+// y[i] *= factors[i], a row
+KERNEL(scale_rows)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+    const uint at = group.x * threads + me;
+    if (at < p.count) y[at] = T(float(y[at]) * factors[at / p.width]);
+}
+
+struct FormWords {
+    uint count;
+    uint is_aligned;
+    float scale;
+    float cap; // 0 if there is none
+};
+
+// y becomes scale * y, and then cap * tanh(y / cap)
+KERNEL(form_logits)(OUT(T, y, 0), WORDS(FormWords, 1) PLACE) {
+    const uint at = 4 * (group.x * threads + me);
+    if (at >= p.count) return;
+    float v[4];
+    load_part(y, at, p.count, p.is_aligned, v);
+    for (uint i = 0; i < 4; i++) {
+        v[i] *= p.scale;
+        if (p.cap > 0.0f) v[i] = p.cap * hyperbolic_tangent(v[i] / p.cap);
+    }
+    store_part(y, at, p.count, p.is_aligned, v);
+}
+
 struct RotationWords {
     uint count;
     uint q_heads;
     uint k_heads;
-    uint half_dim;
+    uint head_dim;
+    uint half_dim; // half of the elements of a head that rotate
+    uint is_adjacent;
     float sign;
 };
 
-// Rotates q and k in place: the halves of each head against each other, by the angle of the token; sign -1 turns back.
+// Rotates the first elements of each head of q and k in place, by the angle of the token; sign -1 turns the other way. Pairs are
+// an element of the first half and one of the second, or neighbours.
 KERNEL(rotate)(IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), WORDS(RotationWords, 4) PLACE) {
     uint at = group.x * threads + me;
     if (at >= p.count) return;
@@ -104,12 +240,14 @@ KERNEL(rotate)(IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, 
     const uint token = at / (p.q_heads + p.k_heads);
     const float c = cosines[token * p.half_dim + i];
     const float s = sines[token * p.half_dim + i] * p.sign;
-    GLOBAL T* x = head < p.q_heads ? q + (wide(token) * p.q_heads + head) * 2 * p.half_dim
-                                   : k + (wide(token) * p.k_heads + head - p.q_heads) * 2 * p.half_dim;
-    const float a = float(x[i]);
-    const float b = float(x[i + p.half_dim]);
-    x[i] = T(a * c - b * s);
-    x[i + p.half_dim] = T(b * c + a * s);
+    GLOBAL T* x = head < p.q_heads ? q + (wide(token) * p.q_heads + head) * p.head_dim
+                                   : k + (wide(token) * p.k_heads + head - p.q_heads) * p.head_dim;
+    const uint first = p.is_adjacent ? 2 * i : i;
+    const uint second = p.is_adjacent ? first + 1 : i + p.half_dim;
+    const float a = float(x[first]);
+    const float b = float(x[second]);
+    x[first] = T(a * c - b * s);
+    x[second] = T(b * c + a * s);
 }
 
 struct CacheWords {

@@ -1,103 +1,159 @@
-// RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, a warp a row.
+// Norms of runs of a row, a warp a run: (x - shift) * scale * weight + bias, where the scale is 1 / sqrt(mean of squares + eps) and
+// the shift is 0, or the mean of the run if IS_LAYER. HAS_WEIGHT and HAS_BIAS are 0 where these are 1 and 0.
+#ifndef IS_LAYER
+#define IS_LAYER 0
+#define HAS_WEIGHT 1
+#define HAS_BIAS 0
+#endif
+
 struct NormWords {
-    uint rows;
+    uint runs;
     uint width;
     float eps;
-    uint is_aligned; // rows begin at a multiple of eight elements and have such a length
+    uint is_aligned; // runs begin at a multiple of eight elements and have such a length
+    float offset;    // added to each weight
+    uint parts;      // runs after which weights repeat
 };
 
-KERNEL(rms_norm)(IN(T, x, 0), IN(T, weight, 1), OUT(T, y, 2), WORDS(NormWords, 3) PLACE) {
-    const uint row = group.x * (threads / 32) + warp;
-    if (row >= p.rows) return;
-    GLOBAL const T* from = x + wide(row) * p.width;
-    GLOBAL T* to = y + wide(row) * p.width;
+// The mean of a run, if it is subtracted.
+FUNCTION float shift_of(GLOBAL const T* x, uint width, uint my_lane) {
+    if (!IS_LAYER) return 0.0f;
+    float sum = 0.0f;
+    for (uint i = my_lane; i < width; i += 32) sum += float(x[i]);
+    return warp_sum(sum) / float(width);
+}
+
+KERNEL(norm_forward)
+(IN(T, x, 0), IN(T, weight, 1), IN(T, bias, 2), OUT(T, y, 3), WORDS(NormWords, 4) PLACE) {
+    const uint run = group.x * (threads / 32) + warp;
+    if (run >= p.runs) return;
+    GLOBAL const T* from = x + wide(run) * p.width;
+    GLOBAL T* to = y + wide(run) * p.width;
+    const uint at = run % p.parts * p.width;
     const uint even = p.is_aligned ? p.width : 0;
+    const float shift = shift_of(from, p.width, lane);
     float sum = 0.0f;
     UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
         float v[8];
         load8(from + i, v);
-        UNROLL for (uint j = 0; j < 8; j++) sum += v[j] * v[j];
+        UNROLL for (uint j = 0; j < 8; j++) sum += (v[j] - shift) * (v[j] - shift);
     }
-    for (uint i = even + lane; i < p.width; i += 32) sum += float(from[i]) * float(from[i]);
+    for (uint i = even + lane; i < p.width; i += 32) {
+        const float v = float(from[i]) - shift;
+        sum += v * v;
+    }
     const float scale = RSQRT(warp_sum(sum) / float(p.width) + p.eps);
     UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
         float v[8], w[8];
         load8(from + i, v);
-        load8(weight + i, w);
-        UNROLL for (uint j = 0; j < 8; j++) v[j] = v[j] * scale * w[j];
+        if (HAS_WEIGHT) load8(weight + at + i, w);
+        UNROLL for (uint j = 0; j < 8; j++) v[j] = (v[j] - shift) * scale * (HAS_WEIGHT ? w[j] + p.offset : 1.0f);
+        if (HAS_BIAS) {
+            load8(bias + at + i, w);
+            UNROLL for (uint j = 0; j < 8; j++) v[j] += w[j];
+        }
         store4(to + i, v);
         store4(to + i + 4, v + 4);
     }
-    for (uint i = even + lane; i < p.width; i += 32) to[i] = T(float(from[i]) * scale * float(weight[i]));
+    for (uint i = even + lane; i < p.width; i += 32) {
+        const float v = (float(from[i]) - shift) * scale * (HAS_WEIGHT ? float(weight[at + i]) + p.offset : 1.0f);
+        to[i] = T(HAS_BIAS ? v + float(bias[at + i]) : v);
+    }
 }
 
-// The gradient with respect to x is added to dx; the scale of each row is left in `scales`.
-KERNEL(rms_norm_backward)
+// The gradient with respect to x is added to dx; the scale of each run is left in `scales`, and behind these the shifts if IS_LAYER.
+KERNEL(norm_backward)
 (IN(T, x, 0), IN(T, weight, 1), IN(T, dy, 2), OUT(T, dx, 3), OUT(float, scales, 4), WORDS(NormWords, 5) PLACE) {
-    const uint row = group.x * (threads / 32) + warp;
-    if (row >= p.rows) return;
-    const wide start = wide(row) * p.width;
+    const uint run = group.x * (threads / 32) + warp;
+    if (run >= p.runs) return;
+    const wide start = wide(run) * p.width;
+    const uint at = run % p.parts * p.width;
     const uint even = p.is_aligned ? p.width : 0;
+    const float shift = shift_of(x + start, p.width, lane);
     float sum = 0.0f;
     float dot = 0.0f;
+    float total = 0.0f;
     UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
         float v[8], w[8], d[8];
         load8(x + start + i, v);
-        load8(weight + i, w);
+        if (HAS_WEIGHT) load8(weight + at + i, w);
         load8(dy + start + i, d);
         UNROLL for (uint j = 0; j < 8; j++) {
-            sum += v[j] * v[j];
-            dot += d[j] * w[j] * v[j];
+            const float value = v[j] - shift;
+            const float weighted = HAS_WEIGHT ? d[j] * (w[j] + p.offset) : d[j];
+            sum += value * value;
+            dot += weighted * value;
+            if (IS_LAYER) total += weighted;
         }
     }
     for (uint i = even + lane; i < p.width; i += 32) {
-        const float value = float(x[start + i]);
+        const float value = float(x[start + i]) - shift;
+        const float weighted = float(dy[start + i]) * (HAS_WEIGHT ? float(weight[at + i]) + p.offset : 1.0f);
         sum += value * value;
-        dot += float(dy[start + i]) * float(weight[i]) * value;
+        dot += weighted * value;
+        if (IS_LAYER) total += weighted;
     }
     const float scale = RSQRT(warp_sum(sum) / float(p.width) + p.eps);
     const float mean = warp_sum(dot) * scale / float(p.width);
+    const float level = IS_LAYER ? warp_sum(total) / float(p.width) : 0.0f;
     UNROLL4 for (uint i = 8 * lane; i < even; i += 256) {
         float v[8], w[8], d[8], before[8];
         load8(x + start + i, v);
-        load8(weight + i, w);
+        if (HAS_WEIGHT) load8(weight + at + i, w);
         load8(dy + start + i, d);
         load8(dx + start + i, before);
-        UNROLL for (uint j = 0; j < 8; j++) before[j] += (d[j] * w[j] - v[j] * scale * mean) * scale;
+        UNROLL for (uint j = 0; j < 8; j++) {
+            const float weighted = HAS_WEIGHT ? d[j] * (w[j] + p.offset) : d[j];
+            before[j] += (weighted - (v[j] - shift) * scale * mean - level) * scale;
+        }
         store4(dx + start + i, before);
         store4(dx + start + i + 4, before + 4);
     }
     for (uint i = even + lane; i < p.width; i += 32) {
-        const float through = (float(dy[start + i]) * float(weight[i]) - float(x[start + i]) * scale * mean) * scale;
+        const float weighted = float(dy[start + i]) * (HAS_WEIGHT ? float(weight[at + i]) + p.offset : 1.0f);
+        const float through = (weighted - (float(x[start + i]) - shift) * scale * mean - level) * scale;
         dx[start + i] = T(float(dx[start + i]) + through);
     }
-    if (lane == 0) scales[row] = scale;
+    if (lane == 0) {
+        scales[run] = scale;
+        if (IS_LAYER) scales[p.runs + run] = shift;
+    }
+}
+
+struct WeightWords {
+    uint rows;
+    uint columns; // weights
+    uint width;   // of a run
+    uint parts;   // runs of a row
+};
+
+// The gradient with respect to the weight, f32: the sum over rows of dy * (x - shift) * scale. A group takes 32 columns.
+KERNEL(norm_weight_gradient)
+(IN(T, x, 0), IN(T, dy, 1), IN(float, scales, 2), OUT(float, dw, 3), WORDS(WeightWords, 4) PLACE) {
+    SHARED float sums[1024];
+    const uint column = group.x * 32 + lane;
+    float sum = 0.0f;
+    if (column < p.columns) {
+        const uint part = column / p.width;
+        for (uint row = warp; row < p.rows; row += threads / 32) {
+            const wide at = wide(row) * p.columns + column;
+            const uint run = row * p.parts + part;
+            const float shift = IS_LAYER ? scales[p.rows * p.parts + run] : 0.0f;
+            sum += float(dy[at]) * (float(x[at]) - shift) * scales[run];
+        }
+    }
+    sums[me] = sum;
+    BARRIER;
+    if (warp == 0 && column < p.columns) {
+        for (uint i = 1; i < threads / 32; i++) sum += sums[i * 32 + lane];
+        dw[column] = sum;
+    }
 }
 
 struct ColumnWords {
     uint rows;
     uint width;
 };
-
-// The gradient with respect to the weight, f32: the sum over rows of dy * x * scale. A group takes 32 columns.
-KERNEL(rms_norm_weight_gradient)
-(IN(T, x, 0), IN(T, dy, 1), IN(float, scales, 2), OUT(float, dw, 3), WORDS(ColumnWords, 4) PLACE) {
-    SHARED float sums[1024];
-    const uint column = group.x * 32 + lane;
-    float sum = 0.0f;
-    if (column < p.width) {
-        for (uint row = warp; row < p.rows; row += threads / 32) {
-            const wide at = wide(row) * p.width + column;
-            sum += float(dy[at]) * float(x[at]) * scales[row];
-        }
-    }
-    sums[me] = sum;
-    BARRIER;
-    if (warp == 0 && column < p.width) {
-        for (uint i = 1; i < threads / 32; i++) sum += sums[i * 32 + lane];
-        dw[column] = sum;
-    }
-}
 
 // The sums of the columns of x, f32.
 KERNEL(column_sums)(IN(T, x, 0), OUT(float, sums_out, 1), WORDS(ColumnWords, 2) PLACE) {

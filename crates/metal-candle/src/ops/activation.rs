@@ -1,8 +1,8 @@
 //! Activations of MLPs and gates: `y = f(gate) * up` (<https://arxiv.org/abs/2002.05202>), or `y = f(x)`.
 
-use super::gpu::{self, Arg};
+use super::gpu::{self, Arg, Kernel, Source};
 use super::host::{Host, edit, tensor};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
 pub(crate) use metal_candle_kernels::Activation;
@@ -15,7 +15,7 @@ use std::cell::RefCell;
 /// `gate`, `up` and the result: `[tokens, intermediate]`; on the CPU `gate` and `up` may be rounded to bf16.
 pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let _span = span("activation", Kind::Elementwise);
-    if has_kernels(activation, gate) {
+    if gpu::has_kernels(gate) {
         let y = gpu::empty(gate.shape(), gate)?;
         gated_into(activation, gate, up, &y)?;
         return Ok(y);
@@ -33,14 +33,22 @@ pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Resul
 
 /// The same by a kernel, written to `y`.
 pub(crate) fn gated_into(activation: Activation, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
-    if !has_kernels(activation, gate) {
-        return Err(Error::Unsupported(format!("{activation:?} into a given tensor on this device")));
-    }
-    gpu::by_four("swiglu", &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(y)], &[])
+    launch("gated", activation, &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(y)])
 }
 
-fn has_kernels(activation: Activation, like: &Tensor) -> bool {
-    gpu::has_kernels(like) && activation == Activation::Silu
+/// Launches a kernel of an activation on tensors of one length.
+fn launch(name: &'static str, activation: Activation, tensors: &[&Tensor], args: &[Arg]) -> Result<()> {
+    let (kind, limit, alpha) = match activation {
+        Activation::Silu => (0, 0.0, 0.0),
+        Activation::GeluTanh => (1, 0.0, 0.0),
+        Activation::Gelu => (2, 0.0, 0.0),
+        Activation::Relu => (3, 0.0, 0.0),
+        Activation::Relu2 => (4, 0.0, 0.0),
+        Activation::Clamped { limit, alpha } => (5, limit, alpha),
+        Activation::Sigmoid => (6, 0.0, 0.0),
+    };
+    let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype()).with("KIND", kind);
+    gpu::by_four_of(&kernel, tensors, args, &[limit.into(), alpha.into()])
 }
 
 /// The gradients of [`gated`] with respect to `gate`, in place of `dy`, and `up`.
@@ -51,10 +59,10 @@ pub(crate) fn gated_backward(
     dy: Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let _span = span("activation", Kind::Elementwise);
-    if has_kernels(activation, gate) {
+    if gpu::has_kernels(gate) {
         let d_up = gpu::empty(gate.shape(), gate)?;
         let args = [Arg::In(gate), Arg::In(up), Arg::Out(&dy), Arg::Out(&d_up)];
-        gpu::by_four("swiglu_backward", &[gate, up, &dy], &args, &[])?;
+        launch("gated_backward", activation, &[gate, up, &dy, &d_up], &args)?;
         return Ok((dy, d_up));
     }
     if !gate.device().is_cpu() {
@@ -71,10 +79,14 @@ pub(crate) fn gated_backward(
     Ok((d_gate, tensor(d_up.into_inner(), gate.shape())?))
 }
 
-#[allow(dead_code)] // for model families
 /// `f(x)`: `[tokens, width]`; on the CPU `x` may be rounded to bf16.
 pub(crate) fn plain(activation: Activation, x: &Tensor) -> Result<Tensor> {
     let _span = span("activation", Kind::Elementwise);
+    if gpu::has_kernels(x) {
+        let y = gpu::empty(x.shape(), x)?;
+        launch("activate", activation, &[x, &y], &[Arg::In(x), Arg::Out(&y)])?;
+        return Ok(y);
+    }
     if !x.device().is_cpu() {
         return Ok(curve(activation, x)?.0);
     }
@@ -86,10 +98,13 @@ pub(crate) fn plain(activation: Activation, x: &Tensor) -> Result<Tensor> {
     tensor(y, x.shape())
 }
 
-#[allow(dead_code)] // for model families
 /// The gradient of [`plain`], in place of `dy`.
 pub(crate) fn plain_backward(activation: Activation, x: &Tensor, dy: Tensor) -> Result<Tensor> {
     let _span = span("activation", Kind::Elementwise);
+    if gpu::has_kernels(x) {
+        launch("activate_backward", activation, &[x, &dy], &[Arg::In(x), Arg::Out(&dy)])?;
+        return Ok(dy);
+    }
     if !x.device().is_cpu() {
         return Ok((dy * curve(activation, x)?.1)?);
     }
@@ -101,13 +116,13 @@ pub(crate) fn plain_backward(activation: Activation, x: &Tensor, dy: Tensor) -> 
     edit(dy, |dy| kernels::activate_backward(activation, x, dy))
 }
 
-#[allow(dead_code)] // for model families
+#[allow(dead_code, reason = "for gated attention, which no family has yet")]
 /// `x * sigmoid(gate)`, the gate of gated attention.
 pub(crate) fn sigmoid_gate(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
     gated(Activation::Sigmoid, gate, x)
 }
 
-#[allow(dead_code)] // for model families
+#[allow(dead_code, reason = "for gated attention, which no family has yet")]
 /// The gradients of [`sigmoid_gate`] with respect to `x`, and to `gate` in place of `dy`.
 pub(crate) fn sigmoid_gate_backward(x: &Tensor, gate: &Tensor, dy: Tensor) -> Result<(Tensor, Tensor)> {
     let (d_gate, dx) = gated_backward(Activation::Sigmoid, gate, x, dy)?;

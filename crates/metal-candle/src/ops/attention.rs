@@ -47,9 +47,9 @@ pub(crate) fn forward(
     spans: &Spans,
 ) -> Result<Saved> {
     let offsets = &spans.offsets;
-    if sinks.is_none() && spans.has_tables(shape) {
+    if spans.has_tables(shape) {
         let _span = profile::span("attention", Kind::Attention);
-        let (out, log_sums) = attention_gpu::forward(shape, (q, k, v), spans)?;
+        let (out, log_sums) = attention_gpu::forward(shape, wide(sinks)?.as_ref(), (q, k, v), spans)?;
         return Ok(Saved { out, log_sums: Some(log_sums) });
     }
     if !on_cpu(q) {
@@ -101,9 +101,9 @@ pub(crate) fn with_cache(
         return Err(Error::argument("spans", "attention over a cache needs its slots"));
     };
     let offsets = &spans.offsets;
-    if sinks.is_none() && spans.has_tables(shape) && keys.dtype() == q.dtype() {
+    if spans.has_tables(shape) && keys.dtype() == q.dtype() {
         let _span = profile::span("attention", Kind::Attention);
-        return attention_gpu::with_cache(shape, q, (keys, values), spans);
+        return attention_gpu::with_cache(shape, wide(sinks)?.as_ref(), q, (keys, values), spans);
     }
     if !on_cpu(q) {
         return plain_with_cache(shape, sinks, q, (keys, values), offsets, slots, lengths);
@@ -150,7 +150,8 @@ pub(crate) fn backward(
     };
     let _span = profile::span("attention", Kind::Attention);
     if spans.has_tables(shape) {
-        return attention_gpu::backward(shape, (q, k, v), (&saved.out, log_sums), spans, d_out, None);
+        let sinks = wide(sinks)?;
+        return attention_gpu::backward(shape, sinks.as_ref(), (q, k, v), (&saved.out, log_sums), spans, d_out, None);
     }
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.elem_count()], vec![0.0; k.elem_count()], vec![0.0; v.elem_count()]);
     let sinks = wide(sinks)?;
@@ -186,12 +187,13 @@ pub(crate) fn backward_through(
     d_out: &Tensor,
     (layer, dz): (Layer, Option<&Tensor>),
 ) -> Result<AttentionGradients> {
-    let (Some(log_sums), true) = (&saved.log_sums, spans.has_tables(shape) && sinks.is_none()) else {
+    let (Some(log_sums), true) = (&saved.log_sums, spans.has_tables(shape)) else {
         return Err(Error::Unsupported(format!("the fused backward pass of {shape:?}")));
     };
     let _span = profile::span("attention", Kind::Attention);
     let through = dz.map(|dz| (Arg::In(dz), layer.a()));
-    attention_gpu::backward(shape, qkv, (&saved.out, log_sums), spans, d_out, through)
+    let sinks = wide(sinks)?;
+    attention_gpu::backward(shape, sinks.as_ref(), qkv, (&saved.out, log_sums), spans, d_out, through)
 }
 
 /// `[tokens, heads * head_dim]` of one sequence as `[kv_heads, group * tokens, head_dim]`.

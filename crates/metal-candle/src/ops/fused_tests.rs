@@ -2,14 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+use super::activation::{self, Activation};
 use super::attention::{self, Spans};
 use super::fused::{self, Factors, Layer, TermRoom};
 use super::gpu_tests::{OFFSETS, TYPES, assert_near, both};
 use super::linear::Linear;
-use super::rms_norm::RmsNorm;
-use super::rotary::RotaryTable;
-use super::tests::values;
-use super::{LowRank, LowRankTerms, swiglu};
+use super::norm::{Norm, NormWanted};
+use super::rotary::{Pairs, RotaryScaling};
+use super::tests::{rotary_table, values};
+use super::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 
@@ -75,14 +76,16 @@ fn fused_layers() {
             let layers: Vec<Layer> = qkv.iter().map(TwoLayers::layer).collect();
             let layers: [Layer; 3] = layers.try_into().unwrap();
             let made = fused::products(&x, &layers, true).unwrap();
-            let table = RotaryTable::new(head_dim, 1e4);
+            let table = rotary_table(head_dim, Pairs::Halves, RotaryScaling::Default);
             let positions: Vec<u32> = (0..tokens as u32).map(|i| i * 7 % 41).collect();
-            let (rotation, plain) =
-                (table.rotation(&positions, &x).unwrap(), table.rotation(&positions, &x_cpu).unwrap());
+            let (rotation, plain) = (
+                table.rotation(&positions, &[0, tokens], &x).unwrap(),
+                table.rotation(&positions, &[0, tokens], &x_cpu).unwrap(),
+            );
             fused::finish_qkv(&rotation, &layers, &made).unwrap();
             for (i, two) in qkv.iter().enumerate() {
                 let expected = two.plain(&x_cpu).broadcast_add(&two.bias).unwrap();
-                let expected = if i < 2 { plain.plain(&expected, false).unwrap() } else { expected };
+                let expected = if i < 2 { plain.plain(&expected, head_dim, false).unwrap() } else { expected };
                 near("q, k or v", &made.y[i], &expected);
             }
 
@@ -99,12 +102,13 @@ fn fused_layers() {
                 assert_eq!(a.as_ref().map(values), b.as_ref().map(values));
             }
             let (weight, weight_cpu) = both(&[hidden], 50, dtype, offset);
-            let norm = RmsNorm { weight, eps: 1e-6 };
-            let plain_norm = RmsNorm { weight: weight_cpu, eps: 1e-6 };
+            let norm = Norm::rms(weight, 1e-6);
+            let plain_norm = Norm::rms(weight_cpu, 1e-6);
             let (before, before_cpu) = both(&[tokens, hidden], 51, dtype, offset);
             let through = |i: usize| dys[i].1.matmul(&qkv[i].adapted()).unwrap();
             let expected = ((through(0) + through(1)).unwrap() + through(2)).unwrap();
-            let (expected, _) = plain_norm.plain_backward(&x_cpu, &expected, &before_cpu, false).unwrap();
+            let (expected, _) =
+                plain_norm.plain_backward(&x_cpu, &expected, &before_cpu, NormWanted::default()).unwrap();
             let (dx, normed) =
                 fused::finish_norm_backward(&norm, &x, d_normed.unwrap(), &before, &layers, &dzs).unwrap();
             near("dx", &dx, &expected);
@@ -147,7 +151,7 @@ fn fused_layers() {
             let (gate, up) = (mlp[0].plain(&x_cpu), mlp[1].plain(&x_cpu));
             near("gate", &made.y[0], &gate);
             near("up", &made.y[1], &up);
-            let expected = swiglu::plain_forward(&gate, &up).unwrap();
+            let expected = activation::plain_gated(Activation::Silu, &gate, &up).unwrap();
             near("activation", &y, &expected);
             let down = two_layers(hidden, inner, ranks[2], 80, dtype, offset);
             let ((dy, dy_cpu), wide) = (both(&[tokens, hidden], 81, dtype, offset), down.adapted());
@@ -155,7 +159,8 @@ fn fused_layers() {
             let pair = (&made.y[0], &made.y[1]);
             let (d_gate, d_up, again) =
                 fused::finish_mlp_backward(pair, d_activation.unwrap(), down.layer(), dz[0].as_ref()).unwrap();
-            let (pd_gate, pd_up) = swiglu::plain_backward(&gate, &up, &dy_cpu.matmul(&wide).unwrap()).unwrap();
+            let (pd_gate, pd_up) =
+                activation::plain_gated_backward(Activation::Silu, &gate, &up, &dy_cpu.matmul(&wide).unwrap()).unwrap();
             near("d_gate", &d_gate, &pd_gate);
             near("d_up", &d_up, &pd_up);
             assert_eq!(values(&again), values(&y));
@@ -179,23 +184,22 @@ fn fused_layers() {
 #[test]
 fn attention_in_front_of_a_term() {
     for (dtype, tolerance) in TYPES {
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 20, scale: 0.3 };
+        let shape = AttentionShape::new(4, 2, 20, 0.3);
         let tokens = OFFSETS[OFFSETS.len() - 1];
         let tensor = |width, seed| both(&[tokens, width], seed, dtype, 0);
         let ((q, q_cpu), (k, k_cpu), (v, v_cpu)) = (tensor(80, 1), tensor(40, 2), tensor(40, 3));
         let o = two_layers(30, 80, 5, 4, dtype, 3);
         let (dy, dy_cpu) = tensor(30, 9);
-        let spans = Spans::new(&OFFSETS, shape, None, &q).unwrap();
-        let saved = attention::forward(shape, &q, &k, &v, &spans).unwrap();
+        let spans = Spans::new(&OFFSETS, &[shape], None, &q).unwrap();
+        let saved = attention::forward(shape, None, &q, &k, &v, &spans).unwrap();
         let (d_out, dz) = fused::products_backward(&[o.layer()], &[&dy], true).unwrap();
         let d_out = d_out.unwrap();
-        let (dq, dk, dv) =
-            attention::backward_through(shape, (&q, &k, &v), &saved, &spans, &d_out, (o.layer(), dz[0].as_ref()))
-                .unwrap();
+        let through = (o.layer(), dz[0].as_ref());
+        let found = attention::backward_through(shape, None, (&q, &k, &v), &saved, &spans, &d_out, through).unwrap();
         let d_out = dy_cpu.matmul(&o.adapted()).unwrap();
-        let (pq, pk, pv) = attention::plain_backward(shape, (&q_cpu, &k_cpu, &v_cpu), &OFFSETS, &d_out).unwrap();
-        assert_near("dq", &dq, &pq, 4.0 * tolerance);
-        assert_near("dk", &dk, &pk, 4.0 * tolerance);
-        assert_near("dv", &dv, &pv, 4.0 * tolerance);
+        let expected = attention::plain_backward(shape, None, (&q_cpu, &k_cpu, &v_cpu), &OFFSETS, &d_out).unwrap();
+        assert_near("dq", &found.q, &expected.q, 4.0 * tolerance);
+        assert_near("dk", &found.k, &expected.k, 4.0 * tolerance);
+        assert_near("dv", &found.v, &expected.v, 4.0 * tolerance);
     }
 }

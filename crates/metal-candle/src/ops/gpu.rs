@@ -127,11 +127,15 @@ pub(crate) fn record(_: &Tensor, _: impl FnOnce() -> Result<()>) -> Result<Optio
 
 /// Launches a kernel of `elementwise.metal` that takes four elements a thread and the words `count` and `is_aligned` first.
 pub(crate) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
+    by_four_of(&Kernel::new(Source::Elementwise, name, tensors[0].dtype()), tensors, args, more)
+}
+
+/// The same for a kernel with constants.
+pub(super) fn by_four_of(kernel: &Kernel, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
     let count = tensors[0].elem_count();
     let mut words: Vec<Word> = vec![count.into(), are_aligned(tensors).into()];
     words.extend(more);
-    let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype());
-    launch(&kernel, Grid::elements(count.div_ceil(4)), args, &words)
+    launch(kernel, Grid::elements(count.div_ceil(4)), args, &words)
 }
 
 /// Launches a kernel of `elementwise.metal` that takes an element a thread and the words `count` and `width` first.

@@ -3,14 +3,16 @@
 
 #![allow(clippy::unwrap_used)]
 
-use super::attention::{self, Cached, Saved, Spans};
+use super::activation;
+use super::attention::{self, Cached, Spans};
+use super::head::{self, Head};
 use super::linear::{self, Linear, Part, Start};
-use super::rms_norm::RmsNorm;
-use super::rotary::RotaryTable;
-use super::tests::{random, values};
-use super::{LowRank, adam, cache_write, gpu, head, swiglu};
+use super::norm::{Norm, NormWanted};
+use super::rotary::{self, Pairs, RotaryScaling};
+use super::tests::{ACTIVATIONS, norm_kinds, random, rotary_table, values};
+use super::{LowRank, adam, cache_write, gpu};
 use candle_core::{DType, Device, Tensor};
-use metal_candle_kernels::{AdamStep, AttentionShape, Row, Section};
+use metal_candle_kernels::{AdamStep, AttentionShape, Mask, Row, Section};
 
 fn device() -> Device {
     #[cfg(feature = "metal")]
@@ -24,7 +26,12 @@ pub(super) const TYPES: [(DType, f32); 3] = [(DType::F32, 2e-5), (DType::F16, 4e
 
 /// The same values rounded to `dtype`: on the device behind `offset` other elements, and on the CPU in f32.
 pub(super) fn both(shape: &[usize], seed: u64, dtype: DType, offset: usize) -> (Tensor, Tensor) {
-    let rounded = random(shape, seed).to_dtype(dtype).unwrap();
+    place(&random(shape, seed), dtype, offset)
+}
+
+/// The same for a tensor of the CPU.
+fn place(tensor: &Tensor, dtype: DType, offset: usize) -> (Tensor, Tensor) {
+    let (rounded, shape) = (tensor.to_dtype(dtype).unwrap(), tensor.dims());
     let count = rounded.elem_count();
     let wide =
         Tensor::cat(&[random(&[offset], 99).to_dtype(dtype).unwrap(), rounded.flatten_all().unwrap()], 0).unwrap();
@@ -44,41 +51,81 @@ pub(super) fn assert_near(what: &str, found: &Tensor, expected: &Tensor, toleran
     }
 }
 
+/// The same norm with its weight and bias rounded to `dtype`: on the device and on the CPU in f32.
+fn both_norms(norm: &Norm, dtype: DType, offset: usize) -> (Norm, Norm) {
+    let placed = |tensor: &Option<Tensor>| {
+        let placed = tensor.as_ref().map(|tensor| place(tensor, dtype, offset));
+        placed.map_or((None, None), |(there, here)| (Some(there), Some(here)))
+    };
+    let ((weight, weight_cpu), (bias, bias_cpu)) = (placed(&norm.weight), placed(&norm.bias));
+    (Norm { weight, bias, ..norm.clone() }, Norm { weight: weight_cpu, bias: bias_cpu, ..norm.clone() })
+}
+
 #[test]
 fn norms() {
+    let wide = [(200, 1), (896, 8)].map(|(width, offset)| (Norm::rms(random(&[width], 1), 1e-6), width, offset));
+    let kinds = norm_kinds().into_iter().filter(|(norm, _)| norm.width > 1);
+    let kinds: Vec<_> = kinds.enumerate().map(|(i, (norm, row))| (norm, row, [0, 3, 8][i % 3])).collect();
     for (dtype, tolerance) in TYPES {
-        for (rows, width, offset) in [(1, 1, 0), (9, 31, 3), (33, 200, 1), (5, 896, 8)] {
-            let (weight, weight_cpu) = both(&[width], 1, dtype, offset);
-            let (x, x_cpu) = both(&[rows, width], 2, dtype, offset);
-            let (dy, dy_cpu) = both(&[rows, width], 3, dtype, offset);
-            let (base, base_cpu) = both(&[rows, width], 4, dtype, 0);
-            let norm = RmsNorm { weight, eps: 1e-6 };
-            let plain = RmsNorm { weight: weight_cpu, eps: 1e-6 };
+        for (norm, row, offset) in kinds.iter().chain(&wide) {
+            let (norm, plain) = both_norms(norm, dtype, *offset);
+            let (rows, row) = (if *row > 100 { 33 } else { 9 }, *row);
+            let (x, x_cpu) = both(&[rows, row], 2, dtype, *offset);
+            let (dy, dy_cpu) = both(&[rows, row], 3, dtype, *offset);
+            let (base, base_cpu) = both(&[rows, row], 4, dtype, 0);
             assert!(gpu::has_kernels(&x));
-            assert_near("norm", &norm.forward(&x).unwrap(), &plain.plain_forward(&x_cpu).unwrap(), tolerance);
-            let (dx, dw) = norm.backward(&x, &dy, base.force_contiguous().unwrap(), true).unwrap();
-            let expected = plain.plain_backward(&x_cpu, &dy_cpu, &base_cpu, true).unwrap();
+            assert_near("norm", &norm.forward(&x).unwrap(), &plain.plain_forward(&x_cpu).unwrap(), 2.0 * tolerance);
+            let wanted = NormWanted { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
+            let (dx, found) = norm.backward(&x, &dy, Some(base.force_contiguous().unwrap()), wanted).unwrap();
+            let expected = plain.plain_backward(&x_cpu, &dy_cpu, &base_cpu, wanted).unwrap();
             assert_near("dx", &dx, &expected.0, 2.0 * tolerance);
-            assert_near("dw", &dw.unwrap(), &expected.1.unwrap(), 2.0 * tolerance);
+            for (name, found, expected) in
+                [("dw", found.weight, expected.1.weight), ("db", found.bias, expected.1.bias)]
+            {
+                assert_eq!(found.is_some(), expected.is_some());
+                if let Some((found, expected)) = found.zip(expected) {
+                    assert_near(name, &found, &expected, 2.0 * tolerance);
+                }
+            }
             assert_near("sums", &linear::column_sums(&x).unwrap(), &x_cpu.sum(0).unwrap(), tolerance);
         }
     }
 }
 
 #[test]
-fn activation_rotation_bias_residual_and_dropout() {
+fn activations() {
+    for (dtype, tolerance) in TYPES {
+        for (activation, (rows, width, offset)) in
+            ACTIVATIONS.into_iter().zip([(5, 77, 3), (7, 64, 4), (3, 30, 5), (1, 1, 0)].into_iter().cycle())
+        {
+            // beyond the limit of the clamped one
+            let (gate, gate_cpu) = place(&random(&[rows, width], 1).affine(9.0, 0.0).unwrap(), dtype, offset);
+            let (up, up_cpu) = place(&random(&[rows, width], 2).affine(9.0, 0.0).unwrap(), dtype, offset);
+            let (dy, dy_cpu) = both(&[rows, width], 3, dtype, 0);
+            let found = activation::gated(activation, &gate, &up).unwrap();
+            let expected = activation::plain_gated(activation, &gate_cpu, &up_cpu).unwrap();
+            assert_near(&format!("{activation:?}"), &found, &expected, tolerance);
+            let again = dy.force_contiguous().unwrap();
+            let (d_gate, d_up) = activation::gated_backward(activation, &gate, &up, again).unwrap();
+            let expected = activation::plain_gated_backward(activation, &gate_cpu, &up_cpu, &dy_cpu).unwrap();
+            assert_near(&format!("{activation:?} d_gate"), &d_gate, &expected.0, tolerance);
+            assert_near(&format!("{activation:?} d_up"), &d_up, &expected.1, tolerance);
+            let found = activation::plain(activation, &gate).unwrap();
+            let expected = activation::plain(activation, &gate_cpu).unwrap();
+            assert_near(&format!("{activation:?} alone"), &found, &expected, tolerance);
+            let found = activation::plain_backward(activation, &gate, dy.force_contiguous().unwrap()).unwrap();
+            let expected = activation::plain_backward(activation, &gate_cpu, dy_cpu.copy().unwrap()).unwrap();
+            assert_near(&format!("{activation:?} dx"), &found, &expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn rotation_bias_residual_factors_and_dropout() {
     for (dtype, tolerance) in TYPES {
         for (rows, width, offset) in [(1, 1, 0), (5, 77, 3), (7, 64, 4), (3, 30, 5)] {
             let (gate, gate_cpu) = both(&[rows, width], 1, dtype, offset);
-            let (up, up_cpu) = both(&[rows, width], 2, dtype, offset);
             let (dy, dy_cpu) = both(&[rows, width], 3, dtype, 0);
-            let found = swiglu::forward(&gate, &up).unwrap();
-            assert_near("swiglu", &found, &swiglu::plain_forward(&gate_cpu, &up_cpu).unwrap(), tolerance);
-            let (d_gate, d_up) = swiglu::backward(&gate, &up, dy.force_contiguous().unwrap()).unwrap();
-            let expected = swiglu::plain_backward(&gate_cpu, &up_cpu, &dy_cpu).unwrap();
-            assert_near("d_gate", &d_gate, &expected.0, tolerance);
-            assert_near("d_up", &d_up, &expected.1, tolerance);
-
             let sum = linear::add_scaled(dy.force_contiguous().unwrap(), -0.5, &gate).unwrap();
             assert_near("sum", &sum, &(&dy_cpu - (&gate_cpu * 0.5).unwrap()).unwrap(), tolerance);
             let (bias, bias_cpu) = both(&[width], 4, dtype, 1);
@@ -100,16 +147,25 @@ fn activation_rotation_bias_residual_and_dropout() {
             let expected = linear::dropped(&gate_cpu, &term, Some(0x1234_5678_9abc_def0)).unwrap();
             assert_near("dropout", &found, &expected, tolerance);
         }
-        let table = RotaryTable::new(16, 1e4);
         let positions = [0, 1, 2, 900, 5, 70];
-        let ((q, q_cpu), (k, k_cpu)) = (both(&[6, 48], 1, dtype, 3), both(&[6, 16], 2, dtype, 0));
-        let rotation = table.rotation(&positions, &q).unwrap();
-        let plain = table.rotation(&positions, &q_cpu).unwrap();
-        for inverse in [false, true] {
-            let (q, k) = (q.force_contiguous().unwrap(), k.force_contiguous().unwrap());
-            let (q, k) = rotation.apply_to_both(q, k, inverse).unwrap();
-            assert_near("q", &q, &plain.plain(&q_cpu, inverse).unwrap(), tolerance);
-            assert_near("k", &k, &plain.plain(&k_cpu, inverse).unwrap(), tolerance);
+        for (dim, pairs, head_dim) in
+            [(16, Pairs::Halves, 16), (6, Pairs::Halves, 16), (16, Pairs::Adjacent, 16), (4, Pairs::Adjacent, 8)]
+        {
+            let table = rotary_table(dim, pairs, RotaryScaling::Default);
+            let ((q, q_cpu), (k, k_cpu)) = (both(&[6, 48], 1, dtype, 3), both(&[6, 16], 2, dtype, 0));
+            let rotation = table.rotation(&positions, &[0, 6], &q).unwrap();
+            let plain = table.rotation(&positions, &[0, 6], &q_cpu).unwrap();
+            for inverse in [false, true] {
+                let (q, k) = (q.force_contiguous().unwrap(), k.force_contiguous().unwrap());
+                let (q, k) = rotation.apply_to_both(q, k, head_dim, inverse).unwrap();
+                assert_near("q", &q, &plain.plain(&q_cpu, head_dim, inverse).unwrap(), tolerance);
+                assert_near("k", &k, &plain.plain(&k_cpu, head_dim, inverse).unwrap(), tolerance);
+            }
+            let factors = random(&[6], 5);
+            let found = q.force_contiguous().unwrap();
+            let found = rotary::scale_rows(found, &factors.to_device(&device()).unwrap()).unwrap();
+            let expected = rotary::scale_rows(q_cpu.copy().unwrap(), &factors).unwrap();
+            assert_near("rows", &found, &expected, tolerance);
         }
     }
 }
@@ -150,62 +206,104 @@ fn products_and_low_rank_terms() {
 /// Sequences that are no multiple of any tile.
 pub(super) const OFFSETS: [usize; 5] = [0, 1, 66, 68, 131];
 
+/// Causal attention in all types, and the other kinds in one of them each: every kernel is compiled for each.
+fn in_types<T: Clone>(shapes: Vec<(AttentionShape, T)>) -> Vec<((DType, f32), (AttentionShape, T))> {
+    let is_plain = |shape: AttentionShape| shape.mask == Mask::Causal && shape.soft_cap.is_none();
+    let (plain, others): (Vec<_>, Vec<_>) = shapes.into_iter().partition(|(shape, _)| is_plain(*shape));
+    let plain = TYPES.into_iter().flat_map(|of_type| plain.clone().into_iter().map(move |shape| (of_type, shape)));
+    plain.chain(TYPES.into_iter().cycle().zip(others)).collect()
+}
+
+/// The number of shapes that [`attention_shapes`] begins with which have no cap, window or sinks.
+const PLAIN_SHAPES: usize = 6;
+
+/// Heads of all widths that kernels take, and every kind of mask, cap and sinks.
+fn attention_shapes() -> Vec<(AttentionShape, Option<Tensor>)> {
+    let shape =
+        |heads, kv_heads, head_dim| AttentionShape::new(heads, kv_heads, head_dim, 1.0 / (head_dim as f32).sqrt());
+    let mut shapes: Vec<_> =
+        [shape(7, 1, 8), shape(4, 2, 32), shape(3, 3, 20), shape(4, 1, 64), shape(2, 1, 128), shape(2, 1, 256)]
+            .map(|shape| (shape, None))
+            .into();
+    let of = |shape: AttentionShape, mask, soft_cap, has_sinks: bool| {
+        let sinks = has_sinks.then(|| random(&[shape.heads], 11).affine(2.0, 0.0).unwrap());
+        // scores that a cap bends
+        (AttentionShape { scale: 2.0 * shape.scale, mask, soft_cap, ..shape }, sinks)
+    };
+    shapes.extend([
+        of(shape(4, 2, 32), Mask::Causal, Some(2.0), true),
+        of(shape(4, 1, 64), Mask::Window(9), None, true),
+        of(shape(4, 4, 64), Mask::Window(100), Some(5.0), false),
+        of(shape(3, 1, 20), Mask::Window(2), None, false),
+        of(shape(2, 1, 96), Mask::Chunk(40), None, false),
+        of(shape(4, 2, 128), Mask::Chunk(7), Some(5.0), true),
+        of(shape(2, 1, 80), Mask::Causal, None, false),
+        of(shape(4, 2, 40), Mask::Window(30), Some(5.0), true),
+        of(shape(2, 1, 128), Mask::Causal, None, true),
+        of(shape(2, 2, 256), Mask::Window(20), Some(5.0), false),
+    ]);
+    shapes
+}
+
 #[test]
 fn attention_and_its_gradients() {
-    for (dtype, tolerance) in TYPES {
-        for (heads, kv_heads, head_dim) in [(7, 1, 8), (4, 2, 32), (3, 3, 20), (4, 1, 64), (2, 1, 128)] {
-            let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
-            let tokens = OFFSETS[OFFSETS.len() - 1];
-            let (q, q_cpu) = both(&[tokens, heads * head_dim], 1, dtype, 0);
-            let (k, k_cpu) = both(&[tokens, kv_heads * head_dim], 2, dtype, 0);
-            let (v, v_cpu) = both(&[tokens, kv_heads * head_dim], 3, dtype, 0);
-            let (d_out, d_out_cpu) = both(&[tokens, heads * head_dim], 4, dtype, 0);
-            let spans = Spans::new(&OFFSETS, shape, None, &q).unwrap();
-            assert!(spans.tables.is_some());
-            let saved = attention::forward(shape, &q, &k, &v, &spans).unwrap();
-            let expected = attention::plain_forward(shape, &q_cpu, &k_cpu, &v_cpu, &OFFSETS).unwrap();
-            assert_near("out", &saved.out, &expected, 2.0 * tolerance);
-            let Saved { .. } = saved;
-            let (dq, dk, dv) = attention::backward(shape, (&q, &k, &v), &saved, &spans, &d_out).unwrap();
-            let (pq, pk, pv) =
-                attention::plain_backward(shape, (&q_cpu, &k_cpu, &v_cpu), &OFFSETS, &d_out_cpu).unwrap();
-            assert_near("dq", &dq, &pq, 3.0 * tolerance);
-            assert_near("dk", &dk, &pk, 3.0 * tolerance);
-            assert_near("dv", &dv, &pv, 3.0 * tolerance);
+    for ((dtype, tolerance), (shape, sinks)) in in_types(attention_shapes()) {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let tokens = OFFSETS[OFFSETS.len() - 1];
+        let (q, q_cpu) = both(&[tokens, heads * head_dim], 1, dtype, 0);
+        let (k, k_cpu) = both(&[tokens, kv_heads * head_dim], 2, dtype, 0);
+        let (v, v_cpu) = both(&[tokens, kv_heads * head_dim], 3, dtype, 0);
+        let (d_out, d_out_cpu) = both(&[tokens, heads * head_dim], 4, dtype, 0);
+        let sinks = sinks.as_ref().map(|sinks| place(sinks, dtype, 0));
+        let (sinks, sinks_cpu) = (sinks.as_ref().map(|s| &s.0), sinks.as_ref().map(|s| &s.1));
+        let spans = Spans::new(&OFFSETS, &[shape], None, &q).unwrap();
+        assert!(spans.has_tables(shape));
+        let saved = attention::forward(shape, sinks, &q, &k, &v, &spans).unwrap();
+        let expected = attention::plain_forward(shape, sinks_cpu, &q_cpu, &k_cpu, &v_cpu, &OFFSETS).unwrap();
+        assert_near(&format!("{shape:?}: out"), &saved.out, &expected, 2.0 * tolerance);
+        let found = attention::backward(shape, sinks, (&q, &k, &v), &saved, &spans, &d_out).unwrap();
+        let expected =
+            attention::plain_backward(shape, sinks_cpu, (&q_cpu, &k_cpu, &v_cpu), &OFFSETS, &d_out_cpu).unwrap();
+        assert_near(&format!("{shape:?}: dq"), &found.q, &expected.q, 3.0 * tolerance);
+        assert_near(&format!("{shape:?}: dk"), &found.k, &expected.k, 3.0 * tolerance);
+        assert_near(&format!("{shape:?}: dv"), &found.v, &expected.v, 3.0 * tolerance);
+        if let Some((found, expected)) = found.sinks.zip(expected.sinks) {
+            assert_near(&format!("{shape:?}: sinks"), &found, &expected, 3.0 * tolerance);
         }
     }
 }
 
 #[test]
 fn attention_over_a_cache_that_is_written_first() {
-    for (dtype, tolerance) in TYPES {
-        for head_dim in [16, 64] {
-            let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim, scale: 0.25 };
-            let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [90, 81, 1]);
-            let (keys, keys_cpu) = both(&[3, 2, 90, head_dim], 5, dtype, 0);
-            let (cached_values, values_cpu) = both(&[3, 2, 90, head_dim], 6, dtype, 0);
-            let (q, q_cpu) = both(&[72, 6 * head_dim], 7, dtype, 0);
-            let (k, k_cpu) = both(&[72, 2 * head_dim], 8, dtype, 0);
-            let (v, v_cpu) = both(&[72, 2 * head_dim], 9, dtype, 0);
-            let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 90 };
-            let spans = Spans::new(&offsets, shape, Some(cached), &q).unwrap();
-            assert!(cache_write::append((&k, &v), (&keys, &cached_values), &spans).unwrap());
-            for (from, to) in [(&k_cpu, &keys_cpu), (&v_cpu, &values_cpu)] {
-                for i in 0..3 {
-                    let (start, count) = (offsets[i], offsets[i + 1] - offsets[i]);
-                    let rows = from.narrow(0, start, count).unwrap().reshape((count, 2, head_dim)).unwrap();
-                    let rows = rows.transpose(0, 1).unwrap().contiguous().unwrap();
-                    to.get(slots[i]).unwrap().slice_set(&rows, 1, lengths[i] - count).unwrap();
-                }
+    let head_dims = [16, 64].map(|head_dim| (AttentionShape::new(6, 2, head_dim, 0.25), None));
+    let shapes = head_dims.into_iter().chain(attention_shapes().into_iter().skip(PLAIN_SHAPES)).collect();
+    for ((dtype, tolerance), (shape, sinks)) in in_types(shapes) {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [90, 81, 1]);
+        let (keys, keys_cpu) = both(&[3, kv_heads, 90, head_dim], 5, dtype, 0);
+        let (cached_values, values_cpu) = both(&[3, kv_heads, 90, head_dim], 6, dtype, 0);
+        let (q, q_cpu) = both(&[72, heads * head_dim], 7, dtype, 0);
+        let (k, k_cpu) = both(&[72, kv_heads * head_dim], 8, dtype, 0);
+        let (v, v_cpu) = both(&[72, kv_heads * head_dim], 9, dtype, 0);
+        let sinks = sinks.as_ref().map(|sinks| place(sinks, dtype, 0));
+        let (sinks, sinks_cpu) = (sinks.as_ref().map(|s| &s.0), sinks.as_ref().map(|s| &s.1));
+        let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 90 };
+        let spans = Spans::new(&offsets, &[shape], Some(cached), &q).unwrap();
+        assert!(cache_write::append((&k, &v), (&keys, &cached_values), &spans).unwrap());
+        for (from, to) in [(&k_cpu, &keys_cpu), (&v_cpu, &values_cpu)] {
+            for i in 0..3 {
+                let (start, count) = (offsets[i], offsets[i + 1] - offsets[i]);
+                let rows = from.narrow(0, start, count).unwrap().reshape((count, kv_heads, head_dim)).unwrap();
+                let rows = rows.transpose(0, 1).unwrap().contiguous().unwrap();
+                to.get(slots[i]).unwrap().slice_set(&rows, 1, lengths[i] - count).unwrap();
             }
-            assert_near("keys", &keys, &keys_cpu, 0.0);
-            assert_near("values", &cached_values, &values_cpu, 0.0);
-            let found = attention::with_cache(shape, &q, (&keys, &cached_values), &spans).unwrap();
-            let expected =
-                attention::plain_with_cache(shape, &q_cpu, (&keys_cpu, &values_cpu), &offsets, &slots, &lengths)
-                    .unwrap();
-            assert_near("out", &found, &expected, 2.0 * tolerance);
         }
+        assert_near("keys", &keys, &keys_cpu, 0.0);
+        assert_near("values", &cached_values, &values_cpu, 0.0);
+        let found = attention::with_cache(shape, sinks, &q, (&keys, &cached_values), &spans).unwrap();
+        let expected =
+            attention::plain_with_cache(shape, sinks_cpu, &q_cpu, (&keys_cpu, &values_cpu), &offsets, &slots, &lengths);
+        assert_near(&format!("{shape:?}"), &found, &expected.unwrap(), 2.0 * tolerance);
     }
 }
 
@@ -217,7 +315,13 @@ fn cross_entropy_of_a_head() {
         let (weight, weight_cpu) = both(&[vocab, 16], 2, dtype, 0);
         let (layer, plain) =
             (Linear { weight: weight.into(), bias: None }, Linear { weight: weight_cpu.into(), bias: None });
-        for smoothing in [0.0, 0.1] {
+        for (smoothing, scale, soft_cap) in
+            [(0.0, 1.0, None), (0.1, 1.0, None), (0.1, 0.5, None), (0.1, 1.5, Some(3.0))]
+        {
+            let layer = Head { linear: layer.clone(), scale, soft_cap };
+            let plain = Head { linear: plain.clone(), scale, soft_cap };
+            let logits = head::logits(&hidden, &layer, None).unwrap();
+            assert_near("logits", &logits, &head::logits(&hidden_cpu, &plain, None).unwrap(), 2.0 * tolerance);
             let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None });
             let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
             let expected = head::loss(&hidden_cpu, &plain, None, None, &rows, smoothing, wanted).unwrap();

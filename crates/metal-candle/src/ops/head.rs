@@ -118,8 +118,8 @@ pub(crate) fn loss(
         let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
         let logits = head.forward(&hidden, term, seed, None)?;
         let scale = wanted.map(|w| w.scale);
-        let gradient = if gpu::has_kernels(&logits) && form.is_plain() {
-            losses_on_device.push(gpu_cross_entropy(&logits, rows, smoothing, scale)?);
+        let gradient = if gpu::has_kernels(&logits) {
+            losses_on_device.push(gpu_cross_entropy(&logits, form, rows, smoothing, scale)?);
             wanted.map(|_| logits)
         } else {
             let (losses, gradient) = if on_cpu(&logits) {
@@ -168,7 +168,13 @@ pub(crate) fn chunk_rows(rows: usize, vocab: usize, device: &Device) -> usize {
 }
 
 /// The losses, `[rows]`; with a scale the gradient takes the place of the logits.
-fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Option<f32>) -> Result<Tensor> {
+fn gpu_cross_entropy(
+    logits: &Tensor,
+    form: LogitForm,
+    rows: &[Row],
+    smoothing: f32,
+    scale: Option<f32>,
+) -> Result<Tensor> {
     let _span = span("cross_entropy", Kind::Elementwise);
     let (count, vocab) = logits.dims2()?;
     let targets: Vec<u32> = rows.iter().map(|row| row.target as u32).collect();
@@ -177,9 +183,17 @@ fn gpu_cross_entropy(logits: &Tensor, rows: &[Row], smoothing: f32, scale: Optio
     let losses = gpu::empty_f32(count, logits)?;
     let args = [Arg::Out(logits), Arg::In(&targets), Arg::In(&weights), Arg::Out(&losses)];
     let is_aligned = vocab.is_multiple_of(8) && gpu::begin_at_eights(&args[..1]);
-    let words =
-        [vocab.into(), smoothing.into(), scale.unwrap_or(0.0).into(), scale.is_some().into(), is_aligned.into()];
+    let words = [
+        vocab.into(),
+        smoothing.into(),
+        scale.unwrap_or(0.0).into(),
+        scale.is_some().into(),
+        is_aligned.into(),
+        form.scale.into(),
+        form.soft_cap.unwrap_or(0.0).into(),
+    ];
     let kernel = Kernel::new(Source::CrossEntropy, "cross_entropy", logits.dtype());
+    let kernel = kernel.with("HAS_FORM", usize::from(!form.is_plain()));
     let threads = gpu::threads(&kernel, logits, 512)?;
     gpu::launch(&kernel, Grid::row(count, threads), &args, &words)?;
     Ok(losses)
@@ -256,6 +270,11 @@ pub(crate) fn logits(hidden: &Tensor, head: &Head, term: Option<&LowRank>) -> Re
     let (form, products) = (head.form(), head.linear.infer(hidden, term, None)?);
     let products = products.to_dtype(DType::F32)?;
     if form.is_plain() {
+        return Ok(products);
+    }
+    if gpu::has_kernels(&products) {
+        let words = [form.scale.into(), form.soft_cap.unwrap_or(0.0).into()];
+        gpu::by_four("form_logits", &[&products], &[Arg::Out(&products)], &words)?;
         return Ok(products);
     }
     if on_cpu(&products) {

@@ -30,7 +30,6 @@ pub(crate) struct NormWanted {
     pub(crate) bias: bool,
 }
 
-#[allow(dead_code)] // for model families
 /// The gradients of a norm's weight and bias, f32.
 #[derive(Debug, Default)]
 pub(crate) struct NormGradients {
@@ -64,12 +63,15 @@ impl Norm {
 
     /// The same by a kernel, written to `y`.
     pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
-        let Some(weight) = self.weight.as_ref().filter(|_| self.has_kernels(x)) else {
-            return Err(Error::Unsupported(format!("a {:?} norm into a given tensor on this device", self.kind)));
-        };
+        if !self.has_kernels(x) {
+            return Err(Error::Unsupported("a norm into a given tensor with a weight of another type".into()));
+        }
         let _span = span("norm", Kind::Elementwise);
-        let args = [Arg::In(x), Arg::In(weight), Arg::Out(y)];
-        self.launch("rms_norm", x, &args)
+        self.launch("norm_forward", x, &[Arg::In(x), self.weight_arg(), optional(self.bias.as_ref()), Arg::Out(y)])
+    }
+
+    fn weight_arg(&self) -> Arg<'_> {
+        optional(self.weight.as_ref())
     }
 
     /// `dx`, in place, plus the gradient with respect to `x`; and those with respect to weight and bias.
@@ -156,34 +158,56 @@ impl Norm {
     }
 
     fn has_kernels(&self, x: &Tensor) -> bool {
-        gpu::has_kernels(x) && self.is_plain_rms(x.dtype())
+        let fits = |tensor: &Option<Tensor>| tensor.as_ref().is_none_or(|tensor| tensor.dtype() == x.dtype());
+        gpu::has_kernels(x) && fits(&self.weight) && fits(&self.bias)
+    }
+
+    fn kernel(&self, name: &'static str, x: &Tensor) -> Kernel {
+        Kernel::new(Source::Norm, name, x.dtype())
+            .with("IS_LAYER", usize::from(self.kind == NormKind::Layer))
+            .with("HAS_WEIGHT", usize::from(self.weight.is_some()))
+            .with("HAS_BIAS", usize::from(self.bias.is_some()))
     }
 
     /// Launches a kernel that takes a run a warp.
     fn launch(&self, name: &'static str, x: &Tensor, args: &[Arg]) -> Result<()> {
         let (width, runs) = (self.width, x.elem_count() / self.width);
         let is_aligned = width.is_multiple_of(8) && gpu::begin_at_eights(args);
-        let words = [runs.into(), width.into(), (self.eps as f32).into(), is_aligned.into()];
-        let kernel = Kernel::new(Source::Norm, name, x.dtype());
-        gpu::launch(&kernel, Grid::row(runs.div_ceil(ROW_THREADS / 32), ROW_THREADS), args, &words)
+        let offset = if let NormKind::Rms { offset } = self.kind { offset } else { 0.0 };
+        let words = [
+            runs.into(),
+            width.into(),
+            (self.eps as f32).into(),
+            is_aligned.into(),
+            offset.into(),
+            (self.period() / width).into(),
+        ];
+        let grid = Grid::row(runs.div_ceil(ROW_THREADS / 32), ROW_THREADS);
+        gpu::launch(&self.kernel(name, x), grid, args, &words)
     }
 
     fn gpu_backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, wanted: NormWanted) -> Result<(Tensor, NormGradients)> {
         let _span = span("norm", Kind::Elementwise);
-        let Some(weight) = &self.weight else { return self.plain_backward(x, dy, &dx, wanted) };
-        let (width, runs) = (self.width, x.elem_count() / self.width);
-        let scales = gpu::empty_f32(runs, x)?;
-        let args = [Arg::In(x), Arg::In(weight), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
-        self.launch("rms_norm_backward", x, &args)?;
-        if !wanted.weight {
-            return Ok((dx, NormGradients::default()));
+        let (runs, period) = (x.elem_count() / self.width, self.period());
+        // of a layer norm the shifts are behind the scales
+        let scales = gpu::empty_f32(if self.kind == NormKind::Layer { 2 * runs } else { runs }, x)?;
+        let args = [Arg::In(x), self.weight_arg(), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
+        self.launch("norm_backward", x, &args)?;
+        let mut gradients = NormGradients::default();
+        let rows = x.elem_count() / period;
+        if wanted.weight {
+            let dw = gpu::empty_f32(period, x)?;
+            let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
+            let kernel = self.kernel("norm_weight_gradient", x);
+            let threads = gpu::threads(&kernel, x, 512)?;
+            let words = [rows, period, self.width, period / self.width].map(Into::into);
+            gpu::launch(&kernel, Grid::row(period.div_ceil(32), threads), &args, &words)?;
+            gradients.weight = Some(dw);
         }
-        let dw = gpu::empty_f32(width, x)?;
-        let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
-        let kernel = Kernel::new(Source::Norm, "rms_norm_weight_gradient", x.dtype());
-        let threads = gpu::threads(&kernel, x, 512)?;
-        gpu::launch(&kernel, Grid::row(width.div_ceil(32), threads), &args, &[runs.into(), width.into()])?;
-        Ok((dx, NormGradients { weight: Some(dw), bias: None }))
+        if wanted.bias {
+            gradients.bias = Some(column_sums(&dy.reshape((rows, period))?)?);
+        }
+        Ok((dx, gradients))
     }
 
     /// `x` as `[rows, parts, width]` in f32, and a weight or bias as `[parts, width]`.
@@ -248,4 +272,8 @@ impl Norm {
         let weight = sums(wanted.weight, (&dy * normalized)?)?;
         Ok(((dx + through.to_dtype(dx.dtype())?)?, NormGradients { weight, bias: sums(wanted.bias, dy)? }))
     }
+}
+
+fn optional(tensor: Option<&Tensor>) -> Arg<'_> {
+    tensor.map_or(Arg::None, Arg::In)
 }

@@ -161,11 +161,6 @@ impl Rotation {
         (&self.cos, &self.sin)
     }
 
-    /// Whether it rotates all of a head, halves against each other.
-    pub(crate) fn is_of_whole_heads(&self, head_dim: usize) -> bool {
-        self.pairs == Pairs::Halves && self.cos.dims().last().is_some_and(|half| 2 * half == head_dim)
-    }
-
     /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` the other way, which is the gradient.
     pub(crate) fn apply_to_both(
         &self,
@@ -174,38 +169,55 @@ impl Rotation {
         head_dim: usize,
         inverse: bool,
     ) -> Result<(Tensor, Tensor)> {
-        if !gpu::has_kernels(&q) || !self.is_of_whole_heads(head_dim) {
+        self.check(&q, head_dim)?;
+        self.check(&k, head_dim)?;
+        if !gpu::has_kernels(&q) {
             return Ok((self.apply(q, head_dim, inverse)?, self.apply(k, head_dim, inverse)?));
         }
         let _span = span("rotary", Kind::Elementwise);
         let half = self.cos.dim(1)?;
         let ((tokens, q_width), k_width) = (q.dims2()?, k.dim(1)?);
-        let (q_heads, k_heads) = (q_width / (2 * half), k_width / (2 * half));
+        let (q_heads, k_heads) = (q_width / head_dim, k_width / head_dim);
         let count = tokens * (q_heads + k_heads) * half;
         let sign = if inverse { -1.0f32 } else { 1.0 };
         let args = [Arg::In(&self.cos), Arg::In(&self.sin), Arg::Out(&q), Arg::Out(&k)];
-        let words = [count.into(), q_heads.into(), k_heads.into(), half.into(), sign.into()];
+        let is_adjacent = self.pairs == Pairs::Adjacent;
+        let words = [
+            count.into(),
+            q_heads.into(),
+            k_heads.into(),
+            head_dim.into(),
+            half.into(),
+            is_adjacent.into(),
+            sign.into(),
+        ];
         gpu::launch(&Kernel::new(Source::Elementwise, "rotate", q.dtype()), Grid::elements(count), &args, &words)?;
         Ok((q, k))
     }
 
     /// Rotates `x: [tokens, heads * head_dim]` in place; with `inverse` the other way, which is the gradient.
-    pub(crate) fn apply(&self, x: Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
-        let ((tokens, half), (x_tokens, width)) = (self.cos.dims2()?, x.dims2()?);
-        if tokens != x_tokens || head_dim == 0 || !width.is_multiple_of(head_dim) || 2 * half > head_dim {
-            let message = format!(
-                "a rotation of {tokens} tokens and {} elements does not fit {x_tokens} tokens, {width} wide, with heads of {head_dim}",
-                2 * half
-            );
-            return Err(Error::argument("x", message));
-        }
+    pub(super) fn apply(&self, x: Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
+        self.check(&x, head_dim)?;
         if !on_cpu(&x) {
             return self.plain(&x, head_dim, inverse);
         }
         let _span = span("rotary", Kind::Elementwise);
         let (cos, sin) = (Host::new(&self.cos)?, Host::new(&self.sin)?);
         let (cos, sin) = (cos.f32()?, sin.f32()?);
-        edit(x, |x| kernels::rotary(x, (width / head_dim, head_dim), (cos, sin, half), self.pairs, inverse))
+        let (half, heads) = (self.cos.dim(1)?, x.dim(1)? / head_dim);
+        edit(x, |x| kernels::rotary(x, (heads, head_dim), (cos, sin, half), self.pairs, inverse))
+    }
+
+    fn check(&self, x: &Tensor, head_dim: usize) -> Result<()> {
+        let ((tokens, half), (x_tokens, width)) = (self.cos.dims2()?, x.dims2()?);
+        if tokens == x_tokens && head_dim > 0 && width.is_multiple_of(head_dim) && 2 * half <= head_dim {
+            return Ok(());
+        }
+        let message = format!(
+            "a rotation of {tokens} tokens and {} elements does not fit {x_tokens} tokens, {width} wide, with heads of {head_dim}",
+            2 * half
+        );
+        Err(Error::argument("x", message))
     }
 
     /// The rotation in candle's operations.
@@ -238,17 +250,19 @@ impl Rotation {
     }
 }
 
-#[allow(dead_code)] // for model families
-/// `x: [tokens, width]` with row `i` multiplied by `factors[i]`, f32; in place on the CPU.
+/// `x: [tokens, width]` with row `i` multiplied by `factors[i]`, f32, in place.
 pub(crate) fn scale_rows(x: Tensor, factors: &Tensor) -> Result<Tensor> {
-    if !on_cpu(&x) {
-        let factors = factors.to_dtype(x.dtype())?.reshape(((), 1))?;
-        return Ok(x.broadcast_mul(&factors)?);
-    }
-    let _span = span("scale_rows", Kind::Elementwise);
     if factors.elem_count() != x.dim(0)? {
         return Err(Error::argument("factors", format!("expected {}, found {}", x.dim(0)?, factors.elem_count())));
     }
+    if gpu::has_kernels(&x) {
+        gpu::by_row("scale_rows", &x, &[Arg::In(factors), Arg::Out(&x)])?;
+        return Ok(x);
+    }
+    if !on_cpu(&x) {
+        return Ok(x.broadcast_mul(&factors.to_dtype(x.dtype())?.reshape(((), 1))?)?);
+    }
+    let _span = span("scale_rows", Kind::Elementwise);
     let factors = Host::new(factors)?;
     let factors = factors.f32()?;
     edit(x, |x| kernels::scale_rows(x, factors))

@@ -14,7 +14,6 @@ pub(crate) struct RotarySpec {
     pub(crate) max_position_embeddings: usize,
 }
 
-#[allow(dead_code)] // for model families
 /// How frequencies `f = theta^(-2 i / dim)` are changed; `rope_type` of a configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum RotaryScaling {
@@ -54,6 +53,7 @@ pub(crate) enum RotaryScaling {
         attention_factor: Option<f64>,
     },
     /// `f / factor` for the first pairs, the others do not rotate.
+    #[allow(dead_code, reason = "for Gemma 4, which no family is yet")]
     Proportional { factor: f64, rotated_pairs: usize },
 }
 

@@ -51,25 +51,74 @@ pub(super) enum Tables {
 }
 
 /// The widest head that kernels take.
-const MAX_HEAD_DIM: usize = 128;
+const MAX_HEAD_DIM: usize = 256;
 
 /// Queries of a tile of `attention.metal`, and keys of one in the backward pass.
 fn rows_of_tile(head_dim: usize) -> usize {
-    if head_dim <= 64 { 16 } else { 8 }
+    match head_dim {
+        0..=64 => 16,
+        65..=128 => 8,
+        _ => 4,
+    }
 }
 
-/// Queries and keys of a tile of `attention.cu`.
-const TENSOR_CORE_TILES: (usize, usize) = (128, 64);
+/// Rows of the tiles of `attention.cu`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TensorCoreTiles {
+    /// Elements of a row in shared memory.
+    row: usize,
+    /// Queries of a tile.
+    queries: usize,
+    /// Keys that the forward pass and the gradient of the queries load at once.
+    forward_keys: usize,
+    backward_keys: usize,
+    /// Queries that the gradient of the keys loads at once.
+    backward_queries: usize,
+    /// Passes over the queries that the gradient of the keys and values takes.
+    pub(super) key_passes: usize,
+}
+
+/// Keys of a tile of `attention.cu`.
+const TENSOR_CORE_KEYS: usize = 64;
+
+impl TensorCoreTiles {
+    pub(super) fn new(head_dim: usize) -> Self {
+        let row = head_dim.next_power_of_two().max(32);
+        let backward_keys = if row <= 64 { 64 } else { 32 };
+        if row <= 128 {
+            let (queries, forward_keys, backward_queries) = (128, 64, 64);
+            return Self { row, queries, forward_keys, backward_keys, backward_queries, key_passes: 1 };
+        }
+        Self { row, queries: 64, forward_keys: 32, backward_keys: 16, backward_queries: 16, key_passes: 2 }
+    }
+
+    /// Threads of the kernel of `out . d_out` that share a row.
+    pub(super) fn chunks(self) -> usize {
+        self.row / 8
+    }
+
+    pub(super) fn forward_bytes(self) -> usize {
+        (self.queries + 4 * self.forward_keys) * 2 * self.row
+    }
+
+    pub(super) fn queries_bytes(self) -> usize {
+        (2 * self.queries + 4 * self.backward_keys) * 2 * self.row
+    }
+
+    pub(super) fn keys_bytes(self) -> usize {
+        (2 * TENSOR_CORE_KEYS + 4 * self.backward_queries) * 2 * self.row + 16 * self.backward_queries
+    }
+}
 
 /// Whether kernels take this attention.
 fn has_kernels(shape: AttentionShape) -> bool {
-    let fits = shape.head_dim <= MAX_HEAD_DIM && shape.head_dim.is_multiple_of(4);
-    fits && shape.mask == Mask::Causal && shape.soft_cap.is_none()
+    shape.head_dim <= MAX_HEAD_DIM && shape.head_dim.is_multiple_of(4)
 }
 
 /// Whether `attention.cu` takes heads of this width and type.
-pub(super) fn is_for_tensor_cores(head_dim: usize, dtype: DType, device: &Device) -> bool {
-    device.is_cuda() && matches!(dtype, DType::BF16 | DType::F16) && matches!(head_dim, 32 | 64 | 128)
+fn is_for_tensor_cores(head_dim: usize, dtype: DType, device: &Device) -> bool {
+    let fits = (32..=MAX_HEAD_DIM).contains(&head_dim) && head_dim.is_multiple_of(8);
+    device.is_cuda() && matches!(dtype, DType::BF16 | DType::F16) && fits
 }
 
 impl Spans {
@@ -109,7 +158,7 @@ impl Spans {
                 continue;
             }
             let tables = if is_for_tensor_cores(shape.head_dim, like.dtype(), like.device()) {
-                spans.tensor_core_tables(like.device())?
+                spans.tensor_core_tables(shape, like.device())?
             } else {
                 spans.portable_tables(shape, like.device())?
             };
@@ -156,7 +205,9 @@ impl Spans {
             for first in (0..count).step_by(rows) {
                 let tile = [start + first, rows.min(count - first), base, seen + first];
                 queries.extend(tile.map(|word| word as u32));
-                let tile = [start + first, rows.min(count - first), start + first, start + count];
+                let last = first + rows.min(count - first) - 1;
+                let end = count.min(shape.mask.queries_end(last));
+                let tile = [start + first, rows.min(count - first), start, start + end];
                 keys.extend(tile.map(|word| word as u32));
             }
         }
@@ -164,15 +215,18 @@ impl Spans {
         Ok(Tables::Portable { queries: words(queries, device)?, keys })
     }
 
-    fn tensor_core_tables(&self, device: &Device) -> Result<Tables> {
-        let (query_rows, key_rows) = TENSOR_CORE_TILES;
+    fn tensor_core_tables(&self, shape: AttentionShape, device: &Device) -> Result<Tables> {
+        let (query_rows, key_rows) = (TensorCoreTiles::new(shape.head_dim).queries, TENSOR_CORE_KEYS);
         let (mut queries, mut keys) = (Vec::new(), Vec::new());
         for (i, (_, count, seen)) in self.sequences().enumerate() {
             for tile in 0..count.div_ceil(query_rows) {
-                queries.push((seen + count.min((tile + 1) * query_rows), [i as u32, tile as u32]));
+                let first = seen - 1 + tile * query_rows;
+                let end = seen + count.min((tile + 1) * query_rows);
+                queries.push((end - shape.mask.first_key(first), [i as u32, tile as u32]));
             }
             for tile in 0..count.div_ceil(key_rows) {
-                keys.push((count - tile * key_rows, [i as u32, tile as u32]));
+                let (first, last) = (tile * key_rows, count.min((tile + 1) * key_rows) - 1);
+                keys.push((count.min(shape.mask.queries_end(last)) - first, [i as u32, tile as u32]));
             }
         }
         // those with most work first; equal ones in order

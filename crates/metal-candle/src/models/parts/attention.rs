@@ -385,7 +385,8 @@ impl Part for Attention {
     ) -> Result<Option<Tensor>> {
         let layers = || self.inputs.iter().chain([&self.output]);
         let is_frozen = layers().all(|layer| !pass.trained[layer.slot.weight] && !pass.is_trained(layer.slot.bias))
-            && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
+            && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained))
+            && !self.sinks.as_ref().is_some_and(|(index, _)| pass.trained[*index]);
         if pass.room.is_some()
             && is_frozen
             && input.norm.is_some_and(|norm| norm.norm.is_plain_rms(input.stream.dtype()))
