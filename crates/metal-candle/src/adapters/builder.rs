@@ -1,10 +1,10 @@
 //! Making a new LoRA adapter.
 
-use super::begin::begin;
+use super::initial_values::initialize;
+use super::initialization::Start;
 use super::layout::{EMBEDDING, EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, Planned, Settings, TrainedBiases};
 use super::lora::LoRAAdapter;
 use super::patterns::Patterns;
-use super::start::Start;
 use super::target::TargetModule;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -317,7 +317,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
                 return Err(Error::argument(name, format!("`{pattern}` matches no adapted layer")));
             }
         }
-        begin(self.model, Layout::new(self.model, settings, &planned)?, self.start, self.seed)
+        initialize(self.model, Layout::new(self.model, settings, &planned)?, self.start, self.seed)
     }
 
     fn is_target(&self, linear: &LinearInfo) -> bool {

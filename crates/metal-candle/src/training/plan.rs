@@ -2,7 +2,7 @@
 
 use super::config::{Options, TrainingConfig};
 use super::epoch::plan_epoch;
-use super::portion::micro_batches;
+use super::micro_batches::micro_batches;
 use super::samples::count_tokens;
 use super::trained::{OfModel, Trained};
 use crate::data::Dataset;

@@ -7,9 +7,9 @@ use super::epoch::{Indices, plan_epoch};
 use super::evaluation::evaluate_in;
 use super::gradients::{GradientSum, clip_factor, global_norm};
 use super::metrics_file::MetricsFile;
+use super::micro_batches::{MicroBatching, micro_batches};
 use super::monitor::TrainingMonitor;
 use super::optimizer::Optimizer;
-use super::portion::{Portion, micro_batches};
 use super::progress::Progress;
 use super::report::{Callback, EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
@@ -55,7 +55,7 @@ pub(super) struct Run<'a, T: Trained> {
     metrics: TrainingMetrics,
     monitor: TrainingMonitor,
     /// How much is computed at once: as in the options, or less after memory ran out.
-    portion: Portion,
+    micro_batching: MicroBatching,
     is_stopped: bool,
 }
 
@@ -110,7 +110,7 @@ impl<'a, T: Trained> Run<'a, T> {
             settings: Map::new(),
             metrics,
             monitor: TrainingMonitor::new(config.max_grad_norm),
-            portion: Portion::new(options, start.run_model().device()),
+            micro_batching: MicroBatching::new(options, start.run_model().device()),
             is_stopped: false,
         };
         run.open_folder()?;
@@ -178,7 +178,7 @@ impl<'a, T: Trained> Run<'a, T> {
                 Ok(step) => step,
                 Err(error)
                     if error.is_out_of_memory()
-                        && self.portion.shrink(
+                        && self.micro_batching.shrink(
                             self.live.run_model(),
                             self.dataset,
                             &self.shares(&batches).concat(),
@@ -187,8 +187,8 @@ impl<'a, T: Trained> Run<'a, T> {
                     self.progress = before;
                     self.save()?;
                     let warning = TrainingWarning::OutOfMemory {
-                        micro_batch_tokens: self.portion.micro_batch_tokens,
-                        checkpointed_blocks: self.portion.checkpointed_blocks,
+                        micro_batch_tokens: self.micro_batching.micro_batch_tokens,
+                        checkpointed_blocks: self.micro_batching.checkpointed_blocks,
                         reason: error.to_string(),
                     };
                     self.warn(vec![warning]);
@@ -322,7 +322,7 @@ impl<'a, T: Trained> Run<'a, T> {
         let share = self.shares(batches).swap_remove(self.rank());
         let parts: Vec<Indices> = share
             .iter()
-            .flat_map(|batch| micro_batches(self.dataset, batch, self.portion.micro_batch_tokens))
+            .flat_map(|batch| micro_batches(self.dataset, batch, self.micro_batching.micro_batch_tokens))
             .collect();
         let mut made: Vec<(&Indices, Batch, Targets)> = Vec::with_capacity(parts.len());
         for indices in &parts {
@@ -342,10 +342,10 @@ impl<'a, T: Trained> Run<'a, T> {
                 grad_scale: (1.0 / weight) as f32,
                 dropout_seed: seeds.next_u64(),
                 neftune_noise_alpha: self.options.neftune_noise_alpha as f32,
-                checkpointed_blocks: self.portion.checkpointed_blocks,
+                checkpointed_blocks: self.micro_batching.checkpointed_blocks,
             };
             let trainable = self.of_model.with(self.terms.as_ref());
-            self.portion.check(self.live.run_model(), batch, targets, trainable)?;
+            self.micro_batching.check(self.live.run_model(), batch, targets, trainable)?;
             let (losses, gradients) = self.live.run_model().loss_and_gradients(batch, targets, trainable, options)?;
             if losses.rows.iter().any(|loss| !loss.is_finite()) {
                 return Err(self.non_finite_loss(indices, batch, &losses.rows));

@@ -5,7 +5,7 @@ use super::peft_config::{self, describe};
 use super::replaced::{PREFIX, Replaced, TOKENS_SUFFIX, is_equal};
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
-use crate::adapters::begin::subtracted_values;
+use crate::adapters::initial_values::subtracted_values;
 use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, SavedParameter};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};

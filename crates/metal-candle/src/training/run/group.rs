@@ -23,7 +23,7 @@ impl<T: Trained> Run<'_, T> {
         let digest = format!("{:08x}", crc32c::crc32c(settings.as_bytes()));
         group.check_same("digest of settings and data", &digest)?;
         group.check_same("step to go on from", &self.progress.step.to_string())?;
-        self.portion.agree(group)?;
+        self.micro_batching.agree(group)?;
         group.prepare(device)?;
         self.check_parameters()
     }

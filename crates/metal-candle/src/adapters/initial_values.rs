@@ -1,33 +1,34 @@
-//! The first values of a new adapter.
+//! The initial values of a new adapter.
 
+use super::initialization::{InitialFactors, Start};
 use super::layout::{Layout, LoRAModule, parameter};
 use super::lora::{LoRAAdapter, norms_squared};
 use super::random::Random;
-use super::start::{Begun, Start};
 use crate::error::Result;
 use crate::models::Model;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
-/// A new adapter. Its model is another where the start rounds weights.
-pub(super) fn begin(model: &Model, layout: Layout, start: Start, seed: u64) -> Result<LoRAAdapter> {
+/// Creates an adapter with initial values. If the initialization rounds weights, the adapter belongs to a model with the
+/// rounded weights.
+pub(super) fn initialize(model: &Model, layout: Layout, start: Start, seed: u64) -> Result<LoRAAdapter> {
     // the decompositions run on one thread each
-    let mut begun: Vec<Begun> =
-        layout.modules.par_iter().map(|module| begin_module(model, module, start, seed)).collect::<Result<_>>()?;
-    let base = with_weights(model, &layout, &mut begun)?;
+    let mut factors: Vec<InitialFactors> =
+        layout.modules.par_iter().map(|module| initialize_module(model, module, start, seed)).collect::<Result<_>>()?;
+    let base = with_weights(model, &layout, &mut factors)?;
     let (mut values, mut subtracted) = (Vec::new(), Vec::new());
     reserve(&mut values, layout.num_parameters)?;
     reserve(&mut subtracted, layout.num_start)?;
-    for (module, begun) in layout.modules.iter().zip(begun) {
+    for (module, factors) in layout.modules.iter().zip(factors) {
         if module.use_dora {
-            let magnitudes = magnitudes(&base, module, &begun)?;
-            values.extend(begun.a.iter().chain(&begun.b).chain(&magnitudes));
+            let magnitudes = magnitudes(&base, module, &factors)?;
+            values.extend(factors.a.iter().chain(&factors.b).chain(&magnitudes));
         } else {
-            values.extend(begun.a.iter().chain(&begun.b));
+            values.extend(factors.a.iter().chain(&factors.b));
         }
         if module.start.is_some() {
-            subtracted.extend(begun.a.into_iter().chain(begun.b));
+            subtracted.extend(factors.a.into_iter().chain(factors.b));
         }
     }
     for saved in &layout.saved {
@@ -40,35 +41,35 @@ pub(super) fn begin(model: &Model, layout: Layout, start: Start, seed: u64) -> R
     LoRAAdapter::from_values(&base, layout, values, subtracted)
 }
 
-/// A and B of a start that follows from the weights, in the order of the layout.
+/// A and B of an initialization that depends on the weights, in the order of the layout.
 pub(super) fn subtracted_values(model: &Model, layout: &Layout, start: Start) -> Result<Vec<f32>> {
     let modules: Vec<&LoRAModule> = layout.modules.iter().filter(|module| module.start.is_some()).collect();
-    let begun: Vec<Begun> =
-        modules.into_par_iter().map(|module| begin_module(model, module, start, 0)).collect::<Result<_>>()?;
-    Ok(begun.into_iter().flat_map(|begun| begun.a.into_iter().chain(begun.b)).collect())
+    let factors: Vec<InitialFactors> =
+        modules.into_par_iter().map(|module| initialize_module(model, module, start, 0)).collect::<Result<_>>()?;
+    Ok(factors.into_iter().flat_map(|factors| factors.a.into_iter().chain(factors.b)).collect())
 }
 
-fn begin_module(model: &Model, module: &LoRAModule, start: Start, seed: u64) -> Result<Begun> {
+fn initialize_module(model: &Model, module: &LoRAModule, start: Start, seed: u64) -> Result<InitialFactors> {
     let mut random = Random::new(seed, &module.path);
     if module.is_embedding() {
-        // PEFT has this one start for embeddings
+        // the only initialization that PEFT has for embeddings
         let a = vec![0.0; module.num_a()];
         let b = (0..module.num_b()).map(|_| random.normal() as f32).collect();
-        return Ok(Begun { a, b, weight: None });
+        return Ok(InitialFactors { a, b, weight: None });
     }
     let weight = if start.needs_weights() { host_values(parameter(model, &weight_name(module))?)? } else { Vec::new() };
-    start.begin((module.out_features, module.in_features), module.rank, module.scale, &weight, &mut random)
+    start.initialize((module.out_features, module.in_features), module.rank, module.scale, &weight, &mut random)
 }
 
 fn weight_name(module: &LoRAModule) -> String {
     format!("{}.weight", module.path)
 }
 
-/// The model with the weights that the start rounded.
-fn with_weights(model: &Model, layout: &Layout, begun: &mut [Begun]) -> Result<Model> {
+/// The model with the rounded weights of the initialization.
+fn with_weights(model: &Model, layout: &Layout, factors: &mut [InitialFactors]) -> Result<Model> {
     let mut replaced = HashMap::new();
-    for (module, begun) in layout.modules.iter().zip(begun) {
-        if let Some(weight) = begun.weight.take() {
+    for (module, factors) in layout.modules.iter().zip(factors) {
+        if let Some(weight) = factors.weight.take() {
             let name = weight_name(module);
             let original = parameter(model, &name)?;
             let rounded = Tensor::from_vec(weight, original.dims(), &Device::Cpu)?.to_dtype(original.dtype())?;
@@ -79,14 +80,14 @@ fn with_weights(model: &Model, layout: &Layout, begun: &mut [Begun]) -> Result<M
 }
 
 /// The norms of the rows of the weight that is adapted at the start.
-fn magnitudes(base: &Model, module: &LoRAModule, begun: &Begun) -> Result<Vec<f32>> {
-    let has_effect = module.start.is_none() && begun.b.iter().any(|value| *value != 0.0);
+fn magnitudes(base: &Model, module: &LoRAModule, factors: &InitialFactors) -> Result<Vec<f32>> {
+    let has_effect = module.start.is_none() && factors.b.iter().any(|value| *value != 0.0);
     if !has_effect || module.is_embedding() {
-        // A or B is zero, or the start is subtracted
+        // A or B is zero, or the initial term is subtracted
         return host_values(&norms_squared(base, module)?.sqrt()?);
     }
-    let a = Tensor::from_slice(&begun.a, (module.rank, module.in_features), &Device::Cpu)?;
-    let b = Tensor::from_slice(&begun.b, (module.out_features, module.rank), &Device::Cpu)?;
+    let a = Tensor::from_slice(&factors.a, (module.rank, module.in_features), &Device::Cpu)?;
+    let b = Tensor::from_slice(&factors.b, (module.out_features, module.rank), &Device::Cpu)?;
     let weight = parameter(base, &weight_name(module))?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
     let adapted = (weight + (b.matmul(&a)? * module.scale)?)?;
     host_values(&adapted.sqr()?.sum(1)?.sqrt()?)

@@ -1,4 +1,4 @@
-//! How much of a step is computed at once.
+//! Splits batches into micro-batches that fit the memory.
 
 use super::config::Options;
 use super::distributed::Group;
@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Model, Targets, Trainable};
 
-/// The parts of a batch that are computed one after the other: samples in order, with at most `most` tokens or one sample.
+/// The micro-batches of a batch: samples in order, with at most `most` tokens or one sample each.
 pub(super) fn micro_batches(dataset: &Dataset, batch: &[usize], most: Option<usize>) -> Vec<Vec<usize>> {
     let Some(most) = most else { return vec![batch.to_vec()] };
     let (mut parts, mut tokens): (Vec<Vec<usize>>, usize) = (Vec::new(), 0);
@@ -27,17 +27,17 @@ pub(super) fn micro_batches(dataset: &Dataset, batch: &[usize], most: Option<usi
     parts
 }
 
-/// How much is computed at once, and whether there is memory for it.
+/// The size of micro-batches and the number of checkpointed blocks, which shrink when memory runs out.
 #[derive(Debug)]
-pub(super) struct Portion {
+pub(super) struct MicroBatching {
     pub(super) micro_batch_tokens: Option<usize>,
     pub(super) checkpointed_blocks: usize,
-    /// Memory of the process when everything but the steps was there, in bytes.
+    /// Memory of the process before the first step, in bytes.
     resting: Option<usize>,
 }
 
-impl Portion {
-    /// As the options say; made when everything but the steps is in memory.
+impl MicroBatching {
+    /// The settings of the options. Call this when everything but the steps is in memory.
     pub(super) fn new(options: &Options, device: Device) -> Self {
         Self {
             micro_batch_tokens: options.micro_batch_tokens,
@@ -46,7 +46,7 @@ impl Portion {
         }
     }
 
-    /// Takes the smallest portion of any rank, so that all of them shrink at once.
+    /// Adopts the smallest micro-batch of any rank, so that all ranks shrink at once.
     pub(super) fn agree(&mut self, group: &Group) -> Result<()> {
         let tokens = self.micro_batch_tokens.map_or(f64::INFINITY, |tokens| tokens as f64);
         let all = group.gather_numbers(&[tokens, self.checkpointed_blocks as f64])?;
@@ -57,16 +57,16 @@ impl Portion {
         Ok(())
     }
 
-    /// Refuses a batch that the free memory is too small for, before the operating system ends the process.
+    /// Returns an error for a batch that does not fit the free memory, before the operating system ends the process.
     pub(super) fn check(&self, model: &Model, batch: &Batch, targets: &Targets, trainable: Trainable) -> Result<()> {
         #[cfg(test)]
         if tests::is_to_fail() {
-            return Err(Error::OutOfMemory("as the test wants it".into()));
+            return Err(Error::OutOfMemory("requested by the test".into()));
         }
         let Some((memory, resting)) = model.device().memory().zip(self.resting) else { return Ok(()) };
         let trained = targets.weights.iter().filter(|&&weight| weight != 0.0).count();
         let needed = model.step_memory(batch.num_tokens(), trained, trainable, self.checkpointed_blocks)?.peak;
-        // what earlier steps gave back may still count as the process's
+        // memory that earlier steps freed may still count as used
         let left = (memory.used + memory.free).saturating_sub(resting);
         if needed > left {
             let message = format!("a batch of {} tokens needs {needed} bytes, {left} are left", batch.num_tokens());
@@ -75,8 +75,8 @@ impl Portion {
         Ok(())
     }
 
-    /// Computes less of these batches at a time from now on: half the tokens while there is more than one sample, then every
-    /// block anew in the backward pass. Whether that is possible.
+    /// Shrinks the micro-batches of these batches: to half the tokens while one has several samples, then by checkpointing
+    /// every block. Returns whether anything could shrink.
     pub(super) fn shrink(&mut self, model: &Model, dataset: &Dataset, batches: &[Vec<usize>]) -> bool {
         let parts = || batches.iter().flat_map(|batch| micro_batches(dataset, batch, self.micro_batch_tokens));
         let tokens_of = |part: &Vec<usize>| part.iter().map(|&index| dataset.samples[index].ids.len()).sum::<usize>();

@@ -1,4 +1,4 @@
-//! What an adapter starts from.
+//! Initializations of A and B (`init_lora_weights` in PEFT).
 
 use super::random::Random;
 use crate::error::{Error, Result};
@@ -6,7 +6,7 @@ use metal_candle_kernels as kernels;
 use std::fmt;
 use std::str::FromStr;
 
-/// How A and B begin; `init_lora_weights` in PEFT, whose conventions these follow.
+/// The initialization of A and B, by the conventions of `init_lora_weights` in PEFT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Start {
     /// A uniform in `+-1 / sqrt(in_features)`, B zero.
@@ -25,7 +25,7 @@ pub enum Start {
     /// The first columns of Q and rows of R of the weight (OLoRA, <https://arxiv.org/abs/2406.01775>, section 3), trained
     /// as with [`Start::Pissa`].
     Olora,
-    /// The weight is rounded to few bits, and A and B hold the largest part of what that takes away (LoftQ,
+    /// The weight is rounded to few bits, and A and B hold the largest part of the rounding error (LoftQ,
     /// <https://arxiv.org/abs/2310.08659>, algorithm 1): the adapter belongs to another model, the rounded one.
     ///
     /// `rounded + scale B A` is next to the weight whatever the scale is; in PEFT it is when alpha equals the rank.
@@ -37,36 +37,37 @@ pub enum Start {
     },
 }
 
-/// What a module begins with.
-pub(super) struct Begun {
+/// The initial factors of a module.
+pub(super) struct InitialFactors {
     /// `[rank, in_features]`.
     pub(super) a: Vec<f32>,
     /// `[out_features, rank]`.
     pub(super) b: Vec<f32>,
-    /// The weight in place of the model's, if it is another.
+    /// The rounded weight that replaces the model's, if the initialization rounds it.
     pub(super) weight: Option<Vec<f32>>,
 }
 
 impl Start {
-    /// Whether `B A` at the start is subtracted from what is trained.
+    /// Whether the initial `B A` is subtracted from the trained term.
     pub(super) fn is_subtracted(self) -> bool {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
 
-    /// Whether the weights decide where it begins.
+    /// Whether the initialization depends on the weights.
     pub(super) fn needs_weights(self) -> bool {
         self.is_subtracted() || matches!(self, Self::Loftq { .. })
     }
 
-    /// A and B for a linear layer; `weight: [out_features, in_features]` is empty where it is not needed.
-    pub(super) fn begin(
+    /// A and B for a linear layer; `weight: [out_features, in_features]` may be empty unless
+    /// [`needs_weights`](Self::needs_weights).
+    pub(super) fn initialize(
         self,
         (out_features, in_features): (usize, usize),
         rank: usize,
         scale: f64,
         weight: &[f32],
         random: &mut Random,
-    ) -> Result<Begun> {
+    ) -> Result<InitialFactors> {
         let shape = (out_features, in_features);
         if self.needs_weights() && rank > out_features.min(in_features) {
             let message = format!("`{self}` needs at most {}, found {rank}", out_features.min(in_features));
@@ -76,7 +77,7 @@ impl Start {
             return Err(Error::argument("alpha", format!("`{self}` needs a number above 0, found {scale}")));
         }
         let zeros = || vec![0.0; out_features * rank];
-        let plain = |a: Vec<f32>, b: Vec<f32>| Ok(Begun { a, b, weight: None });
+        let plain = |a: Vec<f32>, b: Vec<f32>| Ok(InitialFactors { a, b, weight: None });
         match self {
             Self::Kaiming => {
                 let bound = 1.0 / (in_features as f64).sqrt();
@@ -164,7 +165,7 @@ fn loftq(
     scale: f64,
     bits: usize,
     iterations: usize,
-) -> Result<Begun> {
+) -> Result<InitialFactors> {
     let mut residual = weight.to_vec();
     let mut turn = || {
         // what the low-rank part of the last turn does not hold
@@ -188,7 +189,7 @@ fn loftq(
     }
     let (rounded, found) = turn()?;
     let (a, b) = factors((m, n), &found, scale);
-    Ok(Begun { a, b, weight: Some(rounded) })
+    Ok(InitialFactors { a, b, weight: Some(rounded) })
 }
 
 /// `W - U S V^T` in place of W.
@@ -269,11 +270,12 @@ mod tests {
     #[test]
     fn orthogonal_starts_change_nothing_with_both_parts_random() {
         let (out_features, in_features, rank) = (40, 600, 8);
-        let begun =
-            Start::Orthogonal.begin((out_features, in_features), rank, 1.0, &[], &mut Random::new(3, "x")).unwrap();
+        let factors = Start::Orthogonal
+            .initialize((out_features, in_features), rank, 1.0, &[], &mut Random::new(3, "x"))
+            .unwrap();
         for i in 0..out_features {
             for j in 0..in_features {
-                let product: f32 = (0..rank).map(|k| begun.b[i * rank + k] * begun.a[k * in_features + j]).sum();
+                let product: f32 = (0..rank).map(|k| factors.b[i * rank + k] * factors.a[k * in_features + j]).sum();
                 assert!(product.abs() < 1e-6, "{i} {j}: {product}");
             }
         }
@@ -281,25 +283,25 @@ mod tests {
         let deviation = |values: &[f32]| {
             (values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
         };
-        assert!((deviation(&begun.a) - 0.1 * 0.5_f64.sqrt()).abs() < 0.005, "{}", deviation(&begun.a));
-        assert!((deviation(&begun.b) - 0.1 * 0.5_f64.sqrt()).abs() < 0.02, "{}", deviation(&begun.b));
+        assert!((deviation(&factors.a) - 0.1 * 0.5_f64.sqrt()).abs() < 0.005, "{}", deviation(&factors.a));
+        assert!((deviation(&factors.b) - 0.1 * 0.5_f64.sqrt()).abs() < 0.02, "{}", deviation(&factors.b));
     }
 
     #[test]
     fn gaussian_starts_have_the_deviation_of_peft() {
-        let begun = Start::Gaussian.begin((10, 5000), 4, 1.0, &[], &mut Random::new(1, "x")).unwrap();
-        let squares: f64 = begun.a.iter().map(|value| f64::from(*value).powi(2)).sum();
+        let factors = Start::Gaussian.initialize((10, 5000), 4, 1.0, &[], &mut Random::new(1, "x")).unwrap();
+        let squares: f64 = factors.a.iter().map(|value| f64::from(*value).powi(2)).sum();
         assert!(((squares / 20_000.0).sqrt() - 0.25).abs() < 0.005);
-        assert!(begun.b.iter().all(|value| *value == 0.0));
+        assert!(factors.b.iter().all(|value| *value == 0.0));
     }
 
     #[test]
     fn what_cannot_begin_is_refused() {
         let mut random = Random::new(0, "x");
         let weight = [1.0; 12];
-        assert!(Start::Orthogonal.begin((3, 4), 3, 1.0, &[], &mut random).is_err());
-        assert!(Start::Olora.begin((3, 4), 4, 1.0, &weight, &mut random).is_err());
-        assert!(Start::Olora.begin((3, 4), 2, 0.0, &weight, &mut random).is_err());
-        assert!(Start::Loftq { bits: 3, iterations: 1 }.begin((3, 4), 2, 1.0, &weight, &mut random).is_err());
+        assert!(Start::Orthogonal.initialize((3, 4), 3, 1.0, &[], &mut random).is_err());
+        assert!(Start::Olora.initialize((3, 4), 4, 1.0, &weight, &mut random).is_err());
+        assert!(Start::Olora.initialize((3, 4), 2, 0.0, &weight, &mut random).is_err());
+        assert!(Start::Loftq { bits: 3, iterations: 1 }.initialize((3, 4), 2, 1.0, &weight, &mut random).is_err());
     }
 }
