@@ -26,8 +26,8 @@ Examples:
   metal-candle train --model Qwen/Qwen2.5-Coder-0.5B-Instruct --data my-data --rank 16
   metal-candle data check my-data/train.jsonl
 
-Standard output carries results only, messages and progress go to standard error.
-Exit code: 0 done, 1 the input is at fault, 2 the program or the device is.")]
+Results go to standard output, messages and progress to standard error.
+Exit code: 0 success, 1 an error in the input, 2 an error of the program or the device.")]
 pub(crate) struct Arguments {
     /// Print one JSON object on standard output instead of text.
     #[arg(long, global = true, help_heading = "Output")]
@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
     pub(crate) command: Command,
 }
 
-/// What the program does.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Fine-tune a model with LoRA, or train all its weights.
@@ -60,20 +60,20 @@ Examples:
 valid.jsonl and test.jsonl. Rows are chats, prompt and completion, plain text, alpaca or sharegpt.
 
 The run folder holds adapter/ (as PEFT writes it; model/ with --full), checkpoints/, config.toml,
-metrics.jsonl, run.json, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and ends
-the run. --tui shows it as a dashboard; `metal-candle runs` lists and compares what was trained.")]
+metrics.jsonl, run.json, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and stops
+the run. --tui shows a dashboard; `metal-candle runs` lists and compares runs.")]
     Train(Box<TrainArguments>),
 
-    /// Tell what a run would need and how long it would take, without running it.
+    /// Estimate the memory and time of a training run without running it.
     #[command(after_help = "\
 Examples:
   metal-candle plan
   metal-candle plan --model ./Qwen2.5-Coder-0.5B --data my-data --memory 8GB
   metal-candle plan --config runs/001/config.toml --full --measure 0
 
-The flags are those of `train`. Peak memory is told by part, from the lengths of the rows as they are packed. If the
-run would not fit, fewer tokens are computed at once and then blocks are computed anew in the backward pass, as `train`
-does it. The time comes from a few micro-batches that are run; no file is written.")]
+The flags are those of `train`. Peak memory is listed by part and computed from the lengths of the packed rows. If the
+run would not fit, a smaller micro-batch is used and then blocks are recomputed in the backward pass, as in `train`. The
+time is measured on a few micro-batches; no file is written.")]
     Plan(Box<PlanArguments>),
 
     /// Write text that continues a prompt.
@@ -90,7 +90,7 @@ Each line of a --prompts file is an object with `prompt` or `messages`, perhaps 
 answers come in the order of the lines; with --json each is one object on one line.")]
     Generate(GenerateArguments),
 
-    /// Talk with a model over several turns.
+    /// Chat with a model over several turns.
     #[command(after_help = "\
 Inside the conversation /help lists the commands. Input that is not a terminal is read line by line,
 each line a turn. With --json each turn prints one JSON object, on one line.
@@ -106,7 +106,7 @@ Example:
   metal-candle fuse --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --output ./merged
 
 The folder written holds config.json, the tokenizer's files and model.safetensors in the model's dtype; other
-programs load it as they load the model. The logits of model and adapter are compared with those of the
+programs load it like any model. The logits of model and adapter are compared with those of the
 merged model that was written.")]
     Fuse(FuseArguments),
 
@@ -143,16 +143,16 @@ The file holds one f32 tensor `logits` of shape [tokens, vocab].")]
     #[command(after_help = "\
 Examples:
   metal-candle runs
-  metal-candle runs --sort held-out --html runs.html
+  metal-candle runs --sort valid --html runs.html
   metal-candle runs compare runs/001 runs/002
   metal-candle runs experiments/a experiments/b --json
 
-A run is running, done, stopped (and can go on with train --resume), failed, or killed, if its process ended
-without a word. Losses are in nats a token: that of training is the mean of the last ten steps. The page of
+A run is running, done, stopped (`train --resume` continues it), failed, or killed: its process exited without
+writing a final status. Losses are in nats per token; the training loss is the mean of the last ten steps. The page of
 --html shows the curves of all runs over one another; it needs no network.")]
     Runs(RunsArguments),
 
-    /// Print what a chat template makes of conversations: text, token ids, trained tokens.
+    /// Print conversations as rendered by a chat template: text, token ids, trained tokens.
     #[command(after_help = "\
 Examples:
   metal-candle template chat.json --model ./model --add-generation-prompt
@@ -185,7 +185,7 @@ Examples:
     /// Device, features, and a model's sizes and memory.
     Info(InfoArguments),
 
-    /// Measure reading prompts, writing tokens and LoRA training on this machine.
+    /// Measure prefill, decode and LoRA training on this machine.
     #[command(after_help = crate::commands::bench::HELP)]
     Bench(BenchArguments),
 

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     let arguments = match command.try_get_matches_from(words).and_then(|found| Arguments::from_arg_matches(&found)) {
         Ok(arguments) => arguments,
         Err(error) => {
-            // there is nobody to tell if this cannot be printed
+            // nothing can be done if this cannot be printed
             let _ = error.print();
             return ExitCode::from(u8::from(error.use_stderr()));
         }

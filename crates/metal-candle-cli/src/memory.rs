@@ -8,7 +8,7 @@ pub(crate) fn peak() -> Option<u64> {
     metal_candle::Device::process_peak_memory()
 }
 
-/// Lets the peak begin anew at what is in use now, where the operating system can (Linux).
+/// Resets the peak to the current use, if the operating system supports it (Linux).
 pub(crate) fn forget_peak() {
     // where it cannot, the peak is that of the whole process
     let _ = std::fs::write("/proc/self/clear_refs", "5");

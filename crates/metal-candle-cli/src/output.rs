@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// How the program talks.
+/// Prints results to standard output and messages to standard error.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Output {
     /// Results are printed as one JSON object.
@@ -20,10 +20,10 @@ impl Output {
         Self { json, quiet, terminal: std::io::stderr().is_terminal() }
     }
 
-    /// A message to whoever watches.
+    /// Prints a message on standard error, unless `--quiet` is set.
     pub(crate) fn note(self, message: impl fmt::Display) {
         if !self.quiet {
-            // standard error may be closed; there is nobody to tell then
+            // standard error may be closed
             let _ = writeln!(std::io::stderr().lock(), "{}", sanitize(&message.to_string()));
         }
     }
@@ -33,7 +33,7 @@ impl Output {
         self.terminal
     }
 
-    /// Whether only errors and results are wanted.
+    /// Whether `--quiet` is set.
     pub(crate) fn is_quiet(self) -> bool {
         self.quiet
     }

@@ -1,4 +1,4 @@
-//! The picture of a run: training and held-out loss, and the learning rate.
+//! The picture of a run: training and validation loss, and the learning rate.
 
 use metal_candle::files::write_atomically;
 use metal_candle::{Error, Result};
@@ -10,7 +10,7 @@ use std::path::Path;
 pub(crate) struct Curves {
     /// Loss of each training step.
     pub(crate) train: Vec<(f64, f64)>,
-    /// Loss on the held-out rows.
+    /// Validation loss.
     pub(crate) valid: Vec<(f64, f64)>,
     /// Learning rate of each training step.
     pub(crate) learning_rate: Vec<(f64, f64)>,
@@ -102,7 +102,7 @@ fn render(
         chart
             .draw_series(LineSeries::new(finite(&curves.valid), VALID.stroke_width(2)))
             .map_err(text)?
-            .label("held-out loss")
+            .label("validation loss")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 24, y)], VALID.stroke_width(2)));
         chart
             .draw_series(finite(&curves.valid).into_iter().map(|point| Circle::new(point, 4, VALID.filled())))
@@ -214,7 +214,7 @@ mod tests {
         };
         draw(&path, "a & <b>", &curves).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
-        for text in ["held-out loss", "training loss (smoothed)", "learning rate", "step", "a &amp; &lt;b&gt;"] {
+        for text in ["validation loss", "training loss (smoothed)", "learning rate", "step", "a &amp; &lt;b&gt;"] {
             assert!(svg.contains(text), "{text} is not in the picture");
         }
         assert!(!svg.contains("NaN"));

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the rest may go on when one process has ended: to tell what happened, to write it down.
+/// How long the other processes may run after one has ended, to report and record the failure.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Time between two looks at the processes.
@@ -78,7 +78,7 @@ pub(crate) fn launch(num_devices: usize) -> Result<()> {
     let held = Arc::clone(&pipes);
     interrupt::divert(move || {
         if let Some(Some(first)) = held.lock().unwrap_or_else(PoisonError::into_inner).first_mut() {
-            // if it has ended there is nobody to tell
+            // the process may have ended
             let _ = first.write_all(b"\n").and_then(|()| first.flush());
         }
     });
@@ -90,7 +90,7 @@ pub(crate) fn launch(num_devices: usize) -> Result<()> {
     }
 }
 
-/// An address of this machine where nobody listens.
+/// A free address of this machine.
 fn free_address() -> std::io::Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
@@ -151,7 +151,7 @@ impl Ranks {
         let own_fault = |status: &ExitStatus| !status.success() && status.code() != Some(i32::from(OTHER_FAILED));
         match self.0[0].status {
             Some(status) if status.success() => return 0,
-            // it has told what was wrong
+            // it has printed the error
             Some(status) if own_fault(&status) && status.code().is_some() => return status.code().unwrap_or(2),
             _ => {}
         }

@@ -10,27 +10,27 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Most warnings that are kept.
 const MAX_WARNINGS: usize = 50;
 
-/// How a run stands by its own account.
+/// The status that a run recorded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Outcome {
-    /// It is going on, or was when it last could say so.
+    /// It is running, or was when the record was last written.
     #[default]
     Running,
-    /// All steps were done, or it stopped early as it was told to.
+    /// All steps were done, or early stopping ended the run.
     Done,
-    /// It was stopped and can go on.
+    /// It was stopped and can be resumed.
     Stopped,
     /// An error ended it.
     Failed,
 }
 
-/// What a run says of itself. Times and speeds are here, so that `metrics.jsonl` has none.
+/// The record of a run. It holds times and speeds, so that `metrics.jsonl` has none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct RunRecord {
     pub(crate) outcome: Outcome,
-    /// What ended it, if it failed.
+    /// The error, if it failed.
     pub(crate) error: Option<String>,
     pub(crate) model: String,
     pub(crate) data: String,
@@ -40,7 +40,7 @@ pub(crate) struct RunRecord {
     /// When it was first started and when this was written, in seconds since 1970 (UTC).
     pub(crate) started: u64,
     pub(crate) updated: u64,
-    /// How long it has run, all its continuations together.
+    /// Seconds of training, of all continuations together.
     pub(crate) seconds: f64,
     /// Of the last continuation.
     pub(crate) tokens_per_second: Option<f64>,
@@ -81,7 +81,7 @@ impl RunRecord {
         }
     }
 
-    /// Writes it; whoever reads at the same time sees the old file or the new one.
+    /// Writes the record; concurrent readers see the old file or the new one.
     pub(crate) fn write(&mut self, folder: &Path) -> metal_candle::Result<()> {
         (self.updated, self.pid) = (seconds_since_epoch(), std::process::id());
         let path = Self::path(folder);

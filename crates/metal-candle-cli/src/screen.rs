@@ -18,7 +18,7 @@ pub(crate) fn enter() -> io::Result<()> {
 /// Turns back, if [`enter`] was called. May be called at any time, from any thread.
 pub(crate) fn leave() {
     if IS_ENTERED.swap(false, Ordering::SeqCst) {
-        // the terminal may be gone; nobody sees it then
+        // the terminal may be gone
         let _ = execute!(io::stderr(), LeaveAlternateScreen, Show);
         let _ = disable_raw_mode();
     }

@@ -73,7 +73,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "PATH", help_heading = "Data")]
     pub(crate) data: Option<PathBuf>,
 
-    /// Share of rows held out when the data has no valid.jsonl [default: 0.05].
+    /// Share of the rows used for validation when the data has no valid.jsonl [default: 0.05].
     #[arg(long, value_name = "SHARE", help_heading = "Data")]
     pub(crate) valid_fraction: Option<f64>,
 
@@ -242,12 +242,12 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Training")]
     pub(crate) max_grad_norm: Option<f64>,
 
-    /// Most memory the run may take, as in `8GB`: fewer tokens are computed at once and then blocks are computed anew
+    /// Most memory the run may take, as in `8GB`: a smaller micro-batch is used and then blocks are recomputed
     /// until it fits [default: nine tenths of what is free, where the system tells].
     #[arg(long, value_name = "SIZE", help_heading = "Training")]
     pub(crate) memory: Option<String>,
 
-    /// Blocks that keep only their input and are computed anew in the backward pass: `none`, `all` or a number
+    /// Blocks that keep only their input and are recomputed in the backward pass: `none`, `all` or a number
     /// [default: as many as the memory needs].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) checkpointed_blocks: Option<String>,
@@ -276,7 +276,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_parser = crate::numbers::train_seed, help_heading = "Training")]
     pub(crate) seed: Option<u64>,
 
-    /// Steps from one evaluation on the held-out rows to the next; 0 for one at the end of each epoch
+    /// Steps from one evaluation on the validation rows to the next; 0 for one at the end of each epoch
     /// [default: a tenth of all steps].
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) eval_interval: Option<usize>,
@@ -285,7 +285,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) save_interval: Option<usize>,
 
-    /// End when the held-out loss has not fallen for this many evaluations; 0 for never [default: 0].
+    /// End when the validation loss has not fallen for this many evaluations; 0 for never [default: 0].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) early_stopping_patience: Option<usize>,
 

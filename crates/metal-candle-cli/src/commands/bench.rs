@@ -28,8 +28,8 @@ use work::Work;
 pub(crate) const HELP: &str = "\
 Without a flag the built-in model is measured on the CPU, and on Metal or CUDA random weights of the shape of
 qwen2.5-0.5b in bf16. Prompts and decoding go through the generator, training through the trainer (AdamW, all linear
-layers), as in the other commands; what fits the memory by fewer tokens at once or by blocks computed anew is said.
-Memory is the highest use: of the process on the CPU, of the device elsewhere. Standard error tells what is going on.
+layers), as in the other commands; a smaller micro-batch or recomputed blocks are reported.
+Memory is the highest use: of the process on the CPU, of the device elsewhere. Progress is printed on standard error.
 
 Examples:
   metal-candle bench

@@ -98,7 +98,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// The file to measure: of a folder the test split, else the held-out one, else all there is.
+/// The file to measure: of a folder the test split, else the valid split, else all rows.
 fn file_of(path: &Path) -> metal_candle::Result<PathBuf> {
     let files = DatasetFiles::find(path)?;
     Ok(files.test.or(files.valid).unwrap_or(files.train))

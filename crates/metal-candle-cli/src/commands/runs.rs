@@ -75,8 +75,9 @@ pub(crate) enum RunSort {
     LearningRate,
     /// The last training loss.
     TrainLoss,
-    /// The best held-out loss.
-    HeldOut,
+    /// The best validation loss.
+    #[value(alias = "held-out")]
+    Valid,
     /// Tokens a second.
     Speed,
     /// How long it took.
@@ -139,7 +140,7 @@ fn sort(runs: &mut [Run], by: RunSort, reverse: bool) {
             RunSort::Steps => Some(run.steps as f64),
             RunSort::LearningRate => run.setting("learning_rate").and_then(serde_json::Value::as_f64),
             RunSort::TrainLoss => run.train_loss(),
-            RunSort::HeldOut => run.held_out().map(|points| points[1].1),
+            RunSort::Valid => run.valid_losses().map(|points| points[1].1),
             RunSort::Speed => run.record.tokens_per_second,
             RunSort::Time => Some(run.record.seconds).filter(|&seconds| seconds > 0.0),
         };

@@ -165,23 +165,23 @@ fn with_trainer<J: Job>(prepared: Prepared, job: J) -> Result<J::Result> {
     }
 }
 
-/// From now on Ctrl-C ends the program at once, as a run that was stopped, and names the run to go on with, if any:
+/// From now on Ctrl-C ends the program at once, as a stopped run, and names the run to resume, if any:
 /// until a step is done there is nothing to save.
 fn stop_at_once(run: Option<&Path>, output: Output) {
     let run = run.map(|path| path.to_string_lossy().into_owned());
     interrupt::end_with(move || {
         if output.json {
-            // standard output may be closed; there is nobody to tell then
+            // standard output may be closed
             let _ = Output::print_json(&json!({ "run": run, "stop_reason": "stopped" }));
         }
         output.note("stopped before a step was done");
         if let Some(run) = &run {
-            output.note(format_args!("go on with      metal-candle train --resume {run}{}", rank::flag()));
+            output.note(format_args!("resume with     metal-candle train --resume {run}{}", rank::flag()));
         }
     });
 }
 
-/// The run to go on with, if any, and the settings of file and flags.
+/// The run to resume, if any, and the settings of file and flags.
 fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)> {
     if let Some(path) = &flags.resume {
         let (run, settings) = RunFolder::open(path)?;
@@ -196,7 +196,7 @@ fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)
     Ok((None, flags.settings.over_file(flags.config.as_deref())?))
 }
 
-/// Settings that may change when a run goes on.
+/// Settings that may change when a run resumes.
 const FREE: [&str; 2] = ["--device", "--test-samples"];
 
 /// What can be trained and saved by this command.
@@ -345,7 +345,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
     }))
 }
 
-/// Trains as a rank that only helps: it reads what a run goes on from and writes nothing.
+/// Trains as a rank other than 0: it reads the checkpoint of a resumed run and writes nothing.
 fn help<T: Kept>(trainer: Trainer<T>, prepared: &Prepared, resumed: Option<&RunFolder>) -> Result<()> {
     let trainer = match resumed {
         Some(run) => trainer.with_run_folder(run.path()).with_resume(true),

@@ -37,11 +37,11 @@ fn runs_are_listed_sorted_and_compared() {
     assert!(runs[0]["seconds"].as_f64().unwrap() > 0.0 && runs[0]["tokens_per_second"].as_f64().unwrap() > 0.0);
     // the higher learning rate learns more here
     assert_eq!(names(&list(&fixture, "--sort held-out")), ["runs/001", "runs/002"]);
-    assert_eq!(names(&list(&fixture, "--sort held-out --reverse")), ["runs/002", "runs/001"]);
+    assert_eq!(names(&list(&fixture, "--sort valid --reverse")), ["runs/002", "runs/001"]);
     assert_eq!(names(&list(&fixture, "runs/002 runs/001 --sort learning-rate")), ["runs/002", "runs/001"]);
 
     let ran = fixture.ok("runs compare runs/001 runs/002 --html page.html");
-    for part in ["settings that differ", "learning_rate", "schedule", "held-out loss, best", "trained parameters"] {
+    for part in ["settings that differ", "learning_rate", "schedule", "validation loss, best", "trained parameters"] {
         assert!(ran.stdout.contains(part), "{part} is not in\n{}", ran.stdout);
     }
     assert!(!ran.stdout.contains("batch_tokens"), "what is the same is left out\n{}", ran.stdout);
@@ -108,7 +108,7 @@ fn failures_and_warnings_are_recorded() {
     // rows that are trained on are held out too, and the random model knows no template
     std::fs::copy(fixture.path("data/train.jsonl"), fixture.path("data/valid.jsonl")).unwrap();
     let ran = fixture.ok(&format!("{SMALL} --output warned"));
-    assert!(ran.stderr.contains("warning: 40 of 40 held-out rows are also trained on"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("warning: 40 of 40 validation rows are also trained on"), "{}", ran.stderr);
     assert!(ran.stderr.contains("warning: the model does not seem to know its chat template"), "{}", ran.stderr);
     let run = &list(&fixture, "warned")[0];
     let kinds: Vec<_> = run["warnings"].as_array().unwrap().iter().map(|warning| warning["kind"].as_str()).collect();

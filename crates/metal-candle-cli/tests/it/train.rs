@@ -47,7 +47,7 @@ fn a_run_folder_holds_all_of_the_run() {
     }
 
     let svg = fixture.text("runs/001/loss.svg");
-    assert!(svg.starts_with("<svg") && svg.contains("held-out loss"));
+    assert!(svg.starts_with("<svg") && svg.contains("validation loss"));
     assert!(std::fs::read_dir(fixture.path("runs/001/checkpoints")).unwrap().count() >= 1);
     let model = ModelLoader::new().load(fixture.path("model")).unwrap();
     let adapter = LoRAAdapter::load(&model, fixture.path("runs/001/adapter")).unwrap();
@@ -57,7 +57,7 @@ fn a_run_folder_holds_all_of_the_run() {
 
     // plain lines of progress, and what comes next
     for text in
-        ["adapter  rank 4", "training 8/8", "held-out loss", "what the model writes after", "metal-candle generate"]
+        ["adapter  rank 4", "training 8/8", "validation loss", "what the model writes after", "metal-candle generate"]
     {
         assert!(ran.stderr.contains(text), "{text} is not in\n{}", ran.stderr);
     }

@@ -135,7 +135,7 @@ impl fmt::Display for TrainingWarning {
                 }
             }
             Self::LossRises { from, from_step, to, learning_rate, is_held_out } => {
-                let what = if *is_held_out { "held-out loss" } else { "loss" };
+                let what = if *is_held_out { "validation loss" } else { "loss" };
                 write!(
                     f,
                     "the {what} rose from {from:.3} at step {from_step} to {to:.3}: the learning rate of \
@@ -146,7 +146,7 @@ impl fmt::Display for TrainingWarning {
             }
             Self::Overfitting { best_step, best_loss, loss, train_loss_then, train_loss_now } => write!(
                 f,
-                "over-fitting: the held-out loss rose from {best_loss:.3} at step {best_step} to {loss:.3}, while the \
+                "over-fitting: the validation loss rose from {best_loss:.3} at step {best_step} to {loss:.3}, while the \
                  training loss fell from {train_loss_then:.3} to {train_loss_now:.3}; try fewer steps, more data, \
                  dropout, a lower rank, or early stopping"
             ),
@@ -170,7 +170,7 @@ impl fmt::Display for TrainingWarning {
             ),
             Self::LeakedRows { leaked, rows } => write!(
                 f,
-                "{leaked} of {rows} held-out rows are also trained on: the held-out loss looks better than it is; \
+                "{leaked} of {rows} validation rows are also trained on: the validation loss looks better than it is; \
                  remove duplicates before splitting"
             ),
             Self::UnknownTemplate { marks, loss, chance, is_untrained } => {

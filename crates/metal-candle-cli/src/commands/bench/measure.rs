@@ -88,7 +88,7 @@ fn prefill(model: &Model, length: usize, repeats: usize) -> Result<Vec<f64>> {
 fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Result<Vec<f64>> {
     let mut generator = Generator::new(model.clone());
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
-    // the first prompts are continued while the last are read: they go on until all have made their steps
+    // decoding of the first prompts overlaps prefill of the last ones, so all continue until each has made its steps
     let most = if sequences == 1 { steps + 1 } else { model.config().max_sequence_length() };
     let config = GenerationConfig::default().with_max_tokens(most).with_ignore_eos(true);
     let mut has_begun = vec![false; sequences];
@@ -152,7 +152,7 @@ fn train(
         .with_max_steps(steps)
         .with_callback(move |event| {
             if let TrainingEvent::Step { .. } = event {
-                // nobody is left to listen only when the run has failed
+                // the receiver is gone only if the run has failed
                 let _ = sender.send(device.synchronize().map(|()| Instant::now()));
             }
             ControlFlow::Continue(())
@@ -164,7 +164,7 @@ fn train(
         (trainer, plan) = trainer.fitted(&data, limit)?;
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
             remark = Some(format!(
-                "to fit into the memory: {} tokens at once, {} of {} blocks computed anew in the backward pass",
+                "to fit into the memory: {} tokens at once, {} of {} blocks recomputed in the backward pass",
                 plan.micro_batch_tokens, plan.checkpointed_blocks, plan.trained_blocks
             ));
         }

@@ -16,7 +16,7 @@ const HELP: &str = "\
 /system TEXT      set the system prompt; without TEXT there is none
 /set NAME VALUE   max_tokens, seed, temperature, top_k, top_p, min_p, repetition_penalty,
                   presence_penalty or frequency_penalty; without NAME shows them
-/retry            answer the last question anew, with the next seed
+/retry            answer the last question again, with the next seed
 /clear            forget the conversation, keep the system prompt
 /save FILE        write the conversation as one row of a dataset; /load FILE reads it back
 /tokens           tokens of the conversation, and how many there may be
@@ -111,7 +111,7 @@ impl Conversation {
             self.turns.pop();
         }
         if self.turns.is_empty() {
-            return Err(UserError::new("there is nothing to answer anew").into());
+            return Err(UserError::new("there is no answer to retry").into());
         }
         self.config.sampling.seed = Some(self.config.sampling.seed.unwrap_or(0).wrapping_add(1));
         Ok(Reply::Answer)

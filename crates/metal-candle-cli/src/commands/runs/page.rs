@@ -31,7 +31,7 @@ type Chart = (&'static str, &'static str, fn(&Run) -> Points);
 
 const CHARTS: [Chart; 4] = [
     ("train", "Training loss, smoothed", |run| smoothed(&finite(&run.curves.train))),
-    ("valid", "Held-out loss", |run| run.curves.valid.clone()),
+    ("valid", "Validation loss", |run| run.curves.valid.clone()),
     ("rate", "Learning rate", |run| run.curves.learning_rate.clone()),
     ("norm", "Gradient norm, smoothed", |run| smoothed(&finite(&run.curves.grad_norm))),
 ];

@@ -200,8 +200,8 @@ impl Run {
         (!losses.is_empty()).then(|| losses.iter().map(|point| point.1).sum::<f64>() / losses.len() as f64)
     }
 
-    /// The first, the best and the last held-out loss, each with its step.
-    pub(super) fn held_out(&self) -> Option<[(f64, f64); 3]> {
+    /// The first, the best and the last validation loss, each with its step.
+    pub(super) fn valid_losses(&self) -> Option<[(f64, f64); 3]> {
         let valid = &self.curves.valid;
         let best = valid.iter().copied().filter(|point| point.1.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
         let (first, last) = (*valid.first()?, *valid.last()?);
@@ -239,8 +239,8 @@ impl Run {
 
     /// Everything, for scripts.
     pub(super) fn as_json(&self) -> Value {
-        let held_out = self.held_out();
-        let loss = |index: usize| held_out.map(|points| finite(points[index].1));
+        let valid_losses = self.valid_losses();
+        let loss = |index: usize| valid_losses.map(|points| finite(points[index].1));
         let record = &self.record;
         let known = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         json!({
@@ -258,7 +258,7 @@ impl Run {
             "final_loss": self.curves.train.last().map(|point| finite(point.1)),
             "valid_loss_first": loss(0),
             "valid_loss_best": loss(1),
-            "best_step": held_out.map(|points| points[1].0 as u64),
+            "best_step": valid_losses.map(|points| points[1].0 as u64),
             "valid_loss_last": loss(2),
             "tokens_per_second": record.tokens_per_second,
             "seconds": record.seconds,
@@ -410,7 +410,7 @@ mod tests {
         write(&path("bare"), "config.toml", "steps = 9\nmodel = \"m\"\n");
         let bare = Run::read(&path("bare"));
         assert_eq!((bare.record.total_steps, bare.record.model.as_str()), (9, "m"));
-        assert!(bare.held_out().is_none() && bare.problems == ["no metrics.jsonl: no step was done"]);
+        assert!(bare.valid_losses().is_none() && bare.problems == ["no metrics.jsonl: no step was done"]);
         let found = find(&[folder.path().to_path_buf()]).unwrap();
         assert_eq!(found, ["bare", "empty", "garbage"].map(path));
         assert_eq!(find(&[path("bare")]).unwrap(), [path("bare")]);

@@ -19,7 +19,7 @@ pub(super) fn columns(runs: &[Run]) -> Vec<Column> {
         is_setting,
     };
     let known = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
-    let held_out = |run: &Run, index: usize| run.held_out().map(|points| points[index].1);
+    let valid_loss = |run: &Run, index: usize| run.valid_losses().map(|points| points[index].1);
     vec![
         column("run", false, &|run| run.name.clone()),
         column("state", false, &|run| run.state.name().to_owned()),
@@ -31,9 +31,9 @@ pub(super) fn columns(runs: &[Run]) -> Vec<Column> {
         column("optimizer", true, &|run| optimizer(run)),
         column("steps", false, &steps),
         column("train", false, &|run| loss(run.train_loss())),
-        column("held-out first", false, &|run| loss(held_out(run, 0))),
-        column("best", false, &|run| loss(held_out(run, 1))),
-        column("last", false, &|run| loss(held_out(run, 2))),
+        column("valid first", false, &|run| loss(valid_loss(run, 0))),
+        column("best", false, &|run| loss(valid_loss(run, 1))),
+        column("last", false, &|run| loss(valid_loss(run, 2))),
         column("tokens/s", false, &|run| run.record.tokens_per_second.map_or_else(|| "-".into(), short)),
         column("time", false, &time),
         column("started (UTC)", false, &|run| match run.record.started {
@@ -119,9 +119,9 @@ pub(super) fn compared(runs: &[Run]) -> (Vec<Vec<String>>, Vec<Vec<String>>) {
     let settings = different_settings(runs);
     let settings = settings.into_iter().map(|(key, values)| row(key, values.iter().map(cell).collect())).collect();
     let of = |name: &str, value: &dyn Fn(&Run) -> String| row(name.to_owned(), runs.iter().map(value).collect());
-    let held_out = |run: &Run, index: usize| run.held_out().map(|points| points[index].1);
-    let best_step = |run: &Run| run.held_out().map_or_else(|| "-".into(), |points| points[1].0.to_string());
-    let perplexity = |run: &Run| held_out(run, 1).map_or_else(|| "-".into(), |loss| format!("{:.3}", loss.exp()));
+    let valid_loss = |run: &Run, index: usize| run.valid_losses().map(|points| points[index].1);
+    let best_step = |run: &Run| run.valid_losses().map_or_else(|| "-".into(), |points| points[1].0.to_string());
+    let perplexity = |run: &Run| valid_loss(run, 1).map_or_else(|| "-".into(), |loss| format!("{:.3}", loss.exp()));
     let memory = |run: &Run| run.record.peak_memory_bytes.map_or_else(|| "-".into(), crate::output::bytes);
     let results = vec![
         of("state", &|run| run.state.name().to_owned()),
@@ -129,11 +129,11 @@ pub(super) fn compared(runs: &[Run]) -> (Vec<Vec<String>>, Vec<Vec<String>>) {
         of("trained parameters", &|run| crate::output::grouped(run.record.num_trainable_parameters as u64)),
         of("tokens", &|run| crate::output::grouped(run.tokens)),
         of("training loss, last 10 steps", &|run| loss(run.train_loss())),
-        of("held-out loss, first", &|run| loss(held_out(run, 0))),
-        of("held-out loss, best", &|run| loss(held_out(run, 1))),
+        of("validation loss, first", &|run| loss(valid_loss(run, 0))),
+        of("validation loss, best", &|run| loss(valid_loss(run, 1))),
         of("  its perplexity", &perplexity),
         of("  at step", &best_step),
-        of("held-out loss, last", &|run| loss(held_out(run, 2))),
+        of("validation loss, last", &|run| loss(valid_loss(run, 2))),
         of("highest gradient norm", &highest_norm),
         of("tokens/s", &|run| run.record.tokens_per_second.map_or_else(|| "-".into(), short)),
         of("peak memory", &memory),

@@ -28,7 +28,7 @@ const MAX_POINTS: usize = 400;
 /// Refuses early where no dashboard can be shown.
 pub(super) fn check(output: Output) -> Result<()> {
     let refuse = |message: &str| {
-        let hint = "leave `--tui` out: progress is then told in lines";
+        let hint = "leave `--tui` out: progress is then printed as lines";
         Err(UserError::new(message).with_hint(hint).into())
     };
     if output.is_quiet() {
@@ -211,7 +211,7 @@ fn numbers_line(view: &View) -> String {
     let best = view.curves.valid.iter().map(|point| point.1).filter(|loss| loss.is_finite()).reduce(f64::min);
     let parts = [
         last(&crate::plot::smoothed(&view.curves.train)).map(|loss| format!("loss {loss:.3}")),
-        last(&view.curves.valid).map(|loss| format!("held-out {loss:.3}")),
+        last(&view.curves.valid).map(|loss| format!("valid {loss:.3}")),
         best.map(|best| format!("best {best:.3}")),
         view.tokens_per_second.map(|speed| format!("{} tokens/s", short(speed))),
         view.memory.map(bytes),
@@ -230,7 +230,7 @@ fn loss_chart(frame: &mut Frame, area: Rect, curves: &Curves) {
             ("training", Color::DarkGray, Drawn::Scattered, &curves.train),
             ("smoothed", Color::Blue, Drawn::Line, &smooth),
             ("", Color::LightRed, Drawn::Line, &curves.valid),
-            ("held-out", Color::LightRed, Drawn::Dots, &curves.valid),
+            ("valid", Color::LightRed, Drawn::Dots, &curves.valid),
         ],
     );
 }
@@ -326,7 +326,7 @@ mod tests {
         for part in [
             "nano on its sample data",
             "100 of 400 steps",
-            "held-out 1.500   best 1.250   10.9k tokens/s   193.7 MB   1:00 min left",
+            "valid 1.500   best 1.250   10.9k tokens/s   193.7 MB   1:00 min left",
             " loss ",
             "smoothed",
             "learning rate",

@@ -132,7 +132,7 @@ impl Fitted {
         ));
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
             output.note(format_args!(
-                "         {} tokens at once, {} of {} blocks computed anew in the backward pass{how}",
+                "         {} tokens at once, {} of {} blocks recomputed in the backward pass{how}",
                 grouped(plan.micro_batch_tokens as u64),
                 plan.checkpointed_blocks,
                 plan.trained_blocks,
@@ -205,7 +205,7 @@ pub(super) fn print<T: Trained>(
     line("longest row", count(plan.longest_sample), "tokens");
     let chosen = if fitted.is_changed { "tokens computed at once, chosen to fit" } else { "tokens computed at once" };
     line("micro-batch", count(plan.micro_batch_tokens), chosen);
-    let remark = format!("of {} blocks keep only their input and are computed anew", plan.trained_blocks);
+    let remark = format!("of {} blocks keep only their input and are recomputed", plan.trained_blocks);
     line("checkpointed", count(plan.checkpointed_blocks), &remark);
     if let (Some(speed), Some(seconds)) = (speed, seconds) {
         line("speed", format!("{speed:.0}"), "tokens/s, measured on the first micro-batches");

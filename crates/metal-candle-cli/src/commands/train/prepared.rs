@@ -89,7 +89,7 @@ impl Prepared {
         Ok(trainer)
     }
 
-    /// What can be warned of before the first step; a run that goes on has been warned.
+    /// Warnings before the first step; a resumed run has printed them already.
     pub(super) fn warnings(&self, resumes: bool) -> Result<Vec<TrainingWarning>> {
         if resumes {
             return Ok(Vec::new());
@@ -139,8 +139,8 @@ impl Prepared {
 
     /// A row to show what the model writes for it: one that is not trained, if there is such.
     pub(super) fn to_show(&self) -> Option<Question> {
-        let held_out = self.data.test.as_ref().filter(|test| !test.is_empty());
-        let rows: &Dataset = held_out.or(self.data.valid.as_ref()).unwrap_or(&self.data.train);
+        let test = self.data.test.as_ref().filter(|test| !test.is_empty());
+        let rows: &Dataset = test.or(self.data.valid.as_ref()).unwrap_or(&self.data.train);
         Question::to_show(rows)
     }
 

@@ -23,7 +23,7 @@ pub(super) struct Written {
     pub(super) num_right: usize,
 }
 
-/// What is to be told at the end of a run.
+/// The report at the end of a run.
 #[derive(Debug)]
 pub(super) struct Report {
     pub(super) run: RunFolder,
@@ -50,7 +50,7 @@ pub(super) fn rows(data: &Datasets) -> String {
     let tokens: usize = data.train.lengths().iter().sum();
     let count = |dataset: &Dataset| grouped(dataset.len() as u64);
     let mut parts = vec![format!("{} rows ({} tokens) to train on", count(&data.train), grouped(tokens as u64))];
-    for (dataset, purpose) in [(&data.valid, "held out"), (&data.test, "to test")] {
+    for (dataset, purpose) in [(&data.valid, "to validate"), (&data.test, "to test")] {
         parts.extend(dataset.as_ref().map(|dataset| format!("{} {purpose}", count(dataset))));
     }
     parts.join(", ")
@@ -135,7 +135,7 @@ impl Report {
         }
         if let (Some((_, first)), Some((_, last))) = (self.valid.first(), self.valid.last()) {
             output.note(format_args!(
-                "held-out loss   {first:.4} before, {last:.4} after (perplexity {:.2}, {:.2})",
+                "validation loss {first:.4} before, {last:.4} after (perplexity {:.2}, {:.2})",
                 first.exp(),
                 last.exp()
             ));
@@ -175,7 +175,7 @@ impl Report {
         output.note(format_args!("picture         {}", self.run.picture().display()));
         if is_stopped {
             output.note(format_args!(
-                "go on with      metal-candle train --resume {}{}",
+                "resume with     metal-candle train --resume {}{}",
                 self.run.path().display(),
                 rank::flag()
             ));

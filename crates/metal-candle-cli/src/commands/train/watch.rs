@@ -179,7 +179,7 @@ impl Watch {
 fn message(loss: Option<f64>, valid_loss: Option<f64>, speed: Option<f64>, memory: Option<u64>) -> String {
     let parts = [
         loss.map(|loss| format!("loss {loss:.3}")),
-        valid_loss.map(|loss| format!("held-out {loss:.3}")),
+        valid_loss.map(|loss| format!("valid {loss:.3}")),
         speed.map(|speed| format!("{} tokens/s", short(speed))),
         memory.map(bytes),
     ];
@@ -198,8 +198,8 @@ mod tests {
     #[test]
     fn the_message_leaves_room_for_a_bar() {
         let text = message(Some(12.3456), Some(11.987), Some(10_864.0), Some(193_700_000));
-        assert_eq!(text, "loss 12.346  held-out 11.987  10.9k tokens/s  193.7 MB");
+        assert_eq!(text, "loss 12.346  valid 11.987  10.9k tokens/s  193.7 MB");
         assert!(text.len() <= 54, "{}", text.len());
-        assert_eq!(message(None, Some(2.0), None, None), "held-out 2.000");
+        assert_eq!(message(None, Some(2.0), None, None), "valid 2.000");
     }
 }
