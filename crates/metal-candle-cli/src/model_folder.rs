@@ -37,7 +37,8 @@ pub(crate) fn with_end_of_turn(model: Model, tokenizer: &Tokenizer) -> metal_can
     let end = tokenizer.end_of_turn_id().filter(|&id| (id as usize) < config.vocab_size);
     let Some(end) = end.filter(|end| !config.eos_token_ids.contains(end)) else { return Ok(model) };
     config.eos_token_ids.push(end);
-    let tensors = model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    let tensors = model.parameters().iter().map(|(name, weight)| Ok((name.clone(), weight.tensor()?)));
+    let tensors = tensors.collect::<metal_candle::Result<_>>()?;
     Model::from_tensors(config, tensors, model.device())
 }
 

@@ -35,7 +35,7 @@ pub(super) fn initialize(model: &Model, layout: Layout, start: Start, seed: u64)
         let whole = parameter(&base, &saved.name)?;
         values.extend(match &saved.rows {
             Some(ids) => host_values(&whole.index_select(&Tensor::new(ids.as_slice(), whole.device())?, 0)?)?,
-            None => host_values(whole)?,
+            None => host_values(&whole)?,
         });
     }
     LoRAAdapter::from_values(&base, layout, values, subtracted)
@@ -57,7 +57,8 @@ fn initialize_module(model: &Model, module: &LoRAModule, start: Start, seed: u64
         let b = (0..module.num_b()).map(|_| random.normal() as f32).collect();
         return Ok(InitialFactors { a, b, weight: None });
     }
-    let weight = if start.needs_weights() { host_values(parameter(model, &weight_name(module))?)? } else { Vec::new() };
+    let weight =
+        if start.needs_weights() { host_values(&parameter(model, &weight_name(module))?)? } else { Vec::new() };
     start.initialize((module.out_features, module.in_features), module.rank, module.scale, &weight, &mut random)
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
+use crate::ops::Weight;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -353,8 +354,13 @@ pub(super) fn all_parameters(model: &Model) -> Vec<(String, Vec<usize>)> {
 }
 
 /// A parameter of a model; the embedding for a head that is tied to it.
-pub(super) fn parameter<'a>(model: &'a Model, name: &str) -> Result<&'a Tensor> {
+pub(super) fn weight<'a>(model: &'a Model, name: &str) -> Result<&'a Weight> {
     let name = if name == HEAD_WEIGHT && model.config().tie_word_embeddings { EMBEDDING_WEIGHT } else { name };
     let found = model.parameters().iter().find(|(found, _)| found == name);
-    found.map(|(_, tensor)| tensor).ok_or_else(|| Error::argument("model", format!("has no tensor `{name}`")))
+    found.map(|(_, weight)| weight).ok_or_else(|| Error::argument("model", format!("has no tensor `{name}`")))
+}
+
+/// [`weight`] as a tensor; a copy where it is mapped.
+pub(super) fn parameter(model: &Model, name: &str) -> Result<Tensor> {
+    weight(model, name)?.tensor()
 }

@@ -1,7 +1,7 @@
 //! LoRA (<https://arxiv.org/abs/2106.09685>, section 4.1): `W x + scale * B A x` with trained A and B.
 
 use super::layout::{
-    EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, TrainedBiases, parameter,
+    EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, Planned, SavedParameter, TrainedBiases, parameter, weight,
 };
 use crate::error::{Error, Result};
 use crate::models::Model;
@@ -410,9 +410,13 @@ fn saved_tensor(parameters: &Tensor, saved: &SavedParameter) -> Result<Tensor> {
 
 /// The squared norms of the rows of the weight that a module extends: `[out_features]`, f32.
 pub(super) fn norms_squared(model: &Model, module: &LoRAModule) -> Result<Tensor> {
-    let weight = parameter(model, &format!("{}.weight", module.path))?;
+    let weight = weight(model, &format!("{}.weight", module.path))?;
     // the embedding is kept as `[vocab, hidden]`, the transpose of a linear layer's weight
-    if module.is_embedding() { weight_norms_squared(&weight.t()?.contiguous()?) } else { weight_norms_squared(weight) }
+    if module.is_embedding() {
+        weight_norms_squared(&weight.tensor()?.t()?.contiguous()?)
+    } else {
+        weight.row_norms_squared()
+    }
 }
 
 /// The model with views of the saved parameters in place, or copies where its activations are not f32. Rows are put into a
@@ -427,8 +431,8 @@ fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Optio
         let mut tensor = saved_tensor(parameters, saved)?.to_dtype(dtype)?;
         if let Some(ids) = &saved.rows {
             let whole = match earlier {
-                Some(earlier) => parameter(earlier, &saved.name)?.clone(),
-                None => own_copy(parameter(model, &saved.name)?, dtype)?,
+                Some(earlier) => parameter(earlier, &saved.name)?,
+                None => own_copy(&parameter(model, &saved.name)?, dtype)?,
             };
             tensor = with_rows(whole, ids, &tensor)?;
         }
@@ -437,7 +441,7 @@ fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Optio
     // a head that was tied stays what it was when the embedding alone is trained
     if model.config().tie_word_embeddings && !layout.is_tied() && replaced.contains_key(EMBEDDING_WEIGHT) {
         let head = parameter(model, HEAD_WEIGHT)?;
-        replaced.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
+        replaced.entry(HEAD_WEIGHT.into()).or_insert(head);
     }
     model.with_parameters(replaced)
 }

@@ -40,7 +40,7 @@ impl LoRAAdapter {
         let is_tied = adapter.is_tied();
         if model.config().tie_word_embeddings && !is_tied && tensors.contains_key(EMBEDDING_WEIGHT) {
             let head = parameter(model, HEAD_WEIGHT)?;
-            tensors.entry(HEAD_WEIGHT.into()).or_insert_with(|| head.clone());
+            tensors.entry(HEAD_WEIGHT.into()).or_insert(head);
         }
         if tensors.is_empty() { Ok(model.clone()) } else { model.with_parameters(tensors) }
     }
@@ -53,7 +53,8 @@ impl LoRAAdapter {
     pub fn unmerge(&self, model: &Model) -> Result<Model> {
         let own = self.model();
         let was_tied = own.config().tie_word_embeddings && !model.config().tie_word_embeddings;
-        let mut tensors: HashMap<String, Tensor> = model.parameters().iter().cloned().collect();
+        let tensors = model.parameters().iter().map(|(name, weight)| Ok((name.clone(), weight.tensor()?)));
+        let mut tensors: HashMap<String, Tensor> = tensors.collect::<Result<_>>()?;
         for module in self.modules() {
             let name = format!("{}.weight", module.path);
             let Some(weight) = tensors.get(&name) else {

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Bytes of the length field in front of the header.
 const LENGTH_BYTES: usize = 8;
@@ -66,6 +67,11 @@ impl TensorEntry {
         self.bytes.len()
     }
 
+    /// Where it is in the file.
+    pub(crate) fn byte_range(&self) -> Range<usize> {
+        self.bytes.clone()
+    }
+
     /// candle's counterpart of the dtype, if there is one.
     pub fn candle_dtype(&self) -> Option<DType> {
         self.candle
@@ -83,7 +89,7 @@ impl TensorEntry {
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
-    map: MappedFile,
+    map: Arc<MappedFile>,
     entries: Vec<TensorEntry>,
     numbers: HashMap<String, usize>,
     metadata: BTreeMap<String, String>,
@@ -92,7 +98,8 @@ pub struct SafetensorsFile {
 impl SafetensorsFile {
     /// Maps `path` and checks its header.
     ///
-    /// The file must not be cut while it is open; replacing it by renaming is safe.
+    /// Replacing the file by renaming is safe while it is open. If it is shortened or overwritten in place, tensors that are
+    /// read afterwards are errors.
     ///
     /// # Errors
     /// The file cannot be read, is empty, truncated or of another format, or its header contradicts itself or
@@ -102,12 +109,17 @@ impl SafetensorsFile {
         let map = metal_candle_kernels::map_file(path).map_err(|e| Error::read(path, e))?;
         let (entries, metadata) = parse(&map).map_err(|message| Error::format(path, message))?;
         let numbers = entries.iter().enumerate().map(|(number, entry)| (entry.name.clone(), number)).collect();
-        Ok(Self { path: path.to_path_buf(), map, entries, numbers, metadata })
+        Ok(Self { path: path.to_path_buf(), map: Arc::new(map), entries, numbers, metadata })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The map of the file.
+    pub(crate) fn map(&self) -> &Arc<MappedFile> {
+        &self.map
     }
 
     /// The tensors, in the order of their bytes.
@@ -167,6 +179,7 @@ impl SafetensorsFile {
 
     fn read(&self, entry: &TensorEntry, make: impl FnOnce(&[u8]) -> Result<Tensor>) -> Result<Tensor> {
         let tensor = make(&self.map[entry.bytes.clone()]);
+        self.map.check().map_err(|error| Error::read(&self.path, error))?;
         self.map.release(entry.bytes.clone());
         tensor
     }

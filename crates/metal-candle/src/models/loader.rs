@@ -3,7 +3,8 @@
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::Shards;
+use crate::files::{SafetensorsFile, Shards, TensorEntry};
+use crate::ops::Weight;
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind};
@@ -14,7 +15,11 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 
 /// Loads a model from a safetensors file, an index of shards, or a folder.
 ///
-/// Files are mapped into memory and read tensor by tensor; memory peaks at about the model and its largest tensor.
+/// Files are mapped into memory. On the CPU, matrices that have the requested dtype stay in the map: processes share their
+/// memory, and loading takes no time. Other tensors are read one by one.
+///
+/// Files may be deleted or replaced by renaming while a model is in use. If one is shortened or overwritten in place, the model
+/// returns errors from then on, never results of other weights.
 ///
 /// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and those of the vision part of a
 /// multimodal model, which are left out.
@@ -100,8 +105,8 @@ impl ModelLoader {
             config.tie_word_embeddings = false;
         }
         let names = match_names(&shards, found, &config)?;
-        let tensors = self.read(&shards, &names, progress)?;
-        Model::from_tensors(config, tensors, self.device)
+        let weights = self.read(&shards, &names, progress)?;
+        Model::from_weights(config, weights, self.device)
     }
 
     /// Loads all tensors of `path` by their names in the file, whatever model they belong to.
@@ -115,7 +120,8 @@ impl ModelLoader {
         if !problems.is_empty() {
             return Err(Error::Tensors { path: shards.path().to_path_buf(), problems });
         }
-        self.read(&shards, &names, |_| ())
+        let weights = self.read(&shards, &names, |_| ())?;
+        weights.into_iter().map(|(name, weight)| Ok((name, weight.tensor()?))).collect()
     }
 
     fn config_for(&self, path: &Path) -> Result<ModelConfig> {
@@ -137,7 +143,7 @@ impl ModelLoader {
         shards: &Shards,
         names: &BTreeMap<String, String>,
         mut progress: impl FnMut(LoadProgress),
-    ) -> Result<HashMap<String, Tensor>> {
+    ) -> Result<HashMap<String, Weight>> {
         let dtype = self.dtype.unwrap_or_else(|| prevailing_dtype(shards, names.values()));
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             let found = dtype.as_str();
@@ -146,14 +152,18 @@ impl ModelLoader {
         let device = self.device.candle();
         let num_bytes = names.values().filter_map(|name| shards.get(name)).map(|(_, entry)| entry.num_bytes()).sum();
         let mut state = LoadProgress { tensors: 0, num_tensors: names.len(), bytes: 0, num_bytes };
-        let mut tensors = HashMap::with_capacity(names.len());
+        let mut weights = HashMap::with_capacity(names.len());
         for (name, name_in_file) in names {
             let Some((file, entry)) = shards.get(name_in_file) else { continue };
-            let mut tensor = file.float_tensor(name_in_file, dtype)?;
+            let mut weight = match mapped(file, entry, dtype) {
+                Some(weight) => weight,
+                None => file.float_tensor(name_in_file, dtype)?.into(),
+            };
             if !self.device.is_cpu() {
-                tensor = tensor.to_device(&device)?;
+                weight = weight.to_device(&device)?;
+                file.map().release(entry.byte_range());
             }
-            tensors.insert(name.clone(), tensor);
+            weights.insert(name.clone(), weight);
             state.tensors += 1;
             state.bytes += entry.num_bytes();
             if !self.device.is_cpu() && state.tensors.is_multiple_of(TENSORS_PER_SYNCHRONIZATION) {
@@ -162,8 +172,14 @@ impl ModelLoader {
             progress(state);
         }
         self.device.synchronize()?;
-        Ok(tensors)
+        Ok(weights)
     }
+}
+
+/// A matrix as it is in the file, if it has the type and the alignment for it. Vectors are small and are read.
+fn mapped(file: &SafetensorsFile, entry: &TensorEntry, dtype: DType) -> Option<Weight> {
+    let is_usable = entry.shape.len() > 1 && entry.candle_dtype() == Some(dtype);
+    is_usable.then(|| Weight::mapped(file.map(), entry.byte_range(), &entry.shape, dtype))?
 }
 
 /// The name in the file of each tensor, by its name in a model of the family. The text part of a multimodal checkpoint is taken

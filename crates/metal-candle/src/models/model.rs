@@ -18,7 +18,7 @@ use crate::ops::attention::{Cached, Spans};
 use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
 use crate::ops::rotary::{RotaryTable, Rotation};
-use crate::ops::{LowRankTerms, Weight, embedding};
+use crate::ops::{LowRankTerms, MappedFiles, Weight, embedding};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 use std::collections::HashMap;
@@ -36,7 +36,9 @@ pub(super) struct Inner {
     layout: Layout,
     device: Device,
     dtype: DType,
-    parameters: Vec<(String, Tensor)>,
+    parameters: Vec<(String, Weight)>,
+    /// The files of mapped parameters.
+    files: MappedFiles,
     pub(super) embedding: Weight,
     /// The factor on embedded tokens.
     pub(super) embedding_scale: f32,
@@ -54,9 +56,19 @@ impl Model {
     ///
     /// # Errors
     /// All missing, unexpected and misshaped tensors, in one error.
-    pub fn from_tensors(config: ModelConfig, mut tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
-        let parameters = take_parameters(&config, &mut tensors)?;
-        let dtype = parameters.first().map_or(DType::F32, |(_, tensor)| tensor.dtype());
+    pub fn from_tensors(config: ModelConfig, tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
+        let weights = tensors.into_iter().map(|(name, tensor)| (name, tensor.detach().into())).collect();
+        Self::from_weights(config, weights, device)
+    }
+
+    /// [`Model::from_tensors`] of weights that may be mapped from files.
+    pub(crate) fn from_weights(
+        config: ModelConfig,
+        mut weights: HashMap<String, Weight>,
+        device: Device,
+    ) -> Result<Self> {
+        let parameters = take_parameters(&config, &mut weights)?;
+        let dtype = parameters.first().map_or(DType::F32, |(_, weight)| weight.dtype());
         Self::assemble(config, parameters, dtype, device)
     }
 
@@ -70,13 +82,13 @@ impl Model {
     pub fn with_parameters(&self, mut replaced: HashMap<String, Tensor>) -> Result<Self> {
         let mut config = self.config().clone();
         config.tie_word_embeddings &= !replaced.contains_key("lm_head.weight");
-        let own: HashMap<&str, &Tensor> =
-            self.parameters().iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let own: HashMap<&str, &Weight> =
+            self.parameters().iter().map(|(name, weight)| (name.as_str(), weight)).collect();
         let mut problems = Vec::new();
         let mut parameters = Vec::new();
         for (name, shape) in Self::parameter_shapes(&config) {
             let tensor = match (replaced.remove(&name), own.get(name.as_str())) {
-                (Some(tensor), _) if tensor.dims() == shape => tensor.detach(),
+                (Some(tensor), _) if tensor.dims() == shape => Weight::from(tensor.detach()),
                 (Some(tensor), _) => {
                     problems.push(format!("`{name}`: expected shape {shape:?}, found {:?}", tensor.dims()));
                     continue;
@@ -88,7 +100,7 @@ impl Model {
                 }
             };
             let is_at_home = self.device().is_cpu() || tensor.dtype() == self.dtype();
-            parameters.push((name, if is_at_home { tensor } else { tensor.to_dtype(self.dtype())? }));
+            parameters.push((name, if is_at_home { tensor } else { tensor.to_dtype(self.dtype())?.into() }));
         }
         let mut unknown: Vec<_> = replaced.keys().map(|name| format!("`{name}` is not part of the model")).collect();
         unknown.sort();
@@ -100,7 +112,7 @@ impl Model {
     }
 
     /// A model of parameters that are known to fit.
-    fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, dtype: DType, device: Device) -> Result<Self> {
+    fn assemble(config: ModelConfig, parameters: Vec<(String, Weight)>, dtype: DType, device: Device) -> Result<Self> {
         let (description, layout) = (config.describe()?, config.layout()?);
         let tensors = Tensors { linears: &layout.linears, parameters: &parameters, device };
         let norm = |slot: Option<_>| slot.map(|slot| tensors.norm(slot)).transpose();
@@ -141,6 +153,7 @@ impl Model {
             layout,
             device,
             dtype,
+            files: MappedFiles::of(parameters.iter().map(|(_, weight)| weight)),
             parameters,
             embedding,
             embedding_scale,
@@ -185,8 +198,8 @@ impl Model {
         &self.inner.layout.linears
     }
 
-    /// Name and tensor of each parameter, in the order of [`Model::parameter_shapes`]; a tied head is not listed.
-    pub fn parameters(&self) -> &[(String, Tensor)] {
+    /// Name and weight of each parameter, in the order of [`Model::parameter_shapes`]; a tied head is not listed.
+    pub fn parameters(&self) -> &[(String, Weight)] {
         &self.inner.parameters
     }
 
@@ -195,7 +208,8 @@ impl Model {
     /// With a cache, each sequence continues what its slot holds, and is added to it.
     ///
     /// # Errors
-    /// A token id is out of range, the cache is full, or positions do not continue it.
+    /// A token id is out of range, the cache is full, or positions do not continue it; or a mapped file of weights was
+    /// shortened or overwritten.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -203,7 +217,14 @@ impl Model {
         cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
-        self.device().step(|| self.logits(batch, terms, cache, rows))
+        let logits = self.device().step(|| self.logits(batch, terms, cache, rows))?;
+        self.check_files()?;
+        Ok(logits)
+    }
+
+    /// Fails if a file that weights are mapped from was changed in place, which makes results wrong.
+    pub(super) fn check_files(&self) -> Result<()> {
+        self.inner.files.check()
     }
 
     fn logits(
@@ -279,8 +300,8 @@ impl Model {
         self.check_terms(Some(terms))?;
         let mut fixed = LowRankTerms::new();
         for (id, term) in terms.iter() {
-            let weight = self.parameters()[self.linears()[id].weight].1.clone().into();
-            fixed.insert(id, term.with_fixed_norms(&weight, id == self.embedding_id())?);
+            let weight = &self.parameters()[self.linears()[id].weight].1;
+            fixed.insert(id, term.with_fixed_norms(weight, id == self.embedding_id())?);
         }
         Ok(fixed)
     }
@@ -317,7 +338,7 @@ impl Model {
 }
 
 /// The parameters in checkpoint order, or everything that is wrong with them.
-fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Tensor>) -> Result<Vec<(String, Tensor)>> {
+fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Weight>) -> Result<Vec<(String, Weight)>> {
     let mut problems = Vec::new();
     let mut parameters = Vec::new();
     let mut dtype = None;
@@ -331,7 +352,7 @@ fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Tensor>) 
                 problems
                     .push(format!("`{name}`: its dtype {:?} differs from that of the other tensors", tensor.dtype()));
             }
-            Some(tensor) => parameters.push((name, tensor.detach())),
+            Some(tensor) => parameters.push((name, tensor)),
         }
     }
     if config.tie_word_embeddings {

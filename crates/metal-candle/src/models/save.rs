@@ -15,7 +15,9 @@ use std::path::Path;
 pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     create_folder(folder)?;
-    write_safetensors(folder.join("model.safetensors"), model.parameters(), &[("format", "pt")])?;
+    let tensors = model.parameters().iter().map(|(name, weight)| Ok((name, weight.tensor()?)));
+    let tensors = tensors.collect::<Result<Vec<_>>>()?;
+    write_safetensors(folder.join("model.safetensors"), &tensors, &[("format", "pt")])?;
     write_atomically(folder.join("config.json"), |file| {
         file.write_all(model.config().to_json(model.dtype()).as_bytes())
     })?;

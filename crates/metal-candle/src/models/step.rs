@@ -138,7 +138,9 @@ impl Model {
         terms: Option<&LowRankTerms>,
         label_smoothing: f32,
     ) -> Result<Losses> {
-        self.device().step(|| self.losses(batch, targets, terms, label_smoothing))
+        let losses = self.device().step(|| self.losses(batch, targets, terms, label_smoothing))?;
+        self.check_files()?;
+        Ok(losses)
     }
 
     fn losses(
@@ -180,7 +182,9 @@ impl Model {
         trainable: Trainable,
         options: LossOptions,
     ) -> Result<(Losses, Gradients)> {
-        self.device().step(|| self.losses_and_gradients(batch, targets, trainable, options))
+        let found = self.device().step(|| self.losses_and_gradients(batch, targets, trainable, options))?;
+        self.check_files()?;
+        Ok(found)
     }
 
     fn losses_and_gradients(

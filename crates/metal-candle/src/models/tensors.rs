@@ -13,24 +13,20 @@ use candle_core::{DType, Tensor};
 /// The parameters of a model in the order of its layout.
 pub(super) struct Tensors<'a> {
     pub(super) linears: &'a [LinearInfo],
-    pub(super) parameters: &'a [(String, Tensor)],
+    pub(super) parameters: &'a [(String, Weight)],
     pub(super) device: Device,
 }
 
 impl Tensors<'_> {
     /// The matrix with this index.
     pub(super) fn matrix(&self, index: usize) -> Result<Weight> {
-        Ok(self.tensor(index)?.into())
-    }
-
-    fn tensor(&self, index: usize) -> Result<Tensor> {
-        let found = self.parameters.get(index).map(|(_, tensor)| tensor.clone());
+        let found = self.parameters.get(index).map(|(_, weight)| weight.clone());
         found.ok_or_else(|| Error::Bug(format!("the model has no parameter {index}")))
     }
 
     /// The vector with this index: norms and biases are small, and on the CPU only f32 is fast with f32 activations.
     pub(super) fn small(&self, index: usize) -> Result<Tensor> {
-        let tensor = self.tensor(index)?;
+        let tensor = self.matrix(index)?.tensor()?;
         Ok(if self.device.is_cpu() { tensor.to_dtype(DType::F32)? } else { tensor })
     }
 

@@ -37,6 +37,7 @@ use crate::error::Result;
 use candle_core::{DType, Tensor};
 
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
+pub(crate) use weight::MappedFiles;
 pub use weight::Weight;
 
 /// An activation as it is kept beside weights of this type for the backward pass: rounded to bf16 where the weights have

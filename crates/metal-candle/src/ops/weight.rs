@@ -36,7 +36,6 @@ impl From<Tensor> for Weight {
 }
 
 impl Weight {
-    #[cfg_attr(not(test), expect(dead_code, reason = "the loader maps weights next"))]
     /// The elements in a byte range of `file`, little-endian and row by row, without a copy; none where they cannot be used
     /// as they are: `dtype` is not f32, f16 or bf16, the range is not aligned for it or has another size than the shape.
     pub(crate) fn mapped(file: &Arc<MappedFile>, bytes: Range<usize>, dims: &[usize], dtype: DType) -> Option<Self> {
@@ -99,12 +98,37 @@ impl Weight {
     pub fn tensor(&self) -> Result<Tensor> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.clone()),
-            Stored::Mapped(Mapped { file, bytes, shape, dtype, .. }) => {
-                let copy = Tensor::from_raw_buffer(&file[bytes.clone()], *dtype, shape.dims(), &Device::Cpu)?;
-                file.check().map_err(|error| Error::read(file.path(), error))?;
+            Stored::Mapped(mapped) => {
+                let (bytes, dims) = (&mapped.file[mapped.bytes.clone()], mapped.shape.dims());
+                let copy = Tensor::from_raw_buffer(bytes, mapped.dtype, dims, &Device::Cpu)?;
+                mapped.check()?;
                 Ok(copy)
             }
         }
+    }
+
+    /// The elements as a tensor of this type; see [`Weight::tensor`].
+    ///
+    /// # Errors
+    /// The file was shortened or overwritten meanwhile, or the device fails.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
+        Ok(self.tensor()?.to_dtype(dtype)?)
+    }
+
+    /// The weight on `device`: a mapped one is uploaded from the file as it is, and stays mapped on the CPU.
+    pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
+        let mapped = match &self.0 {
+            Stored::Dense(tensor) => return Ok(tensor.to_device(device)?.into()),
+            Stored::Mapped(_) if device.is_cpu() => return Ok(self.clone()),
+            Stored::Mapped(mapped) => mapped,
+        };
+        let tensor = match mapped.matrix()? {
+            Matrix::F32(values) => Tensor::from_slice(values, mapped.shape.dims(), device)?,
+            Matrix::F16(values) => Tensor::from_slice(values, mapped.shape.dims(), device)?,
+            Matrix::BF16(values) => Tensor::from_slice(values, mapped.shape.dims(), device)?,
+        };
+        mapped.check()?;
+        Ok(tensor.into())
     }
 
     /// The tensor that a kernel of a GPU reads.
@@ -204,9 +228,37 @@ impl Weight {
 const ROWS_WIDENED: usize = 4096;
 
 impl Mapped {
+    fn check(&self) -> Result<()> {
+        self.file.check().map_err(|error| Error::read(self.file.path(), error))
+    }
+
     fn matrix(&self) -> Result<Matrix<'_>> {
         let matrix = self.file.matrix(self.bytes.clone(), self.element);
         matrix.ok_or_else(|| Error::Unsupported("a part of a file that is not aligned".into()))
+    }
+}
+
+/// The files that the weights of a model are mapped from.
+#[derive(Debug)]
+pub(crate) struct MappedFiles(Vec<Mapped>);
+
+impl MappedFiles {
+    /// Those of these weights.
+    pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
+        let mut files: Vec<Mapped> = Vec::new();
+        for weight in weights {
+            if let Stored::Mapped(mapped) = &weight.0
+                && !files.iter().any(|found| Arc::ptr_eq(&found.file, &mapped.file))
+            {
+                files.push(mapped.clone());
+            }
+        }
+        Self(files)
+    }
+
+    /// Fails if a file was shortened or overwritten: what was computed with its weights may be wrong.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.0.iter().try_for_each(Mapped::check)
     }
 }
 

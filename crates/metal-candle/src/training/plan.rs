@@ -8,7 +8,6 @@ use super::trained::{OfModel, Trained};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::models::{LossOptions, StepMemory, TokenRows};
-use crate::ops::num_bytes;
 use candle_core::DType;
 use std::time::Instant;
 
@@ -98,7 +97,10 @@ impl TrainingPlan {
         let weights_bytes: usize = given.sum();
         let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
         // a parameter of which rows are trained is copied for the run, beside that of the model and that of the start
-        let of_rows = |rows: TokenRows| 2 * num_bytes(&model.parameters()[rows.place].1);
+        let of_rows = |rows: TokenRows| {
+            let weight = &model.parameters()[rows.place].1;
+            2 * weight.elem_count() * weight.dtype().size_in_bytes()
+        };
         let of_rows: usize = start.token_rows().into_iter().map(of_rows).sum();
         let trained_bytes = copies * vector + of_rows;
         let optimizer_bytes = options.optimizer(config).state_bytes(&parameters)?;

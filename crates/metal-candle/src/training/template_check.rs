@@ -4,8 +4,8 @@ use super::warnings::TrainingWarning;
 use crate::data::{Dataset, Sample, Tokenizer, batch_of};
 use crate::error::Result;
 use crate::models::Model;
-use crate::ops::LowRankTerms;
-use candle_core::{DType, Tensor};
+use crate::ops::{LowRankTerms, Weight};
+use candle_core::DType;
 use std::collections::BTreeMap;
 
 /// A mark that is predicted with this share of the loss of a guess, or more, is not known.
@@ -110,7 +110,7 @@ fn untrained(model: &Model, tokenizer: &Tokenizer, marks: &[u32]) -> Result<Vec<
     let Some((_, embedding)) = model.parameters().iter().find(|(name, _)| name == "model.embed_tokens.weight") else {
         return Ok(vec![false; marks.len()]);
     };
-    let vocab_size = embedding.dim(0)?;
+    let vocab_size = embedding.dims2()?.0;
     let known = tokenizer.vocab_size().min(vocab_size);
     let unused: Vec<u32> = (known as u32..vocab_size as u32)
         .take(UNUSED_ROWS)
@@ -129,12 +129,11 @@ fn untrained(model: &Model, tokenizer: &Tokenizer, marks: &[u32]) -> Result<Vec<
     Ok(rows(embedding, marks)?.iter().map(of_mark).collect())
 }
 
-fn rows(embedding: &Tensor, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
+fn rows(embedding: &Weight, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    let ids = Tensor::new(ids, embedding.device())?;
-    Ok(embedding.index_select(&ids, 0)?.to_dtype(DType::F32)?.to_vec2()?)
+    Ok(embedding.rows(ids, DType::F32)?.to_vec2()?)
 }
 
 fn norm(row: &[f32]) -> f32 {

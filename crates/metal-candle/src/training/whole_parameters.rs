@@ -4,7 +4,7 @@ use super::trained::{Parameter, Trained};
 use crate::error::{Error, Result};
 use crate::files::SafetensorsFile;
 use crate::models::{GradientOf, Model, save_model};
-use crate::ops::LowRankTerms;
+use crate::ops::{LowRankTerms, Weight};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -23,7 +23,7 @@ impl<'a> WholeParameters<'a> {
     }
 
     /// The names and tensors.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &'a (String, Tensor)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &'a (String, Weight)> {
         self.indices.iter().map(|&index| &self.model.parameters()[index])
     }
 
@@ -47,8 +47,8 @@ impl<'a> WholeParameters<'a> {
 
     /// The flat values, f32.
     pub(super) fn values(&self) -> Result<Tensor> {
-        let flat = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.contiguous();
-        let tensors: Vec<Tensor> = self.iter().map(|(_, tensor)| flat(tensor)).collect::<candle_core::Result<_>>()?;
+        let flat = |weight: &Weight| Ok(weight.to_dtype(DType::F32)?.flatten_all()?.contiguous()?);
+        let tensors = self.iter().map(|(_, weight)| flat(weight)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&tensors, 0)?)
     }
 
@@ -57,7 +57,7 @@ impl<'a> WholeParameters<'a> {
         let mut offset = 0;
         let mut views = HashMap::with_capacity(self.indices.len());
         for (name, tensor) in self.iter() {
-            let view = values.narrow(0, offset, tensor.elem_count())?.reshape(tensor.shape())?;
+            let view = values.narrow(0, offset, tensor.elem_count())?.reshape(tensor.dims())?;
             offset += tensor.elem_count();
             views.insert(name.clone(), view);
         }

@@ -403,7 +403,7 @@ fn copies_of_the_base_are_accepted_and_another_head_is_used() {
     let path = folder.path().join("adapter_model.safetensors");
     let original = tensors_of(&path);
     let name = "model.embed_tokens.weight";
-    let embedding = model.parameters().iter().find(|(found, _)| found == name).unwrap().1.clone();
+    let embedding = model.parameters().iter().find(|(found, _)| found == name).unwrap().1.tensor().unwrap();
     for copy in [embedding.clone(), embedding.to_dtype(DType::BF16).unwrap(), embedding.to_dtype(DType::F16).unwrap()] {
         let mut tensors = original.clone();
         tensors.push((format!("base_model.model.{name}"), copy));
@@ -497,7 +497,7 @@ fn adapters_that_bring_another_head_are_not_trained() {
     let path = folder.path().join("adapter_model.safetensors");
     let mut tensors = tensors_of(&path);
     let name = "model.embed_tokens.weight";
-    let embedding = &model.parameters().iter().find(|(found, _)| found == name).unwrap().1;
+    let embedding = model.parameters().iter().find(|(found, _)| found == name).unwrap().1.tensor().unwrap();
     tensors.push((format!("base_model.model.{name}"), (embedding * 2.0).unwrap()));
     write_safetensors(&path, &tensors, &[]).unwrap();
     let adapter = LoRAAdapter::load(&model, folder.path()).unwrap();

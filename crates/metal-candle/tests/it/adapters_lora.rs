@@ -150,7 +150,9 @@ fn merged_and_unmerged_logits_agree() {
         let difference = max_difference(&unmerged_logits, &merged_logits);
         assert!(difference < 1e-4, "{name}: {difference}");
         let back = adapter.unmerge(&merged).unwrap();
-        for ((path, before), (_, after)) in model.parameters().iter().zip(back.parameters()) {
+        for ((path, before), (_, after)) in
+            golden::parameters_of(&model).iter().zip(&crate::golden::parameters_of(&back))
+        {
             assert!(max_difference(before, after) < 1e-6, "{name}: {path}");
         }
     }

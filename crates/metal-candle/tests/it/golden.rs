@@ -33,6 +33,11 @@ pub(crate) fn batch(value: &Value) -> (Batch, Targets) {
     (batch, Targets { ids: ids(&value["targets"]), weights })
 }
 
+/// Name and tensor of each parameter of a model.
+pub(crate) fn parameters_of(model: &Model) -> Vec<(String, Tensor)> {
+    model.parameters().iter().map(|(name, weight)| (name.clone(), weight.tensor().unwrap())).collect()
+}
+
 /// The largest difference of two tensors of the same shape.
 pub(crate) fn max_difference(left: &Tensor, right: &Tensor) -> f32 {
     assert_eq!(left.dims(), right.dims());

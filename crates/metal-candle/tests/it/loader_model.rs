@@ -1,8 +1,8 @@
 //! Models from files, indexes and folders, and back.
 
 use candle_core::{DType, Tensor};
-use metal_candle::models::{Model, SafetensorsFile, save_model, write_safetensors};
-use metal_candle::{Error, ModelConfig, ModelLoader};
+use metal_candle::models::{Batch, Model, Rows, SafetensorsFile, save_model, write_safetensors};
+use metal_candle::{Device, Error, ModelConfig, ModelLoader};
 use std::path::Path;
 
 const TIED: &str = r#"{"model_type": "qwen2", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24,
@@ -43,7 +43,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 
 fn assert_holds(model: &Model, expected: &[(String, Tensor)]) {
     assert_eq!(model.parameters().len(), expected.len());
-    for ((name, found), (expected_name, expected)) in model.parameters().iter().zip(expected) {
+    for ((name, found), (expected_name, expected)) in crate::golden::parameters_of(model).iter().zip(expected) {
         assert_eq!(name, expected_name);
         assert_eq!(found.dims(), expected.dims(), "{name}");
         assert_eq!(values(found), values(expected), "{name}");
@@ -331,4 +331,78 @@ fn a_saved_model_is_the_same_model() {
         assert_eq!(file.metadata().get("format").map(String::as_str), Some("pt"));
         assert_eq!(file.entries().len(), expected.len());
     }
+}
+
+fn logits(model: &Model) -> metal_candle::Result<Vec<u32>> {
+    let batch = Batch::from_sequences([[1, 2, 3, 5, 8, 13], [22, 0, 1, 2, 3, 4]]);
+    Ok(values(&model.forward(&batch, None, None, Rows::All)?).into_iter().map(f32::to_bits).collect())
+}
+
+/// Weights in the map give the bits of the same weights in memory; where the file does not align them, they are copied.
+#[test]
+fn mapped_weights_compute_what_copies_do() {
+    for (tied, dtype) in [(true, DType::BF16), (false, DType::F16), (true, DType::F32)] {
+        let text = if tied { TIED.to_string() } else { TIED.replace("\"tie_word_embeddings\": true,", "") };
+        let saved = folder(&text, &tensors(&config(tied), dtype));
+        let copies = ModelLoader::new().load_weights(saved.path()).unwrap();
+        let copies = Model::from_tensors(config(tied), copies, Device::CPU).unwrap();
+        let expected = logits(&copies).unwrap();
+        let mapped = ModelLoader::new().load(saved.path()).unwrap();
+        assert_eq!(logits(&mapped).unwrap(), expected, "{dtype:?}");
+
+        // one more space behind the header: every tensor begins at an odd byte
+        let path = saved.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+        bytes[..8].copy_from_slice(&(length + 1).to_le_bytes());
+        bytes.insert(8 + length as usize, b' ');
+        std::fs::write(saved.path().join("odd.safetensors"), bytes).unwrap();
+        let odd = ModelLoader::new().load(saved.path().join("odd.safetensors")).unwrap();
+        assert_eq!(logits(&odd).unwrap(), expected, "{dtype:?}");
+    }
+}
+
+/// A file that is replaced by renaming leaves a model as it is. One that is shortened or overwritten in place gives errors,
+/// never other results, and does not end the process.
+#[test]
+fn a_file_that_changes_under_a_model() {
+    let saved = folder(TIED, &tensors(&config(true), DType::BF16));
+    let path = saved.path().join("model.safetensors");
+    // so that the writes below are seen whatever the resolution of the file system's clock
+    let past = std::time::SystemTime::now() - std::time::Duration::from_mins(1);
+    let load = || {
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(past).unwrap();
+        ModelLoader::new().load(saved.path()).unwrap()
+    };
+    let model = load();
+    let expected = logits(&model).unwrap();
+    let zeros: Tensors = tensors(&config(true), DType::BF16)
+        .into_iter()
+        .map(|(name, tensor)| (name, tensor.zeros_like().unwrap()))
+        .collect();
+    write_safetensors(&path, &zeros, &[]).unwrap();
+    assert_eq!(logits(&model).unwrap(), expected);
+
+    let fails = |model: &Model| {
+        let message = logits(model).unwrap_err().to_string();
+        assert!(message.contains("model.safetensors") && message.contains("shortened or overwritten"), "{message}");
+        assert!(save_model(model, saved.path().join("copy")).is_err());
+    };
+    let model = load();
+    logits(&model).unwrap();
+    let length = std::fs::metadata(&path).unwrap().len();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(100).unwrap();
+    fails(&model);
+    // as long as it was, but not what it was
+    file.set_len(length).unwrap();
+    fails(&model);
+
+    write_safetensors(&path, &zeros, &[]).unwrap();
+    let model = load();
+    logits(&model).unwrap();
+    let mut file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::End(-64)).unwrap();
+    std::io::Write::write_all(&mut file, &[0x3f; 64]).unwrap();
+    fails(&model);
 }

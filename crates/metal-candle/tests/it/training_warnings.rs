@@ -36,7 +36,7 @@ fn a_model_knows_its_template_or_not() {
     // the marks are what tokens are that were never trained: as their neighbours, which are no part of any text
     let start = tokenizer.token_to_id("<|im_start|>").unwrap() as usize;
     let unused = tokenizer.token_to_id("<|quad_end|>").unwrap() as usize;
-    let mut tensors: HashMap<String, Tensor> = model.parameters().iter().cloned().collect();
+    let mut tensors: HashMap<String, Tensor> = crate::golden::parameters_of(&model).into_iter().collect();
     let embedding = &tensors["model.embed_tokens.weight"];
     let mut parts: Vec<Tensor> = vec![embedding.narrow(0, 0, start).unwrap()];
     parts.extend((0..2).map(|_| embedding.narrow(0, unused, 1).unwrap()));

@@ -138,7 +138,7 @@ pub(super) fn save_full(model: &Model, folder: &Path, prepared: &Prepared) -> Re
     };
     let mut tensors = HashMap::new();
     for (name, tensor) in model.parameters() {
-        tensors.insert(name.clone(), tensor.to_dtype(dtype).map_err(metal_candle::Error::from)?);
+        tensors.insert(name.clone(), tensor.to_dtype(dtype)?);
     }
     let model = Model::from_tensors(model.config().clone(), tensors, model.device())?;
     save_model(&with_end_of_turn(model, &prepared.tokenizer)?, folder)?;

@@ -8,6 +8,7 @@ use crate::adapters::layout::{
 use crate::error::{Error, Result};
 use crate::files::JsonObject;
 use crate::models::Model;
+use crate::ops::Weight;
 use candle_core::{DType, Device};
 use half::{bf16, f16};
 use serde_json::Value;
@@ -153,7 +154,7 @@ impl Replaced {
                 return Err(config.wrong("trainable_token_indices", expected, indices));
             };
             let weight = format!("{path}.weight");
-            let Ok((vocab, hidden)) = parameter(model, &weight).and_then(|weight| Ok(weight.dims2()?)) else {
+            let Ok((vocab, hidden)) = crate::adapters::layout::weight(model, &weight).and_then(Weight::dims2) else {
                 problems.push(format!("`{name}`: the model has no module `{path}`"));
                 continue;
             };
