@@ -3,7 +3,7 @@
 //! No `[queries, keys]` matrix is made: the softmax runs along blocks of keys with a running maximum
 //! (<https://arxiv.org/abs/2205.14135>, algorithm 1). Blocks of keys that no query of a task sees are skipped.
 
-use crate::gemm::serial_gemm;
+use crate::gemm::{serial_gemm, serial_gemm_by_row};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, exp, max, soft_cap, widen};
 use crate::operand::Matrix;
@@ -113,6 +113,7 @@ struct Scratch {
     values: Vec<f32>,
     sums: Vec<f32>,
     maxima: Vec<f32>,
+    room: Vec<f32>,
 }
 
 thread_local! {
@@ -132,7 +133,7 @@ struct Task {
 ///
 /// `q` and `out`: `[tokens, heads, head_dim]`. `sinks`, if given: `[heads]`, a logit of each head that takes part in the
 /// softmax and has no value. `log_sums`, if given: `[tokens, heads]` receives the logarithm of each row's sum of
-/// exponentials, the sink's included.
+/// exponentials, the sink's included; without it, as in inference, a query has the same bits alone and among others.
 ///
 /// # Panics
 /// A span reaches outside an operand, `sinks` has another length, or the mask hides everything.
@@ -234,9 +235,12 @@ fn forward_block(
     let kv_head = task.head / (shape.heads / shape.kv_heads);
     // the position of the first query of the block, and the keys that its queries see together
     let position = span.num_keys - span.num_queries + task.query;
-    let seen = shape.mask.first_key(position)..position + task.queries;
+    let first_seen = shape.mask.first_key(position);
+    // whole blocks: that of a key does not depend on which queries are in a task
+    let seen = first_seen - first_seen % KEY_BLOCK..position + task.queries;
+    let is_by_row = log_sums.is_none();
 
-    let Scratch { scores, products, keys, values, sums, maxima } = scratch;
+    let Scratch { scores, products, keys, values, sums, maxima, room } = scratch;
     scores.resize(scores.len().max(rows * KEY_BLOCK), 0.0);
     products.clear();
     products.resize(rows * d, 0.0);
@@ -249,19 +253,15 @@ fn forward_block(
         let at = span.key_start + start * kv.token_stride + kv_head * kv.head_stride;
         let (keys, key_stride) = block(kv.keys, at, count, kv.token_stride, d, keys);
         let (values, value_stride) = block(kv.values, at, count, kv.token_stride, d, values);
-        let shape_in = (rows, count, d);
+        let (size, strides) = ((rows, count, d), ((row_stride, 1), (1, key_stride)));
+        let to = (scores.as_mut_ptr(), count);
         // SAFETY: the scratch belongs to this thread and is large enough.
         unsafe {
-            serial_gemm(
-                shape_in,
-                shape.scale,
-                q,
-                (row_stride, 1),
-                keys,
-                (1, key_stride),
-                0.0,
-                (scores.as_mut_ptr(), count),
-            );
+            if is_by_row {
+                serial_gemm_by_row(size, shape.scale, q, strides.0, keys, strides.1, 0.0, to, room);
+            } else {
+                serial_gemm(size, shape.scale, q, strides.0, keys, strides.1, 0.0, to);
+            }
         }
         for row in 0..rows {
             let position = position + if task.heads > 1 { 0 } else { row };
@@ -271,10 +271,15 @@ fn forward_block(
             let of_row = &mut products[row * d..][..d];
             accumulate_row(scores, visible, shape.soft_cap, &mut maxima[row], &mut sums[row], of_row);
         }
+        let (size, strides) = ((rows, d, count), ((count, 1), (value_stride, 1)));
+        let to = (products.as_mut_ptr(), d);
         // SAFETY: as above.
         unsafe {
-            let products = (products.as_mut_ptr(), d);
-            serial_gemm((rows, d, count), 1.0, scores, (count, 1), values, (value_stride, 1), 1.0, products);
+            if is_by_row {
+                serial_gemm_by_row(size, 1.0, scores, strides.0, values, strides.1, 1.0, to, room);
+            } else {
+                serial_gemm(size, 1.0, scores, strides.0, values, strides.1, 1.0, to);
+            }
         }
     }
     for row in 0..rows {
@@ -344,6 +349,63 @@ fn accumulate_row_body<A: Arithmetic>(
     if correction < 1.0 {
         for v in products {
             *v *= correction;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn random(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .take(count)
+        .collect()
+    }
+
+    /// Without sums for a backward pass, a query has the same bits alone, in a chunk of a prompt and in the whole of it.
+    #[test]
+    fn a_query_alone_has_the_bits_of_the_query_among_others() {
+        const TOKENS: usize = 200;
+        for (heads, kv_heads, d) in [(7, 1, 64), (4, 4, 32), (2, 1, 8), (3, 3, 80), (2, 2, 256)] {
+            for (mask, cap) in [(Mask::Causal, None), (Mask::Window(50), Some(20.0)), (Mask::Chunk(70), None)] {
+                let shape = AttentionShape { mask, soft_cap: cap, ..AttentionShape::new(heads, kv_heads, d, 0.3) };
+                let (keys, values) = (random(TOKENS * kv_heads * d, 1), random(TOKENS * kv_heads * d, 2));
+                let q = random(TOKENS * heads * d, 3);
+                let narrow = |values: &[f32]| values.iter().map(|&value| bf16::from_f32(value)).collect::<Vec<_>>();
+                let halves = (narrow(&keys), narrow(&values));
+                let strides = (kv_heads * d, d);
+                let run = |is_half: bool, first: usize, count: usize| -> Vec<u32> {
+                    let (keys, values) = if is_half {
+                        (Matrix::BF16(&halves.0), Matrix::BF16(&halves.1))
+                    } else {
+                        (Matrix::F32(&keys), Matrix::F32(&values))
+                    };
+                    let kv = KeyValues { keys, values, token_stride: strides.0, head_stride: strides.1 };
+                    let span = Span { query_start: 0, num_queries: count, key_start: 0, num_keys: first + count };
+                    let q = &q[first * heads * d..(first + count) * heads * d];
+                    let mut out = vec![0.0; q.len()];
+                    attention(shape, None, &[span], q, kv, &mut out, None);
+                    out.iter().map(|value| value.to_bits()).collect()
+                };
+                for is_half in [false, true] {
+                    let whole = run(is_half, 0, TOKENS);
+                    for (first, count) in
+                        [(0, 1), (1, 1), (15, 1), (64, 1), (127, 1), (128, 1), (199, 1), (3, 2), (10, 37), (60, 100)]
+                    {
+                        let expected = &whole[first * heads * d..(first + count) * heads * d];
+                        let found = run(is_half, first, count);
+                        assert!(found == expected, "{count} from {first}, {shape:?}, half: {is_half}");
+                    }
+                }
+            }
         }
     }
 }

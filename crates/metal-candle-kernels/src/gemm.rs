@@ -435,3 +435,62 @@ pub(crate) unsafe fn serial_gemm(
         );
     }
 }
+
+/// Rows and columns from which on gemmkit sums each element of C in the same order.
+const STABLE_ROWS: usize = 2;
+const STABLE_COLUMNS: usize = 32;
+
+/// [`serial_gemm`] where the bits of an element do not depend on the other rows of A and columns of B. Few rows and columns,
+/// which gemmkit sums in an order of their own, are filled up in `room`.
+///
+/// # Safety
+/// As of [`serial_gemm`].
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn serial_gemm_by_row(
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    a: &[f32],
+    a_strides: (usize, usize),
+    b: &[f32],
+    b_strides: (usize, usize),
+    beta: f32,
+    (c, c_stride): (*mut f32, usize),
+    room: &mut Vec<f32>,
+) {
+    if m >= STABLE_ROWS && n >= STABLE_COLUMNS {
+        // SAFETY: the caller's promise.
+        return unsafe { serial_gemm((m, n, k), alpha, a, a_strides, b, b_strides, beta, (c, c_stride)) };
+    }
+    let (rows, columns) = (m.max(STABLE_ROWS), n.max(STABLE_COLUMNS));
+    room.clear();
+    room.resize((rows + k) * columns, 0.0);
+    let (sums, copy) = room.split_at_mut(rows * columns);
+    for (i, sums) in sums.chunks_exact_mut(columns).enumerate().take(m) {
+        // SAFETY: a row of C.
+        sums[..n].copy_from_slice(unsafe { std::slice::from_raw_parts(c.add(i * c_stride), n) });
+    }
+    let is_by_column = b_strides.0 == 1;
+    let (b, b_strides) = if n == columns {
+        (b, b_strides)
+    } else if is_by_column {
+        for (j, copy) in copy.chunks_exact_mut(k.max(1)).enumerate().take(n) {
+            copy.copy_from_slice(&b[j * b_strides.1..][..k]);
+        }
+        (&*copy, (1, k))
+    } else {
+        for (p, copy) in copy.chunks_exact_mut(columns).enumerate() {
+            for (j, copy) in copy.iter_mut().enumerate().take(n) {
+                *copy = b[p * b_strides.0 + j * b_strides.1];
+            }
+        }
+        (&*copy, (columns, 1))
+    };
+    // one row is taken twice
+    let a_strides = if m == 1 { (0, a_strides.1) } else { a_strides };
+    // SAFETY: the sums are this function's own.
+    unsafe { serial_gemm((rows, columns, k), alpha, a, a_strides, b, b_strides, beta, (sums.as_mut_ptr(), columns)) };
+    for (i, sums) in sums.chunks_exact(columns).enumerate().take(m) {
+        // SAFETY: a row of C.
+        unsafe { std::slice::from_raw_parts_mut(c.add(i * c_stride), n) }.copy_from_slice(&sums[..n]);
+    }
+}

@@ -245,10 +245,10 @@ impl Model {
                 format!("sequence {sequence} does not begin at position 0, and there is no cache to continue");
             return Err(Error::argument("batch", message));
         }
-        let (mut x, rotations) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms, false)?;
         let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None };
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None, is_by_row: true };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut())?;
         }
@@ -267,13 +267,20 @@ impl Model {
     }
 
     /// The residual stream that enters the first block, and the rotations of the batch's positions by each table.
-    pub(super) fn embed(&self, batch: &Batch, terms: Option<&LowRankTerms>) -> Result<(Tensor, Vec<Rotation>)> {
+    pub(super) fn embed(
+        &self,
+        batch: &Batch,
+        terms: Option<&LowRankTerms>,
+        is_training: bool,
+    ) -> Result<(Tensor, Vec<Rotation>)> {
         if batch.is_empty() {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
         let term = terms.and_then(|terms| terms.get(self.embedding_id()));
         let (ids, dtype) = (batch.ids(), self.activation_dtype());
-        let x = embedding::forward(&self.inner.embedding, term, ids, dtype, self.inner.embedding_scale)?;
+        let (weight, scale) = (&self.inner.embedding, self.inner.embedding_scale);
+        let embed = if is_training { embedding::forward } else { embedding::infer };
+        let x = embed(weight, term, ids, dtype, scale)?;
         let rotation = |table: &RotaryTable| table.rotation(batch.positions(), batch.offsets(), &x);
         let rotations = self.inner.rotary.iter().map(rotation).collect::<Result<_>>()?;
         Ok((x, rotations))

@@ -153,10 +153,10 @@ impl Model {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
         self.check_terms(terms)?;
-        let (mut x, rotations) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms, true)?;
         let spans = self.spans(batch, None, &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None };
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None, is_by_row: false };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
         }
@@ -205,14 +205,14 @@ impl Model {
         let lowest = self.lowest(terms, &wanted, parameters);
 
         let forward = span("forward", Kind::Group);
-        let (mut x, rotations) = self.embed(batch, terms)?;
+        let (mut x, rotations) = self.embed(batch, terms, true)?;
         if options.neftune_noise_alpha > 0.0 {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
         }
         let dropout_seed = Some(options.dropout_seed);
         let spans = self.spans(batch, None, &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed };
+        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed, is_by_row: false };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
         let mut kept: Vec<Kept> = Vec::new();
         for block in &self.inner.blocks {

@@ -1,7 +1,7 @@
 //! The embedding of token ids, with an optional low-rank term and noise.
 
 use super::host::{Host, edit, on_cpu};
-use super::linear::{Part, Start, TermGradients, column_dots, scale_columns, scaled_outer, sum};
+use super::linear::{Order, Part, Start, TermGradients, column_dots, scale_columns, scaled_outer, sum, sum_in};
 use super::low_rank::LowRank;
 use super::weight::Weight;
 use crate::error::{Error, Result};
@@ -20,7 +20,12 @@ pub(crate) fn forward(
     dtype: DType,
     scale: f32,
 ) -> Result<Tensor> {
-    scaled(unscaled(weight, term, ids, dtype)?, scale)
+    scaled(unscaled(Order::ByShape, weight, term, ids, dtype)?, scale)
+}
+
+/// [`forward`] where no backward pass follows: on the CPU each token has the same bits alone and among any others.
+pub(crate) fn infer(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType, scale: f32) -> Result<Tensor> {
+    scaled(unscaled(Order::ByRow, weight, term, ids, dtype)?, scale)
 }
 
 fn scaled(x: Tensor, scale: f32) -> Result<Tensor> {
@@ -28,28 +33,28 @@ fn scaled(x: Tensor, scale: f32) -> Result<Tensor> {
     if is_one { Ok(x) } else { Ok(x.affine(f64::from(scale), 0.0)?) }
 }
 
-fn unscaled(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
+fn unscaled(order: Order, weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
     let vocab = weight.dims2()?.0;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::argument("ids", format!("token id {id} is not below the vocabulary's {vocab}")));
     }
     let x = weight.rows(ids, dtype)?;
     let Some(term) = term else { return Ok(x) };
-    let x = with_term(x, term, &Tensor::new(ids, weight.device())?)?;
+    let x = with_term(order, x, term, &Tensor::new(ids, weight.device())?)?;
     let Some(magnitude) = &term.magnitude else { return Ok(x) };
     let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
     scale_columns(x, &(magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?)
 }
 
 /// The rows `x` and what the term adds to them, without its magnitudes.
-fn with_term(x: Tensor, term: &LowRank, indices: &Tensor) -> Result<Tensor> {
+fn with_term(order: Order, x: Tensor, term: &LowRank, indices: &Tensor) -> Result<Tensor> {
     let z = columns(&term.a, indices)?;
     let z0 = term.start.as_ref().map(|(a, _)| columns(a, indices)).transpose()?;
     let mut parts = vec![Part::transposed(&z, &term.b, term.scale)];
     if let (Some((_, b)), Some(z0)) = (&term.start, &z0) {
         parts.push(Part::transposed(z0, b, -term.scale));
     }
-    sum(Start::Sum(x), &parts)
+    sum_in(order, Start::Sum(x), &parts)
 }
 
 /// The columns of `a: [rank, vocab]` with these ids, as rows: `[tokens, rank]`.
@@ -105,7 +110,7 @@ pub(crate) fn term_backward(
     let indices = Tensor::new(ids, dx.device())?;
     let Some(magnitude) = &term.magnitude else { return matrices_backward(term, &indices, dx) };
     let reciprocal_norms = term.reciprocal_norms(magnitude, weight, true)?;
-    let x = with_term(weight.rows(ids, dx.dtype())?, term, &indices)?;
+    let x = with_term(Order::ByShape, weight.rows(ids, dx.dtype())?, term, &indices)?;
     let d_magnitude = (column_dots(dx, &x)? * &reciprocal_norms)?;
     let factors = (magnitude.m.to_dtype(DType::F32)? * reciprocal_norms)?;
     let of_matrices = matrices_backward(term, &indices, &scale_columns(dx.force_contiguous()?, &factors)?)?;

@@ -394,3 +394,56 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
         assert!((slope / squared - 1.0).abs() < 2e-2, "linear {number}: {slope} {squared}");
     }
 }
+
+/// The bits of a sequence's logits do not depend on what else is in its batch, nor on how its prompt is cut.
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
+    let long: Vec<u32> = (0..150).map(|i| (i * 7 + 3) % 90).collect();
+    let others: Vec<Vec<u32>> = (1..8).map(|n| (0..n * 9).map(|i| (i * 5 + n) % 90).collect()).collect();
+    for (name, dtype) in [("models/gqa-tied", DType::F32), ("models/untied", DType::BF16)] {
+        let model = ModelLoader::new().with_dtype(dtype).load(golden(name)).unwrap();
+        let linears = model.linears();
+        let mut terms = LowRankTerms::new();
+        for (id, linear) in linears.iter().enumerate() {
+            let matrix = |rows: usize, columns: usize| {
+                let values: Vec<f32> =
+                    (0..rows * columns).map(|i| ((i * 37 + id) % 41) as f32 / 400.0 - 0.05).collect();
+                Tensor::from_vec(values, (rows, columns), &candle_core::Device::Cpu).unwrap()
+            };
+            terms.insert(id, LowRank::new(matrix(5, linear.in_features), matrix(linear.out_features, 5), 0.7));
+        }
+        for terms in [None, Some(&terms)] {
+            let bits = |logits: Tensor, row: usize| -> Vec<u32> {
+                values(&logits.get(row).unwrap()).into_iter().map(f32::to_bits).collect()
+            };
+            // the last tokens one at a time, after a prompt in parts of these lengths
+            let run = |parts: &[usize], others: &[Vec<u32>]| -> Vec<Vec<u32>> {
+                let mut cache = cache(&model, 160, 1 + others.len(), DType::F32);
+                let (mut start, mut found) = (0, Vec::new());
+                for (step, &len) in parts.iter().chain(&[1; 4]).enumerate() {
+                    let mut batch = Batch::new();
+                    batch.push(&long[start..start + len], start, 0);
+                    for (slot, other) in others.iter().enumerate() {
+                        // each of the others enters at its own step and then goes on by one token
+                        match step.checked_sub(slot % 3) {
+                            Some(0) => batch.push(other, 0, slot + 1),
+                            Some(n) => batch.push(&[n as u32], other.len() + n - 1, slot + 1),
+                            None => {}
+                        }
+                    }
+                    let logits = model.forward(&batch, terms, Some(&mut cache), Rows::Last).unwrap();
+                    start += len;
+                    if start > 140 {
+                        found.push(bits(logits, 0));
+                    }
+                }
+                found
+            };
+            let alone = run(&[146], &[]);
+            assert_eq!(alone.len(), 5);
+            assert!(run(&[146], &others) == alone, "{name}: in a batch");
+            assert!(run(&[70, 76], &others[..3]) == alone, "{name}: in two parts");
+            assert!(run(&[1, 128, 17], &others[2..]) == alone, "{name}: in three parts");
+        }
+    }
+}

@@ -21,6 +21,8 @@ pub(in crate::models) struct Context<'a> {
     pub(in crate::models) terms: Option<&'a LowRankTerms>,
     /// In training, the seed of this step's dropout.
     pub(in crate::models) dropout_seed: Option<u64>,
+    /// Whether the CPU sums each row as if it were alone, as inference does; losses keep the order of training.
+    pub(in crate::models) is_by_row: bool,
 }
 
 /// The backward pass of a layer: which gradients are required beside those of low-rank updates, and those that were computed.
