@@ -51,6 +51,8 @@ pub struct ModelConfig {
     pub(crate) length_factor: f64,
     /// All keys as they were read; of a multimodal model those of its text part.
     pub(crate) keys: Map<String, Value>,
+    /// Whether the model is the text part of a multimodal one.
+    pub(crate) is_text_part: bool,
 }
 
 /// Two configurations are equal if their files would be, whatever the style of the keys they were read from.
@@ -152,6 +154,7 @@ impl ModelConfig {
             generation: GenerationDefaults::default(),
             notes: Vec::new(),
             keys: keys.map().clone(),
+            is_text_part: false,
         })
     }
 

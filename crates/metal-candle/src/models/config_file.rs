@@ -86,9 +86,17 @@ impl ModelConfig {
         if let Some(text_type) = families::text_type(model_type) {
             let text = object.object("text_config")?;
             let text = text.ok_or_else(|| object.missing("text_config", "the configuration of the text model"))?;
-            let text = text.with_defaults(object, &["eos_token_id", "tie_word_embeddings", "torch_dtype", "dtype"]);
+            let text = text.with_defaults(object, &["eos_token_id", "torch_dtype", "dtype"]);
+            // the head belongs to the multimodal model, whose own keys count
+            let mut map = text.map().clone();
+            map.insert("tie_word_embeddings".into(), object.flag("tie_word_embeddings")?.unwrap_or(true).into());
+            if model_type == "gemma3" {
+                map.insert("final_logit_softcapping".into(), Value::Null);
+            }
+            let text = JsonObject::from_map(object.path(), map);
             let found = text.text("model_type")?.unwrap_or(text_type).to_string();
             let mut config = Self::of_family(&found, &text)?;
+            config.is_text_part = true;
             config.notes.push(format!(
                 "`{}` is the multimodal model `{model_type}`: only its text part, `{found}`, is used",
                 object.path().display()
@@ -112,6 +120,12 @@ impl ModelConfig {
                 let what = format!("weights quantized by method `{method}`: take the unquantized model");
                 return Err(keys.unsupported(key, &what));
             }
+        }
+        if keys.get("per_layer_config").is_some() {
+            return Err(keys.unsupported("per_layer_config", "settings that differ by layer"));
+        }
+        if keys.flag("is_causal")? == Some(false) {
+            return Err(keys.unsupported("is_causal", "attention to later tokens"));
         }
         let mut config = Self::read(model_type, &family.defaults, &keys)?;
         config.check_sizes().map_err(|error| in_file(error, object.path()))?;

@@ -100,6 +100,8 @@ pub(crate) struct AttentionSpec {
     pub(crate) mask: Mask,
     /// `c` of `c tanh(score / c)`.
     pub(crate) soft_cap: Option<f32>,
+    /// The largest magnitude of the elements of q, k and v; larger ones are cut.
+    pub(crate) clip: Option<f32>,
     /// Whether each head has a sink logit.
     pub(crate) has_sinks: bool,
     /// Whether a checkpoint holds q, k and v as the rows of one tensor, `qkv_proj`.

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Golden models that are refused. This list shrinks.
-const UNSUPPORTED: &[&str] = &["olmo"];
+const UNSUPPORTED: &[&str] = &[];
 
 /// What runs on an accelerator: one model for each feature.
 #[cfg(any(feature = "metal", feature = "cuda"))]
@@ -291,11 +291,8 @@ fn write_adapter(case: &Case, folder: &Path) -> BTreeMap<String, Tensor> {
         }
     }
     if case.name == "gemma3-multimodal" {
-        let of_multimodal = |name: &String| name.replace("model.layers", "model.language_model.layers");
-        let list: Vec<(String, Tensor)> =
-            tensors.iter().map(|(name, tensor)| (of_multimodal(name), tensor.clone())).collect();
-        write_safetensors(folder.join("adapter_model.safetensors"), &list, &[("format", "pt")]).unwrap();
-        return tensors;
+        let of_multimodal = |name: String| name.replace("model.layers", "model.language_model.layers");
+        tensors = tensors.into_iter().map(|(name, tensor)| (of_multimodal(name), tensor)).collect();
     }
     let list: Vec<(String, Tensor)> = tensors.clone().into_iter().collect();
     write_safetensors(folder.join("adapter_model.safetensors"), &list, &[("format", "pt")]).unwrap();

@@ -8,6 +8,7 @@ mod pickle_check;
 mod replaced;
 mod single;
 mod source;
+mod text_part;
 mod values;
 
 pub use single::SingleFileMetadata;

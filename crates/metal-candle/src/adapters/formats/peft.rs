@@ -4,6 +4,7 @@ use super::config_file::{CONFIG_FILE, layout_of};
 use super::peft_config::{self, describe};
 use super::replaced::{PREFIX, Replaced, TOKENS_SUFFIX, is_equal};
 use super::source::TensorSource;
+use super::text_part::peft_path;
 use super::values::{self, Naming, Part};
 use crate::adapters::initial_values::subtracted_values;
 use crate::adapters::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Layout, LoRAModule, SavedParameter};
@@ -128,6 +129,11 @@ pub(super) fn named_tensors(adapter: &LoRAAdapter) -> Result<Vec<(String, Tensor
             tensors.push((format!("{PREFIX}{HEAD_WEIGHT}"), tensor.copy()?));
         }
         tensors.push((Names.saved(saved, has_terms), tensor));
+    }
+    for (name, _) in &mut tensors {
+        if let Some(path) = name.strip_prefix(PREFIX) {
+            *name = format!("{PREFIX}{}", peft_path(adapter.model(), path));
+        }
     }
     tensors.sort_by(|left, right| left.0.cmp(&right.0));
     Ok(tensors)

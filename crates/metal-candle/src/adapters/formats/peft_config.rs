@@ -1,6 +1,7 @@
 //! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
 
 use super::config_file::{as_count, as_texts, brief, read_as};
+use super::text_part::peft_path;
 use crate::adapters::Start;
 use crate::adapters::layout::{EMBEDDING, EMBEDDING_WEIGHT, LoRAModule, Planned, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
@@ -252,17 +253,25 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     let (inside, outside): (Vec<&LoRAModule>, Vec<_>) = modules.iter().partition(|module| module.layer.is_some());
     let kinds: BTreeSet<&str> = inside.iter().map(|module| module.module).collect();
     let layers: BTreeSet<usize> = inside.iter().filter_map(|module| module.layer).collect();
-    // each kind of module in each of some layers, or else every path by itself
-    let regular = inside.len() == kinds.len() * layers.len();
+    let path = |module: &LoRAModule| peft_path(adapter.model(), &module.path);
+    // each kind of module in each of some layers, or else every path by itself; the other parts of a multimodal model have
+    // modules of the same kinds
+    let regular = inside.len() == kinds.len() * layers.len() && !adapter.model().config().is_text_part;
     let all_layers = layers.len() == adapter.model().config().num_hidden_layers;
     let some_layers = regular && !all_layers && !inside.is_empty();
-    let mut targets: BTreeSet<&str> =
-        if regular { kinds.into_iter().collect() } else { inside.iter().map(|module| module.path.as_str()).collect() };
+    let mut targets: BTreeSet<String> = if regular {
+        kinds.into_iter().map(String::from).collect()
+    } else {
+        inside.iter().map(|module| path(module)).collect()
+    };
     // beside a choice of layers PEFT takes what is in none of them by its whole path only
-    targets.extend(outside.iter().map(|module| if some_layers { module.path.as_str() } else { module.module }));
+    targets.extend(outside.iter().map(|module| if some_layers { path(module) } else { module.module.to_string() }));
     let modules_to_save = Some(adapter.modules_to_save()).filter(|names| !names.is_empty());
     let mut config = BTreeMap::from([
-        ("alpha_pattern", pattern_of(modules, |module| whole_number(module.alpha), &whole_number(adapter.alpha()))),
+        (
+            "alpha_pattern",
+            pattern_of(modules, path, |module| whole_number(module.alpha), &whole_number(adapter.alpha())),
+        ),
         ("base_model_name_or_path", json!(adapter.base_model())),
         ("bias", json!(bias_of(adapter).name())),
         ("exclude_modules", Value::Null),
@@ -276,7 +285,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
         ("modules_to_save", json!(modules_to_save)),
         ("peft_type", json!("LORA")),
         ("r", json!(adapter.rank())),
-        ("rank_pattern", pattern_of(modules, |module| json!(module.rank), &json!(adapter.rank()))),
+        ("rank_pattern", pattern_of(modules, path, |module| json!(module.rank), &json!(adapter.rank()))),
         ("revision", Value::Null),
         ("target_modules", json!(targets)),
         ("task_type", json!("CAUSAL_LM")),
@@ -314,17 +323,22 @@ fn token_indices(adapter: &LoRAAdapter) -> Option<Value> {
 }
 
 /// The values that are not the default: by the last part of the path where all such modules agree, else by path.
-fn pattern_of(modules: &[LoRAModule], value: impl Fn(&LoRAModule) -> Value, default: &Value) -> Value {
-    let mut kinds: BTreeMap<&str, Vec<(&str, Value)>> = BTreeMap::new();
+fn pattern_of(
+    modules: &[LoRAModule],
+    path: impl Fn(&LoRAModule) -> String,
+    value: impl Fn(&LoRAModule) -> Value,
+    default: &Value,
+) -> Value {
+    let mut kinds: BTreeMap<&str, Vec<(String, Value)>> = BTreeMap::new();
     for module in modules {
-        kinds.entry(module.module).or_default().push((&module.path, value(module)));
+        kinds.entry(module.module).or_default().push((path(module), value(module)));
     }
     let mut pattern = BTreeMap::new();
     for (kind, values) in kinds {
         let first = &values[0].1;
         if values.iter().all(|(_, value)| value == first) {
             if first != default {
-                pattern.insert(kind, first.clone());
+                pattern.insert(kind.to_string(), first.clone());
             }
         } else {
             pattern.extend(values.into_iter().filter(|(_, value)| value != default));

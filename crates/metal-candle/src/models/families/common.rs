@@ -56,6 +56,7 @@ fn decoder_with(config: &mut ModelConfig, keys: &Keys, rope: &RopeKeys) -> Resul
         scale: (1.0 / (config.head_dim as f64).sqrt()) as f32,
         mask: Mask::Causal,
         soft_cap: None,
+        clip: None,
         has_sinks: false,
         is_fused: false,
         has_bias: config.attention_bias,
@@ -246,6 +247,11 @@ impl RopeKeys {
         }
     }
 
+    /// Whether the configuration has rotary settings beside `rope_theta`.
+    pub(super) fn is_given(&self) -> bool {
+        self.rope.is_some()
+    }
+
     /// The number of another key among the settings.
     pub(super) fn number(&self, name: &str) -> Result<Option<f64>> {
         match &self.rope {
@@ -268,9 +274,11 @@ fn scaling(config: &ModelConfig, keys: &Keys, key: &str, rope: &JsonObject) -> R
     // old files of Phi-3 have other names for it
     let kind = if config.model_type == "phi3" && matches!(kind, "su" | "yarn") { "longrope" } else { kind };
     let longest = config.max_position_embeddings;
-    let original = match keys.size("original_max_position_embeddings")? {
-        Some(original) if config.model_type == "phi3" => original,
-        _ => rope.size("original_max_position_embeddings")?.unwrap_or(longest),
+    let original = if config.model_type == "phi3" {
+        // beside the settings, never among them
+        keys.size("original_max_position_embeddings")?.unwrap_or(4096)
+    } else {
+        rope.size("original_max_position_embeddings")?.unwrap_or(longest)
     };
     if original == 0 {
         return Err(rope.wrong("original_max_position_embeddings", "at least 1", &Value::from(0)));

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
 use crate::models::description::{Description, QueryScaling};
 use crate::models::keys::Keys;
+use crate::ops::rotary::RotaryScaling;
 
 const DEFAULTS: Defaults = Defaults {
     max_position_embeddings: 131_072,
@@ -33,8 +34,11 @@ pub(super) const MINISTRAL3: Family = Family {
     describe: ministral3,
 };
 
-/// A window in all layers, if any.
+/// A window in all layers, if any. With `layer_types` the file is one of Ministral's, as transformers reads it.
 fn mistral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    if keys.contains("layer_types") {
+        return ministral(config, keys);
+    }
     config.attention_bias = false;
     let mut description = decoder(config, keys)?;
     let size = sliding_window(keys, Some(4096))?;
@@ -61,6 +65,10 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let is_sliding = vec![size.is_some(); config.num_hidden_layers];
     set_windows(&mut description, config, keys, &is_sliding, size)?;
     let rope = RopeKeys::read(config, keys, None)?;
+    if !rope.is_given() {
+        set_released_rotary(&mut description, config);
+        return Ok(description);
+    }
     let original = rope.number("original_max_position_embeddings")?;
     let original = original.map_or(config.max_position_embeddings, |original| original as usize);
     if let Some(beta) = rope.number("llama_4_scaling_beta")? {
@@ -68,4 +76,25 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
         description.for_each_attention(|_, attention| attention.query_scaling = Some(scaling));
     }
     Ok(description)
+}
+
+/// The rotary settings of the released models, which hold where a file has none; `rope_theta` alone changes nothing.
+fn set_released_rotary(description: &mut Description, config: &mut ModelConfig) {
+    const ORIGINAL: usize = 16_384;
+    config.rope_theta = 1e6;
+    for table in &mut description.rotary {
+        table.theta = config.rope_theta;
+        table.scaling = RotaryScaling::Yarn {
+            factor: Some(16.0),
+            original_max_position_embeddings: ORIGINAL,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            mscale: Some(1.0),
+            mscale_all_dim: Some(1.0),
+            attention_factor: None,
+            truncate: true,
+        };
+    }
+    let scaling = QueryScaling { beta: 0.1, original_max_position_embeddings: ORIGINAL };
+    description.for_each_attention(|_, attention| attention.query_scaling = Some(scaling));
 }

@@ -31,6 +31,7 @@ const FAMILIES: &[&Family] = &[
     &mistral::MINISTRAL,
     &mistral::MINISTRAL3,
     &mistral::MISTRAL,
+    &olmo::OLMO,
     &olmo::OLMO2,
     &olmo::OLMO3,
     &phi3::PHI3,

@@ -1,11 +1,13 @@
-//! `OLMo` 2 (<https://arxiv.org/abs/2501.00656>, section 2) and 3: norms after the parts, norms of all of q and k.
+//! `OLMo` (<https://arxiv.org/abs/2402.00838>, section 2): layer norms without weights, q, k and v clipped; and `OLMo` 2
+//! (<https://arxiv.org/abs/2501.00656>, section 2) and 3: norms after the parts, norms of all of q and k.
 
-use super::common::{decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_window};
+use super::common::{decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_window, soft_cap};
 use super::family::Family;
 use crate::error::Result;
 use crate::models::config::{Defaults, ModelConfig};
-use crate::models::description::{Description, NormPlacement, QkNormExtent, QkNormSpec};
+use crate::models::description::{Description, NormPlacement, NormSpec, QkNormExtent, QkNormSpec};
 use crate::models::keys::Keys;
+use crate::ops::norm::NormKind;
 
 const DEFAULTS: Defaults = Defaults {
     max_position_embeddings: 2048,
@@ -13,6 +15,9 @@ const DEFAULTS: Defaults = Defaults {
     eos_token_ids: &[50_279],
     ..Defaults::BASE
 };
+
+pub(super) const OLMO: Family =
+    Family { model_type: "olmo", architecture: "OlmoForCausalLM", defaults: DEFAULTS, describe: olmo };
 
 pub(super) const OLMO2: Family =
     Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", defaults: DEFAULTS, describe: olmo2 };
@@ -23,6 +28,19 @@ pub(super) const OLMO3: Family = Family {
     defaults: Defaults { rope_theta: 500_000.0, ..DEFAULTS },
     describe: olmo3,
 };
+
+fn olmo(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
+    const EPS: f64 = 1e-5;
+    config.rms_norm_eps = EPS;
+    let mut description = decoder(config, keys)?;
+    description.norm = NormSpec { kind: NormKind::Layer, eps: EPS, has_weight: false, has_bias: false };
+    let clip = soft_cap(keys, "clip_qkv", None)?;
+    description.for_each_attention(|_, attention| {
+        attention.clip = clip;
+        attention.has_output_bias = attention.has_bias;
+    });
+    Ok(description)
+}
 
 fn olmo2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = decoder(config, keys)?;

@@ -45,8 +45,8 @@ fn rotary_layers(config: &ModelConfig, keys: &Keys) -> Result<Vec<bool>> {
         let interval = keys.size("no_rope_layer_interval")?.unwrap_or(4).max(1);
         return Ok((1..=layers).map(|layer| layer % interval != 0).collect());
     };
-    let expected = format!("a list of `num_hidden_layers` {layers} numbers, 1 for rotary positions and 0 for none");
-    let list = value.as_array().filter(|list| list.len() == layers);
+    let expected = format!("a list of at least {layers} numbers, 1 for rotary positions and 0 for none");
+    let list = value.as_array().and_then(|list| list.get(..layers));
     let list = list.ok_or_else(|| keys.wrong("no_rope_layers", &expected, value))?;
     let flag = |value: &Value| match value {
         Value::Bool(flag) => Ok(*flag),

@@ -99,7 +99,7 @@ pub(in crate::models) struct AttentionSaved {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    /// q and k before their norms.
+    /// q and k before their norms, or clipped and not rotated yet.
     raw: Option<[Tensor; 2]>,
     attention: attention::Saved,
     /// The product of each layer's input with A of its low-rank update, where it was saved; the output's is last.
@@ -160,7 +160,7 @@ impl Attention {
         if let [q, k, v] = self.inputs.as_slice() {
             let (q, k) = (linear(q)?, linear(k)?);
             let (q, k, raw) = self.positioned(q, k, context)?;
-            return Ok(Projected { q, k, v: linear(v)?, raw });
+            return Ok(Projected { q, k, v: self.clipped(linear(v)?)?, raw });
         }
         let together = linear(self.inputs.first().ok_or_else(missing)?)?;
         let [queries, keys, values] = self.spec.widths();
@@ -168,15 +168,34 @@ impl Attention {
         let (q, k, v) = (part(0, queries)?, part(queries, keys)?, part(queries + keys, values)?);
         drop(together);
         let (q, k, raw) = self.positioned(q, k, context)?;
-        Ok(Projected { q, k, v, raw })
+        Ok(Projected { q, k, v: self.clipped(v)?, raw })
+    }
+
+    /// `x` with its elements cut to the largest magnitude that is allowed.
+    fn clipped(&self, x: Tensor) -> Result<Tensor> {
+        match self.spec.clip {
+            Some(clip) => Ok(x.clamp(-clip, clip)?),
+            None => Ok(x),
+        }
+    }
+
+    /// The gradient `dx` of what [`Self::clipped`] returned as `x`, passed on where nothing was cut.
+    fn clipped_backward(&self, x: &Tensor, dx: Tensor) -> Result<Tensor> {
+        match self.spec.clip {
+            Some(clip) => Ok((x.abs()?.lt(f64::from(clip))?.to_dtype(dx.dtype())? * dx)?),
+            None => Ok(dx),
+        }
     }
 
     /// q and k normed, rotated and scaled, and what they were before their norms.
     #[allow(clippy::type_complexity)]
     fn positioned(&self, q: Tensor, k: Tensor, context: Context) -> Result<(Tensor, Tensor, Option<[Tensor; 2]>)> {
         let Some(([q_norm, k_norm], spec)) = &self.qk_norm else {
+            let (q, k) = (self.clipped(q)?, self.clipped(k)?);
+            // q and k are rotated in place
+            let raw = self.spec.clip.map(|_| Ok::<_, crate::Error>([q.copy()?, k.copy()?])).transpose()?;
             let (q, k) = self.rotated(q, k, context, false)?;
-            return Ok((self.scaled(q, context)?, k, None));
+            return Ok((self.scaled(q, context)?, k, raw));
         };
         let (q, k) = if spec.is_after_rotary { self.rotated(q, k, context, false)? } else { (q, k) };
         let raw = [q, k];
@@ -209,7 +228,9 @@ impl Attention {
     ) -> Result<(Tensor, Tensor)> {
         let dq = self.scaled(dq, pass.context)?;
         let (Some(([q_norm, k_norm], spec)), Some([q, k])) = (&self.qk_norm, raw) else {
-            return self.rotated(dq, dk, pass.context, true);
+            let (dq, dk) = self.rotated(dq, dk, pass.context, true)?;
+            let Some([q, k]) = raw else { return Ok((dq, dk)) };
+            return Ok((self.clipped_backward(q, dq)?, self.clipped_backward(k, dk)?));
         };
         let (dq, dk) = if spec.is_after_rotary { (dq, dk) } else { self.rotated(dq, dk, pass.context, true)? };
         let (dq, dk) = (q_norm.backward(q, &dq, None, pass)?, k_norm.backward(k, &dk, None, pass)?);
@@ -238,6 +259,7 @@ impl Attention {
             && context.spans.has_tables(self.shape)
             && self.inputs.len() == 3
             && self.qk_norm.is_none()
+            && self.spec.clip.is_none()
             && self.spec.query_scaling.is_none()
             && self.is_whole_rotary
             && self.inputs.iter().all(|layer| plain(layer, true))
@@ -402,6 +424,7 @@ impl Part for Attention {
         let found =
             attention::backward(self.shape, self.sinks(), (&q, &k, &v), &attention, pass.context.spans, &d_attention)?;
         let AttentionGradients { q: dq, k: dk, v: dv, sinks } = found;
+        let dv = self.clipped_backward(&v, dv)?;
         drop((q, k, v, attention, d_attention));
         if let Some((index, _)) = &self.sinks {
             let sinks = sinks.filter(|_| pass.trained[*index]);
@@ -458,7 +481,7 @@ impl Part for Attention {
         // the gradients of q, k and v
         meter.take(queries + 2 * keys);
         meter.give(2 * queries + 2 * keys + log_sums + queries);
-        if self.qk_norm.is_some() {
+        if self.qk_norm.is_some() || self.spec.clip.is_some() {
             meter.touch(queries + keys);
             meter.give(sizes.raw(self));
         }
@@ -486,9 +509,10 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Bytes of q and k before their norms.
+    /// Bytes of q and k before their norms, or before they are rotated.
     fn raw(&self, attention: &Attention) -> usize {
-        if attention.qk_norm.is_some() { self.queries + self.keys } else { 0 }
+        let is_saved = attention.qk_norm.is_some() || attention.spec.clip.is_some();
+        if is_saved { self.queries + self.keys } else { 0 }
     }
 }
 

@@ -29,6 +29,7 @@ impl Attention {
             && shape.soft_cap.is_none()
             && self.sinks.is_none()
             && self.qk_norm.is_none()
+            && spec.clip.is_none()
             && spec.query_scaling.is_none()
             && spec.rotary == Some(0)
             && self.is_whole_rotary
