@@ -302,7 +302,7 @@ def check_step(checks, name, folder, adapter, draw):
                 worst, where = error, key
         # weights in half precision multiply gradients that are rounded like them
         is_narrow = transformers.AutoConfig.from_pretrained(folder).get_text_config().dtype != torch.float32
-        return worst, 1e-2 if is_narrow else TOLERANCE, f"{len(gradients)} tensors, worst is {where}"
+        return worst, 3e-2 if is_narrow else TOLERANCE, f"{len(gradients)} tensors, worst is {where}"
 
     checks.check(f"{name} step against peft", trained)
 
