@@ -14,6 +14,7 @@ use super::tensors::Tensors;
 use super::{Batch, KVCache};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ops::adapters::{Adapters, Terms};
 use crate::ops::attention::{Cached, Spans};
 use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
@@ -203,7 +204,7 @@ impl Model {
         &self.inner.parameters
     }
 
-    /// Logits of the wanted rows: `[rows, vocab_size]`, f32.
+    /// Logits of the chosen rows: `[rows, vocab_size]`, f32.
     ///
     /// With a cache, each sequence continues what its slot holds, and is added to it.
     ///
@@ -217,6 +218,30 @@ impl Model {
         cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
+        self.check_terms(terms)?;
+        self.run(batch, Terms::Same(terms), cache, rows)
+    }
+
+    /// As [`Model::forward`] with an adapter for each sequence. The weights of the model are read once for all of them.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; also if there is another number of sequences, or no such adapter.
+    pub fn forward_adapted(
+        &self,
+        batch: &Batch,
+        adapters: Adapters,
+        cache: Option<&mut KVCache>,
+        rows: Rows,
+    ) -> Result<Tensor> {
+        for terms in adapters.sets {
+            self.check_terms(Some(terms))?;
+        }
+        let runs = adapters.rows(batch.offsets())?;
+        let terms = if let [run] = runs.as_slice() { Terms::Same(run.terms) } else { Terms::ByRows(&runs) };
+        self.run(batch, terms, cache, rows)
+    }
+
+    fn run(&self, batch: &Batch, terms: Terms, cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
         let logits = self.device().step(|| self.logits(batch, terms, cache, rows))?;
         self.check_files()?;
         Ok(logits)
@@ -227,60 +252,55 @@ impl Model {
         self.inner.files.check()
     }
 
-    fn logits(
-        &self,
-        batch: &Batch,
-        terms: Option<&LowRankTerms>,
-        mut cache: Option<&mut KVCache>,
-        rows: Rows,
-    ) -> Result<Tensor> {
+    fn logits(&self, batch: &Batch, terms: Terms, mut cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
         let config = &self.inner.config;
         self.check_positions(batch)?;
-        self.check_terms(terms)?;
         if let Some(cache) = &cache {
             cache.check(batch, &self.cache_shape())?;
         } else if let Some(sequence) = (0..batch.num_sequences()).find(|&i| batch.positions()[batch.offsets()[i]] != 0)
         {
             let message =
-                format!("sequence {sequence} does not begin at position 0, and there is no cache to continue");
+                format!("sequence {sequence} does not start at position 0, and there is no cache to continue");
             return Err(Error::argument("batch", message));
         }
-        let (mut x, rotations) = self.embed(batch, terms, false)?;
+        let (mut x, rotations) = self.embed(batch, terms, true)?;
         let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None, is_by_row: true };
+        let context = Context { rotations, positions, spans: &spans, terms, is_inference: true, dropout_seed: None };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut())?;
         }
         if let Some(cache) = cache {
             cache.advance(batch);
         }
-        let x = match rows {
-            Rows::All => x,
+        let last = batch.last_rows();
+        let chosen = match rows {
+            Rows::All => None,
             // a part of a prompt: the head is not computed, and an empty tensor is the CPU's on every device
             Rows::Of([]) => return Ok(Tensor::zeros((0, config.vocab_size), DType::F32, &candle_core::Device::Cpu)?),
-            Rows::Last => gather_rows(&x, &batch.last_rows())?,
-            Rows::Of(rows) => gather_rows(&x, rows)?,
+            Rows::Last => Some(last.as_slice()),
+            Rows::Of(rows) => Some(rows),
         };
-        let term = terms.and_then(|terms| terms.get(self.head_id()));
-        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head, term)
+        let (x, terms) = match chosen {
+            None => (x, terms.of_layer(self.head_id())),
+            Some(rows) => (gather_rows(&x, rows)?, terms.of_layer_for(self.head_id(), rows)),
+        };
+        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head, &terms)
     }
 
     /// The residual stream that enters the first block, and the rotations of the batch's positions by each table.
-    pub(super) fn embed(
-        &self,
-        batch: &Batch,
-        terms: Option<&LowRankTerms>,
-        is_training: bool,
-    ) -> Result<(Tensor, Vec<Rotation>)> {
+    pub(super) fn embed(&self, batch: &Batch, terms: Terms, is_inference: bool) -> Result<(Tensor, Vec<Rotation>)> {
         if batch.is_empty() {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
-        let term = terms.and_then(|terms| terms.get(self.embedding_id()));
-        let (ids, dtype) = (batch.ids(), self.activation_dtype());
         let (weight, scale) = (&self.inner.embedding, self.inner.embedding_scale);
-        let embed = if is_training { embedding::forward } else { embedding::infer };
-        let x = embed(weight, term, ids, dtype, scale)?;
+        let (ids, dtype) = (batch.ids(), self.activation_dtype());
+        let x = if is_inference {
+            embedding::infer(weight, &terms.of_layer(self.embedding_id()), ids, dtype, scale)?
+        } else {
+            let term = terms.same().and_then(|terms| terms.get(self.embedding_id()));
+            embedding::forward(weight, term, ids, dtype, scale)?
+        };
         let rotation = |table: &RotaryTable| table.rotation(batch.positions(), batch.offsets(), &x);
         let rotations = self.inner.rotary.iter().map(rotation).collect::<Result<_>>()?;
         Ok((x, rotations))

@@ -6,6 +6,7 @@ use super::parts::pass::{Backward, Context};
 use super::rows::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
+use crate::ops::adapters::Terms;
 use crate::ops::fused::TermRoom;
 use crate::ops::head::{self, HeadWanted};
 use crate::ops::linear::LinearGradients;
@@ -153,10 +154,17 @@ impl Model {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
         self.check_terms(terms)?;
-        let (mut x, rotations) = self.embed(batch, terms, true)?;
+        let (mut x, rotations) = self.embed(batch, Terms::Same(terms), false)?;
         let spans = self.spans(batch, None, &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed: None, is_by_row: false };
+        let context = Context {
+            rotations,
+            positions,
+            spans: &spans,
+            terms: Terms::Same(terms),
+            is_inference: false,
+            dropout_seed: None,
+        };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
         }
@@ -205,14 +213,21 @@ impl Model {
         let lowest = self.lowest(terms, &wanted, parameters);
 
         let forward = span("forward", Kind::Group);
-        let (mut x, rotations) = self.embed(batch, terms, true)?;
+        let (mut x, rotations) = self.embed(batch, Terms::Same(terms), false)?;
         if options.neftune_noise_alpha > 0.0 {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
         }
         let dropout_seed = Some(options.dropout_seed);
         let spans = self.spans(batch, None, &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, dropout_seed, is_by_row: false };
+        let context = Context {
+            rotations,
+            positions,
+            spans: &spans,
+            terms: Terms::Same(terms),
+            is_inference: false,
+            dropout_seed,
+        };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
         let mut kept: Vec<Kept> = Vec::new();
         for block in &self.inner.blocks {

@@ -1,5 +1,6 @@
 //! The embedding of token ids, with an optional low-rank term and noise.
 
+use super::adapters::LayerTerms;
 use super::host::{Host, edit, on_cpu};
 use super::linear::{Order, Part, Start, TermGradients, column_dots, scale_columns, scaled_outer, sum, sum_in};
 use super::low_rank::LowRank;
@@ -23,9 +24,18 @@ pub(crate) fn forward(
     scaled(unscaled(Order::ByShape, weight, term, ids, dtype)?, scale)
 }
 
-/// [`forward`] where no backward pass follows: on the CPU each token has the same bits alone and among any others.
-pub(crate) fn infer(weight: &Weight, term: Option<&LowRank>, ids: &[u32], dtype: DType, scale: f32) -> Result<Tensor> {
-    scaled(unscaled(Order::ByRow, weight, term, ids, dtype)?, scale)
+/// As [`forward`] where no backward pass follows: with terms that may differ by row, and on the CPU with the same bits for a row
+/// alone and among any others.
+pub(crate) fn infer(weight: &Weight, terms: &LayerTerms, ids: &[u32], dtype: DType, scale: f32) -> Result<Tensor> {
+    let embedded = |ids: &[u32], term| unscaled(Order::ByRow, weight, term, ids, dtype);
+    let x = match terms {
+        LayerTerms::Same(term) => embedded(ids, *term)?,
+        LayerTerms::ByRows(runs) => {
+            let parts = runs.iter().map(|(rows, term)| embedded(&ids[rows.clone()], *term));
+            Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?
+        }
+    };
+    scaled(x, scale)
 }
 
 fn scaled(x: Tensor, scale: f32) -> Result<Tensor> {

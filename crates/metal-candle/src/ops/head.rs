@@ -1,5 +1,6 @@
 //! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
 
+use super::adapters::LayerTerms;
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::on_cpu;
 use super::linear::{Linear, LinearGradients, Wanted};
@@ -266,8 +267,8 @@ fn plain_form(products: &Tensor, form: LogitForm) -> Result<(Tensor, Option<Tens
 }
 
 /// The logits of `hidden` in f32: `[rows, vocab]`.
-pub(crate) fn logits(hidden: &Tensor, head: &Head, term: Option<&LowRank>) -> Result<Tensor> {
-    let (form, products) = (head.form(), head.linear.infer(hidden, term, None)?);
+pub(crate) fn logits(hidden: &Tensor, head: &Head, terms: &LayerTerms) -> Result<Tensor> {
+    let (form, products) = (head.form(), head.linear.infer_terms(hidden, terms, None)?);
     let products = products.to_dtype(DType::F32)?;
     if form.is_plain() {
         return Ok(products);

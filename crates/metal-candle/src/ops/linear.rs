@@ -1,5 +1,6 @@
 //! The linear layer with an optional low-rank term: `y = x W^T + b + scale (drop(x) A^T) B^T`.
 
+use super::adapters::LayerTerms;
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, on_cpu, tensor};
 pub(super) use super::low_rank::TermGradients;
@@ -11,6 +12,7 @@ use super::weight::Weight;
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
+use std::ops::Range;
 
 /// The weights of a linear layer.
 #[derive(Debug, Clone)]
@@ -62,6 +64,36 @@ impl Linear {
     /// The output where no backward pass follows: on the CPU each row has the same bits alone and among any others.
     pub(crate) fn infer(&self, x: &Tensor, term: Option<&LowRank>, residual: Option<&Tensor>) -> Result<Tensor> {
         Ok(self.output(Order::ByRow, x, term, None, residual)?.0)
+    }
+
+    /// As [`Linear::infer`] with low-rank updates that may differ by row. The weight is read once.
+    pub(crate) fn infer_terms(&self, x: &Tensor, terms: &LayerTerms, residual: Option<&Tensor>) -> Result<Tensor> {
+        let runs = match terms {
+            LayerTerms::Same(term) => return self.infer(x, *term, residual),
+            LayerTerms::ByRows(runs) => runs,
+        };
+        let run_of = |x: &Tensor, rows: &Range<usize>| x.narrow(0, rows.start, rows.len());
+        let is_plain = |term: &LowRank| term.magnitude.is_none() && term.start.is_none();
+        let mut parts = Vec::with_capacity(runs.len());
+        if !runs.iter().all(|(_, term)| term.is_none_or(is_plain)) {
+            for (rows, term) in runs {
+                let residual = residual.map(|residual| run_of(residual, rows)).transpose()?;
+                parts.push(self.infer(&run_of(x, rows)?, *term, residual.as_ref())?);
+            }
+            return Ok(Tensor::cat(&parts, 0)?);
+        }
+        let y = self.base(Order::ByRow, x, None, None, self.start(residual))?;
+        for (rows, term) in runs {
+            let part = run_of(&y, rows)?;
+            let Some(term) = term else {
+                parts.push(part);
+                continue;
+            };
+            let z = product_in(Order::ByRow, &run_of(x, rows)?, &term.a)?;
+            let update = [Part::transposed(&z, &term.b, term.scale)];
+            parts.push(sum_in(Order::ByRow, Start::Sum(part.force_contiguous()?), &update)?);
+        }
+        self.finished(Tensor::cat(&parts, 0)?, residual)
     }
 
     /// [`Linear::forward`], and the product with A of a term, where keeping it for [`Linear::backward`] is worth while.

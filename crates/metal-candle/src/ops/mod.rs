@@ -6,6 +6,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod adam;
+pub(crate) mod adapters;
 pub(crate) mod attention;
 mod attention_gpu;
 pub(crate) mod cache_write;
@@ -36,6 +37,7 @@ mod weight_tests;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
+pub use adapters::Adapters;
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
 pub(crate) use weight::MappedFiles;
 pub use weight::Weight;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::activation::{self, Activation};
+use super::adapters::LayerTerms;
 use super::attention::{Cached, Spans};
 use super::head::Head;
 use super::linear::{self, Linear, Wanted};
@@ -270,7 +271,7 @@ fn cross_entropy_equals_its_twin() {
         assert_close(&found.gradients.input.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
         assert_close(&found.gradients.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
 
-        let logits = head::logits(&hidden, &head, None).unwrap();
+        let logits = head::logits(&hidden, &head, &LayerTerms::Same(None)).unwrap();
         for (found, product) in values(&logits).into_iter().zip(values(&products)) {
             let product = f64::from(product) * f64::from(scale);
             let expected = soft_cap.map(f64::from).map_or(product, |cap| cap * (product / cap).tanh());

@@ -3,7 +3,9 @@
 use crate::golden::{self, max_difference};
 use candle_core::{DType, Tensor};
 use metal_candle::adapters::{LoRAAdapter, LoRAAdapterConfig, TargetModule};
+use metal_candle::data::Random;
 use metal_candle::models::{Batch, Rows};
+use metal_candle::ops::{Adapters, LowRank, LowRankTerms};
 use metal_candle::{Device, Error, Model};
 
 fn logits(model: &Model, adapter: Option<&LoRAAdapter>) -> Tensor {
@@ -175,4 +177,41 @@ fn merging_keeps_the_dtype_of_the_weights() {
     let expected = (weight(&model) + (b.matmul(&a).unwrap() * module.scale).unwrap()).unwrap();
     let expected = expected.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
     assert_eq!(max_difference(&weight(&merged), &expected), 0.0);
+}
+
+/// Low-rank updates of every linear layer, drawn from `seed`.
+fn drawn_terms(model: &Model, seed: u64) -> LowRankTerms {
+    let mut random = Random::new(seed);
+    let mut terms = LowRankTerms::new();
+    for (id, linear) in model.linears().iter().enumerate() {
+        let mut draw = |rows: usize, columns: usize| {
+            let values: Vec<f32> = (0..rows * columns).map(|_| random.next_f32() - 0.5).collect();
+            Tensor::from_vec(values, (rows, columns), &candle_core::Device::Cpu).unwrap()
+        };
+        terms.insert(id, LowRank::new(draw(3, linear.in_features), draw(linear.out_features, 3), 0.5));
+    }
+    terms
+}
+
+#[test]
+fn sequences_with_different_adapters_have_the_bits_of_single_ones() {
+    let model = golden::model("models/gqa-tied");
+    let sets = [drawn_terms(&model, 1), drawn_terms(&model, 2)];
+    let texts: [&[u32]; 5] = [&[1, 2, 3], &[4, 5], &[6], &[7, 8, 9, 10, 11, 12], &[13, 14]];
+    let of_sequence = [Some(1), None, Some(0), Some(0), Some(1)];
+    let bits = |logits: Tensor| -> Vec<u32> {
+        logits.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|value| value.to_bits()).collect()
+    };
+    for rows in [Rows::All, Rows::Last] {
+        let adapters = Adapters { sets: &sets, of_sequence: &of_sequence };
+        let batch = Batch::from_sequences(texts);
+        let found = bits(model.forward_adapted(&batch, adapters, None, rows).unwrap());
+        let single = texts.iter().zip(of_sequence).flat_map(|(ids, index)| {
+            let terms = index.map(|index: u32| &sets[index as usize]);
+            bits(model.forward(&Batch::single(ids), terms, None, rows).unwrap())
+        });
+        assert_eq!(found, single.collect::<Vec<_>>());
+    }
+    let adapters = Adapters { sets: &sets, of_sequence: &[Some(2)] };
+    assert!(model.forward_adapted(&Batch::single(&[1]), adapters, None, Rows::All).is_err());
 }

@@ -256,6 +256,7 @@ impl Attention {
         let plain =
             |layer: &LinearLayer, may_have_bias| layer.layer(context).is_plain(x.dtype(), may_have_bias, is_training);
         x.device().is_metal()
+            && !context.terms.is_mixed()
             && context.spans.has_tables(self.shape)
             && self.inputs.len() == 3
             && self.qk_norm.is_none()

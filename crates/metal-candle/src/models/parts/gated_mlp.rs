@@ -102,6 +102,7 @@ impl GatedMlp {
     pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
         let is_training = context.dropout_seed.is_some();
         x.device().is_metal()
+            && !context.terms.is_mixed()
             && self.inputs.len() == 2
             && self.activation == Activation::Silu
             && self.linears().all(|layer| layer.layer(context).is_plain(x.dtype(), false, is_training))

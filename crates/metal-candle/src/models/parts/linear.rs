@@ -20,7 +20,7 @@ pub(in crate::models) struct LinearLayer {
 
 impl LinearLayer {
     pub(in crate::models) fn term<'a>(&self, context: Context<'a>) -> Option<&'a LowRank> {
-        context.terms.and_then(|terms| terms.get(self.slot.id))
+        context.terms.same().and_then(|terms| terms.get(self.slot.id))
     }
 
     fn seed(&self, context: Context) -> Option<u64> {
@@ -41,8 +41,8 @@ impl LinearLayer {
         z: &mut Option<Tensor>,
     ) -> Result<Tensor> {
         let _span = span(self.slot.name, Kind::Group);
-        if context.is_by_row {
-            return self.linear.infer(x, self.term(context), residual);
+        if context.is_inference {
+            return self.linear.infer_terms(x, &context.terms.of_layer(self.slot.id), residual);
         }
         let (y, kept) = self.linear.forward_keeping(x, self.term(context), self.seed(context), residual)?;
         *z = kept;

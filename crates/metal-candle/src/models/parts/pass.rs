@@ -4,6 +4,7 @@
 use super::super::gradients::Gradients;
 use crate::error::{Error, Result};
 use crate::ops::LowRankTerms;
+use crate::ops::adapters::Terms;
 use crate::ops::attention::Spans;
 use crate::ops::fused::{Factors, TermRoom};
 use crate::ops::linear::add_scaled;
@@ -18,11 +19,11 @@ pub(in crate::models) struct Context<'a> {
     /// The position of each token in its sequence.
     pub(in crate::models) positions: &'a [u32],
     pub(in crate::models) spans: &'a Spans,
-    pub(in crate::models) terms: Option<&'a LowRankTerms>,
+    pub(in crate::models) terms: Terms<'a>,
+    /// Whether no backward pass follows, so that on the CPU a row has the same bits alone and among others.
+    pub(in crate::models) is_inference: bool,
     /// In training, the seed of this step's dropout.
     pub(in crate::models) dropout_seed: Option<u64>,
-    /// Whether the CPU sums each row as if it were alone, as inference does; losses keep the order of training.
-    pub(in crate::models) is_by_row: bool,
 }
 
 /// The backward pass of a layer: which gradients are required beside those of low-rank updates, and those that were computed.
