@@ -82,9 +82,8 @@ pub struct Scheduler {
     /// The requests without slots, each as its first sample, in the order of their admission.
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    /// Buffers of the device's path for single-token steps, with the adapter that they were made for.
-    decoding: Option<Decoding>,
-    decoding_adapter: Option<AdapterId>,
+    /// Buffers of the device's path for single-token steps, by adapter.
+    decodings: Vec<(Option<AdapterId>, Option<Decoding>)>,
     /// Buffer for masks.
     allowed: Option<AllowedTokens>,
     /// Events that no step has returned yet.
@@ -111,8 +110,7 @@ impl Scheduler {
             slots: Slots::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            decoding: None,
-            decoding_adapter: None,
+            decodings: Vec::new(),
             allowed: None,
             events: Vec::new(),
             num_steps: 0,
@@ -199,7 +197,7 @@ impl Scheduler {
             return Err(Error::argument("cache", message));
         }
         self.slots.clear();
-        self.decoding = None;
+        self.decodings.clear();
         Ok(())
     }
 
@@ -228,9 +226,7 @@ impl Scheduler {
         }
         self.adapters.remove(index);
         self.slots.forget_adapter(adapter);
-        if self.decoding_adapter == Some(adapter) {
-            self.decoding = None;
-        }
+        self.decodings.retain(|(held, _)| *held != Some(adapter));
         Ok(())
     }
 
@@ -359,7 +355,7 @@ impl Scheduler {
     fn grow(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
         let grown = self.slots.reserve(&self.model, num_slots, num_tokens);
         if !matches!(grown, Ok(false)) {
-            self.decoding = None;
+            self.decodings.clear();
         }
         if grown.is_err() && self.slots.num_bytes() == 0 {
             for sequence in &mut self.running {
@@ -372,38 +368,53 @@ impl Scheduler {
     /// Decodes on the device the sequences for which it has kernels, if no prompt is left to compute; returns the indices
     /// of the others.
     fn decode(&mut self) -> Result<Vec<usize>> {
-        let all = || (0..self.running.len()).collect();
+        let all = 0..self.running.len();
         // with a prompt in the step, one pass over the weights serves both
         if self.model.device().is_cpu() || self.running.iter().any(|sequence| sequence.num_waiting() > 1) {
-            return Ok(all());
+            return Ok(all.collect());
         }
-        let (mut rows, mut indices, mut rest) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, sequence) in self.running.iter().enumerate() {
-            match sequence.decoding_row() {
-                Some(row) => {
-                    rows.push(row);
-                    indices.push(index);
-                }
-                None => rest.push(index),
+        let has_row = |&index: &usize| self.running[index].decoding_row().is_some();
+        let (mut left, mut rest): (Vec<usize>, Vec<usize>) = all.partition(has_row);
+        left.sort_by_key(|&index| self.running[index].adapter());
+        let running = &self.running;
+        self.decodings.retain(|(held, _)| running.iter().any(|sequence| sequence.adapter() == *held));
+        while let Some(&first) = left.first() {
+            let adapter = self.running[first].adapter();
+            let count = left.iter().take_while(|&&index| self.running[index].adapter() == adapter).count();
+            let later = left.split_off(count);
+            if !self.decode_with(adapter, &left)? {
+                rest.append(&mut left);
             }
+            left = later;
         }
-        let (Some(&first), Some(cache)) = (indices.first(), self.slots.cache()) else { return Ok(all()) };
-        let adapter = self.running[first].adapter();
-        let terms = terms_of(&self.adapters, adapter)?;
+        rest.sort_unstable();
+        Ok(rest)
+    }
+
+    /// Decodes sequences with one adapter on the device; returns whether it can.
+    fn decode_with(&mut self, adapter: Option<AdapterId>, indices: &[usize]) -> Result<bool> {
+        let rows: Vec<_> = indices.iter().filter_map(|&index| self.running[index].decoding_row()).collect();
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-        if indices.iter().any(|&index| self.running[index].adapter() != adapter)
-            || longest > cache.config().max_seq_len
-            || !self.model.can_decode(rows.len(), terms, cache)
-        {
-            return Ok(all());
+        let terms = terms_of(&self.adapters, adapter)?;
+        let Some(cache) = self.slots.cache().filter(|cache| longest <= cache.config().max_seq_len) else {
+            return Ok(false);
+        };
+        if !self.model.can_decode(rows.len(), terms, cache) {
+            return Ok(false);
         }
-        if self.decoding_adapter != adapter {
-            self.decoding = None;
-            self.decoding_adapter = adapter;
+        let entry = self.decodings.iter().position(|(held, _)| *held == adapter).unwrap_or(self.decodings.len());
+        if entry == self.decodings.len() {
+            self.decodings.push((adapter, None));
         }
-        let decoded =
-            self.model.decode(&mut self.decoding, &rows, terms, cache).inspect_err(|_| self.decoding = None)?;
-        for (row, (index, decoded)) in indices.into_iter().zip(decoded).enumerate() {
+        let decoding = &mut self.decodings[entry].1;
+        let decoded = match self.model.decode(decoding, &rows, terms, cache) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                *decoding = None;
+                return Err(error);
+            }
+        };
+        for (row, (&index, decoded)) in indices.iter().zip(decoded).enumerate() {
             let sequence = &mut self.running[index];
             sequence.set_cached(sequence.num_cached() + 1, self.num_steps);
             cache.set_len(sequence.slot(), sequence.num_cached());
@@ -411,17 +422,14 @@ impl Scheduler {
                 sequence.accept(decoded)
             } else {
                 // sampling from the logits says what is wrong with them
-                let logits = self.decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose();
+                let logits = decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose();
                 logits.map_err(Error::from).and_then(|logits| {
                     with_logits(&logits.ok_or(Error::Stopped)?, |logits| sequence.advance(logits, &mut self.allowed))
                 })
             };
-            if result.is_err() {
-                sequence.fail();
-            }
-            self.events.push(Event { sequence: sequence.id(), result });
+            report(&mut self.events, sequence, result);
         }
-        Ok(rest)
+        Ok(true)
     }
 
     /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass per adapter.
