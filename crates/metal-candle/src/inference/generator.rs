@@ -2,7 +2,8 @@
 
 use super::generation::{Collected, Finish, Generation, GenerationConfig, Piece, Prompt};
 use super::request::{AdapterId, Request, SequenceId};
-use super::scheduler::{Scheduler, SchedulerConfig};
+use super::scheduler::Scheduler;
+use super::scheduler_config::SchedulerConfig;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::Model;

@@ -8,6 +8,7 @@ mod sample_token;
 mod sampler;
 mod sampling;
 mod scheduler;
+mod scheduler_config;
 mod sequence;
 mod slots;
 mod stop;
@@ -22,6 +23,7 @@ pub use request::{AdapterId, Event, Request, SequenceId, sample_seed};
 pub use sample_token::sample_token;
 pub use sampler::{Choice, Sampler};
 pub use sampling::{SamplingConfig, SamplingStrategy};
-pub use scheduler::{Scheduler, SchedulerConfig};
+pub use scheduler::Scheduler;
+pub use scheduler_config::SchedulerConfig;
 #[cfg(feature = "async")]
 pub use stream::PieceStream;

@@ -4,54 +4,26 @@ use super::generation::{Finish, FinishReason, Piece};
 use super::mask::AllowedTokens;
 use super::request::{AdapterId, Event, Request, SequenceId};
 use super::sample_token::with_logits;
+use super::scheduler_config::SchedulerConfig;
 use super::sequence::Sequence;
 use super::slots::Slots;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Decoding, Model, Rows};
-use crate::ops::LowRankTerms;
+use crate::ops::{Adapters, LowRankTerms};
 use candle_core::Tensor;
 use std::collections::VecDeque;
-
-/// Limits of a [`Scheduler`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SchedulerConfig {
-    /// Most sequences that run at the same time, each in its own slot of the KV cache. Others wait.
-    pub max_sequences: usize,
-    /// Prompts are computed in chunks that end at multiples of this number of tokens.
-    pub prefill_chunk: usize,
-    /// Most tokens of a step: one per decoding sequence, the rest for prompt chunks. A chunk is never cut to fit, and one
-    /// chunk is computed in any case.
-    pub step_tokens: usize,
-}
-
-impl SchedulerConfig {
-    /// The default of `max_sequences`.
-    pub(super) const MAX_SEQUENCES: usize = 32;
-
-    /// The limits that suit a model's device: 32 sequences, and chunks of 512 tokens on the CPU or 4,096 elsewhere.
-    pub fn of(model: &Model) -> Self {
-        let prefill_chunk = if model.device().is_cpu() { 512 } else { 4096 };
-        Self { max_sequences: Self::MAX_SEQUENCES, prefill_chunk, step_tokens: prefill_chunk }
-    }
-
-    fn validate(&self) -> Result<()> {
-        let Self { max_sequences, prefill_chunk, step_tokens } = *self;
-        let all = [("max_sequences", max_sequences), ("prefill_chunk", prefill_chunk), ("step_tokens", step_tokens)];
-        match all.into_iter().find(|(_, value)| *value == 0) {
-            Some((name, _)) => Err(Error::argument(name, "expected at least 1, found 0")),
-            None => Ok(()),
-        }
-    }
-}
 
 /// Continues many prompts with one model: continuous batching without threads or waiting.
 ///
 /// [`Scheduler::admit`] queues a prompt, [`Scheduler::step`] advances every running sequence, and [`Scheduler::cancel`] ends
 /// one. A sequence that ends frees its slot for the next one in the queue.
 ///
-/// A sequence samples the same tokens alone and beside any others: its draws come from its own seed, and its prompt is cut
-/// into chunks at the same positions.
+/// On the CPU a sequence has the same bits alone and beside any others: its draws come from its own seed, its prompt is cut
+/// into chunks at the same positions, and each row of a product is summed as if it were alone. On Metal and CUDA products
+/// of few and of many rows are summed in different orders, so the last digits of a log-probability depend on the batch, and
+/// so may the choice between tokens that are nearly equally probable. A reused prefix was computed in other chunks, which
+/// can change the last digits on every device.
 ///
 /// ```no_run
 /// use metal_candle::ModelLoader;
@@ -77,7 +49,9 @@ pub struct Scheduler {
     model: Model,
     tokenizer: Option<Tokenizer>,
     config: SchedulerConfig,
-    adapters: Vec<(AdapterId, LowRankTerms)>,
+    adapter_ids: Vec<AdapterId>,
+    /// The adapters in the order of `adapter_ids`.
+    adapters: Vec<LowRankTerms>,
     slots: Slots,
     /// The requests without slots, each as its first sample, in the order of their admission.
     waiting: VecDeque<Sequence>,
@@ -106,6 +80,7 @@ impl Scheduler {
             model,
             tokenizer: None,
             config,
+            adapter_ids: Vec::new(),
             adapters: Vec::new(),
             slots: Slots::default(),
             waiting: VecDeque::new(),
@@ -209,7 +184,8 @@ impl Scheduler {
         let terms = self.model.with_fixed_norms(terms)?;
         let id = AdapterId(self.num_adapters);
         self.num_adapters += 1;
-        self.adapters.push((id, terms));
+        self.adapter_ids.push(id);
+        self.adapters.push(terms);
         Ok(id)
     }
 
@@ -224,6 +200,7 @@ impl Scheduler {
             let message = format!("adapter {adapter} is in use by sequence {}", sequence.id());
             return Err(Error::argument("adapter", message));
         }
+        self.adapter_ids.remove(index);
         self.adapters.remove(index);
         self.slots.forget_adapter(adapter);
         self.decodings.retain(|(held, _)| *held != Some(adapter));
@@ -231,7 +208,7 @@ impl Scheduler {
     }
 
     fn adapter_index(&self, adapter: AdapterId) -> Result<usize> {
-        let index = self.adapters.iter().position(|(id, _)| *id == adapter);
+        let index = self.adapter_ids.iter().position(|id| *id == adapter);
         index
             .ok_or_else(|| Error::argument("adapter", format!("adapter {adapter} was never added or has been removed")))
     }
@@ -395,7 +372,8 @@ impl Scheduler {
     fn decode_with(&mut self, adapter: Option<AdapterId>, indices: &[usize]) -> Result<bool> {
         let rows: Vec<_> = indices.iter().filter_map(|&index| self.running[index].decoding_row()).collect();
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-        let terms = terms_of(&self.adapters, adapter)?;
+        let index = adapter.map(|adapter| self.adapter_index(adapter)).transpose()?;
+        let terms = index.and_then(|index| self.adapters.get(index));
         let Some(cache) = self.slots.cache().filter(|cache| longest <= cache.config().max_seq_len) else {
             return Ok(false);
         };
@@ -432,7 +410,7 @@ impl Scheduler {
         Ok(true)
     }
 
-    /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass per adapter.
+    /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass.
     fn forward(&mut self, indices: &[usize]) -> Result<()> {
         self.restart_at_other_positions(indices);
         let mut fed = self.tokens_of_step(indices);
@@ -442,15 +420,9 @@ impl Scheduler {
             // doubling keeps the copies of a growing cache few
             self.grow(0, longest.max(2 * room).min(self.model.config().max_sequence_length()))?;
         }
+        // the rows of an adapter are multiplied together
         fed.sort_by_key(|&(index, _)| self.running[index].adapter());
-        while let Some(&(first, _)) = fed.first() {
-            let adapter = self.running[first].adapter();
-            let count = fed.iter().take_while(|&&(index, _)| self.running[index].adapter() == adapter).count();
-            let rest = fed.split_off(count);
-            self.forward_with(adapter, &fed)?;
-            fed = rest;
-        }
-        Ok(())
+        if fed.is_empty() { Ok(()) } else { self.forward_tokens(&fed) }
     }
 
     /// Empties the slots of sequences whose cached keys were rotated for shorter texts: they are computed again.
@@ -491,19 +463,29 @@ impl Scheduler {
         fed
     }
 
-    fn forward_with(&mut self, adapter: Option<AdapterId>, fed: &[(usize, usize)]) -> Result<()> {
-        let terms = terms_of(&self.adapters, adapter)?;
-        let cache = self.slots.cache().ok_or(Error::Stopped)?;
+    fn forward_tokens(&mut self, fed: &[(usize, usize)]) -> Result<()> {
+        let mut of_sequence = Vec::with_capacity(fed.len());
         let mut batch = Batch::new();
         for &(index, end) in fed {
             let sequence = &self.running[index];
             batch.push(&sequence.ids()[sequence.num_cached()..end], sequence.num_cached(), sequence.slot());
+            let index = sequence.adapter().map(|adapter| self.adapter_index(adapter)).transpose()?;
+            of_sequence.push(index.map(|index| index as u32));
         }
+        let cache = self.slots.cache().ok_or(Error::Stopped)?;
         let is_complete = |&(index, end): &(usize, usize)| end == self.running[index].ids().len();
         let complete: Vec<bool> = fed.iter().map(is_complete).collect();
         let rows = batch.last_rows().into_iter().zip(&complete);
         let rows: Vec<usize> = rows.filter_map(|(row, &is_complete)| is_complete.then_some(row)).collect();
-        let logits = match self.model.forward(&batch, terms, Some(cache), Rows::Of(&rows)) {
+        let is_mixed = of_sequence.windows(2).any(|pair| pair[0] != pair[1]);
+        let logits = if is_mixed {
+            let adapters = Adapters { sets: &self.adapters, of_sequence: &of_sequence };
+            self.model.forward_adapted(&batch, adapters, Some(cache), Rows::Of(&rows))
+        } else {
+            let terms = of_sequence.first().copied().flatten().and_then(|index| self.adapters.get(index as usize));
+            self.model.forward(&batch, terms, Some(cache), Rows::Of(&rows))
+        };
+        let logits = match logits {
             Ok(logits) => logits,
             Err(error) => {
                 // what it wrote behind the tokens of a slot is overwritten later
@@ -569,11 +551,4 @@ fn report(events: &mut Vec<Event>, sequence: &mut Sequence, result: Result<Piece
         sequence.fail();
     }
     events.push(Event { sequence: sequence.id(), result });
-}
-
-fn terms_of(adapters: &[(AdapterId, LowRankTerms)], adapter: Option<AdapterId>) -> Result<Option<&LowRankTerms>> {
-    let Some(adapter) = adapter else { return Ok(None) };
-    let found = adapters.iter().find(|(id, _)| *id == adapter);
-    // an adapter in use is not removed
-    found.map(|(_, terms)| Some(terms)).ok_or(Error::Stopped)
 }
