@@ -62,6 +62,15 @@ impl Collected {
         self.pieces.get(&id).into_iter().flatten().map(|piece| piece.token).collect()
     }
 
+    /// The bits of the log-probabilities of each piece.
+    fn bits(&self, id: SequenceId) -> Vec<Vec<u32>> {
+        let of_piece = |piece: &Piece| {
+            let top = piece.top_log_probabilities.iter().map(|choice| choice.log_probability);
+            top.chain([piece.log_probability]).map(f32::to_bits).collect()
+        };
+        self.pieces.get(&id).into_iter().flatten().map(of_piece).collect()
+    }
+
     fn log_probabilities(&self, id: SequenceId) -> Vec<f32> {
         self.pieces.get(&id).into_iter().flatten().map(|piece| piece.log_probability).collect()
     }
@@ -484,6 +493,24 @@ fn a_step_that_fails_loses_nothing() {
     assert_eq!(found.tokens(adapted), wanted.tokens(wanted_ids[1]));
 }
 
+/// Half-precision weights have products, and a cache, of their own.
+#[test]
+fn a_batch_has_the_bits_of_each_alone_in_every_type() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let model = model_of(config(), dtype);
+        let request = |i: usize| Request::new(ids(1 + 5 * i), greedy(6)).with_num_top_log_probabilities(VOCAB);
+        let run = |indices: std::ops::Range<usize>| {
+            let mut scheduler = Scheduler::new(model.clone());
+            let all: Vec<_> = indices.map(|i| scheduler.admit(request(i)).unwrap()[0]).collect();
+            let found = Collected::run(&mut scheduler);
+            all.into_iter().map(|id| found.bits(id)).collect::<Vec<_>>()
+        };
+        for (i, together) in run(0..9).into_iter().enumerate() {
+            assert!(together == run(i..i + 1)[0], "{dtype:?}: sequence {i}");
+        }
+    }
+}
+
 /// One request of the property test.
 #[derive(Debug, Clone)]
 struct Arrival {
@@ -558,7 +585,7 @@ proptest! {
                 let is_cut = index == 0 && arrival.cancelled.is_some();
                 prop_assert!(is_cut || tokens.len() == wanted_tokens.len());
                 prop_assert_eq!(&tokens[..], &wanted_tokens[..tokens.len()]);
-                assert_close(&found.log_probabilities(id), &wanted.log_probabilities(wanted_id)[..tokens.len()]);
+                prop_assert_eq!(found.bits(id), &wanted.bits(wanted_id)[..tokens.len()]);
             }
         }
     }
