@@ -54,7 +54,8 @@ pub(super) fn attention_kinds() -> Vec<(AttentionShape, Option<Tensor>)> {
         (shape, (i % 2 == 0).then(|| random(&[heads], 11).affine(3.0, 0.0).unwrap()))
     };
     let causal = heads.map(|(heads, kv_heads, head_dim)| (AttentionShape::new(heads, kv_heads, head_dim, 0.3), None));
-    kinds.map(kind).chain(causal).collect()
+    let wide = AttentionShape { mask: Mask::Window(70), ..AttentionShape::new(2, 1, 512, 0.1) };
+    kinds.map(kind).chain(causal).chain([(wide, None)]).collect()
 }
 
 #[test]
