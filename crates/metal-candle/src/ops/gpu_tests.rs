@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::activation;
+use super::adapters::LayerTerms;
 use super::attention::{self, Cached, Spans};
 use super::head::{self, Head};
 use super::linear::{self, Linear, Part, Start};
@@ -320,8 +321,13 @@ fn cross_entropy_of_a_head() {
         {
             let layer = Head { linear: layer.clone(), scale, soft_cap };
             let plain = Head { linear: plain.clone(), scale, soft_cap };
-            let logits = head::logits(&hidden, &layer, None).unwrap();
-            assert_near("logits", &logits, &head::logits(&hidden_cpu, &plain, None).unwrap(), 2.0 * tolerance);
+            let logits = head::logits(&hidden, &layer, &LayerTerms::Same(None)).unwrap();
+            assert_near(
+                "logits",
+                &logits,
+                &head::logits(&hidden_cpu, &plain, &LayerTerms::Same(None)).unwrap(),
+                2.0 * tolerance,
+            );
             let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None });
             let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
             let expected = head::loss(&hidden_cpu, &plain, None, None, &rows, smoothing, wanted).unwrap();

@@ -5,7 +5,8 @@ use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::{ElementType, MappedFile, Matrix, widen};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// A parameter of a model. Cloning is cheap.
 ///
@@ -27,7 +28,22 @@ struct Mapped {
     shape: Shape,
     dtype: DType,
     element: ElementType,
+    resident: Arc<Resident>,
 }
+
+/// A copy of a mapped weight in memory of its own, made once the weight has been used often. Mapped memory lies in small pages,
+/// whose look-up costs decoding up to 40 %; the pages of a copy are large.
+#[derive(Debug, Default)]
+struct Resident {
+    uses: AtomicU32,
+    copy: OnceLock<Tensor>,
+}
+
+/// Products of a weight before it is copied: loading and short texts are served from the file, which processes share.
+const USES_BEFORE_COPY: u32 = 32;
+
+/// Elements that are copied at a time.
+const ELEMENTS_MOVED: usize = 1 << 20;
 
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
@@ -47,8 +63,9 @@ impl Weight {
         };
         let shape = Shape::from(dims);
         let matrix = file.matrix(bytes.clone(), element)?;
-        (matrix.len() == shape.elem_count())
-            .then(|| Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element })))
+        (matrix.len() == shape.elem_count()).then(|| {
+            Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element, resident: Arc::default() }))
+        })
     }
 
     /// Its shape.
@@ -146,7 +163,7 @@ impl Weight {
     pub(super) fn host(&self) -> Result<Host<'_>> {
         match &self.0 {
             Stored::Dense(tensor) => Host::new(tensor),
-            Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
+            Stored::Mapped(mapped) => mapped.host(),
         }
     }
 
@@ -196,7 +213,12 @@ impl Weight {
                 let row = mapped.bytes.len().checked_div(count).unwrap_or(0);
                 let begin = mapped.bytes.start + start * row;
                 let shape = Shape::from([&[len], &dims[1..]].concat());
-                Ok(Self(Stored::Mapped(Mapped { bytes: begin..begin + len * row, shape, ..mapped.clone() })))
+                Ok(Self(Stored::Mapped(Mapped {
+                    bytes: begin..begin + len * row,
+                    shape,
+                    resident: Arc::default(),
+                    ..mapped.clone()
+                })))
             }
         }
     }
@@ -228,6 +250,35 @@ impl Weight {
 const ROWS_WIDENED: usize = 4096;
 
 impl Mapped {
+    /// A copy of the elements. The memory of the file's pages is given back meanwhile, so that both are never held as a whole.
+    fn moved<T: Copy>(&self, values: &[T]) -> Vec<T> {
+        let mut copy = Vec::with_capacity(values.len());
+        for chunk in values.chunks(ELEMENTS_MOVED) {
+            let start = self.bytes.start + copy.len() * size_of::<T>();
+            copy.extend_from_slice(chunk);
+            self.file.release(start..start + size_of_val(chunk));
+        }
+        copy
+    }
+
+    /// The elements for a product: those in the file, or their copy.
+    fn host(&self) -> Result<Host<'_>> {
+        if let Some(copy) = self.resident.copy.get() {
+            return Host::new(copy);
+        }
+        if self.resident.uses.fetch_add(1, Ordering::Relaxed) < USES_BEFORE_COPY {
+            return Ok(self.matrix()?.into());
+        }
+        let dims = self.shape.dims();
+        let copy = match self.matrix()? {
+            Matrix::F32(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
+            Matrix::F16(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
+            Matrix::BF16(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
+        };
+        let copy = self.resident.copy.get_or_init(|| copy);
+        Host::new(copy)
+    }
+
     fn check(&self) -> Result<()> {
         self.file.check().map_err(|error| Error::read(self.file.path(), error))
     }
