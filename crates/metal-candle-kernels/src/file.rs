@@ -7,7 +7,11 @@ use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::SystemTime;
+
+/// Bytes that are copied at a time.
+const BYTES_COPIED: usize = 4 << 20;
 
 /// The type of the elements of a part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +35,8 @@ pub struct MappedFile {
     // dropped before the map, whose addresses may then belong to others
     watch: Watch,
     map: memmap2::Mmap,
+    /// A copy of the bytes, in large pages where the system has them.
+    copy: OnceLock<memmap2::Mmap>,
     file: File,
     path: PathBuf,
     modified: Option<SystemTime>,
@@ -51,7 +57,7 @@ pub fn map_file(path: impl AsRef<Path>) -> io::Result<MappedFile> {
     // SAFETY: the map is read-only and its bytes are handed out as numbers, for which every bit pattern is valid. Changes of
     // the file meanwhile are found by `check`; a page that is missing is replaced by `Watch`.
     let map = unsafe { memmap2::Mmap::map(&file)? };
-    Ok(MappedFile { watch: Watch::new(&map), map, file, path: path.to_path_buf(), modified })
+    Ok(MappedFile { watch: Watch::new(&map), map, copy: OnceLock::new(), file, path: path.to_path_buf(), modified })
 }
 
 impl MappedFile {
@@ -61,13 +67,47 @@ impl MappedFile {
         &self.path
     }
 
+    /// Copies the file into memory of its own, which bytes are read from afterwards. Pages of a file are small, and looking them up
+    /// makes reading slower; those of the copy are large where the system allows it. The pages of the file are given back as they
+    /// are copied, so that both are never held as a whole. Without memory for a copy the file stays in use.
+    ///
+    /// # Errors
+    /// The file was shortened or overwritten since it was mapped.
+    pub fn make_resident(&self) -> io::Result<()> {
+        if self.copy.get().is_some() || self.map.is_empty() {
+            return Ok(());
+        }
+        let Ok(mut copy) = memmap2::MmapMut::map_anon(self.map.len()) else { return Ok(()) };
+        // large pages are a gain where there are any, and nothing is lost otherwise
+        #[cfg(target_os = "linux")]
+        drop(copy.advise(memmap2::Advice::HugePage));
+        for start in (0..copy.len()).step_by(BYTES_COPIED) {
+            let range = start..copy.len().min(start + BYTES_COPIED);
+            copy[range.clone()].copy_from_slice(&self.map[range.clone()]);
+            self.release(range);
+        }
+        self.check()?;
+        if let Ok(copy) = copy.make_read_only() {
+            // another thread may have been first
+            drop(self.copy.set(copy));
+        }
+        Ok(())
+    }
+
+    /// The bytes: those of the copy, if there is one.
+    fn bytes(&self) -> &[u8] {
+        self.copy.get().unwrap_or(&self.map)
+    }
+
     /// Whether all that was read so far are the bytes that the file had when it was mapped.
     ///
     /// # Errors
-    /// The file was shortened or overwritten since.
+    /// The file was shortened or overwritten since, before there was a copy of it.
     pub fn check(&self) -> io::Result<()> {
-        let metadata = self.file.metadata()?;
-        let is_same = metadata.len() == self.map.len() as u64 && metadata.modified().ok() == self.modified;
+        let is_same = self.copy.get().is_some() || {
+            let metadata = self.file.metadata()?;
+            metadata.len() == self.map.len() as u64 && metadata.modified().ok() == self.modified
+        };
         if is_same && !self.watch.has_lost_pages() {
             return Ok(());
         }
@@ -83,7 +123,7 @@ impl MappedFile {
         if cfg!(target_endian = "big") {
             return None;
         }
-        let bytes = self.map.get(range)?;
+        let bytes = self.bytes().get(range)?;
         Some(match element {
             ElementType::F32 => Matrix::F32(elements(bytes)?),
             ElementType::F16 => Matrix::F16(elements(bytes)?),
@@ -131,7 +171,7 @@ impl Deref for MappedFile {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.map
+        self.bytes()
     }
 }
 
@@ -210,6 +250,24 @@ mod tests {
         map.check().unwrap();
         io::Write::write_all(&mut File::options().write(true).open(&path).unwrap(), &[3; 100]).unwrap();
         assert!(map.check().unwrap_err().to_string().contains("overwritten"));
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_copy_has_the_bytes_of_the_file_and_does_not_need_it() {
+        let path = path("resident");
+        let bytes: Vec<u8> = (0..2 * BYTES_COPIED + 77).map(|i| (i * 7 % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let (copied, cut) = (map_file(&path).unwrap(), map_file(&path).unwrap());
+        copied.make_resident().unwrap();
+        assert!(copied.copy.get().is_some());
+        File::options().write(true).open(&path).unwrap().set_len(10).unwrap();
+        assert!(copied[..] == bytes[..]);
+        copied.check().unwrap();
+        assert_eq!(cut.make_resident().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert!(cut.copy.get().is_none() && cut.check().is_err());
+        std::fs::write(&path, b"").unwrap();
+        map_file(&path).unwrap().make_resident().unwrap();
         std::fs::remove_file(&path).unwrap();
     }
 

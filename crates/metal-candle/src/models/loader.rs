@@ -16,10 +16,11 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 /// Loads a model from a safetensors file, an index of shards, or a folder.
 ///
 /// Files are mapped into memory. On the CPU, matrices that have the requested dtype stay in the map: processes share their
-/// memory, and loading takes no time. Other tensors are read one by one.
+/// memory, and loading takes no time. Other tensors are read one by one. After 32 passes through the model its files are copied
+/// into memory of their own, whose pages are large and thus faster to read.
 ///
-/// Files may be deleted or replaced by renaming while a model is in use. If one is shortened or overwritten in place, the model
-/// returns errors from then on, never results of other weights.
+/// Files may be deleted or replaced by renaming while a model is in use. If one is shortened or overwritten in place before it is
+/// copied, the model returns errors from then on, never results of other weights.
 ///
 /// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and those of the vision part of a
 /// multimodal model, which are left out.

@@ -39,7 +39,7 @@ pub(super) struct Inner {
     dtype: DType,
     parameters: Vec<(String, Weight)>,
     /// The files of mapped parameters.
-    files: MappedFiles,
+    pub(super) files: MappedFiles,
     pub(super) embedding: Weight,
     /// The factor on embedded tokens.
     pub(super) embedding_scale: f32,
@@ -79,7 +79,7 @@ impl Model {
     /// seen; elsewhere it is converted.
     ///
     /// # Errors
-    /// A name is unknown or a shape is another: all such parameters are told.
+    /// A name is unknown or a shape is another: the message lists all of them.
     pub fn with_parameters(&self, mut replaced: HashMap<String, Tensor>) -> Result<Self> {
         let mut config = self.config().clone();
         config.tie_word_embeddings &= !replaced.contains_key("lm_head.weight");
@@ -243,13 +243,8 @@ impl Model {
 
     fn run(&self, batch: &Batch, terms: Terms, cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
         let logits = self.device().step(|| self.logits(batch, terms, cache, rows))?;
-        self.check_files()?;
+        self.inner.files.finish_pass()?;
         Ok(logits)
-    }
-
-    /// Fails if a file that weights are mapped from was changed in place, which makes results wrong.
-    pub(super) fn check_files(&self) -> Result<()> {
-        self.inner.files.check()
     }
 
     fn logits(&self, batch: &Batch, terms: Terms, mut cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {

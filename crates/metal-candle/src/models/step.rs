@@ -140,7 +140,7 @@ impl Model {
         label_smoothing: f32,
     ) -> Result<Losses> {
         let losses = self.device().step(|| self.losses(batch, targets, terms, label_smoothing))?;
-        self.check_files()?;
+        self.inner.files.finish_pass()?;
         Ok(losses)
     }
 
@@ -191,7 +191,7 @@ impl Model {
         options: LossOptions,
     ) -> Result<(Losses, Gradients)> {
         let found = self.device().step(|| self.losses_and_gradients(batch, targets, trainable, options))?;
-        self.check_files()?;
+        self.inner.files.finish_pass()?;
         Ok(found)
     }
 

@@ -5,8 +5,8 @@ use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::{ElementType, MappedFile, Matrix, widen};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
 
 /// A parameter of a model. Cloning is cheap.
 ///
@@ -28,22 +28,7 @@ struct Mapped {
     shape: Shape,
     dtype: DType,
     element: ElementType,
-    resident: Arc<Resident>,
 }
-
-/// A copy of a mapped weight in memory of its own, made once the weight has been used often. Mapped memory lies in small pages,
-/// whose look-up costs decoding up to 40 %; the pages of a copy are large.
-#[derive(Debug, Default)]
-struct Resident {
-    uses: AtomicU32,
-    copy: OnceLock<Tensor>,
-}
-
-/// Products of a weight before it is copied: loading and short texts are served from the file, which processes share.
-const USES_BEFORE_COPY: u32 = 32;
-
-/// Elements that are copied at a time.
-const ELEMENTS_MOVED: usize = 1 << 20;
 
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
@@ -63,9 +48,8 @@ impl Weight {
         };
         let shape = Shape::from(dims);
         let matrix = file.matrix(bytes.clone(), element)?;
-        (matrix.len() == shape.elem_count()).then(|| {
-            Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element, resident: Arc::default() }))
-        })
+        (matrix.len() == shape.elem_count())
+            .then(|| Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element })))
     }
 
     /// Its shape.
@@ -163,7 +147,7 @@ impl Weight {
     pub(super) fn host(&self) -> Result<Host<'_>> {
         match &self.0 {
             Stored::Dense(tensor) => Host::new(tensor),
-            Stored::Mapped(mapped) => mapped.host(),
+            Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
         }
     }
 
@@ -213,12 +197,7 @@ impl Weight {
                 let row = mapped.bytes.len().checked_div(count).unwrap_or(0);
                 let begin = mapped.bytes.start + start * row;
                 let shape = Shape::from([&[len], &dims[1..]].concat());
-                Ok(Self(Stored::Mapped(Mapped {
-                    bytes: begin..begin + len * row,
-                    shape,
-                    resident: Arc::default(),
-                    ..mapped.clone()
-                })))
+                Ok(Self(Stored::Mapped(Mapped { bytes: begin..begin + len * row, shape, ..mapped.clone() })))
             }
         }
     }
@@ -250,37 +229,8 @@ impl Weight {
 const ROWS_WIDENED: usize = 4096;
 
 impl Mapped {
-    /// A copy of the elements. The memory of the file's pages is given back meanwhile, so that both are never held as a whole.
-    fn moved<T: Copy>(&self, values: &[T]) -> Vec<T> {
-        let mut copy = Vec::with_capacity(values.len());
-        for chunk in values.chunks(ELEMENTS_MOVED) {
-            let start = self.bytes.start + copy.len() * size_of::<T>();
-            copy.extend_from_slice(chunk);
-            self.file.release(start..start + size_of_val(chunk));
-        }
-        copy
-    }
-
-    /// The elements for a product: those in the file, or their copy.
-    fn host(&self) -> Result<Host<'_>> {
-        if let Some(copy) = self.resident.copy.get() {
-            return Host::new(copy);
-        }
-        if self.resident.uses.fetch_add(1, Ordering::Relaxed) < USES_BEFORE_COPY {
-            return Ok(self.matrix()?.into());
-        }
-        let dims = self.shape.dims();
-        let copy = match self.matrix()? {
-            Matrix::F32(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
-            Matrix::F16(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
-            Matrix::BF16(values) => Tensor::from_vec(self.moved(values), dims, &Device::Cpu)?,
-        };
-        let copy = self.resident.copy.get_or_init(|| copy);
-        Host::new(copy)
-    }
-
     fn check(&self) -> Result<()> {
-        self.file.check().map_err(|error| Error::read(self.file.path(), error))
+        check(&self.file)
     }
 
     fn matrix(&self) -> Result<Matrix<'_>> {
@@ -291,26 +241,45 @@ impl Mapped {
 
 /// The files that the weights of a model are mapped from.
 #[derive(Debug)]
-pub(crate) struct MappedFiles(Vec<Mapped>);
+pub(crate) struct MappedFiles {
+    files: Vec<Arc<MappedFile>>,
+    passes: AtomicU32,
+}
+
+/// Passes through a model before its files are copied: loading and short texts are served from the files, whose memory processes
+/// share.
+const PASSES_BEFORE_COPY: u32 = 32;
 
 impl MappedFiles {
     /// Those of these weights.
     pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
-        let mut files: Vec<Mapped> = Vec::new();
+        let mut files: Vec<Arc<MappedFile>> = Vec::new();
         for weight in weights {
-            if let Stored::Mapped(mapped) = &weight.0
-                && !files.iter().any(|found| Arc::ptr_eq(&found.file, &mapped.file))
+            if let Stored::Mapped(Mapped { file, .. }) = &weight.0
+                && !files.iter().any(|found| Arc::ptr_eq(found, file))
             {
-                files.push(mapped.clone());
+                files.push(file.clone());
             }
         }
-        Self(files)
+        Self { files, passes: AtomicU32::new(0) }
     }
 
-    /// Fails if a file was shortened or overwritten: what was computed with its weights may be wrong.
-    pub(crate) fn check(&self) -> Result<()> {
-        self.0.iter().try_for_each(Mapped::check)
+    /// Ends a pass through the model: fails if a file was shortened or overwritten, since what was computed with its weights may be
+    /// wrong. A model that is used for long gets its files copied into memory of its own, where weights are read faster.
+    pub(crate) fn finish_pass(&self) -> Result<()> {
+        let is_long = !self.files.is_empty() && self.passes.fetch_add(1, Ordering::Relaxed) == PASSES_BEFORE_COPY;
+        for file in &self.files {
+            check(file)?;
+            if is_long {
+                file.make_resident().map_err(|error| Error::read(file.path(), error))?;
+            }
+        }
+        Ok(())
     }
+}
+
+fn check(file: &MappedFile) -> Result<()> {
+    file.check().map_err(|error| Error::read(file.path(), error))
 }
 
 /// The right operand of a product: an activation, a matrix of a low-rank update, or a weight.

@@ -406,3 +406,20 @@ fn a_file_that_changes_under_a_model() {
     std::io::Write::write_all(&mut file, &[0x3f; 64]).unwrap();
     fails(&model);
 }
+
+/// A model that is used for long copies its files: results stay the same bits, and the files are no longer needed.
+#[test]
+fn a_model_in_long_use_does_not_need_its_file() {
+    let saved = folder(TIED, &tensors(&config(true), DType::BF16));
+    let path = saved.path().join("model.safetensors");
+    let model = ModelLoader::new().load(saved.path()).unwrap();
+    let expected = logits(&model).unwrap();
+    for pass in 0..40 {
+        assert_eq!(logits(&model).unwrap(), expected, "pass {pass}");
+    }
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+    assert_eq!(logits(&model).unwrap(), expected);
+    save_model(&model, saved.path().join("copy")).unwrap();
+    let copy = ModelLoader::new().load(saved.path().join("copy")).unwrap();
+    assert_eq!(logits(&copy).unwrap(), expected);
+}
