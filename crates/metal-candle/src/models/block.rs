@@ -50,7 +50,7 @@ pub(super) struct BlockWanted<'a> {
     pub(super) input: bool,
     /// For each parameter of the model whether it is trained.
     pub(super) trained: &'a [bool],
-    /// Where the gradients of low-rank updates go, if the device computes those of a layer in one launch.
+    /// Room for the gradients of the low-rank updates, on a device that computes all of a layer in one launch.
     pub(super) room: Option<&'a TermRoom>,
 }
 

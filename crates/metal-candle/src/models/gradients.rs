@@ -13,7 +13,7 @@ pub struct Trainable<'a> {
     pub parameters: Parameters<'a>,
 }
 
-/// Some of a model's parameters, by their place in [`Model::parameters`].
+/// Some of a model's parameters, by their place in [`Model::parameters`](super::Model::parameters).
 #[derive(Debug, Clone, Copy, Default)]
 pub enum Parameters<'a> {
     /// None.
@@ -30,7 +30,7 @@ pub enum Parameters<'a> {
 /// Rows of the embedding or of the head that are trained, while its other rows are frozen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRows {
-    /// The place of the parameter in [`Model::parameters`]. Rows of an embedding with a tied head are rows of the head too.
+    /// The place of the parameter in [`Model::parameters`](super::Model::parameters). Rows of an embedding with a tied head are rows of the head too.
     pub place: usize,
     /// The ids of the tokens, each once.
     pub ids: Vec<u32>,
@@ -62,9 +62,9 @@ impl<'a> Trainable<'a> {
 /// The gradients of `grad_scale * sum(losses.rows)`, f32, and nothing for frozen tensors.
 #[derive(Debug, Clone)]
 pub struct Gradients {
-    /// By the number of the layer in [`Model::linears`].
+    /// By the number of the layer in [`Model::linears`](super::Model::linears).
     pub terms: Vec<Option<TermGradients>>,
-    /// By the place in [`Model::parameters`].
+    /// By the place in [`Model::parameters`](super::Model::parameters).
     pub parameters: Vec<Option<Tensor>>,
     /// Of the trained rows of a parameter, by its place: `[rows, hidden]`.
     pub rows: Vec<(usize, Tensor)>,

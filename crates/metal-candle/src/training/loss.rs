@@ -1,4 +1,4 @@
-//! Losses of given logits, and the units they are told in.
+//! Losses of given logits, and the units they are reported in.
 //!
 //! Training itself uses [`Model::loss_and_gradients`](crate::Model::loss_and_gradients), which never holds the logits
 //! of all tokens.

@@ -424,7 +424,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
                     let mut batch = Batch::new();
                     batch.push(&long[start..start + len], start, 0);
                     for (slot, other) in others.iter().enumerate() {
-                        // each of the others enters at its own step and then goes on by one token
+                        // each of the others enters at its own step and continues with one token a step
                         match step.checked_sub(slot % 3) {
                             Some(0) => batch.push(other, 0, slot + 1),
                             Some(n) => batch.push(&[n as u32], other.len() + n - 1, slot + 1),

@@ -58,7 +58,7 @@ fn slots(layout: &Layout, naming: &dyn Naming, replaced: &BTreeMap<String, Vec<f
     slots
 }
 
-/// The parameters in the order of `layout`; all tensors that are missing, unexpected or misshaped are told at once.
+/// The parameters in the order of `layout`; one error lists all tensors that are missing, unexpected or misshaped.
 ///
 /// `replaced` holds the parameters whose values are known already, and `known` the tensors of the file behind them.
 pub(super) fn read(

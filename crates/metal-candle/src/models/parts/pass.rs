@@ -31,9 +31,9 @@ pub(in crate::models) struct Backward<'a, 'g> {
     pub(in crate::models) context: Context<'a>,
     /// For each parameter of the model whether it is trained.
     pub(in crate::models) trained: &'a [bool],
-    /// Where the gradients of low-rank updates go on a device that computes those of a layer in one launch.
+    /// Room for the gradients of the low-rank updates, on a device that computes all of a layer in one launch.
     pub(in crate::models) room: Option<&'a TermRoom>,
-    /// What these are computed from.
+    /// The tensors that such a launch reads.
     pub(in crate::models) factors: Vec<Factors<'a>>,
     pub(in crate::models) gradients: &'g mut Gradients,
 }
