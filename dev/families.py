@@ -26,6 +26,11 @@ def build_config(model_type, **keys):
                 model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
             ),
         )
+    if model_type == "mistral3":
+        keys = dict(
+            text_config=dict(model_type="mistral", **keys), image_token_index=90,
+            vision_config=dict(model_type="pixtral", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4),
+        )
     return transformers.AutoConfig.for_model(model_type, **keys)
 
 
@@ -50,14 +55,15 @@ def randomize(model, seed, std=0.35):
 
 def make_model(config, seed, std=0.35):
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    auto = transformers.AutoModelForImageTextToText if config.model_type == "mistral3" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").float().eval()
     randomize(model, seed, std)
     return model
 
 
 def wrap_all_linear(model, rank, alpha, seed):
     """The model with a random LoRA on every linear layer of PEFT's "all-linear"; of a multimodal model on its text part only."""
-    exclude = r".*(vision_tower|multi_modal_projector).*" if model.config.model_type == "gemma3" else None
+    exclude = r".*(vision_tower|multi_modal_projector).*" if model.config.model_type in ("gemma3", "mistral3") else None
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear", exclude_modules=exclude)
     wrapped = peft.get_peft_model(model, settings).eval()
     noise = torch.Generator().manual_seed(seed)

@@ -100,6 +100,7 @@ CASES = {
         layer_types=[SLIDING, FULL, SLIDING],
     ),
     "qwen2": dict(model_type="qwen2", num_key_value_heads=1, rope_parameters=PLAIN),
+    "mistral3-multimodal": dict(model_type="mistral3", head_dim=8, sliding_window=4, rope_parameters=PLAIN),
 }
 # A case's number makes its seed: new cases go to the end.
 LENGTH, PROMPT, GENERATED = 24, 8, 16
