@@ -126,6 +126,11 @@ impl<'a> Keys<'a> {
         self.object.missing(key, expected)
     }
 
+    /// Counts `key` as unread, so that a value that changes what other families compute is named.
+    pub(crate) fn forget(&self, key: &str) {
+        self.used.borrow_mut().remove(key);
+    }
+
     /// The error of a value that is not supported.
     pub(crate) fn unsupported(&self, key: &str, what: &str) -> Error {
         Error::Unsupported(format!("`{}`: `{key}`: {what}", self.path().display()))

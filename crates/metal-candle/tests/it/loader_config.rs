@@ -162,6 +162,38 @@ fn what_is_not_supported_is_refused_by_key() {
 }
 
 #[test]
+fn rotary_settings_of_all_layers_are_none_where_layers_differ() {
+    let gemma = |changes: Value| {
+        let mut value = json!({
+            "model_type": "gemma3_text", "num_hidden_layers": 6, "hidden_size": 16, "num_attention_heads": 4,
+            "intermediate_size": 8, "vocab_size": 32
+        });
+        value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        parse(&value).unwrap()
+    };
+    let flat = gemma(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}));
+    assert!((flat.rope_theta - 1e6).abs() < 1.0, "{}", flat.rope_theta);
+    assert!(flat.notes.iter().any(|note| note.contains("`rope_parameters` has no meaning")), "{:?}", flat.notes);
+    let nested = gemma(json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}));
+    assert!((nested.rope_theta - 5e5).abs() < 1.0 && nested.notes.is_empty(), "{:?}", nested.notes);
+}
+
+#[test]
+fn granite_4_names_its_layers_in_two_ways() {
+    for key in ["layer_types", "layers_block_type"] {
+        let granite = |kind: &str| {
+            parse(&json!({
+                "model_type": "granitemoehybrid", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2,
+                "vocab_size": 32, "num_local_experts": 0, "intermediate_size": 8, key: ["attention", kind]
+            }))
+        };
+        granite("attention").unwrap();
+        let refused = granite("mamba").unwrap_err().to_string();
+        assert!(refused.contains(&format!("`{key}`: layers of type `mamba`")), "{refused}");
+    }
+}
+
+#[test]
 fn wrong_values_are_named_with_what_was_expected() {
     for (value, words) in [
         (with(json!({"hidden_size": "64"})), ["`hidden_size`", "whole number", "64"]),

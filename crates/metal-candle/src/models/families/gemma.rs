@@ -97,10 +97,7 @@ fn gemma2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
 }
 
 fn gemma3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
-    let pattern = match keys.size("sliding_window_pattern")? {
-        Some(pattern) => pattern,
-        None => keys.size("_sliding_window_pattern")?.unwrap_or(6),
-    };
+    let pattern = keys.size("sliding_window_pattern")?.unwrap_or(6);
     let is_sliding = match layer_types(config, keys)? {
         Some(is_sliding) => is_sliding,
         None => (1..=config.num_hidden_layers).map(|layer| layer % pattern.max(1) != 0).collect(),

@@ -1,7 +1,8 @@
 //! GLM-4 of 2024 (`glm`) and GLM-4-0414 (`glm4`): neighbouring elements of half of each head are rotated.
 
-use super::common::decoder;
+use super::common::decoder_with_rotary;
 use super::family::Family;
+use super::rotary::RopeOptions;
 use crate::error::Result;
 use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
 use crate::models::description::{Description, GatedProjections, NormPlacement};
@@ -25,7 +26,8 @@ pub(super) const GLM4: Family =
     Family { model_type: "glm4", architecture: "Glm4ForCausalLM", defaults: DEFAULTS, describe: glm4 };
 
 fn glm(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
-    let mut description = decoder(config, keys)?;
+    let options = RopeOptions { partial: Some(0.5), ..RopeOptions::default() };
+    let mut description = decoder_with_rotary(config, keys, options)?;
     for table in &mut description.rotary {
         table.pairs = Pairs::Adjacent;
     }

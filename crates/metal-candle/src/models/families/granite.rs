@@ -1,7 +1,7 @@
 //! Granite 3, and the dense models without recurrent layers of Granite 4: a Llama with a multiplier on embedding, residual
 //! branches, scores and logits.
 
-use super::common::{factor, layer_types};
+use super::common::{factor, layer_types, layer_types_at};
 use super::family::Family;
 use super::llama::llama;
 use crate::error::Result;
@@ -29,7 +29,11 @@ fn granite_hybrid(config: &mut ModelConfig, keys: &Keys) -> Result<Description> 
     if keys.size("num_local_experts")?.unwrap_or(8) != 0 {
         return Err(keys.unsupported("num_local_experts", "a mixture of experts (expected 0)"));
     }
-    if layer_types(config, keys)?.is_none_or(|is_sliding| is_sliding.contains(&true)) {
+    let is_sliding = match layer_types(config, keys)? {
+        None => layer_types_at(config, keys, "layers_block_type")?,
+        found => found,
+    };
+    if is_sliding.is_none_or(|is_sliding| is_sliding.contains(&true)) {
         return Err(keys.unsupported("layer_types", "recurrent layers (expected `full_attention` for each layer)"));
     }
     let mut description = granite(config, keys)?;

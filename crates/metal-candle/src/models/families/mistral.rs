@@ -1,7 +1,8 @@
 //! Mistral (<https://arxiv.org/abs/2310.06825>, section 2) and Ministral.
 
-use super::common::{RopeKeys, decoder, layer_types, set_windows, sliding_window};
+use super::common::{decoder, layer_types, set_windows, sliding_window};
 use super::family::Family;
+use super::rotary::{RopeKeys, RopeOptions};
 use crate::error::Result;
 use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
 use crate::models::description::{Description, QueryScaling};
@@ -64,7 +65,7 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let size = sliding_window(keys, None)?;
     let is_sliding = vec![size.is_some(); config.num_hidden_layers];
     set_windows(&mut description, config, keys, &is_sliding, size)?;
-    let rope = RopeKeys::read(config, keys, None)?;
+    let rope = RopeKeys::read(config, keys, RopeOptions::default())?;
     if !rope.is_given() {
         set_released_rotary(&mut description, config);
         return Ok(description);

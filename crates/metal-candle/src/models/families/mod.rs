@@ -11,6 +11,7 @@ mod mistral;
 mod olmo;
 mod phi3;
 mod qwen;
+mod rotary;
 mod smollm3;
 mod starcoder2;
 

@@ -1,7 +1,8 @@
 //! Phi-3, Phi-3.5 and Phi-4 (<https://arxiv.org/abs/2404.14219>, section 2).
 
-use super::common::{decoder, set_windows, sliding_window};
+use super::common::{decoder_with_rotary, set_windows, sliding_window};
 use super::family::Family;
+use super::rotary::RopeOptions;
 use crate::error::Result;
 use crate::models::config::{Defaults, ModelConfig};
 use crate::models::description::{Description, GatedProjections};
@@ -19,10 +20,14 @@ pub(super) const PHI3: Family = Family {
     describe: phi3,
 };
 
+/// Old files have other names for `longrope`.
+const ROPE: RopeOptions =
+    RopeOptions { layer_type: None, partial: Some(1.0), longrope_names: &["su", "yarn"], original_beside: Some(4096) };
+
 /// q, k and v, and gate and up, are one tensor each. Adapters extend these as PEFT does, with one A for all of its rows.
 fn phi3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     config.attention_bias = false;
-    let mut description = decoder(config, keys)?;
+    let mut description = decoder_with_rotary(config, keys, ROPE)?;
     let size = sliding_window(keys, None)?;
     let is_sliding = vec![size.is_some(); config.num_hidden_layers];
     set_windows(&mut description, config, keys, &is_sliding, size)?;

@@ -1,0 +1,172 @@
+//! The keys of rotary positions, in the style of `rope_scaling` or of `rope_parameters`.
+
+use crate::error::Result;
+use crate::files::JsonObject;
+use crate::models::config::ModelConfig;
+use crate::models::keys::Keys;
+use crate::ops::rotary::{Pairs, RotaryScaling, RotarySpec};
+use serde_json::Value;
+
+/// How a family reads its rotary settings.
+#[derive(Clone, Copy, Default)]
+pub(super) struct RopeOptions {
+    /// The type of layer whose settings are meant, in a family whose layers differ: its settings are below this name.
+    pub(super) layer_type: Option<&'static str>,
+    /// The rotated share of a head where no key says it; without it only whole heads are rotated.
+    pub(super) partial: Option<f64>,
+    /// Further names of `longrope` scaling.
+    pub(super) longrope_names: &'static [&'static str],
+    /// The default of an `original_max_position_embeddings` that is beside the settings, never among them.
+    pub(super) original_beside: Option<usize>,
+}
+
+/// The rotary settings of a configuration, in the old style or the new one.
+pub(super) struct RopeKeys {
+    /// The keys of `rope_scaling` or `rope_parameters`, and which of them.
+    rope: Option<(&'static str, JsonObject)>,
+    pub(super) theta: f64,
+    /// The rotated share of a head.
+    pub(super) share: f64,
+    pub(super) scaling: RotaryScaling,
+}
+
+impl RopeKeys {
+    /// The settings, of one type of layer if the options say so.
+    pub(super) fn read(config: &ModelConfig, keys: &Keys, options: RopeOptions) -> Result<Self> {
+        let mut found = None;
+        for key in ["rope_parameters", "rope_scaling"] {
+            if let Some(object) = keys.object(key)?.filter(|object| !object.map().is_empty()) {
+                found = Some((key, object));
+            }
+        }
+        let found_key = found.as_ref().map_or("partial_rotary_factor", |(key, _)| key);
+        let is_nested = found.as_ref().is_some_and(|(_, object)| object.map().values().any(Value::is_object));
+        let rope = match (found, options.layer_type) {
+            (Some((key, object)), Some(kind)) if is_nested => object.object(kind)?.map(|object| (key, object)),
+            (Some((key, _)), None) if is_nested => {
+                return Err(keys.unsupported(key, "rotary settings that differ by layer"));
+            }
+            (found @ Some(("rope_scaling", _)), Some("full_attention")) | (found, None) => found,
+            (Some((key, _)), Some(_)) => {
+                // transformers reads only nested settings there
+                if key == "rope_parameters" {
+                    keys.forget(key);
+                }
+                None
+            }
+            (None, Some(_)) => None,
+        };
+        let number = |name: &str| match &rope {
+            Some((_, object)) => object.number(name),
+            None => Ok(None),
+        };
+        let beside = if options.layer_type == Some("sliding_attention") { None } else { keys.number("rope_theta")? };
+        let theta = number("rope_theta")?.or(beside).unwrap_or(config.rope_theta);
+        let share = number("partial_rotary_factor")?.or(keys.number("partial_rotary_factor")?);
+        let share = share.or(options.partial).unwrap_or(1.0);
+        if !(1.0..=1e30).contains(&theta) {
+            return Err(keys.wrong("rope_theta", "a number from 1 to 1e30", &Value::from(theta)));
+        }
+        if options.partial.is_none() && (share - 1.0).abs() >= f64::EPSILON {
+            return Err(keys.unsupported(found_key, "a `partial_rotary_factor` other than 1"));
+        }
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(keys.wrong("partial_rotary_factor", "a number above 0 and at most 1", &Value::from(share)));
+        }
+        let mut settings = Self { rope, theta, share, scaling: RotaryScaling::Default };
+        settings.scaling = settings.read_scaling(config, keys, options)?;
+        Ok(settings)
+    }
+
+    /// The table for the heads of `config`.
+    pub(super) fn table(&self, config: &ModelConfig) -> RotarySpec {
+        // an odd share is rounded up to whole pairs
+        let dim = ((config.head_dim as f64 * self.share) as usize).next_multiple_of(2);
+        RotarySpec {
+            dim,
+            theta: self.theta,
+            scaling: self.scaling.clone(),
+            pairs: Pairs::Halves,
+            max_position_embeddings: config.max_position_embeddings,
+        }
+    }
+
+    /// Whether the configuration has rotary settings beside `rope_theta`.
+    pub(super) fn is_given(&self) -> bool {
+        self.rope.is_some()
+    }
+
+    /// The number of another key among the settings.
+    pub(super) fn number(&self, name: &str) -> Result<Option<f64>> {
+        match &self.rope {
+            Some((_, object)) => object.number(name),
+            None => Ok(None),
+        }
+    }
+
+    fn read_scaling(&self, config: &ModelConfig, keys: &Keys, options: RopeOptions) -> Result<RotaryScaling> {
+        let Some((key, rope)) = &self.rope else { return Ok(RotaryScaling::Default) };
+        let kind = match rope.text("rope_type")? {
+            Some(kind) => Some(kind),
+            None => rope.text("type")?,
+        };
+        let kind = kind.unwrap_or("default");
+        let kind = if options.longrope_names.contains(&kind) { "longrope" } else { kind };
+        let original = match options.original_beside {
+            Some(default) => keys.size("original_max_position_embeddings")?.unwrap_or(default),
+            None => rope.size("original_max_position_embeddings")?.unwrap_or(config.max_position_embeddings),
+        };
+        if original == 0 {
+            return Err(rope.wrong("original_max_position_embeddings", "at least 1", &Value::from(0)));
+        }
+        let factor = |name: &str| -> Result<f64> {
+            let value = rope.number(name)?.ok_or_else(|| rope.missing(name, "a number"))?;
+            if value > 0.0 { Ok(value) } else { Err(rope.wrong(name, "a number above 0", &Value::from(value))) }
+        };
+        Ok(match kind {
+            "default" => RotaryScaling::Default,
+            "linear" => RotaryScaling::Linear { factor: factor("factor")? },
+            "dynamic" => RotaryScaling::Dynamic { factor: factor("factor")? },
+            "llama3" => RotaryScaling::Llama3 {
+                factor: factor("factor")?,
+                low_freq_factor: factor("low_freq_factor")?,
+                high_freq_factor: factor("high_freq_factor")?,
+                original_max_position_embeddings: original,
+            },
+            "yarn" => RotaryScaling::Yarn {
+                factor: rope.number("factor")?,
+                original_max_position_embeddings: original,
+                beta_fast: rope.number("beta_fast")?.unwrap_or(32.0),
+                beta_slow: rope.number("beta_slow")?.unwrap_or(1.0),
+                truncate: rope.flag("truncate")?.unwrap_or(true),
+                attention_factor: rope.number("attention_factor")?,
+                mscale: rope.number("mscale")?,
+                mscale_all_dim: rope.number("mscale_all_dim")?,
+            },
+            "longrope" => {
+                let pairs = (config.head_dim as f64 * self.share) as usize / 2;
+                RotaryScaling::LongRope {
+                    short_factor: factors(rope, "short_factor", pairs)?,
+                    long_factor: factors(rope, "long_factor", pairs)?,
+                    original_max_position_embeddings: original,
+                    factor: rope.number("factor")?,
+                    attention_factor: rope.number("attention_factor")?,
+                }
+            }
+            other => return Err(keys.unsupported(key, &format!("rotary scaling of type `{other}`"))),
+        })
+    }
+}
+
+/// A list of one positive number for each rotated pair.
+fn factors(rope: &JsonObject, name: &str, pairs: usize) -> Result<Vec<f64>> {
+    let expected = format!("a list of {pairs} numbers above 0, one for each rotated pair");
+    let value = rope.get(name).ok_or_else(|| rope.missing(name, &expected))?;
+    let list = value.as_array().filter(|list| list.len() == pairs);
+    let list = list.ok_or_else(|| rope.wrong(name, &expected, value))?;
+    let number = |value: &Value| {
+        let number = value.as_f64().filter(|number| number.is_finite() && *number > 0.0);
+        number.ok_or_else(|| rope.wrong(name, &expected, value))
+    };
+    list.iter().map(number).collect()
+}
