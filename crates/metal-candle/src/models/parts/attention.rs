@@ -192,8 +192,9 @@ impl Attention {
     fn positioned(&self, q: Tensor, k: Tensor, context: Context) -> Result<(Tensor, Tensor, Option<[Tensor; 2]>)> {
         let Some(([q_norm, k_norm], spec)) = &self.qk_norm else {
             let (q, k) = (self.clipped(q)?, self.clipped(k)?);
-            // q and k are rotated in place
-            let raw = self.spec.clip.map(|_| Ok::<_, crate::Error>([q.copy()?, k.copy()?])).transpose()?;
+            // q and k are rotated in place, and candle's `copy` shares the buffer on Metal
+            let copies = || Ok::<_, crate::Error>([q.force_contiguous()?, k.force_contiguous()?]);
+            let raw = self.spec.clip.map(|_| copies()).transpose()?;
             let (q, k) = self.rotated(q, k, context, false)?;
             return Ok((self.scaled(q, context)?, k, raw));
         };
