@@ -126,10 +126,10 @@ fn fused_layers() {
                 .map(|i| Factors {
                     number: i,
                     layer: layers[i],
-                    x: &x,
-                    dy: on_device[i],
-                    z: made.z[i].as_ref(),
-                    dz: dzs[i].as_ref(),
+                    x: x.clone(),
+                    dy: on_device[i].clone(),
+                    z: made.z[i].clone(),
+                    dz: dzs[i].clone(),
                 })
                 .collect();
             let found = fused::term_gradients(&factors, &room).unwrap();
