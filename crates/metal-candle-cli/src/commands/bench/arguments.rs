@@ -47,6 +47,10 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_name = "COUNT", help_heading = "Work")]
     decode_tokens: Option<usize>,
 
+    /// Rank of an adapter of all linear layers that is decoded with; 0 for none.
+    #[arg(long, value_name = "RANK", default_value_t = 0, help_heading = "Work")]
+    decode_rank: usize,
+
     /// Sequences of a training step and their length in tokens [default: 8x1024; on the CPU 4x256].
     #[arg(long, value_name = "COUNTxTOKENS", value_parser = parse_batch, help_heading = "Work")]
     train_batch: Option<(usize, usize)>,
@@ -133,7 +137,11 @@ impl BenchArguments {
             let batches = if self.decode_batch.is_empty() { defaults.decode_batch } else { &self.decode_batch };
             for &sequences in batches {
                 let sequences = within("decode-batch", sequences, Generator::MAX_BATCH_SIZE)?;
-                works.push(Work::Decode { sequences, length, steps });
+                let rank = match self.decode_rank {
+                    0 => 0,
+                    rank => within("decode-rank", rank, config.hidden_size)?,
+                };
+                works.push(Work::Decode { sequences, length, steps, rank });
             }
         }
         if !self.skip.contains(&Part::Train) {

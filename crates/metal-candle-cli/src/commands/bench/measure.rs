@@ -62,7 +62,7 @@ pub(super) fn measure(model: &Model, work: Work) -> Result<Measured> {
     let memory = PeakMemory::watch(model.device());
     let (seconds, remark) = match work {
         Work::Prefill { length, repeats } => (prefill(model, length, repeats)?, None),
-        Work::Decode { sequences, length, steps } => (decode(model, sequences, length, steps)?, None),
+        Work::Decode { sequences, length, steps, rank } => (decode(model, sequences, length, steps, rank)?, None),
         Work::Train { sequences, length, rank, repeats } => train(model, sequences, length, rank, repeats)?,
     };
     Ok(Measured { seconds, peak_memory_bytes: memory.peak_bytes(), remark })
@@ -85,8 +85,11 @@ fn prefill(model: &Model, length: usize, repeats: usize) -> Result<Vec<f64>> {
 }
 
 /// Times of the steps in which all sequences get a token each. Every token is read from the device.
-fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Result<Vec<f64>> {
+fn decode(model: &Model, sequences: usize, length: usize, steps: usize, rank: usize) -> Result<Vec<f64>> {
     let mut generator = Generator::new(model.clone());
+    if rank > 0 {
+        generator.set_adapter(Some(adapter(model, rank)?.terms()?));
+    }
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
     // decoding of the first prompts overlaps prefill of the last ones, so all continue until each has made its steps
     let most = if sequences == 1 { steps + 1 } else { model.config().max_sequence_length() };
@@ -121,6 +124,12 @@ fn decode(model: &Model, sequences: usize, length: usize, steps: usize) -> Resul
     Ok(seconds[warm_up..].to_vec())
 }
 
+/// An adapter of all linear layers of the blocks.
+fn adapter(model: &Model, rank: usize) -> Result<LoRAAdapter> {
+    let builder = LoRAAdapter::builder(model).with_rank(rank).with_alpha(2.0 * rank as f64);
+    Ok(builder.with_target_modules([TargetModule::AllLinear]).build()?)
+}
+
 /// Times of training steps, and what was changed to make them fit into the memory.
 fn train(
     model: &Model,
@@ -133,11 +142,7 @@ fn train(
     let sample =
         |number: usize| Sample { ids: ids(model.config(), number, length), trained: vec![true; length], source: None };
     let data = Dataset::from_samples((0..steps * sequences).map(sample).collect());
-    let adapter = LoRAAdapter::builder(model)
-        .with_rank(rank)
-        .with_alpha(2.0 * rank as f64)
-        .with_target_modules([TargetModule::AllLinear])
-        .build()?;
+    let adapter = adapter(model, rank)?;
     let config = TrainingConfig {
         num_epochs: 1,
         lr_scheduler: LRScheduler::constant(1e-4),

@@ -98,8 +98,15 @@ class MlxLm:
 
         return repeated(repeats, work)
 
-    def decode(self, sequences, length, steps):
-        return self.decode_one(length, steps) if sequences == 1 else self.decode_batch(sequences, length, steps)
+    def decode(self, sequences, length, steps, rank):
+        if rank > 0:
+            from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+
+            linear_to_lora_layers(self.model, len(self.model.layers), {"rank": rank, "scale": 2.0, "dropout": 0.0})
+        times = self.decode_one(length, steps) if sequences == 1 else self.decode_batch(sequences, length, steps)
+        if rank > 0:
+            remove_lora_layers(self.model)
+        return times
 
     def decode_one(self, length, steps):
         from mlx_lm.generate import generate_step
@@ -216,17 +223,26 @@ class Transformers:
         prompt = self.batch(1, length)
         return repeated(repeats, lambda: self.generate(prompt, 1))
 
-    def decode(self, sequences, length, steps):
+    def decode(self, sequences, length, steps, rank):
+        plain = self.model
+        if rank > 0:
+            self.model = self.with_adapter(rank)
         prompts = self.batch(sequences, length)
         # whole calls, less that of one token: nothing is asked in between
         self.generate(prompts, 2)
         one, all_of_them = (repeated(2, lambda: self.generate(prompts, tokens), warm_up=0) for tokens in (1, steps + 1))
+        if rank > 0:
+            self.model.unload()
+            self.model = plain
         return [(whole - first) / steps for first, whole in zip(one, all_of_them)]
+
+    def with_adapter(self, rank):
+        config = self.peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return self.peft.get_peft_model(self.model, config)
 
     def train(self, sequences, length, rank, repeats):
         torch = self.torch
-        config = self.peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = self.peft.get_peft_model(self.model, config)
+        model = self.with_adapter(rank)
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -19,8 +19,8 @@ pub(super) enum Part {
 pub(super) enum Work {
     /// From a prompt of `length` tokens to the first token after it.
     Prefill { length: usize, repeats: usize },
-    /// One more token of each of `sequences` after `length` tokens.
-    Decode { sequences: usize, length: usize, steps: usize },
+    /// One more token of each of `sequences` after `length` tokens, with an adapter unless its rank is 0.
+    Decode { sequences: usize, length: usize, steps: usize, rank: usize },
     /// A step of LoRA training: forward, backward, update.
     Train { sequences: usize, length: usize, rank: usize, repeats: usize },
 }
@@ -38,7 +38,10 @@ impl Work {
     pub(super) fn title(self) -> String {
         match self {
             Self::Prefill { length, .. } => format!("prefill {length}"),
-            Self::Decode { sequences, length, .. } => format!("decode {sequences}, after {length}"),
+            Self::Decode { sequences, length, rank: 0, .. } => format!("decode {sequences}, after {length}"),
+            Self::Decode { sequences, length, rank, .. } => {
+                format!("decode {sequences}, after {length}, rank {rank}")
+            }
             Self::Train { sequences, length, rank, .. } => format!("LoRA step {sequences}x{length}, rank {rank}"),
         }
     }
@@ -56,9 +59,9 @@ impl Work {
     pub(super) fn request(self) -> Value {
         match self {
             Self::Prefill { length, repeats } => json!({"work": "prefill", "length": length, "repeats": repeats}),
-            Self::Decode { sequences, length, steps } => {
-                json!({"work": "decode", "sequences": sequences, "length": length, "steps": steps})
-            }
+            Self::Decode { sequences, length, steps, rank } => json!({
+                "work": "decode", "sequences": sequences, "length": length, "steps": steps, "rank": rank
+            }),
             Self::Train { sequences, length, rank, repeats } => json!({
                 "work": "train", "sequences": sequences, "length": length, "rank": rank, "repeats": repeats
             }),
