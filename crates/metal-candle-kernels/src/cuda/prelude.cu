@@ -60,8 +60,8 @@ typedef bf16_t T;
 #define UNROLL _Pragma("unroll")
 #define UNROLL4 _Pragma("unroll 4")
 #define ATOMIC_UINT uint
-#define ATOMIC_STORE(a, i, x) a[i] = x
-#define ATOMIC_LOAD(a, i) a[i]
+#define ATOMIC_STORE(a, i, x) (*(volatile uint*)&(a)[i] = (x))
+#define ATOMIC_LOAD(a, i) (*(volatile const uint*)&(a)[i])
 #define ATOMIC_ADD(a, i, x) atomicAdd(&a[i], x)
 #define EXP(x) expf(x)
 #define LOG(x) logf(x)

@@ -21,6 +21,8 @@ pub enum Source {
     Attention,
     /// A decoder block for few tokens, the head and the embedding.
     Decode,
+    /// The attention of such a block.
+    DecodeAttention,
     /// Cross-entropy of logits.
     CrossEntropy,
     /// Optimizer steps over flat buffers, and norms.
@@ -41,6 +43,7 @@ impl Source {
             Self::Product => include_str!("../metal/product.metal"),
             Self::Attention => include_str!("../metal/attention.metal"),
             Self::Decode => include_str!("../metal/decode.metal"),
+            Self::DecodeAttention => include_str!("../metal/decode_attention.metal"),
             Self::CrossEntropy => include_str!("../metal/cross_entropy.metal"),
             Self::Optimizer => include_str!("../metal/optimizer.metal"),
             Self::Sampling => include_str!("../metal/sampling.metal"),
@@ -55,7 +58,7 @@ impl Source {
     /// then limits the registers of a thread to what such a block can have.
     pub(super) fn known_threads(self) -> Option<usize> {
         match self {
-            Self::Decode => None,
+            Self::Decode | Self::DecodeAttention => None,
             Self::Norm | Self::CrossEntropy | Self::Sampling => Some(512),
             _ => Some(256),
         }

@@ -48,3 +48,76 @@ FUNCTION void add_term(
     UNROLL
     for (uint i = 0; i < TERM_ROWS; i++) y[i] += scale * sums[i];
 }
+
+#ifndef ACTIVATION
+#define ACTIVATION 0
+#endif
+
+// erfc(z) for z >= 0, see `activation.rs`.
+FUNCTION float complementary_error(float z) {
+    const float t = 1.0f / (1.0f + 0.5f * z);
+    float q = 0.14493021f;
+    q = q * t - 0.6808272f;
+    q = q * t + 1.1567338f;
+    q = q * t - 0.6962519f;
+    q = q * t - 0.08028043f;
+    q = q * t + 0.0012675867f;
+    q = q * t + 0.0346028f;
+    q = q * t + 0.3866404f;
+    q = q * t + 0.9986328f;
+    q = q * t - 1.265448f;
+    return t * EXP(q - z * z);
+}
+
+// The activation of number ACTIVATION, in the order of `Activation`, and its slope.
+FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* value, PRIVATE float* slope) {
+#if ACTIVATION == 0
+    const float s = sigmoid(x);
+    *value = x * s;
+    *slope = s * (1.0f + x * (1.0f - s));
+#elif ACTIVATION == 1
+    const float square = x * x;
+    const float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * square));
+    *value = x * s;
+    // far out the product is 0 times a number that may be infinite
+    const bool is_bent = s > 1e-30f && s < 1.0f;
+    *slope = s + (is_bent ? x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * square) : 0.0f);
+#elif ACTIVATION == 2
+    const float tail = 0.5f * complementary_error((x < 0.0f ? -x : x) * 0.70710678f);
+    const float share = x < 0.0f ? tail : 1.0f - tail;
+    *value = x * share;
+    *slope = share + x * 0.3989423f * EXP(-0.5f * x * x);
+#elif ACTIVATION == 3
+    *value = x < 0.0f ? 0.0f : x;
+    *slope = x > 0.0f ? 1.0f : 0.0f;
+#elif ACTIVATION == 4
+    const float positive = x < 0.0f ? 0.0f : x;
+    *value = positive * positive;
+    *slope = 2.0f * positive;
+#elif ACTIVATION == 5
+    const float g = x > limit ? limit : x;
+    const float s = sigmoid(alpha * g);
+    *value = g * s;
+    *slope = x > limit ? 0.0f : s * (1.0f + alpha * g * (1.0f - s));
+#else
+    const float s = sigmoid(x);
+    *value = s;
+    *slope = s * (1.0f - s);
+#endif
+}
+
+// What an activation of a gate is multiplied with, and its slope.
+FUNCTION float up_of(float up, float limit) {
+    if (ACTIVATION != 5) return up;
+    return (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
+}
+FUNCTION float up_slope(float up, float limit) { return ACTIVATION == 5 && (up > limit || up < -limit) ? 0.0f : 1.0f; }
+
+// Numbers that groups of one launch leave for each other in device memory. A word is EMPTY until it is posted.
+#define EMPTY 0xffffffffu
+
+FUNCTION void post(GLOBAL ATOMIC_UINT* words, uint at, float x) {
+    const uint bits = float_to_bits(x);
+    // the same for another NaN
+    ATOMIC_STORE(words, at, bits == EMPTY ? 0x7fc00000u : bits);
+}

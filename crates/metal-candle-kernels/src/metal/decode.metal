@@ -1,4 +1,5 @@
-// A decoder block for few tokens, each of another sequence: five kernels. Every weight is read once.
+// The kernels of a decoder block for few tokens, each of another sequence, but for attention (`decode_attention.metal`). Every
+// weight is read once.
 //
 // There are `rows` tokens, taken BATCH (a constant) at a time; groups that share weights lie side by side. The state is on the
 // device, `state[row]` is the id of a token, `state[rows + row]` its position and `state[2 * rows + row]` its slot of the
@@ -6,6 +7,11 @@
 //
 // On new CUDA devices a kernel begins while the one before it runs: what is before WAIT_FOR_INPUT reads weights, the state, and
 // keys and values of earlier steps only, and writes nothing.
+//
+// A low-rank update adds B z, z = scale A x. The first groups of a launch compute z, once: their warps take rows of A as those
+// of the other groups take rows of weights. They post it in device memory, where the others read it when their own products are
+// done. A warp that waits in vain computes z itself, in the same order of sums, so that nothing depends on the order in which
+// groups run. Each kernel empties the words that the one before it posted.
 #define MAX_RANK 64
 
 // Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on
@@ -120,21 +126,22 @@ FUNCTION void dots_of_two(
     }
 }
 
-// The normed vectors, `live` of them, as floats. A thread keeps its share of a vector until its norm is known.
+// The normed vectors, `live` of them, as floats, or the vectors as they are. A thread keeps its share of a vector until its norm is known.
 template <uint THREADS>
 FUNCTION void norm_into(
-    GLOBAL const T* x, uint live, GLOBAL const T* weight, float eps, SHARED_ARG float* y, SHARED_ARG float* scratch,
-    uint my_thread, uint my_lane, uint my_warp) {
+    GLOBAL const T* x, uint live, GLOBAL const T* weight, uint has_norm, float offset, float eps, SHARED_ARG float* y,
+    SHARED_ARG float* scratch, uint my_thread, uint my_lane, uint my_warp) {
     for (uint b = 0; b < BATCH; b++) {
         float values[(HIDDEN + THREADS - 1) / THREADS];
         float sum = 0.0f;
         UNROLL for (uint step = 0; step < (HIDDEN + THREADS - 1) / THREADS; step++) {
             const uint i = step * THREADS + my_thread;
             const float value = b < live && i < HIDDEN ? float(x[b * HIDDEN + i]) : 0.0f;
-            values[step] = i < HIDDEN ? value * float(weight[i]) : 0.0f;
+            values[step] = has_norm && i < HIDDEN ? value * (offset + float(weight[i])) : value;
             sum += value * value;
         }
-        const float scale = RSQRT(group_sum(sum, scratch, my_lane, my_warp, THREADS) / float(HIDDEN) + eps);
+        const float square = group_sum(sum, scratch, my_lane, my_warp, THREADS) / float(HIDDEN);
+        const float scale = has_norm ? RSQRT(square + eps) : 1.0f;
         UNROLL for (uint step = 0; step < (HIDDEN + THREADS - 1) / THREADS; step++) {
             const uint i = step * THREADS + my_thread;
             if (i < HIDDEN) y[b * HIDDEN + i] = values[step] * scale;
@@ -143,339 +150,189 @@ FUNCTION void norm_into(
     BARRIER;
 }
 
-// z = scale * A x of a low-rank term, for vectors in shared memory: BATCH rows of MAX_RANK. A may lie at any element.
-FUNCTION void low_rank_into(
-    GLOBAL const T* a, uint rank, float scale, SHARED_ARG const float* x, uint width, SHARED_ARG float* z, uint my_lane,
-    uint my_warp, uint num_threads) {
-    for (uint r = my_warp; r < rank; r += num_threads / 32) {
-        for (uint b = 0; b < BATCH; b++) {
-            float sum = 0.0f;
-            for (uint i = my_lane; i < width; i += 32) sum += float(a[r * width + i]) * x[b * width + i];
-            sum = warp_sum(sum);
-            if (my_lane == 0) z[b * MAX_RANK + r] = sum * scale;
-        }
+// How often a word that is not posted yet is read again.
+#define PATIENCE 4096
+
+// The elements of a row of B that a lane multiplies.
+#define SHARES (MAX_RANK / 32)
+
+FUNCTION void ask_for_term(GLOBAL const T* l, uint rank, uint row, uint my_lane, PRIVATE float* term) {
+    UNROLL for (uint i = 0; i < SHARES; i++) {
+        const uint r = my_lane + 32 * i;
+        term[i] = r < rank ? float(l[row * rank + r]) : 0.0f;
     }
 }
 
-FUNCTION void low_rank_of_device_into(
-    GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint live, uint width, SHARED_ARG float* z, uint my_lane,
-    uint my_warp, uint num_threads) {
-    for (uint r = my_warp; r < rank; r += num_threads / 32) {
-        for (uint b = 0; b < live; b++) {
-            float sum = 0.0f;
-            for (uint i = my_lane; i < width; i += 32) sum += float(a[r * width + i]) * float(x[b * width + i]);
-            sum = warp_sum(sum);
-            if (my_lane == 0) z[b * MAX_RANK + r] = sum * scale;
-        }
+// A lane's elements of a posted z. Whether all of them came is the same for all lanes.
+FUNCTION bool read_posted(GLOBAL ATOMIC_UINT* words, uint at, uint rank, uint my_lane, PRIVATE float* z) {
+    uint bits[SHARES];
+    UNROLL for (uint i = 0; i < SHARES; i++) {
+        bits[i] = my_lane + 32 * i < rank ? ATOMIC_LOAD(words, at + my_lane + 32 * i) : 0u;
     }
+    float is_missing = 0.0f;
+    UNROLL for (uint i = 0; i < SHARES; i++) {
+        for (uint n = 0; n < PATIENCE && bits[i] == EMPTY; n++) bits[i] = ATOMIC_LOAD(words, at + my_lane + 32 * i);
+        if (bits[i] == EMPTY) is_missing = 1.0f;
+        z[i] = bits_to_float(bits[i]);
+    }
+    return warp_max(is_missing) == 0.0f;
 }
 
-// Row `row` of B times z, added to the sums.
-FUNCTION void add_low_rank(
-    GLOBAL const T* b_matrix, uint rank, uint row, SHARED_ARG const float* z, PRIVATE float* sums, uint my_lane) {
-    for (uint b = 0; b < BATCH; b++) {
+// The same for z of a vector of HIDDEN floats in shared memory, computed where it does not come.
+FUNCTION void read_low_rank(
+    GLOBAL ATOMIC_UINT* words, uint at, GLOBAL const T* a, uint rank, float scale, SHARED_ARG const float* x, uint my_lane,
+    PRIVATE float* z) {
+    if (read_posted(words, at, rank, my_lane, z)) return;
+    for (uint r = 0; r < rank; r++) {
         float sum = 0.0f;
-        for (uint r = my_lane; r < rank; r += 32) sum += float(b_matrix[row * rank + r]) * z[b * MAX_RANK + r];
-        sums[b] += warp_sum(sum);
+        for (uint i = 8 * my_lane; i < HIDDEN; i += 256) {
+            for (uint j = 0; j < 8; j++) sum += float(a[r * HIDDEN + i + j]) * x[i + j];
+        }
+        sum = warp_sum(sum);
+        UNROLL for (uint i = 0; i < SHARES; i++) {
+            if (r == my_lane + 32 * i) z[i] = sum * scale;
+        }
     }
+}
+
+// B z of a row.
+FUNCTION float times_term(PRIVATE const float* term, PRIVATE const float* z) {
+    float sum = 0.0f;
+    UNROLL for (uint i = 0; i < SHARES; i++) sum += term[i] * z[i];
+    return warp_sum(sum);
+}
+
+// Empties the words that an earlier kernel posted: the work of the last group.
+FUNCTION void empty_words(
+    GLOBAL ATOMIC_UINT* words, uint from, uint count, bool is_last, uint my_thread, uint num_threads) {
+    if (!is_last) return;
+    for (uint i = my_thread; i < count; i += num_threads) ATOMIC_STORE(words, from + i, EMPTY);
 }
 
 struct EmbedWords {
     uint width;
+    float factor;
+    uint empty_at;
+    uint empty_count;
 };
 
-// x[b] = the embedding of token b
-KERNEL(decode_embed)(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), WORDS(EmbedWords, 3) PLACE) {
+// x[b] = factor * the embedding of token b
+KERNEL(decode_embed)
+(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), OUT(ATOMIC_UINT, posted, 3), WORDS(EmbedWords, 4) PLACE) {
     WAIT_FOR_INPUT;
+    empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     const wide from = wide(state[group.x]) * p.width;
-    for (uint i = me; i < p.width; i += threads) x[group.x * p.width + i] = embedding[from + i];
+    for (uint i = me; i < p.width; i += threads) x[group.x * p.width + i] = T(p.factor * float(embedding[from + i]));
 }
 
 struct ProjectionWords {
     uint rows;
+    uint has_norm;
+    float offset;
     float eps;
-    uint heads;
-    uint kv_heads;
-    uint half_dim;
-    uint max_seq_len;
-    uint has_bias;
+    uint q_width;
+    uint kv_width;
     uint q_rank;
     uint k_rank;
     uint v_rank;
     float q_scale;
     float k_scale;
     float v_scale;
+    uint post_at;
+    uint empty_at;
+    uint empty_count;
 };
 
-// Norm, projections to q, k and v, rotation of q and k; k and v go to the cache. A warp takes the two elements of a head that
-// are rotated against each other; the groups of a head lie side by side.
+// Norm and projections to q, k and v, without biases. A warp takes two rows.
 KERNEL(decode_projections)
-(IN(T, x, 0), IN(T, norm, 1), IN(T, wq, 2), IN(T, bq, 3), IN(T, wk, 4), IN(T, bk, 5), IN(T, wv, 6), IN(T, bv, 7),
- IN(T, aq, 8), IN(T, lq, 9), IN(T, ak, 10), IN(T, lk, 11), IN(T, av, 12), IN(T, lv, 13), IN(float, cosines, 14),
- IN(float, sines, 15), IN(uint, state, 16), OUT(T, q, 17), OUT(T, keys, 18), OUT(T, values, 19),
- WORDS(ProjectionWords, 20) PLACE) {
+(IN(T, x, 0), IN(T, norm, 1), IN(T, wq, 2), IN(T, wk, 3), IN(T, wv, 4), IN(T, aq, 5), IN(T, lq, 6), IN(T, ak, 7),
+ IN(T, lk, 8), IN(T, av, 9), IN(T, lv, 10), OUT(T, q, 11), OUT(T, k, 12), OUT(T, v, 13), OUT(ATOMIC_UINT, posted, 14),
+ WORDS(ProjectionWords, 15) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
-    SHARED float z[BATCH * MAX_RANK];
     SHARED float scratch[32];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
-    const uint pairs = threads / 32;
-    const uint groups_of_head = p.half_dim / pairs;
+    const uint warps = PROJECTION_THREADS / 32;
+    const uint pairs_of_a = (p.q_rank + 1) / 2 + (p.k_rank + 1) / 2 + (p.v_rank + 1) / 2;
+    const uint groups_of_a = (pairs_of_a + warps - 1) / warps;
     const uint block = group.x / chunks;
-    uint head = block / groups_of_head;
-    const uint i = block % groups_of_head * pairs + warp;
-    GLOBAL const T* w = wq;
-    GLOBAL const T* bias = bq;
-    GLOBAL const T* a = aq;
-    GLOBAL const T* l = lq;
+    const bool is_of_a = block < groups_of_a;
+    uint pair = (is_of_a ? block : block - groups_of_a) * warps + warp;
+    // q, k and v follow each other
+    const uint q_rows = is_of_a ? p.q_rank : p.q_width;
+    const uint k_rows = is_of_a ? p.k_rank : p.kv_width;
+    const uint v_rows = is_of_a ? p.v_rank : p.kv_width;
+    uint kind = 0;
+    uint count = q_rows;
     uint rank = p.q_rank;
     float scale = p.q_scale;
-    uint kind = 0;
-    if (head >= p.heads + p.kv_heads) {
+    GLOBAL const T* w = is_of_a ? aq : wq;
+    GLOBAL const T* a = aq;
+    GLOBAL const T* l = lq;
+    GLOBAL T* y = q;
+    if (pair >= (q_rows + 1) / 2 + (k_rows + 1) / 2) {
+        pair -= (q_rows + 1) / 2 + (k_rows + 1) / 2;
         kind = 2;
-        head -= p.heads + p.kv_heads;
-        w = wv;
-        bias = bv;
-        a = av;
-        l = lv;
+        count = v_rows;
         rank = p.v_rank;
         scale = p.v_scale;
-    } else if (head >= p.heads) {
+        w = is_of_a ? av : wv;
+        a = av;
+        l = lv;
+        y = v;
+    } else if (pair >= (q_rows + 1) / 2) {
+        pair -= (q_rows + 1) / 2;
         kind = 1;
-        head -= p.heads;
-        w = wk;
-        bias = bk;
-        a = ak;
-        l = lk;
+        count = k_rows;
         rank = p.k_rank;
         scale = p.k_scale;
+        w = is_of_a ? ak : wk;
+        a = ak;
+        l = lk;
+        y = k;
     }
-    const uint row0 = head * 2 * p.half_dim + i;
-    const uint row1 = row0 + p.half_dim;
+    const uint row0 = 2 * pair;
+    const uint row1 = row0 + 1 < count ? row0 + 1 : row0;
+    const bool is_there = row0 < count;
     GLOBAL const T* w0 = w + wide(row0) * HIDDEN;
     GLOBAL const T* w1 = w + wide(row1) * HIDDEN;
     TwoRows rows;
-    ask_for_rows(w0, w1, lane, rows);
-    // every lane reads what its group needs at the end, long before
-    uint positions[BATCH];
-    float cosine[BATCH], sine[BATCH];
-    for (uint b = 0; b < BATCH; b++) {
-        positions[b] = state[p.rows + first_row + MINIMUM(b, live - 1)];
-        cosine[b] = cosines[positions[b] * p.half_dim + i];
-        sine[b] = sines[positions[b] * p.half_dim + i];
+    float term0[SHARES], term1[SHARES];
+    if (is_there) {
+        ask_for_rows(w0, w1, lane, rows);
+        if (!is_of_a) {
+            ask_for_term(l, rank, row0, lane, term0);
+            ask_for_term(l, rank, row1, lane, term1);
+        }
     }
     WAIT_FOR_INPUT;
-    norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
-    if (rank > 0) {
-        low_rank_into(a, rank, scale, normed, HIDDEN, z, lane, warp, threads);
-        BARRIER;
-    }
+    empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
+    norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
+    if (!is_there) return;
     float sums0[BATCH], sums1[BATCH];
     dots_of_rows(w0, w1, rows, normed, lane, sums0, sums1);
-    if (rank > 0) {
-        add_low_rank(l, rank, row0, z, sums0, lane);
-        add_low_rank(l, rank, row1, z, sums1, lane);
-    }
-    if (lane != 0) return;
     for (uint b = 0; b < live; b++) {
-        const uint row = first_row + b;
-        float first = sums0[b];
-        float second = sums1[b];
-        if (p.has_bias) {
-            first += float(bias[row0]);
-            second += float(bias[row1]);
-        }
-        const uint position = positions[b];
-        if (kind < 2) {
-            const float turned = first * cosine[b] - second * sine[b];
-            second = second * cosine[b] + first * sine[b];
-            first = turned;
-        }
-        if (kind == 0) {
-            q[row * p.heads * 2 * p.half_dim + row0] = T(first);
-            q[row * p.heads * 2 * p.half_dim + row1] = T(second);
-        } else {
-            const wide at = ((wide(state[2 * p.rows + row]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim;
-            GLOBAL T* cache = kind == 1 ? keys : values;
-            cache[at + i] = T(first);
-            cache[at + i + p.half_dim] = T(second);
-        }
-    }
-}
-
-struct RotateWords {
-    uint rows;
-    uint heads;
-    uint kv_heads;
-    uint half_dim;
-    uint max_seq_len;
-    uint has_bias;
-};
-
-// What follows the products for q, k and v where they are products of matrices: biases, rotation, and k and v to the cache.
-KERNEL(decode_rotate)
-(IN(T, k, 0), IN(T, v, 1), IN(T, bq, 2), IN(T, bk, 3), IN(T, bv, 4), IN(float, cosines, 5), IN(float, sines, 6),
- IN(uint, state, 7), OUT(T, q, 8), OUT(T, keys, 9), OUT(T, values, 10), WORDS(RotateWords, 11) PLACE) {
-    WAIT_FOR_INPUT;
-    uint at = group.x * threads + me;
-    const uint i = at % p.half_dim;
-    at /= p.half_dim;
-    uint head = at % (p.heads + 2 * p.kv_heads);
-    const uint row = at / (p.heads + 2 * p.kv_heads);
-    if (row >= p.rows) return;
-    GLOBAL const T* from = q;
-    GLOBAL const T* bias = bq;
-    uint kind = 0;
-    if (head >= p.heads + p.kv_heads) {
-        kind = 2;
-        from = v;
-        bias = bv;
-        head -= p.heads + p.kv_heads;
-    } else if (head >= p.heads) {
-        kind = 1;
-        from = k;
-        bias = bk;
-        head -= p.heads;
-    }
-    const uint column = head * 2 * p.half_dim + i;
-    const uint start = row * (kind == 0 ? p.heads : p.kv_heads) * 2 * p.half_dim + column;
-    float first = float(from[start]);
-    float second = float(from[start + p.half_dim]);
-    if (p.has_bias) {
-        first += float(bias[column]);
-        second += float(bias[column + p.half_dim]);
-    }
-    const uint position = state[p.rows + row];
-    if (kind < 2) {
-        const float cosine = cosines[position * p.half_dim + i];
-        const float sine = sines[position * p.half_dim + i];
-        const float turned = first * cosine - second * sine;
-        second = second * cosine + first * sine;
-        first = turned;
-    }
-    if (kind == 0) {
-        q[start] = T(first);
-        q[start + p.half_dim] = T(second);
-    } else {
-        const wide to = ((wide(state[2 * p.rows + row]) * p.kv_heads + head) * p.max_seq_len + position) * 2 * p.half_dim + i;
-        GLOBAL T* cache = kind == 1 ? keys : values;
-        cache[to] = T(first);
-        cache[to + p.half_dim] = T(second);
-    }
-}
-
-struct DecodeAttentionWords {
-    uint rows;
-    uint heads;
-    uint kv_heads;
-    uint max_seq_len;
-    float scale;
-};
-
-#ifdef HEAD_DIM
-#define ELEMENTS ((HEAD_DIM + 31) / 32)
-
-// Values that are asked for with their keys.
-#if HEAD_DIM <= 64
-#define HELD 32
-#else
-#define HELD 1
-#endif
-
-// A lane's key of the 32 from `begin` on; those behind the end have weight 0.
-FUNCTION void ask_for_keys(GLOBAL const T* keys, uint begin, uint num_keys, uint my_lane, PRIVATE Eight* asked) {
-    GLOBAL const T* row = keys + wide(MINIMUM(begin + my_lane, num_keys - 1)) * HEAD_DIM;
-    UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) asked[i] = load_eight(row + 8 * i);
-}
-
-// A lane's elements of each of the 32 values.
-FUNCTION void ask_for_values(
-    GLOBAL const T* values, uint begin, uint num_keys, uint my_lane, PRIVATE T (*held)[ELEMENTS]) {
-    UNROLL for (uint j = 0; j < HELD; j++) {
-        GLOBAL const T* row = values + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM;
-        UNROLL for (uint e = 0; e < ELEMENTS; e++) held[j][e] = row[MINIMUM(e * 32 + my_lane, uint(HEAD_DIM) - 1)];
-    }
-}
-
-// Attention of one query over its slot of the cache: a group for each head and token. The warps take blocks of 32 keys by
-// turns and put their parts together at the end.
-KERNEL(decode_attention)
-(IN(T, q, 0), IN(T, keys, 1), IN(T, values, 2), IN(uint, state, 3), OUT(T, out, 4), WORDS(DecodeAttentionWords, 5) PLACE) {
-    SHARED float query[HEAD_DIM];
-    SHARED float maxima[32];
-    SHARED float totals[32];
-    SHARED float parts[DECODE_WARPS * HEAD_DIM];
-    const uint head = group.x;
-    const uint b = group.y;
-    const uint num_keys = state[p.rows + b] + 1;
-    const uint kv_head = head / (p.heads / p.kv_heads);
-    const wide start = (wide(state[2 * p.rows + b]) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
-    // the last key and value are of this step, the others are asked for before the query is there
-    Eight asked[HEAD_DIM / 8];
-    T held[HELD][ELEMENTS];
-    if (32 * warp + 32 < num_keys) {
-        ask_for_keys(keys + start, 32 * warp, num_keys, lane, asked);
-        ask_for_values(values + start, 32 * warp, num_keys, lane, held);
-    }
-    WAIT_FOR_INPUT;
-    for (uint i = me; i < HEAD_DIM; i += threads) query[i] = float(q[(b * p.heads + head) * HEAD_DIM + i]) * p.scale;
-    BARRIER;
-    float largest = -INFINITY;
-    float sum = 0.0f;
-    float result[ELEMENTS];
-    for (uint e = 0; e < ELEMENTS; e++) result[e] = 0.0f;
-    for (uint begin = 32 * warp; begin < num_keys; begin += 32 * DECODE_WARPS) {
-        const uint key = begin + lane;
-        if (begin != 32 * warp || begin + 32 >= num_keys) {
-            ask_for_keys(keys + start, begin, num_keys, lane, asked);
-            ask_for_values(values + start, begin, num_keys, lane, held);
-        }
-        float s = 0.0f;
-        UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) {
-            float v[8];
-            unpack_eight(asked[i], v);
-            UNROLL for (uint j = 0; j < 8; j++) s += v[j] * query[8 * i + j];
-        }
-        if (key >= num_keys) s = -INFINITY;
-        const float maximum = MAXIMUM(largest, warp_max(s));
-        const float weight = key < num_keys ? EXP(s - maximum) : 0.0f;
-        const float shrink = EXP(largest - maximum);
-        largest = maximum;
-        sum = sum * shrink + warp_sum(weight);
-        for (uint e = 0; e < ELEMENTS; e++) result[e] *= shrink;
-        UNROLL for (uint j = 0; j < 32; j++) {
-            const float w = warp_shuffle(weight, j);
-            UNROLL for (uint e = 0; e < ELEMENTS; e++) {
-#if HEAD_DIM <= 64
-                result[e] += w * float(held[j][e]);
-#else
-                const uint i = MINIMUM(e * 32 + lane, uint(HEAD_DIM) - 1);
-                result[e] += w * float(values[start + wide(MINIMUM(begin + j, num_keys - 1)) * HEAD_DIM + i]);
-#endif
+        const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
+        if (is_of_a) {
+            if (lane == 0) {
+                post(posted, at + row0, sums0[b] * scale);
+                if (row1 > row0) post(posted, at + row1, sums1[b] * scale);
             }
+            continue;
+        }
+        if (rank > 0) {
+            float z[SHARES];
+            read_low_rank(posted, at, a, rank, scale, normed + b * HIDDEN, lane, z);
+            sums0[b] += times_term(term0, z);
+            sums1[b] += times_term(term1, z);
+        }
+        if (lane == 0) {
+            y[(first_row + b) * count + row0] = T(sums0[b]);
+            if (row1 > row0) y[(first_row + b) * count + row1] = T(sums1[b]);
         }
     }
-    if (lane == 0) {
-        maxima[warp] = largest;
-        totals[warp] = sum;
-    }
-    for (uint e = 0; e < ELEMENTS; e++) {
-        const uint i = e * 32 + lane;
-        if (i < HEAD_DIM) parts[warp * HEAD_DIM + i] = result[e];
-    }
-    BARRIER;
-    float maximum = -INFINITY;
-    for (uint w = 0; w < DECODE_WARPS; w++) maximum = MAXIMUM(maximum, maxima[w]);
-    float total = 0.0f;
-    for (uint w = 0; w < DECODE_WARPS; w++) total += totals[w] * EXP(maxima[w] - maximum);
-    for (uint i = me; i < HEAD_DIM; i += threads) {
-        float value = 0.0f;
-        for (uint w = 0; w < DECODE_WARPS; w++) value += parts[w * HEAD_DIM + i] * EXP(maxima[w] - maximum);
-        out[(b * p.heads + head) * HEAD_DIM + i] = T(value / total);
-    }
 }
-#endif
 
 struct LinearWords {
     uint rows;
@@ -483,39 +340,81 @@ struct LinearWords {
     uint out_features;
     uint rank;
     float scale;
+    // The factor on the sum, and whether y is kept.
+    float factor;
+    uint is_added;
+    uint post_at;
+    uint empty_at;
+    uint empty_count;
 };
 
-// y += W x + scale B A x. Four warps share two rows, each a quarter of their width.
 #define QUARTERS 4
+
+// z of a low-rank update of a vector in device memory, as the warps of its own groups would compute it.
+FUNCTION void low_rank_of_device(
+    GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint width, uint share, uint my_lane, PRIVATE float* z) {
+    for (uint r = 0; r < rank; r++) {
+        float total = 0.0f;
+        for (uint quarter = 0; quarter < QUARTERS; quarter++) {
+            const uint from = MINIMUM(quarter * share, width);
+            const uint end = MINIMUM(from + share, width);
+            float sum = 0.0f;
+            for (uint i = from + 8 * my_lane; i < end; i += 256) {
+                for (uint j = 0; j < 8; j++) sum += float(a[r * width + i + j]) * float(x[i + j]);
+            }
+            total += warp_sum(sum);
+        }
+        UNROLL for (uint i = 0; i < SHARES; i++) {
+            if (r == my_lane + 32 * i) z[i] = total * scale;
+        }
+    }
+}
+
+// y += factor * (W x + scale B A x), or y becomes this. Four warps share two rows, each a quarter of their width.
 KERNEL(decode_linear)
-(IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), WORDS(LinearWords, 5) PLACE) {
-    SHARED float z[BATCH * MAX_RANK];
+(IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), OUT(ATOMIC_UINT, posted, 5),
+ WORDS(LinearWords, 6) PLACE) {
     SHARED float parts[LINEAR_THREADS / 32 * 2 * BATCH];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
     GLOBAL const T* vectors = x + first_row * p.in_features;
     const uint pairs = LINEAR_THREADS / 32 / QUARTERS;
-    const uint first = 2 * pairs * (group.x / chunks);
-    const uint row0 = MINIMUM(first + 2 * (warp / QUARTERS), p.out_features - 1);
-    const uint row1 = MINIMUM(row0 + 1, p.out_features - 1);
+    const uint groups_of_a = (p.rank + 2 * pairs - 1) / (2 * pairs);
+    const uint block = group.x / chunks;
+    const bool is_of_a = block < groups_of_a;
+    const uint count = is_of_a ? p.rank : p.out_features;
+    const uint first = 2 * pairs * (is_of_a ? block : block - groups_of_a);
+    const uint row0 = MINIMUM(first + 2 * (warp / QUARTERS), count - 1);
+    const uint row1 = MINIMUM(row0 + 1, count - 1);
     // parts of the width are multiples of 256
     const uint share = (p.in_features + 256 * QUARTERS - 1) / (256 * QUARTERS) * 256;
     const uint from = MINIMUM(warp % QUARTERS * share, p.in_features);
     const uint end = MINIMUM(from + share, p.in_features);
-    GLOBAL const T* w0 = w + wide(row0) * p.in_features;
-    GLOBAL const T* w1 = w + wide(row1) * p.in_features;
+    GLOBAL const T* matrix = is_of_a ? a : w;
+    GLOBAL const T* w0 = matrix + wide(row0) * p.in_features;
+    GLOBAL const T* w1 = matrix + wide(row1) * p.in_features;
+    // the first warp of each four adds the update
+    const bool has_term = !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
     TwoParts asked;
     ask_for_parts(w0, w1, from, end, lane, asked);
+    float term0[SHARES], term1[SHARES];
+    if (has_term) {
+        ask_for_term(l, p.rank, row0, lane, term0);
+        ask_for_term(l, p.rank, row1, lane, term1);
+    }
     WAIT_FOR_INPUT;
+    empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     float sums0[BATCH], sums1[BATCH];
     dots_of_two(w0, w1, asked, vectors, live, p.in_features, from, end, lane, sums0, sums1);
-    if (p.rank > 0) {
-        low_rank_of_device_into(a, p.rank, p.scale, vectors, live, p.in_features, z, lane, warp, threads);
-        BARRIER;
-        if (warp % QUARTERS == 0) {
-            add_low_rank(l, p.rank, row0, z, sums0, lane);
-            add_low_rank(l, p.rank, row1, z, sums1, lane);
+    if (has_term) {
+        for (uint b = 0; b < live; b++) {
+            float z[SHARES];
+            if (!read_posted(posted, p.post_at + (first_row + b) * MAX_RANK, p.rank, lane, z)) {
+                low_rank_of_device(a, p.rank, p.scale, vectors + b * p.in_features, p.in_features, share, lane, z);
+            }
+            sums0[b] += times_term(term0, z);
+            sums1[b] += times_term(term1, z);
         }
     }
     if (lane == 0) {
@@ -528,93 +427,186 @@ KERNEL(decode_linear)
     // a thread for each row of the group and each vector
     const uint b = me / (2 * pairs);
     const uint row = first + me % (2 * pairs);
-    if (b < live && row < p.out_features) {
+    if (b < live && row < count) {
         const uint pair = me % (2 * pairs) / 2;
         float sum = 0.0f;
         for (uint i = 0; i < QUARTERS; i++) {
             sum += parts[(2 * b + me % 2) * (LINEAR_THREADS / 32) + pair * QUARTERS + i];
         }
-        const uint at = (first_row + b) * p.out_features + row;
-        y[at] = T(float(y[at]) + sum);
+        if (is_of_a) {
+            post(posted, p.post_at + (first_row + b) * MAX_RANK + row, sum * p.scale);
+        } else {
+            const uint at = (first_row + b) * p.out_features + row;
+            y[at] = T((p.is_added ? float(y[at]) : 0.0f) + p.factor * sum);
+        }
+    }
+}
+
+struct AddWords {
+    uint width;
+    float offset;
+    float eps;
+    float factor;
+};
+
+// x += factor * the norm of a branch. A group takes a vector.
+KERNEL(decode_add)(IN(T, branch, 0), IN(T, norm, 1), OUT(T, x, 2), WORDS(AddWords, 3) PLACE) {
+    SHARED float scratch[32];
+    WAIT_FOR_INPUT;
+    GLOBAL const T* from = branch + group.x * p.width;
+    GLOBAL T* to = x + group.x * p.width;
+    float sum = 0.0f;
+    for (uint i = me; i < p.width; i += threads) sum += float(from[i]) * float(from[i]);
+    const float root = RSQRT(group_sum(sum, scratch, lane, warp, threads) / float(p.width) + p.eps);
+    for (uint i = me; i < p.width; i += threads) {
+        to[i] = T(float(to[i]) + p.factor * root * float(from[i]) * (p.offset + float(norm[i])));
     }
 }
 
 struct GatedWords {
     uint rows;
+    uint has_norm;
+    float offset;
     float eps;
     uint intermediate;
     uint gate_rank;
     uint up_rank;
     float gate_scale;
     float up_scale;
+    uint post_at;
+    uint empty_at;
+    uint empty_count;
 };
 
 // Norm, gate and up projection and activation; a warp takes a row of each.
 KERNEL(decode_gated)
 (IN(T, x, 0), IN(T, norm, 1), IN(T, w_gate, 2), IN(T, w_up, 3), IN(T, a_gate, 4), IN(T, l_gate, 5), IN(T, a_up, 6),
- IN(T, l_up, 7), OUT(T, y, 8), WORDS(GatedWords, 9) PLACE) {
+ IN(T, l_up, 7), OUT(T, y, 8), OUT(ATOMIC_UINT, posted, 9), WORDS(GatedWords, 10) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
-    SHARED float z_gate[BATCH * MAX_RANK];
-    SHARED float z_up[BATCH * MAX_RANK];
     SHARED float scratch[32];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
-    const uint row = group.x / chunks * (threads / 32) + warp;
-    const bool is_row = row < p.intermediate;
-    const wide at = wide(MINIMUM(row, p.intermediate - 1)) * HIDDEN;
-    TwoRows rows;
-    ask_for_rows(w_gate + at, w_up + at, lane, rows);
-    WAIT_FOR_INPUT;
-    norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
-    if (p.gate_rank + p.up_rank > 0) {
-        low_rank_into(a_gate, p.gate_rank, p.gate_scale, normed, HIDDEN, z_gate, lane, warp, threads);
-        low_rank_into(a_up, p.up_rank, p.up_scale, normed, HIDDEN, z_up, lane, warp, threads);
-        BARRIER;
+    const uint warps = GATED_THREADS / 32;
+    const uint pairs_of_gate = (p.gate_rank + 1) / 2;
+    const uint groups_of_a = (pairs_of_gate + (p.up_rank + 1) / 2 + warps - 1) / warps;
+    const uint block = group.x / chunks;
+    const bool is_of_a = block < groups_of_a;
+    uint row = (is_of_a ? block : block - groups_of_a) * warps + warp;
+    GLOBAL const T* w0 = w_gate + wide(row) * HIDDEN;
+    GLOBAL const T* w1 = w_up + wide(row) * HIDDEN;
+    bool is_there = row < p.intermediate;
+    // of A: two rows of one of them
+    const bool is_up = is_of_a && row >= pairs_of_gate;
+    uint row1 = 0;
+    if (is_of_a) {
+        const uint rank = is_up ? p.up_rank : p.gate_rank;
+        row = 2 * (is_up ? row - pairs_of_gate : row);
+        row1 = row + 1 < rank ? row + 1 : row;
+        is_there = row < rank;
+        w0 = (is_up ? a_up : a_gate) + row * HIDDEN;
+        w1 = (is_up ? a_up : a_gate) + row1 * HIDDEN;
     }
-    if (!is_row) return;
+    TwoRows rows;
+    float term_gate[SHARES], term_up[SHARES];
+    if (is_there) {
+        ask_for_rows(w0, w1, lane, rows);
+        if (!is_of_a) {
+            ask_for_term(l_gate, p.gate_rank, row, lane, term_gate);
+            ask_for_term(l_up, p.up_rank, row, lane, term_up);
+        }
+    }
+    WAIT_FOR_INPUT;
+    empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
+    norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
+    if (!is_there) return;
     float gate[BATCH], up[BATCH];
-    dots_of_rows(w_gate + at, w_up + at, rows, normed, lane, gate, up);
-    if (p.gate_rank > 0) add_low_rank(l_gate, p.gate_rank, row, z_gate, gate, lane);
-    if (p.up_rank > 0) add_low_rank(l_up, p.up_rank, row, z_up, up, lane);
-    if (lane == 0) {
-        for (uint b = 0; b < live; b++) {
-            y[(first_row + b) * p.intermediate + row] = T(gate[b] / (1.0f + EXP(-gate[b])) * up[b]);
+    dots_of_rows(w0, w1, rows, normed, lane, gate, up);
+    for (uint b = 0; b < live; b++) {
+        const uint at = p.post_at + (first_row + b) * 2 * MAX_RANK;
+        if (is_of_a) {
+            if (lane == 0) {
+                const uint to = at + (is_up ? MAX_RANK : 0);
+                const float scale = is_up ? p.up_scale : p.gate_scale;
+                post(posted, to + row, gate[b] * scale);
+                if (row1 > row) post(posted, to + row1, up[b] * scale);
+            }
+            continue;
+        }
+        float z[SHARES];
+        if (p.gate_rank > 0) {
+            read_low_rank(posted, at, a_gate, p.gate_rank, p.gate_scale, normed + b * HIDDEN, lane, z);
+            gate[b] += times_term(term_gate, z);
+        }
+        if (p.up_rank > 0) {
+            read_low_rank(posted, at + MAX_RANK, a_up, p.up_rank, p.up_scale, normed + b * HIDDEN, lane, z);
+            up[b] += times_term(term_up, z);
+        }
+        if (lane == 0) {
+            float value, slope;
+            activation_at(gate[b], 0.0f, 0.0f, &value, &slope);
+            y[(first_row + b) * p.intermediate + row] = T(value * up[b]);
         }
     }
 }
-
 struct HeadWords {
     uint rows;
+    uint has_norm;
+    float offset;
     float eps;
+    // Logits are products times this, and below the cap if it is not 0.
+    float factor;
+    float soft_cap;
     uint vocab;
     uint rank;
     float scale;
+    uint post_at;
+    uint empty_at;
+    uint empty_count;
 };
 
 // Norm and head: the logits in f32. Each group also leaves, for each token, its largest logit, that one's id and the sum of
 // exponentials of the distances from it: `parts[row][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
 KERNEL(decode_head)
 (IN(T, x, 0), IN(T, norm, 1), IN(T, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
- WORDS(HeadWords, 7) PLACE) {
+ OUT(ATOMIC_UINT, posted, 7), WORDS(HeadWords, 8) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
-    SHARED float z[BATCH * MAX_RANK];
     SHARED float scratch[32];
     SHARED float found[BATCH * 3 * 32];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
     const uint live = MINIMUM(uint(BATCH), p.rows - first_row);
-    const uint first = (group.x / chunks * (threads / 32) + warp) * HEAD_ROWS;
+    const uint warps = HEAD_THREADS / 32;
+    const uint groups_of_a = ((p.rank + 1) / 2 + warps - 1) / warps;
+    const uint block = group.x / chunks;
+    const bool is_of_a = block < groups_of_a;
+    // the rows of a warp: HEAD_ROWS of the head, or two of A
+    const uint count = is_of_a ? p.rank : p.vocab;
+    const uint first = is_of_a ? 2 * (block * warps + warp) : ((block - groups_of_a) * warps + warp) * HEAD_ROWS;
+    GLOBAL const T* matrix = is_of_a ? a : w;
     TwoRows rows;
-    if (first < p.vocab) {
-        ask_for_rows(w + wide(first) * HIDDEN, w + wide(MINIMUM(first + 1, p.vocab - 1)) * HIDDEN, lane, rows);
+    if (first < count) {
+        const uint next = MINIMUM(first + 1, count - 1);
+        ask_for_rows(matrix + wide(first) * HIDDEN, matrix + wide(next) * HIDDEN, lane, rows);
     }
     WAIT_FOR_INPUT;
-    norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.eps, normed, scratch, me, lane, warp);
-    if (p.rank > 0) {
-        low_rank_into(a, p.rank, p.scale, normed, HIDDEN, z, lane, warp, threads);
-        BARRIER;
+    empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
+    norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
+    const uint post_at = p.post_at + first_row * MAX_RANK;
+    if (is_of_a) {
+        if (first >= count) return;
+        const uint next = MINIMUM(first + 1, count - 1);
+        float sums0[BATCH], sums1[BATCH];
+        dots_of_rows(a + first * HIDDEN, a + next * HIDDEN, rows, normed, lane, sums0, sums1);
+        if (lane == 0) {
+            for (uint b = 0; b < live; b++) {
+                post(posted, post_at + b * MAX_RANK + first, sums0[b] * p.scale);
+                if (next > first) post(posted, post_at + b * MAX_RANK + next, sums1[b] * p.scale);
+            }
+        }
+        return;
     }
+    float z[BATCH][SHARES];
     float largest[BATCH], sums[BATCH];
     uint best[BATCH];
     for (uint b = 0; b < BATCH; b++) {
@@ -634,14 +626,22 @@ KERNEL(decode_head)
         }
         dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, now, normed, lane, sums0, sums1);
         if (p.rank > 0) {
-            add_low_rank(l, p.rank, row0, z, sums0, lane);
-            add_low_rank(l, p.rank, row1, z, sums1, lane);
+            float term0[SHARES], term1[SHARES];
+            ask_for_term(l, p.rank, row0, lane, term0);
+            ask_for_term(l, p.rank, row1, lane, term1);
+            for (uint b = 0; b < live; b++) {
+                const uint at = post_at + b * MAX_RANK;
+                if (r == 0) read_low_rank(posted, at, a, p.rank, p.scale, normed + b * HIDDEN, lane, z[b]);
+                sums0[b] += times_term(term0, z[b]);
+                sums1[b] += times_term(term1, z[b]);
+            }
         }
         for (uint b = 0; b < live; b++) {
             for (uint j = 0; j < 2; j++) {
                 const uint row = j == 0 ? row0 : row1;
                 if (j == 1 && row1 == row0) continue;
-                const float logit = j == 0 ? sums0[b] : sums1[b];
+                float logit = p.factor * (j == 0 ? sums0[b] : sums1[b]);
+                if (p.soft_cap > 0.0f) logit = p.soft_cap * hyperbolic_tangent(logit / p.soft_cap);
                 if (lane == 0) logits[wide(first_row + b) * p.vocab + row] = logit;
                 if (logit > largest[b]) {
                     sums[b] = sums[b] * EXP(largest[b] - logit) + 1.0f;
@@ -680,7 +680,8 @@ KERNEL(decode_head)
             // nothing of a warp without a row, but all of a NaN
             if (of_warp != 0.0f) sum += of_warp * EXP(value - maximum);
         }
-        GLOBAL float* part = parts + (wide(first_row + b) * (groups.x / chunks) + group.x / chunks) * 3;
+        const uint num_parts = groups.x / chunks - groups_of_a;
+        GLOBAL float* part = parts + (wide(first_row + b) * num_parts + block - groups_of_a) * 3;
         part[0] = maximum;
         part[1] = id;
         part[2] = sum;

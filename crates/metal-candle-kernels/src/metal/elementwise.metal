@@ -1,8 +1,4 @@
 // Kernels that touch each element once. Those with `is_aligned` take four elements a thread.
-#ifndef KIND
-#define KIND 0
-#endif
-
 // Loads up to four elements from `at` on; those behind the end are 0.
 FUNCTION void load_part(GLOBAL const T* x, uint at, uint count, uint is_aligned, PRIVATE float* y) {
     if (is_aligned && at + 4 <= count) {
@@ -29,66 +25,6 @@ struct ActivationWords {
     float alpha;
 };
 
-// erfc(z) for z >= 0, see `activation.rs`.
-FUNCTION float complementary_error(float z) {
-    const float t = 1.0f / (1.0f + 0.5f * z);
-    float q = 0.14493021f;
-    q = q * t - 0.6808272f;
-    q = q * t + 1.1567338f;
-    q = q * t - 0.6962519f;
-    q = q * t - 0.08028043f;
-    q = q * t + 0.0012675867f;
-    q = q * t + 0.0346028f;
-    q = q * t + 0.3866404f;
-    q = q * t + 0.9986328f;
-    q = q * t - 1.265448f;
-    return t * EXP(q - z * z);
-}
-
-// The activation of number KIND, in the order of `Activation`, and its slope.
-FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* value, PRIVATE float* slope) {
-#if KIND == 0
-    const float s = sigmoid(x);
-    *value = x * s;
-    *slope = s * (1.0f + x * (1.0f - s));
-#elif KIND == 1
-    const float square = x * x;
-    const float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * square));
-    *value = x * s;
-    // far out the product is 0 times a number that may be infinite
-    const bool is_bent = s > 1e-30f && s < 1.0f;
-    *slope = s + (is_bent ? x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * square) : 0.0f);
-#elif KIND == 2
-    const float tail = 0.5f * complementary_error((x < 0.0f ? -x : x) * 0.70710678f);
-    const float share = x < 0.0f ? tail : 1.0f - tail;
-    *value = x * share;
-    *slope = share + x * 0.3989423f * EXP(-0.5f * x * x);
-#elif KIND == 3
-    *value = x < 0.0f ? 0.0f : x;
-    *slope = x > 0.0f ? 1.0f : 0.0f;
-#elif KIND == 4
-    const float positive = x < 0.0f ? 0.0f : x;
-    *value = positive * positive;
-    *slope = 2.0f * positive;
-#elif KIND == 5
-    const float g = x > limit ? limit : x;
-    const float s = sigmoid(alpha * g);
-    *value = g * s;
-    *slope = x > limit ? 0.0f : s * (1.0f + alpha * g * (1.0f - s));
-#else
-    const float s = sigmoid(x);
-    *value = s;
-    *slope = s * (1.0f - s);
-#endif
-}
-
-// What an activation of a gate is multiplied with, and its slope.
-FUNCTION float up_of(float up, float limit) {
-    if (KIND != 5) return up;
-    return (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
-}
-FUNCTION float up_slope(float up, float limit) { return KIND == 5 && (up > limit || up < -limit) ? 0.0f : 1.0f; }
-
 // y = f(gate) * up
 KERNEL(gated)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ActivationWords, 3) PLACE) {
     const uint at = 4 * (group.x * threads + me);
@@ -114,7 +50,7 @@ KERNEL(gated_backward)
     load_part(up, at, p.count, p.is_aligned, u);
     load_part(dy, at, p.count, p.is_aligned, d);
     for (uint i = 0; i < 4; i++) {
-#if KIND == 0
+#if ACTIVATION == 0
         const float s = sigmoid(g[i]);
         const float of_up = d[i] * g[i] * s;
         d[i] = d[i] * u[i] * s * (1.0f + g[i] * (1.0f - s));

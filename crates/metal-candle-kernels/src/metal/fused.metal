@@ -5,12 +5,13 @@ struct RotationWords {
     uint q_heads;
     uint kv_heads;
     uint half_dim;
+    uint is_rotated;
     uint has_bias[3];
     uint ranks[3];
     float scales[3];
 };
 
-// q, k and v after their products: their biases and terms are added, q and k are rotated.
+// q, k and v after their products: their biases and terms are added; q and k are rotated if nothing comes before that.
 KERNEL(finish_qkv)
 (IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), OUT(T, v, 4), IN(T, q_bias, 5), IN(T, k_bias, 6),
  IN(T, v_bias, 7), IN(T, q_z, 8), IN(T, k_z, 9), IN(T, v_z, 10), IN(T, q_b, 11), IN(T, k_b, 12), IN(T, v_b, 13),
@@ -50,8 +51,9 @@ KERNEL(finish_qkv)
     add_term(z + first * rank, rank, p.scales[which], b + wide(other) * rank, 1, rows, high);
     for (uint r = 0; r < rows; r++) {
         const uint token = first + r;
-        const float c = which == 2 ? 1.0f : cosines[token * p.half_dim + i];
-        const float s = which == 2 ? 0.0f : sines[token * p.half_dim + i];
+        const bool turns = p.is_rotated && which < 2;
+        const float c = turns ? cosines[token * p.half_dim + i] : 1.0f;
+        const float s = turns ? sines[token * p.half_dim + i] : 0.0f;
         x[token * width + column] = T(low[r] * c - high[r] * s);
         x[token * width + other] = T(high[r] * c + low[r] * s);
     }

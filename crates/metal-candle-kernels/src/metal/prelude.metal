@@ -35,9 +35,9 @@ typedef bfloat4 T4;
 #define UNROLL _Pragma("unroll")
 #define UNROLL4
 #define ATOMIC_UINT atomic_uint
-#define ATOMIC_STORE(a, i, x) atomic_store_explicit(&a[i], x, memory_order_relaxed)
-#define ATOMIC_LOAD(a, i) atomic_load_explicit(&a[i], memory_order_relaxed)
-#define ATOMIC_ADD(a, i, x) atomic_fetch_add_explicit(&a[i], x, memory_order_relaxed)
+#define ATOMIC_STORE(a, i, x) atomic_store_explicit(&(a)[i], x, memory_order_relaxed)
+#define ATOMIC_LOAD(a, i) atomic_load_explicit(&(a)[i], memory_order_relaxed)
+#define ATOMIC_ADD(a, i, x) atomic_fetch_add_explicit(&(a)[i], x, memory_order_relaxed)
 #define EXP(x) exp(x)
 #define LOG(x) log(x)
 #define SQRT(x) sqrt(x)

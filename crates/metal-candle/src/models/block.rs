@@ -6,7 +6,7 @@ use super::parts::attention::{Attention, AttentionSaved};
 use super::parts::feed_forward::{FeedForward, FeedForwardSaved};
 use super::parts::input::Input;
 use super::parts::pass::{Backward, Context, Meter, StepSize, missing};
-use super::parts::step::{Step, is_plain_norm};
+use super::parts::step::{Branch, Step};
 use super::parts::sublayer::{Sublayer, SublayerSaved};
 use crate::error::Result;
 use crate::ops::fused::{self, TermRoom};
@@ -147,14 +147,8 @@ impl Block {
     pub(super) fn can_step(&self, dtype: DType) -> bool {
         let FeedForward::Gated(mlp) = &self.feed_forward.part else { return false };
         !self.is_parallel
-            && self.attention.is_plain()
-            && self.feed_forward.is_plain()
-            && [&self.attention.before, &self.feed_forward.before]
-                .into_iter()
-                .flatten()
-                .filter(|n| is_plain_norm(n))
-                .count()
-                == 2
+            && Branch::new(&self.attention).is_some()
+            && Branch::new(&self.feed_forward).is_some()
             && self.attention.part.can_step(dtype)
             && mlp.can_step(dtype)
     }
@@ -162,8 +156,8 @@ impl Block {
     /// The block in a single-token step: the stream is changed in place.
     pub(super) fn step(&self, step: &Step, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
         let FeedForward::Gated(mlp) = &self.feed_forward.part else { return Err(missing()) };
-        self.attention.part.step(self.attention.before.as_ref().ok_or_else(missing)?, step, terms, cache)?;
-        mlp.step(self.feed_forward.before.as_ref().ok_or_else(missing)?, step, terms)
+        self.attention.part.step(Branch::new(&self.attention).ok_or_else(missing)?, step, terms, cache)?;
+        mlp.step(Branch::new(&self.feed_forward).ok_or_else(missing)?, step, terms)
     }
 
     /// The memory of the forward pass: its input is there before and after, its output after.

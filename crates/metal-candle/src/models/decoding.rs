@@ -1,10 +1,14 @@
 //! Single-token steps on a device with kernels: nothing is allocated per token, and the chosen token stays on the device.
 
 use super::parts::feed_forward::FeedForward;
-use super::parts::step::{MAX_RANK, Step, StepShape, Threads, Wide, is_plain_norm, multiply, term_args};
+use super::parts::pass::missing;
+use super::parts::step::{
+    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, is_rms_norm, multiply, norm_words,
+};
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
-use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source};
+use crate::ops::activation::{Activation, kernel_kind};
+use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
 
@@ -22,9 +26,6 @@ const MAX_WIDE_ROWS: usize = 512;
 
 /// Logits of a part in which the largest is looked for, after a product of matrices.
 const PART: usize = 4096;
-
-/// Threads of a group that has an element each.
-const ROW_THREADS: usize = 128;
 
 /// The last token of a sequence, and how the next one is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -84,20 +85,35 @@ impl Model {
         let dtype = self.activation_dtype();
         let fits = |(id, term): (usize, &LowRank)| {
             let is_plain = term.start.is_none() && term.magnitude.is_none() && term.a.dtype() == dtype;
-            is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
+            is_plain
+                && term.a.layout().start_offset().is_multiple_of(8)
+                && term.a.dims()[0] <= MAX_RANK
+                && (id < self.embedding_id() || id == self.head_id())
         };
-        let head = &self.inner.head;
         self.inner.embedding.dense().is_ok_and(gpu::has_kernels)
             && cache.dtype() == Some(dtype)
             && hidden.is_multiple_of(8)
             && (is_wide || hidden <= self.max_normed())
-            && head.is_plain()
-            && (self.inner.embedding_scale - 1.0).abs() < f32::EPSILON
-            && is_plain_norm(&self.inner.norm)
-            && self.inner.shapes.len() == 1
+            && is_rms_norm(&self.inner.norm)
+            && self.step_heads().is_some()
             && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
             && self.inner.blocks.iter().all(|block| block.can_step(dtype))
             && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
+    }
+
+    /// Query heads, key/value heads and the width of one, if all layers have the same.
+    fn step_heads(&self) -> Option<[usize; 3]> {
+        let mut sizes = self.inner.shapes.iter().map(|shape| [shape.heads, shape.kv_heads, shape.head_dim]);
+        let first = sizes.next()?;
+        sizes.all(|other| other == first).then_some(first)
+    }
+
+    /// The activation of the gated MLPs, which all layers of a family share.
+    fn step_activation(&self) -> Activation {
+        match self.inner.blocks.first().map(|block| &block.feed_forward.part) {
+            Some(FeedForward::Gated(part)) => part.activation,
+            _ => Activation::Silu,
+        }
     }
 
     /// Whether a step of this number of rows is one of products of matrices.
@@ -123,7 +139,7 @@ impl Model {
                 has_room && held.step.max_seq_len == max_seq_len
             };
             if !decoding.as_ref().is_some_and(fits) {
-                *decoding = Some(self.new_decoding(rows.len(), max_seq_len)?);
+                *decoding = Some(self.new_decoding(rows.len(), max_seq_len, terms)?);
             }
             let held = decoding.as_mut().ok_or(Error::Stopped)?;
             let copies = rows.last().into_iter().cycle().take(held.rows.len() - rows.len());
@@ -157,7 +173,7 @@ impl Model {
         })
     }
 
-    fn new_decoding(&self, rows: usize, max_seq_len: usize) -> Result<Decoding> {
+    fn new_decoding(&self, rows: usize, max_seq_len: usize, terms: Option<&LowRankTerms>) -> Result<Decoding> {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let like = self.inner.embedding.dense()?;
         let shape = StepShape {
@@ -165,24 +181,22 @@ impl Model {
             is_wide: self.is_wide(rows),
             dtype: self.activation_dtype(),
             hidden,
-            head_dim: self.inner.shapes.first().map_or(0, |shape| shape.head_dim),
+            heads: self.step_heads().ok_or_else(missing)?,
+            activation: kernel_kind(self.step_activation()).0,
             is_cuda: self.device().is_cuda(),
         };
-        let threads = Threads::new(&shape, like)?;
+        let threads = Threads::new(&shape, rows, max_seq_len, like)?;
         let empty = |width: usize| gpu::empty((rows, width), like);
-        let widest = |width: &dyn Fn(&super::block::Block) -> usize| self.inner.blocks.iter().map(width).max();
-        let heads = widest(&|block| block.attention.part.shape.heads).unwrap_or(0) * shape.head_dim;
-        let kv_heads = widest(&|block| block.attention.part.shape.kv_heads).unwrap_or(0) * shape.head_dim;
-        let inner = widest(&|block| match &block.feed_forward.part {
+        let [heads, kv_heads, head_dim] = shape.heads;
+        let inner = self.inner.blocks.iter().map(|block| match &block.feed_forward.part {
             FeedForward::Gated(part) => part.inner,
             FeedForward::Plain(_) => 0,
         });
-        let inner = inner.unwrap_or(0);
+        let inner = inner.max().unwrap_or(0);
+        let words = |value: u32, count: usize| Tensor::full(value, count, like.device());
         let wide = if shape.is_wide {
             Some(Wide {
                 normed: empty(hidden)?,
-                k: empty(kv_heads)?,
-                v: empty(kv_heads)?,
                 gate: empty(inner)?,
                 up: empty(inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
@@ -199,9 +213,16 @@ impl Model {
             threads,
             state: gpu::words(5 * rows, like)?,
             x: empty(hidden)?,
-            q: empty(heads)?,
-            attention: empty(heads)?,
+            q: empty(heads * head_dim)?,
+            k: empty(kv_heads * head_dim)?,
+            v: empty(kv_heads * head_dim)?,
+            attention: empty(heads * head_dim)?,
+            results: words(u32::MAX, rows * heads * threads.attention.parts * (head_dim + 2))?,
+            counters: words(0, rows * heads)?,
+            posted: words(u32::MAX, if shape.is_wide { 1 } else { rows * Posts::WORDS })?,
+            has_terms: !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some()),
             activation: empty(inner)?,
+            branch: empty(hidden)?,
             rotary: rotary.collect::<Result<_>>()?,
             wide,
         };
@@ -224,8 +245,11 @@ impl Model {
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
         let step = &held.step;
         let (rows, hidden, vocab) = (step.rows, self.config().hidden_size, self.config().vocab_size);
-        let args = [Arg::In(self.inner.embedding.dense()?), Arg::In(&step.state), Arg::Out(&step.x)];
-        gpu::launch(&step.kernel("decode_embed"), Grid::row(rows, ROW_THREADS), &args, &[hidden.into()])?;
+        let embedding = Arg::In(self.inner.embedding.dense()?);
+        let args = [embedding, Arg::In(&step.state), Arg::Out(&step.x), Arg::Out(&step.posted)];
+        let [from, count] = step.emptied(Posts::Head);
+        let words = [hidden.into(), self.inner.embedding_scale.into(), from, count];
+        gpu::launch(&step.kernel("decode_embed"), Grid::row(rows, ROW_THREADS), &args, &words)?;
         for block in &self.inner.blocks {
             block.step(step, terms, cache)?;
         }
@@ -242,23 +266,34 @@ impl Model {
         gpu::launch(&kernel, Grid::row(rows, step.threads.sample), &args, &words)
     }
 
+    fn step_head<'a>(&self, terms: Option<&'a LowRankTerms>) -> Result<StepLinear<'a>> {
+        StepLinear::new(&self.inner.head.linear, terms.and_then(|terms| terms.get(self.head_id())))
+    }
+
     /// Norm, logits and the largest of each part of them; returns the number of parts.
     fn narrow_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let groups = vocab.div_ceil(step.threads.head_part());
-        let (a, b, rank, scale) = term_args(terms.and_then(|terms| terms.get(self.head_id())));
-        let norm = &self.inner.norm.norm;
+        let head = self.step_head(terms)?;
+        let [a, b] = head.term_args();
+        let (norm, rank) = (&self.inner.norm.norm, head.rank());
         let args = [
             Arg::In(&step.x),
             norm.weight.as_ref().map_or(Arg::None, Arg::In),
-            Arg::In(self.inner.head.linear.weight.dense()?),
+            Arg::In(&head.weight),
             a,
             b,
             Arg::Out(&held.logits),
             Arg::Out(&held.parts),
+            Arg::Out(&step.posted),
         ];
-        let words = [step.rows.into(), (norm.eps as f32).into(), vocab.into(), rank.into(), scale.into()];
-        let grid = Grid::row(groups * step.chunks(), step.threads.head);
+        let mut words: Vec<Word> = vec![step.rows.into()];
+        words.extend(norm_words(Some(&self.inner.norm)));
+        words.extend(self.inner.head.words());
+        words.extend([Word::from(vocab), rank.into(), head.scale().into()]);
+        words.extend(step.posts(Posts::Head, Some(Posts::Down)));
+        let of_a = Step::groups_of_a(&[rank], step.threads.head / 32);
+        let grid = Grid::row((groups + of_a) * step.chunks(), step.threads.head);
         gpu::launch(&step.kernel("decode_head"), grid, &args, &words)?;
         Ok(groups)
     }
@@ -268,8 +303,8 @@ impl Model {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let wide = step.wide()?;
         self.inner.norm.norm.forward_into(&step.x, &wide.normed)?;
-        let term = terms.and_then(|terms| terms.get(self.head_id()));
-        multiply(self.inner.head.linear.weight.dense()?, term, &wide.normed, (&held.logits, 0.0), wide)?;
+        multiply(&self.step_head(terms)?, &wide.normed, (&held.logits, 1.0, 0.0), wide)?;
+        self.inner.head.form_on_device(&held.logits)?;
         let groups = vocab.div_ceil(PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
         let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);

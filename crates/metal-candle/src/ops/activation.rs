@@ -36,18 +36,23 @@ pub(crate) fn gated_into(activation: Activation, gate: &Tensor, up: &Tensor, y: 
     launch("gated", activation, &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(y)])
 }
 
+/// The number of an activation in kernels, and its limit and alpha.
+pub(crate) fn kernel_kind(activation: Activation) -> (usize, [f32; 2]) {
+    match activation {
+        Activation::Silu => (0, [0.0; 2]),
+        Activation::GeluTanh => (1, [0.0; 2]),
+        Activation::Gelu => (2, [0.0; 2]),
+        Activation::Relu => (3, [0.0; 2]),
+        Activation::Relu2 => (4, [0.0; 2]),
+        Activation::Clamped { limit, alpha } => (5, [limit, alpha]),
+        Activation::Sigmoid => (6, [0.0; 2]),
+    }
+}
+
 /// Launches a kernel of an activation on tensors of one length.
 fn launch(name: &'static str, activation: Activation, tensors: &[&Tensor], args: &[Arg]) -> Result<()> {
-    let (kind, limit, alpha) = match activation {
-        Activation::Silu => (0, 0.0, 0.0),
-        Activation::GeluTanh => (1, 0.0, 0.0),
-        Activation::Gelu => (2, 0.0, 0.0),
-        Activation::Relu => (3, 0.0, 0.0),
-        Activation::Relu2 => (4, 0.0, 0.0),
-        Activation::Clamped { limit, alpha } => (5, limit, alpha),
-        Activation::Sigmoid => (6, 0.0, 0.0),
-    };
-    let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype()).with("KIND", kind);
+    let (kind, [limit, alpha]) = kernel_kind(activation);
+    let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype()).with("ACTIVATION", kind);
     gpu::by_four_of(&kernel, tensors, args, &[limit.into(), alpha.into()])
 }
 

@@ -18,6 +18,12 @@ const PRODUCT_THREADS: usize = 128;
 /// The most layers that share an input.
 const MOST: usize = 3;
 
+/// Whether this module takes the weights of a layer: they are those of a Metal device, whole, and of type `dtype`.
+pub(crate) fn takes(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool {
+    let fits = |tensor: &Tensor| tensor.device().is_metal() && tensor.dtype() == dtype && tensor.is_contiguous();
+    linear.weight.dense().is_ok_and(fits) && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
+}
+
 /// A linear layer and its term.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Layer<'a> {
@@ -26,15 +32,13 @@ pub(crate) struct Layer<'a> {
 }
 
 impl<'a> Layer<'a> {
-    /// Whether this module can run it: its term is a plain one, and all types are that of the input.
-    pub(crate) fn is_plain(&self, dtype: DType, may_have_bias: bool, is_training: bool) -> bool {
+    /// Whether this module takes its term, if it has one, with inputs of type `dtype`.
+    pub(crate) fn has_plain_term(&self, dtype: DType, is_training: bool) -> bool {
         let fits = |tensor: &Tensor| tensor.dtype() == dtype && tensor.is_contiguous();
-        let of_term = self.term.is_none_or(|term| {
+        self.term.is_none_or(|term| {
             let drops = is_training && term.dropout > 0.0;
             !drops && term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b)
-        });
-        let of_bias = self.linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias));
-        of_term && of_bias && self.linear.weight.dense().is_ok_and(fits)
+        })
     }
 
     /// The argument of a kernel that stands for the weight.
@@ -176,19 +180,25 @@ pub(crate) fn products_backward(
     Ok((dx, dzs))
 }
 
-/// Adds biases and terms to q, k and v and rotates q and k, all in place.
-pub(crate) fn finish_qkv(rotation: &Rotation, layers: &[Layer; MOST], made: &Products) -> Result<()> {
+/// Adds biases and terms to q, k and v and rotates the whole heads of q and k if a rotation is given, all in place.
+pub(crate) fn finish_qkv(
+    rotation: Option<&Rotation>,
+    head_dim: usize,
+    layers: &[Layer; MOST],
+    made: &Products,
+) -> Result<()> {
     let _span = span("rotary", Kind::Elementwise);
-    let (cos, sin) = rotation.tables();
-    let half = cos.dim(1)?;
+    let half = head_dim / 2;
+    let (cos, sin) = rotation.map(Rotation::tables).unzip();
     let (tokens, q_width) = made.y[0].dims2()?;
     let (q_heads, kv_heads) = (q_width / (2 * half), made.y[1].dim(1)? / (2 * half));
-    let mut args = vec![Arg::In(cos), Arg::In(sin)];
+    let mut args = vec![read(cos), read(sin)];
     args.extend(made.y.iter().map(Arg::Out));
     args.extend(layers.iter().map(|layer| read(layer.linear.bias.as_ref())));
     args.extend(made.z.iter().map(|z| read(z.as_ref())));
     args.extend(layers.iter().map(Layer::b));
-    let mut words: Vec<Word> = vec![tokens.into(), q_heads.into(), kv_heads.into(), half.into()];
+    let mut words: Vec<Word> =
+        vec![tokens.into(), q_heads.into(), kv_heads.into(), half.into(), rotation.is_some().into()];
     words.extend(layers.iter().map(|layer| Word::from(layer.linear.bias.is_some())));
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));

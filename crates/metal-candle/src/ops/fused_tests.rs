@@ -82,7 +82,7 @@ fn fused_layers() {
                 table.rotation(&positions, &[0, tokens], &x).unwrap(),
                 table.rotation(&positions, &[0, tokens], &x_cpu).unwrap(),
             );
-            fused::finish_qkv(&rotation, &layers, &made).unwrap();
+            fused::finish_qkv(Some(&rotation), head_dim, &layers, &made).unwrap();
             for (i, two) in qkv.iter().enumerate() {
                 let expected = two.plain(&x_cpu).broadcast_add(&two.bias).unwrap();
                 let expected = if i < 2 { plain.plain(&expected, head_dim, false).unwrap() } else { expected };

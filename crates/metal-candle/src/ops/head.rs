@@ -1,7 +1,7 @@
 //! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
 
 use super::adapters::LayerTerms;
-use super::gpu::{self, Arg, Grid, Kernel, Source};
+use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::host::on_cpu;
 use super::linear::{Linear, LinearGradients, Wanted};
 use super::low_rank::LowRank;
@@ -36,6 +36,19 @@ impl Head {
     /// Whether logits are the products themselves.
     pub(crate) fn is_plain(&self) -> bool {
         self.soft_cap.is_none() && (self.scale - 1.0).abs() < f32::EPSILON
+    }
+
+    /// The scale and the cap, 0 for none, as kernels take them.
+    pub(crate) fn words(&self) -> [Word; 2] {
+        [self.scale.into(), self.soft_cap.unwrap_or(0.0).into()]
+    }
+
+    /// Makes logits of f32 products, in place, by a kernel.
+    pub(crate) fn form_on_device(&self, products: &Tensor) -> Result<()> {
+        if self.is_plain() {
+            return Ok(());
+        }
+        gpu::by_four("form_logits", &[products], &[Arg::Out(products)], &self.words())
     }
 
     fn form(&self) -> LogitForm {
@@ -274,8 +287,7 @@ pub(crate) fn logits(hidden: &Tensor, head: &Head, terms: &LayerTerms) -> Result
         return Ok(products);
     }
     if gpu::has_kernels(&products) {
-        let words = [form.scale.into(), form.soft_cap.unwrap_or(0.0).into()];
-        gpu::by_four("form_logits", &[&products], &[Arg::Out(&products)], &words)?;
+        head.form_on_device(&products)?;
         return Ok(products);
     }
     if on_cpu(&products) {

@@ -13,6 +13,7 @@ mod data_tokenizer;
 mod decoder;
 #[macro_use]
 mod devices;
+mod decoding_steps;
 mod distributed;
 mod families;
 #[cfg(target_os = "linux")]

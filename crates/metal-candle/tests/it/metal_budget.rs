@@ -13,9 +13,9 @@ const LAYERS: i64 = 3;
 /// What one process is to do.
 const WORK: &str = "METAL_CANDLE_TEST_WORK";
 
-fn model(vocab: usize) -> Model {
+fn model(family: &str) -> Model {
     let config = format!(
-        r#"{{"model_type": "qwen2", "vocab_size": {vocab}, "hidden_size": 64, "intermediate_size": 96,
+        r#"{{"model_type": "{family}", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
         "num_hidden_layers": {LAYERS}, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true,
         "max_position_embeddings": 128, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.2}}"#
     );
@@ -32,14 +32,14 @@ fn adapter(model: &Model, modules: &[TargetModule]) -> LoRAAdapter {
 #[ignore = "a part of the tests below, which run it"]
 fn worker() {
     let work = std::env::var(WORK).unwrap();
-    let (kind, count) = work.split_once(' ').unwrap();
+    let [family, kind, count] = work.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let count: usize = count.parse().unwrap();
-    let model = model(50);
+    let model = model(family);
     match kind {
         "decode" | "decode-adapter" => {
             let mut generator = Generator::new(model.clone());
             if kind == "decode-adapter" {
-                generator.set_adapter(Some(adapter(&model, &TargetModule::ALL).terms().unwrap()));
+                generator.set_adapter(Some(adapter(&model, &[TargetModule::AllLinear]).terms().unwrap()));
             }
             let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() }.with_max_tokens(count);
             assert_eq!(generator.generate(vec![1u32, 2, 3], &config).unwrap().tokens.len(), count);
@@ -78,8 +78,9 @@ fn counters(work: &str) -> Value {
 }
 
 /// What one more token or step adds, by counter.
-fn added(kind: &str, few: usize, many: usize) -> impl Fn(&str) -> i64 {
-    let (less, more) = (counters(&format!("{kind} {few}")), counters(&format!("{kind} {many}")));
+fn added(family: &str, kind: &str, few: usize, many: usize) -> impl Fn(&str) -> i64 {
+    let counters = |count: usize| counters(&format!("{family} {kind} {count}"));
+    let (less, more) = (counters(few), counters(many));
     let count = (many - few) as i64;
     move |name: &str| {
         let value = |counters: &Value| counters[name].as_i64().unwrap_or_else(|| panic!("no counter `{name}`"));
@@ -91,22 +92,36 @@ fn added(kind: &str, few: usize, many: usize) -> impl Fn(&str) -> i64 {
 
 #[test]
 fn a_token_takes_five_dispatches_a_block_and_three() {
-    for kind in ["decode", "decode-adapter"] {
-        let added = added(kind, 4, 12);
-        assert_eq!(added("dispatches"), 5 * LAYERS + 3, "{kind}");
-        assert_eq!(added("waits"), 1);
-        assert_eq!(added("buffers_allocated"), 0);
-        assert_eq!(added("blit_copies") + added("blit_fills"), 0);
+    for family in ["qwen2", "llama", "qwen3", "granite", "gemma", "mistral", "phi3", "gemma2", "olmo2"] {
+        for kind in ["decode", "decode-adapter"] {
+            let added = added(family, kind, 4, 12);
+            // a norm after a part takes one more
+            let blocks = if ["gemma2", "olmo2"].contains(&family) { 7 } else { 5 };
+            assert_eq!(added("dispatches"), blocks * LAYERS + 3, "{family}, {kind}");
+            assert_eq!(added("waits"), 1);
+            assert_eq!(added("buffers_allocated"), 0);
+            assert_eq!(added("blit_copies") + added("blit_fills"), 0);
+        }
     }
 }
 
 /// The head, the norm of the gradient and copies of the parameters are blits or waits of a step; no block and no matrix adds one.
 #[test]
 fn a_training_step_takes_as_many_dispatches_for_one_matrix_as_for_seven() {
-    let (few, all) = (added("train-q", 1, 3), added("train-all", 1, 3));
-    for added in [&few, &all] {
-        assert_eq!(added("dispatches"), 21 * LAYERS + 14);
-        assert!(added("blit_copies") + added("blit_fills") <= 6);
-        assert!(added("waits") <= 3);
+    for family in ["qwen2", "llama"] {
+        let (few, all) = (added(family, "train-q", 1, 3), added(family, "train-all", 1, 3));
+        for added in [&few, &all] {
+            assert_eq!(added("dispatches"), 21 * LAYERS + 14, "{family}");
+            assert!(added("blit_copies") + added("blit_fills") <= 6);
+            assert!(added("waits") <= 3);
+        }
     }
+}
+
+/// Norms of q and k are launches of their own: two and the rotation on the way there, two on the way back.
+#[test]
+fn a_training_step_of_qwen3_takes_five_dispatches_a_block_more() {
+    let added = added("qwen3", "train-all", 1, 3);
+    assert_eq!(added("dispatches"), 26 * LAYERS + 14);
+    assert!(added("waits") <= 3);
 }

@@ -7,13 +7,13 @@ use super::super::kv_cache::KVCache;
 use super::super::registry::{LinearSlot, NormSlot, Registry, Role};
 use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
-use super::linear::{Extras, LinearLayer};
+use super::linear::{Extras, LinearLayer, are_frozen, are_fused, fused_layers};
 use super::norm::NormLayer;
 use super::pass::{Backward, Context, Meter, StepSize, missing};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::attention::{self, AttentionGradients};
-use crate::ops::fused::{self, Factors, Layer};
+use crate::ops::fused::{self, Layer};
 use crate::ops::num_bytes;
 use crate::ops::rotary::{Pairs, RotarySpec, scale_rows};
 use candle_core::{DType, Tensor};
@@ -89,8 +89,10 @@ pub(in crate::models) struct Attention {
     pub(in crate::models) output: LinearLayer,
     pub(in crate::models) qk_norm: Option<([NormLayer; 2], QkNormSpec)>,
     sinks: Option<(usize, Tensor)>,
-    /// Whether halves of whole heads are rotated against each other.
-    is_whole_rotary: bool,
+    /// Whether the launches of `ops::fused` take the weights.
+    can_fuse: bool,
+    /// The rotary table, which elements it rotates against each other, and how many of a head.
+    rotary: Option<(usize, Pairs, usize)>,
 }
 
 /// What the backward pass needs of the forward pass.
@@ -129,20 +131,27 @@ impl Attention {
         rotary: &[RotarySpec],
         tensors: &Tensors,
     ) -> Result<Self> {
-        let table = spec.rotary.and_then(|table| rotary.get(table));
+        let table = spec.rotary.and_then(|index| Some((index, rotary.get(index)?)));
         let qk_norm = match (&slots.qk_norm, spec.qk_norm) {
             (Some([q, k]), Some(norm)) => Some(([tensors.norm(*q)?, tensors.norm(*k)?], norm)),
             _ => None,
         };
+        let inputs = slots.inputs.iter().map(|slot| tensors.linear(*slot)).collect::<Result<Vec<_>>>()?;
+        let output = tensors.linear(slots.output)?;
+        let dtype = output.linear.weight.dtype();
+        let can_fuse = inputs.len() == 3
+            && inputs.iter().all(|layer| fused::takes(&layer.linear, true, dtype))
+            && fused::takes(&output.linear, false, dtype);
         Ok(Self {
             layer,
             spec: spec.clone(),
             shape: spec.shape(),
-            inputs: slots.inputs.iter().map(|slot| tensors.linear(*slot)).collect::<Result<_>>()?,
-            output: tensors.linear(slots.output)?,
+            inputs,
+            output,
+            can_fuse,
             qk_norm,
             sinks: slots.sinks.map(|index| Ok::<_, crate::Error>((index, tensors.small(index)?))).transpose()?,
-            is_whole_rotary: table.is_some_and(|table| table.pairs == Pairs::Halves && table.dim == spec.head_dim),
+            rotary: table.map(|(index, table)| (index, table.pairs, table.dim)),
         })
     }
 
@@ -152,11 +161,7 @@ impl Attention {
 
     /// q, k and v of the normed input; what the backward passes of the layers can use is appended to `z`.
     fn projections(&self, x: &Tensor, context: Context, z: &mut Vec<Option<Tensor>>) -> Result<Projected> {
-        let mut linear = |layer: &LinearLayer| {
-            z.push(None);
-            let last = z.len() - 1;
-            layer.forward(x, None, context, &mut z[last])
-        };
+        let mut linear = |layer: &LinearLayer| layer.forward_keeping(x, context, z);
         if let [q, k, v] = self.inputs.as_slice() {
             let (q, k) = (linear(q)?, linear(k)?);
             let (q, k, raw) = self.positioned(q, k, context)?;
@@ -253,24 +258,16 @@ impl Attention {
 
     /// Whether the launches of `ops::fused` run this part for `x`.
     pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
-        let is_training = context.dropout_seed.is_some();
-        let plain =
-            |layer: &LinearLayer, may_have_bias| layer.layer(context).is_plain(x.dtype(), may_have_bias, is_training);
-        x.device().is_metal()
-            && !context.terms.is_mixed()
+        self.can_fuse
             && context.spans.has_tables(self.shape)
-            && self.inputs.len() == 3
-            && self.qk_norm.is_none()
-            && self.spec.clip.is_none()
-            && self.spec.query_scaling.is_none()
-            && self.is_whole_rotary
-            && self.inputs.iter().all(|layer| plain(layer, true))
-            && plain(&self.output, false)
+            && are_fused(self.inputs.iter().chain([&self.output]), x, context)
     }
 
-    fn layers<'a>(&'a self, context: Context<'a>) -> Result<[Layer<'a>; 3]> {
-        let layers: Vec<Layer> = self.inputs.iter().map(|layer| layer.layer(context)).collect();
-        layers.try_into().map_err(|_| missing())
+    /// The rotary table whose rotation of q and k is part of the launch after their products.
+    fn fused_rotation(&self) -> Option<usize> {
+        let is_whole = |(_, pairs, dim): &(usize, Pairs, usize)| *pairs == Pairs::Halves && *dim == self.spec.head_dim;
+        let is_first = self.qk_norm.is_none() && self.spec.clip.is_none();
+        self.rotary.filter(|rotary| is_first && is_whole(rotary)).map(|(table, _, _)| table)
     }
 
     fn fused_forward<'a>(
@@ -280,14 +277,18 @@ impl Attention {
         cache: Option<&mut KVCache>,
     ) -> Result<(Output<'a>, AttentionSaved)> {
         let normed = input.get()?;
-        let layers = self.layers(context)?;
+        let layers = fused_layers(&self.inputs, context)?;
         let made = fused::products(&normed, &layers, true)?;
         drop(normed);
-        let rotation = self.spec.rotary.map(|table| &context.rotations[table]).ok_or_else(missing)?;
-        fused::finish_qkv(rotation, &layers, &made)?;
+        let rotation = self.fused_rotation().map(|table| &context.rotations[table]);
+        fused::finish_qkv(rotation, self.spec.head_dim, &layers, &made)?;
         let mut z = made.z;
         let [q, k, v] = all_of(made.y)?;
-        let projected = Projected { q, k, v, raw: None };
+        let (q, k, raw) = match rotation {
+            Some(_) => (self.scaled(q, context)?, k, None),
+            None => self.positioned(q, k, context)?,
+        };
+        let projected = Projected { q, k, v: self.clipped(v)?, raw };
         let attention = self.attend(&projected, context, cache)?;
         let layer = self.output.layer(context);
         let mut made = fused::products(&attention.out, &[layer], true)?;
@@ -307,7 +308,7 @@ impl Attention {
         needs_input: bool,
         pass: &mut Backward<'a, '_>,
     ) -> Result<Option<Tensor>> {
-        let AttentionSaved { q, k, v, attention, mut z, .. } = saved;
+        let AttentionSaved { q, k, v, raw, attention, mut z } = saved;
         let context = pass.context;
         let (output, norm) = (self.output.layer(context), input.norm.ok_or_else(missing)?);
         let (d_attention, mut dz_output) = fused::products_backward(&[output], &[dy], true)?;
@@ -324,9 +325,11 @@ impl Attention {
             &d_attention,
             through,
         )?;
+        let dv = self.clipped_backward(&v, dv)?;
         drop((q, k, v, d_attention));
-        let (dq, dk) = self.rotated(dq, dk, context, true)?;
-        let layers = self.layers(context)?;
+        let (dq, dk) = self.positioned_backward((dq, dk), raw.as_ref(), pass)?;
+        drop(raw);
+        let layers: [Layer; 3] = fused_layers(&self.inputs, context)?;
         let (d_normed, dz) = fused::products_backward(&layers, &[&dq, &dk, &dv], needs_input)?;
         let (dx, normed) = match d_normed {
             Some(d_normed) => {
@@ -337,18 +340,10 @@ impl Attention {
             None => (None, norm.forward(input.stream)?),
         };
         let z_output = z.pop().flatten();
-        let of_inputs = self.inputs.iter().zip(layers).zip([dq, dk, dv]).zip(z.into_iter().zip(dz));
-        pass.factors.extend(of_inputs.map(|(((layer, fused), dy), (z, dz))| Factors {
-            number: layer.slot.id,
-            layer: fused,
-            x: normed.clone(),
-            dy,
-            z,
-            dz,
-        }));
-        let number = self.output.slot.id;
-        let x = attention.out;
-        pass.factors.push(Factors { number, layer: output, x, dy: dy.clone(), z: z_output, dz: dz_output });
+        for ((layer, dy), of_layer) in self.inputs.iter().zip([&dq, &dk, &dv]).zip(z.into_iter().zip(dz)) {
+            layer.gather((&normed, dy), of_layer, pass);
+        }
+        self.output.gather((&attention.out, dy), (z_output, dz_output), pass);
         Ok(dx)
     }
 }
@@ -407,8 +402,7 @@ impl Part for Attention {
         needs_input: bool,
         pass: &mut Backward<'a, '_>,
     ) -> Result<Option<Tensor>> {
-        let layers = || self.inputs.iter().chain([&self.output]);
-        let is_frozen = layers().all(|layer| !pass.trained[layer.slot.weight] && !pass.is_trained(layer.slot.bias))
+        let is_frozen = are_frozen(self.inputs.iter().chain([&self.output]), pass)
             && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained))
             && !self.sinks.as_ref().is_some_and(|(index, _)| pass.trained[*index]);
         if pass.room.is_some()

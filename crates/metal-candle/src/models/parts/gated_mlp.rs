@@ -5,15 +5,14 @@ use super::super::kv_cache::KVCache;
 use super::super::registry::{LinearSlot, Registry};
 use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
-use super::linear::{Extras, LinearLayer};
-use super::norm::NormLayer;
+use super::linear::{Extras, LinearLayer, are_frozen, are_fused, fused_layers};
 use super::pass::{Backward, Context, Meter, StepSize, missing};
-use super::step::{Step, fits, layer_args};
+use super::step::{Branch, Posts, Step, StepLinear, fits, multiply, norm_words};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
-use crate::ops::fused::{self, Factors, Layer};
-use crate::ops::gpu::{self, Arg, Grid};
+use crate::ops::fused::{self, Layer};
+use crate::ops::gpu::{self, Arg, Grid, Word};
 use crate::ops::{LowRankTerms, kept, num_bytes};
 use candle_core::{DType, Tensor};
 
@@ -47,6 +46,8 @@ pub(in crate::models) struct GatedMlp {
     /// Gate and up, or their fused layer.
     pub(in crate::models) inputs: Vec<LinearLayer>,
     pub(in crate::models) down: LinearLayer,
+    /// Whether the launches of `ops::fused` take the weights.
+    can_fuse: bool,
 }
 
 /// What the backward pass needs of the forward pass.
@@ -65,12 +66,13 @@ impl Saved for GatedMlpSaved {
 
 impl GatedMlp {
     pub(in crate::models) fn new(spec: &GatedMlpSpec, slots: &GatedMlpSlots, tensors: &Tensors) -> Result<Self> {
-        Ok(Self {
-            inner: spec.inner,
-            activation: spec.activation,
-            inputs: slots.inputs.iter().map(|slot| tensors.linear(*slot)).collect::<Result<_>>()?,
-            down: tensors.linear(slots.down)?,
-        })
+        let inputs = slots.inputs.iter().map(|slot| tensors.linear(*slot)).collect::<Result<Vec<_>>>()?;
+        let down = tensors.linear(slots.down)?;
+        let dtype = down.linear.weight.dtype();
+        let can_fuse = inputs.len() == 2
+            && spec.activation == Activation::Silu
+            && inputs.iter().chain([&down]).all(|layer| fused::takes(&layer.linear, false, dtype));
+        Ok(Self { inner: spec.inner, activation: spec.activation, inputs, down, can_fuse })
     }
 
     pub(in crate::models) fn linears(&self) -> impl Iterator<Item = &LinearLayer> {
@@ -79,11 +81,7 @@ impl GatedMlp {
 
     /// Gate and up of the normed input; what the backward passes of the layers can use is appended to `z`.
     fn gate_and_up(&self, x: &Tensor, context: Context, z: &mut Vec<Option<Tensor>>) -> Result<(Tensor, Tensor)> {
-        let mut linear = |layer: &LinearLayer| {
-            z.push(None);
-            let last = z.len() - 1;
-            layer.forward(x, None, context, &mut z[last])
-        };
+        let mut linear = |layer: &LinearLayer| layer.forward_keeping(x, context, z);
         if let [gate, up] = self.inputs.as_slice() {
             return Ok((linear(gate)?, linear(up)?));
         }
@@ -100,17 +98,7 @@ impl GatedMlp {
 
     /// Whether the launches of `ops::fused` run this part for `x`.
     pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
-        let is_training = context.dropout_seed.is_some();
-        x.device().is_metal()
-            && !context.terms.is_mixed()
-            && self.inputs.len() == 2
-            && self.activation == Activation::Silu
-            && self.linears().all(|layer| layer.layer(context).is_plain(x.dtype(), false, is_training))
-    }
-
-    fn layers<'a>(&'a self, context: Context<'a>) -> Result<[Layer<'a>; 2]> {
-        let layers: Vec<Layer> = self.inputs.iter().map(|layer| layer.layer(context)).collect();
-        layers.try_into().map_err(|_| missing())
+        self.can_fuse && are_fused(self.linears(), x, context)
     }
 
     fn fused_forward<'a>(
@@ -119,7 +107,7 @@ impl GatedMlp {
         context: Context<'a>,
         is_last_skipped: bool,
     ) -> Result<(Option<Output<'a>>, GatedMlpSaved)> {
-        let layers = self.layers(context)?;
+        let layers = fused_layers(&self.inputs, context)?;
         let made = fused::products(&input.get()?, &layers, true)?;
         let activation = fused::finish_mlp(&layers, &made)?;
         let mut z = made.z;
@@ -148,22 +136,15 @@ impl GatedMlp {
         let (d_gate, d_up, activation) =
             fused::finish_mlp_backward((&gate, &up), d_activation, down, dz_down.as_ref())?;
         drop((gate, up));
-        let layers = self.layers(pass.context)?;
+        let layers: [Layer; 2] = fused_layers(&self.inputs, pass.context)?;
         let (d_normed, dz) = fused::products_backward(&layers, &[&d_gate, &d_up], true)?;
         let d_normed = d_normed.ok_or_else(missing)?;
         let (dx, normed) = fused::finish_norm_backward(&norm.norm, input.stream, d_normed, carry, &layers, &dz)?;
         let z_down = z.pop().flatten();
-        let of_inputs = self.inputs.iter().zip(layers).zip([d_gate, d_up]).zip(z.into_iter().zip(dz));
-        pass.factors.extend(of_inputs.map(|(((layer, fused), dy), (z, dz))| Factors {
-            number: layer.slot.id,
-            layer: fused,
-            x: normed.clone(),
-            dy,
-            z,
-            dz,
-        }));
-        let number = self.down.slot.id;
-        pass.factors.push(Factors { number, layer: down, x: activation, dy: dy.clone(), z: z_down, dz: dz_down });
+        for ((layer, dy), of_layer) in self.inputs.iter().zip([&d_gate, &d_up]).zip(z.into_iter().zip(dz)) {
+            layer.gather((&normed, dy), of_layer, pass);
+        }
+        self.down.gather((&activation, dy), (z_down, dz_down), pass);
         Ok(dx)
     }
 }
@@ -222,8 +203,7 @@ impl Part for GatedMlp {
         pass: &mut Backward<'a, '_>,
     ) -> Result<Option<Tensor>> {
         let is_frozen =
-            self.linears().all(|layer| !pass.trained[layer.slot.weight] && !pass.is_trained(layer.slot.bias))
-                && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
+            are_frozen(self.linears(), pass) && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
         if pass.room.is_some()
             && needs_input
             && is_frozen
@@ -311,47 +291,44 @@ impl Part for GatedMlp {
 impl GatedMlp {
     /// Whether the kernels of a step run this part.
     pub(in crate::models) fn can_step(&self, dtype: DType) -> bool {
-        self.inputs.len() == 2
-            && self.activation == Activation::Silu
+        !matches!(self.activation, Activation::Clamped { .. })
             && self.inner.is_multiple_of(8)
             && self.linears().all(|layer| fits(layer, dtype) && layer.linear.bias.is_none())
     }
 
     /// Adds the MLP to the stream.
-    pub(in crate::models) fn step(&self, norm: &NormLayer, step: &Step, terms: Option<&LowRankTerms>) -> Result<()> {
-        let [gate, up] = self.inputs.as_slice() else { return Err(missing()) };
-        if step.shape.is_wide {
-            let wide = step.wide()?;
-            norm.norm.forward_into(&step.x, &wide.normed)?;
-            step.multiply(gate, &wide.normed, (&wide.gate, 0.0), terms)?;
-            step.multiply(up, &wide.normed, (&wide.up, 0.0), terms)?;
+    pub(in crate::models) fn step(&self, branch: Branch, step: &Step, terms: Option<&LowRankTerms>) -> Result<()> {
+        let layers = StepLinear::of_each(&self.inputs, [self.inner; 2], terms)?;
+        if let Some(wide) = &step.wide {
+            let x = step.normed(branch, wide)?;
+            for (layer, y) in layers.iter().zip([&wide.gate, &wide.up]) {
+                multiply(layer, x, (y, 1.0, 0.0), wide)?;
+            }
             activation::gated_into(self.activation, &wide.gate, &wide.up, &step.activation)?;
-            return step.multiply(&self.down, &step.activation, (&step.x, 1.0), terms);
+        } else {
+            self.narrow_activation(&layers, branch, step)?;
         }
-        let [of_gate, of_up] = [gate, up].map(|layer| layer_args(layer, terms));
-        let args = [
-            Arg::In(&step.x),
-            norm.norm.weight.as_ref().map_or(Arg::None, Arg::In),
-            Arg::In(gate.linear.weight.dense()?),
-            Arg::In(up.linear.weight.dense()?),
-            of_gate.0,
-            of_gate.1,
-            of_up.0,
-            of_up.1,
-            Arg::Out(&step.activation),
-        ];
-        let words = [
-            step.rows.into(),
-            (norm.norm.eps as f32).into(),
-            self.inner.into(),
-            of_gate.2.into(),
-            of_up.2.into(),
-            of_gate.3.into(),
-            of_up.3.into(),
-        ];
-        let groups = self.inner.div_ceil(step.threads.gated / 32) * step.chunks();
-        gpu::launch(&step.kernel("decode_gated"), Grid::row(groups, step.threads.gated), &args, &words)?;
-        step.add_linear(&self.down, &step.activation, terms)
+        let down = StepLinear::of(&self.down, terms)?;
+        step.finish_branch(&down, &step.activation, branch, step.posts(Posts::Down, Some(Posts::Gated)))
+    }
+
+    /// Norm, gate, up and activation in one launch.
+    fn narrow_activation(&self, layers: &[StepLinear; 2], branch: Branch, step: &Step) -> Result<()> {
+        let mut args = vec![Arg::In(&step.x), branch.weight()];
+        args.extend(layers.iter().map(|layer| Arg::In(&layer.weight)));
+        args.extend(layers.iter().flat_map(StepLinear::term_args));
+        args.extend([&step.activation, &step.posted].map(Arg::Out));
+        let ranks = layers.each_ref().map(StepLinear::rank);
+        let mut words: Vec<Word> = vec![step.rows.into()];
+        words.extend(norm_words(branch.before));
+        words.push(self.inner.into());
+        words.extend(ranks.map(Word::from));
+        words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
+        words.extend(step.posts(Posts::Gated, Some(Posts::Output)));
+        let warps = step.threads.gated / 32;
+        let groups = self.inner.div_ceil(warps) + Step::groups_of_a(&ranks, warps);
+        let grid = Grid::row(groups * step.chunks(), step.threads.gated);
+        gpu::launch(&step.kernel("decode_gated"), grid, &args, &words)
     }
 }
 

@@ -1,9 +1,9 @@
 //! A linear layer of a part: its weights, its low-rank update and the gradients of both.
 
 use super::super::registry::LinearSlot;
-use super::pass::{Backward, Context, StepSize};
+use super::pass::{Backward, Context, StepSize, missing};
 use crate::error::Result;
-use crate::ops::fused::Layer;
+use crate::ops::fused::{Factors, Layer};
 use crate::ops::linear::{Linear, Wanted};
 use crate::ops::{LowRank, LowRankTerms};
 use crate::profile::{Kind, span};
@@ -30,6 +30,19 @@ impl LinearLayer {
     /// The layer as the fused kernels take it.
     pub(in crate::models) fn layer<'a>(&'a self, context: Context<'a>) -> Layer<'a> {
         Layer { linear: &self.linear, term: self.term(context) }
+    }
+
+    /// The output; what the backward pass can use is appended to `z`.
+    pub(in crate::models) fn forward_keeping(
+        &self,
+        x: &Tensor,
+        context: Context,
+        z: &mut Vec<Option<Tensor>>,
+    ) -> Result<Tensor> {
+        let mut kept = None;
+        let y = self.forward(x, None, context, &mut kept)?;
+        z.push(kept);
+        Ok(y)
     }
 
     /// The output, added to `residual` if there is one; what the backward pass can use is put into `z`.
@@ -74,12 +87,52 @@ impl LinearLayer {
         Ok(found.input)
     }
 
+    /// Keeps what the gradient of the layer's low-rank update is computed from, together with those of all layers of the block:
+    /// the layer's input, the gradient of its output, and the products of both with the update.
+    pub(in crate::models) fn gather<'a>(
+        &'a self,
+        (x, dy): (&Tensor, &Tensor),
+        (z, dz): (Option<Tensor>, Option<Tensor>),
+        pass: &mut Backward<'a, '_>,
+    ) {
+        let layer = self.layer(pass.context);
+        pass.factors.push(Factors { number: self.slot.id, layer, x: x.clone(), dy: dy.clone(), z, dz });
+    }
+
     /// What the low-rank update of the layer adds to the memory of a step.
     pub(in crate::models) fn extras(&self, size: StepSize) -> Extras {
         let of_parameters = size.gradient(Some(self.slot.weight)) + size.gradient(self.slot.bias);
         let found = Extras::new(size.terms, self.slot.id, [self.in_features, self.out_features], size.tokens);
         Extras { gradients: found.gradients + of_parameters, ..found }
     }
+}
+
+/// The layers as the fused kernels take them.
+pub(in crate::models) fn fused_layers<'a, const N: usize>(
+    layers: &'a [LinearLayer],
+    context: Context<'a>,
+) -> Result<[Layer<'a>; N]> {
+    let layers: Vec<Layer> = layers.iter().map(|layer| layer.layer(context)).collect();
+    layers.try_into().map_err(|_| missing())
+}
+
+/// Whether nothing of these layers is trained but low-rank updates.
+pub(in crate::models) fn are_frozen<'a>(layers: impl IntoIterator<Item = &'a LinearLayer>, pass: &Backward) -> bool {
+    let is_trained = |layer: &LinearLayer| pass.trained[layer.slot.weight] || pass.is_trained(layer.slot.bias);
+    !layers.into_iter().any(is_trained)
+}
+
+/// Whether the launches of `ops::fused` take the inputs of a pass and its low-rank updates, where they take the weights.
+pub(in crate::models) fn are_fused<'a>(
+    layers: impl IntoIterator<Item = &'a LinearLayer>,
+    x: &Tensor,
+    context: Context,
+) -> bool {
+    let (dtype, is_training) = (x.dtype(), context.dropout_seed.is_some());
+    let is_fused = |layer: &LinearLayer| {
+        layer.linear.weight.dtype() == dtype && layer.layer(context).has_plain_term(dtype, is_training)
+    };
+    !context.terms.is_mixed() && layers.into_iter().all(is_fused)
 }
 
 /// Bytes that low-rank updates and trained weights add to a step.

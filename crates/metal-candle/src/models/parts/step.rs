@@ -5,8 +5,11 @@
 
 use super::linear::LinearLayer;
 use super::norm::NormLayer;
+use super::pass::missing;
+use super::sublayer::Sublayer;
 use crate::error::{Error, Result};
-use crate::ops::gpu::{self, Arg, Kernel, Source};
+use crate::ops::gpu::{self, Arg, Grid, Kernel, Source, Word};
+use crate::ops::linear::Linear;
 use crate::ops::norm::NormKind;
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
@@ -16,6 +19,15 @@ pub(in crate::models) const MAX_RANK: usize = 64;
 
 /// Rows of the LM head that a warp takes.
 pub(in crate::models) const HEAD_ROWS: usize = 8;
+
+/// Threads of a group that has an element each.
+pub(in crate::models) const ROW_THREADS: usize = 128;
+
+/// Most parts of the keys of a sequence.
+const MOST_PARTS: usize = 16;
+
+/// Blocks of 32 keys that each warp has before keys are divided, as in `decode_attention.metal`.
+const LEAST_BLOCKS: usize = 2;
 
 /// Warps that share two rows of a linear layer.
 const LINEAR_WARPS: usize = 4;
@@ -29,7 +41,10 @@ pub(in crate::models) struct StepShape {
     pub(in crate::models) is_wide: bool,
     pub(in crate::models) dtype: DType,
     pub(in crate::models) hidden: usize,
-    pub(in crate::models) head_dim: usize,
+    /// Query heads, key/value heads, and the width of one.
+    pub(in crate::models) heads: [usize; 3],
+    /// The number of the activation of gated MLPs, as kernels know it.
+    pub(in crate::models) activation: usize,
     pub(in crate::models) is_cuda: bool,
 }
 
@@ -43,8 +58,7 @@ impl StepShape {
         Kernel::new(Source::Decode, name, self.dtype)
             .with("BATCH", batch)
             .with("HIDDEN", hidden)
-            .with("HEAD_DIM", self.head_dim)
-            .with("DECODE_WARPS", threads.attention / 32)
+            .with("ACTIVATION", self.activation)
             .with("PROJECTION_THREADS", threads.projections)
             .with("LINEAR_THREADS", threads.linear)
             .with("GATED_THREADS", threads.gated)
@@ -52,13 +66,72 @@ impl StepShape {
             .with("HEAD_ROWS", HEAD_ROWS)
             .with("AHEAD", if self.is_cuda && is_narrow { 5 } else { 1 })
     }
+
+    /// The kernel of `decode_attention.metal`.
+    pub(in crate::models) fn attention_kernel(&self, threads: AttentionThreads) -> Kernel {
+        Kernel::new(Source::DecodeAttention, "decode_attention", self.dtype)
+            .with("HEAD_DIM", self.heads[2])
+            .with("HEADS", threads.heads)
+            .with("KEY_WARPS", threads.key_warps)
+            .with("MOST_PARTS", MOST_PARTS)
+    }
+}
+
+/// How attention is shared out among groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::models) struct AttentionThreads {
+    /// Query heads of a group, which share a key/value head.
+    pub(in crate::models) heads: usize,
+    /// Warps that share the keys of a head.
+    pub(in crate::models) key_warps: usize,
+    /// Most parts of the keys of a sequence, each with a group of its own.
+    pub(in crate::models) parts: usize,
+}
+
+impl AttentionThreads {
+    /// For few sequences a group has one head and the keys are divided, for many it takes all heads that read the same keys.
+    fn new(shape: &StepShape, rows: usize, max_seq_len: usize, like: &Tensor) -> Result<Self> {
+        let [heads, kv_heads, head_dim] = shape.heads;
+        let (wanted, mut most) = if shape.is_cuda { (128, 16) } else { (32, 8) };
+        // long f32 keys fill the registers of a larger group
+        if shape.dtype == DType::F32 && head_dim > 32 {
+            most = most.min(8);
+        }
+        let shared = heads / kv_heads;
+        let of_group = if rows * heads < 2 * wanted {
+            1
+        } else {
+            (1..=shared.min(most)).rev().find(|count| shared.is_multiple_of(*count)).unwrap_or(1)
+        };
+        let mut threads = Self { heads: of_group, key_warps: most / of_group, parts: 1 };
+        let allowed = gpu::max_threads(&shape.attention_kernel(threads), like)?;
+        while threads.count() > allowed {
+            match threads {
+                Self { key_warps: 2.., .. } => threads.key_warps /= 2,
+                Self { heads: 2.., .. } => threads.heads = 1,
+                _ => {
+                    return Err(Error::Device(format!(
+                        "`decode_attention` needs 32 threads, and the device runs {allowed}"
+                    )));
+                }
+            }
+        }
+        let least = 32 * threads.key_warps * LEAST_BLOCKS;
+        threads.parts = (wanted / (rows * heads / threads.heads)).clamp(1, MOST_PARTS).min(max_seq_len.div_ceil(least));
+        Ok(threads)
+    }
+
+    /// The threads of a group.
+    pub(in crate::models) fn count(self) -> usize {
+        32 * self.heads * self.key_warps
+    }
 }
 
 /// Threads of a group, by kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::models) struct Threads {
     pub(in crate::models) projections: usize,
-    pub(in crate::models) attention: usize,
+    pub(in crate::models) attention: AttentionThreads,
     pub(in crate::models) linear: usize,
     pub(in crate::models) gated: usize,
     pub(in crate::models) head: usize,
@@ -70,13 +143,11 @@ impl Threads {
     ///
     /// # Errors
     /// A kernel cannot be compiled, or the device runs too few threads of one.
-    pub(in crate::models) fn new(shape: &StepShape, like: &Tensor) -> Result<Self> {
+    pub(in crate::models) fn new(shape: &StepShape, rows: usize, max_seq_len: usize, like: &Tensor) -> Result<Self> {
         let most = if shape.is_cuda { 512 } else { 256 };
-        // long f32 keys fill the registers of a larger group; what is not tried need not be compiled
-        let is_large = shape.dtype == DType::F32 && shape.head_dim > 32;
         let mut threads = Self {
             projections: 128,
-            attention: if is_large { most.min(256) } else { most },
+            attention: AttentionThreads::new(shape, rows, max_seq_len, like)?,
             linear: most,
             gated: 256,
             head: 256,
@@ -84,7 +155,7 @@ impl Threads {
         };
         loop {
             let tried = threads;
-            for (name, count, least) in threads.compiled(shape.is_wide) {
+            for (name, count, least) in threads.compiled().into_iter().filter(|_| !shape.is_wide) {
                 let allowed = gpu::max_threads(&shape.kernel(name, &tried), like)?;
                 while *count > allowed {
                     *count /= 2;
@@ -111,17 +182,13 @@ impl Threads {
     }
 
     /// The kernels that are compiled for their number of threads, with that number and the fewest threads they work with.
-    fn compiled(&mut self, is_wide: bool) -> Vec<(&'static str, &mut usize, usize)> {
-        let mut kernels = vec![("decode_attention", &mut self.attention, 32)];
-        if !is_wide {
-            kernels.extend([
-                ("decode_projections", &mut self.projections, 32),
-                ("decode_linear", &mut self.linear, 32 * LINEAR_WARPS),
-                ("decode_gated", &mut self.gated, 32),
-                ("decode_head", &mut self.head, 32),
-            ]);
-        }
-        kernels
+    fn compiled(&mut self) -> [(&'static str, &mut usize, usize); 4] {
+        [
+            ("decode_projections", &mut self.projections, 32),
+            ("decode_linear", &mut self.linear, 32 * LINEAR_WARPS),
+            ("decode_gated", &mut self.gated, 32),
+            ("decode_head", &mut self.head, 32),
+        ]
     }
 }
 
@@ -137,8 +204,19 @@ pub(in crate::models) struct Step {
     /// The residual stream: `[rows, hidden]`.
     pub(in crate::models) x: Tensor,
     pub(in crate::models) q: Tensor,
+    pub(in crate::models) k: Tensor,
+    pub(in crate::models) v: Tensor,
     pub(in crate::models) attention: Tensor,
+    /// What groups of `decode_attention` leave for each other, and how many have.
+    pub(in crate::models) results: Tensor,
+    pub(in crate::models) counters: Tensor,
+    /// The products of vectors with A of low-rank updates: [`Posts`].
+    pub(in crate::models) posted: Tensor,
+    /// Whether there are low-rank updates.
+    pub(in crate::models) has_terms: bool,
     pub(in crate::models) activation: Tensor,
+    /// The output of a part that a norm follows: `[rows, hidden]`.
+    pub(in crate::models) branch: Tensor,
     /// Cosines and sines of all positions, by rotary table.
     pub(in crate::models) rotary: Vec<(Tensor, Tensor)>,
     pub(in crate::models) wide: Option<Wide>,
@@ -148,15 +226,56 @@ pub(in crate::models) struct Step {
 #[derive(Debug)]
 pub(in crate::models) struct Wide {
     pub(in crate::models) normed: Tensor,
-    pub(in crate::models) k: Tensor,
-    pub(in crate::models) v: Tensor,
     pub(in crate::models) gate: Tensor,
     pub(in crate::models) up: Tensor,
     /// Of low-rank updates: `rows * MAX_RANK` elements.
     pub(in crate::models) z: Tensor,
 }
 
+/// Where a kernel posts the products with A of its low-rank updates: for each row of the step [`MAX_RANK`] words an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::models) enum Posts {
+    Projections,
+    Output,
+    Gated,
+    Down,
+    Head,
+}
+
+impl Posts {
+    /// Words of all of them for a row.
+    pub(in crate::models) const WORDS: usize = 8 * MAX_RANK;
+
+    /// The first word and the number of words, for so many rows.
+    fn place(self, rows: usize) -> [usize; 2] {
+        let (first, count) = match self {
+            Self::Projections => (0, 3),
+            Self::Output => (3, 1),
+            Self::Gated => (4, 2),
+            Self::Down => (6, 1),
+            Self::Head => (7, 1),
+        };
+        [first, count].map(|updates| updates * rows * MAX_RANK)
+    }
+}
+
 impl Step {
+    /// Which words a kernel empties, as an argument of it.
+    pub(in crate::models) fn emptied(&self, posts: Posts) -> [Word; 2] {
+        if self.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
+    }
+
+    /// Where a kernel posts, and which words it empties.
+    pub(in crate::models) fn posts(&self, posts: Posts, emptied: Option<Posts>) -> [Word; 3] {
+        let [from, count] = emptied.map_or([Word(0); 2], |emptied| self.emptied(emptied));
+        [posts.place(self.rows)[0].into(), from, count]
+    }
+
+    /// The groups whose warps take the rows of A of updates of these ranks, two each.
+    pub(in crate::models) fn groups_of_a(ranks: &[usize], warps: usize) -> usize {
+        ranks.iter().map(|rank| rank.div_ceil(2)).sum::<usize>().div_ceil(warps)
+    }
+
     pub(in crate::models) fn kernel(&self, name: &'static str) -> Kernel {
         self.shape.kernel(name, &self.threads)
     }
@@ -166,70 +285,146 @@ impl Step {
         self.rows.div_ceil(self.shape.batch)
     }
 
-    /// A linear layer whose result is added to the stream.
-    pub(in crate::models) fn add_linear(
+    /// A linear layer whose result ends a branch: it is normed if a norm follows, multiplied, and added to the stream.
+    pub(in crate::models) fn finish_branch(
         &self,
-        layer: &LinearLayer,
+        layer: &StepLinear,
         x: &Tensor,
-        terms: Option<&LowRankTerms>,
+        branch: Branch,
+        posts: [Word; 3],
     ) -> Result<()> {
-        let (a, b, rank, scale) = term_args(term_of(layer, terms));
-        let args = [Arg::In(x), Arg::In(layer.linear.weight.dense()?), a, b, Arg::Out(&self.x)];
-        let (input, output) = (layer.in_features, layer.out_features);
-        let words = [self.rows.into(), input.into(), output.into(), rank.into(), scale.into()];
-        let groups = output.div_ceil(self.threads.linear_rows()) * self.chunks();
-        gpu::launch(&self.kernel("decode_linear"), gpu::Grid::row(groups, self.threads.linear), &args, &words)
+        let (y, factor) = if branch.after.is_some() { (&self.branch, 1.0) } else { (&self.x, branch.factor) };
+        let is_added = branch.after.is_none();
+        if let Some(wide) = &self.wide {
+            multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }), wide)?;
+        } else {
+            let [a, b] = layer.term_args();
+            let args = [Arg::In(x), Arg::In(&layer.weight), a, b, Arg::Out(y), Arg::Out(&self.posted)];
+            let (output, input) = layer.weight.dims2()?;
+            let (rank, scale) = (layer.rank(), layer.scale());
+            let mut words = vec![self.rows.into(), input.into(), output.into(), rank.into(), scale.into()];
+            words.extend([Word::from(factor), is_added.into()]);
+            words.extend(posts);
+            let rows = self.threads.linear_rows();
+            let groups = (output.div_ceil(rows) + rank.div_ceil(rows)) * self.chunks();
+            gpu::launch(&self.kernel("decode_linear"), Grid::row(groups, self.threads.linear), &args, &words)?;
+        }
+        let Some(norm) = branch.after else { return Ok(()) };
+        let args = [Arg::In(y), norm.norm.weight.as_ref().map_or(Arg::None, Arg::In), Arg::Out(&self.x)];
+        let [_, offset, eps] = norm_words(Some(norm));
+        let words = [self.shape.hidden.into(), offset, eps, branch.factor.into()];
+        gpu::launch(&self.kernel("decode_add"), Grid::row(self.rows, ROW_THREADS), &args, &words)
     }
 
-    /// `y = x W^T + beta y`, and the layer's low-rank update, by products of matrices.
-    pub(in crate::models) fn multiply(
-        &self,
-        layer: &LinearLayer,
-        x: &Tensor,
-        (y, beta): (&Tensor, f32),
-        terms: Option<&LowRankTerms>,
-    ) -> Result<()> {
-        multiply(layer.linear.weight.dense()?, term_of(layer, terms), x, (y, beta), self.wide()?)
+    /// The input of a branch: the normed stream, or the stream.
+    pub(in crate::models) fn normed<'a>(&'a self, branch: Branch, wide: &'a Wide) -> Result<&'a Tensor> {
+        let Some(norm) = branch.before else { return Ok(&self.x) };
+        norm.norm.forward_into(&self.x, &wide.normed)?;
+        Ok(&wide.normed)
     }
 
     pub(in crate::models) fn wide(&self) -> Result<&Wide> {
-        self.wide.as_ref().ok_or_else(super::pass::missing)
+        self.wide.as_ref().ok_or_else(missing)
     }
 }
 
-/// `y = x W^T + beta y`, and a low-rank update, by products of matrices.
+/// What is around a part of a layer.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::models) struct Branch<'a> {
+    pub(in crate::models) before: Option<&'a NormLayer>,
+    pub(in crate::models) after: Option<&'a NormLayer>,
+    /// The factor on the branch.
+    pub(in crate::models) factor: f32,
+}
+
+impl<'a> Branch<'a> {
+    /// The branch of a part, if the kernels of a step take its norms.
+    pub(in crate::models) fn new<P>(sublayer: &'a Sublayer<P>) -> Option<Self> {
+        let (before, after) = (sublayer.before.as_ref(), sublayer.after.as_ref());
+        let is_rms = before.into_iter().chain(after).all(is_rms_norm);
+        is_rms.then_some(Self { before, after, factor: sublayer.scale })
+    }
+
+    /// The weight of the norm before the part.
+    pub(in crate::models) fn weight(&self) -> Arg<'a> {
+        self.before.and_then(|norm| norm.norm.weight.as_ref()).map_or(Arg::None, Arg::In)
+    }
+}
+
+/// A linear layer in a step, or some of the rows of one.
+#[derive(Debug)]
+pub(in crate::models) struct StepLinear<'a> {
+    /// `[out_features, in_features]`
+    pub(in crate::models) weight: Tensor,
+    pub(in crate::models) bias: Option<Tensor>,
+    /// The low-rank update, and its B.
+    term: Option<(&'a LowRank, Tensor)>,
+}
+
+impl<'a> StepLinear<'a> {
+    pub(in crate::models) fn new(linear: &Linear, term: Option<&'a LowRank>) -> Result<Self> {
+        let term = term.map(|term| (term, term.b.clone()));
+        Ok(Self { weight: linear.weight.dense()?.clone(), bias: linear.bias.clone(), term })
+    }
+
+    /// The layer of a part.
+    pub(in crate::models) fn of(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> Result<Self> {
+        Self::new(&layer.linear, terms.and_then(|terms| terms.get(layer.slot.id)))
+    }
+
+    /// The layers of these widths, which may be the rows of one.
+    pub(in crate::models) fn of_each<const N: usize>(
+        layers: &[LinearLayer],
+        widths: [usize; N],
+        terms: Option<&'a LowRankTerms>,
+    ) -> Result<[Self; N]> {
+        let mut all = layers.iter().map(|layer| Self::of(layer, terms)).collect::<Result<Vec<_>>>()?;
+        if let ([together], true) = (all.as_slice(), N > 1) {
+            let starts = widths.iter().scan(0, |end, width| Some(std::mem::replace(end, *end + width)));
+            all = starts.zip(widths).map(|(start, width)| together.rows(start, width)).collect::<Result<_>>()?;
+        }
+        all.try_into().map_err(|_| missing())
+    }
+
+    fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            weight: self.weight.narrow(0, start, count)?,
+            bias: self.bias.as_ref().map(|bias| bias.narrow(0, start, count)).transpose()?,
+            term: self
+                .term
+                .as_ref()
+                .map(|(term, b)| Ok::<_, Error>((*term, b.narrow(0, start, count)?)))
+                .transpose()?,
+        })
+    }
+
+    /// A and B of the low-rank update.
+    pub(in crate::models) fn term_args(&self) -> [Arg<'_>; 2] {
+        self.term.as_ref().map_or([Arg::None, Arg::None], |(term, b)| [Arg::In(&term.a), Arg::In(b)])
+    }
+
+    pub(in crate::models) fn rank(&self) -> usize {
+        self.term.as_ref().map_or(0, |(term, _)| term.a.dims()[0])
+    }
+
+    pub(in crate::models) fn scale(&self) -> f32 {
+        self.term.as_ref().map_or(0.0, |(term, _)| term.scale)
+    }
+}
+
+/// `y = factor x W^T + beta y`, and a low-rank update, by products of matrices.
 pub(in crate::models) fn multiply(
-    weight: &Tensor,
-    term: Option<&LowRank>,
+    layer: &StepLinear,
     x: &Tensor,
-    (y, beta): (&Tensor, f32),
+    (y, factor, beta): (&Tensor, f32, f32),
     wide: &Wide,
 ) -> Result<()> {
-    gpu::product(y, (x, false), (weight, true), 1.0, beta)?;
-    let Some(term) = term else { return Ok(()) };
+    gpu::product(y, (x, false), (&layer.weight, true), factor, beta)?;
+    let Some((term, b)) = &layer.term else { return Ok(()) };
     let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
     let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
-    gpu::product(&z, (x, false), (&term.a, true), term.scale, 0.0)?;
-    gpu::product(y, (&z, false), (&term.b, true), 1.0, 1.0)
-}
-
-fn term_of<'a>(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> Option<&'a LowRank> {
-    terms.and_then(|terms| terms.get(layer.slot.id))
-}
-
-/// A and B of a low-rank update, its rank and its scale.
-type TermArgs<'a> = (Arg<'a>, Arg<'a>, usize, f32);
-
-pub(in crate::models) fn term_args(term: Option<&LowRank>) -> TermArgs<'_> {
-    match term {
-        Some(term) => (Arg::In(&term.a), Arg::In(&term.b), term.a.dims()[0], term.scale),
-        None => (Arg::None, Arg::None, 0, 0.0),
-    }
-}
-
-/// The same for the update of a layer.
-pub(in crate::models) fn layer_args<'a>(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> TermArgs<'a> {
-    term_args(term_of(layer, terms))
+    gpu::product(&z, (x, false), (&term.a, true), factor * term.scale, 0.0)?;
+    gpu::product(y, (&z, false), (b, true), 1.0, 1.0)
 }
 
 /// Whether kernels that read eight elements at once take the layer's weight.
@@ -239,6 +434,13 @@ pub(in crate::models) fn fits(layer: &LinearLayer, dtype: DType) -> bool {
 }
 
 /// Whether the kernels that apply a norm on the way take this one.
-pub(in crate::models) fn is_plain_norm(norm: &NormLayer) -> bool {
-    norm.norm.kind == NormKind::Rms { offset: 0.0 } && norm.norm.weight.is_some() && norm.norm.bias.is_none()
+pub(in crate::models) fn is_rms_norm(norm: &NormLayer) -> bool {
+    matches!(norm.norm.kind, NormKind::Rms { .. }) && norm.norm.weight.is_some() && norm.norm.bias.is_none()
+}
+
+/// Whether there is such a norm, what its weights are added to, and its epsilon.
+pub(in crate::models) fn norm_words(norm: Option<&NormLayer>) -> [Word; 3] {
+    let Some(NormLayer { norm, .. }) = norm else { return [Word(0); 3] };
+    let offset = if let NormKind::Rms { offset } = norm.kind { offset } else { 0.0 };
+    [true.into(), offset.into(), (norm.eps as f32).into()]
 }

@@ -3,132 +3,125 @@
 use super::super::linear::LinearLayer;
 use super::super::norm::NormLayer;
 use super::super::pass::missing;
-use super::super::step::{Step, fits, layer_args};
+use super::super::step::{Branch, Posts, Step, StepLinear, fits, is_rms_norm, multiply, norm_words};
 use super::Attention;
 use crate::error::Result;
+use crate::models::description::{QkNormExtent, QkNormSpec};
 use crate::models::kv_cache::KVCache;
 use crate::ops::LowRankTerms;
-use crate::ops::gpu::{self, Arg, Grid};
+use crate::ops::gpu::{self, Arg, Grid, Word};
+use crate::ops::rotary::Pairs;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{AttentionShape, Mask};
 
 impl Attention {
     /// Whether the kernels of a step run this part.
     pub(in crate::models) fn can_step(&self, dtype: DType) -> bool {
-        let [q, k, v] = self.inputs.as_slice() else { return false };
         let has_bias = |layer: &LinearLayer| layer.linear.bias.is_some();
-        let Self { spec, shape, output, .. } = self;
-        [q, k, v, output].iter().all(|layer| fits(layer, dtype))
-            && has_bias(k) == has_bias(q)
-            && has_bias(v) == has_bias(q)
+        let is_norm = |(norms, spec): &([NormLayer; 2], QkNormSpec)| {
+            spec.extent != QkNormExtent::OwnHead && !spec.is_after_rotary && norms.iter().all(is_rms_norm)
+        };
+        let Self { spec, shape, inputs, output, .. } = self;
+        inputs.iter().chain([output]).all(|layer| fits(layer, dtype))
+            && inputs.iter().all(|layer| has_bias(layer) == has_bias(&inputs[0]))
             && !has_bias(output)
             && (output.in_features).is_multiple_of(8)
             && shape.head_dim.is_multiple_of(8)
-            && shape.head_dim <= 128
-            && shape.mask == Mask::Causal
-            && shape.soft_cap.is_none()
+            && shape.head_dim <= 256
+            && matches!(shape.mask, Mask::Causal | Mask::Window(_))
             && self.sinks.is_none()
-            && self.qk_norm.is_none()
+            && self.qk_norm.as_ref().is_none_or(is_norm)
             && spec.clip.is_none()
-            && spec.query_scaling.is_none()
-            && spec.rotary == Some(0)
-            && self.is_whole_rotary
     }
 
     /// Adds attention to the stream; the keys and values of the tokens are written to the cache.
     pub(in crate::models) fn step(
         &self,
-        norm: &NormLayer,
+        branch: Branch,
         step: &Step,
         terms: Option<&LowRankTerms>,
         cache: &KVCache,
     ) -> Result<()> {
-        let cached = cache.layer(self.layer);
-        if step.shape.is_wide {
-            self.wide_projections(norm, step, terms, cached)?;
-            self.step_attention(step, cached)?;
-            return step.multiply(&self.output, &step.attention, (&step.x, 1.0), terms);
+        let layers = StepLinear::of_each(&self.inputs, self.spec.widths(), terms)?;
+        if let Some(wide) = &step.wide {
+            let x = step.normed(branch, wide)?;
+            for (layer, y) in layers.iter().zip([&step.q, &step.k, &step.v]) {
+                multiply(layer, x, (y, 1.0, 0.0), wide)?;
+            }
+        } else {
+            narrow_projections(&layers, branch, step)?;
         }
-        self.narrow_projections(norm, step, terms, cached)?;
-        self.step_attention(step, cached)?;
-        step.add_linear(&self.output, &step.attention, terms)
+        self.step_attention(&layers, step, cache.layer(self.layer))?;
+        let output = StepLinear::of(&self.output, terms)?;
+        step.finish_branch(&output, &step.attention, branch, step.posts(Posts::Output, None))
     }
 
-    fn step_inputs(&self) -> Result<[&LinearLayer; 3]> {
-        let [q, k, v] = self.inputs.as_slice() else { return Err(missing()) };
-        Ok([q, k, v])
-    }
-
-    /// Norm, projections and rotation in one launch.
-    fn narrow_projections(
-        &self,
-        norm: &NormLayer,
-        step: &Step,
-        terms: Option<&LowRankTerms>,
-        (keys, values): (&Tensor, &Tensor),
-    ) -> Result<()> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let layers = self.step_inputs()?;
-        let [q, k, v] = layers.map(|layer| layer_args(layer, terms));
-        let mut args = vec![Arg::In(&step.x), norm.norm.weight.as_ref().map_or(Arg::None, Arg::In)];
-        for layer in layers {
-            args.extend([Arg::In(layer.linear.weight.dense()?), layer.linear.bias.as_ref().map_or(Arg::None, Arg::In)]);
+    /// Biases, norms and rotation of q and k, and attention of each row over its slot of the cache.
+    fn step_attention(&self, layers: &[StepLinear; 3], step: &Step, (keys, values): (&Tensor, &Tensor)) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale, mask, soft_cap } = self.shape;
+        let mut args = vec![Arg::In(&step.q), Arg::In(&step.k), Arg::In(&step.v)];
+        args.extend(layers.iter().map(|layer| layer.bias.as_ref().map_or(Arg::None, Arg::In)));
+        let norms = self.qk_norm.as_ref().map(|(norms, _)| norms);
+        for index in 0..2 {
+            let weight = norms.and_then(|norms| norms[index].norm.weight.as_ref());
+            args.push(weight.map_or(Arg::None, Arg::In));
         }
-        args.extend([q.0, q.1, k.0, k.1, v.0, v.1]);
-        let (cosines, sines) = step.rotary.first().ok_or_else(missing)?;
-        args.extend([Arg::In(cosines), Arg::In(sines), Arg::In(&step.state)]);
-        args.extend([Arg::Out(&step.q), Arg::Out(keys), Arg::Out(values)]);
-        let words = [
+        let table = self.rotary.map(|(table, _, _)| step.rotary.get(table).ok_or_else(missing)).transpose()?;
+        args.extend(table.map_or([Arg::None, Arg::None], |(cosines, sines)| [Arg::In(cosines), Arg::In(sines)]));
+        args.extend([Arg::In(&step.state), Arg::Out(keys), Arg::Out(values), Arg::Out(&step.attention)]);
+        args.extend([&step.results, &step.counters, &step.posted].map(Arg::Out));
+        let threads = step.threads.attention;
+        let window = if let Mask::Window(window) = mask { window } else { 0 };
+        let (pairs, is_adjacent) =
+            self.rotary.map_or((0, false), |(_, pairs, dim)| (dim / 2, pairs == Pairs::Adjacent));
+        let [_, offset, eps] = norm_words(norms.map(|norms| &norms[0]));
+        let norm_kind = match &self.qk_norm {
+            None => 0usize,
+            Some((_, spec)) if spec.extent == QkNormExtent::Head => 1,
+            Some(_) => 2,
+        };
+        let scaling = self.spec.query_scaling;
+        let mut words: Vec<Word> = vec![
             step.rows.into(),
-            (norm.norm.eps as f32).into(),
             heads.into(),
             kv_heads.into(),
-            (head_dim / 2).into(),
             step.max_seq_len.into(),
-            layers[0].linear.bias.is_some().into(),
-            q.2.into(),
-            k.2.into(),
-            v.2.into(),
-            q.3.into(),
-            k.3.into(),
-            v.3.into(),
+            scale.into(),
+            threads.parts.into(),
+            window.into(),
+            soft_cap.unwrap_or(0.0).into(),
+            pairs.into(),
+            is_adjacent.into(),
+            layers[0].bias.is_some().into(),
+            norm_kind.into(),
+            eps,
+            offset,
+            scaling.map_or(0.0, |scaling| scaling.beta as f32).into(),
+            scaling.map_or(0, |scaling| scaling.original_max_position_embeddings).into(),
         ];
-        let groups = (heads + 2 * kv_heads) * (head_dim / 2) / (step.threads.projections / 32);
-        let grid = Grid::row(groups * step.chunks(), step.threads.projections);
-        gpu::launch(&step.kernel("decode_projections"), grid, &args, &words)
+        words.extend(step.emptied(Posts::Projections));
+        debug_assert_eq!(head_dim, step.shape.heads[2]);
+        let grid = Grid { groups: [heads / threads.heads, step.rows, threads.parts], ..Grid::row(1, threads.count()) };
+        gpu::launch(&step.shape.attention_kernel(threads), grid, &args, &words)
     }
+}
 
-    /// The same by products of matrices.
-    fn wide_projections(
-        &self,
-        norm: &NormLayer,
-        step: &Step,
-        terms: Option<&LowRankTerms>,
-        (keys, values): (&Tensor, &Tensor),
-    ) -> Result<()> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (layers, wide) = (self.step_inputs()?, step.wide()?);
-        norm.norm.forward_into(&step.x, &wide.normed)?;
-        for (layer, y) in layers.into_iter().zip([&step.q, &wide.k, &wide.v]) {
-            step.multiply(layer, &wide.normed, (y, 0.0), terms)?;
-        }
-        let (cosines, sines) = step.rotary.first().ok_or_else(missing)?;
-        let mut args = vec![Arg::In(&wide.k), Arg::In(&wide.v)];
-        args.extend(layers.map(|layer| layer.linear.bias.as_ref().map_or(Arg::None, Arg::In)));
-        args.extend([Arg::In(cosines), Arg::In(sines), Arg::In(&step.state)]);
-        args.extend([Arg::Out(&step.q), Arg::Out(keys), Arg::Out(values)]);
-        let (half, has_bias) = (head_dim / 2, layers[0].linear.bias.is_some());
-        let words = [step.rows, heads, kv_heads, half, step.max_seq_len, usize::from(has_bias)].map(Into::into);
-        let grid = Grid::elements(step.rows * (heads + 2 * kv_heads) * half);
-        gpu::launch(&step.kernel("decode_rotate"), grid, &args, &words)
-    }
-
-    /// Attention of each row over its slot of the cache.
-    fn step_attention(&self, step: &Step, (keys, values): (&Tensor, &Tensor)) -> Result<()> {
-        let AttentionShape { heads, kv_heads, scale, .. } = self.shape;
-        let args = [Arg::In(&step.q), Arg::In(keys), Arg::In(values), Arg::In(&step.state), Arg::Out(&step.attention)];
-        let words = [step.rows.into(), heads.into(), kv_heads.into(), step.max_seq_len.into(), scale.into()];
-        let grid = Grid::plane((heads, step.rows), step.threads.attention);
-        gpu::launch(&step.kernel("decode_attention"), grid, &args, &words)
-    }
+/// Norm and projections in one launch.
+fn narrow_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> Result<()> {
+    let mut args = vec![Arg::In(&step.x), branch.weight()];
+    args.extend(layers.iter().map(|layer| Arg::In(&layer.weight)));
+    args.extend(layers.iter().flat_map(StepLinear::term_args));
+    args.extend([&step.q, &step.k, &step.v, &step.posted].map(Arg::Out));
+    let [q, k, v] = layers.each_ref().map(|layer| layer.weight.dims()[0]);
+    let ranks = layers.each_ref().map(StepLinear::rank);
+    let mut words: Vec<Word> = vec![step.rows.into()];
+    words.extend(norm_words(branch.before));
+    words.extend([q, k].map(Word::from));
+    words.extend(ranks.map(Word::from));
+    words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
+    words.extend(step.posts(Posts::Projections, Some(Posts::Down)));
+    let warps = step.threads.projections / 32;
+    let groups = ((q + k + v) / 2).div_ceil(warps) + Step::groups_of_a(&ranks, warps);
+    let grid = Grid::row(groups * step.chunks(), step.threads.projections);
+    gpu::launch(&step.kernel("decode_projections"), grid, &args, &words)
 }

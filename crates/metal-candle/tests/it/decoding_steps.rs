@@ -1,0 +1,149 @@
+//! Steps of one token, which have kernels of their own on accelerators: what the parts of a layer can be, with and without an
+//! adapter, for few and for many sequences, short and long.
+
+use candle_core::{DType, Tensor};
+use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
+use metal_candle::models::{Batch, Model, Role, Rows};
+use metal_candle::ops::LowRankTerms;
+use metal_candle::training::{LoRAAdapter, TargetModule};
+use metal_candle::{Device, ModelConfig};
+use serde_json::{Value, json};
+
+on_each_device! {
+    steps_of_every_kind_match_the_cpu,
+    long_sequences_match_the_cpu,
+}
+
+/// Keys of models whose layers have a step, with what each of them adds.
+fn kinds() -> Vec<(&'static str, Value)> {
+    vec![
+        ("biases", json!({"model_type": "qwen2"})),
+        ("norms of q and k", json!({"model_type": "qwen3", "head_dim": 16})),
+        (
+            "scaled positions",
+            json!({"model_type": "llama", "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}}),
+        ),
+        ("windows", json!({"model_type": "mistral", "sliding_window": 24, "head_dim": 16})),
+        (
+            "queries scaled by position",
+            json!({"model_type": "ministral3", "head_dim": 16, "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.3}}),
+        ),
+        ("layers without positions", json!({"model_type": "smollm3", "no_rope_layers": [1, 0]})),
+        (
+            "multipliers",
+            json!({"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1, "logits_scaling": 2.0}),
+        ),
+        ("norms with an offset, GELU", json!({"model_type": "gemma", "head_dim": 24, "num_key_value_heads": 2})),
+        (
+            "norms around parts, caps, windows",
+            json!({"model_type": "gemma2", "head_dim": 16, "sliding_window": 24,
+            "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+        ),
+        (
+            "two rotary tables",
+            json!({"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 12}),
+        ),
+        ("norms after parts, norms of all of q and k", json!({"model_type": "olmo2"})),
+        ("fused projections", json!({"model_type": "phi3"})),
+        ("neighbours rotated in half of a head", json!({"model_type": "glm4", "head_dim": 16})),
+        (
+            "a fused MLP",
+            json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "mamba_n_heads": 4,
+            "shared_intermediate_size": 96, "layer_types": ["attention", "attention"]}),
+        ),
+    ]
+}
+
+/// A model of these keys whose norms are not 1.
+fn model(keys: &Value, dtype: DType, device: Device) -> Model {
+    let mut config = json!({
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 2048, "initializer_range": 0.18,
+        "tie_word_embeddings": false, "eos_token_id": null, "pad_token_id": null, "bos_token_id": null
+    });
+    config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    let config = ModelConfig::from_json_str(&config.to_string()).unwrap();
+    let specs = config.parameter_specs().unwrap();
+    let model = Model::repeated_pattern(config, 3, dtype, device).unwrap();
+    let norms = specs.into_iter().filter_map(|spec| {
+        let Role::Norm { is_offset } = spec.role else { return None };
+        let count: usize = spec.shape.iter().product();
+        let neutral = if is_offset { 0.0 } else { 1.0 };
+        let values: Vec<f32> = (0..count).map(|i| neutral + ((i * 29 % 17) as f32 / 17.0 - 0.4)).collect();
+        Some((spec.name, Tensor::from_vec(values, spec.shape, &device.candle()).unwrap()))
+    });
+    model.with_parameters(norms.collect()).unwrap()
+}
+
+/// An adapter of all linear layers.
+fn terms(model: &Model, rank: usize) -> LowRankTerms {
+    let adapter = LoRAAdapter::builder(model).with_rank(rank).with_alpha(8.0);
+    let adapter = adapter.with_target_modules([TargetModule::AllLinear]).build().unwrap();
+    let count = adapter.num_parameters();
+    let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.4).collect();
+    let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &model.device().candle()).unwrap();
+    adapter.with_parameters(parameters).unwrap().terms().unwrap()
+}
+
+/// The log-probabilities of what `model` generates against those that the model on the CPU gives the same tokens.
+fn failures(what: &str, [model, cpu]: [&Model; 2], rank: usize, prompts: &[Vec<u32>], tolerance: f32) -> Vec<String> {
+    let greedy =
+        GenerationConfig { ignore_eos: true, sampling: SamplingConfig::greedy(), ..GenerationConfig::default() };
+    let mut generator = Generator::new(model.clone());
+    let [on_device, on_cpu] = [model, cpu].map(|model| (rank > 0).then(|| terms(model, rank)));
+    generator.set_adapter(on_device);
+    let configs = vec![greedy.with_max_tokens(5); prompts.len()];
+    let all = generator.generate_batch(prompts.to_vec(), &configs).unwrap();
+    let mut failures = Vec::new();
+    for (row, (found, prompt)) in all.iter().zip(prompts).enumerate() {
+        let sequence = [&prompt[..], &found.tokens].concat();
+        let logits = cpu.forward(&Batch::single(&sequence), on_cpu.as_ref(), None, Rows::All).unwrap();
+        let logits: Vec<Vec<f32>> = logits.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
+        for (i, (&token, found)) in found.tokens.iter().zip(&found.log_probabilities).enumerate() {
+            let logits = &logits[prompt.len() + i - 1];
+            let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+            let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+            let expected = logits[token as usize] - largest - sum.ln();
+            let is_close = (found - expected).abs() < tolerance;
+            failures.extend((!is_close).then(|| {
+                format!("{what}, rank {rank}, row {row} of {}, token {i}: {found}, not {expected}", prompts.len())
+            }));
+        }
+    }
+    failures
+}
+
+fn prompts(rows: usize, len: usize) -> Vec<Vec<u32>> {
+    let prompt = |i: usize| (0..len + i).map(|j| ((i * 7 + j * 3) % 60) as u32).collect();
+    (0..rows).map(prompt).collect()
+}
+
+fn steps_of_every_kind_match_the_cpu(device: Device) {
+    let mut found = Vec::new();
+    for (what, keys) in kinds() {
+        let (own, cpu) = (model(&keys, DType::F32, device), model(&keys, DType::F32, Device::CPU));
+        for (rows, rank) in [(1, 0), (1, 5), (3, 64), (9, 1)] {
+            found.extend(failures(what, [&own, &cpu], rank, &prompts(rows, 37), 2e-3));
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+/// The keys of long sequences are shared out among groups, which put their results together.
+fn long_sequences_match_the_cpu(device: Device) {
+    let mut found = Vec::new();
+    let wide = json!({"model_type": "qwen3", "head_dim": 256});
+    for (what, keys) in kinds().into_iter().take(4).chain([("heads of 256", wide)]) {
+        let (own, cpu) = (model(&keys, DType::F32, device), model(&keys, DType::F32, Device::CPU));
+        for (rows, rank) in [(1, 4), (2, 0)] {
+            found.extend(failures(what, [&own, &cpu], rank, &prompts(rows, 1300), 2e-3));
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
