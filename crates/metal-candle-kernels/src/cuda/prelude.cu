@@ -28,8 +28,11 @@ typedef f16_t T;
 typedef bf16_t T;
 #endif
 
-// Where the number of threads is known, the compiler keeps the registers within what a block of them can have.
-#ifdef BLOCK_THREADS
+// Where the number of threads is known, the compiler keeps the registers within what a block of them can have, or within what
+// BLOCKS_BESIDE of them can have.
+#if defined(BLOCK_THREADS) && defined(BLOCKS_BESIDE)
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_BESIDE) name
+#elif defined(BLOCK_THREADS)
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) name
 #else
 #define KERNEL(name) extern "C" __global__ void name
@@ -59,6 +62,8 @@ typedef bf16_t T;
 #endif
 #define UNROLL _Pragma("unroll")
 #define UNROLL4 _Pragma("unroll 4")
+// For what is seldom run, so that the rest need not pay for its registers.
+#define NO_UNROLL _Pragma("unroll 1")
 #define ATOMIC_UINT uint
 #define ATOMIC_STORE(a, i, x) (*(volatile uint*)&(a)[i] = (x))
 #define ATOMIC_LOAD(a, i) (*(volatile const uint*)&(a)[i])
@@ -87,6 +92,7 @@ FUNCTION uint warp_sum_uint(uint x) {
     for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
     return x;
 }
+FUNCTION bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 FUNCTION float warp_shuffle(float x, uint from) { return __shfl_sync(0xffffffffu, x, from); }
 FUNCTION float warp_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FUNCTION uint warp_shuffle_xor_uint(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

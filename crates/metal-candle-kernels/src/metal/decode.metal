@@ -11,7 +11,7 @@
 // A low-rank update adds B z, z = scale A x. The first groups of a launch compute z, once: their warps take rows of A as those
 // of the other groups take rows of weights. They post it in device memory, where the others read it when their own products are
 // done. A warp that waits in vain computes z itself, in the same order of sums, so that nothing depends on the order in which
-// groups run. Each kernel empties the words that the one before it posted.
+// groups run. Each kernel empties the words that the one before it posted. All of this is compiled only with HAS_TERMS.
 #define MAX_RANK 64
 
 // Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on
@@ -169,26 +169,64 @@ FUNCTION bool read_posted(GLOBAL ATOMIC_UINT* words, uint at, uint rank, uint my
     UNROLL for (uint i = 0; i < SHARES; i++) {
         bits[i] = my_lane + 32 * i < rank ? ATOMIC_LOAD(words, at + my_lane + 32 * i) : 0u;
     }
-    float is_missing = 0.0f;
+    bool is_missing = false;
     UNROLL for (uint i = 0; i < SHARES; i++) {
         for (uint n = 0; n < PATIENCE && bits[i] == EMPTY; n++) bits[i] = ATOMIC_LOAD(words, at + my_lane + 32 * i);
-        if (bits[i] == EMPTY) is_missing = 1.0f;
+        is_missing = is_missing || bits[i] == EMPTY;
         z[i] = bits_to_float(bits[i]);
     }
-    return warp_max(is_missing) == 0.0f;
+    return !warp_any(is_missing);
 }
 
-// The same for z of a vector of HIDDEN floats in shared memory, computed where it does not come.
-FUNCTION void read_low_rank(
-    GLOBAL ATOMIC_UINT* words, uint at, GLOBAL const T* a, uint rank, float scale, SHARED_ARG const float* x, uint my_lane,
-    PRIVATE float* z) {
-    if (read_posted(words, at, rank, my_lane, z)) return;
-    for (uint r = 0; r < rank; r++) {
-        float sum = 0.0f;
-        for (uint i = 8 * my_lane; i < HIDDEN; i += 256) {
-            for (uint j = 0; j < 8; j++) sum += float(a[r * HIDDEN + i + j]) * x[i + j];
+// The products of the normed vector x, or of x itself, with two rows of A that were asked for, by one warp: it need not wait for
+// others to know the norm.
+FUNCTION void times_two_of_a(
+    GLOBAL const T* a0, GLOBAL const T* a1, PRIVATE const TwoRows& rows, GLOBAL const T* x, GLOBAL const T* weight, uint has_norm,
+    float offset, float eps, uint my_lane, PRIVATE float* z0, PRIVATE float* z1) {
+    float sum0 = 0.0f, sum1 = 0.0f, squares = 0.0f;
+    UNROLL for (uint step = 0; step < STEPS; step++) {
+        const uint i = 8 * my_lane + 256 * step;
+        if (i < HIDDEN) {
+            float u[8], v[8], value[8], w[8];
+#if HOLDS_ROWS
+            unpack_eight(rows.first[step], u);
+            unpack_eight(rows.second[step], v);
+#else
+            load8(a0 + i, u);
+            load8(a1 + i, v);
+#endif
+            load8(x + i, value);
+            if (has_norm) load8(weight + i, w);
+            UNROLL for (uint j = 0; j < 8; j++) {
+                squares += value[j] * value[j];
+                if (has_norm) value[j] *= offset + w[j];
+                sum0 += u[j] * value[j];
+                sum1 += v[j] * value[j];
+            }
         }
-        sum = warp_sum(sum);
+    }
+    const float scale = has_norm ? RSQRT(warp_sum(squares) / float(HIDDEN) + eps) : 1.0f;
+    *z0 = warp_sum(sum0) * scale;
+    *z1 = warp_sum(sum1) * scale;
+}
+
+// A lane's elements of z of the normed vector x, computed where they do not come.
+FUNCTION void read_low_rank(
+    GLOBAL ATOMIC_UINT* words, uint at, GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, GLOBAL const T* weight,
+    uint has_norm, float offset, float eps, uint my_lane, PRIVATE float* z) {
+    if (read_posted(words, at, rank, my_lane, z)) return;
+    NO_UNROLL for (uint r = 0; r < rank; r++) {
+        float sum = 0.0f, squares = 0.0f;
+        NO_UNROLL for (uint i = 8 * my_lane; i < HIDDEN; i += 256) {
+            NO_UNROLL for (uint j = i; j < i + 8; j++) {
+                float value = float(x[j]);
+                squares += value * value;
+                if (has_norm) value *= offset + float(weight[j]);
+                sum += float(a[r * HIDDEN + j]) * value;
+            }
+        }
+        const float root = has_norm ? RSQRT(warp_sum(squares) / float(HIDDEN) + eps) : 1.0f;
+        sum = warp_sum(sum) * root;
         UNROLL for (uint i = 0; i < SHARES; i++) {
             if (r == my_lane + 32 * i) z[i] = sum * scale;
         }
@@ -257,7 +295,7 @@ KERNEL(decode_projections)
     const uint pairs_of_a = (p.q_rank + 1) / 2 + (p.k_rank + 1) / 2 + (p.v_rank + 1) / 2;
     const uint groups_of_a = (pairs_of_a + warps - 1) / warps;
     const uint block = group.x / chunks;
-    const bool is_of_a = block < groups_of_a;
+    const bool is_of_a = HAS_TERMS && block < groups_of_a;
     uint pair = (is_of_a ? block : block - groups_of_a) * warps + warp;
     // q, k and v follow each other
     const uint q_rows = is_of_a ? p.q_rank : p.q_width;
@@ -301,29 +339,34 @@ KERNEL(decode_projections)
     float term0[SHARES], term1[SHARES];
     if (is_there) {
         ask_for_rows(w0, w1, lane, rows);
-        if (!is_of_a) {
+        if (HAS_TERMS && !is_of_a) {
             ask_for_term(l, rank, row0, lane, term0);
             ask_for_term(l, rank, row1, lane, term1);
         }
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
+    if (is_of_a) {
+        for (uint b = 0; is_there && b < live; b++) {
+            float z0, z1;
+            times_two_of_a(w0, w1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
+            const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
+            if (lane == 0) {
+                post(posted, at + row0, z0 * scale);
+                if (row1 > row0) post(posted, at + row1, z1 * scale);
+            }
+        }
+        return;
+    }
     norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     if (!is_there) return;
     float sums0[BATCH], sums1[BATCH];
     dots_of_rows(w0, w1, rows, normed, lane, sums0, sums1);
     for (uint b = 0; b < live; b++) {
         const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
-        if (is_of_a) {
-            if (lane == 0) {
-                post(posted, at + row0, sums0[b] * scale);
-                if (row1 > row0) post(posted, at + row1, sums1[b] * scale);
-            }
-            continue;
-        }
-        if (rank > 0) {
+        if (HAS_TERMS && rank > 0) {
             float z[SHARES];
-            read_low_rank(posted, at, a, rank, scale, normed + b * HIDDEN, lane, z);
+            read_low_rank(posted, at, a, rank, scale, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, z);
             sums0[b] += times_term(term0, z);
             sums1[b] += times_term(term1, z);
         }
@@ -353,14 +396,14 @@ struct LinearWords {
 // z of a low-rank update of a vector in device memory, as the warps of its own groups would compute it.
 FUNCTION void low_rank_of_device(
     GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint width, uint share, uint my_lane, PRIVATE float* z) {
-    for (uint r = 0; r < rank; r++) {
+    NO_UNROLL for (uint r = 0; r < rank; r++) {
         float total = 0.0f;
-        for (uint quarter = 0; quarter < QUARTERS; quarter++) {
+        NO_UNROLL for (uint quarter = 0; quarter < QUARTERS; quarter++) {
             const uint from = MINIMUM(quarter * share, width);
             const uint end = MINIMUM(from + share, width);
             float sum = 0.0f;
-            for (uint i = from + 8 * my_lane; i < end; i += 256) {
-                for (uint j = 0; j < 8; j++) sum += float(a[r * width + i + j]) * float(x[i + j]);
+            NO_UNROLL for (uint i = from + 8 * my_lane; i < end; i += 256) {
+                NO_UNROLL for (uint j = 0; j < 8; j++) sum += float(a[r * width + i + j]) * float(x[i + j]);
             }
             total += warp_sum(sum);
         }
@@ -382,7 +425,7 @@ KERNEL(decode_linear)
     const uint pairs = LINEAR_THREADS / 32 / QUARTERS;
     const uint groups_of_a = (p.rank + 2 * pairs - 1) / (2 * pairs);
     const uint block = group.x / chunks;
-    const bool is_of_a = block < groups_of_a;
+    const bool is_of_a = HAS_TERMS && block < groups_of_a;
     const uint count = is_of_a ? p.rank : p.out_features;
     const uint first = 2 * pairs * (is_of_a ? block : block - groups_of_a);
     const uint row0 = MINIMUM(first + 2 * (warp / QUARTERS), count - 1);
@@ -395,7 +438,7 @@ KERNEL(decode_linear)
     GLOBAL const T* w0 = matrix + wide(row0) * p.in_features;
     GLOBAL const T* w1 = matrix + wide(row1) * p.in_features;
     // the first warp of each four adds the update
-    const bool has_term = !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
+    const bool has_term = HAS_TERMS && !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
     TwoParts asked;
     ask_for_parts(w0, w1, from, end, lane, asked);
     float term0[SHARES], term1[SHARES];
@@ -491,7 +534,7 @@ KERNEL(decode_gated)
     const uint pairs_of_gate = (p.gate_rank + 1) / 2;
     const uint groups_of_a = (pairs_of_gate + (p.up_rank + 1) / 2 + warps - 1) / warps;
     const uint block = group.x / chunks;
-    const bool is_of_a = block < groups_of_a;
+    const bool is_of_a = HAS_TERMS && block < groups_of_a;
     uint row = (is_of_a ? block : block - groups_of_a) * warps + warp;
     GLOBAL const T* w0 = w_gate + wide(row) * HIDDEN;
     GLOBAL const T* w1 = w_up + wide(row) * HIDDEN;
@@ -511,35 +554,40 @@ KERNEL(decode_gated)
     float term_gate[SHARES], term_up[SHARES];
     if (is_there) {
         ask_for_rows(w0, w1, lane, rows);
-        if (!is_of_a) {
+        if (HAS_TERMS && !is_of_a) {
             ask_for_term(l_gate, p.gate_rank, row, lane, term_gate);
             ask_for_term(l_up, p.up_rank, row, lane, term_up);
         }
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
+    if (is_of_a) {
+        for (uint b = 0; is_there && b < live; b++) {
+            float z0, z1;
+            times_two_of_a(w0, w1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
+            const uint at = p.post_at + ((first_row + b) * 2 + (is_up ? 1 : 0)) * MAX_RANK;
+            const float scale = is_up ? p.up_scale : p.gate_scale;
+            if (lane == 0) {
+                post(posted, at + row, z0 * scale);
+                if (row1 > row) post(posted, at + row1, z1 * scale);
+            }
+        }
+        return;
+    }
     norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     if (!is_there) return;
     float gate[BATCH], up[BATCH];
     dots_of_rows(w0, w1, rows, normed, lane, gate, up);
     for (uint b = 0; b < live; b++) {
         const uint at = p.post_at + (first_row + b) * 2 * MAX_RANK;
-        if (is_of_a) {
-            if (lane == 0) {
-                const uint to = at + (is_up ? MAX_RANK : 0);
-                const float scale = is_up ? p.up_scale : p.gate_scale;
-                post(posted, to + row, gate[b] * scale);
-                if (row1 > row) post(posted, to + row1, up[b] * scale);
-            }
-            continue;
-        }
+        GLOBAL const T* vector = x + (first_row + b) * HIDDEN;
         float z[SHARES];
-        if (p.gate_rank > 0) {
-            read_low_rank(posted, at, a_gate, p.gate_rank, p.gate_scale, normed + b * HIDDEN, lane, z);
+        if (HAS_TERMS && p.gate_rank > 0) {
+            read_low_rank(posted, at, a_gate, p.gate_rank, p.gate_scale, vector, norm, p.has_norm, p.offset, p.eps, lane, z);
             gate[b] += times_term(term_gate, z);
         }
-        if (p.up_rank > 0) {
-            read_low_rank(posted, at + MAX_RANK, a_up, p.up_rank, p.up_scale, normed + b * HIDDEN, lane, z);
+        if (HAS_TERMS && p.up_rank > 0) {
+            read_low_rank(posted, at + MAX_RANK, a_up, p.up_rank, p.up_scale, vector, norm, p.has_norm, p.offset, p.eps, lane, z);
             up[b] += times_term(term_up, z);
         }
         if (lane == 0) {
@@ -579,7 +627,7 @@ KERNEL(decode_head)
     const uint warps = HEAD_THREADS / 32;
     const uint groups_of_a = ((p.rank + 1) / 2 + warps - 1) / warps;
     const uint block = group.x / chunks;
-    const bool is_of_a = block < groups_of_a;
+    const bool is_of_a = HAS_TERMS && block < groups_of_a;
     // the rows of a warp: HEAD_ROWS of the head, or two of A
     const uint count = is_of_a ? p.rank : p.vocab;
     const uint first = is_of_a ? 2 * (block * warps + warp) : ((block - groups_of_a) * warps + warp) * HEAD_ROWS;
@@ -591,21 +639,21 @@ KERNEL(decode_head)
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
-    norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     const uint post_at = p.post_at + first_row * MAX_RANK;
     if (is_of_a) {
-        if (first >= count) return;
         const uint next = MINIMUM(first + 1, count - 1);
-        float sums0[BATCH], sums1[BATCH];
-        dots_of_rows(a + first * HIDDEN, a + next * HIDDEN, rows, normed, lane, sums0, sums1);
-        if (lane == 0) {
-            for (uint b = 0; b < live; b++) {
-                post(posted, post_at + b * MAX_RANK + first, sums0[b] * p.scale);
-                if (next > first) post(posted, post_at + b * MAX_RANK + next, sums1[b] * p.scale);
+        for (uint b = 0; first < count && b < live; b++) {
+            float z0, z1;
+            times_two_of_a(
+                a + first * HIDDEN, a + next * HIDDEN, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
+            if (lane == 0) {
+                post(posted, post_at + b * MAX_RANK + first, z0 * p.scale);
+                if (next > first) post(posted, post_at + b * MAX_RANK + next, z1 * p.scale);
             }
         }
         return;
     }
+    norm_into<HEAD_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     float z[BATCH][SHARES];
     float largest[BATCH], sums[BATCH];
     uint best[BATCH];
@@ -625,13 +673,16 @@ KERNEL(decode_head)
             ask_for_rows(w + wide(row0 + 2) * HIDDEN, w + wide(next) * HIDDEN, lane, rows);
         }
         dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, now, normed, lane, sums0, sums1);
-        if (p.rank > 0) {
+        if (HAS_TERMS && p.rank > 0) {
             float term0[SHARES], term1[SHARES];
             ask_for_term(l, p.rank, row0, lane, term0);
             ask_for_term(l, p.rank, row1, lane, term1);
             for (uint b = 0; b < live; b++) {
                 const uint at = post_at + b * MAX_RANK;
-                if (r == 0) read_low_rank(posted, at, a, p.rank, p.scale, normed + b * HIDDEN, lane, z[b]);
+                if (r == 0) {
+                    read_low_rank(
+                        posted, at, a, p.rank, p.scale, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, z[b]);
+                }
                 sums0[b] += times_term(term0, z[b]);
                 sums1[b] += times_term(term1, z[b]);
             }

@@ -1,20 +1,23 @@
 // Attention in a step of one token for each of several sequences. The products for q, k and v are there; biases, norms and
 // rotation are applied here, the new key and value go to the cache, and each query attends to its slot of it.
 //
-// A group takes HEADS query heads that share a key/value head, KEY_WARPS warps each, and a part of the keys: the warps of a head
-// take blocks of 32 keys by turns. With several parts each group posts its result, and the last one puts them together; it
-// leaves the words empty for the next layer. As in `decode.metal`, a group begins before its input is there.
+// A group takes HEADS query heads that share a key/value head, one token and a part of its keys, which its KEY_WARPS warps, more
+// than heads, take by turns: KEY_LANES lanes hold eight elements each of a key and its value, for all heads. With several parts
+// each group posts its result, and the last one puts them together; it leaves the words empty for the next layer. As in
+// `decode.metal`, a group begins before its input is there.
 #ifdef HEAD_DIM
-#define WARPS (HEADS * KEY_WARPS)
-#define ELEMENTS ((HEAD_DIM + 31) / 32)
 #define PAIRS ((HEAD_DIM / 2 + 31) / 32)
 
-// Fewer keys than this many blocks a warp are not divided.
-#define LEAST_BLOCKS 2
+// Keys that the lanes of a warp take side by side, how many each takes at once, and all of them.
+#define KEYS_BESIDE (32 / KEY_LANES)
+#define KEYS_AT_ONCE 4
+#define BLOCK (KEYS_AT_ONCE * KEYS_BESIDE)
 
-// Keys that are asked for early, and values that are asked for with their keys.
-#define HOLDS_KEYS (HEAD_DIM <= 128)
-#define HOLDS_VALUES (HEAD_DIM <= 64)
+// Below all scores.
+#define LOWEST -1e30f
+
+// Parts whose results are asked for together.
+#define PARTS_AT_ONCE 4
 
 struct DecodeAttentionWords {
     uint rows;
@@ -22,8 +25,9 @@ struct DecodeAttentionWords {
     uint kv_heads;
     uint max_seq_len;
     float scale;
-    // Most parts of the keys.
+    // Most parts of the keys, and the fewest keys of one.
     uint parts;
+    uint least;
     // Tokens that a query sees, itself included; 0 for all.
     uint window;
     // 0 for none.
@@ -43,23 +47,39 @@ struct DecodeAttentionWords {
     uint empty_count;
 };
 
-#if HOLDS_KEYS
-// A lane's key of the 32 from `begin` on; keys from `last` on are taken from elsewhere.
-FUNCTION void ask_for_keys(GLOBAL const T* keys, uint begin, uint last, uint my_lane, PRIVATE Eight* asked) {
-    GLOBAL const T* row = keys + wide(MINIMUM(begin + my_lane, last)) * HEAD_DIM;
-    UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) asked[i] = load_eight(row + 8 * i);
-}
-#endif
+// The result of a head for some of its keys: the largest score, the sum of weights, and a lane's elements of the weighted values.
+struct Attended {
+    float largest;
+    float weights;
+    float values[8];
+};
 
-#if HOLDS_VALUES
-// A lane's elements of each of the 32 values.
-FUNCTION void ask_for_values(GLOBAL const T* values, uint begin, uint last, uint my_lane, PRIVATE T (*held)[ELEMENTS]) {
-    UNROLL for (uint j = 0; j < 32; j++) {
-        GLOBAL const T* row = values + wide(MINIMUM(begin + j, last)) * HEAD_DIM;
-        UNROLL for (uint e = 0; e < ELEMENTS; e++) held[j][e] = row[MINIMUM(e * 32 + my_lane, uint(HEAD_DIM) - 1)];
+// A lane's elements of its keys from `begin` on and of their values; those from `end` on are not used.
+FUNCTION void ask_for_block(
+    GLOBAL const T* keys, GLOBAL const T* values, uint begin, uint end, uint my_key, uint at, PRIVATE Eight* k,
+    PRIVATE Eight* v) {
+    UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
+        const wide row = wide(MINIMUM(begin + n * KEYS_BESIDE + my_key, end - 1)) * HEAD_DIM + at;
+        k[n] = load_eight(keys + row);
+        v[n] = load_eight(values + row);
     }
 }
-#endif
+
+// The sum over the lanes of a key.
+FUNCTION float key_sum(float x) {
+    UNROLL for (uint mask = KEY_LANES / 2; mask > 0; mask /= 2) x += warp_shuffle_xor(x, mask);
+    return x;
+}
+
+FUNCTION float capped(float score, float cap) { return cap > 0.0f ? cap * hyperbolic_tangent(score / cap) : score; }
+
+// Makes room for scores up to `largest`.
+FUNCTION void rise_to(PRIVATE Attended& attended, float largest) {
+    const float shrink = EXP(attended.largest - largest);
+    attended.largest = largest;
+    attended.weights *= shrink;
+    UNROLL for (uint j = 0; j < 8; j++) attended.values[j] *= shrink;
+}
 
 KERNEL(decode_attention)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, bq, 3), IN(T, bk, 4), IN(T, bv, 5), IN(T, nq, 6), IN(T, nk, 7),
@@ -69,11 +89,11 @@ KERNEL(decode_attention)
     SHARED float queries[HEADS * HEAD_DIM];
     SHARED float new_key[HEAD_DIM];
     SHARED float new_value[HEAD_DIM];
-    SHARED float maxima[WARPS];
-    SHARED float totals[WARPS];
-    SHARED float sums[WARPS * HEAD_DIM];
+    SHARED float maxima[KEY_WARPS * HEADS];
+    SHARED float totals[KEY_WARPS * HEADS];
+    SHARED float sums[KEY_WARPS * HEADS * HEAD_DIM];
     SHARED uint is_last_group[1];
-    SHARED float scratch[WARPS];
+    SHARED float scratch[KEY_WARPS];
     const uint first_head = group.x * HEADS;
     const uint b = group.y;
     const uint kv_head = first_head / (p.heads / p.kv_heads);
@@ -82,9 +102,8 @@ KERNEL(decode_attention)
     const uint first_key = p.window > 0 && num_keys > p.window ? num_keys - p.window : 0;
     // the keys of this group
     const uint total = num_keys - first_key;
-    const uint least = 32 * KEY_WARPS * LEAST_BLOCKS;
-    const uint wanted = MINIMUM(p.parts, (total + least - 1) / least);
-    const uint span = (total + 32 * wanted - 1) / (32 * wanted) * 32;
+    const uint wanted = MINIMUM(p.parts, (total + p.least - 1) / p.least);
+    const uint span = (total + wanted - 1) / wanted;
     const uint num_parts = (total + span - 1) / span;
     if (group.z >= num_parts) return;
     const uint begin = first_key + group.z * span;
@@ -92,18 +111,54 @@ KERNEL(decode_attention)
     const bool has_new = end == num_keys;
     const uint slot = state[2 * p.rows + b];
     const wide start = (wide(slot) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
-    const uint my_head = warp % HEADS;
-    const uint first_block = begin + 32 * (warp / HEADS);
     // the last key and value are of this step, the others are asked for before the query is there
-    const bool is_early = first_block < end && first_block + 32 <= last;
-#if HOLDS_KEYS
-    Eight asked[HEAD_DIM / 8];
-    if (is_early) ask_for_keys(keys + start, first_block, last, lane, asked);
-#endif
-#if HOLDS_VALUES
-    T held[32][ELEMENTS];
-    if (is_early) ask_for_values(values + start, first_block, last, lane, held);
-#endif
+    const uint old_end = MINIMUM(end, last);
+    const uint my_key = lane / KEY_LANES;
+    const bool has_elements = 8 * (lane % KEY_LANES) < HEAD_DIM;
+    const uint my_elements = has_elements ? 8 * (lane % KEY_LANES) : 0;
+    const uint first_block = begin + BLOCK * warp;
+    Eight k_asked[KEYS_AT_ONCE], v_asked[KEYS_AT_ONCE];
+    if (first_block < old_end) {
+        ask_for_block(keys + start, values + start, first_block, old_end, my_key, my_elements, k_asked, v_asked);
+    }
+    // a warp prepares a query of the group or, where it is among its keys, the new key: what its elements are changed by is
+    // known before they are
+    const bool is_query = warp < HEADS;
+    const bool has_vector = is_query || (has_new && warp == HEADS);
+    const uint vector_head = is_query ? first_head + warp : kv_head;
+    // one of the groups that share the key and the value writes them
+    const bool writes = first_head % (p.heads / p.kv_heads) == 0;
+    GLOBAL T* new_row_of_keys = keys + start + wide(last) * HEAD_DIM;
+    GLOBAL T* new_row_of_values = values + start + wide(last) * HEAD_DIM;
+    uint place_0[PAIRS], place_1[PAIRS];
+    float bias_0[PAIRS], bias_1[PAIRS], weight_0[PAIRS], weight_1[PAIRS], cosine[PAIRS], sine[PAIRS];
+    UNROLL for (uint n = 0; n < PAIRS; n++) {
+        const uint i = lane + 32 * n;
+        // what is not rotated is taken by neighbours
+        const bool is_apart = i < p.pairs && p.is_adjacent == 0;
+        place_0[n] = is_apart ? i : 2 * i;
+        place_1[n] = is_apart ? i + p.pairs : 2 * i + 1;
+        bias_0[n] = bias_1[n] = 0.0f;
+        weight_0[n] = weight_1[n] = cosine[n] = 1.0f;
+        sine[n] = 0.0f;
+        if (!has_vector || i >= HEAD_DIM / 2) continue;
+        if (i < p.pairs) {
+            cosine[n] = cosines[last * p.pairs + i];
+            sine[n] = sines[last * p.pairs + i];
+        }
+        if (p.has_bias) {
+            GLOBAL const T* bias = (is_query ? bq : bk) + vector_head * HEAD_DIM;
+            bias_0[n] = float(bias[place_0[n]]);
+            bias_1[n] = float(bias[place_1[n]]);
+        }
+        if (p.norm_kind > 0) {
+            GLOBAL const T* norm = (is_query ? nq : nk) + (p.norm_kind == 2 ? vector_head * HEAD_DIM : 0);
+            weight_0[n] = p.offset + float(norm[place_0[n]]);
+            weight_1[n] = p.offset + float(norm[place_1[n]]);
+        }
+    }
+    float factor = p.scale;
+    if (p.period > 0) factor *= 1.0f + p.beta * LOG(1.0f + float(last / p.period));
     WAIT_FOR_INPUT;
     if (group.x + group.y + group.z == 0) {
         for (uint i = me; i < p.empty_count; i += threads) ATOMIC_STORE(posted, p.empty_at + i, EMPTY);
@@ -122,138 +177,117 @@ KERNEL(decode_attention)
             root_of_all[kind] = RSQRT(group_sum(squares, scratch, lane, warp, threads) / float(width) + p.eps);
         }
     }
-    // a vector for each warp: the queries of the group and, where they are among its keys, the new key and value
-    for (uint vector = warp; vector < HEADS + (has_new ? 2 : 0); vector += WARPS) {
-        const bool is_query = vector < HEADS;
-        const bool is_value = vector > HEADS;
-        const uint head = is_query ? first_head + vector : kv_head;
-        GLOBAL const T* from = is_query ? q : is_value ? v : k;
-        from += (b * (is_query ? p.heads : p.kv_heads) + head) * HEAD_DIM;
-        GLOBAL const T* bias = is_query ? bq : is_value ? bv : bk;
-        const uint pairs = is_value ? 0 : p.pairs;
-        const bool is_adjacent = p.is_adjacent > 0;
-        float first[PAIRS], second[PAIRS];
+    if (has_vector) {
+        const uint width = (is_query ? p.heads : p.kv_heads) * HEAD_DIM;
+        GLOBAL const T* from = (is_query ? q : k) + b * width + vector_head * HEAD_DIM;
         float squares = 0.0f;
+        float first[PAIRS], second[PAIRS];
         UNROLL for (uint n = 0; n < PAIRS; n++) {
-            const uint i = lane + 32 * n;
-            first[n] = second[n] = 0.0f;
-            if (i < HEAD_DIM / 2) {
-                // what is not rotated is taken by neighbours
-                const uint at = i < pairs && !is_adjacent ? i : 2 * i;
-                const uint other = i < pairs && !is_adjacent ? i + pairs : 2 * i + 1;
-                first[n] = float(from[at]);
-                second[n] = float(from[other]);
-                if (p.has_bias) {
-                    first[n] += float(bias[head * HEAD_DIM + at]);
-                    second[n] += float(bias[head * HEAD_DIM + other]);
-                }
-                squares += first[n] * first[n] + second[n] * second[n];
+            first[n] = bias_0[n];
+            second[n] = bias_1[n];
+            if (lane + 32 * n < HEAD_DIM / 2) {
+                first[n] += float(from[place_0[n]]);
+                second[n] += float(from[place_1[n]]);
             }
+            squares += first[n] * first[n] + second[n] * second[n];
         }
-        const bool is_normed = p.norm_kind > 0 && !is_value;
         float root = is_query ? root_of_all[0] : root_of_all[1];
         if (p.norm_kind == 1) root = RSQRT(warp_sum(squares) / float(HEAD_DIM) + p.eps);
-        GLOBAL const T* norm = is_query ? nq : nk;
-        if (p.norm_kind == 2) norm += head * HEAD_DIM;
-        float factor = p.scale;
-        if (p.period > 0) factor *= 1.0f + p.beta * LOG(1.0f + float(last / p.period));
+        if (p.norm_kind == 0) root = 1.0f;
         UNROLL for (uint n = 0; n < PAIRS; n++) {
-            const uint i = lane + 32 * n;
-            if (i < HEAD_DIM / 2) {
-                const uint at = i < pairs && !is_adjacent ? i : 2 * i;
-                const uint other = i < pairs && !is_adjacent ? i + pairs : 2 * i + 1;
-                float x = first[n];
-                float y = second[n];
-                if (is_normed) {
-                    x *= root * (p.offset + float(norm[at]));
-                    y *= root * (p.offset + float(norm[other]));
-                }
-                if (i < pairs) {
-                    const float cosine = cosines[last * pairs + i];
-                    const float sine = sines[last * pairs + i];
-                    const float turned = x * cosine - y * sine;
-                    y = y * cosine + x * sine;
-                    x = turned;
-                }
+            if (lane + 32 * n < HEAD_DIM / 2) {
+                const float x = first[n] * root * weight_0[n];
+                const float y = second[n] * root * weight_1[n];
                 // as rounded as the cache
-                const T x_kept = T(x);
-                const T y_kept = T(y);
+                const T turned_x = T(x * cosine[n] - y * sine[n]);
+                const T turned_y = T(y * cosine[n] + x * sine[n]);
+                const uint at = place_0[n];
+                const uint other = place_1[n];
                 if (is_query) {
-                    queries[vector * HEAD_DIM + at] = float(x_kept) * factor;
-                    queries[vector * HEAD_DIM + other] = float(y_kept) * factor;
+                    queries[warp * HEAD_DIM + at] = float(turned_x) * factor;
+                    queries[warp * HEAD_DIM + other] = float(turned_y) * factor;
                 } else {
-                    SHARED_ARG float* to = is_value ? new_value : new_key;
-                    to[at] = float(x_kept);
-                    to[other] = float(y_kept);
-                    // one of the groups that share the key writes it
-                    if (first_head % (p.heads / p.kv_heads) == 0) {
-                        GLOBAL T* cache = (is_value ? values : keys) + start + wide(last) * HEAD_DIM;
-                        cache[at] = x_kept;
-                        cache[other] = y_kept;
+                    new_key[at] = float(turned_x);
+                    new_key[other] = float(turned_y);
+                    if (writes) {
+                        new_row_of_keys[at] = turned_x;
+                        new_row_of_keys[other] = turned_y;
                     }
                 }
             }
         }
     }
+    if (has_new) {
+        for (uint i = me; i < HEAD_DIM; i += threads) {
+            const uint at = kv_head * HEAD_DIM + i;
+            const T value = T(float(v[b * p.kv_heads * HEAD_DIM + at]) + (p.has_bias ? float(bv[at]) : 0.0f));
+            new_value[i] = float(value);
+            if (writes) new_row_of_values[i] = value;
+        }
+    }
     BARRIER;
-    SHARED_ARG const float* query = queries + my_head * HEAD_DIM;
-    float largest = -INFINITY;
-    float sum = 0.0f;
-    float result[ELEMENTS];
-    UNROLL for (uint e = 0; e < ELEMENTS; e++) result[e] = 0.0f;
-    for (uint block = first_block; block < end; block += 32 * KEY_WARPS) {
-        const uint key = block + lane;
-        const bool is_asked = is_early && block == first_block;
-        float s = 0.0f;
-#if HOLDS_KEYS
-        if (!is_asked) ask_for_keys(keys + start, block, last, lane, asked);
-#endif
-#if HOLDS_VALUES
-        if (!is_asked) ask_for_values(values + start, block, last, lane, held);
-#endif
-        UNROLL for (uint i = 0; i < HEAD_DIM / 8; i++) {
-            float x[8];
-#if HOLDS_KEYS
-            unpack_eight(asked[i], x);
-#else
-            load8(keys + start + wide(MINIMUM(key, last)) * HEAD_DIM + 8 * i, x);
-#endif
-            UNROLL for (uint j = 0; j < 8; j++) s += x[j] * query[8 * i + j];
+    Attended attended[HEADS];
+    UNROLL for (uint head = 0; head < HEADS; head++) {
+        attended[head].largest = LOWEST;
+        attended[head].weights = 0.0f;
+        UNROLL for (uint j = 0; j < 8; j++) attended[head].values[j] = 0.0f;
+    }
+    for (uint block = first_block; block < old_end; block += BLOCK * KEY_WARPS) {
+        if (block != first_block) {
+            ask_for_block(keys + start, values + start, block, old_end, my_key, my_elements, k_asked, v_asked);
         }
-        const bool is_new_block = block + 32 > last;
-        if (key >= last) {
-            s = 0.0f;
-            for (uint i = 0; i < HEAD_DIM; i++) s += new_key[i] * query[i];
-        }
-        if (p.soft_cap > 0.0f) s = p.soft_cap * hyperbolic_tangent(s / p.soft_cap);
-        if (key >= num_keys) s = -INFINITY;
-        const float maximum = MAXIMUM(largest, warp_max(s));
-        const float weight = key < num_keys ? EXP(s - maximum) : 0.0f;
-        const float shrink = EXP(largest - maximum);
-        largest = maximum;
-        sum = sum * shrink + warp_sum(weight);
-        UNROLL for (uint e = 0; e < ELEMENTS; e++) result[e] *= shrink;
-        UNROLL for (uint j = 0; j < 32; j++) {
-            const float w = warp_shuffle(weight, j);
-            UNROLL for (uint e = 0; e < ELEMENTS; e++) {
-                const uint i = MINIMUM(e * 32 + lane, uint(HEAD_DIM) - 1);
-#if HOLDS_VALUES
-                float value = float(held[j][e]);
-#else
-                float value = float(values[start + wide(MINIMUM(block + j, last)) * HEAD_DIM + i]);
-#endif
-                if (is_new_block && block + j >= last) value = new_value[i];
-                result[e] += w * value;
+        UNROLL for (uint head = 0; head < HEADS; head++) {
+            float query[8], scores[KEYS_AT_ONCE];
+            load8_shared(queries + head * HEAD_DIM + my_elements, query);
+            float largest = attended[head].largest;
+            UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
+                float x[8];
+                unpack_eight(k_asked[n], x);
+                float sum = 0.0f;
+                UNROLL for (uint j = 0; j < 8; j++) sum += x[j] * query[j];
+                scores[n] = capped(key_sum(has_elements ? sum : 0.0f), p.soft_cap);
+                if (block + n * KEYS_BESIDE + my_key < old_end) largest = MAXIMUM(largest, scores[n]);
+            }
+            rise_to(attended[head], largest);
+            UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
+                const bool is_there = block + n * KEYS_BESIDE + my_key < old_end;
+                const float weight = is_there ? EXP(scores[n] - largest) : 0.0f;
+                attended[head].weights += weight;
+                float x[8];
+                unpack_eight(v_asked[n], x);
+                UNROLL for (uint j = 0; j < 8; j++) attended[head].values[j] += weight * x[j];
             }
         }
     }
-    if (lane == 0) {
-        maxima[warp] = largest;
-        totals[warp] = sum;
-    }
-    UNROLL for (uint e = 0; e < ELEMENTS; e++) {
-        const uint i = e * 32 + lane;
-        if (i < HEAD_DIM) sums[warp * HEAD_DIM + i] = result[e];
+    UNROLL for (uint head = 0; head < HEADS; head++) {
+        // the new key: lanes of the first key of the last warp
+        if (has_new && warp == KEY_WARPS - 1) {
+            float sum = 0.0f;
+            UNROLL for (uint j = 0; j < 8; j++) sum += new_key[my_elements + j] * queries[head * HEAD_DIM + my_elements + j];
+            const float score = capped(key_sum(has_elements ? sum : 0.0f), p.soft_cap);
+            if (my_key == 0) {
+                rise_to(attended[head], MAXIMUM(attended[head].largest, score));
+                const float weight = EXP(score - attended[head].largest);
+                attended[head].weights += weight;
+                UNROLL for (uint j = 0; j < 8; j++) attended[head].values[j] += weight * new_value[my_elements + j];
+            }
+        }
+        UNROLL for (uint mask = KEY_LANES; mask < 32; mask *= 2) {
+            const float other = warp_shuffle_xor(attended[head].largest, mask);
+            rise_to(attended[head], MAXIMUM(attended[head].largest, other));
+            attended[head].weights += warp_shuffle_xor(attended[head].weights, mask);
+            UNROLL for (uint j = 0; j < 8; j++) {
+                attended[head].values[j] += warp_shuffle_xor(attended[head].values[j], mask);
+            }
+        }
+        const uint at = warp * HEADS + head;
+        if (lane == 0) {
+            maxima[at] = attended[head].largest;
+            totals[at] = attended[head].weights;
+        }
+        if (my_key == 0 && has_elements) {
+            UNROLL for (uint j = 0; j < 8; j++) sums[at * HEAD_DIM + my_elements + j] = attended[head].values[j];
+        }
     }
     BARRIER;
     // the warps of a head put together; of several parts of its keys, `results` gets the largest score, the sum of weights and
@@ -261,11 +295,11 @@ KERNEL(decode_attention)
     for (uint n = me; n < HEADS * HEAD_DIM; n += threads) {
         const uint head = n / HEAD_DIM;
         const uint i = n % HEAD_DIM;
-        float maximum = -INFINITY;
-        for (uint w = head; w < WARPS; w += HEADS) maximum = MAXIMUM(maximum, maxima[w]);
+        float maximum = LOWEST;
+        UNROLL for (uint w = head; w < KEY_WARPS * HEADS; w += HEADS) maximum = MAXIMUM(maximum, maxima[w]);
         float weights = 0.0f;
         float value = 0.0f;
-        for (uint w = head; w < WARPS; w += HEADS) {
+        UNROLL for (uint w = head; w < KEY_WARPS * HEADS; w += HEADS) {
             const float shrink = EXP(maxima[w] - maximum);
             weights += totals[w] * shrink;
             value += sums[w * HEAD_DIM + i] * shrink;
@@ -297,28 +331,31 @@ KERNEL(decode_attention)
         const uint row = b * p.heads + first_head + n / HEAD_DIM;
         const uint i = n % HEAD_DIM;
         const uint from = row * p.parts * (HEAD_DIM + 2);
-        uint found[MOST_PARTS][3];
-        UNROLL for (uint part = 0; part < MOST_PARTS; part++) {
-            const uint at = from + MINIMUM(part, num_parts - 1) * (HEAD_DIM + 2);
-            found[part][0] = ATOMIC_LOAD(results, at);
-            found[part][1] = ATOMIC_LOAD(results, at + 1);
-            found[part][2] = ATOMIC_LOAD(results, at + 2 + i);
-        }
-        float maximum = -INFINITY;
-        UNROLL for (uint part = 0; part < MOST_PARTS; part++) {
-            const uint at = from + MINIMUM(part, num_parts - 1) * (HEAD_DIM + 2);
-            while (found[part][0] == EMPTY) found[part][0] = ATOMIC_LOAD(results, at);
-            while (found[part][1] == EMPTY) found[part][1] = ATOMIC_LOAD(results, at + 1);
-            while (found[part][2] == EMPTY) found[part][2] = ATOMIC_LOAD(results, at + 2 + i);
-            maximum = MAXIMUM(maximum, bits_to_float(found[part][0]));
-        }
+        float maximum = LOWEST;
         float weights = 0.0f;
         float value = 0.0f;
-        UNROLL for (uint part = 0; part < MOST_PARTS; part++) {
-            if (part < num_parts) {
-                const float shrink = EXP(bits_to_float(found[part][0]) - maximum);
-                weights += bits_to_float(found[part][1]) * shrink;
-                value += bits_to_float(found[part][2]) * shrink;
+        for (uint part = 0; part < num_parts; part += PARTS_AT_ONCE) {
+            uint found[PARTS_AT_ONCE][3];
+            UNROLL for (uint n = 0; n < PARTS_AT_ONCE; n++) {
+                const uint at = from + MINIMUM(part + n, num_parts - 1) * (HEAD_DIM + 2);
+                found[n][0] = ATOMIC_LOAD(results, at);
+                found[n][1] = ATOMIC_LOAD(results, at + 1);
+                found[n][2] = ATOMIC_LOAD(results, at + 2 + i);
+            }
+            UNROLL for (uint n = 0; n < PARTS_AT_ONCE; n++) {
+                const uint at = from + MINIMUM(part + n, num_parts - 1) * (HEAD_DIM + 2);
+                while (found[n][0] == EMPTY) found[n][0] = ATOMIC_LOAD(results, at);
+                while (found[n][1] == EMPTY) found[n][1] = ATOMIC_LOAD(results, at + 1);
+                while (found[n][2] == EMPTY) found[n][2] = ATOMIC_LOAD(results, at + 2 + i);
+                if (part + n < num_parts) {
+                    const float largest_of_part = bits_to_float(found[n][0]);
+                    const float together = MAXIMUM(maximum, largest_of_part);
+                    const float shrink = EXP(maximum - together);
+                    const float share = EXP(largest_of_part - together);
+                    maximum = together;
+                    weights = weights * shrink + bits_to_float(found[n][1]) * share;
+                    value = value * shrink + bits_to_float(found[n][2]) * share;
+                }
             }
         }
         out[row * HEAD_DIM + i] = T(value / weights);

@@ -34,6 +34,7 @@ typedef bfloat4 T4;
 #define WAIT_FOR_INPUT
 #define UNROLL _Pragma("unroll")
 #define UNROLL4
+#define NO_UNROLL
 #define ATOMIC_UINT atomic_uint
 #define ATOMIC_STORE(a, i, x) atomic_store_explicit(&(a)[i], x, memory_order_relaxed)
 #define ATOMIC_LOAD(a, i) atomic_load_explicit(&(a)[i], memory_order_relaxed)
@@ -48,6 +49,7 @@ typedef bfloat4 T4;
 FUNCTION float warp_sum(float x) { return simd_sum(x); }
 FUNCTION float warp_max(float x) { return simd_max(x); }
 FUNCTION uint warp_sum_uint(uint x) { return simd_sum(x); }
+FUNCTION bool warp_any(bool x) { return simd_any(x); }
 FUNCTION float warp_shuffle(float x, uint from) { return simd_shuffle(x, ushort(from)); }
 FUNCTION float warp_shuffle_xor(float x, uint mask) { return simd_shuffle_xor(x, ushort(mask)); }
 FUNCTION uint warp_shuffle_xor_uint(uint x, uint mask) { return simd_shuffle_xor(x, ushort(mask)); }

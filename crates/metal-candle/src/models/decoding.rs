@@ -147,6 +147,9 @@ impl Model {
             if held.rows != padded {
                 held.write(&padded)?;
             }
+            if held.step.grow(rows.iter().map(|row| row.position + 1).max().unwrap_or(1)) {
+                held.recording = None;
+            }
             if let Some(recording) = &mut held.recording {
                 recording.replay()?;
             } else {
@@ -179,13 +182,15 @@ impl Model {
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
             is_wide: self.is_wide(rows),
+            has_terms: !self.is_wide(rows) && terms.is_some_and(|terms| terms.iter().next().is_some()),
             dtype: self.activation_dtype(),
             hidden,
             heads: self.step_heads().ok_or_else(missing)?,
             activation: kernel_kind(self.step_activation()).0,
             is_cuda: self.device().is_cuda(),
         };
-        let threads = Threads::new(&shape, rows, max_seq_len, like)?;
+        let threads = Threads::new(&shape, rows, like)?;
+        let most_parts = Step::most_parts(&shape, &threads, rows, max_seq_len);
         let empty = |width: usize| gpu::empty((rows, width), like);
         let [heads, kv_heads, head_dim] = shape.heads;
         let inner = self.inner.blocks.iter().map(|block| match &block.feed_forward.part {
@@ -217,10 +222,11 @@ impl Model {
             k: empty(kv_heads * head_dim)?,
             v: empty(kv_heads * head_dim)?,
             attention: empty(heads * head_dim)?,
-            results: words(u32::MAX, rows * heads * threads.attention.parts * (head_dim + 2))?,
+            parts: 1,
+            most_parts,
+            results: words(u32::MAX, Step::num_results(&shape, rows, most_parts))?,
             counters: words(0, rows * heads)?,
             posted: words(u32::MAX, if shape.is_wide { 1 } else { rows * Posts::WORDS })?,
-            has_terms: !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some()),
             activation: empty(inner)?,
             branch: empty(hidden)?,
             rotary: rotary.collect::<Result<_>>()?,

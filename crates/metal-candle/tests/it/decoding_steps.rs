@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 on_each_device! {
     steps_of_every_kind_match_the_cpu,
     long_sequences_match_the_cpu,
+    many_sequences_match_the_cpu,
 }
 
 /// Keys of models whose layers have a step, with what each of them adds.
@@ -144,6 +145,18 @@ fn long_sequences_match_the_cpu(device: Device) {
         for (rows, rank) in [(1, 4), (2, 0)] {
             found.extend(failures(what, [&own, &cpu], rank, &prompts(rows, 1300), 2e-3));
         }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+/// With many sequences a group takes all heads that read the same keys; with many heads these keys are divided, too.
+fn many_sequences_match_the_cpu(device: Device) {
+    let rows = if device.is_cuda() { 66 } else { 17 };
+    let mut found = Vec::new();
+    for (what, heads, len, rows) in [("two heads", 4, 40, rows), ("four heads", 8, 530, rows / 2)] {
+        let keys = json!({"model_type": "qwen3", "head_dim": 16, "num_attention_heads": heads});
+        let (own, cpu) = (model(&keys, DType::F32, device), model(&keys, DType::F32, Device::CPU));
+        found.extend(failures(what, [&own, &cpu], 3, &prompts(rows, len), 2e-3));
     }
     assert!(found.is_empty(), "{}", found.join("\n"));
 }

@@ -26,8 +26,15 @@ pub(in crate::models) const ROW_THREADS: usize = 128;
 /// Most parts of the keys of a sequence.
 const MOST_PARTS: usize = 16;
 
-/// Blocks of 32 keys that each warp has before keys are divided, as in `decode_attention.metal`.
-const LEAST_BLOCKS: usize = 2;
+/// The fewest keys of a part, times the heads of a group.
+const LEAST_KEYS: usize = 1024;
+
+/// Warps of a group with several heads, and what they may take of the memory of a group.
+const MANY_HEADS_WARPS: usize = 8;
+const MOST_SHARED_BYTES: usize = 24 * 1024;
+
+/// What attention needs to run at all.
+const FEWEST_THREADS: AttentionThreads = AttentionThreads { heads: 1, key_warps: 2 };
 
 /// Warps that share two rows of a linear layer.
 const LINEAR_WARPS: usize = 4;
@@ -43,6 +50,8 @@ pub(in crate::models) struct StepShape {
     pub(in crate::models) hidden: usize,
     /// Query heads, key/value heads, and the width of one.
     pub(in crate::models) heads: [usize; 3],
+    /// Whether linear layers that run by rows of weights have low-rank updates.
+    pub(in crate::models) has_terms: bool,
     /// The number of the activation of gated MLPs, as kernels know it.
     pub(in crate::models) activation: usize,
     pub(in crate::models) is_cuda: bool,
@@ -59,6 +68,7 @@ impl StepShape {
             .with("BATCH", batch)
             .with("HIDDEN", hidden)
             .with("ACTIVATION", self.activation)
+            .with("HAS_TERMS", usize::from(self.has_terms))
             .with("PROJECTION_THREADS", threads.projections)
             .with("LINEAR_THREADS", threads.linear)
             .with("GATED_THREADS", threads.gated)
@@ -73,8 +83,15 @@ impl StepShape {
             .with("HEAD_DIM", self.heads[2])
             .with("HEADS", threads.heads)
             .with("KEY_WARPS", threads.key_warps)
-            .with("MOST_PARTS", MOST_PARTS)
+            .with("KEY_LANES", self.heads[2].div_ceil(8).next_power_of_two())
+            .with("BLOCK_THREADS", threads.count())
+            .with("BLOCKS_BESIDE", 1)
     }
+}
+
+/// Groups that keep a device busy.
+fn wanted_groups(is_cuda: bool) -> usize {
+    if is_cuda { 128 } else { 32 }
 }
 
 /// How attention is shared out among groups.
@@ -82,48 +99,55 @@ impl StepShape {
 pub(in crate::models) struct AttentionThreads {
     /// Query heads of a group, which share a key/value head.
     pub(in crate::models) heads: usize,
-    /// Warps that share the keys of a head.
+    /// Warps that share the keys of a group, more than heads.
     pub(in crate::models) key_warps: usize,
-    /// Most parts of the keys of a sequence, each with a group of its own.
-    pub(in crate::models) parts: usize,
 }
 
 impl AttentionThreads {
-    /// For few sequences a group has one head and the keys are divided, for many it takes all heads that read the same keys.
-    fn new(shape: &StepShape, rows: usize, max_seq_len: usize, like: &Tensor) -> Result<Self> {
+    /// For few sequences a group has one head, for many it takes all heads that read the same keys.
+    fn new(shape: &StepShape, rows: usize, like: &Tensor) -> Result<Self> {
         let [heads, kv_heads, head_dim] = shape.heads;
-        let (wanted, mut most) = if shape.is_cuda { (128, 16) } else { (32, 8) };
-        // long f32 keys fill the registers of a larger group
-        if shape.dtype == DType::F32 && head_dim > 32 {
-            most = most.min(8);
+        let is_wide = shape.is_cuda && shape.dtype != DType::F32;
+        let mut threads = Self { heads: 1, key_warps: if is_wide { 16 } else { 8 } };
+        if rows * heads >= 2 * wanted_groups(shape.is_cuda) {
+            // what the warps leave for each other has to fit into the memory of a group
+            let fits = |count: &usize| {
+                (heads / kv_heads).is_multiple_of(*count)
+                    && count * head_dim * MANY_HEADS_WARPS * 4 <= MOST_SHARED_BYTES
+            };
+            let count = (2..MANY_HEADS_WARPS).rev().find(fits);
+            threads = count.map_or(threads, |heads| Self { heads, key_warps: MANY_HEADS_WARPS });
         }
-        let shared = heads / kv_heads;
-        let of_group = if rows * heads < 2 * wanted {
-            1
-        } else {
-            (1..=shared.min(most)).rev().find(|count| shared.is_multiple_of(*count)).unwrap_or(1)
-        };
-        let mut threads = Self { heads: of_group, key_warps: most / of_group, parts: 1 };
         let allowed = gpu::max_threads(&shape.attention_kernel(threads), like)?;
         while threads.count() > allowed {
-            match threads {
-                Self { key_warps: 2.., .. } => threads.key_warps /= 2,
-                Self { heads: 2.., .. } => threads.heads = 1,
-                _ => {
-                    return Err(Error::Device(format!(
-                        "`decode_attention` needs 32 threads, and the device runs {allowed}"
-                    )));
-                }
+            if threads == FEWEST_THREADS {
+                let message =
+                    format!("`decode_attention` needs {} threads, and the device runs {allowed}", threads.count());
+                return Err(Error::Device(message));
             }
+            threads = Self { heads: 1, key_warps: (threads.key_warps / 2).max(FEWEST_THREADS.key_warps) };
         }
-        let least = 32 * threads.key_warps * LEAST_BLOCKS;
-        threads.parts = (wanted / (rows * heads / threads.heads)).clamp(1, MOST_PARTS).min(max_seq_len.div_ceil(least));
         Ok(threads)
+    }
+
+    /// The most parts of keys, each with a group of its own, that so many rows of so many heads are worth.
+    fn most_parts(self, shape: &StepShape, rows: usize) -> usize {
+        (wanted_groups(shape.is_cuda) * self.heads / (rows * shape.heads[0])).clamp(1, MOST_PARTS)
+    }
+
+    /// The fewest keys of a part.
+    pub(in crate::models) fn least_keys(self) -> usize {
+        LEAST_KEYS / self.heads
+    }
+
+    /// The parts of the keys of sequences of up to `len` tokens.
+    fn parts(self, len: usize) -> usize {
+        len.div_ceil(self.least_keys()).next_power_of_two()
     }
 
     /// The threads of a group.
     pub(in crate::models) fn count(self) -> usize {
-        32 * self.heads * self.key_warps
+        32 * self.key_warps
     }
 }
 
@@ -143,11 +167,11 @@ impl Threads {
     ///
     /// # Errors
     /// A kernel cannot be compiled, or the device runs too few threads of one.
-    pub(in crate::models) fn new(shape: &StepShape, rows: usize, max_seq_len: usize, like: &Tensor) -> Result<Self> {
+    pub(in crate::models) fn new(shape: &StepShape, rows: usize, like: &Tensor) -> Result<Self> {
         let most = if shape.is_cuda { 512 } else { 256 };
         let mut threads = Self {
             projections: 128,
-            attention: AttentionThreads::new(shape, rows, max_seq_len, like)?,
+            attention: AttentionThreads::new(shape, rows, like)?,
             linear: most,
             gated: 256,
             head: 256,
@@ -207,13 +231,14 @@ pub(in crate::models) struct Step {
     pub(in crate::models) k: Tensor,
     pub(in crate::models) v: Tensor,
     pub(in crate::models) attention: Tensor,
+    /// Parts of the keys of a sequence, and the most there can be: with more parts the step is recorded again.
+    pub(in crate::models) parts: usize,
+    pub(in crate::models) most_parts: usize,
     /// What groups of `decode_attention` leave for each other, and how many have.
     pub(in crate::models) results: Tensor,
     pub(in crate::models) counters: Tensor,
     /// The products of vectors with A of low-rank updates: [`Posts`].
     pub(in crate::models) posted: Tensor,
-    /// Whether there are low-rank updates.
-    pub(in crate::models) has_terms: bool,
     pub(in crate::models) activation: Tensor,
     /// The output of a part that a norm follows: `[rows, hidden]`.
     pub(in crate::models) branch: Tensor,
@@ -260,9 +285,32 @@ impl Posts {
 }
 
 impl Step {
+    /// Words of `results` for so many rows.
+    pub(in crate::models) fn num_results(shape: &StepShape, rows: usize, most_parts: usize) -> usize {
+        if most_parts > 1 { rows * shape.heads[0] * most_parts * (shape.heads[2] + 2) } else { 1 }
+    }
+
+    /// The most parts of keys in a cache of sequences of up to `max_seq_len` tokens.
+    pub(in crate::models) fn most_parts(
+        shape: &StepShape,
+        threads: &Threads,
+        rows: usize,
+        max_seq_len: usize,
+    ) -> usize {
+        threads.attention.most_parts(shape, rows).min(threads.attention.parts(max_seq_len))
+    }
+
+    /// Divides keys as the longest of the sequences wants it. Whether they were divided into fewer parts before.
+    pub(in crate::models) fn grow(&mut self, longest: usize) -> bool {
+        let parts = self.threads.attention.parts(longest).min(self.most_parts);
+        let has_grown = parts > self.parts;
+        self.parts = self.parts.max(parts);
+        has_grown
+    }
+
     /// Which words a kernel empties, as an argument of it.
     pub(in crate::models) fn emptied(&self, posts: Posts) -> [Word; 2] {
-        if self.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
+        if self.shape.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
     }
 
     /// Where a kernel posts, and which words it empties.

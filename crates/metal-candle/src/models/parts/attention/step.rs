@@ -87,7 +87,8 @@ impl Attention {
             kv_heads.into(),
             step.max_seq_len.into(),
             scale.into(),
-            threads.parts.into(),
+            step.parts.into(),
+            threads.least_keys().into(),
             window.into(),
             soft_cap.unwrap_or(0.0).into(),
             pairs.into(),
@@ -101,7 +102,7 @@ impl Attention {
         ];
         words.extend(step.emptied(Posts::Projections));
         debug_assert_eq!(head_dim, step.shape.heads[2]);
-        let grid = Grid { groups: [heads / threads.heads, step.rows, threads.parts], ..Grid::row(1, threads.count()) };
+        let grid = Grid { groups: [heads / threads.heads, step.rows, step.parts], ..Grid::row(1, threads.count()) };
         gpu::launch(&step.shape.attention_kernel(threads), grid, &args, &words)
     }
 }
