@@ -575,21 +575,33 @@ KERNEL(decode_gated)
         return;
     }
     norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
-    if (!is_there) return;
     float gate[BATCH], up[BATCH];
-    dots_of_rows(w0, w1, rows, normed, lane, gate, up);
+    if (is_there) dots_of_rows(w0, w1, rows, normed, lane, gate, up);
+#if HAS_TERMS
+    // a warp reads z for all of them, which are many
+    SHARED float z[2 * BATCH * MAX_RANK];
+    for (uint i = warp; i < 2 * live; i += warps) {
+        const bool is_of_up = i >= live;
+        const uint rank = is_of_up ? p.up_rank : p.gate_rank;
+        const uint row_of_z = first_row + (is_of_up ? i - live : i);
+        const uint at = p.post_at + (row_of_z * 2 + (is_of_up ? 1 : 0)) * MAX_RANK;
+        float own[SHARES];
+        read_low_rank(
+            posted, at, is_of_up ? a_up : a_gate, rank, is_of_up ? p.up_scale : p.gate_scale, x + row_of_z * HIDDEN, norm,
+            p.has_norm, p.offset, p.eps, lane, own);
+        UNROLL for (uint n = 0; n < SHARES; n++) z[i * MAX_RANK + lane + 32 * n] = own[n];
+    }
+    BARRIER;
+#endif
+    if (!is_there) return;
     for (uint b = 0; b < live; b++) {
-        const uint at = p.post_at + (first_row + b) * 2 * MAX_RANK;
-        GLOBAL const T* vector = x + (first_row + b) * HIDDEN;
-        float z[SHARES];
-        if (HAS_TERMS && p.gate_rank > 0) {
-            read_low_rank(posted, at, a_gate, p.gate_rank, p.gate_scale, vector, norm, p.has_norm, p.offset, p.eps, lane, z);
-            gate[b] += times_term(term_gate, z);
-        }
-        if (HAS_TERMS && p.up_rank > 0) {
-            read_low_rank(posted, at + MAX_RANK, a_up, p.up_rank, p.up_scale, vector, norm, p.has_norm, p.offset, p.eps, lane, z);
-            up[b] += times_term(term_up, z);
-        }
+#if HAS_TERMS
+        float own[SHARES];
+        UNROLL for (uint n = 0; n < SHARES; n++) own[n] = z[b * MAX_RANK + lane + 32 * n];
+        if (p.gate_rank > 0) gate[b] += times_term(term_gate, own);
+        UNROLL for (uint n = 0; n < SHARES; n++) own[n] = z[(live + b) * MAX_RANK + lane + 32 * n];
+        if (p.up_rank > 0) up[b] += times_term(term_up, own);
+#endif
         if (lane == 0) {
             float value, slope;
             activation_at(gate[b], 0.0f, 0.0f, &value, &slope);

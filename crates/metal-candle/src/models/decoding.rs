@@ -182,14 +182,14 @@ impl Model {
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
             is_wide: self.is_wide(rows),
-            has_terms: !self.is_wide(rows) && terms.is_some_and(|terms| terms.iter().next().is_some()),
             dtype: self.activation_dtype(),
             hidden,
             heads: self.step_heads().ok_or_else(missing)?,
             activation: kernel_kind(self.step_activation()).0,
             is_cuda: self.device().is_cuda(),
         };
-        let threads = Threads::new(&shape, rows, like)?;
+        let has_terms = !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some());
+        let threads = Threads::new(&shape, rows, has_terms, like)?;
         let most_parts = Step::most_parts(&shape, &threads, rows, max_seq_len);
         let empty = |width: usize| gpu::empty((rows, width), like);
         let [heads, kv_heads, head_dim] = shape.heads;
@@ -226,6 +226,7 @@ impl Model {
             most_parts,
             results: words(u32::MAX, Step::num_results(&shape, rows, most_parts))?,
             counters: words(0, rows * heads)?,
+            has_terms,
             posted: words(u32::MAX, if shape.is_wide { 1 } else { rows * Posts::WORDS })?,
             activation: empty(inner)?,
             branch: empty(hidden)?,
@@ -255,7 +256,7 @@ impl Model {
         let args = [embedding, Arg::In(&step.state), Arg::Out(&step.x), Arg::Out(&step.posted)];
         let [from, count] = step.emptied(Posts::Head);
         let words = [hidden.into(), self.inner.embedding_scale.into(), from, count];
-        gpu::launch(&step.kernel("decode_embed"), Grid::row(rows, ROW_THREADS), &args, &words)?;
+        gpu::launch(&step.kernel("decode_embed", &[]), Grid::row(rows, ROW_THREADS), &args, &words)?;
         for block in &self.inner.blocks {
             block.step(step, terms, cache)?;
         }
@@ -300,7 +301,7 @@ impl Model {
         words.extend(step.posts(Posts::Head, Some(Posts::Down)));
         let of_a = Step::groups_of_a(&[rank], step.threads.head / 32);
         let grid = Grid::row((groups + of_a) * step.chunks(), step.threads.head);
-        gpu::launch(&step.kernel("decode_head"), grid, &args, &words)?;
+        gpu::launch(&step.kernel("decode_head", &[rank]), grid, &args, &words)?;
         Ok(groups)
     }
 

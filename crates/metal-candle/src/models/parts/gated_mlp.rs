@@ -328,7 +328,7 @@ impl GatedMlp {
         let warps = step.threads.gated / 32;
         let groups = self.inner.div_ceil(warps) + Step::groups_of_a(&ranks, warps);
         let grid = Grid::row(groups * step.chunks(), step.threads.gated);
-        gpu::launch(&step.kernel("decode_gated"), grid, &args, &words)
+        gpu::launch(&step.kernel("decode_gated", &ranks), grid, &args, &words)
     }
 }
 

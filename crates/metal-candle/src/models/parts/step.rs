@@ -50,8 +50,6 @@ pub(in crate::models) struct StepShape {
     pub(in crate::models) hidden: usize,
     /// Query heads, key/value heads, and the width of one.
     pub(in crate::models) heads: [usize; 3],
-    /// Whether linear layers that run by rows of weights have low-rank updates.
-    pub(in crate::models) has_terms: bool,
     /// The number of the activation of gated MLPs, as kernels know it.
     pub(in crate::models) activation: usize,
     pub(in crate::models) is_cuda: bool,
@@ -59,22 +57,25 @@ pub(in crate::models) struct StepShape {
 
 impl StepShape {
     /// A kernel of `decode.metal`, compiled for these sizes.
-    pub(in crate::models) fn kernel(&self, name: &'static str, threads: &Threads) -> Kernel {
+    pub(in crate::models) fn kernel(&self, name: &'static str, has_terms: bool, threads: &Threads) -> Kernel {
         // more is a gain where a row is short and there are registers for it
         let is_narrow = self.hidden <= 1024 && self.dtype != DType::F32;
         // with matrix products no kernel depends on these two: one module serves all numbers of rows
         let (batch, hidden) = if self.is_wide { (1, 8) } else { (self.batch, self.hidden) };
-        Kernel::new(Source::Decode, name, self.dtype)
+        let kernel = Kernel::new(Source::Decode, name, self.dtype)
             .with("BATCH", batch)
             .with("HIDDEN", hidden)
             .with("ACTIVATION", self.activation)
-            .with("HAS_TERMS", usize::from(self.has_terms))
+            .with("HAS_TERMS", usize::from(has_terms))
             .with("PROJECTION_THREADS", threads.projections)
             .with("LINEAR_THREADS", threads.linear)
             .with("GATED_THREADS", threads.gated)
             .with("HEAD_THREADS", threads.head)
             .with("HEAD_ROWS", HEAD_ROWS)
-            .with("AHEAD", if self.is_cuda && is_narrow { 5 } else { 1 })
+            .with("AHEAD", if self.is_cuda && is_narrow { 5 } else { 1 });
+        // four groups beside each other keep the memory busy, if their registers leave room
+        let is_bounded = name == "decode_gated" && is_narrow && batch == 1;
+        if is_bounded { kernel.with("BLOCK_THREADS", threads.gated).with("BLOCKS_BESIDE", 4) } else { kernel }
     }
 
     /// The kernel of `decode_attention.metal`.
@@ -167,7 +168,7 @@ impl Threads {
     ///
     /// # Errors
     /// A kernel cannot be compiled, or the device runs too few threads of one.
-    pub(in crate::models) fn new(shape: &StepShape, rows: usize, like: &Tensor) -> Result<Self> {
+    pub(in crate::models) fn new(shape: &StepShape, rows: usize, has_terms: bool, like: &Tensor) -> Result<Self> {
         let most = if shape.is_cuda { 512 } else { 256 };
         let mut threads = Self {
             projections: 128,
@@ -180,7 +181,7 @@ impl Threads {
         loop {
             let tried = threads;
             for (name, count, least) in threads.compiled().into_iter().filter(|_| !shape.is_wide) {
-                let allowed = gpu::max_threads(&shape.kernel(name, &tried), like)?;
+                let allowed = gpu::max_threads(&shape.kernel(name, has_terms, &tried), like)?;
                 while *count > allowed {
                     *count /= 2;
                     if *count < least {
@@ -239,6 +240,8 @@ pub(in crate::models) struct Step {
     pub(in crate::models) counters: Tensor,
     /// The products of vectors with A of low-rank updates: [`Posts`].
     pub(in crate::models) posted: Tensor,
+    /// Whether there are low-rank updates that are posted.
+    pub(in crate::models) has_terms: bool,
     pub(in crate::models) activation: Tensor,
     /// The output of a part that a norm follows: `[rows, hidden]`.
     pub(in crate::models) branch: Tensor,
@@ -310,7 +313,7 @@ impl Step {
 
     /// Which words a kernel empties, as an argument of it.
     pub(in crate::models) fn emptied(&self, posts: Posts) -> [Word; 2] {
-        if self.shape.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
+        if self.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
     }
 
     /// Where a kernel posts, and which words it empties.
@@ -324,8 +327,9 @@ impl Step {
         ranks.iter().map(|rank| rank.div_ceil(2)).sum::<usize>().div_ceil(warps)
     }
 
-    pub(in crate::models) fn kernel(&self, name: &'static str) -> Kernel {
-        self.shape.kernel(name, &self.threads)
+    /// A kernel for layers with low-rank updates of these ranks.
+    pub(in crate::models) fn kernel(&self, name: &'static str, ranks: &[usize]) -> Kernel {
+        self.shape.kernel(name, ranks.iter().any(|rank| *rank > 0), &self.threads)
     }
 
     /// The number of groups that share out the rows.
@@ -355,13 +359,13 @@ impl Step {
             words.extend(posts);
             let rows = self.threads.linear_rows();
             let groups = (output.div_ceil(rows) + rank.div_ceil(rows)) * self.chunks();
-            gpu::launch(&self.kernel("decode_linear"), Grid::row(groups, self.threads.linear), &args, &words)?;
+            gpu::launch(&self.kernel("decode_linear", &[rank]), Grid::row(groups, self.threads.linear), &args, &words)?;
         }
         let Some(norm) = branch.after else { return Ok(()) };
         let args = [Arg::In(y), norm.norm.weight.as_ref().map_or(Arg::None, Arg::In), Arg::Out(&self.x)];
         let [_, offset, eps] = norm_words(Some(norm));
         let words = [self.shape.hidden.into(), offset, eps, branch.factor.into()];
-        gpu::launch(&self.kernel("decode_add"), Grid::row(self.rows, ROW_THREADS), &args, &words)
+        gpu::launch(&self.kernel("decode_add", &[]), Grid::row(self.rows, ROW_THREADS), &args, &words)
     }
 
     /// The input of a branch: the normed stream, or the stream.

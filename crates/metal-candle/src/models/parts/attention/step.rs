@@ -124,5 +124,5 @@ fn narrow_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> 
     let warps = step.threads.projections / 32;
     let groups = ((q + k + v) / 2).div_ceil(warps) + Step::groups_of_a(&ranks, warps);
     let grid = Grid::row(groups * step.chunks(), step.threads.projections);
-    gpu::launch(&step.kernel("decode_projections"), grid, &args, &words)
+    gpu::launch(&step.kernel("decode_projections", &ranks), grid, &args, &words)
 }
