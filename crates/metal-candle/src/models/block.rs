@@ -9,9 +9,11 @@ use super::parts::pass::{Backward, Context, Meter, StepSize, missing};
 use super::parts::step::{Branch, Step};
 use super::parts::sublayer::{Sublayer, SublayerSaved};
 use crate::error::Result;
+use crate::ops::activation::Activation;
 use crate::ops::fused::{self, TermRoom};
 use crate::ops::{LowRankTerms, num_bytes};
 use candle_core::{DType, Tensor};
+use metal_candle_kernels::AttentionShape;
 use std::ops::Range;
 
 /// A layer.
@@ -41,6 +43,29 @@ impl BlockSaved {
         streams.into_iter().flatten().map(num_bytes).sum::<usize>()
             + self.attention.num_bytes()
             + self.feed_forward.num_bytes()
+    }
+}
+
+/// What the kernels of a single-token step are compiled for, if all blocks have one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SteppedBlocks {
+    /// Query heads, key/value heads and the width of one.
+    pub(super) heads: [usize; 3],
+    pub(super) activation: Activation,
+    /// The width of the MLPs.
+    pub(super) inner: usize,
+}
+
+impl SteppedBlocks {
+    /// None if a block has no step, or another kind than the others.
+    pub(super) fn new(blocks: &[Block], dtype: DType) -> Option<Self> {
+        let mut kinds = blocks.iter().map(|block| {
+            let FeedForward::Gated(mlp) = &block.feed_forward.part else { return None };
+            let AttentionShape { heads, kv_heads, head_dim, .. } = block.attention.part.shape;
+            block.can_step(dtype).then_some(([heads, kv_heads, head_dim], mlp.activation, mlp.inner))
+        });
+        let first @ Some((heads, activation, inner)) = kinds.next()? else { return None };
+        kinds.all(|kind| kind == first).then_some(Self { heads, activation, inner })
     }
 }
 
@@ -144,7 +169,7 @@ impl Block {
     }
 
     /// Whether the kernels of a single-token step run this block.
-    pub(super) fn can_step(&self, dtype: DType) -> bool {
+    fn can_step(&self, dtype: DType) -> bool {
         let FeedForward::Gated(mlp) = &self.feed_forward.part else { return false };
         !self.is_parallel
             && Branch::new(&self.attention).is_some()

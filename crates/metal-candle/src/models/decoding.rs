@@ -1,13 +1,12 @@
 //! Single-token steps on a device with kernels: nothing is allocated per token, and the chosen token stays on the device.
 
-use super::parts::feed_forward::FeedForward;
 use super::parts::pass::missing;
 use super::parts::step::{
-    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, is_rms_norm, multiply, norm_words,
+    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, multiply, norm_words,
 };
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
-use crate::ops::activation::{Activation, kernel_kind};
+use crate::ops::activation::kernel_kind;
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
@@ -90,30 +89,11 @@ impl Model {
                 && term.a.dims()[0] <= MAX_RANK
                 && (id < self.embedding_id() || id == self.head_id())
         };
-        self.inner.embedding.dense().is_ok_and(gpu::has_kernels)
+        self.inner.stepped.is_some()
             && cache.dtype() == Some(dtype)
-            && hidden.is_multiple_of(8)
             && (is_wide || hidden <= self.max_normed())
-            && is_rms_norm(&self.inner.norm)
-            && self.step_heads().is_some()
             && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
-            && self.inner.blocks.iter().all(|block| block.can_step(dtype))
             && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
-    }
-
-    /// Query heads, key/value heads and the width of one, if all layers have the same.
-    fn step_heads(&self) -> Option<[usize; 3]> {
-        let mut sizes = self.inner.shapes.iter().map(|shape| [shape.heads, shape.kv_heads, shape.head_dim]);
-        let first = sizes.next()?;
-        sizes.all(|other| other == first).then_some(first)
-    }
-
-    /// The activation of the gated MLPs, which all layers of a family share.
-    fn step_activation(&self) -> Activation {
-        match self.inner.blocks.first().map(|block| &block.feed_forward.part) {
-            Some(FeedForward::Gated(part)) => part.activation,
-            _ => Activation::Silu,
-        }
     }
 
     /// Whether a step of this number of rows is one of products of matrices.
@@ -179,13 +159,14 @@ impl Model {
     fn new_decoding(&self, rows: usize, max_seq_len: usize, terms: Option<&LowRankTerms>) -> Result<Decoding> {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let like = self.inner.embedding.dense()?;
+        let blocks = self.inner.stepped.ok_or_else(missing)?;
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
             is_wide: self.is_wide(rows),
             dtype: self.activation_dtype(),
             hidden,
-            heads: self.step_heads().ok_or_else(missing)?,
-            activation: kernel_kind(self.step_activation()).0,
+            heads: blocks.heads,
+            activation: kernel_kind(blocks.activation).0,
             is_cuda: self.device().is_cuda(),
         };
         let has_terms = !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some());
@@ -193,17 +174,12 @@ impl Model {
         let most_parts = Step::most_parts(&shape, &threads, rows, max_seq_len);
         let empty = |width: usize| gpu::empty((rows, width), like);
         let [heads, kv_heads, head_dim] = shape.heads;
-        let inner = self.inner.blocks.iter().map(|block| match &block.feed_forward.part {
-            FeedForward::Gated(part) => part.inner,
-            FeedForward::Plain(_) => 0,
-        });
-        let inner = inner.max().unwrap_or(0);
         let words = |value: u32, count: usize| Tensor::full(value, count, like.device());
         let wide = if shape.is_wide {
             Some(Wide {
                 normed: empty(hidden)?,
-                gate: empty(inner)?,
-                up: empty(inner)?,
+                gate: empty(blocks.inner)?,
+                up: empty(blocks.inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
             })
         } else {
@@ -228,7 +204,7 @@ impl Model {
             counters: words(0, rows * heads)?,
             has_terms,
             posted: words(u32::MAX, if shape.is_wide { 1 } else { rows * Posts::WORDS })?,
-            activation: empty(inner)?,
+            activation: empty(blocks.inner)?,
             branch: empty(hidden)?,
             rotary: rotary.collect::<Result<_>>()?,
             wide,

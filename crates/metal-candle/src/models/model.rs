@@ -1,12 +1,13 @@
 //! The model: a description with weights, and its forward pass.
 
-use super::block::Block;
+use super::block::{Block, SteppedBlocks};
 use super::config::ModelConfig;
 use super::layout::Layout;
 use super::parts::attention::Attention;
 use super::parts::feed_forward::FeedForward;
 use super::parts::norm::NormLayer;
 use super::parts::pass::Context;
+use super::parts::step::is_rms_norm;
 use super::parts::sublayer::Sublayer;
 use super::registry::LinearInfo;
 use super::rows::{Rows, gather_rows};
@@ -16,6 +17,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::adapters::{Adapters, Terms};
 use crate::ops::attention::{Cached, Spans};
+use crate::ops::gpu;
 use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
 use crate::ops::rotary::{RotaryTable, Rotation};
@@ -44,6 +46,8 @@ pub(super) struct Inner {
     /// The factor on embedded tokens.
     pub(super) embedding_scale: f32,
     pub(super) blocks: Vec<Block>,
+    /// What the kernels of a single-token step need, on a device with kernels and if all blocks have one.
+    pub(super) stepped: Option<SteppedBlocks>,
     pub(super) norm: NormLayer,
     /// The head; its weight is the embedding itself where it is tied.
     pub(super) head: Head,
@@ -149,6 +153,9 @@ impl Model {
         let head = Head { linear, scale: description.head.scale, soft_cap: description.head.soft_cap };
         let rotary = description.rotary.iter().map(RotaryTable::new).collect::<Result<_>>()?;
         let embedding_scale = description.embedding.scale;
+        let has_steps =
+            embedding.dense().is_ok_and(gpu::has_kernels) && config.hidden_size.is_multiple_of(8) && is_rms_norm(&norm);
+        let stepped = if has_steps { SteppedBlocks::new(&blocks, dtype) } else { None };
         let inner = Inner {
             config,
             layout,
@@ -159,6 +166,7 @@ impl Model {
             embedding,
             embedding_scale,
             blocks,
+            stepped,
             norm,
             head,
             rotary,
