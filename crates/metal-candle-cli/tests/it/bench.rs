@@ -109,7 +109,9 @@ while read -r line; do
     esac
 done"#,
     );
-    let report = fixture.ok(&format!("bench --model model --json --against mlx-lm --python ./python {LITTLE}")).json();
+    let report = fixture
+        .ok(&format!("bench --model model --json --against mlx-lm --python ./python --decode-rank 2 {LITTLE}"))
+        .json();
     assert_eq!(fixture.text("arguments"), "mlx-lm cpu\n");
     assert_eq!(report["peer"], "abacus 1");
     let rows = report["rows"].as_array().unwrap();
@@ -126,6 +128,6 @@ done"#,
         fixture.text("requests").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(requests[0], serde_json::json!({"work": "load", "folder": "model", "dtype": "f32"}));
     assert_eq!(requests[1], serde_json::json!({"work": "prefill", "length": 24, "repeats": 2}));
-    assert_eq!(requests[4], serde_json::json!({"work": "decode", "sequences": 3, "length": 8, "steps": 9}));
+    assert_eq!(requests[4], serde_json::json!({"work": "decode", "sequences": 3, "length": 8, "steps": 9, "rank": 2}));
     assert_eq!(requests.len(), 6);
 }
