@@ -11,7 +11,7 @@
 // A low-rank update adds B z, z = scale A x. The first groups of a launch compute z, once: their warps take rows of A as those
 // of the other groups take rows of weights. They post it in device memory, where the others read it when their own products are
 // done. A warp that waits in vain computes z itself, in the same order of sums, so that nothing depends on the order in which
-// groups run. Each kernel empties the words that the one before it posted. All of this is compiled only with HAS_TERMS.
+// groups run. Layers without an update use kernels without HAS_TERMS; these too empty what an earlier kernel posted.
 #define MAX_RANK 64
 
 // Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on

@@ -2,7 +2,7 @@
 
 use super::parts::pass::missing;
 use super::parts::step::{
-    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, multiply, norm_words,
+    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, is_read_by_eights, multiply, norm_words,
 };
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
@@ -83,11 +83,9 @@ impl Model {
         }
         let dtype = self.activation_dtype();
         let fits = |(id, term): (usize, &LowRank)| {
-            let is_plain = term.start.is_none() && term.magnitude.is_none() && term.a.dtype() == dtype;
-            is_plain
-                && term.a.layout().start_offset().is_multiple_of(8)
-                && term.a.dims()[0] <= MAX_RANK
-                && (id < self.embedding_id() || id == self.head_id())
+            let fits = |tensor| is_read_by_eights(tensor, dtype);
+            let is_plain = term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b);
+            is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
         };
         self.inner.stepped.is_some()
             && cache.dtype() == Some(dtype)
@@ -99,7 +97,8 @@ impl Model {
     /// Whether a step of this number of rows is one of products of matrices.
     fn is_wide(&self, rows: usize) -> bool {
         let elements = rows * self.config().hidden_size;
-        self.inner.embedding.dense().is_ok_and(gpu::has_products) && (rows > MAX_ROWS || elements > MAX_ELEMENTS)
+        let is_large = elements > MAX_ELEMENTS || self.config().hidden_size > self.max_normed();
+        self.inner.embedding.dense().is_ok_and(gpu::has_products) && (rows > MAX_ROWS || is_large)
     }
 
     /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long

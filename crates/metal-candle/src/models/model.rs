@@ -7,7 +7,7 @@ use super::parts::attention::Attention;
 use super::parts::feed_forward::FeedForward;
 use super::parts::norm::NormLayer;
 use super::parts::pass::Context;
-use super::parts::step::is_rms_norm;
+use super::parts::step::{is_read_by_eights, is_rms_norm};
 use super::parts::sublayer::Sublayer;
 use super::registry::LinearInfo;
 use super::rows::{Rows, gather_rows};
@@ -153,8 +153,13 @@ impl Model {
         let head = Head { linear, scale: description.head.scale, soft_cap: description.head.soft_cap };
         let rotary = description.rotary.iter().map(RotaryTable::new).collect::<Result<_>>()?;
         let embedding_scale = description.embedding.scale;
-        let has_steps =
-            embedding.dense().is_ok_and(gpu::has_kernels) && config.hidden_size.is_multiple_of(8) && is_rms_norm(&norm);
+        let is_read = |weight: &Weight| {
+            weight.dense().is_ok_and(|weight| gpu::has_kernels(weight) && is_read_by_eights(weight, dtype))
+        };
+        let has_steps = is_read(&embedding)
+            && is_read(&head.linear.weight)
+            && config.hidden_size.is_multiple_of(8)
+            && is_rms_norm(&norm);
         let stepped = if has_steps { SteppedBlocks::new(&blocks, dtype) } else { None };
         let inner = Inner {
             config,

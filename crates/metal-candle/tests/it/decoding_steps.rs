@@ -13,6 +13,7 @@ on_each_device! {
     steps_of_every_kind_match_the_cpu,
     long_sequences_match_the_cpu,
     many_sequences_match_the_cpu,
+    half_precision_and_wide_layers_match_the_cpu,
 }
 
 /// Keys of models whose layers have a step, with what each of them adds.
@@ -157,6 +158,25 @@ fn many_sequences_match_the_cpu(device: Device) {
         let keys = json!({"model_type": "qwen3", "head_dim": 16, "num_attention_heads": heads});
         let (own, cpu) = (model(&keys, DType::F32, device), model(&keys, DType::F32, Device::CPU));
         found.extend(failures(what, [&own, &cpu], 3, &prompts(rows, len), 2e-3));
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+/// Narrow types have groups of other sizes, and rows of more than 1,024 weights are not held in registers.
+fn half_precision_and_wide_layers_match_the_cpu(device: Device) {
+    let mut found = Vec::new();
+    let small = |head_dim: usize| json!({"model_type": "qwen3", "head_dim": head_dim, "initializer_range": 0.1});
+    let wide = json!({
+        "model_type": "gemma2", "head_dim": 96, "hidden_size": 1280, "initializer_range": 0.04, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "sliding_window": 1100, "query_pre_attn_scalar": 96
+    });
+    for (what, keys, dtype, tolerance, len, rows) in [
+        ("heads of 64 in bf16", small(64), DType::BF16, 3e-1, 60, 4),
+        ("heads of 80 in f16", small(80), DType::F16, 6e-2, 60, 4),
+        ("wide layers and windows of several parts", wide, DType::F32, 5e-3, 1200, 1),
+    ] {
+        let (own, cpu) = (model(&keys, dtype, device), model(&keys, dtype, Device::CPU));
+        found.extend(failures(what, [&own, &cpu], 3, &prompts(rows, len), tolerance));
     }
     assert!(found.is_empty(), "{}", found.join("\n"));
 }

@@ -181,7 +181,11 @@ impl Threads {
         loop {
             let tried = threads;
             for (name, count, least) in threads.compiled().into_iter().filter(|_| !shape.is_wide) {
-                let allowed = gpu::max_threads(&shape.kernel(name, has_terms, &tried), like)?;
+                // layers without an update run beside those with one
+                let mut allowed = gpu::max_threads(&shape.kernel(name, false, &tried), like)?;
+                if has_terms {
+                    allowed = allowed.min(gpu::max_threads(&shape.kernel(name, true, &tried), like)?);
+                }
                 while *count > allowed {
                     *count /= 2;
                     if *count < least {
@@ -479,15 +483,22 @@ pub(in crate::models) fn multiply(
     gpu::product(y, (&z, false), (b, true), 1.0, 1.0)
 }
 
-/// Whether kernels that read eight elements at once take the layer's weight.
+/// Whether kernels that read eight elements at once take the tensor.
+pub(in crate::models) fn is_read_by_eights(tensor: &Tensor, dtype: DType) -> bool {
+    tensor.dtype() == dtype && tensor.is_contiguous() && tensor.layout().start_offset().is_multiple_of(8)
+}
+
+/// The same of a layer's weight.
 pub(in crate::models) fn fits(layer: &LinearLayer, dtype: DType) -> bool {
-    let fits = |weight: &Tensor| weight.dtype() == dtype && weight.layout().start_offset().is_multiple_of(8);
-    layer.linear.weight.dense().is_ok_and(fits)
+    layer.linear.weight.dense().is_ok_and(|weight| is_read_by_eights(weight, dtype))
 }
 
 /// Whether the kernels that apply a norm on the way take this one.
 pub(in crate::models) fn is_rms_norm(norm: &NormLayer) -> bool {
-    matches!(norm.norm.kind, NormKind::Rms { .. }) && norm.norm.weight.is_some() && norm.norm.bias.is_none()
+    let norm = &norm.norm;
+    matches!(norm.kind, NormKind::Rms { .. })
+        && norm.weight.as_ref().is_some_and(|weight| is_read_by_eights(weight, weight.dtype()))
+        && norm.bias.is_none()
 }
 
 /// Whether there is such a norm, what its weights are added to, and its epsilon.

@@ -28,7 +28,7 @@ impl Attention {
             && (output.in_features).is_multiple_of(8)
             && shape.head_dim.is_multiple_of(8)
             && shape.head_dim <= 256
-            && matches!(shape.mask, Mask::Causal | Mask::Window(_))
+            && (shape.mask == Mask::Causal || matches!(shape.mask, Mask::Window(size) if u32::try_from(size).is_ok()))
             && self.sinks.is_none()
             && self.qk_norm.as_ref().is_none_or(is_norm)
             && spec.clip.is_none()
