@@ -174,6 +174,10 @@ fn rotary_settings_of_all_layers_are_none_where_layers_differ() {
     let flat = gemma(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}));
     assert!((flat.rope_theta - 1e6).abs() < 1.0, "{}", flat.rope_theta);
     assert!(flat.notes.iter().any(|note| note.contains("`rope_parameters` has no meaning")), "{:?}", flat.notes);
+    for (key, is_read) in [("rope_type", true), ("type", false)] {
+        let scaled = gemma(json!({"rope_scaling": {key: "linear", "factor": 8.0}}));
+        assert_eq!(scaled.notes.is_empty(), is_read, "{key}: {:?}", scaled.notes);
+    }
     let nested = gemma(json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}));
     assert!((nested.rope_theta - 5e5).abs() < 1.0 && nested.notes.is_empty(), "{:?}", nested.notes);
 }

@@ -46,12 +46,13 @@ impl RopeKeys {
             (Some((key, _)), None) if is_nested => {
                 return Err(keys.unsupported(key, "rotary settings that differ by layer"));
             }
-            (found @ Some(("rope_scaling", _)), Some("full_attention")) | (found, None) => found,
+            (found, None) => found,
+            (Some(("rope_scaling", object)), Some(kind)) if object.get("rope_type").is_some() => {
+                (kind == "full_attention").then_some(("rope_scaling", object))
+            }
             (Some((key, _)), Some(_)) => {
-                // transformers reads only nested settings there
-                if key == "rope_parameters" {
-                    keys.forget(key);
-                }
+                // transformers takes these for settings of no layer, and a scaling without `rope_type` for none
+                keys.forget(key);
                 None
             }
             (None, Some(_)) => None,
