@@ -183,7 +183,8 @@ fn check_gradients(case: &Case, model: &Model) {
     for (id, _) in terms.iter() {
         for (of, letter) in [(GradientOf::A(id), "a"), (GradientOf::B(id), "b")] {
             let key = format!("grad_{letter}.{}", model.linears()[id].path);
-            let found = values(gradients.get(of).unwrap());
+            let found = gradients.get(of).unwrap_or_else(|| panic!("{}: no {key}", case.name));
+            let found = values(found);
             let difference = relative(&found, &case.golden.values(&key));
             assert!(difference < TOLERANCE, "{}: {key} differs by {difference}", case.name);
         }

@@ -104,6 +104,8 @@ pub(in crate::models) struct AttentionSaved {
     /// q and k before their norms, or clipped and not rotated yet.
     raw: Option<[Tensor; 2]>,
     attention: attention::Saved,
+    /// Whether the launches of `ops::fused` have run.
+    is_fused: bool,
     /// The product of each layer's input with A of its low-rank update, where it was saved; the output's is last.
     z: Vec<Option<Tensor>>,
 }
@@ -296,7 +298,7 @@ impl Attention {
         z.push(z_output.clone());
         let output = Output { y: made.y.pop().ok_or_else(missing)?, pending: Some(Pending { layer, z: z_output }) };
         let Projected { q, k, v, raw } = projected;
-        Ok((output, AttentionSaved { q, k, v, raw, attention, z }))
+        Ok((output, AttentionSaved { q, k, v, raw, attention, is_fused: true, z }))
     }
 
     fn fused_backward<'a>(
@@ -308,7 +310,7 @@ impl Attention {
         needs_input: bool,
         pass: &mut Backward<'a, '_>,
     ) -> Result<Option<Tensor>> {
-        let AttentionSaved { q, k, v, raw, attention, mut z } = saved;
+        let AttentionSaved { q, k, v, raw, attention, mut z, .. } = saved;
         let context = pass.context;
         let (output, norm) = (self.output.layer(context), input.norm.ok_or_else(missing)?);
         let (d_attention, mut dz_output) = fused::products_backward(&[output], &[dy], true)?;
@@ -390,7 +392,7 @@ impl Part for Attention {
         let y = self.output.forward(&attention.out, residual, context, &mut z_output)?;
         z.push(z_output);
         let Projected { q, k, v, raw } = projected;
-        Ok((Some(y.into()), AttentionSaved { q, k, v, raw, attention, z }))
+        Ok((Some(y.into()), AttentionSaved { q, k, v, raw, attention, is_fused: false, z }))
     }
 
     fn backward<'a>(
@@ -406,13 +408,13 @@ impl Part for Attention {
             && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained))
             && !self.sinks.as_ref().is_some_and(|(index, _)| pass.trained[*index]);
         if pass.room.is_some()
+            && saved.is_fused
             && is_frozen
             && input.norm.is_some_and(|norm| norm.norm.is_plain_rms(input.stream.dtype()))
-            && self.is_fused(input.stream, pass.context)
         {
             return self.fused_backward(input, saved, dy, &carry, needs_input, pass);
         }
-        let AttentionSaved { q, k, v, raw, attention, z } = saved;
+        let AttentionSaved { q, k, v, raw, attention, z, .. } = saved;
         let z = |index: usize| z.get(index).and_then(Option::as_ref);
         let of_output = z(self.inputs.len());
         let d_attention = self.output.backward(Some(&attention.out), dy, (None, true), of_output, pass)?;

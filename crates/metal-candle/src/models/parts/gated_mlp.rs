@@ -54,6 +54,8 @@ pub(in crate::models) struct GatedMlp {
 pub(in crate::models) struct GatedMlpSaved {
     gate: Tensor,
     up: Tensor,
+    /// Whether the launches of `ops::fused` have run.
+    is_fused: bool,
     /// The product of each layer's input with A of its low-rank update, where it was saved; that of `down` is last.
     z: Vec<Option<Tensor>>,
 }
@@ -117,7 +119,7 @@ impl GatedMlp {
         let z_down = made.z.pop().flatten();
         z.push(z_down.clone());
         let output = made.y.pop().map(|y| Output { y, pending: Some(Pending { layer, z: z_down }) });
-        Ok((output, GatedMlpSaved { gate, up, z }))
+        Ok((output, GatedMlpSaved { gate, up, is_fused: true, z }))
     }
 
     fn fused_backward<'a>(
@@ -128,7 +130,7 @@ impl GatedMlp {
         carry: &Tensor,
         pass: &mut Backward<'a, '_>,
     ) -> Result<Tensor> {
-        let GatedMlpSaved { gate, up, mut z } = saved;
+        let GatedMlpSaved { gate, up, mut z, .. } = saved;
         let (down, norm) = (self.down.layer(pass.context), input.norm.ok_or_else(missing)?);
         let (d_activation, mut dz_down) = fused::products_backward(&[down], &[dy], true)?;
         let dz_down = dz_down.pop().flatten();
@@ -190,7 +192,7 @@ impl Part for GatedMlp {
         }
         z.push(z_down);
         let (gate, up) = self.rounded(gate, up)?;
-        Ok((output, GatedMlpSaved { gate, up, z }))
+        Ok((output, GatedMlpSaved { gate, up, is_fused: false, z }))
     }
 
     fn backward<'a>(
@@ -205,14 +207,14 @@ impl Part for GatedMlp {
         let is_frozen =
             are_frozen(self.linears(), pass) && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
         if pass.room.is_some()
+            && saved.is_fused
             && needs_input
             && is_frozen
             && input.norm.is_some_and(|norm| norm.norm.is_plain_rms(input.stream.dtype()))
-            && self.is_fused(input.stream, pass.context)
         {
             return self.fused_backward(input, saved, dy, &carry, pass).map(Some);
         }
-        let GatedMlpSaved { gate, up, z } = saved;
+        let GatedMlpSaved { gate, up, z, .. } = saved;
         let z = |index: usize| z.get(index).and_then(Option::as_ref);
         // inputs are recomputed only where a gradient needs them
         let needs_activation = self.down.needs_input(pass);
