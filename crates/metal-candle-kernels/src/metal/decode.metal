@@ -5,7 +5,7 @@
 // device, `state[row]` is the id of a token, `state[rows + row]` its position and `state[2 * rows + row]` its slot of the
 // cache, so that a step can be repeated without the CPU.
 //
-// On new CUDA devices a kernel begins while the one before it runs: what is before WAIT_FOR_INPUT reads weights, the state, and
+// On new CUDA devices a kernel starts while the previous kernel runs: code before WAIT_FOR_INPUT reads weights, the state, and
 // keys and values of earlier steps only, and writes nothing.
 //
 // A low-rank update adds B z, z = scale A x. The first groups of a launch compute z, once: their warps take rows of A as those
