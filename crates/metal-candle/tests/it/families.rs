@@ -287,6 +287,22 @@ fn write_adapter(case: &Case, folder: &Path) -> BTreeMap<String, Tensor> {
     tensors
 }
 
+/// Without `partial_rotary_factor` transformers rotates half of a head in these families.
+#[test]
+fn an_absent_share_of_rotation_is_the_default_of_the_family() {
+    for name in ["glm", "glm4"] {
+        let case = Case::open(name);
+        let path = case.folder.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let share = config["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
+        assert_eq!(share, Some(serde_json::json!(0.5)), "{name}");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let found = logits(&case.model(Device::CPU), &case.ids("ids"), None);
+        let difference = relative(&found, &case.golden.values("logits"));
+        assert!(difference < TOLERANCE, "{name}: {difference}");
+    }
+}
+
 #[test]
 fn an_adapter_of_peft_is_read_and_written() {
     for case in Case::all() {
