@@ -1,7 +1,8 @@
 //! Pages of mapped files that are gone because the file was shortened: they read as zeros instead of ending the process.
 //!
-//! The system reports a read of such a page by the signal SIGBUS. The handler, installed with the first map, puts a page of
-//! zeros in place if the address is in a watched map, and leaves any other SIGBUS to the previous handler.
+//! The system reports a read of such a page by the signal SIGBUS. The handler puts a page of zeros in place if the address is
+//! in a watched map, and leaves any other SIGBUS to the handler that was there before. It is installed with the first map, and
+//! again with each new map and each question for lost pages if another part of the program has put its own in its place.
 
 #[cfg(unix)]
 pub(crate) use unix::Watch;
@@ -10,8 +11,8 @@ pub(crate) use unix::Watch;
 mod unix {
     use std::mem::MaybeUninit;
     use std::ptr;
-    use std::sync::Once;
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
     /// Most maps that are watched at a time; the files of a checkpoint are some two hundred at most.
     const SLOTS: usize = 1024;
@@ -33,9 +34,11 @@ mod unix {
         }
     }; SLOTS];
     static PAGE: AtomicUsize = AtomicUsize::new(0);
-    static INSTALL: Once = Once::new();
-    /// Written once before the handler is installed.
-    static mut PREVIOUS: MaybeUninit<libc::sigaction> = MaybeUninit::uninit();
+    /// The handler that was there before, and how it asked to be called.
+    static PREVIOUS: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
+    static PREVIOUS_FLAGS: AtomicI32 = AtomicI32::new(0);
+    /// Whether the previous handler runs; should that one call this one in turn, the process ends as if there were neither.
+    static IS_FORWARDING: AtomicBool = AtomicBool::new(false);
 
     /// Watches a map until it is dropped.
     #[derive(Debug)]
@@ -43,7 +46,7 @@ mod unix {
 
     impl Watch {
         pub(crate) fn new(map: &[u8]) -> Self {
-            INSTALL.call_once(install);
+            install();
             let start = map.as_ptr() as usize;
             let is_free = |slot: &Slot| !slot.is_taken.swap(true, Ordering::AcqRel);
             let number = if map.is_empty() { None } else { WATCHED.iter().position(is_free) };
@@ -58,6 +61,7 @@ mod unix {
 
         /// Whether a page of the map was missing when it was read.
         pub(crate) fn has_lost_pages(&self) -> bool {
+            install();
             self.0.is_some_and(|number| WATCHED[number].has_lost_pages.load(Ordering::Acquire))
         }
     }
@@ -71,25 +75,39 @@ mod unix {
         }
     }
 
+    /// Makes [`on_bus_error`] the handler of SIGBUS, if it is not.
     fn install() {
+        static INSTALLING: Mutex<()> = Mutex::new(());
+
+        let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
+        let handler = handler as usize;
+        let Some(current) = action() else { return };
+        if current.sa_sigaction == handler {
+            return;
+        }
+        let _guard = INSTALLING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(current) = action().filter(|current| current.sa_sigaction != handler) else { return };
         // SAFETY: asks for a number.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         PAGE.store(usize::try_from(page).unwrap_or(4096), Ordering::Release);
-        // SAFETY: the structures are plain data that the calls fill in; the previous action is stored before the new one can
-        // run. The handler makes only calls that are allowed in one.
+        PREVIOUS_FLAGS.store(current.sa_flags, Ordering::Release);
+        PREVIOUS.store(current.sa_sigaction, Ordering::Release);
+        // SAFETY: the structure is plain data. The handler makes only calls that are allowed in one, and what it needs is stored.
         unsafe {
-            let previous = (&raw mut PREVIOUS).cast::<libc::sigaction>();
-            if libc::sigaction(libc::SIGBUS, ptr::null(), previous) != 0 {
-                return;
-            }
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
-            action.sa_sigaction = handler as usize;
+            action.sa_sigaction = handler;
             // on the thread's own stack for signals, which std sets up
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             libc::sigemptyset(&raw mut action.sa_mask);
             libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut());
         }
+    }
+
+    /// What the process does on SIGBUS now.
+    fn action() -> Option<libc::sigaction> {
+        let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: the call only fills the structure in, which is plain data.
+        unsafe { (libc::sigaction(libc::SIGBUS, ptr::null(), action.as_mut_ptr()) == 0).then(|| action.assume_init()) }
     }
 
     extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -110,22 +128,57 @@ mod unix {
                 }
             }
         }
-        // SAFETY: written before this handler was installed; the previous handler is called as it asked to be.
-        unsafe {
-            let previous = &*(&raw const PREVIOUS).cast::<libc::sigaction>();
-            match previous.sa_sigaction {
-                libc::SIG_DFL | libc::SIG_IGN => {
-                    // read again without this handler, which ends the process
-                    let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-                    action.sa_sigaction = libc::SIG_DFL;
-                    libc::sigaction(signal, &raw const action, ptr::null_mut());
-                }
-                handler if previous.sa_flags & libc::SA_SIGINFO != 0 => {
-                    type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-                    std::mem::transmute::<usize, Handler>(handler)(signal, info, context);
-                }
-                handler => std::mem::transmute::<usize, extern "C" fn(libc::c_int)>(handler)(signal),
+        let (previous, flags) = (PREVIOUS.load(Ordering::Acquire), PREVIOUS_FLAGS.load(Ordering::Acquire));
+        let is_none = matches!(previous, libc::SIG_DFL | libc::SIG_IGN);
+        if is_none || IS_FORWARDING.swap(true, Ordering::AcqRel) {
+            // read again without a handler, which ends the process
+            // SAFETY: the structure is plain data.
+            unsafe {
+                let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+                action.sa_sigaction = libc::SIG_DFL;
+                libc::sigaction(signal, &raw const action, ptr::null_mut());
             }
+            return;
+        }
+        // SAFETY: the program gave this handler to the system, and it is called as it asked to be.
+        unsafe {
+            if flags & libc::SA_SIGINFO == 0 {
+                std::mem::transmute::<usize, extern "C" fn(libc::c_int)>(previous)(signal);
+            } else {
+                type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+                std::mem::transmute::<usize, Handler>(previous)(signal, info, context);
+            }
+        }
+        IS_FORWARDING.store(false, Ordering::Release);
+    }
+
+    #[cfg(test)]
+    #[allow(clippy::unwrap_used)]
+    mod tests {
+        use super::*;
+
+        /// A program that catches SIGBUS itself may start doing so at any time.
+        #[test]
+        fn a_handler_that_another_part_installs_is_kept_behind() {
+            extern "C" fn other(_: libc::c_int) {}
+
+            install();
+            let other: extern "C" fn(libc::c_int) = other;
+            let ours = action().unwrap().sa_sigaction;
+            let before = (PREVIOUS.load(Ordering::Acquire), PREVIOUS_FLAGS.load(Ordering::Acquire));
+            // SAFETY: the handler does nothing.
+            unsafe { libc::signal(libc::SIGBUS, other as usize) };
+            let watch = Watch::new(&[1]);
+            assert_eq!(action().unwrap().sa_sigaction, ours);
+            // SAFETY: as above; no SIGBUS of another test may come in between, so it is put back at once.
+            unsafe { libc::signal(libc::SIGBUS, other as usize) };
+            assert!(!watch.has_lost_pages());
+            assert_eq!(action().unwrap().sa_sigaction, ours);
+            assert_eq!(PREVIOUS.load(Ordering::Acquire), other as usize);
+            // SAFETY: sends a signal that is handled.
+            assert_eq!(unsafe { libc::raise(libc::SIGBUS) }, 0);
+            PREVIOUS_FLAGS.store(before.1, Ordering::Release);
+            PREVIOUS.store(before.0, Ordering::Release);
         }
     }
 }
