@@ -308,9 +308,7 @@ fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String>
         metal_candle_kernels::gpu::cuda::set_kernel_store(Box::new(folder));
     }
     let failed = |e: candle_core::Error| format!("CUDA device {ordinal} cannot be used: {}", Error::from(e));
-    let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(failed)?;
-    metal_candle_kernels::gpu::cuda::prepare(&device).map_err(failed)?;
-    Ok(candle_core::Device::Cuda(device))
+    metal_candle_kernels::gpu::cuda::open(ordinal).map(candle_core::Device::Cuda).map_err(failed)
 }
 
 #[cfg(not(feature = "cuda"))]

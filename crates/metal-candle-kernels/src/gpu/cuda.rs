@@ -19,7 +19,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 const PRELUDE: &str = include_str!("../cuda/prelude.cu");
 
@@ -67,7 +67,12 @@ fn function(device: &CudaDevice, kernel: &Kernel) -> Result<Function> {
     let stream = device.cuda_stream();
     let context = stream.context();
     let key = (context.ordinal(), kernel.clone());
-    let mut compiled = COMPILED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let compiled = || COMPILED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(function) = compiled().functions.get(&key) {
+        return Ok(function.clone());
+    }
+    let _alone = alone();
+    let mut compiled = compiled();
     if let Some(function) = compiled.functions.get(&key) {
         return Ok(function.clone());
     }
@@ -131,6 +136,15 @@ impl Products {
             .map_err(candle_core::Error::wrap)?;
         Ok(Self { blas, _workspace: workspace })
     }
+}
+
+/// Waits until no other thread records, and keeps others from it: what waits for the whole device, as making and dropping
+/// handles of cuBLAS and loading modules may do, fails while a stream records and spoils the recording. Nothing to wait for in
+/// the thread that records.
+fn alone() -> Option<MutexGuard<'static, ()>> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let is_recording = RECORDING.with_borrow(Option::is_some);
+    (!is_recording).then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 thread_local! {
@@ -252,18 +266,20 @@ pub fn missing_function() -> Option<String> {
     }
 }
 
-/// Prepares candle's device: no events between launches of its one stream, memory that stays with the process, and room for
-/// products, so that they can be part of a graph.
+/// Opens a device with a stream of its own, so that work can be recorded: no events between launches of its one stream, and
+/// memory that stays with the process.
 ///
 /// # Errors
 /// The device fails.
-pub fn prepare(device: &CudaDevice) -> Result<()> {
+pub fn open(ordinal: usize) -> Result<CudaDevice> {
+    let _alone = alone();
+    let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: all work of the process on this device is given to one stream
     unsafe { device.disable_event_tracking() };
-    if let Some(pool) = memory_pool(device)? {
+    if let Some(pool) = memory_pool(&device)? {
         set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
     }
-    Ok(())
+    Ok(device)
 }
 
 /// What the device's memory comes from, where it is a pool.
@@ -408,7 +424,7 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
 pub struct Graph {
     recorded: CudaGraph,
     stream: Arc<CudaStream>,
-    _products: Arc<Products>,
+    products: Option<Arc<Products>>,
 }
 
 // SAFETY: the graph has one owner, and is used through a mutable reference
@@ -423,6 +439,7 @@ impl Graph {
     /// # Errors
     /// `work` fails, or does something that cannot be recorded.
     pub fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let _alone = alone();
         let stream = device.cuda_stream();
         let recorder = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
         let products = Arc::new(Products::new(&recorder)?);
@@ -435,7 +452,7 @@ impl Graph {
         let graph = recorder.end_capture(flags);
         worked?;
         match graph.map_err(candle_core::Error::wrap)? {
-            Some(recorded) => Ok(Self { recorded, stream, _products: products }),
+            Some(recorded) => Ok(Self { recorded, stream, products: Some(products) }),
             None => bail!("nothing was recorded"),
         }
     }
@@ -449,6 +466,13 @@ impl Graph {
         // SAFETY: the graph is there as long as this is, and its buffers as long as their owner keeps them beside it
         unsafe { result::graph::launch(self.recorded.cu_graph_exec(), self.stream.cu_stream()) }
             .map_err(candle_core::Error::wrap)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _alone = alone();
+        drop(self.products.take());
     }
 }
 

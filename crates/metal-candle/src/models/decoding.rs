@@ -71,6 +71,8 @@ pub(crate) struct Decoding {
     /// The largest logit of each part of a row.
     parts: Tensor,
     recording: Option<Recording>,
+    /// Whether recording has not failed.
+    is_recordable: bool,
 }
 
 impl Model {
@@ -133,8 +135,13 @@ impl Model {
                 recording.replay()?;
             } else {
                 self.launch_step(held, terms, cache)?;
-                // what was compiled for the first step can be recorded for the next ones
-                held.recording = gpu::record(&held.step.x, || self.launch_step(held, terms, cache))?;
+                if held.is_recordable {
+                    // what was compiled for the first step can be recorded for the next ones, which go on without a recording
+                    // if another part of the program does with the device meanwhile what spoils one
+                    let recording = gpu::record(&held.step.x, || self.launch_step(held, terms, cache));
+                    held.is_recordable = recording.is_ok();
+                    held.recording = recording.ok().flatten();
+                }
             }
             let words = gpu::read_words(&held.result)?;
             let mut decoded: Vec<Decoded> = words
@@ -216,6 +223,7 @@ impl Model {
             logits: gpu::empty_f32((rows, vocab), like)?,
             parts: gpu::empty_f32(3 * rows * groups, like)?,
             recording: None,
+            is_recordable: true,
         })
     }
 
