@@ -70,6 +70,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let output = Output::new(arguments.json, arguments.quiet);
+    // a level that this machine does not have is no comparison
+    metal_candle::Device::cpu_levels()?;
     match &arguments.command {
         Command::Train(flags) => commands::train::run(flags, output),
         Command::Plan(flags) => commands::train::plan(flags, output),

@@ -14,7 +14,7 @@ use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
 use crate::math::{Element, widen};
-use crate::operand::{Matrix, Start};
+use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each, written};
 use std::cell::Cell;
 
@@ -87,13 +87,22 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
         Start::Zero | Start::Result => {}
     }
+    let strided: Vec<Product> = products
+        .iter()
+        .map(|&RowProduct { a, b, k, alpha }| {
+            assert!(a.len() >= m * k, "the left operand is too short");
+            assert!(b.len() >= n * k, "the right operand is too short");
+            Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
+        })
+        .collect();
+    if crate::tiles::take(n, &strided) {
+        return crate::tiles::add_up((m, n), start, &strided, c);
+    }
     let copies: Vec<Vec<Line>> = products.iter().map(|product| copied_rows(product, m)).collect();
     let padded: Vec<Padded> = products
         .iter()
         .zip(&copies)
         .map(|(&RowProduct { a, b, k, alpha }, copy)| {
-            assert!(a.len() >= m * k, "the left operand is too short");
-            assert!(b.len() >= n * k, "the right operand is too short");
             let (a, a_stride) = if copy.is_empty() { (a, k) } else { (elements(copy), copied_stride(k)) };
             Padded { a, a_stride, b, k, alpha }
         })

@@ -31,6 +31,7 @@ mod pack;
 mod parallel;
 mod rounding;
 pub mod sampling;
+mod tiles;
 
 pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
 pub use attention::{AttentionShape, KeyValues, Mask, Span, attention};
@@ -44,7 +45,7 @@ pub use elementwise::{
 pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use gemm_rows::{RowProduct, row_products};
-pub use isa::{Isa, isa};
+pub use isa::{ISA_VARIABLE, Isa, LEVELS, isa, levels};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};

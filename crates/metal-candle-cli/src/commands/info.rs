@@ -46,7 +46,12 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
             "driver": driver(device),
             "devices": devices(),
             "features": features(),
-            "cpu": { "architecture": std::env::consts::ARCH, "instruction_sets": instruction_sets(), "threads": threads() },
+            "cpu": {
+                "architecture": std::env::consts::ARCH,
+                "instruction_sets": instruction_sets(),
+                "kernels": Device::cpu_levels()?,
+                "threads": threads(),
+            },
             "model": {
                 "name": source.name,
                 "model_type": config.model_type,
@@ -94,6 +99,7 @@ fn text(
     }
     writeln!(text, "features     {}", if features().is_empty() { "none".into() } else { features().join(", ") })?;
     writeln!(text, "cpu          {}, {} threads: {}", std::env::consts::ARCH, threads(), instruction_sets().join(" "))?;
+    writeln!(text, "kernels      {}", Device::cpu_levels()?.join(", "))?;
     writeln!(text)?;
     writeln!(
         text,
@@ -223,7 +229,8 @@ fn instruction_sets() -> Vec<&'static str> {
             "avx512bw",
             "avx512vl",
             "avx512vnni",
-            "avx512bf16"
+            "avx512bf16",
+            "avx512fp16"
         );
     }
     #[cfg(target_arch = "aarch64")]

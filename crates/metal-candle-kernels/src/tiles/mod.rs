@@ -1,0 +1,209 @@
+//! Products on a matrix unit that multiplies bf16 and adds up in f32.
+//!
+//! An f32 operand is the sum of two bf16 terms to 16 bits, and its product is the sum of the products of the terms, that of the
+//! two second ones left out: within 1e-5 of the product in f32. f16 has two terms exactly, bf16 is one.
+//!
+//! One operand is shared by all tasks and is packed before; the other one, the weights, streams past it, 32 rows or columns in a
+//! task, read where they are if they are rows of bf16. Each element of the result is added up in the order of the depth,
+//! whatever the number of rows, columns and threads.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "emulate-tiles")))]
+mod emulator;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod engine;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod pack;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use engine::add_up;
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod none {
+    use crate::operand::{Product, Start};
+    use crate::parallel::Shared;
+
+    pub(crate) fn add_up(_: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
+        unreachable!("there is no matrix unit");
+    }
+}
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(crate) use none::add_up;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::isa::Isa;
+use crate::operand::Product;
+
+/// Least elements of a right operand for which the unit is taken.
+const MIN_ELEMENTS: usize = 32 * 1024;
+
+/// Whether a sum of products with so many columns is one for the unit: independent of the number of rows.
+pub(crate) fn take(n: usize, products: &[Product]) -> bool {
+    let elements = n * products.iter().map(|product| product.k).max().unwrap_or(0);
+    elements >= MIN_ELEMENTS && is_there()
+}
+
+/// Whether there is a matrix unit that may be used.
+pub(crate) fn is_there() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    {
+        static FOUND: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+        let look = || crate::isa::isa() == Isa::Avx512 && crate::isa::may_use_matrix_unit() && amx::is_there();
+        *FOUND.get_or_init(look)
+    }
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    {
+        false
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::operand::{Matrix, Start};
+    use crate::parallel::Shared;
+    use half::{bf16, f16};
+
+    fn random(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .take(count)
+        .collect()
+    }
+
+    fn sum((m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
+        if !amx::is_there() {
+            emulator::install();
+        }
+        let mut c = vec![f32::NAN; m * n];
+        if let Start::Result = start {
+            c.fill(1.0);
+        }
+        add_up((m, n), start, products, Shared::new(&mut c));
+        c
+    }
+
+    fn value(matrix: &Matrix, at: usize) -> f64 {
+        match matrix {
+            Matrix::F32(values) => f64::from(values[at]),
+            Matrix::F16(values) => values[at].to_f64(),
+            Matrix::BF16(values) => values[at].to_f64(),
+        }
+    }
+
+    /// The largest error of an element, relative to the sum of the magnitudes of its products.
+    fn error(found: &[f32], (m, n): (usize, usize), start: f64, products: &[Product]) -> f64 {
+        assert_eq!(found.len(), m * n);
+        let mut largest = 0.0_f64;
+        for i in 0..m {
+            for j in 0..n {
+                let (mut sum, mut size) = (start, start.abs());
+                for product in products {
+                    for p in 0..product.k {
+                        let a = f64::from(product.a[i * product.a_strides.0 + p * product.a_strides.1]);
+                        let b = value(&product.b, j * product.b_strides.1 + p * product.b_strides.0);
+                        sum += f64::from(product.alpha) * a * b;
+                        size += (f64::from(product.alpha) * a * b).abs();
+                    }
+                }
+                let error = (f64::from(found[i * n + j]) - sum).abs() / size.max(1e-30);
+                assert!(error.is_finite(), "{} at {i}, {j}", found[i * n + j]);
+                largest = largest.max(error);
+            }
+        }
+        largest
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_of_the_row_among_others() {
+        let (m, n, k) = (67, 40, 610);
+        let (a, wide) = (random(m * k, 1), random(n * k, 2));
+        let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
+        for b in [Matrix::F32(&wide), Matrix::BF16(&brain)] {
+            for b_strides in [(1, k), (n, 1)] {
+                let run = |first: usize, m: usize| {
+                    let product =
+                        Product { a: &a[first * k..(first + m) * k], a_strides: (k, 1), b, b_strides, k, alpha: 1.0 };
+                    sum((m, n), Start::Zero, &[product])
+                };
+                let whole = run(0, m);
+                for (first, rows) in [(0, 1), (66, 1), (3, 5), (20, 16), (30, 17), (1, 33)] {
+                    assert!(run(first, rows) == whole[first * n..(first + rows) * n], "{rows} rows from {first} on");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_in_its_row_and_column() {
+        let (m, n, k) = (20, 35, 70);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for b_strides in [(1, k), (n, 1)] {
+                let (mut a, mut b) = (random(m * k, 1), random(n * k, 2));
+                a[7 * k + 3] = bad;
+                b[5 * b_strides.1 + 4 * b_strides.0] = bad;
+                // the largest numbers have no neighbour above
+                a[9 * k] = f32::MAX;
+                b[6 * b_strides.1] = 1e-3;
+                let product = Product { a: &a, a_strides: (k, 1), b: Matrix::F32(&b), b_strides, k, alpha: 1.0 };
+                let found = sum((m, n), Start::Zero, &[product]);
+                for (at, found) in found.iter().enumerate() {
+                    let is_bad = at / n == 7 || at % n == 5;
+                    assert_eq!(found.is_finite(), !is_bad, "{found} at {}, {}", at / n, at % n);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_to_add_up_is_the_start() {
+        let nothing = Product { a: &[], a_strides: (0, 1), b: Matrix::F32(&[]), b_strides: (1, 0), k: 0, alpha: 1.0 };
+        assert_eq!(sum((2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);
+        assert_eq!(sum((1, 2), Start::Zero, &[]), [0.0; 2]);
+        assert!(sum((0, 3), Start::Zero, &[]).is_empty());
+    }
+
+    const SHAPES: [(usize, usize, usize); 8] =
+        [(1, 32, 64), (3, 40, 33), (16, 16, 32), (17, 50, 31), (33, 17, 600), (70, 96, 544), (1, 1, 1), (5, 33, 1100)];
+
+    #[test]
+    fn sums_are_those_of_f64() {
+        for (number, (m, n, k)) in SHAPES.into_iter().enumerate() {
+            let (a, wide) = (random(m * k + m, 1), random(n * k + n + k, 2));
+            let half: Vec<f16> = wide.iter().map(|&value| f16::from_f32(value)).collect();
+            let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
+            let (z, narrow) = (random(m * 3, 4), random(n * 3, 5));
+            for b in [Matrix::F32(&wide), Matrix::F16(&half), Matrix::BF16(&brain)] {
+                // rows of either operand along the depth or across it, and with gaps
+                for a_strides in [(k, 1), (1, m), (k + 1, 1)] {
+                    for b_strides in [(1, k), (n, 1), (1, k + 1), (n + 1, 1)] {
+                        let first = Product { a: &a, a_strides, b, b_strides, k, alpha: -0.5 };
+                        let second = Product {
+                            a: &z,
+                            a_strides: (3, 1),
+                            b: Matrix::F32(&narrow),
+                            b_strides: (n, 1),
+                            k: 3,
+                            alpha: 2.0,
+                        };
+                        for products in [&[first][..], &[first, second]] {
+                            let found = sum((m, n), Start::Result, products);
+                            let error = error(&found, (m, n), 1.0, products);
+                            assert!(
+                                error < 2e-5,
+                                "{error} of {number}: {a_strides:?} {b_strides:?} {}",
+                                products.len()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
