@@ -87,17 +87,34 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
         Start::Zero | Start::Result => {}
     }
-    let strided: Vec<Product> = products
-        .iter()
-        .map(|&RowProduct { a, b, k, alpha }| {
-            assert!(a.len() >= m * k, "the left operand is too short");
-            assert!(b.len() >= n * k, "the right operand is too short");
-            Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
-        })
-        .collect();
-    if crate::tiles::take(n, &strided) {
-        return crate::tiles::add_up((m, n), start, &strided, c);
+    for product in products {
+        assert!(product.a.len() >= m * product.k, "the left operand is too short");
+        assert!(product.b.len() >= n * product.k, "the right operand is too short");
     }
+    // each product by itself, since an adapter's may be added to those of some of the rows only
+    let mut start = start;
+    for products in products.chunk_by(|product, next| !is_for_unit(n, product) && !is_for_unit(n, next)) {
+        match products {
+            [product] if is_for_unit(n, product) => crate::tiles::add_up((m, n), start, &[strided(product)], c),
+            _ => add_up_lanes((m, n), start, products, c),
+        }
+        start = Start::Result;
+    }
+    if products.is_empty() {
+        add_up_lanes((m, n), start, products, c);
+    }
+}
+
+fn strided<'a>(&RowProduct { a, b, k, alpha }: &RowProduct<'a>) -> Product<'a> {
+    Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
+}
+
+fn is_for_unit(n: usize, product: &RowProduct) -> bool {
+    crate::tiles::take(n, &[strided(product)])
+}
+
+/// [`add_up`] without a matrix unit.
+fn add_up_lanes((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     let copies: Vec<Vec<Line>> = products.iter().map(|product| copied_rows(product, m)).collect();
     let padded: Vec<Padded> = products
         .iter()

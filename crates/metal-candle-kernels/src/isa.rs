@@ -56,29 +56,8 @@ pub(crate) fn may_use_matrix_unit() -> bool {
     limit().is_ok_and(|level| level.is_none_or(|level| level + 1 == LEVELS.len()))
 }
 
-/// The names of what the kernels use on this machine: the instruction set, and the matrix unit if there is one.
-///
-/// # Errors
-/// [`ISA_VARIABLE`] names no level, or one that this machine does not have.
-pub fn levels() -> Result<Vec<&'static str>, String> {
-    let mut found = vec![isa().name()];
-    if crate::tiles::is_there() {
-        found.push("amx-bf16");
-    }
-    let has = match limit()? {
-        None | Some(0) => true,
-        Some(1) => isa() >= Isa::Avx2,
-        Some(2) => isa() >= Isa::Avx512,
-        Some(_) => crate::tiles::is_there(),
-    };
-    if has {
-        return Ok(found);
-    }
-    Err(format!("this machine does not have that level; the highest it has is {}", found.join(" with ")))
-}
-
 /// The place in [`LEVELS`] of the highest level that the environment allows; none without the variable.
-fn limit() -> Result<Option<usize>, String> {
+pub(crate) fn limit() -> Result<Option<usize>, String> {
     let Some(value) = std::env::var_os(ISA_VARIABLE).filter(|value| !value.is_empty()) else { return Ok(None) };
     let level = LEVELS.iter().position(|level| value.to_str().is_some_and(|value| value.eq_ignore_ascii_case(level)));
     level.map(Some).ok_or_else(|| format!("expected one of {}, found `{}`", LEVELS.join(", "), value.display()))

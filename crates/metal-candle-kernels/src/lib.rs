@@ -20,6 +20,7 @@ mod gemm_rows;
 mod gemm_tile;
 pub mod gpu;
 mod isa;
+mod levels;
 mod math;
 mod missing_pages;
 #[cfg(feature = "nccl")]
@@ -45,7 +46,8 @@ pub use elementwise::{
 pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use gemm_rows::{RowProduct, row_products};
-pub use isa::{ISA_VARIABLE, Isa, LEVELS, isa, levels};
+pub use isa::{ISA_VARIABLE, Isa, LEVELS, isa};
+pub use levels::levels;
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};

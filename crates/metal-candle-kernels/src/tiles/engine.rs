@@ -79,10 +79,21 @@ pub(crate) fn add_up((m, n): (usize, usize), start: Start, products: &[Product],
     let by_row = products.iter().max_by_key(|product| product.k).is_some_and(|product| product.b_strides.0 == 1);
     let streamed = if by_row { Streamed::Left } else { Streamed::Right };
     let depth: usize = products.iter().map(|product| DEPTH * steps(product.k)).sum();
-    let rows = (SHARED_ELEMENTS / depth.max(1)).clamp(PANEL, 1 << 16) / PANEL * PANEL;
+    let rows = rows_at_a_time(depth);
     for first in (0..m).step_by(rows) {
         run((first, rows.min(m - first)), n, start, (streamed, products), c);
     }
+}
+
+/// Rows of the shared operand that are packed at a time.
+fn rows_at_a_time(depth: usize) -> usize {
+    (SHARED_ELEMENTS / depth.max(1)).max(PANEL) / PANEL * PANEL
+}
+
+/// The memory that the shared operand `[m, depth]` takes while it is packed, in bytes.
+pub(crate) fn packed_bytes(m: usize, depth: usize) -> usize {
+    let depth = DEPTH * steps(depth);
+    2 * SHARED_TERMS * depth * m.next_multiple_of(PANEL).min(rows_at_a_time(depth))
 }
 
 /// Tiles of a panel of the shared operand of so many rows for all products.

@@ -17,7 +17,7 @@ mod engine;
 mod pack;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use engine::add_up;
+pub(crate) use engine::{add_up, packed_bytes};
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod none {
@@ -27,16 +27,20 @@ mod none {
     pub(crate) fn add_up(_: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
         unreachable!("there is no matrix unit");
     }
+
+    pub(crate) fn packed_bytes(_: usize, _: usize) -> usize {
+        0
+    }
 }
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use none::add_up;
+pub(crate) use none::{add_up, packed_bytes};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::isa::Isa;
 use crate::operand::Product;
 
-/// Least elements of a right operand for which the unit is taken.
-const MIN_ELEMENTS: usize = 32 * 1024;
+/// Least elements of a right operand for which the unit is taken; where it is emulated, the small models of tests have some.
+const MIN_ELEMENTS: usize = if cfg!(feature = "emulate-tiles") { 256 } else { 32 * 1024 };
 
 /// Whether a sum of products with so many columns is one for the unit: independent of the number of rows.
 pub(crate) fn take(n: usize, products: &[Product]) -> bool {
