@@ -49,16 +49,22 @@ enum Streamed {
     Right,
 }
 
-/// The number of terms of an operand.
+/// The number of terms of weights.
 fn terms(matrix: &Matrix) -> usize {
     match matrix {
         Matrix::BF16(_) => 1,
-        Matrix::F32(_) | Matrix::F16(_) => 2,
+        Matrix::F16(_) => 2,
+        Matrix::F32(_) => 3,
     }
 }
 
-/// Terms of the shared operand, which is f32.
-const SHARED_TERMS: usize = 2;
+/// The number of terms of the shared operand, which is f32: as precise as the weights, and not below 16 bits.
+fn shared_terms(weights: &Matrix) -> usize {
+    terms(weights).max(2)
+}
+
+/// The most terms that the shared operand has.
+const MAX_SHARED_TERMS: usize = 3;
 
 /// Some rows of the result.
 struct Chunk<'a> {
@@ -93,12 +99,12 @@ fn rows_at_a_time(depth: usize) -> usize {
 /// The memory that the shared operand `[m, depth]` takes while it is packed, in bytes.
 pub(crate) fn packed_bytes(m: usize, depth: usize) -> usize {
     let depth = DEPTH * steps(depth);
-    2 * SHARED_TERMS * depth * m.next_multiple_of(PANEL).min(rows_at_a_time(depth))
+    2 * MAX_SHARED_TERMS * depth * m.next_multiple_of(PANEL).min(rows_at_a_time(depth))
 }
 
 /// Tiles of a panel of the shared operand of so many rows for all products.
 fn shared_tiles(products: &[Product], rows: usize) -> usize {
-    products.iter().map(|product| SHARED_TERMS * tiles(rows) * steps(product.k)).sum()
+    products.iter().map(|product| shared_terms(&product.b) * tiles(rows) * steps(product.k)).sum()
 }
 
 fn run(
@@ -128,11 +134,12 @@ fn run(
                 depth_stride: product.a_strides.1,
                 alpha: product.alpha,
             };
-            let (here, rest) = to.split_at_mut(SHARED_TERMS * tiles(lanes.1) * steps(product.k));
+            let terms = shared_terms(&product.b);
+            let (here, rest) = to.split_at_mut(terms * tiles(lanes.1) * steps(product.k));
             let part = Part { lanes, depth: (0, product.k) };
             match streamed {
-                Streamed::Left => pack::columns(&source, part, SHARED_TERMS, words(here)),
-                Streamed::Right => pack::two_terms(&source, part, bytes(here)),
+                Streamed::Left => pack::columns(&source, part, terms, words(here)),
+                Streamed::Right => pack::terms_by_step(&source, part, terms, bytes(here)),
             }
             to = rest;
         }
@@ -161,7 +168,7 @@ fn task(chunk: &Chunk, column: usize, panels: (usize, usize), room: usize) {
     let mut streamed = STREAMED.take();
     let (mut is_added, mut before) = (false, 0);
     for product in chunk.products {
-        let (b_terms, all) = (terms(&product.b), steps(product.k));
+        let (a_terms, b_terms, all) = (shared_terms(&product.b), terms(&product.b), steps(product.k));
         for step in (0..all).step_by(BLOCK) {
             let count = BLOCK.min(all - step);
             let from = (column, width, step, count);
@@ -173,30 +180,30 @@ fn task(chunk: &Chunk, column: usize, panels: (usize, usize), room: usize) {
             for panel in panels.0..panels.1 {
                 let rows = PANEL.min(chunk.rows.1 - panel * PANEL);
                 let sums = &mut sums[panel - panels.0];
-                let at = panel * room + before * SHARED_TERMS * tiles(rows);
+                let at = panel * room + before * tiles(rows);
                 let shared = chunk.shared[at..].as_ptr().cast::<u8>();
                 // SAFETY: the operands were packed for these numbers of lanes, steps and terms; the unit is there.
                 unsafe {
                     match chunk.streamed {
                         Streamed::Left => {
-                            let offset = step * SHARED_TERMS * right_bytes(rows);
+                            let offset = step * a_terms * right_bytes(rows);
                             let columns = if rows <= SIDE { rows } else { PANEL };
                             let right = Right { start: shared.wrapping_add(offset), columns };
-                            add((operand, b_terms), (right, SHARED_TERMS), (width, count), is_added, sums);
+                            add((operand, b_terms), (right, a_terms), (width, count), is_added, sums);
                         }
                         Streamed::Right => {
-                            let offset = step * SHARED_TERMS * tiles(rows) * TILE;
+                            let offset = step * a_terms * tiles(rows) * TILE;
                             let left = Left { start: shared.wrapping_add(offset), stride: 2 * DEPTH };
                             let columns = if width <= SIDE { width } else { PANEL };
                             let right = Right { start: operand.start, columns };
-                            add((left, SHARED_TERMS), (right, b_terms), (rows, count), is_added, sums);
+                            add((left, a_terms), (right, b_terms), (rows, count), is_added, sums);
                         }
                     }
                 }
             }
             is_added = true;
         }
-        before += all;
+        before += all * a_terms;
     }
     if !is_added {
         sums.fill(Sums([0.0; PANEL * PANEL]));
@@ -237,7 +244,7 @@ fn stream<T: Element>(
             stride = 2 * DEPTH * count;
             pack::rows(&source, part, stride, bytes(room));
         }
-        (Streamed::Left, _) => pack::two_terms(&source, part, bytes(room)),
+        (Streamed::Left, _) => pack::terms_by_step(&source, part, terms, bytes(room)),
     }
     Left { start: room.as_ptr().cast(), stride }
 }
@@ -268,6 +275,7 @@ unsafe fn add(
         (1, 1, 1, 2) (1, 2, 1, 2) (2, 1, 1, 2) (2, 2, 1, 2)
         (1, 1, 2, 1) (1, 2, 2, 1) (2, 1, 2, 1) (2, 2, 2, 1)
         (1, 1, 2, 2) (1, 2, 2, 2) (2, 1, 2, 2) (2, 2, 2, 2)
+        (1, 1, 3, 3) (1, 2, 3, 3) (2, 1, 3, 3) (2, 2, 3, 3)
     }
 }
 

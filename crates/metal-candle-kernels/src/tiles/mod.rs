@@ -1,7 +1,8 @@
 //! Products on a matrix unit that multiplies bf16 and adds up in f32.
 //!
-//! An f32 operand is the sum of two bf16 terms to 16 bits, and its product is the sum of the products of the terms, that of the
-//! two second ones left out: within 1e-5 of the product in f32. f16 has two terms exactly, bf16 is one.
+//! A product is the sum of the products of terms, those that are too small left out. bf16 weights are one term and f16 weights two;
+//! with them f32 activations are two, to 16 bits: within 1e-5 of the product in f32. f32 weights and what is multiplied with them
+//! are three terms, as precise as f32 products are.
 //!
 //! One operand is shared by all tasks and is packed before; the other one, the weights, streams past it, 32 rows or columns in a
 //! task, read where they are if they are rows of bf16. Each element of the result is added up in the order of the depth,

@@ -51,22 +51,21 @@ fn high(value: f32) -> u32 {
     word & UPPER
 }
 
-/// What is left of a finite number, rounded the same way.
-#[inline(always)]
-fn low(value: f32, high_term: u32) -> u32 {
-    let rest = value - f32::from_bits(high_term);
-    let rest = if rest.is_finite() { rest } else { 0.0 };
-    high(rest)
-}
-
-/// A number as the term of a pair: the first of a pair is the lower half of a word.
+/// Two numbers as a pair of their terms number `TERM`: the first one is the lower half of the word.
 #[inline(always)]
 fn pair<const TERM: usize>(first: f32, second: f32) -> u32 {
-    let (mut a, mut b) = (high(first), high(second));
-    if TERM == 1 {
-        (a, b) = (low(first, a), low(second, b));
+    term::<TERM>(first) >> 16 | term::<TERM>(second)
+}
+
+/// Term `TERM` of a number: the nearest bf16 of what the terms before it leave.
+#[inline(always)]
+fn term<const TERM: usize>(value: f32) -> u32 {
+    let mut rest = value;
+    for _ in 0..TERM {
+        rest -= f32::from_bits(high(rest));
+        rest = if rest.is_finite() { rest } else { 0.0 };
     }
-    a >> 16 | b
+    high(rest)
 }
 
 dispatch! {
@@ -84,19 +83,24 @@ fn rows_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, stride: 
 }
 
 dispatch! {
-    /// Lanes as a left operand of two terms: for each step the tiles of the first term, then those of the second.
-    pub(super) fn two_terms<T: Element>(source: &Source<T>, part: Part, to: &mut [u8]) = two_terms_body
+    /// Lanes as a left operand of two or three terms: for each step the tiles of the first term, then those of the next.
+    pub(super) fn terms_by_step<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) = terms_by_step_body
 }
 
 #[inline(always)]
-fn two_terms_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, to: &mut [u8]) {
+fn terms_by_step_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
     let tiles = tiles(part.lanes.1);
     each_block::<A, T>(source, part, |tile, step, block| {
-        let first = (2 * step * tiles + tile) * TILE;
+        let first = (step * terms * tiles + tile) * TILE;
         for (lane, values) in block.iter().enumerate() {
             let at = first + lane * 2 * DEPTH;
             write::<0>(values, &mut to[at..]);
-            write::<1>(values, &mut to[at + tiles * TILE..]);
+            if terms > 1 {
+                write::<1>(values, &mut to[at + tiles * TILE..]);
+            }
+            if terms > 2 {
+                write::<2>(values, &mut to[at + 2 * tiles * TILE..]);
+            }
         }
     });
 }
@@ -173,7 +177,7 @@ fn read<A: Arithmetic, T: Element>(
 }
 
 dispatch! {
-    /// Lanes as a right operand of `terms` terms: for each step the tiles of the first term, then those of the second.
+    /// Lanes as a right operand of `terms` terms: for each step the tiles of the first term, then those of the next.
     pub(super) fn columns<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u32]) = columns_body
 }
 
@@ -187,8 +191,11 @@ fn columns_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, terms
     each_block::<A, T>(source, part, |tile, step, block| {
         let at = step * terms * words + tile * SIDE * SIDE;
         turned::<A, 0>(block, width, &mut to[at..]);
-        if terms == 2 {
+        if terms > 1 {
             turned::<A, 1>(block, width, &mut to[at + words..]);
+        }
+        if terms > 2 {
+            turned::<A, 2>(block, width, &mut to[at + 2 * words..]);
         }
     });
 }
@@ -244,9 +251,14 @@ fn interleaved<T: Element>(
             for i in 0..SIDE {
                 lines[at][i] = pair::<0>(a[i], b[i]);
             }
-            if terms == 2 {
+            if terms > 1 {
                 for i in 0..SIDE {
                     lines[at + words / SIDE][i] = pair::<1>(a[i], b[i]);
+                }
+            }
+            if terms > 2 {
+                for i in 0..SIDE {
+                    lines[at + 2 * words / SIDE][i] = pair::<2>(a[i], b[i]);
                 }
             }
         }
