@@ -12,6 +12,7 @@ mod fixture;
 mod hub;
 #[cfg(unix)]
 mod interrupted;
+mod levels;
 mod methods;
 mod models;
 mod nano;
