@@ -1,22 +1,20 @@
 //! Products whose result for a row does not depend on the other rows: for inference, where a sequence gets the same bits alone
 //! and in any batch.
 //!
-//! Each element of the result is one dot product along contiguous rows. It is summed in [`WIDTH`] lanes over the whole depth
-//! and then pairwise, as [`crate::math::dot`] does, for one row as for a thousand. Few rows read the weights in place. For many
-//! rows, a block of weights is widened into the first-level cache and multiplied by tiles of rows.
+//! Each element of the result is one dot product along contiguous rows, summed in lanes over the whole depth and then pairwise,
+//! for one row as for a thousand. Weights are read in place and widened in registers, for as many rows at a time as there are
+//! registers for sums.
 
-use crate::gemm_narrow::add_dots;
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{FIRST, LAST, Lanes, MIDDLE, Operands, Portable, Target, Vector, WHOLE, WIDTH};
+use crate::gemm_tile::{Operands, Portable, Vector, Weights};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
-use crate::math::{Element, widen};
+use crate::isa::{Arithmetic, dispatch};
 use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each, written};
-use std::cell::Cell;
 
 /// `alpha A B^T` with `A: [m, k]` and `B: [n, k]`, both row-major without gaps.
 #[derive(Debug, Clone, Copy)]
@@ -31,23 +29,12 @@ pub struct RowProduct<'a> {
     pub alpha: f32,
 }
 
-/// Elements of a row of weights that are widened at a time, without and with the gap that keeps rows apart in the cache.
-const DEPTH: usize = 1024;
-const PANEL_ROW: usize = DEPTH + WIDTH;
-/// Most rows of weights of a tile.
-const MAX_COLUMNS: usize = 4;
-/// Rows of A whose part of the depth stays in the second-level cache.
-const ROW_BLOCK: usize = 64;
 /// Rows of weights of a task with many rows of A.
 const TASK_COLUMNS: usize = 48;
-/// Most rows of A for which weights are not widened beforehand.
+/// Most rows of A that are few.
 const FEW_ROWS: usize = 8;
 /// Weights of a task with few rows of A.
 const TASK_ELEMENTS: usize = 64 * 1024;
-
-thread_local! {
-    static KEPT: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
-}
 
 /// `start + sum of products` as a new matrix `[m, n]`, row-major.
 ///
@@ -58,24 +45,6 @@ pub fn row_products((m, n): (usize, usize), start: Start, products: &[RowProduct
     assert!(!matches!(start, Start::Result), "there is no result to start from");
     // SAFETY: every element is written from the start before it is read.
     unsafe { written(m * n, |c| add_up((m, n), start, products, c)) }
-}
-
-/// A product whose rows are a multiple of [`WIDTH`] long, except those of B, which are `k` long.
-struct Padded<'a> {
-    a: &'a [f32],
-    a_stride: usize,
-    b: Matrix<'a>,
-    k: usize,
-    alpha: f32,
-}
-
-/// Columns `columns` of the result.
-struct Task<'a> {
-    shape: (usize, usize),
-    start: Start<'a>,
-    products: &'a [Padded<'a>],
-    columns: (usize, usize),
-    c: Shared<f32>,
 }
 
 fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
@@ -114,79 +83,111 @@ fn is_for_unit(n: usize, product: &RowProduct) -> bool {
 }
 
 /// [`add_up`] without a matrix unit.
-fn add_up_lanes((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
-    let copies: Vec<Vec<Line>> = products.iter().map(|product| copied_rows(product, m)).collect();
-    let padded: Vec<Padded> = products
-        .iter()
-        .zip(&copies)
-        .map(|(&RowProduct { a, b, k, alpha }, copy)| {
-            let (a, a_stride) = if copy.is_empty() { (a, k) } else { (elements(copy), copied_stride(k)) };
-            Padded { a, a_stride, b, k, alpha }
-        })
-        .collect();
+fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+    #[cfg(target_arch = "x86_64")]
+    match crate::isa::isa() {
+        crate::isa::Isa::Avx512 => return add_up_in::<x86::Avx512>(shape, start, products, c),
+        crate::isa::Isa::Avx2 => return add_up_in::<x86::Avx2>(shape, start, products, c),
+        crate::isa::Isa::Baseline => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    add_up_in::<Portable<Fused>>(shape, start, products, c);
+    #[cfg(not(target_arch = "aarch64"))]
+    add_up_in::<Portable<Separate>>(shape, start, products, c);
+}
+
+/// A product and the rows of A in the order of its weights.
+struct Ordered<'a> {
+    product: &'a RowProduct<'a>,
+    rows: Vec<Line>,
+}
+
+/// Columns `columns` of the result.
+struct Task<'a> {
+    shape: (usize, usize),
+    start: Start<'a>,
+    products: &'a [Ordered<'a>],
+    columns: (usize, usize),
+    c: Shared<f32>,
+}
+
+fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    match start {
+        Start::Row(row) => assert!(row.len() >= n, "the row is too short"),
+        Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
+        Start::Zero | Start::Result => {}
+    }
+    let ordered = |product| Ordered { product, rows: ordered_rows::<V>(product, m) };
+    let ordered: Vec<Ordered> = products.iter().filter(|product| product.k > 0).map(ordered).collect();
     let depth: usize = products.iter().map(|product| product.k).sum();
     let per_task = if m <= FEW_ROWS {
         (TASK_ELEMENTS / depth.max(1)).max(1).next_multiple_of(24)
     } else {
-        TASK_COLUMNS.min(n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(MAX_COLUMNS))
+        TASK_COLUMNS.min(n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(24))
     };
     for_each(n.div_ceil(per_task), m * n * depth, |number| {
         let columns = (number * per_task, n.min((number + 1) * per_task));
-        run(&Task { shape: (m, n), start, products: &padded, columns, c });
+        run::<V>(&Task { shape: (m, n), start, products: &ordered, columns, c });
     });
 }
 
 /// A cache line.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
+#[allow(dead_code)] // seen as floats
 struct Line([f32; 16]);
 
-/// The distance of rows that are copied, in elements: whole cache lines, and not a power of two, at multiples of which lines
-/// displace each other in the cache.
-fn copied_stride(k: usize) -> usize {
-    k.next_multiple_of(WIDTH) + 16
+/// The distance of ordered rows in elements: whole cache lines and pairs of vectors, and not a power of two, at multiples of
+/// which lines displace each other in the cache.
+fn ordered_stride(k: usize) -> usize {
+    k.next_multiple_of(32) + 16
 }
 
-/// The rows of A at cache lines, with zeros up to a multiple of [`WIDTH`]; nothing where they are read as they are.
-fn copied_rows(product: &RowProduct, m: usize) -> Vec<Line> {
-    let k = product.k;
-    if m <= FEW_ROWS && k.is_multiple_of(WIDTH) {
-        return Vec::new();
-    }
-    let stride = copied_stride(k);
-    let mut copy = vec![Line([0.0; 16]); m * stride / 16];
-    let shared = Shared::new(&mut copy);
+/// The rows of A in the order of the weights.
+fn ordered_rows<V: Vector>(product: &RowProduct, m: usize) -> Vec<Line> {
+    let (k, stride) = (product.k, ordered_stride(product.k));
+    let group = 2 * V::LANES;
+    let is_split = matches!(product.b, Matrix::BF16(_));
+    let mut rows = vec![Line([0.0; 16]); m * stride / 16];
+    let shared = Shared::new(&mut rows);
     for_each(m, m * k, |i| {
         // SAFETY: tasks have rows of their own.
         let to = unsafe { shared.part(i * stride / 16, stride / 16) };
-        for (to, from) in to.iter_mut().zip(product.a[i * k..][..k].chunks(16)) {
-            to.0[..from.len()].copy_from_slice(from);
+        // SAFETY: a line is sixteen floats.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<f32>(), stride) };
+        let from = &product.a[i * k..][..k];
+        if is_split {
+            split(from, group, to);
+        } else {
+            to[..k].copy_from_slice(from);
         }
     });
-    copy
+    rows
 }
 
-fn elements(lines: &[Line]) -> &[f32] {
-    // SAFETY: a line is sixteen floats.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 16 * lines.len()) }
+dispatch! {
+    /// The elements of each group: those at even places, then those at odd ones.
+    fn split(from: &[f32], group: usize, to: &mut [f32]) = split_body
 }
 
-/// Tiles as large as the registers hold.
-fn run(task: &Task) {
-    #[cfg(target_arch = "x86_64")]
-    match crate::isa::isa() {
-        crate::isa::Isa::Avx512 => return run_tiles::<x86::Avx512, 3, 4>(task),
-        crate::isa::Isa::Avx2 => return run_tiles::<x86::Avx2, 1, 3>(task),
-        crate::isa::Isa::Baseline => {}
+#[inline(always)]
+fn split_body<A: Arithmetic>(from: &[f32], group: usize, to: &mut [f32]) {
+    for (from, to) in from.chunks(group).zip(to.chunks_exact_mut(group)) {
+        let (even, odd) = to.split_at_mut(group / 2);
+        let (pairs, last) = from.as_chunks::<2>();
+        for ((pair, even), odd) in pairs.iter().zip(even.iter_mut()).zip(odd) {
+            (*even, *odd) = (pair[0], pair[1]);
+        }
+        if let [last] = last {
+            even[pairs.len()] = *last;
+        }
     }
-    #[cfg(target_arch = "aarch64")]
-    run_tiles::<Portable<Fused>, 1, 3>(task);
-    #[cfg(not(target_arch = "aarch64"))]
-    run_tiles::<Portable<Separate>, 1, 3>(task);
 }
 
-/// The columns of a task, in tiles of `R` rows and `C` rows of weights.
-fn run_tiles<V: Vector, const R: usize, const C: usize>(task: &Task) {
+fn run<V: Vector>(task: &Task) {
     let (m, n) = task.shape;
     let (from, to) = task.columns;
     for i in 0..m {
@@ -199,112 +200,42 @@ fn run_tiles<V: Vector, const R: usize, const C: usize>(task: &Task) {
             Start::Matrix(matrix) => c.copy_from_slice(&matrix[i * n + from..i * n + to]),
         }
     }
-    for product in task.products {
-        match product.b {
-            Matrix::F32(b) => multiply::<V, f32, R, C>(task, product, b),
-            Matrix::F16(b) => multiply::<V, half::f16, R, C>(task, product, b),
-            Matrix::BF16(b) => multiply::<V, half::bf16, R, C>(task, product, b),
+    for ordered in task.products {
+        match ordered.product.b {
+            Matrix::F32(b) => multiply::<V, f32>(task, ordered, b),
+            Matrix::F16(b) => multiply::<V, half::f16>(task, ordered, b),
+            Matrix::BF16(b) => multiply::<V, half::bf16>(task, ordered, b),
         }
     }
 }
 
-fn multiply<V: Vector, T: Element, const R: usize, const C: usize>(task: &Task, product: &Padded, b: &[T]) {
-    let m = task.shape.0;
-    if m > FEW_ROWS || !product.k.is_multiple_of(WIDTH) {
-        return many::<V, T, R, C>(task, product, b);
-    }
-    if m == 1 {
+fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Ordered, b: &[T]) {
+    let (m, n) = task.shape;
+    let (k, stride) = (product.k, ordered_stride(product.k));
+    let mut i = 0;
+    while i < m {
+        let (height, width) = V::shape(m - i);
+        let height = height.min(m - i);
         let (from, to) = task.columns;
-        // SAFETY: tasks have columns of their own.
-        let c = unsafe { task.c.part(from, to - from) };
-        return add_dots(&b[from * product.k..to * product.k], product.k, &product.a[..product.k], product.alpha, c);
-    }
-    for j in task.columns.0..task.columns.1 {
-        for i in (0..m).step_by(4) {
-            let (k, stride, alpha) = (product.k, task.shape.1, product.alpha);
+        // for one row, rows of weights that are far apart: so many streams are read ahead
+        let apart = if height == 1 { (to - from).div_ceil(width) } else { 1 };
+        let (end, step) = if height == 1 { (from + apart, 1) } else { (to, width) };
+        for j in (from..end).step_by(step) {
+            let width = width.min((to - j).div_ceil(apart));
             let operands = Operands {
-                a: &product.a[i * product.a_stride..],
-                a_stride: product.a_stride,
-                weights: &b[j * k..][..k],
-                weights_stride: k,
+                a: (rows[i * stride / 16..].as_ptr().cast(), stride, height),
+                weights: (b[j * k..][..(width - 1) * apart * k + k].as_ptr(), k * apart, width),
                 depth: k,
             };
-            let target = Target { c: task.c, at: i * stride + j, stride, width: 1, alpha };
-            match m - i {
-                1 => V::tile::<T, 1, 1, WHOLE>(&operands, &mut [], &target),
-                2 => V::tile::<T, 2, 1, WHOLE>(&operands, &mut [], &target),
-                3 => V::tile::<T, 3, 1, WHOLE>(&operands, &mut [], &target),
-                _ => V::tile::<T, 4, 1, WHOLE>(&operands, &mut [], &target),
-            }
+            let put = |r: usize, c: usize, dot: f32| {
+                // SAFETY: tasks have columns of their own.
+                let c = unsafe { &mut task.c.part((i + r) * n + j + c * apart, 1)[0] };
+                *c = V::Arithmetic::mul_add(product.alpha, dot, *c);
+            };
+            // SAFETY: the rows are ordered and padded, and the weights were just taken.
+            unsafe { V::dots(&operands, put) };
         }
-    }
-}
-
-#[repr(align(64))]
-struct Panel([f32; MAX_COLUMNS * PANEL_ROW]);
-
-/// Any number of rows: the weights are widened a block at a time.
-// the panel belongs on the stack of the thread that fills it: 25 KB
-#[allow(clippy::large_stack_arrays)]
-fn many<V: Vector, T: Element, const R: usize, const C: usize>(task: &Task, product: &Padded, b: &[T]) {
-    let (m, (from, to)) = (task.shape.0, task.columns);
-    let k = product.k;
-    let depth = k.div_ceil(k.div_ceil(DEPTH).max(1)).next_multiple_of(WIDTH);
-    let mut panel = Panel([0.0; MAX_COLUMNS * PANEL_ROW]);
-    let mut lanes = KEPT.take();
-    let kept = if k > depth { R * C } else { 0 };
-    let tiles = (to - from).div_ceil(C) * ROW_BLOCK.div_ceil(R);
-    if lanes.len() < tiles * kept {
-        lanes.resize(tiles * kept, Lanes::default());
-    }
-    for first in (0..m).step_by(ROW_BLOCK) {
-        let last = m.min(first + ROW_BLOCK);
-        for at in (0..k).step_by(depth) {
-            let len = depth.min(k - at);
-            let padded = len.next_multiple_of(WIDTH);
-            let mut number = 0;
-            for j in (from..to).step_by(C) {
-                let width = C.min(to - j);
-                for (c, row) in panel.0.chunks_exact_mut(PANEL_ROW).enumerate().take(width) {
-                    widen(&b[(j + c) * k + at..][..len], &mut row[..len]);
-                    row[len..padded].fill(0.0);
-                }
-                for i in (first..last).step_by(R) {
-                    let kept = &mut lanes[number * kept..][..kept];
-                    number += 1;
-                    let operands = Operands {
-                        a: &product.a[i * product.a_stride + at..],
-                        a_stride: product.a_stride,
-                        weights: &panel.0,
-                        weights_stride: PANEL_ROW,
-                        depth: padded,
-                    };
-                    let (stride, alpha) = (task.shape.1, product.alpha);
-                    let target = Target { c: task.c, at: i * stride + j, stride, width, alpha };
-                    match (at == 0, at + depth >= k) {
-                        (true, true) => rows::<V, R, C, WHOLE>(last - i, &operands, kept, &target),
-                        (true, false) => rows::<V, R, C, FIRST>(last - i, &operands, kept, &target),
-                        (false, false) => rows::<V, R, C, MIDDLE>(last - i, &operands, kept, &target),
-                        (false, true) => rows::<V, R, C, LAST>(last - i, &operands, kept, &target),
-                    }
-                }
-            }
-        }
-    }
-    KEPT.set(lanes);
-}
-
-/// A tile of at most `R` rows.
-fn rows<V: Vector, const R: usize, const C: usize, const PART: u8>(
-    rows: usize,
-    operands: &Operands<f32>,
-    kept: &mut [Lanes],
-    target: &Target,
-) {
-    match rows {
-        1 => V::tile::<f32, 1, C, PART>(operands, kept, target),
-        2 if R > 2 => V::tile::<f32, 2, C, PART>(operands, kept, target),
-        _ => V::tile::<f32, R, C, PART>(operands, kept, target),
+        i += height;
     }
 }
 
@@ -392,31 +323,30 @@ mod tests {
         }
     }
 
+    type AddUp = fn((usize, usize), Start, &[RowProduct], Shared<f32>);
+
     #[test]
-    fn the_portable_kernel_has_the_same_shape_of_sums() {
+    fn every_kernel_of_the_machine_gives_the_sums() {
         let (n, k, m) = (7, 70, 12);
-        let (a, b) = (random(m * k, 1), random(n * k, 2));
-        let product = RowProduct { a: &a, b: Matrix::F32(&b), k, alpha: 1.0 };
-        let copy = copied_rows(&product, m);
-        let padded = Padded { a: elements(&copy), a_stride: copied_stride(k), b: product.b, k, alpha: 1.0 };
-        let run = |run_tiles: fn(&Task)| {
-            let mut c = vec![0.0; m * n];
-            let c_shared = Shared::new(&mut c);
-            let products = std::slice::from_ref(&padded);
-            run_tiles(&Task { shape: (m, n), start: Start::Zero, products, columns: (0, n), c: c_shared });
-            c
-        };
-        let expected = row_products((m, n), Start::Zero, &[product]);
-        let separate = run(run_tiles::<Portable<Separate>, 1, 3>);
-        assert!(expected.iter().zip(&separate).all(|(a, b)| (a - b).abs() < 1e-5));
-        let fused = run(run_tiles::<Portable<Fused>, 1, 3>);
-        if crate::isa::isa() != crate::isa::Isa::Baseline {
-            assert!(expected == fused);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if crate::isa::isa() != crate::isa::Isa::Baseline {
-            assert!(expected == run(run_tiles::<x86::Avx2, 1, 3>));
-        }
+        let a = random(m * k, 1);
+        in_every_type(n * k, |b, _| {
+            let product = RowProduct { a: &a, b, k, alpha: 1.0 };
+            let run = |add_up: AddUp| {
+                let mut c = vec![0.0; m * n];
+                add_up((m, n), Start::Zero, &[product], Shared::new(&mut c));
+                c
+            };
+            let fused = run(add_up_in::<Portable<Fused>>);
+            let is_close = |other: &[f32]| fused.iter().zip(other).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(is_close(&run(add_up_in::<Portable<crate::isa::Separate>>)));
+            #[cfg(target_arch = "x86_64")]
+            {
+                use crate::isa::{Isa, isa};
+                // as many lanes, and the same operations
+                assert!(isa() < Isa::Avx2 || fused == run(add_up_in::<x86::Avx2>));
+                assert!(isa() < Isa::Avx512 || is_close(&run(add_up_in::<x86::Avx512>)));
+            }
+        });
     }
 
     #[test]

@@ -1,56 +1,131 @@
-//! Tiles of dot products: a few rows times a few rows of weights, summed in lanes that stay in registers.
+//! Tiles of dot products: a few rows times a few rows of weights, whose sums stay in registers over the whole depth.
 
 use crate::isa::Arithmetic;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Fused;
-use crate::math::{Element, LANES};
-use crate::parallel::Shared;
+use crate::math::Element;
+use half::{bf16, f16};
 use std::marker::PhantomData;
 
-/// Lanes of a sum.
-pub(crate) const WIDTH: usize = LANES;
-/// Lanes of a [`Vector`].
-const HALF: usize = WIDTH / 2;
+/// Lanes of the widest [`Vector`].
+pub(crate) const MAX_LANES: usize = 16;
 
-type Half = [f32; HALF];
-pub(crate) type Lanes = [Half; 2];
-
-/// Half of the [`Lanes`] in registers, with the tile compiled for their instruction set.
+/// The lanes of a sum in registers, with the tile compiled for their instruction set.
 pub(crate) trait Vector: Copy {
     type Arithmetic: Arithmetic;
-    fn load(lanes: &Half) -> Self;
-    fn lanes(self) -> Half;
+    /// At most [`MAX_LANES`].
+    const LANES: usize;
+
+    fn zero() -> Self;
+    /// Has a cache line fetched that is read soon; any address may be given.
+    fn prefetch(_: *const u8) {}
     fn mul_add(a: Self, b: Self, c: Self) -> Self;
-    fn add(a: Self, b: Self) -> Self;
 
-    /// [`add_lanes`] of each.
-    #[inline(always)]
-    fn add_lanes<const C: usize>(sums: [Self; C]) -> [f32; C] {
-        sums.map(|sum| add_lanes(sum.lanes()))
-    }
+    /// # Safety
+    /// There are as many elements as lanes.
+    unsafe fn load(from: *const f32) -> Self;
 
-    /// [`tile`] as a function of its own, so that its sums have all registers.
-    fn tile<T: Element, const R: usize, const C: usize, const PART: u8>(
-        operands: &Operands<T>,
-        kept: &mut [Lanes],
-        to: &Target,
-    );
+    /// # Safety
+    /// As of [`Vector::load`].
+    unsafe fn load_f16(from: *const f16) -> Self;
+
+    /// The elements at even places and those at odd ones, as f32.
+    ///
+    /// # Safety
+    /// There are twice as many elements as lanes.
+    unsafe fn load_split(from: *const bf16) -> (Self, Self);
+
+    /// Adds up the lanes of each: those half of their number apart, and so on.
+    fn sums(of: [Self; 4]) -> [f32; 4];
+
+    /// Rows and rows of weights of a tile where there are so many rows: as many sums as there are registers for.
+    fn shape(rows: usize) -> (usize, usize);
+
+    /// Calls `put` with row, row of weights and dot product of a tile of the shape for its rows.
+    ///
+    /// # Safety
+    /// As of [`tile`].
+    unsafe fn dots<T: Weights>(operands: &Operands<T>, put: impl FnMut(usize, usize, f32));
 }
 
+/// Functions of a [`Vector`] from its shapes, each with a tile of its own, so that its sums have all registers.
+macro_rules! shapes {
+    ($vector:ident, $(#[$meta:meta])? $(($rows:pat, $r:literal, $c:literal))*) => {
+        fn shape(rows: usize) -> (usize, usize) {
+            match rows {
+                $($rows => ($r, $c),)*
+            }
+        }
+
+        unsafe fn dots<T: Weights>(operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
+            $(#[$meta])?
+            #[inline(never)]
+            unsafe fn body<T: Weights, const R: usize, const C: usize>(operands: &Operands<T>) -> [[f32; C]; R] {
+                // SAFETY: the caller's promise.
+                unsafe { tile::<$vector, T, R, C>(operands) }
+            }
+            let (rows, columns) = (operands.a.2, operands.weights.2);
+            match rows {
+                // SAFETY: as above, and the instructions are there.
+                $($rows => {
+                    let dots = unsafe { body::<T, $r, $c>(operands) };
+                    for (r, dots) in dots.iter().enumerate().take(rows) {
+                        dots.iter().take(columns).enumerate().for_each(|(c, dot)| put(r, c, *dot));
+                    }
+                })*
+            }
+        }
+    };
+}
+
+/// Weights, of which a tile takes two vectors at a time.
+pub(crate) trait Weights: Element + Default {
+    /// Of twice as many elements as lanes the first half and the second one; of bf16 those at even places and those at odd ones,
+    /// which a word splits into without a shuffle. The rows they are multiplied with are in this order too.
+    ///
+    /// # Safety
+    /// There are so many elements.
+    unsafe fn pair<V: Vector>(from: *const Self) -> (V, V);
+}
+
+// SAFETY of the calls: the caller's promise.
+impl Weights for f32 {
+    #[inline(always)]
+    unsafe fn pair<V: Vector>(from: *const Self) -> (V, V) {
+        // SAFETY: as above.
+        unsafe { (V::load(from), V::load(from.add(V::LANES))) }
+    }
+}
+
+impl Weights for f16 {
+    #[inline(always)]
+    unsafe fn pair<V: Vector>(from: *const Self) -> (V, V) {
+        // SAFETY: as above.
+        unsafe { (V::load_f16(from), V::load_f16(from.add(V::LANES))) }
+    }
+}
+
+impl Weights for bf16 {
+    #[inline(always)]
+    unsafe fn pair<V: Vector>(from: *const Self) -> (V, V) {
+        // SAFETY: as above.
+        unsafe { V::load_split(from) }
+    }
+}
+
+/// Lanes of [`Portable`].
+const PORTABLE: usize = 8;
+
 #[derive(Clone, Copy)]
-pub(crate) struct Portable<A>(Half, PhantomData<A>);
+pub(crate) struct Portable<A>([f32; PORTABLE], PhantomData<A>);
 
 impl<A: Arithmetic + Copy> Vector for Portable<A> {
     type Arithmetic = A;
+    const LANES: usize = PORTABLE;
 
     #[inline(always)]
-    fn load(lanes: &Half) -> Self {
-        Self(*lanes, PhantomData)
-    }
-
-    #[inline(always)]
-    fn lanes(self) -> Half {
-        self.0
+    fn zero() -> Self {
+        Self([0.0; PORTABLE], PhantomData)
     }
 
     #[inline(always)]
@@ -58,50 +133,106 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
         Self(std::array::from_fn(|l| A::mul_add(a.0[l], b.0[l], c.0[l])), PhantomData)
     }
 
+    // SAFETY of the reads: the caller's promise.
     #[inline(always)]
-    fn add(a: Self, b: Self) -> Self {
-        Self(std::array::from_fn(|l| a.0[l] + b.0[l]), PhantomData)
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { from.cast::<[f32; PORTABLE]>().read_unaligned() }, PhantomData)
     }
 
-    #[inline(never)]
-    fn tile<T: Element, const R: usize, const C: usize, const PART: u8>(
-        operands: &Operands<T>,
-        kept: &mut [Lanes],
-        to: &Target,
-    ) {
-        tile::<Self, T, R, C, PART>(operands, kept, to);
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: as above.
+        let values = unsafe { from.cast::<[f16; PORTABLE]>().read_unaligned() };
+        Self(values.map(Element::to_f32), PhantomData)
     }
+
+    #[inline(always)]
+    unsafe fn load_split(from: *const bf16) -> (Self, Self) {
+        // SAFETY: as above.
+        let values = unsafe { from.cast::<[[bf16; 2]; PORTABLE]>().read_unaligned() };
+        let part = |i: usize| Self(values.map(|pair| Element::to_f32(pair[i])), PhantomData);
+        (part(0), part(1))
+    }
+
+    #[inline(always)]
+    fn sums(of: [Self; 4]) -> [f32; 4] {
+        of.map(|Self(mut lanes, _)| {
+            let mut width = PORTABLE / 2;
+            while width > 0 {
+                for l in 0..width {
+                    lanes[l] += lanes[l + width];
+                }
+                width /= 2;
+            }
+            lanes[0]
+        })
+    }
+
+    fn shape(rows: usize) -> (usize, usize) {
+        if rows == 1 { (1, 6) } else { (2, 3) }
+    }
+
+    unsafe fn dots<T: Weights>(operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
+        let (rows, columns) = (operands.a.2, operands.weights.2);
+        // SAFETY: the caller's promise.
+        let dots = unsafe {
+            if rows == 1 {
+                let [dots] = portable_tile::<A, T, 1, 6>(operands);
+                [dots; 2]
+            } else {
+                portable_tile::<A, T, 2, 3>(operands).map(|[a, b, c]| [a, b, c, 0.0, 0.0, 0.0])
+            }
+        };
+        for (r, dots) in dots.iter().enumerate().take(rows) {
+            dots.iter().take(columns).enumerate().for_each(|(c, dot)| put(r, c, *dot));
+        }
+    }
+}
+
+/// [`tile`] as a function of its own, so that its sums have all registers.
+#[inline(never)]
+unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights, const R: usize, const C: usize>(
+    operands: &Operands<T>,
+) -> [[f32; C]; R] {
+    // SAFETY: the caller's promise.
+    unsafe { tile::<Portable<A>, T, R, C>(operands) }
 }
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    use super::{Element, Fused, HALF, Half, Lanes, Operands, Target, Vector, add_lanes, tile};
+    use super::{Fused, Operands, Vector, Weights, bf16, f16, tile};
     use std::arch::x86_64::{
-        __m256, __m512, _mm_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_storeu_ps,
-        _mm512_add_ps, _mm512_castps512_ps128, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_compress_ps,
-        _mm512_permute_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps,
+        __m256, __m512, _MM_HINT_T0, _mm_add_ps, _mm_loadu_si128, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps,
+        _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_extractf128_ps,
+        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
+        _mm512_add_ps, _mm512_and_si512, _mm512_castps512_ps128, _mm512_castsi512_ps, _mm512_cvtph_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_compress_ps, _mm512_permute_ps, _mm512_set1_epi32,
+        _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
     };
+
+    /// The upper half of a word, which is a bf16.
+    const UPPER: i32 = 0xffff_0000_u32.cast_signed();
 
     /// Taken only where `isa` has found AVX-512.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(__m512);
 
-    // SAFETY of the calls: the instructions are there, and lanes are sixteen floats.
+    // SAFETY of the calls: the instructions are there, and what is read the caller promises.
     impl Vector for Avx512 {
         type Arithmetic = Fused;
+        const LANES: usize = 16;
 
         #[inline(always)]
-        fn load(lanes: &Half) -> Self {
+        fn zero() -> Self {
             // SAFETY: as above.
-            Self(unsafe { _mm512_loadu_ps(lanes.as_ptr()) })
+            Self(unsafe { _mm512_setzero_ps() })
         }
 
         #[inline(always)]
-        fn lanes(self) -> Half {
-            let mut lanes = [0.0; HALF];
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), self.0) };
-            lanes
+        fn prefetch(line: *const u8) {
+            // SAFETY: nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
 
         #[inline(always)]
@@ -111,221 +242,209 @@ pub(crate) mod x86 {
         }
 
         #[inline(always)]
-        fn add(a: Self, b: Self) -> Self {
+        unsafe fn load(from: *const f32) -> Self {
             // SAFETY: as above.
-            Self(unsafe { _mm512_add_ps(a.0, b.0) })
+            Self(unsafe { _mm512_loadu_ps(from) })
         }
 
         #[inline(always)]
-        fn add_lanes<const C: usize>(sums: [Self; C]) -> [f32; C] {
-            let mut dots = [0.0; C];
-            if let (Some(&[a, b, c, d]), Some(dots)) = (sums.first_chunk::<4>(), dots.first_chunk_mut::<4>()) {
-                // SAFETY: as above; there are four dots.
-                unsafe {
-                    // eight lanes of two sums, then four of four
-                    let eights = |a: __m512, b: __m512| {
-                        let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
-                        _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
-                    };
-                    let (ab, cd) = (eights(a.0, b.0), eights(c.0, d.0));
-                    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
-                    let fours = _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd));
-                    let twos = _mm512_add_ps(fours, _mm512_permute_ps::<0b01_00_11_10>(fours));
-                    let ones = _mm512_add_ps(twos, _mm512_permute_ps::<0b10_11_00_01>(twos));
-                    _mm_storeu_ps(dots.as_mut_ptr(), _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones)));
-                }
-            }
-            for (dot, sum) in dots.iter_mut().zip(sums).skip(if C >= 4 { 4 } else { 0 }) {
-                *dot = add_lanes(sum.lanes());
-            }
-            dots
+        unsafe fn load_f16(from: *const f16) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
         }
 
-        fn tile<T: Element, const R: usize, const C: usize, const PART: u8>(
-            operands: &Operands<T>,
-            kept: &mut [Lanes],
-            to: &Target,
-        ) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-            #[inline(never)]
-            fn body<T: Element, const R: usize, const C: usize, const PART: u8>(
-                operands: &Operands<T>,
-                kept: &mut [Lanes],
-                to: &Target,
-            ) {
-                tile::<Avx512, T, R, C, PART>(operands, kept, to);
-            }
+        #[inline(always)]
+        unsafe fn load_split(from: *const bf16) -> (Self, Self) {
             // SAFETY: as above.
-            unsafe { body::<T, R, C, PART>(operands, kept, to) }
+            unsafe {
+                let words = _mm512_loadu_si512(from.cast());
+                let odd = _mm512_and_si512(words, _mm512_set1_epi32(UPPER));
+                (Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))), Self(_mm512_castsi512_ps(odd)))
+            }
+        }
+
+        #[inline(always)]
+        fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+            let mut sums = [0.0; 4];
+            // SAFETY: as above; there are four sums.
+            unsafe {
+                // eight lanes of two sums, then four of four
+                let eights = |a: __m512, b: __m512| {
+                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+                    _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+                };
+                let (ab, cd) = (eights(a.0, b.0), eights(c.0, d.0));
+                let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+                let fours = _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd));
+                let twos = _mm512_add_ps(fours, _mm512_permute_ps::<0b01_00_11_10>(fours));
+                let ones = _mm512_add_ps(twos, _mm512_permute_ps::<0b10_11_00_01>(twos));
+                _mm_storeu_ps(sums.as_mut_ptr(), _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones)));
+            }
+            sums
+        }
+
+        shapes! {
+            Avx512,
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+            (1, 1, 4) (2, 2, 8) (3 | 4, 4, 5) (_, 8, 3)
         }
     }
 
     /// Taken only where `isa` has found AVX2.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(__m256, __m256);
+    pub(crate) struct Avx2(__m256);
 
-    // SAFETY of the calls: the instructions are there, and halves of lanes are eight floats.
+    // SAFETY of the calls: the instructions are there, and what is read the caller promises.
     impl Vector for Avx2 {
         type Arithmetic = Fused;
+        const LANES: usize = 8;
 
         #[inline(always)]
-        fn load(lanes: &Half) -> Self {
+        fn zero() -> Self {
             // SAFETY: as above.
-            unsafe { Self(_mm256_loadu_ps(lanes.as_ptr()), _mm256_loadu_ps(lanes[8..].as_ptr())) }
+            Self(unsafe { _mm256_setzero_ps() })
         }
 
         #[inline(always)]
-        fn lanes(self) -> Half {
-            let mut lanes = [0.0; HALF];
-            // SAFETY: as above.
-            unsafe {
-                _mm256_storeu_ps(lanes.as_mut_ptr(), self.0);
-                _mm256_storeu_ps(lanes[8..].as_mut_ptr(), self.1);
-            }
-            lanes
+        fn prefetch(line: *const u8) {
+            // SAFETY: nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
 
         #[inline(always)]
         fn mul_add(a: Self, b: Self, c: Self) -> Self {
             // SAFETY: as above.
-            unsafe { Self(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+            Self(unsafe { _mm256_fmadd_ps(a.0, b.0, c.0) })
         }
 
         #[inline(always)]
-        fn add(a: Self, b: Self) -> Self {
+        unsafe fn load(from: *const f32) -> Self {
             // SAFETY: as above.
-            unsafe { Self(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+            Self(unsafe { _mm256_loadu_ps(from) })
         }
 
-        fn tile<T: Element, const R: usize, const C: usize, const PART: u8>(
-            operands: &Operands<T>,
-            kept: &mut [Lanes],
-            to: &Target,
-        ) {
-            #[target_feature(enable = "avx2,fma,f16c")]
-            #[inline(never)]
-            fn body<T: Element, const R: usize, const C: usize, const PART: u8>(
-                operands: &Operands<T>,
-                kept: &mut [Lanes],
-                to: &Target,
-            ) {
-                tile::<Avx2, T, R, C, PART>(operands, kept, to);
-            }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
             // SAFETY: as above.
-            unsafe { body::<T, R, C, PART>(operands, kept, to) }
+            Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_split(from: *const bf16) -> (Self, Self) {
+            // SAFETY: as above.
+            unsafe {
+                let words = _mm256_loadu_si256(from.cast());
+                let odd = _mm256_and_si256(words, _mm256_set1_epi32(UPPER));
+                (Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))), Self(_mm256_castsi256_ps(odd)))
+            }
+        }
+
+        #[inline(always)]
+        fn sums(of: [Self; 4]) -> [f32; 4] {
+            let mut sums = [0.0; 4];
+            // SAFETY: as above; there are four sums.
+            unsafe {
+                let [a, b, c, d] =
+                    of.map(|sum| _mm_add_ps(_mm256_castps256_ps128(sum.0), _mm256_extractf128_ps::<1>(sum.0)));
+                // two lanes of two sums, then one of four
+                let twos =
+                    |a, b| _mm_add_ps(_mm_shuffle_ps::<0b01_00_01_00>(a, b), _mm_shuffle_ps::<0b11_10_11_10>(a, b));
+                let (ab, cd) = (twos(a, b), twos(c, d));
+                let ones = _mm_add_ps(_mm_shuffle_ps::<0b10_00_10_00>(ab, cd), _mm_shuffle_ps::<0b11_01_11_01>(ab, cd));
+                _mm_storeu_ps(sums.as_mut_ptr(), ones);
+            }
+            sums
+        }
+
+        shapes! {
+            Avx2,
+            #[target_feature(enable = "avx2,fma,f16c")]
+            (1, 1, 4) (2, 2, 5) (_, 4, 2)
         }
     }
 }
 
-/// Parts of the depth.
-pub(crate) const WHOLE: u8 = 0;
-pub(crate) const FIRST: u8 = 1;
-pub(crate) const MIDDLE: u8 = 2;
-pub(crate) const LAST: u8 = 3;
-
-/// Rows of A and of weights, and which part of their depth is multiplied.
-pub(crate) struct Operands<'a, T> {
-    pub(crate) a: &'a [f32],
-    pub(crate) a_stride: usize,
-    pub(crate) weights: &'a [T],
-    pub(crate) weights_stride: usize,
-    /// A multiple of [`WIDTH`].
+/// Rows and rows of weights; of missing ones the last one is taken again.
+pub(crate) struct Operands<T> {
+    /// The first row, its distance to the next one and the number of rows. They are in the order of the weights, and as long as
+    /// whole pairs of vectors, with zeros behind the depth.
+    pub(crate) a: (*const f32, usize, usize),
+    /// The same of the weights, which are no longer than their depth.
+    pub(crate) weights: (*const T, usize, usize),
     pub(crate) depth: usize,
 }
 
-/// Where a tile goes in the result.
-pub(crate) struct Target {
-    pub(crate) c: Shared<f32>,
-    pub(crate) at: usize,
-    pub(crate) stride: usize,
-    pub(crate) width: usize,
-    pub(crate) alpha: f32,
-}
+/// Elements of a row of weights that are fetched ahead.
+const AHEAD: usize = 256;
 
-/// Adds the products of `R` rows and `C` rows of weights, lane by lane; between parts of the depth the lanes are in `kept`.
-#[inline(always)]
-fn tile<V: Vector, T: Element, const R: usize, const C: usize, const PART: u8>(
-    operands: &Operands<T>,
-    kept: &mut [Lanes],
-    target: &Target,
-) {
-    let &Operands { a, a_stride, weights, weights_stride, depth } = operands;
-    assert!(a.len() >= (R - 1) * a_stride + depth && weights.len() >= (C - 1) * weights_stride + depth);
-    let mut first = [[V::load(&[0.0; HALF]); C]; R];
-    let mut second = first;
-    if PART == MIDDLE || PART == LAST {
-        let kept = &kept[..R * C];
-        for r in 0..R {
-            for c in 0..C {
-                (first[r][c], second[r][c]) = (V::load(&kept[r * C + c][0]), V::load(&kept[r * C + c][1]));
-            }
-        }
-    }
-    for at in (0..depth / WIDTH).map(|step| step * WIDTH) {
-        // SAFETY: the assertion above; steps end within the depth.
-        unsafe {
-            multiply_half((a.as_ptr().add(at), a_stride), (weights.as_ptr().add(at), weights_stride), &mut first);
-            let at = at + HALF;
-            multiply_half((a.as_ptr().add(at), a_stride), (weights.as_ptr().add(at), weights_stride), &mut second);
-        }
-    }
-    if PART == FIRST || PART == MIDDLE {
-        let kept = &mut kept[..R * C];
-        for r in 0..R {
-            for c in 0..C {
-                kept[r * C + c] = [first[r][c].lanes(), second[r][c].lanes()];
-            }
-        }
-        return;
-    }
-    for r in 0..R {
-        let dots = V::add_lanes::<C>(std::array::from_fn(|c| V::add(first[r][c], second[r][c])));
-        // SAFETY: tasks have columns of their own.
-        let c = unsafe { target.c.part(target.at + r * target.stride, target.width) };
-        if let Some(c) = c.first_chunk_mut::<C>() {
-            for l in 0..C {
-                c[l] = V::Arithmetic::mul_add(target.alpha, dots[l], c[l]);
-            }
-        } else {
-            for (c, dot) in c.iter_mut().zip(dots) {
-                *c = V::Arithmetic::mul_add(target.alpha, dot, *c);
-            }
-        }
-    }
-}
-
-/// Adds the products of half of the lanes.
+/// The dot products of `R` rows and `C` rows of weights.
 ///
 /// # Safety
-/// There are [`HALF`] elements at each row.
-#[allow(clippy::needless_range_loop)]
+/// The rows and weights are there, at least one of each.
 #[inline(always)]
-unsafe fn multiply_half<V: Vector, T: Element, const R: usize, const C: usize>(
-    (a, a_stride): (*const f32, usize),
-    (weights, weights_stride): (*const T, usize),
-    sums: &mut [[V; C]; R],
-) {
-    // SAFETY: the caller's promise.
-    let a: [V; R] = std::array::from_fn(|r| V::load(unsafe { &*a.add(r * a_stride).cast() }));
-    for c in 0..C {
-        // SAFETY: as above.
-        let w: &[T; HALF] = unsafe { &*weights.add(c * weights_stride).cast() };
-        let w = V::load(&w.map(T::to_f32));
-        for r in 0..R {
-            sums[r][c] = V::mul_add(a[r], w, sums[r][c]);
+unsafe fn tile<V: Vector, T: Weights, const R: usize, const C: usize>(operands: &Operands<T>) -> [[f32; C]; R] {
+    let &Operands { a: (a, a_stride, a_rows), weights: (w, w_stride, w_rows), depth } = operands;
+    let a: [*const f32; R] = std::array::from_fn(|r| a.wrapping_add(r.min(a_rows - 1) * a_stride));
+    let w: [*const T; C] = std::array::from_fn(|c| w.wrapping_add(c.min(w_rows - 1) * w_stride));
+    let group = 2 * V::LANES;
+    let whole = depth / group * group;
+    let mut sums = [[V::zero(); C]; R];
+    for at in (0..whole).step_by(group) {
+        // what is fetched ahead is in this row or at the beginning of that of the next tile, which lies behind
+        let ahead = if at + AHEAD < depth { AHEAD } else { (C * w_stride + AHEAD).saturating_sub(depth) };
+        // SAFETY: the caller's promise.
+        unsafe { step((&a, at), (&w, at, ahead), &mut sums) };
+    }
+    if whole < depth {
+        let mut rest = [[T::default(); 2 * MAX_LANES]; C];
+        let mut places = w;
+        for c in 0..C {
+            // SAFETY: as above, up to the depth.
+            unsafe { std::ptr::copy_nonoverlapping(w[c].add(whole), rest[c].as_mut_ptr(), depth - whole) };
+            places[c] = rest[c].as_ptr();
+        }
+        // SAFETY: as above; a group of weights is filled up.
+        unsafe { step((&a, whole), (&places, 0, 0), &mut sums) };
+    }
+    let mut dots = [[0.0; C]; R];
+    for first in (0..R * C).step_by(4) {
+        let place = |i: usize| ((first + i) / C, (first + i) % C);
+        let of = std::array::from_fn(|i| if first + i < R * C { sums[place(i).0][place(i).1] } else { V::zero() });
+        for (i, sum) in V::sums(of).into_iter().enumerate().take(R * C - first) {
+            dots[place(i).0][place(i).1] = sum;
         }
     }
+    dots
 }
 
-/// Adds up lanes, the halves of which are already added, pairwise: those at a distance of 8, then 4, 2 and 1.
+/// Adds the products of two vectors of each row.
+///
+/// # Safety
+/// There are two vectors at these places behind each address.
+// loops over numbers: what closures do is not always inlined, and then compiled for the baseline
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
-fn add_lanes(mut lanes: Half) -> f32 {
-    let mut width = HALF / 2;
-    while width > 0 {
-        for l in 0..width {
-            lanes[l] += lanes[l + width];
+unsafe fn step<V: Vector, T: Weights, const R: usize, const C: usize>(
+    (a, a_at): (&[*const f32; R], usize),
+    (w, w_at, ahead): (&[*const T; C], usize, usize),
+    sums: &mut [[V; C]; R],
+) {
+    let (mut first, mut second) = ([V::zero(); C], [V::zero(); C]);
+    for c in 0..C {
+        // one row is multiplied as fast as the processor itself reads ahead
+        let bytes = if R > 1 { 2 * V::LANES * size_of::<T>() } else { 0 };
+        for line in (0..bytes).step_by(64) {
+            V::prefetch(w[c].wrapping_add(w_at + ahead).cast::<u8>().wrapping_add(line));
         }
-        width /= 2;
+        // SAFETY: the caller's promise.
+        (first[c], second[c]) = unsafe { T::pair(w[c].add(w_at)) };
     }
-    lanes[0]
+    for r in 0..R {
+        // SAFETY: as above.
+        let (a, b) = unsafe { (V::load(a[r].add(a_at)), V::load(a[r].add(a_at + V::LANES))) };
+        for c in 0..C {
+            sums[r][c] = V::mul_add(a, first[c], sums[r][c]);
+            sums[r][c] = V::mul_add(b, second[c], sums[r][c]);
+        }
+    }
 }
