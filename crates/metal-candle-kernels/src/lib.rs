@@ -19,6 +19,7 @@ mod gemm_narrow;
 mod gemm_rows;
 mod gemm_tile;
 pub mod gpu;
+mod helpers;
 mod isa;
 mod levels;
 mod math;

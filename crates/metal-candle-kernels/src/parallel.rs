@@ -1,5 +1,6 @@
 //! Sharing out work.
 
+use crate::helpers::share;
 use rayon::prelude::*;
 
 /// A pointer that tasks may share; each must keep to its own part of what it points to.
@@ -49,7 +50,8 @@ const MIN_WORK: usize = 16 * 1024;
 pub(crate) fn for_each(count: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
     if count <= 1 || work < MIN_WORK || rayon::current_num_threads() == 1 {
         (0..count).for_each(task);
-    } else {
+    // threads of a pool share with each other, and so do threads that have work at the same time
+    } else if rayon::current_thread_index().is_some() || !share(count, &task) {
         (0..count).into_par_iter().for_each(task);
     }
 }
