@@ -16,6 +16,7 @@ pub mod ops;
 pub mod profile;
 pub mod training;
 
+pub use candle_core::DType;
 pub use device::{Device, MemoryInUse};
 pub use error::{DataProblem, Error, Result};
 pub use models::{Model, ModelConfig, ModelLoader};
