@@ -233,7 +233,7 @@ fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Orde
                 *c = V::Arithmetic::mul_add(product.alpha, dot, *c);
             };
             // SAFETY: the rows are ordered and padded, and the weights were just taken.
-            unsafe { V::dots(&operands, put) };
+            unsafe { V::dots(m - i, &operands, put) };
         }
         i += height;
     }

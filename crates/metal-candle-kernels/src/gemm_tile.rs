@@ -41,11 +41,11 @@ pub(crate) trait Vector: Copy {
     /// Rows and rows of weights of a tile where there are so many rows: as many sums as there are registers for.
     fn shape(rows: usize) -> (usize, usize);
 
-    /// Calls `put` with row, row of weights and dot product of a tile of the shape for its rows.
+    /// Calls `put` with row, row of weights and dot product of a tile of the shape for so many rows.
     ///
     /// # Safety
     /// As of [`tile`].
-    unsafe fn dots<T: Weights>(operands: &Operands<T>, put: impl FnMut(usize, usize, f32));
+    unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, put: impl FnMut(usize, usize, f32));
 }
 
 /// Functions of a [`Vector`] from its shapes, each with a tile of its own, so that its sums have all registers.
@@ -57,20 +57,20 @@ macro_rules! shapes {
             }
         }
 
-        unsafe fn dots<T: Weights>(operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
+        unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
             $(#[$meta])?
             #[inline(never)]
             unsafe fn body<T: Weights, const R: usize, const C: usize>(operands: &Operands<T>) -> [[f32; C]; R] {
                 // SAFETY: the caller's promise.
                 unsafe { tile::<$vector, T, R, C>(operands) }
             }
-            let (rows, columns) = (operands.a.2, operands.weights.2);
+            let (height, width) = (operands.a.2, operands.weights.2);
             match rows {
                 // SAFETY: as above, and the instructions are there.
                 $($rows => {
                     let dots = unsafe { body::<T, $r, $c>(operands) };
-                    for (r, dots) in dots.iter().enumerate().take(rows) {
-                        dots.iter().take(columns).enumerate().for_each(|(c, dot)| put(r, c, *dot));
+                    for (r, dots) in dots.iter().enumerate().take(height) {
+                        dots.iter().take(width).enumerate().for_each(|(c, dot)| put(r, c, *dot));
                     }
                 })*
             }
@@ -173,8 +173,8 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
         if rows == 1 { (1, 6) } else { (2, 3) }
     }
 
-    unsafe fn dots<T: Weights>(operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
-        let (rows, columns) = (operands.a.2, operands.weights.2);
+    unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
+        let (height, width) = (operands.a.2, operands.weights.2);
         // SAFETY: the caller's promise.
         let dots = unsafe {
             if rows == 1 {
@@ -184,8 +184,8 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
                 portable_tile::<A, T, 2, 3>(operands).map(|[a, b, c]| [a, b, c, 0.0, 0.0, 0.0])
             }
         };
-        for (r, dots) in dots.iter().enumerate().take(rows) {
-            dots.iter().take(columns).enumerate().for_each(|(c, dot)| put(r, c, *dot));
+        for (r, dots) in dots.iter().enumerate().take(height) {
+            dots.iter().take(width).enumerate().for_each(|(c, dot)| put(r, c, *dot));
         }
     }
 }
