@@ -15,6 +15,7 @@ use crate::isa::Separate;
 use crate::isa::{Arithmetic, dispatch};
 use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each, written};
+use std::cell::Cell;
 
 /// `alpha A B^T` with `A: [m, k]` and `B: [n, k]`, both row-major without gaps.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +100,11 @@ fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c:
 /// A product and the rows of A in the order of its weights.
 struct Ordered<'a> {
     product: &'a RowProduct<'a>,
-    rows: Vec<Line>,
+    rows: &'a [Line],
+}
+
+thread_local! {
+    static ROWS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
 /// Columns `columns` of the result.
@@ -120,8 +125,21 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
         Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
         Start::Zero | Start::Result => {}
     }
-    let ordered = |product| Ordered { product, rows: ordered_rows::<V>(product, m) };
-    let ordered: Vec<Ordered> = products.iter().filter(|product| product.k > 0).map(ordered).collect();
+    let lines = |product: &RowProduct| m * ordered_stride(product.k) / 16;
+    let mut room = ROWS.take();
+    let needed = products.iter().map(lines).sum();
+    if room.len() < needed {
+        // given back first: growing in place would hold the old space beside the new
+        drop(room);
+        room = vec![Line([0.0; 16]); needed];
+    }
+    let mut rest = &mut room[..];
+    let mut ordered = Vec::with_capacity(products.len());
+    for product in products.iter().filter(|product| product.k > 0) {
+        let rows = rest.split_off_mut(..lines(product)).unwrap_or_default();
+        order_rows::<V>(product, m, rows);
+        ordered.push(Ordered { product, rows });
+    }
     let depth: usize = products.iter().map(|product| product.k).sum();
     let per_task = if m <= FEW_ROWS {
         (TASK_ELEMENTS / depth.max(1)).max(1).next_multiple_of(24)
@@ -132,6 +150,7 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
         let columns = (number * per_task, n.min((number + 1) * per_task));
         run::<V>(&Task { shape: (m, n), start, products: &ordered, columns, c });
     });
+    ROWS.set(room);
 }
 
 /// A cache line.
@@ -146,26 +165,25 @@ fn ordered_stride(k: usize) -> usize {
     k.next_multiple_of(32) + 16
 }
 
-/// The rows of A in the order of the weights.
-fn ordered_rows<V: Vector>(product: &RowProduct, m: usize) -> Vec<Line> {
+/// The rows of A in the order of the weights, with zeros behind the last element.
+fn order_rows<V: Vector>(product: &RowProduct, m: usize, rows: &mut [Line]) {
     let (k, stride) = (product.k, ordered_stride(product.k));
-    let group = 2 * V::LANES;
     let is_split = matches!(product.b, Matrix::BF16(_));
-    let mut rows = vec![Line([0.0; 16]); m * stride / 16];
-    let shared = Shared::new(&mut rows);
+    let shared = Shared::new(rows);
     for_each(m, m * k, |i| {
         // SAFETY: tasks have rows of their own.
         let to = unsafe { shared.part(i * stride / 16, stride / 16) };
         // SAFETY: a line is sixteen floats.
         let to = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<f32>(), stride) };
         let from = &product.a[i * k..][..k];
+        // the last group may be filled in part
+        to[k / 32 * 32..].fill(0.0);
         if is_split {
-            split(from, group, to);
+            split(from, 2 * V::LANES, to);
         } else {
             to[..k].copy_from_slice(from);
         }
     });
-    rows
 }
 
 dispatch! {

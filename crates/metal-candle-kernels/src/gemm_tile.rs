@@ -286,7 +286,7 @@ pub(crate) mod x86 {
         shapes! {
             Avx512,
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-            (1, 1, 4) (2, 2, 8) (3 | 4, 4, 5) (5..=40, 8, 3) (_, 6, 4)
+            (1, 1, 4) (2, 2, 8) (3 | 4, 4, 5) (_, 8, 3)
         }
     }
 
