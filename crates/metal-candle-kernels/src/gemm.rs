@@ -88,11 +88,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<
     if m == 0 || n == 0 {
         return;
     }
-    match start {
-        Start::Row(row) => assert!(row.len() >= n, "the row is too short"),
-        Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
-        Start::Zero | Start::Result => {}
-    }
+    start.check((m, n));
     for Product { a, a_strides, b, b_strides, k, .. } in products.iter().filter(|product| product.k > 0) {
         assert!(a.len() > (m - 1) * a_strides.0 + (k - 1) * a_strides.1, "the left operand is too short");
         assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");

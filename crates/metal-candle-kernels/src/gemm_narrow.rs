@@ -20,12 +20,7 @@ pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product
         for i in 0..m {
             // SAFETY: tasks write disjoint ranges of each row.
             let c = unsafe { shared.part(i * n + from, to - from) };
-            match start {
-                Start::Zero => c.fill(0.0),
-                Start::Result => {}
-                Start::Row(row) => c.copy_from_slice(&row[from..to]),
-                Start::Matrix(matrix) => c.copy_from_slice(&matrix[i * n + from..i * n + to]),
-            }
+            start.write(c, i, n, from..to);
             for &Product { a, a_strides, b, b_strides, k, alpha } in products.iter().filter(|product| product.k > 0) {
                 let x = &a[i * a_strides.0..][..k];
                 let range = from * b_strides.1..(to - 1) * b_strides.1 + k;

@@ -52,11 +52,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
     if m == 0 || n == 0 {
         return;
     }
-    match start {
-        Start::Row(row) => assert!(row.len() >= n, "the row is too short"),
-        Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
-        Start::Zero | Start::Result => {}
-    }
+    start.check((m, n));
     for product in products {
         assert!(product.a.len() >= m * product.k, "the left operand is too short");
         assert!(product.b.len() >= n * product.k, "the right operand is too short");
@@ -117,14 +113,6 @@ struct Task<'a> {
 }
 
 fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    match start {
-        Start::Row(row) => assert!(row.len() >= n, "the row is too short"),
-        Start::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
-        Start::Zero | Start::Result => {}
-    }
     let lines = |product: &RowProduct| m * ordered_stride(product.k) / 16;
     let mut room = ROWS.take();
     let needed = products.iter().map(lines).sum();
@@ -211,12 +199,7 @@ fn run<V: Vector>(task: &Task) {
     for i in 0..m {
         // SAFETY: tasks have columns of their own.
         let c = unsafe { task.c.part(i * n + from, to - from) };
-        match task.start {
-            Start::Zero => c.fill(0.0),
-            Start::Result => {}
-            Start::Row(row) => c.copy_from_slice(&row[from..to]),
-            Start::Matrix(matrix) => c.copy_from_slice(&matrix[i * n + from..i * n + to]),
-        }
+        task.start.write(c, i, n, from..to);
     }
     for ordered in task.products {
         match ordered.product.b {
@@ -262,19 +245,8 @@ fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Orde
 mod tests {
     use super::*;
     use crate::isa::Fused;
+    use crate::testing::random;
     use half::{bf16, f16};
-
-    fn random(count: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .take(count)
-        .collect()
-    }
 
     const MOST_ROWS: usize = 500;
 

@@ -3,7 +3,7 @@
 use crate::isa::Arithmetic;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Fused;
-use crate::math::Element;
+use crate::math::{Element, add_lanes};
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
@@ -157,16 +157,7 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
 
     #[inline(always)]
     fn sums(of: [Self; 4]) -> [f32; 4] {
-        of.map(|Self(mut lanes, _)| {
-            let mut width = PORTABLE / 2;
-            while width > 0 {
-                for l in 0..width {
-                    lanes[l] += lanes[l + width];
-                }
-                width /= 2;
-            }
-            lanes[0]
-        })
+        of.map(|Self(lanes, _)| add_lanes(lanes))
     }
 
     fn shape(rows: usize) -> (usize, usize) {

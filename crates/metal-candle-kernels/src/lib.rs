@@ -33,6 +33,8 @@ mod pack;
 mod parallel;
 mod rounding;
 pub mod sampling;
+#[cfg(test)]
+mod testing;
 mod tiles;
 
 pub use activation::{Activation, activate, activate_backward, gated, gated_backward};

@@ -130,10 +130,10 @@ pub(crate) fn sigmoid<A: Arithmetic>(x: f32) -> f32 {
 /// Lanes of the accumulators of a sum.
 pub(crate) const LANES: usize = 32;
 
-/// Adds up the lanes of an accumulator, pairwise.
+/// Adds up the lanes of an accumulator, pairwise; `N` is a power of two.
 #[inline(always)]
-pub(crate) fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(crate) fn add_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];

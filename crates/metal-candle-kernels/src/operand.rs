@@ -1,6 +1,7 @@
 //! Operands of matrix products: matrices of any element type, products with strides, and initial values.
 
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// The elements of a matrix operand.
 #[derive(Debug, Clone, Copy)]
@@ -80,4 +81,26 @@ pub enum Start<'a> {
     Row(&'a [f32]),
     /// A matrix of the shape of the result.
     Matrix(&'a [f32]),
+}
+
+impl Start<'_> {
+    /// # Panics
+    /// The row or the matrix is shorter than a result `[m, n]` needs.
+    pub(crate) fn check(&self, (m, n): (usize, usize)) {
+        match self {
+            Self::Row(row) => assert!(row.len() >= n, "the row is too short"),
+            Self::Matrix(matrix) => assert!(matrix.len() >= m * n, "the matrix is too short"),
+            Self::Zero | Self::Result => {}
+        }
+    }
+
+    /// Writes columns `columns` of row `row` of the initial value to `c`; the result has `n` columns.
+    pub(crate) fn write(&self, c: &mut [f32], row: usize, n: usize, columns: Range<usize>) {
+        match self {
+            Self::Zero => c.fill(0.0),
+            Self::Result => {}
+            Self::Row(values) => c.copy_from_slice(&values[columns]),
+            Self::Matrix(values) => c.copy_from_slice(&values[row * n + columns.start..row * n + columns.end]),
+        }
+    }
 }
