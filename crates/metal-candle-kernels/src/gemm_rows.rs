@@ -294,6 +294,20 @@ mod tests {
         }
     }
 
+    /// The rows of a batch that use an adapter add its product in a call of its own.
+    #[test]
+    fn a_product_that_is_added_later_has_the_same_bits() {
+        let (m, n, k) = (9, 37, 99);
+        let (a, z, narrow) = (random(m * k, 1), random(m * 3, 2), random(n * 3, 3));
+        in_every_type(n * k, |b, _| {
+            let base = RowProduct { a: &a, b, k, alpha: 1.0 };
+            let update = RowProduct { a: &z, b: Matrix::F32(&narrow), k: 3, alpha: 1.7 };
+            let together = row_products((m, n), Start::Zero, &[base, update]);
+            let first = row_products((m, n), Start::Zero, &[base]);
+            assert_eq!(together, row_products((m, n), Start::Matrix(&first), &[update]));
+        });
+    }
+
     #[test]
     fn sums_are_those_of_f64() {
         for (n, k) in SHAPES {
@@ -306,7 +320,9 @@ mod tests {
                         let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
                         let (sum, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
                         let error = (f64::from(*found) + 0.5 * sum).abs();
-                        assert!(error <= 3e-7 * size, "{error} of {size} at {at}, n {n}, k {k}");
+                        // a matrix unit multiplies half precision with 16 bits of the activations
+                        let bound = if crate::tiles::is_there() { 1e-5 } else { 3e-7 };
+                        assert!(error <= bound * size, "{error} of {size} at {at}, n {n}, k {k}");
                     }
                 }
             });
