@@ -71,7 +71,7 @@ pub(crate) struct Decoding {
     /// The largest logit of each part of a row.
     parts: Tensor,
     recording: Option<Recording>,
-    /// Whether recording has not failed.
+    /// Whether no recording has failed yet.
     is_recordable: bool,
 }
 
@@ -136,11 +136,13 @@ impl Model {
             } else {
                 self.launch_step(held, terms, cache)?;
                 if held.is_recordable {
-                    // what was compiled for the first step can be recorded for the next ones, which go on without a recording
-                    // if another part of the program does with the device meanwhile what spoils one
+                    // the first step compiled the kernels; the next steps replay them, or launch them if recording fails
                     let recording = gpu::record(&held.step.x, || self.launch_step(held, terms, cache));
-                    held.is_recordable = recording.is_ok();
-                    held.recording = recording.ok().flatten();
+                    held.recording = recording.unwrap_or_else(|error| {
+                        tracing::warn!("decoding without a CUDA graph, which is slower: {error}");
+                        held.is_recordable = false;
+                        None
+                    });
                 }
             }
             let words = gpu::read_words(&held.result)?;
