@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let output = Output::new(arguments.json, arguments.quiet);
-    // a level that this machine does not have is no comparison
+    // a level that this machine does not have is an error, not a silent fallback
     metal_candle::Device::cpu_levels()?;
     match &arguments.command {
         Command::Train(flags) => commands::train::run(flags, output),

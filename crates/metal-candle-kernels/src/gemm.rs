@@ -93,7 +93,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<
         assert!(a.len() > (m - 1) * a_strides.0 + (k - 1) * a_strides.1, "the left operand is too short");
         assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");
     }
-    if crate::tiles::take(n, products) {
+    if crate::tiles::applies(n, products) {
         return crate::tiles::add_up((m, n), start, products, c);
     }
     if let ([product], Start::Zero) = (products, start)

@@ -1,9 +1,8 @@
 //! Products whose result for a row does not depend on the other rows: for inference, where a sequence gets the same bits alone
 //! and in any batch.
 //!
-//! Each element of the result is one dot product along contiguous rows, summed in lanes over the whole depth and then pairwise,
-//! for one row as for a thousand. Weights are read in place and widened in registers, for as many rows at a time as there are
-//! registers for sums.
+//! Each element is one dot product of two contiguous rows, accumulated in lanes over the whole depth and then added pairwise, for
+//! any number of rows. Weights are read in place and widened in registers, for up to eight rows at once.
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
@@ -30,11 +29,11 @@ pub struct RowProduct<'a> {
     pub alpha: f32,
 }
 
-/// Rows of weights of a task with many rows of A.
+/// Rows of weights of a task if A has more than [`FEW_ROWS`] rows.
 const TASK_COLUMNS: usize = 48;
-/// Most rows of A that are few.
+/// Rows of A up to which a task is sized by [`TASK_ELEMENTS`].
 const FEW_ROWS: usize = 8;
-/// Weights of a task with few rows of A.
+/// Weights of a task if A has few rows.
 const TASK_ELEMENTS: usize = 64 * 1024;
 
 /// `start + sum of products` as a new matrix `[m, n]`, row-major.
@@ -57,11 +56,11 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         assert!(product.a.len() >= m * product.k, "the left operand is too short");
         assert!(product.b.len() >= n * product.k, "the right operand is too short");
     }
-    // each product by itself, since an adapter's may be added to those of some of the rows only
+    // tiles compute each product separately: an adapter's product may be added to some rows only, and the bits must not change
     let mut start = start;
-    for products in products.chunk_by(|product, next| !is_for_unit(n, product) && !is_for_unit(n, next)) {
+    for products in products.chunk_by(|product, next| !uses_tiles(n, product) && !uses_tiles(n, next)) {
         match products {
-            [product] if is_for_unit(n, product) => crate::tiles::add_up((m, n), start, &[strided(product)], c),
+            [product] if uses_tiles(n, product) => crate::tiles::add_up((m, n), start, &[strided(product)], c),
             _ => add_up_lanes((m, n), start, products, c),
         }
         start = Start::Result;
@@ -75,8 +74,8 @@ fn strided<'a>(&RowProduct { a, b, k, alpha }: &RowProduct<'a>) -> Product<'a> {
     Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
 }
 
-fn is_for_unit(n: usize, product: &RowProduct) -> bool {
-    crate::tiles::take(n, &[strided(product)])
+fn uses_tiles(n: usize, product: &RowProduct) -> bool {
+    crate::tiles::applies(n, &[strided(product)])
 }
 
 /// [`add_up`] without a matrix unit.
@@ -93,7 +92,7 @@ fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c:
     add_up_in::<Portable<Separate>>(shape, start, products, c);
 }
 
-/// A product and the rows of A in the order of its weights.
+/// A product and its rows of A, ordered as [`Weights::pair`] says.
 struct Ordered<'a> {
     product: &'a RowProduct<'a>,
     rows: &'a [Line],
@@ -114,14 +113,14 @@ struct Task<'a> {
 
 fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     let lines = |product: &RowProduct| m * ordered_stride(product.k) / 16;
-    let mut room = ROWS.take();
+    let mut buffer = ROWS.take();
     let needed = products.iter().map(lines).sum();
-    if room.len() < needed {
-        // given back first: growing in place would hold the old space beside the new
-        drop(room);
-        room = vec![Line([0.0; 16]); needed];
+    if buffer.len() < needed {
+        // freed first: growing in place would hold both buffers
+        drop(buffer);
+        buffer = vec![Line([0.0; 16]); needed];
     }
-    let mut rest = &mut room[..];
+    let mut rest = &mut buffer[..];
     let mut ordered = Vec::with_capacity(products.len());
     for product in products.iter().filter(|product| product.k > 0) {
         let rows = rest.split_off_mut(..lines(product)).unwrap_or_default();
@@ -138,7 +137,7 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
         let columns = (number * per_task, n.min((number + 1) * per_task));
         run::<V>(&Task { shape: (m, n), start, products: &ordered, columns, c });
     });
-    ROWS.set(room);
+    ROWS.set(buffer);
 }
 
 /// A cache line.
@@ -147,13 +146,13 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
 #[allow(dead_code)] // seen as floats
 struct Line([f32; 16]);
 
-/// The distance of ordered rows in elements: whole cache lines and pairs of vectors, and not a power of two, at multiples of
-/// which lines displace each other in the cache.
+/// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but no power of two, which would map
+/// rows to the same cache sets.
 fn ordered_stride(k: usize) -> usize {
     k.next_multiple_of(32) + 16
 }
 
-/// The rows of A in the order of the weights, with zeros behind the last element.
+/// Copies the rows of A as [`Weights::pair`] orders them, padded with zeros.
 fn order_rows<V: Vector>(product: &RowProduct, m: usize, rows: &mut [Line]) {
     let (k, stride) = (product.k, ordered_stride(product.k));
     let is_split = matches!(product.b, Matrix::BF16(_));
@@ -164,7 +163,7 @@ fn order_rows<V: Vector>(product: &RowProduct, m: usize, rows: &mut [Line]) {
         // SAFETY: a line is sixteen floats.
         let to = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<f32>(), stride) };
         let from = &product.a[i * k..][..k];
-        // the last group may be filled in part
+        // the last group may be partial
         to[k / 32 * 32..].fill(0.0);
         if is_split {
             split(from, 2 * V::LANES, to);
@@ -175,7 +174,7 @@ fn order_rows<V: Vector>(product: &RowProduct, m: usize, rows: &mut [Line]) {
 }
 
 dispatch! {
-    /// The elements of each group: those at even places, then those at odd ones.
+    /// Splits each group into the elements with even index, then those with odd index.
     fn split(from: &[f32], group: usize, to: &mut [f32]) = split_body
 }
 
@@ -218,7 +217,7 @@ fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Orde
         let (height, width) = V::shape(m - i);
         let height = height.min(m - i);
         let (from, to) = task.columns;
-        // for one row, rows of weights that are far apart: so many streams are read ahead
+        // a single row uses distant rows of weights: the hardware prefetches several streams at once
         let apart = if height == 1 { (to - from).div_ceil(width) } else { 1 };
         let (end, step) = if height == 1 { (from + apart, 1) } else { (to, width) };
         for j in (from..end).step_by(step) {
@@ -233,7 +232,7 @@ fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Orde
                 let c = unsafe { &mut task.c.part((i + r) * n + j + c * apart, 1)[0] };
                 *c = V::Arithmetic::mul_add(product.alpha, dot, *c);
             };
-            // SAFETY: the rows are ordered and padded, and the weights were just taken.
+            // SAFETY: the rows are ordered and padded, and the slice of the weights covers their rows.
             unsafe { V::dots(m - i, &operands, put) };
         }
         i += height;

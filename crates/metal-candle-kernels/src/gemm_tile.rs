@@ -1,4 +1,4 @@
-//! Tiles of dot products: a few rows times a few rows of weights, whose sums stay in registers over the whole depth.
+//! Computes tiles of dot products: a few rows times a few rows of weights, accumulated in registers.
 
 use crate::isa::Arithmetic;
 #[cfg(target_arch = "x86_64")]
@@ -10,45 +10,45 @@ use std::marker::PhantomData;
 /// Lanes of the widest [`Vector`].
 pub(crate) const MAX_LANES: usize = 16;
 
-/// The lanes of a sum in registers, with the tile compiled for their instruction set.
+/// A vector register, with [`tile`] compiled for its instruction set.
 pub(crate) trait Vector: Copy {
     type Arithmetic: Arithmetic;
     /// At most [`MAX_LANES`].
     const LANES: usize;
 
     fn zero() -> Self;
-    /// Has a cache line fetched that is read soon; any address may be given.
+    /// Prefetches a cache line. Any address is valid.
     fn prefetch(_: *const u8) {}
     fn mul_add(a: Self, b: Self, c: Self) -> Self;
 
     /// # Safety
-    /// There are as many elements as lanes.
+    /// `from` points to `LANES` elements.
     unsafe fn load(from: *const f32) -> Self;
 
     /// # Safety
     /// As of [`Vector::load`].
     unsafe fn load_f16(from: *const f16) -> Self;
 
-    /// The elements at even places and those at odd ones, as f32.
+    /// The elements with even and with odd index, as f32.
     ///
     /// # Safety
-    /// There are twice as many elements as lanes.
+    /// `from` points to `2 * LANES` elements.
     unsafe fn load_split(from: *const bf16) -> (Self, Self);
 
-    /// Adds up the lanes of each: those half of their number apart, and so on.
+    /// The sum of the lanes of each vector, added pairwise.
     fn sums(of: [Self; 4]) -> [f32; 4];
 
-    /// Rows and rows of weights of a tile where there are so many rows: as many sums as there are registers for.
+    /// The number of rows and of weight rows of a tile if `rows` rows remain. Its sums fit the registers.
     fn shape(rows: usize) -> (usize, usize);
 
-    /// Calls `put` with row, row of weights and dot product of a tile of the shape for so many rows.
+    /// Computes a tile of shape `shape(rows)` and calls `put(row, weight row, dot product)` for its existing rows.
     ///
     /// # Safety
     /// As of [`tile`].
     unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, put: impl FnMut(usize, usize, f32));
 }
 
-/// Functions of a [`Vector`] from its shapes, each with a tile of its own, so that its sums have all registers.
+/// Defines [`Vector::shape`] and [`Vector::dots`]. Each shape is a function of its own, so that its sums stay in registers.
 macro_rules! shapes {
     ($vector:ident, $(#[$meta:meta])? $(($rows:pat, $r:literal, $c:literal))*) => {
         fn shape(rows: usize) -> (usize, usize) {
@@ -78,17 +78,17 @@ macro_rules! shapes {
     };
 }
 
-/// Weights, of which a tile takes two vectors at a time.
+/// An element type of weights.
 pub(crate) trait Weights: Element + Default {
-    /// Of twice as many elements as lanes the first half and the second one; of bf16 those at even places and those at odd ones,
-    /// which a word splits into without a shuffle. The rows they are multiplied with are in this order too.
+    /// Loads `2 * LANES` elements as two vectors: the first and the second half, or for bf16 the elements with even and with odd
+    /// index, which needs no shuffle. The rows are ordered the same way.
     ///
     /// # Safety
-    /// There are so many elements.
+    /// `from` points to `2 * LANES` elements.
     unsafe fn pair<V: Vector>(from: *const Self) -> (V, V);
 }
 
-// SAFETY of the calls: the caller's promise.
+// SAFETY of the calls: the caller guarantees the elements.
 impl Weights for f32 {
     #[inline(always)]
     unsafe fn pair<V: Vector>(from: *const Self) -> (V, V) {
@@ -181,7 +181,7 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
     }
 }
 
-/// [`tile`] as a function of its own, so that its sums have all registers.
+/// [`tile`] as a function of its own, so that its sums stay in registers.
 #[inline(never)]
 unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights, const R: usize, const C: usize>(
     operands: &Operands<T>,
@@ -202,14 +202,14 @@ pub(crate) mod x86 {
         _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
     };
 
-    /// The upper half of a word, which is a bf16.
+    /// The upper half of a word: the bf16 with odd index.
     const UPPER: i32 = 0xffff_0000_u32.cast_signed();
 
-    /// Taken only where `isa` has found AVX-512.
+    /// Used only if `isa` detected AVX-512.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(__m512);
 
-    // SAFETY of the calls: the instructions are there, and what is read the caller promises.
+    // SAFETY of the calls: the processor has the instructions, and the caller guarantees the elements.
     impl Vector for Avx512 {
         type Arithmetic = Fused;
         const LANES: usize = 16;
@@ -259,7 +259,7 @@ pub(crate) mod x86 {
             let mut sums = [0.0; 4];
             // SAFETY: as above; there are four sums.
             unsafe {
-                // eight lanes of two sums, then four of four
+                // eight lanes each of two sums, then four lanes each of four sums
                 let eights = |a: __m512, b: __m512| {
                     let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
                     _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
@@ -281,11 +281,11 @@ pub(crate) mod x86 {
         }
     }
 
-    /// Taken only where `isa` has found AVX2.
+    /// Used only if `isa` detected AVX2.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2(__m256);
 
-    // SAFETY of the calls: the instructions are there, and what is read the caller promises.
+    // SAFETY of the calls: the processor has the instructions, and the caller guarantees the elements.
     impl Vector for Avx2 {
         type Arithmetic = Fused;
         const LANES: usize = 8;
@@ -337,7 +337,7 @@ pub(crate) mod x86 {
             unsafe {
                 let [a, b, c, d] =
                     of.map(|sum| _mm_add_ps(_mm256_castps256_ps128(sum.0), _mm256_extractf128_ps::<1>(sum.0)));
-                // two lanes of two sums, then one of four
+                // two lanes each of two sums, then one lane each of four sums
                 let twos =
                     |a, b| _mm_add_ps(_mm_shuffle_ps::<0b01_00_01_00>(a, b), _mm_shuffle_ps::<0b11_10_11_10>(a, b));
                 let (ab, cd) = (twos(a, b), twos(c, d));
@@ -355,23 +355,23 @@ pub(crate) mod x86 {
     }
 }
 
-/// Rows and rows of weights; of missing ones the last one is taken again.
+/// The operands of a tile. If there are fewer rows than the tile has, the last row is repeated.
 pub(crate) struct Operands<T> {
-    /// The first row, its distance to the next one and the number of rows. They are in the order of the weights, and as long as
-    /// whole pairs of vectors, with zeros behind the depth.
+    /// Pointer to the first row, row stride and number of rows. Rows are ordered as [`Weights::pair`] says and padded with zeros
+    /// to a multiple of `2 * LANES`.
     pub(crate) a: (*const f32, usize, usize),
-    /// The same of the weights, which are no longer than their depth.
+    /// The same for the weights, which are not padded.
     pub(crate) weights: (*const T, usize, usize),
     pub(crate) depth: usize,
 }
 
-/// Elements of a row of weights that are fetched ahead.
+/// How far ahead weights are prefetched, in elements of a row.
 const AHEAD: usize = 256;
 
 /// The dot products of `R` rows and `C` rows of weights.
 ///
 /// # Safety
-/// The rows and weights are there, at least one of each.
+/// The pointers are valid for at least one row each.
 #[inline(always)]
 unsafe fn tile<V: Vector, T: Weights, const R: usize, const C: usize>(operands: &Operands<T>) -> [[f32; C]; R] {
     let &Operands { a: (a, a_stride, a_rows), weights: (w, w_stride, w_rows), depth } = operands;
@@ -381,7 +381,7 @@ unsafe fn tile<V: Vector, T: Weights, const R: usize, const C: usize>(operands: 
     let whole = depth / group * group;
     let mut sums = [[V::zero(); C]; R];
     for at in (0..whole).step_by(group) {
-        // what is fetched ahead is in this row or at the beginning of that of the next tile, which lies behind
+        // prefetches in the same row, or at its end in the row of the next tile
         let ahead = if at + AHEAD < depth { AHEAD } else { (C * w_stride + AHEAD).saturating_sub(depth) };
         // SAFETY: the caller's promise.
         unsafe { step((&a, at), (&w, at, ahead), &mut sums) };
@@ -411,8 +411,8 @@ unsafe fn tile<V: Vector, T: Weights, const R: usize, const C: usize>(operands: 
 /// Adds the products of two vectors of each row.
 ///
 /// # Safety
-/// There are two vectors at these places behind each address.
-// loops over numbers: what closures do is not always inlined, and then compiled for the baseline
+/// Each pointer is valid for two vectors at its offset.
+// indexed loops: closures are not always inlined, and are then compiled without the instruction set
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn step<V: Vector, T: Weights, const R: usize, const C: usize>(
@@ -422,7 +422,7 @@ unsafe fn step<V: Vector, T: Weights, const R: usize, const C: usize>(
 ) {
     let (mut first, mut second) = ([V::zero(); C], [V::zero(); C]);
     for c in 0..C {
-        // one row is multiplied as fast as the processor itself reads ahead
+        // for one row the hardware prefetcher is faster
         let bytes = if R > 1 { 2 * V::LANES * size_of::<T>() } else { 0 };
         for line in (0..bytes).step_by(64) {
             V::prefetch(w[c].wrapping_add(w_at + ahead).cast::<u8>().wrapping_add(line));

@@ -1,5 +1,5 @@
-//! Threads that help the one that has work, and wait for the next piece in a short loop before they sleep: a model gives them
-//! work every few microseconds, and waking a thread takes longer than that.
+//! Runs the tasks of a kernel on the calling thread and on helper threads, which spin briefly before they sleep. A model starts
+//! kernels every few microseconds, and waking a thread takes longer than that.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -9,20 +9,20 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-/// How long a thread without work stays awake.
+/// How long an idle helper spins before it sleeps.
 const AWAKE: Duration = Duration::from_micros(100);
-/// Rounds of waiting between two looks at the clock.
+/// Spins between two reads of the clock.
 const ROUNDS: usize = 64;
 
-/// The state of [`Shared`]: the number of the work, whether it may be joined, and how many threads have.
+/// The fields of [`Shared::state`]: the id of the job, whether helpers may join it, and how many have joined.
 const NEXT: u64 = 1 << 32;
 const OPEN: u64 = 1 << 31;
 const JOINED: u64 = OPEN - 1;
 
-/// What the thread that has work and its helpers share.
+/// The job that the calling thread and its helpers share.
 struct Shared {
     state: AtomicU64,
-    /// Written by the thread that has work while the state is not open, read by those that have joined it.
+    /// Written by the calling thread while the state is not open; read by helpers that have joined.
     work: UnsafeCell<Option<Work>>,
     next: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -34,7 +34,7 @@ struct Work {
     count: usize,
 }
 
-// SAFETY: the work is written and read as its field says, and its task may be called by any thread.
+// SAFETY: `work` is accessed as its comment says, and its task is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
@@ -46,30 +46,31 @@ static SHARED: Shared = Shared {
     panic: Mutex::new(None),
 };
 
-/// A thread that helps, and whether it sleeps.
+/// A helper thread, and whether it is asleep.
 struct Helper {
     thread: Thread,
     is_asleep: &'static AtomicBool,
 }
 
-/// The helpers: one less than the threads of rayon's global pool. Held by the thread that has work.
+/// The helpers, one fewer than rayon's global pool has threads. Locked by the thread whose job runs.
 static HELPERS: OnceLock<Mutex<Vec<Helper>>> = OnceLock::new();
 
 fn start() -> Mutex<Vec<Helper>> {
     let start = |number: usize| {
         let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
         let builder = std::thread::Builder::new().name(format!("kernels-{number}"));
-        // with fewer threads the work takes longer
+        // a thread that cannot be started only costs speed
         let started = builder.spawn(|| help(is_asleep)).ok()?;
         Some(Helper { thread: started.thread().clone(), is_asleep })
     };
     Mutex::new((1..rayon::current_num_threads()).filter_map(start).collect())
 }
 
-/// Calls `task` for each of `0..count` on this thread and its helpers; none is called if the helpers have other work.
+/// Calls `task` for each of `0..count` on this thread and the helpers, and returns `true`. Returns `false` without calling it if
+/// the helpers are busy.
 pub(crate) fn share(count: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
     let Ok(helpers) = HELPERS.get_or_init(start).try_lock() else { return false };
-    // SAFETY: the state is not open, so nobody reads; the task outlives the work, which ends below.
+    // SAFETY: the state is not open, so no helper reads `work`. The job ends before this function returns, so the task outlives it.
     unsafe {
         let task = std::mem::transmute::<&(dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync)>(task);
         *SHARED.work.get() = Some(Work { task, count });
@@ -87,7 +88,7 @@ pub(crate) fn share(count: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
     let mut rounds = 0;
     while SHARED.state.load(Ordering::Acquire) & JOINED != 0 {
         rounds += 1;
-        // another process may have the core of a helper
+        // the helper may be waiting for a core
         if rounds % (64 * ROUNDS) == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
     }
     let there = SHARED.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -98,7 +99,7 @@ pub(crate) fn share(count: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
     true
 }
 
-/// Takes one task after the other.
+/// Runs tasks until none is left.
 fn work(task: &(dyn Fn(usize) + Sync), count: usize) {
     loop {
         let number = SHARED.next.fetch_add(1, Ordering::Relaxed);
@@ -109,7 +110,7 @@ fn work(task: &(dyn Fn(usize) + Sync), count: usize) {
     }
 }
 
-/// What a helper does for the life of the process.
+/// The loop of a helper, for the life of the process.
 fn help(is_asleep: &AtomicBool) {
     let mut done = 0;
     loop {
@@ -118,11 +119,11 @@ fn help(is_asleep: &AtomicBool) {
             continue;
         }
         done = state & !(OPEN | JOINED);
-        // SAFETY: this thread has joined, so the work is there until it leaves.
+        // SAFETY: this thread has joined, so `work` is set and stays until this thread leaves.
         let Work { task, count } = unsafe { (*SHARED.work.get()).unwrap_unchecked() };
         // SAFETY: as above.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(unsafe { &*task }, count))) {
-            // the tasks that nobody has begun are left out
+            // skips the tasks that have not started
             SHARED.next.store(count, Ordering::Relaxed);
             *SHARED.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
@@ -130,7 +131,7 @@ fn help(is_asleep: &AtomicBool) {
     }
 }
 
-/// A state with work that may be joined and is not that of number `done`.
+/// Waits for an open job other than `done` and returns its state.
 fn wait(done: u64, is_asleep: &AtomicBool) -> u64 {
     let is_new = |state: u64| state & OPEN != 0 && state & !(OPEN | JOINED) != done;
     let mut since = Instant::now();
@@ -144,7 +145,7 @@ fn wait(done: u64, is_asleep: &AtomicBool) -> u64 {
         }
         if since.elapsed() > AWAKE {
             is_asleep.store(true, Ordering::SeqCst);
-            // work that came before it could be known that this thread sleeps
+            // a job may have been opened before the caller could see that this thread sleeps
             if !is_new(SHARED.state.load(Ordering::SeqCst)) {
                 std::thread::park();
             }
@@ -158,7 +159,7 @@ fn wait(done: u64, is_asleep: &AtomicBool) -> u64 {
 mod tests {
     use super::*;
 
-    /// Work for all threads, again if the helpers work for another test.
+    /// Retries while the helpers run the job of another test.
     fn share_until_done(count: usize, task: &(dyn Fn(usize) + Sync)) {
         while !share(count, task) {
             std::thread::yield_now();
@@ -173,7 +174,7 @@ mod tests {
                 done[number].fetch_add(1, Ordering::Relaxed);
             });
             assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
-            // now and then the helpers fall asleep
+            // long enough for the helpers to fall asleep
             if count % 50 == 0 {
                 std::thread::sleep(3 * AWAKE);
             }

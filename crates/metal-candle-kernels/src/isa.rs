@@ -26,14 +26,14 @@ impl Isa {
     }
 }
 
-/// The environment variable that keeps the kernels from the instructions above a level of [`LEVELS`]: to compare, and to test
-/// what other machines do.
+/// The environment variable that limits the kernels to a level of [`LEVELS`], to compare levels and to test what other machines
+/// use.
 pub const ISA_VARIABLE: &str = "METAL_CANDLE_ISA";
 
-/// The levels that [`ISA_VARIABLE`] takes, the lowest first.
+/// The values of [`ISA_VARIABLE`], lowest level first.
 #[cfg(target_arch = "x86_64")]
 pub const LEVELS: [&str; 4] = ["baseline", "avx2", "avx512", "amx"];
-/// The levels that [`ISA_VARIABLE`] takes, the lowest first.
+/// The values of [`ISA_VARIABLE`], lowest level first.
 #[cfg(not(target_arch = "x86_64"))]
 pub const LEVELS: [&str; 1] = [if cfg!(target_arch = "aarch64") { "neon" } else { "baseline" }];
 
@@ -51,12 +51,12 @@ pub fn isa() -> Isa {
     })
 }
 
-/// Whether the environment allows a matrix unit.
+/// Whether [`ISA_VARIABLE`] permits a matrix unit.
 pub(crate) fn may_use_matrix_unit() -> bool {
     limit().is_ok_and(|level| level.is_none_or(|level| level + 1 == LEVELS.len()))
 }
 
-/// The place in [`LEVELS`] of the highest level that the environment allows; none without the variable.
+/// The index in [`LEVELS`] of the highest permitted level; `None` if the variable is not set.
 pub(crate) fn limit() -> Result<Option<usize>, String> {
     let Some(value) = std::env::var_os(ISA_VARIABLE).filter(|value| !value.is_empty()) else { return Ok(None) };
     let level = LEVELS.iter().position(|level| value.to_str().is_some_and(|value| value.eq_ignore_ascii_case(level)));

@@ -1,12 +1,12 @@
-//! What the kernels use on this machine, in words.
+//! Names the instruction set and the matrix unit that the kernels use.
 
 use crate::isa::{Isa, isa, limit};
 use crate::tiles;
 
-/// The names of what the kernels use on this machine: the instruction set, and the matrix unit if there is one.
+/// The instruction set that the kernels use on this machine, and the matrix unit if there is one.
 ///
 /// # Errors
-/// [`crate::ISA_VARIABLE`] names no level, or one that this machine does not have.
+/// [`crate::ISA_VARIABLE`] is not a level, or is a level that this machine does not have.
 pub fn levels() -> Result<Vec<&'static str>, String> {
     let mut found = vec![isa().name()];
     if tiles::is_there() {

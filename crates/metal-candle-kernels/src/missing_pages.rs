@@ -1,8 +1,8 @@
-//! Pages of mapped files that are gone because the file was shortened: they read as zeros instead of ending the process.
+//! Replaces pages of a mapped file that no longer exist, because the file was shortened, by zeros.
 //!
-//! The system reports a read of such a page by the signal SIGBUS. The handler puts a page of zeros in place if the address is
-//! in a watched map, and leaves any other SIGBUS to the handler that was there before. It is installed with the first map, and
-//! again with each new map and each question for lost pages if another part of the program has put its own in its place.
+//! The system raises SIGBUS when such a page is read. The handler maps a page of zeros if the address is in a watched map, and
+//! forwards any other SIGBUS to the previous handler. Each new map and each check for lost pages installs the handler again if
+//! another part of the program replaced it.
 
 #[cfg(unix)]
 pub(crate) use unix::Watch;
@@ -34,10 +34,10 @@ mod unix {
         }
     }; SLOTS];
     static PAGE: AtomicUsize = AtomicUsize::new(0);
-    /// The handler that was there before, and how it asked to be called.
+    /// The previous handler and its flags.
     static PREVIOUS: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
     static PREVIOUS_FLAGS: AtomicI32 = AtomicI32::new(0);
-    /// Whether the previous handler runs; should that one call this one in turn, the process ends as if there were neither.
+    /// Whether the previous handler is running. If it calls this handler in turn, the default action ends the process.
     static IS_FORWARDING: AtomicBool = AtomicBool::new(false);
 
     /// Watches a map until it is dropped.
@@ -87,23 +87,23 @@ mod unix {
         }
         let _guard = INSTALLING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Some(current) = action().filter(|current| current.sa_sigaction != handler) else { return };
-        // SAFETY: asks for a number.
+        // SAFETY: the call only returns a number.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         PAGE.store(usize::try_from(page).unwrap_or(4096), Ordering::Release);
         PREVIOUS_FLAGS.store(current.sa_flags, Ordering::Release);
         PREVIOUS.store(current.sa_sigaction, Ordering::Release);
-        // SAFETY: the structure is plain data. The handler makes only calls that are allowed in one, and what it needs is stored.
+        // SAFETY: the structure is plain data. The handler makes only async-signal-safe calls, and its state is already stored.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = handler;
-            // on the thread's own stack for signals, which std sets up
+            // on the thread's signal stack, which std sets up
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             libc::sigemptyset(&raw mut action.sa_mask);
             libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut());
         }
     }
 
-    /// What the process does on SIGBUS now.
+    /// The current SIGBUS action.
     fn action() -> Option<libc::sigaction> {
         let mut action = MaybeUninit::<libc::sigaction>::zeroed();
         // SAFETY: the call only fills the structure in, which is plain data.
@@ -131,7 +131,7 @@ mod unix {
         let (previous, flags) = (PREVIOUS.load(Ordering::Acquire), PREVIOUS_FLAGS.load(Ordering::Acquire));
         let is_none = matches!(previous, libc::SIG_DFL | libc::SIG_IGN);
         if is_none || IS_FORWARDING.swap(true, Ordering::AcqRel) {
-            // read again without a handler, which ends the process
+            // the read is repeated without a handler, which ends the process
             // SAFETY: the structure is plain data.
             unsafe {
                 let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
@@ -140,7 +140,7 @@ mod unix {
             }
             return;
         }
-        // SAFETY: the program gave this handler to the system, and it is called as it asked to be.
+        // SAFETY: the program registered this handler, and it is called as its flags say.
         unsafe {
             if flags & libc::SA_SIGINFO == 0 {
                 std::mem::transmute::<usize, extern "C" fn(libc::c_int)>(previous)(signal);
@@ -157,7 +157,7 @@ mod unix {
     mod tests {
         use super::*;
 
-        /// A program that catches SIGBUS itself may start doing so at any time.
+        /// A program may install its own handler at any time.
         #[test]
         fn a_handler_that_another_part_installs_is_kept_behind() {
             extern "C" fn other(_: libc::c_int) {}

@@ -104,11 +104,11 @@ impl Device {
         matches!(self.0, Kind::Cuda(_))
     }
 
-    /// What the kernels of the CPU use on this machine: the instruction set, and the matrix unit where there is one. The
-    /// environment variable `METAL_CANDLE_ISA` (`baseline`, `avx2`, `avx512`, `amx`) keeps them from those above a level.
+    /// The instruction set that the CPU kernels use on this machine, and the matrix unit if there is one. The environment
+    /// variable `METAL_CANDLE_ISA` (`baseline`, `avx2`, `avx512` or `amx`) limits them to a level.
     ///
     /// # Errors
-    /// The variable names no level, or one that this machine does not have.
+    /// The variable is not a level, or is a level that this machine does not have.
     pub fn cpu_levels() -> Result<Vec<&'static str>> {
         let named = |message| Error::Argument { name: metal_candle_kernels::ISA_VARIABLE.into(), message };
         metal_candle_kernels::levels().map_err(named)

@@ -138,9 +138,9 @@ impl Products {
     }
 }
 
-/// Waits until no other thread records, and keeps others from it: what waits for the whole device, as making and dropping
-/// handles of cuBLAS and loading modules may do, fails while a stream records and spoils the recording. Nothing to wait for in
-/// the thread that records.
+/// Excludes recordings of other threads until the guard is dropped. Creating and dropping cuBLAS handles and loading modules may
+/// synchronize the device, which fails while a stream is captured and invalidates the capture. Returns `None` in the thread that
+/// records.
 fn alone() -> Option<MutexGuard<'static, ()>> {
     static ALONE: Mutex<()> = Mutex::new(());
     let is_recording = RECORDING.with_borrow(Option::is_some);
@@ -266,8 +266,8 @@ pub fn missing_function() -> Option<String> {
     }
 }
 
-/// Opens a device with a stream of its own, so that work can be recorded: no events between launches of its one stream, and
-/// memory that stays with the process.
+/// Opens a device with a stream of its own, which can be captured. Launches record no events, and freed memory stays in the pool
+/// of the process.
 ///
 /// # Errors
 /// The device fails.

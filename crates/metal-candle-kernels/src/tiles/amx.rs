@@ -1,4 +1,4 @@
-//! The matrix unit of x86-64 (Intel Advanced Matrix Extensions): eight tiles of 16 rows of 64 bytes, and products of them.
+//! Multiplies tiles with Intel's Advanced Matrix Extensions (AMX): eight tile registers of 16 rows of 64 bytes.
 //!
 //! Intel Architecture Software Developer's Manual, volume 1, chapter 18, and volume 2, `TDPBF16PS`.
 
@@ -7,14 +7,14 @@ use std::sync::OnceLock;
 
 /// Rows of a tile, and columns of a tile of sums.
 pub(super) const SIDE: usize = 16;
-/// Depth of one product of tiles, in elements of bf16.
+/// Depth of one tile product, in bf16 elements.
 pub(super) const DEPTH: usize = 32;
 /// Bytes of a tile.
 pub(super) const TILE: usize = 1024;
-/// Bytes from row to row of a whole tile.
+/// Row stride of a full tile, in bytes.
 const LINE: usize = 64;
 
-/// Whether the processor has the unit, the system lets this process use it, and it multiplies as documented.
+/// Whether the processor has AMX, the kernel permits this process to use it, and a small product is correct.
 pub(super) fn is_there() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| is_permitted() && is_right())
@@ -29,7 +29,7 @@ fn is_permitted() -> bool {
     cfg!(feature = "emulate-tiles")
 }
 
-/// What `CPUID` says of AMX-TILE and AMX-BF16, and `XCR0` of the state that the system saves.
+/// Whether `CPUID` reports AMX-TILE and AMX-BF16, and `XCR0` shows that the system saves the tile state.
 fn has_unit() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
@@ -37,7 +37,7 @@ fn has_unit() -> bool {
     const TILE_STATE: u64 = 1 << 17 | 1 << 18;
     #[target_feature(enable = "xsave")]
     fn saved_state() -> u64 {
-        // SAFETY: the system has enabled the instruction, as its caller found.
+        // SAFETY: the caller checked that the system enabled `xgetbv`.
         unsafe { _xgetbv(0) }
     }
 
@@ -47,15 +47,15 @@ fn has_unit() -> bool {
     has_xgetbv && has_tiles && unsafe { saved_state() } & TILE_STATE == TILE_STATE
 }
 
-/// Asks Linux for the tiles (`ARCH_REQ_XCOMP_PERM`), which it gives a process that asks.
+/// Requests permission to use tiles from Linux (`ARCH_REQ_XCOMP_PERM`).
 fn ask() -> bool {
     const REQUEST: libc::c_long = 0x1023;
     const TILE_DATA: libc::c_long = 18;
-    // SAFETY: the call changes only what the process may use.
+    // SAFETY: the call only changes the permissions of this process.
     unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
 }
 
-/// Multiplies tiles of numbers with few digits, whose sums are exact in any order.
+/// Multiplies tiles of small integers, whose sums are exact in any order, and checks the result.
 fn is_right() -> bool {
     let element = |i: usize, factor: usize| (i * factor % 15) as f32 - 7.0;
     let bits = |value: f32| (value.to_bits() >> 16) as u16;
@@ -64,7 +64,7 @@ fn is_right() -> bool {
     let mut sums = Sums([1.0; 4 * SIDE * SIDE]);
     let (left, right) =
         (Left { start: left.as_ptr().cast(), stride: LINE }, Right { start: right.as_ptr().cast(), columns: 2 * SIDE });
-    // SAFETY: two tiles of each operand, as a step of one term takes.
+    // SAFETY: each operand has the two tiles that one step of one term reads.
     unsafe { multiply::<2, 2, 1, 1>(left, right, (2 * SIDE, 1), true, &mut sums) };
     (0..2 * SIDE).all(|i| {
         (0..2 * SIDE).all(|j| {
@@ -76,35 +76,35 @@ fn is_right() -> bool {
     })
 }
 
-/// Rows of a left operand: one term from row to row, `stride` bytes apart, or the tiles of two terms one behind the other.
+/// A left operand: rows `stride` bytes apart if it has one term; otherwise, for each step of the depth, the tiles of each term.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) start: *const u8,
     pub(super) stride: usize,
 }
 
-/// Columns of a right operand: for each step of the depth the tiles of each term, in which pairs of rows are interleaved.
+/// A right operand: for each step of the depth, the tiles of each term, with pairs of rows interleaved.
 #[derive(Clone, Copy)]
 pub(super) struct Right {
     pub(super) start: *const u8,
     pub(super) columns: usize,
 }
 
-/// Sums of two by two tiles, row by row.
+/// The accumulators of two by two tiles, row-major.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
 pub(super) struct Sums(pub(super) [f32; 4 * SIDE * SIDE]);
 
-/// What `LDTILECFG` reads.
+/// The operand of `LDTILECFG`.
 #[repr(align(64))]
 #[allow(dead_code)] // read by the unit
 struct Shapes([u8; 64]);
 
 impl Shapes {
-    /// Tiles 0 to 3 are sums, 4 and 5 of the left, 6 and 7 of the right operand. A second tile is whole or not used.
+    /// Tiles 0 to 3 hold sums, 4 and 5 the left operand, 6 and 7 the right operand. A second tile is full or unused.
     fn new(rows: usize, columns: usize) -> Self {
         let mut shapes = [0; 64];
-        // the palette
+        // palette 1
         shapes[0] = 1;
         let mut set = |tile: usize, rows: usize, bytes: usize| {
             shapes[16 + 2 * tile] = bytes as u8;
@@ -124,7 +124,7 @@ impl Shapes {
     }
 }
 
-/// Loads term `t` of the right operand; behind it lies the next one.
+/// Loads term `t` of the right operand. The terms follow each other in memory.
 macro_rules! right {
     ($t:literal) => {
         concat!(
@@ -145,8 +145,8 @@ macro_rules! right {
     };
 }
 
-/// Loads term `s` of the left operand, unless it is the only one and there already, and adds the products with term `t` of the
-/// right one, if they count.
+/// Loads term `s` of the left operand, unless a single term is already loaded, and adds its products with term `t` of the right
+/// operand. Pairs with `s + t` beyond the last term are skipped: they are below the rounding error.
 macro_rules! pair {
     ($s:literal, $t:literal) => {
         concat!(
@@ -186,14 +186,12 @@ macro_rules! pair {
     };
 }
 
-/// Adds the products of `rows` rows and a right operand to sums: to the ones that are there, or else to zeros. Products of terms
-/// that are together as small as a term that there is not are left out.
+/// Multiplies `rows` rows with a right operand. Adds to the existing `sums` if `is_added`, otherwise overwrites them.
 ///
-/// Rows and columns beyond a whole tile fill a second one; what they hold where there are none is up to the operands.
+/// More than 16 rows or columns use a second tile, which the operands pad to its full size.
 ///
 /// # Safety
-/// The unit is there. Of `steps` steps the operands hold the tiles that `A` and `B`, the numbers of tiles, and their numbers of
-/// terms say.
+/// AMX is available. Each operand holds `steps` steps of `A` or `B` tiles per term.
 pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
     left: Left,
     right: Right,
@@ -203,7 +201,7 @@ pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usi
 ) {
     let shapes = Shapes::new(rows, right.columns);
     let right_stride = if B == 2 { LINE } else { 4 * right.columns };
-    // SAFETY: the caller's promise; all tiles are given back.
+    // SAFETY: the caller's promise; the block releases all tiles.
     unsafe {
         asm!(
             "ldtilecfg [{shapes}]",

@@ -1,5 +1,5 @@
-//! The instructions of [`super::amx`] in software, for tests on processors without them: what the processor refuses arrives as
-//! the signal SIGILL, is decoded and done, and the program goes on behind it. Some thousand times slower than the unit.
+//! Emulates the instructions of [`super::amx`], for tests on processors without AMX. The processor raises SIGILL for them; the
+//! handler decodes the instruction, executes it and continues after it. About a thousand times slower than AMX.
 
 use crate::isa::{Arithmetic, dispatch};
 use std::cell::RefCell;
@@ -11,7 +11,7 @@ const TILES: usize = 8;
 const ROWS: usize = 16;
 const LINE: usize = 64;
 
-/// The tiles of a thread, and their shapes: rows, and bytes of a row.
+/// The tile registers of a thread, and their shapes: rows, and bytes per row.
 struct Unit {
     shapes: [(usize, usize); TILES],
     tiles: [[[u8; LINE]; ROWS]; TILES],
@@ -25,15 +25,15 @@ thread_local! {
     static UNIT: RefCell<Unit> = const { RefCell::new(Unit::NONE) };
 }
 
-/// What the processor did on SIGILL before.
+/// The previous SIGILL action.
 static mut PREVIOUS: MaybeUninit<libc::sigaction> = MaybeUninit::uninit();
 
-/// Emulates the unit from now on.
+/// Installs the handler.
 pub(super) fn install() {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {
-        // SAFETY: the structures are plain data that the calls fill in; the handler uses memory that the instruction it stands
-        // for would use, and the thread's own.
+        // SAFETY: the structures are plain data that the calls fill in. The handler accesses the memory that the emulated
+        // instruction accesses, and thread-local state.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_illegal_instruction;
@@ -45,21 +45,20 @@ pub(super) fn install() {
 }
 
 extern "C" fn on_illegal_instruction(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the system passes a valid context, which this thread alone has; instructions are at most 15 bytes long, and the
-    // ones that are decoded here are read no further than they go.
+    // SAFETY: the system passes a valid context that no other thread uses, and the decoder reads no byte beyond the instruction.
     unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
         let registers = &mut context.uc_mcontext.gregs;
         let start = registers[libc::REG_RIP as usize] as *const u8;
         match UNIT.with_borrow_mut(|unit| unit.step(start, registers)) {
             Some(length) => registers[libc::REG_RIP as usize] += length as i64,
-            // not one of the unit's: met again without this handler
+            // another illegal instruction: it is executed again with the previous action
             None => drop(libc::sigaction(libc::SIGILL, (&raw const PREVIOUS).cast(), ptr::null_mut())),
         }
     }
 }
 
-/// The places of the sixteen registers in a context, in the order of their numbers.
+/// The indices of the sixteen registers in a context, in encoding order.
 const REGISTERS: [libc::c_int; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -80,11 +79,11 @@ const REGISTERS: [libc::c_int; 16] = [
 ];
 
 impl Unit {
-    /// Does the instruction at `code`; its length, or none where it is not one of the unit's.
+    /// Executes the instruction at `code` and returns its length; `None` if it is not an AMX instruction.
     unsafe fn step(&mut self, code: *const u8, registers: &[i64; 23]) -> Option<usize> {
-        // SAFETY: the caller's promise, for this and the reads below: each byte belongs to the instruction.
+        // SAFETY: each byte that is read belongs to the instruction.
         let byte = |at: usize| unsafe { *code.add(at) };
-        // VEX of three bytes, map 0F38, W = 0, L = 0
+        // three-byte VEX prefix, map 0F38, W = 0, L = 0
         if byte(0) != 0xc4 || byte(1) & 0x1f != 2 || byte(2) & 0x84 != 0 {
             return None;
         }
@@ -115,7 +114,7 @@ impl Unit {
                 return None;
             }
             address = register(base);
-            // number 4 stands for no index
+            // register 4 means no index
             stride = if index == 4 { 0 } else { register(index) << (sib >> 6) };
         } else if mode == 0 && rm == 5 {
             return None;
@@ -154,7 +153,7 @@ impl Unit {
         Some(length)
     }
 
-    /// `LDTILECFG`; none for what the processor refuses.
+    /// `LDTILECFG`; `None` for a configuration that raises a fault.
     fn shape(&mut self, bytes: &[u8; 64]) -> Option<()> {
         *self = Self::NONE;
         if bytes[0] != 1 || bytes[1] != 0 {
@@ -184,7 +183,7 @@ impl Unit {
 }
 
 dispatch! {
-    /// The products with even and with odd rows of the right operand are summed apart; subnormal numbers are zeros.
+    /// Sums the products of even and of odd depth separately, as the manual specifies. Subnormal values count as zero.
     fn dot_products(sums: &mut [[u8; LINE]], left: &[[u8; LINE]; ROWS], right: &[[u8; LINE]]) = dot_products_body
 }
 

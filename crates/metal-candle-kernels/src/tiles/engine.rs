@@ -1,4 +1,4 @@
-//! Sums of products, shared out among tasks.
+//! Splits a sum of products into tasks of tiles.
 
 use super::amx::{DEPTH, Left, Right, SIDE, Sums, TILE, multiply};
 use super::pack::{self, Part, Source, right_bytes, steps, tiles};
@@ -8,48 +8,48 @@ use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
 use std::cell::Cell;
 
-/// Rows of a panel of the shared operand, and rows or columns of the streamed one: two tiles.
+/// Rows of a panel of the shared operand, and rows or columns of a panel of the streamed operand: two tiles.
 const PANEL: usize = 2 * SIDE;
-/// Steps of a streamed panel that are multiplied with all panels of a task before the next ones: they stay in the cache.
+/// Steps of a streamed panel that a task multiplies with all its shared panels before the next steps. They fit the L1 cache.
 const BLOCK: usize = 16;
-/// Most panels of the shared operand of a task, whose sums stay in the cache beside that.
+/// Maximum number of shared panels of a task. Their sums fit the L2 cache.
 const TASK_PANELS: usize = 16;
-/// Elements of the shared operand that are packed at a time.
+/// Elements of the shared operand that are packed at once.
 const SHARED_ELEMENTS: usize = 4 << 20;
 
-/// Room of a tile.
+/// A buffer for one tile.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
 #[allow(dead_code)] // seen as words or bytes
-struct Room([u32; TILE / 4]);
+struct TileBuffer([u32; TILE / 4]);
 
 thread_local! {
-    static SHARED: Cell<Vec<Room>> = const { Cell::new(Vec::new()) };
-    static STREAMED: Cell<Vec<Room>> = const { Cell::new(Vec::new()) };
+    static SHARED: Cell<Vec<TileBuffer>> = const { Cell::new(Vec::new()) };
+    static STREAMED: Cell<Vec<TileBuffer>> = const { Cell::new(Vec::new()) };
     static SUMS: Cell<Vec<Sums>> = const { Cell::new(Vec::new()) };
 }
 
-fn words(rooms: &mut [Room]) -> &mut [u32] {
-    // SAFETY: a room is an array of words.
-    unsafe { std::slice::from_raw_parts_mut(rooms.as_mut_ptr().cast(), rooms.len() * TILE / 4) }
+fn words(tiles: &mut [TileBuffer]) -> &mut [u32] {
+    // SAFETY: a buffer is an array of words.
+    unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * TILE / 4) }
 }
 
-fn bytes(rooms: &mut [Room]) -> &mut [u8] {
+fn bytes(tiles: &mut [TileBuffer]) -> &mut [u8] {
     // SAFETY: as above, of bytes.
-    unsafe { std::slice::from_raw_parts_mut(rooms.as_mut_ptr().cast(), rooms.len() * TILE) }
+    unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * TILE) }
 }
 
-/// Which operand of the unit the streamed one is.
+/// Which side of the tile product the streamed operand is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Streamed {
-    /// The columns of B are the rows of the left operand, and the sums are those of the transposed result: for weights whose
-    /// rows lie along the depth.
+    /// The columns of B are the rows of the left operand, and the tiles accumulate the transposed result. For weights that are
+    /// contiguous along the depth.
     Left,
-    /// The columns of B are those of the right operand.
+    /// The columns of B are the columns of the right operand.
     Right,
 }
 
-/// The number of terms of weights.
+/// The number of bf16 terms of the weights.
 fn terms(matrix: &Matrix) -> usize {
     match matrix {
         Matrix::BF16(_) => 1,
@@ -58,12 +58,12 @@ fn terms(matrix: &Matrix) -> usize {
     }
 }
 
-/// The number of terms of the shared operand, which is f32: as precise as the weights, and not below 16 bits.
+/// The number of terms of the f32 operand that is multiplied with the weights: at least two, which are 16 bits.
 fn shared_terms(weights: &Matrix) -> usize {
     terms(weights).max(2)
 }
 
-/// The most terms that the shared operand has.
+/// The maximum of [`shared_terms`].
 const MAX_SHARED_TERMS: usize = 3;
 
 /// Some rows of the result.
@@ -75,12 +75,12 @@ struct Chunk<'a> {
     n: usize,
     /// The first row and the number of rows.
     rows: (usize, usize),
-    /// The panels of the shared operand, one behind the other.
-    shared: &'a [Room],
+    /// The panels of the shared operand in order.
+    shared: &'a [TileBuffer],
     c: Shared<f32>,
 }
 
-/// Adds up products as [`crate::gemm_sum_to`] does; operands are as long as their shapes and strides say.
+/// Computes [`crate::gemm_sum_to`] with tiles. The caller has checked the lengths of the operands.
 pub(crate) fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
     let by_row = products.iter().max_by_key(|product| product.k).is_some_and(|product| product.b_strides.0 == 1);
     let streamed = if by_row { Streamed::Left } else { Streamed::Right };
@@ -91,18 +91,18 @@ pub(crate) fn add_up((m, n): (usize, usize), start: Start, products: &[Product],
     }
 }
 
-/// Rows of the shared operand that are packed at a time.
+/// Rows of the shared operand that are packed at once.
 fn rows_at_a_time(depth: usize) -> usize {
     (SHARED_ELEMENTS / depth.max(1)).max(PANEL) / PANEL * PANEL
 }
 
-/// The memory that the shared operand `[m, depth]` takes while it is packed, in bytes.
+/// The size of the packed shared operand `[m, depth]`, in bytes.
 pub(crate) fn packed_bytes(m: usize, depth: usize) -> usize {
     let depth = DEPTH * steps(depth);
     2 * MAX_SHARED_TERMS * depth * m.next_multiple_of(PANEL).min(rows_at_a_time(depth))
 }
 
-/// Tiles of a panel of the shared operand of so many rows for all products.
+/// Tiles of a shared panel of `rows` rows, for all products.
 fn shared_tiles(products: &[Product], rows: usize) -> usize {
     products.iter().map(|product| shared_terms(&product.b) * tiles(rows) * steps(product.k)).sum()
 }
@@ -114,19 +114,19 @@ fn run(
     (streamed, products): (Streamed, &[Product]),
     c: Shared<f32>,
 ) {
-    let (panels, room) = (count.div_ceil(PANEL), shared_tiles(products, count.min(PANEL)));
+    let (panels, tiles_per_panel) = (count.div_ceil(PANEL), shared_tiles(products, count.min(PANEL)));
     let mut shared = SHARED.take();
-    if shared.len() < panels * room {
-        // given back first: growing in place would hold the old space beside the new
+    if shared.len() < panels * tiles_per_panel {
+        // freed first: growing in place would hold both buffers
         drop(shared);
-        shared = vec![Room([0; TILE / 4]); panels * room];
+        shared = vec![TileBuffer([0; TILE / 4]); panels * tiles_per_panel];
     }
     let depth: usize = products.iter().map(|product| product.k).sum();
     let to = Shared::new(&mut shared);
     for_each(panels, count * depth, |panel| {
         let lanes = (first + panel * PANEL, PANEL.min(count - panel * PANEL));
         // SAFETY: panels do not overlap.
-        let mut to = unsafe { to.part(panel * room, room) };
+        let mut to = unsafe { to.part(panel * tiles_per_panel, tiles_per_panel) };
         for product in products {
             let source = Source {
                 values: product.a,
@@ -146,20 +146,20 @@ fn run(
     });
     let chunk = Chunk { streamed, products, start, n, rows: (first, count), shared: &shared, c };
     let columns = n.div_ceil(PANEL);
-    // few columns: the threads share the rows
+    // with few columns the threads split the rows
     let wanted = (4 * rayon::current_num_threads()).div_ceil(columns).min(panels);
     let per_task = panels.div_ceil(wanted.max(1)).min(TASK_PANELS);
     let parts = panels.div_ceil(per_task);
     for_each(columns * parts, count * n * depth / 64, |number| {
         let (column, part) = (number / parts, number % parts);
         let panels = (part * per_task, panels.min((part + 1) * per_task));
-        task(&chunk, column * PANEL, panels, room);
+        task(&chunk, column * PANEL, panels, tiles_per_panel);
     });
     SHARED.set(shared);
 }
 
-/// The columns from `column` on of some panels of rows.
-fn task(chunk: &Chunk, column: usize, panels: (usize, usize), room: usize) {
+/// Computes the panel of columns that starts at `column`, for a range of row panels.
+fn task(chunk: &Chunk, column: usize, panels: (usize, usize), tiles_per_panel: usize) {
     let width = PANEL.min(chunk.n - column);
     let mut sums = SUMS.take();
     if sums.len() < panels.1 - panels.0 {
@@ -180,9 +180,9 @@ fn task(chunk: &Chunk, column: usize, panels: (usize, usize), room: usize) {
             for panel in panels.0..panels.1 {
                 let rows = PANEL.min(chunk.rows.1 - panel * PANEL);
                 let sums = &mut sums[panel - panels.0];
-                let at = panel * room + before * tiles(rows);
+                let at = panel * tiles_per_panel + before * tiles(rows);
                 let shared = chunk.shared[at..].as_ptr().cast::<u8>();
-                // SAFETY: the operands were packed for these numbers of lanes, steps and terms; the unit is there.
+                // SAFETY: the operands were packed for these numbers of lanes, steps and terms, and AMX is available.
                 unsafe {
                     match chunk.streamed {
                         Streamed::Left => {
@@ -217,13 +217,14 @@ fn task(chunk: &Chunk, column: usize, panels: (usize, usize), room: usize) {
     SUMS.set(sums);
 }
 
-/// A panel of the streamed operand: `width` columns of B from `column` on, and `count` steps of its depth.
+/// Packs `width` columns of B, starting at `column`, for `count` steps of the depth. Rows of bf16 along the depth are used in
+/// place.
 fn stream<T: Element>(
     b: &[T],
     product: &Product,
     streamed: Streamed,
     (column, width, step, count): (usize, usize, usize, usize),
-    room: &mut Vec<Room>,
+    buffer: &mut Vec<TileBuffer>,
 ) -> Left {
     let (depth_stride, lane_stride) = product.b_strides;
     let (at, depth) = (step * DEPTH, (count * DEPTH).min(product.k - step * DEPTH));
@@ -233,23 +234,23 @@ fn stream<T: Element>(
         let start = b[column * lane_stride + at..].as_ptr().cast();
         return Left { start, stride: size_of::<T>() * lane_stride };
     }
-    let needed = (terms * count * 2).max(room.len());
-    room.resize(needed, Room([0; TILE / 4]));
+    let needed = (terms * count * 2).max(buffer.len());
+    buffer.resize(needed, TileBuffer([0; TILE / 4]));
     let source = Source { values: b, lane_stride, depth_stride, alpha: 1.0 };
     let part = Part { lanes: (column, width), depth: (at, depth) };
     let mut stride = 2 * DEPTH;
     match (streamed, terms) {
-        (Streamed::Right, _) => pack::columns(&source, part, terms, words(room)),
+        (Streamed::Right, _) => pack::columns(&source, part, terms, words(buffer)),
         (Streamed::Left, 1) => {
             stride = 2 * DEPTH * count;
-            pack::rows(&source, part, stride, bytes(room));
+            pack::rows(&source, part, stride, bytes(buffer));
         }
-        (Streamed::Left, _) => pack::terms_by_step(&source, part, terms, bytes(room)),
+        (Streamed::Left, _) => pack::terms_by_step(&source, part, terms, bytes(buffer)),
     }
-    Left { start: room.as_ptr().cast(), stride }
+    Left { start: buffer.as_ptr().cast(), stride }
 }
 
-/// [`multiply`] for any numbers of tiles and terms.
+/// Dispatches to [`multiply`] by the numbers of tiles and terms.
 ///
 /// # Safety
 /// As of [`multiply`].
@@ -280,7 +281,7 @@ unsafe fn add(
 }
 
 dispatch! {
-    /// Writes the sums of a panel to their place, added to the start.
+    /// Adds the sums of a panel to the initial value and writes them to the result.
     fn finish(chunk: &Chunk, rows: (usize, usize), columns: (usize, usize), sums: &mut Sums) = finish_body
 }
 
@@ -310,7 +311,7 @@ fn finish_body<A: Arithmetic>(
     }
 }
 
-/// Starts and sums; of a whole row the compiler knows the length.
+/// Writes `start + sums`. A full row has a constant length, so that the loop is vectorized.
 #[inline(always)]
 fn store(c: &mut [f32], sums: &[f32; PANEL], start: impl Fn(f32, usize) -> f32) {
     if let Some(c) = c.first_chunk_mut::<PANEL>() {

@@ -1,12 +1,11 @@
-//! Products on a matrix unit that multiplies bf16 and adds up in f32.
+//! Matrix products on a unit that multiplies bf16 tiles and accumulates in f32.
 //!
-//! A product is the sum of the products of terms, those that are too small left out. bf16 weights are one term and f16 weights two;
-//! with them f32 activations are two, to 16 bits: within 1e-5 of the product in f32. f32 weights and what is multiplied with them
-//! are three terms, as precise as f32 products are.
+//! An f32 value is split into a sum of bf16 terms, and a product is the sum of the products of its terms; negligible pairs are
+//! skipped. bf16 weights are one term and f16 weights two. With them, f32 activations are two terms (16 bits), and the product is
+//! within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32.
 //!
-//! One operand is shared by all tasks and is packed before; the other one, the weights, streams past it, 32 rows or columns in a
-//! task, read where they are if they are rows of bf16. Each element of the result is added up in the order of the depth,
-//! whatever the number of rows, columns and threads.
+//! The activations are packed once and shared by all tasks. Each task streams 32 rows or columns of the weights, in place if they
+//! are rows of bf16. Each element is summed in the order of the depth, for any number of rows, columns and threads.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
@@ -40,16 +39,16 @@ pub(crate) use none::{add_up, packed_bytes};
 use crate::isa::Isa;
 use crate::operand::Product;
 
-/// Least elements of a right operand for which the unit is taken; where it is emulated, the small models of tests have some.
+/// Minimum number of weights for which tiles are used. Low under emulation, so that the small models of tests use tiles.
 const MIN_ELEMENTS: usize = if cfg!(feature = "emulate-tiles") { 256 } else { 32 * 1024 };
 
-/// Whether a sum of products with so many columns is one for the unit: independent of the number of rows.
-pub(crate) fn take(n: usize, products: &[Product]) -> bool {
+/// Whether tiles compute a sum of products with `n` columns. Independent of the number of rows.
+pub(crate) fn applies(n: usize, products: &[Product]) -> bool {
     let elements = n * products.iter().map(|product| product.k).max().unwrap_or(0);
     elements >= MIN_ELEMENTS && is_there()
 }
 
-/// Whether there is a matrix unit that may be used.
+/// Whether a matrix unit is available and [`crate::ISA_VARIABLE`] permits it.
 pub(crate) fn is_there() -> bool {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     {
@@ -142,7 +141,7 @@ mod tests {
                 let (mut a, mut b) = (random(m * k, 1), random(n * k, 2));
                 a[7 * k + 3] = bad;
                 b[5 * b_strides.1 + 4 * b_strides.0] = bad;
-                // the largest numbers have no neighbour above
+                // the nearest bf16 of the largest f32 is infinite
                 a[9 * k] = f32::MAX;
                 b[6 * b_strides.1] = 1e-3;
                 let product = Product { a: &a, a_strides: (k, 1), b: Matrix::F32(&b), b_strides, k, alpha: 1.0 };
@@ -186,7 +185,7 @@ mod tests {
             let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
             let (z, narrow) = (random(m * 3, 4), random(n * 3, 5));
             for b in [Matrix::F32(&wide), Matrix::F16(&half), Matrix::BF16(&brain)] {
-                // rows of either operand along the depth or across it, and with gaps
+                // row-major and column-major operands, and operands with gaps
                 for a_strides in [(k, 1), (1, m), (k + 1, 1)] {
                     for b_strides in [(1, k), (n, 1), (1, k + 1), (n + 1, 1)] {
                         let first = Product { a: &a, a_strides, b, b_strides, k, alpha: -0.5 };

@@ -1,10 +1,10 @@
-//! Operands in the order of tiles: rows of terms of bf16 for the left one, pairs of rows interleaved for the right one.
+//! Packs operands into tiles of bf16 terms: rows for the left operand, interleaved pairs of rows for the right operand.
 
 use super::amx::{DEPTH, SIDE, TILE};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::Element;
 
-/// An operand, seen as lanes (the rows of a left operand, the columns of a right one) along a depth.
+/// An operand as lanes along a depth: the rows of a left operand, the columns of a right operand.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a, T> {
     pub(super) values: &'a [T],
@@ -13,32 +13,32 @@ pub(super) struct Source<'a, T> {
     pub(super) alpha: f32,
 }
 
-/// A part of an operand: its first lane and the number of lanes, at most two tiles; where its depth begins and how long it is.
+/// A block of an operand: first lane and number of lanes (at most two tiles), first element and length of the depth.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
     pub(super) lanes: (usize, usize),
     pub(super) depth: (usize, usize),
 }
 
-/// How many tiles so many lanes fill.
+/// The number of tiles of `lanes` lanes.
 pub(super) fn tiles(lanes: usize) -> usize {
     lanes.div_ceil(SIDE)
 }
 
-/// Steps of such a depth.
+/// The number of tile products along `depth`.
 pub(super) fn steps(depth: usize) -> usize {
     depth.div_ceil(DEPTH)
 }
 
-/// Bytes of a step of a right operand of one term: a single tile is no wider than it must be.
+/// Bytes of one step and term of a right operand. A single tile is only as wide as its lanes.
 pub(super) fn right_bytes(lanes: usize) -> usize {
     if lanes <= SIDE { 4 * SIDE * lanes } else { 2 * TILE }
 }
 
-/// The numbers of a tile along its depth, lane by lane.
+/// The values of a tile as f32, `[lane][depth]`.
 type Block = [[f32; DEPTH]; SIDE];
 
-/// The nearest bf16 in the upper half of a word: of finite numbers a finite one, of NaN a NaN.
+/// The nearest bf16, in the upper half of a word. Finite values stay finite, and NaN stays NaN.
 #[inline(always)]
 fn high(value: f32) -> u32 {
     const UPPER: u32 = 0xffff_0000;
@@ -51,13 +51,13 @@ fn high(value: f32) -> u32 {
     word & UPPER
 }
 
-/// Two numbers as a pair of their terms number `TERM`: the first one is the lower half of the word.
+/// Term `TERM` of two values, as one word. The first value is the lower half.
 #[inline(always)]
 fn pair<const TERM: usize>(first: f32, second: f32) -> u32 {
     term::<TERM>(first) >> 16 | term::<TERM>(second)
 }
 
-/// Term `TERM` of a number: the nearest bf16 of what the terms before it leave.
+/// Term `TERM` of a value: the nearest bf16 of the remainder after the previous terms.
 #[inline(always)]
 fn term<const TERM: usize>(value: f32) -> u32 {
     let mut rest = value;
@@ -69,7 +69,7 @@ fn term<const TERM: usize>(value: f32) -> u32 {
 }
 
 dispatch! {
-    /// Lanes as a left operand of one term: row after row, `stride` bytes apart.
+    /// Packs a left operand of one term: rows `stride` bytes apart.
     pub(super) fn rows<T: Element>(source: &Source<T>, part: Part, stride: usize, to: &mut [u8]) = rows_body
 }
 
@@ -83,7 +83,7 @@ fn rows_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, stride: 
 }
 
 dispatch! {
-    /// Lanes as a left operand of two or three terms: for each step the tiles of the first term, then those of the next.
+    /// Packs a left operand of two or three terms: for each step, the tiles of each term in turn.
     pub(super) fn terms_by_step<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) = terms_by_step_body
 }
 
@@ -105,7 +105,7 @@ fn terms_by_step_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part,
     });
 }
 
-/// One term of a line of numbers.
+/// Writes one term of a row.
 #[inline(always)]
 fn write<const TERM: usize>(values: &[f32; DEPTH], to: &mut [u8]) {
     let words: [u32; DEPTH / 2] = std::array::from_fn(|p| pair::<TERM>(values[2 * p], values[2 * p + 1]));
@@ -114,7 +114,7 @@ fn write<const TERM: usize>(values: &[f32; DEPTH], to: &mut [u8]) {
     }
 }
 
-/// Calls `take` with the number of the tile, that of the step and what is there, zeros outside of the part.
+/// Calls `take` with the index of the tile, the index of the step and the values, padded with zeros.
 #[inline(always)]
 fn each_block<A: Arithmetic, T: Element>(
     source: &Source<T>,
@@ -177,7 +177,7 @@ fn read<A: Arithmetic, T: Element>(
 }
 
 dispatch! {
-    /// Lanes as a right operand of `terms` terms: for each step the tiles of the first term, then those of the next.
+    /// Packs a right operand: for each step, the tiles of each term in turn.
     pub(super) fn columns<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u32]) = columns_body
 }
 
@@ -200,7 +200,7 @@ fn columns_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, terms
     });
 }
 
-/// One term of a block with its lanes beside each other.
+/// Writes one term of a block transposed, so that its lanes are adjacent.
 #[inline(always)]
 fn turned<A: Arithmetic, const TERM: usize>(block: &Block, width: usize, to: &mut [u32]) {
     let words: [[u32; SIDE]; SIDE] =
@@ -216,7 +216,7 @@ fn turned<A: Arithmetic, const TERM: usize>(block: &Block, width: usize, to: &mu
     let lines = &mut to.as_chunks_mut::<SIDE>().0[..SIDE];
     for i in (0..SIDE).step_by(8) {
         for p in (0..SIDE).step_by(8) {
-            // moved as they are: no arithmetic sees them
+            // the bits are only moved, never used in arithmetic
             let square = std::array::from_fn(|a| std::array::from_fn(|b| f32::from_bits(words[i + a][p + b])));
             let square = A::transposed(square);
             for (b, line) in square.iter().enumerate() {
@@ -228,7 +228,7 @@ fn turned<A: Arithmetic, const TERM: usize>(block: &Block, width: usize, to: &mu
     }
 }
 
-/// [`columns`] of whole tiles whose lanes lie beside each other.
+/// [`columns`] for full tiles of a source whose lanes are adjacent: needs no transposition.
 #[inline(always)]
 fn interleaved<T: Element>(
     &Source { values, depth_stride, alpha, .. }: &Source<T>,
