@@ -12,6 +12,7 @@ use std::time::SystemTime;
 
 /// Bytes that are copied at a time.
 const BYTES_COPIED: usize = 4 << 20;
+const CACHE_LINE: usize = 64;
 
 /// The type of the elements of a part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +37,17 @@ pub struct MappedFile {
     watch: Watch,
     map: memmap2::Mmap,
     /// A copy of the bytes, in large pages where the system has them.
-    copy: OnceLock<memmap2::Mmap>,
+    copy: OnceLock<Copied>,
     file: File,
     path: PathBuf,
     modified: Option<SystemTime>,
+}
+
+/// A copy of a file, and where it starts in its memory.
+#[derive(Debug)]
+struct Copied {
+    memory: memmap2::Mmap,
+    start: usize,
 }
 
 /// Maps `path` read-only; nothing is read until its bytes are looked at.
@@ -71,32 +79,35 @@ impl MappedFile {
     /// makes reading slower; those of the copy are large where the system allows it. The pages of the file are given back as they
     /// are copied, so that both are never held as a whole. Without memory for a copy the file stays in use.
     ///
+    /// In the copy, byte `aligned` begins a cache line: vector units and matrix units read rows faster that do.
+    ///
     /// # Errors
     /// The file was shortened or overwritten since it was mapped.
-    pub fn make_resident(&self) -> io::Result<()> {
+    pub fn make_resident(&self, aligned: usize) -> io::Result<()> {
         if self.copy.get().is_some() || self.map.is_empty() {
             return Ok(());
         }
-        let Ok(mut copy) = memmap2::MmapMut::map_anon(self.map.len()) else { return Ok(()) };
+        let start = aligned.next_multiple_of(CACHE_LINE) - aligned;
+        let Ok(mut copy) = memmap2::MmapMut::map_anon(start + self.map.len()) else { return Ok(()) };
         // large pages are a gain where there are any, and nothing is lost otherwise
         #[cfg(target_os = "linux")]
         drop(copy.advise(memmap2::Advice::HugePage));
-        for start in (0..copy.len()).step_by(BYTES_COPIED) {
-            let range = start..copy.len().min(start + BYTES_COPIED);
-            copy[range.clone()].copy_from_slice(&self.map[range.clone()]);
+        for from in (0..self.map.len()).step_by(BYTES_COPIED) {
+            let range = from..self.map.len().min(from + BYTES_COPIED);
+            copy[start + range.start..start + range.end].copy_from_slice(&self.map[range.clone()]);
             self.release(range);
         }
         self.check()?;
-        if let Ok(copy) = copy.make_read_only() {
+        if let Ok(memory) = copy.make_read_only() {
             // another thread may have been first
-            drop(self.copy.set(copy));
+            drop(self.copy.set(Copied { memory, start }));
         }
         Ok(())
     }
 
     /// The bytes: those of the copy, if there is one.
     fn bytes(&self) -> &[u8] {
-        self.copy.get().unwrap_or(&self.map)
+        self.copy.get().map_or(&self.map, |copy| &copy.memory[copy.start..])
     }
 
     /// Whether all that was read so far are the bytes that the file had when it was mapped.
@@ -259,15 +270,16 @@ mod tests {
         let bytes: Vec<u8> = (0..2 * BYTES_COPIED + 77).map(|i| (i * 7 % 251) as u8).collect();
         std::fs::write(&path, &bytes).unwrap();
         let (copied, cut) = (map_file(&path).unwrap(), map_file(&path).unwrap());
-        copied.make_resident().unwrap();
+        copied.make_resident(1001).unwrap();
         assert!(copied.copy.get().is_some());
+        assert!(copied[1001..].as_ptr().addr().is_multiple_of(CACHE_LINE));
         File::options().write(true).open(&path).unwrap().set_len(10).unwrap();
         assert!(copied[..] == bytes[..]);
         copied.check().unwrap();
-        assert_eq!(cut.make_resident().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(cut.make_resident(0).unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert!(cut.copy.get().is_none() && cut.check().is_err());
         std::fs::write(&path, b"").unwrap();
-        map_file(&path).unwrap().make_resident().unwrap();
+        map_file(&path).unwrap().make_resident(0).unwrap();
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -36,7 +36,7 @@ const MAX_COLUMNS: usize = 32;
 #[must_use]
 pub fn packed_bytes(m: usize, depth: usize) -> usize {
     if crate::tiles::is_there() {
-        return crate::tiles::packed_bytes(m, depth);
+        return crate::tiles::shared_bytes(m, depth);
     }
     let rows = m.next_multiple_of(tile_rows());
     4 * rows * depth.min(packed_depth(rows))

@@ -74,8 +74,10 @@ fn strided<'a>(&RowProduct { a, b, k, alpha }: &RowProduct<'a>) -> Product<'a> {
     Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
 }
 
+/// Weights of more than one bf16 term stay with the vector units: splitting them takes longer than reading them, which bounds
+/// decoding.
 fn uses_tiles(n: usize, product: &RowProduct) -> bool {
-    crate::tiles::applies(n, &[strided(product)])
+    matches!(product.b, Matrix::BF16(_)) && crate::tiles::applies(n, &[strided(product)])
 }
 
 /// [`add_up`] without a matrix unit.

@@ -3,6 +3,7 @@
 //! Intel Architecture Software Developer's Manual, volume 1, chapter 18, and volume 2, `TDPBF16PS`.
 
 use std::arch::asm;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// Rows of a tile, and columns of a tile of sums.
@@ -11,8 +12,8 @@ pub(super) const SIDE: usize = 16;
 pub(super) const DEPTH: usize = 32;
 /// Bytes of a tile.
 pub(super) const TILE: usize = 1024;
-/// Row stride of a full tile, in bytes.
-const LINE: usize = 64;
+/// Row stride of a full tile, in bytes: a cache line.
+pub(super) const LINE: usize = 64;
 
 /// Whether the processor has AMX, the kernel permits this process to use it, and a small product is correct.
 pub(super) fn is_there() -> bool {
@@ -62,10 +63,9 @@ fn is_right() -> bool {
     let left: Vec<u16> = (0..2 * SIDE * DEPTH).map(|i| bits(element(i, 7))).collect();
     let right: Vec<u16> = (0..2 * SIDE * DEPTH).map(|i| bits(element(i, 11))).collect();
     let mut sums = Sums([1.0; 4 * SIDE * SIDE]);
-    let (left, right) =
-        (Left { start: left.as_ptr().cast(), stride: LINE }, Right { start: right.as_ptr().cast(), columns: 2 * SIDE });
+    let (left, right) = (Left { start: left.as_ptr().cast(), stride: LINE }, right.as_ptr().cast());
     // SAFETY: each operand has the two tiles that one step of one term reads.
-    unsafe { multiply::<2, 2, 1, 1>(left, right, (2 * SIDE, 1), true, &mut sums) };
+    unsafe { Unit::new().multiply::<2, 2, 1, 1>(left, right, 1, None, true, &mut sums) };
     (0..2 * SIDE).all(|i| {
         (0..2 * SIDE).all(|j| {
             let left = |p: usize| element(i * DEPTH + p, 7);
@@ -83,62 +83,43 @@ pub(super) struct Left {
     pub(super) stride: usize,
 }
 
-/// A right operand: for each step of the depth, the tiles of each term, with pairs of rows interleaved.
-#[derive(Clone, Copy)]
-pub(super) struct Right {
-    pub(super) start: *const u8,
-    pub(super) columns: usize,
-}
-
 /// The accumulators of two by two tiles, row-major.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
 pub(super) struct Sums(pub(super) [f32; 4 * SIDE * SIDE]);
 
-/// The operand of `LDTILECFG`.
+/// The operand of `LDTILECFG`: all tiles are full.
 #[repr(align(64))]
 #[allow(dead_code)] // read by the unit
 struct Shapes([u8; 64]);
 
-impl Shapes {
-    /// Tiles 0 to 3 hold sums, 4 and 5 the left operand, 6 and 7 the right operand. A second tile is full or unused.
-    fn new(rows: usize, columns: usize) -> Self {
-        let mut shapes = [0; 64];
-        // palette 1
-        shapes[0] = 1;
-        let mut set = |tile: usize, rows: usize, bytes: usize| {
-            shapes[16 + 2 * tile] = bytes as u8;
-            shapes[48 + tile] = rows as u8;
-        };
-        let (height, width) = (rows.min(SIDE), 4 * columns.min(SIDE));
-        for (tile, (height, width)) in
-            [(height, width), (height, LINE), (SIDE, width), (SIDE, LINE)].into_iter().enumerate()
-        {
-            set(tile, height, width);
-        }
-        set(4, height, LINE);
-        set(5, SIDE, LINE);
-        set(6, SIDE, width);
-        set(7, SIDE, LINE);
-        Self(shapes)
+static SHAPES: Shapes = {
+    let mut shapes = [0; 64];
+    // palette 1
+    shapes[0] = 1;
+    let mut tile = 0;
+    while tile < 8 {
+        shapes[16 + 2 * tile] = LINE as u8;
+        shapes[48 + tile] = SIDE as u8;
+        tile += 1;
     }
-}
+    Shapes(shapes)
+};
 
-/// Loads term `t` of the right operand. The terms follow each other in memory.
+/// Loads term `t` of the right operand.
 macro_rules! right {
     ($t:literal) => {
         concat!(
             ".if ",
             $t,
             " < {b_terms}\n",
-            ".if ",
+            "tileloadd tmm6, [{right} + {line}*1 + ",
             $t,
-            " > 0\n",
-            "add {right}, {right_term}\n",
-            ".endif\n",
-            "tileloadd tmm6, [{right} + {right_stride}*1]\n",
+            "*{right_term}]\n",
             ".if {b} == 2\n",
-            "tileloadd tmm7, [{right} + {right_stride}*1 + 1024]\n",
+            "tileloadd tmm7, [{right} + {line}*1 + ",
+            $t,
+            "*{right_term} + 1024]\n",
             ".endif\n",
             ".endif\n",
         )
@@ -186,35 +167,99 @@ macro_rules! pair {
     };
 }
 
-/// Multiplies `rows` rows with a right operand. Adds to the existing `sums` if `is_added`, otherwise overwrites them.
-///
-/// More than 16 rows or columns use a second tile, which the operands pad to its full size.
-///
-/// # Safety
-/// AMX is available. Each operand holds `steps` steps of `A` or `B` tiles per term.
-pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
+/// Prefetches four cache lines.
+macro_rules! prefetch {
+    ($line:literal) => {
+        concat!(
+            ".if {is_ahead}\n",
+            "prefetcht1 [{ahead} + 64*(",
+            $line,
+            ")]\n",
+            "prefetcht1 [{ahead} + 64*(",
+            $line,
+            " + 1)]\n",
+            "prefetcht1 [{ahead} + 64*(",
+            $line,
+            " + 2)]\n",
+            "prefetcht1 [{ahead} + 64*(",
+            $line,
+            " + 3)]\n",
+            ".endif\n",
+        )
+    };
+}
+
+/// The tile registers of this thread. Dropping it releases them.
+pub(super) struct Unit {
+    thread: PhantomData<*const ()>,
+}
+
+impl Unit {
+    /// # Safety
+    /// AMX is available, and this thread has no other unit.
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: the caller's promise; the shapes are valid.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, readonly)) };
+        Self { thread: PhantomData }
+    }
+
+    /// Multiplies `A` tiles of rows with `B` tiles of columns, along `steps` steps of the depth. Adds to the existing `sums` if
+    /// `is_added`, otherwise overwrites them. `right` and a left operand of several terms have, for each step, the tiles of each
+    /// term in turn. Prefetches 2 KiB from `ahead` for each step.
+    ///
+    /// # Safety
+    /// The operands have these tiles.
+    pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
+        &self,
+        left: Left,
+        right: *const u8,
+        steps: usize,
+        ahead: Option<*const u8>,
+        is_added: bool,
+        sums: &mut Sums,
+    ) {
+        // a unit exists, so the tiles have their shapes
+        let Self { thread: PhantomData } = self;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match ahead {
+                Some(ahead) => multiply::<A, B, A_TERMS, B_TERMS, 1>(left, right, steps, ahead, is_added, sums),
+                None => multiply::<A, B, A_TERMS, B_TERMS, 0>(left, right, steps, right, is_added, sums),
+            }
+        }
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        // SAFETY: a unit exists, so AMX is available.
+        unsafe { asm!("tilerelease", options(nomem, nostack)) };
+    }
+}
+
+/// [`Unit::multiply`] with or without prefetching.
+unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize, const AHEAD: u32>(
     left: Left,
-    right: Right,
-    (rows, steps): (usize, usize),
+    right: *const u8,
+    steps: usize,
+    ahead: *const u8,
     is_added: bool,
     sums: &mut Sums,
 ) {
-    let shapes = Shapes::new(rows, right.columns);
-    let right_stride = if B == 2 { LINE } else { 4 * right.columns };
-    // SAFETY: the caller's promise; the block releases all tiles.
+    let left_stride = if A_TERMS > 1 { LINE } else { left.stride };
+    // SAFETY: the caller's promise; no other code uses the tiles.
     unsafe {
         asm!(
-            "ldtilecfg [{shapes}]",
             "test {is_added:e}, {is_added:e}",
             "jz 3f",
-            "tileloadd tmm0, [{sums} + {line}*1]",
+            "tileloadd tmm0, [{sums} + {line}*2]",
             ".if {b} == 2",
-            "tileloadd tmm1, [{sums} + {line}*1 + 64]",
+            "tileloadd tmm1, [{sums} + {line}*2 + 64]",
             ".endif",
             ".if {a} == 2",
-            "tileloadd tmm2, [{sums} + {line}*1 + 2048]",
+            "tileloadd tmm2, [{sums} + {line}*2 + 2048]",
             ".if {b} == 2",
-            "tileloadd tmm3, [{sums} + {line}*1 + 2112]",
+            "tileloadd tmm3, [{sums} + {line}*2 + 2112]",
             ".endif",
             ".endif",
             "jmp 2f",
@@ -225,7 +270,15 @@ pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usi
             "tilezero tmm3",
             "2:",
             right!(0),
+            prefetch!(0),
+            prefetch!(4),
+            prefetch!(8),
+            prefetch!(12),
             pair!(0, 0),
+            prefetch!(16),
+            prefetch!(20),
+            prefetch!(24),
+            prefetch!(28),
             pair!(1, 0),
             pair!(2, 0),
             right!(1),
@@ -233,40 +286,43 @@ pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usi
             pair!(1, 1),
             right!(2),
             pair!(0, 2),
-            "add {right}, {right_term}",
+            "add {right}, {right_step}",
             "add {left}, {left_step}",
             "add {second}, {left_step}",
+            ".if {is_ahead}",
+            "add {ahead}, 2048",
+            ".endif",
             "dec {steps}",
             "jnz 2b",
-            "tilestored [{sums} + {line}*1], tmm0",
+            "tilestored [{sums} + {line}*2], tmm0",
             ".if {b} == 2",
-            "tilestored [{sums} + {line}*1 + 64], tmm1",
+            "tilestored [{sums} + {line}*2 + 64], tmm1",
             ".endif",
             ".if {a} == 2",
-            "tilestored [{sums} + {line}*1 + 2048], tmm2",
+            "tilestored [{sums} + {line}*2 + 2048], tmm2",
             ".if {b} == 2",
-            "tilestored [{sums} + {line}*1 + 2112], tmm3",
+            "tilestored [{sums} + {line}*2 + 2112], tmm3",
             ".endif",
             ".endif",
-            "tilerelease",
-            shapes = in(reg) &raw const shapes,
             is_added = in(reg) u32::from(is_added),
             sums = in(reg) sums.0.as_mut_ptr(),
-            line = in(reg) 2 * LINE,
+            line = in(reg) LINE,
             left = inout(reg) left.start => _,
             second = inout(reg) left.start.wrapping_add(if A_TERMS > 1 { TILE } else { SIDE * left.stride }) => _,
-            left_stride = in(reg) if A_TERMS > 1 { LINE } else { left.stride },
-            right = inout(reg) right.start => _,
-            right_stride = in(reg) right_stride,
-            right_term = in(reg) SIDE * B * right_stride,
+            left_stride = in(reg) left_stride,
+            right = inout(reg) right => _,
+            ahead = inout(reg) ahead => _,
             steps = inout(reg) steps => _,
+            is_ahead = const AHEAD,
             left_term = const TILE * A,
+            right_term = const TILE * B,
             a = const A,
             b = const B,
             a_terms = const A_TERMS,
             b_terms = const B_TERMS,
             most = const if A_TERMS > B_TERMS { A_TERMS } else { B_TERMS },
             left_step = const if A_TERMS > 1 { A_TERMS * TILE * A } else { LINE },
+            right_step = const B_TERMS * TILE * B,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),

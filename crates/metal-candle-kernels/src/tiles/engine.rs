@@ -1,41 +1,48 @@
 //! Splits a sum of products into tasks of tiles.
 
-use super::amx::{DEPTH, Left, Right, SIDE, Sums, TILE, multiply};
-use super::pack::{self, Part, Source, right_bytes, steps, tiles};
-use crate::isa::{Arithmetic, dispatch};
-use crate::math::Element;
+use super::amx::{DEPTH, LINE, Left, SIDE, Sums, TILE, Unit};
+use super::lanes::{self, Wide};
+use super::pack::{self, Part, Source, packed_bytes, steps, tiles};
 use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
+use std::arch::x86_64::{
+    _mm512_add_ps, _mm512_castsi512_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+    _mm512_setzero_ps,
+};
 use std::cell::Cell;
+use std::ptr;
 
 /// Rows of a panel of the shared operand, and rows or columns of a panel of the streamed operand: two tiles.
 const PANEL: usize = 2 * SIDE;
-/// Steps of a streamed panel that a task multiplies with all its shared panels before the next steps. They fit the L1 cache.
-const BLOCK: usize = 16;
-/// Maximum number of shared panels of a task. Their sums fit the L2 cache.
+/// Panels of columns whose sums are added up together if there are several row panels.
+const GROUP: usize = 8;
+/// Tiles of a shared panel that are multiplied with a group of columns. They fit the L1 cache.
+const BLOCK_TILES: usize = 32;
+/// Steps that are multiplied at once if there is one row panel.
+const LONG_BLOCK: usize = 32;
+/// Maximum number of row panels of a task. The sums of a group fit the L2 cache.
 const TASK_PANELS: usize = 16;
+/// Maximum number of panels of columns of a task with one row panel.
+const TASK_COLUMNS: usize = 32;
+/// Steps of a shared panel that a task packs.
+const PACKED_STEPS: usize = 32;
 /// Elements of the shared operand that are packed at once.
 const SHARED_ELEMENTS: usize = 4 << 20;
 
 /// A buffer for one tile.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-#[allow(dead_code)] // seen as words or bytes
+#[allow(dead_code)] // seen as bytes
 struct TileBuffer([u32; TILE / 4]);
 
 thread_local! {
     static SHARED: Cell<Vec<TileBuffer>> = const { Cell::new(Vec::new()) };
-    static STREAMED: Cell<Vec<TileBuffer>> = const { Cell::new(Vec::new()) };
+    static BUFFER: Cell<Vec<TileBuffer>> = const { Cell::new(Vec::new()) };
     static SUMS: Cell<Vec<Sums>> = const { Cell::new(Vec::new()) };
 }
 
-fn words(tiles: &mut [TileBuffer]) -> &mut [u32] {
-    // SAFETY: a buffer is an array of words.
-    unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * TILE / 4) }
-}
-
 fn bytes(tiles: &mut [TileBuffer]) -> &mut [u8] {
-    // SAFETY: as above, of bytes.
+    // SAFETY: a buffer is an array of bytes.
     unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * TILE) }
 }
 
@@ -77,6 +84,7 @@ struct Chunk<'a> {
     rows: (usize, usize),
     /// The panels of the shared operand in order.
     shared: &'a [TileBuffer],
+    tiles_per_panel: usize,
     c: Shared<f32>,
 }
 
@@ -97,7 +105,7 @@ fn rows_at_a_time(depth: usize) -> usize {
 }
 
 /// The size of the packed shared operand `[m, depth]`, in bytes.
-pub(crate) fn packed_bytes(m: usize, depth: usize) -> usize {
+pub(crate) fn shared_bytes(m: usize, depth: usize) -> usize {
     let depth = DEPTH * steps(depth);
     2 * MAX_SHARED_TERMS * depth * m.next_multiple_of(PANEL).min(rows_at_a_time(depth))
 }
@@ -121,225 +129,356 @@ fn run(
         drop(shared);
         shared = vec![TileBuffer([0; TILE / 4]); panels * tiles_per_panel];
     }
+    pack_shared((first, count), (streamed, products), tiles_per_panel, &mut shared);
     let depth: usize = products.iter().map(|product| product.k).sum();
-    let to = Shared::new(&mut shared);
-    for_each(panels, count * depth, |panel| {
-        let lanes = (first + panel * PANEL, PANEL.min(count - panel * PANEL));
-        // SAFETY: panels do not overlap.
-        let mut to = unsafe { to.part(panel * tiles_per_panel, tiles_per_panel) };
-        for product in products {
-            let source = Source {
-                values: product.a,
-                lane_stride: product.a_strides.0,
-                depth_stride: product.a_strides.1,
-                alpha: product.alpha,
-            };
-            let terms = shared_terms(&product.b);
-            let (here, rest) = to.split_at_mut(terms * tiles(lanes.1) * steps(product.k));
-            let part = Part { lanes, depth: (0, product.k) };
-            match streamed {
-                Streamed::Left => pack::columns(&source, part, terms, words(here)),
-                Streamed::Right => pack::terms_by_step(&source, part, terms, bytes(here)),
-            }
-            to = rest;
-        }
-    });
-    let chunk = Chunk { streamed, products, start, n, rows: (first, count), shared: &shared, c };
+    let chunk = Chunk { streamed, products, start, n, rows: (first, count), shared: &shared, tiles_per_panel, c };
     let columns = n.div_ceil(PANEL);
+    let threads = rayon::current_num_threads();
     // with few columns the threads split the rows
-    let wanted = (4 * rayon::current_num_threads()).div_ceil(columns).min(panels);
-    let per_task = panels.div_ceil(wanted.max(1)).min(TASK_PANELS);
+    let per_task = panels.div_ceil((4 * threads).div_ceil(columns)).clamp(1, TASK_PANELS);
     let parts = panels.div_ceil(per_task);
-    for_each(columns * parts, count * n * depth / 64, |number| {
-        let (column, part) = (number / parts, number % parts);
+    let run = if per_task == 1 {
+        (columns / (4 * threads)).clamp(1, TASK_COLUMNS)
+    } else {
+        columns.div_ceil(columns.div_ceil(GROUP).next_multiple_of(threads))
+    };
+    let runs = columns.div_ceil(run);
+    for_each(runs * parts, count * n * depth / 64, |number| {
+        let (first, part) = (number / parts * run, number % parts);
         let panels = (part * per_task, panels.min((part + 1) * per_task));
-        task(&chunk, column * PANEL, panels, tiles_per_panel);
+        task(&chunk, (first, columns.min(first + run)), panels);
     });
     SHARED.set(shared);
 }
 
-/// Computes the panel of columns that starts at `column`, for a range of row panels.
-fn task(chunk: &Chunk, column: usize, panels: (usize, usize), tiles_per_panel: usize) {
-    let width = PANEL.min(chunk.n - column);
-    let mut sums = SUMS.take();
-    if sums.len() < panels.1 - panels.0 {
-        sums.resize(panels.1 - panels.0, Sums([0.0; PANEL * PANEL]));
+/// Packs the shared operand: panels of rows, each with all products in turn.
+fn pack_shared(
+    (first, count): (usize, usize),
+    (streamed, products): (Streamed, &[Product]),
+    tiles_per_panel: usize,
+    to: &mut [TileBuffer],
+) {
+    let panels = count.div_ceil(PANEL);
+    let to = Shared::new(bytes(to));
+    let mut before = 0;
+    for product in products {
+        let terms = shared_terms(&product.b);
+        let source = Source {
+            values: product.a,
+            lane_stride: product.a_strides.0,
+            depth_stride: product.a_strides.1,
+            alpha: product.alpha,
+            ahead: 0,
+        };
+        let blocks = steps(product.k).div_ceil(PACKED_STEPS);
+        for_each(panels * blocks, count * product.k, |number| {
+            let (panel, block) = (number / blocks, number % blocks);
+            let lanes = (first + panel * PANEL, PANEL.min(count - panel * PANEL));
+            let step = block * PACKED_STEPS;
+            let depth = (step * DEPTH, (PACKED_STEPS * DEPTH).min(product.k - step * DEPTH));
+            let start =
+                panel * tiles_per_panel * TILE + packed_bytes(lanes.1, 1, before) + packed_bytes(lanes.1, terms, step);
+            // SAFETY: the steps of panels do not overlap.
+            let to = unsafe { to.part(start, packed_bytes(lanes.1, terms, steps(depth.1))) };
+            let part = Part { lanes, depth };
+            match streamed {
+                Streamed::Left => pack::columns(&source, part, terms, to),
+                Streamed::Right => pack::terms_by_step(&source, part, terms, to),
+            }
+        });
+        before += terms * steps(product.k);
     }
-    let mut streamed = STREAMED.take();
-    let (mut is_added, mut before) = (false, 0);
-    for product in chunk.products {
-        let (a_terms, b_terms, all) = (shared_terms(&product.b), terms(&product.b), steps(product.k));
-        for step in (0..all).step_by(BLOCK) {
-            let count = BLOCK.min(all - step);
-            let from = (column, width, step, count);
-            let operand = match &product.b {
-                Matrix::F32(b) => stream(b, product, chunk.streamed, from, &mut streamed),
-                Matrix::F16(b) => stream(b, product, chunk.streamed, from, &mut streamed),
-                Matrix::BF16(b) => stream(b, product, chunk.streamed, from, &mut streamed),
-            };
-            for panel in panels.0..panels.1 {
-                let rows = PANEL.min(chunk.rows.1 - panel * PANEL);
-                let sums = &mut sums[panel - panels.0];
-                let at = panel * tiles_per_panel + before * tiles(rows);
-                let shared = chunk.shared[at..].as_ptr().cast::<u8>();
-                // SAFETY: the operands were packed for these numbers of lanes, steps and terms, and AMX is available.
+}
+
+/// Computes panels of columns for a range of row panels.
+fn task(chunk: &Chunk, columns: (usize, usize), panels: (usize, usize)) {
+    let (mut sums, mut buffer) = (SUMS.take(), BUFFER.take());
+    // a row panel alone reads the weights in the order of memory
+    let group = if panels.1 - panels.0 == 1 { 1 } else { GROUP };
+    let needed = group * (panels.1 - panels.0);
+    if sums.len() < needed {
+        sums.resize(needed, Sums([0.0; PANEL * PANEL]));
+    }
+    // SAFETY: AMX is available, and a task starts no other task.
+    let unit = unsafe { Unit::new() };
+    for first in (columns.0..columns.1).step_by(group) {
+        let group = Group { columns: (first, columns.1.min(first + group)), end: columns.1, panels };
+        group.add_up(chunk, (&unit, &mut buffer, &mut sums));
+        for panel in panels.0..panels.1 {
+            for column in group.columns.0..group.columns.1 {
+                finish(chunk, panel, column, &sums[group.sums(panel, column)]);
+            }
+        }
+    }
+    drop(unit);
+    BUFFER.set(buffer);
+    SUMS.set(sums);
+}
+
+/// A panel of columns, for some steps.
+#[derive(Clone, Copy)]
+struct Operand {
+    left: Left,
+    /// Contiguous memory that is read after this panel.
+    ahead: Option<*const u8>,
+    /// The same place of the next steps, in rows as far apart as those of `left`.
+    next: Option<*const u8>,
+}
+
+impl Operand {
+    const NONE: Self = Self { left: Left { start: ptr::null(), stride: 0 }, ahead: None, next: None };
+
+    /// Prefetches part `number` of `count` of the next steps.
+    fn prefetch(self, (number, count): (usize, usize), steps: usize) {
+        let Some(next) = self.next else { return };
+        let lanes = PANEL.div_ceil(count);
+        for lane in number * lanes..PANEL.min((number + 1) * lanes) {
+            for step in 0..steps {
+                lanes::prefetch(next.wrapping_add(lane * self.left.stride + step * 2 * DEPTH));
+            }
+        }
+    }
+}
+
+/// Panels of columns and of rows whose sums are added up together.
+struct Group {
+    columns: (usize, usize),
+    /// The end of the columns of the task.
+    end: usize,
+    panels: (usize, usize),
+}
+
+impl Group {
+    /// The index of the sums of a row panel and a panel of columns.
+    fn sums(&self, panel: usize, column: usize) -> usize {
+        (panel - self.panels.0) * (self.columns.1 - self.columns.0) + column - self.columns.0
+    }
+
+    fn add_up(&self, chunk: &Chunk, (unit, buffer, sums): (&Unit, &mut Vec<TileBuffer>, &mut [Sums])) {
+        let (mut is_added, mut before) = (false, 0);
+        for product in chunk.products {
+            let (a_terms, all) = (shared_terms(&product.b), steps(product.k));
+            let block = if self.panels.1 - self.panels.0 == 1 { LONG_BLOCK } else { BLOCK_TILES / (2 * a_terms) };
+            for step in (0..all).step_by(block) {
+                let steps = (step, block.min(all - step));
+                let state = (steps, before, is_added);
+                match &product.b {
+                    Matrix::F32(b) => self.add_block::<_, 3, 3>(chunk, (b, product), state, (unit, buffer, sums)),
+                    Matrix::F16(b) => self.add_block::<_, 2, 2>(chunk, (b, product), state, (unit, buffer, sums)),
+                    Matrix::BF16(b) => self.add_block::<_, 2, 1>(chunk, (b, product), state, (unit, buffer, sums)),
+                }
+                is_added = true;
+            }
+            before += all * a_terms;
+        }
+        if !is_added {
+            sums.fill(Sums([0.0; PANEL * PANEL]));
+        }
+    }
+
+    /// Adds some steps of a product to all sums. The streamed operand `b` has `TERMS` terms, the shared one `SHARED_TERMS`.
+    fn add_block<T: Wide, const SHARED_TERMS: usize, const TERMS: usize>(
+        &self,
+        chunk: &Chunk,
+        (b, product): (&[T], &Product),
+        ((step, count), before, is_added): ((usize, usize), usize, bool),
+        (unit, buffer, sums): (&Unit, &mut Vec<TileBuffer>, &mut [Sums]),
+    ) {
+        let width = |column: usize| PANEL.min(chunk.n - column * PANEL);
+        let tiles_per_column = 2 * TERMS * count;
+        let needed = tiles_per_column * (self.columns.1 - self.columns.0);
+        if buffer.len() < needed {
+            buffer.resize(needed, TileBuffer([0; TILE / 4]));
+        }
+        let mut streamed = [Operand::NONE; GROUP];
+        for column in self.columns.0..self.columns.1 {
+            let number = column - self.columns.0;
+            let buffer = &mut buffer[number * tiles_per_column..][..tiles_per_column];
+            streamed[number] =
+                self.stream::<T, TERMS>(chunk, (b, product), (column, width(column)), (step, count), buffer);
+        }
+        for panel in self.panels.0..self.panels.1 {
+            let rows = PANEL.min(chunk.rows.1 - panel * PANEL);
+            let offset = packed_bytes(rows, 1, before) + packed_bytes(rows, SHARED_TERMS, step);
+            let shared = chunk.shared[panel * chunk.tiles_per_panel..].as_ptr().cast::<u8>().wrapping_add(offset);
+            for column in self.columns.0..self.columns.1 {
+                let operand = streamed[column - self.columns.0];
+                operand.prefetch((panel - self.panels.0, self.panels.1 - self.panels.0), count);
+                let Operand { left: operand, ahead, .. } = operand;
+                let sums = &mut sums[self.sums(panel, column)];
+                let (rows, columns) = (tiles(rows), tiles(width(column)));
+                // SAFETY: the operands were packed for these numbers of tiles, steps and terms.
                 unsafe {
                     match chunk.streamed {
-                        Streamed::Left => {
-                            let offset = step * a_terms * right_bytes(rows);
-                            let columns = if rows <= SIDE { rows } else { PANEL };
-                            let right = Right { start: shared.wrapping_add(offset), columns };
-                            add((operand, b_terms), (right, a_terms), (width, count), is_added, sums);
-                        }
+                        Streamed::Left => multiply::<TERMS, SHARED_TERMS>(
+                            unit,
+                            (operand, columns),
+                            (shared, rows),
+                            count,
+                            ahead,
+                            is_added,
+                            sums,
+                        ),
                         Streamed::Right => {
-                            let offset = step * a_terms * tiles(rows) * TILE;
-                            let left = Left { start: shared.wrapping_add(offset), stride: 2 * DEPTH };
-                            let columns = if width <= SIDE { width } else { PANEL };
-                            let right = Right { start: operand.start, columns };
-                            add((left, a_terms), (right, b_terms), (rows, count), is_added, sums);
+                            let left = Left { start: shared, stride: 2 * DEPTH };
+                            multiply::<SHARED_TERMS, TERMS>(
+                                unit,
+                                (left, rows),
+                                (operand.start, columns),
+                                count,
+                                ahead,
+                                is_added,
+                                sums,
+                            );
                         }
                     }
                 }
             }
-            is_added = true;
         }
-        before += all * a_terms;
     }
-    if !is_added {
-        sums.fill(Sums([0.0; PANEL * PANEL]));
+
+    /// Packs `width` columns of B for `count` steps of the depth. Rows of bf16 along the depth are used in place.
+    fn stream<T: Wide, const TERMS: usize>(
+        &self,
+        chunk: &Chunk,
+        (b, product): (&[T], &Product),
+        (column, width): (usize, usize),
+        (step, count): (usize, usize),
+        buffer: &mut [TileBuffer],
+    ) -> Operand {
+        let (depth_stride, lane_stride) = product.b_strides;
+        let (at, depth) = (step * DEPTH, (count * DEPTH).min(product.k - step * DEPTH));
+        let is_last = at + depth == product.k;
+        let next_group = self.columns.1 - self.columns.0;
+        let has_next = column + next_group < self.end;
+        // from an element to the one that is read at the same place of the next block
+        let ahead = if !is_last && next_group > 1 {
+            depth * depth_stride
+        } else if has_next {
+            next_group * PANEL * lane_stride
+        } else {
+            0
+        };
+        let first = column * PANEL * lane_stride + at * depth_stride;
+        let operand = Operand::NONE;
+        let is_in_place = chunk.streamed == Streamed::Left && TERMS == 1 && depth_stride == 1;
+        let is_whole = width.is_multiple_of(SIDE) && depth == count * DEPTH;
+        let start = b[first..].as_ptr();
+        // rows that cross cache lines are copied if they are used more than once
+        let is_aligned = start.addr().is_multiple_of(LINE) && (size_of::<T>() * lane_stride).is_multiple_of(LINE);
+        if is_in_place && is_whole && (is_aligned || next_group == 1) {
+            let mut operand =
+                Operand { left: Left { start: start.cast(), stride: size_of::<T>() * lane_stride }, ..operand };
+            if next_group == 1 && ahead > 0 && lane_stride == product.k {
+                // the next panel follows in memory
+                operand.ahead = Some(start.wrapping_add(PANEL * lane_stride + (PANEL - 1) * at).cast());
+            } else if ahead > 0 {
+                operand.next = Some(start.wrapping_add(ahead).cast());
+            }
+            return operand;
+        }
+        let source = Source { values: b, lane_stride, depth_stride, alpha: 1.0, ahead };
+        let part = Part { lanes: (column * PANEL, width), depth: (at, depth) };
+        let mut stride = 2 * DEPTH;
+        match (chunk.streamed, TERMS) {
+            (Streamed::Right, _) => pack::columns(&source, part, TERMS, bytes(buffer)),
+            (Streamed::Left, 1) => {
+                stride = 2 * DEPTH * count;
+                pack::rows(&source, part, stride, bytes(buffer));
+            }
+            (Streamed::Left, _) => pack::terms_by_step(&source, part, TERMS, bytes(buffer)),
+        }
+        Operand { left: Left { start: buffer.as_ptr().cast(), stride }, ..operand }
     }
-    for panel in panels.0..panels.1 {
-        let rows = PANEL.min(chunk.rows.1 - panel * PANEL);
-        let sums = &mut sums[panel - panels.0];
-        finish(chunk, (chunk.rows.0 + panel * PANEL, rows), (column, width), sums);
-    }
-    STREAMED.set(streamed);
-    SUMS.set(sums);
 }
 
-/// Packs `width` columns of B, starting at `column`, for `count` steps of the depth. Rows of bf16 along the depth are used in
-/// place.
-fn stream<T: Element>(
-    b: &[T],
-    product: &Product,
-    streamed: Streamed,
-    (column, width, step, count): (usize, usize, usize, usize),
-    buffer: &mut Vec<TileBuffer>,
-) -> Left {
-    let (depth_stride, lane_stride) = product.b_strides;
-    let (at, depth) = (step * DEPTH, (count * DEPTH).min(product.k - step * DEPTH));
-    let terms = terms(&product.b);
-    let is_whole = width == PANEL || width <= SIDE;
-    if streamed == Streamed::Left && terms == 1 && depth_stride == 1 && is_whole && depth == count * DEPTH {
-        let start = b[column * lane_stride + at..].as_ptr().cast();
-        return Left { start, stride: size_of::<T>() * lane_stride };
-    }
-    let needed = (terms * count * 2).max(buffer.len());
-    buffer.resize(needed, TileBuffer([0; TILE / 4]));
-    let source = Source { values: b, lane_stride, depth_stride, alpha: 1.0 };
-    let part = Part { lanes: (column, width), depth: (at, depth) };
-    let mut stride = 2 * DEPTH;
-    match (streamed, terms) {
-        (Streamed::Right, _) => pack::columns(&source, part, terms, words(buffer)),
-        (Streamed::Left, 1) => {
-            stride = 2 * DEPTH * count;
-            pack::rows(&source, part, stride, bytes(buffer));
-        }
-        (Streamed::Left, _) => pack::terms_by_step(&source, part, terms, bytes(buffer)),
-    }
-    Left { start: buffer.as_ptr().cast(), stride }
-}
-
-/// Dispatches to [`multiply`] by the numbers of tiles and terms.
+/// Dispatches to [`Unit::multiply`] by the numbers of tiles.
 ///
 /// # Safety
-/// As of [`multiply`].
-unsafe fn add(
-    (left, a_terms): (Left, usize),
-    (right, b_terms): (Right, usize),
-    (rows, steps): (usize, usize),
+/// As of [`Unit::multiply`].
+unsafe fn multiply<const A_TERMS: usize, const B_TERMS: usize>(
+    unit: &Unit,
+    (left, rows): (Left, usize),
+    (right, columns): (*const u8, usize),
+    steps: usize,
+    ahead: Option<*const u8>,
     is_added: bool,
     sums: &mut Sums,
 ) {
-    macro_rules! choose {
-        ($(($a:literal, $b:literal, $a_terms:literal, $b_terms:literal))*) => {
-            match (tiles(rows), tiles(right.columns), a_terms, b_terms) {
-                // SAFETY: the caller's promise.
-                $(($a, $b, $a_terms, $b_terms) => unsafe {
-                    multiply::<$a, $b, $a_terms, $b_terms>(left, right, (rows, steps), is_added, sums);
-                },)*
-                other => unreachable!("tiles and terms {other:?}"),
-            }
-        };
-    }
-    choose! {
-        (1, 1, 1, 2) (1, 2, 1, 2) (2, 1, 1, 2) (2, 2, 1, 2)
-        (1, 1, 2, 1) (1, 2, 2, 1) (2, 1, 2, 1) (2, 2, 2, 1)
-        (1, 1, 2, 2) (1, 2, 2, 2) (2, 1, 2, 2) (2, 2, 2, 2)
-        (1, 1, 3, 3) (1, 2, 3, 3) (2, 1, 3, 3) (2, 2, 3, 3)
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (rows, columns) {
+            (1, 1) => unit.multiply::<1, 1, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
+            (1, _) => unit.multiply::<1, 2, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
+            (_, 1) => unit.multiply::<2, 1, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
+            _ => unit.multiply::<2, 2, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
+        }
     }
 }
 
-dispatch! {
-    /// Adds the sums of a panel to the initial value and writes them to the result.
-    fn finish(chunk: &Chunk, rows: (usize, usize), columns: (usize, usize), sums: &mut Sums) = finish_body
+/// Adds the sums of a panel to the initial value and writes them to the result.
+fn finish(chunk: &Chunk, panel: usize, column: usize, sums: &Sums) {
+    let n = chunk.n;
+    let (first, rows) = (chunk.rows.0 + panel * PANEL, PANEL.min(chunk.rows.1 - panel * PANEL));
+    let (column, width) = (column * PANEL, PANEL.min(n - column * PANEL));
+    if let Start::Matrix(values) = chunk.start {
+        assert!(values.len() >= (first + rows) * n);
+    }
+    let start = match chunk.start {
+        Start::Zero => From::Nothing,
+        Start::Result => From::Rows(chunk.c.pointer().cast_const(), n),
+        Start::Row(row) => From::Rows(row.as_ptr(), 0),
+        Start::Matrix(matrix) => From::Rows(matrix.as_ptr(), n),
+    };
+    // SAFETY: tasks have rows or columns of their own; the caller checked the lengths; tiles need AVX-512.
+    unsafe { write(start, chunk, (first, rows), (column, width), sums) };
 }
 
-#[inline(always)]
-fn finish_body<A: Arithmetic>(
+/// The initial value: nothing, or rows some elements apart.
+#[derive(Clone, Copy)]
+enum From {
+    Nothing,
+    Rows(*const f32, usize),
+}
+
+/// # Safety
+/// AVX-512 F is available, and the rows and columns are within the initial value and the result.
+#[target_feature(enable = "avx512f")]
+unsafe fn write(
+    start: From,
     chunk: &Chunk,
     (first, rows): (usize, usize),
     (column, width): (usize, usize),
-    sums: &mut Sums,
+    sums: &Sums,
 ) {
-    if chunk.streamed == Streamed::Left {
-        transpose::<A>(sums);
-    }
-    for (i, sums) in sums.0.as_chunks::<PANEL>().0.iter().enumerate().take(rows) {
-        let at = (first + i) * chunk.n + column;
-        // SAFETY: tasks have rows or columns of their own.
-        let c = unsafe { chunk.c.part(at, width) };
-        match chunk.start {
-            Start::Zero => store(c, sums, |_, _| 0.0),
-            Start::Result => store(c, sums, |c, _| c),
-            Start::Row(row) => store(c, sums, |_, j| row[column + j]),
-            Start::Matrix(matrix) => {
-                let matrix = &matrix[at..][..width];
-                store(c, sums, |_, j| matrix[j]);
+    for i in (0..rows).step_by(SIDE) {
+        for j in (0..width).step_by(SIDE) {
+            let mut square = [lanes::zero(); SIDE];
+            let (from, is_turned) = match chunk.streamed {
+                Streamed::Left => (j * PANEL + i, true),
+                Streamed::Right => (i * PANEL + j, false),
+            };
+            for (line, square) in square.iter_mut().enumerate() {
+                // SAFETY: a square of the sums.
+                *square = unsafe { _mm512_loadu_si512(sums.0.as_ptr().add(from + line * PANEL).cast()) };
             }
-        }
-    }
-}
-
-/// Writes `start + sums`. A full row has a constant length, so that the loop is vectorized.
-#[inline(always)]
-fn store(c: &mut [f32], sums: &[f32; PANEL], start: impl Fn(f32, usize) -> f32) {
-    if let Some(c) = c.first_chunk_mut::<PANEL>() {
-        for j in 0..PANEL {
-            c[j] = start(c[j], j) + sums[j];
-        }
-        return;
-    }
-    for (j, (c, sum)) in c.iter_mut().zip(sums).enumerate() {
-        *c = start(*c, j) + sum;
-    }
-}
-
-#[inline(always)]
-fn transpose<A: Arithmetic>(sums: &mut Sums) {
-    let square = |sums: &Sums, i: usize, j: usize| -> [[f32; 8]; 8] {
-        std::array::from_fn(|a| std::array::from_fn(|b| sums.0[(i + a) * PANEL + j + b]))
-    };
-    let put = |sums: &mut Sums, i: usize, j: usize, square: [[f32; 8]; 8]| {
-        for (a, row) in square.iter().enumerate() {
-            sums.0[(i + a) * PANEL + j..][..8].copy_from_slice(row);
-        }
-    };
-    for i in (0..PANEL).step_by(8) {
-        for j in (i..PANEL).step_by(8) {
-            let (here, there) = (A::transposed(square(sums, i, j)), A::transposed(square(sums, j, i)));
-            put(sums, j, i, here);
-            put(sums, i, j, there);
+            if is_turned {
+                square = lanes::transposed(&square);
+            }
+            let mask = lanes::first(width - j);
+            for (line, sums) in square.into_iter().enumerate().take(rows - i) {
+                let (row, column) = (first + i + line, column + j);
+                let sums = _mm512_castsi512_ps(sums);
+                // SAFETY: the caller's promise; masked elements are not accessed.
+                unsafe {
+                    let start = match start {
+                        From::Nothing => _mm512_setzero_ps(),
+                        From::Rows(start, stride) => _mm512_maskz_loadu_ps(mask, start.add(row * stride + column)),
+                    };
+                    let to = chunk.c.pointer().add(row * chunk.n + column);
+                    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(start, sums));
+                }
+            }
         }
     }
 }

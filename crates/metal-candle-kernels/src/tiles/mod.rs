@@ -4,8 +4,9 @@
 //! skipped. bf16 weights are one term and f16 weights two. With them, f32 activations are two terms (16 bits), and the product is
 //! within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32.
 //!
-//! The activations are packed once and shared by all tasks. Each task streams 32 rows or columns of the weights, in place if they
-//! are rows of bf16. Each element is summed in the order of the depth, for any number of rows, columns and threads.
+//! The activations are packed once and shared by all tasks. Each task streams panels of 32 rows or columns of the weights, in
+//! place if they are aligned rows of bf16. Each element is summed in the order of the depth, for any number of rows, columns and
+//! threads.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
@@ -14,10 +15,12 @@ mod emulator;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod engine;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod lanes;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod pack;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use engine::{add_up, packed_bytes};
+pub(crate) use engine::{add_up, shared_bytes};
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod none {
@@ -28,12 +31,12 @@ mod none {
         unreachable!("there is no matrix unit");
     }
 
-    pub(crate) fn packed_bytes(_: usize, _: usize) -> usize {
+    pub(crate) fn shared_bytes(_: usize, _: usize) -> usize {
         0
     }
 }
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use none::{add_up, packed_bytes};
+pub(crate) use none::{add_up, shared_bytes};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::isa::Isa;
@@ -162,8 +165,17 @@ mod tests {
         assert!(sum((0, 3), Start::Zero, &[]).is_empty());
     }
 
-    const SHAPES: [(usize, usize, usize); 8] =
-        [(1, 32, 64), (3, 40, 33), (16, 16, 32), (17, 50, 31), (33, 17, 600), (70, 96, 544), (1, 1, 1), (5, 33, 1100)];
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 32, 64),
+        (3, 40, 33),
+        (16, 16, 32),
+        (17, 50, 31),
+        (33, 17, 600),
+        (70, 96, 544),
+        (1, 1, 1),
+        (5, 33, 1100),
+        (34, 600, 40),
+    ];
 
     /// Each pair of terms counts: without one of them the largest error is above 1e-6.
     #[test]

@@ -1,8 +1,11 @@
 //! Packs operands into tiles of bf16 terms: rows for the left operand, interleaved pairs of rows for the right operand.
 
 use super::amx::{DEPTH, SIDE, TILE};
-use crate::isa::{Arithmetic, dispatch};
-use crate::math::Element;
+use super::lanes::{self, Wide};
+use std::arch::x86_64::{
+    __m512, __m512i, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_blend_epi16, _mm512_permutex2var_epi16,
+    _mm512_setzero_ps, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+};
 
 /// An operand as lanes along a depth: the rows of a left operand, the columns of a right operand.
 #[derive(Clone, Copy)]
@@ -11,6 +14,8 @@ pub(super) struct Source<'a, T> {
     pub(super) lane_stride: usize,
     pub(super) depth_stride: usize,
     pub(super) alpha: f32,
+    /// How many elements ahead to prefetch.
+    pub(super) ahead: usize,
 }
 
 /// A block of an operand: first lane and number of lanes (at most two tiles), first element and length of the depth.
@@ -18,6 +23,23 @@ pub(super) struct Source<'a, T> {
 pub(super) struct Part {
     pub(super) lanes: (usize, usize),
     pub(super) depth: (usize, usize),
+}
+
+impl<T: Wide> Source<'_, T> {
+    /// Whether `terms` terms are exact.
+    #[allow(clippy::float_cmp)] // a factor of one is exact
+    fn is_exact(&self, terms: usize) -> bool {
+        let bits = if self.alpha == 1.0 { T::SIGNIFICAND } else { 24 };
+        8 * terms >= bits
+    }
+
+    /// # Panics
+    /// The part is not within the operand.
+    fn check(&self, Part { lanes, depth }: Part) {
+        let last = |(first, count): (usize, usize)| first + count - 1;
+        let last = last(lanes) * self.lane_stride + last(depth) * self.depth_stride;
+        assert!(last < self.values.len(), "the operand is too short");
+    }
 }
 
 /// The number of tiles of `lanes` lanes.
@@ -30,16 +52,322 @@ pub(super) fn steps(depth: usize) -> usize {
     depth.div_ceil(DEPTH)
 }
 
-/// Bytes of one step and term of a right operand. A single tile is only as wide as its lanes.
-pub(super) fn right_bytes(lanes: usize) -> usize {
-    if lanes <= SIDE { 4 * SIDE * lanes } else { 2 * TILE }
+/// Bytes of an operand of `lanes` lanes and `steps` steps that is packed with `terms` terms.
+pub(super) fn packed_bytes(lanes: usize, terms: usize, steps: usize) -> usize {
+    steps * terms * tiles(lanes) * TILE
+}
+
+/// Calls a function for the number of terms, one to three.
+macro_rules! by_terms {
+    ($terms:expr, $function:ident($($argument:expr),*)) => {
+        // SAFETY: tiles are used only where AVX-512 F, BW and VL are available.
+        unsafe {
+            match $terms {
+                1 => $function::<T, 1>($($argument),*),
+                2 => $function::<T, 2>($($argument),*),
+                _ => $function::<T, 3>($($argument),*),
+            }
+        }
+    };
+}
+
+/// Packs a left operand of one term: rows `stride` bytes apart.
+pub(super) fn rows<T: Wide>(source: &Source<T>, part: Part, stride: usize, to: &mut [u8]) {
+    source.check(part);
+    assert!(to.len() >= tiles(part.lanes.1) * SIDE * stride && stride >= 2 * DEPTH * steps(part.depth.1));
+    // SAFETY: tiles are used only where AVX-512 F, BW and VL are available.
+    unsafe { rows_in_lanes::<T, 1>(source, part, (SIDE * stride, stride, 2 * DEPTH, 0), to) }
+}
+
+/// Packs a left operand of up to three terms: for each step, the tiles of each term in turn.
+pub(super) fn terms_by_step<T: Wide>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
+    let tiles = tiles(part.lanes.1);
+    source.check(part);
+    assert!(to.len() >= packed_bytes(part.lanes.1, terms, steps(part.depth.1)));
+    by_terms!(terms, rows_in_lanes(source, part, (TILE, 2 * DEPTH, terms * tiles * TILE, tiles * TILE), to));
+}
+
+/// Packs a right operand: for each step, the tiles of each term in turn.
+pub(super) fn columns<T: Wide>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
+    source.check(part);
+    assert!(to.len() >= packed_bytes(part.lanes.1, terms, steps(part.depth.1)));
+    let to: *mut i32 = to.as_mut_ptr().cast();
+    if source.lane_stride == 1 {
+        by_terms!(terms, columns_by_pairs(source, part, to));
+    } else {
+        by_terms!(terms, columns_by_blocks(source, part, to));
+    }
+}
+
+/// Packs rows; the strides of tiles, lanes, steps and terms are in bytes.
+///
+/// # Safety
+/// The part is within the source, and the rows are within `to`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn rows_in_lanes<T: Wide, const TERMS: usize>(
+    source: &Source<T>,
+    part: Part,
+    (tile_stride, lane_stride, step_stride, term_stride): (usize, usize, usize, usize),
+    to: &mut [u8],
+) {
+    let (mut block, is_exact) = (Block::ZERO, source.is_exact(TERMS));
+    for tile in 0..tiles(part.lanes.1) {
+        for step in 0..steps(part.depth.1) {
+            // SAFETY: the caller's promise.
+            let lines = unsafe { Lines::new(source, part, (tile, step), &mut block) };
+            for lane in 0..SIDE {
+                // SAFETY: as above.
+                let line = split_line::<TERMS>(unsafe { lines.line(lane) }, is_exact);
+                for (number, term) in line.into_iter().enumerate() {
+                    let at = tile * tile_stride + lane * lane_stride + step * step_stride + number * term_stride;
+                    // SAFETY: as above.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), term) };
+                }
+            }
+        }
+    }
+}
+
+/// Packs columns that are contiguous along the depth, or have gaps in both directions: transposes blocks.
+///
+/// # Safety
+/// The part is within the source, and the columns are within `to`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn columns_by_blocks<T: Wide, const TERMS: usize>(source: &Source<T>, part: Part, to: *mut i32) {
+    let words = tiles(part.lanes.1) * TILE / 4;
+    let (mut block, is_exact) = (Block::ZERO, source.is_exact(TERMS));
+    for tile in 0..tiles(part.lanes.1) {
+        for step in 0..steps(part.depth.1) {
+            // SAFETY: the caller's promise.
+            let source = unsafe { Lines::new(source, part, (tile, step), &mut block) };
+            let mut lines = [[lanes::zero(); SIDE]; TERMS];
+            for lane in 0..SIDE.min(part.lanes.1 - tile * SIDE) {
+                // SAFETY: as above.
+                let line = split_line::<TERMS>(unsafe { source.line(lane) }, is_exact);
+                for (lines, term) in lines.iter_mut().zip(line) {
+                    lines[lane] = term;
+                }
+            }
+            for (term, lines) in lines.iter().enumerate() {
+                let at = (step * TERMS + term) * words + tile * SIDE * SIDE;
+                for (p, line) in lanes::transposed(lines).into_iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe { _mm512_storeu_si512(to.add(at + p * SIDE).cast(), line) };
+                }
+            }
+        }
+    }
+}
+
+/// Packs columns that are adjacent: needs no transposition.
+///
+/// # Safety
+/// As of [`columns_by_blocks`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn columns_by_pairs<T: Wide, const TERMS: usize>(
+    source: &Source<T>,
+    Part { lanes: (first, lanes), depth: (start, depth) }: Part,
+    to: *mut i32,
+) {
+    let &Source { values, depth_stride, alpha, ahead, .. } = source;
+    let is_exact = source.is_exact(TERMS);
+    let words = tiles(lanes) * TILE / 4;
+    for p in 0..steps(depth) * DEPTH / 2 {
+        for tile in 0..tiles(lanes) {
+            let mask = lanes::first(lanes - tile * SIDE);
+            let mut line = [_mm512_setzero_ps(); 2];
+            for (i, line) in line.iter_mut().enumerate() {
+                if 2 * p + i < depth {
+                    let at = (start + 2 * p + i) * depth_stride + first + tile * SIDE;
+                    // SAFETY: the caller's promise.
+                    *line = unsafe { T::load(mask, values.as_ptr().add(at)) };
+                    lanes::prefetch(values.as_ptr().wrapping_add(at + ahead));
+                }
+            }
+            let (a, b) = (lanes::scaled(line[0], alpha), lanes::scaled(line[1], alpha));
+            let (a, b) = (split::<TERMS>(a, is_exact), split::<TERMS>(b, is_exact));
+            for term in 0..TERMS {
+                let at = (p / SIDE * TERMS + term) * words + tile * SIDE * SIDE + p % SIDE * SIDE;
+                let pairs = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(a[term]), b[term]);
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_si512(to.add(at).cast(), pairs) };
+            }
+        }
+    }
 }
 
 /// The values of a tile as f32, `[lane][depth]`.
-type Block = [[f32; DEPTH]; SIDE];
+#[repr(align(64))]
+struct Block([[f32; DEPTH]; SIDE]);
+
+impl Block {
+    const ZERO: Self = Self([[0.0; DEPTH]; SIDE]);
+}
+
+/// The lanes of a tile and a step.
+struct Lines<'a, T> {
+    /// The first element, if the lanes are contiguous along the depth.
+    in_place: Option<*const T>,
+    block: &'a Block,
+    lane_stride: usize,
+    alpha: f32,
+    ahead: usize,
+    lanes: usize,
+    /// The elements of each half that are there.
+    masks: [u16; 2],
+}
+
+impl<'a, T: Wide> Lines<'a, T> {
+    /// Lanes with gaps along the depth are copied to `block`.
+    ///
+    /// # Safety
+    /// The part is within the source.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn new(
+        source: &Source<T>,
+        Part { lanes: (first, lanes), depth: (start, depth) }: Part,
+        (tile, step): (usize, usize),
+        block: &'a mut Block,
+    ) -> Self {
+        let (lane, lanes) = (first + tile * SIDE, SIDE.min(lanes - tile * SIDE));
+        let (at, depth) = (start + step * DEPTH, DEPTH.min(depth - step * DEPTH));
+        let &Source { values, lane_stride, depth_stride, alpha, ahead } = source;
+        let values = &values[lane * lane_stride + at * depth_stride..];
+        let in_place = (depth_stride == 1).then_some(values.as_ptr());
+        if in_place.is_none() {
+            // SAFETY: the caller's promise.
+            unsafe { copy(&Source { values, ..*source }, (lanes, depth), block) };
+        }
+        let masks = [lanes::first(depth), lanes::first(depth.saturating_sub(SIDE))];
+        Lines { in_place, block, lane_stride, alpha, ahead, lanes, masks }
+    }
+
+    /// The two halves of a lane, padded with zeros.
+    ///
+    /// # Safety
+    /// As of [`Lines::new`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn line(&self, lane: usize) -> [__m512; 2] {
+        if lane >= self.lanes {
+            return [_mm512_setzero_ps(); 2];
+        }
+        let Some(values) = self.in_place else {
+            let line = self.block.0[lane].as_ptr();
+            // SAFETY: both halves of a line.
+            return unsafe { [_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(SIDE))] };
+        };
+        let from = values.wrapping_add(lane * self.lane_stride);
+        lanes::prefetch(from.wrapping_add(self.ahead));
+        if size_of::<T>() == 4 {
+            lanes::prefetch(from.wrapping_add(self.ahead + SIDE));
+        }
+        // SAFETY: the caller's promise; masked elements are not accessed.
+        let halves = unsafe { [T::load(self.masks[0], from), T::load(self.masks[1], from.wrapping_add(SIDE))] };
+        [lanes::scaled(halves[0], self.alpha), lanes::scaled(halves[1], self.alpha)]
+    }
+}
+
+/// Copies the first lanes and elements of a source that is not contiguous along the depth, padded with zeros.
+///
+/// # Safety
+/// They are within the source.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn copy<T: Wide>(source: &Source<T>, (lanes, depth): (usize, usize), block: &mut Block) {
+    let &Source { values, lane_stride, depth_stride, alpha, .. } = source;
+    if lanes < SIDE || depth < DEPTH {
+        *block = Block::ZERO;
+    }
+    if lane_stride != 1 {
+        for (lane, to) in block.0.iter_mut().enumerate().take(lanes) {
+            for (p, to) in to.iter_mut().enumerate().take(depth) {
+                *to = alpha * values[lane * lane_stride + p * depth_stride].to_f32();
+            }
+        }
+        return;
+    }
+    for half in [0, SIDE] {
+        let mut lines = [lanes::zero(); SIDE];
+        for (p, line) in lines.iter_mut().enumerate().take(depth.saturating_sub(half)) {
+            // SAFETY: the caller's promise; masked elements are not accessed.
+            let values = unsafe { T::load(lanes::first(lanes), values.as_ptr().add((half + p) * depth_stride)) };
+            *line = lanes::bits(lanes::scaled(values, alpha));
+        }
+        for (lane, line) in lanes::transposed(&lines).into_iter().enumerate() {
+            // SAFETY: a block has this line.
+            unsafe { _mm512_storeu_si512(block.0[lane].as_mut_ptr().add(half).cast(), line) };
+        }
+    }
+}
+
+/// The terms of a line, each in the order of the depth.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn split_line<const TERMS: usize>([low, high]: [__m512; 2], is_exact: bool) -> [__m512i; TERMS] {
+    const UPPER: [u16; DEPTH] = {
+        let mut indices = [0; DEPTH];
+        let mut at = 0;
+        while at < DEPTH {
+            indices[at] = 2 * at as u16 + 1;
+            at += 1;
+        }
+        indices
+    };
+    // SAFETY: 32 indices.
+    let upper = unsafe { _mm512_loadu_si512(UPPER.as_ptr().cast()) };
+    let (low, high) = (split::<TERMS>(low, is_exact), split::<TERMS>(high, is_exact));
+    let mut line = [lanes::zero(); TERMS];
+    for term in 0..TERMS {
+        line[term] = _mm512_permutex2var_epi16(low[term], upper, high[term]);
+    }
+    line
+}
+
+/// The terms of sixteen values, each a bf16 in the upper half of a word. If they are exact, the last one is what remains.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn split<const TERMS: usize>(values: __m512, is_exact: bool) -> [__m512i; TERMS] {
+    let (mut rest, mut terms) = (values, [lanes::zero(); TERMS]);
+    if is_exact && TERMS == 1 {
+        return [lanes::bits(values); TERMS];
+    }
+    if lanes::may_overflow(values) {
+        return split_one_by_one(values);
+    }
+    for (number, term) in terms.iter_mut().enumerate() {
+        let is_last = number + 1 == TERMS;
+        *term = if is_last && is_exact { lanes::bits(rest) } else { lanes::nearest(rest) };
+        if !is_last {
+            rest = lanes::minus(rest, *term);
+        }
+    }
+    terms
+}
+
+#[cold]
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn split_one_by_one<const TERMS: usize>(values: __m512) -> [__m512i; TERMS] {
+    let (mut rest, mut words) = ([0.0; SIDE], [[0_u32; SIDE]; TERMS]);
+    // SAFETY: sixteen values.
+    unsafe { _mm512_storeu_ps(rest.as_mut_ptr(), values) };
+    for words in &mut words {
+        for (word, rest) in words.iter_mut().zip(&mut rest) {
+            *word = high(*rest);
+            *rest -= f32::from_bits(*word);
+            *rest = if rest.is_finite() { *rest } else { 0.0 };
+        }
+    }
+    let mut terms = [lanes::zero(); TERMS];
+    for (term, words) in terms.iter_mut().zip(&words) {
+        // SAFETY: sixteen words.
+        *term = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
+    }
+    terms
+}
 
 /// The nearest bf16, in the upper half of a word. Finite values stay finite, and NaN stays NaN.
-#[inline(always)]
 fn high(value: f32) -> u32 {
     const UPPER: u32 = 0xffff_0000;
     const EXPONENT: u32 = 0x7f80_0000;
@@ -49,218 +377,4 @@ fn high(value: f32) -> u32 {
     let quiet = if is_special && bits << 9 != 0 { 1 << 22 } else { 0 };
     let word = if is_special || nearest & EXPONENT == EXPONENT { bits | quiet } else { nearest };
     word & UPPER
-}
-
-/// Term `TERM` of two values, as one word. The first value is the lower half.
-#[inline(always)]
-fn pair<const TERM: usize>(first: f32, second: f32) -> u32 {
-    term::<TERM>(first) >> 16 | term::<TERM>(second)
-}
-
-/// Term `TERM` of a value: the nearest bf16 of the remainder after the previous terms.
-#[inline(always)]
-fn term<const TERM: usize>(value: f32) -> u32 {
-    let mut rest = value;
-    for _ in 0..TERM {
-        rest -= f32::from_bits(high(rest));
-        rest = if rest.is_finite() { rest } else { 0.0 };
-    }
-    high(rest)
-}
-
-dispatch! {
-    /// Packs a left operand of one term: rows `stride` bytes apart.
-    pub(super) fn rows<T: Element>(source: &Source<T>, part: Part, stride: usize, to: &mut [u8]) = rows_body
-}
-
-#[inline(always)]
-fn rows_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, stride: usize, to: &mut [u8]) {
-    each_block::<A, T>(source, part, |tile, step, block| {
-        for (lane, values) in block.iter().enumerate() {
-            write::<0>(values, &mut to[(tile * SIDE + lane) * stride + step * 2 * DEPTH..]);
-        }
-    });
-}
-
-dispatch! {
-    /// Packs a left operand of two or three terms: for each step, the tiles of each term in turn.
-    pub(super) fn terms_by_step<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) = terms_by_step_body
-}
-
-#[inline(always)]
-fn terms_by_step_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
-    let tiles = tiles(part.lanes.1);
-    each_block::<A, T>(source, part, |tile, step, block| {
-        let first = (step * terms * tiles + tile) * TILE;
-        for (lane, values) in block.iter().enumerate() {
-            let at = first + lane * 2 * DEPTH;
-            write::<0>(values, &mut to[at..]);
-            if terms > 1 {
-                write::<1>(values, &mut to[at + tiles * TILE..]);
-            }
-            if terms > 2 {
-                write::<2>(values, &mut to[at + 2 * tiles * TILE..]);
-            }
-        }
-    });
-}
-
-/// Writes one term of a row.
-#[inline(always)]
-fn write<const TERM: usize>(values: &[f32; DEPTH], to: &mut [u8]) {
-    let words: [u32; DEPTH / 2] = std::array::from_fn(|p| pair::<TERM>(values[2 * p], values[2 * p + 1]));
-    for (to, word) in to.as_chunks_mut::<4>().0[..DEPTH / 2].iter_mut().zip(words) {
-        *to = word.to_le_bytes();
-    }
-}
-
-/// Calls `take` with the index of the tile, the index of the step and the values, padded with zeros.
-#[inline(always)]
-fn each_block<A: Arithmetic, T: Element>(
-    source: &Source<T>,
-    Part { lanes: (first, count), depth: (start, depth) }: Part,
-    mut take: impl FnMut(usize, usize, &Block),
-) {
-    let mut block = [[0.0; DEPTH]; SIDE];
-    for tile in 0..tiles(count) {
-        for step in 0..steps(depth) {
-            let lanes = (first + tile * SIDE, SIDE.min(count - tile * SIDE));
-            let depth = (start + step * DEPTH, DEPTH.min(depth - step * DEPTH));
-            read::<A, T>(source, lanes, depth, &mut block);
-            take(tile, step, &block);
-        }
-    }
-}
-
-#[inline(always)]
-fn read<A: Arithmetic, T: Element>(
-    source: &Source<T>,
-    (first, count): (usize, usize),
-    (start, depth): (usize, usize),
-    block: &mut Block,
-) {
-    let &Source { values, lane_stride, depth_stride, alpha } = source;
-    let values = &values[first * lane_stride + start * depth_stride..];
-    if count < SIDE || depth < DEPTH {
-        *block = [[0.0; DEPTH]; SIDE];
-    }
-    if depth_stride == 1 {
-        for (lane, to) in block.iter_mut().enumerate().take(count) {
-            let from = &values[lane * lane_stride..][..depth];
-            if let Some(from) = from.first_chunk::<DEPTH>() {
-                *to = from.map(|value| alpha * value.to_f32());
-            } else {
-                to.iter_mut().zip(from).for_each(|(to, value)| *to = alpha * value.to_f32());
-            }
-        }
-    } else if lane_stride == 1 && count == SIDE && depth == DEPTH {
-        for at in (0..DEPTH).step_by(8) {
-            for lane in (0..SIDE).step_by(8) {
-                let line = |p: usize| &values[(at + p) * depth_stride + lane..][..8];
-                let square = std::array::from_fn(|p| {
-                    let line = line(p);
-                    std::array::from_fn(|i| alpha * line[i].to_f32())
-                });
-                let square = A::transposed(square);
-                for (i, values) in square.iter().enumerate() {
-                    block[lane + i][at..at + 8].copy_from_slice(values);
-                }
-            }
-        }
-    } else {
-        for (lane, to) in block.iter_mut().enumerate().take(count) {
-            for (p, to) in to.iter_mut().enumerate().take(depth) {
-                *to = alpha * values[lane * lane_stride + p * depth_stride].to_f32();
-            }
-        }
-    }
-}
-
-dispatch! {
-    /// Packs a right operand: for each step, the tiles of each term in turn.
-    pub(super) fn columns<T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u32]) = columns_body
-}
-
-#[inline(always)]
-fn columns_body<A: Arithmetic, T: Element>(source: &Source<T>, part: Part, terms: usize, to: &mut [u32]) {
-    let (lanes, words) = (part.lanes.1, right_bytes(part.lanes.1) / 4);
-    let width = lanes.min(SIDE);
-    if source.lane_stride == 1 && lanes.is_multiple_of(SIDE) {
-        return interleaved::<T>(source, part, terms, to);
-    }
-    each_block::<A, T>(source, part, |tile, step, block| {
-        let at = step * terms * words + tile * SIDE * SIDE;
-        turned::<A, 0>(block, width, &mut to[at..]);
-        if terms > 1 {
-            turned::<A, 1>(block, width, &mut to[at + words..]);
-        }
-        if terms > 2 {
-            turned::<A, 2>(block, width, &mut to[at + 2 * words..]);
-        }
-    });
-}
-
-/// Writes one term of a block transposed, so that its lanes are adjacent.
-#[inline(always)]
-fn turned<A: Arithmetic, const TERM: usize>(block: &Block, width: usize, to: &mut [u32]) {
-    let words: [[u32; SIDE]; SIDE] =
-        std::array::from_fn(|i| std::array::from_fn(|p| pair::<TERM>(block[i][2 * p], block[i][2 * p + 1])));
-    if width < SIDE {
-        for (p, to) in to.chunks_exact_mut(width).enumerate().take(SIDE) {
-            for (i, to) in to.iter_mut().enumerate() {
-                *to = words[i][p];
-            }
-        }
-        return;
-    }
-    let lines = &mut to.as_chunks_mut::<SIDE>().0[..SIDE];
-    for i in (0..SIDE).step_by(8) {
-        for p in (0..SIDE).step_by(8) {
-            // the bits are only moved, never used in arithmetic
-            let square = std::array::from_fn(|a| std::array::from_fn(|b| f32::from_bits(words[i + a][p + b])));
-            let square = A::transposed(square);
-            for (b, line) in square.iter().enumerate() {
-                for (a, value) in line.iter().enumerate() {
-                    lines[p + b][i + a] = value.to_bits();
-                }
-            }
-        }
-    }
-}
-
-/// [`columns`] for full tiles of a source whose lanes are adjacent: needs no transposition.
-#[inline(always)]
-fn interleaved<T: Element>(
-    &Source { values, depth_stride, alpha, .. }: &Source<T>,
-    Part { lanes: (first, lanes), depth: (start, depth) }: Part,
-    terms: usize,
-    to: &mut [u32],
-) {
-    let values = &values[first + start * depth_stride..];
-    let words = right_bytes(lanes) / 4;
-    let lines = to.as_chunks_mut::<SIDE>().0;
-    for p in 0..steps(depth) * DEPTH / 2 {
-        for tile in 0..lanes / SIDE {
-            let line = |at: usize| -> [f32; SIDE] {
-                let line = &values[at * depth_stride + tile * SIDE..][..SIDE];
-                std::array::from_fn(|i| alpha * line[i].to_f32())
-            };
-            let a = if 2 * p < depth { line(2 * p) } else { [0.0; SIDE] };
-            let b = if 2 * p + 1 < depth { line(2 * p + 1) } else { [0.0; SIDE] };
-            let at = (p / SIDE * terms * words) / SIDE + tile * SIDE + p % SIDE;
-            for i in 0..SIDE {
-                lines[at][i] = pair::<0>(a[i], b[i]);
-            }
-            if terms > 1 {
-                for i in 0..SIDE {
-                    lines[at + words / SIDE][i] = pair::<1>(a[i], b[i]);
-                }
-            }
-            if terms > 2 {
-                for i in 0..SIDE {
-                    lines[at + 2 * words / SIDE][i] = pair::<2>(a[i], b[i]);
-                }
-            }
-        }
-    }
 }

@@ -242,7 +242,8 @@ impl Mapped {
 /// The files that the weights of a model are mapped from.
 #[derive(Debug)]
 pub(crate) struct MappedFiles {
-    files: Vec<Arc<MappedFile>>,
+    /// Each with the first byte of one of its weights: the others are a multiple of a cache line away, as a rule.
+    files: Vec<(Arc<MappedFile>, usize)>,
     passes: AtomicU32,
 }
 
@@ -253,12 +254,12 @@ const PASSES_BEFORE_COPY: u32 = 32;
 impl MappedFiles {
     /// Those of these weights.
     pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
-        let mut files: Vec<Arc<MappedFile>> = Vec::new();
+        let mut files: Vec<(Arc<MappedFile>, usize)> = Vec::new();
         for weight in weights {
-            if let Stored::Mapped(Mapped { file, .. }) = &weight.0
-                && !files.iter().any(|found| Arc::ptr_eq(found, file))
+            if let Stored::Mapped(Mapped { file, bytes, .. }) = &weight.0
+                && !files.iter().any(|(found, _)| Arc::ptr_eq(found, file))
             {
-                files.push(file.clone());
+                files.push((file.clone(), bytes.start));
             }
         }
         Self { files, passes: AtomicU32::new(0) }
@@ -268,10 +269,10 @@ impl MappedFiles {
     /// wrong. A model that is used for long gets its files copied into memory of its own, where weights are read faster.
     pub(crate) fn finish_pass(&self) -> Result<()> {
         let is_long = !self.files.is_empty() && self.passes.fetch_add(1, Ordering::Relaxed) == PASSES_BEFORE_COPY;
-        for file in &self.files {
+        for (file, first) in &self.files {
             check(file)?;
             if is_long {
-                file.make_resident().map_err(|error| Error::read(file.path(), error))?;
+                file.make_resident(*first).map_err(|error| Error::read(file.path(), error))?;
             }
         }
         Ok(())
