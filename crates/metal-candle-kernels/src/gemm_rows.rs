@@ -94,10 +94,13 @@ fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c:
     add_up_in::<Portable<Separate>>(shape, start, products, c);
 }
 
-/// A product and its rows of A, ordered as [`Weights::pair`] says.
-struct Ordered<'a> {
-    product: &'a RowProduct<'a>,
-    rows: &'a [Line],
+/// Rows of A, ordered as [`Weights::pair`] says.
+pub(crate) struct Ordered<'a> {
+    pub(crate) rows: &'a [Line],
+    /// The distance of rows, in elements.
+    pub(crate) stride: usize,
+    /// The number of columns.
+    pub(crate) depth: usize,
 }
 
 thread_local! {
@@ -108,7 +111,7 @@ thread_local! {
 struct Task<'a> {
     shape: (usize, usize),
     start: Start<'a>,
-    products: &'a [Ordered<'a>],
+    products: &'a [(&'a RowProduct<'a>, Ordered<'a>)],
     columns: (usize, usize),
     c: Shared<f32>,
 }
@@ -120,14 +123,14 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
     if buffer.len() < needed {
         // freed first: growing in place would hold both buffers
         drop(buffer);
-        buffer = vec![Line([0.0; 16]); needed];
+        buffer = vec![Line::default(); needed];
     }
     let mut rest = &mut buffer[..];
     let mut ordered = Vec::with_capacity(products.len());
     for product in products.iter().filter(|product| product.k > 0) {
         let rows = rest.split_off_mut(..lines(product)).unwrap_or_default();
-        order_rows::<V>(product, m, rows);
-        ordered.push(Ordered { product, rows });
+        order_rows::<V>(product.a, (m, product.k), matches!(product.b, Matrix::BF16(_)), rows);
+        ordered.push((product, Ordered { rows, stride: ordered_stride(product.k), depth: product.k }));
     }
     let depth: usize = products.iter().map(|product| product.k).sum();
     let per_task = if m <= FEW_ROWS {
@@ -142,29 +145,48 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
     ROWS.set(buffer);
 }
 
+/// Calls `run` with the rows of A, in the order for weights of f32.
+pub(crate) fn with_ordered_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), run: impl FnOnce(&[Line])) {
+    let mut buffer = ROWS.take();
+    let needed = m * ordered_stride(k) / 16;
+    if buffer.len() < needed {
+        // freed first: growing in place would hold both buffers
+        drop(buffer);
+        buffer = vec![Line::default(); needed];
+    }
+    order_rows::<V>(a, (m, k), false, &mut buffer[..needed]);
+    run(&buffer[..needed]);
+    ROWS.set(buffer);
+}
+
 /// A cache line.
 #[repr(align(64))]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[allow(dead_code)] // seen as floats
-struct Line([f32; 16]);
+pub(crate) struct Line([f32; 16]);
+
+impl Line {
+    /// The floats of the lines.
+    pub(crate) fn floats_mut(lines: &mut [Self]) -> &mut [f32] {
+        // SAFETY: a line is sixteen floats.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
+    }
+}
 
 /// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but no power of two, which would map
 /// rows to the same cache sets.
-fn ordered_stride(k: usize) -> usize {
+pub(crate) fn ordered_stride(k: usize) -> usize {
     k.next_multiple_of(32) + 16
 }
 
 /// Copies the rows of A as [`Weights::pair`] orders them, padded with zeros.
-fn order_rows<V: Vector>(product: &RowProduct, m: usize, rows: &mut [Line]) {
-    let (k, stride) = (product.k, ordered_stride(product.k));
-    let is_split = matches!(product.b, Matrix::BF16(_));
+fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows: &mut [Line]) {
+    let stride = ordered_stride(k);
     let shared = Shared::new(rows);
     for_each(m, m * k, |i| {
         // SAFETY: tasks have rows of their own.
-        let to = unsafe { shared.part(i * stride / 16, stride / 16) };
-        // SAFETY: a line is sixteen floats.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<f32>(), stride) };
-        let from = &product.a[i * k..][..k];
+        let to = Line::floats_mut(unsafe { shared.part(i * stride / 16, stride / 16) });
+        let from = &a[i * k..][..k];
         // the last group may be partial
         to[k / 32 * 32..].fill(0.0);
         if is_split {
@@ -202,37 +224,53 @@ fn run<V: Vector>(task: &Task) {
         let c = unsafe { task.c.part(i * n + from, to - from) };
         task.start.write(c, i, n, from..to);
     }
-    for ordered in task.products {
-        match ordered.product.b {
-            Matrix::F32(b) => multiply::<V, f32>(task, ordered, b),
-            Matrix::F16(b) => multiply::<V, half::f16>(task, ordered, b),
-            Matrix::BF16(b) => multiply::<V, half::bf16>(task, ordered, b),
+    for (product, ordered) in task.products {
+        match product.b {
+            Matrix::F32(b) => multiply::<V, f32>(task, product, ordered, b),
+            Matrix::F16(b) => multiply::<V, half::f16>(task, product, ordered, b),
+            Matrix::BF16(b) => multiply::<V, half::bf16>(task, product, ordered, b),
         }
     }
 }
 
-fn multiply<V: Vector, T: Weights>(task: &Task, Ordered { product, rows }: &Ordered, b: &[T]) {
-    let (m, n) = task.shape;
-    let (k, stride) = (product.k, ordered_stride(product.k));
+fn multiply<V: Vector, T: Weights>(task: &Task, product: &RowProduct, rows: &Ordered, b: &[T]) {
+    let weights = (&b[task.columns.0 * product.k..], product.k);
+    // SAFETY: tasks have columns of their own.
+    unsafe { add_dots::<V, T>(task.shape, rows, weights, task.columns, product.alpha, task.c) };
+}
+
+/// Adds `alpha` times the dot products of the rows and rows of weights to columns `from..to` of the result `[m, n]`. `b` starts
+/// with the weights of column `from`, and its rows are `b_stride` apart.
+///
+/// # Safety
+/// No other task has these columns.
+pub(crate) unsafe fn add_dots<V: Vector, T: Weights>(
+    (m, n): (usize, usize),
+    &Ordered { rows, stride, depth }: &Ordered,
+    (b, b_stride): (&[T], usize),
+    (from, to): (usize, usize),
+    alpha: f32,
+    c: Shared<f32>,
+) {
     let mut i = 0;
     while i < m {
         let (height, width) = V::shape(m - i);
         let height = height.min(m - i);
-        let (from, to) = task.columns;
         // a single row uses distant rows of weights: the hardware prefetches several streams at once
         let apart = if height == 1 { (to - from).div_ceil(width) } else { 1 };
         let (end, step) = if height == 1 { (from + apart, 1) } else { (to, width) };
         for j in (from..end).step_by(step) {
             let width = width.min((to - j).div_ceil(apart));
+            let weights = &b[(j - from) * b_stride..][..(width - 1) * apart * b_stride + depth];
             let operands = Operands {
                 a: (rows[i * stride / 16..].as_ptr().cast(), stride, height),
-                weights: (b[j * k..][..(width - 1) * apart * k + k].as_ptr(), k * apart, width),
-                depth: k,
+                weights: (weights.as_ptr(), b_stride * apart, width),
+                depth,
             };
-            let put = |r: usize, c: usize, dot: f32| {
-                // SAFETY: tasks have columns of their own.
-                let c = unsafe { &mut task.c.part((i + r) * n + j + c * apart, 1)[0] };
-                *c = V::Arithmetic::mul_add(product.alpha, dot, *c);
+            let put = |row: usize, column: usize, dot: f32| {
+                // SAFETY: the caller's promise.
+                let c = unsafe { &mut c.part((i + row) * n + j + column * apart, 1)[0] };
+                *c = V::Arithmetic::mul_add(alpha, dot, *c);
             };
             // SAFETY: the rows are ordered and padded, and the slice of the weights covers their rows.
             unsafe { V::dots(m - i, &operands, put) };

@@ -92,6 +92,16 @@ pub(crate) trait Arithmetic {
     fn transposed(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
         std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
     }
+
+    /// `table[index]` for each index below 16.
+    #[inline(always)]
+    fn look_up(table: &[i8; 16], indices: [u8; 16]) -> [i8; 16] {
+        let mut values = [0; 16];
+        for i in 0..16 {
+            values[i] = table[usize::from(indices[i] & 15)];
+        }
+        values
+    }
 }
 
 /// Instruction sets with a fused multiply-add.
@@ -137,6 +147,20 @@ impl Arithmetic for Fused {
             }
         }
         result
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn look_up(table: &[i8; 16], indices: [u8; 16]) -> [i8; 16] {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm_shuffle_epi8, _mm_storeu_si128};
+        let mut values = [0; 16];
+        // SAFETY: as of `transposed`; each array holds sixteen bytes.
+        unsafe {
+            let table = _mm_loadu_si128(table.as_ptr().cast());
+            let indices = _mm_loadu_si128(indices.as_ptr().cast());
+            _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_shuffle_epi8(table, indices));
+        }
+        values
     }
 }
 

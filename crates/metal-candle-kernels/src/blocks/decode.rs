@@ -1,0 +1,211 @@
+//! Dequantizes blocks of 32 weights.
+//!
+//! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
+
+use crate::isa::{Arithmetic, dispatch};
+use crate::math::Element;
+use half::f16;
+
+/// Dequantizes the blocks of a format.
+pub(super) trait Decoder {
+    /// The number of weights of a block.
+    const LEN: usize;
+    /// The number of bytes of a block.
+    const BYTES: usize;
+
+    /// Dequantizes a block of `BYTES` bytes to `LEN` weights.
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]);
+}
+
+dispatch! {
+    /// Dequantizes whole blocks.
+    pub(super) fn widen_blocks<D: Decoder>(blocks: &[u8], to: &mut [f32]) = widen_blocks_body
+}
+
+#[inline(always)]
+fn widen_blocks_body<A: Arithmetic, D: Decoder>(blocks: &[u8], to: &mut [f32]) {
+    for (block, to) in blocks.chunks_exact(D::BYTES).zip(to.chunks_exact_mut(D::LEN)) {
+        D::decode::<A>(block, to);
+    }
+}
+
+/// `N` bytes of a block from `at` on. The check goes away when the length of the block is known.
+#[inline(always)]
+pub(super) fn bytes<const N: usize>(block: &[u8], at: usize) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(&block[at..at + N]);
+    bytes
+}
+
+/// The f16 at `at`.
+#[inline(always)]
+pub(super) fn half(block: &[u8], at: usize) -> f32 {
+    // the method of this crate has no branches; that of `half` detects the processor's features
+    Element::to_f32(f16::from_bits(u16::from_le_bytes(bytes(block, at))))
+}
+
+/// Writes `scale q` for 16 weights from `at` on.
+#[inline(always)]
+pub(super) fn scaled(q: &[i8; 16], scale: f32, to: &mut [f32], at: usize) {
+    let to = &mut to[at..at + 16];
+    for i in 0..16 {
+        to[i] = scale * f32::from(q[i]);
+    }
+}
+
+/// Writes `scale q + offset` for 16 weights from `at` on.
+#[inline(always)]
+pub(super) fn shifted(q: &[u8; 16], scale: f32, offset: f32, to: &mut [f32], at: usize) {
+    let to = &mut to[at..at + 16];
+    for i in 0..16 {
+        to[i] = scale * f32::from(q[i]) + offset;
+    }
+}
+
+/// The low and the high four bits of each byte.
+#[inline(always)]
+pub(super) fn nibbles(packed: &[u8; 16]) -> [[u8; 16]; 2] {
+    let mut parts = [[0; 16]; 2];
+    for i in 0..16 {
+        parts[0][i] = packed[i] & 15;
+        parts[1][i] = packed[i] >> 4;
+    }
+    parts
+}
+
+/// `q - zero` for values whose difference fits into 8 bits.
+#[inline(always)]
+pub(super) fn centered(q: &[u8; 16], zero: u8) -> [i8; 16] {
+    let mut centered = [0; 16];
+    for i in 0..16 {
+        centered[i] = q[i].wrapping_sub(zero).cast_signed();
+    }
+    centered
+}
+
+/// Nibbles with their fifth bit: bit `i` of `bits` belongs to nibble `i`.
+#[inline(always)]
+fn with_fifth_bit(q: &[u8; 16], bits: [u8; 2]) -> [u8; 16] {
+    const MASKS: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+    let mut wide = [0; 16];
+    for i in 0..16 {
+        let bit = bits[i / 8] & MASKS[i];
+        wide[i] = q[i] | if bit == 0 { 0 } else { 16 };
+    }
+    wide
+}
+
+pub(super) struct Q4_0;
+
+impl Decoder for Q4_0 {
+    const LEN: usize = 32;
+    const BYTES: usize = 18;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let d = half(block, 0);
+        let [low, high] = nibbles(&bytes(block, 2));
+        scaled(&centered(&low, 8), d, to, 0);
+        scaled(&centered(&high, 8), d, to, 16);
+    }
+}
+
+pub(super) struct Q4_1;
+
+impl Decoder for Q4_1 {
+    const LEN: usize = 32;
+    const BYTES: usize = 20;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let (d, m) = (half(block, 0), half(block, 2));
+        let [low, high] = nibbles(&bytes(block, 4));
+        shifted(&low, d, m, to, 0);
+        shifted(&high, d, m, to, 16);
+    }
+}
+
+pub(super) struct Q5_0;
+
+impl Decoder for Q5_0 {
+    const LEN: usize = 32;
+    const BYTES: usize = 22;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let d = half(block, 0);
+        let [low, high] = nibbles(&bytes(block, 6));
+        let (low, high) = (with_fifth_bit(&low, bytes(block, 2)), with_fifth_bit(&high, bytes(block, 4)));
+        scaled(&centered(&low, 16), d, to, 0);
+        scaled(&centered(&high, 16), d, to, 16);
+    }
+}
+
+pub(super) struct Q5_1;
+
+impl Decoder for Q5_1 {
+    const LEN: usize = 32;
+    const BYTES: usize = 24;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let (d, m) = (half(block, 0), half(block, 2));
+        let [low, high] = nibbles(&bytes(block, 8));
+        let (low, high) = (with_fifth_bit(&low, bytes(block, 4)), with_fifth_bit(&high, bytes(block, 6)));
+        shifted(&low, d, m, to, 0);
+        shifted(&high, d, m, to, 16);
+    }
+}
+
+pub(super) struct Q8_0;
+
+impl Decoder for Q8_0 {
+    const LEN: usize = 32;
+    const BYTES: usize = 34;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let d = half(block, 0);
+        scaled(&centered(&bytes(block, 2), 0), d, to, 0);
+        scaled(&centered(&bytes(block, 18), 0), d, to, 16);
+    }
+}
+
+/// The values of IQ4_NL and IQ4_XS.
+pub(super) const IQ4_TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+pub(super) struct IQ4NL;
+
+impl Decoder for IQ4NL {
+    const LEN: usize = 32;
+    const BYTES: usize = 18;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let d = half(block, 0);
+        let [low, high] = nibbles(&bytes(block, 2));
+        scaled(&A::look_up(&IQ4_TABLE, low), d, to, 0);
+        scaled(&A::look_up(&IQ4_TABLE, high), d, to, 16);
+    }
+}
+
+/// The 4-bit floats, doubled.
+const FP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+pub(super) struct MXFP4;
+
+impl Decoder for MXFP4 {
+    const LEN: usize = 32;
+    const BYTES: usize = 17;
+
+    #[inline(always)]
+    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+        let exponent = u32::from(block[0]);
+        // half of the scale, because the table is doubled; the two smallest are subnormal
+        let bits = if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 };
+        let scale = f32::from_bits(bits);
+        let [low, high] = nibbles(&bytes(block, 1));
+        scaled(&A::look_up(&FP4_TABLE, low), scale, to, 0);
+        scaled(&A::look_up(&FP4_TABLE, high), scale, to, 16);
+    }
+}

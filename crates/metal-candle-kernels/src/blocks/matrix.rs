@@ -1,0 +1,202 @@
+//! Block formats and matrices stored in them.
+
+use super::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, widen_blocks};
+use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
+use std::ops::Range;
+
+/// A block format of ggml. Names are those of ggml in camel case: `Q4K` is `q4_k`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types)] // the underscore separates two digits
+pub enum BlockFormat {
+    /// 4 bits with a scale.
+    Q4_0,
+    /// 4 bits with a scale and a minimum.
+    Q4_1,
+    /// 5 bits with a scale.
+    Q5_0,
+    /// 5 bits with a scale and a minimum.
+    Q5_1,
+    /// 8 bits with a scale.
+    Q8_0,
+    /// 2 bits, in groups with scales and minimums of 4 bits.
+    Q2K,
+    /// 3 bits, in groups with scales of 6 bits.
+    Q3K,
+    /// 4 bits, in groups with scales and minimums of 6 bits.
+    Q4K,
+    /// 5 bits, in groups with scales and minimums of 6 bits.
+    Q5K,
+    /// 6 bits, in groups with scales of 8 bits.
+    Q6K,
+    /// 4 bits as an index into a table, with a scale.
+    IQ4NL,
+    /// 4 bits as an index into a table, in groups with scales of 6 bits.
+    IQ4XS,
+    /// 4-bit floats with a power of two as the scale.
+    MXFP4,
+}
+
+/// Calls `$run` with the decoder of a format as the type `$decoder`.
+macro_rules! with_decoder {
+    ($format:expr, $decoder:ident => $run:expr) => {
+        with_decoder!($format, $decoder => $run, Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K IQ4NL IQ4XS MXFP4)
+    };
+    ($format:expr, $decoder:ident => $run:expr, $($name:ident)*) => {
+        match $format {
+            $(BlockFormat::$name => {
+                type $decoder = $name;
+                $run
+            })*
+        }
+    };
+}
+
+impl BlockFormat {
+    /// All formats.
+    pub const ALL: [Self; 13] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::IQ4NL,
+        Self::IQ4XS,
+        Self::MXFP4,
+    ];
+
+    /// The format with this id in `enum ggml_type`.
+    #[must_use]
+    pub fn from_ggml_type(id: u32) -> Option<Self> {
+        Some(match id {
+            2 => Self::Q4_0,
+            3 => Self::Q4_1,
+            6 => Self::Q5_0,
+            7 => Self::Q5_1,
+            8 => Self::Q8_0,
+            10 => Self::Q2K,
+            11 => Self::Q3K,
+            12 => Self::Q4K,
+            13 => Self::Q5K,
+            14 => Self::Q6K,
+            20 => Self::IQ4NL,
+            23 => Self::IQ4XS,
+            39 => Self::MXFP4,
+            _ => return None,
+        })
+    }
+
+    /// The name in ggml, in lower case.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q8_0 => "q8_0",
+            Self::Q2K => "q2_k",
+            Self::Q3K => "q3_k",
+            Self::Q4K => "q4_k",
+            Self::Q5K => "q5_k",
+            Self::Q6K => "q6_k",
+            Self::IQ4NL => "iq4_nl",
+            Self::IQ4XS => "iq4_xs",
+            Self::MXFP4 => "mxfp4",
+        }
+    }
+
+    /// The number of weights of a block.
+    #[allow(clippy::len_without_is_empty)]
+    #[must_use]
+    pub fn len(self) -> usize {
+        use super::decode::Decoder;
+        with_decoder!(self, D => D::LEN)
+    }
+
+    /// The number of bytes of a block.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        use super::decode::Decoder;
+        with_decoder!(self, D => D::BYTES)
+    }
+
+    /// The number of bytes of a row. `None` unless `columns` is a multiple of the block length.
+    #[must_use]
+    pub fn row_bytes(self, columns: usize) -> Option<usize> {
+        if columns.is_multiple_of(self.len()) { (columns / self.len()).checked_mul(self.bytes()) } else { None }
+    }
+}
+
+/// A row-major matrix `[rows, columns]` of blocks. Each row is a whole number of blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockMatrix<'a> {
+    format: BlockFormat,
+    bytes: &'a [u8],
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> BlockMatrix<'a> {
+    /// A matrix stored in `bytes`. `None` if their number is not that of the shape.
+    #[must_use]
+    pub fn new(format: BlockFormat, bytes: &'a [u8], rows: usize, columns: usize) -> Option<Self> {
+        // the number of weights must not overflow either
+        rows.checked_mul(columns)?.checked_mul(size_of::<f32>())?;
+        let expected = format.row_bytes(columns)?.checked_mul(rows)?;
+        (bytes.len() == expected).then_some(Self { format, bytes, rows, columns })
+    }
+
+    /// The format of the blocks.
+    #[must_use]
+    pub fn format(&self) -> BlockFormat {
+        self.format
+    }
+
+    /// The number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of columns.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The blocks.
+    #[must_use]
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Rows `start..start + len`. `None` if the matrix does not have them.
+    #[must_use]
+    pub fn narrow_rows(&self, start: usize, len: usize) -> Option<Self> {
+        let end = start.checked_add(len).filter(|&end| end <= self.rows)?;
+        let row = self.row_bytes();
+        Some(Self { bytes: self.bytes.get(start * row..end * row)?, rows: len, ..*self })
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.columns / self.format.len() * self.format.bytes()
+    }
+
+    /// Dequantizes columns `columns` of row `row`. `to` has the length of `columns`.
+    ///
+    /// # Panics
+    /// The range is outside the row, does not start and end at blocks, or `to` has another length.
+    pub fn widen_row(&self, row: usize, columns: Range<usize>, to: &mut [f32]) {
+        let (len, bytes) = (self.format.len(), self.format.bytes());
+        assert!(row < self.rows && columns.end <= self.columns, "the matrix does not have these elements");
+        assert!(columns.start.is_multiple_of(len) && columns.end.is_multiple_of(len), "the range splits a block");
+        assert!(columns.len() == to.len(), "the result has another length than the range");
+        let blocks = &self.bytes[row * self.row_bytes() + columns.start / len * bytes..][..to.len() / len * bytes];
+        with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
+    }
+}

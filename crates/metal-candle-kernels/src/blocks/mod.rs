@@ -1,0 +1,16 @@
+//! Block-quantized weights as GGUF files store them: their layouts, dequantization, and products with them.
+//!
+//! Products dequantize a few rows of weights at a time and multiply them in f32. Activations are never rounded.
+
+mod decode;
+mod matrix;
+mod products;
+mod rows;
+mod superblocks;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
+pub use matrix::{BlockFormat, BlockMatrix};
+pub use products::{block_products, block_products_to, block_transposed_products, block_transposed_products_to};
+pub use rows::block_row_products;

@@ -1,0 +1,111 @@
+//! Products with block-quantized weights whose result for a row does not depend on the other rows: for inference.
+
+use super::matrix::BlockMatrix;
+use crate::gemm_rows::{Line, Ordered, add_dots, ordered_stride, with_ordered_rows};
+#[cfg(target_arch = "x86_64")]
+use crate::gemm_tile::x86;
+use crate::gemm_tile::{Portable, Vector};
+#[cfg(target_arch = "aarch64")]
+use crate::isa::Fused;
+#[cfg(not(target_arch = "aarch64"))]
+use crate::isa::Separate;
+use crate::operand::Start;
+use crate::parallel::{Shared, for_each, written};
+use std::cell::Cell;
+
+/// Columns that are dequantized at a time: four rows of them fill half of the first-level cache.
+const DEPTH: usize = 1024;
+/// The distance of dequantized rows: no power of two, which would map rows to the same cache sets.
+const STRIDE: usize = DEPTH + 16;
+/// Rows that are dequantized at a time if A has many rows.
+const PANEL_ROWS: usize = 48;
+/// Weights of a task.
+const TASK_ELEMENTS: usize = 128 * 1024;
+
+thread_local! {
+    static PANEL: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// `start + alpha A B^T` as a new matrix `[m, n]`, with `A: [m, k]` and `B: [n, k]`.
+///
+/// A row of the result has the same bits alone and among any other rows.
+///
+/// # Panics
+/// An operand does not have the shape, or the start is the result itself.
+#[must_use]
+pub fn block_row_products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32) -> Vec<f32> {
+    assert!(!matches!(start, Start::Result), "there is no result to start from");
+    // SAFETY: every element is written from the start before it is read.
+    unsafe { written(m * n, |c| add_rows((m, n), start, a, b, alpha, c)) }
+}
+
+/// Writes `start + alpha A B^T` to `c`.
+pub(super) fn add_rows((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: Shared<f32>) {
+    assert!(b.rows() == n, "the right operand has {} rows, not {n}", b.rows());
+    assert!(a.len() >= m * b.columns(), "the left operand is too short");
+    start.check((m, n));
+    if m == 0 || n == 0 {
+        return;
+    }
+    let task = Task { shape: (m, n), start, a, b, alpha, c };
+    #[cfg(target_arch = "x86_64")]
+    match crate::isa::isa() {
+        crate::isa::Isa::Avx512 => return run::<x86::Avx512>(&task),
+        crate::isa::Isa::Avx2 => return run::<x86::Avx2>(&task),
+        crate::isa::Isa::Baseline => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    run::<Portable<Fused>>(&task);
+    #[cfg(not(target_arch = "aarch64"))]
+    run::<Portable<Separate>>(&task);
+}
+
+/// The operands of a product.
+pub(super) struct Task<'a> {
+    pub(super) shape: (usize, usize),
+    pub(super) start: Start<'a>,
+    pub(super) a: &'a [f32],
+    pub(super) b: BlockMatrix<'a>,
+    pub(super) alpha: f32,
+    pub(super) c: Shared<f32>,
+}
+
+pub(super) fn run<V: Vector>(task: &Task) {
+    let ((m, n), k) = (task.shape, task.b.columns());
+    with_ordered_rows::<V>(task.a, (m, k), |rows| {
+        let (height, width) = V::shape(m);
+        // few rows of A: as many rows as a tile takes, which stay in the first-level cache
+        let panel = if m <= height { width } else { PANEL_ROWS / width * width };
+        let per_task = (TASK_ELEMENTS / k.max(1)).max(1).next_multiple_of(panel);
+        for_each(n.div_ceil(per_task), m * n * k, |number| {
+            let mut buffer = PANEL.take();
+            if buffer.len() < panel * STRIDE / 16 {
+                buffer = vec![Line::default(); panel * STRIDE / 16];
+            }
+            let (first, last) = (number * per_task, n.min((number + 1) * per_task));
+            for from in (first..last).step_by(panel) {
+                multiply::<V>(task, rows, (from, last.min(from + panel)), Line::floats_mut(&mut buffer));
+            }
+            PANEL.set(buffer);
+        });
+    });
+}
+
+/// Columns `from..to` of the result.
+fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), panel: &mut [f32]) {
+    let ((m, n), k) = (task.shape, task.b.columns());
+    for i in 0..m {
+        // SAFETY: tasks have columns of their own.
+        let c = unsafe { task.c.part(i * n + from, to - from) };
+        task.start.write(c, i, n, from..to);
+    }
+    for at in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - at);
+        for (row, panel) in (from..to).zip(panel.chunks_exact_mut(STRIDE)) {
+            task.b.widen_row(row, at..at + depth, &mut panel[..depth]);
+        }
+        let rows = Ordered { rows: &rows[at / 16..], stride: ordered_stride(k), depth };
+        // SAFETY: tasks have columns of their own.
+        unsafe { add_dots::<V, f32>((m, n), &rows, (panel, STRIDE), (from, to), task.alpha, task.c) };
+    }
+}
