@@ -102,6 +102,16 @@ pub(crate) trait Arithmetic {
         }
         values
     }
+
+    /// For each bit -1 if it is set, else 0.
+    #[inline(always)]
+    fn spread_bits(bits: [u8; 2]) -> [i8; 16] {
+        let mut spread = [0; 16];
+        for i in 0..16 {
+            spread[i] = -((bits[i / 8] >> (i % 8) & 1).cast_signed());
+        }
+        spread
+    }
 }
 
 /// Instruction sets with a fused multiply-add.
@@ -161,6 +171,26 @@ impl Arithmetic for Fused {
             _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_shuffle_epi8(table, indices));
         }
         values
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn spread_bits(bits: [u8; 2]) -> [i8; 16] {
+        use std::arch::x86_64::{
+            _mm_and_si128, _mm_cmpeq_epi8, _mm_set_epi64x, _mm_set1_epi16, _mm_set1_epi64x, _mm_shuffle_epi8,
+            _mm_storeu_si128,
+        };
+        let mut spread = [0; 16];
+        // SAFETY: as of `transposed`; the array holds sixteen bytes.
+        unsafe {
+            // each byte eight times, of which each keeps one bit
+            let bytes = _mm_set1_epi16(i16::from_le_bytes(bits));
+            let bytes = _mm_shuffle_epi8(bytes, _mm_set_epi64x(0x0101_0101_0101_0101, 0));
+            let masks = _mm_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+            let is_set = _mm_cmpeq_epi8(_mm_and_si128(bytes, masks), masks);
+            _mm_storeu_si128(spread.as_mut_ptr().cast(), is_set);
+        }
+        spread
     }
 }
 

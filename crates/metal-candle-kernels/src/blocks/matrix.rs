@@ -187,16 +187,22 @@ impl<'a> BlockMatrix<'a> {
         self.columns / self.format.len() * self.format.bytes()
     }
 
+    /// The bytes of columns `columns` of row `row`, empty where the matrix does not have them.
+    pub(super) fn blocks(&self, row: usize, columns: Range<usize>) -> &'a [u8] {
+        let (len, bytes, row) = (self.format.len(), self.format.bytes(), row * self.row_bytes());
+        self.bytes.get(row + columns.start / len * bytes..row + columns.end / len * bytes).unwrap_or_default()
+    }
+
     /// Dequantizes columns `columns` of row `row`. `to` has the length of `columns`.
     ///
     /// # Panics
     /// The range is outside the row, does not start and end at blocks, or `to` has another length.
     pub fn widen_row(&self, row: usize, columns: Range<usize>, to: &mut [f32]) {
-        let (len, bytes) = (self.format.len(), self.format.bytes());
+        let len = self.format.len();
         assert!(row < self.rows && columns.end <= self.columns, "the matrix does not have these elements");
         assert!(columns.start.is_multiple_of(len) && columns.end.is_multiple_of(len), "the range splits a block");
         assert!(columns.len() == to.len(), "the result has another length than the range");
-        let blocks = &self.bytes[row * self.row_bytes() + columns.start / len * bytes..][..to.len() / len * bytes];
+        let blocks = self.blocks(row, columns);
         with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
     }
 }

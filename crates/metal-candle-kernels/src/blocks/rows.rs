@@ -102,6 +102,11 @@ fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), p
     for at in (0..k).step_by(DEPTH) {
         let depth = DEPTH.min(k - at);
         for (row, panel) in (from..to).zip(panel.chunks_exact_mut(STRIDE)) {
+            // the hardware prefetches too little of so short a run: the next columns, or those of the next panel
+            let (row_ahead, ahead) = if at + depth < k { (row, at + depth) } else { (row + to - from, 0) };
+            for line in task.b.blocks(row_ahead, ahead..k.min(ahead + DEPTH)).chunks(64) {
+                V::prefetch(line.as_ptr());
+            }
             task.b.widen_row(row, at..at + depth, &mut panel[..depth]);
         }
         let rows = Ordered { rows: &rows[at / 16..], stride: ordered_stride(k), depth };

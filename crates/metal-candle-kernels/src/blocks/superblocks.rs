@@ -1,6 +1,6 @@
 //! Dequantizes superblocks: 256 weights in groups of 16 or 32 with scales of their own.
 
-use super::decode::{Decoder, IQ4_TABLE, bytes, centered, half, nibbles, scaled, shifted};
+use super::decode::{Decoder, IQ4_TABLE, PLAIN_TABLE, bytes, centered, half, nibbles, scaled, shifted};
 use crate::isa::Arithmetic;
 
 /// Two bits of each byte.
@@ -37,7 +37,7 @@ impl Decoder for Q2K {
             let (half_at, shift, part) = (group / 8, group / 2 % 4, group % 2);
             let q = bit_pairs(&bytes(block, 16 + 32 * half_at + 16 * part), 2 * shift);
             let (scale, minimum) = (d * f32::from(scales[group]), d_minimum * f32::from(minimums[group]));
-            shifted(&q, scale, -minimum, to, 16 * group);
+            shifted(&A::look_up(&PLAIN_TABLE, q), scale, -minimum, to, 16 * group);
         }
     }
 }
@@ -64,7 +64,7 @@ impl Decoder for Q3K {
     }
 }
 
-/// The scales and minimums of Q4_K and Q5_K, 6 bits each, four at a time.
+/// The scales and minimums of `Q4_K` and `Q5_K`, 6 bits each, four at a time.
 #[inline(always)]
 fn scales_and_minimums(packed: [u8; 12]) -> ([u8; 8], [u8; 8]) {
     let word = |at: usize| u32::from_le_bytes([packed[at], packed[at + 1], packed[at + 2], packed[at + 3]]);
@@ -89,10 +89,10 @@ impl Decoder for Q4K {
         for pair in 0..4 {
             for part in 0..2 {
                 let q = nibbles(&bytes(block, 16 + 32 * pair + 16 * part));
-                for side in 0..2 {
+                for (side, q) in q.iter().enumerate() {
                     let group = 2 * pair + side;
                     let (scale, minimum) = (d * f32::from(scales[group]), d_minimum * f32::from(minimums[group]));
-                    shifted(&q[side], scale, -minimum, to, 32 * group + 16 * part);
+                    shifted(&centered(q, 0), scale, -minimum, to, 32 * group + 16 * part);
                 }
             }
         }
@@ -113,11 +113,11 @@ impl Decoder for Q5K {
             for part in 0..2 {
                 let q = nibbles(&bytes(block, 48 + 32 * pair + 16 * part));
                 let fifth = bytes(block, 16 + 16 * part);
-                for side in 0..2 {
+                for (side, q) in q.iter().enumerate() {
                     let group = 2 * pair + side;
-                    let q = with_bit(&q[side], &fifth, group, 4);
+                    let q = with_bit(q, &fifth, group, 4);
                     let (scale, minimum) = (d * f32::from(scales[group]), d_minimum * f32::from(minimums[group]));
-                    shifted(&q, scale, -minimum, to, 32 * group + 16 * part);
+                    shifted(&centered(&q, 0), scale, -minimum, to, 32 * group + 16 * part);
                 }
             }
         }
@@ -132,9 +132,8 @@ impl Decoder for Q6K {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let scales: [u8; 16] = bytes(block, 192);
         let d = half(block, 208);
-        for group in 0..16 {
+        for (group, scale) in bytes::<16>(block, 192).into_iter().enumerate() {
             // groups of 16; two of them share the bits of a shift
             let (half_at, quarter, part) = (group / 8, group / 2 % 4, group % 2);
             let low = nibbles(&bytes(block, 64 * half_at + 32 * (quarter % 2) + 16 * part))[quarter / 2];
@@ -143,7 +142,7 @@ impl Decoder for Q6K {
             for i in 0..16 {
                 q[i] = low[i] | high[i] << 4;
             }
-            let scale = d * f32::from(scales[group].cast_signed());
+            let scale = d * f32::from(scale.cast_signed());
             scaled(&centered(&q, 32), scale, to, 16 * group);
         }
     }
