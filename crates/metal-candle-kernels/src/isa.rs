@@ -1,5 +1,6 @@
 //! Which instruction set the kernels use.
 
+use crate::math::Element;
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
@@ -103,6 +104,13 @@ pub(crate) trait Arithmetic {
         values
     }
 
+    /// The f16 with these bits.
+    #[inline(always)]
+    fn f16_to_f32(bits: u16) -> f32 {
+        // the method of this crate has no branches; that of `half` detects the processor's features
+        Element::to_f32(half::f16::from_bits(bits))
+    }
+
     /// For each bit -1 if it is set, else 0.
     #[inline(always)]
     fn spread_bits(bits: [u8; 2]) -> [i8; 16] {
@@ -171,6 +179,14 @@ impl Arithmetic for Fused {
             _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_shuffle_epi8(table, indices));
         }
         values
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn f16_to_f32(bits: u16) -> f32 {
+        use std::arch::x86_64::{_mm_cvtph_ps, _mm_cvtsi32_si128, _mm_cvtss_f32};
+        // SAFETY: as of `transposed`; F16C is part of that level.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -3,8 +3,6 @@
 //! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
 
 use crate::isa::{Arithmetic, dispatch};
-use crate::math::Element;
-use half::f16;
 
 /// Dequantizes the blocks of a format.
 pub(super) trait Decoder {
@@ -39,9 +37,8 @@ pub(super) fn bytes<const N: usize>(block: &[u8], at: usize) -> [u8; N] {
 
 /// The f16 at `at`.
 #[inline(always)]
-pub(super) fn half(block: &[u8], at: usize) -> f32 {
-    // the method of this crate has no branches; that of `half` detects the processor's features
-    Element::to_f32(f16::from_bits(u16::from_le_bytes(bytes(block, at))))
+pub(super) fn half<A: Arithmetic>(block: &[u8], at: usize) -> f32 {
+    A::f16_to_f32(u16::from_le_bytes(bytes(block, at)))
 }
 
 /// Writes `scale q` for 16 weights from `at` on.
@@ -107,7 +104,7 @@ impl Decoder for Q4_0 {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 0);
+        let d = half::<A>(block, 0);
         let [low, high] = nibbles(&bytes(block, 2));
         scaled(&A::look_up(&CENTERED_TABLE, low), d, to, 0);
         scaled(&A::look_up(&CENTERED_TABLE, high), d, to, 16);
@@ -122,7 +119,7 @@ impl Decoder for Q4_1 {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let (d, m) = (half(block, 0), half(block, 2));
+        let (d, m) = (half::<A>(block, 0), half::<A>(block, 2));
         let [low, high] = nibbles(&bytes(block, 4));
         shifted(&A::look_up(&PLAIN_TABLE, low), d, m, to, 0);
         shifted(&A::look_up(&PLAIN_TABLE, high), d, m, to, 16);
@@ -137,7 +134,7 @@ impl Decoder for Q5_0 {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 0);
+        let d = half::<A>(block, 0);
         let [low, high] = nibbles(&bytes(block, 6));
         scaled(&with_fifth_bit::<A>(low, bytes(block, 2), 16), d, to, 0);
         scaled(&with_fifth_bit::<A>(high, bytes(block, 4), 16), d, to, 16);
@@ -152,7 +149,7 @@ impl Decoder for Q5_1 {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let (d, m) = (half(block, 0), half(block, 2));
+        let (d, m) = (half::<A>(block, 0), half::<A>(block, 2));
         let [low, high] = nibbles(&bytes(block, 8));
         shifted(&with_fifth_bit::<A>(low, bytes(block, 4), 0), d, m, to, 0);
         shifted(&with_fifth_bit::<A>(high, bytes(block, 6), 0), d, m, to, 16);
@@ -167,7 +164,7 @@ impl Decoder for Q8_0 {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 0);
+        let d = half::<A>(block, 0);
         scaled(&centered(&bytes(block, 2), 0), d, to, 0);
         scaled(&centered(&bytes(block, 18), 0), d, to, 16);
     }
@@ -184,7 +181,7 @@ impl Decoder for IQ4NL {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 0);
+        let d = half::<A>(block, 0);
         let [low, high] = nibbles(&bytes(block, 2));
         scaled(&A::look_up(&IQ4_TABLE, low), d, to, 0);
         scaled(&A::look_up(&IQ4_TABLE, high), d, to, 16);

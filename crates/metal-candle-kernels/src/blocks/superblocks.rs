@@ -32,7 +32,7 @@ impl Decoder for Q2K {
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
         let [scales, minimums] = nibbles(&bytes(block, 0));
-        let (d, d_minimum) = (half(block, 80), half(block, 82));
+        let (d, d_minimum) = (half::<A>(block, 80), half::<A>(block, 82));
         for group in 0..16 {
             let (half_at, shift, part) = (group / 8, group / 2 % 4, group % 2);
             let q = bit_pairs(&bytes(block, 16 + 32 * half_at + 16 * part), 2 * shift);
@@ -51,7 +51,7 @@ impl Decoder for Q3K {
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
         let packed: [u8; 12] = bytes(block, 96);
-        let d = half(block, 108);
+        let d = half::<A>(block, 108);
         for group in 0..16 {
             let (half_at, shift, part) = (group / 8, group / 2 % 4, group % 2);
             let low = bit_pairs(&bytes(block, 32 + 32 * half_at + 16 * part), 2 * shift);
@@ -84,7 +84,7 @@ impl Decoder for Q4K {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let (d, d_minimum) = (half(block, 0), half(block, 2));
+        let (d, d_minimum) = (half::<A>(block, 0), half::<A>(block, 2));
         let (scales, minimums) = scales_and_minimums(bytes(block, 4));
         for pair in 0..4 {
             for part in 0..2 {
@@ -92,7 +92,7 @@ impl Decoder for Q4K {
                 for (side, q) in q.iter().enumerate() {
                     let group = 2 * pair + side;
                     let (scale, minimum) = (d * f32::from(scales[group]), d_minimum * f32::from(minimums[group]));
-                    shifted(&centered(q, 0), scale, -minimum, to, 32 * group + 16 * part);
+                    shifted(&A::look_up(&PLAIN_TABLE, *q), scale, -minimum, to, 32 * group + 16 * part);
                 }
             }
         }
@@ -107,7 +107,7 @@ impl Decoder for Q5K {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let (d, d_minimum) = (half(block, 0), half(block, 2));
+        let (d, d_minimum) = (half::<A>(block, 0), half::<A>(block, 2));
         let (scales, minimums) = scales_and_minimums(bytes(block, 4));
         for pair in 0..4 {
             for part in 0..2 {
@@ -132,18 +132,23 @@ impl Decoder for Q6K {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 208);
-        for (group, scale) in bytes::<16>(block, 192).into_iter().enumerate() {
-            // groups of 16; two of them share the bits of a shift
-            let (half_at, quarter, part) = (group / 8, group / 2 % 4, group % 2);
-            let low = nibbles(&bytes(block, 64 * half_at + 32 * (quarter % 2) + 16 * part))[quarter / 2];
-            let high = bit_pairs(&bytes(block, 128 + 32 * half_at + 16 * part), 2 * quarter);
-            let mut q = [0; 16];
-            for i in 0..16 {
-                q[i] = low[i] | high[i] << 4;
+        let d = half::<A>(block, 208);
+        let scales: [u8; 16] = bytes(block, 192);
+        for at in 0..8 {
+            // half of the block, half of 32 weights, which of two runs of low bits
+            let (half_at, part, run) = (at / 4, at / 2 % 2, at % 2);
+            let low = nibbles(&bytes(block, 64 * half_at + 32 * run + 16 * part));
+            let high = bytes(block, 128 + 32 * half_at + 16 * part);
+            for (side, low) in low.iter().enumerate() {
+                let quarter = run + 2 * side;
+                let (low, high) = (A::look_up(&PLAIN_TABLE, *low), bit_pairs(&high, 2 * quarter));
+                let mut q = [0; 16];
+                for i in 0..16 {
+                    q[i] = (low[i] | (high[i] << 4).cast_signed()) - 32;
+                }
+                let group = 8 * half_at + 2 * quarter + part;
+                scaled(&q, d * f32::from(scales[group].cast_signed()), to, 16 * group);
             }
-            let scale = d * f32::from(scale.cast_signed());
-            scaled(&centered(&q, 32), scale, to, 16 * group);
         }
     }
 }
@@ -156,7 +161,7 @@ impl Decoder for IQ4XS {
 
     #[inline(always)]
     fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
-        let d = half(block, 0);
+        let d = half::<A>(block, 0);
         let upper = u16::from_le_bytes(bytes(block, 2));
         let lower: [u8; 4] = bytes(block, 4);
         for group in 0..8 {
