@@ -3,6 +3,7 @@
 
 mod convert;
 mod foreign;
+mod gguf;
 mod guard;
 #[cfg(feature = "hub")]
 mod hub;
@@ -16,6 +17,7 @@ mod saver;
 mod shards;
 mod write;
 
+pub use gguf::{GgufFile, GgufTensor, GgufValue};
 pub use guard::{guard, is_guarded};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};

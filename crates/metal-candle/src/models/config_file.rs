@@ -80,7 +80,7 @@ impl ModelConfig {
         Self::from_object(&JsonObject::parse(text, Path::new("config.json"))?)
     }
 
-    fn from_object(object: &JsonObject) -> Result<Self> {
+    pub(super) fn from_object(object: &JsonObject) -> Result<Self> {
         let model_type =
             object.text("model_type")?.ok_or_else(|| object.missing("model_type", "the name of a model family"))?;
         if let Some(text_type) = families::text_type(model_type) {

@@ -1,19 +1,23 @@
-//! Loading safetensors checkpoints.
+//! Loading safetensors checkpoints and GGUF files.
 
+use super::gguf::GgufWeights;
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::{SafetensorsFile, Shards, TensorEntry};
+use crate::files::{GgufFile, SafetensorsFile, Shards, TensorEntry};
 use crate::ops::Weight;
 use candle_core::{DType, Tensor};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
 /// After this many tensors a GPU is waited for, so that it frees what their transfer took.
 const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 
-/// Loads a model from a safetensors file, an index of shards, or a folder.
+/// Loads a model from a safetensors file, an index of shards, a folder, or a GGUF file.
+///
+/// Quantized matrices of a GGUF file stay quantized on the CPU, and are multiplied with f32 activations. On a GPU they become
+/// matrices of the requested dtype, bf16 by default.
 ///
 /// Files are mapped into memory. On the CPU, matrices that have the requested dtype stay in the map: processes share their
 /// memory, and loading takes no time. Other tensors are read one by one. After 32 passes through the model its files are copied
@@ -95,6 +99,9 @@ impl ModelLoader {
     /// As [`ModelLoader::load`].
     pub fn load_with_progress(&self, path: impl AsRef<Path>, progress: impl FnMut(LoadProgress)) -> Result<Model> {
         let path = path.as_ref();
+        if GgufFile::is_named(path) {
+            return self.load_gguf(&GgufFile::open(path)?, progress);
+        }
         let shards = Shards::open(path)?;
         let mut config = self.config_for(path)?;
         let found = names_in_model(&shards);
@@ -107,6 +114,56 @@ impl ModelLoader {
         }
         let names = match_names(&shards, found, &config)?;
         let weights = self.read(&shards, &names, progress)?;
+        Model::from_weights(config, weights, self.device)
+    }
+
+    fn load_gguf(&self, file: &GgufFile, mut progress: impl FnMut(LoadProgress)) -> Result<Model> {
+        let config = match &self.config {
+            Some(config) => config.clone(),
+            None => ModelConfig::from_gguf(file)?,
+        };
+        config.validate()?;
+        let source = GgufWeights::new(file)?;
+        let mut problems = Vec::new();
+        let mut found = Vec::new();
+        for (name, shape) in Model::parameter_shapes(&config) {
+            let tensor = source.name(&name).and_then(|name| file.tensor(&name));
+            let Some(tensor) = tensor else {
+                let name = source.name(&name).unwrap_or(name);
+                problems.push(format!("`{name}`: expected {shape:?}, found no such tensor"));
+                continue;
+            };
+            if tensor.shape != shape {
+                problems.push(format!("`{}`: expected {shape:?}, found {:?}", tensor.name, tensor.shape));
+            }
+            found.push((name, tensor));
+        }
+        let names: HashSet<&str> = found.iter().map(|(_, tensor)| tensor.name.as_str()).collect();
+        for tensor in file.tensors() {
+            if !GgufWeights::is_aside(&tensor.name) && !names.contains(tensor.name.as_str()) {
+                problems.push(format!("`{}`: expected no such tensor, found {:?}", tensor.name, tensor.shape));
+            }
+        }
+        if !problems.is_empty() {
+            problems.sort();
+            return Err(Error::Tensors { path: file.path().to_path_buf(), problems });
+        }
+        // a GPU has no kernels for blocks
+        let dtype = if self.device.is_cpu() { self.dtype } else { Some(self.dtype.unwrap_or(DType::BF16)) };
+        let device = self.device.candle();
+        let mut state = LoadProgress { tensors: 0, num_tensors: found.len(), bytes: 0, num_bytes: file.num_bytes() };
+        let mut weights = HashMap::with_capacity(found.len());
+        for (name, tensor) in found {
+            let mut weight = source.weight(&name, tensor)?;
+            state.tensors += 1;
+            state.bytes += weight.num_bytes();
+            if let Some(dtype) = dtype {
+                weight = weight.to_dtype(dtype)?.to_device(&device)?.into();
+            }
+            weights.insert(name, weight);
+            progress(state);
+        }
+        self.device.synchronize()?;
         Model::from_weights(config, weights, self.device)
     }
 

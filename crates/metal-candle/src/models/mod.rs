@@ -8,6 +8,8 @@ mod decoding;
 mod description;
 mod families;
 mod generation_defaults;
+mod gguf;
+mod gguf_tokens;
 mod gradients;
 mod initialize;
 mod keys;

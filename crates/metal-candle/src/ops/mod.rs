@@ -23,6 +23,7 @@ pub(crate) mod linear;
 mod low_rank;
 pub(crate) mod norm;
 pub(crate) mod products;
+mod quantized;
 pub(crate) mod rotary;
 mod rotary_scaling;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::weight::Factor;
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
-use metal_candle_kernels as kernels;
+use metal_candle_kernels::{self as kernels, BlockMatrix};
 
 /// The order in which the CPU sums a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +29,7 @@ pub(super) enum Start<'a> {
 }
 
 /// One of the products of a sum.
+#[derive(Clone, Copy)]
 pub(super) struct Part<'a> {
     x: &'a Tensor,
     w: Factor<'a>,
@@ -85,6 +86,18 @@ pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tenso
         };
     }
     let _span = span("product", Kind::Gemm);
+    let mut start = start;
+    let mut dense: Vec<Part> = Vec::with_capacity(parts.len());
+    for &part in parts {
+        match part.w.block_matrix()? {
+            Some(blocks) => start = Start::Sum(block_sum(order, start, &part, blocks, (rows, columns))?),
+            None => dense.push(part),
+        }
+    }
+    let parts = &dense[..];
+    if let (Start::Sum(y), []) = (&start, parts) {
+        return Ok(y.clone());
+    }
     let hosts: Vec<(Host, Host)> =
         parts.iter().map(|part| Ok((Host::new(part.x)?, part.w.host()?))).collect::<Result<_>>()?;
     if order == Order::ByRow && parts.iter().all(|part| part.is_transposed) {
@@ -104,6 +117,26 @@ pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tenso
         Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
         Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
         Start::Sum(matrix) => edit(matrix, |y| kernels::gemm_sum_to(shape, kernels::Start::Result, &products, y)),
+    }
+}
+
+/// A start and the product of quantized blocks.
+fn block_sum(order: Order, start: Start, part: &Part, w: BlockMatrix, shape: (usize, usize)) -> Result<Tensor> {
+    let x = Host::new(part.x)?;
+    let (x, scale) = (x.f32()?, part.scale);
+    let multiply = |start: kernels::Start| {
+        let y = match (part.is_transposed, order) {
+            (true, Order::ByRow) => kernels::block_row_products(shape, start, x, w, scale),
+            (true, Order::ByShape) => kernels::block_products(shape, start, x, w, scale),
+            (false, _) => kernels::block_transposed_products(shape, start, x, w, scale),
+        };
+        tensor(y, shape)
+    };
+    match start {
+        Start::Zero => multiply(kernels::Start::Zero),
+        Start::Row(row) => multiply(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Start::Matrix(matrix) => multiply(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Start::Sum(matrix) => multiply(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
     }
 }
 

@@ -1,9 +1,10 @@
-//! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file.
+//! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file, quantized or not.
 
 use super::host::{Host, tensor};
+use super::quantized::Quantized;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
-use metal_candle_kernels::{ElementType, MappedFile, Matrix, widen};
+use metal_candle_kernels::{BlockFormat, BlockMatrix, ElementType, MappedFile, Matrix, widen};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,6 +19,7 @@ pub struct Weight(Stored);
 enum Stored {
     Dense(Tensor),
     Mapped(Mapped),
+    Quantized(Quantized),
 }
 
 /// A part of a mapped file that is aligned for its elements.
@@ -52,9 +54,41 @@ impl Weight {
             .then(|| Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element })))
     }
 
+    /// A matrix of the quantized blocks in a byte range of `file`; none if the range has another size.
+    pub(crate) fn mapped_blocks(
+        file: &Arc<MappedFile>,
+        bytes: Range<usize>,
+        dims: (usize, usize),
+        format: BlockFormat,
+    ) -> Option<Self> {
+        Some(Self(Stored::Quantized(Quantized::mapped(file, bytes, dims, format)?)))
+    }
+
+    /// A matrix of quantized blocks in memory; none if there are too many or too few.
+    pub(crate) fn blocks(blocks: Vec<u8>, dims: (usize, usize), format: BlockFormat) -> Option<Self> {
+        Some(Self(Stored::Quantized(Quantized::in_memory(blocks, dims, format)?)))
+    }
+
+    /// The format of the blocks of a quantized matrix.
+    pub fn block_format(&self) -> Option<BlockFormat> {
+        match &self.0 {
+            Stored::Quantized(quantized) => Some(quantized.format()),
+            Stored::Dense(_) | Stored::Mapped(_) => None,
+        }
+    }
+
+    /// The memory of the elements, in bytes.
+    pub fn num_bytes(&self) -> usize {
+        match &self.0 {
+            Stored::Quantized(quantized) => quantized.num_bytes(),
+            Stored::Dense(_) | Stored::Mapped(_) => self.elem_count() * self.dtype().size_in_bytes(),
+        }
+    }
+
     /// Its shape.
     pub fn dims(&self) -> &[usize] {
         match &self.0 {
+            Stored::Quantized(quantized) => quantized.dims(),
             Stored::Dense(tensor) => tensor.dims(),
             Stored::Mapped(mapped) => mapped.shape.dims(),
         }
@@ -76,9 +110,10 @@ impl Weight {
         self.dims().iter().product()
     }
 
-    /// The type of the elements.
+    /// The type of the elements; f32 for quantized blocks, which are multiplied in f32.
     pub fn dtype(&self) -> DType {
         match &self.0 {
+            Stored::Quantized(_) => DType::F32,
             Stored::Dense(tensor) => tensor.dtype(),
             Stored::Mapped(mapped) => mapped.dtype,
         }
@@ -88,7 +123,7 @@ impl Weight {
     pub fn device(&self) -> &Device {
         match &self.0 {
             Stored::Dense(tensor) => tensor.device(),
-            Stored::Mapped(_) => &Device::Cpu,
+            Stored::Mapped(_) | Stored::Quantized(_) => &Device::Cpu,
         }
     }
 
@@ -99,6 +134,7 @@ impl Weight {
     pub fn tensor(&self) -> Result<Tensor> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.clone()),
+            Stored::Quantized(quantized) => quantized.tensor(),
             Stored::Mapped(mapped) => {
                 let (bytes, dims) = (&mapped.file[mapped.bytes.clone()], mapped.shape.dims());
                 let copy = Tensor::from_raw_buffer(bytes, mapped.dtype, dims, &Device::Cpu)?;
@@ -120,7 +156,8 @@ impl Weight {
     pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
         let mapped = match &self.0 {
             Stored::Dense(tensor) => return Ok(tensor.to_device(device)?.into()),
-            Stored::Mapped(_) if device.is_cpu() => return Ok(self.clone()),
+            Stored::Mapped(_) | Stored::Quantized(_) if device.is_cpu() => return Ok(self.clone()),
+            Stored::Quantized(quantized) => return Ok(quantized.tensor()?.to_device(device)?.into()),
             Stored::Mapped(mapped) => mapped,
         };
         let tensor = match mapped.matrix()? {
@@ -139,7 +176,9 @@ impl Weight {
     pub(crate) fn dense(&self) -> Result<&Tensor> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor),
-            Stored::Mapped(_) => Err(Error::Unsupported("a mapped weight as the argument of a GPU kernel".into())),
+            Stored::Mapped(_) | Stored::Quantized(_) => {
+                Err(Error::Unsupported("a mapped or quantized weight as the argument of a GPU kernel".into()))
+            }
         }
     }
 
@@ -148,6 +187,15 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
+            Stored::Quantized(quantized) => quantized.host(),
+        }
+    }
+
+    /// The blocks of a quantized matrix.
+    pub(super) fn block_matrix(&self) -> Result<Option<BlockMatrix<'_>>> {
+        match &self.0 {
+            Stored::Quantized(quantized) => quantized.matrix().map(Some),
+            Stored::Dense(_) | Stored::Mapped(_) => Ok(None),
         }
     }
 
@@ -164,6 +212,7 @@ impl Weight {
             Stored::Dense(tensor) => {
                 Ok(tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype)?)
             }
+            Stored::Quantized(quantized) => Ok(quantized.rows(ids)?.to_dtype(dtype)?),
             Stored::Mapped(mapped) => {
                 let mut rows = vec![0.0; ids.len() * width];
                 let matrix = mapped.matrix()?;
@@ -187,6 +236,7 @@ impl Weight {
     pub fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.narrow(0, start, len)?.into()),
+            Stored::Quantized(quantized) => Ok(Self(Stored::Quantized(quantized.narrow_rows(start, len)?))),
             Stored::Mapped(mapped) => {
                 let dims = mapped.shape.dims();
                 let count = dims.first().copied().unwrap_or(0);
@@ -256,10 +306,15 @@ impl MappedFiles {
     pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
         let mut files: Vec<(Arc<MappedFile>, usize)> = Vec::new();
         for weight in weights {
-            if let Stored::Mapped(Mapped { file, bytes, .. }) = &weight.0
+            let place = match &weight.0 {
+                Stored::Dense(_) => None,
+                Stored::Mapped(Mapped { file, bytes, .. }) => Some((file, bytes.start)),
+                Stored::Quantized(quantized) => quantized.file(),
+            };
+            if let Some((file, start)) = place
                 && !files.iter().any(|(found, _)| Arc::ptr_eq(found, file))
             {
-                files.push((file.clone(), bytes.start));
+                files.push((file.clone(), start));
             }
         }
         Self { files, passes: AtomicU32::new(0) }
@@ -315,6 +370,14 @@ impl<'a> Factor<'a> {
         match self {
             Self::Tensor(tensor) => Host::new(tensor),
             Self::Weight(weight) => weight.host(),
+        }
+    }
+
+    /// The blocks of a quantized weight.
+    pub(super) fn block_matrix(self) -> Result<Option<BlockMatrix<'a>>> {
+        match self {
+            Self::Tensor(_) => Ok(None),
+            Self::Weight(weight) => weight.block_matrix(),
         }
     }
 
