@@ -1,19 +1,20 @@
 //! Finding and loading the model and the adapter that flags name.
 
 use crate::error::UserError;
+use crate::model_folder::copy_tokenizer;
 use crate::output::{Output, Unit};
 use crate::values::{DeviceKind, WeightType};
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::data::Tokenizer;
-use metal_candle::files::shard_names;
+use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::files::{GgufFile, shard_names};
 use metal_candle::models::SafetensorsFile;
 use metal_candle::{Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The name of the built-in model.
 pub(crate) const NANO: &str = "nano";
@@ -22,8 +23,8 @@ pub(crate) const NANO: &str = "nano";
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArguments {
-    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
-    /// `org/name` or `org/name@revision`.
+    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name as
+    /// in `org/name` or `org/name@revision`.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
@@ -51,8 +52,10 @@ pub(crate) struct AdaptedModelArguments {
 /// A model on disk.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSource {
-    /// A folder, or a safetensors file or an index of shards in one.
+    /// A folder, or a safetensors file, an index of shards or a GGUF file in one.
     path: PathBuf,
+    /// The GGUF file that has all of the model.
+    gguf: Option<Arc<GgufFile>>,
     /// What the user called it.
     pub(crate) name: String,
 }
@@ -62,11 +65,11 @@ impl ModelSource {
     pub(crate) fn find(model: &str, output: Output) -> Result<Self> {
         let name = model.to_owned();
         if model == NANO {
-            return Ok(Self { path: crate::nano::folder()?, name });
+            return Self::at(crate::nano::folder()?, name);
         }
         let path = PathBuf::from(model);
         if path.exists() {
-            return Ok(Self { path, name });
+            return Self::at(path, name);
         }
         if is_local(model) {
             let error = UserError::new(format!("there is no model `{model}`: no such file or folder"));
@@ -79,7 +82,22 @@ impl ModelSource {
             }
             .into());
         }
-        from_hub(model, output).map(|path| Self { path, name })
+        Self::at(from_hub(model, output)?, name)
+    }
+
+    /// The model at `path`. In a folder without a `config.json`, a single GGUF file is the model.
+    fn at(path: PathBuf, name: String) -> Result<Self> {
+        let path = match gguf_in_folder(&path) {
+            Some(file) => file,
+            None => path,
+        };
+        let gguf = GgufFile::is_named(&path).then(|| GgufFile::open(&path)).transpose()?.map(Arc::new);
+        Ok(Self { path, gguf, name })
+    }
+
+    /// The GGUF file that has all of the model, if it is one.
+    pub(crate) fn gguf(&self) -> Option<&GgufFile> {
+        self.gguf.as_deref()
     }
 
     /// The folder of `config.json` and the tokenizer.
@@ -91,13 +109,40 @@ impl ModelSource {
     }
 
     pub(crate) fn config(&self) -> metal_candle::Result<ModelConfig> {
-        let config = ModelConfig::from_json(self.folder().join("config.json"))?;
+        let config = match self.gguf() {
+            Some(file) => ModelConfig::from_gguf(file)?,
+            None => ModelConfig::from_json(self.folder().join("config.json"))?,
+        };
         warn_once(&config.notes);
         Ok(config)
     }
 
     pub(crate) fn tokenizer(&self) -> metal_candle::Result<Tokenizer> {
-        Tokenizer::from_folder(self.folder())
+        match self.gguf() {
+            Some(file) => Tokenizer::from_gguf(file),
+            None => Tokenizer::from_folder(self.folder()),
+        }
+    }
+
+    /// Whether there is a tokenizer.
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        self.gguf.is_some() || Tokenizer::is_in_folder(self.folder())
+    }
+
+    /// The chat template with this source and the special tokens of the model.
+    pub(crate) fn template(&self, source: String) -> metal_candle::Result<ChatTemplate> {
+        match self.gguf() {
+            Some(file) => ChatTemplate::for_gguf(source, file),
+            None => ChatTemplate::for_folder(source, self.folder()),
+        }
+    }
+
+    /// Writes the files of the tokenizer and its chat template into `folder`.
+    pub(crate) fn write_tokenizer(&self, folder: &Path) -> metal_candle::Result<()> {
+        match self.gguf() {
+            Some(file) => Tokenizer::from_gguf(file)?.save(folder),
+            None => copy_tokenizer(self.folder(), folder),
+        }
     }
 
     /// The safetensors files of its weights, and those that an index names but that are not there.
@@ -122,6 +167,9 @@ impl ModelSource {
 
     /// The dtype of its weights, if they can be read.
     pub(crate) fn dtype(&self) -> Option<DType> {
+        if self.gguf.is_some() {
+            return None;
+        }
         let is_weights = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "safetensors");
         let mut files: Vec<PathBuf> = if self.path.is_file() && is_weights(&self.path) {
             vec![self.path.clone()]
@@ -153,6 +201,19 @@ impl ModelSource {
         warn_once(&model.config().notes);
         Ok(model)
     }
+}
+
+/// The only GGUF file, or the first of a split one, in a folder without a `config.json`.
+fn gguf_in_folder(folder: &Path) -> Option<PathBuf> {
+    if !folder.is_dir() || folder.join("config.json").exists() {
+        return None;
+    }
+    let entries = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = entries.filter(|path| GgufFile::is_named(path)).collect();
+    files.sort();
+    let first = files.first()?.clone();
+    let is_split = first.to_string_lossy().contains("-00001-of-");
+    (files.len() == 1 || is_split).then_some(first)
 }
 
 /// Warns of what is odd about a model's files, once in the life of the process.
@@ -230,7 +291,7 @@ fn is_local(model: &str) -> bool {
 
 fn no_such_model(model: &str) -> UserError {
     UserError::new(format!("there is no model `{model}`: no such file or folder, and not a Hub name")).with_hint(
-        "--model takes a folder, a safetensors file, `nano`, or a Hub name such as `Qwen/Qwen2.5-Coder-0.5B-Instruct`",
+        "--model takes a folder, a safetensors or GGUF file, `nano`, or a Hub name such as `Qwen/Qwen2.5-Coder-0.5B-Instruct`",
     )
 }
 

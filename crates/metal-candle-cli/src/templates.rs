@@ -9,7 +9,7 @@ use crate::values::template_var;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::Error;
-use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::data::Tokenizer;
 use metal_candle::files::check_integers;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ pub(crate) fn with_template(source: &ModelSource, file: Option<&Path>, variables
     }
     let template = match file {
         Some(path) => {
-            let template = ChatTemplate::for_folder(input::read_text(path, MAX_FILE_BYTES)?, source.folder());
+            let template = source.template(input::read_text(path, MAX_FILE_BYTES)?);
             Some(template.map_err(|error| match error {
                 Error::Template(message) => Error::Format { path: path.to_path_buf(), message },
                 other => other,

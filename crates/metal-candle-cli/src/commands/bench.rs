@@ -174,7 +174,11 @@ impl Subject {
         }
         let source = ModelSource::find(flags.model.as_deref().unwrap_or(NANO), output)?;
         let model = source.load(flags.dtype, flags.device, output)?;
-        Ok(Self { model, name: source.name.clone(), folder: Some(source.folder().to_path_buf()) })
+        Ok(Self {
+            model,
+            name: source.name.clone(),
+            folder: source.gguf().is_none().then(|| source.folder().to_path_buf()),
+        })
     }
 
     /// The model, and a folder that other programs can load it from.

@@ -1,14 +1,13 @@
 //! `fuse`: an adapter merged into its model's weights.
 
 use crate::adapter_output::{AdapterOutputArguments, largest_difference, probe};
-use crate::model_folder::{copy_tokenizer, with_end_of_turn, write_template};
+use crate::model_folder::{with_end_of_turn, write_template};
 use crate::output::{Output, bytes};
 use crate::run_folder::{FREE_HINT, fill_folder, recorded_template};
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
-use metal_candle::data::Tokenizer;
 use metal_candle::models::{Rows, save_model};
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
@@ -25,7 +24,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     let (source, model, adapter) = flags.load(output)?;
     let template = TemplateArguments::default();
     // a folder of weights alone can be merged too
-    let has_tokenizer = Tokenizer::is_in_folder(source.folder());
+    let has_tokenizer = source.has_tokenizer();
     let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&flags.adapter))).transpose()?;
     let merged = adapter.merge(&model)?;
     let merged = match &tokenizer {
@@ -34,7 +33,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     };
     fill_folder(&flags.output, FREE_HINT, || {
         save_model(&merged, &flags.output)?;
-        copy_tokenizer(source.folder(), &flags.output)?;
+        source.write_tokenizer(&flags.output)?;
         if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&flags.adapter)?.chat_template) {
             write_template(tokenizer, &flags.output)?;
         }

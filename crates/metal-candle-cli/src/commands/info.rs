@@ -5,6 +5,7 @@ use crate::output::{Output, bytes, grouped};
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
+use metal_candle::files::GgufFile;
 use metal_candle::models::{KVCacheConfig, SafetensorsFile, TensorEntry};
 use metal_candle::{Device, Model, ModelConfig};
 use serde_json::json;
@@ -21,8 +22,10 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     let device = flags.model.device.open(output)?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let config = source.config()?;
-    let (files, missing) = source.weights()?;
-    let weights = if !missing.is_empty() {
+    let (files, missing) = if source.gguf().is_some() { Default::default() } else { source.weights()? };
+    let weights = if let Some(file) = source.gguf() {
+        format!("{} in a GGUF file: {}", bytes(file.num_bytes() as u64), file.types().join(", "))
+    } else if !missing.is_empty() {
         format!("missing: `{}`", missing.join("`, `"))
     } else if files.is_empty() {
         "missing: config.json only".to_owned()
@@ -57,8 +60,8 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
                 "model_type": config.model_type,
                 "num_parameters": config.num_parameters(),
                 "parameters": parts.iter().map(|(name, count)| ((*name).to_owned(), json!(count))).collect::<serde_json::Map<_, _>>(),
-                "weight_files": files.iter().map(|file| file.path().to_string_lossy()).collect::<Vec<_>>(),
-                "weights_are_complete": missing.is_empty() && !files.is_empty(),
+                "weight_files": weight_files(&source, &files),
+                "weights_are_complete": missing.is_empty() && (!files.is_empty() || source.gguf().is_some()),
                 "weight_bytes": memory,
                 "kv_cache_bytes_per_token": cache_bytes(&config, 1, DType::F32),
                 "num_hidden_layers": config.num_hidden_layers,
@@ -75,6 +78,12 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     }
     Output::print(text(device, &source, &config, &weights, &parts, &dtypes)?)?;
     Ok(())
+}
+
+fn weight_files(source: &ModelSource, files: &[SafetensorsFile]) -> Vec<String> {
+    let gguf = source.gguf().map(GgufFile::path);
+    let paths = gguf.into_iter().chain(files.iter().map(SafetensorsFile::path));
+    paths.map(|path| path.to_string_lossy().into_owned()).collect()
 }
 
 fn text(

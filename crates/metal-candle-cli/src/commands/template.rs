@@ -7,7 +7,7 @@ use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
 use anyhow::Result;
 use clap::{ArgAction, Args};
-use metal_candle::data::{ChatTemplate, DatasetOptions, Message, Sample, Tokenizer};
+use metal_candle::data::{DatasetOptions, Message, Sample, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
@@ -140,7 +140,7 @@ impl Renderer {
         {
             return Ok(tokenizer.clone());
         }
-        let template = ChatTemplate::for_folder(source.clone(), self.source.folder())?;
+        let template = self.source.template(source.clone())?;
         let tokenizer = self.own.clone().with_chat_template(Some(template));
         self.given = Some((source.clone(), tokenizer.clone()));
         Ok(tokenizer)

@@ -5,7 +5,7 @@ use super::side_files::{MAX_TOKENIZER_BYTES, read_json_if_exists, special_token,
 use super::tokenizer_files;
 use super::tokenizer_limits::Growth;
 use crate::error::{Error, Result};
-use crate::files::{guard, read_bounded, read_if_exists};
+use crate::files::{create_folder, guard, read_bounded, read_if_exists, write_atomically};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -264,6 +264,41 @@ impl Tokenizer {
     /// The id of [`Tokenizer::eos_token`].
     pub fn eos_token_id(&self) -> Option<u32> {
         self.token_to_id(self.eos_token()?)
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and the chat template into a model folder.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let json = self.inner.tokenizer.to_string(true).map_err(|error| Error::format(&self.inner.path, error))?;
+        write_atomically(folder.join("tokenizer.json"), |file| file.write_all(json.as_bytes()))?;
+        let mut config = Map::new();
+        for (name, token) in
+            [("bos_token", self.bos_token()), ("eos_token", self.eos_token()), ("pad_token", self.pad_token())]
+        {
+            if let Some(token) = token {
+                config.insert(name.into(), token.into());
+            }
+        }
+        if let Some(add) = self.inner.add_bos_token {
+            config.insert("add_bos_token".into(), add.into());
+        }
+        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        let config = format!("{:#}\n", Value::Object(config));
+        write_atomically(folder.join("tokenizer_config.json"), |file| file.write_all(config.as_bytes()))?;
+        for (name, source) in self.chat_template().map(ChatTemplate::sources).unwrap_or_default() {
+            let path = if name == "default" {
+                folder.join("chat_template.jinja")
+            } else {
+                let others = folder.join("additional_chat_templates");
+                create_folder(&others)?;
+                others.join(format!("{name}.jinja"))
+            };
+            write_atomically(path, |file| file.write_all(source.as_bytes()))?;
+        }
+        Ok(())
     }
 
     /// The `tokenizers` crate's form.

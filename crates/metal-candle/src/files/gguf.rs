@@ -2,7 +2,7 @@
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3).
 
 use crate::error::{Error, Result};
-use metal_candle_kernels::{MappedFile, map_file};
+use metal_candle_kernels::{BlockFormat, MappedFile, map_file};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -137,6 +137,19 @@ impl GgufFile {
         self.tensors.values()
     }
 
+    /// The names of the types of its matrices, those with the most elements first.
+    pub fn types(&self) -> Vec<String> {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        for tensor in self.tensors().filter(|tensor| tensor.shape.len() > 1) {
+            let elements = tensor.shape.iter().fold(1_usize, |product, &size| product.saturating_mul(size));
+            let count = counts.entry(tensor.ggml_type).or_default();
+            *count = count.saturating_add(elements);
+        }
+        let mut types: Vec<_> = counts.into_iter().collect();
+        types.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        types.into_iter().map(|(id, _)| ggml_type_name(id)).collect()
+    }
+
     /// The tensor with this name.
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         self.tensors.get(name)
@@ -242,6 +255,40 @@ impl GgufFile {
         };
         values.iter().map(text).collect::<Result<_>>().map(Some)
     }
+}
+
+/// The name of a `ggml_type`.
+pub(crate) fn ggml_type_name(id: u32) -> String {
+    const OTHERS: [(u32, &str); 21] = [
+        (0, "f32"),
+        (1, "f16"),
+        (9, "q8_1"),
+        (16, "iq2_xxs"),
+        (17, "iq2_xs"),
+        (18, "iq3_xxs"),
+        (19, "iq1_s"),
+        (21, "iq3_s"),
+        (22, "iq2_s"),
+        (24, "i8"),
+        (25, "i16"),
+        (26, "i32"),
+        (27, "i64"),
+        (28, "f64"),
+        (29, "iq1_m"),
+        (30, "bf16"),
+        (34, "tq1_0"),
+        (35, "tq2_0"),
+        (40, "nvfp4"),
+        (41, "q1_0"),
+        (42, "q2_0"),
+    ];
+    if let Some(format) = BlockFormat::from_ggml_type(id) {
+        return format.name().into();
+    }
+    OTHERS
+        .iter()
+        .find(|(known, _)| *known == id)
+        .map_or_else(|| format!("unknown type {id}"), |(_, name)| (*name).into())
 }
 
 /// The path of a file of a split model, by the path of another.

@@ -17,6 +17,7 @@ mod saver;
 mod shards;
 mod write;
 
+pub(crate) use gguf::ggml_type_name;
 pub use gguf::{GgufFile, GgufTensor, GgufValue};
 pub use guard::{guard, is_guarded};
 #[cfg(feature = "hub")]

@@ -3,7 +3,7 @@
 
 use super::ModelConfig;
 use crate::error::{Error, Result};
-use crate::files::{GgufFile, GgufTensor, GgufValue, JsonObject};
+use crate::files::{GgufFile, GgufTensor, GgufValue, JsonObject, ggml_type_name};
 use crate::ops::Weight;
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::BlockFormat;
@@ -497,47 +497,22 @@ fn dense_type(ggml_type: u32) -> Option<DType> {
 fn block_format(file: &GgufFile, tensor: &GgufTensor) -> Result<BlockFormat> {
     BlockFormat::from_ggml_type(tensor.ggml_type).ok_or_else(|| {
         Error::Unsupported(format!(
-            "`{}`: the tensor `{}` of {}: take a file of another type, such as q4_k_m or q8_0",
+            "`{}`: the tensor `{}` of type `{}`: take a file of another type, such as q4_k_m or q8_0",
             file.path().display(),
             tensor.name,
-            type_name(tensor.ggml_type)
+            ggml_type_name(tensor.ggml_type)
         ))
     })
-}
-
-/// The name of a type that is not supported, for messages.
-fn type_name(ggml_type: u32) -> String {
-    const NAMES: [(u32, &str); 18] = [
-        (16, "iq2_xxs"),
-        (17, "iq2_xs"),
-        (18, "iq3_xxs"),
-        (19, "iq1_s"),
-        (21, "iq3_s"),
-        (22, "iq2_s"),
-        (24, "i8"),
-        (25, "i16"),
-        (26, "i32"),
-        (27, "i64"),
-        (28, "f64"),
-        (29, "iq1_m"),
-        (34, "tq1_0"),
-        (35, "tq2_0"),
-        (40, "nvfp4"),
-        (41, "q1_0"),
-        (42, "q2_0"),
-        (9, "q8_1"),
-    ];
-    NAMES
-        .iter()
-        .find(|(id, _)| *id == ggml_type)
-        .map_or_else(|| format!("the unknown type {ggml_type}"), |(_, name)| format!("type `{name}`"))
 }
 
 /// The elements of a tensor that is not quantized.
 fn floats(file: &GgufFile, tensor: &GgufTensor) -> Result<Vec<f32>> {
     let wrong = || {
         let expected = "expected f32, f16 or bf16";
-        Error::format(file.path(), format!("`{}`: {expected}, found {}", tensor.name, type_name(tensor.ggml_type)))
+        Error::format(
+            file.path(),
+            format!("`{}`: {expected}, found `{}`", tensor.name, ggml_type_name(tensor.ggml_type)),
+        )
     };
     let dtype = dense_type(tensor.ggml_type).ok_or_else(wrong)?;
     let elements = tensor.shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));

@@ -2,7 +2,7 @@
 
 use super::prepared::Prepared;
 use crate::error::UserError;
-use crate::model_folder::{copy_tokenizer, with_end_of_turn};
+use crate::model_folder::with_end_of_turn;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::Output;
 use crate::run_folder::RunFolder;
@@ -142,7 +142,7 @@ pub(super) fn save_full(model: &Model, folder: &Path, prepared: &Prepared) -> Re
     }
     let model = Model::from_tensors(model.config().clone(), tensors, model.device())?;
     save_model(&with_end_of_turn(model, &prepared.tokenizer)?, folder)?;
-    copy_tokenizer(prepared.source.folder(), folder)?;
+    prepared.source.write_tokenizer(folder)?;
     prepared.write_template(folder)?;
     Ok(())
 }
