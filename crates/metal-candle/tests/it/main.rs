@@ -18,6 +18,7 @@ mod distributed;
 mod families;
 #[cfg(target_os = "linux")]
 mod fuzz;
+mod gguf;
 mod golden;
 #[cfg(feature = "hub")]
 mod hub;

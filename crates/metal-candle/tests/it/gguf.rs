@@ -1,0 +1,167 @@
+//! GGUF files as llama.cpp's converter writes them (`dev/reference_gguf.py`).
+
+use crate::golden;
+use candle_core::{DType, Tensor};
+use metal_candle::files::{GgufFile, GgufValue};
+use metal_candle::models::{Batch, LossOptions, Model, Rows, Targets, Trainable, save_model};
+use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::{Device, Error, ModelLoader};
+use std::path::PathBuf;
+
+const NAMES: [&str; 4] = ["gemma2", "llama-tied", "phi3", "qwen2"];
+
+fn path(name: &str) -> PathBuf {
+    golden::path(&format!("gguf/{name}.gguf"))
+}
+
+fn load(name: &str) -> Model {
+    ModelLoader::new().with_device(Device::CPU).load(path(name)).unwrap()
+}
+
+fn largest(tensor: &Tensor) -> f32 {
+    tensor.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f32 {
+    largest(&(a - b).unwrap()) / largest(b)
+}
+
+fn expected(name: &str) -> (Vec<u32>, Tensor) {
+    let file = golden::path(&format!("gguf/{name}.safetensors"));
+    let tensors = candle_core::safetensors::load(file, &candle_core::Device::Cpu).unwrap();
+    let ids: Vec<i64> = tensors["ids"].to_vec1().unwrap();
+    (ids.into_iter().map(|id| id as u32).collect(), tensors["logits"].clone())
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    for name in NAMES {
+        let ((ids, logits), model) = (expected(name), load(name));
+        let found = model.forward(&Batch::single(&ids), None, None, Rows::All).unwrap();
+        assert!(difference(&found, &logits) < 5e-5, "{name}: {}", difference(&found, &logits));
+    }
+}
+
+#[test]
+fn matrices_stay_as_they_are_in_the_file() {
+    let model = load("llama-tied");
+    let of = |name: &str| &model.parameters().iter().find(|(known, _)| known == name).unwrap().1;
+    for name in
+        ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+    {
+        let weight = of(name);
+        assert_eq!(weight.block_format().map(|format| format.name()), Some("q8_0"), "{name}");
+        assert_eq!(weight.num_bytes(), weight.elem_count() / 32 * 34, "{name}");
+    }
+    assert_eq!(of("model.norm.weight").block_format(), None);
+}
+
+/// A quantized model and the same one with its matrices as f32.
+fn both(name: &str) -> (Model, Model) {
+    let dense = ModelLoader::new().with_device(Device::CPU).with_dtype(DType::F32).load(path(name)).unwrap();
+    assert!(dense.parameters().iter().all(|(_, weight)| weight.block_format().is_none()));
+    (load(name), dense)
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_in_a_batch() {
+    let model = load("phi3");
+    let (ids, _) = expected("phi3");
+    let alone = model.forward(&Batch::single(&ids[..9]), None, None, Rows::All).unwrap();
+    let together = Batch::from_sequences([&ids[..9], &ids[3..20], &ids[5..6]]);
+    let together = model.forward(&together, None, None, Rows::All).unwrap().narrow(0, 0, 9).unwrap();
+    assert_eq!(alone.to_vec2::<f32>().unwrap(), together.to_vec2::<f32>().unwrap());
+}
+
+/// A term for each linear layer, with values that are neither zero nor equal.
+fn terms(model: &Model) -> LowRankTerms {
+    let mut terms = LowRankTerms::new();
+    for (number, linear) in model.linears().iter().enumerate().filter(|(_, linear)| linear.layer.is_some()) {
+        let matrix = |rows: usize, columns: usize| {
+            let values: Vec<f32> =
+                (0..rows * columns).map(|i| ((i * 37 + number * 11) % 101) as f32 / 404.0 - 0.125).collect();
+            Tensor::from_vec(values, (rows, columns), &candle_core::Device::Cpu).unwrap()
+        };
+        terms.insert(number, LowRank::new(matrix(3, linear.in_features), matrix(linear.out_features, 3), 0.5));
+    }
+    terms
+}
+
+#[test]
+fn adapters_on_quantized_matrices_have_the_gradients_of_those_on_dense_ones() {
+    for name in ["llama-tied", "phi3"] {
+        let (ids, _) = expected(name);
+        let (quantized, dense) = both(name);
+        let terms = terms(&dense);
+        let batch = Batch::single(&ids);
+        let targets = Targets { ids: [&ids[1..], &ids[..1]].concat(), weights: vec![1.0; ids.len()] };
+        let run = |model: &Model| {
+            model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), LossOptions::default()).unwrap()
+        };
+        let ((losses, gradients), (dense_losses, dense_gradients)) = (run(&quantized), run(&dense));
+        for (found, expected) in losses.rows.iter().zip(&dense_losses.rows) {
+            assert!((found - expected).abs() < 1e-4, "{name}: {found} {expected}");
+        }
+        assert!(gradients.iter().count() > 10);
+        for (found, expected) in gradients.iter().zip(dense_gradients.iter()) {
+            assert!(difference(found, expected) < 1e-5, "{name}: {}", difference(found, expected));
+        }
+    }
+}
+
+#[test]
+fn a_saved_model_has_the_same_values() {
+    let model = load("llama-tied");
+    let folder = tempfile::tempdir().unwrap();
+    save_model(&model, folder.path()).unwrap();
+    let (ids, logits) = expected("llama-tied");
+    let saved = ModelLoader::new().with_device(Device::CPU).load(folder.path()).unwrap();
+    let found = saved.forward(&Batch::single(&ids), None, None, Rows::All).unwrap();
+    assert!(difference(&found, &logits) < 5e-5, "{}", difference(&found, &logits));
+}
+
+#[test]
+fn metadata_is_kept() {
+    let file = GgufFile::open(path("gemma2")).unwrap();
+    assert_eq!(file.text("general.architecture").unwrap(), Some("gemma2"));
+    assert_eq!(file.size("gemma2.block_count").unwrap(), Some(2));
+    assert!(matches!(file.metadata()["gemma2.final_logit_softcapping"], GgufValue::Float(cap) if cap == 3.0));
+    assert_eq!(file.types(), ["f16"]);
+    assert!(file.text("gemma2.block_count").is_err() && file.size("general.architecture").is_err());
+}
+
+/// Each damaged file gives an error that names it; none makes a panic.
+#[test]
+fn damaged_files_are_refused() {
+    let bytes = std::fs::read(path("llama-tied")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("damaged.gguf");
+    let load = |bytes: &[u8]| {
+        std::fs::write(&file, bytes).unwrap();
+        ModelLoader::new().with_device(Device::CPU).load(&file).unwrap_err().to_string()
+    };
+    for len in [0, 3, 4, 8, 20, 24, 100, 1000, 3000, bytes.len() / 2, bytes.len() - 1] {
+        let message = load(&bytes[..len]);
+        assert!(message.contains("damaged.gguf"), "{len}: {message}");
+    }
+    for (at, value, expected) in [
+        (0, b'X', "begins with `GGUF`"),
+        (4, 9, "version 2 or 3"),
+        (15, 255, "end of the file"),
+        (23, 255, "end of the file"),
+    ] {
+        let mut bytes = bytes.clone();
+        bytes[at] = value;
+        let message = load(&bytes);
+        assert!(message.contains(expected), "{at}: {message}");
+    }
+    // every byte of the header
+    for at in 0..3000.min(bytes.len()) {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 0x81;
+        std::fs::write(&file, &bytes).unwrap();
+        if let Err(error @ Error::Bug(_)) = ModelLoader::new().with_device(Device::CPU).load(&file) {
+            panic!("{at}: {error}");
+        }
+    }
+}
