@@ -132,7 +132,7 @@ impl ModelSource {
     /// The chat template with this source and the special tokens of the model.
     pub(crate) fn template(&self, source: String) -> metal_candle::Result<ChatTemplate> {
         match self.gguf() {
-            Some(file) => ChatTemplate::for_gguf(source, file),
+            Some(file) => ChatTemplate::for_tokenizer(source, &Tokenizer::from_gguf(file)?),
             None => ChatTemplate::for_folder(source, self.folder()),
         }
     }

@@ -4,6 +4,9 @@ mod chat;
 mod dataset;
 mod encode;
 mod files;
+mod gguf_pre_tokenizer;
+mod gguf_tokenizer;
+mod gguf_vocabulary;
 mod jinja;
 mod lines;
 mod marked;
@@ -25,6 +28,9 @@ mod turn_end;
 pub use chat::ChatTemplate;
 pub use dataset::{Dataset, DatasetFiles, Datasets, SplitOptions};
 pub use encode::RoleTokens;
+// the loader of GGUF models is going to use it
+#[allow(unused_imports)]
+pub(crate) use gguf_tokenizer::end_of_generation_ids;
 pub use message::Message;
 pub use packing::{PackingLimits, batch_of, pack};
 pub use random::Random;

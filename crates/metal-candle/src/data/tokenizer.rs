@@ -84,7 +84,7 @@ impl Tokenizer {
         tokenizer_files::has_tokenizer(folder.as_ref())
     }
 
-    fn from_parts(
+    pub(super) fn from_parts(
         path: &Path,
         bytes: &[u8],
         chat_template: Option<ChatTemplate>,

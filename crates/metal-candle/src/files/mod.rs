@@ -4,6 +4,8 @@
 mod convert;
 mod foreign;
 mod gguf;
+#[cfg(test)]
+pub(crate) mod gguf_testing;
 mod guard;
 #[cfg(feature = "hub")]
 mod hub;
