@@ -1,4 +1,5 @@
-"""Writes crates/metal-candle/tests/golden/gguf: tiny models as llama.cpp's converter writes them, with logits of transformers.
+"""Writes crates/metal-candle/tests/golden/gguf: tiny models as llama.cpp's converter writes them, with logits of transformers; and
+fuzz/seeds/gguf: tiny models with a tokenizer.
 
     python dev/reference_gguf.py LLAMA_CPP
 
@@ -17,11 +18,57 @@ from families import build_config, make_model
 
 import gguf
 
-FOLDER = Path(__file__).resolve().parent.parent / "crates" / "metal-candle" / "tests" / "golden" / "gguf"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "crates" / "metal-candle" / "tests" / "golden" / "gguf"
+SEEDS = ROOT / "fuzz" / "seeds" / "gguf"
 TYPES = {"llama-tied": "MOSTLY_Q8_0", "gemma2": "MOSTLY_F16", "phi3": "MOSTLY_Q8_0", "qwen2": "MOSTLY_BF16"}
 
 
+def write_seed(kind, quantized):
+    """A model of one layer with a vocabulary of bytes."""
+    writer = gguf.GGUFWriter(SEEDS / kind, "llama")
+    width, heads = (256, 4) if "K" in quantized.name else (32, 2)
+    tokens = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "aa"] if kind == "bytes" else (
+        ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "aa", "▁a"]
+    )
+    for key, value in dict(
+        block_count=1, context_length=64, embedding_length=width, feed_forward_length=width, head_count=heads, head_count_kv=1,
+        layer_norm_rms_eps=1e-5, rope_freq_base=1e4,
+    ).items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_tokenizer_model("gpt2" if kind == "bytes" else "llama")
+    writer.add_token_list(tokens)
+    if kind == "bytes":
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_types([1] * len(tokens))
+        writer.add_token_merges(["a a"])
+    else:
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 4)
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])
+    writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    head = width // heads
+    shapes = dict(token_embd=(len(tokens), width), output_norm=(width,)) | {
+        f"blk.0.{name}": shape for name, shape in dict(
+            attn_norm=(width,), ffn_norm=(width,), attn_q=(width, width), attn_k=(head, width), attn_v=(head, width), attn_output=(width, width),
+            ffn_gate=(width, width), ffn_up=(width, width), ffn_down=(width, width),
+        ).items()
+    }
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).numpy()
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, quantized), raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main():
+    SEEDS.mkdir(exist_ok=True)
+    write_seed("bytes", gguf.GGMLQuantizationType.Q4_0)
+    write_seed("pieces", gguf.GGMLQuantizationType.Q8_0)
     FOLDER.mkdir(exist_ok=True)
     for number, (name, kind) in enumerate(TYPES.items()):
         model = make_model(build_config(**(COMMON | CASES[name] | dict(intermediate_size=64))), 200 + number)
@@ -33,8 +80,9 @@ def main():
                         blocks = gguf.quants.quantize(parameter.numpy(), quantized)
                         parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, quantized)))
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            convert(Path(folder), FOLDER / f"{name}.gguf", kind)
+            # the converter writes the folder's name into the file
+            model.save_pretrained(Path(folder) / name)
+            convert(Path(folder) / name, FOLDER / f"{name}.gguf", kind)
         ids = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(number))
         with torch.no_grad():
             logits = model(ids[None]).logits[0]

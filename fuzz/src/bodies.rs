@@ -6,7 +6,8 @@
 use candle_core::DType;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{ChatTemplate, DataReport, Dataset, DatasetOptions, Message, Sample, Tokenizer};
-use metal_candle::models::SafetensorsFile;
+use metal_candle::files::GgufFile;
+use metal_candle::models::{Batch, Rows, SafetensorsFile};
 use metal_candle::training::{Trainer, TrainingConfig};
 use metal_candle::{Device, Model, ModelConfig, ModelLoader};
 use serde_json::{Map, Value};
@@ -30,7 +31,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     Target {
         name: "safetensors",
         run: safetensors,
@@ -44,6 +45,27 @@ pub const TARGETS: [Target; 7] = [
             b"[",
             b"{\"a\":",
             b"\0\0\0\0",
+        ],
+    },
+    Target {
+        name: "gguf",
+        run: gguf,
+        max_bytes: 1 << 20,
+        dictionary: &[
+            b"GGUF",
+            b"\x02\0\0\0",
+            b"\x0c\0\0\0",
+            b"\xff\xff\xff\xff\xff\xff\xff\xff",
+            b"\0\0\0\x01\0\0\0\0",
+            b"general.alignment",
+            b"llama.block_count",
+            b"tokenizer.ggml.merges",
+            b"tokenizer.ggml.model",
+            b"split.count",
+            b"rope_freqs.weight",
+            b"gemma3",
+            b"phi3",
+            b"t5",
         ],
     },
     Target {
@@ -264,6 +286,29 @@ pub fn safetensors(data: &[u8]) -> bool {
         let _ = ModelLoader::new().with_config(config).load(folder.path());
     }
     is_open
+}
+
+/// A GGUF file: its tokenizer, and its weights, which are multiplied.
+pub fn gguf(data: &[u8]) -> bool {
+    let Some(folder) = folder() else { return false };
+    let path = folder.path().join("model.gguf");
+    if std::fs::write(&path, data).is_err() {
+        return false;
+    }
+    let Ok(file) = GgufFile::open(&path) else { return false };
+    let _ = (file.types(), file.num_bytes());
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&file) {
+        for text in ["", "a", "Hello, world! <|im_end|> na\u{ef}ve \u{1f980}\0 12345"] {
+            if let Ok(ids) = tokenizer.encode(text, true) {
+                let _ = tokenizer.decode(&ids, false);
+            }
+        }
+    }
+    let Ok(model) = ModelLoader::new().load(&path) else { return false };
+    if model.config().num_parameters() < 1 << 20 {
+        let _ = model.forward(&Batch::single(&[0, 1, 2]), None, None, Rows::All);
+    }
+    true
 }
 
 /// `config.json` and `generation_config.json`.
