@@ -1,17 +1,14 @@
 //! Tokenizers of GGUF files, built from the metadata as a `tokenizer.json` and a `tokenizer_config.json`.
 
-use super::gguf_pre_tokenizer::PreTokenizer;
-use super::gguf_vocabulary::{MERGES, TokenType, Vocabulary, wrong};
+use super::gguf_bpe::{byte_level, gemma4, sentence_piece};
+use super::gguf_vocabulary::{TokenType, Vocabulary, wrong};
 use super::{ChatTemplate, Tokenizer};
 use crate::error::Result;
 use crate::files::{GgufFile, GgufValue};
 use serde_json::{Map, Value, json};
 
 const MODEL: &str = "tokenizer.ggml.model";
-const PRE: &str = "tokenizer.ggml.pre";
 const TEMPLATE: &str = "tokenizer.chat_template";
-/// What stands for a space in SentencePiece tokens.
-const SPACE: &str = "\u{2581}";
 
 /// How a vocabulary divides a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +32,7 @@ impl Kind {
         }
     }
 
-    /// The id of a special token that the file does not name, as llama.cpp sets it for SentencePiece.
+    /// The id of a special token that the file does not name, as llama.cpp sets it for `SentencePiece`.
     fn default_id(self, name: &str, vocabulary: &Vocabulary<'_>) -> Option<u32> {
         let id = match name {
             "unknown" => 0,
@@ -58,29 +55,20 @@ pub(crate) fn end_of_generation_ids(file: &GgufFile) -> Result<Vec<u32>> {
     vocabulary.ends(kind.default_id("eos", &vocabulary))
 }
 
-/// The parts of a `tokenizer.json` that depend on the kind of the vocabulary.
-struct Parts {
-    normalizer: Value,
-    pre_tokenizer: Value,
-    decoder: Value,
-    model: Value,
-    /// Whether a BOS token is added where the file does not say.
-    add_bos: bool,
-}
-
 impl Tokenizer {
     /// Reads the tokenizer and the chat template from the metadata of a GGUF file.
     ///
-    /// Vocabularies of the kinds `gpt2` (byte-level BPE), `llama` (SentencePiece BPE) and `gemma4` are supported.
+    /// Vocabularies of the kinds `gpt2` (byte-level BPE), `llama` (`SentencePiece` BPE) and `gemma4` are supported.
     ///
     /// # Errors
     /// The vocabulary is of another kind, or the metadata are damaged.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let kind = Kind::of(file)?;
         let vocabulary = Vocabulary::of(file)?;
+        let unknown = vocabulary.named_id("unknown")?.or_else(|| kind.default_id("unknown", &vocabulary));
         let parts = match kind {
             Kind::ByteLevel => byte_level(file, &vocabulary)?,
-            Kind::SentencePiece => sentence_piece(file, &vocabulary, kind)?,
+            Kind::SentencePiece => sentence_piece(file, &vocabulary, unknown.and_then(|id| vocabulary.token(id)))?,
             Kind::Gemma4 => gemma4(file, &vocabulary)?,
         };
         let mut config = Map::new();
@@ -113,84 +101,6 @@ impl Tokenizer {
         let config = config.as_object().cloned().unwrap_or_default();
         Self::from_parts(file.path(), tokenizer.to_string().as_bytes(), template, &config, None)
     }
-}
-
-fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Parts> {
-    let name = file.text(PRE)?;
-    let pre = PreTokenizer::named(name).map_err(|message| wrong(file, PRE, message))?;
-    let merges = match vocabulary.merges()? {
-        Some(merges) => merges,
-        // the tokens are in the order of the merges
-        None if name == Some("kimi-k2") => {
-            let order: Vec<f64> = (0..vocabulary.len()).map(|id| -(id as f64)).collect();
-            vocabulary.derived_merges(&order)?
-        }
-        None => return Err(wrong(file, MERGES, "expected the merges of the tokens, found none")),
-    };
-    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-    let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    let mut steps: Vec<Value> = pre.patterns.iter().map(split).collect();
-    steps.push(bytes.clone());
-    Ok(Parts {
-        normalizer: if pre.nfc { json!({"type": "NFC"}) } else { Value::Null },
-        pre_tokenizer: json!({"type": "Sequence", "pretokenizers": steps}),
-        decoder: bytes,
-        model: bpe(vocabulary, &merges, None, false, pre.ignore_merges),
-        add_bos: pre.add_bos,
-    })
-}
-
-fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>, kind: Kind) -> Result<Parts> {
-    let merges = vocabulary.derived_merges(&vocabulary.scores()?)?;
-    let unknown = vocabulary.named_id("unknown")?.or_else(|| kind.default_id("unknown", vocabulary));
-    let unknown = unknown.and_then(|id| vocabulary.token(id));
-    let mut normalizers = vec![replace(" ", SPACE)];
-    let mut decoders = vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-    if file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true) {
-        normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
-        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-    }
-    Ok(Parts {
-        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
-        pre_tokenizer: Value::Null,
-        decoder: json!({"type": "Sequence", "decoders": decoders}),
-        model: bpe(vocabulary, &merges, unknown, true, false),
-        add_bos: true,
-    })
-}
-
-fn gemma4(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Parts> {
-    let merges = vocabulary.merges()?;
-    let merges = merges.ok_or_else(|| wrong(file, MERGES, "expected the merges of the tokens, found none"))?;
-    let unknown = vocabulary.named_id("unknown")?.and_then(|id| vocabulary.token(id));
-    let lines = json!({"type": "Split", "pattern": {"Regex": "\n+"}, "behavior": "Isolated", "invert": false});
-    let decoders = [replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-    Ok(Parts {
-        normalizer: replace(" ", SPACE),
-        pre_tokenizer: lines,
-        decoder: json!({"type": "Sequence", "decoders": decoders}),
-        model: bpe(vocabulary, &merges, unknown, true, false),
-        add_bos: true,
-    })
-}
-
-fn replace(pattern: &str, content: &str) -> Value {
-    json!({"type": "Replace", "pattern": {"String": pattern}, "content": content})
-}
-
-fn bpe(
-    vocabulary: &Vocabulary<'_>,
-    merges: &[(&str, &str)],
-    unknown: Option<&str>,
-    byte_fallback: bool,
-    ignore_merges: bool,
-) -> Value {
-    let vocab: Map<String, Value> = vocabulary.iter().map(|(id, token, _)| (token.to_string(), id.into())).collect();
-    json!({
-        "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
-        "end_of_word_suffix": null, "fuse_unk": unknown.is_some(), "byte_fallback": byte_fallback,
-        "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges,
-    })
 }
 
 /// The tokens that are found in a text before it is divided.
@@ -249,4 +159,170 @@ fn chat_template(file: &GgufFile) -> Result<Option<Value>> {
     }
     named.splice(0..0, default.map(|source| json!({"name": "default", "template": source})));
     Ok(Some(Value::Array(named)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::end_of_generation_ids;
+    use crate::data::{Message, Tokenizer};
+    use crate::files::gguf_testing::write;
+    use crate::files::{GgufFile, GgufValue};
+
+    fn text(text: &str) -> GgufValue {
+        GgufValue::Text(text.to_string())
+    }
+
+    fn texts(texts: &[&str]) -> GgufValue {
+        GgufValue::List(texts.iter().map(|item| text(item)).collect())
+    }
+
+    fn integers(numbers: &[i128]) -> GgufValue {
+        GgufValue::List(numbers.iter().map(|number| GgufValue::Integer(*number)).collect())
+    }
+
+    fn floats(numbers: &[f64]) -> GgufValue {
+        GgufValue::List(numbers.iter().map(|number| GgufValue::Float(*number)).collect())
+    }
+
+    type Metadata = Vec<(&'static str, GgufValue)>;
+
+    fn open(metadata: &Metadata) -> GgufFile {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, write(metadata, &[])).unwrap();
+        GgufFile::open(&path).unwrap()
+    }
+
+    fn with(mut metadata: Metadata, key: &'static str, value: GgufValue) -> Metadata {
+        metadata.retain(|(known, _)| *known != key);
+        metadata.push((key, value));
+        metadata
+    }
+
+    fn error(metadata: &Metadata) -> String {
+        Tokenizer::from_gguf(&open(metadata)).unwrap_err().to_string()
+    }
+
+    /// The tokens a, b, c, ab, a mark, a user-defined token, a space and a mark that ends an answer.
+    fn byte_level() -> Metadata {
+        vec![
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.pre", text("qwen2")),
+            ("tokenizer.ggml.tokens", texts(&["a", "b", "c", "ab", "<s>", "<t>", "Ġ", "<|im_end|>"])),
+            ("tokenizer.ggml.token_type", integers(&[1, 1, 1, 1, 3, 4, 1, 1])),
+            ("tokenizer.ggml.merges", texts(&["a b"])),
+            ("tokenizer.ggml.bos_token_id", GgufValue::Integer(4)),
+            ("tokenizer.ggml.eos_token_id", GgufValue::Integer(5)),
+            ("tokenizer.chat_template", text("{{ bos_token }}{{ messages[0].content }}")),
+        ]
+    }
+
+    /// `<unk>`, `<s>`, `</s>`, the bytes of a line break and of é, and text.
+    fn sentence_piece() -> Metadata {
+        let tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>", "<0xA9>", "▁", "a", "b", "ab", "▁a", "▁ab"];
+        vec![
+            ("tokenizer.ggml.model", text("llama")),
+            ("tokenizer.ggml.tokens", texts(&tokens)),
+            ("tokenizer.ggml.token_type", integers(&[2, 3, 3, 6, 6, 6, 1, 1, 1, 1, 1, 1])),
+            ("tokenizer.ggml.scores", floats(&[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -8.0, -7.0, -2.0, -1.0, -3.0])),
+        ]
+    }
+
+    #[test]
+    fn byte_level_tokens_are_merged_and_marks_are_found() {
+        let tokenizer = Tokenizer::from_gguf(&open(&byte_level())).unwrap();
+        let ids = tokenizer.encode("ab c<s><t>ba<|im_end|>", true).unwrap();
+        assert_eq!(ids, [3, 6, 2, 4, 5, 1, 0, 7]);
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), "ab c<s><t>ba<|im_end|>");
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), "ab c<t>ba");
+        assert_eq!((tokenizer.bos_token(), tokenizer.eos_token()), (Some("<s>"), Some("<t>")));
+        let template = tokenizer.chat_template().unwrap();
+        assert_eq!(template.render(&[Message::user("a")], None, false, &serde_json::Map::default()).unwrap(), "<s>a");
+    }
+
+    #[test]
+    fn the_splitting_sets_bos_and_whole_words() {
+        let llama = with(byte_level(), "tokenizer.ggml.pre", text("llama-bpe"));
+        assert_eq!(Tokenizer::from_gguf(&open(&llama)).unwrap().encode("ab", true).unwrap(), [4, 3]);
+        let off = with(llama.clone(), "tokenizer.ggml.add_bos_token", GgufValue::Flag(false));
+        assert_eq!(Tokenizer::from_gguf(&open(&off)).unwrap().encode("ab", true).unwrap(), [3]);
+        let eos = with(llama.clone(), "tokenizer.ggml.add_eos_token", GgufValue::Flag(true));
+        assert_eq!(Tokenizer::from_gguf(&open(&eos)).unwrap().encode("ab", true).unwrap(), [4, 3, 5]);
+        let tokens = texts(&["a", "b", "c", "ab", "<s>", "<t>", "abc", "d"]);
+        let whole = with(llama, "tokenizer.ggml.tokens", tokens.clone());
+        assert_eq!(Tokenizer::from_gguf(&open(&whole)).unwrap().encode("abc", false).unwrap(), [6]);
+        let merged = with(byte_level(), "tokenizer.ggml.tokens", tokens);
+        assert_eq!(Tokenizer::from_gguf(&open(&merged)).unwrap().encode("abc", false).unwrap(), [3, 2]);
+    }
+
+    #[test]
+    fn sentence_piece_merges_the_best_score_first_and_falls_back_to_bytes() {
+        let tokenizer = Tokenizer::from_gguf(&open(&sentence_piece())).unwrap();
+        assert_eq!(tokenizer.encode("ab", true).unwrap(), [1, 11]);
+        // `▁a` is merged before `ab`
+        assert_eq!(tokenizer.encode("aab", true).unwrap(), [1, 10, 9]);
+        assert_eq!(tokenizer.encode("bab", false).unwrap(), [6, 8, 9]);
+        for text in ["ab", " a  b", "é\na", "a</s>"] {
+            let ids = tokenizer.encode(text, false).unwrap();
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), text, "{ids:?}");
+        }
+        assert_eq!(tokenizer.encode("é\n", false).unwrap(), [6, 4, 5, 3]);
+        assert_eq!(tokenizer.eos_token_id(), Some(2));
+        let plain = with(sentence_piece(), "tokenizer.ggml.add_space_prefix", GgufValue::Flag(false));
+        let plain = Tokenizer::from_gguf(&open(&plain)).unwrap();
+        assert_eq!(plain.encode("ab a", false).unwrap(), [9, 10]);
+        assert_eq!(plain.decode(&[10, 9], false).unwrap(), " aab");
+    }
+
+    #[test]
+    fn several_chat_templates_are_read() {
+        let named = with(byte_level(), "tokenizer.chat_template.tool_use", text("tools"));
+        let tokenizer = Tokenizer::from_gguf(&open(&named)).unwrap();
+        let names: Vec<&str> =
+            tokenizer.chat_template().unwrap().sources().iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["default", "tool_use"]);
+    }
+
+    #[test]
+    fn answers_end_at_every_known_mark() {
+        assert_eq!(end_of_generation_ids(&open(&byte_level())).unwrap(), [5, 7]);
+        assert_eq!(end_of_generation_ids(&open(&sentence_piece())).unwrap(), [2]);
+        let tokens = ["a", "b", "c", "ab", "<|end|>", "<|return|>", "<|call|>", "</s>"];
+        let harmony = with(byte_level(), "tokenizer.ggml.tokens", texts(&tokens));
+        assert_eq!(end_of_generation_ids(&open(&harmony)).unwrap(), [5, 6]);
+        let tokens = ["a", "b", "c", "ab", "<|end|>", "<|return|>", "d", "</s>"];
+        let without = with(byte_level(), "tokenizer.ggml.tokens", texts(&tokens));
+        let without = with(without, "tokenizer.ggml.eot_token_id", GgufValue::Integer(6));
+        assert_eq!(end_of_generation_ids(&open(&without)).unwrap(), [5, 6, 4]);
+    }
+
+    #[test]
+    fn damaged_metadata_are_refused() {
+        let (bytes, pieces) = (byte_level(), sentence_piece());
+        for (metadata, parts) in [
+            (vec![], &["`tokenizer.ggml.model`", "found none"][..]),
+            (with(bytes.clone(), "tokenizer.ggml.model", text("bert")), &["`tokenizer.ggml.model`", "found `bert`"]),
+            (with(bytes.clone(), "tokenizer.ggml.pre", text("other")), &["`tokenizer.ggml.pre`", "found `other`"]),
+            (with(bytes.clone(), "tokenizer.ggml.tokens", texts(&[])), &["`tokenizer.ggml.tokens`", "found none"]),
+            (with(bytes.clone(), "tokenizer.ggml.tokens", texts(&["a", "a"])), &["found `a` as 0 and 1"]),
+            (with(bytes.clone(), "tokenizer.ggml.token_type", integers(&[1])), &["expected 8 types", "found 1"]),
+            (with(bytes.clone(), "tokenizer.ggml.token_type", integers(&[9; 8])), &["expected types from 0 to 6"]),
+            (with(bytes.clone(), "tokenizer.ggml.merges", texts(&["a d"])), &["`tokenizer.ggml.merges`", "found `d`"]),
+            (with(bytes.clone(), "tokenizer.ggml.merges", texts(&["ab"])), &["entry 0: expected two tokens"]),
+            (with(bytes.clone(), "tokenizer.ggml.merges", text("ab")), &["`tokenizer.ggml.merges`: expected a list"]),
+            (with(bytes.clone(), "tokenizer.ggml.eos_token_id", GgufValue::Integer(8)), &["below 8", "found 8"]),
+            (with(bytes.clone(), "tokenizer.ggml.eos_token_id", GgufValue::Integer(-1)), &["not negative"]),
+            (with(bytes, "tokenizer.chat_template.x", GgufValue::Flag(true)), &["`tokenizer.chat_template.x`"]),
+            (with(pieces.clone(), "tokenizer.ggml.scores", floats(&[0.0])), &["expected 12 scores", "found 1"]),
+            (with(pieces.clone(), "tokenizer.ggml.scores", floats(&[f64::NAN; 12])), &["expected numbers, found"]),
+            (with(pieces, "tokenizer.ggml.scores", texts(&["a"; 12])), &["expected numbers, found"]),
+        ] {
+            let message = error(&metadata);
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        }
+        let mut none = byte_level();
+        none.retain(|(key, _)| *key != "tokenizer.ggml.merges");
+        assert!(error(&none).contains("expected the merges"));
+    }
 }

@@ -4,6 +4,7 @@ mod chat;
 mod dataset;
 mod encode;
 mod files;
+mod gguf_bpe;
 mod gguf_pre_tokenizer;
 mod gguf_tokenizer;
 mod gguf_vocabulary;

@@ -249,11 +249,11 @@ impl GgufFile {
     /// The value has another type.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         let Some(values) = self.list(key)? else { return Ok(None) };
-        let text = |value| match value {
-            &GgufValue::Text(ref text) => Ok(text.as_str()),
+        let texts = values.iter().map(|value| match value {
+            GgufValue::Text(text) => Ok(text.as_str()),
             other => Err(self.wrong(key, "a list of strings", other)),
-        };
-        values.iter().map(text).collect::<Result<_>>().map(Some)
+        });
+        texts.collect::<Result<_>>().map(Some)
     }
 }
 
