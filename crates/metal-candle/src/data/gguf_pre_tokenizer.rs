@@ -11,7 +11,7 @@ pub(super) struct PreTokenizer {
     pub(super) ignore_merges: bool,
     /// Whether a BOS token is added where the file does not say.
     pub(super) add_bos: bool,
-    /// Whether the text is normalized to NFC first.
+    /// Whether the text is normalized to NFC first, as `tokenizer.json` files of these models say; llama.cpp does not.
     pub(super) nfc: bool,
 }
 
