@@ -44,17 +44,6 @@ impl Kind {
     }
 }
 
-/// The ids of all tokens that end an answer: EOS, EOT, EOM and tokens with known spellings such as `<|im_end|>`. EOS is first.
-///
-/// # Errors
-/// The vocabulary is not supported or damaged.
-#[allow(dead_code)] // the loader of GGUF models is going to use it
-pub(crate) fn end_of_generation_ids(file: &GgufFile) -> Result<Vec<u32>> {
-    let kind = Kind::of(file)?;
-    let vocabulary = Vocabulary::of(file)?;
-    vocabulary.ends(kind.default_id("eos", &vocabulary))
-}
-
 impl Tokenizer {
     /// Reads the tokenizer and the chat template from the metadata of a GGUF file.
     ///
@@ -164,10 +153,9 @@ fn chat_template(file: &GgufFile) -> Result<Option<Value>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::end_of_generation_ids;
     use crate::data::{Message, Tokenizer};
     use crate::files::gguf_testing::write;
-    use crate::files::{GgufFile, GgufValue};
+    use crate::files::{GgufFile, GgufValue, end_of_generation_ids};
 
     fn text(text: &str) -> GgufValue {
         GgufValue::Text(text.to_string())

@@ -1,7 +1,7 @@
 //! The tokens of a GGUF file with their types and scores, checked.
 
 use crate::error::{Error, Result};
-use crate::files::{GgufFile, GgufValue};
+use crate::files::{END_MARKS, GgufFile, GgufValue};
 use std::borrow::Cow;
 use std::collections::HashMap;
 
@@ -12,31 +12,6 @@ const TYPES: &str = "tokenizer.ggml.token_type";
 
 /// Longest token that [`Vocabulary::derived_merges`] divides, in bytes. All ways to divide a token take the square of its length.
 const MAX_DIVIDED_BYTES: usize = 4096;
-
-/// Spellings that end an answer, whatever the type of the token is.
-const ENDS: [&str; 19] = [
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "<turn|>",
-    "<|tool_response>",
-    "<｜end▁of▁sentence｜>",
-    "[e~[",
-];
-/// Spellings that end an answer if they are control tokens: some vocabularies have them as text, such as HTML tags.
-const CONTROL_ENDS: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
 
 /// What a token is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,7 +69,7 @@ impl<'a> Vocabulary<'a> {
             Some(types) => types,
             None => vocabulary.types_of_named()?,
         };
-        for end in ENDS {
+        for end in END_MARKS {
             if let Some(id) = vocabulary.id(end) {
                 // llama.cpp corrects the type as well
                 vocabulary.types[id as usize] = TokenType::Control;
@@ -221,30 +196,6 @@ impl<'a> Vocabulary<'a> {
         }
         merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.len().cmp(&a.1.len())));
         Ok(merges.into_iter().map(|(_, first, second)| (first, second)).collect())
-    }
-
-    /// The ids of all tokens that end an answer: EOS, EOT, EOM and tokens with known spellings.
-    ///
-    /// # Errors
-    /// An id that the file names is no id of a token.
-    pub(super) fn ends(&self, default_eos: Option<u32>) -> Result<Vec<u32>> {
-        let mut ends = Vec::new();
-        ends.extend(self.named_id("eos")?.or(default_eos));
-        ends.extend(self.named_id("eot")?);
-        ends.extend(self.named_id("eom")?);
-        ends.extend(ENDS.iter().filter_map(|end| self.id(end)));
-        let control = CONTROL_ENDS.iter().filter_map(|end| self.id(end));
-        ends.extend(control.filter(|id| self.types[*id as usize] == TokenType::Control));
-        // these vocabularies end a part of an answer with `<|end|>`
-        let has = |token: &str| self.id(token).is_some_and(|id| ends.contains(&id));
-        let has_call = has("<|call|>") || has("<|calls|>");
-        if has_call && (has("<|return|>") || has("<|flush|>")) {
-            let end = self.id("<|end|>");
-            ends.retain(|id| Some(*id) != end);
-        }
-        let mut seen = std::collections::BTreeSet::new();
-        ends.retain(|id| seen.insert(*id));
-        Ok(ends)
     }
 }
 

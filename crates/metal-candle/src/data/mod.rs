@@ -30,8 +30,6 @@ pub use chat::ChatTemplate;
 pub use dataset::{Dataset, DatasetFiles, Datasets, SplitOptions};
 pub use encode::RoleTokens;
 // the loader of GGUF models is going to use it
-#[allow(unused_imports)]
-pub(crate) use gguf_tokenizer::end_of_generation_ids;
 pub use message::Message;
 pub use packing::{PackingLimits, batch_of, pack};
 pub use random::Random;

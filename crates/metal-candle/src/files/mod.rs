@@ -6,6 +6,7 @@ mod foreign;
 mod gguf;
 #[cfg(test)]
 pub(crate) mod gguf_testing;
+mod gguf_tokens;
 mod guard;
 #[cfg(feature = "hub")]
 mod hub;
@@ -21,6 +22,7 @@ mod write;
 
 pub(crate) use gguf::ggml_type_name;
 pub use gguf::{GgufFile, GgufTensor, GgufValue};
+pub(crate) use gguf_tokens::{END_MARKS, end_of_generation_ids};
 pub use guard::{guard, is_guarded};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};

@@ -3,7 +3,7 @@
 
 use super::ModelConfig;
 use crate::error::{Error, Result};
-use crate::files::{GgufFile, GgufTensor, GgufValue, JsonObject, ggml_type_name};
+use crate::files::{GgufFile, GgufTensor, GgufValue, JsonObject, end_of_generation_ids, ggml_type_name};
 use crate::ops::Weight;
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::BlockFormat;
@@ -199,7 +199,7 @@ impl<'a> Metadata<'a> {
         if let Some(scaling) = self.rope_scaling()? {
             set("rope_scaling", scaling);
         }
-        let ids = super::gguf_tokens::end_of_generation_ids(self.file)?;
+        let ids = end_of_generation_ids(self.file)?;
         if !ids.is_empty() {
             set("eos_token_id", ids.into());
         }
@@ -272,6 +272,7 @@ fn llama3_scaling(divisors: &[f32], theta: f64, context: usize) -> Value {
     })
 }
 
+#[allow(clippy::unnecessary_wraps)] // one of several functions of this type
 fn llama(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
     map.insert("mlp_bias".into(), metadata.has_tensor("blk.0.ffn_gate.bias").into());
@@ -412,7 +413,9 @@ impl<'a> GgufWeights<'a> {
             let mut values = floats(self.file, tensor)?;
             let has_offset = self.architecture.has_norm_offset && parameter.ends_with("norm.weight");
             if has_offset {
-                values.iter_mut().for_each(|value| *value -= 1.0);
+                for value in &mut values {
+                    *value -= 1.0;
+                }
             }
             let is_interleaved = self.is_interleaved(parameter);
             if is_interleaved {

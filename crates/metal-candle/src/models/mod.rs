@@ -9,7 +9,6 @@ mod description;
 mod families;
 mod generation_defaults;
 mod gguf;
-mod gguf_tokens;
 mod gradients;
 mod initialize;
 mod keys;

@@ -40,6 +40,7 @@ use candle_core::{DType, Tensor};
 
 pub use adapters::Adapters;
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
+pub use metal_candle_kernels::BlockFormat;
 pub(crate) use weight::MappedFiles;
 pub use weight::Weight;
 

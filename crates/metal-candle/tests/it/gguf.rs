@@ -4,7 +4,7 @@ use crate::golden;
 use candle_core::{DType, Tensor};
 use metal_candle::files::{GgufFile, GgufValue};
 use metal_candle::models::{Batch, LossOptions, Model, Rows, Targets, Trainable, save_model};
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{BlockFormat, LowRank, LowRankTerms};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
 
@@ -50,7 +50,7 @@ fn matrices_stay_as_they_are_in_the_file() {
         ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"]
     {
         let weight = of(name);
-        assert_eq!(weight.block_format().map(|format| format.name()), Some("q8_0"), "{name}");
+        assert_eq!(weight.block_format().map(BlockFormat::name), Some("q8_0"), "{name}");
         assert_eq!(weight.num_bytes(), weight.elem_count() / 32 * 34, "{name}");
     }
     assert_eq!(of("model.norm.weight").block_format(), None);

@@ -1,0 +1,63 @@
+//! The tokens that end a text, as a GGUF file names and spells them.
+
+use super::gguf::{GgufFile, GgufValue};
+use crate::error::Result;
+use std::collections::HashMap;
+
+/// Spellings of tokens that end a turn or a text in published vocabularies. A file names only some of them by a key.
+pub(crate) const END_MARKS: [&str; 19] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+];
+/// Spellings that end a text if they are control tokens: some vocabularies have them as text, such as HTML tags.
+const CONTROL_END_MARKS: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
+/// The type of a control token.
+const CONTROL: GgufValue = GgufValue::Integer(3);
+
+/// The ids of the tokens that end a text: EOS, EOT, EOM and tokens with known spellings. EOS is first.
+///
+/// # Errors
+/// A key has a value of another type.
+pub(crate) fn end_of_generation_ids(file: &GgufFile) -> Result<Vec<u32>> {
+    let mut ids: Vec<usize> = Vec::new();
+    let is_sentence_piece = file.text("tokenizer.ggml.model")? == Some("llama");
+    ids.extend(file.size("tokenizer.ggml.eos_token_id")?.or(is_sentence_piece.then_some(2)));
+    for name in ["eot", "eom"] {
+        ids.extend(file.size(&format!("tokenizer.ggml.{name}_token_id"))?);
+    }
+    let tokens = file.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
+    let types = file.list("tokenizer.ggml.token_type")?.unwrap_or_default();
+    let places: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (*token, id)).collect();
+    ids.extend(END_MARKS.iter().filter_map(|mark| places.get(mark)));
+    let control = CONTROL_END_MARKS.iter().filter_map(|mark| places.get(mark));
+    ids.extend(control.filter(|&&id| types.get(id) == Some(&CONTROL)));
+    // these vocabularies end a part of an answer with `<|end|>`
+    let has = |mark: &str| places.contains_key(mark);
+    if (has("<|call|>") || has("<|calls|>")) && (has("<|return|>") || has("<|flush|>")) {
+        ids.retain(|id| places.get("<|end|>") != Some(id));
+    }
+    let mut unique = Vec::new();
+    for id in ids.into_iter().filter_map(|id| u32::try_from(id).ok()) {
+        if !unique.contains(&id) {
+            unique.push(id);
+        }
+    }
+    Ok(unique)
+}
