@@ -93,8 +93,7 @@ impl TrainingPlan {
             epochs += 1;
         }
         // what is given to the trainer, what it changes, the sum of the gradients, and the best state
-        let given = model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes());
-        let weights_bytes: usize = given.sum();
+        let weights_bytes: usize = model.parameters().iter().map(|(_, weight)| weight.num_bytes()).sum();
         let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
         // a parameter of which rows are trained is copied for the run, beside that of the model and that of the start
         let of_rows = |rows: TokenRows| {

@@ -33,13 +33,26 @@ fn expected(name: &str) -> (Vec<u32>, Tensor) {
     (ids.into_iter().map(|id| id as u32).collect(), tensors["logits"].clone())
 }
 
-#[test]
-fn logits_equal_those_of_transformers() {
+on_each_device! { logits_equal_those_of_transformers, matrices_become_bf16_on_a_gpu }
+
+fn logits_equal_those_of_transformers(device: Device) {
     for name in NAMES {
-        let ((ids, logits), model) = (expected(name), load(name));
+        let mut loader = ModelLoader::new().with_device(device);
+        if !device.is_cpu() {
+            loader = loader.with_dtype(DType::F32);
+        }
+        let ((ids, logits), model) = (expected(name), loader.load(path(name)).unwrap());
         let found = model.forward(&Batch::single(&ids), None, None, Rows::All).unwrap();
+        let found = found.to_device(&candle_core::Device::Cpu).unwrap();
         assert!(difference(&found, &logits) < 5e-5, "{name}: {}", difference(&found, &logits));
     }
+}
+
+fn matrices_become_bf16_on_a_gpu(device: Device) {
+    let model = ModelLoader::new().with_device(device).load(path("phi3")).unwrap();
+    let expected = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    assert_eq!(model.dtype(), expected);
+    model.forward(&Batch::single(&[1, 2, 3]), None, None, Rows::Last).unwrap();
 }
 
 #[test]
