@@ -1,6 +1,5 @@
 //! Which instruction set the kernels use.
 
-use crate::math::Element;
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
@@ -82,6 +81,18 @@ fn detect() -> Isa {
     Isa::Baseline
 }
 
+/// The f16 with these bits. Without branches, so that loops over it become vector code.
+#[inline(always)]
+pub(crate) fn half_to_f32(bits: u16) -> f32 {
+    let bits = u32::from(bits);
+    let magnitude = (bits & 0x7fff) << 13;
+    // multiplying by 2^112 moves the exponent's bias and makes subnormals right
+    let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
+    let special = magnitude | 0x7f80_0000;
+    let value = if magnitude >= 0x0f80_0000 { special } else { scaled };
+    f32::from_bits(value | ((bits & 0x8000) << 16))
+}
+
 /// Multiply-add as the instruction set does it best.
 ///
 /// Without the instruction `f32::mul_add` is a library call, so the baseline of x86-64 rounds twice.
@@ -107,8 +118,7 @@ pub(crate) trait Arithmetic {
     /// The f16 with these bits.
     #[inline(always)]
     fn f16_to_f32(bits: u16) -> f32 {
-        // the method of this crate has no branches; that of `half` detects the processor's features
-        Element::to_f32(half::f16::from_bits(bits))
+        half_to_f32(bits)
     }
 
     /// For each bit -1 if it is set, else 0.

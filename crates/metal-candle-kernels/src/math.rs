@@ -1,6 +1,6 @@
 //! Element types, conversions and the exponential.
 
-use crate::isa::{Arithmetic, dispatch};
+use crate::isa::{Arithmetic, dispatch, half_to_f32};
 use half::{bf16, f16};
 
 /// An element type that kernels read: `f32`, `f16` or `bf16`.
@@ -42,16 +42,9 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
-    /// Without branches, so that loops over it become vector code.
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        let bits = u32::from(self.to_bits());
-        let magnitude = (bits & 0x7fff) << 13;
-        // multiplying by 2^112 moves the exponent's bias and makes subnormals right
-        let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
-        let special = magnitude | 0x7f80_0000;
-        let value = if magnitude >= 0x0f80_0000 { special } else { scaled };
-        f32::from_bits(value | ((bits & 0x8000) << 16))
+        half_to_f32(self.to_bits())
     }
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
