@@ -207,7 +207,7 @@ pub(crate) mod x86 {
 
     /// Used only if `isa` detected AVX-512.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     // SAFETY of the calls: the processor has the instructions, and the caller guarantees the elements.
     impl Vector for Avx512 {
@@ -283,7 +283,7 @@ pub(crate) mod x86 {
 
     /// Used only if `isa` detected AVX2.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(__m256);
+    pub(crate) struct Avx2(pub(crate) __m256);
 
     // SAFETY of the calls: the processor has the instructions, and the caller guarantees the elements.
     impl Vector for Avx2 {

@@ -11,8 +11,53 @@ pub(super) trait Decoder {
     /// The number of bytes of a block.
     const BYTES: usize;
 
-    /// Dequantizes a block of `BYTES` bytes to `LEN` weights.
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]);
+    /// Dequantizes a block of `BYTES` bytes to `LEN` weights, in ascending order.
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T);
+}
+
+/// Takes dequantized weights, 16 at a time.
+pub(super) trait Target {
+    /// Takes `scale q` as the weights from `at` on.
+    fn scaled(&mut self, q: &[i8; 16], scale: f32, at: usize);
+
+    /// Takes `scale q + offset` as the weights from `at` on.
+    fn shifted(&mut self, q: &[i8; 16], scale: f32, offset: f32, at: usize);
+
+    /// Takes `scale table[index] + offset` as the weights from `at` on. The indices are four bits of each byte, from bit `SHIFT`
+    /// on.
+    #[inline(always)]
+    fn looked_up<A: Arithmetic, const SHIFT: u32>(
+        &mut self,
+        table: &[i8; 16],
+        packed: &[u8; 16],
+        scale: f32,
+        offset: Option<f32>,
+        at: usize,
+    ) {
+        let q = A::look_up(table, nibbles(packed)[SHIFT as usize / 4]);
+        match offset {
+            Some(offset) => self.shifted(&q, scale, offset, at),
+            None => self.scaled(&q, scale, at),
+        }
+    }
+}
+
+impl Target for [f32] {
+    #[inline(always)]
+    fn scaled(&mut self, q: &[i8; 16], scale: f32, at: usize) {
+        let to = &mut self[at..at + 16];
+        for i in 0..16 {
+            to[i] = scale * f32::from(q[i]);
+        }
+    }
+
+    #[inline(always)]
+    fn shifted(&mut self, q: &[i8; 16], scale: f32, offset: f32, at: usize) {
+        let to = &mut self[at..at + 16];
+        for i in 0..16 {
+            to[i] = scale * f32::from(q[i]) + offset;
+        }
+    }
 }
 
 dispatch! {
@@ -23,7 +68,7 @@ dispatch! {
 #[inline(always)]
 fn widen_blocks_body<A: Arithmetic, D: Decoder>(blocks: &[u8], to: &mut [f32]) {
     for (block, to) in blocks.chunks_exact(D::BYTES).zip(to.chunks_exact_mut(D::LEN)) {
-        D::decode::<A>(block, to);
+        D::decode::<A, _>(block, to);
     }
 }
 
@@ -39,24 +84,6 @@ pub(super) fn bytes<const N: usize>(block: &[u8], at: usize) -> [u8; N] {
 #[inline(always)]
 pub(super) fn half<A: Arithmetic>(block: &[u8], at: usize) -> f32 {
     A::f16_to_f32(u16::from_le_bytes(bytes(block, at)))
-}
-
-/// Writes `scale q` for 16 weights from `at` on.
-#[inline(always)]
-pub(super) fn scaled(q: &[i8; 16], scale: f32, to: &mut [f32], at: usize) {
-    let to = &mut to[at..at + 16];
-    for i in 0..16 {
-        to[i] = scale * f32::from(q[i]);
-    }
-}
-
-/// Writes `scale q + offset` for 16 weights from `at` on.
-#[inline(always)]
-pub(super) fn shifted(q: &[i8; 16], scale: f32, offset: f32, to: &mut [f32], at: usize) {
-    let to = &mut to[at..at + 16];
-    for i in 0..16 {
-        to[i] = scale * f32::from(q[i]) + offset;
-    }
 }
 
 /// The low and the high four bits of each byte.
@@ -103,11 +130,11 @@ impl Decoder for Q4_0 {
     const BYTES: usize = 18;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
-        let [low, high] = nibbles(&bytes(block, 2));
-        scaled(&A::look_up(&CENTERED_TABLE, low), d, to, 0);
-        scaled(&A::look_up(&CENTERED_TABLE, high), d, to, 16);
+        let packed = bytes(block, 2);
+        to.looked_up::<A, 0>(&CENTERED_TABLE, &packed, d, None, 0);
+        to.looked_up::<A, 4>(&CENTERED_TABLE, &packed, d, None, 16);
     }
 }
 
@@ -118,11 +145,11 @@ impl Decoder for Q4_1 {
     const BYTES: usize = 20;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let (d, m) = (half::<A>(block, 0), half::<A>(block, 2));
-        let [low, high] = nibbles(&bytes(block, 4));
-        shifted(&A::look_up(&PLAIN_TABLE, low), d, m, to, 0);
-        shifted(&A::look_up(&PLAIN_TABLE, high), d, m, to, 16);
+        let packed = bytes(block, 4);
+        to.looked_up::<A, 0>(&PLAIN_TABLE, &packed, d, Some(m), 0);
+        to.looked_up::<A, 4>(&PLAIN_TABLE, &packed, d, Some(m), 16);
     }
 }
 
@@ -133,11 +160,11 @@ impl Decoder for Q5_0 {
     const BYTES: usize = 22;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
         let [low, high] = nibbles(&bytes(block, 6));
-        scaled(&with_fifth_bit::<A>(low, bytes(block, 2), 16), d, to, 0);
-        scaled(&with_fifth_bit::<A>(high, bytes(block, 4), 16), d, to, 16);
+        to.scaled(&with_fifth_bit::<A>(low, bytes(block, 2), 16), d, 0);
+        to.scaled(&with_fifth_bit::<A>(high, bytes(block, 4), 16), d, 16);
     }
 }
 
@@ -148,11 +175,11 @@ impl Decoder for Q5_1 {
     const BYTES: usize = 24;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let (d, m) = (half::<A>(block, 0), half::<A>(block, 2));
         let [low, high] = nibbles(&bytes(block, 8));
-        shifted(&with_fifth_bit::<A>(low, bytes(block, 4), 0), d, m, to, 0);
-        shifted(&with_fifth_bit::<A>(high, bytes(block, 6), 0), d, m, to, 16);
+        to.shifted(&with_fifth_bit::<A>(low, bytes(block, 4), 0), d, m, 0);
+        to.shifted(&with_fifth_bit::<A>(high, bytes(block, 6), 0), d, m, 16);
     }
 }
 
@@ -163,10 +190,10 @@ impl Decoder for Q8_0 {
     const BYTES: usize = 34;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
-        scaled(&centered(&bytes(block, 2), 0), d, to, 0);
-        scaled(&centered(&bytes(block, 18), 0), d, to, 16);
+        to.scaled(&centered(&bytes(block, 2), 0), d, 0);
+        to.scaled(&centered(&bytes(block, 18), 0), d, 16);
     }
 }
 
@@ -180,11 +207,11 @@ impl Decoder for IQ4NL {
     const BYTES: usize = 18;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
-        let [low, high] = nibbles(&bytes(block, 2));
-        scaled(&A::look_up(&IQ4_TABLE, low), d, to, 0);
-        scaled(&A::look_up(&IQ4_TABLE, high), d, to, 16);
+        let packed = bytes(block, 2);
+        to.looked_up::<A, 0>(&IQ4_TABLE, &packed, d, None, 0);
+        to.looked_up::<A, 4>(&IQ4_TABLE, &packed, d, None, 16);
     }
 }
 
@@ -198,13 +225,13 @@ impl Decoder for MXFP4 {
     const BYTES: usize = 17;
 
     #[inline(always)]
-    fn decode<A: Arithmetic>(block: &[u8], to: &mut [f32]) {
+    fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let exponent = u32::from(block[0]);
         // half of the scale, because the table is doubled; the two smallest are subnormal
         let bits = if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 };
         let scale = f32::from_bits(bits);
-        let [low, high] = nibbles(&bytes(block, 1));
-        scaled(&A::look_up(&FP4_TABLE, low), scale, to, 0);
-        scaled(&A::look_up(&FP4_TABLE, high), scale, to, 16);
+        let packed = bytes(block, 1);
+        to.looked_up::<A, 0>(&FP4_TABLE, &packed, scale, None, 0);
+        to.looked_up::<A, 4>(&FP4_TABLE, &packed, scale, None, 16);
     }
 }

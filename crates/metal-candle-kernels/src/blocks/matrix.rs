@@ -51,6 +51,9 @@ macro_rules! with_decoder {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use with_decoder;
+
 impl BlockFormat {
     /// All formats.
     pub const ALL: [Self; 13] = [

@@ -1,8 +1,10 @@
 //! Block-quantized weights as GGUF files store them: their layouts, dequantization, and products with them.
 //!
-//! Products dequantize a few rows of weights at a time and multiply them in f32. Activations are never rounded.
+//! Products dequantize a few rows of weights at a time, or in registers for very few activations, and multiply them in f32.
+//! Activations are never rounded.
 
 mod decode;
+mod dots;
 mod matrix;
 mod products;
 mod rows;

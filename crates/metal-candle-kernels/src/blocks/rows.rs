@@ -1,10 +1,12 @@
 //! Products with block-quantized weights whose result for a row does not depend on the other rows: for inference.
 
+use super::dots::{Dequantize, HEIGHT, Operands, WIDTH};
 use super::matrix::BlockMatrix;
 use crate::gemm_rows::{Line, Ordered, add_dots, ordered_stride, with_ordered_rows};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
 use crate::gemm_tile::{Portable, Vector};
+use crate::isa::Arithmetic;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
@@ -70,9 +72,15 @@ pub(super) struct Task<'a> {
     pub(super) c: Shared<f32>,
 }
 
-pub(super) fn run<V: Vector>(task: &Task) {
+pub(super) fn run<V: Dequantize>(task: &Task) {
     let ((m, n), k) = (task.shape, task.b.columns());
     with_ordered_rows::<V>(task.a, (m, k), |rows| {
+        if m <= V::MOST_ROWS {
+            let per_task = (TASK_ELEMENTS / k.max(1)).max(1).next_multiple_of(WIDTH);
+            return for_each(n.div_ceil(per_task), m * n * k, |number| {
+                multiply_in_registers::<V>(task, rows, (number * per_task, n.min((number + 1) * per_task)));
+            });
+        }
         let (height, width) = V::shape(m);
         // few rows of A: as many rows as a tile takes, which stay in the first-level cache
         let panel = if m <= height { width } else { PANEL_ROWS / width * width };
@@ -89,6 +97,44 @@ pub(super) fn run<V: Vector>(task: &Task) {
             PANEL.set(buffer);
         });
     });
+}
+
+/// Columns `from..to` of the result, without a panel.
+fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): (usize, usize)) {
+    let ((m, n), k, stride) = (task.shape, task.b.columns(), ordered_stride(task.b.columns()));
+    for i in 0..m {
+        // SAFETY: tasks have columns of their own.
+        let c = unsafe { task.c.part(i * n + from, to - from) };
+        task.start.write(c, i, n, from..to);
+    }
+    // distant rows of weights: the hardware prefetches several streams at once
+    let apart = (to - from).div_ceil(WIDTH);
+    for first in from..from + apart {
+        let width = WIDTH.min((to - first).div_ceil(apart));
+        for at in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - at);
+            let mut weights = [std::ptr::null(); WIDTH];
+            for (c, weights) in weights.iter_mut().enumerate() {
+                *weights = task.b.blocks(first + c.min(width - 1) * apart, at..at + depth).as_ptr();
+            }
+            for i in (0..m).step_by(HEIGHT) {
+                let height = HEIGHT.min(m - i);
+                let mut a = [std::ptr::null(); HEIGHT];
+                for (r, a) in a.iter_mut().enumerate() {
+                    *a = rows[((i + r.min(height - 1)) * stride + at) / 16..].as_ptr().cast();
+                }
+                // SAFETY: the rows and the blocks have these columns.
+                let dots = unsafe { V::block_dots(task.b.format(), &Operands { a, rows: height, weights, depth }) };
+                for (r, dots) in dots.iter().enumerate().take(height) {
+                    for (column, dot) in dots.iter().enumerate().take(width) {
+                        // SAFETY: tasks have columns of their own.
+                        let c = unsafe { &mut task.c.part((i + r) * n + first + column * apart, 1)[0] };
+                        *c = V::Arithmetic::mul_add(task.alpha, *dot, *c);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Columns `from..to` of the result.

@@ -86,19 +86,19 @@ fn weights_are_those_of_gguf_bit_for_bit() {
 fn decode_as<A: Arithmetic>(format: BlockFormat, blocks: &[u8], to: &mut [f32]) {
     use BlockFormat as F;
     let decode = match format {
-        F::Q4_0 => decode::Q4_0::decode::<A>,
-        F::Q4_1 => decode::Q4_1::decode::<A>,
-        F::Q5_0 => decode::Q5_0::decode::<A>,
-        F::Q5_1 => decode::Q5_1::decode::<A>,
-        F::Q8_0 => decode::Q8_0::decode::<A>,
-        F::Q2K => superblocks::Q2K::decode::<A>,
-        F::Q3K => superblocks::Q3K::decode::<A>,
-        F::Q4K => superblocks::Q4K::decode::<A>,
-        F::Q5K => superblocks::Q5K::decode::<A>,
-        F::Q6K => superblocks::Q6K::decode::<A>,
-        F::IQ4NL => decode::IQ4NL::decode::<A>,
-        F::IQ4XS => superblocks::IQ4XS::decode::<A>,
-        F::MXFP4 => decode::MXFP4::decode::<A>,
+        F::Q4_0 => decode::Q4_0::decode::<A, _>,
+        F::Q4_1 => decode::Q4_1::decode::<A, _>,
+        F::Q5_0 => decode::Q5_0::decode::<A, _>,
+        F::Q5_1 => decode::Q5_1::decode::<A, _>,
+        F::Q8_0 => decode::Q8_0::decode::<A, _>,
+        F::Q2K => superblocks::Q2K::decode::<A, _>,
+        F::Q3K => superblocks::Q3K::decode::<A, _>,
+        F::Q4K => superblocks::Q4K::decode::<A, _>,
+        F::Q5K => superblocks::Q5K::decode::<A, _>,
+        F::Q6K => superblocks::Q6K::decode::<A, _>,
+        F::IQ4NL => decode::IQ4NL::decode::<A, _>,
+        F::IQ4XS => superblocks::IQ4XS::decode::<A, _>,
+        F::MXFP4 => decode::MXFP4::decode::<A, _>,
     };
     for (block, to) in blocks.chunks_exact(format.bytes()).zip(to.chunks_exact_mut(format.len())) {
         decode(block, to);
@@ -214,7 +214,7 @@ fn products_are_those_of_f64() {
 
 #[test]
 fn a_row_alone_has_the_bits_of_the_row_among_others() {
-    for format in [BlockFormat::Q5_0, BlockFormat::Q4K] {
+    for format in BlockFormat::ALL {
         for (n, k) in shapes(format) {
             let blocks = random_blocks(format, n * k / format.len(), 8);
             let b = BlockMatrix::new(format, &blocks, n, k).unwrap();
