@@ -39,7 +39,7 @@ const OF_NEW_ADAPTERS: [&str; 14] = [
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct TrainSettings {
-    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name as in
+    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name as in
     /// `org/name` or `org/name@revision` [default: nano].
     #[arg(long, help_heading = "Model")]
     pub(crate) model: Option<String>,

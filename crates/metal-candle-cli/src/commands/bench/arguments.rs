@@ -14,7 +14,7 @@ use metal_candle::{Device, ModelConfig};
 /// Flags of `bench`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct BenchArguments {
-    /// The model: a folder, a safetensors file, `nano` (the built-in model), or a Hub name [default: nano on the CPU,
+    /// The model: a folder, a safetensors or GGUF file, `nano` (built in), or a Hub name [default: nano on the CPU,
     /// elsewhere random weights of the shape of qwen2.5-0.5b].
     #[arg(long, conflicts_with = "shape", help_heading = "Model")]
     pub(super) model: Option<String>,
