@@ -1,43 +1,57 @@
-//! Models in GGUF files: their configuration, and the names, the order of rows and the values that differ from a checkpoint of
-//! transformers.
+//! The configuration of models in GGUF files, as the keys of a `config.json`.
 
 use super::ModelConfig;
+use super::gguf_floats::floats;
 use crate::error::{Error, Result};
-use crate::files::{GgufFile, GgufTensor, GgufValue, JsonObject, end_of_generation_ids, ggml_type_name};
-use crate::ops::Weight;
-use candle_core::{DType, Device, Tensor};
-use metal_candle_kernels::BlockFormat;
+use crate::files::{GgufFile, GgufValue, JsonObject, end_of_generation_ids};
 use serde_json::{Map, Value, json};
 
 /// An architecture of GGUF files.
-struct Architecture {
+pub(super) struct Architecture {
     /// The value of `general.architecture`.
     name: &'static str,
     model_type: &'static str,
     /// Whether the rows of q and k are stored with the two halves of each head interleaved.
-    has_interleaved_rows: bool,
+    pub(super) has_interleaved_rows: bool,
     /// Whether 1 was added to the weights of the norms.
-    has_norm_offset: bool,
-    /// Names of modules of a layer, in the file and in a checkpoint, that differ from [`MODULES`].
-    modules: &'static [(&'static str, &'static str)],
+    pub(super) has_norm_offset: bool,
+    /// Names of modules of a layer, in the file and in a checkpoint, that differ from the usual ones.
+    pub(super) modules: &'static [(&'static str, &'static str)],
+    /// Those of [`FORWARD_KEYS`] that `keys` reads.
+    reads: &'static [&'static str],
     /// Further keys of `config.json`.
     keys: fn(&Metadata, &mut Map<String, Value>) -> Result<()>,
 }
 
-/// Names of modules of a layer, in the file and in a checkpoint.
-const MODULES: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
+/// Keys that change what a model computes and that not every architecture has. A file with one that is not read is refused.
+const FORWARD_KEYS: &[&str] = &[
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.scale",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.temperature_scale",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "rope.dimension_count_swa",
+    "rope.freq_base_swa",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
 ];
+
+const GEMMA_KEYS: &[&str] = &[
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+];
+const GRANITE_KEYS: &[&str] = &["attention.scale", "embedding_scale", "logit_scale", "residual_scale"];
 
 /// Norms before and after each part.
 const SANDWICH: &[(&str, &str)] = &[
@@ -52,11 +66,19 @@ const BASE: Architecture = Architecture {
     has_interleaved_rows: false,
     has_norm_offset: false,
     modules: &[],
+    reads: &[],
     keys: |_, _| Ok(()),
 };
 
 const ARCHITECTURES: &[Architecture] = &[
-    Architecture { name: "llama", model_type: "llama", has_interleaved_rows: true, keys: llama, ..BASE },
+    Architecture {
+        name: "llama",
+        model_type: "llama",
+        has_interleaved_rows: true,
+        reads: &["attention.sliding_window"],
+        keys: llama,
+        ..BASE
+    },
     Architecture { name: "qwen2", model_type: "qwen2", ..BASE },
     Architecture { name: "qwen3", model_type: "qwen3", ..BASE },
     Architecture { name: "gemma", model_type: "gemma", has_norm_offset: true, ..BASE },
@@ -65,6 +87,7 @@ const ARCHITECTURES: &[Architecture] = &[
         model_type: "gemma2",
         has_norm_offset: true,
         modules: SANDWICH,
+        reads: GEMMA_KEYS,
         keys: gemma2,
         ..BASE
     },
@@ -73,6 +96,7 @@ const ARCHITECTURES: &[Architecture] = &[
         model_type: "gemma3_text",
         has_norm_offset: true,
         modules: SANDWICH,
+        reads: GEMMA_KEYS,
         keys: gemma3,
         ..BASE
     },
@@ -80,11 +104,19 @@ const ARCHITECTURES: &[Architecture] = &[
         name: "phi3",
         model_type: "phi3",
         modules: &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")],
+        reads: &["attention.sliding_window", "rope.scaling.attn_factor"],
         keys: phi3,
         ..BASE
     },
     Architecture { name: "smollm3", model_type: "smollm3", has_interleaved_rows: true, ..BASE },
-    Architecture { name: "granite", model_type: "granite", has_interleaved_rows: true, keys: granite, ..BASE },
+    Architecture {
+        name: "granite",
+        model_type: "granite",
+        has_interleaved_rows: true,
+        reads: GRANITE_KEYS,
+        keys: granite,
+        ..BASE
+    },
     Architecture {
         name: "olmo2",
         model_type: "olmo2",
@@ -98,13 +130,13 @@ const ARCHITECTURES: &[Architecture] = &[
 ];
 
 /// The metadata of an architecture: keys below its name.
-struct Metadata<'a> {
+pub(super) struct Metadata<'a> {
     file: &'a GgufFile,
-    architecture: &'static Architecture,
+    pub(super) architecture: &'static Architecture,
 }
 
 impl<'a> Metadata<'a> {
-    fn of(file: &'a GgufFile) -> Result<Self> {
+    pub(super) fn of(file: &'a GgufFile) -> Result<Self> {
         let name = file.text("general.architecture")?;
         let name =
             name.ok_or_else(|| Error::format(file.path(), "expected the key `general.architecture`, found none"))?;
@@ -155,7 +187,7 @@ impl<'a> Metadata<'a> {
         self.file.text(&self.key(name))
     }
 
-    fn head_dim(&self) -> Result<usize> {
+    pub(super) fn head_dim(&self) -> Result<usize> {
         let heads = self.required_size("attention.head_count")?;
         let width = self.required_size("embedding_length")?.checked_div(heads).unwrap_or(0);
         Ok(self.size("attention.key_length")?.unwrap_or(width))
@@ -165,8 +197,42 @@ impl<'a> Metadata<'a> {
         self.file.tensor(name).is_some()
     }
 
+    fn unsupported(&self, what: &str) -> Error {
+        Error::Unsupported(format!("`{}`: {what}", self.file.path().display()))
+    }
+
+    /// Refuses what the architecture does not read.
+    fn check(&self) -> Result<()> {
+        for name in FORWARD_KEYS.iter().filter(|name| !self.architecture.reads.contains(name)) {
+            let value = self.file.metadata().get(&self.key(name));
+            let is_neutral = match value {
+                None => true,
+                Some(GgufValue::Integer(value)) => *value == 0,
+                // factors of 1 and bounds of 0 change nothing
+                Some(GgufValue::Float(value)) => {
+                    *value == 0.0 || ((*value - 1.0).abs() < f64::EPSILON && !name.ends_with("softcapping"))
+                }
+                Some(_) => false,
+            };
+            if !is_neutral {
+                return Err(self.unsupported(&format!("`{}` in a model of this architecture", self.key(name))));
+            }
+        }
+        if self.file.flag(&self.key("attention.causal"))? == Some(false) {
+            return Err(self.unsupported("attention to later tokens (`attention.causal`)"));
+        }
+        let (rotated, head_dim) = (self.size("rope.dimension_count")?, self.head_dim()?);
+        if self.architecture.model_type != "phi3" && rotated.is_some_and(|rotated| rotated != head_dim) {
+            return Err(
+                self.unsupported(&format!("`{}` other than the width of a head", self.key("rope.dimension_count")))
+            );
+        }
+        Ok(())
+    }
+
     /// The keys of `config.json` that most families have.
     fn config(&self) -> Result<Map<String, Value>> {
+        self.check()?;
         let mut map = Map::new();
         let mut set = |key: &str, value: Value| {
             map.insert(key.into(), value);
@@ -272,42 +338,59 @@ fn llama3_scaling(divisors: &[f32], theta: f64, context: usize) -> Value {
     })
 }
 
-#[allow(clippy::unnecessary_wraps)] // one of several functions of this type
 fn llama(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
     map.insert("mlp_bias".into(), metadata.has_tensor("blk.0.ffn_gate.bias").into());
+    if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
+        if metadata.has_tensor("blk.0.attn_q.bias") || metadata.has_tensor("blk.0.ffn_gate.bias") {
+            return Err(metadata.unsupported("biases and a window (`attention.sliding_window`) in one model"));
+        }
+        // Llama has no windows, Mistral has
+        map.retain(|key, _| !key.ends_with("_bias"));
+        map.insert("model_type".into(), "mistral".into());
+        map.insert("sliding_window".into(), window.into());
+    }
     Ok(())
 }
 
 fn gemma2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    for (key, name) in [
-        ("attn_logit_softcapping", "attn_logit_softcapping"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
-        ("sliding_window", "attention.sliding_window"),
-    ] {
-        if let Some(number) = metadata.number(name)? {
-            map.insert(key.into(), if key == "sliding_window" { (number as u64).into() } else { shortest(number) });
-        }
-    }
-    // of the published sizes, only the one of 46 layers scales by another width than that of its heads
-    let layers = metadata.required_size("block_count")?;
-    let heads = metadata.required_size("attention.head_count")?;
-    let width = metadata.required_size("embedding_length")?;
-    let scalar = if layers == 46 { width.checked_div(heads).unwrap_or(0) } else { metadata.head_dim()? };
-    map.insert("query_pre_attn_scalar".into(), scalar.into());
-    Ok(())
+    gemma(metadata, map, 46)
 }
 
 fn gemma3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    let local = metadata.number("rope.freq_base_swa")?.unwrap_or(10_000.0);
+    map.insert("rope_local_base_freq".into(), shortest(local));
+    gemma(metadata, map, 62)
+}
+
+/// Windows, caps and the scale of scores. The file does not say the latter: of the published sizes, only the one of
+/// `odd_layers` layers scales by another width than that of its heads.
+fn gemma(metadata: &Metadata, map: &mut Map<String, Value>, odd_layers: usize) -> Result<()> {
+    for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(cap) = metadata.number(name)? {
+            map.insert(name.into(), shortest(cap));
+        }
+    }
     if let Some(window) = metadata.size("attention.sliding_window")? {
         map.insert("sliding_window".into(), window.into());
     }
-    let local = metadata.number("rope.freq_base_swa")?.unwrap_or(10_000.0);
-    map.insert("rope_local_base_freq".into(), shortest(local));
-    let layers = metadata.required_size("block_count")?;
-    let heads = metadata.required_size("attention.head_count")?;
+    let key = metadata.key("attention.sliding_window_pattern");
+    match metadata.file.metadata().get(&key) {
+        None => {}
+        Some(GgufValue::List(layers)) => {
+            let name = |is_sliding| if is_sliding { "sliding_attention" } else { "full_attention" };
+            let types = layers.iter().map(|layer| match layer {
+                GgufValue::Flag(is_sliding) => Ok(Value::from(name(*is_sliding))),
+                _ => Err(metadata.unsupported(&format!("`{key}`: expected booleans"))),
+            });
+            map.insert("layer_types".into(), Value::Array(types.collect::<Result<_>>()?));
+        }
+        Some(_) => return Err(metadata.unsupported(&format!("`{key}`: expected a list of booleans"))),
+    }
     let width = metadata.required_size("embedding_length")?;
-    let scalar = if layers == 62 { width.checked_div(heads).unwrap_or(0) } else { metadata.head_dim()? };
+    let heads = metadata.required_size("attention.head_count")?;
+    let is_odd = metadata.required_size("block_count")? == odd_layers;
+    let scalar = if is_odd { width.checked_div(heads).unwrap_or(0) } else { metadata.head_dim()? };
     map.insert("query_pre_attn_scalar".into(), scalar.into());
     Ok(())
 }
@@ -349,11 +432,8 @@ fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-fn olmo2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    if metadata.size("attention.sliding_window")?.is_some() {
-        let path = metadata.file.path().display();
-        return Err(Error::Unsupported(format!("`{path}`: OLMo 3 in a GGUF file: take its safetensors files")));
-    }
+#[allow(clippy::unnecessary_wraps)] // one of several functions of this type
+fn olmo2(_: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     map.insert("attention_bias".into(), false.into());
     Ok(())
 }
@@ -371,156 +451,68 @@ impl ModelConfig {
     }
 }
 
-/// The tensors of a model in a GGUF file, by the names of a checkpoint.
-pub(super) struct GgufWeights<'a> {
-    file: &'a GgufFile,
-    architecture: &'static Architecture,
-    head_dim: usize,
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use crate::files::gguf_testing::write;
+    use crate::files::{GgufFile, GgufValue};
+    use crate::models::ModelConfig;
 
-impl<'a> GgufWeights<'a> {
-    pub(super) fn new(file: &'a GgufFile) -> Result<Self> {
-        let metadata = Metadata::of(file)?;
-        Ok(Self { file, architecture: metadata.architecture, head_dim: metadata.head_dim()? })
-    }
-
-    /// The name in the file of a parameter.
-    pub(super) fn name(&self, parameter: &str) -> Option<String> {
-        let known = match parameter {
-            "model.embed_tokens.weight" => Some("token_embd.weight"),
-            "model.norm.weight" => Some("output_norm.weight"),
-            "lm_head.weight" => Some("output.weight"),
-            _ => None,
-        };
-        if let Some(name) = known {
-            return Some(name.into());
+    /// The configuration of a small Llama with further metadata.
+    fn read(architecture: &str, more: &[(&str, GgufValue)]) -> crate::Result<ModelConfig> {
+        let mut metadata = vec![("general.architecture".to_string(), GgufValue::Text(architecture.into()))];
+        for (name, size) in [
+            ("block_count", 2),
+            ("context_length", 128),
+            ("embedding_length", 32),
+            ("feed_forward_length", 48),
+            ("attention.head_count", 4),
+            ("attention.head_count_kv", 2),
+        ] {
+            metadata.push((format!("{architecture}.{name}"), GgufValue::Integer(size)));
         }
-        let (layer, rest) = parameter.strip_prefix("model.layers.")?.split_once('.')?;
-        let (module, kind) = rest.rsplit_once('.')?;
-        let modules = self.architecture.modules.iter().chain(MODULES);
-        let (name, _) = modules.into_iter().find(|(_, own)| *own == module)?;
-        Some(format!("blk.{layer}.{name}.{kind}"))
+        metadata.extend(more.iter().map(|(name, value)| (format!("{architecture}.{name}"), value.clone())));
+        let metadata: Vec<(&str, GgufValue)> =
+            metadata.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+        let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
+        let tensors = [("token_embd.weight", &[10, 32][..], 0, vec![0; 4 * 320])];
+        std::fs::write(file.path(), write(&metadata, &tensors)).unwrap();
+        ModelConfig::from_gguf(&GgufFile::open(file.path())?)
     }
 
-    /// Whether a tensor that is no parameter is none of the model's weights.
-    pub(super) fn is_aside(name: &str) -> bool {
-        matches!(name, "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight")
-    }
-
-    /// A parameter on the CPU. Matrices stay where they are in the file unless their rows are in another order.
-    pub(super) fn weight(&self, parameter: &str, tensor: &GgufTensor) -> Result<Weight> {
-        if tensor.shape.len() < 2 {
-            let mut values = floats(self.file, tensor)?;
-            let has_offset = self.architecture.has_norm_offset && parameter.ends_with("norm.weight");
-            if has_offset {
-                for value in &mut values {
-                    *value -= 1.0;
-                }
-            }
-            let is_interleaved = self.is_interleaved(parameter);
-            if is_interleaved {
-                let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                let bytes = in_halves(&bytes, 4, self.head_dim);
-                values = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            }
-            let len = values.len();
-            return Ok(Tensor::from_vec(values, len, &Device::Cpu)?.into());
+    #[test]
+    fn what_an_architecture_does_not_read_is_refused() {
+        let config = read("llama", &[]).unwrap();
+        assert_eq!((config.model_type.as_str(), config.vocab_size, config.head_dim), ("llama", 10, 8));
+        let number = GgufValue::Float;
+        for (name, value) in [
+            ("logit_scale", number(0.5)),
+            ("attention.scale", number(0.1)),
+            ("final_logit_softcapping", number(30.0)),
+            ("attention.clamp_kqv", number(8.0)),
+            ("rope.scaling.attn_factor", number(1.5)),
+            ("rope.dimension_count", GgufValue::Integer(4)),
+            ("attention.causal", GgufValue::Flag(false)),
+            ("expert_count", GgufValue::Integer(8)),
+            ("rope.scaling.type", GgufValue::Text("other".into())),
+        ] {
+            let error = read("llama", &[(name, value)]).unwrap_err().to_string();
+            assert!(error.contains(name) || error.contains("scaling of type `other`"), "{name}: {error}");
         }
-        let &[rows, columns] = tensor.shape.as_slice() else {
-            return Err(Error::Unsupported(format!(
-                "the tensor `{}` with {} dimensions",
-                tensor.name,
-                tensor.shape.len()
-            )));
-        };
-        let too_large = || Error::format(self.file.path(), format!("`{}` is larger than any memory", tensor.name));
-        let elements = rows.checked_mul(columns).ok_or_else(too_large)?;
-        if let Some(dtype) = dense_type(tensor.ggml_type) {
-            let num_bytes = elements.checked_mul(dtype.size_in_bytes()).ok_or_else(too_large)?;
-            let (map, range) = self.file.bytes(tensor, num_bytes)?;
-            if !self.is_interleaved(parameter)
-                && let Some(weight) = Weight::mapped(map, range.clone(), &tensor.shape, dtype)
-            {
-                return Ok(weight);
-            }
-            let bytes = &map[range];
-            let row_bytes = columns * dtype.size_in_bytes();
-            let ordered = if self.is_interleaved(parameter) {
-                in_halves(bytes, row_bytes, self.head_dim)
-            } else {
-                bytes.to_vec()
-            };
-            return Ok(Tensor::from_raw_buffer(&ordered, dtype, &tensor.shape, &Device::Cpu)?.into());
+        for (name, value) in [
+            ("logit_scale", number(1.0)),
+            ("attention.clamp_kqv", number(0.0)),
+            ("rope.dimension_count", GgufValue::Integer(8)),
+        ] {
+            assert!(read("llama", &[(name, value)]).is_ok(), "{name}");
         }
-        let format = block_format(self.file, tensor)?;
-        let wrong_width = || {
-            let (name, format, len) = (&tensor.name, format.name(), format.len());
-            let message = format!("`{name}`: expected rows of blocks of {len} ({format}), found rows of {columns}");
-            Error::format(self.file.path(), message)
-        };
-        let row_bytes = format.row_bytes(columns).ok_or_else(wrong_width)?;
-        let (map, range) = self.file.bytes(tensor, row_bytes.checked_mul(rows).ok_or_else(too_large)?)?;
-        let weight = if self.is_interleaved(parameter) {
-            Weight::blocks(in_halves(&map[range], row_bytes, self.head_dim), (rows, columns), format)
-        } else {
-            Weight::mapped_blocks(map, range, (rows, columns), format)
-        };
-        weight.ok_or_else(wrong_width)
+        assert!(read("olmo2", &[("attention.sliding_window", GgufValue::Integer(8))]).is_err());
+        assert!(read("t5", &[]).unwrap_err().to_string().contains("`t5`; supported are: `llama`"));
     }
 
-    /// Whether the rows of a parameter are interleaved within each head.
-    fn is_interleaved(&self, parameter: &str) -> bool {
-        self.architecture.has_interleaved_rows && (parameter.contains(".q_proj.") || parameter.contains(".k_proj."))
+    #[test]
+    fn a_llama_with_a_window_is_a_mistral() {
+        let config = read("llama", &[("attention.sliding_window", GgufValue::Integer(16))]).unwrap();
+        assert_eq!(config.model_type, "mistral");
     }
-}
-
-/// Rows in the order of a checkpoint: the even rows of each head, then its odd rows.
-fn in_halves(rows: &[u8], row_bytes: usize, head_dim: usize) -> Vec<u8> {
-    let mut ordered = Vec::with_capacity(rows.len());
-    for head in rows.chunks(row_bytes * head_dim) {
-        for parity in 0..2 {
-            for row in head.chunks_exact(row_bytes).skip(parity).step_by(2) {
-                ordered.extend_from_slice(row);
-            }
-        }
-    }
-    ordered
-}
-
-/// candle's counterpart of a type that is not quantized.
-fn dense_type(ggml_type: u32) -> Option<DType> {
-    match ggml_type {
-        0 => Some(DType::F32),
-        1 => Some(DType::F16),
-        30 => Some(DType::BF16),
-        _ => None,
-    }
-}
-
-fn block_format(file: &GgufFile, tensor: &GgufTensor) -> Result<BlockFormat> {
-    BlockFormat::from_ggml_type(tensor.ggml_type).ok_or_else(|| {
-        Error::Unsupported(format!(
-            "`{}`: the tensor `{}` of type `{}`: take a file of another type, such as q4_k_m or q8_0",
-            file.path().display(),
-            tensor.name,
-            ggml_type_name(tensor.ggml_type)
-        ))
-    })
-}
-
-/// The elements of a tensor that is not quantized.
-fn floats(file: &GgufFile, tensor: &GgufTensor) -> Result<Vec<f32>> {
-    let wrong = || {
-        let expected = "expected f32, f16 or bf16";
-        Error::format(
-            file.path(),
-            format!("`{}`: {expected}, found `{}`", tensor.name, ggml_type_name(tensor.ggml_type)),
-        )
-    };
-    let dtype = dense_type(tensor.ggml_type).ok_or_else(wrong)?;
-    let elements = tensor.shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));
-    let num_bytes = elements.and_then(|count| count.checked_mul(dtype.size_in_bytes())).ok_or_else(wrong)?;
-    let (map, range) = file.bytes(tensor, num_bytes)?;
-    let values = Tensor::from_raw_buffer(&map[range], dtype, &tensor.shape, &Device::Cpu)?;
-    Ok(values.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
 }
