@@ -137,6 +137,17 @@ impl GgufFile {
         self.tensors.values()
     }
 
+    /// The names of the tensors that are weights, not tables of positions.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        let is_table = |name: &&str| name.starts_with("rope_freqs.") || name.starts_with("rope_factors_");
+        self.tensors.keys().map(String::as_str).filter(move |name| !is_table(name))
+    }
+
+    /// Gives the memory of a tensor that takes `num_bytes` back to the system.
+    pub(crate) fn release(&self, tensor: &GgufTensor, num_bytes: usize) {
+        self.files[tensor.file].release(tensor.start..tensor.start.saturating_add(num_bytes));
+    }
+
     /// The names of the types of its matrices, those with the most elements first.
     pub fn types(&self) -> Vec<String> {
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();

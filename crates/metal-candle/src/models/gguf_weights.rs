@@ -2,6 +2,7 @@
 
 use super::gguf_config::{Architecture, Metadata};
 use super::gguf_floats::{dense_type, floats};
+use super::registry::{ParameterSpec, Role};
 use crate::error::{Error, Result};
 use crate::files::{GgufFile, GgufTensor, ggml_type_name};
 use crate::ops::Weight;
@@ -54,22 +55,16 @@ impl<'a> GgufWeights<'a> {
         Some(format!("blk.{layer}.{name}.{kind}"))
     }
 
-    /// Whether a tensor that is no parameter is none of the model's weights.
-    pub(super) fn is_aside(name: &str) -> bool {
-        matches!(name, "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight")
-    }
-
     /// A parameter on the CPU. Matrices stay where they are in the file unless their rows are in another order.
-    pub(super) fn weight(&self, parameter: &str, tensor: &GgufTensor) -> Result<Weight> {
+    pub(super) fn weight(&self, spec: &ParameterSpec, tensor: &GgufTensor) -> Result<Weight> {
+        let is_interleaved = self.is_interleaved(tensor);
         if tensor.shape.len() < 2 {
             let mut values = floats(self.file, tensor)?;
-            let has_offset = self.architecture.has_norm_offset && parameter.ends_with("norm.weight");
-            if has_offset {
+            if self.architecture.has_norm_offset && matches!(spec.role, Role::Norm { .. }) {
                 for value in &mut values {
                     *value -= 1.0;
                 }
             }
-            let is_interleaved = self.is_interleaved(parameter);
             if is_interleaved {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 let bytes = in_halves(&bytes, 4, self.head_dim);
@@ -90,18 +85,12 @@ impl<'a> GgufWeights<'a> {
         if let Some(dtype) = dense_type(tensor.ggml_type) {
             let num_bytes = elements.checked_mul(dtype.size_in_bytes()).ok_or_else(too_large)?;
             let (map, range) = self.file.bytes(tensor, num_bytes)?;
-            if !self.is_interleaved(parameter)
-                && let Some(weight) = Weight::mapped(map, range.clone(), &tensor.shape, dtype)
-            {
+            if !is_interleaved && let Some(weight) = Weight::mapped(map, range.clone(), &tensor.shape, dtype) {
                 return Ok(weight);
             }
             let bytes = &map[range];
             let row_bytes = columns * dtype.size_in_bytes();
-            let ordered = if self.is_interleaved(parameter) {
-                in_halves(bytes, row_bytes, self.head_dim)
-            } else {
-                bytes.to_vec()
-            };
+            let ordered = if is_interleaved { in_halves(bytes, row_bytes, self.head_dim) } else { bytes.to_vec() };
             return Ok(Tensor::from_raw_buffer(&ordered, dtype, &tensor.shape, &Device::Cpu)?.into());
         }
         let format = block_format(self.file, tensor)?;
@@ -112,7 +101,7 @@ impl<'a> GgufWeights<'a> {
         };
         let row_bytes = format.row_bytes(columns).ok_or_else(wrong_width)?;
         let (map, range) = self.file.bytes(tensor, row_bytes.checked_mul(rows).ok_or_else(too_large)?)?;
-        let weight = if self.is_interleaved(parameter) {
+        let weight = if is_interleaved {
             Weight::blocks(in_halves(&map[range], row_bytes, self.head_dim), (rows, columns), format)
         } else {
             Weight::mapped_blocks(map, range, (rows, columns), format)
@@ -120,9 +109,10 @@ impl<'a> GgufWeights<'a> {
         weight.ok_or_else(wrong_width)
     }
 
-    /// Whether the rows of a parameter are interleaved within each head.
-    fn is_interleaved(&self, parameter: &str) -> bool {
-        self.architecture.has_interleaved_rows && (parameter.contains(".q_proj.") || parameter.contains(".k_proj."))
+    /// Whether the rows of a tensor are interleaved within each head.
+    fn is_interleaved(&self, tensor: &GgufTensor) -> bool {
+        let module = tensor.name.split('.').nth(2);
+        self.architecture.has_interleaved_rows && matches!(module, Some("attn_q" | "attn_k"))
     }
 }
 

@@ -112,59 +112,45 @@ impl ModelLoader {
             );
             config.tie_word_embeddings = false;
         }
-        let names = match_names(&shards, found, &config)?;
+        let names = match_names(&shards, &found, &config)?;
         let weights = self.read(&shards, &names, progress)?;
         Model::from_weights(config, weights, self.device)
     }
 
-    fn load_gguf(&self, file: &GgufFile, mut progress: impl FnMut(LoadProgress)) -> Result<Model> {
+    fn load_gguf(&self, file: &GgufFile, progress: impl FnMut(LoadProgress)) -> Result<Model> {
         let config = match &self.config {
             Some(config) => config.clone(),
             None => ModelConfig::from_gguf(file)?,
         };
         config.validate()?;
         let source = GgufWeights::new(file)?;
-        let mut problems = Vec::new();
-        let mut found = Vec::new();
-        for (name, shape) in Model::parameter_shapes(&config) {
-            let tensor = source.name(&name).and_then(|name| file.tensor(&name));
-            let Some(tensor) = tensor else {
-                let name = source.name(&name).unwrap_or(name);
-                problems.push(format!("`{name}`: expected {shape:?}, found no such tensor"));
-                continue;
-            };
-            if tensor.shape != shape {
-                problems.push(format!("`{}`: expected {shape:?}, found {:?}", tensor.name, tensor.shape));
-            }
-            found.push((name, tensor));
-        }
-        let names: HashSet<&str> = found.iter().map(|(_, tensor)| tensor.name.as_str()).collect();
-        for tensor in file.tensors() {
-            if !GgufWeights::is_aside(&tensor.name) && !names.contains(tensor.name.as_str()) {
-                problems.push(format!("`{}`: expected no such tensor, found {:?}", tensor.name, tensor.shape));
-            }
-        }
+        let shape = |name: &str| file.tensor(name).map(|tensor| tensor.shape.as_slice());
+        let (names, problems) = match_shapes(&config, |parameter| source.name(parameter), shape, file.names());
         if !problems.is_empty() {
-            problems.sort();
             return Err(Error::Tensors { path: file.path().to_path_buf(), problems });
         }
-        // a GPU has no kernels for blocks
-        let dtype = if self.device.is_cpu() { self.dtype } else { Some(self.dtype.unwrap_or(DType::BF16)) };
-        let device = self.device.candle();
-        let mut state = LoadProgress { tensors: 0, num_tensors: found.len(), bytes: 0, num_bytes: file.num_bytes() };
-        let mut weights = HashMap::with_capacity(found.len());
-        for (name, tensor) in found {
-            let mut weight = source.weight(&name, tensor)?;
-            state.tensors += 1;
-            state.bytes += weight.num_bytes();
-            if let Some(dtype) = dtype {
-                weight = weight.to_dtype(dtype)?.to_device(&device)?.into();
+        let dtype = match self.dtype {
+            // a GPU has no kernels for blocks
+            None if !self.device.is_cpu() => Some(DType::BF16),
+            dtype => dtype,
+        };
+        dtype.map(check_dtype).transpose()?;
+        let mut loading = Loading::new(self, names.len(), file.num_bytes(), progress);
+        for spec in config.parameter_specs()? {
+            let Some(tensor) = names.get(&spec.name).and_then(|name| file.tensor(name)) else { continue };
+            let mut weight = source.weight(&spec, tensor)?;
+            let num_bytes = weight.num_bytes();
+            if let Some(dtype) = dtype
+                && (weight.block_format().is_some() || weight.dtype() != dtype)
+            {
+                weight = weight.to_dtype(dtype)?.into();
             }
-            weights.insert(name, weight);
-            progress(state);
+            loading.add(spec.name, weight, num_bytes)?;
+            if !self.device.is_cpu() {
+                file.release(tensor, num_bytes);
+            }
         }
-        self.device.synchronize()?;
-        Model::from_weights(config, weights, self.device)
+        Model::from_weights(config, loading.finish()?, self.device)
     }
 
     /// Loads all tensors of `path` by their names in the file, whatever model they belong to.
@@ -200,38 +186,66 @@ impl ModelLoader {
         &self,
         shards: &Shards,
         names: &BTreeMap<String, String>,
-        mut progress: impl FnMut(LoadProgress),
+        progress: impl FnMut(LoadProgress),
     ) -> Result<HashMap<String, Weight>> {
         let dtype = self.dtype.unwrap_or_else(|| prevailing_dtype(shards, names.values()));
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            let found = dtype.as_str();
-            return Err(Error::argument("dtype", format!("expected f32, f16 or bf16, found {found}")));
-        }
-        let device = self.device.candle();
+        check_dtype(dtype)?;
         let num_bytes = names.values().filter_map(|name| shards.get(name)).map(|(_, entry)| entry.num_bytes()).sum();
-        let mut state = LoadProgress { tensors: 0, num_tensors: names.len(), bytes: 0, num_bytes };
-        let mut weights = HashMap::with_capacity(names.len());
+        let mut loading = Loading::new(self, names.len(), num_bytes, progress);
         for (name, name_in_file) in names {
             let Some((file, entry)) = shards.get(name_in_file) else { continue };
-            let mut weight = match mapped(file, entry, dtype) {
+            let weight = match mapped(file, entry, dtype) {
                 Some(weight) => weight,
                 None => file.float_tensor(name_in_file, dtype)?.into(),
             };
+            loading.add(name.clone(), weight, entry.num_bytes())?;
             if !self.device.is_cpu() {
-                weight = weight.to_device(&device)?;
                 file.map().release(entry.byte_range());
             }
-            weights.insert(name.clone(), weight);
-            state.tensors += 1;
-            state.bytes += entry.num_bytes();
-            if !self.device.is_cpu() && state.tensors.is_multiple_of(TENSORS_PER_SYNCHRONIZATION) {
-                self.device.synchronize()?;
-            }
-            progress(state);
         }
-        self.device.synchronize()?;
-        Ok(weights)
+        loading.finish()
     }
+}
+
+/// Weights on their way to the device.
+struct Loading<P> {
+    device: Device,
+    weights: HashMap<String, Weight>,
+    state: LoadProgress,
+    progress: P,
+}
+
+impl<P: FnMut(LoadProgress)> Loading<P> {
+    fn new(loader: &ModelLoader, num_tensors: usize, num_bytes: usize, progress: P) -> Self {
+        let state = LoadProgress { tensors: 0, num_tensors, bytes: 0, num_bytes };
+        Self { device: loader.device, weights: HashMap::with_capacity(num_tensors), state, progress }
+    }
+
+    /// Takes a weight that takes `num_bytes` in its file.
+    fn add(&mut self, name: String, weight: Weight, num_bytes: usize) -> Result<()> {
+        let is_on_gpu = !self.device.is_cpu();
+        let weight = if is_on_gpu { weight.to_device(&self.device.candle())? } else { weight };
+        self.weights.insert(name, weight);
+        self.state.tensors += 1;
+        self.state.bytes += num_bytes;
+        if is_on_gpu && self.state.tensors.is_multiple_of(TENSORS_PER_SYNCHRONIZATION) {
+            self.device.synchronize()?;
+        }
+        (self.progress)(self.state);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<HashMap<String, Weight>> {
+        self.device.synchronize()?;
+        Ok(self.weights)
+    }
+}
+
+fn check_dtype(dtype: DType) -> Result<()> {
+    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Ok(());
+    }
+    Err(Error::argument("dtype", format!("expected f32, f16 or bf16, found {}", dtype.as_str())))
 }
 
 /// A matrix as it is in the file, if it has the type and the alignment for it. Vectors are small and are read.
@@ -265,35 +279,53 @@ fn names_in_model(shards: &Shards) -> HashMap<String, String> {
 /// The name in the file of each tensor of the model, or everything that does not fit.
 fn match_names(
     shards: &Shards,
-    mut found: HashMap<String, String>,
+    found: &HashMap<String, String>,
     config: &ModelConfig,
 ) -> Result<BTreeMap<String, String>> {
-    let mut names = BTreeMap::new();
-    let mut problems = Vec::new();
-    for (name, shape) in Model::parameter_shapes(config) {
-        let Some(name_in_file) = found.remove(&name) else {
-            problems.push(format!("`{name}`: expected {shape:?}, found no such tensor"));
-            continue;
-        };
-        let Some((_, entry)) = shards.get(&name_in_file) else { continue };
-        if entry.shape != shape {
-            problems.push(format!("`{name_in_file}`: expected {shape:?}, found {:?}", entry.shape));
-        }
-        problems.extend(dtype_problem(shards, &name_in_file));
-        names.insert(name, name_in_file);
-    }
-    for name in found.values() {
-        let tied_head = config.tie_word_embeddings && name == "lm_head.weight";
-        if !tied_head && !name.ends_with("rotary_emb.inv_freq") {
-            let shape = shards.get(name).map_or(&[][..], |(_, entry)| &entry.shape);
-            problems.push(format!("`{name}`: expected no such tensor, found {shape:?}"));
-        }
-    }
+    let shape = |name: &str| shards.get(name).map(|(_, entry)| entry.shape.as_slice());
+    let is_aside = |name: &&str| {
+        let tied_head = config.tie_word_embeddings && *name == "lm_head.weight";
+        tied_head || name.ends_with("rotary_emb.inv_freq")
+    };
+    let in_files = found.values().map(String::as_str).filter(|name| !is_aside(name));
+    let (names, mut problems) = match_shapes(config, |parameter| found.get(parameter).cloned(), shape, in_files);
+    problems.extend(names.values().filter_map(|name| dtype_problem(shards, name)));
     if problems.is_empty() {
         return Ok(names);
     }
     problems.sort();
     Err(Error::Tensors { path: shards.path().to_path_buf(), problems })
+}
+
+/// The name in the file of each parameter, by `name`, and what does not fit: parameters without a tensor, other shapes, and those
+/// of the tensors `in_files` that are no parameters.
+fn match_shapes<'a>(
+    config: &ModelConfig,
+    name: impl Fn(&str) -> Option<String>,
+    shape: impl Fn(&str) -> Option<&'a [usize]>,
+    in_files: impl Iterator<Item = &'a str>,
+) -> (BTreeMap<String, String>, Vec<String>) {
+    let (mut names, mut problems) = (BTreeMap::new(), Vec::new());
+    for (parameter, expected) in Model::parameter_shapes(config) {
+        let name_in_file = name(&parameter);
+        let found = name_in_file.as_deref().and_then(&shape);
+        let (Some(name_in_file), Some(found)) = (&name_in_file, found) else {
+            let name = name_in_file.unwrap_or(parameter);
+            problems.push(format!("`{name}`: expected {expected:?}, found no such tensor"));
+            continue;
+        };
+        if found != expected {
+            problems.push(format!("`{name_in_file}`: expected {expected:?}, found {found:?}"));
+        }
+        names.insert(parameter, name_in_file.clone());
+    }
+    let known: HashSet<&str> = names.values().map(String::as_str).collect();
+    for name in in_files.filter(|name| !known.contains(name)) {
+        let found = shape(name).unwrap_or_default();
+        problems.push(format!("`{name}`: expected no such tensor, found {found:?}"));
+    }
+    problems.sort();
+    (names, problems)
 }
 
 /// Whether there are a head and an embedding of one shape with different values.
