@@ -123,6 +123,19 @@ fn with_fifth_bit<A: Arithmetic>(nibbles: [u8; 16], bits: [u8; 2], zero: i8) -> 
     q
 }
 
+/// Looks up 32 weights: those of the low four bits of each byte, then those of the high ones.
+#[inline(always)]
+fn look_up_32<A: Arithmetic, T: Target + ?Sized>(
+    to: &mut T,
+    table: &[i8; 16],
+    packed: &[u8; 16],
+    scale: f32,
+    offset: Option<f32>,
+) {
+    to.looked_up::<A, 0>(table, packed, scale, offset, 0);
+    to.looked_up::<A, 4>(table, packed, scale, offset, 16);
+}
+
 pub(super) struct Q4_0;
 
 impl Decoder for Q4_0 {
@@ -132,9 +145,7 @@ impl Decoder for Q4_0 {
     #[inline(always)]
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
-        let packed = bytes(block, 2);
-        to.looked_up::<A, 0>(&CENTERED_TABLE, &packed, d, None, 0);
-        to.looked_up::<A, 4>(&CENTERED_TABLE, &packed, d, None, 16);
+        look_up_32::<A, T>(to, &CENTERED_TABLE, &bytes(block, 2), d, None);
     }
 }
 
@@ -147,9 +158,7 @@ impl Decoder for Q4_1 {
     #[inline(always)]
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let (d, m) = (half::<A>(block, 0), half::<A>(block, 2));
-        let packed = bytes(block, 4);
-        to.looked_up::<A, 0>(&PLAIN_TABLE, &packed, d, Some(m), 0);
-        to.looked_up::<A, 4>(&PLAIN_TABLE, &packed, d, Some(m), 16);
+        look_up_32::<A, T>(to, &PLAIN_TABLE, &bytes(block, 4), d, Some(m));
     }
 }
 
@@ -209,9 +218,7 @@ impl Decoder for IQ4NL {
     #[inline(always)]
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let d = half::<A>(block, 0);
-        let packed = bytes(block, 2);
-        to.looked_up::<A, 0>(&IQ4_TABLE, &packed, d, None, 0);
-        to.looked_up::<A, 4>(&IQ4_TABLE, &packed, d, None, 16);
+        look_up_32::<A, T>(to, &IQ4_TABLE, &bytes(block, 2), d, None);
     }
 }
 
@@ -230,8 +237,6 @@ impl Decoder for MXFP4 {
         // half of the scale, because the table is doubled; the two smallest are subnormal
         let bits = if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 };
         let scale = f32::from_bits(bits);
-        let packed = bytes(block, 1);
-        to.looked_up::<A, 0>(&FP4_TABLE, &packed, scale, None, 0);
-        to.looked_up::<A, 4>(&FP4_TABLE, &packed, scale, None, 16);
+        look_up_32::<A, T>(to, &FP4_TABLE, &bytes(block, 1), scale, None);
     }
 }

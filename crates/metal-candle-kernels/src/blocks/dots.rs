@@ -50,88 +50,81 @@ mod x86 {
     use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
     use crate::gemm_tile::x86::{Avx2, Avx512};
     use std::arch::x86_64::{
-        _mm_and_si128, _mm_cvtsi32_si128, _mm_loadl_epi64, _mm_loadu_si128, _mm_set1_epi8, _mm_shuffle_epi8,
+        __m128i, _mm_and_si128, _mm_cvtsi32_si128, _mm_loadl_epi64, _mm_loadu_si128, _mm_set1_epi8, _mm_shuffle_epi8,
         _mm_srl_epi16, _mm256_add_ps, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_mul_ps, _mm256_set1_ps,
         _mm512_add_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_mul_ps,
         _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_srli_epi32,
     };
 
-    /// Loads quantized weights.
+    /// A vector of quantized weights, one byte each.
     trait Scale: Vector {
-        /// `scale q + offset` for the first `LANES` elements.
+        /// The first `LANES` bytes.
         ///
         /// # Safety
-        /// `q` points to `LANES` elements.
-        unsafe fn scale(q: *const i8, scale: f32, offset: Option<f32>) -> Self;
+        /// They can be read.
+        unsafe fn bytes(from: *const u8) -> __m128i;
 
-        /// `scale table[index] + offset` for the four bits from `SHIFT` on of the first `LANES` bytes.
-        ///
-        /// # Safety
-        /// `packed` points to `LANES` elements.
-        unsafe fn look_up<const SHIFT: u32>(
-            table: &[i8; 16],
-            packed: *const u8,
-            scale: f32,
-            offset: Option<f32>,
-        ) -> Self;
+        /// `scale q + offset`.
+        fn scale(q: __m128i, scale: f32, offset: Option<f32>) -> Self;
+
+        /// `scale table[index] + offset` for the four bits from `SHIFT` on of each byte.
+        fn look_up<const SHIFT: u32>(table: &[i8; 16], packed: __m128i, scale: f32, offset: Option<f32>) -> Self;
     }
 
-    // SAFETY of the calls: the processor has the instructions, and the caller guarantees the elements.
+    // SAFETY of the calls: the processor has the instructions.
     impl Scale for Avx512 {
         #[inline(always)]
-        unsafe fn look_up<const SHIFT: u32>(
-            table: &[i8; 16],
-            packed: *const u8,
-            scale: f32,
-            offset: Option<f32>,
-        ) -> Self {
-            // SAFETY: as above. The table is scaled once for all vectors with this scale.
-            unsafe {
-                let Self(table) = Self::scale(table.as_ptr(), scale, offset);
-                let packed = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.cast()));
-                // the lookup ignores the upper bits
-                Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<SHIFT>(packed), table))
-            }
+        unsafe fn bytes(from: *const u8) -> __m128i {
+            // SAFETY: as above, and the caller's promise.
+            unsafe { _mm_loadu_si128(from.cast()) }
         }
 
         #[inline(always)]
-        unsafe fn scale(q: *const i8, scale: f32, offset: Option<f32>) -> Self {
+        fn scale(q: __m128i, scale: f32, offset: Option<f32>) -> Self {
             // SAFETY: as above.
             unsafe {
-                let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q.cast())));
-                let scaled = _mm512_mul_ps(q, _mm512_set1_ps(scale));
+                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), _mm512_set1_ps(scale));
                 Self(if let Some(offset) = offset { _mm512_add_ps(scaled, _mm512_set1_ps(offset)) } else { scaled })
+            }
+        }
+
+        /// Scales the table, which happens once for all vectors with this scale. The lookup ignores the upper bits.
+        #[inline(always)]
+        fn look_up<const SHIFT: u32>(table: &[i8; 16], packed: __m128i, scale: f32, offset: Option<f32>) -> Self {
+            // SAFETY: as above, and the table has sixteen bytes.
+            unsafe {
+                let Self(table) = Self::scale(Self::bytes(table.as_ptr().cast()), scale, offset);
+                let indices = _mm512_srli_epi32::<SHIFT>(_mm512_cvtepu8_epi32(packed));
+                Self(_mm512_permutexvar_ps(indices, table))
             }
         }
     }
 
     impl Scale for Avx2 {
         #[inline(always)]
-        unsafe fn look_up<const SHIFT: u32>(
-            table: &[i8; 16],
-            packed: *const u8,
-            scale: f32,
-            offset: Option<f32>,
-        ) -> Self {
+        unsafe fn bytes(from: *const u8) -> __m128i {
+            // SAFETY: as above, and the caller's promise.
+            unsafe { _mm_loadl_epi64(from.cast()) }
+        }
+
+        #[inline(always)]
+        fn scale(q: __m128i, scale: f32, offset: Option<f32>) -> Self {
             // SAFETY: as above.
             unsafe {
-                let packed = _mm_srl_epi16(_mm_loadl_epi64(packed.cast()), _mm_cvtsi32_si128(SHIFT.cast_signed()));
-                let indices = _mm_and_si128(packed, _mm_set1_epi8(15));
-                let q = _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), indices);
-                let q = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-                let scaled = _mm256_mul_ps(q, _mm256_set1_ps(scale));
+                let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), _mm256_set1_ps(scale));
                 Self(if let Some(offset) = offset { _mm256_add_ps(scaled, _mm256_set1_ps(offset)) } else { scaled })
             }
         }
 
         #[inline(always)]
-        unsafe fn scale(q: *const i8, scale: f32, offset: Option<f32>) -> Self {
-            // SAFETY: as above.
-            unsafe {
-                let q = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(q.cast())));
-                let scaled = _mm256_mul_ps(q, _mm256_set1_ps(scale));
-                Self(if let Some(offset) = offset { _mm256_add_ps(scaled, _mm256_set1_ps(offset)) } else { scaled })
-            }
+        fn look_up<const SHIFT: u32>(table: &[i8; 16], packed: __m128i, scale: f32, offset: Option<f32>) -> Self {
+            // SAFETY: as above, and the table has sixteen bytes.
+            let q = unsafe {
+                let shifted = _mm_srl_epi16(packed, _mm_cvtsi32_si128(SHIFT.cast_signed()));
+                let indices = _mm_and_si128(shifted, _mm_set1_epi8(15));
+                _mm_shuffle_epi8(_mm_loadu_si128(table.as_ptr().cast()), indices)
+            };
+            Self::scale(q, scale, offset)
         }
     }
 
@@ -154,22 +147,27 @@ mod x86 {
         }
     }
 
-    // SAFETY of the calls: the vectors lie within the sixteen elements.
+    impl<V: Scale, const R: usize> Sums<V, R> {
+        /// Adds the products of `scale q + offset` as the weights from `at` on.
+        #[inline(always)]
+        fn add_scaled(&mut self, q: &[i8; 16], scale: f32, offset: Option<f32>, at: usize) {
+            for part in (0..16).step_by(V::LANES) {
+                // SAFETY: the vector lies within the sixteen bytes.
+                let q = unsafe { V::bytes(q.as_ptr().add(part).cast()) };
+                self.add(V::scale(q, scale, offset), at + part);
+            }
+        }
+    }
+
     impl<V: Scale, const R: usize> Target for Sums<V, R> {
         #[inline(always)]
         fn scaled(&mut self, q: &[i8; 16], scale: f32, at: usize) {
-            for part in (0..16).step_by(V::LANES) {
-                // SAFETY: as above.
-                self.add(unsafe { V::scale(q.as_ptr().add(part), scale, None) }, at + part);
-            }
+            self.add_scaled(q, scale, None, at);
         }
 
         #[inline(always)]
         fn shifted(&mut self, q: &[i8; 16], scale: f32, offset: f32, at: usize) {
-            for part in (0..16).step_by(V::LANES) {
-                // SAFETY: as above.
-                self.add(unsafe { V::scale(q.as_ptr().add(part), scale, Some(offset)) }, at + part);
-            }
+            self.add_scaled(q, scale, Some(offset), at);
         }
 
         #[inline(always)]
@@ -182,8 +180,9 @@ mod x86 {
             at: usize,
         ) {
             for part in (0..16).step_by(V::LANES) {
-                // SAFETY: as above.
-                self.add(unsafe { V::look_up::<SHIFT>(table, packed.as_ptr().add(part), scale, offset) }, at + part);
+                // SAFETY: the vector lies within the sixteen bytes.
+                let packed = unsafe { V::bytes(packed.as_ptr().add(part)) };
+                self.add(V::look_up::<SHIFT>(table, packed, scale, offset), at + part);
             }
         }
     }
