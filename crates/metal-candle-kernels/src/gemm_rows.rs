@@ -107,6 +107,17 @@ thread_local! {
     static ROWS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
+/// This thread's buffer, with at least `needed` lines.
+fn take_rows(needed: usize) -> Vec<Line> {
+    let mut buffer = ROWS.take();
+    if buffer.len() < needed {
+        // freed first: growing in place would hold both buffers
+        drop(buffer);
+        buffer = vec![Line::default(); needed];
+    }
+    buffer
+}
+
 /// Columns `columns` of the result.
 struct Task<'a> {
     shape: (usize, usize),
@@ -118,13 +129,7 @@ struct Task<'a> {
 
 fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     let lines = |product: &RowProduct| m * ordered_stride(product.k) / 16;
-    let mut buffer = ROWS.take();
-    let needed = products.iter().map(lines).sum();
-    if buffer.len() < needed {
-        // freed first: growing in place would hold both buffers
-        drop(buffer);
-        buffer = vec![Line::default(); needed];
-    }
+    let mut buffer = take_rows(products.iter().map(lines).sum());
     let mut rest = &mut buffer[..];
     let mut ordered = Vec::with_capacity(products.len());
     for product in products.iter().filter(|product| product.k > 0) {
@@ -147,13 +152,8 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
 
 /// Calls `run` with the rows of A, in the order for weights of f32.
 pub(crate) fn with_ordered_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), run: impl FnOnce(&[Line])) {
-    let mut buffer = ROWS.take();
     let needed = m * ordered_stride(k) / 16;
-    if buffer.len() < needed {
-        // freed first: growing in place would hold both buffers
-        drop(buffer);
-        buffer = vec![Line::default(); needed];
-    }
+    let mut buffer = take_rows(needed);
     order_rows::<V>(a, (m, k), false, &mut buffer[..needed]);
     run(&buffer[..needed]);
     ROWS.set(buffer);
@@ -219,11 +219,8 @@ fn split_body<A: Arithmetic>(from: &[f32], group: usize, to: &mut [f32]) {
 fn run<V: Vector>(task: &Task) {
     let (m, n) = task.shape;
     let (from, to) = task.columns;
-    for i in 0..m {
-        // SAFETY: tasks have columns of their own.
-        let c = unsafe { task.c.part(i * n + from, to - from) };
-        task.start.write(c, i, n, from..to);
-    }
+    // SAFETY: tasks have columns of their own.
+    unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     for (product, ordered) in task.products {
         match product.b {
             Matrix::F32(b) => multiply::<V, f32>(task, product, ordered, b),

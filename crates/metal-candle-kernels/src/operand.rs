@@ -1,5 +1,6 @@
 //! Operands of matrix products: matrices of any element type, products with strides, and initial values.
 
+use crate::parallel::Shared;
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -101,6 +102,18 @@ impl Start<'_> {
             Self::Result => {}
             Self::Row(values) => c.copy_from_slice(&values[columns]),
             Self::Matrix(values) => c.copy_from_slice(&values[row * n + columns.start..row * n + columns.end]),
+        }
+    }
+
+    /// Writes columns `columns` of all rows of the initial value to the result `[m, n]`.
+    ///
+    /// # Safety
+    /// No other task has these columns, which are within the result.
+    pub(crate) unsafe fn write_columns(&self, c: Shared<f32>, (m, n): (usize, usize), columns: Range<usize>) {
+        for row in 0..m {
+            // SAFETY: the caller's promise.
+            let part = unsafe { c.part(row * n + columns.start, columns.len()) };
+            self.write(part, row, n, columns.clone());
         }
     }
 }

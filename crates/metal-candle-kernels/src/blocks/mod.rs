@@ -14,5 +14,5 @@ mod superblocks;
 mod tests;
 
 pub use matrix::{BlockFormat, BlockMatrix};
-pub use products::{block_products, block_products_to, block_transposed_products, block_transposed_products_to};
+pub use products::{block_products, block_transposed_products};
 pub use rows::block_row_products;

@@ -34,15 +34,6 @@ pub fn block_products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockM
     unsafe { written(m * n, |c| products((m, n), start, a, b, alpha, c)) }
 }
 
-/// As [`block_products`], to an existing result.
-///
-/// # Panics
-/// An operand or the result does not have the shape.
-pub fn block_products_to((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: &mut [f32]) {
-    assert!(c.len() >= m * n, "the result has {} elements, not {m} x {n}", c.len());
-    products((m, n), start, a, b, alpha, Shared::new(c));
-}
-
 fn products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: Shared<f32>) {
     if m <= FEW_ROWS {
         return add_rows((m, n), start, a, b, alpha, c);
@@ -54,10 +45,8 @@ fn products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alp
     for_each(n.div_ceil(PANEL_ROWS), m * n * k, |number| {
         let from = number * PANEL_ROWS;
         let width = PANEL_ROWS.min(n - from);
-        for i in 0..m {
-            // SAFETY: tasks have columns of their own.
-            start.write(unsafe { c.part(i * n + from, width) }, i, n, from..from + width);
-        }
+        // SAFETY: tasks have columns of their own.
+        unsafe { start.write_columns(c, (m, n), from..from + width) };
         for at in (0..k).step_by(PANEL_DEPTH) {
             let depth = PANEL_DEPTH.min(k - at);
             with_panel(b, (from, width), (at, depth), |panel| {
@@ -88,22 +77,6 @@ pub fn block_transposed_products(
     unsafe { written(m * k, |c| transposed_products((m, k), start, a, b, alpha, c)) }
 }
 
-/// As [`block_transposed_products`], to an existing result.
-///
-/// # Panics
-/// An operand or the result does not have the shape.
-pub fn block_transposed_products_to(
-    (m, k): (usize, usize),
-    start: Start,
-    a: &[f32],
-    b: BlockMatrix,
-    alpha: f32,
-    c: &mut [f32],
-) {
-    assert!(c.len() >= m * k, "the result has {} elements, not {m} x {k}", c.len());
-    transposed_products((m, k), start, a, b, alpha, Shared::new(c));
-}
-
 fn transposed_products((m, k): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: Shared<f32>) {
     let n = b.rows();
     assert!(b.columns() == k, "the right operand has {} columns, not {k}", b.columns());
@@ -116,10 +89,8 @@ fn transposed_products((m, k): (usize, usize), start: Start, a: &[f32], b: Block
     for_each(k.div_ceil(TRANSPOSED_COLUMNS), m * n * k, |number| {
         let from = number * TRANSPOSED_COLUMNS;
         let width = TRANSPOSED_COLUMNS.min(k - from);
-        for i in 0..m {
-            // SAFETY: tasks have columns of their own.
-            start.write(unsafe { c.part(i * k + from, width) }, i, k, from..from + width);
-        }
+        // SAFETY: tasks have columns of their own.
+        unsafe { start.write_columns(c, (m, k), from..from + width) };
         for at in (0..n).step_by(TRANSPOSED_ROWS) {
             let depth = TRANSPOSED_ROWS.min(n - at);
             with_panel(b, (at, depth), (from, width), |panel| {

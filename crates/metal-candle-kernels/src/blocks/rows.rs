@@ -102,11 +102,8 @@ pub(super) fn run<V: Dequantize>(task: &Task) {
 /// Columns `from..to` of the result, without a panel.
 fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): (usize, usize)) {
     let ((m, n), k, stride) = (task.shape, task.b.columns(), ordered_stride(task.b.columns()));
-    for i in 0..m {
-        // SAFETY: tasks have columns of their own.
-        let c = unsafe { task.c.part(i * n + from, to - from) };
-        task.start.write(c, i, n, from..to);
-    }
+    // SAFETY: tasks have columns of their own.
+    unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     // distant rows of weights: the hardware prefetches several streams at once
     let apart = (to - from).div_ceil(WIDTH);
     for first in from..from + apart {
@@ -140,11 +137,8 @@ fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): 
 /// Columns `from..to` of the result.
 fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), panel: &mut [f32]) {
     let ((m, n), k) = (task.shape, task.b.columns());
-    for i in 0..m {
-        // SAFETY: tasks have columns of their own.
-        let c = unsafe { task.c.part(i * n + from, to - from) };
-        task.start.write(c, i, n, from..to);
-    }
+    // SAFETY: tasks have columns of their own.
+    unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     for at in (0..k).step_by(DEPTH) {
         let depth = DEPTH.min(k - at);
         for (row, panel) in (from..to).zip(panel.chunks_exact_mut(STRIDE)) {

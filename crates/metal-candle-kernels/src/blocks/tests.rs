@@ -2,8 +2,7 @@
 
 use super::matrix::{BlockFormat, BlockMatrix};
 use super::rows::{Task, add_rows, run};
-use super::{block_products, block_products_to, block_row_products, block_transposed_products};
-use super::{block_transposed_products_to, decode, superblocks};
+use super::{block_products, block_row_products, block_transposed_products, decode, superblocks};
 use crate::gemm_tile::Portable;
 use crate::isa::{Arithmetic, Fused, Separate};
 use crate::operand::Start;
@@ -190,23 +189,20 @@ fn products_are_those_of_f64() {
                 let by_row = |j: usize, p: usize| wide[j * k + p];
                 check(&block_row_products((m, n), Start::Zero, &a, b, -0.5), (m, n, k), 0.0, -0.5, &a, by_row);
                 check(&block_products((m, n), Start::Zero, &a, b, 1.0), (m, n, k), 0.0, 1.0, &a, by_row);
-                let (ones, mut result) = (vec![1.0; m * n], vec![1.0; m * n]);
+                let ones = vec![1.0; m * n];
                 for start in [Start::Matrix(&ones), Start::Row(&ones[..n])] {
                     check(&block_row_products((m, n), start, &a, b, 2.0), (m, n, k), 1.0, 2.0, &a, by_row);
                     check(&block_products((m, n), start, &a, b, 2.0), (m, n, k), 1.0, 2.0, &a, by_row);
                 }
-                block_products_to((m, n), Start::Result, &a, b, 1.0, &mut result);
-                check(&result, (m, n, k), 1.0, 1.0, &a, by_row);
 
                 let a = random(m * n, 4);
                 let by_column = |j: usize, p: usize| wide[p * k + j];
                 check(&block_transposed_products((m, k), Start::Zero, &a, b, 0.5), (m, k, n), 0.0, 0.5, &a, by_column);
-                let mut result = vec![1.0; m * k];
-                block_transposed_products_to((m, k), Start::Result, &a, b, 1.0, &mut result);
-                check(&result, (m, k, n), 1.0, 1.0, &a, by_column);
                 let ones = vec![1.0; m * k];
-                let found = block_transposed_products((m, k), Start::Row(&ones[..k]), &a, b, 1.0);
-                check(&found, (m, k, n), 1.0, 1.0, &a, by_column);
+                for start in [Start::Matrix(&ones), Start::Row(&ones[..k])] {
+                    let found = block_transposed_products((m, k), start, &a, b, 1.0);
+                    check(&found, (m, k, n), 1.0, 1.0, &a, by_column);
+                }
             }
         }
     }
