@@ -209,6 +209,7 @@ impl Unit {
     ///
     /// # Safety
     /// The operands have these tiles.
+    #[allow(clippy::unused_self)] // that it exists matters
     pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
         &self,
         left: Left,
@@ -218,9 +219,7 @@ impl Unit {
         is_added: bool,
         sums: &mut Sums,
     ) {
-        // a unit exists, so the tiles have their shapes
-        let Self { thread: PhantomData } = self;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's promise; a unit exists, so the tiles have their shapes.
         unsafe {
             match ahead {
                 Some(ahead) => multiply::<A, B, A_TERMS, B_TERMS, 1>(left, right, steps, ahead, is_added, sums),
