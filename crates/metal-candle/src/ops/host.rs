@@ -15,18 +15,11 @@ enum Elements<'a> {
         end: usize,
     },
     Slice(Matrix<'a>),
-    Owned(Vec<f32>),
 }
 
 impl<'a> From<Matrix<'a>> for Host<'a> {
     fn from(matrix: Matrix<'a>) -> Self {
         Self(Elements::Slice(matrix))
-    }
-}
-
-impl From<Vec<f32>> for Host<'_> {
-    fn from(values: Vec<f32>) -> Self {
-        Self(Elements::Owned(values))
     }
 }
 
@@ -52,7 +45,6 @@ impl<'a> Host<'a> {
         let (storage, range) = match &self.0 {
             Elements::Tensor { storage, start, end } => (storage, *start..*end),
             Elements::Slice(matrix) => return Ok(*matrix),
-            Elements::Owned(values) => return Ok(Matrix::F32(values)),
         };
         match &**storage {
             Storage::Cpu(CpuStorage::F32(values)) => Ok(Matrix::F32(&values[range])),

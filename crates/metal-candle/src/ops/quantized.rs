@@ -1,6 +1,6 @@
 //! Matrices of quantized blocks, in a mapped file or in memory.
 
-use super::host::{Host, tensor};
+use super::host::tensor;
 use crate::error::{Error, Result};
 use candle_core::{Shape, Tensor};
 use metal_candle_kernels::{BlockFormat, BlockMatrix, MappedFile};
@@ -104,11 +104,6 @@ impl Quantized {
         let values = self.widened(0..self.rows)?;
         self.check()?;
         tensor(values, self.dims())
-    }
-
-    /// All elements as a slice.
-    pub(super) fn host(&self) -> Result<Host<'_>> {
-        Ok(self.widened(0..self.rows)?.into())
     }
 
     fn widened(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Vec<f32>> {

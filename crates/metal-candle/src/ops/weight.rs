@@ -187,7 +187,7 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
-            Stored::Quantized(quantized) => quantized.host(),
+            Stored::Quantized(_) => Err(Error::Unsupported("quantized blocks as a slice of elements".into())),
         }
     }
 
