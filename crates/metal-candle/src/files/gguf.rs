@@ -474,3 +474,45 @@ impl<'a> Reader<'a> {
         Ok(GgufTensor { name, shape, ggml_type, file: 0, start })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::{GgufFile, GgufValue};
+    use crate::files::gguf_testing::write;
+
+    fn part(number: i128, name: &str, value: f32) -> Vec<u8> {
+        let mut metadata = vec![("split.no", GgufValue::Integer(number)), ("split.count", GgufValue::Integer(2))];
+        if number == 0 {
+            metadata.push(("general.architecture", GgufValue::Text("llama".into())));
+        }
+        write(&metadata, &[(name, &[2], 0, [value, value].map(f32::to_le_bytes).concat())])
+    }
+
+    #[test]
+    fn the_files_of_a_split_model_are_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |number: u32| folder.path().join(format!("tiny-{number:05}-of-00002.gguf"));
+        std::fs::write(path(1), part(0, "a.weight", 1.5)).unwrap();
+        std::fs::write(path(2), part(1, "b.weight", 2.5)).unwrap();
+        // by the name of any of them
+        for number in [1, 2] {
+            let file = GgufFile::open(path(number)).unwrap();
+            assert_eq!(file.names().collect::<Vec<_>>(), ["a.weight", "b.weight"]);
+            assert_eq!(file.text("general.architecture").unwrap(), Some("llama"));
+            for (name, value) in [("a.weight", 1.5_f32), ("b.weight", 2.5)] {
+                let (map, range) = file.bytes(file.tensor(name).unwrap(), 8).unwrap();
+                assert_eq!(map[range], [value, value].map(f32::to_le_bytes).concat());
+            }
+            assert!(file.bytes(file.tensor("b.weight").unwrap(), 1 << 20).is_err());
+        }
+        std::fs::write(path(2), part(1, "a.weight", 2.5)).unwrap();
+        let error = GgufFile::open(path(1)).unwrap_err().to_string();
+        assert!(error.contains("expected one tensor `a.weight`, found two"), "{error}");
+        std::fs::rename(path(1), folder.path().join("other.gguf")).unwrap();
+        let error = GgufFile::open(folder.path().join("other.gguf")).unwrap_err().to_string();
+        assert!(error.contains("one of 2 files of a split model"), "{error}");
+        let error = GgufFile::open(path(2)).unwrap_err().to_string();
+        assert!(error.contains("tiny-00001-of-00002.gguf"), "{error}");
+    }
+}
