@@ -2,9 +2,11 @@
 
 use crate::golden;
 use candle_core::{DType, Tensor};
+use metal_candle::data::{Dataset, Sample};
 use metal_candle::files::{GgufFile, GgufValue};
 use metal_candle::models::{Batch, LossOptions, Model, Rows, Targets, Trainable, save_model};
 use metal_candle::ops::{BlockFormat, LowRank, LowRankTerms};
+use metal_candle::training::{LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
 
@@ -120,6 +122,21 @@ fn adapters_on_quantized_matrices_have_the_gradients_of_those_on_dense_ones() {
             assert!(difference(found, expected) < 1e-5, "{name}: {}", difference(found, expected));
         }
     }
+}
+
+#[test]
+fn a_plan_counts_the_blocks_and_not_their_values() {
+    let (quantized, dense) = both("llama-tied");
+    let plan = |model: &Model| {
+        let adapter = LoRAAdapter::builder(model).with_rank(2).build().unwrap();
+        let trainer = Trainer::new(adapter, TrainingConfig::default()).unwrap();
+        let sample = Sample { ids: vec![1, 2, 3, 4], trained: vec![true; 4], source: None };
+        trainer.plan(&Dataset::from_samples(vec![sample])).unwrap()
+    };
+    let (quantized, dense) = (plan(&quantized), plan(&dense));
+    // 34 bytes for 32 weights, except the norms
+    assert!(quantized.weights_bytes * 3 < dense.weights_bytes && dense.weights_bytes < quantized.weights_bytes * 4);
+    assert_eq!(quantized.peak_bytes - quantized.weights_bytes, dense.peak_bytes - dense.weights_bytes);
 }
 
 #[test]
