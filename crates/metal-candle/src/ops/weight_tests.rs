@@ -6,6 +6,7 @@ use super::linear::{Linear, Wanted};
 use super::tests::{assert_close, random, values};
 use super::{LowRank, Magnitude, Weight, weight_norms_squared};
 use candle_core::{DType, Tensor};
+use metal_candle_kernels::{BlockFormat, BlockMatrix};
 use std::sync::Arc;
 
 fn little_endian(tensor: &Tensor) -> Vec<u8> {
@@ -63,6 +64,62 @@ fn a_mapped_weight_equals_its_tensor() {
                 .each_ref()
                 .map(|layer| layer.backward(Some(&x), Some(&term), None, &dy, wanted, None, None).unwrap());
             same(found.input.unwrap(), expected.input.unwrap());
+        }
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Quantized blocks, in a file or in memory, give the results of the matrix that they stand for, in every use of it.
+#[test]
+fn a_quantized_weight_equals_its_values() {
+    let (rows, columns, format) = (19, 64, BlockFormat::Q8_0);
+    let num_bytes = format.row_bytes(columns).unwrap() * rows;
+    // the f16 scales of the blocks are small and not zero
+    let byte = |at: usize| if at % 34 == 1 { 0x24 + (at / 34 % 3) as u8 } else { (at * 37 % 251) as u8 };
+    let blocks: Vec<u8> = (0..num_bytes).map(byte).collect();
+    let path = std::env::temp_dir().join(format!("metal-candle-blocks-{}", std::process::id()));
+    std::fs::write(&path, [&[7; 12][..], &blocks].concat()).unwrap();
+    let file = Arc::new(metal_candle_kernels::map_file(&path).unwrap());
+    let range = 12..12 + num_bytes;
+    assert!(Weight::mapped_blocks(&file, range.clone(), (rows, columns + 32), format).is_none());
+    assert!(Weight::mapped_blocks(&file, 13..13 + num_bytes, (rows, columns), format).is_none());
+    assert!(Weight::blocks(blocks[1..].to_vec(), (rows, columns), format).is_none());
+    let mut values_of = vec![0.0; rows * columns];
+    let matrix = BlockMatrix::new(format, &blocks, rows, columns).unwrap();
+    for (row, to) in values_of.chunks_exact_mut(columns).enumerate() {
+        matrix.widen_row(row, 0..columns, to);
+    }
+    let dense = Tensor::from_vec(values_of, (rows, columns), &candle_core::Device::Cpu).unwrap();
+    let mapped = Weight::mapped_blocks(&file, range, (rows, columns), format).unwrap();
+    for weight in [mapped, Weight::blocks(blocks.clone(), (rows, columns), format).unwrap()] {
+        let same = |found: Tensor, expected: Tensor| {
+            assert_eq!(found.dims(), expected.dims());
+            assert_eq!(values(&found), values(&expected));
+        };
+        assert_eq!((weight.dims(), weight.num_bytes()), (&[rows, columns][..], num_bytes));
+        same(weight.tensor().unwrap(), dense.clone());
+        same(
+            weight.rows(&[18, 0, 18], DType::F32).unwrap(),
+            Weight::from(dense.clone()).rows(&[18, 0, 18], DType::F32).unwrap(),
+        );
+        same(weight.row_norms_squared().unwrap(), weight_norms_squared(&dense).unwrap());
+        let part = weight.narrow_rows(3, 7).unwrap();
+        same(part.tensor().unwrap(), dense.narrow(0, 3, 7).unwrap());
+        same(part.narrow_rows(6, 1).unwrap().tensor().unwrap(), dense.narrow(0, 9, 1).unwrap());
+        assert!(part.narrow_rows(6, 2).is_err() && weight.rows(&[19], DType::F32).is_err() && weight.dense().is_err());
+        let term = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
+        let layers = [weight, dense.clone().into()].map(|weight| Linear { weight, bias: Some(random(&[rows], 2)) });
+        for count in [1, 70] {
+            let (x, dy) = (random(&[count, columns], 5), random(&[count, rows], 6));
+            let [found, expected] = layers.each_ref().map(|layer| layer.forward(&x, Some(&term), None, None).unwrap());
+            assert_close(&found, &expected, 1e-5);
+            let [found, expected] = layers.each_ref().map(|layer| layer.infer(&x, Some(&term), Some(&dy)).unwrap());
+            assert_close(&found, &expected, 1e-5);
+            let wanted = Wanted { input: true, weight: false, bias: false };
+            let [found, expected] = layers
+                .each_ref()
+                .map(|layer| layer.backward(Some(&x), Some(&term), None, &dy, wanted, None, None).unwrap());
+            assert_close(&found.input.unwrap(), &expected.input.unwrap(), 1e-5);
         }
     }
     std::fs::remove_file(&path).unwrap();
