@@ -163,10 +163,7 @@ impl<'a> Metadata<'a> {
         let Some(GgufValue::List(values)) = self.file.metadata().get(&key) else { return self.file.size(&key) };
         let first = values.first();
         if values.iter().any(|value| Some(value) != first) {
-            return Err(Error::Unsupported(format!(
-                "`{}`: `{key}` differs between layers",
-                self.file.path().display()
-            )));
+            return Err(self.unsupported(&format!("`{key}` differs between layers")));
         }
         Ok(match first {
             Some(GgufValue::Integer(size)) => usize::try_from(*size).ok(),
@@ -239,8 +236,7 @@ impl<'a> Metadata<'a> {
         };
         set("model_type", self.architecture.model_type.into());
         if self.size("expert_count")?.unwrap_or(0) > 0 {
-            let path = self.file.path().display();
-            return Err(Error::Unsupported(format!("`{path}`: a mixture of experts (`{}`)", self.key("expert_count"))));
+            return Err(self.unsupported(&format!("a mixture of experts (`{}`)", self.key("expert_count"))));
         }
         let embedding = self.file.tensor("token_embd.weight");
         let embedding = embedding
@@ -296,8 +292,7 @@ impl<'a> Metadata<'a> {
             }
             (None | Some("none" | "longrope" | "linear" | "yarn"), _) => {}
             (Some(other), _) => {
-                let path = self.file.path().display();
-                return Err(Error::Unsupported(format!("`{path}`: rotary scaling of type `{other}`")));
+                return Err(self.unsupported(&format!("rotary scaling of type `{other}`")));
             }
         }
         let Some(tensor) = self.file.tensor("rope_freqs.weight") else { return Ok(None) };
