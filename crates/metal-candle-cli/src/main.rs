@@ -4,6 +4,7 @@ mod adapter_output;
 mod args;
 mod commands;
 mod error;
+mod gguf_output;
 mod input;
 mod interrupt;
 mod memory;

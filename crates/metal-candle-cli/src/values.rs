@@ -120,6 +120,38 @@ impl WeightType {
     }
 }
 
+/// A size in bytes, as in `8GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ByteSize(pub(crate) usize);
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse_bytes(text).map(Self)
+    }
+}
+
+/// A number of bytes such as `8GB`, `500 MB` or `12e9`.
+pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("`{text}`: expected a size such as `8GB`, `500MB` or `6GiB`");
+    let text = text.trim();
+    let unit = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e' && c != 'E').unwrap_or(text.len());
+    let number: f64 = text[..unit].trim().parse().map_err(|_| wrong())?;
+    let factor: f64 = match text[unit..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" | "k" => 1e3,
+        "mb" | "m" => 1e6,
+        "gb" | "g" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * factor;
+    if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
+}
+
 /// Variables that the program sets itself.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
@@ -138,7 +170,7 @@ pub(crate) fn template_var(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::DeviceKind;
+    use super::{DeviceKind, parse_bytes};
 
     #[test]
     fn names_of_devices() {
@@ -155,6 +187,16 @@ mod tests {
         }
         for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "metal:1", "cpu:2", "auto:0", "cuda:1:2"] {
             assert!(text.parse::<DeviceKind>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(parse_bytes("8GB"), Ok(8_000_000_000));
+        assert_eq!(parse_bytes(" 1.5 MiB"), Ok(1_572_864));
+        assert_eq!(parse_bytes("12e9"), Ok(12_000_000_000));
+        for wrong in ["", "GB", "-3GB", "8 parsecs", "0", "1e400"] {
+            assert!(parse_bytes(wrong).is_err_and(|message| message.contains("expected a size")), "{wrong}");
         }
     }
 }

@@ -75,22 +75,27 @@ impl BlockFormat {
     /// The format with this id in `enum ggml_type`.
     #[must_use]
     pub fn from_ggml_type(id: u32) -> Option<Self> {
-        Some(match id {
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            10 => Self::Q2K,
-            11 => Self::Q3K,
-            12 => Self::Q4K,
-            13 => Self::Q5K,
-            14 => Self::Q6K,
-            20 => Self::IQ4NL,
-            23 => Self::IQ4XS,
-            39 => Self::MXFP4,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|format| format.ggml_type() == id)
+    }
+
+    /// The id in `enum ggml_type`.
+    #[must_use]
+    pub fn ggml_type(self) -> u32 {
+        match self {
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+            Self::IQ4NL => 20,
+            Self::IQ4XS => 23,
+            Self::MXFP4 => 39,
+        }
     }
 
     /// The name in ggml, in lower case.

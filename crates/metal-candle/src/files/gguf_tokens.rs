@@ -1,6 +1,7 @@
 //! The tokens that end a text, as a GGUF file names and spells them.
 
-use super::gguf::{GgufFile, GgufValue};
+use super::gguf::GgufFile;
+use super::gguf_header::GgufValue;
 use crate::error::Result;
 use std::collections::HashMap;
 

@@ -4,9 +4,12 @@
 mod convert;
 mod foreign;
 mod gguf;
+mod gguf_header;
 #[cfg(test)]
 pub(crate) mod gguf_testing;
 mod gguf_tokens;
+mod gguf_type;
+mod gguf_write;
 mod guard;
 #[cfg(feature = "hub")]
 mod hub;
@@ -20,9 +23,11 @@ mod saver;
 mod shards;
 mod write;
 
-pub(crate) use gguf::ggml_type_name;
-pub use gguf::{GgufFile, GgufTensor, GgufValue};
+pub use gguf::GgufFile;
+pub use gguf_header::{GgufTensor, GgufValue};
 pub(crate) use gguf_tokens::{END_MARKS, end_of_generation_ids};
+pub use gguf_type::GgufType;
+pub(crate) use gguf_write::{GgufField, NewTensor, split, split_fields, write_gguf};
 pub use guard::{guard, is_guarded};
 #[cfg(feature = "hub")]
 pub use hub::{DownloadProgress, Hub, HubName};

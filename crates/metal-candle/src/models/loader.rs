@@ -1,6 +1,6 @@
 //! Loading safetensors checkpoints and GGUF files.
 
-use super::gguf_weights::GgufWeights;
+use super::gguf::GgufWeights;
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};

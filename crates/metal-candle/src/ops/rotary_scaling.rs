@@ -138,7 +138,7 @@ impl RotarySpec {
     }
 
     /// The factor on cosines and sines.
-    pub(super) fn attention_factor(&self) -> f64 {
+    pub(crate) fn attention_factor(&self) -> f64 {
         let extension = |factor: &Option<f64>, original: usize| {
             factor.unwrap_or(self.max_position_embeddings as f64 / original as f64)
         };
@@ -171,7 +171,7 @@ impl RotarySpec {
     }
 
     /// The frequency of each pair for a sequence of `length` tokens: `[dim / 2]`.
-    pub(super) fn frequencies(&self, length: usize) -> Vec<f32> {
+    pub(crate) fn frequencies(&self, length: usize) -> Vec<f32> {
         let (dim, max) = (self.dim as f64, self.max_position_embeddings as f64);
         match &self.scaling {
             RotaryScaling::Default => self.unscaled(self.theta),

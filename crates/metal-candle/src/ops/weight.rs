@@ -199,6 +199,23 @@ impl Weight {
         }
     }
 
+    /// The bytes of a quantized matrix, block by block.
+    ///
+    /// # Errors
+    /// It is not quantized, or its file was shortened or overwritten meanwhile.
+    pub(crate) fn block_bytes(&self) -> Result<Vec<u8>> {
+        match &self.0 {
+            Stored::Quantized(quantized) => {
+                let bytes = quantized.matrix()?.bytes().to_vec();
+                quantized.check()?;
+                Ok(bytes)
+            }
+            Stored::Dense(_) | Stored::Mapped(_) => {
+                Err(Error::Unsupported("a dense weight as quantized blocks".into()))
+            }
+        }
+    }
+
     /// The rows with these indices in `dtype`: `[ids, columns]`.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use super::prepared::Prepared;
 use crate::error::UserError;
 use crate::output::{Output, bytes, duration, grouped};
 use crate::settings::TrainSettings;
+use crate::values::parse_bytes;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::data::Dataset;
@@ -30,26 +31,6 @@ pub(crate) struct PlanArguments {
 
 /// Share of the free memory that a run may take unless `--memory` says more.
 const SHARE_OF_FREE: f64 = 0.9;
-
-/// A number of bytes such as `8GB`, `500 MB` or `12e9`.
-pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
-    let wrong = || format!("`{text}`: expected a size such as `8GB`, `500MB` or `6GiB`");
-    let text = text.trim();
-    let unit = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e' && c != 'E').unwrap_or(text.len());
-    let number: f64 = text[..unit].trim().parse().map_err(|_| wrong())?;
-    let factor: f64 = match text[unit..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" | "k" => 1e3,
-        "mb" | "m" => 1e6,
-        "gb" | "g" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1024.0 * 1024.0,
-        "gib" => 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(wrong()),
-    };
-    let bytes = number * factor;
-    if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
-}
 
 /// A trainer made to fit, its plan and what else takes memory.
 pub(super) struct Fitted {
@@ -213,19 +194,4 @@ pub(super) fn print<T: Trained>(
     }
     Output::print(text)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_bytes;
-
-    #[test]
-    fn sizes_are_read() {
-        assert_eq!(parse_bytes("8GB"), Ok(8_000_000_000));
-        assert_eq!(parse_bytes(" 1.5 MiB"), Ok(1_572_864));
-        assert_eq!(parse_bytes("12e9"), Ok(12_000_000_000));
-        for wrong in ["", "GB", "-3GB", "8 parsecs", "0", "1e400"] {
-            assert!(parse_bytes(wrong).is_err_and(|message| message.contains("expected a size")), "{wrong}");
-        }
-    }
 }

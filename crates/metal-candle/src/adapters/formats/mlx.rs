@@ -3,6 +3,7 @@
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
 use super::config_file::{CONFIG_FILE, as_texts, layout_of, read_as};
+use super::low_rank_only;
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, TrainedBiases};
@@ -110,15 +111,7 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     let Some(first) = modules.first() else {
         return Err(Error::argument("adapter", "has no module"));
     };
-    if let Some(saved) = adapter.saved_parameters().first() {
-        let what = match saved.name.rsplit('.').next() {
-            _ if saved.rows.is_some() => "rows of single tokens (`trainable_token_indices`)",
-            Some("bias") => "trained (`bias`)",
-            _ => "trained as a whole",
-        };
-        let message = format!("`{}`: {what}, in an adapter of mlx-lm, which holds low-rank terms only", saved.name);
-        return Err(Error::Unsupported(message));
-    }
+    low_rank_only(adapter, "an adapter of mlx-lm")?;
     for module in modules {
         if let Some(what) = refusal(adapter.model(), module.module, adapter.use_dora()) {
             return Err(Error::Unsupported(format!("{what}, in an adapter of mlx-lm")));

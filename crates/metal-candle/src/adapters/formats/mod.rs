@@ -1,6 +1,7 @@
-//! Reads and writes adapters in the formats of PEFT and mlx-lm, and as one file.
+//! Reads and writes adapters in the formats of PEFT, mlx-lm and llama.cpp (GGUF), and as one file.
 
 mod config_file;
+mod gguf;
 mod mlx;
 mod peft;
 mod peft_config;
@@ -16,19 +17,23 @@ pub(crate) use single::{load_single_file, save_single_file};
 
 use super::lora::LoRAAdapter;
 use crate::error::{Error, Result};
-use crate::files::JsonObject;
+use crate::files::{GgufFile, JsonObject};
 use crate::models::Model;
 use config_file::CONFIG_FILE;
 use std::path::Path;
 
 impl LoRAAdapter {
-    /// Reads an adapter: a folder of PEFT or mlx-lm, or a file of [`save_checkpoint`](crate::training::save_checkpoint).
+    /// Reads an adapter: a folder of PEFT or mlx-lm, a GGUF file, or a file of
+    /// [`save_checkpoint`](crate::training::save_checkpoint).
     ///
     /// # Errors
     /// A file is missing or damaged, tensors do not fit the model (all of them are listed), or the adapter is of a
     /// kind that is unknown here.
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        if GgufFile::is_named(path) {
+            return gguf::load(model, path);
+        }
         if path.is_file() {
             return Ok(load_single_file(model, path)?.0);
         }
@@ -64,4 +69,26 @@ impl LoRAAdapter {
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }
+
+    /// Writes a GGUF file that llama.cpp reads with `--lora`. It has one alpha: other scales become a factor of B, so that the
+    /// function is the same.
+    ///
+    /// # Errors
+    /// The file cannot be written, GGUF has no architecture for the model, or llama.cpp cannot hold the adapter: it has low-rank
+    /// terms only, no magnitudes of DoRA, and none of a tied embedding or head.
+    pub fn save_gguf(&self, path: impl AsRef<Path>) -> Result<()> {
+        gguf::save(self, path.as_ref())
+    }
+}
+
+/// Refuses an adapter with parameters that are trained as a whole, for a format that holds low-rank terms only.
+fn low_rank_only(adapter: &LoRAAdapter, format: &str) -> Result<()> {
+    let Some(saved) = adapter.saved_parameters().first() else { return Ok(()) };
+    let what = match saved.name.rsplit('.').next() {
+        _ if saved.rows.is_some() => "rows of single tokens (`trainable_token_indices`)",
+        Some("bias") => "trained (`bias`)",
+        _ => "trained as a whole",
+    };
+    let message = format!("`{}`: {what}, in {format}, which holds low-rank terms only", saved.name);
+    Err(Error::Unsupported(message))
 }

@@ -1,0 +1,128 @@
+//! The types of tensors in GGUF files.
+
+use candle_core::DType;
+use metal_candle_kernels::BlockFormat;
+
+/// The type of a tensor's elements in a GGUF file, as far as the program reads and writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GgufType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats of IEEE 754.
+    F16,
+    /// The upper halves of 32-bit floats.
+    BF16,
+    /// Quantized blocks.
+    Blocks(BlockFormat),
+}
+
+impl GgufType {
+    /// All types.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [Self::F32, Self::F16, Self::BF16].into_iter().chain(BlockFormat::ALL.map(Self::Blocks))
+    }
+
+    /// The type with this id in `enum ggml_type`.
+    pub fn from_id(id: u32) -> Option<Self> {
+        match id {
+            0 => Some(Self::F32),
+            1 => Some(Self::F16),
+            30 => Some(Self::BF16),
+            _ => BlockFormat::from_ggml_type(id).map(Self::Blocks),
+        }
+    }
+
+    /// The id in `enum ggml_type`.
+    pub fn id(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::BF16 => 30,
+            Self::Blocks(format) => format.ggml_type(),
+        }
+    }
+
+    /// The type with this name of ggml, in lower case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::all().find(|kind| kind.name() == name)
+    }
+
+    /// The name in ggml, in lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Blocks(format) => format.name(),
+        }
+    }
+
+    /// The name of the type with this id, also of one that is not supported.
+    pub(crate) fn name_of(id: u32) -> String {
+        const OTHERS: [(u32, &str); 18] = [
+            (9, "q8_1"),
+            (16, "iq2_xxs"),
+            (17, "iq2_xs"),
+            (18, "iq3_xxs"),
+            (19, "iq1_s"),
+            (21, "iq3_s"),
+            (22, "iq2_s"),
+            (24, "i8"),
+            (25, "i16"),
+            (26, "i32"),
+            (27, "i64"),
+            (28, "f64"),
+            (29, "iq1_m"),
+            (34, "tq1_0"),
+            (35, "tq2_0"),
+            (40, "nvfp4"),
+            (41, "q1_0"),
+            (42, "q2_0"),
+        ];
+        if let Some(kind) = Self::from_id(id) {
+            return kind.name().into();
+        }
+        let name = OTHERS.iter().find(|(known, _)| *known == id);
+        name.map_or_else(|| format!("unknown type {id}"), |(_, name)| (*name).into())
+    }
+
+    /// candle's dtype; none for quantized blocks.
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::F16 => Some(DType::F16),
+            Self::BF16 => Some(DType::BF16),
+            Self::Blocks(_) => None,
+        }
+    }
+
+    /// The type of a dtype; none for one that GGUF files do not have.
+    pub fn of_dtype(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::F32 => Some(Self::F32),
+            DType::F16 => Some(Self::F16),
+            DType::BF16 => Some(Self::BF16),
+            _ => None,
+        }
+    }
+
+    /// The number of elements that rows consist of a multiple of.
+    pub fn block_len(self) -> usize {
+        match self {
+            Self::Blocks(format) => format.len(),
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+        }
+    }
+
+    /// The bytes of a tensor with this shape, whose last dimension is contiguous; none if its rows are no whole blocks or it is
+    /// larger than any memory.
+    pub fn num_bytes(self, shape: &[usize]) -> Option<usize> {
+        let (columns, others) = shape.split_last().unwrap_or((&1, &[]));
+        let row = match self {
+            Self::Blocks(format) => format.row_bytes(*columns)?,
+            Self::F32 => columns.checked_mul(4)?,
+            Self::F16 | Self::BF16 => columns.checked_mul(2)?,
+        };
+        others.iter().try_fold(row, |bytes, &size| bytes.checked_mul(size))
+    }
+}

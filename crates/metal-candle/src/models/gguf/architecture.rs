@@ -1,0 +1,242 @@
+//! The architectures of GGUF files: their families, names and keys.
+
+use super::metadata::{Metadata, shortest};
+use crate::error::{Error, Result};
+use crate::files::GgufValue;
+use serde_json::{Map, Value, json};
+
+/// An architecture of GGUF files.
+#[derive(Debug)]
+pub(super) struct Architecture {
+    /// The value of `general.architecture`.
+    pub(super) name: &'static str,
+    pub(super) model_type: &'static str,
+    /// Whether the rows of q and k are stored with the two halves of each head interleaved.
+    pub(super) has_interleaved_rows: bool,
+    /// Whether 1 was added to the weights of the norms.
+    pub(super) has_norm_offset: bool,
+    /// Whether `logit_scale` divides the logits.
+    pub(super) divides_logits: bool,
+    /// Names of modules of a layer, in the file and in a checkpoint, that differ from the usual ones.
+    pub(super) modules: &'static [(&'static str, &'static str)],
+    /// Those of [`FORWARD_KEYS`] that `keys` reads.
+    pub(super) reads: &'static [&'static str],
+    /// Further keys of `config.json`.
+    pub(super) keys: fn(&Metadata, &mut Map<String, Value>) -> Result<()>,
+}
+
+const GEMMA_KEYS: &[&str] = &[
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+];
+const GRANITE_KEYS: &[&str] = &["attention.scale", "embedding_scale", "logit_scale", "residual_scale"];
+
+/// Norms before and after each part.
+const SANDWICH: &[(&str, &str)] = &[
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+const BASE: Architecture = Architecture {
+    name: "",
+    model_type: "",
+    has_interleaved_rows: false,
+    has_norm_offset: false,
+    divides_logits: false,
+    modules: &[],
+    reads: &[],
+    keys: |_, _| Ok(()),
+};
+
+const ARCHITECTURES: &[Architecture] = &[
+    Architecture {
+        name: "llama",
+        model_type: "llama",
+        has_interleaved_rows: true,
+        reads: &["attention.sliding_window"],
+        keys: llama,
+        ..BASE
+    },
+    Architecture { name: "qwen2", model_type: "qwen2", ..BASE },
+    Architecture { name: "qwen3", model_type: "qwen3", ..BASE },
+    Architecture { name: "gemma", model_type: "gemma", has_norm_offset: true, ..BASE },
+    Architecture {
+        name: "gemma2",
+        model_type: "gemma2",
+        has_norm_offset: true,
+        modules: SANDWICH,
+        reads: GEMMA_KEYS,
+        keys: gemma2,
+        ..BASE
+    },
+    Architecture {
+        name: "gemma3",
+        model_type: "gemma3_text",
+        has_norm_offset: true,
+        modules: SANDWICH,
+        reads: GEMMA_KEYS,
+        keys: gemma3,
+        ..BASE
+    },
+    Architecture {
+        name: "phi3",
+        model_type: "phi3",
+        modules: &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")],
+        reads: &["attention.sliding_window", "rope.scaling.attn_factor"],
+        keys: phi3,
+        ..BASE
+    },
+    Architecture { name: "smollm3", model_type: "smollm3", has_interleaved_rows: true, ..BASE },
+    Architecture {
+        name: "granite",
+        model_type: "granite",
+        has_interleaved_rows: true,
+        divides_logits: true,
+        reads: GRANITE_KEYS,
+        keys: granite,
+        ..BASE
+    },
+    Architecture {
+        name: "olmo2",
+        model_type: "olmo2",
+        modules: &[
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("post_ffw_norm", "post_feedforward_layernorm"),
+        ],
+        keys: olmo2,
+        ..BASE
+    },
+];
+
+impl Architecture {
+    /// The architecture for a family, if there is one.
+    pub(super) fn for_family(model_type: &str) -> Option<&'static Self> {
+        // Mistral is a Llama that may have a window
+        let model_type = if model_type == "mistral" { "llama" } else { model_type };
+        ARCHITECTURES.iter().find(|known| known.model_type == model_type)
+    }
+
+    /// The families that have one.
+    pub(super) fn families() -> Vec<&'static str> {
+        ARCHITECTURES.iter().map(|known| known.model_type).chain(["mistral"]).collect()
+    }
+
+    /// The architecture of a file.
+    ///
+    /// # Errors
+    /// It is not supported.
+    pub(super) fn of(metadata: &Metadata) -> Result<&'static Self> {
+        ARCHITECTURES.iter().find(|known| known.name == metadata.name).ok_or_else(|| {
+            let known = ARCHITECTURES.iter().map(|known| known.name).collect::<Vec<_>>().join("`, `");
+            Error::Unsupported(format!(
+                "`{}`: GGUF files of architecture `{}`; supported are: `{known}`",
+                metadata.file.path().display(),
+                metadata.name
+            ))
+        })
+    }
+}
+
+fn llama(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    map.insert("mlp_bias".into(), metadata.has_tensor("blk.0.ffn_gate.bias").into());
+    if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
+        if metadata.has_tensor("blk.0.attn_q.bias") || metadata.has_tensor("blk.0.ffn_gate.bias") {
+            return Err(metadata.unsupported("biases and a window (`attention.sliding_window`) in one model"));
+        }
+        // Llama has no windows, Mistral has
+        map.retain(|key, _| !key.ends_with("_bias"));
+        map.insert("model_type".into(), "mistral".into());
+        map.insert("sliding_window".into(), window.into());
+    }
+    Ok(())
+}
+
+fn gemma2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    gemma(metadata, map, 46)
+}
+
+fn gemma3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    let local = metadata.number("rope.freq_base_swa")?.unwrap_or(10_000.0);
+    map.insert("rope_local_base_freq".into(), shortest(local));
+    gemma(metadata, map, 62)
+}
+
+/// Windows, caps and the scale of scores. The file does not say the latter: of the published sizes, only the one of
+/// `odd_layers` layers scales by another width than that of its heads.
+fn gemma(metadata: &Metadata, map: &mut Map<String, Value>, odd_layers: usize) -> Result<()> {
+    for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(cap) = metadata.number(name)? {
+            map.insert(name.into(), shortest(cap));
+        }
+    }
+    if let Some(window) = metadata.size("attention.sliding_window")? {
+        map.insert("sliding_window".into(), window.into());
+    }
+    let key = metadata.key("attention.sliding_window_pattern");
+    match metadata.file.metadata().get(&key) {
+        None => {}
+        Some(GgufValue::List(layers)) => {
+            let name = |is_sliding| if is_sliding { "sliding_attention" } else { "full_attention" };
+            let types = layers.iter().map(|layer| match layer {
+                GgufValue::Flag(is_sliding) => Ok(Value::from(name(*is_sliding))),
+                _ => Err(metadata.unsupported(&format!("`{key}`: expected booleans"))),
+            });
+            map.insert("layer_types".into(), Value::Array(types.collect::<Result<_>>()?));
+        }
+        Some(_) => return Err(metadata.unsupported(&format!("`{key}`: expected a list of booleans"))),
+    }
+    let width = metadata.required_size("embedding_length")?;
+    let heads = metadata.required_size("attention.head_count")?;
+    let is_odd = metadata.required_size("block_count")? == odd_layers;
+    let scalar = if is_odd { width.checked_div(heads).unwrap_or(0) } else { metadata.head_dim()? };
+    map.insert("query_pre_attn_scalar".into(), scalar.into());
+    Ok(())
+}
+
+fn phi3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
+        map.insert("sliding_window".into(), window.into());
+    }
+    if let Some(rotated) = metadata.size("rope.dimension_count")? {
+        let share = rotated as f64 / metadata.head_dim()?.max(1) as f64;
+        map.insert("partial_rotary_factor".into(), share.into());
+    }
+    let original = metadata.size("rope.scaling.original_context_length")?;
+    if let Some(original) = original {
+        map.insert("original_max_position_embeddings".into(), original.into());
+    }
+    let factors = |name: &str| metadata.file.tensor(name).map(|tensor| metadata.file.floats(tensor)).transpose();
+    if let (Some(short), Some(long)) = (factors("rope_factors_short.weight")?, factors("rope_factors_long.weight")?) {
+        let mut scaling = json!({"rope_type": "longrope", "short_factor": short, "long_factor": long});
+        if let Some(factor) = metadata.number("rope.scaling.attn_factor")? {
+            scaling["attention_factor"] = shortest(factor);
+        }
+        map.insert("rope_scaling".into(), scaling);
+    }
+    Ok(())
+}
+
+fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    for (key, name) in [
+        ("embedding_multiplier", "embedding_scale"),
+        ("residual_multiplier", "residual_scale"),
+        ("attention_multiplier", "attention.scale"),
+        ("logits_scaling", "logit_scale"),
+    ] {
+        if let Some(number) = metadata.number(name)? {
+            map.insert(key.into(), shortest(number));
+        }
+    }
+    Ok(())
+}
+
+#[allow(clippy::unnecessary_wraps)] // one of several functions of this type
+fn olmo2(_: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("attention_bias".into(), false.into());
+    Ok(())
+}

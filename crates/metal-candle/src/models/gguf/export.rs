@@ -1,0 +1,224 @@
+//! Writes models as GGUF files, quantized or not.
+
+use super::describe::Described;
+use super::mixture::{Circumstances, Matrix, QuantizationMixture};
+use super::names::GgufNames;
+use crate::error::{Error, Result};
+use crate::files::{GgufField, GgufFile, GgufType, GgufValue, NewTensor, split, split_fields, write_gguf};
+use crate::models::registry::ParameterSpec;
+use crate::models::{Model, check_finite};
+use crate::ops::Weight;
+use candle_core::{DType, Device};
+use half::{bf16, f16};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Elements that are converted at a time.
+const ELEMENTS_AT_ONCE: usize = 1 << 23;
+
+/// A model that is to be written as a GGUF file.
+#[derive(Debug)]
+pub struct GgufExport<'a> {
+    model: &'a Model,
+    described: Described,
+    tensors: Vec<ExportedTensor>,
+    metadata: Vec<(String, GgufField)>,
+}
+
+/// A tensor that is to be written.
+#[derive(Debug, Clone)]
+pub struct ExportedTensor {
+    /// The name in the file: `blk.0.attn_q.weight`.
+    pub name: String,
+    /// The parameter that it holds.
+    pub spec: ParameterSpec,
+    /// The type of its elements in the file.
+    pub kind: GgufType,
+    /// The index of the parameter.
+    parameter: usize,
+}
+
+impl<'a> GgufExport<'a> {
+    /// An export in which every matrix keeps its type.
+    ///
+    /// # Errors
+    /// GGUF has no architecture for the family, or cannot hold something that the model computes: nothing is lost in silence.
+    pub fn new(model: &'a Model) -> Result<Self> {
+        let config = model.config();
+        let described = Described::new(config)?;
+        let mut tensors = Vec::new();
+        for (parameter, (spec, (_, weight))) in
+            config.parameter_specs()?.into_iter().zip(model.parameters()).enumerate()
+        {
+            let name = described.names.tensor(&spec.name).unwrap_or_default();
+            let kind = if spec.shape.len() < 2 { GgufType::F32 } else { type_of(weight) };
+            tensors.push(ExportedTensor { name, spec, kind, parameter });
+        }
+        Ok(Self { model, described, tensors, metadata: Vec::new() })
+    }
+
+    /// Chooses the types of the matrices by a mixture.
+    #[must_use]
+    pub fn with_mixture(mut self, mixture: QuantizationMixture) -> Self {
+        let config = self.model.config();
+        let model = Circumstances {
+            is_tied: config.tie_word_embeddings,
+            group: config.num_attention_heads / config.num_key_value_heads.max(1),
+            has_importance: false,
+        };
+        for tensor in self.tensors.iter_mut().filter(|tensor| tensor.spec.shape.len() == 2) {
+            let index = tensor.name.split('.').nth(1).and_then(|layer| layer.parse().ok()).unwrap_or(0);
+            let (name, columns) = (tensor.name.as_str(), tensor.spec.shape[1]);
+            let matrix = Matrix { name, columns, index, num_layers: config.num_hidden_layers };
+            tensor.kind = mixture.of(&matrix, &model);
+        }
+        self.put("general.file_type", GgufValue::Integer(mixture.file_type.into()));
+        if matches!(mixture.base, GgufType::Blocks(_)) {
+            self.put("general.quantization_version", GgufValue::Integer(2));
+        }
+        self
+    }
+
+    /// Sets a value of the metadata, and replaces one with this key.
+    pub fn put(&mut self, key: &str, value: GgufValue) {
+        self.metadata.retain(|(known, _)| known != key);
+        self.metadata.push((key.into(), value.into()));
+    }
+
+    /// Takes all metadata of another file that do not follow from the model, as they are there.
+    pub fn copy_metadata(&mut self, file: &GgufFile) {
+        let follows = |key: &str| {
+            let is_own = self.described.metadata.iter().any(|(own, _)| own == key);
+            is_own || key.starts_with("split.") || key == "general.alignment"
+        };
+        let copied: Vec<_> = file.metadata().keys().filter(|key| !follows(key)).cloned().collect();
+        for key in copied {
+            if let (None, Some(bytes)) = (self.metadata.iter().find(|(own, _)| *own == key), file.encoded(&key)) {
+                self.metadata.push((key, GgufField::Encoded(bytes.to_vec())));
+            }
+        }
+    }
+
+    /// The tensors, in the order of the file. Their types may be changed.
+    pub fn tensors_mut(&mut self) -> &mut [ExportedTensor] {
+        &mut self.tensors
+    }
+
+    /// The tensors, in the order of the file.
+    pub fn tensors(&self) -> &[ExportedTensor] {
+        &self.tensors
+    }
+
+    /// Writes the file, or several of at most `max_bytes` of tensors each, and returns their paths. `progress` gets the number of
+    /// bytes that each tensor takes.
+    ///
+    /// # Errors
+    /// A file cannot be written, a type does not fit the rows of its tensor, or an element is not finite or too large for its type.
+    pub fn write(&self, path: &Path, max_bytes: Option<u64>, mut progress: impl FnMut(usize)) -> Result<Vec<PathBuf>> {
+        let mut new: Vec<NewTensor> = Vec::with_capacity(self.tensors.len());
+        for (name, values) in &self.described.tables {
+            new.push(NewTensor { name: name.clone(), shape: vec![values.len()], kind: GgufType::F32 });
+        }
+        for tensor in &self.tensors {
+            new.push(NewTensor { name: tensor.name.clone(), shape: tensor.spec.shape.clone(), kind: tensor.kind });
+        }
+        let mut metadata: Vec<(String, GgufField)> = Vec::new();
+        for (key, value) in &self.described.metadata {
+            metadata.push((key.clone(), value.clone().into()));
+        }
+        metadata.retain(|(key, _)| !self.metadata.iter().any(|(own, _)| own == key));
+        metadata.extend(self.metadata.iter().cloned());
+        let files = split(path, &new, max_bytes)?;
+        for (index, (path, range)) in files.iter().enumerate() {
+            let mut fields = if index == 0 { metadata.clone() } else { Vec::new() };
+            if files.len() > 1 {
+                fields.extend(split_fields(index, files.len(), new.len()));
+            }
+            write_gguf(path, &fields, &new[range.clone()], |at, file| {
+                let at = range.start + at;
+                if let Some((_, values)) = self.described.tables.get(at) {
+                    return put(file, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>(), path);
+                }
+                let tensor = &self.tensors[at - self.described.tables.len()];
+                let (_, weight) = &self.model.parameters()[tensor.parameter];
+                let num_bytes = write_tensor(self.described.names, tensor, weight, file, path)?;
+                progress(num_bytes);
+                Ok(())
+            })?;
+        }
+        Ok(files.into_iter().map(|(path, _)| path).collect())
+    }
+}
+
+/// The type in which a GGUF file holds a weight as it is.
+fn type_of(weight: &Weight) -> GgufType {
+    match weight.block_format() {
+        Some(format) => GgufType::Blocks(format),
+        None => GgufType::of_dtype(weight.dtype()).unwrap_or(GgufType::F32),
+    }
+}
+
+/// Writes the elements of a parameter, and returns the number of bytes.
+fn write_tensor(
+    names: GgufNames,
+    tensor: &ExportedTensor,
+    weight: &Weight,
+    file: &mut dyn Write,
+    path: &Path,
+) -> Result<usize> {
+    let rows = tensor.spec.shape[0];
+    let columns: usize = tensor.spec.shape[1..].iter().product();
+    let is_interleaved = names.is_interleaved(&tensor.name);
+    let unit = if is_interleaved { names.head_dim.max(1) } else { 1 };
+    let at_once = (ELEMENTS_AT_ONCE / columns.max(1) / unit).max(1) * unit;
+    let mut num_bytes = 0;
+    for start in (0..rows).step_by(at_once) {
+        let len = at_once.min(rows - start);
+        let part = weight.narrow_rows(start, len)?;
+        let mut bytes = match part.block_format() {
+            Some(format) if tensor.kind == GgufType::Blocks(format) => part.block_bytes()?,
+            _ => {
+                let values = part.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?;
+                check_finite(&tensor.spec.name, &values)?;
+                let mut values = values.to_vec1::<f32>()?;
+                let offset = names.offset(&tensor.spec);
+                if offset != 0.0 {
+                    for value in &mut values {
+                        *value += offset;
+                    }
+                }
+                encode(&values, columns, tensor)?
+            }
+        };
+        if is_interleaved {
+            bytes = names.interleaved(&bytes, bytes.len() / len.max(1));
+        }
+        put(file, &bytes, path)?;
+        num_bytes += bytes.len();
+    }
+    Ok(num_bytes)
+}
+
+fn encode(values: &[f32], columns: usize, tensor: &ExportedTensor) -> Result<Vec<u8>> {
+    let too_large = |index: usize| {
+        let (name, kind, value) = (&tensor.spec.name, tensor.kind.name(), values[index]);
+        Error::argument(name, format!("element {index} is {value}, too large for {kind}: write this tensor as bf16"))
+    };
+    Ok(match tensor.kind {
+        GgufType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        GgufType::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        GgufType::F16 => {
+            if let Some(index) = values.iter().position(|value| f16::from_f32(*value).is_infinite()) {
+                return Err(too_large(index));
+            }
+            values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect()
+        }
+        GgufType::Blocks(format) => {
+            return Err(Error::Unsupported(format!("quantizing to {} ({columns} columns)", format.name())));
+        }
+    })
+}
+
+fn put(file: &mut dyn Write, bytes: &[u8], path: &Path) -> Result<()> {
+    file.write_all(bytes).map_err(|error| Error::write(path, error))
+}

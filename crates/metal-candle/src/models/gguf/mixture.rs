@@ -1,0 +1,144 @@
+//! Which tensor of a quantized file gets which type: the mixtures of llama.cpp's `llama-quantize`.
+
+use crate::files::GgufType;
+use metal_candle_kernels::BlockFormat;
+
+/// A named choice of types for the tensors of a GGUF file, with the meaning that `llama-quantize` gives the name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantizationMixture {
+    /// Its name, in lower case: `q4_k_m`.
+    pub name: &'static str,
+    /// The type of most matrices.
+    pub base: GgufType,
+    /// The value of `general.file_type`.
+    pub file_type: u32,
+    rule: Rule,
+}
+
+/// Which tensors differ from the base type, besides embedding and head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    /// All matrices have the base type, embedding and head too.
+    Uniform,
+    /// None.
+    Base,
+    Q2K,
+    Q3KM,
+    Q3KL,
+    Q4KS,
+    /// `q4_k_m` and `q5_k_m`.
+    More,
+    /// `iq4_nl` and `iq4_xs`.
+    Table,
+}
+
+const fn mixture(name: &'static str, format: BlockFormat, file_type: u32, rule: Rule) -> QuantizationMixture {
+    QuantizationMixture { name, base: GgufType::Blocks(format), file_type, rule }
+}
+
+const fn dense(name: &'static str, base: GgufType, file_type: u32) -> QuantizationMixture {
+    QuantizationMixture { name, base, file_type, rule: Rule::Uniform }
+}
+
+/// What the mixtures ask about a matrix.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    /// The name in the file.
+    pub(super) name: &'a str,
+    /// The length of a row.
+    pub(super) columns: usize,
+    /// Which of its kind it is, in the order of the layers.
+    pub(super) index: usize,
+    /// The number of layers.
+    pub(super) num_layers: usize,
+}
+
+/// What the mixtures ask about a model.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Circumstances {
+    pub(super) is_tied: bool,
+    /// Query heads for each key/value head.
+    pub(super) group: usize,
+    pub(super) has_importance: bool,
+}
+
+impl QuantizationMixture {
+    /// All mixtures.
+    pub const ALL: &'static [Self] = &[
+        dense("f32", GgufType::F32, 0),
+        dense("f16", GgufType::F16, 1),
+        dense("bf16", GgufType::BF16, 32),
+        mixture("q8_0", BlockFormat::Q8_0, 7, Rule::Base),
+        mixture("q6_k", BlockFormat::Q6K, 18, Rule::Base),
+        mixture("q5_k_m", BlockFormat::Q5K, 17, Rule::More),
+        mixture("q5_k_s", BlockFormat::Q5K, 16, Rule::Base),
+        mixture("q5_1", BlockFormat::Q5_1, 9, Rule::Base),
+        mixture("q5_0", BlockFormat::Q5_0, 8, Rule::Base),
+        mixture("q4_k_m", BlockFormat::Q4K, 15, Rule::More),
+        mixture("q4_k_s", BlockFormat::Q4K, 14, Rule::Q4KS),
+        mixture("iq4_nl", BlockFormat::IQ4NL, 25, Rule::Table),
+        mixture("iq4_xs", BlockFormat::IQ4XS, 30, Rule::Table),
+        mixture("mxfp4", BlockFormat::MXFP4, 38, Rule::Base),
+        mixture("q4_1", BlockFormat::Q4_1, 3, Rule::Base),
+        mixture("q4_0", BlockFormat::Q4_0, 2, Rule::Base),
+        mixture("q3_k_l", BlockFormat::Q3K, 13, Rule::Q3KL),
+        mixture("q3_k_m", BlockFormat::Q3K, 12, Rule::Q3KM),
+        mixture("q3_k_s", BlockFormat::Q3K, 11, Rule::Base),
+        mixture("q2_k", BlockFormat::Q2K, 10, Rule::Q2K),
+    ];
+
+    /// The mixture with this name, in any case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|mixture| mixture.name.eq_ignore_ascii_case(name))
+    }
+
+    /// The type of a matrix.
+    pub(super) fn of(self, matrix: &Matrix, model: &Circumstances) -> GgufType {
+        let GgufType::Blocks(base) = self.base else { return self.base };
+        fitting(self.blocks_of(base, matrix, model), matrix.columns)
+    }
+
+    fn blocks_of(self, base: BlockFormat, matrix: &Matrix, model: &Circumstances) -> BlockFormat {
+        use BlockFormat::{Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        let (i, n) = (matrix.index, matrix.num_layers);
+        let has_more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+        let module = matrix.name.split('.').nth(2).unwrap_or_default();
+        let is_head = matrix.name == "output.weight" || (matrix.name == "token_embd.weight" && model.is_tied);
+        match (self.rule, module) {
+            _ if is_head && base == Q8_0 => Q8_0,
+            _ if is_head && !matrix.columns.is_multiple_of(base.len()) => Q8_0,
+            _ if is_head => Q6K,
+            (Rule::More, "attn_v" | "attn_qkv" | "ffn_down") if has_more => Q6K,
+            (Rule::Q4KS, "attn_v" | "attn_qkv") if i < 4 => Q5K,
+            (Rule::Q4KS, "ffn_down") if i < n / 8 => Q5K,
+            (Rule::Q3KM, "attn_v" | "attn_qkv") if i < 2 => Q5K,
+            (Rule::Q3KM, "ffn_down") if i < n / 16 => Q5K,
+            (Rule::Q3KM, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q4K,
+            (Rule::Q3KL, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q5K,
+            (Rule::Q2K, "attn_v" | "attn_qkv") if model.group >= 4 => Q4K,
+            (Rule::Q2K, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q3K,
+            (Rule::Table, "attn_v" | "attn_qkv") if model.group >= 4 => Q5K,
+            (Rule::Table, "ffn_down") if i < n / 8 && !model.has_importance => Q5K,
+            (Rule::Base, "ffn_down") if i < n / 8 && model.has_importance && base == Q4_0 => Q4_1,
+            (Rule::Base, "ffn_down") if i < n / 8 && model.has_importance && base == Q5_0 => Q5_1,
+            _ => base,
+        }
+    }
+}
+
+/// The format, or the nearest one whose blocks fill rows of this length.
+fn fitting(format: BlockFormat, columns: usize) -> GgufType {
+    use BlockFormat::{IQ4NL, IQ4XS, Q2K, Q3K, Q4_0, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    if columns.is_multiple_of(format.len()) {
+        return GgufType::Blocks(format);
+    }
+    let smaller = match format {
+        Q2K | Q3K => Q4_0,
+        Q4K => Q5_0,
+        Q5K => Q5_1,
+        Q6K => Q8_0,
+        IQ4XS => IQ4NL,
+        other => other,
+    };
+    if columns.is_multiple_of(smaller.len()) { GgufType::Blocks(smaller) } else { GgufType::F16 }
+}
