@@ -41,7 +41,9 @@ mod tiles;
 pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
 pub use attention::{AttentionShape, KeyValues, Mask, Span, attention};
 pub use attention_backward::{Saved, attention_backward, sink_gradient};
-pub use blocks::{BlockFormat, BlockMatrix, block_products, block_row_products, block_transposed_products};
+pub use blocks::{
+    BlockFormat, BlockMatrix, QuantizeError, block_products, block_row_products, block_transposed_products,
+};
 pub use cross_entropy::{LogitForm, Row, cross_entropy, cross_entropy_backward};
 pub use decomposition::{SingularValues, qr, singular_values, singular_values_by_iteration};
 pub use elementwise::{
