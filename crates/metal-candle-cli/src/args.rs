@@ -9,6 +9,7 @@ use crate::commands::fuse::FuseArguments;
 use crate::commands::generate::GenerateArguments;
 use crate::commands::info::InfoArguments;
 use crate::commands::logits::LogitsArguments;
+use crate::commands::quantize::QuantizeArguments;
 use crate::commands::runs::RunsArguments;
 use crate::commands::template::TemplateCommandArguments;
 use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
@@ -110,16 +111,34 @@ programs load it like any model. The logits of model and adapter are compared wi
 merged model that was written.")]
     Fuse(FuseArguments),
 
-    /// Write an adapter in the format of PEFT or of mlx-lm.
+    /// Write a model or an adapter in another format: GGUF, safetensors, PEFT or mlx-lm.
     #[command(after_help = "\
 Examples:
+  metal-candle convert --model ./Qwen2.5-Coder-0.5B --format gguf --output qwen.gguf
+  metal-candle convert --model ./smollm2.gguf --format safetensors --output ./smollm2
+  metal-candle convert --model ./smollm2.gguf --adapter runs/001 --format gguf --output adapter.gguf
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --format mlx --output ./for-mlx
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter ./from-mlx --format peft --output ./for-peft
 
-The logits with both adapters are compared. mlx-lm has low-rank terms of one rank and scale: other ranks are
-padded with zeros. Adapters with trained modules, rows of tokens or biases, or with terms of a tied embedding
-are refused there; `fuse` merges them.")]
+Weights keep their types unless --dtype says otherwise; quantized ones become f32 in a safetensors file. The logits of
+both models or adapters are compared.
+
+A GGUF adapter is for `llama-cli --lora` and the like. GGUF and mlx-lm hold low-rank terms only: adapters with trained
+modules, rows of tokens or biases, or with terms of a tied embedding are refused there; `fuse` merges them.")]
     Convert(ConvertArguments),
+
+    /// Write a model, or a model with an adapter merged into it, as a quantized GGUF file.
+    #[command(after_help = "\
+Examples:
+  metal-candle quantize --model ./Qwen2.5-Coder-1.5B --type q4_k_m --output qwen-q4_k_m.gguf
+  metal-candle quantize --model ./model --adapter runs/001 --type q5_k_m --output tuned.gguf --auto
+  metal-candle quantize --model ./model --type iq4_xs --calibration book.txt --output model-iq4_xs.gguf
+  metal-candle quantize --model ./model --type q4_k_m --tensor-type ffn_down=q6_k --output model.gguf
+
+Types are mixtures with the meaning that llama.cpp gives their names. Source and result are compared on text before
+anything is written; the figures are printed, kept in the file's metadata and written to NAME.proof.json. With an adapter,
+the command fails if rounding leaves too little of its change: see --min-survival.")]
+    Quantize(Box<QuantizeArguments>),
 
     /// Loss, perplexity and bits per byte of a dataset or a text file.
     #[command(after_help = "\

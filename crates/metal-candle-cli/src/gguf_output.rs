@@ -1,30 +1,48 @@
 //! What `quantize` and `convert` share: a model written as a GGUF file with its tokenizer.
 
+use crate::adapter_output::{largest_difference, probe};
 use crate::error::UserError;
 use crate::model_source::ModelSource;
-use crate::output::{Output, Unit};
+use crate::output::{Output, Unit, bytes};
+use crate::proof::Proof;
 use anyhow::Result;
-use metal_candle::Model;
-use metal_candle::files::GgufValue;
-use metal_candle::models::GgufExport;
+use metal_candle::data::Tokenizer;
+use metal_candle::files::{GgufValue, write_atomically};
+use metal_candle::models::{GgufExport, Rows};
+use metal_candle::{Model, ModelLoader};
+use serde_json::json;
 use std::path::{Path, PathBuf};
+
+/// The key of a proof in the metadata.
+const PROOF: &str = "metal_candle.proof";
 
 /// Refuses a path unless it has the name of a GGUF file and nothing is there.
 pub(crate) fn check_output(path: &Path) -> Result<()> {
     let is_named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     if !is_named {
-        let message = format!("`--output {}`: expected a name that ends in `.gguf`", path.display());
+        let message = format!("`{}`: expected a name that ends in `.gguf`", path.display());
         return Err(UserError::new(message).into());
     }
-    if path.symlink_metadata().is_ok() {
-        let message = format!("`{}` is there already", path.display());
-        return Err(UserError::new(message).with_hint("name a new file with --output; nothing is overwritten").into());
+    for path in [path, &report_path(path)] {
+        if path.symlink_metadata().is_ok() {
+            let message = format!("`{}` is there already", path.display());
+            return Err(UserError::new(message).with_hint("name a new file; nothing is overwritten").into());
+        }
     }
     Ok(())
 }
 
+/// The path of the report on a GGUF file.
+fn report_path(path: &Path) -> PathBuf {
+    path.with_extension("proof.json")
+}
+
 /// An export of a model in the types that it has, with the tokenizer and the name of its source.
-pub(crate) fn export<'a>(model: &'a Model, source: &ModelSource) -> Result<GgufExport<'a>> {
+pub(crate) fn export<'a>(
+    model: &'a Model,
+    source: &ModelSource,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<GgufExport<'a>> {
     let mut export = GgufExport::new(model)?;
     match source.gguf() {
         Some(file) => export.copy_metadata(file),
@@ -33,10 +51,17 @@ pub(crate) fn export<'a>(model: &'a Model, source: &ModelSource) -> Result<GgufE
             if let Some(name) = name.file_name() {
                 export.put("general.name", GgufValue::Text(name.to_string_lossy().into_owned()));
             }
-            return Err(UserError::new("a tokenizer from a folder").into());
+            if let Some(_tokenizer) = tokenizer {
+                return Err(UserError::new("a tokenizer from a folder").into());
+            }
         }
     }
     Ok(export)
+}
+
+/// Notes a proof in the metadata.
+pub(crate) fn put_proof(export: &mut GgufExport, proof: &Proof) {
+    export.put(PROOF, GgufValue::Text(proof.to_line()));
 }
 
 /// Writes an export, with a bar, and returns the paths of its files.
@@ -58,4 +83,52 @@ pub(crate) fn write(
         bar.finish();
     }
     Ok(paths)
+}
+
+/// What is said of a GGUF file that was written.
+pub(crate) struct GgufReport<'a> {
+    /// The paths of its files.
+    pub(crate) paths: &'a [PathBuf],
+    /// The path that was asked for.
+    pub(crate) path: &'a Path,
+    /// The model that was written.
+    pub(crate) model: &'a Model,
+    pub(crate) tokenizer: Option<&'a Tokenizer>,
+    pub(crate) proof: Option<&'a Proof>,
+}
+
+impl GgufReport<'_> {
+    /// Reads the file again, compares it with the model, writes the report and prints it.
+    pub(crate) fn finish(&self, output: Output) -> Result<()> {
+        let first = self.paths.first().map_or(self.path, PathBuf::as_path);
+        let written = ModelLoader::new().with_device(self.model.device()).load(first)?;
+        let batch = probe(self.model);
+        let logits = |model: &Model| model.forward(&batch, None, None, Rows::All);
+        let difference = largest_difference(&logits(self.model)?, &logits(&written)?)?;
+        let size: u64 = self.paths.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|file| file.len()).sum();
+        let names: Vec<String> = self.paths.iter().map(|path| path.display().to_string()).collect();
+        let mut report = json!({
+            "output": self.path.to_string_lossy(),
+            "files": names,
+            "bytes": size,
+            "max_logit_difference": difference,
+        });
+        if let Some(proof) = self.proof {
+            report["proof"] = proof.to_json();
+            let text = format!("{:#}\n", proof.to_json());
+            write_atomically(report_path(self.path), |file| file.write_all(text.as_bytes()))?;
+        }
+        if output.json {
+            return Ok(Output::print_json(&report)?);
+        }
+        if let Some(proof) = self.proof {
+            proof.note(output);
+        }
+        output.note(format_args!(
+            "wrote {} ({})\nlogits of the model and of the file that was written differ by at most {difference:.2e}",
+            names.join(", "),
+            bytes(size),
+        ));
+        Ok(())
+    }
 }

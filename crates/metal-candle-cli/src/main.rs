@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod error;
 mod gguf_output;
+mod held_out;
 mod input;
 mod interrupt;
 mod memory;
@@ -14,6 +15,7 @@ mod nano;
 mod numbers;
 mod output;
 mod plot;
+mod proof;
 mod rank;
 mod ranks;
 mod run_folder;
@@ -79,6 +81,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Generate(flags) => commands::generate::run(flags, output),
         Command::Chat(flags) => commands::chat::run(flags, output),
         Command::Fuse(flags) => commands::fuse::run(flags, output),
+        Command::Quantize(flags) => commands::quantize::run(flags, output),
         Command::Convert(flags) => commands::convert::run(flags, output),
         Command::Eval(flags) => commands::eval::run(flags, output),
         Command::Logits(flags) => commands::logits::run(flags, output),

@@ -1,5 +1,6 @@
 //! The settings of a training run: flags and TOML file in one structure.
 
+mod data;
 mod kinds;
 mod methods;
 mod optimization;

@@ -2,7 +2,7 @@
 
 use crate::adapter_output::{largest_difference, probe};
 use crate::error::UserError;
-use crate::gguf_output;
+use crate::gguf_output::{self, GgufReport};
 use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
 use crate::run_folder::{FREE_HINT, check_free, fill_folder};
@@ -76,40 +76,39 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
 }
 
 fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, output: Output) -> Result<()> {
-    let batch = probe(model);
-    let expected = model.forward(&batch, None, None, Rows::All)?;
-    let paths = match flags.format {
-        Format::Peft => {
-            return Err(UserError::new("`--format peft` is for adapters: `--adapter` is missing").into());
-        }
+    match flags.format {
+        Format::Peft => Err(UserError::new("`--format peft` is for adapters: `--adapter` is missing").into()),
         Format::Gguf => {
-            let export = gguf_output::export(model, source)?;
-            gguf_output::write(&export, &flags.output, flags.split_max_size.map(|size| size.0), output)?
+            let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
+            let export = gguf_output::export(model, source, tokenizer.as_ref())?;
+            let paths = gguf_output::write(&export, &flags.output, flags.split_max_size.map(|size| size.0), output)?;
+            GgufReport { paths: &paths, path: &flags.output, model, tokenizer: tokenizer.as_ref(), proof: None }
+                .finish(output)
         }
-        Format::Mlx | Format::Safetensors => {
-            fill_folder(&flags.output, FREE_HINT, || {
-                save_model(model, &flags.output)?;
-                Ok(source.write_tokenizer(&flags.output)?)
-            })?;
-            vec![flags.output.join("model.safetensors")]
-        }
-    };
-    let is_gguf = flags.format == Format::Gguf;
-    let written = ModelLoader::new().with_device(model.device());
-    let written = written.load(if is_gguf { paths.first().unwrap_or(&flags.output) } else { &flags.output })?;
-    let difference = largest_difference(&expected, &written.forward(&batch, None, None, Rows::All)?)?;
-    let size: u64 = paths.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|file| file.len()).sum();
+        Format::Mlx | Format::Safetensors => write_folder(flags, source, model, output),
+    }
+}
+
+fn write_folder(flags: &ConvertArguments, source: &ModelSource, model: &Model, output: Output) -> Result<()> {
+    fill_folder(&flags.output, FREE_HINT, || {
+        save_model(model, &flags.output)?;
+        Ok(source.write_tokenizer(&flags.output)?)
+    })?;
+    let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
+    let batch = probe(model);
+    let logits = |model: &Model| model.forward(&batch, None, None, Rows::All);
+    let difference = largest_difference(&logits(model)?, &logits(&written)?)?;
+    let size = std::fs::metadata(flags.output.join("model.safetensors")).map_or(0, |file| file.len());
     if output.json {
         return Ok(Output::print_json(&json!({
             "output": flags.output.to_string_lossy(),
-            "files": paths.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
             "bytes": size,
             "max_logit_difference": difference,
         }))?);
     }
-    let names = paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
     output.note(format_args!(
-        "wrote {names} ({})\nlogits of the model and of the one written differ by at most {difference:.2e}",
+        "wrote {} ({})\nlogits of the model and of the one written differ by at most {difference:.2e}",
+        flags.output.display(),
         bytes(size),
     ));
     Ok(())

@@ -1,6 +1,7 @@
 //! `eval`: loss, perplexity and bits per byte.
 
 use crate::error::UserError;
+use crate::held_out::{self, HeldOut};
 use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
@@ -9,13 +10,9 @@ use anyhow::Result;
 use clap::Args;
 use metal_candle::Error;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Encoding, Sample, Tokenizer};
 use metal_candle::training::{bits_per_byte, evaluate};
 use serde_json::json;
-use std::path::{Path, PathBuf};
-
-/// Most bytes of a text file, which is encoded at once.
-const MAX_TEXT_BYTES: u64 = 1024 << 20;
+use std::path::PathBuf;
 
 /// Tokens computed at once.
 const BATCH_TOKENS: usize = 2048;
@@ -48,7 +45,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
                 .into());
         }
     };
-    let file = file_of(&path)?;
+    let file = held_out::file_of(&path)?;
     let loaded = Loaded::new(&flags.model, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let context = loaded.model.config().max_sequence_length();
@@ -58,20 +55,8 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         let message = format!("expected at least 2, found {max_tokens}");
         return Err(Error::Argument { name: "max_tokens_per_sample".into(), message }.into());
     }
-    let (dataset, num_bytes) = if is_rows(&file) {
-        let vocab_size = Some(loaded.model.config().vocab_size);
-        let options = DatasetOptions { max_tokens: Some(max_tokens), vocab_size, ..DatasetOptions::default() };
-        let dataset = Dataset::from_file(&file, &tokenizer, &options)?;
-        let num_bytes = trained_bytes(&dataset, &tokenizer)?;
-        (dataset, num_bytes)
-    } else {
-        let text = metal_candle::files::read_text(&file, MAX_TEXT_BYTES)?;
-        let (samples, num_bytes) = windows(&text, &tokenizer, max_tokens)?;
-        (Dataset::from_samples(samples), num_bytes)
-    };
-    if dataset.is_empty() {
-        return Err(Error::Format { path: file, message: "there is nothing to measure in it".into() }.into());
-    }
+    let HeldOut { dataset, num_bytes } =
+        HeldOut::read(&file, &tokenizer, max_tokens, loaded.model.config().vocab_size)?;
     let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
     let evaluation = evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?;
     let bits = bits_per_byte(evaluation.total_loss, num_bytes.max(1));
@@ -96,46 +81,4 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         evaluation.perplexity(),
     ))?;
     Ok(())
-}
-
-/// The file to measure: of a folder the test split, else the valid split, else all rows.
-fn file_of(path: &Path) -> metal_candle::Result<PathBuf> {
-    let files = DatasetFiles::find(path)?;
-    Ok(files.test.or(files.valid).unwrap_or(files.train))
-}
-
-fn is_rows(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| ["jsonl", "json"].iter().any(|name| extension.eq_ignore_ascii_case(name)))
-}
-
-/// A text in overlapping windows and the number of its bytes that are measured: each token but the first is measured once, and but
-/// for the first window after half a window at least. A BOS token comes first only where the tokenizer puts one there.
-fn windows(text: &str, tokenizer: &Tokenizer, max_tokens: usize) -> metal_candle::Result<(Vec<Sample>, usize)> {
-    let Encoding { ids, offsets } = tokenizer.encode_with_offsets(text, true)?;
-    let num_bytes = text.len() - offsets.first().map_or(0, |&(_, end)| end);
-    let mut samples = Vec::new();
-    let mut measured = 1;
-    while measured < ids.len() {
-        let start = if measured == 1 { 0 } else { measured - max_tokens / 2 };
-        let end = (start + max_tokens).min(ids.len());
-        let trained = (start..end).map(|index| index >= measured).collect();
-        samples.push(Sample { ids: ids[start..end].to_vec(), trained, source: None });
-        measured = end;
-    }
-    Ok((samples, num_bytes))
-}
-
-/// The bytes of text that the trained tokens stand for.
-fn trained_bytes(dataset: &Dataset, tokenizer: &Tokenizer) -> metal_candle::Result<usize> {
-    let mut num_bytes = 0;
-    for sample in &dataset.samples {
-        let trained = |index: usize| index > 0 && sample.trained[index];
-        let mut start = 0;
-        while let Some(begin) = (start..sample.ids.len()).find(|&index| trained(index)) {
-            let end = (begin..sample.ids.len()).find(|&index| !trained(index)).unwrap_or(sample.ids.len());
-            num_bytes += tokenizer.decode(&sample.ids[begin..end], true)?.len();
-            start = end;
-        }
-    }
-    Ok(num_bytes)
 }

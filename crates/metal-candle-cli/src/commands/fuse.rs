@@ -1,79 +1,140 @@
 //! `fuse`: an adapter merged into its model's weights.
 
 use crate::adapter_output::{AdapterOutputArguments, largest_difference, probe};
+use crate::error::UserError;
 use crate::model_folder::{with_end_of_turn, write_template};
 use crate::output::{Output, bytes};
+use crate::proof::{Proof, ProofArguments};
 use crate::run_folder::{FREE_HINT, fill_folder, recorded_template};
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
-use metal_candle::models::{Rows, save_model};
+use metal_candle::adapters::{LoRAAdapter, Survival};
+use metal_candle::files::write_atomically;
+use metal_candle::models::{Rows, save_model_with};
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
+
+/// The report on what merging did.
+const REPORT: &str = "proof.json";
+
+/// What to do where rounding takes too much of an adapter.
+const HINT: &str = "`--auto` takes f16 or else f32 where the model's type is not enough; `--stochastic-rounding SEED` keeps the \
+                    change on average; `--dtype f32` keeps it exact; an adapter that stays a file of its own loses nothing; \
+                    `--min-survival` lowers the bar";
 
 /// Flags of `fuse`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct FuseArguments {
     #[command(flatten)]
     pub(crate) files: AdapterOutputArguments,
+
+    /// Round sums up or down at random to the two nearest values of bf16, by this seed, so that
+    /// changes too small for bf16 are kept on average.
+    #[arg(long, value_name = "SEED", conflicts_with = "auto")]
+    pub(crate) stochastic_rounding: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) proof: ProofArguments,
 }
 
 pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
-    let flags = &flags.files;
-    let (source, model, adapter) = flags.load(output)?;
-    let template = TemplateArguments::default();
+    flags.proof.check()?;
+    let files = &flags.files;
+    let (source, model, adapter) = files.load(output)?;
     // a folder of weights alone can be merged too
     let has_tokenizer = source.has_tokenizer();
-    let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&flags.adapter))).transpose()?;
-    let merged = adapter.merge(&model)?;
+    let template = TemplateArguments::default();
+    let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&files.adapter))).transpose()?;
+    let (merged, survivals) = merge(flags, &model, &adapter, output)?;
     let merged = match &tokenizer {
         Some(tokenizer) => with_end_of_turn(merged, tokenizer)?,
         None => merged,
     };
-    fill_folder(&flags.output, FREE_HINT, || {
-        save_model(&merged, &flags.output)?;
-        source.write_tokenizer(&flags.output)?;
-        if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&flags.adapter)?.chat_template) {
-            write_template(tokenizer, &flags.output)?;
+    let terms = adapter.terms()?;
+    let with_adapter = (adapter.run_model(), Some(&terms));
+    let proof =
+        flags.proof.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
+    fill_folder(&files.output, FREE_HINT, || {
+        let line = proof.to_line();
+        save_model_with(&merged, &files.output, &[("metal_candle.proof", &line)])?;
+        source.write_tokenizer(&files.output)?;
+        if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&files.adapter)?.chat_template) {
+            write_template(tokenizer, &files.output)?;
         }
-        Ok(())
+        let report = format!("{:#}\n", proof.to_json());
+        Ok(write_atomically(files.output.join(REPORT), |file| file.write_all(report.as_bytes()))?)
     })?;
     drop(merged);
 
-    let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
+    let written = ModelLoader::new().with_device(model.device()).load(&files.output)?;
     let batch = probe(&model);
-    let with_adapter = adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)?;
-    let with_merged = written.forward(&batch, None, None, Rows::All)?;
-    let difference = largest_difference(&with_adapter, &with_merged)?;
-    let without = model.forward(&batch, None, None, Rows::All)?;
-    let effect = largest_difference(&with_adapter, &without)?;
+    let with_adapter = adapter.run_model().forward(&batch, Some(&terms), None, Rows::All)?;
+    let difference = largest_difference(&with_adapter, &written.forward(&batch, None, None, Rows::All)?)?;
+    let effect = largest_difference(&with_adapter, &model.forward(&batch, None, None, Rows::All)?)?;
 
-    let size = std::fs::metadata(flags.output.join("model.safetensors")).map_or(0, |file| file.len());
+    let size = std::fs::metadata(files.output.join("model.safetensors")).map_or(0, |file| file.len());
     if output.json {
-        Output::print_json(&json!({
-            "output": flags.output.to_string_lossy(),
+        return Ok(Output::print_json(&json!({
+            "output": files.output.to_string_lossy(),
             "dtype": written.dtype().as_str(),
             "bytes": size,
             "max_logit_difference": difference,
             "max_adapter_effect": effect,
-        }))?;
-    } else {
-        output.note(format_args!(
-            "wrote {} ({} in {})\nlogits of the merged model and of model + adapter differ by at most {difference:.2e} ({}); \
-             the adapter itself changes them by up to {effect:.2e}",
-            flags.output.display(),
-            bytes(size),
-            written.dtype().as_str(),
-            rounding(&written),
-        ));
+            "proof": proof.to_json(),
+        }))?);
     }
-    if difference > 0.5 * effect && effect > 0.0 {
-        Output::warn(
-            "rounding to the model's dtype removes most of the adapter's effect; `--dtype f32` keeps it exact",
-        );
-    }
+    proof.note(output);
+    output.note(format_args!(
+        "wrote {} ({} in {})\nlogits of the merged model and of model + adapter differ by at most {difference:.2e} ({}); \
+         the adapter itself changes them by up to {effect:.2e}",
+        files.output.display(),
+        bytes(size),
+        written.dtype().as_str(),
+        rounding(&written),
+    ));
     Ok(())
+}
+
+/// The merged model and what is left in it of the adapter's change.
+fn merge(
+    flags: &FuseArguments,
+    model: &Model,
+    adapter: &LoRAAdapter,
+    output: Output,
+) -> Result<(Model, Vec<Survival>)> {
+    let min_survival = flags.proof.min_survival;
+    let measured = |merged: Model| -> Result<(Model, Vec<Survival>)> {
+        let survivals = adapter.survival(model, &merged)?;
+        Ok((merged, survivals))
+    };
+    let (merged, survivals) = match flags.stochastic_rounding {
+        Some(seed) => measured(adapter.merge_stochastically(model, seed)?)?,
+        None => measured(adapter.merge(model)?)?,
+    };
+    if Proof::lost(&survivals, min_survival).is_empty() {
+        return Ok((merged, survivals));
+    }
+    if !flags.proof.auto {
+        return Err(Proof::refusal(&Proof::lost(&survivals, min_survival), min_survival, HINT).into());
+    }
+    for dtype in [DType::F16, DType::F32] {
+        // the other weights become wider too: programs load a model in one type
+        let wide = model.to_dtype(dtype);
+        let Ok(wide) = wide else { continue };
+        let merged = adapter.merge(&wide)?;
+        let (merged, survivals) = measured(merged)?;
+        if Proof::lost(&survivals, min_survival).is_empty() {
+            output.note(format_args!(
+                "{} would lose too much of the adapter's change: weights are written in {}",
+                model.dtype().as_str(),
+                dtype.as_str()
+            ));
+            return Ok((merged, survivals));
+        }
+    }
+    Err(UserError::new("the adapter's change is lost even in f32").into())
 }
 
 fn rounding(model: &Model) -> &'static str {

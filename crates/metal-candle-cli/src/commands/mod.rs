@@ -10,6 +10,7 @@ pub(crate) mod fuse;
 pub(crate) mod generate;
 pub(crate) mod info;
 pub(crate) mod logits;
+pub(crate) mod quantize;
 pub(crate) mod runs;
 pub(crate) mod template;
 pub(crate) mod tokenize;

@@ -3,6 +3,7 @@
 use super::LoRAAdapter;
 use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LoRAModule, parameter};
 use super::lora::with_rows;
+use super::random::Random;
 use crate::error::{Error, Result};
 use crate::models::Model;
 use candle_core::{DType, Tensor};
@@ -18,6 +19,35 @@ impl LoRAAdapter {
     /// # Errors
     /// `model` lacks a layer, or has it in another shape.
     pub fn merge(&self, model: &Model) -> Result<Model> {
+        self.merge_with(model, |_, sum, weight| Ok(sum.to_dtype(weight.dtype())?))
+    }
+
+    /// As [`LoRAAdapter::merge`], with the adapted weights in this dtype. On a GPU they are converted to the model's.
+    ///
+    /// # Errors
+    /// As [`LoRAAdapter::merge`].
+    pub fn merge_in(&self, model: &Model, dtype: DType) -> Result<Model> {
+        self.merge_with(model, |_, sum, _| Ok(sum.to_dtype(dtype)?))
+    }
+
+    /// As [`LoRAAdapter::merge`], with sums rounded up or down at random, by the seed, to the two nearest values of bf16, so that
+    /// on average nothing is lost: changes that are smaller than half the distance of two values survive.
+    ///
+    /// # Errors
+    /// As [`LoRAAdapter::merge`], or the weights are not bf16 on the CPU.
+    pub fn merge_stochastically(&self, model: &Model, seed: u64) -> Result<Model> {
+        if model.dtype() != DType::BF16 || !model.device().is_cpu() {
+            let message = format!("expected a bf16 model on the CPU, found {} elsewhere", model.dtype().as_str());
+            return Err(Error::argument("stochastic rounding", message));
+        }
+        self.merge_with(model, |name, sum, _| stochastically_rounded(sum, Random::new(seed, name)))
+    }
+
+    fn merge_with(
+        &self,
+        model: &Model,
+        mut round: impl FnMut(&str, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Model> {
         let adapter = self.attach(model)?;
         let mut tensors = HashMap::new();
         for module in adapter.modules() {
@@ -27,7 +57,8 @@ impl LoRAAdapter {
             if let Some(factors) = adapter.factors(module)? {
                 merged = merged.broadcast_mul(&factors)?;
             }
-            tensors.insert(name, merged.to_dtype(weight.dtype())?);
+            let rounded = round(&name, &merged, &weight)?;
+            tensors.insert(name, rounded);
         }
         for saved in adapter.saved_parameters() {
             let weight = parameter(model, &saved.name)?;
@@ -107,4 +138,18 @@ impl LoRAAdapter {
         let shape = if module.is_embedding() { (1, module.out_features) } else { (module.out_features, 1) };
         Ok(Some((magnitudes.reshape(shape)? / norms)?))
     }
+}
+
+/// f32 values rounded to bf16, up with the probability that the distance from the value below gives.
+fn stochastically_rounded(values: &Tensor, mut random: Random) -> Result<Tensor> {
+    let mut rounded = values.flatten_all()?.to_vec1::<f32>()?;
+    for value in &mut rounded {
+        // the lower half of the bits is what bf16 lacks; a carry moves to the next value
+        let noise = u32::from(random.bits());
+        let bits = value.to_bits().saturating_add(noise) & 0xffff_0000;
+        if f32::from_bits(bits).is_finite() {
+            *value = f32::from_bits(bits);
+        }
+    }
+    Ok(Tensor::from_vec(rounded, values.dims(), values.device())?.to_dtype(DType::BF16)?)
 }

@@ -13,6 +13,7 @@ mod lora;
 mod merge;
 mod patterns;
 mod random;
+mod survival;
 mod target;
 
 pub use builder::{LoRAAdapterBuilder, LoRAAdapterConfig};
@@ -20,6 +21,7 @@ pub use formats::SingleFileMetadata as CheckpointMetadata;
 pub use initialization::Start;
 pub use layout::{LoRAModule, SavedParameter, TrainedBiases};
 pub use lora::LoRAAdapter;
+pub use survival::Survival;
 pub use target::{ModuleName, TargetModule};
 
 pub(crate) use formats::{load_single_file, save_single_file};

@@ -22,6 +22,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// Sixteen random bits.
+    pub(super) fn bits(&mut self) -> u16 {
+        (self.next() >> 48) as u16
+    }
+
     /// A number from -1 up to 1.
     pub(super) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 52) as f64 - 1.0

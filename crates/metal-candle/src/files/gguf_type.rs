@@ -106,6 +106,24 @@ impl GgufType {
         }
     }
 
+    /// The next type that rounds less; none for f32.
+    pub fn with_more_bits(self) -> Option<Self> {
+        use BlockFormat::{IQ4NL, IQ4XS, MXFP4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        Some(match self {
+            Self::F32 => return None,
+            Self::F16 | Self::BF16 => Self::F32,
+            Self::Blocks(Q8_0) => Self::F16,
+            Self::Blocks(format) => Self::Blocks(match format {
+                Q2K => Q3K,
+                Q3K => Q4K,
+                Q4K | IQ4XS => Q5K,
+                Q5K => Q6K,
+                Q4_0 | Q4_1 | IQ4NL | MXFP4 => Q5_1,
+                Q6K | Q5_0 | Q5_1 | Q8_0 => Q8_0,
+            }),
+        })
+    }
+
     /// The number of elements that rows consist of a multiple of.
     pub fn block_len(self) -> usize {
         match self {

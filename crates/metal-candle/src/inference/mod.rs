@@ -1,5 +1,6 @@
 //! Generation: sampling, the scheduler that batches sequences, and the generator.
 
+mod divergence;
 mod generation;
 mod generator;
 mod mask;
@@ -16,6 +17,7 @@ mod stop;
 mod stream;
 
 pub use crate::models::{KVCache, KVCacheConfig};
+pub use divergence::{Adapted, Divergence};
 pub use generation::{Finish, FinishReason, Generation, GenerationConfig, Piece, Prompt};
 pub use generator::{Generator, Pieces};
 pub use mask::{AllowedTokens, TokenMask};

@@ -5,6 +5,7 @@ use super::config::ModelConfig;
 use super::layout::Layout;
 use super::parts::attention::Attention;
 use super::parts::feed_forward::FeedForward;
+use super::parts::inputs::InputSquares;
 use super::parts::norm::NormLayer;
 use super::parts::pass::Context;
 use super::parts::step::{is_read_by_eights, is_rms_norm};
@@ -255,12 +256,25 @@ impl Model {
     }
 
     fn run(&self, batch: &Batch, terms: Terms, cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
-        let logits = self.device().step(|| self.logits(batch, terms, cache, rows))?;
+        let logits = self.device().step(|| self.logits(batch, terms, cache, rows, None))?;
         self.inner.files.finish_pass()?;
         Ok(logits)
     }
 
-    fn logits(&self, batch: &Batch, terms: Terms, mut cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
+    /// Adds the squares of the inputs of all linear layers of the blocks for a batch to `inputs`.
+    pub(super) fn add_inputs(&self, batch: &Batch, inputs: &InputSquares) -> Result<()> {
+        self.device().step(|| self.logits(batch, Terms::Same(None), None, Rows::Of(&[]), Some(inputs)))?;
+        self.inner.files.finish_pass()
+    }
+
+    fn logits(
+        &self,
+        batch: &Batch,
+        terms: Terms,
+        mut cache: Option<&mut KVCache>,
+        rows: Rows,
+        inputs: Option<&InputSquares>,
+    ) -> Result<Tensor> {
         let config = &self.inner.config;
         self.check_positions(batch)?;
         if let Some(cache) = &cache {
@@ -274,7 +288,8 @@ impl Model {
         let (mut x, rotations) = self.embed(batch, terms, true)?;
         let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
-        let context = Context { rotations, positions, spans: &spans, terms, is_inference: true, dropout_seed: None };
+        let (spans, dropout_seed) = (&spans, None);
+        let context = Context { rotations, positions, spans, terms, is_inference: true, dropout_seed, inputs };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut())?;
         }

@@ -13,11 +13,20 @@ use std::path::Path;
 /// # Errors
 /// The folder or a file cannot be written.
 pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
+    save_model_with(model, folder, &[])
+}
+
+/// As [`save_model`], with further strings in the metadata of the weights.
+///
+/// # Errors
+/// The folder or a file cannot be written.
+pub fn save_model_with(model: &Model, folder: impl AsRef<Path>, metadata: &[(&str, &str)]) -> Result<()> {
     let folder = folder.as_ref();
     create_folder(folder)?;
     let tensors = model.parameters().iter().map(|(name, weight)| Ok((name, weight.tensor()?)));
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
-    write_safetensors(folder.join("model.safetensors"), &tensors, &[("format", "pt")])?;
+    let metadata = [&[("format", "pt")], metadata].concat();
+    write_safetensors(folder.join("model.safetensors"), &tensors, &metadata)?;
     write_atomically(folder.join("config.json"), |file| {
         file.write_all(model.config().to_json(model.dtype()).as_bytes())
     })?;

@@ -164,6 +164,7 @@ impl Model {
             terms: Terms::Same(terms),
             is_inference: false,
             dropout_seed: None,
+            inputs: None,
         };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, None)?;
@@ -227,6 +228,7 @@ impl Model {
             terms: Terms::Same(terms),
             is_inference: false,
             dropout_seed,
+            inputs: None,
         };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
         let mut kept: Vec<Kept> = Vec::new();

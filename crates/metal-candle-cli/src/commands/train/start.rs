@@ -1,7 +1,6 @@
 //! Everything a run needs before its first step.
 
 use super::prepared::Prepared;
-use crate::error::UserError;
 use crate::model_folder::with_end_of_turn;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::Output;
@@ -13,7 +12,7 @@ use anyhow::Result;
 use candle_core::DType;
 use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
-use metal_candle::data::{DatasetOptions, Datasets, SplitOptions, Tokenizer, TrainedTurns};
+use metal_candle::data::Tokenizer;
 use metal_candle::models::save_model;
 use std::collections::HashMap;
 use std::path::Path;
@@ -30,17 +29,7 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     if let Some(adapter) = &settings.adapter {
         check_adapter(adapter)?;
     }
-    let data_path = match &settings.data {
-        Some(path) => path.clone(),
-        None if settings.is_nano() => crate::nano::data()?,
-        None => {
-            return Err(UserError::new("there is nothing to train on: `--data` is missing")
-                .with_hint(
-                    "--data takes a JSONL file or a folder with train.jsonl; `metal-candle train --help` has examples",
-                )
-                .into());
-        }
-    };
+    settings.data_path()?;
     let data_name = settings.data.as_ref().map_or_else(|| "its sample data".to_owned(), |path| shown(path));
     let variables: Vec<&str> = settings.template_var.iter().flatten().map(String::as_str).collect();
     let tokenizer = with_template(&source, settings.chat_template.as_deref(), &variables)?;
@@ -50,19 +39,7 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     let now = UNIX_EPOCH + Duration::from_secs(started);
     let template = tokenizer.chat_template().cloned().map(|template| template.with_clock(move || now));
     let tokenizer = tokenizer.with_chat_template(template);
-    let options = DatasetOptions {
-        max_tokens: settings.max_tokens_per_sample,
-        truncate: settings.truncate == Some(true),
-        trained_turns: match settings.train_last_turn_only {
-            Some(true) => TrainedTurns::Last,
-            _ => TrainedTurns::All,
-        },
-        mask_prompt: settings.mask_prompt != Some(false),
-        vocab_size: Some(config.vocab_size),
-    };
-    let split =
-        SplitOptions { valid_fraction: settings.valid_fraction.unwrap_or(0.0), seed: settings.seed.unwrap_or(0) };
-    let data = Datasets::load(&data_path, &tokenizer, &options, &split)?;
+    let data = settings.datasets(&tokenizer, config.vocab_size)?;
     for note in &data.notes {
         output.note(format_args!("note: {note}"));
     }

@@ -1,7 +1,7 @@
 //! Writes models as GGUF files, quantized or not.
 
 use super::describe::Described;
-use super::mixture::{Circumstances, Matrix, QuantizationMixture};
+use super::mixture::QuantizationMixture;
 use super::names::GgufNames;
 use crate::error::{Error, Result};
 use crate::files::{GgufField, GgufFile, GgufType, GgufValue, NewTensor, split, split_fields, write_gguf};
@@ -57,21 +57,9 @@ impl<'a> GgufExport<'a> {
         Ok(Self { model, described, tensors, metadata: Vec::new() })
     }
 
-    /// Chooses the types of the matrices by a mixture.
+    /// Names the mixture that the model was quantized to.
     #[must_use]
     pub fn with_mixture(mut self, mixture: QuantizationMixture) -> Self {
-        let config = self.model.config();
-        let model = Circumstances {
-            is_tied: config.tie_word_embeddings,
-            group: config.num_attention_heads / config.num_key_value_heads.max(1),
-            has_importance: false,
-        };
-        for tensor in self.tensors.iter_mut().filter(|tensor| tensor.spec.shape.len() == 2) {
-            let index = tensor.name.split('.').nth(1).and_then(|layer| layer.parse().ok()).unwrap_or(0);
-            let (name, columns) = (tensor.name.as_str(), tensor.spec.shape[1]);
-            let matrix = Matrix { name, columns, index, num_layers: config.num_hidden_layers };
-            tensor.kind = mixture.of(&matrix, &model);
-        }
         self.put("general.file_type", GgufValue::Integer(mixture.file_type.into()));
         if matches!(mixture.base, GgufType::Blocks(_)) {
             self.put("general.quantization_version", GgufValue::Integer(2));
@@ -99,11 +87,6 @@ impl<'a> GgufExport<'a> {
         }
     }
 
-    /// The tensors, in the order of the file. Their types may be changed.
-    pub fn tensors_mut(&mut self) -> &mut [ExportedTensor] {
-        &mut self.tensors
-    }
-
     /// The tensors, in the order of the file.
     pub fn tensors(&self) -> &[ExportedTensor] {
         &self.tensors
@@ -113,7 +96,7 @@ impl<'a> GgufExport<'a> {
     /// bytes that each tensor takes.
     ///
     /// # Errors
-    /// A file cannot be written, a type does not fit the rows of its tensor, or an element is not finite or too large for its type.
+    /// A file cannot be written, or an element is not finite.
     pub fn write(&self, path: &Path, max_bytes: Option<u64>, mut progress: impl FnMut(usize)) -> Result<Vec<PathBuf>> {
         let mut new: Vec<NewTensor> = Vec::with_capacity(self.tensors.len());
         for (name, values) in &self.described.tables {
@@ -175,20 +158,19 @@ fn write_tensor(
     for start in (0..rows).step_by(at_once) {
         let len = at_once.min(rows - start);
         let part = weight.narrow_rows(start, len)?;
-        let mut bytes = match part.block_format() {
-            Some(format) if tensor.kind == GgufType::Blocks(format) => part.block_bytes()?,
-            _ => {
-                let values = part.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?;
-                check_finite(&tensor.spec.name, &values)?;
-                let mut values = values.to_vec1::<f32>()?;
-                let offset = names.offset(&tensor.spec);
-                if offset != 0.0 {
-                    for value in &mut values {
-                        *value += offset;
-                    }
+        let mut bytes = if part.block_format().is_some() {
+            part.block_bytes()?
+        } else {
+            let values = part.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?;
+            check_finite(&tensor.spec.name, &values)?;
+            let mut values = values.to_vec1::<f32>()?;
+            let offset = names.offset(&tensor.spec);
+            if offset != 0.0 {
+                for value in &mut values {
+                    *value += offset;
                 }
-                encode(&values, columns, tensor)?
             }
+            encoded(&values, tensor.kind)
         };
         if is_interleaved {
             bytes = names.interleaved(&bytes, bytes.len() / len.max(1));
@@ -199,24 +181,13 @@ fn write_tensor(
     Ok(num_bytes)
 }
 
-fn encode(values: &[f32], columns: usize, tensor: &ExportedTensor) -> Result<Vec<u8>> {
-    let too_large = |index: usize| {
-        let (name, kind, value) = (&tensor.spec.name, tensor.kind.name(), values[index]);
-        Error::argument(name, format!("element {index} is {value}, too large for {kind}: write this tensor as bf16"))
-    };
-    Ok(match tensor.kind {
-        GgufType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+/// The bytes of elements of a dense type that holds them exactly.
+fn encoded(values: &[f32], kind: GgufType) -> Vec<u8> {
+    match kind {
+        GgufType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
         GgufType::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
-        GgufType::F16 => {
-            if let Some(index) = values.iter().position(|value| f16::from_f32(*value).is_infinite()) {
-                return Err(too_large(index));
-            }
-            values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect()
-        }
-        GgufType::Blocks(format) => {
-            return Err(Error::Unsupported(format!("quantizing to {} ({columns} columns)", format.name())));
-        }
-    })
+        GgufType::F32 | GgufType::Blocks(_) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    }
 }
 
 fn put(file: &mut dyn Write, bytes: &[u8], path: &Path) -> Result<()> {

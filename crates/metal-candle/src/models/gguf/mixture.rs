@@ -1,6 +1,7 @@
 //! Which tensor of a quantized file gets which type: the mixtures of llama.cpp's `llama-quantize`.
 
 use crate::files::GgufType;
+use crate::models::ModelConfig;
 use metal_candle_kernels::BlockFormat;
 
 /// A named choice of types for the tensors of a GGUF file, with the meaning that `llama-quantize` gives the name.
@@ -40,26 +41,14 @@ const fn dense(name: &'static str, base: GgufType, file_type: u32) -> Quantizati
     QuantizationMixture { name, base, file_type, rule: Rule::Uniform }
 }
 
-/// What the mixtures ask about a matrix.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    /// The name in the file.
-    pub(super) name: &'a str,
-    /// The length of a row.
-    pub(super) columns: usize,
-    /// Which of its kind it is, in the order of the layers.
-    pub(super) index: usize,
-    /// The number of layers.
-    pub(super) num_layers: usize,
-}
-
 /// What the mixtures ask about a model.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Circumstances {
-    pub(super) is_tied: bool,
+pub(crate) struct Circumstances {
+    num_layers: usize,
+    is_tied: bool,
     /// Query heads for each key/value head.
-    pub(super) group: usize,
-    pub(super) has_importance: bool,
+    group: usize,
+    has_importance: bool,
 }
 
 impl QuantizationMixture {
@@ -92,35 +81,50 @@ impl QuantizationMixture {
         Self::ALL.iter().copied().find(|mixture| mixture.name.eq_ignore_ascii_case(name))
     }
 
-    /// The type of a matrix.
-    pub(super) fn of(self, matrix: &Matrix, model: &Circumstances) -> GgufType {
-        let GgufType::Blocks(base) = self.base else { return self.base };
-        fitting(self.blocks_of(base, matrix, model), matrix.columns)
+    /// What the mixtures ask about a model.
+    pub(crate) fn circumstances(self, config: &ModelConfig, has_importance: bool) -> Circumstances {
+        Circumstances {
+            num_layers: config.num_hidden_layers,
+            is_tied: config.tie_word_embeddings,
+            group: config.num_attention_heads / config.num_key_value_heads.max(1),
+            has_importance,
+        }
     }
 
-    fn blocks_of(self, base: BlockFormat, matrix: &Matrix, model: &Circumstances) -> BlockFormat {
+    /// The type of a matrix with rows of this length.
+    pub(crate) fn of(self, parameter: &str, columns: usize, model: &Circumstances) -> GgufType {
+        let GgufType::Blocks(base) = self.base else { return self.base };
+        fitting(self.blocks_of(base, parameter, columns, model), columns)
+    }
+
+    fn blocks_of(self, base: BlockFormat, parameter: &str, columns: usize, model: &Circumstances) -> BlockFormat {
         use BlockFormat::{Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-        let (i, n) = (matrix.index, matrix.num_layers);
+        let layer = parameter.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        let (i, n) = (layer.unwrap_or(0), model.num_layers);
         let has_more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
-        let module = matrix.name.split('.').nth(2).unwrap_or_default();
-        let is_head = matrix.name == "output.weight" || (matrix.name == "token_embd.weight" && model.is_tied);
-        match (self.rule, module) {
+        let module = parameter.trim_end_matches(".weight").rsplit('.').next().unwrap_or_default();
+        let is_head = module == "lm_head" || (module == "embed_tokens" && model.is_tied);
+        let is_value = matches!(module, "v_proj" | "qkv_proj");
+        // the second linear layer of the feed-forward part, by the names of the families
+        let is_down = matches!(module, "down_proj" | "output_linear") || parameter.ends_with("mlp.c_proj.weight");
+        let is_output = module == "o_proj";
+        match self.rule {
             _ if is_head && base == Q8_0 => Q8_0,
-            _ if is_head && !matrix.columns.is_multiple_of(base.len()) => Q8_0,
+            _ if is_head && !columns.is_multiple_of(base.len()) => Q8_0,
             _ if is_head => Q6K,
-            (Rule::More, "attn_v" | "attn_qkv" | "ffn_down") if has_more => Q6K,
-            (Rule::Q4KS, "attn_v" | "attn_qkv") if i < 4 => Q5K,
-            (Rule::Q4KS, "ffn_down") if i < n / 8 => Q5K,
-            (Rule::Q3KM, "attn_v" | "attn_qkv") if i < 2 => Q5K,
-            (Rule::Q3KM, "ffn_down") if i < n / 16 => Q5K,
-            (Rule::Q3KM, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q4K,
-            (Rule::Q3KL, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q5K,
-            (Rule::Q2K, "attn_v" | "attn_qkv") if model.group >= 4 => Q4K,
-            (Rule::Q2K, "attn_v" | "attn_qkv" | "ffn_down" | "attn_output") => Q3K,
-            (Rule::Table, "attn_v" | "attn_qkv") if model.group >= 4 => Q5K,
-            (Rule::Table, "ffn_down") if i < n / 8 && !model.has_importance => Q5K,
-            (Rule::Base, "ffn_down") if i < n / 8 && model.has_importance && base == Q4_0 => Q4_1,
-            (Rule::Base, "ffn_down") if i < n / 8 && model.has_importance && base == Q5_0 => Q5_1,
+            Rule::More if (is_value || is_down) && has_more => Q6K,
+            Rule::Q4KS if is_value && i < 4 => Q5K,
+            Rule::Q4KS if is_down && i < n / 8 => Q5K,
+            Rule::Q3KM if is_value && i < 2 => Q5K,
+            Rule::Q3KM if is_down && i < n / 16 => Q5K,
+            Rule::Q3KM if is_value || is_down || is_output => Q4K,
+            Rule::Q3KL if is_value || is_down || is_output => Q5K,
+            Rule::Q2K if is_value && model.group >= 4 => Q4K,
+            Rule::Q2K if is_value || is_down || is_output => Q3K,
+            Rule::Table if is_value && model.group >= 4 => Q5K,
+            Rule::Table if is_down && i < n / 8 && !model.has_importance => Q5K,
+            Rule::Base if is_down && i < n / 8 && model.has_importance && base == Q4_0 => Q4_1,
+            Rule::Base if is_down && i < n / 8 && model.has_importance && base == Q5_0 => Q5_1,
             _ => base,
         }
     }

@@ -55,6 +55,9 @@ impl LinearLayer {
     ) -> Result<Tensor> {
         let _span = span(self.slot.name, Kind::Group);
         if context.is_inference {
+            if let Some(inputs) = context.inputs {
+                inputs.add(self.slot.id, x)?;
+            }
             return self.linear.infer_terms(x, &context.terms.of_layer(self.slot.id), residual);
         }
         let (y, kept) = self.linear.forward_keeping(x, self.term(context), self.seed(context), residual)?;

@@ -5,6 +5,7 @@ pub(super) mod attention;
 pub(super) mod feed_forward;
 pub(super) mod gated_mlp;
 pub(super) mod input;
+pub(super) mod inputs;
 pub(super) mod linear;
 pub(super) mod norm;
 pub(super) mod pass;

@@ -2,6 +2,7 @@
 //! counted with.
 
 use super::super::gradients::Gradients;
+use super::inputs::InputSquares;
 use crate::error::{Error, Result};
 use crate::ops::LowRankTerms;
 use crate::ops::adapters::Terms;
@@ -24,6 +25,8 @@ pub(in crate::models) struct Context<'a> {
     pub(in crate::models) is_inference: bool,
     /// In training, the seed of this step's dropout.
     pub(in crate::models) dropout_seed: Option<u64>,
+    /// In inference, where the squares of the inputs of linear layers are summed.
+    pub(in crate::models) inputs: Option<&'a InputSquares>,
 }
 
 /// The backward pass of a layer: which gradients are required beside those of low-rank updates, and those that were computed.

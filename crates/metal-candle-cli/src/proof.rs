@@ -1,0 +1,192 @@
+//! What an export did to a model, measured on text and on the adapter's change, before anything is written.
+
+use crate::error::UserError;
+use crate::held_out::{self, HeldOut};
+use crate::output::{Output, grouped};
+use crate::run_folder::RunFolder;
+use anyhow::Result;
+use clap::Args;
+use metal_candle::adapters::Survival;
+use metal_candle::data::{Dataset, Tokenizer};
+use metal_candle::inference::{Adapted, Divergence};
+use metal_candle::{Model, ModelConfig};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Tokens that are compared at most.
+const MAX_TOKENS: usize = 2048;
+
+/// The length of the windows of a text, in tokens.
+const WINDOW: usize = 512;
+
+/// Names of weights in a message.
+const MAX_NAMED: usize = 5;
+
+/// The flags of a proof.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Proof")]
+pub(crate) struct ProofArguments {
+    /// Text to compare source and result on: a JSONL file, a folder with splits, or a text file
+    /// [default: the validation rows of the adapter's run, else the sample data of the built-in model].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) proof: Option<PathBuf>,
+
+    /// Refuse a result in which rounding leaves less than this share of the adapter's change of a weight.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    pub(crate) min_survival: f64,
+
+    /// Give weights that would lose more a type with more bits.
+    #[arg(long)]
+    pub(crate) auto: bool,
+}
+
+/// What was measured.
+pub(crate) struct Proof {
+    /// What was compared, if there was a tokenizer.
+    text: Option<(String, Divergence)>,
+    survivals: Vec<Survival>,
+}
+
+impl ProofArguments {
+    /// Refuses flags that make no sense.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !(0.0..=1.0).contains(&self.min_survival) {
+            let message = format!("`--min-survival`: expected a share from 0 to 1, found {}", self.min_survival);
+            return Err(UserError::new(message).into());
+        }
+        match &self.proof {
+            Some(path) => held_out::file_of(path).map(drop).map_err(Into::into),
+            None => Ok(()),
+        }
+    }
+
+    /// Compares a result with its source.
+    pub(crate) fn measure(
+        &self,
+        source: Adapted,
+        result: &Model,
+        tokenizer: Option<&Tokenizer>,
+        run: Option<&Path>,
+        survivals: Vec<Survival>,
+    ) -> Result<Proof> {
+        let Some(tokenizer) = tokenizer else { return Ok(Proof { text: None, survivals }) };
+        let (name, dataset) = self.rows(result, tokenizer, run)?;
+        let mut samples = dataset.samples;
+        let mut tokens = 0;
+        samples.retain(|sample| {
+            let fits = tokens == 0 || tokens + sample.ids.len() <= MAX_TOKENS;
+            tokens += if fits { sample.ids.len() } else { 0 };
+            fits
+        });
+        let divergence = Divergence::measure(source, (result, None), &samples)?;
+        Ok(Proof { text: Some((name, divergence)), survivals })
+    }
+
+    fn rows(&self, model: &Model, tokenizer: &Tokenizer, run: Option<&Path>) -> Result<(String, Dataset)> {
+        let config = model.config();
+        let window = WINDOW.min(config.max_sequence_length());
+        let read = |file: &Path| HeldOut::read(file, tokenizer, window, config.vocab_size);
+        if let Some(path) = &self.proof {
+            let file = held_out::file_of(path)?;
+            return Ok((file.display().to_string(), read(&file)?.dataset));
+        }
+        if let Some((name, rows)) = run.and_then(|run| validation_rows(run, tokenizer, config)) {
+            return Ok((name, rows));
+        }
+        let file = held_out::file_of(&crate::nano::data()?)?;
+        let text = held_out::texts(&file)?;
+        let (samples, _) = held_out::windows(&text, tokenizer, window)?;
+        Ok(("the sample data of the built-in model".into(), Dataset::from_samples(samples)))
+    }
+}
+
+/// The validation rows of the run that an adapter comes from, if they are still there.
+fn validation_rows(adapter: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Option<(String, Dataset)> {
+    let path = std::path::absolute(adapter).ok()?;
+    let (_, mut settings) = path.ancestors().take(3).find_map(|folder| RunFolder::open(folder).ok())?;
+    settings.complete(config).ok()?;
+    let valid = settings.datasets(tokenizer, config.vocab_size).ok()?.valid.filter(|rows| !rows.is_empty())?;
+    let name = settings.data.map_or_else(|| "the sample data".into(), |path| path.display().to_string());
+    Some((format!("the validation rows of {name}"), valid))
+}
+
+impl Proof {
+    /// The weights of which less than `min_survival` of the change is left.
+    pub(crate) fn lost(survivals: &[Survival], min_survival: f64) -> Vec<&Survival> {
+        // a share that is not a number is lost too
+        survivals
+            .iter()
+            .filter(|survival| survival.share.partial_cmp(&min_survival).is_none_or(std::cmp::Ordering::is_lt))
+            .collect()
+    }
+
+    /// The refusal of a result, with what to do.
+    pub(crate) fn refusal(lost: &[&Survival], min_survival: f64, hint: &str) -> UserError {
+        let named: Vec<String> =
+            lost.iter().take(MAX_NAMED).map(|one| format!("`{}` {:.3}", one.name, one.share)).collect();
+        let more = if lost.len() > MAX_NAMED { format!(" and {} more", lost.len() - MAX_NAMED) } else { String::new() };
+        UserError::new(format!(
+            "rounding would leave less than {min_survival} of the adapter's change in {} weights: {}{more}; nothing was written",
+            lost.len(),
+            named.join(", "),
+        ))
+        .with_hint(hint)
+    }
+
+    /// The smallest share of an adapter's change that is left in a weight.
+    fn least(&self) -> Option<&Survival> {
+        self.survivals.iter().min_by(|a, b| a.share.total_cmp(&b.share))
+    }
+
+    /// All of it, for reports.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut report = json!({});
+        if let Some((text, divergence)) = &self.text {
+            report["text"] = json!(text);
+            report["tokens"] = json!(divergence.tokens);
+            report["mean_kl"] = json!(divergence.mean_kl);
+            report["max_kl"] = json!(divergence.max_kl);
+            report["top1_agreement"] = json!(divergence.top1_agreement);
+            report["source_perplexity"] = json!(divergence.source_perplexity);
+            report["result_perplexity"] = json!(divergence.result_perplexity);
+        }
+        if let Some(least) = self.least() {
+            report["min_survival"] = json!(least.share);
+            let shares = self.survivals.iter().map(|one| (one.name.clone(), json!(one.share)));
+            report["survival"] = Value::Object(shares.collect());
+        }
+        report
+    }
+
+    /// The same in one line, without the shares of single weights, for the metadata of a file.
+    pub(crate) fn to_line(&self) -> String {
+        let mut report = self.to_json();
+        if let Some(report) = report.as_object_mut() {
+            report.remove("survival");
+        }
+        report.to_string()
+    }
+
+    /// Prints it for people.
+    pub(crate) fn note(&self, output: Output) {
+        if let Some((text, d)) = &self.text {
+            output.note(format_args!(
+                "on {} tokens of {text}: KL {:.2e} nats (largest {:.2e}), same best token {:.1} %, perplexity {:.3} -> {:.3}",
+                grouped(d.tokens as u64),
+                d.mean_kl,
+                d.max_kl,
+                100.0 * d.top1_agreement,
+                d.source_perplexity,
+                d.result_perplexity,
+            ));
+        } else {
+            output.note(format_args!("without a tokenizer, source and result are not compared on text"));
+        }
+        if let Some(least) = self.least() {
+            output.note(format_args!(
+                "of the adapter's change at least {:.3} is left in each weight (`{}`)",
+                least.share, least.name
+            ));
+        }
+    }
+}

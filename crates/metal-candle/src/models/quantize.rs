@@ -1,0 +1,221 @@
+//! Quantizes the matrices of a model.
+
+use super::gguf::{GgufNames, QuantizationMixture};
+use super::importance::Importance;
+use super::model::Model;
+use super::registry::{ParameterSpec, Role};
+use crate::error::{Error, Result};
+use crate::files::{GgufType, check_finite};
+use crate::ops::Weight;
+use candle_core::{DType, Device, Tensor};
+use half::f16;
+use metal_candle_kernels::{BlockFormat, QuantizeError};
+use regex::Regex;
+use std::collections::HashMap;
+
+/// Elements that are quantized at a time.
+const ELEMENTS_AT_ONCE: usize = 1 << 24;
+
+/// How a model is to be quantized.
+#[derive(Debug, Clone)]
+pub struct Quantization {
+    mixture: QuantizationMixture,
+    /// Types of the tensors whose names match; the first match holds.
+    overrides: Vec<(Regex, GgufType)>,
+    importance: Option<Importance>,
+}
+
+/// How far quantizing has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantizeProgress {
+    /// Elements quantized so far.
+    pub elements: usize,
+    /// Elements in all.
+    pub num_elements: usize,
+}
+
+impl From<QuantizationMixture> for Quantization {
+    fn from(mixture: QuantizationMixture) -> Self {
+        Self { mixture, overrides: Vec::new(), importance: None }
+    }
+}
+
+impl Quantization {
+    /// Gives the tensors whose names match `pattern`, a regular expression, another type. Both their names in GGUF files
+    /// (`blk.0.ffn_down.weight`) and in checkpoints are tried. Of several that match, the first that was added holds.
+    ///
+    /// # Errors
+    /// The pattern is no regular expression.
+    pub fn with_type(mut self, pattern: &str, kind: GgufType) -> Result<Self> {
+        let wrong = |error: regex::Error| {
+            let message = format!("`{pattern}`: expected a regular expression: {error}");
+            Error::argument("tensor_type", message)
+        };
+        self.overrides.push((Regex::new(pattern).map_err(wrong)?, kind));
+        Ok(self)
+    }
+
+    /// Gives one weight, named as in a checkpoint, another type, whatever else was said of it.
+    #[must_use]
+    pub fn with_type_of(mut self, weight: &str, kind: GgufType) -> Self {
+        if let Ok(pattern) = Regex::new(&format!("^{}$", regex::escape(weight))) {
+            self.overrides.insert(0, (pattern, kind));
+        }
+        self
+    }
+
+    /// Weighs rounding errors by the importance of columns.
+    #[must_use]
+    pub fn with_importance(mut self, importance: Importance) -> Self {
+        self.importance = Some(importance);
+        self
+    }
+
+    /// The mixture.
+    pub fn mixture(&self) -> QuantizationMixture {
+        self.mixture
+    }
+
+    /// The type of each matrix of a model, by the name of the parameter.
+    ///
+    /// # Errors
+    /// A type that was asked for has blocks that do not fill the rows of a tensor.
+    pub fn types(&self, model: &Model) -> Result<HashMap<String, GgufType>> {
+        let config = model.config();
+        let names = GgufNames::for_config(config).ok();
+        let circumstances = self.mixture.circumstances(config, self.importance.is_some());
+        let mut types = HashMap::new();
+        for spec in config.parameter_specs()?.into_iter().filter(is_matrix) {
+            let in_file = names.and_then(|names| names.tensor(&spec.name));
+            let matches = |(pattern, _): &&(Regex, GgufType)| {
+                in_file.as_deref().is_some_and(|name| pattern.is_match(name)) || pattern.is_match(&spec.name)
+            };
+            let kind = match self.overrides.iter().find(matches) {
+                Some((_, kind)) if spec.shape[1].is_multiple_of(kind.block_len()) => *kind,
+                Some((_, kind)) => {
+                    let (columns, kind, len) = (spec.shape[1], kind.name(), kind.block_len());
+                    let message =
+                        format!("`{}`: expected rows of blocks of {len} ({kind}), found rows of {columns}", spec.name);
+                    return Err(Error::argument("tensor_type", message));
+                }
+                None => self.mixture.of(&spec.name, spec.shape[1], &circumstances),
+            };
+            types.insert(spec.name, kind);
+        }
+        Ok(types)
+    }
+}
+
+/// Whether a parameter is a matrix that quantized files hold quantized.
+fn is_matrix(spec: &ParameterSpec) -> bool {
+    spec.shape.len() == 2 && matches!(spec.role, Role::Matrix | Role::Embedding)
+}
+
+impl Model {
+    /// The same model with its matrices in other types, on the CPU. Matrices that have their type already are shared.
+    ///
+    /// # Errors
+    /// The model is on a GPU, or an element is not finite or too large for its type.
+    pub fn quantize(&self, quantization: &Quantization, mut progress: impl FnMut(QuantizeProgress)) -> Result<Self> {
+        if !self.device().is_cpu() {
+            return Err(Error::Unsupported("quantizing on a GPU: load the model on the CPU".into()));
+        }
+        let types = quantization.types(self)?;
+        let num_elements = self
+            .parameters()
+            .iter()
+            .filter(|(name, _)| types.contains_key(name))
+            .map(|(_, weight)| weight.elem_count())
+            .sum();
+        let mut state = QuantizeProgress { elements: 0, num_elements };
+        let mut weights = HashMap::new();
+        for (name, weight) in self.parameters() {
+            let Some(kind) = types.get(name).copied() else {
+                weights.insert(name.clone(), weight.clone());
+                continue;
+            };
+            let importance = quantization.importance.as_ref().and_then(|importance| importance.of(name));
+            let quantized = convert(name, weight, kind, importance, |count| {
+                state.elements += count;
+                progress(state);
+            })?;
+            weights.insert(name.clone(), quantized);
+        }
+        Self::from_weights(self.config().clone(), weights, self.device())
+    }
+}
+
+impl Model {
+    /// The same model with all its parameters in this dtype.
+    ///
+    /// # Errors
+    /// An element is too large for it.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let mut weights = HashMap::new();
+        for (name, weight) in self.parameters() {
+            weights.insert(name.clone(), narrowed(name, &weight.to_dtype(DType::F32)?, dtype)?.into());
+        }
+        Self::from_weights(self.config().clone(), weights, self.device())
+    }
+}
+
+/// A matrix in another type.
+fn convert(
+    name: &str,
+    weight: &Weight,
+    kind: GgufType,
+    importance: Option<&[f32]>,
+    mut progress: impl FnMut(usize),
+) -> Result<Weight> {
+    let (rows, columns) = weight.dims2()?;
+    let is_there = match kind {
+        GgufType::Blocks(format) => weight.block_format() == Some(format),
+        _ => weight.block_format().is_none() && kind.dtype() == Some(weight.dtype()),
+    };
+    if is_there {
+        progress(rows * columns);
+        return Ok(weight.clone());
+    }
+    let at_once = (ELEMENTS_AT_ONCE / columns.max(1)).max(1);
+    let (mut blocks, mut dense) = (Vec::new(), Vec::new());
+    for start in (0..rows).step_by(at_once) {
+        let len = at_once.min(rows - start);
+        let values = weight.narrow_rows(start, len)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        check_finite(name, &values)?;
+        match kind {
+            GgufType::Blocks(format) => {
+                blocks.extend(quantize(name, &values.flatten_all()?.to_vec1()?, columns, format, importance)?);
+            }
+            _ => dense.push(narrowed(name, &values, kind.dtype().unwrap_or(DType::F32))?),
+        }
+        progress(len * columns);
+    }
+    match kind {
+        GgufType::Blocks(format) => Weight::blocks(blocks, (rows, columns), format)
+            .ok_or_else(|| Error::Unsupported(format!("`{name}`: blocks of another size than their matrix"))),
+        _ => Ok(Tensor::cat(&dense, 0)?.into()),
+    }
+}
+
+fn quantize(
+    name: &str,
+    values: &[f32],
+    columns: usize,
+    format: BlockFormat,
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    format
+        .quantize(values, columns, importance)
+        .map_err(|error: QuantizeError| Error::argument(name, error.to_string()))
+}
+
+/// Finite values as a tensor of a smaller type that holds all of them.
+fn narrowed(name: &str, values: &Tensor, dtype: DType) -> Result<Tensor> {
+    if dtype == DType::F16 {
+        let largest = values.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        if f16::from_f32(largest).is_infinite() {
+            return Err(Error::argument(name, format!("an element of {largest} is too large for f16: use bf16")));
+        }
+    }
+    Ok(values.to_dtype(dtype)?)
+}
