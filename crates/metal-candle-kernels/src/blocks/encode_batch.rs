@@ -41,8 +41,8 @@ impl Batch<'_> {
         transposed(self.values)
     }
 
-    /// The importance of each value; 1 where there is no group.
-    #[inline(always)]
+    /// The importance of each value; 1 where there is no group. Never inlined, as [`transposed`].
+    #[inline(never)]
     pub(super) fn importance_of_groups<const N: usize>(&self, importance: Importance) -> [Lanes; N] {
         let mut lanes = [Lanes::splat(1.0); N];
         for lane in 0..self.values.len() / N {
@@ -119,8 +119,8 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f32 {
     sum
 }
 
-/// The levels of the groups one after another.
-#[inline(always)]
+/// The levels of the groups one after another. Never inlined, as [`transposed`].
+#[inline(never)]
 pub(super) fn levels_in_order<const N: usize>(levels: &[Lanes; N]) -> [[u8; N]; LANES] {
     let mut ordered = [[0; N]; LANES];
     for i in 0..N {

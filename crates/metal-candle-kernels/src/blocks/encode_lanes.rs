@@ -122,7 +122,9 @@ pub(super) fn rounded(value: f32, low: f32, high: f32) -> f32 {
 }
 
 /// Lane `k` of element `i` is value `i` of group `k`. Lanes without a group are zero.
-#[inline(always)]
+///
+/// Never inlined: compiled for AVX-512, the loops become gathers and scatters, which are slower.
+#[inline(never)]
 pub(super) fn transposed<const N: usize>(values: &[f32]) -> [Lanes; N] {
     let mut lanes = [Lanes::ZERO; N];
     for (lane, group) in values.as_chunks::<N>().0.iter().enumerate().take(LANES) {

@@ -224,7 +224,7 @@ fn fit_by_level_body<A: Arithmetic>(x: &[Lanes], half: f32, levels: &mut [Lanes]
 
 /// Fits the scales of a superblock, which are not negative, by one scale and levels up to `most`. Returns that scale and
 /// writes the levels.
-#[inline(always)]
+#[inline(never)]
 pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) -> f32 {
     let len = x.len();
     let mut largest = 0.0;
