@@ -1,6 +1,6 @@
 //! The BPE models of GGUF files as parts of a `tokenizer.json`.
 
-use super::gguf_pre_tokenizer::PreTokenizer;
+use super::gguf_pre_tokenizer::{PreTokenizer, byte_level as byte_level_step};
 use super::gguf_vocabulary::{MERGES, Vocabulary, wrong};
 use crate::error::Result;
 use crate::files::GgufFile;
@@ -36,14 +36,10 @@ pub(super) fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result
         }
         None => return Err(wrong(file, MERGES, "expected the merges of the tokens, found none")),
     };
-    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-    let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    let mut steps: Vec<Value> = pre.patterns.iter().map(split).collect();
-    steps.push(bytes.clone());
     Ok(Parts {
         normalizer: if pre.nfc { json!({"type": "NFC"}) } else { Value::Null },
-        pre_tokenizer: json!({"type": "Sequence", "pretokenizers": steps}),
-        decoder: bytes,
+        pre_tokenizer: pre.json(),
+        decoder: byte_level_step(),
         model: bpe(vocabulary, &merges, None, false, pre.ignore_merges),
         add_bos: pre.add_bos,
     })

@@ -2,6 +2,13 @@
 //!
 //! Where `tokenizer.json` files of the models are known, their regexes are used; llama.cpp's are rewritten for its own engine.
 
+use serde_json::{Value, json};
+
+/// The step of a `tokenizer.json` that spells bytes as characters.
+pub(super) fn byte_level() -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false})
+}
+
 /// How a byte-level BPE tokenizer splits a text, and the settings that llama.cpp derives from the name of the splitting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PreTokenizer {
@@ -23,7 +30,7 @@ const fn whole_words(patterns: &'static [&'static str]) -> PreTokenizer {
     PreTokenizer { ignore_merges: true, ..plain(patterns) }
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -55,11 +62,11 @@ const PUNCTUATION: &str = r"[\p{P}\$\+<=>\^~\|]+";
 /// What llama.cpp uses for a file without `tokenizer.ggml.pre`.
 const DEFAULT: PreTokenizer = plain(&[PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]);
 
-/// The names that llama.cpp knows and their splitting.
+/// The names that llama.cpp knows and their splitting. The first of several is written for a tokenizer that was not published.
 const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["default"], DEFAULT),
     (
-        &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
+        &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
         PreTokenizer { add_bos: true, ..whole_words(&[LLAMA3]) },
     ),
     (&["dbrx", "smaug-bpe", "chatglm-bpe"], plain(&[LLAMA3])),
@@ -79,7 +86,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["youtu"], whole_words(&[YOUTU_SCRIPTS, YOUTU])),
     (&["kimi-k2"], plain(&[KIMI_K2])),
     (
-        &["starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"],
+        &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
         plain(&[r"\p{N}", GPT2]),
     ),
     (
@@ -135,7 +142,23 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["minicpm5"], whole_words(&[r"\p{N}{1,3}", MINICPM5])),
 ];
 
+/// Regexes that match every character of a text, so that nothing lies between their matches.
+pub(super) const WHOLE_TEXT: &[&str] = &[GPT2, LLAMA3, QWEN2, QWEN35, O200K, TEKKEN];
+
 impl PreTokenizer {
+    /// The known splittings with their names; the preferred name of equal ones first.
+    pub(super) fn all() -> impl Iterator<Item = (&'static str, Self)> {
+        KNOWN.iter().flat_map(|(names, pre_tokenizer)| names.iter().map(|name| (*name, *pre_tokenizer)))
+    }
+
+    /// The `pre_tokenizer` of a `tokenizer.json`.
+    pub(super) fn json(self) -> Value {
+        let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let mut steps: Vec<Value> = self.patterns.iter().map(split).collect();
+        steps.push(byte_level());
+        json!({"type": "Sequence", "pretokenizers": steps})
+    }
+
     /// The splitting with this name; the default of llama.cpp without one.
     ///
     /// # Errors

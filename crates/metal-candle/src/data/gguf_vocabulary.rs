@@ -11,7 +11,7 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const TYPES: &str = "tokenizer.ggml.token_type";
 
 /// Longest token that [`Vocabulary::derived_merges`] divides, in bytes. All ways to divide a token take the square of its length.
-const MAX_DIVIDED_BYTES: usize = 4096;
+pub(super) const MAX_DIVIDED_BYTES: usize = 4096;
 
 /// What a token is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,8 +187,7 @@ impl<'a> Vocabulary<'a> {
                     format!("expected tokens of at most {MAX_DIVIDED_BYTES} bytes, found one of {}", token.len());
                 return Err(wrong(self.file, TOKENS, message));
             }
-            for (at, _) in token.char_indices().skip(1) {
-                let (first, second) = token.split_at(at);
+            for (first, second) in divisions(token) {
                 if is_text(first) && is_text(second) {
                     merges.push((*score, first, second));
                 }
@@ -197,6 +196,11 @@ impl<'a> Vocabulary<'a> {
         merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.len().cmp(&a.1.len())));
         Ok(merges.into_iter().map(|(_, first, second)| (first, second)).collect())
     }
+}
+
+/// All ways to divide a token in two, those with the shortest first part first.
+pub(super) fn divisions(token: &str) -> impl Iterator<Item = (&str, &str)> {
+    token.char_indices().skip(1).map(|(at, _)| token.split_at(at))
 }
 
 /// The types that a file lists.

@@ -5,7 +5,13 @@ mod dataset;
 mod encode;
 mod files;
 mod gguf_bpe;
+mod gguf_metadata;
+#[cfg(test)]
+mod gguf_metadata_tests;
+mod gguf_pre_names;
 mod gguf_pre_tokenizer;
+mod gguf_scores;
+mod gguf_splitting;
 mod gguf_tokenizer;
 mod gguf_vocabulary;
 mod jinja;
@@ -29,7 +35,7 @@ mod turn_end;
 pub use chat::ChatTemplate;
 pub use dataset::{Dataset, DatasetFiles, Datasets, SplitOptions};
 pub use encode::RoleTokens;
-// the loader of GGUF models is going to use it
+pub use gguf_metadata::GgufTokenizer;
 pub use message::Message;
 pub use packing::{PackingLimits, batch_of, pack};
 pub use random::Random;

@@ -30,6 +30,7 @@ struct Inner {
     add_bos_token: Option<bool>,
     eos_token: Option<String>,
     pad_token: Option<String>,
+    unk_token: Option<String>,
 }
 
 /// Tokens and where in the text they come from.
@@ -76,6 +77,7 @@ impl Tokenizer {
             inner.bos_token = name(inner.bos_token.take(), "bos_token");
             inner.eos_token = name(inner.eos_token.take(), "eos_token");
             inner.pad_token = name(inner.pad_token.take(), "pad_token");
+            inner.unk_token = name(inner.unk_token.take(), "unk_token");
         }))
     }
 
@@ -118,6 +120,7 @@ impl Tokenizer {
             add_bos_token: config.get("add_bos_token").and_then(Value::as_bool),
             eos_token: token("eos_token"),
             pad_token: token("pad_token"),
+            unk_token: token("unk_token"),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -150,6 +153,7 @@ impl Tokenizer {
             add_bos_token: shared.add_bos_token,
             eos_token: shared.eos_token.clone(),
             pad_token: shared.pad_token.clone(),
+            unk_token: shared.unk_token.clone(),
         });
         change(&mut inner);
         Self { inner: Arc::new(inner) }
@@ -261,6 +265,11 @@ impl Tokenizer {
         self.inner.pad_token.as_deref()
     }
 
+    /// The token of a text that has none, if there is one. Byte-level tokenizers name one and never use it.
+    pub fn unk_token(&self) -> Option<&str> {
+        self.inner.unk_token.as_deref()
+    }
+
     /// The id of [`Tokenizer::eos_token`].
     pub fn eos_token_id(&self) -> Option<u32> {
         self.token_to_id(self.eos_token()?)
@@ -275,9 +284,12 @@ impl Tokenizer {
         let json = self.inner.tokenizer.to_string(true).map_err(|error| Error::format(&self.inner.path, error))?;
         write_atomically(folder.join("tokenizer.json"), |file| file.write_all(json.as_bytes()))?;
         let mut config = Map::new();
-        for (name, token) in
-            [("bos_token", self.bos_token()), ("eos_token", self.eos_token()), ("pad_token", self.pad_token())]
-        {
+        for (name, token) in [
+            ("bos_token", self.bos_token()),
+            ("eos_token", self.eos_token()),
+            ("pad_token", self.pad_token()),
+            ("unk_token", self.unk_token()),
+        ] {
             if let Some(token) = token {
                 config.insert(name.into(), token.into());
             }
@@ -299,6 +311,11 @@ impl Tokenizer {
             write_atomically(path, |file| file.write_all(source.as_bytes()))?;
         }
         Ok(())
+    }
+
+    /// The file that it was read from.
+    pub(super) fn path(&self) -> &Path {
+        &self.inner.path
     }
 
     /// The `tokenizers` crate's form.
