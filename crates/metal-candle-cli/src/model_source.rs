@@ -179,7 +179,8 @@ impl ModelSource {
         files.retain(is_weights);
         files.sort();
         let file = SafetensorsFile::open(files.first()?).ok()?;
-        file.entries().iter().max_by_key(|entry| entry.num_bytes())?.candle_dtype()
+        let floats = file.entries().iter().filter(|entry| entry.is_float());
+        floats.max_by_key(|entry| entry.num_bytes())?.candle_dtype()
     }
 
     pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {

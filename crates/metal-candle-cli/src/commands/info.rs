@@ -31,7 +31,13 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
         "missing: config.json only".to_owned()
     } else {
         let size: usize = files.iter().flat_map(SafetensorsFile::entries).map(TensorEntry::num_bytes).sum();
-        format!("{} in {} file{}", bytes(size as u64), files.len(), if files.len() == 1 { "" } else { "s" })
+        let quantization = config.quantization().map_or_else(String::new, |quantization| format!(": {quantization}"));
+        format!(
+            "{} in {} file{}{quantization}",
+            bytes(size as u64),
+            files.len(),
+            if files.len() == 1 { "" } else { "s" }
+        )
     };
     let parts = parts(&config);
     let dtypes = match flags.model.dtype {
@@ -63,6 +69,7 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
                 "weight_files": weight_files(&source, &files),
                 "weights_are_complete": missing.is_empty() && (!files.is_empty() || source.gguf().is_some()),
                 "weight_bytes": memory,
+                "quantization": config.quantization(),
                 "kv_cache_bytes_per_token": cache_bytes(&config, 1, DType::F32),
                 "num_hidden_layers": config.num_hidden_layers,
                 "hidden_size": config.hidden_size,

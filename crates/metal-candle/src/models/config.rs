@@ -2,6 +2,7 @@
 
 use super::generation_defaults::GenerationDefaults;
 use super::keys::Keys;
+use super::packed::Quantization;
 use crate::error::Result;
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -53,6 +54,8 @@ pub struct ModelConfig {
     pub(crate) keys: Map<String, Value>,
     /// Whether the model is the text part of a multimodal one.
     pub(crate) is_text_part: bool,
+    /// How the weights beside the file are quantized. Saved models are not, so this is no part of their configuration.
+    pub(crate) quantization: Option<Quantization>,
 }
 
 /// Two configurations are equal if their files would be, whatever the style of the keys they were read from.
@@ -155,6 +158,7 @@ impl ModelConfig {
             notes: Vec::new(),
             keys: keys.map().clone(),
             is_text_part: false,
+            quantization: None,
         })
     }
 
@@ -182,6 +186,12 @@ impl ModelConfig {
                 .field("other_keys", other_keys)
                 .finish()
         })
+    }
+
+    /// How the weights of the checkpoint are quantized, in words: `4 bits in groups of 64 (MLX)`. None if they are dense, or in a
+    /// GGUF file, where each tensor has a type of its own.
+    pub fn quantization(&self) -> Option<String> {
+        self.quantization.as_ref().map(Quantization::to_string)
     }
 
     /// Longest sequence that the model takes, in tokens: `max_position_embeddings`, times the factor of dynamic rotary scaling.

@@ -6,6 +6,7 @@ use super::families::{self, Family};
 use super::generation_defaults::Advice;
 use super::keys::Keys;
 use super::layout::Layout;
+use super::packed::Quantization;
 use super::registry::ParameterSpec;
 use crate::error::{Error, Result};
 use crate::files::{JsonObject, element_count};
@@ -86,7 +87,10 @@ impl ModelConfig {
         if let Some(text_type) = families::text_type(model_type) {
             let text = object.object("text_config")?;
             let text = text.ok_or_else(|| object.missing("text_config", "the configuration of the text model"))?;
-            let text = text.with_defaults(object, &["eos_token_id", "torch_dtype", "dtype"]);
+            let text = text.with_defaults(
+                object,
+                &["eos_token_id", "torch_dtype", "dtype", "quantization", "quantization_config"],
+            );
             // the head belongs to the multimodal model, whose own keys count
             let mut map = text.map().clone();
             map.insert("tie_word_embeddings".into(), object.flag("tie_word_embeddings")?.unwrap_or(true).into());
@@ -114,13 +118,7 @@ impl ModelConfig {
             )));
         };
         let keys = Keys::new(object);
-        for key in ["quantization_config", "quantization"] {
-            if let Some(value) = keys.get(key) {
-                let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-                let what = format!("weights quantized by method `{method}`: take the unquantized model");
-                return Err(keys.unsupported(key, &what));
-            }
-        }
+        let quantization = Quantization::read(&keys)?;
         if keys.get("per_layer_config").is_some() {
             return Err(keys.unsupported("per_layer_config", "settings that differ by layer"));
         }
@@ -128,6 +126,8 @@ impl ModelConfig {
             return Err(keys.unsupported("is_causal", "attention to later tokens"));
         }
         let mut config = Self::read(model_type, &family.defaults, &keys)?;
+        Quantization::remove_keys(&mut config.keys);
+        config.quantization = quantization;
         config.check_sizes().map_err(|error| in_file(error, object.path()))?;
         let description = (family.describe)(&mut config, &keys)?;
         for key in keys.unread() {

@@ -1,6 +1,7 @@
 //! Loading safetensors checkpoints and GGUF files.
 
 use super::gguf::GgufWeights;
+use super::packed::PackedWeights;
 use super::{Model, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -18,6 +19,10 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 ///
 /// Quantized matrices of a GGUF file stay quantized on the CPU, and are multiplied with f32 activations. On a GPU they become
 /// matrices of the requested dtype, bf16 by default.
+///
+/// Quantized matrices of a safetensors checkpoint are repacked as blocks of GGUF while loading, where these hold exactly the same
+/// values. Others become dense: of the dtype of their scales on the CPU, and on a GPU, as blocks do, of the requested dtype or that
+/// of the tensors that are not quantized.
 ///
 /// Files are mapped into memory. On the CPU, matrices that have the requested dtype stay in the map: processes share their
 /// memory, and loading takes no time. Other tensors are read one by one. After 32 passes through the model its files are copied
@@ -112,8 +117,11 @@ impl ModelLoader {
             );
             config.tie_word_embeddings = false;
         }
-        let names = match_names(&shards, &found, &config)?;
-        let weights = self.read(&shards, &names, progress)?;
+        let parameters = Model::parameter_shapes(&config);
+        let packed = PackedWeights::find(&shards, config.quantization.as_ref(), &found, &parameters);
+        let names = match_names(&shards, &found, &config, &packed)?;
+        let weights = self.read(&shards, &names, &packed, progress)?;
+        drop(packed);
         Model::from_weights(config, weights, self.device)
     }
 
@@ -164,7 +172,7 @@ impl ModelLoader {
         if !problems.is_empty() {
             return Err(Error::Tensors { path: shards.path().to_path_buf(), problems });
         }
-        let weights = self.read(&shards, &names, |_| ())?;
+        let weights = self.read(&shards, &names, &PackedWeights::default(), |_| ())?;
         weights.into_iter().map(|(name, weight)| Ok((name, weight.tensor()?))).collect()
     }
 
@@ -186,14 +194,28 @@ impl ModelLoader {
         &self,
         shards: &Shards,
         names: &BTreeMap<String, String>,
+        packed: &PackedWeights,
         progress: impl FnMut(LoadProgress),
     ) -> Result<HashMap<String, Weight>> {
-        let dtype = self.dtype.unwrap_or_else(|| prevailing_dtype(shards, names.values()));
-        check_dtype(dtype)?;
-        let num_bytes = names.values().filter_map(|name| shards.get(name)).map(|(_, entry)| entry.num_bytes()).sum();
+        let prevailing = || prevailing_dtype(shards, names.values().filter(|name| !packed.is_part(name)));
+        let dtype = match self.dtype {
+            Some(dtype) => Some(dtype),
+            None if packed.is_empty() => Some(prevailing()),
+            // the parameters of a model on the CPU may have different types
+            None if self.device.is_cpu() => None,
+            None => Some(if prevailing() == DType::F16 { DType::F16 } else { DType::BF16 }),
+        };
+        dtype.map(check_dtype).transpose()?;
+        let dense = names.values().filter(|name| !packed.is_part(name)).filter_map(|name| shards.get(name));
+        let num_bytes = dense.map(|(_, entry)| entry.num_bytes()).sum::<usize>() + packed.num_bytes();
         let mut loading = Loading::new(self, names.len(), num_bytes, progress);
         for (name, name_in_file) in names {
+            if let Some((weight, num_bytes)) = packed.weight(name, dtype)? {
+                loading.add(name.clone(), weight, num_bytes)?;
+                continue;
+            }
             let Some((file, entry)) = shards.get(name_in_file) else { continue };
+            let dtype = dtype.unwrap_or_else(|| dense_dtype(entry));
             let weight = match mapped(file, entry, dtype) {
                 Some(weight) => weight,
                 None => file.float_tensor(name_in_file, dtype)?.into(),
@@ -281,20 +303,26 @@ fn match_names(
     shards: &Shards,
     found: &HashMap<String, String>,
     config: &ModelConfig,
+    packed: &PackedWeights,
 ) -> Result<BTreeMap<String, String>> {
-    let shape = |name: &str| shards.get(name).map(|(_, entry)| entry.shape.as_slice());
-    let is_aside = |name: &&str| {
-        let tied_head = config.tie_word_embeddings && *name == "lm_head.weight";
-        tied_head || name.ends_with("rotary_emb.inv_freq")
+    let fail = |mut problems: Vec<String>| {
+        problems.sort();
+        Err(Error::Tensors { path: shards.path().to_path_buf(), problems })
     };
-    let in_files = found.values().map(String::as_str).filter(|name| !is_aside(name));
-    let (names, mut problems) = match_shapes(config, |parameter| found.get(parameter).cloned(), shape, in_files);
-    problems.extend(names.values().filter_map(|name| dtype_problem(shards, name)));
-    if problems.is_empty() {
-        return Ok(names);
+    if !packed.problems.is_empty() {
+        return fail(packed.problems.clone());
     }
-    problems.sort();
-    Err(Error::Tensors { path: shards.path().to_path_buf(), problems })
+    let is_aside = |own: &str| {
+        let is_tied_head = config.tie_word_embeddings && own.starts_with(HEAD);
+        is_tied_head || own.ends_with("rotary_emb.inv_freq")
+    };
+    let name = |parameter: &str| packed.name(parameter).map(String::from).or_else(|| found.get(parameter).cloned());
+    let shape = |name: &str| packed.shape(name).or_else(|| shards.get(name).map(|(_, entry)| entry.shape.as_slice()));
+    let in_files = found.iter().filter(|(own, name)| !is_aside(own) && !packed.is_part(name));
+    let (names, mut problems) = match_shapes(config, name, shape, in_files.map(|(_, name)| name.as_str()));
+    let dense = names.values().filter(|name| !packed.is_part(name));
+    problems.extend(dense.filter_map(|name| dtype_problem(shards, name)));
+    if problems.is_empty() { Ok(names) } else { fail(problems) }
 }
 
 /// The name in the file of each parameter, by `name`, and what does not fit: parameters without a tensor, other shapes, and those
@@ -328,9 +356,23 @@ fn match_shapes<'a>(
     (names, problems)
 }
 
-/// Whether there are a head and an embedding of one shape with different values.
+/// What the names of the tensors of a head begin with.
+const HEAD: &str = "lm_head.";
+
+/// Whether there are a head and an embedding with different values.
 fn head_differs(shards: &Shards, found: &HashMap<String, String>) -> Result<bool> {
     let get = |name: &str| found.get(name).and_then(|name| shards.get(name));
+    let parts = |module: &str| -> BTreeMap<&str, &str> {
+        found.iter().filter_map(|(own, name)| Some((own.strip_prefix(module)?, name.as_str()))).collect()
+    };
+    let (of_head, of_embedding) = (parts(HEAD), parts("model.embed_tokens."));
+    if of_head.len() > 1 || of_embedding.len() > 1 {
+        // of a quantized matrix each tensor is compared
+        let bytes = |name: &str| shards.get(name).map(|(file, entry)| &file.map()[entry.byte_range()]);
+        let is_same = of_head.len() == of_embedding.len()
+            && of_head.iter().all(|(part, name)| of_embedding.get(part).is_some_and(|own| bytes(name) == bytes(own)));
+        return Ok(!of_head.is_empty() && !is_same);
+    }
     let (head, embedding) = (get("lm_head.weight"), get("model.embed_tokens.weight"));
     let (Some((head_file, head)), Some((file, embedding))) = (head, embedding) else {
         return Ok(false);
@@ -350,6 +392,11 @@ fn dtype_problem(shards: &Shards, name: &str) -> Option<String> {
     let (_, entry) = shards.get(name)?;
     let found = entry.dtype;
     (!entry.is_float()).then(|| format!("`{name}`: expected dtype F32, F16, BF16 or F64, found {found}"))
+}
+
+/// The dtype of a tensor in memory that is not converted.
+fn dense_dtype(entry: &TensorEntry) -> DType {
+    entry.candle_dtype().filter(|dtype| *dtype != DType::F64).unwrap_or(DType::F32)
 }
 
 /// The dtype most bytes have; f32 for f64.

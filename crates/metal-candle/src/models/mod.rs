@@ -18,6 +18,7 @@ mod layout;
 mod loader;
 mod memory;
 mod model;
+mod packed;
 mod parts;
 mod quantize;
 mod registry;

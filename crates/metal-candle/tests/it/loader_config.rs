@@ -149,8 +149,8 @@ fn what_is_not_supported_is_refused_by_key() {
         (json!({"rope_parameters": {"rope_type": "axial"}}), ["rope_parameters", "axial"]),
         (json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}), ["rope_parameters", "layer"]),
         (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), ["rope_parameters", "partial_rotary_factor"]),
-        (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), ["quantization_config", "gptq"]),
-        (json!({"quantization": {"bits": 4, "group_size": 64}}), ["quantization", "quantized"]),
+        (json!({"quantization_config": {"quant_method": "aqlm", "bits": 4}}), ["quantization_config", "aqlm"]),
+        (json!({"quantization": {"bits": 4}}), ["quantization", "quantized"]),
         (json!({"use_mrope": true}), ["use_mrope", "rotary"]),
     ] {
         let error = parse(&with(changes.clone())).expect_err(&changes.to_string());

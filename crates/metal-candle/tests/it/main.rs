@@ -32,6 +32,7 @@ mod loader_model;
 mod long_sequences;
 #[cfg(all(feature = "metal", target_os = "linux"))]
 mod metal_budget;
+mod packed;
 mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;

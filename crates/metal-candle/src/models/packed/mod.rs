@@ -1,0 +1,16 @@
+//! Reads quantized checkpoints of safetensors: finds the tensors that make up a matrix, and repacks or dequantizes them.
+
+mod dense;
+mod integers;
+mod matrix;
+mod mlx;
+mod module;
+mod quantization;
+mod small_floats;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+mod weights;
+
+pub(super) use quantization::Quantization;
+pub(super) use weights::PackedWeights;

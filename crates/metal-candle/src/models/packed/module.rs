@@ -1,0 +1,119 @@
+//! The tensors that a quantized checkpoint has in place of one matrix.
+
+use crate::error::{Error, Result};
+use crate::files::{SafetensorsFile, Shards, TensorEntry};
+use candle_core::DType;
+use std::collections::BTreeMap;
+
+/// The dtypes of scales.
+pub(super) const FLOATS: &[&str] = &["F32", "F16", "BF16"];
+
+/// Tensors whose dtypes and shapes fit, or what is wrong with them.
+pub(super) type Checked<T> = std::result::Result<T, String>;
+
+/// The tensors of a module in the files of a checkpoint.
+#[derive(Debug)]
+pub(super) struct Module<'a> {
+    /// Its path in the files, such as `model.layers.0.mlp.up_proj`.
+    pub(super) path: String,
+    parts: BTreeMap<&'a str, Part<'a>>,
+}
+
+/// One of the tensors of a module.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part<'a> {
+    file: &'a SafetensorsFile,
+    entry: &'a TensorEntry,
+}
+
+impl<'a> Module<'a> {
+    /// The module with these tensors: what follows the path in the name of each, and its name in the files.
+    pub(super) fn new(shards: &'a Shards, tensors: impl Iterator<Item = (&'a str, &'a str)>) -> Option<Self> {
+        let mut path = None;
+        let mut parts = BTreeMap::new();
+        for (part, name) in tensors {
+            let (file, entry) = shards.get(name)?;
+            path = name.strip_suffix(part)?.strip_suffix('.').map(String::from);
+            parts.insert(part, Part { file, entry });
+        }
+        Some(Self { path: path?, parts })
+    }
+
+    /// The tensor `part`, if there is one.
+    pub(super) fn find(&self, part: &str) -> Option<Part<'a>> {
+        self.parts.get(part).copied()
+    }
+
+    /// The tensor `part`, or what is wrong.
+    pub(super) fn require(&self, part: &str, dtypes: &[&str]) -> Checked<Part<'a>> {
+        let path = &self.path;
+        let expected = dtypes.join(" or ");
+        let Some(found) = self.find(part) else {
+            return Err(format!("`{path}.{part}`: expected {expected} for a quantized matrix, found no such tensor"));
+        };
+        if dtypes.contains(&found.entry.dtype) {
+            return Ok(found);
+        }
+        Err(format!("`{path}.{part}`: expected dtype {expected}, found {}", found.entry.dtype))
+    }
+
+    /// The matrix `part`, or what is wrong.
+    pub(super) fn require_matrix(&self, part: &str, dtypes: &[&str]) -> Checked<(Part<'a>, [usize; 2])> {
+        let found = self.require(part, dtypes)?;
+        match found.entry.shape.as_slice() {
+            &[rows, columns] => Ok((found, [rows, columns])),
+            shape => Err(format!("`{}.{part}`: expected a matrix, found {shape:?}", self.path)),
+        }
+    }
+
+    /// The tensor `part` of this shape, or what is wrong.
+    pub(super) fn require_shape(&self, part: &str, dtypes: &[&str], shape: &[usize]) -> Checked<Part<'a>> {
+        let found = self.require(part, dtypes)?;
+        let other = &found.entry.shape;
+        if other == shape {
+            return Ok(found);
+        }
+        Err(format!("`{}.{part}`: expected {shape:?}, found {other:?}", self.path))
+    }
+}
+
+impl<'a> Part<'a> {
+    pub(super) fn name(self) -> &'a str {
+        &self.entry.name
+    }
+
+    pub(super) fn shape(self) -> &'a [usize] {
+        &self.entry.shape
+    }
+
+    pub(super) fn num_bytes(self) -> usize {
+        self.entry.num_bytes()
+    }
+
+    /// The dtype, if weights can have it.
+    pub(super) fn float_dtype(self) -> Option<DType> {
+        self.entry.candle_dtype().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16))
+    }
+
+    /// The elements as they are in the file.
+    pub(super) fn bytes(self) -> &'a [u8] {
+        &self.file.map()[self.entry.byte_range()]
+    }
+
+    /// The elements of a float tensor, row by row.
+    pub(super) fn floats(self) -> Result<Vec<f32>> {
+        Ok(self.file.float_tensor(self.name(), DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// An error about the contents of the tensor.
+    pub(super) fn error(self, message: &str) -> Error {
+        Error::format(self.file.path(), format!("`{}`: {message}", self.name()))
+    }
+
+    /// Ends reading the tensor: fails if its file was changed meanwhile, and releases the pages that were read.
+    pub(super) fn finish(self) -> Result<()> {
+        self.file.map().check().map_err(|error| Error::read(self.file.path(), error))?;
+        self.file.map().release(self.entry.byte_range());
+        Ok(())
+    }
+}

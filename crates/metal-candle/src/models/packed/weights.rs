@@ -1,0 +1,90 @@
+//! The quantized matrices of a checkpoint.
+
+use super::matrix::PackedMatrix;
+use super::mlx;
+use super::module::Module;
+use super::quantization::Quantization;
+use crate::error::Result;
+use crate::files::Shards;
+use crate::ops::Weight;
+use candle_core::DType;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// The quantized matrices of a checkpoint, by the names of parameters.
+#[derive(Default)]
+pub(crate) struct PackedWeights<'a> {
+    matrices: BTreeMap<&'a str, PackedMatrix<'a>>,
+    /// The tensors that they are stored in, by their names in the files.
+    parts: HashSet<&'a str>,
+    shapes: HashMap<&'a str, [usize; 2]>,
+    /// What is wrong with others.
+    pub(crate) problems: Vec<String>,
+}
+
+impl<'a> PackedWeights<'a> {
+    /// Looks for the parameters, given by name and shape, among the tensors `found`, given by their names in the model and in
+    /// the files.
+    pub(crate) fn find(
+        shards: &'a Shards,
+        quantization: Option<&Quantization>,
+        found: &'a HashMap<String, String>,
+        parameters: &'a [(String, Vec<usize>)],
+    ) -> Self {
+        let mut packed = Self::default();
+        let Some(quantization) = quantization else { return packed };
+        let sorted: BTreeMap<&str, &str> = found.iter().map(|(own, name)| (own.as_str(), name.as_str())).collect();
+        for (parameter, shape) in parameters {
+            let (Some(module), &[_, columns]) = (parameter.strip_suffix("weight"), shape.as_slice()) else { continue };
+            let tensors = sorted.range(module..).map_while(|(own, name)| Some((own.strip_prefix(module)?, *name)));
+            let Some(module) = Module::new(shards, tensors) else { continue };
+            let matrix = match quantization {
+                Quantization::Mlx(settings) => mlx::find(&module, settings, columns),
+            };
+            match matrix {
+                Ok(None) => (),
+                Ok(Some(matrix)) => packed.insert(parameter, matrix),
+                Err(problem) => packed.problems.push(problem),
+            }
+        }
+        packed
+    }
+
+    /// Whether there is no quantized matrix.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.matrices.is_empty()
+    }
+
+    /// The size of all quantized matrices in the files, in bytes.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.matrices.values().map(PackedMatrix::num_bytes).sum()
+    }
+
+    fn insert(&mut self, parameter: &'a str, matrix: PackedMatrix<'a>) {
+        self.parts.extend(matrix.parts.iter().map(|part| part.name()));
+        self.shapes.insert(matrix.parts[0].name(), matrix.shape);
+        self.matrices.insert(parameter, matrix);
+    }
+
+    /// The first tensor that a parameter is stored in, by its name in the files.
+    pub(crate) fn name(&self, parameter: &str) -> Option<&'a str> {
+        self.matrices.get(parameter).map(|matrix| matrix.parts[0].name())
+    }
+
+    /// The shape of the parameter whose first tensor this is.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.shapes.get(name).map(<[usize; 2]>::as_slice)
+    }
+
+    /// Whether a matrix is stored in this tensor.
+    pub(crate) fn is_part(&self, name: &str) -> bool {
+        self.parts.contains(name)
+    }
+
+    /// A parameter on the CPU and the bytes that it takes in the files; none if it is not quantized.
+    ///
+    /// Without a dtype it is made of quantized blocks where they hold the same values, else of the dtype of its scales.
+    pub(crate) fn weight(&self, parameter: &str, dtype: Option<DType>) -> Result<Option<(Weight, usize)>> {
+        let Some(matrix) = self.matrices.get(parameter) else { return Ok(None) };
+        Ok(Some((matrix.weight(dtype)?, matrix.num_bytes())))
+    }
+}
