@@ -51,8 +51,18 @@ pub(crate) fn export<'a>(
             if let Some(name) = name.file_name() {
                 export.put("general.name", GgufValue::Text(name.to_string_lossy().into_owned()));
             }
-            if let Some(_tokenizer) = tokenizer {
-                return Err(UserError::new("a tokenizer from a folder").into());
+            match tokenizer {
+                Some(tokenizer) => {
+                    let config = serde_json::from_str(&model.config().to_json(model.dtype()))?;
+                    let written = tokenizer.to_gguf(model.config().vocab_size, &config)?;
+                    for note in &written.notes {
+                        Output::warn(note);
+                    }
+                    for (key, value) in written.metadata {
+                        export.put(&key, value);
+                    }
+                }
+                None => Output::warn("the model has no tokenizer: programs that read the GGUF file need one"),
             }
         }
     }
@@ -93,7 +103,6 @@ pub(crate) struct GgufReport<'a> {
     pub(crate) path: &'a Path,
     /// The model that was written.
     pub(crate) model: &'a Model,
-    pub(crate) tokenizer: Option<&'a Tokenizer>,
     pub(crate) proof: Option<&'a Proof>,
 }
 

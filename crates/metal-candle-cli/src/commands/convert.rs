@@ -82,8 +82,7 @@ fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, 
             let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
             let export = gguf_output::export(model, source, tokenizer.as_ref())?;
             let paths = gguf_output::write(&export, &flags.output, flags.split_max_size.map(|size| size.0), output)?;
-            GgufReport { paths: &paths, path: &flags.output, model, tokenizer: tokenizer.as_ref(), proof: None }
-                .finish(output)
+            GgufReport { paths: &paths, path: &flags.output, model, proof: None }.finish(output)
         }
         Format::Mlx | Format::Safetensors => write_folder(flags, source, model, output),
     }

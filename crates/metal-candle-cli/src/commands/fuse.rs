@@ -54,8 +54,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     };
     let terms = adapter.terms()?;
     let with_adapter = (adapter.run_model(), Some(&terms));
-    let proof =
-        flags.proof.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
+    let proof = flags.proof.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
     fill_folder(&files.output, FREE_HINT, || {
         let line = proof.to_line();
         save_model_with(&merged, &files.output, &[("metal_candle.proof", &line)])?;

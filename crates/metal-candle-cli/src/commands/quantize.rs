@@ -140,14 +140,7 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     gguf_output::put_proof(&mut export, &proof);
     let max_bytes = flags.split_max_size.map(|size| size.0);
     let paths = gguf_output::write(&export, &flags.output, max_bytes, output)?;
-    GgufReport {
-        paths: &paths,
-        path: &flags.output,
-        model: &result,
-        tokenizer: tokenizer.as_ref(),
-        proof: Some(&proof),
-    }
-    .finish(output)
+    GgufReport { paths: &paths, path: &flags.output, model: &result, proof: Some(&proof) }.finish(output)
 }
 
 /// The types, and the importance matrix if one is asked for.
