@@ -15,6 +15,7 @@ mod decoder;
 mod devices;
 mod decoding_steps;
 mod distributed;
+mod export;
 mod families;
 #[cfg(target_os = "linux")]
 mod fuzz;
