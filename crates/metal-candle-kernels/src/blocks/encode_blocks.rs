@@ -3,7 +3,7 @@
 use super::decode::{IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 use super::encode_batch::{Batch, Encoder, important, levels_in_order, put_half, squares};
 use super::encode_lanes::{LANES, Lanes};
-use super::encode_search::{IMPORTANT, fit_symmetric, fit_table, fit_with_minimum, nearest_entry};
+use super::encode_search::{IMPORTANT, fit_symmetric, fit_table, fit_with_minimum, table_indices};
 
 /// The length of the blocks.
 const LEN: usize = 32;
@@ -251,22 +251,14 @@ impl Encoder for IQ4NL {
             fits &= put_half(block, 0, scales.0[lane]).is_finite();
             ids.0[lane] = inverse(scales.0[lane]);
         }
-        let levels = levels_in_order(&table_indices(&x, ids));
+        let mut indices = x;
+        table_indices(&IQ4_TABLE, &x, ids, &mut indices);
+        let levels = levels_in_order(&indices);
         for (lane, block) in blocks.chunks_exact_mut(18).enumerate() {
             pack_nibbles(&levels[lane], &mut block[2..]);
         }
         fits
     }
-}
-
-/// The indices of the entries that are nearest to `x * ids`.
-#[inline(always)]
-pub(super) fn table_indices(x: &[Lanes; LEN], ids: Lanes) -> [Lanes; LEN] {
-    let mut indices = [Lanes::ZERO; LEN];
-    for i in 0..LEN {
-        (_, indices[i]) = nearest_entry(&IQ4_TABLE, x[i] * ids);
-    }
-    indices
 }
 
 /// The middles between the magnitudes of 4-bit floats.

@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Sub};
 pub(super) const LANES: usize = 16;
 
 /// 1.5 * 2^23: adding it rounds numbers below 2^22 to integers, which then are the low bits.
-const ROUNDER: f32 = 12_582_912.0;
+pub(super) const ROUNDER: f32 = 12_582_912.0;
 
 /// A number per lane.
 #[derive(Clone, Copy)]

@@ -4,7 +4,8 @@
 //! when it is compiled without fused multiply-add.
 
 use super::encode_lanes::{Lanes, rounded};
-use crate::isa::{Arithmetic, dispatch};
+use super::encode_registers::{HasRegisters, Registers};
+use crate::isa::dispatch;
 
 /// Groups whose largest weight is smaller count as zero.
 pub(super) const TINY: f32 = 1e-15;
@@ -31,98 +32,116 @@ dispatch! {
 }
 
 #[inline(always)]
-fn fit_with_minimum_body<A: Arithmetic>(
+fn fit_with_minimum_body<A: HasRegisters>(
     x: &[Lanes],
     w: &[Lanes],
     most: f32,
     tries: Tries,
     levels: &mut [Lanes],
 ) -> (Lanes, Lanes) {
+    let (scale, minimum) = fit_with_minimum_in::<A::Registers>(x, w, most, tries, levels);
+    (scale.store(), minimum.store())
+}
+
+#[inline(always)]
+fn fit_with_minimum_in<V: Registers>(
+    x: &[V::Memory],
+    w: &[V::Memory],
+    most: f32,
+    tries: Tries,
+    levels: &mut [V::Memory],
+) -> (V, V) {
     let n = x.len();
     let (w, levels) = (&w[..n], &mut levels[..n]);
-    let (mut low, mut high, mut sum_w, mut sum_x) = (x[0], x[0], w[0], w[0] * x[0]);
+    let (first, first_w) = (V::load(&x[0]), V::load(&w[0]));
+    let (mut low, mut high, mut sum_w, mut sum_x) = (first, first, first_w, first_w * first);
     for i in 1..n {
-        (low, high) = (x[i].min(low), x[i].max(high));
-        (sum_w, sum_x) = (sum_w + w[i], sum_x + w[i] * x[i]);
+        let (x, w) = (V::load(&x[i]), V::load(&w[i]));
+        (low, high) = (x.min(low), x.max(high));
+        (sum_w, sum_x) = (sum_w + w, sum_x + w * x);
     }
-    low = Lanes::where_less(Lanes::ZERO, low, Lanes::ZERO, low);
-    let (one, least) = (Lanes::splat(1.0), low);
+    low = V::where_less(V::zero(), low, V::zero(), low);
+    let (one, least) = (V::splat(1.0), low);
 
     let mut minimum = low;
-    let mut inverse = Lanes::splat(most) / (high - low);
+    let mut inverse = V::splat(most) / (high - low);
     let mut scale = one / inverse;
     // the rounding that is the best so far
     let mut best_inverse = inverse;
     let mut best_low = low;
-    let mut best = Lanes::ZERO;
+    let mut best = V::zero();
     for i in 0..n {
-        let level = (inverse * (x[i] - low)).rounded(0.0, most);
-        best = best + cost(scale, level, minimum, x[i], w[i], tries.absolute);
+        let (x, w) = (V::load(&x[i]), V::load(&w[i]));
+        let level = (inverse * (x - low)).rounded(0.0, most);
+        best = best + cost(scale, level, minimum, x, w, tries.absolute);
     }
 
     for k in 0..=tries.last {
-        inverse = Lanes::splat(tries.first + tries.step * f32::from(k) + most) / (high - minimum);
-        let (mut sum_l, mut sum_l2, mut sum_xl) = (Lanes::ZERO, Lanes::ZERO, Lanes::ZERO);
+        inverse = V::splat(tries.first + tries.step * f32::from(k) + most) / (high - minimum);
+        let (mut sum_l, mut sum_l2, mut sum_xl) = (V::zero(), V::zero(), V::zero());
         for i in 0..n {
-            let level = (inverse * (x[i] - minimum)).rounded(0.0, most);
-            levels[i] = level;
-            let weighted = w[i] * level;
+            let (x, w) = (V::load(&x[i]), V::load(&w[i]));
+            let level = (inverse * (x - minimum)).rounded(0.0, most);
+            levels[i] = level.store();
+            let weighted = w * level;
             sum_l = sum_l + weighted;
             sum_l2 = sum_l2 + weighted * level;
-            sum_xl = sum_xl + weighted * x[i];
+            sum_xl = sum_xl + weighted * x;
         }
         let determinant = sum_w * sum_l2 - sum_l * sum_l;
         let new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
         let new_minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
-        let new_scale = Lanes::where_less(Lanes::ZERO, new_minimum, sum_xl / sum_l2, new_scale);
-        let new_minimum = Lanes::where_less(Lanes::ZERO, new_minimum, Lanes::ZERO, new_minimum);
-        let mut error = Lanes::ZERO;
+        let new_scale = V::where_less(V::zero(), new_minimum, sum_xl / sum_l2, new_scale);
+        let new_minimum = V::where_less(V::zero(), new_minimum, V::zero(), new_minimum);
+        let mut error = V::zero();
         for i in 0..n {
-            error = error + cost(new_scale, levels[i], new_minimum, x[i], w[i], tries.absolute);
+            let (x, w, level) = (V::load(&x[i]), V::load(&w[i]), V::load(&levels[i]));
+            error = error + cost(new_scale, level, new_minimum, x, w, tries.absolute);
         }
-        let error = Lanes::where_less(Lanes::ZERO, determinant, error, Lanes::splat(f32::INFINITY));
-        best_inverse = Lanes::where_less(error, best, inverse, best_inverse);
-        best_low = Lanes::where_less(error, best, minimum, best_low);
-        scale = Lanes::where_less(error, best, new_scale, scale);
-        minimum = Lanes::where_less(error, best, new_minimum, minimum);
-        best = Lanes::where_less(error, best, error, best);
+        let error = V::where_less(V::zero(), determinant, error, V::splat(f32::INFINITY));
+        best_inverse = V::where_less(error, best, inverse, best_inverse);
+        best_low = V::where_less(error, best, minimum, best_low);
+        scale = V::where_less(error, best, new_scale, scale);
+        minimum = V::where_less(error, best, new_minimum, minimum);
+        best = V::where_less(error, best, error, best);
     }
 
     // groups of one value
-    scale = Lanes::where_less(least, high, scale, Lanes::ZERO);
-    minimum = Lanes::where_less(least, high, minimum, least);
+    scale = V::where_less(least, high, scale, V::zero());
+    minimum = V::where_less(least, high, minimum, least);
     for i in 0..n {
-        let level = (best_inverse * (x[i] - best_low)).rounded(0.0, most);
-        levels[i] = Lanes::where_less(least, high, level, Lanes::ZERO);
+        let level = (best_inverse * (V::load(&x[i]) - best_low)).rounded(0.0, most);
+        levels[i] = V::where_less(least, high, level, V::zero()).store();
     }
     (scale, minimum)
 }
 
 /// The weighted error of `scale * level + minimum` for `x`.
 #[inline(always)]
-fn cost(scale: Lanes, level: Lanes, minimum: Lanes, x: Lanes, w: Lanes, absolute: bool) -> Lanes {
+fn cost<V: Registers>(scale: V, level: V, minimum: V, x: V, w: V, absolute: bool) -> V {
     let difference = scale * level + minimum - x;
     w * if absolute { difference.abs() } else { difference * difference }
 }
 
 /// The value with the largest magnitude, and the magnitude. The first if there are several.
 #[inline(always)]
-fn extreme<const L: usize>(x: &[Lanes<L>]) -> (Lanes<L>, Lanes<L>) {
-    let (mut largest, mut value) = (Lanes::ZERO, Lanes::ZERO);
+fn extreme<V: Registers>(x: &[V::Memory]) -> (V, V) {
+    let (mut largest, mut value) = (V::zero(), V::zero());
     for x in x {
+        let x = V::load(x);
         let magnitude = x.abs();
-        value = Lanes::where_less(largest, magnitude, *x, value);
-        largest = Lanes::where_less(largest, magnitude, magnitude, largest);
+        value = V::where_less(largest, magnitude, x, value);
+        largest = V::where_less(largest, magnitude, magnitude, largest);
     }
     (value, largest)
 }
 
 /// `yes` where `sum_xl^2 / sum_l2`, by which the least squares shrink, is above `best`, else `no`.
 #[inline(always)]
-fn where_better<const L: usize>(sums: (Lanes<L>, Lanes<L>), best: Lanes<L>, yes: Lanes<L>, no: Lanes<L>) -> Lanes<L> {
+fn where_better<V: Registers>(sums: (V, V), best: V, yes: V, no: V) -> V {
     let (sum_xl, sum_l2) = sums;
-    let gain = Lanes::where_less(Lanes::ZERO, sum_l2, sum_xl * sum_xl, Lanes::splat(-1.0));
-    Lanes::where_less(best * sum_l2, gain, yes, no)
+    let gain = V::where_less(V::zero(), sum_l2, sum_xl * sum_xl, V::splat(-1.0));
+    V::where_less(best * sum_l2, gain, yes, no)
 }
 
 dispatch! {
@@ -132,32 +151,33 @@ dispatch! {
 }
 
 #[inline(always)]
-fn fit_symmetric_body<A: Arithmetic>(x: &[Lanes], w: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes {
-    fit_symmetric_lanes(x, w, half, levels)
+fn fit_symmetric_body<A: HasRegisters>(x: &[Lanes], w: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes {
+    fit_symmetric_in::<A::Registers>(x, w, half, levels).store()
 }
 
 /// [`fit_symmetric`] for any number of lanes.
 #[inline(always)]
-pub(super) fn fit_symmetric_lanes<const L: usize>(
-    x: &[Lanes<L>],
-    w: &[Lanes<L>],
+pub(super) fn fit_symmetric_in<V: Registers>(
+    x: &[V::Memory],
+    w: &[V::Memory],
     half: f32,
-    levels: &mut [Lanes<L>],
-) -> Lanes<L> {
+    levels: &mut [V::Memory],
+) -> V {
     let n = x.len();
     let (w, levels) = (&w[..n], &mut levels[..n]);
-    let (extreme, largest) = extreme(x);
-    let (mut scale, mut best, mut best_inverse) = (Lanes::ZERO, Lanes::ZERO, Lanes::ZERO);
+    let (extreme, largest) = extreme::<V>(x);
+    let (mut scale, mut best, mut best_inverse) = (V::zero(), V::zero(), V::zero());
     // the first try is the middle one, and is taken anyway
     for k in [0_i8, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9] {
-        let inverse = Lanes::splat(-(half + 0.1 * f32::from(k))) / extreme;
-        let (mut sum_xl, mut sum_l2) = (Lanes::ZERO, Lanes::ZERO);
+        let inverse = V::splat(-(half + 0.1 * f32::from(k))) / extreme;
+        let (mut sum_xl, mut sum_l2) = (V::zero(), V::zero());
         for i in 0..n {
-            let level = (inverse * x[i]).rounded(-half, half - 1.0);
-            sum_xl = sum_xl + w[i] * x[i] * level;
-            sum_l2 = sum_l2 + w[i] * level * level;
+            let (x, w) = (V::load(&x[i]), V::load(&w[i]));
+            let level = (inverse * x).rounded(-half, half - 1.0);
+            sum_xl = sum_xl + w * x * level;
+            sum_l2 = sum_l2 + w * level * level;
         }
-        let new_scale = Lanes::where_less(Lanes::ZERO, sum_l2, sum_xl / sum_l2, Lanes::ZERO);
+        let new_scale = V::where_less(V::zero(), sum_l2, sum_xl / sum_l2, V::zero());
         let new_best = new_scale * sum_xl;
         if k == 0 {
             (scale, best, best_inverse) = (new_scale, new_best, inverse);
@@ -168,12 +188,12 @@ pub(super) fn fit_symmetric_lanes<const L: usize>(
             best = where_better(sums, best, new_best, best);
         }
     }
-    let tiny = Lanes::splat(TINY);
+    let tiny = V::splat(TINY);
     for i in 0..n {
-        let level = (best_inverse * x[i]).rounded(-half, half - 1.0) + Lanes::splat(half);
-        levels[i] = Lanes::where_less(largest, tiny, Lanes::ZERO, level);
+        let level = (best_inverse * V::load(&x[i])).rounded(-half, half - 1.0) + V::splat(half);
+        levels[i] = V::where_less(largest, tiny, V::zero(), level).store();
     }
-    Lanes::where_less(largest, tiny, Lanes::ZERO, scale)
+    V::where_less(largest, tiny, V::zero(), scale)
 }
 
 dispatch! {
@@ -182,44 +202,51 @@ dispatch! {
 }
 
 #[inline(always)]
-fn fit_by_level_body<A: Arithmetic>(x: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes {
+fn fit_by_level_body<A: HasRegisters>(x: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes {
+    fit_by_level_in::<A::Registers>(x, half, levels).store()
+}
+
+#[inline(always)]
+fn fit_by_level_in<V: Registers>(x: &[V::Memory], half: f32, levels: &mut [V::Memory]) -> V {
     let n = x.len();
     let levels = &mut levels[..n];
-    let (extreme, largest) = extreme(x);
-    let inverse = Lanes::splat(-half) / extreme;
-    let (mut sum_xl, mut sum_l2) = (Lanes::ZERO, Lanes::ZERO);
+    let (extreme, largest) = extreme::<V>(x);
+    let inverse = V::splat(-half) / extreme;
+    let (mut sum_xl, mut sum_l2) = (V::zero(), V::zero());
     for i in 0..n {
-        let (level, w) = ((inverse * x[i]).rounded(-half, half - 1.0), x[i] * x[i]);
-        levels[i] = level;
-        sum_xl = sum_xl + w * x[i] * level;
+        let x = V::load(&x[i]);
+        let (level, w) = ((inverse * x).rounded(-half, half - 1.0), x * x);
+        levels[i] = level.store();
+        sum_xl = sum_xl + w * x * level;
         sum_l2 = sum_l2 + w * level * level;
     }
-    let never = Lanes::splat(-1.0);
+    let never = V::splat(-1.0);
     for _ in 0..5 {
         for i in 0..n {
-            let (level, w) = (levels[i], x[i] * x[i]);
-            let without_xl = sum_xl - w * x[i] * level;
+            let (x, level) = (V::load(&x[i]), V::load(&levels[i]));
+            let w = x * x;
+            let without_xl = sum_xl - w * x * level;
             let without_l2 = sum_l2 - w * level * level;
-            let new_level = (x[i] * without_l2 / without_xl).rounded(-half, half - 1.0);
-            let new_xl = without_xl + w * x[i] * new_level;
+            let new_level = (x * without_l2 / without_xl).rounded(-half, half - 1.0);
+            let new_xl = without_xl + w * x * new_level;
             let new_l2 = without_l2 + w * new_level * new_level;
             let change = (new_level - level).abs();
             let gain = new_xl * new_xl * sum_l2;
-            let gain = Lanes::where_less(Lanes::ZERO, change, gain, never);
-            let gain = Lanes::where_less(Lanes::ZERO, without_xl, gain, never);
-            let gain = Lanes::where_less(Lanes::ZERO, new_l2, gain, never);
+            let gain = V::where_less(V::zero(), change, gain, never);
+            let gain = V::where_less(V::zero(), without_xl, gain, never);
+            let gain = V::where_less(V::zero(), new_l2, gain, never);
             let bar = sum_xl * sum_xl * new_l2;
-            levels[i] = Lanes::where_less(bar, gain, new_level, level);
-            sum_xl = Lanes::where_less(bar, gain, new_xl, sum_xl);
-            sum_l2 = Lanes::where_less(bar, gain, new_l2, sum_l2);
+            levels[i] = V::where_less(bar, gain, new_level, level).store();
+            sum_xl = V::where_less(bar, gain, new_xl, sum_xl);
+            sum_l2 = V::where_less(bar, gain, new_l2, sum_l2);
         }
     }
-    let tiny = Lanes::splat(TINY);
+    let tiny = V::splat(TINY);
     for level in levels {
-        *level = Lanes::where_less(largest, tiny, Lanes::ZERO, *level + Lanes::splat(half));
+        *level = V::where_less(largest, tiny, V::zero(), V::load(level) + V::splat(half)).store();
     }
-    let scale = Lanes::where_less(Lanes::ZERO, sum_l2, sum_xl / sum_l2, Lanes::ZERO);
-    Lanes::where_less(largest, tiny, Lanes::ZERO, scale)
+    let scale = V::where_less(V::zero(), sum_l2, sum_xl / sum_l2, V::zero());
+    V::where_less(largest, tiny, V::zero(), scale)
 }
 
 /// Fits the scales of a superblock, which are not negative, by one scale and levels up to `most`. Returns that scale and
@@ -281,13 +308,13 @@ pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) ->
 
 /// The entry of `table`, which ascends, that is nearest to `x`, and its index.
 #[inline(always)]
-pub(super) fn nearest_entry(table: &[i8; 16], x: Lanes) -> (Lanes, Lanes) {
-    let (mut entry, mut index) = (Lanes::splat(f32::from(table[0])), Lanes::ZERO);
+fn nearest_entry<V: Registers>(table: &[i8; 16], x: V) -> (V, V) {
+    let (mut entry, mut index) = (V::splat(f32::from(table[0])), V::zero());
     for next in 1..16 {
         let [below, here] = [f32::from(table[next - 1]), f32::from(table[next])];
-        let middle = Lanes::splat(f32::midpoint(below, here));
-        entry = Lanes::where_less(x, middle, entry, Lanes::splat(here));
-        index = Lanes::where_less(x, middle, index, Lanes::splat(next as f32));
+        let middle = V::splat(f32::midpoint(below, here));
+        entry = V::where_less(x, middle, entry, V::splat(here));
+        index = V::where_less(x, middle, index, V::splat(next as f32));
     }
     (entry, index)
 }
@@ -298,28 +325,34 @@ dispatch! {
 }
 
 #[inline(always)]
-fn fit_table_body<A: Arithmetic>(table: &[i8; 16], x: &[Lanes], w: &[Lanes]) -> Lanes {
+fn fit_table_body<A: HasRegisters>(table: &[i8; 16], x: &[Lanes], w: &[Lanes]) -> Lanes {
+    fit_table_in::<A::Registers>(table, x, w).store()
+}
+
+#[inline(always)]
+fn fit_table_in<V: Registers>(table: &[i8; 16], x: &[V::Memory], w: &[V::Memory]) -> V {
     let n = x.len();
     let w = &w[..n];
-    let (extreme, largest) = extreme(x);
+    let (extreme, largest) = extreme::<V>(x);
     let edge = f32::from(table[0]);
-    let (mut scale, mut best) = (Lanes::ZERO, Lanes::ZERO);
+    let (mut scale, mut best) = (V::zero(), V::zero());
     for k in -8_i8..=7 {
         // the first try is taken anyway
         let is_first = k == -8;
         let inverse = if is_first {
-            Lanes::splat(1.0) / (extreme / Lanes::splat(-edge))
+            V::splat(1.0) / (extreme / V::splat(-edge))
         } else {
-            Lanes::splat(f32::from(k) + edge) / extreme
+            V::splat(f32::from(k) + edge) / extreme
         };
-        let (mut sum_xq, mut sum_q2) = (Lanes::ZERO, Lanes::ZERO);
+        let (mut sum_xq, mut sum_q2) = (V::zero(), V::zero());
         for i in 0..n {
-            let (entry, _) = nearest_entry(table, inverse * x[i]);
-            let weighted = w[i] * entry;
-            sum_xq = sum_xq + weighted * x[i];
+            let (x, w) = (V::load(&x[i]), V::load(&w[i]));
+            let (entry, _) = nearest_entry(table, inverse * x);
+            let weighted = w * entry;
+            sum_xq = sum_xq + weighted * x;
             sum_q2 = sum_q2 + weighted * entry;
         }
-        let new_scale = Lanes::where_less(Lanes::ZERO, sum_q2, sum_xq / sum_q2, Lanes::ZERO);
+        let new_scale = V::where_less(V::zero(), sum_q2, sum_xq / sum_q2, V::zero());
         let new_best = new_scale * sum_xq;
         if is_first {
             (scale, best) = (new_scale, new_best);
@@ -328,5 +361,19 @@ fn fit_table_body<A: Arithmetic>(table: &[i8; 16], x: &[Lanes], w: &[Lanes]) -> 
             best = where_better((sum_xq, sum_q2), best, new_best, best);
         }
     }
-    Lanes::where_less(largest, Lanes::splat(TINY), Lanes::ZERO, scale)
+    V::where_less(largest, V::splat(TINY), V::zero(), scale)
+}
+
+dispatch! {
+    /// The indices of the entries of `table` that are nearest to `x * inverse`.
+    pub(super) fn table_indices(table: &[i8; 16], x: &[Lanes], inverse: Lanes, indices: &mut [Lanes]) = table_indices_body
+}
+
+#[inline(always)]
+fn table_indices_body<A: HasRegisters>(table: &[i8; 16], x: &[Lanes], inverse: Lanes, indices: &mut [Lanes]) {
+    let inverse = A::Registers::load(&inverse);
+    for (x, to) in x.iter().zip(indices) {
+        let (_, index) = nearest_entry(table, A::Registers::load(x) * inverse);
+        *to = index.store();
+    }
 }

@@ -2,10 +2,11 @@
 
 use super::decode::IQ4_TABLE;
 use super::encode_batch::{Batch, Encoder, important, levels_in_order, put_half, squares, sums};
-use super::encode_blocks::{pack_nibbles, table_indices};
+use super::encode_blocks::pack_nibbles;
 use super::encode_lanes::{LANES, Lanes, rounded};
 use super::encode_search::{
-    IMPORTANT, TINY, Tries, fit_by_level, fit_scales, fit_symmetric, fit_symmetric_lanes, fit_table, fit_with_minimum,
+    IMPORTANT, TINY, Tries, fit_by_level, fit_scales, fit_symmetric, fit_symmetric_in, fit_table, fit_with_minimum,
+    table_indices,
 };
 use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 
@@ -283,7 +284,7 @@ impl Encoder for Q3K {
                 (scales_in_one[group].0[0], weights[group].0[0]) = (scales.0[group], sums.0[group]);
             }
             let mut levels = scales_in_one;
-            let d = fit_symmetric_lanes(&scales_in_one, &weights, 32.0, &mut levels);
+            let d: Lanes<1> = fit_symmetric_in(&scales_in_one, &weights, 32.0, &mut levels);
             let mut scale_levels = Lanes::ZERO;
             for (scale_level, level) in scale_levels.0.iter_mut().zip(&levels) {
                 *scale_level = level.0[0] - 32.0;
@@ -389,7 +390,9 @@ impl Encoder for IQ4XS {
             block[2..4].copy_from_slice(&upper.to_le_bytes());
             block[4..8].copy_from_slice(&lower);
         }
-        let levels = levels_in_order(&table_indices(&x, ids));
+        let mut indices = x;
+        table_indices(&IQ4_TABLE, &x, ids, &mut indices);
+        let levels = levels_in_order(&indices);
         for (levels, packed) in levels.chunks_exact(8).zip(blocks.chunks_exact_mut(136)) {
             for group in 0..8 {
                 pack_nibbles(&levels[group], &mut packed[8 + 16 * group..]);

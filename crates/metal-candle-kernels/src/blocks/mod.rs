@@ -10,6 +10,7 @@ mod encode;
 mod encode_batch;
 mod encode_blocks;
 mod encode_lanes;
+mod encode_registers;
 mod encode_search;
 mod encode_superblocks;
 #[cfg(test)]
