@@ -4,8 +4,8 @@
 little endian.
 
 Usage: python dev/reference_quantizers.py LIBGGML_BASE
-LIBGGML_BASE is libggml-base of llama.cpp, built without fused multiply-add: for x86-64 with -DGGML_NATIVE=OFF. Others round
-some scales differently. Written with llama.cpp 0c1e5709.
+LIBGGML_BASE is libggml-base.so of llama.cpp built for x86-64 (written with ggml 0.25.3). On other processors the compiler may
+fuse multiplications and additions, which changes some scales.
 """
 
 import ctypes

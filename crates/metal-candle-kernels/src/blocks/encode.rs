@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The largest magnitude that a format with f16 scales can hold: that of `Q6_K`. Squares and cubes of it are finite.
 const LARGEST: f32 = 65504.0 * 128.0 * 32.0;
 
-/// The smallest importance relative to the largest: groups whose inputs were all zero must not lose their weights.
+/// The smallest importance relative to the largest. Groups whose inputs were all zero would lose their weights otherwise.
 const LEAST_IMPORTANCE: f64 = 1.0 / (1 << 20) as f64;
 
 /// Why weights cannot be quantized.
@@ -93,12 +93,15 @@ impl fmt::Display for QuantizeError {
 impl std::error::Error for QuantizeError {}
 
 impl BlockFormat {
-    /// Quantizes a row-major matrix of `columns` columns. Returns its blocks, which [`super::BlockMatrix::new`] takes.
+    /// Quantizes a row-major matrix of `columns` columns. Returns its blocks in the same order, as [`super::BlockMatrix`] reads
+    /// them.
     ///
     /// `importance` weighs the errors of each column: it is the mean square of the input that the column is multiplied with.
-    /// Only ratios matter; columns count with at least 2^-20 of the largest. `Q8_0` and `MXFP4` ignore it.
+    /// Only ratios matter. Columns count with at least 2^-20 of the largest importance, and all the same if each is zero.
+    /// `Q8_0` and `MXFP4` ignore the importance.
     ///
-    /// The blocks are those of ggml without fused multiply-add, and do not depend on the machine or the number of threads.
+    /// The blocks do not depend on the machine or the number of threads. They are those of ggml compiled without fused
+    /// multiply-add, as it is for x86-64.
     ///
     /// # Errors
     /// The sizes do not match, a value is not finite or too large, or an importance is negative or not finite.

@@ -95,7 +95,8 @@ fn bytes(levels: &[Lanes; 2]) -> [u8; LEN] {
     bytes
 }
 
-/// Scales blocks so that the extreme value has the lowest level, and calls `put` with the block, its scale and the levels.
+/// Quantizes blocks with a scale to levels from `-HALF` to `HALF - 1`. Without an importance the value with the largest
+/// magnitude gets the level `-HALF`, and is exact but for the rounding of the scale.
 #[inline(always)]
 fn encode_symmetric<E: Encoder, const HALF: u8>(batch: &Batch, blocks: &mut [u8]) -> bool {
     let half = f32::from(HALF);
@@ -124,7 +125,8 @@ fn encode_symmetric<E: Encoder, const HALF: u8>(batch: &Batch, blocks: &mut [u8]
     fits
 }
 
-/// Scales blocks so that the smallest value has level 0 and the largest level `MOST`.
+/// Quantizes blocks with a scale and a minimum to levels from 0 to `MOST`. Without an importance the smallest value gets the
+/// level 0, and the largest the level `MOST`.
 #[inline(always)]
 fn encode_with_minimum<E: Encoder, const MOST: u8>(batch: &Batch, blocks: &mut [u8]) -> bool {
     let most = f32::from(MOST);
@@ -155,7 +157,7 @@ fn encode_with_minimum<E: Encoder, const MOST: u8>(batch: &Batch, blocks: &mut [
     fits
 }
 
-/// Packs the levels of a block with four or five bits from `at` on.
+/// Packs the levels of a block with four or five bits each. `at` is the end of the scales.
 #[inline(always)]
 fn put_levels<E: Encoder>(block: &mut [u8], at: usize, levels: &[u8; LEN]) {
     let packed = E::BYTES - 16;

@@ -1,7 +1,6 @@
 //! Searches for the scales of groups of weights: least squares for several roundings of the weights, as ggml does it.
 //!
-//! The functions do the operations of ggml in its order, for several groups at once. So the blocks are those that ggml writes
-//! when it is compiled without fused multiply-add.
+//! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
 
 use super::encode_lanes::{Lanes, rounded};
 use super::encode_registers::{HasRegisters, Registers};
@@ -249,8 +248,8 @@ fn fit_by_level_in<V: Registers>(x: &[V::Memory], half: f32, levels: &mut [V::Me
     V::where_less(largest, tiny, V::zero(), scale)
 }
 
-/// Fits the scales of a superblock, which are not negative, by one scale and levels up to `most`. Returns that scale and
-/// writes the levels.
+/// Fits the scales `x` of a superblock, which are not negative, by a scale and levels from 0 to `most`. Writes the levels and
+/// returns the scale.
 #[inline(never)]
 pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) -> f32 {
     let len = x.len();

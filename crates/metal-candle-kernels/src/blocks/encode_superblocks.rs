@@ -13,7 +13,7 @@ use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 /// The length of the superblocks.
 const LEN: usize = 256;
 
-/// The mean of magnitudes plus the magnitude: the weights of errors without an importance.
+/// The weights of errors without an importance: the root mean square of the group plus the magnitude of the value.
 #[inline(always)]
 fn root_mean_square_plus_magnitudes<const N: usize>(x: &[Lanes; N]) -> [Lanes; N] {
     let mean = (sums(&squares(x)) / Lanes::splat(N as f32)).sqrt();
@@ -24,7 +24,8 @@ fn root_mean_square_plus_magnitudes<const N: usize>(x: &[Lanes; N]) -> [Lanes; N
     weights
 }
 
-/// Scales the largest of `scales`, which are not negative, to `most`. Returns the scale and writes the levels.
+/// Quantizes the scales of a superblock, which are not negative, so that the largest gets the level `most`. Writes the levels
+/// and returns the scale of the scales.
 #[inline(always)]
 fn scale_largest(scales: &[f32], most: f32, levels: &mut [f32]) -> f32 {
     let mut largest = 0.0;
@@ -51,7 +52,7 @@ trait WithMinimums: Encoder {
     fn pack<const N: usize>(levels: &[[u8; N]], scales: &[u8], minimums: &[u8], block: &mut [u8]);
 }
 
-/// Quantizes groups of `N` weights whose errors are weighted by `w`.
+/// Quantizes superblocks of groups of `N` weights `x`, whose errors are weighted by `w`.
 #[inline(always)]
 fn encode_with_minimums<F: WithMinimums, const N: usize>(
     x: &[Lanes; N],
@@ -245,7 +246,7 @@ fn extreme(values: &[f32]) -> f32 {
     extreme
 }
 
-/// The levels from `-half` on of `x / scales`, plus `half`; those of `searched` where the scale is zero.
+/// The levels of `x` from `-half` to `half - 1` for these scales, plus `half`; those of the search where the scale is zero.
 #[inline(always)]
 fn levels_of(x: &[Lanes; 16], scales: Lanes, half: f32, searched: &[Lanes; 16]) -> [[u8; 16]; LANES] {
     let mut levels = *searched;
@@ -256,7 +257,8 @@ fn levels_of(x: &[Lanes; 16], scales: Lanes, half: f32, searched: &[Lanes; 16]) 
     levels_in_order(&levels)
 }
 
-/// The scale of the scales of a superblock, and their levels: the extreme one has the level `-half`.
+/// Quantizes the scales of a superblock so that the one with the largest magnitude gets the level `-half`. Returns the scale
+/// of the scales, and the levels.
 #[inline(always)]
 fn scale_extreme(scales: Lanes, half: f32) -> (f32, Lanes) {
     let extreme = extreme(&scales.0);
