@@ -160,11 +160,11 @@ fn the_number_of_threads_does_not_change_the_blocks() {
             pool.install(|| format.quantize(&values, columns, Some(&importance)).unwrap())
         };
         let all = run(3);
-        assert_eq!(run(1), all);
+        assert!(run(1) == all, "{}", format.name());
         // nor do other rows
         let row = format.row_bytes(columns).unwrap();
         let alone = format.quantize(&values[33 * columns..34 * columns], columns, Some(&importance)).unwrap();
-        assert_eq!(alone, all[33 * row..34 * row]);
+        assert!(alone == all[33 * row..34 * row], "{}", format.name());
     }
 }
 
@@ -213,7 +213,7 @@ fn special_rows_stay_finite() {
         // no importance at all
         let zeros = vec![0.0; columns];
         let without = format.quantize(&values, columns, None).unwrap();
-        assert_eq!(format.quantize(&values, columns, Some(&zeros)).unwrap(), without);
+        assert!(format.quantize(&values, columns, Some(&zeros)).unwrap() == without, "{}", format.name());
     }
 }
 
@@ -262,6 +262,46 @@ fn what_cannot_be_quantized_is_refused() {
     }
     let error = format.quantize(&[1e9; 256], 256, None).unwrap_err().to_string();
     assert_eq!(error, "value 255 is 1000000000, too large for the f16 scales of `q4_k`; choose bf16 or f32");
+}
+
+#[test]
+fn ties_round_as_those_of_ggml() {
+    // 8 bits with a scale of one: away from zero
+    let mut values = vec![0.0; 32];
+    values[..9].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.499_999_97, 126.5, -126.499_99]);
+    let blocks = BlockFormat::Q8_0.quantize(&values, 32, None).unwrap();
+    let found: Vec<i8> = blocks[2..11].iter().map(|byte| byte.cast_signed()).collect();
+    assert_eq!(found, [127, 1, 2, 3, -1, -3, 0, 127, -126]);
+    // 4-bit floats: towards zero, without a negative zero
+    let mut values = vec![0.0; 32];
+    values[..16].copy_from_slice(&[
+        6.0, 0.25, -0.25, 0.26, -0.26, 0.75, 0.76, 1.25, 1.75, 1.76, 2.5, 2.51, 3.5, 3.51, 5.0, -5.01,
+    ]);
+    let blocks = BlockFormat::MXFP4.quantize(&values, 32, None).unwrap();
+    let found: Vec<u8> = blocks[1..].iter().map(|byte| byte & 15).collect();
+    assert_eq!((blocks[0], found), (127, vec![7, 0, 0, 1, 9, 1, 2, 2, 3, 4, 4, 5, 5, 6, 6, 15]));
+}
+
+#[test]
+fn exponents_of_4_bit_floats_are_those_of_ggml() {
+    // the f32 logarithm of the largest magnitudes below some powers of two is that of the power
+    for (largest, exponent) in [
+        (8.0_f32, 128),
+        (7.999_999_5, 128),
+        (7.999_998, 127),
+        (4.0, 127),
+        (3.999_999_8, 126),
+        (0.999_999_94, 124),
+        (63.999_996, 131),
+        (f32::MAX, 253),
+        // below those of ggml, whose exponent wraps around
+        (1e-45, 0),
+        (0.0, 0),
+    ] {
+        let mut values = vec![0.0; 32];
+        values[20] = -largest;
+        assert_eq!(BlockFormat::MXFP4.quantize(&values, 32, None).unwrap()[0], exponent, "{largest}");
+    }
 }
 
 #[test]
