@@ -56,6 +56,14 @@ CASES = {
         model_type="granite", rope_parameters=PLAIN, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.5
     ),
     "olmo2": dict(model_type="olmo2", rope_parameters=PLAIN),
+    "olmo": dict(model_type="olmo", rope_parameters=PLAIN, clip_qkv=0.7),
+    "olmo3": dict(model_type="olmo3", num_hidden_layers=5, sliding_window=4, rope_parameters=YARN, max_position_embeddings=1600),
+    "starcoder2": dict(model_type="starcoder2", rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=None),
+    "cohere": dict(model_type="cohere", rope_parameters=PLAIN, tie_word_embeddings=True, logit_scale=0.25, use_qk_norm=True),
+    "cohere2": dict(
+        model_type="cohere2", num_hidden_layers=5, head_dim=16, rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=4, logit_scale=0.25
+    ),
+    "glm4": dict(model_type="glm4", head_dim=16, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5), attention_bias=True),
 }
 
 

@@ -32,6 +32,7 @@ const GEMMA_KEYS: &[&str] = &[
     "final_logit_softcapping",
     "rope.freq_base_swa",
 ];
+const WINDOWS: &[&str] = &["attention.sliding_window", "attention.sliding_window_pattern"];
 const GRANITE_KEYS: &[&str] = &["attention.scale", "embedding_scale", "logit_scale", "residual_scale"];
 
 /// Norms before and after each part.
@@ -51,6 +52,9 @@ const BASE: Architecture = Architecture {
     reads: &[],
     keys: |_, _| Ok(()),
 };
+
+/// Families with the architecture of another one: both may have windows that the other does not have.
+const ALSO: &[(&str, &str)] = &[("mistral", "llama"), ("olmo3", "olmo2")];
 
 const ARCHITECTURES: &[Architecture] = &[
     Architecture {
@@ -86,7 +90,7 @@ const ARCHITECTURES: &[Architecture] = &[
         name: "phi3",
         model_type: "phi3",
         modules: &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")],
-        reads: &["attention.sliding_window", "rope.scaling.attn_factor"],
+        reads: &["attention.sliding_window", "rope.dimension_count", "rope.scaling.attn_factor"],
         keys: phi3,
         ..BASE
     },
@@ -107,7 +111,43 @@ const ARCHITECTURES: &[Architecture] = &[
             ("post_attention_norm", "post_attention_layernorm"),
             ("post_ffw_norm", "post_feedforward_layernorm"),
         ],
+        reads: WINDOWS,
         keys: olmo2,
+        ..BASE
+    },
+    Architecture {
+        name: "olmo",
+        model_type: "olmo",
+        has_interleaved_rows: true,
+        reads: &["attention.clamp_kqv"],
+        keys: olmo,
+        ..BASE
+    },
+    Architecture {
+        name: "starcoder2",
+        model_type: "starcoder2",
+        modules: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
+        keys: starcoder2,
+        ..BASE
+    },
+    Architecture { name: "command-r", model_type: "cohere", reads: &["logit_scale"], keys: cohere, ..BASE },
+    Architecture {
+        name: "cohere2",
+        model_type: "cohere2",
+        reads: &["logit_scale", "attention.sliding_window", "attention.sliding_window_pattern"],
+        keys: cohere2,
+        ..BASE
+    },
+    Architecture {
+        name: "glm4",
+        model_type: "glm4",
+        modules: &[
+            ("post_attention_norm", "post_self_attn_layernorm"),
+            ("post_ffw_norm", "post_mlp_layernorm"),
+            ("ffn_up", "mlp.gate_up_proj"),
+        ],
+        reads: &["rope.dimension_count"],
+        keys: glm4,
         ..BASE
     },
 ];
@@ -115,14 +155,13 @@ const ARCHITECTURES: &[Architecture] = &[
 impl Architecture {
     /// The architecture for a family, if there is one.
     pub(super) fn for_family(model_type: &str) -> Option<&'static Self> {
-        // Mistral is a Llama that may have a window
-        let model_type = if model_type == "mistral" { "llama" } else { model_type };
+        let model_type = ALSO.iter().find(|(family, _)| *family == model_type).map_or(model_type, |(_, other)| other);
         ARCHITECTURES.iter().find(|known| known.model_type == model_type)
     }
 
     /// The families that have one.
     pub(super) fn families() -> Vec<&'static str> {
-        ARCHITECTURES.iter().map(|known| known.model_type).chain(["mistral"]).collect()
+        ARCHITECTURES.iter().map(|known| known.model_type).chain(ALSO.iter().map(|(family, _)| *family)).collect()
     }
 
     /// The architecture of a file.
@@ -174,22 +213,7 @@ fn gemma(metadata: &Metadata, map: &mut Map<String, Value>, odd_layers: usize) -
             map.insert(name.into(), shortest(cap));
         }
     }
-    if let Some(window) = metadata.size("attention.sliding_window")? {
-        map.insert("sliding_window".into(), window.into());
-    }
-    let key = metadata.key("attention.sliding_window_pattern");
-    match metadata.file.metadata().get(&key) {
-        None => {}
-        Some(GgufValue::List(layers)) => {
-            let name = |is_sliding| if is_sliding { "sliding_attention" } else { "full_attention" };
-            let types = layers.iter().map(|layer| match layer {
-                GgufValue::Flag(is_sliding) => Ok(Value::from(name(*is_sliding))),
-                _ => Err(metadata.unsupported(&format!("`{key}`: expected booleans"))),
-            });
-            map.insert("layer_types".into(), Value::Array(types.collect::<Result<_>>()?));
-        }
-        Some(_) => return Err(metadata.unsupported(&format!("`{key}`: expected a list of booleans"))),
-    }
+    windows(metadata, map)?;
     let width = metadata.required_size("embedding_length")?;
     let heads = metadata.required_size("attention.head_count")?;
     let is_odd = metadata.required_size("block_count")? == odd_layers;
@@ -202,10 +226,7 @@ fn phi3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
         map.insert("sliding_window".into(), window.into());
     }
-    if let Some(rotated) = metadata.size("rope.dimension_count")? {
-        let share = rotated as f64 / metadata.head_dim()?.max(1) as f64;
-        map.insert("partial_rotary_factor".into(), share.into());
-    }
+    rotated_share(metadata, map)?;
     let original = metadata.size("rope.scaling.original_context_length")?;
     if let Some(original) = original {
         map.insert("original_max_position_embeddings".into(), original.into());
@@ -235,8 +256,81 @@ fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-#[allow(clippy::unnecessary_wraps)] // one of several functions of this type
-fn olmo2(_: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+/// The size of the windows, and which layers have one if the file says so.
+fn windows(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    if let Some(window) = metadata.size("attention.sliding_window")? {
+        map.insert("sliding_window".into(), window.into());
+    }
+    let key = metadata.key("attention.sliding_window_pattern");
+    match metadata.file.metadata().get(&key) {
+        None => {}
+        Some(GgufValue::List(layers)) => {
+            let name = |is_sliding| if is_sliding { "sliding_attention" } else { "full_attention" };
+            let types = layers.iter().map(|layer| match layer {
+                GgufValue::Flag(is_sliding) => Ok(Value::from(name(*is_sliding))),
+                _ => Err(metadata.unsupported(&format!("`{key}`: expected booleans"))),
+            });
+            map.insert("layer_types".into(), Value::Array(types.collect::<Result<_>>()?));
+        }
+        Some(_) => return Err(metadata.unsupported(&format!("`{key}`: expected a list of booleans"))),
+    }
+    Ok(())
+}
+
+/// `OLMo` 3 is an `OLMo` 2 with windows.
+fn olmo2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     map.insert("attention_bias".into(), false.into());
+    if metadata.size("attention.sliding_window")?.is_some_and(|window| window > 0) {
+        map.insert("model_type".into(), "olmo3".into());
+        windows(metadata, map)?;
+    }
+    Ok(())
+}
+
+fn olmo(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    if let Some(clip) = metadata.number("attention.clamp_kqv")?.filter(|clip| *clip > 0.0) {
+        map.insert("clip_qkv".into(), shortest(clip));
+    }
+    Ok(())
+}
+
+/// The epsilon of layer norms, under the key of a family.
+fn layer_norm_eps(metadata: &Metadata, map: &mut Map<String, Value>, key: &str) -> Result<()> {
+    if let Some(eps) = metadata.number("attention.layer_norm_epsilon")? {
+        map.insert(key.into(), shortest(eps));
+    }
+    Ok(())
+}
+
+fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("use_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    layer_norm_eps(metadata, map, "norm_epsilon")
+}
+
+fn cohere(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    map.insert("use_qk_norm".into(), metadata.has_tensor("blk.0.attn_q_norm.weight").into());
+    map.insert("logit_scale".into(), shortest(metadata.number("logit_scale")?.unwrap_or(1.0)));
+    layer_norm_eps(metadata, map, "layer_norm_eps")
+}
+
+fn cohere2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    cohere(metadata, map)?;
+    map.remove("use_qk_norm");
+    windows(metadata, map)
+}
+
+fn glm4(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    rotated_share(metadata, map)
+}
+
+/// The share of each head that is rotated.
+fn rotated_share(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    if let Some(rotated) = metadata.size("rope.dimension_count")? {
+        let share = rotated as f64 / metadata.head_dim()?.max(1) as f64;
+        map.insert("partial_rotary_factor".into(), share.into());
+    }
     Ok(())
 }

@@ -58,7 +58,9 @@ impl Model<'_> {
             return Err(self.metadata.unsupported("attention to later tokens (`attention.causal`)"));
         }
         let (rotated, head_dim) = (self.metadata.size("rope.dimension_count")?, self.metadata.head_dim()?);
-        if self.architecture.model_type != "phi3" && rotated.is_some_and(|rotated| rotated != head_dim) {
+        if !self.architecture.reads.contains(&"rope.dimension_count")
+            && rotated.is_some_and(|rotated| rotated != head_dim)
+        {
             return Err(self.metadata.unsupported(&format!(
                 "`{}` other than the width of a head",
                 self.metadata.key("rope.dimension_count")

@@ -5,7 +5,7 @@ use super::mixture::QuantizationMixture;
 use super::names::GgufNames;
 use crate::error::{Error, Result};
 use crate::files::{GgufField, GgufFile, GgufType, GgufValue, NewTensor, split, split_fields, write_gguf};
-use crate::models::registry::ParameterSpec;
+use crate::models::registry::{ParameterSpec, Role};
 use crate::models::{Model, check_finite};
 use crate::ops::Weight;
 use candle_core::{DType, Device};
@@ -51,7 +51,9 @@ impl<'a> GgufExport<'a> {
             config.parameter_specs()?.into_iter().zip(model.parameters()).enumerate()
         {
             let name = described.names.tensor(&spec.name).unwrap_or_default();
-            let kind = if spec.shape.len() < 2 { GgufType::F32 } else { type_of(weight) };
+            // vectors and the norms of each head are small and stay exact
+            let is_matrix = spec.shape.len() == 2 && !matches!(spec.role, Role::Norm { .. });
+            let kind = if is_matrix { type_of(weight) } else { GgufType::F32 };
             tensors.push(ExportedTensor { name, spec, kind, parameter });
         }
         Ok(Self { model, described, tensors, metadata: Vec::new() })

@@ -51,6 +51,7 @@ impl GgufNames {
         let known = match parameter {
             "model.embed_tokens.weight" => Some("token_embd.weight"),
             "model.norm.weight" => Some("output_norm.weight"),
+            "model.norm.bias" => Some("output_norm.bias"),
             "lm_head.weight" => Some("output.weight"),
             _ => None,
         };
