@@ -118,7 +118,8 @@ impl ModelLoader {
             config.tie_word_embeddings = false;
         }
         let parameters = Model::parameter_shapes(&config);
-        let packed = PackedWeights::find(&shards, config.quantization.as_ref(), &found, &parameters);
+        let dense = prevailing_dtype(&shards, found.values());
+        let packed = PackedWeights::find(&shards, config.quantization.as_ref(), &found, &parameters, dense);
         let names = match_names(&shards, &found, &config, &packed)?;
         let weights = self.read(&shards, &names, &packed, progress)?;
         drop(packed);
@@ -312,9 +313,12 @@ fn match_names(
     if !packed.problems.is_empty() {
         return fail(packed.problems.clone());
     }
+    // some quantized checkpoints have scales for a quantized key/value cache
+    let of_cache = [".k_scale", ".v_scale", ".q_scale"];
     let is_aside = |own: &str| {
         let is_tied_head = config.tie_word_embeddings && own.starts_with(HEAD);
-        is_tied_head || own.ends_with("rotary_emb.inv_freq")
+        let is_of_cache = config.quantization.is_some() && of_cache.iter().any(|part| own.ends_with(part));
+        is_tied_head || is_of_cache || own.ends_with("rotary_emb.inv_freq")
     };
     let name = |parameter: &str| packed.name(parameter).map(String::from).or_else(|| found.get(parameter).cloned());
     let shape = |name: &str| packed.shape(name).or_else(|| shards.get(name).map(|(_, entry)| entry.shape.as_slice()));
@@ -399,13 +403,14 @@ fn dense_dtype(entry: &TensorEntry) -> DType {
     entry.candle_dtype().filter(|dtype| *dtype != DType::F64).unwrap_or(DType::F32)
 }
 
-/// The dtype most bytes have; f32 for f64.
+/// The dtype most bytes of floats have; f32 for f64.
 fn prevailing_dtype<'a>(shards: &Shards, names: impl Iterator<Item = &'a String>) -> DType {
     let mut sums: Vec<(DType, usize)> = Vec::new();
     for (_, entry) in names.filter_map(|name| shards.get(name)) {
         let dtype = match entry.candle_dtype() {
             Some(dtype @ (DType::F16 | DType::BF16)) => dtype,
-            _ => DType::F32,
+            _ if entry.is_float() => DType::F32,
+            _ => continue,
         };
         match sums.iter_mut().find(|(known, _)| *known == dtype) {
             Some((_, bytes)) => *bytes += entry.num_bytes(),

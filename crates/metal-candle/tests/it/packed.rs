@@ -12,7 +12,7 @@ use metal_candle::{Device, Error, ModelLoader};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-const NAMES: [&str; 2] = ["mlx-llama", "mlx-qwen2"];
+const NAMES: [&str; 4] = ["bnb-llama", "gptq-llama", "mlx-llama", "mlx-qwen2"];
 
 fn path(name: &str) -> PathBuf {
     golden::path(&format!("packed/{name}"))

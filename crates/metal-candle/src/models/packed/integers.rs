@@ -1,5 +1,6 @@
 //! Matrices of whole numbers of a few bits with scales: how they are decoded, and the block formats that hold the same values.
 
+use super::codes::Codes;
 use candle_core::DType;
 use half::f16;
 use metal_candle_kernels::BlockFormat;
@@ -16,7 +17,7 @@ pub(super) struct Integers<'a> {
     pub(super) scales: Vec<f32>,
     pub(super) offsets: Offsets,
     pub(super) groups: Groups,
-    /// The dtype of the scales.
+    /// The dtype of the matrix where it is dense.
     pub(super) dtype: DType,
 }
 
@@ -24,70 +25,42 @@ pub(super) struct Integers<'a> {
 pub(super) enum Offsets {
     /// `scale * code + bias`, with biases `[rows, groups]`.
     Biases(Vec<f32>),
+    /// `scale * (code - zero)`, with zeros `[rows, groups]`.
+    Zeros(Vec<i16>),
+    /// `scale * (code - zero)` with one zero.
+    Zero(i16),
 }
 
 /// The group of each column.
 pub(super) enum Groups {
     /// Groups of as many adjacent columns.
     Adjacent { len: usize, count: usize },
+    /// Any, each below `count`.
+    Listed { of_columns: Vec<u32>, count: usize },
 }
 
-/// Where the whole numbers are.
-pub(super) struct Codes<'a> {
-    /// Words of 32 bits, little-endian.
-    pub(super) bytes: &'a [u8],
-    pub(super) bits: u32,
-    pub(super) order: Order,
-}
+impl Groups {
+    /// The number of groups of a row.
+    fn count(&self) -> usize {
+        match self {
+            Self::Adjacent { count, .. } | Self::Listed { count, .. } => *count,
+        }
+    }
 
-/// The order of whole numbers in words.
-#[derive(Clone, Copy)]
-pub(super) enum Order {
-    /// A row is a stream of bits, lowest first, in this number of bytes.
-    Rows { row_bytes: usize },
-}
-
-impl Codes<'_> {
-    /// Writes the codes of a row.
-    fn row(&self, row: usize, codes: &mut [u8]) {
-        match self.order {
-            Order::Rows { row_bytes } => {
-                let bytes = &self.bytes[row * row_bytes..(row + 1) * row_bytes];
-                match self.bits {
-                    2 => split::<4>(bytes, codes),
-                    4 => split::<2>(bytes, codes),
-                    8 => codes.copy_from_slice(bytes),
-                    bits => stream(bytes, bits, codes),
-                }
-            }
+    /// The group of a column.
+    fn of(&self, column: usize) -> usize {
+        match self {
+            Self::Adjacent { len, .. } => column / len,
+            Self::Listed { of_columns, .. } => of_columns[column] as usize,
         }
     }
 }
 
-/// Splits each byte into `N` codes, lowest bits first.
-fn split<const N: usize>(bytes: &[u8], codes: &mut [u8]) {
-    let bits = 8 / N;
-    for (byte, codes) in bytes.iter().zip(codes.as_chunks_mut::<N>().0) {
-        for (number, code) in codes.iter_mut().enumerate() {
-            *code = (byte >> (bits * number)) & (u8::MAX >> (8 - bits));
-        }
-    }
-}
-
-/// Reads codes of `bits` bits from a stream of them; `bytes` are a whole number of words.
-fn stream(bytes: &[u8], bits: u32, codes: &mut [u8]) {
-    let mask = (1_u64 << bits) - 1;
-    let mut words = bytes.as_chunks::<4>().0.iter().map(|word| u64::from(u32::from_le_bytes(*word)));
-    let (mut buffer, mut len) = (0_u64, 0);
-    for code in codes {
-        if len < bits {
-            buffer |= words.next().unwrap_or(0) << len;
-            len += 32;
-        }
-        *code = (buffer & mask) as u8;
-        buffer >>= bits;
-        len -= bits;
-    }
+/// Block formats and how they hold `scale * (code - zero)`.
+struct Home {
+    format: BlockFormat,
+    /// What is added to `code - zero` in the block.
+    center: i16,
 }
 
 impl Integers<'_> {
@@ -95,28 +68,63 @@ impl Integers<'_> {
     pub(super) fn row(&self, row: usize, values: &mut [f32]) {
         let mut codes = vec![0; values.len()];
         self.codes.row(row, &mut codes);
-        match (&self.groups, &self.offsets) {
-            (Groups::Adjacent { len, count }, Offsets::Biases(biases)) => {
-                let of_row = row * count..(row + 1) * count;
-                let groups = self.scales[of_row.clone()].iter().zip(&biases[of_row]);
-                let columns = values.chunks_mut(*len).zip(codes.chunks(*len));
-                for ((values, codes), (scale, bias)) in columns.zip(groups) {
+        let first = row * self.groups.count();
+        match &self.groups {
+            Groups::Adjacent { len, .. } => {
+                let groups = values.chunks_mut(*len).zip(codes.chunks(*len)).zip(first..);
+                for ((values, codes), group) in groups {
                     for (value, code) in values.iter_mut().zip(codes) {
-                        *value = scale * f32::from(*code) + bias;
+                        *value = self.value(*code, group);
                     }
+                }
+            }
+            groups @ Groups::Listed { .. } => {
+                for (column, (value, code)) in values.iter_mut().zip(&codes).enumerate() {
+                    *value = self.value(*code, first + groups.of(column));
                 }
             }
         }
     }
 
+    /// The value of a code in a group, counted over all rows.
+    #[inline]
+    fn value(&self, code: u8, group: usize) -> f32 {
+        let scale = self.scales[group];
+        match &self.offsets {
+            Offsets::Biases(biases) => scale * f32::from(code) + biases[group],
+            Offsets::Zeros(zeros) => scale * f32::from(i16::from(code) - zeros[group]),
+            Offsets::Zero(zero) => scale * f32::from(i16::from(code) - zero),
+        }
+    }
+
+    fn zero(&self, group: usize) -> i16 {
+        match &self.offsets {
+            Offsets::Biases(_) => 0,
+            Offsets::Zeros(zeros) => zeros[group],
+            Offsets::Zero(zero) => *zero,
+        }
+    }
+
+    /// The smallest format that holds all values that the codes could be.
+    fn home(&self) -> Option<Home> {
+        let bits = self.codes.bits();
+        let (lowest, highest) = match &self.offsets {
+            Offsets::Biases(_) if bits <= 4 => return Some(Home { format: BlockFormat::Q4_1, center: 0 }),
+            Offsets::Biases(_) if bits == 5 => return Some(Home { format: BlockFormat::Q5_1, center: 0 }),
+            Offsets::Biases(_) => return None,
+            Offsets::Zero(zero) => (*zero, *zero),
+            Offsets::Zeros(zeros) => (zeros.iter().copied().min()?, zeros.iter().copied().max()?),
+        };
+        let (least, most) = (-highest, (1 << bits) - 1 - lowest);
+        let formats = [(BlockFormat::Q4_0, 8), (BlockFormat::Q5_0, 16), (BlockFormat::Q8_0, 128)];
+        let fits = |&(_, center): &(BlockFormat, i16)| least >= -center && most < center;
+        formats.into_iter().find(fits).map(|(format, center)| Home { format, center })
+    }
+
     /// Blocks with exactly these values, if there is a format for them and f16 holds the scales.
     pub(super) fn blocks(&self, [rows, columns]: [usize; 2]) -> Option<(BlockFormat, Vec<u8>)> {
-        let (Groups::Adjacent { len, count }, Offsets::Biases(biases)) = (&self.groups, &self.offsets);
-        let format = match self.codes.bits {
-            2..=4 => BlockFormat::Q4_1,
-            5 => BlockFormat::Q5_1,
-            _ => return None,
-        };
+        let Groups::Adjacent { len, count } = &self.groups else { return None };
+        let Home { format, center } = self.home()?;
         if !len.is_multiple_of(BLOCK) || columns == 0 {
             return None;
         }
@@ -128,15 +136,27 @@ impl Integers<'_> {
             || vec![0; columns],
             |codes, (row, blocks)| {
                 self.codes.row(row, codes);
-                let columns = blocks.chunks_exact_mut(block_bytes).zip(codes.as_chunks::<BLOCK>().0);
+                let columns = blocks.chunks_exact_mut(block_bytes).zip(codes.as_chunks_mut::<BLOCK>().0);
                 for (number, (block, codes)) in columns.enumerate() {
                     let group = row * count + number * BLOCK / len;
+                    let zero = self.zero(group);
                     // the scale of zeros does not matter: MLX writes 1e-7 for rows of zeros
-                    let scale = if codes.iter().all(|&code| code == 0) { 0.0 } else { self.scales[group] };
-                    match (to_f16(scale), to_f16(biases[group])) {
-                        (Some(scale), Some(bias)) => write_block(block, scale, Some(bias), codes),
-                        _ => is_exact.store(false, Ordering::Relaxed),
+                    let is_zero = codes.iter().all(|&code| i16::from(code) == zero);
+                    let scale = if is_zero { 0.0 } else { self.scales[group] };
+                    let minimum = match &self.offsets {
+                        Offsets::Biases(biases) => Some(biases[group]),
+                        Offsets::Zeros(_) | Offsets::Zero(_) => None,
+                    };
+                    let Some(scale) = to_f16(scale) else { return is_exact.store(false, Ordering::Relaxed) };
+                    let minimum = match minimum.map(|minimum| to_f16(minimum).ok_or(())).transpose() {
+                        Ok(minimum) => minimum,
+                        Err(()) => return is_exact.store(false, Ordering::Relaxed),
+                    };
+                    for code in codes.iter_mut() {
+                        // it fits: the format was chosen by the codes and zeros that there can be
+                        *code = (i16::from(*code) - zero + center) as u8;
                     }
+                    write_block(block, scale, minimum, codes);
                 }
             },
         );
@@ -150,15 +170,21 @@ fn to_f16(value: f32) -> Option<f16> {
     (half.to_f32().to_bits() == value.to_bits()).then_some(half)
 }
 
-/// Writes a block of `q4_0`, `q4_1`, `q5_0` or `q5_1`: scale, minimum, the fifth bits, and the lower four bits of the first 16 codes beside
-/// those of the others.
+/// Writes a block of `q4_0`, `q4_1`, `q5_0` or `q5_1`: scale, minimum, the fifth bits, and the lower four bits of the first 16 codes
+/// beside those of the others; or one of `q8_0`, of codes less 128.
 fn write_block(block: &mut [u8], scale: f16, minimum: Option<f16>, codes: &[u8; BLOCK]) {
-    let (head, nibbles) = block.split_at_mut(block.len() - BLOCK / 2);
-    let (scales, fifths) = head.split_at_mut(if minimum.is_some() { 4 } else { 2 });
+    let (scales, rest) = block.split_at_mut(if minimum.is_some() { 4 } else { 2 });
     scales[..2].copy_from_slice(&scale.to_le_bytes());
     if let Some(minimum) = minimum {
         scales[2..].copy_from_slice(&minimum.to_le_bytes());
     }
+    if rest.len() == BLOCK {
+        for (to, code) in rest.iter_mut().zip(codes) {
+            *to = code ^ 0x80;
+        }
+        return;
+    }
+    let (fifths, nibbles) = rest.split_at_mut(rest.len() - BLOCK / 2);
     for (place, nibble) in nibbles.iter_mut().enumerate() {
         *nibble = codes[place] & 15 | codes[place + BLOCK / 2] << 4;
     }

@@ -1,8 +1,9 @@
 //! Quantized matrices of MLX: affine, mxfp4, mxfp8 and nvfp4.
 
-use super::integers::{Codes, Groups, Integers, Offsets, Order};
+use super::codes::Codes;
+use super::integers::{Groups, Integers, Offsets};
 use super::matrix::{PackedMatrix, Values};
-use super::module::{Checked, FLOATS, Module, Part};
+use super::module::{Checked, FLOATS, Module, Part, whole_ratio};
 use super::quantization::MlxSettings;
 use super::small_floats::{e2m1, e4m3, e8m0};
 use candle_core::DType;
@@ -43,17 +44,12 @@ pub(super) fn find<'a>(
     }
     let biases = module.require_shape("biases", FLOATS, &[rows, groups])?;
     let read = move || {
-        let codes = Codes { bytes: weight.bytes(), bits: bits as u32, order: Order::Rows { row_bytes: words * 4 } };
+        let codes = Codes::in_rows(weight.bytes(), bits as u32, words * 4);
         let groups = Groups::Adjacent { len: group, count: groups };
         let offsets = Offsets::Biases(biases.floats()?);
         Ok(Values::Integers(Integers { codes, scales: scales.floats()?, offsets, groups, dtype }))
     };
     Ok(Some(PackedMatrix { shape, parts: vec![weight, scales, biases], read: Box::new(read) }))
-}
-
-/// `a / b` if that is a whole number above zero.
-fn whole_ratio(a: usize, b: usize) -> Option<usize> {
-    (a > 0 && b > 0 && a.is_multiple_of(b)).then(|| a / b)
 }
 
 /// A matrix of floats of 4 or 8 bits with scales of 8 bits.

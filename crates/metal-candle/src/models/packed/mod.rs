@@ -1,6 +1,11 @@
 //! Reads quantized checkpoints of safetensors: finds the tensors that make up a matrix, and repacks or dequantizes them.
 
+mod bitsandbytes;
+mod codes;
+mod compressed;
 mod dense;
+mod float8;
+mod gptq;
 mod integers;
 mod matrix;
 mod mlx;

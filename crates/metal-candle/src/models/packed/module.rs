@@ -11,6 +11,11 @@ pub(super) const FLOATS: &[&str] = &["F32", "F16", "BF16"];
 /// Tensors whose dtypes and shapes fit, or what is wrong with them.
 pub(super) type Checked<T> = std::result::Result<T, String>;
 
+/// `a / b` if that is a whole number above zero.
+pub(super) fn whole_ratio(a: usize, b: usize) -> Option<usize> {
+    (a > 0 && b > 0 && a.is_multiple_of(b)).then(|| a / b)
+}
+
 /// The tensors of a module in the files of a checkpoint.
 #[derive(Debug)]
 pub(super) struct Module<'a> {
@@ -42,6 +47,12 @@ impl<'a> Module<'a> {
     /// The tensor `part`, if there is one.
     pub(super) fn find(&self, part: &str) -> Option<Part<'a>> {
         self.parts.get(part).copied()
+    }
+
+    /// The tensors for quantizing activations, which are not quantized here.
+    pub(super) fn of_activations(&self) -> impl Iterator<Item = Part<'a>> {
+        let names = ["input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "output_scale"];
+        names.into_iter().filter_map(|name| self.find(name))
     }
 
     /// The tensor `part`, or what is wrong.
@@ -82,6 +93,10 @@ impl<'a> Part<'a> {
         &self.entry.name
     }
 
+    pub(super) fn dtype(self) -> &'a str {
+        self.entry.dtype
+    }
+
     pub(super) fn shape(self) -> &'a [usize] {
         &self.entry.shape
     }
@@ -93,6 +108,11 @@ impl<'a> Part<'a> {
     /// The dtype, if weights can have it.
     pub(super) fn float_dtype(self) -> Option<DType> {
         self.entry.candle_dtype().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16))
+    }
+
+    /// f16 or bf16, if it is the dtype.
+    pub(super) fn half_dtype(self) -> Option<DType> {
+        self.float_dtype().filter(|dtype| *dtype != DType::F32)
     }
 
     /// The elements as they are in the file.

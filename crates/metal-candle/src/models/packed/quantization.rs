@@ -1,7 +1,7 @@
 //! How the weights of a checkpoint are quantized, by its `config.json`.
 
 use super::module::Checked;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::keys::Keys;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -14,6 +14,19 @@ const KEYS: [&str; 2] = ["quantization", "quantization_config"];
 pub(crate) enum Quantization {
     /// By MLX.
     Mlx(MlxSettings),
+    /// By bitsandbytes.
+    BitsAndBytes {
+        /// The name of the type.
+        kind: String,
+    },
+    /// As floats of 8 bits, with a scale for each block if there is a size of blocks, else for the matrix or each row.
+    Float8 { block: Option<[usize; 2]> },
+    /// By GPTQ.
+    Gptq { bits: u64, zeros_are_less_one: bool },
+    /// By AWQ.
+    Awq,
+    /// By compressed-tensors.
+    Compressed { format: String, block: Option<[usize; 2]> },
 }
 
 /// The settings of a quantized model of mlx-lm.
@@ -32,18 +45,48 @@ impl Quantization {
         let found = KEYS.into_iter().find_map(|key| Some((key, keys.get(key)?)));
         let Some((key, value)) = found else { return Ok(None) };
         let Value::Object(map) = value else { return Err(keys.wrong(key, "an object", value)) };
-        match map.get("quant_method").and_then(Value::as_str) {
+        let settings = Settings { keys, key, map };
+        let method = settings.text("quant_method")?;
+        Ok(Some(match method {
             None if map.contains_key("bits") && map.contains_key("group_size") => {
-                Ok(Some(Self::Mlx(MlxSettings::read(keys, key, map)?)))
+                Self::Mlx(MlxSettings::read(&settings)?)
             }
-            method => {
-                let method = method.unwrap_or("unknown");
-                let what = format!(
-                    "weights quantized by method `{method}`: take the unquantized model, or a version of it for llama.cpp (GGUF) or MLX"
-                );
-                Err(keys.unsupported(key, &what))
+            Some("bitsandbytes") => {
+                let kind = if map.get("load_in_8bit").is_some_and(|flag| flag == true) {
+                    "int8"
+                } else {
+                    settings.text("bnb_4bit_quant_type")?.unwrap_or("fp4")
+                };
+                Self::BitsAndBytes { kind: kind.to_owned() }
             }
-        }
+            Some("fp8") => {
+                // absent is not the same as null
+                let default = Value::from([128, 128].to_vec());
+                Self::Float8 { block: settings.block(map.get("weight_block_size").unwrap_or(&default))? }
+            }
+            Some("fbgemm_fp8") => Self::Float8 { block: None },
+            Some("gptq") => {
+                let format = settings.text("checkpoint_format")?.or(settings.text("format")?).unwrap_or("gptq");
+                if !matches!(format, "gptq" | "gptq_v2") || map.get("is_marlin_format").is_some_and(|flag| flag == true)
+                {
+                    return Err(settings.unsupported(&format!("gptq` of format `{format}")));
+                }
+                Self::Gptq { bits: settings.number("bits")?, zeros_are_less_one: format == "gptq" }
+            }
+            Some("awq") => {
+                for name in ["version", "format", "checkpoint_format"] {
+                    if let Some(format) = settings.text(name)?.filter(|format| !format.eq_ignore_ascii_case("gemm")) {
+                        return Err(settings.unsupported(&format!("awq` of format `{format}")));
+                    }
+                }
+                if settings.number("bits")? != 4 {
+                    return Err(settings.unsupported(&format!("awq` of `{} bits", map["bits"])));
+                }
+                Self::Awq
+            }
+            Some("compressed-tensors") => settings.compressed()?,
+            method => return Err(settings.unsupported(method.unwrap_or("unknown"))),
+        }))
     }
 
     /// Removes what is said of quantization: a model that is saved has dense weights.
@@ -59,35 +102,99 @@ impl fmt::Display for Quantization {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Self::Mlx(MlxSettings { bits, group_size, mode, .. }) => {
-                let mode = if mode == "affine" { "" } else { mode };
-                let space = if mode.is_empty() { "" } else { " " };
-                write!(f, "{bits} bits in groups of {group_size} (MLX{space}{mode})")
+                let mode = if mode == "affine" { String::new() } else { format!(" {mode}") };
+                write!(f, "{bits} bits in groups of {group_size} (MLX{mode})")
             }
+            Self::BitsAndBytes { kind } => write!(f, "{kind} (bitsandbytes)"),
+            Self::Float8 { block: Some([rows, columns]) } => write!(f, "fp8 in blocks of {rows} x {columns}"),
+            Self::Float8 { block: None } => write!(f, "fp8"),
+            Self::Gptq { bits, .. } => write!(f, "{bits} bits (GPTQ)"),
+            Self::Awq => write!(f, "4 bits (AWQ)"),
+            Self::Compressed { format, .. } => write!(f, "{format} (compressed-tensors)"),
         }
     }
 }
 
+/// The settings at one of the keys.
+struct Settings<'a> {
+    keys: &'a Keys<'a>,
+    key: &'static str,
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Settings<'a> {
+    fn wrong(&self, name: &str, expected: &str, found: &Value) -> Error {
+        self.keys.wrong(&format!("{}.{name}", self.key), expected, found)
+    }
+
+    fn unsupported(&self, method: &str) -> Error {
+        let what = format!(
+            "weights quantized by method `{method}`: take the unquantized model, or a version of it for llama.cpp (GGUF) or MLX"
+        );
+        self.keys.unsupported(self.key, &what)
+    }
+
+    fn text(&self, name: &str) -> Result<Option<&'a str>> {
+        let value = self.map.get(name).filter(|value| !value.is_null());
+        value.map(|value| value.as_str().ok_or_else(|| self.wrong(name, "a string", value))).transpose()
+    }
+
+    fn number(&self, name: &str) -> Result<u64> {
+        let value = self.map.get(name).unwrap_or(&Value::Null);
+        value.as_u64().ok_or_else(|| self.wrong(name, "a whole number", value))
+    }
+
+    /// The rows and columns of blocks; none if the value is null.
+    fn block(&self, value: &Value) -> Result<Option<[usize; 2]>> {
+        let size = |value: &Value| value.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
+        match value {
+            Value::Null => Ok(None),
+            Value::Array(sizes) => match sizes.iter().map(size).collect::<Option<Vec<_>>>().as_deref() {
+                Some(&[rows, columns]) => Ok(Some([rows, columns])),
+                _ => Err(self.wrong("weight_block_size", "two whole numbers above 0", value)),
+            },
+            other => Err(self.wrong("weight_block_size", "two whole numbers above 0", other)),
+        }
+    }
+
+    fn compressed(&self) -> Result<Quantization> {
+        const FORMATS: [&str; 6] =
+            ["pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"];
+        let format = self.text("format")?.unwrap_or("unknown");
+        if !FORMATS.contains(&format) {
+            return Err(self.unsupported(&format!("compressed-tensors` of format `{format}")));
+        }
+        let is_set = |value: &Value| match value {
+            Value::Object(map) => !map.is_empty() && map.get("format").is_none_or(|format| format != "dense"),
+            other => !other.is_null(),
+        };
+        for name in ["transform_config", "sparsity_config"] {
+            if self.map.get(name).is_some_and(is_set) {
+                return Err(self.unsupported(&format!("compressed-tensors` with `{name}")));
+            }
+        }
+        let groups = self.map.get("config_groups").and_then(Value::as_object);
+        let weights = groups.into_iter().flat_map(Map::values).filter_map(|group| group.get("weights"));
+        let block = weights.filter_map(|weights| weights.get("block_structure")).find(|block| !block.is_null());
+        Ok(Quantization::Compressed { format: format.to_owned(), block: self.block(block.unwrap_or(&Value::Null))? })
+    }
+}
+
 impl MlxSettings {
-    fn read(keys: &Keys, key: &str, map: &Map<String, Value>) -> Result<Self> {
+    fn read(settings: &Settings) -> Result<Self> {
         let size = |name: &str| {
-            let value = &map[name];
-            let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-            size.ok_or_else(|| keys.wrong(&format!("{key}.{name}"), "a whole number", value))
+            let size = usize::try_from(settings.number(name)?);
+            size.map_err(|_| settings.wrong(name, "a whole number", &settings.map[name]))
         };
-        let mode = match map.get("mode") {
-            None | Some(Value::Null) => "affine",
-            Some(Value::String(mode)) => mode,
-            Some(other) => return Err(keys.wrong(&format!("{key}.mode"), "a string", other)),
-        };
+        let mode = settings.text("mode")?.unwrap_or("affine");
         if !matches!(mode, "affine" | "mxfp4" | "mxfp8" | "nvfp4") {
-            let what = format!("weights of MLX's mode `{mode}`: take a version of mode `affine`, or a GGUF file");
-            return Err(keys.unsupported(key, &what));
+            return Err(settings.unsupported(&format!("mlx` of mode `{mode}")));
         }
         let bits = size("bits")?;
         if !matches!(bits, 2..=6 | 8) {
-            return Err(keys.wrong(&format!("{key}.bits"), "2, 3, 4, 5, 6 or 8", &map["bits"]));
+            return Err(settings.wrong("bits", "2, 3, 4, 5, 6 or 8", &settings.map["bits"]));
         }
-        Ok(Self { bits, group_size: size("group_size")?, mode: mode.to_owned(), keys: map.clone() })
+        Ok(Self { bits, group_size: size("group_size")?, mode: mode.to_owned(), keys: settings.map.clone() })
     }
 
     /// Checks bits and group of a module against what is said of it.

@@ -34,7 +34,7 @@ fn formats(file: &str, keys: &Value) -> HashMap<String, String> {
     let expected = expected(&shards);
     let found = shards.names().map(|name| (name.to_owned(), name.to_owned())).collect();
     let parameters: Vec<_> = expected.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
-    let packed = PackedWeights::find(&shards, quantization.as_ref(), &found, &parameters);
+    let packed = PackedWeights::find(&shards, quantization.as_ref(), &found, &parameters, DType::BF16);
     assert!(packed.problems.is_empty(), "{:?}", packed.problems);
     let mut formats = HashMap::new();
     let values =
@@ -85,12 +85,116 @@ fn matrices_of_mlx_have_the_values_of_mlx() {
     }
 }
 
+/// Checks the formats of some matrices of a file, all of which are compared with what the tool says.
+fn check_formats(file: &str, settings: &Value, expected: &[(&str, &str)]) {
+    let formats = formats(file, &json!({"quantization_config": settings}));
+    assert_eq!(formats.len(), expected.len(), "{file}");
+    for (name, format) in expected {
+        assert_eq!(formats[*name], *format, "{file}: {name}");
+    }
+}
+
+#[test]
+fn matrices_of_bitsandbytes_have_its_values() {
+    check_formats(
+        "bitsandbytes.safetensors",
+        &json!({"quant_method": "bitsandbytes", "load_in_4bit": true}),
+        &[("nf4", "bf16"), ("nested", "f16"), ("fp4", "f32"), ("int8", "bf16")],
+    );
+}
+
+#[test]
+fn floats_of_8_bits_have_the_values_of_transformers() {
+    let settings = json!({"quant_method": "fp8", "weight_block_size": [4, 16]});
+    check_formats("fp8.safetensors", &settings, &[("blocks", "bf16"), ("whole", "bf16")]);
+}
+
+#[test]
+fn matrices_of_gptq_have_the_values_of_gptqmodel() {
+    // without a zero point in the middle, the difference of a code and a zero point needs one bit more
+    let expected = [
+        ("2", "q4_0"),
+        ("3", "q4_0"),
+        ("4", "q5_0"),
+        ("8", "f16"),
+        ("symmetric_4", "q4_0"),
+        ("symmetric_8", "q8_0"),
+        ("ordered", "f16"),
+    ];
+    check_formats("gptq.safetensors", &json!({"quant_method": "gptq", "bits": 4}), &expected);
+    let second = json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"});
+    check_formats("gptq_v2.safetensors", &second, &[("3", "q4_0"), ("4", "q5_0"), ("symmetric_4", "q4_0")]);
+}
+
+#[test]
+fn matrices_of_awq_have_the_values_of_autoawq() {
+    let settings = json!({"quant_method": "awq", "bits": 4, "version": "gemm"});
+    check_formats("awq.safetensors", &settings, &[("f16", "q5_0"), ("bf16", "q5_0")]);
+}
+
+#[test]
+fn matrices_of_compressed_tensors_have_its_values() {
+    let block = json!({"group_0": {"weights": {"block_structure": [2, 16]}}});
+    check_formats(
+        "compressed.safetensors",
+        &json!({"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": block}),
+        &[
+            ("int4", "q4_0"),
+            ("zeros4", "q5_0"),
+            ("int8", "q8_0"),
+            ("f32", "bf16"),
+            ("row", "bf16"), // 36 columns
+            ("bytes", "q8_0"),
+            ("byte_matrix", "q8_0"),
+            ("float_rows", "bf16"),
+            ("float_matrix", "bf16"),
+            ("float_blocks", "bf16"),
+        ],
+    );
+}
+
+#[test]
+fn settings_are_read_and_described() {
+    for (settings, expected) in [
+        (json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "int8 (bitsandbytes)"),
+        (json!({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}), "nf4 (bitsandbytes)"),
+        (json!({"quant_method": "fp8"}), "fp8 in blocks of 128 x 128"),
+        (json!({"quant_method": "fp8", "weight_block_size": null}), "fp8"),
+        (json!({"quant_method": "fbgemm_fp8"}), "fp8"),
+        (json!({"quant_method": "gptq", "bits": 3}), "3 bits (GPTQ)"),
+        (json!({"quant_method": "awq", "bits": 4, "version": "GEMM"}), "4 bits (AWQ)"),
+        (
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "dense"}}),
+            "pack-quantized (compressed-tensors)",
+        ),
+    ] {
+        let found = quantization(&json!({"quantization_config": settings})).unwrap().unwrap();
+        assert_eq!(found.to_string(), expected);
+    }
+    for (settings, expected) in [
+        (json!({"quant_method": "fp8", "weight_block_size": [128]}), "weight_block_size`: expected two whole numbers"),
+        (json!({"quant_method": "fp8", "weight_block_size": [0, 1]}), "weight_block_size`: expected two whole numbers"),
+        (json!({"quant_method": "gptq"}), "`quantization_config.bits`: expected a whole number"),
+        (json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}), "`gptq` of format `marlin`"),
+        (json!({"quant_method": "awq", "bits": 4, "version": "gemv"}), "`awq` of format `gemv`"),
+        (json!({"quant_method": "awq", "bits": 8}), "`awq` of `8 bits`"),
+        (json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}), "nvfp4-pack-quantized"),
+        (
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"a": 1}}),
+            "with `transform_config`",
+        ),
+    ] {
+        let error = quantization(&json!({"quantization_config": settings})).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 #[test]
 fn unknown_methods_are_refused_with_what_to_do() {
     for (keys, expected) in [
         (json!({"quantization_config": {"quant_method": "aqlm"}}), "method `aqlm`: take the unquantized model, or"),
         (json!({"quantization": {}}), "method `unknown`"),
-        (json!({"quantization": {"bits": 4, "group_size": 64, "mode": "ternary"}}), "mode `ternary`"),
+        (json!({"quantization": {"bits": 4, "group_size": 64, "mode": "ternary"}}), "method `mlx` of mode `ternary`"),
         (json!({"quantization": {"bits": 7, "group_size": 64}}), "`quantization.bits`: expected 2, 3, 4, 5, 6 or 8"),
         (
             json!({"quantization": {"bits": 4, "group_size": "64"}}),

@@ -1,9 +1,9 @@
 //! The quantized matrices of a checkpoint.
 
 use super::matrix::PackedMatrix;
-use super::mlx;
-use super::module::Module;
+use super::module::{Checked, Module};
 use super::quantization::Quantization;
+use super::{bitsandbytes, compressed, float8, gptq, mlx};
 use crate::error::Result;
 use crate::files::Shards;
 use crate::ops::Weight;
@@ -23,23 +23,27 @@ pub(crate) struct PackedWeights<'a> {
 
 impl<'a> PackedWeights<'a> {
     /// Looks for the parameters, given by name and shape, among the tensors `found`, given by their names in the model and in
-    /// the files.
+    /// the files. `dense_dtype` is that of matrices that have no scales in half precision.
     pub(crate) fn find(
         shards: &'a Shards,
         quantization: Option<&Quantization>,
         found: &'a HashMap<String, String>,
         parameters: &'a [(String, Vec<usize>)],
+        dense_dtype: DType,
     ) -> Self {
         let mut packed = Self::default();
         let Some(quantization) = quantization else { return packed };
         let sorted: BTreeMap<&str, &str> = found.iter().map(|(own, name)| (own.as_str(), name.as_str())).collect();
+        let names: HashSet<&str> = parameters.iter().map(|(name, _)| name.as_str()).collect();
         for (parameter, shape) in parameters {
-            let (Some(module), &[_, columns]) = (parameter.strip_suffix("weight"), shape.as_slice()) else { continue };
+            let (Some(module), &[rows, columns]) = (parameter.strip_suffix("weight"), shape.as_slice()) else {
+                continue;
+            };
+            let has_bias = names.contains(format!("{module}bias").as_str());
             let tensors = sorted.range(module..).map_while(|(own, name)| Some((own.strip_prefix(module)?, *name)));
             let Some(module) = Module::new(shards, tensors) else { continue };
-            let matrix = match quantization {
-                Quantization::Mlx(settings) => mlx::find(&module, settings, columns),
-            };
+            let matrix = find(&module, quantization, [rows, columns], dense_dtype)
+                .and_then(|matrix| if has_bias { Ok(matrix) } else { with_zero_bias(&module, matrix) });
             match matrix {
                 Ok(None) => (),
                 Ok(Some(matrix)) => packed.insert(parameter, matrix),
@@ -87,4 +91,35 @@ impl<'a> PackedWeights<'a> {
         let Some(matrix) = self.matrices.get(parameter) else { return Ok(None) };
         Ok(Some((matrix.weight(dtype)?, matrix.num_bytes())))
     }
+}
+
+/// The matrix `[rows, columns]` of a module; none if it is not quantized.
+fn find<'a>(
+    module: &Module<'a>,
+    quantization: &Quantization,
+    shape: [usize; 2],
+    dense_dtype: DType,
+) -> Checked<Option<PackedMatrix<'a>>> {
+    match quantization {
+        Quantization::Mlx(settings) => mlx::find(module, settings, shape[1]),
+        Quantization::BitsAndBytes { .. } => bitsandbytes::find(module, shape, dense_dtype),
+        Quantization::Float8 { block } => {
+            let scale = if module.find("weight_scale").is_some() { "weight_scale" } else { "weight_scale_inv" };
+            float8::find(module, shape, scale, *block, dense_dtype)
+        }
+        Quantization::Gptq { zeros_are_less_one, .. } => gptq::find(module, shape, *zeros_are_less_one, dense_dtype),
+        Quantization::Awq => gptq::find_awq(module, shape, dense_dtype),
+        Quantization::Compressed { block, .. } => compressed::find(module, shape, *block, dense_dtype),
+    }
+}
+
+/// Tools for GPTQ write a bias of zeros for layers that have none.
+fn with_zero_bias<'a>(module: &Module<'a>, matrix: Option<PackedMatrix<'a>>) -> Checked<Option<PackedMatrix<'a>>> {
+    let Some(bias) = module.find("bias") else { return Ok(matrix) };
+    let Some(mut matrix) = matrix else { return Ok(None) };
+    if bias.bytes().iter().any(|&byte| byte != 0) {
+        return Err(format!("`{}`: expected no such tensor, or zeros, found a bias", bias.name()));
+    }
+    matrix.parts.push(bias);
+    Ok(Some(matrix))
 }
