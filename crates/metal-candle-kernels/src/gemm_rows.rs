@@ -171,6 +171,12 @@ impl Line {
         // SAFETY: a line is sixteen floats.
         unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
     }
+
+    /// The bytes of the lines.
+    pub(crate) fn bytes_mut(lines: &mut [Self]) -> &mut [u8] {
+        // SAFETY: a line is 64 bytes, all of which are initialized.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 64) }
+    }
 }
 
 /// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but no power of two, which would map

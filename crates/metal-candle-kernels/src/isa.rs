@@ -32,10 +32,13 @@ pub const ISA_VARIABLE: &str = "METAL_CANDLE_ISA";
 
 /// The values of [`ISA_VARIABLE`], lowest level first.
 #[cfg(target_arch = "x86_64")]
-pub const LEVELS: [&str; 4] = ["baseline", "avx2", "avx512", "amx"];
+pub const LEVELS: [&str; 6] = ["baseline", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx"];
 /// The values of [`ISA_VARIABLE`], lowest level first.
-#[cfg(not(target_arch = "x86_64"))]
-pub const LEVELS: [&str; 1] = [if cfg!(target_arch = "aarch64") { "neon" } else { "baseline" }];
+#[cfg(target_arch = "aarch64")]
+pub const LEVELS: [&str; 2] = ["neon", "dotprod"];
+/// The values of [`ISA_VARIABLE`], lowest level first.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub const LEVELS: [&str; 1] = ["baseline"];
 
 /// The instruction set used on this machine.
 #[must_use]
@@ -44,11 +47,70 @@ pub fn isa() -> Isa {
     *FOUND.get_or_init(|| {
         let most = match limit() {
             Ok(Some(0)) => Isa::Baseline,
-            Ok(Some(1)) => Isa::Avx2,
+            Ok(Some(1 | 2)) => Isa::Avx2,
             _ => Isa::Avx512,
         };
         detect().min(most)
     })
+}
+
+/// Instructions that multiply integers of 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Int8 {
+    /// Those of AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    /// AVX512-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// The dot products of Armv8.2.
+    #[cfg(target_arch = "aarch64")]
+    Dotprod,
+}
+
+impl Int8 {
+    /// The name, if it is a level of its own.
+    pub(crate) fn name(self) -> Option<&'static str> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => None,
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Some("avx-vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Some("avx512-vnni"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Dotprod => Some("dotprod"),
+        }
+    }
+}
+
+/// The instructions used on this machine; `None` if products with integers of 8 bits are not faster than those of f32.
+pub(crate) fn int8() -> Option<Int8> {
+    static FOUND: OnceLock<Option<Int8>> = OnceLock::new();
+    *FOUND.get_or_init(|| detect_int8(limit().ok().flatten().unwrap_or(LEVELS.len())))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect_int8(most: usize) -> Option<Int8> {
+    match isa() {
+        Isa::Avx512 if most >= 4 && is_x86_feature_detected!("avx512vnni") => Some(Int8::Avx512Vnni),
+        Isa::Avx2 | Isa::Avx512 if most >= 2 && is_x86_feature_detected!("avxvnni") => Some(Int8::AvxVnni),
+        Isa::Avx2 | Isa::Avx512 => Some(Int8::Avx2),
+        Isa::Baseline => None,
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn detect_int8(most: usize) -> Option<Int8> {
+    (most >= 1 && std::arch::is_aarch64_feature_detected!("dotprod")).then_some(Int8::Dotprod)
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn detect_int8(_: usize) -> Option<Int8> {
+    None
 }
 
 /// Whether [`ISA_VARIABLE`] permits a matrix unit.

@@ -1,22 +1,25 @@
 //! Names the instruction set and the matrix unit that the kernels use.
 
-use crate::isa::{Isa, isa, limit};
+use crate::isa::{Int8, Isa, LEVELS, int8, isa, limit};
 use crate::tiles;
 
-/// The instruction set that the kernels use on this machine, and the matrix unit if there is one.
+/// The instruction set that the kernels use on this machine, instructions that multiply 8-bit integers, and the matrix unit if
+/// there is one.
 ///
 /// # Errors
 /// [`crate::ISA_VARIABLE`] is not a level, or is a level that this machine does not have.
 pub fn levels() -> Result<Vec<&'static str>, String> {
     let mut found = vec![isa().name()];
+    found.extend(int8().and_then(Int8::name));
     if tiles::is_there() {
         found.push("amx-bf16");
     }
-    let has = match limit()? {
-        None | Some(0) => true,
-        Some(1) => isa() >= Isa::Avx2,
-        Some(2) => isa() >= Isa::Avx512,
-        Some(_) => tiles::is_there(),
+    let has = match limit()?.map(|level| LEVELS[level]) {
+        Some("avx2") => isa() >= Isa::Avx2,
+        Some("avx512") => isa() >= Isa::Avx512,
+        Some("amx") => tiles::is_there(),
+        Some(level @ ("avx-vnni" | "avx512-vnni" | "dotprod")) => found.contains(&level),
+        _ => true,
     };
     if has {
         return Ok(found);

@@ -104,8 +104,9 @@ impl Device {
         matches!(self.0, Kind::Cuda(_))
     }
 
-    /// The instruction set that the CPU kernels use on this machine, and the matrix unit if there is one. The environment
-    /// variable `METAL_CANDLE_ISA` (`baseline`, `avx2`, `avx512` or `amx`) limits them to a level.
+    /// The instruction set that the CPU kernels use on this machine, the instructions for 8-bit integers, and the matrix unit if
+    /// there is one. The environment variable `METAL_CANDLE_ISA` limits them to a level: `baseline`, `avx2`, `avx-vnni`, `avx512`,
+    /// `avx512-vnni` or `amx`, on Arm `neon` or `dotprod`.
     ///
     /// # Errors
     /// The variable is not a level, or is a level that this machine does not have.

@@ -227,16 +227,22 @@ const FP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8,
 
 pub(super) struct MXFP4;
 
+impl MXFP4 {
+    /// The bits of half of the scale, because the table is doubled. The two smallest are subnormal.
+    #[inline(always)]
+    pub(super) fn half_scale(exponent: u8) -> u32 {
+        let exponent = u32::from(exponent);
+        if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 }
+    }
+}
+
 impl Decoder for MXFP4 {
     const LEN: usize = 32;
     const BYTES: usize = 17;
 
     #[inline(always)]
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
-        let exponent = u32::from(block[0]);
-        // half of the scale, because the table is doubled; the two smallest are subnormal
-        let bits = if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 };
-        let scale = f32::from_bits(bits);
+        let scale = f32::from_bits(Self::half_scale(block[0]));
         look_up_32::<A, T>(to, &FP4_TABLE, &bytes(block, 1), scale, None);
     }
 }

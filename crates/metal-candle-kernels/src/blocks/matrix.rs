@@ -51,7 +51,6 @@ macro_rules! with_decoder {
     };
 }
 
-#[cfg(target_arch = "x86_64")]
 pub(super) use with_decoder;
 
 impl BlockFormat {

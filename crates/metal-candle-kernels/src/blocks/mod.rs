@@ -1,8 +1,9 @@
 //! Block-quantized weights as GGUF files store them: their layouts, quantization, dequantization, and products
 //! with them.
 //!
-//! Products dequantize a few rows of weights at a time, or in registers for very few activations, and multiply them in f32.
-//! Activations are never rounded.
+//! Training multiplies dequantized weights in f32, so forward and backward use the same weights and activations are not rounded.
+//! Inference rounds the activations to 8 bits, with a scale for every 32, and multiplies integers ([`block_row_products`]). A
+//! processor without kernels for that (x86-64 before AVX2, Arm before dot products) uses f32 in inference, too.
 
 mod decode;
 mod dots;
@@ -16,10 +17,12 @@ mod encode_superblocks;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod encode_tests;
+mod int8;
 mod matrix;
 mod products;
 mod rows;
 mod superblocks;
+mod task;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;

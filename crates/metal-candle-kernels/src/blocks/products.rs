@@ -2,6 +2,7 @@
 
 use super::matrix::BlockMatrix;
 use super::rows::add_rows;
+use super::task::Task;
 use crate::gemm::serial_gemm;
 use crate::operand::Start;
 use crate::parallel::{Shared, for_each, written};
@@ -36,7 +37,7 @@ pub fn block_products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockM
 
 fn products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: Shared<f32>) {
     if m <= FEW_ROWS {
-        return add_rows((m, n), start, a, b, alpha, c);
+        return add_rows(&Task { shape: (m, n), start, a, b, alpha, c });
     }
     let k = b.columns();
     assert!(b.rows() == n, "the right operand has {} rows, not {n}", b.rows());

@@ -1,7 +1,9 @@
 //! Products with block-quantized weights whose result for a row does not depend on the other rows: for inference.
 
 use super::dots::{Dequantize, HEIGHT, Operands, WIDTH};
+use super::int8;
 use super::matrix::BlockMatrix;
+use super::task::Task;
 use crate::gemm_rows::{Line, Ordered, add_dots, ordered_stride, with_ordered_rows};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
@@ -12,7 +14,7 @@ use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
 use crate::operand::Start;
-use crate::parallel::{Shared, for_each, written};
+use crate::parallel::{for_each, written};
 use std::cell::Cell;
 
 /// Columns that are dequantized at a time: four rows of them fill half of the first-level cache.
@@ -30,7 +32,9 @@ thread_local! {
 
 /// `start + alpha A B^T` as a new matrix `[m, n]`, with `A: [m, k]` and `B: [n, k]`.
 ///
-/// A row of the result has the same bits alone and among any other rows.
+/// A row of the result has the same bits alone and among any other rows. Where the processor has a kernel, 32 activations at a
+/// time are rounded to 127 steps of the largest: the relative error is about 0.0054 for normal activations. A row with a value
+/// that is not finite then becomes NaN; 32 values below 1e-30 count as zero.
 ///
 /// # Panics
 /// An operand does not have the shape, or the start is the result itself.
@@ -38,38 +42,34 @@ thread_local! {
 pub fn block_row_products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32) -> Vec<f32> {
     assert!(!matches!(start, Start::Result), "there is no result to start from");
     // SAFETY: every element is written from the start before it is read.
-    unsafe { written(m * n, |c| add_rows((m, n), start, a, b, alpha, c)) }
+    unsafe { written(m * n, |c| add_int8_rows(&Task { shape: (m, n), start, a, b, alpha, c })) }
 }
 
-/// Writes `start + alpha A B^T` to `c`.
-pub(super) fn add_rows((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alpha: f32, c: Shared<f32>) {
-    assert!(b.rows() == n, "the right operand has {} rows, not {n}", b.rows());
-    assert!(a.len() >= m * b.columns(), "the left operand is too short");
-    start.check((m, n));
-    if m == 0 || n == 0 {
-        return;
+/// Computes the product with activations of 8 bits if the processor has a kernel, else in f32.
+pub(super) fn add_int8_rows(task: &Task) {
+    if task.check() && !int8::add_rows(task) {
+        run_f32(task);
     }
-    let task = Task { shape: (m, n), start, a, b, alpha, c };
+}
+
+/// Computes the product in f32.
+pub(super) fn add_rows(task: &Task) {
+    if task.check() {
+        run_f32(task);
+    }
+}
+
+fn run_f32(task: &Task) {
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
-        crate::isa::Isa::Avx512 => return run::<x86::Avx512>(&task),
-        crate::isa::Isa::Avx2 => return run::<x86::Avx2>(&task),
+        crate::isa::Isa::Avx512 => return run::<x86::Avx512>(task),
+        crate::isa::Isa::Avx2 => return run::<x86::Avx2>(task),
         crate::isa::Isa::Baseline => {}
     }
     #[cfg(target_arch = "aarch64")]
-    run::<Portable<Fused>>(&task);
+    run::<Portable<Fused>>(task);
     #[cfg(not(target_arch = "aarch64"))]
-    run::<Portable<Separate>>(&task);
-}
-
-/// The operands of a product.
-pub(super) struct Task<'a> {
-    pub(super) shape: (usize, usize),
-    pub(super) start: Start<'a>,
-    pub(super) a: &'a [f32],
-    pub(super) b: BlockMatrix<'a>,
-    pub(super) alpha: f32,
-    pub(super) c: Shared<f32>,
+    run::<Portable<Separate>>(task);
 }
 
 pub(super) fn run<V: Dequantize>(task: &Task) {

@@ -114,7 +114,8 @@ fn a_quantized_weight_equals_its_values() {
             let [found, expected] = layers.each_ref().map(|layer| layer.forward(&x, Some(&term), None, None).unwrap());
             assert_close(&found, &expected, 1e-5);
             let [found, expected] = layers.each_ref().map(|layer| layer.infer(&x, Some(&term), Some(&dy)).unwrap());
-            assert_close(&found, &expected, 1e-5);
+            // activations of 8 bits
+            assert_close(&found, &expected, 1e-2);
             let wanted = Wanted { input: true, weight: false, bias: false };
             let [found, expected] = layers
                 .each_ref()

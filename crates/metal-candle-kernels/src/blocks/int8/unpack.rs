@@ -1,0 +1,304 @@
+//! Unpacks blocks of 32 weights.
+
+use super::lanes::{Arithmetic, Lanes, Rows, Sink, Unpack};
+use crate::blocks::decode::{Decoder, IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+
+/// Blocks whose scales are collected at a time: a vector that is read right after its words were written has to wait for them.
+const COLLECTED: usize = 8;
+
+/// A format with 32 weights in a block, which has one or two words of scales and other bits.
+trait SmallBlock: Decoder {
+    /// The words of a block.
+    ///
+    /// # Safety
+    /// The block can be read.
+    unsafe fn words(block: *const u8) -> [u32; 2];
+
+    /// The scale and the minimum from the first word.
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2];
+
+    /// The weights. `word` is the second one.
+    ///
+    /// # Safety
+    /// The rows can be read.
+    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8];
+}
+
+#[repr(align(64))]
+struct Words([[u32; 16]; COLLECTED]);
+
+/// # Safety
+/// As of [`Unpack::unpack`].
+#[inline(always)]
+unsafe fn unpack_small<L: Lanes, B: SmallBlock, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S) {
+    let (mut first, mut second) = (Words([[0; 16]; COLLECTED]), Words([[0; 16]; COLLECTED]));
+    for from in (0..blocks).step_by(COLLECTED) {
+        let count = COLLECTED.min(blocks - from);
+        for block in 0..count {
+            for row in 0..L::ROWS {
+                // SAFETY: the caller's promise.
+                let [a, b] = unsafe { B::words(rows.skip((from + block) * B::BYTES).row(row)) };
+                (first.0[block][row], second.0[block][row]) = (a, b);
+            }
+        }
+        for block in 0..count {
+            // SAFETY: as above, and the arrays have the words of a vector.
+            unsafe {
+                let [scale, minimum] = B::scales(L::load(first.0[block].as_ptr().cast()));
+                let weights =
+                    B::weights(rows.skip((from + block) * B::BYTES), L::load(second.0[block].as_ptr().cast()));
+                sink.take(weights, [scale; 2], [minimum; 2]);
+            }
+        }
+    }
+}
+
+/// Two bytes as a word.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+pub(super) unsafe fn half_word(from: *const u8) -> u32 {
+    // SAFETY: the caller's promise.
+    u32::from(unsafe { from.cast::<u16>().read_unaligned() }.to_le())
+}
+
+/// Four bytes as a word.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+pub(super) unsafe fn word(from: *const u8) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { from.cast::<u32>().read_unaligned() }.to_le()
+}
+
+/// The low four bits of each byte.
+#[inline(always)]
+pub(super) fn low_nibbles<L: Lanes>(packed: [L; 4]) -> [L; 4] {
+    let mask = L::splat(0x0f0f_0f0f);
+    [packed[0].and(mask), packed[1].and(mask), packed[2].and(mask), packed[3].and(mask)]
+}
+
+/// The high four bits of each byte.
+#[inline(always)]
+pub(super) fn high_nibbles<L: Lanes>(packed: [L; 4]) -> [L; 4] {
+    low_nibbles([packed[0].right::<4>(), packed[1].right::<4>(), packed[2].right::<4>(), packed[3].right::<4>()])
+}
+
+/// Eight vectors of twice four.
+#[inline(always)]
+pub(super) fn joined<L: Lanes>(first: [L; 4], second: [L; 4]) -> [L; 8] {
+    [first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]]
+}
+
+/// Looks up the low four bits of each byte, then the high ones.
+#[inline(always)]
+pub(super) fn looked_up<L: Lanes>(table: &[u8; 16], packed: [L; 4]) -> [L; 8] {
+    let table = L::repeat(table);
+    let mut weights = joined(low_nibbles(packed), high_nibbles(packed));
+    for i in 0..8 {
+        weights[i] = L::look_up(table, weights[i]);
+    }
+    weights
+}
+
+/// Nibbles with their fifth bit, which is bit `i` of the word for column `i`.
+#[inline(always)]
+fn with_fifth_bits<L: Lanes>(packed: [L; 4], bits: L) -> [L; 8] {
+    const BYTES: [[u8; 16]; 4] = {
+        let mut bytes = [[0; 16]; 4];
+        let mut i = 0;
+        while i < 64 {
+            bytes[i / 16][i % 16] = (i % 16 / 4 * 4 + i / 16) as u8;
+            i += 1;
+        }
+        bytes
+    };
+    let mut weights = joined(low_nibbles(packed), high_nibbles(packed));
+    let (masks, fifth) = ([L::splat(0x0804_0201), L::splat(0x8040_2010)], L::splat(0x1010_1010));
+    for i in 0..8 {
+        // the byte of the word that has the bits of these four columns, in each of their bytes
+        let bits = L::look_up(bits, L::repeat(&BYTES[i / 2]));
+        weights[i] = weights[i].or(bits.has_bit(masks[i % 2]).and(fifth));
+    }
+    weights
+}
+
+macro_rules! unpack_small {
+    ($format:ty, $kind:ty, $zero:expr) => {
+        impl Unpack for $format {
+            type Kind = $kind;
+            const ZERO: i32 = $zero;
+
+            #[inline(always)]
+            unsafe fn unpack<L: Lanes, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S) {
+                // SAFETY: the caller's promise.
+                unsafe { unpack_small::<L, Self, S>(rows, blocks, sink) }
+            }
+        }
+    };
+}
+
+unpack_small!(Q4_0, Arithmetic<1, false, 15>, 8);
+unpack_small!(Q4_1, Arithmetic<1, true, 15>, 0);
+unpack_small!(Q5_0, Arithmetic<1, false, 31>, 16);
+unpack_small!(Q5_1, Arithmetic<1, true, 31>, 0);
+unpack_small!(Q8_0, Arithmetic<1, false, 255>, 128);
+unpack_small!(IQ4NL, Arithmetic<1, false, 255>, 128);
+unpack_small!(MXFP4, Arithmetic<1, false, 31>, 12);
+
+/// A scale in the low half of the word, none other.
+#[inline(always)]
+fn scale<L: Lanes>(word: L) -> [L::Floats; 2] {
+    [word.halves(); 2]
+}
+
+/// A scale in the low half of the word, a minimum in the high one.
+#[inline(always)]
+fn scale_and_minimum<L: Lanes>(word: L) -> [L::Floats; 2] {
+    [word.halves(), word.right::<16>().halves()]
+}
+
+// SAFETY of the following: the caller's promise.
+
+impl SmallBlock for Q4_0 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        [unsafe { half_word(block) }, 0]
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+        let packed = unsafe { L::load_rows(rows.skip(2)) };
+        joined(low_nibbles(packed), high_nibbles(packed))
+    }
+}
+
+impl SmallBlock for Q4_1 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        [unsafe { word(block) }, 0]
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale_and_minimum(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+        let packed = unsafe { L::load_rows(rows.skip(4)) };
+        joined(low_nibbles(packed), high_nibbles(packed))
+    }
+}
+
+impl SmallBlock for Q5_0 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        unsafe { [half_word(block), word(block.add(2))] }
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8] {
+        with_fifth_bits(unsafe { L::load_rows(rows.skip(6)) }, word)
+    }
+}
+
+impl SmallBlock for Q5_1 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        unsafe { [word(block), word(block.add(4))] }
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale_and_minimum(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8] {
+        with_fifth_bits(unsafe { L::load_rows(rows.skip(8)) }, word)
+    }
+}
+
+impl SmallBlock for Q8_0 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        [unsafe { half_word(block) }, 0]
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+        let mut weights = unsafe { joined(L::load_rows(rows.skip(2)), L::load_rows(rows.skip(18))) };
+        if !L::IS_SIGNED {
+            let sign = L::splat(0x8080_8080);
+            for i in 0..8 {
+                weights[i] = weights[i].xor(sign);
+            }
+        }
+        weights
+    }
+}
+
+/// A table of 8-bit values, as the lanes take them.
+#[inline(always)]
+pub(super) fn bytes_of_table<L: Lanes>(table: &[i8; 16]) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for i in 0..16 {
+        bytes[i] = table[i].cast_unsigned() ^ if L::IS_SIGNED { 0 } else { 0x80 };
+    }
+    bytes
+}
+
+impl SmallBlock for IQ4NL {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        [unsafe { half_word(block) }, 0]
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        scale(word)
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+        looked_up(&bytes_of_table::<L>(&IQ4_TABLE), unsafe { L::load_rows(rows.skip(2)) })
+    }
+}
+
+/// The 4-bit floats, doubled, plus 12.
+const FP4_TABLE: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+
+impl SmallBlock for MXFP4 {
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> [u32; 2] {
+        [Self::half_scale(unsafe { *block }), 0]
+    }
+
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        [word.bits(); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+        looked_up(&FP4_TABLE, unsafe { L::load_rows(rows.skip(1)) })
+    }
+}
