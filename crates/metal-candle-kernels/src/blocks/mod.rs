@@ -17,6 +17,8 @@ mod encode_superblocks;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod encode_tests;
+// indexed loops: closures are not always inlined into functions for an instruction set
+#[allow(clippy::needless_range_loop)]
 mod int8;
 mod matrix;
 mod products;

@@ -4,6 +4,9 @@ use super::lanes::{COLUMNS, Kind, Lanes, Rows, Sink, Unpack};
 use crate::blocks::decode::Decoder;
 use std::marker::PhantomData;
 
+/// Bytes of the smallest pages.
+const PAGE: usize = 4096;
+
 /// The most rows of weights of a vector.
 pub(super) const MOST_ROWS: usize = 16;
 
@@ -105,7 +108,6 @@ impl<L: Lanes, K: Kind> Block<L> for Stored<K> {
 ///
 /// # Safety
 /// The activations have these columns.
-#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn add_block<L: Lanes, K: Kind, const R: usize>(
     block: &impl Block<L>,
@@ -165,6 +167,8 @@ impl<F: Decoder> Next<F> {
         for at in (0..bytes).step_by(64) {
             L::prefetch(self.at.wrapping_add(at));
         }
+        // the address of the next page has to be translated
+        L::prefetch(self.at.wrapping_add(PAGE));
         self.at = self.at.wrapping_add(bytes);
     }
 }

@@ -10,10 +10,12 @@ use crate::operand::Start;
 use crate::parallel::Shared;
 use crate::testing::random;
 
+type Level = (&'static str, fn(&Task));
+
 /// The kernels that this machine can run.
-fn levels() -> Vec<(&'static str, fn(&Task))> {
+fn levels() -> Vec<Level> {
     #[allow(unused_mut)]
-    let mut levels: Vec<(&'static str, fn(&Task))> = Vec::new();
+    let mut levels: Vec<Level> = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
         use super::x86;

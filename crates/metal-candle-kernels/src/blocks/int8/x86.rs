@@ -13,7 +13,7 @@ use std::arch::x86_64::{
     _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
     _mm256_xor_si256, _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castsi128_si512,
     _mm512_castsi512_ps, _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_movm_epi8, _mm512_mul_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_broadcast_i32x4, _mm512_movm_epi8, _mm512_mul_ps,
     _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_epi8, _mm512_sll_epi32, _mm512_srl_epi32,
     _mm512_storeu_ps, _mm512_storeu_si512, _mm512_test_epi8_mask, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
     _mm512_unpacklo_epi32, _mm512_unpacklo_epi64, _mm512_xor_si512,
@@ -61,9 +61,9 @@ impl Lanes for Avx512 {
             let mut v = [_mm512_castsi128_si512(row(rows, 0)); 4];
             for i in 0..4 {
                 let first = _mm512_castsi128_si512(row(rows, i));
-                let two = _mm512_inserti32x4::<1>(first, row(rows, 4 + i));
-                let three = _mm512_inserti32x4::<2>(two, row(rows, 8 + i));
-                v[i] = _mm512_inserti32x4::<3>(three, row(rows, 12 + i));
+                let two = _mm512_mask_broadcast_i32x4(first, 0x00f0, row(rows, 4 + i));
+                let three = _mm512_mask_broadcast_i32x4(two, 0x0f00, row(rows, 8 + i));
+                v[i] = _mm512_mask_broadcast_i32x4(three, 0xf000, row(rows, 12 + i));
             }
             let low = [_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpacklo_epi32(v[2], v[3])];
             let high = [_mm512_unpackhi_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[2], v[3])];
