@@ -61,7 +61,8 @@ CASES = {
     "starcoder2": dict(model_type="starcoder2", rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=None),
     "cohere": dict(model_type="cohere", rope_parameters=PLAIN, tie_word_embeddings=True, logit_scale=0.25, use_qk_norm=True),
     "cohere2": dict(
-        model_type="cohere2", num_hidden_layers=5, head_dim=16, rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=4, logit_scale=0.25
+        model_type="cohere2", num_hidden_layers=5, head_dim=16, rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=4, logit_scale=0.25,
+        rotary_pct=1.0,
     ),
     "glm4": dict(model_type="glm4", head_dim=16, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5), attention_bias=True),
 }

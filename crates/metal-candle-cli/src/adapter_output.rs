@@ -35,7 +35,7 @@ impl AdapterOutputArguments {
         check_adapter(&self.adapter)?;
         check_free(&self.output, FREE_HINT)?;
         let source = ModelSource::find(&self.model.model, output)?;
-        let model = source.load(self.model.dtype, self.model.device, output)?;
+        let model = source.load_as(self.model.types(), self.model.device, output)?;
         let adapter = load_adapter(&model, &self.adapter, &source)?;
         Ok((source, model, adapter))
     }

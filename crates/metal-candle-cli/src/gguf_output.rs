@@ -23,7 +23,7 @@ pub(crate) fn check_output(path: &Path) -> Result<()> {
         let message = format!("`{}`: expected a name that ends in `.gguf`", path.display());
         return Err(UserError::new(message).into());
     }
-    for path in [path, &report_path(path)] {
+    for path in [path, &report_path(path), &modelfile_path(path)] {
         if path.symlink_metadata().is_ok() {
             let message = format!("`{}` is there already", path.display());
             return Err(UserError::new(message).with_hint("name a new file; nothing is overwritten").into());
@@ -35,6 +35,11 @@ pub(crate) fn check_output(path: &Path) -> Result<()> {
 /// The path of the report on a GGUF file.
 fn report_path(path: &Path) -> PathBuf {
     path.with_extension("proof.json")
+}
+
+/// The path of the Modelfile of a GGUF file.
+fn modelfile_path(path: &Path) -> PathBuf {
+    path.with_extension("Modelfile")
 }
 
 /// An export of a model in the types that it has, with the tokenizer and the name of its source.
@@ -103,11 +108,12 @@ pub(crate) struct GgufReport<'a> {
     pub(crate) path: &'a Path,
     /// The model that was written.
     pub(crate) model: &'a Model,
+    pub(crate) tokenizer: Option<&'a Tokenizer>,
     pub(crate) proof: Option<&'a Proof>,
 }
 
 impl GgufReport<'_> {
-    /// Reads the file again, compares it with the model, writes the report and prints it.
+    /// Reads the file again, compares it with the model, writes the report and a Modelfile beside it, and prints the report.
     pub(crate) fn finish(&self, output: Output) -> Result<()> {
         let first = self.paths.first().map_or(self.path, PathBuf::as_path);
         let written = ModelLoader::new().with_device(self.model.device()).load(first)?;
@@ -127,6 +133,13 @@ impl GgufReport<'_> {
             let text = format!("{:#}\n", proof.to_json());
             write_atomically(report_path(self.path), |file| file.write_all(text.as_bytes()))?;
         }
+        if let Some(tokenizer) = self.tokenizer {
+            let name = first.file_name().unwrap_or_default().to_string_lossy();
+            let defaults = serde_json::from_str(&self.model.config().generation_to_json())?;
+            let modelfile = tokenizer.modelfile(&name, &defaults);
+            write_atomically(modelfile_path(self.path), |file| file.write_all(modelfile.text.as_bytes()))?;
+            report["modelfile"] = json!(modelfile_path(self.path).to_string_lossy());
+        }
         if output.json {
             return Ok(Output::print_json(&report)?);
         }
@@ -138,6 +151,9 @@ impl GgufReport<'_> {
             names.join(", "),
             bytes(size),
         ));
+        if self.tokenizer.is_some() {
+            output.note(format_args!("for Ollama: {}", modelfile_path(self.path).display()));
+        }
         Ok(())
     }
 }

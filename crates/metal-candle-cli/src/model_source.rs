@@ -3,14 +3,14 @@
 use crate::error::UserError;
 use crate::model_folder::copy_tokenizer;
 use crate::output::{Output, Unit};
-use crate::values::{DeviceKind, WeightType};
+use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::files::{GgufFile, shard_names};
-use metal_candle::models::SafetensorsFile;
+use metal_candle::models::{Quantization, SafetensorsFile};
 use metal_candle::{Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -32,10 +32,21 @@ pub(crate) struct ModelArguments {
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<WeightType>,
 
+    /// Quantize the weights while loading, on the CPU, to a type such as `q8_0` or `q4_k_m` (see `quantize`).
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) quantize: Option<MixtureName>,
+
     /// Where to run: `auto` (Metal or CUDA, else the CPU), `cpu`, `metal`, `cuda`, or `cuda:1` for
     /// the second CUDA device.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: DeviceKind,
+}
+
+impl ModelArguments {
+    /// The types of weights that are asked for.
+    pub(crate) fn types(&self) -> (Option<WeightType>, Option<MixtureName>) {
+        (self.dtype, self.quantize)
+    }
 }
 
 /// The flags of a model and an adapter on it.
@@ -183,6 +194,21 @@ impl ModelSource {
         floats.max_by_key(|entry| entry.num_bytes())?.candle_dtype()
     }
 
+    /// Loads the model in the types that flags or settings name.
+    pub(crate) fn load_as(
+        &self,
+        (dtype, quantize): (Option<WeightType>, Option<MixtureName>),
+        device: DeviceKind,
+        output: Output,
+    ) -> Result<Model> {
+        let Some(MixtureName(mixture)) = quantize else { return self.load(dtype, device, output) };
+        if !matches!(device, DeviceKind::Auto | DeviceKind::Cpu) {
+            let message = format!("`--quantize` with `--device {device}`: quantized weights run on the CPU");
+            return Err(UserError::new(message).into());
+        }
+        quantized(&self.load(dtype, DeviceKind::Cpu, output)?, &mixture.into(), output)
+    }
+
     pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {
         let mut loader = ModelLoader::new().with_device(device.open(output)?);
         if let Some(dtype) = dtype {
@@ -202,6 +228,21 @@ impl ModelSource {
         warn_once(&model.config().notes);
         Ok(model)
     }
+}
+
+/// A model in quantized types, with a bar where it takes a while.
+pub(crate) fn quantized(model: &Model, quantization: &Quantization, output: Output) -> Result<Model> {
+    let mut bar = None;
+    let result = model.quantize(quantization, |progress| {
+        if progress.num_elements > 200 << 20 {
+            bar.get_or_insert_with(|| output.progress(progress.num_elements as u64, "quantizing", Unit::Steps))
+                .set(progress.elements as u64, "");
+        }
+    })?;
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    Ok(result)
 }
 
 /// The only GGUF file, or the first of a split one, in a folder without a `config.json`.
@@ -239,12 +280,11 @@ pub(crate) struct Loaded {
 
 impl Loaded {
     pub(crate) fn new(flags: &AdaptedModelArguments, output: Output) -> Result<Self> {
-        let ModelArguments { model, dtype, device } = &flags.model;
-        let source = ModelSource::find(model, output)?;
+        let source = ModelSource::find(&flags.model.model, output)?;
         if let Some(adapter) = &flags.adapter {
             check_adapter(adapter)?;
         }
-        let model = source.load(*dtype, *device, output)?;
+        let model = source.load_as(flags.model.types(), flags.model.device, output)?;
         let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path, &source)).transpose()?;
         // modules that were trained as a whole take the place of the model's
         let model = adapter.as_ref().map_or(model, |adapter| adapter.run_model().clone());

@@ -8,7 +8,7 @@ mod path_values;
 
 use crate::error::{UserError, message};
 use crate::model_source::NANO;
-use crate::values::{DeviceKind, WeightType};
+use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::{Context, Result};
 use clap::Args;
 use kinds::{DecayKind, OptimizerKind, Schedule};
@@ -52,6 +52,10 @@ pub(crate) struct TrainSettings {
     /// Convert weights to this type while loading [default: as in the file].
     #[arg(long, value_enum, help_heading = "Model")]
     pub(crate) dtype: Option<WeightType>,
+
+    /// Train on weights quantized while loading, to a type such as `q4_k_m`; on the CPU.
+    #[arg(long, value_name = "TYPE", help_heading = "Model")]
+    pub(crate) quantize: Option<MixtureName>,
 
     /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N` [default: auto].
     #[arg(long, value_name = "DEVICE", help_heading = "Model")]

@@ -5,6 +5,7 @@ use crate::rank::device_number;
 use candle_core::DType;
 use clap::ValueEnum;
 use metal_candle::Device;
+use metal_candle::models::QuantizationMixture;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -129,6 +130,36 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<Self, String> {
         parse_bytes(text).map(Self)
+    }
+}
+
+/// A mixture by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct MixtureName(pub(crate) QuantizationMixture);
+
+impl FromStr for MixtureName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        QuantizationMixture::from_name(text).map(Self).ok_or_else(|| {
+            let known: Vec<&str> = QuantizationMixture::ALL.iter().map(|mixture| mixture.name).collect();
+            format!("expected one of {}", known.join(", "))
+        })
+    }
+}
+
+impl TryFrom<String> for MixtureName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map_err(|message| format!("`{text}`: {message}"))
+    }
+}
+
+impl From<MixtureName> for String {
+    fn from(name: MixtureName) -> Self {
+        name.0.name.into()
     }
 }
 

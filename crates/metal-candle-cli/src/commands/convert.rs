@@ -65,7 +65,7 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
         check_adapter(adapter)?;
     }
     let source = ModelSource::find(&flags.model.model, output)?;
-    let model = source.load(flags.model.dtype, flags.model.device, output)?;
+    let model = source.load_as(flags.model.types(), flags.model.device, output)?;
     match &flags.adapter {
         Some(path) => {
             let adapter = load_adapter(&model, path, &source)?;
@@ -82,7 +82,8 @@ fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, 
             let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
             let export = gguf_output::export(model, source, tokenizer.as_ref())?;
             let paths = gguf_output::write(&export, &flags.output, flags.split_max_size.map(|size| size.0), output)?;
-            GgufReport { paths: &paths, path: &flags.output, model, proof: None }.finish(output)
+            GgufReport { paths: &paths, path: &flags.output, model, tokenizer: tokenizer.as_ref(), proof: None }
+                .finish(output)
         }
         Format::Mlx | Format::Safetensors => write_folder(flags, source, model, output),
     }

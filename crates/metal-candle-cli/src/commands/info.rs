@@ -1,5 +1,6 @@
 //! `info`: device, features, and a model's sizes and memory.
 
+use crate::error::UserError;
 use crate::model_source::{ModelArguments, ModelSource};
 use crate::output::{Output, bytes, grouped};
 use anyhow::Result;
@@ -19,6 +20,9 @@ pub(crate) struct InfoArguments {
 }
 
 pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
+    if flags.model.quantize.is_some() {
+        return Err(UserError::new("`info` shows files as they are: `quantize` writes a quantized one").into());
+    }
     let device = flags.model.device.open(output)?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let config = source.config()?;

@@ -4,11 +4,11 @@ use crate::error::UserError;
 use crate::gguf_output::{self, GgufReport};
 use crate::held_out::{self, HeldOut};
 use crate::model_folder::with_end_of_turn;
-use crate::model_source::{AdaptedModelArguments, ModelSource, check_adapter, load_adapter};
+use crate::model_source::{AdaptedModelArguments, ModelSource, check_adapter, load_adapter, quantized};
 use crate::output::{Output, Unit};
 use crate::proof::{Proof, ProofArguments};
 use crate::templates::TemplateArguments;
-use crate::values::{ByteSize, DeviceKind};
+use crate::values::{ByteSize, DeviceKind, MixtureName};
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
@@ -16,7 +16,7 @@ use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Survival};
 use metal_candle::data::Tokenizer;
 use metal_candle::files::GgufType;
-use metal_candle::models::{Batch, Importance, Quantization, QuantizationMixture};
+use metal_candle::models::{Batch, Importance, Quantization};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -25,21 +25,6 @@ const CALIBRATION_WINDOW: usize = 512;
 
 /// Windows of a calibration text that are used at most.
 const MAX_CALIBRATION_WINDOWS: usize = 256;
-
-/// A mixture by its name.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct MixtureName(pub(crate) QuantizationMixture);
-
-impl FromStr for MixtureName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        QuantizationMixture::from_name(text).map(Self).ok_or_else(|| {
-            let known: Vec<&str> = QuantizationMixture::ALL.iter().map(|mixture| mixture.name).collect();
-            format!("expected one of {}", known.join(", "))
-        })
-    }
-}
 
 /// A pattern of tensor names and the type of those that match.
 #[derive(Debug, Clone)]
@@ -112,6 +97,9 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     let path = flags.model.adapter.as_deref();
     path.map(check_adapter).transpose()?;
     let arguments = &flags.model.model;
+    if arguments.quantize.is_some() {
+        return Err(UserError::new("`--quantize` is for other commands: `--type` says what to write").into());
+    }
     if !matches!(arguments.device, DeviceKind::Auto | DeviceKind::Cpu) {
         let message = format!("`--device {}`: quantizing runs on the CPU", arguments.device);
         return Err(UserError::new(message).into());
@@ -140,7 +128,14 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     gguf_output::put_proof(&mut export, &proof);
     let max_bytes = flags.split_max_size.map(|size| size.0);
     let paths = gguf_output::write(&export, &flags.output, max_bytes, output)?;
-    GgufReport { paths: &paths, path: &flags.output, model: &result, proof: Some(&proof) }.finish(output)
+    GgufReport {
+        paths: &paths,
+        path: &flags.output,
+        model: &result,
+        tokenizer: tokenizer.as_ref(),
+        proof: Some(&proof),
+    }
+    .finish(output)
 }
 
 /// The types, and the importance matrix if one is asked for.
@@ -188,14 +183,7 @@ fn quantize(
 ) -> Result<(Model, Vec<Survival>)> {
     let min_survival = flags.proof.min_survival;
     loop {
-        let mut bar = None;
-        let result = full.quantize(&quantization, |progress| {
-            bar.get_or_insert_with(|| output.progress(progress.num_elements as u64, "quantizing", Unit::Steps))
-                .set(progress.elements as u64, "");
-        })?;
-        if let Some(bar) = bar {
-            bar.finish();
-        }
+        let result = quantized(full, &quantization, output)?;
         let survivals = adapter.map(|adapter| adapter.survival(base, &result)).transpose()?.unwrap_or_default();
         let lost = Proof::lost(&survivals, min_survival);
         if lost.is_empty() {

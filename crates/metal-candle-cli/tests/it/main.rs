@@ -7,6 +7,7 @@ mod data;
 mod devices;
 mod errors;
 mod events;
+mod exports;
 mod fixture;
 #[cfg(feature = "hub")]
 mod hub;

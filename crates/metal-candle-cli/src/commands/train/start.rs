@@ -1,6 +1,7 @@
 //! Everything a run needs before its first step.
 
 use super::prepared::Prepared;
+use crate::error::UserError;
 use crate::model_folder::with_end_of_turn;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::Output;
@@ -45,6 +46,9 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     }
 
     let is_full = settings.full == Some(true);
+    if settings.quantize.is_some() && (is_full || settings.from_scratch == Some(true)) {
+        return Err(UserError::new("`--quantize` is for adapters: weights that are trained are not quantized").into());
+    }
     let device = settings.device.unwrap_or(crate::values::DeviceKind::Auto);
     let model = if settings.from_scratch == Some(true) {
         Model::initialize(config, settings.seed.unwrap_or(0), device.open(output)?)?
@@ -52,7 +56,7 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
         // all weights are trained in f32, whatever they are saved in
         source.load(Some(crate::values::WeightType::F32), device, output)?
     } else {
-        source.load(settings.dtype, device, output)?
+        source.load_as((settings.dtype, settings.quantize), device, output)?
     };
     let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source, &tokenizer)?) };
     // a start that rounds weights makes another model

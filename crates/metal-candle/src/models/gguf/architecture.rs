@@ -32,7 +32,7 @@ const GEMMA_KEYS: &[&str] = &[
     "final_logit_softcapping",
     "rope.freq_base_swa",
 ];
-const WINDOWS: &[&str] = &["attention.sliding_window", "attention.sliding_window_pattern"];
+const WINDOWS: &[&str] = &["attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"];
 const GRANITE_KEYS: &[&str] = &["attention.scale", "embedding_scale", "logit_scale", "residual_scale"];
 
 /// Norms before and after each part.
@@ -283,6 +283,13 @@ fn olmo2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if metadata.size("attention.sliding_window")?.is_some_and(|window| window > 0) {
         map.insert("model_type".into(), "olmo3".into());
         windows(metadata, map)?;
+        // only the layers without a window have scaled positions
+        let theta = map.remove("rope_theta").unwrap_or_else(|| 10_000.0.into());
+        let local = metadata.number("rope.freq_base_swa")?.map_or_else(|| theta.clone(), shortest);
+        let mut full = map.remove("rope_scaling").unwrap_or_else(|| json!({"rope_type": "default"}));
+        full["rope_theta"] = theta;
+        let sliding = json!({"rope_type": "default", "rope_theta": local});
+        map.insert("rope_parameters".into(), json!({"full_attention": full, "sliding_attention": sliding}));
     }
     Ok(())
 }

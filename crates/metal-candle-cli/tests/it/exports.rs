@@ -1,0 +1,177 @@
+//! `convert` and `quantize` of models, GGUF adapters, and exports that would lose an adapter.
+
+use crate::fixture::Fixture;
+use candle_core::{DType, Tensor};
+use metal_candle::files::GgufFile;
+use metal_candle::models::{SafetensorsFile, write_safetensors};
+use serde_json::Value;
+
+/// Makes all matrices of a PEFT folder smaller or larger.
+fn scale_adapter(fixture: &Fixture, folder: &str, factor: f64) {
+    let path = fixture.path(folder).join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    let tensors: Vec<(String, Tensor)> = file
+        .entries()
+        .iter()
+        .map(|entry| (entry.name.clone(), (file.float_tensor(&entry.name, DType::F32).unwrap() * factor).unwrap()))
+        .collect();
+    drop(file);
+    write_safetensors(&path, &tensors, &[("format", "pt")]).unwrap();
+}
+
+fn trained() -> Fixture {
+    let fixture = Fixture::new();
+    fixture.ok("train --model model --data data --steps 4 --learning-rate 1e-2 --target-modules all-linear --output run --quiet");
+    fixture
+}
+
+#[test]
+fn a_model_becomes_a_gguf_file_and_a_folder_again() {
+    let fixture = Fixture::new();
+    let json = fixture.ok("convert --model model --format gguf --output m.gguf --json").json();
+    assert_eq!(json["max_logit_difference"], 0.0);
+    let words = "--raw --temperature 0 --max-tokens 8 --prompt fn --json";
+    let text = |model: &str| fixture.ok(&format!("generate --model {model} {words}")).json()["tokens"].clone();
+    assert_eq!(text("m.gguf"), text("model"));
+    let ids = |model: &str| fixture.ok(&format!("tokenize --model {model} --json let_x=1;")).stdout;
+    assert_eq!(ids("m.gguf"), ids("model"));
+    let template = |model: &str| {
+        let rows = fixture.path("data/test.jsonl");
+        fixture.ok(&format!("template {} --model {model} --json", rows.display())).stdout
+    };
+    assert_eq!(template("m.gguf"), template("model"));
+    let modelfile = fixture.text("m.Modelfile");
+    assert!(modelfile.starts_with("FROM ./m.gguf\n") && modelfile.contains("TEMPLATE"), "{modelfile}");
+
+    fixture.ok("convert --model m.gguf --format safetensors --output back");
+    assert_eq!(fixture.read("back/model.safetensors"), fixture.read("model/model.safetensors"));
+    assert_eq!(template("back"), template("model"));
+    let json =
+        fixture.ok("convert --model model --format gguf --split-max-size 60KB --output parts.gguf --json").json();
+    let first = json["files"][0].as_str().unwrap().to_owned();
+    assert!(json["files"].as_array().unwrap().len() > 1 && first.contains("parts-00001-of-0000"), "{json}");
+    assert_eq!(text(&first), text("model"));
+
+    for (words, parts) in [
+        (
+            "convert --model model --format gguf --output m.gguf",
+            &["m.gguf", "is there already", "nothing is overwritten"][..],
+        ),
+        ("convert --model model --format gguf --output folder", &["expected a name that ends in `.gguf`"]),
+        ("convert --model model --format peft --output folder", &["`--adapter` is missing"]),
+        ("convert --model model --format mlx --output mlx --split-max-size 1MB", &["`--split-max-size` is for models"]),
+        ("convert --model model --format gguf --output x.gguf --split-max-size 1XB", &["expected a size such as"]),
+    ] {
+        let ran = fixture.run(words);
+        assert!(ran.code != 0 && parts.iter().all(|part| ran.stderr.contains(part)), "{words}\n{}", ran.stderr);
+    }
+    assert!(!fixture.path("x.gguf").exists() && !fixture.path("mlx").exists());
+}
+
+#[test]
+fn quantizing_is_measured() {
+    let fixture = Fixture::new();
+    let mut last = 0.0;
+    for kind in ["q8_0", "q5_1", "q4_0"] {
+        let json = fixture.ok(&format!("quantize --model model --type {kind} --output {kind}.gguf --json")).json();
+        let kl = json["proof"]["mean_kl"].as_f64().unwrap();
+        assert!(kl > last && json["max_logit_difference"] == 0.0, "{json}");
+        last = kl;
+        let file = GgufFile::open(fixture.path(&format!("{kind}.gguf"))).unwrap();
+        let line: Value = serde_json::from_str(file.text("metal_candle.proof").unwrap().unwrap()).unwrap();
+        assert_eq!(line["mean_kl"], json["proof"]["mean_kl"]);
+        let report: Value = serde_json::from_str(&fixture.text(&format!("{kind}.proof.json"))).unwrap();
+        assert_eq!(report, json["proof"]);
+        assert_eq!(file.types()[0], if kind == "q5_1" { "q5_1" } else { kind });
+    }
+    // the same while loading
+    let words = "--raw --temperature 0 --max-tokens 8 --prompt fn --json";
+    let loaded = fixture.ok(&format!("generate --model model --quantize q4_0 {words}")).json();
+    let file = fixture.ok(&format!("generate --model q4_0.gguf {words}")).json();
+    assert_eq!(loaded["tokens"], file["tokens"]);
+
+    let words =
+        "quantize --model model --type q4_0 --calibration data --save-imatrix i.gguf --tensor-type ffn_down=q8_0";
+    fixture.ok(&format!("{words} --output a.gguf"));
+    fixture.ok("quantize --model model --type q4_0 --imatrix i.gguf --tensor-type ffn_down=q8_0 --output b.gguf");
+    let blocks = |name: &str| {
+        let file = GgufFile::open(fixture.path(name)).unwrap();
+        file.tensors().map(|tensor| (tensor.name.clone(), tensor.ggml_type)).collect::<Vec<_>>()
+    };
+    assert_eq!(blocks("a.gguf"), blocks("b.gguf"));
+    assert!(blocks("a.gguf").contains(&("blk.1.ffn_down.weight".into(), 8)));
+
+    for (words, part) in [
+        ("quantize --model model --type q4_9 --output x.gguf", "expected one of f32, f16, bf16, q8_0"),
+        ("quantize --model model --type q4_0 --output x.bin", "expected a name that ends in `.gguf`"),
+        ("quantize --model model --type q4_0 --tensor-type down --output x.gguf", "expected PATTERN=TYPE"),
+        ("quantize --model model --type q4_0 --tensor-type (=q8_0 --output x.gguf", "expected a regular expression"),
+        ("quantize --model model --type q4_0 --tensor-type ffn=q6_k --output x.gguf", "expected rows of blocks of 256"),
+        (
+            "quantize --model model --type q4_0 --imatrix q8_0.gguf --output x.gguf",
+            "expected the importance of at least one",
+        ),
+        ("quantize --model model --type q4_0 --min-survival 2 --output x.gguf", "expected a share from 0 to 1"),
+        ("quantize --model model --type q4_0 --proof none.txt --output x.gguf", "none.txt"),
+        ("train --model model --data data --full --quantize q4_0 --output x", "`--quantize` is for adapters"),
+    ] {
+        let ran = fixture.run(words);
+        assert!(ran.code != 0 && ran.stderr.contains(part), "{words}\n{}", ran.stderr);
+        assert!(!fixture.path("x.gguf").exists(), "{words}");
+    }
+}
+
+#[test]
+fn an_adapter_trains_on_weights_quantized_while_loading() {
+    let fixture = Fixture::new();
+    fixture.ok("train --model model --quantize q8_0 --data data --steps 2 --output run --quiet");
+    fixture.ok("quantize --model model --type q8_0 --output q.gguf");
+    fixture.ok("train --model q.gguf --data data --steps 2 --output other --quiet");
+    let adapter = |run: &str| fixture.read(&format!("{run}/adapter/adapter_model.safetensors"));
+    assert_eq!(adapter("run"), adapter("other"));
+}
+
+#[test]
+fn what_rounding_would_lose_is_refused() {
+    let fixture = trained();
+    let adapter = "run/adapter";
+    let json = fixture.ok("fuse --model model --adapter run --output merged --json").json();
+    assert!(json["proof"]["min_survival"].as_f64().unwrap() > 0.999, "{json}");
+    assert!(json["proof"]["text"].as_str().unwrap().contains("validation rows"), "{json}");
+
+    scale_adapter(&fixture, adapter, 0.03);
+    for (words, part) in [
+        ("fuse --model model --dtype bf16 --adapter run --output bf16", "stochastic-rounding"),
+        ("quantize --model model --type q4_0 --adapter run --output lost.gguf", "--auto"),
+    ] {
+        let ran = fixture.run(words);
+        assert_eq!(ran.code, 1, "{words}\n{}", ran.stderr);
+        assert!(ran.stderr.contains("rounding would leave less than 0.9"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("nothing was written") && ran.stderr.contains(part), "{}", ran.stderr);
+    }
+    assert!(!fixture.path("bf16").exists() && !fixture.path("lost.gguf").exists());
+    fixture.ok("fuse --model model --dtype bf16 --adapter run --output low --min-survival 0");
+    let json = fixture.ok("fuse --model model --dtype bf16 --adapter run --output auto --auto --json").json();
+    assert_eq!(json["dtype"], "f16", "{json}");
+    let json = fixture.ok("quantize --model model --type q4_0 --adapter run --output auto.gguf --auto --json").json();
+    assert!(json["proof"]["min_survival"].as_f64().unwrap() >= 0.9, "{json}");
+    let types = GgufFile::open(fixture.path("auto.gguf")).unwrap().types();
+    assert!(types.iter().any(|kind| kind != "q4_0"), "{types:?}");
+}
+
+#[test]
+fn adapters_go_to_gguf_and_back() {
+    let fixture = trained();
+    fixture.ok("convert --model model --format gguf --output m.gguf");
+    let json = fixture.ok("convert --model model --adapter run --format gguf --output a.gguf --json").json();
+    assert!(json["max_logit_difference"].as_f64().unwrap() < 1e-5, "{json}");
+    let words = "--raw --temperature 0 --max-tokens 8 --prompt fn --json";
+    let with = |model: &str, adapter: &str| {
+        fixture.ok(&format!("generate --model {model} --adapter {adapter} {words}")).json()["tokens"].clone()
+    };
+    assert_eq!(with("m.gguf", "a.gguf"), with("model", "run"));
+    fixture.ok("convert --model m.gguf --adapter a.gguf --format peft --output peft");
+    assert_eq!(with("model", "peft"), with("model", "run"));
+    let ran = fixture.run("generate --model a.gguf --prompt x");
+    assert!(ran.stderr.contains("expected a model, found a file of type `adapter`"), "{}", ran.stderr);
+}
