@@ -82,7 +82,7 @@ fn quantizing_is_measured() {
         assert_eq!(line["mean_kl"], json["proof"]["mean_kl"]);
         let report: Value = serde_json::from_str(&fixture.text(&format!("{kind}.proof.json"))).unwrap();
         assert_eq!(report, json["proof"]);
-        assert_eq!(file.types()[0], if kind == "q5_1" { "q5_1" } else { kind });
+        assert!(file.types().iter().any(|found| found == kind), "{:?}", file.types());
     }
     // the same while loading
     let words = "--raw --temperature 0 --max-tokens 8 --prompt fn --json";
@@ -91,15 +91,15 @@ fn quantizing_is_measured() {
     assert_eq!(loaded["tokens"], file["tokens"]);
 
     let words =
-        "quantize --model model --type q4_0 --calibration data --save-imatrix i.gguf --tensor-type ffn_down=q8_0";
+        "quantize --model model --type q4_0 --calibration data --save-imatrix i.gguf --tensor-type ffn_up=q8_0";
     fixture.ok(&format!("{words} --output a.gguf"));
-    fixture.ok("quantize --model model --type q4_0 --imatrix i.gguf --tensor-type ffn_down=q8_0 --output b.gguf");
+    fixture.ok("quantize --model model --type q4_0 --imatrix i.gguf --tensor-type ffn_up=q8_0 --output b.gguf");
     let blocks = |name: &str| {
         let file = GgufFile::open(fixture.path(name)).unwrap();
         file.tensors().map(|tensor| (tensor.name.clone(), tensor.ggml_type)).collect::<Vec<_>>()
     };
     assert_eq!(blocks("a.gguf"), blocks("b.gguf"));
-    assert!(blocks("a.gguf").contains(&("blk.1.ffn_down.weight".into(), 8)));
+    assert!(blocks("a.gguf").contains(&("blk.1.ffn_up.weight".into(), 8)));
 
     for (words, part) in [
         ("quantize --model model --type q4_9 --output x.gguf", "expected one of f32, f16, bf16, q8_0"),
