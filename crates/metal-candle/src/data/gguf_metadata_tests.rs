@@ -160,6 +160,7 @@ fn splittings_are_named_however_they_are_spelled() {
         (bytes(true), true, false, "mpt"),
         (steps(&[digits.clone(), bytes(true)]), false, false, "smollm"),
         (steps(&[steps(&[split(r"\p{N}")]), bytes(true)]), false, false, "smollm"),
+        (steps(&[digits, bytes(true)]), true, false, "command-r"),
         (steps(&[split(LLAMA3), bytes(false)]), false, true, "llama-bpe"),
         (steps(&[inverted(LLAMA3), bytes(false)]), false, false, "dbrx"),
         (steps(&[split(&LLAMA3.replace("{1,3}", "")), bytes(false)]), true, false, "qwen2"),
@@ -175,7 +176,7 @@ fn splittings_are_named_however_they_are_spelled() {
         assert_eq!(written.notes, [""; 0]);
     }
     // no name says both NFC and this splitting
-    let mut json = byte_level(&steps(&[digits, bytes(true)]));
+    let mut json = byte_level(&steps(&[split(LLAMA3), bytes(false)]));
     json["normalizer"] = json!({"type": "NFC"});
     let written = read(&json, &Value::Null).to_gguf(10, &Value::Null).unwrap();
     assert!(written.notes[0].contains("NFC"), "{:?}", written.notes);

@@ -85,10 +85,8 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["tekken"], PreTokenizer { add_bos: true, ..whole_words(&[TEKKEN]) }),
     (&["youtu"], whole_words(&[YOUTU_SCRIPTS, YOUTU])),
     (&["kimi-k2"], plain(&[KIMI_K2])),
-    (
-        &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
-        plain(&[r"\p{N}", GPT2]),
-    ),
+    (&["smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"], plain(&[r"\p{N}", GPT2])),
+    (&["command-r"], PreTokenizer { nfc: true, ..plain(&[r"\p{N}", GPT2]) }),
     (
         &[
             "gpt-2",
