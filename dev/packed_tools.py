@@ -67,7 +67,7 @@ def gptq(tool, rows, columns, bits, group, noise, symmetric=False, act_order=Fal
     if symmetric:
         zero = 2 ** (bits - 1) - less_one
         zeros = tool.pack_cols(torch.full((groups, rows), zero), bits, pack_dtype=torch.int32)
-    scales, g_idx = scales_of(groups, rows, noise), (torch.arange(columns) // group).int()
+    scales, g_idx = scales_of(groups, rows, noise) * 2.0 ** (4 - bits), (torch.arange(columns) // group).int()
     if act_order:
         g_idx = g_idx[torch.randperm(columns, generator=noise)]
     wide = tool.unpack_cols(tool._correct_gptq_v1_qzeros(zeros, bits) if less_one else zeros, bits)

@@ -256,7 +256,8 @@ impl ModelConfig {
             .filter(|(key, _)| is_other(key))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
-        format!("{:?}", self.with_other_keys(&other_keys))
+        let quantization = self.quantization().unwrap_or_default();
+        format!("{:?}{quantization}", self.with_other_keys(&other_keys))
     }
 
     /// The `config.json` that belongs to weights at `path`.

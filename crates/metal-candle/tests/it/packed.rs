@@ -87,7 +87,7 @@ fn matrices_are_held_as_blocks_where_these_have_the_same_values() {
 #[test]
 fn adapters_train_as_on_dense_weights() {
     // beside weights in half precision some activations are saved in bf16
-    for (name, tolerance) in [("mlx-llama", 5e-3), ("mlx-qwen2", 1e-4)] {
+    for (name, tolerance) in [("gptq-llama", 5e-3), ("mlx-llama", 5e-3), ("mlx-qwen2", 1e-4)] {
         let (quantized, ids) = (load(name), expected(name).0);
         let tensors = golden::parameters_of(&quantized).into_iter();
         let tensors = tensors.map(|(name, tensor)| (name, tensor.to_dtype(DType::F32).unwrap())).collect();
@@ -210,4 +210,121 @@ fn damaged_matrices_of_mlx_are_refused() {
     };
     let error = damage("mlx-qwen2", folder.path(), &json!({}), powers).unwrap_err().to_string();
     assert!(error.contains("up_proj.scales`: expected powers of two, found 255"), "{error}");
+}
+
+/// A tensor as it is in a file.
+struct Raw {
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// As [`damage`] with tensors of any dtype. `damaged` is the end of the names of those that change; empty ones are left out.
+fn damage_raw(name: &str, keys: &Value, damaged: &str, change: fn(&mut Raw)) -> metal_candle::Result<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(path(name).join("config.json")).unwrap()).unwrap();
+    config["quantization_config"].as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let bytes = std::fs::read(path(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut changed: Vec<_> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            (name, Raw { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() })
+        })
+        .collect();
+    changed.iter_mut().filter(|(name, _)| name.ends_with(damaged)).for_each(|(_, raw)| change(raw));
+    changed.retain(|(_, raw)| !raw.bytes.is_empty());
+    let views = changed.iter().map(|(name, raw)| {
+        (name, safetensors::tensor::TensorView::new(raw.dtype, raw.shape.clone(), &raw.bytes).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    ModelLoader::new().with_device(Device::CPU).load(folder.path())
+}
+
+fn remove(raw: &mut Raw) {
+    raw.bytes.clear();
+}
+
+fn remove_last_row(raw: &mut Raw) {
+    raw.bytes.truncate(raw.bytes.len() / raw.shape[0] * (raw.shape[0] - 1));
+    raw.shape[0] -= 1;
+}
+
+fn replace(raw: &mut Raw, from: &str, to: &str) {
+    let text = String::from_utf8(raw.bytes.clone()).unwrap();
+    assert!(text.contains(from), "{text}");
+    raw.bytes = text.replace(from, to).into_bytes();
+    raw.shape = vec![raw.bytes.len()];
+}
+
+type Case = (&'static str, &'static str, fn(&mut Raw), &'static str);
+
+#[test]
+fn damaged_matrices_of_other_methods_are_refused() {
+    const STATE: &str = "k_proj.weight.quant_state.bitsandbytes__nf4";
+    let none = json!({});
+    let cases: [Case; 18] = [
+        ("bnb-llama", STATE, remove, "k_proj.weight`: expected `weight.quant_state.bitsandbytes__nf4` or `SCB` beside"),
+        ("bnb-llama", STATE, |raw| replace(raw, "{", "{]"), "quant_state.bitsandbytes__nf4`: expected JSON"),
+        ("bnb-llama", STATE, |raw| replace(raw, "[16, 32]", "[32, 16]"), "expected the shape [16, 32], found [32, 16]"),
+        (
+            "bnb-llama",
+            STATE,
+            |raw| replace(raw, "\"blocksize\": 64", "\"blocksize\": 0"),
+            "expected a `blocksize` above 0",
+        ),
+        (
+            "bnb-llama",
+            "k_proj.weight",
+            remove_last_row,
+            "k_proj.weight`: expected 256 bytes for 512 weights, found 255",
+        ),
+        ("bnb-llama", "k_proj.weight.absmax", remove_last_row, "k_proj.weight.absmax`: expected [8], found [7]"),
+        ("bnb-llama", "k_proj.weight.quant_map", remove_last_row, "weight.quant_map`: expected [16], found [15]"),
+        (
+            "bnb-llama",
+            "k_proj.weight.nested_absmax",
+            remove,
+            "nested_absmax`: expected F32 for a quantized matrix, found no",
+        ),
+        ("gptq-llama", "k_proj.qweight", remove_last_row, "k_proj.qweight`: expected 4 bits a weight, found 3"),
+        (
+            "gptq-llama",
+            "k_proj.qweight",
+            |raw| raw.shape = vec![8, 8],
+            "k_proj.qweight`: [8, 8] does not make 16 rows of 32",
+        ),
+        ("gptq-llama", "k_proj.qweight", remove, "k_proj.weight`: expected [16, 32], found no such tensor"),
+        ("gptq-llama", "k_proj.scales", remove, "k_proj.scales`: expected F32 or F16 or BF16 for a quantized matrix"),
+        ("gptq-llama", "k_proj.qzeros", remove, "k_proj.qzeros`: expected I32 for a quantized matrix, found no such"),
+        ("gptq-llama", "down_proj.qzeros", remove_last_row, "down_proj.qzeros`: expected [3, 4], found [2, 4]"),
+        ("gptq-llama", "k_proj.g_idx", remove_last_row, "k_proj.g_idx`: expected [32], found [31]"),
+        (
+            "gptq-llama",
+            "k_proj.g_idx",
+            |raw| raw.bytes[..4].copy_from_slice(&(-1_i32).to_le_bytes()),
+            "k_proj.g_idx`: expected groups below 1, found -1",
+        ),
+        (
+            "gptq-llama",
+            "k_proj.bias",
+            |raw| raw.bytes[3] = 1,
+            "k_proj.bias`: expected no such tensor, or zeros, found a bias",
+        ),
+        ("gptq-llama", "k_proj.scales", |raw| raw.shape = vec![2, 8], "k_proj.scales`: expected [2, 16], found [2, 8]"),
+    ];
+    for (name, damaged, change, expected) in cases {
+        damage_raw(name, &none, "nothing", remove).unwrap();
+        let error = damage_raw(name, &none, damaged, change).map(|_| ()).expect_err(expected).to_string();
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    // fp8 where there is none, and the other way round
+    let message = |name: &str, keys: Value| damage_raw(name, &keys, "nothing", remove).unwrap_err().to_string();
+    let found = message("gptq-llama", json!({"quant_method": "fp8"}));
+    assert!(found.contains("down_proj.qweight`: expected no such tensor"), "{found}");
+    let found = message("bnb-llama", json!({"quant_method": "gptq", "bits": 4}));
+    assert!(found.contains("down_proj.weight`: expected [32, 96], found [1536, 1]"), "{found}");
 }

@@ -6,29 +6,35 @@ use super::gptq::{listed_groups, transposed_codes};
 use super::integers::{Groups, Integers, Offsets};
 use super::matrix::{PackedMatrix, Values};
 use super::module::{Checked, FLOATS, Module, whole_ratio};
+use super::quantization::CompressedSettings;
 use candle_core::DType;
 
 /// Bits of a word.
 const WORD: usize = 32;
 
-/// The matrix `[rows, columns]` of a module; none if it is not quantized. `block` is the size of blocks of floats, if there are any.
+/// The matrix `[rows, columns]` of a module; none if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     shape: [usize; 2],
-    block: Option<[usize; 2]>,
+    settings: &CompressedSettings,
     dense_dtype: DType,
 ) -> Checked<Option<PackedMatrix<'a>>> {
     if module.find("weight_packed").is_some() {
-        return packed(module, shape, dense_dtype).map(Some);
+        return packed(module, shape, settings, dense_dtype).map(Some);
     }
     if module.find("weight").is_some_and(|weight| weight.dtype() == "I8") {
         return signed_bytes(module, shape, dense_dtype).map(Some);
     }
-    float8::find(module, shape, "weight_scale", block, dense_dtype)
+    float8::find(module, shape, "weight_scale", settings.block, dense_dtype)
 }
 
 /// Codes of 2, 4 or 8 bits in words along a row.
-fn packed<'a>(module: &Module<'a>, [rows, columns]: [usize; 2], dense_dtype: DType) -> Checked<PackedMatrix<'a>> {
+fn packed<'a>(
+    module: &Module<'a>,
+    [rows, columns]: [usize; 2],
+    settings: &CompressedSettings,
+    dense_dtype: DType,
+) -> Checked<PackedMatrix<'a>> {
     let path = &module.path;
     let (weight, [_, words]) = module.require_matrix("weight_packed", &["I32"])?;
     let fits = |&bits: &usize| columns.checked_mul(bits).is_some_and(|bits| bits.div_ceil(WORD) == words);
@@ -38,6 +44,10 @@ fn packed<'a>(module: &Module<'a>, [rows, columns]: [usize; 2], dense_dtype: DTy
             weight.shape()
         ));
     };
+    if !settings.bits.is_empty() && !settings.bits.contains(&(bits as u64)) {
+        let expected = &settings.bits;
+        return Err(format!("`{path}.weight_packed`: expected bits a weight as in {expected:?}, found {bits}"));
+    }
     let (scales, [_, groups]) = module.require_matrix("weight_scale", FLOATS)?;
     module.require_shape("weight_scale", FLOATS, &[rows, groups])?;
     let Some(group) = whole_ratio(columns, groups) else {

@@ -4,20 +4,18 @@ use super::codes::Codes;
 use super::integers::{Groups, Integers, Offsets};
 use super::matrix::{PackedMatrix, Values};
 use super::module::{Checked, FLOATS, Module, Part, whole_ratio};
+use super::quantization::GptqSettings;
 use crate::error::Result;
 use candle_core::DType;
 
 /// Bits of a word.
 const WORD: usize = 32;
 
-/// The matrix `[rows, columns]` of a module of GPTQ; none if it is not quantized. `zeros_are_less_one` says that a zero point of 8
-/// is stored as 7.
-///
-/// As for other methods, bits and groups are those that the shapes show.
+/// The matrix `[rows, columns]` of a module of GPTQ; none if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     [rows, columns]: [usize; 2],
-    zeros_are_less_one: bool,
+    settings: &GptqSettings,
     dense_dtype: DType,
 ) -> Checked<Option<PackedMatrix<'a>>> {
     if module.find("qweight").is_none() {
@@ -29,9 +27,11 @@ pub(super) fn find<'a>(
     let Some(bits) = bits else {
         return Err(format!("`{path}.qweight`: {:?} does not make {rows} rows of {columns}", weight.shape()));
     };
-    if !matches!(bits, 2 | 3 | 4 | 8) {
-        return Err(format!("`{path}.qweight`: expected 2, 3, 4 or 8 bits a weight, found {bits}"));
+    if !matches!(bits, 2 | 3 | 4 | 8) || !(settings.is_mixed || bits == settings.bits) {
+        let expected = if settings.is_mixed { "2, 3, 4 or 8".to_owned() } else { settings.bits.to_string() };
+        return Err(format!("`{path}.qweight`: expected {expected} bits a weight, found {bits}"));
     }
+    let zeros_are_less_one = settings.zeros_are_less_one;
     let (scales, [groups, _]) = module.require_matrix("scales", FLOATS)?;
     module.require_shape("scales", FLOATS, &[groups, rows])?;
     let zeros_row = (rows * bits).div_ceil(WORD);

@@ -5,7 +5,6 @@ use candle_core::DType;
 use half::f16;
 use metal_candle_kernels::BlockFormat;
 use rayon::prelude::*;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The number of weights of the blocks that are made.
 const BLOCK: usize = 32;
@@ -131,36 +130,40 @@ impl Integers<'_> {
         let row_bytes = format.row_bytes(columns)?;
         let block_bytes = row_bytes / (columns / BLOCK);
         let mut blocks = vec![0; rows * row_bytes];
-        let is_exact = AtomicBool::new(true);
-        blocks.par_chunks_mut(row_bytes).enumerate().for_each_init(
-            || vec![0; columns],
-            |codes, (row, blocks)| {
-                self.codes.row(row, codes);
-                let columns = blocks.chunks_exact_mut(block_bytes).zip(codes.as_chunks_mut::<BLOCK>().0);
-                for (number, (block, codes)) in columns.enumerate() {
-                    let group = row * count + number * BLOCK / len;
-                    let zero = self.zero(group);
-                    // the scale of zeros does not matter: MLX writes 1e-7 for rows of zeros
-                    let is_zero = codes.iter().all(|&code| i16::from(code) == zero);
-                    let scale = if is_zero { 0.0 } else { self.scales[group] };
-                    let minimum = match &self.offsets {
-                        Offsets::Biases(biases) => Some(biases[group]),
-                        Offsets::Zeros(_) | Offsets::Zero(_) => None,
+        let is_exact = blocks
+            .par_chunks_mut(row_bytes)
+            .enumerate()
+            .map_init(
+                || vec![0; columns],
+                |codes, (row, blocks)| {
+                    self.codes.row(row, codes);
+                    let columns = blocks.chunks_exact_mut(block_bytes).zip(codes.as_chunks_mut::<BLOCK>().0);
+                    let write = |(number, (block, codes)): (usize, _)| {
+                        self.write(block, codes, row * count + number * BLOCK / len, center)
                     };
-                    let Some(scale) = to_f16(scale) else { return is_exact.store(false, Ordering::Relaxed) };
-                    let minimum = match minimum.map(|minimum| to_f16(minimum).ok_or(())).transpose() {
-                        Ok(minimum) => minimum,
-                        Err(()) => return is_exact.store(false, Ordering::Relaxed),
-                    };
-                    for code in codes.iter_mut() {
-                        // it fits: the format was chosen by the codes and zeros that there can be
-                        *code = (i16::from(*code) - zero + center) as u8;
-                    }
-                    write_block(block, scale, minimum, codes);
-                }
-            },
-        );
-        is_exact.into_inner().then_some((format, blocks))
+                    columns.enumerate().map(write).collect::<Option<()>>().is_some()
+                },
+            )
+            .reduce(|| true, |left, right| left && right);
+        is_exact.then_some((format, blocks))
+    }
+
+    /// Writes codes of a group, counted over all rows, as a block; none if f16 does not hold its scale.
+    fn write(&self, block: &mut [u8], codes: &mut [u8; BLOCK], group: usize, center: i16) -> Option<()> {
+        let zero = self.zero(group);
+        // the scale of zeros does not matter: MLX writes 1e-7 for rows of zeros
+        let is_zero = codes.iter().all(|&code| i16::from(code) == zero);
+        let scale = to_f16(if is_zero { 0.0 } else { self.scales[group] })?;
+        let minimum = match &self.offsets {
+            Offsets::Biases(biases) => Some(to_f16(biases[group])?),
+            Offsets::Zeros(_) | Offsets::Zero(_) => None,
+        };
+        for code in codes.iter_mut() {
+            // it fits: the format was chosen by the codes and zeros that there can be
+            *code = (i16::from(*code) - zero + center) as u8;
+        }
+        write_block(block, scale, minimum, codes);
+        Some(())
     }
 }
 

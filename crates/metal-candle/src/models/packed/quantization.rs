@@ -22,11 +22,31 @@ pub(crate) enum Quantization {
     /// As floats of 8 bits, with a scale for each block if there is a size of blocks, else for the matrix or each row.
     Float8 { block: Option<[usize; 2]> },
     /// By GPTQ.
-    Gptq { bits: u64, zeros_are_less_one: bool },
+    Gptq(GptqSettings),
     /// By AWQ.
     Awq,
     /// By compressed-tensors.
-    Compressed { format: String, block: Option<[usize; 2]> },
+    Compressed(CompressedSettings),
+}
+
+/// The settings of GPTQ.
+#[derive(Debug, Clone)]
+pub(crate) struct GptqSettings {
+    pub(super) bits: usize,
+    /// Whether the configuration has other bits for some modules.
+    pub(super) is_mixed: bool,
+    /// Whether a zero point of 8 is stored as 7.
+    pub(super) zeros_are_less_one: bool,
+}
+
+/// The settings of compressed-tensors.
+#[derive(Debug, Clone)]
+pub(crate) struct CompressedSettings {
+    format: String,
+    /// The bits of weights that are mentioned.
+    pub(super) bits: Vec<u64>,
+    /// Rows and columns of blocks with a scale.
+    pub(super) block: Option<[usize; 2]>,
 }
 
 /// The settings of a quantized model of mlx-lm.
@@ -71,7 +91,11 @@ impl Quantization {
                 {
                     return Err(settings.unsupported(&format!("gptq` of format `{format}")));
                 }
-                Self::Gptq { bits: settings.number("bits")?, zeros_are_less_one: format == "gptq" }
+                Self::Gptq(GptqSettings {
+                    bits: settings.size("bits")?,
+                    is_mixed: map.get("dynamic").is_some_and(|modules| !modules.is_null()),
+                    zeros_are_less_one: format == "gptq",
+                })
             }
             Some("awq") => {
                 for name in ["version", "format", "checkpoint_format"] {
@@ -108,9 +132,9 @@ impl fmt::Display for Quantization {
             Self::BitsAndBytes { kind } => write!(f, "{kind} (bitsandbytes)"),
             Self::Float8 { block: Some([rows, columns]) } => write!(f, "fp8 in blocks of {rows} x {columns}"),
             Self::Float8 { block: None } => write!(f, "fp8"),
-            Self::Gptq { bits, .. } => write!(f, "{bits} bits (GPTQ)"),
+            Self::Gptq(GptqSettings { bits, .. }) => write!(f, "{bits} bits (GPTQ)"),
             Self::Awq => write!(f, "4 bits (AWQ)"),
-            Self::Compressed { format, .. } => write!(f, "{format} (compressed-tensors)"),
+            Self::Compressed(CompressedSettings { format, .. }) => write!(f, "{format} (compressed-tensors)"),
         }
     }
 }
@@ -144,6 +168,11 @@ impl<'a> Settings<'a> {
         value.as_u64().ok_or_else(|| self.wrong(name, "a whole number", value))
     }
 
+    fn size(&self, name: &str) -> Result<usize> {
+        let size = usize::try_from(self.number(name)?);
+        size.map_err(|_| self.wrong(name, "a whole number", &self.map[name]))
+    }
+
     /// The rows and columns of blocks; none if the value is null.
     fn block(&self, value: &Value) -> Result<Option<[usize; 2]>> {
         let size = |value: &Value| value.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
@@ -174,27 +203,28 @@ impl<'a> Settings<'a> {
             }
         }
         let groups = self.map.get("config_groups").and_then(Value::as_object);
-        let weights = groups.into_iter().flat_map(Map::values).filter_map(|group| group.get("weights"));
-        let block = weights.filter_map(|weights| weights.get("block_structure")).find(|block| !block.is_null());
-        Ok(Quantization::Compressed { format: format.to_owned(), block: self.block(block.unwrap_or(&Value::Null))? })
+        let weights: Vec<&Value> =
+            groups.into_iter().flat_map(Map::values).filter_map(|group| group.get("weights")).collect();
+        let block = weights.iter().filter_map(|weights| weights.get("block_structure")).find(|block| !block.is_null());
+        Ok(Quantization::Compressed(CompressedSettings {
+            format: format.to_owned(),
+            bits: weights.iter().filter_map(|weights| weights.get("num_bits")?.as_u64()).collect(),
+            block: self.block(block.unwrap_or(&Value::Null))?,
+        }))
     }
 }
 
 impl MlxSettings {
     fn read(settings: &Settings) -> Result<Self> {
-        let size = |name: &str| {
-            let size = usize::try_from(settings.number(name)?);
-            size.map_err(|_| settings.wrong(name, "a whole number", &settings.map[name]))
-        };
         let mode = settings.text("mode")?.unwrap_or("affine");
         if !matches!(mode, "affine" | "mxfp4" | "mxfp8" | "nvfp4") {
             return Err(settings.unsupported(&format!("mlx` of mode `{mode}")));
         }
-        let bits = size("bits")?;
+        let bits = settings.size("bits")?;
         if !matches!(bits, 2..=6 | 8) {
             return Err(settings.wrong("bits", "2, 3, 4, 5, 6 or 8", &settings.map["bits"]));
         }
-        Ok(Self { bits, group_size: size("group_size")?, mode: mode.to_owned(), keys: settings.map.clone() })
+        Ok(Self { bits, group_size: settings.size("group_size")?, mode: mode.to_owned(), keys: settings.map.clone() })
     }
 
     /// Checks bits and group of a module against what is said of it.

@@ -121,8 +121,9 @@ fn matrices_of_gptq_have_the_values_of_gptqmodel() {
         ("symmetric_8", "q8_0"),
         ("ordered", "f16"),
     ];
-    check_formats("gptq.safetensors", &json!({"quant_method": "gptq", "bits": 4}), &expected);
-    let second = json!({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"});
+    let mixed = json!({"+:.*": {"bits": 3}});
+    check_formats("gptq.safetensors", &json!({"quant_method": "gptq", "bits": 4, "dynamic": mixed}), &expected);
+    let second = json!({"quant_method": "gptq", "bits": 4, "dynamic": mixed, "checkpoint_format": "gptq_v2"});
     check_formats("gptq_v2.safetensors", &second, &[("3", "q4_0"), ("4", "q5_0"), ("symmetric_4", "q4_0")]);
 }
 
@@ -134,7 +135,7 @@ fn matrices_of_awq_have_the_values_of_autoawq() {
 
 #[test]
 fn matrices_of_compressed_tensors_have_its_values() {
-    let block = json!({"group_0": {"weights": {"block_structure": [2, 16]}}});
+    let block = json!({"group_0": {"weights": {"block_structure": [2, 16], "num_bits": 4}}, "group_1": {"weights": {"num_bits": 8}}});
     check_formats(
         "compressed.safetensors",
         &json!({"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": block}),

@@ -107,9 +107,9 @@ fn find<'a>(
             let scale = if module.find("weight_scale").is_some() { "weight_scale" } else { "weight_scale_inv" };
             float8::find(module, shape, scale, *block, dense_dtype)
         }
-        Quantization::Gptq { zeros_are_less_one, .. } => gptq::find(module, shape, *zeros_are_less_one, dense_dtype),
+        Quantization::Gptq(settings) => gptq::find(module, shape, settings, dense_dtype),
         Quantization::Awq => gptq::find_awq(module, shape, dense_dtype),
-        Quantization::Compressed { block, .. } => compressed::find(module, shape, *block, dense_dtype),
+        Quantization::Compressed(settings) => compressed::find(module, shape, settings, dense_dtype),
     }
 }
 
