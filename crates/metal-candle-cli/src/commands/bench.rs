@@ -11,12 +11,13 @@ mod work;
 pub(crate) use arguments::BenchArguments;
 
 use crate::error::UserError;
-use crate::model_source::{ModelSource, NANO};
+use crate::model_source::{ModelSource, NANO, quantized};
 use crate::output::Output;
-use crate::values::WeightType;
+use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
 use measure::{Measured, measure, weights_bytes};
 use metal_candle::models::save_model;
+use metal_candle::ops::BlockFormat;
 use metal_candle::{Device, Model};
 use peer::Peer;
 use report::{Report, Row};
@@ -54,7 +55,7 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
         threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         model: subject.name.clone(),
         num_parameters: subject.model.config().num_parameters(),
-        dtype: subject.model.dtype().as_str(),
+        dtype: type_of(&subject.model),
         rows: Vec::with_capacity(works.len()),
         peer: peer.as_ref().map(|peer| peer.name.clone()),
     };
@@ -97,7 +98,7 @@ impl Bench {
 
     /// Measures both programs, row by row if the memory is enough for both.
     fn beside(&mut self, subject: Subject, peer: &mut Peer, works: &[Work], report: &mut Report) -> Result<()> {
-        let dtype = subject.model.dtype().as_str();
+        let dtype = type_of(&subject.model);
         let weights = weights_bytes(&subject.model);
         let (model, folder) = subject.into_folder(self.output)?;
         // theirs, and as much again to work with
@@ -153,6 +154,13 @@ impl Folder {
     }
 }
 
+/// The type of most weights.
+fn type_of(model: &Model) -> &'static str {
+    let largest = model.parameters().iter().max_by_key(|(_, weight)| weight.elem_count());
+    let format = largest.and_then(|(_, weight)| weight.block_format());
+    format.map_or(model.dtype().as_str(), BlockFormat::name)
+}
+
 impl Subject {
     fn new(flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
         let shape = match (&flags.model, flags.shape) {
@@ -170,14 +178,18 @@ impl Subject {
             }
             output.note(format_args!("making random weights of the shape of {}", shape.name()));
             let model = Model::repeated_pattern(config, 1, dtype, device)?;
+            let model = match flags.quantize {
+                Some(MixtureName(mixture)) => quantized(&model, &mixture.into(), output)?,
+                None => model,
+            };
             return Ok(Self { model, name: format!("random weights, shape {}", shape.name()), folder: None });
         }
         let source = ModelSource::find(flags.model.as_deref().unwrap_or(NANO), output)?;
-        let model = source.load(flags.dtype, flags.device, output)?;
+        let model = source.load_as((flags.dtype, flags.quantize), flags.device, output)?;
         Ok(Self {
             model,
             name: source.name.clone(),
-            folder: source.gguf().is_none().then(|| source.folder().to_path_buf()),
+            folder: (source.gguf().is_none() && flags.quantize.is_none()).then(|| source.folder().to_path_buf()),
         })
     }
 

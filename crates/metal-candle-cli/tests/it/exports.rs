@@ -90,8 +90,7 @@ fn quantizing_is_measured() {
     let file = fixture.ok(&format!("generate --model q4_0.gguf {words}")).json();
     assert_eq!(loaded["tokens"], file["tokens"]);
 
-    let words =
-        "quantize --model model --type q4_0 --calibration data --save-imatrix i.gguf --tensor-type ffn_up=q8_0";
+    let words = "quantize --model model --type q4_0 --calibration data --save-imatrix i.gguf --tensor-type ffn_up=q8_0";
     fixture.ok(&format!("{words} --output a.gguf"));
     fixture.ok("quantize --model model --type q4_0 --imatrix i.gguf --tensor-type ffn_up=q8_0 --output b.gguf");
     let blocks = |name: &str| {

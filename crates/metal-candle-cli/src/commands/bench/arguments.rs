@@ -5,7 +5,7 @@ use super::shape::Shape;
 use super::work::{Part, Work};
 use crate::error::UserError;
 use crate::output::Output;
-use crate::values::{DeviceKind, WeightType};
+use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::Result;
 use clap::Args;
 use metal_candle::inference::Generator;
@@ -26,6 +26,10 @@ pub(crate) struct BenchArguments {
     /// The type of the weights [default: as in the file; bf16 for random weights].
     #[arg(long, value_enum, help_heading = "Model")]
     pub(super) dtype: Option<WeightType>,
+
+    /// Quantize the weights while loading, on the CPU, to a type such as `q4_k_m`.
+    #[arg(long, value_name = "TYPE", help_heading = "Model")]
+    pub(super) quantize: Option<MixtureName>,
 
     /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N`.
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]

@@ -49,7 +49,7 @@ impl Measured {
 
 /// The weights of a model, in bytes.
 pub(super) fn weights_bytes(model: &Model) -> usize {
-    model.parameters().iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    model.parameters().iter().map(|(_, weight)| weight.num_bytes()).sum()
 }
 
 /// The tokens of a prompt or sample: any, but always the same.
