@@ -77,9 +77,14 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
 /// Splits each byte into `N` codes, lowest bits first.
 fn split<const N: usize>(bytes: &[u8], codes: &mut [u8]) {
     let bits = 8 / N;
-    for (byte, codes) in bytes.iter().zip(codes.chunks_mut(N)) {
-        for (number, code) in codes.iter_mut().enumerate() {
-            *code = (byte >> (bits * number)) & (u8::MAX >> (8 - bits));
+    let code = |byte: u8, number: usize| (byte >> (bits * number)) & (u8::MAX >> (8 - bits));
+    let (whole, rest) = codes.as_chunks_mut::<N>();
+    for (codes, byte) in whole.iter_mut().zip(bytes) {
+        *codes = std::array::from_fn(|number| code(*byte, number));
+    }
+    if let Some(byte) = bytes.get(whole.len()) {
+        for (number, to) in rest.iter_mut().enumerate() {
+            *to = code(*byte, number);
         }
     }
 }

@@ -55,6 +55,21 @@ impl Groups {
     }
 }
 
+/// Makes values of codes: zeros are 0 beside biases, and biases beside zeros.
+#[derive(Clone, Copy)]
+struct Line {
+    scale: f32,
+    zero: f32,
+    bias: f32,
+}
+
+impl Line {
+    #[inline]
+    fn at(self, code: u8) -> f32 {
+        self.scale * (f32::from(code) - self.zero) + self.bias
+    }
+}
+
 /// Block formats and how they hold `scale * (code - zero)`.
 struct Home {
     format: BlockFormat,
@@ -72,28 +87,28 @@ impl Integers<'_> {
             Groups::Adjacent { len, .. } => {
                 let groups = values.chunks_mut(*len).zip(codes.chunks(*len)).zip(first..);
                 for ((values, codes), group) in groups {
+                    let line = self.line(group);
                     for (value, code) in values.iter_mut().zip(codes) {
-                        *value = self.value(*code, group);
+                        *value = line.at(*code);
                     }
                 }
             }
             groups @ Groups::Listed { .. } => {
                 for (column, (value, code)) in values.iter_mut().zip(&codes).enumerate() {
-                    *value = self.value(*code, first + groups.of(column));
+                    *value = self.line(first + groups.of(column)).at(*code);
                 }
             }
         }
     }
 
-    /// The value of a code in a group, counted over all rows.
+    /// What makes values of the codes of a group, counted over all rows.
     #[inline]
-    fn value(&self, code: u8, group: usize) -> f32 {
-        let scale = self.scales[group];
-        match &self.offsets {
-            Offsets::Biases(biases) => scale * f32::from(code) + biases[group],
-            Offsets::Zeros(zeros) => scale * f32::from(i16::from(code) - zeros[group]),
-            Offsets::Zero(zero) => scale * f32::from(i16::from(code) - zero),
-        }
+    fn line(&self, group: usize) -> Line {
+        let bias = match &self.offsets {
+            Offsets::Biases(biases) => biases[group],
+            Offsets::Zeros(_) | Offsets::Zero(_) => 0.0,
+        };
+        Line { scale: self.scales[group], zero: f32::from(self.zero(group)), bias }
     }
 
     fn zero(&self, group: usize) -> i16 {
@@ -158,9 +173,10 @@ impl Integers<'_> {
             Offsets::Biases(biases) => Some(to_f16(biases[group])?),
             Offsets::Zeros(_) | Offsets::Zero(_) => None,
         };
+        // the sum fits: the format was chosen by the codes and zeros that there can be
+        let shift = (center - zero) as u8;
         for code in codes.iter_mut() {
-            // it fits: the format was chosen by the codes and zeros that there can be
-            *code = (i16::from(*code) - zero + center) as u8;
+            *code = code.wrapping_add(shift);
         }
         write_block(block, scale, minimum, codes);
         Some(())
