@@ -38,7 +38,8 @@ on_each_device! { logits_equal_those_of_the_reference, matrices_become_half_prec
 fn logits_equal_those_of_the_reference(device: Device) {
     for name in NAMES {
         let loader = ModelLoader::new().with_device(device);
-        let loaders = [(loader.clone().with_dtype(DType::F32), 5e-5), (loader, 2e-2)];
+        // products with blocks round activations to 8 bits
+        let loaders = [(loader.clone().with_dtype(DType::F32), 5e-5), (loader, 5e-2)];
         for (loader, tolerance) in loaders.into_iter().take(if device.is_cpu() { 2 } else { 1 }) {
             let ((ids, logits), model) = (expected(name), loader.load(path(name)).unwrap());
             let found = model.forward(&Batch::single(&ids), None, None, Rows::All).unwrap();

@@ -3,7 +3,7 @@
 //! The factor of a module is `adapter.lora.alpha` divided by the rank of its B.
 
 use super::config_file::layout_of;
-use super::low_rank_only;
+use super::refusal::low_rank_only;
 use crate::adapters::layout::{LoRAModule, Planned, Settings, TrainedBiases};
 use crate::adapters::lora::LoRAAdapter;
 use crate::error::{Error, Result};

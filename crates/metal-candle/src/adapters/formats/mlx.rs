@@ -3,7 +3,7 @@
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
 use super::config_file::{CONFIG_FILE, as_texts, layout_of, read_as};
-use super::low_rank_only;
+use super::refusal::low_rank_only;
 use super::source::TensorSource;
 use super::values::{self, Naming, Part};
 use crate::adapters::layout::{LoRAModule, Planned, SavedParameter, Settings, TrainedBiases};

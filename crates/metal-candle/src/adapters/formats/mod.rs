@@ -6,6 +6,7 @@ mod mlx;
 mod peft;
 mod peft_config;
 mod pickle_check;
+mod refusal;
 mod replaced;
 mod single;
 mod source;
@@ -79,16 +80,4 @@ impl LoRAAdapter {
     pub fn save_gguf(&self, path: impl AsRef<Path>) -> Result<()> {
         gguf::save(self, path.as_ref())
     }
-}
-
-/// Refuses an adapter with parameters that are trained as a whole, for a format that holds low-rank terms only.
-fn low_rank_only(adapter: &LoRAAdapter, format: &str) -> Result<()> {
-    let Some(saved) = adapter.saved_parameters().first() else { return Ok(()) };
-    let what = match saved.name.rsplit('.').next() {
-        _ if saved.rows.is_some() => "rows of single tokens (`trainable_token_indices`)",
-        Some("bias") => "trained (`bias`)",
-        _ => "trained as a whole",
-    };
-    let message = format!("`{}`: {what}, in {format}, which holds low-rank terms only", saved.name);
-    Err(Error::Unsupported(message))
 }

@@ -15,6 +15,8 @@ pub(super) struct Architecture {
     pub(super) has_interleaved_rows: bool,
     /// Whether 1 was added to the weights of the norms.
     pub(super) has_norm_offset: bool,
+    /// Whether biases of q, k and v are the key `attention_bias`.
+    pub(super) has_bias_key: bool,
     /// Whether `logit_scale` divides the logits.
     pub(super) divides_logits: bool,
     /// Names of modules of a layer, in the file and in a checkpoint, that differ from the usual ones.
@@ -47,6 +49,7 @@ const BASE: Architecture = Architecture {
     model_type: "",
     has_interleaved_rows: false,
     has_norm_offset: false,
+    has_bias_key: true,
     divides_logits: false,
     modules: &[],
     reads: &[],
@@ -65,7 +68,7 @@ const ARCHITECTURES: &[Architecture] = &[
         keys: llama,
         ..BASE
     },
-    Architecture { name: "qwen2", model_type: "qwen2", ..BASE },
+    Architecture { name: "qwen2", model_type: "qwen2", has_bias_key: false, ..BASE },
     Architecture { name: "qwen3", model_type: "qwen3", ..BASE },
     Architecture { name: "gemma", model_type: "gemma", has_norm_offset: true, ..BASE },
     Architecture {
@@ -126,6 +129,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         name: "starcoder2",
         model_type: "starcoder2",
+        has_bias_key: false,
         modules: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
         keys: starcoder2,
         ..BASE

@@ -105,6 +105,9 @@ impl Model<'_> {
         if let Some(theta) = self.metadata.number("rope.freq_base")? {
             set("rope_theta", shortest(theta));
         }
+        if self.metadata.has_tensor("blk.0.attn_q.bias") && self.architecture.has_bias_key {
+            set("attention_bias", true.into());
+        }
         set("tie_word_embeddings", (!self.metadata.has_tensor("output.weight")).into());
         if let Some(scaling) = self.rope_scaling()? {
             set("rope_scaling", scaling);
