@@ -57,7 +57,7 @@ pub fn isa() -> Isa {
 /// Instructions that multiply integers of 8 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Int8 {
-    /// Those of AVX2.
+    /// Those of AVX2. AVX-512 without VNNI uses them, too.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-VNNI.

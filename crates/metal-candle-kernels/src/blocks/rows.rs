@@ -1,4 +1,5 @@
-//! Products with block-quantized weights whose result for a row does not depend on the other rows: for inference.
+//! Products with block-quantized weights whose result for a row does not depend on the other rows. Inference uses them for any
+//! number of rows, training in f32 for few.
 
 use super::dots::{Dequantize, HEIGHT, Operands, WIDTH};
 use super::int8;

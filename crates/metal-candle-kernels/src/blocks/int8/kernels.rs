@@ -22,23 +22,24 @@ pub(super) const fn panel_bytes<L: Lanes, K: Kind>() -> usize {
 
 /// The loops, compiled for an instruction set.
 pub(super) trait Kernels: Lanes {
-    /// Dot products of a row of activations with rows of weights. Meanwhile as many bytes are prefetched from `next` on.
+    /// Dot products of a row of activations with [`Lanes::ROWS`] rows of weights. Prefetches an equal number of bytes from `next` on.
     ///
     /// # Safety
-    /// The processor has the instructions; the rows have so many blocks, the activations so many columns, and `dots` a vector.
+    /// The processor has the instructions; each row has `blocks` blocks, and the activations have their columns; `dots` has
+    /// [`Lanes::ROWS`] elements.
     unsafe fn dots<F: Decoder + Unpack>(rows: Rows, blocks: usize, next: *const u8, a: *const u8, dots: *mut f32);
 
     /// Unpacks rows of weights to a panel, and prefetches.
     ///
     /// # Safety
-    /// The processor has the instructions; the rows have so many blocks, and the panel has place for them.
+    /// The processor has the instructions; each row has `blocks` blocks, and the panel is large enough for them.
     unsafe fn fill<F: Decoder + Unpack>(rows: Rows, blocks: usize, next: *const u8, panel: *mut u8);
 
     /// Adds the dot products of up to [`Lanes::HEIGHT`] rows of activations with a panel of 32 `count` columns to one vector of
     /// `sums` for each row. `stride` is the distance of the rows of activations in bytes.
     ///
     /// # Safety
-    /// The processor has the instructions; the panel and the activations have so many columns.
+    /// The processor has the instructions; the panel and the activations have these columns.
     unsafe fn add_tile<K: Kind>(panel: *const u8, count: usize, a: (*const u8, usize), height: usize, sums: *mut f32);
 
     /// Adds `alpha dots` to `c`.
@@ -173,7 +174,7 @@ impl<F: Decoder> Next<F> {
     }
 }
 
-/// Multiplies what is unpacked with one row of activations.
+/// Multiplies unpacked weights by one row of activations.
 struct Multiply<L: Lanes, F> {
     a: *const u8,
     sums: L::Floats,
@@ -211,7 +212,7 @@ pub(super) unsafe fn dots<L: Lanes, F: Decoder + Unpack>(
     }
 }
 
-/// Stores what is unpacked.
+/// Stores unpacked weights.
 struct Store<F> {
     to: *mut u8,
     next: Next<F>,

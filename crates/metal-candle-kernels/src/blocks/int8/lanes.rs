@@ -1,6 +1,6 @@
-//! What the kernels need of an instruction set: vectors with a lane of 32 bits for each of several rows of weights.
+//! The interface of an instruction set: vectors with a lane of 32 bits for each of several rows of weights.
 
-/// Bytes of 32 columns of a row of activations: the integers, the scale, and up to two offsets.
+/// The columns of activations that share a scale.
 pub(super) const COLUMNS: usize = 32;
 
 /// The arithmetic that a format needs. Formats of equal arithmetic share kernels.
@@ -143,20 +143,20 @@ pub(super) trait Sink<L: Lanes> {
     /// minimum are those of the first.
     ///
     /// # Safety
-    /// The sink has place for the blocks that it is given.
+    /// The buffer of the sink is large enough.
     unsafe fn take(&mut self, weights: [L; 8], scales: [L::Floats; 2], minimums: [L::Floats; 2]);
 }
 
 /// Unpacks a format.
 pub(super) trait Unpack {
     type Kind: Kind;
-    /// What is to be subtracted from the unpacked weights, if they are unsigned.
+    /// The value that unsigned unpacked weights have for zero.
     const ZERO: i32;
 
     /// Unpacks blocks of [`Lanes::ROWS`] rows.
     ///
     /// # Safety
-    /// The rows have so many blocks.
+    /// Each row has `blocks` blocks.
     unsafe fn unpack<L: Lanes, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S);
 
     /// The zero point of the weights as these lanes take them.

@@ -18,7 +18,7 @@ const DEPTH: usize = 512;
 const PANELS: usize = 4;
 /// Rows of A up to which one panel is used.
 const FEW_ROWS: usize = 8;
-/// The most weights of a task: so many that it seldom prefetches weights of another one.
+/// The most weights of a task. At its end a task prefetches weights of another one, so few large tasks are better.
 const TASK_ELEMENTS: usize = 1024 * 1024;
 
 thread_local! {
@@ -170,7 +170,7 @@ impl Kernel {
                 let first = (from + number * self.rows).min(weights.rows - self.rows);
                 let rows = self.weights(weights, first, at);
                 let panel = Line::bytes_mut(&mut panel[number * panel_lines..][..panel_lines]);
-                // SAFETY: these are rows of the matrix, and the panel has place for the columns.
+                // SAFETY: these are rows of the matrix, and the panel is large enough for the columns.
                 let next = self.next(weights, first + panels * self.rows, at);
                 unsafe { (self.fill)(rows, depth / self.len, next, panel.as_mut_ptr()) };
             }

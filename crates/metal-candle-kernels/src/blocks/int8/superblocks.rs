@@ -18,7 +18,7 @@ unsafe fn collect<L: Lanes>(rows: Rows, read: unsafe fn(*const u8) -> u32) -> L 
         // SAFETY: the caller's promise.
         words.0[row] = unsafe { read(rows.row(row)) };
     }
-    // SAFETY: a vector has at most so many words.
+    // SAFETY: a vector has at most 16 words.
     unsafe { L::load(words.0.as_ptr().cast()) }
 }
 

@@ -148,7 +148,7 @@ unpack_small!(Q8_0, Arithmetic<1, false, 255>, 128);
 unpack_small!(IQ4NL, Arithmetic<1, false, 255>, 128);
 unpack_small!(MXFP4, Arithmetic<1, false, 31>, 12);
 
-/// A scale in the low half of the word, none other.
+/// A scale in the low half of the word, and no minimum.
 #[inline(always)]
 fn scale<L: Lanes>(word: L) -> [L::Floats; 2] {
     [word.halves(); 2]
