@@ -64,6 +64,12 @@ pub(super) trait Lanes: Copy {
     /// A vector can be read there.
     unsafe fn load(from: *const u8) -> Self;
 
+    /// The low and the high words of [`Lanes::ROWS`] pairs.
+    ///
+    /// # Safety
+    /// The pairs can be read.
+    unsafe fn load_pairs(from: *const u64) -> [Self; 2];
+
     /// # Safety
     /// A vector can be written there.
     unsafe fn store(self, to: *mut u8);

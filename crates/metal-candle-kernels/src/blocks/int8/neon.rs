@@ -4,9 +4,10 @@ use super::kernels::kernels;
 use super::lanes::{Lanes, Rows};
 use std::arch::aarch64::{
     float32x4_t, int32x4_t, uint16x4_t, uint32x4_t, vaddq_f32, vandq_u32, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s32,
-    vdupq_n_u32, veorq_u32, vfmaq_f32, vld1q_f32, vld1q_u8, vld1q_u32, vmovn_u32, vmulq_f32, vorrq_u32, vqtbl1q_u8,
-    vreinterpretq_f32_u32, vreinterpretq_s32_u32, vreinterpretq_u8_u32, vreinterpretq_u32_u8, vreinterpretq_u32_u64,
-    vreinterpretq_u64_u32, vshlq_u32, vst1q_f32, vst1q_u32, vtrn1q_u32, vtrn2q_u32, vtstq_u8, vzip1q_u64, vzip2q_u64,
+    vdupq_n_u32, veorq_u32, vfmaq_f32, vld1q_f32, vld1q_u8, vld1q_u32, vld2q_u32, vmovn_u32, vmulq_f32, vorrq_u32,
+    vqtbl1q_u8, vreinterpretq_f32_u32, vreinterpretq_s32_u32, vreinterpretq_u8_u32, vreinterpretq_u32_u8,
+    vreinterpretq_u32_u64, vreinterpretq_u64_u32, vshlq_u32, vst1q_f32, vst1q_u32, vtrn1q_u32, vtrn2q_u32, vtstq_u8,
+    vzip1q_u64, vzip2q_u64,
 };
 use std::arch::asm;
 
@@ -25,6 +26,12 @@ impl Lanes for Dotprod {
     #[inline(always)]
     unsafe fn load(from: *const u8) -> Self {
         Self(unsafe { vld1q_u32(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u64) -> [Self; 2] {
+        let pairs = unsafe { vld2q_u32(from.cast()) };
+        [Self(pairs.0), Self(pairs.1)]
     }
 
     #[inline(always)]

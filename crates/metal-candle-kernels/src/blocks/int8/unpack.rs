@@ -8,45 +8,56 @@ const COLLECTED: usize = 8;
 
 /// A format with 32 weights in a block, which has one or two words of scales and other bits.
 trait SmallBlock: Decoder {
-    /// The words of a block.
+    /// Whether a block has two words.
+    const HAS_TWO_WORDS: bool = false;
+
+    /// The words of a block, the first in the low half.
     ///
     /// # Safety
     /// The block can be read.
-    unsafe fn words(block: *const u8) -> [u32; 2];
+    unsafe fn words(block: *const u8) -> u64;
 
     /// The scale and the minimum from the first word.
     fn scales<L: Lanes>(word: L) -> [L::Floats; 2];
 
-    /// The weights. `word` is the second one.
+    /// The weights.
     ///
     /// # Safety
     /// The rows can be read.
-    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8];
+    unsafe fn weights<L: Lanes>(rows: Rows, words: [L; 2]) -> [L; 8];
 }
 
 #[repr(align(64))]
-struct Words([[u32; 16]; COLLECTED]);
+struct Words([[u64; 16]; COLLECTED]);
 
 /// # Safety
 /// As of [`Unpack::unpack`].
 #[inline(always)]
 unsafe fn unpack_small<L: Lanes, B: SmallBlock, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S) {
-    let (mut first, mut second) = (Words([[0; 16]; COLLECTED]), Words([[0; 16]; COLLECTED]));
+    let mut words = Words([[0; 16]; COLLECTED]);
     for from in (0..blocks).step_by(COLLECTED) {
         let count = COLLECTED.min(blocks - from);
         for block in 0..count {
+            let to = words.0[block].as_mut_ptr();
             for row in 0..L::ROWS {
-                // SAFETY: the caller's promise.
-                let [a, b] = unsafe { B::words(rows.skip((from + block) * B::BYTES).row(row)) };
-                (first.0[block][row], second.0[block][row]) = (a, b);
+                // SAFETY: the caller's promise, and there are at most 16 rows.
+                unsafe {
+                    let words = B::words(rows.skip((from + block) * B::BYTES).row(row));
+                    if B::HAS_TWO_WORDS {
+                        to.add(row).write(words);
+                    } else {
+                        to.cast::<u32>().add(row).write(words as u32);
+                    }
+                }
             }
         }
         for block in 0..count {
-            // SAFETY: as above, and the arrays have the words of a vector.
+            let words = words.0[block].as_ptr();
+            // SAFETY: as above, and the words have been written.
             unsafe {
-                let [scale, minimum] = B::scales(L::load(first.0[block].as_ptr().cast()));
-                let weights =
-                    B::weights(rows.skip((from + block) * B::BYTES), L::load(second.0[block].as_ptr().cast()));
+                let words = if B::HAS_TWO_WORDS { L::load_pairs(words) } else { [L::load(words.cast()); 2] };
+                let [scale, minimum] = B::scales(words[0]);
+                let weights = B::weights(rows.skip((from + block) * B::BYTES), words);
                 sink.take(weights, [scale; 2], [minimum; 2]);
             }
         }
@@ -61,6 +72,16 @@ unsafe fn unpack_small<L: Lanes, B: SmallBlock, S: Sink<L>>(rows: Rows, blocks: 
 pub(super) unsafe fn half_word(from: *const u8) -> u32 {
     // SAFETY: the caller's promise.
     u32::from(unsafe { from.cast::<u16>().read_unaligned() }.to_le())
+}
+
+/// Eight bytes as two words.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+unsafe fn two_words(from: *const u8) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { from.cast::<u64>().read_unaligned() }.to_le()
 }
 
 /// Four bytes as a word.
@@ -164,8 +185,8 @@ fn scale_and_minimum<L: Lanes>(word: L) -> [L::Floats; 2] {
 
 impl SmallBlock for Q4_0 {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        [unsafe { half_word(block) }, 0]
+    unsafe fn words(block: *const u8) -> u64 {
+        u64::from(unsafe { half_word(block) })
     }
 
     #[inline(always)]
@@ -174,7 +195,7 @@ impl SmallBlock for Q4_0 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+    unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         let packed = unsafe { L::load_rows(rows.skip(2)) };
         joined(low_nibbles(packed), high_nibbles(packed))
     }
@@ -182,8 +203,8 @@ impl SmallBlock for Q4_0 {
 
 impl SmallBlock for Q4_1 {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        [unsafe { word(block) }, 0]
+    unsafe fn words(block: *const u8) -> u64 {
+        u64::from(unsafe { word(block) })
     }
 
     #[inline(always)]
@@ -192,16 +213,18 @@ impl SmallBlock for Q4_1 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+    unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         let packed = unsafe { L::load_rows(rows.skip(4)) };
         joined(low_nibbles(packed), high_nibbles(packed))
     }
 }
 
 impl SmallBlock for Q5_0 {
+    const HAS_TWO_WORDS: bool = true;
+
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        unsafe { [half_word(block), word(block.add(2))] }
+    unsafe fn words(block: *const u8) -> u64 {
+        unsafe { two_words(block) }
     }
 
     #[inline(always)]
@@ -210,15 +233,19 @@ impl SmallBlock for Q5_0 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8] {
-        with_fifth_bits(unsafe { L::load_rows(rows.skip(6)) }, word)
+    unsafe fn weights<L: Lanes>(rows: Rows, words: [L; 2]) -> [L; 8] {
+        // the bits follow the two bytes of the scale
+        let bits = words[0].right::<16>().or(words[1].left::<16>());
+        with_fifth_bits(unsafe { L::load_rows(rows.skip(6)) }, bits)
     }
 }
 
 impl SmallBlock for Q5_1 {
+    const HAS_TWO_WORDS: bool = true;
+
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        unsafe { [word(block), word(block.add(4))] }
+    unsafe fn words(block: *const u8) -> u64 {
+        unsafe { two_words(block) }
     }
 
     #[inline(always)]
@@ -227,15 +254,15 @@ impl SmallBlock for Q5_1 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, word: L) -> [L; 8] {
-        with_fifth_bits(unsafe { L::load_rows(rows.skip(8)) }, word)
+    unsafe fn weights<L: Lanes>(rows: Rows, words: [L; 2]) -> [L; 8] {
+        with_fifth_bits(unsafe { L::load_rows(rows.skip(8)) }, words[1])
     }
 }
 
 impl SmallBlock for Q8_0 {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        [unsafe { half_word(block) }, 0]
+    unsafe fn words(block: *const u8) -> u64 {
+        u64::from(unsafe { half_word(block) })
     }
 
     #[inline(always)]
@@ -244,7 +271,7 @@ impl SmallBlock for Q8_0 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+    unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         let mut weights = unsafe { joined(L::load_rows(rows.skip(2)), L::load_rows(rows.skip(18))) };
         if !L::IS_SIGNED {
             let sign = L::splat(0x8080_8080);
@@ -268,8 +295,8 @@ pub(super) fn bytes_of_table<L: Lanes>(table: &[i8; 16]) -> [u8; 16] {
 
 impl SmallBlock for IQ4NL {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        [unsafe { half_word(block) }, 0]
+    unsafe fn words(block: *const u8) -> u64 {
+        u64::from(unsafe { half_word(block) })
     }
 
     #[inline(always)]
@@ -278,7 +305,7 @@ impl SmallBlock for IQ4NL {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+    unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         looked_up(&bytes_of_table::<L>(&IQ4_TABLE), unsafe { L::load_rows(rows.skip(2)) })
     }
 }
@@ -288,8 +315,8 @@ const FP4_TABLE: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6
 
 impl SmallBlock for MXFP4 {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> [u32; 2] {
-        [Self::half_scale(unsafe { *block }), 0]
+    unsafe fn words(block: *const u8) -> u64 {
+        u64::from(Self::half_scale(unsafe { *block }))
     }
 
     #[inline(always)]
@@ -298,7 +325,7 @@ impl SmallBlock for MXFP4 {
     }
 
     #[inline(always)]
-    unsafe fn weights<L: Lanes>(rows: Rows, _: L) -> [L; 8] {
+    unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         looked_up(&FP4_TABLE, unsafe { L::load_rows(rows.skip(1)) })
     }
 }
