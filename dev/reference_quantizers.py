@@ -1,4 +1,4 @@
-"""Writes crates/metal-candle-kernels/src/blocks/quantized.bin: values, and the blocks that ggml quantizes them to.
+"""Writes crates/metal-candle-kernels/src/blocks/encode/quantized.bin: values, and the blocks that ggml quantizes them to.
 
 512 importances and 1536 values as f32, then for each format its id as u32, the blocks without and with the importance; all
 little endian.
@@ -15,7 +15,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-OUTPUT = Path(__file__).parent.parent / "crates/metal-candle-kernels/src/blocks/quantized.bin"
+OUTPUT = Path(__file__).parent.parent / "crates/metal-candle-kernels/src/blocks/encode/quantized.bin"
 FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 COLUMNS = 512
 

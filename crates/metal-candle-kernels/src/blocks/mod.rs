@@ -8,15 +8,6 @@
 mod decode;
 mod dots;
 mod encode;
-mod encode_batch;
-mod encode_blocks;
-mod encode_lanes;
-mod encode_registers;
-mod encode_search;
-mod encode_superblocks;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod encode_tests;
 // indexed loops: closures are not always inlined into functions for an instruction set
 #[allow(clippy::needless_range_loop)]
 mod int8;

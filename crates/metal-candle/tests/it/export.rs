@@ -80,14 +80,23 @@ fn family_names() -> Vec<String> {
 
 /// What a GGUF file cannot hold of the families' models, by name.
 const REFUSED: &[(&str, &str)] = &[
+    ("gemma2", "its scale of scores"),
+    ("gemma3-multimodal", "its scale of scores"),
+    ("gemma3-text", "its scale of scores"),
     ("glm", "a model of type `glm`"),
     ("granitemoehybrid-nope", "a model of type `granitemoehybrid`"),
     ("granitemoehybrid-rope", "a model of type `granitemoehybrid`"),
     ("llama-dynamic", "its rotary positions"),
+    ("llama-yarn", "its rotary positions"),
     ("ministral", "a model of type `ministral`"),
     ("ministral3", "a model of type `ministral3`"),
     ("ministral3-window", "a model of type `ministral3`"),
+    ("olmo2", "its biases"),
+    ("olmo3", "its biases"),
     ("qwen2-window", "its attention windows"),
+    ("qwen2-yarn", "its rotary positions"),
+    ("qwen3", "its attention windows"),
+    ("smollm3", "its attention windows"),
 ];
 
 #[test]

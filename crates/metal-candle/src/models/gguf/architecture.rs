@@ -131,6 +131,7 @@ const ARCHITECTURES: &[Architecture] = &[
         model_type: "starcoder2",
         has_bias_key: false,
         modules: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
+        reads: &["attention.sliding_window"],
         keys: starcoder2,
         ..BASE
     },
@@ -316,6 +317,9 @@ fn layer_norm_eps(metadata: &Metadata, map: &mut Map<String, Value>, key: &str) 
 
 fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     map.insert("use_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
+    if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
+        map.insert("sliding_window".into(), window.into());
+    }
     layer_norm_eps(metadata, map, "norm_epsilon")
 }
 

@@ -108,6 +108,9 @@ impl Model<'_> {
         if self.metadata.has_tensor("blk.0.attn_q.bias") && self.architecture.has_bias_key {
             set("attention_bias", true.into());
         }
+        if self.metadata.has_tensor("blk.0.ffn_gate.bias") {
+            set("mlp_bias", true.into());
+        }
         set("tie_word_embeddings", (!self.metadata.has_tensor("output.weight")).into());
         if let Some(scaling) = self.rope_scaling()? {
             set("rope_scaling", scaling);

@@ -1,9 +1,9 @@
 //! Quantizes blocks of 32 weights.
 
-use super::decode::{IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-use super::encode_batch::{Batch, Encoder, important, levels_in_order, put_half, squares};
-use super::encode_lanes::{LANES, Lanes};
-use super::encode_search::{IMPORTANT, fit_symmetric, fit_table, fit_with_minimum, table_indices};
+use super::batch::{Batch, Encoder, important, levels_in_order, put_half, squares};
+use super::lanes::{LANES, Lanes};
+use super::search::{IMPORTANT, fit_symmetric, fit_table, fit_with_minimum, table_indices};
+use crate::blocks::decode::{IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
 /// The length of the blocks.
 const LEN: usize = 32;

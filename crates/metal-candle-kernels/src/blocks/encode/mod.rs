@@ -1,12 +1,22 @@
 //! Quantizes matrices to blocks.
 
+mod batch;
+mod blocks;
+mod lanes;
+mod registers;
+mod search;
+mod superblocks;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
 use super::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-use super::encode_batch::{Batch, Encoder, Importance, sum_of_squares};
-use super::encode_lanes::LANES;
 use super::matrix::{BlockFormat, with_decoder};
 use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each, rows_per_task};
+use batch::{Batch, Encoder, Importance, sum_of_squares};
+use lanes::LANES;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

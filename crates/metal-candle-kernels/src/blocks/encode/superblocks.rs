@@ -1,14 +1,14 @@
 //! Quantizes superblocks: 256 weights in groups of 16 or 32 with scales of their own.
 
-use super::decode::IQ4_TABLE;
-use super::encode_batch::{Batch, Encoder, important, levels_in_order, put_half, squares, sums};
-use super::encode_blocks::pack_nibbles;
-use super::encode_lanes::{LANES, Lanes, rounded};
-use super::encode_search::{
+use super::batch::{Batch, Encoder, important, levels_in_order, put_half, squares, sums};
+use super::blocks::pack_nibbles;
+use super::lanes::{LANES, Lanes, rounded};
+use super::search::{
     IMPORTANT, TINY, Tries, fit_by_level, fit_scales, fit_symmetric, fit_symmetric_in, fit_table, fit_with_minimum,
     table_indices,
 };
-use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
+use crate::blocks::decode::IQ4_TABLE;
+use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 
 /// The length of the superblocks.
 const LEN: usize = 256;

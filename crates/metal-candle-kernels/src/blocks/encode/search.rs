@@ -2,8 +2,8 @@
 //!
 //! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
 
-use super::encode_lanes::{Lanes, rounded};
-use super::encode_registers::{HasRegisters, Registers};
+use super::lanes::{Lanes, rounded};
+use super::registers::{HasRegisters, Registers};
 use crate::isa::dispatch;
 
 /// Groups whose largest weight is smaller count as zero.

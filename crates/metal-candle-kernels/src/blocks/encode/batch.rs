@@ -1,7 +1,7 @@
 //! Groups of weights that are quantized at once.
 
-use super::decode::Decoder;
-use super::encode_lanes::{LANES, Lanes, transposed};
+use super::lanes::{LANES, Lanes, transposed};
+use crate::blocks::decode::Decoder;
 use half::f16;
 
 /// Quantizes the blocks of a format.

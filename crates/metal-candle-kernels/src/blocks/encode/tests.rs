@@ -1,7 +1,7 @@
 //! Quantized blocks against ggml's, errors, and the bytes on every instruction set.
 
-use super::encode::QuantizeError;
-use super::matrix::{BlockFormat, BlockMatrix};
+use super::QuantizeError;
+use crate::blocks::matrix::{BlockFormat, BlockMatrix};
 use crate::isa::{ISA_VARIABLE, LEVELS};
 use crate::testing::random;
 use std::process::Command;

@@ -1,6 +1,6 @@
 //! Registers with a number per lane. Compilers do not reliably turn arithmetic on arrays into vector instructions.
 
-use super::encode_lanes::{Lanes, ROUNDER};
+use super::lanes::{Lanes, ROUNDER};
 use crate::isa::{Arithmetic, Fused, Separate};
 use std::ops::{Add, Div, Mul, Sub};
 
