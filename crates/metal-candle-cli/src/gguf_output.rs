@@ -49,27 +49,25 @@ pub(crate) fn export<'a>(
     tokenizer: Option<&Tokenizer>,
 ) -> Result<GgufExport<'a>> {
     let mut export = GgufExport::new(model)?;
-    match source.gguf() {
-        Some(file) => export.copy_metadata(file),
-        None => {
-            let name = std::path::absolute(source.folder()).unwrap_or_else(|_| source.folder().to_path_buf());
-            if let Some(name) = name.file_name() {
-                export.put("general.name", GgufValue::Text(name.to_string_lossy().into_owned()));
-            }
-            match tokenizer {
-                Some(tokenizer) => {
-                    let config = serde_json::from_str(&model.config().to_json(model.dtype()))?;
-                    let written = tokenizer.to_gguf(model.config().vocab_size, &config)?;
-                    for note in &written.notes {
-                        Output::warn(note);
-                    }
-                    for (key, value) in written.metadata {
-                        export.put(&key, value);
-                    }
-                }
-                None => Output::warn("the model has no tokenizer: programs that read the GGUF file need one"),
-            }
-        }
+    if let Some(file) = source.gguf() {
+        export.copy_metadata(file);
+        return Ok(export);
+    }
+    let folder = std::path::absolute(source.folder()).unwrap_or_else(|_| source.folder().to_path_buf());
+    if let Some(name) = folder.file_name() {
+        export.put("general.name", GgufValue::Text(name.to_string_lossy().into_owned()));
+    }
+    let Some(tokenizer) = tokenizer else {
+        Output::warn("the model has no tokenizer: programs that read the GGUF file need one");
+        return Ok(export);
+    };
+    let config = serde_json::from_str(&model.config().to_json(model.dtype()))?;
+    let written = tokenizer.to_gguf(model.config().vocab_size, &config)?;
+    for note in &written.notes {
+        Output::warn(note);
+    }
+    for (key, value) in written.metadata {
+        export.put(&key, value);
     }
     Ok(export)
 }

@@ -49,8 +49,9 @@ impl FromStr for TensorType {
 /// Flags of `quantize`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct QuantizeArguments {
-    /// The type to quantize to, as `llama-quantize` names it: q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m,
-    /// q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k_l, q3_k_m, q3_k_s, q2_k, f32, f16 or bf16.
+    /// The type to quantize to, as `llama-quantize` names it: `q8_0`, `q6_k`, `q5_k_m`, `q5_k_s`,
+    /// `q5_1`, `q5_0`, `q4_k_m`, `q4_k_s`, `q4_1`, `q4_0`, `iq4_nl`, `iq4_xs`, `mxfp4`, `q3_k_l`,
+    /// `q3_k_m`, `q3_k_s`, `q2_k`, `f32`, `f16` or `bf16`.
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) mixture: MixtureName,
 

@@ -2,6 +2,7 @@
 
 use super::gguf_write::{NewTensor, write_gguf};
 use super::{GgufType, GgufValue};
+use crate::error::Error;
 
 /// The bytes of a GGUF file with this metadata and these tensors: name, shape (the last dimension is contiguous), `ggml_type`
 /// and data.
@@ -15,6 +16,9 @@ pub(crate) fn write(metadata: &[(&str, GgufValue)], tensors: &[(&str, &[usize], 
     };
     let new: Vec<NewTensor> = tensors.iter().map(new).collect();
     let file = tempfile::NamedTempFile::new().unwrap();
-    write_gguf(file.path(), &metadata, &new, |index, file| Ok(file.write_all(&tensors[index].3).unwrap())).unwrap();
+    write_gguf(file.path(), &metadata, &new, |index, to| {
+        to.write_all(&tensors[index].3).map_err(|error| Error::write(file.path(), error))
+    })
+    .unwrap();
     std::fs::read(file.path()).unwrap()
 }

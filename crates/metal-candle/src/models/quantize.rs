@@ -1,6 +1,6 @@
 //! Quantizes the matrices of a model.
 
-use super::gguf::{GgufNames, QuantizationMixture};
+use super::gguf::{Circumstances, GgufNames, QuantizationMixture};
 use super::importance::Importance;
 use super::model::Model;
 use super::registry::{ParameterSpec, Role};
@@ -83,7 +83,7 @@ impl Quantization {
     pub fn types(&self, model: &Model) -> Result<HashMap<String, GgufType>> {
         let config = model.config();
         let names = GgufNames::for_config(config).ok();
-        let circumstances = self.mixture.circumstances(config, self.importance.is_some());
+        let circumstances = Circumstances::new(config, self.importance.is_some());
         let mut types = HashMap::new();
         for spec in config.parameter_specs()?.into_iter().filter(is_matrix) {
             let in_file = names.and_then(|names| names.tensor(&spec.name));

@@ -15,8 +15,8 @@ pub(super) struct Architecture {
     pub(super) has_interleaved_rows: bool,
     /// Whether 1 was added to the weights of the norms.
     pub(super) has_norm_offset: bool,
-    /// Whether biases of q, k and v are the key `attention_bias`.
-    pub(super) has_bias_key: bool,
+    /// The key of `config.json` that says whether q, k and v have biases, if the family has one.
+    pub(super) bias_key: Option<&'static str>,
     /// Whether `logit_scale` divides the logits.
     pub(super) divides_logits: bool,
     /// Names of modules of a layer, in the file and in a checkpoint, that differ from the usual ones.
@@ -49,7 +49,7 @@ const BASE: Architecture = Architecture {
     model_type: "",
     has_interleaved_rows: false,
     has_norm_offset: false,
-    has_bias_key: true,
+    bias_key: Some("attention_bias"),
     divides_logits: false,
     modules: &[],
     reads: &[],
@@ -68,7 +68,7 @@ const ARCHITECTURES: &[Architecture] = &[
         keys: llama,
         ..BASE
     },
-    Architecture { name: "qwen2", model_type: "qwen2", has_bias_key: false, ..BASE },
+    Architecture { name: "qwen2", model_type: "qwen2", bias_key: None, ..BASE },
     Architecture { name: "qwen3", model_type: "qwen3", ..BASE },
     Architecture { name: "gemma", model_type: "gemma", has_norm_offset: true, ..BASE },
     Architecture {
@@ -129,7 +129,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         name: "starcoder2",
         model_type: "starcoder2",
-        has_bias_key: false,
+        bias_key: Some("use_bias"),
         modules: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
         reads: &["attention.sliding_window"],
         keys: starcoder2,
@@ -152,7 +152,7 @@ const ARCHITECTURES: &[Architecture] = &[
             ("ffn_up", "mlp.gate_up_proj"),
         ],
         reads: &["rope.dimension_count"],
-        keys: glm4,
+        keys: rotated_share,
         ..BASE
     },
 ];
@@ -186,8 +186,6 @@ impl Architecture {
 }
 
 fn llama(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
-    map.insert("mlp_bias".into(), metadata.has_tensor("blk.0.ffn_gate.bias").into());
     if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
         if metadata.has_tensor("blk.0.attn_q.bias") || metadata.has_tensor("blk.0.ffn_gate.bias") {
             return Err(metadata.unsupported("biases and a window (`attention.sliding_window`) in one model"));
@@ -300,7 +298,6 @@ fn olmo2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
 }
 
 fn olmo(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
     if let Some(clip) = metadata.number("attention.clamp_kqv")?.filter(|clip| *clip > 0.0) {
         map.insert("clip_qkv".into(), shortest(clip));
     }
@@ -316,7 +313,6 @@ fn layer_norm_eps(metadata: &Metadata, map: &mut Map<String, Value>, key: &str) 
 }
 
 fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    map.insert("use_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
     if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
         map.insert("sliding_window".into(), window.into());
     }
@@ -324,7 +320,6 @@ fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
 }
 
 fn cohere(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
     map.insert("use_qk_norm".into(), metadata.has_tensor("blk.0.attn_q_norm.weight").into());
     map.insert("logit_scale".into(), shortest(metadata.number("logit_scale")?.unwrap_or(1.0)));
     layer_norm_eps(metadata, map, "layer_norm_eps")
@@ -334,11 +329,6 @@ fn cohere2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     cohere(metadata, map)?;
     map.remove("use_qk_norm");
     windows(metadata, map)
-}
-
-fn glm4(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    map.insert("attention_bias".into(), metadata.has_tensor("blk.0.attn_q.bias").into());
-    rotated_share(metadata, map)
 }
 
 /// The share of each head that is rotated.

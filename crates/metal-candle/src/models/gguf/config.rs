@@ -105,8 +105,8 @@ impl Model<'_> {
         if let Some(theta) = self.metadata.number("rope.freq_base")? {
             set("rope_theta", shortest(theta));
         }
-        if self.metadata.has_tensor("blk.0.attn_q.bias") && self.architecture.has_bias_key {
-            set("attention_bias", true.into());
+        if let Some(key) = self.architecture.bias_key {
+            set(key, self.metadata.has_tensor("blk.0.attn_q.bias").into());
         }
         if self.metadata.has_tensor("blk.0.ffn_gate.bias") {
             set("mlp_bias", true.into());

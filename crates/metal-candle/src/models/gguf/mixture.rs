@@ -51,6 +51,17 @@ pub(crate) struct Circumstances {
     has_importance: bool,
 }
 
+impl Circumstances {
+    pub(crate) fn new(config: &ModelConfig, has_importance: bool) -> Self {
+        Self {
+            num_layers: config.num_hidden_layers,
+            is_tied: config.tie_word_embeddings,
+            group: config.num_attention_heads / config.num_key_value_heads.max(1),
+            has_importance,
+        }
+    }
+}
+
 impl QuantizationMixture {
     /// All mixtures.
     pub const ALL: &'static [Self] = &[
@@ -79,16 +90,6 @@ impl QuantizationMixture {
     /// The mixture with this name, in any case.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|mixture| mixture.name.eq_ignore_ascii_case(name))
-    }
-
-    /// What the mixtures ask about a model.
-    pub(crate) fn circumstances(self, config: &ModelConfig, has_importance: bool) -> Circumstances {
-        Circumstances {
-            num_layers: config.num_hidden_layers,
-            is_tied: config.tie_word_embeddings,
-            group: config.num_attention_heads / config.num_key_value_heads.max(1),
-            has_importance,
-        }
     }
 
     /// The type of a matrix with rows of this length.

@@ -10,6 +10,7 @@ mod names;
 mod weights;
 
 pub use export::{ExportedTensor, GgufExport};
+pub(super) use mixture::Circumstances;
 pub use mixture::QuantizationMixture;
 pub(crate) use names::GgufNames;
 pub(super) use weights::GgufWeights;
