@@ -151,7 +151,7 @@ fn what_rounding_would_lose_is_refused() {
     assert!(!fixture.path("bf16").exists() && !fixture.path("lost.gguf").exists());
     fixture.ok("fuse --model model --dtype bf16 --adapter run --output low --min-survival 0");
     let json = fixture.ok("fuse --model model --dtype bf16 --adapter run --output auto --auto --json").json();
-    assert_eq!(json["dtype"], "f16", "{json}");
+    assert!(json["dtype"] != "bf16" && json["proof"]["min_survival"].as_f64().unwrap() >= 0.9, "{json}");
     let json = fixture.ok("quantize --model model --type q4_0 --adapter run --output auto.gguf --auto --json").json();
     assert!(json["proof"]["min_survival"].as_f64().unwrap() >= 0.9, "{json}");
     let types = GgufFile::open(fixture.path("auto.gguf")).unwrap().types();

@@ -380,7 +380,8 @@ fn scaled(adapter: &LoRAAdapter, factor: f64) -> LoRAAdapter {
 fn divergence_is_zero_of_a_model_from_itself_and_grows_with_rounding() {
     let model = small("llama");
     let sample = Sample { ids: IDS.to_vec(), trained: vec![true; IDS.len()], source: None };
-    let measure = |result: &Model| Divergence::measure((&model, None), (result, None), &[sample.clone()]).unwrap();
+    let measure =
+        |result: &Model| Divergence::measure((&model, None), (result, None), std::slice::from_ref(&sample)).unwrap();
     let same = measure(&model);
     assert_eq!((same.tokens, same.mean_kl, same.top1_agreement), (IDS.len() - 1, 0.0, 1.0));
     assert!((same.source_perplexity - same.result_perplexity).abs() < 1e-9);

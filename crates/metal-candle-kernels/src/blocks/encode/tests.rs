@@ -53,7 +53,7 @@ fn blocks_are_those_of_ggml() {
 /// The instruction set is chosen once per process, so each level runs the test above in a process of its own.
 #[test]
 fn every_instruction_set_quantizes_to_the_same_blocks() {
-    let test = "blocks::encode_tests::blocks_are_those_of_ggml";
+    let test = "blocks::encode::tests::blocks_are_those_of_ggml";
     for level in LEVELS {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let output = command.args([test, "--exact"]).env(ISA_VARIABLE, level).output().unwrap();

@@ -247,7 +247,7 @@ mod tests {
         ] {
             assert!(read("llama", &[(name, value)]).is_ok(), "{name}");
         }
-        assert!(read("olmo2", &[("attention.sliding_window", GgufValue::Integer(8))]).is_err());
+        assert!(read("qwen3", &[("attention.sliding_window", GgufValue::Integer(8))]).is_err());
         assert!(read("t5", &[]).unwrap_err().to_string().contains("`t5`; supported are: `llama`"));
     }
 
