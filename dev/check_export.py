@@ -107,15 +107,12 @@ def main():
             for importance in (None, imatrix):
 
                 def compare():
-                    theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
-                    with_theirs = ["--imatrix", importance] if importance else []
-                    with_ours = with_theirs
-                    run(build / "llama-quantize", *with_theirs, model, theirs, name)
-                    run(binary, "quantize", "--model", model, "--type", name, "--output", ours, "--proof", text, *with_ours)
-                    found = list(differences(theirs, ours))
-                    ours.unlink()
-                    ours.with_suffix(".proof.json").unlink()
-                    return found
+                    with tempfile.TemporaryDirectory() as own:
+                        theirs, ours = Path(own) / "theirs.gguf", Path(own) / "ours.gguf"
+                        with_importance = ["--imatrix", importance] if importance else []
+                        run(build / "llama-quantize", *with_importance, model, theirs, name)
+                        run(binary, "quantize", "--model", model, "--type", name, "--output", ours, "--proof", text, *with_importance)
+                        return list(differences(theirs, ours))
 
                 has_failed |= attempt(f"{name}{' imatrix' if importance else ''}", compare)
     return has_failed

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const LARGEST: f32 = 65504.0 * 128.0 * 32.0;
 
 /// The smallest importance relative to the largest. Groups whose inputs were all zero would lose their weights otherwise.
-const LEAST_IMPORTANCE: f64 = 1.0 / (1 << 20) as f64;
+const LEAST_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
 
 /// Why weights cannot be quantized.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -107,7 +107,7 @@ impl BlockFormat {
     /// them.
     ///
     /// `importance` weighs the errors of each column: it is the mean square of the input that the column is multiplied with.
-    /// Only ratios matter. Columns count with at least 2^-20 of the largest importance, and all the same if each is zero.
+    /// Only ratios matter. Columns count with at least 2^-40 of the largest importance, and all the same if each is zero.
     /// `Q8_0` and `MXFP4` ignore the importance.
     ///
     /// The blocks do not depend on the machine or the number of threads. They are those of ggml compiled without fused
