@@ -121,6 +121,13 @@ impl ModelLoader {
         let dense = prevailing_dtype(&shards, found.values());
         let packed = PackedWeights::find(&shards, config.quantization.as_ref(), &found, &parameters, dense);
         let names = match_names(&shards, &found, &config, &packed)?;
+        if let Some(quantization) = config.quantization.as_ref().filter(|_| packed.is_empty()) {
+            let problem = format!(
+                "`config.json` says that the weights are quantized ({quantization}): expected such matrices, found none; if they \
+                 are not quantized, remove `quantization_config` or `quantization` from it"
+            );
+            return Err(Error::Tensors { path: shards.path().to_path_buf(), problems: vec![problem] });
+        }
         let weights = self.read(&shards, &names, &packed, progress)?;
         drop(packed);
         Model::from_weights(config, weights, self.device)

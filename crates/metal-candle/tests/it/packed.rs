@@ -329,3 +329,20 @@ fn damaged_matrices_of_other_methods_are_refused() {
     let found = message("bnb-llama", json!({"quant_method": "gptq", "bits": 4}));
     assert!(found.contains("down_proj.weight`: expected [32, 96], found [1536, 1]"), "{found}");
 }
+
+#[test]
+fn a_configuration_that_names_quantization_of_dense_weights_is_refused() {
+    let model = ModelLoader::new().with_dtype(DType::F32).load(path("mlx-llama")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    save_model(&model, folder.path()).unwrap();
+    let config = folder.path().join("config.json");
+    let mut keys: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    ModelLoader::new().load(folder.path()).unwrap();
+    keys["quantization_config"] =
+        serde_json::json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"});
+    std::fs::write(&config, keys.to_string()).unwrap();
+    let error = ModelLoader::new().load(folder.path()).unwrap_err();
+    let is_clear =
+        matches!(&error, Error::Tensors { problems, .. } if problems.len() == 1 && problems[0].contains("AWQ"));
+    assert!(is_clear, "{error:?}");
+}
