@@ -20,7 +20,7 @@ pub(crate) struct AdapterOutputArguments {
     #[command(flatten)]
     pub(crate) model: ModelArguments,
 
-    /// The adapter to read: a run folder, a PEFT folder or an mlx-lm folder.
+    /// The adapter to read: a run folder, a PEFT or mlx-lm folder, or a GGUF file.
     #[arg(long, value_name = "FOLDER", help_heading = "Model")]
     pub(crate) adapter: PathBuf,
 

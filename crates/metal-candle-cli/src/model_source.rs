@@ -55,7 +55,7 @@ pub(crate) struct AdaptedModelArguments {
     #[command(flatten)]
     pub(crate) model: ModelArguments,
 
-    /// An adapter to apply: a run folder, a PEFT folder or an mlx-lm folder.
+    /// An adapter to apply: a run folder, a PEFT or mlx-lm folder, or a GGUF file.
     #[arg(long, value_name = "FOLDER", help_heading = "Model")]
     pub(crate) adapter: Option<PathBuf>,
 }

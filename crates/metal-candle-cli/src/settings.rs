@@ -45,7 +45,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Model")]
     pub(crate) model: Option<String>,
 
-    /// Start from this adapter: a run folder, a PEFT folder or an mlx-lm folder.
+    /// Start from this adapter: a run folder, a PEFT or mlx-lm folder, or a GGUF file.
     #[arg(long, value_name = "FOLDER", help_heading = "Model")]
     pub(crate) adapter: Option<PathBuf>,
 

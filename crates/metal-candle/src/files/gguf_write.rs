@@ -46,7 +46,7 @@ impl NewTensor {
 
 /// Writes a GGUF file. `write` gets the index of each tensor in turn and writes its elements.
 ///
-/// The file is replaced at once: whoever opens it sees the old one or the new one, also after a crash.
+/// The file is replaced at once: readers see the old file or the new one, also after a crash.
 ///
 /// # Errors
 /// The file cannot be written, `write` fails, or the rows of a tensor are no whole blocks.

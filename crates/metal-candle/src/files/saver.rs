@@ -13,7 +13,7 @@ const ALIGNMENT: usize = 8;
 
 /// Writes tensors (f32, f16, bf16, f64, u8, u32 or i64) and strings for `__metadata__` as one safetensors file.
 ///
-/// The file is replaced at once: whoever opens it sees the old one or the new one, also after a crash.
+/// The file is replaced at once: readers see the old file or the new one, also after a crash.
 ///
 /// # Errors
 /// The file cannot be written, a name is there twice, or a tensor has another dtype or a value that is not finite.

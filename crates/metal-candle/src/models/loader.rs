@@ -17,7 +17,8 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 
 /// Loads a model from a safetensors file, an index of shards, a folder, or a GGUF file.
 ///
-/// Quantized matrices of a GGUF file stay quantized on the CPU, and are multiplied with f32 activations. On a GPU they become
+/// Quantized matrices of a GGUF file stay quantized on the CPU: training multiplies their f32 values, inference rounds
+/// activations to 8 bits where the processor multiplies such integers. On a GPU they become
 /// matrices of the requested dtype, bf16 by default.
 ///
 /// Quantized matrices of a safetensors checkpoint are repacked as blocks of GGUF while loading, where these hold exactly the same

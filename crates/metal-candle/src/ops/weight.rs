@@ -110,7 +110,7 @@ impl Weight {
         self.dims().iter().product()
     }
 
-    /// The type of the elements; f32 for quantized blocks, which are multiplied in f32.
+    /// The type of the elements; f32 for quantized blocks, whose products are f32.
     pub fn dtype(&self) -> DType {
         match &self.0 {
             Stored::Quantized(_) => DType::F32,
