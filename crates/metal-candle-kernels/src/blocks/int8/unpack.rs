@@ -1,7 +1,7 @@
 //! Unpacks blocks of 32 weights.
 
 use super::lanes::{Arithmetic, Lanes, Rows, Sink, Unpack};
-use crate::blocks::decode::{Decoder, IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+use crate::blocks::decode::{Decoder, FP4_TABLE, IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
 /// Blocks whose scales are collected at a time: a vector that is read right after its words were written has to wait for them.
 const COLLECTED: usize = 8;
@@ -10,15 +10,31 @@ const COLLECTED: usize = 8;
 trait SmallBlock: Decoder {
     /// Whether a block has two words.
     const HAS_TWO_WORDS: bool = false;
+    /// Whether a minimum follows the scale.
+    const HAS_MINIMUM: bool = false;
 
     /// The words of a block, the first in the low half.
     ///
     /// # Safety
     /// The block can be read.
-    unsafe fn words(block: *const u8) -> u64;
+    #[inline(always)]
+    unsafe fn words(block: *const u8) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (Self::HAS_TWO_WORDS, Self::HAS_MINIMUM) {
+                (true, _) => two_words(block),
+                (false, true) => u64::from(word(block)),
+                (false, false) => u64::from(half_word(block)),
+            }
+        }
+    }
 
-    /// The scale and the minimum from the first word.
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2];
+    /// The scale in the low half of the first word and, if there is one, the minimum in the high half.
+    #[inline(always)]
+    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
+        let scale = word.halves();
+        [scale, if Self::HAS_MINIMUM { word.right::<16>().halves() } else { scale }]
+    }
 
     /// The weights.
     ///
@@ -169,31 +185,9 @@ unpack_small!(Q8_0, Arithmetic<1, false, 255>, 128);
 unpack_small!(IQ4NL, Arithmetic<1, false, 255>, 128);
 unpack_small!(MXFP4, Arithmetic<1, false, 31>, 12);
 
-/// A scale in the low half of the word, and no minimum.
-#[inline(always)]
-fn scale<L: Lanes>(word: L) -> [L::Floats; 2] {
-    [word.halves(); 2]
-}
-
-/// A scale in the low half of the word, a minimum in the high one.
-#[inline(always)]
-fn scale_and_minimum<L: Lanes>(word: L) -> [L::Floats; 2] {
-    [word.halves(), word.right::<16>().halves()]
-}
-
 // SAFETY of the following: the caller's promise.
 
 impl SmallBlock for Q4_0 {
-    #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        u64::from(unsafe { half_word(block) })
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale(word)
-    }
-
     #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         let packed = unsafe { L::load_rows(rows.skip(2)) };
@@ -202,15 +196,7 @@ impl SmallBlock for Q4_0 {
 }
 
 impl SmallBlock for Q4_1 {
-    #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        u64::from(unsafe { word(block) })
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale_and_minimum(word)
-    }
+    const HAS_MINIMUM: bool = true;
 
     #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
@@ -223,16 +209,6 @@ impl SmallBlock for Q5_0 {
     const HAS_TWO_WORDS: bool = true;
 
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        unsafe { two_words(block) }
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale(word)
-    }
-
-    #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, words: [L; 2]) -> [L; 8] {
         // the bits follow the two bytes of the scale
         let bits = words[0].right::<16>().or(words[1].left::<16>());
@@ -242,16 +218,7 @@ impl SmallBlock for Q5_0 {
 
 impl SmallBlock for Q5_1 {
     const HAS_TWO_WORDS: bool = true;
-
-    #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        unsafe { two_words(block) }
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale_and_minimum(word)
-    }
+    const HAS_MINIMUM: bool = true;
 
     #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, words: [L; 2]) -> [L; 8] {
@@ -260,16 +227,6 @@ impl SmallBlock for Q5_1 {
 }
 
 impl SmallBlock for Q8_0 {
-    #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        u64::from(unsafe { half_word(block) })
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale(word)
-    }
-
     #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         let mut weights = unsafe { joined(L::load_rows(rows.skip(2)), L::load_rows(rows.skip(18))) };
@@ -295,23 +252,21 @@ pub(super) fn bytes_of_table<L: Lanes>(table: &[i8; 16]) -> [u8; 16] {
 
 impl SmallBlock for IQ4NL {
     #[inline(always)]
-    unsafe fn words(block: *const u8) -> u64 {
-        u64::from(unsafe { half_word(block) })
-    }
-
-    #[inline(always)]
-    fn scales<L: Lanes>(word: L) -> [L::Floats; 2] {
-        scale(word)
-    }
-
-    #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
         looked_up(&bytes_of_table::<L>(&IQ4_TABLE), unsafe { L::load_rows(rows.skip(2)) })
     }
 }
 
-/// The 4-bit floats, doubled, plus 12.
-const FP4_TABLE: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+/// The 4-bit floats, doubled, plus 12: none is negative.
+const SHIFTED_FP4_TABLE: [u8; 16] = {
+    let mut table = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        table[i] = (FP4_TABLE[i] + 12).cast_unsigned();
+        i += 1;
+    }
+    table
+};
 
 impl SmallBlock for MXFP4 {
     #[inline(always)]
@@ -326,6 +281,6 @@ impl SmallBlock for MXFP4 {
 
     #[inline(always)]
     unsafe fn weights<L: Lanes>(rows: Rows, _: [L; 2]) -> [L; 8] {
-        looked_up(&FP4_TABLE, unsafe { L::load_rows(rows.skip(1)) })
+        looked_up(&SHIFTED_FP4_TABLE, unsafe { L::load_rows(rows.skip(1)) })
     }
 }
