@@ -2,7 +2,7 @@
 
 use super::gguf_header::{DEFAULT_ALIGNMENT, GgufValue, MAGIC};
 use super::gguf_type::GgufType;
-use super::write::write_atomically;
+use super::write::write_contents;
 use crate::error::{Error, Result};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -58,27 +58,22 @@ pub(crate) fn write_gguf(
 ) -> Result<()> {
     let header = header(metadata, tensors)?;
     let sizes = tensors.iter().map(NewTensor::num_bytes).collect::<Result<Vec<_>>>()?;
-    let mut failure = None;
-    let written = write_atomically(path, |file| {
-        file.write_all(&header)?;
+    write_contents(path, |file| {
+        let written = |done: io::Result<()>| done.map_err(|error| Error::write(path, error));
+        written(file.write_all(&header))?;
         for (index, num_bytes) in sizes.iter().enumerate() {
             let mut counted = Counted { file, num_bytes: 0 };
-            if let Err(error) = write(index, &mut counted) {
-                failure = Some(error);
-                return Err(io::Error::other("a tensor could not be read"));
-            }
+            write(index, &mut counted)?;
             if counted.num_bytes != *num_bytes {
-                let (name, found) = (&tensors[index].name, counted.num_bytes);
-                return Err(io::Error::other(format!("`{name}`: expected {num_bytes} bytes, found {found}")));
+                return Err(Error::Bug(format!(
+                    "`{}`: expected {num_bytes} bytes, found {}",
+                    tensors[index].name, counted.num_bytes
+                )));
             }
-            file.write_all(&[0; ALIGNMENT][..num_bytes.next_multiple_of(ALIGNMENT) - num_bytes])?;
+            written(file.write_all(&[0; ALIGNMENT][..num_bytes.next_multiple_of(ALIGNMENT) - num_bytes]))?;
         }
         Ok(())
-    });
-    match failure {
-        Some(error) => Err(error),
-        None => written,
-    }
+    })
 }
 
 /// The paths and the ranges of tensors of a model in files of at most `max_bytes` of tensors, or in one file at `path`.

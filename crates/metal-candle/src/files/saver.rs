@@ -1,6 +1,6 @@
 //! Writes safetensors files.
 
-use super::write::write_atomically;
+use super::write::write_contents;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -27,25 +27,16 @@ pub fn write_safetensors<S: AsRef<str>>(
     // wide dtypes first, so that every tensor begins at a multiple of its width
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
     let header = header(&tensors, metadata)?;
-    let mut failure = None;
-    let written = write_atomically(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
+    write_contents(path, |file| {
+        let written = |done: io::Result<()>| done.map_err(|error| Error::write(path, error));
+        written(file.write_all(&(header.len() as u64).to_le_bytes()))?;
+        written(file.write_all(&header))?;
         for (name, tensor) in &tensors {
-            match check_finite(name, tensor).and_then(|()| Ok(write_tensor(file, tensor)?)) {
-                Ok(written) => written?,
-                Err(error) => {
-                    failure = Some(error);
-                    return Err(io::Error::other("a tensor could not be read"));
-                }
-            }
+            check_finite(name, tensor)?;
+            written(write_tensor(file, tensor)?)?;
         }
         Ok(())
-    });
-    match failure {
-        Some(error) => Err(error),
-        None => written,
-    }
+    })
 }
 
 fn header(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {

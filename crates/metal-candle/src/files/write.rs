@@ -42,6 +42,21 @@ pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Writ
     written.map_err(|e| Error::write(path, e))
 }
 
+/// As [`write_atomically`] with a function that has errors of its own, which are returned as they are.
+///
+/// # Errors
+/// As [`write_atomically`], or those of `write`.
+pub(crate) fn write_contents(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let mut failure = None;
+    let written = write_atomically(path, |file| {
+        write(file).map_err(|error| {
+            failure = Some(error);
+            io::Error::other("the contents could not be made")
+        })
+    });
+    failure.map_or(written, Err)
+}
+
 /// Opens a file that grows line by line or record by record, and creates it if it is missing. What it holds stays.
 ///
 /// # Errors
