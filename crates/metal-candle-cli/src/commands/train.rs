@@ -334,6 +334,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         kept,
         is_full: prepared.adapter.is_none(),
         model: prepared.source.name.clone(),
+        quantize: prepared.settings.quantize,
         metrics,
         total_steps,
         valid: watch.recorder.curves().valid.clone(),

@@ -8,6 +8,7 @@ use crate::model_source::NANO;
 use crate::output::{Output, bytes, duration, grouped};
 use crate::rank;
 use crate::run_folder::RunFolder;
+use crate::values::MixtureName;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Datasets, Tokenizer};
 use metal_candle::training::{StopReason, TrainingMetrics};
@@ -32,6 +33,8 @@ pub(super) struct Report {
     pub(super) is_full: bool,
     /// What the user called the model.
     pub(super) model: String,
+    /// The type that its weights were quantized to while loading.
+    pub(super) quantize: Option<MixtureName>,
     pub(super) metrics: TrainingMetrics,
     pub(super) total_steps: usize,
     /// The evaluations: step and loss.
@@ -195,7 +198,10 @@ impl Report {
             return format!("metal-candle generate --model {} --temperature 0 --prompt {prompt}", self.kept.display());
         }
         let model = if self.model == NANO { String::new() } else { format!("--model {} ", self.model) };
-        format!("metal-candle generate {model}--adapter {run} --temperature 0 --prompt {prompt}")
+        // the weights that the adapter was trained on
+        let quantize =
+            self.quantize.map_or_else(String::new, |MixtureName(mixture)| format!("--quantize {} ", mixture.name));
+        format!("metal-candle generate {model}{quantize}--adapter {run} --temperature 0 --prompt {prompt}")
     }
 
     fn as_json(&self, seconds: f64) -> serde_json::Value {
