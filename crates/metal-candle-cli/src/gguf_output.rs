@@ -6,12 +6,15 @@ use crate::model_source::ModelSource;
 use crate::output::{Output, Unit, bytes};
 use crate::proof::Proof;
 use anyhow::Result;
-use metal_candle::data::Tokenizer;
-use metal_candle::files::{GgufValue, write_atomically};
+use metal_candle::data::{ChatTemplate, Tokenizer};
+use metal_candle::files::{GgufFile, GgufValue, write_atomically};
 use metal_candle::models::{GgufExport, Rows};
-use metal_candle::{Model, ModelLoader};
+use metal_candle::{Model, ModelConfig, ModelLoader};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+
+/// The key of the chat template in the metadata.
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 
 /// The key of a proof in the metadata.
 const PROOF: &str = "metal_candle.proof";
@@ -50,6 +53,9 @@ pub(crate) fn export<'a>(
 ) -> Result<GgufExport<'a>> {
     let mut export = GgufExport::new(model)?;
     if let Some(file) = source.gguf() {
+        if let Some(tokenizer) = tokenizer {
+            put_template(&mut export, file, tokenizer)?;
+        }
         export.copy_metadata(file);
         return Ok(export);
     }
@@ -70,6 +76,24 @@ pub(crate) fn export<'a>(
         export.put(&key, value);
     }
     Ok(export)
+}
+
+/// The chat template that an adapter was trained with and the end of its turns, where they are not those of the file.
+fn put_template(export: &mut GgufExport, file: &GgufFile, tokenizer: &Tokenizer) -> Result<()> {
+    let Some([(_, source)]) = tokenizer.chat_template().map(ChatTemplate::sources) else { return Ok(()) };
+    if file.text(CHAT_TEMPLATE)? == Some(source.as_str()) {
+        return Ok(());
+    }
+    export.put(CHAT_TEMPLATE, GgufValue::Text(source.clone()));
+    if let Some(id) = tokenizer.end_of_turn_id().filter(|id| !is_end(file, *id)) {
+        export.put("tokenizer.ggml.eot_token_id", GgufValue::Integer(id.into()));
+    }
+    Ok(())
+}
+
+/// Whether a text ends at this token of a model's file.
+fn is_end(file: &GgufFile, id: u32) -> bool {
+    ModelConfig::from_gguf(file).is_ok_and(|config| config.eos_token_ids.contains(&id))
 }
 
 /// Notes a proof in the metadata.

@@ -174,3 +174,18 @@ fn adapters_go_to_gguf_and_back() {
     let ran = fixture.run("generate --model a.gguf --prompt x");
     assert!(ran.stderr.contains("expected a model, found a file of type `adapter`"), "{}", ran.stderr);
 }
+
+#[test]
+fn the_template_of_a_run_goes_into_the_file() {
+    let fixture = Fixture::new();
+    fixture.ok("convert --model model --format gguf --output m.gguf");
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>\n{% endfor %}[assistant] ";
+    std::fs::write(fixture.path("other.jinja"), template).unwrap();
+    fixture.ok("train --model m.gguf --data data --steps 2 --chat-template other.jinja --output run --quiet");
+    for model in ["m.gguf", "model"] {
+        let words = format!("quantize --model {model} --adapter run --type q8_0 --min-survival 0 --output");
+        fixture.ok(&format!("{words} {model}-tuned.gguf"));
+        let file = GgufFile::open(fixture.path(&format!("{model}-tuned.gguf"))).unwrap();
+        assert_eq!(file.text("tokenizer.chat_template").unwrap(), Some(template), "{model}");
+    }
+}
