@@ -120,8 +120,8 @@ Examples:
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --format mlx --output ./for-mlx
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter ./from-mlx --format peft --output ./for-peft
 
-Weights keep their types unless --dtype says otherwise; quantized ones become f32 in a safetensors file. The logits of
-both models or adapters are compared.
+Weights keep their types unless --dtype or --quantize says otherwise; quantized ones become f32 in a safetensors file. The
+logits of both models or adapters are compared. Where types change, source and result are compared on text, as in `quantize`.
 
 A GGUF adapter is for `llama-cli --lora` and the like. GGUF and mlx-lm hold low-rank terms only: adapters with trained
 modules, rows of tokens or biases, or with terms of a tied embedding are refused there; `fuse` merges them.")]

@@ -4,7 +4,7 @@ use crate::adapter_output::{largest_difference, probe};
 use crate::error::UserError;
 use crate::model_source::ModelSource;
 use crate::output::{Output, Unit, bytes};
-use crate::proof::Proof;
+use crate::proof::{PROOF, Proof};
 use anyhow::Result;
 use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::files::{GgufFile, GgufValue, write_atomically};
@@ -15,9 +15,6 @@ use std::path::{Path, PathBuf};
 
 /// The key of the chat template in the metadata.
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
-
-/// The key of a proof in the metadata.
-const PROOF: &str = "metal_candle.proof";
 
 /// Refuses a path unless it has the name of a GGUF file and nothing is there.
 pub(crate) fn check_output(path: &Path) -> Result<()> {

@@ -8,7 +8,9 @@ use anyhow::Result;
 use clap::Args;
 use metal_candle::adapters::Survival;
 use metal_candle::data::{Dataset, Tokenizer};
+use metal_candle::files::write_atomically;
 use metal_candle::inference::{Adapted, Divergence};
+use metal_candle::models::{save_model, save_model_with};
 use metal_candle::{Model, ModelConfig};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -19,17 +21,28 @@ const MAX_TOKENS: usize = 2048;
 /// The length of the windows of a text, in tokens.
 const WINDOW: usize = 512;
 
+/// The key of a proof in the metadata of a file.
+pub(crate) const PROOF: &str = "metal_candle.proof";
+
 /// Names of weights in a message.
 const MAX_NAMED: usize = 5;
 
-/// The flags of a proof.
+/// The text of a proof.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Proof")]
-pub(crate) struct ProofArguments {
+pub(crate) struct ProofText {
     /// Text to compare source and result on: a JSONL file, a folder with splits, or a text file
     /// [default: the validation rows of the adapter's run, else the sample data of the built-in model].
     #[arg(long, value_name = "PATH")]
     pub(crate) proof: Option<PathBuf>,
+}
+
+/// The flags of a proof of an adapter that is merged.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Proof")]
+pub(crate) struct ProofArguments {
+    #[command(flatten)]
+    pub(crate) text: ProofText,
 
     /// Refuse a result in which rounding leaves less than this share of the adapter's change of a weight.
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
@@ -54,6 +67,13 @@ impl ProofArguments {
             let message = format!("`--min-survival`: expected a share from 0 to 1, found {}", self.min_survival);
             return Err(UserError::new(message).into());
         }
+        self.text.check()
+    }
+}
+
+impl ProofText {
+    /// Refuses a text that is not there.
+    pub(crate) fn check(&self) -> Result<()> {
         match &self.proof {
             Some(path) => held_out::file_of(path).map(drop).map_err(Into::into),
             None => Ok(()),
@@ -108,6 +128,14 @@ fn validation_rows(adapter: &Path, tokenizer: &Tokenizer, config: &ModelConfig) 
     let valid = settings.datasets(tokenizer, config.vocab_size).ok()?.valid.filter(|rows| !rows.is_empty())?;
     let name = settings.data.map_or_else(|| "the sample data".into(), |path| path.display().to_string());
     Some((format!("the validation rows of {name}"), valid))
+}
+
+/// Writes a model's folder with a proof in the metadata of the weights and as a file.
+pub(crate) fn save_proved(model: &Model, folder: &Path, proof: Option<&Proof>) -> Result<()> {
+    let Some(proof) = proof else { return Ok(save_model(model, folder)?) };
+    save_model_with(model, folder, &[(PROOF, &proof.to_line())])?;
+    let report = format!("{:#}\n", proof.to_json());
+    Ok(write_atomically(folder.join("proof.json"), |file| file.write_all(report.as_bytes()))?)
 }
 
 impl Proof {

@@ -5,12 +5,14 @@ use crate::error::UserError;
 use crate::gguf_output::{self, GgufReport};
 use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
+use crate::proof::{Proof, ProofText, save_proved};
 use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use crate::values::ByteSize;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::models::{Rows, save_model};
+use metal_candle::data::Tokenizer;
+use metal_candle::models::Rows;
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,9 @@ pub(crate) struct ConvertArguments {
     /// Split a GGUF file into files of at most this size, as in `4GB`.
     #[arg(long, value_name = "SIZE")]
     pub(crate) split_max_size: Option<ByteSize>,
+
+    #[command(flatten)]
+    pub(crate) text: ProofText,
 }
 
 pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
@@ -63,7 +68,11 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     }
     if let Some(adapter) = &flags.adapter {
         check_adapter(adapter)?;
+        if flags.text.proof.is_some() {
+            return Err(UserError::new("`--proof` is for models: an adapter is written without loss").into());
+        }
     }
+    flags.text.check()?;
     let source = ModelSource::find(&flags.model.model, output)?;
     let model = source.load_as(flags.model.types(), flags.model.device, output)?;
     match &flags.adapter {
@@ -80,18 +89,48 @@ fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, 
         Format::Peft => Err(UserError::new("`--format peft` is for adapters: `--adapter` is missing").into()),
         Format::Gguf => {
             let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
-            let export = gguf_output::export(model, source, tokenizer.as_ref())?;
+            let proof = proof(flags, source, model, tokenizer.as_ref(), output)?;
+            let mut export = gguf_output::export(model, source, tokenizer.as_ref())?;
+            if let Some(proof) = &proof {
+                gguf_output::put_proof(&mut export, proof);
+            }
             let paths = gguf_output::write(&export, &flags.output, flags.split_max_size.map(|size| size.0), output)?;
-            GgufReport { paths: &paths, path: &flags.output, model, tokenizer: tokenizer.as_ref(), proof: None }
-                .finish(output)
+            GgufReport {
+                paths: &paths,
+                path: &flags.output,
+                model,
+                tokenizer: tokenizer.as_ref(),
+                proof: proof.as_ref(),
+            }
+            .finish(output)
         }
         Format::Mlx | Format::Safetensors => write_folder(flags, source, model, output),
     }
 }
 
+/// What changing types did to a model; none where they stay as they are and no text is named.
+fn proof(
+    flags: &ConvertArguments,
+    source: &ModelSource,
+    model: &Model,
+    tokenizer: Option<&Tokenizer>,
+    output: Output,
+) -> Result<Option<Proof>> {
+    if flags.model.types() == (None, None) {
+        return match flags.text.proof {
+            Some(_) => flags.text.measure((model, None), model, tokenizer, None, Vec::new()).map(Some),
+            None => Ok(None),
+        };
+    }
+    let original = source.load(None, flags.model.device, output)?;
+    flags.text.measure((&original, None), model, tokenizer, None, Vec::new()).map(Some)
+}
+
 fn write_folder(flags: &ConvertArguments, source: &ModelSource, model: &Model, output: Output) -> Result<()> {
+    let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
+    let proof = proof(flags, source, model, tokenizer.as_ref(), output)?;
     fill_folder(&flags.output, FREE_HINT, || {
-        save_model(model, &flags.output)?;
+        save_proved(model, &flags.output, proof.as_ref())?;
         Ok(source.write_tokenizer(&flags.output)?)
     })?;
     let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
@@ -104,7 +143,11 @@ fn write_folder(flags: &ConvertArguments, source: &ModelSource, model: &Model, o
             "output": flags.output.to_string_lossy(),
             "bytes": size,
             "max_logit_difference": difference,
+            "proof": proof.as_ref().map(Proof::to_json),
         }))?);
+    }
+    if let Some(proof) = &proof {
+        proof.note(output);
     }
     output.note(format_args!(
         "wrote {} ({})\nlogits of the model and of the one written differ by at most {difference:.2e}",

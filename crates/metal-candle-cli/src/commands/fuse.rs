@@ -4,20 +4,16 @@ use crate::adapter_output::{AdapterOutputArguments, largest_difference, probe};
 use crate::error::UserError;
 use crate::model_folder::{with_end_of_turn, write_template};
 use crate::output::{Output, bytes};
-use crate::proof::{Proof, ProofArguments};
+use crate::proof::{Proof, ProofArguments, save_proved};
 use crate::run_folder::{FREE_HINT, fill_folder, recorded_template};
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
 use metal_candle::adapters::{LoRAAdapter, Survival};
-use metal_candle::files::write_atomically;
-use metal_candle::models::{Rows, save_model_with};
+use metal_candle::models::Rows;
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
-
-/// The report on what merging did.
-const REPORT: &str = "proof.json";
 
 /// What to do where rounding takes too much of an adapter.
 const HINT: &str = "`--auto` takes f16 or else f32 where the model's type is not enough; `--stochastic-rounding SEED` keeps the \
@@ -54,16 +50,14 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     };
     let terms = adapter.terms()?;
     let with_adapter = (adapter.run_model(), Some(&terms));
-    let proof = flags.proof.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
+    let proof = flags.proof.text.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
     fill_folder(&files.output, FREE_HINT, || {
-        let line = proof.to_line();
-        save_model_with(&merged, &files.output, &[("metal_candle.proof", &line)])?;
+        save_proved(&merged, &files.output, Some(&proof))?;
         source.write_tokenizer(&files.output)?;
         if let (Some(tokenizer), Some(_)) = (&tokenizer, recorded_template(&files.adapter)?.chat_template) {
             write_template(tokenizer, &files.output)?;
         }
-        let report = format!("{:#}\n", proof.to_json());
-        Ok(write_atomically(files.output.join(REPORT), |file| file.write_all(report.as_bytes()))?)
+        Ok(())
     })?;
     drop(merged);
 

@@ -124,7 +124,7 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     let quantization = quantization(flags, &full, tokenizer.as_ref(), output)?;
     let (result, survivals) = quantize(flags, quantization, (&model, adapter.as_ref()), &full, output)?;
     let base = adapter.as_ref().map_or(&model, LoRAAdapter::run_model);
-    let proof = flags.proof.measure((base, terms.as_ref()), &result, tokenizer.as_ref(), path, survivals)?;
+    let proof = flags.proof.text.measure((base, terms.as_ref()), &result, tokenizer.as_ref(), path, survivals)?;
     let mut export = gguf_output::export(&result, &source, tokenizer.as_ref())?.with_mixture(flags.mixture.0);
     gguf_output::put_proof(&mut export, &proof);
     let max_bytes = flags.split_max_size.map(|size| size.0);

@@ -52,6 +52,19 @@ fn a_model_becomes_a_gguf_file_and_a_folder_again() {
     assert!(json["files"].as_array().unwrap().len() > 1 && first.contains("parts-00001-of-0000"), "{json}");
     assert_eq!(text(&first), text("model"));
 
+    // other types are measured
+    for (format, output, report) in [("gguf", "low.gguf", "low.proof.json"), ("safetensors", "low", "low/proof.json")] {
+        let words = format!("convert --model model --dtype bf16 --format {format} --output {output} --json");
+        let json = fixture.ok(&words).json();
+        assert!(json["proof"]["mean_kl"].as_f64().unwrap() > 0.0, "{json}");
+        let found: Value = serde_json::from_str(&fixture.text(report)).unwrap();
+        assert_eq!(found, json["proof"]);
+    }
+    let json = fixture.ok("convert --model model --format gguf --proof data --output p.gguf --json").json();
+    assert_eq!(json["proof"]["mean_kl"], 0.0, "{json}");
+    let ran = fixture.run("convert --model model --adapter m.gguf --format peft --proof data --output p");
+    assert!(ran.stderr.contains("`--proof` is for models"), "{}", ran.stderr);
+
     for (words, parts) in [
         (
             "convert --model model --format gguf --output m.gguf",
