@@ -266,8 +266,25 @@ impl Scheduler {
                 return Ok(finish);
             }
         }
-        let message = format!("sequence {sequence} is neither waiting nor running: it has ended or was never admitted");
-        Err(Error::argument("sequence", message))
+        Err(not_found(sequence))
+    }
+
+    /// Stops computing a sequence, or resumes it. A paused sequence keeps its slot and what the cache holds of it.
+    ///
+    /// # Errors
+    /// The sequence is neither waiting nor running.
+    pub fn set_paused(&mut self, sequence: SequenceId, is_paused: bool) -> Result<()> {
+        let all = self.waiting.iter_mut().chain(&mut self.running);
+        match all.into_iter().find_map(|found| found.find_mut(sequence)) {
+            Some(found) => found.set_paused(is_paused),
+            None => return Err(not_found(sequence)),
+        }
+        Ok(())
+    }
+
+    /// Whether a step would compute something: a sequence waits, or runs and is not paused.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || self.running.iter().any(|sequence| !sequence.is_paused())
     }
 
     /// Ends all sequences and drops the events that no step has returned.
@@ -345,13 +362,14 @@ impl Scheduler {
     /// Decodes on the device the sequences for which it has kernels, if no prompt is left to compute; returns the indices
     /// of the others.
     fn decode(&mut self) -> Result<Vec<usize>> {
-        let all = 0..self.running.len();
+        let is_active = |&index: &usize| !self.running[index].is_paused();
+        let all: Vec<usize> = (0..self.running.len()).filter(is_active).collect();
         // with a prompt in the step, one pass over the weights serves both
-        if self.model.device().is_cpu() || self.running.iter().any(|sequence| sequence.num_waiting() > 1) {
-            return Ok(all.collect());
+        if self.model.device().is_cpu() || all.iter().any(|&index| self.running[index].num_waiting() > 1) {
+            return Ok(all);
         }
         let has_row = |&index: &usize| self.running[index].decoding_row().is_some();
-        let (mut left, mut rest): (Vec<usize>, Vec<usize>) = all.partition(has_row);
+        let (mut left, mut rest): (Vec<usize>, Vec<usize>) = all.into_iter().partition(has_row);
         left.sort_by_key(|&index| self.running[index].adapter());
         let running = &self.running;
         self.decodings.retain(|(held, _)| running.iter().any(|sequence| sequence.adapter() == *held));
@@ -543,6 +561,11 @@ impl Scheduler {
             slots.release(sequence.slot(), sequence.into_prefix());
         }
     }
+}
+
+fn not_found(sequence: SequenceId) -> Error {
+    let message = format!("sequence {sequence} is neither waiting nor running: it has ended or was never admitted");
+    Error::argument("sequence", message)
 }
 
 /// Adds the event of a sequence, which ends if it failed.

@@ -42,6 +42,7 @@ pub(super) struct Sequence {
     started: Instant,
     first_token: Option<Instant>,
     state: State,
+    is_paused: bool,
     /// The other samples of its prompt, until the prompt is computed.
     samples: Vec<Sequence>,
 }
@@ -108,6 +109,7 @@ impl Sequence {
             started: Instant::now(),
             first_token: None,
             state: State::Open,
+            is_paused: false,
             samples: Vec::new(),
         })
     }
@@ -159,6 +161,20 @@ impl Sequence {
     /// Whether there will be no more piece.
     pub(super) fn is_finished(&self) -> bool {
         self.state != State::Open
+    }
+
+    /// Whether no step computes it. A sequence whose samples wait for its prompt is not paused before they have it.
+    pub(super) fn is_paused(&self) -> bool {
+        self.is_paused && self.samples.is_empty()
+    }
+
+    pub(super) fn set_paused(&mut self, is_paused: bool) {
+        self.is_paused = is_paused;
+    }
+
+    /// Sequence `id`: this one or one of its samples.
+    pub(super) fn find_mut(&mut self, id: SequenceId) -> Option<&mut Self> {
+        if self.id == id { Some(self) } else { self.samples.iter_mut().find(|sample| sample.id == id) }
     }
 
     /// The samples that wait for the prompt.

@@ -145,6 +145,35 @@ fn a_late_sequence_joins_and_a_cancelled_one_frees_its_slot() {
 }
 
 #[test]
+fn a_paused_sequence_resumes_where_it_was() {
+    let request = |length| Request::new(ids(length), greedy(12));
+    let mut scheduler = small();
+    let first = scheduler.admit(request(9).with_num_samples(2)).unwrap();
+    let second = scheduler.admit(request(14)).unwrap()[0];
+    let mut collected = Collected::default();
+    // before the prompt is computed, one sample only
+    scheduler.set_paused(first[1], true).unwrap();
+    for _ in 0..4 {
+        collected.step(&mut scheduler);
+    }
+    assert_eq!(collected.pieces[&first[1]].len(), 1);
+    scheduler.set_paused(second, true).unwrap();
+    let before = collected.pieces[&second].len();
+    while scheduler.has_work() {
+        collected.step(&mut scheduler);
+    }
+    assert_eq!((collected.tokens(first[0]).len(), collected.pieces[&second].len()), (12, before));
+    assert!(!scheduler.is_idle());
+    scheduler.set_paused(first[1], false).unwrap();
+    scheduler.set_paused(second, false).unwrap();
+    collected.finish(&mut scheduler);
+    let expected = tokens(&alone(request(9)));
+    assert_eq!((collected.tokens(first[0]), collected.tokens(first[1])), (expected.clone(), expected));
+    assert_eq!(collected.tokens(second), tokens(&alone(request(14))));
+    assert_eq!(argument(&scheduler.set_paused(second, true).unwrap_err()).0, "sequence");
+}
+
+#[test]
 fn ended_sequences_leave_their_slots_to_waiting_ones() {
     let config = SchedulerConfig { max_sequences: 2, ..SMALL };
     let mut scheduler = Scheduler::with_config(MODEL.clone(), config).unwrap();
