@@ -11,6 +11,8 @@ use crate::commands::info::InfoArguments;
 use crate::commands::logits::LogitsArguments;
 use crate::commands::quantize::QuantizeArguments;
 use crate::commands::runs::RunsArguments;
+#[cfg(feature = "serve")]
+use crate::commands::serve::ServeArguments;
 use crate::commands::template::TemplateCommandArguments;
 use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
 use crate::commands::train::{PlanArguments, TrainArguments};
@@ -100,6 +102,19 @@ Examples:
   metal-candle chat --model Qwen/Qwen2.5-Coder-0.5B-Instruct
   metal-candle chat --model ./model --adapter runs/001 --system \"You answer in one line.\"")]
     Chat(ChatArguments),
+
+    /// Serve a model and its adapters over HTTP, as OpenAI, Anthropic and llama.cpp do.
+    #[cfg(feature = "serve")]
+    #[command(after_help = "\
+Examples:
+  metal-candle serve
+  metal-candle serve --model ./Qwen2.5-Coder-0.5B --adapter docs=runs/001 --adapter tests=runs/002
+  metal-candle serve --model smollm2.gguf --context 2048 --slots 8 --port 8081
+  metal-candle serve --model ./model --host 0.0.0.0 --api-key-file keys.toml --metrics
+
+Clients choose the model by its name or an adapter by the adapter's name. Answers of different adapters run in one
+batch. On the CPU an answer is the same alone and beside any others.")]
+    Serve(Box<ServeArguments>),
 
     /// Merge an adapter into its model's weights.
     #[command(after_help = "\

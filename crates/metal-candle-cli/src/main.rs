@@ -80,6 +80,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Plan(flags) => commands::train::plan(flags, output),
         Command::Generate(flags) => commands::generate::run(flags, output),
         Command::Chat(flags) => commands::chat::run(flags, output),
+        #[cfg(feature = "serve")]
+        Command::Serve(flags) => commands::serve::run(flags, output),
         Command::Fuse(flags) => commands::fuse::run(flags, output),
         Command::Quantize(flags) => commands::quantize::run(flags, output),
         Command::Convert(flags) => commands::convert::run(flags, output),

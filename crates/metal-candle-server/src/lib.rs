@@ -1,1 +1,27 @@
-//! An OpenAI-compatible HTTP server.
+//! An OpenAI-compatible HTTP server for one model and any number of adapters.
+//!
+//! [`Server::new`] starts the engine, [`Server::serve`] answers requests on a listener, and [`Server::router`] gives the
+//! routes to a server of one's own.
+
+mod adapters;
+mod answer;
+mod app;
+mod auth;
+mod body;
+mod config;
+mod engine;
+mod error;
+mod fields;
+mod ids;
+mod metrics;
+mod prompt;
+mod routes;
+mod sampling;
+mod served;
+mod server;
+mod sse;
+mod turn;
+mod untrusted;
+
+pub use config::{ApiKey, JobsConfig, ServerConfig};
+pub use server::Server;

@@ -12,6 +12,8 @@ pub(crate) mod info;
 pub(crate) mod logits;
 pub(crate) mod quantize;
 pub(crate) mod runs;
+#[cfg(feature = "serve")]
+pub(crate) mod serve;
 pub(crate) mod template;
 pub(crate) mod tokenize;
 pub(crate) mod train;

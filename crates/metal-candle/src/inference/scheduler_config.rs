@@ -1,5 +1,6 @@
 //! Limits of a scheduler.
 
+use super::slots::cache_bytes;
 use crate::error::{Error, Result};
 use crate::models::Model;
 
@@ -23,6 +24,11 @@ impl SchedulerConfig {
     pub fn of(model: &Model) -> Self {
         let prefill_chunk = if model.device().is_cpu() { 512 } else { 4096 };
         Self { max_sequences: Self::MAX_SEQUENCES, prefill_chunk, step_tokens: prefill_chunk }
+    }
+
+    /// Bytes of the KV cache that a scheduler of `model` reserves for `num_sequences` of `num_tokens` each.
+    pub fn cache_bytes(model: &Model, num_sequences: usize, num_tokens: usize) -> usize {
+        cache_bytes(model, num_sequences, num_tokens)
     }
 
     /// Checks that no limit is 0.

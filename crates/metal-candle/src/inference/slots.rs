@@ -128,6 +128,19 @@ impl Slots {
 }
 
 fn new_cache(model: &Model, num_slots: usize, num_tokens: usize) -> Result<KVCache> {
+    let (sizes, dtype) = cache_config(model, num_slots, num_tokens);
+    KVCache::with_dtype(sizes, &model.device(), dtype)
+}
+
+/// The bytes of a cache.
+pub(super) fn cache_bytes(model: &Model, num_slots: usize, num_tokens: usize) -> usize {
+    let (sizes, dtype) = cache_config(model, num_slots, num_tokens);
+    let KVCacheConfig { max_seq_len, num_layers, num_heads, head_dim, batch_size } = sizes;
+    let sizes = [2, num_layers, num_heads, head_dim, batch_size, max_seq_len, dtype.size_in_bytes()];
+    sizes.into_iter().fold(1, usize::saturating_mul)
+}
+
+fn cache_config(model: &Model, num_slots: usize, num_tokens: usize) -> (KVCacheConfig, DType) {
     let config = model.config();
     let sizes = KVCacheConfig {
         max_seq_len: num_tokens,
@@ -141,5 +154,5 @@ fn new_cache(model: &Model, num_slots: usize, num_tokens: usize) -> Result<KVCac
         _ if model.device().is_cpu() => DType::F16,
         other => other,
     };
-    KVCache::with_dtype(sizes, &model.device(), dtype)
+    (sizes, dtype)
 }

@@ -1,0 +1,225 @@
+//! The adapters that a server holds: names that point to immutable generations.
+
+use crate::error::ApiError;
+use crate::ids::unix_time;
+use metal_candle::adapters::LoRAAdapter;
+use metal_candle::models::Model;
+use metal_candle::ops::LowRankTerms;
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Longest name of an adapter.
+const MAX_NAME: usize = 64;
+
+/// One generation of an adapter. It never changes.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    pub(crate) name: String,
+    /// Never used twice in the life of a server.
+    pub(crate) generation: u64,
+    pub(crate) terms: LowRankTerms,
+    pub(crate) rank: usize,
+    pub(crate) method: &'static str,
+    pub(crate) bytes: usize,
+    /// The path below the root that it was loaded from, or the job that made it.
+    pub(crate) source: String,
+    pub(crate) created: u64,
+    is_retired: AtomicBool,
+}
+
+impl Adapter {
+    /// Whether it was unloaded or replaced.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.is_retired.load(Ordering::Relaxed)
+    }
+}
+
+/// The adapters by name.
+#[derive(Debug)]
+pub(crate) struct Adapters {
+    model: Model,
+    /// The folder that adapters may be loaded from.
+    root: Option<PathBuf>,
+    limit: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    by_name: BTreeMap<String, Arc<Adapter>>,
+    last_generation: u64,
+}
+
+impl Adapters {
+    pub(crate) fn new(model: Model, root: Option<PathBuf>, limit: usize) -> Self {
+        Self { model, root, limit, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The current generation of an adapter.
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Adapter>> {
+        self.state().by_name.get(name).cloned()
+    }
+
+    /// The current generations, by name.
+    pub(crate) fn list(&self) -> Vec<Arc<Adapter>> {
+        self.state().by_name.values().cloned().collect()
+    }
+
+    /// Loads an adapter from a path below the root. See [`Self::insert`].
+    ///
+    /// # Errors
+    /// The path is not below the root, or holds no adapter of this model.
+    pub(crate) fn load_below_root(
+        &self,
+        name: &str,
+        path: &str,
+        replaces: Replaces,
+    ) -> Result<Arc<Adapter>, ApiError> {
+        let Some(root) = &self.root else {
+            return Err(ApiError::forbidden("adapters cannot be loaded: the server was started without --adapter-root"));
+        };
+        check_name(name)?;
+        let wrong = |message: &str| ApiError::field("path", format!("`path`: {message}"));
+        let relative = Path::new(path);
+        let is_plain = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
+        if path.is_empty() || path.contains('\0') || !relative.components().all(is_plain) {
+            return Err(wrong("expected a path below the folder of adapters, without `..`"));
+        }
+        // links may lead outside
+        let full = root.join(relative).canonicalize().map_err(|_| wrong("there is no such file or folder"))?;
+        let root = root.canonicalize().map_err(ApiError::server)?;
+        if !full.starts_with(&root) {
+            return Err(wrong("expected a path below the folder of adapters"));
+        }
+        self.load(name, &full, path, replaces)
+    }
+
+    /// Loads an adapter from a file or folder. See [`Self::insert`].
+    ///
+    /// # Errors
+    /// The path holds no adapter of this model.
+    pub(crate) fn load(
+        &self,
+        name: &str,
+        path: &Path,
+        source: &str,
+        replaces: Replaces,
+    ) -> Result<Arc<Adapter>, ApiError> {
+        check_name(name)?;
+        let in_run = path.join("adapter");
+        let path = if in_run.is_dir() { in_run.as_path() } else { path };
+        let loaded = LoRAAdapter::load(&self.model, path).map_err(|error| {
+            // the message may hold paths, which are none of the client's business
+            tracing::warn!("adapter `{name}`: {error}");
+            ApiError::field("path", format!("`{source}` holds no adapter of this model: {}", without_paths(&error)))
+        })?;
+        self.insert(name, &loaded, source, replaces)
+    }
+
+    /// Puts an adapter under a name: a new generation. Requests that run keep theirs.
+    ///
+    /// # Errors
+    /// The adapter trains whole modules, the name is taken, or there are too many adapters.
+    pub(crate) fn insert(
+        &self,
+        name: &str,
+        adapter: &LoRAAdapter,
+        source: &str,
+        replaces: Replaces,
+    ) -> Result<Arc<Adapter>, ApiError> {
+        check_name(name)?;
+        if !adapter.saved_parameters().is_empty() {
+            let message = format!(
+                "adapter `{name}` replaces whole modules of the model, which others share; merge it with `metal-candle fuse` and \
+                 serve the result"
+            );
+            return Err(ApiError::unsupported("path", message));
+        }
+        let plain = adapter.without_start().map_err(ApiError::server)?;
+        let terms = plain.terms().map_err(ApiError::server)?;
+        let mut state = self.state();
+        let current = state.by_name.get(name).map(|adapter| adapter.generation);
+        match (current, replaces) {
+            (Some(found), Replaces::Generation(expected)) if found != expected => {
+                let message = format!("adapter `{name}`: expected generation {expected}, found {found}");
+                return Err(ApiError::conflict(message).with_param("expected_generation"));
+            }
+            (None, Replaces::Generation(_)) => {
+                let message = format!("there is no adapter `{name}` to replace");
+                return Err(ApiError::conflict(message).with_param("expected_generation"));
+            }
+            (Some(_), Replaces::Nothing) => {
+                let message = format!("there is an adapter `{name}` already; set `replace` to replace it");
+                return Err(ApiError::conflict(message).with_param("name"));
+            }
+            _ => {}
+        }
+        if current.is_none() && state.by_name.len() >= self.limit {
+            let message = format!("expected at most {} adapters; unload one first", self.limit);
+            return Err(ApiError::conflict(message).with_param("name"));
+        }
+        state.last_generation += 1;
+        let method = match (adapter.use_dora(), adapter.use_rslora()) {
+            (true, _) => "dora",
+            (false, true) => "rslora",
+            (false, false) => "lora",
+        };
+        let made = Arc::new(Adapter {
+            name: name.to_owned(),
+            generation: state.last_generation,
+            terms,
+            rank: adapter.rank(),
+            method,
+            bytes: plain.num_parameters() * size_of::<f32>(),
+            source: source.to_owned(),
+            created: unix_time(),
+            is_retired: AtomicBool::new(false),
+        });
+        if let Some(old) = state.by_name.insert(name.to_owned(), Arc::clone(&made)) {
+            old.is_retired.store(true, Ordering::Relaxed);
+        }
+        Ok(made)
+    }
+
+    /// Unloads an adapter. Requests that run keep it until they end.
+    pub(crate) fn remove(&self, name: &str) -> Option<Arc<Adapter>> {
+        let removed = self.state().by_name.remove(name)?;
+        removed.is_retired.store(true, Ordering::Relaxed);
+        Some(removed)
+    }
+}
+
+/// Which adapter a new one may take the name of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Replaces {
+    Nothing,
+    Any,
+    /// This one, and no other.
+    Generation(u64),
+}
+
+fn check_name(name: &str) -> Result<(), ApiError> {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte);
+    if (1..=MAX_NAME).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_good) {
+        return Ok(());
+    }
+    let message = format!("expected 1 to {MAX_NAME} letters, digits, `.`, `_`, `-` and `:`, not starting with `.`");
+    Err(ApiError::field("name", format!("`name`: {message}")))
+}
+
+/// The message of an error without the paths in it.
+fn without_paths(error: &metal_candle::Error) -> String {
+    let text = error.to_string();
+    let parts = text.split('`').enumerate().map(|(index, part)| {
+        let is_path = index % 2 == 1 && part.contains(std::path::MAIN_SEPARATOR);
+        let last = part.rsplit(std::path::MAIN_SEPARATOR).next().unwrap_or_default();
+        if is_path { last } else { part }
+    });
+    parts.collect::<Vec<_>>().join("`")
+}

@@ -1,0 +1,236 @@
+//! The answers of a job, as all generating routes see them: updates of one choice at a time, several pieces in one if the
+//! reader is behind.
+
+use crate::app::App;
+use crate::engine::{Answers, Job, Update};
+use crate::error::ApiError;
+use crate::served::Served;
+use metal_candle::inference::{Choice, Finish, FinishReason, Piece};
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// What clients get in place of negative infinity, which JSON does not have.
+const LEAST_LOGPROB: f32 = -9999.0;
+
+/// A token with its log-probability and those of the most probable tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct Scored {
+    pub(crate) id: u32,
+    pub(crate) logprob: f32,
+    pub(crate) top: Vec<Choice>,
+}
+
+impl Scored {
+    /// OpenAI's form for chats.
+    pub(crate) fn chat_form(&self, served: &Served) -> Value {
+        let form = |id, logprob: f32| {
+            let (token, bytes) = served.token_text(id);
+            json!({"token": token, "logprob": finite(logprob), "bytes": bytes})
+        };
+        let mut object = form(self.id, self.logprob);
+        object["top_logprobs"] = self.top.iter().map(|choice| form(choice.token, choice.log_probability)).collect();
+        object
+    }
+}
+
+/// A log-probability that JSON can hold.
+pub(crate) fn finite(logprob: f32) -> f32 {
+    logprob.max(LEAST_LOGPROB)
+}
+
+/// What a choice has got since the last update.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) choice: usize,
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<Scored>,
+    pub(crate) finish: Option<Finish>,
+}
+
+/// Numbers of tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: usize,
+    pub(crate) cached_tokens: usize,
+    pub(crate) completion_tokens: usize,
+}
+
+impl Usage {
+    /// The sum over prompts.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_tokens += other.cached_tokens;
+        self.completion_tokens += other.completion_tokens;
+    }
+
+    /// OpenAI's form.
+    pub(crate) fn openai_form(self) -> Value {
+        let Self { prompt_tokens, cached_tokens, completion_tokens } = self;
+        json!({
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0
+            },
+        })
+    }
+}
+
+/// The running answers of a job.
+#[derive(Debug)]
+pub(crate) struct Answering {
+    answers: Answers,
+    app: Arc<App>,
+    owner: usize,
+    /// Tokens charged and not used so far.
+    charged: usize,
+    pub(crate) usage: Usage,
+    num_open: usize,
+    ready: VecDeque<Progress>,
+    failure: Option<ApiError>,
+}
+
+impl Answering {
+    /// Charges the client and queues the job.
+    ///
+    /// # Errors
+    /// The client has used up its tokens, or the queue is full.
+    pub(crate) fn start(app: &Arc<App>, job: Job, client: &crate::auth::Client) -> Result<Self, ApiError> {
+        let (num_open, owner, prompt_tokens) = (job.num_samples, job.owner, job.prompt.len());
+        let charged = prompt_tokens + job.config.max_tokens * num_open;
+        app.keys.charge(client, charged).inspect_err(|_| app.metrics.reject("rate_limit"))?;
+        let answers = app.engine.submit(job).inspect_err(|_| app.keys.refund(owner, charged))?;
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        let charged = charged - prompt_tokens;
+        Ok(Self {
+            answers,
+            app: Arc::clone(app),
+            owner,
+            charged,
+            usage,
+            num_open,
+            ready: VecDeque::new(),
+            failure: None,
+        })
+    }
+
+    /// The next update; `None` after the last choice has ended.
+    ///
+    /// # Errors
+    /// The job failed.
+    pub(crate) async fn next(&mut self) -> Result<Option<Progress>, ApiError> {
+        loop {
+            if let Some(progress) = self.ready.pop_front() {
+                return Ok(Some(progress));
+            }
+            if let Some(error) = self.failure.take() {
+                return Err(error);
+            }
+            if self.num_open == 0 {
+                return Ok(None);
+            }
+            match self.answers.next().await {
+                Some(update) => self.take(update),
+                None => return Err(ApiError::server("the answers of a request ended before their end")),
+            }
+            while let Some(update) = self.answers.try_next() {
+                self.take(update);
+            }
+        }
+    }
+
+    /// The next update, or `None` within the inner result if there is none for this long.
+    pub(crate) async fn next_within(&mut self, time: Duration) -> Option<Result<Option<Progress>, ApiError>> {
+        tokio::time::timeout(time, self.next()).await.ok()
+    }
+
+    fn take(&mut self, update: Update) {
+        match update {
+            Update::Failed(error) => self.failure = Some(error),
+            Update::Piece(choice, piece) => self.add(choice, piece),
+        }
+    }
+
+    fn add(&mut self, choice: usize, piece: Piece) {
+        let Piece { text, token, log_probability, top_log_probabilities, finish } = piece;
+        let index = self.ready.iter().position(|progress| progress.choice == choice);
+        let index = index.unwrap_or_else(|| {
+            self.ready.push_back(Progress { choice, ..Progress::default() });
+            self.ready.len() - 1
+        });
+        self.usage.completion_tokens += 1;
+        self.charged = self.charged.saturating_sub(1);
+        let Some(progress) = self.ready.get_mut(index) else { return };
+        progress.text.push_str(&text);
+        // the token that ends a text is none of it
+        if finish.as_ref().is_none_or(|finish| finish.reason != FinishReason::EndOfText) {
+            progress.tokens.push(Scored { id: token, logprob: log_probability, top: top_log_probabilities });
+        }
+        if let Some(finish) = finish {
+            self.num_open = self.num_open.saturating_sub(1);
+            if choice == 0 {
+                self.usage.cached_tokens = finish.reused_tokens;
+            }
+            progress.finish = Some(finish);
+        }
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.app.keys.refund(self.owner, self.charged);
+    }
+}
+
+/// What happened to one of several jobs.
+#[derive(Debug)]
+pub(crate) enum MergedUpdate {
+    /// A choice of the job with this number went on.
+    Progress(usize, Progress),
+    /// A job ended.
+    Ended(Usage),
+    /// A job failed, and with it the request.
+    Failed(ApiError),
+}
+
+/// The answers of several jobs as they come. Dropping it cancels all of them.
+#[derive(Debug)]
+pub(crate) struct Merged {
+    receiver: mpsc::Receiver<MergedUpdate>,
+    _tasks: JoinSet<()>,
+}
+
+impl Merged {
+    pub(crate) fn new(all: Vec<Answering>) -> Self {
+        let (sender, receiver) = mpsc::channel(1);
+        let mut tasks = JoinSet::new();
+        for (number, mut answering) in all.into_iter().enumerate() {
+            let sender = sender.clone();
+            tasks.spawn(async move {
+                loop {
+                    let update = match answering.next().await {
+                        Ok(Some(progress)) => MergedUpdate::Progress(number, progress),
+                        Ok(None) => MergedUpdate::Ended(answering.usage),
+                        Err(error) => MergedUpdate::Failed(error),
+                    };
+                    let is_last = !matches!(update, MergedUpdate::Progress(..));
+                    if sender.send(update).await.is_err() || is_last {
+                        return;
+                    }
+                }
+            });
+        }
+        Self { receiver, _tasks: tasks }
+    }
+
+    /// The next update; `None` after all jobs have ended.
+    pub(crate) async fn next(&mut self) -> Option<MergedUpdate> {
+        self.receiver.recv().await
+    }
+}

@@ -1,0 +1,239 @@
+//! Who a request comes from: keys, their limits, and the checks that keep pages of other sites out.
+
+use crate::config::ApiKey;
+use crate::error::ApiError;
+use axum::http::{HeaderMap, Method, header};
+use sha2::{Digest, Sha256};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use subtle::ConstantTimeEq;
+
+/// The sender of a request.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    /// The number of its key.
+    pub(crate) owner: usize,
+    pub(crate) name: String,
+    pub(crate) is_admin: bool,
+    pub(crate) max_running: usize,
+}
+
+impl Client {
+    /// Fails unless the client may change adapters, files and jobs.
+    pub(crate) fn check_admin(&self) -> Result<(), ApiError> {
+        if self.is_admin { Ok(()) } else { Err(ApiError::forbidden("this key has no right to do this")) }
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    digest: [u8; 32],
+    client: Client,
+    tokens_per_minute: u64,
+    bucket: Mutex<Bucket>,
+}
+
+/// Tokens that a key may still use, refilled as time goes by.
+#[derive(Debug)]
+struct Bucket {
+    tokens: f64,
+    refilled: Instant,
+}
+
+/// The keys of a server.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    known: Vec<Known>,
+}
+
+impl Keys {
+    pub(crate) fn new(keys: &[ApiKey]) -> Self {
+        let known = keys.iter().enumerate().map(|(index, key)| Known {
+            digest: Sha256::digest(key.secret.as_bytes()).into(),
+            client: Client {
+                owner: index + 1,
+                name: key.name.clone(),
+                is_admin: key.is_admin,
+                max_running: if key.max_running == 0 { usize::MAX } else { key.max_running },
+            },
+            tokens_per_minute: key.tokens_per_minute,
+            bucket: Mutex::new(Bucket { tokens: key.tokens_per_minute as f64, refilled: Instant::now() }),
+        });
+        Self { known: known.collect() }
+    }
+
+    /// The client that a request comes from.
+    ///
+    /// # Errors
+    /// There are keys, and the request has none or a wrong one.
+    pub(crate) fn client(&self, headers: &HeaderMap) -> Result<Client, ApiError> {
+        if self.known.is_empty() {
+            return Ok(Client { owner: 0, name: "local".into(), is_admin: true, max_running: usize::MAX });
+        }
+        let Some(key) = key_of(headers) else {
+            return Err(ApiError::unauthorized("a key is required: send the header `Authorization: Bearer KEY`"));
+        };
+        let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
+        // all keys are compared, so that the time tells nothing about them
+        let mut found = None;
+        for known in &self.known {
+            if bool::from(known.digest.ct_eq(&digest)) {
+                found = Some(&known.client);
+            }
+        }
+        found.cloned().ok_or_else(|| ApiError::unauthorized("the key is not known"))
+    }
+
+    /// Takes `tokens` of what the client may use in a minute.
+    ///
+    /// # Errors
+    /// The client has fewer left.
+    pub(crate) fn charge(&self, client: &Client, tokens: usize) -> Result<(), ApiError> {
+        let Some(known) = self.limited(client) else { return Ok(()) };
+        let limit = known.tokens_per_minute as f64;
+        let mut bucket = known.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        bucket.tokens = (bucket.tokens + limit * (now - bucket.refilled).as_secs_f64() / 60.0).min(limit);
+        bucket.refilled = now;
+        let tokens = tokens as f64;
+        if tokens > bucket.tokens {
+            let message = format!("this key may use {limit} tokens a minute; the request may take {tokens}");
+            let wait = ((tokens.min(limit) - bucket.tokens) / limit * 60.0).ceil();
+            return Err(ApiError::rate_limit(message, Duration::from_secs_f64(wait.max(1.0))));
+        }
+        bucket.tokens -= tokens;
+        Ok(())
+    }
+
+    /// Gives back tokens that were charged and not used.
+    pub(crate) fn refund(&self, owner: usize, tokens: usize) {
+        if let Some(known) = self.known.iter().find(|known| known.client.owner == owner) {
+            let mut bucket = known.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.tokens = (bucket.tokens + tokens as f64).min(known.tokens_per_minute as f64);
+        }
+    }
+
+    fn limited(&self, client: &Client) -> Option<&Known> {
+        self.known.iter().find(|known| known.client.owner == client.owner && known.tokens_per_minute > 0)
+    }
+}
+
+/// The key in the headers, in OpenAI's or in Anthropic's form.
+fn key_of(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let bearer = bearer.and_then(|value| {
+        let (scheme, key) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
+    });
+    bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())
+}
+
+/// The names by which a server may be called and the sites whose pages may call it.
+#[derive(Debug)]
+pub(crate) struct Origins {
+    hosts: Vec<String>,
+    allowed: Vec<String>,
+}
+
+impl Origins {
+    pub(crate) fn new(hosts: &[String], allowed: &[String]) -> Self {
+        let lower = |text: &String| text.trim_end_matches('/').to_ascii_lowercase();
+        Self { hosts: hosts.iter().map(lower).collect(), allowed: allowed.iter().map(lower).collect() }
+    }
+
+    /// Fails for a request by a name that the server does not have, as DNS rebinding makes them, and for one that a page
+    /// of another site sends.
+    ///
+    /// # Errors
+    /// 403.
+    pub(crate) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
+        let text = |name: header::HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        let host = text(header::HOST).unwrap_or_default().to_ascii_lowercase();
+        if !self.is_own_host(&host) {
+            let message = "the request's `Host` is none of this server's names; start it with --allowed-hosts NAME";
+            return Err(ApiError::forbidden(message));
+        }
+        let Some(origin) = text(header::ORIGIN).map(str::to_ascii_lowercase) else { return Ok(()) };
+        let is_own = origin.split_once("://").is_some_and(|(_, rest)| rest == host);
+        if is_own || self.is_allowed(&origin) || (method == Method::GET && origin != "null") {
+            return Ok(());
+        }
+        Err(ApiError::forbidden("pages of other sites may not use this server; --cors-origin URL allows one"))
+    }
+
+    /// Whether pages of this origin may read answers.
+    pub(crate) fn is_allowed(&self, origin: &str) -> bool {
+        self.allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
+    }
+
+    fn is_own_host(&self, host: &str) -> bool {
+        // HTTP/1.0 has none
+        if host.is_empty() {
+            return true;
+        }
+        let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            Some((address, _)) => address,
+            None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+        };
+        let is_loopback = name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+        is_loopback || name == "localhost" || name.ends_with(".localhost") || self.hosts.iter().any(|own| own == name)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn headers(list: &[(&str, &str)]) -> HeaderMap {
+        let pair = |(name, value): &(&str, &str)| {
+            (header::HeaderName::try_from(*name).unwrap(), value.parse::<header::HeaderValue>().unwrap())
+        };
+        list.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn both_forms_of_a_key_find_its_rights() {
+        let key = |name: &str, is_admin| ApiKey {
+            name: name.into(),
+            secret: format!("sk-{name}"),
+            is_admin,
+            max_running: 0,
+            tokens_per_minute: 60,
+        };
+        let keys = Keys::new(&[key("a", false), key("b", true)]);
+        let found = keys.client(&headers(&[("authorization", "Bearer sk-b")])).unwrap();
+        assert_eq!((found.name.as_str(), found.is_admin), ("b", true));
+        let found = keys.client(&headers(&[("x-api-key", "sk-a")])).unwrap();
+        assert!(found.check_admin().is_err());
+        for wrong in [vec![], vec![("authorization", "Bearer sk-")], vec![("authorization", "sk-b")]] {
+            assert_eq!(keys.client(&headers(&wrong)).unwrap_err().status, 401);
+        }
+        keys.charge(&found, 50).unwrap();
+        let error = keys.charge(&found, 50).unwrap_err();
+        assert!(error.status == 429 && error.retry_after.unwrap() >= Duration::from_secs(39));
+        keys.refund(found.owner, 45);
+        keys.charge(&found, 50).unwrap();
+    }
+
+    #[test]
+    fn other_names_and_other_sites_are_refused() {
+        let origins = Origins::new(&["Models.Example".into()], &["https://chat.example/".into()]);
+        let check = |host: &str, origin: Option<&str>| {
+            let mut list = vec![("host", host)];
+            list.extend(origin.map(|origin| ("origin", origin)));
+            origins.check(&Method::POST, &headers(&list)).is_ok()
+        };
+        for host in ["127.0.0.1:8080", "localhost:1", "[::1]:8080", "models.example", "models.example:443"] {
+            assert!(check(host, None), "{host}");
+        }
+        for host in ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8080"] {
+            assert!(!check(host, None), "{host}");
+        }
+        assert!(check("localhost:8080", Some("http://localhost:8080")));
+        assert!(check("localhost:8080", Some("https://chat.example")));
+        assert!(!check("localhost:8080", Some("https://evil.example")));
+        assert!(!check("localhost:8080", Some("http://localhost:3000")));
+        assert!(!check("localhost:8080", Some("null")));
+    }
+}

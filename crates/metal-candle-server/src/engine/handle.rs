@@ -1,0 +1,116 @@
+//! The engine as routes see it.
+
+use super::job::{Answers, EngineLimits, Job};
+use super::worker::{Command, Shared, Task, run};
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use metal_candle::data::Tokenizer;
+use metal_candle::inference::{Scheduler, SchedulerConfig};
+use metal_candle::models::Model;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Sends jobs to the thread that owns the model. Clones share the thread.
+#[derive(Debug, Clone)]
+pub(crate) struct Engine {
+    commands: SyncSender<Command>,
+    shared: Arc<Shared>,
+    limits: EngineLimits,
+}
+
+impl Engine {
+    /// Starts the thread and reserves its cache.
+    ///
+    /// # Errors
+    /// The device cannot hold the cache, or the thread cannot be started.
+    pub(crate) fn start(
+        model: &Model,
+        tokenizer: &Tokenizer,
+        config: SchedulerConfig,
+        limits: EngineLimits,
+        metrics: Arc<Metrics>,
+    ) -> metal_candle::Result<(Self, JoinHandle<()>)> {
+        let new_scheduler = {
+            let (model, tokenizer) = (model.clone(), tokenizer.clone());
+            move || -> metal_candle::Result<Scheduler> {
+                let mut scheduler = Scheduler::with_config(model.clone(), config)?.with_tokenizer(tokenizer.clone());
+                scheduler.reserve(limits.slots, limits.context)?;
+                Ok(scheduler)
+            }
+        };
+        let scheduler = new_scheduler()?;
+        let shared = Arc::new(Shared::new(metrics));
+        // a full channel is the engine's way to say that it cannot take more
+        let (commands, receiver) = sync_channel(limits.max_waiting + limits.slots);
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || run(scheduler, new_scheduler, &receiver, &of_thread, limits))
+            .map_err(|error| metal_candle::Error::Device(format!("cannot start the engine's thread: {error}")))?;
+        Ok((Self { commands, shared, limits }, thread))
+    }
+
+    /// The limits.
+    pub(crate) fn limits(&self) -> &EngineLimits {
+        &self.limits
+    }
+
+    /// Queues a job.
+    ///
+    /// # Errors
+    /// The queue is full, or the engine is draining.
+    pub(crate) fn submit(&self, job: Job) -> Result<Answers, ApiError> {
+        if self.shared.is_draining.load(Ordering::Relaxed) {
+            return Err(ApiError::unavailable("draining", "the server is shutting down"));
+        }
+        let count = job.num_samples;
+        let waiting = self.shared.waiting.fetch_add(count, Ordering::Relaxed);
+        let full = || {
+            self.shared.waiting.fetch_sub(count, Ordering::Relaxed);
+            self.shared.metrics.reject("queue_full");
+            let message = format!("the queue is full: {waiting} sequences wait");
+            Err(ApiError::unavailable("queue_full", message))
+        };
+        if waiting + count > self.limits.max_waiting + self.limits.slots {
+            return full();
+        }
+        let (updates, answers) = Answers::channel(count);
+        let task = Task::new(job, updates, Instant::now());
+        match self.commands.try_send(Command::Start(Box::new(task))) {
+            Ok(()) => Ok(answers),
+            Err(std::sync::mpsc::TrySendError::Full(_)) => full(),
+            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => Err(ApiError::server("the engine has ended")),
+        }
+    }
+
+    /// Number of sequences that wait for a slot.
+    pub(crate) fn num_waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Number of sequences that run.
+    pub(crate) fn num_running(&self) -> usize {
+        self.shared.running.load(Ordering::Relaxed)
+    }
+
+    /// Whether the engine takes no more jobs.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.shared.is_draining.load(Ordering::Relaxed)
+    }
+
+    /// Takes no more jobs from now on; those in the queue and in slots go on.
+    pub(crate) fn drain(&self) {
+        self.shared.is_draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends all jobs with an error, and the thread.
+    pub(crate) fn stop(&self) {
+        self.drain();
+        self.shared.is_stopped.store(true, Ordering::Relaxed);
+        // wakes the thread; if the channel is full it is awake
+        let _ = self.commands.try_send(Command::Wake);
+    }
+}

@@ -1,0 +1,9 @@
+//! Runs the model on a thread of its own: a fair queue of jobs, one scheduler, and a bounded channel per job.
+
+mod handle;
+mod job;
+mod queue;
+mod worker;
+
+pub(crate) use handle::Engine;
+pub(crate) use job::{Answers, EngineLimits, Job, Update};

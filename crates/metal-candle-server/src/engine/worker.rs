@@ -1,0 +1,396 @@
+//! The thread that owns the scheduler: admits jobs, steps, and delivers pieces without ever waiting for a reader.
+
+use super::job::{EngineLimits, Job, Update};
+use super::queue::FairQueue;
+use crate::adapters::Adapter;
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use metal_candle::inference::{AdapterId, Event, Request, Scheduler, SequenceId};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
+
+/// Wait before paused sequences are looked at again when nothing else is to be done.
+const POLL: Duration = Duration::from_millis(5);
+/// So many failed steps within `FAILURE_WINDOW` end the process: something is broken for good.
+const MAX_FAILURES: usize = 3;
+const FAILURE_WINDOW: Duration = Duration::from_secs(60);
+
+/// State that routes read.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) metrics: Arc<Metrics>,
+    /// Sequences that were submitted and have no slot.
+    pub(super) waiting: AtomicUsize,
+    pub(super) running: AtomicUsize,
+    pub(super) is_draining: AtomicBool,
+    pub(super) is_stopped: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            metrics,
+            waiting: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            is_draining: AtomicBool::new(false),
+            is_stopped: AtomicBool::new(false),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Command {
+    Start(Box<Task>),
+    Wake,
+}
+
+/// A job with the channel of its reader.
+#[derive(Debug)]
+pub(super) struct Task {
+    job: Job,
+    updates: Sender<Update>,
+    submitted: Instant,
+}
+
+impl Task {
+    pub(super) fn new(job: Job, updates: Sender<Update>, submitted: Instant) -> Self {
+        Self { job, updates, submitted }
+    }
+}
+
+/// A task that has slots.
+#[derive(Debug)]
+struct Running {
+    updates: Sender<Update>,
+    owner: usize,
+    /// The sequence of each sample, until it ends.
+    sequences: Vec<Option<SequenceId>>,
+    submitted: Instant,
+    started: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    /// Since when its reader has taken nothing.
+    paused: Option<Instant>,
+}
+
+impl Running {
+    fn open(&self) -> impl Iterator<Item = SequenceId> {
+        self.sequences.iter().copied().flatten()
+    }
+}
+
+/// Runs until the engine is stopped or every handle of it is dropped.
+pub(super) fn run<F>(
+    scheduler: Scheduler,
+    new_scheduler: F,
+    commands: &Receiver<Command>,
+    shared: &Shared,
+    limits: EngineLimits,
+) where
+    F: Fn() -> metal_candle::Result<Scheduler>,
+{
+    let mut worker = Worker {
+        scheduler,
+        shared,
+        limits,
+        queue: FairQueue::default(),
+        running: Vec::new(),
+        adapters: HashMap::new(),
+        failures: Vec::new(),
+    };
+    worker.run(commands, &new_scheduler);
+}
+
+struct Worker<'a> {
+    scheduler: Scheduler,
+    shared: &'a Shared,
+    limits: EngineLimits,
+    queue: FairQueue<Task>,
+    running: Vec<Running>,
+    /// The scheduler's id of each generation of an adapter.
+    adapters: HashMap<u64, (AdapterId, Arc<Adapter>)>,
+    failures: Vec<Instant>,
+}
+
+impl Worker<'_> {
+    fn run(&mut self, commands: &Receiver<Command>, new_scheduler: &dyn Fn() -> metal_candle::Result<Scheduler>) {
+        while self.receive(commands) {
+            if self.shared.is_stopped.load(Ordering::Relaxed) {
+                self.end_all(&ApiError::unavailable("draining", "the server is shutting down"));
+                return;
+            }
+            self.end_abandoned();
+            self.admit();
+            self.forget_adapters();
+            self.resume_readers();
+            if self.scheduler.has_work() {
+                self.step(new_scheduler);
+            }
+            self.shared.running.store(self.scheduler.num_running(), Ordering::Relaxed);
+        }
+    }
+
+    /// Takes what routes have sent; waits if there is nothing to compute. Returns whether the engine goes on.
+    fn receive(&mut self, commands: &Receiver<Command>) -> bool {
+        let is_idle = !self.scheduler.has_work() && self.queue.iter().next().is_none();
+        if is_idle {
+            let first = if self.running.is_empty() {
+                commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                commands.recv_timeout(POLL)
+            };
+            match first {
+                Ok(command) => self.take(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return !self.running.is_empty(),
+            }
+        }
+        loop {
+            match commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return true,
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        if let Command::Start(task) = command {
+            self.queue.push(task.job.owner, *task);
+        }
+    }
+
+    /// Ends what no reader waits for any more, and what has taken too long.
+    fn end_abandoned(&mut self) {
+        let (now, limits) = (Instant::now(), self.limits);
+        let is_late = |task: &Task| now - task.submitted > limits.queue_timeout;
+        for task in self.queue.extract(|task| task.updates.is_closed() || is_late(task)) {
+            self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
+            let seconds = limits.queue_timeout.as_secs();
+            let message = format!("the request waited {seconds} s for a slot");
+            let _ = task.updates.try_send(Update::Failed(ApiError::unavailable("timeout", message)));
+        }
+        for index in (0..self.running.len()).rev() {
+            let task = &self.running[index];
+            let stalled = task.paused.is_some_and(|since| now - since > limits.stall_timeout);
+            let is_over = now - task.started > limits.request_timeout;
+            if !(task.updates.is_closed() || stalled || is_over) {
+                continue;
+            }
+            let task = self.running.swap_remove(index);
+            self.cancel(&task);
+            let reason = if task.updates.is_closed() { "cancelled" } else { "timeout" };
+            self.shared.metrics.finish(reason);
+            let message = if stalled {
+                format!("the client took nothing for {} s", limits.stall_timeout.as_secs())
+            } else {
+                format!("the request took longer than {} s", limits.request_timeout.as_secs())
+            };
+            let _ = task.updates.try_send(Update::Failed(ApiError::unavailable("timeout", message)));
+        }
+    }
+
+    fn cancel(&mut self, task: &Running) {
+        for sequence in task.open() {
+            // it may have ended in the last step
+            let _ = self.scheduler.cancel(sequence);
+        }
+    }
+
+    /// Gives slots to jobs in turn.
+    fn admit(&mut self) {
+        loop {
+            let free = self.limits.slots - (self.scheduler.num_running() + self.scheduler.num_waiting());
+            let running = &self.running;
+            let of_owner = |owner| -> usize {
+                running.iter().filter(|task| task.owner == owner).map(|task| task.open().count()).sum()
+            };
+            let fits = |task: &Task| {
+                let Job { num_samples, owner, max_running, .. } = task.job;
+                num_samples <= free && of_owner(owner) + num_samples <= max_running.max(num_samples)
+            };
+            let Some(task) = self.queue.pop(fits) else { return };
+            self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
+            self.start(task);
+        }
+    }
+
+    fn start(&mut self, task: Task) {
+        let Task { job, updates, submitted } = task;
+        let now = Instant::now();
+        self.shared.metrics.queue_seconds.observe(now - submitted);
+        self.shared.metrics.prompt_tokens.add(job.prompt.len() as u64);
+        let adapter = match job.adapter.map(|adapter| self.adapter_id(adapter)).transpose() {
+            Ok(adapter) => adapter,
+            Err(error) => {
+                let _ = updates.try_send(Update::Failed(ApiError::server(error)));
+                return;
+            }
+        };
+        let request = Request {
+            prompt: job.prompt,
+            config: job.config,
+            num_samples: job.num_samples,
+            adapter,
+            mask: job.mask,
+            num_top_log_probabilities: job.num_top,
+            prefix_key: Some(job.salt),
+        };
+        match self.scheduler.admit(request) {
+            Ok(ids) => self.running.push(Running {
+                updates,
+                owner: job.owner,
+                sequences: ids.into_iter().map(Some).collect(),
+                submitted,
+                started: now,
+                first_token: None,
+                last_token: now,
+                paused: None,
+            }),
+            // routes check what clients can get wrong; what is left is still theirs
+            Err(error) => {
+                let _ = updates.try_send(Update::Failed(ApiError::invalid(error.to_string())));
+            }
+        }
+    }
+
+    fn adapter_id(&mut self, adapter: Arc<Adapter>) -> metal_candle::Result<AdapterId> {
+        if let Some((id, _)) = self.adapters.get(&adapter.generation) {
+            return Ok(*id);
+        }
+        let id = self.scheduler.add_adapter(&adapter.terms)?;
+        self.adapters.insert(adapter.generation, (id, adapter));
+        Ok(id)
+    }
+
+    /// Frees the generations of adapters that were unloaded or replaced and that no sequence uses.
+    fn forget_adapters(&mut self) {
+        let scheduler = &mut self.scheduler;
+        self.adapters.retain(|_, (id, adapter)| !adapter.is_retired() || scheduler.remove_adapter(*id).is_err());
+    }
+
+    /// Resumes the sequences whose readers have caught up.
+    fn resume_readers(&mut self) {
+        for task in &mut self.running {
+            if task.paused.is_some() && task.updates.capacity() >= task.updates.max_capacity() / 2 {
+                task.paused = None;
+                for sequence in task.open() {
+                    let _ = self.scheduler.set_paused(sequence, false);
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, new_scheduler: &dyn Fn() -> metal_candle::Result<Scheduler>) {
+        let started = Instant::now();
+        let rows = self.scheduler.num_running();
+        let stepped = catch_unwind(AssertUnwindSafe(|| self.scheduler.step()));
+        self.shared.metrics.step_seconds.observe(started.elapsed());
+        self.shared.metrics.batch_rows.observe_count(rows as u64);
+        match stepped {
+            Ok(Ok(events)) => self.deliver(events),
+            Ok(Err(error)) => self.recover(&error.to_string(), new_scheduler),
+            Err(_) => self.recover("a step panicked", new_scheduler),
+        }
+    }
+
+    fn deliver(&mut self, events: Vec<Event>) {
+        let now = Instant::now();
+        let metrics = &self.shared.metrics;
+        for event in events {
+            let place = self.running.iter().enumerate().find_map(|(index, task)| {
+                task.sequences.iter().position(|id| *id == Some(event.sequence)).map(|sample| (index, sample))
+            });
+            let Some((index, sample)) = place else { continue };
+            let task = &mut self.running[index];
+            let piece = match event.result {
+                Ok(piece) => piece,
+                Err(error) => {
+                    task.sequences[sample] = None;
+                    metrics.finish("error");
+                    let error = match error {
+                        metal_candle::Error::Argument { .. } => ApiError::invalid(error.to_string()),
+                        other => ApiError::server(other),
+                    };
+                    let _ = task.updates.try_send(Update::Failed(error));
+                    let task = self.running.swap_remove(index);
+                    self.cancel(&task);
+                    continue;
+                }
+            };
+            metrics.generated_tokens.add(1);
+            match task.first_token {
+                None => {
+                    task.first_token = Some(now);
+                    metrics.time_to_first_token.observe(now - task.submitted);
+                }
+                Some(_) => metrics.inter_token.observe(now - task.last_token),
+            }
+            task.last_token = now;
+            let is_last = piece.finish.is_some();
+            if let Some(finish) = &piece.finish {
+                task.sequences[sample] = None;
+                metrics.finish(finish.reason.name());
+                if sample == 0 {
+                    metrics.prefix_queries.add(finish.prompt_tokens as u64);
+                    metrics.prefix_hits.add(finish.reused_tokens as u64);
+                }
+            }
+            match task.updates.try_send(Update::Piece(sample, piece)) {
+                // a closed channel is noticed before the next step
+                Ok(()) | Err(TrySendError::Closed(_)) => {}
+                // sequences are paused before their channel is full
+                Err(TrySendError::Full(_)) => tracing::error!("a piece was lost: the channel of its reader was full"),
+            }
+            if is_last && task.open().next().is_none() {
+                metrics.request_seconds.observe(now - task.submitted);
+                self.running.swap_remove(index);
+                continue;
+            }
+            // each open sample may add one piece before it is looked at again
+            if task.paused.is_none() && task.updates.capacity() <= task.sequences.len() {
+                task.paused = Some(now);
+                metrics.slow_reader_pauses.add(1);
+                let open: Vec<SequenceId> = task.open().collect();
+                for sequence in open {
+                    let _ = self.scheduler.set_paused(sequence, true);
+                }
+            }
+        }
+    }
+
+    /// After a step that failed: ends what runs and starts again with an empty cache.
+    fn recover(&mut self, cause: &str, new_scheduler: &dyn Fn() -> metal_candle::Result<Scheduler>) {
+        let error = ApiError::server(format!("a step failed: {cause}"));
+        for task in self.running.drain(..) {
+            self.shared.metrics.finish("error");
+            let _ = task.updates.try_send(Update::Failed(error.clone()));
+        }
+        let now = Instant::now();
+        self.failures.retain(|failure| now - *failure < FAILURE_WINDOW);
+        self.failures.push(now);
+        self.adapters.clear();
+        match new_scheduler() {
+            Ok(scheduler) if self.failures.len() < MAX_FAILURES => self.scheduler = scheduler,
+            _ => {
+                tracing::error!("{} steps failed within a minute: the server ends", self.failures.len());
+                std::process::exit(2);
+            }
+        }
+    }
+
+    fn end_all(&mut self, error: &ApiError) {
+        for task in self.queue.extract(|_| true) {
+            let _ = task.updates.try_send(Update::Failed(error.clone()));
+        }
+        for task in std::mem::take(&mut self.running) {
+            self.cancel(&task);
+            let _ = task.updates.try_send(Update::Failed(error.clone()));
+        }
+    }
+}

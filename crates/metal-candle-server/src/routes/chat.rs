@@ -1,0 +1,186 @@
+//! `POST /v1/chat/completions`.
+
+use crate::answer::{Answering, Progress};
+use crate::app::App;
+use crate::auth::Client;
+use crate::body::JsonBody;
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::ids::{new_id, unix_time};
+use crate::sampling::generation_config;
+use crate::sse::{self, Closed, Events};
+use crate::turn::{Turn, finish_reason, messages, template_variables};
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// What the wire format needs besides the turn itself.
+#[derive(Debug, Clone)]
+struct Form {
+    id: String,
+    created: u64,
+    model: String,
+    num_choices: usize,
+    shows_logprobs: bool,
+    includes_usage: bool,
+}
+
+impl Form {
+    fn object(&self, kind: &str, choices: Value) -> Value {
+        let Self { id, created, model, .. } = self;
+        json!({"id": id, "object": kind, "created": created, "model": model, "choices": choices})
+    }
+
+    fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish: Option<&str>) -> Value {
+        let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish});
+        let mut chunk = self.object("chat.completion.chunk", json!([choice]));
+        if self.includes_usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
+    }
+
+    fn logprobs(&self, app: &App, progress: &Progress) -> Value {
+        if !self.shows_logprobs || progress.tokens.is_empty() {
+            return Value::Null;
+        }
+        let content: Vec<Value> = progress.tokens.iter().map(|token| token.chat_form(&app.served)).collect();
+        json!({"content": content, "refusal": null})
+    }
+}
+
+/// Answers a conversation.
+pub(crate) async fn answer(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let fields = Fields::of_body(&body)?;
+    let (turn, form) = parse(&app, &fields)?;
+    let streams = fields.flag("stream")?.unwrap_or(false);
+    let answering = turn.start(&app, &client).await?;
+    if streams {
+        let keep_alive = app.config.keep_alive;
+        return Ok(sse::respond(|events| async move { write(&events, &app, &form, answering, keep_alive).await }));
+    }
+    Ok(Json(collect(&app, &form, answering).await?).into_response())
+}
+
+fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
+    fields.refuse(&["audio", "web_search_options", "functions", "function_call"])?;
+    if fields.list("modalities", 8)?.is_some_and(|list| list.iter().any(|mode| mode != "text")) {
+        return Err(ApiError::unsupported("modalities", "`modalities`: this server writes text only"));
+    }
+    let limits = app.engine.limits();
+    let target = app.target(fields)?;
+    let max_choices = app.config.max_choices.min(limits.slots);
+    let num_choices = fields.count("n", 1, max_choices)?.unwrap_or(1);
+    let newer = fields.count("max_completion_tokens", 1, usize::MAX)?;
+    let older = fields.count("max_tokens", 1, usize::MAX)?;
+    if newer.zip(older).is_some_and(|(newer, older)| newer != older) {
+        let message = "`max_tokens` and `max_completion_tokens` differ; send one of them";
+        return Err(ApiError::field("max_tokens", message));
+    }
+    let config = generation_config(fields, &app.served, newer.or(older).unwrap_or(usize::MAX))?;
+    let shows_logprobs = fields.flag("logprobs")?.unwrap_or(false);
+    let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);
+    if num_top > 0 && !shows_logprobs {
+        return Err(ApiError::field("top_logprobs", "`top_logprobs` needs `logprobs: true`"));
+    }
+    let options = fields.object("stream_options")?;
+    let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
+    let turn = Turn {
+        messages: messages(fields)?,
+        tools: None,
+        variables: template_variables(fields)?,
+        continues: fields.flag("continue_final_message")?.unwrap_or(false),
+        add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),
+        config,
+        num_choices,
+        num_top,
+        cache_salt: fields.text("cache_salt")?.map(ToOwned::to_owned),
+        param: "messages",
+        target: target.clone(),
+    };
+    let form = Form {
+        id: new_id("chatcmpl-"),
+        created: unix_time(),
+        model: target.name,
+        num_choices,
+        shows_logprobs,
+        includes_usage,
+    };
+    Ok((turn, form))
+}
+
+async fn write(
+    events: &Events,
+    app: &App,
+    form: &Form,
+    mut answering: Answering,
+    keep_alive: std::time::Duration,
+) -> Result<(), Closed> {
+    let mut has_started = false;
+    loop {
+        let Some(next) = answering.next_within(keep_alive).await else {
+            if has_started {
+                events.data(&form.chunk(0, json!({}), Value::Null, None)).await?;
+            }
+            continue;
+        };
+        let progress = match next {
+            Ok(Some(progress)) => progress,
+            Ok(None) => break,
+            Err(error) => return events.error(&error).await,
+        };
+        if !has_started {
+            has_started = true;
+            for index in 0..form.num_choices {
+                let delta = json!({"role": "assistant", "content": "", "refusal": null});
+                events.data(&form.chunk(index, delta, Value::Null, None)).await?;
+            }
+        }
+        let logprobs = form.logprobs(app, &progress);
+        if !progress.text.is_empty() || !logprobs.is_null() {
+            events.data(&form.chunk(progress.choice, json!({"content": progress.text}), logprobs, None)).await?;
+        }
+        if let Some(finish) = progress.finish {
+            let reason = finish_reason(finish.reason);
+            events.data(&form.chunk(progress.choice, json!({}), Value::Null, Some(reason))).await?;
+        }
+    }
+    if form.includes_usage {
+        let mut chunk = form.object("chat.completion.chunk", json!([]));
+        chunk["usage"] = answering.usage.openai_form();
+        events.data(&chunk).await?;
+    }
+    events.done().await
+}
+
+async fn collect(app: &App, form: &Form, mut answering: Answering) -> Result<Value, ApiError> {
+    let mut texts = vec![String::new(); form.num_choices];
+    let mut logprobs: Vec<Vec<Value>> = vec![Vec::new(); form.num_choices];
+    let mut reasons = vec!["stop"; form.num_choices];
+    while let Some(progress) = answering.next().await? {
+        texts[progress.choice].push_str(&progress.text);
+        if form.shows_logprobs {
+            logprobs[progress.choice].extend(progress.tokens.iter().map(|token| token.chat_form(&app.served)));
+        }
+        if let Some(finish) = progress.finish {
+            reasons[progress.choice] = finish_reason(finish.reason);
+        }
+    }
+    let choices = texts.into_iter().zip(logprobs).zip(reasons).enumerate();
+    let choices: Value = choices
+        .map(|(index, ((text, content), reason))| {
+            let logprobs = if form.shows_logprobs { json!({"content": content, "refusal": null}) } else { Value::Null };
+            let message = json!({"role": "assistant", "content": text, "refusal": null, "annotations": []});
+            json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+        })
+        .collect();
+    let mut object = form.object("chat.completion", choices);
+    object["usage"] = answering.usage.openai_form();
+    Ok(object)
+}

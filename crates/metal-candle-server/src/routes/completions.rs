@@ -1,0 +1,249 @@
+//! `POST /v1/completions`.
+
+use crate::answer::{Answering, Merged, MergedUpdate, Progress, Scored, Usage, finite};
+use crate::app::App;
+use crate::auth::Client;
+use crate::body::JsonBody;
+use crate::engine::Job;
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::ids::{new_id, unix_time};
+use crate::prompt::{TextPrompt, prompts};
+use crate::sampling::generation_config;
+use crate::sse::{self, Closed, Events};
+use crate::turn::{finish_reason, room};
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use metal_candle::inference::Choice;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+/// What the wire format needs besides the jobs.
+#[derive(Debug)]
+struct Form {
+    id: String,
+    created: u64,
+    model: String,
+    num_choices: usize,
+    num_top: Option<usize>,
+    includes_usage: bool,
+    /// The text to put before each prompt's answers.
+    echoes: Vec<String>,
+    /// Characters of each prompt.
+    offsets: Vec<usize>,
+}
+
+impl Form {
+    fn object(&self, choices: Value) -> Value {
+        let Self { id, created, model, .. } = self;
+        json!({"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices})
+    }
+
+    fn choice(&self, prompt: usize, choice: usize, text: &str, logprobs: Value, finish: Option<&str>) -> Value {
+        let index = prompt * self.num_choices + choice;
+        json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
+    }
+}
+
+/// OpenAI's lists of log-probabilities.
+#[derive(Debug, Default, Clone)]
+struct Logprobs {
+    tokens: Vec<Value>,
+    logprobs: Vec<Value>,
+    top: Vec<Value>,
+    offsets: Vec<Value>,
+    offset: usize,
+}
+
+impl Logprobs {
+    fn add(&mut self, app: &App, tokens: &[Scored], num_top: usize) {
+        for Scored { id, logprob, top } in tokens {
+            let (text, _) = app.served.token_text(*id);
+            let name = |choice: &Choice| app.served.token_text(choice.token).0;
+            let mut map: Map<String, Value> = Map::new();
+            for choice in top.iter().take(num_top) {
+                map.entry(name(choice)).or_insert_with(|| json!(finite(choice.log_probability)));
+            }
+            map.entry(text.clone()).or_insert_with(|| json!(finite(*logprob)));
+            self.offsets.push(self.offset.into());
+            self.offset += text.chars().count();
+            self.tokens.push(text.into());
+            self.logprobs.push(json!(finite(*logprob)));
+            self.top.push(map.into());
+        }
+    }
+
+    /// The lists so far, which are empty afterwards.
+    fn take(&mut self) -> Value {
+        let [tokens, logprobs, top, offsets] =
+            [&mut self.tokens, &mut self.logprobs, &mut self.top, &mut self.offsets].map(std::mem::take);
+        json!({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets})
+    }
+}
+
+/// Continues prompts.
+pub(crate) async fn answer(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let fields = Fields::of_body(&body)?;
+    let limits = app.engine.limits();
+    let target = app.target(&fields)?;
+    let num_choices = fields.count("n", 1, app.config.max_choices.min(limits.slots))?.unwrap_or(1);
+    let max_tokens = fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(16);
+    let num_top = fields.count("logprobs", 0, 5)?;
+    let echo = fields.flag("echo")?.unwrap_or(false);
+    let streams = fields.flag("stream")?.unwrap_or(false);
+    if max_tokens == 0 {
+        return Err(ApiError::field("max_tokens", "`max_tokens`: expected at least 1, found 0"));
+    }
+    if echo && num_top.is_some() {
+        return Err(ApiError::unsupported("echo", "`echo` with `logprobs` is not supported by this server"));
+    }
+    let config = generation_config(&fields, &app.served, max_tokens)?;
+    let options = fields.object("stream_options")?;
+    let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
+    let texts = prompts(&fields, &app.served)?;
+    let salt = app.salt(&client, fields.text("cache_salt")?);
+    let (encoded, texts) = {
+        let served = app.served.clone();
+        app.compute(move || {
+            let encoded: Result<Vec<Vec<u32>>, ApiError> = texts.iter().map(|text| text.encode(&served)).collect();
+            let shown: Vec<String> = texts.iter().map(|text: &TextPrompt| text.text(&served)).collect();
+            Ok((encoded?, shown))
+        })
+        .await?
+    };
+    let mut answering = Vec::with_capacity(encoded.len());
+    for prompt in encoded {
+        let mut config = config.clone();
+        config.max_tokens = config.max_tokens.min(room("prompt", prompt.len(), app.served.context)?);
+        let job = Job {
+            prompt,
+            config,
+            num_samples: num_choices,
+            adapter: target.adapter.clone(),
+            mask: None,
+            num_top: num_top.unwrap_or(0),
+            salt,
+            owner: client.owner,
+            max_running: client.max_running,
+        };
+        answering.push(Answering::start(&app, job, &client)?);
+    }
+    let form = Form {
+        id: new_id("cmpl-"),
+        created: unix_time(),
+        model: target.name,
+        num_choices,
+        num_top,
+        includes_usage,
+        offsets: texts.iter().map(|text| text.chars().count()).collect(),
+        echoes: if echo { texts } else { vec![String::new(); texts.len()] },
+    };
+    let merged = Merged::new(answering);
+    if streams {
+        let keep_alive = app.config.keep_alive;
+        return Ok(sse::respond(|events| async move { write(&events, &app, &form, merged, keep_alive).await }));
+    }
+    Ok(Json(collect(&app, &form, merged).await?).into_response())
+}
+
+fn logprobs_of(app: &App, form: &Form, lists: &mut Logprobs, progress: &Progress) -> Value {
+    match form.num_top.filter(|_| !progress.tokens.is_empty()) {
+        Some(num_top) => {
+            lists.add(app, &progress.tokens, num_top);
+            lists.take()
+        }
+        None => Value::Null,
+    }
+}
+
+fn new_lists(form: &Form) -> Vec<Logprobs> {
+    let offsets = form.offsets.iter().flat_map(|offset| std::iter::repeat_n(*offset, form.num_choices));
+    offsets.map(|offset| Logprobs { offset, ..Logprobs::default() }).collect()
+}
+
+async fn write(
+    events: &Events,
+    app: &App,
+    form: &Form,
+    mut merged: Merged,
+    keep_alive: std::time::Duration,
+) -> Result<(), Closed> {
+    let mut lists = new_lists(form);
+    let mut echoes: Vec<Option<&str>> =
+        form.echoes.iter().flat_map(|echo| std::iter::repeat_n(Some(echo.as_str()), form.num_choices)).collect();
+    let mut usage = Usage::default();
+    loop {
+        let Ok(next) = tokio::time::timeout(keep_alive, merged.next()).await else {
+            let choice = form.choice(0, 0, "", Value::Null, None);
+            events.data(&form.object(json!([choice]))).await?;
+            continue;
+        };
+        match next {
+            None => break,
+            Some(MergedUpdate::Failed(error)) => return events.error(&error).await,
+            Some(MergedUpdate::Ended(found)) => usage.add(found),
+            Some(MergedUpdate::Progress(prompt, progress)) => {
+                let index = prompt * form.num_choices + progress.choice;
+                let logprobs = logprobs_of(app, form, &mut lists[index], &progress);
+                let text = format!("{}{}", echoes[index].take().unwrap_or_default(), progress.text);
+                let reason = progress.finish.as_ref().map(|finish| finish_reason(finish.reason));
+                if !text.is_empty() || !logprobs.is_null() || reason.is_some() {
+                    let choice = form.choice(prompt, progress.choice, &text, logprobs, reason);
+                    let mut chunk = form.object(json!([choice]));
+                    if form.includes_usage {
+                        chunk["usage"] = Value::Null;
+                    }
+                    events.data(&chunk).await?;
+                }
+            }
+        }
+    }
+    if form.includes_usage {
+        let mut chunk = form.object(json!([]));
+        chunk["usage"] = usage.openai_form();
+        events.data(&chunk).await?;
+    }
+    events.done().await
+}
+
+async fn collect(app: &App, form: &Form, mut merged: Merged) -> Result<Value, ApiError> {
+    let mut texts: Vec<String> =
+        form.echoes.iter().flat_map(|echo| std::iter::repeat_n(echo.clone(), form.num_choices)).collect();
+    let mut lists = new_lists(form);
+    let mut reasons = vec!["stop"; texts.len()];
+    let mut usage = Usage::default();
+    while let Some(update) = merged.next().await {
+        match update {
+            MergedUpdate::Failed(error) => return Err(error),
+            MergedUpdate::Ended(found) => usage.add(found),
+            MergedUpdate::Progress(prompt, progress) => {
+                let index = prompt * form.num_choices + progress.choice;
+                texts[index].push_str(&progress.text);
+                if let Some(num_top) = form.num_top {
+                    lists[index].add(app, &progress.tokens, num_top);
+                }
+                if let Some(finish) = progress.finish {
+                    reasons[index] = finish_reason(finish.reason);
+                }
+            }
+        }
+    }
+    let choices: Value = texts
+        .iter()
+        .zip(&mut lists)
+        .zip(reasons)
+        .enumerate()
+        .map(|(index, ((text, lists), reason))| {
+            let logprobs = if form.num_top.is_some() { lists.take() } else { Value::Null };
+            form.choice(index / form.num_choices, index % form.num_choices, text, logprobs, Some(reason))
+        })
+        .collect();
+    let mut object = form.object(choices);
+    object["usage"] = usage.openai_form();
+    Ok(object)
+}

@@ -1,0 +1,147 @@
+//! Reads how tokens are sampled and when an answer ends: the fields that all generating routes share.
+
+use crate::error::ApiError;
+use crate::fields::{Fields, describe};
+use crate::served::Served;
+use metal_candle::inference::GenerationConfig;
+use serde_json::Value;
+
+/// Most stop strings, and most bytes of each. Editors send more than the four of OpenAI.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+const MAX_BIASES: usize = 1024;
+const MAX_STOP_IDS: usize = 128;
+
+/// Fields of other servers that change the answer and that this one does not have, with the values that turn them off.
+const REFUSED: [(&str, f64); 12] = [
+    ("min_tokens", 0.0),
+    ("best_of", 1.0),
+    ("use_beam_search", 0.0),
+    ("typical_p", 1.0),
+    ("mirostat", 0.0),
+    ("dry_multiplier", 0.0),
+    ("xtc_probability", 0.0),
+    ("dynatemp_range", 0.0),
+    ("top_n_sigma", -1.0),
+    ("logits_processors", 0.0),
+    ("bad_words", 0.0),
+    ("prompt_logprobs", 0.0),
+];
+
+/// The configuration of a request by its fields and, where they say nothing, by the model's `generation_config.json`.
+/// `max_tokens` is that of the route; the caller cuts it to the context.
+pub(crate) fn generation_config(
+    fields: &Fields,
+    served: &Served,
+    max_tokens: usize,
+) -> Result<GenerationConfig, ApiError> {
+    let has_effect = |(name, neutral): &(&str, f64)| fields.get(name).and_then(Value::as_f64) != Some(*neutral);
+    let refused: Vec<&str> = REFUSED.into_iter().filter(has_effect).map(|(name, _)| name).collect();
+    fields.refuse(&refused)?;
+
+    let mut sampling = served.sampling.clone();
+    if let Some(temperature) = fields.number("temperature", 0.0..=2.0)? {
+        sampling.temperature = temperature;
+    }
+    if let Some(top_p) = fields.number("top_p", 0.0..=1.0)? {
+        sampling.top_p = top_p;
+        // the smallest set that reaches 0 is the most probable token
+        if top_p == 0.0 {
+            (sampling.top_p, sampling.temperature) = (1.0, 0.0);
+        }
+    }
+    if let Some(top_k) = fields.integer("top_k", -1..=i64::from(u32::MAX))? {
+        sampling.top_k = usize::try_from(top_k).unwrap_or(0);
+    }
+    if let Some(min_p) = fields.number("min_p", 0.0..=1.0)? {
+        sampling.min_p = min_p;
+    }
+    for name in ["repetition_penalty", "repeat_penalty"] {
+        if let Some(penalty) = fields.number(name, 0.01..=10.0)? {
+            sampling.repetition_penalty = penalty;
+        }
+    }
+    sampling.presence_penalty = fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0);
+    sampling.frequency_penalty = fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0);
+    // any number is a seed; -1 is llama.cpp's word for none
+    let seed = fields.integer("seed", i64::MIN..=i64::MAX)?.filter(|seed| *seed != -1);
+    sampling.seed = seed.map(|seed| seed as u64);
+    for (token, bias) in logit_bias(fields, served)? {
+        sampling.logit_bias.insert(token, bias);
+    }
+
+    let mut config = GenerationConfig::default().with_max_tokens(max_tokens).with_sampling(sampling);
+    config.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
+    config.skip_special_tokens = fields.flag("skip_special_tokens")?.unwrap_or(true);
+    for (index, text) in fields.texts("stop", MAX_STOPS)?.into_iter().enumerate() {
+        if text.is_empty() || text.len() > MAX_STOP_BYTES {
+            let path = if fields.get("stop").is_some_and(Value::is_array) {
+                format!("stop[{index}]")
+            } else {
+                "stop".to_owned()
+            };
+            let message = format!("`{path}`: expected 1 to {MAX_STOP_BYTES} bytes, found {}", text.len());
+            return Err(ApiError::field(path, message));
+        }
+        config.stop_strings.push(text.to_owned());
+    }
+    for (index, value) in fields.list("stop_token_ids", MAX_STOP_IDS)?.unwrap_or_default().iter().enumerate() {
+        config.stop_ids.push(token_id(value, &format!("stop_token_ids[{index}]"), served)?);
+    }
+    Ok(config)
+}
+
+fn logit_bias(fields: &Fields, served: &Served) -> Result<Vec<(u32, f32)>, ApiError> {
+    let mut biases = Vec::new();
+    // llama.cpp's form: pairs of token and bias, `false` for never
+    if let Some(list) = fields.get("logit_bias").and_then(Value::as_array) {
+        if list.len() > MAX_BIASES {
+            return Err(ApiError::field("logit_bias", format!("`logit_bias`: expected at most {MAX_BIASES} entries")));
+        }
+        for (index, pair) in list.iter().enumerate() {
+            let path = format!("logit_bias[{index}]");
+            let Some([token, bias]) = pair.as_array().map(Vec::as_slice) else {
+                return Err(ApiError::field(path.clone(), format!("`{path}`: expected a pair of token and bias")));
+            };
+            biases.push((token_id(token, &path, served)?, bias_of(bias, &path)?));
+        }
+        return Ok(biases);
+    }
+    let Some(map) = fields.object("logit_bias")? else { return Ok(biases) };
+    if map.map().len() > MAX_BIASES {
+        return Err(ApiError::field("logit_bias", format!("`logit_bias`: expected at most {MAX_BIASES} entries")));
+    }
+    for (name, value) in map.map() {
+        let path = map.path(name);
+        let id = name.parse::<u32>().ok().filter(|id| (*id as usize) < served.vocab_size);
+        let id = id.ok_or_else(|| {
+            ApiError::field("logit_bias", format!("`logit_bias`: expected token ids as names, found `{}`", short(name)))
+        })?;
+        biases.push((id, bias_of(value, &path)?));
+    }
+    Ok(biases)
+}
+
+fn bias_of(value: &Value, path: &str) -> Result<f32, ApiError> {
+    match value {
+        Value::Bool(false) => Ok(f32::NEG_INFINITY),
+        value => match value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias)) {
+            Some(-100.0) => Ok(f32::NEG_INFINITY),
+            Some(bias) => Ok(bias as f32),
+            None => Err(ApiError::field(path, format!("`{}`: expected a number from -100 to 100", short(path)))),
+        },
+    }
+}
+
+/// A token id in a request.
+pub(crate) fn token_id(value: &Value, path: &str, served: &Served) -> Result<u32, ApiError> {
+    let id = value.as_u64().filter(|id| (*id as usize) < served.vocab_size);
+    id.map(|id| id as u32).ok_or_else(|| {
+        let message = format!("`{path}`: expected a token id below {}, found {}", served.vocab_size, describe(value));
+        ApiError::field(path, message)
+    })
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(40).collect()
+}

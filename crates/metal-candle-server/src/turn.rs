@@ -1,0 +1,235 @@
+//! Answers to conversations, whatever the wire format: renders the chat template and starts the job.
+
+use crate::answer::Answering;
+use crate::app::{App, Target};
+use crate::auth::Client;
+use crate::engine::Job;
+use crate::error::ApiError;
+use crate::fields::{Fields, describe};
+use crate::served::Served;
+use metal_candle::data::Message;
+use metal_candle::inference::{FinishReason, GenerationConfig};
+use serde_json::{Map, Value};
+use std::sync::Arc;
+
+const MAX_MESSAGES: usize = 4096;
+
+/// A conversation to answer.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    pub(crate) target: Target,
+    /// As the client wrote them.
+    pub(crate) messages: Vec<Message>,
+    /// The JSON schemas of tools that the template shows.
+    pub(crate) tools: Option<Vec<Value>>,
+    /// Variables of the template.
+    pub(crate) variables: Map<String, Value>,
+    /// Whether the answer continues the last message.
+    pub(crate) continues: bool,
+    pub(crate) add_generation_prompt: bool,
+    /// `max_tokens` is the client's, or more than the context holds.
+    pub(crate) config: GenerationConfig,
+    pub(crate) num_choices: usize,
+    pub(crate) num_top: usize,
+    pub(crate) cache_salt: Option<String>,
+    /// The field that holds the conversation.
+    pub(crate) param: &'static str,
+}
+
+impl Turn {
+    /// Renders the conversation and queues it.
+    ///
+    /// # Errors
+    /// The template refuses the conversation, it does not fit the context, or the queue is full.
+    pub(crate) async fn start(self, app: &Arc<App>, client: &Client) -> Result<Answering, ApiError> {
+        let served = app.served.clone();
+        let turn = self;
+        let (prompt, turn) = app
+            .compute(move || {
+                let text = turn.render(&served)?;
+                Ok((served.encode(&text, false)?, turn))
+            })
+            .await?;
+        let mut config = turn.config;
+        if let Some(id) = app.served.end_of_turn.filter(|_| !config.ignore_eos) {
+            config.stop_ids.push(id);
+        }
+        let room = room(turn.param, prompt.len(), app.served.context)?;
+        config.max_tokens = config.max_tokens.min(room);
+        let job = Job {
+            prompt,
+            config,
+            num_samples: turn.num_choices,
+            adapter: turn.target.adapter,
+            mask: None,
+            num_top: turn.num_top,
+            salt: app.salt(client, turn.cache_salt.as_deref()),
+            owner: client.owner,
+            max_running: client.max_running,
+        };
+        Answering::start(app, job, client)
+    }
+
+    /// The conversation as text, in which the client's control tokens are disarmed.
+    ///
+    /// # Errors
+    /// There is no template, or it refuses the conversation.
+    pub(crate) fn render(&self, served: &Served) -> Result<String, ApiError> {
+        let template = served.template()?;
+        let mut messages = Vec::with_capacity(self.messages.len());
+        for (index, message) in self.messages.iter().enumerate() {
+            let path = || format!("{}[{index}]", self.param);
+            let message = message.clone().normalized().map_err(|error| {
+                let path = path();
+                ApiError::unsupported(path.clone(), format!("`{path}`: {error}"))
+            })?;
+            let is_assistant = message.role() == "assistant";
+            let mut value = serde_json::to_value(&message).map_err(ApiError::server)?;
+            served.control.disarm_value(&mut value, is_assistant);
+            messages.push(serde_json::from_value::<Message>(value).map_err(ApiError::server)?);
+        }
+        let mut tools = self.tools.clone();
+        for tool in tools.iter_mut().flatten() {
+            served.control.disarm_value(tool, false);
+        }
+        let mut variables = self.variables.clone();
+        for value in variables.values_mut() {
+            served.control.disarm_value(value, false);
+        }
+        let adds_prompt = self.add_generation_prompt && !self.continues;
+        let mut text = template
+            .render(&messages, tools.as_deref(), adds_prompt, &variables)
+            .map_err(|error| ApiError::field(self.param, format!("the chat template refuses the conversation: {error}")))?;
+        if self.continues {
+            let last = messages.last().map(Message::text).unwrap_or_default();
+            let last = last.trim_end();
+            match text.rfind(last) {
+                Some(start) if !last.is_empty() => text.truncate(start + last.len()),
+                _ => {
+                    let message = "`continue_final_message`: the chat template does not show the last message as it is";
+                    return Err(ApiError::field("continue_final_message", message));
+                }
+            }
+        }
+        Ok(text)
+    }
+}
+
+/// Number of tokens that fit behind a prompt.
+///
+/// # Errors
+/// None fits.
+pub(crate) fn room(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
+    if prompt_tokens >= context {
+        return Err(ApiError::context(param, prompt_tokens, context));
+    }
+    Ok(context - prompt_tokens)
+}
+
+/// The messages of a request in OpenAI's form.
+///
+/// # Errors
+/// A message is malformed, or has a role or content that is not supported.
+pub(crate) fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
+    let list = fields.required_list("messages", MAX_MESSAGES)?;
+    if list.is_empty() {
+        return Err(ApiError::field("messages", "`messages`: expected at least one message, found none"));
+    }
+    let mut messages = Vec::with_capacity(list.len());
+    for (index, value) in list.iter().enumerate() {
+        let inner = Fields::of(value, format!("messages[{index}]"))?;
+        messages.push(message(&inner)?);
+    }
+    Ok(messages)
+}
+
+fn message(fields: &Fields) -> Result<Message, ApiError> {
+    let path = |name: &str| fields.path(name);
+    let role = match fields.required_text("role")? {
+        // the name that newer models have for it
+        "developer" => "system",
+        role @ ("system" | "user" | "assistant" | "tool") => role,
+        other => {
+            let expected = "`system`, `developer`, `user`, `assistant` or `tool`";
+            let found = describe(&Value::from(other));
+            let message = format!("`{}`: expected {expected}, found {found}", path("role"));
+            return Err(ApiError::field(path("role"), message));
+        }
+    };
+    fields.refuse(&["audio", "function_call"])?;
+    let mut map = fields.map().clone();
+    map.retain(|_, value| !value.is_null());
+    map.insert("role".into(), role.into());
+    let calls = fields.objects("tool_calls", 128)?;
+    match fields.get("content") {
+        None if role == "assistant" && !calls.is_empty() => {
+            map.insert("content".into(), Value::Null);
+        }
+        None if role == "assistant" && fields.text("refusal")?.is_some() => {
+            map.insert("content".into(), fields.text("refusal")?.unwrap_or_default().into());
+        }
+        None => return Err(ApiError::field(path("content"), format!("`{}` is required", path("content")))),
+        Some(Value::String(_)) => {}
+        Some(Value::Array(parts)) => {
+            let mut text = String::new();
+            for (index, part) in parts.iter().enumerate() {
+                let part = Fields::of(part, format!("{}[{index}]", path("content")))?;
+                let name = match part.required_text("type")? {
+                    "text" | "input_text" | "output_text" => "text",
+                    "refusal" => "refusal",
+                    _ => {
+                        let message = format!("`{}`: this server reads text only", part.path("type"));
+                        return Err(ApiError::unsupported(part.path("type"), message));
+                    }
+                };
+                text.push_str(part.required_text(name)?);
+            }
+            map.insert("content".into(), text.into());
+        }
+        Some(other) => {
+            let message = format!("`{}`: expected a string or a list of parts, found {}", path("content"), describe(other));
+            return Err(ApiError::field(path("content"), message));
+        }
+    }
+    for call in &calls {
+        let function = call.object("function")?;
+        let function = function.ok_or_else(|| {
+            ApiError::unsupported(call.path("function"), format!("`{}` is required", call.path("function")))
+        })?;
+        function.required_text("name")?;
+    }
+    Message::try_from(map).map_err(|error| ApiError::field(path("role"), error))
+}
+
+/// Variables of the template in a request: `chat_template_kwargs`, of which only plain values are taken.
+///
+/// # Errors
+/// A value is a list or an object, or names what the server sets.
+pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
+    fields.refuse(&["chat_template"])?;
+    let mut variables = Map::new();
+    let given = fields.object("chat_template_kwargs")?;
+    for (name, value) in given.iter().flat_map(|given| given.map()) {
+        let path = format!("chat_template_kwargs.{}", name.chars().take(40).collect::<String>());
+        if value.is_array() || value.is_object() || value.as_str().is_some_and(|text| text.len() > 4096) {
+            return Err(ApiError::field(path.clone(), format!("`{path}`: expected a short text, a number, true or false")));
+        }
+        if matches!(name.as_str(), "messages" | "tools" | "add_generation_prompt" | "bos_token" | "eos_token") {
+            return Err(ApiError::unsupported(path.clone(), format!("`{path}` cannot be set by a request")));
+        }
+        variables.insert(name.clone(), value.clone());
+    }
+    if let Some(effort) = fields.text("reasoning_effort")? {
+        variables.entry("enable_thinking").or_insert((effort != "none").into());
+        variables.entry("reasoning_effort").or_insert(effort.into());
+    }
+    Ok(variables)
+}
+
+/// OpenAI's name for the end of a choice.
+pub(crate) fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::EndOfText | FinishReason::StopString | FinishReason::Cancelled => "stop",
+        FinishReason::MaxTokens | FinishReason::Length => "length",
+    }
+}
