@@ -47,25 +47,6 @@ impl Tokenizer {
     pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
         StreamDecoder::new(self.clone(), skip_special)
     }
-
-    /// The bytes that a token stands for, which may be part of a character; `None` outside the vocabulary. A space that
-    /// [`Tokenizer::decode`] removes at the start of a text is included.
-    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
-        if let Some(token) = self.raw().get_added_vocabulary().simple_id_to_token(id) {
-            return Some(token.into_bytes());
-        }
-        let token = self.id_to_token(id)?;
-        if let State::Bytes(mut bytes) = empty_state(self) {
-            append_bytes(&token, &mut bytes);
-            return Some(bytes);
-        }
-        // byte fallback of SentencePiece: `<0x0A>`
-        let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
-        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) => Some(vec![byte]),
-            None => Some(token.replace('\u{2581}', " ").into_bytes()),
-        }
-    }
 }
 
 impl StreamDecoder {
