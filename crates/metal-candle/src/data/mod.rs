@@ -31,6 +31,7 @@ mod side_files;
 mod spans;
 mod stream_decoder;
 mod template_source;
+mod token_bytes;
 mod tokenizer;
 mod tokenizer_files;
 mod tokenizer_limits;

@@ -121,7 +121,7 @@ fn some_text(text: String) -> Option<String> {
 }
 
 /// Adds the bytes of a byte-level token; one that is not spelled in bytes stands for its own text.
-fn append_bytes(token: &str, bytes: &mut Vec<u8>) {
+pub(super) fn append_bytes(token: &str, bytes: &mut Vec<u8>) {
     let start = bytes.len();
     for c in token.chars() {
         let Some(byte) = byte_of(c) else {
