@@ -7,7 +7,7 @@ use metal_candle::models::Model;
 use metal_candle::ops::LowRankTerms;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Longest name of an adapter.
@@ -27,12 +27,34 @@ pub(crate) struct Adapter {
     pub(crate) source: String,
     pub(crate) created: u64,
     is_retired: AtomicBool,
+    in_flight: AtomicUsize,
 }
 
 impl Adapter {
+    /// Number of jobs that use it.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Counts a job that uses it, until the result is dropped.
+    pub(crate) fn use_in_job(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+
     /// Whether it was unloaded or replaced.
     pub(crate) fn is_retired(&self) -> bool {
         self.is_retired.load(Ordering::Relaxed)
+    }
+}
+
+/// A job that uses an adapter.
+#[derive(Debug)]
+pub(crate) struct InFlight(Arc<Adapter>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -75,14 +97,11 @@ impl Adapters {
     ///
     /// # Errors
     /// The path is not below the root, or holds no adapter of this model.
-    pub(crate) fn load_below_root(
-        &self,
-        name: &str,
-        path: &str,
-        replaces: Replaces,
-    ) -> Result<Arc<Adapter>, ApiError> {
+    pub(crate) fn load_below_root(&self, name: &str, path: &str, replaces: Replaces) -> Result<Arc<Adapter>, ApiError> {
         let Some(root) = &self.root else {
-            return Err(ApiError::forbidden("adapters cannot be loaded: the server was started without --adapter-root"));
+            return Err(ApiError::forbidden(
+                "adapters cannot be loaded: the server was started without --adapter-root",
+            ));
         };
         check_name(name)?;
         let wrong = |message: &str| ApiError::field("path", format!("`path`: {message}"));
@@ -180,6 +199,7 @@ impl Adapters {
             source: source.to_owned(),
             created: unix_time(),
             is_retired: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
         });
         if let Some(old) = state.by_name.insert(name.to_owned(), Arc::clone(&made)) {
             old.is_retired.store(true, Ordering::Relaxed);

@@ -1,6 +1,7 @@
 //! The answers of a job, as all generating routes see them: updates of one choice at a time, several pieces in one if the
 //! reader is behind.
 
+use crate::adapters::{Adapter, InFlight};
 use crate::app::App;
 use crate::engine::{Answers, Job, Update};
 use crate::error::ApiError;
@@ -52,6 +53,7 @@ pub(crate) struct Progress {
 }
 
 /// Numbers of tokens.
+#[allow(clippy::struct_field_names)] // the names of the wire format
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
@@ -88,6 +90,7 @@ pub(crate) struct Answering {
     answers: Answers,
     app: Arc<App>,
     owner: usize,
+    _adapter: Option<InFlight>,
     /// Tokens charged and not used so far.
     charged: usize,
     pub(crate) usage: Usage,
@@ -105,6 +108,7 @@ impl Answering {
         let (num_open, owner, prompt_tokens) = (job.num_samples, job.owner, job.prompt.len());
         let charged = prompt_tokens + job.config.max_tokens * num_open;
         app.keys.charge(client, charged).inspect_err(|_| app.metrics.reject("rate_limit"))?;
+        let adapter = job.adapter.as_ref().map(Adapter::use_in_job);
         let answers = app.engine.submit(job).inspect_err(|_| app.keys.refund(owner, charged))?;
         let usage = Usage { prompt_tokens, ..Usage::default() };
         let charged = charged - prompt_tokens;
@@ -112,6 +116,7 @@ impl Answering {
             answers,
             app: Arc::clone(app),
             owner,
+            _adapter: adapter,
             charged,
             usage,
             num_open,

@@ -89,12 +89,11 @@ impl App {
     }
 
     fn pinned(&self, fields: &Fields, pinned: &serde_json::Value) -> Result<Target, ApiError> {
-        let (name, generation) = match pinned {
-            serde_json::Value::String(name) => (name.as_str(), None),
-            _ => {
-                let inner = Fields::of(pinned, fields.path("adapter"))?;
-                (inner.required_text("name")?, inner.integer("generation", 0..=i64::MAX)?)
-            }
+        let (name, generation) = if let Some(name) = pinned.as_str() {
+            (name, None)
+        } else {
+            let inner = Fields::of(pinned, fields.path("adapter"))?;
+            (inner.required_text("name")?, inner.integer("generation", 0..=i64::MAX)?)
         };
         let adapter = self.adapters.get(name).ok_or_else(|| ApiError::no_such_model(name).with_param("adapter"))?;
         if let Some(generation) = generation.filter(|generation| *generation as u64 != adapter.generation) {

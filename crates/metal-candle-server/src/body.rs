@@ -33,8 +33,7 @@ impl FromRequest<Arc<App>> for JsonBody {
             serde_json::from_slice::<Value>(bytes)
                 .map_err(|error| ApiError::invalid(format!("the body is not valid JSON: {error}")))
         };
-        let value =
-            if bytes.len() > LARGE { app.compute(move || parse(&bytes)).await? } else { parse(&bytes)? };
+        let value = if bytes.len() > LARGE { app.compute(move || parse(&bytes)).await? } else { parse(&bytes)? };
         if !value.is_object() {
             return Err(ApiError::invalid("expected a JSON object as the body"));
         }
@@ -49,7 +48,8 @@ pub(crate) async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
         ApiError::malformed(StatusCode::REQUEST_TIMEOUT, message)
     };
     tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, limit)).await.map_err(too_slow)?.map_err(|error| {
-        let is_too_long = std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
+        let is_too_long =
+            std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
         if is_too_long {
             ApiError::too_large(format!("the body has more than {limit} bytes"))
         } else {

@@ -62,7 +62,7 @@ impl Default for ServerConfig {
             max_choices: 8,
             max_body_bytes: 4 << 20,
             queue_timeout: Duration::from_secs(30),
-            request_timeout: Duration::from_secs(600),
+            request_timeout: Duration::from_mins(10),
             stall_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(30),

@@ -18,13 +18,13 @@ pub(crate) struct ApiError {
     /// When the client may try again.
     pub(crate) retry_after: Option<Duration>,
     /// Further fields of the error object.
-    pub(crate) extra: Vec<(&'static str, Value)>,
+    pub(crate) extra: Box<[(&'static str, Value)]>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { status, kind, code: None, param: None, message, retry_after: None, extra: Vec::new() }
+        Self { status, kind, code: None, param: None, message, retry_after: None, extra: Box::default() }
     }
 
     /// 400: a field with a wrong value.
@@ -49,7 +49,7 @@ impl ApiError {
             context.saturating_sub(1)
         );
         let mut error = Self::field(param, message).with_code("context_length_exceeded");
-        error.extra = vec![("n_prompt_tokens", json!(prompt_tokens)), ("n_ctx", json!(context))];
+        error.extra = Box::new([("n_prompt_tokens", json!(prompt_tokens)), ("n_ctx", json!(context))]);
         error
     }
 
@@ -127,7 +127,7 @@ impl ApiError {
     pub(crate) fn object(&self) -> Value {
         let Self { kind, code, param, message, .. } = self;
         let mut object = json!({"message": message, "type": kind, "param": param, "code": code});
-        for (name, value) in &self.extra {
+        for (name, value) in &*self.extra {
             object[name] = value.clone();
         }
         object

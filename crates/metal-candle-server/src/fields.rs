@@ -163,13 +163,11 @@ impl<'a> Fields<'a> {
     /// Refuses a field unless it has one of these texts.
     pub(crate) fn one_of(&self, name: &str, texts: &[&'static str]) -> Result<Option<&'static str>> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        match texts.iter().find(|text| value.as_str() == Some(text)) {
-            Some(text) => Ok(Some(text)),
-            None => {
-                let list: Vec<String> = texts.iter().map(|text| format!("`{text}`")).collect();
-                self.wrong(name, &list.join(" or "), value)
-            }
+        if let Some(text) = texts.iter().find(|text| value.as_str() == Some(text)) {
+            return Ok(Some(text));
         }
+        let list: Vec<String> = texts.iter().map(|text| format!("`{text}`")).collect();
+        self.wrong(name, &list.join(" or "), value)
     }
 }
 

@@ -17,13 +17,6 @@ pub(crate) fn new_id(prefix: &str) -> String {
     id
 }
 
-/// A random number.
-pub(crate) fn random() -> u64 {
-    let mut bytes = [0; 8];
-    fill(&mut bytes);
-    u64::from_le_bytes(bytes)
-}
-
 fn fill(bytes: &mut [u8]) {
     if let Err(error) = getrandom::fill(bytes) {
         // without randomness ids could repeat and be guessed

@@ -3,6 +3,9 @@
 //! [`Server::new`] starts the engine, [`Server::serve`] answers requests on a listener, and [`Server::router`] gives the
 //! routes to a server of one's own.
 
+// `json!` borrows the values that are moved into it
+#![allow(clippy::needless_pass_by_value)]
+
 mod adapters;
 mod answer;
 mod app;

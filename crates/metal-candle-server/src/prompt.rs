@@ -18,7 +18,10 @@ pub(crate) enum TextPrompt {
     Text(String),
     Tokens(Vec<u32>),
     /// What comes before and after a gap.
-    Gap { prefix: String, suffix: String },
+    Gap {
+        prefix: String,
+        suffix: String,
+    },
 }
 
 /// The prompts of a request by `prompt` and `suffix`.
@@ -92,10 +95,7 @@ impl TextPrompt {
                 let ids = served.encode(text, true)?;
                 // OpenAI continues an empty prompt as if a text began
                 let start = || served.tokenizer.bos_token().and_then(|token| served.tokenizer.token_to_id(token));
-                match ids.is_empty() {
-                    true => start().or(served.tokenizer.eos_token_id()).into_iter().collect(),
-                    false => ids,
-                }
+                if ids.is_empty() { start().or(served.tokenizer.eos_token_id()).into_iter().collect() } else { ids }
             }
             Self::Gap { prefix, suffix } => gap(served, &[], prefix, suffix)?,
         };

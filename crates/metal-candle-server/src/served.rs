@@ -55,7 +55,10 @@ impl Served {
         let defaults = &config.generation;
         let says_nothing = defaults.do_sample.is_none() && defaults.temperature.is_none();
         let sampling = if says_nothing && defaults.top_k.is_none() && defaults.top_p.is_none() {
-            SamplingConfig { repetition_penalty: defaults.repetition_penalty.unwrap_or(1.0), ..SamplingConfig::default() }
+            SamplingConfig {
+                repetition_penalty: defaults.repetition_penalty.unwrap_or(1.0),
+                ..SamplingConfig::default()
+            }
         } else {
             SamplingConfig::from(defaults)
         };
@@ -80,7 +83,8 @@ impl Served {
     /// The model has none.
     pub(crate) fn template(&self) -> Result<&ChatTemplate, ApiError> {
         self.tokenizer.chat_template().ok_or_else(|| {
-            let message = "the model has no chat template; use /v1/completions, or start the server with --chat-template";
+            let message =
+                "the model has no chat template; use /v1/completions, or start the server with --chat-template";
             ApiError::unsupported("messages", message)
         })
     }

@@ -69,7 +69,9 @@ impl Server {
     pub fn add_adapter(&self, name: &str, path: &Path) -> metal_candle::Result<()> {
         let source = path.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
         let added = self.app.adapters.load(name, path, &source, Replaces::Nothing);
-        added.map(|_| ()).map_err(|error| metal_candle::Error::Argument { name: "adapter".into(), message: error.message })
+        added
+            .map(|_| ())
+            .map_err(|error| metal_candle::Error::Argument { name: "adapter".into(), message: error.message })
     }
 
     /// Most sequences that run at a time.
@@ -209,9 +211,10 @@ async fn wrong_method(request: Request) -> ApiError {
 
 /// Checks where a request comes from and who sends it, and adds the headers that all answers have.
 async fn check(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let given = request.headers().get(&REQUEST_ID).filter(|value| {
-        value.len() <= 128 && value.as_bytes().iter().all(u8::is_ascii_graphic)
-    });
+    let given = request
+        .headers()
+        .get(&REQUEST_ID)
+        .filter(|value| value.len() <= 128 && value.as_bytes().iter().all(u8::is_ascii_graphic));
     let id = given.cloned().or_else(|| HeaderValue::from_str(&new_id("req_")).ok());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());

@@ -41,11 +41,6 @@ impl Events {
         self.data(&json!({"error": error.object()})).await
     }
 
-    /// Waits until the client closes the connection.
-    pub(crate) async fn closed(&self) {
-        self.sender.closed().await;
-    }
-
     async fn send(&self, text: String) -> Result<(), Closed> {
         self.sender.send(text.into()).await.map_err(|_| Closed)
     }

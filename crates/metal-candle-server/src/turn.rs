@@ -97,9 +97,9 @@ impl Turn {
             served.control.disarm_value(value, false);
         }
         let adds_prompt = self.add_generation_prompt && !self.continues;
-        let mut text = template
-            .render(&messages, tools.as_deref(), adds_prompt, &variables)
-            .map_err(|error| ApiError::field(self.param, format!("the chat template refuses the conversation: {error}")))?;
+        let mut text = template.render(&messages, tools.as_deref(), adds_prompt, &variables).map_err(|error| {
+            ApiError::field(self.param, format!("the chat template refuses the conversation: {error}"))
+        })?;
         if self.continues {
             let last = messages.last().map(Message::text).unwrap_or_default();
             let last = last.trim_end();
@@ -187,7 +187,8 @@ fn message(fields: &Fields) -> Result<Message, ApiError> {
             map.insert("content".into(), text.into());
         }
         Some(other) => {
-            let message = format!("`{}`: expected a string or a list of parts, found {}", path("content"), describe(other));
+            let message =
+                format!("`{}`: expected a string or a list of parts, found {}", path("content"), describe(other));
             return Err(ApiError::field(path("content"), message));
         }
     }
@@ -209,10 +210,13 @@ pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, 
     fields.refuse(&["chat_template"])?;
     let mut variables = Map::new();
     let given = fields.object("chat_template_kwargs")?;
-    for (name, value) in given.iter().flat_map(|given| given.map()) {
+    for (name, value) in given.iter().flat_map(Fields::map) {
         let path = format!("chat_template_kwargs.{}", name.chars().take(40).collect::<String>());
         if value.is_array() || value.is_object() || value.as_str().is_some_and(|text| text.len() > 4096) {
-            return Err(ApiError::field(path.clone(), format!("`{path}`: expected a short text, a number, true or false")));
+            return Err(ApiError::field(
+                path.clone(),
+                format!("`{path}`: expected a short text, a number, true or false"),
+            ));
         }
         if matches!(name.as_str(), "messages" | "tools" | "add_generation_prompt" | "bos_token" | "eos_token") {
             return Err(ApiError::unsupported(path.clone(), format!("`{path}` cannot be set by a request")));

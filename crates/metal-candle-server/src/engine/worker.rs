@@ -19,7 +19,7 @@ use tokio::sync::mpsc::error::TrySendError;
 const POLL: Duration = Duration::from_millis(5);
 /// So many failed steps within `FAILURE_WINDOW` end the process: something is broken for good.
 const MAX_FAILURES: usize = 3;
-const FAILURE_WINDOW: Duration = Duration::from_secs(60);
+const FAILURE_WINDOW: Duration = Duration::from_mins(1);
 
 /// State that routes read.
 #[derive(Debug)]

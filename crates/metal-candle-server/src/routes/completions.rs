@@ -50,7 +50,7 @@ impl Form {
 #[derive(Debug, Default, Clone)]
 struct Logprobs {
     tokens: Vec<Value>,
-    logprobs: Vec<Value>,
+    of_tokens: Vec<Value>,
     top: Vec<Value>,
     offsets: Vec<Value>,
     offset: usize,
@@ -69,7 +69,7 @@ impl Logprobs {
             self.offsets.push(self.offset.into());
             self.offset += text.chars().count();
             self.tokens.push(text.into());
-            self.logprobs.push(json!(finite(*logprob)));
+            self.of_tokens.push(json!(finite(*logprob)));
             self.top.push(map.into());
         }
     }
@@ -77,7 +77,7 @@ impl Logprobs {
     /// The lists so far, which are empty afterwards.
     fn take(&mut self) -> Value {
         let [tokens, logprobs, top, offsets] =
-            [&mut self.tokens, &mut self.logprobs, &mut self.top, &mut self.offsets].map(std::mem::take);
+            [&mut self.tokens, &mut self.of_tokens, &mut self.top, &mut self.offsets].map(std::mem::take);
         json!({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets})
     }
 }

@@ -1,13 +1,15 @@
 //! The routes of the server, by path.
 
+mod adapters;
 mod chat;
 mod completions;
 mod health;
 mod models;
+mod native;
 
 use crate::app::App;
 use axum::Router;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use std::sync::Arc;
 
 /// All routes.
@@ -23,6 +25,21 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/chat/completions", post(chat::answer))
         .route("/v1/completions", post(completions::answer))
         .route("/completions", post(completions::answer))
+        .route("/v1/adapters", get(adapters::list).post(adapters::load))
+        .route("/v1/adapters/{name}", delete(adapters::unload))
+        .route("/v1/load_lora_adapter", post(adapters::load_vllm))
+        .route("/v1/unload_lora_adapter", post(adapters::unload_vllm))
+        .route("/lora-adapters", get(adapters::list_llama))
+        .route("/completion", post(native::completion))
+        .route("/infill", post(native::infill))
+        .route("/v1/infill", post(native::infill))
+        .route("/tokenize", post(native::tokenize))
+        .route("/v1/tokenize", post(native::tokenize))
+        .route("/detokenize", post(native::detokenize))
+        .route("/v1/detokenize", post(native::detokenize))
+        .route("/apply-template", post(native::apply_template))
+        .route("/v1/apply-template", post(native::apply_template))
+        .route("/props", get(native::props))
 }
 
 /// Whether a path may be read without a key.

@@ -64,7 +64,8 @@ mod tests {
 
     fn tokenizer(decoder: &Value) -> Tokenizer {
         let vocab = ["<unk>", "▁", "▁a", "b", "<0xE2>", "Ġ", "é", "<0x20"];
-        let vocab: serde_json::Map<String, Value> = vocab.into_iter().zip(0..).map(|(k, v)| (k.into(), json!(v))).collect();
+        let vocab: serde_json::Map<String, Value> =
+            vocab.into_iter().zip(0..).map(|(k, v)| (k.into(), json!(v))).collect();
         let json = json!({
             "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
             "post_processor": null, "decoder": decoder,
@@ -90,12 +91,18 @@ mod tests {
         let joined: Vec<u8> = [3, 2, 1, 3].into_iter().flat_map(bytes).collect();
         assert_eq!(joined, sentence_piece.decode(&[3, 2, 1, 3], false).unwrap().as_bytes());
 
-        let metaspace = tokenizer(&json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}));
+        let metaspace =
+            tokenizer(&json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}));
         assert_eq!(metaspace.token_bytes(2).unwrap(), b" a");
         assert!(metaspace.drops_first_blank());
 
-        let byte_level = tokenizer(&json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}));
-        assert_eq!((byte_level.token_bytes(5).unwrap(), byte_level.token_bytes(6).unwrap()), (b" ".to_vec(), vec![0xE9]));
+        let byte_level = tokenizer(
+            &json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+        );
+        assert_eq!(
+            (byte_level.token_bytes(5).unwrap(), byte_level.token_bytes(6).unwrap()),
+            (b" ".to_vec(), vec![0xE9])
+        );
         assert_eq!(byte_level.token_bytes(8).unwrap(), b"<tool call>");
         assert!(!byte_level.drops_first_blank());
 
