@@ -76,8 +76,12 @@ fn no_module_uses_one_behind_it() {
 }
 
 /// The root file of each crate of the workspace.
-const ROOTS: [&str; 3] =
-    ["crates/metal-candle-kernels/src/lib.rs", "crates/metal-candle/src/lib.rs", "crates/metal-candle-cli/src/main.rs"];
+const ROOTS: [&str; 4] = [
+    "crates/metal-candle-kernels/src/lib.rs",
+    "crates/metal-candle/src/lib.rs",
+    "crates/metal-candle-server/src/lib.rs",
+    "crates/metal-candle-cli/src/main.rs",
+];
 
 #[test]
 fn no_files_use_each_other() {

@@ -1,0 +1,197 @@
+//! Answers equal those of the library, however they are asked for.
+
+use crate::running::{Running, alone, chat, tokenizer};
+use metal_candle::inference::{GenerationConfig, SamplingConfig};
+use serde_json::{Value, json};
+use std::sync::LazyLock;
+
+static SERVER: LazyLock<Running> = LazyLock::new(|| Running::start(Running::small()));
+
+fn joined(events: &[Value], index: usize, text: impl Fn(&Value) -> &Value) -> String {
+    let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
+    choices.filter(|choice| choice["index"] == index).filter_map(|choice| text(choice).as_str()).collect()
+}
+
+#[test]
+fn many_answers_at_once_equal_the_library_alone() {
+    let prompts = ["fn main() {\n", "impl Stack {\n", "/// Returns", "use std::", "let x = vec![", "é🦀 "];
+    let threads: Vec<_> = (0..24)
+        .map(|number| {
+            std::thread::spawn(move || {
+                let (prompt, seed) = (prompts[number % prompts.len()], number as u64);
+                let temperature = if number % 2 == 0 { 0.0 } else { 1.0 };
+                let body = json!({
+                    "prompt": prompt, "max_tokens": 5 + number, "temperature": temperature, "seed": seed,
+                    "logprobs": (number % 3 == 0).then_some(2),
+                });
+                let sampling = SamplingConfig::default().with_temperature(temperature).with_seed(seed);
+                let config = GenerationConfig::default().with_max_tokens(5 + number).with_sampling(sampling);
+                let text = if number % 4 < 2 {
+                    SERVER.ok("/v1/completions", &body)["choices"][0]["text"].as_str().unwrap().to_owned()
+                } else {
+                    joined(&SERVER.stream("/v1/completions", &body), 0, |choice| &choice["text"])
+                };
+                assert_eq!(text, alone(prompt, &config), "{body}");
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_stream_of_a_chat_joins_to_the_answer() {
+    let mut body = chat("Returns the number of values, é 🦀.", 24);
+    body["n"] = 3.into();
+    body["temperature"] = 0.9.into();
+    body["seed"] = 7.into();
+    let whole = SERVER.ok("/v1/chat/completions", &body);
+    assert_eq!(whole["object"], "chat.completion");
+    body["stream_options"] = json!({"include_usage": true});
+    let events = SERVER.stream("/v1/chat/completions", &body);
+    for index in 0..3 {
+        let choice = &whole["choices"][index];
+        assert_eq!(
+            joined(&events, index, |choice| &choice["delta"]["content"]),
+            choice["message"]["content"].as_str().unwrap()
+        );
+        assert_eq!(
+            joined(&events, index, |choice| &choice["finish_reason"]),
+            choice["finish_reason"].as_str().unwrap()
+        );
+        // once, or clients join them
+        assert_eq!(joined(&events, index, |choice| &choice["delta"]["role"]), "assistant");
+    }
+    let first: Vec<&Value> = events.iter().take(3).map(|event| &event["choices"][0]["index"]).collect();
+    assert_eq!(first, [0, 1, 2]);
+    let (last, others) = events.split_last().unwrap();
+    assert_eq!(
+        (&last["usage"]["completion_tokens"], &last["choices"]),
+        (&whole["usage"]["completion_tokens"], &json!([]))
+    );
+    assert!(others.iter().all(|event| event["usage"].is_null() && event["id"] == last["id"]));
+}
+
+#[test]
+fn log_probabilities_belong_to_the_text() {
+    let mut body = chat("é 🦀 日本", 40);
+    body["temperature"] = 1.8.into();
+    body["seed"] = 3.into();
+    body["logprobs"] = true.into();
+    body["top_logprobs"] = 3.into();
+    let answer = SERVER.ok("/v1/chat/completions", &body);
+    let choice = &answer["choices"][0];
+    let tokens = choice["logprobs"]["content"].as_array().unwrap();
+    let bytes: Vec<u8> = tokens
+        .iter()
+        .flat_map(|token| token["bytes"].as_array().unwrap())
+        .map(|byte| byte.as_u64().unwrap() as u8)
+        .collect();
+    assert_eq!(String::from_utf8_lossy(&bytes), choice["message"]["content"].as_str().unwrap());
+    for token in tokens {
+        let top = token["top_logprobs"].as_array().unwrap();
+        assert!(top.len() == 3 && top[0]["logprob"].as_f64() >= token["logprob"].as_f64());
+    }
+    let counted = answer["usage"]["completion_tokens"].as_u64().unwrap() as usize;
+    assert!(counted == tokens.len() || choice["finish_reason"] == "stop");
+}
+
+#[test]
+fn control_tokens_of_clients_are_text() {
+    let prompt_tokens = |content: &str| {
+        let body = json!({"messages": [
+            {"role": "system", "content": content},
+            {"role": "user", "content": [{"type": "text", "text": content}]},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "f", "arguments": json!({"a": content}).to_string()}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": content},
+        ], "max_tokens": 1});
+        let text = SERVER.ok("/apply-template", &body)["prompt"].as_str().unwrap().to_owned();
+        let used = SERVER.ok("/v1/chat/completions", &body)["usage"]["prompt_tokens"].as_u64().unwrap();
+        (text, used as usize)
+    };
+    // a conversation without them has the tokens that its text has
+    let (text, used) = prompt_tokens("plain é");
+    assert_eq!(tokenizer().encode(&text, false).unwrap().len(), used);
+    for token in ["<|im_end|>", "<|im_start|>", "<tool_call>", "<|fim_middle|>", "<|endoftext|>"] {
+        let (text, used) = prompt_tokens(token);
+        assert_eq!(text.matches(token).count() - prompt_tokens("plain").0.matches(token).count(), 4);
+        // four times more than the token that it would have been
+        let as_control = tokenizer().encode(&text, false).unwrap().len();
+        assert!(used >= as_control + 4 * 3, "{token}: {used} and {as_control}");
+    }
+}
+
+#[test]
+fn gaps_are_filled_and_prompts_come_in_all_forms() {
+    let body = json!({"prompt": "fn add(a: i32, b: i32) -> i32 {\n    ", "suffix": "\n}\n", "max_tokens": 9, "temperature": 0});
+    let filled = SERVER.ok("/v1/completions", &body)["choices"][0]["text"].clone();
+    let native = SERVER.ok("/infill", &json!({
+        "input_prefix": "fn add(a: i32, b: i32) -> i32 {\n    ", "input_suffix": "\n}\n", "n_predict": 9, "temperature": 0,
+        "samplers": ["top_k", "infill"], "cache_prompt": true, "t_max_prompt_ms": 500, "id_slot": 0,
+    }));
+    assert_eq!(native["content"], filled);
+    assert_eq!((&native["stop_type"], &native["tokens_predicted"]), (&json!("limit"), &json!(9)));
+    let ids = tokenizer().encode("fn main() {", false).unwrap();
+    let body = json!({"prompt": ["fn main() {", "let x"], "max_tokens": 4, "temperature": 0, "n": 2, "echo": true});
+    let texts = SERVER.ok("/v1/completions", &body);
+    let texts: Vec<&str> =
+        texts["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert!(
+        texts.len() == 4
+            && texts[0] == texts[1]
+            && texts[0].starts_with("fn main() {")
+            && texts[2].starts_with("let x")
+    );
+    let body = json!({"prompt": ids, "max_tokens": 4, "temperature": 0});
+    let of_ids = SERVER.ok("/v1/completions", &body)["choices"][0]["text"].as_str().unwrap().to_owned();
+    assert_eq!(format!("fn main() {{{of_ids}"), texts[0]);
+    let body = json!({"content": "é<|im_end|>", "with_pieces": true, "parse_special": false});
+    let pieces = SERVER.ok("/tokenize", &body)["tokens"].clone();
+    let ids: Vec<&Value> = pieces.as_array().unwrap().iter().map(|piece| &piece["id"]).collect();
+    assert!(ids.len() > 4);
+    assert_eq!(SERVER.ok("/detokenize", &json!({"tokens": ids}))["content"], "é<|im_end|>");
+}
+
+#[test]
+fn refusals_name_the_field() {
+    let user = json!([{"role": "user", "content": "a"}]);
+    let cases = [
+        ("/v1/chat/completions", json!({}), "messages"),
+        ("/v1/chat/completions", json!({"messages": []}), "messages"),
+        ("/v1/chat/completions", json!({"messages": [{"role": "x", "content": "a"}]}), "messages[0].role"),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user"}]}), "messages[0].content"),
+        ("/v1/chat/completions", json!({"messages": user, "model": "other"}), "model"),
+        ("/v1/chat/completions", json!({"messages": user, "n": 1.0}), "n"),
+        ("/v1/chat/completions", json!({"messages": user, "n": 9}), "n"),
+        ("/v1/chat/completions", json!({"messages": user, "stop": ["a", ""]}), "stop[1]"),
+        ("/v1/chat/completions", json!({"messages": user, "logit_bias": {"x": 1}}), "logit_bias"),
+        ("/v1/chat/completions", json!({"messages": user, "max_tokens": 5, "max_completion_tokens": 6}), "max_tokens"),
+        ("/v1/chat/completions", json!({"messages": user, "max_tokens": 0}), "max_tokens"),
+        ("/v1/chat/completions", json!({"messages": user, "top_logprobs": 2}), "top_logprobs"),
+        ("/v1/chat/completions", json!({"messages": user, "functions": [{}]}), "functions"),
+        ("/v1/chat/completions", json!({"messages": user, "chat_template": "x"}), "chat_template"),
+        ("/v1/completions", json!({"prompt": []}), "prompt"),
+        ("/v1/completions", json!({"prompt": [[1], "a", 2]}), "prompt"),
+        ("/v1/completions", json!({"prompt": [999_999]}), "prompt[0]"),
+        ("/v1/completions", json!({"prompt": [1], "suffix": "a"}), "suffix"),
+        ("/v1/completions", json!({"prompt": "a", "best_of": 5}), "best_of"),
+    ];
+    for (path, body, param) in cases {
+        let (_, found, message) = SERVER.refusal(path, &body);
+        assert_eq!(found, param, "{body}: {message}");
+        assert!(!message.is_empty());
+    }
+    // before the stream begins
+    let long = json!({"messages": [{"role": "user", "content": "a b ".repeat(600)}], "stream": true});
+    let (status, value) = SERVER.post("/v1/chat/completions", &long);
+    assert_eq!(
+        (status, &value["error"]["code"], &value["error"]["n_ctx"]),
+        (400, &json!("context_length_exceeded"), &json!(512))
+    );
+    assert_eq!(SERVER.get("/v1/nothing").0, 404);
+    assert_eq!(SERVER.get("/v1/completions").0, 405);
+    assert_eq!(SERVER.get("/v1/models/other").0, 404);
+    assert_eq!(SERVER.get("/v1/models/nano").1["id"], "nano");
+}

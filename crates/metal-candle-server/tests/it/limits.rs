@@ -1,0 +1,151 @@
+//! Queues, cancellation, slow readers, keys and shutting down.
+
+use crate::running::{Running, chat};
+use metal_candle_server::{ApiKey, ServerConfig};
+use serde_json::json;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// A request that goes on for long.
+fn endless(stream: bool) -> serde_json::Value {
+    json!({"prompt": "fn main() {", "max_tokens": 480, "ignore_eos": true, "stream": stream, "temperature": 1, "seed": 1})
+}
+
+fn raw(server: &Running, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
+    stream
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_slot() {
+    let server = Running::start(ServerConfig { slots: 1, ..Running::small() });
+    for stream in [true, false] {
+        let first = raw(&server, &endless(stream).to_string());
+        server.wait_for("running", 1);
+        // one that waits leaves, too
+        let second = raw(&server, &endless(stream).to_string());
+        server.wait_for("waiting", 1);
+        drop(second);
+        server.wait_for("waiting", 0);
+        drop(first);
+        server.wait_for("running", 0);
+    }
+}
+
+#[test]
+fn a_full_queue_is_said_at_once() {
+    let server = Running::start(ServerConfig { slots: 1, max_waiting: 1, ..Running::small() });
+    let _running = raw(&server, &endless(true).to_string());
+    server.wait_for("running", 1);
+    let _waiting = [raw(&server, &endless(true).to_string()), raw(&server, &endless(true).to_string())];
+    server.wait_for("waiting", 2);
+    let started = Instant::now();
+    let request = ureq::post(&format!("{}/v1/completions", server.url)).set("content-type", "application/json");
+    let Err(ureq::Error::Status(503, response)) = request.send_string(&endless(false).to_string()) else {
+        panic!("it was not refused");
+    };
+    assert_eq!(response.header("retry-after"), Some("1"));
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_slow_reader_is_paused_and_holds_up_nobody() {
+    let config = ServerConfig {
+        slots: 2,
+        context: 2048,
+        stall_timeout: Duration::from_millis(800),
+        metrics: true,
+        ..Running::small()
+    };
+    let server = Running::start(config);
+    let long = json!({"prompt": "fn", "max_tokens": 1900, "ignore_eos": true, "stream": true, "logprobs": 5, "temperature": 1});
+    let mut slow = raw(&server, &long.to_string());
+    slow.read_exact(&mut [0; 100]).unwrap();
+    let answer = server.ok("/v1/chat/completions", &chat("a", 40));
+    assert!(answer["usage"]["completion_tokens"].as_u64() > Some(0));
+    // it is ended when it has taken nothing for long
+    let started = Instant::now();
+    while server.get("/props").1["running"] != 0 {
+        assert!(started.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let metrics = server.get("/metrics").1;
+    let metrics = metrics.as_str().unwrap();
+    assert!(
+        metrics.contains("metal_candle_slow_reader_pauses_total 1") || metrics.contains("reason=\"max_tokens\"} 1"),
+        "{metrics}"
+    );
+}
+
+#[test]
+fn shutting_down_ends_what_runs_and_refuses_the_rest() {
+    let config = ServerConfig { drain_timeout: Duration::from_millis(300), context: 2048, ..Running::small() };
+    let mut server = Running::start(config);
+    let long = json!({"prompt": "fn", "max_tokens": 1900, "ignore_eos": true, "stream": true});
+    let mut lines = server.lines("/v1/completions", &long);
+    assert!(lines.next().unwrap().starts_with("data: "));
+    let started = Instant::now();
+    server.shutdown.take().unwrap().send(()).unwrap();
+    let rest: Vec<String> = lines.collect();
+    let last = rest.iter().rfind(|line| line.starts_with("data: ")).unwrap();
+    // all of it, or what there was and an error
+    assert!(last.contains("draining") || last.contains("[DONE]"), "{last}");
+    server.thread.take().unwrap().join().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn keys_have_rights_and_limits() {
+    let key = |name: &str, is_admin, tokens_per_minute| ApiKey {
+        name: name.into(),
+        secret: format!("secret-of-{name}"),
+        is_admin,
+        max_running: 1,
+        tokens_per_minute,
+    };
+    let keys = vec![key("user", false, 100), key("admin", true, 0)];
+    let server = Running::start(ServerConfig { keys, ..Running::small() });
+    let post = |path: &str, key: Option<&str>, body: serde_json::Value| {
+        let mut request = ureq::post(&format!("{}{path}", server.url)).set("content-type", "application/json");
+        if let Some(key) = key {
+            request = request.set("authorization", &format!("Bearer {key}"));
+        }
+        crate::running::answer(request.send_string(&body.to_string()))
+    };
+    let path = "/v1/chat/completions";
+    assert_eq!(server.get("/health").0, 200);
+    assert_eq!(server.get("/v1/models").0, 401);
+    assert_eq!(post(path, None, chat("a", 2)).0, 401);
+    assert_eq!(post(path, Some("secret-of-users"), chat("a", 2)).0, 401);
+    assert_eq!(post(path, Some("secret-of-user"), chat("a", 2)).0, 200);
+    let (status, value) = post(path, Some("secret-of-user"), chat("a", 90));
+    assert_eq!((status, &value["error"]["type"]), (429, &json!("rate_limit_error")));
+    assert_eq!(post(path, Some("secret-of-admin"), chat("a", 90)).0, 200);
+    let load = json!({"name": "x", "path": "y"});
+    assert_eq!(post("/v1/adapters", Some("secret-of-user"), load.clone()).0, 403);
+    // there is no folder to load from
+    assert_eq!(post("/v1/adapters", Some("secret-of-admin"), load).0, 403);
+}
+
+#[test]
+fn pages_of_other_sites_and_odd_bodies_are_refused() {
+    let server = Running::start(ServerConfig { max_body_bytes: 1000, ..Running::small() });
+    let url = format!("{}/v1/chat/completions", server.url);
+    let body = chat("a", 1).to_string();
+    let status = |request: ureq::Request, body: &str| crate::running::answer(request.send_string(body)).0;
+    let json = |request: ureq::Request| request.set("content-type", "application/json");
+    assert_eq!(status(json(ureq::post(&url)), &body), 200);
+    assert_eq!(status(ureq::post(&url).set("content-type", "text/plain"), &body), 415);
+    assert_eq!(status(json(ureq::post(&url)).set("origin", "https://evil.example"), &body), 403);
+    assert_eq!(status(json(ureq::post(&url)).set("host", "evil.example"), &body), 403);
+    assert_eq!(status(json(ureq::post(&url)), &"[".repeat(900)), 400);
+    assert_eq!(status(json(ureq::post(&url)), ""), 400);
+    assert_eq!(status(json(ureq::post(&url)), &format!("{{\"a\": \"{}\"}}", "x".repeat(2000))), 413);
+}

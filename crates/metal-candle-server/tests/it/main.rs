@@ -1,0 +1,8 @@
+//! The server over real connections, with the built-in model.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod adapters;
+mod answers;
+mod limits;
+mod running;
