@@ -1,0 +1,35 @@
+"""`instructor`: answers of a pydantic type, by a schema and by a tool."""
+
+import instructor
+from openai import OpenAI
+from pydantic import BaseModel
+
+from common import BASE, KEY, MODEL, QUESTION, check, main, needs_schemas, needs_tools
+
+
+class Sum(BaseModel):
+    a: int
+    b: int
+
+
+def ask(mode):
+    client = instructor.from_openai(OpenAI(base_url=BASE, api_key=KEY, max_retries=0), mode=mode)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, response_model=Sum, temperature=0, max_tokens=200, max_retries=0
+    )
+    assert isinstance(answer, Sum)
+
+
+@check
+def schemas():
+    needs_schemas()
+    ask(instructor.Mode.JSON_SCHEMA)
+
+
+@check
+def tools():
+    needs_tools()
+    ask(instructor.Mode.TOOLS)
+
+
+main()
