@@ -218,7 +218,7 @@ impl Form {
             let per_second = |rate: f64, count: usize| if rate > 0.0 { 1000.0 * count as f64 / rate } else { 0.0 };
             let computed = finish.prompt_tokens - finish.reused_tokens;
             object["stop_type"] = stop_type.into();
-            object["stopping_word"] = "".into();
+            object["stopping_word"] = finish.stop_string.as_deref().unwrap_or_default().into();
             object["tokens_predicted"] = finish.generated_tokens.into();
             object["tokens_evaluated"] = finish.prompt_tokens.into();
             object["tokens_cached"] = (finish.prompt_tokens + finish.generated_tokens).into();
@@ -260,6 +260,7 @@ async fn collect(form: &Form, mut answering: Answering) -> Result<Vec<Value>, Ap
         // of a text that took too long
         collected.finish.get_or_insert(Finish {
             reason: FinishReason::Cancelled,
+            stop_string: None,
             prompt_tokens,
             reused_tokens: 0,
             generated_tokens: collected.tokens.len(),

@@ -182,6 +182,8 @@ impl std::fmt::Display for FinishReason {
 pub struct Finish {
     /// Why it ended.
     pub reason: FinishReason,
+    /// The stop string that was reached, of several the one that starts first.
+    pub stop_string: Option<String>,
     /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
     /// Number of first tokens of the prompt that were not computed for this sequence: their keys and values were in the

@@ -244,6 +244,7 @@ impl Sequence {
         let computed = self.prompt_tokens - self.reused_tokens;
         Finish {
             reason,
+            stop_string: self.stop.found().map(ToOwned::to_owned),
             prompt_tokens: self.prompt_tokens,
             reused_tokens: self.reused_tokens,
             generated_tokens: self.generated_tokens,

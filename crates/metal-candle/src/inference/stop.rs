@@ -7,6 +7,8 @@
 pub(super) struct StopMatcher {
     stop_strings: Vec<String>,
     held: String,
+    /// Index of the stop string that was reached.
+    found: Option<usize>,
 }
 
 /// The text that a piece releases.
@@ -21,13 +23,20 @@ pub(super) struct Matched {
 impl StopMatcher {
     /// A matcher for these strings, none of which may be empty.
     pub(super) fn new(stop_strings: Vec<String>) -> Self {
-        Self { stop_strings, held: String::new() }
+        Self { stop_strings, held: String::new(), found: None }
+    }
+
+    /// The stop string that was reached.
+    pub(super) fn found(&self) -> Option<&str> {
+        self.found.map(|index| self.stop_strings[index].as_str())
     }
 
     /// Adds a piece.
     pub(super) fn push(&mut self, piece: &str) -> Matched {
         self.held.push_str(piece);
-        if let Some(start) = self.stop_strings.iter().filter_map(|stop| self.held.find(stop)).min() {
+        let starts = self.stop_strings.iter().enumerate().filter_map(|(index, stop)| Some((self.held.find(stop)?, index)));
+        if let Some((start, index)) = starts.min() {
+            self.found = Some(index);
             self.held.truncate(start);
             return Matched { text: std::mem::take(&mut self.held), stopped: true };
         }
@@ -72,6 +81,15 @@ mod tests {
         let matched = matcher.finish("");
         out.push(matched.text);
         (out, matched.stopped)
+    }
+
+    #[test]
+    fn the_string_that_was_reached_is_named() {
+        let mut matcher = StopMatcher::new(vec!["three".into(), "two".into()]);
+        assert_eq!(matcher.found(), None);
+        assert!(!matcher.push("one tw").stopped && matcher.found().is_none());
+        assert!(matcher.push("o three").stopped);
+        assert_eq!(matcher.found(), Some("two"));
     }
 
     #[test]
