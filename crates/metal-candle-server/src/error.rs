@@ -45,7 +45,7 @@ impl ApiError {
     /// 400: the prompt and the answer do not fit the context.
     pub(crate) fn context(param: &str, prompt_tokens: usize, context: usize) -> Self {
         let message = format!(
-            "the prompt has {prompt_tokens} tokens; expected at most {}, for the context of {context} to hold one more",
+            "the prompt is too long: it has {prompt_tokens} tokens; expected at most {}, for the context of {context} to hold one more",
             context.saturating_sub(1)
         );
         let mut error = Self::field(param, message).with_code("context_length_exceeded");
