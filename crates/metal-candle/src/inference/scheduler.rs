@@ -6,7 +6,7 @@ use super::request::{AdapterId, Event, Request, SequenceId};
 use super::sample_token::with_logits;
 use super::scheduler_config::SchedulerConfig;
 use super::sequence::Sequence;
-use super::slots::Slots;
+use super::slots::{Slots, num_common};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Decoding, Model, Rows};
@@ -19,11 +19,13 @@ use std::collections::VecDeque;
 /// [`Scheduler::admit`] queues a prompt, [`Scheduler::step`] advances every running sequence, and [`Scheduler::cancel`] ends
 /// one. A sequence that ends frees its slot for the next one in the queue.
 ///
-/// On the CPU a sequence has the same bits alone and beside any others: its draws come from its own seed, its prompt is cut
-/// into chunks at the same positions, and each row of a product is summed as if it were alone. On Metal and CUDA products
-/// of few and of many rows are summed in different orders, so the last digits of a log-probability depend on the batch, and
-/// so may the choice between tokens that are nearly equally probable. A reused prefix was computed in other chunks, which
-/// can change the last digits on every device.
+/// On the CPU a sequence has the same bits alone and beside any others: its draws come from its own seed, and each row of a
+/// product and each query of attention is summed as if it were alone, however a text is cut into passes. On Metal and CUDA
+/// products of few and of many rows are summed in different orders, so the last digits of a log-probability depend on the
+/// batch, and so may the choice between tokens that are nearly equally probable.
+///
+/// A sequence can start with the keys and values of a prefix that another one with its key and adapter has computed: see
+/// [`Request::prefix_key`]. On the CPU this changes no bit of its answer.
 ///
 /// ```no_run
 /// use metal_candle::ModelLoader;
@@ -330,20 +332,26 @@ impl Scheduler {
         // a prompt that has been fed in this step comes after those that have not
         let step = self.num_steps.saturating_sub(1);
         while let Some(mut sequence) = self.waiting.pop_front_if(|next| fits(&self.slots, next)) {
-            let (key, adapter) = (sequence.prefix_key(), sequence.adapter());
-            let (slot, mut reused) = self.slots.take(sequence.ids(), key, adapter).ok_or(Error::Stopped)?;
-            if self.model.rotary_limit().is_some() {
-                self.slots.truncate(slot, 0);
-                reused = 0;
-            }
+            let (slot, reused) = self.take_slot(&sequence).ok_or(Error::Stopped)?;
             sequence.start(slot, reused, step);
             for sample in sequence.samples_mut() {
-                let (slot, _) = self.slots.take(&[], None, adapter).ok_or(Error::Stopped)?;
-                sample.start(slot, 0, step);
+                sample.start(self.slots.take().ok_or(Error::Stopped)?, 0, step);
             }
             self.running.push(sequence);
         }
         Ok(())
+    }
+
+    /// Takes a slot for a sequence; returns it and the number of first tokens that it holds, at most all but the last, whose
+    /// logits are needed.
+    fn take_slot(&mut self, sequence: &Sequence) -> Option<(usize, usize)> {
+        // keys that depend on the length of their text are of no use to other texts
+        let sharing = sequence.sharing().filter(|_| self.model.rotary_limit().is_none());
+        let Some(sharing) = sharing else { return Some((self.slots.take()?, 0)) };
+        let ids = &sequence.ids()[..sequence.ids().len() - 1];
+        let holders = self.running.iter().filter(|other| other.sharing() == Some(sharing));
+        let busy = holders.map(|other| (other.slot(), num_common(&other.ids()[..other.num_cached()], ids)));
+        self.slots.take_with_prefix(ids, sharing, busy.max_by_key(|&(_, count)| count))
     }
 
     fn grow(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {

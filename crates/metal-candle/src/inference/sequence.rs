@@ -4,7 +4,7 @@ use super::generation::{Finish, FinishReason, Piece};
 use super::mask::{AllowedTokens, TokenMask};
 use super::request::{AdapterId, Request, SequenceId, sample_seed};
 use super::sampler::{Choice, Sampler};
-use super::slots::Prefix;
+use super::slots::{Prefix, Sharing};
 use super::stop::StopMatcher;
 use crate::data::{StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ pub(super) struct Sequence {
     generated_tokens: usize,
     slot: usize,
     adapter: Option<AdapterId>,
-    prefix_key: Option<u64>,
+    sharing: Option<Sharing>,
     mask: Option<Box<dyn TokenMask>>,
     num_top: usize,
     sampler: Sampler,
@@ -96,7 +96,7 @@ impl Sequence {
             generated_tokens: 0,
             slot: 0,
             adapter: request.adapter,
-            prefix_key: request.prefix_key,
+            sharing: request.prefix_key.map(|key| Sharing { key, adapter: request.adapter }),
             mask: None,
             num_top: request.num_top_log_probabilities,
             sampler,
@@ -126,8 +126,9 @@ impl Sequence {
         self.adapter
     }
 
-    pub(super) fn prefix_key(&self) -> Option<u64> {
-        self.prefix_key
+    /// The sequences that it shares prefixes with.
+    pub(super) fn sharing(&self) -> Option<Sharing> {
+        self.sharing
     }
 
     pub(super) fn last_step(&self) -> u64 {
@@ -224,9 +225,9 @@ impl Sequence {
 
     /// What its slot holds when it is released, if later sequences may use it.
     pub(super) fn into_prefix(mut self) -> Option<Prefix> {
-        let key = self.prefix_key.filter(|_| self.state != State::Failed)?;
+        let sharing = self.sharing.filter(|_| self.state != State::Failed)?;
         self.ids.truncate(self.num_cached);
-        Some(Prefix { ids: self.ids, key, adapter: self.adapter })
+        Some(Prefix { ids: self.ids, sharing })
     }
 
     /// Ends it after an error.

@@ -231,11 +231,19 @@ impl KVCache {
     /// # Errors
     /// There is no such slot.
     pub fn copy_slot(&mut self, from: usize, to: usize) -> Result<()> {
+        self.copy_prefix(from, to, self.len(from))
+    }
+
+    /// Copies the first `len` tokens of slot `from`, or all if it holds fewer, to slot `to`.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         let slots = self.config.batch_size;
         if from >= slots || to >= slots {
             return Err(Error::argument("slot", format!("expected one below {slots}, found {}", from.max(to))));
         }
-        let length = self.lengths[from];
+        let length = len.min(self.lengths[from]);
         if from != to && length > 0 {
             for tensor in self.keys.iter().chain(&self.values) {
                 let rows = tensor.get(from)?.narrow(1, 0, length)?.force_contiguous()?;

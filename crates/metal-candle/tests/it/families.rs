@@ -1,6 +1,7 @@
 //! Tiny models of every family against transformers and PEFT: logits, losses, gradients, adapters, greedy tokens and files.
 
 use super::decoder::{self, Tensors, max_difference, values};
+use super::inference_bits;
 use candle_core::{DType, Tensor};
 use metal_candle::inference::{GenerationConfig, Generator};
 use metal_candle::models::{
@@ -211,6 +212,18 @@ fn cached_logits_equal_uncached() {
         assert_eq!(start, ids.len());
         let difference = relative(&found, &expected);
         assert!(difference < TOLERANCE, "{}: {difference}", case.name);
+    }
+}
+
+#[test]
+fn the_parts_of_a_text_do_not_change_its_bits() {
+    // the longer texts of phi3-short have the frequencies of phi3-long
+    let changes = |name: &str| CHANGES_WITH_LENGTH.contains(&name) || name == "phi3-short";
+    for case in Case::all().filter(|case| !changes(&case.name)) {
+        let model = case.model(Device::CPU);
+        let length = model.config().max_sequence_length().min(150);
+        let text: Vec<u32> = case.ids("ids").into_iter().cycle().take(length).collect();
+        inference_bits::check(&case.name, &model, Some(&case.terms(&model)), &text);
     }
 }
 

@@ -58,12 +58,12 @@ impl Collected {
         }
     }
 
-    fn tokens(&self, id: SequenceId) -> Vec<u32> {
+    pub(super) fn tokens(&self, id: SequenceId) -> Vec<u32> {
         self.pieces.get(&id).into_iter().flatten().map(|piece| piece.token).collect()
     }
 
     /// The bits of the log-probabilities of each piece.
-    fn bits(&self, id: SequenceId) -> Vec<Vec<u32>> {
+    pub(super) fn bits(&self, id: SequenceId) -> Vec<Vec<u32>> {
         let of_piece = |piece: &Piece| {
             let top = piece.top_log_probabilities.iter().map(|choice| choice.log_probability);
             top.chain([piece.log_probability]).map(f32::to_bits).collect()
@@ -386,30 +386,6 @@ fn adapters_in_one_batch_equal_each_alone() {
 }
 
 #[test]
-fn prefixes_are_shared_by_key_and_adapter_only() {
-    let mut scheduler = small();
-    scheduler.reserve(4, 64).unwrap();
-    let adapter = scheduler.add_adapter(&ADAPTERS[0]).unwrap();
-    let mut reused = |key: Option<u64>, adapter, prompt: &[u32]| {
-        let mut request = Request::new(prompt, greedy(3)).with_adapter(adapter);
-        request.prefix_key = key;
-        let id = scheduler.admit(request).unwrap()[0];
-        let found = Collected::run(&mut scheduler);
-        assert_eq!(found.tokens(id).len(), 3);
-        found.pieces[&id].last().unwrap().finish.as_ref().unwrap().reused_tokens
-    };
-    assert_eq!(reused(Some(1), None, &ids(20)), 0);
-    assert_eq!(reused(Some(2), None, &ids(20)), 0);
-    assert_eq!(reused(None, None, &ids(20)), 0);
-    assert_eq!(reused(Some(1), Some(adapter), &ids(20)), 0);
-    // all but the last token, whose logits are needed
-    assert_eq!(reused(Some(1), None, &ids(20)), 19);
-    assert_eq!(reused(Some(1), Some(adapter), &ids(12)), 11);
-    assert_eq!(reused(Some(1), None, &ids(40)), 20);
-    assert_eq!(reused(None, None, &ids(20)), 0);
-}
-
-#[test]
 fn bad_requests_are_refused_and_change_nothing() {
     let mut scheduler = small().with_tokenizer(tokenizer());
     let mut other = small();
@@ -522,24 +498,6 @@ fn a_step_that_fails_loses_nothing() {
     assert_eq!(found.tokens(adapted), wanted.tokens(wanted_ids[1]));
 }
 
-/// Half-precision weights have products, and a cache, of their own.
-#[test]
-fn a_batch_has_the_bits_of_each_alone_in_every_type() {
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        let model = model_of(config(), dtype);
-        let request = |i: usize| Request::new(ids(1 + 5 * i), greedy(6)).with_num_top_log_probabilities(VOCAB);
-        let run = |indices: std::ops::Range<usize>| {
-            let mut scheduler = Scheduler::new(model.clone());
-            let all: Vec<_> = indices.map(|i| scheduler.admit(request(i)).unwrap()[0]).collect();
-            let found = Collected::run(&mut scheduler);
-            all.into_iter().map(|id| found.bits(id)).collect::<Vec<_>>()
-        };
-        for (i, together) in run(0..9).into_iter().enumerate() {
-            assert!(together == run(i..i + 1)[0], "{dtype:?}: sequence {i}");
-        }
-    }
-}
-
 /// One request of the property test.
 #[derive(Debug, Clone)]
 struct Arrival {
@@ -559,13 +517,16 @@ impl Arrival {
         let adapter = self.adapter.map(|index| scheduler.add_adapter(&ADAPTERS[index]).unwrap());
         let request = Request::new(self.prompt.clone(), config)
             .with_adapter(adapter)
-            .with_num_top_log_probabilities(self.num_top);
+            .with_num_top_log_probabilities(self.num_top)
+            .with_prefix_key(1);
         if self.is_masked { request.with_mask(Script::new(&[&[1, 2, 3, 4], &[5, 6]])) } else { request }
     }
 }
 
 fn arrival() -> impl Strategy<Value = Arrival> {
-    let prompt = proptest::collection::vec(0u32..480, 1..30);
+    // prompts with common prefixes
+    let prompt = (0usize..20, proptest::collection::vec(0u32..480, 1..12));
+    let prompt = prompt.prop_map(|(count, rest)| ids(count).into_iter().chain(rest).collect::<Vec<u32>>());
     let config = (1usize..8, proptest::option::of(0u64..100))
         .prop_map(|(max_tokens, seed)| seed.map_or(greedy(max_tokens), |seed| drawn(max_tokens, seed)));
     let rest = (1usize..4, proptest::option::of(0usize..2), 0usize..3, proptest::bool::weighted(0.2));
