@@ -1,0 +1,236 @@
+// The Models tab: what the server serves, its adapters, and its load.
+import { useEffect, useId, useState } from 'preact/hooks';
+import { describeError, forgetKey, requestJson } from '../api/client';
+import { type Sample, total } from '../api/metrics';
+import { readMetrics, refreshModels, refreshProps, server } from '../api/server';
+import type { Adapter, Model } from '../api/types';
+import { bytes, count, figure, moment, plural } from '../base/format';
+import { go } from '../base/route';
+import { useStore } from '../base/store';
+import { ConfirmButton, Notice } from '../base/widgets';
+import { startChat } from '../chat/session';
+import { usePolling } from '../base/polling';
+
+const POLL_MILLISECONDS = 2000;
+
+export function ModelsTab() {
+  const state = useStore(server);
+  const [load, setLoad] = useState<Load | null>(null);
+  const [problem, setProblem] = useState<string | null>(null);
+  usePolling(POLL_MILLISECONDS, async () => {
+    const [samples] = await Promise.all([readMetrics(), refreshModels(false)]);
+    setLoad((before) => nextLoad(before, samples, Date.now()));
+  });
+  useEffect(() => void refreshProps(), []);
+  const unload = async (name: string) => {
+    setProblem(null);
+    try {
+      await requestJson(`v1/adapters/${encodeURIComponent(name)}`, { method: 'DELETE' });
+    } catch (error) {
+      setProblem(describeError(error));
+    }
+    await refreshModels(false);
+  };
+  return (
+    <main class="page">
+      <section>
+        <h2>Server</h2>
+        <Figures load={load} />
+      </section>
+      <section>
+        <h2>Models and adapters</h2>
+        {state.error !== null && <Notice kind="bad">{state.error}</Notice>}
+        {problem !== null && <Notice kind="bad">{problem}</Notice>}
+        <ModelTable models={state.models} adapters={state.adapters ?? []} onUnload={(name) => void unload(name)} />
+      </section>
+      <section>
+        <h2>Load an adapter</h2>
+        <LoadForm taken={state.adapters ?? []} />
+      </section>
+      <p class="muted small">
+        <button type="button" class="link" onClick={() => (forgetKey(), location.reload())}>
+          Forget the key
+        </button>{' '}
+        that this tab has stored, if any.
+      </p>
+    </main>
+  );
+}
+
+interface Load {
+  samples: Sample[] | null;
+  generated: number | null;
+  at: number;
+  tokensPerSecond: number | null;
+}
+
+function nextLoad(before: Load | null, samples: Sample[] | null, at: number): Load {
+  const generated = samples && total(samples, 'metal_candle_generated_tokens_total');
+  const seconds = before ? (at - before.at) / 1000 : 0;
+  const known = before !== null && before.generated !== null && generated !== null && generated >= before.generated && seconds > 0;
+  return { samples, generated, at, tokensPerSecond: known ? (generated - before.generated!) / seconds : null };
+}
+
+function Figures({ load }: { load: Load | null }) {
+  const { props } = useStore(server);
+  const samples = load?.samples ?? null;
+  const metric = (name: string, labels?: Record<string, string>) => (samples ? total(samples, `metal_candle_${name}`, labels) : null);
+  const running = metric('requests_running');
+  const queries = metric('prefix_cache_queries_total');
+  const hits = metric('prefix_cache_hits_total');
+  const kv = metric('kv_bytes');
+  const number = (value: unknown) => (typeof value === 'number' ? count(value) : null);
+  const figures: [label: string, value: string | null, note?: string][] = [
+    ['Running', number(running), 'Requests that hold a slot'],
+    ['Waiting', number(metric('requests_waiting')), 'Requests in the queue'],
+    ['Generating', load?.tokensPerSecond != null ? `${figure(load.tokensPerSecond)} tokens/s` : null, 'All requests together'],
+    ['Generated', number(metric('generated_tokens_total')), 'Tokens since the start'],
+    ['Prefix cache', queries && hits !== null ? `${figure((hits / queries) * 100)} %` : null, 'Tokens of prompts that were in the cache'],
+    ['KV cache', kv === null ? null : bytes(kv), 'Memory of the key-value cache'],
+    ['Slots', number(props?.total_slots), 'Requests that can run at once'],
+    ['Context', number(props?.n_ctx), 'Tokens of a prompt and its answer'],
+  ];
+  const known = figures.filter(([, value]) => value !== null);
+  return (
+    <>
+      <dl class="figures">
+        {known.map(([label, value, note]) => (
+          <div key={label} title={note}>
+            <dt>{label}</dt>
+            <dd>{value}</dd>
+          </div>
+        ))}
+      </dl>
+      {load !== null && samples === null && <p class="muted">Requests and memory are shown if the server is started with `--metrics`.</p>}
+    </>
+  );
+}
+
+function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (name: string) => void }) {
+  const { models, adapters } = props;
+  const chat = (names: string[]) => go('chat', startChat(names));
+  // Adapters stand below the model that they belong to.
+  const ordered = models.filter((model) => !model.parent).flatMap((base) => [base, ...models.filter((model) => model.parent === base.id)]);
+  const rest = models.filter((model) => !ordered.includes(model));
+  if (models.length === 0) return <p class="muted">The server lists no models.</p>;
+  return (
+    <div class="scroll-x" tabIndex={0}>
+      <table class="data">
+        <thead>
+          <tr>
+            <th>Name</th>
+            <th>Kind</th>
+            <th class="right">Generation</th>
+            <th class="right">Size</th>
+            <th class="right">In flight</th>
+            <th>Source</th>
+            <th>Loaded</th>
+            <th>
+              <span class="visually-hidden">Actions</span>
+            </th>
+          </tr>
+        </thead>
+        <tbody>
+          {[...ordered, ...rest].map((model) => {
+            const adapter = adapters.find((candidate) => candidate.id === model.id);
+            return (
+              <tr key={model.id}>
+                <th scope="row" class={model.parent ? 'child' : ''}>
+                  {model.id}
+                </th>
+                <td>{kindOf(model, adapter)}</td>
+                <td class="right">{adapter?.generation ?? model.generation ?? ''}</td>
+                <td class="right">{adapter?.bytes != null ? bytes(adapter.bytes) : ''}</td>
+                <td class="right">{adapter?.in_flight ?? ''}</td>
+                <td class="clip" title={adapter?.source ?? ''}>
+                  {adapter?.source ?? ''}
+                </td>
+                <td class="nowrap">{moment((adapter?.created_at ?? model.created) * 1000)}</td>
+                <td class="buttons">
+                  <button type="button" class="quiet" onClick={() => chat([model.id])}>
+                    Chat
+                  </button>
+                  {model.parent && (
+                    <button type="button" class="quiet" title={`Compare with ${model.parent}`} onClick={() => chat([model.parent!, model.id])}>
+                      Compare
+                    </button>
+                  )}
+                  {adapter && (
+                    <ConfirmButton
+                      label="Unload"
+                      confirm={adapter.in_flight ? `Unload, ${plural(adapter.in_flight, 'request')} running` : 'Unload now'}
+                      title="Requests that run with it end with it; new ones are refused"
+                      onConfirm={() => props.onUnload(model.id)}
+                    />
+                  )}
+                </td>
+              </tr>
+            );
+          })}
+        </tbody>
+      </table>
+    </div>
+  );
+}
+
+function kindOf(model: Model, adapter: Adapter | undefined): string {
+  if (!model.parent && !adapter) return model.context_length ? `model, context ${count(model.context_length)}` : 'model';
+  const method = adapter?.method ?? model.adapter?.method ?? 'adapter';
+  const rank = adapter?.rank ?? model.adapter?.rank;
+  return rank ? `${method}, rank ${rank}` : method;
+}
+
+const NAME = /^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$/;
+
+function LoadForm({ taken }: { taken: Adapter[] }) {
+  const nameId = useId();
+  const pathId = useId();
+  const [name, setName] = useState('');
+  const [path, setPath] = useState('');
+  const [busy, setBusy] = useState(false);
+  const [done, setDone] = useState<string | null>(null);
+  const [problem, setProblem] = useState<string | null>(null);
+  const old = taken.find((adapter) => adapter.id === name);
+  const badName = name !== '' && !NAME.test(name);
+  const load = async () => {
+    setBusy(true);
+    setDone(null);
+    setProblem(null);
+    try {
+      const replacing = old ? { replace: true, ...(old.generation !== undefined ? { expected_generation: old.generation } : {}) } : {};
+      const adapter = await requestJson<Adapter>('v1/adapters', { method: 'POST', json: { name, path, ...replacing } });
+      setDone(`${adapter.id} is loaded${adapter.generation !== undefined ? ` as generation ${adapter.generation}` : ''}.`);
+      setName('');
+      setPath('');
+    } catch (error) {
+      setProblem(describeError(error));
+    }
+    setBusy(false);
+    await refreshModels(false);
+  };
+  return (
+    <form
+      class="line-form"
+      onSubmit={(event) => {
+        event.preventDefault();
+        void load();
+      }}
+    >
+      <label for={nameId}>
+        Name
+        <input id={nameId} value={name} autocomplete="off" spellcheck={false} aria-invalid={badName} placeholder="my-adapter" onInput={(event) => setName(event.currentTarget.value)} />
+      </label>
+      <label for={pathId} class="grow">
+        Folder, below the server's root of adapters
+        <input id={pathId} value={path} autocomplete="off" spellcheck={false} placeholder="001/adapter" onInput={(event) => setPath(event.currentTarget.value)} />
+      </label>
+      <button type="submit" class="primary" disabled={busy || name === '' || badName || path === ''}>
+        {busy ? 'Loading…' : old ? 'Replace' : 'Load'}
+      </button>
+      {badName && <p class="hint bad">A name has at most 64 letters, digits, dots, dashes and underscores, and does not start with a dot.</p>}
+      {old && !badName && <p class="hint">An adapter has this name. Replacing makes a new generation; running requests end with the old one.</p>}
+      {done !== null && <Notice kind="info">{done}</Notice>}
+      {problem !== null && <Notice kind="bad">{problem}</Notice>}
+    </form>
+  );
+}

@@ -1,0 +1,64 @@
+// The settings of a new run and the request that creates it.
+
+export interface SettingField {
+  name: string;
+  label: string;
+  hint: string;
+  whole: boolean;
+  minimum: number;
+  maximum: number;
+  /** Whether OpenAI's request has the field; the others go into `metal_candle`. */
+  official: boolean;
+}
+
+export interface Settings {
+  model: string;
+  training: string;
+  validation: string;
+  suffix: string;
+  serve: '' | 'none' | 'latest' | 'best';
+  /** The texts of the number fields by name. */
+  values: Record<string, string>;
+}
+
+export const NO_SETTINGS: Settings = { model: '', training: '', validation: '', suffix: '', serve: '', values: {} };
+
+export const SETTINGS: SettingField[] = [
+  { name: 'n_epochs', label: 'Epochs', hint: 'How often each row is trained.', whole: true, minimum: 1, maximum: 50, official: true },
+  { name: 'batch_size', label: 'Batch size', hint: 'Rows of a step.', whole: true, minimum: 1, maximum: 256, official: true },
+  { name: 'learning_rate', label: 'Learning rate', hint: 'The highest learning rate.', whole: false, minimum: 1e-9, maximum: 1, official: false },
+  { name: 'rank', label: 'Rank', hint: 'The rank of the LoRA matrices.', whole: true, minimum: 1, maximum: 1024, official: false },
+  { name: 'alpha', label: 'Alpha', hint: 'The LoRA delta is scaled by alpha divided by rank.', whole: false, minimum: 1e-3, maximum: 65536, official: false },
+  { name: 'max_steps', label: 'Most steps', hint: 'The run ends after this number of steps.', whole: true, minimum: 1, maximum: 1e9, official: false },
+  { name: 'save_interval', label: 'Save every', hint: 'Steps between two checkpoints.', whole: true, minimum: 1, maximum: 1e9, official: false },
+  { name: 'seed', label: 'Seed', hint: 'The same seed and data train the same adapter.', whole: true, minimum: 0, maximum: 2147483647, official: true },
+];
+
+/** The problem of a number field's text; null if it is empty or right. */
+export function settingProblem(field: SettingField, text: string): string | null {
+  if (text.trim() === '') return null;
+  const value = Number(text);
+  const right = Number.isFinite(value) && value >= field.minimum && value <= field.maximum && (!field.whole || Number.isInteger(value));
+  return right ? null : `${field.whole ? 'A whole number' : 'A number'} from ${field.minimum} to ${field.maximum}`;
+}
+
+/** The body of `POST /v1/fine_tuning/jobs`. Empty settings are left to the server. */
+export function jobRequest(settings: Settings): Record<string, unknown> {
+  const numbers = (official: boolean, except = '') =>
+    Object.fromEntries(
+      SETTINGS.filter((field) => field.official === official && field.name !== except && (settings.values[field.name] ?? '').trim() !== '').map(
+        (field) => [field.name, Number(settings.values[field.name])],
+      ),
+    );
+  const extra = { ...numbers(false), ...(settings.serve ? { serve: settings.serve } : {}) };
+  const seed = (settings.values.seed ?? '').trim();
+  return {
+    model: settings.model,
+    training_file: settings.training,
+    ...(settings.validation ? { validation_file: settings.validation } : {}),
+    ...(settings.suffix.trim() ? { suffix: settings.suffix.trim() } : {}),
+    ...(seed ? { seed: Number(seed) } : {}),
+    method: { type: 'supervised', supervised: { hyperparameters: numbers(true, 'seed') } },
+    ...(Object.keys(extra).length > 0 ? { metal_candle: extra } : {}),
+  };
+}

@@ -1,0 +1,93 @@
+// The Runs tab: the fine-tuning jobs, the curves of those that are chosen, and the form for a new one.
+import { useEffect, useRef, useState } from 'preact/hooks';
+import type { Job } from '../api/types';
+import { moment } from '../base/format';
+import { usePolling } from '../base/polling';
+import { formatRoute, go, route } from '../base/route';
+import { useStore } from '../base/store';
+import { Icon, Notice } from '../base/widgets';
+import { CurvesView } from './curves-view';
+import { feeds, isActive, jobs, refreshFeed, refreshJobs } from './feed';
+import { NewRun } from './form';
+import { JobView, nameOf } from './job';
+import { StatusLabel } from './status';
+
+const POLL_MILLISECONDS = 1500;
+
+export function RunsTab() {
+  const { item } = useStore(route);
+  const { list, problem } = useStore(jobs);
+  const loaded = useStore(feeds);
+  const [compared, setCompared] = useState<string[]>([]);
+  const job = list?.find((candidate) => candidate.id === item);
+  const followed = [...new Set([...(job ? [job.id] : []), ...compared])];
+
+  // Only the first request may open the question for a key: it would open again after each dismissal.
+  const asked = useRef(false);
+  usePolling(POLL_MILLISECONDS, async () => {
+    await refreshJobs(!asked.current);
+    asked.current = true;
+    await follow();
+  });
+  // Jobs that ended are read once more, so that their last events are shown.
+  const [ended, setEnded] = useState<string[]>([]);
+  const follow = async () => {
+    for (const id of followed) {
+      const known = jobs.get().list?.find((candidate) => candidate.id === id);
+      if (!known || ended.includes(id)) continue;
+      const read = await refreshFeed(id).then(() => true, () => false);
+      if (read && !isActive(known.status)) setEnded((before) => [...before, id]);
+    }
+  };
+  useEffect(() => void follow(), [followed.join(' ')]);
+
+  const toggle = (id: string) => setCompared((before) => (before.includes(id) ? before.filter((other) => other !== id) : [...before, id].slice(-6)));
+  const chosen = followed.map((id) => list?.find((candidate) => candidate.id === id)).filter((found) => found !== undefined);
+  return (
+    <div class="runs">
+      <aside class="sidebar runs-list" aria-label="Runs">
+        <button type="button" class="new" onClick={() => go('runs', 'new')}>
+          <Icon name="plus" /> New run
+        </button>
+        {problem !== null && <Notice kind="bad">{problem}</Notice>}
+        <ul class="heads">
+          {(list ?? []).map((entry) => (
+            <li key={entry.id}>
+              <JobEntry job={entry} open={entry.id === item} compared={compared.includes(entry.id)} onCompare={() => toggle(entry.id)} />
+            </li>
+          ))}
+        </ul>
+        {list?.length === 0 && <p class="muted">No run yet.</p>}
+      </aside>
+      <main class="page">
+        {item === 'new' ? (
+          <NewRun onStarted={(started) => go('runs', started.id)} onCancel={() => go('runs', null)} />
+        ) : job ? (
+          <JobView job={job} feed={loaded[job.id] ?? null}>
+            <CurvesView jobs={chosen} feeds={loaded} />
+          </JobView>
+        ) : chosen.length > 0 ? (
+          <CurvesView jobs={chosen} feeds={loaded} />
+        ) : (
+          <p class="muted">{item !== null && list !== null ? 'The server has no run of this id.' : 'Choose a run, or start a new one with your own data.'}</p>
+        )}
+      </main>
+    </div>
+  );
+}
+
+function JobEntry({ job, open, compared, onCompare }: { job: Job; open: boolean; compared: boolean; onCompare: () => void }) {
+  return (
+    <div class={`job-entry${open ? ' open' : ''}`}>
+      <a href={formatRoute({ tab: 'runs', item: job.id })} aria-current={open ? 'page' : undefined}>
+        <span class="job-name">{nameOf(job)}</span>
+        <span class="job-state">
+          <StatusLabel status={job.status} /> <span class="muted">{moment(job.created_at * 1000)}</span>
+        </span>
+      </a>
+      <label title="Show the curves of this run beside the others">
+        <input type="checkbox" checked={compared} aria-label={`Compare ${nameOf(job)}`} onChange={onCompare} />
+      </label>
+    </div>
+  );
+}

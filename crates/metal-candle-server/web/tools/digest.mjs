@@ -1,0 +1,27 @@
+// Computes the digest of the page's sources. `page.rs` computes the same digest in a test.
+import { createHash } from 'node:crypto';
+import { readFileSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
+
+const FILES = ['index.html', 'package-lock.json', 'package.json', 'tools/digest.mjs', 'tsconfig.json', 'vite.config.js'];
+
+/** The paths under `folder`, relative to `root`, with `/` on every system. */
+function walk(root, folder) {
+  return readdirSync(join(root, folder), { withFileTypes: true }).flatMap((entry) => {
+    const path = `${folder}/${entry.name}`;
+    return entry.isDirectory() ? walk(root, path) : [path];
+  });
+}
+
+/** SHA-256 over `path NUL length NUL bytes` of every source, in the order of the paths' bytes. */
+export function digestOfSources(root) {
+  const hash = createHash('sha256');
+  for (const path of [...FILES, ...walk(root, 'src')].sort()) {
+    const bytes = readFileSync(join(root, path));
+    hash.update(`${path}\0${bytes.length}\0`);
+    hash.update(bytes);
+  }
+  return hash.digest('hex');
+}
+
+export const sha256 = (bytes) => createHash('sha256').update(bytes).digest('hex');
