@@ -55,10 +55,15 @@ export function Menu({ label, children }: { label: string; children: ComponentCh
   );
 }
 
-export function Notice({ kind, children }: { kind: 'info' | 'warn' | 'bad'; children: ComponentChildren }) {
+/** Text of the server or the page, in which backticks enclose names. */
+export function Names({ text }: { text: string }) {
+  return <>{text.split('`').map((part, index, parts) => (index % 2 === 1 && index < parts.length - 1 ? <code>{part}</code> : part))}</>;
+}
+
+export function Notice({ kind, text }: { kind: 'info' | 'warn' | 'bad'; text: string }) {
   return (
     <p class={`notice ${kind}`} role={kind === 'bad' ? 'alert' : 'status'}>
-      {children}
+      <Names text={text} />
     </p>
   );
 }

@@ -157,7 +157,7 @@ function Main(props: MainProps) {
             />
           ))}
           {models.length === 1 ? (
-            <button type="button" class="quiet" disabled={running || state.models.length === 0} onClick={compare} title="Send each prompt to two models with the same seed">
+            <button type="button" class="quiet" aria-label="Compare" disabled={running || state.models.length === 0} onClick={compare} title="Send each prompt to two models with the same seed">
               <Icon name="columns" /> <span class="wide-text">Compare</span>
             </button>
           ) : (
@@ -180,7 +180,7 @@ function Main(props: MainProps) {
           setAway(!following.current);
         }}
       >
-        {state.error !== null && <Notice kind="bad">{state.error}</Notice>}
+        {state.error !== null && <Notice kind="bad" text={state.error} />}
         {path.length === 0 ? (
           <Welcome models={models} />
         ) : (
@@ -208,7 +208,7 @@ function Main(props: MainProps) {
             <Icon name="down" />
           </button>
         )}
-        {badSchema && <Notice kind="warn">The JSON schema in the parameters has a mistake.</Notice>}
+        {badSchema && <Notice kind="warn" text="The JSON schema in the parameters has a mistake." />}
         <Composer
           id={id}
           running={running}

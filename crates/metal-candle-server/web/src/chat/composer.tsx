@@ -72,7 +72,7 @@ export function Composer({ id, running, ready, used, context, onSend, onStop }: 
         )}
       </div>
       <p class="composer-note">
-        <span>{running ? 'Escape stops' : 'Enter sends, Shift+Enter starts a new line'}</span>
+        <span class="keys-hint">{running ? 'Escape stops' : 'Enter sends, Shift+Enter starts a new line'}</span>
         {context !== null && used > 0 && (
           <span class={used > context * 0.9 ? 'bad' : ''} title="Tokens of the last prompt and answer, of the model's context">
             <meter min={0} max={context} high={context * 0.9} value={used} aria-label="Context used" /> {count(used)} of {count(context)} tokens

@@ -30,7 +30,7 @@ export function Sidebar({ current, onNew, onOpen }: { current: string | null; on
       {(heads?.length ?? 0) > 6 && (
         <input type="search" placeholder="Filter" aria-label="Filter conversations" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />
       )}
-      {problem !== null && <Notice kind="warn">{problem}</Notice>}
+      {problem !== null && <Notice kind="warn" text={problem} />}
       <nav class="heads" aria-label="Conversations">
         {shown.map((head) => (
           <a
@@ -59,7 +59,7 @@ export function Sidebar({ current, onNew, onOpen }: { current: string | null; on
           event.currentTarget.value = '';
         }}
       />
-      {failed !== null && <Notice kind="bad">{failed}</Notice>}
+      {failed !== null && <Notice kind="bad" text={failed} />}
       <button type="button" class="quiet" onClick={() => input.current?.click()}>
         Import a conversation
       </button>

@@ -1,7 +1,7 @@
 // Shows a prompt with its answers, their statistics, and the actions on them.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { count, duration, figure, plural } from '../base/format';
-import { IconButton } from '../base/widgets';
+import { IconButton, Notice } from '../base/widgets';
 import { CopyButton } from '../text/code';
 import { Markdown } from '../text/markdown';
 import { type Answer, isRunning, statistics } from './answer';
@@ -116,9 +116,7 @@ function AnswerView({ answer, seed }: { answer: Answer; seed: number }) {
         </pre>
       ))}
       {answer.state === 'failed' && (
-        <p class="notice bad" role="alert">
-          {answer.error}
-        </p>
+        <Notice kind="bad" text={answer.error ?? ''} />
       )}
       {answer.state !== 'waiting' && <Footer answer={answer} seed={seed} />}
     </article>

@@ -185,7 +185,7 @@ export function CompleteTab() {
           )}
           <span class="hint keys">{ready ? 'Tab inserts, Escape discards' : run?.running ? 'Escape stops' : 'Ctrl+Enter'}</span>
         </div>
-        {state.error !== null && <Notice kind="bad">{state.error}</Notice>}
+        {state.error !== null && <Notice kind="bad" text={state.error} />}
         {run && <Result run={run} />}
       </main>
       {open && (
@@ -239,7 +239,7 @@ function Result({ run }: { run: Run }) {
           {suffix.length > CONTEXT && '…'}
         </span>
       </pre>
-      {completion.error !== null && <Notice kind="bad">{completion.error}</Notice>}
+      {completion.error !== null && <Notice kind="bad" text={completion.error} />}
       <Summary run={run} />
       {token && token.logProbability !== null ? <Alternatives token={token} /> : <Legend />}
     </section>
@@ -264,7 +264,8 @@ function TokenSpan({ token, picked, onPick }: { token: CompletionToken; picked: 
 function Alternatives({ token }: { token: CompletionToken }) {
   const rows = token.alternatives.some(([text]) => text === token.text) ? token.alternatives : [[token.text, token.logProbability!] as const, ...token.alternatives];
   return (
-    <table class="alternatives" aria-label="The likeliest tokens here">
+    <div class="alternatives">
+      <table aria-label="The likeliest tokens here">
       <tbody>
         {rows.map(([text, value]) => (
           <tr key={text} class={text === token.text ? 'chosen' : ''}>
@@ -276,7 +277,8 @@ function Alternatives({ token }: { token: CompletionToken }) {
           </tr>
         ))}
       </tbody>
-    </table>
+      </table>
+    </div>
   );
 }
 

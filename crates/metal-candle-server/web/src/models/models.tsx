@@ -7,7 +7,7 @@ import type { Adapter, Model } from '../api/types';
 import { bytes, count, figure, moment, plural } from '../base/format';
 import { go } from '../base/route';
 import { useStore } from '../base/store';
-import { ConfirmButton, Notice } from '../base/widgets';
+import { ConfirmButton, Names, Notice } from '../base/widgets';
 import { startChat } from '../chat/session';
 import { usePolling } from '../base/polling';
 
@@ -39,8 +39,8 @@ export function ModelsTab() {
       </section>
       <section>
         <h2>Models and adapters</h2>
-        {state.error !== null && <Notice kind="bad">{state.error}</Notice>}
-        {problem !== null && <Notice kind="bad">{problem}</Notice>}
+        {state.error !== null && <Notice kind="bad" text={state.error} />}
+        {problem !== null && <Notice kind="bad" text={problem} />}
         <ModelTable models={state.models} adapters={state.adapters ?? []} onUnload={(name) => void unload(name)} />
       </section>
       <section>
@@ -101,7 +101,7 @@ function Figures({ load }: { load: Load | null }) {
           </div>
         ))}
       </dl>
-      {load !== null && samples === null && <p class="muted">Requests and memory are shown if the server is started with `--metrics`.</p>}
+      {load !== null && samples === null && <p class="muted"><Names text="Requests and memory are shown if the server is started with `--metrics`." /></p>}
     </>
   );
 }
@@ -115,7 +115,7 @@ function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (na
   if (models.length === 0) return <p class="muted">The server lists no models.</p>;
   return (
     <div class="scroll-x" tabIndex={0}>
-      <table class="data">
+      <table class="data stacking">
         <thead>
           <tr>
             <th>Name</th>
@@ -138,10 +138,10 @@ function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (na
                 <th scope="row" class={model.parent ? 'child' : ''}>
                   {model.id}
                 </th>
-                <td>{kindOf(model, adapter)}</td>
-                <td class="right">{adapter?.generation ?? model.generation ?? ''}</td>
+                <td class="nowrap">{kindOf(model, adapter)}</td>
+                <td class="right" data-label="generation">{adapter?.generation ?? model.generation ?? ''}</td>
                 <td class="right">{adapter?.bytes != null ? bytes(adapter.bytes) : ''}</td>
-                <td class="right">{adapter?.in_flight ?? ''}</td>
+                <td class="right" data-label="in flight">{adapter?.in_flight ?? ''}</td>
                 <td class="clip" title={adapter?.source ?? ''}>
                   {adapter?.source ?? ''}
                 </td>
@@ -173,9 +173,12 @@ function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (na
   );
 }
 
+const METHODS: Record<string, string> = { lora: 'LoRA', dora: 'DoRA', pissa: 'PiSSA', rslora: 'rsLoRA' };
+
 function kindOf(model: Model, adapter: Adapter | undefined): string {
   if (!model.parent && !adapter) return model.context_length ? `model, context ${count(model.context_length)}` : 'model';
-  const method = adapter?.method ?? model.adapter?.method ?? 'adapter';
+  const name = adapter?.method ?? model.adapter?.method ?? 'adapter';
+  const method = METHODS[name.toLowerCase()] ?? name;
   const rank = adapter?.rank ?? model.adapter?.rank;
   return rank ? `${method}, rank ${rank}` : method;
 }
@@ -229,8 +232,8 @@ function LoadForm({ taken }: { taken: Adapter[] }) {
       </button>
       {badName && <p class="hint bad">A name has at most 64 letters, digits, dots, dashes and underscores, and does not start with a dot.</p>}
       {old && !badName && <p class="hint">An adapter has this name. Replacing makes a new generation; running requests end with the old one.</p>}
-      {done !== null && <Notice kind="info">{done}</Notice>}
-      {problem !== null && <Notice kind="bad">{problem}</Notice>}
+      {done !== null && <Notice kind="info" text={done} />}
+      {problem !== null && <Notice kind="bad" text={problem} />}
     </form>
   );
 }

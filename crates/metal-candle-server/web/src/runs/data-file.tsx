@@ -4,7 +4,7 @@ import { describeError, requestJson } from '../api/client';
 import type { FileObject, Finding, List } from '../api/types';
 import { bytes, count, plural } from '../base/format';
 import { createStore, useStore } from '../base/store';
-import { ConfirmButton, Notice } from '../base/widgets';
+import { ConfirmButton, Names, Notice } from '../base/widgets';
 
 export const files = createStore<FileObject[] | null>(null);
 
@@ -85,7 +85,7 @@ export function FileField({ label, optional, value, onChange }: Props) {
       <legend>{label}</legend>
       <div class="row">
         <select aria-label={`${label}: uploaded files`} value={value} onChange={(event) => onChange(event.currentTarget.value)}>
-          <option value="">{optional ? 'None: a part of the training file' : 'Choose an uploaded file'}</option>
+          <option value="">{optional ? 'None' : 'Choose an uploaded file'}</option>
           {(list ?? []).map((file) => (
             <option key={file.id} value={file.id}>
               {file.filename} ({bytes(file.bytes)}
@@ -115,7 +115,7 @@ export function FileField({ label, optional, value, onChange }: Props) {
           <span class="pulse" /> Uploading and checking {sending}
         </p>
       )}
-      {problem !== null && <Notice kind="bad">{problem}</Notice>}
+      {problem !== null && <Notice kind="bad" text={problem} />}
       {chosen && <Report file={chosen} />}
     </fieldset>
   );
@@ -133,7 +133,7 @@ function Report({ file }: { file: FileObject }) {
   return (
     <div class="report">
       {refused ? (
-        <Notice kind="bad">The file cannot be used. {file.status_details ?? ''}</Notice>
+        <Notice kind="bad" text={`The file cannot be used. ${file.status_details ?? ''}`} />
       ) : (
         <p class="good">
           {sizes.join(', ') || 'Checked'}
@@ -159,8 +159,8 @@ function Findings({ file, findings }: { file: FileObject; findings: Finding[] })
       <ol class="findings">
         {shown.map((finding, index) => (
           <li key={index}>
-            <b>{typeof finding.line === 'number' ? `Line ${count(finding.line)}` : 'File'}</b> {finding.message}
-            {typeof finding.line === 'number' && lines.has(finding.line) && <code>{lines.get(finding.line)}</code>}
+            <b>{typeof finding.line === 'number' ? `Line ${count(finding.line)}` : 'File'}</b> <Names text={finding.message} />
+            {typeof finding.line === 'number' && lines.has(finding.line) && <code class="data-line">{lines.get(finding.line)}</code>}
           </li>
         ))}
       </ol>

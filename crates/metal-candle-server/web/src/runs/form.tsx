@@ -5,7 +5,7 @@ import { baseModel, server } from '../api/server';
 import type { Job, Plan } from '../api/types';
 import { label, quantity } from '../base/format';
 import { useStore } from '../base/store';
-import { Notice } from '../base/widgets';
+import { Names, Notice } from '../base/widgets';
 import { FileField, files, refreshFiles } from './data-file';
 import { noteJob } from './feed';
 import { jobRequest, NO_SETTINGS, type Settings, SETTINGS, settingProblem } from './job-request';
@@ -80,7 +80,9 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
         New run
       </h2>
       <FileField label="Training data" value={settings.training} onChange={(training) => set({ training })} />
-      <p class="hint">JSONL: each line is a chat (`messages`), a `prompt` with a `completion`, or a `text`.</p>
+      <p class="hint">
+        <Names text="JSONL: each line is a chat (`messages`), a `prompt` with a `completion`, or a `text`." />
+      </p>
       <FileField label="Validation data" optional value={settings.validation} onChange={(validation) => set({ validation })} />
       <fieldset>
         <legend>Settings</legend>
@@ -115,7 +117,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
         </div>
       </fieldset>
       <PlanView planned={planned} />
-      {problem !== null && <Notice kind="bad">{problem}</Notice>}
+      {problem !== null && <Notice kind="bad" text={problem} />}
       <div class="row">
         <button type="submit" class="primary" disabled={body === null || starting || planned.state !== 'ready'}>
           {starting ? 'Starting…' : 'Start the run'}
@@ -143,7 +145,7 @@ function PlanView({ planned }: { planned: Planned }) {
           <span class="pulse" /> Computing
         </p>
       )}
-      {planned.state === 'failed' && <Notice kind="bad">{planned.problem}</Notice>}
+      {planned.state === 'failed' && <Notice kind="bad" text={planned.problem} />}
       {planned.state === 'ready' && (
         <dl class="figures">
           {ordered(planned.plan).map(([key, value]) => (

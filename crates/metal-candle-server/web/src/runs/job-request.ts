@@ -29,8 +29,8 @@ export const SETTINGS: SettingField[] = [
   { name: 'learning_rate', label: 'Learning rate', hint: 'The highest learning rate.', whole: false, minimum: 1e-9, maximum: 1, official: false },
   { name: 'rank', label: 'Rank', hint: 'The rank of the LoRA matrices.', whole: true, minimum: 1, maximum: 1024, official: false },
   { name: 'alpha', label: 'Alpha', hint: 'The LoRA delta is scaled by alpha divided by rank.', whole: false, minimum: 1e-3, maximum: 65536, official: false },
-  { name: 'max_steps', label: 'Most steps', hint: 'The run ends after this number of steps.', whole: true, minimum: 1, maximum: 1e9, official: false },
-  { name: 'save_interval', label: 'Save every', hint: 'Steps between two checkpoints.', whole: true, minimum: 1, maximum: 1e9, official: false },
+  { name: 'max_steps', label: 'Max steps', hint: 'The run ends after this number of steps.', whole: true, minimum: 1, maximum: 1e9, official: false },
+  { name: 'save_interval', label: 'Save interval', hint: 'Steps between two checkpoints.', whole: true, minimum: 1, maximum: 1e9, official: false },
   { name: 'seed', label: 'Seed', hint: 'The same seed and data train the same adapter.', whole: true, minimum: 0, maximum: 2147483647, official: true },
 ];
 
@@ -56,7 +56,8 @@ export function jobRequest(settings: Settings): Record<string, unknown> {
     model: settings.model,
     training_file: settings.training,
     ...(settings.validation ? { validation_file: settings.validation } : {}),
-    ...(settings.suffix.trim() ? { suffix: settings.suffix.trim() } : {}),
+    // A job that runs has no model yet, so the metadata keeps the name for the list.
+    ...(settings.suffix.trim() ? { suffix: settings.suffix.trim(), metadata: { suffix: settings.suffix.trim() } } : {}),
     ...(seed ? { seed: Number(seed) } : {}),
     method: { type: 'supervised', supervised: { hyperparameters: numbers(true, 'seed') } },
     ...(Object.keys(extra).length > 0 ? { metal_candle: extra } : {}),

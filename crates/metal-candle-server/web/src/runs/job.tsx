@@ -5,7 +5,7 @@ import { describeError, requestJson } from '../api/client';
 import type { Checkpoint, Job, JobEvent } from '../api/types';
 import { count, duration, figure, label, moment, plural, quantity } from '../base/format';
 import { go } from '../base/route';
-import { ConfirmButton, Notice } from '../base/widgets';
+import { ConfirmButton, Names, Notice } from '../base/widgets';
 import { startChat } from '../chat/session';
 import { curvesOf, lastOf, lowest } from './curves';
 import { type Feed, isActive, noteJob } from './feed';
@@ -36,10 +36,10 @@ export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; 
         <StatusLabel status={job.status} />
         <span class="space" />
         {job.fine_tuned_model !== null && job.status === 'succeeded' && <ChatButtons model={job.fine_tuned_model} base={job.model} />}
-        {isActive(job.status) && <ConfirmButton class="" label="Cancel the run" confirm="Cancel it now" onConfirm={() => void cancel()} />}
+        {isActive(job.status) && <ConfirmButton class="plain" label="Cancel the run" confirm="Cancel it now" onConfirm={() => void cancel()} />}
       </header>
-      {problem !== null && <Notice kind="bad">{problem}</Notice>}
-      {job.error?.message && <Notice kind="bad">{job.error.message}</Notice>}
+      {problem !== null && <Notice kind="bad" text={problem} />}
+      {job.error?.message && <Notice kind="bad" text={job.error.message} />}
       <Facts job={job} feed={feed} />
       {children}
       <Checkpoints job={job} list={feed?.checkpoints ?? []} />
@@ -48,13 +48,13 @@ export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; 
   );
 }
 
-function ChatButtons({ model, base }: { model: string; base: string }) {
+function ChatButtons({ model, base, look }: { model: string; base: string; look?: 'quiet' }) {
   return (
     <>
-      <button type="button" class="quiet" onClick={() => go('chat', startChat([model]))}>
+      <button type="button" class={look} onClick={() => go('chat', startChat([model]))}>
         Chat
       </button>
-      <button type="button" class="quiet" title={`Side by side with ${base}`} onClick={() => go('chat', startChat([base, model]))}>
+      <button type="button" class={look} title={`Side by side with ${base}`} onClick={() => go('chat', startChat([base, model]))}>
         Compare with the base
       </button>
     </>
@@ -113,7 +113,7 @@ function Checkpoints({ job, list }: { job: Job; list: Checkpoint[] }) {
     <section>
       <h3>Checkpoints</h3>
       <div class="scroll-x" tabIndex={0}>
-        <table class="data">
+        <table class="data stacking">
           <thead>
             <tr>
               <th class="right">Step</th>
@@ -129,17 +129,17 @@ function Checkpoints({ job, list }: { job: Job; list: Checkpoint[] }) {
           <tbody>
             {ordered.map((checkpoint) => (
               <tr key={checkpoint.id}>
-                <th scope="row" class="right">
+                <th scope="row" class="right" data-label="step">
                   {count(checkpoint.step_number)}
                 </th>
-                <td class="right">{loss(checkpoint, 'train_loss', 'loss')}</td>
-                <td class="right">{loss(checkpoint, 'full_valid_loss', 'valid_loss')}</td>
+                <td class="right" data-label="training loss">{loss(checkpoint, 'train_loss', 'loss')}</td>
+                <td class="right" data-label="validation loss">{loss(checkpoint, 'full_valid_loss', 'valid_loss')}</td>
                 <td class="nowrap">{moment(checkpoint.created_at * 1000)}</td>
                 <td class="clip" title={checkpoint.fine_tuned_model_checkpoint}>
                   {checkpoint.fine_tuned_model_checkpoint}
                 </td>
                 <td class="buttons">
-                  <ChatButtons model={checkpoint.fine_tuned_model_checkpoint} base={job.model} />
+                  <ChatButtons model={checkpoint.fine_tuned_model_checkpoint} base={job.model} look="quiet" />
                 </td>
               </tr>
             ))}
@@ -167,7 +167,9 @@ function Events({ list }: { list: JobEvent[] }) {
           .reverse()
           .map((event) => (
             <li key={event.id} class={event.level}>
-              <time>{moment(event.created_at * 1000)}</time> <span>{event.message}</span>
+              <time>{moment(event.created_at * 1000)}</time> <span>
+                <Names text={event.message} />
+              </span>
             </li>
           ))}
       </ol>

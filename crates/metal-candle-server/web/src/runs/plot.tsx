@@ -69,9 +69,10 @@ function options(host: HTMLElement, series: PlotSeries[], xLabel: string, logari
     height: HEIGHT,
     scales: { x: { time: false }, y: logarithmic ? { distr: 3 } : {} },
     axes: [
-      { ...axis, values: (_, values) => values.map((value) => (value === null ? '' : figure(value))) },
+      { ...axis, size: 34, values: (_, values) => values.map((value) => (value === null ? '' : figure(value))) },
       { ...axis, size: 56, values: (_, values) => values.map((value) => (value === null ? '' : figure(value))) },
     ],
+    legend: { markers: { width: 0, fill: (_, index) => (index === 0 ? 'transparent' : color(`series-${series[index - 1]!.color + 1}`)) } },
     cursor: { drag: { x: true, y: false }, points: { size: 6 } },
     series: [
       { label: xLabel, value: (_, value) => (value === null ? '–' : figure(value)) },

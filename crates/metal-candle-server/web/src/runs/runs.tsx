@@ -49,7 +49,7 @@ export function RunsTab() {
         <button type="button" class="new" onClick={() => go('runs', 'new')}>
           <Icon name="plus" /> New run
         </button>
-        {problem !== null && <Notice kind="bad">{problem}</Notice>}
+        {problem !== null && <Notice kind="bad" text={problem} />}
         <ul class="heads">
           {(list ?? []).map((entry) => (
             <li key={entry.id}>
@@ -57,6 +57,7 @@ export function RunsTab() {
             </li>
           ))}
         </ul>
+        {(list?.length ?? 0) > 1 && <p class="hint">Checked runs share one plot.</p>}
         {list?.length === 0 && <p class="muted">No run yet.</p>}
       </aside>
       <main class="page">

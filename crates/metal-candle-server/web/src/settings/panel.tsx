@@ -52,7 +52,7 @@ function Format({ value, set }: { value: Parameters; set: (part: Partial<Paramet
   return (
     <>
       <div class="field">
-        <label for={id}>Answer</label>
+        <label for={id}>Answer format</label>
         <select id={id} value={value.format} onChange={(event) => set({ format: event.currentTarget.value as Parameters['format'] })}>
           <option value="text">Free text</option>
           <option value="json_object">JSON</option>

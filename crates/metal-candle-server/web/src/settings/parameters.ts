@@ -46,7 +46,7 @@ export interface NumberField {
 
 export const FIELDS: NumberField[] = [
   { name: 'temperature', label: 'Temperature', hint: '0 always takes the likeliest token.', minimum: 0, maximum: 2, step: 0.1 },
-  { name: 'max_tokens', label: 'Most tokens', hint: 'The answer is cut after this number of tokens.', minimum: 1, step: 1, whole: true },
+  { name: 'max_tokens', label: 'Max tokens', hint: 'The answer is cut after this number of tokens.', minimum: 1, step: 1, whole: true },
   { name: 'seed', label: 'Seed', hint: 'Empty: a new seed for each answer, shown below it.', minimum: 0, step: 1, whole: true },
   { name: 'top_p', label: 'Top p', hint: 'Samples from the likeliest tokens with this probability in all.', minimum: 0, maximum: 1, step: 0.05 },
   { name: 'top_k', label: 'Top k', hint: 'Samples from this number of the likeliest tokens.', minimum: 0, step: 1, whole: true },

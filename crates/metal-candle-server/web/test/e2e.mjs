@@ -1,0 +1,438 @@
+// Drives the page in Chromium: `npm run e2e` against the mock, `npm run e2e -- URL [KEY]` against a server.
+//
+// Against a server the checks that need canned answers are skipped. CHROMIUM names another program.
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { chromium } from 'playwright-core';
+import { startMock } from './mock.mjs';
+
+const [url, serverKey] = process.argv.slice(2);
+const mocked = url === undefined;
+const ARGUMENTS = ['--no-sandbox', '--headless=new', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'];
+const folder = join(tmpdir(), `page-e2e-${process.pid}`);
+mkdirSync(folder, { recursive: true });
+const file = (name, text) => {
+  const path = join(folder, name);
+  writeFileSync(path, text);
+  return path;
+};
+
+const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', args: ARGUMENTS });
+let failures = 0;
+let passed = 0;
+
+function assert(condition, message) {
+  if (!condition) throw new Error(message);
+}
+
+/** Runs one check in a fresh profile. Afterwards nothing may have left the origin or been reported in the console. */
+async function check(name, act, { only = null, key = null, viewport = { width: 1280, height: 800 }, colorScheme = 'light', hash = '', allow = [], offline = false } = {}) {
+  if ((only === 'mock' && !mocked) || (only === 'server' && mocked)) return;
+  const mock = mocked ? await startMock({ key, delay: 4 }) : null;
+  const base = mock?.url ?? url;
+  const context = await browser.newContext({ viewport, colorScheme, acceptDownloads: true });
+  const page = await context.newPage();
+  page.setDefaultTimeout(mocked ? 10_000 : 60_000);
+  const problems = [];
+  const origin = new URL(base).origin;
+  page.on('request', (request) => {
+    if (!request.url().startsWith(origin) && !/^(data|blob):/.test(request.url())) problems.push(`request to ${request.url()}`);
+  });
+  page.on('console', (message) => {
+    // Chromium reports every answer with an error status; the checks expect some.
+    if (message.type() === 'error' && /status of (\d+)/.test(message.text()) && allow.includes(Number(/status of (\d+)/.exec(message.text())[1]))) return;
+    if (offline && /ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET/.test(message.text())) return;
+    if (message.type() === 'error' || message.type() === 'warning') problems.push(`console: ${message.text()}`);
+  });
+  page.on('pageerror', (error) => problems.push(`error: ${error.message}`));
+  try {
+    if (!mocked && serverKey) await context.addInitScript((value) => sessionStorage.setItem('metal-candle.key', value), serverKey);
+    await page.goto(base + hash);
+    await act(page, mock, context);
+    assert(problems.length === 0, problems.join('; '));
+    passed += 1;
+    console.log(`ok    ${name}`);
+  } catch (error) {
+    failures += 1;
+    await page.screenshot({ path: join(folder, `${name.replaceAll(/\W+/g, '-')}.png`) }).catch(() => undefined);
+    console.log(`FAIL  ${name}\n      ${String(error.message ?? error).split('\n').slice(0, 6).join('\n      ')}`);
+  }
+  await context.close();
+  await mock?.close();
+}
+
+const prompt = (page) => page.getByLabel('Prompt', { exact: true });
+const answers = (page) => page.locator('.answer');
+
+async function say(page, text, { wait = true } = {}) {
+  await prompt(page).fill(text);
+  await page.keyboard.press('Enter');
+  if (!wait) return;
+  await page.locator('.answer.done, .answer.failed, .answer.stopped').last().waitFor();
+  await page.getByRole('button', { name: 'Send' }).waitFor();
+}
+
+/** Limits answers of a real server, whose models may write up to the end of the context. */
+async function limit(page, tokens) {
+  await page.getByLabel('Max tokens').fill(String(tokens));
+}
+
+await check('an answer streams in', async (page, mock) => {
+  if (mocked) {
+    await say(page, 'hello', { wait: false });
+    const lengths = new Set();
+    while (!(await page.getByRole('button', { name: 'Send' }).isVisible())) lengths.add((await answers(page).last().innerText()).length);
+    assert(lengths.size > 3, `saw ${lengths.size} lengths of the text`);
+    assert((await answers(page).last().innerText()).includes('Größe, 日本語 and 👩‍👩‍👧 arrive whole.'), 'the text is damaged');
+    assert(mock.state.bodies.at(-1)[1].stream_options.include_usage, 'no usage was asked for');
+  } else {
+    await limit(page, 24);
+    await say(page, 'Write a function that adds two numbers.');
+  }
+  const text = await answers(page).last().innerText();
+  for (const part of [/\d+ tokens?/, /seed \d+/, /first after/, /prompt \d+/]) assert(part.test(text), `no ${part} in ${text}`);
+  assert((await answers(page).last().getAttribute('class')).includes('done'), 'the answer is not done');
+});
+
+await check('stop ends the request and keeps the text', async (page, mock) => {
+  if (!mocked) await page.getByLabel('Temperature').fill('1.5');
+  await say(page, 'a long story', { wait: false });
+  await page.locator('.answer.streaming').waitFor();
+  await page.waitForTimeout(200);
+  await page.keyboard.press('Escape');
+  await page.locator('.answer.stopped').waitFor();
+  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is gone');
+  if (mock) {
+    await page.waitForTimeout(100);
+    assert(mock.state.cancelled === 1 && mock.state.running === 0, 'the server still writes');
+  }
+});
+
+await check('a reload keeps the chat, also in the middle of an answer', async (page) => {
+  await limit(page, mocked ? 500 : 200);
+  await say(page, 'a long story', { wait: false });
+  await page.locator('.answer.streaming .markdown').waitFor();
+  await page.waitForTimeout(1500);
+  await page.reload();
+  await page.locator('.answer').waitFor();
+  assert((await page.locator('.prompt-text').innerText()) === 'a long story', 'the prompt is gone');
+  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is gone');
+  assert(!(await answers(page).last().getAttribute('class')).includes('streaming'), 'the answer still runs');
+  assert((await page.locator('.heads a').count()) === 1, 'the list does not have one conversation');
+});
+
+await check('edit and answer again make versions', async (page, mock) => {
+  await limit(page, 8);
+  await say(page, 'first');
+  await page.getByRole('button', { name: 'Answer again' }).click();
+  await page.getByText('2/2').waitFor();
+  await page.getByRole('button', { name: 'Send' }).waitFor();
+  await page.getByRole('button', { name: 'Edit the prompt' }).click();
+  await page.getByLabel('Edited prompt').fill('changed');
+  await page.keyboard.press('Enter');
+  await page.getByText('3/3').waitFor();
+  await page.getByRole('button', { name: 'Send' }).waitFor();
+  await page.getByRole('button', { name: 'Previous version' }).click();
+  assert((await page.locator('.prompt-text').innerText()) === 'first', 'the other version is not shown');
+  if (mock) {
+    const seeds = mock.state.bodies.filter(([path]) => path.endsWith('completions')).map(([, body]) => body.seed);
+    assert(new Set(seeds).size === 3, 'the seeds are not new');
+  }
+});
+
+await check('the model of a conversation can be changed', async (page, mock) => {
+  await page.getByLabel('Model', { exact: true }).selectOption('rust-docs');
+  await say(page, 'hello');
+  assert((await answers(page).last().innerText()).includes('rust-docs says'), 'the base model answered');
+  await page.getByLabel('Model', { exact: true }).selectOption('nano');
+  await say(page, 'again');
+  const last = mock.state.bodies.at(-1)[1];
+  assert(last.model === 'nano' && last.messages.length === 3, 'the second request is wrong');
+}, { only: 'mock' });
+
+await check('two models answer side by side with one seed', async (page, mock) => {
+  if (!mocked) await limit(page, 16);
+  await page.getByRole('button', { name: 'Compare' }).click();
+  await say(page, 'hello');
+  assert((await answers(page).count()) === 2, 'there are not two answers');
+  const [left, right] = [await answers(page).nth(0).boundingBox(), await answers(page).nth(1).boundingBox()];
+  assert(left.y === right.y && left.x + left.width <= right.x, 'they are not side by side');
+  const texts = await answers(page).allInnerTexts();
+  const [a, b] = texts.map((text) => /seed (\d+)/.exec(text)[1]);
+  assert(a === b, 'the seeds differ');
+  if (mock) {
+    const bodies = mock.state.bodies.filter(([path]) => path.endsWith('completions')).map(([, body]) => body);
+    assert(bodies.length === 2 && bodies[0].seed === bodies[1].seed && bodies[0].model !== bodies[1].model, 'the requests are wrong');
+  } else if ((await page.getByLabel('Second model').inputValue()) === (await page.getByLabel('Model', { exact: true }).inputValue())) {
+    const [one, two] = await page.locator('.answer .markdown').allInnerTexts();
+    assert(one === two, 'the same model and seed wrote other texts');
+  }
+});
+
+await check('parameters are sent, and wrong ones are not', async (page, mock) => {
+  await page.getByLabel('Temperature').fill('0.25');
+  await page.getByLabel('Max tokens').fill('3');
+  await page.getByLabel('Seed').fill('42');
+  await page.getByLabel('System prompt').fill('Be brief.');
+  await page.getByLabel('Temperature').fill('hot');
+  await page.getByText('A number, 0 to 2').waitFor();
+  await say(page, 'hello');
+  const body = mock.state.bodies.at(-1)[1];
+  assert(body.temperature === 0.25 && body.max_tokens === 3 && body.seed === 42, JSON.stringify(body));
+  assert(body.messages[0].role === 'system' && body.messages[0].content === 'Be brief.', 'no system prompt');
+  assert((await answers(page).last().innerText()).includes('cut at the limit'), 'the cut is not shown');
+}, { only: 'mock' });
+
+await check('HTML in an answer stays text', async (page) => {
+  await say(page, 'html please');
+  const shown = await answers(page).last().innerText();
+  for (const part of ['<script>window.broken = 1</script>', 'onerror=', '<b>bold?</b>']) assert(shown.includes(part), `${part} is not shown`);
+  const found = await page.locator('.answer').evaluate((element) => element.querySelectorAll('script, img, b:not(.call b), iframe').length);
+  assert(found === 0, 'an element was made of the text');
+  assert((await page.evaluate(() => window.broken)) === undefined, 'the script ran');
+  const links = await page.locator('.answer a').evaluateAll((all) => all.map((link) => [link.getAttribute('href'), link.rel, link.target]));
+  assert(links.length === 2 && links.every(([href, rel]) => href.startsWith('https://example.org/') && rel.includes('noreferrer')), JSON.stringify(links));
+}, { only: 'mock' });
+
+await check('HTML in a prompt and in names stays text', async (page, mock) => {
+  mock.state.adapters[0].source = '<img src=x onerror="window.broken=1">';
+  await say(page, '<img src=x onerror="window.broken=1">');
+  assert((await page.locator('.prompt-text').innerText()).startsWith('<img'), 'the prompt is not shown');
+  await page.getByRole('link', { name: 'Models' }).click();
+  await page.getByText('<img src=x').first().waitFor();
+  assert((await page.evaluate(() => [document.images.length, window.broken])).join() === '0,', 'markup was made');
+}, { only: 'mock' });
+
+await check('errors before and in an answer are shown', async (page) => {
+  await say(page, 'too long');
+  await page.getByText('The prompt has 3012 tokens').waitFor();
+  await say(page, 'fail now');
+  await page.getByText('the step failed').waitFor();
+}, { only: 'mock', allow: [400] });
+
+await check('a wrong key asks again', async (page) => {
+  const dialog = page.getByRole('dialog');
+  await dialog.waitFor();
+  await page.getByLabel('Key', { exact: true }).fill('wrong');
+  await page.keyboard.press('Enter');
+  await page.getByText('The server refused the key.').waitFor();
+  await page.getByLabel('Key', { exact: true }).fill('right');
+  await page.keyboard.press('Enter');
+  await dialog.waitFor({ state: 'hidden' });
+  await page.getByLabel('Model', { exact: true }).locator('option', { hasText: 'rust-docs' }).waitFor({ state: 'attached' });
+  await page.reload();
+  await say(page, 'hello');
+  assert(!(await dialog.isVisible()), 'the key was not kept');
+  const stored = await page.evaluate(() => [JSON.stringify(localStorage).includes('right'), Object.values(sessionStorage).includes('right')]);
+  assert(!stored[0] && stored[1], 'the key is stored elsewhere');
+}, { only: 'mock', key: 'right', allow: [401] });
+
+await check('a dismissed key question does not come back by itself', async (page) => {
+  await page.getByRole('dialog').waitFor();
+  await page.keyboard.press('Escape');
+  await page.getByText('The key is missing or wrong').waitFor();
+  await page.getByRole('link', { name: 'Models' }).click();
+  await page.waitForTimeout(2500);
+  assert(!(await page.getByRole('dialog').isVisible()), 'the question came back');
+}, { only: 'mock', key: 'right', allow: [401] });
+
+await check('a server that stops and returns is noticed', async (page, mock) => {
+  const port = Number(new URL(mock.url).port);
+  await page.getByLabel('Model', { exact: true }).locator('option', { hasText: 'rust-docs' }).waitFor({ state: 'attached' });
+  await mock.close();
+  await say(page, 'hello');
+  await page.getByText('The server does not answer.').waitFor();
+  const again = await startMock({ port });
+  await page.getByText('No answer', { exact: true }).waitFor({ state: 'hidden' });
+  await page.getByRole('button', { name: 'Answer again' }).click();
+  await page.locator('.answer.done').waitFor();
+  await again.close();
+}, { only: 'mock', offline: true });
+
+await check('a text is continued, coloured and inserted', async (page, mock) => {
+  await page.getByLabel('Text', { exact: true }).fill('fn main() {\n    ');
+  if (!mocked) await page.getByRole('button', { name: 'Parameters' }).click().then(() => limit(page, 12));
+  await page.getByLabel('Text', { exact: true }).press('Control+Enter');
+  await page.getByRole('button', { name: 'Insert' }).waitFor();
+  assert((await page.locator('.result .token[class*="level-"]').count()) > 2, 'no token has a colour');
+  await page.locator('.result-text .token').nth(1).hover();
+  assert((await page.locator('.alternatives tr').count()) >= 2, 'no alternatives are shown');
+  const shown = await page.locator('.result-text').evaluate((element) => element.textContent);
+  await page.getByLabel('Text', { exact: true }).focus();
+  await page.keyboard.press('Tab');
+  assert((await page.getByLabel('Text', { exact: true }).inputValue()) === shown, 'the text was not inserted');
+  if (mock) assert(mock.state.bodies.at(-1)[1].suffix === undefined && mock.state.bodies.at(-1)[1].logprobs === 5, 'the request is wrong');
+}, { hash: '#complete' });
+
+await check('a gap is filled in at the cursor', async (page, mock) => {
+  const area = page.getByLabel('Text', { exact: true });
+  await area.fill('let a = ;\nprint(a)');
+  await page.getByText('Fill in', { exact: true }).click();
+  await area.focus();
+  await area.evaluate((element) => element.setSelectionRange(8, 8));
+  await page.getByRole('button', { name: 'Fill in at the cursor' }).click();
+  await page.getByRole('button', { name: 'Insert' }).waitFor();
+  const body = mock.state.bodies.at(-1)[1];
+  assert(body.prompt === 'let a = ' && body.suffix === ';\nprint(a)', JSON.stringify(body));
+  await page.getByRole('button', { name: 'Insert' }).click();
+  assert((await area.inputValue()) === 'let a = let sum = left + right;;\nprint(a)', await area.inputValue());
+}, { only: 'mock', hash: '#complete' });
+
+await check('adapters are loaded and unloaded', async (page, mock) => {
+  await page.getByRole('rowheader', { name: 'rust-docs' }).waitFor();
+  await page.getByLabel('Name').fill('fresh');
+  await page.getByLabel('Folder').fill('missing/adapter');
+  await page.getByRole('button', { name: 'Load', exact: true }).click();
+  await page.getByText('No adapter is at').waitFor();
+  await page.getByLabel('Folder').fill('002/adapter');
+  await page.getByRole('button', { name: 'Load', exact: true }).click();
+  await page.getByText('fresh is loaded as generation 5.').waitFor();
+  const row = page.getByRole('row', { name: /fresh/ });
+  await row.getByRole('button', { name: 'Unload' }).click();
+  assert(mock.state.adapters.length === 3, 'one click unloaded it');
+  await row.getByRole('button', { name: 'Unload now' }).click();
+  await row.waitFor({ state: 'detached' });
+  assert(mock.state.requests.includes('DELETE /v1/adapters/fresh'), 'no request');
+}, { only: 'mock', hash: '#models', allow: [404] });
+
+await check('a bad file is explained, a good one trains, and a checkpoint chats', async (page, mock) => {
+  await page.getByRole('button', { name: 'New run' }).click();
+  await page.getByLabel('Training data: upload a file').setInputFiles(file('bad.jsonl', '{"text":"fine"}\n{"txt":"no"}\nno json\n'));
+  await page.getByText('The file cannot be used.').waitFor();
+  await page.getByText('Line 3').waitFor();
+  await page.getByText('no json', { exact: true }).waitFor();
+  assert(await page.getByRole('button', { name: 'Start the run' }).isDisabled(), 'a bad file can be started');
+  await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', '{"text":"fine"}\n{"text":"also"}\n'));
+  await page.getByText('2 rows, 114 tokens, no problems found').waitFor();
+  await page.getByLabel('Max steps').fill('0');
+  await page.getByText('A whole number from 1').waitFor();
+  await page.getByLabel('Max steps').fill('60');
+  await page.getByLabel('Name').fill('mine');
+  await page.getByText('412 MB').waitFor();
+  assert(mock.state.jobs.size === 2, 'the plan started a job');
+  await page.getByRole('button', { name: 'Start the run' }).click();
+  await page.getByRole('heading', { name: 'mine' }).waitFor();
+  await page.locator('.plot canvas').waitFor();
+  await page.getByRole('heading', { name: 'Checkpoints' }).waitFor({ timeout: 20_000 });
+  await page.locator('section', { hasText: 'Checkpoints' }).getByRole('button', { name: 'Compare with the base' }).first().click();
+  await say(page, 'hello');
+  assert((await answers(page).nth(1).innerText()).includes('ckpt-step-40 says'), 'the checkpoint did not answer');
+}, { only: 'mock', hash: '#runs' });
+
+await check('the curve has the values of the events, and a run can be cancelled', async (page) => {
+  await page.getByRole('button', { name: 'New run' }).click();
+  await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', '{"text":"fine"}\n'));
+  await page.getByText('412 MB').waitFor();
+  await page.getByRole('button', { name: 'Start the run' }).click();
+  await page.locator('.plot canvas').waitFor();
+  await page.waitForTimeout(3500);
+  const step = Number((await page.locator('.figures div', { hasText: 'Step' }).locator('dd').first().innerText()).replace(',', ''));
+  assert(step >= 6, `only ${step} steps are shown`);
+  const box = await page.locator('.plot .u-over').boundingBox();
+  await page.mouse.move(box.x + 1, box.y + box.height / 2);
+  const legend = await page.locator('.u-legend').innerText();
+  const expected = Number((0.9 + 2.4 * Math.exp(-1 / 45) + Math.sin(12.9898) * 0.12).toPrecision(3));
+  assert(legend.includes(String(expected)), `${expected} is not in ${legend}`);
+  await page.getByRole('button', { name: 'Cancel the run' }).click();
+  await page.getByRole('button', { name: 'Cancel it now' }).click();
+  await page.locator('.job .status.cancelled').waitFor();
+}, { only: 'mock', hash: '#runs' });
+
+await check('a conversation is exported, imported, renamed and deleted', async (page) => {
+  await limit(page, 8);
+  await say(page, 'remember me');
+  const actions = page.getByLabel('Actions on this conversation');
+  await actions.click();
+  const [saved] = await Promise.all([page.waitForEvent('download'), page.getByRole('button', { name: 'Export as JSON' }).click()]);
+  const path = join(folder, 'export.json');
+  await saved.saveAs(path);
+  await actions.click().catch(() => undefined);
+  if (!(await page.getByRole('button', { name: 'Rename' }).isVisible())) await actions.click();
+  await page.getByRole('button', { name: 'Rename' }).click();
+  await page.getByLabel('Title').fill('renamed');
+  await page.keyboard.press('Enter');
+  await page.locator('.heads a', { hasText: 'renamed' }).waitFor();
+  await page.locator('.sidebar input[type=file]').setInputFiles(path);
+  await page.locator('.heads a', { hasText: 'remember me' }).waitFor();
+  assert((await page.locator('.heads a').count()) === 2, 'the import replaced the conversation');
+  await actions.click();
+  await page.getByRole('button', { name: 'Delete' }).click();
+  await page.getByRole('button', { name: 'Delete for good' }).click();
+  await page.locator('.heads a', { hasText: 'remember me' }).waitFor({ state: 'detached' });
+  await page.reload();
+  assert((await page.locator('.heads a').allInnerTexts()).join() === 'renamed', 'the list is wrong after a reload');
+});
+
+for (const tab of ['chat', 'complete', 'models', 'runs', 'runs/new', 'runs/ftjob-done']) {
+  await check(`phone width without horizontal scroll: ${tab}`, async (page) => {
+    if (tab === 'chat') {
+      await page.getByRole('button', { name: 'Compare' }).click();
+      await say(page, mocked ? 'a stack with a_word_that_is_very_wide_and_has_no_space_in_it_at_all_to_break' : 'hi');
+    }
+    await page.waitForTimeout(600);
+    const wide = await page.evaluate(() => {
+      const limit = innerWidth;
+      if (document.documentElement.scrollWidth <= limit && document.body.scrollWidth <= limit) {
+        const scrolls = (element) => element.closest('.scroll-x, pre, .heads, .visually-hidden, .u-legend');
+        const out = [...document.querySelectorAll('main *')].find((element) => !scrolls(element) && element.getBoundingClientRect().right > limit + 1);
+        return out ? out.outerHTML.slice(0, 120) : null;
+      }
+      return `page ${document.documentElement.scrollWidth}`;
+    });
+    assert(wide === null, wide);
+  }, { viewport: { width: 360, height: 740 }, hash: `#${tab}` });
+}
+
+await check('dark mode follows the system and the switch', async (page) => {
+  const shade = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor.match(/\d+/g).map(Number)[0]);
+  assert((await shade()) < 60, 'not dark by the system');
+  await page.getByRole('button', { name: 'Colours of the system' }).click();
+  assert((await shade()) > 200, 'not light by the switch');
+  await page.getByRole('button', { name: 'Light colours' }).click();
+  await page.emulateMedia({ colorScheme: 'light' });
+  assert((await shade()) < 60, 'not dark by the switch');
+  await page.reload();
+  assert((await shade()) < 60, 'the switch was forgotten');
+}, { colorScheme: 'dark' });
+
+await check('the keyboard reaches everything, with a visible focus', async (page) => {
+  await page.getByLabel('Model', { exact: true }).locator('option').nth(1).waitFor({ state: 'attached' });
+  await page.locator('body').click({ position: { x: 700, y: 300 } });
+  const seen = [];
+  for (let presses = 0; presses < 40; presses += 1) {
+    await page.keyboard.press('Tab');
+    const entry = await page.evaluate(() => {
+      const element = document.activeElement;
+      const box = element.closest('.composer-box') ?? element;
+      const style = getComputedStyle(element);
+      const name = element.getAttribute('aria-label') ?? element.labels?.[0]?.innerText ?? element.innerText ?? element.placeholder;
+      return { tag: element.tagName, name: name.trim(), visible: style.outlineStyle !== 'none' || getComputedStyle(box).boxShadow !== 'none' };
+    });
+    if (entry.tag !== 'BODY') seen.push(entry);
+  }
+  for (const name of ['Chat', 'Complete', 'New chat', 'Model', 'Compare', 'Prompt', 'Temperature']) {
+    assert(seen.some((entry) => entry.name === name), `Tab does not reach ${name}: ${seen.map((entry) => entry.name).join(', ')}`);
+  }
+  const nameless = seen.filter((entry) => entry.name === '');
+  const invisible = seen.filter((entry) => !entry.visible);
+  assert(nameless.length === 0 && invisible.length === 0, JSON.stringify([...nameless, ...invisible]));
+  await prompt(page).focus();
+  await page.keyboard.type('one');
+  await page.keyboard.press('Shift+Enter');
+  await page.keyboard.type('two');
+  assert((await prompt(page).inputValue()) === 'one\ntwo', 'Shift+Enter does not start a line');
+}, { only: 'mock' });
+
+await check('the headers of the page are strict', async (page) => {
+  const response = await page.reload();
+  const headers = response.headers();
+  for (const part of ["default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]) {
+    assert(headers['content-security-policy']?.includes(part), `no ${part}`);
+  }
+  assert(headers['x-content-type-options'] === 'nosniff' && headers['referrer-policy'] === 'no-referrer', JSON.stringify(headers));
+});
+
+await browser.close();
+console.log(`${passed} passed, ${failures} failed${failures ? `; pictures are in ${folder}` : ''}`);
+process.exit(failures ? 1 : 0);
