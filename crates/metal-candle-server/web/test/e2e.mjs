@@ -27,9 +27,9 @@ function assert(condition, message) {
 }
 
 /** Runs one check in a fresh profile. Afterwards nothing may have left the origin or been reported in the console. */
-async function check(name, act, { only = null, key = null, viewport = { width: 1280, height: 800 }, colorScheme = 'light', hash = '', allow = [], offline = false } = {}) {
+async function check(name, act, { only = null, key = null, viewport = { width: 1280, height: 800 }, colorScheme = 'light', hash = '', allow = [], offline = false, delay = 4 } = {}) {
   if ((only === 'mock' && !mocked) || (only === 'server' && mocked)) return;
-  const mock = mocked ? await startMock({ key, delay: 4 }) : null;
+  const mock = mocked ? await startMock({ key, delay }) : null;
   const base = mock?.url ?? url;
   const context = await browser.newContext({ viewport, colorScheme, acceptDownloads: true });
   const page = await context.newPage();
@@ -93,7 +93,7 @@ await check('an answer streams in', async (page, mock) => {
   const text = await answers(page).last().innerText();
   for (const part of [/\d+ tokens?/, /seed \d+/, /first after/, /prompt \d+/]) assert(part.test(text), `no ${part} in ${text}`);
   assert((await answers(page).last().getAttribute('class')).includes('done'), 'the answer is not done');
-});
+}, { delay: 40 });
 
 await check('stop ends the request and keeps the text', async (page, mock) => {
   if (!mocked) await page.getByLabel('Temperature').fill('1.5');
@@ -299,7 +299,7 @@ await check('adapters are loaded and unloaded', async (page, mock) => {
 await check('a bad file is explained, a good one trains, and a checkpoint chats', async (page, mock) => {
   await page.getByRole('button', { name: 'New run' }).click();
   await page.getByLabel('Training data: upload a file').setInputFiles(file('bad.jsonl', '{"text":"fine"}\n{"txt":"no"}\nno json\n'));
-  await page.getByText('The file cannot be used.').waitFor();
+  await page.getByText('The file cannot be used: ').waitFor();
   await page.getByText('Line 3').waitFor();
   await page.getByText('no json', { exact: true }).waitFor();
   assert(await page.getByRole('button', { name: 'Start the run' }).isDisabled(), 'a bad file can be started');
@@ -361,6 +361,7 @@ await check('a conversation is exported, imported, renamed and deleted', async (
   await page.getByRole('button', { name: 'Delete for good' }).click();
   await page.locator('.heads a', { hasText: 'remember me' }).waitFor({ state: 'detached' });
   await page.reload();
+  await page.locator('.heads a').first().waitFor();
   assert((await page.locator('.heads a').allInnerTexts()).join() === 'renamed', 'the list is wrong after a reload');
 });
 

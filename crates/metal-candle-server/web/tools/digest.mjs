@@ -13,11 +13,11 @@ function walk(root, folder) {
   });
 }
 
-/** SHA-256 over `path NUL length NUL bytes` of every source, in the order of the paths' bytes. */
+/** SHA-256 over `path NUL length NUL bytes` of every source, in the order of the paths' bytes. CRLF counts as LF. */
 export function digestOfSources(root) {
   const hash = createHash('sha256');
   for (const path of [...FILES, ...walk(root, 'src')].sort()) {
-    const bytes = readFileSync(join(root, path));
+    const bytes = Buffer.from(readFileSync(join(root, path), 'utf8').replaceAll('\r\n', '\n'));
     hash.update(`${path}\0${bytes.length}\0`);
     hash.update(bytes);
   }

@@ -31,6 +31,15 @@ export function ChatTab() {
     if (item !== null) void openChat(item).then((found) => setMissing(!found));
   }, [item]);
 
+  useEffect(() => {
+    if (drawer === null) return;
+    const onKey = (event: KeyboardEvent) => {
+      if (event.key === 'Escape') setDrawer(null);
+    };
+    window.addEventListener('keydown', onKey);
+    return () => window.removeEventListener('keydown', onKey);
+  }, [drawer]);
+
   // Before the first prompt there is no stored conversation: the page shows an empty one.
   const conversation = item === null ? null : (open[item] ?? null);
   const begin = (): string => {
@@ -287,7 +296,7 @@ function tokensUsed(turn: Turn | undefined): number {
   return Math.max(0, ...(sums ?? []));
 }
 
-/** What a screen reader says as answers start and end; the text itself would be read in fragments. */
+/** A screen reader announces the start and the end of answers; it would read streamed text in fragments. */
 function announcement(turn: Turn | undefined): string {
   if (!turn) return '';
   if (turn.answers.some(isRunning)) return 'The model is answering.';

@@ -133,7 +133,7 @@ function Report({ file }: { file: FileObject }) {
   return (
     <div class="report">
       {refused ? (
-        <Notice kind="bad" text={`The file cannot be used. ${file.status_details ?? ''}`} />
+        <Notice kind="bad" text={`The file cannot be used${file.status_details ? `: ${file.status_details}` : '.'}`} />
       ) : (
         <p class="good">
           {sizes.join(', ') || 'Checked'}
