@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use kinds::{DecayKind, OptimizerKind, Schedule};
 use metal_candle::ModelConfig;
+pub(crate) use optimization::lora_learning_rate;
 pub(crate) use path_values::PathValues;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

@@ -10,8 +10,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Longest name of an adapter.
-const MAX_NAME: usize = 64;
+/// Longest name of an adapter. Those of fine-tuning jobs have several parts.
+const MAX_NAME: usize = 256;
 
 /// One generation of an adapter. It never changes.
 #[derive(Debug)]

@@ -6,7 +6,9 @@ use crate::config::ServerConfig;
 use crate::engine::Engine;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::files::Files;
 use crate::ids;
+use crate::jobs::Jobs;
 use crate::metrics::Metrics;
 use crate::served::Served;
 use std::hash::{BuildHasher, RandomState};
@@ -27,6 +29,12 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) origins: Origins,
     pub(crate) metrics: Arc<Metrics>,
+    /// Uploaded files, if the server has a folder for them.
+    pub(crate) files: Option<Arc<Files>>,
+    /// Fine-tuning jobs, if the server has a folder for them.
+    pub(crate) jobs: Option<Arc<Jobs>>,
+    /// Plans of jobs that are made at a time.
+    pub(crate) planning: Semaphore,
     /// Of the salts, so that no client can guess one.
     hasher: RandomState,
     side_tasks: Semaphore,
@@ -59,6 +67,9 @@ impl App {
             keys,
             origins,
             metrics,
+            files: None,
+            jobs: None,
+            planning: Semaphore::new(1),
             hasher: RandomState::new(),
             side_tasks: Semaphore::new(MAX_SIDE_TASKS),
             side_queue: Semaphore::new(MAX_SIDE_WAITING),
@@ -82,6 +93,21 @@ impl App {
             Some(adapter) => Ok(Target { name: name.to_owned(), adapter: Some(adapter) }),
             None => Err(ApiError::no_such_model(name)),
         }
+    }
+
+    /// Loads the adapter that a request names if it is that of a fine-tuning job or of a checkpoint of one.
+    ///
+    /// # Errors
+    /// It cannot be loaded.
+    pub(crate) async fn load_named(&self, body: &serde_json::Value) -> Result<(), ApiError> {
+        let Some(jobs) = &self.jobs else { return Ok(()) };
+        let pinned = body.get("adapter").and_then(|value| value.get("name").unwrap_or(value).as_str());
+        let named = body.get("model").and_then(serde_json::Value::as_str);
+        for name in [named, pinned].into_iter().flatten().filter(|name| jobs.can_load(name)) {
+            let (jobs, name) = (Arc::clone(jobs), name.to_owned());
+            self.compute(move || jobs.load(&name)).await?;
+        }
+        Ok(())
     }
 
     fn base(&self) -> Target {

@@ -37,6 +37,7 @@ impl FromRequest<Arc<App>> for JsonBody {
         if !value.is_object() {
             return Err(ApiError::invalid("expected a JSON object as the body"));
         }
+        app.load_named(&value).await?;
         Ok(Self(value))
     }
 }

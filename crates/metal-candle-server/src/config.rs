@@ -1,5 +1,6 @@
 //! The settings of a server.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -83,8 +84,12 @@ impl Default for ServerConfig {
 pub struct JobsConfig {
     /// The folder of uploaded files and run folders.
     pub folder: PathBuf,
-    /// The program and its first arguments: `metal-candle train --model ...`.
-    pub train_command: Vec<String>,
+    /// The program that trains, with the commands `train` and `plan` of `metal-candle`.
+    pub program: PathBuf,
+    /// The flags of these commands that name the served model, its types and its device: `--model PATH ...`.
+    pub model_flags: Vec<OsString>,
+    /// The learning rate that `learning_rate_multiplier` multiplies: the default of `program` for this model.
+    pub learning_rate: f64,
     /// Most bytes of a file.
     pub max_file_bytes: u64,
     /// Most bytes of all files.

@@ -5,7 +5,9 @@ use crate::app::App;
 use crate::config::ServerConfig;
 use crate::engine::{Engine, EngineLimits};
 use crate::error::ApiError;
+use crate::files::{FileLimits, Files};
 use crate::ids::new_id;
+use crate::jobs;
 use crate::metrics::Metrics;
 use crate::routes;
 use crate::served::Served;
@@ -16,7 +18,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use metal_candle::data::Tokenizer;
+use metal_candle::data::{DatasetOptions, Tokenizer};
 use metal_candle::inference::SchedulerConfig;
 use metal_candle::models::Model;
 use std::path::Path;
@@ -28,6 +30,8 @@ use tokio::sync::{Semaphore, watch};
 
 /// Most sequences that run at a time unless the settings say otherwise.
 const MAX_SLOTS: usize = 32;
+/// Longest row of a training file, in tokens, unless the model's limit is lower: the default of `train`.
+const MAX_ROW_TOKENS: usize = 2048;
 /// Limits of connections.
 const MAX_CONNECTIONS: usize = 1024;
 const MAX_HEADERS: usize = 100;
@@ -40,6 +44,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub struct Server {
     app: Arc<App>,
     engine: JoinHandle<()>,
+    jobs: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -58,8 +63,9 @@ impl Server {
         let (engine, thread) = Engine::start(model, &tokenizer, scheduler, limits, Arc::clone(&metrics))?;
         let served = Served::new(config.name.clone(), model, tokenizer, limits.context);
         let adapters = Arc::new(Adapters::new(model.clone(), config.adapter_root.clone(), config.max_adapters));
-        let app = Arc::new(App::new(config, served, engine, adapters, metrics));
-        Ok(Self { app, engine: thread })
+        let mut app = App::new(config, served, engine, adapters, metrics);
+        let jobs = open_jobs(&mut app, model)?;
+        Ok(Self { app: Arc::new(app), engine: thread, jobs })
     }
 
     /// Adds an adapter that clients choose by `model: NAME`.
@@ -148,6 +154,9 @@ impl Server {
         }
         drop(listener);
         self.app.engine.drain();
+        if let Some(jobs) = &self.app.jobs {
+            jobs.stop();
+        }
         let _ = closing.send(true);
         let ended = || connections.available_permits() == MAX_CONNECTIONS;
         let started = Instant::now();
@@ -160,10 +169,27 @@ impl Server {
         while !ended() && started.elapsed() < Duration::from_secs(2) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let engine = self.engine;
-        let _ = tokio::task::spawn_blocking(move || engine.join()).await;
+        let threads = [Some(self.engine), self.jobs];
+        let join = move || threads.into_iter().flatten().for_each(|thread| drop(thread.join()));
+        let _ = tokio::task::spawn_blocking(join).await;
         Ok(())
     }
+}
+
+/// Opens the files and jobs if the settings have a folder for them, and starts the thread that runs jobs.
+fn open_jobs(app: &mut App, model: &Model) -> metal_candle::Result<Option<JoinHandle<()>>> {
+    let Some(config) = app.config.jobs.clone() else { return Ok(None) };
+    let options = DatasetOptions {
+        max_tokens: Some(model.config().max_sequence_length().min(MAX_ROW_TOKENS)),
+        vocab_size: Some(model.config().vocab_size),
+        ..DatasetOptions::default()
+    };
+    let limits = FileLimits { file_bytes: config.max_file_bytes, total_bytes: config.max_total_bytes };
+    let tokenizer = app.served.tokenizer.clone();
+    let files = Files::open(&config.folder.join("files"), limits, tokenizer, options)?;
+    let (jobs, thread) = jobs::start(config, app.config.name.clone(), Arc::clone(&files), Arc::clone(&app.adapters))?;
+    (app.files, app.jobs) = (Some(files), Some(jobs));
+    Ok(Some(thread))
 }
 
 /// The limits of the engine by the settings and the model.

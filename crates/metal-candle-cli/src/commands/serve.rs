@@ -1,5 +1,7 @@
 //! `serve`: answers HTTP requests in the forms of OpenAI, Anthropic and llama.cpp.
 
+mod jobs;
+
 use crate::error::UserError;
 use crate::input::read_text;
 use crate::model_source::{ModelArguments, ModelSource, check_adapter};
@@ -8,6 +10,7 @@ use crate::templates::TemplateArguments;
 use crate::values::parse_bytes;
 use anyhow::{Context, Result};
 use clap::Args;
+use jobs::JobArguments;
 use metal_candle_server::{ApiKey, Server, ServerConfig};
 use serde::Deserialize;
 use serde_json::json;
@@ -49,6 +52,9 @@ pub(crate) struct ServeArguments {
 
     #[command(flatten)]
     pub(crate) template: TemplateArguments,
+
+    #[command(flatten)]
+    pub(crate) jobs: JobArguments,
 
     #[command(flatten)]
     pub(crate) limits: LimitArguments,
@@ -154,6 +160,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         share_prefixes: flags.access.share_prefixes,
         metrics: flags.access.metrics,
         keys,
+        jobs: flags.jobs.config(&flags.model, &flags.template)?,
         ..ServerConfig::default()
     };
     let needs_key = !config.keys.is_empty();

@@ -1,6 +1,7 @@
 //! `train`: fine-tuning with LoRA, and training all weights.
 
 mod answers;
+mod as_job;
 mod dashboard;
 mod plan;
 mod prepared;
@@ -64,12 +65,19 @@ pub(crate) struct TrainArguments {
     #[arg(long, help_heading = "Output")]
     pub(crate) profile: bool,
 
+    /// Train as a job of `serve`: at a low priority, until standard input is closed.
+    #[arg(long, hide = true)]
+    pub(crate) as_job: bool,
+
     #[command(flatten)]
     pub(crate) settings: TrainSettings,
 }
 
 pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     let started = Instant::now();
+    if flags.as_job {
+        as_job::start();
+    }
     // a rank's flags were checked by the process that started it
     if !rank::is_rank() {
         if flags.tui {

@@ -15,6 +15,11 @@ fn name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
+/// The default of the learning rate of an adapter with AdamW.
+pub(crate) fn lora_learning_rate(is_nano: bool) -> f64 {
+    if is_nano { 3e-3 } else { 2e-4 }
+}
+
 impl TrainSettings {
     fn optimizer_kind(&self) -> OptimizerKind {
         self.optimizer.unwrap_or(OptimizerKind::AdamW)
@@ -69,8 +74,7 @@ impl TrainSettings {
         let of_adamw = match (self.from_scratch == Some(true), self.full == Some(true), is_nano) {
             (true, _, _) => 1e-3,
             (_, true, _) => 2e-5,
-            (_, _, true) => 3e-3,
-            _ => 2e-4,
+            (_, _, is_nano) => lora_learning_rate(is_nano),
         };
         let learning_rate = *self.learning_rate.get_or_insert(of_adamw * optimizer.rate_to_adamw());
         let schedule = *self.schedule.get_or_insert(optimizer.default_schedule());

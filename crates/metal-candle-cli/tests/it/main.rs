@@ -13,6 +13,8 @@ mod fixture;
 mod hub;
 #[cfg(unix)]
 mod interrupted;
+#[cfg(feature = "serve")]
+mod jobs;
 mod levels;
 mod methods;
 mod models;

@@ -3,9 +3,12 @@
 mod adapters;
 mod chat;
 mod completions;
+mod files;
 mod health;
+mod jobs;
 mod models;
 mod native;
+mod query;
 
 use crate::app::App;
 use axum::Router;
@@ -40,6 +43,8 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/apply-template", post(native::apply_template))
         .route("/v1/apply-template", post(native::apply_template))
         .route("/props", get(native::props))
+        .merge(files::router())
+        .merge(jobs::router())
 }
 
 /// Whether a path may be read without a key.

@@ -1,0 +1,169 @@
+//! The process that trains: `metal-candle train`, with half of the threads and at a low priority.
+//!
+//! It is told to stop by closing its standard input, which the operating system does too when the server is killed: it then
+//! writes a checkpoint and ends. No signal is needed, and no trainer outlives its server for longer than a step.
+
+use crate::config::JobsConfig;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// Time that a trainer gets to write its checkpoint before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time that a plan may take.
+const PLAN_TIMEOUT: Duration = Duration::from_secs(120);
+/// Part of the trainer's messages that is searched for its error.
+const MAX_LOG_BYTES: u64 = 8 << 10;
+/// Longest error of a job.
+const MAX_ERROR_CHARS: usize = 1000;
+
+/// A process that trains.
+#[derive(Debug)]
+pub(super) struct Trainer {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    asked: Option<Instant>,
+    log: PathBuf,
+}
+
+/// The program with the environment of a job.
+fn command(config: &JobsConfig) -> Command {
+    let mut command = Command::new(&config.program);
+    let threads = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&count| count > 0);
+    let threads: usize = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    command.env("RAYON_NUM_THREADS", (threads / 2).max(1).to_string());
+    // the weights that are served, not newer ones
+    command.env("HF_HUB_OFFLINE", "1");
+    // Ctrl-C in the terminal of the server is for the server, which then stops the job
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command
+}
+
+impl Trainer {
+    /// Starts `train` with these arguments; its messages go to a file in `folder`.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub(super) fn start(config: &JobsConfig, folder: &Path, arguments: &[OsString]) -> io::Result<Self> {
+        let log = folder.join("trainer.log");
+        let mut command = command(config);
+        command.args(["train", "--as-job", "--json", "--quiet"]).args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(File::create(&log)?);
+        let mut child = command.spawn()?;
+        let stdin = child.stdin.take();
+        Ok(Self { child, stdin, asked: None, log })
+    }
+
+    /// Asks the process to write a checkpoint and end.
+    pub(super) fn ask_to_stop(&mut self) {
+        self.stdin = None;
+        self.asked.get_or_insert_with(Instant::now);
+    }
+
+    /// Whether it was asked to stop.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// How the process ended; none while it runs.
+    pub(super) fn ended(&mut self) -> Option<io::Result<ExitStatus>> {
+        if self.asked.is_some_and(|asked| asked.elapsed() > STOP_TIMEOUT) {
+            // it resumes from an earlier checkpoint
+            let _ = self.child.kill();
+        }
+        self.child.try_wait().transpose()
+    }
+
+    /// The error that the process printed, without paths.
+    pub(super) fn error(&self) -> Option<String> {
+        error_in(&tail(&self.log)?)
+    }
+}
+
+impl Drop for Trainer {
+    fn drop(&mut self) {
+        self.stdin = None;
+    }
+}
+
+/// Runs `plan` with these arguments and returns what it prints.
+///
+/// # Errors
+/// The settings or the data are refused; the message has no paths.
+pub(super) fn plan(config: &JobsConfig, folder: &Path, arguments: &[OsString]) -> Result<serde_json::Value, String> {
+    let failed = |error: &dyn std::fmt::Display| {
+        tracing::error!("plan: {error}");
+        "the plan failed; the server's log has the cause".to_owned()
+    };
+    let (out, log) = (folder.join("plan.json"), folder.join("plan.log"));
+    let mut command = command(config);
+    command.args(["plan", "--json", "--quiet"]).args(arguments).stdin(Stdio::null());
+    command.stdout(File::create(&out).map_err(|error| failed(&error))?);
+    command.stderr(File::create(&log).map_err(|error| failed(&error))?);
+    let mut child = command.spawn().map_err(|error| failed(&error))?;
+    let started = Instant::now();
+    let status = loop {
+        match child.try_wait().map_err(|error| failed(&error))? {
+            Some(status) => break status,
+            None if started.elapsed() > PLAN_TIMEOUT => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("the plan took longer than {} s", PLAN_TIMEOUT.as_secs()));
+            }
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    if !status.success() {
+        return Err(tail(&log).and_then(|text| error_in(&text)).unwrap_or_else(|| failed(&status)));
+    }
+    let text = std::fs::read(&out).map_err(|error| failed(&error))?;
+    serde_json::from_slice(&text).map_err(|error| failed(&error))
+}
+
+/// The end of a file.
+fn tail(path: &Path) -> Option<String> {
+    let mut file = File::open(path).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG_BYTES))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(MAX_LOG_BYTES).read_to_end(&mut bytes).ok()?;
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The error among the messages of the program.
+fn error_in(log: &str) -> Option<String> {
+    let (_, error) = log.rsplit_once("error: ")?;
+    let error = error.split("\nhint: ").next().unwrap_or_default();
+    let error: String = without_paths(error.trim()).chars().take(MAX_ERROR_CHARS).collect();
+    Some(error).filter(|error| !error.is_empty())
+}
+
+/// A message with the last part of each absolute path only.
+pub(super) fn without_paths(message: &str) -> String {
+    let is_delimiter = |c: char| c.is_whitespace() || "`\"'()".contains(c);
+    let words = message.split_inclusive(is_delimiter).map(|word| {
+        let is_path = Path::new(word.trim_end_matches(is_delimiter)).is_absolute();
+        let last = word.rsplit(std::path::MAIN_SEPARATOR).next().unwrap_or_default();
+        if is_path { last } else { word }
+    });
+    words.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn errors_of_the_program_lose_their_paths() {
+        let log = "warning: x\nerror: the dataset cannot be used:\n  /srv/jobs/a b/train.jsonl:3: not JSON\nhint: see /x\n";
+        let expected = "the dataset cannot be used:\n  a b/train.jsonl:3: not JSON";
+        assert_eq!(error_in(log).as_deref(), Some(expected));
+        assert_eq!(error_in("note: all well\n"), None);
+        assert_eq!(without_paths("`/a/b/c` is 3/4 of `d`"), "`c` is 3/4 of `d`");
+    }
+}
