@@ -19,6 +19,7 @@ mod files;
 mod ids;
 mod jobs;
 mod metrics;
+mod page;
 mod prompt;
 mod routes;
 mod sampling;

@@ -11,6 +11,7 @@ mod native;
 mod query;
 
 use crate::app::App;
+use crate::page;
 use axum::Router;
 use axum::routing::{delete, get, post};
 use std::sync::Arc;
@@ -45,9 +46,10 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/props", get(native::props))
         .merge(files::router())
         .merge(jobs::router())
+        .merge(page::router())
 }
 
 /// Whether a path may be read without a key.
 pub(crate) fn is_public(path: &str) -> bool {
-    matches!(path, "/health" | "/v1/health")
+    matches!(path, "/health" | "/v1/health") || page::is_page(path)
 }
