@@ -191,6 +191,10 @@ pub struct Finish {
     pub reused_tokens: usize,
     /// Number of sampled tokens, including the one that ended the text.
     pub generated_tokens: usize,
+    /// Number of generated tokens that were drafted: see [`Speculation`](super::Speculation).
+    pub accepted_draft_tokens: usize,
+    /// Number of drafted tokens that were computed and discarded.
+    pub rejected_draft_tokens: usize,
     /// Computed tokens of the prompt per second until the first token was sampled.
     pub prompt_tokens_per_second: f64,
     /// Tokens after the first, per second since it was sampled; 0 if there is only one.
@@ -207,6 +211,8 @@ impl Finish {
             prompt_tokens: 0,
             reused_tokens: 0,
             generated_tokens: 0,
+            accepted_draft_tokens: 0,
+            rejected_draft_tokens: 0,
             prompt_tokens_per_second: 0.0,
             decode_tokens_per_second: 0.0,
             peak_memory_bytes: None,

@@ -1,9 +1,13 @@
 //! Generation: sampling, the scheduler that batches sequences, and the generator.
 
+mod adapter_set;
+mod device_decoding;
 mod divergence;
+mod drafter;
 mod generation;
 mod generator;
 mod mask;
+mod plan;
 mod request;
 mod sample_token;
 mod sampler;
@@ -12,6 +16,7 @@ mod scheduler;
 mod scheduler_config;
 mod sequence;
 mod slots;
+mod speculation;
 mod stop;
 #[cfg(feature = "async")]
 mod stream;
@@ -27,5 +32,6 @@ pub use sampler::{Choice, Sampler};
 pub use sampling::{SamplingConfig, SamplingStrategy};
 pub use scheduler::Scheduler;
 pub use scheduler_config::SchedulerConfig;
+pub use speculation::Speculation;
 #[cfg(feature = "async")]
 pub use stream::PieceStream;

@@ -2,6 +2,7 @@
 
 use super::generation::{GenerationConfig, Piece};
 use super::mask::TokenMask;
+use super::speculation::Speculation;
 use crate::data::Random;
 use crate::error::Result;
 
@@ -41,6 +42,10 @@ pub struct Request {
     pub mask: Option<Box<dyn TokenMask>>,
     /// Number of most probable tokens that each piece lists; 0 for none.
     pub num_top_log_probabilities: usize,
+    /// How the next tokens are guessed, to compute several in one step.
+    pub speculation: Speculation,
+    /// The tokens that the answer is expected to have, which are drafted first. Without speculation they have no effect.
+    pub prediction: Vec<u32>,
     /// Requests with the same key and adapter share the cache of a common prefix, which is not computed again. Without a
     /// key nothing is shared. The time to the first token reveals whether a prefix was cached, so callers that do not
     /// trust each other need different keys.
@@ -57,6 +62,8 @@ impl Request {
             adapter: None,
             mask: None,
             num_top_log_probabilities: 0,
+            speculation: Speculation::Off,
+            prediction: Vec::new(),
             prefix_key: None,
         }
     }
@@ -89,6 +96,20 @@ impl Request {
         self
     }
 
+    /// Sets how the next tokens are guessed.
+    #[must_use]
+    pub fn with_speculation(mut self, speculation: Speculation) -> Self {
+        self.speculation = speculation;
+        self
+    }
+
+    /// Sets the tokens that the answer is expected to have.
+    #[must_use]
+    pub fn with_prediction(mut self, prediction: impl Into<Vec<u32>>) -> Self {
+        self.prediction = prediction.into();
+        self
+    }
+
     /// Shares the cache of common prefixes with requests of the same key.
     #[must_use]
     pub fn with_prefix_key(mut self, key: u64) -> Self {
@@ -105,7 +126,7 @@ pub fn sample_seed(seed: u64, sample: usize) -> u64 {
     Random::new(Random::new(seed).next_u64() ^ sample as u64).next_u64()
 }
 
-/// What a step did for one sequence.
+/// What a step did for one sequence. With speculation a step may return several events of a sequence, in their order.
 #[derive(Debug)]
 pub struct Event {
     /// The sequence.

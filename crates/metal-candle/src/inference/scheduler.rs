@@ -1,7 +1,10 @@
 //! Continuous batching: admits prompts at any time and advances all of them by one token or prompt chunk per step.
 
+use super::adapter_set::AdapterSet;
+use super::device_decoding::{DeviceDecoding, DeviceToken};
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::AllowedTokens;
+use super::plan::{Fed, plan};
 use super::request::{AdapterId, Event, Request, SequenceId};
 use super::sample_token::with_logits;
 use super::scheduler_config::SchedulerConfig;
@@ -9,7 +12,7 @@ use super::sequence::Sequence;
 use super::slots::{Slots, num_common};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::models::{Batch, Decoding, Model, Rows};
+use crate::models::{Batch, Model, Rows};
 use crate::ops::{Adapters, LowRankTerms};
 use candle_core::Tensor;
 use std::collections::VecDeque;
@@ -51,22 +54,18 @@ pub struct Scheduler {
     model: Model,
     tokenizer: Option<Tokenizer>,
     config: SchedulerConfig,
-    adapter_ids: Vec<AdapterId>,
-    /// The adapters in the order of `adapter_ids`.
-    adapters: Vec<LowRankTerms>,
+    adapters: AdapterSet,
     slots: Slots,
     /// The requests without slots, each as its first sample, in the order of their admission.
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    /// Buffers of the device's path for single-token steps, by adapter.
-    decodings: Vec<(Option<AdapterId>, Option<Decoding>)>,
+    device_decoding: DeviceDecoding,
     /// Buffer for masks.
     allowed: Option<AllowedTokens>,
     /// Events that no step has returned yet.
     events: Vec<Event>,
     num_steps: u64,
     num_admitted: u64,
-    num_adapters: u64,
 }
 
 impl Scheduler {
@@ -82,17 +81,15 @@ impl Scheduler {
             model,
             tokenizer: None,
             config,
-            adapter_ids: Vec::new(),
-            adapters: Vec::new(),
+            adapters: AdapterSet::default(),
             slots: Slots::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            decodings: Vec::new(),
+            device_decoding: DeviceDecoding::default(),
             allowed: None,
             events: Vec::new(),
             num_steps: 0,
             num_admitted: 0,
-            num_adapters: 0,
         }
     }
 
@@ -174,7 +171,7 @@ impl Scheduler {
             return Err(Error::argument("cache", message));
         }
         self.slots.clear();
-        self.decodings.clear();
+        self.device_decoding.clear();
         Ok(())
     }
 
@@ -183,12 +180,7 @@ impl Scheduler {
     /// # Errors
     /// The adapter does not fit the model.
     pub fn add_adapter(&mut self, terms: &LowRankTerms) -> Result<AdapterId> {
-        let terms = self.model.with_fixed_norms(terms)?;
-        let id = AdapterId(self.num_adapters);
-        self.num_adapters += 1;
-        self.adapter_ids.push(id);
-        self.adapters.push(terms);
-        Ok(id)
+        Ok(self.adapters.add(self.model.with_fixed_norms(terms)?))
     }
 
     /// Removes an adapter.
@@ -196,23 +188,15 @@ impl Scheduler {
     /// # Errors
     /// There is no such adapter, or a sequence uses it.
     pub fn remove_adapter(&mut self, adapter: AdapterId) -> Result<()> {
-        let index = self.adapter_index(adapter)?;
+        self.adapters.index(adapter)?;
         let used = self.waiting.iter().chain(&self.running).find(|sequence| sequence.adapter() == Some(adapter));
         if let Some(sequence) = used {
             let message = format!("adapter {adapter} is in use by sequence {}", sequence.id());
             return Err(Error::argument("adapter", message));
         }
-        self.adapter_ids.remove(index);
-        self.adapters.remove(index);
         self.slots.forget_adapter(adapter);
-        self.decodings.retain(|(held, _)| *held != Some(adapter));
-        Ok(())
-    }
-
-    fn adapter_index(&self, adapter: AdapterId) -> Result<usize> {
-        let index = self.adapter_ids.iter().position(|id| *id == adapter);
-        index
-            .ok_or_else(|| Error::argument("adapter", format!("adapter {adapter} was never added or has been removed")))
+        self.device_decoding.retain(|held| held != Some(adapter));
+        self.adapters.remove(adapter)
     }
 
     /// Queues a request; returns the ids of its sequences, one per sample.
@@ -223,7 +207,7 @@ impl Scheduler {
     /// queued then.
     pub fn admit(&mut self, request: Request) -> Result<Vec<SequenceId>> {
         if let Some(adapter) = request.adapter {
-            self.adapter_index(adapter)?;
+            self.adapters.index(adapter)?;
         }
         let (count, limit) = (request.num_samples, self.config.max_sequences);
         if count > limit {
@@ -301,7 +285,8 @@ impl Scheduler {
         self.events.clear();
     }
 
-    /// Advances the running sequences: each decoding sequence by one token, and prompts by chunks. Returns what became of
+    /// Advances the running sequences: each decoding sequence by one token and the drafts that are accepted, and prompts by
+    /// chunks. Returns what became of
     /// them; a sequence that fails, for example by logits that are not finite, ends with its error and leaves the others
     /// alone.
     ///
@@ -310,7 +295,11 @@ impl Scheduler {
     /// next step tries again. It also returns the events of the passes that succeeded.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         self.num_steps += 1;
-        let stepped = self.start_waiting().and_then(|()| self.decode()).and_then(|rest| self.forward(&rest));
+        let started = self.start_waiting();
+        let rotary_limit = self.model.rotary_limit();
+        // a draft that crossed the limit would change the rotation of the tokens before it
+        self.running.iter_mut().for_each(|sequence| sequence.propose(rotary_limit));
+        let stepped = started.and_then(|()| self.decode()).and_then(|rest| self.forward(&rest));
         self.retire();
         stepped?;
         Ok(std::mem::take(&mut self.events))
@@ -357,7 +346,7 @@ impl Scheduler {
     fn grow(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
         let grown = self.slots.reserve(&self.model, num_slots, num_tokens);
         if !matches!(grown, Ok(false)) {
-            self.decodings.clear();
+            self.device_decoding.clear();
         }
         if grown.is_err() && self.slots.num_bytes() == 0 {
             for sequence in &mut self.running {
@@ -380,7 +369,7 @@ impl Scheduler {
         let (mut left, mut rest): (Vec<usize>, Vec<usize>) = all.into_iter().partition(has_row);
         left.sort_by_key(|&index| self.running[index].adapter());
         let running = &self.running;
-        self.decodings.retain(|(held, _)| running.iter().any(|sequence| sequence.adapter() == *held));
+        self.device_decoding.retain(|held| running.iter().any(|sequence| sequence.adapter() == held));
         while let Some(&first) = left.first() {
             let adapter = self.running[first].adapter();
             let count = left.iter().take_while(|&&index| self.running[index].adapter() == adapter).count();
@@ -397,39 +386,20 @@ impl Scheduler {
     /// Decodes sequences with one adapter on the device; returns whether it can.
     fn decode_with(&mut self, adapter: Option<AdapterId>, indices: &[usize]) -> Result<bool> {
         let rows: Vec<_> = indices.iter().filter_map(|&index| self.running[index].decoding_row()).collect();
-        let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-        let index = adapter.map(|adapter| self.adapter_index(adapter)).transpose()?;
-        let terms = index.and_then(|index| self.adapters.get(index));
-        let Some(cache) = self.slots.cache().filter(|cache| longest <= cache.config().max_seq_len) else {
+        let terms = self.adapters.of(adapter)?;
+        let Some(cache) = self.slots.cache() else { return Ok(false) };
+        let Some(tokens) = self.device_decoding.decode(&self.model, cache, (adapter, terms), &rows)? else {
             return Ok(false);
         };
-        if !self.model.can_decode(rows.len(), terms, cache) {
-            return Ok(false);
-        }
-        let entry = self.decodings.iter().position(|(held, _)| *held == adapter).unwrap_or(self.decodings.len());
-        if entry == self.decodings.len() {
-            self.decodings.push((adapter, None));
-        }
-        let decoding = &mut self.decodings[entry].1;
-        let decoded = match self.model.decode(decoding, &rows, terms, cache) {
-            Ok(decoded) => decoded,
-            Err(error) => {
-                *decoding = None;
-                return Err(error);
-            }
-        };
-        for (row, (&index, decoded)) in indices.iter().zip(decoded).enumerate() {
+        for (&index, token) in indices.iter().zip(tokens) {
             let sequence = &mut self.running[index];
             sequence.set_cached(sequence.num_cached() + 1, self.num_steps);
             cache.set_len(sequence.slot(), sequence.num_cached());
-            let result = if decoded.log_probability.is_finite() {
-                sequence.accept(decoded)
-            } else {
-                // sampling from the logits says what is wrong with them
-                let logits = decoding.as_ref().map(|decoding| decoding.logits().get(row)).transpose();
-                logits.map_err(Error::from).and_then(|logits| {
-                    with_logits(&logits.ok_or(Error::Stopped)?, |logits| sequence.advance(logits, &mut self.allowed))
-                })
+            let result = match token {
+                DeviceToken::Sampled(decoded) => sequence.accept(decoded),
+                DeviceToken::Broken(logits) => {
+                    with_logits(&logits, |logits| sequence.advance(logits, &mut self.allowed, None))
+                }
             };
             report(&mut self.events, sequence, result);
         }
@@ -439,15 +409,15 @@ impl Scheduler {
     /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass.
     fn forward(&mut self, indices: &[usize]) -> Result<()> {
         self.restart_at_other_positions(indices);
-        let mut fed = self.tokens_of_step(indices);
-        let longest = fed.iter().map(|&(_, end)| end).max().unwrap_or(0);
+        let mut fed = plan(&self.running, indices, &self.config, self.model.rotary_limit());
+        let longest = fed.iter().map(|fed| fed.end + fed.num_drafts).max().unwrap_or(0);
         let room = self.slots.cache().map_or(0, |cache| cache.config().max_seq_len);
         if longest > room {
             // doubling keeps the copies of a growing cache few
             self.grow(0, longest.max(2 * room).min(self.model.config().max_sequence_length()))?;
         }
         // the rows of an adapter are multiplied together
-        fed.sort_by_key(|&(index, _)| self.running[index].adapter());
+        fed.sort_by_key(|fed| self.running[fed.index].adapter());
         if fed.is_empty() { Ok(()) } else { self.forward_tokens(&fed) }
     }
 
@@ -463,74 +433,79 @@ impl Scheduler {
         }
     }
 
-    /// The sequences to feed, each with the position after its last token to feed: decode steps first, then the chunks of
-    /// prompts, of which those that waited longest go first.
-    fn tokens_of_step(&self, indices: &[usize]) -> Vec<(usize, usize)> {
-        let end_of = |&index: &usize| {
-            let (cached, chunk) = (self.running[index].num_cached(), self.config.prefill_chunk);
-            // the same positions whatever else is in the step, so that the numbers are the same
-            let is_long = self.model.rotary_limit().is_some_and(|limit| self.running[index].ids().len() > limit);
-            // the rotation of a text follows from its length, so that it is computed as a whole
-            let chunk = if is_long { self.running[index].ids().len() } else { chunk };
-            let end = (cached / chunk + 1).saturating_mul(chunk);
-            (index, end.min(self.running[index].ids().len()))
-        };
-        let (mut fed, mut prompts): (Vec<_>, Vec<_>) =
-            indices.iter().map(end_of).partition(|&(index, _)| self.running[index].num_waiting() == 1);
-        prompts.sort_by_key(|&(index, _)| self.running[index].last_step());
-        let mut left = self.config.step_tokens.saturating_sub(fed.len());
-        for (number, (index, end)) in prompts.into_iter().enumerate() {
-            let count = end - self.running[index].num_cached();
-            if count <= left || number == 0 {
-                left = left.saturating_sub(count);
-                fed.push((index, end));
-            }
-        }
-        fed
-    }
-
-    fn forward_tokens(&mut self, fed: &[(usize, usize)]) -> Result<()> {
-        let mut of_sequence = Vec::with_capacity(fed.len());
+    fn forward_tokens(&mut self, all: &[Fed]) -> Result<()> {
+        let mut of_sequence = Vec::with_capacity(all.len());
         let mut batch = Batch::new();
-        for &(index, end) in fed {
-            let sequence = &self.running[index];
-            batch.push(&sequence.ids()[sequence.num_cached()..end], sequence.num_cached(), sequence.slot());
-            let index = sequence.adapter().map(|adapter| self.adapter_index(adapter)).transpose()?;
+        let mut rows = Vec::new();
+        for fed in all {
+            let sequence = &self.running[fed.index];
+            let mut ids = sequence.ids()[sequence.num_cached()..fed.end].to_vec();
+            ids.extend(&sequence.draft()[..fed.num_drafts]);
+            batch.push(&ids, sequence.num_cached(), sequence.slot());
+            if fed.end == sequence.ids().len() {
+                rows.extend(batch.num_tokens() - 1 - fed.num_drafts..batch.num_tokens());
+            }
+            let index = sequence.adapter().map(|adapter| self.adapters.index(adapter)).transpose()?;
             of_sequence.push(index.map(|index| index as u32));
         }
         let cache = self.slots.cache().ok_or(Error::Stopped)?;
-        let is_complete = |&(index, end): &(usize, usize)| end == self.running[index].ids().len();
-        let complete: Vec<bool> = fed.iter().map(is_complete).collect();
-        let rows = batch.last_rows().into_iter().zip(&complete);
-        let rows: Vec<usize> = rows.filter_map(|(row, &is_complete)| is_complete.then_some(row)).collect();
         let is_mixed = of_sequence.windows(2).any(|pair| pair[0] != pair[1]);
         let logits = if is_mixed {
-            let adapters = Adapters { sets: &self.adapters, of_sequence: &of_sequence };
+            let adapters = Adapters { sets: self.adapters.terms(), of_sequence: &of_sequence };
             self.model.forward_adapted(&batch, adapters, Some(cache), Rows::Of(&rows))
         } else {
-            let terms = of_sequence.first().copied().flatten().and_then(|index| self.adapters.get(index as usize));
+            let terms = self.adapters.of(all.first().and_then(|fed| self.running[fed.index].adapter()))?;
             self.model.forward(&batch, terms, Some(cache), Rows::Of(&rows))
         };
         let logits = match logits {
             Ok(logits) => logits,
             Err(error) => {
                 // what it wrote behind the tokens of a slot is overwritten later
-                for &(index, _) in fed {
-                    let sequence = &self.running[index];
+                for fed in all {
+                    let sequence = &self.running[fed.index];
                     self.slots.truncate(sequence.slot(), sequence.num_cached());
                 }
                 return Err(error);
             }
         };
         let mut row = 0;
-        for (&(index, end), is_complete) in fed.iter().zip(complete) {
-            self.running[index].set_cached(end, self.num_steps);
-            if is_complete {
+        for &Fed { index, end, num_drafts } in all {
+            let sequence = &mut self.running[index];
+            sequence.set_cached(end, self.num_steps);
+            if num_drafts > 0 {
+                let kept = self.check_drafts(index, num_drafts, |draft| logits.get(row + draft).map_err(Error::from));
+                let sequence = &mut self.running[index];
+                sequence.set_cached(end + kept, self.num_steps);
+                self.slots.truncate(sequence.slot(), end + kept);
+            } else if end == sequence.ids().len() {
                 self.sample(index, logits.get(row).map_err(Error::from));
-                row += 1;
+            } else {
+                continue;
             }
+            row += 1 + num_drafts;
         }
         Ok(())
+    }
+
+    /// Samples the tokens of a sequence after its last token and its drafts, until one differs from its draft or ends it.
+    /// Returns the number of drafts that the sequence goes on behind.
+    fn check_drafts(&mut self, index: usize, count: usize, logits: impl Fn(usize) -> Result<Tensor>) -> usize {
+        let sequence = &mut self.running[index];
+        let draft = sequence.take_draft(count);
+        let mut kept = 0;
+        loop {
+            let expected = draft.get(kept).copied();
+            let advance = |logits: &[f32]| sequence.advance(logits, &mut self.allowed, expected);
+            let result = logits(kept).and_then(|logits| with_logits(&logits, advance));
+            let token = result.as_ref().ok().map(|piece| piece.token);
+            report(&mut self.events, sequence, result);
+            if expected.is_none() || token != expected || sequence.is_finished() {
+                break;
+            }
+            kept += 1;
+        }
+        sequence.finish_pass(draft.len(), kept);
+        kept
     }
 
     /// Samples the next token of a sequence, and the first one of each sample that waits for its prompt.
@@ -540,13 +515,13 @@ impl Scheduler {
         let mut samples = std::mem::take(first.samples_mut());
         let read = logits.and_then(|logits| {
             with_logits(&logits, |logits| {
-                let result = first.advance(logits, allowed);
+                let result = first.advance(logits, allowed, None);
                 report(events, first, result);
                 for sample in &mut samples {
                     let copied = slots.cache().ok_or(Error::Stopped).and_then(|cache| {
                         cache.copy_slot(first.slot(), sample.slot())?;
                         sample.set_prompt_copied(*num_steps);
-                        sample.advance(logits, allowed)
+                        sample.advance(logits, allowed, None)
                     });
                     report(events, sample, copied);
                 }

@@ -1,5 +1,6 @@
 //! One sequence of a scheduler: its tokens, its sampler, and when it ends.
 
+use super::drafter::Drafter;
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::{AllowedTokens, TokenMask};
 use super::request::{AdapterId, Request, SequenceId, sample_seed};
@@ -30,6 +31,9 @@ pub(super) struct Sequence {
     sharing: Option<Sharing>,
     mask: Option<Box<dyn TokenMask>>,
     num_top: usize,
+    drafter: Option<Drafter>,
+    /// Guesses of the tokens after `ids`.
+    draft: Vec<u32>,
     sampler: Sampler,
     decoder: Option<StreamDecoder>,
     stop: StopMatcher,
@@ -99,6 +103,8 @@ impl Sequence {
             sharing: request.prefix_key.map(|key| Sharing { key, adapter: request.adapter }),
             mask: None,
             num_top: request.num_top_log_probabilities,
+            drafter: Drafter::new(request.speculation, &request.prediction),
+            draft: Vec::new(),
             sampler,
             decoder: tokenizer.map(|tokenizer| tokenizer.stream_decoder(config.skip_special_tokens)),
             stop: StopMatcher::new(config.stop_strings.clone()),
@@ -147,6 +153,40 @@ impl Sequence {
     /// Number of tokens that the cache does not hold yet.
     pub(super) fn num_waiting(&self) -> usize {
         self.ids.len() - self.num_cached
+    }
+
+    /// Drafts the tokens that may follow, if the next step is the one after its last token. `len_limit` is the most tokens
+    /// that the text may have with them.
+    pub(super) fn propose(&mut self, len_limit: Option<usize>) {
+        self.draft.clear();
+        let is_decoding = self.num_waiting() == 1 && self.samples.is_empty() && !self.is_paused;
+        let Some(drafter) = self.drafter.as_mut().filter(|_| is_decoding) else { return };
+        // after all drafts one more token is sampled
+        let left = (self.max_tokens - self.generated_tokens).min(self.max_len - self.ids.len()).saturating_sub(1);
+        let left = len_limit.map_or(left, |limit| left.min(limit.saturating_sub(self.ids.len())));
+        self.draft = drafter.draft(&self.ids, self.generated_tokens, left);
+    }
+
+    /// The drafts of the tokens after its last one.
+    pub(super) fn draft(&self) -> &[u32] {
+        &self.draft
+    }
+
+    /// Takes the first drafts, which a pass has computed.
+    pub(super) fn take_draft(&mut self, count: usize) -> Vec<u32> {
+        let mut draft = std::mem::take(&mut self.draft);
+        draft.truncate(count);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.count_drafted(draft.len());
+        }
+        draft
+    }
+
+    /// Records how many drafts of a pass were accepted.
+    pub(super) fn finish_pass(&mut self, drafted: usize, accepted: usize) {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.finish_pass(drafted, accepted, self.generated_tokens);
+        }
     }
 
     /// Number of tokens to allocate the cache for at first: a sequence may end long before its limit.
@@ -243,12 +283,15 @@ impl Sequence {
             if count > 0 && seconds > 0.0 { count as f64 / seconds } else { 0.0 }
         };
         let computed = self.prompt_tokens - self.reused_tokens;
+        let (accepted, rejected) = self.drafter.as_ref().map_or((0, 0), Drafter::counts);
         Finish {
             reason,
             stop_string: self.stop.found().map(ToOwned::to_owned),
             prompt_tokens: self.prompt_tokens,
             reused_tokens: self.reused_tokens,
             generated_tokens: self.generated_tokens,
+            accepted_draft_tokens: accepted,
+            rejected_draft_tokens: rejected,
             prompt_tokens_per_second: per_second(computed, (first_token - self.started).as_secs_f64()),
             decode_tokens_per_second: per_second(
                 self.generated_tokens.saturating_sub(1),
@@ -258,8 +301,14 @@ impl Sequence {
         }
     }
 
-    /// Adds the token sampled from this row of logits. `allowed` is a buffer for the mask.
-    pub(super) fn advance(&mut self, logits: &[f32], allowed: &mut Option<AllowedTokens>) -> Result<Piece> {
+    /// Adds the token sampled from this row of logits. `allowed` is a buffer for the mask; `draft` is what the token was
+    /// expected to be.
+    pub(super) fn advance(
+        &mut self,
+        logits: &[f32],
+        allowed: &mut Option<AllowedTokens>,
+        draft: Option<u32>,
+    ) -> Result<Piece> {
         let allowed = match &mut self.mask {
             None => None,
             Some(mask) => {
@@ -276,6 +325,9 @@ impl Sequence {
             }
         };
         let (choice, top) = self.sampler.sample_allowed(logits, allowed, self.num_top)?;
+        if let Some(drafter) = self.drafter.as_mut().filter(|_| draft == Some(choice.token)) {
+            drafter.count_accepted();
+        }
         self.add(choice, top)
     }
 
@@ -290,6 +342,9 @@ impl Sequence {
         if self.num_waiting() != 1 || self.mask.is_some() || self.num_top > 0 || !self.samples.is_empty() {
             return None;
         }
+        if !self.draft.is_empty() {
+            return None;
+        }
         let choice = self.sampler.choice_on_device()?;
         let position = self.num_cached;
         Some(DecodingRow { id: self.ids[position], position, slot: self.slot, choice })
@@ -297,6 +352,9 @@ impl Sequence {
 
     fn add(&mut self, Choice { token, log_probability }: Choice, top: Vec<Choice>) -> Result<Piece> {
         self.generated_tokens += 1;
+        if let Some(drafter) = &mut self.drafter {
+            drafter.observe(token);
+        }
         self.first_token.get_or_insert_with(Instant::now);
         let mut reason = None;
         let mut text = String::new();
@@ -330,6 +388,7 @@ impl Sequence {
 fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<()> {
     let Request { prompt, config, .. } = request;
     config.validate()?;
+    request.speculation.validate()?;
     let max_len = model.config().max_sequence_length();
     let vocab = model.config().vocab_size;
     if prompt.is_empty() {
@@ -346,6 +405,9 @@ fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Res
     let outside = |id: u32| format!("token `{id}` is outside the vocabulary of {vocab} tokens");
     if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::argument("prompt", outside(id)));
+    }
+    if let Some(&id) = request.prediction.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument("prediction", outside(id)));
     }
     if let Some(&id) = config.sampling.logit_bias.keys().find(|&&id| id as usize >= vocab) {
         return Err(Error::argument("logit_bias", outside(id)));

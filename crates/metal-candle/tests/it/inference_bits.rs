@@ -70,7 +70,7 @@ fn the_parts_of_a_text_do_not_change_its_bits() {
     }
 }
 
-fn quantized(mixture: &str) -> Model {
+pub(super) fn quantized(mixture: &str) -> Model {
     let quantization = Quantization::from(QuantizationMixture::from_name(mixture).unwrap());
     model_of(wide_config(), DType::F32).quantize(&quantization, |_| {}).unwrap()
 }

@@ -3,6 +3,7 @@
 use super::inference_generator::{
     VOCAB, adapter, argument, assert_close, config, drawn, greedy, ids, logits_of, model_of, tokenizer,
 };
+use super::inference_speculation::EAGER;
 use candle_core::{DType, Tensor};
 use metal_candle::inference::{
     AllowedTokens, Choice, Event, FinishReason, GenerationConfig, Piece, Request, SamplingConfig, Scheduler,
@@ -37,7 +38,7 @@ impl Collected {
         self.add(scheduler.step().unwrap());
     }
 
-    fn add(&mut self, events: Vec<Event>) {
+    pub(super) fn add(&mut self, events: Vec<Event>) {
         for event in events {
             match event.result {
                 Ok(piece) => self.pieces.entry(event.sequence).or_default().push(piece),
@@ -508,6 +509,7 @@ struct Arrival {
     adapter: Option<usize>,
     num_top: usize,
     is_masked: bool,
+    is_drafted: bool,
     /// The step in which its first sample is cancelled.
     cancelled: Option<usize>,
 }
@@ -529,11 +531,12 @@ fn arrival() -> impl Strategy<Value = Arrival> {
     let prompt = prompt.prop_map(|(count, rest)| ids(count).into_iter().chain(rest).collect::<Vec<u32>>());
     let config = (1usize..8, proptest::option::of(0u64..100))
         .prop_map(|(max_tokens, seed)| seed.map_or(greedy(max_tokens), |seed| drawn(max_tokens, seed)));
-    let rest = (1usize..4, proptest::option::of(0usize..2), 0usize..3, proptest::bool::weighted(0.2));
+    let flags = (proptest::bool::weighted(0.2), proptest::bool::ANY);
+    let rest = (1usize..4, proptest::option::of(0usize..2), 0usize..3, flags);
     let cancelled = proptest::option::weighted(0.2, 0usize..20);
     (0usize..12, prompt, config, rest, cancelled).prop_map(|(step, prompt, config, rest, cancelled)| {
-        let (num_samples, adapter, num_top, is_masked) = rest;
-        Arrival { step, prompt, config, num_samples, adapter, num_top, is_masked, cancelled }
+        let (num_samples, adapter, num_top, (is_masked, is_drafted)) = rest;
+        Arrival { step, prompt, config, num_samples, adapter, num_top, is_masked, is_drafted, cancelled }
     })
 }
 
@@ -549,6 +552,7 @@ proptest! {
             for (index, arrival) in arrivals.iter().enumerate() {
                 if arrival.step == step {
                     let request = arrival.request(&mut scheduler, arrival.config.clone());
+                    let request = if arrival.is_drafted { request.with_speculation(EAGER) } else { request };
                     admitted[index] = scheduler.admit(request.with_num_samples(arrival.num_samples)).unwrap();
                 }
                 if let (Some(&first), true) = (admitted[index].first(), arrival.cancelled == Some(step)) {

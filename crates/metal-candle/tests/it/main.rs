@@ -28,6 +28,7 @@ mod inference_bits;
 mod inference_generator;
 mod inference_sampling;
 mod inference_scheduler;
+mod inference_speculation;
 mod loader_config;
 mod loader_files;
 mod loader_model;

@@ -1,0 +1,55 @@
+//! The adapters of a scheduler: their low-rank updates by id.
+
+use super::request::AdapterId;
+use crate::error::{Error, Result};
+use crate::ops::LowRankTerms;
+
+#[derive(Debug, Default)]
+pub(super) struct AdapterSet {
+    ids: Vec<AdapterId>,
+    /// In the order of `ids`.
+    terms: Vec<LowRankTerms>,
+    num_added: u64,
+}
+
+impl AdapterSet {
+    pub(super) fn add(&mut self, terms: LowRankTerms) -> AdapterId {
+        let id = AdapterId(self.num_added);
+        self.num_added += 1;
+        self.ids.push(id);
+        self.terms.push(terms);
+        id
+    }
+
+    /// # Errors
+    /// There is no such adapter.
+    pub(super) fn remove(&mut self, adapter: AdapterId) -> Result<()> {
+        let index = self.index(adapter)?;
+        self.ids.remove(index);
+        self.terms.remove(index);
+        Ok(())
+    }
+
+    /// The index of an adapter in [`Self::terms`].
+    ///
+    /// # Errors
+    /// There is no such adapter.
+    pub(super) fn index(&self, adapter: AdapterId) -> Result<usize> {
+        let index = self.ids.iter().position(|id| *id == adapter);
+        index
+            .ok_or_else(|| Error::argument("adapter", format!("adapter {adapter} was never added or has been removed")))
+    }
+
+    /// The low-rank updates of all adapters.
+    pub(super) fn terms(&self) -> &[LowRankTerms] {
+        &self.terms
+    }
+
+    /// The low-rank updates of a sequence's adapter, if it has one.
+    ///
+    /// # Errors
+    /// There is no such adapter.
+    pub(super) fn of(&self, adapter: Option<AdapterId>) -> Result<Option<&LowRankTerms>> {
+        adapter.map(|adapter| Ok(&self.terms[self.index(adapter)?])).transpose()
+    }
+}

@@ -1,0 +1,209 @@
+//! Drafts the next tokens of a sequence from text that it has seen or was told to expect.
+
+use super::speculation::Speculation;
+
+/// Number of latest drafted tokens whose acceptance is watched.
+const WINDOW: u32 = u32::BITS;
+/// Fewest of them that have to be accepted, 30 %.
+const FEWEST_ACCEPTED: u32 = 10;
+/// Number of tokens that a sequence generates without drafts after fewer were accepted.
+const PAUSE: usize = 64;
+
+/// Drafts the tokens of one sequence.
+#[derive(Debug, Clone)]
+pub(super) struct Drafter {
+    max_tokens: usize,
+    min_ngram: usize,
+    max_ngram: usize,
+    prediction: Vec<u32>,
+    /// The index in `prediction` of the token that is expected next.
+    next: usize,
+    /// Whether the last token was the one before `next`.
+    is_on_track: bool,
+    /// One bit for each of the latest drafted tokens, 1 for an accepted one.
+    outcomes: u32,
+    num_outcomes: u32,
+    /// The number of generated tokens from which on it drafts.
+    resumes_at: usize,
+    num_accepted: usize,
+    num_rejected: usize,
+}
+
+impl Drafter {
+    /// A drafter for a request; none if speculation is off.
+    pub(super) fn new(speculation: Speculation, prediction: &[u32]) -> Option<Self> {
+        let Speculation::Lookup { max_tokens, min_ngram, max_ngram } = speculation else { return None };
+        Some(Self {
+            max_tokens,
+            min_ngram,
+            max_ngram,
+            prediction: prediction.to_vec(),
+            next: 0,
+            is_on_track: true,
+            outcomes: 0,
+            num_outcomes: 0,
+            resumes_at: 0,
+            num_accepted: 0,
+            num_rejected: 0,
+        })
+    }
+
+    /// At most `most` tokens that may follow `ids`, of which `generated` were sampled.
+    pub(super) fn draft(&mut self, ids: &[u32], generated: usize, most: usize) -> Vec<u32> {
+        let most = most.min(self.max_tokens);
+        if most == 0 || generated < self.resumes_at {
+            return Vec::new();
+        }
+        self.find_track(ids);
+        if self.is_on_track && self.next < self.prediction.len() {
+            return self.prediction[self.next..].iter().take(most).copied().collect();
+        }
+        let Some(end) = self.latest_match(ids) else { return Vec::new() };
+        // what a repetition continues with may be the draft itself
+        let period = ids.len() - end;
+        (0..most).map(|index| ids[end + index % period]).collect()
+    }
+
+    /// Looks for the last tokens in the prediction after the answer has left it.
+    fn find_track(&mut self, ids: &[u32]) {
+        if self.is_on_track {
+            return;
+        }
+        let ends = 1..self.prediction.len();
+        let matches = ends.map(|end| (self.match_len(&self.prediction[..end], ids), end));
+        let matches = matches.filter(|(len, _)| *len >= self.min_ngram);
+        // the longest, of equal ones the next, else the first
+        let best = matches.max_by_key(|&(len, end)| (len, end >= self.next, std::cmp::Reverse(end)));
+        if let Some((_, end)) = best {
+            (self.next, self.is_on_track) = (end, true);
+        }
+    }
+
+    /// The position after the longest match of the last tokens in the tokens before them, of equal ones the latest.
+    fn latest_match(&self, ids: &[u32]) -> Option<usize> {
+        let mut best = (self.min_ngram - 1, None);
+        for end in (1..ids.len()).rev() {
+            let len = self.match_len(&ids[..end], ids);
+            if len > best.0 {
+                best = (len, Some(end));
+                if len == self.max_ngram {
+                    break;
+                }
+            }
+        }
+        best.1
+    }
+
+    /// The number of last tokens that two texts have in common.
+    fn match_len(&self, left: &[u32], right: &[u32]) -> usize {
+        let pairs = left.iter().rev().zip(right.iter().rev()).take(self.max_ngram);
+        pairs.take_while(|(left, right)| left == right).count()
+    }
+
+    /// Records a sampled token.
+    pub(super) fn observe(&mut self, token: u32) {
+        self.is_on_track = self.is_on_track && self.prediction.get(self.next) == Some(&token);
+        if self.is_on_track {
+            self.next += 1;
+        }
+    }
+
+    /// Counts drafts that a pass checks; they count as rejected until they are accepted.
+    pub(super) fn count_drafted(&mut self, count: usize) {
+        self.num_rejected += count;
+    }
+
+    /// Counts the next draft as accepted.
+    pub(super) fn count_accepted(&mut self) {
+        self.num_accepted += 1;
+        self.num_rejected -= 1;
+    }
+
+    /// Records how many of the drafts of a pass were accepted, with `generated` tokens sampled by now.
+    pub(super) fn finish_pass(&mut self, drafted: usize, accepted: usize, generated: usize) {
+        for index in 0..drafted {
+            self.outcomes = self.outcomes << 1 | u32::from(index < accepted);
+        }
+        self.num_outcomes = WINDOW.min(self.num_outcomes + drafted as u32);
+        if self.num_outcomes == WINDOW && self.outcomes.count_ones() < FEWEST_ACCEPTED {
+            self.resumes_at = generated + PAUSE;
+            self.num_outcomes = 0;
+        }
+    }
+
+    /// Number of accepted and of rejected drafts.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.num_accepted, self.num_rejected)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn drafter(prediction: &[u32]) -> Drafter {
+        let speculation = Speculation::Lookup { max_tokens: 4, min_ngram: 2, max_ngram: 3 };
+        Drafter::new(speculation, prediction).unwrap()
+    }
+
+    #[test]
+    fn the_longest_and_latest_match_is_continued() {
+        let mut drafter = drafter(&[]);
+        assert_eq!(drafter.draft(&[1, 2, 3, 4, 5, 9, 2, 3], 0, 9), [4, 5, 9, 2]);
+        assert_eq!(drafter.draft(&[1, 2, 3, 4, 5, 9, 2, 3], 0, 2), [4, 5]);
+        // 1 2 3 is longer than the later 2 3
+        assert_eq!(drafter.draft(&[1, 2, 3, 4, 2, 3, 5, 1, 2, 3], 0, 2), [4, 2]);
+        // 2 3 occurs twice
+        assert_eq!(drafter.draft(&[2, 3, 4, 2, 3, 5, 7, 2, 3], 0, 2), [5, 7]);
+        // a repetition
+        assert_eq!(drafter.draft(&[8, 1, 2, 1, 2], 0, 4), [1, 2, 1, 2]);
+        assert_eq!(drafter.draft(&[8, 6, 6, 6], 0, 4), [6, 6, 6, 6]);
+        assert_eq!(drafter.draft(&[1, 2, 3, 4, 3], 0, 4), [0; 0]);
+        assert_eq!(drafter.draft(&[1], 0, 4), [0; 0]);
+        assert_eq!(drafter.draft(&[1, 1, 1], 0, 0), [0; 0]);
+    }
+
+    #[test]
+    fn a_prediction_is_followed_left_and_found_again() {
+        let mut drafter = drafter(&[10, 11, 12, 13, 14, 15, 11, 12, 16]);
+        let mut ids = vec![1, 2];
+        let mut next = |ids: &mut Vec<u32>, token: u32| {
+            drafter.observe(token);
+            ids.push(token);
+            drafter.draft(ids, ids.len() - 2, 3)
+        };
+        assert_eq!(next(&mut ids, 10), [11, 12, 13]);
+        assert_eq!(next(&mut ids, 11), [12, 13, 14]);
+        assert_eq!(next(&mut ids, 99), [0; 0]);
+        assert_eq!(next(&mut ids, 11), [0; 0]);
+        assert_eq!(next(&mut ids, 12), [13, 14, 15]);
+        assert_eq!(next(&mut ids, 98), [0; 0]);
+        assert_eq!(next(&mut ids, 14), [0; 0]);
+        assert_eq!(next(&mut ids, 15), [11, 12, 16]);
+        for token in [11, 12] {
+            next(&mut ids, token);
+        }
+        // the end of the prediction: the answer so far is left, where 12 16 did not occur
+        assert_eq!(next(&mut ids, 16), [0; 0]);
+    }
+
+    #[test]
+    fn rejected_drafts_pause_drafting_for_a_while() {
+        let mut drafter = drafter(&[]);
+        let ids = [3, 4, 5, 3, 4];
+        for pass in 0..8 {
+            assert_eq!(drafter.draft(&ids, pass, 4).len(), 4);
+            drafter.count_drafted(4);
+            drafter.count_accepted();
+            drafter.finish_pass(4, 1, pass);
+        }
+        assert_eq!(drafter.counts(), (8, 24));
+        assert!(drafter.draft(&ids, 7 + PAUSE - 1, 4).is_empty());
+        // again 32 drafts are tried
+        for pass in 0..9 {
+            assert!(!drafter.draft(&ids, 7 + PAUSE + pass, 4).is_empty());
+            drafter.finish_pass(4, 2, pass);
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! How drafts of the next tokens are made.
+
+use crate::error::{Error, Result};
+
+/// How the next tokens of a sequence are guessed, so that one pass can compute several.
+///
+/// A draft never changes an answer: the sampler draws every token from the logits of the model, and drafts that differ from
+/// the drawn tokens are discarded. On the CPU tokens and log-probabilities have the same bits with and without drafts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Speculation {
+    /// Each step computes one token.
+    #[default]
+    Off,
+    /// Drafts the tokens that followed the last tokens where these occurred before: in the predicted text, else in the
+    /// prompt and the answer so far (prompt lookup). A sequence that rejects most of its drafts stops drafting for a while.
+    Lookup {
+        /// Most tokens of a draft, 1 to 64.
+        max_tokens: usize,
+        /// Fewest last tokens that must occur before, at least 1.
+        min_ngram: usize,
+        /// Most last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
+        max_ngram: usize,
+    },
+}
+
+impl Speculation {
+    /// Drafts of up to 4 tokens by the last 2 to 4.
+    pub const LOOKUP: Self = Self::Lookup { max_tokens: 4, min_ngram: 2, max_ngram: 4 };
+
+    /// Most tokens of a draft or of a comparison.
+    const MAX_TOKENS: usize = 64;
+
+    /// Checks the range of every setting.
+    ///
+    /// # Errors
+    /// The first setting that is out of its range.
+    pub fn validate(&self) -> Result<()> {
+        let Self::Lookup { max_tokens, min_ngram, max_ngram } = *self else { return Ok(()) };
+        let most = Self::MAX_TOKENS;
+        for (name, found, least) in
+            [("max_tokens", max_tokens, 1), ("min_ngram", min_ngram, 1), ("max_ngram", max_ngram, min_ngram)]
+        {
+            if !(least..=most).contains(&found) {
+                let message = format!("`{name}`: expected {least} to {most}, found {found}");
+                return Err(Error::argument("speculation", message));
+            }
+        }
+        Ok(())
+    }
+}
