@@ -112,26 +112,16 @@ impl Sampler {
         num_top: usize,
     ) -> Result<(Choice, Vec<Choice>)> {
         let drawn = self.draw(logits, allowed)?;
-        let scratch = &mut self.scratch;
-        let maximum = match drawn.maximum {
-            Some(maximum) => maximum,
-            None => largest(logits, &mut scratch.maxima)?,
-        };
-        let total = drawn.total.unwrap_or_else(|| sum_of_exponentials(logits, maximum));
-        let choice = |token: u32, logit: f32| {
-            let log_probability = (f64::from(logit) - f64::from(maximum) - total.ln()) as f32;
-            Choice { token, log_probability }
-        };
-        let mut top = Vec::new();
-        if num_top > 0 {
-            scratch.collect_largest(logits, num_top);
-            scratch.candidates.sort_unstable_by(|a, b| rank(*a, *b));
-            top.extend(scratch.candidates.iter().map(|&(token, logit)| choice(token, logit)));
-        }
         let token = drawn.index as u32;
-        let chosen = choice(token, logits.get(drawn.index).copied().unwrap_or(f32::NEG_INFINITY));
+        let chosen = self.scratch.describe(logits, token, (drawn.maximum, drawn.total), num_top)?;
         self.observe(&[token]);
-        Ok((chosen, top))
+        Ok(chosen)
+    }
+
+    /// A token with its log-probability and the `num_top` most probable tokens, as [`Sampler::sample_allowed`] returns for
+    /// the token that it draws. It is not put into the window of the penalties.
+    pub(super) fn score(&mut self, logits: &[f32], token: u32, num_top: usize) -> Result<(Choice, Vec<Choice>)> {
+        self.scratch.describe(logits, token, (None, None), num_top)
     }
 
     /// How a device chooses the next token as this sampler would; `None` if that takes penalties or a bias.
@@ -248,6 +238,35 @@ fn rank((id, logit): (u32, f32), (other_id, other): (u32, f32)) -> Ordering {
 }
 
 impl Scratch {
+    /// A token with its log-probability, and the `num_top` most probable tokens. `known` are the largest logit and the sum of
+    /// the exponentials of the distances from it, where they are known.
+    fn describe(
+        &mut self,
+        logits: &[f32],
+        token: u32,
+        known: (Option<f32>, Option<f64>),
+        num_top: usize,
+    ) -> Result<(Choice, Vec<Choice>)> {
+        // `maxima` may be those of other logits, after penalties
+        let maximum = match known.0 {
+            Some(maximum) => maximum,
+            None => largest(logits, &mut self.maxima)?,
+        };
+        let total = known.1.unwrap_or_else(|| sum_of_exponentials(logits, maximum));
+        let choice = |token: u32, logit: f32| {
+            let log_probability = (f64::from(logit) - f64::from(maximum) - total.ln()) as f32;
+            Choice { token, log_probability }
+        };
+        let mut top = Vec::new();
+        if num_top > 0 {
+            self.collect_largest(logits, num_top);
+            self.candidates.sort_unstable_by(|a, b| rank(*a, *b));
+            top.extend(self.candidates.iter().map(|&(token, logit)| choice(token, logit)));
+        }
+        let logit = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        Ok((choice(token, logit), top))
+    }
+
     /// Chooses among these logits.
     fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Random) -> Result<Drawn> {
         let largest = largest(logits, &mut self.maxima)?;

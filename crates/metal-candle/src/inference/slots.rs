@@ -17,6 +17,7 @@ pub(super) struct Slots {
 #[derive(Debug, Default)]
 struct Slot {
     is_taken: bool,
+    /// What later sequences may use of a free slot.
     prefix: Option<Prefix>,
     /// The number of the last release.
     released: u64,
@@ -26,8 +27,19 @@ struct Slot {
 #[derive(Debug)]
 pub(super) struct Prefix {
     pub(super) ids: Vec<u32>,
+    pub(super) sharing: Sharing,
+}
+
+/// Sequences with equal values share prefixes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sharing {
     pub(super) key: u64,
     pub(super) adapter: Option<AdapterId>,
+}
+
+/// The number of first tokens that two texts have in common.
+pub(super) fn num_common(left: &[u32], right: &[u32]) -> usize {
+    left.iter().zip(right).take_while(|(left, right)| left == right).count()
 }
 
 impl Slots {
@@ -81,26 +93,51 @@ impl Slots {
         grown.map(|()| true)
     }
 
-    /// Takes a free slot for a sequence that starts with `ids`; returns the slot and the number of first tokens that it
-    /// holds already, at most all but the last, whose logits are needed. `key` and `adapter` are those of
-    /// [`Prefix`]; without a key no prefix is used.
-    pub(super) fn take(&mut self, ids: &[u32], key: Option<u64>, adapter: Option<AdapterId>) -> Option<(usize, usize)> {
-        let ids = &ids[..ids.len().saturating_sub(1)];
-        let shared = |slot: &Slot| {
-            let prefix = slot.prefix.as_ref().filter(|prefix| Some(prefix.key) == key && prefix.adapter == adapter);
-            prefix.map_or(0, |prefix| prefix.ids.iter().zip(ids).take_while(|(a, b)| a == b).count())
+    /// Takes a free slot, emptied.
+    pub(super) fn take(&mut self) -> Option<usize> {
+        let index = self.next_free()?;
+        self.mark_taken(index, 0);
+        Some(index)
+    }
+
+    /// Takes a free slot for a sequence that starts with `ids`; returns the slot and how many of these tokens it holds.
+    /// `busy` is a slot in use that holds this number of them.
+    pub(super) fn take_with_prefix(
+        &mut self,
+        ids: &[u32],
+        sharing: Sharing,
+        busy: Option<(usize, usize)>,
+    ) -> Option<(usize, usize)> {
+        let free = self.next_free()?;
+        let held = |(index, slot): (usize, &Slot)| {
+            let prefix = slot.prefix.as_ref().filter(|prefix| prefix.sharing == sharing)?;
+            Some((num_common(&prefix.ids, ids), index, prefix.ids.len()))
         };
+        let (count, index, len) = self.all.iter().enumerate().filter_map(held).max().unwrap_or((0, free, 0));
+        let (from, count, is_copied) = match busy {
+            Some((slot, shared)) if shared > count => (slot, shared, true),
+            // another text that has little in common with this one stays
+            _ => (index, count, 2 * count < len),
+        };
+        if !is_copied || from == free {
+            self.mark_taken(from, count);
+            return Some((from, count));
+        }
+        self.mark_taken(free, 0);
+        let copied = self.cache.as_mut().is_some_and(|cache| cache.copy_prefix(from, free, count).is_ok());
+        Some((free, if copied { count } else { 0 }))
+    }
+
+    /// The free slot whose loss costs least: an empty one, else the one that was released first.
+    fn next_free(&self) -> Option<usize> {
         let free = self.all.iter().enumerate().filter(|(_, slot)| !slot.is_taken);
-        // the longest prefix, else an empty slot, else the slot that was released first
-        let (index, slot) = free.min_by_key(|(index, slot)| {
-            (std::cmp::Reverse(shared(slot)), slot.prefix.is_some(), slot.released, *index)
-        })?;
-        let reused = shared(slot);
-        let slot = &mut self.all[index];
-        slot.is_taken = true;
-        slot.prefix = None;
-        self.truncate(index, reused);
-        Some((index, reused))
+        free.min_by_key(|(index, slot)| (slot.prefix.is_some(), slot.released, *index)).map(|(index, _)| index)
+    }
+
+    /// Takes a slot with its first `len` tokens.
+    fn mark_taken(&mut self, index: usize, len: usize) {
+        (self.all[index].is_taken, self.all[index].prefix) = (true, None);
+        self.truncate(index, len);
     }
 
     /// Frees a slot, which may keep a prefix for later sequences.
@@ -115,7 +152,7 @@ impl Slots {
     /// Forgets the prefixes that an adapter computed.
     pub(super) fn forget_adapter(&mut self, adapter: AdapterId) {
         for slot in &mut self.all {
-            slot.prefix.take_if(|prefix| prefix.adapter == Some(adapter));
+            slot.prefix.take_if(|prefix| prefix.sharing.adapter == Some(adapter));
         }
     }
 
@@ -127,7 +164,8 @@ impl Slots {
     }
 }
 
-fn new_cache(model: &Model, num_slots: usize, num_tokens: usize) -> Result<KVCache> {
+/// An empty cache of the type that suits a model.
+pub(super) fn new_cache(model: &Model, num_slots: usize, num_tokens: usize) -> Result<KVCache> {
     let (sizes, dtype) = cache_config(model, num_slots, num_tokens);
     KVCache::with_dtype(sizes, &model.device(), dtype)
 }

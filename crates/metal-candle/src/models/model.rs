@@ -16,7 +16,7 @@ use super::tensors::Tensors;
 use super::{Batch, KVCache};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::adapters::{Adapters, Terms};
+use crate::ops::adapters::{Adapters, LayerTerms, Terms};
 use crate::ops::attention::{Cached, Spans};
 use crate::ops::gpu;
 use crate::ops::head::{self, Head};
@@ -267,15 +267,65 @@ impl Model {
         self.inner.files.finish_pass()
     }
 
+    /// The final hidden states of the chosen rows, after the last norm: `[rows, hidden_size]`, f32.
+    ///
+    /// With a cache, each sequence continues what its slot holds, and is added to it.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn hidden_states(
+        &self,
+        batch: &Batch,
+        terms: Option<&LowRankTerms>,
+        cache: Option<&mut KVCache>,
+        rows: Rows,
+    ) -> Result<Tensor> {
+        self.check_terms(terms)?;
+        let hidden = self.device().step(|| {
+            let (hidden, _) = self.hidden(batch, Terms::Same(terms), cache, rows, None)?;
+            Ok(hidden.to_dtype(DType::F32)?)
+        })?;
+        self.inner.files.finish_pass()?;
+        Ok(hidden)
+    }
+
+    /// Logits of rows of [`Model::hidden_states`]: `[rows, vocab_size]`, f32.
+    pub(crate) fn logits_of(&self, hidden: &Tensor, terms: Option<&LowRankTerms>) -> Result<Tensor> {
+        let terms = Terms::Same(terms).of_layer(self.head_id());
+        let logits = self.device().step(|| {
+            let hidden = hidden.to_dtype(self.activation_dtype())?;
+            head::logits(&hidden, &self.inner.head, &terms)
+        })?;
+        self.inner.files.finish_pass()?;
+        Ok(logits)
+    }
+
     fn logits(
         &self,
         batch: &Batch,
         terms: Terms,
-        mut cache: Option<&mut KVCache>,
+        cache: Option<&mut KVCache>,
         rows: Rows,
         inputs: Option<&InputSquares>,
     ) -> Result<Tensor> {
-        let config = &self.inner.config;
+        let (hidden, terms) = self.hidden(batch, terms, cache, rows, inputs)?;
+        if hidden.dim(0)? == 0 {
+            // a part of a prompt: the head is not computed, and an empty tensor is the CPU's on every device
+            let shape = (0, self.inner.config.vocab_size);
+            return Ok(Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu)?);
+        }
+        head::logits(&hidden, &self.inner.head, &terms)
+    }
+
+    /// The normed hidden states of the chosen rows, and the low-rank updates of the head for them.
+    fn hidden<'a>(
+        &self,
+        batch: &Batch,
+        terms: Terms<'a>,
+        mut cache: Option<&mut KVCache>,
+        rows: Rows,
+        inputs: Option<&InputSquares>,
+    ) -> Result<(Tensor, LayerTerms<'a>)> {
         self.check_positions(batch)?;
         if let Some(cache) = &cache {
             cache.check(batch, &self.cache_shape())?;
@@ -299,8 +349,10 @@ impl Model {
         let last = batch.last_rows();
         let chosen = match rows {
             Rows::All => None,
-            // a part of a prompt: the head is not computed, and an empty tensor is the CPU's on every device
-            Rows::Of([]) => return Ok(Tensor::zeros((0, config.vocab_size), DType::F32, &candle_core::Device::Cpu)?),
+            Rows::Of([]) => {
+                let empty = Tensor::zeros((0, self.inner.config.hidden_size), x.dtype(), &candle_core::Device::Cpu)?;
+                return Ok((empty, LayerTerms::Same(None)));
+            }
             Rows::Last => Some(last.as_slice()),
             Rows::Of(rows) => Some(rows),
         };
@@ -308,7 +360,7 @@ impl Model {
             None => (x, terms.of_layer(self.head_id())),
             Some(rows) => (gather_rows(&x, rows)?, terms.of_layer_for(self.head_id(), rows)),
         };
-        head::logits(&self.inner.norm.forward(&x)?, &self.inner.head, &terms)
+        Ok((self.inner.norm.forward(&x)?, terms))
     }
 
     /// The residual stream that enters the first block, and the rotations of the batch's positions by each table.

@@ -1,10 +1,12 @@
 //! On the CPU the bits of a token do not depend on how its text is cut into passes, so that caches and drafts change nothing.
 
-use super::inference_generator::{VOCAB, adapter, config, drawn, greedy, ids, model_of};
+use super::inference_generator::{VOCAB, adapter, argument, assert_close, config, drawn, greedy, ids, model_of};
 use super::inference_scheduler::Collected;
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use metal_candle::ModelConfig;
-use metal_candle::inference::{KVCache, KVCacheConfig, Piece, Request, Scheduler, SchedulerConfig, SequenceId};
+use metal_candle::inference::{
+    KVCache, KVCacheConfig, Piece, Request, Scheduler, SchedulerConfig, SequenceId, prompt_log_probabilities,
+};
 use metal_candle::models::{Batch, Model, Quantization, QuantizationMixture, Rows};
 use metal_candle::ops::LowRankTerms;
 
@@ -195,4 +197,63 @@ fn a_short_common_prefix_leaves_a_long_text_in_the_cache() {
     assert_eq!(reused(ids(100)), 99);
     // without an empty slot the text that was used longest ago goes
     assert_eq!([reused(branch(3)), reused(ids(100)), reused(branch(1))], [20, 99, 20]);
+}
+
+#[test]
+fn scores_of_a_text_are_those_of_its_generation() {
+    let models = [model_of(config(), DType::F32), model_of(config(), DType::BF16), quantized("q8_0")];
+    for (index, model) in models.iter().enumerate() {
+        for terms in [None, Some(adapter(model, 3))] {
+            let mut scheduler = Scheduler::new(model.clone());
+            let id = terms.as_ref().map(|terms| scheduler.add_adapter(terms).unwrap());
+            let request = Request::new(ids(600), drawn(9, 5)).with_num_top_log_probabilities(3).with_adapter(id);
+            let id = scheduler.admit(request).unwrap()[0];
+            let pieces = Collected::run(&mut scheduler).pieces.remove(&id).unwrap();
+            let text: Vec<u32> = ids(600).into_iter().chain(pieces.iter().map(|piece| piece.token)).collect();
+            let scores = prompt_log_probabilities(model, terms.as_ref(), &text, 3).unwrap();
+            assert_eq!(scores.len(), 608);
+            for (score, piece) in scores[599..].iter().zip(&pieces) {
+                assert_eq!(score.0.to_bits(), piece.log_probability.to_bits(), "model {index}");
+                assert_eq!(score.1, piece.top_log_probabilities, "model {index}");
+            }
+        }
+    }
+    let model = &models[0];
+    let logits = model.forward(&Batch::single(&ids(20)), None, None, Rows::All).unwrap();
+    let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
+    let scores = prompt_log_probabilities(model, None, &ids(20), 0).unwrap();
+    let expected: Vec<f32> = ids(20)[1..].iter().zip(expected).map(|(&id, row)| row[id as usize]).collect();
+    assert_close(&scores.iter().map(|score| score.0).collect::<Vec<_>>(), &expected);
+    assert!(scores.iter().all(|score| score.1.is_empty()));
+    assert!(prompt_log_probabilities(model, None, &[7], 2).unwrap().is_empty());
+    assert!(prompt_log_probabilities(model, None, &[], 2).unwrap().is_empty());
+    for (ids, num_top, name) in [
+        (ids(2049), 0, "prompt"),
+        (vec![1, VOCAB as u32], 0, "prompt"),
+        (ids(2), VOCAB + 1, "num_top_log_probabilities"),
+    ] {
+        assert_eq!(argument(&prompt_log_probabilities(model, None, &ids, num_top).unwrap_err()).0, name);
+    }
+}
+
+#[test]
+fn hidden_states_are_what_the_head_takes() {
+    let mut untied = config();
+    untied.tie_word_embeddings = false;
+    let model = model_of(untied, DType::F32);
+    let head = crate::golden::parameters_of(&model).into_iter().find(|(name, _)| name == "lm_head.weight").unwrap().1;
+    let texts = [ids(9), ids(30), ids(4)];
+    let batch = Batch::from_sequences(&texts);
+    let terms = adapter(&model, 2);
+    let hidden = model.hidden_states(&batch, None, None, Rows::All).unwrap();
+    let logits = model.forward(&batch, None, None, Rows::All).unwrap();
+    assert!(crate::golden::max_difference(&hidden.matmul(&head.t().unwrap()).unwrap(), &logits) < 1e-4);
+    // a text has the bits that it has alone
+    let values = |hidden: &Tensor| hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let together = model.hidden_states(&batch, Some(&terms), None, Rows::Last).unwrap();
+    assert_eq!(together.dims(), [3, model.config().hidden_size]);
+    for (index, text) in texts.iter().enumerate() {
+        let alone = model.hidden_states(&Batch::single(text), Some(&terms), None, Rows::Last).unwrap();
+        assert_eq!(values(&alone), values(&together.get(index).unwrap()), "text {index}");
+    }
 }

@@ -1,0 +1,71 @@
+//! Log-probabilities of the tokens of a given text.
+
+use super::sample_token::with_logits;
+use super::sampler::{Choice, Sampler};
+use super::sampling::SamplingConfig;
+use super::slots::new_cache;
+use crate::error::{Error, Result};
+use crate::models::{Batch, Model, Rows};
+use crate::ops::LowRankTerms;
+
+/// Tokens of a pass.
+const CHUNK: usize = 512;
+/// Most rows of logits held at a time.
+const MAX_ROWS: usize = 256;
+
+/// The log-probability of each token of a text after the first, given the tokens before it, with the `num_top` most
+/// probable tokens at its position: the most probable first, equally probable ones in the order of their ids.
+///
+/// On the CPU these are the bits that [`Piece`](super::Piece) has for a generated token. At most 256 rows of logits are held
+/// at a time.
+///
+/// # Errors
+/// The text does not fit the context of the model, an id is outside the vocabulary, `num_top` is larger than that, the
+/// adapter does not fit the model, or logits are not finite.
+pub fn prompt_log_probabilities(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    ids: &[u32],
+    num_top: usize,
+) -> Result<Vec<(f32, Vec<Choice>)>> {
+    let (vocab, max_len) = (model.config().vocab_size, model.config().max_sequence_length());
+    if ids.len() > max_len {
+        let message = format!("expected at most {max_len} tokens, the model's context, found {}", ids.len());
+        return Err(Error::argument("prompt", message));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        let message = format!("token `{id}` is outside the vocabulary of {vocab} tokens");
+        return Err(Error::argument("prompt", message));
+    }
+    if num_top > vocab {
+        let message = format!("expected at most the {vocab} tokens of the vocabulary, found {num_top}");
+        return Err(Error::argument("num_top_log_probabilities", message));
+    }
+    if ids.len() < 2 {
+        return Ok(Vec::new());
+    }
+    let terms = terms.map(|terms| model.with_fixed_norms(terms)).transpose()?;
+    let terms = terms.as_ref();
+    // the rotation of a long text may follow from its length, so that it is computed as a whole
+    let is_whole = model.rotary_limit().is_some_and(|limit| ids.len() > limit);
+    let chunk_len = if is_whole { ids.len() } else { CHUNK };
+    let mut cache = new_cache(model, 1, ids.len())?;
+    let mut sampler = Sampler::new(SamplingConfig::greedy())?;
+    let mut scores = Vec::with_capacity(ids.len() - 1);
+    for (number, chunk) in ids.chunks(chunk_len).enumerate() {
+        let mut batch = Batch::new();
+        batch.push(chunk, number * chunk_len, 0);
+        let hidden = model.hidden_states(&batch, terms, Some(&mut cache), Rows::All)?;
+        for start in (0..chunk.len()).step_by(MAX_ROWS) {
+            let count = MAX_ROWS.min(chunk.len() - start);
+            let logits = model.logits_of(&hidden.narrow(0, start, count)?, terms)?;
+            // the last token predicts none of the text
+            let targets = ids.iter().skip(number * chunk_len + start + 1).take(count);
+            for (row, &token) in targets.enumerate() {
+                let (choice, top) = with_logits(&logits.get(row)?, |logits| sampler.score(logits, token, num_top))?;
+                scores.push((choice.log_probability, top));
+            }
+        }
+    }
+    Ok(scores)
+}
