@@ -9,6 +9,7 @@ import litellm
 from common import BASE, KEY, MODEL, QUESTION, check, main
 
 litellm.telemetry = False
+litellm.suppress_debug_info = True
 FIELDS = {"model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY, "messages": QUESTION, "temperature": 0, "max_tokens": 40}
 
 

@@ -20,6 +20,7 @@ mod ids;
 mod jobs;
 mod metrics;
 mod page;
+mod parts;
 mod prompt;
 mod routes;
 mod sampling;

@@ -73,22 +73,26 @@ pub(crate) fn generation_config(
     let mut config = GenerationConfig::default().with_max_tokens(max_tokens).with_sampling(sampling);
     config.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
     config.skip_special_tokens = fields.flag("skip_special_tokens")?.unwrap_or(true);
-    for (index, text) in fields.texts("stop", MAX_STOPS)?.into_iter().enumerate() {
-        if text.is_empty() || text.len() > MAX_STOP_BYTES {
-            let path = if fields.get("stop").is_some_and(Value::is_array) {
-                format!("stop[{index}]")
-            } else {
-                "stop".to_owned()
-            };
-            let message = format!("`{path}`: expected 1 to {MAX_STOP_BYTES} bytes, found {}", text.len());
-            return Err(ApiError::field(path, message));
-        }
-        config.stop_strings.push(text.to_owned());
-    }
+    config.stop_strings = stop_strings(fields, "stop")?;
     for (index, value) in fields.list("stop_token_ids", MAX_STOP_IDS)?.unwrap_or_default().iter().enumerate() {
         config.stop_ids.push(token_id(value, &format!("stop_token_ids[{index}]"), served)?);
     }
     Ok(config)
+}
+
+/// The texts of a field that end an answer.
+///
+/// # Errors
+/// There are too many, or one is empty or too long.
+pub(crate) fn stop_strings(fields: &Fields, name: &str) -> Result<Vec<String>, ApiError> {
+    let texts = fields.texts(name, MAX_STOPS)?;
+    if let Some(index) = texts.iter().position(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
+        let is_list = fields.get(name).is_some_and(Value::is_array);
+        let path = if is_list { format!("{name}[{index}]") } else { name.to_owned() };
+        let message = format!("`{path}`: expected 1 to {MAX_STOP_BYTES} bytes, found {}", texts[index].len());
+        return Err(ApiError::field(path, message));
+    }
+    Ok(texts.into_iter().map(ToOwned::to_owned).collect())
 }
 
 fn logit_bias(fields: &Fields, served: &Served) -> Result<Vec<(u32, f32)>, ApiError> {

@@ -255,7 +255,7 @@ async fn check(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     let mut response = match checked {
         Err(error) => {
             app.metrics.reject("unauthorized");
-            error.into_response()
+            routes::refuse(&path, error)
         }
         Ok(_) if method == Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
         Ok(client) => {

@@ -6,13 +6,15 @@ use crate::auth::Client;
 use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
+use crate::sampling::generation_config;
 use crate::served::Served;
 use metal_candle::data::Message;
 use metal_candle::inference::{FinishReason, GenerationConfig};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
-const MAX_MESSAGES: usize = 4096;
+/// Most messages of a request.
+pub(crate) const MAX_MESSAGES: usize = 4096;
 
 /// A conversation to answer.
 #[derive(Debug)]
@@ -37,6 +39,41 @@ pub(crate) struct Turn {
 }
 
 impl Turn {
+    /// A turn by the fields that all formats share: one answer, without tools.
+    ///
+    /// # Errors
+    /// A field is malformed, or there is no such model.
+    pub(crate) fn new(
+        app: &App,
+        fields: &Fields,
+        messages: Vec<Message>,
+        max_tokens: usize,
+        param: &'static str,
+    ) -> Result<Self, ApiError> {
+        Ok(Self {
+            target: app.target(fields)?,
+            messages,
+            tools: None,
+            variables: template_variables(fields)?,
+            continues: fields.flag("continue_final_message")?.unwrap_or(false),
+            add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),
+            config: generation_config(fields, &app.served, max_tokens)?,
+            num_choices: 1,
+            num_top: 0,
+            cache_salt: fields.text("cache_salt")?.map(ToOwned::to_owned),
+            param,
+        })
+    }
+
+    /// The number of tokens of the prompt.
+    ///
+    /// # Errors
+    /// The template refuses the conversation.
+    pub(crate) async fn count_tokens(self, app: &Arc<App>) -> Result<usize, ApiError> {
+        let served = app.served.clone();
+        app.compute(move || Ok(served.encode(&self.render(&served)?, false)?.len())).await
+    }
+
     /// Renders the conversation and queues it.
     ///
     /// # Errors
@@ -143,7 +180,11 @@ pub(crate) fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     Ok(messages)
 }
 
-fn message(fields: &Fields) -> Result<Message, ApiError> {
+/// A message in OpenAI's form.
+///
+/// # Errors
+/// It is malformed, or has a role or content that is not supported.
+pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
     let path = |name: &str| fields.path(name);
     let role = match fields.required_text("role")? {
         // the name that newer models have for it

@@ -7,9 +7,8 @@ use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::ids::{new_id, unix_time};
-use crate::sampling::generation_config;
 use crate::sse::{self, Closed, Events};
-use crate::turn::{Turn, finish_reason, messages, template_variables};
+use crate::turn::{Turn, finish_reason, messages};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -74,7 +73,6 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
         return Err(ApiError::unsupported("modalities", "`modalities`: this server writes text only"));
     }
     let limits = app.engine.limits();
-    let target = app.target(fields)?;
     let max_choices = app.config.max_choices.min(limits.slots);
     let num_choices = fields.count("n", 1, max_choices)?.unwrap_or(1);
     let newer = fields.count("max_completion_tokens", 1, usize::MAX)?;
@@ -83,7 +81,8 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
         let message = "`max_tokens` and `max_completion_tokens` differ; send one of them";
         return Err(ApiError::field("max_tokens", message));
     }
-    let config = generation_config(fields, &app.served, newer.or(older).unwrap_or(usize::MAX))?;
+    let max_tokens = newer.or(older).unwrap_or(usize::MAX);
+    let mut turn = Turn::new(app, fields, messages(fields)?, max_tokens, "messages")?;
     let shows_logprobs = fields.flag("logprobs")?.unwrap_or(false);
     let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);
     if num_top > 0 && !shows_logprobs {
@@ -91,23 +90,12 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     }
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
-    let turn = Turn {
-        messages: messages(fields)?,
-        tools: None,
-        variables: template_variables(fields)?,
-        continues: fields.flag("continue_final_message")?.unwrap_or(false),
-        add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),
-        config,
-        num_choices,
-        num_top,
-        cache_salt: fields.text("cache_salt")?.map(ToOwned::to_owned),
-        param: "messages",
-        target: target.clone(),
-    };
+    turn.num_choices = num_choices;
+    turn.num_top = num_top;
     let form = Form {
         id: new_id("chatcmpl-"),
         created: unix_time(),
-        model: target.name,
+        model: turn.target.name.clone(),
         num_choices,
         shows_logprobs,
         includes_usage,

@@ -6,13 +6,20 @@ mod completions;
 mod files;
 mod health;
 mod jobs;
+mod message_input;
+mod messages;
 mod models;
 mod native;
 mod query;
+mod response_input;
+mod response_output;
+mod responses;
 
 use crate::app::App;
+use crate::error::ApiError;
 use crate::page;
 use axum::Router;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use std::sync::Arc;
 
@@ -29,6 +36,11 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/chat/completions", post(chat::answer))
         .route("/v1/completions", post(completions::answer))
         .route("/completions", post(completions::answer))
+        .route("/v1/responses", post(responses::answer))
+        .route("/responses", post(responses::answer))
+        .route("/v1/responses/input_tokens", post(responses::count))
+        .route("/v1/messages", post(messages::answer))
+        .route("/v1/messages/count_tokens", post(messages::count))
         .route("/v1/adapters", get(adapters::list).post(adapters::load))
         .route("/v1/adapters/{name}", delete(adapters::unload))
         .route("/v1/load_lora_adapter", post(adapters::load_vllm))
@@ -47,6 +59,15 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .merge(files::router())
         .merge(jobs::router())
         .merge(page::router())
+}
+
+/// The response to a request that reached no route, in the shape that clients of its path expect.
+pub(crate) fn refuse(path: &str, error: ApiError) -> Response {
+    if path.starts_with("/v1/messages") {
+        messages::MessageError::from(error).into_response()
+    } else {
+        error.into_response()
+    }
 }
 
 /// Whether a path may be read without a key.

@@ -34,7 +34,8 @@ impl StopMatcher {
     /// Adds a piece.
     pub(super) fn push(&mut self, piece: &str) -> Matched {
         self.held.push_str(piece);
-        let starts = self.stop_strings.iter().enumerate().filter_map(|(index, stop)| Some((self.held.find(stop)?, index)));
+        let starts =
+            self.stop_strings.iter().enumerate().filter_map(|(index, stop)| Some((self.held.find(stop)?, index)));
         if let Some((start, index)) = starts.min() {
             self.found = Some(index);
             self.held.truncate(start);

@@ -1,0 +1,131 @@
+//! The parts of an answer in the order in which the model writes them: formats with a list of parts are built from these.
+
+use crate::answer::Progress;
+
+/// A piece of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(dead_code)] // reasoning and calls come from the parser of tools
+pub(crate) enum Delta {
+    Reasoning(String),
+    Content(String),
+    /// A call of the function with this name starts.
+    CallStart(String),
+    /// More of the arguments of the last call.
+    Arguments(String),
+}
+
+/// The pieces in an update of a choice.
+pub(crate) fn deltas(progress: &Progress) -> Vec<Delta> {
+    if progress.text.is_empty() { Vec::new() } else { vec![Delta::Content(progress.text.clone())] }
+}
+
+/// A part of an answer so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Part {
+    Reasoning(String),
+    Text(String),
+    Call { name: String, arguments: String },
+}
+
+/// What a delta changed, by the index of the part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Change {
+    Opened(usize),
+    Grew(usize, String),
+    Closed(usize),
+}
+
+/// The parts of an answer. At most the last one is open.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    list: Vec<Part>,
+    is_open: bool,
+}
+
+impl Parts {
+    pub(crate) fn list(&self) -> &[Part] {
+        &self.list
+    }
+
+    /// Whether a part is a call.
+    pub(crate) fn has_calls(&self) -> bool {
+        self.list.iter().any(|part| matches!(part, Part::Call { .. }))
+    }
+
+    /// Adds a piece.
+    pub(crate) fn push(&mut self, delta: Delta) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let (part, text) = match delta {
+            Delta::Reasoning(text) => (Part::Reasoning(String::new()), text),
+            Delta::Content(text) => (Part::Text(String::new()), text),
+            Delta::CallStart(name) => {
+                self.open(Part::Call { name, arguments: String::new() }, &mut changes);
+                return changes;
+            }
+            // arguments without a call belong to none
+            Delta::Arguments(text) => match self.list.last() {
+                Some(Part::Call { .. }) if self.is_open => {
+                    (Part::Call { name: String::new(), arguments: String::new() }, text)
+                }
+                _ => return changes,
+            },
+        };
+        let continues = self.is_open
+            && self.list.last().is_some_and(|last| std::mem::discriminant(last) == std::mem::discriminant(&part));
+        if !continues {
+            self.open(part, &mut changes);
+        }
+        if let Some(Part::Reasoning(all) | Part::Text(all) | Part::Call { arguments: all, .. }) = self.list.last_mut() {
+            all.push_str(&text);
+        }
+        if !text.is_empty() {
+            changes.push(Change::Grew(self.list.len() - 1, text));
+        }
+        changes
+    }
+
+    /// Ends the last part.
+    pub(crate) fn close(&mut self) -> Option<Change> {
+        std::mem::take(&mut self.is_open).then(|| Change::Closed(self.list.len() - 1))
+    }
+
+    fn open(&mut self, part: Part, changes: &mut Vec<Change>) {
+        changes.extend(self.close());
+        self.list.push(part);
+        self.is_open = true;
+        changes.push(Change::Opened(self.list.len() - 1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_open_and_close_in_order() {
+        let mut parts = Parts::default();
+        let deltas = [
+            Delta::Arguments("lost".into()),
+            Delta::Content("a".into()),
+            Delta::Content("b".into()),
+            Delta::CallStart("f".into()),
+            Delta::Arguments("{}".into()),
+            Delta::CallStart("g".into()),
+        ];
+        let changes: Vec<Change> = deltas.into_iter().flat_map(|delta| parts.push(delta)).collect();
+        let expected = [
+            Change::Opened(0),
+            Change::Grew(0, "a".into()),
+            Change::Grew(0, "b".into()),
+            Change::Closed(0),
+            Change::Opened(1),
+            Change::Grew(1, "{}".into()),
+            Change::Closed(1),
+            Change::Opened(2),
+        ];
+        assert_eq!(changes, expected);
+        assert_eq!((parts.close(), parts.close()), (Some(Change::Closed(2)), None));
+        let call = |name: &str, arguments: &str| Part::Call { name: name.into(), arguments: arguments.into() };
+        assert_eq!(parts.list(), [Part::Text("ab".into()), call("f", "{}"), call("g", "")]);
+    }
+}

@@ -1,0 +1,179 @@
+//! `POST /v1/responses`, without state: nothing is stored, so every request holds its whole conversation.
+
+use super::response_input::conversation;
+use super::response_output::{Output, usage};
+use crate::answer::Answering;
+use crate::app::App;
+use crate::auth::Client;
+use crate::body::JsonBody;
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::ids::{new_id, unix_time};
+use crate::sse::{self, Closed, Events};
+use crate::turn::Turn;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Fewest tokens that OpenAI accepts as a limit.
+const LEAST_TOKENS: usize = 16;
+
+/// Fields that need what this server does not have: state, hosted tools, stored prompts.
+const REFUSED: [&str; 6] =
+    ["previous_response_id", "conversation", "background", "prompt", "context_management", "moderation"];
+
+/// What the wire format needs besides the turn itself.
+#[derive(Debug)]
+struct Form {
+    /// The answer without what changes while it is written.
+    object: Value,
+    shows_logprobs: bool,
+}
+
+/// Answers a conversation.
+pub(crate) async fn answer(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let fields = Fields::of_body(&body)?;
+    let (turn, form) = parse(&app, &fields)?;
+    let streams = fields.flag("stream")?.unwrap_or(false);
+    let answering = turn.start(&app, &client).await?;
+    if streams {
+        return Ok(sse::respond(|events| async move { write(&events, &app, form, answering).await }));
+    }
+    Ok(Json(collect(&app, form, answering).await?).into_response())
+}
+
+/// Counts the tokens of a conversation.
+pub(crate) async fn count(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
+    let fields = Fields::of_body(&body)?;
+    let (turn, _) = parse(&app, &fields)?;
+    let tokens = turn.count_tokens(&app).await?;
+    Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
+}
+
+fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
+    fields.refuse(&REFUSED)?;
+    refuse_tools(fields)?;
+    fields.one_of("truncation", &["auto", "disabled"])?;
+    let text = fields.object("text")?;
+    if let Some(format) = text.as_ref().map(|text| text.object("format")).transpose()?.flatten()
+        && format.text("type")? != Some("text")
+    {
+        let path = format.path("type");
+        return Err(ApiError::unsupported(path.clone(), format!("`{path}`: this server writes plain text only")));
+    }
+    let given = fields.count("max_output_tokens", LEAST_TOKENS, usize::MAX)?;
+    let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);
+    let include = fields.texts("include", 16)?;
+    let metadata = fields.object("metadata")?.map(|metadata| metadata.map().clone()).unwrap_or_default();
+    let mut turn = Turn::new(app, fields, conversation(fields)?, given.unwrap_or(usize::MAX), "input")?;
+    turn.num_top = num_top;
+    let effort = fields.object("reasoning")?.map(|reasoning| reasoning.text("effort")).transpose()?.flatten();
+    if let Some(effort) = effort {
+        turn.variables.entry("enable_thinking").or_insert((effort != "none").into());
+        turn.variables.entry("reasoning_effort").or_insert(effort.into());
+    }
+    let object = json!({
+        "id": new_id("resp_"),
+        "object": "response",
+        "created_at": unix_time(),
+        "status": "in_progress",
+        "background": false,
+        "error": null,
+        "incomplete_details": null,
+        "instructions": fields.text("instructions")?,
+        "max_output_tokens": given,
+        "metadata": metadata,
+        "model": turn.target.name,
+        "output": [],
+        "parallel_tool_calls": fields.flag("parallel_tool_calls")?.unwrap_or(true),
+        "previous_response_id": null,
+        "reasoning": {"effort": effort, "summary": null},
+        "store": false,
+        "temperature": turn.config.sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": fields.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
+        "tools": [],
+        "top_logprobs": num_top,
+        "top_p": turn.config.sampling.top_p,
+        "truncation": "disabled",
+        "usage": null,
+        "user": fields.text("user")?,
+    });
+    let shows_logprobs = num_top > 0 || include.contains(&"message.output_text.logprobs");
+    Ok((turn, Form { object, shows_logprobs }))
+}
+
+fn refuse_tools(fields: &Fields) -> Result<(), ApiError> {
+    fields.refuse(&["tools"])?;
+    match fields.get("tool_choice") {
+        None => Ok(()),
+        Some(Value::String(choice)) if choice == "none" || choice == "auto" => Ok(()),
+        Some(_) => Err(ApiError::field("tool_choice", "`tool_choice`: expected `auto` or `none` without `tools`")),
+    }
+}
+
+/// The whole answer at its end.
+fn ended(mut object: Value, output: &Output, answering: &Answering) -> Value {
+    object["status"] = output.status().into();
+    if output.status() == "incomplete" {
+        object["incomplete_details"] = json!({"reason": "max_output_tokens"});
+    }
+    object["output"] = output.items();
+    object["usage"] = usage(answering.usage);
+    object
+}
+
+async fn collect(app: &App, form: Form, mut answering: Answering) -> Result<Value, ApiError> {
+    let mut output = Output::new(form.shows_logprobs);
+    while let Some(progress) = answering.next().await? {
+        output.push(&app.served, &progress);
+    }
+    Ok(ended(form.object, &output, &answering))
+}
+
+/// Numbers events and sends them.
+struct Numbered<'a> {
+    events: &'a Events,
+    next: u64,
+}
+
+impl Numbered<'_> {
+    async fn send(&mut self, mut event: Value) -> Result<(), Closed> {
+        event["sequence_number"] = self.next.into();
+        self.next += 1;
+        let name = event["type"].as_str().unwrap_or_default().to_owned();
+        self.events.named(&name, &event).await
+    }
+}
+
+async fn write(events: &Events, app: &App, form: Form, mut answering: Answering) -> Result<(), Closed> {
+    let mut events = Numbered { events, next: 0 };
+    let mut output = Output::new(form.shows_logprobs);
+    for name in ["response.created", "response.in_progress"] {
+        events.send(json!({"type": name, "response": form.object})).await?;
+    }
+    loop {
+        let progress = match answering.next().await {
+            Ok(Some(progress)) => progress,
+            Ok(None) => break,
+            Err(error) => {
+                let mut object = form.object;
+                object["status"] = "failed".into();
+                object["error"] = json!({"code": "server_error", "message": error.message});
+                return events.send(json!({"type": "response.failed", "response": object})).await;
+            }
+        };
+        for event in output.push(&app.served, &progress) {
+            events.send(event).await?;
+        }
+    }
+    let object = ended(form.object, &output, &answering);
+    let name = format!("response.{}", output.status());
+    events.send(json!({"type": name, "response": object})).await
+}
