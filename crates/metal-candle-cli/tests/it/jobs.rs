@@ -96,7 +96,8 @@ impl Server {
     fn events(&self, id: &str) -> Vec<Value> {
         let mut events: Vec<Value> = Vec::new();
         loop {
-            let after = events.last().map_or(String::new(), |event| format!("&after={}", event["id"].as_str().unwrap()));
+            let after =
+                events.last().map_or(String::new(), |event| format!("&after={}", event["id"].as_str().unwrap()));
             let page = self.get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=50&order=asc{after}"));
             events.extend(page["data"].as_array().unwrap().iter().cloned());
             if page["has_more"] == false {

@@ -160,7 +160,8 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn errors_of_the_program_lose_their_paths() {
-        let log = "warning: x\nerror: the dataset cannot be used:\n  /srv/jobs/a b/train.jsonl:3: not JSON\nhint: see /x\n";
+        let log =
+            "warning: x\nerror: the dataset cannot be used:\n  /srv/jobs/a b/train.jsonl:3: not JSON\nhint: see /x\n";
         let expected = "the dataset cannot be used:\n  a b/train.jsonl:3: not JSON";
         assert_eq!(error_in(log).as_deref(), Some(expected));
         assert_eq!(error_in("note: all well\n"), None);

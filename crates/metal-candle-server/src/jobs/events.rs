@@ -106,7 +106,9 @@ impl EventFile {
     pub(crate) fn page(&self, after: Option<&str>, limit: usize, is_ascending: bool) -> io::Result<Option<Page>> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && after.is_none() => return Ok(Some(Page::default())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && after.is_none() => {
+                return Ok(Some(Page::default()));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };

@@ -33,7 +33,7 @@ pub(crate) fn start(
     let jobs = Arc::new(Jobs::open(config, model, files, adapters)?);
     let of_thread = Arc::clone(&jobs);
     let thread = std::thread::Builder::new().name("jobs".into()).spawn(move || runner::run(&of_thread));
-    let thread = thread
-        .map_err(|error| metal_candle::Error::Device(format!("cannot start the thread of jobs: {error}")))?;
+    let thread =
+        thread.map_err(|error| metal_candle::Error::Device(format!("cannot start the thread of jobs: {error}")))?;
     Ok((jobs, thread))
 }

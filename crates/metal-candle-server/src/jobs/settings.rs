@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Layers that an adapter may extend.
-const MODULES: [&str; 8] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"];
+const MODULES: [&str; 8] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"];
 /// The fields of the extension `metal_candle`.
 const EXTRAS: [&str; 9] = [
     "rank",
@@ -69,7 +68,11 @@ impl JobSettings {
                     let message = format!("`{path}`: expected `supervised`, found `{kind}`");
                     return Err(ApiError::unsupported(path, message));
                 }
-                method.object("supervised")?.map(|supervised| supervised.object("hyperparameters")).transpose()?.flatten()
+                method
+                    .object("supervised")?
+                    .map(|supervised| supervised.object("hyperparameters"))
+                    .transpose()?
+                    .flatten()
             }
             None => fields.object("hyperparameters")?,
         };

@@ -202,10 +202,16 @@ async fn receive(files: &Arc<Files>, client: &Client, request: Request) -> Resul
     if anchor.is_some_and(|anchor| anchor != "created_at") {
         return Err(ApiError::field("expires_after[anchor]", "`expires_after[anchor]`: expected `created_at`"));
     }
-    let expires = seconds.map(|text| text.parse().ok().filter(|seconds| EXPIRY.contains(seconds)).ok_or_else(|| {
-        let message = format!("`expires_after[seconds]`: expected a whole number from {} to {}", EXPIRY.start(), EXPIRY.end());
-        ApiError::field("expires_after[seconds]", message)
-    }));
+    let expires = seconds.map(|text| {
+        text.parse().ok().filter(|seconds| EXPIRY.contains(seconds)).ok_or_else(|| {
+            let message = format!(
+                "`expires_after[seconds]`: expected a whole number from {} to {}",
+                EXPIRY.start(),
+                EXPIRY.end()
+            );
+            ApiError::field("expires_after[seconds]", message)
+        })
+    });
     let (expires, owner) = (expires.transpose()?, client.name.clone());
     let finish = move || upload.finish(&owner, &filename, "fine-tune", expires);
     tokio::task::spawn_blocking(finish).await.map_err(ApiError::server)?
