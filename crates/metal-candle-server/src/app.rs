@@ -11,6 +11,7 @@ use crate::ids;
 use crate::jobs::Jobs;
 use crate::metrics::Metrics;
 use crate::served::Served;
+use metal_candle::inference::Speculation;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -127,6 +128,11 @@ impl App {
             return Err(ApiError::conflict(message).with_param("adapter.generation"));
         }
         Ok(Target { name: name.to_owned(), adapter: Some(adapter) })
+    }
+
+    /// How tokens are drafted: for all requests if the settings say so, else for those that say what they expect.
+    pub(crate) fn speculation(&self, has_prediction: bool) -> Speculation {
+        if self.config.speculation || has_prediction { Speculation::LOOKUP } else { Speculation::Off }
     }
 
     /// The salt of the cache for a client's requests.

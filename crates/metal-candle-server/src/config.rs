@@ -45,6 +45,8 @@ pub struct ServerConfig {
     pub max_adapters: usize,
     /// Whether keys share the cache of common prefixes, so that the time to the first token shows what others asked.
     pub share_prefixes: bool,
+    /// Whether tokens are drafted from the prompt and checked several at a time. Answers do not change.
+    pub speculation: bool,
     /// Whether `GET /metrics` is answered.
     pub metrics: bool,
     /// The folder of files and fine-tuning jobs; without it there are none.
@@ -73,6 +75,7 @@ impl Default for ServerConfig {
             adapter_root: None,
             max_adapters: 64,
             share_prefixes: false,
+            speculation: false,
             metrics: false,
             jobs: None,
         }

@@ -34,6 +34,8 @@ pub(crate) struct Turn {
     pub(crate) num_choices: usize,
     pub(crate) num_top: usize,
     pub(crate) cache_salt: Option<String>,
+    /// The answer that the client expects, which is checked several tokens at a time.
+    pub(crate) prediction: Option<String>,
     /// The field that holds the conversation.
     pub(crate) param: &'static str,
 }
@@ -61,6 +63,7 @@ impl Turn {
             num_choices: 1,
             num_top: 0,
             cache_salt: fields.text("cache_salt")?.map(ToOwned::to_owned),
+            prediction: None,
             param,
         })
     }
@@ -81,10 +84,11 @@ impl Turn {
     pub(crate) async fn start(self, app: &Arc<App>, client: &Client) -> Result<Answering, ApiError> {
         let served = app.served.clone();
         let turn = self;
-        let (prompt, turn) = app
+        let (prompt, prediction, turn) = app
             .compute(move || {
                 let text = turn.render(&served)?;
-                Ok((served.encode(&text, false)?, turn))
+                let prediction = turn.prediction.as_deref().map(|text| served.encode_text(text)).transpose()?;
+                Ok((served.encode(&text, false)?, prediction, turn))
             })
             .await?;
         let mut config = turn.config;
@@ -100,6 +104,8 @@ impl Turn {
             adapter: turn.target.adapter,
             mask: None,
             num_top: turn.num_top,
+            speculation: app.speculation(prediction.is_some()),
+            prediction: prediction.unwrap_or_default(),
             salt: app.salt(client, turn.cache_salt.as_deref()),
             owner: client.owner,
             max_running: client.max_running,

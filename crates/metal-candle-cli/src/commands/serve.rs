@@ -87,6 +87,11 @@ pub(crate) struct LimitArguments {
     #[arg(long, default_value_t = 256)]
     pub(crate) max_waiting: usize,
 
+    /// Draft tokens from what the prompt says and check several at a time. Answers do not change; texts that repeat their
+    /// prompt come faster.
+    #[arg(long)]
+    pub(crate) speculate: bool,
+
     /// Most adapters at a time.
     #[arg(long, default_value_t = 64)]
     pub(crate) max_adapters: usize,
@@ -158,6 +163,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         cors_origins: flags.access.cors_origin.clone(),
         adapter_root: flags.adapter_root.clone(),
         share_prefixes: flags.access.share_prefixes,
+        speculation: limits.speculate,
         metrics: flags.access.metrics,
         keys,
         jobs: flags.jobs.config(&flags.model, &flags.template)?,

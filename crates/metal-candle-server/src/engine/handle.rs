@@ -1,7 +1,7 @@
 //! The engine as routes see it.
 
 use super::job::{Answers, EngineLimits, Job};
-use super::worker::{Command, Shared, Task, run};
+use super::worker::{Calculation, Command, Shared, Task, run};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use metal_candle::data::Tokenizer;
@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use tokio::sync::oneshot;
 
 /// Sends jobs to the thread that owns the model. Clones share the thread.
 #[derive(Debug, Clone)]
@@ -84,6 +85,27 @@ impl Engine {
             Err(std::sync::mpsc::TrySendError::Full(_)) => full(),
             Err(std::sync::mpsc::TrySendError::Disconnected(_)) => Err(ApiError::server("the engine has ended")),
         }
+    }
+
+    /// Computes with the model on the engine's thread, between two steps.
+    ///
+    /// # Errors
+    /// The queue is full, or the computation panicked.
+    pub(crate) async fn run<T, F>(&self, compute: F) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Model) -> T + Send + 'static,
+    {
+        let (sender, receiver) = oneshot::channel();
+        let calculate = Box::new(move |model: &Model| {
+            // the client may have left
+            let _ = sender.send(compute(model));
+        });
+        if self.commands.try_send(Command::Run(Calculation(calculate))).is_err() {
+            self.shared.metrics.reject("queue_full");
+            return Err(ApiError::unavailable("queue_full", "the queue is full"));
+        }
+        receiver.await.map_err(ApiError::server)
     }
 
     /// Number of sequences that wait for a slot.

@@ -2,7 +2,7 @@
 
 use crate::adapters::Adapter;
 use crate::error::ApiError;
-use metal_candle::inference::{GenerationConfig, Piece, TokenMask};
+use metal_candle::inference::{GenerationConfig, Piece, Speculation, TokenMask};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -36,6 +36,9 @@ pub(crate) struct Job {
     pub(crate) adapter: Option<Arc<Adapter>>,
     pub(crate) mask: Option<Box<dyn TokenMask>>,
     pub(crate) num_top: usize,
+    pub(crate) speculation: Speculation,
+    /// The text that the client expects.
+    pub(crate) prediction: Vec<u32>,
     /// Jobs with the same salt share prefixes.
     pub(crate) salt: u64,
     /// The key whose turn it is in the queue.

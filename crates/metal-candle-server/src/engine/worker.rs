@@ -6,6 +6,7 @@ use crate::adapters::Adapter;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use metal_candle::inference::{AdapterId, Event, Request, Scheduler, SequenceId};
+use metal_candle::models::Model;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -44,9 +45,20 @@ impl Shared {
     }
 }
 
+/// A computation with the model.
+pub(super) struct Calculation(pub(super) Box<dyn FnOnce(&Model) + Send>);
+
+impl std::fmt::Debug for Calculation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Calculation")
+    }
+}
+
 #[derive(Debug)]
 pub(super) enum Command {
     Start(Box<Task>),
+    /// A computation with the model, between two steps.
+    Run(Calculation),
     Wake,
 }
 
@@ -160,8 +172,16 @@ impl Worker<'_> {
     }
 
     fn take(&mut self, command: Command) {
-        if let Command::Start(task) = command {
-            self.queue.push(task.job.owner, *task);
+        match command {
+            Command::Start(task) => self.queue.push(task.job.owner, *task),
+            Command::Run(Calculation(calculate)) => {
+                let model = self.scheduler.model();
+                // its reader sees that there is no result
+                if catch_unwind(AssertUnwindSafe(|| calculate(model))).is_err() {
+                    tracing::error!("a computation panicked");
+                }
+            }
+            Command::Wake => {}
         }
     }
 
@@ -240,6 +260,8 @@ impl Worker<'_> {
             mask: job.mask,
             num_top_log_probabilities: job.num_top,
             prefix_key: Some(job.salt),
+            speculation: job.speculation,
+            prediction: job.prediction,
         };
         match self.scheduler.admit(request) {
             Ok(ids) => self.running.push(Running {

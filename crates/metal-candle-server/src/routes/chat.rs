@@ -90,6 +90,12 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     }
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
+    // the parsers of answers are not there yet
+    fields.refuse(&["tools"])?;
+    if let Some(format) = fields.object("response_format")? {
+        format.one_of("type", &["text"])?;
+    }
+    turn.prediction = prediction(fields)?;
     turn.num_choices = num_choices;
     turn.num_top = num_top;
     let form = Form {
@@ -101,6 +107,18 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
         includes_usage,
     };
     Ok((turn, form))
+}
+
+/// The text that the client expects, of `prediction`.
+fn prediction(fields: &Fields) -> Result<Option<String>, ApiError> {
+    let Some(given) = fields.object("prediction")? else { return Ok(None) };
+    given.one_of("type", &["content"])?;
+    if given.get("content").is_some_and(Value::is_array) {
+        let parts = given.objects("content", 64)?;
+        let texts: Result<Vec<&str>, ApiError> = parts.iter().map(|part| part.required_text("text")).collect();
+        return Ok(Some(texts?.concat()));
+    }
+    Ok(given.text("content")?.map(ToOwned::to_owned))
 }
 
 async fn write(

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`.
 
 use crate::answer::{Answering, Merged, MergedUpdate, Progress, Scored, Usage, finite};
-use crate::app::App;
+use crate::app::{App, Target};
 use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::engine::Job;
@@ -15,9 +15,13 @@ use crate::turn::{finish_reason, room};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use metal_candle::inference::Choice;
+use metal_candle::inference::{Choice, prompt_log_probabilities};
+use metal_candle::models::Model;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
+
+/// Most tokens whose scores a request may ask for.
+const MAX_SCORED: usize = 4096;
 
 /// What the wire format needs besides the jobs.
 #[derive(Debug)]
@@ -30,8 +34,10 @@ struct Form {
     includes_usage: bool,
     /// The text to put before each prompt's answers.
     echoes: Vec<String>,
-    /// Characters of each prompt.
+    /// Where each prompt's first scored token begins, in characters.
     offsets: Vec<usize>,
+    /// The scores of each prompt's tokens, if they are shown.
+    scores: Vec<Vec<PromptToken>>,
 }
 
 impl Form {
@@ -74,12 +80,73 @@ impl Logprobs {
         }
     }
 
+    fn add_prompt_token(&mut self, app: &App, token: &PromptToken, num_top: usize) {
+        if let Some((logprob, top)) = &token.score {
+            return self.add(app, &[Scored { id: token.id, logprob: *logprob, top: top.clone() }], num_top);
+        }
+        let (text, _) = app.served.token_text(token.id);
+        self.offsets.push(self.offset.into());
+        self.offset += text.chars().count();
+        self.tokens.push(text.into());
+        self.of_tokens.push(Value::Null);
+        self.top.push(Value::Null);
+    }
+
     /// The lists so far, which are empty afterwards.
     fn take(&mut self) -> Value {
         let [tokens, logprobs, top, offsets] =
             [&mut self.tokens, &mut self.of_tokens, &mut self.top, &mut self.offsets].map(std::mem::take);
         json!({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets})
     }
+}
+
+/// A token of a prompt; the first has no score.
+#[derive(Debug, Clone)]
+struct PromptToken {
+    id: u32,
+    score: Option<(f32, Vec<Choice>)>,
+}
+
+/// The scores of the tokens of prompts.
+async fn scores(
+    app: &App,
+    target: &Target,
+    prompts: &[Vec<u32>],
+    num_top: usize,
+) -> Result<Vec<Vec<PromptToken>>, ApiError> {
+    let total: usize = prompts.iter().map(Vec::len).sum();
+    if total > MAX_SCORED {
+        let message = format!("`echo` with `logprobs`: expected at most {MAX_SCORED} tokens, found {total}");
+        return Err(ApiError::field("prompt", message));
+    }
+    let mut all = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        room("prompt", prompt.len(), app.served.context)?;
+        let (ids, adapter) = (prompt.clone(), target.adapter.clone());
+        let terms = move |model: &Model| {
+            let terms = adapter.as_ref().map(|adapter| &adapter.terms);
+            prompt_log_probabilities(model, terms, &ids, num_top)
+        };
+        let found = app.engine.run(terms).await?.map_err(ApiError::server)?;
+        let scores = std::iter::once(None).chain(found.into_iter().map(Some));
+        all.push(prompt.iter().zip(scores).map(|(&id, score)| PromptToken { id, score }).collect());
+    }
+    Ok(all)
+}
+
+/// The answer that only scores its prompts.
+fn scored(app: &App, form: &Form, num_tokens: usize) -> Value {
+    let mut lists = new_lists(app, form);
+    let choices: Value = (0..lists.len())
+        .map(|index| {
+            let logprobs = if form.num_top.is_some() { lists[index].take() } else { Value::Null };
+            let (prompt, choice) = (index / form.num_choices, index % form.num_choices);
+            form.choice(prompt, choice, &form.echoes[prompt], logprobs, Some("length"))
+        })
+        .collect();
+    let mut object = form.object(choices);
+    object["usage"] = Usage { prompt_tokens: num_tokens, ..Usage::default() }.openai_form();
+    object
 }
 
 /// Continues prompts.
@@ -96,13 +163,13 @@ pub(crate) async fn answer(
     let num_top = fields.count("logprobs", 0, 5)?;
     let echo = fields.flag("echo")?.unwrap_or(false);
     let streams = fields.flag("stream")?.unwrap_or(false);
-    if max_tokens == 0 {
-        return Err(ApiError::field("max_tokens", "`max_tokens`: expected at least 1, found 0"));
+    if max_tokens == 0 && !echo {
+        return Err(ApiError::field("max_tokens", "`max_tokens`: expected at least 1, or 0 with `echo`, found 0"));
     }
-    if echo && num_top.is_some() {
-        return Err(ApiError::unsupported("echo", "`echo` with `logprobs` is not supported by this server"));
+    if max_tokens == 0 && streams {
+        return Err(ApiError::unsupported("max_tokens", "`max_tokens`: 0 with `stream` is not supported"));
     }
-    let config = generation_config(&fields, &app.served, max_tokens)?;
+    let config = generation_config(&fields, &app.served, max_tokens.max(1))?;
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
     let texts = prompts(&fields, &app.served)?;
@@ -116,6 +183,25 @@ pub(crate) async fn answer(
         })
         .await?
     };
+    let scores = match num_top.filter(|_| echo) {
+        Some(num_top) => scores(&app, &target, &encoded, num_top).await?,
+        None => vec![Vec::new(); encoded.len()],
+    };
+    let form = Form {
+        id: new_id("cmpl-"),
+        created: unix_time(),
+        model: target.name.clone(),
+        num_choices,
+        num_top,
+        includes_usage,
+        scores,
+        offsets: texts.iter().map(|text| if echo { 0 } else { text.chars().count() }).collect(),
+        echoes: if echo { texts } else { vec![String::new(); texts.len()] },
+    };
+    if max_tokens == 0 {
+        let num_tokens = encoded.iter().map(Vec::len).sum();
+        return Ok(Json(scored(&app, &form, num_tokens)).into_response());
+    }
     let mut answering = Vec::with_capacity(encoded.len());
     for prompt in encoded {
         let mut config = config.clone();
@@ -127,22 +213,14 @@ pub(crate) async fn answer(
             adapter: target.adapter.clone(),
             mask: None,
             num_top: num_top.unwrap_or(0),
+            speculation: app.speculation(false),
+            prediction: Vec::new(),
             salt,
             owner: client.owner,
             max_running: client.max_running,
         };
         answering.push(Answering::start(&app, job, &client)?);
     }
-    let form = Form {
-        id: new_id("cmpl-"),
-        created: unix_time(),
-        model: target.name,
-        num_choices,
-        num_top,
-        includes_usage,
-        offsets: texts.iter().map(|text| text.chars().count()).collect(),
-        echoes: if echo { texts } else { vec![String::new(); texts.len()] },
-    };
     let merged = Merged::new(answering);
     if streams {
         let keep_alive = app.config.keep_alive;
@@ -161,9 +239,16 @@ fn logprobs_of(app: &App, form: &Form, lists: &mut Logprobs, progress: &Progress
     }
 }
 
-fn new_lists(form: &Form) -> Vec<Logprobs> {
-    let offsets = form.offsets.iter().flat_map(|offset| std::iter::repeat_n(*offset, form.num_choices));
-    offsets.map(|offset| Logprobs { offset, ..Logprobs::default() }).collect()
+/// The lists of each choice, with the tokens of its prompt if these are shown.
+fn new_lists(app: &App, form: &Form) -> Vec<Logprobs> {
+    let of_prompt = |(&offset, scores): (&usize, &Vec<PromptToken>)| {
+        let mut lists = Logprobs { offset, ..Logprobs::default() };
+        for token in scores {
+            lists.add_prompt_token(app, token, form.num_top.unwrap_or(0));
+        }
+        std::iter::repeat_n(lists, form.num_choices)
+    };
+    form.offsets.iter().zip(&form.scores).flat_map(of_prompt).collect()
 }
 
 async fn write(
@@ -173,7 +258,7 @@ async fn write(
     mut merged: Merged,
     keep_alive: std::time::Duration,
 ) -> Result<(), Closed> {
-    let mut lists = new_lists(form);
+    let mut lists = new_lists(app, form);
     let mut echoes: Vec<Option<&str>> =
         form.echoes.iter().flat_map(|echo| std::iter::repeat_n(Some(echo.as_str()), form.num_choices)).collect();
     let mut usage = Usage::default();
@@ -214,7 +299,7 @@ async fn write(
 async fn collect(app: &App, form: &Form, mut merged: Merged) -> Result<Value, ApiError> {
     let mut texts: Vec<String> =
         form.echoes.iter().flat_map(|echo| std::iter::repeat_n(echo.clone(), form.num_choices)).collect();
-    let mut lists = new_lists(form);
+    let mut lists = new_lists(app, form);
     let mut reasons = vec!["stop"; texts.len()];
     let mut usage = Usage::default();
     while let Some(update) = merged.next().await {

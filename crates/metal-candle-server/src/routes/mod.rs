@@ -3,6 +3,7 @@
 mod adapters;
 mod chat;
 mod completions;
+mod embeddings;
 mod files;
 mod health;
 mod jobs;
@@ -41,6 +42,8 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/v1/responses/input_tokens", post(responses::count))
         .route("/v1/messages", post(messages::answer))
         .route("/v1/messages/count_tokens", post(messages::count))
+        .route("/v1/embeddings", post(embeddings::answer))
+        .route("/embeddings", post(embeddings::answer))
         .route("/v1/adapters", get(adapters::list).post(adapters::load))
         .route("/v1/adapters/{name}", delete(adapters::unload))
         .route("/v1/load_lora_adapter", post(adapters::load_vllm))

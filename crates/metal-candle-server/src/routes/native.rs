@@ -149,6 +149,8 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
         adapter: target.adapter,
         mask: None,
         num_top: 0,
+        speculation: app.speculation(false),
+        prediction: Vec::new(),
         salt: app.salt(client, fields.text("cache_salt")?),
         owner: client.owner,
         max_running: client.max_running,
@@ -357,6 +359,7 @@ pub(crate) async fn apply_template(
         num_choices: 1,
         num_top: 0,
         cache_salt: None,
+        prediction: None,
         param: "messages",
     };
     let served = app.served.clone();

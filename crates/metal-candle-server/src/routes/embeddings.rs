@@ -1,0 +1,114 @@
+//! `POST /v1/embeddings`: the mean of a text's last hidden states, scaled to length 1.
+
+use crate::app::App;
+use crate::auth::Client;
+use crate::body::JsonBody;
+use crate::error::ApiError;
+use crate::fields::{Fields, describe};
+use crate::sampling::token_id;
+use crate::served::Served;
+use crate::turn::room;
+use axum::extract::State;
+use axum::{Extension, Json};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use metal_candle::models::{Batch, Model, Rows};
+use metal_candle::ops::LowRankTerms;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Most texts of a request, as in OpenAI.
+const MAX_INPUTS: usize = 2048;
+
+/// Embeds texts.
+pub(crate) async fn answer(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    JsonBody(body): JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    let fields = Fields::of_body(&body)?;
+    fields.refuse(&["dimensions"])?;
+    let target = app.target(&fields)?;
+    let is_base64 = fields.one_of("encoding_format", &["float", "base64"])? == Some("base64");
+    let inputs = inputs(&fields, &app.served)?;
+    let served = app.served.clone();
+    let encoded =
+        app.compute(move || inputs.iter().map(|input| input.encode(&served)).collect::<Result<Vec<_>, _>>()).await?;
+    let num_tokens: usize = encoded.iter().map(Vec::len).sum();
+    for ids in &encoded {
+        room("input", ids.len(), app.served.context)?;
+    }
+    app.keys.charge(&client, num_tokens).inspect_err(|_| app.metrics.reject("rate_limit"))?;
+    let mut data = Vec::with_capacity(encoded.len());
+    for (index, ids) in encoded.into_iter().enumerate() {
+        let adapter = target.adapter.clone();
+        let mean =
+            app.engine.run(move |model| mean(model, adapter.as_ref().map(|adapter| &adapter.terms), &ids)).await?;
+        let mean = mean.map_err(ApiError::server)?;
+        let embedding: Value = if is_base64 {
+            let bytes: Vec<u8> = mean.iter().flat_map(|value| value.to_le_bytes()).collect();
+            BASE64_STANDARD.encode(bytes).into()
+        } else {
+            mean.into()
+        };
+        data.push(json!({"object": "embedding", "index": index, "embedding": embedding}));
+    }
+    let usage = json!({"prompt_tokens": num_tokens, "total_tokens": num_tokens});
+    Ok(Json(json!({"object": "list", "data": data, "model": target.name, "usage": usage})))
+}
+
+enum Input {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+impl Input {
+    fn encode(&self, served: &Served) -> Result<Vec<u32>, ApiError> {
+        let ids = match self {
+            Self::Tokens(ids) => ids.clone(),
+            Self::Text(text) => served.encode(&served.control.disarm(text, false), true)?,
+        };
+        if ids.is_empty() {
+            return Err(ApiError::field("input", "`input`: expected at least one token, found none"));
+        }
+        Ok(ids)
+    }
+}
+
+fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
+    let tokens = |list: &[Value], path: &str| -> Result<Input, ApiError> {
+        let ids = list.iter().enumerate().map(|(index, value)| token_id(value, &format!("{path}[{index}]"), served));
+        Ok(Input::Tokens(ids.collect::<Result<_, _>>()?))
+    };
+    match fields.get("input") {
+        Some(Value::String(text)) => Ok(vec![Input::Text(text.clone())]),
+        Some(Value::Array(list)) if !list.is_empty() && list.iter().all(Value::is_number) => {
+            Ok(vec![tokens(list, "input")?])
+        }
+        Some(Value::Array(list)) if (1..=MAX_INPUTS).contains(&list.len()) => {
+            let one = |(index, value): (usize, &Value)| match value {
+                Value::String(text) => Ok(Input::Text(text.clone())),
+                Value::Array(ids) => tokens(ids, &format!("input[{index}]")),
+                other => {
+                    let message =
+                        format!("`input[{index}]`: expected text or a list of tokens, found {}", describe(other));
+                    Err(ApiError::field(format!("input[{index}]"), message))
+                }
+            };
+            list.iter().enumerate().map(one).collect()
+        }
+        found => {
+            let found = found.map_or("none".into(), describe);
+            let message = format!("`input`: expected text, or a list of 1 to {MAX_INPUTS} texts, found {found}");
+            Err(ApiError::field("input", message))
+        }
+    }
+}
+
+/// The mean of the last hidden states of a text, scaled to length 1.
+fn mean(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> metal_candle::Result<Vec<f32>> {
+    let hidden = model.hidden_states(&Batch::single(ids), terms, None, Rows::All)?;
+    let mean: Vec<f32> = hidden.mean(0)?.to_vec1()?;
+    let length = mean.iter().map(|value| value * value).sum::<f32>().sqrt();
+    Ok(if length > 0.0 { mean.iter().map(|value| value / length).collect() } else { mean })
+}
