@@ -208,6 +208,7 @@ impl Finish {
     pub(super) fn unknown() -> Self {
         Self {
             reason: FinishReason::Cancelled,
+            stop_string: None,
             prompt_tokens: 0,
             reused_tokens: 0,
             generated_tokens: 0,
