@@ -62,8 +62,8 @@ pub(crate) fn checkpoint_objects(record: &JobRecord, run: &Run) -> Vec<Value> {
     let mut metrics: BTreeMap<u64, [Option<Row>; 2]> = BTreeMap::new();
     for row in run.rows(&mut 0) {
         if steps.binary_search(&row.step).is_ok() {
-            let index = usize::from(row.is_evaluation());
-            metrics.entry(row.step).or_default()[index] = Some(row);
+            let (step, index) = (row.step, usize::from(row.is_evaluation()));
+            metrics.entry(step).or_default()[index] = Some(row);
         }
     }
     let object = |&step: &u64| {
