@@ -168,7 +168,7 @@ fn jobs_are_cancelled_and_survive_a_kill_of_the_server() {
         assert!(status == 200 && job["status"] == "cancelled" && job["finished_at"].is_number(), "{job}");
     }
 
-    let extras = json!({"max_steps": 60, "save_interval": 2, "eval_interval": 20, "batch_tokens": 64});
+    let extras = json!({"max_steps": 200, "save_interval": 5, "eval_interval": 100, "batch_tokens": 64});
     let id = server.create(&file, &extras);
     server.wait(&id, |job| job["metal_candle"]["served_step"].is_number());
     server.child.kill().unwrap();
@@ -177,7 +177,7 @@ fn jobs_are_cancelled_and_survive_a_kill_of_the_server() {
     let job = restarted.wait(&id, |job| job["status"] == "succeeded");
     let events = restarted.events(&id);
     assert!(events.iter().any(|event| event["message"] == "Fine-tuning job resumed"), "{events:?}");
-    assert_eq!(steps(&events, "train_loss"), (1..=60).collect::<Vec<u64>>());
+    assert_eq!(steps(&events, "train_loss"), (1..=200).collect::<Vec<u64>>());
     assert_eq!(restarted.chat(&job["fine_tuned_model"]).0, 200);
     assert_eq!(restarted.get("/v1/fine_tuning/jobs")["data"].as_array().unwrap().len(), 3);
 }

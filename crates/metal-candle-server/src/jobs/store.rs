@@ -305,7 +305,7 @@ impl Jobs {
             }
         });
         if before.has_ended() {
-            return Err(ApiError::conflict(format!("a job that has {} cannot be {verb}", before.name())));
+            return Err(ApiError::conflict(format!("a job with the status `{}` cannot be {verb}", before.name())));
         }
         self.changed.notify_all();
         changed.ok_or_else(|| no_such_job(id))
