@@ -59,6 +59,8 @@ pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
     pub(crate) cached_tokens: usize,
     pub(crate) completion_tokens: usize,
+    pub(crate) accepted_tokens: usize,
+    pub(crate) rejected_tokens: usize,
 }
 
 impl Usage {
@@ -67,18 +69,20 @@ impl Usage {
         self.prompt_tokens += other.prompt_tokens;
         self.cached_tokens += other.cached_tokens;
         self.completion_tokens += other.completion_tokens;
+        self.accepted_tokens += other.accepted_tokens;
+        self.rejected_tokens += other.rejected_tokens;
     }
 
     /// OpenAI's form.
     pub(crate) fn openai_form(self) -> Value {
-        let Self { prompt_tokens, cached_tokens, completion_tokens } = self;
+        let Self { prompt_tokens, cached_tokens, completion_tokens, accepted_tokens, rejected_tokens } = self;
         json!({
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0
+                "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": accepted_tokens, "rejected_prediction_tokens": rejected_tokens
             },
         })
     }
@@ -179,6 +183,8 @@ impl Answering {
         }
         if let Some(finish) = finish {
             self.num_open = self.num_open.saturating_sub(1);
+            self.usage.accepted_tokens += finish.accepted_draft_tokens;
+            self.usage.rejected_tokens += finish.rejected_draft_tokens;
             if choice == 0 {
                 self.usage.cached_tokens = finish.reused_tokens;
             }

@@ -18,6 +18,9 @@ use tokio::sync::mpsc::error::TrySendError;
 
 /// Wait before paused sequences are looked at again when nothing else is to be done.
 const POLL: Duration = Duration::from_millis(5);
+/// Most pieces that a step adds to a sequence: a drafted token each, and one more. In a step that is under way there may be
+/// as many again.
+const MAX_PIECES: usize = 16;
 /// So many failed steps within `FAILURE_WINDOW` end the process: something is broken for good.
 const MAX_FAILURES: usize = 3;
 const FAILURE_WINDOW: Duration = Duration::from_mins(1);
@@ -374,8 +377,8 @@ impl Worker<'_> {
                 self.running.swap_remove(index);
                 continue;
             }
-            // each open sample may add one piece before it is looked at again
-            if task.paused.is_none() && task.updates.capacity() <= task.sequences.len() {
+            // what the next step may add must fit
+            if task.paused.is_none() && task.updates.capacity() <= MAX_PIECES * task.sequences.len() {
                 task.paused = Some(now);
                 metrics.slow_reader_pauses.add(1);
                 let open: Vec<SequenceId> = task.open().collect();

@@ -221,7 +221,7 @@ impl Form {
 
 /// Anthropic counts tokens from the cache apart.
 fn usage_form(usage: Usage) -> Value {
-    let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+    let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
     json!({
         "input_tokens": prompt_tokens.saturating_sub(cached_tokens),
         "cache_read_input_tokens": cached_tokens,

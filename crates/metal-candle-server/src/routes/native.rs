@@ -209,6 +209,8 @@ impl Form {
             "stop": true,
             "model": self.model,
             "truncated": false,
+            // of a text that took too long
+            "stop_type": "limit",
             "generation_settings": self.settings,
         });
         if let Some(finish) = &collected.finish {
@@ -256,20 +258,6 @@ async fn collect(form: &Form, mut answering: Answering) -> Result<Vec<Value>, Ap
         if form.deadline.is_some() && all.iter().all(|one| one.finish.is_some() || form.is_late(one)) {
             break;
         }
-    }
-    let prompt_tokens = answering.usage.prompt_tokens;
-    for collected in &mut all {
-        // of a text that took too long
-        collected.finish.get_or_insert(Finish {
-            reason: FinishReason::Cancelled,
-            stop_string: None,
-            prompt_tokens,
-            reused_tokens: 0,
-            generated_tokens: collected.tokens.len(),
-            prompt_tokens_per_second: 0.0,
-            decode_tokens_per_second: 0.0,
-            peak_memory_bytes: None,
-        });
     }
     Ok(all.iter().enumerate().map(|(index, collected)| form.object(index, collected)).collect())
 }

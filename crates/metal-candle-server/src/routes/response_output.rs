@@ -188,7 +188,7 @@ impl Output {
 
 /// The numbers of tokens in the form of this route.
 pub(super) fn usage(usage: Usage) -> Value {
-    let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+    let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
     json!({
         "input_tokens": prompt_tokens,
         "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
