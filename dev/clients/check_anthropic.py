@@ -6,7 +6,9 @@ from anthropic import Anthropic
 from common import KEY, MODEL, QUESTION, ROOT, TOOL, check, main, needs_route, needs_tools, request, wait_idle
 
 client = Anthropic(base_url=ROOT, api_key=KEY, max_retries=0, timeout=60)
-FIELDS = {"model": MODEL, "messages": QUESTION, "max_tokens": 40, "temperature": 0}
+# the package has no argument for it any more
+GREEDY = {"temperature": 0}
+FIELDS = {"model": MODEL, "messages": QUESTION, "max_tokens": 40, "extra_body": GREEDY}
 FUNCTION = TOOL["function"]
 TOOLS = [{"name": FUNCTION["name"], "description": FUNCTION["description"], "input_schema": FUNCTION["parameters"]}]
 
@@ -98,7 +100,7 @@ def errors_are_typed():
 def closing_a_stream_frees_its_slot():
     needs_route("/v1/messages")
     wait_idle()
-    with client.messages.stream(**{**FIELDS, "max_tokens": 1900}, extra_body={"ignore_eos": True}) as stream:
+    with client.messages.stream(**{**FIELDS, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}) as stream:
         next(iter(stream.text_stream))
     wait_idle()
 
