@@ -449,7 +449,8 @@ mod tests {
         // a file that is too large leaves nothing, nor does one beyond the quota
         let used = files.state().used;
         assert_eq!(store(&"x".repeat(101)).unwrap_err().status, 413);
-        store(&"{}\n".repeat(30)).unwrap();
+        let third = store(&"{}\n".repeat(30)).unwrap();
+        checked(&files, &third.id);
         assert_eq!(store(&"y".repeat(30)).unwrap_err().status, 413);
         assert_eq!(files.state().used, used + 90);
         let names = |part: &str| {
