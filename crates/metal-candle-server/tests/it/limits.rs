@@ -13,9 +13,13 @@ fn endless(stream: bool) -> serde_json::Value {
 }
 
 fn raw(server: &Running, body: &str) -> TcpStream {
+    raw_to(server, "/v1/completions", body)
+}
+
+fn raw_to(server: &Running, path: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).unwrap();
@@ -57,31 +61,36 @@ fn a_full_queue_is_said_at_once() {
 
 #[test]
 fn a_slow_reader_is_paused_and_holds_up_nobody() {
-    let config = ServerConfig {
-        slots: 2,
-        context: 2048,
-        stall_timeout: Duration::from_millis(800),
-        metrics: true,
-        ..Running::small()
-    };
+    let stall_timeout = Duration::from_millis(700);
+    let config = ServerConfig { slots: 8, context: 2048, stall_timeout, metrics: true, ..Running::small() };
     let server = Running::start(config);
-    let long = json!({"prompt": "fn", "max_tokens": 1900, "ignore_eos": true, "stream": true, "logprobs": 5, "temperature": 1});
-    let mut slow = raw(&server, &long.to_string());
-    slow.read_exact(&mut [0; 100]).unwrap();
-    let answer = server.ok("/v1/chat/completions", &chat("a", 40));
-    assert!(answer["usage"]["completion_tokens"].as_u64() > Some(0));
-    // it is ended when it has taken nothing for long
+    // more than the buffers of a connection hold
+    let mut long = chat("fn", 1900);
+    for (name, value) in
+        [("ignore_eos", json!(true)), ("stream", json!(true)), ("n", json!(6)), ("temperature", json!(1))]
+    {
+        long[name] = value;
+    }
+    (long["logprobs"], long["top_logprobs"]) = (true.into(), 20.into());
+    let mut slow = raw_to(&server, "/v1/chat/completions", &long.to_string());
+    let mut head = [0; 12];
+    slow.read_exact(&mut head).unwrap();
+    assert_eq!(&head, b"HTTP/1.1 200", "{}", {
+        let mut rest = vec![0; 1000];
+        let count = slow.read(&mut rest).unwrap();
+        String::from_utf8_lossy(&rest[..count]).into_owned()
+    });
+    let metric = |line: &str| server.get("/metrics").1.as_str().unwrap().lines().any(|found| found == line);
     let started = Instant::now();
-    while server.get("/props").1["running"] != 0 {
-        assert!(started.elapsed() < Duration::from_secs(20));
+    while metric("metal_candle_slow_reader_pauses_total 0") {
+        assert!(started.elapsed() < Duration::from_secs(30), "{}", server.get("/metrics").1);
         std::thread::sleep(Duration::from_millis(20));
     }
-    let metrics = server.get("/metrics").1;
-    let metrics = metrics.as_str().unwrap();
-    assert!(
-        metrics.contains("metal_candle_slow_reader_pauses_total 1") || metrics.contains("reason=\"max_tokens\"} 1"),
-        "{metrics}"
-    );
+    let answer = server.ok("/v1/chat/completions", &chat("a", 10));
+    assert!(answer["usage"]["completion_tokens"].as_u64() > Some(0));
+    // one that takes nothing for long is ended
+    server.wait_for("running", 0);
+    assert!(metric("metal_candle_requests_total{finish_reason=\"timeout\"} 1"));
 }
 
 #[test]
