@@ -12,8 +12,11 @@ use metal_candle::models::Model;
 /// Drafts by any earlier token, most of which are wrong.
 pub(super) const EAGER: Speculation = Speculation::Lookup { max_tokens: 3, min_ngram: 1, max_ngram: 3 };
 
+/// Text, token, bits of log-probabilities, and the end.
+type Part = (String, u32, Vec<u32>, Option<(FinishReason, usize)>);
+
 /// What an answer is without the clock, the counts of drafts, and what the cache held.
-fn answer(pieces: &[Piece]) -> Vec<(String, u32, Vec<u32>, Option<(FinishReason, usize)>)> {
+fn answer(pieces: &[Piece]) -> Vec<Part> {
     let of_piece = |piece: &Piece| {
         let top = piece.top_log_probabilities.iter().map(|choice| choice.log_probability);
         let bits = top.chain([piece.log_probability]).map(f32::to_bits).collect();
