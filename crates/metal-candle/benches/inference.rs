@@ -10,7 +10,7 @@ use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_grou
 use half::bf16;
 use metal_candle::inference::{KVCache, KVCacheConfig, Sampler, SamplingConfig};
 use metal_candle::models::{Batch, Model, Rows};
-use metal_candle::{Device, ModelConfig};
+use metal_candle::{Device, ModelConfig, ModelLoader};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -133,6 +133,9 @@ fn forward(criterion: &mut Criterion) {
             model.forward(&Batch::single(&prompt), None, Some(&mut cache), Rows::Last).unwrap()
         });
     });
+    // a filter may have skipped the prefill
+    cache.clear();
+    model.forward(&Batch::single(&prompt), None, Some(&mut cache), Rows::Last).unwrap();
     let mut decode = || {
         cache.truncate(0, CONTEXT);
         let mut batch = Batch::new();
@@ -154,8 +157,43 @@ fn forward(criterion: &mut Criterion) {
     }
 }
 
+/// The cost of a pass over one token and its drafts, in steps of one token.
+fn drafts(_: &mut Criterion) {
+    let built_in = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/nano");
+    for (name, model) in [("built-in model", ModelLoader::new().load(built_in).unwrap()), ("0.5B", model())] {
+        for context in [64, 1024] {
+            let prompt: Vec<u32> = (0..context as u32).map(|i| i * 577 % 4000).collect();
+            let mut cache = cache(&model, context + 17);
+            model.forward(&Batch::single(&prompt), None, Some(&mut cache), Rows::Last).unwrap();
+            let mut pass = |rows: usize| {
+                fastest(25, || {
+                    cache.truncate(0, context);
+                    let mut batch = Batch::new();
+                    batch.push(&prompt[..rows], context, 0);
+                    model.forward(&batch, None, Some(&mut cache), Rows::All).unwrap()
+                })
+            };
+            let step = pass(1);
+            println!("{name} after {context} tokens: a step takes {:.2} ms", step * 1e3);
+            for drafts in [1, 2, 3, 4, 6, 8, 12, 16] {
+                println!("  {drafts} drafts: {:.2} steps", pass(1 + drafts) / step);
+            }
+        }
+    }
+}
+
 /// The median time of a call, in seconds.
-fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
+fn median<T>(calls: usize, call: impl FnMut() -> T) -> f64 {
+    times(calls, call)[calls / 2]
+}
+
+/// The shortest time of a call, in seconds.
+fn fastest<T>(calls: usize, call: impl FnMut() -> T) -> f64 {
+    times(calls, call)[0]
+}
+
+/// The times of calls, in rising order.
+fn times<T>(calls: usize, mut call: impl FnMut() -> T) -> Vec<f64> {
     let mut times: Vec<f64> = (0..calls)
         .map(|_| {
             let start = Instant::now();
@@ -164,12 +202,12 @@ fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
         })
         .collect();
     times.sort_by(f64::total_cmp);
-    times[calls / 2]
+    times
 }
 
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(10);
-    targets = sampling, forward
+    targets = drafts, sampling, forward
 }
 criterion_main!(benches);
