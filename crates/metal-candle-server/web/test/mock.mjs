@@ -129,11 +129,17 @@ function models(state) {
 
 function props() {
   return {
-    default_generation_settings: { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1, frequency_penalty: 0, presence_penalty: 0 },
+    default_generation_settings: {
+      n_ctx: 2048,
+      params: { temperature: 0.7, top_p: 0.9, top_k: 0, min_p: 0, repeat_penalty: 1.1, frequency_penalty: 0, presence_penalty: 0, seed: 0, n_predict: -1 },
+    },
     total_slots: 8,
     n_ctx: 2048,
     model_path: 'nano',
-    build_info: 'mock',
+    build_info: 'metal-candle 0.0.0',
+    fill_in_the_middle: true,
+    running: 0,
+    waiting: 0,
     deterministic: true,
   };
 }

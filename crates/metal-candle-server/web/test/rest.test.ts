@@ -7,7 +7,7 @@ import { addCompletionChunk, completionText, level, NO_COMPLETION } from '../src
 import { align, curvesOf, smooth } from '../src/runs/curves';
 import { newEvents } from '../src/runs/feed';
 import { jobRequest, NO_SETTINGS, SETTINGS, settingProblem } from '../src/runs/job-request';
-import { FIELDS, NO_PARAMETERS, parseNumber, readParameters, requestFields } from '../src/settings/parameters';
+import { defaultText, FIELDS, NO_PARAMETERS, parseNumber, readParameters, requestFields } from '../src/settings/parameters';
 import { highlight } from '../src/text/highlight';
 
 describe('a completion', () => {
@@ -101,6 +101,11 @@ describe('settings', () => {
   it('accept numbers in range only', () => {
     expect(['', '0', ' 0.5 ', '3', 'x', '1e999', '-1'].map((text) => parseNumber(field('temperature'), text))).toEqual([null, 0, 0.5, undefined, undefined, undefined, undefined]);
     expect([parseNumber(field('max_tokens'), '1.5'), parseNumber(field('max_tokens'), '0')]).toEqual([undefined, undefined]);
+  });
+
+  it('show the defaults of the server', () => {
+    const defaults = { temperature: 0.7, repeat_penalty: 1.1, seed: 0, top_p: null };
+    expect(FIELDS.map((entry) => defaultText(entry, defaults)).filter((text) => text !== null)).toEqual(['0.7', '1.1']);
   });
 
   it('are sent only where they are set', () => {

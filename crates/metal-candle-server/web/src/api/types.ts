@@ -133,6 +133,9 @@ export interface Props {
   model_path?: string;
   build_info?: string;
   deterministic?: boolean;
-  default_generation_settings?: Record<string, unknown>;
+  fill_in_the_middle?: boolean;
+  running?: number;
+  waiting?: number;
+  default_generation_settings?: { params?: Record<string, unknown> };
   [key: string]: unknown;
 }

@@ -101,7 +101,7 @@ export function ChatTab() {
           key={shown.id}
           kind="chat"
           value={shown.parameters}
-          defaults={state.props?.default_generation_settings ?? {}}
+          defaults={state.props?.default_generation_settings?.params ?? {}}
           onChange={(parameters) => change({ parameters })}
         />
       </aside>

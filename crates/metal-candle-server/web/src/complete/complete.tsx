@@ -32,7 +32,7 @@ const DEFAULT_TOKENS = 64;
 export function CompleteTab() {
   const state = useStore(server);
   const [text, setText] = useState(() => readSetting('complete.text', EXAMPLE));
-  const [mode, setMode] = useState<Mode>(() => (readSetting<unknown>('complete.mode', 'continue') === 'fill' ? 'fill' : 'continue'));
+  const [asked, setMode] = useState<Mode>(() => (readSetting<unknown>('complete.mode', 'continue') === 'fill' ? 'fill' : 'continue'));
   const [chosen, setChosen] = useState(() => readSetting('complete.model', ''));
   const [parameters, setParameters] = useState(() => readParameters(readSetting('complete.parameters', { max_tokens: DEFAULT_TOKENS })));
   const [open, setOpen] = useState(false);
@@ -40,6 +40,8 @@ export function CompleteTab() {
   const area = useRef<HTMLTextAreaElement>(null);
   const cursor = useRef(text.length);
   const controller = useRef<AbortController | null>(null);
+  const canFill = state.props?.fill_in_the_middle !== false;
+  const mode = canFill ? asked : 'continue';
   const model = chosen !== '' && state.models.some((known) => known.id === chosen) ? chosen : baseModel(state);
 
   useEffect(() => () => controller.current?.abort(), []);
@@ -129,12 +131,17 @@ export function CompleteTab() {
           <ModelSelect value={model} label="Model" onChange={(next) => (setChosen(next), writeSetting('complete.model', next))} />
           <div class="segments" role="radiogroup" aria-label="Where to write">
             {(['continue', 'fill'] as const).map((name) => (
-              <label key={name} class={mode === name ? 'on' : ''}>
+              <label
+                key={name}
+                class={mode === name ? 'on' : ''}
+                title={name === 'continue' ? 'Write behind the text' : canFill ? 'Write at the cursor' : 'This model was not trained to fill in'}
+              >
                 <input
                   type="radio"
                   name="mode"
                   class="visually-hidden"
                   checked={mode === name}
+                  disabled={name === 'fill' && !canFill}
                   onChange={() => (setMode(name), writeSetting('complete.mode', name))}
                 />
                 {name === 'continue' ? 'Continue' : 'Fill in'}
@@ -197,7 +204,7 @@ export function CompleteTab() {
           <ParameterPanel
             kind="completion"
             value={parameters}
-            defaults={state.props?.default_generation_settings ?? {}}
+            defaults={state.props?.default_generation_settings?.params ?? {}}
             onChange={(next: Parameters) => (setParameters(next), writeSetting('complete.parameters', next))}
           />
         </aside>

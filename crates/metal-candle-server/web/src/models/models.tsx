@@ -1,5 +1,5 @@
 // The Models tab: what the server serves, its adapters, and its load.
-import { useEffect, useId, useState } from 'preact/hooks';
+import { useId, useState } from 'preact/hooks';
 import { describeError, forgetKey, requestJson } from '../api/client';
 import { type Sample, total } from '../api/metrics';
 import { readMetrics, refreshModels, refreshProps, server } from '../api/server';
@@ -18,10 +18,9 @@ export function ModelsTab() {
   const [load, setLoad] = useState<Load | null>(null);
   const [problem, setProblem] = useState<string | null>(null);
   usePolling(POLL_MILLISECONDS, async () => {
-    const [samples] = await Promise.all([readMetrics(), refreshModels(false)]);
+    const [samples] = await Promise.all([readMetrics(), refreshModels(false), refreshProps()]);
     setLoad((before) => nextLoad(before, samples, Date.now()));
   });
-  useEffect(() => void refreshProps(), []);
   const unload = async (name: string) => {
     setProblem(null);
     try {
@@ -75,20 +74,22 @@ function Figures({ load }: { load: Load | null }) {
   const { props } = useStore(server);
   const samples = load?.samples ?? null;
   const metric = (name: string, labels?: Record<string, string>) => (samples ? total(samples, `metal_candle_${name}`, labels) : null);
-  const running = metric('requests_running');
+  const running = metric('requests_running') ?? props?.running;
   const queries = metric('prefix_cache_queries_total');
   const hits = metric('prefix_cache_hits_total');
   const kv = metric('kv_bytes');
   const number = (value: unknown) => (typeof value === 'number' ? count(value) : null);
   const figures: [label: string, value: string | null, note?: string][] = [
     ['Running', number(running), 'Requests that hold a slot'],
-    ['Waiting', number(metric('requests_waiting')), 'Requests in the queue'],
+    ['Waiting', number(metric('requests_waiting') ?? props?.waiting), 'Requests in the queue'],
     ['Generating', load?.tokensPerSecond != null ? `${figure(load.tokensPerSecond)} tokens/s` : null, 'All requests together'],
     ['Generated', number(metric('generated_tokens_total')), 'Tokens since the start'],
     ['Prefix cache', queries && hits !== null ? `${figure((hits / queries) * 100)} %` : null, 'Tokens of prompts that were in the cache'],
     ['KV cache', kv === null ? null : bytes(kv), 'Memory of the key-value cache'],
     ['Slots', number(props?.total_slots), 'Requests that can run at once'],
     ['Context', number(props?.n_ctx), 'Tokens of a prompt and its answer'],
+    ['Adapters', number(metric('adapters_loaded')), 'Adapters in memory'],
+    ['Version', props?.build_info?.replace('metal-candle ', '') ?? null],
   ];
   const known = figures.filter(([, value]) => value !== null);
   return (
@@ -101,7 +102,7 @@ function Figures({ load }: { load: Load | null }) {
           </div>
         ))}
       </dl>
-      {load !== null && samples === null && <p class="muted"><Names text="Requests and memory are shown if the server is started with `--metrics`." /></p>}
+      {load !== null && samples === null && <p class="muted"><Names text="More figures are shown if the server is started with `--metrics`." /></p>}
     </>
   );
 }

@@ -1,7 +1,6 @@
 // The panel of parameters beside a conversation or a completion.
 import { useEffect, useId, useState } from 'preact/hooks';
-import { figure } from '../base/format';
-import { FIELDS, NO_PARAMETERS, type NumberField, type Parameters, parseNumber, schemaProblem } from './parameters';
+import { defaultText, FIELDS, NO_PARAMETERS, type NumberField, type Parameters, parseNumber, schemaProblem } from './parameters';
 
 interface Props {
   value: Parameters;
@@ -16,7 +15,7 @@ export function ParameterPanel({ value, onChange, defaults, kind }: Props) {
   const stopId = useId();
   const changed = JSON.stringify(value) !== JSON.stringify(NO_PARAMETERS);
   const field = (entry: NumberField) => (
-    <NumberInput key={entry.name} field={entry} value={value[entry.name]} fallback={defaults[entry.name]} onChange={(number) => set({ [entry.name]: number })} />
+    <NumberInput key={entry.name} field={entry} value={value[entry.name]} fallback={defaultText(entry, defaults)} onChange={(number) => set({ [entry.name]: number })} />
   );
   return (
     <div class="parameters">
@@ -78,7 +77,7 @@ function Format({ value, set }: { value: Parameters; set: (part: Partial<Paramet
   );
 }
 
-function NumberInput(props: { field: NumberField; value: number | null; fallback: unknown; onChange: (value: number | null) => void }) {
+function NumberInput(props: { field: NumberField; value: number | null; fallback: string | null; onChange: (value: number | null) => void }) {
   const { field, value, fallback, onChange } = props;
   const [text, setText] = useState(value === null ? '' : String(value));
   const id = useId();
@@ -98,7 +97,7 @@ function NumberInput(props: { field: NumberField; value: number | null; fallback
         inputMode="decimal"
         autocomplete="off"
         value={text}
-        placeholder={typeof fallback === 'number' ? figure(fallback) : field.name === 'seed' ? 'random' : 'default'}
+        placeholder={fallback ?? (field.name === 'seed' ? 'random' : 'default')}
         aria-invalid={parsed === undefined}
         title={field.hint}
         onInput={(event) => {

@@ -1,4 +1,5 @@
 // The parameters of a request that a user sets. An empty one is not sent: the server's default holds.
+import { figure } from '../base/format';
 
 export interface Parameters {
   temperature: number | null;
@@ -55,6 +56,16 @@ export const FIELDS: NumberField[] = [
   { name: 'frequency_penalty', label: 'Frequency penalty', hint: '0 is off.', minimum: -2, maximum: 2, step: 0.1 },
   { name: 'presence_penalty', label: 'Presence penalty', hint: '0 is off.', minimum: -2, maximum: 2, step: 0.1 },
 ];
+
+// Names of `GET /props` that differ from those of a request.
+const PROPS_NAMES: Partial<Record<NumberName, string>> = { repetition_penalty: 'repeat_penalty' };
+
+/** The server's default of a field as text; null if the field has none. */
+export function defaultText(field: NumberField, settings: Record<string, unknown>): string | null {
+  if (field.name === 'seed' || field.name === 'max_tokens') return null;
+  const value = settings[PROPS_NAMES[field.name] ?? field.name];
+  return typeof value === 'number' ? figure(value) : null;
+}
 
 /** A number from a text field: null when empty, undefined when it is not a number in the field's range. */
 export function parseNumber(field: NumberField, text: string): number | null | undefined {
