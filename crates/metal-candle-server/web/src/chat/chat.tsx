@@ -42,8 +42,14 @@ export function ChatTab() {
 
   // Before the first prompt there is no stored conversation: the page shows an empty one.
   const conversation = item === null ? null : (open[item] ?? null);
+  const base = baseModel(state);
+  useEffect(() => {
+    // A conversation may be started before the server has listed its models.
+    if (conversation === null || base === '' || !conversation.models.includes('')) return;
+    changeChat(conversation.id, (before) => ({ ...before, models: before.models.map((model) => model || base) }));
+  }, [conversation, base]);
   const begin = (): string => {
-    const id = startChat([baseModel(state)]);
+    const id = startChat([base]);
     go('chat', id, 'replace');
     return id;
   };
@@ -60,7 +66,7 @@ export function ChatTab() {
       setPanel(!panel);
     }
   };
-  const shown = conversation ?? newConversation('', [baseModel(state)], 0);
+  const shown = conversation ?? newConversation('', [base], 0);
   const change = (part: Partial<Conversation>) => changeChat(ensure(), (before) => ({ ...before, ...part }));
 
   return (

@@ -258,7 +258,7 @@ function TokenSpan({ token, picked, onPick }: { token: CompletionToken; picked: 
   const percent = percentage(token.logProbability);
   return (
     <span
-      class={`token level-${level(token.logProbability)}${picked ? ' picked' : ''}`}
+      class={`token level-${level(token.logProbability)}${picked ? ' picked' : ''}${/^\s*\n\s*$/.test(token.text) ? ' newline' : ''}`}
       title={`${JSON.stringify(token.text)} ${percent}`}
       onMouseEnter={onPick}
       onClick={onPick}
