@@ -342,7 +342,7 @@ function view(entry) {
     status, model: 'nano', fine_tuned_model: status === 'failed' ? null : `ft:nano:local:${entry.suffix}:${entry.id}`, organization_id: 'local', result_files: [],
     trained_tokens: stepsOf(entry) * 512, training_file: 'file-1', validation_file: null, seed: 7,
     hyperparameters: { n_epochs: 3, batch_size: 8, learning_rate_multiplier: 1 }, method: { type: 'supervised' }, error: entry.failed ?? null,
-    estimated_finish: done ? null : Math.floor(entry.started + entry.steps / 4), metadata: null, integrations: null,
+    estimated_finish: done ? null : Math.floor(entry.started + entry.steps / 4), metadata: null, integrations: [], user_provided_suffix: entry.suffix,
     metal_candle: { rank: 16, alpha: 32, learning_rate: 2e-4, max_steps: entry.steps, save_interval: 40, serve: 'best' },
   };
 }
@@ -390,7 +390,7 @@ function jobs(state, request, response, pathname, parameters, body) {
     if (!file) return fail(response, 404, `no file \`${body.training_file}\``, 'not_found_error', null, 'training_file');
     const steps = body.metal_candle?.max_steps ?? 160;
     if (body.metal_candle?.rank > 256) return fail(response, 400, 'the rank 512 is over the limit of 256', 'invalid_request_error', null, 'metal_candle.rank');
-    if (body.dry_run) return send(response, { plan: { peak_memory_bytes: 412_000_000, seconds: steps / 4, steps, tokens_per_step: 4096, trained_parameters: 1_081_344 } });
+    if (body.dry_run) return send(response, { plan: { peak_memory_bytes: 412_000_000, memory_limit_bytes: 18_000_000_000, weights_bytes: 11_217_792, seconds: steps / 4, steps, tokens: steps * 456, tokens_per_second: 623.8 } });
     const made = job({ id: `ftjob-${state.jobs.size + 1}`, suffix: body.suffix ?? 'run', steps, started: Date.now() / 1000, body });
     state.jobs.set(made.id, made);
     return send(response, view(made));
@@ -398,7 +398,7 @@ function jobs(state, request, response, pathname, parameters, body) {
   if (!id) return send(response, pageOf([...state.jobs.values()].map(view).sort((a, b) => b.created_at - a.created_at), parameters));
   const entry = state.jobs.get(id);
   if (!entry) return fail(response, 404, `no job \`${id}\``, 'not_found_error');
-  if (part === 'events') return send(response, pageOf(events(entry), parameters));
+  if (part === 'events') return send(response, pageOf(parameters.get('order') === 'asc' ? events(entry).reverse() : events(entry), parameters));
   if (part === 'checkpoints') return send(response, pageOf(checkpoints(entry), parameters));
   if (part === 'cancel') {
     if (view(entry).finished_at !== null) return fail(response, 409, 'the job has ended', 'conflict_error');

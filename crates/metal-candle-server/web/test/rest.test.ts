@@ -71,9 +71,8 @@ describe('events', () => {
   const all: JobEvent[] = Array.from({ length: 7 }, (_, index) => ({ id: `e${index}`, created_at: index, level: 'info', message: '' }));
   const reader = (count: number, calls: string[]) => async (query: string): Promise<List<JobEvent>> => {
     calls.push(query);
-    const newest = all.slice(0, count).reverse();
-    const start = query === '' ? 0 : newest.findIndex((event) => query === `&after=${event.id}`) + 1;
-    return { object: 'list', data: newest.slice(start, start + 2), has_more: start + 2 < newest.length };
+    const start = query === '' ? 0 : all.findIndex((event) => query === `&after=${event.id}`) + 1;
+    return { object: 'list', data: all.slice(start, Math.min(start + 2, count)), has_more: start + 2 < count };
   };
 
   it('are read once, in order, over all pages', async () => {
@@ -81,7 +80,7 @@ describe('events', () => {
     expect(known.map(({ id }) => id)).toEqual(['e0', 'e1', 'e2', 'e3', 'e4']);
     const calls: string[] = [];
     expect((await newEvents(reader(6, calls), known)).map(({ id }) => id)).toEqual(['e5']);
-    expect(calls).toEqual(['']);
+    expect(calls).toEqual(['&after=e4']);
     expect(await newEvents(reader(6, calls), [...known, all[5]!])).toEqual([]);
   });
 });
@@ -123,7 +122,7 @@ describe('settings', () => {
 
   it('make the request of a job', () => {
     expect(jobRequest({ ...NO_SETTINGS, model: 'nano', training: 'file-1', suffix: ' docs ', serve: 'best', values: { n_epochs: '2', rank: '8', seed: '5' } })).toEqual({
-      model: 'nano', training_file: 'file-1', suffix: 'docs', metadata: { suffix: 'docs' }, seed: 5,
+      model: 'nano', training_file: 'file-1', suffix: 'docs', seed: 5,
       method: { type: 'supervised', supervised: { hyperparameters: { n_epochs: 2 } } },
       metal_candle: { rank: 8, serve: 'best' },
     });

@@ -1,6 +1,6 @@
 // Holds the lists of models and adapters and the properties of the server, for all tabs.
 import { createStore } from '../base/store';
-import { describeError, reachable, request, requestJson } from './client';
+import { ApiError, describeError, reachable, request, requestJson } from './client';
 import { parseMetrics, type Sample } from './metrics';
 import type { Adapter, List, Model, Props } from './types';
 
@@ -32,11 +32,16 @@ export async function refreshProps(): Promise<void> {
   server.set((state) => ({ ...state, props }));
 }
 
-/** The server's metrics; null while they are off. */
+let metricsOff = false;
+
+/** The server's metrics; null if they are off. */
 export async function readMetrics(): Promise<Sample[] | null> {
+  if (metricsOff) return null;
   try {
     return parseMetrics(await (await request('metrics', { ask: false })).text());
-  } catch {
+  } catch (error) {
+    // A setting of the server that does not change while it runs.
+    metricsOff = error instanceof ApiError && error.status === 404;
     return null;
   }
 }

@@ -98,7 +98,7 @@ export interface Job {
   hyperparameters?: Record<string, unknown> | null;
   error?: { code?: string; message?: string; param?: string | null } | null;
   estimated_finish?: number | null;
-  metadata?: Record<string, string> | null;
+  user_provided_suffix?: string | null;
   metal_candle?: Record<string, unknown> | null;
 }
 

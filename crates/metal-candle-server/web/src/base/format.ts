@@ -50,7 +50,7 @@ export function moment(milliseconds: number): string {
 /** `peak_memory_bytes` becomes `Peak memory`: the unit is shown with the value. */
 export function label(key: string): string {
   if (key === 'seconds') return 'Time';
-  const words = key.replace(/_(bytes|seconds)$/, '').replaceAll('_', ' ');
+  const words = key.replace(/_(bytes|seconds)$/, '').replace('per_second', '/s').replaceAll('_', ' ');
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 

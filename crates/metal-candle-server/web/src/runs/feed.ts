@@ -1,5 +1,5 @@
 // Reads the fine-tuning jobs and follows their events and checkpoints.
-import { describeError, requestJson } from '../api/client';
+import { ApiError, describeError, requestJson } from '../api/client';
 import type { Checkpoint, Job, JobEvent, JobStatus, List } from '../api/types';
 import { createStore } from '../base/store';
 
@@ -9,11 +9,19 @@ export interface Feed {
   checkpoints: Checkpoint[];
 }
 
-export const jobs = createStore<{ list: Job[] | null; problem: string | null }>({ list: null, problem: null });
+export interface Jobs {
+  list: Job[] | null;
+  problem: string | null;
+  /** Whether the server runs no jobs, or the key may not use them. */
+  off: boolean;
+}
+
+export const jobs = createStore<Jobs>({ list: null, problem: null, off: false });
 export const feeds = createStore<Record<string, Feed>>({});
 
 const PAGE = 100;
-const MOST_PAGES = 200;
+const EVENTS_PAGE = 1000;
+const MOST_PAGES = 1000;
 
 export function isActive(status: JobStatus): boolean {
   return status === 'running' || status === 'queued' || status === 'validating_files' || status === 'paused';
@@ -29,9 +37,10 @@ export async function refreshJobs(ask: boolean): Promise<void> {
       if (!page.has_more || !last) break;
       after = `&after=${encodeURIComponent(last.id)}`;
     }
-    jobs.set({ list: list.sort((a, b) => b.created_at - a.created_at), problem: null });
+    jobs.set({ list: list.sort((a, b) => b.created_at - a.created_at), problem: null, off: false });
   } catch (error) {
-    jobs.set((state) => ({ ...state, problem: describeError(error) }));
+    const off = error instanceof ApiError && [401, 403, 404].includes(error.status);
+    jobs.set((state) => ({ ...state, problem: describeError(error), off }));
   }
 }
 
@@ -44,28 +53,20 @@ export async function refreshFeed(job: string): Promise<void> {
   const path = `v1/fine_tuning/jobs/${encodeURIComponent(job)}`;
   const known = feeds.get()[job]?.events ?? [];
   const [events, checkpoints] = await Promise.all([
-    newEvents((query) => requestJson<List<JobEvent>>(`${path}/events?limit=${PAGE}${query}`, { ask: false }), known),
+    newEvents((query) => requestJson<List<JobEvent>>(`${path}/events?order=asc&limit=${EVENTS_PAGE}${query}`, { ask: false }), known),
     requestJson<List<Checkpoint>>(`${path}/checkpoints?limit=${PAGE}`, { ask: false }).then((list) => list.data, () => feeds.get()[job]?.checkpoints ?? []),
   ]);
   feeds.set((all) => ({ ...all, [job]: { events: [...known, ...events], checkpoints } }));
 }
 
-/**
- * The events that are not in `known`, in chronological order. Lists are newest first, and `after` asks for older ones:
- * pages are read until one holds a known event.
- */
+/** The events that are newer than `known`, in chronological order, over all pages. */
 export async function newEvents(read: (query: string) => Promise<List<JobEvent>>, known: JobEvent[]): Promise<JobEvent[]> {
-  const seen = new Set(known.map((event) => event.id));
   const found: JobEvent[] = [];
-  let after = '';
   for (let pages = 0; pages < MOST_PAGES; pages += 1) {
-    const page = await read(after);
-    const fresh = page.data.filter((event) => !seen.has(event.id));
-    for (const event of fresh) seen.add(event.id);
-    found.push(...fresh);
-    const last = page.data[page.data.length - 1];
-    if (!page.has_more || !last || fresh.length < page.data.length) break;
-    after = `&after=${encodeURIComponent(last.id)}`;
+    const last = found[found.length - 1] ?? known[known.length - 1];
+    const page = await read(last ? `&after=${encodeURIComponent(last.id)}` : '');
+    found.push(...page.data);
+    if (!page.has_more || page.data.length === 0) break;
   }
-  return found.reverse();
+  return found;
 }

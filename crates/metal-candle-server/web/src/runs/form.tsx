@@ -8,7 +8,7 @@ import { useStore } from '../base/store';
 import { Names, Notice } from '../base/widgets';
 import { FileField, files, refreshFiles } from './data-file';
 import { noteJob } from './feed';
-import { jobRequest, NO_SETTINGS, type Settings, SETTINGS, settingProblem } from './job-request';
+import { jobRequest, nameProblem, NO_SETTINGS, type Settings, SETTINGS, settingProblem } from './job-request';
 
 const PLAN_DELAY = 700;
 
@@ -26,7 +26,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
   const model = settings.model || baseModel(state);
   const usable = (id: string) => list?.find((file) => file.id === id)?.status !== 'error';
   const valid = SETTINGS.every((entry) => settingProblem(entry, settings.values[entry.name] ?? '') === null);
-  const complete = settings.training !== '' && usable(settings.training) && usable(settings.validation) && valid && model !== '';
+  const complete = settings.training !== '' && usable(settings.training) && usable(settings.validation) && valid && nameProblem(settings.suffix) === null && model !== '';
   const body = complete ? JSON.stringify(jobRequest({ ...settings, model })) : null;
 
   useEffect(() => void refreshFiles(), []);
@@ -36,15 +36,20 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
     const abort = new AbortController();
     setPlanned({ state: 'asking' });
     const timer = setTimeout(async () => {
-      try {
-        const answer = await requestJson<{ plan?: Plan }>('v1/fine_tuning/jobs', {
-          method: 'POST',
-          json: { ...(JSON.parse(body) as object), dry_run: true },
-          signal: abort.signal,
-        });
-        setPlanned({ state: 'ready', plan: answer.plan ?? {} });
-      } catch (error) {
-        if (!abort.signal.aborted) setPlanned({ state: 'failed', problem: withParameter(error) });
+      while (!abort.signal.aborted) {
+        try {
+          const answer = await requestJson<{ plan?: Plan }>('v1/fine_tuning/jobs', {
+            method: 'POST',
+            json: { ...(JSON.parse(body) as object), dry_run: true },
+            signal: abort.signal,
+          });
+          return setPlanned({ state: 'ready', plan: answer.plan ?? {} });
+        } catch (error) {
+          if (abort.signal.aborted) return;
+          // The server makes one plan at a time: that of the settings before may not be done yet.
+          if (!(error instanceof ApiError && error.status === 503)) return setPlanned({ state: 'failed', problem: withParameter(error) });
+        }
+        await new Promise((resolve) => setTimeout(resolve, PLAN_DELAY));
       }
     }, PLAN_DELAY);
     return () => {
@@ -98,7 +103,17 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
           </Labelled>
           <Labelled label="Name" hint="Becomes a part of the adapter's name.">
             {(id) => (
-              <input id={id} value={settings.suffix} maxLength={64} autocomplete="off" placeholder="none" onInput={(event) => set({ suffix: event.currentTarget.value })} />
+              <>
+                <input
+                  id={id}
+                  value={settings.suffix}
+                  autocomplete="off"
+                  placeholder="none"
+                  aria-invalid={nameProblem(settings.suffix) !== null}
+                  onInput={(event) => set({ suffix: event.currentTarget.value })}
+                />
+                {nameProblem(settings.suffix) !== null && <p class="hint bad">{nameProblem(settings.suffix)}</p>}
+              </>
             )}
           </Labelled>
           {SETTINGS.map((entry) => (
@@ -107,8 +122,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
           <Labelled label="Serve" hint="Which checkpoints get the adapter's name while it trains.">
             {(id) => (
               <select id={id} value={settings.serve} onChange={(event) => set({ serve: event.currentTarget.value as Settings['serve'] })}>
-                <option value="">default</option>
-                <option value="latest">the latest checkpoint</option>
+                <option value="">the latest checkpoint</option>
                 <option value="best">the one with the lowest validation loss</option>
                 <option value="none">none</option>
               </select>
@@ -146,27 +160,38 @@ function PlanView({ planned }: { planned: Planned }) {
         </p>
       )}
       {planned.state === 'failed' && <Notice kind="bad" text={planned.problem} />}
-      {planned.state === 'ready' && (
-        <dl class="figures">
-          {ordered(planned.plan).map(([key, value]) => (
-            <div key={key}>
-              <dt>{label(key)}</dt>
-              <dd>{quantity(key, value)}</dd>
-            </div>
-          ))}
-        </dl>
-      )}
+      {planned.state === 'ready' && <PlanFigures plan={planned.plan} />}
     </fieldset>
   );
 }
 
-const FIRST = ['steps', 'seconds', 'peak_memory_bytes'];
+const MAIN = ['steps', 'seconds', 'peak_memory_bytes', 'memory_limit_bytes', 'tokens', 'tokens_per_second'];
 
-/** The main figures first, then every other single value that the server sent. */
-function ordered(plan: Plan): [string, unknown][] {
-  const single = Object.entries(plan).filter(([, value]) => value !== null && typeof value !== 'object');
-  const rank = (key: string) => (FIRST.includes(key) ? FIRST.indexOf(key) : FIRST.length);
-  return single.sort((a, b) => rank(a[0]) - rank(b[0]));
+function PlanFigures({ plan }: { plan: Plan }) {
+  const values = Object.entries(plan).filter(([, value]) => value !== null && typeof value !== 'object');
+  const main = MAIN.flatMap((key) => values.filter(([name]) => name === key));
+  const others = values.filter(([name]) => !MAIN.includes(name));
+  const figures = (entries: [string, unknown][]) => (
+    <dl class="figures">
+      {entries.map(([key, value]) => (
+        <div key={key}>
+          <dt>{label(key)}</dt>
+          <dd>{quantity(key, value)}</dd>
+        </div>
+      ))}
+    </dl>
+  );
+  return (
+    <>
+      {figures(main)}
+      {others.length > 0 && (
+        <details>
+          <summary class="muted">Details</summary>
+          {figures(others)}
+        </details>
+      )}
+    </>
+  );
 }
 
 function Labelled(props: { label: string; hint?: string; children: (id: string) => preact.ComponentChildren }) {

@@ -16,7 +16,8 @@ export interface Settings {
   training: string;
   validation: string;
   suffix: string;
-  serve: '' | 'none' | 'latest' | 'best';
+  /** Empty: the latest checkpoint, the server's default. */
+  serve: '' | 'none' | 'best';
   /** The texts of the number fields by name. */
   values: Record<string, string>;
 }
@@ -27,12 +28,17 @@ export const SETTINGS: SettingField[] = [
   { name: 'n_epochs', label: 'Epochs', hint: 'How often each row is trained.', whole: true, minimum: 1, maximum: 50, official: true },
   { name: 'batch_size', label: 'Batch size', hint: 'Rows of a step.', whole: true, minimum: 1, maximum: 256, official: true },
   { name: 'learning_rate', label: 'Learning rate', hint: 'The highest learning rate.', whole: false, minimum: 1e-9, maximum: 1, official: false },
-  { name: 'rank', label: 'Rank', hint: 'The rank of the LoRA matrices.', whole: true, minimum: 1, maximum: 1024, official: false },
-  { name: 'alpha', label: 'Alpha', hint: 'The LoRA delta is scaled by alpha divided by rank.', whole: false, minimum: 1e-3, maximum: 65536, official: false },
-  { name: 'max_steps', label: 'Max steps', hint: 'The run ends after this number of steps.', whole: true, minimum: 1, maximum: 1e9, official: false },
-  { name: 'save_interval', label: 'Save interval', hint: 'Steps between two checkpoints.', whole: true, minimum: 1, maximum: 1e9, official: false },
+  { name: 'rank', label: 'Rank', hint: 'The rank of the LoRA matrices.', whole: true, minimum: 1, maximum: 512, official: false },
+  { name: 'alpha', label: 'Alpha', hint: 'The LoRA delta is scaled by alpha divided by rank.', whole: false, minimum: 1e-3, maximum: 1e5, official: false },
+  { name: 'max_steps', label: 'Max steps', hint: 'The run ends after this number of steps.', whole: true, minimum: 1, maximum: 1_000_000, official: false },
+  { name: 'save_interval', label: 'Save interval', hint: 'Steps between two checkpoints.', whole: true, minimum: 1, maximum: 1_000_000, official: false },
   { name: 'seed', label: 'Seed', hint: 'The same seed and data train the same adapter.', whole: true, minimum: 0, maximum: 2147483647, official: true },
 ];
+
+/** The problem of a name; null if it is empty or right. */
+export function nameProblem(text: string): string | null {
+  return /^[A-Za-z0-9._-]{0,64}$/.test(text.trim()) ? null : 'At most 64 letters, digits, dots, dashes and underscores';
+}
 
 /** The problem of a number field's text; null if it is empty or right. */
 export function settingProblem(field: SettingField, text: string): string | null {
@@ -56,8 +62,7 @@ export function jobRequest(settings: Settings): Record<string, unknown> {
     model: settings.model,
     training_file: settings.training,
     ...(settings.validation ? { validation_file: settings.validation } : {}),
-    // A job that runs has no model yet, so the metadata keeps the name for the list.
-    ...(settings.suffix.trim() ? { suffix: settings.suffix.trim(), metadata: { suffix: settings.suffix.trim() } } : {}),
+    ...(settings.suffix.trim() ? { suffix: settings.suffix.trim() } : {}),
     ...(seed ? { seed: Number(seed) } : {}),
     method: { type: 'supervised', supervised: { hyperparameters: numbers(true, 'seed') } },
     ...(Object.keys(extra).length > 0 ? { metal_candle: extra } : {}),

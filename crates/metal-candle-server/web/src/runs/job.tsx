@@ -11,12 +11,9 @@ import { curvesOf, lastOf, lowest } from './curves';
 import { type Feed, isActive, noteJob } from './feed';
 import { StatusLabel } from './status';
 
-/** The name that the user gave, or the end of the id. */
+/** The name that the user gave, or the id. */
 export function nameOf(job: Job): string {
-  const parts = job.fine_tuned_model?.split(':') ?? [];
-  const suffix = parts.length >= 4 ? parts[3] : '';
-  const given = job.metadata?.suffix ?? suffix;
-  return given || job.id;
+  return job.user_provided_suffix || job.id;
 }
 
 export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; children: ComponentChildren }) {

@@ -13,10 +13,11 @@ import { JobView, nameOf } from './job';
 import { StatusLabel } from './status';
 
 const POLL_MILLISECONDS = 1500;
+const POLL_WITHOUT_JOBS = 30_000;
 
 export function RunsTab() {
   const { item } = useStore(route);
-  const { list, problem } = useStore(jobs);
+  const { list, problem, off } = useStore(jobs);
   const loaded = useStore(feeds);
   const [compared, setCompared] = useState<string[]>([]);
   const job = list?.find((candidate) => candidate.id === item);
@@ -24,7 +25,7 @@ export function RunsTab() {
 
   // Only the first request may open the question for a key: it would open again after each dismissal.
   const asked = useRef(false);
-  usePolling(POLL_MILLISECONDS, async () => {
+  usePolling(off ? POLL_WITHOUT_JOBS : POLL_MILLISECONDS, async () => {
     await refreshJobs(!asked.current);
     asked.current = true;
     await follow();
@@ -46,10 +47,10 @@ export function RunsTab() {
   return (
     <div class="runs">
       <aside class="sidebar runs-list" aria-label="Runs">
-        <button type="button" class="new" onClick={() => go('runs', 'new')}>
+        <button type="button" class="new" disabled={off} onClick={() => go('runs', 'new')}>
           <Icon name="plus" /> New run
         </button>
-        {problem !== null && <Notice kind="bad" text={problem} />}
+        {problem !== null && <Notice kind={off ? 'info' : 'bad'} text={problem} />}
         <ul class="heads">
           {(list ?? []).map((entry) => (
             <li key={entry.id}>
@@ -61,7 +62,9 @@ export function RunsTab() {
         {list?.length === 0 && <p class="muted">No run yet.</p>}
       </aside>
       <main class="page">
-        {item === 'new' ? (
+        {off && list === null ? (
+          <p class="muted">Fine-tuning jobs are not available here.</p>
+        ) : item === 'new' ? (
           <NewRun onStarted={(started) => go('runs', started.id)} onCancel={() => go('runs', null)} />
         ) : job ? (
           <JobView job={job} feed={loaded[job.id] ?? null}>
