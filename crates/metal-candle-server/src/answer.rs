@@ -6,6 +6,7 @@ use crate::app::App;
 use crate::engine::{Answers, Job, Update};
 use crate::error::ApiError;
 use crate::served::Served;
+use crate::tools::{Delta, ToolParser};
 use metal_candle::inference::{Choice, Finish, FinishReason, Piece};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -50,6 +51,10 @@ pub(crate) struct Progress {
     pub(crate) text: String,
     pub(crate) tokens: Vec<Scored>,
     pub(crate) finish: Option<Finish>,
+    /// The text as reasoning, content and calls.
+    pub(crate) deltas: Vec<Delta>,
+    /// Whether the choice has called a tool.
+    pub(crate) has_calls: bool,
 }
 
 /// Numbers of tokens.
@@ -98,6 +103,8 @@ pub(crate) struct Answering {
     /// Tokens charged and not used so far.
     charged: usize,
     pub(crate) usage: Usage,
+    /// Of each choice, if its text is more than content.
+    parsers: Vec<Option<ToolParser>>,
     num_open: usize,
     ready: VecDeque<Progress>,
     failure: Option<ApiError>,
@@ -123,10 +130,16 @@ impl Answering {
             _adapter: adapter,
             charged,
             usage,
+            parsers: Vec::new(),
             num_open,
             ready: VecDeque::new(),
             failure: None,
         })
+    }
+
+    /// Splits the text of each choice by a copy of `parser`.
+    pub(crate) fn parse_by(&mut self, parser: &ToolParser) {
+        self.parsers = vec![Some(parser.clone()); self.num_open];
     }
 
     /// The next update; `None` after the last choice has ended.
@@ -176,6 +189,26 @@ impl Answering {
         self.usage.completion_tokens += 1;
         self.charged = self.charged.saturating_sub(1);
         let Some(progress) = self.ready.get_mut(index) else { return };
+        let is_cut = finish
+            .as_ref()
+            .is_some_and(|finish| matches!(finish.reason, FinishReason::MaxTokens | FinishReason::Length));
+        match self.parsers.get_mut(choice) {
+            Some(slot) => {
+                if let Some(parser) = slot {
+                    progress.deltas.extend(parser.push(&text));
+                    progress.has_calls = parser.has_calls();
+                }
+                if finish.is_some()
+                    && let Some(parser) = slot.take()
+                {
+                    let (rest, had_calls) = (parser.finish(is_cut), progress.has_calls);
+                    progress.has_calls = had_calls || rest.iter().any(|delta| matches!(delta, Delta::CallStart { .. }));
+                    progress.deltas.extend(rest);
+                }
+            }
+            None if text.is_empty() => {}
+            None => progress.deltas.push(Delta::Content(text.clone())),
+        }
         progress.text.push_str(&text);
         // the token that ends a text is none of it
         if finish.as_ref().is_none_or(|finish| finish.reason != FinishReason::EndOfText) {

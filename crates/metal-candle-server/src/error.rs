@@ -1,5 +1,6 @@
 //! Errors that a client gets: a status and OpenAI's error object.
 
+use crate::request_error::RequestError;
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -153,6 +154,12 @@ impl ApiError {
             _ => {}
         }
         response
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(RequestError { param, message }: RequestError) -> Self {
+        Self::field(param, message)
     }
 }
 

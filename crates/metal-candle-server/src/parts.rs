@@ -1,23 +1,6 @@
 //! The parts of an answer in the order in which the model writes them: formats with a list of parts are built from these.
 
-use crate::answer::Progress;
-
-/// A piece of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(dead_code)] // reasoning and calls come from the parser of tools
-pub(crate) enum Delta {
-    Reasoning(String),
-    Content(String),
-    /// A call of the function with this name starts.
-    CallStart(String),
-    /// More of the arguments of the last call.
-    Arguments(String),
-}
-
-/// The pieces in an update of a choice.
-pub(crate) fn deltas(progress: &Progress) -> Vec<Delta> {
-    if progress.text.is_empty() { Vec::new() } else { vec![Delta::Content(progress.text.clone())] }
-}
+use crate::tools::Delta;
 
 /// A part of an answer so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,12 +41,12 @@ impl Parts {
         let (part, text) = match delta {
             Delta::Reasoning(text) => (Part::Reasoning(String::new()), text),
             Delta::Content(text) => (Part::Text(String::new()), text),
-            Delta::CallStart(name) => {
+            Delta::CallStart { name, .. } => {
                 self.open(Part::Call { name, arguments: String::new() }, &mut changes);
                 return changes;
             }
             // arguments without a call belong to none
-            Delta::Arguments(text) => match self.list.last() {
+            Delta::Arguments { text, .. } => match self.list.last() {
                 Some(Part::Call { .. }) if self.is_open => {
                     (Part::Call { name: String::new(), arguments: String::new() }, text)
                 }
@@ -101,16 +84,24 @@ impl Parts {
 mod tests {
     use super::*;
 
+    fn start(index: usize, name: &str) -> Delta {
+        Delta::CallStart { index, id: "call_x".into(), name: name.into() }
+    }
+
+    fn arguments(text: &str) -> Delta {
+        Delta::Arguments { index: 0, text: text.into() }
+    }
+
     #[test]
     fn parts_open_and_close_in_order() {
         let mut parts = Parts::default();
         let deltas = [
-            Delta::Arguments("lost".into()),
+            arguments("lost"),
             Delta::Content("a".into()),
             Delta::Content("b".into()),
-            Delta::CallStart("f".into()),
-            Delta::Arguments("{}".into()),
-            Delta::CallStart("g".into()),
+            start(0, "f"),
+            arguments("{}"),
+            start(1, "g"),
         ];
         let changes: Vec<Change> = deltas.into_iter().flat_map(|delta| parts.push(delta)).collect();
         let expected = [

@@ -1,11 +1,14 @@
 //! The model that a server offers: its name, tokenizer, chat template and defaults.
 
 use crate::error::ApiError;
+use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarMask};
 use crate::ids::unix_time;
+use crate::tools::{Reasoning, ToolSyntax};
 use crate::untrusted::ControlTokens;
 use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::inference::SamplingConfig;
 use metal_candle::models::Model;
+use std::sync::{Arc, OnceLock};
 
 /// Spellings of the markers of fill-in-the-middle: before the prefix, the suffix and the middle.
 const FIM_MARKERS: [[&str; 3]; 5] = [
@@ -35,6 +38,10 @@ pub(crate) struct Served {
     pub(crate) control: ControlTokens,
     pub(crate) fim: Option<FimTokens>,
     pub(crate) end_of_turn: Option<u32>,
+    /// How the chat template writes calls of tools, and reasoning.
+    pub(crate) tool_syntax: Option<Arc<ToolSyntax>>,
+    pub(crate) reasoning: Option<Reasoning>,
+    grammars: Arc<OnceLock<Result<GrammarCompiler, GrammarError>>>,
     /// What `generation_config.json` advises; OpenAI's defaults where it says nothing.
     pub(crate) sampling: SamplingConfig,
     pub(crate) vocab_size: usize,
@@ -62,7 +69,12 @@ impl Served {
         } else {
             SamplingConfig::from(defaults)
         };
+        let template: String =
+            tokenizer.chat_template().iter().flat_map(|all| all.sources()).map(|(_, source)| source.as_str()).collect();
         Self {
+            tool_syntax: ToolSyntax::of(&template, &tokenizer).map(Arc::new),
+            reasoning: Reasoning::of(&template, &tokenizer),
+            grammars: Arc::default(),
             name,
             created: unix_time(),
             control: ControlTokens::of(&tokenizer),
@@ -86,6 +98,22 @@ impl Served {
             let message =
                 "the model has no chat template; use /v1/completions, or start the server with --chat-template";
             ApiError::unsupported("messages", message)
+        })
+    }
+
+    /// A mask for answers in a grammar, which the field `param` asks for.
+    ///
+    /// # Errors
+    /// The grammar is wrong or too large, or the tokens of the model have no fixed text.
+    pub(crate) fn mask(&self, grammar: &Grammar, param: &str) -> Result<GrammarMask, ApiError> {
+        let end_ids: Vec<u32> = self.eos_token_ids.iter().copied().chain(self.end_of_turn).collect();
+        // the first request pays for the vocabulary
+        let compiler = self.grammars.get_or_init(|| GrammarCompiler::new(&self.tokenizer, self.vocab_size, &end_ids));
+        compiler.as_ref().map_err(Clone::clone).and_then(|compiler| compiler.compile(grammar)).map_err(|error| {
+            match error {
+                GrammarError::Busy => ApiError::unavailable("queue_full", error.to_string()),
+                GrammarError::Invalid(message) => ApiError::field(param, format!("`{param}`: {message}")),
+            }
         })
     }
 

@@ -6,10 +6,12 @@ use crate::auth::Client;
 use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
+use crate::grammar::{Grammar, GrammarMask};
 use crate::sampling::generation_config;
 use crate::served::Served;
+use crate::tools::{Reasoning, ToolChoice, ToolParser, ToolRequest, tools_grammar};
 use metal_candle::data::Message;
-use metal_candle::inference::{FinishReason, GenerationConfig};
+use metal_candle::inference::{FinishReason, GenerationConfig, TokenMask};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -22,8 +24,10 @@ pub(crate) struct Turn {
     pub(crate) target: Target,
     /// As the client wrote them.
     pub(crate) messages: Vec<Message>,
-    /// The JSON schemas of tools that the template shows.
-    pub(crate) tools: Option<Vec<Value>>,
+    /// The tools that the template shows and the answer may call.
+    pub(crate) tools: Option<ToolRequest>,
+    /// What the answer must look like, and the field that says so.
+    pub(crate) grammar: Option<(String, Grammar)>,
     /// Variables of the template.
     pub(crate) variables: Map<String, Value>,
     /// Whether the answer continues the last message.
@@ -56,6 +60,7 @@ impl Turn {
             target: app.target(fields)?,
             messages,
             tools: None,
+            grammar: None,
             variables: template_variables(fields)?,
             continues: fields.flag("continue_final_message")?.unwrap_or(false),
             add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),
@@ -84,14 +89,22 @@ impl Turn {
     pub(crate) async fn start(self, app: &Arc<App>, client: &Client) -> Result<Answering, ApiError> {
         let served = app.served.clone();
         let turn = self;
-        let (prompt, prediction, turn) = app
+        let (prompt, prediction, mask, parser, turn) = app
             .compute(move || {
                 let text = turn.render(&served)?;
                 let prediction = turn.prediction.as_deref().map(|text| served.encode_text(text)).transpose()?;
-                Ok((served.encode(&text, false)?, prediction, turn))
+                let (mask, parser) = (turn.mask(&served, &text)?, turn.parser(&served, &text));
+                Ok((served.encode(&text, false)?, prediction, mask, parser, turn))
             })
             .await?;
         let mut config = turn.config;
+        // marks of calls may be special tokens
+        let syntax = app.served.tool_syntax.as_ref().filter(|_| turn.tools.is_some());
+        let marks = syntax.into_iter().flat_map(|syntax| syntax.marker_ids());
+        let marks = marks.chain(app.served.reasoning.iter().flat_map(Reasoning::marker_ids));
+        if marks.into_iter().any(|id| app.served.tokenizer.is_special(id)) {
+            config.skip_special_tokens = false;
+        }
         if let Some(id) = app.served.end_of_turn.filter(|_| !config.ignore_eos) {
             config.stop_ids.push(id);
         }
@@ -102,7 +115,7 @@ impl Turn {
             config,
             num_samples: turn.num_choices,
             adapter: turn.target.adapter,
-            mask: None,
+            mask: mask.map(|mask| Box::new(mask) as Box<dyn TokenMask>),
             num_top: turn.num_top,
             speculation: app.speculation(prediction.is_some()),
             prediction: prediction.unwrap_or_default(),
@@ -110,7 +123,50 @@ impl Turn {
             owner: client.owner,
             max_running: client.max_running,
         };
-        Answering::start(app, job, client)
+        let mut answering = Answering::start(app, job, client)?;
+        if let Some(parser) = parser {
+            answering.parse_by(&parser);
+        }
+        Ok(answering)
+    }
+
+    /// Reads `tools`, and the fields that say what an answer must look like, in OpenAI's form for chats.
+    ///
+    /// # Errors
+    /// A field is wrong, or the model's template shows no tools.
+    pub(crate) fn constrain(&mut self, served: &Served, fields: &Map<String, Value>) -> Result<(), ApiError> {
+        self.tools = ToolRequest::from_request(fields)?.filter(|tools| tools.choice != ToolChoice::None);
+        self.grammar = Grammar::from_request(fields)?;
+        if self.tools.is_some() && served.tool_syntax.is_none() {
+            return Err(ApiError::unsupported("tools", "`tools`: the model's chat template shows no tools"));
+        }
+        if let (Some(_), Some((param, _))) = (&self.tools, &self.grammar) {
+            let message = format!("`{param}` and `tools` in one request are not supported by this server");
+            return Err(ApiError::unsupported(param.clone(), message));
+        }
+        Ok(())
+    }
+
+    /// The mask of the answer to `prompt`, if it must look a certain way.
+    fn mask(&self, served: &Served, prompt: &str) -> Result<Option<GrammarMask>, ApiError> {
+        if let Some((param, grammar)) = &self.grammar {
+            return served.mask(grammar, param).map(Some);
+        }
+        let Some((tools, syntax)) = self.tools.as_ref().zip(served.tool_syntax.as_ref()) else { return Ok(None) };
+        let reasoning = served.reasoning.as_ref().map(|marks| (marks, marks.is_open_after(prompt)));
+        let grammar = tools_grammar(syntax, tools, reasoning)?;
+        grammar.map(|grammar| served.mask(&grammar, "tools")).transpose()
+    }
+
+    /// What splits the answer to `prompt` into reasoning, content and calls, where there may be more than content.
+    fn parser(&self, served: &Served, prompt: &str) -> Option<ToolParser> {
+        let syntax = served.tool_syntax.as_deref().filter(|_| self.tools.is_some());
+        let reasoning = served.reasoning.as_ref();
+        if syntax.is_none() && reasoning.is_none() {
+            return None;
+        }
+        let (tools, parallel) = self.tools.as_ref().map_or((&[][..], true), |tools| (&tools.tools, tools.parallel));
+        Some(ToolParser::new(syntax, reasoning, prompt, tools, parallel))
     }
 
     /// The conversation as text, in which the client's control tokens are disarmed.
@@ -131,7 +187,7 @@ impl Turn {
             served.control.disarm_value(&mut value, is_assistant);
             messages.push(serde_json::from_value::<Message>(value).map_err(ApiError::server)?);
         }
-        let mut tools = self.tools.clone();
+        let mut tools = self.tools.as_ref().and_then(ToolRequest::template_tools);
         for tool in tools.iter_mut().flatten() {
             served.control.disarm_value(tool, false);
         }
@@ -277,9 +333,10 @@ pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, 
     Ok(variables)
 }
 
-/// OpenAI's name for the end of a choice.
-pub(crate) fn finish_reason(reason: FinishReason) -> &'static str {
+/// OpenAI's name for the end of a choice. One that was cut says so, whatever it has called.
+pub(crate) fn finish_reason(reason: FinishReason, has_calls: bool) -> &'static str {
     match reason {
+        FinishReason::EndOfText | FinishReason::StopString | FinishReason::Cancelled if has_calls => "tool_calls",
         FinishReason::EndOfText | FinishReason::StopString | FinishReason::Cancelled => "stop",
         FinishReason::MaxTokens | FinishReason::Length => "length",
     }

@@ -8,6 +8,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::ids::{new_id, unix_time};
 use crate::sse::{self, Closed, Events};
+use crate::tools::Delta;
 use crate::turn::{Turn, finish_reason, messages};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -90,11 +91,7 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     }
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
-    // the parsers of answers are not there yet
-    fields.refuse(&["tools"])?;
-    if let Some(format) = fields.object("response_format")? {
-        format.one_of("type", &["text"])?;
-    }
+    turn.constrain(&app.served, fields.map())?;
     turn.prediction = prediction(fields)?;
     turn.num_choices = num_choices;
     turn.num_top = num_top;
@@ -148,12 +145,16 @@ async fn write(
                 events.data(&form.chunk(index, delta, Value::Null, None)).await?;
             }
         }
-        let logprobs = form.logprobs(app, &progress);
-        if !progress.text.is_empty() || !logprobs.is_null() {
-            events.data(&form.chunk(progress.choice, json!({"content": progress.text}), logprobs, None)).await?;
+        let mut logprobs = form.logprobs(app, &progress);
+        for delta in &progress.deltas {
+            let logprobs = std::mem::take(&mut logprobs);
+            events.data(&form.chunk(progress.choice, delta_form(delta), logprobs, None)).await?;
+        }
+        if !logprobs.is_null() {
+            events.data(&form.chunk(progress.choice, json!({"content": ""}), logprobs, None)).await?;
         }
         if let Some(finish) = progress.finish {
-            let reason = finish_reason(finish.reason);
+            let reason = finish_reason(finish.reason, progress.has_calls);
             events.data(&form.chunk(progress.choice, json!({}), Value::Null, Some(reason))).await?;
         }
     }
@@ -165,25 +166,78 @@ async fn write(
     events.done().await
 }
 
-async fn collect(app: &App, form: &Form, mut answering: Answering) -> Result<Value, ApiError> {
-    let mut texts = vec![String::new(); form.num_choices];
-    let mut logprobs: Vec<Vec<Value>> = vec![Vec::new(); form.num_choices];
-    let mut reasons = vec!["stop"; form.num_choices];
-    while let Some(progress) = answering.next().await? {
-        texts[progress.choice].push_str(&progress.text);
-        if form.shows_logprobs {
-            logprobs[progress.choice].extend(progress.tokens.iter().map(|token| token.chat_form(&app.served)));
-        }
-        if let Some(finish) = progress.finish {
-            reasons[progress.choice] = finish_reason(finish.reason);
+fn delta_form(delta: &Delta) -> Value {
+    match delta {
+        Delta::Content(text) => json!({"content": text}),
+        Delta::Reasoning(text) => json!({"reasoning_content": text}),
+        Delta::CallStart { index, id, name } => json!({"tool_calls": [
+            {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+        ]}),
+        Delta::Arguments { index, text } => {
+            json!({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
         }
     }
-    let choices = texts.into_iter().zip(logprobs).zip(reasons).enumerate();
-    let choices: Value = choices
-        .map(|(index, ((text, content), reason))| {
-            let logprobs = if form.shows_logprobs { json!({"content": content, "refusal": null}) } else { Value::Null };
-            let message = json!({"role": "assistant", "content": text, "refusal": null, "annotations": []});
-            json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+}
+
+/// A choice so far.
+#[derive(Debug, Default, Clone)]
+struct Collected {
+    content: String,
+    reasoning: String,
+    calls: Vec<(String, String, String)>,
+    logprobs: Vec<Value>,
+    reason: &'static str,
+}
+
+impl Collected {
+    fn add(&mut self, delta: Delta) {
+        match delta {
+            Delta::Content(text) => self.content.push_str(&text),
+            Delta::Reasoning(text) => self.reasoning.push_str(&text),
+            Delta::CallStart { id, name, .. } => self.calls.push((id, name, String::new())),
+            Delta::Arguments { index, text } => {
+                if let Some((_, _, arguments)) = self.calls.get_mut(index) {
+                    arguments.push_str(&text);
+                }
+            }
+        }
+    }
+
+    fn message(&self) -> Value {
+        let has_text = !self.content.is_empty() || self.calls.is_empty();
+        let content = if has_text { Value::from(self.content.as_str()) } else { Value::Null };
+        let mut message = json!({"role": "assistant", "content": content, "refusal": null, "annotations": []});
+        if !self.reasoning.is_empty() {
+            message["reasoning_content"] = self.reasoning.as_str().into();
+        }
+        if !self.calls.is_empty() {
+            let call = |(id, name, arguments): &(String, String, String)| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+            message["tool_calls"] = self.calls.iter().map(call).collect();
+        }
+        message
+    }
+}
+
+async fn collect(app: &App, form: &Form, mut answering: Answering) -> Result<Value, ApiError> {
+    let mut all = vec![Collected::default(); form.num_choices];
+    while let Some(progress) = answering.next().await? {
+        let collected = &mut all[progress.choice];
+        if form.shows_logprobs {
+            collected.logprobs.extend(progress.tokens.iter().map(|token| token.chat_form(&app.served)));
+        }
+        if let Some(finish) = &progress.finish {
+            collected.reason = finish_reason(finish.reason, progress.has_calls);
+        }
+        progress.deltas.into_iter().for_each(|delta| collected.add(delta));
+    }
+    let choices: Value = all
+        .iter()
+        .enumerate()
+        .map(|(index, collected)| {
+            let Collected { logprobs, reason, .. } = collected;
+            let logprobs =
+                if form.shows_logprobs { json!({"content": logprobs, "refusal": null}) } else { Value::Null };
+            json!({"index": index, "message": collected.message(), "logprobs": logprobs, "finish_reason": reason})
         })
         .collect();
     let mut object = form.object("chat.completion", choices);

@@ -7,6 +7,7 @@ use crate::body::JsonBody;
 use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::grammar::Grammar;
 use crate::ids::{new_id, unix_time};
 use crate::prompt::{TextPrompt, prompts};
 use crate::sampling::generation_config;
@@ -15,7 +16,7 @@ use crate::turn::{finish_reason, room};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use metal_candle::inference::{Choice, prompt_log_probabilities};
+use metal_candle::inference::{Choice, TokenMask, prompt_log_probabilities};
 use metal_candle::models::Model;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -173,13 +174,15 @@ pub(crate) async fn answer(
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
     let texts = prompts(&fields, &app.served)?;
+    let grammar = Grammar::from_request(fields.map())?;
     let salt = app.salt(&client, fields.text("cache_salt")?);
-    let (encoded, texts) = {
+    let (encoded, texts, mask) = {
         let served = app.served.clone();
         app.compute(move || {
+            let mask = grammar.map(|(param, grammar)| served.mask(&grammar, &param)).transpose()?;
             let encoded: Result<Vec<Vec<u32>>, ApiError> = texts.iter().map(|text| text.encode(&served)).collect();
             let shown: Vec<String> = texts.iter().map(|text: &TextPrompt| text.text(&served)).collect();
-            Ok((encoded?, shown))
+            Ok((encoded?, shown, mask))
         })
         .await?
     };
@@ -211,7 +214,7 @@ pub(crate) async fn answer(
             config,
             num_samples: num_choices,
             adapter: target.adapter.clone(),
-            mask: None,
+            mask: mask.as_ref().map(TokenMask::fork),
             num_top: num_top.unwrap_or(0),
             speculation: app.speculation(false),
             prediction: Vec::new(),
@@ -276,7 +279,7 @@ async fn write(
                 let index = prompt * form.num_choices + progress.choice;
                 let logprobs = logprobs_of(app, form, &mut lists[index], &progress);
                 let text = format!("{}{}", echoes[index].take().unwrap_or_default(), progress.text);
-                let reason = progress.finish.as_ref().map(|finish| finish_reason(finish.reason));
+                let reason = progress.finish.as_ref().map(|finish| finish_reason(finish.reason, false));
                 if !text.is_empty() || !logprobs.is_null() || reason.is_some() {
                     let choice = form.choice(prompt, progress.choice, &text, logprobs, reason);
                     let mut chunk = form.object(json!([choice]));
@@ -313,7 +316,7 @@ async fn collect(app: &App, form: &Form, mut merged: Merged) -> Result<Value, Ap
                     lists[index].add(app, &progress.tokens, num_top);
                 }
                 if let Some(finish) = progress.finish {
-                    reasons[index] = finish_reason(finish.reason);
+                    reasons[index] = finish_reason(finish.reason, false);
                 }
             }
         }

@@ -8,7 +8,7 @@ use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::ids::new_id;
-use crate::parts::{Change, Part, Parts, deltas};
+use crate::parts::{Change, Part, Parts};
 use crate::sampling::stop_strings;
 use crate::sse::{self, Closed, Events};
 use crate::turn::Turn;
@@ -17,7 +17,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use metal_candle::inference::{Finish, FinishReason};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,15 +97,12 @@ pub(crate) async fn count(
 
 fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError> {
     fields.refuse(&REFUSED)?;
-    refuse_tools(fields)?;
-    if let Some(output) = fields.object("output_config")? {
-        output.refuse(&["format"])?;
-    }
     let messages = conversation(fields)?;
     // the answer to a conversation that ends with the assistant's text is the rest of that text
     let continues = messages.last().is_some_and(|last| last.role() == "assistant" && last.tool_calls().is_empty());
     let mut turn = Turn::new(app, fields, messages, max_tokens, "messages")?;
     turn.continues = continues;
+    turn.constrain(&app.served, &chat_fields(fields)?)?;
     turn.config.stop_strings.extend(stop_strings(fields, "stop_sequences")?);
     if let Some(thinking) = fields.object("thinking")? {
         let is_on = thinking.one_of("type", &["enabled", "adaptive", "disabled"])? != Some("disabled");
@@ -114,14 +111,42 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
     Ok(turn)
 }
 
-fn refuse_tools(fields: &Fields) -> Result<(), ApiError> {
-    fields.refuse(&["tools"])?;
-    let choice = fields.object("tool_choice")?;
-    let kind = choice.map(|choice| choice.one_of("type", &["auto", "any", "tool", "none"])).transpose()?.flatten();
-    if matches!(kind, Some("any" | "tool")) {
-        return Err(ApiError::field("tool_choice", "`tool_choice`: expected `auto` or `none` without `tools`"));
+/// Tools and formats in the form of chats.
+fn chat_fields(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
+    let mut chat = Map::new();
+    let mut tools = Vec::new();
+    for tool in fields.objects("tools", 128)? {
+        // others run on servers of Anthropic
+        tool.one_of("type", &["custom"])?;
+        let mut function = Map::new();
+        for (name, of_chats) in [("name", "name"), ("description", "description"), ("input_schema", "parameters")] {
+            if let Some(value) = tool.get(name) {
+                function.insert(of_chats.into(), value.clone());
+            }
+        }
+        tools.push(json!({"type": "function", "function": function}));
     }
-    Ok(())
+    if !tools.is_empty() {
+        chat.insert("tools".into(), tools.into());
+    }
+    if let Some(choice) = fields.object("tool_choice")? {
+        let mode = match choice.one_of("type", &["auto", "any", "tool", "none"])? {
+            Some("any") => json!("required"),
+            Some("tool") => json!({"type": "function", "function": {"name": choice.required_text("name")?}}),
+            Some(other) => json!(other),
+            None => Value::Null,
+        };
+        chat.insert("tool_choice".into(), mode);
+        if choice.flag("disable_parallel_tool_use")? == Some(true) {
+            chat.insert("parallel_tool_calls".into(), false.into());
+        }
+    }
+    if let Some(format) = fields.object("output_config")?.map(|config| config.object("format")).transpose()?.flatten() {
+        format.one_of("type", &["json_schema"])?;
+        let schema = json!({"schema": format.get("schema")});
+        chat.insert("response_format".into(), json!({"type": "json_schema", "json_schema": schema}));
+    }
+    Ok(chat)
 }
 
 /// The answer so far.
@@ -137,7 +162,7 @@ impl Output {
     /// Adds what the model wrote, and describes it as events: names and data.
     fn push(&mut self, progress: Progress) -> Vec<(&'static str, Value)> {
         let mut changes = Vec::new();
-        for delta in deltas(&progress) {
+        for delta in progress.deltas {
             changes.extend(self.parts.push(delta));
         }
         if progress.finish.is_some() {

@@ -8,17 +8,19 @@ use crate::body::JsonBody;
 use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::grammar::Grammar;
 use crate::ids::unix_time;
 use crate::prompt::{TextPrompt, gap, prompts};
 use crate::sampling::{generation_config, token_id};
 use crate::served::Served;
 use crate::sse::{self, Closed, Events};
+use crate::tools::ToolRequest;
 use crate::turn::{Turn, messages, room, template_variables};
 use crate::untrusted::ControlTokens;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use metal_candle::inference::{Finish, FinishReason, GenerationConfig};
+use metal_candle::inference::{Finish, FinishReason, GenerationConfig, TokenMask};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -135,6 +137,14 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     // editors ask for nothing to have the prompt in the cache
     let room = room("prompt", prompt.len(), app.served.context)?;
     config.max_tokens = config.max_tokens.min(room);
+    let mask = match Grammar::from_request(fields.map())? {
+        None => None,
+        Some((param, grammar)) => {
+            let served = app.served.clone();
+            let mask = app.compute(move || served.mask(&grammar, &param)).await?;
+            Some(Box::new(mask) as Box<dyn TokenMask>)
+        }
+    };
     let form = Form {
         model: target.name.clone(),
         settings: shown,
@@ -147,7 +157,7 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
         config,
         num_samples: num_choices,
         adapter: target.adapter,
-        mask: None,
+        mask,
         num_top: 0,
         speculation: app.speculation(false),
         prediction: Vec::new(),
@@ -335,11 +345,12 @@ pub(crate) async fn apply_template(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let tools = fields.list("tools", 128)?.map(<[Value]>::to_vec);
+    let tools = ToolRequest::from_request(fields.map())?;
     let turn = Turn {
         target: app.target(&fields)?,
         messages: messages(&fields)?,
         tools,
+        grammar: None,
         variables: template_variables(&fields)?,
         continues: fields.flag("continue_final_message")?.unwrap_or(false),
         add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),

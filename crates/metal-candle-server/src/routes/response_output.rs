@@ -2,8 +2,9 @@
 
 use crate::answer::{Progress, Usage};
 use crate::ids::new_id;
-use crate::parts::{Change, Delta, Part, Parts, deltas};
+use crate::parts::{Change, Part, Parts};
 use crate::served::Served;
+use crate::tools::Delta;
 use metal_candle::inference::FinishReason;
 use serde_json::{Value, json};
 
@@ -36,7 +37,7 @@ impl Output {
             self.pending.extend(progress.tokens.iter().map(|token| token.chat_form(served)));
         }
         let mut changes: Vec<Change> = Vec::new();
-        for delta in deltas(progress) {
+        for delta in progress.deltas.clone() {
             changes.extend(self.parts.push(delta));
         }
         let mut events: Vec<Event> = changes.into_iter().flat_map(|change| self.describe(change)).collect();

@@ -14,7 +14,7 @@ use crate::turn::Turn;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// Fewest tokens that OpenAI accepts as a limit.
@@ -58,21 +58,16 @@ pub(crate) async fn count(State(app): State<Arc<App>>, JsonBody(body): JsonBody)
 
 fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     fields.refuse(&REFUSED)?;
-    refuse_tools(fields)?;
     fields.one_of("truncation", &["auto", "disabled"])?;
-    let text = fields.object("text")?;
-    if let Some(format) = text.as_ref().map(|text| text.object("format")).transpose()?.flatten()
-        && format.text("type")? != Some("text")
-    {
-        let path = format.path("type");
-        return Err(ApiError::unsupported(path.clone(), format!("`{path}`: this server writes plain text only")));
-    }
+    let format = fields.object("text")?.map(|text| text.object("format")).transpose()?.flatten();
+    let format = format.map(|format| Value::Object(format.map().clone()));
     let given = fields.count("max_output_tokens", LEAST_TOKENS, usize::MAX)?;
     let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);
     let include = fields.texts("include", 16)?;
     let metadata = fields.object("metadata")?.map(|metadata| metadata.map().clone()).unwrap_or_default();
     let mut turn = Turn::new(app, fields, conversation(fields)?, given.unwrap_or(usize::MAX), "input")?;
     turn.num_top = num_top;
+    turn.constrain(&app.served, &chat_fields(fields, format.as_ref())?)?;
     let effort = fields.object("reasoning")?.map(|reasoning| reasoning.text("effort")).transpose()?.flatten();
     if let Some(effort) = effort {
         turn.variables.entry("enable_thinking").or_insert((effort != "none").into());
@@ -96,9 +91,9 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
         "reasoning": {"effort": effort, "summary": null},
         "store": false,
         "temperature": turn.config.sampling.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
         "tool_choice": fields.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
-        "tools": [],
+        "tools": fields.get("tools").cloned().unwrap_or_else(|| json!([])),
         "top_logprobs": num_top,
         "top_p": turn.config.sampling.top_p,
         "truncation": "disabled",
@@ -109,13 +104,31 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     Ok((turn, Form { object, shows_logprobs }))
 }
 
-fn refuse_tools(fields: &Fields) -> Result<(), ApiError> {
-    fields.refuse(&["tools"])?;
-    match fields.get("tool_choice") {
-        None => Ok(()),
-        Some(Value::String(choice)) if choice == "none" || choice == "auto" => Ok(()),
-        Some(_) => Err(ApiError::field("tool_choice", "`tool_choice`: expected `auto` or `none` without `tools`")),
+/// Tools and formats in the form of chats, which nests what is flat here.
+fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Map<String, Value>, ApiError> {
+    let mut chat = Map::new();
+    let mut tools = Vec::new();
+    for tool in fields.objects("tools", 128)? {
+        // others run on servers of OpenAI
+        tool.one_of("type", &["function"])?;
+        tools.push(json!({"type": "function", "function": tool.map()}));
     }
+    if !tools.is_empty() {
+        chat.insert("tools".into(), tools.into());
+    }
+    for name in ["tool_choice", "parallel_tool_calls"] {
+        if let Some(value) = fields.get(name) {
+            let is_function = value.get("type").is_some_and(|kind| kind == "function") && value.get("name").is_some();
+            let nested = || json!({"type": "function", "function": {"name": value["name"]}});
+            chat.insert(name.into(), if is_function { nested() } else { value.clone() });
+        }
+    }
+    if let Some(format) = format {
+        let is_schema = format.get("type").is_some_and(|kind| kind == "json_schema");
+        let nested = || json!({"type": "json_schema", "json_schema": format});
+        chat.insert("response_format".into(), if is_schema { nested() } else { format.clone() });
+    }
+    Ok(chat)
 }
 
 /// The whole answer at its end.

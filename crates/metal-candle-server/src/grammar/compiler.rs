@@ -1,0 +1,312 @@
+//! Compiles grammars for a vocabulary.
+
+use super::error::GrammarError;
+use super::kind::Grammar;
+use super::mask::GrammarMask;
+use super::message::compile_message;
+use super::vocabulary::Vocabulary;
+use super::{gbnf, schema};
+use llguidance::api::TopLevelGrammar;
+use llguidance::earley::SlicedBiasComputer;
+use llguidance::toktrie::InferenceCapabilities;
+use llguidance::{Matcher, ParserFactory};
+use metal_candle::data::Tokenizer;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Stack of a thread that compiles. Schemas and grammars are read by recursion.
+const STACK_BYTES: usize = 256 << 20;
+/// Most threads that compile, those past their deadline included.
+const MAX_COMPILING: usize = 2;
+/// Most nested brackets of a Lark grammar.
+const MAX_NESTING: usize = 100;
+/// Most rules of a Lark grammar: they are read by recursion.
+const MAX_RULES: usize = 1000;
+/// Most bytes of a converted grammar.
+const MAX_CONVERTED: usize = 256 << 10;
+
+/// Limits of what a client may ask for.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub(crate) struct GrammarLimits {
+    /// Most bytes of a schema, expression or grammar.
+    pub(crate) max_bytes: usize,
+    /// Longest time to compile a grammar.
+    pub(crate) deadline: Duration,
+    /// Most states of a sequence's lexer. A state takes 1 to 2 KB.
+    pub(crate) max_lexer_states: usize,
+    /// Number of compiled grammars that are cached.
+    pub(crate) cached: usize,
+}
+
+impl Default for GrammarLimits {
+    fn default() -> Self {
+        Self { max_bytes: 64 << 10, deadline: Duration::from_secs(2), max_lexer_states: 50_000, cached: 64 }
+    }
+}
+
+/// Compiles grammars for one model. Cloning is cheap.
+#[derive(Clone)]
+pub(crate) struct GrammarCompiler {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    factory: ParserFactory,
+    vocabulary: Arc<Vocabulary>,
+    limits: GrammarLimits,
+    cache: Mutex<VecDeque<(Key, Arc<Mutex<Matcher>>)>>,
+    compiling: AtomicUsize,
+}
+
+type Key = [u8; 32];
+
+impl std::fmt::Debug for GrammarCompiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GrammarCompiler").field("limits", &self.inner.limits).finish_non_exhaustive()
+    }
+}
+
+impl GrammarCompiler {
+    /// A compiler for logits of width `vocab_size` and a text that ends with one of `end_ids`.
+    ///
+    /// # Errors
+    /// The tokenizer's tokens have no fixed bytes, or no id ends a text.
+    pub(crate) fn new(tokenizer: &Tokenizer, vocab_size: usize, end_ids: &[u32]) -> Result<Self, GrammarError> {
+        Self::with_limits(tokenizer, vocab_size, end_ids, GrammarLimits::default())
+    }
+
+    /// As [`GrammarCompiler::new`], with other limits.
+    ///
+    /// # Errors
+    /// As [`GrammarCompiler::new`].
+    pub(crate) fn with_limits(
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        end_ids: &[u32],
+        limits: GrammarLimits,
+    ) -> Result<Self, GrammarError> {
+        let vocabulary = Vocabulary::new(tokenizer, vocab_size, end_ids)?;
+        let slices = SlicedBiasComputer::general_slices();
+        let mut factory = ParserFactory::new(&vocabulary.env, InferenceCapabilities::default(), &slices)
+            .map_err(|error| GrammarError::Invalid(compile_message(&error.to_string())))?;
+        factory.quiet();
+        let parser = factory.limits_mut();
+        parser.max_lexer_states = limits.max_lexer_states;
+        parser.max_grammar_size = MAX_GRAMMAR_SIZE;
+        parser.verbose_errors = false;
+        let (cache, compiling) = (Mutex::new(VecDeque::new()), AtomicUsize::new(0));
+        let inner = Inner { factory, vocabulary: Arc::new(vocabulary), limits, cache, compiling };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`].
+    ///
+    /// # Errors
+    /// The grammar is wrong, too complex or not supported, or too many grammars are compiling.
+    pub(crate) fn compile(&self, grammar: &Grammar) -> Result<GrammarMask, GrammarError> {
+        let source = Source::new(grammar, self.inner.limits.max_bytes)?;
+        let key = source.key();
+        let matcher = match self.inner.cached(&key) {
+            Some(matcher) => matcher,
+            None => self.compile_source(source, key)?,
+        };
+        let matcher = matcher.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
+        Ok(GrammarMask::new(matcher, Arc::clone(&self.inner.vocabulary)))
+    }
+
+    fn compile_source(&self, source: Source, key: Key) -> Result<Arc<Mutex<Matcher>>, GrammarError> {
+        let slot = Slot::take(&self.inner).ok_or(GrammarError::Busy)?;
+        let (sender, receiver) = sync_channel(1);
+        let compile = move || {
+            let result = slot.inner.build(source);
+            if let Ok(matcher) = &result {
+                slot.inner.store(key, Arc::clone(matcher));
+            }
+            drop(slot);
+            // the receiver is gone after the deadline
+            let _ = sender.send(result);
+        };
+        let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES).spawn(compile);
+        thread.map_err(|_| GrammarError::Busy)?;
+        let failed = |message: &str| Err(GrammarError::Invalid(message.into()));
+        match receiver.recv_timeout(self.inner.limits.deadline) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => failed("the grammar takes too long to compile"),
+            Err(RecvTimeoutError::Disconnected) => failed("the grammar cannot be compiled"),
+        }
+    }
+}
+
+/// Most symbols in the rules of a grammar.
+const MAX_GRAMMAR_SIZE: usize = 100_000;
+
+impl Inner {
+    fn build(&self, source: Source) -> Result<Arc<Mutex<Matcher>>, GrammarError> {
+        let invalid = |error: String| GrammarError::Invalid(compile_message(&error));
+        let parser =
+            self.factory.create_parser(source.into_grammar()).map_err(|error| invalid(format!("{error:#}")))?;
+        let mut matcher = Matcher::new(Ok(parser));
+        // it fails if no text is in the grammar, and fills caches
+        let mask = matcher.compute_mask_or_eos().map_err(|error| invalid(error.to_string()))?;
+        // too many alternatives show only after a token
+        let mut probe = matcher.deep_clone();
+        if let Some(first) = mask.first_bit_set().filter(|_| !probe.is_stopped()) {
+            let next = probe.consume_token(first as u32).and_then(|()| probe.compute_mask_or_eos());
+            next.map_err(|_| GrammarError::Invalid("the grammar is too complex".into()))?;
+        }
+        Ok(Arc::new(Mutex::new(matcher)))
+    }
+
+    fn cached(&self, key: &Key) -> Option<Arc<Mutex<Matcher>>> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = cache.iter().position(|(known, _)| known == key)?;
+        let entry = cache.remove(index)?;
+        let matcher = Arc::clone(&entry.1);
+        cache.push_back(entry);
+        Some(matcher)
+    }
+
+    fn store(&self, key: Key, matcher: Arc<Mutex<Matcher>>) {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.retain(|(known, _)| *known != key);
+        cache.push_back((key, matcher));
+        while cache.len() > self.limits.cached {
+            cache.pop_front();
+        }
+    }
+}
+
+/// The right to run a thread that compiles.
+struct Slot {
+    inner: Arc<Inner>,
+}
+
+impl Slot {
+    fn take(inner: &Arc<Inner>) -> Option<Self> {
+        let count = |running: usize| (running < MAX_COMPILING).then_some(running + 1);
+        inner.compiling.fetch_update(Ordering::AcqRel, Ordering::Acquire, count).ok()?;
+        Some(Self { inner: Arc::clone(inner) })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.inner.compiling.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A grammar as llguidance reads it.
+enum Source {
+    Schema(Value),
+    Regex(String),
+    Lark(String),
+}
+
+impl Source {
+    fn new(grammar: &Grammar, max_bytes: usize) -> Result<Self, GrammarError> {
+        Ok(match grammar {
+            Grammar::JsonObject => Self::Schema(schema::prepared(&json!({"type": "object"}), max_bytes)?),
+            Grammar::JsonSchema(value) => Self::Schema(schema::prepared(value, max_bytes)?),
+            Grammar::Regex(text) => Self::Regex(regex(text, max_bytes)?),
+            Grammar::Lark(text) => {
+                check_lark(text, max_bytes)?;
+                Self::Lark(text.clone())
+            }
+            Grammar::Gbnf(text) => {
+                check_size(text, max_bytes)?;
+                let lark = gbnf::to_lark(text)?;
+                check_lark(&lark, MAX_CONVERTED)?;
+                Self::Lark(lark)
+            }
+        })
+    }
+
+    fn key(&self) -> Key {
+        let (tag, text) = match self {
+            Self::Schema(schema) => (0, schema.to_string()),
+            Self::Regex(text) => (1, text.clone()),
+            Self::Lark(text) => (2, text.clone()),
+        };
+        Sha256::new().chain_update([tag]).chain_update(text).finalize().into()
+    }
+
+    fn into_grammar(self) -> TopLevelGrammar {
+        match self {
+            Self::Schema(schema) => TopLevelGrammar::from_json_schema(schema),
+            Self::Regex(text) => TopLevelGrammar::from_regex(&text),
+            Self::Lark(text) => TopLevelGrammar::from_lark(text),
+        }
+    }
+}
+
+fn check_size(text: &str, max_bytes: usize) -> Result<(), GrammarError> {
+    let bytes = text.len();
+    if bytes > max_bytes {
+        return Err(GrammarError::Invalid(format!("the grammar has {bytes} bytes, expected at most {max_bytes}")));
+    }
+    if text.trim().is_empty() {
+        return Err(GrammarError::Invalid("the grammar is empty".into()));
+    }
+    Ok(())
+}
+
+/// The expression without the anchors that a match of the whole text has anyway.
+fn regex(text: &str, max_bytes: usize) -> Result<String, GrammarError> {
+    check_size(text, max_bytes)?;
+    let is_escaped = |text: &str| text.bytes().rev().take_while(|&byte| byte == b'\\').count() % 2 == 1;
+    if is_escaped(text) {
+        return Err(GrammarError::Invalid("the regular expression ends with a backslash".into()));
+    }
+    let mut text = text;
+    if !text.contains('|') {
+        text = text.strip_prefix('^').unwrap_or(text);
+        text = text.strip_suffix('$').filter(|rest| !is_escaped(rest)).unwrap_or(text);
+    }
+    if text.is_empty() {
+        return Err(GrammarError::Invalid("the regular expression matches only the empty text".into()));
+    }
+    Ok(text.to_string())
+}
+
+/// Checks the size of a grammar before it is read by recursion.
+fn check_lark(text: &str, max_bytes: usize) -> Result<(), GrammarError> {
+    check_size(text, max_bytes)?;
+    let (mut depth, mut rules): (usize, usize) = (0, 0);
+    let mut bytes = text.bytes().peekable();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => skip_to(&mut bytes, b'"'),
+            b'#' => while bytes.next_if(|&byte| byte != b'\n').is_some() {},
+            b'/' if bytes.peek() == Some(&b'/') => while bytes.next_if(|&byte| byte != b'\n').is_some() {},
+            b'/' => skip_to(&mut bytes, b'/'),
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            b':' if depth == 0 => rules += 1,
+            _ => {}
+        }
+        if depth > MAX_NESTING {
+            return Err(GrammarError::Invalid(format!("the grammar has more than {MAX_NESTING} nested brackets")));
+        }
+        if rules > MAX_RULES {
+            return Err(GrammarError::Invalid(format!("the grammar has more than {MAX_RULES} rules")));
+        }
+    }
+    Ok(())
+}
+
+/// Skips a text with escapes up to its end.
+fn skip_to(bytes: &mut impl Iterator<Item = u8>, end: u8) {
+    while let Some(byte) = bytes.next() {
+        if byte == b'\\' {
+            bytes.next();
+        } else if byte == end {
+            return;
+        }
+    }
+}

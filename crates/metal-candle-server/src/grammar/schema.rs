@@ -1,0 +1,123 @@
+//! Checks JSON schemas before they are compiled.
+
+use super::error::GrammarError;
+use serde_json::{Map, Value, json};
+
+/// Options of llguidance in a schema. Clients must not set them.
+const OPTIONS_KEY: &str = "x-guidance";
+/// Largest integer that a 64-bit float, which schemas are compiled with, holds exactly.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+/// Most patterns of properties: each is compared with each.
+const MAX_PATTERNS: usize = 100;
+/// Largest common multiple of all `multipleOf`: a grammar has a state for each remainder.
+const MAX_MULTIPLE: u64 = 10_000;
+
+/// The schema as it is compiled: with at most one blank between tokens of JSON, so that no answer is blanks without end.
+pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, GrammarError> {
+    let invalid = |message: String| Err(GrammarError::Invalid(message));
+    let bytes = schema.to_string().len();
+    if bytes > max_bytes {
+        return invalid(format!("the schema has {bytes} bytes, expected at most {max_bytes}"));
+    }
+    let mut map = match schema {
+        Value::Object(map) => map.clone(),
+        Value::Bool(true) => Map::new(),
+        Value::Bool(false) => return invalid("no value satisfies the schema `false`".into()),
+        other => {
+            return invalid(format!(
+                "expected a JSON schema as an object, found {}",
+                crate::request_error::kind(other)
+            ));
+        }
+    };
+    if let Some(number) = inexact_value(schema) {
+        return invalid(format!("`const` and `enum` support integers up to 2^53, found {number}"));
+    }
+    let mut found = Costs::default();
+    found.add(schema);
+    found.check()?;
+    // it replaces what a client sent
+    map.insert(OPTIONS_KEY.into(), json!({"whitespace_pattern": " "}));
+    Ok(Value::Object(map))
+}
+
+/// Keywords that take much time or memory to compile.
+#[derive(Default)]
+struct Costs<'a> {
+    patterns: usize,
+    multiples: Vec<&'a Value>,
+}
+
+impl<'a> Costs<'a> {
+    fn add(&mut self, schema: &'a Value) {
+        match schema {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    match (key.as_str(), value) {
+                        ("patternProperties", Value::Object(patterns)) => self.patterns += patterns.len(),
+                        ("multipleOf", Value::Number(_)) if !self.multiples.contains(&value) => {
+                            self.multiples.push(value);
+                        }
+                        _ => {}
+                    }
+                    self.add(value);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| self.add(item)),
+            _ => {}
+        }
+    }
+
+    fn check(&self) -> Result<(), GrammarError> {
+        if self.patterns > MAX_PATTERNS {
+            let message = format!("`patternProperties`: expected at most {MAX_PATTERNS}, found {}", self.patterns);
+            return Err(GrammarError::Invalid(message));
+        }
+        let whole = self.multiples.iter().try_fold(1u64, |whole, multiple| {
+            let part = coefficient(multiple)?;
+            // all may apply to one number
+            Some(whole / gcd(whole, part) * part).filter(|whole| *whole <= MAX_MULTIPLE)
+        });
+        if whole.is_none() {
+            let found: Vec<String> = self.multiples.iter().take(3).map(ToString::to_string).collect();
+            let message = format!("`multipleOf` is supported up to {MAX_MULTIPLE}, found {}", found.join(" and "));
+            return Err(GrammarError::Invalid(message));
+        }
+        Ok(())
+    }
+}
+
+/// The digits of a positive number as an integer.
+fn coefficient(number: &Value) -> Option<u64> {
+    let text = number.to_string();
+    let text = text.strip_suffix(".0").unwrap_or(&text);
+    text.replace('.', "").parse().ok().filter(|&number| number > 0)
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// A number of a `const` or `enum` that a float does not hold.
+fn inexact_value(schema: &Value) -> Option<&Value> {
+    match schema {
+        Value::Object(map) => map.iter().find_map(|(key, value)| match key.as_str() {
+            "const" | "enum" => inexact_number(value).or_else(|| inexact_value(value)),
+            _ => inexact_value(value),
+        }),
+        Value::Array(items) => items.iter().find_map(inexact_value),
+        _ => None,
+    }
+}
+
+fn inexact_number(value: &Value) -> Option<&Value> {
+    match value {
+        Value::Number(number) => {
+            let is_integer = number.is_i64() || number.is_u64();
+            number.as_f64().is_some_and(|number| is_integer && number.abs() >= MAX_EXACT).then_some(value)
+        }
+        Value::Array(items) => items.iter().find_map(inexact_number),
+        Value::Object(map) => map.values().find_map(inexact_number),
+        _ => None,
+    }
+}

@@ -1,0 +1,22 @@
+//! Tools: reads them from a request, finds calls in the text that a model writes, and constrains calls to the tools' schemas.
+//!
+//! [`ToolRequest`] holds the fields of a request. [`ToolSyntax`] is the form of calls in the model's chat template. [`ToolParser`]
+//! splits an answer into reasoning, content and calls; [`tools_grammar`] restricts the answer to valid calls.
+
+mod call;
+mod call_id;
+mod grammar;
+mod json_scan;
+mod parser;
+mod reasoning;
+mod request;
+#[cfg(test)]
+mod round_trips;
+mod syntax;
+mod xml;
+
+pub(crate) use grammar::tools_grammar;
+pub(crate) use parser::{Delta, ToolParser};
+pub(crate) use reasoning::Reasoning;
+pub(crate) use request::{ToolChoice, ToolRequest};
+pub(crate) use syntax::ToolSyntax;
