@@ -9,12 +9,25 @@ const FEWEST_ACCEPTED: u32 = 10;
 /// Number of tokens that a sequence generates without drafts after fewer were accepted.
 const PAUSE: usize = 64;
 
+/// Number of last tokens by which a sequence with a draft model finds its prediction again.
+const PREDICTION_NGRAM: usize = 3;
+
+/// The next tokens of a sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Draft {
+    Tokens(Vec<u32>),
+    /// This number of tokens of the draft model.
+    ByModel(usize),
+}
+
 /// Drafts the tokens of one sequence.
 #[derive(Debug, Clone)]
 pub(super) struct Drafter {
     max_tokens: usize,
     min_ngram: usize,
     max_ngram: usize,
+    /// Whether a draft model continues what the prediction does not, instead of earlier text.
+    has_model: bool,
     prediction: Vec<u32>,
     /// The index in `prediction` of the token that is expected next.
     next: usize,
@@ -32,11 +45,16 @@ pub(super) struct Drafter {
 impl Drafter {
     /// A drafter for a request; none if speculation is off.
     pub(super) fn new(speculation: Speculation, prediction: &[u32]) -> Option<Self> {
-        let Speculation::Lookup { max_tokens, min_ngram, max_ngram } = speculation else { return None };
+        let (max_tokens, min_ngram, max_ngram, has_model) = match speculation {
+            Speculation::Off => return None,
+            Speculation::Lookup { max_tokens, min_ngram, max_ngram } => (max_tokens, min_ngram, max_ngram, false),
+            Speculation::DraftModel { max_tokens } => (max_tokens, PREDICTION_NGRAM, PREDICTION_NGRAM, true),
+        };
         Some(Self {
             max_tokens,
             min_ngram,
             max_ngram,
+            has_model,
             prediction: prediction.to_vec(),
             next: 0,
             is_on_track: true,
@@ -49,19 +67,22 @@ impl Drafter {
     }
 
     /// At most `most` tokens that may follow `ids`, of which `generated` were sampled.
-    pub(super) fn draft(&mut self, ids: &[u32], generated: usize, most: usize) -> Vec<u32> {
+    pub(super) fn draft(&mut self, ids: &[u32], generated: usize, most: usize) -> Draft {
         let most = most.min(self.max_tokens);
         if most == 0 || generated < self.resumes_at {
-            return Vec::new();
+            return Draft::Tokens(Vec::new());
         }
         self.find_track(ids);
         if self.is_on_track && self.next < self.prediction.len() {
-            return self.prediction[self.next..].iter().take(most).copied().collect();
+            return Draft::Tokens(self.prediction[self.next..].iter().take(most).copied().collect());
         }
-        let Some(end) = self.latest_match(ids) else { return Vec::new() };
+        if self.has_model {
+            return Draft::ByModel(most);
+        }
+        let Some(end) = self.latest_match(ids) else { return Draft::Tokens(Vec::new()) };
         // what a repetition continues with may be the draft itself
         let period = ids.len() - end;
-        (0..most).map(|index| ids[end + index % period]).collect()
+        Draft::Tokens((0..most).map(|index| ids[end + index % period]).collect())
     }
 
     /// Looks for the last tokens in the prediction after the answer has left it.
@@ -147,21 +168,26 @@ mod tests {
         Drafter::new(speculation, prediction).unwrap()
     }
 
+    fn tokens(drafter: &mut Drafter, ids: &[u32], generated: usize, most: usize) -> Vec<u32> {
+        let Draft::Tokens(tokens) = drafter.draft(ids, generated, most) else { panic!("there is no draft model") };
+        tokens
+    }
+
     #[test]
     fn the_longest_and_latest_match_is_continued() {
         let mut drafter = drafter(&[]);
-        assert_eq!(drafter.draft(&[1, 2, 3, 4, 5, 9, 2, 3], 0, 9), [4, 5, 9, 2]);
-        assert_eq!(drafter.draft(&[1, 2, 3, 4, 5, 9, 2, 3], 0, 2), [4, 5]);
+        assert_eq!(tokens(&mut drafter, &[1, 2, 3, 4, 5, 9, 2, 3], 0, 9), [4, 5, 9, 2]);
+        assert_eq!(tokens(&mut drafter, &[1, 2, 3, 4, 5, 9, 2, 3], 0, 2), [4, 5]);
         // 1 2 3 is longer than the later 2 3
-        assert_eq!(drafter.draft(&[1, 2, 3, 4, 2, 3, 5, 1, 2, 3], 0, 2), [4, 2]);
+        assert_eq!(tokens(&mut drafter, &[1, 2, 3, 4, 2, 3, 5, 1, 2, 3], 0, 2), [4, 2]);
         // 2 3 occurs twice
-        assert_eq!(drafter.draft(&[2, 3, 4, 2, 3, 5, 7, 2, 3], 0, 2), [5, 7]);
+        assert_eq!(tokens(&mut drafter, &[2, 3, 4, 2, 3, 5, 7, 2, 3], 0, 2), [5, 7]);
         // a repetition
-        assert_eq!(drafter.draft(&[8, 1, 2, 1, 2], 0, 4), [1, 2, 1, 2]);
-        assert_eq!(drafter.draft(&[8, 6, 6, 6], 0, 4), [6, 6, 6, 6]);
-        assert_eq!(drafter.draft(&[1, 2, 3, 4, 3], 0, 4), [0; 0]);
-        assert_eq!(drafter.draft(&[1], 0, 4), [0; 0]);
-        assert_eq!(drafter.draft(&[1, 1, 1], 0, 0), [0; 0]);
+        assert_eq!(tokens(&mut drafter, &[8, 1, 2, 1, 2], 0, 4), [1, 2, 1, 2]);
+        assert_eq!(tokens(&mut drafter, &[8, 6, 6, 6], 0, 4), [6, 6, 6, 6]);
+        assert_eq!(tokens(&mut drafter, &[1, 2, 3, 4, 3], 0, 4), [0; 0]);
+        assert_eq!(tokens(&mut drafter, &[1], 0, 4), [0; 0]);
+        assert_eq!(tokens(&mut drafter, &[1, 1, 1], 0, 0), [0; 0]);
     }
 
     #[test]
@@ -171,7 +197,7 @@ mod tests {
         let mut next = |ids: &mut Vec<u32>, token: u32| {
             drafter.observe(token);
             ids.push(token);
-            drafter.draft(ids, ids.len() - 2, 3)
+            tokens(&mut drafter, ids, ids.len() - 2, 3)
         };
         assert_eq!(next(&mut ids, 10), [11, 12, 13]);
         assert_eq!(next(&mut ids, 11), [12, 13, 14]);
@@ -193,16 +219,16 @@ mod tests {
         let mut drafter = drafter(&[]);
         let ids = [3, 4, 5, 3, 4];
         for pass in 0..8 {
-            assert_eq!(drafter.draft(&ids, pass, 4).len(), 4);
+            assert_eq!(tokens(&mut drafter, &ids, pass, 4).len(), 4);
             drafter.count_drafted(4);
             drafter.count_accepted();
             drafter.finish_pass(4, 1, pass);
         }
         assert_eq!(drafter.counts(), (8, 24));
-        assert!(drafter.draft(&ids, 7 + PAUSE - 1, 4).is_empty());
+        assert!(tokens(&mut drafter, &ids, 7 + PAUSE - 1, 4).is_empty());
         // again 32 drafts are tried
         for pass in 0..9 {
-            assert!(!drafter.draft(&ids, 7 + PAUSE + pass, 4).is_empty());
+            assert!(!tokens(&mut drafter, &ids, 7 + PAUSE + pass, 4).is_empty());
             drafter.finish_pass(4, 2, pass);
         }
     }

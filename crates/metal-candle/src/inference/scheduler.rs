@@ -2,6 +2,7 @@
 
 use super::adapter_set::AdapterSet;
 use super::device_decoding::{DeviceDecoding, DeviceToken};
+use super::draft_model::DraftModel;
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::AllowedTokens;
 use super::plan::{Fed, plan};
@@ -10,6 +11,7 @@ use super::sample_token::with_logits;
 use super::scheduler_config::SchedulerConfig;
 use super::sequence::Sequence;
 use super::slots::{Slots, num_common};
+use super::speculation::Speculation;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Model, Rows};
@@ -53,6 +55,7 @@ use std::collections::VecDeque;
 pub struct Scheduler {
     model: Model,
     tokenizer: Option<Tokenizer>,
+    draft_model: Option<DraftModel>,
     config: SchedulerConfig,
     adapters: AdapterSet,
     slots: Slots,
@@ -80,6 +83,7 @@ impl Scheduler {
         Self {
             model,
             tokenizer: None,
+            draft_model: None,
             config,
             adapters: AdapterSet::default(),
             slots: Slots::default(),
@@ -107,6 +111,15 @@ impl Scheduler {
     pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.tokenizer = Some(tokenizer);
         self
+    }
+
+    /// Adds a model that drafts the tokens of requests with [`Speculation::DraftModel`].
+    ///
+    /// # Errors
+    /// The models have vocabularies of different sizes.
+    pub fn with_draft_model(mut self, draft_model: Model) -> Result<Self> {
+        self.draft_model = Some(DraftModel::new(draft_model, &self.model)?);
+        Ok(self)
     }
 
     /// The model.
@@ -139,9 +152,9 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty() && self.events.is_empty()
     }
 
-    /// Memory of the KV cache in bytes.
+    /// Memory of the KV cache in bytes, that of the draft model included.
     pub fn cache_bytes(&self) -> usize {
-        self.slots.num_bytes()
+        self.slots.num_bytes() + self.draft_model.as_ref().map_or(0, DraftModel::num_bytes)
     }
 
     /// Allocates the KV cache for `num_sequences` of `num_tokens` each. Without this the cache grows on demand, which
@@ -172,6 +185,7 @@ impl Scheduler {
         }
         self.slots.clear();
         self.device_decoding.clear();
+        self.draft_model.iter_mut().for_each(DraftModel::clear);
         Ok(())
     }
 
@@ -203,11 +217,14 @@ impl Scheduler {
     ///
     /// # Errors
     /// The prompt is empty, does not fit the context of the model or has an id outside the vocabulary; a setting is out of
-    /// its range; there is no such adapter; stop strings lack a tokenizer; more samples than `max_sequences`. Nothing is
-    /// queued then.
+    /// its range; there is no such adapter or no draft model; stop strings lack a tokenizer; more samples than
+    /// `max_sequences`. Nothing is queued then.
     pub fn admit(&mut self, request: Request) -> Result<Vec<SequenceId>> {
         if let Some(adapter) = request.adapter {
             self.adapters.index(adapter)?;
+        }
+        if matches!(request.speculation, Speculation::DraftModel { .. }) && self.draft_model.is_none() {
+            return Err(Error::argument("speculation", "the scheduler has no draft model"));
         }
         let (count, limit) = (request.num_samples, self.config.max_sequences);
         if count > limit {
@@ -295,10 +312,7 @@ impl Scheduler {
     /// next step tries again. It also returns the events of the passes that succeeded.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         self.num_steps += 1;
-        let started = self.start_waiting();
-        let rotary_limit = self.model.rotary_limit();
-        // a draft that crossed the limit would change the rotation of the tokens before it
-        self.running.iter_mut().for_each(|sequence| sequence.propose(rotary_limit));
+        let started = self.start_waiting().and_then(|()| self.draft());
         let stepped = started.and_then(|()| self.decode()).and_then(|rest| self.forward(&rest));
         self.retire();
         stepped?;
@@ -341,6 +355,15 @@ impl Scheduler {
         let holders = self.running.iter().filter(|other| other.sharing() == Some(sharing));
         let busy = holders.map(|other| (other.slot(), num_common(&other.ids()[..other.num_cached()], ids)));
         self.slots.take_with_prefix(ids, sharing, busy.max_by_key(|&(_, count)| count))
+    }
+
+    /// Drafts the next tokens of the sequences that ask for it.
+    fn draft(&mut self) -> Result<()> {
+        // a draft that crossed the limit would change the rotation of the tokens before it
+        let len_limit = self.model.rotary_limit();
+        self.running.iter_mut().for_each(|sequence| sequence.propose(len_limit));
+        let Some(draft_model) = &mut self.draft_model else { return Ok(()) };
+        draft_model.draft(&mut self.running, self.config.step_tokens)
     }
 
     fn grow(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {

@@ -1,6 +1,6 @@
 //! One sequence of a scheduler: its tokens, its sampler, and when it ends.
 
-use super::drafter::Drafter;
+use super::drafter::{Draft, Drafter};
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::{AllowedTokens, TokenMask};
 use super::request::{AdapterId, Request, SequenceId, sample_seed};
@@ -34,6 +34,8 @@ pub(super) struct Sequence {
     drafter: Option<Drafter>,
     /// Guesses of the tokens after `ids`.
     draft: Vec<u32>,
+    /// Number of tokens that the draft model is asked for.
+    num_to_draft: usize,
     sampler: Sampler,
     decoder: Option<StreamDecoder>,
     stop: StopMatcher,
@@ -105,6 +107,7 @@ impl Sequence {
             num_top: request.num_top_log_probabilities,
             drafter: Drafter::new(request.speculation, &request.prediction),
             draft: Vec::new(),
+            num_to_draft: 0,
             sampler,
             decoder: tokenizer.map(|tokenizer| tokenizer.stream_decoder(config.skip_special_tokens)),
             stop: StopMatcher::new(config.stop_strings.clone()),
@@ -158,13 +161,26 @@ impl Sequence {
     /// Drafts the tokens that may follow, if the next step is the one after its last token. `len_limit` is the most tokens
     /// that the text may have with them.
     pub(super) fn propose(&mut self, len_limit: Option<usize>) {
-        self.draft.clear();
+        (self.draft, self.num_to_draft) = (Vec::new(), 0);
         let is_decoding = self.num_waiting() == 1 && self.samples.is_empty() && !self.is_paused;
         let Some(drafter) = self.drafter.as_mut().filter(|_| is_decoding) else { return };
         // after all drafts one more token is sampled
         let left = (self.max_tokens - self.generated_tokens).min(self.max_len - self.ids.len()).saturating_sub(1);
         let left = len_limit.map_or(left, |limit| left.min(limit.saturating_sub(self.ids.len())));
-        self.draft = drafter.draft(&self.ids, self.generated_tokens, left);
+        match drafter.draft(&self.ids, self.generated_tokens, left) {
+            Draft::Tokens(tokens) => self.draft = tokens,
+            Draft::ByModel(count) => self.num_to_draft = count,
+        }
+    }
+
+    /// Number of tokens that the draft model is asked for.
+    pub(super) fn num_to_draft(&self) -> usize {
+        self.num_to_draft
+    }
+
+    /// Sets what the draft model drafted.
+    pub(super) fn set_draft(&mut self, tokens: Vec<u32>) {
+        self.draft = tokens;
     }
 
     /// The drafts of the tokens after its last one.

@@ -22,6 +22,12 @@ pub enum Speculation {
         /// Most last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
         max_ngram: usize,
     },
+    /// Drafts the most probable tokens of the draft model of the [`Scheduler`](super::Scheduler), after what is left of the
+    /// predicted text. A sequence that rejects most of its drafts stops drafting for a while.
+    DraftModel {
+        /// Most tokens of a draft, 1 to 64.
+        max_tokens: usize,
+    },
 }
 
 impl Speculation {
@@ -36,7 +42,11 @@ impl Speculation {
     /// # Errors
     /// The first setting that is out of its range.
     pub fn validate(&self) -> Result<()> {
-        let Self::Lookup { max_tokens, min_ngram, max_ngram } = *self else { return Ok(()) };
+        let (max_tokens, min_ngram, max_ngram) = match *self {
+            Self::Off => return Ok(()),
+            Self::Lookup { max_tokens, min_ngram, max_ngram } => (max_tokens, min_ngram, max_ngram),
+            Self::DraftModel { max_tokens } => (max_tokens, 1, 1),
+        };
         let most = Self::MAX_TOKENS;
         for (name, found, least) in
             [("max_tokens", max_tokens, 1), ("min_ngram", min_ngram, 1), ("max_ngram", max_ngram, min_ngram)]

@@ -165,8 +165,60 @@ fn an_answer_ends_inside_a_draft() {
 }
 
 #[test]
+fn a_draft_model_does_not_change_an_answer() {
+    let model = model_of(config(), DType::F32);
+    let mut scheduler = new_scheduler(&model);
+    let plain = requests(&mut scheduler, &model, None);
+    let (expected, _) = run(&mut scheduler, plain);
+    // the model itself, whose drafts are right, and a smaller one with a shorter context
+    let mut small = config();
+    (small.intermediate_size, small.max_position_embeddings) = (40, 40);
+    for (is_small, draft_model) in [(false, model.clone()), (true, model_of(small, DType::BF16))] {
+        let mut scheduler = new_scheduler(&model).with_draft_model(draft_model).unwrap();
+        // the second time with the slots of other sequences, and more samples than before
+        for _ in 0..2 {
+            let drafted = requests(&mut scheduler, &model, None);
+            let speculation = Speculation::DraftModel { max_tokens: 4 };
+            let drafted = drafted.into_iter().map(|request| request.with_speculation(speculation)).collect();
+            let (found, _) = run(&mut scheduler, drafted);
+            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(answer(found), answer(expected), "sequence {index}, small: {is_small}");
+            }
+            let greedy = finish(&found[0]);
+            if is_small {
+                assert!(greedy.rejected_draft_tokens > 0);
+            } else {
+                assert_eq!(greedy.rejected_draft_tokens, 0);
+                assert!(greedy.accepted_draft_tokens > 20, "{greedy:?}");
+            }
+        }
+        assert!(scheduler.cache_bytes() > 0);
+        scheduler.clear_cache().unwrap();
+        assert_eq!(scheduler.cache_bytes(), 0);
+    }
+    // a prediction comes first
+    let tokens: Vec<u32> = expected[1].iter().map(|piece| piece.token).collect();
+    let request = Request::new(ids(30), drawn(25, 1)).with_num_top_log_probabilities(5).with_prediction(&tokens[..]);
+    let mut other = config();
+    other.intermediate_size = 40;
+    let mut scheduler = new_scheduler(&model).with_draft_model(model_of(other, DType::F32)).unwrap();
+    let (found, _) = run(&mut scheduler, vec![request.with_speculation(Speculation::DraftModel { max_tokens: 4 })]);
+    assert_eq!(answer(&found[0]), answer(&expected[1]));
+    assert_eq!((finish(&found[0]).accepted_draft_tokens, finish(&found[0]).rejected_draft_tokens), (19, 0));
+}
+
+#[test]
 fn settings_of_speculation_are_checked() {
-    let mut scheduler = new_scheduler(&model_of(config(), DType::F32));
+    let model = model_of(config(), DType::F32);
+    let mut scheduler = new_scheduler(&model);
+    for max_tokens in [0, 4, 65] {
+        let request = Request::new([1], greedy(1)).with_speculation(Speculation::DraftModel { max_tokens });
+        assert_eq!(argument(&scheduler.admit(request).unwrap_err()).0, "speculation");
+    }
+    let mut other = config();
+    other.vocab_size += 1;
+    let error = new_scheduler(&model).with_draft_model(model_of(other, DType::F32)).unwrap_err();
+    assert_eq!(argument(&error), ("draft_model", "expected a vocabulary of 502 tokens, that of the model, found 503"));
     for (max_tokens, min_ngram, max_ngram) in [(0, 1, 1), (65, 1, 1), (1, 0, 1), (1, 3, 2), (1, 1, 65)] {
         let speculation = Speculation::Lookup { max_tokens, min_ngram, max_ngram };
         let request = Request::new([1], greedy(1)).with_speculation(speculation);
