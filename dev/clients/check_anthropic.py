@@ -109,7 +109,7 @@ def closing_a_stream_frees_its_slot():
 def tool_calls():
     needs_route("/v1/messages")
     needs_tools()
-    fields = {**FIELDS, "max_tokens": 200, "tools": TOOLS, "tool_choice": {"type": "any"}}
+    fields = {**FIELDS, "max_tokens": 200, "tools": TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
     plain = strict(client.messages.create(**fields))
     call = next(block for block in plain.content if block.type == "tool_use")
     assert plain.stop_reason == "tool_use" and call.name == "add" and set(call.input) == {"a", "b"}

@@ -2,14 +2,15 @@
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from common import BASE, KEY, MODEL, QUESTION, check, main, needs_schemas, needs_tools
 
 
 class Sum(BaseModel):
-    a: int
-    b: int
+    # a small model would write digits until the limit
+    a: int = Field(ge=0, le=99)
+    b: int = Field(ge=0, le=99)
 
 
 def ask(mode):

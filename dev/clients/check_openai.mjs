@@ -105,7 +105,7 @@ const checks = {
   },
   async "tool calls"() {
     const plain = await needsTools();
-    const body = { ...fields, tools: [tool], tool_choice: "required", max_tokens: 200 };
+    const body = { ...fields, tools: [tool], tool_choice: "required", parallel_tool_calls: false, max_tokens: 200 };
     const final = await client.chat.completions.stream(body).finalChatCompletion();
     const shape = (answer) => answer.choices[0].message.tool_calls.map((call) => [call.type, call.function.name, call.function.arguments]);
     assert.deepEqual(shape(final), shape(plain));

@@ -285,7 +285,7 @@ def structured_answers():
 @check
 def tool_calls():
     needs_tools()
-    fields = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 200}
+    fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}
     answer = strict(ask(**fields))
     calls = answer.choices[0].message.tool_calls
     assert answer.choices[0].finish_reason == "tool_calls" and calls[0].id.startswith("call_")
@@ -371,7 +371,8 @@ def responses_call_tools():
     needs_route("/v1/responses")
     needs_tools()
     tool = {"type": "function", **TOOL["function"]}
-    fields = {"model": MODEL, "input": QUESTION, "tools": [tool], "tool_choice": "required", "temperature": 0}
+    fields = {"model": MODEL, "input": QUESTION, "tools": [tool], "tool_choice": "required", "temperature": 0,
+              "parallel_tool_calls": False}
     plain = strict(client.responses.create(max_output_tokens=200, **fields))
     call = next(item for item in plain.output if item.type == "function_call")
     assert call.name == "add" and set(json.loads(call.arguments)) == {"a", "b"}

@@ -120,3 +120,8 @@ impl OptimizerKind {
         if self == Self::ScheduleFreeAdamW { Schedule::WarmupConstant } else { Schedule::WarmupCosine }
     }
 }
+
+/// The default of the learning rate of an adapter with AdamW.
+pub(crate) fn lora_learning_rate(is_nano: bool) -> f64 {
+    if is_nano { 3e-3 } else { 2e-4 }
+}

@@ -1,7 +1,7 @@
 //! Optimizer and schedule of a training run.
 
 use super::TrainSettings;
-use super::kinds::{DecayKind, OF_OPTIMIZERS, OF_SCHEDULES, OptimizerKind, Schedule};
+use super::kinds::{DecayKind, OF_OPTIMIZERS, OF_SCHEDULES, OptimizerKind, Schedule, lora_learning_rate};
 use crate::error::UserError;
 use anyhow::Result;
 use clap::ValueEnum;
@@ -13,11 +13,6 @@ use toml::Table;
 
 fn name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-}
-
-/// The default of the learning rate of an adapter with AdamW.
-pub(crate) fn lora_learning_rate(is_nano: bool) -> f64 {
-    if is_nano { 3e-3 } else { 2e-4 }
 }
 
 impl TrainSettings {

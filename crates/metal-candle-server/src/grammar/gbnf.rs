@@ -15,6 +15,8 @@ const MAX_NESTING: usize = 50;
 const MAX_COUNT: u32 = 2000;
 /// Most bytes of one regular expression.
 const MAX_REGEX: usize = 16 << 10;
+/// Most bytes of all regular expressions.
+const MAX_LARK: usize = 128 << 10;
 
 type Result<T> = std::result::Result<T, GrammarError>;
 
@@ -44,98 +46,138 @@ pub(super) fn to_lark(text: &str) -> Result<String> {
     let Some(&root) = names.get("root") else {
         return Err(GrammarError::Invalid("the grammar has no rule `root`".into()));
     };
-    let regular = regular_rules(&rules);
+    let regular = Regular::of(&rules);
     let mut lark = format!("start: r{root}\n");
+    let mut left = MAX_LARK;
     for (index, body) in rules.iter().enumerate() {
-        if index == root || regular[index].is_none() {
-            let _ = writeln!(lark, "r{index}: {}", rule_body(body, &regular));
+        if index == root || regular.texts[index].is_none() {
+            let _ = writeln!(lark, "r{index}: {}", regular.rule_body(body, &mut left)?);
         }
     }
     Ok(lark)
 }
 
-/// The regular expression of each rule that needs no recursion.
-fn regular_rules(rules: &[Node]) -> Vec<Option<String>> {
-    let mut regular: Vec<Option<String>> = rules.iter().map(|_| None).collect();
-    loop {
-        let mut is_changed = false;
-        for (index, body) in rules.iter().enumerate().filter(|(index, _)| regular[*index].is_none()).collect::<Vec<_>>()
-        {
-            if let Some(text) = regex(body, &regular) {
-                regular[index] = Some(text);
-                is_changed = true;
-            }
-        }
-        if !is_changed {
-            return regular;
-        }
-    }
+/// The regular expressions of the rules that need no recursion.
+struct Regular {
+    texts: Vec<Option<String>>,
 }
 
-fn regex(node: &Node, regular: &[Option<String>]) -> Option<String> {
-    let joined = |nodes: &[Node], separator: &str| -> Option<String> {
-        let parts: Option<Vec<String>> = nodes.iter().map(|node| regex(node, regular)).collect();
-        Some(parts?.join(separator))
-    };
-    let text = match node {
-        Node::Text(text) => text.clone(),
-        Node::Rule(index) => regular[*index].clone()?,
-        Node::Sequence(nodes) => joined(nodes, "")?,
-        Node::Either(nodes) => format!("(?:{})", joined(nodes, "|")?),
-        Node::Repeat(node, min, max) => format!("(?:{}){}", regex(node, regular)?, counts(*min, *max)),
-    };
-    (text.len() <= MAX_REGEX).then_some(text)
+impl Regular {
+    fn of(rules: &[Node]) -> Self {
+        let mut regular = Self { texts: rules.iter().map(|_| None).collect() };
+        let mut waiting: Vec<usize> = (0..rules.len()).collect();
+        loop {
+            let (ready, rest): (Vec<usize>, Vec<usize>) =
+                waiting.iter().partition(|&&index| regular.knows_rules_of(&rules[index]));
+            for &index in &ready {
+                // a rule whose expression is too long stays a rule
+                regular.texts[index] = regular.regex(&rules[index]);
+            }
+            if ready.is_empty() {
+                return regular;
+            }
+            waiting = rest;
+        }
+    }
+
+    fn knows_rules_of(&self, node: &Node) -> bool {
+        match node {
+            Node::Text(_) => true,
+            Node::Rule(index) => self.texts[*index].is_some(),
+            Node::Sequence(nodes) | Node::Either(nodes) => nodes.iter().all(|node| self.knows_rules_of(node)),
+            Node::Repeat(node, ..) => self.knows_rules_of(node),
+        }
+    }
+
+    /// The regular expression of a node; `None` if it needs recursion or is too long.
+    fn regex(&self, node: &Node) -> Option<String> {
+        let mut text = String::new();
+        self.write(node, &mut text).then_some(text)
+    }
+
+    fn write(&self, node: &Node, text: &mut String) -> bool {
+        let is_written = match node {
+            Node::Text(part) => {
+                text.push_str(part);
+                true
+            }
+            Node::Rule(index) => self.texts[*index].as_ref().is_some_and(|part| {
+                text.push_str(part);
+                true
+            }),
+            Node::Sequence(nodes) => nodes.iter().all(|node| self.write(node, text)),
+            Node::Either(nodes) => {
+                text.push_str("(?:");
+                let is_written = nodes.iter().enumerate().all(|(index, node)| {
+                    text.push_str(if index > 0 { "|" } else { "" });
+                    self.write(node, text)
+                });
+                text.push(')');
+                is_written
+            }
+            Node::Repeat(node, min, max) => {
+                text.push_str("(?:");
+                let is_written = self.write(node, text);
+                text.push(')');
+                text.push_str(&counts(*min, *max));
+                is_written
+            }
+        };
+        is_written && text.len() <= MAX_REGEX
+    }
+
+    /// The right side of a rule. `left` is the number of bytes that all rules may still take.
+    fn rule_body(&self, node: &Node, left: &mut usize) -> Result<String> {
+        if let Some(text) = self.regex(node) {
+            return terminal(&text, left);
+        }
+        Ok(match node {
+            Node::Text(text) => terminal(text, left)?,
+            Node::Rule(index) => format!("r{index}"),
+            Node::Sequence(nodes) => {
+                let (mut parts, mut run) = (Vec::new(), String::new());
+                for node in nodes {
+                    match self.regex(node) {
+                        Some(text) if run.len() + text.len() <= MAX_REGEX => run.push_str(&text),
+                        Some(text) => parts.push(terminal(&std::mem::replace(&mut run, text), left)?),
+                        None => {
+                            parts.push(terminal(&std::mem::take(&mut run), left)?);
+                            parts.push(self.rule_body(node, left)?);
+                        }
+                    }
+                }
+                parts.push(terminal(&run, left)?);
+                parts.retain(|part| part != EMPTY);
+                parts.join(" ")
+            }
+            Node::Either(nodes) => {
+                let parts: Result<Vec<String>> = nodes.iter().map(|node| self.rule_body(node, left)).collect();
+                format!("({})", parts?.join(" | "))
+            }
+            Node::Repeat(_, _, Some(0)) => EMPTY.into(),
+            Node::Repeat(node, min, max) => {
+                let counts = match (min, max) {
+                    (0, None) => "*".into(),
+                    (1, None) => "+".into(),
+                    (0, Some(1)) => "?".into(),
+                    (min, max) => counts(*min, *max),
+                };
+                format!("({}){counts}", self.rule_body(node, left)?)
+            }
+        })
+    }
 }
 
 fn counts(min: u32, max: Option<u32>) -> String {
     max.map_or(format!("{{{min},}}"), |max| format!("{{{min},{max}}}"))
 }
 
-/// The right side of a rule.
-fn rule_body(node: &Node, regular: &[Option<String>]) -> String {
-    if let Some(text) = regex(node, regular) {
-        return terminal(&text);
-    }
-    match node {
-        Node::Text(text) => terminal(text),
-        Node::Rule(index) => format!("r{index}"),
-        Node::Sequence(nodes) => {
-            let (mut parts, mut run) = (Vec::new(), String::new());
-            for node in nodes {
-                match regex(node, regular) {
-                    Some(text) if run.len() + text.len() <= MAX_REGEX => run.push_str(&text),
-                    Some(text) => parts.push(terminal(&std::mem::replace(&mut run, text))),
-                    None => {
-                        parts.push(terminal(&std::mem::take(&mut run)));
-                        parts.push(rule_body(node, regular));
-                    }
-                }
-            }
-            parts.push(terminal(&run));
-            parts.retain(|part| part != EMPTY);
-            parts.join(" ")
-        }
-        Node::Either(nodes) => {
-            let parts: Vec<String> = nodes.iter().map(|node| rule_body(node, regular)).collect();
-            format!("({})", parts.join(" | "))
-        }
-        Node::Repeat(_, _, Some(0)) => EMPTY.into(),
-        Node::Repeat(node, min, max) => {
-            let counts = match (min, max) {
-                (0, None) => "*".into(),
-                (1, None) => "+".into(),
-                (0, Some(1)) => "?".into(),
-                (min, max) => counts(*min, *max),
-            };
-            format!("({}){counts}", rule_body(node, regular))
-        }
-    }
-}
-
 const EMPTY: &str = "\"\"";
 
-fn terminal(regex: &str) -> String {
-    if regex.is_empty() { EMPTY.into() } else { format!("/{regex}/") }
+fn terminal(regex: &str, left: &mut usize) -> Result<String> {
+    let too_long = || GrammarError::Invalid("the grammar is too complex".into());
+    *left = left.checked_sub(regex.len()).ok_or_else(too_long)?;
+    Ok(if regex.is_empty() { EMPTY.into() } else { format!("/{regex}/") })
 }
 
 struct Parser<'a> {

@@ -307,6 +307,10 @@ fn hostile_grammars_end_in_bounded_time() {
             Grammar::Gbnf("root ::= ((((a{0,2000}){0,2000}){0,2000}){0,2000})\na ::= \"x\" a? \"y\"".into()),
         ),
         (
+            "copies in gbnf",
+            Grammar::Gbnf(format!("root ::= {}\na ::= \"{}\"", "a ".repeat(20_000), "x".repeat(16_000))),
+        ),
+        (
             "regular gbnf",
             Grammar::Gbnf(
                 (0..400).fold("root ::= r0\n".into(), |t: String, i| t + &format!("r{i} ::= r{} r{}\n", i + 1, i + 1))
@@ -348,4 +352,30 @@ fn hostile_grammars_end_in_bounded_time() {
             assert!(slowest < Duration::from_secs(5), "{name}: a mask took {slowest:?}");
         }
     }
+}
+
+#[test]
+fn a_blank_that_decoding_drops_is_not_written() {
+    let words = ["<unk>", "</s>", "\u{2581}", "\u{2581}a", "a", "b", "\u{2581}b"];
+    let vocab: serde_json::Map<String, Value> = words.into_iter().zip(0..).map(|(k, v)| (k.into(), json!(v))).collect();
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+        "post_processor": null, "added_tokens": [{"id": 1, "content": "</s>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}],
+        "decoder": {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}});
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    std::fs::write(&path, json.to_string()).unwrap();
+    let compiler = GrammarCompiler::new(&Tokenizer::from_file(path).unwrap(), 8, &[1]).unwrap();
+    let allowed_after = |pattern: &str, ids: &[u32]| {
+        let mut allowed = AllowedTokens::new(8);
+        let mut mask = compiler.compile(&Grammar::Regex(pattern.into())).unwrap();
+        let result = mask.allow(ids, &mut allowed).map_err(|error| error.to_string());
+        result.map(|()| (0..8).filter(|&id| allowed.contains(id)).collect::<Vec<u32>>())
+    };
+    assert_eq!(allowed_after(" ?a b", &[]).unwrap(), [4]);
+    assert_eq!(allowed_after(" ?a b", &[4]).unwrap(), [2, 6]);
+    assert_eq!(allowed_after(" ?a b", &[4, 6]).unwrap(), [1]);
+    assert!(allowed_after(" a", &[]).unwrap_err().contains("no token can follow"));
 }

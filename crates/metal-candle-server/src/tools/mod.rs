@@ -4,7 +4,6 @@
 //! splits an answer into reasoning, content and calls; [`tools_grammar`] restricts the answer to valid calls.
 
 mod call;
-mod call_id;
 mod grammar;
 mod json_scan;
 mod parser;

@@ -1,12 +1,12 @@
 //! Splits the text of an answer into reasoning, content and tool calls while it is written.
 
 use super::call::{Call, calls_of_json, object};
-use super::call_id::call_id;
 use super::json_scan::JsonScan;
 use super::reasoning::{Part, Reasoning, ReasoningSplit, partial_suffix};
 use super::request::Tool;
 use super::syntax::{ARGS, CALL_ID, Form, ToolSyntax};
 use super::xml::call_of_xml;
+use crate::ids::new_id;
 
 /// Longest name of a function.
 const MAX_NAME: usize = 256;
@@ -265,7 +265,7 @@ impl ToolParser {
         for call in calls.into_iter().take(count) {
             let index = self.calls;
             self.calls += 1;
-            deltas.push(Delta::CallStart { index, id: call_id(), name: call.name });
+            deltas.push(Delta::CallStart { index, id: new_id("call_"), name: call.name });
             deltas.push(Delta::Arguments { index, text: call.arguments });
         }
         self.state = State::Content;

@@ -70,6 +70,10 @@ impl ToolRequest {
         let present = |name: &str| body.get(name).filter(|value| !value.is_null());
         let mut tools = present("tools").map_or(Ok(Vec::new()), tools)?;
         let parallel = flag(present("parallel_tool_calls"), "parallel_tool_calls")?.unwrap_or(true);
+        // a choice of one function is one call of it
+        let is_named =
+            present("tool_choice").and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "function");
+        let parallel = parallel && !is_named;
         let choice = match present("tool_choice") {
             None => ToolChoice::Auto,
             Some(choice) => choose(choice, &mut tools)?,
@@ -210,7 +214,8 @@ mod tests {
         ] {
             let request = read(&json!({"tools": [tool("a"), tool("b")], "tool_choice": choice})).unwrap().unwrap();
             let found: Vec<&str> = request.tools.iter().map(|tool| tool.name.as_str()).collect();
-            assert_eq!((request.choice, found, request.parallel), (expected, names, true), "{choice}");
+            let parallel = choice != named;
+            assert_eq!((request.choice, found, request.parallel), (expected, names, parallel), "{choice}");
         }
         assert_eq!(read(&json!({"tools": [], "tool_choice": "auto", "parallel_tool_calls": false})).unwrap(), None);
     }
