@@ -340,6 +340,32 @@ await check('a bad file is explained, a good one trains, and a checkpoint chats'
   assert((await answers(page).nth(1).innerText()).includes('ckpt-step-40 says'), 'the checkpoint did not answer');
 }, { only: 'mock', hash: '#runs' });
 
+await check('a server trains an uploaded file, and its checkpoint answers beside the base', async (page) => {
+  const offered = await page.getByRole('button', { name: 'New run' }).isEnabled();
+  await page.waitForTimeout(500);
+  if (!offered || (await page.getByRole('button', { name: 'New run' }).isDisabled())) return console.log('      (the server runs no jobs)');
+  await page.getByRole('button', { name: 'New run' }).click();
+  await page.getByLabel('Training data: upload a file').setInputFiles(file('bad.jsonl', '{"text":"fine"}\n{"txt":"no"}\nno json\n'));
+  await page.getByText('The file cannot be used').waitFor();
+  await page.getByText('Line 3').waitFor();
+  const rows = Array.from({ length: 40 }, (_, index) => JSON.stringify({ text: `fn add_${index}(a: i32) -> i32 { a + ${index} }` }));
+  await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', `${rows.join('\n')}\n`));
+  await page.getByText(/40 rows, [\d,]+ tokens/).waitFor();
+  await page.getByLabel('Max steps').fill('12');
+  await page.getByLabel('Save interval').fill('6');
+  await page.getByLabel('Name').fill('tried');
+  await page.getByText('Peak memory').waitFor();
+  await page.getByRole('button', { name: 'Start the run' }).click();
+  await page.getByRole('heading', { name: 'tried' }).waitFor();
+  await page.locator('.plot canvas').waitFor();
+  await page.locator('.job .status.succeeded').waitFor({ timeout: 180_000 });
+  await page.locator('.figures div', { hasText: 'Step' }).getByText('12', { exact: true }).waitFor();
+  await page.getByRole('button', { name: 'Compare with the base' }).first().click();
+  await limit(page, 8);
+  await say(page, 'fn add_3');
+  assert((await page.locator('.answer.done').count()) === 2, await page.locator('.answers').innerText());
+}, { only: 'server', hash: '#runs' });
+
 await check('the curve has the values of the events, and a run can be cancelled', async (page) => {
   await page.getByRole('button', { name: 'New run' }).click();
   await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', '{"text":"fine"}\n'));
@@ -354,6 +380,10 @@ await check('the curve has the values of the events, and a run can be cancelled'
   const legend = await page.locator('.u-legend').innerText();
   const expected = Number((0.9 + 2.4 * Math.exp(-1 / 45) + Math.sin(12.9898) * 0.12).toPrecision(3));
   assert(legend.includes(String(expected)), `${expected} is not in ${legend}`);
+  await page.getByRole('button', { name: 'Pause' }).click();
+  await page.locator('.job .status.paused').waitFor();
+  await page.getByRole('button', { name: 'Resume' }).click();
+  await page.locator('.job .status.running').waitFor();
   await page.getByRole('button', { name: 'Cancel the run' }).click();
   await page.getByRole('button', { name: 'Cancel it now' }).click();
   await page.locator('.job .status.cancelled').waitFor();

@@ -336,14 +336,14 @@ function stepsOf(entry) {
 
 function view(entry) {
   const done = stepsOf(entry) >= entry.steps || entry.cancelled || entry.failed;
-  const status = entry.failed ? 'failed' : entry.cancelled ? 'cancelled' : done ? 'succeeded' : 'running';
+  const status = entry.failed ? 'failed' : entry.cancelled ? 'cancelled' : done ? 'succeeded' : entry.paused ? 'queued' : 'running';
   return {
     id: entry.id, object: 'fine_tuning.job', created_at: Math.floor(entry.started), finished_at: done ? Math.floor(entry.started + stepsOf(entry) / 4) : null,
     status, model: 'nano', fine_tuned_model: status === 'failed' ? null : `ft:nano:local:${entry.suffix}:${entry.id}`, organization_id: 'local', result_files: [],
     trained_tokens: stepsOf(entry) * 512, training_file: 'file-1', validation_file: null, seed: 7,
     hyperparameters: { n_epochs: 3, batch_size: 8, learning_rate_multiplier: 1 }, method: { type: 'supervised' }, error: entry.failed ?? null,
     estimated_finish: done ? null : Math.floor(entry.started + entry.steps / 4), metadata: null, integrations: [], user_provided_suffix: entry.suffix,
-    metal_candle: { rank: 16, alpha: 32, learning_rate: 2e-4, max_steps: entry.steps, save_interval: 40, serve: 'best' },
+    metal_candle: { rank: 16, alpha: 32, learning_rate: 2e-4, max_steps: entry.steps, save_interval: 40, serve: 'best', is_paused: Boolean(entry.paused) },
   };
 }
 
@@ -400,6 +400,15 @@ function jobs(state, request, response, pathname, parameters, body) {
   if (!entry) return fail(response, 404, `no job \`${id}\``, 'not_found_error');
   if (part === 'events') return send(response, pageOf(parameters.get('order') === 'asc' ? events(entry).reverse() : events(entry), parameters));
   if (part === 'checkpoints') return send(response, pageOf(checkpoints(entry), parameters));
+  if (part === 'pause') {
+    entry.stopped = Date.now() / 1000;
+    entry.paused = true;
+  }
+  if (part === 'resume') {
+    entry.started += Date.now() / 1000 - entry.stopped;
+    entry.stopped = null;
+    entry.paused = false;
+  }
   if (part === 'cancel') {
     if (view(entry).finished_at !== null) return fail(response, 409, 'the job has ended', 'conflict_error');
     entry.stopped = Date.now() / 1000;

@@ -99,7 +99,7 @@ export interface Job {
   error?: { code?: string; message?: string; param?: string | null } | null;
   estimated_finish?: number | null;
   user_provided_suffix?: string | null;
-  metal_candle?: Record<string, unknown> | null;
+  metal_candle?: (Record<string, unknown> & { is_paused?: boolean }) | null;
 }
 
 export interface JobEvent {

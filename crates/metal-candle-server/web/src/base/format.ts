@@ -47,10 +47,13 @@ export function moment(milliseconds: number): string {
   return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${time}`;
 }
 
+const LABELS: Record<string, string> = { seconds: 'Time', n_epochs: 'Epochs', kv_cache_bytes: 'KV cache', id: 'ID' };
+
 /** `peak_memory_bytes` becomes `Peak memory`: the unit is shown with the value. */
 export function label(key: string): string {
-  if (key === 'seconds') return 'Time';
-  const words = key.replace(/_(bytes|seconds)$/, '').replace('per_second', '/s').replaceAll('_', ' ');
+  const known = LABELS[key];
+  if (known) return known;
+  const words = key.replace(/_(bytes|seconds)$/, '').replace('_per_second', '/s').replaceAll('_', ' ');
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 

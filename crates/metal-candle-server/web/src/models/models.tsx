@@ -136,12 +136,12 @@ function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (na
             const adapter = adapters.find((candidate) => candidate.id === model.id);
             return (
               <tr key={model.id}>
-                <th scope="row" class={model.parent ? 'child' : ''}>
+                <th scope="row" class={`clip${model.parent ? ' child' : ''}`} title={model.id}>
                   {model.id}
                 </th>
                 <td class="nowrap">{kindOf(model, adapter)}</td>
                 <td class="right" data-label="generation">{adapter?.generation ?? model.generation ?? ''}</td>
-                <td class="right">{adapter?.bytes != null ? bytes(adapter.bytes) : ''}</td>
+                <td class="right nowrap">{adapter?.bytes != null ? bytes(adapter.bytes) : ''}</td>
                 <td class="right" data-label="in flight">{adapter?.in_flight ?? ''}</td>
                 <td class="clip" title={adapter?.source ?? ''}>
                   {adapter?.source ?? ''}

@@ -18,10 +18,10 @@ export function nameOf(job: Job): string {
 
 export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; children: ComponentChildren }) {
   const [problem, setProblem] = useState<string | null>(null);
-  const cancel = async () => {
+  const post = async (action: 'cancel' | 'pause' | 'resume') => {
     setProblem(null);
     try {
-      noteJob(await requestJson<Job>(`v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/cancel`, { method: 'POST', json: {} }));
+      noteJob(await requestJson<Job>(`v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/${action}`, { method: 'POST', json: {} }));
     } catch (error) {
       setProblem(describeError(error));
     }
@@ -30,10 +30,23 @@ export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; 
     <article class="job">
       <header class="row">
         <h2>{nameOf(job)}</h2>
-        <StatusLabel status={job.status} />
+        <StatusLabel job={job} />
         <span class="space" />
         {job.fine_tuned_model !== null && job.status === 'succeeded' && <ChatButtons model={job.fine_tuned_model} base={job.model} />}
-        {isActive(job.status) && <ConfirmButton class="plain" label="Cancel the run" confirm="Cancel it now" onConfirm={() => void cancel()} />}
+        {isActive(job.status) && (
+          <>
+            {job.metal_candle?.is_paused ? (
+              <button type="button" onClick={() => void post('resume')}>
+                Resume
+              </button>
+            ) : (
+              <button type="button" onClick={() => void post('pause')}>
+                Pause
+              </button>
+            )}
+            <ConfirmButton class="plain" label="Cancel the run" confirm="Cancel it now" onConfirm={() => void post('cancel')} />
+          </>
+        )}
       </header>
       {problem !== null && <Notice kind="bad" text={problem} />}
       {job.error?.message && <Notice kind="bad" text={job.error.message} />}
@@ -70,7 +83,7 @@ function Facts({ job, feed }: { job: Job; feed: Feed | null }) {
   if (job.finished_at !== null) facts.push(['Took', duration(job.finished_at - job.created_at)]);
   else if (job.estimated_finish && job.estimated_finish > now) facts.push(['Ready in about', duration(job.estimated_finish - now)]);
   const settings = [...Object.entries(job.hyperparameters ?? {}), ...Object.entries(job.metal_candle ?? {}), ['seed', job.seed] as const].filter(
-    ([, value]) => value !== null && value !== undefined,
+    ([key, value]) => value !== null && value !== undefined && key !== 'is_paused',
   );
   return (
     <>

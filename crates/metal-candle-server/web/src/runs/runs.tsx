@@ -86,7 +86,7 @@ function JobEntry({ job, open, compared, onCompare }: { job: Job; open: boolean;
       <a href={formatRoute({ tab: 'runs', item: job.id })} aria-current={open ? 'page' : undefined}>
         <span class="job-name">{nameOf(job)}</span>
         <span class="job-state">
-          <StatusLabel status={job.status} /> <span class="muted">{moment(job.created_at * 1000)}</span>
+          <StatusLabel job={job} /> <span class="muted">{moment(job.created_at * 1000)}</span>
         </span>
       </a>
       <label title="Show the curves of this run beside the others">

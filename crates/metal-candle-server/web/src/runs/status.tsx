@@ -1,7 +1,9 @@
 // The state of a job as a coloured label.
-import type { JobStatus } from '../api/types';
+import type { Job } from '../api/types';
 
-export function StatusLabel({ status }: { status: JobStatus }) {
+/** A paused job is `queued` in the form of OpenAI. */
+export function StatusLabel({ job }: { job: Job }) {
+  const status = job.metal_candle?.is_paused ? 'paused' : job.status;
   return (
     <span class={`status ${status}`}>
       {(status === 'running' || status === 'validating_files') && <span class="pulse" />}
