@@ -69,6 +69,8 @@ const answers = (page) => page.locator('.answer');
 
 async function say(page, text, { wait = true } = {}) {
   await prompt(page).fill(text);
+  // Sending waits for the list of models.
+  await page.locator('button[aria-label=Send]:enabled').waitFor();
   await page.keyboard.press('Enter');
   if (!wait) return;
   await page.locator('.answer.done, .answer.failed, .answer.stopped').last().waitFor();
