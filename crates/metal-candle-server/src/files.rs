@@ -229,7 +229,9 @@ impl Files {
         let mut state = self.state();
         let is_expired = |record: &&FileRecord| record.expires.is_some_and(|time| time <= now);
         let expired: Vec<String> = state.by_id.values().filter(is_expired).map(|record| record.id.clone()).collect();
-        expired.iter().for_each(|id| self.forget(&mut state, id));
+        for id in &expired {
+            self.forget(&mut state, id);
+        }
     }
 
     /// Starts an upload.
@@ -459,7 +461,6 @@ mod tests {
         };
         assert_eq!((names(UPLOAD), names(".jsonl"), names(".json")), (0, 3, 6));
         assert!(files.get("b", &good.id).is_none() && !files.remove("b", &good.id));
-        drop(store);
         let files = open();
         assert_eq!(files.list("a").len(), 3);
         assert_eq!(files.get("a", &good.id).unwrap(), good);

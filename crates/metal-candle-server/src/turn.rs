@@ -137,6 +137,9 @@ impl Turn {
     pub(crate) fn constrain(&mut self, served: &Served, fields: &Map<String, Value>) -> Result<(), ApiError> {
         self.tools = ToolRequest::from_request(fields)?.filter(|tools| tools.choice != ToolChoice::None);
         self.grammar = Grammar::from_request(fields)?;
+        if self.grammar.is_some() {
+            self.variables.entry("enable_thinking").or_insert(false.into());
+        }
         if self.tools.is_some() && served.tool_syntax.is_none() {
             return Err(ApiError::unsupported("tools", "`tools`: the model's chat template shows no tools"));
         }
@@ -161,7 +164,8 @@ impl Turn {
     /// What splits the answer to `prompt` into reasoning, content and calls, where there may be more than content.
     fn parser(&self, served: &Served, prompt: &str) -> Option<ToolParser> {
         let syntax = served.tool_syntax.as_deref().filter(|_| self.tools.is_some());
-        let reasoning = served.reasoning.as_ref();
+        // an answer in a grammar has no place for reasoning
+        let reasoning = served.reasoning.as_ref().filter(|_| self.grammar.is_none());
         if syntax.is_none() && reasoning.is_none() {
             return None;
         }

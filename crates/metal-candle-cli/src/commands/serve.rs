@@ -100,6 +100,7 @@ pub(crate) struct LimitArguments {
 /// Who may use a server.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Access")]
+#[allow(clippy::struct_excessive_bools)] // flags
 pub(crate) struct AccessArguments {
     /// A TOML file with a table `[[keys]]` for each client: `name`, `key`, and perhaps `admin`, `max_running` and
     /// `tokens_per_minute`.

@@ -12,9 +12,9 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Time that a trainer gets to write its checkpoint before it is killed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+const STOP_TIMEOUT: Duration = Duration::from_mins(1);
 /// Time that a plan may take.
-const PLAN_TIMEOUT: Duration = Duration::from_secs(120);
+const PLAN_TIMEOUT: Duration = Duration::from_mins(2);
 /// Part of the trainer's messages that is searched for its error.
 const MAX_LOG_BYTES: u64 = 8 << 10;
 /// Longest error of a job.

@@ -191,7 +191,7 @@ impl Jobs {
     /// A file is not usable, or too many jobs wait.
     pub(crate) fn create(&self, owner: &str, new: NewJob) -> Result<JobRecord, ApiError> {
         let stats = self.stats(owner, (&new.training_file, new.validation_file.as_deref()))?;
-        self.check_queue(&self.state())?;
+        Self::check_queue(&self.state())?;
         let id = new_id(record::ID);
         let folder = self.job_folder(&id);
         let record = JobRecord {
@@ -217,7 +217,7 @@ impl Jobs {
         let stored = self.link_data(&folder, &new).and_then(|_| {
             self.events(&id).append(&[Event::info(format!("Created fine-tuning job: {id}"), Value::Null)]);
             let mut state = self.state();
-            self.check_queue(&state)?;
+            Self::check_queue(&state)?;
             record.write(&folder).map_err(ApiError::server)?;
             state.by_id.insert(id.clone(), record.clone());
             Ok(())
@@ -230,7 +230,7 @@ impl Jobs {
         Ok(record)
     }
 
-    fn check_queue(&self, state: &State) -> Result<(), ApiError> {
+    fn check_queue(state: &State) -> Result<(), ApiError> {
         if state.is_stopping {
             return Err(ApiError::unavailable("draining", "the server is shutting down"));
         }

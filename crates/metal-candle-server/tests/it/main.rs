@@ -1,6 +1,6 @@
 //! The server over real connections, with the built-in model.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::result_large_err)]
 
 mod adapters;
 mod answers;
