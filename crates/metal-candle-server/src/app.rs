@@ -20,6 +20,9 @@ use tokio::sync::Semaphore;
 const MAX_SIDE_TASKS: usize = 2;
 const MAX_SIDE_WAITING: usize = 256;
 
+/// Tokens that a draft model guesses at a time.
+const MAX_DRAFT: usize = 4;
+
 /// The state of a server.
 #[derive(Debug)]
 pub(crate) struct App {
@@ -132,6 +135,9 @@ impl App {
 
     /// How tokens are drafted: for all requests if the settings say so, else for those that say what they expect.
     pub(crate) fn speculation(&self, has_prediction: bool) -> Speculation {
+        if self.config.draft_model.is_some() {
+            return Speculation::DraftModel { max_tokens: MAX_DRAFT };
+        }
         if self.config.speculation || has_prediction { Speculation::LOOKUP } else { Speculation::Off }
     }
 

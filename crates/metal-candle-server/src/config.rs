@@ -1,5 +1,6 @@
 //! The settings of a server.
 
+use metal_candle::models::Model;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -47,6 +48,8 @@ pub struct ServerConfig {
     pub share_prefixes: bool,
     /// Whether tokens are drafted from the prompt and checked several at a time. Answers do not change.
     pub speculation: bool,
+    /// A smaller model with the same vocabulary that drafts the tokens of all answers. Answers do not change.
+    pub draft_model: Option<Model>,
     /// Whether `GET /metrics` is answered.
     pub metrics: bool,
     /// The folder of files and fine-tuning jobs; without it there are none.
@@ -76,6 +79,7 @@ impl Default for ServerConfig {
             max_adapters: 64,
             share_prefixes: false,
             speculation: false,
+            draft_model: None,
             metrics: false,
             jobs: None,
         }

@@ -60,7 +60,8 @@ impl Server {
             prefill_chunk: config.prefill_chunk,
             step_tokens: config.prefill_chunk + limits.slots,
         };
-        let (engine, thread) = Engine::start(model, &tokenizer, scheduler, limits, Arc::clone(&metrics))?;
+        let (engine, thread) =
+            Engine::start(model, &tokenizer, config.draft_model.as_ref(), scheduler, limits, Arc::clone(&metrics))?;
         let served = Served::new(config.name.clone(), model, tokenizer, limits.context);
         let adapters = Arc::new(Adapters::new(model.clone(), config.adapter_root.clone(), config.max_adapters));
         let mut app = App::new(config, served, engine, adapters, metrics);
@@ -200,7 +201,9 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
     if context > longest || context < 2 {
         return Err(argument("context", format!("expected 2 to {longest} tokens, the model's limit, found {context}")));
     }
-    let bytes_of = |slots: usize| SchedulerConfig::cache_bytes(model, slots, context);
+    let models = || std::iter::once(model).chain(&config.draft_model);
+    let bytes_of =
+        |slots: usize| -> usize { models().map(|model| SchedulerConfig::cache_bytes(model, slots, context)).sum() };
     let fitting = config.cache_bytes / bytes_of(1).max(1);
     if fitting == 0 {
         let message = format!(
@@ -218,6 +221,7 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
     Ok(EngineLimits {
         slots,
         context,
+        cache_bytes: bytes_of(slots),
         max_waiting: config.max_waiting,
         queue_timeout: config.queue_timeout,
         request_timeout: config.request_timeout,

@@ -92,6 +92,11 @@ pub(crate) struct LimitArguments {
     #[arg(long)]
     pub(crate) speculate: bool,
 
+    /// A smaller model with the same vocabulary that drafts tokens, which are checked several at a time. Answers do not
+    /// change.
+    #[arg(long, value_name = "MODEL", conflicts_with = "speculate")]
+    pub(crate) draft_model: Option<String>,
+
     /// Most adapters at a time.
     #[arg(long, default_value_t = 64)]
     pub(crate) max_adapters: usize,
@@ -147,6 +152,10 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
     let model = source.load_as(flags.model.types(), flags.model.device, output)?;
     let tokenizer = flags.template.tokenizer(&source, None)?;
     let name = flags.served_name.clone().unwrap_or_else(|| short_name(&source.name));
+    let draft_model = match &flags.limits.draft_model {
+        Some(name) => Some(ModelSource::find(name, output)?.load(flags.model.dtype, flags.model.device, output)?),
+        None => None,
+    };
     let cache_bytes = match &flags.limits.cache_memory {
         Some(text) => parse_bytes(text).map_err(|message| UserError::new(format!("`--cache-memory`: {message}")))?,
         None => model.device().memory().map_or(4 << 30, |memory| memory.free / SHARE_OF_FREE),
@@ -165,6 +174,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         adapter_root: flags.adapter_root.clone(),
         share_prefixes: flags.access.share_prefixes,
         speculation: limits.speculate,
+        draft_model,
         metrics: flags.access.metrics,
         keys,
         jobs: flags.jobs.config(&flags.model, &flags.template)?,

@@ -30,14 +30,18 @@ impl Engine {
     pub(crate) fn start(
         model: &Model,
         tokenizer: &Tokenizer,
+        draft_model: Option<&Model>,
         config: SchedulerConfig,
         limits: EngineLimits,
         metrics: Arc<Metrics>,
     ) -> metal_candle::Result<(Self, JoinHandle<()>)> {
         let new_scheduler = {
-            let (model, tokenizer) = (model.clone(), tokenizer.clone());
+            let (model, tokenizer, draft_model) = (model.clone(), tokenizer.clone(), draft_model.cloned());
             move || -> metal_candle::Result<Scheduler> {
                 let mut scheduler = Scheduler::with_config(model.clone(), config)?.with_tokenizer(tokenizer.clone());
+                if let Some(draft_model) = &draft_model {
+                    scheduler = scheduler.with_draft_model(draft_model.clone())?;
+                }
                 scheduler.reserve(limits.slots, limits.context)?;
                 Ok(scheduler)
             }

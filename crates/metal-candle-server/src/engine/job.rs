@@ -17,6 +17,8 @@ pub(crate) struct EngineLimits {
     pub(crate) slots: usize,
     /// Most tokens of prompt and answer.
     pub(crate) context: usize,
+    /// Bytes of the cache, which is reserved at the start.
+    pub(crate) cache_bytes: usize,
     /// Most sequences that wait.
     pub(crate) max_waiting: usize,
     /// Longest wait for a slot.

@@ -29,6 +29,7 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
         ("requests_waiting", app.engine.num_waiting() as f64),
         ("kv_slots{state=\"used\"}", running as f64),
         ("kv_slots{state=\"free\"}", slots.saturating_sub(running) as f64),
+        ("kv_bytes", app.engine.limits().cache_bytes as f64),
         ("adapters_loaded", app.adapters.list().len() as f64),
     ];
     let text = app.metrics.text(&gauges);
