@@ -2,12 +2,15 @@
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from common import BASE, KEY, MODEL, QUESTION, check, main, needs_schemas, needs_tools
 
 
 class Sum(BaseModel):
+    # or a small model adds properties until the limit, which the schema allows
+    model_config = ConfigDict(extra="forbid")
+
     # a small model would write digits until the limit
     a: int = Field(ge=0, le=99)
     b: int = Field(ge=0, le=99)

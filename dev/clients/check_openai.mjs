@@ -41,7 +41,7 @@ async function needsRoute(path) {
 
 async function needsTools() {
   try {
-    const answer = await client.chat.completions.create({ ...fields, tools: [tool], tool_choice: "required", max_tokens: 200 });
+    const answer = await client.chat.completions.create({ ...fields, tools: [tool], tool_choice: "required", parallel_tool_calls: false, max_tokens: 200 });
     if (answer.choices[0].message.tool_calls?.length) return answer;
   } catch (error) {
     if (!(error instanceof OpenAI.BadRequestError)) throw error;
