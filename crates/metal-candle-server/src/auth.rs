@@ -74,7 +74,7 @@ impl Keys {
             return Err(ApiError::unauthorized("a key is required: send the header `Authorization: Bearer KEY`"));
         };
         let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-        // all keys are compared, so that the time tells nothing about them
+        // all keys are compared, so that the time reveals nothing about them
         let mut found = None;
         for known in &self.known {
             if bool::from(known.digest.ct_eq(&digest)) {
@@ -225,7 +225,9 @@ mod tests {
             list.extend(origin.map(|origin| ("origin", origin)));
             origins.check(&Method::POST, &headers(&list)).is_ok()
         };
-        for host in ["127.0.0.1:8080", "localhost:1", "[::1]:8080", "192.168.0.7:80", "models.example", "models.example:443"] {
+        for host in
+            ["127.0.0.1:8080", "localhost:1", "[::1]:8080", "192.168.0.7:80", "models.example", "models.example:443"]
+        {
             assert!(check(host, None), "{host}");
         }
         for host in ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8080"] {

@@ -164,7 +164,7 @@ impl Server {
         while !ended() && started.elapsed() < drain_timeout {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // what still runs is told, and its bodies end
+        // running requests get an error event, and their bodies end
         self.app.engine.stop();
         let started = Instant::now();
         while !ended() && started.elapsed() < Duration::from_secs(2) {

@@ -38,7 +38,53 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
     found.check()?;
     // it replaces what a client sent
     map.insert(OPTIONS_KEY.into(), json!({"whitespace_pattern": " "}));
-    Ok(Value::Object(map))
+    let mut prepared = Value::Object(map);
+    close_objects(&mut prepared, !has_key(schema, "allOf"));
+    Ok(prepared)
+}
+
+/// Excludes other properties from objects that list theirs and do not say whether there may be others: small models add
+/// properties without end. OpenAI's strict mode requires schemas to exclude them. Schemas that are combined with others are
+/// left alone; `with_definitions` says whether definitions are not.
+fn close_objects(schema: &mut Value, with_definitions: bool) {
+    const OPEN: [&str; 8] = [
+        "additionalProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "$ref",
+    ];
+    let Value::Object(map) = schema else { return };
+    if map.contains_key("properties") && !OPEN.iter().any(|key| map.contains_key(*key)) {
+        map.insert("additionalProperties".into(), false.into());
+    }
+    for (key, value) in map.iter_mut() {
+        match (key.as_str(), value) {
+            ("properties", Value::Object(inner)) => {
+                inner.values_mut().for_each(|value| close_objects(value, with_definitions));
+            }
+            ("$defs" | "definitions", Value::Object(inner)) if with_definitions => {
+                inner.values_mut().for_each(|value| close_objects(value, with_definitions));
+            }
+            ("items", value @ Value::Object(_)) => close_objects(value, with_definitions),
+            ("prefixItems", Value::Array(items)) => {
+                items.iter_mut().for_each(|value| close_objects(value, with_definitions));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether an object in a value has a key.
+fn has_key(value: &Value, key: &str) -> bool {
+    match value {
+        Value::Object(map) => map.contains_key(key) || map.values().any(|value| has_key(value, key)),
+        Value::Array(items) => items.iter().any(|value| has_key(value, key)),
+        _ => false,
+    }
 }
 
 /// Keywords that take much time or memory to compile.
@@ -119,5 +165,27 @@ fn inexact_number(value: &Value) -> Option<&Value> {
         Value::Array(items) => items.iter().find_map(inexact_number),
         Value::Object(map) => map.values().find_map(inexact_number),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_that_list_their_properties_have_no_others() {
+        let closed = |schema: Value| prepared(&schema, 10_000).unwrap();
+        let nested =
+            json!({"properties": {"properties": {"properties": {"a": {}}}}, "$defs": {"d": {"properties": {}}}});
+        let found = closed(nested.clone());
+        assert_eq!(found["additionalProperties"], false);
+        assert_eq!(found["properties"]["properties"]["additionalProperties"], false);
+        assert!(found["properties"].get("additionalProperties").is_none());
+        assert_eq!(found["$defs"]["d"]["additionalProperties"], false);
+        assert_eq!(closed(json!({"properties": {}, "additionalProperties": true}))["additionalProperties"], true);
+        let combined = closed(json!({"allOf": [{"$ref": "#/$defs/d"}], "$defs": nested["$defs"]}));
+        assert!(combined["$defs"]["d"].get("additionalProperties").is_none());
+        assert!(combined.get("additionalProperties").is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! The process that trains: `metal-candle train`, with half of the threads and at a low priority.
 //!
-//! It is told to stop by closing its standard input, which the operating system does too when the server is killed: it then
+//! Closing its standard input stops it, which the operating system does too when the server is killed: it then
 //! writes a checkpoint and ends. No signal is needed, and no trainer outlives its server for longer than a step.
 
 use crate::config::JobsConfig;
