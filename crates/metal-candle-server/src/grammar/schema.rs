@@ -71,7 +71,9 @@ fn close_objects(schema: &mut Value, with_definitions: bool) {
             }
             ("items", value @ Value::Object(_)) => close_objects(value, with_definitions),
             ("prefixItems", Value::Array(items)) => {
-                items.iter_mut().for_each(|value| close_objects(value, with_definitions));
+                for value in items {
+                    close_objects(value, with_definitions);
+                }
             }
             _ => {}
         }
