@@ -34,6 +34,7 @@ mod pack;
 mod parallel;
 mod rounding;
 pub mod sampling;
+mod small_pages;
 #[cfg(test)]
 mod testing;
 mod tiles;
@@ -66,3 +67,4 @@ pub use optimizer::{
     sum_of_squares,
 };
 pub use rounding::{round_to_int8, round_to_nf4};
+pub use small_pages::prefer_small_pages;

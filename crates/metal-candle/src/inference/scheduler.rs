@@ -171,7 +171,9 @@ impl Scheduler {
         if let Some((name, found, limit)) = limits.into_iter().find(|(_, found, limit)| found > limit) {
             return Err(Error::argument(name, format!("expected at most {limit}, found {found}")));
         }
-        self.grow(num_sequences, num_tokens)
+        self.grow(num_sequences, num_tokens)?;
+        // most sequences are shorter than what is reserved
+        self.slots.cache().map_or(Ok(()), |cache| cache.prefer_small_pages())
     }
 
     /// Frees the KV cache.

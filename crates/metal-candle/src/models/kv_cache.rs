@@ -5,7 +5,9 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Cached, Spans};
 use crate::ops::cache_write;
+use crate::ops::host::Host;
 use candle_core::{DType, Tensor};
+use metal_candle_kernels::{Matrix, prefer_small_pages};
 
 /// Sizes of a [`KVCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +66,22 @@ impl KVCache {
                 .collect::<candle_core::Result<Vec<_>>>()
         };
         Ok(Self { config, keys: layers()?, values: layers()?, lengths: vec![0; config.batch_size] })
+    }
+
+    /// Lets only the tokens that are written take memory, where the operating system clears memory by large pages. It has an
+    /// effect on an empty cache on the CPU only.
+    ///
+    /// # Errors
+    /// The tensors are not contiguous.
+    pub(crate) fn prefer_small_pages(&self) -> Result<()> {
+        for tensor in self.keys.iter().chain(&self.values).filter(|tensor| tensor.device().is_cpu()) {
+            match Host::new(tensor)?.matrix()? {
+                Matrix::F32(values) => prefer_small_pages(values),
+                Matrix::F16(values) => prefer_small_pages(values),
+                Matrix::BF16(values) => prefer_small_pages(values),
+            }
+        }
+        Ok(())
     }
 
     /// The sizes it was made with.

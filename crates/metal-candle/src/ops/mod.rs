@@ -18,7 +18,7 @@ pub(crate) mod gpu;
 #[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod gpu_tests;
 pub(crate) mod head;
-mod host;
+pub(crate) mod host;
 pub(crate) mod linear;
 mod low_rank;
 pub(crate) mod norm;
