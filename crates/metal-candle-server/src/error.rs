@@ -1,6 +1,5 @@
 //! Errors that a client gets: a status and OpenAI's error object.
 
-use crate::request_error::RequestError;
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -154,12 +153,6 @@ impl ApiError {
             _ => {}
         }
         response
-    }
-}
-
-impl From<RequestError> for ApiError {
-    fn from(RequestError { param, message }: RequestError) -> Self {
-        Self::field(param, message)
     }
 }
 

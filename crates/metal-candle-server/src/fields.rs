@@ -5,6 +5,9 @@ use crate::error::ApiError;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
+/// Most characters of the name of a function or a schema.
+const MAX_NAME: usize = 64;
+
 type Result<T> = std::result::Result<T, ApiError>;
 
 /// The fields of an object in a request.
@@ -47,9 +50,15 @@ impl<'a> Fields<'a> {
         self.map
     }
 
-    fn wrong<T>(&self, name: &str, expected: &str, found: &Value) -> Result<T> {
+    /// An error of a field with another value than expected.
+    pub(crate) fn wrong<T>(&self, name: &str, expected: &str, found: &Value) -> Result<T> {
         let path = self.path(name);
         Err(ApiError::field(path.clone(), format!("`{path}`: expected {expected}, found {}", describe(found))))
+    }
+
+    /// The value of a field that must be there.
+    pub(crate) fn required(&self, name: &str) -> Result<&'a Value> {
+        self.get(name).ok_or_else(|| self.absent(name))
     }
 
     fn absent(&self, name: &str) -> ApiError {
@@ -67,6 +76,16 @@ impl<'a> Fields<'a> {
 
     pub(crate) fn required_text(&self, name: &str) -> Result<&'a str> {
         self.text(name)?.ok_or_else(|| self.absent(name))
+    }
+
+    /// The name of a function or a schema.
+    pub(crate) fn required_name(&self, name: &str) -> Result<&'a str> {
+        let found = self.required_text(name)?;
+        let is_good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+        if (1..=MAX_NAME).contains(&found.len()) && found.bytes().all(is_good) {
+            return Ok(found);
+        }
+        self.wrong(name, &format!("1 to {MAX_NAME} letters, digits, `_` or `-`"), &found.into())
     }
 
     pub(crate) fn flag(&self, name: &str) -> Result<Option<bool>> {
@@ -119,6 +138,10 @@ impl<'a> Fields<'a> {
 
     pub(crate) fn object(&self, name: &str) -> Result<Option<Self>> {
         self.get(name).map(|value| Self::of(value, self.path(name))).transpose()
+    }
+
+    pub(crate) fn required_object(&self, name: &str) -> Result<Self> {
+        Self::of(self.required(name)?, self.path(name))
     }
 
     /// The objects of a list, each with its path.

@@ -23,7 +23,6 @@ mod metrics;
 mod page;
 mod parts;
 mod prompt;
-mod request_error;
 mod routes;
 mod sampling;
 mod served;

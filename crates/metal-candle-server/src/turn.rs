@@ -134,7 +134,7 @@ impl Turn {
     ///
     /// # Errors
     /// A field is wrong, or the model's template shows no tools.
-    pub(crate) fn constrain(&mut self, served: &Served, fields: &Map<String, Value>) -> Result<(), ApiError> {
+    pub(crate) fn constrain(&mut self, served: &Served, fields: &Fields) -> Result<(), ApiError> {
         self.tools = ToolRequest::from_request(fields)?.filter(|tools| tools.choice != ToolChoice::None);
         self.grammar = Grammar::from_request(fields)?;
         if self.grammar.is_some() {

@@ -1,130 +1,107 @@
 //! Reads the grammar of a request: `response_format`, and the fields of vLLM and llama.cpp.
 
 use super::kind::Grammar;
-use crate::request_error::{RequestError, flag, name, object, required, text, wrong};
-use serde_json::{Map, Value};
+use crate::error::ApiError;
+use crate::fields::Fields;
+use serde_json::Value;
 
+/// Most texts of a choice.
 const MAX_CHOICES: usize = 1024;
 
-type Result<T> = std::result::Result<T, RequestError>;
+type Result<T> = std::result::Result<T, ApiError>;
 
 impl Grammar {
-    /// The grammar that a `response_format` asks for; `None` for text.
-    ///
-    /// # Errors
-    /// A field is wrong or not supported.
-    pub(crate) fn from_response_format(format: &Value) -> Result<Option<Self>> {
-        const PARAM: &str = "response_format";
-        let fields = object(format, PARAM)?;
-        let path = format!("{PARAM}.type");
-        match required(fields, "type", &path)?.as_str() {
-            Some("text") => Ok(None),
-            Some("json_object") => match fields.get("schema").filter(|schema| !schema.is_null()) {
-                None => Ok(Some(Self::JsonObject)),
-                Some(schema) => json_schema(schema, &format!("{PARAM}.schema")).map(Some),
-            },
-            Some("json_schema") => {
-                let path = format!("{PARAM}.json_schema");
-                let fields = object(required(fields, "json_schema", &path)?, &path)?;
-                if let Some(value) = fields.get("name").filter(|value| !value.is_null()) {
-                    name(value, &format!("{path}.name"))?;
-                }
-                flag(fields.get("strict"), &format!("{path}.strict"))?;
-                let path = format!("{path}.schema");
-                json_schema(required(fields, "schema", &path)?, &path).map(Some)
-            }
-            _ => {
-                let message = format!("`{path}`: expected `text`, `json_object` or `json_schema`");
-                Err(RequestError::new(path, message))
-            }
-        }
-    }
-
-    /// The grammar of a request's body with the path of its field; `None` if the body asks for none.
+    /// The grammar of a request with the path of its field; `None` if the request asks for none.
     ///
     /// It reads `response_format`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`, `json_schema`, `grammar` and
     /// `structured_outputs`.
     ///
     /// # Errors
     /// A field is wrong, or several fields ask for a grammar.
-    pub(crate) fn from_request(body: &Map<String, Value>) -> Result<Option<(String, Self)>> {
-        let mut found: Option<(String, Self)> = None;
-        let mut add = |param: String, grammar: Option<Self>| -> Result<()> {
-            let Some(grammar) = grammar else { return Ok(()) };
-            if let Some((first, _)) = &found {
-                let message = format!("`{param}` and `{first}` both ask for a grammar; send one of them");
-                return Err(RequestError::new(param, message));
-            }
-            found = Some((param, grammar));
-            Ok(())
-        };
-        for (field, value) in body.iter().filter(|(_, value)| !value.is_null()) {
-            if field == "response_format" {
-                add(field.clone(), Self::from_response_format(value)?)?;
-            } else if field == "structured_outputs" {
-                for (key, value) in object(value, field)?.iter().filter(|(_, value)| !value.is_null()) {
-                    let path = format!("{field}.{key}");
-                    add(path.clone(), Self::from_extra(key, value, &path)?)?;
-                }
-            } else {
-                let key = field.strip_prefix("guided_").or(match field.as_str() {
-                    "json_schema" => Some("json"),
-                    "grammar" => Some("grammar"),
-                    _ => None,
-                });
-                if let Some(key) = key {
-                    add(field.clone(), Self::from_extra(key, value, field)?)?;
-                }
+    pub(crate) fn from_request(fields: &Fields) -> Result<Option<(String, Self)>> {
+        let mut found = Vec::new();
+        if let Some(format) = fields.object("response_format")? {
+            found.extend(of_format(&format)?.map(|grammar| (fields.path("response_format"), grammar)));
+        }
+        let extras = [
+            ("guided_json", "json"),
+            ("json_schema", "json"),
+            ("guided_regex", "regex"),
+            ("guided_choice", "choice"),
+            ("guided_grammar", "grammar"),
+            ("grammar", "grammar"),
+        ];
+        for (name, kind) in extras {
+            found.extend(of_extra(fields, name, kind)?.map(|grammar| (fields.path(name), grammar)));
+        }
+        if let Some(outputs) = fields.object("structured_outputs")? {
+            for kind in ["json", "json_object", "regex", "choice", "grammar"] {
+                found.extend(of_extra(&outputs, kind, kind)?.map(|grammar| (outputs.path(kind), grammar)));
             }
         }
-        Ok(found)
-    }
-
-    fn from_extra(key: &str, value: &Value, path: &str) -> Result<Option<Self>> {
-        Ok(match key {
-            "json" => Some(json_schema(value, path)?),
-            "json_object" => (flag(Some(value), path)? == Some(true)).then_some(Self::JsonObject),
-            "regex" => Some(Self::Regex(text(value, path)?.into())),
-            "choice" => Some(choice(value, path)?),
-            "grammar" => {
-                let text = text(value, path)?.to_string();
-                Some(if text.contains("::=") { Self::Gbnf(text) } else { Self::Lark(text) })
-            }
-            _ => None,
-        })
+        if let [(first, _), (second, _), ..] = found.as_slice() {
+            let message = format!("`{second}` and `{first}` both ask for a grammar; send one of them");
+            return Err(ApiError::field(second, message));
+        }
+        Ok(found.pop())
     }
 }
 
-fn json_schema(value: &Value, path: &str) -> Result<Grammar> {
-    match value {
-        Value::Object(_) | Value::Bool(_) => Ok(Grammar::JsonSchema(value.clone())),
-        Value::String(text) => match serde_json::from_str(text) {
-            Ok(schema @ (Value::Object(_) | Value::Bool(_))) => Ok(Grammar::JsonSchema(schema)),
-            _ => Err(RequestError::new(path, format!("`{path}`: the text is not a JSON schema"))),
-        },
-        other => wrong(path, "a JSON schema", other),
+/// The grammar of a `response_format`; `None` for text.
+fn of_format(format: &Fields) -> Result<Option<Grammar>> {
+    format.required("type")?;
+    match format.one_of("type", &["text", "json_object", "json_schema"])? {
+        Some("json_object") if format.get("schema").is_some() => of_extra(format, "schema", "json"),
+        Some("json_object") => Ok(Some(Grammar::JsonObject)),
+        Some("json_schema") => {
+            let inner = format.required_object("json_schema")?;
+            if inner.get("name").is_some() {
+                inner.required_name("name")?;
+            }
+            inner.flag("strict")?;
+            inner.required("schema")?;
+            of_extra(&inner, "schema", "json")
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The grammar of the field `name`, which holds one of this kind.
+fn of_extra(fields: &Fields, name: &str, kind: &str) -> Result<Option<Grammar>> {
+    if fields.get(name).is_none() {
+        return Ok(None);
+    }
+    Ok(match kind {
+        "json" => Some(json_schema(fields, name)?),
+        "json_object" => (fields.flag(name)? == Some(true)).then_some(Grammar::JsonObject),
+        "regex" => fields.text(name)?.map(|text| Grammar::Regex(text.into())),
+        "choice" => Some(choice(fields, name)?),
+        _ => fields
+            .text(name)?
+            .map(|text| if text.contains("::=") { Grammar::Gbnf(text.into()) } else { Grammar::Lark(text.into()) }),
+    })
+}
+
+fn json_schema(fields: &Fields, name: &str) -> Result<Grammar> {
+    let value = fields.required(name)?;
+    let written = value.as_str().map(serde_json::from_str::<Value>);
+    match written.as_ref().map_or(Ok(value), |parsed| parsed.as_ref().map_err(|_| ())) {
+        Ok(schema @ (Value::Object(_) | Value::Bool(_))) => Ok(Grammar::JsonSchema(schema.clone())),
+        _ => fields.wrong(name, "a JSON schema", value),
     }
 }
 
 /// One of several texts.
-fn choice(value: &Value, path: &str) -> Result<Grammar> {
-    let Some(choices) = value.as_array() else { return wrong(path, "a list of strings", value) };
-    if choices.is_empty() || choices.len() > MAX_CHOICES {
-        let message = format!("`{path}`: expected 1 to {MAX_CHOICES} strings, found {}", choices.len());
-        return Err(RequestError::new(path, message));
+fn choice(fields: &Fields, name: &str) -> Result<Grammar> {
+    let choices = fields.texts(name, MAX_CHOICES)?;
+    if choices.is_empty() {
+        return fields.wrong(name, "at least one string", fields.required(name)?);
     }
-    let mut alternatives = Vec::with_capacity(choices.len());
-    for (index, choice) in choices.iter().enumerate() {
-        let path = format!("{path}[{index}]");
-        let mut escaped = String::new();
-        for c in text(choice, &path)?.chars() {
-            if r"\.+*?()|[]{}^$#&-~".contains(c) {
-                escaped.push('\\');
-            }
-            escaped.push(c);
-        }
-        alternatives.push(escaped);
-    }
+    let escaped = |choice: &&str| -> String {
+        let escape = |c: char| r"\.+*?()|[]{}^$#&-~".contains(c).then_some('\\').into_iter().chain([c]);
+        choice.chars().flat_map(escape).collect()
+    };
+    let alternatives: Vec<String> = choices.iter().map(escaped).collect();
     Ok(Grammar::Regex(format!("(?:{})", alternatives.join("|"))))
 }
 
@@ -135,7 +112,7 @@ mod tests {
     use serde_json::json;
 
     fn read(body: &Value) -> Result<Option<(String, Grammar)>> {
-        Grammar::from_request(body.as_object().unwrap())
+        Grammar::from_request(&Fields::of_body(body).unwrap())
     }
 
     #[test]
@@ -188,7 +165,7 @@ mod tests {
             (json!({"guided_choice": ["a", 3]}), "guided_choice[1]"),
             (json!({"guided_regex": "a", "grammar": "b"}), "grammar"),
         ] {
-            assert_eq!(read(&body).unwrap_err().param, param, "{body}");
+            assert_eq!(read(&body).unwrap_err().param.as_deref(), Some(param), "{body}");
         }
     }
 }

@@ -24,10 +24,7 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
         Value::Bool(true) => Map::new(),
         Value::Bool(false) => return invalid("no value satisfies the schema `false`".into()),
         other => {
-            return invalid(format!(
-                "expected a JSON schema as an object, found {}",
-                crate::request_error::kind(other)
-            ));
+            return invalid(format!("expected a JSON schema as an object, found {}", crate::fields::describe(other)));
         }
     };
     if let Some(number) = inexact_value(schema) {

@@ -91,7 +91,7 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     }
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
-    turn.constrain(&app.served, fields.map())?;
+    turn.constrain(&app.served, fields)?;
     turn.prediction = prediction(fields)?;
     turn.num_choices = num_choices;
     turn.num_top = num_top;

@@ -174,7 +174,7 @@ pub(crate) async fn answer(
     let options = fields.object("stream_options")?;
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
     let texts = prompts(&fields, &app.served)?;
-    let grammar = Grammar::from_request(fields.map())?;
+    let grammar = Grammar::from_request(&fields)?;
     let salt = app.salt(&client, fields.text("cache_salt")?);
     let (encoded, texts, mask) = {
         let served = app.served.clone();

@@ -102,7 +102,8 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
     let continues = messages.last().is_some_and(|last| last.role() == "assistant" && last.tool_calls().is_empty());
     let mut turn = Turn::new(app, fields, messages, max_tokens, "messages")?;
     turn.continues = continues;
-    turn.constrain(&app.served, &chat_fields(fields)?)?;
+    let chat = chat_fields(fields)?;
+    turn.constrain(&app.served, &Fields::of_body(&chat)?)?;
     turn.config.stop_strings.extend(stop_strings(fields, "stop_sequences")?);
     if let Some(thinking) = fields.object("thinking")? {
         let is_on = thinking.one_of("type", &["enabled", "adaptive", "disabled"])? != Some("disabled");
@@ -112,7 +113,7 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
 }
 
 /// Tools and formats in the form of chats.
-fn chat_fields(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
+fn chat_fields(fields: &Fields) -> Result<Value, ApiError> {
     let mut chat = Map::new();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", 128)? {
@@ -146,7 +147,7 @@ fn chat_fields(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
         let schema = json!({"schema": format.get("schema")});
         chat.insert("response_format".into(), json!({"type": "json_schema", "json_schema": schema}));
     }
-    Ok(chat)
+    Ok(chat.into())
 }
 
 /// The answer so far.

@@ -137,7 +137,7 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     // editors ask for nothing to have the prompt in the cache
     let room = room("prompt", prompt.len(), app.served.context)?;
     config.max_tokens = config.max_tokens.min(room);
-    let mask = match Grammar::from_request(fields.map())? {
+    let mask = match Grammar::from_request(fields)? {
         None => None,
         Some((param, grammar)) => {
             let served = app.served.clone();
@@ -345,7 +345,7 @@ pub(crate) async fn apply_template(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let tools = ToolRequest::from_request(fields.map())?;
+    let tools = ToolRequest::from_request(&fields)?;
     let turn = Turn {
         target: app.target(&fields)?,
         messages: messages(&fields)?,

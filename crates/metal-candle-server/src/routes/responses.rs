@@ -67,7 +67,8 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     let metadata = fields.object("metadata")?.map(|metadata| metadata.map().clone()).unwrap_or_default();
     let mut turn = Turn::new(app, fields, conversation(fields)?, given.unwrap_or(usize::MAX), "input")?;
     turn.num_top = num_top;
-    turn.constrain(&app.served, &chat_fields(fields, format.as_ref())?)?;
+    let chat = chat_fields(fields, format.as_ref())?;
+    turn.constrain(&app.served, &Fields::of_body(&chat)?)?;
     let effort = fields.object("reasoning")?.map(|reasoning| reasoning.text("effort")).transpose()?.flatten();
     if let Some(effort) = effort {
         turn.variables.entry("enable_thinking").or_insert((effort != "none").into());
@@ -105,7 +106,7 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
 }
 
 /// Tools and formats in the form of chats, which nests what is flat here.
-fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Map<String, Value>, ApiError> {
+fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiError> {
     let mut chat = Map::new();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", 128)? {
@@ -128,7 +129,7 @@ fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Map<String, Va
         let nested = || json!({"type": "json_schema", "json_schema": format});
         chat.insert("response_format".into(), if is_schema { nested() } else { format.clone() });
     }
-    Ok(chat)
+    Ok(chat.into())
 }
 
 /// The whole answer at its end.

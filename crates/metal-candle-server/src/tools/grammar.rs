@@ -3,8 +3,8 @@
 use super::reasoning::Reasoning;
 use super::request::{Tool, ToolChoice, ToolRequest};
 use super::syntax::{Form, ToolSyntax};
+use crate::error::ApiError;
 use crate::grammar::{Grammar, prepared_schema};
-use crate::request_error::RequestError;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
@@ -22,7 +22,7 @@ pub(crate) fn tools_grammar(
     syntax: &ToolSyntax,
     request: &ToolRequest,
     reasoning: Option<(&Reasoning, bool)>,
-) -> Result<Option<Grammar>, RequestError> {
+) -> Result<Option<Grammar>, ApiError> {
     let is_strict = request.tools.iter().any(|tool| tool.strict);
     let is_required = match request.choice {
         ToolChoice::Required => true,
@@ -36,7 +36,7 @@ pub(crate) fn tools_grammar(
         let message = format!(
             "`tools`: the schemas have {bytes} bytes, expected at most {MAX_SCHEMA_BYTES} for constrained calls"
         );
-        return Err(RequestError::new("tools", message));
+        return Err(ApiError::field("tools", message));
     }
     let writer = Writer { syntax, request };
     let call = writer.calls(&mut lark)?;
@@ -48,7 +48,7 @@ pub(crate) fn tools_grammar(
         format!("{thinking} ({call} | text)?")
     } else if syntax.open().1.is_none() {
         let message = "`tools`: `strict` is not supported by this model unless a call is required";
-        return Err(RequestError::new("tools", message));
+        return Err(ApiError::field("tools", message));
     } else {
         lark.push_str("text: /(?s:.)*/\n");
         let repeat = if request.parallel && !syntax.form.is_list() { "*" } else { "?" };
@@ -83,7 +83,7 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     /// The rules of calls, and the expression that stands for one or several.
-    fn calls(&self, lark: &mut String) -> Result<&'static str, RequestError> {
+    fn calls(&self, lark: &mut String) -> Result<&'static str, ApiError> {
         let (syntax, tools) = (self.syntax, &self.request.tools);
         let names: Vec<String> = (0..tools.len()).map(|index| format!("tool{index}")).collect();
         let _ = writeln!(lark, "tool: {}", names.join(" | "));
@@ -112,7 +112,7 @@ impl Writer<'_> {
         Ok(if self.request.choice == ToolChoice::Required { "calls" } else { "call" })
     }
 
-    fn tool(&self, index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<(), RequestError> {
+    fn tool(&self, index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<(), ApiError> {
         let name = &tool.name;
         if self.syntax.form == Form::Xml {
             return xml_tool(index, tool, path, lark);
@@ -132,7 +132,7 @@ impl Writer<'_> {
 }
 
 /// The rules of a call with a tag for each parameter.
-fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<(), RequestError> {
+fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<(), ApiError> {
     let properties = tool.parameters.get("properties").and_then(Value::as_object);
     let required: Vec<&str> = tool
         .parameters
@@ -142,13 +142,13 @@ fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<
     let unknown = required.iter().find(|name| properties.is_none_or(|properties| !properties.contains_key(**name)));
     if let Some(name) = unknown {
         let path = format!("{path}.required");
-        return Err(RequestError::new(path.clone(), format!("`{path}`: `{name}` is not in `properties`")));
+        return Err(ApiError::field(path.clone(), format!("`{path}`: `{name}` is not in `properties`")));
     }
     let mut body = quoted(&format!("<function={}>\n", tool.name));
     for (number, (name, schema)) in properties.into_iter().flatten().enumerate() {
         let path = format!("{path}.properties.{name}");
         if name.is_empty() || name.contains(['<', '>', '\n']) {
-            return Err(RequestError::new(path.clone(), format!("`{path}`: this name is not supported by this model")));
+            return Err(ApiError::field(path.clone(), format!("`{path}`: this name is not supported by this model")));
         }
         let start = quoted(&format!("<parameter={name}>\n"));
         let end = "\n</parameter>\n";
@@ -167,7 +167,7 @@ fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<
                 schema.as_object().and_then(|map| map.keys().find(|key| !STRING_KEYWORDS.contains(&key.as_str())));
             if let Some(key) = unsupported.filter(|_| tool.strict) {
                 let message = format!("`{path}`: `strict` does not support `{key}` of strings with this model");
-                return Err(RequestError::new(path, message));
+                return Err(ApiError::field(path, message));
             }
             writeln!(lark, "{rule}: {start} {rule}t\n{rule}t[suffix={}]: /(?s:.)*/", quoted(end))
         } else {
@@ -206,9 +206,9 @@ fn with_definitions(schema: &Value, outer: &Value) -> Value {
     schema
 }
 
-fn embedded(schema: &Value, path: &str) -> Result<String, RequestError> {
+fn embedded(schema: &Value, path: &str) -> Result<String, ApiError> {
     let schema = prepared_schema(schema, MAX_SCHEMA_BYTES);
-    let schema = schema.map_err(|error| RequestError::new(path, format!("`{path}`: {error}")))?;
+    let schema = schema.map_err(|error| ApiError::field(path, format!("`{path}`: {error}")))?;
     Ok(format!("%json {schema}"))
 }
 

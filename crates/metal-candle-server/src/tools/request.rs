@@ -1,12 +1,13 @@
 //! Reads `tools`, `tool_choice` and `parallel_tool_calls` of a request.
 
-use crate::request_error::{RequestError, flag, list, name, object, required, text, wrong};
+use crate::error::ApiError;
+use crate::fields::Fields;
 use serde_json::{Map, Value, json};
 
 /// Most tools of a request.
 const MAX_TOOLS: usize = 128;
 
-type Result<T> = std::result::Result<T, RequestError>;
+type Result<T> = std::result::Result<T, ApiError>;
 
 /// A function that a model may call.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,18 +67,18 @@ impl ToolRequest {
     ///
     /// # Errors
     /// A field is wrong, or a choice names an unknown tool.
-    pub(crate) fn from_request(body: &Map<String, Value>) -> Result<Option<Self>> {
-        let present = |name: &str| body.get(name).filter(|value| !value.is_null());
-        let mut tools = present("tools").map_or(Ok(Vec::new()), tools)?;
-        let parallel = flag(present("parallel_tool_calls"), "parallel_tool_calls")?.unwrap_or(true);
-        // a choice of one function is one call of it
-        let is_named =
-            present("tool_choice").and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "function");
-        let parallel = parallel && !is_named;
-        let choice = match present("tool_choice") {
+    pub(crate) fn from_request(fields: &Fields) -> Result<Option<Self>> {
+        let mut tools = tools(fields)?;
+        let mut parallel = fields.flag("parallel_tool_calls")?.unwrap_or(true);
+        let choice = match fields.get("tool_choice") {
+            Some(Value::Object(_)) => choose(&fields.required_object("tool_choice")?, &mut tools, &mut parallel)?,
+            Some(_) => mode(fields, "tool_choice", &["none", "auto", "required"])?,
             None => ToolChoice::Auto,
-            Some(choice) => choose(choice, &mut tools)?,
         };
+        if choice == ToolChoice::Required && tools.is_empty() {
+            let message = "`tool_choice`: a call is required, but there are no tools";
+            return Err(ApiError::field(fields.path("tool_choice"), message));
+        }
         Ok((!tools.is_empty()).then_some(Self { tools, choice, parallel }))
     }
 
@@ -87,105 +88,69 @@ impl ToolRequest {
     }
 }
 
-fn tools(value: &Value) -> Result<Vec<Tool>> {
-    let list = list(value, "tools")?;
-    if list.len() > MAX_TOOLS {
-        return Err(RequestError::new("tools", format!("`tools`: expected at most {MAX_TOOLS}, found {}", list.len())));
-    }
-    let mut tools: Vec<Tool> = Vec::with_capacity(list.len());
-    for (index, value) in list.iter().enumerate() {
-        let path = format!("tools[{index}]");
-        let fields = object(value, &path)?;
-        check_type(fields, &path)?;
-        let path = format!("{path}.function");
-        let fields = object(required(fields, "function", &path)?, &path)?;
-        let name = name_of(fields, &path)?;
+fn tools(fields: &Fields) -> Result<Vec<Tool>> {
+    let mut tools: Vec<Tool> = Vec::new();
+    for tool in fields.objects("tools", MAX_TOOLS)? {
+        let function = function(&tool)?;
+        let name = function.required_name("name")?;
         if tools.iter().any(|tool| tool.name == name) {
-            let path = format!("{path}.name");
-            return Err(RequestError::new(path.clone(), format!("`{path}`: `{name}` is the name of another tool too")));
+            let path = function.path("name");
+            return Err(ApiError::field(path.clone(), format!("`{path}`: `{name}` is the name of another tool too")));
         }
-        let at = |name: &str| fields.get(name).filter(|value| !value.is_null());
-        let description = at("description").map(|value| text(value, &format!("{path}.description"))).transpose()?;
-        let parameters = match at("parameters") {
-            None => json!({"type": "object", "properties": {}}),
-            Some(value) => object(value, &format!("{path}.parameters")).map(|map| Value::Object(map.clone()))?,
-        };
-        let strict = flag(at("strict"), &format!("{path}.strict"))?.unwrap_or(false);
-        tools.push(Tool { name, description: description.map(str::to_string), parameters, strict });
+        let parameters = function.object("parameters")?.map(|parameters| Value::Object(parameters.map().clone()));
+        tools.push(Tool {
+            name: name.to_owned(),
+            description: function.text("description")?.map(ToOwned::to_owned),
+            parameters: parameters.unwrap_or_else(|| json!({"type": "object", "properties": {}})),
+            strict: function.flag("strict")?.unwrap_or(false),
+        });
     }
     Ok(tools)
 }
 
-/// The choice; tools that it excludes are removed.
-fn choose(value: &Value, tools: &mut Vec<Tool>) -> Result<ToolChoice> {
-    const PARAM: &str = "tool_choice";
-    let choice = match value {
-        Value::String(mode) => mode_of(mode, PARAM)?,
-        Value::Object(fields) if fields.get("type").is_some_and(|kind| kind == "allowed_tools") => {
-            let path = format!("{PARAM}.allowed_tools");
-            let fields = object(required(fields, "allowed_tools", &path)?, &path)?;
-            let mode = format!("{path}.mode");
-            let choice = match text(required(fields, "mode", &mode)?, &mode)? {
-                text @ ("auto" | "required") => mode_of(text, &mode)?,
-                _ => return Err(RequestError::new(mode.clone(), format!("`{mode}`: expected `auto` or `required`"))),
-            };
-            let path = format!("{path}.tools");
-            let mut names = Vec::new();
-            for (index, value) in list(required(fields, "tools", &path)?, &path)?.iter().enumerate() {
-                let path = format!("{path}[{index}]");
-                names.push(chosen(object(value, &path)?, &path, tools)?);
-            }
-            tools.retain(|tool| names.contains(&tool.name));
-            choice
-        }
-        Value::Object(fields) => {
-            let name = chosen(fields, PARAM, tools)?;
-            tools.retain(|tool| tool.name == name);
-            ToolChoice::Required
-        }
-        other => return wrong(PARAM, "a string or an object", other),
-    };
-    if choice == ToolChoice::Required && tools.is_empty() {
-        return Err(RequestError::new(PARAM, "`tool_choice`: a call is required, but there are no tools"));
+/// The choice; tools that it excludes are removed, and a choice of one function is one call of it.
+fn choose(choice: &Fields, tools: &mut Vec<Tool>, parallel: &mut bool) -> Result<ToolChoice> {
+    if choice.get("type").is_some_and(|kind| kind == "allowed_tools") {
+        let allowed = choice.required_object("allowed_tools")?;
+        allowed.required("mode")?;
+        let mode = mode(&allowed, "mode", &["auto", "required"])?;
+        allowed.required("tools")?;
+        let names: Result<Vec<&str>> =
+            allowed.objects("tools", MAX_TOOLS)?.iter().map(|tool| chosen(tool, tools)).collect();
+        let names = names?;
+        tools.retain(|tool| names.contains(&tool.name.as_str()));
+        return Ok(mode);
     }
-    Ok(choice)
+    let name = chosen(choice, tools)?;
+    tools.retain(|tool| tool.name == name);
+    *parallel = false;
+    Ok(ToolChoice::Required)
 }
 
-fn mode_of(mode: &str, path: &str) -> Result<ToolChoice> {
-    match mode {
-        "none" => Ok(ToolChoice::None),
-        "auto" => Ok(ToolChoice::Auto),
-        "required" => Ok(ToolChoice::Required),
-        _ => Err(RequestError::new(path, format!("`{path}`: expected `none`, `auto`, `required` or an object"))),
-    }
+fn mode(fields: &Fields, name: &str, modes: &[&'static str]) -> Result<ToolChoice> {
+    Ok(match fields.one_of(name, modes)? {
+        Some("none") => ToolChoice::None,
+        Some("required") => ToolChoice::Required,
+        _ => ToolChoice::Auto,
+    })
 }
 
 /// The name of a known tool in `{"type": "function", "function": {"name"}}`.
-fn chosen(fields: &Map<String, Value>, path: &str, tools: &[Tool]) -> Result<String> {
-    check_type(fields, path)?;
-    let path = format!("{path}.function");
-    let name = name_of(object(required(fields, "function", &path)?, &path)?, &path)?;
+fn chosen<'a>(fields: &Fields<'a>, tools: &[Tool]) -> Result<&'a str> {
+    let function = function(fields)?;
+    let name = function.required_name("name")?;
     if tools.iter().any(|tool| tool.name == name) {
         return Ok(name);
     }
-    let path = format!("{path}.name");
-    Err(RequestError::new(path.clone(), format!("`{path}`: there is no tool `{name}`")))
+    let path = function.path("name");
+    Err(ApiError::field(path.clone(), format!("`{path}`: there is no tool `{name}`")))
 }
 
-fn check_type(fields: &Map<String, Value>, path: &str) -> Result<()> {
-    let path = format!("{path}.type");
-    match text(required(fields, "type", &path)?, &path)? {
-        "function" => Ok(()),
-        other => {
-            let found: String = other.chars().take(64).collect();
-            Err(RequestError::new(path.clone(), format!("`{path}`: expected `function`, found `{found}`")))
-        }
-    }
-}
-
-fn name_of(fields: &Map<String, Value>, path: &str) -> Result<String> {
-    let path = format!("{path}.name");
-    name(required(fields, "name", &path)?, &path).map(str::to_string)
+/// The function of a tool, which is of no other type.
+fn function<'a>(tool: &Fields<'a>) -> Result<Fields<'a>> {
+    tool.required("type")?;
+    tool.one_of("type", &["function"])?;
+    tool.required_object("function")
 }
 
 #[cfg(test)]
@@ -198,7 +163,7 @@ mod tests {
     }
 
     fn read(body: &Value) -> Result<Option<ToolRequest>> {
-        ToolRequest::from_request(body.as_object().unwrap())
+        ToolRequest::from_request(&Fields::of_body(body).unwrap())
     }
 
     #[test]
@@ -250,7 +215,7 @@ mod tests {
             ),
             (json!({"parallel_tool_calls": "no"}), "parallel_tool_calls"),
         ] {
-            assert_eq!(read(&body).unwrap_err().param, param, "{body}");
+            assert_eq!(read(&body).unwrap_err().param.as_deref(), Some(param), "{body}");
         }
     }
 }

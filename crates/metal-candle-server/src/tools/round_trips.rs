@@ -99,7 +99,7 @@ fn tools() -> ToolRequest {
     let tool = |name: &str, parameters: &Value| json!({"type": "function", "function": {"name": name, "description": "d", "parameters": parameters, "strict": true}});
     let body = json!({"tools": [tool("get_weather", &parameters), tool("get_time", &json!({"type": "object", "properties": {},
         "additionalProperties": false}))]});
-    ToolRequest::from_request(body.as_object().unwrap()).unwrap().unwrap()
+    ToolRequest::from_request(&crate::fields::Fields::of_body(&body).unwrap()).unwrap().unwrap()
 }
 
 /// An answer in parts: reasoning, content, and the calls by name and arguments.
