@@ -158,15 +158,13 @@ async fn cancel(
     Extension(client): Extension<Client>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let jobs = jobs(&app, &client)?;
-    let (store, owner, job) = (Arc::clone(jobs), client.name.clone(), id.clone());
-    on_disk(move || store.cancel(&owner, &job)).await?;
+    let jobs = change(&app, &client, &id, Jobs::cancel).await?;
     let started = Instant::now();
     let has_ended = || jobs.get(&client.name, &id).is_none_or(|record| record.state.has_ended());
     while !has_ended() && started.elapsed() < CANCEL_WAIT {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    object(jobs, &client.name, &id).map(Json)
+    object(&jobs, &client.name, &id).map(Json)
 }
 
 /// `POST /v1/fine_tuning/jobs/ID/pause`.
@@ -175,10 +173,8 @@ async fn pause(
     Extension(client): Extension<Client>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let jobs = jobs(&app, &client)?;
-    let (store, owner, job) = (Arc::clone(jobs), client.name.clone(), id.clone());
-    on_disk(move || store.pause(&owner, &job)).await?;
-    object(jobs, &client.name, &id).map(Json)
+    let jobs = change(&app, &client, &id, Jobs::pause).await?;
+    object(&jobs, &client.name, &id).map(Json)
 }
 
 /// `POST /v1/fine_tuning/jobs/ID/resume`.
@@ -187,10 +183,20 @@ async fn resume(
     Extension(client): Extension<Client>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let jobs = jobs(&app, &client)?;
-    let (store, owner, job) = (Arc::clone(jobs), client.name.clone(), id.clone());
-    on_disk(move || store.resume(&owner, &job)).await?;
-    object(jobs, &client.name, &id).map(Json)
+    let jobs = change(&app, &client, &id, Jobs::resume).await?;
+    object(&jobs, &client.name, &id).map(Json)
+}
+
+/// Changes the state of a job by a method of the store.
+async fn change<T, F>(app: &App, client: &Client, id: &str, change: F) -> Result<Arc<Jobs>, ApiError>
+where
+    T: Send + 'static,
+    F: FnOnce(&Jobs, &str, &str) -> Result<T, ApiError> + Send + 'static,
+{
+    let jobs = Arc::clone(jobs(app, client)?);
+    let (store, owner, job) = (Arc::clone(&jobs), client.name.clone(), id.to_owned());
+    on_disk(move || change(&store, &owner, &job)).await?;
+    Ok(jobs)
 }
 
 /// `GET /v1/fine_tuning/jobs/ID/events`: newest first, or with `order=asc` oldest first.
