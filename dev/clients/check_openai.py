@@ -253,7 +253,7 @@ def many_streams_equal_lone_answers():
 @check
 def embeddings():
     needs_route("/v1/embeddings")
-    # the package asks for base64 unless told otherwise
+    # the package's default format is base64
     packed = strict(client.embeddings.create(model=MODEL, input=["fn main() {}", "struct A;"]))
     plain = client.embeddings.create(model=MODEL, input=["fn main() {}", "struct A;"], encoding_format="float")
     assert [item.index for item in packed.data] == [0, 1] and packed.usage.prompt_tokens > 0

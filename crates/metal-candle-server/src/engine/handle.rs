@@ -127,7 +127,7 @@ impl Engine {
         self.shared.is_draining.load(Ordering::Relaxed)
     }
 
-    /// Takes no more jobs from now on; those in the queue and in slots go on.
+    /// Refuses new jobs. Jobs in the queue and in slots continue.
     pub(crate) fn drain(&self) {
         self.shared.is_draining.store(true, Ordering::Relaxed);
     }

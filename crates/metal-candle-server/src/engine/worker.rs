@@ -151,7 +151,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Takes what routes have sent; waits if there is nothing to compute. Returns whether the engine goes on.
+    /// Receives commands of routes; waits if there is nothing to compute. Returns whether the engine continues.
     fn receive(&mut self, commands: &Receiver<Command>) -> bool {
         let is_idle = !self.scheduler.has_work() && self.queue.iter().next().is_none();
         if is_idle {

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// A request that goes on for long.
+/// A request with a long answer.
 fn endless(stream: bool) -> serde_json::Value {
     json!({"prompt": "fn main() {", "max_tokens": 480, "ignore_eos": true, "stream": stream, "temperature": 1, "seed": 1})
 }

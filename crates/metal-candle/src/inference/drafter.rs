@@ -1,4 +1,4 @@
-//! Drafts the next tokens of a sequence from text that it has seen or was told to expect.
+//! Drafts the next tokens of a sequence from its own text and from a predicted text.
 
 use super::speculation::Speculation;
 
@@ -31,7 +31,7 @@ pub(super) struct Drafter {
     prediction: Vec<u32>,
     /// The index in `prediction` of the token that is expected next.
     next: usize,
-    /// Whether the last token was the one before `next`.
+    /// Whether the answer follows the prediction up to `next`.
     is_on_track: bool,
     /// One bit for each of the latest drafted tokens, 1 for an accepted one.
     outcomes: u32,

@@ -513,7 +513,7 @@ impl Scheduler {
     }
 
     /// Samples the tokens of a sequence after its last token and its drafts, until one differs from its draft or ends it.
-    /// Returns the number of drafts that the sequence goes on behind.
+    /// Returns the number of drafts that stay in the cache.
     fn check_drafts(&mut self, index: usize, count: usize, logits: impl Fn(usize) -> Result<Tensor>) -> usize {
         let sequence = &mut self.running[index];
         let draft = sequence.take_draft(count);
