@@ -55,6 +55,11 @@ impl DraftModel {
         self.held.clear();
     }
 
+    /// The cache, once it is allocated.
+    pub(super) fn cache(&self) -> Option<&KVCache> {
+        self.cache.as_ref()
+    }
+
     /// Memory of the cache in bytes.
     pub(super) fn num_bytes(&self) -> usize {
         self.cache.as_ref().map_or(0, KVCache::num_bytes)
@@ -114,7 +119,9 @@ impl DraftModel {
         Ok(jobs)
     }
 
-    fn reserve(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
+    /// Allocates the cache for at least this number of slots and tokens per slot, or as many tokens as the model can have.
+    pub(super) fn reserve(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
+        let num_tokens = num_tokens.min(self.model.config().max_sequence_length());
         self.held.resize_with(self.held.len().max(num_slots), Held::default);
         let Some(cache) = &mut self.cache else {
             self.cache = Some(new_cache(&self.model, num_slots, num_tokens)?);

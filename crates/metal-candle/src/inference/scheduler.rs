@@ -14,7 +14,7 @@ use super::slots::{Slots, num_common};
 use super::speculation::Speculation;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::models::{Batch, Model, Rows};
+use crate::models::{Batch, KVCache, Model, Rows};
 use crate::ops::{Adapters, LowRankTerms};
 use candle_core::Tensor;
 use std::collections::VecDeque;
@@ -157,8 +157,8 @@ impl Scheduler {
         self.slots.num_bytes() + self.draft_model.as_ref().map_or(0, DraftModel::num_bytes)
     }
 
-    /// Allocates the KV cache for `num_sequences` of `num_tokens` each. Without this the cache grows on demand, which
-    /// copies it within a step.
+    /// Allocates the KV cache, also that of a draft model, for `num_sequences` of `num_tokens` each. Without this the cache
+    /// grows on demand, which copies it within a step.
     ///
     /// # Errors
     /// More sequences than `max_sequences` or more tokens than the model's context, or the device cannot hold the cache.
@@ -172,8 +172,13 @@ impl Scheduler {
             return Err(Error::argument(name, format!("expected at most {limit}, found {found}")));
         }
         self.grow(num_sequences, num_tokens)?;
+        if let Some(draft_model) = &mut self.draft_model {
+            draft_model.reserve(num_sequences, num_tokens)?;
+        }
         // most sequences are shorter than what is reserved
-        self.slots.cache().map_or(Ok(()), |cache| cache.prefer_small_pages())
+        let of_drafts = self.draft_model.as_ref().and_then(DraftModel::cache);
+        let mut caches = self.slots.cache().map(|cache| &*cache).into_iter().chain(of_drafts);
+        caches.try_for_each(KVCache::prefer_small_pages)
     }
 
     /// Frees the KV cache.
