@@ -157,6 +157,89 @@ fn gaps_are_filled_and_prompts_come_in_all_forms() {
 }
 
 #[test]
+fn calls_and_schemas_hold_in_every_format() {
+    let schema = json!({"type": "object", "required": ["a", "b"],
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}}});
+    let function = json!({"name": "add", "description": "Adds.", "parameters": schema});
+    let holds = |arguments: &Value| {
+        let number = arguments["a"].as_u64().is_some_and(|number| number < 10);
+        let keys = arguments.as_object().map_or(0, serde_json::Map::len);
+        assert!(number && keys == 2 && (arguments["b"] == "x" || arguments["b"] == "y"), "{arguments}");
+    };
+    let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    let mut body = chat("Add.", 120);
+    body["tools"] = json!([{"type": "function", "function": function}]);
+    body["tool_choice"] = json!({"type": "function", "function": {"name": "add"}});
+    let whole = SERVER.ok("/v1/chat/completions", &body)["choices"][0].clone();
+    assert_eq!((&whole["finish_reason"], &whole["message"]["content"]), (&json!("tool_calls"), &Value::Null));
+    let calls = whole["message"]["tool_calls"].as_array().unwrap();
+    let arguments = calls[0]["function"]["arguments"].as_str().unwrap();
+    holds(&parse(arguments));
+    assert!(calls.len() == 1 && calls[0]["id"].as_str().unwrap().starts_with("call_"));
+    let events = SERVER.stream("/v1/chat/completions", &body);
+    let function = |choice: &Value, name: &str| choice["delta"]["tool_calls"][0]["function"][name].clone();
+    let streamed = |name: &str| -> String {
+        let choices = events.iter().map(|event| &event["choices"][0]);
+        choices.filter_map(|choice| function(choice, name).as_str().map(str::to_owned)).collect()
+    };
+    assert_eq!((streamed("name").as_str(), streamed("arguments").as_str()), ("add", arguments));
+    assert_eq!(joined(&events, 0, |choice| &choice["finish_reason"]), "tool_calls");
+    // a call that is cut is text, and says so
+    body["max_tokens"] = 8.into();
+    let cut = SERVER.ok("/v1/chat/completions", &body)["choices"][0].clone();
+    assert!(cut["finish_reason"] == "length" && cut["message"]["tool_calls"].is_null());
+    assert!(cut["message"]["content"].as_str().unwrap().contains("<tool_call>"));
+
+    let tool = json!({"name": "add", "parameters": schema, "type": "function"});
+    let body =
+        json!({"input": "Add.", "tools": [tool], "tool_choice": {"type": "function", "name": "add"}, "temperature": 0});
+    let response = SERVER.ok("/v1/responses", &body);
+    let call = &response["output"][0];
+    assert_eq!((&response["status"], &call["type"]), (&json!("completed"), &json!("function_call")));
+    holds(&parse(call["arguments"].as_str().unwrap()));
+    let body = json!({"messages": [{"role": "user", "content": "Add."}], "max_tokens": 120, "temperature": 0,
+        "tools": [{"name": "add", "input_schema": schema}], "tool_choice": {"type": "tool", "name": "add"}});
+    let message = SERVER.ok("/v1/messages", &body);
+    assert_eq!((&message["stop_reason"], &message["content"][0]["name"]), (&json!("tool_use"), &json!("add")));
+    holds(&message["content"][0]["input"]);
+
+    let mut body = chat("Answer.", 120);
+    body["response_format"] = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
+    let answer = SERVER.ok("/v1/chat/completions", &body)["choices"][0].clone();
+    holds(&parse(answer["message"]["content"].as_str().unwrap()));
+    let format = json!({"type": "json_schema", "name": "s", "schema": schema});
+    let body = json!({"input": "Answer.", "temperature": 0, "text": {"format": format}});
+    holds(&parse(SERVER.ok("/v1/responses", &body)["output"][0]["content"][0]["text"].as_str().unwrap()));
+    let body = json!({"prompt": "It is ", "max_tokens": 20, "guided_regex": "[0-4]{3}", "n": 2, "seed": 1});
+    for choice in SERVER.ok("/v1/completions", &body)["choices"].as_array().unwrap() {
+        let text = choice["text"].as_str().unwrap();
+        assert!(text.len() == 3 && text.bytes().all(|byte| (b'0'..b'5').contains(&byte)), "{text}");
+    }
+}
+
+#[test]
+fn scores_and_embeddings_belong_to_their_texts() {
+    let body = json!({"prompt": "fn main() {", "max_tokens": 0, "echo": true, "logprobs": 1});
+    let choice = SERVER.ok("/v1/completions", &body)["choices"][0].clone();
+    let scores = choice["logprobs"]["token_logprobs"].as_array().unwrap().clone();
+    assert!(choice["text"] == "fn main() {" && scores[0].is_null() && scores.len() > 2);
+    // the score of a token is that of a generated one
+    let first = json!({"prompt": "fn", "max_tokens": 1, "logprobs": 5, "temperature": 0, "logit_bias": {
+        tokenizer().encode("fn main() {", false).unwrap()[1].to_string(): 100}});
+    let generated = SERVER.ok("/v1/completions", &first)["choices"][0]["logprobs"]["token_logprobs"][0].clone();
+    assert_eq!(generated, scores[1]);
+    let embed = |input: Value, format: &str| {
+        let answer = SERVER.ok("/v1/embeddings", &json!({"input": input, "encoding_format": format}));
+        answer["data"].as_array().unwrap().iter().map(|one| one["embedding"].clone()).collect::<Vec<Value>>()
+    };
+    let two = embed(json!(["fn main() {", "struct A;"]), "float");
+    assert!(two[0] != two[1] && embed(json!("struct A;"), "float")[0] == two[1]);
+    let length: f64 = two[0].as_array().unwrap().iter().map(|value| value.as_f64().unwrap().powi(2)).sum();
+    assert!((length - 1.0).abs() < 1e-4);
+    assert!(embed(json!("struct A;"), "base64")[0].as_str().unwrap().len() > 100);
+}
+
+#[test]
 fn refusals_name_the_field() {
     let user = json!([{"role": "user", "content": "a"}]);
     let cases = [

@@ -119,7 +119,7 @@ fn keys_have_rights_and_limits() {
         max_running: 1,
         tokens_per_minute,
     };
-    let keys = vec![key("user", false, 100), key("admin", true, 0)];
+    let keys = vec![key("user", false, 100), key("admin", true, 0), key("other", false, 0)];
     let server = Running::start(ServerConfig { keys, ..Running::small() });
     let post = |path: &str, key: Option<&str>, body: serde_json::Value| {
         let mut request = ureq::post(&format!("{}{path}", server.url)).set("content-type", "application/json");
@@ -137,6 +137,15 @@ fn keys_have_rights_and_limits() {
     let (status, value) = post(path, Some("secret-of-user"), chat("a", 90));
     assert_eq!((status, &value["error"]["type"]), (429, &json!("rate_limit_error")));
     assert_eq!(post(path, Some("secret-of-admin"), chat("a", 90)).0, 200);
+    // what one key has asked is not in the cache of another
+    let cached = |key: &str| {
+        let (_, answer) = post(path, Some(key), chat("A long question that others may ask, too.", 2));
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let first = [cached("secret-of-admin"), cached("secret-of-admin")];
+    assert!(first[1] > first[0] + 5, "{first:?}");
+    let (status, value) = post(path, Some("secret-of-other"), chat("A long question that others may ask, too.", 2));
+    assert_eq!((status, &value["usage"]["prompt_tokens_details"]["cached_tokens"]), (200, &json!(0)));
     let load = json!({"name": "x", "path": "y"});
     assert_eq!(post("/v1/adapters", Some("secret-of-user"), load.clone()).0, 403);
     // there is no folder to load from
