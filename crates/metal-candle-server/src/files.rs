@@ -139,6 +139,7 @@ impl Files {
         options: DatasetOptions,
     ) -> metal_candle::Result<Arc<Self>> {
         metal_candle::files::create_folder(folder)?;
+        metal_candle::files::remove_stale_temporaries(folder)?;
         let read_error = |source| metal_candle::Error::Read { path: folder.to_path_buf(), source };
         let mut state = State::default();
         for entry in std::fs::read_dir(folder).map_err(read_error)? {
@@ -156,6 +157,14 @@ impl Files {
                     state.by_id.insert(record.id.clone(), record);
                 }
                 _ => tracing::warn!("file `{id}` has no readable record and is left out"),
+            }
+        }
+        // of a server that was killed between writing the rows and the record of a file, or while removing them
+        for entry in std::fs::read_dir(folder).map_err(read_error)? {
+            let name = entry.map_err(read_error)?.file_name().to_string_lossy().into_owned();
+            let rows = name.strip_suffix(".jsonl").filter(|id| id.starts_with(ID));
+            if rows.is_some_and(|id| !state.by_id.contains_key(id) && !folder.join(format!("{id}.json")).exists()) {
+                let _ = std::fs::remove_file(folder.join(&name));
             }
         }
         let (to_check, ids) = channel::<String>();

@@ -4,6 +4,7 @@
 //! writes a checkpoint and ends. No signal is needed, and no trainer outlives its server for longer than a step.
 
 use crate::config::JobsConfig;
+use crate::error::without_paths;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -142,17 +143,6 @@ fn error_in(log: &str) -> Option<String> {
     Some(error).filter(|error| !error.is_empty())
 }
 
-/// A message with the last part of each absolute path only.
-pub(super) fn without_paths(message: &str) -> String {
-    let is_delimiter = |c: char| c.is_whitespace() || "`\"'()".contains(c);
-    let words = message.split_inclusive(is_delimiter).map(|word| {
-        let is_path = Path::new(word.trim_end_matches(is_delimiter)).is_absolute();
-        let last = word.rsplit(std::path::MAIN_SEPARATOR).next().unwrap_or_default();
-        if is_path { last } else { word }
-    });
-    words.collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,6 +155,5 @@ mod tests {
         let expected = "the dataset cannot be used:\n  a b/train.jsonl:3: not JSON";
         assert_eq!(error_in(log).as_deref(), Some(expected));
         assert_eq!(error_in("note: all well\n"), None);
-        assert_eq!(without_paths("`/a/b/c` is 3/4 of `d`"), "`c` is 3/4 of `d`");
     }
 }

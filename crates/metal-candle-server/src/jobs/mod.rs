@@ -16,9 +16,26 @@ use crate::files::Files;
 pub(crate) use events::{Event, Page};
 pub(crate) use form::{checkpoint_objects, job_object};
 pub(crate) use settings::JobSettings;
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 pub(crate) use store::{Jobs, NewJob, no_such_job};
+
+/// Keeps other servers out of a folder of files and jobs until the result is dropped.
+///
+/// # Errors
+/// Another server uses it, or it cannot be written.
+pub(crate) fn lock_folder(folder: &Path) -> metal_candle::Result<File> {
+    metal_candle::files::create_folder(folder)?;
+    let path = folder.join("server.lock");
+    let lock = File::create(&path).map_err(|source| metal_candle::Error::Write { path, source })?;
+    if matches!(lock.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
+        let message = format!("another server uses the folder `{}`", folder.display());
+        return Err(metal_candle::Error::Argument { name: "jobs".into(), message });
+    }
+    Ok(lock)
+}
 
 /// Opens the jobs in a folder and starts the thread that runs them.
 ///
@@ -27,10 +44,11 @@ pub(crate) use store::{Jobs, NewJob, no_such_job};
 pub(crate) fn start(
     config: JobsConfig,
     model: String,
+    lock: File,
     files: Arc<Files>,
     adapters: Arc<Adapters>,
 ) -> metal_candle::Result<(Arc<Jobs>, JoinHandle<()>)> {
-    let jobs = Arc::new(Jobs::open(config, model, files, adapters)?);
+    let jobs = Arc::new(Jobs::open(config, model, lock, files, adapters)?);
     let of_thread = Arc::clone(&jobs);
     let thread = std::thread::Builder::new().name("jobs".into()).spawn(move || runner::run(&of_thread));
     let thread =

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 /// How ids start.
 pub(crate) const ID: &str = "ftjob-";
 
+/// The file in a job's folder.
+pub(super) const FILE: &str = "job.json";
+
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -101,7 +104,7 @@ impl JobRecord {
     }
 
     fn path(folder: &Path) -> PathBuf {
-        folder.join("job.json")
+        folder.join(FILE)
     }
 }
 

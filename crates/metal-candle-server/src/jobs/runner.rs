@@ -1,13 +1,14 @@
 //! The thread that runs jobs one after another: starts the trainer, follows its run folder, serves its checkpoints and
 //! records how it ended.
 
-use super::child::{Trainer, without_paths};
+use super::child::Trainer;
 use super::events::{Event, EventFile};
 use super::record::{JobError, JobRecord, JobState};
 use super::run::{Outcome, Row, Run};
 use super::settings::Serving;
 use super::store::{CHECKPOINT, Jobs, Live};
 use crate::adapters::Replaces;
+use crate::error::without_paths;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -94,6 +95,9 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
         let _ = std::fs::remove_dir_all(run.path());
         jobs.start_arguments(record)
     };
+    if !jobs.begin(id) {
+        return None;
+    }
     let started = Trainer::start(&jobs.config, &jobs.job_folder(id), &arguments);
     let trainer = match started {
         Ok(trainer) => trainer,
@@ -104,7 +108,6 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
             return None;
         }
     };
-    jobs.update(id, |record| record.state = JobState::Running);
     let mut news = Vec::new();
     if !resumes && let (Some(rows), Some(stats)) = (record.settings.batch_size(), &record.stats) {
         let tokens = record.settings.batch_tokens(stats).unwrap_or_default();

@@ -21,6 +21,10 @@ use std::time::{Duration, Instant};
 const MAX_WAITING: usize = 16;
 /// Most jobs that are stored.
 const MAX_JOBS: usize = 1000;
+/// How folders of plans start.
+const PLAN: &str = ".plan-";
+/// The folder with the files of a job.
+const DATA: &str = "data";
 
 /// A request for a job.
 #[derive(Debug, Clone)]
@@ -74,18 +78,12 @@ impl Jobs {
     pub(super) fn open(
         config: JobsConfig,
         model: String,
+        lock: File,
         files: Arc<Files>,
         adapters: Arc<Adapters>,
     ) -> metal_candle::Result<Self> {
         let folder = config.folder.join("jobs");
         metal_candle::files::create_folder(&folder)?;
-        let lock_path = config.folder.join("server.lock");
-        let write_error = |source| metal_candle::Error::Write { path: lock_path.clone(), source };
-        let lock = File::create(&lock_path).map_err(write_error)?;
-        if matches!(lock.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
-            let message = format!("another server uses the folder `{}`", config.folder.display());
-            return Err(metal_candle::Error::Argument { name: "jobs".into(), message });
-        }
         let mut state = State::default();
         let read_error = |source| metal_candle::Error::Read { path: folder.clone(), source };
         for entry in std::fs::read_dir(&folder).map_err(read_error)? {
@@ -94,11 +92,10 @@ impl Jobs {
                 Some(record) => {
                     state.by_id.insert(record.id.clone(), record);
                 }
-                // a plan, or a job that was being made when the server was killed
-                None if path.is_dir() => {
+                None if is_remnant(&path) => {
                     let _ = std::fs::remove_dir_all(&path);
                 }
-                None => {}
+                None => tracing::warn!("`{}` holds no job that can be read, and is left alone", path.display()),
             }
         }
         let (state, changed) = (Mutex::new(state), Condvar::new());
@@ -173,7 +170,7 @@ impl Jobs {
 
     /// Puts the files of a job into a folder that `train` reads. They stay there if the client deletes its files.
     fn link_data(&self, folder: &Path, new: &NewJob) -> Result<PathBuf, ApiError> {
-        let data = folder.join("data");
+        let data = folder.join(DATA);
         std::fs::create_dir_all(&data).map_err(ApiError::server)?;
         let files = [("train.jsonl", Some(&new.training_file)), ("valid.jsonl", new.validation_file.as_ref())];
         for (name, id) in files.into_iter().filter_map(|(name, id)| Some((name, id?))) {
@@ -254,7 +251,7 @@ impl Jobs {
         let Some(stats) = self.stats(owner, (&new.training_file, new.validation_file.as_deref()))? else {
             return Err(ApiError::unavailable("loading", "the files are still being checked"));
         };
-        let folder = tempfile::Builder::new().prefix(".plan-").tempdir_in(&self.folder).map_err(ApiError::server)?;
+        let folder = tempfile::Builder::new().prefix(PLAN).tempdir_in(&self.folder).map_err(ApiError::server)?;
         let data = self.link_data(folder.path(), new)?;
         let arguments = self.settings_arguments(&data, new.seed, &new.settings, &stats);
         super::child::plan(&self.config, folder.path(), &arguments).map_err(ApiError::invalid)
@@ -285,7 +282,21 @@ impl Jobs {
         if let Err(error) = record.write(&self.job_folder(id)) {
             tracing::error!("job `{id}`: {error}");
         }
+        if record.state.has_ended() {
+            // the run folder has what is needed of them
+            let _ = std::fs::remove_dir_all(self.job_folder(id).join(DATA));
+        }
         Some(record.clone())
+    }
+
+    /// Marks a job as running; false if the client has asked to stop it meanwhile.
+    pub(super) fn begin(&self, id: &str) -> bool {
+        let begun = self.update(id, |record| {
+            if !record.is_cancelled && !record.is_paused && !record.state.has_ended() {
+                record.state = JobState::Running;
+            }
+        });
+        begun.is_some_and(|record| record.state == JobState::Running)
     }
 
     /// Changes a job of this owner that has not ended.
@@ -417,7 +428,10 @@ impl Jobs {
     /// The folder of the adapter that a name of a job or of one of its checkpoints stands for.
     fn source(&self, name: &str) -> Option<(PathBuf, String)> {
         let (adapter, step) = match name.rsplit_once(CHECKPOINT) {
-            Some((adapter, step)) => (adapter, Some(step.parse::<u64>().ok()?)),
+            // one name for one checkpoint
+            Some((adapter, step)) => {
+                (adapter, Some(step.parse::<u64>().ok().filter(|number| number.to_string() == step)?))
+            }
             None => (name, None),
         };
         let record = self.state().by_id.values().find(|record| record.adapter == adapter).cloned()?;
@@ -459,6 +473,13 @@ impl Jobs {
     }
 }
 
+/// Whether a folder is that of a plan, or of a job that was being made when the server was killed.
+fn is_remnant(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let is_unmade = name.starts_with(record::ID) && !path.join(record::FILE).exists();
+    path.is_dir() && (name.starts_with(PLAN) || is_unmade)
+}
+
 /// Between the name of a job's adapter and the step of a checkpoint.
 pub(crate) const CHECKPOINT: &str = ":ckpt-step-";
 
@@ -466,4 +487,25 @@ pub(crate) const CHECKPOINT: &str = ":ckpt-step-";
 pub(crate) fn no_such_job(id: &str) -> ApiError {
     let id: String = id.chars().take(64).collect();
     ApiError::not_found(format!("there is no fine-tuning job `{id}`"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_killed_server_left_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let make = |name: &str, with_record: bool| {
+            let path = folder.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            if with_record {
+                std::fs::write(path.join(record::FILE), "{\"of a later version\": 1}").unwrap();
+            }
+            is_remnant(&path)
+        };
+        assert!(make(".plan-x", false) && make("ftjob-unmade", false));
+        assert!(!make("ftjob-unreadable", true) && !make("photographs", false));
+    }
 }

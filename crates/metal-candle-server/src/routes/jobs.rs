@@ -68,10 +68,15 @@ async fn create(
     let new = read(&fields)?;
     let owner = client.name.clone();
     if fields.flag("dry_run")?.unwrap_or(false) {
-        let Ok(_turn) = app.planning.try_acquire() else {
+        let Ok(turn) = Arc::clone(&app.planning).try_acquire_owned() else {
             return Err(ApiError::unavailable("queue_full", "another plan is being made"));
         };
-        let plan = on_disk(move || jobs.plan(&owner, &new)).await?;
+        // it is made to its end if the client leaves
+        let plan = move || {
+            let _turn = turn;
+            jobs.plan(&owner, &new)
+        };
+        let plan = on_disk(plan).await?;
         return Ok(Json(json!({"plan": plan})));
     }
     let record = on_disk(move || jobs.create(&owner, new)).await?;
