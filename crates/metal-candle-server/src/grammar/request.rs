@@ -8,9 +8,26 @@ use serde_json::Value;
 /// Most texts of a choice.
 const MAX_CHOICES: usize = 1024;
 
+/// Fields of vLLM and llama.cpp, and the kind of grammar in each.
+const EXTRAS: [(&str, &str); 6] = [
+    ("guided_json", "json"),
+    ("json_schema", "json"),
+    ("guided_regex", "regex"),
+    ("guided_choice", "choice"),
+    ("guided_grammar", "grammar"),
+    ("grammar", "grammar"),
+];
+
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl Grammar {
+    /// The fields of a request that are the same in every format: all that [`Grammar::from_request`] reads but
+    /// `response_format`.
+    pub(crate) fn extra_fields(fields: &Fields) -> impl Iterator<Item = (String, Value)> {
+        let names = EXTRAS.iter().map(|(name, _)| *name).chain(["structured_outputs"]);
+        names.filter_map(|name| Some((name.to_owned(), fields.get(name)?.clone())))
+    }
+
     /// The grammar of a request with the path of its field; `None` if the request asks for none.
     ///
     /// It reads `response_format`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`, `json_schema`, `grammar` and
@@ -23,15 +40,7 @@ impl Grammar {
         if let Some(format) = fields.object("response_format")? {
             found.extend(of_format(&format)?.map(|grammar| (fields.path("response_format"), grammar)));
         }
-        let extras = [
-            ("guided_json", "json"),
-            ("json_schema", "json"),
-            ("guided_regex", "regex"),
-            ("guided_choice", "choice"),
-            ("guided_grammar", "grammar"),
-            ("grammar", "grammar"),
-        ];
-        for (name, kind) in extras {
+        for (name, kind) in EXTRAS {
             found.extend(of_extra(fields, name, kind)?.map(|grammar| (fields.path(name), grammar)));
         }
         if let Some(outputs) = fields.object("structured_outputs")? {
@@ -76,10 +85,23 @@ fn of_extra(fields: &Fields, name: &str, kind: &str) -> Result<Option<Grammar>> 
         "json_object" => (fields.flag(name)? == Some(true)).then_some(Grammar::JsonObject),
         "regex" => fields.text(name)?.map(|text| Grammar::Regex(text.into())),
         "choice" => Some(choice(fields, name)?),
-        _ => fields
-            .text(name)?
-            .map(|text| if text.contains("::=") { Grammar::Gbnf(text.into()) } else { Grammar::Lark(text.into()) }),
+        // llama.cpp's clients send an empty one for none
+        _ => fields.text(name)?.filter(|text| !text.is_empty()).map(|text| notation(fields, name, text)).transpose()?,
     })
+}
+
+/// A grammar in the notation that it is written in.
+fn notation(fields: &Fields, name: &str, text: &str) -> Result<Grammar> {
+    if text.contains("::=") {
+        return Ok(Grammar::Gbnf(text.into()));
+    }
+    // schemas inside a grammar would pass by the limits of schemas
+    if text.contains("%json") {
+        let path = fields.path(name);
+        let message = format!("`{path}`: `%json` is not supported by this server; send the schema as `json_schema`");
+        return Err(ApiError::unsupported(path, message));
+    }
+    Ok(Grammar::Lark(text.into()))
 }
 
 fn json_schema(fields: &Fields, name: &str) -> Result<Grammar> {
@@ -164,6 +186,7 @@ mod tests {
             (json!({"guided_choice": []}), "guided_choice"),
             (json!({"guided_choice": ["a", 3]}), "guided_choice[1]"),
             (json!({"guided_regex": "a", "grammar": "b"}), "grammar"),
+            (json!({"grammar": "start: %json {\"x-guidance\": {}}"}), "grammar"),
         ] {
             assert_eq!(read(&body).unwrap_err().param.as_deref(), Some(param), "{body}");
         }

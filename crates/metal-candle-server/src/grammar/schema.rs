@@ -36,7 +36,8 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
     // it replaces what a client sent
     map.insert(OPTIONS_KEY.into(), json!({"whitespace_pattern": " "}));
     let mut prepared = Value::Object(map);
-    close_objects(&mut prepared, !has_key(schema, "allOf"));
+    let is_combined = ["allOf", "anyOf", "oneOf"].iter().any(|key| has_key(schema, key)) || extends_reference(schema);
+    close_objects(&mut prepared, !is_combined);
     Ok(prepared)
 }
 
@@ -44,7 +45,8 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
 /// properties without end. OpenAI's strict mode requires schemas to exclude them. Schemas that are combined with others are
 /// left alone; `with_definitions` says whether definitions are not.
 fn close_objects(schema: &mut Value, with_definitions: bool) {
-    const OPEN: [&str; 8] = [
+    const OPEN: [&str; 9] = [
+        "minProperties",
         "additionalProperties",
         "patternProperties",
         "unevaluatedProperties",
@@ -55,7 +57,11 @@ fn close_objects(schema: &mut Value, with_definitions: bool) {
         "$ref",
     ];
     let Value::Object(map) = schema else { return };
-    if map.contains_key("properties") && !OPEN.iter().any(|key| map.contains_key(*key)) {
+    let names = map.get("properties").and_then(Value::as_object);
+    let required = map.get("required").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let has_all =
+        required.iter().all(|name| names.zip(name.as_str()).is_some_and(|(all, name)| all.contains_key(name)));
+    if names.is_some() && has_all && !OPEN.iter().any(|key| map.contains_key(*key)) {
         map.insert("additionalProperties".into(), false.into());
     }
     for (key, value) in map.iter_mut() {
@@ -74,6 +80,19 @@ fn close_objects(schema: &mut Value, with_definitions: bool) {
             }
             _ => {}
         }
+    }
+}
+
+/// Whether an object has properties beside a reference to others.
+fn extends_reference(value: &Value) -> bool {
+    match value {
+        Value::Object(map) => {
+            let extends =
+                map.contains_key("$ref") && ["properties", "required"].iter().any(|key| map.contains_key(*key));
+            extends || map.values().any(extends_reference)
+        }
+        Value::Array(items) => items.iter().any(extends_reference),
+        _ => false,
     }
 }
 
@@ -186,5 +205,13 @@ mod tests {
         let combined = closed(json!({"allOf": [{"$ref": "#/$defs/d"}], "$defs": nested["$defs"]}));
         assert!(combined["$defs"]["d"].get("additionalProperties").is_none());
         assert!(combined.get("additionalProperties").is_none());
+        for open in [
+            json!({"properties": {"a": {}}, "required": ["a", "b"]}),
+            json!({"properties": {"a": {}}, "minProperties": 2}),
+        ] {
+            assert!(closed(open).get("additionalProperties").is_none());
+        }
+        let extended = json!({"$ref": "#/$defs/d", "properties": {"x": {}}, "$defs": nested["$defs"]});
+        assert!(closed(extended)["$defs"]["d"].get("additionalProperties").is_none());
     }
 }

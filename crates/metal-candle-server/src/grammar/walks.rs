@@ -319,12 +319,19 @@ fn hostile_grammars_end_in_bounded_time() {
         ),
     ];
     for (name, grammar) in cases {
-        let (start, grammar) = (Instant::now(), grammar);
-        let compiled = COMPILER.compile(&grammar);
-        let time = start.elapsed();
+        // one that passed its deadline may still be compiling
+        let waiting = Instant::now();
+        let (compiled, time) = loop {
+            let start = Instant::now();
+            match COMPILER.compile(&grammar) {
+                Err(GrammarError::Busy) => assert!(waiting.elapsed() < Duration::from_secs(60), "{name}: busy"),
+                compiled => break (compiled, start.elapsed()),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
         let result = compiled.as_ref().map_or_else(ToString::to_string, |_| "compiled".into());
         println!("{name}: {time:?}, {} MiB, {result:.90}", peak_memory());
-        assert!(time < Duration::from_secs(20), "{name}: {time:?}");
+        assert!(time < Duration::from_secs(4), "{name}: {time:?}");
         // the engine's thread has the usual stack
         if let Ok(mut mask) = compiled {
             let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(move || {

@@ -1,7 +1,7 @@
 //! Grammars of answers with tool calls.
 
 use super::reasoning::Reasoning;
-use super::request::{Tool, ToolChoice, ToolRequest};
+use super::request::{PlainText, Tool, ToolChoice, ToolRequest};
 use super::syntax::{Form, ToolSyntax};
 use crate::error::ApiError;
 use crate::grammar::{Grammar, prepared_schema};
@@ -51,8 +51,11 @@ pub(crate) fn tools_grammar(
         return Err(ApiError::field("tools", message));
     } else {
         lark.push_str("text: /(?s:.)*/\n");
-        let repeat = if request.parallel && !syntax.form.is_list() { "*" } else { "?" };
-        format!("{thinking} text ({call} text){repeat}")
+        match (request.parallel, syntax.form.is_list()) {
+            (false, _) => format!("{thinking} text {call}?"),
+            (true, true) => format!("{thinking} text ({call} text)?"),
+            (true, false) => format!("{thinking} text ({call} text)*"),
+        }
     };
     Ok(Some(Grammar::Lark(format!("start: {start}\n{lark}"))))
 }
@@ -153,16 +156,11 @@ fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<
         let start = quoted(&format!("<parameter={name}>\n"));
         let end = "\n</parameter>\n";
         let rule = format!("tool{index}p{number}");
-        let texts: Option<Vec<&str>> = match (schema.get("enum"), schema.get("const")) {
-            (Some(Value::Array(values)), None) => values.iter().map(Value::as_str).collect(),
-            (None, Some(Value::String(text))) => Some(vec![text]),
-            _ => None,
-        };
-        let is_text = schema.get("type").is_some_and(|kind| kind == "string");
-        let _ = if let Some(texts) = texts {
+        let plain = PlainText::of(schema);
+        let _ = if let Some(PlainText::OneOf(texts)) = plain {
             let texts: Vec<String> = texts.into_iter().map(quoted).collect();
             writeln!(lark, "{rule}: {start} ({}) {}", texts.join(" | "), quoted(end))
-        } else if is_text {
+        } else if plain.is_some() {
             let unsupported =
                 schema.as_object().and_then(|map| map.keys().find(|key| !STRING_KEYWORDS.contains(&key.as_str())));
             if let Some(key) = unsupported.filter(|_| tool.strict) {

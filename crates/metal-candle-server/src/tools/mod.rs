@@ -17,5 +17,5 @@ mod xml;
 pub(crate) use grammar::tools_grammar;
 pub(crate) use parser::{Delta, ToolParser};
 pub(crate) use reasoning::Reasoning;
-pub(crate) use request::{ToolChoice, ToolRequest};
+pub(crate) use request::{MAX_TOOLS, ToolChoice, ToolRequest};
 pub(crate) use syntax::ToolSyntax;

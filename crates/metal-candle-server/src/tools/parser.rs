@@ -131,6 +131,11 @@ impl ToolParser {
         deltas
     }
 
+    /// Whether the answer is inside reasoning.
+    pub(crate) fn is_reasoning(&self) -> bool {
+        self.reasoning.as_ref().is_some_and(ReasoningSplit::is_inside)
+    }
+
     /// Whether a call was reported.
     pub(crate) fn has_calls(&self) -> bool {
         self.calls > 0

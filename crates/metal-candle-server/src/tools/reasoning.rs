@@ -68,6 +68,10 @@ impl ReasoningSplit {
         Self { markers, state, buffer: String::new() }
     }
 
+    pub(super) fn is_inside(&self) -> bool {
+        matches!(self.state, State::Inside { .. })
+    }
+
     pub(super) fn push(&mut self, text: &str) -> Vec<Part> {
         self.buffer.push_str(text);
         let mut parts = Vec::new();

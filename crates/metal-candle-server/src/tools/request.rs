@@ -5,7 +5,7 @@ use crate::fields::Fields;
 use serde_json::{Map, Value, json};
 
 /// Most tools of a request.
-const MAX_TOOLS: usize = 128;
+pub(crate) const MAX_TOOLS: usize = 128;
 
 type Result<T> = std::result::Result<T, ApiError>;
 
@@ -37,6 +37,28 @@ impl Tool {
     /// The schema of a parameter.
     pub(super) fn property(&self, name: &str) -> Option<&Value> {
         self.parameters.get("properties")?.get(name)
+    }
+}
+
+/// Strings that a parameter takes as they are, without quotes.
+pub(super) enum PlainText<'a> {
+    /// Any.
+    Any,
+    /// One of these.
+    OneOf(Vec<&'a str>),
+}
+
+impl<'a> PlainText<'a> {
+    /// What the schema of a parameter says; none for values that are written as JSON.
+    pub(super) fn of(schema: &'a Value) -> Option<Self> {
+        match (schema.get("enum"), schema.get("const")) {
+            (Some(Value::Array(values)), None) => {
+                values.iter().map(Value::as_str).collect::<Option<_>>().map(Self::OneOf)
+            }
+            (None, Some(Value::String(text))) => Some(Self::OneOf(vec![text])),
+            (None, None) if schema.get("type").is_some_and(|kind| kind == "string") => Some(Self::Any),
+            _ => None,
+        }
     }
 }
 

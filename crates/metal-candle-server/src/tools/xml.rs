@@ -1,7 +1,7 @@
 //! Calls with a tag for each parameter, as Qwen3-Coder writes them.
 
 use super::call::Call;
-use super::request::Tool;
+use super::request::{PlainText, Tool};
 use serde_json::{Map, Value};
 
 const FUNCTION_END: &str = "</function>";
@@ -48,11 +48,10 @@ fn typed(text: &str, schema: Option<&Value>) -> Value {
         Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
         _ => Vec::new(),
     };
-    let is_named = |value: &Value| value.as_str() == Some(text);
-    let is_choice =
-        schema.and_then(|schema| schema.get("enum")).and_then(Value::as_array).is_some_and(|v| v.iter().any(is_named));
-    if kinds == ["string"] || is_choice {
-        return string();
+    match schema.and_then(PlainText::of) {
+        Some(PlainText::Any) => return string(),
+        Some(PlainText::OneOf(texts)) if texts.contains(&text) => return string(),
+        _ => {}
     }
     let trimmed = text.trim();
     // templates write values as Python prints them
@@ -63,7 +62,8 @@ fn typed(text: &str, schema: Option<&Value>) -> Value {
         _ => serde_json::from_str(trimmed).ok(),
     };
     match parsed {
-        // a string in quotes stays as it is written, unless the schema has no strings
+        // values of these schemas are written as JSON; without a schema a string in quotes stays as it is
+        Some(Value::String(inner)) if schema.is_some() => Value::String(inner),
         Some(Value::String(_)) | None => string(),
         Some(value) => {
             let kind = match &value {
