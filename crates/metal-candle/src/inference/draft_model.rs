@@ -65,8 +65,8 @@ impl DraftModel {
         self.cache.as_ref().map_or(0, KVCache::num_bytes)
     }
 
-    /// Drafts tokens of the sequences that ask for them. Of texts that the cache lacks at most `max_tokens` are computed, but
-    /// the first in any case; sequences whose text is not complete then get no draft.
+    /// Drafts tokens of the sequences that ask for them. Of texts that the cache lacks at most `max_tokens` are computed;
+    /// sequences whose text is not complete then get no draft.
     pub(super) fn draft(&mut self, running: &mut [Sequence], max_tokens: usize) -> Result<()> {
         let mut jobs = self.jobs(running, max_tokens)?;
         // the first pass computes what the cache lacks of the texts, each later one the draft before
@@ -110,9 +110,9 @@ impl DraftModel {
             let count = num_common(&held.ids, &ids[..ids.len() - 1]);
             held.ids.truncate(count);
             cache.truncate(slot, count);
-            let next = ids[count..].iter().copied().take(max_tokens).collect::<Vec<_>>();
-            if next.len() <= left || jobs.is_empty() {
-                left = left.saturating_sub(next.len());
+            let next: Vec<u32> = ids[count..].iter().copied().take(left).collect();
+            if !next.is_empty() {
+                left -= next.len();
                 jobs.push(Job { index, slot, next, draft: Vec::new() });
             }
         }

@@ -28,7 +28,7 @@ pub use divergence::{Adapted, Divergence};
 pub use generation::{Finish, FinishReason, Generation, GenerationConfig, Piece, Prompt};
 pub use generator::{Generator, Pieces};
 pub use mask::{AllowedTokens, TokenMask};
-pub use prompt_scores::prompt_log_probabilities;
+pub use prompt_scores::{mean_hidden_state, prompt_log_probabilities};
 pub use request::{AdapterId, Event, Request, SequenceId, sample_seed};
 pub use sample_token::sample_token;
 pub use sampler::{Choice, Sampler};

@@ -1,4 +1,4 @@
-//! Log-probabilities of the tokens of a given text.
+//! Log-probabilities of the tokens of a given text, and the mean of its hidden states.
 
 use super::sample_token::with_logits;
 use super::sampler::{Choice, Sampler};
@@ -7,6 +7,7 @@ use super::slots::new_cache;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Model, Rows};
 use crate::ops::LowRankTerms;
+use candle_core::Tensor;
 
 /// Tokens of a pass.
 const CHUNK: usize = 512;
@@ -28,15 +29,7 @@ pub fn prompt_log_probabilities(
     ids: &[u32],
     num_top: usize,
 ) -> Result<Vec<(f32, Vec<Choice>)>> {
-    let (vocab, max_len) = (model.config().vocab_size, model.config().max_sequence_length());
-    if ids.len() > max_len {
-        let message = format!("expected at most {max_len} tokens, the model's context, found {}", ids.len());
-        return Err(Error::argument("prompt", message));
-    }
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        let message = format!("token `{id}` is outside the vocabulary of {vocab} tokens");
-        return Err(Error::argument("prompt", message));
-    }
+    let vocab = model.config().vocab_size;
     if num_top > vocab {
         let message = format!("expected at most the {vocab} tokens of the vocabulary, found {num_top}");
         return Err(Error::argument("num_top_log_probabilities", message));
@@ -46,26 +39,68 @@ pub fn prompt_log_probabilities(
     }
     let terms = terms.map(|terms| model.with_fixed_norms(terms)).transpose()?;
     let terms = terms.as_ref();
-    // the rotation of a long text may follow from its length, so that it is computed as a whole
-    let is_whole = model.rotary_limit().is_some_and(|limit| ids.len() > limit);
-    let chunk_len = if is_whole { ids.len() } else { CHUNK };
-    let mut cache = new_cache(model, 1, ids.len())?;
     let mut sampler = Sampler::new(SamplingConfig::greedy())?;
     let mut scores = Vec::with_capacity(ids.len() - 1);
-    for (number, chunk) in ids.chunks(chunk_len).enumerate() {
-        let mut batch = Batch::new();
-        batch.push(chunk, number * chunk_len, 0);
-        let hidden = model.hidden_states(&batch, terms, Some(&mut cache), Rows::All)?;
-        for start in (0..chunk.len()).step_by(MAX_ROWS) {
-            let count = MAX_ROWS.min(chunk.len() - start);
+    for_each_pass(model, terms, ids, |first, hidden| {
+        let num_rows = hidden.dim(0)?;
+        for start in (0..num_rows).step_by(MAX_ROWS) {
+            let count = MAX_ROWS.min(num_rows - start);
             let logits = model.logits_of(&hidden.narrow(0, start, count)?, terms)?;
             // the last token predicts none of the text
-            let targets = ids.iter().skip(number * chunk_len + start + 1).take(count);
+            let targets = ids.iter().skip(first + start + 1).take(count);
             for (row, &token) in targets.enumerate() {
                 let (choice, top) = with_logits(&logits.get(row)?, |logits| sampler.score(logits, token, num_top))?;
                 scores.push((choice.log_probability, top));
             }
         }
-    }
+        Ok(())
+    })?;
     Ok(scores)
+}
+
+/// The mean of the final hidden states of a text, after the last norm: `hidden_size` values.
+///
+/// # Errors
+/// The text is empty or does not fit the context of the model, an id is outside the vocabulary, or the adapter does not fit
+/// the model.
+pub fn mean_hidden_state(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> Result<Vec<f32>> {
+    if ids.is_empty() {
+        return Err(Error::argument("prompt", "expected at least one token, found none"));
+    }
+    let terms = terms.map(|terms| model.with_fixed_norms(terms)).transpose()?;
+    let mut mean = vec![0.0; model.config().hidden_size];
+    for_each_pass(model, terms.as_ref(), ids, |_, hidden| {
+        let sums: Vec<f32> = hidden.sum(0)?.to_vec1()?;
+        mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean += sum / ids.len() as f32);
+        Ok(())
+    })?;
+    Ok(mean)
+}
+
+/// Computes a text in passes, and calls `read` with the index of the first token of each and the hidden states.
+fn for_each_pass(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    ids: &[u32],
+    mut read: impl FnMut(usize, &Tensor) -> Result<()>,
+) -> Result<()> {
+    let (vocab, max_len) = (model.config().vocab_size, model.config().max_sequence_length());
+    if ids.len() > max_len {
+        let message = format!("expected at most {max_len} tokens, the model's context, found {}", ids.len());
+        return Err(Error::argument("prompt", message));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        let message = format!("token `{id}` is outside the vocabulary of {vocab} tokens");
+        return Err(Error::argument("prompt", message));
+    }
+    // the rotation of a long text may follow from its length, so that it is computed as a whole
+    let is_whole = model.rotary_limit().is_some_and(|limit| ids.len() > limit);
+    let chunk_len = if is_whole { ids.len() } else { CHUNK };
+    let mut cache = new_cache(model, 1, ids.len())?;
+    for (number, chunk) in ids.chunks(chunk_len).enumerate() {
+        let mut batch = Batch::new();
+        batch.push(chunk, number * chunk_len, 0);
+        read(number * chunk_len, &model.hidden_states(&batch, terms, Some(&mut cache), Rows::All)?)?;
+    }
+    Ok(())
 }
