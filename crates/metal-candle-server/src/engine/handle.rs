@@ -79,11 +79,16 @@ impl Engine {
             let message = format!("the queue is full: {waiting} sequences wait");
             Err(ApiError::unavailable("queue_full", message))
         };
-        if waiting + count > self.limits.max_waiting + self.limits.slots {
+        let (running, slots) = (self.num_running(), self.limits.slots);
+        if waiting + running + count > self.limits.max_waiting + slots {
             return full();
         }
-        let (updates, answers) = Answers::channel(count);
-        let task = Task::new(job, updates, Instant::now());
+        if count > slots {
+            self.shared.waiting.fetch_sub(count, Ordering::Relaxed);
+            return Err(ApiError::field("n", format!("`n`: expected at most {slots} choices, found {count}")));
+        }
+        let (updates, stops, answers) = Answers::channel(count);
+        let task = Task::new(job, updates, stops, Instant::now());
         match self.commands.try_send(Command::Start(Box::new(task))) {
             Ok(()) => Ok(answers),
             Err(std::sync::mpsc::TrySendError::Full(_)) => full(),
@@ -102,8 +107,10 @@ impl Engine {
     {
         let (sender, receiver) = oneshot::channel();
         let calculate = Box::new(move |model: &Model| {
-            // the client may have left
-            let _ = sender.send(compute(model));
+            if !sender.is_closed() {
+                // the client may have left meanwhile
+                let _ = sender.send(compute(model));
+            }
         });
         if self.commands.try_send(Command::Run(Calculation(calculate))).is_err() {
             self.shared.metrics.reject("queue_full");
@@ -138,5 +145,66 @@ impl Engine {
         self.shared.is_stopped.store(true, Ordering::Relaxed);
         // wakes the thread; if the channel is full it is awake
         let _ = self.commands.try_send(Command::Wake);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::engine::Update;
+    use crate::untrusted::tests::nano;
+    use metal_candle::ModelLoader;
+    use metal_candle::inference::{FinishReason, GenerationConfig, Speculation};
+
+    #[tokio::test]
+    async fn a_sample_that_its_reader_stops_ends_alone() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/nano");
+        let model = ModelLoader::new().with_device(metal_candle::Device::CPU).load(folder).unwrap();
+        let config = SchedulerConfig { max_sequences: 2, prefill_chunk: 64, step_tokens: 64 };
+        let minute = std::time::Duration::from_mins(1);
+        let limits = EngineLimits {
+            slots: 2,
+            context: 512,
+            cache_bytes: 0,
+            max_waiting: 4,
+            queue_timeout: minute,
+            request_timeout: minute,
+            stall_timeout: minute,
+        };
+        let (engine, _) = Engine::start(&model, &nano(), None, config, limits, Arc::default()).unwrap();
+        let job = Job {
+            prompt: vec![40, 41],
+            config: GenerationConfig::default().with_max_tokens(400).with_ignore_eos(true),
+            num_samples: 2,
+            adapter: None,
+            mask: None,
+            num_top: 0,
+            speculation: Speculation::Off,
+            prediction: Vec::new(),
+            salt: 0,
+            owner: 0,
+            max_running: usize::MAX,
+        };
+        let mut answers = engine.submit(job).unwrap();
+        let (mut counts, mut reasons) = ([0; 2], [None; 2]);
+        while let Some(update) = answers.next().await {
+            match update {
+                Update::Piece(sample, piece) => {
+                    counts[sample] += 1;
+                    reasons[sample] = piece.finish.map(|finish| finish.reason);
+                    if (sample, counts[sample]) == (1, 5) {
+                        answers.stop(1);
+                    }
+                }
+                Update::Stopped(sample, finish) => {
+                    assert_eq!(finish.generated_tokens, counts[sample]);
+                    reasons[sample] = Some(finish.reason);
+                }
+                Update::Failed(error) => panic!("{}", error.message),
+            }
+        }
+        assert_eq!(reasons, [Some(FinishReason::MaxTokens), Some(FinishReason::Cancelled)]);
+        assert!(counts[0] == 400 && (5..400).contains(&counts[1]), "{counts:?}");
     }
 }

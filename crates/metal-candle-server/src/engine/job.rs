@@ -2,8 +2,8 @@
 
 use crate::adapters::Adapter;
 use crate::error::ApiError;
-use metal_candle::inference::{GenerationConfig, Piece, Speculation, TokenMask};
-use std::sync::Arc;
+use metal_candle::inference::{Finish, GenerationConfig, Piece, Speculation, TokenMask};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -54,6 +54,8 @@ pub(crate) struct Job {
 pub(crate) enum Update {
     /// The next piece of a sample.
     Piece(usize, Piece),
+    /// The end of a sample by [`Answers::stop`].
+    Stopped(usize, Finish),
     /// The job failed; there is no further update.
     Failed(ApiError),
 }
@@ -62,13 +64,35 @@ pub(crate) enum Update {
 #[derive(Debug)]
 pub(crate) struct Answers {
     receiver: mpsc::Receiver<Update>,
+    stops: Stops,
+}
+
+/// The samples that their reader has enough of.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stops(Arc<Mutex<Vec<usize>>>);
+
+impl Stops {
+    fn samples(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The samples since the last call.
+    pub(super) fn take(&self) -> Vec<usize> {
+        std::mem::take(&mut *self.samples())
+    }
 }
 
 impl Answers {
     /// A channel for the updates of `num_samples` samples.
-    pub(super) fn channel(num_samples: usize) -> (mpsc::Sender<Update>, Self) {
+    pub(super) fn channel(num_samples: usize) -> (mpsc::Sender<Update>, Stops, Self) {
         let (sender, receiver) = mpsc::channel(MAX_BEHIND * num_samples.max(1));
-        (sender, Self { receiver })
+        let stops = Stops::default();
+        (sender, stops.clone(), Self { receiver, stops })
+    }
+
+    /// Ends a sample after the step that is under way. Its last update is [`Update::Stopped`], unless it ends by itself.
+    pub(crate) fn stop(&self, sample: usize) {
+        self.stops.samples().push(sample);
     }
 
     /// The next update; `None` after the last.

@@ -1,13 +1,13 @@
 //! The thread that owns the scheduler: admits jobs, steps, and delivers pieces without ever waiting for a reader.
 
-use super::job::{EngineLimits, Job, Update};
+use super::job::{EngineLimits, Job, Stops, Update};
 use super::queue::FairQueue;
 use crate::adapters::Adapter;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use metal_candle::inference::{AdapterId, Event, Request, Scheduler, SequenceId};
 use metal_candle::models::Model;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -70,12 +70,13 @@ pub(super) enum Command {
 pub(super) struct Task {
     job: Job,
     updates: Sender<Update>,
+    stops: Stops,
     submitted: Instant,
 }
 
 impl Task {
-    pub(super) fn new(job: Job, updates: Sender<Update>, submitted: Instant) -> Self {
-        Self { job, updates, submitted }
+    pub(super) fn new(job: Job, updates: Sender<Update>, stops: Stops, submitted: Instant) -> Self {
+        Self { job, updates, stops, submitted }
     }
 }
 
@@ -83,6 +84,7 @@ impl Task {
 #[derive(Debug)]
 struct Running {
     updates: Sender<Update>,
+    stops: Stops,
     owner: usize,
     /// The sequence of each sample, until it ends.
     sequences: Vec<Option<SequenceId>>,
@@ -118,6 +120,8 @@ pub(super) fn run<F>(
         running: Vec::new(),
         adapters: HashMap::new(),
         failures: Vec::new(),
+        calculations: VecDeque::new(),
+        has_stepped: false,
     };
     worker.run(commands, &new_scheduler);
 }
@@ -131,6 +135,9 @@ struct Worker<'a> {
     /// The scheduler's id of each generation of an adapter.
     adapters: HashMap<u64, (AdapterId, Arc<Adapter>)>,
     failures: Vec<Instant>,
+    calculations: VecDeque<Calculation>,
+    /// Whether the last turn computed something, so that the next one need not wait.
+    has_stepped: bool,
 }
 
 impl Worker<'_> {
@@ -141,11 +148,17 @@ impl Worker<'_> {
                 return;
             }
             self.end_abandoned();
+            self.end_stopped();
             self.admit();
             self.forget_adapters();
             self.resume_readers();
-            if self.scheduler.has_work() {
+            self.has_stepped = self.scheduler.has_work();
+            if self.has_stepped {
                 self.step(new_scheduler);
+            }
+            // one at a time, between the steps of others
+            if let Some(calculation) = self.calculations.pop_front() {
+                self.calculate(calculation);
             }
             self.shared.running.store(self.scheduler.num_running(), Ordering::Relaxed);
         }
@@ -153,9 +166,10 @@ impl Worker<'_> {
 
     /// Receives commands of routes; waits if there is nothing to compute. Returns whether the engine continues.
     fn receive(&mut self, commands: &Receiver<Command>) -> bool {
-        let is_idle = !self.scheduler.has_work() && self.queue.iter().next().is_none();
-        if is_idle {
-            let first = if self.running.is_empty() {
+        if !self.has_stepped && self.calculations.is_empty() {
+            let is_empty = self.running.is_empty() && self.queue.is_empty();
+            // what waits or is paused is looked at again
+            let first = if is_empty {
                 commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 commands.recv_timeout(POLL)
@@ -174,16 +188,18 @@ impl Worker<'_> {
         }
     }
 
+    fn calculate(&self, Calculation(calculate): Calculation) {
+        let model = self.scheduler.model();
+        // its reader sees that there is no result
+        if catch_unwind(AssertUnwindSafe(|| calculate(model))).is_err() {
+            tracing::error!("a computation panicked");
+        }
+    }
+
     fn take(&mut self, command: Command) {
         match command {
             Command::Start(task) => self.queue.push(task.job.owner, *task),
-            Command::Run(Calculation(calculate)) => {
-                let model = self.scheduler.model();
-                // its reader sees that there is no result
-                if catch_unwind(AssertUnwindSafe(|| calculate(model))).is_err() {
-                    tracing::error!("a computation panicked");
-                }
-            }
+            Command::Run(calculation) => self.calculations.push_back(calculation),
             Command::Wake => {}
         }
     }
@@ -218,6 +234,23 @@ impl Worker<'_> {
         }
     }
 
+    /// Ends the samples that their readers have enough of.
+    fn end_stopped(&mut self) {
+        for index in (0..self.running.len()).rev() {
+            let task = &mut self.running[index];
+            for sample in task.stops.take() {
+                let Some(sequence) = task.sequences.get_mut(sample).and_then(Option::take) else { continue };
+                // it may have ended in the last step
+                let Ok(finish) = self.scheduler.cancel(sequence) else { continue };
+                self.shared.metrics.finish(finish.reason.name());
+                let _ = task.updates.try_send(Update::Stopped(sample, finish));
+            }
+            if task.open().next().is_none() {
+                self.running.swap_remove(index);
+            }
+        }
+    }
+
     fn cancel(&mut self, task: &Running) {
         for sequence in task.open() {
             // it may have ended in the last step
@@ -235,7 +268,7 @@ impl Worker<'_> {
             };
             let fits = |task: &Task| {
                 let Job { num_samples, owner, max_running, .. } = task.job;
-                num_samples <= free && of_owner(owner) + num_samples <= max_running.max(num_samples)
+                num_samples <= free && of_owner(owner) + num_samples <= max_running
             };
             let Some(task) = self.queue.pop(fits) else { return };
             self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
@@ -244,7 +277,7 @@ impl Worker<'_> {
     }
 
     fn start(&mut self, task: Task) {
-        let Task { job, updates, submitted } = task;
+        let Task { job, updates, stops, submitted } = task;
         let now = Instant::now();
         self.shared.metrics.queue_seconds.observe(now - submitted);
         self.shared.metrics.prompt_tokens.add(job.prompt.len() as u64);
@@ -269,6 +302,7 @@ impl Worker<'_> {
         match self.scheduler.admit(request) {
             Ok(ids) => self.running.push(Running {
                 updates,
+                stops,
                 owner: job.owner,
                 sequences: ids.into_iter().map(Some).collect(),
                 submitted,
@@ -400,6 +434,8 @@ impl Worker<'_> {
         self.failures.retain(|failure| now - *failure < FAILURE_WINDOW);
         self.failures.push(now);
         self.adapters.clear();
+        // the cache is freed before a new one is reserved
+        self.scheduler = Scheduler::new(self.scheduler.model().clone());
         match new_scheduler() {
             Ok(scheduler) if self.failures.len() < MAX_FAILURES => self.scheduler = scheduler,
             _ => {
