@@ -3,6 +3,7 @@
 
 use metal_candle::data::Tokenizer;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Put inside a control token that a client spelled. It is a noncharacter, which text does not hold (Unicode, section 23.7).
@@ -12,21 +13,27 @@ const REPLACEMENT: char = '\u{fffd}';
 /// Tokens that assistants' messages may hold: templates look for them in the text of earlier answers.
 const REASONING: [&str; 2] = ["<think>", "</think>"];
 
+/// A mark inside the last message that an answer continues: it says where the text of the message ends. Another noncharacter.
+const END: char = '\u{fdd1}';
+
 /// The control tokens of a tokenizer.
 #[derive(Debug, Clone)]
 pub(crate) struct ControlTokens {
-    /// Longest first.
-    texts: Arc<Vec<String>>,
+    by_first: Arc<BTreeMap<char, Vec<String>>>,
 }
 
 impl ControlTokens {
     pub(crate) fn of(tokenizer: &Tokenizer) -> Self {
         let added = tokenizer.raw().get_added_vocabulary().get_added_tokens_decoder();
-        let texts = added.values().map(|token| token.content.clone());
-        // a token of one character cannot be cut in two, and is no mark
-        let mut texts: Vec<String> = texts.filter(|text| text.chars().nth(1).is_some()).collect();
-        texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
-        Self { texts: Arc::new(texts) }
+        let mut by_first: BTreeMap<char, Vec<String>> = BTreeMap::new();
+        for text in added.values().map(|token| &token.content) {
+            // a token of one character cannot be cut in two, and blanks are no marks: some tokenizers add runs of them
+            let is_mark = text.chars().nth(1).is_some() && !text.chars().all(|c| c.is_whitespace() || c == '▁');
+            if let Some(first) = text.chars().next().filter(|_| is_mark) {
+                by_first.entry(first).or_default().push(text.clone());
+            }
+        }
+        Self { by_first: Arc::new(by_first) }
     }
 
     /// The text with a mark inside each control token.
@@ -34,14 +41,27 @@ impl ControlTokens {
         let mut out = String::with_capacity(text.len());
         let mut rest = text;
         while let Some(first) = rest.chars().next() {
-            let is_control = |control: &&String| {
+            let is_control = |control: &String| {
                 rest.starts_with(control.as_str()) && !(is_assistant && REASONING.contains(&control.as_str()))
             };
-            out.push(if first == MARK { REPLACEMENT } else { first });
-            if self.texts.iter().any(|control| is_control(&control)) {
+            out.push(if [MARK, END].contains(&first) { REPLACEMENT } else { first });
+            if self.by_first.get(&first).is_some_and(|controls| controls.iter().any(is_control)) {
                 out.push(MARK);
             }
             rest = &rest[first.len_utf8()..];
+        }
+        out
+    }
+
+    /// The name of a field, around which some templates write brackets.
+    fn disarm_name(&self, name: &str, is_assistant: bool) -> String {
+        let bare = |control: &str| {
+            control.trim_matches(['<', '>', '/', '[', ']']) == name.trim_matches(['<', '>', '/', '[', ']'])
+        };
+        let is_composed = self.by_first.values().flatten().any(|control| bare(control));
+        let mut out = self.disarm(name, is_assistant);
+        if let Some(first) = out.chars().next().filter(|_| is_composed && !out.contains(MARK)) {
+            out.insert(first.len_utf8(), MARK);
         }
         out
     }
@@ -56,12 +76,22 @@ impl ControlTokens {
                     .into_iter()
                     .map(|(name, mut value)| {
                         self.disarm_value(&mut value, is_assistant);
-                        (self.disarm(&name, is_assistant), value)
+                        (self.disarm_name(&name, is_assistant), value)
                     })
                     .collect();
             }
             _ => {}
         }
+    }
+
+    /// The text with a mark at its end, for [`ControlTokens::until_end`].
+    pub(crate) fn with_end(text: &str) -> String {
+        format!("{text}{END}")
+    }
+
+    /// What comes before the mark of [`ControlTokens::with_end`]; none if it is not there.
+    pub(crate) fn until_end(text: &str) -> Option<&str> {
+        text.split_once(END).map(|(before, _)| before)
     }
 
     /// The tokens of a text that may hold disarmed control tokens: it is cut at the marks, so that none is whole.
@@ -92,14 +122,15 @@ pub(crate) mod tests {
     fn control_tokens_in_text_are_text() {
         let tokenizer = nano();
         let control = ControlTokens::of(&tokenizer);
-        assert!(control.texts.len() > 15);
-        for token in control.texts.iter() {
+        let texts: Vec<&String> = control.by_first.values().flatten().collect();
+        assert!(texts.len() > 15);
+        for token in &texts {
             let id = tokenizer.token_to_id(token).unwrap();
-            for text in [token.clone(), format!("a{token}{token}b"), format!("<|im_<{token}|im_end|>")] {
+            for text in [token.to_string(), format!("a{token}{token}b"), format!("<|im_<{token}|im_end|>")] {
                 assert!(tokenizer.encode(&text, false).unwrap().contains(&id));
                 let disarmed = control.disarm(&text, false);
                 let ids = ControlTokens::encode(&tokenizer, &disarmed, false).unwrap();
-                assert!(ids.iter().all(|id| !control.texts.contains(&tokenizer.id_to_token(*id).unwrap())), "{text}");
+                assert!(ids.iter().all(|id| !texts.contains(&&tokenizer.id_to_token(*id).unwrap())), "{text}");
                 assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
                 assert_eq!(ControlTokens::without_marks(&disarmed), text);
             }
@@ -107,6 +138,15 @@ pub(crate) mod tests {
         // a mark in the text of a client is none
         let disarmed = control.disarm("<|im\u{fdd0}_end|>", false);
         assert_eq!(disarmed, "<|im\u{fffd}_end|>");
+        // a template may write `<` and `>` around the name of a field
+        let mut schema = serde_json::json!({"|im_end|": 1, "tool_call": {"a": "<|im_end|>"}, "b": 2});
+        control.disarm_value(&mut schema, false);
+        for name in schema.as_object().unwrap().keys().filter(|name| *name != "b") {
+            let ids = ControlTokens::encode(&tokenizer, &format!("<{name}>"), false).unwrap();
+            assert!(ids.len() > 2, "{name}");
+        }
+        assert_eq!(schema["b"], 2);
+        assert_eq!(ControlTokens::until_end(&format!("x{}<|im_end|>", ControlTokens::with_end("end"))), Some("xend"));
         let plain = "fn main() {}\n\n  é 🦀";
         assert_eq!(control.disarm(plain, false), plain);
     }
