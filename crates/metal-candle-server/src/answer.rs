@@ -64,6 +64,7 @@ pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
     pub(crate) cached_tokens: usize,
     pub(crate) completion_tokens: usize,
+    pub(crate) reasoning_tokens: usize,
     pub(crate) accepted_tokens: usize,
     pub(crate) rejected_tokens: usize,
 }
@@ -74,20 +75,22 @@ impl Usage {
         self.prompt_tokens += other.prompt_tokens;
         self.cached_tokens += other.cached_tokens;
         self.completion_tokens += other.completion_tokens;
+        self.reasoning_tokens += other.reasoning_tokens;
         self.accepted_tokens += other.accepted_tokens;
         self.rejected_tokens += other.rejected_tokens;
     }
 
     /// OpenAI's form.
     pub(crate) fn openai_form(self) -> Value {
-        let Self { prompt_tokens, cached_tokens, completion_tokens, accepted_tokens, rejected_tokens } = self;
+        let Self { prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, .. } = self;
+        let (accepted_tokens, rejected_tokens) = (self.accepted_tokens, self.rejected_tokens);
         json!({
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": accepted_tokens, "rejected_prediction_tokens": rejected_tokens
+                "reasoning_tokens": reasoning_tokens, "audio_tokens": 0, "accepted_prediction_tokens": accepted_tokens, "rejected_prediction_tokens": rejected_tokens
             },
         })
     }
@@ -176,53 +179,67 @@ impl Answering {
         match update {
             Update::Failed(error) => self.failure = Some(error),
             Update::Piece(choice, piece) => self.add(choice, piece),
+            Update::Stopped(choice, finish) => self.end(choice, finish),
         }
+    }
+
+    /// The update of a choice that the reader has not got yet.
+    fn progress(&mut self, choice: usize) -> &mut Progress {
+        let index = self.ready.iter().position(|progress| progress.choice == choice).unwrap_or(self.ready.len());
+        if index == self.ready.len() {
+            self.ready.push_back(Progress { choice, ..Progress::default() });
+        }
+        &mut self.ready[index]
     }
 
     fn add(&mut self, choice: usize, piece: Piece) {
         let Piece { text, token, log_probability, top_log_probabilities, finish } = piece;
-        let index = self.ready.iter().position(|progress| progress.choice == choice);
-        let index = index.unwrap_or_else(|| {
-            self.ready.push_back(Progress { choice, ..Progress::default() });
-            self.ready.len() - 1
-        });
         self.usage.completion_tokens += 1;
         self.charged = self.charged.saturating_sub(1);
-        let Some(progress) = self.ready.get_mut(index) else { return };
-        let is_cut = finish
-            .as_ref()
-            .is_some_and(|finish| matches!(finish.reason, FinishReason::MaxTokens | FinishReason::Length));
+        let (mut deltas, mut has_calls) = (Vec::new(), false);
         match self.parsers.get_mut(choice) {
             Some(slot) => {
                 if let Some(parser) = slot {
-                    progress.deltas.extend(parser.push(&text));
-                    progress.has_calls = parser.has_calls();
-                }
-                if finish.is_some()
-                    && let Some(parser) = slot.take()
-                {
-                    let (rest, had_calls) = (parser.finish(is_cut), progress.has_calls);
-                    progress.has_calls = had_calls || rest.iter().any(|delta| matches!(delta, Delta::CallStart { .. }));
-                    progress.deltas.extend(rest);
+                    let was_reasoning = parser.is_reasoning();
+                    deltas = parser.push(&text);
+                    self.usage.reasoning_tokens += usize::from(was_reasoning || parser.is_reasoning());
+                    has_calls = parser.has_calls();
+                    if parser.is_done() && finish.is_none() {
+                        self.answers.stop(choice);
+                    }
                 }
             }
             None if text.is_empty() => {}
-            None => progress.deltas.push(Delta::Content(text.clone())),
+            None => deltas.push(Delta::Content(text.clone())),
         }
+        let progress = self.progress(choice);
         progress.text.push_str(&text);
+        progress.deltas.append(&mut deltas);
+        progress.has_calls |= has_calls;
         // the token that ends a text is none of it
         if finish.as_ref().is_none_or(|finish| finish.reason != FinishReason::EndOfText) {
             progress.tokens.push(Scored { id: token, logprob: log_probability, top: top_log_probabilities });
         }
         if let Some(finish) = finish {
-            self.num_open = self.num_open.saturating_sub(1);
-            self.usage.accepted_tokens += finish.accepted_draft_tokens;
-            self.usage.rejected_tokens += finish.rejected_draft_tokens;
-            if choice == 0 {
-                self.usage.cached_tokens = finish.reused_tokens;
-            }
-            progress.finish = Some(finish);
+            self.end(choice, finish);
         }
+    }
+
+    fn end(&mut self, choice: usize, finish: Finish) {
+        self.num_open = self.num_open.saturating_sub(1);
+        self.usage.accepted_tokens += finish.accepted_draft_tokens;
+        self.usage.rejected_tokens += finish.rejected_draft_tokens;
+        if choice == 0 {
+            self.usage.cached_tokens = finish.reused_tokens;
+        }
+        let is_cut = matches!(finish.reason, FinishReason::MaxTokens | FinishReason::Length);
+        let parser = self.parsers.get_mut(choice).and_then(Option::take);
+        let had_calls = parser.as_ref().is_some_and(ToolParser::has_calls);
+        let rest = parser.map(|parser| parser.finish(is_cut)).unwrap_or_default();
+        let progress = self.progress(choice);
+        progress.has_calls = had_calls || rest.iter().any(|delta| matches!(delta, Delta::CallStart { .. }));
+        progress.deltas.extend(rest);
+        progress.finish = Some(finish);
     }
 }
 

@@ -3,15 +3,14 @@
 use crate::adapters::{Adapter, Adapters};
 use crate::auth::{Client, Keys, Origins};
 use crate::config::ServerConfig;
-use crate::engine::Engine;
+use crate::engine::{Engine, Job};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::files::Files;
-use crate::ids;
 use crate::jobs::Jobs;
 use crate::metrics::Metrics;
 use crate::served::Served;
-use metal_candle::inference::Speculation;
+use metal_candle::inference::{GenerationConfig, Speculation};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -22,6 +21,17 @@ const MAX_SIDE_WAITING: usize = 256;
 
 /// Tokens that a draft model guesses at a time.
 const MAX_DRAFT: usize = 4;
+
+/// Number of tokens that fit behind a prompt.
+///
+/// # Errors
+/// None fits.
+pub(crate) fn room(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
+    if prompt_tokens >= context {
+        return Err(ApiError::context(param, prompt_tokens, context));
+    }
+    Ok(context - prompt_tokens)
+}
 
 /// The state of a server.
 #[derive(Debug)]
@@ -38,11 +48,11 @@ pub(crate) struct App {
     /// Fine-tuning jobs, if the server has a folder for them.
     pub(crate) jobs: Option<Arc<Jobs>>,
     /// Plans of jobs that are made at a time.
-    pub(crate) planning: Semaphore,
+    pub(crate) planning: Arc<Semaphore>,
     /// Of the salts, so that no client can guess one.
     hasher: RandomState,
-    side_tasks: Semaphore,
-    side_queue: Semaphore,
+    side_tasks: Arc<Semaphore>,
+    side_queue: Arc<Semaphore>,
 }
 
 /// What a request's field `model` names.
@@ -73,10 +83,10 @@ impl App {
             metrics,
             files: None,
             jobs: None,
-            planning: Semaphore::new(1),
+            planning: Arc::new(Semaphore::new(1)),
             hasher: RandomState::new(),
-            side_tasks: Semaphore::new(MAX_SIDE_TASKS),
-            side_queue: Semaphore::new(MAX_SIDE_WAITING),
+            side_tasks: Arc::new(Semaphore::new(MAX_SIDE_TASKS)),
+            side_queue: Arc::new(Semaphore::new(MAX_SIDE_WAITING)),
         }
     }
 
@@ -133,6 +143,39 @@ impl App {
         Ok(Target { name: name.to_owned(), adapter: Some(adapter) })
     }
 
+    /// Most choices that a client may ask for: they run at the same time.
+    pub(crate) fn max_choices(&self, client: &Client) -> usize {
+        self.config.max_choices.min(self.engine.limits().slots).min(client.max_running)
+    }
+
+    /// A job that continues a prompt once, by the settings and what the client may take.
+    ///
+    /// # Errors
+    /// The prompt, which the field `param` holds, leaves no room in the context.
+    pub(crate) fn job(
+        &self,
+        client: &Client,
+        target: &Target,
+        (param, prompt): (&str, Vec<u32>),
+        mut config: GenerationConfig,
+        cache_salt: Option<&str>,
+    ) -> Result<Job, ApiError> {
+        config.max_tokens = config.max_tokens.min(room(param, prompt.len(), self.served.context)?);
+        Ok(Job {
+            prompt,
+            config,
+            num_samples: 1,
+            adapter: target.adapter.clone(),
+            mask: None,
+            num_top: 0,
+            speculation: self.speculation(false),
+            prediction: Vec::new(),
+            salt: self.salt(client, cache_salt),
+            owner: client.owner,
+            max_running: client.max_running,
+        })
+    }
+
     /// How tokens are drafted: for all requests if the settings say so, else for those that say what they expect.
     pub(crate) fn speculation(&self, has_prediction: bool) -> Speculation {
         if self.config.draft_model.is_some() {
@@ -156,14 +199,16 @@ impl App {
         T: Send + 'static,
         F: FnOnce() -> Result<T, ApiError> + Send + 'static,
     {
-        let Ok(_place) = self.side_queue.try_acquire() else {
+        let Ok(place) = Arc::clone(&self.side_queue).try_acquire_owned() else {
             self.metrics.reject("queue_full");
             return Err(ApiError::unavailable("queue_full", "too many requests are being prepared"));
         };
-        let _turn = self.side_tasks.acquire().await.map_err(ApiError::server)?;
-        match tokio::task::spawn_blocking(compute).await {
-            Ok(result) => result,
-            Err(error) => Err(ApiError::server(format!("request {}: {error}", ids::new_id("")))),
-        }
+        let turn = Arc::clone(&self.side_tasks).acquire_owned().await.map_err(ApiError::server)?;
+        // the computation continues if the client leaves, and so does what it counts for
+        let compute = move || {
+            let _permits = (place, turn);
+            compute()
+        };
+        tokio::task::spawn_blocking(compute).await.map_err(ApiError::server)?
     }
 }

@@ -79,7 +79,7 @@ fn tokens(list: &[Value], path: &str, served: &Served) -> Result<Vec<u32>, ApiEr
     if list.len() > MAX_PROMPT_TOKENS {
         return Err(ApiError::field(path, format!("`{path}`: expected at most {MAX_PROMPT_TOKENS} tokens")));
     }
-    let one = |(index, value)| token_id(value, &format!("{path}[{index}]"), served);
+    let one = |(index, value)| token_id(value, || format!("{path}[{index}]"), served);
     list.iter().enumerate().map(one).collect()
 }
 

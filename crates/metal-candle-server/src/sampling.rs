@@ -15,7 +15,7 @@ const MAX_STOP_IDS: usize = 128;
 /// Fields of other servers that change the answer and that this one does not have, with the values that turn them off.
 const REFUSED: [(&str, f64); 12] = [
     ("min_tokens", 0.0),
-    ("best_of", 1.0),
+    ("n_probs", 0.0),
     ("use_beam_search", 0.0),
     ("typical_p", 1.0),
     ("mirostat", 0.0),
@@ -35,6 +35,13 @@ pub(crate) fn generation_config(
     served: &Served,
     max_tokens: usize,
 ) -> Result<GenerationConfig, ApiError> {
+    let num_choices = fields.get("n").and_then(Value::as_i64).unwrap_or(1);
+    if fields.integer("best_of", 0..=i64::MAX)?.is_some_and(|best_of| best_of > num_choices) {
+        return Err(ApiError::unsupported(
+            "best_of",
+            "`best_of`: this server returns all answers that it writes; use `n`",
+        ));
+    }
     let has_effect = |(name, neutral): &(&str, f64)| fields.get(name).and_then(Value::as_f64) != Some(*neutral);
     let refused: Vec<&str> = REFUSED.into_iter().filter(has_effect).map(|(name, _)| name).collect();
     fields.refuse(&refused)?;
@@ -75,7 +82,7 @@ pub(crate) fn generation_config(
     config.skip_special_tokens = fields.flag("skip_special_tokens")?.unwrap_or(true);
     config.stop_strings = stop_strings(fields, "stop")?;
     for (index, value) in fields.list("stop_token_ids", MAX_STOP_IDS)?.unwrap_or_default().iter().enumerate() {
-        config.stop_ids.push(token_id(value, &format!("stop_token_ids[{index}]"), served)?);
+        config.stop_ids.push(token_id(value, || format!("stop_token_ids[{index}]"), served)?);
     }
     Ok(config)
 }
@@ -107,7 +114,7 @@ fn logit_bias(fields: &Fields, served: &Served) -> Result<Vec<(u32, f32)>, ApiEr
             let Some([token, bias]) = pair.as_array().map(Vec::as_slice) else {
                 return Err(ApiError::field(path.clone(), format!("`{path}`: expected a pair of token and bias")));
             };
-            biases.push((token_id(token, &path, served)?, bias_of(bias, &path)?));
+            biases.push((token_id(token, || path.clone(), served)?, bias_of(bias, &path)?));
         }
         return Ok(biases);
     }
@@ -137,10 +144,11 @@ fn bias_of(value: &Value, path: &str) -> Result<f32, ApiError> {
     }
 }
 
-/// A token id in a request.
-pub(crate) fn token_id(value: &Value, path: &str, served: &Served) -> Result<u32, ApiError> {
+/// A token id in a request. `path` is called for an error: a prompt may hold a million of them.
+pub(crate) fn token_id(value: &Value, path: impl FnOnce() -> String, served: &Served) -> Result<u32, ApiError> {
     let id = value.as_u64().filter(|id| (*id as usize) < served.vocab_size);
     id.map(|id| id as u32).ok_or_else(|| {
+        let path = path();
         let message = format!("`{path}`: expected a token id below {}, found {}", served.vocab_size, describe(value));
         ApiError::field(path, message)
     })

@@ -3,13 +3,13 @@
 use crate::answer::Answering;
 use crate::app::{App, Target};
 use crate::auth::Client;
-use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
 use crate::grammar::{Grammar, GrammarMask};
 use crate::sampling::generation_config;
 use crate::served::Served;
 use crate::tools::{Reasoning, ToolChoice, ToolParser, ToolRequest, tools_grammar};
+use crate::untrusted::ControlTokens;
 use metal_candle::data::Message;
 use metal_candle::inference::{FinishReason, GenerationConfig, TokenMask};
 use serde_json::{Map, Value};
@@ -108,21 +108,15 @@ impl Turn {
         if let Some(id) = app.served.end_of_turn.filter(|_| !config.ignore_eos) {
             config.stop_ids.push(id);
         }
-        let room = room(turn.param, prompt.len(), app.served.context)?;
-        config.max_tokens = config.max_tokens.min(room);
-        let job = Job {
-            prompt,
-            config,
-            num_samples: turn.num_choices,
-            adapter: turn.target.adapter,
-            mask: mask.map(|mask| Box::new(mask) as Box<dyn TokenMask>),
-            num_top: turn.num_top,
-            speculation: app.speculation(prediction.is_some()),
-            prediction: prediction.unwrap_or_default(),
-            salt: app.salt(client, turn.cache_salt.as_deref()),
-            owner: client.owner,
-            max_running: client.max_running,
-        };
+        let prompt = (turn.param, prompt);
+        let mut job = app.job(client, &turn.target, prompt, config, turn.cache_salt.as_deref())?;
+        (job.num_samples, job.num_top) = (turn.num_choices, turn.num_top);
+        job.mask = mask.map(|mask| Box::new(mask) as Box<dyn TokenMask>);
+        if let Some(mut prediction) = prediction {
+            // more can never be used
+            prediction.truncate(job.config.max_tokens);
+            (job.speculation, job.prediction) = (app.speculation(true), prediction);
+        }
         let mut answering = Answering::start(app, job, client)?;
         if let Some(parser) = parser {
             answering.parse_by(&parser);
@@ -199,34 +193,27 @@ impl Turn {
         for value in variables.values_mut() {
             served.control.disarm_value(value, false);
         }
+        if self.continues
+            && let Some(last) = messages.pop()
+        {
+            let text = ControlTokens::with_end(last.text().trim_end());
+            messages.push(last.with("content", text));
+        }
         let adds_prompt = self.add_generation_prompt && !self.continues;
-        let mut text = template.render(&messages, tools.as_deref(), adds_prompt, &variables).map_err(|error| {
+        let text = template.render(&messages, tools.as_deref(), adds_prompt, &variables).map_err(|error| {
             ApiError::field(self.param, format!("the chat template refuses the conversation: {error}"))
         })?;
-        if self.continues {
-            let last = messages.last().map(Message::text).unwrap_or_default();
-            let last = last.trim_end();
-            match text.rfind(last) {
-                Some(start) if !last.is_empty() => text.truncate(start + last.len()),
-                _ => {
-                    let message = "`continue_final_message`: the chat template does not show the last message as it is";
-                    return Err(ApiError::field("continue_final_message", message));
-                }
+        if !self.continues {
+            return Ok(text);
+        }
+        match ControlTokens::until_end(&text) {
+            Some(text) => Ok(text.to_owned()),
+            None => {
+                let message = "`continue_final_message`: the chat template does not show the last message as it is";
+                Err(ApiError::field("continue_final_message", message))
             }
         }
-        Ok(text)
     }
-}
-
-/// Number of tokens that fit behind a prompt.
-///
-/// # Errors
-/// None fits.
-pub(crate) fn room(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
-    if prompt_tokens >= context {
-        return Err(ApiError::context(param, prompt_tokens, context));
-    }
-    Ok(context - prompt_tokens)
 }
 
 /// The messages of a request in OpenAI's form.
@@ -325,7 +312,10 @@ pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, 
                 format!("`{path}`: expected a short text, a number, true or false"),
             ));
         }
-        if matches!(name.as_str(), "messages" | "tools" | "add_generation_prompt" | "bos_token" | "eos_token") {
+        let is_internal = name.starts_with('_');
+        if is_internal
+            || matches!(name.as_str(), "messages" | "tools" | "add_generation_prompt" | "bos_token" | "eos_token")
+        {
             return Err(ApiError::unsupported(path.clone(), format!("`{path}` cannot be set by a request")));
         }
         variables.insert(name.clone(), value.clone());

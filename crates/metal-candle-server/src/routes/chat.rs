@@ -58,8 +58,9 @@ pub(crate) async fn answer(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let (turn, form) = parse(&app, &fields)?;
+    let (turn, form) = parse(&app, &client, &fields)?;
     let streams = fields.flag("stream")?.unwrap_or(false);
+    drop(body);
     let answering = turn.start(&app, &client).await?;
     if streams {
         let keep_alive = app.config.keep_alive;
@@ -68,14 +69,12 @@ pub(crate) async fn answer(
     Ok(Json(collect(&app, &form, answering).await?).into_response())
 }
 
-fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
+fn parse(app: &App, client: &Client, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     fields.refuse(&["audio", "web_search_options", "functions", "function_call"])?;
     if fields.list("modalities", 8)?.is_some_and(|list| list.iter().any(|mode| mode != "text")) {
         return Err(ApiError::unsupported("modalities", "`modalities`: this server writes text only"));
     }
-    let limits = app.engine.limits();
-    let max_choices = app.config.max_choices.min(limits.slots);
-    let num_choices = fields.count("n", 1, max_choices)?.unwrap_or(1);
+    let num_choices = fields.count("n", 1, app.max_choices(client))?.unwrap_or(1);
     let newer = fields.count("max_completion_tokens", 1, usize::MAX)?;
     let older = fields.count("max_tokens", 1, usize::MAX)?;
     if newer.zip(older).is_some_and(|(newer, older)| newer != older) {
@@ -128,9 +127,7 @@ async fn write(
     let mut has_started = false;
     loop {
         let Some(next) = answering.next_within(keep_alive).await else {
-            if has_started {
-                events.data(&form.chunk(0, json!({}), Value::Null, None)).await?;
-            }
+            events.data(&form.chunk(0, json!({}), Value::Null, None)).await?;
             continue;
         };
         let progress = match next {

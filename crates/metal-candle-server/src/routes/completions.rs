@@ -1,10 +1,9 @@
 //! `POST /v1/completions`.
 
 use crate::answer::{Answering, Merged, MergedUpdate, Progress, Scored, Usage, finite};
-use crate::app::{App, Target};
+use crate::app::{App, Target, room};
 use crate::auth::Client;
 use crate::body::JsonBody;
-use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::grammar::Grammar;
@@ -12,7 +11,7 @@ use crate::ids::{new_id, unix_time};
 use crate::prompt::{TextPrompt, prompts};
 use crate::sampling::generation_config;
 use crate::sse::{self, Closed, Events};
-use crate::turn::{finish_reason, room};
+use crate::turn::finish_reason;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -63,10 +62,15 @@ struct Logprobs {
     offset: usize,
 }
 
+/// Characters of which a token has the first byte.
+fn num_characters(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count()
+}
+
 impl Logprobs {
     fn add(&mut self, app: &App, tokens: &[Scored], num_top: usize) {
         for Scored { id, logprob, top } in tokens {
-            let (text, _) = app.served.token_text(*id);
+            let (text, bytes) = app.served.token_text(*id);
             let name = |choice: &Choice| app.served.token_text(choice.token).0;
             let mut map: Map<String, Value> = Map::new();
             for choice in top.iter().take(num_top) {
@@ -74,7 +78,7 @@ impl Logprobs {
             }
             map.entry(text.clone()).or_insert_with(|| json!(finite(*logprob)));
             self.offsets.push(self.offset.into());
-            self.offset += text.chars().count();
+            self.offset += num_characters(&bytes);
             self.tokens.push(text.into());
             self.of_tokens.push(json!(finite(*logprob)));
             self.top.push(map.into());
@@ -85,9 +89,10 @@ impl Logprobs {
         if let Some((logprob, top)) = &token.score {
             return self.add(app, &[Scored { id: token.id, logprob: *logprob, top: top.clone() }], num_top);
         }
-        let (text, _) = app.served.token_text(token.id);
+        let (text, bytes) = app.served.token_text(token.id);
         self.offsets.push(self.offset.into());
-        self.offset += text.chars().count();
+        // the token that begins every text is none of it
+        self.offset += if app.served.tokenizer.is_special(token.id) { 0 } else { num_characters(&bytes) };
         self.tokens.push(text.into());
         self.of_tokens.push(Value::Null);
         self.top.push(Value::Null);
@@ -157,9 +162,8 @@ pub(crate) async fn answer(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let limits = app.engine.limits();
     let target = app.target(&fields)?;
-    let num_choices = fields.count("n", 1, app.config.max_choices.min(limits.slots))?.unwrap_or(1);
+    let num_choices = fields.count("n", 1, app.max_choices(&client))?.unwrap_or(1);
     let max_tokens = fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(16);
     let num_top = fields.count("logprobs", 0, 5)?;
     let echo = fields.flag("echo")?.unwrap_or(false);
@@ -175,7 +179,12 @@ pub(crate) async fn answer(
     let includes_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten().unwrap_or(false);
     let texts = prompts(&fields, &app.served)?;
     let grammar = Grammar::from_request(&fields)?;
-    let salt = app.salt(&client, fields.text("cache_salt")?);
+    let cache_salt = fields.text("cache_salt")?;
+    let (num_sequences, limit) = (texts.len() * num_choices, app.engine.limits().max_waiting);
+    if num_sequences > limit {
+        let message = format!("`prompt` and `n`: expected at most {limit} answers, found {num_sequences}");
+        return Err(ApiError::field("prompt", message));
+    }
     let (encoded, texts, mask) = {
         let served = app.served.clone();
         app.compute(move || {
@@ -187,7 +196,16 @@ pub(crate) async fn answer(
         .await?
     };
     let scores = match num_top.filter(|_| echo) {
-        Some(num_top) => scores(&app, &target, &encoded, num_top).await?,
+        Some(num_top) => {
+            // charged before it is computed; a job charges its prompt itself
+            let num_tokens = encoded.iter().map(Vec::len).sum();
+            app.keys.charge(&client, num_tokens).inspect_err(|_| app.metrics.reject("rate_limit"))?;
+            let scores = scores(&app, &target, &encoded, num_top).await?;
+            if max_tokens > 0 {
+                app.keys.refund(client.owner, num_tokens);
+            }
+            scores
+        }
         None => vec![Vec::new(); encoded.len()],
     };
     let form = Form {
@@ -207,23 +225,12 @@ pub(crate) async fn answer(
     }
     let mut answering = Vec::with_capacity(encoded.len());
     for prompt in encoded {
-        let mut config = config.clone();
-        config.max_tokens = config.max_tokens.min(room("prompt", prompt.len(), app.served.context)?);
-        let job = Job {
-            prompt,
-            config,
-            num_samples: num_choices,
-            adapter: target.adapter.clone(),
-            mask: mask.as_ref().map(TokenMask::fork),
-            num_top: num_top.unwrap_or(0),
-            speculation: app.speculation(false),
-            prediction: Vec::new(),
-            salt,
-            owner: client.owner,
-            max_running: client.max_running,
-        };
+        let mut job = app.job(&client, &target, ("prompt", prompt), config.clone(), cache_salt)?;
+        (job.num_samples, job.num_top) = (num_choices, num_top.unwrap_or(0));
+        job.mask = mask.as_ref().map(TokenMask::fork);
         answering.push(Answering::start(&app, job, &client)?);
     }
+    drop(body);
     let merged = Merged::new(answering);
     if streams {
         let keep_alive = app.config.keep_alive;
@@ -233,13 +240,9 @@ pub(crate) async fn answer(
 }
 
 fn logprobs_of(app: &App, form: &Form, lists: &mut Logprobs, progress: &Progress) -> Value {
-    match form.num_top.filter(|_| !progress.tokens.is_empty()) {
-        Some(num_top) => {
-            lists.add(app, &progress.tokens, num_top);
-            lists.take()
-        }
-        None => Value::Null,
-    }
+    let Some(num_top) = form.num_top else { return Value::Null };
+    lists.add(app, &progress.tokens, num_top);
+    if lists.tokens.is_empty() { Value::Null } else { lists.take() }
 }
 
 /// The lists of each choice, with the tokens of its prompt if these are shown.

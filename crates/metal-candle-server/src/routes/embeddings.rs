@@ -1,18 +1,18 @@
 //! `POST /v1/embeddings`: the mean of a text's last hidden states, scaled to length 1.
 
-use crate::app::App;
+use crate::app::{App, room};
 use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
 use crate::sampling::token_id;
 use crate::served::Served;
-use crate::turn::room;
 use axum::extract::State;
 use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use metal_candle::models::{Batch, Model, Rows};
+use metal_candle::inference::mean_hidden_state;
+use metal_candle::models::Model;
 use metal_candle::ops::LowRankTerms;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -43,7 +43,7 @@ pub(crate) async fn answer(
     for (index, ids) in encoded.into_iter().enumerate() {
         let adapter = target.adapter.clone();
         let mean =
-            app.engine.run(move |model| mean(model, adapter.as_ref().map(|adapter| &adapter.terms), &ids)).await?;
+            app.engine.run(move |model| embedding(model, adapter.as_ref().map(|adapter| &adapter.terms), &ids)).await?;
         let mean = mean.map_err(ApiError::server)?;
         let embedding: Value = if is_base64 {
             let bytes: Vec<u8> = mean.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -77,7 +77,7 @@ impl Input {
 
 fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
     let tokens = |list: &[Value], path: &str| -> Result<Input, ApiError> {
-        let ids = list.iter().enumerate().map(|(index, value)| token_id(value, &format!("{path}[{index}]"), served));
+        let ids = list.iter().enumerate().map(|(index, value)| token_id(value, || format!("{path}[{index}]"), served));
         Ok(Input::Tokens(ids.collect::<Result<_, _>>()?))
     };
     match fields.get("input") {
@@ -106,9 +106,8 @@ fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
 }
 
 /// The mean of the last hidden states of a text, scaled to length 1.
-fn mean(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> metal_candle::Result<Vec<f32>> {
-    let hidden = model.hidden_states(&Batch::single(ids), terms, None, Rows::All)?;
-    let mean: Vec<f32> = hidden.mean(0)?.to_vec1()?;
+fn embedding(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> metal_candle::Result<Vec<f32>> {
+    let mean = mean_hidden_state(model, terms, ids)?;
     let length = mean.iter().map(|value| value * value).sum::<f32>().sqrt();
     Ok(if length > 0.0 { mean.iter().map(|value| value / length).collect() } else { mean })
 }

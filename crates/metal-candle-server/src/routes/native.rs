@@ -5,7 +5,6 @@ use crate::answer::Answering;
 use crate::app::App;
 use crate::auth::Client;
 use crate::body::JsonBody;
-use crate::engine::Job;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::grammar::Grammar;
@@ -14,8 +13,7 @@ use crate::prompt::{TextPrompt, gap, prompts};
 use crate::sampling::{generation_config, token_id};
 use crate::served::Served;
 use crate::sse::{self, Closed, Events};
-use crate::tools::ToolRequest;
-use crate::turn::{Turn, messages, room, template_variables};
+use crate::turn::{Turn, messages};
 use crate::untrusted::ControlTokens;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -126,17 +124,15 @@ fn num_predict(fields: &Fields) -> Result<Option<usize>, ApiError> {
 
 async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u32>) -> Result<Response, ApiError> {
     let target = app.target(fields)?;
-    let num_choices = fields.count("n_cmpl", 1, app.config.max_choices.min(app.engine.limits().slots))?;
-    let num_choices = num_choices.or(fields.count("n", 1, app.config.max_choices)?).unwrap_or(1);
+    let most = app.max_choices(client);
+    let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
     fields.refuse(&["lora", "image_data"])?;
     let wanted = num_predict(fields)?;
-    let mut config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;
+    // editors ask for no token to have the prompt in the cache
+    let config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;
     let streams = fields.flag("stream")?.unwrap_or(false);
     let limit = fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.filter(|limit| *limit > 0);
     let shown = settings(&config, wanted);
-    // editors ask for nothing to have the prompt in the cache
-    let room = room("prompt", prompt.len(), app.served.context)?;
-    config.max_tokens = config.max_tokens.min(room);
     let mask = match Grammar::from_request(fields)? {
         None => None,
         Some((param, grammar)) => {
@@ -152,19 +148,8 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
         deadline: limit.map(|limit| Duration::from_millis(limit as u64)),
         num_choices,
     };
-    let job = Job {
-        prompt,
-        config,
-        num_samples: num_choices,
-        adapter: target.adapter,
-        mask,
-        num_top: 0,
-        speculation: app.speculation(false),
-        prediction: Vec::new(),
-        salt: app.salt(client, fields.text("cache_salt")?),
-        owner: client.owner,
-        max_running: client.max_running,
-    };
+    let mut job = app.job(client, &target, ("prompt", prompt), config, fields.text("cache_salt")?)?;
+    (job.num_samples, job.mask) = (num_choices, mask);
     let answering = Answering::start(app, job, client)?;
     if streams {
         return Ok(sse::respond(|events| async move { write(&events, &form, answering).await }));
@@ -292,6 +277,7 @@ async fn write(events: &Events, form: &Form, mut answering: Answering) -> Result
             collected.finish = progress.finish;
             let last = Collected { text: String::new(), ..collected.clone() };
             events.data(&form.object(progress.choice, &last)).await?;
+            continue;
         }
         if form.deadline.is_some() && form.is_late(&all[progress.choice]) && form.num_choices == 1 {
             let object = json!({"index": 0, "content": "", "tokens": [], "stop": true, "stop_type": "limit"});
@@ -332,7 +318,7 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBo
 pub(crate) async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
     let list = fields.required_list("tokens", MAX_TOKENS)?;
-    let id = |(index, value)| token_id(value, &format!("tokens[{index}]"), &app.served);
+    let id = |(index, value)| token_id(value, || format!("tokens[{index}]"), &app.served);
     let ids: Vec<u32> = list.iter().enumerate().map(id).collect::<Result<_, _>>()?;
     let served = app.served.clone();
     let content = app.compute(move || served.tokenizer.decode(&ids, false).map_err(ApiError::server)).await?;
@@ -345,22 +331,8 @@ pub(crate) async fn apply_template(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let tools = ToolRequest::from_request(&fields)?;
-    let turn = Turn {
-        target: app.target(&fields)?,
-        messages: messages(&fields)?,
-        tools,
-        grammar: None,
-        variables: template_variables(&fields)?,
-        continues: fields.flag("continue_final_message")?.unwrap_or(false),
-        add_generation_prompt: fields.flag("add_generation_prompt")?.unwrap_or(true),
-        config: GenerationConfig::default(),
-        num_choices: 1,
-        num_top: 0,
-        cache_salt: None,
-        prediction: None,
-        param: "messages",
-    };
+    let mut turn = Turn::new(&app, &fields, messages(&fields)?, 1, "messages")?;
+    turn.constrain(&app.served, &fields)?;
     let served = app.served.clone();
     let prompt = app.compute(move || turn.render(&served)).await?;
     Ok(Json(json!({"prompt": ControlTokens::without_marks(&prompt)})))
