@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
+use std::path::{MAIN_SEPARATOR, Path};
 use std::time::Duration;
 
 /// An error of a request.
@@ -123,6 +124,16 @@ impl ApiError {
         self
     }
 
+    /// The error with the names that fields have in another format: each pair holds a part of a path and what takes its place.
+    #[must_use]
+    pub(crate) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        for (from, to) in names {
+            self.param = self.param.map(|param| param.replace(from, to));
+            self.message = self.message.replace(from, to);
+        }
+        self
+    }
+
     /// The value of the key `error`.
     pub(crate) fn object(&self) -> Value {
         let Self { kind, code, param, message, .. } = self;
@@ -156,8 +167,35 @@ impl ApiError {
     }
 }
 
+/// A message with the last part of each absolute path only: paths of the server are none of a client's business.
+pub(crate) fn without_paths(message: &str) -> String {
+    let last = |path: &str| path.rsplit(MAIN_SEPARATOR).next().unwrap_or_default().to_owned();
+    let is_delimiter = |c: char| c.is_whitespace() || "\"'()".contains(c);
+    // a path between backticks may hold blanks
+    let parts = message.split('`').enumerate().map(|(index, part)| {
+        if index % 2 == 1 && Path::new(part).is_absolute() {
+            return last(part);
+        }
+        let words = part.split_inclusive(is_delimiter).map(|word| {
+            if Path::new(word.trim_end_matches(is_delimiter)).is_absolute() { last(word) } else { word.to_owned() }
+        });
+        words.collect::<String>()
+    });
+    parts.collect::<Vec<_>>().join("`")
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         self.respond(json!({"error": self.object()}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[cfg(unix)]
+    #[test]
+    fn messages_lose_their_paths() {
+        let found = super::without_paths("`/srv/my jobs/x.jsonl`: /a/b/c is 3/4 of `d`\n  (/e/f)");
+        assert_eq!(found, "`x.jsonl`: c is 3/4 of `d`\n  (f)");
     }
 }

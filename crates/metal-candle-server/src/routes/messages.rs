@@ -7,10 +7,12 @@ use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::grammar::Grammar;
 use crate::ids::new_id;
 use crate::parts::{Change, Part, Parts};
 use crate::sampling::stop_strings;
 use crate::sse::{self, Closed, Events};
+use crate::tools::MAX_TOOLS;
 use crate::turn::Turn;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -77,6 +79,7 @@ pub(crate) async fn answer(
     let turn = parse(&app, &fields, max_tokens)?;
     let form = Form { id: new_id("msg_"), model: turn.target.name.clone(), max_tokens };
     let streams = fields.flag("stream")?.unwrap_or(false);
+    drop(body);
     let answering = turn.start(&app, &client).await?;
     if streams {
         let keep_alive = app.config.keep_alive;
@@ -103,7 +106,7 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
     let mut turn = Turn::new(app, fields, messages, max_tokens, "messages")?;
     turn.continues = continues;
     let chat = chat_fields(fields)?;
-    turn.constrain(&app.served, &Fields::of_body(&chat)?)?;
+    turn.constrain(&app.served, &Fields::of_body(&chat)?).map_err(|error| error.renamed(&RENAMED))?;
     turn.config.stop_strings.extend(stop_strings(fields, "stop_sequences")?);
     if let Some(thinking) = fields.object("thinking")? {
         let is_on = thinking.one_of("type", &["enabled", "adaptive", "disabled"])? != Some("disabled");
@@ -112,15 +115,27 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
     Ok(turn)
 }
 
+/// Names of fields of chats, and their names here.
+const RENAMED: [(&str, &str); 4] = [
+    (".function.parameters", ".input_schema"),
+    (".function", ""),
+    ("response_format.json_schema", "output_config.format"),
+    ("response_format", "output_config.format"),
+];
+
 /// Tools and formats in the form of chats.
 fn chat_fields(fields: &Fields) -> Result<Value, ApiError> {
-    let mut chat = Map::new();
+    // an older name of `output_config.format`
+    fields.refuse(&["output_format"])?;
+    let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
-    for tool in fields.objects("tools", 128)? {
+    for tool in fields.objects("tools", MAX_TOOLS)? {
         // others run on servers of Anthropic
         tool.one_of("type", &["custom"])?;
         let mut function = Map::new();
-        for (name, of_chats) in [("name", "name"), ("description", "description"), ("input_schema", "parameters")] {
+        for (name, of_chats) in
+            [("name", "name"), ("description", "description"), ("input_schema", "parameters"), ("strict", "strict")]
+        {
             if let Some(value) = tool.get(name) {
                 function.insert(of_chats.into(), value.clone());
             }

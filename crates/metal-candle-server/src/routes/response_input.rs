@@ -90,14 +90,20 @@ impl Reader {
 
     /// Calls belong to the message before them.
     fn add_call(&mut self, call: Value) {
-        let last = match self.messages.pop() {
-            Some(last) if last.role() == "assistant" => last,
+        let is_after_answer = self.messages.last().is_some_and(|last| last.role() == "assistant");
+        let mut last = match self.messages.pop() {
+            Some(last) if is_after_answer => last,
             other => {
                 self.messages.extend(other);
-                self.with_reasoning(Message::assistant(""))
+                Message::assistant("")
             }
         };
-        let mut calls = last.tool_calls().to_vec();
+        last = self.with_reasoning(last);
+        // taken out, since a copy of all for each would be quadratic
+        let mut calls = match last.remove("tool_calls") {
+            Some(Value::Array(calls)) => calls,
+            _ => Vec::new(),
+        };
         calls.push(call);
         self.messages.push(last.with("tool_calls", calls));
     }

@@ -68,9 +68,11 @@ impl Output {
         changes.into_iter().flat_map(|change| self.describe(change)).collect()
     }
 
-    /// Only the last item can be cut.
+    /// Only the last item can be cut, and no call: calls come as a whole.
     fn status_of(&self, index: usize) -> &'static str {
-        if self.is_cut && index + 1 == self.parts.list().len() { "incomplete" } else { "completed" }
+        let is_last = index + 1 == self.parts.list().len();
+        let is_call = matches!(self.parts.list()[index], Part::Call { .. });
+        if self.is_cut && is_last && !is_call { "incomplete" } else { "completed" }
     }
 
     fn item(&self, index: usize, status: &str) -> Value {
@@ -194,7 +196,7 @@ pub(super) fn usage(usage: Usage) -> Value {
         "input_tokens": prompt_tokens,
         "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
         "output_tokens": completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": prompt_tokens + completion_tokens,
     })
 }

@@ -8,8 +8,10 @@ use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::grammar::Grammar;
 use crate::ids::{new_id, unix_time};
 use crate::sse::{self, Closed, Events};
+use crate::tools::MAX_TOOLS;
 use crate::turn::Turn;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -41,6 +43,7 @@ pub(crate) async fn answer(
     let fields = Fields::of_body(&body)?;
     let (turn, form) = parse(&app, &fields)?;
     let streams = fields.flag("stream")?.unwrap_or(false);
+    drop(body);
     let answering = turn.start(&app, &client).await?;
     if streams {
         return Ok(sse::respond(|events| async move { write(&events, &app, form, answering).await }));
@@ -68,7 +71,7 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     let mut turn = Turn::new(app, fields, conversation(fields)?, given.unwrap_or(usize::MAX), "input")?;
     turn.num_top = num_top;
     let chat = chat_fields(fields, format.as_ref())?;
-    turn.constrain(&app.served, &Fields::of_body(&chat)?)?;
+    turn.constrain(&app.served, &Fields::of_body(&chat)?).map_err(|error| error.renamed(&RENAMED))?;
     let effort = fields.object("reasoning")?.map(|reasoning| reasoning.text("effort")).transpose()?.flatten();
     if let Some(effort) = effort {
         turn.variables.entry("enable_thinking").or_insert((effort != "none").into());
@@ -107,22 +110,34 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
 
 /// Tools and formats in the form of chats, which nests what is flat here.
 fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiError> {
-    let mut chat = Map::new();
+    let nested = |tool: &Value| {
+        let mut function = tool.as_object().cloned().unwrap_or_default();
+        function.remove("type");
+        json!({"type": "function", "function": function})
+    };
+    let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
-    for tool in fields.objects("tools", 128)? {
+    for tool in fields.objects("tools", MAX_TOOLS)? {
         // others run on servers of OpenAI
         tool.one_of("type", &["function"])?;
-        tools.push(json!({"type": "function", "function": tool.map()}));
+        tools.push(nested(&Value::Object(tool.map().clone())));
     }
     if !tools.is_empty() {
         chat.insert("tools".into(), tools.into());
     }
-    for name in ["tool_choice", "parallel_tool_calls"] {
-        if let Some(value) = fields.get(name) {
-            let is_function = value.get("type").is_some_and(|kind| kind == "function") && value.get("name").is_some();
-            let nested = || json!({"type": "function", "function": {"name": value["name"]}});
-            chat.insert(name.into(), if is_function { nested() } else { value.clone() });
-        }
+    if let Some(parallel) = fields.get("parallel_tool_calls") {
+        chat.insert("parallel_tool_calls".into(), parallel.clone());
+    }
+    if let Some(choice) = fields.get("tool_choice") {
+        let choice = match choice.get("type").and_then(Value::as_str) {
+            Some("function") => nested(choice),
+            Some("allowed_tools") => {
+                let tools: Vec<Value> = choice["tools"].as_array().into_iter().flatten().map(nested).collect();
+                json!({"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}})
+            }
+            _ => choice.clone(),
+        };
+        chat.insert("tool_choice".into(), choice);
     }
     if let Some(format) = format {
         let is_schema = format.get("type").is_some_and(|kind| kind == "json_schema");
@@ -131,6 +146,14 @@ fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiErro
     }
     Ok(chat.into())
 }
+
+/// Names of fields of chats, and their names here.
+const RENAMED: [(&str, &str); 4] = [
+    (".function", ""),
+    (".allowed_tools", ""),
+    ("response_format.json_schema", "text.format"),
+    ("response_format", "text.format"),
+];
 
 /// The whole answer at its end.
 fn ended(mut object: Value, output: &Output, answering: &Answering) -> Value {
