@@ -27,6 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
 
 /// Most sequences that run at a time unless the settings say otherwise.
 const MAX_SLOTS: usize = 32;
@@ -63,7 +64,8 @@ impl Server {
         let (engine, thread) =
             Engine::start(model, &tokenizer, config.draft_model.as_ref(), scheduler, limits, Arc::clone(&metrics))?;
         let served = Served::new(config.name.clone(), model, tokenizer, limits.context);
-        let adapters = Arc::new(Adapters::new(model.clone(), config.adapter_root.clone(), config.max_adapters));
+        let adapters =
+            Arc::new(Adapters::new(model.clone(), &config.name, config.adapter_root.clone(), config.max_adapters));
         let mut app = App::new(config, served, engine, adapters, metrics);
         let jobs = open_jobs(&mut app, model)?;
         Ok(Self { app: Arc::new(app), engine: thread, jobs })
@@ -109,6 +111,7 @@ impl Server {
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
         let router = self.router();
         let drain_timeout = self.app.config.drain_timeout;
+        let write_timeout = 2 * self.app.config.stall_timeout;
         let (closing, is_closing) = watch::channel(false);
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         tokio::pin!(shutdown);
@@ -131,6 +134,10 @@ impl Server {
             };
             // pieces are small and should not wait for each other
             let _ = stream.set_nodelay(true);
+            // a client that takes nothing for long does not keep its place
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(write_timeout));
+            let stream = Box::pin(stream);
             let service = TowerToHyperService::new(router.clone());
             let mut is_closing = is_closing.clone();
             tokio::spawn(async move {
@@ -185,10 +192,12 @@ fn open_jobs(app: &mut App, model: &Model) -> metal_candle::Result<Option<JoinHa
         vocab_size: Some(model.config().vocab_size),
         ..DatasetOptions::default()
     };
+    let lock = jobs::lock_folder(&config.folder)?;
     let limits = FileLimits { file_bytes: config.max_file_bytes, total_bytes: config.max_total_bytes };
     let tokenizer = app.served.tokenizer.clone();
     let files = Files::open(&config.folder.join("files"), limits, tokenizer, options)?;
-    let (jobs, thread) = jobs::start(config, app.config.name.clone(), Arc::clone(&files), Arc::clone(&app.adapters))?;
+    let (jobs, thread) =
+        jobs::start(config, app.config.name.clone(), lock, Arc::clone(&files), Arc::clone(&app.adapters))?;
     (app.files, app.jobs) = (Some(files), Some(jobs));
     Ok(Some(thread))
 }
