@@ -12,7 +12,7 @@ const COUNTS: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 /// Why sequences end.
 const REASONS: [&str; 7] = ["end_of_text", "stop_string", "max_tokens", "length", "cancelled", "timeout", "error"];
 /// Why requests are refused.
-const REJECTIONS: [&str; 4] = ["queue_full", "rate_limit", "unauthorized", "invalid"];
+const REJECTIONS: [&str; 3] = ["queue_full", "rate_limit", "unauthorized"];
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -126,8 +126,15 @@ impl Metrics {
     /// The metrics as text; `gauges` are name and value of what changes in both directions.
     pub(crate) fn text(&self, gauges: &[(&str, f64)]) -> String {
         let mut text = String::new();
+        let mut last = "";
         for (name, value) in gauges {
-            let _ = writeln!(text, "# TYPE metal_candle_{name} gauge\nmetal_candle_{name} {value}");
+            // those with labels are one family
+            let family = name.split('{').next().unwrap_or(name);
+            if family != last {
+                let _ = writeln!(text, "# TYPE metal_candle_{family} gauge");
+            }
+            last = family;
+            let _ = writeln!(text, "metal_candle_{name} {value}");
         }
         let counters = [
             ("prompt_tokens_total", &self.prompt_tokens),
@@ -175,7 +182,12 @@ mod tests {
         metrics.queue_seconds.observe(Duration::from_millis(1));
         metrics.queue_seconds.observe(Duration::from_secs(500));
         metrics.finish("length");
-        let text = metrics.text(&[("requests_running", 3.0)]);
+        let gauges = [("requests_running", 3.0), ("slots{state=\"used\"}", 1.0), ("slots{state=\"free\"}", 2.0)];
+        let text = metrics.text(&gauges);
+        let types: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+        let mut families = types.clone();
+        families.dedup();
+        assert!(types == families && types.iter().all(|line| !line.contains('{')), "{types:?}");
         for line in [
             "metal_candle_requests_running 3",
             "metal_candle_queue_seconds_bucket{le=\"0.001\"} 1",
