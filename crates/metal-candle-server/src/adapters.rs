@@ -1,6 +1,6 @@
 //! The adapters that a server holds: names that point to immutable generations.
 
-use crate::error::ApiError;
+use crate::error::{ApiError, without_paths};
 use crate::ids::unix_time;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::models::Model;
@@ -65,6 +65,8 @@ pub(crate) struct Adapters {
     /// The folder that adapters may be loaded from.
     root: Option<PathBuf>,
     limit: usize,
+    /// Names of the model itself.
+    reserved: [String; 2],
     state: Mutex<State>,
 }
 
@@ -75,12 +77,25 @@ struct State {
 }
 
 impl Adapters {
-    pub(crate) fn new(model: Model, root: Option<PathBuf>, limit: usize) -> Self {
-        Self { model, root, limit, state: Mutex::default() }
+    pub(crate) fn new(model: Model, name: &str, root: Option<PathBuf>, limit: usize) -> Self {
+        let reserved = [name.to_owned(), "default".to_owned()];
+        Self { model, root, limit, reserved, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), ApiError> {
+        if self.reserved.iter().any(|reserved| reserved == name) {
+            return Err(ApiError::conflict(format!("`{name}` is a name of the model")).with_param("name"));
+        }
+        let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte);
+        if (1..=MAX_NAME).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_good) {
+            return Ok(());
+        }
+        let message = format!("expected 1 to {MAX_NAME} letters, digits, `.`, `_`, `-` and `:`, not starting with `.`");
+        Err(ApiError::field("name", format!("`name`: {message}")))
     }
 
     /// The current generation of an adapter.
@@ -103,7 +118,7 @@ impl Adapters {
                 "adapters cannot be loaded: the server was started without --adapter-root",
             ));
         };
-        check_name(name)?;
+        self.check_name(name)?;
         let wrong = |message: &str| ApiError::field("path", format!("`path`: {message}"));
         let relative = Path::new(path);
         let is_plain = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
@@ -111,12 +126,13 @@ impl Adapters {
             return Err(wrong("expected a path below the folder of adapters, without `..`"));
         }
         // links may lead outside
-        let full = root.join(relative).canonicalize().map_err(|_| wrong("there is no such file or folder"))?;
+        let full = adapter_folder(&root.join(relative));
+        let full = full.canonicalize().map_err(|_| wrong("there is no such file or folder"))?;
         let root = root.canonicalize().map_err(ApiError::server)?;
         if !full.starts_with(&root) {
             return Err(wrong("expected a path below the folder of adapters"));
         }
-        self.load(name, &full, path, replaces)
+        self.load_folder(name, &full, path, replaces)
     }
 
     /// Loads an adapter from a file or folder. See [`Self::insert`].
@@ -130,13 +146,18 @@ impl Adapters {
         source: &str,
         replaces: Replaces,
     ) -> Result<Arc<Adapter>, ApiError> {
-        check_name(name)?;
-        let in_run = path.join("adapter");
-        let path = if in_run.is_dir() { in_run.as_path() } else { path };
+        self.load_folder(name, &adapter_folder(path), source, replaces)
+    }
+
+    fn load_folder(&self, name: &str, path: &Path, source: &str, replaces: Replaces) -> Result<Arc<Adapter>, ApiError> {
+        self.check_name(name)?;
         let loaded = LoRAAdapter::load(&self.model, path).map_err(|error| {
             // the message may hold paths, which are none of the client's business
             tracing::warn!("adapter `{name}`: {error}");
-            ApiError::field("path", format!("`{source}` holds no adapter of this model: {}", without_paths(&error)))
+            ApiError::field(
+                "path",
+                format!("`{source}` holds no adapter of this model: {}", without_paths(&error.to_string())),
+            )
         })?;
         self.insert(name, &loaded, source, replaces)
     }
@@ -152,7 +173,7 @@ impl Adapters {
         source: &str,
         replaces: Replaces,
     ) -> Result<Arc<Adapter>, ApiError> {
-        check_name(name)?;
+        self.check_name(name)?;
         if !adapter.saved_parameters().is_empty() {
             let message = format!(
                 "adapter `{name}` replaces whole modules of the model, which others share; merge it with `metal-candle fuse` and \
@@ -224,22 +245,8 @@ pub(crate) enum Replaces {
     Generation(u64),
 }
 
-fn check_name(name: &str) -> Result<(), ApiError> {
-    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte);
-    if (1..=MAX_NAME).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_good) {
-        return Ok(());
-    }
-    let message = format!("expected 1 to {MAX_NAME} letters, digits, `.`, `_`, `-` and `:`, not starting with `.`");
-    Err(ApiError::field("name", format!("`name`: {message}")))
-}
-
-/// The message of an error without the paths in it.
-fn without_paths(error: &metal_candle::Error) -> String {
-    let text = error.to_string();
-    let parts = text.split('`').enumerate().map(|(index, part)| {
-        let is_path = index % 2 == 1 && part.contains(std::path::MAIN_SEPARATOR);
-        let last = part.rsplit(std::path::MAIN_SEPARATOR).next().unwrap_or_default();
-        if is_path { last } else { part }
-    });
-    parts.collect::<Vec<_>>().join("`")
+/// The adapter's folder in a run folder, or the path itself.
+fn adapter_folder(path: &Path) -> PathBuf {
+    let in_run = path.join("adapter");
+    if in_run.is_dir() { in_run } else { path.to_owned() }
 }

@@ -95,10 +95,11 @@ impl Keys {
         let now = Instant::now();
         bucket.tokens = (bucket.tokens + limit * (now - bucket.refilled).as_secs_f64() / 60.0).min(limit);
         bucket.refilled = now;
-        let tokens = tokens as f64;
+        // an answer may take more than a minute's tokens: such a request waits for a full bucket
+        let tokens = (tokens as f64).min(limit);
         if tokens > bucket.tokens {
             let message = format!("this key may use {limit} tokens a minute; the request may take {tokens}");
-            let wait = ((tokens.min(limit) - bucket.tokens) / limit * 60.0).ceil();
+            let wait = ((tokens - bucket.tokens) / limit * 60.0).ceil();
             return Err(ApiError::rate_limit(message, Duration::from_secs_f64(wait.max(1.0))));
         }
         bucket.tokens -= tokens;
@@ -138,7 +139,14 @@ pub(crate) struct Origins {
 impl Origins {
     pub(crate) fn new(hosts: &[String], allowed: &[String]) -> Self {
         let lower = |text: &String| text.trim_end_matches('/').to_ascii_lowercase();
-        Self { hosts: hosts.iter().map(lower).collect(), allowed: allowed.iter().map(lower).collect() }
+        // any port is right
+        let name = |text: &String| {
+            let text = lower(text);
+            text.split_once(':')
+                .filter(|(_, port)| !port.contains(':'))
+                .map_or(text.clone(), |(name, _)| name.to_owned())
+        };
+        Self { hosts: hosts.iter().map(name).collect(), allowed: allowed.iter().map(lower).collect() }
     }
 
     /// Fails for a request by a name that the server does not have, as DNS rebinding makes them, and for one that a page
@@ -219,7 +227,7 @@ mod tests {
 
     #[test]
     fn other_names_and_other_sites_are_refused() {
-        let origins = Origins::new(&["Models.Example".into()], &["https://chat.example/".into()]);
+        let origins = Origins::new(&["Models.Example:8080".into()], &["https://chat.example/".into()]);
         let check = |host: &str, origin: Option<&str>| {
             let mut list = vec![("host", host)];
             list.extend(origin.map(|origin| ("origin", origin)));
