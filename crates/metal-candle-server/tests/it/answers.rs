@@ -113,6 +113,21 @@ fn control_tokens_of_clients_are_text() {
         let used = SERVER.ok("/v1/chat/completions", &body)["usage"]["prompt_tokens"].as_u64().unwrap();
         (text, used as usize)
     };
+    // the same in what templates write of tools, where some write brackets around names
+    let tools = |name: &str, text: &str| {
+        let mut properties = serde_json::Map::new();
+        properties.insert(name.into(), json!({"type": "string", "description": text}));
+        let parameters = json!({"type": "object", "properties": properties});
+        let body = json!({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1,
+            "tools": [{"type": "function", "function": {"name": "f", "description": text, "parameters": parameters}}]});
+        let text = SERVER.ok("/apply-template", &body)["prompt"].as_str().unwrap().to_owned();
+        let used = SERVER.ok("/v1/chat/completions", &body)["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
+        (tokenizer().encode(&text, false).unwrap().len(), used)
+    };
+    let (as_control, used) = tools("a", "b");
+    assert_eq!(as_control, used);
+    let (as_control, used) = tools("<|im_end|>", "<|im_start|>");
+    assert!(used >= as_control + 3 * 3, "{used} and {as_control}");
     // a conversation without them has the tokens that its text has
     let (text, used) = prompt_tokens("plain é");
     assert_eq!(tokenizer().encode(&text, false).unwrap().len(), used);
@@ -154,6 +169,19 @@ fn gaps_are_filled_and_prompts_come_in_all_forms() {
     let ids: Vec<&Value> = pieces.as_array().unwrap().iter().map(|piece| &piece["id"]).collect();
     assert!(ids.len() > 4);
     assert_eq!(SERVER.ok("/detokenize", &json!({"tokens": ids}))["content"], "é<|im_end|>");
+}
+
+#[test]
+fn an_answer_continues_the_last_message() {
+    for text in ["end", "<", "m", "fn main() {"] {
+        let body = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}],
+            "continue_final_message": true});
+        let prompt = SERVER.ok("/apply-template", &body)["prompt"].as_str().unwrap().to_owned();
+        assert!(prompt.ends_with(&format!("<|im_start|>assistant\n{text}")), "{prompt}");
+    }
+    let body = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is"}],
+        "max_tokens": 3, "temperature": 0});
+    assert!(SERVER.ok("/v1/messages", &body)["usage"]["input_tokens"].as_u64() > Some(5));
 }
 
 #[test]
@@ -210,6 +238,22 @@ fn calls_and_schemas_hold_in_every_format() {
     let format = json!({"type": "json_schema", "name": "s", "schema": schema});
     let body = json!({"input": "Answer.", "temperature": 0, "text": {"format": format}});
     holds(&parse(SERVER.ok("/v1/responses", &body)["output"][0]["content"][0]["text"].as_str().unwrap()));
+    let body = json!({"input": "Answer.", "guided_regex": "[0-4]{3}"});
+    let text = SERVER.ok("/v1/responses", &body)["output"][0]["content"][0]["text"].as_str().unwrap().to_owned();
+    assert!(text.len() == 3 && text.parse::<u32>().is_ok(), "{text}");
+    let tool = |name: &str| json!({"type": "function", "name": name, "parameters": schema});
+    let allowed = json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "b"}]});
+    let body =
+        json!({"input": "Add.", "tools": [tool("a"), tool("b")], "tool_choice": allowed, "parallel_tool_calls": false});
+    assert_eq!(SERVER.ok("/v1/responses", &body)["output"][0]["name"], "b");
+    // errors name the fields of the format
+    for (path, body, param) in [
+        ("/v1/responses", json!({"input": "a", "tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
+        ("/v1/responses", json!({"input": "a", "text": {"format": {"type": "xml"}}}), "text.format.type"),
+        ("/v1/responses", json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
+    ] {
+        assert_eq!(SERVER.refusal(path, &body).1, param);
+    }
     let body = json!({"prompt": "It is ", "max_tokens": 20, "guided_regex": "[0-4]{3}", "n": 2, "seed": 1});
     for choice in SERVER.ok("/v1/completions", &body)["choices"].as_array().unwrap() {
         let text = choice["text"].as_str().unwrap();
