@@ -8,7 +8,6 @@ from common import BASE, KEY, MODEL, QUESTION, check, main, needs_schemas, needs
 
 
 class Sum(BaseModel):
-    # or a small model adds properties until the limit, which the schema allows
     model_config = ConfigDict(extra="forbid")
 
     # a small model would write digits until the limit

@@ -69,7 +69,7 @@ else
     echo "installing $npm_package from npm"
     rm -rf "$CLIENT_MODULES"; mkdir -p "$CLIENT_MODULES"
     (cd "$CLIENT_MODULES" && echo '{"private": true}' > package.json && npm install --no-audit --no-fund --silent "$npm_package" && touch installed) \
-      || echo "FAILED   npm: $npm_package was not installed"
+      || { echo "FAILED   npm: $npm_package was not installed"; failed+=(npm); }
   fi
   node "$here/check_openai.mjs" || failed+=(npm)
 fi
