@@ -206,13 +206,11 @@ impl Turn {
         if !self.continues {
             return Ok(text);
         }
-        match ControlTokens::until_end(&text) {
-            Some(text) => Ok(text.to_owned()),
-            None => {
-                let message = "`continue_final_message`: the chat template does not show the last message as it is";
-                Err(ApiError::field("continue_final_message", message))
-            }
-        }
+        let until = ControlTokens::until_end(&text).map(ToOwned::to_owned);
+        until.ok_or_else(|| {
+            let message = "`continue_final_message`: the chat template does not show the last message as it is";
+            ApiError::field("continue_final_message", message)
+        })
     }
 }
 

@@ -126,7 +126,7 @@ pub(crate) mod tests {
         assert!(texts.len() > 15);
         for token in &texts {
             let id = tokenizer.token_to_id(token).unwrap();
-            for text in [token.to_string(), format!("a{token}{token}b"), format!("<|im_<{token}|im_end|>")] {
+            for text in [(*token).clone(), format!("a{token}{token}b"), format!("<|im_<{token}|im_end|>")] {
                 assert!(tokenizer.encode(&text, false).unwrap().contains(&id));
                 let disarmed = control.disarm(&text, false);
                 let ids = ControlTokens::encode(&tokenizer, &disarmed, false).unwrap();
