@@ -6,7 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{Operands, Portable, Vector, Weights};
+use crate::gemm_tile::{Operands, Place, Portable, Vector, Weights};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
@@ -187,20 +187,37 @@ pub(crate) fn ordered_stride(k: usize) -> usize {
 
 /// Copies the rows of A as [`Weights::pair`] orders them, padded with zeros.
 fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows: &mut [Line]) {
-    let stride = ordered_stride(k);
+    let lines = ordered_stride(k) / 16;
     let shared = Shared::new(rows);
     for_each(m, m * k, |i| {
         // SAFETY: tasks have rows of their own.
-        let to = Line::floats_mut(unsafe { shared.part(i * stride / 16, stride / 16) });
-        let from = &a[i * k..][..k];
-        // the last group may be partial
-        to[k / 32 * 32..].fill(0.0);
+        let to = Line::floats_mut(unsafe { shared.part(i * lines, lines) });
         if is_split {
-            split(from, 2 * V::LANES, to);
+            // the last group may be partial
+            to[k / 32 * 32..].fill(0.0);
+            split(&a[i * k..][..k], 2 * V::LANES, to);
         } else {
-            to[..k].copy_from_slice(from);
+            pad(&a[i * k..][..k], to);
         }
     });
+}
+
+/// Copies a row and fills it up with zeros.
+fn pad(from: &[f32], to: &mut [f32]) {
+    let (row, rest) = to.split_at_mut(from.len());
+    row.copy_from_slice(from);
+    rest.fill(0.0);
+}
+
+/// Calls `run` with the rows of A, in the order for weights of f32, on the calling thread alone.
+pub(crate) fn with_padded_rows(a: &[f32], (m, k): (usize, usize), run: impl FnOnce(&[Line])) {
+    let lines = ordered_stride(k) / 16;
+    let mut buffer = take_rows(m * lines);
+    for (from, to) in a.chunks_exact(k.max(1)).zip(buffer.chunks_exact_mut(lines)).take(m) {
+        pad(from, Line::floats_mut(to));
+    }
+    run(&buffer[..m * lines]);
+    ROWS.set(buffer);
 }
 
 dispatch! {
@@ -270,13 +287,11 @@ pub(crate) unsafe fn add_dots<V: Vector, T: Weights>(
                 weights: (weights.as_ptr(), b_stride * apart, width),
                 depth,
             };
-            let put = |row: usize, column: usize, dot: f32| {
-                // SAFETY: the caller's promise.
-                let c = unsafe { &mut c.part((i + row) * n + j + column * apart, 1)[0] };
-                *c = V::Arithmetic::mul_add(alpha, dot, *c);
-            };
-            // SAFETY: the rows are ordered and padded, and the slice of the weights covers their rows.
-            unsafe { V::dots(m - i, &operands, put) };
+            // SAFETY: the place is within the columns.
+            let first = unsafe { c.pointer().add(i * n + j) };
+            let to = Place { first, row_stride: n, column_stride: apart, alpha };
+            // SAFETY: the rows are ordered and padded, the slice of the weights covers their rows, and the caller owns the place.
+            unsafe { V::add_dots(m - i, &operands, to) };
         }
         i += height;
     }

@@ -41,14 +41,43 @@ pub(crate) trait Vector: Copy {
     /// The number of rows and of weight rows of a tile if `rows` rows remain. Its sums fit the registers.
     fn shape(rows: usize) -> (usize, usize);
 
-    /// Computes a tile of shape `shape(rows)` and calls `put(row, weight row, dot product)` for its existing rows.
+    /// Computes a tile of shape `shape(rows)` and adds its existing rows to their place.
     ///
     /// # Safety
-    /// As of [`tile`].
-    unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, put: impl FnMut(usize, usize, f32));
+    /// As of [`tile`], and the place can be written.
+    unsafe fn add_dots<T: Weights>(rows: usize, operands: &Operands<T>, to: Place);
 }
 
-/// Defines [`Vector::shape`] and [`Vector::dots`]. Each shape is a function of its own, so that its sums stay in registers.
+/// Where the dot products of a tile are added: row `r` and weight row `c` at `r * row_stride + c * column_stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) first: *mut f32,
+    pub(crate) row_stride: usize,
+    pub(crate) column_stride: usize,
+    /// The factor on the dot products.
+    pub(crate) alpha: f32,
+}
+
+impl Place {
+    /// # Safety
+    /// The place can be written.
+    #[inline(always)]
+    unsafe fn add<A: Arithmetic, const R: usize, const C: usize>(
+        self,
+        dots: &[[f32; C]; R],
+        (height, width): (usize, usize),
+    ) {
+        for (r, dots) in dots.iter().enumerate().take(height) {
+            for (c, dot) in dots.iter().enumerate().take(width) {
+                // SAFETY: the caller's promise.
+                let to = unsafe { &mut *self.first.add(r * self.row_stride + c * self.column_stride) };
+                *to = A::mul_add(self.alpha, *dot, *to);
+            }
+        }
+    }
+}
+
+/// Defines [`Vector::shape`] and [`Vector::add_dots`]. Each shape is a function of its own, so that its sums stay in registers.
 macro_rules! shapes {
     ($vector:ident, $(#[$meta:meta])? $(($rows:pat, $r:literal, $c:literal))*) => {
         fn shape(rows: usize) -> (usize, usize) {
@@ -57,22 +86,19 @@ macro_rules! shapes {
             }
         }
 
-        unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
+        unsafe fn add_dots<T: Weights>(rows: usize, operands: &Operands<T>, to: Place) {
             $(#[$meta])?
             #[inline(never)]
-            unsafe fn body<T: Weights, const R: usize, const C: usize>(operands: &Operands<T>) -> [[f32; C]; R] {
+            unsafe fn body<T: Weights, const R: usize, const C: usize>(operands: &Operands<T>, to: Place) {
                 // SAFETY: the caller's promise.
-                unsafe { tile::<$vector, T, R, C>(operands) }
+                unsafe {
+                    let dots = tile::<$vector, T, R, C>(operands);
+                    to.add::<<$vector as Vector>::Arithmetic, R, C>(&dots, (operands.a.2, operands.weights.2));
+                }
             }
-            let (height, width) = (operands.a.2, operands.weights.2);
             match rows {
                 // SAFETY: as above, and the instructions are there.
-                $($rows => {
-                    let dots = unsafe { body::<T, $r, $c>(operands) };
-                    for (r, dots) in dots.iter().enumerate().take(height) {
-                        dots.iter().take(width).enumerate().for_each(|(c, dot)| put(r, c, *dot));
-                    }
-                })*
+                $($rows => unsafe { body::<T, $r, $c>(operands, to) },)*
             }
         }
     };
@@ -164,19 +190,13 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
         if rows == 1 { (1, 6) } else { (2, 3) }
     }
 
-    unsafe fn dots<T: Weights>(rows: usize, operands: &Operands<T>, mut put: impl FnMut(usize, usize, f32)) {
-        let (height, width) = (operands.a.2, operands.weights.2);
+    unsafe fn add_dots<T: Weights>(rows: usize, operands: &Operands<T>, to: Place) {
         // SAFETY: the caller's promise.
-        let dots = unsafe {
-            if rows == 1 {
-                let [dots] = portable_tile::<A, T, 1, 6>(operands);
-                [dots; 2]
-            } else {
-                portable_tile::<A, T, 2, 3>(operands).map(|[a, b, c]| [a, b, c, 0.0, 0.0, 0.0])
+        unsafe {
+            match rows {
+                1 => portable_tile::<A, T, 1, 6>(operands, to),
+                _ => portable_tile::<A, T, 2, 3>(operands, to),
             }
-        };
-        for (r, dots) in dots.iter().enumerate().take(height) {
-            dots.iter().take(width).enumerate().for_each(|(c, dot)| put(r, c, *dot));
         }
     }
 }
@@ -185,14 +205,18 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
 #[inline(never)]
 unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights, const R: usize, const C: usize>(
     operands: &Operands<T>,
-) -> [[f32; C]; R] {
+    to: Place,
+) {
     // SAFETY: the caller's promise.
-    unsafe { tile::<Portable<A>, T, R, C>(operands) }
+    unsafe {
+        let dots = tile::<Portable<A>, T, R, C>(operands);
+        to.add::<A, R, C>(&dots, (operands.a.2, operands.weights.2));
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    use super::{Fused, Operands, Vector, Weights, bf16, f16, tile};
+    use super::{Fused, Operands, Place, Vector, Weights, bf16, f16, tile};
     use std::arch::x86_64::{
         __m256, __m512, _MM_HINT_T0, _mm_add_ps, _mm_loadu_si128, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps,
         _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_extractf128_ps,

@@ -23,6 +23,7 @@ pub mod gpu;
 mod helpers;
 mod isa;
 mod levels;
+mod low_rank;
 mod math;
 mod missing_pages;
 #[cfg(feature = "nccl")]
@@ -56,6 +57,7 @@ pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use gemm_rows::{RowProduct, row_products};
 pub use isa::{ISA_VARIABLE, Isa, LEVELS, isa};
 pub use levels::levels;
+pub use low_rank::{LowRankUpdate, add_low_rank_updates};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};

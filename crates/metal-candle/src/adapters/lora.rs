@@ -346,7 +346,8 @@ impl LoRAAdapter {
             };
             let start = start.as_ref().map_or(Ok(None), |start| starts(start, module))?;
             let dropout = self.layout.settings.dropout as f32;
-            terms.insert(module.number, LowRank { a, b, scale: module.scale as f32, dropout, start, magnitude });
+            let term = LowRank { dropout, start, magnitude, ..LowRank::new(a, b, module.scale as f32) };
+            terms.insert(module.number, term);
         }
         Ok(terms)
     }

@@ -37,7 +37,7 @@ pub fn prompt_log_probabilities(
     if ids.len() < 2 {
         return Ok(Vec::new());
     }
-    let terms = terms.map(|terms| model.with_fixed_norms(terms)).transpose()?;
+    let terms = terms.map(|terms| model.with_fixed_terms(terms)).transpose()?;
     let terms = terms.as_ref();
     let mut sampler = Sampler::new(SamplingConfig::greedy())?;
     let mut scores = Vec::with_capacity(ids.len() - 1);
@@ -67,7 +67,7 @@ pub fn mean_hidden_state(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32
     if ids.is_empty() {
         return Err(Error::argument("prompt", "expected at least one token, found none"));
     }
-    let terms = terms.map(|terms| model.with_fixed_norms(terms)).transpose()?;
+    let terms = terms.map(|terms| model.with_fixed_terms(terms)).transpose()?;
     let mut mean = vec![0.0; model.config().hidden_size];
     for_each_pass(model, terms.as_ref(), ids, |_, hidden| {
         let sums: Vec<f32> = hidden.sum(0)?.to_vec1()?;

@@ -201,7 +201,7 @@ impl Scheduler {
     /// # Errors
     /// The adapter does not fit the model.
     pub fn add_adapter(&mut self, terms: &LowRankTerms) -> Result<AdapterId> {
-        Ok(self.adapters.add(self.model.with_fixed_norms(terms)?))
+        Ok(self.adapters.add(self.model.with_fixed_terms(terms)?))
     }
 
     /// Removes an adapter.

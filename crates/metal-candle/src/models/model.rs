@@ -397,13 +397,13 @@ impl Model {
         shapes.map(|shape| [shape.kv_heads, shape.head_dim]).collect()
     }
 
-    /// The low-rank updates with the norms that DoRA divides by, for as long as A and B do not change.
-    pub(crate) fn with_fixed_norms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
+    /// The low-rank updates with what inference makes of A and B, for as long as these do not change.
+    pub(crate) fn with_fixed_terms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
         self.check_terms(Some(terms))?;
         let mut fixed = LowRankTerms::new();
         for (id, term) in terms.iter() {
             let weight = &self.parameters()[self.linears()[id].weight].1;
-            fixed.insert(id, term.with_fixed_norms(weight, id == self.embedding_id())?);
+            fixed.insert(id, term.fixed(weight, id == self.embedding_id())?);
         }
         Ok(fixed)
     }

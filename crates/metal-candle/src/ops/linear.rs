@@ -4,7 +4,7 @@ use super::adapters::LayerTerms;
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, on_cpu, tensor};
 pub(super) use super::low_rank::TermGradients;
-use super::low_rank::{LowRank, Magnitude};
+use super::low_rank::{LowRank, Magnitude, add_updates};
 pub(super) use super::products::{Order, Part, Start, column_dots, product, scale_columns, scaled_outer, sum, sum_in};
 use super::products::{add_bias, product_in};
 pub(crate) use super::products::{add_scaled, column_sums, outer};
@@ -73,9 +73,9 @@ impl Linear {
             LayerTerms::ByRows(runs) => runs,
         };
         let run_of = |x: &Tensor, rows: &Range<usize>| x.narrow(0, rows.start, rows.len());
-        let is_plain = |term: &LowRank| term.magnitude.is_none() && term.start.is_none();
+        let is_simple = |term: &LowRank| term.magnitude.is_none() && (on_cpu(x) || term.start.is_none());
         let mut parts = Vec::with_capacity(runs.len());
-        if !runs.iter().all(|(_, term)| term.is_none_or(is_plain)) {
+        if !runs.iter().all(|(_, term)| term.is_none_or(is_simple)) {
             for (rows, term) in runs {
                 let residual = residual.map(|residual| run_of(residual, rows)).transpose()?;
                 parts.push(self.infer(&run_of(x, rows)?, *term, residual.as_ref())?);
@@ -83,6 +83,10 @@ impl Linear {
             return Ok(Tensor::cat(&parts, 0)?);
         }
         let y = self.base(Order::ByRow, x, None, None, self.start(residual))?;
+        if on_cpu(x) {
+            let terms = runs.iter().filter_map(|(rows, term)| Some((rows.clone(), (*term)?)));
+            return self.finished(add_updates(y, x, &terms.collect::<Vec<_>>())?, residual);
+        }
         for (rows, term) in runs {
             let part = run_of(&y, rows)?;
             let Some(term) = term else {
@@ -121,8 +125,25 @@ impl Linear {
         if let Some(magnitude) = &term.magnitude {
             return Ok((self.decomposed(order, x, (term, magnitude), dropout_seed, residual)?, None));
         }
+        let (y, z) = self.updated(order, x, term, dropout_seed, self.start(residual))?;
+        Ok((self.finished(y, residual)?, z))
+    }
+
+    /// The output without magnitudes, added to `start`, and the product with A where keeping it is worth while.
+    fn updated(
+        &self,
+        order: Order,
+        x: &Tensor,
+        term: &LowRank,
+        dropout_seed: Option<u64>,
+        start: Start,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if order == Order::ByRow && on_cpu(x) {
+            let y = self.base(order, x, None, None, start)?;
+            return Ok((add_updates(y, x, &[(0..x.dim(0)?, term)])?, None));
+        }
         let z = product_in(order, &dropped(x, term, dropout_seed)?, &term.a)?;
-        let y = self.finished(self.base(order, x, Some(term), Some(&z), self.start(residual))?, residual)?;
+        let y = self.base(order, x, Some(term), Some(&z), start)?;
         Ok((y, gpu::has_products(x).then_some(z)))
     }
 
@@ -137,8 +158,7 @@ impl Linear {
     ) -> Result<Tensor> {
         let factors = self.factors(term, magnitude)?.factors;
         if !is_dropping(term, dropout_seed) {
-            let z = product_in(order, x, &term.a)?;
-            let y = scale_columns(self.base(order, x, Some(term), Some(&z), Start::Zero)?, &factors)?;
+            let y = scale_columns(self.updated(order, x, term, None, Start::Zero)?.0, &factors)?;
             let y = if let Some(bias) = &self.bias { add_bias(y, bias)? } else { y };
             return if let Some(residual) = residual { add_scaled(y, 1.0, residual) } else { Ok(y) };
         }

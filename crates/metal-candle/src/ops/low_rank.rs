@@ -1,9 +1,13 @@
 //! Low-rank terms: what an adapter adds to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>, section 4.1).
 
+use super::host::{Host, edit};
 use super::products::{Part, Start, add_scaled, outer, product, row_dots, sum};
 use super::weight::Weight;
 use crate::error::Result;
+use crate::profile::{Kind, span};
 use candle_core::{DType, Tensor};
+use metal_candle_kernels::{LowRankUpdate, add_low_rank_updates};
+use std::ops::Range;
 
 /// The term `scale * B A x` that is added to the output of one linear layer.
 #[derive(Debug, Clone)]
@@ -21,13 +25,35 @@ pub struct LowRank {
     pub start: Option<(Tensor, Tensor)>,
     /// The magnitudes of the rows, for weight-decomposed adapters.
     pub magnitude: Option<Magnitude>,
+    /// What inference on the CPU multiplies by, f32, if A and B are known not to change; else it is made whenever it is needed:
+    /// A `[rank, in_features]` and the transpose of B `[rank, out_features]`, with A0 and the negative of B0 below them.
+    pub fixed: Option<(Tensor, Tensor)>,
 }
 
 impl LowRank {
     /// The term `scale * B A x`.
     pub fn new(a: Tensor, b: Tensor, scale: f32) -> Self {
-        Self { a, b, scale, dropout: 0.0, start: None, magnitude: None }
+        Self { a, b, scale, dropout: 0.0, start: None, magnitude: None, fixed: None }
     }
+}
+
+/// `y` with the updates of runs of its rows, in its place: on the CPU, without their magnitudes.
+///
+/// # Shapes
+/// `x: [tokens, in_features]`, `y: [tokens, out_features]`.
+pub(super) fn add_updates(y: Tensor, x: &Tensor, terms: &[(Range<usize>, &LowRank)]) -> Result<Tensor> {
+    let _span = span("low-rank update", Kind::Gemm);
+    let shape = (y.dim(1)?, x.dim(1)?);
+    let factors = terms.iter().map(|(_, term)| term.factors()).collect::<Result<Vec<_>>>()?;
+    let hosts = factors.iter().map(|(a, b)| Ok((Host::new(a)?, Host::new(b)?))).collect::<Result<Vec<_>>>()?;
+    let mut updates = Vec::with_capacity(terms.len());
+    for ((rows, term), ((a, _), of)) in terms.iter().zip(factors.iter().zip(&hosts)) {
+        let (rank, scale) = (a.dim(0)?, term.scale);
+        updates.push(LowRankUpdate { rows: rows.clone(), rank, a: of.0.f32()?, b: of.1.f32()?, scale });
+    }
+    let x = Host::new(x)?;
+    let x = x.f32()?;
+    edit(y, |y| add_low_rank_updates(shape, x, &updates, y))
 }
 
 /// The gradients of a low-rank term, f32.
@@ -74,9 +100,25 @@ pub fn weight_norms_squared(weight: &Tensor) -> Result<Tensor> {
 }
 
 impl LowRank {
+    /// What `fixed` holds.
+    fn factors(&self) -> Result<(Tensor, Tensor)> {
+        if let Some(factors) = &self.fixed {
+            return Ok(factors.clone());
+        }
+        let factors = match &self.start {
+            None => (self.a.clone(), self.b.t()?),
+            Some((a, b)) => (Tensor::cat(&[&self.a, a], 0)?, Tensor::cat(&[&self.b, &b.neg()?], 1)?.t()?),
+        };
+        let wide = |tensor: Tensor| tensor.to_dtype(DType::F32)?.contiguous();
+        Ok((wide(factors.0)?, wide(factors.1)?))
+    }
+
     /// The term for as long as A and B stay what they are.
-    pub(crate) fn with_fixed_norms(&self, weight: &Weight, is_embedding: bool) -> Result<Self> {
+    pub(crate) fn fixed(&self, weight: &Weight, is_embedding: bool) -> Result<Self> {
         let mut fixed = self.clone();
+        if !is_embedding && self.a.device().is_cpu() {
+            fixed.fixed = Some(self.factors()?);
+        }
         if let Some(magnitude) = &mut fixed.magnitude {
             magnitude.reciprocal_norms = Some(self.reciprocal_norms(magnitude, weight, is_embedding)?);
         }
