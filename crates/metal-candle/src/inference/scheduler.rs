@@ -1,5 +1,7 @@
 //! Continuous batching: admits prompts at any time and advances all of them by one token or prompt chunk per step.
 
+mod admission;
+
 use super::adapter_set::AdapterSet;
 use super::device_decoding::{DeviceDecoding, DeviceToken};
 use super::draft_model::DraftModel;
@@ -10,7 +12,7 @@ use super::request::{AdapterId, Event, Request, SequenceId};
 use super::sample_token::with_logits;
 use super::scheduler_config::SchedulerConfig;
 use super::sequence::Sequence;
-use super::slots::{Slots, num_common};
+use super::slots::Slots;
 use super::speculation::Speculation;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
@@ -142,9 +144,9 @@ impl Scheduler {
         self.running.iter().map(Sequence::num_sequences).sum()
     }
 
-    /// Number of sequences that wait for a slot.
+    /// Number of sequences that wait for a slot, without paused ones.
     pub fn num_waiting(&self) -> usize {
-        self.waiting.iter().map(Sequence::num_sequences).sum()
+        self.waiting.iter().filter(|sequence| sequence.may_start()).map(Sequence::num_sequences).sum()
     }
 
     /// Whether there is nothing to compute and no event to return.
@@ -272,14 +274,15 @@ impl Scheduler {
             let taken = if is_found { Some(self.running.remove(index)) } else { taken };
             if let Some(mut taken) = taken {
                 let finish = taken.finish(FinishReason::Cancelled);
-                self.slots.release(taken.slot(), taken.into_prefix());
+                self.slots.release(taken.slot(), taken.prefix());
                 return Ok(finish);
             }
         }
         Err(not_found(sequence))
     }
 
-    /// Stops computing a sequence, or resumes it. A paused sequence keeps its slot and what the cache holds of it.
+    /// Stops computing a sequence, or resumes it. A paused sequence keeps its slot and what the cache holds of it; one that
+    /// waits gets no slot before it is resumed.
     ///
     /// # Errors
     /// The sequence is neither waiting nor running.
@@ -292,9 +295,9 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Whether a step would compute something: a sequence waits, or runs and is not paused.
+    /// Whether a step would compute something: a sequence waits, or runs, and is not paused.
     pub fn has_work(&self) -> bool {
-        !self.waiting.is_empty() || self.running.iter().any(|sequence| !sequence.is_paused())
+        self.waiting.iter().any(Sequence::may_start) || self.running.iter().any(|sequence| !sequence.is_paused())
     }
 
     /// Ends all sequences and drops the events that no step has returned.
@@ -304,14 +307,13 @@ impl Scheduler {
             for sample in std::mem::take(sequence.samples_mut()) {
                 self.slots.release(sample.slot(), None);
             }
-            self.slots.release(sequence.slot(), sequence.into_prefix());
+            self.slots.release(sequence.slot(), sequence.prefix());
         }
         self.events.clear();
     }
 
     /// Advances the running sequences: each decoding sequence by one token and the drafts that are accepted, and prompts by
-    /// chunks. Returns what became of
-    /// them; a sequence that fails, for example by logits that are not finite, ends with its error and leaves the others
+    /// chunks. Returns what became of them; a sequence that fails, for example by logits that are not finite, ends with its error and leaves the others
     /// alone.
     ///
     /// # Errors
@@ -324,44 +326,6 @@ impl Scheduler {
         self.retire();
         stepped?;
         Ok(std::mem::take(&mut self.events))
-    }
-
-    /// Gives slots to waiting sequences.
-    fn start_waiting(&mut self) -> Result<()> {
-        let max = self.config.max_sequences;
-        let fits = |slots: &Slots, next: &Sequence| slots.num_taken() + next.num_sequences() <= max;
-        if !self.waiting.front().is_some_and(|next| fits(&self.slots, next)) {
-            return Ok(());
-        }
-        let needed = (self.slots.num_taken() + self.num_waiting()).min(max);
-        let is_empty = self.slots.num_bytes() == 0;
-        // doubling keeps the copies of a growing cache few
-        let grown = if needed > self.slots.len() { needed.max(2 * self.slots.len()).min(max) } else { needed };
-        let room = self.waiting.iter().map(Sequence::first_room).max().unwrap_or(0);
-        self.grow(grown, if is_empty { room } else { 0 })?;
-        // a prompt that has been fed in this step comes after those that have not
-        let step = self.num_steps.saturating_sub(1);
-        while let Some(mut sequence) = self.waiting.pop_front_if(|next| fits(&self.slots, next)) {
-            let (slot, reused) = self.take_slot(&sequence).ok_or(Error::Stopped)?;
-            sequence.start(slot, reused, step);
-            for sample in sequence.samples_mut() {
-                sample.start(self.slots.take().ok_or(Error::Stopped)?, 0, step);
-            }
-            self.running.push(sequence);
-        }
-        Ok(())
-    }
-
-    /// Takes a slot for a sequence; returns it and the number of first tokens that it holds, at most all but the last, whose
-    /// logits are needed.
-    fn take_slot(&mut self, sequence: &Sequence) -> Option<(usize, usize)> {
-        // keys that depend on the length of their text are of no use to other texts
-        let sharing = sequence.sharing().filter(|_| self.model.rotary_limit().is_none());
-        let Some(sharing) = sharing else { return Some((self.slots.take()?, 0)) };
-        let ids = &sequence.ids()[..sequence.ids().len() - 1];
-        let holders = self.running.iter().filter(|other| other.sharing() == Some(sharing));
-        let busy = holders.map(|other| (other.slot(), num_common(&other.ids()[..other.num_cached()], ids)));
-        self.slots.take_with_prefix(ids, sharing, busy.max_by_key(|&(_, count)| count))
     }
 
     /// Drafts the next tokens of the sequences that ask for it.
@@ -571,7 +535,7 @@ impl Scheduler {
     fn retire(&mut self) {
         let slots = &mut self.slots;
         for sequence in self.running.extract_if(.., |sequence| sequence.is_finished()) {
-            slots.release(sequence.slot(), sequence.into_prefix());
+            slots.release(sequence.slot(), sequence.prefix());
         }
     }
 }

@@ -243,9 +243,17 @@ impl Sequence {
     pub(super) fn start(&mut self, slot: usize, reused: usize, step: u64) {
         self.slot = slot;
         self.num_cached = reused;
-        self.reused_tokens = reused;
         self.last_step = step;
-        self.started = Instant::now();
+        // one that was preempted starts again
+        if self.first_token.is_none() {
+            self.reused_tokens = reused.min(self.prompt_tokens);
+            self.started = Instant::now();
+        }
+    }
+
+    /// Whether it takes a slot when one is free.
+    pub(super) fn may_start(&self) -> bool {
+        !self.is_paused
     }
 
     /// Records that the cache holds the first `len` tokens.
@@ -280,10 +288,9 @@ impl Sequence {
     }
 
     /// What its slot holds when it is released, if later sequences may use it.
-    pub(super) fn into_prefix(mut self) -> Option<Prefix> {
+    pub(super) fn prefix(&self) -> Option<Prefix> {
         let sharing = self.sharing.filter(|_| self.state != State::Failed)?;
-        self.ids.truncate(self.num_cached);
-        Some(Prefix { ids: self.ids, sharing })
+        Some(Prefix { ids: self.ids[..self.num_cached].to_vec(), sharing })
     }
 
     /// Ends it after an error.

@@ -10,7 +10,7 @@ use metal_candle::inference::{
     SchedulerConfig, SequenceId, TokenMask, sample_seed,
 };
 use metal_candle::models::Model;
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankTerms, Magnitude};
 use metal_candle::{Device, Error};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashMap};
@@ -172,6 +172,59 @@ fn a_paused_sequence_resumes_where_it_was() {
     assert_eq!((collected.tokens(first[0]), collected.tokens(first[1])), (expected.clone(), expected));
     assert_eq!(collected.tokens(second), tokens(&alone(request(14))));
     assert_eq!(argument(&scheduler.set_paused(second, true).unwrap_err()).0, "sequence");
+}
+
+#[test]
+fn a_preempted_sequence_continues_with_the_same_bits() {
+    let config = SchedulerConfig { max_sequences: 3, ..SMALL };
+    for prefix_key in [None, Some(1)] {
+        let request = |length, seed| Request { prefix_key, ..Request::new(ids(length), drawn(14, seed)) };
+        let mut scheduler = Scheduler::with_config(MODEL.clone(), config).unwrap();
+        let first = scheduler.admit(request(9, 1)).unwrap()[0];
+        let pair = scheduler.admit(request(40, 2).with_num_samples(2)).unwrap();
+        let last = scheduler.admit(request(5, 3)).unwrap()[0];
+        let mut found = Collected::default();
+        found.step(&mut scheduler);
+        // the pair's prompt is not computed yet: both leave, and the last one runs
+        assert!(found.pieces.get(&pair[0]).is_none_or(Vec::is_empty));
+        scheduler.preempt(pair[1]).unwrap();
+        assert_eq!((scheduler.num_running(), scheduler.num_waiting()), (1, 1));
+        for _ in 0..5 {
+            found.step(&mut scheduler);
+        }
+        assert!(!found.pieces[&last].is_empty() && found.pieces.get(&pair[0]).is_none_or(Vec::is_empty));
+        scheduler.preempt(first).unwrap();
+        let before = found.pieces[&first].len();
+        assert!((1..14).contains(&before));
+        for id in [pair[0], pair[1]] {
+            scheduler.set_paused(id, false).unwrap();
+        }
+        while scheduler.has_work() {
+            found.step(&mut scheduler);
+        }
+        assert_eq!(found.pieces[&first].len(), before);
+        // one that waits can be preempted again, and resumed
+        scheduler.preempt(first).unwrap();
+        scheduler.set_paused(first, false).unwrap();
+        found.finish(&mut scheduler);
+        let bits = |pieces: &[Piece]| -> Vec<_> {
+            pieces.iter().map(|piece| (piece.token, piece.log_probability.to_bits())).collect()
+        };
+        let alone = |request: Request| {
+            let mut scheduler = Scheduler::with_config(MODEL.clone(), config).unwrap();
+            let ids = scheduler.admit(request).unwrap();
+            let mut found = Collected::default();
+            found.finish(&mut scheduler);
+            ids.iter().map(|id| bits(&found.pieces[id])).collect::<Vec<_>>()
+        };
+        assert_eq!(bits(&found.pieces[&first]), alone(request(9, 1))[0]);
+        assert_eq!(
+            [bits(&found.pieces[&pair[0]]), bits(&found.pieces[&pair[1]])],
+            alone(request(40, 2).with_num_samples(2))[..]
+        );
+        assert_eq!(bits(&found.pieces[&last]), alone(request(5, 3))[0]);
+        assert_eq!(argument(&scheduler.preempt(first).unwrap_err()).0, "sequence");
+    }
 }
 
 #[test]
@@ -467,13 +520,17 @@ fn a_sequence_that_fails_leaves_the_others_alone() {
 #[test]
 fn a_step_that_fails_loses_nothing() {
     let mut scheduler = small();
-    // a type that no product takes
+    // norms of another number of rows, which no product takes
     let mut terms = LowRankTerms::new();
     let linear = &MODEL.linears()[0];
-    let device = candle_core::Device::Cpu;
-    let a = Tensor::zeros((2, linear.in_features), DType::I64, &device).unwrap();
-    let b = Tensor::zeros((linear.out_features, 2), DType::I64, &device).unwrap();
-    terms.insert(0, LowRank::new(a, b, 1.0));
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu).unwrap();
+    let magnitude = Magnitude {
+        m: zeros(&[linear.out_features]),
+        weight_norms_squared: zeros(&[linear.out_features]),
+        reciprocal_norms: Some(zeros(&[linear.out_features + 1])),
+    };
+    let term = LowRank::new(zeros(&[2, linear.in_features]), zeros(&[linear.out_features, 2]), 1.0);
+    terms.insert(0, LowRank { magnitude: Some(magnitude), ..term });
     let broken = scheduler.add_adapter(&terms).unwrap();
     let good = scheduler.add_adapter(&ADAPTERS[0]).unwrap();
     let requests = |good| [Request::new(ids(10), greedy(6)), Request::new(ids(7), greedy(6)).with_adapter(Some(good))];
