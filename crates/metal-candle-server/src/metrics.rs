@@ -76,6 +76,7 @@ pub(crate) struct Metrics {
     pub(crate) prefix_queries: Counter,
     pub(crate) prefix_hits: Counter,
     pub(crate) slow_reader_pauses: Counter,
+    pub(crate) preemptions: Counter,
     pub(crate) adapter_swaps: Counter,
     pub(crate) queue_seconds: Histogram,
     pub(crate) time_to_first_token: Histogram,
@@ -95,6 +96,7 @@ impl Default for Metrics {
             prefix_queries: Counter::default(),
             prefix_hits: Counter::default(),
             slow_reader_pauses: Counter::default(),
+            preemptions: Counter::default(),
             adapter_swaps: Counter::default(),
             queue_seconds: Histogram::new(&SECONDS),
             time_to_first_token: Histogram::new(&SECONDS),
@@ -142,6 +144,7 @@ impl Metrics {
             ("prefix_cache_queries_total", &self.prefix_queries),
             ("prefix_cache_hits_total", &self.prefix_hits),
             ("slow_reader_pauses_total", &self.slow_reader_pauses),
+            ("preemptions_total", &self.preemptions),
             ("adapter_swaps_total", &self.adapter_swaps),
         ];
         for (name, counter) in counters {

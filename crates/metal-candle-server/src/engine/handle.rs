@@ -80,7 +80,8 @@ impl Engine {
             Err(ApiError::unavailable("queue_full", message))
         };
         let (running, slots) = (self.num_running(), self.limits.slots);
-        if waiting + running + count > self.limits.max_waiting + slots {
+        let preempted = self.shared.preempted.load(Ordering::Relaxed);
+        if waiting + preempted + running + count > self.limits.max_waiting + slots {
             return full();
         }
         if count > slots {
@@ -121,7 +122,7 @@ impl Engine {
 
     /// Number of sequences that wait for a slot.
     pub(crate) fn num_waiting(&self) -> usize {
-        self.shared.waiting.load(Ordering::Relaxed)
+        self.shared.waiting.load(Ordering::Relaxed) + self.shared.preempted.load(Ordering::Relaxed)
     }
 
     /// Number of sequences that run.

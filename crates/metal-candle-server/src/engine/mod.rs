@@ -3,6 +3,7 @@
 mod handle;
 mod job;
 mod queue;
+mod running;
 mod worker;
 
 pub(crate) use handle::Engine;

@@ -22,13 +22,22 @@ impl<T> FairQueue<T> {
         self.owners.entry(owner).or_default().push_back(job);
     }
 
-    /// Takes the first job of the next owner in turn for which `may_start` holds. An owner whose first job may not start
-    /// is passed over, so that its later jobs do not overtake it.
-    pub(super) fn pop(&mut self, may_start: impl Fn(&T) -> bool) -> Option<T> {
+    /// The first job of the next owner in turn for which `may_start` holds. An owner whose first job may not start is passed
+    /// over, so that its later jobs do not overtake it.
+    pub(super) fn peek(&self, may_start: impl Fn(&T) -> bool) -> Option<&T> {
+        self.next(may_start).map(|(_, job)| job)
+    }
+
+    fn next(&self, may_start: impl Fn(&T) -> bool) -> Option<(usize, &T)> {
         let after = self.last.wrapping_add(1);
         let (behind, ahead) = (self.owners.range(..after), self.owners.range(after..));
-        let mut in_turn = ahead.chain(behind);
-        let (&owner, _) = in_turn.find(|(_, jobs)| jobs.front().is_some_and(&may_start))?;
+        let mut first = ahead.chain(behind).filter_map(|(&owner, jobs)| Some((owner, jobs.front()?)));
+        first.find(|(_, job)| may_start(job))
+    }
+
+    /// Takes the job that [`FairQueue::peek`] finds.
+    pub(super) fn pop(&mut self, may_start: impl Fn(&T) -> bool) -> Option<T> {
+        let (owner, _) = self.next(may_start)?;
         let jobs = self.owners.get_mut(&owner)?;
         let job = jobs.pop_front();
         if jobs.is_empty() {

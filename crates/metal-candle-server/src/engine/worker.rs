@@ -2,6 +2,7 @@
 
 use super::job::{EngineLimits, Job, Stops, Update};
 use super::queue::FairQueue;
+use super::running::{Running, next_preempted, num_held, num_taken, to_preempt};
 use crate::adapters::Adapter;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -32,6 +33,8 @@ pub(super) struct Shared {
     /// Sequences that were submitted and have no slot.
     pub(super) waiting: AtomicUsize,
     pub(super) running: AtomicUsize,
+    /// Sequences that have given up their slots.
+    pub(super) preempted: AtomicUsize,
     pub(super) is_draining: AtomicBool,
     pub(super) is_stopped: AtomicBool,
 }
@@ -42,6 +45,7 @@ impl Shared {
             metrics,
             waiting: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
+            preempted: AtomicUsize::new(0),
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
         }
@@ -77,28 +81,6 @@ pub(super) struct Task {
 impl Task {
     pub(super) fn new(job: Job, updates: Sender<Update>, stops: Stops, submitted: Instant) -> Self {
         Self { job, updates, stops, submitted }
-    }
-}
-
-/// A task that has slots.
-#[derive(Debug)]
-struct Running {
-    updates: Sender<Update>,
-    stops: Stops,
-    owner: usize,
-    /// The sequence of each sample, until it ends.
-    sequences: Vec<Option<SequenceId>>,
-    submitted: Instant,
-    started: Instant,
-    first_token: Option<Instant>,
-    last_token: Instant,
-    /// Since when its reader has taken nothing.
-    paused: Option<Instant>,
-}
-
-impl Running {
-    fn open(&self) -> impl Iterator<Item = SequenceId> {
-        self.sequences.iter().copied().flatten()
     }
 }
 
@@ -161,6 +143,8 @@ impl Worker<'_> {
                 self.calculate(calculation);
             }
             self.shared.running.store(self.scheduler.num_running(), Ordering::Relaxed);
+            let preempted = self.running.iter().filter(|task| task.preempted.is_some());
+            self.shared.preempted.store(preempted.map(Running::num_open).sum(), Ordering::Relaxed);
         }
     }
 
@@ -258,21 +242,63 @@ impl Worker<'_> {
         }
     }
 
-    /// Gives slots to jobs in turn.
+    /// Gives slots to jobs in turn, if need be those of others.
     fn admit(&mut self) {
         loop {
-            let free = self.limits.slots - (self.scheduler.num_running() + self.scheduler.num_waiting());
-            let running = &self.running;
-            let of_owner = |owner| -> usize {
-                running.iter().filter(|task| task.owner == owner).map(|task| task.open().count()).sum()
-            };
-            let fits = |task: &Task| {
-                let Job { num_samples, owner, max_running, .. } = task.job;
-                num_samples <= free && of_owner(owner) + num_samples <= max_running
-            };
-            let Some(task) = self.queue.pop(fits) else { return };
+            let free = self.limits.slots - num_taken(&self.running);
+            let within_limit =
+                |task: &Task| num_held(&self.running, task.job.owner) + task.job.num_samples <= task.job.max_running;
+            let first =
+                self.queue.peek(within_limit).map(|task| (task.job.owner, task.job.num_samples, task.submitted));
+            let preempted = next_preempted(&self.running).filter(|&index| {
+                let held = |owner| num_held(&self.running, owner);
+                first.is_none_or(|(owner, ..)| held(self.running[index].owner) <= held(owner))
+            });
+            if let Some(index) = preempted {
+                let Running { owner, preempted, .. } = self.running[index];
+                let count = self.running[index].num_open();
+                // later ones do not take what it waits for
+                if free < count && !self.make_room((owner, count - free), preempted) {
+                    return;
+                }
+                self.resume(index);
+                continue;
+            }
+            if let Some((owner, count, submitted)) = first
+                && free < count
+            {
+                self.make_room((owner, count - free), Some(submitted));
+            }
+            let free = self.limits.slots - num_taken(&self.running);
+            let within_limit =
+                |task: &Task| num_held(&self.running, task.job.owner) + task.job.num_samples <= task.job.max_running;
+            let Some(task) = self.queue.pop(|task| task.job.num_samples <= free && within_limit(task)) else { return };
             self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
             self.start(task);
+        }
+    }
+
+    /// Preempts others so that `count` more slots are free for an owner who waits; returns whether they are.
+    fn make_room(&mut self, (owner, count): (usize, usize), since: Option<Instant>) -> bool {
+        let now = Instant::now();
+        let Some(chosen) = to_preempt(&self.running, (owner, count), since.unwrap_or(now), now) else { return false };
+        for index in chosen {
+            let task = &mut self.running[index];
+            task.preempted = Some(now);
+            self.shared.metrics.preemptions.add(1);
+            for sequence in task.open() {
+                // it may have ended in the last step
+                let _ = self.scheduler.preempt(sequence);
+            }
+        }
+        true
+    }
+
+    /// Lets a preempted job go on.
+    fn resume(&mut self, index: usize) {
+        self.running[index].preempted = None;
+        for sequence in self.running[index].open() {
+            let _ = self.scheduler.set_paused(sequence, false);
         }
     }
 
@@ -304,12 +330,14 @@ impl Worker<'_> {
                 updates,
                 stops,
                 owner: job.owner,
+                max_running: job.max_running,
                 sequences: ids.into_iter().map(Some).collect(),
                 submitted,
                 started: now,
                 first_token: None,
                 last_token: now,
                 paused: None,
+                preempted: None,
             }),
             // routes check what clients can get wrong; what is left is still theirs
             Err(error) => {
@@ -338,7 +366,8 @@ impl Worker<'_> {
         for task in &mut self.running {
             if task.paused.is_some() && task.updates.capacity() >= task.updates.max_capacity() / 2 {
                 task.paused = None;
-                for sequence in task.open() {
+                // one without slots waits for its turn
+                for sequence in task.open().filter(|_| task.preempted.is_none()) {
                     let _ = self.scheduler.set_paused(sequence, false);
                 }
             }

@@ -14,9 +14,8 @@ use metal_candle::data::Tokenizer;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Stack of a thread that compiles. Schemas and grammars are read by recursion.
@@ -61,7 +60,10 @@ struct Inner {
     vocabulary: Arc<Vocabulary>,
     limits: GrammarLimits,
     cache: Mutex<VecDeque<(Key, Arc<Mutex<Matcher>>)>>,
-    compiling: AtomicUsize,
+    /// Number of threads that compile.
+    compiling: Mutex<usize>,
+    /// One of them has ended.
+    ended: Condvar,
 }
 
 type Key = [u8; 32];
@@ -100,12 +102,19 @@ impl GrammarCompiler {
         parser.max_lexer_states = limits.max_lexer_states;
         parser.max_grammar_size = MAX_GRAMMAR_SIZE;
         parser.verbose_errors = false;
-        let (cache, compiling) = (Mutex::new(VecDeque::new()), AtomicUsize::new(0));
-        let inner = Inner { factory, vocabulary: Arc::new(vocabulary), limits, cache, compiling };
+        let inner = Inner {
+            factory,
+            vocabulary: Arc::new(vocabulary),
+            limits,
+            cache: Mutex::default(),
+            compiling: Mutex::default(),
+            ended: Condvar::new(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`].
+    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`], and as long before while
+    /// other grammars are compiling.
     ///
     /// # Errors
     /// The grammar is wrong, too complex or not supported, or too many grammars are compiling.
@@ -189,15 +198,22 @@ struct Slot {
 
 impl Slot {
     fn take(inner: &Arc<Inner>) -> Option<Self> {
-        let count = |running: usize| (running < MAX_COMPILING).then_some(running + 1);
-        inner.compiling.fetch_update(Ordering::AcqRel, Ordering::Acquire, count).ok()?;
+        let running = inner.compiling.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited =
+            inner.ended.wait_timeout_while(running, inner.limits.deadline, |running| *running >= MAX_COMPILING);
+        let (mut running, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        *running += 1;
         Some(Self { inner: Arc::clone(inner) })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.inner.compiling.fetch_sub(1, Ordering::AcqRel);
+        *self.inner.compiling.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.inner.ended.notify_one();
     }
 }
 

@@ -100,6 +100,61 @@ fn a_slow_reader_is_paused_and_holds_up_nobody() {
     assert!(metric("metal_candle_requests_total{finish_reason=\"timeout\"} 1"));
 }
 
+fn key(name: &str, is_admin: bool, max_running: usize, tokens_per_minute: u64) -> ApiKey {
+    ApiKey { name: name.into(), secret: format!("secret-of-{name}"), is_admin, max_running, tokens_per_minute }
+}
+
+/// The text of a stream of completions.
+fn text_of(stream: TcpStream) -> String {
+    let mut text = String::new();
+    for line in std::io::BufRead::lines(std::io::BufReader::new(stream)) {
+        let Ok(line) = line else { break };
+        let Some(data) = line.strip_prefix("data: {") else { continue };
+        let event: serde_json::Value = serde_json::from_str(&format!("{{{data}")).unwrap();
+        text.push_str(event["choices"][0]["text"].as_str().unwrap());
+    }
+    text
+}
+
+#[test]
+fn a_key_with_every_slot_gives_some_to_another_and_loses_nothing() {
+    let keys = ["a", "b"].map(|name| key(name, false, 0, 0)).to_vec();
+    let server = Running::start(ServerConfig { slots: 2, context: 2048, keys, metrics: true, ..Running::small() });
+    let send = |key: &str, seed: u64, tokens: usize| {
+        let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+        let body = json!({"prompt": "fn main() {", "max_tokens": tokens, "ignore_eos": true, "stream": true, "seed": seed,
+            "temperature": 1.0, "logprobs": 5});
+        let body = body.to_string();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer secret-of-{key}\r\n\
+             connection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    };
+    let alone = [1, 2].map(|seed| text_of(send("a", seed, 1500)));
+    let long = [1, 2].map(|seed| {
+        let stream = send("a", seed, 1500);
+        std::thread::spawn(move || text_of(stream))
+    });
+    let metrics = || {
+        let request = ureq::get(&format!("{}/metrics", server.url)).set("x-api-key", "secret-of-b");
+        request.call().unwrap().into_string().unwrap()
+    };
+    while !metrics().contains("metal_candle_requests_running 2\n") {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let other = text_of(send("b", 3, 20));
+    assert!(!other.is_empty());
+    // it came before the long ones had ended
+    assert!(!long.iter().all(|thread| thread.is_finished()));
+    let found = long.map(|thread| thread.join().unwrap());
+    assert_eq!(found, alone);
+    let metrics = metrics();
+    assert!(metrics.contains("metal_candle_preemptions_total 1\n"), "{metrics}");
+}
+
 #[test]
 fn shutting_down_ends_what_runs_and_refuses_the_rest() {
     let config = ServerConfig { drain_timeout: Duration::from_millis(300), context: 2048, ..Running::small() };
@@ -119,14 +174,7 @@ fn shutting_down_ends_what_runs_and_refuses_the_rest() {
 
 #[test]
 fn keys_have_rights_and_limits() {
-    let key = |name: &str, is_admin, tokens_per_minute| ApiKey {
-        name: name.into(),
-        secret: format!("secret-of-{name}"),
-        is_admin,
-        max_running: 1,
-        tokens_per_minute,
-    };
-    let keys = vec![key("user", false, 100), key("admin", true, 0), key("other", false, 0)];
+    let keys = vec![key("user", false, 1, 100), key("admin", true, 1, 0), key("other", false, 1, 0)];
     let server = Running::start(ServerConfig { keys, ..Running::small() });
     let post = |path: &str, key: Option<&str>, body: serde_json::Value| {
         let mut request = ureq::post(&format!("{}{path}", server.url)).set("content-type", "application/json");
