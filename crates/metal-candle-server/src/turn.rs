@@ -137,29 +137,25 @@ impl Turn {
         if self.tools.is_some() && served.tool_syntax.is_none() {
             return Err(ApiError::unsupported("tools", "`tools`: the model's chat template shows no tools"));
         }
-        if let (Some(_), Some((param, _))) = (&self.tools, &self.grammar) {
-            let message = format!("`{param}` and `tools` in one request are not supported by this server");
-            return Err(ApiError::unsupported(param.clone(), message));
-        }
         Ok(())
     }
 
     /// The mask of the answer to `prompt`, if it must look a certain way.
     fn mask(&self, served: &Served, prompt: &str) -> Result<Option<GrammarMask>, ApiError> {
-        if let Some((param, grammar)) = &self.grammar {
-            return served.mask(grammar, param).map(Some);
-        }
-        let Some((tools, syntax)) = self.tools.as_ref().zip(served.tool_syntax.as_ref()) else { return Ok(None) };
+        let form = self.grammar.as_ref().map(|(param, grammar)| (param.as_str(), grammar));
+        let Some((tools, syntax)) = self.tools.as_ref().zip(served.tool_syntax.as_ref()) else {
+            return form.map(|(param, grammar)| served.mask(grammar, param)).transpose();
+        };
         let reasoning = served.reasoning.as_ref().map(|marks| (marks, marks.is_open_after(prompt)));
-        let grammar = tools_grammar(syntax, tools, reasoning)?;
+        let grammar = tools_grammar(syntax, tools, reasoning, form)?;
         grammar.map(|grammar| served.mask(&grammar, "tools")).transpose()
     }
 
     /// What splits the answer to `prompt` into reasoning, content and calls, where there may be more than content.
     fn parser(&self, served: &Served, prompt: &str) -> Option<ToolParser> {
         let syntax = served.tool_syntax.as_deref().filter(|_| self.tools.is_some());
-        // an answer in a grammar has no place for reasoning
-        let reasoning = served.reasoning.as_ref().filter(|_| self.grammar.is_none());
+        // an answer in a grammar alone has no place for reasoning
+        let reasoning = served.reasoning.as_ref().filter(|_| self.grammar.is_none() || syntax.is_some());
         if syntax.is_none() && reasoning.is_none() {
             return None;
         }

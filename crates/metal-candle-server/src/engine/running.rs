@@ -17,7 +17,7 @@ pub(super) struct Running {
     pub(super) stops: Stops,
     pub(super) owner: usize,
     /// Most sequences of this owner that run at a time.
-    pub(super) max_running: usize,
+    pub(super) owner_limit: usize,
     /// The sequence of each sample, until it ends.
     pub(super) sequences: Vec<Option<SequenceId>>,
     pub(super) submitted: Instant,
@@ -59,7 +59,7 @@ pub(super) fn num_held(jobs: &[Running], owner: usize) -> usize {
 /// The preempted job that should go on next: of the owner with the fewest slots the one that has waited longest.
 pub(super) fn next_preempted(jobs: &[Running]) -> Option<usize> {
     let may_go_on =
-        |job: &Running| job.paused.is_none() && num_held(jobs, job.owner) + job.num_open() <= job.max_running;
+        |job: &Running| job.paused.is_none() && num_held(jobs, job.owner) + job.num_open() <= job.owner_limit;
     let waiting = jobs.iter().enumerate().filter(|(_, job)| job.preempted.is_some() && may_go_on(job));
     waiting.min_by_key(|(_, job)| (num_held(jobs, job.owner), job.preempted)).map(|(index, _)| index)
 }
@@ -107,6 +107,7 @@ pub(super) fn to_preempt(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::super::job::Answers;
     use super::*;
@@ -129,7 +130,7 @@ mod tests {
             updates,
             stops,
             owner,
-            max_running: 8,
+            owner_limit: 8,
             sequences: sequences(count),
             submitted: started,
             started,
@@ -143,7 +144,7 @@ mod tests {
     #[test]
     fn an_owner_with_many_slots_gives_some_to_one_with_few() {
         let start = Instant::now();
-        let now = start + Duration::from_secs(60);
+        let now = start + Duration::from_mins(1);
         let mut jobs: Vec<_> = (0..4).map(|number| job(start, 1, 1, number)).collect();
         let ask = |jobs: &[Running], owner, count| to_preempt(jobs, (owner, count), start, now);
         // the youngest
@@ -152,28 +153,28 @@ mod tests {
         // it would have more than the other then
         assert_eq!(ask(&jobs, 2, 3), None);
         assert_eq!(ask(&jobs, 1, 1), None);
-        assert_eq!(to_preempt(&jobs, (2, 1), now - Duration::from_millis(100), now), None);
+        assert_eq!(to_preempt(&jobs, (2, 1), start + Duration::from_millis(59_900), now), None);
         jobs[3].preempted = Some(now);
         jobs.push(job(start, 2, 1, 5));
         assert_eq!((num_taken(&jobs), num_held(&jobs, 1), num_held(&jobs, 2)), (4, 3, 1));
         assert_eq!(ask(&jobs, 2, 1), Some(vec![2]));
-        jobs[2].preempted = Some(now - Duration::from_secs(1));
+        jobs[2].preempted = Some(start);
         jobs.push(job(start, 2, 1, 6));
         assert_eq!(ask(&jobs, 2, 1), None);
         // the one that has waited longer
         assert_eq!(next_preempted(&jobs), Some(2));
         jobs[2].paused = Some(now);
         assert_eq!(next_preempted(&jobs), Some(3));
-        jobs[3].max_running = 2;
+        jobs[3].owner_limit = 2;
         assert_eq!(next_preempted(&jobs), None);
     }
 
     #[test]
     fn readers_that_take_nothing_give_up_their_slots_first() {
         let start = Instant::now();
-        let now = start + Duration::from_secs(60);
+        let now = start + Duration::from_mins(1);
         let mut jobs = vec![job(start, 1, 1, 0), job(start, 1, 2, 1), job(start, 1, 1, 2)];
-        (jobs[0].paused, jobs[1].paused) = (Some(now - MAX_IDLE), Some(now - 2 * MAX_IDLE));
+        (jobs[0].paused, jobs[1].paused) = (Some(start + Duration::from_secs(50)), Some(start));
         // also for others of the same owner, and at once
         assert_eq!(to_preempt(&jobs, (1, 1), now, now), Some(vec![1]));
         assert_eq!(to_preempt(&jobs, (1, 3), now, now), Some(vec![1, 0]));

@@ -330,7 +330,7 @@ impl Worker<'_> {
                 updates,
                 stops,
                 owner: job.owner,
-                max_running: job.max_running,
+                owner_limit: job.max_running,
                 sequences: ids.into_iter().map(Some).collect(),
                 submitted,
                 started: now,

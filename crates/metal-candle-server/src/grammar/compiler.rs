@@ -217,6 +217,38 @@ impl Drop for Slot {
     }
 }
 
+impl Grammar {
+    /// The grammar as an expression in a rule of Lark; `None` for one that has rules of its own.
+    ///
+    /// # Errors
+    /// The grammar is too large, or a schema is not supported.
+    pub(crate) fn expression(&self, max_bytes: usize) -> Result<Option<String>, GrammarError> {
+        if matches!(self, Self::Lark(_) | Self::Gbnf(_)) {
+            return Ok(None);
+        }
+        Ok(match Source::new(self, max_bytes)? {
+            Source::Schema(schema) => Some(format!("%json {schema}")),
+            Source::Regex(text) => Some(lark_regex(&text)),
+            Source::Lark(_) => None,
+        })
+    }
+}
+
+/// A regular expression between slashes.
+fn lark_regex(text: &str) -> String {
+    let (mut lark, mut is_escaped) = (String::from("/"), false);
+    for c in text.chars() {
+        match c {
+            '/' if !is_escaped => lark.push_str("\\/"),
+            '\n' if is_escaped => lark.push('n'),
+            '\n' => lark.push_str("\\n"),
+            c => lark.push(c),
+        }
+        is_escaped = c == '\\' && !is_escaped;
+    }
+    lark + "/"
+}
+
 /// A grammar as llguidance reads it.
 enum Source {
     Schema(Value),

@@ -13,17 +13,20 @@ const MAX_SCHEMA_BYTES: usize = 64 << 10;
 /// Keywords of strings that a grammar of XML parameters follows.
 const STRING_KEYWORDS: [&str; 7] = ["type", "enum", "const", "description", "title", "default", "examples"];
 
-/// The grammar of answers to a request: calls only where one is required, text and valid calls where a tool is strict, and `None`
-/// where the model is free. `reasoning` holds the markers of reasoning and whether the prompt ends inside of it.
+/// The grammar of answers to a request: calls only where one is required, calls or an `answer` where its form is given, text and
+/// valid calls where a tool is strict, and `None` where the model is free. `reasoning` holds the markers of reasoning and whether
+/// the prompt ends inside of it; `answer` is the field that gives the form, and the form.
 ///
 /// # Errors
-/// The model cannot be held to the schemas: they are too large, or the markers of calls are not tokens.
+/// The model cannot be held to the schemas: they are too large, or the markers of calls are not tokens; or the form of an answer
+/// is a grammar with rules of its own.
 pub(crate) fn tools_grammar(
     syntax: &ToolSyntax,
     request: &ToolRequest,
     reasoning: Option<(&Reasoning, bool)>,
+    answer: Option<(&str, &Grammar)>,
 ) -> Result<Option<Grammar>, ApiError> {
-    let is_strict = request.tools.iter().any(|tool| tool.strict);
+    let is_strict = answer.is_some() || request.tools.iter().any(|tool| tool.strict);
     let is_required = match request.choice {
         ToolChoice::Required => true,
         ToolChoice::Auto if is_strict => false,
@@ -39,9 +42,18 @@ pub(crate) fn tools_grammar(
         return Err(ApiError::field("tools", message));
     }
     let writer = Writer { syntax, request };
-    let call = writer.calls(&mut lark)?;
+    let (call, calls) = writer.calls(&mut lark)?;
     let start = if is_required {
-        format!("{thinking} {call}")
+        format!("{thinking} {calls}")
+    } else if let Some((param, grammar)) = answer {
+        let expression = grammar.expression(MAX_SCHEMA_BYTES);
+        let expression = expression.map_err(|error| ApiError::field(param, format!("`{param}`: {error}")))?;
+        let expression = expression.ok_or_else(|| {
+            let message = format!("`{param}`: a grammar and `tools` in one request are not supported by this server");
+            ApiError::unsupported(param, message)
+        })?;
+        let _ = writeln!(lark, "answer: {expression}");
+        format!("{thinking} ({calls} | answer)")
     } else if syntax.form == Form::Bare {
         // an answer that starts with another character is text
         lark.push_str("text: /[^{\\s](?s:.)*/\n");
@@ -85,8 +97,8 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// The rules of calls, and the expression that stands for one or several.
-    fn calls(&self, lark: &mut String) -> Result<&'static str, ApiError> {
+    /// The rules of calls, and the names of the rule of one and of as many as an answer may hold. A list counts as one.
+    fn calls(&self, lark: &mut String) -> Result<(&'static str, &'static str), ApiError> {
         let (syntax, tools) = (self.syntax, &self.request.tools);
         let names: Vec<String> = (0..tools.len()).map(|index| format!("tool{index}")).collect();
         let _ = writeln!(lark, "tool: {}", names.join(" | "));
@@ -108,11 +120,11 @@ impl Writer<'_> {
         // the template of Llama 3 shows one call
         let is_single = syntax.form.is_list() || syntax.form == Form::Bare || !self.request.parallel;
         if is_single {
-            return Ok("call");
+            return Ok(("call", "call"));
         }
         let gap = if syntax.close().is_some() && syntax.form != Form::Phi { "\"\\n\"?" } else { "" };
         let _ = writeln!(lark, "calls: call ({gap} call)*");
-        Ok(if self.request.choice == ToolChoice::Required { "calls" } else { "call" })
+        Ok(("call", "calls"))
     }
 
     fn tool(&self, index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<(), ApiError> {

@@ -317,7 +317,7 @@ fn constrained_answers_are_valid_calls() {
             request.choice = ToolChoice::Required;
             request.parallel = seed < 4;
             let reasoning = Some((&thinking, is_open));
-            let grammar = tools_grammar(&syntax, &request, reasoning).unwrap().unwrap();
+            let grammar = tools_grammar(&syntax, &request, reasoning, None).unwrap().unwrap();
             let mut mask = COMPILER.compile(&grammar).unwrap_or_else(|error| panic!("{error}: {grammar:?}"));
             let (ids, is_finished) = walk(&mut mask, seed, 300, &[4088, 4089]);
             let written = text(&ids);
@@ -337,11 +337,41 @@ fn constrained_answers_are_valid_calls() {
         }
     }
     assert!(finished > 20, "{finished}");
+    // a call, or an answer of the form that the request gives
+    request.choice = ToolChoice::Auto;
+    let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]});
+    let forms = [Grammar::JsonSchema(schema), Grammar::Regex("a/b|\\/\n".into())];
+    let (mut calls, mut answers) = (0, 0);
+    let all = rendered();
+    for (number, seed) in (0..6 * all.len()).map(|index| (index / 6, index as u64 % 6)) {
+        let (template, form, ..) = &all[number];
+        let grammar = &forms[seed as usize % 2];
+        let syntax = ToolSyntax::of(template, &TOKENIZER).unwrap();
+        let grammar = tools_grammar(&syntax, &request, None, Some(("response_format", grammar))).unwrap().unwrap();
+        let mut mask = COMPILER.compile(&grammar).unwrap_or_else(|error| panic!("{error}: {grammar:?}"));
+        let (ids, is_finished) = walk(&mut mask, seed, 300, &[4088, 4089]);
+        let written = text(&ids);
+        let mut parser = ToolParser::new(Some(&syntax), None, "", &request.tools, true);
+        let mut deltas = parser.push(&written);
+        deltas.extend(parser.finish(!is_finished));
+        let (_, content, found) = answer(deltas);
+        calls += found.len();
+        if is_finished && found.is_empty() {
+            answers += 1;
+            let is_right =
+                if seed % 2 == 0 { value(&content)["n"].is_number() } else { ["a/b", "/\n"].contains(&&*written) };
+            assert!(is_right, "{form:?}: {written:?}");
+        }
+    }
+    assert!(calls > 5 && answers > 5, "{calls} calls, {answers} answers");
+    let lark = Grammar::Lark("start: \"a\"".into());
+    let syntax = ToolSyntax::of("<tool_call>", &TOKENIZER).unwrap();
+    assert!(tools_grammar(&syntax, &request, None, Some(("guided_grammar", &lark))).is_err());
     // with a choice, text may come too
     request.choice = ToolChoice::Auto;
     request.parallel = true;
     let syntax = ToolSyntax::of("<tool_call>", &TOKENIZER).unwrap();
-    let grammar = tools_grammar(&syntax, &request, None).unwrap().unwrap();
+    let grammar = tools_grammar(&syntax, &request, None, None).unwrap().unwrap();
     let mut calls = 0;
     for seed in 0..20 {
         let (ids, is_finished) = walk(&mut COMPILER.compile(&grammar).unwrap(), seed, 120, &[4088, 4089]);
@@ -355,7 +385,7 @@ fn constrained_answers_are_valid_calls() {
     for tool in &mut request.tools {
         tool.strict = false;
     }
-    assert_eq!(tools_grammar(&syntax, &request, None).unwrap(), None);
+    assert_eq!(tools_grammar(&syntax, &request, None, None).unwrap(), None);
 }
 
 /// Whether a grammar has a text, with the tokens that the tokenizer gives it.
@@ -380,12 +410,12 @@ fn grammars_hold_what_templates_write() {
         let syntax = ToolSyntax::of(template, &TOKENIZER).unwrap();
         request.choice = ToolChoice::Required;
         request.parallel = true;
-        let required = tools_grammar(&syntax, &request, None).unwrap().unwrap();
+        let required = tools_grammar(&syntax, &request, None, None).unwrap().unwrap();
         let (open, closed) =
-            [true, false].map(|is_open| tools_grammar(&syntax, &request, Some((&thinking, is_open)))).into();
+            [true, false].map(|is_open| tools_grammar(&syntax, &request, Some((&thinking, is_open)), None)).into();
         let (open, closed) = (open.unwrap().unwrap(), closed.unwrap().unwrap());
         request.parallel = false;
-        let single = tools_grammar(&syntax, &request, None).unwrap().unwrap();
+        let single = tools_grammar(&syntax, &request, None, None).unwrap().unwrap();
         let calls = text.strip_prefix("Let me look.").unwrap_or(&text).trim_start();
         // ids of calls in a list are not written by models
         let calls = calls.replace(", \"id\": \"abcdefgh1\"", "").replace(", \"id\": \"abcdefgh2\"", "");
@@ -408,7 +438,7 @@ fn grammars_hold_what_templates_write() {
                 assert!(accepts(&required, &calls), "{calls}");
             }
             request.choice = ToolChoice::Auto;
-            let auto = tools_grammar(&syntax, &request, None).unwrap().unwrap();
+            let auto = tools_grammar(&syntax, &request, None, None).unwrap().unwrap();
             assert!(accepts(&auto, "Hello \"you\"\n") && accepts(&auto, ""));
             assert_eq!(accepts(&auto, &text), form == Form::Bare, "one call only");
             let one = calls.split_inclusive("</tool_call>").next().unwrap();
@@ -416,7 +446,7 @@ fn grammars_hold_what_templates_write() {
         } else {
             request.choice = ToolChoice::Auto;
             let is_token = syntax.marker_ids().next().is_some();
-            assert_eq!(tools_grammar(&syntax, &request, None).is_ok(), is_token, "{form:?}");
+            assert_eq!(tools_grammar(&syntax, &request, None, None).is_ok(), is_token, "{form:?}");
         }
     }
 }

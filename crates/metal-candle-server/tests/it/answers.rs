@@ -235,6 +235,18 @@ fn calls_and_schemas_hold_in_every_format() {
     body["response_format"] = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
     let answer = SERVER.ok("/v1/chat/completions", &body)["choices"][0].clone();
     holds(&parse(answer["message"]["content"].as_str().unwrap()));
+    // with tools, it is a call or an answer in the format
+    body["tools"] = json!([{"type": "function", "function": {"name": "add", "parameters": schema}}]);
+    body["parallel_tool_calls"] = false.into();
+    for is_call in [false, true] {
+        // the marker of a call
+        body["logit_bias"] = if is_call { json!({"4088": 100}) } else { json!({}) };
+        let answer = SERVER.ok("/v1/chat/completions", &body)["choices"][0].clone();
+        assert_eq!(answer["finish_reason"], if is_call { "tool_calls" } else { "stop" });
+        let message = &answer["message"];
+        let text = if is_call { &message["tool_calls"][0]["function"]["arguments"] } else { &message["content"] };
+        holds(&parse(text.as_str().unwrap()));
+    }
     let format = json!({"type": "json_schema", "name": "s", "schema": schema});
     let body = json!({"input": "Answer.", "temperature": 0, "text": {"format": format}});
     holds(&parse(SERVER.ok("/v1/responses", &body)["output"][0]["content"][0]["text"].as_str().unwrap()));

@@ -148,7 +148,7 @@ fn a_key_with_every_slot_gives_some_to_another_and_loses_nothing() {
     let other = text_of(send("b", 3, 20));
     assert!(!other.is_empty());
     // it came before the long ones had ended
-    assert!(!long.iter().all(|thread| thread.is_finished()));
+    assert!(!long.iter().all(std::thread::JoinHandle::is_finished));
     let found = long.map(|thread| thread.join().unwrap());
     assert_eq!(found, alone);
     let metrics = metrics();
