@@ -13,8 +13,7 @@ const MAX_BIASES: usize = 1024;
 const MAX_STOP_IDS: usize = 128;
 
 /// Fields of other servers that change the answer and that this one does not have, with the values that turn them off.
-const REFUSED: [(&str, f64); 12] = [
-    ("min_tokens", 0.0),
+const REFUSED: [(&str, f64); 11] = [
     ("n_probs", 0.0),
     ("use_beam_search", 0.0),
     ("typical_p", 1.0),
@@ -78,6 +77,12 @@ pub(crate) fn generation_config(
     }
 
     let mut config = GenerationConfig::default().with_max_tokens(max_tokens).with_sampling(sampling);
+    config.min_tokens = fields.count("min_tokens", 0, usize::MAX)?.unwrap_or(0);
+    if config.min_tokens > max_tokens {
+        let message =
+            format!("`min_tokens`: expected at most {max_tokens}, the most tokens, found {}", config.min_tokens);
+        return Err(ApiError::field("min_tokens", message));
+    }
     config.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
     config.skip_special_tokens = fields.flag("skip_special_tokens")?.unwrap_or(true);
     config.stop_strings = stop_strings(fields, "stop")?;

@@ -60,6 +60,9 @@ impl<const N: usize> From<[u32; N]> for Prompt {
 pub struct GenerationConfig {
     /// Most tokens to generate, at least 1; the context length of the model is a limit too.
     pub max_tokens: usize,
+    /// So many tokens are generated before one may end the generation. Stop strings end it at any time, and so does a mask that
+    /// allows nothing but the end.
+    pub min_tokens: usize,
     /// How tokens are sampled.
     pub sampling: SamplingConfig,
     /// Texts that end the generation; they are not part of its text. They need a tokenizer.
@@ -76,6 +79,7 @@ impl Default for GenerationConfig {
     fn default() -> Self {
         Self {
             max_tokens: 256,
+            min_tokens: 0,
             sampling: SamplingConfig::greedy(),
             stop_strings: Vec::new(),
             stop_ids: Vec::new(),
@@ -90,6 +94,13 @@ impl GenerationConfig {
     #[must_use]
     pub fn with_max_tokens(mut self, max_tokens: usize) -> Self {
         self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Sets the number of tokens before one may end the generation.
+    #[must_use]
+    pub fn with_min_tokens(mut self, min_tokens: usize) -> Self {
+        self.min_tokens = min_tokens;
         self
     }
 

@@ -40,6 +40,7 @@ pub(super) struct Sequence {
     decoder: Option<StreamDecoder>,
     stop: StopMatcher,
     end_ids: Vec<u32>,
+    min_tokens: usize,
     max_tokens: usize,
     /// Most tokens of prompt and text together.
     max_len: usize,
@@ -112,6 +113,7 @@ impl Sequence {
             decoder: tokenizer.map(|tokenizer| tokenizer.stream_decoder(config.skip_special_tokens)),
             stop: StopMatcher::new(config.stop_strings.clone()),
             end_ids,
+            min_tokens: config.min_tokens,
             max_tokens: config.max_tokens,
             max_len: model.config().max_sequence_length(),
             last_step: 0,
@@ -332,26 +334,36 @@ impl Sequence {
         allowed: &mut Option<AllowedTokens>,
         draft: Option<u32>,
     ) -> Result<Piece> {
-        let allowed = match &mut self.mask {
-            None => None,
-            Some(mask) => {
-                let allowed = allowed.get_or_insert_with(|| AllowedTokens::new(logits.len()));
-                let generated = &self.ids[self.prompt_tokens..];
-                allowed.clear();
-                mask.allow(generated, allowed)?;
-                if allowed.is_empty() {
-                    let count = generated.len();
-                    let message = format!("expected at least one allowed token, found none; generated so far: {count}");
-                    return Err(Error::argument("mask", message));
-                }
-                Some(&*allowed)
+        let is_early = self.is_early();
+        let mut found = None;
+        if self.mask.is_some() || is_early {
+            let allowed = allowed.get_or_insert_with(|| AllowedTokens::new(logits.len()));
+            allowed.clear();
+            match &mut self.mask {
+                Some(mask) => mask.allow(&self.ids[self.prompt_tokens..], allowed)?,
+                None => allowed.insert_all(),
             }
-        };
+            if allowed.is_empty() {
+                let count = self.ids.len() - self.prompt_tokens;
+                let message = format!("expected at least one allowed token, found none; generated so far: {count}");
+                return Err(Error::argument("mask", message));
+            }
+            if is_early {
+                allowed.remove_unless_all(&self.end_ids);
+            }
+            found = Some(&*allowed);
+        }
+        let allowed = found;
         let (choice, top) = self.sampler.sample_allowed(logits, allowed, self.num_top)?;
         if let Some(drafter) = self.drafter.as_mut().filter(|_| draft == Some(choice.token)) {
             drafter.count_accepted();
         }
         self.add(choice, top)
+    }
+
+    /// Whether it is too short for an ending token.
+    fn is_early(&self) -> bool {
+        self.generated_tokens < self.min_tokens && !self.end_ids.is_empty()
     }
 
     /// Adds the token that the device sampled.
@@ -365,7 +377,7 @@ impl Sequence {
         if self.num_waiting() != 1 || self.mask.is_some() || self.num_top > 0 || !self.samples.is_empty() {
             return None;
         }
-        if !self.draft.is_empty() {
+        if !self.draft.is_empty() || self.is_early() {
             return None;
         }
         let choice = self.sampler.choice_on_device()?;

@@ -175,6 +175,22 @@ fn a_paused_sequence_resumes_where_it_was() {
 }
 
 #[test]
+fn an_ending_token_comes_after_the_least_tokens() {
+    let free = alone(Request::new(ids(6), greedy(8)));
+    let ending = free[0].token;
+    let config = |min| GenerationConfig { stop_ids: vec![ending], ..greedy(8).with_min_tokens(min) };
+    let found = alone(Request::new(ids(6), config(0)));
+    assert_eq!((found.len(), found[0].token), (1, ending));
+    let found = alone(Request::new(ids(6), config(5)));
+    assert!(found.len() >= 6 || found.last().unwrap().token != ending, "{found:?}");
+    assert!(found.iter().take(5).all(|piece| piece.token != ending));
+    // unless a mask allows nothing else
+    let mask = Script::new(&[&[ending]]);
+    let found = alone(Request::new(ids(6), config(5)).with_mask(mask));
+    assert_eq!((found.len(), found[0].token), (1, ending));
+}
+
+#[test]
 fn a_preempted_sequence_continues_with_the_same_bits() {
     let config = SchedulerConfig { max_sequences: 3, ..SMALL };
     for prefix_key in [None, Some(1)] {
