@@ -251,6 +251,16 @@ fn calls_and_schemas_hold_in_every_format() {
         ("/v1/responses", json!({"input": "a", "tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
         ("/v1/responses", json!({"input": "a", "text": {"format": {"type": "xml"}}}), "text.format.type"),
         ("/v1/responses", json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
+        (
+            "/v1/responses",
+            json!({"input": "a", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": {}}}),
+            "tool_choice.tools",
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "a", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}}),
+            "tool_choice.tools[0].type",
+        ),
     ] {
         assert_eq!(SERVER.refusal(path, &body).1, param);
     }
