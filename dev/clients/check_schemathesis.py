@@ -8,7 +8,7 @@ import tempfile
 import time
 import urllib.request
 
-from common import BASE, KEY, MODEL, ROOT, check, main, request
+from common import BASE, HAS_ALL, KEY, MODEL, ROOT, Skip, check, main, request
 
 ROWS = "".join(json.dumps({"text": f"fn f{number}() {{}}\n" * 4}) + "\n" for number in range(8))
 
@@ -93,14 +93,11 @@ def answers(document):
 
 @check
 def requests_and_answers_are_those_of_the_document():
+    if not HAS_ALL:
+        raise Skip("thousands of requests take long with other models than the built-in one")
     document = json.load(open(os.environ["CHECK_DOCUMENT"])) if "CHECK_DOCUMENT" in os.environ else request("/openapi.json")[1]
-    # the answer to `/openapi.json` itself is not described in full
-    own = document["paths"]["/openapi.json"]["get"]["responses"]["200"]["content"]["application/json"]
-    kept = json.loads(json.dumps(own))
     close([*answers(document).values(), document["components"]["responses"]])
     close([operation["responses"] for path in document["paths"].values() for operation in path.values()])
-    own.clear()
-    own.update(kept)
     without_large_limits(document)
     file = upload()
     job = train(file)

@@ -48,6 +48,15 @@ def known_tokens(value):
     return value % VOCABULARY if is_count(value) else value
 
 
+def with_whole_numbers(value):
+    """The value with `1.0`, which is an integer for JSON Schema and refused by the server, as `1`."""
+    if isinstance(value, list):
+        return [with_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {name: with_whole_numbers(item) for name, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
 def meet_rules(path, body):
     if "model" in body:
         body["model"] = MODEL if path.endswith("jobs") or len(body) % 2 else ADAPTER
@@ -56,6 +65,8 @@ def meet_rules(path, body):
     for name in ("tokens", "stop_token_ids", "prompt", "input"):
         if isinstance(body.get(name), list):
             body[name] = known_tokens(body[name])
+    if isinstance(body.get("prompt"), list) and any(not isinstance(prompt, str) for prompt in body["prompt"]):
+        body["suffix"] = None
     biases = body.get("logit_bias")
     if isinstance(biases, dict):
         body["logit_bias"] = {str(int(token) % VOCABULARY): bias for token, bias in biases.items()}
@@ -72,6 +83,8 @@ def meet_rules(path, body):
     meet_rules_of_grammars(body)
     if path.endswith("/fine_tuning/jobs"):
         meet_rules_of_jobs(body)
+    elif path.endswith("/unload_lora_adapter"):
+        body["lora_name"] = ADAPTER
     elif path.endswith(("/v1/adapters", "/load_lora_adapter")):
         body["path" if path.endswith("adapters") else "lora_path"] = CHECKPOINT_FOLDER
 
@@ -134,16 +147,30 @@ def meet_rules_of_jobs(body):
 
 
 @schemathesis.hook
+def filter_case(context, case):
+    """Whether the names of a form's parts can be written into a header."""
+    if case.media_type != "multipart/form-data" or not isinstance(case.body, dict):
+        return True
+    return all(name.isascii() and name.isprintable() for name in case.body)
+
+
+@schemathesis.hook
 def before_call(context, case, kwargs):
     path = case.operation.path
     is_positive = case.meta is None or case.meta.generation.mode.is_positive
     if isinstance(case.body, dict) and case.media_type == "application/json":
+        if is_positive:
+            case.body = with_whole_numbers(case.body)
         shorten(path, case.body)
         if is_positive:
             meet_rules(path, case.body)
     ids = case.path_parameters
     if is_positive and ids and "id" in ids and case.method != "DELETE":
         ids["id"] = JOB if "/jobs/" in path else FILE
+    if ids and ids.get("id") == FILE and case.method == "DELETE":
+        ids["id"] = "file-of-no-one"
+    if is_positive and ids and path.startswith("/v1/models/"):
+        ids["name"] = MODEL if len(ids["name"]) % 2 else ADAPTER
     if is_positive and isinstance(case.query, dict) and "/{id}/" in path:
         # an event or a checkpoint of the job
         case.query.pop("after", None)

@@ -178,8 +178,8 @@ mod tests {
             let is_read = status.is_success() || path.contains("adapter") || path.contains("jobs");
             assert!(is_read, "{path}: {status} {answer}");
             let mut found = asked::names();
-            // `best_of` is compared with `n`; formats are read in the form of chats
-            for name in ["n", "response_format"] {
+            // `best_of` is compared with `n`; formats and tools are read in the form of chats
+            for name in ["n", "response_format", "parallel_tool_calls"] {
                 if !names(&document, schema).contains(name) {
                     found.remove(name);
                 }

@@ -185,6 +185,15 @@ fn an_answer_continues_the_last_message() {
 }
 
 #[test]
+fn calls_without_arguments_are_shown_as_calls() {
+    for function in [json!({"name": "f"}), json!({"name": "f", "arguments": null}), json!({"name": "f", "arguments": "{}"})] {
+        let call = json!({"role": "assistant", "tool_calls": [{"function": function}]});
+        let prompt = SERVER.ok("/apply-template", &json!({"messages": [call]}))["prompt"].clone();
+        assert!(prompt.as_str().unwrap().contains("{\"name\": \"f\", \"arguments\": {}}"), "{prompt}");
+    }
+}
+
+#[test]
 fn calls_and_schemas_hold_in_every_format() {
     let schema = json!({"type": "object", "required": ["a", "b"],
         "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}}});
