@@ -97,34 +97,31 @@ def meet_rules_of_grammars(body):
         function["name"] = f"tool_{index}"
         if "parameters" in function or "input_schema" in function:
             function["input_schema" if "input_schema" in function else "parameters"] = SCHEMA
-    if isinstance(body.get("tool_choice"), dict) or body.get("tool_choice") in ("required",):
-        if not tools or not choose_tool(body["tool_choice"]):
-            body["tool_choice"] = None if not isinstance(body["tool_choice"], str) else "auto"
-    found = [name for name in (*GRAMMARS, "structured_outputs", *FORMATS) if body.get(name)]
+    choice = body.get("tool_choice")
+    if not tools and choice not in ("none", "auto"):
+        body["tool_choice"] = None
+    elif isinstance(choice, dict):
+        choose_tool(choice)
+    found = [name for name in (*GRAMMARS, "structured_outputs", *FORMATS) if body.get(name) is not None]
     for name in found if tools else found[1:]:
         body[name] = None
-    for name in found[:1]:
-        if body[name] is None:
-            continue
+    for name in [] if tools else found[:1]:
         if name in GRAMMARS:
             body[name] = GRAMMARS[name]
         elif name == "structured_outputs":
             body[name] = {"json": SCHEMA}
-        else:
+        elif isinstance(body[name], dict):
             put_schema(body[name])
 
 
 def choose_tool(choice):
-    """Names the first tool; whether that is possible."""
-    if isinstance(choice, str):
-        return True
+    """Names the first tool."""
     chosen = choice.get("allowed_tools", choice).get("tools")
     for tool in [choice] if chosen is None else chosen:
         if "function" in tool:
             tool["function"]["name"] = "tool_0"
         elif "name" in tool:
             tool["name"] = "tool_0"
-    return True
 
 
 def put_schema(value):
