@@ -114,6 +114,9 @@ def meet_rules_of_grammars(body):
     found = [name for name in (*GRAMMARS, "structured_outputs", *FORMATS) if body.get(name) is not None]
     for name in found if tools else found[1:]:
         body[name] = None
+    if body.get("logit_bias") and (tools or found):
+        # it may exclude all tokens that the grammar allows
+        body["logit_bias"] = None
     for name in [] if tools else found[:1]:
         if name in GRAMMARS:
             body[name] = GRAMMARS[name]

@@ -68,7 +68,8 @@ mod tests {
             // no route has this method, so the answer names those that it has
             let (status, allow, _) = send(&router, "TRACE", &path.replace(['{', '}', '*'], "x"), String::new()).await;
             assert_eq!(status, StatusCode::METHOD_NOT_ALLOWED, "{path}");
-            for method in allow.split(',').map(|method| method.trim().to_lowercase()).filter(|method| method != "head") {
+            for method in allow.split(',').map(|method| method.trim().to_lowercase()).filter(|method| method != "head")
+            {
                 found.insert((path.replace('*', ""), method));
             }
         }
@@ -136,7 +137,8 @@ mod tests {
     /// The names of the fields of a request, those among them that are refused included.
     fn names(document: &Value, schema: &Value) -> BTreeSet<String> {
         let schema = resolve(document, schema);
-        let mut found: BTreeSet<String> = schema["properties"].as_object().into_iter().flat_map(Map::keys).cloned().collect();
+        let mut found: BTreeSet<String> =
+            schema["properties"].as_object().into_iter().flat_map(Map::keys).cloned().collect();
         for refused in schema["x-refused"].as_array().into_iter().flatten() {
             found.insert(refused.as_str().unwrap().to_owned());
             assert!(schema["description"].as_str().unwrap().contains(&format!("`{}`", refused.as_str().unwrap())));

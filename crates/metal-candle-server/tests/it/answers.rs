@@ -186,7 +186,9 @@ fn an_answer_continues_the_last_message() {
 
 #[test]
 fn calls_without_arguments_are_shown_as_calls() {
-    for function in [json!({"name": "f"}), json!({"name": "f", "arguments": null}), json!({"name": "f", "arguments": "{}"})] {
+    for function in
+        [json!({"name": "f"}), json!({"name": "f", "arguments": null}), json!({"name": "f", "arguments": "{}"})]
+    {
         let call = json!({"role": "assistant", "tool_calls": [{"function": function}]});
         let prompt = SERVER.ok("/apply-template", &json!({"messages": [call]}))["prompt"].clone();
         assert!(prompt.as_str().unwrap().contains("{\"name\": \"f\", \"arguments\": {}}"), "{prompt}");
