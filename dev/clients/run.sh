@@ -19,6 +19,7 @@ clients=(
   "instructor instructor==1.17.0"
   "llm llm==0.36"
   "litellm litellm==1.110.2"
+  "schemathesis schemathesis==4.32.5"
 )
 npm_package=openai@6.49.0
 wanted=" $* "
@@ -32,7 +33,9 @@ trap stop EXIT
 key=$(python3 -c 'import secrets; print(secrets.token_hex(16))')
 printf '[[keys]]\nname = "checks"\nkey = "%s"\nadmin = true\n' "$key" > "$work/keys.toml"
 chmod 600 "$work/keys.toml"
-"$binary" serve --model "${SERVER_MODEL:-nano}" --port 0 --metrics --api-key-file "$work/keys.toml" > "$work/log" 2>&1 &
+mkdir "$work/jobs"
+"$binary" serve --model "${SERVER_MODEL:-nano}" --port 0 --metrics --api-key-file "$work/keys.toml" \
+  --jobs "$work/jobs" --adapter-root "$work/jobs" > "$work/log" 2>&1 &
 server=$!
 for _ in $(seq 600); do
   SERVER_ROOT=$(grep -om1 'http://127\.0\.0\.1:[0-9]*' "$work/log") && break

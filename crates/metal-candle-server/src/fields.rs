@@ -42,6 +42,8 @@ impl<'a> Fields<'a> {
 
     /// The value of a field, unless it is absent or `null`.
     pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
+        #[cfg(test)]
+        asked::add(&self.path(name));
         self.map.get(name).filter(|value| !value.is_null())
     }
 
@@ -191,6 +193,33 @@ impl<'a> Fields<'a> {
         }
         let list: Vec<String> = texts.iter().map(|text| format!("`{text}`")).collect();
         self.wrong(name, &list.join(" or "), value)
+    }
+}
+
+/// The names of the fields of a body that were asked for on this thread.
+#[cfg(test)]
+pub(crate) mod asked {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
+
+    thread_local! {
+        static NAMES: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+    }
+
+    pub(super) fn add(path: &str) {
+        if !path.contains(['.', '[']) {
+            NAMES.with_borrow_mut(|names| names.insert(path.to_owned()));
+        }
+    }
+
+    /// Forgets all names.
+    pub(crate) fn start() {
+        NAMES.with_borrow_mut(BTreeSet::clear);
+    }
+
+    /// The names since the last [`start`].
+    pub(crate) fn names() -> BTreeSet<String> {
+        NAMES.with_borrow(Clone::clone)
     }
 }
 

@@ -238,14 +238,15 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
     })
 }
 
-async fn unknown_path(request: Request) -> ApiError {
+async fn unknown_path(request: Request) -> Response {
     let path: String = request.uri().path().chars().take(100).collect();
-    ApiError::not_found(format!("there is no `{} {path}`", request.method()))
+    let error = ApiError::not_found(format!("there is no `{} {path}`", request.method()));
+    routes::refuse(request.uri().path(), error)
 }
 
-async fn wrong_method(request: Request) -> ApiError {
+async fn wrong_method(request: Request) -> Response {
     let message = format!("`{}` is not allowed here", request.method());
-    ApiError::malformed(StatusCode::METHOD_NOT_ALLOWED, message)
+    routes::refuse(request.uri().path(), ApiError::malformed(StatusCode::METHOD_NOT_ALLOWED, message))
 }
 
 /// Checks where a request comes from and who sends it, and adds the headers that all answers have.

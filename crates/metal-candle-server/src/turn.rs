@@ -280,6 +280,15 @@ pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
             return Err(ApiError::field(path("content"), message));
         }
     }
+    for value in map.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+        // templates write them without asking whether they are there
+        if let Some(Value::Object(function)) = value.get_mut("function") {
+            let arguments = function.entry("arguments").or_insert(Value::Null);
+            if arguments.is_null() {
+                *arguments = "{}".into();
+            }
+        }
+    }
     for call in &calls {
         let function = call.object("function")?;
         let function = function.ok_or_else(|| {

@@ -108,7 +108,8 @@ fn json_schema(fields: &Fields, name: &str) -> Result<Grammar> {
     let value = fields.required(name)?;
     let written = value.as_str().map(serde_json::from_str::<Value>);
     match written.as_ref().map_or(Ok(value), |parsed| parsed.as_ref().map_err(|_| ())) {
-        Ok(schema @ (Value::Object(_) | Value::Bool(_))) => Ok(Grammar::JsonSchema(schema.clone())),
+        // no value satisfies `false`
+        Ok(schema @ (Value::Object(_) | Value::Bool(true))) => Ok(Grammar::JsonSchema(schema.clone())),
         _ => fields.wrong(name, "a JSON schema", value),
     }
 }
@@ -183,6 +184,7 @@ mod tests {
             ),
             (json!({"guided_json": 3}), "guided_json"),
             (json!({"guided_json": "{"}), "guided_json"),
+            (json!({"guided_json": false}), "guided_json"),
             (json!({"guided_choice": []}), "guided_choice"),
             (json!({"guided_choice": ["a", 3]}), "guided_choice[1]"),
             (json!({"guided_regex": "a", "grammar": "b"}), "grammar"),

@@ -6,7 +6,8 @@ use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
-use axum::extract::{Path, State};
+use crate::routes::query::Name;
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use serde_json::{Value, json};
@@ -40,7 +41,7 @@ pub(crate) async fn load(
 pub(crate) async fn unload(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(name): Path<String>,
+    Name(name): Name,
 ) -> Result<Json<Value>, ApiError> {
     client.check_admin()?;
     let adapter = app.adapters.remove(&name).ok_or_else(|| ApiError::no_such_model(&name).with_param("name"))?;

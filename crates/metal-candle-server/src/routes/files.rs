@@ -4,14 +4,15 @@ use crate::app::App;
 use crate::auth::Client;
 use crate::error::ApiError;
 use crate::files::{FileRecord, FileStatus, Files, Upload};
-use crate::routes::query::Query;
+use crate::routes::query::{Name, Query};
+use crate::routes::table::Routes;
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::{Field, Multipart, MultipartError};
-use axum::extract::{FromRequest, Path, Request, State};
+use axum::extract::{FromRequest, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Extension, Json, Router};
+use axum::{Extension, Json};
 use futures_core::Stream;
 use serde_json::{Value, json};
 use std::io::Read;
@@ -35,8 +36,8 @@ const BLOCK_BYTES: usize = 64 << 10;
 /// Seconds after which a file may expire.
 const EXPIRY: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
-pub(crate) fn router() -> Router<Arc<App>> {
-    Router::new()
+pub(crate) fn routes() -> Routes {
+    Routes::default()
         .route("/v1/files", get(list).post(create))
         .route("/v1/files/{id}", get(one).delete(remove))
         .route("/v1/files/{id}/content", get(content))
@@ -84,7 +85,7 @@ async fn list(
 async fn one(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     let record = files(&app, &client)?.get(&client.name, &id).ok_or_else(|| no_such_file(&id))?;
     Ok(Json(record.object()))
@@ -94,7 +95,7 @@ async fn one(
 async fn remove(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     if !files(&app, &client)?.remove(&client.name, &id) {
         return Err(no_such_file(&id));
@@ -106,7 +107,7 @@ async fn remove(
 async fn content(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Response, ApiError> {
     let files = files(&app, &client)?;
     let record = files.get(&client.name, &id).ok_or_else(|| no_such_file(&id))?;

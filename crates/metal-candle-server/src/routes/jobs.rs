@@ -6,10 +6,11 @@ use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::jobs::{Event, JobSettings, Jobs, NewJob, Page, checkpoint_objects, job_object, no_such_job};
-use crate::routes::query::Query;
-use axum::extract::{Path, State};
+use crate::routes::query::{Name, Query};
+use crate::routes::table::Routes;
+use axum::extract::State;
 use axum::routing::{get, post};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,8 +24,8 @@ const MAX_METADATA_VALUE: usize = 512;
 /// Time that a job gets to write its checkpoint before the answer to `cancel` is sent.
 const CANCEL_WAIT: Duration = Duration::from_secs(20);
 
-pub(crate) fn router() -> Router<Arc<App>> {
-    Router::new()
+pub(crate) fn routes() -> Routes {
+    Routes::default()
         .route("/v1/fine_tuning/jobs", get(list).post(create))
         .route("/v1/fine_tuning/jobs/{id}", get(one))
         .route("/v1/fine_tuning/jobs/{id}/cancel", post(cancel))
@@ -152,7 +153,7 @@ async fn list(
 async fn one(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     object(jobs(&app, &client)?, &client.name, &id).map(Json)
 }
@@ -161,7 +162,7 @@ async fn one(
 async fn cancel(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     let jobs = change(&app, &client, &id, Jobs::cancel).await?;
     let started = Instant::now();
@@ -176,7 +177,7 @@ async fn cancel(
 async fn pause(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     let jobs = change(&app, &client, &id, Jobs::pause).await?;
     object(&jobs, &client.name, &id).map(Json)
@@ -186,7 +187,7 @@ async fn pause(
 async fn resume(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     let jobs = change(&app, &client, &id, Jobs::resume).await?;
     object(&jobs, &client.name, &id).map(Json)
@@ -208,7 +209,7 @@ where
 async fn events(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
     query: Query,
 ) -> Result<Json<Value>, ApiError> {
     let jobs = Arc::clone(jobs(&app, &client)?);
@@ -229,7 +230,7 @@ async fn events(
 async fn checkpoints(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
-    Path(id): Path<String>,
+    Name(id): Name,
     query: Query,
 ) -> Result<Json<Value>, ApiError> {
     let jobs = Arc::clone(jobs(&app, &client)?);

@@ -11,10 +11,12 @@ mod message_input;
 mod messages;
 mod models;
 mod native;
+mod openapi;
 mod query;
 mod response_input;
 mod response_output;
 mod responses;
+mod table;
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -23,12 +25,19 @@ use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use std::sync::Arc;
+use table::Routes;
 
 /// All routes.
 pub(crate) fn router() -> Router<Arc<App>> {
-    Router::new()
+    api().into_router().merge(page::router())
+}
+
+/// The routes of the API, which `openapi.json` describes.
+pub(crate) fn api() -> Routes {
+    Routes::default()
         .route("/health", get(health::health))
         .route("/v1/health", get(health::health))
+        .route("/openapi.json", get(openapi::document))
         .route("/metrics", get(health::metrics))
         .route("/v1/models", get(models::list))
         .route("/models", get(models::list))
@@ -59,9 +68,8 @@ pub(crate) fn router() -> Router<Arc<App>> {
         .route("/apply-template", post(native::apply_template))
         .route("/v1/apply-template", post(native::apply_template))
         .route("/props", get(native::props))
-        .merge(files::router())
-        .merge(jobs::router())
-        .merge(page::router())
+        .merge(files::routes())
+        .merge(jobs::routes())
 }
 
 /// The response to a request that reached no route, in the shape that clients of its path expect.
@@ -75,5 +83,5 @@ pub(crate) fn refuse(path: &str, error: ApiError) -> Response {
 
 /// Whether a path may be read without a key.
 pub(crate) fn is_public(path: &str) -> bool {
-    matches!(path, "/health" | "/v1/health") || page::is_page(path)
+    matches!(path, "/health" | "/v1/health" | "/openapi.json") || page::is_page(path)
 }

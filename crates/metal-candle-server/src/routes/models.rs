@@ -3,8 +3,9 @@
 use crate::adapters::Adapter;
 use crate::app::App;
 use crate::error::ApiError;
+use crate::routes::query::Name;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 /// `GET /v1/models/NAME`.
-pub(crate) async fn one(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn one(State(app): State<Arc<App>>, Name(name): Name) -> Result<Json<Value>, ApiError> {
     if name == app.served.name || name == "default" {
         return Ok(Json(base_object(&app)));
     }

@@ -1,8 +1,21 @@
-//! Reads the query of a URL with types and ranges.
+//! Reads the names in the path of a URL, and its query with types and ranges.
 
 use crate::error::ApiError;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
+
+/// The name or id in a path.
+#[derive(Debug)]
+pub(super) struct Name(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let name = axum::extract::Path::<String>::from_request_parts(parts, state).await;
+        name.map(|axum::extract::Path(name)| Self(name)).map_err(|_| ApiError::invalid("the path is not valid UTF-8"))
+    }
+}
 
 /// The pairs of a query.
 #[derive(Debug)]

@@ -110,17 +110,21 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
 
 /// Tools and formats in the form of chats, which nests what is flat here.
 fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiError> {
+    // what is no object is left to the reader of chats, which refuses it
     let nested = |tool: &Value| {
-        let mut function = tool.as_object().cloned().unwrap_or_default();
-        function.remove("type");
-        json!({"type": "function", "function": function})
+        let Value::Object(map) = tool else { return tool.clone() };
+        let mut function = map.clone();
+        let kind = function.remove("type");
+        json!({"type": kind, "function": function})
     };
     let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", MAX_TOOLS)? {
         // others run on servers of OpenAI
         tool.one_of("type", &["function"])?;
-        tools.push(nested(&Value::Object(tool.map().clone())));
+        let mut tool = tool.map().clone();
+        tool.insert("type".into(), "function".into());
+        tools.push(nested(&tool.into()));
     }
     if !tools.is_empty() {
         chat.insert("tools".into(), tools.into());
@@ -132,7 +136,10 @@ fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiErro
         let choice = match choice.get("type").and_then(Value::as_str) {
             Some("function") => nested(choice),
             Some("allowed_tools") => {
-                let tools: Vec<Value> = choice["tools"].as_array().into_iter().flatten().map(nested).collect();
+                let tools = choice.get("tools").map(|tools| match tools {
+                    Value::Array(tools) => tools.iter().map(nested).collect(),
+                    other => other.clone(),
+                });
                 json!({"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}})
             }
             _ => choice.clone(),

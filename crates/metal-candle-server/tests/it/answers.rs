@@ -185,6 +185,17 @@ fn an_answer_continues_the_last_message() {
 }
 
 #[test]
+fn calls_without_arguments_are_shown_as_calls() {
+    for function in
+        [json!({"name": "f"}), json!({"name": "f", "arguments": null}), json!({"name": "f", "arguments": "{}"})]
+    {
+        let call = json!({"role": "assistant", "tool_calls": [{"function": function}]});
+        let prompt = SERVER.ok("/apply-template", &json!({"messages": [call]}))["prompt"].clone();
+        assert!(prompt.as_str().unwrap().contains("{\"name\": \"f\", \"arguments\": {}}"), "{prompt}");
+    }
+}
+
+#[test]
 fn calls_and_schemas_hold_in_every_format() {
     let schema = json!({"type": "object", "required": ["a", "b"],
         "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}}});
@@ -263,6 +274,16 @@ fn calls_and_schemas_hold_in_every_format() {
         ("/v1/responses", json!({"input": "a", "tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
         ("/v1/responses", json!({"input": "a", "text": {"format": {"type": "xml"}}}), "text.format.type"),
         ("/v1/responses", json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
+        (
+            "/v1/responses",
+            json!({"input": "a", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": {}}}),
+            "tool_choice.tools",
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "a", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}}),
+            "tool_choice.tools[0].type",
+        ),
     ] {
         assert_eq!(SERVER.refusal(path, &body).1, param);
     }
