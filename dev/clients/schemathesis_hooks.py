@@ -87,6 +87,9 @@ def meet_rules(path, body):
         body["max_tokens"] = body["max_completion_tokens"]
     if body.get("top_logprobs") and "messages" in body:
         body["logprobs"] = True
+    if is_count(body.get("min_tokens")):
+        limits = [body[name] for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict") if is_count(body.get(name))]
+        body["min_tokens"] = min([body["min_tokens"], 1, *limits])
     if body.get("max_tokens") == 0:
         body.update(echo=True, stream=False)
     meet_rules_of_grammars(body)
@@ -99,7 +102,7 @@ def meet_rules(path, body):
 
 
 def meet_rules_of_grammars(body):
-    """One grammar, one that compiles, and none beside tools; tools that are distinct, and a choice among them."""
+    """One grammar, one that compiles, and beside tools a form without rules; tools that are distinct, and a choice among them."""
     tools = body.get("tools") or []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool)
@@ -112,12 +115,16 @@ def meet_rules_of_grammars(body):
     elif isinstance(choice, dict):
         choose_tool(choice)
     found = [name for name in (*GRAMMARS, "structured_outputs", *FORMATS) if body.get(name) is not None]
-    for name in found if tools else found[1:]:
+    if tools:
+        for name in ("guided_grammar", "grammar"):
+            body[name] = None
+        found = [name for name in found if name not in ("guided_grammar", "grammar")]
+    for name in found[1:]:
         body[name] = None
     if body.get("logit_bias") and (tools or found):
         # it may exclude all tokens that the grammar allows
         body["logit_bias"] = None
-    for name in [] if tools else found[:1]:
+    for name in found[:1]:
         if name in GRAMMARS:
             body[name] = GRAMMARS[name]
         elif name == "structured_outputs":
