@@ -32,7 +32,7 @@ trap stop EXIT
 key=$(python3 -c 'import secrets; print(secrets.token_hex(16))')
 printf '[[keys]]\nname = "checks"\nkey = "%s"\nadmin = true\n' "$key" > "$work/keys.toml"
 chmod 600 "$work/keys.toml"
-"$binary" serve --model "${SERVER_MODEL:-nano}" --port 0 --metrics --api-key-file "$work/keys.toml" > "$work/log" 2>&1 &
+"$binary" serve --model "${SERVER_MODEL:-nano}" --port 0 --metrics --api-key-file "$work/keys.toml" --jobs "$work/jobs" > "$work/log" 2>&1 &
 server=$!
 for _ in $(seq 600); do
   SERVER_ROOT=$(grep -om1 'http://127\.0\.0\.1:[0-9]*' "$work/log") && break
@@ -72,6 +72,17 @@ else
       || { echo "FAILED   npm: $npm_package was not installed"; failed+=(npm); }
   fi
   node "$here/check_openai.mjs" || failed+=(npm)
+fi
+
+if ! is_wanted async-openai; then
+  echo "skipped  async-openai: not named on the command line"
+elif ! command -v cargo > /dev/null; then
+  echo "skipped  async-openai: this machine has no Rust toolchain"
+elif ! cargo build --quiet --locked --manifest-path "$here/async-openai/Cargo.toml" --target-dir "$cache/async-openai"; then
+  echo "FAILED   async-openai: it was not built"
+  failed+=(async-openai)
+else
+  "$cache/async-openai/debug/check-async-openai" || failed+=(async-openai)
 fi
 
 if ! kill -0 "$server" 2>/dev/null; then
