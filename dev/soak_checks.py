@@ -1,5 +1,6 @@
 """Reads HTTP answers for `soak.py` and brings those of all routes, plain and streamed, into one form."""
 
+import functools
 import json
 
 REFUSALS = {503: ("queue_full", "timeout"), 429: ("rate_limit_exceeded",)}
@@ -40,6 +41,10 @@ class Reply:
         except ValueError as error:
             self.fail(f"the body is not JSON: {error}")
 
+    def first_text(self, expected):
+        """Checks the text of the first choice of a completion."""
+        self.equal("text", fold(self, "/v1/completions", False, False)["choices"][0]["text"], expected)
+
     def error_object(self):
         """The error of an answer that is no success, in the form of OpenAI or Anthropic."""
         error = self.json().get("error")
@@ -63,6 +68,19 @@ class Reply:
         if not self.headers.get("retry-after", "").isdigit():
             self.fail("a refusal without `retry-after`")
         return f"{self.status}"
+
+
+def of_reply(check):
+    """A check whose exceptions are faults of the answer: it has a shape that the check does not expect."""
+    @functools.wraps(check)
+    def checked(reply, *arguments, **options):
+        try:
+            return check(reply, *arguments, **options)
+        except Fault:
+            raise
+        except Exception as error:
+            reply.fail(f"an answer of another shape: {error!r}")
+    return checked
 
 
 async def read_head(reader, reply):
@@ -205,6 +223,7 @@ def message_form(message, text):
     return {"choices": [{"text": text, "finish": finish}], "usage": (prompt, usage["output_tokens"])}
 
 
+@of_reply
 def fold(reply, path, streams, wants_usage, may_fail=False):
     """The choices (text, finish, logprobs) and the usage (prompt, completion) of an answer; none if it waited too long."""
     if path == "/v1/responses":
@@ -228,10 +247,13 @@ def fold(reply, path, streams, wants_usage, may_fail=False):
             return message_form(message, "".join(part["text"] for part in message["content"]))
         events = [(name, json.loads(data)) for name, data in events_of(reply)]
         if events[-1][1].get("error"):
-            return None if events[-1][1]["error"]["type"] in ("overloaded_error", "timeout_error") else reply.fail("the stream has an error")
+            if events[-1][1]["error"]["type"] not in ("overloaded_error", "timeout_error"):
+                reply.fail("the stream has an error")
+            return None
         names = [name for name, _ in events if name not in ("ping", "content_block_delta")]
         blocks = (len(names) - 3) // 2
-        reply.equal("events", names, ["message_start", *["content_block_start", "content_block_stop"] * blocks, "message_delta", "message_stop"])
+        blocks = ["content_block_start", "content_block_stop"] * blocks
+        reply.equal("events", names, ["message_start", *blocks, "message_delta", "message_stop"])
         text = "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta")
         last = next(data for name, data in events if name == "message_delta")
         return message_form(last["delta"] | {"usage": last["usage"]}, text)
@@ -259,6 +281,7 @@ def fold(reply, path, streams, wants_usage, may_fail=False):
     return {"choices": choices, "usage": usage and (usage["prompt_tokens"], usage["completion_tokens"])}
 
 
+@of_reply
 def chat_view(reply, path, streams):
     """What of an answer must be the same each time: all but ids, times and what was in the cache."""
     if path == "/v1/chat/completions":
