@@ -77,6 +77,17 @@ else
   node "$here/check_openai.mjs" || failed+=(npm)
 fi
 
+if ! is_wanted async-openai; then
+  echo "skipped  async-openai: not named on the command line"
+elif ! command -v cargo > /dev/null; then
+  echo "skipped  async-openai: this machine has no Rust toolchain"
+elif ! cargo build --quiet --locked --manifest-path "$here/async-openai/Cargo.toml" --target-dir "$cache/async-openai"; then
+  echo "FAILED   async-openai: it was not built"
+  failed+=(async-openai)
+else
+  "$cache/async-openai/debug/check-async-openai" || failed+=(async-openai)
+fi
+
 if ! kill -0 "$server" 2>/dev/null; then
   echo "FAILED   the server ended:"; tail -20 "$work/log"
   failed+=(server)
