@@ -29,7 +29,7 @@ def is_count(value):
 
 def shorten(path, body):
     for name, most in LIMITS.items():
-        if is_count(body.get(name)) and most < body[name] <= MOST.get(name, 2**63 - 1):
+        if is_count(body.get(name)) and (body[name] == -1 or most < body[name] <= MOST.get(name, 2**63 - 1)):
             body[name] = most
     if path.endswith("/fine_tuning/jobs") and body.get("dry_run") in (None, False):
         body["dry_run"] = True
@@ -37,8 +37,6 @@ def shorten(path, body):
     if path.endswith("/v1/completions") or path == "/completions":
         limit = "max_tokens"
     if limit and body.get(limit) is None and body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
-        body[limit] = LIMITS[limit]
-    elif body.get(limit) == -1:
         body[limit] = LIMITS[limit]
 
 
@@ -92,6 +90,10 @@ def meet_rules(path, body):
         body["min_tokens"] = min([body["min_tokens"], 1, *limits])
     if body.get("max_tokens") == 0:
         body.update(echo=True, stream=False)
+    for index, entry in enumerate(body.get("lora") or []):
+        entry["id"] = 0
+        if index > 0:
+            entry["scale"] = 0
     meet_rules_of_grammars(body)
     if path.endswith("/fine_tuning/jobs"):
         meet_rules_of_jobs(body)

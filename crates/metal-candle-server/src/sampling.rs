@@ -92,6 +92,17 @@ pub(crate) fn generation_config(
     Ok(config)
 }
 
+/// The most tokens of an answer by a field of which -1 stands for as many as fit, as in llama.cpp; `None` if it is absent.
+///
+/// # Errors
+/// It is not -1 and less than `least`.
+pub(crate) fn most_tokens(fields: &Fields, name: &str, least: usize) -> Result<Option<usize>, ApiError> {
+    if fields.get(name).and_then(Value::as_i64) == Some(-1) {
+        return Ok(Some(usize::MAX));
+    }
+    fields.count(name, least, usize::MAX)
+}
+
 /// The texts of a field that end an answer.
 ///
 /// # Errors

@@ -79,7 +79,7 @@ pub(crate) async fn unload_vllm(
 /// `GET /lora-adapters`, as in llama.cpp. Scales are those of the adapters themselves.
 pub(crate) async fn list_llama(State(app): State<Arc<App>>) -> Json<Value> {
     let adapters = app.adapters.list();
-    let object = |(id, adapter): (usize, &Arc<Adapter>)| json!({"id": id, "path": adapter.name, "scale": 1.0});
+    let object = |(id, adapter): (usize, &Arc<Adapter>)| json!({"id": id, "path": adapter.name, "scale": 0.0});
     Json(adapters.iter().enumerate().map(object).collect())
 }
 

@@ -7,6 +7,7 @@ use crate::body::JsonBody;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::ids::{new_id, unix_time};
+use crate::sampling::most_tokens;
 use crate::sse::{self, Closed, Events};
 use crate::tools::Delta;
 use crate::turn::{Turn, finish_reason, messages};
@@ -75,13 +76,15 @@ fn parse(app: &App, client: &Client, fields: &Fields) -> Result<(Turn, Form), Ap
         return Err(ApiError::unsupported("modalities", "`modalities`: this server writes text only"));
     }
     let num_choices = fields.count("n", 1, app.max_choices(client))?.unwrap_or(1);
-    let newer = fields.count("max_completion_tokens", 1, usize::MAX)?;
-    let older = fields.count("max_tokens", 1, usize::MAX)?;
+    let newer = most_tokens(fields, "max_completion_tokens", 1)?;
+    let older = most_tokens(fields, "max_tokens", 1)?;
+    // llama.cpp's name; editors send 0 to have the prompt in the cache
+    let native = most_tokens(fields, "n_predict", 0)?.map(|count| count.max(1));
     if newer.zip(older).is_some_and(|(newer, older)| newer != older) {
         let message = "`max_tokens` and `max_completion_tokens` differ; send one of them";
         return Err(ApiError::field("max_tokens", message));
     }
-    let max_tokens = newer.or(older).unwrap_or(usize::MAX);
+    let max_tokens = newer.or(older).or(native).unwrap_or(usize::MAX);
     let mut turn = Turn::new(app, fields, messages(fields)?, max_tokens, "messages")?;
     let shows_logprobs = fields.flag("logprobs")?.unwrap_or(false);
     let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);

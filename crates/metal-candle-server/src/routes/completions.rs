@@ -9,7 +9,7 @@ use crate::fields::Fields;
 use crate::grammar::Grammar;
 use crate::ids::{new_id, unix_time};
 use crate::prompt::{TextPrompt, prompts};
-use crate::sampling::generation_config;
+use crate::sampling::{generation_config, most_tokens};
 use crate::sse::{self, Closed, Events};
 use crate::turn::finish_reason;
 use axum::extract::State;
@@ -164,7 +164,8 @@ pub(crate) async fn answer(
     let fields = Fields::of_body(&body)?;
     let target = app.target(&fields)?;
     let num_choices = fields.count("n", 1, app.max_choices(&client))?.unwrap_or(1);
-    let max_tokens = fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(16);
+    let native = most_tokens(&fields, "n_predict", 0)?.map(|count| count.max(1));
+    let max_tokens = most_tokens(&fields, "max_tokens", 0)?.or(native).unwrap_or(16);
     let num_top = fields.count("logprobs", 0, 5)?;
     let echo = fields.flag("echo")?.unwrap_or(false);
     let streams = fields.flag("stream")?.unwrap_or(false);

@@ -2,7 +2,7 @@
 //! `/apply-template` and `/props`.
 
 use crate::answer::Answering;
-use crate::app::App;
+use crate::app::{App, Target};
 use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
@@ -27,6 +27,8 @@ use std::time::{Duration, Instant};
 const MAX_TOKENS: usize = 1 << 20;
 /// Most files beside the one that is completed.
 const MAX_EXTRAS: usize = 256;
+/// Most entries of `lora`.
+const MAX_ADAPTERS: usize = 64;
 
 /// `POST /completion`.
 pub(crate) async fn completion(
@@ -122,11 +124,41 @@ fn num_predict(fields: &Fields) -> Result<Option<usize>, ApiError> {
     Ok(given.and_then(|count| usize::try_from(count).ok()))
 }
 
+/// The adapter that `lora` names by its number in `GET /lora-adapters`; `None` if it names none.
+fn adapter_by_number(app: &App, fields: &Fields) -> Result<Option<Target>, ApiError> {
+    let mut found = None;
+    for entry in fields.objects("lora", MAX_ADAPTERS)? {
+        let (path, number) = (entry.path("id"), entry.integer("id", 0..=i64::MAX)?);
+        let scale = entry.number("scale", -1e6..=1e6)?.unwrap_or(1.0);
+        if scale == 0.0 {
+            continue;
+        }
+        if (scale - 1.0).abs() > f64::EPSILON || found.is_some() {
+            let path = entry.path("scale");
+            let message = format!("`{path}`: this server applies one adapter as it is: one scale of 1, the others 0");
+            return Err(ApiError::unsupported(path, message));
+        }
+        let adapters = app.adapters.list();
+        let number = number.and_then(|number| usize::try_from(number).ok());
+        let adapter = number.and_then(|number| adapters.get(number)).ok_or_else(|| {
+            ApiError::field(
+                path.clone(),
+                format!("`{path}`: expected the number of one of {} adapters", adapters.len()),
+            )
+        })?;
+        found = Some(Target { name: adapter.name.clone(), adapter: Some(Arc::clone(adapter)) });
+    }
+    Ok(found)
+}
+
 async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u32>) -> Result<Response, ApiError> {
-    let target = app.target(fields)?;
+    let target = match adapter_by_number(app, fields)? {
+        Some(target) => target,
+        None => app.target(fields)?,
+    };
     let most = app.max_choices(client);
     let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
-    fields.refuse(&["lora", "image_data"])?;
+    fields.refuse(&["image_data"])?;
     let wanted = num_predict(fields)?;
     // editors ask for no token to have the prompt in the cache
     let config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;

@@ -54,6 +54,30 @@ fn adapters_are_chosen_replaced_and_unloaded() {
     assert_eq!(load(json!({"name": "first", "path": "b", "expected_generation": 77})).0, 409);
     let of_second = text("second").0;
     assert!(of_second != base && of_second != first);
+    // by its number, as llama.cpp names it
+    let numbers = server.get("/lora-adapters").1;
+    let number = |name: &str| {
+        let entry = numbers.as_array().unwrap().iter().find(|entry| entry["path"] == name).unwrap();
+        assert_eq!(entry["scale"], 0.0);
+        entry["id"].clone()
+    };
+    let complete = |body: serde_json::Value| {
+        let mut body = body;
+        (body["prompt"], body["temperature"], body["n_predict"]) = (json!("fn main() {"), json!(0), json!(12));
+        body
+    };
+    let written = |body| server.ok("/completion", &complete(body))["content"].clone();
+    for name in ["first", "second"] {
+        let lora = json!([{"id": number(name), "scale": 1.0}, {"id": number("first"), "scale": 0}]);
+        assert_eq!(written(json!({"lora": lora})), written(json!({"model": name})));
+    }
+    assert_eq!(written(json!({"lora": [{"id": number("first"), "scale": 0}]})), written(json!({})));
+    for lora in
+        [json!([{"id": number("first"), "scale": 0.5}]), json!([{"id": 0}, {"id": 1}]), json!([{"id": 2}]), json!([{}])]
+    {
+        let (status, param, _) = server.refusal("/completion", &complete(json!({"lora": lora})));
+        assert!(status == 400 && param.starts_with("lora["), "{param}");
+    }
     // all at once, each as it is alone
     std::thread::scope(|scope| {
         for _ in 0..4 {

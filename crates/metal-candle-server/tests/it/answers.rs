@@ -317,6 +317,26 @@ fn scores_and_embeddings_belong_to_their_texts() {
 }
 
 #[test]
+fn limits_have_the_names_of_other_servers() {
+    let count = |body: Value| SERVER.ok("/v1/chat/completions", &body)["usage"]["completion_tokens"].as_u64().unwrap();
+    let messages = json!([{"role": "user", "content": "fn"}]);
+    assert_eq!(count(json!({"messages": messages, "n_predict": 3, "ignore_eos": true})), 3);
+    assert_eq!(count(json!({"messages": messages, "n_predict": 0})), 1);
+    assert_eq!(count(json!({"messages": messages, "n_predict": 9, "max_tokens": 2, "ignore_eos": true})), 2);
+    // as many as fit, up to the stop string
+    let body = json!({"messages": messages, "max_tokens": -1, "stop": ["\n"], "temperature": 0, "min_tokens": 1});
+    assert!(count(body) >= 1);
+    let text = SERVER.ok("/v1/completions", &json!({"prompt": "fn", "n_predict": 4, "ignore_eos": true}));
+    assert_eq!(text["usage"]["completion_tokens"], 4);
+    let body = json!({"messages": messages, "max_tokens": 3, "min_tokens": 4});
+    assert_eq!(SERVER.refusal("/v1/chat/completions", &body).1, "min_tokens");
+    assert_eq!(
+        SERVER.refusal("/v1/chat/completions", &json!({"messages": messages, "max_tokens": -2})).1,
+        "max_tokens"
+    );
+}
+
+#[test]
 fn refusals_name_the_field() {
     let user = json!([{"role": "user", "content": "a"}]);
     let cases = [
