@@ -1,11 +1,12 @@
 """Load on a running server: tokens a second, time to the first text (TTFT) and gaps between texts (ITL).
 
     python3 dev/load.py http://127.0.0.1:8080 [--requests 200] [--concurrency 32] [--tokens 64] [--models a,b]
-        [--drop 0.0] [--prompt-tokens 20]
+        [--drop 0.0] [--prompt-tokens 20] [--long-prompts WORDS] [--swap NAME=FOLDER]
 
 A closed loop: each of `--concurrency` clients sends the next request when its last one has ended. Prompts differ, answers
 have exactly `--tokens` tokens (`ignore_eos`). `--drop` is the share of requests that are closed after a random time. Works
-with any server that has `/v1/completions` (llama-server too). Only the standard library is used.
+with any server that has `/v1/completions` (llama-server too). Each second `--long-prompts` sends one more request with a prompt
+of so many words, whose texts are not counted, and `--swap` loads an adapter anew. Only the standard library is used.
 """
 
 import argparse
@@ -25,6 +26,7 @@ class Client:
         url = urlsplit(flags.url)
         self.host, self.port = url.hostname, url.port or 80
         self.ttft, self.itl, self.tokens, self.failed, self.dropped, self.refused = [], [], 0, [], 0, 0
+        self.beside = 0
 
     async def request(self, number):
         flags, rng = self.flags, random.Random(number)
@@ -77,8 +79,49 @@ class Client:
         finally:
             writer.close()
 
+    async def send(self, path, body):
+        """The status of a request, without waiting for more than its head."""
+        data = json.dumps(body).encode()
+        head = (f"POST {path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(data)}\r\nconnection: close\r\n\r\n")
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        writer.write(head.encode() + data)
+        try:
+            status = (await reader.readline()).split()[1].decode()
+            await reader.read()
+        finally:
+            writer.close()
+        if not status.startswith("2"):
+            self.failed.append(f"{path}: status {status}")
+
+    async def each_second(self, path, body):
+        """Sends what `body` returns for 0, 1, 2, ... once a second, whether or not the one before has an answer."""
+        number, running = 0, set()
+        try:
+            while True:
+                running.add(asyncio.create_task(self.send(path, body(number))))
+                self.beside += 1
+                number += 1
+                await asyncio.sleep(1)
+        finally:
+            for task in running:
+                task.cancel()
+
+    def load_beside(self):
+        flags = self.flags
+        if flags.long_prompts:
+            def prompt(number):
+                rng = random.Random(-1 - number)
+                return {"prompt": " ".join(rng.choice(WORDS) for _ in range(flags.long_prompts)), "max_tokens": 4,
+                        "temperature": 0}
+            yield self.each_second("/v1/completions", prompt)
+        if flags.swap:
+            name, path = flags.swap.split("=", 1)
+            yield self.each_second("/v1/adapters", lambda _: {"name": name, "path": path, "replace": True})
+
     async def run(self):
         numbers = iter(range(self.flags.requests))
+        beside = [asyncio.create_task(load) for load in self.load_beside()]
 
         async def one():
             for number in numbers:
@@ -86,7 +129,10 @@ class Client:
 
         started = time.perf_counter()
         await asyncio.gather(*(one() for _ in range(self.flags.concurrency)))
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        for task in beside:
+            task.cancel()
+        return seconds
 
 
 def milliseconds(values):
@@ -106,12 +152,16 @@ def main():
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--models", default="")
     parser.add_argument("--drop", type=float, default=0.0)
+    parser.add_argument("--long-prompts", type=int, default=0)
+    parser.add_argument("--swap", default="")
     client = Client(parser.parse_args())
     seconds = asyncio.run(client.run())
     print(f"{client.flags.requests} requests, {client.flags.concurrency} at a time: {seconds:.1f} s")
     print(f"{client.tokens / seconds:.0f} tokens/s of answers that ended")
     print("TTFT:", milliseconds(client.ttft))
     print("ITL:", milliseconds(client.itl))
+    if client.beside:
+        print(f"{client.beside} requests beside, one a second")
     print(f"refused {client.refused}, dropped by the client {client.dropped}, failed {len(client.failed)}")
     for error in client.failed[:3]:
         print("  ", error)

@@ -1,6 +1,6 @@
 """Soak test of `metal-candle serve`: mixed load for a long time, every answer checked, and nothing may grow.
 
-    python3 dev/soak.py BINARY [--minutes 60] [--model nano] [--seed 1] [--serve-flag=--speculate]
+    python3 dev/soak.py BINARY [--minutes 60] [--model nano] [--seed 1] [--max-growth 5] [--serve-flag=--speculate]
 
 Starts the server with keys, adapters and jobs. Each round runs clients side by side, then waits until the server is idle
 and samples its memory, threads, files and metrics. The plan of round R, client C, request I follows from the seed.
@@ -37,7 +37,6 @@ from soak_server import ADAPTERS, CONTEXT, DEADLINE, SLOTS, Server, source_text
 
 CLIENTS = 10
 REST = 11  # seconds: threads that wait for work end after 10, and their memory is free then
-MAX_GROWTH = 5e6  # bytes
 MAX_FAULTS = 5
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["a", "bc"]}, "size": {"type": "integer"}},
           "required": ["kind", "size"], "additionalProperties": False}
@@ -372,8 +371,9 @@ class Soak(Server):
         length = (time.monotonic() - started) / 3
         thirds = [[sample for sample in self.samples if int((sample["time"] - started) / length) == third] for third in (1, 2)]
         if min(map(len, thirds)) < 3:
+            print("growth: NOT JUDGED, there are too few samples; run it for longer")
             return
-        for name, most in (("memory", MAX_GROWTH), ("threads", 2), ("files", 1)):
+        for name, most in (("memory", 1e6 * self.flags.max_growth), ("threads", 2), ("files", 1)):
             of = lambda sample: sample[name] - (sample["adapters"] if name == "memory" else 0)
             self.growth = getattr(self, "growth", {})
             level = min if name == "memory" else statistics.median
@@ -445,6 +445,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--max-growth", type=float, default=5, help="MB of memory, from the second third to the last")
     parser.add_argument("--serve-flag", action="append", default=[])
     flags = parser.parse_args()
     flags.model_name = "base"
