@@ -90,10 +90,9 @@ def meet_rules(path, body):
         body["min_tokens"] = min([body["min_tokens"], 1, *limits])
     if body.get("max_tokens") == 0:
         body.update(echo=True, stream=False)
-    for index, entry in enumerate(body.get("lora") or []):
-        entry["id"] = 0
-        if index > 0:
-            entry["scale"] = 0
+    for entry in body.get("lora") or []:
+        # the number of an adapter is no part of the document
+        entry["scale"] = 0
     meet_rules_of_grammars(body)
     if path.endswith("/fine_tuning/jobs"):
         meet_rules_of_jobs(body)

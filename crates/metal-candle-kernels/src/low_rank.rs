@@ -1,4 +1,4 @@
-//! What adapters add to the output of a linear layer in inference. The rows of a batch may have different adapters.
+//! Adds low-rank updates to the output of a linear layer in inference. The rows of a batch may have different adapters.
 //!
 //! An element has the same bits whatever other rows and adapters there are, and for any number of threads.
 
@@ -46,7 +46,7 @@ struct Task<'a> {
     update: &'a LowRankUpdate<'a>,
     first: usize,
     count: usize,
-    /// Where its products with A begin.
+    /// The offset of its products with A.
     offset: usize,
 }
 
@@ -131,8 +131,8 @@ unsafe fn multiply_by_a_in<V: Vector>(task: &Task, k: usize, x: &[f32], columns:
     with_padded_rows(&x[first * k..], (count, k), |rows| {
         let rows = Ordered { rows, stride: ordered_stride(k), depth: k };
         let a = &update.a[columns.start * k..columns.end * k];
-        // SAFETY: the products of the task.
-        let products = Shared::new(unsafe { products.part(offset, count * update.rank) });
+        // SAFETY: the products of the task begin there.
+        let products = unsafe { products.from(offset) };
         let columns = (columns.start, columns.end);
         // SAFETY: the caller's promise.
         unsafe { crate::gemm_rows::add_dots::<V, f32>((count, update.rank), &rows, (a, k), columns, 1.0, products) };
@@ -146,7 +146,7 @@ unsafe fn multiply_by_a_in<V: Vector>(task: &Task, k: usize, x: &[f32], columns:
 unsafe fn add_product_with_b(task: &Task, n: usize, columns: Range<usize>, products: Shared<f32>, y: Shared<f32>) {
     let &Task { update, first, count, offset } = task;
     // SAFETY: the caller's promise.
-    let products = unsafe { &*products.part(offset, count * update.rank) };
+    let products = unsafe { products.read(offset, count * update.rank) };
     for (row, products) in products.chunks_exact(update.rank.max(1)).enumerate() {
         // SAFETY: as above.
         let y = unsafe { y.part((first + row) * n + columns.start, columns.len()) };
@@ -167,7 +167,7 @@ fn add_rows_of_body<A: Arithmetic>(factors: &[f32], scale: f32, rows: &[f32], st
     add_columns::<A, 1>(factors, scale, rows, stride, y, at);
 }
 
-/// Adds up `N` columns at a time, from `at` on; returns where it ended.
+/// Adds up `N` columns at a time, from `at` on; returns the next column.
 #[inline(always)]
 fn add_columns<A: Arithmetic, const N: usize>(
     factors: &[f32],
@@ -195,6 +195,7 @@ fn add_columns<A: Arithmetic, const N: usize>(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::testing::random;
@@ -246,9 +247,16 @@ mod tests {
                 b: &matrices[of].1,
                 scale: 0.7,
             };
-            let mut y = vec![0.5; m * n];
             // row 4 has no adapter
-            add_low_rank_updates((n, k), &x, &[update(0..4, 0), update(5..6, 1), update(6..m, 2)], &mut y);
+            let updates = [update(0..4, 0), update(5..6, 1), update(6..m, 2)];
+            let on_threads = |count: usize| {
+                let mut y = vec![0.5; m * n];
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
+                pool.install(|| add_low_rank_updates((n, k), &x, &updates, &mut y));
+                y
+            };
+            let y = on_threads(1);
+            assert!(y == on_threads(4), "n {n}, k {k}, rank {rank}");
             for (row, of) in [(0, 0), (3, 0), (5, 1), (6, 2), (14, 2), (20, 2)] {
                 let mut alone = vec![0.5; n];
                 add_low_rank_updates((n, k), &x[row * k..][..k], &[update(0..1, of)], &mut alone);

@@ -21,6 +21,24 @@ impl<T> Shared<T> {
         self.0
     }
 
+    /// The slice from `start` on.
+    ///
+    /// # Safety
+    /// `start` lies within the slice.
+    pub(crate) unsafe fn from(self, start: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { self.0.add(start) })
+    }
+
+    /// A part that other tasks may read, too.
+    ///
+    /// # Safety
+    /// The part lies within the slice, no task writes to it meanwhile, and the slice outlives it.
+    pub(crate) unsafe fn read<'a>(self, start: usize, len: usize) -> &'a [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
+    }
+
     /// The part of the slice from `start` on, `len` long.
     ///
     /// # Safety

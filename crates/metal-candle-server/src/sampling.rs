@@ -97,10 +97,14 @@ pub(crate) fn generation_config(
 /// # Errors
 /// It is not -1 and less than `least`.
 pub(crate) fn most_tokens(fields: &Fields, name: &str, least: usize) -> Result<Option<usize>, ApiError> {
-    if fields.get(name).and_then(Value::as_i64) == Some(-1) {
-        return Ok(Some(usize::MAX));
+    match fields.integer(name, -1..=i64::MAX)? {
+        None => Ok(None),
+        Some(-1) => Ok(Some(usize::MAX)),
+        Some(count) => match usize::try_from(count) {
+            Ok(count) if count >= least => Ok(Some(count)),
+            _ => fields.wrong(name, &format!("-1 or a whole number from {least}"), &count.into()),
+        },
     }
-    fields.count(name, least, usize::MAX)
 }
 
 /// The texts of a field that end an answer.

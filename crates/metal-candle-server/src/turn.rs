@@ -147,6 +147,8 @@ impl Turn {
             return form.map(|(param, grammar)| served.mask(grammar, param)).transpose();
         };
         let reasoning = served.reasoning.as_ref().map(|marks| (marks, marks.is_open_after(prompt)));
+        // what is wrong with the form alone is said of its field
+        form.map(|(param, grammar)| served.mask(grammar, param)).transpose()?;
         let grammar = tools_grammar(syntax, tools, reasoning, form)?;
         grammar.map(|grammar| served.mask(&grammar, "tools")).transpose()
     }

@@ -73,15 +73,15 @@ impl Engine {
         }
         let count = job.num_samples;
         let waiting = self.shared.waiting.fetch_add(count, Ordering::Relaxed);
+        let waiting = waiting + self.shared.preempted.load(Ordering::Relaxed);
         let full = || {
             self.shared.waiting.fetch_sub(count, Ordering::Relaxed);
             self.shared.metrics.reject("queue_full");
-            let message = format!("the queue is full: {waiting} sequences wait");
+            let message = format!("the queue is full: {waiting} sequences wait for a slot");
             Err(ApiError::unavailable("queue_full", message))
         };
         let (running, slots) = (self.num_running(), self.limits.slots);
-        let preempted = self.shared.preempted.load(Ordering::Relaxed);
-        if waiting + preempted + running + count > self.limits.max_waiting + slots {
+        if waiting + running + count > self.limits.max_waiting + slots {
             return full();
         }
         if count > slots {

@@ -1,49 +1,37 @@
-//! A queue that serves owners in turn: first come, first served within an owner, one job of each owner after the other.
+//! Holds the jobs that wait, by owner: first come, first served within an owner.
 
 use std::collections::{BTreeMap, VecDeque};
 
 /// Jobs that wait, by owner.
 #[derive(Debug)]
-pub(super) struct FairQueue<T> {
+pub(super) struct Queue<T> {
     owners: BTreeMap<usize, VecDeque<T>>,
-    /// The owner whose job was taken last.
-    last: usize,
 }
 
-impl<T> Default for FairQueue<T> {
+impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { owners: BTreeMap::new(), last: usize::MAX }
+        Self { owners: BTreeMap::new() }
     }
 }
 
-impl<T> FairQueue<T> {
+impl<T> Queue<T> {
     /// Adds a job behind those of the same owner.
     pub(super) fn push(&mut self, owner: usize, job: T) {
         self.owners.entry(owner).or_default().push_back(job);
     }
 
-    /// The first job of the next owner in turn for which `may_start` holds. An owner whose first job may not start is passed
-    /// over, so that its later jobs do not overtake it.
-    pub(super) fn peek(&self, may_start: impl Fn(&T) -> bool) -> Option<&T> {
-        self.next(may_start).map(|(_, job)| job)
+    /// The first job of each owner.
+    pub(super) fn heads(&self) -> impl Iterator<Item = &T> {
+        self.owners.values().filter_map(VecDeque::front)
     }
 
-    fn next(&self, may_start: impl Fn(&T) -> bool) -> Option<(usize, &T)> {
-        let after = self.last.wrapping_add(1);
-        let (behind, ahead) = (self.owners.range(..after), self.owners.range(after..));
-        let mut first = ahead.chain(behind).filter_map(|(&owner, jobs)| Some((owner, jobs.front()?)));
-        first.find(|(_, job)| may_start(job))
-    }
-
-    /// Takes the job that [`FairQueue::peek`] finds.
-    pub(super) fn pop(&mut self, may_start: impl Fn(&T) -> bool) -> Option<T> {
-        let (owner, _) = self.next(may_start)?;
+    /// Takes the first job of an owner.
+    pub(super) fn pop(&mut self, owner: usize) -> Option<T> {
         let jobs = self.owners.get_mut(&owner)?;
         let job = jobs.pop_front();
         if jobs.is_empty() {
             self.owners.remove(&owner);
         }
-        self.last = owner;
         job
     }
 
@@ -70,24 +58,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn owners_take_turns() {
-        let mut queue = FairQueue::default();
-        for job in ["a1", "a2", "a3"] {
-            queue.push(0, job);
+    fn jobs_of_an_owner_keep_their_order() {
+        let mut queue = Queue::default();
+        for (owner, job) in [(0, "a1"), (0, "a2"), (7, "c1"), (3, "b1"), (3, "b2")] {
+            queue.push(owner, job);
         }
-        queue.push(7, "c1");
-        queue.push(3, "b1");
-        queue.push(3, "b2");
-        let order: Vec<_> = std::iter::from_fn(|| queue.pop(|_| true)).collect();
-        assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
-        queue.push(1, "x1");
-        queue.push(1, "x2");
-        queue.push(2, "y1");
-        // nothing overtakes within an owner
-        assert_eq!(queue.pop(|job| *job != "x1"), Some("y1"));
-        assert_eq!(queue.pop(|job| *job != "x1"), None);
-        assert_eq!(queue.extract(|job| *job == "x1"), ["x1"]);
-        assert_eq!(queue.pop(|_| true), Some("x2"));
+        assert_eq!(queue.heads().copied().collect::<Vec<_>>(), ["a1", "b1", "c1"]);
+        assert_eq!((queue.pop(0), queue.pop(0), queue.pop(0)), (Some("a1"), Some("a2"), None));
+        assert_eq!(queue.extract(|job| *job == "b1"), ["b1"]);
+        assert_eq!((queue.pop(7), queue.pop(3)), (Some("c1"), Some("b2")));
         assert!(queue.is_empty());
     }
 }

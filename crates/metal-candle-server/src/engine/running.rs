@@ -1,7 +1,8 @@
-//! The jobs that have started, and which of them give up their slots to others.
+//! Decides which jobs start, and which running jobs give up their slots for them.
 
 use super::job::{Stops, Update};
 use metal_candle::inference::SequenceId;
+use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 
@@ -9,6 +10,8 @@ use tokio::sync::mpsc::Sender;
 const MAX_IDLE: Duration = Duration::from_secs(1);
 /// For how long an owner waits before it gets slots of an owner that has more.
 const MAX_WAIT: Duration = Duration::from_millis(500);
+/// Until when free slots are kept for a job that needs more of them.
+const MAX_RESERVED: Duration = Duration::from_secs(10);
 
 /// A job that has started.
 #[derive(Debug)]
@@ -26,8 +29,12 @@ pub(super) struct Running {
     pub(super) last_token: Instant,
     /// Since when its reader has taken nothing.
     pub(super) paused: Option<Instant>,
+    /// The room in its channel when this was last looked at.
+    pub(super) capacity: usize,
     /// Since when it has given up its slots.
     pub(super) preempted: Option<Instant>,
+    /// For how long it had given them up before.
+    pub(super) waited: Duration,
 }
 
 impl Running {
@@ -38,6 +45,11 @@ impl Running {
 
     pub(super) fn num_open(&self) -> usize {
         self.open().count()
+    }
+
+    /// For how long it has had slots, or has waited for them again.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        self.preempted.map_or_else(|| (now - self.started).saturating_sub(self.waited), |since| now - since)
     }
 
     /// Number of slots that it has.
@@ -56,52 +68,89 @@ pub(super) fn num_held(jobs: &[Running], owner: usize) -> usize {
     jobs.iter().filter(|job| job.owner == owner).map(Running::num_slots).sum()
 }
 
-/// The preempted job that should go on next: of the owner with the fewest slots the one that has waited longest.
-pub(super) fn next_preempted(jobs: &[Running]) -> Option<usize> {
-    let may_go_on =
-        |job: &Running| job.paused.is_none() && num_held(jobs, job.owner) + job.num_open() <= job.owner_limit;
-    let waiting = jobs.iter().enumerate().filter(|(_, job)| job.preempted.is_some() && may_go_on(job));
-    waiting.min_by_key(|(_, job)| (num_held(jobs, job.owner), job.preempted)).map(|(index, _)| index)
+/// A job that waits for slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Waiting {
+    pub(super) owner: usize,
+    /// Number of slots that it needs.
+    pub(super) count: usize,
+    pub(super) since: Instant,
+    /// Its index, if it has been preempted.
+    pub(super) preempted: Option<usize>,
 }
 
-/// The jobs that should give up their slots so that `count` become free for `owner`, who has waited since `since`; `None` if
-/// it has to go on waiting. Jobs whose readers take nothing come first, then the youngest jobs of the owner with the most
-/// slots, as long as it keeps at least as many as `owner` has then.
-pub(super) fn to_preempt(
+/// The first waiting job of each owner, in the order in which they should start: owners with few slots first, then in turn after
+/// the owner that was served last. `queued` holds the first queued job of each owner; preempted jobs are older.
+pub(super) fn in_turn(jobs: &[Running], queued: Vec<Waiting>, last: usize) -> Vec<Waiting> {
+    let may_resume = |job: &Running| {
+        let is_waiting = job.preempted.is_some() && job.paused.is_none();
+        is_waiting && num_held(jobs, job.owner) + job.num_open() <= job.owner_limit
+    };
+    let preempted = jobs.iter().enumerate().filter(|(_, job)| may_resume(job)).filter_map(|(index, job)| {
+        Some(Waiting { owner: job.owner, count: job.num_open(), since: job.preempted?, preempted: Some(index) })
+    });
+    let mut first: Vec<Waiting> = preempted.chain(queued).collect();
+    first.sort_by_key(|waiting| (waiting.owner, waiting.preempted.is_none(), waiting.since));
+    first.dedup_by_key(|waiting| waiting.owner);
+    let turn = |owner: usize| owner.wrapping_sub(last.wrapping_add(1));
+    first.sort_by_key(|waiting| (num_held(jobs, waiting.owner), turn(waiting.owner)));
+    first
+}
+
+/// The job that starts next, and the indices of the running jobs that give up their slots for it; `None` if all have to wait.
+pub(super) fn next_start(
     jobs: &[Running],
-    (owner, count): (usize, usize),
-    since: Instant,
+    waiting: &[Waiting],
+    free: usize,
     now: Instant,
-) -> Option<Vec<usize>> {
-    let mut freed = 0;
-    let mut chosen = Vec::new();
+) -> Option<(Waiting, Vec<usize>)> {
+    for &next in waiting {
+        if next.count <= free {
+            return Some((next, Vec::new()));
+        }
+        if let Some(chosen) = to_preempt(jobs, next, free, now) {
+            return Some((next, chosen));
+        }
+        // later ones do not take what it waits for
+        if (MAX_WAIT..MAX_RESERVED).contains(&(now - next.since)) {
+            return None;
+        }
+    }
+    None
+}
+
+/// The jobs that give up their slots for a job that lacks some: those whose readers take nothing, then, if it has waited for
+/// long, the youngest jobs of the owners with the most slots, each of which keeps at least as many as the owner of the job then
+/// has. `None` if these are too few.
+fn to_preempt(jobs: &[Running], next: Waiting, free: usize, now: Instant) -> Option<Vec<usize>> {
+    let (mut freed, mut chosen) = (free, Vec::new());
+    let (mut idle, mut busy): (Vec<usize>, Vec<usize>) = (0..jobs.len())
+        .filter(|&index| jobs[index].num_slots() > 0)
+        .partition(|&index| jobs[index].paused.is_some_and(|since| now - since >= MAX_IDLE));
+    idle.sort_by_key(|&index| jobs[index].paused);
     let mut choose = |index: usize| {
         freed += jobs[index].num_slots();
         chosen.push(index);
-        freed >= count
+        freed >= next.count
     };
-    let mut has_slots: Vec<usize> = (0..jobs.len()).filter(|&index| jobs[index].num_slots() > 0).collect();
-    let is_idle = |index: &usize| jobs[*index].paused.is_some_and(|paused| now - paused >= MAX_IDLE);
-    let mut idle: Vec<usize> = has_slots.extract_if(.., |index| is_idle(index)).collect();
-    idle.sort_by_key(|&index| jobs[index].paused);
     if idle.into_iter().any(&mut choose) {
         return Some(chosen);
     }
-    if now - since < MAX_WAIT {
+    if now - next.since < MAX_WAIT {
         return None;
     }
-    let largest = has_slots.iter().map(|&index| jobs[index].owner).max_by_key(|&owner| num_held(jobs, owner))?;
-    let mut left = num_held(jobs, largest);
-    let wanted = num_held(jobs, owner) + count;
-    has_slots.retain(|&index| jobs[index].owner == largest && largest != owner);
-    has_slots.sort_by_key(|&index| std::cmp::Reverse(jobs[index].started));
-    let is_enough = has_slots.into_iter().any(|index| {
-        let slots = jobs[index].num_slots();
-        if left < wanted + slots {
-            return false;
-        }
-        left -= slots;
-        choose(index)
+    let target = num_held(jobs, next.owner) + next.count;
+    busy.retain(|&index| jobs[index].owner != next.owner);
+    let held = |index: &usize| (num_held(jobs, jobs[*index].owner), jobs[*index].owner);
+    busy.sort_by_key(|index| Reverse((held(index), jobs[*index].started)));
+    let is_enough = busy.chunk_by(|left, right| jobs[*left].owner == jobs[*right].owner).any(|of_owner| {
+        let mut left = held(&of_owner[0]).0;
+        of_owner.iter().any(|&index| {
+            let slots = jobs[index].num_slots();
+            let gives = left >= target + slots;
+            left -= if gives { slots } else { 0 };
+            gives && choose(index)
+        })
     });
     is_enough.then_some(chosen)
 }
@@ -137,36 +186,74 @@ mod tests {
             first_token: None,
             last_token: started,
             paused: None,
+            capacity: 0,
             preempted: None,
+            waited: Duration::ZERO,
         }
     }
 
+    fn queued(owner: usize, count: usize, since: Instant) -> Waiting {
+        Waiting { owner, count, since, preempted: None }
+    }
+
     #[test]
-    fn an_owner_with_many_slots_gives_some_to_one_with_few() {
+    fn owners_with_many_slots_give_some_to_one_with_few() {
         let start = Instant::now();
         let now = start + Duration::from_mins(1);
         let mut jobs: Vec<_> = (0..4).map(|number| job(start, 1, 1, number)).collect();
-        let ask = |jobs: &[Running], owner, count| to_preempt(jobs, (owner, count), start, now);
+        let ask = |jobs: &[Running], owner, count, free| to_preempt(jobs, queued(owner, count, start), free, now);
         // the youngest
-        assert_eq!(ask(&jobs, 2, 1), Some(vec![3]));
-        assert_eq!(ask(&jobs, 2, 2), Some(vec![3, 2]));
-        // it would have more than the other then
-        assert_eq!(ask(&jobs, 2, 3), None);
-        assert_eq!(ask(&jobs, 1, 1), None);
-        assert_eq!(to_preempt(&jobs, (2, 1), start + Duration::from_millis(59_900), now), None);
+        assert_eq!(ask(&jobs, 2, 1, 0), Some(vec![3]));
+        assert_eq!(ask(&jobs, 2, 2, 0), Some(vec![3, 2]));
+        // it would have more than the other then, also with those that are free
+        assert_eq!(ask(&jobs, 2, 3, 0), None);
+        assert_eq!(ask(&jobs, 2, 4, 2), None);
+        assert_eq!(ask(&jobs, 1, 1, 0), None);
+        let late = start + Duration::from_millis(59_900);
+        assert_eq!(to_preempt(&jobs, queued(2, 1, late), 0, now), None);
+        // the largest cannot give a part of a job, the next one can
+        jobs.push(job(start, 3, 5, 9));
+        assert_eq!(ask(&jobs, 2, 1, 0), Some(vec![3]));
+        // two give
+        jobs.extend((0..4).map(|number| job(start, 4, 1, number)));
+        assert_eq!(ask(&jobs, 2, 2, 0), Some(vec![8, 7]));
+        assert_eq!(ask(&jobs, 2, 3, 1), Some(vec![8, 3]));
+        assert_eq!(ask(&jobs, 2, 4, 1), None);
+    }
+
+    #[test]
+    fn owners_take_turns_and_preempted_jobs_come_first() {
+        let start = Instant::now();
+        let now = start + Duration::from_mins(1);
+        let mut jobs: Vec<_> = (0..4).map(|number| job(start, 1, 1, number)).collect();
+        // one that holds slots and is next in turn does not block one that holds none
+        let waiting = in_turn(&jobs, vec![queued(1, 1, start), queued(2, 1, start)], 0);
+        assert_eq!(next_start(&jobs, &waiting, 0, now), Some((queued(2, 1, start), vec![3])));
+        // in turn after the last
+        let owners = |last| in_turn(&[], [1, 2, 3].map(|owner| queued(owner, 1, start)).to_vec(), last);
+        assert_eq!(owners(2).iter().map(|waiting| waiting.owner).collect::<Vec<_>>(), [3, 1, 2]);
+        // a preempted job comes before queued ones of its owner, the oldest first
         jobs[3].preempted = Some(now);
-        jobs.push(job(start, 2, 1, 5));
-        assert_eq!((num_taken(&jobs), num_held(&jobs, 1), num_held(&jobs, 2)), (4, 3, 1));
-        assert_eq!(ask(&jobs, 2, 1), Some(vec![2]));
         jobs[2].preempted = Some(start);
-        jobs.push(job(start, 2, 1, 6));
-        assert_eq!(ask(&jobs, 2, 1), None);
-        // the one that has waited longer
-        assert_eq!(next_preempted(&jobs), Some(2));
+        let first = |jobs: &[Running]| in_turn(jobs, vec![queued(1, 1, start)], 0)[0].preempted;
+        assert_eq!(first(&jobs), Some(2));
         jobs[2].paused = Some(now);
-        assert_eq!(next_preempted(&jobs), Some(3));
+        assert_eq!(first(&jobs), Some(3));
         jobs[3].owner_limit = 2;
-        assert_eq!(next_preempted(&jobs), None);
+        assert_eq!(first(&jobs), None);
+        assert_eq!((num_taken(&jobs), num_held(&jobs, 1), num_held(&jobs, 2)), (2, 2, 0));
+    }
+
+    #[test]
+    fn free_slots_are_kept_for_a_large_job_for_a_while() {
+        let start = Instant::now();
+        let jobs = [job(start, 1, 1, 0)];
+        let next = |seconds: f32| {
+            let now = start + Duration::from_secs_f32(seconds);
+            let waiting = [queued(2, 4, start), queued(3, 1, start)];
+            next_start(&jobs, &waiting, 3, now).map(|(next, _)| next.owner)
+        };
+        assert_eq!((next(0.1), next(5.0), next(11.0)), (Some(3), None, Some(3)));
     }
 
     #[test]
@@ -175,13 +262,14 @@ mod tests {
         let now = start + Duration::from_mins(1);
         let mut jobs = vec![job(start, 1, 1, 0), job(start, 1, 2, 1), job(start, 1, 1, 2)];
         (jobs[0].paused, jobs[1].paused) = (Some(start + Duration::from_secs(50)), Some(start));
+        let ask = |jobs: &[Running], count, since| to_preempt(jobs, queued(1, count, since), 0, now);
         // also for others of the same owner, and at once
-        assert_eq!(to_preempt(&jobs, (1, 1), now, now), Some(vec![1]));
-        assert_eq!(to_preempt(&jobs, (1, 3), now, now), Some(vec![1, 0]));
-        assert_eq!(to_preempt(&jobs, (1, 4), start, now), None);
+        assert_eq!(ask(&jobs, 1, now), Some(vec![1]));
+        assert_eq!(ask(&jobs, 3, now), Some(vec![1, 0]));
+        assert_eq!(ask(&jobs, 4, start), None);
         jobs[1].paused = Some(now);
-        assert_eq!(to_preempt(&jobs, (1, 2), now, now), None);
+        assert_eq!(ask(&jobs, 2, now), None);
         jobs[0].preempted = Some(now);
-        assert_eq!(to_preempt(&jobs, (1, 1), now, now), None);
+        assert_eq!(ask(&jobs, 1, now), None);
     }
 }

@@ -1,8 +1,8 @@
 //! The thread that owns the scheduler: admits jobs, steps, and delivers pieces without ever waiting for a reader.
 
 use super::job::{EngineLimits, Job, Stops, Update};
-use super::queue::FairQueue;
-use super::running::{Running, next_preempted, num_held, num_taken, to_preempt};
+use super::queue::Queue;
+use super::running::{Running, Waiting, in_turn, next_start, num_held, num_taken};
 use crate::adapters::Adapter;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -98,7 +98,8 @@ pub(super) fn run<F>(
         scheduler,
         shared,
         limits,
-        queue: FairQueue::default(),
+        queue: Queue::default(),
+        last_owner: usize::MAX,
         running: Vec::new(),
         adapters: HashMap::new(),
         failures: Vec::new(),
@@ -112,7 +113,9 @@ struct Worker<'a> {
     scheduler: Scheduler,
     shared: &'a Shared,
     limits: EngineLimits,
-    queue: FairQueue<Task>,
+    queue: Queue<Task>,
+    /// The owner of the job that started last.
+    last_owner: usize,
     running: Vec<Running>,
     /// The scheduler's id of each generation of an adapter.
     adapters: HashMap<u64, (AdapterId, Arc<Adapter>)>,
@@ -201,7 +204,7 @@ impl Worker<'_> {
         for index in (0..self.running.len()).rev() {
             let task = &self.running[index];
             let stalled = task.paused.is_some_and(|since| now - since > limits.stall_timeout);
-            let is_over = now - task.started > limits.request_timeout;
+            let is_over = task.age(now) > limits.request_timeout;
             if !(task.updates.is_closed() || stalled || is_over) {
                 continue;
             }
@@ -211,6 +214,8 @@ impl Worker<'_> {
             self.shared.metrics.finish(reason);
             let message = if stalled {
                 format!("the client took nothing for {} s", limits.stall_timeout.as_secs())
+            } else if task.preempted.is_some() {
+                format!("the request waited {} s for a slot", limits.request_timeout.as_secs())
             } else {
                 format!("the request took longer than {} s", limits.request_timeout.as_secs())
             };
@@ -242,62 +247,54 @@ impl Worker<'_> {
         }
     }
 
-    /// Gives slots to jobs in turn, if need be those of others.
+    /// Gives slots to waiting jobs, if necessary those of running ones.
     fn admit(&mut self) {
         loop {
-            let free = self.limits.slots - num_taken(&self.running);
-            let within_limit =
-                |task: &Task| num_held(&self.running, task.job.owner) + task.job.num_samples <= task.job.max_running;
-            let first =
-                self.queue.peek(within_limit).map(|task| (task.job.owner, task.job.num_samples, task.submitted));
-            let preempted = next_preempted(&self.running).filter(|&index| {
-                let held = |owner| num_held(&self.running, owner);
-                first.is_none_or(|(owner, ..)| held(self.running[index].owner) <= held(owner))
+            let may_start =
+                |task: &&Task| num_held(&self.running, task.job.owner) + task.job.num_samples <= task.job.max_running;
+            let queued = self.queue.heads().filter(may_start).map(|task| Waiting {
+                owner: task.job.owner,
+                count: task.job.num_samples,
+                since: task.submitted,
+                preempted: None,
             });
-            if let Some(index) = preempted {
-                let Running { owner, preempted, .. } = self.running[index];
-                let count = self.running[index].num_open();
-                // later ones do not take what it waits for
-                if free < count && !self.make_room((owner, count - free), preempted) {
-                    return;
-                }
-                self.resume(index);
-                continue;
+            let waiting = in_turn(&self.running, queued.collect(), self.last_owner);
+            if waiting.is_empty() {
+                return;
             }
-            if let Some((owner, count, submitted)) = first
-                && free < count
-            {
-                self.make_room((owner, count - free), Some(submitted));
+            let (now, free) = (Instant::now(), self.limits.slots - num_taken(&self.running));
+            let Some((next, chosen)) = next_start(&self.running, &waiting, free, now) else { return };
+            for index in chosen {
+                self.preempt(index, now);
             }
-            let free = self.limits.slots - num_taken(&self.running);
-            let within_limit =
-                |task: &Task| num_held(&self.running, task.job.owner) + task.job.num_samples <= task.job.max_running;
-            let Some(task) = self.queue.pop(|task| task.job.num_samples <= free && within_limit(task)) else { return };
-            self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
-            self.start(task);
+            self.last_owner = next.owner;
+            if let Some(index) = next.preempted {
+                self.resume(index, now);
+            } else if let Some(task) = self.queue.pop(next.owner) {
+                self.shared.waiting.fetch_sub(task.job.num_samples, Ordering::Relaxed);
+                self.start(task);
+            }
         }
     }
 
-    /// Preempts others so that `count` more slots are free for an owner who waits; returns whether they are.
-    fn make_room(&mut self, (owner, count): (usize, usize), since: Option<Instant>) -> bool {
-        let now = Instant::now();
-        let Some(chosen) = to_preempt(&self.running, (owner, count), since.unwrap_or(now), now) else { return false };
-        for index in chosen {
-            let task = &mut self.running[index];
-            task.preempted = Some(now);
-            self.shared.metrics.preemptions.add(1);
-            for sequence in task.open() {
-                // it may have ended in the last step
-                let _ = self.scheduler.preempt(sequence);
-            }
+    /// Takes the slots of a running job.
+    fn preempt(&mut self, index: usize, now: Instant) {
+        let task = &mut self.running[index];
+        task.preempted = Some(now);
+        self.shared.metrics.preemptions.add(1);
+        for sequence in task.open() {
+            // it may have ended in the last step
+            let _ = self.scheduler.preempt(sequence);
         }
-        true
     }
 
-    /// Lets a preempted job go on.
-    fn resume(&mut self, index: usize) {
-        self.running[index].preempted = None;
-        for sequence in self.running[index].open() {
+    /// Resumes a preempted job.
+    fn resume(&mut self, index: usize, now: Instant) {
+        let task = &mut self.running[index];
+        if let Some(since) = task.preempted.take() {
+            task.waited += now - since;
+        }
+        for sequence in task.open() {
             let _ = self.scheduler.set_paused(sequence, false);
         }
     }
@@ -337,7 +334,9 @@ impl Worker<'_> {
                 first_token: None,
                 last_token: now,
                 paused: None,
+                capacity: 0,
                 preempted: None,
+                waited: Duration::ZERO,
             }),
             // routes check what clients can get wrong; what is left is still theirs
             Err(error) => {
@@ -363,14 +362,19 @@ impl Worker<'_> {
 
     /// Resumes the sequences whose readers have caught up.
     fn resume_readers(&mut self) {
-        for task in &mut self.running {
-            if task.paused.is_some() && task.updates.capacity() >= task.updates.max_capacity() / 2 {
+        let now = Instant::now();
+        for task in self.running.iter_mut().filter(|task| task.paused.is_some()) {
+            let capacity = task.updates.capacity();
+            if capacity >= task.updates.max_capacity() / 2 {
                 task.paused = None;
                 // one without slots waits for its turn
                 for sequence in task.open().filter(|_| task.preempted.is_none()) {
                     let _ = self.scheduler.set_paused(sequence, false);
                 }
+            } else if capacity > task.capacity {
+                task.paused = Some(now);
             }
+            task.capacity = capacity;
         }
     }
 
@@ -442,7 +446,7 @@ impl Worker<'_> {
             }
             // what the next step may add must fit
             if task.paused.is_none() && task.updates.capacity() <= MAX_PIECES * task.sequences.len() {
-                task.paused = Some(now);
+                (task.paused, task.capacity) = (Some(now), task.updates.capacity());
                 metrics.slow_reader_pauses.add(1);
                 let open: Vec<SequenceId> = task.open().collect();
                 for sequence in open {

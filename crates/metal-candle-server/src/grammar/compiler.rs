@@ -14,8 +14,9 @@ use metal_candle::data::Tokenizer;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Stack of a thread that compiles. Schemas and grammars are read by recursion.
@@ -61,9 +62,7 @@ struct Inner {
     limits: GrammarLimits,
     cache: Mutex<VecDeque<(Key, Arc<Mutex<Matcher>>)>>,
     /// Number of threads that compile.
-    compiling: Mutex<usize>,
-    /// One of them has ended.
-    ended: Condvar,
+    compiling: AtomicUsize,
 }
 
 type Key = [u8; 32];
@@ -107,14 +106,12 @@ impl GrammarCompiler {
             vocabulary: Arc::new(vocabulary),
             limits,
             cache: Mutex::default(),
-            compiling: Mutex::default(),
-            ended: Condvar::new(),
+            compiling: AtomicUsize::new(0),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`], and as long before while
-    /// other grammars are compiling.
+    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`].
     ///
     /// # Errors
     /// The grammar is wrong, too complex or not supported, or too many grammars are compiling.
@@ -198,22 +195,15 @@ struct Slot {
 
 impl Slot {
     fn take(inner: &Arc<Inner>) -> Option<Self> {
-        let running = inner.compiling.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited =
-            inner.ended.wait_timeout_while(running, inner.limits.deadline, |running| *running >= MAX_COMPILING);
-        let (mut running, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            return None;
-        }
-        *running += 1;
+        let count = |running: usize| (running < MAX_COMPILING).then_some(running + 1);
+        inner.compiling.fetch_update(Ordering::AcqRel, Ordering::Acquire, count).ok()?;
         Some(Self { inner: Arc::clone(inner) })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        *self.inner.compiling.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.inner.ended.notify_one();
+        self.inner.compiling.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

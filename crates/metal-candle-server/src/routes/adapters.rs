@@ -78,9 +78,9 @@ pub(crate) async fn unload_vllm(
 
 /// `GET /lora-adapters`, as in llama.cpp. Scales are those of the adapters themselves.
 pub(crate) async fn list_llama(State(app): State<Arc<App>>) -> Json<Value> {
-    let adapters = app.adapters.list();
-    let object = |(id, adapter): (usize, &Arc<Adapter>)| json!({"id": id, "path": adapter.name, "scale": 0.0});
-    Json(adapters.iter().enumerate().map(object).collect())
+    // the number of a generation is never used again
+    let object = |adapter: &Arc<Adapter>| json!({"id": adapter.generation, "path": adapter.name, "scale": 0.0});
+    Json(app.adapters.list().iter().map(object).collect())
 }
 
 async fn load_from(app: &Arc<App>, name: &str, path: &str, replaces: Replaces) -> Result<Arc<Adapter>, ApiError> {

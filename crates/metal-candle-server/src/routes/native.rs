@@ -128,33 +128,42 @@ fn num_predict(fields: &Fields) -> Result<Option<usize>, ApiError> {
 fn adapter_by_number(app: &App, fields: &Fields) -> Result<Option<Target>, ApiError> {
     let mut found = None;
     for entry in fields.objects("lora", MAX_ADAPTERS)? {
-        let (path, number) = (entry.path("id"), entry.integer("id", 0..=i64::MAX)?);
-        let scale = entry.number("scale", -1e6..=1e6)?.unwrap_or(1.0);
+        entry.required("id")?;
+        let number = entry.integer("id", 0..=i64::MAX)?;
+        let scale = entry.number("scale", -1e6..=1e6)?.unwrap_or(0.0);
         if scale == 0.0 {
             continue;
         }
-        if (scale - 1.0).abs() > f64::EPSILON || found.is_some() {
-            let path = entry.path("scale");
-            let message = format!("`{path}`: this server applies one adapter as it is: one scale of 1, the others 0");
+        let path = entry.path("scale");
+        if (scale - 1.0).abs() > f64::EPSILON {
+            let message = format!("`{path}`: expected 0 or 1, found {scale}: this server applies an adapter as it is");
             return Err(ApiError::unsupported(path, message));
         }
-        let adapters = app.adapters.list();
-        let number = number.and_then(|number| usize::try_from(number).ok());
-        let adapter = number.and_then(|number| adapters.get(number)).ok_or_else(|| {
-            ApiError::field(
-                path.clone(),
-                format!("`{path}`: expected the number of one of {} adapters", adapters.len()),
-            )
-        })?;
-        found = Some(Target { name: adapter.name.clone(), adapter: Some(Arc::clone(adapter)) });
+        if found.is_some() {
+            let message = format!("`{path}`: this server applies one adapter to an answer; set the other scales to 0");
+            return Err(ApiError::unsupported(path, message));
+        }
+        let number = number.and_then(|number| u64::try_from(number).ok());
+        let adapter = app.adapters.list().into_iter().find(|adapter| Some(adapter.generation) == number);
+        let Some(adapter) = adapter else {
+            let path = entry.path("id");
+            let message = format!("`{path}`: there is no such adapter; `GET /lora-adapters` lists their numbers");
+            return Err(ApiError::field(path, message));
+        };
+        found = Some(Target { name: adapter.name.clone(), adapter: Some(adapter) });
     }
     Ok(found)
 }
 
 async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u32>) -> Result<Response, ApiError> {
+    let named = app.target(fields)?;
     let target = match adapter_by_number(app, fields)? {
+        Some(target) if named.adapter.is_some() && named.name != target.name => {
+            let message = "`lora` names another adapter than `model` or `adapter`";
+            return Err(ApiError::field("lora", message));
+        }
         Some(target) => target,
-        None => app.target(fields)?,
+        None => named,
     };
     let most = app.max_choices(client);
     let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
@@ -363,7 +372,7 @@ pub(crate) async fn apply_template(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
-    let mut turn = Turn::new(&app, &fields, messages(&fields)?, 1, "messages")?;
+    let mut turn = Turn::new(&app, &fields, messages(&fields)?, usize::MAX, "messages")?;
     turn.constrain(&app.served, &fields)?;
     let served = app.served.clone();
     let prompt = app.compute(move || turn.render(&served)).await?;

@@ -72,12 +72,19 @@ fn adapters_are_chosen_replaced_and_unloaded() {
         assert_eq!(written(json!({"lora": lora})), written(json!({"model": name})));
     }
     assert_eq!(written(json!({"lora": [{"id": number("first"), "scale": 0}]})), written(json!({})));
-    for lora in
-        [json!([{"id": number("first"), "scale": 0.5}]), json!([{"id": 0}, {"id": 1}]), json!([{"id": 2}]), json!([{}])]
-    {
+    let one = |name: &str| json!({"id": number(name), "scale": 1});
+    let (half, unknown) = (json!({"id": number("first"), "scale": 0.5}), json!({"id": 999, "scale": 1}));
+    for (lora, expected) in [
+        (json!([half]), "lora[0].scale"),
+        (json!([one("first"), one("second")]), "lora[1].scale"),
+        (json!([unknown]), "lora[0].id"),
+        (json!([{"scale": 1}]), "lora[0].id"),
+    ] {
         let (status, param, _) = server.refusal("/completion", &complete(json!({"lora": lora})));
-        assert!(status == 400 && param.starts_with("lora["), "{param}");
+        assert_eq!((status, param.as_str()), (400, expected));
     }
+    let contradiction = json!({"lora": [one("first")], "model": "second"});
+    assert_eq!(server.refusal("/completion", &complete(contradiction)).1, "lora");
     // all at once, each as it is alone
     std::thread::scope(|scope| {
         for _ in 0..4 {

@@ -323,9 +323,19 @@ fn limits_have_the_names_of_other_servers() {
     assert_eq!(count(json!({"messages": messages, "n_predict": 3, "ignore_eos": true})), 3);
     assert_eq!(count(json!({"messages": messages, "n_predict": 0})), 1);
     assert_eq!(count(json!({"messages": messages, "n_predict": 9, "max_tokens": 2, "ignore_eos": true})), 2);
-    // as many as fit, up to the stop string
-    let body = json!({"messages": messages, "max_tokens": -1, "stop": ["\n"], "temperature": 0, "min_tokens": 1});
-    assert!(count(body) >= 1);
+    // as many as fit
+    let body = json!({"messages": messages, "max_tokens": -1, "ignore_eos": true, "temperature": 0});
+    assert!(count(body) > 400);
+    // a token that is named twice comes only after the least tokens
+    let first = SERVER.ok("/v1/chat/completions", &json!({"messages": messages, "temperature": 0, "max_tokens": 1}));
+    let first =
+        SERVER.ok("/tokenize", &json!({"content": first["choices"][0]["message"]["content"]}))["tokens"][0].clone();
+    let ends = |least: u64| {
+        let body = json!({"messages": messages, "temperature": 0, "min_tokens": least, "max_tokens": 30,
+            "stop_token_ids": [first, first]});
+        count(body)
+    };
+    assert!(ends(0) == 1 && ends(9) > 9);
     let text = SERVER.ok("/v1/completions", &json!({"prompt": "fn", "n_predict": 4, "ignore_eos": true}));
     assert_eq!(text["usage"]["completion_tokens"], 4);
     let body = json!({"messages": messages, "max_tokens": 3, "min_tokens": 4});

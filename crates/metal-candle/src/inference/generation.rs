@@ -60,8 +60,8 @@ impl<const N: usize> From<[u32; N]> for Prompt {
 pub struct GenerationConfig {
     /// Most tokens to generate, at least 1; the context length of the model is a limit too.
     pub max_tokens: usize,
-    /// So many tokens are generated before one may end the generation. Stop strings end it at any time, and so does a mask that
-    /// allows nothing but the end.
+    /// Fewest tokens before an ending token may be sampled. Stop strings end a generation at any time, and so does a mask that
+    /// allows nothing but ending tokens.
     pub min_tokens: usize,
     /// How tokens are sampled.
     pub sampling: SamplingConfig,
@@ -97,7 +97,7 @@ impl GenerationConfig {
         self
     }
 
-    /// Sets the number of tokens before one may end the generation.
+    /// Sets the fewest tokens before an ending token.
     #[must_use]
     pub fn with_min_tokens(mut self, min_tokens: usize) -> Self {
         self.min_tokens = min_tokens;

@@ -313,8 +313,8 @@ impl Scheduler {
     }
 
     /// Advances the running sequences: each decoding sequence by one token and the drafts that are accepted, and prompts by
-    /// chunks. Returns what became of them; a sequence that fails, for example by logits that are not finite, ends with its error and leaves the others
-    /// alone.
+    /// chunks. Returns what became of them; a sequence that fails, for example by logits that are not finite, ends with its
+    /// error and leaves the others alone.
     ///
     /// # Errors
     /// The device fails or has no memory for the cache. The sequences stay as they were before the pass that failed, and the

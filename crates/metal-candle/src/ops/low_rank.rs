@@ -25,8 +25,9 @@ pub struct LowRank {
     pub start: Option<(Tensor, Tensor)>,
     /// The magnitudes of the rows, for weight-decomposed adapters.
     pub magnitude: Option<Magnitude>,
-    /// What inference on the CPU multiplies by, f32, if A and B are known not to change; else it is made whenever it is needed:
-    /// A `[rank, in_features]` and the transpose of B `[rank, out_features]`, with A0 and the negative of B0 below them.
+    /// The f32 factors that inference on the CPU multiplies by, if A and B are known not to change; otherwise they are computed
+    /// for each call: A `[rank, in_features]` and the transpose of B `[rank, out_features]`, with A0 and the negative of B0 below
+    /// them.
     pub fixed: Option<(Tensor, Tensor)>,
 }
 
@@ -100,7 +101,7 @@ pub fn weight_norms_squared(weight: &Tensor) -> Result<Tensor> {
 }
 
 impl LowRank {
-    /// What `fixed` holds.
+    /// The factors that `fixed` caches.
     fn factors(&self) -> Result<(Tensor, Tensor)> {
         if let Some(factors) = &self.fixed {
             return Ok(factors.clone());
@@ -113,7 +114,7 @@ impl LowRank {
         Ok((wide(factors.0)?, wide(factors.1)?))
     }
 
-    /// The term for as long as A and B stay what they are.
+    /// The term with what depends on A and B alone computed, for as long as these do not change.
     pub(crate) fn fixed(&self, weight: &Weight, is_embedding: bool) -> Result<Self> {
         let mut fixed = self.clone();
         if !is_embedding && self.a.device().is_cpu() {

@@ -1,4 +1,4 @@
-//! Which sequences have slots: waiting ones get them in turn, and preempted ones give them up.
+//! Gives slots to waiting sequences and takes those of preempted ones.
 
 use super::Scheduler;
 use crate::error::{Error, Result};
@@ -9,8 +9,10 @@ use std::collections::VecDeque;
 
 impl Scheduler {
     /// Pauses a running sequence and takes its slot for others. Once it is resumed by [`Scheduler::set_paused`] and gets a slot,
-    /// its text is computed again, as far as no slot holds it; on the CPU this changes no bit of what follows. Samples whose
-    /// prompt is not yet computed leave together; a sequence that waits is only paused.
+    /// its text is computed again, as far as no slot holds it; on the CPU this changes no bit of what follows.
+    ///
+    /// Samples whose prompt is not yet computed leave together, and wait until the first of them is resumed. A sequence that waits
+    /// is only paused.
     ///
     /// # Errors
     /// The sequence is neither waiting nor running.
@@ -19,6 +21,7 @@ impl Scheduler {
             let mut preempted = self.running.remove(index);
             for sample in preempted.samples_mut() {
                 self.slots.release(sample.slot(), None);
+                sample.set_paused(true);
             }
             self.slots.release(preempted.slot(), preempted.prefix());
             preempted.set_cached(0, self.num_steps);
