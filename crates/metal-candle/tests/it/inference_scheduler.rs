@@ -585,6 +585,8 @@ struct Arrival {
     is_drafted: bool,
     /// The step in which its first sample is cancelled.
     cancelled: Option<usize>,
+    /// The step in which its last sample is preempted.
+    preempted: Option<usize>,
 }
 
 impl Arrival {
@@ -606,15 +608,15 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         .prop_map(|(max_tokens, seed)| seed.map_or(greedy(max_tokens), |seed| drawn(max_tokens, seed)));
     let flags = (proptest::bool::weighted(0.2), proptest::bool::ANY);
     let rest = (1usize..4, proptest::option::of(0usize..2), 0usize..3, flags);
-    let cancelled = proptest::option::weighted(0.2, 0usize..20);
-    (0usize..12, prompt, config, rest, cancelled).prop_map(|(step, prompt, config, rest, cancelled)| {
+    let events = (proptest::option::weighted(0.2, 0usize..20), proptest::option::weighted(0.4, 0usize..20));
+    (0usize..12, prompt, config, rest, events).prop_map(|(step, prompt, config, rest, (cancelled, preempted))| {
         let (num_samples, adapter, num_top, (is_masked, is_drafted)) = rest;
-        Arrival { step, prompt, config, num_samples, adapter, num_top, is_masked, is_drafted, cancelled }
+        Arrival { step, prompt, config, num_samples, adapter, num_top, is_masked, is_drafted, cancelled, preempted }
     })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
     #[test]
     fn every_sequence_equals_itself_alone(arrivals in proptest::collection::vec(arrival(), 1..8)) {
@@ -631,6 +633,16 @@ proptest! {
                 if let (Some(&first), true) = (admitted[index].first(), arrival.cancelled == Some(step)) {
                     // it may have ended
                     let _ = scheduler.cancel(first);
+                }
+                if let (Some(&last), Some(preempted)) = (admitted[index].last(), arrival.preempted) {
+                    // as above; its siblings are resumed with it
+                    if step == preempted {
+                        let _ = scheduler.preempt(last);
+                    } else if step == preempted + 3 {
+                        for &id in &admitted[index] {
+                            let _ = scheduler.set_paused(id, false);
+                        }
+                    }
                 }
             }
             if step >= 20 && scheduler.is_idle() {
