@@ -3,6 +3,7 @@
 mod adapter_set;
 mod device_decoding;
 mod divergence;
+mod draft_gate;
 mod draft_model;
 mod drafter;
 mod generation;

@@ -4,6 +4,7 @@ mod admission;
 
 use super::adapter_set::AdapterSet;
 use super::device_decoding::{DeviceDecoding, DeviceToken};
+use super::draft_gate::DraftGate;
 use super::draft_model::DraftModel;
 use super::generation::{Finish, FinishReason, Piece};
 use super::mask::AllowedTokens;
@@ -20,6 +21,7 @@ use crate::models::{Batch, KVCache, Model, Rows};
 use crate::ops::{Adapters, LowRankTerms};
 use candle_core::Tensor;
 use std::collections::VecDeque;
+use std::time::Instant;
 
 /// Continues many prompts with one model: continuous batching without threads or waiting.
 ///
@@ -58,6 +60,7 @@ pub struct Scheduler {
     model: Model,
     tokenizer: Option<Tokenizer>,
     draft_model: Option<DraftModel>,
+    draft_gate: DraftGate,
     config: SchedulerConfig,
     adapters: AdapterSet,
     slots: Slots,
@@ -86,6 +89,7 @@ impl Scheduler {
             model,
             tokenizer: None,
             draft_model: None,
+            draft_gate: DraftGate::default(),
             config,
             adapters: AdapterSet::default(),
             slots: Slots::default(),
@@ -321,15 +325,41 @@ impl Scheduler {
     /// next step tries again. It also returns the events of the passes that succeeded.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         self.num_steps += 1;
-        let started = self.start_waiting().and_then(|()| self.draft());
-        let stepped = started.and_then(|()| self.decode()).and_then(|rest| self.forward(&rest));
+        self.start_waiting()?;
+        let (started, num_events, num_sequences) = (Instant::now(), self.events.len(), self.num_decoding());
+        let stepped = self.draft(num_sequences).and_then(|()| self.decode_and_forward());
         self.retire();
-        stepped?;
+        let had_drafts = stepped?;
+        if let (Some(count), false) = (num_sequences, self.model.device().is_cpu()) {
+            let tokens = self.events.len() - num_events;
+            self.draft_gate.record(had_drafts, count, tokens, started.elapsed(), Instant::now());
+        }
         Ok(std::mem::take(&mut self.events))
     }
 
-    /// Drafts the next tokens of the sequences that ask for it.
-    fn draft(&mut self) -> Result<()> {
+    /// Number of sequences that a step computes, if each of them is at its last token.
+    fn num_decoding(&self) -> Option<usize> {
+        let mut computed = self.running.iter().filter(|sequence| !sequence.is_paused());
+        let count = computed.clone().count();
+        computed.all(|sequence| sequence.num_waiting() == 1).then_some(count)
+    }
+
+    /// One step of all sequences; returns whether drafts were checked.
+    fn decode_and_forward(&mut self) -> Result<bool> {
+        let had_drafts = self.running.iter().any(|sequence| !sequence.draft().is_empty());
+        let rest = self.decode()?;
+        self.forward(&rest)?;
+        Ok(had_drafts)
+    }
+
+    /// Drafts the next tokens of the sequences that ask for it. `num_sequences` is the number of sequences of a step without
+    /// prompts.
+    fn draft(&mut self, num_sequences: Option<usize>) -> Result<()> {
+        let is_slow = !self.model.device().is_cpu();
+        if is_slow && !num_sequences.is_some_and(|count| self.draft_gate.is_open(count, Instant::now())) {
+            self.running.iter_mut().for_each(Sequence::clear_draft);
+            return Ok(());
+        }
         // a draft that crossed the limit would change the rotation of the tokens before it
         let len_limit = self.model.rotary_limit();
         self.running.iter_mut().for_each(|sequence| sequence.propose(len_limit));

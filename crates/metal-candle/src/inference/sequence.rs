@@ -163,7 +163,7 @@ impl Sequence {
     /// Drafts the tokens that may follow, if the next step is the one after its last token. `len_limit` is the most tokens
     /// that the text may have with them.
     pub(super) fn propose(&mut self, len_limit: Option<usize>) {
-        (self.draft, self.num_to_draft) = (Vec::new(), 0);
+        self.clear_draft();
         let is_decoding = self.num_waiting() == 1 && self.samples.is_empty() && !self.is_paused;
         let Some(drafter) = self.drafter.as_mut().filter(|_| is_decoding) else { return };
         // after all drafts one more token is sampled
@@ -173,6 +173,11 @@ impl Sequence {
             Draft::Tokens(tokens) => self.draft = tokens,
             Draft::ByModel(count) => self.num_to_draft = count,
         }
+    }
+
+    /// Drafts nothing in the next step.
+    pub(super) fn clear_draft(&mut self) {
+        (self.draft, self.num_to_draft) = (Vec::new(), 0);
     }
 
     /// Number of tokens that the draft model is asked for.

@@ -5,7 +5,8 @@ use crate::error::{Error, Result};
 /// How the next tokens of a sequence are guessed, so that one pass can compute several.
 ///
 /// A draft never changes an answer: the sampler draws every token from the logits of the model, and drafts that differ from
-/// the drawn tokens are discarded. On the CPU tokens and log-probabilities have the same bits with and without drafts.
+/// the drawn tokens are discarded. On the CPU tokens and log-probabilities have the same bits with and without drafts. On Metal
+/// and CUDA drafts are made only while steps with them are measured to be faster than steps without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Speculation {
