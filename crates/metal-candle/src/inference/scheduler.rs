@@ -23,6 +23,10 @@ use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::time::Instant;
 
+/// Most logits of decoding sequences that a step with a prompt reads back from a device. Sampling from more of them takes longer
+/// than a pass of their own.
+const MAX_READ_LOGITS: usize = 1 << 19;
+
 /// Continues many prompts with one model: continuous batching without threads or waiting.
 ///
 /// [`Scheduler::admit`] queues a prompt, [`Scheduler::step`] advances every running sequence, and [`Scheduler::cancel`] ends
@@ -385,8 +389,13 @@ impl Scheduler {
     fn decode(&mut self) -> Result<Vec<usize>> {
         let is_active = |&index: &usize| !self.running[index].is_paused();
         let all: Vec<usize> = (0..self.running.len()).filter(is_active).collect();
-        // with a prompt in the step, one pass over the weights serves both
-        if self.model.device().is_cpu() || all.iter().any(|&index| self.running[index].num_waiting() > 1) {
+        if self.model.device().is_cpu() {
+            return Ok(all);
+        }
+        // with a prompt in the step, one pass over the weights serves both, as long as few logits have to be read back
+        let (prompts, decoding): (Vec<usize>, Vec<usize>) =
+            all.iter().partition(|&&index| self.running[index].num_waiting() > 1);
+        if !prompts.is_empty() && decoding.len() * self.model.config().vocab_size <= MAX_READ_LOGITS {
             return Ok(all);
         }
         let has_row = |&index: &usize| self.running[index].decoding_row().is_some();

@@ -120,7 +120,11 @@ impl Model {
                 has_room && held.step.max_seq_len == max_seq_len
             };
             if !decoding.as_ref().is_some_and(fits) {
-                *decoding = Some(self.new_decoding(rows.len(), max_seq_len, terms)?);
+                // rows that come one by one are recorded a few times, not each time
+                let has_grown = decoding.as_ref().is_some_and(|held| held.rows.len() < rows.len());
+                let grown = rows.len().next_power_of_two();
+                let count = if has_grown && self.can_decode(grown, terms, cache) { grown } else { rows.len() };
+                *decoding = Some(self.new_decoding(count, max_seq_len, terms)?);
             }
             let held = decoding.as_mut().ok_or(Error::Stopped)?;
             let copies = rows.last().into_iter().cycle().take(held.rows.len() - rows.len());

@@ -24,6 +24,7 @@ mod golden;
 #[cfg(feature = "hub")]
 mod hub;
 mod imports;
+mod inference_arrivals;
 mod inference_bits;
 mod inference_generator;
 mod inference_sampling;
