@@ -45,7 +45,7 @@ def hostile_requests(soak, lasting=False):
     post("NUL", 200, text, {"prompt": "a\0b", "max_tokens": 1, "seed": 1})
     post("NUL in a name", 404, text, {"model": "base\0", "prompt": "x"})
     post("NUL in a name", 400, "/v1/adapters", {"name": "a\0", "path": "one"})
-    wrong = [{"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "5"}, {"max_tokens": 10**30}, {"n": 10**9}, {"n": 2**70},
+    wrong = [{"max_tokens": -2}, {"max_tokens": 1.5}, {"max_tokens": "5"}, {"max_tokens": 10**30}, {"n": 10**9}, {"n": 2**70},
              {"n": 0}, {"n": "x"}, {"temperature": "hot"}, {"temperature": 3},
              {"temperature": -1}, {"top_p": 2}, {"seed": 1.5}, {"seed": True}, {"stop": [""]},
              {"stop": ["x"] * 99}, {"stop": 5}, {"logit_bias": {"x": 1}}, {"logit_bias": {"99999999": 1}}, {"logit_bias": {"1": 1e9}},
