@@ -6,7 +6,7 @@
 A closed loop: each of `--concurrency` clients sends the next request when its last one has ended. Prompts differ, answers
 have exactly `--tokens` tokens (`ignore_eos`). `--drop` is the share of requests that are closed after a random time. Works
 with any server that has `/v1/completions` (llama-server too). Each second `--long-prompts` sends one more request with a prompt
-of so many words, whose texts are not counted, and `--swap` loads an adapter anew. Only the standard library is used.
+of that many words, whose answer is not counted, and `--swap` reloads an adapter. Only the standard library is used.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Client:
             self.failed.append(f"{path}: status {status}")
 
     async def each_second(self, path, body):
-        """Sends what `body` returns for 0, 1, 2, ... once a second, whether or not the one before has an answer."""
+        """Sends `body(0)`, `body(1)`, ... one a second, without waiting for the previous answer."""
         number, running = 0, set()
         try:
             while True:

@@ -92,7 +92,7 @@ pub(crate) fn generation_config(
     Ok(config)
 }
 
-/// The most tokens of an answer by a field of which -1 stands for as many as fit, as in llama.cpp; `None` if it is absent.
+/// Reads the token limit of an answer; -1 means the rest of the context, as in llama.cpp. `None` if the field is absent.
 ///
 /// # Errors
 /// It is not -1 and less than `least`.

@@ -29,7 +29,7 @@ pub(super) struct Running {
     pub(super) last_token: Instant,
     /// Since when its reader has taken nothing.
     pub(super) paused: Option<Instant>,
-    /// The room in its channel when this was last looked at.
+    /// The free capacity of its channel at the last check.
     pub(super) capacity: usize,
     /// Since when it has given up its slots.
     pub(super) preempted: Option<Instant>,
@@ -147,9 +147,9 @@ fn to_preempt(jobs: &[Running], next: Waiting, free: usize, now: Instant) -> Opt
         let mut left = held(&of_owner[0]).0;
         of_owner.iter().any(|&index| {
             let slots = jobs[index].num_slots();
-            let gives = left >= target + slots;
-            left -= if gives { slots } else { 0 };
-            gives && choose(index)
+            let is_chosen = left >= target + slots;
+            left -= if is_chosen { slots } else { 0 };
+            is_chosen && choose(index)
         })
     });
     is_enough.then_some(chosen)
@@ -171,7 +171,7 @@ mod tests {
         scheduler.admit(request).unwrap().into_iter().map(Some).collect()
     }
 
-    /// A job of `owner` with `count` sequences that started so many seconds after `start`.
+    /// A job of `owner` with `count` sequences that started `seconds` after `start`.
     fn job(start: Instant, owner: usize, count: usize, seconds: u64) -> Running {
         let (updates, stops, _) = Answers::channel(count);
         let started = start + Duration::from_secs(seconds);

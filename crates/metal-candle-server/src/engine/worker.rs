@@ -247,7 +247,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Gives slots to waiting jobs, if necessary those of running ones.
+    /// Assigns slots to waiting jobs, if necessary by preempting running ones.
     fn admit(&mut self) {
         loop {
             let may_start =

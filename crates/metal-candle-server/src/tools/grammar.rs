@@ -15,7 +15,7 @@ const STRING_KEYWORDS: [&str; 7] = ["type", "enum", "const", "description", "tit
 
 /// The grammar of answers to a request: calls only where one is required, calls or an `answer` where its form is given, text and
 /// valid calls where a tool is strict, and `None` where the model is free. `reasoning` holds the markers of reasoning and whether
-/// the prompt ends inside of it; `answer` is the field that gives the form, and the form.
+/// the prompt ends inside of it; `answer` is the name of the field with the form, and the form.
 ///
 /// # Errors
 /// The model cannot be held to the schemas: they are too large, or the markers of calls are not tokens; or the form of an answer
@@ -97,7 +97,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// The rules of calls, and the names of the rule of one and of as many as an answer may hold. A list counts as one.
+    /// Writes the rules of calls. Returns the names of two rules: one call, and all calls of an answer. A list counts as one call.
     fn calls(&self, lark: &mut String) -> Result<(&'static str, &'static str), ApiError> {
         let (syntax, tools) = (self.syntax, &self.request.tools);
         let names: Vec<String> = (0..tools.len()).map(|index| format!("tool{index}")).collect();

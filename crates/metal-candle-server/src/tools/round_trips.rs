@@ -337,7 +337,7 @@ fn constrained_answers_are_valid_calls() {
         }
     }
     assert!(finished > 20, "{finished}");
-    // a call, or an answer of the form that the request gives
+    // a call, or an answer of the requested form
     request.choice = ToolChoice::Auto;
     let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]});
     let forms = [Grammar::JsonSchema(schema), Grammar::Regex("a/b|\\/\n".into())];

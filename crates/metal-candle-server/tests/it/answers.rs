@@ -323,7 +323,7 @@ fn limits_have_the_names_of_other_servers() {
     assert_eq!(count(json!({"messages": messages, "n_predict": 3, "ignore_eos": true})), 3);
     assert_eq!(count(json!({"messages": messages, "n_predict": 0})), 1);
     assert_eq!(count(json!({"messages": messages, "n_predict": 9, "max_tokens": 2, "ignore_eos": true})), 2);
-    // as many as fit
+    // the rest of the context
     let body = json!({"messages": messages, "max_tokens": -1, "ignore_eos": true, "temperature": 0});
     assert!(count(body) > 400);
     // a token that is named twice comes only after the least tokens

@@ -1,4 +1,4 @@
-//! Stops drafting on a device for as long as it does not pay: there a pass that checks drafts reads logits back, which may take far
+//! Stops drafting on a device while steps with drafts are slower: a pass that checks drafts reads logits back, which may take far
 //! longer than a step without drafts.
 
 use std::time::{Duration, Instant};
@@ -10,10 +10,10 @@ const MAX_GAIN: f64 = 0.05;
 /// Steps without drafts that are timed before drafts are tried, and again after [`REFRESH`] steps with drafts.
 const FEWEST_PLAIN: u32 = 3;
 const REFRESH: u32 = 64;
-/// Numbers of sequences are told apart by powers of two.
+/// Batch sizes are grouped by powers of two.
 const NUM_SIZES: usize = 16;
 
-/// The time of steps without drafts, for about as many sequences.
+/// The time of steps without drafts for one group of batch sizes.
 #[derive(Debug, Clone, Copy, Default)]
 struct Plain {
     seconds_per_token: f64,
@@ -36,7 +36,7 @@ impl DraftGate {
         &mut self.plain[(num_sequences.max(1).ilog2() as usize).min(NUM_SIZES - 1)]
     }
 
-    /// Whether the next step of so many sequences may check drafts.
+    /// Whether the next step of `num_sequences` sequences may check drafts.
     pub(super) fn is_open(&mut self, num_sequences: usize, now: Instant) -> bool {
         let plain = self.plain(num_sequences);
         let is_known = plain.steps >= FEWEST_PLAIN && plain.drafted_steps < REFRESH;
@@ -85,7 +85,7 @@ mod tests {
     const MILLISECOND: Duration = Duration::from_millis(1);
 
     /// The milliseconds and tokens of steps of one sequence for two seconds, where a step with drafts takes `factor` times as long
-    /// as one without and gives three tokens.
+    /// as one without and returns three tokens.
     fn run(factor: u32) -> (u64, u64) {
         let (mut gate, mut now) = (DraftGate::default(), Instant::now());
         let (start, mut tokens) = (now, 0);

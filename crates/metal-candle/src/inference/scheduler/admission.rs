@@ -1,4 +1,4 @@
-//! Gives slots to waiting sequences and takes those of preempted ones.
+//! Assigns slots to waiting sequences and releases those of preempted ones.
 
 use super::Scheduler;
 use crate::error::{Error, Result};
@@ -31,7 +31,7 @@ impl Scheduler {
         self.set_paused(sequence, true)
     }
 
-    /// Gives slots to waiting sequences.
+    /// Assigns slots to waiting sequences.
     pub(super) fn start_waiting(&mut self) -> Result<()> {
         let max = self.config.max_sequences;
         let fits = |slots: &Slots, next: &Sequence| slots.num_taken() + next.num_sequences() <= max;
