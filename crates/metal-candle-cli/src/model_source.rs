@@ -11,7 +11,7 @@ use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::files::{GgufFile, shard_names};
 use metal_candle::models::{Quantization, SafetensorsFile};
-use metal_candle::{Model, ModelConfig, ModelLoader};
+use metal_candle::{Device, Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +32,7 @@ pub(crate) struct ModelArguments {
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Quantize the weights while loading, on the CPU, to a type such as `q8_0` or `q4_k_m` (see `quantize`).
+    /// Quantize the weights while loading, to a type such as `q8_0` or `q4_k_m` (see `quantize`).
     #[arg(long, value_name = "TYPE")]
     pub(crate) quantize: Option<MixtureName>,
 
@@ -202,11 +202,8 @@ impl ModelSource {
         output: Output,
     ) -> Result<Model> {
         let Some(MixtureName(mixture)) = quantize else { return self.load(dtype, device, output) };
-        if !matches!(device, DeviceKind::Auto | DeviceKind::Cpu) {
-            let message = format!("`--quantize` with `--device {device}`: quantized weights run on the CPU");
-            return Err(UserError::new(message).into());
-        }
-        quantized(&self.load(dtype, DeviceKind::Cpu, output)?, &mixture.into(), output)
+        let model = quantized(&self.load(dtype, DeviceKind::Cpu, output)?, &mixture.into(), output)?;
+        moved(&model, device.open(output)?)
     }
 
     pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {
@@ -228,6 +225,13 @@ impl ModelSource {
         warn_once(&model.config().notes);
         Ok(model)
     }
+}
+
+/// A model that was quantized on the CPU, on the device that runs it.
+pub(crate) fn moved(model: &Model, device: Device) -> Result<Model> {
+    let has_blocks = model.parameters().iter().any(|(_, weight)| weight.block_format().is_some());
+    let dtype = if has_blocks { DType::BF16 } else { model.dtype() };
+    Ok(if device.is_cpu() { model.clone() } else { model.to_device(device, dtype)? })
 }
 
 /// A model in quantized types, with a bar where it takes a while.

@@ -54,7 +54,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Train on weights quantized while loading, to a type such as `q4_k_m`; on the CPU.
+    /// Train on weights quantized while loading, to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(crate) quantize: Option<MixtureName>,
 

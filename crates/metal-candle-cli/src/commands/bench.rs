@@ -11,7 +11,7 @@ mod work;
 pub(crate) use arguments::BenchArguments;
 
 use crate::error::UserError;
-use crate::model_source::{ModelSource, NANO, quantized};
+use crate::model_source::{ModelSource, NANO, moved, quantized};
 use crate::output::Output;
 use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
@@ -177,10 +177,12 @@ impl Subject {
                 return Err(UserError::new(message).with_hint("a smaller --shape").into());
             }
             output.note(format_args!("making random weights of the shape of {}", shape.name()));
-            let model = Model::repeated_pattern(config, 1, dtype, device)?;
             let model = match flags.quantize {
-                Some(MixtureName(mixture)) => quantized(&model, &mixture.into(), output)?,
-                None => model,
+                Some(MixtureName(mixture)) => {
+                    let model = Model::repeated_pattern(config, 1, dtype, Device::CPU)?;
+                    moved(&quantized(&model, &mixture.into(), output)?, device)?
+                }
+                None => Model::repeated_pattern(config, 1, dtype, device)?,
             };
             return Ok(Self { model, name: format!("random weights, shape {}", shape.name()), folder: None });
         }

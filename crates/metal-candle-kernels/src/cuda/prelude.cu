@@ -1,6 +1,7 @@
 // What the kernels are written with, for CUDA. No header is included: NVRTC may have none.
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long long wide;
 
 struct f16_t {
@@ -64,6 +65,7 @@ typedef bf16_t T;
 #define UNROLL4 _Pragma("unroll 4")
 // For what is seldom run, so that the rest need not pay for its registers.
 #define NO_UNROLL _Pragma("unroll 1")
+#define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define ATOMIC_UINT uint
 #define ATOMIC_STORE(a, i, x) (*(volatile uint*)&(a)[i] = (x))
 #define ATOMIC_LOAD(a, i) (*(volatile const uint*)&(a)[i])
@@ -98,6 +100,11 @@ FUNCTION float warp_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xf
 FUNCTION uint warp_shuffle_xor_uint(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FUNCTION float bits_to_float(uint x) { return __uint_as_float(x); }
 FUNCTION uint float_to_bits(float x) { return __float_as_uint(x); }
+FUNCTION float half_bits_to_float(ushort x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
 #if ELEMENT == 0
 FUNCTION void load4(const T* x, float* y) {
     const float4 v = *reinterpret_cast<const float4*>(x);

@@ -341,7 +341,7 @@ fn attribute(device: &CudaDevice, attribute: sys::CUmemPool_attribute) -> Result
 /// One of the matrices of a product.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
-    /// A contiguous matrix.
+    /// A matrix whose rows are contiguous.
     pub tensor: &'a Tensor,
     /// Whether its transpose is meant.
     pub is_transposed: bool,
@@ -353,7 +353,7 @@ pub struct Operand<'a> {
 /// `a: [m, k]` or its transpose, `b: [k, n]` or its transpose, of one type; `c: [m, n]`, of that type or f32.
 ///
 /// # Errors
-/// Shapes do not fit, a matrix is not contiguous or not on a CUDA device, or the device fails.
+/// Shapes do not fit, the rows of a matrix are not contiguous, it is not on a CUDA device, or the device fails.
 pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Result<()> {
     let (m, n) = c.dims2()?;
     let sides = |operand: Operand| -> Result<(usize, usize)> {
@@ -364,9 +364,15 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
     if (am, bk, bn) != (m, k, n) {
         bail!("a product of {:?} and {:?} is not {:?}", (am, k), (bk, bn), (m, n));
     }
-    if ![c, a.tensor, b.tensor].iter().all(|tensor| tensor.is_contiguous()) {
-        bail!("a product of matrices that are not contiguous");
-    }
+    // from a row to the next
+    let stride = |tensor: &Tensor| -> Result<i32> {
+        match *tensor.stride() {
+            _ if tensor.is_contiguous() => Ok(tensor.dim(1)? as i32),
+            [stride, 1] => Ok(stride as i32),
+            _ => bail!("a product of matrices whose rows are not contiguous"),
+        }
+    };
+    let (stride_a, stride_b, stride_c) = (stride(a.tensor)?, stride(b.tensor)?, stride(c)?);
     let candle_core::Device::Cuda(device) = c.device() else { bail!("a product on another device than CUDA") };
     let recorder = RECORDING.with_borrow(Clone::clone);
     let stream = recorder.as_ref().map_or_else(|| device.cuda_stream(), |recorder| Arc::clone(&recorder.stream));
@@ -388,7 +394,6 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
     let operation = |is_transposed| {
         if is_transposed { blas::cublasOperation_t::CUBLAS_OP_T } else { blas::cublasOperation_t::CUBLAS_OP_N }
     };
-    let width = |tensor: &Tensor| -> Result<i32> { Ok(tensor.dim(1)? as i32) };
     let usual = device.cublas_handle();
     stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
     let handle = recorder.as_ref().map_or(*usual.handle(), |recorder| *recorder.products.blas.handle());
@@ -405,14 +410,14 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
             std::ptr::from_ref(&alpha).cast(),
             place_b as *const _,
             type_b,
-            width(b.tensor)?,
+            stride_b,
             place_a as *const _,
             type_a,
-            width(a.tensor)?,
+            stride_a,
             std::ptr::from_ref(&beta).cast(),
             place_c as *mut _,
             type_c,
-            n as i32,
+            stride_c,
             blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
         )

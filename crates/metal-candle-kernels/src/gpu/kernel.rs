@@ -1,10 +1,15 @@
 //! Descriptions of kernels and launches, which do not depend on the device.
 
+use crate::blocks::BlockFormat;
 use candle_core::{DType, Tensor};
 
 /// The text that follows both preludes.
 #[cfg(any(feature = "cuda", feature = "metal"))]
 const COMMON: &str = include_str!("../metal/common.metal");
+
+/// The text in front of kernels that read weights of any format.
+#[cfg(any(feature = "cuda", feature = "metal"))]
+const LOADERS: &str = include_str!("../metal/block_loaders.metal");
 
 /// A file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,6 +34,8 @@ pub enum Source {
     Optimizer,
     /// The choice of a token.
     Sampling,
+    /// Dequantization.
+    Blocks,
     /// Attention on the tensor cores of CUDA devices.
     TensorCoreAttention,
 }
@@ -47,8 +54,58 @@ impl Source {
             Self::CrossEntropy => include_str!("../metal/cross_entropy.metal"),
             Self::Optimizer => include_str!("../metal/optimizer.metal"),
             Self::Sampling => include_str!("../metal/sampling.metal"),
+            Self::Blocks => include_str!("../metal/blocks.metal"),
             Self::TensorCoreAttention => include_str!("../cuda/attention.cu"),
         }
+    }
+
+    /// Whether its kernels read weights of any format.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    fn reads_blocks(self) -> bool {
+        matches!(self, Self::Product | Self::Decode | Self::Blocks)
+    }
+}
+
+/// Formats of the matrices that a kernel reads, as its constant `FORMATS`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Formats(u32);
+
+impl Formats {
+    /// The number of a format in kernels; 0 stands for elements that are not quantized.
+    pub fn number(format: Option<BlockFormat>) -> usize {
+        let place = format.and_then(|format| BlockFormat::ALL.iter().position(|other| *other == format));
+        place.map_or(0, |place| place + 1)
+    }
+
+    /// Whether kernels read blocks of this format.
+    pub fn has_loader(format: BlockFormat) -> bool {
+        use BlockFormat as F;
+        match format {
+            F::Q4_0 | F::Q4_1 | F::Q5_0 | F::Q5_1 | F::Q8_0 | F::Q2K | F::Q3K | F::Q4K | F::Q5K | F::Q6K => true,
+            F::IQ4NL | F::IQ4XS | F::MXFP4 => true,
+        }
+    }
+
+    /// These and one more.
+    #[must_use]
+    pub fn with(self, format: Option<BlockFormat>) -> Self {
+        Self(self.0 | 1 << Self::number(format))
+    }
+
+    /// What a kernel is told.
+    pub fn constant(self) -> usize {
+        self.0.max(1) as usize
+    }
+
+    /// Whether one of them is quantized.
+    pub fn has_blocks(self) -> bool {
+        self.0 > 1
+    }
+}
+
+impl FromIterator<Option<BlockFormat>> for Formats {
+    fn from_iter<I: IntoIterator<Item = Option<BlockFormat>>>(formats: I) -> Self {
+        formats.into_iter().fold(Self::default(), Self::with)
     }
 }
 
@@ -115,8 +172,18 @@ impl Kernel {
             let _ = writeln!(text, "#define {name} {value}");
         }
         // the source that is only for CUDA uses no prelude
-        let before = if self.source == Source::TensorCoreAttention { ["", ""] } else { [prelude, COMMON] };
-        Ok(text + before[0] + before[1] + self.source.text())
+        if self.source == Source::TensorCoreAttention {
+            return Ok(text + self.source.text());
+        }
+        let mut loaders = "";
+        if self.source.reads_blocks() {
+            for format in BlockFormat::ALL {
+                let (name, number) = (format.name().to_ascii_uppercase(), Formats::number(Some(format)));
+                let _ = writeln!(text, "#define FORMAT_{name} {number}\n#define BYTES_{name} {}", format.bytes());
+            }
+            loaders = LOADERS;
+        }
+        Ok(text + prelude + COMMON + loaders + self.source.text())
     }
 }
 

@@ -13,7 +13,7 @@ mod kernel;
 #[cfg(feature = "metal")]
 mod metal;
 
-pub use kernel::{Arg, Grid, Kernel, Source, Word};
+pub use kernel::{Arg, Formats, Grid, Kernel, Source, Word};
 
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 

@@ -39,30 +39,57 @@ FUNCTION void ask_for_rows(GLOBAL const T* w0, GLOBAL const T* w1, uint my_lane,
 #endif
 }
 
+// Asks for two rows of weights: elements are held in registers, blocks are on their way to the cache.
+FUNCTION void ask_for_weights(
+    GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format0, uint format1, uint my_lane, PRIVATE TwoRows& rows) {
+    if (IS_DENSE(format0) && IS_DENSE(format1)) {
+        ask_for_rows((GLOBAL const T*)w0, (GLOBAL const T*)w1, my_lane, rows);
+        return;
+    }
+#if HAS_BLOCKS
+    ask_for_blocks(w0, uint(row_bytes(format0, HIDDEN)), my_lane);
+    ask_for_blocks(w1, uint(row_bytes(format1, HIDDEN)), my_lane);
+#endif
+}
+
+// Adds the products of eight weights of two rows with those of each vector at `x`, BATCH vectors of HIDDEN floats.
+FUNCTION void add_dots(
+    PRIVATE const float* u, PRIVATE const float* v, SHARED_ARG const float* x, PRIVATE float* sums0, PRIVATE float* sums1) {
+    UNROLL for (uint b = 0; b < BATCH; b++) {
+        float value[8];
+        load8_shared(x + b * HIDDEN, value);
+        UNROLL for (uint j = 0; j < 8; j++) {
+            sums0[b] += u[j] * value[j];
+            sums1[b] += v[j] * value[j];
+        }
+    }
+}
+
 // The products of the rows with each vector, summed. `x` holds BATCH vectors of HIDDEN floats.
 FUNCTION void dots_of_rows(
-    GLOBAL const T* w0, GLOBAL const T* w1, PRIVATE const TwoRows& rows, SHARED_ARG const float* x, uint my_lane,
-    PRIVATE float* sums0, PRIVATE float* sums1) {
+    GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format0, uint format1, PRIVATE const TwoRows& rows,
+    SHARED_ARG const float* x, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
-    UNROLL for (uint step = 0; step < STEPS; step++) {
-        const uint i = 8 * my_lane + 256 * step;
-        if (i < HIDDEN) {
-            float u[8], v[8];
+    float u[8], v[8];
+    if (IS_DENSE(format0) && IS_DENSE(format1)) {
+        UNROLL for (uint step = 0; step < STEPS; step++) {
+            const uint i = 8 * my_lane + 256 * step;
+            if (i < HIDDEN) {
 #if HOLDS_ROWS
-            unpack_eight(rows.first[step], u);
-            unpack_eight(rows.second[step], v);
+                unpack_eight(rows.first[step], u);
+                unpack_eight(rows.second[step], v);
 #else
-            load8(w0 + i, u);
-            load8(w1 + i, v);
+                load8((GLOBAL const T*)w0 + i, u);
+                load8((GLOBAL const T*)w1 + i, v);
 #endif
-            UNROLL for (uint b = 0; b < BATCH; b++) {
-                float value[8];
-                load8_shared(x + b * HIDDEN + i, value);
-                UNROLL for (uint j = 0; j < 8; j++) {
-                    sums0[b] += u[j] * value[j];
-                    sums1[b] += v[j] * value[j];
-                }
+                add_dots(u, v, x + i, sums0, sums1);
             }
+        }
+    } else {
+        UNROLL4 for (uint i = 8 * my_lane; i < HIDDEN; i += 256) {
+            load8_row(w0, format0, i, u);
+            load8_row(w1, format1, i, v);
+            add_dots(u, v, x + i, sums0, sums1);
         }
     }
     for (uint b = 0; b < BATCH; b++) {
@@ -103,22 +130,30 @@ FUNCTION void add_products(
 
 // The products of a part of two rows of weights, from `from` up to `end`, with each of `live` vectors in device memory.
 FUNCTION void dots_of_two(
-    GLOBAL const T* w0, GLOBAL const T* w1, PRIVATE const TwoParts& parts, GLOBAL const T* x, uint live, uint width,
-    uint from, uint end, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
+    GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format, bool is_dense, PRIVATE const TwoParts& parts,
+    GLOBAL const T* x, uint live, uint width, uint from, uint end, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
     for (uint b = 0; b < BATCH; b++) sums0[b] = sums1[b] = 0.0f;
     float u[8], v[8];
-    UNROLL for (uint step = 0; step < AHEAD; step++) {
-        const uint i = from + 8 * my_lane + 256 * step;
-        if (i < end) {
-            unpack_eight(parts.first[step], u);
-            unpack_eight(parts.second[step], v);
+    if (is_dense) {
+        UNROLL for (uint step = 0; step < AHEAD; step++) {
+            const uint i = from + 8 * my_lane + 256 * step;
+            if (i < end) {
+                unpack_eight(parts.first[step], u);
+                unpack_eight(parts.second[step], v);
+                add_products(u, v, x + i, live, width, sums0, sums1);
+            }
+        }
+        UNROLL4 for (uint i = from + 8 * my_lane + 256 * AHEAD; i < end; i += 256) {
+            load8((GLOBAL const T*)w0 + i, u);
+            load8((GLOBAL const T*)w1 + i, v);
             add_products(u, v, x + i, live, width, sums0, sums1);
         }
-    }
-    UNROLL4 for (uint i = from + 8 * my_lane + 256 * AHEAD; i < end; i += 256) {
-        load8(w0 + i, u);
-        load8(w1 + i, v);
-        add_products(u, v, x + i, live, width, sums0, sums1);
+    } else {
+        UNROLL4 for (uint i = from + 8 * my_lane; i < end; i += 256) {
+            load8_row(w0, format, i, u);
+            load8_row(w1, format, i, v);
+            add_products(u, v, x + i, live, width, sums0, sums1);
+        }
     }
     for (uint b = 0; b < BATCH; b++) {
         sums0[b] = warp_sum(sums0[b]);
@@ -249,6 +284,7 @@ FUNCTION void empty_words(
 
 struct EmbedWords {
     uint width;
+    uint format;
     float factor;
     uint empty_at;
     uint empty_count;
@@ -256,11 +292,17 @@ struct EmbedWords {
 
 // x[b] = factor * the embedding of token b
 KERNEL(decode_embed)
-(IN(T, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), OUT(ATOMIC_UINT, posted, 3), WORDS(EmbedWords, 4) PLACE) {
+(IN(uchar, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), OUT(ATOMIC_UINT, posted, 3), WORDS(EmbedWords, 4) PLACE) {
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
-    const wide from = wide(state[group.x]) * p.width;
-    for (uint i = me; i < p.width; i += threads) x[group.x * p.width + i] = T(p.factor * float(embedding[from + i]));
+    GLOBAL const uchar* row = row_of(embedding, p.format, state[group.x], p.width);
+    for (uint i = 8 * me; i < p.width; i += 8 * threads) {
+        float values[8];
+        load8_row(row, p.format, i, values);
+        for (uint j = 0; j < 8; j++) values[j] *= p.factor;
+        store4(x + group.x * p.width + i, values);
+        store4(x + group.x * p.width + i + 4, values + 4);
+    }
 }
 
 struct ProjectionWords {
@@ -276,6 +318,9 @@ struct ProjectionWords {
     float q_scale;
     float k_scale;
     float v_scale;
+    uint q_format;
+    uint k_format;
+    uint v_format;
     uint post_at;
     uint empty_at;
     uint empty_count;
@@ -283,7 +328,7 @@ struct ProjectionWords {
 
 // Norm and projections to q, k and v, without biases. A warp takes two rows.
 KERNEL(decode_projections)
-(IN(T, x, 0), IN(T, norm, 1), IN(T, wq, 2), IN(T, wk, 3), IN(T, wv, 4), IN(T, aq, 5), IN(T, lq, 6), IN(T, ak, 7),
+(IN(T, x, 0), IN(T, norm, 1), IN(uchar, wq, 2), IN(uchar, wk, 3), IN(uchar, wv, 4), IN(T, aq, 5), IN(T, lq, 6), IN(T, ak, 7),
  IN(T, lk, 8), IN(T, av, 9), IN(T, lv, 10), OUT(T, q, 11), OUT(T, k, 12), OUT(T, v, 13), OUT(ATOMIC_UINT, posted, 14),
  WORDS(ProjectionWords, 15) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
@@ -305,7 +350,8 @@ KERNEL(decode_projections)
     uint count = q_rows;
     uint rank = p.q_rank;
     float scale = p.q_scale;
-    GLOBAL const T* w = is_of_a ? aq : wq;
+    uint format = p.q_format;
+    GLOBAL const uchar* w = wq;
     GLOBAL const T* a = aq;
     GLOBAL const T* l = lq;
     GLOBAL T* y = q;
@@ -315,7 +361,8 @@ KERNEL(decode_projections)
         count = v_rows;
         rank = p.v_rank;
         scale = p.v_scale;
-        w = is_of_a ? av : wv;
+        format = p.v_format;
+        w = wv;
         a = av;
         l = lv;
         y = v;
@@ -325,7 +372,8 @@ KERNEL(decode_projections)
         count = k_rows;
         rank = p.k_rank;
         scale = p.k_scale;
-        w = is_of_a ? ak : wk;
+        format = p.k_format;
+        w = wk;
         a = ak;
         l = lk;
         y = k;
@@ -333,12 +381,18 @@ KERNEL(decode_projections)
     const uint row0 = 2 * pair;
     const uint row1 = row0 + 1 < count ? row0 + 1 : row0;
     const bool is_there = row0 < count;
-    GLOBAL const T* w0 = w + wide(row0) * HIDDEN;
-    GLOBAL const T* w1 = w + wide(row1) * HIDDEN;
+    GLOBAL const T* a0 = a + row0 * HIDDEN;
+    GLOBAL const T* a1 = a + row1 * HIDDEN;
+    GLOBAL const uchar* w0 = row_of(w, format, row0, HIDDEN);
+    GLOBAL const uchar* w1 = row_of(w, format, row1, HIDDEN);
     TwoRows rows;
     float term0[SHARES], term1[SHARES];
     if (is_there) {
-        ask_for_rows(w0, w1, lane, rows);
+        if (is_of_a) {
+            ask_for_rows(a0, a1, lane, rows);
+        } else {
+            ask_for_weights(w0, w1, format, format, lane, rows);
+        }
         if (HAS_TERMS && !is_of_a) {
             ask_for_term(l, rank, row0, lane, term0);
             ask_for_term(l, rank, row1, lane, term1);
@@ -349,7 +403,7 @@ KERNEL(decode_projections)
     if (is_of_a) {
         for (uint b = 0; is_there && b < live; b++) {
             float z0, z1;
-            times_two_of_a(w0, w1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
+            times_two_of_a(a0, a1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
             const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
             if (lane == 0) {
                 post(posted, at + row0, z0 * scale);
@@ -361,7 +415,7 @@ KERNEL(decode_projections)
     norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     if (!is_there) return;
     float sums0[BATCH], sums1[BATCH];
-    dots_of_rows(w0, w1, rows, normed, lane, sums0, sums1);
+    dots_of_rows(w0, w1, format, format, rows, normed, lane, sums0, sums1);
     for (uint b = 0; b < live; b++) {
         const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
         if (HAS_TERMS && rank > 0) {
@@ -386,6 +440,7 @@ struct LinearWords {
     // The factor on the sum, and whether y is kept.
     float factor;
     uint is_added;
+    uint format;
     uint post_at;
     uint empty_at;
     uint empty_count;
@@ -415,7 +470,7 @@ FUNCTION void low_rank_of_device(
 
 // y += factor * (W x + scale B A x), or y becomes this. Four warps share two rows, each a quarter of their width.
 KERNEL(decode_linear)
-(IN(T, x, 0), IN(T, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), OUT(ATOMIC_UINT, posted, 5),
+(IN(T, x, 0), IN(uchar, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), OUT(ATOMIC_UINT, posted, 5),
  WORDS(LinearWords, 6) PLACE) {
     SHARED float parts[LINEAR_THREADS / 32 * 2 * BATCH];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
@@ -434,13 +489,22 @@ KERNEL(decode_linear)
     const uint share = (p.in_features + 256 * QUARTERS - 1) / (256 * QUARTERS) * 256;
     const uint from = MINIMUM(warp % QUARTERS * share, p.in_features);
     const uint end = MINIMUM(from + share, p.in_features);
-    GLOBAL const T* matrix = is_of_a ? a : w;
-    GLOBAL const T* w0 = matrix + wide(row0) * p.in_features;
-    GLOBAL const T* w1 = matrix + wide(row1) * p.in_features;
+    const bool is_dense = is_of_a || IS_DENSE(p.format);
+    const wide stride = is_of_a ? wide(p.in_features) * sizeof(T) : row_bytes(p.format, p.in_features);
+    GLOBAL const uchar* matrix = is_of_a ? (GLOBAL const uchar*)a : w;
+    GLOBAL const uchar* w0 = matrix + row0 * stride;
+    GLOBAL const uchar* w1 = matrix + row1 * stride;
     // the first warp of each four adds the update
     const bool has_term = HAS_TERMS && !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
     TwoParts asked;
-    ask_for_parts(w0, w1, from, end, lane, asked);
+    if (is_dense) ask_for_parts((GLOBAL const T*)w0, (GLOBAL const T*)w1, from, end, lane, asked);
+#if HAS_BLOCKS
+    if (!is_dense && from < end) {
+        const uint skipped = uint(row_bytes(p.format, from));
+        ask_for_blocks(w0 + skipped, uint(row_bytes(p.format, end - from)), lane);
+        ask_for_blocks(w1 + skipped, uint(row_bytes(p.format, end - from)), lane);
+    }
+#endif
     float term0[SHARES], term1[SHARES];
     if (has_term) {
         ask_for_term(l, p.rank, row0, lane, term0);
@@ -449,7 +513,7 @@ KERNEL(decode_linear)
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     float sums0[BATCH], sums1[BATCH];
-    dots_of_two(w0, w1, asked, vectors, live, p.in_features, from, end, lane, sums0, sums1);
+    dots_of_two(w0, w1, p.format, is_dense, asked, vectors, live, p.in_features, from, end, lane, sums0, sums1);
     if (has_term) {
         for (uint b = 0; b < live; b++) {
             float z[SHARES];
@@ -516,6 +580,8 @@ struct GatedWords {
     uint up_rank;
     float gate_scale;
     float up_scale;
+    uint gate_format;
+    uint up_format;
     uint post_at;
     uint empty_at;
     uint empty_count;
@@ -523,7 +589,7 @@ struct GatedWords {
 
 // Norm, gate and up projection and activation; a warp takes a row of each.
 KERNEL(decode_gated)
-(IN(T, x, 0), IN(T, norm, 1), IN(T, w_gate, 2), IN(T, w_up, 3), IN(T, a_gate, 4), IN(T, l_gate, 5), IN(T, a_up, 6),
+(IN(T, x, 0), IN(T, norm, 1), IN(uchar, w_gate, 2), IN(uchar, w_up, 3), IN(T, a_gate, 4), IN(T, l_gate, 5), IN(T, a_up, 6),
  IN(T, l_up, 7), OUT(T, y, 8), OUT(ATOMIC_UINT, posted, 9), WORDS(GatedWords, 10) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
     SHARED float scratch[32];
@@ -536,8 +602,10 @@ KERNEL(decode_gated)
     const uint block = group.x / chunks;
     const bool is_of_a = HAS_TERMS && block < groups_of_a;
     uint row = (is_of_a ? block : block - groups_of_a) * warps + warp;
-    GLOBAL const T* w0 = w_gate + wide(row) * HIDDEN;
-    GLOBAL const T* w1 = w_up + wide(row) * HIDDEN;
+    GLOBAL const uchar* w0 = row_of(w_gate, p.gate_format, row, HIDDEN);
+    GLOBAL const uchar* w1 = row_of(w_up, p.up_format, row, HIDDEN);
+    GLOBAL const T* a0 = a_gate;
+    GLOBAL const T* a1 = a_gate;
     bool is_there = row < p.intermediate;
     // of A: two rows of one of them
     const bool is_up = is_of_a && row >= pairs_of_gate;
@@ -547,13 +615,17 @@ KERNEL(decode_gated)
         row = 2 * (is_up ? row - pairs_of_gate : row);
         row1 = row + 1 < rank ? row + 1 : row;
         is_there = row < rank;
-        w0 = (is_up ? a_up : a_gate) + row * HIDDEN;
-        w1 = (is_up ? a_up : a_gate) + row1 * HIDDEN;
+        a0 = (is_up ? a_up : a_gate) + row * HIDDEN;
+        a1 = (is_up ? a_up : a_gate) + row1 * HIDDEN;
     }
     TwoRows rows;
     float term_gate[SHARES], term_up[SHARES];
     if (is_there) {
-        ask_for_rows(w0, w1, lane, rows);
+        if (is_of_a) {
+            ask_for_rows(a0, a1, lane, rows);
+        } else {
+            ask_for_weights(w0, w1, p.gate_format, p.up_format, lane, rows);
+        }
         if (HAS_TERMS && !is_of_a) {
             ask_for_term(l_gate, p.gate_rank, row, lane, term_gate);
             ask_for_term(l_up, p.up_rank, row, lane, term_up);
@@ -564,7 +636,7 @@ KERNEL(decode_gated)
     if (is_of_a) {
         for (uint b = 0; is_there && b < live; b++) {
             float z0, z1;
-            times_two_of_a(w0, w1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
+            times_two_of_a(a0, a1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
             const uint at = p.post_at + ((first_row + b) * 2 + (is_up ? 1 : 0)) * MAX_RANK;
             const float scale = is_up ? p.up_scale : p.gate_scale;
             if (lane == 0) {
@@ -576,7 +648,7 @@ KERNEL(decode_gated)
     }
     norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     float gate[BATCH], up[BATCH];
-    if (is_there) dots_of_rows(w0, w1, rows, normed, lane, gate, up);
+    if (is_there) dots_of_rows(w0, w1, p.gate_format, p.up_format, rows, normed, lane, gate, up);
 #if HAS_TERMS
     // a warp reads z for all of them, which are many
     SHARED float z[2 * BATCH * MAX_RANK];
@@ -620,6 +692,7 @@ struct HeadWords {
     uint vocab;
     uint rank;
     float scale;
+    uint format;
     uint post_at;
     uint empty_at;
     uint empty_count;
@@ -628,7 +701,7 @@ struct HeadWords {
 // Norm and head: the logits in f32. Each group also leaves, for each token, its largest logit, that one's id and the sum of
 // exponentials of the distances from it: `parts[row][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
 KERNEL(decode_head)
-(IN(T, x, 0), IN(T, norm, 1), IN(T, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
+(IN(T, x, 0), IN(T, norm, 1), IN(uchar, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
  OUT(ATOMIC_UINT, posted, 7), WORDS(HeadWords, 8) PLACE) {
     SHARED float normed[BATCH * HIDDEN];
     SHARED float scratch[32];
@@ -643,11 +716,15 @@ KERNEL(decode_head)
     // the rows of a warp: HEAD_ROWS of the head, or two of A
     const uint count = is_of_a ? p.rank : p.vocab;
     const uint first = is_of_a ? 2 * (block * warps + warp) : ((block - groups_of_a) * warps + warp) * HEAD_ROWS;
-    GLOBAL const T* matrix = is_of_a ? a : w;
     TwoRows rows;
     if (first < count) {
         const uint next = MINIMUM(first + 1, count - 1);
-        ask_for_rows(matrix + wide(first) * HIDDEN, matrix + wide(next) * HIDDEN, lane, rows);
+        if (is_of_a) {
+            ask_for_rows(a + first * HIDDEN, a + next * HIDDEN, lane, rows);
+        } else {
+            ask_for_weights(
+                row_of(w, p.format, first, HIDDEN), row_of(w, p.format, next, HIDDEN), p.format, p.format, lane, rows);
+        }
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
@@ -682,9 +759,12 @@ KERNEL(decode_head)
         const TwoRows now = rows;
         if (r + 2 < HEAD_ROWS && row0 + 2 < p.vocab) {
             const uint next = MINIMUM(row0 + 3, p.vocab - 1);
-            ask_for_rows(w + wide(row0 + 2) * HIDDEN, w + wide(next) * HIDDEN, lane, rows);
+            ask_for_weights(
+                row_of(w, p.format, row0 + 2, HIDDEN), row_of(w, p.format, next, HIDDEN), p.format, p.format, lane, rows);
         }
-        dots_of_rows(w + wide(row0) * HIDDEN, w + wide(row1) * HIDDEN, now, normed, lane, sums0, sums1);
+        dots_of_rows(
+            row_of(w, p.format, row0, HIDDEN), row_of(w, p.format, row1, HIDDEN), p.format, p.format, now, normed, lane, sums0,
+            sums1);
         if (HAS_TERMS && p.rank > 0) {
             float term0[SHARES], term1[SHARES];
             ask_for_term(l, p.rank, row0, lane, term0);

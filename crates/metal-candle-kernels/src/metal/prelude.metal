@@ -35,6 +35,7 @@ typedef bfloat4 T4;
 #define UNROLL _Pragma("unroll")
 #define UNROLL4
 #define NO_UNROLL
+#define PREFETCH(address)
 #define ATOMIC_UINT atomic_uint
 #define ATOMIC_STORE(a, i, x) atomic_store_explicit(&(a)[i], x, memory_order_relaxed)
 #define ATOMIC_LOAD(a, i) atomic_load_explicit(&(a)[i], memory_order_relaxed)
@@ -55,6 +56,7 @@ FUNCTION float warp_shuffle_xor(float x, uint mask) { return simd_shuffle_xor(x,
 FUNCTION uint warp_shuffle_xor_uint(uint x, uint mask) { return simd_shuffle_xor(x, ushort(mask)); }
 FUNCTION float bits_to_float(uint x) { return as_type<float>(x); }
 FUNCTION uint float_to_bits(float x) { return as_type<uint>(x); }
+FUNCTION float half_bits_to_float(ushort x) { return float(as_type<half>(x)); }
 
 // Four elements that begin at a multiple of four.
 FUNCTION void load4(device const T* x, thread float* y) {

@@ -75,6 +75,13 @@ FUNCTION void copy_across(
     }
 }
 
+// Eight weights of a row in whatever format, those from `i` on, which is a multiple of eight; zeros from `end` on.
+FUNCTION void copy_weights(const device uchar* row, uint format, uint i, uint end, threadgroup T* to) {
+    float values[8];
+    if (i < end) load8_row(row, format, i, values);
+    for (uint j = 0; j < 8; j++) to[j] = i < end ? T(values[j]) : T(0);
+}
+
 // Adds the product of two tiles to this simdgroup's sums. Each tile lies along the depth or across it.
 FUNCTION void multiply(
     const threadgroup T* x, bool x_is_along, const threadgroup T* w, bool w_is_along, uint warp, thread Sums& sums) {
@@ -110,6 +117,8 @@ struct ForwardWords {
     uint tokens;
     uint k;
     uint ends[6];
+    // Of the first three matrices, which may be quantized.
+    uint formats[3];
 };
 
 // The matrix a column of the result belongs to.
@@ -122,11 +131,12 @@ FUNCTION uint matrix_of(uint column, constant ForwardWords& p) {
 // y[i] = x w[i]^T for up to six matrices w[i]: [width, k]; ends[i] is the sum of the widths up to it. The tiles of the result go
 // over the columns of all.
 KERNEL(products)
-(IN(T, x, 0), IN(T, w0, 1), IN(T, w1, 2), IN(T, w2, 3), IN(T, w3, 4), IN(T, w4, 5), IN(T, w5, 6), OUT(T, y0, 7),
+(IN(T, x, 0), IN(uchar, w0, 1), IN(uchar, w1, 2), IN(uchar, w2, 3), IN(T, w3, 4), IN(T, w4, 5), IN(T, w5, 6), OUT(T, y0, 7),
  OUT(T, y1, 8), OUT(T, y2, 9), OUT(T, y3, 10), OUT(T, y4, 11), OUT(T, y5, 12), WORDS(ForwardWords, 13) PLACE) {
     TILE_OF(x_tile, TILE * (DEPTH + PAD));
     TILE_OF(w_tile, COLUMNS * (DEPTH + PAD));
-    const device T* ws[6] = {w0, w1, w2, w3, w4, w5};
+    const device uchar* weights[3] = {w0, w1, w2};
+    const device T* others[3] = {w3, w4, w5};
     device T* ys[6] = {y0, y1, y2, y3, y4, y5};
     const uint first_row = group.y * TILE;
     const uint first_column = group.x * COLUMNS;
@@ -134,15 +144,30 @@ KERNEL(products)
     const uint my_column = first_column + me / (128 / COLUMNS);
     const device T* x_row = my_row < p.tokens ? x + wide(my_row) * p.k : nullptr;
     const device T* w_row = nullptr;
+    const device uchar* blocks = nullptr;
+    uint format = 0;
     if (my_column < p.ends[5]) {
         const uint which = matrix_of(my_column, p);
-        w_row = ws[which] + wide(my_column - (which == 0 ? 0 : p.ends[which - 1])) * p.k;
+        const uint row = my_column - (which == 0 ? 0 : p.ends[which - 1]);
+        if (which >= 3) {
+            w_row = others[which - 3] + wide(row) * p.k;
+        } else if (IS_DENSE(p.formats[which])) {
+            w_row = (const device T*)weights[which] + wide(row) * p.k;
+        } else {
+            format = p.formats[which];
+            blocks = row_of(weights[which], format, row, p.k);
+        }
     }
     Sums sums;
     clear(sums);
     for (uint k = 0; k < p.k; k += DEPTH) {
         copy_along(x_row ? x_row + k : nullptr, p.k - k, x_tile, me, TILE);
-        copy_along(w_row ? w_row + k : nullptr, p.k - k, w_tile, me, COLUMNS);
+        if (HAS_BLOCKS && blocks) {
+            const uint start = me % (128 / COLUMNS) * 8;
+            copy_weights(blocks, format, k + start, p.k, w_tile + me / (128 / COLUMNS) * (DEPTH + PAD) + start);
+        } else {
+            copy_along(w_row ? w_row + k : nullptr, p.k - k, w_tile, me, COLUMNS);
+        }
         BARRIER;
         multiply(x_tile, true, w_tile, true, warp, sums);
         BARRIER;
@@ -171,17 +196,20 @@ struct BackwardWords {
     uint depths[3];
     uint ranks[3];
     float scales[3];
+    // Of the matrices w.
+    uint formats[3];
 };
 
 // dx = sum of dy[i] w[i] over up to three matrices w[i]: [depth, width], and dz[i] = scale dy[i] b[i] with b[i]: [depth, rank].
 // Tiles of dx come first, then those of each dz.
 KERNEL(products_backward)
-(IN(T, dy0, 0), IN(T, dy1, 1), IN(T, dy2, 2), IN(T, w0, 3), IN(T, w1, 4), IN(T, w2, 5), IN(T, b0, 6), IN(T, b1, 7),
+(IN(T, dy0, 0), IN(T, dy1, 1), IN(T, dy2, 2), IN(uchar, w0, 3), IN(uchar, w1, 4), IN(uchar, w2, 5), IN(T, b0, 6), IN(T, b1, 7),
  IN(T, b2, 8), OUT(T, dx, 9), OUT(T, dz0, 10), OUT(T, dz1, 11), OUT(T, dz2, 12), WORDS(BackwardWords, 13) PLACE) {
     TILE_OF(x_tile, TILE * (DEPTH + PAD));
     TILE_OF(w_tile, DEPTH * (COLUMNS + PAD));
     const device T* dys[3] = {dy0, dy1, dy2};
-    const device T* ws[3] = {w0, w1, w2};
+    const device uchar* ws[3] = {w0, w1, w2};
+    const device T* b = nullptr;
     uint from = 0, to = 3;
     uint width = p.width;
     float scale = 1.0f;
@@ -200,7 +228,7 @@ KERNEL(products_backward)
             }
         }
         to = from + 1;
-        ws[from] = bs[from];
+        b = bs[from];
         width = p.ranks[from];
         scale = p.scales[from];
         result = dzs[from];
@@ -215,8 +243,17 @@ KERNEL(products_backward)
         const device T* x_row = my_row < p.tokens ? dys[i] + wide(my_row) * depth : nullptr;
         for (uint k = 0; k < depth; k += DEPTH) {
             copy_along(x_row ? x_row + k : nullptr, depth - k, x_tile, me, TILE);
-            const device T* w = ws[i] + wide(k) * width + first_column;
-            copy_across(w, width, depth - k, width - first_column, w_tile, me, COLUMNS);
+            if (!b && !IS_DENSE(p.formats[i])) {
+                // eight threads to a row of the tile, eight elements each
+                const uint row = me / 8, start = me % 8 * 8;
+                const device uchar* blocks = row_of(ws[i], p.formats[i], k + row, width);
+                copy_weights(
+                    blocks, p.formats[i], first_column + start, k + row < depth ? width : 0,
+                    w_tile + row * (COLUMNS + PAD) + start);
+            } else {
+                const device T* w = (b ? b : (const device T*)ws[i]) + wide(k) * width + first_column;
+                copy_across(w, width, depth - k, width - first_column, w_tile, me, COLUMNS);
+            }
             BARRIER;
             multiply(x_tile, true, w_tile, false, warp, sums);
             BARRIER;

@@ -2,12 +2,13 @@
 
 use super::parts::pass::missing;
 use super::parts::step::{
-    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, is_read_by_eights, multiply, norm_words,
+    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, multiply, norm_words,
 };
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
-use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
+use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Recording, Source, Word};
+use crate::ops::gpu_blocks::part_len;
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
 
@@ -17,8 +18,9 @@ const MAX_BATCH: usize = 8;
 /// Most elements of the tokens of a step that are taken by rows of weights; with more, products of matrices are faster.
 const MAX_ELEMENTS: usize = 32 * 1024;
 
-/// Most rows of that kind where there are products that can be recorded.
+/// Most rows of that kind where there are products that can be recorded; of quantized weights, which these dequantize.
 const MAX_ROWS: usize = 4;
+const MAX_BLOCK_ROWS: usize = 16;
 
 /// Most rows of a step.
 const MAX_WIDE_ROWS: usize = 512;
@@ -85,7 +87,7 @@ impl Model {
         }
         let dtype = self.activation_dtype();
         let fits = |(id, term): (usize, &LowRank)| {
-            let fits = |tensor| is_read_by_eights(tensor, dtype);
+            let fits = |tensor| gpu::is_read_by_eights(tensor, dtype);
             let is_plain = term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b);
             is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
         };
@@ -100,7 +102,18 @@ impl Model {
     fn is_wide(&self, rows: usize) -> bool {
         let elements = rows * self.config().hidden_size;
         let is_large = elements > MAX_ELEMENTS || self.config().hidden_size > self.max_normed();
-        self.inner.embedding.dense().is_ok_and(gpu::has_products) && (rows > MAX_ROWS || is_large)
+        let most = if self.formats().has_blocks() { MAX_BLOCK_ROWS } else { MAX_ROWS };
+        self.like().is_ok_and(gpu::has_products) && (rows > most || is_large)
+    }
+
+    /// A tensor of the type and the device of activations.
+    fn like(&self) -> Result<&Tensor> {
+        self.inner.norm.norm.weight.as_ref().ok_or_else(missing)
+    }
+
+    /// The formats of all matrices.
+    fn formats(&self) -> Formats {
+        self.parameters().iter().map(|(_, weight)| weight.block_format()).collect()
     }
 
     /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
@@ -170,7 +183,7 @@ impl Model {
 
     fn new_decoding(&self, rows: usize, max_seq_len: usize, terms: Option<&LowRankTerms>) -> Result<Decoding> {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
-        let like = self.inner.embedding.dense()?;
+        let like = self.like()?;
         let blocks = self.inner.stepped.ok_or_else(missing)?;
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
@@ -180,6 +193,7 @@ impl Model {
             heads: blocks.heads,
             activation: kernel_kind(blocks.activation).0,
             is_cuda: self.device().is_cuda(),
+            formats: self.formats(),
         };
         let has_terms = !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some());
         let threads = Threads::new(&shape, rows, has_terms, like)?;
@@ -193,6 +207,7 @@ impl Model {
                 gate: empty(blocks.inner)?,
                 up: empty(blocks.inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
+                scratch: self.scratch_len().map(|len| gpu::empty(len, like)).transpose()?,
             })
         } else {
             None
@@ -233,6 +248,13 @@ impl Model {
         })
     }
 
+    /// The most weights that are dequantized at a time, where there are quantized ones.
+    fn scratch_len(&self) -> Option<usize> {
+        let weights = [&self.inner.head.linear.weight].into_iter();
+        let weights = weights.chain(self.parameters().iter().map(|(_, weight)| weight));
+        weights.filter(|weight| weight.block_format().is_some()).map(|weight| part_len(weight.dims())).max()
+    }
+
     /// Most floats of normed tokens in the memory of a group: with the rest, less than 32 KiB on Metal and 48 KiB on CUDA.
     fn max_normed(&self) -> usize {
         if self.device().is_metal() { 6144 } else { 7168 }
@@ -241,10 +263,10 @@ impl Model {
     fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
         let step = &held.step;
         let (rows, hidden, vocab) = (step.rows, self.config().hidden_size, self.config().vocab_size);
-        let embedding = Arg::In(self.inner.embedding.dense()?);
-        let args = [embedding, Arg::In(&step.state), Arg::Out(&step.x), Arg::Out(&step.posted)];
+        let embedding = &self.inner.embedding;
+        let args = [Arg::In(embedding.stored()?), Arg::In(&step.state), Arg::Out(&step.x), Arg::Out(&step.posted)];
         let [from, count] = step.emptied(Posts::Head);
-        let words = [hidden.into(), self.inner.embedding_scale.into(), from, count];
+        let words = [hidden.into(), embedding.format_word(), self.inner.embedding_scale.into(), from, count];
         gpu::launch(&step.kernel("decode_embed", &[]), Grid::row(rows, ROW_THREADS), &args, &words)?;
         for block in &self.inner.blocks {
             block.step(step, terms, cache)?;
@@ -276,7 +298,7 @@ impl Model {
         let args = [
             Arg::In(&step.x),
             norm.weight.as_ref().map_or(Arg::None, Arg::In),
-            Arg::In(&head.weight),
+            head.weight()?,
             a,
             b,
             Arg::Out(&held.logits),
@@ -286,7 +308,7 @@ impl Model {
         let mut words: Vec<Word> = vec![step.rows.into()];
         words.extend(norm_words(Some(&self.inner.norm)));
         words.extend(self.inner.head.words());
-        words.extend([Word::from(vocab), rank.into(), head.scale().into()]);
+        words.extend([Word::from(vocab), rank.into(), head.scale().into(), head.weight.format_word()]);
         words.extend(step.posts(Posts::Head, Some(Posts::Down)));
         let of_a = Step::groups_of_a(&[rank], step.threads.head / 32);
         let grid = Grid::row((groups + of_a) * step.chunks(), step.threads.head);

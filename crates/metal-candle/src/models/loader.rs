@@ -17,9 +17,9 @@ const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 
 /// Loads a model from a safetensors file, an index of shards, a folder, or a GGUF file.
 ///
-/// Quantized matrices of a GGUF file stay quantized on the CPU: training multiplies their f32 values, inference rounds
-/// activations to 8 bits where the processor multiplies such integers. On a GPU they become
-/// matrices of the requested dtype, bf16 by default.
+/// Quantized matrices of a GGUF file stay quantized. On the CPU training multiplies their f32 values, and inference rounds
+/// activations to 8 bits where the processor multiplies such integers. On a GPU activations are bf16, and products of many rows
+/// multiply weights that are rounded to bf16, a part of a matrix at a time. A requested dtype dequantizes.
 ///
 /// Quantized matrices of a safetensors checkpoint are repacked as blocks of GGUF while loading, where these hold exactly the same
 /// values. Others become dense: of the dtype of their scales on the CPU, and on a GPU, as blocks do, of the requested dtype or that
@@ -146,19 +146,18 @@ impl ModelLoader {
         if !problems.is_empty() {
             return Err(Error::Tensors { path: file.path().to_path_buf(), problems });
         }
-        let dtype = match self.dtype {
-            // a GPU has no kernels for blocks
-            None if !self.device.is_cpu() => Some(DType::BF16),
-            dtype => dtype,
-        };
-        dtype.map(check_dtype).transpose()?;
+        self.dtype.map(check_dtype).transpose()?;
+        // on a GPU what is not quantized has the type of activations
+        let home = (!self.device.is_cpu()).then_some(DType::BF16);
         let mut loading = Loading::new(self, names.len(), file.num_bytes(), progress);
         for spec in config.parameter_specs()? {
             let Some(tensor) = names.get(&spec.name).and_then(|name| file.tensor(name)) else { continue };
             let mut weight = source.weight(&spec, tensor)?;
             let num_bytes = weight.num_bytes();
+            let is_quantized = weight.block_format().is_some();
+            let dtype = self.dtype.or(home.filter(|_| !is_quantized));
             if let Some(dtype) = dtype
-                && (weight.block_format().is_some() || weight.dtype() != dtype)
+                && (is_quantized || weight.dtype() != dtype)
             {
                 weight = weight.to_dtype(dtype)?.into();
             }
@@ -218,8 +217,11 @@ impl ModelLoader {
         let dense = names.values().filter(|name| !packed.is_part(name)).filter_map(|name| shards.get(name));
         let num_bytes = dense.map(|(_, entry)| entry.num_bytes()).sum::<usize>() + packed.num_bytes();
         let mut loading = Loading::new(self, names.len(), num_bytes, progress);
+        loading.dtype = dtype.unwrap_or(loading.dtype);
         for (name, name_in_file) in names {
-            if let Some((weight, num_bytes)) = packed.weight(name, dtype)? {
+            if let Some((weight, num_bytes)) = packed.weight(name, self.dtype)? {
+                let is_foreign = !self.device.is_cpu() && weight.block_format().is_none();
+                let weight = if is_foreign { weight.to_dtype(loading.dtype)?.into() } else { weight };
                 loading.add(name.clone(), weight, num_bytes)?;
                 continue;
             }
@@ -241,6 +243,8 @@ impl ModelLoader {
 /// Weights on their way to the device.
 struct Loading<P> {
     device: Device,
+    /// The type of activations on a GPU.
+    dtype: DType,
     weights: HashMap<String, Weight>,
     state: LoadProgress,
     progress: P,
@@ -249,13 +253,14 @@ struct Loading<P> {
 impl<P: FnMut(LoadProgress)> Loading<P> {
     fn new(loader: &ModelLoader, num_tensors: usize, num_bytes: usize, progress: P) -> Self {
         let state = LoadProgress { tensors: 0, num_tensors, bytes: 0, num_bytes };
-        Self { device: loader.device, weights: HashMap::with_capacity(num_tensors), state, progress }
+        let (device, weights) = (loader.device, HashMap::with_capacity(num_tensors));
+        Self { device, dtype: loader.dtype.unwrap_or(DType::BF16), weights, state, progress }
     }
 
     /// Takes a weight that takes `num_bytes` in its file.
     fn add(&mut self, name: String, weight: Weight, num_bytes: usize) -> Result<()> {
         let is_on_gpu = !self.device.is_cpu();
-        let weight = if is_on_gpu { weight.to_device(&self.device.candle())? } else { weight };
+        let weight = if is_on_gpu { weight.to_device(&self.device.candle(), self.dtype)? } else { weight };
         self.weights.insert(name, weight);
         self.state.tensors += 1;
         self.state.bytes += num_bytes;

@@ -8,7 +8,7 @@ use super::parts::feed_forward::FeedForward;
 use super::parts::inputs::InputSquares;
 use super::parts::norm::NormLayer;
 use super::parts::pass::Context;
-use super::parts::step::{is_read_by_eights, is_rms_norm};
+use super::parts::step::is_rms_norm;
 use super::parts::sublayer::Sublayer;
 use super::registry::LinearInfo;
 use super::rows::{Rows, gather_rows};
@@ -154,11 +154,9 @@ impl Model {
         let head = Head { linear, scale: description.head.scale, soft_cap: description.head.soft_cap };
         let rotary = description.rotary.iter().map(RotaryTable::new).collect::<Result<_>>()?;
         let embedding_scale = description.embedding.scale;
-        let is_read = |weight: &Weight| {
-            weight.dense().is_ok_and(|weight| gpu::has_kernels(weight) && is_read_by_eights(weight, dtype))
-        };
-        let has_steps = is_read(&embedding)
-            && is_read(&head.linear.weight)
+        let has_steps = norm.norm.weight.as_ref().is_some_and(gpu::has_kernels)
+            && embedding.is_read_by_eights(dtype)
+            && head.linear.weight.is_read_by_eights(dtype)
             && config.hidden_size.is_multiple_of(8)
             && is_rms_norm(&norm);
         let stepped = if has_steps { SteppedBlocks::new(&blocks, dtype) } else { None };

@@ -4,10 +4,11 @@ use super::gguf::{Circumstances, GgufNames, QuantizationMixture};
 use super::importance::Importance;
 use super::model::Model;
 use super::registry::{ParameterSpec, Role};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::files::{GgufType, check_finite};
 use crate::ops::Weight;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use half::f16;
 use metal_candle_kernels::{BlockFormat, QuantizeError};
 use regex::Regex;
@@ -146,6 +147,21 @@ impl Model {
 }
 
 impl Model {
+    /// The same model on another device. On a GPU parameters that are not quantized are of type `dtype`, as activations are;
+    /// quantized ones stay so. On the CPU nothing changes its type, and what was quantized on a GPU is dequantized.
+    ///
+    /// # Errors
+    /// The device has too little memory.
+    pub fn to_device(&self, device: Device, dtype: DType) -> Result<Self> {
+        let mut weights = HashMap::new();
+        for (name, weight) in self.parameters() {
+            let is_foreign = !device.is_cpu() && weight.block_format().is_none() && weight.dtype() != dtype;
+            let weight = if is_foreign { weight.to_dtype(dtype)?.into() } else { weight.clone() };
+            weights.insert(name.clone(), weight.to_device(&device.candle(), dtype)?);
+        }
+        Self::from_weights(self.config().clone(), weights, device)
+    }
+
     /// The same model with all its parameters in this dtype.
     ///
     /// # Errors
@@ -180,7 +196,7 @@ fn convert(
     let (mut blocks, mut dense) = (Vec::new(), Vec::new());
     for start in (0..rows).step_by(at_once) {
         let len = at_once.min(rows - start);
-        let values = weight.narrow_rows(start, len)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        let values = weight.narrow_rows(start, len)?.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?;
         check_finite(name, &values)?;
         match kind {
             GgufType::Blocks(format) => {

@@ -1,7 +1,7 @@
 //! The layers of a block on Metal, in launches whose number does not depend on the terms: the product with A, or with B on the
 //! way back, is part of the launch of the product with the weight, and what comes between two products adds the rest of the term.
 
-use super::gpu::{self, Arg, Grid, Kernel, ROW_THREADS, Source, Word};
+use super::gpu::{self, Arg, Formats, Grid, Kernel, ROW_THREADS, Source, Word};
 use super::linear::{Linear, TermGradients};
 use super::low_rank::{LowRank, LowRankTerms};
 use super::norm::Norm;
@@ -21,7 +21,13 @@ const MOST: usize = 3;
 /// Whether this module takes the weights of a layer: they are those of a Metal device, whole, and of type `dtype`.
 pub(crate) fn takes(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool {
     let fits = |tensor: &Tensor| tensor.device().is_metal() && tensor.dtype() == dtype && tensor.is_contiguous();
-    linear.weight.dense().is_ok_and(fits) && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
+    let weight = &linear.weight;
+    let is_read = if weight.block_format().is_some() {
+        weight.device().is_metal() && weight.dtype() == dtype
+    } else {
+        weight.dense().is_ok_and(fits)
+    };
+    is_read && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
 }
 
 /// A linear layer and its term.
@@ -43,7 +49,7 @@ impl<'a> Layer<'a> {
 
     /// The argument of a kernel that stands for the weight.
     fn weight(&self) -> Result<Arg<'a>> {
-        self.linear.weight.dense().map(Arg::In)
+        self.linear.weight.stored().map(Arg::In)
     }
 
     /// The term's rank, 0 if there is none.
@@ -93,10 +99,16 @@ fn each_word(found: impl Iterator<Item = Word>) -> [Word; MOST] {
     all
 }
 
+/// The formats of the weights of layers.
+fn formats(layers: &[Layer]) -> Formats {
+    layers.iter().map(|layer| layer.linear.weight.block_format()).collect()
+}
+
 /// A kernel of `product.metal`.
-fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: &Tensor) -> Kernel {
+fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: &Tensor, formats: Formats) -> Kernel {
     let is_aligned = args.iter().all(|arg| match arg {
-        Arg::In(tensor) => {
+        // blocks have rows of eights
+        Arg::In(tensor) if tensor.dtype() != DType::U8 => {
             let row = tensor.dims().last().copied().unwrap_or(0);
             row.is_multiple_of(4) && gpu::are_aligned(&[tensor])
         }
@@ -106,6 +118,7 @@ fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: 
         .with("KIND", kind)
         .with("COLUMNS", columns)
         .with("ALIGNED", usize::from(is_aligned))
+        .with("FORMATS", formats.constant())
 }
 
 /// What comes out of layers with the same input, by layer.
@@ -144,7 +157,8 @@ pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Resu
         columns += width;
         Word::from(columns)
     }));
-    let kernel = product("products", 0, TILE, &args, x);
+    words.extend(each_word(layers.iter().map(|layer| layer.linear.weight.format_word())));
+    let kernel = product("products", 0, TILE, &args, x, formats(layers));
     let grid = Grid::plane((columns.div_ceil(TILE), tokens.div_ceil(TILE)), PRODUCT_THREADS);
     gpu::launch(&kernel, grid, &args, &words)?;
     Ok(made)
@@ -174,7 +188,8 @@ pub(crate) fn products_backward(
     words.extend(each_word(layers.iter().map(|layer| layer.rank().into())));
     words.extend(each_word(layers.iter().map(|layer| layer.scale().into())));
     let tiles = width.div_ceil(TILE) + layers.iter().map(|layer| layer.rank().div_ceil(TILE)).sum::<usize>();
-    let kernel = product("products_backward", 1, TILE, &args, dys[0]);
+    words.extend(each_word(layers.iter().map(|layer| layer.linear.weight.format_word())));
+    let kernel = product("products_backward", 1, TILE, &args, dys[0], formats(layers));
     let grid = Grid::plane((tiles, tokens.div_ceil(TILE)), PRODUCT_THREADS);
     gpu::launch(&kernel, grid, &args, &words)?;
     Ok((dx, dzs))
@@ -376,7 +391,7 @@ pub(crate) fn term_gradients<'s>(factors: &'s [Factors], room: &TermRoom) -> Res
     args.push(Arg::Out(&room.flat));
     // ranks are often far below a tile's width
     let columns = most.next_power_of_two().clamp(16, TILE);
-    let kernel = product("term_gradients", 2, columns, &args, sources[0]);
+    let kernel = product("term_gradients", 2, columns, &args, sources[0], Formats::default());
     gpu::launch(&kernel, Grid::plane((tiles, most.div_ceil(columns)), PRODUCT_THREADS), &args, &words)?;
     Ok(made)
 }

@@ -1,9 +1,9 @@
 //! Launches of the kernels of Metal and CUDA on tensors.
 
 use crate::error::Result;
-use candle_core::{DType, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::gpu;
-pub(crate) use metal_candle_kernels::gpu::{Arg, Grid, Kernel, Source, Word};
+pub(crate) use metal_candle_kernels::gpu::{Arg, Formats, Grid, Kernel, Source, Word};
 
 /// Threads of a group that takes a row.
 pub(super) const ROW_THREADS: usize = 256;
@@ -39,6 +39,11 @@ pub(crate) fn empty(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::empty(shape, like.dtype(), like.device())?)
 }
 
+/// A tensor whose elements a kernel has yet to write.
+pub(crate) fn empty_of(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(gpu::empty(shape, dtype, device)?)
+}
+
 /// The same in f32.
 pub(crate) fn empty_f32(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::empty(shape, DType::F32, like.device())?)
@@ -72,6 +77,11 @@ pub(super) fn begin_at_eights(args: &[Arg]) -> bool {
         Arg::In(tensor) | Arg::Out(tensor) => tensor.layout().start_offset().is_multiple_of(8),
         Arg::None => true,
     })
+}
+
+/// Whether kernels that read eight elements at once take the tensor.
+pub(crate) fn is_read_by_eights(tensor: &Tensor, dtype: DType) -> bool {
+    tensor.dtype() == dtype && tensor.is_contiguous() && tensor.layout().start_offset().is_multiple_of(8)
 }
 
 /// Words that the CPU writes and reads often, all zero, on the device of `like`.

@@ -15,6 +15,7 @@ pub(crate) mod fused;
 #[cfg(all(test, feature = "metal"))]
 mod fused_tests;
 pub(crate) mod gpu;
+pub(crate) mod gpu_blocks;
 #[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod gpu_tests;
 pub(crate) mod head;

@@ -164,7 +164,7 @@ fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor
         Start::Sum(matrix) => (matrix, None, 1.0),
     };
     for part in parts {
-        gpu::product(&y, (part.x, false), (part.w.dense()?, part.is_transposed), part.scale, beta)?;
+        part.w.multiply_on_gpu(&y, part.x, part.is_transposed, (part.scale, beta))?;
         beta = 1.0;
     }
     if let Some(bias) = bias { add_bias(y, bias) } else { Ok(y) }

@@ -1,5 +1,7 @@
 //! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file, quantized or not.
 
+use super::gpu::{self, Formats, Word};
+use super::gpu_blocks::GpuBlocks;
 use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
@@ -20,6 +22,7 @@ enum Stored {
     Dense(Tensor),
     Mapped(Mapped),
     Quantized(Quantized),
+    OnGpu(GpuBlocks),
 }
 
 /// A part of a mapped file that is aligned for its elements.
@@ -73,6 +76,7 @@ impl Weight {
     pub fn block_format(&self) -> Option<BlockFormat> {
         match &self.0 {
             Stored::Quantized(quantized) => Some(quantized.format()),
+            Stored::OnGpu(blocks) => Some(blocks.format()),
             Stored::Dense(_) | Stored::Mapped(_) => None,
         }
     }
@@ -81,6 +85,7 @@ impl Weight {
     pub fn num_bytes(&self) -> usize {
         match &self.0 {
             Stored::Quantized(quantized) => quantized.num_bytes(),
+            Stored::OnGpu(blocks) => blocks.bytes().elem_count(),
             Stored::Dense(_) | Stored::Mapped(_) => self.elem_count() * self.dtype().size_in_bytes(),
         }
     }
@@ -89,6 +94,7 @@ impl Weight {
     pub fn dims(&self) -> &[usize] {
         match &self.0 {
             Stored::Quantized(quantized) => quantized.dims(),
+            Stored::OnGpu(blocks) => blocks.dims(),
             Stored::Dense(tensor) => tensor.dims(),
             Stored::Mapped(mapped) => mapped.shape.dims(),
         }
@@ -110,10 +116,11 @@ impl Weight {
         self.dims().iter().product()
     }
 
-    /// The type of the elements; f32 for quantized blocks, whose products are f32.
+    /// The type of the elements; of quantized blocks that of their products: f32 on the CPU.
     pub fn dtype(&self) -> DType {
         match &self.0 {
             Stored::Quantized(_) => DType::F32,
+            Stored::OnGpu(blocks) => blocks.dtype(),
             Stored::Dense(tensor) => tensor.dtype(),
             Stored::Mapped(mapped) => mapped.dtype,
         }
@@ -123,6 +130,7 @@ impl Weight {
     pub fn device(&self) -> &Device {
         match &self.0 {
             Stored::Dense(tensor) => tensor.device(),
+            Stored::OnGpu(blocks) => blocks.bytes().device(),
             Stored::Mapped(_) | Stored::Quantized(_) => &Device::Cpu,
         }
     }
@@ -135,6 +143,7 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.clone()),
             Stored::Quantized(quantized) => quantized.tensor(),
+            Stored::OnGpu(blocks) => blocks.tensor(),
             Stored::Mapped(mapped) => {
                 let (bytes, dims) = (&mapped.file[mapped.bytes.clone()], mapped.shape.dims());
                 let copy = Tensor::from_raw_buffer(bytes, mapped.dtype, dims, &Device::Cpu)?;
@@ -152,12 +161,15 @@ impl Weight {
         Ok(self.tensor()?.to_dtype(dtype)?)
     }
 
-    /// The weight on `device`: a mapped one is uploaded from the file as it is, and stays mapped on the CPU.
-    pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
+    /// The weight on `device`: a mapped one is uploaded from the file as it is, and stays mapped on the CPU. On a GPU the products
+    /// of quantized blocks are of type `dtype`; blocks that its kernels do not read are dequantized to it.
+    pub(crate) fn to_device(&self, device: &Device, dtype: DType) -> Result<Self> {
         let mapped = match &self.0 {
             Stored::Dense(tensor) => return Ok(tensor.to_device(device)?.into()),
             Stored::Mapped(_) | Stored::Quantized(_) if device.is_cpu() => return Ok(self.clone()),
-            Stored::Quantized(quantized) => return Ok(quantized.tensor()?.to_device(device)?.into()),
+            Stored::Quantized(quantized) => return upload(quantized, device, dtype),
+            Stored::OnGpu(blocks) if device.is_cpu() => return Ok(blocks.tensor()?.to_device(device)?.into()),
+            Stored::OnGpu(_) => return Ok(self.clone()),
             Stored::Mapped(mapped) => mapped,
         };
         let tensor = match mapped.matrix()? {
@@ -169,16 +181,59 @@ impl Weight {
         Ok(tensor.into())
     }
 
-    /// The tensor that a kernel of a GPU reads.
+    /// The elements that a kernel of a GPU reads.
     ///
     /// # Errors
-    /// The elements are in a mapped file, which only the CPU reads.
+    /// The elements are in a mapped file, which only the CPU reads, or quantized.
     pub(crate) fn dense(&self) -> Result<&Tensor> {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor),
-            Stored::Mapped(_) | Stored::Quantized(_) => {
+            Stored::Mapped(_) | Stored::Quantized(_) | Stored::OnGpu(_) => {
                 Err(Error::Unsupported("a mapped or quantized weight as the argument of a GPU kernel".into()))
             }
+        }
+    }
+
+    /// What a kernel for weights of any format reads: the elements, or the bytes of the blocks.
+    ///
+    /// # Errors
+    /// They are in a mapped file, which only the CPU reads.
+    pub(crate) fn stored(&self) -> Result<&Tensor> {
+        match &self.0 {
+            Stored::OnGpu(blocks) => Ok(blocks.bytes()),
+            _ => self.dense(),
+        }
+    }
+
+    /// How such a kernel is told the format.
+    pub(crate) fn format_word(&self) -> Word {
+        Formats::number(self.block_format()).into()
+    }
+
+    /// Whether kernels that read eight weights at once take the matrix beside activations of type `dtype`.
+    pub(crate) fn is_read_by_eights(&self, dtype: DType) -> bool {
+        match &self.0 {
+            Stored::Dense(tensor) => gpu::is_read_by_eights(tensor, dtype),
+            Stored::OnGpu(blocks) => blocks.dtype() == dtype,
+            Stored::Mapped(_) | Stored::Quantized(_) => false,
+        }
+    }
+
+    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA. `scratch` has room for [`part_len`] weights, where nothing
+    /// may be allocated.
+    ///
+    /// [`part_len`]: super::gpu_blocks::part_len
+    pub(crate) fn multiply_on_gpu(
+        &self,
+        y: &Tensor,
+        x: &Tensor,
+        is_transposed: bool,
+        (scale, beta): (f32, f32),
+        scratch: Option<&Tensor>,
+    ) -> Result<()> {
+        match &self.0 {
+            Stored::OnGpu(blocks) => blocks.multiply(y, x, is_transposed, scale, beta, scratch),
+            _ => gpu::product(y, (x, false), (self.dense()?, is_transposed), scale, beta),
         }
     }
 
@@ -187,7 +242,9 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
-            Stored::Quantized(_) => Err(Error::Unsupported("quantized blocks as a slice of elements".into())),
+            Stored::Quantized(_) | Stored::OnGpu(_) => {
+                Err(Error::Unsupported("quantized blocks as a slice of elements".into()))
+            }
         }
     }
 
@@ -195,7 +252,7 @@ impl Weight {
     pub(super) fn block_matrix(&self) -> Result<Option<BlockMatrix<'_>>> {
         match &self.0 {
             Stored::Quantized(quantized) => quantized.matrix().map(Some),
-            Stored::Dense(_) | Stored::Mapped(_) => Ok(None),
+            Stored::Dense(_) | Stored::Mapped(_) | Stored::OnGpu(_) => Ok(None),
         }
     }
 
@@ -210,6 +267,7 @@ impl Weight {
                 quantized.check()?;
                 Ok(bytes)
             }
+            Stored::OnGpu(blocks) => Ok(blocks.bytes().to_vec1()?),
             Stored::Dense(_) | Stored::Mapped(_) => {
                 Err(Error::Unsupported("a dense weight as quantized blocks".into()))
             }
@@ -230,6 +288,7 @@ impl Weight {
                 Ok(tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype)?)
             }
             Stored::Quantized(quantized) => Ok(quantized.rows(ids)?.to_dtype(dtype)?),
+            Stored::OnGpu(blocks) => Ok(blocks.rows(ids)?.to_dtype(dtype)?),
             Stored::Mapped(mapped) => {
                 let mut rows = vec![0.0; ids.len() * width];
                 let matrix = mapped.matrix()?;
@@ -254,6 +313,7 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor.narrow(0, start, len)?.into()),
             Stored::Quantized(quantized) => Ok(Self(Stored::Quantized(quantized.narrow_rows(start, len)?))),
+            Stored::OnGpu(blocks) => Ok(Self(Stored::OnGpu(blocks.narrow_rows(start, len)?))),
             Stored::Mapped(mapped) => {
                 let dims = mapped.shape.dims();
                 let count = dims.first().copied().unwrap_or(0);
@@ -295,6 +355,18 @@ impl Weight {
 
 const ROWS_WIDENED: usize = 4096;
 
+/// Blocks of the CPU on a GPU.
+fn upload(quantized: &Quantized, device: &Device, dtype: DType) -> Result<Weight> {
+    let matrix = quantized.matrix()?;
+    if !Formats::has_loader(matrix.format()) {
+        return Ok(quantized.tensor()?.to_dtype(dtype)?.to_device(device)?.into());
+    }
+    let dims = (matrix.rows(), matrix.columns());
+    let blocks = GpuBlocks::upload(matrix.bytes(), dims, matrix.format(), dtype, device)?;
+    quantized.check()?;
+    Ok(Weight(Stored::OnGpu(blocks)))
+}
+
 impl Mapped {
     fn check(&self) -> Result<()> {
         check(&self.file)
@@ -324,7 +396,7 @@ impl MappedFiles {
         let mut files: Vec<(Arc<MappedFile>, usize)> = Vec::new();
         for weight in weights {
             let place = match &weight.0 {
-                Stored::Dense(_) => None,
+                Stored::Dense(_) | Stored::OnGpu(_) => None,
                 Stored::Mapped(Mapped { file, bytes, .. }) => Some((file, bytes.start)),
                 Stored::Quantized(quantized) => quantized.file(),
             };
@@ -398,11 +470,17 @@ impl<'a> Factor<'a> {
         }
     }
 
-    /// The tensor that a kernel of a GPU reads.
-    pub(super) fn dense(self) -> Result<&'a Tensor> {
+    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA.
+    pub(super) fn multiply_on_gpu(
+        self,
+        y: &Tensor,
+        x: &Tensor,
+        is_transposed: bool,
+        factors: (f32, f32),
+    ) -> Result<()> {
         match self {
-            Self::Tensor(tensor) => Ok(tensor),
-            Self::Weight(weight) => weight.dense(),
+            Self::Tensor(tensor) => gpu::product(y, (x, false), (tensor, is_transposed), factors.0, factors.1),
+            Self::Weight(weight) => weight.multiply_on_gpu(y, x, is_transposed, factors, None),
         }
     }
 

@@ -14,6 +14,7 @@ mod decoder;
 #[macro_use]
 mod devices;
 mod decoding_steps;
+mod device_blocks;
 mod distributed;
 mod export;
 mod families;

@@ -27,7 +27,7 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(super) dtype: Option<WeightType>,
 
-    /// Quantize the weights while loading, on the CPU, to a type such as `q4_k_m`.
+    /// Quantize the weights while loading, to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(super) quantize: Option<MixtureName>,
 

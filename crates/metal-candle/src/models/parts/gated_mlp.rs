@@ -317,7 +317,9 @@ impl GatedMlp {
     /// Norm, gate, up and activation in one launch.
     fn narrow_activation(&self, layers: &[StepLinear; 2], branch: Branch, step: &Step) -> Result<()> {
         let mut args = vec![Arg::In(&step.x), branch.weight()];
-        args.extend(layers.iter().map(|layer| Arg::In(&layer.weight)));
+        for layer in layers {
+            args.push(layer.weight()?);
+        }
         args.extend(layers.iter().flat_map(StepLinear::term_args));
         args.extend([&step.activation, &step.posted].map(Arg::Out));
         let ranks = layers.each_ref().map(StepLinear::rank);
@@ -326,6 +328,7 @@ impl GatedMlp {
         words.push(self.inner.into());
         words.extend(ranks.map(Word::from));
         words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
+        words.extend(layers.iter().map(|layer| layer.weight.format_word()));
         words.extend(step.posts(Posts::Gated, Some(Posts::Output)));
         let warps = step.threads.gated / 32;
         let groups = self.inner.div_ceil(warps) + Step::groups_of_a(&ranks, warps);

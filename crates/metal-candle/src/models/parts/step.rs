@@ -8,10 +8,10 @@ use super::norm::NormLayer;
 use super::pass::missing;
 use super::sublayer::Sublayer;
 use crate::error::{Error, Result};
-use crate::ops::gpu::{self, Arg, Grid, Kernel, Source, Word};
+use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::ops::linear::Linear;
 use crate::ops::norm::NormKind;
-use crate::ops::{LowRank, LowRankTerms};
+use crate::ops::{LowRank, LowRankTerms, Weight};
 use candle_core::{DType, Tensor};
 
 /// Largest rank of a low-rank update.
@@ -53,6 +53,8 @@ pub(in crate::models) struct StepShape {
     /// The number of the activation of gated MLPs, as kernels know it.
     pub(in crate::models) activation: usize,
     pub(in crate::models) is_cuda: bool,
+    /// Of all matrices.
+    pub(in crate::models) formats: Formats,
 }
 
 impl StepShape {
@@ -72,6 +74,7 @@ impl StepShape {
             .with("GATED_THREADS", threads.gated)
             .with("HEAD_THREADS", threads.head)
             .with("HEAD_ROWS", HEAD_ROWS)
+            .with("FORMATS", self.formats.constant())
             .with("AHEAD", if self.is_cuda && is_narrow { 5 } else { 1 });
         // four groups beside each other keep the memory busy, if their registers leave room
         let is_bounded = name == "decode_gated" && is_narrow && batch == 1;
@@ -262,6 +265,8 @@ pub(in crate::models) struct Wide {
     pub(in crate::models) up: Tensor,
     /// Of low-rank updates: `rows * MAX_RANK` elements.
     pub(in crate::models) z: Tensor,
+    /// Room for weights that are dequantized, where there are such.
+    pub(in crate::models) scratch: Option<Tensor>,
 }
 
 /// Where a kernel posts the products with A of its low-rank updates: for each row of the step [`MAX_RANK`] words an update.
@@ -355,11 +360,11 @@ impl Step {
             multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }), wide)?;
         } else {
             let [a, b] = layer.term_args();
-            let args = [Arg::In(x), Arg::In(&layer.weight), a, b, Arg::Out(y), Arg::Out(&self.posted)];
+            let args = [Arg::In(x), layer.weight()?, a, b, Arg::Out(y), Arg::Out(&self.posted)];
             let (output, input) = layer.weight.dims2()?;
             let (rank, scale) = (layer.rank(), layer.scale());
             let mut words = vec![self.rows.into(), input.into(), output.into(), rank.into(), scale.into()];
-            words.extend([Word::from(factor), is_added.into()]);
+            words.extend([Word::from(factor), is_added.into(), layer.weight.format_word()]);
             words.extend(posts);
             let rows = self.threads.linear_rows();
             let groups = (output.div_ceil(rows) + rank.div_ceil(rows)) * self.chunks();
@@ -411,7 +416,7 @@ impl<'a> Branch<'a> {
 #[derive(Debug)]
 pub(in crate::models) struct StepLinear<'a> {
     /// `[out_features, in_features]`
-    pub(in crate::models) weight: Tensor,
+    pub(in crate::models) weight: Weight,
     pub(in crate::models) bias: Option<Tensor>,
     /// The low-rank update, and its B.
     term: Option<(&'a LowRank, Tensor)>,
@@ -420,7 +425,7 @@ pub(in crate::models) struct StepLinear<'a> {
 impl<'a> StepLinear<'a> {
     pub(in crate::models) fn new(linear: &Linear, term: Option<&'a LowRank>) -> Result<Self> {
         let term = term.map(|term| (term, term.b.clone()));
-        Ok(Self { weight: linear.weight.dense()?.clone(), bias: linear.bias.clone(), term })
+        Ok(Self { weight: linear.weight.clone(), bias: linear.bias.clone(), term })
     }
 
     /// The layer of a part.
@@ -444,7 +449,7 @@ impl<'a> StepLinear<'a> {
 
     fn rows(&self, start: usize, count: usize) -> Result<Self> {
         Ok(Self {
-            weight: self.weight.narrow(0, start, count)?,
+            weight: self.weight.narrow_rows(start, count)?,
             bias: self.bias.as_ref().map(|bias| bias.narrow(0, start, count)).transpose()?,
             term: self
                 .term
@@ -452,6 +457,11 @@ impl<'a> StepLinear<'a> {
                 .map(|(term, b)| Ok::<_, Error>((*term, b.narrow(0, start, count)?)))
                 .transpose()?,
         })
+    }
+
+    /// The weight as an argument of a kernel.
+    pub(in crate::models) fn weight(&self) -> Result<Arg<'_>> {
+        self.weight.stored().map(Arg::In)
     }
 
     /// A and B of the low-rank update.
@@ -475,7 +485,7 @@ pub(in crate::models) fn multiply(
     (y, factor, beta): (&Tensor, f32, f32),
     wide: &Wide,
 ) -> Result<()> {
-    gpu::product(y, (x, false), (&layer.weight, true), factor, beta)?;
+    layer.weight.multiply_on_gpu(y, x, true, (factor, beta), wide.scratch.as_ref())?;
     let Some((term, b)) = &layer.term else { return Ok(()) };
     let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
     let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
@@ -483,21 +493,16 @@ pub(in crate::models) fn multiply(
     gpu::product(y, (&z, false), (b, true), 1.0, 1.0)
 }
 
-/// Whether kernels that read eight elements at once take the tensor.
-pub(in crate::models) fn is_read_by_eights(tensor: &Tensor, dtype: DType) -> bool {
-    tensor.dtype() == dtype && tensor.is_contiguous() && tensor.layout().start_offset().is_multiple_of(8)
-}
-
-/// The same of a layer's weight.
+/// Whether kernels that read eight elements at once take the layer's weight.
 pub(in crate::models) fn fits(layer: &LinearLayer, dtype: DType) -> bool {
-    layer.linear.weight.dense().is_ok_and(|weight| is_read_by_eights(weight, dtype))
+    layer.linear.weight.is_read_by_eights(dtype)
 }
 
 /// Whether the kernels that apply a norm on the way take this one.
 pub(in crate::models) fn is_rms_norm(norm: &NormLayer) -> bool {
     let norm = &norm.norm;
     matches!(norm.kind, NormKind::Rms { .. })
-        && norm.weight.as_ref().is_some_and(|weight| is_read_by_eights(weight, weight.dtype()))
+        && norm.weight.as_ref().is_some_and(|weight| gpu::is_read_by_eights(weight, weight.dtype()))
         && norm.bias.is_none()
 }
 

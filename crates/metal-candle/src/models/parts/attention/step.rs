@@ -110,7 +110,9 @@ impl Attention {
 /// Norm and projections in one launch.
 fn narrow_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> Result<()> {
     let mut args = vec![Arg::In(&step.x), branch.weight()];
-    args.extend(layers.iter().map(|layer| Arg::In(&layer.weight)));
+    for layer in layers {
+        args.push(layer.weight()?);
+    }
     args.extend(layers.iter().flat_map(StepLinear::term_args));
     args.extend([&step.q, &step.k, &step.v, &step.posted].map(Arg::Out));
     let [q, k, v] = layers.each_ref().map(|layer| layer.weight.dims()[0]);
@@ -120,6 +122,7 @@ fn narrow_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> 
     words.extend([q, k].map(Word::from));
     words.extend(ranks.map(Word::from));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
+    words.extend(layers.iter().map(|layer| layer.weight.format_word()));
     words.extend(step.posts(Posts::Projections, Some(Posts::Down)));
     let warps = step.threads.projections / 32;
     let groups = ((q + k + v) / 2).div_ceil(warps) + Step::groups_of_a(&ranks, warps);
