@@ -217,7 +217,8 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
 
 /// Whether a kernel may begin before the one in front of it has ended: it waits where it must.
 fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
-    if !matches!(kernel.source, Source::Decode | Source::DecodeAttention | Source::Sampling) {
+    use Source::{BlockProduct, Decode, DecodeAttention, Sampling};
+    if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | Sampling) {
         return Ok(false);
     }
     let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;

@@ -38,6 +38,8 @@ pub enum Source {
     Blocks,
     /// Attention on the tensor cores of CUDA devices.
     TensorCoreAttention,
+    /// Products of few vectors with quantized weights on the tensor cores of CUDA devices.
+    BlockProduct,
 }
 
 impl Source {
@@ -56,13 +58,14 @@ impl Source {
             Self::Sampling => include_str!("../metal/sampling.metal"),
             Self::Blocks => include_str!("../metal/blocks.metal"),
             Self::TensorCoreAttention => include_str!("../cuda/attention.cu"),
+            Self::BlockProduct => include_str!("../cuda/block_product.cu"),
         }
     }
 
     /// Whether its kernels read weights of any format.
     #[cfg(any(feature = "cuda", feature = "metal"))]
     fn reads_blocks(self) -> bool {
-        matches!(self, Self::Product | Self::Decode | Self::Blocks)
+        matches!(self, Self::Product | Self::Decode | Self::Blocks | Self::BlockProduct)
     }
 }
 
@@ -80,10 +83,22 @@ impl Formats {
     /// Whether kernels read blocks of this format.
     pub fn has_loader(format: BlockFormat) -> bool {
         use BlockFormat as F;
-        match format {
-            F::Q4_0 | F::Q4_1 | F::Q5_0 | F::Q5_1 | F::Q8_0 | F::Q2K | F::Q3K | F::Q4K | F::Q5K | F::Q6K => true,
-            F::IQ4NL | F::IQ4XS | F::MXFP4 => true,
-        }
+        matches!(
+            format,
+            F::Q4_0
+                | F::Q4_1
+                | F::Q5_0
+                | F::Q5_1
+                | F::Q8_0
+                | F::Q2K
+                | F::Q3K
+                | F::Q4K
+                | F::Q5K
+                | F::Q6K
+                | F::IQ4NL
+                | F::IQ4XS
+                | F::MXFP4
+        )
     }
 
     /// These and one more.

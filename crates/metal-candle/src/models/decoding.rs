@@ -18,9 +18,8 @@ const MAX_BATCH: usize = 8;
 /// Most elements of the tokens of a step that are taken by rows of weights; with more, products of matrices are faster.
 const MAX_ELEMENTS: usize = 32 * 1024;
 
-/// Most rows of that kind where there are products that can be recorded; of quantized weights, which these dequantize.
+/// Most rows of that kind where there are products that can be recorded.
 const MAX_ROWS: usize = 4;
-const MAX_BLOCK_ROWS: usize = 16;
 
 /// Most rows of a step.
 const MAX_WIDE_ROWS: usize = 512;
@@ -81,7 +80,7 @@ impl Model {
     /// Whether [`Model::decode`] can run here with these low-rank updates, and is the faster way for this number of rows.
     pub(crate) fn can_decode(&self, rows: usize, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
         let hidden = self.config().hidden_size;
-        let is_wide = self.is_wide(rows);
+        let is_wide = self.is_wide(rows, has_terms(terms));
         if rows > MAX_WIDE_ROWS || (!is_wide && rows * hidden > MAX_ELEMENTS) {
             return false;
         }
@@ -99,10 +98,12 @@ impl Model {
     }
 
     /// Whether a step of this number of rows is one of products of matrices.
-    fn is_wide(&self, rows: usize) -> bool {
+    fn is_wide(&self, rows: usize, has_terms: bool) -> bool {
         let elements = rows * self.config().hidden_size;
         let is_large = elements > MAX_ELEMENTS || self.config().hidden_size > self.max_normed();
-        let most = if self.formats().has_blocks() { MAX_BLOCK_ROWS } else { MAX_ROWS };
+        // quantized weights have a kernel for few vectors, which takes no low-rank updates
+        let has_own = self.formats().has_blocks() && self.activation_dtype() != DType::F32 && !has_terms;
+        let most = if has_own { 0 } else { MAX_ROWS };
         self.like().is_ok_and(gpu::has_products) && (rows > most || is_large)
     }
 
@@ -187,7 +188,7 @@ impl Model {
         let blocks = self.inner.stepped.ok_or_else(missing)?;
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
-            is_wide: self.is_wide(rows),
+            is_wide: self.is_wide(rows, has_terms(terms)),
             dtype: self.activation_dtype(),
             hidden,
             heads: blocks.heads,
@@ -195,7 +196,7 @@ impl Model {
             is_cuda: self.device().is_cuda(),
             formats: self.formats(),
         };
-        let has_terms = !shape.is_wide && terms.is_some_and(|terms| terms.iter().next().is_some());
+        let has_terms = !shape.is_wide && has_terms(terms);
         let threads = Threads::new(&shape, rows, has_terms, like)?;
         let most_parts = Step::most_parts(&shape, &threads, rows, max_seq_len);
         let empty = |width: usize| gpu::empty((rows, width), like);
@@ -284,7 +285,7 @@ impl Model {
         gpu::launch(&kernel, Grid::row(rows, step.threads.sample), &args, &words)
     }
 
-    fn step_head<'a>(&self, terms: Option<&'a LowRankTerms>) -> Result<StepLinear<'a>> {
+    fn step_head<'a>(&self, terms: Option<&'a LowRankTerms>) -> StepLinear<'a> {
         StepLinear::new(&self.inner.head.linear, terms.and_then(|terms| terms.get(self.head_id())))
     }
 
@@ -292,7 +293,7 @@ impl Model {
     fn narrow_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let groups = vocab.div_ceil(step.threads.head_part());
-        let head = self.step_head(terms)?;
+        let head = self.step_head(terms);
         let [a, b] = head.term_args();
         let (norm, rank) = (&self.inner.norm.norm, head.rank());
         let args = [
@@ -321,7 +322,7 @@ impl Model {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let wide = step.wide()?;
         self.inner.norm.norm.forward_into(&step.x, &wide.normed)?;
-        multiply(&self.step_head(terms)?, &wide.normed, (&held.logits, 1.0, 0.0), wide)?;
+        multiply(&self.step_head(terms), &wide.normed, (&held.logits, 1.0, 0.0), wide)?;
         self.inner.head.form_on_device(&held.logits)?;
         let groups = vocab.div_ceil(PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
@@ -329,6 +330,10 @@ impl Model {
         gpu::launch(&kernel, Grid::plane((groups, step.rows), 256), &args, &[vocab.into(), PART.into()])?;
         Ok(groups)
     }
+}
+
+fn has_terms(terms: Option<&LowRankTerms>) -> bool {
+    terms.is_some_and(|terms| terms.iter().next().is_some())
 }
 
 /// A row that no sequence is at.

@@ -3,13 +3,16 @@
 //! Decoding reads the blocks themselves. Other products dequantize a part of the rows at a time into memory that is reused, so a
 //! whole matrix is never held beside its blocks unless it is small.
 
-use super::gpu::{self, Arg, Formats, Grid, Kernel, Source};
+use super::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::BlockFormat;
 
 /// The most weights that are dequantized at a time.
 const PART: usize = 1 << 25;
+
+/// The most vectors that a kernel multiplies with blocks as they are.
+const MOST_VECTORS: usize = 64;
 
 /// A matrix of quantized blocks on a GPU; each row is a whole number of blocks. Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -91,6 +94,9 @@ impl GpuBlocks {
         beta: f32,
         scratch: Option<&Tensor>,
     ) -> Result<()> {
+        if is_transposed && self.takes_few(x, y) {
+            return multiply_few(x, &[(self, y)], scale, beta);
+        }
         let of_part = rows_of_part(self.rows, self.columns);
         let scratch = match scratch {
             Some(scratch) => scratch.narrow(0, 0, of_part * self.columns)?,
@@ -110,6 +116,14 @@ impl GpuBlocks {
         Ok(())
     }
 
+    /// Whether the products of `x` go into `y` without dequantized weights.
+    pub(super) fn takes_few(&self, x: &Tensor, y: &Tensor) -> bool {
+        let is_few = x.dims().first().is_some_and(|rows| *rows <= MOST_VECTORS);
+        let is_half = matches!(self.dtype, DType::F16 | DType::BF16) && x.dtype() == self.dtype;
+        let is_written = y.is_contiguous() && (y.dtype() == self.dtype || y.dtype() == DType::F32);
+        is_few && is_half && is_written && gpu::is_read_by_eights(x, self.dtype)
+    }
+
     /// Dequantizes all rows, or those with the given indices, into `to`.
     fn dequantize(&self, ids: Option<&Tensor>, to: &Tensor) -> Result<()> {
         let kernel = Kernel::new(Source::Blocks, "dequantize", self.dtype);
@@ -120,6 +134,48 @@ impl GpuBlocks {
             [self.columns.into(), Formats::number(Some(self.format)).into(), eights.into(), ids.is_some().into()];
         gpu::launch(&kernel, Grid::elements(eights), &args, &words)
     }
+}
+
+/// Warps of a group that multiplies blocks as they are.
+const WARPS: usize = 8;
+
+/// The columns that a warp takes at a time of rows of so many, and the bytes of a row of them.
+fn stage_of(format: BlockFormat, columns: usize) -> (usize, usize) {
+    let stage = [128, 64].into_iter().find(|stage| columns.is_multiple_of(*stage));
+    let stage = if format.len() > 128 { format.len() } else { stage.unwrap_or(format.len()) };
+    (stage, stage / format.len() * format.bytes())
+}
+
+/// `y = scale x W^T + beta y` for up to three matrices and their results, which share `x`.
+pub(super) fn multiply_few(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale: f32, beta: f32) -> Result<()> {
+    let (tokens, columns) = x.dims2()?;
+    let n_tiles = tokens.div_ceil(8).next_power_of_two();
+    let m_tiles = 1;
+    let Some(format) = products.first().map(|(blocks, _)| blocks.format) else { return Ok(()) };
+    let is_f32 = products.iter().any(|(_, y)| y.dtype() == DType::F32);
+    let (stage, stage_bytes) = stage_of(format, columns);
+    let kernel = Kernel::new(Source::BlockProduct, "block_product", x.dtype())
+        .with("FORMATS", Formats::default().with(Some(format)).constant())
+        .with("FORMAT", Formats::number(Some(format)))
+        .with("STAGE", stage)
+        .with("STAGE_BYTES", stage_bytes)
+        .with("MTILES", m_tiles)
+        .with("NTILES", n_tiles)
+        .with("OUT_F32", usize::from(is_f32))
+        .with("BLOCKS_BESIDE", if n_tiles == 1 { 3 } else { 2 });
+    let each = |count: usize| products.get(count).or(products.last());
+    let of_each = [0, 1, 2].map(each);
+    let mut args = vec![Arg::In(x)];
+    args.extend(of_each.iter().map(|product| product.map_or(Arg::None, |(blocks, _)| Arg::In(&blocks.bytes))));
+    args.extend(of_each.iter().map(|product| product.map_or(Arg::None, |(_, y)| Arg::Out(y))));
+    let mut words: Vec<Word> = vec![tokens.into(), columns.into()];
+    words.extend(of_each.iter().map(|product| Word::from(product.map_or(0, |(blocks, _)| blocks.rows))));
+    words.extend([Word::from(scale), beta.into()]);
+    let tiles: usize = products.iter().map(|(blocks, _)| blocks.rows.div_ceil(16 * m_tiles)).sum();
+    // as `block_product.cu` lays it out: two stages and the scales of one for each of eight warps, and later a sum of each
+    let row_bytes = 2 * 16 * (((stage_bytes + 30) / 16) | 1) + stage / 16 * 8;
+    let shared_bytes = WARPS * 16 * m_tiles * row_bytes.max((8 * n_tiles + 1) * 4);
+    gpu::launch(&kernel, Grid { shared_bytes, ..Grid::row(tiles, 32 * WARPS) }, &args, &words)
 }
 
 /// The rows of a matrix that are dequantized at a time: a multiple of 128 unless they are all.

@@ -1,7 +1,7 @@
 //! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file, quantized or not.
 
 use super::gpu::{self, Formats, Word};
-use super::gpu_blocks::GpuBlocks;
+use super::gpu_blocks::{GpuBlocks, multiply_few};
 use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
@@ -235,6 +235,22 @@ impl Weight {
             Stored::OnGpu(blocks) => blocks.multiply(y, x, is_transposed, scale, beta, scratch),
             _ => gpu::product(y, (x, false), (self.dense()?, is_transposed), scale, beta),
         }
+    }
+
+    /// `y = x W^T` for weights that share `x`, on CUDA: quantized ones of the same format in one launch where there are few vectors.
+    pub(crate) fn multiply_together(x: &Tensor, products: &[(&Self, &Tensor)], scratch: Option<&Tensor>) -> Result<()> {
+        let of_blocks = products.iter().map(|(weight, y)| match &weight.0 {
+            Stored::OnGpu(blocks) if blocks.takes_few(x, y) => Some((blocks, *y)),
+            _ => None,
+        });
+        let blocks: Option<Vec<_>> = of_blocks.collect();
+        let Some(blocks) = blocks.filter(|blocks| blocks.len() <= 3) else {
+            return products.iter().try_for_each(|(w, y)| w.multiply_on_gpu(y, x, true, (1.0, 0.0), scratch));
+        };
+        for same in blocks.chunk_by(|a, b| a.0.format() == b.0.format() && a.1.dtype() == b.1.dtype()) {
+            multiply_few(x, same, 1.0, 0.0)?;
+        }
+        Ok(())
     }
 
     /// The elements as a slice on the CPU.

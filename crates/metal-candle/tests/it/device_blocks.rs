@@ -116,7 +116,9 @@ fn log_probabilities(model: &Model, ids: &[u32], terms: Option<&LowRankTerms>) -
     for row in &mut rows {
         let largest = row.iter().copied().fold(f32::MIN, f32::max);
         let sum: f32 = row.iter().map(|logit| (logit - largest).exp()).sum();
-        row.iter_mut().for_each(|logit| *logit -= largest + sum.ln());
+        for logit in row {
+            *logit -= largest + sum.ln();
+        }
     }
     rows
 }

@@ -7,7 +7,7 @@ use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
 use super::linear::{Extras, LinearLayer, are_frozen, are_fused, fused_layers};
 use super::pass::{Backward, Context, Meter, StepSize, missing};
-use super::step::{Branch, Posts, Step, StepLinear, fits, multiply, norm_words};
+use super::step::{Branch, Posts, Step, StepLinear, fits, multiply_together, norm_words};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
@@ -303,14 +303,12 @@ impl GatedMlp {
         let layers = StepLinear::of_each(&self.inputs, [self.inner; 2], terms)?;
         if let Some(wide) = &step.wide {
             let x = step.normed(branch, wide)?;
-            for (layer, y) in layers.iter().zip([&wide.gate, &wide.up]) {
-                multiply(layer, x, (y, 1.0, 0.0), wide)?;
-            }
+            multiply_together(&layers, x, [&wide.gate, &wide.up], wide)?;
             activation::gated_into(self.activation, &wide.gate, &wide.up, &step.activation)?;
         } else {
             self.narrow_activation(&layers, branch, step)?;
         }
-        let down = StepLinear::of(&self.down, terms)?;
+        let down = StepLinear::of(&self.down, terms);
         step.finish_branch(&down, &step.activation, branch, step.posts(Posts::Down, Some(Posts::Gated)))
     }
 

@@ -423,13 +423,13 @@ pub(in crate::models) struct StepLinear<'a> {
 }
 
 impl<'a> StepLinear<'a> {
-    pub(in crate::models) fn new(linear: &Linear, term: Option<&'a LowRank>) -> Result<Self> {
+    pub(in crate::models) fn new(linear: &Linear, term: Option<&'a LowRank>) -> Self {
         let term = term.map(|term| (term, term.b.clone()));
-        Ok(Self { weight: linear.weight.clone(), bias: linear.bias.clone(), term })
+        Self { weight: linear.weight.clone(), bias: linear.bias.clone(), term }
     }
 
     /// The layer of a part.
-    pub(in crate::models) fn of(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> Result<Self> {
+    pub(in crate::models) fn of(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> Self {
         Self::new(&layer.linear, terms.and_then(|terms| terms.get(layer.slot.id)))
     }
 
@@ -439,7 +439,7 @@ impl<'a> StepLinear<'a> {
         widths: [usize; N],
         terms: Option<&'a LowRankTerms>,
     ) -> Result<[Self; N]> {
-        let mut all = layers.iter().map(|layer| Self::of(layer, terms)).collect::<Result<Vec<_>>>()?;
+        let mut all: Vec<_> = layers.iter().map(|layer| Self::of(layer, terms)).collect();
         if let ([together], true) = (all.as_slice(), N > 1) {
             let starts = widths.iter().scan(0, |end, width| Some(std::mem::replace(end, *end + width)));
             all = starts.zip(widths).map(|(start, width)| together.rows(start, width)).collect::<Result<_>>()?;
@@ -486,6 +486,22 @@ pub(in crate::models) fn multiply(
     wide: &Wide,
 ) -> Result<()> {
     layer.weight.multiply_on_gpu(y, x, true, (factor, beta), wide.scratch.as_ref())?;
+    add_update(layer, x, (y, factor), wide)
+}
+
+/// `y = x W^T` and low-rank updates of layers that share an input.
+pub(in crate::models) fn multiply_together<const N: usize>(
+    layers: &[StepLinear; N],
+    x: &Tensor,
+    ys: [&Tensor; N],
+    wide: &Wide,
+) -> Result<()> {
+    let products: Vec<_> = layers.iter().map(|layer| &layer.weight).zip(ys).collect();
+    Weight::multiply_together(x, &products, wide.scratch.as_ref())?;
+    layers.iter().zip(ys).try_for_each(|(layer, y)| add_update(layer, x, (y, 1.0), wide))
+}
+
+fn add_update(layer: &StepLinear, x: &Tensor, (y, factor): (&Tensor, f32), wide: &Wide) -> Result<()> {
     let Some((term, b)) = &layer.term else { return Ok(()) };
     let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
     let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;

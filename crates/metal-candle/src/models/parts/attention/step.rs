@@ -3,7 +3,7 @@
 use super::super::linear::LinearLayer;
 use super::super::norm::NormLayer;
 use super::super::pass::missing;
-use super::super::step::{Branch, Posts, Step, StepLinear, fits, is_rms_norm, multiply, norm_words};
+use super::super::step::{Branch, Posts, Step, StepLinear, fits, is_rms_norm, multiply_together, norm_words};
 use super::Attention;
 use crate::error::Result;
 use crate::models::description::{QkNormExtent, QkNormSpec};
@@ -45,14 +45,12 @@ impl Attention {
         let layers = StepLinear::of_each(&self.inputs, self.spec.widths(), terms)?;
         if let Some(wide) = &step.wide {
             let x = step.normed(branch, wide)?;
-            for (layer, y) in layers.iter().zip([&step.q, &step.k, &step.v]) {
-                multiply(layer, x, (y, 1.0, 0.0), wide)?;
-            }
+            multiply_together(&layers, x, [&step.q, &step.k, &step.v], wide)?;
         } else {
             narrow_projections(&layers, branch, step)?;
         }
         self.step_attention(&layers, step, cache.layer(self.layer))?;
-        let output = StepLinear::of(&self.output, terms)?;
+        let output = StepLinear::of(&self.output, terms);
         step.finish_branch(&output, &step.attention, branch, step.posts(Posts::Output, None))
     }
 

@@ -1,0 +1,219 @@
+// Products of few vectors with quantized weights on tensor cores. For CUDA alone, f16 and bf16.
+//
+// y[t, r] = factor * (sum of x[t, i] w[r, i] over i) + beta * y[t, r], for up to three matrices w that share x.
+//
+// The quants are whole numbers, which T holds exactly. So the products of a group of weights with the same scale are those of its
+// quants, and scale and minimum are applied to their sum in f32. A warp takes MTILES * 16 rows of weights and every WARPS-th
+// stage of STAGE columns; NTILES * 8 is the number of vectors, rounded up. While a warp multiplies a stage, the bytes of its next
+// one are copied to shared memory: rows lie far apart, and lanes that read them where they are would each wait for another line.
+//
+// In a tile of m16n8k16 a lane holds two pairs of a row of weights, and the same two pairs of a vector. Which columns these are is
+// the same for both, so a lane takes four that lie together.
+#define WARPS 8
+
+// The room for the STAGE_BYTES bytes of a row in a stage. They begin up to 15 bytes behind where a copy can begin. Rows that are an odd
+// number of 16 bytes apart lie in different banks.
+#define IS_ALIGNED (STAGE_BYTES % 16 == 0)
+#define PIECES ((STAGE_BYTES + 30) / 16)
+#define ROW_BYTES (16 * (PIECES | 1))
+#define STAGE_ROWS (16 * MTILES)
+// Groups of weights with the same scale in a row of a stage, and their length.
+#define GROUP (has_short_groups(FORMAT) ? 16 : 32)
+#define MOST_GROUPS (STAGE / 16)
+
+#if ELEMENT == 2
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define SUBTRACT "fma.rn.bf16x2 %0, %1, %2, %3;"
+// the bits of 1, and the high byte of a number that a byte below 128 is added to exactly
+#define ONE 0x3f80u
+#define BASE 0x43u
+#else
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define SUBTRACT "fma.rn.f16x2 %0, %1, %2, %3;"
+#define ONE 0x3c00u
+#define BASE 0x64u
+#endif
+#define PAIR_OF_ONES (ONE | (ONE << 16))
+#define BASES (BASE * 0x01010101u)
+
+FUNCTION void multiply_tiles(float* sums, const uint* a, uint2 b) {
+    asm(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+
+// Two numbers less two others: the sign of these is set.
+FUNCTION uint less(uint a, uint negative) {
+    uint y;
+    asm(SUBTRACT : "=r"(y) : "r"(a), "r"(PAIR_OF_ONES), "r"(negative));
+    return y;
+}
+
+// Where a minimum is added anyway, it takes away what bf16 numbers begin with, too.
+#define KEEPS_BASE (ELEMENT == 2 && has_minimum(FORMAT))
+
+// Four bytes as numbers of type T, less the zero of the format.
+FUNCTION uint2 numbers(uint q, uint format) {
+    if (KEEPS_BASE) return make_uint2(__byte_perm(q, BASES, 0x4140), __byte_perm(q, BASES, 0x4342));
+    if (has_signed_bytes(format)) {
+        // a byte is its lower seven bits, less 128 if the sign is set
+        const uint low = q & 0x7f7f7f7fu, sign = q & 0x80808080u;
+        const uint negative = 0x80008000u;
+        return make_uint2(
+            less(__byte_perm(low, BASES, 0x4140), __byte_perm(sign, BASES, 0x4140) | negative),
+            less(__byte_perm(low, BASES, 0x4342), __byte_perm(sign, BASES, 0x4342) | negative));
+    }
+    const uint zero = 0x8000u | (BASE << 8) | zero_of(format);
+    const uint zeros = zero | (zero << 16);
+    return make_uint2(less(__byte_perm(q, BASES, 0x4140), zeros), less(__byte_perm(q, BASES, 0x4342), zeros));
+}
+
+// Begins to copy the rows of a stage, which begins at byte `at` of each row.
+FUNCTION void copy_stage(const uchar* w, uint num_bytes, uint first_row, uint rows, uint at, uint my_lane, uchar* to) {
+    const uint start_of_shared = uint(__cvta_generic_to_shared(to));
+    UNROLL for (uint i = my_lane; i < STAGE_ROWS * PIECES; i += 32) {
+        const uint row = i / PIECES, piece = i % PIECES;
+        if (IS_ALIGNED && piece >= STAGE_BYTES / 16) continue;
+        const uchar* start = w + wide(MINIMUM(first_row + row, rows - 1)) * num_bytes + at;
+        const uint shift = IS_ALIGNED ? 0 : uint(wide(start)) & 15u;
+        const uint end = shift + STAGE_BYTES;
+        if (16 * piece >= end) continue;
+        const uint size = IS_ALIGNED ? 16 : MINIMUM(end - 16 * piece, 16u);
+        const uint there = start_of_shared + row * ROW_BYTES + 16 * piece;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(there), "l"(start - shift + 16 * piece), "r"(size)
+                     : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Where a row begins in a stage.
+FUNCTION uint row_in_stage(uint row, const uchar* w, uint num_bytes, uint first_row, uint rows, uint stage) {
+    if (IS_ALIGNED) return row * ROW_BYTES;
+    const uint before = uint(wide(w)) + MINIMUM(first_row + row, rows - 1) * num_bytes + stage * STAGE_BYTES;
+    return row * ROW_BYTES + (before & 15u);
+}
+
+#if OUT_F32
+typedef float Out;
+#else
+typedef T Out;
+#endif
+
+struct BlockProductWords {
+    uint tokens;
+    uint columns;
+    // The rows of the matrices, which have the same format.
+    uint rows[3];
+    float factor;
+    float beta;
+};
+
+KERNEL(block_product)
+(IN(T, x, 0), IN(uchar, w0, 1), IN(uchar, w1, 2), IN(uchar, w2, 3), OUT(Out, y0, 4), OUT(Out, y1, 5), OUT(Out, y2, 6),
+ WORDS(BlockProductWords, 7) PLACE) {
+    extern __shared__ __align__(16) uchar stages[];
+    const uchar* w = w0;
+    Out* y = y0;
+    const uint format = FORMAT;
+    uint rows = p.rows[0], tile = group.x;
+    const uint of_tile = STAGE_ROWS;
+    uint tiles = (rows + of_tile - 1) / of_tile;
+    if (tile >= tiles) {
+        tile -= tiles;
+        w = w1, y = y1, rows = p.rows[1];
+        tiles = (rows + of_tile - 1) / of_tile;
+        if (tile >= tiles) {
+            tile -= tiles;
+            w = w2, y = y2, rows = p.rows[2];
+        }
+    }
+    const uint first_row = tile * of_tile;
+    const uint place = lane / 4, quad = lane % 4;
+    const uint num_bytes = uint(row_bytes(format, p.columns));
+    uchar* mine = stages + warp * (2 * STAGE_ROWS * ROW_BYTES + STAGE_ROWS * MOST_GROUPS * 8);
+    // scale and minimum of each group of a stage
+    float2* scales = reinterpret_cast<float2*>(mine + 2 * STAGE_ROWS * ROW_BYTES);
+    const uint count = p.columns / STAGE;
+    if (warp < count) copy_stage(w, num_bytes, first_row, rows, warp * STAGE_BYTES, lane, mine);
+    WAIT_FOR_INPUT;
+    float sums[MTILES][NTILES][4] = {};
+    const uint ones[4] = {PAIR_OF_ONES, PAIR_OF_ONES, PAIR_OF_ONES, PAIR_OF_ONES};
+    for (uint stage = warp, turn = 0; stage < count; stage += WARPS, turn ^= 1) {
+        uchar* own = mine + turn * (STAGE_ROWS * ROW_BYTES);
+        if (stage + WARPS < count) {
+            uchar* next = mine + (turn ^ 1) * (STAGE_ROWS * ROW_BYTES);
+            copy_stage(w, num_bytes, first_row, rows, (stage + WARPS) * STAGE_BYTES, lane, next);
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+        } else {
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
+        }
+        __syncwarp();
+        const uchar* row_at[2 * MTILES];
+        UNROLL for (uint i = 0; i < 2 * MTILES; i++) row_at[i] = own + row_in_stage(8 * i + place, w, num_bytes, first_row, rows, stage);
+        UNROLL for (uint i = lane; i < STAGE_ROWS * (STAGE / GROUP); i += 32) {
+            const uint row = i % STAGE_ROWS;
+            float2 both;
+            scales_of(own + row_in_stage(row, w, num_bytes, first_row, rows, stage), format, i / STAGE_ROWS * GROUP, &both.x, &both.y);
+            if (KEEPS_BASE) both.y -= 128.0f * both.x;
+            scales[i] = both;
+        }
+        __syncwarp();
+        const T* vectors = x + stage * STAGE + 4 * quad;
+        _Pragma("unroll 2") for (uint i = 0; i < STAGE; i += 32) {
+            float products[MTILES][NTILES][4] = {};
+            float totals[NTILES][4] = {};
+            UNROLL for (uint j = 0; j < 2; j++) {
+                uint a[MTILES][4];
+                UNROLL for (uint m = 0; m < MTILES; m++) {
+                    const uint2 upper = numbers(four_quants(row_at[2 * m], format, i + 16 * j + 4 * quad), format);
+                    const uint2 lower = numbers(four_quants(row_at[2 * m + 1], format, i + 16 * j + 4 * quad), format);
+                    a[m][0] = upper.x, a[m][1] = lower.x, a[m][2] = upper.y, a[m][3] = lower.y;
+                }
+                UNROLL for (uint n = 0; n < NTILES; n++) {
+                    const uint token = 8 * n + place;
+                    uint2 b = make_uint2(0, 0);
+                    if (token < p.tokens) b = *reinterpret_cast<const uint2*>(vectors + wide(token) * p.columns + i + 16 * j);
+                    UNROLL for (uint m = 0; m < MTILES; m++) multiply_tiles(products[m][n], a[m], b);
+                    if (has_minimum(format)) multiply_tiles(totals[n], ones, b);
+                }
+                if ((16 * j + 16) % GROUP != 0) continue;
+                UNROLL for (uint m = 0; m < MTILES; m++) {
+                    const float2* group_at = scales + (i + 16 * j) / GROUP * STAGE_ROWS + 16 * m + place;
+                    const float2 both[2] = {group_at[0], group_at[8]};
+                    UNROLL for (uint n = 0; n < NTILES; n++) {
+                        UNROLL for (uint e = 0; e < 4; e++) {
+                            float sum = sums[m][n][e] + both[e / 2].x * products[m][n][e];
+                            if (has_minimum(format)) sum += both[e / 2].y * totals[n][e];
+                            sums[m][n][e] = sum;
+                            products[m][n][e] = 0.0f;
+                        }
+                    }
+                }
+                UNROLL for (uint n = 0; n < NTILES; n++) {
+                    UNROLL for (uint e = 0; e < 4; e++) totals[n][e] = 0.0f;
+                }
+            }
+        }
+        // the next copy overwrites what every lane has read
+        __syncwarp();
+    }
+    BARRIER;
+    // the stages are done with: the sums of the warps take their place
+    float(*parts)[STAGE_ROWS][8 * NTILES + 1] = reinterpret_cast<float(*)[STAGE_ROWS][8 * NTILES + 1]>(stages);
+    UNROLL for (uint m = 0; m < MTILES; m++) {
+        UNROLL for (uint n = 0; n < NTILES; n++) {
+            UNROLL for (uint e = 0; e < 4; e++) {
+                parts[warp][16 * m + 8 * (e / 2) + place][8 * n + 2 * quad + e % 2] = sums[m][n][e];
+            }
+        }
+    }
+    BARRIER;
+    for (uint i = me; i < of_tile * 8 * NTILES; i += 32 * WARPS) {
+        const uint row = first_row + i % of_tile, token = i / of_tile;
+        if (row >= rows || token >= p.tokens) continue;
+        float sum = 0.0f;
+        UNROLL for (uint part = 0; part < WARPS; part++) sum += parts[part][i % of_tile][token];
+        const wide at = wide(token) * rows + row;
+        y[at] = Out(p.factor * sum + (p.beta != 0.0f ? p.beta * float(y[at]) : 0.0f));
+    }
+}
