@@ -17,6 +17,12 @@
 #define PIECES ((STAGE_BYTES + 30) / 16)
 #define ROW_BYTES (16 * (PIECES | 1))
 #define STAGE_ROWS (16 * MTILES)
+// With few vectors the places in a block are constants; with many there would be too few registers.
+#if NTILES <= 2
+#define UNROLL_STAGE UNROLL
+#else
+#define UNROLL_STAGE _Pragma("unroll 2")
+#endif
 // Groups of weights with the same scale in a row of a stage, and their length.
 #define GROUP (has_short_groups(FORMAT) ? 16 : 32)
 #define MOST_GROUPS (STAGE / 16)
@@ -159,7 +165,9 @@ KERNEL(block_product)
         }
         __syncwarp();
         const T* vectors = x + stage * STAGE + 4 * quad;
-        _Pragma("unroll 2") for (uint i = 0; i < STAGE; i += 32) {
+        UNROLL_STAGE for (uint i = 0; i < STAGE; i += 32) {
+            // keeps the loads of later columns, and their registers, behind this
+            if (i % 64 == 0) asm volatile("" ::: "memory");
             float products[MTILES][NTILES][4] = {};
             float totals[NTILES][4] = {};
             UNROLL for (uint j = 0; j < 2; j++) {
