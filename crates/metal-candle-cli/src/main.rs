@@ -8,6 +8,7 @@ mod gguf_output;
 mod held_out;
 mod input;
 mod interrupt;
+mod kv_cache;
 mod memory;
 mod model_folder;
 mod model_source;

@@ -3,6 +3,7 @@
 //! No `[queries, keys]` matrix is made: the softmax runs along blocks of keys with a running maximum
 //! (<https://arxiv.org/abs/2205.14135>, algorithm 1). Blocks of keys that no query of a task sees are skipped.
 
+use crate::blocks::BlockMatrix;
 use crate::gemm::{serial_gemm, serial_gemm_by_row};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, exp, max, soft_cap, widen};
@@ -75,17 +76,59 @@ impl AttentionShape {
     }
 }
 
+/// How keys or values are stored.
+#[derive(Debug, Clone, Copy)]
+pub enum HeadRows<'a> {
+    /// Floats.
+    Floats(Matrix<'a>),
+    /// Blocks. A row of the matrix is one head of one token: it has `head_dim` columns.
+    Blocks(BlockMatrix<'a>),
+}
+
+impl HeadRows<'_> {
+    /// The number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Floats(matrix) => matrix.len(),
+            Self::Blocks(matrix) => matrix.rows() * matrix.columns(),
+        }
+    }
+
+    /// Whether there is no element.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether heads of this width, at these distances, are rows of blocks.
+    fn is_split_into_heads(&self, width: usize, strides: [usize; 2]) -> bool {
+        match self {
+            Self::Floats(_) => true,
+            Self::Blocks(matrix) => {
+                matrix.columns() == width && strides[0] == width && strides[1].is_multiple_of(width)
+            }
+        }
+    }
+}
+
+impl<'a> From<Matrix<'a>> for HeadRows<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Self::Floats(matrix)
+    }
+}
+
 /// Keys and values of all sequences: the element of token `t`, head `h` begins at
-/// `sequence start + t * token_stride + h * head_stride`.
+/// `sequence start + t * token_stride + h * head_stride`. These are distances in elements, also where blocks are stored.
 #[derive(Debug, Clone, Copy)]
 pub struct KeyValues<'a> {
     /// The keys.
-    pub keys: Matrix<'a>,
+    pub keys: HeadRows<'a>,
     /// The values, laid out like the keys.
-    pub values: Matrix<'a>,
-    /// Distance of neighbouring tokens.
+    pub values: HeadRows<'a>,
+    /// Distance of neighbouring tokens; `head_dim` for blocks.
     pub token_stride: usize,
-    /// Distance of neighbouring heads.
+    /// Distance of neighbouring heads; a multiple of `head_dim` for blocks.
     pub head_stride: usize,
 }
 
@@ -136,7 +179,7 @@ struct Task {
 /// exponentials, the sink's included; without it, as in inference, a query has the same bits alone and among others.
 ///
 /// # Panics
-/// A span reaches outside an operand, `sinks` has another length, or the mask hides everything.
+/// A span reaches outside an operand or splits a row of blocks, `sinks` has another length, or the mask hides everything.
 pub fn attention(
     shape: AttentionShape,
     sinks: Option<&[f32]>,
@@ -149,6 +192,9 @@ pub fn attention(
     let group = shape.heads / shape.kv_heads;
     assert!(shape.mask.is_valid(), "{:?} hides every key", shape.mask);
     assert!(sinks.is_none_or(|sinks| sinks.len() == shape.heads), "expected a sink for each of {} heads", shape.heads);
+    let strides = [kv.token_stride, kv.head_stride];
+    let is_split = |rows: HeadRows| rows.is_split_into_heads(shape.head_dim, strides);
+    assert!(is_split(kv.keys) && is_split(kv.values), "a row of blocks is not one head of one token");
     let mut tasks = Vec::new();
     let mut work = 0;
     for &span in spans {
@@ -193,11 +239,14 @@ fn check(shape: AttentionShape, span: Span, len: usize, kv: KeyValues) {
         + (shape.kv_heads - 1) * kv.head_stride
         + shape.head_dim;
     assert!(span.num_keys == 0 || last <= kv.keys.len().min(kv.values.len()), "keys end outside the tensor");
+    let is_block = matches!(kv.keys, HeadRows::Blocks(_)) || matches!(kv.values, HeadRows::Blocks(_));
+    assert!(!is_block || span.key_start.is_multiple_of(shape.head_dim), "a sequence starts within a row of blocks");
 }
 
-/// A block of keys or values as f32: the slice itself or its widened copy, and the distance of its rows.
+/// A block of keys or values as f32: the slice itself or its widened copy, and the distance of its rows. Only the rows of the
+/// block are copied, so a cache of another type is never widened as a whole.
 fn block<'a>(
-    from: Matrix<'a>,
+    from: HeadRows<'a>,
     start: usize,
     rows: usize,
     stride: usize,
@@ -211,9 +260,13 @@ fn block<'a>(
         }
     }
     match from {
-        Matrix::F32(values) => return (&values[start..], stride),
-        Matrix::F16(values) => fill(&values[start..], rows, stride, width, copy),
-        Matrix::BF16(values) => fill(&values[start..], rows, stride, width, copy),
+        HeadRows::Floats(Matrix::F32(values)) => return (&values[start..], stride),
+        HeadRows::Floats(Matrix::F16(values)) => fill(&values[start..], rows, stride, width, copy),
+        HeadRows::Floats(Matrix::BF16(values)) => fill(&values[start..], rows, stride, width, copy),
+        HeadRows::Blocks(matrix) => {
+            copy.resize(copy.len().max(rows * width), 0.0);
+            matrix.widen_rows(start / width..start / width + rows, &mut copy[..rows * width]);
+        }
     }
     (copy, width)
 }
@@ -354,47 +407,5 @@ fn accumulate_row_body<A: Arithmetic>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::random;
-    use half::bf16;
-
-    /// Without sums for a backward pass, a query has the same bits alone, in a chunk of a prompt and in the whole of it.
-    #[test]
-    fn a_query_alone_has_the_bits_of_the_query_among_others() {
-        const TOKENS: usize = 200;
-        for (heads, kv_heads, d) in [(7, 1, 64), (4, 4, 32), (2, 1, 8), (3, 3, 80), (2, 2, 256)] {
-            for (mask, cap) in [(Mask::Causal, None), (Mask::Window(50), Some(20.0)), (Mask::Chunk(70), None)] {
-                let shape = AttentionShape { mask, soft_cap: cap, ..AttentionShape::new(heads, kv_heads, d, 0.3) };
-                let (keys, values) = (random(TOKENS * kv_heads * d, 1), random(TOKENS * kv_heads * d, 2));
-                let q = random(TOKENS * heads * d, 3);
-                let narrow = |values: &[f32]| values.iter().map(|&value| bf16::from_f32(value)).collect::<Vec<_>>();
-                let halves = (narrow(&keys), narrow(&values));
-                let strides = (kv_heads * d, d);
-                let run = |is_half: bool, first: usize, count: usize| -> Vec<u32> {
-                    let (keys, values) = if is_half {
-                        (Matrix::BF16(&halves.0), Matrix::BF16(&halves.1))
-                    } else {
-                        (Matrix::F32(&keys), Matrix::F32(&values))
-                    };
-                    let kv = KeyValues { keys, values, token_stride: strides.0, head_stride: strides.1 };
-                    let span = Span { query_start: 0, num_queries: count, key_start: 0, num_keys: first + count };
-                    let q = &q[first * heads * d..(first + count) * heads * d];
-                    let mut out = vec![0.0; q.len()];
-                    attention(shape, None, &[span], q, kv, &mut out, None);
-                    out.iter().map(|value| value.to_bits()).collect()
-                };
-                for is_half in [false, true] {
-                    let whole = run(is_half, 0, TOKENS);
-                    for (first, count) in
-                        [(0, 1), (1, 1), (15, 1), (64, 1), (127, 1), (128, 1), (199, 1), (3, 2), (10, 37), (60, 100)]
-                    {
-                        let expected = &whole[first * heads * d..(first + count) * heads * d];
-                        let found = run(is_half, first, count);
-                        assert!(found == expected, "{count} from {first}, {shape:?}, half: {is_half}");
-                    }
-                }
-            }
-        }
-    }
-}
+#[allow(clippy::unwrap_used)]
+mod tests;

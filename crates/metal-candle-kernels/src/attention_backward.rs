@@ -357,8 +357,8 @@ mod tests {
             };
             let spans: Vec<Span> = offsets.windows(2).map(span).collect();
             let kv = KeyValues {
-                keys: Matrix::F32(&k),
-                values: Matrix::F32(&v),
+                keys: Matrix::F32(&k).into(),
+                values: Matrix::F32(&v).into(),
                 token_stride: kv_width,
                 head_stride: shape.head_dim,
             };

@@ -41,7 +41,7 @@ mod testing;
 mod tiles;
 
 pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
-pub use attention::{AttentionShape, KeyValues, Mask, Span, attention};
+pub use attention::{AttentionShape, HeadRows, KeyValues, Mask, Span, attention};
 pub use attention_backward::{Saved, attention_backward, sink_gradient};
 pub use blocks::{
     BlockFormat, BlockMatrix, QuantizeError, block_products, block_row_products, block_transposed_products,

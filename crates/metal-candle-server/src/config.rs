@@ -1,5 +1,6 @@
 //! The settings of a server.
 
+use metal_candle::inference::KVCacheType;
 use metal_candle::models::Model;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,6 +17,8 @@ pub struct ServerConfig {
     pub context: usize,
     /// Most bytes of the cache of keys and values.
     pub cache_bytes: usize,
+    /// The type in which keys and values are stored, also of the draft model; `None` for the one that suits the model.
+    pub kv_cache: Option<KVCacheType>,
     /// Tokens of a prompt that a step computes at most, so that other answers do not wait for long.
     pub prefill_chunk: usize,
     /// Most sequences that wait for a slot.
@@ -63,6 +66,7 @@ impl Default for ServerConfig {
             slots: 0,
             context: 0,
             cache_bytes: 4 << 30,
+            kv_cache: None,
             prefill_chunk: 128,
             max_waiting: 256,
             max_choices: 8,

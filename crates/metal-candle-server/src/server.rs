@@ -52,7 +52,7 @@ impl Server {
     /// Starts the engine: reserves its cache and starts its thread.
     ///
     /// # Errors
-    /// The cache does not fit `cache_bytes` or the device, or a limit is out of its range.
+    /// The cache does not fit `cache_bytes` or the device, it cannot have the type of `kv_cache`, or a limit is out of its range.
     pub fn new(model: &Model, tokenizer: Tokenizer, config: ServerConfig) -> metal_candle::Result<Self> {
         let limits = limits(model, &config)?;
         let metrics = Arc::new(Metrics::default());
@@ -60,6 +60,7 @@ impl Server {
             max_sequences: limits.slots,
             prefill_chunk: config.prefill_chunk,
             step_tokens: config.prefill_chunk + limits.slots,
+            kv_cache: config.kv_cache,
         };
         let (engine, thread) =
             Engine::start(model, &tokenizer, config.draft_model.as_ref(), scheduler, limits, Arc::clone(&metrics))?;
@@ -211,8 +212,9 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
         return Err(argument("context", format!("expected 2 to {longest} tokens, the model's limit, found {context}")));
     }
     let models = || std::iter::once(model).chain(&config.draft_model);
-    let bytes_of =
-        |slots: usize| -> usize { models().map(|model| SchedulerConfig::cache_bytes(model, slots, context)).sum() };
+    let scheduler = SchedulerConfig { kv_cache: config.kv_cache, ..SchedulerConfig::of(model) };
+    models().try_for_each(|model| scheduler.validate(model))?;
+    let bytes_of = |slots: usize| -> usize { models().map(|model| scheduler.cache_bytes(model, slots, context)).sum() };
     let fitting = config.cache_bytes / bytes_of(1).max(1);
     if fitting == 0 {
         let message = format!(

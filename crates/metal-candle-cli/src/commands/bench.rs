@@ -16,6 +16,7 @@ use crate::output::Output;
 use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
 use measure::{Measured, measure, weights_bytes};
+use metal_candle::inference::KVCacheType;
 use metal_candle::models::save_model;
 use metal_candle::ops::BlockFormat;
 use metal_candle::{Device, Model};
@@ -56,10 +57,11 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
         model: subject.name.clone(),
         num_parameters: subject.model.config().num_parameters(),
         dtype: type_of(&subject.model),
+        kv_cache: flags.cache.kv_cache.map(KVCacheType::name),
         rows: Vec::with_capacity(works.len()),
         peer: peer.as_ref().map(|peer| peer.name.clone()),
     };
-    let mut bench = Bench { output, failure: None };
+    let mut bench = Bench { kv_cache: flags.cache.kv_cache, output, failure: None };
     match &mut peer {
         Some(peer) => bench.beside(subject, peer, &works, &mut report)?,
         None => {
@@ -78,6 +80,8 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
 
 /// Measurements going on.
 struct Bench {
+    /// The type of the KV cache, if one is named.
+    kv_cache: Option<KVCacheType>,
     output: Output,
     /// The first row that failed: the others are measured and printed all the same.
     failure: Option<anyhow::Error>,
@@ -86,7 +90,7 @@ struct Bench {
 impl Bench {
     fn measure(&mut self, model: &Model, work: Work) -> Result<Measured> {
         self.output.note(format_args!("measuring {}", work.title()));
-        match measure(model, work) {
+        match measure(model, work, self.kv_cache) {
             Err(error) if !error.is::<UserError>() => {
                 let remark = crate::error::message(&error);
                 self.failure.get_or_insert(error.context(work.title()));

@@ -7,6 +7,7 @@ use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
 use crate::commands::generate::{as_json, speeds, templated};
 use crate::error::UserError;
 use crate::interrupt;
+use crate::kv_cache::CacheArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
@@ -51,6 +52,9 @@ pub(crate) struct ChatArguments {
     pub(crate) template: TemplateArguments,
 
     #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+
+    #[command(flatten)]
     pub(crate) sampling: SamplingArguments,
 }
 
@@ -66,7 +70,7 @@ pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
     let config = with_end_of_turn(generation_config(&flags.sampling, loaded.model.config()), Some(&tokenizer));
     config.validate()?;
     let mut chat = Chat {
-        generator: loaded.generator()?.with_tokenizer(tokenizer.clone()),
+        generator: loaded.generator(flags.cache.kv_cache)?.with_tokenizer(tokenizer.clone()),
         tokenizer,
         template,
         tools,

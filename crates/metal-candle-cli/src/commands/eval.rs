@@ -2,15 +2,19 @@
 
 use crate::error::UserError;
 use crate::held_out::{self, HeldOut};
+use crate::kv_cache::parse_type;
 use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
 use crate::templates::TemplateArguments;
 use anyhow::Result;
 use clap::Args;
-use metal_candle::Error;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::training::{bits_per_byte, evaluate};
+use metal_candle::data::Dataset;
+use metal_candle::inference::{KVCacheType, prompt_log_probabilities};
+use metal_candle::ops::LowRankTerms;
+use metal_candle::training::{Evaluation, bits_per_byte, evaluate};
+use metal_candle::{Error, Model};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -30,6 +34,11 @@ pub(crate) struct EvalArguments {
 
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
+
+    /// Compute as generation does, over a KV cache of this type, instead of as training does: compare types with each other.
+    /// `f32`, `f16`, `bf16`, `q8_0` or `q4_0`.
+    #[arg(long, value_name = "TYPE", value_parser = parse_type, help_heading = "Model")]
+    pub(crate) kv_cache: Option<KVCacheType>,
 
     #[command(flatten)]
     pub(crate) template: TemplateArguments,
@@ -58,7 +67,10 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     let HeldOut { dataset, num_bytes } =
         HeldOut::read(&file, &tokenizer, max_tokens, loaded.model.config().vocab_size)?;
     let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
-    let evaluation = evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?;
+    let evaluation = match flags.kv_cache {
+        Some(kind) => evaluate_cached(&loaded.model, terms.as_ref(), &dataset, kind)?,
+        None => evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?,
+    };
     let bits = bits_per_byte(evaluation.total_loss, num_bytes.max(1));
     if output.json {
         Output::print_json(&json!({
@@ -66,6 +78,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
             "samples": dataset.len(),
             "tokens": evaluation.trained_tokens,
             "bytes": num_bytes,
+            "kv_cache": flags.kv_cache.map(KVCacheType::name),
             "loss": evaluation.loss(),
             "perplexity": evaluation.perplexity(),
             "bits_per_byte": bits,
@@ -81,4 +94,23 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         evaluation.perplexity(),
     ))?;
     Ok(())
+}
+
+/// The loss over the trained tokens, computed over a KV cache of this type, one row after the other.
+fn evaluate_cached(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    dataset: &Dataset,
+    kind: KVCacheType,
+) -> metal_candle::Result<Evaluation> {
+    let mut evaluation = Evaluation { total_loss: 0.0, trained_tokens: 0 };
+    for sample in &dataset.samples {
+        let scores = prompt_log_probabilities(model, terms, &sample.ids, 0, Some(kind))?;
+        let trained = scores.iter().zip(sample.trained.iter().skip(1)).filter(|(_, is_trained)| **is_trained);
+        for ((log_probability, _), _) in trained {
+            evaluation.total_loss -= f64::from(*log_probability);
+            evaluation.trained_tokens += 1;
+        }
+    }
+    Ok(evaluation)
 }

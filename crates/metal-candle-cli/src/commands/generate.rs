@@ -4,6 +4,7 @@ use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
 
 use crate::error::UserError;
 use crate::input::{MAX_INPUT_BYTES, read_text, read_values, without_line_end};
+use crate::kv_cache::CacheArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
@@ -11,7 +12,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use metal_candle::Error;
 use metal_candle::data::{ChatTemplate, Message, Tokenizer};
-use metal_candle::inference::{Finish, Generation, GenerationConfig, Generator};
+use metal_candle::inference::{Finish, Generation, GenerationConfig, Generator, KVCacheType};
 use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -50,6 +51,9 @@ pub(crate) struct GenerateArguments {
     pub(crate) template: TemplateArguments,
 
     #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+
+    #[command(flatten)]
     pub(crate) sampling: SamplingArguments,
 }
 
@@ -67,7 +71,7 @@ pub(crate) fn run(flags: &GenerateArguments, output: Output) -> Result<()> {
         let ids = row.ids(flags, tools.as_deref(), &tokenizer);
         prompts.push(ids.map_err(|error| of_line(flags, line, error))?);
     }
-    let mut generator = loaded.generator()?.with_tokenizer(tokenizer);
+    let mut generator = loaded.generator(flags.cache.kv_cache)?.with_tokenizer(tokenizer);
     if flags.prompts.is_some() {
         return answer_all(flags, &mut generator, &prompts, &config, output);
     }
@@ -230,9 +234,12 @@ fn of_line(flags: &GenerateArguments, line: Option<usize>, error: anyhow::Error)
 }
 
 impl Loaded {
-    /// A generator of the model, with the adapter.
-    pub(crate) fn generator(&self) -> metal_candle::Result<Generator> {
-        let generator = Generator::new(self.model.clone());
+    /// A generator of the model, with the adapter and a cache of this type or the one that suits the model.
+    pub(crate) fn generator(&self, kv_cache: Option<KVCacheType>) -> metal_candle::Result<Generator> {
+        let mut generator = Generator::new(self.model.clone());
+        if let Some(kind) = kv_cache {
+            generator = generator.with_kv_cache(kind)?;
+        }
         match &self.adapter {
             Some(adapter) => Ok(generator.with_adapter(adapter.terms()?)),
             None => Ok(generator),

@@ -7,6 +7,7 @@ use anyhow::Result;
 use candle_core::DType;
 use clap::Args;
 use metal_candle::files::GgufFile;
+use metal_candle::inference::KVCacheType;
 use metal_candle::models::{KVCacheConfig, SafetensorsFile, TensorEntry};
 use metal_candle::{Device, Model, ModelConfig};
 use serde_json::json;
@@ -74,7 +75,8 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
                 "weights_are_complete": missing.is_empty() && (!files.is_empty() || source.gguf().is_some()),
                 "weight_bytes": memory,
                 "quantization": config.quantization(),
-                "kv_cache_bytes_per_token": cache_bytes(&config, 1, DType::F32),
+                "kv_cache_bytes_per_token": cache_bytes(&config, 1, KVCacheType::F32),
+                "kv_cache_bytes_per_token_by_type": cache_types(&config).map(|kind| (kind.name().to_owned(), json!(cache_bytes(&config, 1, kind)))).collect::<serde_json::Map<_, _>>(),
                 "num_hidden_layers": config.num_hidden_layers,
                 "hidden_size": config.hidden_size,
                 "intermediate_size": config.intermediate_size,
@@ -160,10 +162,16 @@ fn text(
         }
         writeln!(text)?;
     }
+    writeln!(text)?;
+    write!(text, "{:<22}{:>16}", "", "")?;
+    for kind in cache_types(config) {
+        write!(text, "{:>12}", kind.name())?;
+    }
+    writeln!(text)?;
     for tokens in [1024, config.max_position_embeddings] {
         write!(text, "{:<22}{:>16}", "key/value cache", format!("{} tokens", grouped(tokens as u64)))?;
-        for &dtype in dtypes {
-            write!(text, "{:>12}", bytes(cache_bytes(config, tokens, dtype) as u64))?;
+        for kind in cache_types(config) {
+            write!(text, "{:>12}", bytes(cache_bytes(config, tokens, kind) as u64))?;
         }
         writeln!(text)?;
         if config.max_position_embeddings == 1024 {
@@ -189,7 +197,12 @@ fn parts(config: &ModelConfig) -> Vec<(&'static str, usize)> {
     parts.into_iter().filter(|part| part.1 > 0).collect()
 }
 
-fn cache_bytes(config: &ModelConfig, tokens: usize, dtype: DType) -> usize {
+/// The types that a cache of the model can have on the CPU.
+fn cache_types(config: &ModelConfig) -> impl Iterator<Item = KVCacheType> {
+    KVCacheType::ALL.into_iter().filter(|kind| kind.check_head_dim(config.head_dim).is_ok())
+}
+
+fn cache_bytes(config: &ModelConfig, tokens: usize, kind: KVCacheType) -> usize {
     let cache = KVCacheConfig {
         max_seq_len: tokens,
         num_layers: config.num_hidden_layers,
@@ -197,7 +210,7 @@ fn cache_bytes(config: &ModelConfig, tokens: usize, dtype: DType) -> usize {
         head_dim: config.head_dim,
         batch_size: 1,
     };
-    cache.num_bytes(dtype)
+    cache.num_bytes(kind)
 }
 
 fn devices() -> Vec<&'static str> {

@@ -4,6 +4,7 @@ mod jobs;
 
 use crate::error::UserError;
 use crate::input::read_text;
+use crate::kv_cache::CacheArguments;
 use crate::model_source::{ModelArguments, ModelSource, check_adapter};
 use crate::output::Output;
 use crate::templates::TemplateArguments;
@@ -49,6 +50,9 @@ pub(crate) struct ServeArguments {
 
     #[command(flatten)]
     pub(crate) model: ModelArguments,
+
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
 
     #[command(flatten)]
     pub(crate) template: TemplateArguments,
@@ -166,6 +170,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         slots: limits.slots.unwrap_or(0),
         context: limits.context.unwrap_or(0),
         cache_bytes,
+        kv_cache: flags.cache.kv_cache,
         prefill_chunk: limits.prefill_chunk,
         max_waiting: limits.max_waiting,
         max_adapters: limits.max_adapters,

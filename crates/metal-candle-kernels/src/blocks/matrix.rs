@@ -212,4 +212,14 @@ impl<'a> BlockMatrix<'a> {
         let blocks = self.blocks(row, columns);
         with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
     }
+
+    /// Dequantizes whole rows to `to`, `[rows.len(), columns]`.
+    ///
+    /// # Panics
+    /// The matrix does not have these rows, or `to` has another length.
+    pub(crate) fn widen_rows(&self, rows: Range<usize>, to: &mut [f32]) {
+        assert!(to.len() == rows.len() * self.columns, "the result has another length than the rows");
+        let blocks = &self.bytes[rows.start * self.row_bytes()..rows.end * self.row_bytes()];
+        with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
+    }
 }

@@ -162,7 +162,7 @@ mod tests {
     async fn a_sample_that_its_reader_stops_ends_alone() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/nano");
         let model = ModelLoader::new().with_device(metal_candle::Device::CPU).load(folder).unwrap();
-        let config = SchedulerConfig { max_sequences: 2, prefill_chunk: 64, step_tokens: 64 };
+        let config = SchedulerConfig { max_sequences: 2, prefill_chunk: 64, step_tokens: 64, kv_cache: None };
         let minute = std::time::Duration::from_mins(1);
         let limits = EngineLimits {
             slots: 2,

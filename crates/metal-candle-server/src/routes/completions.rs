@@ -129,9 +129,10 @@ async fn scores(
     for prompt in prompts {
         room("prompt", prompt.len(), app.served.context)?;
         let (ids, adapter) = (prompt.clone(), target.adapter.clone());
+        let kv_cache = app.config.kv_cache;
         let terms = move |model: &Model| {
             let terms = adapter.as_ref().map(|adapter| &adapter.terms);
-            prompt_log_probabilities(model, terms, &ids, num_top)
+            prompt_log_probabilities(model, terms, &ids, num_top, kv_cache)
         };
         let found = app.engine.run(terms).await?.map_err(ApiError::server)?;
         let scores = std::iter::once(None).chain(found.into_iter().map(Some));

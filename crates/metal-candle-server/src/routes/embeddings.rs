@@ -11,7 +11,7 @@ use axum::extract::State;
 use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use metal_candle::inference::mean_hidden_state;
+use metal_candle::inference::{KVCacheType, mean_hidden_state};
 use metal_candle::models::Model;
 use metal_candle::ops::LowRankTerms;
 use serde_json::{Value, json};
@@ -41,10 +41,12 @@ pub(crate) async fn answer(
     app.keys.charge(&client, num_tokens).inspect_err(|_| app.metrics.reject("rate_limit"))?;
     let mut data = Vec::with_capacity(encoded.len());
     for (index, ids) in encoded.into_iter().enumerate() {
-        let adapter = target.adapter.clone();
-        let mean =
-            app.engine.run(move |model| embedding(model, adapter.as_ref().map(|adapter| &adapter.terms), &ids)).await?;
-        let mean = mean.map_err(ApiError::server)?;
+        let (adapter, kv_cache) = (target.adapter.clone(), app.config.kv_cache);
+        let embed = move |model: &Model| {
+            let terms = adapter.as_ref().map(|adapter| &adapter.terms);
+            embedding(model, terms, &ids, kv_cache)
+        };
+        let mean = app.engine.run(embed).await?.map_err(ApiError::server)?;
         let embedding: Value = if is_base64 {
             let bytes: Vec<u8> = mean.iter().flat_map(|value| value.to_le_bytes()).collect();
             BASE64_STANDARD.encode(bytes).into()
@@ -106,8 +108,13 @@ fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
 }
 
 /// The mean of the last hidden states of a text, scaled to length 1.
-fn embedding(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> metal_candle::Result<Vec<f32>> {
-    let mean = mean_hidden_state(model, terms, ids)?;
+fn embedding(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    ids: &[u32],
+    kv_cache: Option<KVCacheType>,
+) -> metal_candle::Result<Vec<f32>> {
+    let mean = mean_hidden_state(model, terms, ids, kv_cache)?;
     let length = mean.iter().map(|value| value * value).sum::<f32>().sqrt();
     Ok(if length > 0.0 { mean.iter().map(|value| value / length).collect() } else { mean })
 }

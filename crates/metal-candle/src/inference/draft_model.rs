@@ -5,9 +5,9 @@ use super::sample_token::with_logits;
 use super::sampler::Sampler;
 use super::sampling::SamplingConfig;
 use super::sequence::Sequence;
-use super::slots::{new_cache, num_common};
+use super::slots::{check_kind, new_cache, num_common};
 use crate::error::{Error, Result};
-use crate::models::{Batch, KVCache, Model, Rows};
+use crate::models::{Batch, KVCache, KVCacheType, Model, Rows};
 
 /// Drafts the most probable tokens. A slot of its cache belongs to the sequence in the scheduler's slot of that index.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub(super) struct DraftModel {
     /// Chooses the most probable token.
     sampler: Sampler,
     cache: Option<KVCache>,
+    /// The type of the cache; `None` for the model's.
+    kind: Option<KVCacheType>,
     /// What each slot holds.
     held: Vec<Held>,
 }
@@ -38,15 +40,19 @@ struct Job {
 
 impl DraftModel {
     /// # Errors
-    /// The vocabulary is not that of the model that checks the drafts.
-    pub(super) fn new(model: Model, checking: &Model) -> Result<Self> {
+    /// The vocabulary is not that of the model that checks the drafts, or the cache of the model cannot have the type.
+    pub(super) fn new(model: Model, checking: &Model, kind: Option<KVCacheType>) -> Result<Self> {
         let (expected, found) = (checking.config().vocab_size, model.config().vocab_size);
         if expected != found {
             let message = format!("expected a vocabulary of {expected} tokens, that of the model, found {found}");
             return Err(Error::argument("draft_model", message));
         }
+        check_kind(&model, kind).map_err(|error| match error {
+            Error::Argument { name, message } => Error::argument(name, format!("the draft model: {message}")),
+            other => other,
+        })?;
         let sampler = Sampler::new(SamplingConfig::greedy())?;
-        Ok(Self { model, sampler, cache: None, held: Vec::new() })
+        Ok(Self { model, sampler, cache: None, kind, held: Vec::new() })
     }
 
     /// Frees the cache.
@@ -124,7 +130,7 @@ impl DraftModel {
         let num_tokens = num_tokens.min(self.model.config().max_sequence_length());
         self.held.resize_with(self.held.len().max(num_slots), Held::default);
         let Some(cache) = &mut self.cache else {
-            self.cache = Some(new_cache(&self.model, num_slots, num_tokens)?);
+            self.cache = Some(new_cache(&self.model, self.kind, num_slots, num_tokens)?);
             return Ok(());
         };
         let max_len = self.model.config().max_sequence_length();

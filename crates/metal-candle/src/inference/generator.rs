@@ -6,7 +6,7 @@ use super::scheduler::Scheduler;
 use super::scheduler_config::SchedulerConfig;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::models::Model;
+use crate::models::{KVCacheType, Model};
 use crate::ops::LowRankTerms;
 use std::ops::ControlFlow;
 
@@ -61,12 +61,28 @@ impl Generator {
 
     /// A scheduler without sequences for the same model and tokenizer.
     fn new_scheduler(&self, max_sequences: usize) -> Scheduler {
-        let config = SchedulerConfig { max_sequences, ..*self.scheduler.config() };
+        self.scheduler_of(SchedulerConfig { max_sequences, ..*self.scheduler.config() })
+    }
+
+    fn scheduler_of(&self, config: SchedulerConfig) -> Scheduler {
         let scheduler = Scheduler::with_limits(self.model().clone(), config);
         match self.tokenizer() {
             Some(tokenizer) => scheduler.with_tokenizer(tokenizer.clone()),
             None => scheduler,
         }
+    }
+
+    /// Stores keys and values in this type instead of the one that suits the model, see [`SchedulerConfig::kv_cache`]. What
+    /// is cached is freed.
+    ///
+    /// # Errors
+    /// The width of a head is no multiple of 32, which `Q8_0` and `Q4_0` need, or the device has no cache of the type.
+    pub fn with_kv_cache(mut self, kind: KVCacheType) -> Result<Self> {
+        let config = SchedulerConfig { kv_cache: Some(kind), ..*self.scheduler.config() };
+        config.validate(self.model())?;
+        self.scheduled_adapter = None;
+        self.scheduler = self.scheduler_of(config);
+        Ok(self)
     }
 
     /// Accepts text as prompts and decodes tokens to text.

@@ -24,7 +24,7 @@ mod stop;
 #[cfg(feature = "async")]
 mod stream;
 
-pub use crate::models::{KVCache, KVCacheConfig};
+pub use crate::models::{KVCache, KVCacheConfig, KVCacheType};
 pub use divergence::{Adapted, Divergence};
 pub use generation::{Finish, FinishReason, Generation, GenerationConfig, Piece, Prompt};
 pub use generator::{Generator, Pieces};

@@ -5,7 +5,7 @@ use super::sampler::{Choice, Sampler};
 use super::sampling::SamplingConfig;
 use super::slots::new_cache;
 use crate::error::{Error, Result};
-use crate::models::{Batch, Model, Rows};
+use crate::models::{Batch, KVCacheType, Model, Rows};
 use crate::ops::LowRankTerms;
 use candle_core::Tensor;
 
@@ -17,17 +17,19 @@ const MAX_ROWS: usize = 256;
 /// The log-probability of each token of a text after the first, given the tokens before it, with the `num_top` most
 /// probable tokens at its position: the most probable first, equally probable ones in the order of their ids.
 ///
-/// On the CPU these are the bits that [`Piece`](super::Piece) has for a generated token. At most 256 rows of logits are held
+/// `kv_cache` is the type in which keys and values are stored, as [`SchedulerConfig::kv_cache`](super::SchedulerConfig::kv_cache).
+/// On the CPU these are the bits that [`Piece`](super::Piece) has for a generated token with the same type. At most 256 rows of logits are held
 /// at a time.
 ///
 /// # Errors
 /// The text does not fit the context of the model, an id is outside the vocabulary, `num_top` is larger than that, the
-/// adapter does not fit the model, or logits are not finite.
+/// adapter does not fit the model, its cache cannot have the type, or logits are not finite.
 pub fn prompt_log_probabilities(
     model: &Model,
     terms: Option<&LowRankTerms>,
     ids: &[u32],
     num_top: usize,
+    kv_cache: Option<KVCacheType>,
 ) -> Result<Vec<(f32, Vec<Choice>)>> {
     let vocab = model.config().vocab_size;
     if num_top > vocab {
@@ -41,7 +43,7 @@ pub fn prompt_log_probabilities(
     let terms = terms.as_ref();
     let mut sampler = Sampler::new(SamplingConfig::greedy())?;
     let mut scores = Vec::with_capacity(ids.len() - 1);
-    for_each_pass(model, terms, ids, |first, hidden| {
+    for_each_pass(model, terms, ids, kv_cache, |first, hidden| {
         let num_rows = hidden.dim(0)?;
         for start in (0..num_rows).step_by(MAX_ROWS) {
             let count = MAX_ROWS.min(num_rows - start);
@@ -61,15 +63,20 @@ pub fn prompt_log_probabilities(
 /// The mean of the final hidden states of a text, after the last norm: `hidden_size` values.
 ///
 /// # Errors
-/// The text is empty or does not fit the context of the model, an id is outside the vocabulary, or the adapter does not fit
-/// the model.
-pub fn mean_hidden_state(model: &Model, terms: Option<&LowRankTerms>, ids: &[u32]) -> Result<Vec<f32>> {
+/// The text is empty or does not fit the context of the model, an id is outside the vocabulary, the adapter does not fit the
+/// model, or its cache cannot have the type.
+pub fn mean_hidden_state(
+    model: &Model,
+    terms: Option<&LowRankTerms>,
+    ids: &[u32],
+    kv_cache: Option<KVCacheType>,
+) -> Result<Vec<f32>> {
     if ids.is_empty() {
         return Err(Error::argument("prompt", "expected at least one token, found none"));
     }
     let terms = terms.map(|terms| model.with_fixed_terms(terms)).transpose()?;
     let mut mean = vec![0.0; model.config().hidden_size];
-    for_each_pass(model, terms.as_ref(), ids, |_, hidden| {
+    for_each_pass(model, terms.as_ref(), ids, kv_cache, |_, hidden| {
         let sums: Vec<f32> = hidden.sum(0)?.to_vec1()?;
         mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean += sum / ids.len() as f32);
         Ok(())
@@ -82,6 +89,7 @@ fn for_each_pass(
     model: &Model,
     terms: Option<&LowRankTerms>,
     ids: &[u32],
+    kv_cache: Option<KVCacheType>,
     mut read: impl FnMut(usize, &Tensor) -> Result<()>,
 ) -> Result<()> {
     let (vocab, max_len) = (model.config().vocab_size, model.config().max_sequence_length());
@@ -96,7 +104,7 @@ fn for_each_pass(
     // the rotation of a long text may follow from its length, so that it is computed as a whole
     let is_whole = model.rotary_limit().is_some_and(|limit| ids.len() > limit);
     let chunk_len = if is_whole { ids.len() } else { CHUNK };
-    let mut cache = new_cache(model, 1, ids.len())?;
+    let mut cache = new_cache(model, kv_cache, 1, ids.len())?;
     for (number, chunk) in ids.chunks(chunk_len).enumerate() {
         let mut batch = Batch::new();
         batch.push(chunk, number * chunk_len, 0);

@@ -96,7 +96,7 @@ impl Scheduler {
             draft_gate: DraftGate::default(),
             config,
             adapters: AdapterSet::default(),
-            slots: Slots::default(),
+            slots: Slots::new(config.kv_cache),
             waiting: VecDeque::new(),
             running: Vec::new(),
             device_decoding: DeviceDecoding::default(),
@@ -110,9 +110,9 @@ impl Scheduler {
     /// A scheduler with other limits.
     ///
     /// # Errors
-    /// A limit is 0.
+    /// As [`SchedulerConfig::validate`].
     pub fn with_config(model: Model, config: SchedulerConfig) -> Result<Self> {
-        config.validate()?;
+        config.validate(&model)?;
         Ok(Self::with_limits(model, config))
     }
 
@@ -126,9 +126,9 @@ impl Scheduler {
     /// Adds a model that drafts the tokens of requests with [`Speculation::DraftModel`].
     ///
     /// # Errors
-    /// The models have vocabularies of different sizes.
+    /// The models have vocabularies of different sizes, or the draft model's cache cannot have the type of the configuration.
     pub fn with_draft_model(mut self, draft_model: Model) -> Result<Self> {
-        self.draft_model = Some(DraftModel::new(draft_model, &self.model)?);
+        self.draft_model = Some(DraftModel::new(draft_model, &self.model, self.config.kv_cache)?);
         Ok(self)
     }
 

@@ -1,8 +1,8 @@
 //! Limits of a scheduler.
 
-use super::slots::cache_bytes;
+use super::slots::{cache_bytes, check_kind};
 use crate::error::{Error, Result};
-use crate::models::Model;
+use crate::models::{KVCacheType, Model};
 
 /// Limits of a [`Scheduler`](super::Scheduler).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,9 @@ pub struct SchedulerConfig {
     /// Most tokens of a step: one per decoding sequence, the rest for prompt chunks. A chunk is never cut to fit, and one
     /// chunk is computed in any case.
     pub step_tokens: usize,
+    /// The type of the KV cache, also of that of a draft model. `None` for the type that suits the model: f32 for f32 and
+    /// quantized weights; for other weights f16 on the CPU, and their own type elsewhere, where the cache has no other.
+    pub kv_cache: Option<KVCacheType>,
 }
 
 impl SchedulerConfig {
@@ -23,17 +26,22 @@ impl SchedulerConfig {
     /// The limits that suit a model's device: 32 sequences, and chunks of 512 tokens on the CPU or 4,096 elsewhere.
     pub fn of(model: &Model) -> Self {
         let prefill_chunk = if model.device().is_cpu() { 512 } else { 4096 };
-        Self { max_sequences: Self::MAX_SEQUENCES, prefill_chunk, step_tokens: prefill_chunk }
+        Self { max_sequences: Self::MAX_SEQUENCES, prefill_chunk, step_tokens: prefill_chunk, kv_cache: None }
     }
 
     /// Bytes of the KV cache that a scheduler of `model` reserves for `num_sequences` of `num_tokens` each.
-    pub fn cache_bytes(model: &Model, num_sequences: usize, num_tokens: usize) -> usize {
-        cache_bytes(model, num_sequences, num_tokens)
+    pub fn cache_bytes(&self, model: &Model, num_sequences: usize, num_tokens: usize) -> usize {
+        cache_bytes(model, self.kv_cache, num_sequences, num_tokens)
     }
 
-    /// Checks that no limit is 0.
-    pub(super) fn validate(&self) -> Result<()> {
-        let Self { max_sequences, prefill_chunk, step_tokens } = *self;
+    /// Checks that no limit is 0, and that the cache of `model` can have the type.
+    ///
+    /// # Errors
+    /// A limit is 0; the width of a head is no multiple of 32, which `Q8_0` and `Q4_0` need; or the device has no cache of
+    /// the type.
+    pub fn validate(&self, model: &Model) -> Result<()> {
+        check_kind(model, self.kv_cache)?;
+        let Self { max_sequences, prefill_chunk, step_tokens, .. } = *self;
         let all = [("max_sequences", max_sequences), ("prefill_chunk", prefill_chunk), ("step_tokens", step_tokens)];
         match all.into_iter().find(|(_, value)| *value == 0) {
             Some((name, _)) => Err(Error::argument(name, "expected at least 1, found 0")),

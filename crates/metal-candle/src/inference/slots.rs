@@ -1,14 +1,15 @@
 //! The KV cache of a scheduler: slots that sequences take and release, and the prefixes that released slots still hold.
 
 use super::request::AdapterId;
-use crate::error::Result;
-use crate::models::{KVCache, KVCacheConfig, Model};
-use candle_core::DType;
+use crate::error::{Error, Result};
+use crate::models::{KVCache, KVCacheConfig, KVCacheType, Model};
 
 /// Slots by use, and the cache that they index.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     cache: Option<KVCache>,
+    /// The type of the cache; `None` for the model's.
+    kind: Option<KVCacheType>,
     all: Vec<Slot>,
     /// Number of releases so far.
     releases: u64,
@@ -43,6 +44,11 @@ pub(super) fn num_common(left: &[u32], right: &[u32]) -> usize {
 }
 
 impl Slots {
+    /// No slots yet, of a cache of this type; `None` for the model's.
+    pub(super) fn new(kind: Option<KVCacheType>) -> Self {
+        Self { kind, ..Self::default() }
+    }
+
     /// The cache, once slots are reserved.
     pub(super) fn cache(&mut self) -> Option<&mut KVCache> {
         self.cache.as_mut()
@@ -76,7 +82,7 @@ impl Slots {
     pub(super) fn reserve(&mut self, model: &Model, num_slots: usize, num_tokens: usize) -> Result<bool> {
         let num_slots = num_slots.max(self.all.len());
         let Some(cache) = &mut self.cache else {
-            self.cache = Some(new_cache(model, num_slots, num_tokens)?);
+            self.cache = Some(new_cache(model, self.kind, num_slots, num_tokens)?);
             self.all.resize_with(num_slots, Slot::default);
             return Ok(true);
         };
@@ -164,33 +170,53 @@ impl Slots {
     }
 }
 
-/// An empty cache of the type that suits a model.
-pub(super) fn new_cache(model: &Model, num_slots: usize, num_tokens: usize) -> Result<KVCache> {
-    let (sizes, dtype) = cache_config(model, num_slots, num_tokens);
-    KVCache::with_dtype(sizes, &model.device(), dtype)
+/// An empty cache of a type, or of the type that suits a model.
+pub(super) fn new_cache(
+    model: &Model,
+    kind: Option<KVCacheType>,
+    num_slots: usize,
+    num_tokens: usize,
+) -> Result<KVCache> {
+    check_kind(model, kind)?;
+    let kind = kind.unwrap_or_else(|| default_kind(model));
+    KVCache::with_type(cache_config(model, num_slots, num_tokens), &model.device(), kind)
 }
 
 /// The bytes of a cache.
-pub(super) fn cache_bytes(model: &Model, num_slots: usize, num_tokens: usize) -> usize {
-    let (sizes, dtype) = cache_config(model, num_slots, num_tokens);
-    let KVCacheConfig { max_seq_len, num_layers, num_heads, head_dim, batch_size } = sizes;
-    let sizes = [2, num_layers, num_heads, head_dim, batch_size, max_seq_len, dtype.size_in_bytes()];
-    sizes.into_iter().fold(1, usize::saturating_mul)
+pub(super) fn cache_bytes(model: &Model, kind: Option<KVCacheType>, num_slots: usize, num_tokens: usize) -> usize {
+    cache_config(model, num_slots, num_tokens).num_bytes(kind.unwrap_or_else(|| default_kind(model)))
 }
 
-fn cache_config(model: &Model, num_slots: usize, num_tokens: usize) -> (KVCacheConfig, DType) {
+/// Checks that the cache of a model can store this type on its device.
+pub(super) fn check_kind(model: &Model, kind: Option<KVCacheType>) -> Result<()> {
+    let Some(kind) = kind else { return Ok(()) };
+    let default = default_kind(model);
+    if !model.device().is_cpu() && kind != default {
+        let message = format!(
+            "expected `{default}`, the type of the weights: on {} the cache has no other, found `{kind}`",
+            model.device().name()
+        );
+        return Err(Error::argument("kv_cache", message));
+    }
+    kind.check_head_dim(model.config().head_dim)
+}
+
+/// The type that suits a model: f32 for f32 and quantized weights; f16 for others on the CPU, elsewhere that of the weights.
+fn default_kind(model: &Model) -> KVCacheType {
+    match KVCacheType::from_dtype(model.dtype()) {
+        Some(KVCacheType::F32) | None => KVCacheType::F32,
+        Some(_) if model.device().is_cpu() => KVCacheType::F16,
+        Some(kind) => kind,
+    }
+}
+
+fn cache_config(model: &Model, num_slots: usize, num_tokens: usize) -> KVCacheConfig {
     let config = model.config();
-    let sizes = KVCacheConfig {
+    KVCacheConfig {
         max_seq_len: num_tokens,
         num_layers: config.num_hidden_layers,
         num_heads: config.num_key_value_heads,
         head_dim: config.head_dim,
         batch_size: num_slots,
-    };
-    let dtype = match model.dtype() {
-        DType::F32 => DType::F32,
-        _ if model.device().is_cpu() => DType::F16,
-        other => other,
-    };
-    (sizes, dtype)
+    }
 }

@@ -91,7 +91,7 @@ impl Model {
             is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
         };
         self.inner.stepped.is_some()
-            && cache.dtype() == Some(dtype)
+            && cache.kind().dtype() == dtype
             && (is_wide || hidden <= self.max_normed())
             && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
             && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)

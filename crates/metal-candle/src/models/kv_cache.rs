@@ -3,11 +3,11 @@
 use super::Batch;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::attention::{Cached, Spans};
-use crate::ops::cache_write;
+use crate::ops::attention::{self, Cached, Spans};
 use crate::ops::host::Host;
+use crate::ops::{KVCacheType, cache_write};
 use candle_core::{DType, Tensor};
-use metal_candle_kernels::{Matrix, prefer_small_pages};
+use metal_candle_kernels::{AttentionShape, Matrix, prefer_small_pages};
 
 /// Sizes of a [`KVCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,21 +25,20 @@ pub struct KVCacheConfig {
 }
 
 impl KVCacheConfig {
-    /// Memory of a cache of this size, in bytes.
-    pub fn num_bytes(&self, dtype: DType) -> usize {
-        2 * self.num_layers
-            * self.batch_size
-            * self.num_heads
-            * self.max_seq_len
-            * self.head_dim
-            * dtype.size_in_bytes()
+    /// Memory of a cache of this size that stores `kind`, in bytes.
+    pub fn num_bytes(&self, kind: KVCacheType) -> usize {
+        let row_bytes = kind.row_len(self.head_dim).saturating_mul(kind.dtype().size_in_bytes());
+        let sizes = [self.num_layers, self.batch_size, self.num_heads, self.max_seq_len, row_bytes];
+        sizes.into_iter().fold(2, usize::saturating_mul)
     }
 }
 
-/// Keys and values of the tokens seen so far, for each block and slot: `[batch_size, num_heads, max_seq_len, head_dim]`.
+/// Keys and values of the tokens seen so far, for each block and slot: `[batch_size, num_heads, max_seq_len, head_dim]`, or the
+/// bytes of blocks in place of `head_dim` elements.
 #[derive(Debug)]
 pub struct KVCache {
     config: KVCacheConfig,
+    kind: KVCacheType,
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
     lengths: Vec<usize>,
@@ -57,15 +56,33 @@ impl KVCache {
     /// An empty cache that stores `dtype` (f32, f16 or bf16).
     ///
     /// # Errors
-    /// The device cannot hold it.
+    /// Another type, or the device cannot hold it.
     pub fn with_dtype(config: KVCacheConfig, device: &Device, dtype: DType) -> Result<Self> {
-        let shape = (config.batch_size, config.num_heads, config.max_seq_len, config.head_dim);
+        let Some(kind) = KVCacheType::from_dtype(dtype) else {
+            let message = format!("expected f32, f16 or bf16, found {}", dtype.as_str());
+            return Err(Error::argument("dtype", message));
+        };
+        Self::with_type(config, device, kind)
+    }
+
+    /// An empty cache that stores `kind`.
+    ///
+    /// # Errors
+    /// `kind` is made of blocks, and the width of a head is no multiple of 32 or the device is not the CPU; or the device
+    /// cannot hold the cache.
+    pub fn with_type(config: KVCacheConfig, device: &Device, kind: KVCacheType) -> Result<Self> {
+        kind.check_head_dim(config.head_dim)?;
+        if kind.block_format().is_some() && !device.is_cpu() {
+            let message = format!("expected `f32`, `f16` or `bf16` on {}, found `{kind}`", device.name());
+            return Err(Error::argument("kv_cache", message));
+        }
+        let shape = (config.batch_size, config.num_heads, config.max_seq_len, kind.row_len(config.head_dim));
         let layers = || {
             (0..config.num_layers)
-                .map(|_| Tensor::zeros(shape, dtype, &device.candle()))
+                .map(|_| Tensor::zeros(shape, kind.dtype(), &device.candle()))
                 .collect::<candle_core::Result<Vec<_>>>()
         };
-        Ok(Self { config, keys: layers()?, values: layers()?, lengths: vec![0; config.batch_size] })
+        Ok(Self { config, kind, keys: layers()?, values: layers()?, lengths: vec![0; config.batch_size] })
     }
 
     /// Lets only the tokens that are written take memory, where the operating system clears memory by large pages. It has an
@@ -75,7 +92,12 @@ impl KVCache {
     /// The tensors are not contiguous.
     pub(crate) fn prefer_small_pages(&self) -> Result<()> {
         for tensor in self.keys.iter().chain(&self.values).filter(|tensor| tensor.device().is_cpu()) {
-            match Host::new(tensor)?.matrix()? {
+            let host = Host::new(tensor)?;
+            if self.kind.block_format().is_some() {
+                prefer_small_pages(host.bytes()?);
+                continue;
+            }
+            match host.matrix()? {
                 Matrix::F32(values) => prefer_small_pages(values),
                 Matrix::F16(values) => prefer_small_pages(values),
                 Matrix::BF16(values) => prefer_small_pages(values),
@@ -142,7 +164,7 @@ impl KVCache {
         }
         for tensor in self.keys.iter_mut().chain(&mut self.values) {
             // one tensor at a time, so that only one is held twice
-            let shape = (batch_size, old.num_heads, max_seq_len, old.head_dim);
+            let shape = (batch_size, old.num_heads, max_seq_len, self.kind.row_len(old.head_dim));
             let larger = Tensor::zeros(shape, tensor.dtype(), tensor.device())?;
             for (slot, &length) in self.lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
                 let rows = tensor.get(slot)?.narrow(1, 0, length)?.force_contiguous()?;
@@ -155,14 +177,14 @@ impl KVCache {
         Ok(())
     }
 
-    /// The type of what is stored; none without layers.
-    pub(crate) fn dtype(&self) -> Option<DType> {
-        self.keys.first().map(Tensor::dtype)
+    /// The type of what is stored.
+    pub fn kind(&self) -> KVCacheType {
+        self.kind
     }
 
     /// Memory held, in bytes.
     pub fn num_bytes(&self) -> usize {
-        self.keys.first().map_or(0, |k| self.config.num_bytes(k.dtype()))
+        self.config.num_bytes(self.kind)
     }
 
     /// Whether a batch continues what the slots hold and fits.
@@ -205,6 +227,21 @@ impl KVCache {
         Ok(())
     }
 
+    /// Attention of new queries over a layer, to which their keys and values were added.
+    pub(crate) fn attend(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        sinks: Option<&Tensor>,
+        q: &Tensor,
+        spans: &Spans,
+    ) -> Result<Tensor> {
+        match self.kind.block_format() {
+            Some(format) => attention::with_cached_blocks(shape, sinks, q, self.layer(layer), format, spans),
+            None => attention::with_cache(shape, sinks, q, self.layer(layer), spans),
+        }
+    }
+
     /// Keys and values of a layer: `[batch_size, num_heads, max_seq_len, head_dim]`.
     pub(crate) fn layer(&self, layer: usize) -> (&Tensor, &Tensor) {
         (&self.keys[layer], &self.values[layer])
@@ -217,14 +254,15 @@ impl KVCache {
         if cache_write::append((k, v), (&self.keys[layer], &self.values[layer]), spans)? {
             return Ok(());
         }
-        for (window, slot) in spans.sequences_in_slots() {
-            let (start, count) = (window.start, window.len());
-            let held = self.lengths[slot];
-            for (from, to) in [(k, &self.keys[layer]), (v, &self.values[layer])] {
-                let rows =
-                    from.narrow(0, start, count)?.reshape((count, self.config.num_heads, self.config.head_dim))?;
+        let row_len = self.kind.row_len(self.config.head_dim);
+        for (from, to) in [(k, &self.keys[layer]), (v, &self.values[layer])] {
+            let blocks = self.kind.block_format().map(|format| cache_write::quantized(from, format)).transpose()?;
+            let from = blocks.as_ref().unwrap_or(from);
+            for (window, slot) in spans.sequences_in_slots() {
+                let (start, count) = (window.start, window.len());
+                let rows = from.narrow(0, start, count)?.reshape((count, self.config.num_heads, row_len))?;
                 let rows = rows.transpose(0, 1)?.to_dtype(to.dtype())?.contiguous()?;
-                to.get(slot)?.slice_set(&rows, 1, held)?;
+                to.get(slot)?.slice_set(&rows, 1, self.lengths[slot])?;
             }
         }
         Ok(())

@@ -30,6 +30,7 @@ mod tensors;
 #[cfg(feature = "hub")]
 pub use crate::files::{DownloadProgress, Hub, HubName};
 pub use crate::files::{SafetensorsFile, TensorEntry, check_finite, write_atomically, write_safetensors};
+pub use crate::ops::KVCacheType;
 pub use crate::ops::TermGradients;
 pub use batch::Batch;
 pub use config::ModelConfig;

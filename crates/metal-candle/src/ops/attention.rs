@@ -9,7 +9,9 @@ pub(crate) use super::spans::{Cached, Spans};
 use crate::error::{Error, Result};
 use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};
-use metal_candle_kernels::{self as kernels, AttentionShape, KeyValues, Mask, Span};
+use metal_candle_kernels::{
+    self as kernels, AttentionShape, BlockFormat, BlockMatrix, HeadRows, KeyValues, Mask, Span,
+};
 
 /// What the backward pass needs of the forward pass.
 #[derive(Debug)]
@@ -69,8 +71,8 @@ pub(crate) fn forward(
     let sinks = sinks.as_ref().map(Host::f32).transpose()?;
     let (keys, values, queries) = (Host::new(k)?, Host::new(v)?, Host::new(q)?);
     let kv = KeyValues {
-        keys: keys.matrix()?,
-        values: values.matrix()?,
+        keys: keys.matrix()?.into(),
+        values: values.matrix()?.into(),
         token_stride: kv_width,
         head_stride: shape.head_dim,
     };
@@ -97,9 +99,7 @@ pub(crate) fn with_cache(
     (keys, values): (&Tensor, &Tensor),
     spans: &Spans,
 ) -> Result<Tensor> {
-    let Some(Cached { slots, lengths, .. }) = &spans.cached else {
-        return Err(Error::argument("spans", "attention over a cache needs its slots"));
-    };
+    let Some(Cached { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
     let offsets = &spans.offsets;
     if spans.has_tables(shape) && keys.dtype() == q.dtype() {
         let _span = profile::span("attention", Kind::Attention);
@@ -108,31 +108,69 @@ pub(crate) fn with_cache(
     if !on_cpu(q) {
         return plain_with_cache(shape, sinks, q, (keys, values), offsets, slots, lengths);
     }
+    let (_, _, max_seq_len, head_dim) = keys.dims4()?;
+    let (keys, values) = (Host::new(keys)?, Host::new(values)?);
+    let kv = KeyValues {
+        keys: keys.matrix()?.into(),
+        values: values.matrix()?.into(),
+        token_stride: head_dim,
+        head_stride: max_seq_len * head_dim,
+    };
+    on_host(shape, sinks, q, kv, spans)
+}
+
+/// As [`with_cache`] on the CPU, over blocks.
+///
+/// # Shapes
+/// `keys` and `values`: `[slots, kv_heads, max_seq_len, row_len]` in u8, where a row is the blocks of one head of one token.
+pub(crate) fn with_cached_blocks(
+    shape: AttentionShape,
+    sinks: Option<&Tensor>,
+    q: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    format: BlockFormat,
+    spans: &Spans,
+) -> Result<Tensor> {
+    let (slots, kv_heads, max_seq_len, _) = keys.dims4()?;
+    let rows = slots * kv_heads * max_seq_len;
+    let (keys, values) = (Host::new(keys)?, Host::new(values)?);
+    let wrong = || Error::argument("cache", format!("expected blocks of `{}` of {rows} heads", format.name()));
+    let matrix = |bytes| BlockMatrix::new(format, bytes, rows, shape.head_dim).ok_or_else(wrong);
+    let kv = KeyValues {
+        keys: HeadRows::Blocks(matrix(keys.bytes()?)?),
+        values: HeadRows::Blocks(matrix(values.bytes()?)?),
+        token_stride: shape.head_dim,
+        head_stride: max_seq_len * shape.head_dim,
+    };
+    on_host(shape, sinks, q, kv, spans)
+}
+
+/// Attention over a cache on the CPU, whose slots hold all heads, one behind the other.
+fn on_host(shape: AttentionShape, sinks: Option<&Tensor>, q: &Tensor, kv: KeyValues, spans: &Spans) -> Result<Tensor> {
     let _span = profile::span("attention", Kind::Attention);
-    let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
-    let spans: Vec<Span> = offsets
+    let Some(Cached { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
+    let spans: Vec<Span> = spans
+        .offsets
         .windows(2)
         .zip(slots.iter().zip(lengths))
         .map(|(w, (slot, length))| Span {
             query_start: w[0],
             num_queries: w[1] - w[0],
-            key_start: slot * kv_heads * max_seq_len * head_dim,
+            key_start: slot * shape.kv_heads * kv.head_stride,
             num_keys: *length,
         })
         .collect();
     let sinks = wide(sinks)?;
     let sinks = sinks.as_ref().map(Host::new).transpose()?;
     let sinks = sinks.as_ref().map(Host::f32).transpose()?;
-    let (keys, values, queries) = (Host::new(keys)?, Host::new(values)?, Host::new(q)?);
-    let kv = KeyValues {
-        keys: keys.matrix()?,
-        values: values.matrix()?,
-        token_stride: head_dim,
-        head_stride: max_seq_len * head_dim,
-    };
+    let queries = Host::new(q)?;
     let mut out = vec![0.0; q.elem_count()];
     kernels::attention(shape, sinks, &spans, queries.f32()?, kv, &mut out, None);
     tensor(out, q.shape())
+}
+
+fn no_slots() -> Error {
+    Error::argument("spans", "attention over a cache needs its slots")
 }
 
 /// The gradients with respect to q, k, v and the sinks.

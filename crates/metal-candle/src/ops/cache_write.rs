@@ -1,9 +1,11 @@
 //! New keys and values to their places in a cache.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
+use super::host::Host;
 use super::spans::Spans;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use metal_candle_kernels::BlockFormat;
 
 /// Writes `k` and `v`, `[tokens, kv_heads * head_dim]`, into `[slots, kv_heads, max_seq_len, head_dim]`, if there is a kernel
 /// for them; whether there is.
@@ -15,4 +17,17 @@ pub(crate) fn append((k, v): (&Tensor, &Tensor), (keys, values): (&Tensor, &Tens
     let words = [count.into(), kv_heads.into(), head_dim.into(), max_seq_len.into()];
     gpu::launch(&Kernel::new(Source::Elementwise, "append", k.dtype()), Grid::elements(count), &args, &words)?;
     Ok(true)
+}
+
+/// New keys or values on the CPU, `[tokens, kv_heads * head_dim]` in f32, as blocks: `[tokens, kv_heads * row_len]` in u8. A
+/// block with values that it cannot hold becomes not-a-numbers, so that only the sequence of this token fails.
+///
+/// The width of a head is a multiple of the block length.
+pub(crate) fn quantized(rows: &Tensor, format: BlockFormat) -> Result<Tensor> {
+    let (tokens, width) = rows.dims2()?;
+    let row_len = width / format.len() * format.bytes();
+    let mut blocks = vec![0; tokens * row_len];
+    let rows = rows.contiguous()?;
+    format.quantize_or_nan(Host::new(&rows)?.f32()?, &mut blocks);
+    Ok(Tensor::from_vec(blocks, (tokens, row_len), &Device::Cpu)?)
 }

@@ -40,6 +40,17 @@ impl<'a> Host<'a> {
         }
     }
 
+    /// The elements of a u8 tensor.
+    pub(crate) fn bytes(&self) -> Result<&[u8]> {
+        match &self.0 {
+            Elements::Tensor { storage, start, end } => match &**storage {
+                Storage::Cpu(CpuStorage::U8(bytes)) => Ok(&bytes[*start..*end]),
+                other => Err(Error::Unsupported(format!("bytes of {:?}", other.dtype()))),
+            },
+            Elements::Slice(_) => Err(Error::Unsupported("bytes of floats".into())),
+        }
+    }
+
     /// The elements of an f32, f16 or bf16 tensor.
     pub(crate) fn matrix(&self) -> Result<Matrix<'_>> {
         let (storage, range) = match &self.0 {

@@ -9,6 +9,7 @@ pub(crate) mod adam;
 pub(crate) mod adapters;
 pub(crate) mod attention;
 mod attention_gpu;
+mod cache_type;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;
 pub(crate) mod fused;
@@ -40,6 +41,7 @@ use crate::error::Result;
 use candle_core::{DType, Tensor};
 
 pub use adapters::Adapters;
+pub use cache_type::KVCacheType;
 pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
 pub use metal_candle_kernels::BlockFormat;
 pub(crate) use weight::MappedFiles;

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use metal_candle::models::{
-    Batch, GradientOf, KVCache, KVCacheConfig, LossOptions, Model, Rows, SafetensorsFile, Targets, Trainable,
+    Batch, GradientOf, KVCache, KVCacheConfig, KVCacheType, LossOptions, Model, Rows, SafetensorsFile, Targets,
+    Trainable,
 };
 use metal_candle::ops::{LowRank, LowRankTerms};
 use metal_candle::{Device, ModelLoader};
@@ -199,7 +200,7 @@ fn a_batch_equals_its_sequences_one_by_one() {
 #[test]
 fn the_cache_holds_key_and_value_heads_only() {
     let config = KVCacheConfig { max_seq_len: 2048, num_layers: 24, num_heads: 2, head_dim: 64, batch_size: 1 };
-    assert_eq!(config.num_bytes(DType::F16), 25_165_824);
+    assert_eq!(config.num_bytes(KVCacheType::F16), 25_165_824);
     let small = KVCacheConfig { max_seq_len: 8, ..config };
     assert_eq!(KVCache::with_dtype(small, &Device::CPU, DType::F16).unwrap().num_bytes(), 98_304);
 }

@@ -114,7 +114,7 @@ fn a_batch_has_the_bits_of_each_alone_in_every_type() {
 fn a_cached_prefix_does_not_change_the_bits_of_an_answer() {
     let models = [model_of(config(), DType::F32), model_of(config(), DType::BF16), quantized("q4_k_m")];
     for (index, model) in models.into_iter().enumerate() {
-        let config = SchedulerConfig { max_sequences: 3, prefill_chunk: 24, step_tokens: 40 };
+        let config = SchedulerConfig { max_sequences: 3, prefill_chunk: 24, step_tokens: 40, kv_cache: None };
         let mut scheduler = Scheduler::with_config(model.clone(), config).unwrap();
         let (answer, reused) = run(&mut scheduler, Request::new(ids(70), drawn(20, 4)).with_prefix_key(1));
         assert_eq!(reused, 0);
@@ -210,7 +210,7 @@ fn scores_of_a_text_are_those_of_its_generation() {
             let id = scheduler.admit(request).unwrap()[0];
             let pieces = Collected::run(&mut scheduler).pieces.remove(&id).unwrap();
             let text: Vec<u32> = ids(600).into_iter().chain(pieces.iter().map(|piece| piece.token)).collect();
-            let scores = prompt_log_probabilities(model, terms.as_ref(), &text, 3).unwrap();
+            let scores = prompt_log_probabilities(model, terms.as_ref(), &text, 3, None).unwrap();
             assert_eq!(scores.len(), 608);
             for (score, piece) in scores[599..].iter().zip(&pieces) {
                 assert_eq!(score.0.to_bits(), piece.log_probability.to_bits(), "model {index}");
@@ -221,18 +221,18 @@ fn scores_of_a_text_are_those_of_its_generation() {
     let model = &models[0];
     let logits = model.forward(&Batch::single(&ids(20)), None, None, Rows::All).unwrap();
     let expected = candle_nn::ops::log_softmax(&logits, 1).unwrap().to_vec2::<f32>().unwrap();
-    let scores = prompt_log_probabilities(model, None, &ids(20), 0).unwrap();
+    let scores = prompt_log_probabilities(model, None, &ids(20), 0, None).unwrap();
     let expected: Vec<f32> = ids(20)[1..].iter().zip(expected).map(|(&id, row)| row[id as usize]).collect();
     assert_close(&scores.iter().map(|score| score.0).collect::<Vec<_>>(), &expected);
     assert!(scores.iter().all(|score| score.1.is_empty()));
-    assert!(prompt_log_probabilities(model, None, &[7], 2).unwrap().is_empty());
-    assert!(prompt_log_probabilities(model, None, &[], 2).unwrap().is_empty());
+    assert!(prompt_log_probabilities(model, None, &[7], 2, None).unwrap().is_empty());
+    assert!(prompt_log_probabilities(model, None, &[], 2, None).unwrap().is_empty());
     for (ids, num_top, name) in [
         (ids(2049), 0, "prompt"),
         (vec![1, VOCAB as u32], 0, "prompt"),
         (ids(2), VOCAB + 1, "num_top_log_probabilities"),
     ] {
-        assert_eq!(argument(&prompt_log_probabilities(model, None, &ids, num_top).unwrap_err()).0, name);
+        assert_eq!(argument(&prompt_log_probabilities(model, None, &ids, num_top, None).unwrap_err()).0, name);
     }
 }
 

@@ -18,7 +18,8 @@ static MODEL: LazyLock<Model> = LazyLock::new(|| model_of(config(), DType::F32))
 pub(super) static ADAPTERS: LazyLock<[LowRankTerms; 2]> = LazyLock::new(|| [1, 2].map(|seed| adapter(&MODEL, seed)));
 
 /// Few slots and short chunks, so that small tests have many steps.
-pub(super) const SMALL: SchedulerConfig = SchedulerConfig { max_sequences: 4, prefill_chunk: 8, step_tokens: 12 };
+pub(super) const SMALL: SchedulerConfig =
+    SchedulerConfig { max_sequences: 4, prefill_chunk: 8, step_tokens: 12, kv_cache: None };
 
 pub(super) fn small() -> Scheduler {
     Scheduler::with_config(MODEL.clone(), SMALL).unwrap()

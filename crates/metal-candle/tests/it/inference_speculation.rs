@@ -44,7 +44,7 @@ fn run(scheduler: &mut Scheduler, requests: Vec<Request>) -> (Vec<Vec<Piece>>, u
 }
 
 fn new_scheduler(model: &Model) -> Scheduler {
-    let config = SchedulerConfig { max_sequences: 16, prefill_chunk: 16, step_tokens: 24 };
+    let config = SchedulerConfig { max_sequences: 16, prefill_chunk: 16, step_tokens: 24, kv_cache: None };
     Scheduler::with_config(model.clone(), config).unwrap().with_tokenizer(tokenizer())
 }
 

@@ -4,6 +4,7 @@ use super::peer::PeerKind;
 use super::shape::Shape;
 use super::work::{Part, Work};
 use crate::error::UserError;
+use crate::kv_cache::CacheArguments;
 use crate::output::Output;
 use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::Result;
@@ -30,6 +31,9 @@ pub(crate) struct BenchArguments {
     /// Quantize the weights while loading, to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(super) quantize: Option<MixtureName>,
+
+    #[command(flatten)]
+    pub(super) cache: CacheArguments,
 
     /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N`.
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]

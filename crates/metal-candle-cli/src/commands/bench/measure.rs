@@ -5,7 +5,7 @@ use super::work::Work;
 use crate::error::UserError;
 use anyhow::Result;
 use metal_candle::data::{Dataset, Sample};
-use metal_candle::inference::{GenerationConfig, Generator};
+use metal_candle::inference::{GenerationConfig, Generator, KVCacheType};
 use metal_candle::training::{
     AdamWConfig, LRScheduler, LoRAAdapter, TargetModule, Trainer, TrainingConfig, TrainingEvent,
 };
@@ -57,20 +57,30 @@ fn ids(config: &ModelConfig, sequence: usize, length: usize) -> Vec<u32> {
     (0..length).map(|position| ((position * 577 + sequence * 7919 + 13) % config.vocab_size) as u32).collect()
 }
 
-/// Measures `work` on the model.
-pub(super) fn measure(model: &Model, work: Work) -> Result<Measured> {
+/// Measures `work` on the model, with a cache of this type or the one that suits the model.
+pub(super) fn measure(model: &Model, work: Work, kv_cache: Option<KVCacheType>) -> Result<Measured> {
     let memory = PeakMemory::watch(model.device());
     let (seconds, remark) = match work {
-        Work::Prefill { length, repeats } => (prefill(model, length, repeats)?, None),
-        Work::Decode { sequences, length, steps, rank } => (decode(model, sequences, length, steps, rank)?, None),
+        Work::Prefill { length, repeats } => (prefill(generator(model, kv_cache)?, length, repeats)?, None),
+        Work::Decode { sequences, length, steps, rank } => {
+            (decode(generator(model, kv_cache)?, sequences, length, steps, rank)?, None)
+        }
         Work::Train { sequences, length, rank, repeats } => train(model, sequences, length, rank, repeats)?,
     };
     Ok(Measured { seconds, peak_memory_bytes: memory.peak_bytes(), remark })
 }
 
+fn generator(model: &Model, kv_cache: Option<KVCacheType>) -> metal_candle::Result<Generator> {
+    let generator = Generator::new(model.clone());
+    match kv_cache {
+        Some(kind) => generator.with_kv_cache(kind),
+        None => Ok(generator),
+    }
+}
+
 /// Times from a prompt to the first token, which is read from the device.
-fn prefill(model: &Model, length: usize, repeats: usize) -> Result<Vec<f64>> {
-    let mut generator = Generator::new(model.clone());
+fn prefill(mut generator: Generator, length: usize, repeats: usize) -> Result<Vec<f64>> {
+    let model = generator.model().clone();
     let prompt = ids(model.config(), 0, length);
     let config = GenerationConfig::default().with_max_tokens(1).with_ignore_eos(true);
     let mut seconds = Vec::with_capacity(repeats + 1);
@@ -85,10 +95,10 @@ fn prefill(model: &Model, length: usize, repeats: usize) -> Result<Vec<f64>> {
 }
 
 /// Times of the steps in which all sequences get a token each. Every token is read from the device.
-fn decode(model: &Model, sequences: usize, length: usize, steps: usize, rank: usize) -> Result<Vec<f64>> {
-    let mut generator = Generator::new(model.clone());
+fn decode(mut generator: Generator, sequences: usize, length: usize, steps: usize, rank: usize) -> Result<Vec<f64>> {
+    let model = generator.model().clone();
     if rank > 0 {
-        generator.set_adapter(Some(adapter(model, rank)?.terms()?));
+        generator.set_adapter(Some(adapter(&model, rank)?.terms()?));
     }
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
     // decoding of the first prompts overlaps prefill of the last ones, so all continue until each has made its steps

@@ -23,6 +23,8 @@ pub(super) struct Report {
     pub(super) model: String,
     pub(super) num_parameters: usize,
     pub(super) dtype: &'static str,
+    /// The type of the KV cache, if one was named.
+    pub(super) kv_cache: Option<&'static str>,
     pub(super) rows: Vec<Row>,
     /// Name and version of the other program.
     pub(super) peer: Option<String>,
@@ -84,6 +86,7 @@ impl Report {
             "model": self.model,
             "num_parameters": self.num_parameters,
             "dtype": self.dtype,
+            "kv_cache": self.kv_cache,
             "peer": self.peer,
             "rows": self.rows.iter().map(Row::to_json).collect::<Vec<_>>(),
         })
@@ -102,7 +105,8 @@ impl Report {
             self.device,
             self.threads
         ));
-        line(format!("{}: {} parameters, {}", self.model, grouped(self.num_parameters as u64), self.dtype));
+        let cache = self.kv_cache.map_or_else(String::new, |kind| format!(", KV cache {kind}"));
+        line(format!("{}: {} parameters, {}{cache}", self.model, grouped(self.num_parameters as u64), self.dtype));
         if let Some(peer) = &self.peer {
             line(format!("beside {peer}, by turns; ratio: our tokens/s by theirs"));
         }
@@ -187,6 +191,7 @@ mod tests {
             model: "nano".into(),
             num_parameters: 7,
             dtype: "bf16",
+            kv_cache: None,
             rows: vec![
                 Row { work, ours: of(0.25), theirs: Some(of(0.5)) },
                 Row { work, ours: of(0.25), theirs: Some(failed) },

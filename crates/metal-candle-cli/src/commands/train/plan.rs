@@ -8,7 +8,7 @@ use crate::values::parse_bytes;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::data::Dataset;
-use metal_candle::models::KVCacheConfig;
+use metal_candle::inference::SchedulerConfig;
 use metal_candle::training::{Trained, Trainer, TrainingPlan};
 use serde_json::json;
 use std::fmt::Write as _;
@@ -78,15 +78,7 @@ impl Prepared {
     fn cache_bytes(&self) -> usize {
         let rows: Vec<&Dataset> = [self.data.test.as_ref(), self.data.valid.as_ref()].into_iter().flatten().collect();
         let longest = rows.iter().flat_map(|rows| rows.lengths()).max().unwrap_or(0);
-        let config = self.model.config();
-        KVCacheConfig {
-            max_seq_len: longest + super::answers::MAX_SAMPLE_TOKENS,
-            num_layers: config.num_hidden_layers,
-            num_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            batch_size: 1,
-        }
-        .num_bytes(self.model.activation_dtype())
+        SchedulerConfig::of(&self.model).cache_bytes(&self.model, 1, longest + super::answers::MAX_SAMPLE_TOKENS)
     }
 }
 

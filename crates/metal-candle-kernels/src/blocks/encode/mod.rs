@@ -16,6 +16,7 @@ use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each, rows_per_task};
 use batch::{Batch, Encoder, Importance, sum_of_squares};
+use half::f16;
 use lanes::LANES;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -149,6 +150,35 @@ impl BlockFormat {
             usize::MAX => Ok(blocks),
             index => Err(self.failure(values, index)),
         }
+    }
+
+    /// Quantizes values, in whole blocks, that must be stored whatever they are: those of a KV cache. The blocks are those of
+    /// [`BlockFormat::quantize`] without an importance. A block with a value that is not finite, or too large for its scale,
+    /// becomes not-a-numbers, so that what is computed from it is not finite either.
+    ///
+    /// # Panics
+    /// The format has no f16 at the start of a block, or `blocks` does not have the bytes of the values.
+    pub fn quantize_or_nan(self, values: &[f32], blocks: &mut [u8]) {
+        let (len, bytes) = (self.len(), self.bytes());
+        assert!(matches!(self, Self::Q8_0 | Self::Q4_0), "`{}` is no type of a cache", self.name());
+        assert!(values.len().is_multiple_of(len), "the values are not whole blocks");
+        assert!(blocks.len() == values.len() / len * bytes, "the blocks have another length than the values");
+        let num_blocks = rows_per_task(len);
+        let to = Shared::new(blocks);
+        for_each((values.len() / len).div_ceil(num_blocks), values.len(), |task| {
+            let start = task * num_blocks * len;
+            let mut values = &values[start..values.len().min(start + num_blocks * len)];
+            // SAFETY: the tasks have different blocks.
+            let mut blocks = unsafe { to.part(start / len * bytes, values.len() / len * bytes) };
+            loop {
+                let rows = Rows { values, columns: len, importance: None };
+                let Err(index) = with_decoder!(self, D => encode_rows::<D>(&rows, blocks)) else { break };
+                let (failed, rest) = std::mem::take(&mut blocks)[index / len * bytes..].split_at_mut(bytes);
+                failed.fill(0);
+                failed[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+                (values, blocks) = (&values[index + len..], rest);
+            }
+        });
     }
 
     /// Why the block of value `index` cannot be quantized.

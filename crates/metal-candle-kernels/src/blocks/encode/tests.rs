@@ -314,3 +314,29 @@ fn the_largest_scales_are_written() {
     values[5] = 8.0 * 65520.0;
     assert!(BlockFormat::Q4_0.quantize(&values, 32, None).is_err());
 }
+
+#[test]
+fn a_block_that_cannot_be_stored_becomes_not_a_numbers() {
+    for format in [BlockFormat::Q8_0, BlockFormat::Q4_0] {
+        let mut values = random(32 * 2000, 7);
+        let expected = format.quantize(&values, 32, None).unwrap();
+        let mut found = vec![1; expected.len()];
+        format.quantize_or_nan(&values, &mut found);
+        assert!(found == expected, "{}", format.name());
+        let wrong =
+            [(0, f32::NAN), (1, f32::INFINITY), (2, 1e30), (17, f32::NEG_INFINITY), (700, 1e8), (1999, f32::NAN)];
+        for (block, value) in wrong {
+            values[32 * block + block % 32] = value;
+        }
+        format.quantize_or_nan(&values, &mut found);
+        let mut widened = vec![0.0; values.len()];
+        BlockMatrix::new(format, &found, 2000, 32).unwrap().widen_rows(0..2000, &mut widened);
+        let bytes = format.bytes();
+        for block in 0..2000 {
+            let is_wrong = wrong.iter().any(|(wrong, _)| *wrong == block);
+            let row = &widened[32 * block..][..32];
+            assert_eq!(row.iter().all(|value| value.is_nan()), is_wrong, "{} {block}", format.name());
+            assert!(is_wrong || found[block * bytes..][..bytes] == expected[block * bytes..][..bytes]);
+        }
+    }
+}

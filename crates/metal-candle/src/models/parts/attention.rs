@@ -251,8 +251,7 @@ impl Attention {
         match cache {
             Some(cache) => {
                 cache.append(self.layer, k, v, context.spans)?;
-                let cached = cache.layer(self.layer);
-                Ok(attention::with_cache(self.shape, self.sinks(), q, cached, context.spans)?.into())
+                Ok(cache.attend(self.layer, self.shape, self.sinks(), q, context.spans)?.into())
             }
             None => attention::forward(self.shape, self.sinks(), q, k, v, context.spans),
         }
