@@ -38,8 +38,9 @@ impl FromStr for TensorType {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (pattern, name) = text.rsplit_once('=').ok_or("expected PATTERN=TYPE, as in `ffn_down=q6_k`")?;
-        let kind = GgufType::from_name(&name.to_ascii_lowercase()).ok_or_else(|| {
-            let known: Vec<&str> = GgufType::all().map(GgufType::name).collect();
+        let kind = GgufType::from_name(&name.to_ascii_lowercase()).filter(|kind| kind.is_writable());
+        let kind = kind.ok_or_else(|| {
+            let known: Vec<&str> = GgufType::all().filter(|kind| kind.is_writable()).map(GgufType::name).collect();
             format!("expected one of {} after `=`, found `{name}`", known.join(", "))
         })?;
         Ok(Self { pattern: pattern.into(), kind })

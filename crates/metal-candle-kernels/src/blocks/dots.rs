@@ -45,6 +45,7 @@ impl<A: Arithmetic + Copy> Dequantize for Portable<A> {}
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Arithmetic, BlockFormat, Decoder, Dequantize, HEIGHT, Operands, Target, Vector, WIDTH};
+    use crate::blocks::codebooks::{IQ1M, IQ1S, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS, TQ1_0, TQ2_0};
     use crate::blocks::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
     use crate::blocks::matrix::with_decoder;
     use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};

@@ -1,5 +1,6 @@
 //! Block formats and matrices stored in them.
 
+use super::codebooks::{IQ1M, IQ1S, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS, TQ1_0, TQ2_0};
 use super::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, widen_blocks};
 use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use std::ops::Range;
@@ -34,12 +35,34 @@ pub enum BlockFormat {
     IQ4XS,
     /// 4-bit floats with a power of two as the scale.
     MXFP4,
+    /// Entries of a codebook of 2,048 for eight weights, in groups with scales of 3 bits: 1.56 bits a weight.
+    IQ1S,
+    /// The codebook of `IQ1S`, in smaller groups: 1.75 bits a weight.
+    IQ1M,
+    /// Entries of a codebook of 256 for eight weights, and signs: 2.06 bits a weight.
+    IQ2XXS,
+    /// Entries of a codebook of 512 for eight weights, and signs: 2.31 bits a weight.
+    IQ2XS,
+    /// Entries of a codebook of 1,024 for eight weights, and signs: 2.56 bits a weight.
+    IQ2S,
+    /// Entries of a codebook of 256 for four weights, and signs: 3.06 bits a weight.
+    IQ3XXS,
+    /// Entries of a codebook of 512 for four weights, and signs: 3.44 bits a weight.
+    IQ3S,
+    /// Ternary weights, five in a byte: 1.69 bits a weight.
+    TQ1_0,
+    /// Ternary weights, four in a byte: 2.06 bits a weight.
+    TQ2_0,
 }
 
 /// Calls `$run` with the decoder of a format as the type `$decoder`.
 macro_rules! with_decoder {
     ($format:expr, $decoder:ident => $run:expr) => {
-        with_decoder!($format, $decoder => $run, Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K IQ4NL IQ4XS MXFP4)
+        with_decoder!(
+            $format, $decoder => $run,
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K IQ4NL IQ4XS MXFP4
+            IQ1S IQ1M IQ2XXS IQ2XS IQ2S IQ3XXS IQ3S TQ1_0 TQ2_0
+        )
     };
     ($format:expr, $decoder:ident => $run:expr, $($name:ident)*) => {
         match $format {
@@ -51,11 +74,57 @@ macro_rules! with_decoder {
     };
 }
 
-pub(super) use with_decoder;
+/// The same with a format of [`BlockFormat::WRITABLE`], or `$other` for one that is only read.
+macro_rules! with_writable {
+    ($format:expr, $decoder:ident => $run:expr, $other:expr) => {
+        with_writable!(
+            $format, $decoder => $run, $other,
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K IQ4NL IQ4XS MXFP4
+        )
+    };
+    ($format:expr, $decoder:ident => $run:expr, $other:expr, $($name:ident)*) => {
+        match $format {
+            $(BlockFormat::$name => {
+                type $decoder = $name;
+                $run
+            })*
+            _ => $other,
+        }
+    };
+}
+
+pub(super) use {with_decoder, with_writable};
 
 impl BlockFormat {
     /// All formats.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 22] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::IQ4NL,
+        Self::IQ4XS,
+        Self::MXFP4,
+        Self::IQ1S,
+        Self::IQ1M,
+        Self::IQ2XXS,
+        Self::IQ2XS,
+        Self::IQ2S,
+        Self::IQ3XXS,
+        Self::IQ3S,
+        Self::TQ1_0,
+        Self::TQ2_0,
+    ];
+
+    /// The formats that [`BlockFormat::quantize`] writes. Inference multiplies them with activations of 8 bits; the others are
+    /// dequantized for products in f32.
+    pub const WRITABLE: [Self; 13] = [
         Self::Q4_0,
         Self::Q4_1,
         Self::Q5_0,
@@ -70,6 +139,12 @@ impl BlockFormat {
         Self::IQ4XS,
         Self::MXFP4,
     ];
+
+    /// Whether the format is one of [`BlockFormat::WRITABLE`].
+    #[must_use]
+    pub fn is_writable(self) -> bool {
+        Self::WRITABLE.contains(&self)
+    }
 
     /// The format with this id in `enum ggml_type`.
     #[must_use]
@@ -94,6 +169,15 @@ impl BlockFormat {
             Self::IQ4NL => 20,
             Self::IQ4XS => 23,
             Self::MXFP4 => 39,
+            Self::IQ1S => 19,
+            Self::IQ1M => 29,
+            Self::IQ2XXS => 16,
+            Self::IQ2XS => 17,
+            Self::IQ2S => 22,
+            Self::IQ3XXS => 18,
+            Self::IQ3S => 21,
+            Self::TQ1_0 => 34,
+            Self::TQ2_0 => 35,
         }
     }
 
@@ -114,6 +198,15 @@ impl BlockFormat {
             Self::IQ4NL => "iq4_nl",
             Self::IQ4XS => "iq4_xs",
             Self::MXFP4 => "mxfp4",
+            Self::IQ1S => "iq1_s",
+            Self::IQ1M => "iq1_m",
+            Self::IQ2XXS => "iq2_xxs",
+            Self::IQ2XS => "iq2_xs",
+            Self::IQ2S => "iq2_s",
+            Self::IQ3XXS => "iq3_xxs",
+            Self::IQ3S => "iq3_s",
+            Self::TQ1_0 => "tq1_0",
+            Self::TQ2_0 => "tq2_0",
         }
     }
 

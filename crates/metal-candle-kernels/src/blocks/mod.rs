@@ -5,6 +5,7 @@
 //! Inference rounds the activations to 8 bits, with a scale for every 32, and multiplies integers ([`block_row_products`]). A
 //! processor without kernels for that (x86-64 before AVX2, Arm before dot products) uses f32 in inference, too.
 
+mod codebooks;
 mod decode;
 mod dots;
 mod encode;

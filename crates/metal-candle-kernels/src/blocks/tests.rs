@@ -3,7 +3,7 @@
 use super::matrix::{BlockFormat, BlockMatrix};
 use super::rows::{add_rows, run};
 use super::task::Task;
-use super::{block_products, block_row_products, block_transposed_products, decode, superblocks};
+use super::{block_products, block_row_products, block_transposed_products, codebooks, decode, superblocks};
 use crate::gemm_tile::Portable;
 use crate::isa::{Arithmetic, Fused, Separate};
 use crate::operand::Start;
@@ -42,7 +42,10 @@ pub(super) fn scales_of(format: BlockFormat) -> &'static [usize] {
         BlockFormat::Q2K => &[80, 82],
         BlockFormat::Q3K => &[108],
         BlockFormat::Q6K => &[208],
-        BlockFormat::MXFP4 => &[],
+        BlockFormat::TQ1_0 => &[52],
+        BlockFormat::TQ2_0 => &[64],
+        // of IQ1M the bits of the scale are apart
+        BlockFormat::MXFP4 | BlockFormat::IQ1M => &[],
         _ => &[0],
     }
 }
@@ -55,6 +58,12 @@ pub(super) fn random_blocks(format: BlockFormat, count: usize, seed: u64) -> Vec
     for block in bytes.chunks_exact_mut(format.bytes()) {
         if format == BlockFormat::MXFP4 {
             block[0] = 118 + block[0] % 8;
+        }
+        if format == BlockFormat::IQ1M {
+            // 2^-7 with other bits
+            for (at, upper) in [(49, 0x30), (51, 0x00), (53, 0x00), (55, 0x20)] {
+                block[at] = block[at] & 15 | upper;
+            }
         }
         for &at in scales {
             // the exponent of 2^-7, and of 2^-10 for the scales of scales
@@ -104,6 +113,15 @@ fn decode_as<A: Arithmetic>(format: BlockFormat, blocks: &[u8], to: &mut [f32]) 
         F::IQ4NL => decode::IQ4NL::decode::<A, _>,
         F::IQ4XS => superblocks::IQ4XS::decode::<A, _>,
         F::MXFP4 => decode::MXFP4::decode::<A, _>,
+        F::IQ1S => codebooks::IQ1S::decode::<A, _>,
+        F::IQ1M => codebooks::IQ1M::decode::<A, _>,
+        F::IQ2XXS => codebooks::IQ2XXS::decode::<A, _>,
+        F::IQ2XS => codebooks::IQ2XS::decode::<A, _>,
+        F::IQ2S => codebooks::IQ2S::decode::<A, _>,
+        F::IQ3XXS => codebooks::IQ3XXS::decode::<A, _>,
+        F::IQ3S => codebooks::IQ3S::decode::<A, _>,
+        F::TQ1_0 => codebooks::TQ1_0::decode::<A, _>,
+        F::TQ2_0 => codebooks::TQ2_0::decode::<A, _>,
     };
     for (block, to) in blocks.chunks_exact(format.bytes()).zip(to.chunks_exact_mut(format.len())) {
         decode(block, to);

@@ -3,7 +3,7 @@
 use candle_core::DType;
 use metal_candle_kernels::BlockFormat;
 
-/// The type of a tensor's elements in a GGUF file, as far as the program reads and writes it.
+/// The type of a tensor's elements in a GGUF file, as far as the program reads it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GgufType {
     /// 32-bit floats.
@@ -20,6 +20,14 @@ impl GgufType {
     /// All types.
     pub fn all() -> impl Iterator<Item = Self> {
         [Self::F32, Self::F16, Self::BF16].into_iter().chain(BlockFormat::ALL.map(Self::Blocks))
+    }
+
+    /// Whether the program quantizes to this type; it only reads the others.
+    pub fn is_writable(self) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => true,
+            Self::Blocks(format) => format.is_writable(),
+        }
     }
 
     /// The type with this id in `enum ggml_type`.
@@ -59,22 +67,13 @@ impl GgufType {
 
     /// The name of the type with this id, also of one that is not supported.
     pub(crate) fn name_of(id: u32) -> String {
-        const OTHERS: [(u32, &str); 18] = [
+        const OTHERS: [(u32, &str); 9] = [
             (9, "q8_1"),
-            (16, "iq2_xxs"),
-            (17, "iq2_xs"),
-            (18, "iq3_xxs"),
-            (19, "iq1_s"),
-            (21, "iq3_s"),
-            (22, "iq2_s"),
             (24, "i8"),
             (25, "i16"),
             (26, "i32"),
             (27, "i64"),
             (28, "f64"),
-            (29, "iq1_m"),
-            (34, "tq1_0"),
-            (35, "tq2_0"),
             (40, "nvfp4"),
             (41, "q1_0"),
             (42, "q2_0"),
@@ -108,14 +107,17 @@ impl GgufType {
 
     /// The next type that rounds less; none for f32.
     pub fn with_more_bits(self) -> Option<Self> {
-        use BlockFormat::{IQ4NL, IQ4XS, MXFP4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        use BlockFormat::{
+            IQ1M, IQ1S, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS, IQ4NL, IQ4XS, MXFP4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1,
+            Q5K, Q6K, Q8_0, TQ1_0, TQ2_0,
+        };
         Some(match self {
             Self::F32 => return None,
             Self::F16 | Self::BF16 => Self::F32,
             Self::Blocks(Q8_0) => Self::F16,
             Self::Blocks(format) => Self::Blocks(match format {
-                Q2K => Q3K,
-                Q3K => Q4K,
+                IQ1S | IQ1M | IQ2XXS | IQ2XS | IQ2S | Q2K | TQ1_0 | TQ2_0 => Q3K,
+                IQ3XXS | IQ3S | Q3K => Q4K,
                 Q4K | IQ4XS => Q5K,
                 Q5K => Q6K,
                 Q4_0 | Q4_1 | IQ4NL | MXFP4 => Q5_1,

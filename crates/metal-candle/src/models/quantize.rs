@@ -46,8 +46,14 @@ impl Quantization {
     /// (`blk.0.ffn_down.weight`) and in checkpoints are tried. Of several that match, the first that was added holds.
     ///
     /// # Errors
-    /// The pattern is no regular expression.
+    /// The pattern is no regular expression, or the type is read and not written.
     pub fn with_type(mut self, pattern: &str, kind: GgufType) -> Result<Self> {
+        if !kind.is_writable() {
+            let known: Vec<&str> = GgufType::all().filter(|kind| kind.is_writable()).map(GgufType::name).collect();
+            let message =
+                format!("`{}` is read and not written; expected one of `{}`", kind.name(), known.join("`, `"));
+            return Err(Error::argument("tensor_type", message));
+        }
         let wrong = |error: regex::Error| {
             let message = format!("`{pattern}`: expected a regular expression: {error}");
             Error::argument("tensor_type", message)

@@ -9,6 +9,8 @@ pub(crate) mod adam;
 pub(crate) mod adapters;
 pub(crate) mod attention;
 mod attention_gpu;
+#[cfg(test)]
+mod cache_tests;
 mod cache_type;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;

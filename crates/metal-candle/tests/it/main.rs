@@ -31,6 +31,7 @@ mod inference_generator;
 mod inference_sampling;
 mod inference_scheduler;
 mod inference_speculation;
+mod kv_cache_types;
 mod loader_config;
 mod loader_files;
 mod loader_model;

@@ -11,7 +11,7 @@ mod superblocks;
 mod tests;
 
 use super::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-use super::matrix::{BlockFormat, with_decoder};
+use super::matrix::{BlockFormat, with_writable};
 use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each, rows_per_task};
@@ -30,6 +30,11 @@ const LEAST_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
 /// Why weights cannot be quantized.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum QuantizeError {
+    /// The format is read and not written.
+    ReadOnly {
+        /// The requested format.
+        format: BlockFormat,
+    },
     /// The width of the matrix is not a multiple of the block length.
     Columns {
         /// The requested format.
@@ -79,6 +84,10 @@ pub enum QuantizeError {
 impl fmt::Display for QuantizeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::ReadOnly { format } => {
+                let known = BlockFormat::WRITABLE.map(BlockFormat::name).join("`, `");
+                write!(f, "`{}` is read and not written; choose one of `{known}`", format.name())
+            }
             Self::Columns { format, columns } => {
                 let (name, len) = (format.name(), format.len());
                 write!(f, "`{name}` needs rows of a multiple of {len} values, found {columns}; choose another format")
@@ -115,13 +124,16 @@ impl BlockFormat {
     /// multiply-add, as it is for x86-64.
     ///
     /// # Errors
-    /// The sizes do not match, a value is not finite or too large, or an importance is negative or not finite.
+    /// The format is not one of [`BlockFormat::WRITABLE`], the sizes do not match, a value is not finite or too large, or an importance is negative or not finite.
     pub fn quantize(
         self,
         values: &[f32],
         columns: usize,
         importance: Option<&[f32]>,
     ) -> Result<Vec<u8>, QuantizeError> {
+        if !self.is_writable() {
+            return Err(QuantizeError::ReadOnly { format: self });
+        }
         if !columns.is_multiple_of(self.len()) {
             return Err(QuantizeError::Columns { format: self, columns });
         }
@@ -142,7 +154,7 @@ impl BlockFormat {
             // SAFETY: the tasks have different rows, and the blocks outlive them.
             let blocks = unsafe { to.part(start / len * bytes, values.len() / len * bytes) };
             let rows = Rows { values, columns, importance };
-            if let Err(index) = with_decoder!(self, D => encode_rows::<D>(&rows, blocks)) {
+            if let Err(index) = with_writable!(self, D => encode_rows::<D>(&rows, blocks), Ok(())) {
                 failed.fetch_min(start + index, Ordering::Relaxed);
             }
         });
@@ -172,7 +184,7 @@ impl BlockFormat {
             let mut blocks = unsafe { to.part(start / len * bytes, values.len() / len * bytes) };
             loop {
                 let rows = Rows { values, columns: len, importance: None };
-                let Err(index) = with_decoder!(self, D => encode_rows::<D>(&rows, blocks)) else { break };
+                let Err(index) = with_writable!(self, D => encode_rows::<D>(&rows, blocks), Ok(())) else { break };
                 let (failed, rest) = std::mem::take(&mut blocks)[index / len * bytes..].split_at_mut(bytes);
                 failed.fill(0);
                 failed[..2].copy_from_slice(&f16::NAN.to_le_bytes());

@@ -4,7 +4,7 @@ use super::activations::{Activations, Sums, with_quantized};
 use super::kernels::activation_bytes;
 use super::lanes::{COLUMNS, Kind, Unpack};
 use crate::blocks::decode::{Decoder, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Target};
-use crate::blocks::matrix::{BlockFormat, with_decoder};
+use crate::blocks::matrix::{BlockFormat, with_writable};
 use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::blocks::task::Task;
 use crate::isa::Arithmetic;
@@ -13,7 +13,7 @@ use std::marker::PhantomData;
 
 /// Computes the product.
 pub(super) fn run<A: Arithmetic>(task: &Task) {
-    with_decoder!(task.b.format(), F => run_format::<A, F>(task));
+    with_writable!(task.b.format(), F => run_format::<A, F>(task), unreachable!());
 }
 
 fn run_format<A: Arithmetic, F: Decoder + Unpack>(task: &Task) {

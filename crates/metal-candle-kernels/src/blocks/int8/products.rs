@@ -4,7 +4,7 @@ use super::activations::{Activations, Sums, with_quantized};
 use super::kernels::{Kernels, MOST_ROWS, panel_bytes};
 use super::lanes::{COLUMNS, Kind, Rows, Unpack};
 use crate::blocks::decode::{Decoder, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-use crate::blocks::matrix::{BlockFormat, with_decoder};
+use crate::blocks::matrix::{BlockFormat, with_writable};
 use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::blocks::task::Task;
 use crate::gemm_rows::Line;
@@ -25,8 +25,11 @@ thread_local! {
     static BUFFER: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Writes the product, and returns `true`. Returns `false` if the processor has no kernel.
+/// Writes the product, and returns `true`. Returns `false` if the processor or the format has no kernel.
 pub(in crate::blocks) fn add_rows(task: &Task) -> bool {
+    if !task.b.format().is_writable() {
+        return false;
+    }
     match int8() {
         #[cfg(target_arch = "x86_64")]
         Some(Int8::Avx512Vnni) => run::<super::x86::Avx512>(task),
@@ -42,8 +45,8 @@ pub(in crate::blocks) fn add_rows(task: &Task) -> bool {
 }
 
 pub(super) fn run<L: Kernels>(task: &Task) {
-    let kernel = with_decoder!(task.b.format(), F => Kernel::of::<L, F>());
-    kernel.run(task);
+    // `add_rows` has checked the format
+    with_writable!(task.b.format(), F => Kernel::of::<L, F>().run(task), {});
 }
 
 /// The rows of weights.
