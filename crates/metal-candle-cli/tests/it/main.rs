@@ -15,6 +15,7 @@ mod hub;
 mod interrupted;
 #[cfg(feature = "serve")]
 mod jobs;
+mod kv_cache;
 mod levels;
 mod methods;
 mod models;

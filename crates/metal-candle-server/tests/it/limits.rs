@@ -1,6 +1,7 @@
 //! Queues, cancellation, slow readers, keys and shutting down.
 
 use crate::running::{Running, chat};
+use metal_candle::inference::KVCacheType;
 use metal_candle_server::{ApiKey, ServerConfig};
 use serde_json::json;
 use std::io::{Read, Write};
@@ -221,4 +222,21 @@ fn pages_of_other_sites_and_odd_bodies_are_refused() {
     assert_eq!(status(json(ureq::post(&url)), &"[".repeat(900)), 400);
     assert_eq!(status(json(ureq::post(&url)), ""), 400);
     assert_eq!(status(json(ureq::post(&url)), &format!("{{\"a\": \"{}\"}}", "x".repeat(2000))), 413);
+}
+
+#[test]
+fn slots_and_memory_follow_the_type_of_the_cache() {
+    // keys and values of a slot: 5 layers, 3 heads of 32, 512 tokens
+    let elements = 2 * 5 * 3 * 32 * 512;
+    let types = [(None, 2 * elements, 2), (Some(KVCacheType::F32), 4 * elements, 1)];
+    let blocks = [(Some(KVCacheType::Q8_0), elements / 32 * 34, 3), (Some(KVCacheType::Q4_0), elements / 32 * 18, 7)];
+    for (kv_cache, bytes, slots) in types.into_iter().chain(blocks) {
+        let limits = ServerConfig { slots: 0, cache_bytes: 2_000_000, metrics: true, ..Running::small() };
+        let server = Running::start(ServerConfig { kv_cache, ..limits });
+        let (status, answer) = server.post("/v1/completions", &json!({"prompt": "fn main() {", "max_tokens": 4}));
+        assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(4)), "{answer}");
+        let metrics = server.get("/metrics").1;
+        let line = format!("metal_candle_kv_bytes {}", slots * bytes);
+        assert!(metrics.as_str().unwrap().lines().any(|found| found == line), "{kv_cache:?}: {line} {metrics}");
+    }
 }

@@ -436,3 +436,80 @@ fn what_a_gguf_adapter_cannot_hold_is_refused() {
     refused(&builder().with_dora(true).build().unwrap(), "DoRA magnitudes");
     refused(&builder().with_modules_to_save(["lm_head".to_string()]).build().unwrap(), "trained as a whole");
 }
+
+/// A file whose matrices of layers have blocks of `iq3_s`, which have the size of those of `q3_k`.
+fn with_codebooks(path: &Path) {
+    let config = json!({
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05,
+    });
+    let model = Model::initialize(ModelConfig::from_json_str(&config.to_string()).unwrap(), 7, Device::CPU).unwrap();
+    let quantization = Quantization::from(QuantizationMixture::from_name("q8_0").unwrap());
+    let quantization = quantization.with_type("_proj", GgufType::Blocks(BlockFormat::Q3K)).unwrap();
+    let model = model.quantize(&quantization, |_| ()).unwrap();
+    GgufExport::new(&model).unwrap().write(path, None, |_| ()).unwrap();
+
+    let file = GgufFile::open(path).unwrap();
+    let tensors: Vec<_> =
+        file.tensors().map(|tensor| (tensor.name.clone(), tensor.ggml_type, tensor.shape.clone())).collect();
+    drop(file);
+    let mut bytes = std::fs::read(path).unwrap();
+    let (mut changed, mut end) = (Vec::new(), 0);
+    for (name, kind, shape) in tensors {
+        let named: Vec<u8> = (name.len() as u64).to_le_bytes().into_iter().chain(name.bytes()).collect();
+        let at = bytes.windows(named.len()).position(|window| window == named).unwrap() + named.len();
+        // the number of dimensions, the dimensions, the type, the offset
+        let at = at + 4 + 8 * shape.len();
+        end = end.max(at + 12);
+        if kind == BlockFormat::Q3K.ggml_type() {
+            bytes[at] = BlockFormat::IQ3S.ggml_type() as u8;
+            let offset = u64::from_le_bytes(bytes[at + 4..at + 12].try_into().unwrap()) as usize;
+            changed.push((offset, shape.iter().product::<usize>() / 256));
+        }
+    }
+    assert_eq!(changed.len(), 7);
+    for (offset, count) in changed {
+        let start = end.next_multiple_of(32) + offset;
+        for block in bytes[start..start + 110 * count].chunks_exact_mut(110) {
+            block[..2].copy_from_slice(&half::f16::from_f32(5e-4).to_le_bytes());
+        }
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn types_with_codebooks_are_read_and_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    with_codebooks(&path);
+    let model = ModelLoader::new().load(&path).unwrap();
+    let formats = model.parameters().iter().filter_map(|(_, weight)| weight.block_format());
+    assert_eq!(formats.filter(|format| *format == BlockFormat::IQ3S).count(), 7);
+    let dense = ModelLoader::new().with_dtype(DType::F32).load(&path).unwrap();
+    assert!(dense.parameters().iter().all(|(_, weight)| weight.block_format().is_none()));
+    // the embedding, which is the head, has 8 bits: its activations are rounded
+    let difference = max_difference(&logits(&model), &logits(&dense));
+    let largest = logits(&dense).abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    assert!(largest > 0.1 && difference < 0.02 * largest, "{difference} of {largest}");
+    let hidden = |model: &Model| model.hidden_states(&Batch::single(&IDS), None, None, Rows::All).unwrap();
+    assert!(max_difference(&hidden(&model), &hidden(&dense)) < 1e-4);
+    let together = Batch::from_sequences([&IDS[..], &IDS[3..]]);
+    let together = model.forward(&together, None, None, Rows::All).unwrap().narrow(0, 0, IDS.len()).unwrap();
+    assert_eq!(together.to_vec2::<f32>().unwrap(), logits(&model).to_vec2::<f32>().unwrap());
+
+    // blocks are copied, and other types made of them
+    let copy = folder.path().join("copy.gguf");
+    GgufExport::new(&model).unwrap().write(&copy, None, |_| ()).unwrap();
+    let read = ModelLoader::new().load(&copy).unwrap();
+    assert_eq!(logits(&read).to_vec2::<f32>().unwrap(), logits(&model).to_vec2::<f32>().unwrap());
+    let quantization = Quantization::from(QuantizationMixture::from_name("q8_0").unwrap());
+    let other = model.quantize(&quantization, |_| ()).unwrap();
+    assert!(max_difference(&logits(&other), &logits(&model)) < 0.02 * largest);
+
+    let iq3_s = GgufType::from_name("iq3_s").unwrap();
+    let error = quantization.clone().with_type("q_proj", iq3_s).unwrap_err().to_string();
+    assert!(error.contains("`iq3_s` is read and not written; expected one of `f32`, `f16`"), "{error}");
+    let quantization = quantization.with_type_of("model.layers.0.self_attn.q_proj.weight", iq3_s);
+    let error = other.quantize(&quantization, |_| ()).unwrap_err().to_string();
+    assert!(error.contains("q_proj") && error.contains("`iq3_s` is read and not written"), "{error}");
+}
