@@ -241,7 +241,7 @@ impl TQ1_0 {
         let mut q = [0; 16];
         for i in 0..16 {
             // a byte is a fraction of 256; multiplied by a power it has the digit before the point
-            q[i] = (u16::from(packed[i].wrapping_mul(POWERS[digit])) * 3 >> 8) as i8 - 1;
+            q[i] = ((u16::from(packed[i].wrapping_mul(POWERS[digit])) * 3) >> 8) as i8 - 1;
         }
         q
     }

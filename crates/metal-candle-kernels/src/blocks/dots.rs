@@ -31,7 +31,7 @@ pub(super) trait Dequantize: Vector {
     /// Rows of A up to which [`Dequantize::block_dots`] is faster than a dequantized panel; 0 if there is no kernel.
     const MOST_ROWS: usize = 0;
 
-    /// The dot products of a tile, by row of A.
+    /// The dot products of a tile, by row of A, with a format of [`BlockFormat::WRITABLE`].
     ///
     /// # Safety
     /// The pointers are valid for `depth` columns.
@@ -45,9 +45,8 @@ impl<A: Arithmetic + Copy> Dequantize for Portable<A> {}
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Arithmetic, BlockFormat, Decoder, Dequantize, HEIGHT, Operands, Target, Vector, WIDTH};
-    use crate::blocks::codebooks::{IQ1M, IQ1S, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS, TQ1_0, TQ2_0};
     use crate::blocks::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-    use crate::blocks::matrix::with_decoder;
+    use crate::blocks::matrix::with_writable;
     use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
     use crate::gemm_tile::x86::{Avx2, Avx512};
     use std::arch::x86_64::{
@@ -230,13 +229,13 @@ mod x86 {
                         unsafe { tile::<$vector, D, R>(operands) }
                     }
                     // SAFETY: as above, and the instructions are there.
-                    with_decoder!(format, D => unsafe {
+                    with_writable!(format, D => unsafe {
                         match operands.rows {
                             1 => body::<D, 1>(operands),
                             2 => body::<D, 2>(operands),
                             _ => body::<D, HEIGHT>(operands),
                         }
-                    })
+                    }, unreachable!("a format without a kernel"))
                 }
             }
         };

@@ -93,7 +93,7 @@ macro_rules! with_writable {
     };
 }
 
-pub(super) use {with_decoder, with_writable};
+pub(super) use with_writable;
 
 impl BlockFormat {
     /// All formats.

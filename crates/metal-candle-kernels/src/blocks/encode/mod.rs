@@ -124,7 +124,8 @@ impl BlockFormat {
     /// multiply-add, as it is for x86-64.
     ///
     /// # Errors
-    /// The format is not one of [`BlockFormat::WRITABLE`], the sizes do not match, a value is not finite or too large, or an importance is negative or not finite.
+    /// The format is not one of [`BlockFormat::WRITABLE`], the sizes do not match, a value is not finite or too large, or an
+    /// importance is negative or not finite.
     pub fn quantize(
         self,
         values: &[f32],
