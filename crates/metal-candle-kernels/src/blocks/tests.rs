@@ -169,8 +169,9 @@ fn sizes_are_checked() {
         assert!(matrix.narrow_rows(start, len).is_none());
     }
     assert_eq!(matrix.narrow_rows(2, 0).unwrap().rows(), 0);
-    for id in (0..64).filter(|id| ![2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39].contains(id)) {
-        assert_eq!(BlockFormat::from_ggml_type(id), None);
+    let known = [2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 34, 35, 39];
+    for id in 0..64 {
+        assert_eq!(BlockFormat::from_ggml_type(id).is_some(), known.contains(&id), "{id}");
     }
 }
 
@@ -204,7 +205,7 @@ pub(super) fn check(
             }
         }
         let error = (f64::from(*found) - f64::from(start) - f64::from(alpha) * sum).abs();
-        let bound = 1e-6 * (size + 1.0) + rounding * f64::from(alpha.abs()) * rounded;
+        let bound = 2e-6 * (size + 1.0) + rounding * f64::from(alpha.abs()) * rounded;
         assert!(error <= bound, "{error} of {size} at {at}; m {m}, n {n}, k {k}");
     }
 }
