@@ -130,7 +130,7 @@ fn tolerance(device: Device) -> f32 {
 
 fn steps_read_blocks_of_every_format(device: Device) {
     let model = model(&json!({}));
-    for format in BlockFormat::ALL {
+    for format in BlockFormat::WRITABLE {
         let both = both(&model, &all_as(format), DType::F32, device);
         check(format.name(), &both, 0, 1, tolerance(device));
     }
