@@ -1,4 +1,5 @@
 //! Attention over blocks of a cache, against their definition.
+#![allow(clippy::unwrap_used)]
 
 use super::attention::{self, Cached, Spans};
 use super::cache_write;
