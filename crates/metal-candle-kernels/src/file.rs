@@ -77,14 +77,15 @@ impl MappedFile {
 
     /// Copies the file into memory of its own, which bytes are read from afterwards. Pages of a file are small, and looking them up
     /// makes reading slower; those of the copy are large where the system allows it. The pages of the file are given back as they
-    /// are copied, so that both are never held as a whole. Without memory for a copy the file stays in use.
+    /// are copied, so that both are never held as a whole. Without memory for a copy the file stays in use, and also while
+    /// another process has it mapped (on Linux), since their pages are the same memory.
     ///
     /// In the copy, byte `aligned` begins a cache line: vector units and matrix units read rows faster that do.
     ///
     /// # Errors
     /// The file was shortened or overwritten since it was mapped.
     pub fn make_resident(&self, aligned: usize) -> io::Result<()> {
-        if self.copy.get().is_some() || self.map.is_empty() {
+        if self.copy.get().is_some() || self.map.is_empty() || self.is_shared() {
             return Ok(());
         }
         let start = aligned.next_multiple_of(CACHE_LINE) - aligned;
@@ -103,6 +104,26 @@ impl MappedFile {
             drop(self.copy.set(Copied { memory, start }));
         }
         Ok(())
+    }
+
+    /// Whether other processes have read a good part of the file through maps of their own: the share of its pages that counts as
+    /// this process's (`Pss`) is then less than what it has read (`Rss`).
+    #[cfg(target_os = "linux")]
+    fn is_shared(&self) -> bool {
+        let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return false };
+        let first = format!("{:x}-", self.map.as_ptr().addr());
+        let lines = maps.lines().skip_while(|line| !line.starts_with(&first));
+        let kibibytes = |name: &str| {
+            let line = lines.clone().take(30).find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        // half and more of the pages have a second reader
+        kibibytes("Pss:") * 4 < kibibytes("Rss:") * 3
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn is_shared(&self) -> bool {
+        false
     }
 
     /// The bytes: those of the copy, if there is one.
@@ -280,6 +301,22 @@ mod tests {
         assert!(cut.copy.get().is_none() && cut.check().is_err());
         std::fs::write(&path, b"").unwrap();
         map_file(&path).unwrap().make_resident(0).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_file_that_another_map_reads_is_not_copied() {
+        let path = path("shared");
+        std::fs::write(&path, vec![7; 400_000]).unwrap();
+        let (map, other) = (map_file(&path).unwrap(), map_file(&path).unwrap());
+        let sum = |map: &MappedFile| map.iter().map(|byte| usize::from(*byte)).sum::<usize>();
+        assert_eq!(sum(&map) + sum(&other), 5_600_000);
+        map.make_resident(0).unwrap();
+        assert!(map.copy.get().is_none());
+        drop(other);
+        map.make_resident(0).unwrap();
+        assert!(map.copy.get().is_some());
         std::fs::remove_file(&path).unwrap();
     }
 
