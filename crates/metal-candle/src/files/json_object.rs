@@ -77,7 +77,10 @@ impl JsonObject {
 
     /// The whole number at `key`; an error if it is missing.
     pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| self.missing(key, "a whole number"))
+        match self.map.get(key) {
+            None => Err(self.missing(key, "a whole number")),
+            Some(value) => self.to_size(key, value),
+        }
     }
 
     /// The finite number at `key`.

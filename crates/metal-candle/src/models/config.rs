@@ -71,6 +71,11 @@ impl PartialEq for ModelConfig {
 /// The values of absent keys, as transformers has them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Defaults {
+    pub(crate) vocab_size: usize,
+    pub(crate) hidden_size: usize,
+    pub(crate) intermediate_size: usize,
+    pub(crate) num_hidden_layers: usize,
+    pub(crate) num_attention_heads: usize,
     pub(crate) max_position_embeddings: usize,
     /// The key of the norms' epsilon, and its default.
     pub(crate) norm_eps: (&'static str, f64),
@@ -85,8 +90,6 @@ pub(crate) struct Defaults {
 /// The number of key/value heads where the key is absent; a null key always means the number of query heads.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum KeyValueHeads {
-    /// The key must be there.
-    Required,
     /// As many as query heads.
     AsQueries,
     /// This number.
@@ -96,6 +99,11 @@ pub(crate) enum KeyValueHeads {
 impl Defaults {
     /// What most families share.
     pub(crate) const BASE: Self = Self {
+        vocab_size: 32_000,
+        hidden_size: 4096,
+        intermediate_size: 11_008,
+        num_hidden_layers: 32,
+        num_attention_heads: 32,
         max_position_embeddings: 32_768,
         norm_eps: ("rms_norm_eps", 1e-6),
         rope_theta: 10_000.0,
@@ -110,13 +118,10 @@ impl Defaults {
 impl ModelConfig {
     /// The fields that all families have, from the keys of a file.
     pub(crate) fn read(model_type: &str, defaults: &Defaults, keys: &Keys) -> Result<Self> {
-        let num_attention_heads = keys.required_size("num_attention_heads")?;
-        let hidden_size = keys.required_size("hidden_size")?;
+        let num_attention_heads = keys.size_or("num_attention_heads", defaults.num_attention_heads)?;
+        let hidden_size = keys.size_or("hidden_size", defaults.hidden_size)?;
         let num_key_value_heads = match (keys.size("num_key_value_heads")?, defaults.num_key_value_heads) {
             (Some(heads), _) | (None, KeyValueHeads::Of(heads)) if !keys.is_null("num_key_value_heads") => heads,
-            (None, KeyValueHeads::Required) if !keys.contains("num_key_value_heads") => {
-                return Err(keys.missing("num_key_value_heads", "a whole number"));
-            }
             _ => num_attention_heads,
         };
         let default_head_dim = defaults.head_dim.filter(|_| !keys.contains("head_dim"));
@@ -136,13 +141,13 @@ impl ModelConfig {
             None if keys.contains("eos_token_id") => Vec::new(),
             None => defaults.eos_token_ids.to_vec(),
         };
-        let max_position_embeddings = keys.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let max_position_embeddings = keys.size_or("max_position_embeddings", defaults.max_position_embeddings)?;
         Ok(Self {
             model_type: model_type.to_string(),
-            vocab_size: keys.required_size("vocab_size")?,
+            vocab_size: keys.size_or("vocab_size", defaults.vocab_size)?,
             hidden_size,
-            intermediate_size: keys.required_size("intermediate_size")?,
-            num_hidden_layers: keys.required_size("num_hidden_layers")?,
+            intermediate_size: keys.size_or("intermediate_size", defaults.intermediate_size)?,
+            num_hidden_layers: keys.size_or("num_hidden_layers", defaults.num_hidden_layers)?,
             num_attention_heads,
             num_key_value_heads,
             head_dim,

@@ -136,6 +136,13 @@ impl ModelConfig {
                 object.path().display()
             ));
         }
+        if let unknown @ [_, ..] = keys.unknown().as_slice() {
+            config.notes.push(format!(
+                "`{}`: unknown keys are not used; is one of them misspelled? `{}`",
+                object.path().display(),
+                unknown.join("`, `")
+            ));
+        }
         config.check(&description).map_err(|error| in_file(error, object.path()))?;
         Ok(config)
     }

@@ -42,6 +42,69 @@ const FORWARD_KEYS: &[&str] = &[
     "use_qkv_bias",
 ];
 
+/// Keys that no supported family's class in transformers computes with: settings of dropout, of the mixtures and recurrent layers
+/// that a family refuses before their sizes matter, of loading and generating, and what released files have besides.
+const HARMLESS_KEYS: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_name_or_path",
+    "_sliding_window_pattern",
+    "activation_function",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "eod_token_id",
+    "hidden_dropout",
+    "id2label",
+    "image_token_index",
+    "init_method",
+    "initializer_range",
+    "is_llama_config",
+    "label2id",
+    "max_length",
+    "max_window_layers",
+    "mlp_type",
+    "model_type",
+    "norm_type",
+    "normalization_function",
+    "num_experts_per_tok",
+    "order_of_interleaved_layers",
+    "original_max_position_embeddings",
+    "output_router_logits",
+    "pad_token_id",
+    "position_embedding_type",
+    "pretraining_tp",
+    "problem_type",
+    "resid_pdrop",
+    "residual_dropout",
+    "return_dict",
+    "rope_interleaved",
+    "router_aux_loss_coef",
+    "sep_token_id",
+    "task_specific_params",
+    "time_step_limit",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+    "use_embedding_sharing",
+    "use_gated_activation",
+    "use_parallel_block",
+    "use_parallel_embedding",
+    "use_sliding_window",
+];
+
 /// The keys of a file, and which of them were read.
 pub(crate) struct Keys<'a> {
     object: &'a JsonObject,
@@ -88,9 +151,9 @@ impl<'a> Keys<'a> {
         self.object.size(key)
     }
 
-    pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
-        self.mark(key);
-        self.object.required_size(key)
+    /// The whole number at `key`, `default` where the key is absent; null is an error.
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.contains(key) { self.object.required_size(key) } else { Ok(default) }
     }
 
     pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
@@ -122,10 +185,6 @@ impl<'a> Keys<'a> {
         self.object.wrong(key, expected, found)
     }
 
-    pub(crate) fn missing(&self, key: &str, expected: &str) -> Error {
-        self.object.missing(key, expected)
-    }
-
     /// Counts `key` as unread, so that a value that changes what other families compute is named.
     pub(crate) fn forget(&self, key: &str) {
         self.used.borrow_mut().remove(key);
@@ -139,15 +198,30 @@ impl<'a> Keys<'a> {
     /// The keys that change what other families compute and that this one did not read, with values that are not neutral.
     pub(crate) fn unread(&self) -> Vec<&'static str> {
         let used = self.used.borrow();
-        let is_neutral = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::Number(number) => {
-                number.as_f64().is_some_and(|number| number == 0.0 || (number - 1.0).abs() < 1e-12)
-            }
-            Value::Array(list) => list.is_empty(),
-            _ => false,
-        };
         let is_unread = |key: &&str| !used.contains(*key) && self.object.get(key).is_some_and(|v| !is_neutral(v));
         FORWARD_KEYS.iter().copied().filter(is_unread).collect()
+    }
+
+    /// The keys that no family reads and nothing is known of, such as misspelled ones, with values that are not neutral.
+    pub(crate) fn unknown(&self) -> Vec<&'a str> {
+        let used = self.used.borrow();
+        let is_known = |key: &str| {
+            used.contains(key)
+                || FORWARD_KEYS.contains(&key)
+                || HARMLESS_KEYS.contains(&key)
+                || key.starts_with("mamba_")
+        };
+        let entries = self.object.map().iter();
+        entries.filter(|(key, value)| !is_known(key) && !is_neutral(value)).map(|(key, _)| key.as_str()).collect()
+    }
+}
+
+/// Whether a value says that a feature is not there.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64().is_some_and(|number| number == 0.0 || (number - 1.0).abs() < 1e-12),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
     }
 }

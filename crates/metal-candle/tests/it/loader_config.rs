@@ -120,6 +120,61 @@ fn absent_keys_have_the_defaults_of_transformers() {
     assert_eq!(Model::parameter_shapes(&config).last().unwrap().0, "lm_head.weight");
 }
 
+/// Vocabulary, hidden, MLP, layers, heads, key/value heads and head width of a configuration without any key, in transformers 5.24.
+const DEFAULT_SIZES: [(&str, [usize; 7]); 19] = [
+    ("qwen2", [151_936, 4096, 22_016, 32, 32, 32, 128]),
+    ("qwen3", [151_936, 4096, 22_016, 32, 32, 32, 128]),
+    ("llama", [32_000, 4096, 11_008, 32, 32, 32, 128]),
+    ("mistral", [32_000, 4096, 14_336, 32, 32, 8, 128]),
+    ("ministral", [32_000, 4096, 14_336, 32, 32, 8, 128]),
+    ("ministral3", [131_072, 4096, 14_336, 34, 32, 8, 128]),
+    ("smollm3", [128_256, 2048, 11_008, 36, 16, 4, 128]),
+    ("phi3", [32_064, 3072, 8192, 32, 32, 32, 96]),
+    ("olmo", [50_304, 4096, 11_008, 32, 32, 32, 128]),
+    ("olmo2", [50_304, 4096, 11_008, 32, 32, 32, 128]),
+    ("olmo3", [50_304, 4096, 11_008, 32, 32, 32, 128]),
+    ("granite", [32_000, 4096, 11_008, 32, 32, 32, 128]),
+    ("starcoder2", [49_152, 3072, 12_288, 30, 24, 2, 128]),
+    ("gemma", [256_000, 3072, 24_576, 28, 16, 16, 256]),
+    ("gemma2", [256_000, 2304, 9216, 26, 8, 4, 256]),
+    ("gemma3_text", [262_208, 2304, 9216, 26, 8, 4, 256]),
+    ("glm4", [151_552, 4096, 13_696, 40, 32, 2, 128]),
+    ("cohere", [256_000, 8192, 22_528, 40, 64, 64, 128]),
+    ("cohere2", [256_000, 8192, 22_528, 40, 64, 64, 128]),
+];
+
+#[test]
+fn absent_sizes_are_those_of_the_family() {
+    let sizes = |config: &ModelConfig| {
+        let heads = [config.num_attention_heads, config.num_key_value_heads, config.head_dim];
+        let widths = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers];
+        (widths, heads)
+    };
+    for (family, [vocab, hidden, inner, layers, heads, kv_heads, head_dim]) in DEFAULT_SIZES {
+        let config = parse(&json!({"model_type": family})).unwrap();
+        assert_eq!(sizes(&config), ([vocab, hidden, inner, layers], [heads, kv_heads, head_dim]), "{family}");
+    }
+    // the text part of a published Gemma 3 of 4 billion parameters says no more
+    let text = json!({
+        "hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024
+    });
+    let config = parse(&json!({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})).unwrap();
+    assert_eq!(sizes(&config), ([262_208, 2560, 10_240, 34], [8, 4, 256]));
+    assert_eq!(config.num_parameters(), 3_880_263_168);
+}
+
+#[test]
+fn unknown_keys_are_named() {
+    let misspelled = with(json!({"rms_norm_epsilon": 1e-3, "use_slidding_window": true, "num_hidden_layer": 9}));
+    let notes = parse(&misspelled).unwrap().notes;
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    for key in ["rms_norm_epsilon", "use_slidding_window", "num_hidden_layer"] {
+        assert!(notes[0].contains(&format!("`{key}`")), "{notes:?}");
+    }
+    assert!(parse(&with(json!({"misspelled": null, "another": false}))).unwrap().notes.is_empty());
+}
+
 #[test]
 fn windows_that_never_apply_are_accepted() {
     for changes in [
@@ -234,8 +289,8 @@ fn wrong_values_are_named_with_what_was_expected() {
         (with(json!({"layer_types": ["full_attention"]})), ["`layer_types`", "3 names", "list of 1"]),
         (with(json!({"model_type": 3})), ["`model_type`", "a string", "3"]),
         (without("model_type"), ["`model_type`", "expected", "no such key"]),
-        (without("vocab_size"), ["`vocab_size`", "expected", "no such key"]),
-        (without("num_key_value_heads"), ["`num_key_value_heads`", "expected", "no such key"]),
+        (with(json!({"vocab_size": null})), ["`vocab_size`", "whole number", "null"]),
+        (with(json!({"num_attention_heads": null})), ["`num_attention_heads`", "whole number", "null"]),
     ] {
         let error = parse(&value).expect_err(&value.to_string());
         assert!(matches!(error, Error::Format { .. }), "{error:?}");

@@ -10,6 +10,11 @@ use crate::ops::norm::NormKind;
 use crate::ops::rotary::Pairs;
 
 const DEFAULTS: Defaults = Defaults {
+    vocab_size: 256_000,
+    hidden_size: 8192,
+    intermediate_size: 22_528,
+    num_hidden_layers: 40,
+    num_attention_heads: 64,
     max_position_embeddings: 8192,
     norm_eps: ("layer_norm_eps", 1e-5),
     rope_theta: 500_000.0,
@@ -56,7 +61,6 @@ fn cohere(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
 
 /// Only the layers with a window have positions.
 fn cohere2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
-    config.head_dim = config.hidden_size / config.num_attention_heads;
     let mut description = base(config, keys)?;
     let pattern = keys.size("sliding_window_pattern")?.unwrap_or(4).max(1);
     let is_sliding = match layer_types(config, keys)? {

@@ -95,8 +95,10 @@ pub(super) fn activation(keys: &Keys, key: &str, default: Activation) -> Result<
     Ok(match keys.text(key)? {
         None => default,
         Some("silu" | "swish") => Activation::Silu,
-        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Activation::GeluTanh,
-        Some("gelu") => Activation::Gelu,
+        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_python_tanh") => {
+            Activation::GeluTanh
+        }
+        Some("gelu" | "gelu_python") => Activation::Gelu,
         Some("relu") => Activation::Relu,
         Some("relu2") => Activation::Relu2,
         Some(name) => {

@@ -14,6 +14,11 @@ use crate::ops::norm::NormKind;
 use serde_json::Value;
 
 const DEFAULTS: Defaults = Defaults {
+    vocab_size: 256_000,
+    hidden_size: 2304,
+    intermediate_size: 9216,
+    num_hidden_layers: 26,
+    num_attention_heads: 8,
     max_position_embeddings: 8192,
     tie_word_embeddings: true,
     head_dim: Some(256),
@@ -25,7 +30,14 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) const GEMMA: Family = Family {
     model_type: "gemma",
     architecture: "GemmaForCausalLM",
-    defaults: Defaults { num_key_value_heads: KeyValueHeads::Of(16), ..DEFAULTS },
+    defaults: Defaults {
+        hidden_size: 3072,
+        intermediate_size: 24_576,
+        num_hidden_layers: 28,
+        num_attention_heads: 16,
+        num_key_value_heads: KeyValueHeads::Of(16),
+        ..DEFAULTS
+    },
     describe: gemma,
 };
 
@@ -35,7 +47,7 @@ pub(super) const GEMMA2: Family =
 pub(super) const GEMMA3: Family = Family {
     model_type: "gemma3_text",
     architecture: "Gemma3ForCausalLM",
-    defaults: Defaults { max_position_embeddings: 131_072, rope_theta: 1e6, ..DEFAULTS },
+    defaults: Defaults { vocab_size: 262_208, max_position_embeddings: 131_072, rope_theta: 1e6, ..DEFAULTS },
     describe: gemma3,
 };
 

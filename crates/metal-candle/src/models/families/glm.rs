@@ -10,6 +10,9 @@ use crate::models::keys::Keys;
 use crate::ops::rotary::Pairs;
 
 const DEFAULTS: Defaults = Defaults {
+    vocab_size: 151_552,
+    intermediate_size: 13_696,
+    num_hidden_layers: 40,
     max_position_embeddings: 131_072,
     norm_eps: ("rms_norm_eps", 1.5625e-7),
     head_dim: Some(128),

@@ -10,6 +10,7 @@ use crate::models::keys::Keys;
 use crate::ops::rotary::RotaryScaling;
 
 const DEFAULTS: Defaults = Defaults {
+    intermediate_size: 14_336,
     max_position_embeddings: 131_072,
     num_key_value_heads: KeyValueHeads::Of(8),
     eos_token_ids: &[2],
@@ -26,9 +27,10 @@ pub(super) const MINISTRAL3: Family = Family {
     model_type: "ministral3",
     architecture: "Ministral3ForCausalLM",
     defaults: Defaults {
+        vocab_size: 131_072,
+        num_hidden_layers: 34,
         max_position_embeddings: 262_144,
         norm_eps: ("rms_norm_eps", 1e-5),
-        rope_theta: 1e6,
         head_dim: Some(128),
         ..DEFAULTS
     },
@@ -70,10 +72,8 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
         set_released_rotary(&mut description, config);
         return Ok(description);
     }
-    let original = rope.number("original_max_position_embeddings")?;
-    let original = original.map_or(config.max_position_embeddings, |original| original as usize);
     if let Some(beta) = rope.number("llama_4_scaling_beta")? {
-        let scaling = QueryScaling { beta, original_max_position_embeddings: original.max(1) };
+        let scaling = QueryScaling { beta, original_max_position_embeddings: rope.original };
         description.for_each_attention(|_, attention| attention.query_scaling = Some(scaling));
     }
     Ok(description)

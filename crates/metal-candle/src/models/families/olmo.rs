@@ -10,6 +10,7 @@ use crate::models::keys::Keys;
 use crate::ops::norm::NormKind;
 
 const DEFAULTS: Defaults = Defaults {
+    vocab_size: 50_304,
     max_position_embeddings: 2048,
     norm_eps: ("rms_norm_eps", 1e-5),
     eos_token_ids: &[50_279],

@@ -12,6 +12,9 @@ pub(super) const PHI3: Family = Family {
     model_type: "phi3",
     architecture: "Phi3ForCausalLM",
     defaults: Defaults {
+        vocab_size: 32_064,
+        hidden_size: 3072,
+        intermediate_size: 8192,
         max_position_embeddings: 4096,
         norm_eps: ("rms_norm_eps", 1e-5),
         eos_token_ids: &[32_000],
@@ -22,7 +25,7 @@ pub(super) const PHI3: Family = Family {
 
 /// Old files have other names for `longrope`.
 const ROPE: RopeOptions =
-    RopeOptions { layer_type: None, partial: Some(1.0), longrope_names: &["su", "yarn"], original_beside: Some(4096) };
+    RopeOptions { layer_type: None, partial: Some(1.0), longrope_names: &["su", "yarn"], original: Some(4096) };
 
 /// q, k and v, and gate and up, are one tensor each. Adapters extend these as PEFT does, with one A for all of its rows.
 fn phi3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {

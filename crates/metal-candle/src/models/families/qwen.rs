@@ -8,17 +8,20 @@ use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
 use crate::models::description::{Description, QkNormExtent, QkNormSpec};
 use crate::models::keys::Keys;
 
-pub(super) const QWEN2: Family = Family {
-    model_type: "qwen2",
-    architecture: "Qwen2ForCausalLM",
-    defaults: Defaults { num_key_value_heads: KeyValueHeads::Required, ..Defaults::BASE },
-    describe: qwen2,
+const DEFAULTS: Defaults = Defaults {
+    vocab_size: 151_936,
+    intermediate_size: 22_016,
+    num_key_value_heads: KeyValueHeads::Of(32),
+    ..Defaults::BASE
 };
+
+pub(super) const QWEN2: Family =
+    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", defaults: DEFAULTS, describe: qwen2 };
 
 pub(super) const QWEN3: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
-    defaults: Defaults { head_dim: Some(128), num_key_value_heads: KeyValueHeads::Required, ..Defaults::BASE },
+    defaults: Defaults { head_dim: Some(128), ..DEFAULTS },
     describe: qwen3,
 };
 

@@ -16,8 +16,8 @@ pub(super) struct RopeOptions {
     pub(super) partial: Option<f64>,
     /// Further names of `longrope` scaling.
     pub(super) longrope_names: &'static [&'static str],
-    /// The default of an `original_max_position_embeddings` that is beside the settings, never among them.
-    pub(super) original_beside: Option<usize>,
+    /// The default of the `original_max_position_embeddings` beside the settings, which goes before the one among them.
+    pub(super) original: Option<usize>,
 }
 
 /// The rotary settings of a configuration, in the old style or the new one.
@@ -27,6 +27,8 @@ pub(super) struct RopeKeys {
     pub(super) theta: f64,
     /// The rotated share of a head.
     pub(super) share: f64,
+    /// `original_max_position_embeddings`; the key beside the settings goes before the one among them.
+    pub(super) original: usize,
     pub(super) scaling: RotaryScaling,
 }
 
@@ -74,7 +76,20 @@ impl RopeKeys {
         if !(share > 0.0 && share <= 1.0) {
             return Err(keys.wrong("partial_rotary_factor", "a number above 0 and at most 1", &Value::from(share)));
         }
-        let mut settings = Self { rope, theta, share, scaling: RotaryScaling::Default };
+        let beside = match options.layer_type {
+            None => keys.size("original_max_position_embeddings")?.or(options.original),
+            Some(_) => None,
+        };
+        let among = match &rope {
+            Some((_, object)) => object.size("original_max_position_embeddings")?,
+            None => None,
+        };
+        let original = beside.or(among).unwrap_or(config.max_position_embeddings);
+        if original == 0 {
+            let found = Value::from(0);
+            return Err(keys.wrong("original_max_position_embeddings", "a whole number above 0", &found));
+        }
+        let mut settings = Self { rope, theta, share, original, scaling: RotaryScaling::Default };
         settings.scaling = settings.read_scaling(config, keys, options)?;
         Ok(settings)
     }
@@ -113,16 +128,17 @@ impl RopeKeys {
         };
         let kind = kind.unwrap_or("default");
         let kind = if options.longrope_names.contains(&kind) { "longrope" } else { kind };
-        let original = match options.original_beside {
-            Some(default) => keys.size("original_max_position_embeddings")?.unwrap_or(default),
-            None => rope.size("original_max_position_embeddings")?.unwrap_or(config.max_position_embeddings),
-        };
-        if original == 0 {
-            return Err(rope.wrong("original_max_position_embeddings", "at least 1", &Value::from(0)));
-        }
+        let original = self.original;
         let factor = |name: &str| -> Result<f64> {
             let value = rope.number(name)?.ok_or_else(|| rope.missing(name, "a number"))?;
             if value > 0.0 { Ok(value) } else { Err(rope.wrong(name, "a number above 0", &Value::from(value))) }
+        };
+        // transformers looks for `truncate` beside the types of layers, where it never is, and takes null for false
+        let truncate =
+            options.layer_type.is_some() || rope.flag("truncate")?.unwrap_or(!rope.map().contains_key("truncate"));
+        // zero is no bound, as transformers reads it
+        let beta = |name: &str, default: f64| -> Result<f64> {
+            Ok(rope.number(name)?.filter(|beta| *beta != 0.0).unwrap_or(default))
         };
         Ok(match kind {
             "default" => RotaryScaling::Default,
@@ -137,9 +153,9 @@ impl RopeKeys {
             "yarn" => RotaryScaling::Yarn {
                 factor: rope.number("factor")?,
                 original_max_position_embeddings: original,
-                beta_fast: rope.number("beta_fast")?.unwrap_or(32.0),
-                beta_slow: rope.number("beta_slow")?.unwrap_or(1.0),
-                truncate: rope.flag("truncate")?.unwrap_or(true),
+                beta_fast: beta("beta_fast", 32.0)?,
+                beta_slow: beta("beta_slow", 1.0)?,
+                truncate,
                 attention_factor: rope.number("attention_factor")?,
                 mscale: rope.number("mscale")?,
                 mscale_all_dim: rope.number("mscale_all_dim")?,

@@ -13,6 +13,10 @@ pub(super) const SMOLLM3: Family = Family {
     model_type: "smollm3",
     architecture: "SmolLM3ForCausalLM",
     defaults: Defaults {
+        vocab_size: 128_256,
+        hidden_size: 2048,
+        num_hidden_layers: 36,
+        num_attention_heads: 16,
         rope_theta: 2e6,
         tie_word_embeddings: true,
         num_key_value_heads: KeyValueHeads::Of(4),

@@ -13,6 +13,11 @@ pub(super) const STARCODER2: Family = Family {
     model_type: "starcoder2",
     architecture: "Starcoder2ForCausalLM",
     defaults: Defaults {
+        vocab_size: 49_152,
+        hidden_size: 3072,
+        intermediate_size: 12_288,
+        num_hidden_layers: 30,
+        num_attention_heads: 24,
         max_position_embeddings: 4096,
         norm_eps: ("norm_epsilon", 1e-5),
         tie_word_embeddings: true,
