@@ -32,7 +32,7 @@ def maybe(draw, share=0.5):
     return draw.random() < share
 
 
-def draw_rope(draw, rotated, types=("linear", "llama3", "yarn")):
+def draw_rope(draw, rotated, types=("linear", "llama3", "yarn", "dynamic", "longrope")):
     """Parameters of a rotary table for heads of which `rotated` values turn."""
     rope = dict(rope_type="default", rope_theta=draw.choice([1e4, 1e4, 5e5, 1e6, 1234.5, 100.0]))
     if maybe(draw):
@@ -43,7 +43,7 @@ def draw_rope(draw, rotated, types=("linear", "llama3", "yarn")):
         rope |= dict(low_freq_factor=draw.choice([1.0, 1, 2.0]), high_freq_factor=draw.choice([4.0, 4, 3.0]), original_max_position_embeddings=draw.choice([16, 32, 64]))
     elif kind == "yarn":
         rope["original_max_position_embeddings"] = draw.choice([32, 64, 400])
-        extra = dict(beta_fast=draw.choice([32.0, 16, 4.0]), beta_slow=draw.choice([1.0, 2, 0.5]), truncate=maybe(draw), mscale=1.0, mscale_all_dim=0.8, attention_factor=1.1)
+        extra = dict(beta_fast=draw.choice([32.0, 16, 4.0]), beta_slow=draw.choice([1.0, 2, 0.5]), truncate=draw.choice([True, False, None]), mscale=1.0, mscale_all_dim=0.8, attention_factor=1.1)
         rope |= {key: value for key, value in extra.items() if maybe(draw, 0.4)}
     elif kind == "longrope":
         rope |= dict(
@@ -53,6 +53,10 @@ def draw_rope(draw, rotated, types=("linear", "llama3", "yarn")):
             rope["attention_factor"] = 1.25
         if maybe(draw):
             del rope["factor"]
+        if len(types) > 1:
+            rope["original_max_position_embeddings"] = draw.choice([32, 64, 256])
+    elif kind == "dynamic":
+        rope["factor"] = draw.choice([2.0, 4])
     return rope
 
 
@@ -64,7 +68,7 @@ def draw_keys(draw, family):
     """Sizes and features for `build_config`."""
     kv_heads, layers = draw.choice([1, 2, 3]), draw.randint(1, 5)
     heads = kv_heads * draw.choice([1, 2, 3])
-    head_dim = draw.choice([8, 16, 20, 32])
+    head_dim = draw.choice([8, 16, 20, 32, 32, 6, 10, 48, 96])
     # llama and gemma insist on whole quotients, whatever the head's own width
     hidden = heads * draw.choice([head_dim, 8, 12])
     # transformers caches everything for a window of 1
@@ -76,16 +80,27 @@ def draw_keys(draw, family):
     eps = draw.choice([1e-5, 1e-6, 1e-3])
     keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith("cohere") else "rms_norm_eps"] = eps
     partial = 1.0
-    if family in ("phi3", "cohere2") or (head_dim * heads == hidden and maybe(draw)):
-        # transformers measures the tables of phi3 by hidden size and heads, and cohere2 ignores the key
+    if family == "phi3" or (head_dim * heads == hidden and maybe(draw)):
+        # transformers measures the tables of phi3 by hidden size and heads
         head_dim = hidden // heads
-        if family in ("ministral", "ministral3", "qwen3") or family.startswith(("gemma", "glm")):
+        if family in ("ministral", "ministral3", "qwen3", "seed_oss", "ernie4_5", "hunyuan_v1_dense") or family.startswith(("gemma", "glm")):
             keys["head_dim"] = head_dim
     else:
         keys["head_dim"] = head_dim
-    if family in ("llama", "qwen3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "cohere", "cohere2"):
+    if family in ("llama", "qwen3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "helium", "hunyuan_v1_dense"):
         keys["attention_bias"] = maybe(draw)
-    if family in ("llama", "smollm3", "granite"):
+    if family == "helium":
+        # its output projection is square
+        keys |= dict(hidden_size=heads * head_dim, head_dim=head_dim)
+    if family == "seed_oss":
+        keys["attention_out_bias"] = maybe(draw)
+    if family == "ernie4_5":
+        keys["use_bias"] = maybe(draw)
+    if family == "exaone4":
+        keys |= draw.choice([dict(sliding_window=None, layer_types=[FULL] * layers), dict(sliding_window=window), dict(sliding_window=window, sliding_window_pattern=2)])
+        if keys["sliding_window"] and maybe(draw):
+            keys["layer_types"] = draw_layer_types(draw, layers)
+    if family in ("llama", "smollm3", "granite", "arcee", "seed_oss", "helium"):
         keys["mlp_bias"] = maybe(draw)
     if family in ("qwen2", "qwen3"):
         keys |= dict(use_sliding_window=maybe(draw), sliding_window=window, max_window_layers=draw.randint(0, layers))
@@ -99,8 +114,16 @@ def draw_keys(draw, family):
         partial = draw.choice([0.5, 0.75, 1.0])
         if head_dim * partial % 2:
             partial = 1.0
-    types = ("longrope",) if family == "phi3" else ("linear", "llama3", "yarn")
-    rope = draw_rope(draw, int(head_dim * partial), types)
+    rope = draw_rope(draw, int(head_dim * partial), **(dict(types=("longrope",)) if family == "phi3" else {}))
+    if rope["rope_type"] == "dynamic":
+        # shorter than the longest text
+        keys["max_position_embeddings"] = 128
+        if family == "hunyuan_v1_dense" and maybe(draw):
+            rope["alpha"] = draw.choice([1.0, 1000.0])
+    if rope["rope_type"] in ("llama3", "yarn", "longrope") and family not in ("gemma3", "gemma3_text", "olmo3") and maybe(draw, 0.2):
+        keys["original_max_position_embeddings"] = draw.choice([32, 64])
+    if maybe(draw, 0.1):
+        keys["intermediate_size"] = transformers.AutoConfig.for_model(family).get_text_config().intermediate_size
     if family in ("phi3", "glm", "glm4"):
         rope["partial_rotary_factor"] = partial
     if family == "phi3":
@@ -145,7 +168,7 @@ def draw_keys(draw, family):
 
 FAMILIES = [
     "qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "smollm3", "phi3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "starcoder2",
-    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2",
+    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "ernie4_5", "helium", "exaone4", "hunyuan_v1_dense",
 ]
 
 
@@ -207,6 +230,10 @@ def edit_config(draw, folder):
         config.pop("original_max_position_embeddings", None)
     if kind == "smollm3" and config.get("no_rope_layers") and maybe(draw, 0.3):
         config["no_rope_layers"] = config["no_rope_layers"] + [1]
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if kind != "phi3" and config.get("original_max_position_embeddings") and rope and maybe(draw):
+        # the key beside the settings goes first
+        rope["original_max_position_embeddings"] = 4096
     if maybe(draw, 0.3):
         whole["a_key_nobody_knows"] = None
     path.write_text(json.dumps(whole, indent=2))
@@ -301,7 +328,7 @@ def check_step(checks, name, folder, adapter, draw):
             if error > worst:
                 worst, where = error, key
         # weights in half precision multiply gradients that are rounded like them
-        is_narrow = transformers.AutoConfig.from_pretrained(folder).get_text_config().dtype != torch.float32
+        is_narrow = any(tensor.dtype != torch.float32 for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
         return worst, 3e-2 if is_narrow else TOLERANCE, f"{len(gradients)} tensors, worst is {where}"
 
     checks.check(f"{name} step against peft", trained)
@@ -371,6 +398,7 @@ RENAMED = {
     "phi3": {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "(q|k)_proj": "qkv_proj"} | JOINED,
     "glm": JOINED,
     "glm4": JOINED,
+    "arcee": {"gate_proj": "up_proj"},
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
     "granitemoehybrid": {"gate_proj": "input_linear", "up_proj": "input_linear", "down_proj": "output_linear", "mlp.down_proj": "shared_mlp.output_linear"},
 }

@@ -101,7 +101,21 @@ CASES = {
     ),
     "qwen2": dict(model_type="qwen2", num_key_value_heads=1, rope_parameters=PLAIN),
     "mistral3-multimodal": dict(model_type="mistral3", head_dim=8, sliding_window=4, rope_parameters=PLAIN),
+    "arcee": dict(model_type="arcee", head_dim=16, attention_bias=True, mlp_bias=True, rope_parameters=YARN | dict(truncate=None)),
+    "exaone4": dict(
+        model_type="exaone4", num_hidden_layers=3, head_dim=16, sliding_window=4, layer_types=[SLIDING, FULL, SLIDING], rope_parameters=LLAMA3,
+    ),
+    "seed_oss": dict(model_type="seed_oss", num_key_value_heads=1, head_dim=16, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+    "ernie4_5": dict(model_type="ernie4_5", head_dim=16, use_bias=True, tie_word_embeddings=True, rope_parameters=PLAIN),
+    "helium": dict(model_type="helium", head_dim=8, attention_bias=True, mlp_bias=True, rope_parameters=PLAIN),
+    "hunyuan_v1_dense": dict(
+        model_type="hunyuan_v1_dense", head_dim=16, attention_bias=True, rope_parameters=dict(rope_type="dynamic", rope_theta=1e2, factor=1.0, alpha=30.0),
+    ),
+    "llama-original": dict(model_type="llama", original_max_position_embeddings=16, rope_parameters=LLAMA3),
+    "cohere2-heads": dict(model_type="cohere2", head_dim=16, sliding_window=4, tie_word_embeddings=True, layer_types=[SLIDING, FULL]),
 }
+# What config.json says in place of what transformers writes, and means the same to it: the key beside the settings goes first.
+FILES = {"llama-original": dict(rope_parameters=LLAMA3)}
 # A case's number makes its seed: new cases go to the end.
 LENGTH, PROMPT, GENERATED = 24, 8, 16
 # Two equally good tokens must not decide a test.
@@ -126,6 +140,7 @@ def make_case(name, keys, seed):
     model = make_model(config, seed)
     ids = torch.randint(0, config.get_text_config().vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(seed)).tolist()
     text, weights = saved_files(model)
+    text = json.dumps(json.loads(text) | FILES.get(name, {}), indent=2) + "\n"
     with torch.no_grad():
         logits = logits_of(model, ids)
     greedy, lead = greedy_tokens(model, ids[:PROMPT], GENERATED)

@@ -80,12 +80,17 @@ fn family_names() -> Vec<String> {
 
 /// What a GGUF file cannot hold of the families' models, by name.
 const REFUSED: &[(&str, &str)] = &[
+    ("arcee", "a model of type `arcee`"),
+    ("ernie4_5", "a model of type `ernie4_5`"),
+    ("exaone4", "a model of type `exaone4`"),
     ("gemma2", "its scale of scores"),
     ("gemma3-multimodal", "its scale of scores"),
     ("gemma3-text", "its scale of scores"),
     ("glm", "a model of type `glm`"),
     ("granitemoehybrid-nope", "a model of type `granitemoehybrid`"),
     ("granitemoehybrid-rope", "a model of type `granitemoehybrid`"),
+    ("helium", "a model of type `helium`"),
+    ("hunyuan_v1_dense", "a model of type `hunyuan_v1_dense`"),
     ("llama-dynamic", "its rotary positions"),
     ("llama-yarn", "its rotary positions"),
     ("ministral", "a model of type `ministral`"),
@@ -96,6 +101,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("qwen2-window", "its attention windows"),
     ("qwen2-yarn", "its rotary positions"),
     ("qwen3", "its attention windows"),
+    ("seed_oss", "a model of type `seed_oss`"),
     ("smollm3", "its attention windows"),
 ];
 

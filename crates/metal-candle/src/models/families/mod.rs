@@ -1,17 +1,23 @@
 //! Model families: each file turns the keys of one `model_type` into a description.
 
+mod arcee;
 mod cohere;
 mod common;
+mod ernie4_5;
+mod exaone4;
 mod family;
 mod gemma;
 mod glm;
 mod granite;
+mod helium;
+mod hunyuan_v1_dense;
 mod llama;
 mod mistral;
 mod olmo;
 mod phi3;
 mod qwen;
 mod rotary;
+mod seed_oss;
 mod smollm3;
 mod starcoder2;
 
@@ -19,8 +25,11 @@ pub(crate) use family::Family;
 
 /// Each `model_type` that can be loaded.
 const FAMILIES: &[&Family] = &[
+    &arcee::ARCEE,
     &cohere::COHERE,
     &cohere::COHERE2,
+    &ernie4_5::ERNIE4_5,
+    &exaone4::EXAONE4,
     &gemma::GEMMA,
     &gemma::GEMMA2,
     &gemma::GEMMA3,
@@ -28,6 +37,8 @@ const FAMILIES: &[&Family] = &[
     &glm::GLM4,
     &granite::GRANITE,
     &granite::GRANITE_HYBRID,
+    &helium::HELIUM,
+    &hunyuan_v1_dense::HUNYUAN,
     &llama::LLAMA,
     &mistral::MINISTRAL,
     &mistral::MINISTRAL3,
@@ -38,6 +49,7 @@ const FAMILIES: &[&Family] = &[
     &phi3::PHI3,
     &qwen::QWEN2,
     &qwen::QWEN3,
+    &seed_oss::SEED_OSS,
     &smollm3::SMOLLM3,
     &starcoder2::STARCODER2,
 ];
