@@ -54,7 +54,8 @@ def draw_rope(draw, rotated, types=("linear", "llama3", "yarn", "dynamic", "long
         if maybe(draw):
             del rope["factor"]
         if len(types) > 1:
-            rope["original_max_position_embeddings"] = draw.choice([32, 64, 256])
+            # generation must not cross this length: outside Phi-3 transformers keeps the keys of the shorter table in its cache
+            rope["original_max_position_embeddings"] = draw.choice([8, 256])
     elif kind == "dynamic":
         rope["factor"] = draw.choice([2.0, 4])
     return rope
@@ -121,7 +122,7 @@ def draw_keys(draw, family):
         if family == "hunyuan_v1_dense" and maybe(draw):
             rope["alpha"] = draw.choice([1.0, 1000.0])
     if rope["rope_type"] in ("llama3", "yarn", "longrope") and family not in ("gemma3", "gemma3_text", "olmo3") and maybe(draw, 0.2):
-        keys["original_max_position_embeddings"] = draw.choice([32, 64])
+        keys["original_max_position_embeddings"] = draw.choice([8, 256])
     if maybe(draw, 0.1):
         keys["intermediate_size"] = transformers.AutoConfig.for_model(family).get_text_config().intermediate_size
     if family in ("phi3", "glm", "glm4"):
