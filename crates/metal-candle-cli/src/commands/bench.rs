@@ -175,7 +175,8 @@ impl Subject {
             let dtype = flags.dtype.unwrap_or(WeightType::Bf16).dtype();
             let config = shape.config()?;
             let needed = config.num_bytes(dtype);
-            if let Some(memory) = device.memory().filter(|memory| memory.free < needed) {
+            let is_whole = flags.quantize.is_none();
+            if let Some(memory) = device.memory().filter(|memory| is_whole && memory.free < needed) {
                 let sizes = [needed, memory.free].map(|size| crate::output::bytes(size as u64));
                 let message = format!("{} takes {} for its weights, {} are free", shape.name(), sizes[0], sizes[1]);
                 return Err(UserError::new(message).with_hint("a smaller --shape").into());
