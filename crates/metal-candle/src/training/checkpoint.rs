@@ -1,4 +1,4 @@
-//! An adapter in one file.
+//! Saves an adapter as one safetensors file, and loads it.
 
 use crate::adapters::{CheckpointMetadata, LoRAAdapter, load_single_file, save_single_file};
 use crate::error::Result;
@@ -21,7 +21,7 @@ pub fn save_checkpoint(
 /// Reads what [`save_checkpoint`] wrote.
 ///
 /// # Errors
-/// The file is missing, damaged or of another kind, or tensors do not fit the model; all of these are listed.
+/// The file is missing or damaged or is not such a file, or tensors do not fit the model; all of them are listed.
 pub fn load_checkpoint(model: &Model, path: impl AsRef<Path>) -> Result<(LoRAAdapter, CheckpointMetadata)> {
     load_single_file(model, path.as_ref())
 }

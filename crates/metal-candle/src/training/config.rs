@@ -8,7 +8,7 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use std::path::PathBuf;
 
-/// The usual settings of a training run; the `with_*` methods of [`Trainer`](super::Trainer) have more.
+/// The common settings of a training run; the `with_*` methods of [`Trainer`](super::Trainer) set the others.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainingConfig {
     /// Passes over the data.
@@ -17,7 +17,7 @@ pub struct TrainingConfig {
     pub lr_scheduler: LRScheduler,
     /// Settings of AdamW; [`Trainer::with_optimizer`](super::Trainer::with_optimizer) takes another optimizer.
     pub optimizer_config: AdamWConfig,
-    /// Gradients whose global norm is larger are scaled down to it.
+    /// Gradients with a larger global norm are scaled down to this norm.
     pub max_grad_norm: Option<f64>,
 }
 
@@ -32,16 +32,16 @@ impl Default for TrainingConfig {
     }
 }
 
-/// What the `with_*` methods of the trainer set.
+/// The settings of the trainer's `with_*` methods.
 #[derive(Debug, Clone)]
 pub(super) struct Options {
-    /// In place of AdamW with the settings of the configuration.
+    /// Replaces AdamW with the settings of the configuration.
     pub(super) optimizer: Option<OptimizerConfig>,
     pub(super) lora_plus_ratio: Option<f64>,
     pub(super) decay_matrices_only: bool,
     pub(super) batch_tokens: usize,
     pub(super) batch_samples: usize,
-    /// Batches with more tokens are computed in parts.
+    /// Batches with more tokens are split into micro-batches.
     pub(super) micro_batch_tokens: Option<usize>,
     pub(super) checkpointed_blocks: usize,
     pub(super) batches: Option<Vec<Vec<usize>>>,
@@ -56,9 +56,9 @@ pub(super) struct Options {
     pub(super) save_interval: Option<usize>,
     pub(super) kept_checkpoints: usize,
     pub(super) resume: bool,
-    /// The processes that train together, if this one does not train alone.
+    /// The ranks that train together; none if this process trains alone.
     pub(super) group: Option<Group>,
-    /// What is known before the start.
+    /// Warnings found before the run starts.
     pub(super) warnings: Vec<TrainingWarning>,
 }
 
@@ -108,7 +108,7 @@ impl Options {
         ParameterGroup {
             learning_rate_factor: self.lora_plus_ratio.map_or(1.0, |ratio| {
                 if parameter.name.contains("embed_tokens.lora_") {
-                    // the rate itself is given, the schedule scales it
+                    // the setting is an absolute rate, and the schedule multiplies it by a factor
                     if highest_rate > 0.0 { LORA_PLUS_EMBEDDING_RATE / highest_rate } else { 0.0 }
                 } else if parameter.name.ends_with("lora_B") || is_vector {
                     ratio
@@ -121,7 +121,7 @@ impl Options {
     }
 }
 
-/// The learning rate of adapters of embeddings beside LoRA+'s ratio, as PEFT has it.
+/// The learning rate of embedding adapters with LoRA+, as in PEFT.
 const LORA_PLUS_EMBEDDING_RATE: f64 = 1e-6;
 
 pub(super) fn check(config: &TrainingConfig, options: &Options) -> Result<()> {

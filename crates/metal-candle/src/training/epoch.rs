@@ -12,7 +12,7 @@ pub(super) fn plan_epoch(options: &Options, dataset: &Dataset, order: &mut Rando
     let batches = if let Some(batches) = &options.batches {
         let is_known = |&index: &usize| index < dataset.len();
         if batches.is_empty() || !batches.iter().all(|batch| !batch.is_empty() && batch.iter().all(is_known)) {
-            let message = format!("each batch needs samples with numbers below {}", dataset.len());
+            let message = format!("each batch needs sample indices below {}", dataset.len());
             return Err(Error::argument("batches", message));
         }
         batches.clone()

@@ -1,4 +1,4 @@
-//! The loss of a dataset.
+//! Measures the loss of a model on a dataset.
 
 use super::distributed::Group;
 use super::samples::{check_dataset, count_tokens, shorten, source_of};
@@ -17,7 +17,7 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// Mean in nats a trained token.
+    /// Mean in nats per trained token.
     pub fn loss(&self) -> f64 {
         self.total_loss / self.trained_tokens.max(1) as f64
     }
@@ -43,8 +43,8 @@ pub fn evaluate(
     evaluate_in(None, model, terms, dataset, batch_tokens)
 }
 
-/// The same by all ranks of a group: each takes its share of the batches, and the losses of batches are added up in the same
-/// order however many ranks there are.
+/// Like [`evaluate`], shared by all ranks of a group. The losses of batches are summed in one order, whatever the number
+/// of ranks.
 pub(super) fn evaluate_in(
     group: Option<&Group>,
     model: &Model,
@@ -74,7 +74,7 @@ pub(super) fn evaluate_in(
     Ok(Evaluation { total_loss: sums.iter().sum(), trained_tokens: count_tokens(dataset, batches.iter().flatten()).1 })
 }
 
-/// The error for a batch whose loss is not finite: its samples are measured by themselves.
+/// The error for a batch whose loss is not finite; measures each sample alone to name the rows at fault.
 fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, indices: &[usize]) -> Result<Error> {
     let (mut total, mut rows) = (0.0, Vec::new());
     let mut indices = indices.to_vec();
@@ -89,7 +89,7 @@ fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, in
         }
     }
     if rows.is_empty() {
-        // only the sum of the batch overflows
+        // each sample is finite, only the sum of the batch overflows
         (total, rows) = (f64::NAN, indices.iter().map(|&index| source_of(dataset, index)).collect());
     }
     Ok(Error::NonFiniteEvaluation { loss: total, rows: shorten(rows) })

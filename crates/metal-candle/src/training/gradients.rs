@@ -7,7 +7,7 @@ use crate::ops::products::add_scaled;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels as kernels;
 
-/// Gradients added up over the micro-batches of a step, in one flat f32 tensor.
+/// Gradients accumulated over the micro-batches of a step, in one flat f32 tensor.
 #[derive(Debug)]
 pub(crate) struct GradientSum(Tensor);
 
@@ -16,8 +16,8 @@ impl GradientSum {
         Ok(Self(Tensor::zeros(num_parameters, DType::F32, device)?))
     }
 
-    /// Adds gradients, each to the elements from its offset on, or puts them there when they are the `first` of a step. Views
-    /// of `together` with the same distances as the offsets are taken at once.
+    /// Adds each gradient to the elements from its offset on, or overwrites them if it is the `first` of a step. If all are
+    /// views of `together` laid out like the offsets, they are added in one operation.
     pub(crate) fn add(&mut self, parts: &[(usize, &Tensor)], together: Option<&Tensor>, first: bool) -> Result<()> {
         let mut parts = parts.iter().copied().peekable();
         while let Some((offset, gradient)) = parts.next() {
@@ -68,7 +68,7 @@ impl GradientSum {
     }
 }
 
-/// Where `part`, contiguous, begins in the flat tensor `all`, if it is a view of it.
+/// The offset of the contiguous `part` in the flat tensor `all`, if it is a view of it.
 fn start_in(part: &Tensor, all: &Tensor) -> Option<usize> {
     let ((of_part, layout), (of_all, all)) = (part.storage_and_layout(), all.storage_and_layout());
     let is_view = std::ptr::eq(&raw const *of_part, &raw const *of_all) && layout.is_contiguous();
@@ -90,11 +90,11 @@ pub fn global_norm(tensor: &Tensor) -> Result<f64> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         candle_core::Storage::Cpu(storage) => Ok(kernels::sum_of_squares(part(storage, layout)?).sqrt()),
-        _ => Err(Error::Device("a tensor of the CPU is not there".into())),
+        _ => Err(Error::Bug("a tensor on the CPU has no CPU storage".into())),
     }
 }
 
-/// The factor that brings gradients of norm `norm` down to `max_norm`, as torch's `clip_grad_norm_`.
+/// The factor that scales gradients of norm `norm` down to `max_norm`, like PyTorch's `clip_grad_norm_`.
 pub(crate) fn clip_factor(norm: f64, max_norm: Option<f64>) -> f64 {
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
 }
@@ -106,7 +106,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn gradients_add_up_where_they_belong() {
+    fn gradients_are_added_at_their_offsets() {
         let mut sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
         let gradient = Tensor::new(&[[1.0_f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
         sum.add(&[(1, &gradient)], None, true).unwrap();
@@ -117,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn gradients_that_lie_together_are_taken_at_once() {
+    fn adjacent_gradients_are_added_in_one_operation() {
         let all = Tensor::new(&[1.0_f32, 2.0, 3.0, 4.0, 5.0], &Device::Cpu).unwrap();
         let part = |start, len| all.narrow(0, start, len).unwrap();
         let mut sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
-        // whole: the sum is the tensor itself
+        // all of it: the sum is the tensor itself
         sum.add(&[(0, &part(0, 2)), (2, &part(2, 3))], Some(&all), true).unwrap();
         assert_eq!(start_in(sum.tensor(), &all), Some(0));
-        // in another order, and one that is no part of it
+        // in another order, and one that is not a view of it
         let mut sum = GradientSum::zeros(6, &Device::Cpu).unwrap();
         let other = Tensor::new(&[10.0_f32], &Device::Cpu).unwrap();
         let parts = [(0, &part(3, 2)), (2, &other), (3, &part(0, 1)), (4, &part(1, 2))];
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn clipping_is_that_of_torch() {
+    fn clipping_matches_pytorch() {
         assert_eq!(clip_factor(0.5, Some(1.0)), 1.0);
         assert!((clip_factor(4.0, Some(1.0)) - 1.0 / (4.0 + 1e-6)).abs() < 1e-15);
         assert_eq!(clip_factor(4.0, None), 1.0);

@@ -1,10 +1,10 @@
-//! CPU tensors changed in place.
+//! Changes CPU tensors in place.
 
 use crate::error::Result;
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 use std::cell::Cell;
 
-/// Changes the elements of a u8 tensor of the CPU.
+/// Changes the elements of a u8 tensor on the CPU.
 pub(super) fn change_bytes(
     tensor: &Tensor,
     change: impl FnOnce(&mut [u8]) -> candle_core::Result<()>,
@@ -12,7 +12,7 @@ pub(super) fn change_bytes(
     tensor.inplace_op1(&Change(Cell::new(Some(change))))
 }
 
-/// Changes the elements of an f32 tensor of the CPU, given those of another.
+/// Changes the elements of an f32 tensor on the CPU, given those of another tensor.
 pub(super) fn change_with(
     tensor: &Tensor,
     other: &Tensor,
@@ -21,7 +21,7 @@ pub(super) fn change_with(
     Ok(tensor.inplace_op2(other, &Change(Cell::new(Some(change))))?)
 }
 
-/// A change that is made once.
+/// A change that is applied once.
 struct Change<F>(Cell<Option<F>>);
 
 impl<F: FnOnce(&mut [u8]) -> candle_core::Result<()>> InplaceOp1 for Change<F> {
@@ -32,7 +32,7 @@ impl<F: FnOnce(&mut [u8]) -> candle_core::Result<()>> InplaceOp1 for Change<F> {
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
         match (storage, layout.contiguous_offsets(), self.0.take()) {
             (CpuStorage::U8(values), Some((start, end)), Some(change)) => change(&mut values[start..end]),
-            _ => candle_core::bail!("a contiguous u8 tensor is wanted"),
+            _ => candle_core::bail!("expected a contiguous u8 tensor"),
         }
     }
 }
@@ -53,7 +53,7 @@ impl<F: FnOnce(&mut [f32], &[f32]) -> candle_core::Result<()>> InplaceOp2 for Ch
             (CpuStorage::F32(values), Some((start, end)), Some(change)) => {
                 change(&mut values[start..end], part(other, other_layout)?)
             }
-            _ => candle_core::bail!("a contiguous f32 tensor is wanted"),
+            _ => candle_core::bail!("expected a contiguous f32 tensor"),
         }
     }
 }
@@ -62,6 +62,6 @@ impl<F: FnOnce(&mut [f32], &[f32]) -> candle_core::Result<()>> InplaceOp2 for Ch
 pub(super) fn part<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
-        _ => candle_core::bail!("a contiguous f32 tensor is wanted"),
+        _ => candle_core::bail!("expected a contiguous f32 tensor"),
     }
 }

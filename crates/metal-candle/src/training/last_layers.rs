@@ -1,4 +1,4 @@
-//! Training the last decoder blocks as a whole.
+//! Trains all parameters of the last decoder blocks.
 
 use super::trained::{Parameter, Trained};
 use super::whole_parameters::WholeParameters;
@@ -99,7 +99,7 @@ impl Trained for LastLayers {
         self.model.activation_dtype() != DType::F32
     }
 
-    /// Writes the trained parameters alone.
+    /// Writes the trained parameters only.
     fn save_files(&self, folder: &Path) -> Result<()> {
         let mut tensors = Vec::with_capacity(self.places.len());
         for (name, tensor) in self.parameters().iter() {

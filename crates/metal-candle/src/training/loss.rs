@@ -1,4 +1,4 @@
-//! Losses of given logits, and the units they are reported in.
+//! Computes the cross-entropy of logits, and converts losses to perplexity and bits per byte.
 //!
 //! Training itself uses [`Model::loss_and_gradients`](crate::Model::loss_and_gradients), which never holds the logits
 //! of all tokens.
@@ -56,15 +56,15 @@ pub fn cross_entropy_rows(logits: &Tensor, targets: &Tensor, label_smoothing: f6
 /// `logits` is `[tokens, vocab]`, `targets` `[tokens]` of `u32`.
 ///
 /// # Errors
-/// As [`cross_entropy_rows`]; also when there is no token.
+/// As [`cross_entropy_rows`]; also if there are no tokens.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, label_smoothing: f64) -> Result<Tensor> {
     if targets.elem_count() == 0 {
-        return Err(Error::argument("targets", "there is no token to take the mean over"));
+        return Err(Error::argument("targets", "expected at least one token"));
     }
     Ok(cross_entropy_rows(logits, targets, label_smoothing)?.mean_all()?)
 }
 
-/// `exp(loss)`: among how many equally likely tokens a model with this mean loss, in nats a token, chooses.
+/// `exp(loss)` of a mean loss in nats per token: the number of equally likely tokens with the same loss.
 pub fn perplexity(loss: f64) -> f64 {
     loss.exp()
 }

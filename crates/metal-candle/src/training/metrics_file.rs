@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one line a step or evaluation, without times, so that equal runs write equal bytes.
+//! Writes `metrics.jsonl`: one line per step or evaluation, without times, so that equal runs write equal bytes.
 
 use super::report::{EvaluationMetrics, StepMetrics};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ pub(super) struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Opens the file for appending, after everything later than `step` has been cut off; all of it if `step` is none.
+    /// Opens the file for appending and truncates it after `step`; without a `step` it becomes empty.
     pub(super) fn open(path: &Path, step: Option<usize>) -> Result<Self> {
         let mut file = open_to_append(path)?;
         let kept = match step {
@@ -40,7 +40,7 @@ impl MetricsFile {
         self.append(&json!({"event": "evaluation", "step": evaluation.step, "loss": evaluation.loss}))
     }
 
-    /// Brings the lines to the disk.
+    /// Flushes the lines to disk.
     pub(super) fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|source| Error::write(&self.path, source))
     }
@@ -52,7 +52,7 @@ impl MetricsFile {
     }
 }
 
-/// The length of the complete lines at the beginning that tell of `step` or earlier steps.
+/// The length of the leading complete lines of `step` and earlier steps.
 fn bytes_up_to(file: &File, step: usize) -> std::io::Result<u64> {
     let mut lines = BoundedLines::new(BufReader::new(file), MAX_METRICS_LINE_BYTES);
     let mut kept = 0;

@@ -1,4 +1,4 @@
-//! Splits batches into micro-batches that fit the memory.
+//! Splits batches into micro-batches that fit in memory.
 
 use super::config::Options;
 use super::distributed::Group;
@@ -69,7 +69,8 @@ impl MicroBatching {
         // memory that earlier steps freed may still count as used
         let left = (memory.used + memory.free).saturating_sub(resting);
         if needed > left {
-            let message = format!("a batch of {} tokens needs {needed} bytes, {left} are left", batch.num_tokens());
+            let message =
+                format!("a batch of {} tokens needs {needed} bytes, {left} bytes are free", batch.num_tokens());
             return Err(Error::OutOfMemory(message));
         }
         Ok(())
@@ -104,7 +105,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     thread_local! {
-        /// Checks that pass before those that fail, and how many fail.
+        /// The number of checks that pass first, and the number of checks that fail after them.
         static FAILURES: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
     }
 
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_made_again_with_less_when_memory_runs_out() {
+    fn a_step_is_repeated_with_smaller_micro_batches_when_memory_runs_out() {
         let expected = trainer().with_batch_tokens(80).train(&dataset()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let warnings = Arc::new(Mutex::new(Vec::new()));
@@ -143,7 +144,7 @@ mod tests {
             }
             ControlFlow::Continue(())
         });
-        // the second step fails with 80 tokens at once, with 40, with 20 and then with blocks kept
+        // the second step fails with micro-batches of 80 and of 40 tokens, then with 20 and no checkpointed blocks
         FAILURES.set((1, 3));
         let metrics = trainer.train(&dataset()).unwrap();
         assert_eq!(metrics.num_steps, 2);
@@ -163,11 +164,11 @@ mod tests {
             })
             .collect();
         assert_eq!(found, [(1, Some(40), 0), (1, Some(20), 0), (1, Some(20), 3)]);
-        assert!(folder.path().join("checkpoints/step-000001").is_dir(), "what was trained is saved first");
+        assert!(folder.path().join("checkpoints/step-000001").is_dir(), "the state before the failed step is saved");
     }
 
     #[test]
-    fn all_ranks_compute_less_when_one_runs_out_of_memory() {
+    fn all_ranks_shrink_micro_batches_when_one_runs_out_of_memory() {
         let expected = trainer().with_batch_tokens(80).train(&dataset()).unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let train = |rank: usize| {
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_nothing_helps_ends_with_an_error() {
+    fn a_run_that_cannot_shrink_further_returns_an_error() {
         FAILURES.set((0, 100));
         let failed = trainer().train(&dataset());
         FAILURES.set((0, 0));

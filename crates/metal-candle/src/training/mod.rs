@@ -1,4 +1,4 @@
-//! Training: losses, optimizer, schedules, checkpoints and the trainer.
+//! Trains adapters and models: [`Trainer`], losses, optimizers, schedules, checkpoints and warnings.
 
 mod checkpoint;
 mod config;

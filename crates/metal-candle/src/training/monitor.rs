@@ -1,54 +1,54 @@
-//! Watches the losses and gradients of a run for what a colleague would point at.
+//! Watches the losses and gradients of a run and returns warnings about spikes, divergence and over-fitting.
 
 use super::report::{EvaluationMetrics, StepMetrics};
 use super::warnings::TrainingWarning;
 use std::collections::VecDeque;
 
-/// Steps that a running median looks back on.
+/// The number of steps in the window of a running median.
 const WINDOW: usize = 100;
-/// Steps that must have been seen before one of them can be odd.
+/// The number of steps before the first warning.
 const MIN_HISTORY: usize = 12;
-/// A loss is a spike above the median times this, and
+/// A loss is a spike if it exceeds the median by this factor,
 const SPIKE_RATIO: f64 = 1.5;
-/// by so many standard deviations of the noise of its logarithm, as both losses and norms have long upper tails.
+/// and by this many standard deviations of the noise of its logarithm: both losses and norms have long upper tails.
 const SPIKE_DEVIATIONS: f64 = 6.0;
-/// A gradient norm has exploded above the median times this, and by as many standard deviations.
+/// A gradient norm has exploded if it exceeds the median by this factor, and by [`SPIKE_DEVIATIONS`].
 const EXPLOSION_RATIO: f64 = 10.0;
-/// Gradient norms below the usual clipping norm are no danger, however small those before.
+/// Gradient norms up to the common clipping norm are harmless, however small the previous ones.
 const HARMLESS_GRAD_NORM: f64 = 1.0;
-/// Steps whose median is the loss now.
+/// The current loss is the median of this many steps.
 const LEVEL_STEPS: usize = 10;
-/// The loss has risen if it is above the lowest level of the first steps by this share of it,
+/// The loss has risen if it exceeds the lowest level of the first steps by this share,
 const RISE_FROM_START: f64 = 0.1;
-/// or above the lowest level since by this share,
+/// or the lowest level since then by this share,
 const RISE_FROM_BEST: f64 = 0.5;
-/// in any case by so many nats, and so with spikes, as all losses are small once rows are known by heart,
+/// and by this many nats (spikes, too): differences are meaningless once rows are memorized and losses tiny,
 const MIN_RISE: f64 = 0.2;
-/// and by so many standard deviations of the noise of one step.
+/// and by this many standard deviations of the noise of one step.
 const RISE_DEVIATIONS: f64 = 4.0;
-/// Evaluations in a row above the best one that are over-fitting when the training loss falls,
+/// A run over-fits if this many evaluations in a row are worse than the best one while the training loss falls,
 const OVERFITTING_EVALUATIONS: usize = 3;
-/// if the held-out loss has risen by this share.
+/// and the validation loss has risen by this share.
 const OVERFITTING_RISE: f64 = 0.01;
-/// Steps after a warning without another of its kind; twice as many after each further one.
-const QUIET_STEPS: usize = 50;
-/// The standard deviation of normal noise by the median of its absolute values.
+/// The number of steps without a second warning of the same kind; it doubles after each warning.
+const BACKOFF_STEPS: usize = 50;
+/// The standard deviation of normal noise divided by the median of its absolute values.
 const DEVIATION_BY_MEDIAN: f64 = 1.4826;
 
-/// Finds what is odd about the steps and evaluations of a run, given one after another.
+/// Checks the steps and evaluations of a run, passed in order, and returns warnings.
 ///
-/// All rules compare with medians of the last 100 steps, and measure noise by the median absolute difference of
-/// neighbouring steps, which neither a trend nor a few odd values change:
+/// All rules compare with medians of the last 100 steps. They measure noise by the median absolute difference of
+/// neighbouring steps, which is robust against trends and outliers:
 ///
 /// - a spike: a loss above 1.5 medians, and above the median by 6 standard deviations of the logarithm and by 0.2 nats;
-/// - an explosion: a gradient norm above 1, above 10 medians, and by 6 such deviations;
-/// - a loss that rises: the median of the last 10 losses is above that of the first 3, 5 or 10 by a tenth, or above the
-///   lowest so far by half; by 0.2 nats and by 4 standard deviations at least. Or a held-out loss that is a tenth above the
-///   first one while the training loss does not fall;
-/// - over-fitting: three evaluations in a row above the best one, the last by 1 %, while the training loss fell.
+/// - an explosion: a gradient norm above 1, above 10 medians, and above the median by 6 of these deviations;
+/// - a rising loss: the median of the last 10 losses exceeds the median of the first 3, 5 or 10 by a tenth, or the
+///   lowest so far by half, and in both cases by 0.2 nats and 4 standard deviations. Or the validation loss exceeds the
+///   first one by a tenth while the training loss does not fall;
+/// - over-fitting: three evaluations in a row are worse than the best one, the last by 1 %, while the training loss fell.
 ///
-/// After a warning its kind is silent for 50 steps, then for 100, and so on; the last two kinds come once a run. A run
-/// that is resumed begins with no history.
+/// After a warning, no other of its kind is returned for 50 steps, then for 100, and so on; the last two kinds are
+/// returned once per run. A resumed run starts without history.
 #[derive(Debug, Clone, Default)]
 pub struct TrainingMonitor {
     max_grad_norm: Option<f64>,
@@ -59,8 +59,8 @@ pub struct TrainingMonitor {
     highest_learning_rate: f64,
     /// Lowest median of [`LEVEL_STEPS`] losses, with its step.
     best_level: Option<(usize, f64)>,
-    spikes: Quiet,
-    explosions: Quiet,
+    spikes: Backoff,
+    explosions: Backoff,
     has_risen: bool,
     has_overfitted: bool,
     /// Sum and number of the losses since the last evaluation.
@@ -70,7 +70,7 @@ pub struct TrainingMonitor {
     evaluations_since_best: usize,
 }
 
-/// An evaluation, and the mean training loss between it and the one before.
+/// An evaluation, and the mean training loss since the previous evaluation.
 #[derive(Debug, Clone, Copy)]
 struct Evaluated {
     step: usize,
@@ -84,7 +84,7 @@ impl TrainingMonitor {
         Self { max_grad_norm, ..Self::default() }
     }
 
-    /// Takes note of a step.
+    /// Records a step and returns the warnings about it.
     pub fn step(&mut self, step: &StepMetrics) -> Vec<TrainingWarning> {
         let mut warnings = Vec::new();
         let &StepMetrics { step, loss, grad_norm, learning_rate, .. } = step;
@@ -119,14 +119,14 @@ impl TrainingMonitor {
         warnings
     }
 
-    /// Whether the level of the loss has risen.
+    /// Returns a warning once the level of the loss has risen.
     fn rise(&mut self, step: usize) -> Option<TrainingWarning> {
         if self.has_risen || self.losses.len() < 2 * LEVEL_STEPS {
             return None;
         }
         let now = self.losses.median_of_last(LEVEL_STEPS);
         let noise = RISE_DEVIATIONS * self.losses.deviation();
-        // the first losses alone, as the update may have driven them up already
+        // the first few losses alone, too: later ones may have been driven up by the updates
         let levels = [3, 5, LEVEL_STEPS].map(|steps| median(&self.first_losses[..steps.min(self.first_losses.len())]));
         let start = levels.into_iter().fold(f64::INFINITY, f64::min);
         let is_above = |from: f64, share: f64| now - from > (share * from).max(MIN_RISE).max(noise);
@@ -144,12 +144,12 @@ impl TrainingMonitor {
         Some(self.risen(from, now, false))
     }
 
-    fn risen(&mut self, (from_step, from): (usize, f64), to: f64, is_held_out: bool) -> TrainingWarning {
+    fn risen(&mut self, (from_step, from): (usize, f64), to: f64, is_validation: bool) -> TrainingWarning {
         self.has_risen = true;
-        TrainingWarning::LossRises { from, from_step, to, learning_rate: self.highest_learning_rate, is_held_out }
+        TrainingWarning::LossRises { from, from_step, to, learning_rate: self.highest_learning_rate, is_validation }
     }
 
-    /// Takes note of an evaluation.
+    /// Records an evaluation and returns the warnings about it.
     pub fn evaluation(&mut self, evaluation: &EvaluationMetrics) -> Vec<TrainingWarning> {
         let &EvaluationMetrics { step, loss } = evaluation;
         if !loss.is_finite() {
@@ -193,25 +193,25 @@ impl TrainingMonitor {
     }
 }
 
-/// When a kind of warning may come again.
+/// Limits how often one kind of warning is returned.
 #[derive(Debug, Clone, Copy, Default)]
-struct Quiet {
+struct Backoff {
     until: usize,
     warnings: u32,
 }
 
-impl Quiet {
+impl Backoff {
     fn allows(&mut self, step: usize) -> bool {
         let is_allowed = step >= self.until;
         if is_allowed {
-            self.until = step.saturating_add(QUIET_STEPS.saturating_mul(1 << self.warnings.min(16)));
+            self.until = step.saturating_add(BACKOFF_STEPS.saturating_mul(1 << self.warnings.min(16)));
             self.warnings += 1;
         }
         is_allowed
     }
 }
 
-/// The last values.
+/// The most recent values.
 #[derive(Debug, Clone, Default)]
 struct Window {
     values: VecDeque<f64>,
@@ -243,15 +243,15 @@ impl Window {
         Self::noise(self.values.iter().copied())
     }
 
-    /// By how much the noise may multiply a value.
+    /// The factor within which noise may scale a value.
     fn tail(&self) -> f64 {
         let noise = Self::noise(self.values.iter().map(|value| value.max(f64::MIN_POSITIVE).ln()));
-        // few values tell little of the noise
+        // an estimate from few values is uncertain
         let caution = 1.0 + 5.0 / self.len().max(1) as f64;
         (SPIKE_DEVIATIONS * caution * noise).exp()
     }
 
-    /// By the differences of neighbours, each of which has twice the variance of a value.
+    /// The standard deviation, from the differences of neighbours, which have twice the variance of a value.
     fn noise(values: impl Iterator<Item = f64> + Clone) -> f64 {
         let differences: Vec<f64> =
             values.clone().skip(1).zip(values).map(|(next, value)| (next - value).abs()).collect();
@@ -289,7 +289,7 @@ mod tests {
         0.323, 0.306, 0.363, 0.349, 0.366, 0.322, 0.368, 0.38, 0.315, 0.356, 0.314, 0.312, 0.354, 0.369, 0.321, 0.317,
         0.31, 0.307, 0.298, 0.329, 0.328, 0.31, 0.276, 0.311, 0.317, 0.347, 0.329, 0.309,
     ];
-    const HELD_OUT: [f64; 11] = [2.141, 1.45, 1.318, 1.261, 1.252, 1.228, 1.211, 1.204, 1.199, 1.191, 1.186];
+    const VALID_LOSSES: [f64; 11] = [2.141, 1.45, 1.318, 1.261, 1.252, 1.228, 1.211, 1.204, 1.199, 1.191, 1.186];
 
     fn step(step: usize, loss: f64, grad_norm: f64) -> StepMetrics {
         StepMetrics {
@@ -304,8 +304,8 @@ mod tests {
         }
     }
 
-    /// The steps and the kinds of the warnings of a run.
-    fn warnings(losses: &[f64], grad_norms: &[f64], held_out: &[f64], interval: usize) -> Vec<(usize, &'static str)> {
+    /// The step and kind of each warning of a run.
+    fn warnings(losses: &[f64], grad_norms: &[f64], valid: &[f64], interval: usize) -> Vec<(usize, &'static str)> {
         let mut monitor = TrainingMonitor::new(Some(1.0));
         let mut found = Vec::new();
         for number in 0..=losses.len() {
@@ -313,7 +313,7 @@ mod tests {
             if number > 0 {
                 warnings = monitor.step(&step(number, losses[number - 1], grad_norms[(number - 1) % grad_norms.len()]));
             }
-            if let (0, Some(&loss)) = (number % interval, held_out.get(number / interval)) {
+            if let (0, Some(&loss)) = (number % interval, valid.get(number / interval)) {
                 warnings.extend(monitor.evaluation(&EvaluationMetrics { step: number, loss }));
             }
             found.extend(warnings.iter().map(|warning| (number, warning.kind())));
@@ -331,19 +331,19 @@ mod tests {
         (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
     }
 
-    /// A loss that falls from `from` to `to` with noise that multiplies it, as that of small batches does.
+    /// A loss that falls from `from` to `to` with multiplicative noise, as with small batches.
     fn falling(steps: usize, from: f64, to: f64, noise: f64, random: &mut Random) -> Vec<f64> {
         let level = |i: usize| to + (from - to) * (-5.0 * i as f64 / steps as f64).exp();
         (0..steps).map(|i| level(i) * (noise * normal(random)).exp()).collect()
     }
 
     #[test]
-    fn a_run_that_goes_well_has_no_warnings() {
-        assert_eq!(warnings(&LOSSES, &GRAD_NORMS, &HELD_OUT, 6), []);
+    fn a_healthy_run_has_no_warnings() {
+        assert_eq!(warnings(&LOSSES, &GRAD_NORMS, &VALID_LOSSES, 6), []);
     }
 
     #[test]
-    fn noise_is_nothing_to_warn_of() {
+    fn noise_causes_no_warnings() {
         let mut random = Random::new(5);
         for run in 0..300 {
             let noise = [0.02, 0.1, 0.2, 0.4][run % 4];
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spike_is_told_and_not_again_and_again() {
+    fn spikes_are_reported_at_growing_intervals() {
         let mut losses = falling(400, 2.0, 1.2, 0.1, &mut Random::new(1));
         for at in [100, 101, 103, 110] {
             losses[at] = 4.0;
@@ -364,33 +364,33 @@ mod tests {
         for at in [200, 250, 399] {
             losses[at] = 4.0;
         }
-        // 50 steps of silence, then 100
+        // silent for 50 steps, then for 100
         assert_eq!(of_losses(&losses), [101, 201, 400].map(|step| (step, "loss spike")));
-        // what is known by heart has losses of almost nothing
+        // the losses of memorized rows are near zero
         let known: Vec<f64> = falling(200, 0.01, 0.001, 0.1, &mut Random::new(3));
         let jumped: Vec<f64> = known.iter().enumerate().map(|(i, &loss)| if i == 150 { 0.1 } else { loss }).collect();
         assert_eq!(of_losses(&jumped), []);
         // the real run, once with a bad batch
         let mut losses = LOSSES;
         losses[40] = 3.0;
-        assert_eq!(warnings(&losses, &GRAD_NORMS, &HELD_OUT, 6), [(41, "loss spike")]);
+        assert_eq!(warnings(&losses, &GRAD_NORMS, &VALID_LOSSES, 6), [(41, "loss spike")]);
     }
 
     #[test]
-    fn gradients_that_explode_are_told() {
+    fn exploding_gradients_are_reported() {
         let mut norms = GRAD_NORMS;
         norms[30] = 5.0;
-        assert_eq!(warnings(&LOSSES, &norms, &HELD_OUT, 6), [(31, "gradient explosion")]);
-        // clipping hides three medians, and norms below 1 do no harm
+        assert_eq!(warnings(&LOSSES, &norms, &VALID_LOSSES, 6), [(31, "gradient explosion")]);
+        // three medians are too few, and norms below 1 are harmless
         norms[30] = 0.95;
-        assert_eq!(warnings(&LOSSES, &norms, &HELD_OUT, 6), []);
+        assert_eq!(warnings(&LOSSES, &norms, &VALID_LOSSES, 6), []);
         let tiny: Vec<f64> = GRAD_NORMS.iter().map(|norm| norm / 1e3).collect();
         norms[..30].copy_from_slice(&tiny[..30]);
-        assert_eq!(warnings(&LOSSES, &norms, &HELD_OUT, 6), []);
+        assert_eq!(warnings(&LOSSES, &norms, &VALID_LOSSES, 6), []);
     }
 
     #[test]
-    fn a_loss_that_rises_is_told_once() {
+    fn a_rising_loss_is_reported_once() {
         let noise = &mut Random::new(2);
         // from the first step on
         let diverged: Vec<f64> = (0..200)
@@ -408,12 +408,12 @@ mod tests {
         late.extend((0..100).map(|i| 1.0 + f64::from(i) * 0.01));
         let found = of_losses(&late);
         assert!(found.len() == 1 && found[0].1 == "loss rises" && (200..290).contains(&found[0].0), "{found:?}");
-        // as the held-out rows show it
+        // seen in the validation loss
         assert_eq!(warnings(&[2.0; 12], &[0.3], &[2.0, 2.1, 2.3], 6), [(12, "loss rises")]);
     }
 
     #[test]
-    fn the_text_says_what_to_try() {
+    fn messages_suggest_a_remedy() {
         let mut monitor = TrainingMonitor::new(None);
         let mut told = Vec::new();
         for number in 1..=40 {
@@ -430,19 +430,19 @@ mod tests {
     }
 
     #[test]
-    fn over_fitting_is_told_once() {
+    fn over_fitting_is_reported_once() {
         let train: Vec<f64> = (0..120).map(|i| 2.0 - f64::from(i) / 80.0).collect();
-        let held_out = [2.0, 1.6, 1.5, 1.52, 1.56, 1.6, 1.7, 1.8];
-        assert_eq!(warnings(&train, &[0.3], &held_out, 10), [(50, "over-fitting")]);
-        // a held-out loss that stays where it is is none, nor is one that rises with the training loss
+        let valid = [2.0, 1.6, 1.5, 1.52, 1.56, 1.6, 1.7, 1.8];
+        assert_eq!(warnings(&train, &[0.3], &valid, 10), [(50, "over-fitting")]);
+        // neither a constant validation loss nor one that rises with the training loss is over-fitting
         let flat = [2.0, 1.6, 1.5, 1.501, 1.502, 1.503, 1.504, 1.505];
         assert_eq!(warnings(&train, &[0.3], &flat, 10), []);
         let same: Vec<f64> = (0..80).map(|i| if i < 20 { 1.5 } else { 1.6 }).collect();
-        assert_eq!(warnings(&same, &[0.3], &held_out, 10), []);
+        assert_eq!(warnings(&same, &[0.3], &valid, 10), []);
     }
 
     #[test]
-    fn numbers_that_are_none_are_left_out() {
+    fn non_finite_numbers_are_ignored() {
         let mut losses = LOSSES;
         (losses[20], losses[30]) = (f64::NAN, f64::INFINITY);
         assert_eq!(warnings(&losses, &GRAD_NORMS, &[2.141, f64::NAN, 1.318], 6), []);

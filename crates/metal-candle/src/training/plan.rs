@@ -1,4 +1,4 @@
-//! What a run will need, told before it starts, and what makes it fit.
+//! Predicts the memory and work of a run, and finds settings that fit in a memory limit.
 
 use super::config::{Options, TrainingConfig};
 use super::epoch::plan_epoch;
@@ -17,15 +17,15 @@ use std::time::Instant;
 pub struct TrainingPlan {
     /// The weights of the model, in bytes.
     pub weights_bytes: usize,
-    /// What is trained, its gradients and the copies that are kept of it, in bytes.
+    /// The trained parameters, their gradients and the saved copies, in bytes.
     pub trained_bytes: usize,
     /// The state of the optimizer, in bytes.
     pub optimizer_bytes: usize,
-    /// The largest micro-batch: activations, and what is held beside them for a moment.
+    /// The memory of the largest micro-batch: activations and temporary buffers.
     pub step: StepMemory,
-    /// The most that all of it takes together, in bytes: the program itself, tokenizer and data are not in it.
+    /// The peak of all of these, in bytes, without the program, tokenizer and data.
     pub peak_bytes: usize,
-    /// Updates of the parameters.
+    /// The number of optimizer steps.
     pub steps: usize,
     /// Tokens of all steps, trained or not.
     pub tokens: usize,
@@ -35,16 +35,16 @@ pub struct TrainingPlan {
     pub longest_sample: usize,
     /// Tokens of the largest batch of a step.
     pub largest_batch: usize,
-    /// Most tokens computed at once: batches with more are computed in parts.
+    /// Most tokens of a micro-batch; larger batches are split.
     pub micro_batch_tokens: usize,
-    /// Blocks that are computed anew in the backward pass.
+    /// The number of blocks that are recomputed in the backward pass.
     pub checkpointed_blocks: usize,
-    /// Blocks that have a backward pass.
+    /// The number of blocks with a backward pass.
     pub trained_blocks: usize,
 }
 
 impl TrainingPlan {
-    /// Of a run whose settings have been checked.
+    /// The plan of a run whose settings have been checked.
     pub(super) fn new<T: Trained>(
         start: &T,
         config: &TrainingConfig,
@@ -79,7 +79,7 @@ impl TrainingPlan {
                         let size = count_tokens(dataset, &part);
                         tokens += size.0;
                         trained_tokens += size.1;
-                        // more of either never takes less
+                        // a micro-batch with fewer tokens and fewer trained tokens needs no more memory
                         if size.0 > largest.0 || size.1 > largest.1 {
                             largest = (size.0.max(largest.0), size.1.max(largest.1));
                             let needed = model.step_memory(size.0, size.1, trainable, options.checkpointed_blocks)?;
@@ -92,10 +92,10 @@ impl TrainingPlan {
             }
             epochs += 1;
         }
-        // what is given to the trainer, what it changes, the sum of the gradients, and the best state
+        // the initial values, the optimizer's copy, the sum of the gradients, and the best state
         let weights_bytes: usize = model.parameters().iter().map(|(_, weight)| weight.num_bytes()).sum();
         let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
-        // a parameter of which rows are trained is copied for the run, beside that of the model and that of the start
+        // a parameter with trained rows is copied for the run, in addition to the model's and the initial one
         let of_rows = |rows: TokenRows| {
             let weight = &model.parameters()[rows.place].1;
             2 * weight.elem_count() * weight.dtype().size_in_bytes()
@@ -122,12 +122,11 @@ impl TrainingPlan {
     }
 }
 
-/// Fewest tokens that are computed at once for the sake of memory before blocks are computed anew: with fewer the products
-/// become slow.
+/// The smallest micro-batch to try before checkpointing blocks: smaller matrix products are slow.
 const MICRO_BATCH_TOKENS: usize = 512;
 
-/// The settings that make a run fit into `limit` bytes, and its plan: a smaller micro-batch first, then as few blocks computed
-/// anew as needed, then samples one by one.
+/// Finds settings with which a run fits in `limit` bytes, and returns its plan: first a smaller micro-batch, then as few
+/// checkpointed blocks as needed, then one sample at a time.
 pub(super) fn fit<T: Trained>(
     start: &T,
     config: &TrainingConfig,
@@ -163,7 +162,7 @@ pub(super) fn fit<T: Trained>(
         if all.1.peak_bytes > limit {
             continue;
         }
-        // memory falls with each block computed anew
+        // memory falls with each checkpointed block, so a binary search finds the fewest
         let (mut too_few, mut enough) = (plan.checkpointed_blocks, plan.trained_blocks);
         let mut best = all;
         while enough - too_few > 1 {
@@ -182,7 +181,7 @@ pub(super) fn fit<T: Trained>(
         needed: least.peak_bytes,
         limit,
         detail: format!(
-            "as planned {} are needed, with the longest sample ({} tokens) by itself and every block computed anew {}: \
+            "the plan needs {}; with the longest sample ({} tokens) alone and every block checkpointed it needs {}: \
              weights {}, trained parameters {}, optimizer {}, step {}",
             megabytes(plan.peak_bytes),
             plan.longest_sample,
@@ -199,7 +198,7 @@ fn megabytes(bytes: usize) -> String {
     format!("{:.0} MB", bytes as f64 / 1e6)
 }
 
-/// Tokens a second of forward and backward passes, measured on the first micro-batches; no parameter changes.
+/// Measures the tokens per second of forward and backward passes on the first micro-batches, without updates.
 pub(super) fn measure<T: Trained>(start: &T, options: &Options, dataset: &Dataset, batches: usize) -> Result<f64> {
     let mut order = super::progress::Progress::new(options.seed).order;
     let planned = plan_epoch(options, dataset, &mut order)?;

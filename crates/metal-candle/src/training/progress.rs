@@ -1,4 +1,4 @@
-//! Where a run is, as it is kept in checkpoints.
+//! The position of a run in its data and random sequences, as saved in checkpoints.
 
 use crate::data::Random;
 use crate::error::Result;
@@ -8,18 +8,18 @@ use serde_json::{Value, json};
 /// The version of the layout of `state.json`.
 const FORMAT: usize = 1;
 
-/// Everything about a run that is neither a parameter nor a moment nor a setting.
+/// The state of a run besides parameters, optimizer state and settings.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Progress {
-    /// Optimizer steps done.
+    /// Completed optimizer steps.
     pub(super) step: usize,
     /// Complete passes over the data.
     pub(super) epoch: usize,
-    /// Steps done in the current pass.
+    /// Completed steps of the current pass.
     pub(super) step_in_epoch: usize,
-    /// The generator of the order of the samples, as it was when the current pass began.
+    /// The generator of the sample order, as of the start of the current pass.
     pub(super) order: Random,
-    /// The generator of the seeds of dropout.
+    /// The generator of dropout seeds.
     pub(super) dropout: Random,
     pub(super) tokens: usize,
     pub(super) trained_tokens: usize,
@@ -46,7 +46,7 @@ impl Progress {
         }
     }
 
-    /// Floats are text, so that they come back exactly.
+    /// Floats are stored as text, so that they are restored exactly.
     pub(super) fn to_json(&self) -> Value {
         json!({
             "format": FORMAT,

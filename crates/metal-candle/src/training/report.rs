@@ -1,4 +1,4 @@
-//! Events and metrics of a training run.
+//! The events and metrics of a training run.
 
 use super::warnings::TrainingWarning;
 use std::ops::ControlFlow;
@@ -7,13 +7,13 @@ use std::path::PathBuf;
 /// Receives the events of a run; `Break` stops the run.
 pub(super) type Callback = Box<dyn FnMut(&TrainingEvent) -> ControlFlow<()> + Send>;
 
-/// Something that happened in a training run.
+/// An event of a training run.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum TrainingEvent {
-    /// The run begins, or goes on after `step` steps.
+    /// The run started, or resumed after `step` steps.
     Started {
-        /// Steps done already.
+        /// Steps completed before.
         step: usize,
         /// Steps at the end of the run, unless it stops early.
         total_steps: usize,
@@ -26,7 +26,7 @@ pub enum TrainingEvent {
         step: usize,
         /// The pass over the data it belongs to, from 1.
         epoch: usize,
-        /// Mean loss before the update, in nats a trained token.
+        /// Mean loss before the update, in nats per trained token.
         loss: f64,
         /// Learning rate of the update.
         learning_rate: f64,
@@ -34,37 +34,37 @@ pub enum TrainingEvent {
         grad_norm: f64,
         /// Tokens of the step, trained or not.
         tokens: usize,
-        /// Tokens of the step by its duration.
+        /// Tokens of the step divided by its duration.
         tokens_per_second: f64,
     },
     /// The evaluation dataset was measured.
     Evaluated {
-        /// Steps done.
+        /// Completed steps.
         step: usize,
-        /// Mean loss in nats a trained token.
+        /// Mean loss in nats per trained token.
         loss: f64,
         /// Whether it is the lowest so far.
         is_best: bool,
     },
-    /// Something should be looked at. Warnings change nothing of a run.
+    /// The user should check something. Warnings do not change the run.
     Warning {
-        /// Steps done.
+        /// Completed steps.
         step: usize,
-        /// What was seen.
+        /// The warning.
         warning: TrainingWarning,
     },
     /// A checkpoint was written.
     Checkpointed {
-        /// Steps done.
+        /// Completed steps.
         step: usize,
         /// Its folder.
         path: PathBuf,
     },
-    /// The run is over.
+    /// The run ended.
     Finished {
-        /// Steps done.
+        /// Completed steps.
         step: usize,
-        /// Why.
+        /// Why the run ended.
         stop_reason: StopReason,
     },
 }
@@ -73,11 +73,11 @@ pub enum TrainingEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopReason {
-    /// All epochs or steps were done.
+    /// All epochs or steps were completed.
     Completed,
-    /// The evaluation loss did not improve for as many evaluations as was allowed.
+    /// The evaluation loss did not improve for the allowed number of evaluations.
     EarlyStopping,
-    /// A callback asked for it.
+    /// A callback stopped the run.
     Callback,
 }
 
@@ -88,7 +88,7 @@ pub struct StepMetrics {
     pub step: usize,
     /// The pass over the data it belongs to, from 1.
     pub epoch: usize,
-    /// Mean loss before the update, in nats a trained token.
+    /// Mean loss before the update, in nats per trained token.
     pub loss: f64,
     /// Learning rate of the update.
     pub learning_rate: f64,
@@ -98,58 +98,58 @@ pub struct StepMetrics {
     pub tokens: usize,
     /// Tokens of the step whose prediction was trained.
     pub trained_tokens: usize,
-    /// Tokens of the step by its duration.
+    /// Tokens of the step divided by its duration.
     pub tokens_per_second: f64,
 }
 
 /// One evaluation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EvaluationMetrics {
-    /// Steps done.
+    /// Completed steps.
     pub step: usize,
-    /// Mean loss in nats a trained token.
+    /// Mean loss in nats per trained token.
     pub loss: f64,
 }
 
-/// What a call of [`Trainer::train`](super::Trainer::train) did. A resumed run lists the steps since it was resumed.
+/// The result of [`Trainer::train`](super::Trainer::train). A resumed run lists the steps since it was resumed.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct TrainingMetrics {
     /// Why the run ended.
     pub stop_reason: StopReason,
-    /// Steps done, those before a resumption too.
+    /// Completed steps, including those before the run was resumed.
     pub num_steps: usize,
-    /// Complete passes over the data, those before a resumption too.
+    /// Complete passes over the data, including those before the run was resumed.
     pub num_epochs: usize,
     /// Each step.
     pub steps: Vec<StepMetrics>,
     /// Each evaluation.
     pub evaluations: Vec<EvaluationMetrics>,
-    /// The evaluation with the lowest loss, those before a resumption too.
+    /// The evaluation with the lowest loss, including those before the run was resumed.
     pub best: Option<EvaluationMetrics>,
     /// Number of parameters that are trained.
     pub num_trainable_parameters: usize,
-    /// Gradients that one backward pass made: one for each trainable tensor, none for frozen ones.
+    /// The number of gradients of one backward pass: one per trainable tensor, none for frozen tensors.
     pub num_gradient_tensors: usize,
     /// Memory of these gradients, in bytes.
     pub gradient_bytes: usize,
-    /// Most bytes that were kept between a forward and its backward pass.
+    /// Most bytes saved between a forward and its backward pass.
     pub saved_bytes: usize,
-    /// Tokens seen, trained or not, those before a resumption too.
+    /// Tokens seen, trained or not, including those before the run was resumed.
     pub tokens: usize,
-    /// Tokens whose prediction was trained, those before a resumption too.
+    /// Tokens whose prediction was trained, including those before the run was resumed.
     pub trained_tokens: usize,
     /// Duration of the steps, without evaluations and checkpoints, in seconds.
     pub seconds: f64,
 }
 
 impl TrainingMetrics {
-    /// The loss of the last step, in nats a trained token.
+    /// The loss of the last step, in nats per trained token.
     pub fn final_loss(&self) -> Option<f64> {
         self.steps.last().map(|step| step.loss)
     }
 
-    /// Tokens of the listed steps by their duration.
+    /// Tokens of the listed steps divided by their duration.
     pub fn tokens_per_second(&self) -> f64 {
         self.steps.iter().map(|step| step.tokens).sum::<usize>() as f64 / self.seconds.max(f64::MIN_POSITIVE)
     }

@@ -1,4 +1,4 @@
-//! One run of the trainer.
+//! Executes one run of the trainer: steps, evaluations, checkpoints and resuming.
 
 mod group;
 
@@ -38,23 +38,23 @@ pub(super) struct Run<'a, T: Trained> {
     total_steps: usize,
     callbacks: &'a mut Vec<Callback>,
     parameters: Vec<Parameter>,
-    /// The trained ones of the model's own parameters.
+    /// The trained parameters of the model itself.
     of_model: OfModel,
     optimizer: Optimizer,
     gradients: GradientSum,
-    /// What is trained, with views of the parameters in the optimizer.
+    /// The trained adapter or model; its parameters are views of the optimizer's.
     live: T,
     terms: Option<LowRankTerms>,
     progress: Progress,
-    /// The steps of the current epoch, and the generator after its order was drawn.
+    /// The steps of the current epoch, and the generator after drawing their order.
     epoch: Option<(Vec<Vec<Indices>>, Random)>,
     best: Option<Tensor>,
     folder: Option<(Checkpoints, MetricsFile)>,
-    /// Everything that decides what the steps compute.
+    /// All settings that affect what the steps compute.
     settings: Map<String, Value>,
     metrics: TrainingMetrics,
     monitor: TrainingMonitor,
-    /// How much is computed at once: as in the options, or less after memory ran out.
+    /// The current micro-batch size, which shrinks when memory runs out.
     micro_batching: MicroBatching,
     is_stopped: bool,
 }
@@ -137,13 +137,14 @@ impl<'a, T: Trained> Run<'a, T> {
                 Some(self.progress.step)
             }
             Some(checkpoint) => {
-                let message = format!("`{}` is there already: resume it or choose another", checkpoint.path.display());
+                let message =
+                    format!("`{}` exists already: resume the run or choose another folder", checkpoint.path.display());
                 return Err(Error::argument("run_folder", message));
             }
             None => None,
         };
         self.agree()?;
-        // the run may have been killed between writing a checkpoint and removing old ones; now all ranks have read theirs
+        // the previous run may have been killed between writing a checkpoint and removing old ones; by now, all ranks have read theirs
         if step.is_some() {
             self.prune(&checkpoints)?;
         }
@@ -152,16 +153,16 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok(())
     }
 
-    /// All steps that are left.
+    /// Runs the remaining steps.
     pub(super) fn execute(&mut self) -> Result<TrainingMetrics> {
         self.emit(&TrainingEvent::Started {
             step: self.progress.step,
             total_steps: self.total_steps,
             num_trainable_parameters: self.metrics.num_trainable_parameters,
         });
-        let held_out = self.options.evaluation.as_ref().map(|evaluation| &evaluation.dataset);
+        let valid = self.options.evaluation.as_ref().map(|evaluation| &evaluation.dataset);
         if self.progress.step == 0 {
-            self.warn([self.options.warnings.clone(), dataset_warnings(self.dataset, held_out)].concat());
+            self.warn([self.options.warnings.clone(), dataset_warnings(self.dataset, valid)].concat());
         }
         if self.options.evaluation.is_some() && self.progress.num_evaluations == 0 {
             self.evaluate()?;
@@ -225,12 +226,12 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok(self.metrics.clone())
     }
 
-    /// What was trained, with its own copy of the parameters.
+    /// The trained adapter or model, with its own copy of the parameters.
     pub(super) fn snapshot(&self) -> Result<T> {
         self.start.with_values(&self.values()?)
     }
 
-    /// A copy of the parameters to keep.
+    /// A copy of the parameters to save.
     fn values(&self) -> Result<Tensor> {
         match self.optimizer.averaged_parameters()? {
             Some(averaged) => Ok(averaged),
@@ -238,17 +239,17 @@ impl<'a, T: Trained> Run<'a, T> {
         }
     }
 
-    /// What is evaluated and kept, if that is something else than what gradients are taken of.
+    /// The averaged parameters to evaluate and save, if the optimizer has them.
     fn averaged(&self) -> Result<Option<T>> {
         self.optimizer.averaged_parameters()?.map(|values| self.start.with_values(&values)).transpose()
     }
 
-    /// The same after the best evaluation.
+    /// The adapter or model of the best evaluation.
     pub(super) fn best(&self) -> Result<Option<T>> {
         self.best.as_ref().map(|values| self.start.with_values(values)).transpose()
     }
 
-    /// Why nothing is left to do, if so.
+    /// Why the run is over; none if steps remain.
     fn end(&self) -> Option<StopReason> {
         let is_complete = match self.options.max_steps {
             Some(steps) => self.progress.step >= steps,
@@ -274,7 +275,7 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok((batches.clone(), self.progress.step_in_epoch + 1 == steps.len()))
     }
 
-    /// Losses and gradients of all batches, and one update.
+    /// Computes the loss and gradients of all batches, then makes one update.
     fn step(&mut self, batches: &[Indices]) -> Result<StepMetrics> {
         let started = Instant::now();
         let (tokens, trained_tokens) = count_tokens(self.dataset, batches.iter().flatten());
@@ -316,8 +317,7 @@ impl<'a, T: Trained> Run<'a, T> {
         })
     }
 
-    /// The sum of the losses of this rank's share of the batches, and its gradients; `weight` is the number of trained tokens
-    /// of all ranks.
+    /// Computes the loss sum and gradients of this rank's batches; `weight` is the number of trained tokens of all ranks.
     fn loss_and_gradients(&mut self, batches: &[Indices], weight: f64) -> Result<f64> {
         let share = self.shares(batches).swap_remove(self.rank());
         let parts: Vec<Indices> = share
@@ -360,7 +360,7 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok(total_loss)
     }
 
-    /// Makes anew what does not see changes of the parameters.
+    /// Rebuilds the copies that do not share storage with the parameters.
     fn refresh(&mut self) -> Result<()> {
         if self.live.terms_are_copies() {
             self.live = self.live.refreshed(&self.optimizer.parameters()?)?;
@@ -369,7 +369,7 @@ impl<'a, T: Trained> Run<'a, T> {
         Ok(())
     }
 
-    /// Adds the gradients of a batch; every trainable tensor must have one.
+    /// Adds the gradients of a batch and returns an error if a trainable tensor has none.
     fn add(&mut self, gradients: &Gradients, is_first: bool) -> Result<()> {
         let found = |parameter: &Parameter| {
             gradients.get(parameter.gradient).filter(|gradient| gradient.elem_count() == parameter.len)
@@ -461,7 +461,7 @@ impl<'a, T: Trained> Run<'a, T> {
         })
     }
 
-    /// Measures the evaluation dataset; whether a checkpoint of this step should be kept.
+    /// Evaluates, and returns whether this step needs a checkpoint.
     fn evaluate(&mut self) -> Result<bool> {
         let Some(options) = &self.options.evaluation else { return Ok(false) };
         let measure = |model: &Model, terms: Option<&LowRankTerms>| -> Result<f64> {

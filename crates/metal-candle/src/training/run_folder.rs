@@ -1,4 +1,4 @@
-//! The checkpoints of a run: folders that appear complete or not at all.
+//! Writes, checks, lists and removes the checkpoints of a run. A checkpoint is written completely or not at all.
 
 use crate::error::{Error, Result};
 use crate::files::{JsonObject, create_folder, remove_stale_temporaries, sync_folder, write_atomically};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The file that is written last.
 const STATE_FILE: &str = "state.json";
-/// Folders that are being written or removed begin so.
+/// The prefix of folders that are being written or removed.
 const TEMPORARY: &str = ".tmp-";
 
 /// The `checkpoints` of a run folder.
@@ -18,7 +18,7 @@ pub(super) struct Checkpoints {
     folder: PathBuf,
 }
 
-/// A checkpoint whose files are as they were written.
+/// A checkpoint whose files match their checksums.
 #[derive(Debug)]
 pub(super) struct Checkpoint {
     pub(super) path: PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoints {
-    /// Makes the folder, and removes what an interrupted run left half done.
+    /// Creates the folder, and removes the temporary folders of an interrupted run.
     pub(super) fn open(run_folder: &Path) -> Result<Self> {
         let folder = run_folder.join("checkpoints");
         create_folder(&folder)?;
@@ -40,7 +40,7 @@ impl Checkpoints {
         Ok(Self { folder })
     }
 
-    /// Those of a folder that another process writes; it may not be there yet.
+    /// The checkpoints of a folder that another process writes; it may not exist yet.
     pub(super) fn of_other(run_folder: &Path) -> Self {
         Self { folder: run_folder.join("checkpoints") }
     }
@@ -88,7 +88,7 @@ impl Checkpoints {
         saved.map(|()| path)
     }
 
-    /// The checkpoint of `step`, after its files have been checked.
+    /// Checks the files of the checkpoint of `step` and returns it.
     pub(super) fn load(&self, step: usize) -> Result<Checkpoint> {
         let path = self.path(step);
         let state = JsonObject::read(&path.join(STATE_FILE))?;
@@ -118,7 +118,7 @@ impl Checkpoints {
         first_error.map_or(Ok(None), Err)
     }
 
-    /// Removes all but the newest `kept` checkpoints and the one of `best`.
+    /// Removes all checkpoints except the newest `kept` and the one of the step `best`.
     pub(super) fn prune(&self, kept: usize, best: Option<usize>) -> Result<()> {
         let steps = self.steps()?;
         for &step in &steps[..steps.len().saturating_sub(kept)] {

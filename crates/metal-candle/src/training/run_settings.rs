@@ -1,4 +1,4 @@
-//! What must be the same when a run goes on.
+//! Describes the settings and data of a run, and checks them when the run is resumed.
 
 use super::config::{Options, TrainingConfig};
 use super::trained::Trained;
@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// Settings that may differ when a run goes on: they only say when it ends or what is kept of it.
+/// Settings that may change when a run is resumed: they only affect when it ends.
 const FREE_SETTINGS: [&str; 2] = ["num_epochs", "max_steps"];
 
-/// Everything that decides what the steps of a run compute.
+/// All settings that affect what the steps of a run compute.
 pub(super) fn describe_settings<T: Trained>(
     start: &T,
     config: &TrainingConfig,
@@ -47,7 +47,7 @@ pub(super) fn describe_settings<T: Trained>(
     entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
-/// Refuses to go on from a checkpoint at `path` that was `saved` with other settings.
+/// Returns an error if the checkpoint at `path` was `saved` with other settings.
 pub(super) fn check_settings(path: &Path, settings: &Map<String, Value>, saved: &Map<String, Value>) -> Result<()> {
     let different: Vec<String> = settings
         .iter()
@@ -59,7 +59,7 @@ pub(super) fn check_settings(path: &Path, settings: &Map<String, Value>, saved: 
     if different.is_empty() {
         return Ok(());
     }
-    let message = format!("`{}` is of another run: {}", path.display(), different.join("; "));
+    let message = format!("`{}` belongs to another run: {}", path.display(), different.join("; "));
     Err(Error::argument("resume", message))
 }
 
@@ -67,7 +67,7 @@ fn digest(text: &str) -> String {
     format!("{:08x}", crc32c::crc32c(text.as_bytes()))
 }
 
-/// What tells one dataset from another: its tokens and which are trained.
+/// A fingerprint of the tokens of a dataset and which of them are trained.
 fn fingerprint(dataset: &Dataset) -> String {
     let mut sum = 0;
     for sample in &dataset.samples {

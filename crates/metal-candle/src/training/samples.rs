@@ -1,4 +1,4 @@
-//! Checks samples before training, and names them in errors.
+//! Checks samples before training and names rows in errors.
 
 use crate::data::Dataset;
 use crate::error::{DataProblem, Error, Result};
@@ -15,7 +15,7 @@ pub(super) fn count_tokens<'a>(dataset: &Dataset, indices: impl IntoIterator<Ite
     })
 }
 
-/// The name of a sample: `file:line`, or its number.
+/// The name of a sample: `file:line`, or its position from 1.
 pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
     match dataset.samples.get(index).and_then(|sample| sample.source.as_ref()) {
         Some(source) => format!("{}:{}", source.path.display(), source.line),
@@ -23,7 +23,7 @@ pub(super) fn source_of(dataset: &Dataset, index: usize) -> String {
     }
 }
 
-/// The first names, and the number of the others.
+/// Shortens a list of names to the first ones and the number of the others.
 pub(super) fn shorten(mut names: Vec<String>) -> Vec<String> {
     let left = names.len().saturating_sub(MAX_ROWS);
     if left > 0 {
@@ -33,7 +33,7 @@ pub(super) fn shorten(mut names: Vec<String>) -> Vec<String> {
     names
 }
 
-/// Refuses samples without a trained token and ids that the model does not have.
+/// Returns an error if a sample has no trained token or an id outside the vocabulary.
 pub(super) fn check_dataset(dataset: &Dataset, vocab_size: usize) -> Result<()> {
     if dataset.is_empty() {
         return Err(Error::argument("dataset", "has no sample"));
@@ -41,7 +41,11 @@ pub(super) fn check_dataset(dataset: &Dataset, vocab_size: usize) -> Result<()> 
     let mut problems = Vec::new();
     for (index, sample) in dataset.samples.iter().enumerate() {
         let message = if sample.trained.len() != sample.ids.len() {
-            format!("{} tokens, but {} marks of what is trained", sample.ids.len(), sample.trained.len())
+            format!(
+                "expected one `trained` flag per token, found {} tokens and {} flags",
+                sample.ids.len(),
+                sample.trained.len()
+            )
         } else if !sample.trained.iter().skip(1).any(|&trained| trained) {
             "no token is trained".to_string()
         } else if let Some(id) = sample.ids.iter().find(|&&id| id as usize >= vocab_size) {

@@ -51,13 +51,13 @@ pub enum LRScheduler {
     CosineRestarts {
         /// Steps of the warm-up.
         warmup_steps: usize,
-        /// The step at which `min_lr` is reached for good.
+        /// The step at which the last cycle reaches `min_lr`.
         total_steps: usize,
-        /// The rate at the beginning of each cycle.
+        /// The rate at the start of each cycle.
         max_lr: f64,
         /// The rate that each cycle falls to.
         min_lr: f64,
-        /// How many times it falls.
+        /// The number of cycles.
         num_cycles: usize,
     },
     /// `min_lr + (max_lr - min_lr) (1 - p)^power` with `p` the share of the steps after the warm-up that are done.
@@ -73,7 +73,7 @@ pub enum LRScheduler {
         /// The exponent.
         power: f64,
     },
-    /// Stays at `max_lr` and falls over the last `decay_steps` only (WSD, <https://arxiv.org/abs/2404.06395>, section 4.2).
+    /// Stays at `max_lr` and falls over the last `decay_steps` (WSD, <https://arxiv.org/abs/2404.06395>, section 4.2).
     WarmupStableDecay {
         /// Steps of the warm-up.
         warmup_steps: usize,
@@ -94,7 +94,7 @@ pub enum LRScheduler {
         warmup_steps: usize,
         /// The rate after the warm-up.
         max_lr: f64,
-        /// Three times as many steps after the warm-up the rate has halved.
+        /// The rate halves in three times this number of steps after the warm-up.
         timescale: usize,
     },
 }
@@ -136,7 +136,7 @@ impl LRScheduler {
         Self::Constant { learning_rate }
     }
 
-    /// Rises over `warmup_steps`, then falls in a line from `max_lr` to `min_lr` at `total_steps`.
+    /// Rises over `warmup_steps`, then falls linearly from `max_lr` to `min_lr` at `total_steps`.
     pub fn linear(warmup_steps: usize, total_steps: usize, max_lr: f64, min_lr: f64) -> Self {
         Self::Linear { warmup_steps, total_steps, max_lr, min_lr }
     }
@@ -181,13 +181,13 @@ impl LRScheduler {
         Self::WarmupStableDecay { warmup_steps, total_steps, decay_steps, max_lr, min_lr, shape }
     }
 
-    /// Rises over `warmup_steps`, then falls as one over the root of the steps; the time scale is the warm-up, or 10,000
-    /// steps without one.
+    /// Rises over `warmup_steps`, then falls with the inverse square root of the step; the time scale is the warm-up, or
+    /// 10,000 steps without one.
     pub fn inverse_sqrt(warmup_steps: usize, max_lr: f64) -> Self {
         Self::InverseSqrt { warmup_steps, max_lr, timescale: if warmup_steps > 0 { warmup_steps } else { 10_000 } }
     }
 
-    /// The highest rate of all.
+    /// The highest rate of the schedule.
     pub(crate) fn highest(&self) -> f64 {
         self.parts().max_lr
     }
@@ -245,7 +245,7 @@ impl LRScheduler {
         }
         for rate in [max_lr, min_lr] {
             if !rate.is_finite() || rate < 0.0 {
-                return refuse(format!("`{rate}` is no learning rate"));
+                return refuse(format!("expected a learning rate of at least 0, found `{rate}`"));
             }
         }
         match *self {
@@ -262,7 +262,7 @@ impl LRScheduler {
         }
     }
 
-    /// The schedule as it is kept in a checkpoint; floats are text, so that they come back exactly.
+    /// The schedule for a checkpoint; floats are stored as text, so that they are restored exactly.
     pub(crate) fn to_json(self) -> Value {
         let Parts { warmup_steps, total_steps, max_lr, min_lr } = self.parts();
         let with = |kind: &str, more: &[(&str, Value)]| {

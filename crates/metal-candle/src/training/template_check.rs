@@ -1,4 +1,4 @@
-//! Whether a model knows the marks of its chat template.
+//! Warns if a model was not trained on the special tokens of its chat template.
 
 use super::warnings::TrainingWarning;
 use crate::data::{Dataset, Sample, Tokenizer, batch_of};
@@ -8,37 +8,40 @@ use crate::ops::{LowRankTerms, Weight};
 use candle_core::DType;
 use std::collections::BTreeMap;
 
-/// A mark that is predicted with this share of the loss of a guess, or more, is not known.
+/// A mark is unknown to the model if the loss of predicting it is at least this share of the loss of a random guess.
 const UNKNOWN_LOSS: f64 = 0.8;
-/// A mark whose embedding is like that of unused tokens counts as unknown from this share on.
+/// The same share for a mark whose embedding resembles those of unused tokens.
 const UNTRAINED_LOSS: f64 = 0.25;
-/// Embeddings with less than this share of the usual norm were not trained.
+/// Embeddings with less than this share of the median norm were not trained.
 const TINY_NORM: f32 = 0.01;
-/// Embeddings with at least this cosine to [`MIN_ALIKE`] others of unused tokens were not trained.
+/// Embeddings with at least this cosine to [`MIN_ALIKE`] embeddings of unused tokens were not trained.
 const ALIKE_COSINE: f32 = 0.95;
 const MIN_ALIKE: usize = 3;
-/// Rows that are looked through, and measured, the shortest ones.
+/// Most rows that are searched for marks, and most rows that go through the model: the shortest of them.
 const SEARCHED_ROWS: usize = 256;
 const MEASURED_ROWS: usize = 4;
-/// Most tokens of a row that are measured.
+/// Most tokens of a row that go through the model.
 const MEASURED_TOKENS: usize = 512;
-/// Embeddings whose median norm is the usual one, and embeddings of unused tokens.
+/// The number of embeddings that the median norm is taken of, and of embeddings of unused tokens.
 const USUAL_ROWS: usize = 512;
 const UNUSED_ROWS: usize = 64;
 
-/// Measures whether the model knows the marks, special tokens such as `<|im_start|>`, that the rows of `dataset` contain.
+/// Measures whether the model knows the marks (special tokens such as `<|im_start|>`) in the rows of `dataset`, and
+/// returns a warning if it does not.
 ///
-/// A few short rows go through the model. Marks that it was trained on come as expected at least in one place: the
-/// beginning of the next turn, or the end of an answer. So there is a warning if it predicts each of them with a mean
-/// loss of 0.8 of a guess's, `ln vocab_size`, or more. Besides, tokens that never occur in training end up with embeddings
-/// that are equal to one another, as the softmax pushes all of them the same way, or nearly zero by weight decay. There is
-/// a warning too if a mark has such an embedding, which is below a hundredth of the usual norm or has a cosine of 0.95 to
-/// at least three of the tokens that no row and no text contains, unless the model predicts the mark well all the same.
+/// The function runs a few short rows through the model. A model that was trained on the marks predicts at least one of
+/// them: the start of the next turn, or the end of an answer. So it warns if the mean loss of every mark is at least 0.8
+/// of the loss of a random guess, `ln vocab_size`.
 ///
-/// There is none for rows without marks, as plain text.
+/// Tokens that never occur in training end up with nearly equal embeddings, because the softmax pushes all of them the
+/// same way, or with nearly zero ones, because of weight decay. So the function also warns if a mark has an embedding
+/// below a hundredth of the median norm, or with a cosine of at least 0.95 to three tokens that no row contains, unless
+/// the model predicts the mark well anyway.
+///
+/// Rows without marks, such as plain text, cause no warning.
 ///
 /// # Errors
-/// The device fails, or ids are outside of the vocabulary.
+/// The device fails, or ids are outside the vocabulary.
 pub fn template_warning(
     model: &Model,
     terms: Option<&LowRankTerms>,
@@ -80,10 +83,10 @@ fn mark_losses(
     let mut rows: Vec<Sample> = Vec::new();
     for sample in dataset.samples.iter().take(SEARCHED_ROWS) {
         let ids: Vec<u32> = sample.ids.iter().take(limit).copied().collect();
-        // the first token is not predicted
+        // no token predicts the first one
         let is_mark = ids.iter().enumerate().map(|(index, &id)| index > 0 && tokenizer.is_special(id));
         let trained: Vec<bool> = is_mark.collect();
-        // at least a turn's end and the next one's beginning
+        // at least the end of a turn and the start of the next
         if trained.iter().filter(|&&is_mark| is_mark).count() >= 2 {
             rows.push(Sample { ids, trained, source: None });
         }
@@ -105,7 +108,7 @@ fn mark_losses(
     Ok(sums.into_iter().map(|(id, (sum, count))| (id, sum / count as f64)).collect())
 }
 
-/// For each mark whether its embedding is that of a token that was never trained.
+/// Returns for each mark whether its embedding looks untrained.
 fn untrained(model: &Model, tokenizer: &Tokenizer, marks: &[u32]) -> Result<Vec<bool>> {
     let Some((_, embedding)) = model.parameters().iter().find(|(name, _)| name == "model.embed_tokens.weight") else {
         return Ok(vec![false; marks.len()]);

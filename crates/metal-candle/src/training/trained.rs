@@ -1,4 +1,4 @@
-//! The trait of what a trainer trains, and its implementation for adapters.
+//! The trait [`Trained`] of adapters and models that a trainer can train, and its implementation for adapters.
 
 use crate::adapters::{LoRAAdapter, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
@@ -9,22 +9,22 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// A trainable tensor: where it is in the flat parameters, and which gradient is its own.
+/// A trainable tensor: its range in the flat parameters, and its gradient.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parameter {
-    /// Its name, for messages.
+    /// The name, for messages.
     pub name: String,
-    /// Where it begins.
+    /// The index of its first element in the flat parameters.
     pub offset: usize,
-    /// Its number of elements.
+    /// The number of elements.
     pub len: usize,
-    /// Its shape; a matrix lies there row by row.
+    /// The shape; matrices are row-major.
     pub shape: Vec<usize>,
-    /// Its gradient among [`Gradients`](crate::models::Gradients).
+    /// Which of the [`Gradients`](crate::models::Gradients) belongs to it.
     pub gradient: GradientOf,
 }
 
-/// The trained ones among the model's own parameters.
+/// The trained parameters of the model itself.
 pub(super) struct OfModel {
     places: Vec<usize>,
     rows: Vec<TokenRows>,
@@ -39,7 +39,7 @@ impl OfModel {
         Self { places: parameters.iter().filter_map(place).collect(), rows: trained.token_rows() }
     }
 
-    /// These and the low-rank terms.
+    /// These parameters and the low-rank updates.
     pub(super) fn with<'a>(&'a self, terms: Option<&'a LowRankTerms>) -> Trainable<'a> {
         Trainable { terms, parameters: Parameters::WithRows(&self.places, &self.rows) }
     }
@@ -48,7 +48,7 @@ impl OfModel {
 /// What a [`Trainer`](super::Trainer) trains: a [`LoRAAdapter`], all parameters of a [`Model`], or those of its
 /// [`LastLayers`](super::LastLayers).
 pub trait Trained: Clone + Send + Sync + 'static {
-    /// Its trainable tensors, in the order of their offsets.
+    /// The trainable tensors, in the order of their offsets.
     fn trainable(&self) -> Vec<Parameter>;
 
     /// A copy of all parameters: `[n]`, f32.
@@ -57,14 +57,14 @@ pub trait Trained: Clone + Send + Sync + 'static {
     /// The device fails.
     fn values(&self) -> Result<Tensor>;
 
-    /// The same thing with views of `values` (`[n]`, f32) as its parameters.
+    /// Returns a copy of `self` whose parameters are views of `values` (`[n]`, f32).
     ///
     /// # Errors
-    /// The shape is another.
+    /// The shape is wrong.
     fn with_values(&self, values: &Tensor) -> Result<Self>;
 
-    /// Returns what [`Trained::with_values`] returns, after `values` have changed. It may update copies that `self` holds in
-    /// place, so nothing else may use `self` any more.
+    /// Returns the result of [`Trained::with_values`] after `values` changed. It may update copies in `self` in place, so
+    /// callers must not use `self` afterwards.
     ///
     /// # Errors
     /// As [`Trained::with_values`].
@@ -72,42 +72,42 @@ pub trait Trained: Clone + Send + Sync + 'static {
         self.with_values(values)
     }
 
-    /// The rows of embedding and head that are trained by themselves.
+    /// The individually trained rows of embedding and head.
     fn token_rows(&self) -> Vec<TokenRows> {
         Vec::new()
     }
 
-    /// The model that is run.
+    /// The model of the forward pass.
     fn run_model(&self) -> &Model;
 
-    /// The low-rank terms that are trained; none when the model itself is.
+    /// The trained low-rank updates; none if the model itself is trained.
     ///
     /// # Errors
     /// The device fails.
     fn run_terms(&self) -> Result<Option<LowRankTerms>>;
 
-    /// Whether terms and model are copies that do not see changes of the parameters.
+    /// Whether low-rank updates and model are copies, so that updates of the parameters do not change them.
     fn terms_are_copies(&self) -> bool;
 
-    /// Writes the parameters and all that is needed to use them into `folder`.
+    /// Writes the parameters, and everything required to use them, into `folder`.
     ///
     /// # Errors
     /// A file cannot be written.
     fn save_files(&self, folder: &Path) -> Result<()>;
 
-    /// The parameters in a folder of [`Trained::save_files`]: `[n]`, f32.
+    /// Loads the parameters that [`Trained::save_files`] wrote into `folder`: `[n]`, f32.
     ///
     /// # Errors
-    /// A file is missing or damaged, or holds other tensors.
+    /// A file is missing or damaged, or does not contain the expected tensors.
     fn load_values(&self, folder: &Path) -> Result<Tensor>;
 
-    /// What must be the same when a run goes on.
+    /// The settings that must not change when a run is resumed.
     fn identity(&self) -> Value;
 
-    /// Whether it can be trained as it is.
+    /// Returns an error if it cannot be trained.
     ///
     /// # Errors
-    /// The adapter holds tensors that this trainer would not update the way the program that wrote it does.
+    /// The adapter contains tensors that this trainer would update differently than the program that wrote it.
     fn check(&self) -> Result<()> {
         Ok(())
     }
@@ -187,7 +187,12 @@ impl Trained for LoRAAdapter {
 
     fn load_values(&self, folder: &Path) -> Result<Tensor> {
         let adapter = Self::load(self.model(), folder)?;
-        let others = || Error::format(folder, "the adapter has other modules, ranks or another start");
+        let others = || {
+            Error::format(
+                folder,
+                "the adapter differs from the one in training in its modules, ranks or initialization",
+            )
+        };
         self.parameters_with_start(&adapter)?.ok_or_else(others)
     }
 
@@ -214,14 +219,14 @@ impl Trained for LoRAAdapter {
     fn check(&self) -> Result<()> {
         if let Some(name) = self.parameters_to_save().first() {
             return Err(Error::Unsupported(format!(
-                "training from an adapter that brings another `{name}`: fuse it into the model and train a new adapter"
+                "training from an adapter that replaces `{name}`: fuse it into the model and train a new adapter"
             )));
         }
         let is_outside = |module: &&LoRAModule| module.layer.is_none();
         if self.ensure_weight_tying() && self.modules().iter().filter(is_outside).count() > 1 {
             return Err(Error::Unsupported(
-                "training from an adapter whose `ensure_weight_tying` ties low-rank terms of embedding and head: they \
-                 would be trained apart. Fuse it into the model and train a new adapter"
+                "training from an adapter whose `ensure_weight_tying` ties the low-rank updates of embedding and head: the \
+                trainer would update them separately. Fuse the adapter into the model and train a new one"
                     .into(),
             ));
         }

@@ -1,4 +1,4 @@
-//! The trainer.
+//! [`Trainer`]: trains an adapter or a model on a dataset.
 
 use super::config::{EvaluationOptions, Options, TrainingConfig, check};
 use super::distributed::Group;
@@ -21,10 +21,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Trains an adapter, or with [`Trainer::full`] all parameters of a model.
+/// Trains an adapter, or all parameters of a model with [`Trainer::full`].
 ///
-/// Each epoch shuffles the samples by the seed and packs them into batches; a step is one update after one or several
-/// batches. Two runs with the same seed give the same bytes.
+/// Each epoch shuffles the samples with the seed and packs them into batches. A step is one update after one or several
+/// batches. Two runs with the same seed write the same bytes.
 ///
 /// ```no_run
 /// # fn main() -> metal_candle::Result<()> {
@@ -51,14 +51,14 @@ pub struct Trainer<T: Trained = LoRAAdapter> {
     config: TrainingConfig,
     options: Options,
     start: T,
-    /// Held while a run is going on.
+    /// Locked during a run.
     callbacks: Mutex<Vec<Callback>>,
     latest: Mutex<T>,
     best: Mutex<Option<T>>,
 }
 
 impl Trainer<LoRAAdapter> {
-    /// A trainer of an adapter; the weights of its model are frozen.
+    /// Creates a trainer of an adapter; the weights of its model are frozen.
     ///
     /// # Errors
     /// A setting is out of its range.
@@ -66,15 +66,15 @@ impl Trainer<LoRAAdapter> {
         Self::of(adapter, config)
     }
 
-    /// LoRA+ (<https://arxiv.org/abs/2402.12354>): the learning rate of each B is `ratio` times that of A, as is that of
-    /// vectors; adapters of embeddings learn with 1e-6 at the height of the schedule.
+    /// LoRA+ (<https://arxiv.org/abs/2402.12354>): the learning rate of each B, and of vectors, is `ratio` times that of A.
+    /// The highest learning rate of embedding adapters is 1e-6.
     #[must_use]
     pub fn with_lora_plus_ratio(mut self, ratio: f64) -> Self {
         self.options.lora_plus_ratio = Some(ratio);
         self
     }
 
-    /// The adapter as the last run left it, or as it was given when there was none.
+    /// The adapter after the last run; the initial adapter before the first run.
     pub fn lora_adapter(&self) -> LoRAAdapter {
         lock(&self.latest).clone()
     }
@@ -86,7 +86,7 @@ impl Trainer<LoRAAdapter> {
 }
 
 impl Trainer<Model> {
-    /// A trainer of all parameters of a model, in f32.
+    /// Creates a trainer of all parameters of a model, in f32.
     ///
     /// # Errors
     /// A setting is out of its range.
@@ -94,7 +94,7 @@ impl Trainer<Model> {
         Self::of(model, config)
     }
 
-    /// The model as the last run left it (in f32), or as it was given when there was none.
+    /// The model after the last run (in f32); the initial model before the first run.
     pub fn model(&self) -> Model {
         lock(&self.latest).clone()
     }
@@ -106,7 +106,7 @@ impl Trainer<Model> {
 }
 
 impl<T: Trained> Trainer<T> {
-    /// A trainer of anything that is [`Trained`].
+    /// Creates a trainer of any type that implements [`Trained`].
     ///
     /// # Errors
     /// A setting is out of its range.
@@ -124,40 +124,41 @@ impl<T: Trained> Trainer<T> {
         })
     }
 
-    /// What was trained as the last run left it, or as it was given when there was none.
+    /// The trained adapter or model after the last run; the initial one before the first run.
     pub fn latest(&self) -> T {
         lock(&self.latest).clone()
     }
 
-    /// The same after the evaluation with the lowest loss; none without evaluations.
+    /// The adapter or model with the lowest evaluation loss; none without evaluations.
     pub fn best(&self) -> Option<T> {
         lock(&self.best).clone()
     }
 
-    /// Most tokens of a batch, 2048 unless set; a longer sample gets a batch of its own.
+    /// Most tokens of a batch (default 2048). A longer sample gets a batch of its own.
     #[must_use]
     pub fn with_batch_tokens(mut self, tokens: usize) -> Self {
         self.options.batch_tokens = tokens;
         self
     }
 
-    /// Most tokens that are computed at once: larger batches are computed in parts, which add up to the same gradients but
-    /// for rounding. A longer sample is computed by itself.
+    /// Most tokens of a micro-batch. Larger batches are split, which changes gradients by rounding only. A longer sample
+    /// gets a micro-batch of its own.
     #[must_use]
     pub fn with_micro_batch_tokens(mut self, tokens: usize) -> Self {
         self.options.micro_batch_tokens = Some(tokens);
         self
     }
 
-    /// The number of blocks, from the first one trained, that keep only their input and are computed anew in the backward
-    /// pass: the same gradients, less memory, up to a third more work (<https://arxiv.org/abs/1604.06174>, section 4).
+    /// The number of blocks, from the first trained one on, that save only their input and are recomputed in the backward
+    /// pass (gradient checkpointing, <https://arxiv.org/abs/1604.06174>, section 4). Gradients are the same; it takes less
+    /// memory and up to a third more time.
     #[must_use]
     pub fn with_checkpointed_blocks(mut self, blocks: usize) -> Self {
         self.options.checkpointed_blocks = blocks;
         self
     }
 
-    /// What [`Trainer::train`] of `dataset` will need.
+    /// Predicts the memory and work of [`Trainer::train`] on `dataset`.
     ///
     /// # Errors
     /// Settings or samples cannot be used.
@@ -167,11 +168,11 @@ impl<T: Trained> Trainer<T> {
         TrainingPlan::new(&self.start, &self.config, &self.options, dataset)
     }
 
-    /// The trainer with a micro-batch and checkpointed blocks that make the run fit into `limit` bytes, and its plan. What
-    /// fits already stays as it is.
+    /// Returns the trainer, with a micro-batch size and checkpointed blocks such that the run fits in `limit` bytes, and its
+    /// plan. If the run fits already, the settings do not change.
     ///
     /// # Errors
-    /// Nothing fits, or settings or samples cannot be used.
+    /// No settings fit, or settings or samples cannot be used.
     pub fn fitted(mut self, dataset: &Dataset, limit: usize) -> Result<(Self, TrainingPlan)> {
         check(&self.config, &self.options)?;
         check_dataset(dataset, self.start.run_model().config().vocab_size)?;
@@ -180,7 +181,7 @@ impl<T: Trained> Trainer<T> {
         Ok((self, plan))
     }
 
-    /// Tokens a second, measured on the first `batches` micro-batches of `dataset`; nothing is trained.
+    /// Measures the tokens per second on the first `batches` micro-batches of `dataset`, without training.
     ///
     /// # Errors
     /// Settings or samples cannot be used.
@@ -196,65 +197,64 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
-    /// These batches in this order in each epoch, given by the numbers of the samples from 0, in place of shuffling and
-    /// packing.
+    /// Uses these batches of sample indices in this order in each epoch, instead of shuffling and packing.
     #[must_use]
     pub fn with_batches(mut self, batches: Vec<Vec<usize>>) -> Self {
         self.options.batches = Some(batches);
         self
     }
 
-    /// Batches of a step. Each trained token of a step has the same weight, whatever its batch.
+    /// The number of batches per step. Each trained token of a step has the same weight, whatever its batch.
     #[must_use]
     pub fn with_gradient_accumulation(mut self, batches: usize) -> Self {
         self.options.gradient_accumulation = batches;
         self
     }
 
-    /// Share of the target taken from the wanted token and spread over the whole vocabulary, 0 to 1.
+    /// Label smoothing, 0 to 1: the share of the target distribution that is uniform over the vocabulary.
     #[must_use]
     pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Self {
         self.options.label_smoothing = label_smoothing;
         self
     }
 
-    /// Noise on the embedded tokens in training (NEFTune, <https://arxiv.org/abs/2310.05914>, section 2), uniform within
-    /// `alpha / sqrt(length * hidden_size)` for a sample of `length` tokens; 0 for none.
+    /// Adds noise to the embedded tokens (NEFTune, <https://arxiv.org/abs/2310.05914>, section 2), uniform within
+    /// `alpha / sqrt(length * hidden_size)` for a sample of `length` tokens; 0 for no noise.
     #[must_use]
     pub fn with_neftune_noise_alpha(mut self, alpha: f64) -> Self {
         self.options.neftune_noise_alpha = alpha;
         self
     }
 
-    /// Exactly this many steps, over as many epochs as they need.
+    /// Trains exactly this number of steps, in place of `num_epochs`.
     #[must_use]
     pub fn with_max_steps(mut self, steps: usize) -> Self {
         self.options.max_steps = Some(steps);
         self
     }
 
-    /// Another optimizer than AdamW with the settings of the configuration.
+    /// Uses this optimizer instead of AdamW with the settings of the configuration.
     #[must_use]
     pub fn with_optimizer(mut self, optimizer: impl Into<OptimizerConfig>) -> Self {
         self.options.optimizer = Some(optimizer.into());
         self
     }
 
-    /// Whether weight decay applies to matrices only, not to norms and biases; it applies to all unless set.
+    /// Whether weight decay applies to matrices only, not to norms and biases (default: to all parameters).
     #[must_use]
     pub fn with_decay_matrices_only(mut self, matrices_only: bool) -> Self {
         self.options.decay_matrices_only = matrices_only;
         self
     }
 
-    /// Another schedule than that of the configuration.
+    /// Uses this schedule instead of the one in the configuration.
     #[must_use]
     pub fn with_lr_scheduler(mut self, lr_scheduler: LRScheduler) -> Self {
         self.config.lr_scheduler = lr_scheduler;
         self
     }
 
-    /// Seed of the order of the samples and of dropout.
+    /// The seed of the sample order and of dropout.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.options.seed = seed;
@@ -276,8 +276,8 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
-    /// Writes `metrics.jsonl` and `checkpoints/` into this folder. There is a checkpoint after the last step, after each
-    /// evaluation that is the best so far and before an error of the loss.
+    /// Writes `metrics.jsonl` and `checkpoints/` into this folder. Checkpoints are written after the last step, after each
+    /// evaluation that is the best so far, and before an error about the loss is returned.
     #[must_use]
     pub fn with_run_folder(mut self, folder: impl Into<PathBuf>) -> Self {
         self.options.run_folder = Some(folder.into());
@@ -291,37 +291,37 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
-    /// Keeps the newest `count` checkpoints, 2 unless set, and the best.
+    /// Keeps the newest `count` checkpoints (default 2), and the best one.
     #[must_use]
     pub fn with_kept_checkpoints(mut self, count: usize) -> Self {
         self.options.kept_checkpoints = count;
         self
     }
 
-    /// Goes on from the newest undamaged checkpoint of the run folder, if there is one.
+    /// Resumes from the newest undamaged checkpoint of the run folder, if there is one.
     #[must_use]
     pub fn with_resume(mut self, resume: bool) -> Self {
         self.options.resume = resume;
         self
     }
 
-    /// Trains together with the other processes of a group: each computes a share of every step's samples, and the sum
-    /// of the gradients is taken once a step. Files are written by rank 0 only; the folder of a run that goes on is read by all.
-    /// Dropout and `NEFTune` depend on the number of processes, everything else does not but for rounding.
+    /// Trains together with the other processes of a group: each computes a shard of every step's samples, and gradients are
+    /// summed once per step. Only rank 0 writes files; all ranks read the run folder to resume. Dropout and `NEFTune` depend
+    /// on the number of processes; everything else differs by rounding only.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.options.group = Some(group);
         self
     }
 
-    /// Adds a warning of something found before the run, which is told when the run begins.
+    /// Adds a warning found before the run. It is reported when the run starts.
     #[must_use]
     pub fn with_warning(mut self, warning: TrainingWarning) -> Self {
         self.options.warnings.push(warning);
         self
     }
 
-    /// Calls `callback` at each event; the run stops after the current step when it breaks.
+    /// Calls `callback` at each event. If it returns `Break`, the run stops after the current step.
     #[must_use]
     pub fn with_callback(self, callback: impl FnMut(&TrainingEvent) -> ControlFlow<()> + Send + 'static) -> Self {
         lock(&self.callbacks).push(Box::new(callback));
@@ -333,7 +333,7 @@ impl<T: Trained> Trainer<T> {
         &self.config
     }
 
-    /// Refuses settings that [`Trainer::train`] would refuse.
+    /// Checks the settings without training.
     ///
     /// # Errors
     /// A setting is out of its range, or two of them contradict each other.
@@ -341,7 +341,7 @@ impl<T: Trained> Trainer<T> {
         check(&self.config, &self.options)
     }
 
-    /// The number of steps that [`Trainer::train`] makes of `dataset`, unless it stops early.
+    /// The number of steps of [`Trainer::train`] on `dataset`, unless it stops early.
     ///
     /// # Errors
     /// A setting is out of its range, or the dataset is empty.
@@ -357,7 +357,7 @@ impl<T: Trained> Trainer<T> {
         Ok(steps)
     }
 
-    /// Trains from the parameters the trainer was given, or resumes, until the end of the run.
+    /// Trains from the initial parameters, or resumes, until the end of the run.
     ///
     /// # Errors
     /// Settings or samples cannot be used; a trainable tensor gets no gradient; the loss is NaN or infinite (a checkpoint
@@ -379,10 +379,11 @@ impl<T: Trained> Trainer<T> {
             check_dataset(&evaluation.dataset, vocab_size)?;
         }
         let total_steps = self.total_steps(dataset)?;
-        let mut callbacks = self.callbacks.try_lock().map_err(|_| Error::argument("trainer", "is training already"))?;
+        let mut callbacks =
+            self.callbacks.try_lock().map_err(|_| Error::argument("trainer", "a run is in progress already"))?;
         let mut run = Run::new(&self.start, &self.config, &self.options, dataset, total_steps, &mut callbacks)?;
         let outcome = run.execute();
-        // what was learned is kept when the run fails
+        // keep the trained parameters even if the run fails
         *lock(&self.latest) = run.snapshot()?;
         *lock(&self.best) = run.best()?;
         outcome

@@ -1,109 +1,109 @@
-//! What a run should be warned of, and what can be told from its data before it starts.
+//! The warnings of training runs, and the checks of datasets before a run.
 
 use crate::data::Dataset;
 use std::collections::HashSet;
 use std::fmt;
 
-/// Less than this share of trained tokens is warned of.
+/// A smaller share of trained tokens causes a warning.
 pub(super) const FEW_TRAINED_TOKENS: f64 = 0.05;
-/// From this share on, rows that were cut are warned of.
+/// This share of truncated rows causes a warning.
 pub(super) const MANY_CUT_ROWS: f64 = 0.05;
-/// From this share on, held-out rows that are also trained on are warned of.
+/// This share of validation rows that are also training rows causes a warning.
 pub(super) const MANY_LEAKED_ROWS: f64 = 0.01;
 
-/// Something in a run that its user should look at. The text says what was seen and what to try.
+/// A problem of a run that its user should check. The text describes it and suggests what to try.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum TrainingWarning {
-    /// The loss of one step is far above those before.
+    /// The loss of one step is far above the previous losses.
     LossSpike {
         /// The loss, in nats a trained token.
         loss: f64,
-        /// The median of the losses before.
+        /// The median of the previous losses.
         median: f64,
     },
-    /// The gradients of one step are far larger than those before.
+    /// The gradients of one step are far larger than the previous ones.
     GradientExplosion {
         /// The global norm before clipping.
         grad_norm: f64,
-        /// The median of the norms before.
+        /// The median of the previous norms.
         median: f64,
         /// The norm that gradients are clipped to.
         max_grad_norm: Option<f64>,
     },
-    /// The loss has risen instead of fallen, and stays there.
+    /// The loss has risen and stays high.
     LossRises {
-        /// The loss it was at, in nats a trained token.
+        /// The earlier loss, in nats per trained token.
         from: f64,
-        /// The step it was there.
+        /// The step of the earlier loss.
         from_step: usize,
-        /// The loss it is at.
+        /// The current loss.
         to: f64,
         /// The highest learning rate so far.
         learning_rate: f64,
-        /// Whether these are losses of the held-out rows.
-        is_held_out: bool,
+        /// Whether these are validation losses.
+        is_validation: bool,
     },
-    /// The held-out loss rises while the training loss falls.
+    /// The validation loss rises while the training loss falls.
     Overfitting {
-        /// The step with the lowest held-out loss.
+        /// The step with the lowest validation loss.
         best_step: usize,
-        /// The held-out loss there, in nats a trained token.
+        /// The lowest validation loss, in nats per trained token.
         best_loss: f64,
-        /// The held-out loss now.
+        /// The current validation loss.
         loss: f64,
-        /// Mean training loss before that step, since the evaluation before it.
+        /// The mean training loss between the best evaluation and the previous one.
         train_loss_then: f64,
-        /// Mean training loss since the last evaluation.
+        /// The mean training loss since the last evaluation.
         train_loss_now: f64,
     },
-    /// Memory ran out in a step, which is made again with less at a time.
+    /// Memory ran out in a step. The step is repeated with a smaller micro-batch or more checkpointed blocks.
     OutOfMemory {
-        /// Most tokens that are computed at once from now on; none where batches are computed as a whole.
+        /// Most tokens of a micro-batch from now on; none if batches are not split.
         micro_batch_tokens: Option<usize>,
-        /// Blocks that are computed anew in the backward pass from now on.
+        /// The number of blocks that are recomputed in the backward pass from now on.
         checkpointed_blocks: usize,
-        /// What was said.
+        /// The error.
         reason: String,
     },
-    /// Hardly a token is trained.
+    /// Few tokens are trained.
     FewTrainedTokens {
-        /// The tokens whose prediction is trained.
+        /// The number of tokens whose prediction is trained.
         trained_tokens: usize,
-        /// All tokens.
+        /// The number of tokens.
         tokens: usize,
     },
-    /// Many rows were cut at their end.
+    /// Many rows were truncated.
     CutRows {
-        /// How many.
+        /// The number of these rows.
         cut: usize,
-        /// Of how many.
+        /// The number of all rows.
         rows: usize,
-        /// The tokens that were left of each.
+        /// Their length in tokens.
         max_tokens: usize,
     },
-    /// Held-out rows are also trained on.
+    /// Validation rows are also in the training data.
     LeakedRows {
-        /// How many.
+        /// The number of these rows.
         leaked: usize,
-        /// Of how many.
+        /// The number of all rows.
         rows: usize,
     },
-    /// The model does not know the marks of the chat template.
+    /// The model was not trained on the special tokens of the chat template.
     UnknownTemplate {
-        /// The marks.
+        /// The special tokens.
         marks: Vec<String>,
-        /// Mean loss on predicting them, in nats.
+        /// The mean loss of predicting them, in nats.
         loss: f64,
-        /// The loss of a guess, the logarithm of the size of the vocabulary.
+        /// The loss of a random guess: the logarithm of the vocabulary size.
         chance: f64,
-        /// Whether their embeddings are like those of tokens that were never trained.
+        /// Whether their embeddings look like those of tokens that were never trained.
         is_untrained: bool,
     },
 }
 
 impl TrainingWarning {
-    /// A short name of the kind of warning, the same for all warnings of it.
+    /// A short name of the kind of warning.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::LossSpike { .. } => "loss spike",
@@ -124,18 +124,18 @@ impl fmt::Display for TrainingWarning {
         match self {
             Self::LossSpike { loss, median } => write!(
                 f,
-                "the loss jumped to {loss:.3}, it was about {median:.3}: look at the rows of this step; \
+                "the loss jumped from about {median:.3} to {loss:.3}: check the rows of this step; \
                  if it happens again, lower the learning rate or clip the gradients more"
             ),
             Self::GradientExplosion { grad_norm, median, max_grad_norm } => {
-                write!(f, "the gradient norm jumped to {grad_norm:.3}, it was about {median:.3}: ")?;
+                write!(f, "the gradient norm jumped from about {median:.3} to {grad_norm:.3}: ")?;
                 match max_grad_norm {
-                    Some(norm) => write!(f, "it is clipped to {norm}; if the loss suffers, lower the learning rate"),
-                    None => write!(f, "clip the gradients (a largest norm of 1 is usual) or lower the learning rate"),
+                    Some(norm) => write!(f, "it is clipped to {norm}; if the loss rises, lower the learning rate"),
+                    None => write!(f, "clip the gradients (1 is a common maximum norm) or lower the learning rate"),
                 }
             }
-            Self::LossRises { from, from_step, to, learning_rate, is_held_out } => {
-                let what = if *is_held_out { "validation loss" } else { "loss" };
+            Self::LossRises { from, from_step, to, learning_rate, is_validation } => {
+                let what = if *is_validation { "validation loss" } else { "loss" };
                 write!(
                     f,
                     "the {what} rose from {from:.3} at step {from_step} to {to:.3}: the learning rate of \
@@ -151,73 +151,71 @@ impl fmt::Display for TrainingWarning {
                  dropout, a lower rank, or early stopping"
             ),
             Self::OutOfMemory { micro_batch_tokens, checkpointed_blocks, reason } => {
-                write!(f, "{reason}; the step is made again with ")?;
+                write!(f, "{reason}; repeating the step with ")?;
                 if let Some(tokens) = micro_batch_tokens {
-                    write!(f, "at most {tokens} tokens at once and ")?;
+                    write!(f, "micro-batches of at most {tokens} tokens and ")?;
                 }
-                write!(f, "{checkpointed_blocks} blocks computed anew in the backward pass")
+                write!(f, "{checkpointed_blocks} checkpointed blocks")
             }
             Self::FewTrainedTokens { trained_tokens, tokens } => write!(
                 f,
-                "only {trained_tokens} of {tokens} tokens are trained ({:.1} %), most are masked: see whether the \
-                 answers are where they should be (`data check` shows it), or train prompts too",
+                "only {trained_tokens} of {tokens} tokens are trained ({:.1} %), the others are masked: check with `data check` \
+                that the answers are trained, or train prompts too",
                 100.0 * *trained_tokens as f64 / (*tokens).max(1) as f64
             ),
             Self::CutRows { cut, rows, max_tokens } => write!(
                 f,
-                "{cut} of {rows} rows were cut at {max_tokens} tokens, and what was cut off, often the answer's end, \
-                 is not learned: allow longer rows or split them"
+                "{cut} of {rows} rows were truncated to {max_tokens} tokens, often cutting off the end of the answer: \
+                allow longer rows or split them"
             ),
             Self::LeakedRows { leaked, rows } => write!(
                 f,
-                "{leaked} of {rows} validation rows are also trained on: the validation loss looks better than it is; \
-                 remove duplicates before splitting"
+                "{leaked} of {rows} validation rows are also training rows, so the validation loss is too optimistic: \
+                remove duplicates before splitting"
             ),
             Self::UnknownTemplate { marks, loss, chance, is_untrained } => {
                 let marks = marks.join("`, `");
-                write!(f, "the model does not seem to know its chat template: it predicts `{marks}` with a loss of ")?;
-                write!(f, "{loss:.1}, a guess has {chance:.1}")?;
-                if *is_untrained {
-                    write!(f, ", and their embeddings are like those of unused tokens")?;
-                }
                 write!(
                     f,
-                    "; start from the instruct model, or train the embeddings and the head too, or expect to need \
-                     more data"
-                )
+                    "the model was probably not trained on its chat template: it predicts `{marks}` with a loss of "
+                )?;
+                write!(f, "{loss:.1}, and a random guess has {chance:.1}")?;
+                if *is_untrained {
+                    write!(f, "; their embeddings look like those of unused tokens")?;
+                }
+                write!(f, "; start from the instruct model, or train the embeddings and the head too, or use more data")
             }
         }
     }
 }
 
-/// A number with so many digits: `0.003`, `7e-5`.
+/// Formats a number with `digits` significant digits: `0.003`, `7e-5`.
 fn short(value: f64, digits: usize) -> String {
     let rounded: f64 = format!("{value:.*e}", digits.saturating_sub(1)).parse().unwrap_or(value);
     if (1e-3..1e6).contains(&rounded) { format!("{rounded}") } else { format!("{rounded:e}") }
 }
 
-/// What the datasets alone tell: hardly a token trained, or held-out rows that are also trained on.
+/// Warns if less than 5 % of the tokens are trained, or if at least 1 % of the validation rows are also training rows.
 ///
-/// Rows are the same if all their tokens are. The shares from which on there is a warning: less than 5 % of tokens
-/// trained, 1 % of held-out rows leaked.
-pub fn dataset_warnings(train: &Dataset, held_out: Option<&Dataset>) -> Vec<TrainingWarning> {
+/// Two rows are equal if all their tokens are.
+pub fn dataset_warnings(train: &Dataset, valid: Option<&Dataset>) -> Vec<TrainingWarning> {
     let mut warnings = Vec::new();
     let tokens: usize = train.samples.iter().map(|sample| sample.ids.len()).sum();
     let trained_tokens: usize = train.samples.iter().map(crate::data::Sample::num_trained).sum();
     if tokens > 0 && (trained_tokens as f64) < FEW_TRAINED_TOKENS * tokens as f64 {
         warnings.push(TrainingWarning::FewTrainedTokens { trained_tokens, tokens });
     }
-    if let Some(held_out) = held_out.filter(|rows| !rows.is_empty()) {
+    if let Some(valid) = valid.filter(|rows| !rows.is_empty()) {
         let known: HashSet<&[u32]> = train.samples.iter().map(|sample| sample.ids.as_slice()).collect();
-        let leaked = held_out.samples.iter().filter(|sample| known.contains(sample.ids.as_slice())).count();
-        if leaked > 0 && leaked as f64 >= MANY_LEAKED_ROWS * held_out.len() as f64 {
-            warnings.push(TrainingWarning::LeakedRows { leaked, rows: held_out.len() });
+        let leaked = valid.samples.iter().filter(|sample| known.contains(sample.ids.as_slice())).count();
+        if leaked > 0 && leaked as f64 >= MANY_LEAKED_ROWS * valid.len() as f64 {
+            warnings.push(TrainingWarning::LeakedRows { leaked, rows: valid.len() });
         }
     }
     warnings
 }
 
-/// A warning if 5 % of the rows or more are exactly `max_tokens` long, when longer rows are cut to that length.
+/// Warns if at least 5 % of the rows are exactly `max_tokens` long, for rows that were truncated to that length.
 pub fn cut_rows_warning(dataset: &Dataset, max_tokens: usize) -> Option<TrainingWarning> {
     let cut = dataset.samples.iter().filter(|sample| sample.ids.len() == max_tokens).count();
     let rows = dataset.len();
@@ -256,11 +254,11 @@ mod tests {
 
     #[test]
     fn leaked_and_cut_rows_are_counted() {
-        let (train, held_out) = (rows(50, 20, 10), rows(200, 20, 10));
+        let (train, valid) = (rows(50, 20, 10), rows(200, 20, 10));
         let leaked = [TrainingWarning::LeakedRows { leaked: 50, rows: 200 }];
-        assert_eq!(dataset_warnings(&train, Some(&held_out)), leaked);
+        assert_eq!(dataset_warnings(&train, Some(&valid)), leaked);
         // 1 of 101 rows is less than a hundredth
-        let few = Dataset::from_samples(held_out.samples[49..150].to_vec());
+        let few = Dataset::from_samples(valid.samples[49..150].to_vec());
         assert_eq!(dataset_warnings(&train, Some(&few)), []);
         let cut = TrainingWarning::CutRows { cut: 50, rows: 50, max_tokens: 20 };
         assert_eq!(cut_rows_warning(&train, 20), Some(cut));

@@ -1,4 +1,4 @@
-//! Trains parameters of a model as they are, all of them or some, rather than an adapter.
+//! Trains the parameters of a model directly, all of them or some, instead of an adapter.
 
 use super::trained::{Parameter, Trained};
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// The trained parameters of a model, in the order in which they lie in the flat values.
+/// The trained parameters of a model, in their order in the flat values.
 pub(super) struct WholeParameters<'a> {
     model: &'a Model,
     /// The indices in [`Model::parameters`].

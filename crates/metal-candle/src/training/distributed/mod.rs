@@ -1,16 +1,18 @@
-//! Training on several devices at once: one process a device, each with the whole model and a share of every step's samples.
+//! Data-parallel training: one process per device, each with the whole model and a shard of every step's samples.
 //!
-//! The processes are the ranks of a [`Group`], numbered from 0. All plan the same steps from the same seed. The samples of a
-//! step are divided so that each rank has about as many tokens; the flat gradients are summed over all ranks once a step,
-//! and then every rank makes the same update, so that parameters stay the same bit for bit (digests are compared at each
-//! evaluation and at the end). Losses and gradients are those of one device but for rounding, as long as nothing is random:
-//! masks of dropout and noise of `NEFTune` depend on the number of ranks. Rank 0 alone writes files; all read checkpoints.
+//! The processes are the ranks of a [`Group`], numbered from 0. All ranks plan the same steps from the same seed. The
+//! samples of a step are divided so that each rank has about the same number of tokens. The flat gradients are summed over
+//! all ranks once per step, and then every rank makes the same update, so parameters stay identical bit for bit (digests
+//! are compared at each evaluation and at the end). Losses and gradients differ from those of one device by rounding only,
+//! except that dropout masks and `NEFTune` noise depend on the number of ranks. Only rank 0 writes files; all ranks read
+//! checkpoints.
 //!
-//! Ranks talk through loopback sockets, in a star around rank 0. Gradients go the same way, added up in the order of the ranks,
-//! unless the device is CUDA and the feature `nccl` is on: then NCCL sums them on the stream that the device computes on.
+//! Ranks communicate through loopback sockets, in a star around rank 0. Rank 0 sums the gradients in rank order. On CUDA
+//! with the feature `nccl`, NCCL sums them on the device's compute stream instead.
 //!
-//! A rank that fails tells the others why, and one that dies closes its sockets, so that all of them end with
-//! [`Error::Peer`]. Only while NCCL sums is nobody listening: whoever started the processes must end the rest if one dies.
+//! A rank that fails sends the reason to the others, and the sockets of a rank that dies are closed, so all ranks return
+//! [`Error::Peer`]. Ranks do not read their sockets while NCCL sums: if a process dies then, its launcher must end the
+//! other processes.
 
 mod share;
 mod wire;
@@ -26,39 +28,39 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use wire::{Link, Purpose};
 
-/// How long a rank waits for the others to come.
+/// How long a rank waits for the others to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_mins(2);
 
-/// How long a rank waits for another one that is alive; rank 0 may write files meanwhile.
+/// How long a rank waits for a message of a connected rank; rank 0 may be writing files.
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(30);
 
-/// The processes that train together, as one of them sees it. Clones are the same member.
+/// A handle of one rank to the processes that train together. Clones share the connections.
 #[derive(Clone)]
 pub struct Group(Arc<Member>);
 
 struct Member {
     rank: usize,
     num_ranks: usize,
-    /// To all others for rank 0, in order; to rank 0 for the others.
+    /// Rank 0 has a link to each other rank, in order; the others have one link, to rank 0.
     links: Mutex<Vec<Link>>,
     #[cfg(feature = "nccl")]
     communicator: Mutex<Option<metal_candle_kernels::Communicator>>,
 }
 
 impl Group {
-    /// The environment variable of the number of ranks; without it a process trains alone.
+    /// The environment variable with the number of ranks; without it a process trains alone.
     pub const NUM_RANKS: &str = "METAL_CANDLE_NUM_RANKS";
-    /// That of the rank of this process.
+    /// The environment variable with the rank of this process.
     pub const RANK: &str = "METAL_CANDLE_RANK";
-    /// That of the address where rank 0 listens, as in `127.0.0.1:29500`.
+    /// The environment variable with the address at which rank 0 listens, such as `127.0.0.1:29500`.
     pub const ADDRESS: &str = "METAL_CANDLE_ADDRESS";
-    /// That of a word that only the processes of the group know; it may be missing.
+    /// The environment variable with the secret of the group; optional.
     pub const TOKEN: &str = "METAL_CANDLE_TOKEN";
 
-    /// Joins the group that the environment tells of, and waits until all ranks are there; none if it tells of none.
+    /// Joins the group that the environment variables describe and waits for all ranks; `None` if they are not set.
     ///
     /// # Errors
-    /// A variable is missing or wrong, or the ranks do not find each other within two minutes.
+    /// A variable is missing or invalid, or the ranks do not connect within two minutes.
     pub fn from_environment() -> Result<Option<Self>> {
         let Ok(num_ranks) = std::env::var(Self::NUM_RANKS) else { return Ok(None) };
         let number = |name: &str, text: &str| {
@@ -72,11 +74,11 @@ impl Group {
         Self::connect(rank, num_ranks, &variable(Self::ADDRESS)?, &token).map(Some)
     }
 
-    /// Joins a group: rank 0 listens at `address`, the others connect to it; all must give the same `token`. Waits until
-    /// all ranks are there.
+    /// Joins a group: rank 0 listens at `address`, the others connect to it; all must pass the same `token`. Waits until
+    /// all ranks are connected.
     ///
     /// # Errors
-    /// There is no such rank, or the ranks do not find each other within two minutes.
+    /// `rank` is not below `num_ranks`, or the ranks do not connect within two minutes.
     pub fn connect(rank: usize, num_ranks: usize, address: &str, token: &str) -> Result<Self> {
         if rank >= num_ranks {
             return Err(Error::argument("rank", format!("expected a number below {num_ranks}, found `{rank}`")));
@@ -97,7 +99,7 @@ impl Group {
         })))
     }
 
-    /// The number of this process, from 0.
+    /// The rank of this process, from 0.
     pub fn rank(&self) -> usize {
         self.0.rank
     }
@@ -110,7 +112,7 @@ impl Group {
     /// Sums an f32 tensor (`[n]`, contiguous) over all ranks in place; all get the same bits.
     ///
     /// # Errors
-    /// Another rank failed or ended, or gave a tensor of another length.
+    /// Another rank failed or ended, or passed a tensor of another length.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
         if self.num_ranks() == 1 {
             return Ok(());
@@ -140,7 +142,7 @@ impl Group {
         }
     }
 
-    /// What each rank has to say, in the order of the ranks; every rank gets the same.
+    /// Collects one message from each rank, in rank order; every rank gets all of them.
     fn gather(&self, purpose: Purpose, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         let mut links = lock(&self.0.links);
         if self.rank() == 0 {
@@ -163,7 +165,7 @@ impl Group {
         Ok(all)
     }
 
-    /// The numbers of each rank.
+    /// Collects `own` numbers from each rank, in rank order.
     pub(super) fn gather_numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>> {
         let bytes: Vec<u8> = own.iter().flat_map(|number| number.to_le_bytes()).collect();
         let numbers = |bytes: Vec<u8>| bytes.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect();
@@ -178,13 +180,13 @@ impl Group {
         all.into_iter().enumerate().map(read).collect()
     }
 
-    /// Whether any rank says so.
+    /// Whether `own` is true on any rank.
     pub(super) fn any(&self, own: bool) -> Result<bool> {
         let all = self.gather(Purpose::Stop, &[u8::from(own)])?;
         Ok(all.iter().any(|one| one.as_slice() == [1]))
     }
 
-    /// Refuses to go on unless `own` is the same on all ranks.
+    /// Returns an error unless `own` is equal on all ranks.
     pub(super) fn check_same(&self, what: &str, own: &str) -> Result<()> {
         let all = self.gather_json(&json!([what, own]))?;
         let differs = |(rank, other): (usize, &Value)| (*other != all[0]).then_some(rank);
@@ -197,7 +199,7 @@ impl Group {
         }
     }
 
-    /// Makes what is needed to sum on `device`.
+    /// Sets up the sums on `device`.
     pub(super) fn prepare(&self, device: Device) -> Result<()> {
         if self.num_ranks() > 1 && device.is_metal() {
             return Err(Error::Unsupported("training on more than one Metal device".into()));
@@ -218,11 +220,11 @@ impl Group {
         Ok(())
     }
 
-    /// The loss of a step from the sums of all ranks, or what went wrong on any of them: then every rank gets an error of
-    /// the same kind, so that all go on in the same way.
+    /// Sums the losses of all ranks. If one of them failed, every rank gets an error of the same kind, so that all ranks
+    /// handle it in the same way.
     pub(super) fn sum_of_losses(&self, own: Result<f64>) -> Result<f64> {
         let report = match &own {
-            // as text floats come back exactly, and NaN is one
+            // JSON numbers have no NaN, and text keeps every bit
             Ok(loss) => json!({"loss": loss.to_string()}),
             Err(Error::NonFiniteLoss { step, loss, rows }) => {
                 json!({"failed": "loss", "step": step, "loss": loss.to_string(), "rows": rows})
@@ -253,18 +255,18 @@ impl Group {
         if let Some((rank, report)) = memory.first() {
             return Err(Error::OutOfMemory(format!("rank {rank}: {}", message(report))));
         }
-        let lost = |rank| Error::Peer { rank, message: "has no loss to tell".into() };
+        let lost = |rank| Error::Peer { rank, message: "sent no loss".into() };
         all.iter().enumerate().map(|(rank, report)| loss_of(report).ok_or_else(|| lost(rank))).sum()
     }
 
-    /// Tells the others that this rank cannot go on, and why; they end with the same error.
+    /// Sends the error of this rank to the others, which return it as theirs.
     pub(super) fn fail(&self, error: &Error) {
         let (rank, message) = match error {
             Error::Peer { rank, message } => (*rank, message.clone()),
             error => (self.rank(), error.to_string()),
         };
         for link in lock(&self.0.links).iter_mut() {
-            // whoever is gone need not be told
+            // a rank that has ended needs no message
             let _ = link.send_failure(rank, &message);
         }
     }
@@ -280,7 +282,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sums on CUDA devices.
+/// Sums tensors on CUDA devices.
 #[cfg(feature = "nccl")]
 mod nccl {
     use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout};
@@ -295,13 +297,13 @@ mod nccl {
         }
 
         fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
-            candle_core::bail!("a tensor of a CUDA device is wanted")
+            candle_core::bail!("expected a tensor on a CUDA device")
         }
 
         fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
             let values = storage.as_cuda_slice_mut::<f32>()?;
             if layout.contiguous_offsets() != Some((0, values.len())) {
-                candle_core::bail!("a tensor that fills its storage is wanted")
+                candle_core::bail!("expected a tensor that fills its storage")
             }
             self.0.all_reduce(values).map_err(|message| candle_core::Error::Msg(format!("NCCL: {message}")))
         }

@@ -1,9 +1,9 @@
-//! Which rank computes which samples of a step.
+//! Divides the samples of a step among the ranks.
 
 use crate::data::Dataset;
 
-/// The batches that each rank computes of those of a step: all samples, so divided that tokens are balanced, in batches
-/// that are not larger than the largest one given. One rank computes the batches as they are.
+/// The batches of each rank: the samples of a step, divided so that tokens are balanced, in batches no larger than the
+/// largest of `batches`. A single rank gets `batches` unchanged.
 pub(in crate::training) fn divide(dataset: &Dataset, batches: &[Vec<usize>], num_ranks: usize) -> Vec<Vec<Vec<usize>>> {
     if num_ranks == 1 {
         return vec![batches.to_vec()];
@@ -24,8 +24,8 @@ pub(in crate::training) fn divide(dataset: &Dataset, batches: &[Vec<usize>], num
     balance(&batches.concat(), num_ranks, length).into_iter().map(into_batches).collect()
 }
 
-/// Divides items into `count` parts: the longest first, each into the part that has least so far. Within a part they keep
-/// their order.
+/// Divides items into `count` parts: the longest first, each into the shortest part so far. Items of a part stay in
+/// order.
 fn balance(items: &[usize], count: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..items.len()).collect();
     order.sort_by_key(|&place| std::cmp::Reverse(length(items[place])));

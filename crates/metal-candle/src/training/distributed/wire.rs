@@ -1,23 +1,23 @@
-//! The sockets between ranks.
+//! Sends messages between ranks over sockets.
 
 use crate::error::{Error, Result};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Time between two tries to connect or to accept.
+/// Time between two attempts to connect or accept.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// How long whoever connects may take to say which rank it is.
+/// How long a new connection may take to send its rank.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest message but for gradients, in bytes.
+/// Longest message other than gradients, in bytes.
 const MAX_BYTES: usize = 1 << 28;
 
-/// Numbers that are made bytes at once.
+/// Numbers converted to bytes at a time.
 const CHUNK: usize = 1 << 14;
 
-/// What a message is for; the first byte of its header, before its length.
+/// The kind of a message: the first byte of its header, before its length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     Hello = 1,
@@ -30,10 +30,10 @@ pub(super) enum Purpose {
     Failure,
 }
 
-/// The connection with another rank.
+/// A connection to another rank.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// The other one.
+    /// The other rank.
     rank: usize,
     stream: TcpStream,
 }
@@ -90,10 +90,10 @@ impl Link {
         Ok(())
     }
 
-    /// Tells why `rank` cannot go on.
+    /// Sends the error of `rank`.
     pub(super) fn send_failure(&mut self, rank: usize, message: &str) -> io::Result<()> {
         let message = [&(rank as u64).to_le_bytes()[..], message.as_bytes()].concat();
-        // whoever does not listen is not waited for
+        // do not wait for a rank that does not read
         self.stream.set_write_timeout(Some(HELLO_TIMEOUT))?;
         self.stream.write_all(&header(Purpose::Failure, message.len()))?;
         self.stream.write_all(&message)
@@ -121,7 +121,7 @@ impl Link {
         Ok(bytes)
     }
 
-    /// What to say when nothing can be sent: what the other one said last, if it did.
+    /// The error for a failed write: the last error the other rank sent, if it sent one.
     fn lost(&mut self, error: &io::Error) -> Error {
         let _ = self.stream.set_read_timeout(Some(HELLO_TIMEOUT));
         match self.receive_header(Purpose::Failure) {
@@ -142,7 +142,7 @@ impl Link {
     }
 
     fn astray(&self) -> Error {
-        Error::Peer { rank: self.rank, message: "is at another place of the run, or trains something else".into() }
+        Error::Peer { rank: self.rank, message: "is out of sync: it sent an unexpected message. Check that every rank was started with the same data and settings".into() }
     }
 }
 
@@ -152,13 +152,13 @@ fn header(purpose: Purpose, length: usize) -> [u8; 9] {
     header
 }
 
-/// What a rank says first.
+/// The first message of a rank.
 fn hello(rank: usize, num_ranks: usize, token: &str) -> Vec<u8> {
     let numbers = [rank, num_ranks].map(|number| (number as u64).to_le_bytes());
     [numbers.as_flattened(), token.as_bytes()].concat()
 }
 
-/// The connections of rank 0 with all others, when all have come.
+/// Waits for all other ranks and returns rank 0's connections to them.
 pub(super) fn accept_all(
     num_ranks: usize,
     address: &str,
@@ -174,7 +174,7 @@ pub(super) fn accept_all(
     while links.iter().any(Option::is_none) {
         match listener.accept() {
             Ok((stream, _)) => {
-                // anything else that connects is sent away
+                // connections that are not ranks of this group are closed
                 let Ok(mut link) = Link::new(num_ranks, stream, HELLO_TIMEOUT) else { continue };
                 let Ok(said) = link.receive(Purpose::Hello) else { continue };
                 let Some(rank) = (1..num_ranks).find(|&rank| said == hello(rank, num_ranks, token)) else { continue };
@@ -187,7 +187,7 @@ pub(super) fn accept_all(
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 let rank = links.iter().position(Option::is_none).map_or(0, |place| place + 1);
-                return Err(Error::Peer { rank, message: format!("has not come to `{address}`") });
+                return Err(Error::Peer { rank, message: format!("did not connect to `{address}`") });
             }
             Err(error) => return Err(failed(error)),
         }
@@ -197,7 +197,7 @@ pub(super) fn accept_all(
     Ok(links)
 }
 
-/// The connection of another rank with rank 0, when all have come.
+/// Connects to rank 0 and waits until all ranks are connected.
 pub(super) fn join(
     rank: usize,
     num_ranks: usize,
@@ -211,7 +211,7 @@ pub(super) fn join(
         |error: io::Error| Error::Peer { rank: 0, message: format!("cannot be reached at `{address}`: {error}") };
     let stream = loop {
         match TcpStream::connect(address) {
-            // a port that nobody listens at yet may be connected with itself
+            // connecting to a loopback port without a listener can connect the socket to itself
             Ok(stream) if stream.local_addr().ok() == stream.peer_addr().ok() => drop(stream),
             Ok(stream) => break stream,
             Err(error) if error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {}

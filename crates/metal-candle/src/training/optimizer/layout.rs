@@ -1,11 +1,11 @@
-//! Where parameters and their state are.
+//! Lays out parameters and optimizer state in flat buffers.
 
 use super::OptimizerConfig;
 use crate::error::{Error, Result};
 use crate::training::Parameter;
 use metal_candle_kernels::{BLOCK, MatrixSection, Section};
 
-/// What may differ between parameters.
+/// The settings of an optimizer that can differ between parameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ParameterGroup {
     /// Factor on the learning rate.
@@ -20,7 +20,7 @@ impl Default for ParameterGroup {
     }
 }
 
-/// A part of the state.
+/// A range of the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Slot {
     pub(super) name: &'static str,
@@ -31,25 +31,25 @@ pub(super) struct Slot {
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) num_parameters: usize,
-    /// What is updated element by element; for 8-bit moments and Adafactor a section is a tensor.
+    /// Ranges updated element by element; for 8-bit moments and Adafactor each section is one tensor.
     pub(super) sections: Vec<Section>,
-    /// What is updated as matrices.
+    /// Matrices updated as a whole.
     pub(super) matrices: Vec<MatrixSection>,
-    /// The f32 state, in the order in which it lies behind the parameters.
+    /// The f32 state, in its order after the parameters.
     pub(super) slots: Vec<Slot>,
-    /// Codes of each of two moments, a byte each.
+    /// The number of one-byte codes of each of the two moments.
     pub(super) num_codes: usize,
 }
 
-/// What a parameter's state is.
+/// The kind of state of a parameter.
 enum Kind {
-    /// As many elements as the parameter has.
+    /// One element per element of the parameter.
     Elements,
-    /// A scale for each block.
+    /// One scale per block.
     Blocks,
-    /// A mean for each row and one for each column.
+    /// A mean per row and a mean per column.
     Factors(usize, usize),
-    /// One element for each, of a matrix.
+    /// One element per element of a matrix.
     Matrix(usize, usize),
 }
 
@@ -64,7 +64,7 @@ impl Kind {
     }
 }
 
-/// Whether a matrix leads from hidden states to hidden states: not an embedding and not the head.
+/// Whether a matrix maps hidden states to hidden states: neither an embedding nor the head.
 fn is_hidden(name: &str) -> bool {
     !name.split('.').any(|part| matches!(part, "embed_tokens" | "lm_head"))
 }
@@ -83,7 +83,7 @@ impl Layout {
             layout.num_parameters += parameter.len;
             let ParameterGroup { learning_rate_factor: rate, decays } = group(parameter);
             if !(rate.is_finite() && rate >= 0.0) {
-                let message = format!("`{rate}` for `{}` is no factor on the learning rate", parameter.name);
+                let message = format!("`{rate}` for `{}` is not a valid learning-rate factor", parameter.name);
                 return Err(Error::argument("parameter group", message));
             }
             let section = Section { start: parameter.offset, len: parameter.len, state: 0, rate, decays };
@@ -134,7 +134,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Elements of the f32 state.
+    /// The number of elements of the f32 state.
     pub(super) fn state_len(&self) -> usize {
         self.slots.iter().map(|slot| slot.len).sum()
     }
@@ -152,7 +152,7 @@ fn joins(last: &Section, next: &Section) -> bool {
 
 fn check_place(parameter: &Parameter, expected_offset: usize) -> Result<()> {
     if parameter.offset != expected_offset {
-        let message = format!("`{}` begins at {}, expected {expected_offset}", parameter.name, parameter.offset);
+        let message = format!("`{}` starts at {}, expected {expected_offset}", parameter.name, parameter.offset);
         return Err(Error::argument("parameters", message));
     }
     if parameter.shape.iter().product::<usize>() != parameter.len {

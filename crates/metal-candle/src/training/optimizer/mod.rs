@@ -1,4 +1,4 @@
-//! Optimizers over one flat buffer.
+//! Optimizers that update all parameters in one flat buffer.
 
 mod layout;
 mod settings;
@@ -19,13 +19,13 @@ use candle_core::{DType, Tensor};
 use layout::Layout;
 use step::Step;
 
-/// The point at which schedule-free AdamW takes gradients.
+/// The state tensor with the point at which schedule-free AdamW takes gradients.
 const TRAINING_POINT: &str = "training_point";
-/// The largest learning rate so far and the sum of the weights of the average.
+/// The state tensor with the largest learning rate so far and the sum of the averaging weights.
 const AVERAGING: &str = "averaging";
 const CODES: [&str; 2] = ["first_codes", "second_codes"];
 
-/// An optimizer: parameters and state side by side in one f32 tensor that is updated in place.
+/// Holds parameters and optimizer state in one f32 tensor and updates it in place.
 ///
 /// Views of [`Optimizer::parameters`] see each update.
 #[derive(Debug)]
@@ -34,15 +34,15 @@ pub struct Optimizer {
     layout: Layout,
     /// Parameters, then the slots of the layout.
     buffer: Tensor,
-    /// Codes of first moments, then of second ones: u8.
+    /// The u8 codes of the first moments, then of the second moments.
     codes: Option<Tensor>,
-    /// The sections as kernels of other devices than the CPU read them, once they were needed.
+    /// The sections as GPU kernels read them; created at first use.
     table: Option<Tensor>,
     average: Average,
     step: usize,
 }
 
-/// What the weights of schedule-free AdamW's average depend on.
+/// The state of schedule-free AdamW's average.
 #[derive(Debug, Clone, Copy, Default)]
 struct Average {
     highest_rate: f64,
@@ -50,8 +50,8 @@ struct Average {
 }
 
 impl Average {
-    /// The share of a step of this learning rate in the average: steps weigh as much as the square of the highest rate so
-    /// far, so those of the warm-up weigh less.
+    /// Returns the share in the average of a step with this learning rate. The weight of a step is the square of the
+    /// highest rate so far, so warm-up steps count less.
     fn add(&mut self, learning_rate: f64) -> f64 {
         self.highest_rate = self.highest_rate.max(learning_rate);
         let weight = self.highest_rate * self.highest_rate;
@@ -61,18 +61,18 @@ impl Average {
 }
 
 impl OptimizerConfig {
-    /// The size of the state for these parameters, in bytes: what [`Optimizer::new`] allocates beside the parameters
-    /// themselves.
+    /// The size of the state for these parameters, in bytes: what [`Optimizer::new`] allocates in addition to the
+    /// parameters.
     ///
     /// # Errors
-    /// The parameters do not lie one behind the other, or a shape has another number of elements.
+    /// The offsets of the parameters are not contiguous, or a shape does not match its number of elements.
     pub fn state_bytes(&self, parameters: &[Parameter]) -> Result<usize> {
         Ok(Layout::new(self, parameters, |_| ParameterGroup::default())?.state_bytes())
     }
 }
 
 impl Optimizer {
-    /// An optimizer of a copy of `values`, with a state of zero; `group` gives each parameter its group.
+    /// Creates an optimizer of a copy of `values` with zero state; `group` returns the group of each parameter.
     ///
     /// # Shapes
     /// `values` is `[n]` in f32, where `n` is the number of elements of all `parameters` together.
@@ -113,12 +113,12 @@ impl Optimizer {
         Ok(optimizer)
     }
 
-    /// Which optimizer it is.
+    /// The optimizer and its settings.
     pub fn config(&self) -> &OptimizerConfig {
         &self.config
     }
 
-    /// The parameters at which gradients are taken: a view `[n]` that later steps change.
+    /// The parameters at which gradients are taken: a view `[n]` that later steps update.
     ///
     /// # Errors
     /// The device fails.
@@ -126,7 +126,7 @@ impl Optimizer {
         Ok(self.buffer.narrow(0, 0, self.layout.num_parameters)?)
     }
 
-    /// The parameters to evaluate and to keep, if they are others than [`Optimizer::parameters`]: a copy `[n]`.
+    /// The parameters to evaluate and save, if they differ from [`Optimizer::parameters`]: a copy `[n]`.
     ///
     /// # Errors
     /// The device fails.
@@ -138,8 +138,8 @@ impl Optimizer {
         Ok(Some((&y + ((z - &y)? * (1.0 - 1.0 / config.beta1))?)?))
     }
 
-    /// The state by name: views that later steps change, and few numbers. Together with the parameters, or the averaged
-    /// ones, and [`Optimizer::step_count`] it is what [`Optimizer::restore`] wants.
+    /// The state by name: views that later steps update, and a few numbers. [`Optimizer::restore`] needs the state, the
+    /// parameters (or the averaged ones) and [`Optimizer::step_count`].
     ///
     /// # Errors
     /// The device fails.
@@ -163,18 +163,19 @@ impl Optimizer {
         Ok(state)
     }
 
-    /// The number of steps done.
+    /// The number of completed steps.
     pub fn step_count(&self) -> usize {
         self.step
     }
 
-    /// Puts back parameters, state and number of steps; `state` gives a tensor of [`Optimizer::state`] by its name.
+    /// Restores parameters, state and step count; `state` returns a tensor of [`Optimizer::state`] by name.
     ///
     /// # Shapes
-    /// Each tensor has the shape and dtype that it had, and does not share its storage with this optimizer.
+    /// Each tensor has the shape and dtype that [`Optimizer::state`] returned, and does not share storage with this
+    /// optimizer.
     ///
     /// # Errors
-    /// A tensor is missing, or has another shape or dtype.
+    /// A tensor is missing, or has the wrong shape or dtype.
     pub fn restore(&mut self, values: &Tensor, state: impl Fn(&str) -> Result<Tensor>, step: usize) -> Result<()> {
         let device = self.buffer.device();
         let fetch = |name: &str, len: usize, dtype: DType| -> Result<Tensor> {
@@ -211,13 +212,13 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One step against `gradient_scale * gradients`.
+    /// Makes one step with the gradients `gradient_scale * gradients`.
     ///
     /// # Shapes
     /// `gradients` is `[n]` in f32.
     ///
     /// # Errors
-    /// The shape is another, or the device fails.
+    /// The shape is wrong, or the device fails.
     pub fn step(&mut self, gradients: &Tensor, learning_rate: f64, gradient_scale: f64) -> Result<()> {
         let step = self.begin(gradients, learning_rate, gradient_scale)?;
         if let Step::Adam(step) = &step
@@ -252,7 +253,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Counts a step and gives its numbers.
+    /// Counts a step and returns its coefficients.
     fn begin(&mut self, gradients: &Tensor, learning_rate: f64, gradient_scale: f64) -> Result<Step> {
         let n = self.layout.num_parameters;
         if gradients.dims() != [n] {

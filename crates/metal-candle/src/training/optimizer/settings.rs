@@ -1,4 +1,4 @@
-//! Which optimizer, and its settings.
+//! The optimizers and their settings.
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -8,11 +8,11 @@ use serde_json::{Map, Value, json};
 pub struct AdamWConfig {
     /// Decay rate of the mean of the gradients.
     pub beta1: f64,
-    /// Decay rate of the mean of their squares.
+    /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
-    /// Added to the square root of the latter.
+    /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
-    /// Share of each parameter that is taken away in a step of learning rate 1, apart from the gradient.
+    /// Decoupled weight decay: the share of each parameter subtracted by a step of learning rate 1.
     pub weight_decay: f64,
 }
 
@@ -27,9 +27,9 @@ impl Default for AdamWConfig {
 pub struct AdamConfig {
     /// Decay rate of the mean of the gradients.
     pub beta1: f64,
-    /// Decay rate of the mean of their squares.
+    /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
-    /// Added to the square root of the latter.
+    /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
     /// Share of each parameter that is added to its gradient.
     pub weight_decay: f64,
@@ -44,9 +44,9 @@ impl Default for AdamConfig {
 /// Settings of stochastic gradient descent: `m <- momentum m + g`, `p <- p - rate m`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SgdConfig {
-    /// Share of the moment that is kept; with 0 there is no moment.
+    /// Share of the moment that is retained; 0 for no momentum.
     pub momentum: f64,
-    /// Whether a step is made along `g + momentum m`; needs a momentum.
+    /// Whether a step follows `g + momentum m` (Nesterov); needs `momentum` above 0.
     pub nesterov: bool,
     /// Share of each parameter that is added to its gradient.
     pub weight_decay: f64,
@@ -58,15 +58,15 @@ impl Default for SgdConfig {
     }
 }
 
-/// Settings of Lion (<https://arxiv.org/abs/2302.06675>): each element moves by the learning rate, whose right size is a
-/// third to a tenth of that of AdamW.
+/// Settings of Lion (<https://arxiv.org/abs/2302.06675>). Each element moves by the learning rate, which should be a third
+/// to a tenth of AdamW's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LionConfig {
-    /// Share of the moment in the direction of a step.
+    /// Weight of the moment in the direction of a step.
     pub beta1: f64,
     /// Decay rate of the moment.
     pub beta2: f64,
-    /// Share of each parameter that is taken away in a step of learning rate 1.
+    /// Decoupled weight decay: the share of each parameter subtracted by a step of learning rate 1.
     pub weight_decay: f64,
 }
 
@@ -76,21 +76,20 @@ impl Default for LionConfig {
     }
 }
 
-/// Settings of Adafactor (<https://arxiv.org/abs/1804.04235>), with the learning rate of the schedule instead of one that
-/// depends on the step.
+/// Settings of Adafactor (<https://arxiv.org/abs/1804.04235>). The learning rate comes from the schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdafactorConfig {
-    /// In step `t` the mean of the squared gradients keeps `1 - t^beta2_decay` of what it was.
+    /// The decay rate of the mean of the squared gradients in step `t` is `1 - t^beta2_decay`.
     pub beta2_decay: f64,
     /// Added to the squared gradients.
     pub eps: f64,
-    /// Updates whose root of the mean square is larger are scaled down to it, tensor by tensor.
+    /// Updates with a larger root mean square are scaled down to it, per tensor.
     pub clip_threshold: f64,
-    /// Share of each parameter that is taken away in a step of learning rate 1.
+    /// Decoupled weight decay: the share of each parameter subtracted by a step of learning rate 1.
     pub weight_decay: f64,
-    /// Whether the learning rate of a tensor is multiplied by the root of its mean square.
+    /// Whether the learning rate of a tensor is multiplied by the tensor's root mean square.
     pub scale_parameter: bool,
-    /// The least such factor.
+    /// Lower bound of this factor.
     pub least_scale: f64,
 }
 
@@ -113,7 +112,7 @@ impl Default for AdafactorConfig {
 pub enum MuonScale {
     /// `sqrt(max(1, rows / columns))`.
     Original,
-    /// `0.2 sqrt(max(rows, columns))`: updates as large as AdamW's, so that learning rates for AdamW fit
+    /// `0.2 sqrt(max(rows, columns))`: updates are as large as AdamW's, so AdamW's learning rates can be used
     /// (<https://arxiv.org/abs/2502.16982>, section 2.2).
     #[default]
     MatchAdamW,
@@ -132,17 +131,17 @@ impl MuonScale {
     }
 }
 
-/// Settings of Muon (<https://kellerjordan.github.io/posts/muon/>): matrices move along the orthogonal matrix nearest to
-/// the mean of their gradients, vectors, embeddings and the head by AdamW.
+/// Settings of Muon (<https://kellerjordan.github.io/posts/muon/>). Matrices move along the orthogonal matrix nearest to
+/// the mean of their gradients; vectors, embeddings and the head use AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MuonConfig {
     /// Decay rate of the mean of the gradients.
     pub momentum: f64,
-    /// Whether a step looks ahead along the mean.
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
-    /// Share of each matrix that is taken away in a step of learning rate 1.
+    /// Decoupled weight decay: the share of each matrix subtracted by a step of learning rate 1.
     pub weight_decay: f64,
-    /// Iterations of Newton and Schulz towards the orthogonal matrix.
+    /// Newton-Schulz iterations towards the orthogonal matrix.
     pub iterations: usize,
     /// How the learning rate depends on the shape.
     pub scale: MuonScale,
@@ -163,17 +162,17 @@ impl Default for MuonConfig {
     }
 }
 
-/// Settings of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>): gradients are taken at a point between the last
-/// one and the average of all; the average is what is evaluated and saved. Its schedule is a warm-up and then a constant rate.
+/// Settings of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>). Gradients are taken between the latest parameters
+/// and the average of all parameters; the average is evaluated and saved. Use it with a warm-up and then a constant rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScheduleFreeAdamWConfig {
-    /// Share of the average in the point at which gradients are taken; above 0.
+    /// Weight of the average at the point where gradients are taken; above 0.
     pub beta1: f64,
     /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
-    /// Added to the square root of the latter.
+    /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
-    /// Share of each parameter that is taken away in a step of learning rate 1.
+    /// Decoupled weight decay: the share of each parameter subtracted by a step of learning rate 1.
     pub weight_decay: f64,
 }
 
@@ -189,19 +188,19 @@ impl Default for ScheduleFreeAdamWConfig {
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay.
     AdamW(AdamWConfig),
-    /// Adam with weight decay as a part of the gradients.
+    /// Adam with weight decay added to the gradients.
     Adam(AdamConfig),
     /// Stochastic gradient descent.
     Sgd(SgdConfig),
-    /// Steps along the signs of a moment.
+    /// Steps along the sign of a moment.
     Lion(LionConfig),
-    /// Of the squared gradients of a matrix only means of rows and columns are kept.
+    /// Stores only the row and column means of a matrix's squared gradients.
     Adafactor(AdafactorConfig),
     /// Orthogonal steps for matrices.
     Muon(MuonConfig),
-    /// AdamW with moments of a byte an element (<https://arxiv.org/abs/2110.02861>). On the CPU only.
+    /// AdamW with 8-bit moments (<https://arxiv.org/abs/2110.02861>). CPU only.
     AdamW8bit(AdamWConfig),
-    /// AdamW that needs no falling learning rate.
+    /// AdamW that needs no learning-rate decay.
     ScheduleFreeAdamW(ScheduleFreeAdamWConfig),
 }
 
@@ -217,7 +216,7 @@ impl From<AdamWConfig> for OptimizerConfig {
     }
 }
 
-/// What a setting may be.
+/// The allowed values of a setting.
 #[derive(Clone, Copy)]
 enum Range {
     /// 0 to below 1.
@@ -256,7 +255,7 @@ impl Range {
 }
 
 impl OptimizerConfig {
-    /// What it is called: `adamw`, `adam`, `sgd`, `lion`, `adafactor`, `muon`, `adamw-8bit` or `schedule-free-adamw`.
+    /// Its name: `adamw`, `adam`, `sgd`, `lion`, `adafactor`, `muon`, `adamw-8bit` or `schedule-free-adamw`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::AdamW(_) => "adamw",
@@ -270,7 +269,7 @@ impl OptimizerConfig {
         }
     }
 
-    /// The settings that are numbers, and what they may be.
+    /// The numeric settings and their ranges.
     fn numbers(&self) -> Vec<(&'static str, f64, Range)> {
         let adam = |beta1, beta2, eps, weight_decay| {
             vec![
@@ -326,10 +325,10 @@ impl OptimizerConfig {
         Ok(())
     }
 
-    /// The settings as they are kept in a checkpoint; floats are text, so that they come back exactly.
+    /// The settings for a checkpoint; floats are stored as text, so that they are restored exactly.
     pub(crate) fn to_json(self) -> Value {
         let mut map = Map::new();
-        // a checkpoint of AdamW has had no name since before there were others
+        // checkpoints written before there were other optimizers have no name
         if !matches!(self, Self::AdamW(_)) {
             map.insert("name".into(), json!(self.name()));
         }

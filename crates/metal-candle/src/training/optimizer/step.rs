@@ -1,4 +1,4 @@
-//! The numbers of one step, and the kernels that make it.
+//! Computes the coefficients of one optimizer step and runs its CPU kernels.
 
 use super::layout::Layout;
 use super::settings::{AdamWConfig, MuonScale, OptimizerConfig};
@@ -9,7 +9,7 @@ use metal_candle_kernels::{AdafactorStep, AdamStep, LionStep, MuonStep, Schedule
 const MUON_COEFFICIENTS: [f32; 3] = [3.4445, -4.7750, 2.0315];
 const MUON_EPS: f64 = 1e-7;
 
-/// The numbers of one step.
+/// The coefficients of one step.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     Adam(AdamStep),
@@ -17,7 +17,7 @@ pub(super) enum Step {
     Sgd(SgdStep),
     Lion(LionStep),
     Adafactor(AdafactorStep),
-    /// With the numbers of AdamW for what is no hidden matrix.
+    /// With the coefficients of AdamW for parameters other than hidden matrices.
     Muon(MuonStep, MuonScale, AdamStep),
     ScheduleFree(ScheduleFreeStep),
 }
@@ -97,7 +97,7 @@ impl Step {
         }
     }
 
-    /// Makes the step by kernels. `buffer` holds parameters and f32 state, `codes` the codes of 8-bit moments.
+    /// Runs the CPU kernels. `buffer` holds parameters and f32 state, `codes` the codes of 8-bit moments.
     pub(super) fn run(&self, buffer: &mut [f32], codes: &mut [u8], gradients: &[f32], layout: &Layout) {
         let (parameters, mut rest) = buffer.split_at_mut(layout.num_parameters);
         let mut state = layout.slots.iter().map(|slot| rest.split_off_mut(..slot.len).unwrap_or_default());

@@ -1,4 +1,4 @@
-//! Steps by tensor operations, for devices without kernels of our own.
+//! Optimizer steps as tensor operations, for devices without optimizer kernels.
 
 use super::layout::Layout;
 use super::settings::MuonScale;
@@ -36,7 +36,7 @@ struct Flat<'a> {
     layout: &'a Layout,
 }
 
-/// A part of the buffer: its slot of the state, or the parameters, and its range there.
+/// A range of the buffer, in a slot of the state or in the parameters.
 #[derive(Clone, Copy)]
 struct Place {
     slot: Option<usize>,

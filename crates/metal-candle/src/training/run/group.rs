@@ -1,4 +1,4 @@
-//! What a run has to do with the other ranks of its group.
+//! Keeps a run in step with the other ranks of its group.
 
 use super::Run;
 use crate::data::Random;
@@ -9,12 +9,12 @@ use crate::training::trained::Trained;
 use serde_json::Value;
 
 impl<T: Trained> Run<'_, T> {
-    /// The number of this process; 0 writes the files.
+    /// The rank of this process; rank 0 writes the files.
     pub(super) fn rank(&self) -> usize {
         self.options.group.as_ref().map_or(0, Group::rank)
     }
 
-    /// Makes sure that all ranks train the same thing from the same point.
+    /// Checks that all ranks train with the same settings and data, from the same step.
     pub(super) fn agree(&mut self) -> Result<()> {
         let Some(group) = &self.options.group else { return Ok(()) };
         let device = self.start.run_model().device();
@@ -22,13 +22,13 @@ impl<T: Trained> Run<'_, T> {
         group.check_same("device", device.name())?;
         let digest = format!("{:08x}", crc32c::crc32c(settings.as_bytes()));
         group.check_same("digest of settings and data", &digest)?;
-        group.check_same("step to go on from", &self.progress.step.to_string())?;
+        group.check_same("step to resume from", &self.progress.step.to_string())?;
         self.micro_batching.agree(group)?;
         group.prepare(device)?;
         self.check_parameters()
     }
 
-    /// Makes sure that the parameters are the same on all ranks.
+    /// Checks that the parameters are equal on all ranks.
     pub(super) fn check_parameters(&self) -> Result<()> {
         let Some(group) = &self.options.group else { return Ok(()) };
         let values = self.optimizer.parameters()?.to_vec1::<f32>()?;
@@ -40,18 +40,18 @@ impl<T: Trained> Run<'_, T> {
         group.check_same("digest of parameters", &format!("{sum:08x}"))
     }
 
-    /// Whether any rank was told to stop.
+    /// Whether a callback of any rank stopped the run.
     pub(super) fn stops(&self) -> Result<bool> {
         self.options.group.as_ref().map_or(Ok(self.is_stopped), |group| group.any(self.is_stopped))
     }
 
-    /// The batches that each rank computes of a step.
+    /// The batches of each rank in a step.
     pub(super) fn shares(&self, batches: &[Indices]) -> Vec<Vec<Indices>> {
         divide(self.dataset, batches, self.options.group.as_ref().map_or(1, Group::num_ranks))
     }
 
-    /// The generator of this step's seeds. All ranks draw one number a step, however many batches they have, so that a
-    /// checkpoint holds the state of all of them.
+    /// The generator of this step's seeds. Each rank draws one number per step, whatever its number of batches, so that one
+    /// saved state is valid for all ranks.
     pub(super) fn seeds(&mut self) -> Random {
         match &self.options.group {
             None => self.progress.dropout.clone(),
