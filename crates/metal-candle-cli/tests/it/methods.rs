@@ -116,7 +116,7 @@ fn adapters_are_converted_and_what_mlx_lm_cannot_hold_is_named() {
     let again = fixture.run("convert --model model --adapter run --format mlx --output mlx");
     assert!(again.code == 1 && again.stderr.contains("`mlx` is not empty"), "{}", again.stderr);
     let kinds = [
-        ("--trainable-tokens 5,9", "`model.embed_tokens.weight`: rows of single tokens"),
+        ("--trainable-tokens 5,9", "`model.embed_tokens.weight`: trained token rows"),
         ("--bias all", ".bias`: trained (`bias`)"),
         ("--modules-to-save model.norm", "`model.norm.weight`: trained as a whole"),
     ];

@@ -1,4 +1,4 @@
-//! Making a new LoRA adapter.
+//! Creates new LoRA adapters: [`LoRAAdapterBuilder`] has all settings, [`LoRAAdapterConfig`] the common ones.
 
 use super::initial_values::initialize;
 use super::initialization::Start;
@@ -11,16 +11,16 @@ use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
 use std::collections::BTreeMap;
 
-/// The usual settings of a LoRA adapter; [`LoRAAdapter::builder`] has more.
+/// The common settings of a LoRA adapter; [`LoRAAdapter::builder`] has the others.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoRAAdapterConfig {
     /// Rows of A and columns of B.
     pub rank: usize,
-    /// The terms are scaled by `alpha / rank`.
+    /// Low-rank updates are scaled by `alpha / rank`.
     pub alpha: f64,
     /// Probability with which an input element of A is dropped in training.
     pub dropout: f64,
-    /// The layers that get a term.
+    /// The layers that get a low-rank update.
     pub target_modules: Vec<TargetModule>,
 }
 
@@ -69,10 +69,10 @@ pub struct LoRAAdapterBuilder<'a> {
 }
 
 impl LoRAAdapter {
-    /// A new adapter: A uniform in `+-1 / sqrt(in_features)`, B zero, so that it changes no logit yet.
+    /// Creates an adapter with A uniform in `+-1 / sqrt(in_features)` and B zero, so it does not change the logits yet.
     ///
     /// # Errors
-    /// A setting is out of its range, or `device` is not that of the model.
+    /// A setting is out of its range, or `device` is not the model's.
     pub fn new(model: &Model, config: LoRAAdapterConfig, device: &Device) -> Result<Self> {
         if *device != model.device() {
             return Err(Error::argument("device", format!("is {device}, but the model is on {}", model.device())));
@@ -85,7 +85,7 @@ impl LoRAAdapter {
             .build()
     }
 
-    /// A builder with all settings: rank 8, alpha 16, no dropout, `q_proj` and `v_proj` of all layers.
+    /// A builder with the defaults: rank 8, alpha 16, no dropout, `q_proj` and `v_proj` of all layers.
     pub fn builder(model: &Model) -> LoRAAdapterBuilder<'_> {
         LoRAAdapterBuilder::new(model)
     }
@@ -120,7 +120,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// The terms are scaled by `alpha / rank`.
+    /// Low-rank updates are scaled by `alpha / rank`.
     #[must_use]
     pub fn with_alpha(mut self, alpha: f64) -> Self {
         self.config.alpha = alpha;
@@ -134,79 +134,78 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// The linear layers of each block that get a term, and the embedding and the head if they are among them.
+    /// The modules that get a low-rank update, in every block; embedding and head if they are among them.
     #[must_use]
     pub fn with_target_modules(mut self, modules: impl IntoIterator<Item = TargetModule>) -> Self {
         self.config.target_modules = modules.into_iter().collect();
         self
     }
 
-    /// Only the blocks with these numbers, from 0.
+    /// Adapts only the blocks with these indices, from 0.
     #[must_use]
     pub fn with_layers(mut self, layers: impl IntoIterator<Item = usize>) -> Self {
         self.layers = Some(layers.into_iter().collect());
         self
     }
 
-    /// Only the last `count` blocks.
+    /// Adapts only the last `count` blocks.
     #[must_use]
     pub fn with_last_layers(self, count: usize) -> Self {
         let total = self.model.config().num_hidden_layers;
         self.with_layers(total.saturating_sub(count)..total)
     }
 
-    /// Another rank for one kind of module.
+    /// Sets the rank of one kind of module.
     #[must_use]
     pub fn with_module_rank(mut self, module: TargetModule, rank: usize) -> Self {
         self.ranks.push((module, rank));
         self
     }
 
-    /// Another alpha for one kind of module.
+    /// Sets the alpha of one kind of module.
     #[must_use]
     pub fn with_module_alpha(mut self, module: TargetModule, alpha: f64) -> Self {
         self.alphas.push((module, alpha));
         self
     }
 
-    /// Another rank for the modules whose path ends, from one of its parts on, in a match of the regular expression
-    /// `pattern`; the first pattern that matches counts, and [`LoRAAdapterBuilder::with_module_rank`] after all patterns.
+    /// Sets the rank of modules by the regular expression `pattern`, which must match the whole path or its end after a dot
+    /// (`rank_pattern` of PEFT). The first matching pattern applies, before [`LoRAAdapterBuilder::with_module_rank`].
     #[must_use]
     pub fn with_rank_pattern(mut self, pattern: impl Into<String>, rank: usize) -> Self {
         self.rank_patterns.push((pattern.into(), rank));
         self
     }
 
-    /// Another alpha, as with [`LoRAAdapterBuilder::with_rank_pattern`].
+    /// Sets the alpha of modules, as [`LoRAAdapterBuilder::with_rank_pattern`] sets the rank.
     #[must_use]
     pub fn with_alpha_pattern(mut self, pattern: impl Into<String>, alpha: f64) -> Self {
         self.alpha_patterns.push((pattern.into(), alpha));
         self
     }
 
-    /// Modules that are trained as a whole, by the ends of their paths: `lm_head`, `embed_tokens`, `model.norm`; they get
-    /// no low-rank terms.
+    /// Modules whose parameters are trained in full, by the ends of their paths: `lm_head`, `embed_tokens`, `model.norm`.
+    /// They get no low-rank updates.
     #[must_use]
     pub fn with_modules_to_save<S: Into<String>>(mut self, modules: impl IntoIterator<Item = S>) -> Self {
         self.modules_to_save = modules.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Trains biases, too: all of the model, or those of the layers with low-rank terms.
+    /// Also trains biases: all of the model, or those of the adapted layers.
     #[must_use]
     pub fn with_bias(mut self, bias: TrainedBiases) -> Self {
         self.bias = bias;
         self
     }
 
-    /// Trains the rows of the embedding for these tokens, and no other row of it (`trainable_token_indices` of PEFT). They
-    /// are rows of a tied head, too.
+    /// Trains only these tokens' rows of the embedding (`trainable_token_indices` of PEFT). A tied head shares them.
     #[must_use]
     pub fn with_trainable_tokens(self, ids: impl IntoIterator<Item = u32>) -> Self {
         self.with_rows(EMBEDDING_WEIGHT, ids)
     }
 
-    /// Trains the rows of the head for these tokens. A head that was tied to the embedding becomes a weight of its own.
+    /// Trains only these tokens' rows of the head. A tied head is untied from the embedding.
     #[must_use]
     pub fn with_trainable_head_tokens(self, ids: impl IntoIterator<Item = u32>) -> Self {
         self.with_rows(HEAD_WEIGHT, ids)
@@ -222,22 +221,23 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// Keeps the head tied to the embedding when one of them is trained as a whole (`ensure_weight_tying` of PEFT); without
-    /// it the head becomes a weight of its own. It changes nothing in models that tie nothing.
+    /// Keeps the head tied to the embedding if one of them is trained in full (`ensure_weight_tying` of PEFT); otherwise
+    /// they are untied. It has no effect on models without tied weights.
     #[must_use]
     pub fn with_ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
         self.ensure_weight_tying = ensure_weight_tying;
         self
     }
 
-    /// Gives each row of the adapted weights a magnitude of its own (DoRA, <https://arxiv.org/abs/2402.09353>, section 4).
+    /// Trains a magnitude for each row of the adapted weights (DoRA, <https://arxiv.org/abs/2402.09353>, section 4).
     #[must_use]
     pub fn with_dora(mut self, use_dora: bool) -> Self {
         self.use_dora = use_dora;
         self
     }
 
-    /// How A and B begin; the embedding has B normal and A zero, but for starts that PEFT has for it too.
+    /// The initialization of A and B. As in PEFT, the embedding uses B normal and A zero instead, unless the
+    /// initialization is defined for embeddings.
     #[must_use]
     pub fn with_start(mut self, start: Start) -> Self {
         self.start = start;
@@ -251,24 +251,24 @@ impl<'a> LoRAAdapterBuilder<'a> {
         self
     }
 
-    /// Seed of what is random at the start.
+    /// The seed of random initial values.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Name or path of the model, kept in the files that are written.
+    /// The name or path of the model, which is written into saved files.
     #[must_use]
     pub fn with_base_model(mut self, name: impl Into<String>) -> Self {
         self.base_model = Some(name.into());
         self
     }
 
-    /// The adapter. With [`Start::Loftq`] its [`LoRAAdapter::model`] is another than the builder was given.
+    /// Creates the adapter. With [`Start::Loftq`], its [`LoRAAdapter::model`] has the rounded weights.
     ///
     /// # Errors
-    /// A setting is out of its range, or nothing is targeted.
+    /// A setting is out of its range, or no layer is targeted.
     pub fn build(self) -> Result<LoRAAdapter> {
         let num_layers = self.model.config().num_hidden_layers;
         if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= num_layers) {
@@ -291,8 +291,8 @@ impl<'a> LoRAAdapterBuilder<'a> {
         };
         let is_outside = |target: &TargetModule| TargetModule::OUTSIDE.contains(target);
         if settings.ensure_weight_tying && self.config.target_modules.iter().any(is_outside) {
-            let message = "low-rank terms of embedding and head are trained apart: only modules that are trained as a \
-                           whole can stay tied";
+            let message = "low-rank updates of embedding and head are trained separately: only modules that are trained in \
+            full can stay tied";
             return Err(Error::argument("ensure_weight_tying", message));
         }
         let mut planned = Vec::new();
@@ -325,7 +325,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
         linear.layer.is_none_or(is_chosen) && self.config.target_modules.iter().any(|target| target.selects(linear))
     }
 
-    /// Refuses a target that selects no layer of the model.
+    /// Returns an error for a target that selects no layer of the model.
     fn check_targets(&self) -> Result<()> {
         let linears = self.model.linears();
         let is_unused = |target: &&TargetModule| !linears.iter().any(|linear| target.selects(linear));
@@ -341,7 +341,7 @@ impl<'a> LoRAAdapterBuilder<'a> {
     }
 }
 
-/// A rank above this and above both widths of a layer is a mistake: it would only cost memory.
+/// A rank above this and above both widths of a layer is refused: it would only waste memory.
 const MAX_RANK: usize = 1024;
 
 /// The value of the last module that selects a layer.

@@ -1,4 +1,4 @@
-//! The initial values of a new adapter.
+//! Computes the initial values of a new adapter.
 
 use super::initialization::{InitialFactors, Start};
 use super::layout::{Layout, LoRAModule, parameter};
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 /// Creates an adapter with initial values. If the initialization rounds weights, the adapter belongs to a model with the
 /// rounded weights.
 pub(super) fn initialize(model: &Model, layout: Layout, start: Start, seed: u64) -> Result<LoRAAdapter> {
-    // the decompositions run on one thread each
+    // each decomposition runs on one thread
     let mut factors: Vec<InitialFactors> =
         layout.modules.par_iter().map(|module| initialize_module(model, module, start, seed)).collect::<Result<_>>()?;
     let base = with_weights(model, &layout, &mut factors)?;
@@ -52,7 +52,7 @@ pub(super) fn subtracted_values(model: &Model, layout: &Layout, start: Start) ->
 fn initialize_module(model: &Model, module: &LoRAModule, start: Start, seed: u64) -> Result<InitialFactors> {
     let mut random = Random::new(seed, &module.path);
     if module.is_embedding() {
-        // the only initialization that PEFT has for embeddings
+        // PEFT defines no other initialization for embeddings
         let a = vec![0.0; module.num_a()];
         let b = (0..module.num_b()).map(|_| random.normal() as f32).collect();
         return Ok(InitialFactors { a, b, weight: None });
@@ -80,11 +80,11 @@ fn with_weights(model: &Model, layout: &Layout, factors: &mut [InitialFactors]) 
     if replaced.is_empty() { Ok(model.clone()) } else { model.with_parameters(replaced) }
 }
 
-/// The norms of the rows of the weight that is adapted at the start.
+/// The row norms of the initial adapted weight.
 fn magnitudes(base: &Model, module: &LoRAModule, factors: &InitialFactors) -> Result<Vec<f32>> {
     let has_effect = module.start.is_none() && factors.b.iter().any(|value| *value != 0.0);
     if !has_effect || module.is_embedding() {
-        // A or B is zero, or the initial term is subtracted
+        // the initial update is zero or subtracted, so the adapted weight equals the base weight
         return host_values(&norms_squared(base, module)?.sqrt()?);
     }
     let a = Tensor::from_slice(&factors.a, (module.rank, module.in_features), &Device::Cpu)?;

@@ -1,4 +1,4 @@
-//! Initializations of A and B (`init_lora_weights` in PEFT).
+//! Initializes A and B: the values of PEFT's `init_lora_weights`.
 
 use super::random::Random;
 use crate::error::{Error, Result};
@@ -12,27 +12,27 @@ pub enum Start {
     /// A uniform in `+-1 / sqrt(in_features)`, B zero.
     #[default]
     Kaiming,
-    /// A normal with a standard deviation of `1 / rank`, B zero.
+    /// A normal with standard deviation `1 / rank`, B zero.
     Gaussian,
-    /// A and B random with `B A = 0`, by halves of an orthogonal matrix; the rank must be even.
+    /// A and B are halves of a random orthogonal matrix, with `B A = 0`; the rank must be even.
     Orthogonal,
-    /// The largest singular values of the weight, and their vectors (PiSSA, <https://arxiv.org/abs/2404.02948>,
-    /// section 3): what is trained is `W - scale B0 A0 + scale B A`.
+    /// The largest singular values of the weight and their vectors (PiSSA, <https://arxiv.org/abs/2404.02948>,
+    /// section 3). The adapted weight is `W - scale B0 A0 + scale B A`.
     Pissa {
-        /// Steps of subspace iteration from a random start; none computes the vectors exactly.
+        /// Steps of subspace iteration from a random matrix; `None` computes the vectors exactly.
         iterations: Option<usize>,
     },
-    /// The first columns of Q and rows of R of the weight (OLoRA, <https://arxiv.org/abs/2406.01775>, section 3), trained
-    /// as with [`Start::Pissa`].
+    /// The first columns of Q and rows of R of the weight (OLoRA, <https://arxiv.org/abs/2406.01775>, section 3). As with
+    /// [`Start::Pissa`], the initial update is subtracted.
     Olora,
-    /// The weight is rounded to few bits, and A and B hold the largest part of the rounding error (LoftQ,
-    /// <https://arxiv.org/abs/2310.08659>, algorithm 1): the adapter belongs to another model, the rounded one.
+    /// Rounds the weight to few bits, and initializes A and B with the largest part of the rounding error (LoftQ,
+    /// <https://arxiv.org/abs/2310.08659>, algorithm 1). The adapter belongs to the model with the rounded weights.
     ///
-    /// `rounded + scale B A` is next to the weight whatever the scale is; in PEFT it is when alpha equals the rank.
+    /// `rounded + scale B A` approximates the weight for every scale; in PEFT, only if alpha equals the rank.
     Loftq {
         /// 4 (NF4 in blocks of 64) or 8 (int8 by row).
         bits: usize,
-        /// Turns of rounding and decomposing, at least 1.
+        /// Iterations of rounding and decomposing, at least 1.
         iterations: usize,
     },
 }
@@ -48,7 +48,7 @@ pub(super) struct InitialFactors {
 }
 
 impl Start {
-    /// Whether the initial `B A` is subtracted from the trained term.
+    /// Whether the initial `B A` is subtracted from the trained update.
     pub(super) fn is_subtracted(self) -> bool {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
@@ -58,7 +58,7 @@ impl Start {
         self.is_subtracted() || matches!(self, Self::Loftq { .. })
     }
 
-    /// A and B for a linear layer; `weight: [out_features, in_features]` may be empty unless
+    /// Returns A and B of a linear layer; `weight: [out_features, in_features]` may be empty unless
     /// [`needs_weights`](Self::needs_weights).
     pub(super) fn initialize(
         self,
@@ -70,7 +70,7 @@ impl Start {
     ) -> Result<InitialFactors> {
         let shape = (out_features, in_features);
         if self.needs_weights() && rank > out_features.min(in_features) {
-            let message = format!("`{self}` needs at most {}, found {rank}", out_features.min(in_features));
+            let message = format!("`{self}` needs a rank of at most {}, found {rank}", out_features.min(in_features));
             return Err(Error::argument("rank", message));
         }
         if self.needs_weights() && scale <= 0.0 {
@@ -111,7 +111,7 @@ impl Start {
     }
 }
 
-/// A and B with `scale B A = U S V^T`, each with the root of the singular values.
+/// A and B with `scale B A = U S V^T`; each is multiplied by the square root of the singular values.
 fn factors((m, n): (usize, usize), found: &kernels::SingularValues, scale: f64) -> (Vec<f32>, Vec<f32>) {
     let roots: Vec<f64> = found.values.iter().map(|value| (value / scale).sqrt()).collect();
     let rows = found.right.chunks_exact(n).zip(&roots);
@@ -119,7 +119,7 @@ fn factors((m, n): (usize, usize), found: &kernels::SingularValues, scale: f64) 
     (a, transposed(&found.left, m, |row| roots[row]))
 }
 
-/// Rows of length `width` as columns, each by its factor.
+/// Transposes rows of length `width` and multiplies each by its factor.
 fn transposed(rows: &[f64], width: usize, factor: impl Fn(usize) -> f64) -> Vec<f32> {
     let count = rows.len() / width.max(1);
     let mut columns = vec![0.0; rows.len()];
@@ -136,11 +136,11 @@ fn orthogonal(
     random: &mut Random,
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     if !rank.is_multiple_of(2) {
-        return Err(Error::argument("rank", format!("`orthogonal` needs an even one, found {rank}")));
+        return Err(Error::argument("rank", format!("`orthogonal` needs an even rank, found {rank}")));
     }
     let square: Vec<f32> = (0..rank * rank).map(|_| random.normal() as f32).collect();
     let (q, _) = kernels::qr((rank, rank), &square, rank);
-    // the rows of Q alternate between A and B; which of its sides they are taken from does not matter
+    // the rows of Q alternate between A and B; rows and columns of Q would do equally
     let half = rank / 2;
     let mut mixed = |features: usize, parity: usize| -> Vec<f64> {
         let normal: Vec<f64> = (0..features * half).map(|_| random.normal()).collect();
@@ -168,13 +168,13 @@ fn loftq(
 ) -> Result<InitialFactors> {
     let mut residual = weight.to_vec();
     let mut turn = || {
-        // what the low-rank part of the last turn does not hold
+        // the weight without the low-rank part of the last iteration
         let mut rounded = residual.clone();
         match bits {
             4 => kernels::round_to_nf4(&mut rounded),
             8 => kernels::round_to_int8(&mut rounded, n),
             _ => {
-                let message = format!("`loftq` rounds to 4 or 8 bits, not to {bits}");
+                let message = format!("`loftq` needs 4 or 8 bits, found {bits}");
                 return Err(Error::argument("init_lora_weights", message));
             }
         }
@@ -192,7 +192,7 @@ fn loftq(
     Ok(InitialFactors { a, b, weight: Some(rounded) })
 }
 
-/// `W - U S V^T` in place of W.
+/// Subtracts `U S V^T` from W in place.
 fn subtract(w: &mut [f32], (m, n): (usize, usize), found: &kernels::SingularValues) {
     for (number, value) in found.values.iter().enumerate() {
         let (left, right) = (&found.left[number * m..][..m], &found.right[number * n..][..n]);
@@ -256,7 +256,7 @@ mod tests {
     use super::{Random, Start};
 
     #[test]
-    fn names_are_read_back() {
+    fn names_are_parsed() {
         for name in
             ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq", "loftq_8bit_niter_5"]
         {
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn orthogonal_starts_change_nothing_with_both_parts_random() {
+    fn orthogonal_initialization_has_a_zero_product() {
         let (out_features, in_features, rank) = (40, 600, 8);
         let factors = Start::Orthogonal
             .initialize((out_features, in_features), rank, 1.0, &[], &mut Random::new(3, "x"))
@@ -279,7 +279,7 @@ mod tests {
                 assert!(product.abs() < 1e-6, "{i} {j}: {product}");
             }
         }
-        // half as many normal numbers of deviation 0.1 as elements, spread by orthonormal rows
+        // orthonormal rows mix half as many normal numbers of deviation 0.1 as there are elements
         let deviation = |values: &[f32]| {
             (values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
         };
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn gaussian_starts_have_the_deviation_of_peft() {
+    fn gaussian_initialization_has_the_deviation_of_peft() {
         let factors = Start::Gaussian.initialize((10, 5000), 4, 1.0, &[], &mut Random::new(1, "x")).unwrap();
         let squares: f64 = factors.a.iter().map(|value| f64::from(*value).powi(2)).sum();
         assert!(((squares / 20_000.0).sqrt() - 0.25).abs() < 0.005);
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_begin_is_refused() {
+    fn invalid_initializations_are_refused() {
         let mut random = Random::new(0, "x");
         let weight = [1.0; 12];
         assert!(Start::Orthogonal.initialize((3, 4), 3, 1.0, &[], &mut random).is_err());

@@ -1,4 +1,4 @@
-//! What an adapter consists of, and where each part is among its parameters.
+//! The modules of an adapter, and their offsets in its flat parameters.
 
 use crate::error::{Error, Result};
 use crate::models::{LinearInfo, Model};
@@ -7,18 +7,18 @@ use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-/// The term of one linear layer, of the embedding or of the head.
+/// The low-rank update of one linear layer, of the embedding or of the head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoRAModule {
-    /// Number of the linear layer in [`Model::linears`].
+    /// Index of the linear layer in [`Model::linears`].
     pub number: usize,
     /// Its path in the checkpoint: `model.layers.0.self_attn.q_proj`.
     pub path: String,
-    /// The block it is in; none for the embedding and the head.
+    /// The index of its block; none for embedding and head.
     pub layer: Option<usize>,
     /// Last part of the path: `q_proj`.
     pub module: &'static str,
-    /// Width of its input; of the embedding, the size of the vocabulary.
+    /// Width of its input; for the embedding, the size of the vocabulary.
     pub in_features: usize,
     /// Width of its output.
     pub out_features: usize,
@@ -28,36 +28,36 @@ pub struct LoRAModule {
     pub alpha: f64,
     /// Factor on `B A x`.
     pub scale: f64,
-    /// Whether it has magnitudes (DoRA).
+    /// Whether it has DoRA magnitudes.
     pub use_dora: bool,
-    /// Where A begins among the parameters; B and then the magnitudes follow.
+    /// The offset of A in the parameters; B and then the magnitudes follow.
     pub(crate) offset: usize,
-    /// Where its A begins among the values that are subtracted, if it has such; B follows.
+    /// The offset of A in the subtracted values, if the module has them; B follows.
     pub(crate) start: Option<usize>,
 }
 
 impl LoRAModule {
-    /// Elements of A.
+    /// The number of elements of A.
     pub(crate) fn num_a(&self) -> usize {
         self.rank * self.in_features
     }
 
-    /// Elements of B.
+    /// The number of elements of B.
     pub(crate) fn num_b(&self) -> usize {
         self.out_features * self.rank
     }
 
-    /// Elements of the magnitudes.
+    /// The number of magnitudes.
     pub(crate) fn num_magnitudes(&self) -> usize {
         if self.use_dora { self.out_features } else { 0 }
     }
 
-    /// Where the magnitudes begin among the parameters.
+    /// The offset of the magnitudes in the parameters.
     pub(crate) fn magnitude_offset(&self) -> usize {
         self.offset + self.num_a() + self.num_b()
     }
 
-    /// All its elements.
+    /// The number of elements of A, B and the magnitudes.
     pub(crate) fn num_parameters(&self) -> usize {
         self.num_a() + self.num_b() + self.num_magnitudes()
     }
@@ -73,16 +73,16 @@ pub(super) const EMBEDDING: &str = "embed_tokens";
 pub(super) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 pub(super) const HEAD_WEIGHT: &str = "lm_head.weight";
 
-/// A parameter of the model that is trained as a whole beside the low-rank terms.
+/// A parameter of the model that is trained in full, in addition to the low-rank updates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavedParameter {
     /// Its name in the checkpoint: `lm_head.weight`.
     pub name: String,
-    /// Its shape; with rows, that of the trained ones: `[rows, hidden]`.
+    /// Its shape; `[rows, hidden]` if only some rows are trained.
     pub shape: Vec<usize>,
-    /// The ids of the tokens whose rows are trained, if not all are (`trainable_token_indices` of PEFT).
+    /// The token ids of the trained rows, if not all are trained (`trainable_token_indices` of PEFT).
     pub rows: Option<Vec<u32>>,
-    /// Where it begins among the parameters.
+    /// Its offset in the parameters.
     pub(crate) offset: usize,
 }
 
@@ -98,9 +98,9 @@ pub enum TrainedBiases {
     /// None.
     #[default]
     None,
-    /// All of the model.
+    /// All biases of the model.
     All,
-    /// Those of the layers with low-rank terms.
+    /// The biases of the adapted layers.
     LoraOnly,
 }
 
@@ -126,7 +126,7 @@ impl FromStr for TrainedBiases {
     }
 }
 
-/// What is common to all terms of an adapter.
+/// The settings of a whole adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Settings {
     pub(crate) rank: usize,
@@ -134,16 +134,16 @@ pub(crate) struct Settings {
     pub(crate) dropout: f64,
     pub(crate) use_rslora: bool,
     pub(crate) use_dora: bool,
-    /// Ends of the paths of modules that are trained as a whole.
+    /// Ends of the paths of fully trained modules.
     pub(crate) modules_to_save: Vec<String>,
     /// Which biases are trained.
     pub(crate) bias: TrainedBiases,
-    /// The ids of the tokens whose rows are trained, by the name of embedding or head.
+    /// The token ids of the trained rows, by the name of embedding or head.
     pub(crate) trainable_tokens: BTreeMap<String, Vec<u32>>,
-    /// Names of single parameters that an adapter file replaces: another embedding or head. They are not trained.
+    /// Names of parameters that an adapter file replaces: another embedding or head. They are not trained.
     pub(crate) parameters_to_save: Vec<String>,
-    /// Whether the head stays tied to an embedding that is trained (`ensure_weight_tying` of PEFT); no in models that tie
-    /// nothing.
+    /// Whether the head stays tied to a trained embedding (`ensure_weight_tying` of PEFT); false in models without tied
+    /// weights.
     pub(crate) ensure_weight_tying: bool,
     pub(crate) base_model: Option<String>,
 }
@@ -154,11 +154,11 @@ impl Settings {
         if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 }
     }
 
-    /// Whether the module with this path is trained as a whole, by itself or as a part of another one.
+    /// Whether the module with this path is trained in full, alone or as part of another module.
     pub(crate) fn saves(&self, module: &str) -> bool {
         let mut path = module;
         loop {
-            // as in PEFT, the end need not begin at a part of the path
+            // as in PEFT, the end need not start after a dot
             if self.modules_to_save.iter().any(|name| path.ends_with(name.as_str())) {
                 return true;
             }
@@ -169,7 +169,7 @@ impl Settings {
         }
     }
 
-    /// Whether anything beside low-rank terms may be in the adapter.
+    /// Whether the adapter may contain more than low-rank updates.
     pub(crate) fn saves_something(&self) -> bool {
         !self.modules_to_save.is_empty()
             || !self.parameters_to_save.is_empty()
@@ -177,7 +177,7 @@ impl Settings {
             || self.bias == TrainedBiases::All
     }
 
-    /// Whether embedding and head are trained as a whole and as one.
+    /// Whether embedding and head are trained in full and stay tied.
     pub(crate) fn saves_tied(&self) -> bool {
         self.ensure_weight_tying && (self.saves("model.embed_tokens") || self.saves("lm_head"))
     }
@@ -189,30 +189,30 @@ pub(crate) struct Layout {
     pub(crate) modules: Vec<LoRAModule>,
     pub(crate) saved: Vec<SavedParameter>,
     pub(crate) num_parameters: usize,
-    /// Elements of all A and B that are subtracted.
+    /// The number of elements of the subtracted A and B.
     pub(crate) num_start: usize,
 }
 
-/// A linear layer that is to get a term.
+/// A linear layer that will get a low-rank update.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Planned {
     pub(crate) number: usize,
     pub(crate) rank: usize,
     pub(crate) alpha: f64,
-    /// Whether A and B of the start are subtracted.
+    /// Whether the initial update is subtracted.
     pub(crate) is_subtracted: bool,
 }
 
-/// Most parameters of an adapter: with their moments they can be addressed.
+/// Most parameters of an adapter; it keeps the sizes of their optimizer state from overflowing.
 const MAX_PARAMETERS: usize = isize::MAX as usize / 16;
 
 impl Layout {
     pub(crate) fn new(model: &Model, settings: Settings, planned: &[Planned]) -> Result<Self> {
         if planned.is_empty() && !settings.saves_something() {
-            return Err(Error::argument("target_modules", "no linear layer of the model is targeted"));
+            return Err(Error::argument("target_modules", "matches no linear layer of the model"));
         }
         if !(0.0..1.0).contains(&settings.dropout) {
-            let message = format!("`{}` is not a probability below 1", settings.dropout);
+            let message = format!("expected a probability below 1, found `{}`", settings.dropout);
             return Err(Error::argument("dropout", message));
         }
         let mut layout = Self {
@@ -233,8 +233,8 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Whether the head of a model that ties it stays tied: it is not replaced by itself, and of the embedding rows are
-    /// trained, or all of it as one with the head.
+    /// Whether a tied head stays tied: it is not replaced separately, and the embedding is trained in rows or together with
+    /// the head.
     pub(crate) fn is_tied(&self) -> bool {
         let tokens = &self.settings.trainable_tokens;
         (self.settings.ensure_weight_tying || tokens.contains_key(EMBEDDING_WEIGHT))
@@ -244,10 +244,13 @@ impl Layout {
     fn push(&mut self, linear: &LinearInfo, planned: Planned) -> Result<()> {
         let Planned { number, rank, alpha, is_subtracted } = planned;
         if rank == 0 {
-            return Err(Error::argument("rank", format!("is 0 for `{}`", linear.path)));
+            return Err(Error::argument("rank", format!("expected at least 1 for `{}`, found 0", linear.path)));
         }
         if !alpha.is_finite() {
-            return Err(Error::argument("alpha", format!("is `{alpha}` for `{}`", linear.path)));
+            return Err(Error::argument(
+                "alpha",
+                format!("expected a finite number for `{}`, found `{alpha}`", linear.path),
+            ));
         }
         let too_large = || Error::argument("rank", format!("`{rank}` is too large for `{}`", linear.path));
         let elements = (linear.in_features + linear.out_features)
@@ -283,7 +286,7 @@ impl Layout {
         let is_tied = self.settings.ensure_weight_tying;
         for (name, shape) in all_parameters(model) {
             let Some((module, leaf)) = name.rsplit_once('.') else { continue };
-            // a tied head is trained as the embedding
+            // a tied head is trained with the embedding
             let is_whole = match name.as_str() {
                 HEAD_WEIGHT if is_tied => false,
                 EMBEDDING_WEIGHT if is_tied => self.settings.saves_tied(),
@@ -321,26 +324,26 @@ impl Layout {
     }
 }
 
-/// Refuses rows that cannot be trained.
+/// Returns an error for rows that cannot be trained.
 fn check_rows(name: &str, rows: &[u32], vocab: usize, is_whole: bool, has_term: bool) -> Result<()> {
     let wrong = |message: String| Err(Error::argument("trainable_token_indices", message));
     if is_whole || has_term {
         return wrong(format!(
-            "`{name}` is trained as a whole or has low-rank terms, so its rows cannot be trained beside"
+            "`{name}` is trained in full or has a low-rank update, so single rows of it cannot be trained"
         ));
     }
     if let Some(row) = rows.iter().find(|&&row| row as usize >= vocab) {
-        return wrong(format!("token {row} is not below the {vocab} of `{name}`"));
+        return wrong(format!("token {row} is outside the vocabulary of {vocab} of `{name}`"));
     }
     let mut seen = BTreeSet::new();
     match rows.iter().find(|row| !seen.insert(**row)) {
-        Some(row) => wrong(format!("token {row} of `{name}` is there twice")),
-        None if rows.is_empty() => wrong(format!("no token of `{name}` is named")),
+        Some(row) => wrong(format!("token {row} of `{name}` is given twice")),
+        None if rows.is_empty() => wrong(format!("expected at least one token of `{name}`, found none")),
         None => Ok(()),
     }
 }
 
-/// Name and shape of each parameter, with the head also where it is the embedding.
+/// The name and shape of each parameter, including a tied head.
 pub(super) fn all_parameters(model: &Model) -> Vec<(String, Vec<usize>)> {
     let mut parameters: Vec<(String, Vec<usize>)> =
         model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
@@ -353,14 +356,14 @@ pub(super) fn all_parameters(model: &Model) -> Vec<(String, Vec<usize>)> {
     parameters
 }
 
-/// A parameter of a model; the embedding for a head that is tied to it.
+/// A parameter of a model; the embedding for a tied head.
 pub(super) fn weight<'a>(model: &'a Model, name: &str) -> Result<&'a Weight> {
     let name = if name == HEAD_WEIGHT && model.config().tie_word_embeddings { EMBEDDING_WEIGHT } else { name };
     let found = model.parameters().iter().find(|(found, _)| found == name);
     found.map(|(_, weight)| weight).ok_or_else(|| Error::argument("model", format!("has no tensor `{name}`")))
 }
 
-/// [`weight`] as a tensor; a copy where it is mapped.
+/// [`weight`] as a tensor; a copy if it is memory-mapped.
 pub(super) fn parameter(model: &Model, name: &str) -> Result<Tensor> {
     weight(model, name)?.tensor()
 }

@@ -11,11 +11,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-/// A LoRA adapter of one model: A and B of each adapted layer, its magnitudes (DoRA) and the parameters of modules that
-/// are trained as a whole, all views of one flat f32 tensor.
+/// A LoRA adapter of one model: A and B of each adapted layer, DoRA magnitudes and the parameters of fully trained
+/// modules, all views of one flat f32 tensor.
 ///
-/// An adapter does not change: training makes new ones. Cloning is cheap and shares the parameters. Its terms run on
-/// [`LoRAAdapter::run_model`], which is [`LoRAAdapter::model`] unless modules are trained as a whole.
+/// An adapter is immutable: training creates new ones. Cloning is cheap and shares the parameters. Pass its low-rank
+/// updates to [`LoRAAdapter::run_model`], which is [`LoRAAdapter::model`] unless modules are trained in full.
 ///
 /// ```no_run
 /// # fn main() -> metal_candle::Result<()> {
@@ -38,18 +38,18 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct LoRAAdapter {
     model: Model,
-    /// The model with the saved parameters in place.
+    /// The model with the saved parameters.
     run_model: Model,
     layout: Arc<Layout>,
     parameters: Tensor,
-    /// A and B that are subtracted: `[num_start]`, f32.
+    /// The subtracted A and B: `[num_start]`, f32.
     start: Option<Tensor>,
-    /// The squared norms of the rows of each module's weight, where there are magnitudes.
+    /// The squared row norms of each module's weight, for modules with DoRA magnitudes.
     norms: Arc<Vec<Tensor>>,
 }
 
 impl LoRAAdapter {
-    /// An adapter of this layout with the given values, in the order of the layout, and those that are subtracted.
+    /// Creates an adapter from its values, in the order of the layout, and the subtracted values.
     pub(crate) fn from_values(model: &Model, layout: Layout, values: Vec<f32>, start: Vec<f32>) -> Result<Self> {
         let device = model.device().candle();
         let parameters = Tensor::from_vec(values, layout.num_parameters, &device)?;
@@ -71,13 +71,13 @@ impl LoRAAdapter {
         Ok(Self { model: model.clone(), run_model, layout, parameters, start, norms: Arc::new(norms) })
     }
 
-    /// The same adapter with other parameters, shared with the caller.
+    /// Returns a copy of the adapter with these parameters, whose storage it shares.
     ///
     /// # Shapes
     /// `parameters` is `[num_parameters]` in f32.
     ///
     /// # Errors
-    /// The shape or dtype is another.
+    /// The shape or dtype is wrong.
     pub fn with_parameters(&self, parameters: Tensor) -> Result<Self> {
         let shape = self.layout.num_parameters;
         if parameters.dims() != [shape] || parameters.dtype() != DType::F32 {
@@ -87,14 +87,14 @@ impl LoRAAdapter {
         Ok(Self { run_model, parameters, ..self.clone() })
     }
 
-    /// The same, but where single rows of embedding or head are trained, those rows are changed in this adapter's
-    /// [`LoRAAdapter::run_model`] in place, in place of another copy of the rest.
+    /// Like [`LoRAAdapter::with_parameters`], but trained rows of embedding or head are updated in place in this adapter's
+    /// [`LoRAAdapter::run_model`] instead of copying the whole weight.
     pub(crate) fn with_parameters_in_place(&self, parameters: Tensor) -> Result<Self> {
         let run_model = run_model(&self.model, &self.layout, &parameters, Some(&self.run_model))?;
         Ok(Self { run_model, parameters, ..self.clone() })
     }
 
-    /// The same adapter for another model with the same linear layers, which are found by path.
+    /// Returns a copy of the adapter for another model with the same linear layers, which are found by path.
     ///
     /// # Errors
     /// A layer is missing or has another shape.
@@ -116,7 +116,7 @@ impl LoRAAdapter {
         }
         let layout = Layout::new(model, self.layout.settings.clone(), &planned)?;
         if layout.saved != self.layout.saved {
-            return Err(Error::argument("model", "has other modules where the adapter trains them as a whole"));
+            return Err(Error::argument("model", "the modules that the adapter trains in full differ"));
         }
         let device = model.device().candle();
         let parameters = self.parameters.to_device(&device)?;
@@ -124,7 +124,7 @@ impl LoRAAdapter {
         Self::assemble(model, Arc::new(layout), parameters, start)
     }
 
-    /// The same function of the weights without anything subtracted: each module of rank r becomes one of rank 2 r,
+    /// Returns an equivalent adapter without subtracted updates: each module of rank r becomes one of rank 2 r, with
     /// `[A; A0]` and `[B, -B0]`.
     ///
     /// # Errors
@@ -161,7 +161,8 @@ impl LoRAAdapter {
         Self::assemble(&self.model, Arc::new(layout), parameters, None)
     }
 
-    /// The parameters of this adapter in one that [`LoRAAdapter::without_start`] made of it; none if it is of another.
+    /// The inverse of [`LoRAAdapter::without_start`]: extracts the parameters of this adapter from `plain`; none if `plain`
+    /// belongs to another adapter.
     pub(crate) fn parameters_with_start(&self, plain: &Self) -> Result<Option<Tensor>> {
         let fits = |(module, found): (&LoRAModule, &LoRAModule)| {
             let rank = if module.start.is_some() { 2 * module.rank } else { module.rank };
@@ -195,17 +196,17 @@ impl LoRAAdapter {
         Ok(Some(Tensor::cat(&parts, 0)?))
     }
 
-    /// The model it belongs to.
+    /// The model of the adapter.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The model that its terms run on: [`LoRAAdapter::model`] with the saved parameters in place.
+    /// The model to use with [`LoRAAdapter::terms`]: [`LoRAAdapter::model`] with the saved parameters.
     pub fn run_model(&self) -> &Model {
         &self.run_model
     }
 
-    /// The parameters that are trained as a whole.
+    /// The parameters that are trained in full.
     pub fn saved_parameters(&self) -> &[SavedParameter] {
         &self.layout.saved
     }
@@ -234,12 +235,12 @@ impl LoRAAdapter {
         self.layout.num_parameters
     }
 
-    /// Rank of the modules that no pattern names.
+    /// The default rank, for modules that no pattern matches.
     pub fn rank(&self) -> usize {
         self.layout.settings.rank
     }
 
-    /// Alpha of the modules that no pattern names.
+    /// The default alpha, for modules that no pattern matches.
     pub fn alpha(&self) -> f64 {
         self.layout.settings.alpha
     }
@@ -254,12 +255,12 @@ impl LoRAAdapter {
         self.layout.settings.use_rslora
     }
 
-    /// Whether the rows of the adapted weights have magnitudes of their own (DoRA, <https://arxiv.org/abs/2402.09353>).
+    /// Whether the rows of the adapted weights have trained magnitudes (DoRA, <https://arxiv.org/abs/2402.09353>).
     pub fn use_dora(&self) -> bool {
         self.layout.settings.use_dora
     }
 
-    /// Ends of the paths of modules that are trained as a whole.
+    /// Ends of the paths of fully trained modules.
     pub fn modules_to_save(&self) -> &[String] {
         &self.layout.settings.modules_to_save
     }
@@ -269,32 +270,32 @@ impl LoRAAdapter {
         self.layout.settings.bias
     }
 
-    /// The ids of the tokens whose rows are trained, by the name of embedding or head.
+    /// The token ids of the trained rows, by the name of embedding or head.
     pub fn trainable_tokens(&self) -> &BTreeMap<String, Vec<u32>> {
         &self.layout.settings.trainable_tokens
     }
 
-    /// Whether the head of the model stays tied to what replaces the embedding.
+    /// Whether a tied head stays tied to the trained embedding.
     pub(crate) fn is_tied(&self) -> bool {
         self.layout.is_tied()
     }
 
-    /// Whether the head stays tied to an embedding that is trained.
+    /// Whether the head stays tied to a trained embedding.
     pub fn ensure_weight_tying(&self) -> bool {
         self.layout.settings.ensure_weight_tying
     }
 
-    /// Names of single parameters that replace those of the model.
+    /// Names of parameters that an adapter file replaces.
     pub(crate) fn parameters_to_save(&self) -> &[String] {
         &self.layout.settings.parameters_to_save
     }
 
-    /// Name or path of the model it was made for, as it stands in a PEFT folder.
+    /// The name or path of its base model, as written in a PEFT folder.
     pub fn base_model(&self) -> Option<&str> {
         self.layout.settings.base_model.as_deref()
     }
 
-    /// The same adapter with another name or path of its model.
+    /// Returns a copy of the adapter with this name or path of its base model.
     #[must_use]
     pub fn with_base_model(&self, name: impl Into<String>) -> Self {
         let mut layout = (*self.layout).clone();
@@ -310,7 +311,7 @@ impl LoRAAdapter {
         matrices(&self.parameters, module)
     }
 
-    /// The magnitudes of a module, `[out_features]`, if it has such: a view in f32.
+    /// The DoRA magnitudes of a module, `[out_features]`, if it has them: a view in f32.
     ///
     /// # Errors
     /// `module` is not one of [`LoRAAdapter::modules`].
@@ -318,7 +319,7 @@ impl LoRAAdapter {
         magnitudes(&self.parameters, module)
     }
 
-    /// A and B that are subtracted from those of a module, if there are such (PiSSA, OLoRA).
+    /// The initial A and B whose update is subtracted (PiSSA, OLoRA); none for other initializations.
     ///
     /// # Errors
     /// `module` is not one of [`LoRAAdapter::modules`].
@@ -326,8 +327,8 @@ impl LoRAAdapter {
         self.start.as_ref().map_or(Ok(None), |start| starts(start, module))
     }
 
-    /// What [`Model::forward`] takes: A and B of each linear layer, views where activations are f32, else converted
-    /// to their dtype.
+    /// The low-rank updates to pass to [`Model::forward`]: A and B of each linear layer, as views if activations are f32,
+    /// otherwise converted to their dtype.
     ///
     /// # Errors
     /// The device fails.
@@ -352,7 +353,7 @@ impl LoRAAdapter {
         Ok(terms)
     }
 
-    /// One line a kind of module: layers, rank, scale and parameters, and the share of the model's parameters.
+    /// A summary for people: one line per kind of module, and the share of the model's parameters.
     pub fn summary(&self) -> String {
         let mut groups: BTreeMap<(&str, usize, String), (usize, usize)> = BTreeMap::new();
         for module in &self.layout.modules {
@@ -367,7 +368,7 @@ impl LoRAAdapter {
             let _ = writeln!(text, "{module}: {layers} layers, rank {rank}, scale {scale}, {parameters} parameters");
         }
         for saved in &self.layout.saved {
-            let what = saved.rows.as_ref().map_or("as a whole".into(), |rows| format!("{} rows", rows.len()));
+            let what = saved.rows.as_ref().map_or("in full".into(), |rows| format!("{} rows", rows.len()));
             let _ = writeln!(text, "{}: {what}, {} parameters", saved.name, saved.num_parameters());
         }
         let total: usize = self.model.parameters().iter().map(|(_, tensor)| tensor.elem_count()).sum();
@@ -409,10 +410,10 @@ fn saved_tensor(parameters: &Tensor, saved: &SavedParameter) -> Result<Tensor> {
     Ok(parameters.narrow(0, saved.offset, saved.num_parameters())?.reshape(saved.shape.as_slice())?)
 }
 
-/// The squared norms of the rows of the weight that a module extends: `[out_features]`, f32.
+/// The squared row norms of the weight of a module: `[out_features]`, f32.
 pub(super) fn norms_squared(model: &Model, module: &LoRAModule) -> Result<Tensor> {
     let weight = weight(model, &format!("{}.weight", module.path))?;
-    // the embedding is kept as `[vocab, hidden]`, the transpose of a linear layer's weight
+    // the embedding is stored as `[vocab, hidden]`, the transpose of a linear layer's weight
     if module.is_embedding() {
         weight_norms_squared(&weight.tensor()?.t()?.contiguous()?)
     } else {
@@ -420,8 +421,8 @@ pub(super) fn norms_squared(model: &Model, module: &LoRAModule) -> Result<Tensor
     }
 }
 
-/// The model with views of the saved parameters in place, or copies where its activations are not f32. Rows are put into a
-/// copy of the model's parameter, or into that of `earlier`.
+/// Returns the model with views of the saved parameters, or copies if its activations are not f32. Trained rows are
+/// written into a copy of the parameter, or in place into the copy in `earlier`.
 fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Option<&Model>) -> Result<Model> {
     if layout.saved.is_empty() {
         return Ok(model.clone());
@@ -439,7 +440,7 @@ fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Optio
         }
         replaced.insert(saved.name.clone(), tensor);
     }
-    // a head that was tied stays what it was when the embedding alone is trained
+    // if only the embedding is trained, a tied head keeps the old values
     if model.config().tie_word_embeddings && !layout.is_tied() && replaced.contains_key(EMBEDDING_WEIGHT) {
         let head = parameter(model, HEAD_WEIGHT)?;
         replaced.entry(HEAD_WEIGHT.into()).or_insert(head);
@@ -447,12 +448,12 @@ fn run_model(model: &Model, layout: &Layout, parameters: &Tensor, earlier: Optio
     model.with_parameters(replaced)
 }
 
-/// A contiguous copy that shares nothing with `tensor`.
+/// A contiguous copy that does not share storage with `tensor`.
 fn own_copy(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     Ok(if tensor.dtype() == dtype { tensor.force_contiguous()? } else { tensor.to_dtype(dtype)?.contiguous()? })
 }
 
-/// `whole` with the rows of these numbers replaced in place.
+/// Replaces rows of `whole` in place, by index.
 pub(super) fn with_rows(whole: Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
     for (number, &id) in ids.iter().enumerate() {
         whole.slice_set(&rows.narrow(0, number, 1)?.contiguous()?, 0, id as usize)?;

@@ -1,4 +1,4 @@
-//! Merging adapters into weights.
+//! Merges adapters into the weights of a model, and removes them again.
 
 use super::LoRAAdapter;
 use super::layout::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LoRAModule, parameter};
@@ -10,19 +10,18 @@ use candle_core::{DType, Tensor};
 use std::collections::HashMap;
 
 impl LoRAAdapter {
-    /// A model with the adapted weight, `W + scale * B A` and its relatives, in place of each W, and with the saved
-    /// parameters; everything else is shared with `model`. A head that is tied to an adapted embedding, or the
-    /// other way round, becomes a weight of its own.
+    /// Returns a model with the adapted weights (`W + scale * B A` for plain LoRA) and the saved parameters. Other weights
+    /// are shared with `model`. If the adapter changes only one of a tied embedding and head, they are untied.
     ///
     /// The sum is computed in f32 and rounded to the dtype of the weights.
     ///
     /// # Errors
-    /// `model` lacks a layer, or has it in another shape.
+    /// `model` lacks a layer, or its shape differs.
     pub fn merge(&self, model: &Model) -> Result<Model> {
         self.merge_with(model, |_, sum, weight| Ok(sum.to_dtype(weight.dtype())?))
     }
 
-    /// As [`LoRAAdapter::merge`], with the adapted weights in this dtype. On a GPU they are converted to the model's.
+    /// As [`LoRAAdapter::merge`], with the adapted weights in `dtype`. On a GPU they are converted to the model's dtype.
     ///
     /// # Errors
     /// As [`LoRAAdapter::merge`].
@@ -30,8 +29,8 @@ impl LoRAAdapter {
         self.merge_with(model, |_, sum, _| Ok(sum.to_dtype(dtype)?))
     }
 
-    /// As [`LoRAAdapter::merge`], with sums rounded up or down at random, by the seed, to the two nearest values of bf16, so that
-    /// on average nothing is lost: changes that are smaller than half the distance of two values survive.
+    /// As [`LoRAAdapter::merge`], with stochastic rounding to bf16, so that changes smaller than half the distance of two
+    /// bf16 values survive on average.
     ///
     /// # Errors
     /// As [`LoRAAdapter::merge`], or the weights are not bf16 on the CPU.
@@ -76,11 +75,11 @@ impl LoRAAdapter {
         if tensors.is_empty() { Ok(model.clone()) } else { model.with_parameters(tensors) }
     }
 
-    /// The model that [`LoRAAdapter::merge`] was given, but for the rounding to the dtype of the weights; what merging
-    /// replaced as a whole comes from the adapter's own model.
+    /// The inverse of [`LoRAAdapter::merge`], up to rounding to the dtype of the weights. Parameters that merging replaced
+    /// are restored from the adapter's own model.
     ///
     /// # Errors
-    /// `model` lacks a layer, or has it in another shape.
+    /// `model` lacks a layer, or its shape differs.
     pub fn unmerge(&self, model: &Model) -> Result<Model> {
         let own = self.model();
         let was_tied = own.config().tie_word_embeddings && !model.config().tie_word_embeddings;
@@ -116,7 +115,7 @@ impl LoRAAdapter {
         Model::from_tensors(config, tensors, model.device())
     }
 
-    /// What a module adds to its weight, in the shape of the weight, f32.
+    /// The change of a module's weight, in the shape of the weight, f32.
     fn change(&self, module: &LoRAModule) -> Result<Tensor> {
         let (a, b) = self.matrices(module)?;
         let mut product = b.matmul(&a)?;
@@ -124,11 +123,11 @@ impl LoRAAdapter {
             product = (product - b.matmul(&a)?)?;
         }
         let change = (product * module.scale)?;
-        // the embedding is kept as `[vocab, hidden]`
+        // the embedding is stored as `[vocab, hidden]`
         Ok(if module.is_embedding() { change.t()?.contiguous()? } else { change })
     }
 
-    /// The factors on the rows of the adapted weight of a module with magnitudes (the columns of an embedding).
+    /// The factors on the rows of the adapted weight of a module with DoRA magnitudes (the columns of an embedding).
     fn factors(&self, module: &LoRAModule) -> Result<Option<Tensor>> {
         let Some(magnitudes) = self.magnitudes(module)? else { return Ok(None) };
         let weight = parameter(self.model(), &format!("{}.weight", module.path))?;
@@ -140,11 +139,11 @@ impl LoRAAdapter {
     }
 }
 
-/// f32 values rounded to bf16, up with the probability that the distance from the value below gives.
+/// Rounds f32 values to bf16, up with a probability proportional to the distance from the lower value.
 fn stochastically_rounded(values: &Tensor, mut random: Random) -> Result<Tensor> {
     let mut rounded = values.flatten_all()?.to_vec1::<f32>()?;
     for value in &mut rounded {
-        // the lower half of the bits is what bf16 lacks; a carry moves to the next value
+        // bf16 drops the lower half of the bits; a carry from it moves to the next value
         let noise = u32::from(random.bits());
         let bits = value.to_bits().saturating_add(noise) & 0xffff_0000;
         if f32::from_bits(bits).is_finite() {

@@ -1,8 +1,8 @@
-//! Adapters: LoRA with its relatives, and their file formats.
+//! Creates, loads, saves and merges adapters: LoRA, rsLoRA, DoRA and others.
 //!
-//! An adapter is a set of low-rank terms for some linear layers of a model. It is passed to
-//! [`Model::forward`](crate::Model::forward) beside the batch and never stored in the model, so that adapters are
-//! swapped or dropped between two calls.
+//! An adapter is a set of low-rank updates of linear layers. It is an argument of
+//! [`Model::forward`](crate::Model::forward) and never stored in the model, so callers can swap or drop adapters between
+//! two calls.
 
 mod builder;
 mod formats;

@@ -1,13 +1,13 @@
-//! Values by the path of a module, as in PEFT's `rank_pattern` and `alpha_pattern`.
+//! Looks up values by the path of a module, like PEFT's `rank_pattern` and `alpha_pattern`.
 
 use crate::error::{Error, Result};
 use crate::files::guard;
 use fancy_regex::{Regex, RegexBuilder};
 
-/// Most steps that a match with the path of a module may take.
+/// Most backtracking steps of one match.
 const MAX_STEPS: usize = 20_000;
 
-/// Values by regular expression; the first that matches the end of a path from a part on counts.
+/// Values by regular expression; the first that matches the whole path, or its end after a dot, applies.
 #[derive(Debug, Clone)]
 pub(crate) struct Patterns<T> {
     entries: Vec<(String, Regex, T)>,
@@ -15,11 +15,11 @@ pub(crate) struct Patterns<T> {
 
 impl<T: Copy> Patterns<T> {
     /// # Errors
-    /// A pattern is no regular expression of Python.
+    /// A pattern is not a valid regular expression of Python.
     pub(crate) fn new(name: &str, entries: impl IntoIterator<Item = (String, T)>) -> Result<Self> {
         let entries = entries.into_iter().map(|(pattern, value)| {
             let regex = compile(&format!(r"^(?:.*\.)?(?:{pattern})$"))
-                .ok_or_else(|| Error::argument(name, format!("`{pattern}` is no regular expression known here")))?;
+                .ok_or_else(|| Error::argument(name, format!("`{pattern}` is not a supported regular expression")))?;
             Ok((pattern, regex, value))
         });
         Ok(Self { entries: entries.collect::<Result<_>>()? })
@@ -36,13 +36,13 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
-/// A regular expression of Python, `None` if it is not valid or too large.
+/// Compiles a regular expression of Python; `None` if it is invalid or too large.
 pub(super) fn compile(pattern: &str) -> Option<Regex> {
     let build = || RegexBuilder::new(pattern).backtrack_limit(MAX_STEPS).build();
     guard(build).ok()?.ok()
 }
 
-/// Whether an expression matches; one that takes too many steps does not.
+/// Whether an expression matches; false if matching takes too many steps.
 pub(super) fn is_match(regex: &Regex, text: &str) -> bool {
     guard(|| regex.is_match(text).unwrap_or(false)).unwrap_or(false)
 }
@@ -53,7 +53,7 @@ mod tests {
     use super::Patterns;
 
     #[test]
-    fn the_end_of_a_path_matches_from_a_part_on() {
+    fn patterns_match_ends_of_paths_after_a_dot() {
         let entries = [("q_proj", 1), (r"layers\.0\..*", 2), ("layers.1.mlp.(up|down)_proj", 3)];
         let patterns = Patterns::new("rank_pattern", entries.map(|(name, rank)| (name.to_string(), rank))).unwrap();
         assert_eq!(patterns.get("model.layers.0.self_attn.q_proj"), Some(1));
@@ -68,7 +68,7 @@ mod tests {
         assert_eq!(looking.get("layers.0.mlp.up_proj"), None);
         assert!(Patterns::new("rank_pattern", [("(".to_string(), 1)]).is_err());
         assert!(Patterns::new("rank_pattern", [(r"\w{1000}{1000}{1000}".to_string(), 1)]).is_err());
-        // ends after a bounded number of steps
+        // stops after a bounded number of steps
         let slow = Patterns::new("rank_pattern", [(r"((a+)+)+(?!a)b\1".to_string(), 1)]).unwrap();
         assert_eq!(slow.get(&"a".repeat(200)), None);
     }

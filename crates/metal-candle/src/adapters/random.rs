@@ -1,9 +1,9 @@
-//! Random numbers of the starts of adapters.
+//! Random numbers for initializing adapters.
 
 use std::f64::consts::TAU;
 
-/// `SplitMix64` (<https://doi.org/10.1145/2714064.2660195>), seeded by a number and a path, so that a matrix starts the
-/// same whatever else is adapted.
+/// `SplitMix64` (<https://doi.org/10.1145/2714064.2660195>), seeded by a number and a path, so that the initial values of
+/// a module do not depend on the other modules.
 pub(super) struct Random(u64);
 
 impl Random {
@@ -27,14 +27,14 @@ impl Random {
         (self.next() >> 48) as u16
     }
 
-    /// A number from -1 up to 1.
+    /// A uniform number from -1 up to 1.
     pub(super) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
     }
 
-    /// A number of the normal distribution around 0 with a standard deviation of 1 (Box and Muller, 1958).
+    /// A standard normal number (Box and Muller, 1958).
     pub(super) fn normal(&mut self) -> f64 {
-        // above 0, or the logarithm would be infinite
+        // above 0, as the logarithm must be finite
         let share = ((self.next() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
         let angle = TAU * (self.next() >> 11) as f64 / (1_u64 << 53) as f64;
         (-2.0 * share.ln()).sqrt() * angle.cos()

@@ -1,4 +1,4 @@
-//! How much of an adapter's change is left in weights that were rounded.
+//! Measures how much of an adapter's change survives rounding of the merged weights.
 
 use super::LoRAAdapter;
 use super::layout::weight;
@@ -6,24 +6,24 @@ use crate::error::Result;
 use crate::models::Model;
 use candle_core::{DType, Device, Tensor};
 
-/// What is left of an adapter's change in one weight.
+/// How much of an adapter's change of one weight survived.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Survival {
     /// The weight: `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
-    /// The projection of the realised change onto the intended one, divided by the square of the latter's length: 1 if all of
-    /// it is there, 0 if nothing is.
+    /// The projection of the actual change onto the intended change, divided by the squared norm of the intended change: 1 if
+    /// all of it survived, 0 if nothing did.
     pub share: f64,
-    /// The length of the error that rounding added, divided by that of the intended change.
+    /// The norm of the rounding error divided by the norm of the intended change.
     pub noise: f64,
 }
 
 impl LoRAAdapter {
-    /// How much of the change of each adapted weight is left in `result`, which was merged from `base` and this adapter and
-    /// rounded. Weights that the adapter does not change are left out.
+    /// Measures how much of the change of each adapted weight survived in `result`, which was merged from `base` and this
+    /// adapter and then rounded. Weights that the adapter does not change are omitted.
     ///
     /// # Errors
-    /// A model lacks a layer, or has it in another shape.
+    /// A model lacks a layer, or its shape differs.
     pub fn survival(&self, base: &Model, result: &Model) -> Result<Vec<Survival>> {
         let exact = self.merge_in(base, DType::F32)?;
         let mut found = Vec::new();
@@ -36,7 +36,7 @@ impl LoRAAdapter {
             let intended = (values(&exact)? - &before)?;
             let realised = (values(result)? - before)?;
             let sum = |tensor: Tensor| -> Result<f64> {
-                // by rows in f32, then in f64
+                // rows are summed in f32, their sums in f64
                 Ok(tensor.sum(1)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)
             };
             let length = sum(intended.sqr()?)?;

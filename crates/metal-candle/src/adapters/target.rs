@@ -1,4 +1,4 @@
-//! The layers that an adapter can extend.
+//! Names and selects the layers that an adapter can extend.
 
 use super::patterns::{compile, is_match};
 use crate::error::{Error, Result};
@@ -29,13 +29,13 @@ pub enum TargetModule {
     EmbedTokens,
     /// The output head: `lm_head`.
     LmHead,
-    /// Each linear layer of each block, whatever the family calls it: `all-linear`.
+    /// Every linear layer of every block, whatever its name: `all-linear`.
     AllLinear,
-    /// The layers that a name, a path or a regular expression selects, see [`TargetModule::named`].
+    /// The layers selected by a name, a path or a regular expression; see [`TargetModule::named`].
     Named(ModuleName),
 }
 
-/// The text of a [`TargetModule::Named`]. Equal texts are held once for the life of the process.
+/// The text of a [`TargetModule::Named`]. Each text is leaked once, for the lifetime of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModuleName(&'static str);
 
@@ -52,7 +52,7 @@ impl ModuleName {
     }
 }
 
-/// The names of the variants that stand for one kind of module.
+/// The names of the variants for one kind of module.
 const KINDS: [(TargetModule, &str); 9] = [
     (TargetModule::QProj, "q_proj"),
     (TargetModule::KProj, "k_proj"),
@@ -65,22 +65,22 @@ const KINDS: [(TargetModule, &str); 9] = [
     (TargetModule::LmHead, "lm_head"),
 ];
 
-/// What stands for all linear layers of the blocks.
+/// The name of all linear layers of the blocks.
 const ALL_LINEAR: &str = "all-linear";
 
 impl TargetModule {
-    /// The linear layers of a block of most families, by name. [`TargetModule::AllLinear`] fits every family.
+    /// The linear layers of a block in most families. [`TargetModule::AllLinear`] fits every family.
     pub const ALL: [Self; 7] =
         [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
 
     /// The layers outside of the blocks.
     pub const OUTSIDE: [Self; 2] = [Self::EmbedTokens, Self::LmHead];
 
-    /// The layers that `text` selects: `qkv_proj` those whose path ends in this part, `layers.0.mlp.up_proj` those whose path
-    /// ends in these parts, and a regular expression such as `.*\.[0-3]\..*_proj` those whose whole path matches, as in PEFT.
+    /// Selects layers by text, as PEFT does. A name such as `qkv_proj` or `layers.0.mlp.up_proj` selects the layers whose
+    /// path ends in it; a regular expression such as `.*\.[0-3]\..*_proj` must match the whole path.
     ///
     /// # Errors
-    /// The text is empty, or a regular expression that cannot be compiled.
+    /// The text is empty, or a regular expression that is not supported.
     pub fn named(text: &str) -> Result<Self> {
         if text == ALL_LINEAR {
             return Ok(Self::AllLinear);
@@ -90,7 +90,7 @@ impl TargetModule {
         }
         let is_wrong = text.is_empty() || (is_pattern(text) && compile(&whole(text)).is_none());
         if is_wrong {
-            let message = format!("`{text}` is neither the name of a module nor a regular expression known here");
+            let message = format!("`{text}` is neither the name of a module nor a supported regular expression");
             return Err(Error::argument("target_modules", message));
         }
         Ok(Self::Named(ModuleName::new(text)))
@@ -108,7 +108,7 @@ impl TargetModule {
     /// Whether it selects this layer.
     pub(crate) fn selects(self, linear: &LinearInfo) -> bool {
         let name = match self {
-            // PEFT counts neither the embedding nor the head among all linear layers
+            // PEFT's `all-linear` includes neither the embedding nor the head
             Self::AllLinear => return linear.layer.is_some(),
             Self::Named(name) if is_pattern(name.0) => {
                 return compile(&whole(name.0)).is_some_and(|regex| is_match(&regex, &linear.path));
@@ -118,7 +118,7 @@ impl TargetModule {
         linear.path == name || linear.path.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
     }
 
-    /// The modules of a list such as `q_proj,v_proj`; `all-linear` stands for all linear layers of a block.
+    /// Parses a list such as `q_proj,v_proj`; `all-linear` selects all linear layers of the blocks.
     ///
     /// ```
     /// use metal_candle::adapters::TargetModule;
@@ -135,7 +135,7 @@ impl TargetModule {
     }
 }
 
-/// Whether a text is a regular expression and no name or path.
+/// Whether a text is a regular expression rather than a name or path.
 fn is_pattern(text: &str) -> bool {
     text.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\'])
 }

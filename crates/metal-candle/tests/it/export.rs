@@ -440,7 +440,7 @@ fn what_a_gguf_adapter_cannot_hold_is_refused() {
     };
     let builder = || LoRAAdapter::builder(&model).with_rank(2).with_target_modules([TargetModule::QProj]);
     refused(&builder().with_dora(true).build().unwrap(), "DoRA magnitudes");
-    refused(&builder().with_modules_to_save(["lm_head".to_string()]).build().unwrap(), "trained as a whole");
+    refused(&builder().with_modules_to_save(["lm_head".to_string()]).build().unwrap(), "trained in full");
 }
 
 /// A file whose matrices of layers have blocks of `iq3_s`, which have the size of those of `q3_k`.

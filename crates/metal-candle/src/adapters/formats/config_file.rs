@@ -1,4 +1,4 @@
-//! Reads values of `adapter_config.json`.
+//! Reads typed values from `adapter_config.json`.
 
 use crate::adapters::layout::{Layout, Planned, Settings};
 use crate::error::{Error, Result};

@@ -1,4 +1,5 @@
-//! Adapters in GGUF files, as llama.cpp reads them with `--lora`: tensors `blk.0.attn_q.weight.lora_a` and `.lora_b`.
+//! Reads and writes adapters in GGUF files, which llama.cpp loads with `--lora`: tensors `blk.0.attn_q.weight.lora_a` and
+//! `.lora_b`.
 //!
 //! The factor of a module is `adapter.lora.alpha` divided by the rank of its B.
 
@@ -50,7 +51,7 @@ pub(super) fn load(model: &Model, path: &Path) -> Result<LoRAAdapter> {
         match (file.tensor(&a), file.tensor(&b)) {
             (Some(a), Some(b)) => match rank_of(linear, a, b) {
                 Ok(rank) => {
-                    // an alpha of 0 means a factor of 1
+                    // in llama.cpp, an alpha of 0 means a factor of 1
                     let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
                     planned.push(Planned { number, rank, alpha, is_subtracted: false });
                     found.push((a, b));
@@ -92,7 +93,7 @@ pub(super) fn load(model: &Model, path: &Path) -> Result<LoRAAdapter> {
             b_values = rows(&b_values, |bytes| names.in_halves(bytes, 4 * module.rank));
         }
         if let Some(tensor) = [(a, &a_values), (b, &b_values)].iter().find(|(_, values)| !all_finite(values)) {
-            let problems = vec![format!("`{}` holds a value that is not finite", tensor.0.name)];
+            let problems = vec![format!("`{}` contains a value that is not finite", tensor.0.name)];
             return Err(Error::Tensors { path: path.to_path_buf(), problems });
         }
         let at = module.offset;
@@ -107,7 +108,7 @@ fn all_finite(values: &[f32]) -> bool {
     values.iter().all(|value| value.is_finite())
 }
 
-/// The rank of A and B, or what is wrong with their shapes.
+/// The rank of A and B, or a message about wrong shapes.
 fn rank_of(linear: &LinearInfo, a: &GgufTensor, b: &GgufTensor) -> std::result::Result<usize, String> {
     let expected = |rank: usize| {
         let a = [rank, linear.in_features];
@@ -124,19 +125,19 @@ fn rank_of(linear: &LinearInfo, a: &GgufTensor, b: &GgufTensor) -> std::result::
     Ok(rank)
 }
 
-/// A matrix of this many rows, transposed.
+/// Transposes a matrix with `num_rows` rows.
 fn transposed(values: &[f32], num_rows: usize) -> Vec<f32> {
     let columns = values.len() / num_rows.max(1);
     (0..values.len()).map(|index| values[index % num_rows * columns + index / num_rows]).collect()
 }
 
-/// Floats whose bytes are put into another order.
+/// Reorders the bytes of floats.
 fn rows(values: &[f32], order: impl Fn(&[u8]) -> Vec<u8>) -> Vec<f32> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     order(&bytes).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-/// Why llama.cpp cannot hold a module's low-rank update, if so.
+/// The part of a module that a GGUF adapter cannot store, if there is one.
 fn refusal(adapter: &LoRAAdapter, module: &LoRAModule) -> Option<&'static str> {
     match module.module {
         _ if adapter.use_dora() => Some("DoRA magnitudes"),
@@ -154,7 +155,7 @@ pub(super) fn save(adapter: &LoRAAdapter, path: &Path) -> Result<()> {
     let Some(first) = adapter.modules().first() else {
         return Err(Error::argument("adapter", "has no module"));
     };
-    // one alpha for all: the largest factor times its rank; B takes up what differs
+    // the file has one alpha: the largest factor times its rank; the difference is multiplied into B
     let alpha = first.scale * first.rank as f64;
     let mut tensors = Vec::new();
     let mut contents = Vec::new();

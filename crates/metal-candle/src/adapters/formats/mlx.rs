@@ -1,4 +1,4 @@
-//! Adapter folders of mlx-lm: `adapters.safetensors` and `adapter_config.json`.
+//! Reads and writes adapter folders of mlx-lm: `adapters.safetensors` and `adapter_config.json`.
 //!
 //! A and B are stored transposed, and `scale` is the factor itself, not divided by the rank.
 
@@ -38,12 +38,12 @@ impl Naming for Names {
     }
 }
 
-/// Why mlx-lm would compute something else with a term of this module, if so.
+/// The part of a module for which mlx-lm would compute another result, if there is one.
 fn refusal(model: &Model, module: &str, use_dora: bool) -> Option<&'static str> {
     match module {
-        "embed_tokens" if use_dora => Some("magnitudes of an embedding, which mlx-lm counts by token"),
+        "embed_tokens" if use_dora => Some("DoRA magnitudes of an embedding, which mlx-lm stores per token"),
         "embed_tokens" | "lm_head" if model.config().tie_word_embeddings => {
-            Some("terms of a tied embedding or head, which mlx-lm applies to both")
+            Some("low-rank updates of a tied embedding or head, which mlx-lm applies to both")
         }
         _ => None,
     }
@@ -60,7 +60,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     let rank = parameters.required_size("rank")?;
     let scale = parameters.number("scale")?.ok_or_else(|| parameters.missing("scale", "a number"))?;
     let keys = read_as(&parameters, "keys", "a list of module paths", as_texts)?;
-    // the tensors name the layers; the number is only looked at for its kind
+    // the tensors name the layers, so only the type of this key is checked
     for key in ["num_layers", "lora_layers"] {
         read_as(config, key, "a whole number", serde_json::Value::as_i64)?;
     }
@@ -73,7 +73,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     for (number, linear) in model.linears().iter().enumerate() {
         let key = within_layer(linear.layer.is_some(), &linear.path);
         unused.remove(key);
-        // mlx-lm takes files with a subset of the modules: a term that is absent is zero
+        // mlx-lm accepts files with a subset of the modules: a missing update is zero
         if ["lora_a", "lora_b", "m"].iter().any(|leaf| has(&linear.path, leaf)) {
             if let Some(what) = refusal(model, linear.module, use_dora) {
                 return Err(Error::Unsupported(format!("{what}, in `{}`", path.display())));
@@ -120,7 +120,7 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     let keys: BTreeSet<&str> = modules.iter().map(key).collect();
     let total = adapter.model().config().num_hidden_layers;
     let num_layers = total - modules.iter().filter_map(|module| module.layer).min().unwrap_or(total).min(total);
-    // mlx-lm has one rank and one scale: A and B get rows and columns of zeros, and B what the scale lacks
+    // mlx-lm has one rank and one scale: A and B are padded with zeros, and the difference in scale is multiplied into B
     let rank = modules.iter().map(|module| module.rank).max().unwrap_or(first.rank);
     let scale = modules.iter().map(|module| module.scale).find(|scale| *scale != 0.0).unwrap_or(first.scale);
     let mut tensors = Vec::with_capacity(2 * modules.len());
@@ -165,7 +165,7 @@ fn key(module: &LoRAModule) -> &str {
     within_layer(module.layer.is_some(), &module.path)
 }
 
-/// The part of a path after the number of its layer, `self_attn.q_proj`; the whole path of what is in none.
+/// The part of a path after the layer index, `self_attn.q_proj`; the whole path of a module outside the layers.
 fn within_layer(is_in_layer: bool, path: &str) -> &str {
     let mut rest = path;
     while let Some((part, tail)) = rest.split_once('.').filter(|_| is_in_layer) {

@@ -28,8 +28,8 @@ impl LoRAAdapter {
     /// [`save_checkpoint`](crate::training::save_checkpoint).
     ///
     /// # Errors
-    /// A file is missing or damaged, tensors do not fit the model (all of them are listed), or the adapter is of a
-    /// kind that is unknown here.
+    /// A file is missing or damaged, tensors do not fit the model (all of them are listed), or the kind of adapter is not
+    /// supported.
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if GgufFile::is_named(path) {
@@ -49,11 +49,14 @@ impl LoRAAdapter {
         if is_mlx {
             return mlx::load(model, path, &config);
         }
-        Err(Error::format(config_path, "neither `peft_type` (PEFT) nor `lora_parameters` (mlx-lm) is there"))
+        Err(Error::format(
+            config_path,
+            "expected the key `peft_type` (PEFT) or `lora_parameters` (mlx-lm), found neither",
+        ))
     }
 
-    /// Writes a folder as PEFT does: `adapter_config.json` and `adapter_model.safetensors`. What a start subtracts (PiSSA,
-    /// OLoRA) is written as [`LoRAAdapter::without_start`] has it, so that the folder fits the unchanged weights.
+    /// Writes a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`. An adapter that subtracts its initial
+    /// update (PiSSA, OLoRA) is converted with [`LoRAAdapter::without_start`], so that the folder fits the unchanged weights.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -61,22 +64,22 @@ impl LoRAAdapter {
         peft::save(self, folder.as_ref())
     }
 
-    /// Writes a folder as mlx-lm does: `adapter_config.json` and `adapters.safetensors`. mlx-lm has one rank and one scale:
-    /// smaller matrices are padded with zeros, and other scales become a factor of B, so that the function is the same.
+    /// Writes an mlx-lm folder: `adapter_config.json` and `adapters.safetensors`. mlx-lm has one rank and one scale per
+    /// adapter, so smaller matrices are padded with zeros and other scales are multiplied into B. The result is equivalent.
     ///
     /// # Errors
-    /// A file cannot be written, or mlx-lm cannot hold the adapter: it has low-rank terms only (no modules that are trained
-    /// as a whole, no rows of tokens, no biases), and none of a tied embedding or head.
+    /// A file cannot be written, or mlx-lm does not support the adapter: it supports low-rank updates only (no fully trained
+    /// modules, token rows or biases), and none of a tied embedding or head.
     pub fn save_mlx(&self, folder: impl AsRef<Path>) -> Result<()> {
         mlx::save(self, folder.as_ref())
     }
 
-    /// Writes a GGUF file that llama.cpp reads with `--lora`. It has one alpha: other scales become a factor of B, so that the
-    /// function is the same.
+    /// Writes a GGUF file that llama.cpp loads with `--lora`. It has one alpha, so other scales are multiplied into B. The
+    /// result is equivalent.
     ///
     /// # Errors
-    /// The file cannot be written, GGUF has no architecture for the model, or llama.cpp cannot hold the adapter: it has low-rank
-    /// terms only, no magnitudes of DoRA, and none of a tied embedding or head.
+    /// The file cannot be written, GGUF has no architecture for the model, or llama.cpp does not support the adapter: it
+    /// supports low-rank updates only, without DoRA magnitudes, and none of a tied embedding or head.
     pub fn save_gguf(&self, path: impl AsRef<Path>) -> Result<()> {
         gguf::save(self, path.as_ref())
     }

@@ -1,4 +1,5 @@
-//! Adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and `adapter_config.json`.
+//! Reads and writes adapter folders of PEFT: `adapter_model.safetensors` (or `adapter_model.bin`) and
+//! `adapter_config.json`.
 
 use super::config_file::{CONFIG_FILE, layout_of};
 use super::peft_config::{self, describe};
@@ -16,7 +17,7 @@ use candle_core::Tensor;
 use std::path::Path;
 
 const TENSOR_FILE: &str = "adapter_model.safetensors";
-/// What PEFT puts before the paths of the model.
+/// The prefix of PEFT's tensor names.
 const PICKLE_FILE: &str = "adapter_model.bin";
 
 struct Names;
@@ -52,7 +53,7 @@ pub(super) fn load(model: &Model, folder: &Path, config: &JsonObject) -> Result<
     read(model, if !path.exists() && pickle.exists() { &pickle } else { &path }, config)
 }
 
-/// The adapter whose tensors are in the file `path`.
+/// Reads the adapter whose tensors are in the file `path`.
 pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<LoRAAdapter> {
     let source = TensorSource::open(path)?;
     let leaves = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"];
@@ -69,12 +70,12 @@ pub(super) fn read(model: &Model, path: &Path, config: &JsonObject) -> Result<Lo
     let layout = layout_of(config.path(), model, settings, &planned)?;
     let values = values::read(&source, &layout, &Names, &found.values, &found.names)?;
     check_tied_terms(&source, &layout)?;
-    // what PEFT takes out of the weights when it loads such an adapter
+    // PEFT subtracts these from the weights when it loads the adapter
     let subtracted = start.map_or(Ok(Vec::new()), |start| subtracted_values(model, &layout, start))?;
     LoRAAdapter::from_values(model, layout, values, subtracted)
 }
 
-/// With `ensure_weight_tying` PEFT trains one A and B for embedding and head, and writes both.
+/// With `ensure_weight_tying`, PEFT trains one A and B for embedding and head, and writes both: they must agree.
 fn check_tied_terms(source: &TensorSource, layout: &Layout) -> Result<()> {
     let module = |is_embedding: bool| {
         layout.modules.iter().find(|module| module.layer.is_none() && module.is_embedding() == is_embedding)
@@ -91,7 +92,7 @@ fn check_tied_terms(source: &TensorSource, layout: &Layout) -> Result<()> {
         let (name, of_embedding) = (Names.name(head, part), Names.name(embedding, other));
         if head.rank != rank || !is_equal(&source.values(&name)?, &transposed(&of_embedding, shape)?) {
             let problem =
-                format!("`{name}` is not the transpose of `{of_embedding}`, to which `ensure_weight_tying` ties it");
+                format!("`{name}` is not the transpose of `{of_embedding}`, although `ensure_weight_tying` ties them");
             return Err(Error::Tensors { path: source.path().to_path_buf(), problems: vec![problem] });
         }
     }
@@ -107,7 +108,7 @@ pub(super) fn save(adapter: &LoRAAdapter, folder: &Path) -> Result<()> {
     write_atomically(&path, |file| file.write_all(&text))
 }
 
-/// All tensors of an adapter that subtracts nothing under the names of PEFT, in the order of the names.
+/// All tensors under their PEFT names, sorted by name, of an adapter without a subtracted update.
 pub(super) fn named_tensors(adapter: &LoRAAdapter) -> Result<Vec<(String, Tensor)>> {
     let mut tensors = Vec::with_capacity(2 * adapter.modules().len());
     for module in adapter.modules() {

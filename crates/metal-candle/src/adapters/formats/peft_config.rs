@@ -1,4 +1,4 @@
-//! `adapter_config.json` of PEFT: which linear layers have terms, of what rank and scale.
+//! Reads and writes PEFT's `adapter_config.json`: the adapted layers, their ranks and scales.
 
 use super::config_file::{as_count, as_texts, brief, read_as};
 use super::text_part::peft_path;
@@ -13,11 +13,11 @@ use fancy_regex::Regex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What PEFT takes for these families when `target_modules` is null; for the others it takes nothing.
+/// PEFT's targets for these families if `target_modules` is null; other families have no default.
 const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 const FAMILIES_WITH_DEFAULTS: [&str; 7] = ["llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"];
 
-/// Keys that change what is computed in a way that low-rank terms of linear layers cannot express.
+/// Keys that change the result in a way that low-rank updates of linear layers cannot express.
 const UNSUPPORTED: [&str; 11] = [
     "fan_in_fan_out",
     "lora_bias",
@@ -32,12 +32,12 @@ const UNSUPPORTED: [&str; 11] = [
     "monteclora_config",
 ];
 
-/// Ways to start an adapter that leave the weights of the model as they are.
+/// Initializations that do not change the weights of the model.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-/// The settings of a configuration, the layers with low-rank terms and the start that is subtracted, if there is one.
+/// The settings of a configuration, the adapted layers, and the initialization that is subtracted, if there is one.
 ///
-/// `is_in_file` says whether the file holds tensors of a layer; such a layer is taken whatever the configuration selects.
+/// `is_in_file` returns whether the file has tensors of a layer; these layers are adapted whatever the configuration says.
 pub(super) fn plan(
     model: &Model,
     config: &JsonObject,
@@ -78,13 +78,13 @@ pub(super) fn plan(
     Ok((settings, planned, start))
 }
 
-/// The error for an adapter without any part for the model.
+/// The error for an adapter that fits no layer of the model.
 pub(super) fn nothing_selected(config: &JsonObject) -> Error {
     let found = config.get("target_modules").map_or("null".into(), brief);
-    Error::format(config.path(), format!("`target_modules` `{found}` names no linear layer of the model"))
+    Error::format(config.path(), format!("`target_modules` `{found}` matches no linear layer of the model"))
 }
 
-/// The start that PEFT takes out of the weights when it loads the adapter; it follows from the weights alone.
+/// The initialization that PEFT recomputes from the weights and subtracts when it loads the adapter.
 fn start(config: &JsonObject) -> Result<Option<Start>> {
     let refuse = |value: &Value| {
         let found = format!("`init_lora_weights`: `{}` in `{}`", brief(value), config.path().display());
@@ -115,7 +115,7 @@ fn refuse_unsupported(config: &JsonObject) -> Result<()> {
             Some(value) => return refuse(key, value),
         }
     }
-    // biases that were trained are in the file
+    // trained biases are in the file
     let is_known = |value: &&Value| matches!(value.as_str(), Some("none" | "all" | "lora_only"));
     if let Some(value) = config.get("bias").filter(|value| !is_known(value)) {
         return refuse("bias", value);
@@ -123,7 +123,7 @@ fn refuse_unsupported(config: &JsonObject) -> Result<()> {
     Ok(())
 }
 
-/// The linear layers that have terms, by the rules of PEFT.
+/// Selects the adapted layers by the rules of PEFT.
 struct Selection<'a> {
     targets: Targets<'a>,
     excluded: Option<Targets<'a>>,
@@ -132,7 +132,7 @@ struct Selection<'a> {
 }
 
 enum Targets<'a> {
-    /// Paths or their last parts.
+    /// Paths or ends of paths.
     Named(Vec<&'a str>),
     /// The whole path must match.
     Matching(Regex),
@@ -170,14 +170,14 @@ impl<'a> Selection<'a> {
         if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(&linear.path)) {
             return false;
         }
-        // PEFT counts neither the embedding nor the head among all linear layers
+        // PEFT's `all-linear` includes neither the embedding nor the head
         let is_meant = linear.layer.is_some() || !matches!(self.targets, Targets::All);
         if !is_meant || !self.targets.matches(&linear.path) {
             return false;
         }
         match (&self.layers, &self.targets) {
             (None, _) => true,
-            // a path written out in full is taken whatever its layer
+            // a full path is selected whatever its layer
             (Some(_), Targets::Named(names)) if names.contains(&linear.path.as_str()) => true,
             (Some(layers), _) => self.layer(linear).is_some_and(|layer| layers.contains(&layer)),
         }
@@ -247,15 +247,15 @@ fn patterns<T: Copy>(
     Patterns::new(key, entries).map_err(|error| Error::Unsupported(format!("{error} in `{}`", config.path().display())))
 }
 
-/// The configuration of an adapter with sorted keys: those that PEFT, mistral.rs and llama.cpp all read.
+/// The configuration of an adapter, with sorted keys, that PEFT, mistral.rs and llama.cpp can read.
 pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     let modules = adapter.modules();
     let (inside, outside): (Vec<&LoRAModule>, Vec<_>) = modules.iter().partition(|module| module.layer.is_some());
     let kinds: BTreeSet<&str> = inside.iter().map(|module| module.module).collect();
     let layers: BTreeSet<usize> = inside.iter().filter_map(|module| module.layer).collect();
     let path = |module: &LoRAModule| peft_path(adapter.model(), &module.path);
-    // each kind of module in each of some layers, or else every path by itself; the other parts of a multimodal model have
-    // modules of the same kinds
+    // kinds of modules and layers if they describe the adapter, else a list of paths. The other parts of a multimodal model
+    // have modules of the same kinds, so such a model always gets paths
     let regular = inside.len() == kinds.len() * layers.len() && !adapter.model().config().is_text_part;
     let all_layers = layers.len() == adapter.model().config().num_hidden_layers;
     let some_layers = regular && !all_layers && !inside.is_empty();
@@ -264,7 +264,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     } else {
         inside.iter().map(|module| path(module)).collect()
     };
-    // beside a choice of layers PEFT takes what is in none of them by its whole path only
+    // with `layers_to_transform`, PEFT selects modules outside the layers by their full path only
     targets.extend(outside.iter().map(|module| if some_layers { path(module) } else { module.module.to_string() }));
     let modules_to_save = Some(adapter.modules_to_save()).filter(|names| !names.is_empty());
     let mut config = BTreeMap::from([
@@ -301,7 +301,7 @@ pub(super) fn describe(adapter: &LoRAAdapter) -> BTreeMap<&'static str, Value> {
     config
 }
 
-/// The biases to name; those that came with an adapter that names none are kept as all.
+/// The value of `bias`; biases from an adapter that does not name them are written as `all`.
 fn bias_of(adapter: &LoRAAdapter) -> TrainedBiases {
     let is_bias = |name: &String| name.rsplit('.').next() == Some("bias");
     let has_others = adapter.parameters_to_save().iter().any(is_bias);
@@ -322,7 +322,7 @@ fn token_indices(adapter: &LoRAAdapter) -> Option<Value> {
     }
 }
 
-/// The values that are not the default: by the last part of the path where all such modules agree, else by path.
+/// The values that differ from the default: by the last part of the path if all of its modules agree, else by path.
 fn pattern_of(
     modules: &[LoRAModule],
     path: impl Fn(&LoRAModule) -> String,
@@ -347,7 +347,7 @@ fn pattern_of(
     json!(pattern)
 }
 
-/// A number as JSON, without a fraction where it has none: PEFT and its readers write alpha so.
+/// A number as JSON, as an integer if it is whole: PEFT writes alpha this way.
 fn whole_number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

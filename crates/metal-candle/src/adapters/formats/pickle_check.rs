@@ -1,7 +1,7 @@
-//! Refuses pickles that would exhaust the stack or the memory of candle's reader.
+//! Refuses pickles that would exhaust the stack or memory of candle's reader.
 //!
-//! candle builds nested objects, drops them by recursion and copies an object for each use of the memo, so that a few
-//! bytes can stand for any depth and any size. The opcodes are walked here with the depth and size of each object only.
+//! candle builds nested objects, drops them recursively and copies an object for each use of the memo, so a few bytes
+//! can create objects of any depth and size. This module walks the opcodes and tracks only depth and size.
 
 use crate::error::{Error, Result};
 use std::collections::HashMap;
@@ -9,11 +9,11 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-/// Most bytes of a pickle; that of an adapter has some 200 for each tensor.
+/// Most bytes of a pickle; an adapter has about 200 per tensor.
 const MAX_PICKLE_BYTES: u64 = 4 << 20;
 /// Most levels of nested objects.
 const MAX_DEPTH: usize = 64;
-/// Most objects, with the copies for the memo.
+/// Most objects, including copies for the memo.
 const MAX_OBJECTS: usize = 4_000_000;
 
 /// Checks each pickle in the zip file `path`.
@@ -23,7 +23,7 @@ pub(super) fn check_pickles(path: &Path) -> Result<()> {
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| wrong(error.to_string()))?;
     for index in 0..archive.len() {
         let entry = archive.by_index(index).map_err(|error| wrong(error.to_string()))?;
-        // the names that candle looks for
+        // candle reads entries with these names
         let name = entry.name().map_err(|error| wrong(error.to_string()))?.into_owned();
         if !name.ends_with("data.pkl") {
             continue;
@@ -38,7 +38,7 @@ pub(super) fn check_pickles(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Depth and number of objects of an object.
+/// The depth of an object and its number of nested objects.
 #[derive(Debug, Clone, Copy)]
 struct Extent {
     depth: usize,
@@ -109,7 +109,7 @@ impl Walk {
                 b'r' => self.remember(word(take(4)?))?,
                 b'h' => self.recall(word(take(1)?))?,
                 b'j' => self.recall(word(take(4)?))?,
-                _ => return Err("holds something other than tensors by name"),
+                _ => return Err("contains something other than tensors by name"),
             }
         }
     }
@@ -119,7 +119,7 @@ impl Walk {
             return Err("is nested too deeply");
         }
         if extent.objects > MAX_OBJECTS {
-            return Err("holds too many objects");
+            return Err("contains too many objects");
         }
         self.stack.push(Some(extent));
         Ok(())
@@ -130,15 +130,15 @@ impl Walk {
     }
 
     fn pop(&mut self) -> std::result::Result<Extent, &'static str> {
-        self.stack.pop().flatten().ok_or("takes an object that is not there")
+        self.stack.pop().flatten().ok_or("pops an object from an empty stack")
     }
 
-    /// What lies above the last mark, which is removed.
+    /// Pops the objects above the last mark, and the mark.
     fn marked(&mut self) -> std::result::Result<Extent, &'static str> {
         let mut inner = Extent { depth: 0, objects: 0 };
         loop {
             match self.stack.pop() {
-                None => return Err("takes a mark that is not there"),
+                None => return Err("pops a mark that was not pushed"),
                 Some(None) => return Ok(inner),
                 Some(Some(extent)) => inner = both(inner, extent),
             }
@@ -150,7 +150,7 @@ impl Walk {
         self.push(within(around, inner))
     }
 
-    /// One object of the last `count`.
+    /// Replaces the last `count` objects by one object of them.
     fn join(&mut self, count: usize) -> std::result::Result<(), &'static str> {
         let mut inner = self.pop()?;
         for _ in 1..count {
@@ -172,7 +172,7 @@ impl Walk {
     }
 
     fn recall(&mut self, id: u32) -> std::result::Result<(), &'static str> {
-        let extent = *self.memo.get(&id).ok_or("recalls an object that is not there")?;
+        let extent = *self.memo.get(&id).ok_or("reads an object that is not in the memo")?;
         self.count_copy(extent)?;
         self.push(extent)
     }
@@ -183,12 +183,12 @@ impl Walk {
     }
 }
 
-/// Two objects beside one another.
+/// The extent of two adjacent objects.
 fn both(left: Extent, right: Extent) -> Extent {
     Extent { depth: left.depth.max(right.depth), objects: left.objects.saturating_add(right.objects) }
 }
 
-/// An object with another one in it.
+/// The extent of an object that contains another.
 fn within(outer: Extent, inner: Extent) -> Extent {
     Extent { depth: outer.depth.max(inner.depth + 1), objects: outer.objects.saturating_add(inner.objects) }
 }
@@ -199,7 +199,7 @@ mod tests {
     use super::Walk;
 
     #[test]
-    fn what_would_exhaust_the_stack_or_the_memory_is_refused() {
+    fn pickles_that_exhaust_stack_or_memory_are_refused() {
         let run = |bytes: &[u8]| Walk::default().run(bytes);
         // {"a": (1, 2.0, [None])} with memo
         run(b"\x80\x02}q\x00X\x01\x00\x00\x00a(K\x01G\0\0\0\0\0\0\0\0]Nats.").unwrap();

@@ -1,5 +1,5 @@
-//! Tensors of a PEFT file that stand for parameters of the model: copies of its embedding and head, rows of trained
-//! tokens, biases.
+//! Reads the tensors of a PEFT file that replace parameters of the model: copies of embedding and head, rows of trained
+//! tokens, and biases.
 
 use super::source::TensorSource;
 use crate::adapters::layout::{
@@ -14,29 +14,29 @@ use half::{bf16, f16};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Parts of a path that wrappers of PEFT add.
+/// Parts of a path that PEFT's wrappers add.
 const WRAPPERS: [&str; 4] = [".token_adapter.", ".base_layer.", ".modules_to_save.", ".original_module."];
 pub(super) const PREFIX: &str = "base_model.model.";
 const DELTA: &str = "trainable_tokens_delta";
-/// What follows the path of a module whose rows are trained.
+/// The suffix of a module with trained rows.
 pub(super) const TOKENS_SUFFIX: &str = "token_adapter.trainable_tokens_delta";
 
-/// What the tensors of a file replace.
+/// The parameters that the tensors of a file replace.
 #[derive(Default)]
 pub(super) struct Replaced {
-    /// Values of each parameter that differs from the model's.
+    /// The values of each parameter that differs from the model's.
     pub(super) values: BTreeMap<String, Vec<f32>>,
-    /// The ids of the tokens whose rows are among the values, by the name of the parameter.
+    /// The token ids of the rows among the values, by parameter name.
     pub(super) rows: BTreeMap<String, Vec<u32>>,
-    /// Names of biases that are trained.
+    /// The names of trained biases.
     biases: BTreeSet<String>,
-    /// The tensors of the file that were looked at.
+    /// The tensors of the file that have been read.
     pub(super) names: BTreeSet<String>,
 }
 
 impl Replaced {
-    /// Compares the tensors of `source` that are named as parameters of the model. A copy is accepted, also one that was
-    /// rounded to bf16 or f16; another value replaces the model's.
+    /// Compares the tensors of `source` that are named like parameters of the model. A copy is accepted, also one rounded to
+    /// bf16 or f16; other values replace the model's.
     pub(super) fn read(
         model: &Model,
         source: &TensorSource,
@@ -56,7 +56,7 @@ impl Replaced {
                 TrainedBiases::LoraOnly => has_term(path) && !settings.saves(path),
             };
             if is_trained {
-                // a file without it has that of the model
+                // a file without the parameter uses the model's
                 found.biases.insert(name.clone());
                 found.values.insert(name.clone(), base(model, name)?);
             }
@@ -80,7 +80,7 @@ impl Replaced {
                         && source.foreign_dtype(name).is_none()
                         && is_copy(&source.values(name)?, &source.values(&other)?);
                     if !is_equal {
-                        problems.push(format!("`{name}` differs from `{other}`, of which it should be a copy"));
+                        problems.push(format!("`{name}` differs from `{other}`, which it should be a copy of"));
                     }
                     continue;
                 }
@@ -123,7 +123,7 @@ impl Replaced {
         self.values.keys().filter(is_other).cloned().collect()
     }
 
-    /// Puts the rows of `trainable_token_indices` into the embedding or head.
+    /// Writes the rows of `trainable_token_indices` into the embedding or head.
     fn insert_tokens(
         &mut self,
         model: &Model,
@@ -161,7 +161,7 @@ impl Replaced {
             self.names.insert(name.into());
             num_found += 1;
             if let Some(row) = rows.iter().find(|row| **row as usize >= vocab) {
-                problems.push(format!("`{name}`: token {row} is not below the {vocab} of the model"));
+                problems.push(format!("`{name}`: token {row} is outside the model's vocabulary of {vocab}"));
                 continue;
             }
             let delta = match source.checked_values(name, &[rows.len(), hidden])? {
@@ -172,7 +172,7 @@ impl Replaced {
                 }
             };
             if let Some(values) = self.values.get_mut(&weight) {
-                // the file brings another embedding: the rows are a part of it
+                // the file replaces the whole embedding, which includes these rows
                 for (row, delta) in rows.iter().zip(delta.chunks_exact(hidden)) {
                     values[*row as usize * hidden..][..hidden].copy_from_slice(delta);
                 }
@@ -184,20 +184,20 @@ impl Replaced {
         let is_empty =
             indices.as_array().is_some_and(Vec::is_empty) || indices.as_object().is_some_and(serde_json::Map::is_empty);
         if num_found == 0 && !is_empty {
-            problems.push(format!("`...{DELTA}` is missing, which `trainable_token_indices` asks for"));
+            problems.push(format!("`...{DELTA}` is missing, which `trainable_token_indices` requires"));
         }
         Ok(())
     }
 
-    /// In a model whose head is the embedding PEFT changes both at once.
+    /// Handles models with a tied head, where PEFT changes head and embedding together.
     fn tie(&mut self, settings: &Settings, problems: &mut Vec<String>) {
         let (rows, of_head) = (self.rows.get(EMBEDDING_WEIGHT), self.rows.get(HEAD_WEIGHT));
         match (self.values.get(EMBEDDING_WEIGHT), self.values.get(HEAD_WEIGHT)) {
             (Some(_), None) if rows.is_some() => {}
             (Some(_), Some(_)) if of_head.is_some() && rows.is_none() => {
-                problems.push("rows of a head whose embedding is another than the model's".into());
+                problems.push("trained rows of a tied head, while the file replaces the embedding".into());
             }
-            // PEFT ties rows of the same tokens; others are those of a head of its own
+            // PEFT ties the rows only if the token ids are equal; otherwise the head is separate
             (_, Some(_)) if of_head.is_some() && rows != of_head => {}
             (Some(embedding), Some(head)) if of_head.is_some() && embedding == head => {
                 self.values.remove(HEAD_WEIGHT);
@@ -214,21 +214,22 @@ impl Replaced {
     }
 }
 
-/// What a tensor named as a parameter of the model is for.
+/// The purpose of a tensor that is named like a parameter of the model.
 enum Role {
-    /// A parameter of a module that is trained as a whole; the layout expects it.
+    /// A parameter of a fully trained module; the layout expects it.
     Saved,
-    /// What such a parameter was before training.
+    /// The value of such a parameter before training.
     Original,
-    /// The values of another tensor of the file.
+    /// A copy of another tensor of the file.
     CopyOf(String),
-    /// It takes the place of the model's parameter.
+    /// It replaces the model's parameter.
     Replacement,
 }
 
-/// The role of the tensor `rest`, which is `bare` without PEFT's wrappers, of the module `path`.
+/// The role of the tensor `rest` of the module `path`; `bare` is its name without PEFT's wrappers.
 ///
-/// PEFT writes wrapped modules more than once with `save_embedding_layers` or `bias`, and a tied head beside its embedding.
+/// PEFT writes wrapped modules more than once with `save_embedding_layers` or `bias`, and a tied head in addition to its
+/// embedding.
 fn role(rest: &str, bare: &str, path: &str, settings: &Settings) -> Role {
     let is_tied = settings.saves_tied() && [EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&bare);
     if !settings.saves(path) && !is_tied {
@@ -251,7 +252,7 @@ fn base(model: &Model, name: &str) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1()?)
 }
 
-// copies are equal to the bit
+// copies are identical bit for bit
 #[allow(clippy::float_cmp)]
 /// Whether all values are equal.
 pub(super) fn is_equal(left: &[f32], right: &[f32]) -> bool {
@@ -259,7 +260,7 @@ pub(super) fn is_equal(left: &[f32], right: &[f32]) -> bool {
 }
 
 #[allow(clippy::float_cmp)]
-/// Whether all values are equal, if need be after rounding one side to bf16 or f16.
+/// Whether all values are equal, possibly after rounding one side to bf16 or f16.
 fn is_copy(left: &[f32], right: &[f32]) -> bool {
     let to_bf16 = |value: f32| bf16::from_f32(value).to_f32();
     let to_f16 = |value: f32| f16::from_f32(value).to_f32();

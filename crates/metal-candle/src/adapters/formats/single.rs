@@ -1,4 +1,4 @@
-//! An adapter in one safetensors file: tensors named as PEFT names them, the configuration in the metadata.
+//! Reads and writes an adapter as one safetensors file: tensors with PEFT's names, the configuration in the metadata.
 
 use super::config_file::{as_count, read_as};
 use super::peft::{self, named_tensors};
@@ -10,19 +10,19 @@ use crate::models::Model;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The entry of the header that holds the configuration of the adapter.
+/// The header entry with the configuration of the adapter.
 const CONFIG_KEY: &str = "adapter_config";
-/// The entry of the header that holds what the caller gave.
+/// The header entry with the caller's metadata.
 const METADATA_KEY: &str = "training";
 
-/// What a checkpoint file can tell about where it comes from.
+/// Optional metadata of a checkpoint file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SingleFileMetadata {
-    /// Optimizer steps done.
+    /// Completed optimizer steps.
     pub step: Option<usize>,
-    /// Passes over the data begun, from 1.
+    /// The current pass over the data, from 1.
     pub epoch: Option<usize>,
-    /// Mean loss of the last step or evaluation, in nats a token.
+    /// Mean loss of the last step or evaluation, in nats per token.
     pub loss: Option<f64>,
     /// Anything else, as text.
     pub note: Option<String>,

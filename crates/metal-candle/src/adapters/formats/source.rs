@@ -1,4 +1,4 @@
-//! The tensors of an adapter file: safetensors, or the zip file of `torch.save`.
+//! Reads the tensors of an adapter file: safetensors, or the zip file of `torch.save`.
 
 use super::pickle_check::check_pickles;
 use crate::error::{Error, Result};
@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 /// Most bytes of a `.bin` file.
 const MAX_PICKLE_BYTES: u64 = 8 << 30;
 
-/// The tensors of an adapter file, by name. Names of an adapter of a multimodal model are those of its text part.
+/// The tensors of an adapter file, by name. Names in an adapter of a multimodal model are mapped to the text model.
 pub(super) struct TensorSource {
     stored: Stored,
-    /// The names in the file, by the names of the text part.
+    /// The name in the file of each name in the text model.
     names: BTreeMap<String, String>,
 }
 
@@ -32,7 +32,7 @@ impl Stored {
     }
 }
 
-/// The name that a tensor of the text part of a multimodal model has in the text model.
+/// Maps a tensor name of the text part of a multimodal model to its name in the text model.
 fn name_in_text_model(name: &str) -> String {
     for (part, own) in [
         ("model.language_model.", "model."),
@@ -47,7 +47,7 @@ fn name_in_text_model(name: &str) -> String {
 }
 
 impl TensorSource {
-    /// Opens a file. One whose name ends in `.bin` is read as a pickle of which only tensors are built and no code is run.
+    /// Opens a file. A `.bin` file is read as a pickle; only tensors are created and no code is executed.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let stored = if path.extension().is_some_and(|extension| extension == "bin") {
             Stored::Pickle(path.to_path_buf(), read_pickle(path)?)
@@ -74,7 +74,7 @@ impl TensorSource {
         self.names.get(name).map_or(name, String::as_str)
     }
 
-    /// The shape of a tensor, if the file has it.
+    /// The shape of a tensor; none if the file does not have it.
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
         let name = self.names.get(name)?;
         match &self.stored {
@@ -83,7 +83,7 @@ impl TensorSource {
         }
     }
 
-    /// The dtype of a tensor, unless it is a float.
+    /// The dtype of a tensor; none if it is a float.
     pub(super) fn foreign_dtype(&self, name: &str) -> Option<&'static str> {
         let name = self.names.get(name)?;
         match &self.stored {
@@ -94,7 +94,8 @@ impl TensorSource {
         }
     }
 
-    /// The finite values of a tensor of this shape in f32, row by row; the inner error describes a tensor that is not as expected.
+    /// Returns the values of a tensor in f32, row-major, after checking its shape and dtype and that it is finite; the inner
+    /// error describes what is wrong with it.
     pub(super) fn checked_values(&self, name: &str, shape: &[usize]) -> Result<std::result::Result<Vec<f32>, String>> {
         let found = self.shape(name).unwrap_or_default();
         if found != shape {
@@ -107,11 +108,11 @@ impl TensorSource {
         Ok(if values.iter().all(|value| value.is_finite()) {
             Ok(values)
         } else {
-            Err(format!("`{name}` holds a value that is not finite"))
+            Err(format!("`{name}` contains a value that is not finite"))
         })
     }
 
-    /// The values of a tensor in f32, row by row.
+    /// The values of a tensor in f32, row-major.
     pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
         let name = self.in_file(name);
         let tensor = match &self.stored {
@@ -129,7 +130,7 @@ fn read_pickle(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let expected = "expected the zip file of `torch.save` with tensors only";
     let advice = "`torch.save` it again by name, or as safetensors";
     let wrong = |error: candle_core::Error| {
-        // what follows the first line is a backtrace
+        // a backtrace follows the first line
         let text = error.to_string();
         Error::format(path, format!("{expected}: {}; {advice}", text.lines().next().unwrap_or_default()))
     };
@@ -141,7 +142,7 @@ fn read_pickle(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let file = PthTensors::new(path, None).map_err(wrong)?;
     let mut tensors = BTreeMap::new();
     for (name, info) in file.tensor_infos() {
-        // checked before memory is taken: the pickle may claim any size
+        // check before allocating: the pickle may claim any size
         let bytes = info
             .layout
             .shape()

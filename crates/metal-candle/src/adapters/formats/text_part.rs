@@ -1,4 +1,4 @@
-//! Paths of modules in the text part of a multimodal model, where PEFT has another one than in a model of text alone.
+//! Maps module paths to PEFT's paths for multimodal models, which have an additional prefix.
 
 use crate::models::Model;
 

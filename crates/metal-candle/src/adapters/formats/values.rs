@@ -1,4 +1,4 @@
-//! From tensors of a file to the flat parameters of an adapter.
+//! Reads the tensors of a file into the flat parameters of an adapter.
 
 use super::source::TensorSource;
 use crate::adapters::layout::{Layout, LoRAModule, SavedParameter};
@@ -13,21 +13,21 @@ pub(super) enum Part {
     Magnitude,
 }
 
-/// How a file holds the parts of an adapter.
+/// The tensor names and layout of an adapter format.
 pub(super) trait Naming {
-    /// The tensor that holds a part of a module.
+    /// The name of the tensor of a part of a module.
     fn name(&self, module: &LoRAModule, part: Part) -> String;
 
-    /// The tensor that holds a parameter that is trained as a whole.
+    /// The name of the tensor of a fully trained parameter.
     ///
-    /// `has_terms` says whether its module has low-rank terms too.
+    /// `has_terms` is whether its module also has a low-rank update.
     fn saved(&self, saved: &SavedParameter, has_terms: bool) -> String;
 
-    /// Whether A and B are held transposed.
+    /// Whether A and B are stored transposed.
     fn transposed(&self) -> bool;
 }
 
-/// A tensor that is expected in a file, and where its values go.
+/// A tensor that is expected in a file, and the destination of its values.
 struct Slot {
     name: String,
     shape: Vec<usize>,
@@ -58,9 +58,9 @@ fn slots(layout: &Layout, naming: &dyn Naming, replaced: &BTreeMap<String, Vec<f
     slots
 }
 
-/// The parameters in the order of `layout`; one error lists all tensors that are missing, unexpected or misshaped.
+/// Returns the parameters in the order of `layout`; one error lists all missing, unexpected and misshaped tensors.
 ///
-/// `replaced` holds the parameters whose values are known already, and `known` the tensors of the file behind them.
+/// `replaced` has the parameters that have been read already, and `known` their tensors in the file.
 pub(super) fn read(
     file: &TensorSource,
     layout: &Layout,
@@ -85,7 +85,7 @@ pub(super) fn read(
         } else {
             let values = file.values(name)?;
             if values.iter().any(|value| !value.is_finite()) {
-                problems.push(format!("`{name}` holds a value that is not finite"));
+                problems.push(format!("`{name}` contains a value that is not finite"));
             }
             found.push((slot, values));
         }
