@@ -231,5 +231,5 @@ fn a_run_is_made_to_fit() {
         panic!("a run that cannot fit is refused")
     };
     assert!(limit == 1_000_000 && needed < whole.peak_bytes, "{needed}");
-    assert!(detail.contains("with the longest sample (600 tokens) by itself"), "{detail}");
+    assert!(detail.contains("with the longest sample (600 tokens) alone"), "{detail}");
 }

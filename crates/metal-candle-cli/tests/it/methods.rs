@@ -118,7 +118,7 @@ fn adapters_are_converted_and_what_mlx_lm_cannot_hold_is_named() {
     let kinds = [
         ("--trainable-tokens 5,9", "`model.embed_tokens.weight`: trained token rows"),
         ("--bias all", ".bias`: trained (`bias`)"),
-        ("--modules-to-save model.norm", "`model.norm.weight`: trained as a whole"),
+        ("--modules-to-save model.norm", "`model.norm.weight`: trained in full"),
     ];
     for (number, (flags, expected)) in kinds.into_iter().enumerate() {
         let run = format!("run-{number}");

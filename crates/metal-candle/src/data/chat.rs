@@ -1,4 +1,4 @@
-//! Chat templates: conversations as the text a model was trained on.
+//! Renders conversations with a model's chat template.
 
 use super::Message;
 use super::jinja::{self, STORABLE};
@@ -18,28 +18,28 @@ use std::time::SystemTime;
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
 /// Most bytes of a template's source.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Budget of a rendering without its input: an instruction costs 1, and so does every 64 bytes of data it makes.
+/// The fuel of a rendering besides the fuel for its input: an instruction costs 1, as does each 64 bytes of data created.
 const FUEL: u64 = 600_000;
 /// Fuel for each value of the input.
 const FUEL_PER_VALUE: u64 = 400;
-/// Fuel for each byte of the input's texts.
+/// Fuel for each byte of text in the input.
 const FUEL_PER_BYTE: u64 = 16;
-/// Fuel for each pair of messages: templates look for the question before each answer.
+/// Fuel for each pair of messages: some templates search all messages at each message.
 const FUEL_PER_PAIR: u64 = 60;
 /// Most fuel for pairs.
 const MAX_PAIR_FUEL: u64 = 60_000_000;
-/// Budget that most conversations do with. A level of nested lists costs a template 1 at least and the engine up to half a kibibyte
-/// of stack when it prints or drops them, so this much is safe on any thread.
+/// The fuel that most conversations need. Each level of nested lists costs at least 1, and the engine needs up to 512 bytes of
+/// stack per level to print or drop it, so this amount is safe on any thread.
 const SMALL_FUEL: u64 = 3_000;
-/// Stack, in bytes, of the thread that renders what needs more than the small budget.
+/// Stack, in bytes, of the thread for renderings that need more than [`SMALL_FUEL`].
 const STACK_BYTES: usize = 256 << 20;
-/// Most nested macros and blocks (a macro counts several).
+/// Most nested macros and blocks (a macro counts more than once).
 const RECURSION_LIMIT: usize = 200;
 
 /// A chat template (Jinja), rendered as transformers' `apply_chat_template` does.
 ///
-/// A template sees nothing but its arguments: it cannot open files or other templates, and what it may compute, write
-/// and nest is bounded.
+/// A template can use only its arguments: it cannot open files or other templates, and its steps, output and nesting are
+/// limited.
 ///
 /// ```
 /// use metal_candle::data::{ChatTemplate, Message};
@@ -57,23 +57,23 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template with this source.
+    /// Compiles a template.
     ///
     /// # Errors
-    /// The source is no valid template.
+    /// The source is not a valid template.
     pub fn new(source: impl Into<String>) -> Result<Self> {
         Self::from_named([("default".to_string(), source.into())])
     }
 
-    /// Several templates of one model; `default` is used, or `tool_use` when there are tools.
+    /// Compiles several templates of one model; `tool_use` is used if there are tools, otherwise `default`.
     ///
     /// # Errors
-    /// A source is no valid template, or there is neither a `default` nor a single one.
+    /// A source is not a valid template, or there are several and none is named `default`.
     pub fn from_named(sources: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
         let sources: Vec<(String, String)> = sources.into_iter().collect();
         if sources.len() != 1 && !sources.iter().any(|(name, _)| name == "default") {
             let names: Vec<&str> = sources.iter().map(|(name, _)| name.as_str()).collect();
-            return Err(Error::Template(format!("expected one named `default`, found {names:?}")));
+            return Err(Error::Template(format!("expected a template named `default`, found {names:?}")));
         }
         let mut environment = environment()?;
         for (name, source) in &sources {
@@ -90,10 +90,10 @@ impl ChatTemplate {
         Ok(template.with_clock(SystemTime::now))
     }
 
-    /// The template of a parsed `tokenizer_config.json` with its special tokens as variables; `None` if it has none.
+    /// The template of a parsed `tokenizer_config.json`, with its special tokens as variables; `None` if it has no template.
     ///
     /// # Errors
-    /// `chat_template` is neither a string nor a list of `{name, template}`, or no valid template.
+    /// `chat_template` is neither a string nor a list of `{name, template}`, or is not a valid template.
     pub fn from_tokenizer_config(config: &Value) -> Result<Option<Self>> {
         let template = match config.get("chat_template") {
             None | Some(Value::Null) => return Ok(None),
@@ -118,11 +118,11 @@ impl ChatTemplate {
         Ok(Some(template.with_special_tokens(config)))
     }
 
-    /// The template of a model folder: `chat_template.jinja` (with `additional_chat_templates/*.jinja`) if there is one, else
-    /// that of `tokenizer_config.json`; `None` if there is neither.
+    /// The template of a model folder: `chat_template.jinja` (with `additional_chat_templates/*.jinja`) if it exists, else
+    /// the one in `tokenizer_config.json`; `None` if there is neither.
     ///
     /// # Errors
-    /// A file cannot be read or holds no valid template.
+    /// A file cannot be read or is not a valid template.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Option<Self>> {
         let folder = folder.as_ref();
         let config = read_json_if_exists(&folder.join("tokenizer_config.json"))?;
@@ -145,7 +145,7 @@ impl ChatTemplate {
         Ok(Some(Self::from_named(sources)?.with_special_tokens(&config)))
     }
 
-    /// The template with a variable set, such as `bos_token` or `enable_thinking`; `chat_template_kwargs` of a row goes before it.
+    /// Sets a variable such as `bos_token` or `enable_thinking`; `chat_template_kwargs` of a row overrides it.
     #[must_use]
     pub fn with_variable(mut self, name: impl Into<String>, value: &Value) -> Self {
         let name = name.into();
@@ -154,7 +154,7 @@ impl ChatTemplate {
         self
     }
 
-    /// The template with another clock for `strftime_now`, which prints local time.
+    /// Sets the clock of `strftime_now`, which prints local time.
     #[must_use]
     pub fn with_clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         let mut environment = (*self.environment).clone();
@@ -163,7 +163,7 @@ impl ChatTemplate {
         self
     }
 
-    /// The template with the special tokens that a `tokenizer_config.json` names as variables.
+    /// Sets the special tokens of a `tokenizer_config.json` as variables.
     pub(super) fn with_special_tokens(mut self, config: &Value) -> Self {
         for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
             if let Some(token) = special_token(config, name) {
@@ -177,23 +177,23 @@ impl ChatTemplate {
         self
     }
 
-    /// Name and source of each template.
+    /// The name and source of each template.
     pub fn sources(&self) -> &[(String, String)] {
         &self.sources
     }
 
-    /// Whether a source marks what the assistant writes by `{% generation %}`.
+    /// Whether a template marks the assistant's text with `{% generation %}`.
     pub(super) fn has_generation_marks(&self) -> bool {
         self.sources.iter().any(|(_, source)| source.contains("endgeneration"))
     }
 
-    /// The conversation as text.
+    /// Renders a conversation as text.
     ///
-    /// `tools` are JSON schemas of functions, `extra` further variables such as `enable_thinking`. With `add_generation_prompt`
-    /// the text ends where the assistant's answer begins.
+    /// `tools` are JSON schemas of functions, `extra` are more variables such as `enable_thinking`. With
+    /// `add_generation_prompt`, the text ends where the assistant's answer starts.
     ///
     /// # Errors
-    /// The template refuses the conversation, fails, or needs more than its budget; the message names the line.
+    /// The template raises an exception, fails, or exceeds its limits; the message names the line.
     pub fn render(
         &self,
         messages: &[Message],
@@ -241,17 +241,17 @@ impl ChatTemplate {
     }
 }
 
-/// Runs what may recurse deep on a thread of its own.
+/// Runs deeply recursive work on a thread with a large stack.
 fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || guard(work));
-        let thread = thread.map_err(|e| Error::Template(format!("no thread to render on: {e}")))?;
+        let thread = thread.map_err(|e| Error::Template(format!("cannot start a thread to render on: {e}")))?;
         let failed = |panic: String| Error::Template(format!("the template engine failed: {panic}"));
         thread.join().map_err(|_| failed("its thread ended".into()))?.map_err(failed)
     })
 }
 
-/// Fuel that a rendering gets for its input: templates walk over messages and characters.
+/// The fuel for an input: templates iterate over messages and characters.
 fn fuel_for(value: &TemplateValue, depth: usize) -> u64 {
     if let Some(text) = value.as_str() {
         return FUEL_PER_VALUE + FUEL_PER_BYTE * text.len() as u64;
@@ -269,7 +269,7 @@ fn fuel_for(value: &TemplateValue, depth: usize) -> u64 {
 type Rendered = std::result::Result<String, minijinja::Error>;
 
 fn render_within(environment: &Environment, name: &str, context: &TemplateValue) -> Rendered {
-    // the engine panics on some odd numbers
+    // the engine panics on some unusual numbers
     guard(|| render_unguarded(environment, name, context)).unwrap_or_else(|panic| {
         let message = format!("the template engine failed: {panic}");
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -288,7 +288,7 @@ fn render_unguarded(environment: &Environment, name: &str, context: &TemplateVal
     String::from_utf8(out.bytes).map_err(not_text)
 }
 
-/// A buffer that takes `MAX_OUTPUT_BYTES` and no more.
+/// A buffer of at most `MAX_OUTPUT_BYTES`.
 struct Bounded {
     bytes: Vec<u8>,
     is_full: bool,
@@ -326,14 +326,14 @@ fn environment() -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// Most levels of lists and maps in a value that a namespace holds.
+/// Most levels of lists and maps in a value of a namespace.
 const MAX_STORED_DEPTH: usize = 100;
 
-/// A value that may be put into a namespace: not nested without end, and no namespace, which could come to hold itself. Printing,
-/// comparing or dropping such a value would overflow the stack.
+/// Checks a value before it is stored in a namespace. Deeply nested values, and namespaces that contain themselves, would
+/// overflow the stack when they are printed, compared or dropped.
 fn storable(state: &State, value: TemplateValue) -> std::result::Result<TemplateValue, minijinja::Error> {
     if value.kind() == ValueKind::Iterable {
-        // some can be walked once only
+        // some iterables can be iterated only once
         return storable(state, value.try_iter()?.collect::<Vec<_>>().into());
     }
     check_storable(state, &value, 0).map(|()| value)
@@ -345,10 +345,10 @@ fn check_storable(state: &State, value: &TemplateValue, depth: usize) -> std::re
         return Ok(());
     }
     if depth > MAX_STORED_DEPTH {
-        return refuse("a namespace cannot hold a value of more than 100 levels");
+        return refuse("a namespace cannot contain a value of more than 100 levels");
     }
     if jinja::is_namespace(value) {
-        return refuse("a namespace cannot hold a namespace");
+        return refuse("a namespace cannot contain a namespace");
     }
     state.consume_fuel(1 + value.len().unwrap_or(0) as u64)?;
     for item in value.try_iter()? {
@@ -362,7 +362,7 @@ fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
     let name = error.name().filter(|_| has_names).map(|name| format!("`{name}`, ")).unwrap_or_default();
     let line = error.line().map(|line| format!("line {line}: ")).unwrap_or_default();
     let what = match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => "the template needs more than its budget of steps and memory".to_string(),
+        (ErrorKind::OutOfFuel, _) => "the template exceeds its limit of steps and memory".to_string(),
         (_, Some(detail)) => detail.to_string(),
         (kind, None) => kind.to_string(),
     };
@@ -375,11 +375,11 @@ fn template_error(error: &minijinja::Error, has_names: bool) -> Error {
     Error::Template(message)
 }
 
-/// Names that a message's reasoning goes by; the first is the one that most templates read.
+/// The keys of a message's reasoning; most templates read the first.
 pub(super) const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// What a template sees of a message: keys that are null are left out, but for `content`, and the reasoning is found under the two
-/// names that transformers gives it, `reasoning_content` and `thinking`.
+/// The message as templates see it: null keys other than `content` are omitted, and the reasoning has both names that
+/// transformers uses, `reasoning_content` and `thinking`.
 pub(super) fn message_value(message: &Message) -> TemplateValue {
     let fields = message.fields();
     let present = fields.iter().filter(|(key, value)| !value.is_null() || *key == "content");

@@ -1,4 +1,4 @@
-//! Datasets: rows of token ids with the tokens that are trained.
+//! Loads datasets from JSONL files and splits them: rows of token ids, with a flag for each trained token.
 
 use super::encode::Encoder;
 use super::files::{FileRow, Problems, read_rows};
@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 impl Sample {
-    /// The sample that a row of any schema becomes, as [`Dataset::from_file`] reads it.
+    /// Converts a row of any schema to a sample, as [`Dataset::from_file`] does.
     ///
     /// # Errors
     /// The row cannot be used; the message says why.
@@ -23,12 +23,13 @@ impl Sample {
     }
 }
 
-/// How rows are held out where there is no file for validation.
+/// How validation rows are split off if there is no validation file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SplitOptions {
-    /// Share of the rows held out, 0 to less than 1; if above 0 and there are two rows or more, at least one is.
+    /// Share of validation rows, from 0 to less than 1. If it is above 0 and there are at least two rows, at least one is a
+    /// validation row.
     pub valid_fraction: f64,
-    /// Seed of the choice.
+    /// Seed of the random selection.
     pub seed: u64,
 }
 
@@ -46,19 +47,19 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// A dataset of these samples.
+    /// Creates a dataset from samples.
     pub fn from_samples(samples: Vec<Sample>) -> Self {
         Self { samples }
     }
 
-    /// The rows of one JSONL or JSON file.
+    /// Reads the rows of one JSONL or JSON file.
     ///
-    /// The schema of each row is found by its keys: `messages` (with `tools` or without), `prompt` and `completion`, `text`,
-    /// `instruction` and `output` (alpaca), or `conversations` (sharegpt). Of a conversation the assistant's turns are trained up to
-    /// and with the token that ends them, of a completion what follows the prompt, of a text everything.
+    /// The keys of a row determine its schema: `messages` (with or without `tools`), `prompt` and `completion`, `text`,
+    /// `instruction` and `output` (alpaca), or `conversations` (sharegpt). The trained tokens are the assistant's turns of a
+    /// conversation, including their end tokens, the completion after a prompt, or all of a text.
     ///
     /// # Errors
-    /// The file cannot be read, or rows cannot be used; all of those are in one error.
+    /// The file cannot be read, or rows cannot be used; one error lists all of them.
     pub fn from_file(path: impl AsRef<Path>, tokenizer: &Tokenizer, options: &DatasetOptions) -> Result<Self> {
         let mut problems = Problems::default();
         let dataset = Self::read(path.as_ref(), tokenizer, options, &mut problems, &mut Vec::new())?;
@@ -78,7 +79,7 @@ impl Dataset {
         Ok(Self { samples })
     }
 
-    /// Splits the rows into those trained on and those held out, both in their order.
+    /// Splits the rows into training and validation rows, both in their order.
     pub fn split(self, options: &SplitOptions) -> (Self, Self) {
         let num_rows = self.samples.len();
         let wanted = (num_rows as f64 * options.valid_fraction.clamp(0.0, 1.0)).round() as usize;
@@ -100,7 +101,7 @@ impl Dataset {
         self.samples.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no samples.
     pub fn is_empty(&self) -> bool {
         self.samples.is_empty()
     }
@@ -111,22 +112,22 @@ impl Dataset {
     }
 }
 
-/// What a path holds: rows to train on, and perhaps to validate and test with.
+/// The datasets of a path: training rows, and optionally validation and test rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Datasets {
-    /// The rows trained on.
+    /// The training rows.
     pub train: Dataset,
-    /// The rows held out.
+    /// The validation rows.
     pub valid: Option<Dataset>,
-    /// The rows for a last test.
+    /// The test rows.
     pub test: Option<Dataset>,
-    /// What is odd about the files but does no harm.
+    /// Harmless irregularities of the files.
     pub notes: Vec<DataProblem>,
 }
 
 impl Datasets {
-    /// Reads a file, or a folder with `train`, `valid` (or `validation`, `val`) and `test`, each `.jsonl` or `.json`; only `train` must
-    /// be there. Without a file for validation, `split` says which rows are held out.
+    /// Reads a file, or a folder with `train`, `valid` (or `validation`, `val`) and `test`, each `.jsonl` or `.json`; only
+    /// `train` is required. Without a validation file, `split` determines the validation rows.
     ///
     /// # Errors
     /// As [`Dataset::from_file`], for all files at once.
@@ -159,19 +160,19 @@ impl Datasets {
 /// The files of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DatasetFiles {
-    /// The rows trained on.
+    /// The training rows.
     pub train: PathBuf,
-    /// The rows held out.
+    /// The validation rows.
     pub valid: Option<PathBuf>,
-    /// The rows for a last test.
+    /// The test rows.
     pub test: Option<PathBuf>,
 }
 
 impl DatasetFiles {
-    /// The files at a path: itself, or those of a folder.
+    /// Finds the files of a path: the file itself, or those in the folder.
     ///
     /// # Errors
-    /// There is nothing at the path, the folder has no `train` file, or several for one purpose.
+    /// The path does not exist, or the folder has no `train` file, or several files for one purpose.
     pub fn find(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
@@ -183,7 +184,7 @@ impl DatasetFiles {
         };
         let find = |names: &[&str]| {
             let paths = names.iter().flat_map(|name| ["jsonl", "json"].map(|e| path.join(format!("{name}.{e}"))));
-            // whatever stands there is read, so that a link to nothing is an error and not an absent file
+            // a dangling link counts as a file, so that it is an error and not a missing file
             let found: Vec<PathBuf> = paths.filter(|path| path.symlink_metadata().is_ok()).collect();
             match found.as_slice() {
                 [] => Ok(None),

@@ -1,4 +1,4 @@
-//! Rows as tokens, with the tokens that are trained.
+//! Tokenizes rows and determines the trained tokens.
 
 use super::chat::REASONING_KEYS;
 use super::rows::{Conversation, Row, Schema};
@@ -9,42 +9,42 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
-/// Tokens of one role.
+/// The token counts of one role.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct RoleTokens {
-    /// All of them.
+    /// All tokens.
     pub tokens: usize,
-    /// Those that are trained.
+    /// The trained tokens.
     pub trained: usize,
 }
 
-/// A row as tokens.
+/// A tokenized row.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct EncodedRow {
     pub schema: Schema,
     pub ids: Vec<u32>,
     pub trained: Vec<bool>,
-    /// Whether a token reaches over the edge of a trained part, and so is not trained.
+    /// Whether a token straddles the edge of a trained part and is therefore not trained.
     pub has_straddling_token: bool,
     pub is_cut: bool,
-    /// Whether an end-of-text token was wanted that the tokenizer does not name.
+    /// Whether the row needs an end-of-text token and the tokenizer has none.
     pub lacks_eos: bool,
-    /// What else is odd.
+    /// Other irregularities.
     pub notes: BTreeSet<String>,
     pub details: Option<Details>,
 }
 
-/// What a report tells of a row.
+/// The details of a row for reports.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Details {
     pub roles: BTreeMap<String, RoleTokens>,
-    /// Of the text.
+    /// The hash of the text.
     pub exact_hash: u64,
-    /// Of the text with all white space the same.
+    /// The hash of the text with normalized white space.
     pub normalized_hash: u64,
 }
 
-/// Turns rows into tokens.
+/// Tokenizes rows.
 pub(super) struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     options: &'a DatasetOptions,
@@ -52,23 +52,23 @@ pub(super) struct Encoder<'a> {
     with_details: bool,
 }
 
-/// A text with its parts.
+/// A text with its trained parts and roles.
 struct Parts {
     text: String,
-    /// What is trained; everything if there is none.
+    /// The trained parts; `None` if everything is trained.
     trained: Option<Vec<Range<usize>>>,
-    /// Where the part of each role ends.
+    /// The end of the part of each role.
     roles: Vec<(String, usize)>,
-    /// Whether special tokens go around the text, and the end-of-text token after it.
+    /// Whether to add special tokens around the text, and the end-of-text token after it.
     is_plain: bool,
-    /// Whether tokens that are trained in part are trained, as transformers does with a template's own marks.
+    /// Whether tokens that straddle an edge are trained, as transformers does with a template's own marks.
     trains_touched: bool,
     notes: BTreeSet<String>,
 }
 
-/// What is said of an answer that is trained and has no text.
-const EMPTY_ANSWER: &str = "an answer that is trained is empty";
-/// Keys of an answer that templates need not read.
+/// The note on a trained answer without text.
+const EMPTY_ANSWER: &str = "a trained answer is empty";
+/// Keys of an answer that a template may ignore without a note.
 const KNOWN_KEYS: [&str; 10] =
     ["role", "content", "tool_calls", "tool_call_id", "name", "id", "model", "date", "timestamp", "created"];
 
@@ -78,7 +78,7 @@ impl<'a> Encoder<'a> {
         Self { tokenizer, options, finder, with_details }
     }
 
-    /// The tokens of a parsed row.
+    /// Tokenizes a parsed row.
     pub(super) fn encode(&self, schema: Schema, row: Row) -> Result<EncodedRow, String> {
         let parts = match row {
             Row::Text(text) => {
@@ -138,7 +138,7 @@ impl<'a> Encoder<'a> {
         Ok(Parts { text, trained, roles, is_plain: false, trains_touched: has_marks, notes })
     }
 
-    /// Notes on texts in trained answers that no template reads.
+    /// Notes on texts of trained answers that the template does not read.
     fn unread_keys(&self, answers: &[&Message]) -> Vec<String> {
         let sources = self.finder.as_ref().map_or(&[][..], |finder| finder.template().sources());
         let is_read = |key: &str| sources.iter().any(|(_, source)| source.contains(key));
@@ -154,10 +154,7 @@ impl<'a> Encoder<'a> {
             .take(5)
             .map(|key| {
                 let short: String = key.chars().take(40).collect();
-                format!(
-                    "the chat template does not read the key `{}` of an answer that is trained",
-                    short.escape_debug()
-                )
+                format!("the chat template does not read the key `{}` of a trained answer", short.escape_debug())
             })
             .collect()
     }
@@ -197,13 +194,13 @@ impl<'a> Encoder<'a> {
         ids.truncate(max_tokens);
         self.check_ids(&ids)?;
         trained.truncate(max_tokens);
-        // nothing comes before the first token, so it cannot be predicted
+        // the first token has no context, so it cannot be predicted
         if !trained.iter().skip(1).any(|&trained| trained) {
             let which = if is_cut { format!(" of the first {max_tokens}") } else { String::new() };
             return Err(format!("no token{which} is trained"));
         }
         if parts.trained.is_some() && !parts.is_plain && trained.iter().all(|&trained| trained) {
-            return Err("every token is trained, for the chat template writes nothing before the answer".into());
+            return Err("every token is trained, because the chat template writes nothing before the answer".into());
         }
         let notes = parts.notes.clone();
         Ok(EncodedRow { schema, ids, trained, has_straddling_token, is_cut, lacks_eos, notes, details })
@@ -211,7 +208,7 @@ impl<'a> Encoder<'a> {
 }
 
 impl Encoder<'_> {
-    /// Refuses a token that the model has no embedding for.
+    /// Returns an error for a token without an embedding.
     fn check_ids(&self, ids: &[u32]) -> Result<(), String> {
         let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
         let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) else { return Ok(()) };
@@ -223,8 +220,8 @@ impl Encoder<'_> {
     }
 }
 
-/// Whether a token is in a span, or reaches over its edges by white space only. End tokens take the white space after them with some
-/// tokenizers, and the first word of an answer the space before it.
+/// Whether a token is in a span, or extends beyond it by white space only. In some tokenizers, end tokens include the white space
+/// after them, and the first word of an answer the space before it.
 fn covers(span: &Range<usize>, text: &str, start: usize, end: usize) -> bool {
     let part = |from: usize, to: usize| text.get(from..to).unwrap_or_default().trim();
     let (inner_start, inner_end) = (start.max(span.start), end.min(span.end));
@@ -239,17 +236,17 @@ fn covers(span: &Range<usize>, text: &str, start: usize, end: usize) -> bool {
             && text.is_char_boundary(end))
 }
 
-/// Notes on a conversation and the answers that are trained.
+/// Notes on a conversation and its trained answers.
 fn notes(rendered: &RenderedConversation, answers: &[&Message]) -> BTreeSet<String> {
     let of_text = rendered.notes.iter().map(|note| match note {
-        RenderNote::LosesText => "the chat template leaves out the text of an answer that is trained",
-        RenderNote::LosesCalls => "the chat template leaves out the tool calls of an answer that is trained",
+        RenderNote::LosesText => "the chat template omits the text of a trained answer",
+        RenderNote::LosesCalls => "the chat template omits the tool calls of a trained answer",
         RenderNote::WritesNone => {
             "the chat template writes `None` for an answer whose `content` is null; leave it empty"
         }
-        RenderNote::LosesReasoning => "the chat template leaves out the reasoning of an answer that is trained",
+        RenderNote::LosesReasoning => "the chat template omits the reasoning of a trained answer",
         RenderNote::ReplacesIds => {
-            "the chat template takes tool call ids of nine characters only, so the ids are replaced"
+            "the chat template requires tool call ids of nine characters, so the ids are replaced"
         }
     });
     let mut notes: BTreeSet<String> = of_text.map(str::to_string).collect();
@@ -259,7 +256,7 @@ fn notes(rendered: &RenderedConversation, answers: &[&Message]) -> BTreeSet<Stri
     notes
 }
 
-/// Where the part of each role ends in a conversation's text.
+/// The end of the part of each role in the text of a conversation.
 fn roles(
     finder: &SpanFinder,
     messages: &[Message],
@@ -284,7 +281,7 @@ fn roles(
 fn details(parts: &Parts, offsets: &[(usize, usize)], trained: &[bool]) -> Details {
     let mut roles: BTreeMap<String, RoleTokens> = BTreeMap::new();
     for (index, &is_trained) in trained.iter().enumerate() {
-        // the end-of-text token that was added belongs to the last role
+        // an added end-of-text token belongs to the last role
         let start = offsets.get(index).map_or(parts.text.len(), |&(start, _)| start);
         let role = parts.roles.iter().find(|(_, end)| start < *end).or(parts.roles.last());
         let Some((role, _)) = role else { continue };

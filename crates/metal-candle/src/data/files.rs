@@ -1,4 +1,4 @@
-//! Reading the files of a dataset row by row, and collecting what is wrong with them.
+//! Reads the files of a dataset row by row and collects their problems.
 
 use super::encode::{Details, EncodedRow, Encoder};
 use super::lines::{Oddities, Record, Records};
@@ -11,20 +11,20 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Most problems that are kept; the rest is counted.
+/// Most problems that are listed; the others are counted.
 const MAX_PROBLEMS: usize = 1000;
-/// Rows and bytes that are read before they are turned into tokens together.
+/// The number of rows, and of bytes, that are read before they are tokenized in parallel.
 const CHUNK_ROWS: usize = 256;
 const CHUNK_BYTES: usize = 4 << 20;
 
-/// A row that can be used.
+/// A usable row.
 pub(super) struct FileRow {
     pub sample: Sample,
     pub schema: Schema,
     pub details: Option<Details>,
 }
 
-/// What is wrong with the rows read so far.
+/// The problems of the rows read so far.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     list: Vec<DataProblem>,
@@ -40,7 +40,7 @@ impl Problems {
         }
     }
 
-    /// All of them, with an entry for those that were only counted.
+    /// All problems, with an entry for those that were only counted.
     pub(super) fn into_list(mut self) -> Vec<DataProblem> {
         if let (Some(last), 1..) = (self.list.last(), self.num_left_out) {
             let message = format!("{} more rows cannot be used", self.num_left_out);
@@ -49,7 +49,7 @@ impl Problems {
         self.list
     }
 
-    /// `value` if nothing is wrong.
+    /// Returns `value` if there are no problems.
     pub(super) fn into_result<T>(self, value: T) -> Result<T> {
         match self.into_list() {
             problems if problems.is_empty() => Ok(value),
@@ -58,17 +58,17 @@ impl Problems {
     }
 }
 
-/// What is odd about a row but does no harm.
+/// A harmless irregularity of a row.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum RowNote {
     Cut,
     Straddles,
     LacksEos,
-    /// In words.
+    /// A message.
     Other(String),
 }
 
-/// Reads a file and gives each usable row to `keep`, in order. Returns notes; what cannot be used goes to `problems`.
+/// Reads a file and passes each usable row to `keep`, in order. Returns notes; unusable rows are added to `problems`.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -159,7 +159,7 @@ fn encode_bytes(encoder: &Encoder, bytes: &[u8]) -> std::result::Result<EncodedR
     encoder.encode(schema, row)
 }
 
-/// What is wrong with a text that is no JSON but that Python's `json` reads, or that holds several values.
+/// Explains why a text is not JSON if Python's `json` accepts it, or if it contains several values.
 fn dialect(text: &str) -> Option<String> {
     let bytes = text.as_bytes();
     let (mut at, mut is_in_string) = (0, false);
@@ -174,8 +174,8 @@ fn dialect(text: &str) -> Option<String> {
                 Some(0xD800..=0xDBFF) if unit(at + 6).is_some_and(|low| (0xDC00..=0xDFFF).contains(&low)) => at += 11,
                 Some(code @ 0xD800..=0xDFFF) => {
                     return Some(format!(
-                        "not valid JSON: `\\u{code:04x}` is an unpaired surrogate, half a character such as an emoji \
-                         (column {}); the text was cut there: remove it",
+                        "not valid JSON: `\\u{code:04x}` (column {}) is an unpaired surrogate, half a character such as an \
+                        emoji: remove it",
                         at + 1
                     ));
                 }
@@ -184,7 +184,10 @@ fn dialect(text: &str) -> Option<String> {
             (_, b'"') => is_in_string = !is_in_string,
             (false, b'N' | b'I') => {
                 let name = ["NaN", "Infinity"].into_iter().find(|name| rest.starts_with(name.as_bytes()))?;
-                return Some(format!("not valid JSON: `{name}` is no JSON number (column {}); write `null`", at + 1));
+                return Some(format!(
+                    "not valid JSON: `{name}` (column {}) is not a JSON number; write `null`",
+                    at + 1
+                ));
             }
             _ => {}
         }
@@ -194,12 +197,8 @@ fn dialect(text: &str) -> Option<String> {
     let first = values.next()?.ok()?;
     let end = values.byte_offset();
     let is_another = values.next().is_some_and(|next| next.is_ok_and(|next| next.is_object()));
-    (first.is_object() && is_another).then(|| {
-        format!(
-            "several JSON values on one line, the second from column {} on; write each on a line of its own",
-            end + 1
-        )
-    })
+    (first.is_object() && is_another)
+        .then(|| format!("several JSON values on one line, the second at column {}; put each on its own line", end + 1))
 }
 
 fn notes(
@@ -211,7 +210,7 @@ fn notes(
     let mut notes = Vec::new();
     let mut add = |line: usize, message: String| notes.push(DataProblem { path: path.to_path_buf(), line, message });
     if oddities.has_bom {
-        add(1, "the file begins with a byte order mark, which is skipped".into());
+        add(1, "the file starts with a byte order mark, which is skipped".into());
     }
     if let Some(line) = oddities.crlf_line {
         add(line, "lines end with CR LF from here on".into());
@@ -227,19 +226,19 @@ fn notes(
             match note {
                 RowNote::Cut => {
                     let max_tokens = options.max_tokens.unwrap_or(usize::MAX);
-                    format!("{rows} is cut to {max_tokens} tokens").replace("that is", "that are")
+                    format!("{rows} is truncated to {max_tokens} tokens").replace("that is", "that are")
                 }
                 RowNote::Straddles if count == 1 => {
-                    "this row has a token that reaches over the edge of an answer and is not trained".into()
+                    "this row has a token that straddles the edge of an answer and is not trained".into()
                 }
                 RowNote::Straddles => {
-                    format!("{rows} have a token that reaches over the edge of an answer and is not trained")
+                    format!("{rows} have a token that straddles the edge of an answer and is not trained")
                 }
                 RowNote::Other(what) if count == 1 => format!("this row: {what}"),
                 RowNote::Other(what) => format!("the first of {count} rows: {what}"),
                 RowNote::LacksEos => {
                     let verb = if count == 1 { "ends" } else { "end" };
-                    format!("{rows} {verb} without an end-of-text token, for the tokenizer names none")
+                    format!("{rows} {verb} without an end-of-text token, because the tokenizer has none")
                 }
             },
         );

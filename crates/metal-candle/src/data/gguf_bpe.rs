@@ -1,4 +1,4 @@
-//! The BPE models of GGUF files as parts of a `tokenizer.json`.
+//! Converts the BPE models of GGUF files to parts of a `tokenizer.json`.
 
 use super::gguf_pre_tokenizer::{PreTokenizer, byte_level as byte_level_step};
 use super::gguf_vocabulary::{MERGES, Vocabulary, wrong};
@@ -7,7 +7,7 @@ use crate::files::GgufFile;
 use serde_json::{Map, Value, json};
 
 const PRE: &str = "tokenizer.ggml.pre";
-/// What stands for a space in `SentencePiece` tokens.
+/// The character for a space in `SentencePiece` tokens.
 const SPACE: &str = "\u{2581}";
 
 /// The parts of a `tokenizer.json` that depend on the kind of the vocabulary.
@@ -16,20 +16,20 @@ pub(super) struct Parts {
     pub(super) pre_tokenizer: Value,
     pub(super) decoder: Value,
     pub(super) model: Value,
-    /// Whether a BOS token is added where the file does not say.
+    /// Whether a BOS token is added if the file does not say.
     pub(super) add_bos: bool,
 }
 
 /// Byte-level BPE.
 ///
 /// # Errors
-/// The splitting is not known, or the merges are missing or damaged.
+/// The pre-tokenizer is unknown, or the merges are missing or damaged.
 pub(super) fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Parts> {
     let name = file.text(PRE)?;
     let pre = PreTokenizer::named(name).map_err(|message| wrong(file, PRE, message))?;
     let merges = match vocabulary.merges()? {
         Some(merges) => merges,
-        // the tokens are in the order of the merges
+        // the order of the tokens is the order of the merges
         None if name == Some("kimi-k2") => {
             let order: Vec<f64> = (0..vocabulary.len()).map(|id| -(id as f64)).collect();
             vocabulary.derived_merges(&order)?
@@ -45,7 +45,7 @@ pub(super) fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result
     })
 }
 
-/// `SentencePiece` BPE, whose merges follow from the scores.
+/// `SentencePiece` BPE, whose merges are derived from the scores.
 ///
 /// # Errors
 /// The scores are missing or damaged.

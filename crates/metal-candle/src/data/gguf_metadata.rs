@@ -1,4 +1,4 @@
-//! Writes a tokenizer and its chat template as metadata of a GGUF file, as llama.cpp's converter does.
+//! Converts a tokenizer and its chat template to GGUF metadata, as llama.cpp's converter does.
 
 use super::gguf_scores::scores_of;
 use super::gguf_splitting::{padding, shortened, splitting_of};
@@ -9,27 +9,27 @@ use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 use tokenizers::AddedToken;
 
-/// Score of a token that is not merged, and of a row of the embedding without a token.
+/// The score of a token without merges, and of an embedding row without a token.
 const ADDED_SCORE: f64 = -1000.0;
 const PADDING_SCORE: f64 = -10000.0;
-/// What stands for a space in `SentencePiece` tokens.
+/// The character for a space in `SentencePiece` tokens.
 const SPACE: &str = "\u{2581}";
-/// Marks of Gemma 4 that are text for llama.cpp, so that it can read what is between them.
+/// Marks of Gemma 4 that llama.cpp treats as text, so that it can parse the text between them.
 const GEMMA4_TEXT: [&str; 7] =
     ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|\"|>"];
 
 /// A tokenizer as metadata of a GGUF file.
 ///
-/// Integers are `u32` and those of lists `i32`, floats are `f32`.
+/// Integers are `u32`, integers in lists are `i32`, and floats are `f32`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GgufTokenizer {
     /// Keys and values, in the order in which llama.cpp's converter writes them.
     pub metadata: Vec<(String, GgufValue)>,
-    /// Sentences on what the metadata do not say of the tokenizer.
+    /// Notes on properties of the tokenizer that GGUF metadata cannot express.
     pub notes: Vec<String>,
 }
 
-/// How a GGUF file spells a vocabulary.
+/// The kind of vocabulary in a GGUF file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     ByteLevel,
@@ -37,7 +37,7 @@ enum Kind {
     Gemma4,
 }
 
-/// The numbers that GGUF files have for the types of tokens.
+/// The token types of GGUF files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TokenType {
     Normal = 1,
@@ -49,13 +49,13 @@ enum TokenType {
 }
 
 impl Tokenizer {
-    /// The metadata `tokenizer.*` of a GGUF file with this tokenizer and its chat template.
+    /// Converts the tokenizer and its chat template to the `tokenizer.*` metadata of a GGUF file.
     ///
-    /// `num_rows` is the number of rows of the model's embedding; rows without a token get names such as `[PAD7]`. `config` is the
-    /// model's `config.json` or null: its ids of special tokens are used where the tokenizer names none.
+    /// `num_rows` is the number of rows of the model's embedding; rows without a token get names such as `[PAD7]`. `config` is
+    /// the model's `config.json` or null: its special token ids are used where the tokenizer names none.
     ///
     /// # Errors
-    /// GGUF has no form for the tokenizer, or a token has no row in the embedding. The message says what was found.
+    /// GGUF cannot express the tokenizer, or a token has no row in the embedding.
     pub fn to_gguf(&self, num_rows: usize, config: &Value) -> Result<GgufTokenizer> {
         let wrong = |message: String| Error::format(self.path(), message);
         let json = self.raw().to_string(false).map_err(|error| wrong(error.to_string()))?;
@@ -104,7 +104,7 @@ impl Tokenizer {
         Ok(GgufTokenizer { metadata: written.metadata, notes })
     }
 
-    /// Writes the ids of the special tokens, and which of them are put around a text.
+    /// Writes the ids of the special tokens, and which of them are added to a text.
     fn write_special(
         &self,
         json: &Value,
@@ -126,21 +126,21 @@ impl Tokenizer {
         let (before, after) = around;
         let single = |ids: &[u32]| if let [id] = ids { Some(u64::from(*id)) } else { None };
         let bos = id_of(self.bos_token(), "bos_token_id");
-        // llama.cpp's converter takes the token that comes before every text if no other one has the name
+        // without a named BOS token, llama.cpp's converter uses the token that comes before every text
         let bos = if self.bos_token().is_none() { single(before).or(bos) } else { bos };
         let eos = id_of(self.eos_token(), "eos_token_id").or_else(|| single(after));
         let (add_bos, add_eos) = (bos.is_some() && single(before) == bos, eos.is_some() && single(after) == eos);
         if (!before.is_empty() && !add_bos) || (!after.is_empty() && !add_eos) {
             let name = |ids: &[u32]| ids.iter().filter_map(|id| self.id_to_token(*id)).collect::<Vec<_>>().join(" ");
             notes.push(format!(
-                "the tokenizer puts `{}` before and `{}` after a text; a GGUF file says only whether its BOS and EOS tokens are put there",
+                "the tokenizer adds `{}` before and `{}` after a text; a GGUF file can only express its BOS and EOS tokens there",
                 name(before),
                 name(after),
             ));
         }
         let unknown = self.unk_token().or_else(|| json["model"]["unk_token"].as_str());
         let end = self.end_of_turn_id().map(u64::from);
-        // programs find ends of turns by their spelling too
+        // programs also find end-of-turn tokens by their text
         let eot = end.filter(|&id| Some(id) != eos && !self.is_known_end(id));
         for (name, id) in [
             ("bos", bos),
@@ -158,7 +158,7 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Whether programs know by its spelling that a token ends a turn.
+    /// Whether programs know from its text that a token ends a turn.
     fn is_known_end(&self, id: u64) -> bool {
         let token = u32::try_from(id).ok().and_then(|id| self.id_to_token(id));
         token.is_some_and(|token| END_MARKS.contains(&token.as_str()))
@@ -171,7 +171,7 @@ impl Kind {
         match model["type"].as_str() {
             Some("BPE") => {}
             other => {
-                let found = other.unwrap_or("another one");
+                let found = other.unwrap_or("another model");
                 return Err(format!(
                     "expected a tokenizer with a model `BPE`, found `{found}`, which cannot be written to a GGUF file"
                 ));
@@ -192,8 +192,8 @@ impl Kind {
         }
         if spaces.only_first {
             notes.push(
-                "the tokenizer puts a space before a text only, not after special tokens; a GGUF file does not say so, and a text right \
-                 after a special token may get other tokens"
+                "the tokenizer adds a space before a text only, not after special tokens; a GGUF file cannot express this, so text right \
+                after a special token may get other tokens"
                     .to_string(),
             );
         }
@@ -201,13 +201,13 @@ impl Kind {
     }
 }
 
-/// How a tokenizer with byte fallback turns spaces into `▁`.
+/// How a tokenizer with byte fallback replaces spaces with `▁`.
 #[derive(Debug, Default)]
 struct Spaces {
     is_replaced: bool,
-    /// Whether a space is put before texts.
+    /// Whether a space is added before texts.
     prefix: bool,
-    /// Whether it is put before the first piece of a text only.
+    /// Whether it is added before the first part of a text only.
     only_first: bool,
 }
 
@@ -236,7 +236,7 @@ impl Spaces {
                 self.prefix = step["prepend_scheme"] != "never";
                 self.only_first = step["prepend_scheme"] == "first";
             }
-            // no spaces are left to split at, and no token crosses a line break
+            // the spaces have been replaced, so this does not split, and no token crosses a line break
             Some("Split")
                 if self.is_replaced && (step["pattern"]["String"] == " " || step["pattern"]["Regex"] == "\n+") => {}
             _ => {
@@ -250,7 +250,7 @@ impl Spaces {
     }
 }
 
-/// The tokens as the file lists them.
+/// The tokens of the GGUF file.
 struct Vocabulary {
     tokens: Vec<String>,
     types: Vec<TokenType>,
@@ -287,7 +287,7 @@ impl Vocabulary {
                 (None, _) => (unused_name(id, &known), TokenType::Unused),
                 (Some(token), Some(added)) => {
                     let kind = added_type(added, kind, unknown, is_base(&added.content));
-                    // these are found in the text before spaces are replaced
+                    // these tokens are matched before spaces are replaced
                     let token = if kind == TokenType::UserDefined { token.replace(SPACE, " ") } else { token };
                     (token, kind)
                 }
@@ -329,7 +329,7 @@ impl Vocabulary {
     }
 }
 
-/// A name for a row without a token that no token has.
+/// An unused token name for a row without a token.
 fn unused_name(id: u32, known: &HashSet<String>) -> String {
     let mut name = padding(id);
     while known.contains(&name) {
@@ -338,7 +338,7 @@ fn unused_name(id: u32, known: &HashSet<String>) -> String {
     name
 }
 
-/// The type of a token that is found in a text before it is divided.
+/// The type of an added token.
 fn added_type(added: &AddedToken, kind: Kind, unknown: Option<&str>, is_base: bool) -> TokenType {
     let content = added.content.as_str();
     match kind {
@@ -357,7 +357,7 @@ fn added_type(added: &AddedToken, kind: Kind, unknown: Option<&str>, is_base: bo
     }
 }
 
-/// Whether llama.cpp's converter takes a token for a mark though the tokenizer does not call it special.
+/// Whether llama.cpp's converter treats a token as special although the tokenizer does not.
 fn looks_special(token: &str) -> bool {
     let is_between = |start: &str, end: &str| token.starts_with(start) && token.ends_with(end);
     ["<pad>", "<mask>", "<2mass>", "[@BOS@]"].contains(&token)
@@ -366,13 +366,13 @@ fn looks_special(token: &str) -> bool {
         || is_between("<unused", ">")
 }
 
-/// Whether a token stands for one byte: `<0x0A>`.
+/// Whether a token represents one byte: `<0x0A>`.
 fn is_byte(token: &str) -> bool {
     let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
     digits.is_some_and(|digits| digits.len() == 2 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// What a GGUF file does not say of added tokens.
+/// Notes on properties of added tokens that a GGUF file cannot express.
 fn notes_of(added: &HashMap<u32, AddedToken>) -> Vec<String> {
     let mut strict: Vec<(&u32, &AddedToken)> =
         added.iter().filter(|(_, token)| token.lstrip || token.rstrip || token.single_word).collect();
@@ -384,8 +384,8 @@ fn notes_of(added: &HashMap<u32, AddedToken>) -> Vec<String> {
     let more =
         if strict.len() > names.len() { format!(" and {} more", strict.len() - names.len()) } else { String::new() };
     vec![format!(
-        "{}{more}: these tokens take spaces around them, or are words of their own, which a GGUF file does not say; llama.cpp does so for \
-         models whose `general.name` contains `phi-3`",
+        "{}{more}: these tokens include the spaces around them, or match whole words only, which a GGUF file cannot express; \
+        llama.cpp assumes it for models whose `general.name` contains `phi-3`",
         names.join(", ")
     )]
 }
@@ -399,7 +399,7 @@ fn pairs(merges: &Value) -> Vec<(String, String)> {
     merges.as_array().into_iter().flatten().filter_map(pair).collect()
 }
 
-/// The merges as a GGUF file spells them: two tokens with a space between them.
+/// The merges as in a GGUF file: two tokens separated by a space.
 fn merges(pairs: &[(String, String)]) -> std::result::Result<Vec<String>, String> {
     let line = |(first, second): &(String, String)| {
         let line = format!("{first} {second}");

@@ -1,4 +1,4 @@
-//! Tests of [`super::gguf_metadata`]: what is written, and that it is read as the same tokenizer.
+//! Tests of [`super::gguf_metadata`]: the written keys, and the tokenizer after a round trip.
 
 #![allow(clippy::unwrap_used)]
 
@@ -59,7 +59,7 @@ fn steps(steps: &[Value]) -> Value {
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The tokens a, b, ab, a space, 1, a mark, a mark that is not called special, a word and a mark.
+/// The tokens a, b, ab, a space, 1, a special token, a mark not flagged as special, a word and another special token.
 fn byte_level(pre_tokenizer: &Value) -> Value {
     json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null, "decoder": bytes(true),
@@ -151,7 +151,7 @@ fn the_built_in_tokenizer_is_the_same_after_a_round_trip() {
 }
 
 #[test]
-fn splittings_are_named_however_they_are_spelled() {
+fn equivalent_pre_tokenizers_get_the_same_name() {
     let digits = json!({"type": "Digits", "individual_digits": true});
     let inverted =
         |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": true});
@@ -175,7 +175,7 @@ fn splittings_are_named_however_they_are_spelled() {
         assert_eq!(value(&written, "ggml.pre"), Some(&GgufValue::Text(expected.into())), "{pre_tokenizer}");
         assert_eq!(written.notes, [""; 0]);
     }
-    // no name says both NFC and this splitting
+    // no name has both NFC and this splitting
     let mut json = byte_level(&steps(&[split(LLAMA3), bytes(false)]));
     json["normalizer"] = json!({"type": "NFC"});
     let written = read(&json, &Value::Null).to_gguf(10, &Value::Null).unwrap();
@@ -183,10 +183,10 @@ fn splittings_are_named_however_they_are_spelled() {
 }
 
 #[test]
-fn whole_words_that_no_merges_make_need_a_name_that_says_so() {
+fn tokens_without_merges_need_a_name_that_ignores_merges() {
     let mut json = byte_level(&bytes(true));
     json["model"]["vocab"]["abb"] = 10.into();
-    // never found without a merge, whatever the name says
+    // this token is never found without a merge, so every name is right
     assert!(read(&json, &Value::Null).to_gguf(11, &Value::Null).is_ok());
     json["model"]["ignore_merges"] = true.into();
     assert!(error(&json).contains("found `abb`, which is looked up first"));
@@ -220,7 +220,7 @@ fn sentence_piece_tokenizers_are_written_with_scores() {
 }
 
 #[test]
-fn space_prefixes_are_read_from_every_form() {
+fn space_prefixes_are_found_in_every_form() {
     let metaspace =
         |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
@@ -262,7 +262,7 @@ fn gemma4_is_written_with_merges() {
 }
 
 #[test]
-fn the_end_of_a_turn_is_written_where_its_spelling_is_not_known() {
+fn unusual_end_of_turn_tokens_are_written() {
     let template = ChatTemplate::new("{% for m in messages %}{{ m.content }}</s>{% endfor %}").unwrap();
     let tokenizer = read(&byte_level(&bytes(true)), &json!({"eos_token": "<s>"})).with_chat_template(Some(template));
     let written = tokenizer.to_gguf(10, &Value::Null).unwrap();
@@ -270,7 +270,7 @@ fn the_end_of_a_turn_is_written_where_its_spelling_is_not_known() {
 }
 
 #[test]
-fn what_gguf_has_no_form_for_is_refused() {
+fn tokenizers_that_gguf_cannot_express_are_refused() {
     let plain = || byte_level(&bytes(true));
     let with = |key: &str, value: Value| {
         let mut json = plain();

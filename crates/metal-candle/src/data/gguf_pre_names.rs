@@ -1,5 +1,5 @@
-//! The names of splittings that llama.cpp's converter gives to published tokenizers, found as it finds them: by the SHA-256 of the
-//! ids of a fixed text.
+//! Finds the name of a published tokenizer's splitting as llama.cpp's converter does: by the SHA-256 of the ids of a
+//! fixed text.
 
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 /// The text whose ids identify a tokenizer.
 pub(super) const TEXT: &str = "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u{200d}🌫\u{fe0f} (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL";
 
-/// Names with the first 64 bits of the hashes that have them.
+/// Names with the first 64 bits of their hashes.
 const HASHES: &[(&str, &[u64])] = &[
     ("a.x-4.0", &[0xb0a6_b1c0_bd59_98eb]),
     ("afmoe", &[0x49fc_0303_c9e0_d2c2]),
@@ -93,7 +93,7 @@ pub(super) fn published_name(ids: &[u32]) -> Option<&'static str> {
     let mut list = String::from("[");
     for (index, id) in ids.iter().enumerate() {
         let separator = if index == 0 { "" } else { ", " };
-        // a string takes whatever is written
+        // writing to a string does not fail
         let _ = write!(list, "{separator}{id}");
     }
     list.push(']');

@@ -1,10 +1,11 @@
-//! The splitting regexes that `tokenizer.ggml.pre` of a GGUF file names.
+//! The splitting regexes for each name in `tokenizer.ggml.pre` of a GGUF file.
 //!
-//! Where `tokenizer.json` files of the models are known, their regexes are used; llama.cpp's are rewritten for its own engine.
+//! The regexes are those of the models' `tokenizer.json` files where these are known. llama.cpp rewrites them for its own
+//! regex engine.
 
 use serde_json::{Value, json};
 
-/// The step of a `tokenizer.json` that spells bytes as characters.
+/// The step of a `tokenizer.json` that maps bytes to characters.
 pub(super) fn byte_level() -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false})
 }
@@ -12,13 +13,13 @@ pub(super) fn byte_level() -> Value {
 /// How a byte-level BPE tokenizer splits a text, and the settings that llama.cpp derives from the name of the splitting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PreTokenizer {
-    /// Regexes applied one after another; each match and each text between matches becomes a piece.
+    /// Regexes applied one after another; each match and each text between matches becomes one part.
     pub(super) patterns: &'static [&'static str],
-    /// Whether a piece that is in the vocabulary is not divided.
+    /// Whether a part that is in the vocabulary is one token, without merging.
     pub(super) ignore_merges: bool,
-    /// Whether a BOS token is added where the file does not say.
+    /// Whether a BOS token is added if the file does not say.
     pub(super) add_bos: bool,
-    /// Whether the text is normalized to NFC first, as `tokenizer.json` files of these models say; llama.cpp does not.
+    /// Whether the text is normalized to NFC first, as in the models' `tokenizer.json`; llama.cpp does not normalize.
     pub(super) nfc: bool,
 }
 
@@ -62,7 +63,7 @@ const PUNCTUATION: &str = r"[\p{P}\$\+<=>\^~\|]+";
 /// What llama.cpp uses for a file without `tokenizer.ggml.pre`.
 const DEFAULT: PreTokenizer = plain(&[PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]);
 
-/// The names that llama.cpp knows and their splitting. The first of several is written for a tokenizer that was not published.
+/// The names that llama.cpp knows and their splitting. The first name of an entry is written for unpublished tokenizers.
 const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["default"], DEFAULT),
     (
@@ -140,7 +141,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
     (&["minicpm5"], whole_words(&[r"\p{N}{1,3}", MINICPM5])),
 ];
 
-/// Regexes that match every character of a text, so that nothing lies between their matches.
+/// Regexes that match every character of a text, without gaps between matches.
 pub(super) const WHOLE_TEXT: &[&str] = &[GPT2, LLAMA3, QWEN2, QWEN35, O200K, TEKKEN];
 
 impl PreTokenizer {
@@ -157,10 +158,10 @@ impl PreTokenizer {
         json!({"type": "Sequence", "pretokenizers": steps})
     }
 
-    /// The splitting with this name; the default of llama.cpp without one.
+    /// The splitting with this name; llama.cpp's default without a name.
     ///
     /// # Errors
-    /// The name is not known; the message lists the known names.
+    /// The name is unknown; the message lists the known names.
     pub(super) fn named(name: Option<&str>) -> std::result::Result<Self, String> {
         let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(DEFAULT) };
         let found = KNOWN.iter().find(|(names, _)| names.contains(&name));
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn every_splitting_keeps_the_text() {
+    fn every_splitting_preserves_the_text() {
         let text = "Hello, it's  1234567 ÀB'RE\r\n\n\t漢字かな 가나 x²🤗🏽 e\u{301} \u{1}a/b\n/ ";
         let mut seen = BTreeSet::new();
         for name in KNOWN.iter().flat_map(|(names, _)| *names) {

@@ -1,20 +1,21 @@
-//! Scores of `SentencePiece` tokens, found from the order of the merges.
+//! Computes scores of `SentencePiece` tokens from the order of the merges.
 
 use super::gguf_vocabulary::{MAX_DIVIDED_BYTES, divisions};
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-/// A score for each of `tokens`, such that merging the pair that makes the token with the highest score first is what the merges say.
+/// Computes a score for each of `tokens`, such that merging the pair with the highest-scoring result first has the same
+/// result as the merges.
 ///
-/// `tokens` holds the texts of tokens that may be merged, `None` for the others, and `merges` the pairs in their order. Tokens that are
-/// merged first have 0, -1, and so on, as in the files of `SentencePiece`; characters follow.
+/// `tokens` are the texts of mergeable tokens, `None` for the others; `merges` are the pairs in order. Tokens that are
+/// merged first get 0, -1, and so on, as in `SentencePiece` files; characters follow.
 ///
 /// # Errors
-/// No scores say the same: the merges of a token are not in one place, or a pair that makes a token is not listed.
+/// There are no equivalent scores: the merges of a token are not consecutive, or a pair that makes a token is not listed.
 pub(super) fn scores_of(tokens: &[Option<&str>], merges: &[(String, String)]) -> Result<Vec<f64>, String> {
     let ids: HashMap<&str, usize> =
         tokens.iter().enumerate().filter_map(|(id, token)| token.map(|token| (token, id))).collect();
-    // marks, bytes and user-defined tokens are found before anything is merged
+    // marks, bytes and user-defined tokens are matched before merging
     let merges: Vec<Merge<'_>> = merges.iter().filter_map(|(first, second)| Merge::of(&ids, first, second)).collect();
     let listed: HashSet<(&str, &str)> = merges.iter().map(|merge| (merge.first, merge.second)).collect();
     for token in tokens.iter().flatten() {
@@ -34,7 +35,7 @@ pub(super) fn scores_of(tokens: &[Option<&str>], merges: &[(String, String)]) ->
     let mut ranks: HashMap<usize, usize> = HashMap::with_capacity(ends.len());
     let mut start = 0;
     while start < merges.len() {
-        // the merges of tokens with equal scores may take turns
+        // merges of tokens with equal scores may alternate
         let (mut end, mut at) = (start, start);
         while at <= end {
             end = end.max(ends[&merges[at].id]);
@@ -61,7 +62,7 @@ pub(super) fn scores_of(tokens: &[Option<&str>], merges: &[(String, String)]) ->
     Ok(scores.collect())
 }
 
-/// Two tokens and the id of the one that they make.
+/// Two tokens and the id of their result.
 struct Merge<'a> {
     first: &'a str,
     second: &'a str,
@@ -76,8 +77,8 @@ impl<'a> Merge<'a> {
     }
 }
 
-/// Checks that merges of tokens with equal scores are in the order in which a reader of the scores finds them: those with the longest
-/// first token first, then by id.
+/// Checks that merges with equal scores are in the order that a reader derives from the scores: longest first token
+/// first, then by id.
 fn check_order(merges: &[Merge<'_>]) -> Result<(), String> {
     let is_one = merges.iter().all(|merge| merge.id == merges[0].id);
     let is_sorted = merges.is_sorted_by_key(|merge| (Reverse(merge.first.len()), merge.id));
@@ -105,15 +106,15 @@ mod tests {
 
     #[test]
     fn tokens_that_are_merged_first_have_the_highest_scores() {
-        // tokens that no merge makes follow
+        // followed by the tokens without merges
         let expected = [0.0, -3.0, -4.0, -1.0, -2.0, 0.0, -5.0];
         assert_eq!(scores(&["a a", "a b", "a ab", "aa b"]).unwrap(), expected);
-        // the order of the merges of one token says nothing, and pairs with other tokens are no merges
+        // the order of the merges of one token is irrelevant, and pairs with unknown tokens are ignored
         assert_eq!(scores(&["a a", "x y", "a b", "aa b", "a ab"]).unwrap(), expected);
     }
 
     #[test]
-    fn merges_of_equal_scores_take_turns() {
+    fn merges_with_equal_scores_may_alternate() {
         let found = scores(&["a b", "aa b", "a ab", "a a"]).unwrap();
         assert_eq!(found, [0.0, -3.0, -4.0, 0.0, -1.0, -2.0, -5.0]);
         let found = scores(&["a b", "aa b", "a a", "a ab"]);

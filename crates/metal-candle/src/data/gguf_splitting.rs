@@ -1,4 +1,4 @@
-//! Finds the `tokenizer.ggml.pre` of a byte-level BPE tokenizer.
+//! Finds the name in `tokenizer.ggml.pre` for the splitting of a byte-level BPE tokenizer.
 
 use super::Tokenizer;
 use super::gguf_pre_names::{TEXT, published_name};
@@ -8,7 +8,7 @@ use tokenizers::models::ModelWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{Model as _, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
-/// Texts on which a splitting whose regexes are spelled in another way must agree, besides [`TEXT`].
+/// Texts, besides [`TEXT`], on which two splittings with different regexes must agree to be considered equal.
 const PROBES: [&str; 4] = [
     "Hello, it's  1234567 ÀB'RE DON'T\r\n\n\t漢字かな 가나 ไทย x²½Ⅷ🤗🏽 e\u{301} \u{1}a/b\n/ ",
     "fn main() {\n    let x = [0x1F; 10];\t// 3.14159e-10\r\n}\n\n\n   return;  \n",
@@ -16,17 +16,17 @@ const PROBES: [&str; 4] = [
     "Ünïcödé ΑΒΓδε Привет мир שלום عربي ١٢٣ देवनागरी १२३ 12 123 1234 12345 123456 1234567890 CamelCaseXMLHttp iOS15",
 ];
 
-/// A name for a tokenizer's splitting.
+/// The name of a splitting.
 pub(super) struct Named {
     pub(super) name: &'static str,
-    /// What the name does not say.
+    /// Properties that the name does not express.
     pub(super) notes: Vec<String>,
 }
 
-/// The name of the splitting of a byte-level BPE tokenizer, whose `tokenizer.json` is `json`.
+/// Finds the name of the splitting of a byte-level BPE tokenizer whose `tokenizer.json` is `json`.
 ///
 /// # Errors
-/// No name stands for it; the message says what was found.
+/// The splitting has no name.
 pub(super) fn splitting_of(tokenizer: &Tokenizer, json: &Value) -> Result<Named, String> {
     let nfc = is_nfc(&json["normalizer"])?;
     let ignore_merges = json["model"]["ignore_merges"].as_bool().unwrap_or(false);
@@ -37,17 +37,17 @@ pub(super) fn splitting_of(tokenizer: &Tokenizer, json: &Value) -> Result<Named,
     let mut candidates: Vec<(&'static str, PreTokenizer)> =
         PreTokenizer::all().filter(|(_, known)| is_equal(known)).collect();
     if candidates.is_empty() {
-        // the regexes are spelled in another way, or a step is of another type
+        // the regexes are written differently, or a step has another type
         let known = PreTokenizer::all().filter(|(name, _)| published == Some(*name));
         candidates.extend(known.filter(|(_, known)| splits_alike(tokenizer.raw(), *known)));
     }
-    // names with the same whole words and normalizer first, and of these the published one
+    // names with the same `ignore_merges` and normalizer first, and the published name first among them
     candidates.sort_by_key(|(name, known)| {
         (known.ignore_merges != ignore_merges, known.nfc != nfc, published != Some(*name))
     });
     let Some((name, known)) = candidates.first().copied() else {
         let found = serde_json::to_string(&json["pre_tokenizer"]).unwrap_or_default();
-        let message = "expected a pre-tokenizer that llama.cpp has a name for, as in a GGUF file only a name says how a text is split";
+        let message = "expected a pre-tokenizer that llama.cpp has a name for, as a GGUF file stores only the name of the splitting";
         return Err(format!("{message}; found {}", shortened(&found)));
     };
     let mut notes = Vec::new();
@@ -62,14 +62,14 @@ pub(super) fn splitting_of(tokenizer: &Tokenizer, json: &Value) -> Result<Named,
     }
     if known.nfc != nfc {
         notes.push(format!(
-            "the tokenizer {} texts to NFC, which `tokenizer.ggml.pre` = `{name}` does not say: texts that are not in NFC may get other tokens",
+            "the tokenizer {} texts to NFC, which `tokenizer.ggml.pre` = `{name}` does not express: texts that are not in NFC may get other tokens",
             if nfc { "normalizes" } else { "does not normalize" },
         ));
     }
     Ok(Named { name, notes })
 }
 
-/// Whether a normalizer is NFC; the only other one that GGUF knows for byte-level BPE is none.
+/// Whether the normalizer is NFC. GGUF has no other normalizer for byte-level BPE.
 fn is_nfc(normalizer: &Value) -> Result<bool, String> {
     match normalizer["type"].as_str() {
         None if normalizer.is_null() => Ok(false),
@@ -85,10 +85,10 @@ fn is_nfc(normalizer: &Value) -> Result<bool, String> {
     }
 }
 
-/// The regexes of a pre-tokenizer whose steps isolate matches and then spell bytes; `None` if it has other steps.
+/// The regexes of a pre-tokenizer that isolates matches and then maps bytes to characters; `None` if it has other steps.
 ///
 /// # Errors
-/// It adds a space before texts, or does not spell bytes.
+/// It adds a space before texts, or does not map bytes.
 fn patterns(pre_tokenizer: &Value) -> Result<Option<Vec<String>>, String> {
     let mut steps = Vec::new();
     flatten(pre_tokenizer, &mut steps);
@@ -118,7 +118,7 @@ fn flatten<'a>(pre_tokenizer: &'a Value, steps: &mut Vec<&'a Value>) {
     }
 }
 
-/// Adds the regex whose matches a step isolates, if it splits texts; `None` if it is another kind of step.
+/// Adds the regex of a step that isolates matches; `None` if the step is of another kind.
 fn add_pattern(step: &Value, patterns: &mut Vec<String>) -> Option<()> {
     let flag = |name: &str| step[name].as_bool();
     let regex = match step["type"].as_str()? {
@@ -128,7 +128,7 @@ fn add_pattern(step: &Value, patterns: &mut Vec<String>) -> Option<()> {
         "Digits" => r"\p{N}+",
         "Split" => step["pattern"]["Regex"].as_str().filter(|regex| {
             let is_isolated = step["behavior"] == "Isolated" && flag("invert") != Some(true);
-            // matches are kept and what lies between them removed
+            // an inverted "remove" keeps the matches and removes the text between them
             let is_inverted = step["behavior"] == "Removed" && flag("invert") == Some(true);
             is_isolated || is_inverted && WHOLE_TEXT.contains(regex)
         })?,
@@ -138,7 +138,7 @@ fn add_pattern(step: &Value, patterns: &mut Vec<String>) -> Option<()> {
     Some(())
 }
 
-/// Whether a tokenizer splits all probes as a known splitting does.
+/// Whether a tokenizer splits all probes like a known splitting.
 fn splits_alike(tokenizer: &tokenizers::Tokenizer, known: PreTokenizer) -> bool {
     let Ok(other) = serde_json::from_value::<PreTokenizerWrapper>(known.json()) else { return false };
     let Some(own) = tokenizer.get_pre_tokenizer() else { return false };
@@ -154,7 +154,7 @@ fn splits_alike(tokenizer: &tokenizers::Tokenizer, known: PreTokenizer) -> bool 
     })
 }
 
-/// A token that the merges do not make of its characters, so that it is only found as a whole word.
+/// A token that cannot be merged from its characters, so it is only found as a whole word.
 fn unmerged_token(tokenizer: &tokenizers::Tokenizer) -> Option<String> {
     let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
     let mut model = model.clone();

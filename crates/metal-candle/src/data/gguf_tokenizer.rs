@@ -1,4 +1,4 @@
-//! Tokenizers of GGUF files, built from the metadata as a `tokenizer.json` and a `tokenizer_config.json`.
+//! Converts the tokenizer in the metadata of a GGUF file to a `tokenizer.json` and a `tokenizer_config.json`.
 
 use super::gguf_bpe::{byte_level, gemma4, sentence_piece};
 use super::gguf_vocabulary::{TokenType, Vocabulary, wrong};
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 const MODEL: &str = "tokenizer.ggml.model";
 const TEMPLATE: &str = "tokenizer.chat_template";
 
-/// How a vocabulary divides a text.
+/// The kind of a vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     ByteLevel,
@@ -25,14 +25,14 @@ impl Kind {
             Some("llama") => Ok(Self::SentencePiece),
             Some("gemma4") => Ok(Self::Gemma4),
             Some(other) => {
-                let message = format!("expected `gpt2`, `llama` or `gemma4`, found `{other}`, which is not supported");
+                let message = format!("expected `gpt2`, `llama` or `gemma4`, found `{other}`");
                 Err(wrong(file, MODEL, message))
             }
             None => Err(wrong(file, MODEL, "expected the kind of the tokenizer, found none")),
         }
     }
 
-    /// The id of a special token that the file does not name, as llama.cpp sets it for `SentencePiece`.
+    /// The default id of a special token that the file does not name, as in llama.cpp for `SentencePiece`.
     fn default_id(self, name: &str, vocabulary: &Vocabulary<'_>) -> Option<u32> {
         let id = match name {
             "unknown" => 0,
@@ -70,7 +70,7 @@ impl Tokenizer {
             }
         }
         let flag = |name: &str| file.flag(&format!("tokenizer.ggml.{name}"));
-        // llama.cpp sets it for Gemma 4 whatever the file says
+        // llama.cpp always adds BOS for Gemma 4
         let add_bos = kind == Kind::Gemma4 || flag("add_bos_token")?.unwrap_or(parts.add_bos);
         let add_eos = flag("add_eos_token")?.unwrap_or(false);
         config.insert("add_bos_token".to_string(), Value::from(add_bos));
@@ -92,9 +92,9 @@ impl Tokenizer {
     }
 }
 
-/// The tokens that are found in a text before it is divided.
+/// The tokens that are matched before the text is split.
 fn added_tokens(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Vec<Value>> {
-    // the tokens of Phi-3 take the spaces after them, which no key says; llama.cpp looks at the name as well
+    // the tokens of Phi-3 include the spaces after them, but no key says so; llama.cpp also checks the name
     let name = file.text("general.name")?.unwrap_or_default().to_lowercase();
     let takes_spaces = name.contains("phi-3") || name.contains("phi3");
     let added = vocabulary.iter().filter_map(|(id, token, kind)| {
@@ -110,7 +110,7 @@ fn added_tokens(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Vec<Valu
     Ok(added.collect())
 }
 
-/// Puts the BOS and EOS tokens around every text where `config` says so.
+/// Adds BOS and EOS tokens to every text if `config` says so.
 fn post_processor(vocabulary: &Vocabulary<'_>, config: &Map<String, Value>) -> Value {
     let mut special = Map::new();
     let mut token = |flag: &str, name: &str| {
@@ -192,7 +192,7 @@ mod tests {
         Tokenizer::from_gguf(&open(metadata)).unwrap_err().to_string()
     }
 
-    /// The tokens a, b, c, ab, a mark, a user-defined token, a space and a mark that ends an answer.
+    /// The tokens a, b, c, ab, a mark, a user-defined token, a space and an end-of-turn mark.
     fn byte_level() -> Metadata {
         vec![
             ("tokenizer.ggml.model", text("gpt2")),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn the_splitting_sets_bos_and_whole_words() {
+    fn the_splitting_determines_bos_and_whole_words() {
         let llama = with(byte_level(), "tokenizer.ggml.pre", text("llama-bpe"));
         assert_eq!(Tokenizer::from_gguf(&open(&llama)).unwrap().encode("ab", true).unwrap(), [4, 3]);
         let off = with(llama.clone(), "tokenizer.ggml.add_bos_token", GgufValue::Flag(false));
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_end_at_every_known_mark() {
+    fn known_end_of_turn_tokens_end_answers() {
         assert_eq!(end_of_generation_ids(&open(&byte_level())).unwrap(), [5, 7]);
         assert_eq!(end_of_generation_ids(&open(&sentence_piece())).unwrap(), [2]);
         let tokens = ["a", "b", "c", "ab", "<|end|>", "<|return|>", "<|call|>", "</s>"];

@@ -1,4 +1,4 @@
-//! The tokens of a GGUF file with their types and scores, checked.
+//! Reads and checks the tokens of a GGUF file, with their types and scores.
 
 use crate::error::{Error, Result};
 use crate::files::{END_MARKS, GgufFile, GgufValue};
@@ -10,21 +10,21 @@ pub(super) const MERGES: &str = "tokenizer.ggml.merges";
 const SCORES: &str = "tokenizer.ggml.scores";
 const TYPES: &str = "tokenizer.ggml.token_type";
 
-/// Longest token that [`Vocabulary::derived_merges`] divides, in bytes. All ways to divide a token take the square of its length.
+/// Longest token that [`Vocabulary::derived_merges`] splits, in bytes. Trying all splits takes quadratic time.
 pub(super) const MAX_DIVIDED_BYTES: usize = 4096;
 
-/// What a token is for.
+/// The type of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {
-    /// Text, also where the file says undefined or unused.
+    /// Text; also undefined and unused tokens.
     Normal,
-    /// Stands for text without a token.
+    /// Replaces text without a token.
     Unknown,
     /// A mark such as `<|im_end|>`.
     Control,
-    /// Text that is never divided.
+    /// Text that is never split.
     UserDefined,
-    /// One byte, spelled `<0xNN>`.
+    /// One byte, written `<0xNN>`.
     Byte,
 }
 
@@ -41,14 +41,14 @@ impl<'a> Vocabulary<'a> {
     /// The tokens of `file`.
     ///
     /// # Errors
-    /// There are none, two are equal, or their types are damaged.
+    /// There are no tokens, two are equal, or their types are damaged.
     pub(super) fn of(file: &'a GgufFile) -> Result<Self> {
         let texts = file.texts(TOKENS)?.unwrap_or_default();
         if texts.is_empty() {
             return Err(wrong(file, TOKENS, "expected a list of tokens, found none"));
         }
         let named = texts.into_iter().enumerate().map(|(id, text)| match text {
-            // llama.cpp's name for it
+            // llama.cpp's name for an empty token
             "" => Cow::from(format!("[EMPTY_{id}]")),
             text => Cow::from(text),
         });
@@ -78,7 +78,7 @@ impl<'a> Vocabulary<'a> {
         Ok(vocabulary)
     }
 
-    /// The types of tokens in a file that lists none: tokens named by their ids are control tokens.
+    /// The types of tokens in a file without types: tokens with a named id are control tokens.
     fn types_of_named(&self) -> Result<Vec<TokenType>> {
         let mut types = vec![TokenType::Normal; self.tokens.len()];
         for name in ["bos", "eos", "eot", "eom", "padding"] {
@@ -112,7 +112,7 @@ impl<'a> Vocabulary<'a> {
     /// The id that `tokenizer.ggml.NAME_token_id` holds.
     ///
     /// # Errors
-    /// It is no id of a token.
+    /// The value is not the id of a token.
     pub(super) fn named_id(&self, name: &str) -> Result<Option<u32>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
         let Some(id) = self.file.size(&key)? else { return Ok(None) };
@@ -153,7 +153,7 @@ impl<'a> Vocabulary<'a> {
     /// The scores of the tokens.
     ///
     /// # Errors
-    /// There is not one number for each token.
+    /// The number of scores is not the number of tokens.
     pub(super) fn scores(&self) -> Result<Vec<f64>> {
         let expected = self.tokens.len();
         let values = self.file.list(SCORES)?.unwrap_or_default();
@@ -169,12 +169,12 @@ impl<'a> Vocabulary<'a> {
         values.iter().map(score).collect()
     }
 
-    /// All pairs of tokens that make a third one, those of the token with the highest score first.
+    /// All pairs of tokens that make a third token, by descending score of the third.
     ///
-    /// Special, user-defined and byte tokens take no part.
+    /// Special, user-defined and byte tokens are excluded.
     ///
     /// # Errors
-    /// A token is too long to be divided.
+    /// A token is too long.
     pub(super) fn derived_merges(&self, scores: &[f64]) -> Result<Vec<(&str, &str)>> {
         let is_text = |token: &str| self.id(token).is_some_and(|id| self.types[id as usize] == TokenType::Normal);
         let mut merges = Vec::new();
@@ -198,7 +198,7 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// All ways to divide a token in two, those with the shortest first part first.
+/// All ways to split a token in two, shortest first part first.
 pub(super) fn divisions(token: &str) -> impl Iterator<Item = (&str, &str)> {
     token.char_indices().skip(1).map(|(at, _)| token.split_at(at))
 }
@@ -221,7 +221,7 @@ fn types(file: &GgufFile, num_tokens: usize) -> Result<Option<Vec<TokenType>>> {
     parsed.collect::<Result<_>>().map(Some)
 }
 
-/// The error of a key.
+/// An error about a metadata key.
 pub(super) fn wrong(file: &GgufFile, key: &str, message: impl AsRef<str>) -> Error {
     Error::format(file.path(), format!("`{key}`: {}", message.as_ref()))
 }

@@ -1,32 +1,32 @@
-//! Rewrites a chat template (Jinja) as a template of Ollama (Go's `text/template`), found by rendering conversations.
+//! Converts a Jinja chat template to an Ollama template (Go's `text/template`) by rendering probe conversations.
 
 use super::{ChatTemplate, Message};
 use serde_json::Map;
 use std::time::{Duration, SystemTime};
 
-/// What a chat template writes around the texts of a conversation that ends with a user's message.
+/// The texts that a chat template writes around the messages of a conversation that ends with a user message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct GoTemplate {
-    /// Before everything else, without a system message.
+    /// The start of a conversation without a system message.
     start: String,
-    /// Around a system message; `None` if the template has no place for one.
+    /// The texts around a system message; `None` if the template does not support one.
     system: Option<(String, String)>,
-    /// Whether the first user message follows a system message without what is else before it.
+    /// Whether a user message right after a system message lacks its usual header.
     is_joined: bool,
     user: (String, String),
     assistant: (String, String),
-    /// After the last message, where the answer begins.
+    /// The generation prompt after the last message.
     prompt: String,
 }
 
-/// Texts of the probes, which no template writes by itself.
+/// The texts of the probes, which no template contains.
 const MARKS: [&str; 4] = ["\u{E0F7}0\u{E0F8}", "\u{E0F7}1\u{E0F8}", "\u{E0F7}2\u{E0F8}", "\u{E0F7}3\u{E0F8}"];
 
 impl GoTemplate {
-    /// The pieces of `template`. `bos` is the token that programs put before the text themselves, and is left out.
+    /// Extracts the parts of `template`. `bos` is the token that programs add before the text, and is removed.
     ///
     /// # Errors
-    /// Conversations are not the pieces one after another; the message says which one.
+    /// Conversations are not a concatenation of the parts; the message names one.
     pub(super) fn of(template: &ChatTemplate, bos: Option<&str>) -> Result<Self, String> {
         let (early, late) = (SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + Duration::from_hours(24 * 400));
         let question = [Message::user(MARKS[0])];
@@ -44,8 +44,8 @@ impl GoTemplate {
         Err(last)
     }
 
-    /// Cuts the renderings of probes into pieces. Where the end of a turn is not certain it is what the template writes without a
-    /// generation prompt if `is_natural`, else as much as two renderings have in common.
+    /// Splits the renderings of probes into parts. An ambiguous end of a turn is the rendering without a generation prompt if
+    /// `is_natural`, else the common prefix of two renderings.
     fn cut(template: &ChatTemplate, bos: Option<&str>, is_natural: bool) -> Result<Self, String> {
         let [system, first, answer, second] = MARKS;
         let render = |messages: &[Message], prompt| render(template, messages, prompt, bos);
@@ -54,7 +54,7 @@ impl GoTemplate {
         let turns = [user(first), Message::assistant(answer), user(second)];
         let three = split(&render(&turns, true)?, &[first, answer, second])?;
         let (before, to_answer, to_user, after) = (&one[0], &three[1], &three[2], &one[1]);
-        // how turns end when nothing follows
+        // the end of the last turn
         let end_of = |messages: &[Message], marks: &[&str]| {
             let text = render(messages, false).ok().filter(|_| is_natural)?;
             split(&text, marks).ok()?.pop()
@@ -81,17 +81,17 @@ impl GoTemplate {
         let with_system = [Message::system(system), user(first)];
         let Ok(text) = render(&with_system, true) else { return Ok(pieces) };
         let Ok(parts) = split(&text, &[system, first]) else {
-            // the text of the system message is not written
+            // the template does not write the system message
             return if text.contains(system) { Err(irregular("a system message")) } else { Ok(pieces) };
         };
-        // without the start of the first question the system message is part of it
+        // if the header of the first question is missing, the system message is part of the question
         let end = parts[1].strip_suffix(pieces.user.0.as_str());
         pieces.is_joined = end.is_none();
         pieces.system = Some((parts[0].clone(), end.unwrap_or(&parts[1]).to_string()));
         Ok(pieces)
     }
 
-    /// The pieces, if the template writes conversations of one to three turns as they do.
+    /// Returns the parts if they reproduce the template's conversations of one to three turns.
     fn checked(self, template: &ChatTemplate, bos: Option<&str>) -> Result<Self, String> {
         let questions = ["What is 2 + 2?", "Why?\n\nTell me \"more\".", "{{ thanks }} <b>"];
         let answers = ["4", "Since 1 + 1 = 2.\n- so"];
@@ -116,12 +116,12 @@ impl GoTemplate {
         Ok(self)
     }
 
-    /// Whether a system message is written.
+    /// Whether the template writes system messages.
     pub(super) fn has_system(&self) -> bool {
         self.system.is_some()
     }
 
-    /// A conversation as the pieces write it. A system message is the first one.
+    /// Renders a conversation with the parts. A system message comes first.
     fn text(&self, messages: &[Message]) -> String {
         let system = messages.iter().find(|message| message.role() == "system");
         let mut text = match (system, &self.system) {
@@ -144,7 +144,7 @@ impl GoTemplate {
         text
     }
 
-    /// The template in Ollama's syntax. Spaces and line breaks that are not part of a piece are before `{{-`, which removes them.
+    /// The template in Ollama's syntax. White space between the parts is removed by `{{-`.
     pub(super) fn source(&self) -> String {
         let start = constant(&self.start);
         let mut lines = Vec::new();
@@ -176,16 +176,18 @@ impl GoTemplate {
 }
 
 fn irregular(what: &str) -> String {
-    format!("the chat template writes {what} in another way than one piece of text after another")
+    format!(
+        "the chat template writes {what} in a way that an Ollama template of fixed texts around messages cannot reproduce"
+    )
 }
 
-/// A rendering without the token that programs put before it.
+/// Renders a conversation without the BOS token that programs add.
 fn render(template: &ChatTemplate, messages: &[Message], prompt: bool, bos: Option<&str>) -> Result<String, String> {
     let text = template.render(messages, None, prompt, &Map::new()).map_err(|error| error.to_string())?;
     Ok(bos.and_then(|bos| text.strip_prefix(bos)).map(str::to_string).unwrap_or(text))
 }
 
-/// The texts around the marks, each of which must be there once, in this order.
+/// Splits a text at the marks, each of which must occur once, in this order.
 fn split(text: &str, marks: &[&str]) -> Result<Vec<String>, String> {
     let (mut parts, mut rest) = (Vec::new(), text);
     for mark in marks {
@@ -208,7 +210,7 @@ fn common_suffix<'a>(a: &'a str, b: &str) -> &'a str {
     &a[same.last().map_or(a.len(), |((at, _), _)| at)..]
 }
 
-/// A piece as text of a template, quoted where its characters could be read as syntax of the template or of a Modelfile.
+/// Quotes a part if its characters have a meaning in templates or Modelfiles.
 fn constant(text: &str) -> String {
     if !text.contains(['{', '}', '"']) {
         return text.to_string();

@@ -1,4 +1,4 @@
-//! Tests of [`super::go_template`] and [`super::modelfile`]: a small interpreter of Go templates renders what is written.
+//! Tests of [`super::go_template`] and [`super::modelfile`] with a small interpreter of Go templates.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +9,7 @@ use std::iter::Peekable;
 use std::path::Path;
 use std::vec::IntoIter;
 
-/// A text, or the inside of `{{ }}`.
+/// Text, or the content of `{{ }}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Text(String),
@@ -32,7 +32,7 @@ fn parts(source: &str) -> Vec<Part> {
     parts
 }
 
-/// What actions see.
+/// The variables of actions.
 struct Scope<'a> {
     system: &'a str,
     messages: &'a [Message],
@@ -55,7 +55,7 @@ impl Scope<'_> {
         }
     }
 
-    /// Renders up to the `else` or `end` of the block, which is returned.
+    /// Renders up to the `else` or `end` of the block, and returns it.
     fn block(&self, parts: &mut Peekable<IntoIter<Part>>, is_on: bool, out: &mut String) -> String {
         while let Some(part) = parts.next() {
             match part {
@@ -107,7 +107,7 @@ fn run(source: &str, messages: &[Message]) -> String {
     out
 }
 
-/// Checks that a template renders conversations as the Go template made of it does, and returns that.
+/// Converts a template, checks that both render the same conversations, and returns the Go template.
 fn check(source: &str, has_system: bool) -> String {
     let template = ChatTemplate::new(source).unwrap().with_variable("bos_token", &"<s>".into());
     let made = GoTemplate::of(&template, Some("<s>")).unwrap();
@@ -132,7 +132,7 @@ const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.cont
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 #[test]
-fn turns_become_pieces_around_their_texts() {
+fn turns_become_fixed_texts_around_messages() {
     let expected = "{{- if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ else }}{{ end }}\n\
         {{- range $i, $_ := .Messages }}\n{{- $last := eq (len (slice $.Messages $i)) 1 }}\n\
         {{- if eq .Role \"user\" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n\
@@ -142,7 +142,7 @@ fn turns_become_pieces_around_their_texts() {
 }
 
 #[test]
-fn a_default_system_message_is_the_other_branch() {
+fn a_default_system_message_is_the_else_branch() {
     let default = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}";
     let go = check(&format!("{{{{ bos_token }}}}{default}{CHATML}"), true);
     assert!(go.contains("{{ else }}<|im_start|>system\nYou help.<|im_end|>\n{{ end }}"), "{go}");
@@ -165,9 +165,9 @@ fn other_forms_of_turns_are_found() {
         {{ '{{ \"\"\" }}' }}{% for m in messages %}{{ '{' + m.role + '}\\\\\n' + m.content + '\"\n' }}{% endfor %}{{ '{assistant}\\\\\n' }}";
     let go = check(strict, false);
     assert!(!go.contains("\"\"\""), "{go}");
-    // the generation prompt is not what is before answers
+    // the generation prompt differs from the header of earlier answers
     check(&CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), true);
-    // a turn ends in another way if it is the last one
+    // the last turn has another end
     check(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last %}\n{% else %};{% endif %}{% endfor %}[assistant]",
         true,
@@ -175,7 +175,7 @@ fn other_forms_of_turns_are_found() {
 }
 
 #[test]
-fn what_is_not_pieces_is_refused() {
+fn irregular_templates_are_refused() {
     let refusal = |source: &str| GoTemplate::of(&ChatTemplate::new(source).unwrap(), None).unwrap_err();
     assert!(refusal(&format!("{{{{ strftime_now('%d') }}}}{CHATML}")).contains("the date"));
     let last_system = "{% for m in messages %}{% if m.role != 'system' %}{% if loop.last and messages[0].role == 'system' %}\

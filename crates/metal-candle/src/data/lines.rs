@@ -1,11 +1,11 @@
-//! Reading the records of a file one by one: the lines of a JSONL file, or the values of a JSON file.
+//! Reads the records of a file one by one: the lines of a JSONL file, or the values of a JSON file.
 
 use std::io::{self, BufRead};
 
 /// Most bytes of a record.
 const MAX_RECORD_BYTES: usize = 64 << 20;
 
-/// Most bytes of a record that is too long and is skipped; what follows it is not read.
+/// Most bytes of a skipped record; after a longer one the rest of the file is not read.
 const MAX_SKIPPED_BYTES: usize = 1 << 30;
 
 const BOM: &[u8] = b"\xEF\xBB\xBF";
@@ -13,25 +13,25 @@ const BOM: &[u8] = b"\xEF\xBB\xBF";
 /// One record of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Record {
-    /// What should be a JSON value, and the line it begins in.
+    /// The text of a JSON value, not yet parsed, and the line it starts in.
     Value { line: usize, bytes: Vec<u8> },
     /// A record that cannot be used, and why.
     Broken { line: usize, message: String },
 }
 
-/// What is odd about a file but does no harm.
+/// Harmless irregularities of a file.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Oddities {
     pub has_bom: bool,
     /// The first line that ends with CR LF.
     pub crlf_line: Option<usize>,
-    /// The first empty line, and how many there are.
+    /// The first empty line, and the number of empty lines.
     pub empty_lines: Option<(usize, usize)>,
-    /// Whether the file has no bytes, a byte order mark aside.
+    /// Whether the file is empty, apart from a byte order mark.
     pub is_empty: bool,
 }
 
-/// How far a file is read.
+/// The state of the reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     New,
@@ -39,7 +39,7 @@ enum State {
     Ended,
 }
 
-/// Reads records and keeps no more than one of them in memory.
+/// Reads records, holding one at a time in memory.
 pub(super) struct Records<R> {
     reader: R,
     is_json: bool,
@@ -50,17 +50,17 @@ pub(super) struct Records<R> {
 }
 
 impl<R: BufRead> Records<R> {
-    /// The records of a JSONL file, or with `is_json` of a file with one JSON list or several JSON values.
+    /// Reads a JSONL file, or with `is_json` a file with one JSON list or several JSON values.
     pub(super) fn new(reader: R, is_json: bool) -> Self {
         Self { reader, is_json, line: 0, state: State::New, is_in_array: false, oddities: Oddities::default() }
     }
 
-    /// What was odd about the part that has been read.
+    /// The irregularities of the part that has been read.
     pub(super) fn oddities(&self) -> &Oddities {
         &self.oddities
     }
 
-    /// The next record, `None` at the end.
+    /// The next record; `None` at the end.
     pub(super) fn next(&mut self) -> io::Result<Option<Record>> {
         if self.state == State::New {
             self.state = State::Started;
@@ -87,7 +87,7 @@ impl<R: BufRead> Records<R> {
         self.reader.consume(skipped);
         let bytes = self.reader.fill_buf()?;
         self.oddities.is_empty = bytes.is_empty();
-        // a list, or objects over several lines, whatever the name of the file says
+        // a list, or objects that span lines, whatever the extension of the file
         let first_line = bytes.split(|&byte| byte == b'\n').find(|line| !line.trim_ascii().is_empty());
         if !self.is_json
             && first_line.is_some_and(|line| line.trim_ascii() == b"{" || line.trim_ascii().starts_with(b"["))
@@ -116,7 +116,7 @@ impl<R: BufRead> Records<R> {
                 }
                 let used = part.len() + usize::from(newline.is_some());
                 self.reader.consume(used);
-                // a device has no end
+                // a device file may have no end
                 if newline.is_some() || num_bytes > MAX_SKIPPED_BYTES {
                     break;
                 }
@@ -188,7 +188,7 @@ impl<R: BufRead> Records<R> {
     }
 }
 
-/// A JSON value that is being collected.
+/// An incomplete JSON value.
 #[derive(Default)]
 struct Value {
     line: usize,
@@ -204,7 +204,7 @@ impl Value {
         self.num_bytes > 0
     }
 
-    /// Whether a value that is no list or object ends before this byte.
+    /// Whether a value other than a list or object ends before this byte.
     fn ends_before(&self, byte: u8) -> bool {
         self.is_begun() && self.depth == 0 && !self.is_in_string && matches!(byte, b',' | b']' | b'\n' | b'{' | b'[')
     }
@@ -239,7 +239,7 @@ impl Value {
     }
 }
 
-/// The first bytes of file formats that hold no JSON text, with the advice for each; the first match counts.
+/// The first bytes of other file formats, with advice; the first match applies.
 const MAGIC: [(&[u8], &str); 24] = [
     (b"\x1F\x8B", "a gzip file; unpack it with `gzip -dc FILE > NEW.jsonl`"),
     (b"\x28\xB5\x2F\xFD", "a zstd file; unpack it with `zstd -dc FILE > NEW.jsonl`"),
@@ -275,7 +275,7 @@ const PICKLE: &str = "a Python pickle; write its rows as JSON lines in Python";
 const UTF16: &str = "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`";
 const UTF32: &str = "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl`";
 
-/// Names the format of a file whose first bytes show that it holds no JSON text, with advice.
+/// Recognizes a file of another format by its first bytes, and returns advice.
 fn other_format(bytes: &[u8]) -> Option<String> {
     let known = MAGIC.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, found)| *found);
     let is_binary = || bytes.iter().take(1024).any(|&byte| byte == 0);
@@ -285,12 +285,12 @@ fn other_format(bytes: &[u8]) -> Option<String> {
     }
 }
 
-/// The same for files of text: tables, XML and YAML, whose first line is not the start of a JSON value.
+/// Recognizes tables, XML and YAML by their first line, and returns advice.
 fn text_format(bytes: &[u8]) -> Option<String> {
     let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
     let mut lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
     let line = lines.next()?;
-    // a file of rows may start with a line that is none
+    // a JSONL file may start with an invalid line
     if lines.any(|line| line.starts_with(b"{") && line.len() > 1) {
         return None;
     }
@@ -352,16 +352,16 @@ mod tests {
         assert_eq!(records(b"{\n}\n{}", true).0, [(1, "{\n}".into()), (3, "{}".into())]);
         assert_eq!(records(b"[{\"a\": [1", true).0, [(1, "{\"a\": [1".into())]);
         assert_eq!(records(b"[]", true).0, []);
-        // whatever the name of the file says
+        // whatever the extension of the file
         assert_eq!(records(b"{\n\"a\":1}\n{\n}\n", false).0, [(1, "{\n\"a\":1}".into()), (3, "{\n}".into())]);
         assert_eq!(records(b"[{},\n{}]", false).0, [(1, "{}".into()), (2, "{}".into())]);
     }
 
     #[test]
-    fn other_encodings_are_told() {
+    fn other_encodings_are_reported() {
         let (found, _) = records(b"\xFF\xFE{\0}\0\n\0{\0}\0", false);
         assert!(found.len() == 1 && found[0].1.contains("found UTF-16"), "{found:?}");
-        // a buffer of five bytes shows them too
+        // a buffer of five bytes is enough to recognize them
         for (bytes, name) in [
             (&b"\x1F\x8B\x08"[..], "gzip"),
             (b"PAR1\x15", "Parquet"),

@@ -1,4 +1,4 @@
-//! Finds the strings of a conversation's messages in its rendered text: each is put between marks and the text rendered once more.
+//! Finds the strings of messages in a rendered conversation, by rendering it a second time with marks around each string.
 
 use super::Message;
 use super::chat::REASONING_KEYS;
@@ -6,18 +6,18 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Private-use characters around a string's number and at the string's end.
+/// Private-use characters around the index of a string, and at the end of the string.
 const NUMBER: char = '\u{E0F7}';
 const OPEN: char = '\u{E0F8}';
 const CLOSE: char = '\u{E0F9}';
-/// Bytes of an anchor.
+/// Most bytes of an anchor.
 const MAX_ANCHOR_BYTES: usize = 40;
-/// Longest tag at the edge of a string that stays outside of the marks.
+/// Longest tag at the edge of a string that is left outside the marks.
 const MAX_TAG_BYTES: usize = 40;
-/// Tags that templates split an answer at.
+/// Tags at which templates split an answer.
 const REASONING_TAGS: [&str; 4] = ["<think>", "</think>", "[THINK]", "[/THINK]"];
 
-/// What a string is in its message.
+/// The role of a string in its message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Text,
@@ -25,7 +25,7 @@ pub(super) enum Part {
     Call,
 }
 
-/// A string of a message and where it is in the text, if it is there.
+/// A string of a message and its range in the text; none if the text lacks it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Found {
     pub message: usize,
@@ -37,9 +37,9 @@ pub(super) struct Found {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Strings {
     found: Vec<Found>,
-    /// Message and range of those in the text, by start.
+    /// The message index and range of each string in the text, by start.
     pub sorted: Vec<(usize, Range<usize>)>,
-    /// For each message the range from its first string to its last.
+    /// For each message, the range from its first string to its last.
     pub own: Vec<Option<Range<usize>>>,
 }
 
@@ -57,7 +57,7 @@ impl Strings {
         Self { found, sorted, own }
     }
 
-    /// The last bytes of the string that ends at `end`, by which it is found again in another rendering.
+    /// The last bytes of the string that ends at `end`, to find it in another rendering.
     pub(super) fn anchor<'t>(&self, text: &'t str, end: usize) -> Option<&'t str> {
         let string = self.sorted.iter().rev().map(|(_, range)| range).find(|range| range.end == end)?;
         let mut from = string.start.max(end.saturating_sub(MAX_ANCHOR_BYTES));
@@ -82,21 +82,21 @@ impl Strings {
         inside.filter(|(message, _)| *message != turn).map(|(_, range)| range.clone()).collect()
     }
 
-    /// Whether a message has a string of this kind that the text lacks.
+    /// The messages with a string that the text lacks, and its role.
     pub(super) fn lost(&self) -> BTreeSet<(usize, Part)> {
         let lost = self.found.iter().filter(|string| string.range.is_none());
         lost.map(|string| (string.message, string.part)).collect()
     }
 }
 
-/// Messages with marks in their strings.
+/// Messages with marks around their strings.
 pub(super) struct Marker {
     pub messages: Vec<Message>,
     strings: Vec<(usize, Part)>,
 }
 
 impl Marker {
-    /// Marks the text and reasoning of every message, and with `calls` the strings of tool calls.
+    /// Marks the text and reasoning of every message, and the strings of tool calls if `calls`.
     pub(super) fn new(messages: &[Message], calls: bool) -> Self {
         let mut marker = Self { messages: Vec::with_capacity(messages.len()), strings: Vec::new() };
         for (index, message) in messages.iter().enumerate() {
@@ -118,7 +118,7 @@ impl Marker {
         marker
     }
 
-    /// Marks the text between the tags of reasoning, which templates look for.
+    /// Marks the text between reasoning tags, which templates search for.
     fn mark_content(&mut self, message: usize, text: &str) -> String {
         let mut marked = String::with_capacity(text.len() + 16);
         let mut rest = text;
@@ -134,7 +134,7 @@ impl Marker {
         marked
     }
 
-    /// Marks a string within its white space and outermost tags, so that `trim` and `startswith` do the same as without.
+    /// Marks a string inside its outer white space and tags, so that `trim` and `startswith` still work.
     fn mark(&mut self, message: usize, part: Part, text: &str) -> String {
         let mut core = text.trim();
         let is_tag = |tag: &str| tag.len() <= MAX_TAG_BYTES && !tag.contains(char::is_whitespace);
@@ -180,7 +180,7 @@ impl Marker {
         }
     }
 
-    /// Where the strings are in `text`, given the same text with marks; `None` if the two differ in more than the marks.
+    /// Finds the strings in `text` with the help of the marked rendering; `None` if the two differ in more than the marks.
     pub(super) fn align(&self, marked: &str, text: &str) -> Option<Vec<Found>> {
         let unseen = self.strings.iter().map(|&(message, part)| Found { message, part, range: None });
         let mut found: Vec<Found> = unseen.collect();
@@ -194,7 +194,7 @@ impl Marker {
                 rest = after;
                 let (number, start) = open.pop()?;
                 let range = &mut found.get_mut(number)?.range;
-                // a later copy, as the name of a call above its answer, does not count
+                // ignore later copies, such as the name of a call repeated above its answer
                 *range = range.take().or(Some(start..plain.len()));
             } else {
                 let (number, after) = rest.strip_prefix(NUMBER)?.split_once(OPEN)?;
@@ -207,7 +207,7 @@ impl Marker {
     }
 }
 
-/// Takes the marks of `{% generation %}` out of a text and returns the ranges between them; `None` if the rest is not `text`.
+/// The ranges between the marks of `{% generation %}`; `None` if the text without marks is not `text`.
 pub(super) fn generation_ranges(marked: &str, text: &str, open: char, close: char) -> Option<Vec<Range<usize>>> {
     let mut ranges = Vec::new();
     let (mut plain, mut start, mut depth) = (String::with_capacity(text.len()), 0, 0_usize);

@@ -1,4 +1,4 @@
-//! Messages of a conversation.
+//! [`Message`]: one message of a conversation.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -6,9 +6,9 @@ use serde_json::{Map, Value};
 /// Length of the tool call ids that Mistral's templates require.
 const CALL_ID_LENGTH: usize = 9;
 
-/// One message of a conversation: the JSON object a chat template sees.
+/// One message of a conversation: the JSON object that chat templates read.
 ///
-/// Keys keep their order and unknown keys are kept, for templates see them.
+/// Keys keep their order, and unknown keys are preserved because templates may read them.
 /// Known keys are `role`, `content` (text, `null`, or a list of parts), `tool_calls`, `tool_call_id`, `name` and
 /// `reasoning_content`.
 ///
@@ -50,7 +50,7 @@ impl Message {
         Self::new("assistant", content)
     }
 
-    /// A message of the role `tool`: what a tool answered.
+    /// A message of the role `tool`: the result of a tool call.
     pub fn tool(content: impl Into<String>) -> Self {
         Self::new("tool", content)
     }
@@ -72,12 +72,12 @@ impl Message {
         self.fields.get(key)
     }
 
-    /// Takes `key` away and returns its value.
+    /// Removes `key` and returns its value.
     pub fn remove(&mut self, key: &str) -> Option<Value> {
         self.fields.shift_remove(key)
     }
 
-    /// The text: that of `content`, or of its text parts one after the other; empty where there is none.
+    /// The text of `content`, or its concatenated text parts; empty if there is no text.
     pub fn text(&self) -> String {
         match self.fields.get("content") {
             Some(Value::String(text)) => text.clone(),
@@ -86,18 +86,17 @@ impl Message {
         }
     }
 
-    /// The tool calls; empty where there is none.
+    /// The tool calls; may be empty.
     pub fn tool_calls(&self) -> &[Value] {
         self.fields.get("tool_calls").and_then(Value::as_array).map_or(&[], Vec::as_slice)
     }
 
-    /// The message as models write it: text parts joined into one text, and the `arguments` of a tool call that are JSON in a
-    /// string turned into the object they hold.
+    /// Joins text parts into one text, and parses the `arguments` of tool calls that are JSON in a string.
     ///
-    /// Templates write `arguments` by `tojson`, which would quote a string once more, and most expect text.
+    /// Templates write `arguments` with `tojson`, which would quote a string again, and most expect text as `content`.
     ///
     /// # Errors
-    /// The `type` of a part that is not text, or a part that says whether it is trained.
+    /// A part is not text, or says whether it is trained.
     pub fn normalized(mut self) -> Result<Self, String> {
         if let Some(Value::Array(parts)) = self.fields.get("content") {
             if let Some(part) = parts.iter().find(|part| part_text(part).is_none()) {
@@ -107,9 +106,7 @@ impl Message {
             if let Some(key) =
                 parts.iter().find_map(|part| PART_TRAIN_KEYS.into_iter().find(|key| part.get(*key).is_some()))
             {
-                return Err(format!(
-                    "`{key}` of a content part is not supported; use messages of their own with `train`"
-                ));
+                return Err(format!("`{key}` of a content part is not supported; use separate messages with `train`"));
             }
             let text = self.text();
             self.fields.insert("content".into(), Value::String(text));
@@ -158,12 +155,12 @@ impl TryFrom<Map<String, Value>> for Message {
         match fields.get("role") {
             Some(Value::String(_)) => {}
             Some(other) => return Err(format!("`role` must be a string, found {}", kind(other))),
-            None => return Err("a message needs the key `role`".into()),
+            None => return Err("the message has no key `role`".into()),
         }
         match fields.get("content") {
             None | Some(Value::Null | Value::String(_)) => {}
             Some(Value::Array(parts)) if parts.iter().all(|part| part.is_string() || part.is_object()) => {}
-            Some(Value::Array(_)) => return Err("`content` must hold strings or objects in its list".into()),
+            Some(Value::Array(_)) => return Err("`content` must be a list of strings or objects".into()),
             Some(other) => {
                 return Err(format!("`content` must be a string, null or a list of parts, found {}", kind(other)));
             }
@@ -183,7 +180,7 @@ impl From<Message> for Map<String, Value> {
     }
 }
 
-/// What a JSON value is, in words.
+/// Describes the type of a JSON value.
 pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -194,8 +191,8 @@ pub(crate) fn kind(value: &Value) -> &'static str {
         Value::Object(_) => "an object",
     }
 }
-/// The conversation with tool call ids of nine characters, which some templates require, and each answer with the id of its call.
-/// `None` if there are no calls.
+/// The conversation with tool call ids of nine characters, which some templates require, in calls and results. `None` if
+/// there are no calls.
 pub(super) fn with_call_ids(messages: &[Message]) -> Option<Vec<Message>> {
     let mut count = 0;
     let mut pending: Vec<(Option<Value>, String)> = Vec::new();

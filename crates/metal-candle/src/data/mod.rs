@@ -1,4 +1,4 @@
-//! Data: tokenizers, chat templates, datasets and packing.
+//! Prepares training data and prompts: tokenizers, chat templates, datasets and packing.
 
 mod chat;
 mod dataset;

@@ -1,10 +1,10 @@
-//! Packing: samples of unequal lengths into ragged batches.
+//! Packs samples of different lengths into ragged batches.
 
 use super::{Random, Sample};
 use crate::error::{Error, Result};
 use crate::models::{Batch, Targets};
 
-/// Most tokens and samples of a batch.
+/// The limits of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackingLimits {
     /// Most tokens of a batch; a sample that is longer gets a batch of its own.
@@ -20,10 +20,10 @@ impl PackingLimits {
     }
 }
 
-/// Distributes samples of these lengths (in tokens) over batches.
+/// Distributes samples of these lengths (in tokens) over batches, and returns indices into `lengths`.
 ///
-/// The samples are shuffled by `random`; each then goes into the first batch that has room for it (first fit). Every sample
-/// is in exactly one batch, empty ones in none. The result holds indices into `lengths`.
+/// The samples are shuffled with `random`; each is then added to the first batch with enough capacity (first fit). Every
+/// non-empty sample is in exactly one batch.
 ///
 /// # Errors
 /// A limit is 0.
@@ -35,31 +35,31 @@ pub fn pack(lengths: &[usize], limits: PackingLimits, random: &mut Random) -> Re
     }
     let mut order: Vec<usize> = (0..lengths.len()).filter(|&index| lengths[index] > 0).collect();
     random.shuffle(&mut order);
-    let mut room = Room::new(order.len());
+    let mut free = FreeTokens::new(order.len());
     let mut batches: Vec<Vec<usize>> = Vec::new();
     for index in order {
         let needed = lengths[index].min(limits.max_tokens);
-        let found = room.first_with(needed).filter(|&batch| batch < batches.len());
+        let found = free.first_with(needed).filter(|&batch| batch < batches.len());
         let batch = found.unwrap_or_else(|| {
             batches.push(Vec::new());
-            room.set(batches.len() - 1, limits.max_tokens);
+            free.set(batches.len() - 1, limits.max_tokens);
             batches.len() - 1
         });
         batches[batch].push(index);
         let is_full = batches[batch].len() >= limits.max_samples;
-        let left = room.get(batch) - needed;
-        room.set(batch, if is_full { 0 } else { left });
+        let left = free.get(batch) - needed;
+        free.set(batch, if is_full { 0 } else { left });
     }
     Ok(batches)
 }
 
-/// The free tokens of each batch in a tree of maxima, so that the first batch with enough room is found in O(log n).
-struct Room {
+/// The free tokens of each batch in a tree of maxima, which finds the first batch with enough capacity in O(log n).
+struct FreeTokens {
     leaves: usize,
     maxima: Vec<usize>,
 }
 
-impl Room {
+impl FreeTokens {
     fn new(num_batches: usize) -> Self {
         let leaves = num_batches.max(1).next_power_of_two();
         Self { leaves, maxima: vec![0; 2 * leaves] }
@@ -91,13 +91,13 @@ impl Room {
     }
 }
 
-/// The ragged batch of these samples and what each of its tokens should be followed by.
+/// Creates the ragged batch of these samples, and the target of each token.
 ///
-/// A token's target is the next token of its sample, with weight 1 if that one is trained and else 0; the last token of a
-/// sample has weight 0.
+/// A token's target is the next token of its sample, with weight 1 if the next token is trained, otherwise 0. The last
+/// token of a sample has weight 0.
 ///
 /// # Shapes
-/// Batch and targets hold one entry a token of the samples: `[tokens]`.
+/// Batch and targets have one entry per token of the samples: `[tokens]`.
 pub fn batch_of(samples: &[&Sample]) -> (Batch, Targets) {
     let batch = Batch::from_sequences(samples.iter().map(|sample| &sample.ids));
     let mut targets =

@@ -15,12 +15,12 @@ impl Random {
         Self { state: seed }
     }
 
-    /// A generator that goes on where the one that gave this state was.
+    /// A generator that continues from a saved state.
     pub fn from_state(state: u64) -> Self {
         Self { state }
     }
 
-    /// All there is to know about the generator.
+    /// The whole state of the generator.
     pub fn state(&self) -> u64 {
         self.state
     }
@@ -44,7 +44,7 @@ impl Random {
         (self.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
     }
 
-    /// A number below `bound`, each equally likely (Lemire, <https://arxiv.org/abs/1805.10941>, algorithm 5); 0 if `bound` is 0.
+    /// A uniform number below `bound` (Lemire, <https://arxiv.org/abs/1805.10941>, algorithm 5); 0 if `bound` is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         loop {
             let product = u128::from(self.next_u64()) * u128::from(bound);
@@ -55,7 +55,7 @@ impl Random {
         }
     }
 
-    /// Puts `items` into a random order, each equally likely (Fisher and Yates).
+    /// Shuffles `items` uniformly (Fisher and Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let other = self.below(last as u64 + 1) as usize;

@@ -1,4 +1,4 @@
-//! What a dataset holds, in numbers.
+//! Summarizes a dataset: rows, tokens, lengths, roles, duplicates, leakage and problems.
 
 use super::encode::{Details, RoleTokens};
 use super::files::{FileRow, Problems, read_rows};
@@ -14,25 +14,25 @@ const MAX_LISTED: usize = 100;
 /// Most bars of a histogram.
 const MAX_BARS: usize = 20;
 
-/// What the files of a dataset hold.
+/// A summary of the files of a dataset.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct DataReport {
-    /// One entry a file: train, then validation and test if there are any.
+    /// One entry per file: training, then validation and test if they exist.
     pub files: Vec<FileReport>,
-    /// Rows of the other files whose text is also in the first, white space aside.
+    /// Rows of the other files whose text is also in the first, ignoring white space.
     pub leakage: Duplicates,
-    /// What is odd but does no harm.
+    /// Harmless irregularities.
     pub notes: Vec<DataProblem>,
     /// Rows that cannot be used.
     pub problems: Vec<DataProblem>,
 }
 
-/// What a file holds.
+/// A summary of one file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct FileReport {
     /// The file.
     pub path: PathBuf,
-    /// The number of rows that can be used.
+    /// The number of usable rows.
     pub rows: usize,
     /// The number of tokens.
     pub tokens: usize,
@@ -40,13 +40,13 @@ pub struct FileReport {
     pub trained_tokens: usize,
     /// The lengths of the rows.
     pub lengths: Lengths,
-    /// The tokens of each role before rows are cut; `several` stands for turns that cannot be told apart.
+    /// The tokens of each role before rows are truncated; `several` counts turns that cannot be separated.
     pub roles: BTreeMap<String, RoleTokens>,
     /// The number of rows of each schema.
     pub schemas: BTreeMap<Schema, usize>,
-    /// Rows whose text an earlier row has.
+    /// Rows with the text of an earlier row.
     pub exact_duplicates: Duplicates,
-    /// Rows whose text an earlier row has, white space aside; the exact ones are among them.
+    /// Rows with the text of an earlier row, ignoring white space; includes the exact duplicates.
     pub near_duplicates: Duplicates,
 }
 
@@ -59,7 +59,7 @@ pub struct Lengths {
     pub max: usize,
     /// The mean.
     pub mean: f64,
-    /// The 50th, 90th, 95th and 99th percentile: the least length that so many rows do not exceed.
+    /// The 50th, 90th, 95th and 99th percentile: the smallest length that this share of the rows does not exceed.
     pub percentiles: [(u8, usize); 4],
     /// Bars of equal width.
     pub histogram: Vec<Bar>,
@@ -68,24 +68,24 @@ pub struct Lengths {
 /// One bar of a histogram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Bar {
-    /// The least length counted.
+    /// The smallest length of the bar.
     pub from: usize,
-    /// The greatest length counted.
+    /// The largest length of the bar.
     pub to: usize,
     /// The number of rows.
     pub rows: usize,
 }
 
-/// Rows that are found twice.
+/// Duplicate rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Duplicates {
-    /// How many.
+    /// The number of duplicates.
     pub count: usize,
-    /// The first hundred of them.
+    /// The first hundred duplicates.
     pub listed: Vec<Duplicate>,
 }
 
-/// A row that is found twice.
+/// A duplicate row.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Duplicate {
     /// The file.
@@ -106,10 +106,10 @@ impl Duplicates {
 }
 
 impl DataReport {
-    /// Reads all rows at `path`, a file or a folder, as training would.
+    /// Reads all rows of `path`, a file or a folder, as training does.
     ///
     /// # Errors
-    /// A file cannot be read; rows that cannot be used are no error but in the report.
+    /// A file cannot be read. Unusable rows are listed in the report instead.
     pub fn of(path: impl AsRef<Path>, tokenizer: &Tokenizer, options: &DatasetOptions) -> Result<Self> {
         let files = DatasetFiles::find(path)?;
         let mut report = Self::default();
@@ -184,7 +184,7 @@ impl FileCounts {
     }
 }
 
-/// The line where a hash was seen first; the line is remembered if it is this one.
+/// The first line with this hash; records the line if it is the first.
 fn seen(lines: &mut HashMap<u64, usize>, hash: u64, line: usize) -> Option<usize> {
     match lines.entry(hash) {
         Entry::Occupied(entry) => Some(*entry.get()),
@@ -196,7 +196,7 @@ fn seen(lines: &mut HashMap<u64, usize>, hash: u64, line: usize) -> Option<usize
 }
 
 impl Lengths {
-    /// The numbers of these lengths.
+    /// Computes the statistics of these lengths.
     pub fn of(mut lengths: Vec<usize>) -> Self {
         lengths.sort_unstable();
         let (Some(&min), Some(&max)) = (lengths.first(), lengths.last()) else { return Self::default() };
@@ -214,7 +214,7 @@ impl Lengths {
     }
 }
 
-/// Bars of the least width out of 1, 2, 5, 10, 20, 50 ... that needs no more than `MAX_BARS` of them.
+/// A histogram with the smallest bar width out of 1, 2, 5, 10, 20, 50 ... that needs at most `MAX_BARS` bars.
 fn histogram(sorted: &[usize]) -> Vec<Bar> {
     let (Some(&min), Some(&max)) = (sorted.first(), sorted.last()) else { return Vec::new() };
     let mut width = 1_usize;
@@ -243,7 +243,7 @@ pub struct Span {
     pub trained: bool,
 }
 
-/// The text of a sample in parts that are trained and parts that are not.
+/// Splits the text of a sample into trained and untrained spans.
 ///
 /// # Errors
 /// The tokens cannot be decoded.

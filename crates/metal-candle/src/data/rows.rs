@@ -1,11 +1,11 @@
-//! Schemas: what the keys of a row mean.
+//! Detects the schema of a row and parses it.
 
 use super::Message;
 use super::message::kind;
 use serde_json::{Map, Value, json};
 use std::fmt;
 
-/// The schema of a row, found by its keys.
+/// The schema of a row, determined by its keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Schema {
@@ -17,9 +17,9 @@ pub enum Schema {
     Completions,
     /// `text`.
     Text,
-    /// `instruction` and `output`, perhaps `input`, `system` and `history`.
+    /// `instruction` and `output`, optionally `input`, `system` and `history`.
     Alpaca,
-    /// `conversations` with `from` and `value`, perhaps `system` and `tools`.
+    /// `conversations` with `from` and `value`, optionally `system` and `tools`.
     ShareGpt,
 }
 
@@ -36,7 +36,7 @@ impl fmt::Display for Schema {
     }
 }
 
-/// A row in the words of no schema.
+/// A parsed row, independent of its schema.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Row {
     Conversation(Conversation),
@@ -47,7 +47,7 @@ pub(super) enum Row {
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Conversation {
     pub messages: Vec<Message>,
-    /// For each message whether the row says that it is trained or not.
+    /// For each message whether it is trained; `None` if the row does not say.
     pub train: Vec<Option<bool>>,
     pub tools: Option<Vec<Value>>,
     /// The row's variables of the chat template, `chat_template_kwargs`.
@@ -61,7 +61,7 @@ impl Conversation {
     }
 }
 
-/// The schema and meaning of a parsed row.
+/// Detects the schema of a JSON row and converts it.
 pub(super) fn parse(row: Value) -> Result<(Schema, Row), String> {
     let Value::Object(mut row) = row else {
         return Err(format!("expected an object, found {}", kind(&row)));
@@ -123,13 +123,13 @@ fn tools(row: &mut Map<String, Value>) -> Result<Option<Vec<Value>>, String> {
     }
 }
 
-/// The list of objects under `key`, or the one in a JSON string there.
+/// The list of objects at `key`, which may be in a JSON string.
 fn tool_list(row: &mut Map<String, Value>, key: &str) -> Result<Option<Vec<Value>>, String> {
     let tools = match row.remove(key) {
         None => return Ok(None),
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
         Some(Value::String(text)) => {
-            serde_json::from_str(&text).map_err(|e| format!("`{key}` holds a string that is not valid JSON: {e}"))?
+            serde_json::from_str(&text).map_err(|e| format!("`{key}` is a string that is not valid JSON: {e}"))?
         }
         Some(tools) => tools,
     };
@@ -139,7 +139,7 @@ fn tool_list(row: &mut Map<String, Value>, key: &str) -> Result<Option<Vec<Value
     }
 }
 
-/// A function description or call in the form that `tools` and `tool_calls` hold.
+/// Converts a function description or call to the form of `tools` and `tool_calls`.
 fn as_tool(function: Value) -> Value {
     if function.get("function").is_some_and(Value::is_object) {
         return function;
@@ -147,21 +147,21 @@ fn as_tool(function: Value) -> Value {
     json!({"type": "function", "function": function})
 }
 
-/// The variables of the chat template that a row sets: the object under `chat_template_kwargs`, or in a JSON string there.
+/// The chat template variables of a row: the object at `chat_template_kwargs`, which may be in a JSON string.
 fn variables(row: &mut Map<String, Value>) -> Result<Map<String, Value>, String> {
     let key = "chat_template_kwargs";
     let value = match row.remove(key) {
         None => return Ok(Map::new()),
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(Map::new()),
         Some(Value::String(text)) => {
-            serde_json::from_str(&text).map_err(|e| format!("`{key}` holds a string that is not valid JSON: {e}"))?
+            serde_json::from_str(&text).map_err(|e| format!("`{key}` is a string that is not valid JSON: {e}"))?
         }
         Some(value) => value,
     };
     let Value::Object(mut variables) = value else {
         return Err(format!("`{key}` must be an object, found {}", kind(&value)));
     };
-    // datasets libraries give every row the keys of all rows, `null` where a row has no value
+    // dataset libraries give every row the keys of all rows, with `null` for missing values
     variables.retain(|_, value| !value.is_null());
     match variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {
         Some(name) => Err(format!("`{key}` cannot set `{name}`, which comes from the row")),
@@ -169,7 +169,7 @@ fn variables(row: &mut Map<String, Value>) -> Result<Map<String, Value>, String>
     }
 }
 
-/// Variables of a chat template that a row's messages and tools define.
+/// Chat template variables that are set from a row's messages and tools.
 const RESERVED_VARIABLES: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
 fn completions(row: &mut Map<String, Value>) -> Result<Row, String> {
@@ -217,7 +217,7 @@ fn alpaca(row: &mut Map<String, Value>) -> Result<Conversation, String> {
     Ok(conversation)
 }
 
-/// The messages under `key`, with `from` and `value` allowed for `role` and `content`.
+/// The messages at `key`; `from` and `value` are accepted for `role` and `content`.
 fn conversation(row: &mut Map<String, Value>, key: &str) -> Result<Conversation, String> {
     let messages = match row.remove(key) {
         Some(Value::Array(messages)) => messages,
@@ -257,7 +257,7 @@ fn message(value: Value) -> Result<(Message, Option<bool>), String> {
             "observation" | "function" | "function_response" => "tool",
             other => {
                 return Err(format!(
-                    "expected the role `system`, `developer`, `user`, `assistant` or `tool`, or a name sharegpt has for one, found `{other}`"
+                    "expected the role `system`, `developer`, `user`, `assistant` or `tool`, or its name in sharegpt, found `{other}`"
                 ));
             }
         };
@@ -274,7 +274,7 @@ fn message(value: Value) -> Result<(Message, Option<bool>), String> {
     Ok((message, train))
 }
 
-/// Keys that say whether a message is trained, with the truth value that stands for trained.
+/// Keys that say whether a message is trained, with the value that means trained.
 const TRAIN_KEYS: [(&str, bool); 8] = [
     ("train", true),
     ("trainable", true),
@@ -285,10 +285,10 @@ const TRAIN_KEYS: [(&str, bool); 8] = [
     ("loss_mask", true),
     ("masked", false),
 ];
-/// Keys of other programs that choose what is trained in a way that is not supported.
+/// Keys of other programs that select trained text in an unsupported way.
 const UNSUPPORTED_TRAIN_KEYS: [&str; 4] = ["train_detail", "training_detail", "mask", "loss_weight"];
 
-/// Whether a message says that it is trained: `train`, or a key that stands for it elsewhere such as `weight` or `loss_mask`.
+/// Whether a message says that it is trained: `train`, or the key of another program such as `weight` or `loss_mask`.
 fn train(fields: &mut Map<String, Value>) -> Result<Option<bool>, String> {
     let mut found: Option<(&str, bool)> = None;
     for (key, stands_for_trained) in TRAIN_KEYS {
@@ -314,7 +314,7 @@ fn train(fields: &mut Map<String, Value>) -> Result<Option<bool>, String> {
     }
 }
 
-/// A row cannot say as a whole that it is not trained; losing that would train it.
+/// Returns an error for a training flag of a whole row: ignoring it would train the row.
 fn refuse_row_train_keys(row: &Map<String, Value>) -> Result<(), String> {
     for (key, stands_for_trained) in TRAIN_KEYS {
         let is_refused = match row.get(key) {
@@ -325,14 +325,14 @@ fn refuse_row_train_keys(row: &Map<String, Value>) -> Result<(), String> {
         };
         if is_refused {
             return Err(format!(
-                "`{key}` of a whole row is not supported; set `train` of its messages or leave the row out"
+                "`{key}` of a whole row is not supported; set `train` of its messages or remove the row"
             ));
         }
     }
     Ok(())
 }
 
-/// `OpenAI`'s older `function_call` of a message, as an entry of `tool_calls`.
+/// Converts `OpenAI`'s older `function_call` of a message to an entry of `tool_calls`.
 fn take_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
     let call = match fields.shift_remove("function_call") {
         None | Some(Value::Null) => return Ok(()),
@@ -354,10 +354,10 @@ fn take_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// Keys under which other programs put the text of an answer.
+/// Keys of other programs for the text of an answer.
 const TEXT_KEYS: [&str; 5] = ["text", "value", "refusal", "response", "output"];
 
-/// An answer without `content` whose text is under another key would be trained as an empty one.
+/// Returns an error for an answer with its text at another key than `content`: it would be trained as an empty answer.
 fn refuse_text_elsewhere(fields: &Map<String, Value>) -> Result<(), String> {
     let is_text = |key: &str| fields.get(key).and_then(Value::as_str).is_some_and(|text| !text.is_empty());
     let has_content = match fields.get("content") {
@@ -366,12 +366,12 @@ fn refuse_text_elsewhere(fields: &Map<String, Value>) -> Result<(), String> {
         Some(_) => true,
     };
     match TEXT_KEYS.into_iter().find(|key| !has_content && is_text(key)) {
-        Some(key) => Err(format!("the message has no `content`, but text under `{key}`; rename the key to `content`")),
+        Some(key) => Err(format!("the message has no `content`, but text at `{key}`; rename the key to `content`")),
         None => Ok(()),
     }
 }
 
-/// sharegpt writes a tool call as the JSON text of one or several `{name, arguments}`.
+/// Reads a tool call of sharegpt: JSON text of one or several `{name, arguments}`.
 fn read_function_call(fields: &mut Map<String, Value>) -> Result<(), String> {
     let text = fields.get("content").and_then(Value::as_str).ok_or("a function call must be a string")?;
     let call: Value = serde_json::from_str(text).map_err(|e| format!("a function call is not valid JSON: {e}"))?;

@@ -1,4 +1,4 @@
-//! Rows of token ids, and the options by which rows of a file become samples.
+//! [`Sample`], a row of token ids, and [`DatasetOptions`], which determine how rows become samples.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,9 +17,9 @@ pub struct Source {
 pub struct Sample {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// For each token whether its prediction is trained; the entry of the first token has no effect.
+    /// For each token whether its prediction is trained; the flag of the first token has no effect.
     pub trained: Vec<bool>,
-    /// The file and line it was read from, if any.
+    /// The file and line, if the sample was read from a file.
     pub source: Option<Source>,
 }
 
@@ -30,13 +30,13 @@ impl Sample {
     }
 }
 
-/// Which assistant turns of a conversation are trained where its messages do not say so by `train`.
+/// Which assistant turns of a conversation are trained if its messages have no `train` key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TrainedTurns {
-    /// Every one.
+    /// All turns.
     #[default]
     All,
-    /// The last one.
+    /// The last turn.
     Last,
 }
 
@@ -45,13 +45,13 @@ pub enum TrainedTurns {
 pub struct DatasetOptions {
     /// Most tokens of a row.
     pub max_tokens: Option<usize>,
-    /// Whether a row that is too long is cut at its end instead of being refused.
+    /// Whether rows that are too long are truncated instead of refused.
     pub truncate: bool,
     /// The assistant turns that are trained.
     pub trained_turns: TrainedTurns,
-    /// Whether only answers are trained; else every token is.
+    /// Whether only answers are trained; otherwise every token is.
     pub mask_prompt: bool,
-    /// The number of tokens that the model has embeddings for; a row with a token id at or above it cannot be used.
+    /// The number of rows of the model's embedding; a data row with a token id at or above it is refused.
     pub vocab_size: Option<usize>,
 }
 

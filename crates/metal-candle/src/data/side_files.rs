@@ -1,11 +1,11 @@
-//! Reads the JSON files of a tokenizer folder and the special tokens that they name.
+//! Reads the JSON files of a tokenizer folder and their special tokens.
 
 use crate::error::{Error, Result};
 use crate::files::read_if_exists;
 use serde_json::Value;
 use std::path::Path;
 
-/// Largest accepted `tokenizer.json`, in bytes; that of Gemma 3 has 33 MB.
+/// Largest accepted `tokenizer.json`, in bytes; Gemma 3's has 33 MB.
 pub(super) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 /// Largest accepted `tokenizer_config.json` and `special_tokens_map.json`.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;

@@ -1,4 +1,4 @@
-//! Where the assistant's turns are in a rendered conversation.
+//! Finds the assistant's turns in a rendered conversation.
 
 use super::chat::{REASONING_KEYS, message_value, tools_value};
 use super::jinja::{GENERATION_END, GENERATION_MARKS, GENERATION_START};
@@ -9,25 +9,25 @@ use serde_json::{Map, Value};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
-/// A text that no conversation holds: private-use characters at both ends.
+/// A text that no conversation contains: private-use characters at both ends.
 const SENTINEL: &str = "\u{E0F7}0\u{E0F8}";
-/// Most messages of a conversation whose boundaries are found by rendering each of its beginnings.
+/// Most messages of a conversation whose boundaries are found by rendering each prefix.
 const MAX_BEGINNINGS: usize = 64;
 
-/// A conversation as text.
+/// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct RenderedConversation {
     pub text: String,
-    /// The bytes that are trained, in order: those of each wanted turn, its end token included.
+    /// The trained byte ranges, in order: each requested turn with its end token.
     pub spans: Vec<Range<usize>>,
-    /// Whether the template marks the spans itself, by `{% generation %}`.
+    /// Whether the template marks the spans with `{% generation %}`.
     pub has_marks: bool,
-    /// Where messages begin and end in the text, if they can be found.
+    /// The positions of messages in the text, if they can be found.
     strings: Option<Strings>,
     pub notes: BTreeSet<RenderNote>,
 }
 
-/// What is odd about a rendered conversation.
+/// An irregularity of a rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum RenderNote {
     LosesText,
@@ -37,20 +37,20 @@ pub(super) enum RenderNote {
     ReplacesIds,
 }
 
-/// Finds turns in what a template writes.
+/// Finds turns in rendered conversations.
 pub(super) struct SpanFinder<'a> {
     template: &'a ChatTemplate,
     /// Longest first.
     special_tokens: Vec<String>,
-    /// Whether the template writes more when an answer is to follow.
+    /// Whether the template has a generation prompt.
     has_generation_prompt: bool,
-    /// What it writes before an answer if it writes no more when one is to follow; white space belongs to the answer.
+    /// The text before an answer, for a template without a generation prompt; white space belongs to the answer.
     header: String,
-    /// The special tokens that the template puts after an answer.
+    /// The special tokens that the template writes after an answer.
     end_tokens: Vec<String>,
 }
 
-/// A conversation in the template engine's form.
+/// A conversation converted for the template engine.
 struct View<'a> {
     template: &'a ChatTemplate,
     messages: Vec<minijinja::Value>,
@@ -72,25 +72,25 @@ impl<'a> View<'a> {
         self.template.render_values(messages, self.tools.as_ref(), add_generation_prompt, self.variables)
     }
 
-    /// The first `count` messages, if the template takes them.
+    /// Renders the first `count` messages; `None` if the template refuses them.
     fn prefix(&self, count: usize, add_generation_prompt: bool) -> Option<String> {
         self.render(&self.messages[..count], add_generation_prompt).ok()
     }
 
-    /// Bytes of the first `count` messages where their text is a beginning of the whole.
+    /// The length of the first `count` messages, if their rendering is a prefix of the whole text.
     fn beginning(&self, text: &str, count: usize, add_generation_prompt: bool) -> Option<usize> {
         let prefix = self.prefix(count, add_generation_prompt)?;
         text.starts_with(prefix.as_str()).then_some(prefix.len())
     }
 
-    /// The conversation with another message in place of number `turn`.
+    /// Renders the conversation with the message at index `turn` replaced.
     fn with(&self, turn: usize, message: &Message) -> Option<String> {
         let mut messages = self.messages.clone();
         *messages.get_mut(turn)? = message_value(message);
         self.render(&messages, false).ok()
     }
 
-    /// Whether the template prints `None` for the content of an answer that is null.
+    /// Whether the template prints `None` for null content of an answer.
     fn writes_none(&self, messages: &[Message], text: &str, wanted: &[usize]) -> bool {
         let is_null = |message: &Message| message.get("content") == Some(&Value::Null);
         if !wanted.iter().any(|&turn| is_null(&messages[turn])) {
@@ -103,7 +103,7 @@ impl<'a> View<'a> {
         filled.matches("None").count() < text.matches("None").count()
     }
 
-    /// Where the strings of the messages are in the text.
+    /// The positions of the messages' strings in the text.
     fn strings(&self, messages: &[Message], text: &str) -> Option<Strings> {
         let attempts = [true, false].into_iter().map(|calls| {
             let marker = Marker::new(messages, calls);
@@ -113,7 +113,7 @@ impl<'a> View<'a> {
         attempts.flatten().next().map(|found| Strings::new(found, messages.len()))
     }
 
-    /// The parts of the text in `{% generation %}`, if the template marks any.
+    /// The ranges in `{% generation %}` blocks, if the template has them.
     fn generation_ranges(&self, text: &str) -> Option<Vec<Range<usize>>> {
         if !self.template.has_generation_marks() {
             return None;
@@ -146,13 +146,13 @@ impl<'a> SpanFinder<'a> {
         self.template
     }
 
-    /// Renders a conversation and finds the `wanted` turns in it: what the model has to write after the prompt, up to and with the
-    /// token that ends the turn.
+    /// Renders a conversation and finds the `wanted` turns in it: the text that the model has to generate after the prompt,
+    /// including the token that ends the turn.
     ///
-    /// What the template marks by `{% generation %}` is what is trained. Without marks, a turn lies between the rendering of the
-    /// messages before it and that of the messages up to it, where both are a beginning of the whole. Templates that change
-    /// earlier turns when later ones come (reasoning is dropped) break this; there the turn is what lies around its strings.
-    /// Turns with the same text around their strings are looked at once, so the time is linear.
+    /// If the template marks the answers with `{% generation %}`, the marks are used. Otherwise, a turn is the text between the
+    /// renderings of the messages before it and of the messages including it, if both are prefixes of the whole text. This
+    /// fails for templates that change earlier turns when later ones follow (for example, drop their reasoning); then a turn
+    /// is found around its strings. Turns with the same text around their strings are analysed once, so the time is linear.
     pub(super) fn render(
         &self,
         messages: &[Message],
@@ -220,13 +220,16 @@ impl<'a> SpanFinder<'a> {
             };
             let parts = parts.filter(|parts| parts.first().is_some_and(|part| last_end <= part.start));
             spans.extend(parts.ok_or_else(|| {
-                format!("the chat template hides where message {} begins and ends, so it cannot be trained", turn + 1)
+                format!(
+                    "cannot find message {} in the text that the chat template writes, so it cannot be trained",
+                    turn + 1
+                )
             })?);
         }
         Ok(spans)
     }
 
-    /// The parts of a turn around its strings, without what other messages put between them.
+    /// The ranges of a turn around its strings, without text of other messages between them.
     fn parts<'t>(
         &self,
         view: &View,
@@ -254,7 +257,7 @@ impl<'a> SpanFinder<'a> {
         (!parts.is_empty()).then_some(parts)
     }
 
-    /// Bytes of a turn before its first string and after its last.
+    /// The lengths of the text of a turn before its first string and after its last.
     fn around(
         &self,
         view: &View,
@@ -279,7 +282,7 @@ impl<'a> SpanFinder<'a> {
         let limit = ended.filter(in_trail).or_else(|| tail.filter(|tail| tail.1).map(|tail| tail.0));
         let until = limit.unwrap_or(room.end);
         let end = self.end_in(&text[own.end..until]).map(|len| own.end + len);
-        // the last message of a beginning may lack its end token
+        // the last message of a prefix may lack its end token
         let end = end.unwrap_or_else(|| match (limit, self.after_end_token(text, until)) {
             (Some(_), after) if after <= room.end => after,
             (Some(limit), _) => limit,
@@ -288,7 +291,7 @@ impl<'a> SpanFinder<'a> {
         (own.start - start, end - own.end)
     }
 
-    /// The turn without the one part that later messages put into it: what its rendering as the last message lacks.
+    /// The turn without the one part that later messages insert into it: the text that its rendering as the last message lacks.
     fn without_foreign(
         &self,
         view: &View,
@@ -308,7 +311,7 @@ impl<'a> SpanFinder<'a> {
         if common_suffix(&whole[start..], &alone[start..]) < rest {
             return None;
         }
-        // equal text on both sides of the insertion leaves open where it begins; not within a token
+        // equal text on both sides makes the start of the insertion ambiguous; do not start within a token
         let is_cut = |at: usize| {
             self.special_tokens.iter().any(|token| {
                 let from = (at + 1).saturating_sub(token.len());
@@ -327,7 +330,7 @@ impl<'a> SpanFinder<'a> {
         foreign.iter().all(covers).then(|| vec![span.start..hole.start, hole.end..span.end])
     }
 
-    /// An error for texts and calls of trained turns that the template leaves out.
+    /// Returns an error if the template omits texts or calls of trained turns.
     fn check_lost(
         view: &View,
         messages: &[Message],
@@ -337,7 +340,7 @@ impl<'a> SpanFinder<'a> {
         notes: &mut BTreeSet<RenderNote>,
     ) -> Result<(), String> {
         let lost = strings.map(Strings::lost).unwrap_or_default();
-        // a template may write the numbers of a call and none of its strings; all turns are alike in this
+        // a template may write a call's numbers and none of its strings; this is the same for all turns
         let mut writes_calls = None;
         for &turn in wanted {
             let message = &messages[turn];
@@ -367,7 +370,7 @@ impl<'a> SpanFinder<'a> {
             for (_, note, what) in lost.into_iter().filter(|(is_lost, ..)| *is_lost) {
                 if loses_all {
                     let turn = turn + 1;
-                    return Err(format!("the chat template leaves out the {what} of message {turn}, which is trained"));
+                    return Err(format!("the chat template omits the {what} of message {turn}, which is trained"));
                 }
                 notes.insert(note);
             }
@@ -375,8 +378,7 @@ impl<'a> SpanFinder<'a> {
         Ok(())
     }
 
-    /// The byte offset at which each message ends in the rendered text; `None` if its end and the next message's start are not
-    /// distinguishable.
+    /// The byte offset of the end of each message in the rendered text; `None` if it cannot be separated from the next message.
     pub(super) fn boundaries(
         &self,
         messages: &[Message],
@@ -411,7 +413,7 @@ impl<'a> SpanFinder<'a> {
             .collect()
     }
 
-    /// A turn without strings that can be found.
+    /// Finds a turn that has no strings.
     fn span(&self, view: &View, messages: &[Message], text: &str, turn: usize) -> Option<Range<usize>> {
         let start = if self.has_generation_prompt { view.beginning(text, turn, true) } else { None };
         let is_last = turn + 1 == messages.len();
@@ -431,7 +433,7 @@ impl<'a> SpanFinder<'a> {
         (span.start < end).then_some(span.start..end)
     }
 
-    /// What changes in the whole when the text of a turn does.
+    /// The range of the whole text that changes with the text of a turn.
     fn changed(view: &View, messages: &[Message], text: &str, turn: usize) -> Option<Range<usize>> {
         let mut plain = messages.get(turn)?.clone().with("content", SENTINEL);
         let with_calls = plain.clone();
@@ -446,8 +448,7 @@ impl<'a> SpanFinder<'a> {
         Some(start..end)
     }
 
-    /// The end of what the template writes after the string before a turn when that turn is to follow, at the beginning of the room
-    /// between the two.
+    /// Between the string before a turn and the turn: the end of the text that the template writes before it knows the turn.
     fn after_tail(
         &self,
         view: &View,
@@ -460,12 +461,12 @@ impl<'a> SpanFinder<'a> {
         let anchor = strings.anchor(text, room.start)?;
         let tails = prompted.rmatch_indices(anchor).map(|(at, _)| &prompted[at + anchor.len()..]);
         let leads = tails.filter_map(|tail| text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str()));
-        // a short string may be found within the header too
+        // a short string may also occur in the header
         leads.map(|lead| room.end - lead.len()).max()
     }
 
-    /// The end of what the template writes after the last string of a turn when nothing follows, at the beginning of the room after it,
-    /// and whether that is all of it.
+    /// After the last string of a turn: the end of the text that the template writes if nothing follows, and whether all of that
+    /// text was found.
     fn before_next(
         &self,
         view: &View,
@@ -479,7 +480,7 @@ impl<'a> SpanFinder<'a> {
         let tails = alone.rmatch_indices(anchor).map(|(at, _)| &alone[at + anchor.len()..]);
         let lens = tails.map(|tail| {
             let len = common_prefix(tail, &text[room.clone()]);
-            // not within a token that ends the last turn only
+            // do not stop within a token that ends only the last turn
             let tokens = super::turn_end::tokens_in(tail, &self.special_tokens);
             let cut = tokens.into_iter().find(|(at, token)| (*at..at + token.len()).contains(&len));
             (cut.map_or(len, |(at, _)| at), len == tail.len())
@@ -487,7 +488,7 @@ impl<'a> SpanFinder<'a> {
         lens.max().map(|(len, is_whole)| (room.start + len, is_whole))
     }
 
-    /// The parts of a span without all that lies between a turn's strings around those of other messages.
+    /// Removes other messages' strings, and the text around them, from a span.
     fn between_strings(
         &self,
         view: &View,
@@ -512,7 +513,7 @@ impl<'a> SpanFinder<'a> {
         parts
     }
 
-    /// A turn between two renderings, where both are beginnings of the whole.
+    /// A turn between two renderings that are prefixes of the whole text.
     fn between_beginnings(&self, view: &View, text: &str, turn: usize) -> Option<Range<usize>> {
         let start = view.beginning(text, turn, true).filter(|_| self.has_generation_prompt)?;
         let is_last = turn + 1 == view.messages.len();
@@ -522,7 +523,7 @@ impl<'a> SpanFinder<'a> {
         (span.start < end).then_some(span.start..end)
     }
 
-    /// The end of the generation prompt, or of its longest part, before a turn's first string, with no end of a turn between the two.
+    /// The end of the generation prompt, or of its longest part, before a turn's first string, without an end token in between.
     fn after_header(&self, view: &View, before: &str, turn: usize, from: usize) -> Option<usize> {
         let (bare, prompted) = (view.prefix(turn, false)?, view.prefix(turn, true)?);
         let header = prompted.strip_prefix(bare.as_str()).filter(|header| !header.is_empty())?;
@@ -538,20 +539,20 @@ impl<'a> SpanFinder<'a> {
         })
     }
 
-    /// The end of the messages before a turn, with nothing but white space between it and the turn's text: the model writes that too.
+    /// The end of the previous messages, if only white space separates it from the turn's text: the model generates it, too.
     fn after_space(view: &View, text: &str, turn: usize, text_start: usize) -> Option<usize> {
         let before = view.beginning(text, turn, false)?;
         let between = text.get(before..text_start)?;
         between.trim().is_empty().then_some(before)
     }
 
-    /// Bytes up to the end of the first end token.
+    /// The length up to the end of the first end token.
     fn end_in(&self, text: &str) -> Option<usize> {
         let ends = self.end_tokens.iter().filter_map(|token| Some(text.find(token.as_str())? + token.len()));
         ends.min()
     }
 
-    /// The end of the end token that follows a turn's text, white space between them aside.
+    /// The end of the end token that follows a turn's text, possibly after white space.
     fn after_end_token(&self, text: &str, text_end: usize) -> usize {
         let rest = text[text_end..].trim_start();
         let token = self.end_tokens.iter().find(|token| rest.starts_with(token.as_str()));
@@ -566,7 +567,7 @@ impl<'a> SpanFinder<'a> {
     }
 }
 
-/// The marks that share bytes with one of the spans; both are in order.
+/// The marks that overlap one of the spans; both are sorted.
 fn overlapping(mut marks: Vec<Range<usize>>, spans: &[Range<usize>]) -> Vec<Range<usize>> {
     marks.retain(|mark| {
         let after = spans.partition_point(|span| span.end <= mark.start);
@@ -575,13 +576,13 @@ fn overlapping(mut marks: Vec<Range<usize>>, spans: &[Range<usize>]) -> Vec<Rang
     marks
 }
 
-/// Bytes of the characters that both texts begin with.
+/// The length of the common prefix, in whole characters.
 fn common_prefix(a: &str, b: &str) -> usize {
     let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
     same.map(|(c, _)| c.len_utf8()).sum()
 }
 
-/// Bytes of the characters that both texts end with.
+/// The length of the common suffix, in whole characters.
 fn common_suffix(a: &str, b: &str) -> usize {
     let same = a.chars().rev().zip(b.chars().rev()).take_while(|(a, b)| a == b);
     same.map(|(c, _)| c.len_utf8()).sum()

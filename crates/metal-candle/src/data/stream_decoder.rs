@@ -1,28 +1,28 @@
-//! Decoding one token at a time.
+//! Decodes a stream of tokens to text.
 
 use super::Tokenizer;
 use crate::error::Result;
 use tokenizers::DecoderWrapper;
 
-/// Most tokens that are held back while their text is not complete.
+/// Most tokens that are held back while their text is incomplete.
 const MAX_PENDING: usize = 16;
 
-/// Turns tokens into text as they come, never half a character.
+/// Decodes one token at a time and never returns half a character.
 ///
-/// A character may be spread over several tokens; its bytes are held back until it is whole, or cannot become one (then `U+FFFD`
-/// takes their place, as in [`Tokenizer::decode`]). All pieces together are the text of all tokens.
+/// A character may span several tokens; its bytes are held back until it is complete or invalid (then `U+FFFD` replaces
+/// them, as in [`Tokenizer::decode`]). The concatenated chunks are the text of all tokens.
 ///
 /// ```no_run
 /// # fn main() -> metal_candle::Result<()> {
 /// let tokenizer = metal_candle::data::Tokenizer::from_folder("model")?;
 /// let mut decoder = tokenizer.stream_decoder(true);
 /// for id in tokenizer.encode("naïve 🦀", false)? {
-///     if let Some(piece) = decoder.push(id)? {
-///         print!("{piece}");
+///     if let Some(chunk) = decoder.push(id)? {
+///         print!("{chunk}");
 ///     }
 /// }
-/// if let Some(piece) = decoder.flush()? {
-///     print!("{piece}");
+/// if let Some(chunk) = decoder.flush()? {
+///     print!("{chunk}");
 /// }
 /// # Ok(())
 /// # }
@@ -36,27 +36,27 @@ pub struct StreamDecoder {
 
 #[derive(Debug, Clone)]
 enum State {
-    /// Tokens are bytes: those that are not yet a character.
+    /// Byte-level tokens: the bytes of an incomplete character.
     Bytes(Vec<u8>),
-    /// Tokens whose text depends on those before: the last ones, and how many of them are already told.
-    Window { ids: Vec<u32>, told: usize },
+    /// Tokens whose text depends on the previous tokens: the last tokens, and the number of them whose text was returned.
+    Window { ids: Vec<u32>, returned: usize },
 }
 
 impl Tokenizer {
-    /// A decoder that takes one token at a time.
+    /// A decoder of one token at a time.
     pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
         StreamDecoder::new(self.clone(), skip_special)
     }
 }
 
 impl StreamDecoder {
-    /// A decoder at the beginning of a text.
+    /// A decoder at the start of a text.
     pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
         let state = empty_state(&tokenizer);
         Self { tokenizer, skip_special, state }
     }
 
-    /// Adds a token and returns the text that is now complete, if any.
+    /// Adds a token and returns the completed text, if any.
     ///
     /// # Errors
     /// The tokenizer's decoder fails.
@@ -78,7 +78,7 @@ impl StreamDecoder {
         }
     }
 
-    /// The text that was held back, if any; the decoder is then at the beginning of a text.
+    /// Returns the text that was held back, if any, and resets the decoder to the start of a text.
     ///
     /// # Errors
     /// The tokenizer's decoder fails.
@@ -92,19 +92,19 @@ impl StreamDecoder {
     }
 
     fn take_window(&mut self, all: bool) -> Result<Option<String>> {
-        let State::Window { ids, told } = &mut self.state else { return Ok(None) };
-        let before = self.tokenizer.decode(&ids[..*told], self.skip_special)?;
+        let State::Window { ids, returned } = &mut self.state else { return Ok(None) };
+        let before = self.tokenizer.decode(&ids[..*returned], self.skip_special)?;
         let text = self.tokenizer.decode(ids, self.skip_special)?;
-        let is_held_back = text.ends_with(char::REPLACEMENT_CHARACTER) && ids.len() - *told < MAX_PENDING;
+        let is_held_back = text.ends_with(char::REPLACEMENT_CHARACTER) && ids.len() - *returned < MAX_PENDING;
         if is_held_back && !all {
             return Ok(None);
         }
         let common = before.bytes().zip(text.bytes()).take_while(|(a, b)| a == b).count();
         let start = (0..=common).rev().find(|&start| text.is_char_boundary(start)).unwrap_or(0);
         let piece = text[start..].to_string();
-        // the tokens told last are kept: whether a space comes before the next one depends on them
-        ids.drain(..*told);
-        *told = ids.len();
+        // keep the last tokens: they determine whether a space precedes the next token
+        ids.drain(..*returned);
+        *returned = ids.len();
         Ok(some_text(piece))
     }
 }
@@ -112,7 +112,7 @@ impl StreamDecoder {
 fn empty_state(tokenizer: &Tokenizer) -> State {
     match tokenizer.raw().get_decoder() {
         Some(DecoderWrapper::ByteLevel(_)) => State::Bytes(Vec::new()),
-        _ => State::Window { ids: Vec::new(), told: 0 },
+        _ => State::Window { ids: Vec::new(), returned: 0 },
     }
 }
 
@@ -120,7 +120,7 @@ fn some_text(text: String) -> Option<String> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-/// Adds the bytes of a byte-level token; one that is not spelled in bytes stands for its own text.
+/// Appends the bytes of a byte-level token; other tokens are appended as text.
 pub(super) fn append_bytes(token: &str, bytes: &mut Vec<u8>) {
     let start = bytes.len();
     for c in token.chars() {
@@ -133,8 +133,8 @@ pub(super) fn append_bytes(token: &str, bytes: &mut Vec<u8>) {
     }
 }
 
-/// The byte that a character of a byte-level vocabulary stands for: printable Latin-1 for itself, the characters
-/// from U+0100 on for the other 68 bytes in order (GPT-2's table).
+/// The byte of a character in a byte-level vocabulary: printable Latin-1 characters are themselves, the characters from
+/// U+0100 on are the other 68 bytes in order (GPT-2's table).
 fn byte_of(c: char) -> Option<u8> {
     match u32::from(c) {
         code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => Some(code as u8),
@@ -145,7 +145,7 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
-/// Takes all complete characters from the front, and a replacement character for each part that can be none.
+/// Removes all complete characters from the front, with a replacement character for each invalid part.
 fn take_characters(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
     let mut rest = bytes.as_slice();

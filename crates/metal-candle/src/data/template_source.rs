@@ -1,4 +1,4 @@
-//! A chat template given instead of the model's own.
+//! Compiles a chat template that replaces the model's own.
 
 use super::side_files::read_json_if_exists;
 use super::{ChatTemplate, Tokenizer};
@@ -7,19 +7,19 @@ use serde_json::Value;
 use std::path::Path;
 
 impl ChatTemplate {
-    /// The template with this source, with the special tokens of the model in `folder` as variables.
+    /// Compiles a template with the special tokens of the model in `folder` as variables.
     ///
     /// # Errors
-    /// The source is no valid template, or the folder's `tokenizer_config.json` cannot be read.
+    /// The source is not a valid template, or the folder's `tokenizer_config.json` cannot be read.
     pub fn for_folder(source: impl Into<String>, folder: impl AsRef<Path>) -> Result<Self> {
         let config = read_json_if_exists(&folder.as_ref().join("tokenizer_config.json"))?.unwrap_or(Value::Null);
         Ok(Self::new(source)?.with_special_tokens(&config))
     }
 
-    /// The template with this source, with the special tokens of `tokenizer` as variables.
+    /// Compiles a template with the special tokens of `tokenizer` as variables.
     ///
     /// # Errors
-    /// The source is no valid template.
+    /// The source is not a valid template.
     pub fn for_tokenizer(source: impl Into<String>, tokenizer: &Tokenizer) -> Result<Self> {
         let mut template = Self::new(source)?;
         for (name, token) in [

@@ -1,11 +1,11 @@
-//! Bytes of single tokens, for log-probabilities and grammars.
+//! Returns the bytes of single tokens, for log-probabilities and grammars.
 
 use super::Tokenizer;
 use super::stream_decoder::append_bytes;
 use tokenizers::{Decoder as _, DecoderWrapper};
 
 impl Tokenizer {
-    /// The bytes that a token adds to a text; they may be a part of a character.
+    /// The bytes that a token adds to a text; they may be part of a character.
     ///
     /// `None` if the vocabulary lacks the id, or if the text of a token depends on its neighbors (WordPiece, CTC, word suffixes).
     /// The first token of a text may lose a blank: see [`Tokenizer::drops_first_blank`].
@@ -27,7 +27,7 @@ impl Tokenizer {
                     None => Some(token),
                 },
                 DecoderWrapper::Fuse(_) => return Some(token.into_bytes()),
-                // the decoder treats the first token of a text in its own way
+                // the decoder treats the first token of a text differently
                 DecoderWrapper::Metaspace(_) | DecoderWrapper::Replace(_) | DecoderWrapper::Strip(_) => {
                     step.decode_chain(vec!["a".into(), token]).ok()?.into_iter().nth(1)
                 }
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_the_bytes_that_they_add_to_a_text() {
+    fn token_bytes_concatenate_to_the_text() {
         let sentence_piece = tokenizer(&json!({"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}));

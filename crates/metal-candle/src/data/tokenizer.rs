@@ -1,4 +1,4 @@
-//! Tokenizers: text to token ids and back.
+//! [`Tokenizer`] converts text to token ids and back.
 
 use super::chat::ChatTemplate;
 use super::side_files::{MAX_TOKENIZER_BYTES, read_json_if_exists, special_token, token_text};
@@ -10,9 +10,9 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A tokenizer read from `tokenizer.json`, with what a model folder says about it. Cloning is cheap.
+/// A tokenizer from `tokenizer.json`, with the settings of the model folder. Cloning is cheap.
 ///
-/// Truncation and padding that the file asks for are not done.
+/// Truncation and padding settings in the file are ignored.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
@@ -21,45 +21,45 @@ pub struct Tokenizer {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    /// Shared, so that a tokenizer with another chat template costs little.
+    /// Shared, so that changing the chat template of a tokenizer is cheap.
     tokenizer: Arc<tokenizers::Tokenizer>,
     growth: Growth,
     chat_template: Option<ChatTemplate>,
     bos_token: Option<String>,
-    /// Whether a BOS token comes before a text, where the folder says so.
+    /// Whether a BOS token comes before a text; `None` if the folder does not say.
     add_bos_token: Option<bool>,
     eos_token: Option<String>,
     pad_token: Option<String>,
     unk_token: Option<String>,
 }
 
-/// Tokens and where in the text they come from.
+/// Tokens and their byte ranges in the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoding {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// First byte and byte past the last of each token in the text; equal for a token that is not in it.
+    /// The start and end of each token in the text, in bytes; equal for a token that is not in the text.
     pub offsets: Vec<(usize, usize)>,
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`. It knows no chat template and no end-of-text token.
+    /// Reads a `tokenizer.json`. The tokenizer has no chat template and no end-of-text token.
     ///
     /// # Errors
-    /// The file cannot be read or is no tokenizer.
+    /// The file cannot be read or is not a tokenizer.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read_bounded(path, MAX_TOKENIZER_BYTES)?;
         Self::from_parts(path, &bytes, None, &Map::new(), None)
     }
 
-    /// Reads the tokenizer of a model folder: `tokenizer.json`, and if they are there `tokenizer_config.json`,
+    /// Reads the tokenizer of a model folder: `tokenizer.json`, and if they exist `tokenizer_config.json`,
     /// `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`. Tokens that only these files name are
-    /// added, with the ids that transformers gives them. Without a `tokenizer.json`, `vocab.json` and `merges.txt` of
+    /// added, with the ids that transformers gives them. Without a `tokenizer.json`, the `vocab.json` and `merges.txt` of
     /// Qwen2 and GPT-2 tokenizers are read.
     ///
     /// # Errors
-    /// There is no tokenizer that can be read, or a file is not valid.
+    /// There is no supported tokenizer, or a file is invalid.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let map = read_json_if_exists(&folder.join("special_tokens_map.json"))?;
@@ -71,7 +71,7 @@ impl Tokenizer {
             None => tokenizer_files::from_vocab_and_merges(folder, &mut config)?,
         };
         let tokenizer = Self::from_parts(&path, &bytes, ChatTemplate::from_folder(folder)?, &config, Some(folder))?;
-        // a configuration with all tokens hides the map from transformers, but it may still name the end of a text
+        // transformers ignores the map beside a configuration with all tokens, but the map may still name special tokens
         let name = |known: Option<String>, name: &str| known.or_else(|| special_token(map.as_ref()?, name));
         Ok(tokenizer.changed(|inner| {
             inner.bos_token = name(inner.bos_token.take(), "bos_token");
@@ -81,7 +81,7 @@ impl Tokenizer {
         }))
     }
 
-    /// Whether a folder holds files of a tokenizer that [`Tokenizer::from_folder`] reads.
+    /// Whether a folder has tokenizer files that [`Tokenizer::from_folder`] reads.
     pub fn is_in_folder(folder: impl AsRef<Path>) -> bool {
         tokenizer_files::has_tokenizer(folder.as_ref())
     }
@@ -93,15 +93,13 @@ impl Tokenizer {
         config: &Map<String, Value>,
         folder: Option<&Path>,
     ) -> Result<Self> {
-        // the crate runs the normalizer on the added tokens while it reads them
+        // the `tokenizers` crate runs the normalizer on added tokens while it reads them, so check its growth first
         let growth = Growth::of(bytes).map_err(|message| Error::format(path, message))?;
-        // it panics on some damaged normalizers
+        // the crate panics on some damaged normalizers
         let mut tokenizer = guard(|| tokenizers::Tokenizer::from_bytes(bytes))
-            .map_err(|panic| {
-                Error::format(path, format!("expected a tokenizer, found one that cannot be read: {panic}"))
-            })?
+            .map_err(|panic| Error::format(path, format!("the tokenizer cannot be read: {panic}")))?
             .map_err(|e| Error::format(path, e))?;
-        // a file made for training elsewhere may cut or pad every text
+        // files from other training programs may truncate or pad every text
         tokenizer.with_truncation(None).map_err(|e| Error::format(path, e))?;
         tokenizer.with_padding(None);
         if let Some(folder) = folder {
@@ -125,13 +123,13 @@ impl Tokenizer {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// The tokenizer with another chat template.
+    /// Replaces the chat template.
     #[must_use]
     pub fn with_chat_template(self, template: Option<ChatTemplate>) -> Self {
         self.changed(|inner| inner.chat_template = template)
     }
 
-    /// The tokenizer with another end-of-text token.
+    /// Replaces the end-of-text token.
     ///
     /// # Errors
     /// The vocabulary does not have the token.
@@ -159,8 +157,8 @@ impl Tokenizer {
         Self { inner: Arc::new(inner) }
     }
 
-    /// The tokens of `text`. With `add_special` those that the tokenizer puts around every text are added; one that the text
-    /// begins with already is not put before it again.
+    /// Tokenizes `text`. With `add_special`, the tokenizer's special tokens are added around the text, except a BOS token that
+    /// the text already starts with.
     ///
     /// # Errors
     /// The tokenizer has no token for a part of the text.
@@ -172,7 +170,7 @@ impl Tokenizer {
         Ok(ids[self.num_unwanted(text, ids, add_special)..].to_vec())
     }
 
-    /// The tokens of `text` with their places in it.
+    /// Tokenizes `text` and returns the byte range of each token.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
@@ -185,8 +183,8 @@ impl Tokenizer {
         Ok(Encoding { ids: ids[start..].to_vec(), offsets: offsets[start..].to_vec() })
     }
 
-    /// Number of first tokens that do not belong there, 1 or 0: a BOS token that the folder's `add_bos_token` turns off, or one
-    /// before a text that begins with it already.
+    /// The number of tokens to remove from the front, 1 or 0: a BOS token that the folder's `add_bos_token` turns off, or a
+    /// second BOS token.
     fn num_unwanted(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
         let Some(&first) = ids.first().filter(|&&id| add_special && self.is_special(id)) else { return 0 };
         let Some(token) = self.id_to_token(first) else { return 0 };
@@ -195,22 +193,22 @@ impl Tokenizer {
         usize::from((is_off || is_doubled) && self.encodes_before_text(first))
     }
 
-    /// Whether the tokenizer puts this token before every text.
+    /// Whether the tokenizer adds this token before every text.
     fn encodes_before_text(&self, id: u32) -> bool {
         let empty = guard(|| self.inner.tokenizer.encode_fast("", true));
         empty.is_ok_and(|empty| empty.is_ok_and(|encoding| encoding.get_ids().first() == Some(&id)))
     }
 
     fn encode_error(&self, error: impl std::fmt::Display) -> Error {
-        Error::format(&self.inner.path, format!("a text cannot be encoded: {error}"))
+        Error::format(&self.inner.path, format!("cannot tokenize the text: {error}"))
     }
 
-    /// The text of `ids`. With `skip_special` special tokens leave no trace; ids outside the vocabulary never do.
+    /// Decodes `ids` to text. With `skip_special`, special tokens are skipped; ids outside the vocabulary always are.
     ///
     /// # Errors
     /// The tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let failed = |error: String| Error::format(&self.inner.path, format!("tokens cannot be decoded: {error}"));
+        let failed = |error: String| Error::format(&self.inner.path, format!("cannot decode the tokens: {error}"));
         let text = guard(|| self.inner.tokenizer.decode(ids, skip_special)).map_err(failed)?;
         text.map_err(|error| failed(error.to_string()))
     }
@@ -220,7 +218,7 @@ impl Tokenizer {
         self.inner.tokenizer.token_to_id(token)
     }
 
-    /// The token of an id, as the vocabulary spells it.
+    /// The token of an id, as written in the vocabulary.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.tokenizer.id_to_token(id)
     }
@@ -240,7 +238,7 @@ impl Tokenizer {
         tokens
     }
 
-    /// The number of tokens, added ones included.
+    /// The number of tokens, including added tokens.
     pub fn vocab_size(&self) -> usize {
         self.inner.tokenizer.get_vocab_size(true)
     }
@@ -250,22 +248,22 @@ impl Tokenizer {
         self.inner.chat_template.as_ref()
     }
 
-    /// The token that begins a text, if there is one.
+    /// The beginning-of-text token, if there is one.
     pub fn bos_token(&self) -> Option<&str> {
         self.inner.bos_token.as_deref()
     }
 
-    /// The token that ends a text, if there is one.
+    /// The end-of-text token, if there is one.
     pub fn eos_token(&self) -> Option<&str> {
         self.inner.eos_token.as_deref()
     }
 
-    /// The token that fills rows up elsewhere, if there is one. Nothing is padded here.
+    /// The padding token, if there is one. This library does not pad.
     pub fn pad_token(&self) -> Option<&str> {
         self.inner.pad_token.as_deref()
     }
 
-    /// The token of a text that has none, if there is one. Byte-level tokenizers name one and never use it.
+    /// The token for unknown text, if there is one. Byte-level tokenizers may name one, but never use it.
     pub fn unk_token(&self) -> Option<&str> {
         self.inner.unk_token.as_deref()
     }
@@ -313,12 +311,12 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The file that it was read from.
+    /// The file it was read from.
     pub(super) fn path(&self) -> &Path {
         &self.inner.path
     }
 
-    /// The `tokenizers` crate's form.
+    /// The tokenizer of the `tokenizers` crate.
     pub fn raw(&self) -> &tokenizers::Tokenizer {
         &self.inner.tokenizer
     }
@@ -330,7 +328,7 @@ mod tests {
     use super::Tokenizer;
     use serde_json::{Value, json};
 
-    /// A tokenizer of words that puts `<s>` before every text.
+    /// A tokenizer of words that adds `<s>` before every text.
     fn with_bos(config: &Value) -> Tokenizer {
         let json = json!({
             "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
@@ -350,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bos_token_comes_once_or_not_at_all() {
+    fn a_bos_token_is_added_at_most_once() {
         let on = with_bos(&json!({"bos_token": "<s>", "add_bos_token": true}));
         let off = with_bos(&json!({"bos_token": "<s>", "add_bos_token": false}));
         for (text, with, without) in
@@ -360,7 +358,7 @@ mod tests {
             assert_eq!(off.encode(text, true).unwrap(), without, "{text}");
             assert_eq!(on.encode_with_offsets(text, true).unwrap().ids, with, "{text}");
         }
-        // two in the text stay two
+        // two BOS tokens in the text are preserved
         assert_eq!(on.encode("<s> <s> a", true).unwrap(), [1, 1, 2]);
         assert_eq!(with_bos(&json!({})).encode("a", true).unwrap(), [1, 2]);
     }

@@ -1,4 +1,4 @@
-//! Tokenizer folders without a complete `tokenizer.json`: `vocab.json` with `merges.txt`, and tokens of side files.
+//! Reads tokenizer folders without a complete `tokenizer.json`: `vocab.json` with `merges.txt`, and tokens of side files.
 
 use super::side_files::{MAX_TOKENIZER_BYTES, read_json_if_exists, token_text};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ const QWEN2_PATTERN: &str =
 /// The named special tokens, in the order in which transformers adds them.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Files that hold a tokenizer that cannot be read here.
+/// Tokenizer files that are not supported.
 const OTHER_FILES: [&str; 9] = [
     "tokenizer.model",
     "spiece.model",
@@ -30,7 +30,7 @@ const OTHER_FILES: [&str; 9] = [
 
 const ADVICE: &str = "write one with transformers: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`";
 
-/// Whether `folder` has the files of a tokenizer that [`super::Tokenizer::from_folder`] may read.
+/// Whether `folder` has the files of a tokenizer that [`super::Tokenizer::from_folder`] might read.
 pub(super) fn has_tokenizer(folder: &Path) -> bool {
     let is_file = |name: &str| folder.join(name).is_file();
     is_file("tokenizer.json") || (is_file("vocab.json") && is_file("merges.txt"))
@@ -40,12 +40,12 @@ pub(super) fn has_tokenizer(folder: &Path) -> bool {
 struct Class {
     normalizer: Value,
     pre_tokenizer: Value,
-    /// Special tokens of a configuration that does not name them.
+    /// The default special tokens.
     defaults: &'static [&'static str],
 }
 
 impl Class {
-    /// The class of a folder, or its name if only transformers can build it.
+    /// The class of a folder; the error is the name of an unsupported class.
     fn find(config: &Map<String, Value>, model_type: Option<&str>) -> std::result::Result<Self, String> {
         let name = config.get("tokenizer_class").and_then(Value::as_str).or(model_type).unwrap_or_default();
         let name = name.strip_suffix("Fast").unwrap_or(name);
@@ -74,12 +74,12 @@ fn byte_level(add_prefix_space: bool, use_regex: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": false, "use_regex": use_regex})
 }
 
-/// A `tokenizer.json` made of the `vocab.json` and `merges.txt` of a folder without one, and the path to name in errors.
+/// Creates a `tokenizer.json` from `vocab.json` and `merges.txt`, and returns it with the path to name in errors.
 ///
-/// Special tokens that the class of the tokenizer has and `config` does not name are added to `config`.
+/// Default special tokens of the tokenizer's class are added to `config` if it does not name them.
 ///
 /// # Errors
-/// A file is missing or not valid, or these files do not describe the tokenizer completely.
+/// A file is missing or invalid, or these files do not describe the tokenizer completely.
 pub(super) fn from_vocab_and_merges(folder: &Path, config: &mut Map<String, Value>) -> Result<(PathBuf, Vec<u8>)> {
     let missing = folder.join("tokenizer.json");
     let (vocab_path, merges_path) = (folder.join("vocab.json"), folder.join("merges.txt"));
@@ -119,7 +119,7 @@ pub(super) fn from_vocab_and_merges(folder: &Path, config: &mut Map<String, Valu
     Ok((vocab_path, tokenizer.to_string().into_bytes()))
 }
 
-/// The pairs of a `merges.txt`, whose tokens must all be in `vocab`.
+/// The pairs of a `merges.txt`; all tokens must be in `vocab`.
 fn merges(path: &Path, vocab: &Map<String, Value>) -> Result<Vec<Value>> {
     let text = read_text(path, MAX_TOKENIZER_BYTES)?;
     let mut merges = Vec::new();
@@ -140,8 +140,8 @@ fn merges(path: &Path, vocab: &Map<String, Value>) -> Result<Vec<Value>> {
     Ok(merges)
 }
 
-/// The tokenizer's configuration: `tokenizer_config.json` with `special_tokens_map.json`, which counts as it does for
-/// transformers. It comes before an old configuration, and a configuration with `added_tokens_decoder` comes before it.
+/// Merges `tokenizer_config.json` and `special_tokens_map.json` with the precedence of transformers: the map overrides an
+/// old configuration, and a configuration with `added_tokens_decoder` overrides the map.
 pub(super) fn merge_configs(config: Option<Value>, map: Option<&Value>) -> Map<String, Value> {
     let mut config = match config {
         Some(Value::Object(config)) => config,
@@ -178,12 +178,11 @@ fn is_empty(value: Option<&Value>) -> bool {
     }
 }
 
-/// Adds the tokens that only the side files name, in the order of transformers, so that they get the same ids.
-///
-/// These are `added_tokens_decoder` by id, `added_tokens.json` by id, and then the special tokens that are still missing.
+/// Adds the tokens that only the side files name, in the order of transformers, so that they get the same ids:
+/// `added_tokens_decoder` by id, `added_tokens.json` by id, then the special tokens that are still missing.
 ///
 /// # Errors
-/// A token has a wrong form or would get another id than the one that is listed.
+/// A token is malformed, or would get another id than the listed one.
 pub(super) fn add_tokens(
     tokenizer: &mut tokenizers::Tokenizer,
     folder: &Path,
@@ -221,7 +220,7 @@ pub(super) fn add_tokens(
     Ok(())
 }
 
-/// Puts the BOS and EOS tokens around every text where `config` asks for them with `add_bos_token` and `add_eos_token`.
+/// Adds BOS and EOS tokens around every text if `config` sets `add_bos_token` and `add_eos_token`.
 ///
 /// # Errors
 /// A token cannot be part of a template.
@@ -240,7 +239,7 @@ pub(super) fn set_post_processor(
         let token = config.get(name).and_then(token_text);
         let token = token.and_then(|token| Some((tokenizer.token_to_id(&token)?, token)));
         let Some((id, token)) = token else {
-            // transformers adds nothing either
+            // transformers does not add it either
             continue;
         };
         template.insert(if is_first { 0 } else { template.len() }, token.clone());
@@ -281,7 +280,7 @@ fn listed_tokens(folder: &Path, config: &Map<String, Value>) -> Result<(PathBuf,
     let extra = config.get("extra_special_tokens").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     for (content, id) in encoder.as_object().ok_or_else(|| wrong(&encoder.to_string()))? {
         let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(&id.to_string()))?;
-        // transformers looks at these lists only; `additional_special_tokens` of the map are not special here
+        // as in transformers, only these lists count, not `additional_special_tokens` of the map
         let is_extra = extra.iter().any(|token| token_text(token).as_deref() == Some(content));
         listed.push((id, AddedToken::from(content, is_extra || is_named(content))));
     }
@@ -289,7 +288,7 @@ fn listed_tokens(folder: &Path, config: &Map<String, Value>) -> Result<(PathBuf,
     Ok((path, listed))
 }
 
-/// The special tokens that a configuration names, in the order of transformers.
+/// The special tokens of a configuration, in the order of transformers.
 fn special_tokens(config: &Map<String, Value>) -> Vec<AddedToken> {
     let other = config.keys().map(String::as_str).filter(|name| name.ends_with("_token") && !NAMED.contains(name));
     let named = NAMED.into_iter().chain(other).filter_map(|name| config.get(name));
@@ -307,7 +306,7 @@ fn special_tokens(config: &Map<String, Value>) -> Vec<AddedToken> {
     tokens
 }
 
-/// A token given as a string, or as an object with `content` and flags.
+/// Parses a token: a string, or an object with `content` and flags.
 fn added_token(token: &Value, special: bool) -> Option<AddedToken> {
     let content = token_text(token)?;
     let flag = |name: &str| token.get(name).and_then(Value::as_bool);

@@ -1,21 +1,21 @@
-//! Limits on how far a `tokenizer.json` may multiply a text, computed before the tokenizer is built or run.
+//! Limits how much a tokenizer can grow a text; computed from `tokenizer.json` before the tokenizer is built or run.
 
 use base64::Engine as _;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Most bytes that one byte of a text may become; those of published tokenizers are below 100.
+/// Most bytes that one byte of a text may become; published tokenizers stay below 100.
 const MAX_GROWTH: u64 = 1000;
-/// Most bytes of a normalized text. The `tokenizers` crate takes some twenty times their memory.
+/// Most bytes of a normalized text. The `tokenizers` crate needs about twenty times this memory.
 const MAX_NORMALIZED_BYTES: u64 = 256 << 20;
 /// Most steps of the normalizers and pre-tokenizers, or of the decoders; each reads the whole text.
 const MAX_STEPS: usize = 256;
 /// Most pieces of a template of a post-processor.
 const MAX_TEMPLATE_PIECES: usize = 256;
-/// Most bytes of a prefix or suffix that is put at every word or character.
+/// Most bytes of a prefix or suffix of words or characters.
 const MAX_AFFIX_BYTES: usize = 256;
-/// Most characters of a word that `WordPiece` searches, which takes the square of their number.
+/// Most characters of a word for `WordPiece`, whose search takes quadratic time.
 const MAX_WORD_CHARS: u64 = 1000;
 
 /// The parts of a `tokenizer.json` that change the length of a text.
@@ -43,17 +43,17 @@ struct ModelParts {
     max_input_chars_per_word: Value,
 }
 
-/// How far a tokenizer may multiply a text.
+/// How much a tokenizer can grow a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Growth {
     bytes_per_byte: u64,
 }
 
 impl Growth {
-    /// The growth that a `tokenizer.json` describes. What is not a `tokenizer.json` is left to the reader.
+    /// Computes the growth from a `tokenizer.json`. Invalid files are left to the `tokenizers` crate to refuse.
     ///
     /// # Errors
-    /// A text may grow too far: the part of the file and the reason.
+    /// A text may grow too much; names the part of the file and the reason.
     pub(super) fn of(tokenizer_json: &[u8]) -> std::result::Result<Self, String> {
         let Ok(parts) = serde_json::from_slice::<Parts>(tokenizer_json) else {
             return Ok(Self { bytes_per_byte: 1 });
@@ -89,13 +89,13 @@ impl Growth {
         if num_bytes as u64 <= most {
             return Ok(());
         }
-        Err(format!("expected at most {most} bytes, found {num_bytes}; divide it into several texts"))
+        Err(format!("expected at most {most} bytes, found {num_bytes}; split the text"))
     }
 }
 
 fn bounded(growth: u64, part: &str) -> std::result::Result<u64, String> {
     if growth > MAX_GROWTH {
-        return Err(format!("{part} may make {growth} bytes of one byte of a text, expected at most {MAX_GROWTH}"));
+        return Err(format!("{part} may expand one byte of a text to {growth} bytes, expected at most {MAX_GROWTH}"));
     }
     Ok(growth)
 }
@@ -103,13 +103,13 @@ fn bounded(growth: u64, part: &str) -> std::result::Result<u64, String> {
 /// A step on a text.
 #[derive(Debug, Default)]
 struct Step {
-    /// What each match becomes.
+    /// The replacement of each match.
     content: String,
-    /// The character that a match ends with; `None`: any.
+    /// The last character of a match; `None` for any.
     last: Option<char>,
-    /// Whether `content` may also come before each character or text.
+    /// Whether `content` may also be inserted before each character or text.
     is_inserted: bool,
-    /// Bytes that one byte may become, whatever it is.
+    /// Most bytes that any byte may become.
     factor: u64,
 }
 
@@ -156,25 +156,25 @@ fn step(component: &Value, num_precompiled: &mut u64) -> Step {
         "ByteLevel" if component.get("add_prefix_space").and_then(Value::as_bool) == Some(true) => {
             Step { content: " ".to_string(), is_inserted: true, last: Some('\0'), factor: 2 }
         }
-        // the forms of Unicode grow few characters, and a second time nothing
+        // Unicode normalization grows few characters, and a second pass grows nothing
         "ByteLevel" | "NFKC" | "NFKD" | "BertNormalizer" => Step { factor: 2, ..plain },
         "Precompiled" => {
             let longest = longest_entry(text("precompiled_charsmap"));
             *num_precompiled += 1;
-            // the long entries stand for characters of several bytes
+            // the long entries replace characters of several bytes
             Step { factor: if *num_precompiled == 1 { (longest / 8).max(2) } else { longest.max(2) }, ..plain }
         }
         _ => plain,
     }
 }
 
-/// Whether a pattern may match nothing. Only patterns of literal characters, classes and `+` are known not to.
+/// Whether a pattern may match the empty text. Only patterns of literal characters, classes and `+` are known not to.
 fn may_be_empty(pattern: &str) -> bool {
     fancy_regex::Regex::new(pattern).map_or(true, |regex| regex.is_match("").unwrap_or(true))
         || ["(?=", "(?!", "(?<", "\\b", "\\B", "\\G", "\\K"].iter().any(|part| pattern.contains(part))
 }
 
-/// Bytes of the longest text in a `precompiled_charsmap`.
+/// The length of the longest text in a `precompiled_charsmap`, in bytes.
 fn longest_entry(charsmap: &str) -> u64 {
     let Ok(bytes) = base64::engine::general_purpose::STANDARD.decode(charsmap) else { return 1 };
     let Some((size, rest)) = bytes.split_first_chunk::<4>() else { return 1 };
@@ -182,9 +182,9 @@ fn longest_entry(charsmap: &str) -> u64 {
     texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(1).max(1) as u64
 }
 
-/// Bytes that one byte of a text may become in all the steps.
+/// Most bytes that one byte of a text may become after all steps.
 fn growth(steps: &[Step]) -> u64 {
-    // bytes that a character becomes, found from the last step to the first; the others become `other` for each byte
+    // the bytes that each character becomes, from the last step to the first; other characters grow by the factor `other`
     let mut of_char: BTreeMap<char, u64> = BTreeMap::new();
     let mut other = 1_u64;
     for step in steps.iter().rev() {
@@ -207,7 +207,7 @@ fn growth(steps: &[Step]) -> u64 {
             None => {}
         }
         if step.factor > 1 {
-            // any byte may become any character
+            // this step may turn any byte into any character
             let most = next.iter().map(|(c, bytes)| bytes.div_ceil(c.len_utf8() as u64)).max().unwrap_or(0);
             next_other = next_other.max(most).saturating_mul(step.factor);
             next.clear();
@@ -218,7 +218,7 @@ fn growth(steps: &[Step]) -> u64 {
     other.max(most)
 }
 
-/// Checks that the templates of post-processors hold a text once and few tokens.
+/// Checks that the templates of post-processors contain the text once and few tokens.
 fn check_templates(processor: &Value) -> std::result::Result<(), String> {
     let mut num_pieces = 0;
     let mut pending = vec![processor];
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn published_tokenizers_are_within_bounds() {
+    fn published_tokenizers_are_within_limits() {
         let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"});
         let bytes = json!({"type": "ByteLevel", "add_prefix_space": false});
         let spaces = json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"});
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_do_not_grow_without_bound() {
+    fn unbounded_growth_is_refused() {
         let twice: Vec<Value> = (0..30).map(|_| replace("a", "aa")).collect();
         let by_turns: Vec<Value> = (0..30).flat_map(|_| [replace("a", "bb"), replace("b", "aa")]).collect();
         let regex = json!({"type": "Replace", "pattern": {"Regex": "a|x*"}, "content": "bb"});

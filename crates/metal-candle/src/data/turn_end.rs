@@ -1,19 +1,19 @@
-//! The token that ends an assistant's turn, read off what the chat template writes.
+//! Finds the token that ends an assistant's turn by rendering the chat template.
 
 use super::{ChatTemplate, Message, Tokenizer};
 use serde_json::Map;
 
-/// Text of a turn that no template writes by itself.
+/// The text of a turn, which no template contains.
 const PROBE: &str = "\u{E0F7}0\u{E0F8}";
-/// Text of a question.
+/// The text of a question.
 const QUESTION: &str = "\u{E0F7}1\u{E0F8}";
 
 impl Tokenizer {
-    /// The special token that the chat template writes after an assistant's text; `None` if there is no template, or the
-    /// template ends the turn by plain text.
+    /// The special token that the chat template writes after an assistant's text; `None` if there is no template, or if it
+    /// ends turns with plain text.
     ///
-    /// A model that was trained on the template ends its answers with this token, whatever `eos_token_id` its
-    /// `config.json` names.
+    /// A model that was trained on the template ends its answers with this token, even if `eos_token_id` in its `config.json`
+    /// differs.
     pub fn end_of_turn_id(&self) -> Option<u32> {
         let end = turn_end(self.chat_template()?, &self.special_tokens());
         self.token_to_id(&end.last.or(end.middle).or(end.header)?)
@@ -23,16 +23,16 @@ impl Tokenizer {
 /// The special tokens that end a turn.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct TurnEnd {
-    /// Of the last answer.
+    /// After the last answer.
     pub last: Option<String>,
-    /// Of an answer before other messages, where it is another one.
+    /// After an answer before other messages, if it differs.
     pub middle: Option<String>,
-    /// The first of the next message, where nothing is written after an answer.
+    /// The first token of the next message, if there is no token after an answer.
     pub header: Option<String>,
 }
 
-/// Reads off a template what ends a turn: the last special token of those that it writes after an answer whether another message
-/// follows or not, else the first after each. `special_tokens` has the longest first.
+/// Finds the end-of-turn tokens of a template: the last special token that it writes after an answer in both cases, with and
+/// without a following message, else the first token in each case. `special_tokens` are sorted by descending length.
 pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> TurnEnd {
     let turn = [Message::user(QUESTION), Message::assistant(PROBE)];
     let next = [Message::user(QUESTION)];
@@ -45,7 +45,7 @@ pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> Tu
         let (header, last) = around(&[before, &turn[..]].concat())?;
         let middle = around(&[before, &turn[..], &next[..]].concat()).map_or_else(|| last.clone(), |(_, after)| after);
         let (last_tokens, middle_tokens) = (tokens_in(&last, special_tokens), tokens_in(&middle, special_tokens));
-        // the header of an answer, which some templates always write, begins like that of other messages
+        // some templates always write the header of an answer, which starts like the header of other messages
         let is_end = |&(at, token): &(usize, &str)| {
             let rest = &last[at + token.len()..];
             let next = tokens_in(rest, special_tokens).first().map_or(rest.len(), |(at, token)| at + token.len());
@@ -60,7 +60,7 @@ pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> Tu
         let end = match text(same.last().copied()) {
             Some(token) => TurnEnd { last: Some(token), ..TurnEnd::default() },
             None if last_tokens.is_empty() => {
-                // what is also written before the first question is its header
+                // tokens that also occur before the first question are its header
                 let part = |text: &str| tokens_in(text.split(QUESTION).next().unwrap_or_default(), special_tokens);
                 let (first, between) = (part(&header), part(&middle));
                 let same = first.iter().rev().zip(between.iter().rev()).take_while(|((_, a), (_, b))| a == b).count();
@@ -79,7 +79,7 @@ pub(super) fn turn_end(template: &ChatTemplate, special_tokens: &[String]) -> Tu
     found.unwrap_or_default()
 }
 
-/// The special tokens in a text and where they begin.
+/// The special tokens in a text and their offsets.
 pub(super) fn tokens_in<'t>(text: &str, special_tokens: &'t [String]) -> Vec<(usize, &'t str)> {
     let (mut found, mut at) = (Vec::new(), 0);
     while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
@@ -110,18 +110,18 @@ mod tests {
         let chatml = turns("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n");
         assert_eq!(end_of(&chatml).as_deref(), Some("<|im_end|>"));
         assert_eq!(end_of(&turns("{{ m.content }} {{ eos_token }}")).as_deref(), Some("<|endoftext|>"));
-        // nothing but the next header ends the turn
+        // only the next header ends the turn
         assert_eq!(end_of(&turns("<|im_start|>{{ m.role }}\n{{ m.content }}\n")).as_deref(), Some("<|im_start|>"));
         // the template refuses a conversation without a system message
         let strict =
             format!("{{% if messages[0].role != 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{chatml}");
         assert_eq!(end_of(&strict).as_deref(), Some("<|im_end|>"));
         assert_eq!(end_of(&turns("{{ m.role }}: {{ m.content }}\n")), None);
-        // the last turn is left open
+        // the last turn has no end token
         let open =
             "{% for m in messages %}<|im_start|>{{ m.content }}{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}";
         assert_eq!(end_of(open).as_deref(), Some("<|im_end|>"));
-        // several tokens end each turn, and another one the conversation
+        // several tokens end each turn, and another token ends the conversation
         let several = turns("{{ m.role }}: {{ m.content }}<|endoftext|><|im_end|>\n") + "<|im_start|>";
         assert_eq!(end_of(&several).as_deref(), Some("<|im_end|>"));
         // the header of an answer is always written

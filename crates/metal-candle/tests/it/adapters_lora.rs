@@ -114,7 +114,7 @@ fn settings_out_of_range_are_refused() {
     let error = LoRAAdapter::builder(&model).with_target_modules(modules).build().unwrap_err().to_string();
     assert!(error.contains("`w_proj` selects no layer of the model; its modules are `q_proj`, `k_proj`"), "{error}");
     let error = TargetModule::parse_list("(q_proj").unwrap_err().to_string();
-    assert!(error.contains("`(q_proj` is neither the name of a module nor a regular expression"), "{error}");
+    assert!(error.contains("`(q_proj` is neither the name of a module nor a supported regular expression"), "{error}");
 }
 
 #[test]

@@ -116,7 +116,7 @@ fn a_message_keeps_its_keys_and_order() {
     let image = Message::user("").with("content", json!([{"type": "image", "url": "u"}]));
     assert_eq!(image.normalized().unwrap_err(), "a content part of type `image` is not supported, only `text` is");
     for (wrong, message) in [
-        (r#"{"content":"a"}"#, "a message needs the key `role`"),
+        (r#"{"content":"a"}"#, "the message has no key `role`"),
         (r#"{"role":1}"#, "`role` must be a string, found a number"),
         (r#"{"role":"user","content":5}"#, "`content` must be a string, null or a list of parts, found a number"),
         (r#"{"role":"user","tool_calls":{}}"#, "`tool_calls` must be a list of objects, found an object"),
@@ -180,7 +180,7 @@ fn templates_cannot_reach_other_files() {
 
 #[test]
 fn work_output_and_memory_are_bounded() {
-    let budget = "the template needs more than its budget of steps and memory";
+    let budget = "the template exceeds its limit of steps and memory";
     let long = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}";
     assert!(error_of(long).contains(budget));
     assert!(error_of("{% for i in range(10**9) %}{% endfor %}").contains("too many elements"));
@@ -199,10 +199,10 @@ fn work_output_and_memory_are_bounded() {
 fn namespaces_hold_no_namespaces() {
     for value in ["n", "[n]", "{'a': [n]}", "namespace()", "[n] | select", "[1] if false else n"] {
         let message = error_of(&format!("{{% set n = namespace(x=1) %}}\n{{%- set n.x = {value} -%}}\n{{{{ n }}}}"));
-        assert!(message.starts_with("line 2: a namespace cannot hold a namespace"), "{value}: {message}");
+        assert!(message.starts_with("line 2: a namespace cannot contain a namespace"), "{value}: {message}");
     }
     let message = error_of("{% set n = namespace() %}{% for i in range(200) %}{% set n.x = [n.x] %}{% endfor %}");
-    assert_eq!(message, "line 1: a namespace cannot hold a value of more than 100 levels");
+    assert_eq!(message, "line 1: a namespace cannot contain a value of more than 100 levels");
     let source = "{% set n = namespace(a=[], b='%}') %}{% for i in range(3) %}{% set n.a = n.a + [i] %}{% set n.b = n.b ~ '%}' if i else 'x' -%} {% endfor %}{% set n.c %}d{{ 1 }}{% endset %}{{ n.a }}{{ n.b }}{{ n.c }}";
     assert_eq!(render(source, &[]).unwrap(), "[0, 1, 2]x%}%}d1");
 }

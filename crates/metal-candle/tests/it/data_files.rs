@@ -68,7 +68,7 @@ fn all_problems_come_at_once_with_their_lines() {
         ),
         (
             br#"{"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}"#,
-            "`messages` entry 2: expected the role `system`, `developer`, `user`, `assistant` or `tool`, or a name sharegpt has for one, found `narrator`",
+            "`messages` entry 2: expected the role `system`, `developer`, `user`, `assistant` or `tool`, or its name in sharegpt, found `narrator`",
         ),
         (br#"{"messages": [{"role": "user", "content": "a"}]}"#, "no assistant message is trained"),
         (
@@ -140,10 +140,10 @@ fn oddities_are_noted_and_do_no_harm() {
     assert_eq!(lines, [1, 3]);
     let notes: Vec<(usize, &str)> = datasets.notes.iter().map(|n| (n.line, n.message.as_str())).collect();
     let wanted = [
-        (1, "the file begins with a byte order mark, which is skipped"),
+        (1, "the file starts with a byte order mark, which is skipped"),
         (1, "lines end with CR LF from here on"),
         (2, "the first of 2 empty lines, skipped"),
-        (1, "the first of 2 rows that are cut to 3 tokens"),
+        (1, "the first of 2 rows that are truncated to 3 tokens"),
     ];
     assert_eq!(notes, wanted);
 }

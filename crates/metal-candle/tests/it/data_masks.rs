@@ -171,9 +171,9 @@ fn templates_of_other_shapes() {
     assert_eq!(trained(&tokenizer, &all(), dialogue()), [" 4<|im_end|>", " four 🦀<|im_end|>"]);
     // a template that only shows the last answer
     let tokenizer = with_source("{{ messages[-1].content }}{{ eos_token }}");
-    let message = "the chat template leaves out the text of message 3, which is trained";
+    let message = "the chat template omits the text of message 3, which is trained";
     assert_eq!(problem(&tokenizer, &all(), dialogue()), message);
-    let message = "every token is trained, for the chat template writes nothing before the answer";
+    let message = "every token is trained, because the chat template writes nothing before the answer";
     assert_eq!(problem(&tokenizer, &last(), dialogue()), message);
     // a template that refuses
     let tokenizer = with_source("{{ raise_exception('no system') }}");
@@ -300,7 +300,7 @@ fn keys_that_say_what_is_trained() {
     row["messages"][2]["train_detail"] = json!([]);
     assert!(problem(&tokenizer, &all(), row).contains("`train_detail` of a message is not supported"));
     let row = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "refusal": "no"}]});
-    assert!(problem(&tokenizer, &all(), row).contains("text under `refusal`"));
+    assert!(problem(&tokenizer, &all(), row).contains("text at `refusal`"));
 }
 
 #[test]
@@ -404,7 +404,7 @@ fn answers_of_which_the_template_writes_a_part_or_nothing() {
     assert_eq!(trained(&tokenizer, &all(), row("", &call)), ["7.5<|im_end|>"]);
     // nothing of the calls
     let tokenizer = with_source(&source.replace("CALLS", "{{ m.content }}"));
-    let message = "the chat template leaves out the tool calls of message 2, which is trained";
+    let message = "the chat template omits the tool calls of message 2, which is trained";
     assert_eq!(problem(&tokenizer, &all(), row("", &call)), message);
     assert_eq!(trained(&tokenizer, &all(), row("b", &call)), ["b<|im_end|>"]);
 }

@@ -1,4 +1,4 @@
-//! Positional and keyword arguments of Python's methods and Jinja's filters.
+//! Parses positional and keyword arguments of Python's methods and Jinja's filters.
 
 use super::python::invalid;
 use minijinja::value::{Kwargs, Value};
@@ -26,7 +26,7 @@ impl<'a> Args<'a> {
         Self { name, positional, keywords: Some(keywords), taken: 0 }
     }
 
-    /// The next argument; `None` if the call leaves it out.
+    /// The next argument; `None` if the call omits it.
     pub(super) fn next(&mut self, keyword: &'a str) -> Result<Option<Value>, Error> {
         let positional = self.positional.get(self.taken).cloned();
         self.taken += 1;
@@ -41,7 +41,7 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// The next argument, which must be there.
+    /// The next argument, which is required.
     pub(super) fn required(&mut self, keyword: &'a str) -> Result<Value, Error> {
         self.next(keyword)?.ok_or_else(|| self.wrong("an argument is missing"))
     }
@@ -51,7 +51,7 @@ impl<'a> Args<'a> {
         value.as_str().map(str::to_string).ok_or_else(|| self.wrong("expected a string"))
     }
 
-    /// The next argument as text; `None` if it is left out or none.
+    /// The next argument as text; `None` if it is omitted or none.
     pub(super) fn optional_text(&mut self, keyword: &'a str) -> Result<Option<String>, Error> {
         match self.next(keyword)? {
             Some(value) if !value.is_none() => match value.as_str() {
@@ -62,7 +62,7 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// The next argument as an integer; `None` if it is left out or none.
+    /// The next argument as an integer; `None` if it is omitted or none.
     pub(super) fn optional_integer(&mut self, keyword: &'a str) -> Result<Option<i64>, Error> {
         match self.next(keyword)? {
             Some(value) if !value.is_none() => {
@@ -81,7 +81,7 @@ impl<'a> Args<'a> {
         Ok(self.next(keyword)?.map_or(default, |value| value.is_true()))
     }
 
-    /// Refuses what was not taken.
+    /// Returns an error if arguments are left.
     pub(super) fn end(self) -> Result<(), Error> {
         if self.positional.len() > self.taken {
             return Err(self.wrong(&format!("expected at most {} arguments", self.taken)));
@@ -97,12 +97,12 @@ impl<'a> Args<'a> {
     }
 }
 
-/// Pays for a text of this many bytes before it is made.
+/// Charges fuel for a text of `num_bytes` before it is created.
 pub(super) fn pay_bytes(state: &State, num_bytes: usize) -> Result<(), Error> {
     state.consume_fuel(num_bytes as u64 / 64)
 }
 
-/// Pays for a list of this many items before it is made.
+/// Charges fuel for a list of `num_items` before it is created.
 pub(super) fn pay_items(state: &State, num_items: usize) -> Result<(), Error> {
     state.consume_fuel(num_items as u64)
 }

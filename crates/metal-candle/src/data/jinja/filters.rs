@@ -1,6 +1,6 @@
-//! Filters and tests as Jinja2 defines them, where the engine's differ or are missing.
+//! Jinja2's filters and tests that the engine lacks or defines differently.
 
-// the engine hands arguments over by value
+// the engine passes arguments by value
 #![allow(clippy::needless_pass_by_value)]
 
 use super::args::{Args, pay_bytes, pay_items};
@@ -12,7 +12,7 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, State};
 use std::fmt::Write;
 
-/// Puts the filters, the tests and the printing of values into an environment.
+/// Installs the filters, tests and value formatting in an environment.
 // one line a filter
 #[allow(clippy::too_many_lines)]
 pub(in crate::data) fn install(environment: &mut Environment<'static>) {
@@ -195,8 +195,8 @@ fn force_escape(state: &State, value: &Value) -> Result<Value, Error> {
     Ok(Value::from_safe_string(escaped(&text)))
 }
 
-/// The text with the five characters of HTML as `markupsafe` writes them.
-/// `a + b` where one of the two may be safe: then the other is escaped, as Markup does.
+/// Escapes the five HTML characters like `markupsafe`.
+/// `a + b`; if one of them is safe, the other is escaped, like Markup.
 fn plus(state: &State, a: &Value, b: &Value) -> Result<Value, Error> {
     let (Some(left), Some(right)) = (a.as_str(), b.as_str()) else {
         return state.env().compile_expression("a + b")?.eval(minijinja::context! { a, b });
@@ -331,7 +331,7 @@ fn wordwrap(state: &State, text: &str, args: &mut Args) -> Result<String, Error>
     Ok(lines.join(&end))
 }
 
-/// Words and the spaces between them; a word ends behind a hyphen between letters.
+/// Splits a line into words and spaces; a word also ends after a hyphen between letters.
 fn chunks(line: &str) -> Vec<String> {
     let chars: Vec<char> = line.chars().collect();
     let mut chunks: Vec<String> = Vec::new();
@@ -513,7 +513,7 @@ fn at_path(item: Value, path: &Value) -> Result<Value, Error> {
     })
 }
 
-/// `urllib.parse.quote`, where `/` stays only outside of queries.
+/// `urllib.parse.quote`; `/` is unquoted outside of queries only.
 fn quoted(text: &str, is_query: bool) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -559,7 +559,7 @@ fn xmlattr(state: &State, value: &Value, args: Rest<Value>, keywords: Kwargs) ->
         }
         let key = str_of(&key)?;
         if key.contains(|c: char| is_space(c) || matches!(c, '/' | '>' | '=')) {
-            return Err(args.wrong("a key holds a space, `/`, `>` or `=`"));
+            return Err(args.wrong("a key contains a space, `/`, `>` or `=`"));
         }
         items.push(format!("{}=\"{}\"", escaped(&key), escaped(&str_of(&item)?)));
     }

@@ -1,4 +1,4 @@
-//! `str.format` and `%` formatting.
+//! Implements `str.format` and `%` formatting.
 
 use super::args::pay_bytes;
 use super::python::{invalid, number, repr, str_of};
@@ -6,10 +6,10 @@ use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, State};
 
-/// Most characters that a width or a precision may ask for.
+/// Largest width or precision.
 const MAX_WIDTH: usize = 100_000;
 
-/// `text.format(*args)`. Values without a format of their own print as Python prints them.
+/// `text.format(*args)`. Values without a format print like in Python.
 pub(super) fn str_format(state: &State, text: &str, args: &[Value]) -> Result<String, Error> {
     check_widths(state, text)?;
     let is_plain = !text.contains([':', '!', '.', '[']);
@@ -23,7 +23,7 @@ pub(super) fn str_format(state: &State, text: &str, args: &[Value]) -> Result<St
     format(FormatStyle::StrFormat, text, &args)
 }
 
-/// Refuses a format whose widths would make a text out of proportion.
+/// Returns an error for a format with excessive widths.
 fn check_widths(state: &State, text: &str) -> Result<(), Error> {
     let mut total = 0_usize;
     for digits in text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty()) {
@@ -82,7 +82,7 @@ pub(super) fn percent(state: &State, text: &str, values: &Value) -> Result<Strin
         }
         let mut size = |chars: &mut std::iter::Peekable<std::str::Chars>| -> Result<usize, Error> {
             let size = if chars.next_if_eq(&'*').is_some() {
-                let size = next()?.as_i64().ok_or_else(|| invalid("`%`: `*` wants an integer"))?;
+                let size = next()?.as_i64().ok_or_else(|| invalid("`%`: `*` needs an integer"))?;
                 directive.is_left |= size < 0;
                 usize::try_from(size.unsigned_abs()).unwrap_or(usize::MAX)
             } else {
@@ -90,7 +90,7 @@ pub(super) fn percent(state: &State, text: &str, values: &Value) -> Result<Strin
                 if digits.is_empty() { 0 } else { digits.parse().unwrap_or(usize::MAX) }
             };
             if size > MAX_WIDTH {
-                return Err(invalid(format!("`%`: a width above {MAX_WIDTH}")));
+                return Err(invalid(format!("`%`: expected a width of at most {MAX_WIDTH}")));
             }
             Ok(size)
         };
@@ -129,7 +129,7 @@ impl Directive {
                 let code_point = value.as_i64().and_then(|code| u32::try_from(code).ok()).and_then(char::from_u32);
                 let text = code_point.map(String::from).or_else(|| value.as_str().map(str::to_string));
                 let text = text.filter(|text| text.chars().count() == 1);
-                let text = text.ok_or_else(|| invalid("`%c` wants an integer or one character"))?;
+                let text = text.ok_or_else(|| invalid("`%c` needs an integer or one character"))?;
                 return Ok(self.pad("", &text, false));
             }
             'd' | 'i' | 'u' | 'x' | 'X' | 'o' => {
@@ -137,7 +137,7 @@ impl Directive {
                 let integer = match (i128::try_from(value.clone()), f64::try_from(value.clone())) {
                     (Ok(integer), _) => integer,
                     (_, Ok(float)) if is_float && float.is_finite() && "diu".contains(code) => float.trunc() as i128,
-                    _ => return Err(invalid(format!("`%{code}` wants a number, found {}", value.kind()))),
+                    _ => return Err(invalid(format!("`%{code}` needs a number, found {}", value.kind()))),
                 };
                 let magnitude = integer.unsigned_abs();
                 let digits = match code {
@@ -156,7 +156,7 @@ impl Directive {
             'e' | 'E' | 'f' | 'F' | 'g' | 'G' => {
                 let float = f64::try_from(value.clone()).ok().filter(|_| value.kind() != ValueKind::String);
                 let float =
-                    float.ok_or_else(|| invalid(format!("`%{code}` wants a number, found {}", value.kind())))?;
+                    float.ok_or_else(|| invalid(format!("`%{code}` needs a number, found {}", value.kind())))?;
                 let digits = float_digits(
                     float.abs(),
                     code.to_ascii_lowercase(),

@@ -1,4 +1,4 @@
-//! Methods of Python's `str`, `bytes`, `list`, `tuple` and `dict`.
+//! Implements methods of Python's `str`, `bytes`, `list`, `tuple` and `dict`.
 
 use super::args::{Args, pay_bytes, pay_items};
 use super::format::str_format;
@@ -147,7 +147,7 @@ pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// First character in upper, the others in lower case.
+/// The first character in upper case, the others in lower case.
 pub(super) fn capitalized(text: &str) -> String {
     let mut chars = text.chars();
     let first = chars.next();
@@ -260,8 +260,8 @@ fn split_lines(state: &State, text: &str, keep_ends: bool) -> Result<Value, Erro
     Ok(lines.into())
 }
 
-/// The part of the text between the arguments `start` and `end`, and where it starts in characters; `None` if `start` is
-/// behind the end.
+/// The part of the text between the arguments `start` and `end`, and its start in characters; `None` if `start` is after
+/// the end.
 fn window<'t>(text: &'t str, args: &mut Args) -> Result<(Option<&'t str>, usize), Error> {
     let (start, end) = (args.optional_integer("")?, args.optional_integer("")?);
     if start.is_none() && end.is_none() {

@@ -1,4 +1,4 @@
-//! What chat templates expect of Jinja2 and Python: filters, tests, methods, formats and the printing of values.
+//! The parts of Jinja2 and Python that chat templates use: filters, tests, methods, formats and printing of values.
 
 mod args;
 mod filters;

@@ -1,10 +1,10 @@
-//! Values as Python prints them: `json.dumps`, `str` and `repr`.
+//! Prints values as Python does: `json.dumps`, `str` and `repr`.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
 
-/// Most levels of lists and maps that are written.
+/// Most levels of lists and maps.
 const MAX_DEPTH: usize = 200;
 
 /// The layout of `json.dumps`.
@@ -16,7 +16,7 @@ struct Layout {
     key_separator: String,
 }
 
-/// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)` with the defaults chat templates get:
+/// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)` with the defaults of chat templates:
 /// `ensure_ascii=False` and the separators `", "` and `": "`.
 pub(super) fn dumps(value: &Value, kwargs: &Kwargs) -> Result<String, Error> {
     let indent = match kwargs.get::<Option<Value>>("indent")? {
@@ -29,8 +29,8 @@ pub(super) fn dumps(value: &Value, kwargs: &Kwargs) -> Result<String, Error> {
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let (item_separator, key_separator) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(invalid("`separators` must hold two strings")),
-        // Python leaves no space at the end of a line
+        Some(_) => return Err(invalid("`separators` must be two strings")),
+        // Python writes no space at the end of a line
         None if indent.is_some() => (",".into(), ": ".into()),
         None => (", ".into(), ": ".into()),
     };
@@ -141,7 +141,7 @@ impl Layout {
     }
 }
 
-/// A number as Python's `repr` writes it: floats always with a point or an exponent.
+/// A number as Python's `repr` prints it: floats always have a point or an exponent.
 pub(super) fn number(value: &Value, nan: &str, infinity: &str) -> String {
     if value.is_integer() {
         return value.to_string();
@@ -234,7 +234,7 @@ fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error
     Ok(())
 }
 
-/// Is this the engine's namespace, which looks like a map?
+/// Whether this is the engine's namespace, which looks like a map.
 pub(in crate::data) fn is_namespace(value: &Value) -> bool {
     value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace"))
 }
@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn floats_are_written_as_python_writes_them() {
+    fn floats_print_like_in_python() {
         let cases = [
             (1.0, "1.0"),
             (-0.0, "-0.0"),

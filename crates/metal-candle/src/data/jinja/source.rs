@@ -1,31 +1,32 @@
-//! Rewrites the source of a template where the engine's operators differ from Python's, and bounds how deep it nests.
+//! Rewrites the source of a template where the engine differs from Jinja2 and Python, and limits its nesting.
 //!
-//! None of the changes leaves a trace in the output or moves a line: transformers' `{% generation %}` becomes a scope whose edges
-//! are marked on demand, operands of `~` print as in Python, `%` formats text, and what is put into a namespace goes through a filter that checks it.
+//! The changes add no output and keep line numbers. transformers' `{% generation %}` becomes a scope whose edges can be
+//! marked, operands of `~` print as in Python, `%` formats text, and values stored in a namespace pass through a filter
+//! that checks them.
 
-/// Most operators in one tag, and most `elif` in a template: the parser recurses once for each.
+/// Most operators in one tag, and most `elif` in a template: the parser recurses for each.
 const MAX_OPERATORS: usize = 5_000;
-/// The filter that guards namespaces, the only values a template can change.
+/// The filter that guards namespaces, the only mutable values of a template.
 pub(in crate::data) const STORABLE: &str = "_storable";
-/// Variable that makes a template write [`GENERATION_START`] and [`GENERATION_END`] around what it marks by `{% generation %}`.
+/// The variable that makes a template write [`GENERATION_START`] and [`GENERATION_END`] around `{% generation %}` blocks.
 pub(in crate::data) const GENERATION_MARKS: &str = "_generation_marks";
-/// Written where a marked part begins: a private-use character.
+/// Written at the start of a marked part: a private-use character.
 pub(in crate::data) const GENERATION_START: char = '\u{E0FA}';
-/// Written where a marked part ends.
+/// Written at the end of a marked part.
 pub(in crate::data) const GENERATION_END: char = '\u{E0FB}';
-/// The function that writes them.
+/// The function that writes these characters.
 pub(super) const MARK: &str = "_generation_mark";
-/// The filter that stands for `%`.
+/// The filter that replaces `%`.
 pub(super) const PERCENT: &str = "_percent";
-/// The filter that stands for `+` in tags with the filter `safe`.
+/// The filter that replaces `+` in tags with the filter `safe`.
 pub(super) const PLUS: &str = "_plus";
 /// The filter that prints an operand of `~`.
 pub(super) const PRINTED: &str = "_printed";
 
-/// The source as the engine has to read it.
+/// Returns the rewritten source.
 ///
 /// # Errors
-/// A tag nests too deep; the message names the line.
+/// A tag is nested too deeply; the message names the line.
 pub(in crate::data) fn rewritten(source: &str) -> Result<String, String> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut text = String::with_capacity(source.len() + source.len() / 4);
@@ -67,7 +68,7 @@ pub(in crate::data) fn rewritten(source: &str) -> Result<String, String> {
     Ok(text + rest)
 }
 
-/// Where the `{% endraw %}` ends that belongs to a raw block.
+/// The end of the `{% endraw %}` of a raw block.
 fn raw_end(tag: &str, from: usize) -> usize {
     let mut at = from;
     while let Some(found) = tag[at..].find("{%") {
@@ -81,16 +82,16 @@ fn raw_end(tag: &str, from: usize) -> usize {
     tag.len()
 }
 
-/// One bracket of an expression: what is finished, the operand that is read, and what waits for it.
+/// One bracket of an expression: the finished part, the current operand, and pending operators.
 #[derive(Default)]
 struct Level {
     done: String,
     operand: String,
     left_of_percent: Option<String>,
     is_concatenated: bool,
-    /// Where the sum begins whose operand is read.
+    /// The start of the current sum.
     sum_start: usize,
-    /// Whether all of the sum is an operand of [`PLUS`] already.
+    /// Whether the whole sum is already an operand of [`PLUS`].
     is_filtered: bool,
     is_in_plus: bool,
 }
@@ -140,11 +141,11 @@ impl Level {
     }
 }
 
-/// A tag that was read: its rewritten inside and where it ends.
+/// A parsed tag: its rewritten content and its end.
 struct Tag {
     name: String,
     inside: String,
-    /// Bytes before the inside.
+    /// Bytes before the content.
     start: usize,
     /// Bytes of the whole tag.
     len: usize,
@@ -154,7 +155,7 @@ struct Tag {
 }
 
 impl Tag {
-    /// Reads the tag at the beginning of a text; `None` if it has no end.
+    /// Reads the tag at the start of a text; `None` if it has no end.
     fn read(tag: &str, is_block: bool) -> Option<Self> {
         let bytes = tag.as_bytes();
         let close = if is_block { "%}" } else { "}}" };
@@ -164,7 +165,7 @@ impl Tag {
         let mut name = String::new();
         let mut num_operators = 0;
         let mut at = start;
-        // is the token before an operand?
+        // whether the previous token is an operand
         let mut after_operand = false;
         loop {
             let rest = &tag[at..];
@@ -189,7 +190,7 @@ impl Tag {
                     let word = &rest[..len];
                     let is_first = is_block && name.is_empty();
                     name.push_str(if is_first { word } else { "" });
-                    // behind a dot or a bar a keyword is a name
+                    // after a dot or a bar, a keyword is a name
                     let is_name = level.operand.trim_end().ends_with(['.', '|']);
                     let is_keyword = matches!(word, "and" | "or" | "not" | "if" | "else" | "elif" | "in" | "recursive");
                     let belongs_to_is = matches!(word, "not" | "in") && level.operand.trim_end().ends_with(" is");
@@ -260,7 +261,7 @@ impl Tag {
         }
     }
 
-    /// The inside with the names of statements replaced.
+    /// The content with replaced statement names.
     fn finished(&self) -> String {
         let inside = &self.inside;
         let mark = |is_start| format!("call {MARK}({is_start}, {GENERATION_MARKS}) %}}{{% endcall ");
@@ -275,7 +276,7 @@ impl Tag {
     }
 }
 
-/// Bytes of the string at the beginning of a text.
+/// The length of the string literal at the start of a text, in bytes.
 fn string_len(text: &str) -> Option<usize> {
     let quote = text.chars().next()?;
     let mut is_escaped = false;
@@ -290,7 +291,7 @@ fn string_len(text: &str) -> Option<usize> {
     None
 }
 
-/// A string with the escapes that only Python knows written as the engine knows them.
+/// Rewrites a string literal: escapes that only Python knows are replaced.
 fn literal(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -327,7 +328,7 @@ fn literal(text: &str) -> String {
     out + rest
 }
 
-/// `set a.b ` and the value of `set a.b = value`.
+/// Splits `set a.b = value` into `set a.b ` and the value.
 fn namespace_assignment(inside: &str) -> Option<(&str, &str)> {
     let (target, value) = inside.split_once('=')?;
     let names = target.trim_start().strip_prefix("set")?;

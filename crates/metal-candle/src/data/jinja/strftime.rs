@@ -1,4 +1,4 @@
-//! `strftime` in local time, as the C library writes it for Python.
+//! Formats times like Python's `strftime`.
 
 use super::python::invalid;
 use jiff::tz::TimeZone;
@@ -6,7 +6,7 @@ use jiff::{Timestamp, Zoned};
 use minijinja::Error;
 use std::time::SystemTime;
 
-/// `datetime.strftime(format)` of a time in this time zone, in English.
+/// `datetime.strftime(format)` in a time zone, in English.
 pub(super) fn strftime(format: &str, time: SystemTime, zone: TimeZone) -> Result<String, Error> {
     let timestamp = Timestamp::try_from(time).map_err(|e| invalid(format!("`strftime_now`: {e}")))?;
     let zoned = timestamp.to_zoned(zone);
@@ -14,7 +14,7 @@ pub(super) fn strftime(format: &str, time: SystemTime, zone: TimeZone) -> Result
     jiff::fmt::strtime::format(&format, &zoned).map_err(|e| invalid(format!("`strftime_now`: {e}")))
 }
 
-/// The format with the directives that depend on the locale or that Python changes written out.
+/// Expands the directives that depend on the locale or that Python changes.
 fn directives(format: &str) -> String {
     let mut text = String::with_capacity(format.len());
     let mut chars = format.chars();
@@ -35,14 +35,14 @@ fn directives(format: &str) -> String {
             Some('X') => text.push_str("%H:%M:%S"),
             Some('r') => text.push_str("%I:%M:%S %p"),
             Some('f') => text.push_str("%6f"),
-            // `datetime.now()` knows no zone, so Python writes nothing for these
+            // `datetime.now()` has no zone, so Python writes nothing for these
             Some('z' | 'Z') => {}
             Some(code) if "aAbBhCdDeFgGHIjklmMnpPRsStTuUVwWyY%".contains(code) => {
                 text.push('%');
                 text.push_str(&flags);
                 text.push(code);
             }
-            // the C library leaves what it does not know
+            // the C library copies unknown directives
             code => {
                 text.push_str("%%");
                 text.push_str(&flags);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn the_zone_moves_the_date() {
+    fn the_time_zone_changes_the_date() {
         let zone = TimeZone::fixed(jiff::tz::offset(9));
         let time = SystemTime::UNIX_EPOCH + Duration::from_hours(482_128);
         assert_eq!(strftime("%d %b %Y %H:%M", time, zone).unwrap(), "01 Jan 2025 01:00");
