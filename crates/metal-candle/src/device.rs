@@ -1,4 +1,4 @@
-//! The device a model lives on.
+//! [`Device`]: opens the CPU, Metal or a CUDA GPU, and reports its memory.
 
 use crate::error::{Error, Result};
 use std::fmt;
@@ -15,12 +15,12 @@ pub struct Device(Kind);
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
     Cpu,
-    /// With its ordinal.
+    /// The ordinal of the device.
     Cuda(u8),
     Metal,
 }
 
-/// The most CUDA devices of a machine.
+/// Most CUDA devices of a machine.
 const MAX_CUDA: usize = 64;
 
 static CUDA: [OnceLock<std::result::Result<candle_core::Device, String>>; MAX_CUDA] =
@@ -31,9 +31,9 @@ impl Device {
     /// The CPU.
     pub const CPU: Self = Self(Kind::Cpu);
 
-    /// The best device there is: Metal, else CUDA, else the CPU.
+    /// The best available device: Metal, else CUDA, else the CPU.
     ///
-    /// `ordinal` numbers the CUDA devices from 0. [`Device::accelerator`] also reports why there is none.
+    /// `ordinal` is the ordinal of the CUDA device, from 0. [`Device::accelerator`] reports why there is no accelerator.
     pub fn new_with_fallback(ordinal: usize) -> Self {
         Self::accelerator(ordinal).unwrap_or(Self::CPU)
     }
@@ -41,7 +41,7 @@ impl Device {
     /// The Metal device, else the CUDA device `ordinal`.
     ///
     /// # Errors
-    /// Neither can be used; the message says why for each that the build supports.
+    /// Neither is available; the message gives the reason for each one that the build supports.
     pub fn accelerator(ordinal: usize) -> Result<Self> {
         let metal = match Self::metal() {
             Err(error) if cfg!(feature = "cuda") => error,
@@ -64,13 +64,13 @@ impl Device {
         opened.as_ref().map(|_| Self(Kind::Metal)).map_err(|e| Error::Device(e.clone()))
     }
 
-    /// The CUDA device `ordinal`, numbered from 0.
+    /// The CUDA device `ordinal`, from 0.
     ///
     /// # Errors
     /// The build lacks the feature `cuda`, or there is no such device.
     pub fn cuda(ordinal: usize) -> Result<Self> {
         let (Some(slot), Ok(number)) = (CUDA.get(ordinal), u8::try_from(ordinal)) else {
-            return Err(Error::Device(format!("CUDA devices have the numbers 0 to {}, found {ordinal}", MAX_CUDA - 1)));
+            return Err(Error::Device(format!("expected a CUDA device from 0 to {}, found {ordinal}", MAX_CUDA - 1)));
         };
         let opened = slot.get_or_init(|| open_cuda(ordinal));
         opened.as_ref().map(|_| Self(Kind::Cuda(number))).map_err(|e| Error::Device(e.clone()))
@@ -104,12 +104,12 @@ impl Device {
         matches!(self.0, Kind::Cuda(_))
     }
 
-    /// The instruction set that the CPU kernels use on this machine, the instructions for 8-bit integers, and the matrix unit if
+    /// The instruction sets that the CPU kernels use on this machine: for floats, for 8-bit integers, and the matrix unit if
     /// there is one. The environment variable `METAL_CANDLE_ISA` limits them to a level: `baseline`, `avx2`, `avx-vnni`, `avx512`,
-    /// `avx512-vnni` or `amx`, on Arm `neon` or `dotprod`.
+    /// `avx512-vnni` or `amx`; on Arm `neon` or `dotprod`.
     ///
     /// # Errors
-    /// The variable is not a level, or is a level that this machine does not have.
+    /// The variable is not a level, or this machine does not support the level.
     pub fn cpu_levels() -> Result<Vec<&'static str>> {
         let named = |message| Error::Argument { name: metal_candle_kernels::ISA_VARIABLE.into(), message };
         metal_candle_kernels::levels().map_err(named)
@@ -124,7 +124,7 @@ impl Device {
         }
     }
 
-    /// The number of a CUDA device, from 0; 0 for other devices.
+    /// The ordinal of a CUDA device, from 0; 0 for other devices.
     pub fn ordinal(&self) -> usize {
         match self.0 {
             Kind::Cuda(ordinal) => usize::from(ordinal),
@@ -132,8 +132,8 @@ impl Device {
         }
     }
 
-    /// The name its maker gave it, such as `NVIDIA H100 80GB HBM3`, `Apple M3 Max` or that of the CPU, where the system
-    /// tells.
+    /// The product name, such as `NVIDIA H100 80GB HBM3`, `Apple M3 Max` or the CPU's name; none if the system does not report
+    /// it.
     pub fn description(&self) -> Option<String> {
         match self.0 {
             Kind::Cpu => cpu_name(),
@@ -142,7 +142,8 @@ impl Device {
         }
     }
 
-    /// The memory that can be used now, where the system tells: of the CPU on Linux, within the limit of a control group.
+    /// The memory in use and free now; none if the system does not report it. For the CPU only on Linux, within the limit of
+    /// the control group.
     pub fn memory(&self) -> Option<MemoryInUse> {
         match self.0 {
             Kind::Cpu => cpu_memory(),
@@ -151,7 +152,7 @@ impl Device {
         }
     }
 
-    /// All the memory there is, in bytes, where the system tells: on Metal what is recommended as a working set.
+    /// The total memory, in bytes; none if the system does not report it. On Metal, the recommended working set.
     pub fn total_memory(&self) -> Option<usize> {
         match self.0 {
             Kind::Cpu => cpu_total_memory(),
@@ -160,33 +161,31 @@ impl Device {
         }
     }
 
-    /// Forgets the most memory that was in use until now, for [`Device::peak_memory`]. Only a CUDA device counts it.
+    /// Resets [`Device::peak_memory`]. Only CUDA devices count it.
     pub fn reset_peak_memory(&self) {
         if self.is_cuda() {
             reset_cuda_peak(*self);
         }
     }
 
-    /// The most memory that this process held on a CUDA device since [`Device::reset_peak_memory`], in bytes, with what is
-    /// kept for the next tensors.
+    /// The peak memory of this process on a CUDA device since [`Device::reset_peak_memory`], in bytes, including memory that
+    /// is cached for reuse.
     pub fn peak_memory(&self) -> Option<usize> {
         if self.is_cuda() { cuda_peak(*self) } else { None }
     }
 
-    /// The most memory this process has held so far, in bytes: on its CUDA devices if it uses any, else in RAM, where the
-    /// system reports it (Linux).
+    /// The peak memory of this process, in bytes: on its CUDA devices if it uses any, else in RAM (Linux only).
     pub fn process_peak_memory() -> Option<u64> {
         of_process(cuda_peak, "VmHWM:")
     }
 
-    /// The memory this process holds now, in bytes: on its CUDA devices if it uses any, else in RAM, where the system reports
-    /// it (Linux).
+    /// The memory that this process uses now, in bytes: on its CUDA devices if it uses any, else in RAM (Linux only).
     pub fn process_memory() -> Option<u64> {
         of_process(cuda_held, "VmRSS:")
     }
 
-    /// Runs one step or token: frees what Metal's framework leaves behind, and waits, so that a failed command is an error. On
-    /// Metal one thread at a time does so.
+    /// Runs one step or token. On Metal, drains the autorelease pool, waits so that failed commands are errors, and excludes
+    /// other threads.
     pub(crate) fn step<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         if self.is_cpu() {
             return work();
@@ -198,22 +197,22 @@ impl Device {
         })
     }
 
-    /// Runs work that waits for the device itself: frees what Metal's framework leaves behind.
+    /// Runs work that waits for the device itself. On Metal, drains the autorelease pool.
     #[allow(clippy::unused_self)]
     pub(crate) fn pooled<R>(self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         pooled(work)
     }
 
-    /// Waits until the device has done all it was given.
+    /// Waits until the device has completed all commands.
     ///
     /// # Errors
-    /// A command given to the device earlier has failed.
+    /// An earlier command failed.
     pub fn synchronize(&self) -> Result<()> {
         self.candle().synchronize().map_err(|e| Error::Device(e.to_string()))
     }
 }
 
-/// Sums a number of bytes over the CUDA devices that this process uses. Without any, reads it from `/proc/self/status`.
+/// Sums memory over the CUDA devices that this process uses. Without any, reads it from `/proc/self/status`.
 fn of_process(of_cuda: impl Fn(Device) -> Option<usize>, of_ram: &str) -> Option<u64> {
     let opened = (0..MAX_CUDA).filter(|&ordinal| matches!(CUDA[ordinal].get(), Some(Ok(_))));
     let of_devices: Vec<Option<usize>> = opened.map(|ordinal| of_cuda(Device(Kind::Cuda(ordinal as u8)))).collect();
@@ -224,12 +223,12 @@ fn of_process(of_cuda: impl Fn(Device) -> Option<usize>, of_ram: &str) -> Option
     sum.map(|bytes| bytes as u64)
 }
 
-/// Memory of a device, in bytes.
+/// The memory of a device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryInUse {
-    /// What this process uses; on CUDA what all processes use of the card.
+    /// Memory used by this process; on CUDA, by all processes.
     pub used: usize,
-    /// What is left for it, less a margin on accelerators.
+    /// Free memory; on accelerators, less a margin.
     pub free: usize,
 }
 
@@ -253,7 +252,7 @@ fn cpu_name() -> Option<String> {
     name.map(|name| name.trim().to_owned()).or_else(|| system_value("machdep.cpu.brand_string"))
 }
 
-/// A number of the control group; no limit is the word `max`.
+/// A value of the control group; none if it is `max` (no limit).
 fn control_group(name: &str) -> Option<usize> {
     std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse().ok()
 }
@@ -268,14 +267,14 @@ fn system_value(name: &str) -> Option<String> {
     (!value.is_empty()).then_some(value)
 }
 
-/// The line of a file under `/proc` that begins with `key`, in bytes.
+/// The value of `key` in a file under `/proc`, in bytes.
 fn kilobytes(path: &Path, key: &str) -> Option<usize> {
     let text = std::fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
 }
 
-/// Below what Metal recommends as a working set: at its limit the whole system suffers.
+/// Memory below Metal's recommended working set: at that limit, the whole system becomes slow.
 #[cfg(feature = "metal")]
 fn metal_memory() -> Option<MemoryInUse> {
     use objc2_metal::MTLDevice;
@@ -304,15 +303,15 @@ fn metal_memory() -> Option<MemoryInUse> {
     None
 }
 
-/// A device with a stream of its own, so that work can be recorded.
+/// Opens a device with its own stream, because work on the default stream cannot be captured.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> std::result::Result<candle_core::Device, String> {
     let count = metal_candle_kernels::gpu::cuda::count_devices()?;
     if ordinal >= count {
         return Err(match count {
             0 => "there is no CUDA device".into(),
-            1 => format!("there is no CUDA device {ordinal}: this machine has one, number 0"),
-            _ => format!("there is no CUDA device {ordinal}: this machine has {count}, numbers 0 to {}", count - 1),
+            1 => format!("there is no CUDA device {ordinal}: this machine has only device 0"),
+            _ => format!("there is no CUDA device {ordinal}: this machine has devices 0 to {}", count - 1),
         });
     }
     if let Some(folder) = crate::files::KernelFolder::of_user() {
@@ -337,7 +336,7 @@ fn metal_name() -> Option<String> {
     None
 }
 
-/// Of the whole card, with a margin: other processes use it too, and memory in pieces cannot be used to the last byte.
+/// Memory of the whole GPU, less a margin: other processes use it, too, and fragmented memory cannot be used completely.
 fn cuda_memory(device: Device) -> Option<MemoryInUse> {
     let (free, total) = cuda_free_and_total(device)?;
     Some(MemoryInUse { used: total.saturating_sub(free), free: free / 10 * 9 })
@@ -358,7 +357,7 @@ fn cuda_name(device: Device) -> Option<String> {
 #[cfg(feature = "cuda")]
 fn reset_cuda_peak(device: Device) {
     if let candle_core::Device::Cuda(device) = device.candle() {
-        // who asks for the peak afterwards is told that of a longer time
+        // if this fails, the reported peak covers a longer time
         let _ = metal_candle_kernels::gpu::cuda::reset_peak_memory(&device);
     }
 }
@@ -423,9 +422,9 @@ fn pooled<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
     objc2::rc::autoreleasepool(|_| alone(work))
 }
 
-/// Runs work while no other thread does. candle deals what several threads give it to several command buffers, with no fence from
-/// one to another, even for a buffer that one thread has dropped and another takes. So as soon as there are two threads, work
-/// begins when all that was given before is done.
+/// Runs work while no other thread does. candle distributes the work of several threads over several command buffers without
+/// fences between them, even for a buffer that one thread drops and another reuses. So with two or more threads, work waits
+/// until all earlier commands are complete.
 #[cfg(feature = "metal")]
 fn alone<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
     use std::cell::Cell;
@@ -470,7 +469,7 @@ impl fmt::Debug for Device {
     }
 }
 
-/// `cpu`, `metal`, `cuda`, or `cuda:1` where it is not the first.
+/// `cpu`, `metal`, `cuda`, or `cuda:1` for other than the first CUDA device.
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {

@@ -1,12 +1,12 @@
-//! The one error type of the library, sorted by what a caller can do about it.
+//! [`Error`]: the error type of the library. Its variants are grouped by what a caller can do about them.
 
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-/// What the library returns.
+/// The result type of the library.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Everything that can go wrong, sorted by what the caller can do about it.
+/// The error type of the library. Its variants are grouped by what the caller can do about them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,7 +15,7 @@ pub enum Error {
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
     /// A file or folder could not be written.
@@ -23,10 +23,10 @@ pub enum Error {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
-    /// A file was read but does not hold what it should.
+    /// A file was read, but its contents are not valid.
     #[error("`{}` is not valid: {message}", path.display())]
     Format {
         /// The file.
@@ -34,18 +34,18 @@ pub enum Error {
         /// What was expected and what was found.
         message: String,
     },
-    /// Tensors of a checkpoint or adapter do not fit the model; every one of them is listed.
+    /// Tensors of a checkpoint or adapter do not fit the model; all of them are listed.
     #[error("`{}` does not fit the model:{}", path.display(), list(problems))]
     Tensors {
         /// The file or folder.
         path: PathBuf,
-        /// One line a tensor: its name, what was expected, what was found.
+        /// One line per tensor: its name, what was expected and what was found.
         problems: Vec<String>,
     },
-    /// Rows of a dataset cannot be used; every one of them is listed.
+    /// Rows of a dataset cannot be used; all of them are listed.
     #[error("the dataset cannot be used:{}", list(problems))]
     Data {
-        /// One entry a row.
+        /// One entry per row.
         problems: Vec<DataProblem>,
     },
     /// A tensor argument has the wrong shape.
@@ -63,13 +63,13 @@ pub enum Error {
     Argument {
         /// The setting or argument.
         name: String,
-        /// What is wrong and what would be right.
+        /// What is wrong and what was expected.
         message: String,
     },
-    /// The file or request is well formed but asks for something that is not supported.
+    /// The file or request is valid, but needs something that is not supported.
     #[error("not supported: {0}")]
     Unsupported(String),
-    /// Two parts of the library contradict each other: a bug.
+    /// A state that only a bug in this library can cause.
     #[error("internal error: {0}; please open an issue and include the command you ran")]
     Bug(String),
     /// A chat template could not be compiled or rendered.
@@ -82,7 +82,7 @@ pub enum Error {
         step: usize,
         /// The loss.
         loss: f64,
-        /// `file:line` of each row concerned.
+        /// `file:line` of each affected row.
         rows: Vec<String>,
     },
     /// The loss of an evaluation was NaN or infinite.
@@ -90,7 +90,7 @@ pub enum Error {
     NonFiniteEvaluation {
         /// The loss of these rows.
         loss: f64,
-        /// `file:line` of each row concerned.
+        /// `file:line` of each affected row.
         rows: Vec<String>,
     },
     /// A gradient was NaN or infinite although the loss was not.
@@ -98,22 +98,22 @@ pub enum Error {
     NonFiniteGradient {
         /// The optimizer step, counted from 1.
         step: usize,
-        /// Names of the tensors concerned.
+        /// The names of the affected tensors.
         parameters: Vec<String>,
         /// `file:line` of each row of the step.
         rows: Vec<String>,
     },
-    /// The run would not fit into memory.
-    #[error("{} of memory are needed, {} may be used: {detail}", gigabytes(*needed), gigabytes(*limit))]
+    /// The run would not fit in memory.
+    #[error("the run needs {} of memory, the limit is {}: {detail}", gigabytes(*needed), gigabytes(*limit))]
     Memory {
-        /// The least that is needed, in bytes.
+        /// The least required memory, in bytes.
         needed: usize,
-        /// The most that may be used, in bytes.
+        /// The limit, in bytes.
         limit: usize,
-        /// What takes it.
+        /// How the memory is used.
         detail: String,
     },
-    /// The device has run out of memory.
+    /// The device ran out of memory.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
     /// A callback, a dropped stream or a signal stopped the work.
@@ -125,20 +125,20 @@ pub enum Error {
     /// Another process of a distributed run failed or ended.
     #[error("rank {rank}: {message}")]
     Peer {
-        /// The number of the process, from 0.
+        /// The rank of the process, from 0.
         rank: usize,
-        /// What it said, or what was seen of it.
+        /// The error that it sent, or how it failed.
         message: String,
     },
     /// The device failed, or there is no such device.
     #[error("device: {0}")]
     Device(String),
-    /// A tensor operation failed: a bug of this library.
+    /// A tensor operation failed: a bug in this library.
     #[error(transparent)]
     Candle(candle_core::Error),
 }
 
-/// Failures of the device become [`Error::OutOfMemory`] or [`Error::Device`]; the rest is [`Error::Candle`].
+/// Converts failures of the device to [`Error::OutOfMemory`] or [`Error::Device`], and others to [`Error::Candle`].
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         let text = error.to_string();
@@ -151,7 +151,7 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-/// What CUDA's driver, Metal and the libraries say when the device has no memory left.
+/// Whether a message of CUDA, Metal or one of the libraries means that the device ran out of memory.
 fn is_about_memory(text: &str) -> bool {
     // CUDA's driver, cuBLAS, candle's Metal backend, Metal's command buffers
     let words = ["out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED"];
@@ -159,7 +159,7 @@ fn is_about_memory(text: &str) -> bool {
     words.iter().chain(&of_metal).any(|words| text.contains(words))
 }
 
-/// A sentence for what CUDA's driver or one of its libraries reports as `DriverError(CODE, "text")` or `CublasError(CODE)`.
+/// A readable message for `DriverError(CODE, "text")`, `CublasError(CODE)` and similar errors of CUDA's libraries.
 fn device_failure(text: &str) -> Option<String> {
     const SOURCES: [(&str, &str); 5] = [
         ("DriverError(", "the CUDA driver"),
@@ -175,7 +175,7 @@ fn device_failure(text: &str) -> Option<String> {
     })?;
     let (code, words) = inside.split_once(',').unwrap_or((inside, ""));
     let code = code.trim();
-    // a compiler's first complaint is worth more than its code
+    // the first error of a compiler says more than its code
     let log = text.lines().find(|line| line.contains("error:")).unwrap_or_default().trim();
     let words = words.trim().trim_matches('"');
     let words = if words.is_empty() { log } else { words };
@@ -193,7 +193,7 @@ fn device_failure(text: &str) -> Option<String> {
 pub struct DataProblem {
     /// The file.
     pub path: PathBuf,
-    /// The line, counted from 1; 0 where the problem is the whole file's.
+    /// The line, from 1; 0 for a problem of the whole file.
     pub line: usize,
     /// What is wrong.
     pub message: String,
@@ -209,7 +209,7 @@ impl fmt::Display for DataProblem {
     }
 }
 
-/// How many problems are printed before the rest is counted.
+/// Most problems that are printed; the others are counted.
 const MAX_LISTED: usize = 20;
 
 fn list<T: fmt::Display>(problems: &[T]) -> String {
@@ -228,7 +228,7 @@ fn gigabytes(bytes: usize) -> String {
 }
 
 impl Error {
-    /// Whether less at a time might work.
+    /// Whether the device ran out of memory, so that a smaller micro-batch might work.
     pub(crate) fn is_out_of_memory(&self) -> bool {
         let text = match self {
             Self::OutOfMemory(_) => return true,
@@ -269,12 +269,12 @@ mod tests {
     }
 
     #[test]
-    fn failures_of_a_device_are_sentences() {
+    fn device_failures_have_readable_messages() {
         let error = converted("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
         assert!(matches!(error, Error::OutOfMemory(_)) && error.is_out_of_memory());
         let text = "out of memory: the CUDA driver reports: out of memory (CUDA_ERROR_OUT_OF_MEMORY)";
         assert_eq!(error.to_string(), text);
-        // what was converted once, wrapped and converted again reads the same
+        // converting the message again does not change it
         assert_eq!(converted(text).to_string(), text);
         let error = converted("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")");
         let expected = "device: the CUDA driver reports: an illegal memory access was encountered \

@@ -1,4 +1,4 @@
-//! Where the time of a step goes: nested spans, as a table and as a trace for a browser.
+//! Records nested spans of operations, as a table and as a trace for a browser.
 //!
 //! ```
 //! use metal_candle::profile;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What kind of work a span is.
+/// The kind of work in a span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kind {
@@ -25,7 +25,7 @@ pub enum Kind {
     Gemm,
     /// Attention, with the products inside it.
     Attention,
-    /// Work on each element: norms, activations, rotations, losses.
+    /// Elementwise work: norms, activations, rotations, losses.
     Elementwise,
     /// The optimizer and the gradients it reads.
     Optimizer,
@@ -45,7 +45,7 @@ impl Kind {
     }
 }
 
-/// A piece of work.
+/// A recorded span.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Event {
     name: &'static str,
@@ -69,21 +69,21 @@ fn now() -> Duration {
     ORIGIN.get_or_init(Instant::now).elapsed()
 }
 
-/// Begins to record, with nothing recorded before. There is one recording a process.
+/// Discards earlier spans and starts recording. There is one recording per process.
 pub fn start() {
     EVENTS.lock().unwrap_or_else(PoisonError::into_inner).clear();
     now();
     IS_ON.store(true, Ordering::Relaxed);
 }
 
-/// Ends the recording.
+/// Stops recording and returns the profile.
 pub fn stop() -> Profile {
     IS_ON.store(false, Ordering::Relaxed);
     let events = std::mem::take(&mut *EVENTS.lock().unwrap_or_else(PoisonError::into_inner));
     Profile { events }
 }
 
-/// A span from now until the returned value is dropped.
+/// Starts a span that ends when the returned value is dropped.
 pub(crate) fn span(name: &'static str, kind: Kind) -> Span {
     Span(IS_ON.load(Ordering::Relaxed).then(|| (name, kind, now())))
 }
@@ -101,35 +101,35 @@ impl Drop for Span {
     }
 }
 
-/// What was recorded.
+/// The recorded spans.
 #[derive(Debug, Clone, Default)]
 pub struct Profile {
     events: Vec<Event>,
 }
 
-/// The time of one operation, without what it called.
+/// The time of one operation, without nested spans.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// The operation, behind the groups it is in: `backward/down_proj`.
+    /// The operation, after its groups: `backward/down_proj`.
     pub path: String,
     /// What kind of work it is.
     pub kind: Kind,
-    /// How often it ran.
+    /// The number of calls.
     pub calls: usize,
     /// The time without nested spans.
     pub time: Duration,
 }
 
 impl Profile {
-    /// Takes up what was recorded elsewhere or later.
+    /// Adds the spans of another profile.
     pub fn append(&mut self, mut other: Self) {
         self.events.append(&mut other.events);
     }
 
-    /// Each operation, the longest first.
+    /// All operations, by descending time.
     pub fn rows(&self) -> Vec<Row> {
         let mut events: Vec<&Event> = self.events.iter().collect();
-        // a span comes before those inside it
+        // sort spans before their nested spans
         events.sort_by_key(|event| (event.thread, event.begin, std::cmp::Reverse(event.end)));
         let mut rows: HashMap<(String, Kind), (usize, Duration)> = HashMap::new();
         let mut open: Vec<(&Event, String, Duration)> = Vec::new();
@@ -164,7 +164,7 @@ impl Profile {
         rows
     }
 
-    /// The share of each kind of work in the whole, the largest first.
+    /// The share of the total time of each kind of work, in descending order.
     pub fn shares(&self) -> Vec<(Kind, f64)> {
         let rows = self.rows();
         let total: f64 = rows.iter().map(|row| row.time.as_secs_f64()).sum();
@@ -178,7 +178,7 @@ impl Profile {
         shares
     }
 
-    /// One line an operation and one a kind of work.
+    /// A table with one line per operation and one per kind of work.
     pub fn table(&self) -> String {
         let rows = self.rows();
         let total: f64 = rows.iter().map(|row| row.time.as_secs_f64()).sum();
@@ -233,7 +233,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn time_inside_a_span_is_not_its_own() {
+    fn nested_time_is_not_counted_twice() {
         let event = |name, kind, begin, end, thread| Event {
             name,
             kind,
@@ -241,7 +241,7 @@ mod tests {
             begin: Duration::from_millis(begin),
             end: Duration::from_millis(end),
         };
-        // in the order in which they end
+        // ordered by their ends
         let profile = Profile {
             events: vec![
                 event("product", Kind::Gemm, 1, 6, 1),

@@ -29,7 +29,7 @@ fn a_run_that_cannot_fit_is_refused_before_it_starts() {
     let failed = fixture.run("train --model model --data data --output run --memory 1MB");
     assert_eq!(failed.code, 1, "{}", failed.stderr);
     let says = |text: &str| assert!(failed.stderr.contains(text), "{}", failed.stderr);
-    says("of memory are needed");
+    says("the run needs");
     says("longest sample");
     assert!(!fixture.path("run").exists());
     for (flag, expected) in [

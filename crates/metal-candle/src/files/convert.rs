@@ -1,4 +1,4 @@
-//! Conversion between the float dtypes of weights while they are read.
+//! Converts weights between float dtypes while they are read.
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
@@ -6,12 +6,12 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// Elements converted at a time, small enough for the first-level cache.
+/// The number of elements converted at a time, small enough for the L1 cache.
 const CHUNK: usize = 4096;
 
-/// A tensor on the CPU of little-endian `bytes` of dtype `from`, converted to `to`.
+/// Creates a CPU tensor of dtype `to` from little-endian `bytes` of dtype `from`, without a second copy of the tensor.
 ///
-/// `None` if a finite value is not finite in `to`. No second copy of the tensor is made.
+/// Returns `None` if a finite value is not finite in `to`.
 pub(crate) fn from_bytes(bytes: &[u8], from: DType, to: DType, shape: &[usize]) -> Result<Option<Tensor>> {
     if from == to {
         return Ok(Some(Tensor::from_raw_buffer(bytes, to, shape, &Device::Cpu)?));
@@ -87,7 +87,7 @@ fn is_finite<T: Weight>(value: &T) -> bool {
     !T::has_infinity(std::slice::from_ref(value))
 }
 
-/// Decodes a chunk; `true` if a finite f64 is no finite f32.
+/// Decodes a chunk; returns whether a finite f64 is not finite in f32.
 fn read_f32s(bytes: &[u8], from: DType, into: &mut [f32]) -> bool {
     match from {
         DType::F32 => {

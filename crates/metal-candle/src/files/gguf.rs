@@ -1,4 +1,4 @@
-//! GGUF files of llama.cpp: metadata and the places of tensors
+//! Opens GGUF files of llama.cpp and reads their metadata and tensors
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3).
 
 use super::gguf_header::{GgufTensor, GgufValue, Header};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// Maximum number of files of a split model.
 const MAX_FILES: u64 = 1000;
 
-/// Where the bytes of tensors are.
+/// The bytes of the tensors.
 #[derive(Debug)]
 enum Content {
     File(Arc<MappedFile>),
@@ -27,18 +27,18 @@ pub struct GgufFile {
     path: PathBuf,
     contents: Vec<Content>,
     metadata: BTreeMap<String, GgufValue>,
-    /// Where the values of the metadata are in the first file, with their types.
+    /// The byte ranges of metadata values in the first file, including their types.
     encoded: BTreeMap<String, Range<usize>>,
     tensors: BTreeMap<String, GgufTensor>,
 }
 
 impl GgufFile {
-    /// Whether `path` is a file with the name of a GGUF file.
+    /// Whether `path` is a file with the extension `gguf`.
     pub fn is_named(path: &Path) -> bool {
         path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file()
     }
 
-    /// Opens a file, and the other files of a split model beside it.
+    /// Opens a file, and the other files of a split model in the same folder.
     ///
     /// # Errors
     /// A file cannot be read, is damaged, or is missing from a split model.
@@ -75,7 +75,7 @@ impl GgufFile {
         }
     }
 
-    /// A file that is not yet written: metadata, and tensors with their elements where they are in memory.
+    /// A file that has not been written yet: metadata and tensors, with the elements that are in memory.
     pub(crate) fn draft(
         path: &Path,
         metadata: BTreeMap<String, GgufValue>,
@@ -120,7 +120,7 @@ impl GgufFile {
         self.contents.iter().map(len).sum()
     }
 
-    /// All metadata; that of the first file of a split model.
+    /// All metadata; for a split model, of the first file.
     pub fn metadata(&self) -> &BTreeMap<String, GgufValue> {
         &self.metadata
     }
@@ -138,20 +138,20 @@ impl GgufFile {
         self.tensors.values()
     }
 
-    /// The names of the tensors that are weights, not tables of positions.
+    /// The names of the weights, without tables of positions.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         let is_table = |name: &&str| name.starts_with("rope_freqs.") || name.starts_with("rope_factors_");
         self.tensors.keys().map(String::as_str).filter(move |name| !is_table(name))
     }
 
-    /// Gives the memory of a tensor that takes `num_bytes` back to the system.
+    /// Releases the memory of a tensor of `num_bytes` to the operating system.
     pub(crate) fn release(&self, tensor: &GgufTensor, num_bytes: usize) {
         if let Content::File(map) = &self.contents[tensor.file] {
             map.release(tensor.start..tensor.start.saturating_add(num_bytes));
         }
     }
 
-    /// The names of the types of its matrices, those with the most elements first.
+    /// The type names of its matrices, by descending number of elements.
     pub fn types(&self) -> Vec<String> {
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
         for tensor in self.tensors().filter(|tensor| tensor.shape.len() > 1) {
@@ -169,10 +169,10 @@ impl GgufFile {
         self.tensors.get(name)
     }
 
-    /// The map of the file that holds `tensor`, and its bytes there if it takes `num_bytes`.
+    /// The memory map of the file of `tensor`, and the byte range of the tensor, which has `num_bytes`.
     ///
     /// # Errors
-    /// The tensor ends after the file, or is in no file.
+    /// The tensor extends beyond the file, or is not in a file.
     pub(crate) fn bytes(&self, tensor: &GgufTensor, num_bytes: usize) -> Result<(&Arc<MappedFile>, Range<usize>)> {
         let Content::File(map) = &self.contents[tensor.file] else {
             return Err(Error::format(&self.path, format!("`{}` is not in a file", tensor.name)));
@@ -180,7 +180,7 @@ impl GgufFile {
         let end = tensor.start.checked_add(num_bytes).filter(|&end| end <= map.len());
         let end = end.ok_or_else(|| {
             let message = format!(
-                "`{}`: expected {num_bytes} bytes from byte {} on, found a file of {} bytes: download it again",
+                "`{}`: expected {num_bytes} bytes at offset {}, found a file of {} bytes: download it again",
                 tensor.name,
                 tensor.start,
                 map.len()
@@ -190,10 +190,10 @@ impl GgufFile {
         Ok((map, tensor.start..end))
     }
 
-    /// The elements of a tensor, dequantized.
+    /// Dequantizes a tensor.
     ///
     /// # Errors
-    /// Its type is not supported, its rows are no whole blocks, or it ends after the file.
+    /// Its type is not supported, its rows are not whole blocks, or it extends beyond the file.
     pub(crate) fn floats(&self, tensor: &GgufTensor) -> Result<Vec<f32>> {
         let wrong = |expected: &str| {
             let (name, shape, found) = (&tensor.name, &tensor.shape, GgufType::name_of(tensor.ggml_type));
@@ -306,7 +306,7 @@ impl GgufFile {
     }
 }
 
-/// The path of a file of a split model, by the path of another.
+/// The path of file `number` of a split model, from the path of another of its files.
 fn part_of_split(path: &Path, number: u64, count: u64) -> Result<PathBuf> {
     let suffix = |number: u64| format!("-{number:05}-of-{count:05}.gguf");
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -334,12 +334,12 @@ mod tests {
     }
 
     #[test]
-    fn the_files_of_a_split_model_are_one() {
+    fn split_models_are_opened_by_any_of_their_files() {
         let folder = tempfile::tempdir().unwrap();
         let path = |number: u32| folder.path().join(format!("tiny-{number:05}-of-00002.gguf"));
         std::fs::write(path(1), part(0, "a.weight", 1.5)).unwrap();
         std::fs::write(path(2), part(1, "b.weight", 2.5)).unwrap();
-        // by the name of any of them
+        // either of the files can be opened
         for number in [1, 2] {
             let file = GgufFile::open(path(number)).unwrap();
             assert_eq!(file.names().collect::<Vec<_>>(), ["a.weight", "b.weight"]);

@@ -1,4 +1,4 @@
-//! Parses what a GGUF file begins with: metadata, and the names, shapes and places of tensors.
+//! Parses the header of a GGUF file: metadata, and the names, shapes and offsets of tensors.
 
 use crate::error::{Error, Result};
 use metal_candle_kernels::{MappedFile, map_file};
@@ -45,19 +45,19 @@ pub struct GgufTensor {
     pub name: String,
     /// Its shape: the last dimension is contiguous, unlike in the file.
     pub shape: Vec<usize>,
-    /// The type of its elements, a number of `ggml_type`.
+    /// The type of its elements: an id in `enum ggml_type`.
     pub ggml_type: u32,
-    /// The index of the file that holds it.
+    /// The index of its file.
     pub(super) file: usize,
-    /// Where its bytes begin in the file.
+    /// The offset of its bytes in the file.
     pub(super) start: usize,
 }
 
-/// What a file begins with.
+/// The header of a file.
 pub(super) struct Header {
     pub(super) map: MappedFile,
     pub(super) metadata: BTreeMap<String, GgufValue>,
-    /// Where each value of the metadata is, from its type on.
+    /// The byte range of each metadata value, including its type.
     pub(super) encoded: BTreeMap<String, Range<usize>>,
     pub(super) tensors: Vec<GgufTensor>,
 }
@@ -79,7 +79,7 @@ fn parse(bytes: &[u8]) -> Parsed<Parts> {
     let mut reader = Reader { bytes, at: 0 };
     let magic = reader.take(4).map_err(|_| format!("expected a GGUF file, found {} bytes", bytes.len()))?;
     if magic != MAGIC {
-        return Err("expected a GGUF file, which begins with `GGUF`, found other bytes".into());
+        return Err("expected a GGUF file, which starts with `GGUF`, found other bytes".into());
     }
     let version = reader.u32()?;
     match version {
@@ -130,14 +130,16 @@ fn parse(bytes: &[u8]) -> Parsed<Parts> {
         let start = data.checked_add(offset).filter(|&start| start <= bytes.len() as u64);
         let message = || {
             let (name, len) = (&tensor.name, bytes.len());
-            format!("`{name}`: expected it within the file of {len} bytes, found it after the end: download it again")
+            format!(
+                "`{name}`: expected an offset within the file of {len} bytes, found one beyond its end: download it again"
+            )
         };
         tensor.start = start.ok_or_else(message)? as usize;
     }
     Ok((metadata, encoded, tensors))
 }
 
-/// Reads little-endian values. Memory that it takes is bounded by the length of the file.
+/// Reads little-endian values. Allocations are bounded by the length of the file.
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -146,7 +148,7 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn take(&mut self, count: usize) -> Parsed<&'a [u8]> {
         let end = self.at.checked_add(count).filter(|&end| end <= self.bytes.len());
-        let end = end.ok_or("expected more, found the end of the file: download it again")?;
+        let end = end.ok_or("unexpected end of the file: download it again")?;
         let taken = &self.bytes[self.at..end];
         self.at = end;
         Ok(taken)
@@ -169,7 +171,7 @@ impl<'a> Reader<'a> {
     fn text(&mut self) -> Parsed<String> {
         let len = usize::try_from(self.u64()?).unwrap_or(usize::MAX);
         let bytes = self.take(len)?;
-        // tokens of some vocabularies are parts of characters
+        // in some vocabularies, tokens are parts of characters
         Ok(String::from_utf8_lossy(bytes).into_owned())
     }
 

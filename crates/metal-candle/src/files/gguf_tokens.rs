@@ -1,11 +1,11 @@
-//! The tokens that end a text, as a GGUF file names and spells them.
+//! Finds the end-of-generation tokens of a GGUF file, by key and by text.
 
 use super::gguf::GgufFile;
 use super::gguf_header::GgufValue;
 use crate::error::Result;
 use std::collections::HashMap;
 
-/// Spellings of tokens that end a turn or a text in published vocabularies. A file names only some of them by a key.
+/// Tokens that end a turn or a text in published vocabularies. A file names only some of them by a key.
 pub(crate) const END_MARKS: [&str; 19] = [
     "<|eot_id|>",
     "<|im_end|>",
@@ -27,12 +27,12 @@ pub(crate) const END_MARKS: [&str; 19] = [
     "<｜end▁of▁sentence｜>",
     "[e~[",
 ];
-/// Spellings that end a text if they are control tokens: some vocabularies have them as text, such as HTML tags.
+/// Tokens that end a text only if they are control tokens: in some vocabularies they are text, such as HTML tags.
 const CONTROL_END_MARKS: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
 /// The type of a control token.
 const CONTROL: GgufValue = GgufValue::Integer(3);
 
-/// The ids of the tokens that end a text: EOS, EOT, EOM and tokens with known spellings. EOS is first.
+/// The ids of the tokens that end a generation: EOS, EOT, EOM and known tokens. EOS is first.
 ///
 /// # Errors
 /// A key has a value of another type.
@@ -49,7 +49,7 @@ pub(crate) fn end_of_generation_ids(file: &GgufFile) -> Result<Vec<u32>> {
     ids.extend(END_MARKS.iter().filter_map(|mark| places.get(mark)));
     let control = CONTROL_END_MARKS.iter().filter_map(|mark| places.get(mark));
     ids.extend(control.filter(|&&id| types.get(id) == Some(&CONTROL)));
-    // these vocabularies end a part of an answer with `<|end|>`
+    // in these vocabularies, `<|end|>` ends only a part of an answer
     let has = |mark: &str| places.contains_key(mark);
     if (has("<|call|>") || has("<|calls|>")) && (has("<|return|>") || has("<|flush|>")) {
         ids.retain(|id| places.get("<|end|>") != Some(id));

@@ -1,16 +1,16 @@
-//! The types of tensors in GGUF files.
+//! [`GgufType`]: the tensor types of GGUF files.
 
 use candle_core::DType;
 use metal_candle_kernels::BlockFormat;
 
-/// The type of a tensor's elements in a GGUF file, as far as the program reads it.
+/// The types of a tensor's elements in a GGUF file that this crate reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GgufType {
     /// 32-bit floats.
     F32,
-    /// 16-bit floats of IEEE 754.
+    /// 16-bit floats (IEEE 754).
     F16,
-    /// The upper halves of 32-bit floats.
+    /// 16-bit floats: the upper halves of 32-bit floats.
     BF16,
     /// Quantized blocks.
     Blocks(BlockFormat),
@@ -65,7 +65,7 @@ impl GgufType {
         }
     }
 
-    /// The name of the type with this id, also of one that is not supported.
+    /// The name of the type with this id, including unsupported types.
     pub(crate) fn name_of(id: u32) -> String {
         const OTHERS: [(u32, &str); 9] = [
             (9, "q8_1"),
@@ -95,7 +95,7 @@ impl GgufType {
         }
     }
 
-    /// The type of a dtype; none for one that GGUF files do not have.
+    /// The type for a dtype; none if GGUF has no such type.
     pub fn of_dtype(dtype: DType) -> Option<Self> {
         match dtype {
             DType::F32 => Some(Self::F32),
@@ -105,7 +105,7 @@ impl GgufType {
         }
     }
 
-    /// The next type that rounds less; none for f32.
+    /// The next type with more precision; none for f32.
     pub fn with_more_bits(self) -> Option<Self> {
         use BlockFormat::{
             IQ1M, IQ1S, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS, IQ4NL, IQ4XS, MXFP4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1,
@@ -126,7 +126,7 @@ impl GgufType {
         })
     }
 
-    /// The number of elements that rows consist of a multiple of.
+    /// The number of elements of a block; rows are whole blocks.
     pub fn block_len(self) -> usize {
         match self {
             Self::Blocks(format) => format.len(),
@@ -134,8 +134,8 @@ impl GgufType {
         }
     }
 
-    /// The bytes of a tensor with this shape, whose last dimension is contiguous; none if its rows are no whole blocks or it is
-    /// larger than any memory.
+    /// The size in bytes of a tensor with this shape, whose last dimension is contiguous; none if its rows are not whole blocks
+    /// or the size overflows.
     pub fn num_bytes(self, shape: &[usize]) -> Option<usize> {
         let (columns, others) = shape.split_last().unwrap_or((&1, &[]));
         let row = match self {

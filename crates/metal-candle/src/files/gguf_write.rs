@@ -1,4 +1,4 @@
-//! Writes GGUF files, version 3.
+//! Writes GGUF files (version 3).
 
 use super::gguf_header::{DEFAULT_ALIGNMENT, GgufValue, MAGIC};
 use super::gguf_type::GgufType;
@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 const VERSION: u32 = 3;
 const ALIGNMENT: usize = DEFAULT_ALIGNMENT as usize;
 
-/// A value of the metadata to be written.
+/// A metadata value to write.
 #[derive(Debug, Clone)]
 pub(crate) enum GgufField {
-    /// Integers are written as `u32`, or as `i32`, `u64` or `i64` where they do not fit, those of lists as `i32`. Floats are
+    /// Integers are written as `u32`, or as `i32`, `u64` or `i64` if they do not fit; integers in lists as `i32`. Floats are
     /// written as `f32`.
     Value(GgufValue),
-    /// The type and the value as they are in another file.
+    /// The encoded type and value from another file.
     Encoded(Vec<u8>),
 }
 
@@ -26,7 +26,7 @@ impl From<GgufValue> for GgufField {
     }
 }
 
-/// A tensor to be written.
+/// A tensor to write.
 #[derive(Debug, Clone)]
 pub(crate) struct NewTensor {
     pub(crate) name: String,
@@ -44,12 +44,12 @@ impl NewTensor {
     }
 }
 
-/// Writes a GGUF file. `write` gets the index of each tensor in turn and writes its elements.
+/// Writes a GGUF file. `write` is called with the index of each tensor in order and writes its elements.
 ///
-/// The file is replaced at once: readers see the old file or the new one, also after a crash.
+/// The file is replaced atomically: readers see the old file or the new one, even after a crash.
 ///
 /// # Errors
-/// The file cannot be written, `write` fails, or the rows of a tensor are no whole blocks.
+/// The file cannot be written, `write` fails, or the rows of a tensor are not whole blocks.
 pub(crate) fn write_gguf(
     path: &Path,
     metadata: &[(String, GgufField)],
@@ -76,9 +76,10 @@ pub(crate) fn write_gguf(
     })
 }
 
-/// The paths and the ranges of tensors of a model in files of at most `max_bytes` of tensors, or in one file at `path`.
+/// Splits a model into files with at most `max_bytes` of tensors each, or one file at `path`, and returns the path and
+/// range of tensors of each.
 ///
-/// The files have the names that llama.cpp gives them: `NAME-00001-of-00003.gguf`.
+/// The files are named as by llama.cpp: `NAME-00001-of-00003.gguf`.
 pub(crate) fn split(
     path: &Path,
     tensors: &[NewTensor],
@@ -133,7 +134,7 @@ impl Write for Counted<'_> {
     }
 }
 
-/// What a file begins with, up to the first tensor.
+/// The header of a file, up to the first tensor.
 fn header(metadata: &[(String, GgufField)], tensors: &[NewTensor]) -> Result<Vec<u8>> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(VERSION.to_le_bytes());

@@ -1,4 +1,4 @@
-//! Panics of dependencies that read untrusted input, returned as errors.
+//! Turns panics of dependencies that read untrusted input into errors.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,7 +7,7 @@ thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Counts the guards of a thread; a panic ends the scope too.
+/// Counts the nested guards of a thread, also when a panic unwinds.
 struct Scope;
 
 impl Scope {
@@ -23,16 +23,16 @@ impl Drop for Scope {
     }
 }
 
-/// Whether this thread runs inside [`guard`]. A panic hook should stay silent then: the caller gets an error.
+/// Whether this thread runs inside [`guard`]. A panic hook should then print nothing: the caller gets an error.
 pub fn is_guarded() -> bool {
-    // a thread that ends has no guards left
+    // a terminating thread has no guards left
     DEPTH.try_with(|depth| depth.get() > 0).unwrap_or(false)
 }
 
-/// Runs `work`, which calls a dependency on untrusted input and leaves nothing of the caller's half changed.
+/// Runs `work`, which passes untrusted input to a dependency and does not leave the caller's data half changed.
 ///
 /// # Errors
-/// `work` panicked: the sanitized text of the panic.
+/// `work` panicked; the error is the sanitized panic message.
 pub fn guard<T>(work: impl FnOnce() -> T) -> std::result::Result<T, String> {
     let scope = Scope::enter();
     let outcome = catch_unwind(AssertUnwindSafe(work));

@@ -1,4 +1,4 @@
-//! A JSON object read from a file, with errors that name file, key, expected and found.
+//! Reads typed values of a JSON object, with errors that name the file, the key, and what was expected and found.
 
 use super::read::{MAX_SIDE_FILE_BYTES, read_text};
 use crate::error::{Error, Result};
@@ -13,12 +13,12 @@ pub(crate) struct JsonObject {
 }
 
 impl JsonObject {
-    /// The object in the file `path`.
+    /// Reads the object in the file `path`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         Self::parse(&read_text(path, MAX_SIDE_FILE_BYTES)?, path)
     }
 
-    /// The object in `text`; errors name `path`.
+    /// Parses the object in `text`; errors name `path`.
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
         if text.trim().is_empty() {
             return Err(Error::format(path, "expected a JSON object, found an empty file"));
@@ -31,12 +31,12 @@ impl JsonObject {
         }
     }
 
-    /// The object of these keys; errors name `path`.
+    /// Wraps a map; errors name `path`.
     pub(crate) fn from_map(path: &Path, map: Map<String, Value>) -> Self {
         Self { path: path.to_path_buf(), map }
     }
 
-    /// The same object with these keys of `other` where it has none.
+    /// Adds `keys` of `other` that are missing here.
     pub(crate) fn with_defaults(mut self, other: &Self, keys: &[&str]) -> Self {
         for key in keys {
             if let Some(value) = other.get(key) {
@@ -118,12 +118,12 @@ impl JsonObject {
         }
     }
 
-    /// The error of a key with a wrong value.
+    /// The error about a key with a wrong value.
     pub(crate) fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
         Error::format(&self.path, format!("`{key}`: expected {expected}, found {}", describe(found)))
     }
 
-    /// The error of a missing key.
+    /// The error about a missing key.
     pub(crate) fn missing(&self, key: &str, expected: &str) -> Error {
         Error::format(&self.path, format!("`{key}`: expected {expected}, found no such key"))
     }

@@ -1,4 +1,4 @@
-//! Caches machine code of kernels in the user's cache folder, so that only the first start on a machine compiles them.
+//! Caches compiled kernels in the user's cache folder, so that only the first start on a machine compiles them.
 
 use super::{create_folder, read_bounded, write_atomically};
 use std::collections::hash_map::DefaultHasher;
@@ -6,15 +6,15 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 
-/// The first bytes of a file. The rest is the length of the key (8 bytes), the key, the code, and the CRC-32C of all before it.
+/// The first bytes of a file. The length of the key (8 bytes), the key, the code, and a CRC-32C of all these bytes follow.
 const MAGIC: &[u8] = b"metal-candle kernels 1\n";
 
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// A folder holds at most this number of files; the oldest are removed first.
+/// Most files in the folder; the oldest are removed first.
 const MAX_FILES: usize = 512;
 
-/// A folder of files, one for each key.
+/// A folder with one file per key.
 #[derive(Debug)]
 pub(crate) struct KernelFolder {
     folder: PathBuf,
@@ -28,20 +28,20 @@ impl KernelFolder {
     }
 
     fn within(cache: Option<PathBuf>, home: Option<PathBuf>) -> Option<Self> {
-        // the XDG specification says to ignore relative paths; one of the home folder would depend on the working folder
+        // the XDG specification requires absolute paths; a relative home folder would depend on the working folder
         let absolute = |folder: &PathBuf| folder.is_absolute();
         let cache = cache.filter(absolute).or_else(|| Some(home.filter(absolute)?.join(".cache")))?;
         Some(Self { folder: cache.join("metal-candle").join("kernels") })
     }
 
     fn path(&self, key: &str) -> PathBuf {
-        // keys with one name replace each other: the whole key is in the file and is compared
+        // keys with equal hashes replace each other: the file contains the whole key, which is compared
         let mut hasher = DefaultHasher::new();
         key.hash(&mut hasher);
         self.folder.join(format!("{:016x}.cubin", hasher.finish()))
     }
 
-    /// The code saved under a key. A file that is damaged, unreadable or holds another key counts as missing.
+    /// Loads the code of a key; `None` if the file is missing, damaged, unreadable or has another key.
     pub(crate) fn load(&self, key: &str) -> Option<Vec<u8>> {
         let mut bytes = read_bounded(self.path(key), MAX_FILE_BYTES).ok()?;
         let sum = bytes.split_off(bytes.len().checked_sub(4)?);
@@ -55,7 +55,7 @@ impl KernelFolder {
         (found == key.as_bytes()).then(|| code.to_vec())
     }
 
-    /// Saves code under a key. A folder that cannot be written to is no error: the next process compiles again.
+    /// Saves the code of a key. A failure is not an error: the next process compiles again.
     pub(crate) fn save(&self, key: &str, code: &[u8]) {
         let mut bytes = [MAGIC, &(key.len() as u64).to_le_bytes(), key.as_bytes(), code].concat();
         bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
@@ -63,7 +63,7 @@ impl KernelFolder {
             create_folder(&self.folder).and_then(|()| write_atomically(self.path(key), |file| file.write_all(&bytes)));
         match saved {
             Ok(()) => self.remove_oldest(),
-            Err(error) => tracing::debug!("compiled kernels are not kept: {error}"),
+            Err(error) => tracing::debug!("compiled kernels are not cached: {error}"),
         }
     }
 
@@ -103,7 +103,7 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     #[test]
-    fn code_comes_back_under_its_key_alone() {
+    fn code_is_loaded_by_its_key_only() {
         let folder = tempfile::tempdir().unwrap();
         let kernels = KernelFolder { folder: folder.path().join("a/b") };
         assert_eq!(kernels.load("key"), None);
@@ -111,7 +111,7 @@ mod tests {
         kernels.save("other", b"");
         assert_eq!(kernels.load("key").unwrap(), b"code");
         assert_eq!(kernels.load("other").unwrap(), b"");
-        // another key that has the same name of a file
+        // another key with the same file name
         fs::copy(kernels.path("other"), kernels.path("key")).unwrap();
         assert_eq!(kernels.load("key"), None);
         kernels.save("key", b"new");
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_cannot_be_written_to_is_no_error() {
+    fn an_unwritable_folder_is_not_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let kernels = KernelFolder { folder: file.path().join("folder") };
         kernels.save("key", b"code");

@@ -1,5 +1,5 @@
-//! Reads and writes files that may be damaged or hostile: text, JSON and safetensors within limits, atomic writes,
-//! downloads from the Hub, and panics of dependencies turned into errors.
+//! Reads files that may be damaged or hostile (text, JSON, safetensors, GGUF), writes files atomically, and downloads
+//! models from the Hub.
 
 mod convert;
 mod foreign;

@@ -1,4 +1,4 @@
-//! Whole files read with a limit on their size.
+//! Reads text, JSON and lines with a limit on their size.
 
 use crate::error::{Error, Result};
 use serde::de::DeserializeOwned;
@@ -6,18 +6,18 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
-/// Most bytes of a file beside the weights that is kept as a tree of values, which takes some twenty times its memory.
+/// Most bytes of a JSON file other than the weights. The parsed values need about twenty times its size.
 pub const MAX_SIDE_FILE_BYTES: u64 = 4 << 20;
 
 /// Most bytes of a line of `metrics.jsonl`.
 pub const MAX_METRICS_LINE_BYTES: usize = 1 << 20;
 
-/// The bytes of a file of at most `max_bytes`.
+/// Reads a file of at most `max_bytes`.
 ///
-/// The size is looked at before anything is read, and a file that grows, a pipe or a device is read no further than the limit.
+/// The size is checked before reading. Files that grow, pipes and devices are read up to the limit only.
 ///
 /// # Errors
-/// The file cannot be read, or is larger.
+/// The file cannot be read, or is too large.
 pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
@@ -32,10 +32,10 @@ pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> Result<Vec<u8>> {
     read_stream(file, path, max_bytes)
 }
 
-/// The bytes of a stream of at most `max_bytes`; `name` is what errors call it.
+/// Reads a stream of at most `max_bytes`; errors call it `name`.
 ///
 /// # Errors
-/// The stream cannot be read, or is longer.
+/// The stream cannot be read, or is too long.
 pub fn read_stream(stream: impl Read, name: impl AsRef<Path>, max_bytes: u64) -> Result<Vec<u8>> {
     let name = name.as_ref();
     let mut bytes = Vec::new();
@@ -49,7 +49,7 @@ pub fn read_stream(stream: impl Read, name: impl AsRef<Path>, max_bytes: u64) ->
 /// As [`read_bounded`]; `None` if there is no such file.
 ///
 /// # Errors
-/// The file is there but cannot be read, or is larger.
+/// The file exists but cannot be read, or is too large.
 pub fn read_if_exists(path: impl AsRef<Path>, max_bytes: u64) -> Result<Option<Vec<u8>>> {
     match read_bounded(path, max_bytes) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -58,16 +58,16 @@ pub fn read_if_exists(path: impl AsRef<Path>, max_bytes: u64) -> Result<Option<V
     }
 }
 
-/// The text of a UTF-8 file of at most `max_bytes`, without a byte order mark.
+/// Reads a UTF-8 file of at most `max_bytes`, without a byte order mark.
 ///
 /// # Errors
-/// The file cannot be read, is larger, or is not UTF-8.
+/// The file cannot be read, is too large, or is not UTF-8.
 pub fn read_text(path: impl AsRef<Path>, max_bytes: u64) -> Result<String> {
     let path = path.as_ref();
     text_of(read_bounded(path, max_bytes)?, path)
 }
 
-/// The text of a UTF-8 stream of at most `max_bytes`, without a byte order mark; `name` is what errors call it.
+/// Reads a UTF-8 stream of at most `max_bytes`, without a byte order mark; errors call it `name`.
 ///
 /// # Errors
 /// As [`read_text`].
@@ -82,15 +82,15 @@ fn text_of(bytes: Vec<u8>, path: &Path) -> Result<String> {
     }
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to() + 1;
-        Error::format(path, format!("expected text in UTF-8, found other bytes at byte {at}"))
+        Error::format(path, format!("expected text in UTF-8, found an invalid byte at offset {at}"))
     })?;
     Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
 }
 
-/// An error in words for a JSON text with a whole number that does not fit into 64 bits, which would be rounded.
+/// Checks that all integers of a JSON text fit into 64 bits; the parser would round larger ones.
 ///
 /// # Errors
-/// There is such a number.
+/// An integer does not fit.
 pub fn check_integers(json: &str) -> std::result::Result<(), String> {
     let bytes = json.as_bytes();
     let mut at = 0;
@@ -110,7 +110,7 @@ pub fn check_integers(json: &str) -> std::result::Result<(), String> {
                 let is_whole = !number.contains(['.', 'e', 'E']);
                 if is_whole && len > 18 && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
                     let start = &number[..len.min(40)];
-                    return Err(format!("the whole number `{start}` does not fit into 64 bits: write it as text"));
+                    return Err(format!("the integer `{start}` does not fit into 64 bits: write it as a string"));
                 }
                 at += len;
             }
@@ -120,10 +120,10 @@ pub fn check_integers(json: &str) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// The value of a JSON file of at most `max_bytes`; values may be nested 127 deep.
+/// Parses a JSON file of at most `max_bytes`, with at most 127 levels of nesting.
 ///
 /// # Errors
-/// The file cannot be read, is larger, or does not hold what `T` expects.
+/// The file cannot be read, is too large, or is not a valid `T`.
 pub fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>, max_bytes: u64) -> Result<T> {
     let path = path.as_ref();
     let text = read_text(path, max_bytes)?;
@@ -133,7 +133,7 @@ pub fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>, max_bytes: u64) ->
     serde_json::from_str(&text).map_err(|e| Error::format(path, format!("expected JSON: {e}")))
 }
 
-/// Reads the lines of a file or stream one by one, and holds no more than one of them in memory.
+/// Reads the lines of a file or stream, holding one line at a time in memory.
 #[derive(Debug)]
 pub struct BoundedLines<R> {
     reader: R,
@@ -158,10 +158,10 @@ impl<R: BufRead> BoundedLines<R> {
         Self { reader, max_line_bytes, line: Vec::new(), number: 0 }
     }
 
-    /// The next line with its end, which only the last one may lack; `None` at the end of the file.
+    /// The next line, including its line break, which only the last line may lack; `None` at the end of the file.
     ///
     /// # Errors
-    /// The file cannot be read, or the line is longer.
+    /// The file cannot be read, or the line is too long.
     pub fn next_line(&mut self) -> io::Result<Option<&[u8]>> {
         self.line.clear();
         let limit = self.max_line_bytes as u64;
@@ -179,7 +179,7 @@ impl<R: BufRead> BoundedLines<R> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     #[test]
-    fn whole_numbers_beyond_64_bits_are_found() {
+    fn integers_beyond_64_bits_are_refused() {
         let check = super::check_integers;
         for fits in [
             "[-9223372036854775808, 18446744073709551615, 1e30, 123456789012345678901.5]",
@@ -196,7 +196,7 @@ mod tests {
     use serde_json::Value;
 
     #[test]
-    fn the_limit_is_looked_at_first() {
+    fn the_size_is_checked_before_reading() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         std::fs::write(&path, "\u{feff}{\"a\":1}").unwrap();
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(read_json::<Value>(&path, 10).unwrap()["a"], 1);
         let message = read_bounded(&path, 9).unwrap_err().to_string();
         assert!(message.ends_with("expected at most 9 bytes, found 10"), "{message}");
-        // sparse: reading it would take minutes
+        // a sparse file, which would take minutes to read
         std::fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
         let message = read_text(&path, 9).unwrap_err().to_string();
         assert!(message.contains("at most 9 bytes, found 1099511627776"), "{message}");
@@ -214,7 +214,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_device_ends_at_the_limit() {
+    fn devices_are_read_up_to_the_limit() {
         let message = read_bounded("/dev/zero", 1000).unwrap_err().to_string();
         assert!(message.contains("expected at most 1000 bytes, found 1001 or more"), "{message}");
         let mut lines = BoundedLines::open("/dev/zero", 1000).unwrap();
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn other_encodings_and_depth_are_named() {
+    fn other_encodings_and_deep_nesting_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         std::fs::write(&path, b"\xFF\xFE{\0}\0").unwrap();

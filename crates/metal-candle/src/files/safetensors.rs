@@ -1,4 +1,4 @@
-//! Safetensors files: a memory-mapped, fully checked view (<https://huggingface.co/docs/safetensors>).
+//! Maps safetensors files into memory and checks their headers completely (<https://huggingface.co/docs/safetensors>).
 
 use super::convert;
 use super::foreign;
@@ -13,16 +13,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes of the length field in front of the header.
+/// Bytes of the length field before the header.
 const LENGTH_BYTES: usize = 8;
 /// Most bytes of a header, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Most tensors of a file; the largest published models have some 150,000 in all their files.
+/// Most tensors of a file; the largest published models have about 150,000 in all of their files.
 const MAX_TENSORS: usize = 200_000;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 16;
 
-/// Names, bits an element and candle's counterpart of the dtypes of the format.
+/// The dtypes of the format: name, bits per element and candle's dtype.
 const DTYPES: &[(&str, u64, Option<DType>)] = &[
     ("F32", 32, Some(DType::F32)),
     ("F16", 16, Some(DType::F16)),
@@ -53,7 +53,7 @@ const DTYPES: &[(&str, u64, Option<DType>)] = &[
 pub struct TensorEntry {
     /// Its name.
     pub name: String,
-    /// Its dtype, as the format writes it: `BF16`.
+    /// Its dtype, as named by the format: `BF16`.
     pub dtype: &'static str,
     /// Its shape.
     pub shape: Vec<usize>,
@@ -67,12 +67,12 @@ impl TensorEntry {
         self.bytes.len()
     }
 
-    /// Where it is in the file.
+    /// Its byte range in the file.
     pub(crate) fn byte_range(&self) -> Range<usize> {
         self.bytes.clone()
     }
 
-    /// candle's counterpart of the dtype, if there is one.
+    /// candle's dtype, if there is one.
     pub fn candle_dtype(&self) -> Option<DType> {
         self.candle
     }
@@ -85,7 +85,7 @@ impl TensorEntry {
 
 /// A safetensors file, mapped into memory, whose header has been checked against the file.
 ///
-/// Offsets, sizes and names can be relied on. Tensors are read when they are asked for.
+/// Offsets, sizes and names are valid. Tensors are read on demand.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
@@ -98,12 +98,12 @@ pub struct SafetensorsFile {
 impl SafetensorsFile {
     /// Maps `path` and checks its header.
     ///
-    /// Replacing the file by renaming is safe while it is open. If it is shortened or overwritten in place, tensors that are
-    /// read afterwards are errors.
+    /// Replacing the file by renaming is safe while it is open. If it is truncated or overwritten in place, reading tensors
+    /// returns errors afterwards.
     ///
     /// # Errors
-    /// The file cannot be read, is empty, truncated or of another format, or its header contradicts itself or
-    /// the file's size.
+    /// The file cannot be read, is empty, truncated or in another format, or its header is inconsistent or does not match the
+    /// file's size.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = metal_candle_kernels::map_file(path).map_err(|e| Error::read(path, e))?;
@@ -122,7 +122,7 @@ impl SafetensorsFile {
         &self.map
     }
 
-    /// The tensors, in the order of their bytes.
+    /// The tensors, by offset.
     pub fn entries(&self) -> &[TensorEntry] {
         &self.entries
     }
@@ -137,7 +137,7 @@ impl SafetensorsFile {
         &self.metadata
     }
 
-    /// The bytes of a tensor, little-endian, row by row.
+    /// The bytes of a tensor: little-endian, row-major.
     ///
     /// # Errors
     /// There is no such tensor.
@@ -159,7 +159,7 @@ impl SafetensorsFile {
     /// The tensor `name` on the CPU, converted to `dtype` (f32, f16 or bf16).
     ///
     /// # Errors
-    /// There is no such tensor, it is not f32, f16, bf16 or f64, or a finite value of it is too large for `dtype`.
+    /// There is no such tensor, its dtype is not f32, f16, bf16 or f64, or a finite value is too large for `dtype`.
     pub fn float_tensor(&self, name: &str, dtype: DType) -> Result<Tensor> {
         let entry = self.require(name)?;
         let Some(from) = entry.candle.filter(|_| entry.is_float()) else {
@@ -196,11 +196,10 @@ impl SafetensorsFile {
 
 type Parsed = (Vec<TensorEntry>, BTreeMap<String, String>);
 
-/// The checked contents of a header, or what is wrong with it.
+/// Parses and checks a header; the error describes what is wrong.
 fn parse(file: &[u8]) -> std::result::Result<Parsed, String> {
     let (header, data_start) = split_header(file)?;
-    let header: Header =
-        serde_json::from_slice(header).map_err(|e| format!("the header is not as it should be: {e}"))?;
+    let header: Header = serde_json::from_slice(header).map_err(|e| format!("the header is invalid: {e}"))?;
     let data_bytes = (file.len() - data_start) as u64;
     let mut names = HashSet::with_capacity(header.tensors.len());
     for (name, _) in &header.tensors {
@@ -217,7 +216,7 @@ fn parse(file: &[u8]) -> std::result::Result<Parsed, String> {
         let (dtype, candle) = check_span(&name, &tensor)?;
         if begin < expected_begin {
             return Err(format!(
-                "tensor `{name}` begins at byte {begin}, inside the one before, which ends at {expected_begin}"
+                "tensor `{name}` starts at byte {begin}, inside the previous tensor, which ends at byte {expected_begin}"
             ));
         }
         if begin > expected_begin {
@@ -225,7 +224,7 @@ fn parse(file: &[u8]) -> std::result::Result<Parsed, String> {
         }
         if end > data_bytes {
             return Err(format!(
-                "tensor `{name}` ends at byte {end}, but there are only {data_bytes}: the file is truncated (was a download or a copy cut off?)"
+                "tensor `{name}` ends at byte {end}, but there are only {data_bytes}: the file is truncated, possibly by an interrupted download or copy"
             ));
         }
         expected_begin = end;
@@ -238,7 +237,7 @@ fn parse(file: &[u8]) -> std::result::Result<Parsed, String> {
     Ok((entries, header.metadata))
 }
 
-/// The header's JSON, and where the tensors' bytes begin.
+/// The JSON of the header, and the offset of the tensors' bytes.
 fn split_header(file: &[u8]) -> std::result::Result<(&[u8], usize), String> {
     if file.is_empty() {
         return Err("the file is empty".to_string());
@@ -256,7 +255,7 @@ fn split_header(file: &[u8]) -> std::result::Result<(&[u8], usize), String> {
             if length == 0 {
                 return "expected a safetensors header, found one of length 0".to_string();
             }
-            "expected a safetensors header that begins with `{`, found other bytes: this is no safetensors file"
+            "expected a safetensors header that starts with `{`, found other bytes: this is not a safetensors file"
                 .to_string()
         }));
     }
@@ -270,7 +269,7 @@ fn split_header(file: &[u8]) -> std::result::Result<(&[u8], usize), String> {
     Ok((header, LENGTH_BYTES + header.len()))
 }
 
-/// The dtype, after checking that dtype and shape fill exactly the bytes the header claims.
+/// Returns the dtype after checking that dtype and shape match the byte range in the header.
 fn check_span(name: &str, tensor: &RawTensor) -> std::result::Result<(&'static str, Option<DType>), String> {
     let Some(&(dtype, bits, candle)) = DTYPES.iter().find(|(known, ..)| *known == tensor.dtype) else {
         return Err(format!("tensor `{name}` has the unknown dtype `{}`", tensor.dtype));
@@ -278,7 +277,7 @@ fn check_span(name: &str, tensor: &RawTensor) -> std::result::Result<(&'static s
     let (begin, end) = tensor.data_offsets;
     let shape = &tensor.shape.0;
     let Some(found) = end.checked_sub(begin) else {
-        return Err(format!("tensor `{name}` begins at byte {begin} and ends before it, at {end}"));
+        return Err(format!("tensor `{name}` starts at byte {begin} and ends before it, at byte {end}"));
     };
     let Some(total_bits) = element_count(shape).and_then(|count| count.checked_mul(bits)) else {
         return Err(format!("tensor `{name}`: the size of {dtype} {shape:?} overflows 64 bits"));
@@ -330,7 +329,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 let strings: Option<BTreeMap<String, String>> =
                     map.next_value().map_err(|e| M::Error::custom(format!("`__metadata__`: {e}")))?;
                 if metadata.replace(strings.unwrap_or_default()).is_some() {
-                    return Err(M::Error::custom("`__metadata__` is there twice"));
+                    return Err(M::Error::custom("`__metadata__` is given twice"));
                 }
             } else {
                 if tensors.len() == MAX_TENSORS {

@@ -1,4 +1,4 @@
-//! Text of untrusted files made safe to print.
+//! Makes text of untrusted files safe to print.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -8,20 +8,20 @@ const MAX_LINE_CHARS: usize = 2000;
 /// Most lines of a message.
 const MAX_LINES: usize = 200;
 
-/// Whether a terminal may act on `c` or a reader may be misled by it.
+/// Whether `c` may control a terminal or mislead a reader.
 fn is_unsafe(c: char) -> bool {
-    // C0, DEL and C1; marks and overrides of direction; line separators; invisible operators; tags
+    // C0, DEL and C1; direction marks and overrides; line separators; invisible operators; tags
     (c.is_control() && !matches!(c, '\n' | '\t'))
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
         || matches!(c, '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// `text` with every control character (but newline and tab) and override of direction escaped, at full length.
+/// Escapes control characters (except newline and tab), direction overrides and invisible characters. Does not shorten.
 pub fn printable(text: &str) -> Cow<'_, str> {
     escaped(text, |safe, c| safe.extend(c.escape_default()))
 }
 
-/// A JSON text with the same characters escaped as JSON does it.
+/// Escapes the same characters in a JSON text, with JSON escapes.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
     escaped(json, |safe, c| {
         for unit in c.encode_utf16(&mut [0; 2]) {
@@ -30,7 +30,7 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
     })
 }
 
-/// `text` with each unsafe character written by `escape`; borrowed if there is none.
+/// Replaces each unsafe character with `escape`; borrows `text` if there is none.
 fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
     if !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
@@ -46,7 +46,7 @@ fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// `text` as part of a message: [`printable`], and lines and their number are bounded.
+/// Prepares `text` for a message: escapes it like [`printable`], and shortens long lines and long texts.
 pub fn sanitize(text: &str) -> String {
     let mut safe = String::new();
     for (index, line) in text.split('\n').enumerate() {
@@ -73,7 +73,7 @@ mod tests {
     use super::{printable, printable_json, sanitize};
 
     #[test]
-    fn what_a_terminal_acts_on_is_escaped() {
+    fn control_characters_are_escaped() {
         assert_eq!(printable("\u{1b}]0;x\u{7}\r\u{9b}2J\u{202e}a\u{2066}\u{7f}"), {
             "\\u{1b}]0;x\\u{7}\\r\\u{9b}2J\\u{202e}a\\u{2066}\\u{7f}"
         });
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_short() {
+    fn long_messages_are_shortened() {
         let long = sanitize(&("é".repeat(100_000) + "\nb"));
         assert!(long.ends_with("é... (196000 more bytes)\nb") && long.len() < 5000, "{}", long.len());
         let many = sanitize(&"a\n".repeat(1000));

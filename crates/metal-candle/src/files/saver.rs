@@ -8,15 +8,15 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Header bytes are filled up with spaces to a multiple of this, as the reference implementation does.
+/// The header is padded with spaces to a multiple of this, as in the reference implementation.
 const ALIGNMENT: usize = 8;
 
-/// Writes tensors (f32, f16, bf16, f64, u8, u32 or i64) and strings for `__metadata__` as one safetensors file.
+/// Writes tensors (f32, f16, bf16, f64, u8, u32 or i64) and `__metadata__` strings as one safetensors file.
 ///
-/// The file is replaced at once: readers see the old file or the new one, also after a crash.
+/// The file is replaced atomically: readers see the old file or the new one, even after a crash.
 ///
 /// # Errors
-/// The file cannot be written, a name is there twice, or a tensor has another dtype or a value that is not finite.
+/// The file cannot be written, a name is given twice, or a tensor has another dtype or a value that is not finite.
 pub fn write_safetensors<S: AsRef<str>>(
     path: impl AsRef<Path>,
     tensors: &[(S, Tensor)],
@@ -24,7 +24,7 @@ pub fn write_safetensors<S: AsRef<str>>(
 ) -> Result<()> {
     let path = path.as_ref();
     let mut tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_ref(), tensor)).collect();
-    // wide dtypes first, so that every tensor begins at a multiple of its width
+    // wide dtypes first, so that every tensor starts at a multiple of its width
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
     let header = header(&tensors, metadata)?;
     write_contents(path, |file| {
@@ -74,10 +74,10 @@ fn dtype_name(dtype: DType) -> Option<&'static str> {
     })
 }
 
-/// Refuses a tensor with NaN or infinity: no file of weights or results may hold them.
+/// Returns an error for a tensor with NaN or infinity; these are never written to files.
 ///
 /// # Errors
-/// A value is not finite; the message names the tensor.
+/// A value is not finite.
 pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
     if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
         return Ok(());
@@ -94,7 +94,7 @@ pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
         Some(index) => Err(Error::argument(
             name,
             format!(
-                "element {index} is not finite (NaN or infinity), so nothing is written; were the numbers too large?"
+                "element {index} is not finite (NaN or infinity), so nothing is written; the values may have overflowed"
             ),
         )),
     }
@@ -113,8 +113,8 @@ fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io
     })
 }
 
-/// The tensor on the CPU. candle's `to_device` copies the whole buffer behind a view, so a view of a device buffer (a moment of
-/// the optimizer, say) is first copied on the device to a buffer of its own size.
+/// Copies a tensor to the CPU. candle's `to_device` copies the whole buffer behind a view, so a view of a device buffer (such
+/// as an optimizer moment) is first copied to its own buffer on the device.
 fn to_host(tensor: &Tensor) -> candle_core::Result<Tensor> {
     if tensor.device().is_cpu() { Ok(tensor.clone()) } else { tensor.force_contiguous()?.to_device(&Device::Cpu) }
 }

@@ -11,11 +11,11 @@ use std::path::{Component, Path, PathBuf};
 
 /// Largest accepted index, in bytes.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-/// Most misplaced tensors that are looked for in the other shards; a message lists fewer.
+/// Most misplaced tensors that are searched for in the other shards; a message lists fewer.
 const MAX_SEARCHED: usize = 100;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
-/// The tensors of a checkpoint and the file that holds each.
+/// The tensors of a checkpoint, and the file of each.
 #[derive(Debug)]
 pub(crate) struct Shards {
     path: PathBuf,
@@ -90,20 +90,20 @@ impl Shards {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The tensor `name`, and the file it is in.
+    /// The tensor `name`, and its file.
     pub(crate) fn get(&self, name: &str) -> Option<(&SafetensorsFile, &TensorEntry)> {
         let file = &self.files[*self.tensors.get(name)?];
         Some((file, file.entry(name)?))
     }
 }
 
-/// Whether the name of a shard is a path inside the folder of its index.
+/// Whether the name of a shard is a path inside the folder of the index.
 fn is_inside(name: &str) -> bool {
     let only_names = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
     !name.is_empty() && only_names && !name.contains(['\\', ':', '\0'])
 }
 
-/// The weights in a folder: `model.safetensors`, else an index, else the only safetensors file.
+/// Finds the weights in a folder: `model.safetensors`, else an index, else the only safetensors file.
 fn find_in_folder(folder: &Path) -> Result<PathBuf> {
     let single = folder.join("model.safetensors");
     if single.is_file() {
@@ -134,27 +134,27 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
 
 fn ambiguous(folder: &Path, names: &[&String]) -> Error {
     let list = names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join("`, `");
-    Error::format(folder, format!("expected one checkpoint, found several: give one of `{list}`"))
+    Error::format(folder, format!("expected one checkpoint, found several: pass one of `{list}`"))
 }
 
 fn nothing_found(names: &[String]) -> String {
     let has = |suffix: &str| names.iter().any(|name| name.ends_with(suffix));
     let hint = if has("adapter_model.safetensors") || has("adapter_config.json") {
-        "; it holds an adapter, which is given beside the model it was trained on"
+        "; it contains an adapter, which must be passed together with its base model"
     } else if has(".bin") || has(".pt") || has(".pth") {
-        "; it holds PyTorch files: convert them to safetensors first"
+        "; it contains PyTorch files: convert them to safetensors first"
     } else if has(".gguf") {
-        "; it holds a GGUF file: take the safetensors files of the model"
+        "; it contains a GGUF file: use the safetensors files of the model"
     } else {
         ""
     };
-    format!("the folder holds neither `model.safetensors` nor an index of shards{hint}")
+    format!("the folder contains neither `model.safetensors` nor an index of shards{hint}")
 }
 
-/// The names of the files that an index of shards lists (`model.safetensors.index.json`), sorted.
+/// The names of the files in an index of shards (`model.safetensors.index.json`), sorted.
 ///
 /// # Errors
-/// The file cannot be read, is not an index, or names a file outside of its folder.
+/// The file cannot be read, is not an index, or names a file outside its folder.
 pub fn shard_names(index: impl AsRef<Path>) -> Result<BTreeSet<String>> {
     let path = index.as_ref();
     Index::read(path)?.shard_names(path)
@@ -211,7 +211,7 @@ impl<'de> Visitor<'de> for IndexVisitor {
             if key == "weight_map" {
                 let pairs: Pairs = map.next_value().map_err(|e| M::Error::custom(format!("`weight_map`: {e}")))?;
                 if weight_map.replace(pairs.0).is_some() {
-                    return Err(M::Error::custom("`weight_map` is there twice"));
+                    return Err(M::Error::custom("`weight_map` is given twice"));
                 }
             } else {
                 map.next_value::<IgnoredAny>()?;
@@ -222,7 +222,7 @@ impl<'de> Visitor<'de> for IndexVisitor {
     }
 }
 
-/// An object of strings, in which a key that is there twice is not lost.
+/// An object of strings that preserves duplicate keys.
 struct Pairs(Vec<(String, String)>);
 
 impl<'de> Deserialize<'de> for Pairs {

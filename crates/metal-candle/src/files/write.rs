@@ -1,4 +1,4 @@
-//! The one write path: whole files are replaced atomically, links and devices are written through.
+//! Writes files: regular files are replaced atomically, links and devices are written through.
 
 use crate::error::{Error, Result};
 use std::fs::{self, File, OpenOptions};
@@ -6,29 +6,29 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// As many links in a row as Linux follows.
+/// The number of links in a row that Linux follows.
 const MAX_LINKS: usize = 40;
 
-/// Numbers the temporary files of one process.
+/// The number of temporary files of this process so far, for unique names.
 static NUM_TEMPORARY: AtomicUsize = AtomicUsize::new(0);
 
-/// Where the bytes for a path go.
+/// The destination of a write.
 #[derive(Debug, PartialEq, Eq)]
 enum Destination {
-    /// A regular file or nothing: a complete file is renamed over it.
+    /// A regular or missing file: a complete temporary file is renamed over it.
     File(PathBuf),
-    /// A pipe, a device or a socket: opened and written to.
+    /// A pipe, device or socket, which is opened and written to.
     Stream,
 }
 
 /// Writes a temporary file next to `path` and renames it over `path` once it is complete and synced.
 ///
-/// Only a regular file is replaced. A symbolic link stays, and its target is replaced. A pipe or device is written
-/// to directly. A replaced file keeps its permissions.
+/// Only regular files are replaced. For a symbolic link, its target is replaced. Pipes and devices are written to
+/// directly. A replaced file keeps its permissions.
 ///
 /// # Errors
-/// The file cannot be written, or `path` is a folder. A file at `path` is unchanged then, and no temporary file is
-/// left.
+/// The file cannot be written, or `path` is a folder. Then a file at `path` is unchanged, and the temporary file is
+/// removed.
 pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let path = path.as_ref();
     if path.file_name().is_none() {
@@ -42,25 +42,25 @@ pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Writ
     written.map_err(|e| Error::write(path, e))
 }
 
-/// As [`write_atomically`] with a function that has errors of its own, which are returned as they are.
+/// As [`write_atomically`], with a function that returns the library's errors.
 ///
 /// # Errors
-/// As [`write_atomically`], or those of `write`.
+/// As [`write_atomically`], or errors of `write`.
 pub(crate) fn write_contents(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let mut failure = None;
     let written = write_atomically(path, |file| {
         write(file).map_err(|error| {
             failure = Some(error);
-            io::Error::other("the contents could not be made")
+            io::Error::other("the contents could not be created")
         })
     });
     failure.map_or(written, Err)
 }
 
-/// Opens a file that grows line by line or record by record, and creates it if it is missing. What it holds stays.
+/// Opens a file to append lines or records, and creates it if it is missing.
 ///
 /// # Errors
-/// The file cannot be opened for reading and writing, or is no regular file.
+/// The file cannot be opened for reading and writing, or is not a regular file.
 pub fn open_to_append(path: impl AsRef<Path>) -> Result<File> {
     let path = path.as_ref();
     if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
@@ -80,8 +80,8 @@ pub fn create_folder(path: impl AsRef<Path>) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| Error::write(path, e))
 }
 
-/// Removes the temporary files that killed processes left in `folder`. The caller makes sure, with a lock, that no
-/// other process is writing there.
+/// Removes temporary files of killed processes from `folder`. The caller must hold a lock that keeps other processes from
+/// writing there.
 ///
 /// # Errors
 /// The folder cannot be read, or a file cannot be removed.
@@ -105,7 +105,7 @@ pub fn remove_stale_temporaries(folder: impl AsRef<Path>) -> Result<()> {
 fn destination(path: &Path) -> io::Result<Destination> {
     match fs::metadata(path) {
         Ok(found) if found.is_dir() => Err(io::Error::new(ErrorKind::IsADirectory, "expected a file, found a folder")),
-        // what `/dev/stdout` and `/proc/self/fd/1` lead to belongs to another program
+        // `/dev/stdout` and `/proc/self/fd/1` lead to files of other programs
         Ok(found) if !found.is_file() || is_descriptor(path) => Ok(Destination::Stream),
         Ok(_) => fs::canonicalize(path).map(Destination::File),
         Err(error) if error.kind() == ErrorKind::NotFound => follow(path).map(Destination::File),
@@ -117,7 +117,7 @@ fn is_descriptor(path: &Path) -> bool {
     ["/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/"].iter().any(|folder| path.starts_with(folder))
 }
 
-/// The missing file that a dangling symbolic link leads to.
+/// The missing target of a dangling symbolic link.
 fn follow(path: &Path) -> io::Result<PathBuf> {
     let mut target = path.to_path_buf();
     for _ in 0..MAX_LINKS {
@@ -163,9 +163,9 @@ fn write_through(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<(
     file.flush()
 }
 
-/// Syncs a folder: a renamed file survives a power cut only once its folder is on the disk.
+/// Syncs a folder: a renamed file survives a power cut only after its folder is on disk.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
-    // only Unix opens folders as files
+    // only Unix can open folders as files
     if cfg!(unix) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         File::open(folder)?.sync_all()?;
@@ -175,13 +175,13 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
 
 fn temporary_beside(target: &Path) -> PathBuf {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    // a file system allows names of 255 bytes
+    // file systems limit names to 255 bytes
     let name: String = name.chars().take(50).collect();
     let number = NUM_TEMPORARY.fetch_add(1, Ordering::Relaxed);
     target.with_file_name(format!(".{name}.{}-{number}.tmp", std::process::id()))
 }
 
-/// Whether a name is one of [`temporary_beside`], or one that an earlier version gave.
+/// Whether a name was created by [`temporary_beside`] of this or an earlier version.
 fn is_temporary(name: &str) -> bool {
     if ["run.json.part", "loss.svg.part"].contains(&name) {
         return true;
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+    fn a_failed_write_leaves_only_the_old_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         write_atomically(&path, |file| file.write_all(b"old")).unwrap();
@@ -225,7 +225,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn links_stay_links() {
+    fn links_are_written_through() {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn only_temporary_files_are_stale() {
+    fn only_temporary_files_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let temporary = temporary_beside(&folder.path().join("run.json"));
         assert!(is_temporary(&temporary.file_name().unwrap().to_string_lossy()));

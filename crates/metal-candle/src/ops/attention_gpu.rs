@@ -75,7 +75,7 @@ fn optional(tensor: Option<&Tensor>) -> Arg<'_> {
 }
 
 fn missing() -> Error {
-    Error::Device("attention has no table for its kernels".into())
+    Error::Bug("the table of the attention kernels is missing".into())
 }
 
 /// Result and, for the backward pass, the logarithms of the sums of exponentials.

@@ -61,10 +61,10 @@ impl Norm {
         self.with_host(|norm| tensor(norm.forward(Host::new(x)?.f32()?), x.shape()))
     }
 
-    /// The same by a kernel, written to `y`.
+    /// Like [`Self::forward`], with a kernel that writes to `y`. The caller checks [`Self::has_kernels`] first.
     pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
         if !self.has_kernels(x) {
-            return Err(Error::Unsupported("a norm into a given tensor with a weight of another type".into()));
+            return Err(Error::Bug("a norm without kernels was asked to write to a given tensor".into()));
         }
         let _span = span("norm", Kind::Elementwise);
         self.launch("norm_forward", x, &[Arg::In(x), self.weight_arg(), optional(self.bias.as_ref()), Arg::Out(y)])

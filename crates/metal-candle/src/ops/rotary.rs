@@ -60,7 +60,7 @@ impl Frequencies {
 
     fn rows(&self, positions: usize) -> Result<Arc<Rows>> {
         let half = self.of_pairs.len();
-        let poisoned = || Error::Device("the rotary table is unusable after a panic".into());
+        let poisoned = || Error::Bug("the lock of the rotary table is poisoned".into());
         let rows = Arc::clone(&*self.rows.read().map_err(|_| poisoned())?);
         if rows.cos.len() >= positions * half {
             return Ok(rows);

@@ -192,7 +192,7 @@ fn a_folder_has_its_files() {
 }
 
 #[test]
-fn whole_numbers_beyond_64_bits_are_problems() {
+fn integers_beyond_64_bits_are_problems() {
     let folder = Folder::new();
     let row = |number: &str| {
         format!(
@@ -200,7 +200,7 @@ fn whole_numbers_beyond_64_bits_are_problems() {
         )
     };
     let path = folder.write("data.jsonl", row("18446744073709551615") + &row("18446744073709551616"));
-    let message = "the whole number `18446744073709551616` does not fit into 64 bits: write it as text";
+    let message = "the integer `18446744073709551616` does not fit into 64 bits: write it as a string";
     assert_eq!(problems(&path), [(2, message.to_string())]);
 }
 

@@ -140,7 +140,7 @@ fn refusals_say_what_to_do() {
         other => panic!("expected an error of the hub, found {other:?}"),
     };
     assert!(message(&hub, "org/model").contains("set `HF_TOKEN` (status 401)"));
-    assert!(message(&hub.clone().with_token(Some("wrong".into())), "org/model").contains("token given may not read"));
+    assert!(message(&hub.clone().with_token(Some("wrong".into())), "org/model").contains("the token has no access"));
     let hub = hub.with_token(Some(" secret\n".into()));
     assert!(message(&hub, "org/other").contains("there is no model `org/other`"));
     assert!(message(&hub, "org/model@v2").contains("has no revision `v2`"));

@@ -151,7 +151,7 @@ fn each_lie_of_a_header_is_named() {
         (
             r#"{"t":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"u":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}"#.into(),
             &sixteen[..6],
-            "inside the one before",
+            "inside the previous tensor",
         ),
         (
             r#"{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#.into(),
@@ -210,7 +210,7 @@ fn foreign_files_are_recognized() {
         (b"{\"model_type\": \"qwen2\"}", "JSON"),
         (b"\x93NUMPY\x01\0v\0{'descr'", "NumPy"),
         (&[0; 64], "zeros"),
-        (b"\x10\0\0\0\0\0\0\0not a header....", "no safetensors file"),
+        (b"\x10\0\0\0\0\0\0\0not a header....", "not a safetensors file"),
         (b"\xff\xff\xff\xff\xff\xff\xff\xff{\"a\":", "at most 100000000"),
         (b"\xff\xff\0\0\0\0\0\0{\"a\":", "truncated"),
     ];

@@ -1,8 +1,8 @@
-//! Downloads models from the Hugging Face Hub into the cache folder that other programs share.
+//! Downloads models from the Hugging Face Hub into the cache folder that it shares with other programs.
 //!
-//! `hf-hub` defines the names and paths of the cache. The transfer is our own: `hf-hub` 0.4.3 appends the whole file to
-//! a partial one if a server ignores the requested range, and cannot resume from a partial file that is already
-//! complete. Its version 1 adds an asynchronous runtime and about two hundred crates.
+//! The crate `hf-hub` defines the names and paths of the cache. This module does the transfer itself: `hf-hub` 0.4.3 appends
+//! the whole file to a partial one if a server ignores the requested range, and cannot resume from a partial file that is
+//! already complete. Its version 1 adds an asynchronous runtime and about two hundred crates.
 
 mod name;
 mod transfer;
@@ -19,7 +19,7 @@ use transfer::{Failure, Transfer, create_parent, plain_name};
 pub use name::HubName;
 pub use transfer::DownloadProgress;
 
-/// A Hub and the cache folder of its files.
+/// A client of a Hub, with its cache folder.
 #[derive(Debug, Clone)]
 pub struct Hub {
     endpoint: String,
@@ -28,7 +28,7 @@ pub struct Hub {
     offline: bool,
 }
 
-/// Files besides the weights, and whether a model requires them.
+/// The files besides the weights, and whether they are required.
 const FILES: [(&str, bool); 9] = [
     ("config.json", true),
     ("generation_config.json", false),
@@ -46,13 +46,13 @@ const INDEX: &str = "model.safetensors.index.json";
 const MAX_TOKEN_BYTES: u64 = 64 << 10;
 
 impl Hub {
-    /// The Hub at `endpoint`, with its files in `cache_dir`, without a token.
+    /// A client of the Hub at `endpoint`, with the cache in `cache_dir` and no token.
     pub fn new(endpoint: impl Into<String>, cache_dir: impl Into<PathBuf>) -> Self {
         let endpoint = endpoint.into().trim_end_matches('/').to_owned();
         Self { endpoint, cache_dir: cache_dir.into(), token: None, offline: false }
     }
 
-    /// The Hub as the environment describes it, by the rules of the Hub's own programs.
+    /// A client configured by environment variables, like Hugging Face's own programs.
     ///
     /// `HF_ENDPOINT` is its address. The cache is `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else in `huggingface` in the
     /// user's cache folder. The token is `HF_TOKEN`, else the text of the file `HF_TOKEN_PATH`, else of `token` in
@@ -60,7 +60,7 @@ impl Hub {
     /// is an older name of `HF_TOKEN`. `~` and `$NAME` in paths are expanded.
     ///
     /// # Errors
-    /// There is no home folder to keep files in.
+    /// There is no home folder for the cache.
     pub fn from_env() -> Result<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
         let path = |name: &str| {
@@ -92,22 +92,22 @@ impl Hub {
         self
     }
 
-    /// Uses what the cache holds and downloads nothing.
+    /// Uses only the cache and downloads nothing.
     #[must_use]
     pub fn with_offline(mut self, offline: bool) -> Self {
         self.offline = offline;
         self
     }
 
-    /// The folder that holds the files of a model; those that are not in the cache are downloaded.
+    /// Downloads the files of a model that are not in the cache, and returns the model's folder.
     ///
-    /// These are the configuration, the tokenizer's files, the chat template and the safetensors weights.
-    /// A download that broke off, in this process or an earlier one, goes on where it stopped. Without a connection the
-    /// cached files are used if they are complete.
+    /// The files are the configuration, the tokenizer's files, the chat template and the safetensors weights. An interrupted
+    /// download, of this process or an earlier one, is resumed. Without a connection, the cached files are used if they are
+    /// complete.
     ///
     /// # Errors
-    /// The Hub cannot be reached, has no such model, or does not let the token's owner see it; the model has no
-    /// safetensors weights; or the cache cannot be written.
+    /// The Hub is unreachable, has no such model, or the token has no access to it; the model has no safetensors weights; or
+    /// the cache cannot be written.
     pub fn fetch_model(&self, name: &HubName, on_progress: &mut dyn FnMut(DownloadProgress)) -> Result<PathBuf> {
         let repo = Repo::with_revision(name.repository().into(), RepoType::Model, name.revision().into());
         let place = Place { folder: self.cache_dir.join(repo.folder_name()), cache_dir: self.cache_dir.clone(), repo };
@@ -116,12 +116,12 @@ impl Hub {
         }
         if self.offline {
             return Err(Error::Hub(format!(
-                "`{name}` is not, or not completely, in `{}`, and `HF_HUB_OFFLINE` forbids downloads",
+                "`{name}` is missing or incomplete in `{}`, and `HF_HUB_OFFLINE` forbids downloads",
                 self.cache_dir.display()
             )));
         }
         if !self.endpoint.starts_with("http://") && !self.endpoint.starts_with("https://") {
-            let message = format!("expected an address that begins with `https://`, found `{}`", self.endpoint);
+            let message = format!("expected an address that starts with `https://`, found `{}`", self.endpoint);
             return Err(Error::argument("HF_ENDPOINT", message));
         }
         match self.download(name, &place, on_progress) {
@@ -140,12 +140,10 @@ impl Hub {
         on_progress: &mut dyn FnMut(DownloadProgress),
     ) -> std::result::Result<PathBuf, Failure> {
         let transfer = Transfer::new(&self.endpoint, self.token.as_deref(), name, place.folder.clone());
-        // the first answer names the commit; the other files are asked for by it, so that they belong together
+        // the first response names the commit; requesting the other files by commit makes them consistent
         let first = transfer.fetch(name.revision(), FILES[0].0, on_progress)?;
         let Some(first) = first else {
-            return Err(
-                Error::Hub(format!("`{name}` has no `config.json`: it is not a model this program can load")).into()
-            );
+            return Err(Error::Hub(format!("`{name}` has no `config.json`, so it is not a supported model")).into());
         };
         let commit = first.commit.unwrap_or_else(|| plain_name(name.revision()));
         let snapshot = place.folder.join("snapshots").join(&commit);
@@ -193,7 +191,7 @@ impl Hub {
     }
 }
 
-/// A path of an environment variable with `~`, `$NAME` and `${NAME}` replaced, as a shell would; unknown names stay.
+/// Expands `~`, `$NAME` and `${NAME}` in a path like a shell; unknown names are unchanged.
 fn expand(value: &str, home: Option<&Path>, variable: impl Fn(&str) -> Option<String>) -> PathBuf {
     let mut text = value.to_owned();
     if let (Some(rest), Some(home)) = (value.strip_prefix('~'), home.and_then(Path::to_str))
@@ -223,7 +221,7 @@ fn expand(value: &str, home: Option<&Path>, variable: impl Fn(&str) -> Option<St
     expanded.into()
 }
 
-/// Where a model's files are in the cache.
+/// The location of a model's files in the cache.
 struct Place {
     folder: PathBuf,
     cache_dir: PathBuf,
@@ -231,7 +229,7 @@ struct Place {
 }
 
 impl Place {
-    /// The snapshot of the revision, if its files are all there.
+    /// The snapshot of the revision, if it is complete.
     fn cached(&self) -> Option<PathBuf> {
         let by_commit = self.folder.join("snapshots").join(self.repo.revision());
         let snapshot = if is_commit(self.repo.revision()) && by_commit.exists() {
@@ -247,34 +245,35 @@ impl Place {
         complete.then_some(snapshot)
     }
 
-    /// Notes which commit the revision stands for.
+    /// Records the commit of the revision.
     fn write_ref(&self, commit: &str) -> Result<()> {
         let cache = Cache::new(self.cache_dir.clone()).repo(self.repo.clone());
         cache.create_ref(commit).map_err(|e| Error::write(self.folder.join("refs").join(self.repo.revision()), e))
     }
 }
 
-/// Whether `revision` is a full commit hash, which never changes its meaning.
+/// Whether `revision` is a full commit hash, which is immutable.
 fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.chars().all(|c| c.is_ascii_hexdigit())
 }
 
-/// The files that an index of shards lists, each of which must be a safetensors file beside it.
+/// The files in an index of shards, each of which must be a safetensors file in the same folder.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let names = shard_names(index)?;
     match names.iter().find(|name| **name != plain_name(name) || !name.ends_with(".safetensors")) {
-        Some(name) => {
-            Err(Error::format(index, format!("expected the name of a safetensors file beside it, found `{name}`")))
-        }
+        Some(name) => Err(Error::format(
+            index,
+            format!("expected the name of a safetensors file in the same folder, found `{name}`"),
+        )),
         None => Ok(names),
     }
 }
 
-/// Makes `snapshot/file` stand for `blob`.
+/// Links `snapshot/file` to `blob`.
 fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
     let target = snapshot.join(file);
     create_parent(&target)?;
-    // a link whose blob is gone does not count as existing, but is in the way
+    // `exists` is false for a dangling link, which would make the creation fail
     if std::fs::symlink_metadata(&target).is_ok() {
         std::fs::remove_file(&target).map_err(|e| Error::write(&target, e))?;
     }
@@ -286,7 +285,7 @@ fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
     #[cfg(not(unix))]
     let _ = blob_name;
     match linked {
-        // another process was faster
+        // another process created it
         Err(_) if target.exists() => Ok(()),
         linked => linked.map_err(|e| Error::write(&target, e)),
     }

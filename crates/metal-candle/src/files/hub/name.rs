@@ -1,4 +1,4 @@
-//! Names of models on the Hub.
+//! Parses names of models on the Hub.
 
 use crate::error::{Error, Result};
 use std::fmt;
@@ -17,7 +17,7 @@ impl HubName {
         &self.repository
     }
 
-    /// Branch, tag or commit; `main` unless the name says otherwise.
+    /// Branch, tag or commit; `main` by default.
     pub fn revision(&self) -> &str {
         &self.revision
     }

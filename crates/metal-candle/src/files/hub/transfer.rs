@@ -1,4 +1,4 @@
-//! The transfer of one file from the Hub into the cache.
+//! Downloads one file from the Hub into the cache.
 
 use super::name::HubName;
 use crate::error::{Error, Result};
@@ -7,11 +7,11 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often a transfer that broke off is taken up again before giving up.
+/// The number of times an interrupted transfer is resumed.
 const MAX_RETRIES: u32 = 5;
 const MAX_REDIRECTS: usize = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest silence of the server within a transfer.
+/// Longest time without data from the server.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Outcome<T> = std::result::Result<T, Failure>;
@@ -21,7 +21,7 @@ type Outcome<T> = std::result::Result<T, Failure>;
 pub struct DownloadProgress<'a> {
     /// The file's name.
     pub file: &'a str,
-    /// Bytes on disk, including those of an earlier, interrupted download.
+    /// Bytes on disk, including bytes of an earlier, interrupted download.
     pub num_bytes: u64,
     /// Bytes of the whole file, if the server reports them.
     pub total_bytes: Option<u64>,
@@ -53,14 +53,14 @@ pub(super) struct Transfer<'a> {
     agent: ureq::Agent,
 }
 
-/// A file that is in the cache now.
+/// A file in the cache.
 pub(super) struct Fetched {
     pub(super) blob: PathBuf,
-    /// The commit it belongs to, where the server says so.
+    /// Its commit, if the server reports it.
     pub(super) commit: Option<String>,
 }
 
-/// What the headers on the way to a file said.
+/// The headers of all responses up to the file.
 #[derive(Default)]
 struct Headers {
     commit: Option<String>,
@@ -68,13 +68,13 @@ struct Headers {
     size: Option<u64>,
 }
 
-/// The answer that holds a file's bytes.
+/// The response with the bytes of a file.
 struct Answer {
     response: ureq::Response,
     headers: Headers,
-    /// Where the bytes came from after all redirections.
+    /// The address of the file after all redirections.
     url: String,
-    /// The first byte that was asked for.
+    /// The first requested byte.
     start: u64,
 }
 
@@ -90,7 +90,7 @@ impl<'a> Transfer<'a> {
         Self { endpoint, token, name, folder, agent }
     }
 
-    /// Brings `file` of `revision` into the cache; `None` if the model has no such file.
+    /// Downloads `file` of `revision` into the cache; `None` if the model has no such file.
     pub(super) fn fetch(
         &self,
         revision: &str,
@@ -102,7 +102,7 @@ impl<'a> Transfer<'a> {
         let mut retries = 0;
         loop {
             match self.attempt(&url, file, on_progress) {
-                // a connection that was never there is not tried again
+                // do not retry if there was never a connection
                 Err(Failure::Unreachable(message)) if retries == 0 => return Err(Failure::Unreachable(message)),
                 Err(Failure::Unreachable(message) | Failure::BrokeOff(message)) => {
                     if retries == MAX_RETRIES {
@@ -133,7 +133,7 @@ impl<'a> Transfer<'a> {
             return Ok(Some(fetched));
         }
 
-        // two processes that want the same file: the second waits, then finds it
+        // if two processes need the same file, the second one waits and then finds it
         let lock_path = self.lock_path(&blob_name);
         create_parent(&lock_path)?;
         let lock = open_to_append(&lock_path)?;
@@ -144,7 +144,7 @@ impl<'a> Transfer<'a> {
         let partial = self.partial_path(&blob_name);
         create_parent(&partial)?;
         if etag.is_none() && partial.exists() {
-            // nothing says that the rest would be of the same file
+            // without an etag, the partial file may be of another version
             std::fs::remove_file(&partial).map_err(|e| Error::write(&partial, e))?;
         }
         self.receive(answer, file, &partial, on_progress)?;
@@ -167,7 +167,7 @@ impl<'a> Transfer<'a> {
         let mut headers = Headers::default();
         let mut url = url.to_owned();
         for _ in 0..MAX_REDIRECTS {
-            // once it is known which file comes, only what is missing of it is asked for
+            // once the etag is known, request only the missing bytes
             let partial = headers.etag.as_ref().and_then(|etag| std::fs::metadata(self.partial_path(etag)).ok());
             let start = partial.map_or(0, |partial| partial.len());
             let response = match self.get(&url, start)? {
@@ -175,7 +175,7 @@ impl<'a> Transfer<'a> {
                 (404, response) => {
                     return match response.header("x-error-code") {
                         Some("RepoNotFound" | "RevisionNotFound") => Err(self.no_such_model(&response).into()),
-                        // servers without error codes: the first file of all is the model's
+                        // without an error code in the response: `config.json` is requested first, so the model is missing
                         None if file == "config.json" => Err(self.no_such_model(&response).into()),
                         _ => Ok(None),
                     };
@@ -195,14 +195,16 @@ impl<'a> Transfer<'a> {
                 return Ok(Some(Answer { response, headers, url, start }));
             }
             let Some(location) = response.header("location") else {
-                return Err(Error::Hub(format!("`{url}` redirects to nowhere (status {})", response.status())).into());
+                return Err(
+                    Error::Hub(format!("`{url}` redirects without an address (status {})", response.status())).into()
+                );
             };
             url = join(&url, location)?;
         }
         Err(Error::Hub(format!("`{file}` of `{}`: more than {MAX_REDIRECTS} redirections", self.name)).into())
     }
 
-    /// One request, from byte `start` on if that is not 0.
+    /// Sends one request, for the bytes from `start` on.
     fn get(&self, url: &str, start: u64) -> Outcome<(u16, ureq::Response)> {
         let mut request = self.agent.get(url);
         if let Some(token) = self.token.filter(|_| same_host(url, self.endpoint)) {
@@ -222,7 +224,7 @@ impl<'a> Transfer<'a> {
         }
     }
 
-    /// Writes the bytes of `answer`, or what is missing of them, to `partial`.
+    /// Writes the missing bytes of `answer` to `partial`.
     fn receive(
         &self,
         answer: Answer,
@@ -239,13 +241,13 @@ impl<'a> Transfer<'a> {
             return Ok(());
         }
         if start != written {
-            // another process wrote on in the meantime, or the file was not known when it was asked for
+            // another process has extended the file, or its etag was unknown at the time of the request
             response = self.get(&url, written)?.1;
         }
         let goes_on =
             response.status() == 206 && response.header("content-range").and_then(range_start) == Some(written);
         if written > 0 && !goes_on {
-            // the server does not do ranges, or the partial file is longer than the file: start afresh
+            // the server does not support ranges, or the partial file is longer than the file: start again
             if response.status() != 200 {
                 response = self.get(&url, 0)?.1;
             }
@@ -268,13 +270,15 @@ impl<'a> Transfer<'a> {
                     written += count as u64;
                     on_progress(DownloadProgress { file, num_bytes: written, total_bytes: total });
                 }
-                Err(error) => return Err(Failure::BrokeOff(format!("the download of `{file}` broke off: {error}"))),
+                Err(error) => {
+                    return Err(Failure::BrokeOff(format!("the download of `{file}` was interrupted: {error}")));
+                }
             }
         }
         match total {
-            Some(total) if written < total => {
-                Err(Failure::BrokeOff(format!("the download of `{file}` broke off after {written} of {total} bytes")))
-            }
+            Some(total) if written < total => Err(Failure::BrokeOff(format!(
+                "the download of `{file}` was interrupted after {written} of {total} bytes"
+            ))),
             Some(total) if written > total => {
                 std::fs::remove_file(partial).map_err(|e| Error::write(partial, e))?;
                 Err(Error::Hub(format!("`{file}` of `{}`: expected {total} bytes, received {written}", self.name))
@@ -305,7 +309,7 @@ impl<'a> Transfer<'a> {
                 format!("`{name}` does not exist or is private; for a private model set `HF_TOKEN` (status 401)")
             }
             (401 | 403, Some(_)) => {
-                format!("`{name}` does not exist, or the token given may not read it (status {status})")
+                format!("`{name}` does not exist, or the token has no access to it (status {status})")
             }
             (429 | 500..=599, _) => {
                 return Failure::Unreachable(format!(
@@ -319,7 +323,7 @@ impl<'a> Transfer<'a> {
     }
 }
 
-/// `text` with everything but letters, digits, `.`, `_` and `-` replaced, so that it names a file in its folder.
+/// Replaces everything except letters, digits, `.`, `_` and `-`, so that `text` is a plain file name.
 pub(super) fn plain_name(text: &str) -> String {
     let name: String =
         text.chars().take(128).map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect();
@@ -334,13 +338,13 @@ pub(super) fn create_parent(path: &Path) -> Result<()> {
     create_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// The name of the blob that has this etag.
+/// The blob name of an etag.
 fn etag_name(etag: &str) -> Option<String> {
     let etag = etag.trim().trim_start_matches("W/").trim_matches('"');
     (!etag.is_empty()).then(|| plain_name(etag))
 }
 
-/// Scheme and host of an address.
+/// The scheme and host of an address.
 fn host(url: &str) -> &str {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
@@ -351,7 +355,7 @@ fn same_host(a: &str, b: &str) -> bool {
     host(a).eq_ignore_ascii_case(host(b))
 }
 
-/// The address that `location` stands for in an answer from `url`.
+/// Resolves `location` relative to `url`.
 fn join(url: &str, location: &str) -> Result<String> {
     if location.starts_with("https://") || (location.starts_with("http://") && !url.starts_with("https://")) {
         return Ok(location.to_owned());
@@ -359,7 +363,7 @@ fn join(url: &str, location: &str) -> Result<String> {
     if location.starts_with('/') && !location.starts_with("//") {
         return Ok(format!("{}{location}", host(url)));
     }
-    Err(Error::Hub(format!("`{url}` redirects to `{location}`, which is not followed")))
+    Err(Error::Hub(format!("`{url}` redirects to the unsupported address `{location}`")))
 }
 
 /// The first byte of `bytes 100-199/200`.

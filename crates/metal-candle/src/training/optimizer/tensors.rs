@@ -26,7 +26,9 @@ pub(super) fn step(buffer: &Tensor, gradients: &Tensor, layout: &Layout, step: &
             layout.matrices.iter().try_for_each(|matrix| flat.muon(matrix, step, *scale))?;
             sections.iter().try_for_each(|section| flat.adam(section, 1, adamw))
         }
-        Step::EightBit(_) => Err(Error::Unsupported("8-bit moments on another device than the CPU".into())),
+        Step::EightBit(_) => {
+            Err(Error::Bug("8-bit moments reached the tensor operations, although they need the CPU kernels".into()))
+        }
     }
 }
 
