@@ -1,4 +1,4 @@
-//! What `fuse` and `convert` share: an adapter that is read, a folder that is written, and a comparison of logits.
+//! Shared by `fuse` and `convert`: loads an adapter, checks the output folder, and compares logits.
 
 use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::Output;
@@ -24,7 +24,7 @@ pub(crate) struct AdapterOutputArguments {
     #[arg(long, value_name = "FOLDER", help_heading = "Model")]
     pub(crate) adapter: PathBuf,
 
-    /// The folder to write; it must not exist or be empty.
+    /// The folder to write; it must be missing or empty.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) output: PathBuf,
 }
@@ -41,14 +41,14 @@ impl AdapterOutputArguments {
     }
 }
 
-/// A batch for comparisons, whose tokens are spread over the vocabulary.
+/// A batch for comparisons, with tokens from the whole vocabulary.
 pub(crate) fn probe(model: &Model) -> Batch {
     let vocab_size = model.config().vocab_size;
     let ids: Vec<u32> = (0..NUM_COMPARED).map(|i| (i * 7919 % vocab_size) as u32).collect();
     Batch::single(&ids)
 }
 
-/// The largest absolute difference of two tensors of one shape.
+/// The largest absolute difference of two tensors of equal shape.
 pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> metal_candle::Result<f32> {
     Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
 }

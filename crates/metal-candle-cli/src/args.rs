@@ -19,7 +19,7 @@ use crate::commands::train::{PlanArguments, TrainArguments};
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
-/// Fine-tune, run and inspect language models on Metal, CUDA or a plain CPU.
+/// Fine-tune, run and serve language models on Metal, CUDA or the CPU.
 #[derive(Debug, Parser)]
 #[command(name = "metal-candle", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = "\
@@ -30,13 +30,13 @@ Examples:
   metal-candle data check my-data/train.jsonl
 
 Results go to standard output, messages and progress to standard error.
-Exit code: 0 success, 1 an error in the input, 2 an error of the program or the device.")]
+Exit codes: 0 success, 1 invalid input, 2 failure of the program or the device.")]
 pub(crate) struct Arguments {
-    /// Print one JSON object on standard output instead of text.
+    /// Print one JSON object to standard output instead of text.
     #[arg(long, global = true, help_heading = "Output")]
     pub(crate) json: bool,
 
-    /// Print errors and results only.
+    /// Print only errors and results.
     #[arg(long, short, global = true, help_heading = "Output")]
     pub(crate) quiet: bool,
 
@@ -47,7 +47,7 @@ pub(crate) struct Arguments {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Fine-tune a model with LoRA, or train all its weights.
+    /// Fine-tune a model with LoRA or train all of its weights.
     #[command(after_help = "\
 Without any flag the built-in model is fine-tuned on its sample data: under two minutes on two CPU cores.
 
@@ -59,10 +59,10 @@ Examples:
   metal-candle train --resume runs/001
   metal-candle train --model ./Qwen2.5-Coder-0.5B --data my-data --batch-tokens 16384 --num-devices 2
 
---data is a JSONL file, which is split by the seed, or a folder with train.jsonl and, if there are,
+--data is a JSONL file, which is split randomly, or a folder with train.jsonl and optionally
 valid.jsonl and test.jsonl. Rows are chats, prompt and completion, plain text, alpaca or sharegpt.
 
-The run folder holds adapter/ (as PEFT writes it; model/ with --full), checkpoints/, config.toml,
+The run folder contains adapter/ (in PEFT's format; model/ with --full), checkpoints/, config.toml,
 metrics.jsonl, run.json, loss.svg and an event file for TensorBoard. Ctrl-C saves a checkpoint and stops
 the run. --tui shows a dashboard; `metal-candle runs` lists and compares runs.")]
     Train(Box<TrainArguments>),
@@ -74,12 +74,12 @@ Examples:
   metal-candle plan --model ./Qwen2.5-Coder-0.5B --data my-data --memory 8GB
   metal-candle plan --config runs/001/config.toml --full --measure 0
 
-The flags are those of `train`. Peak memory is listed by part and computed from the lengths of the packed rows. If the
-run would not fit, a smaller micro-batch is used and then blocks are recomputed in the backward pass, as in `train`. The
-time is measured on a few micro-batches; no file is written.")]
+The flags are the same as for `train`. Peak memory is computed from the lengths of the packed rows and listed by part.
+If the run does not fit, the plan uses a smaller micro-batch and then checkpoints blocks, as `train` does. The time is
+measured on a few micro-batches; no file is written.")]
     Plan(Box<PlanArguments>),
 
-    /// Write text that continues a prompt.
+    /// Answer or continue a prompt.
     #[command(after_help = "\
 Examples:
   metal-candle generate --prompt \"Returns the length of the string.\"
@@ -89,21 +89,21 @@ Examples:
   metal-candle generate --model ./model --prompts questions.jsonl --json > answers.jsonl
   metal-candle generate --model ./model --tools tools.json --template-var enable_thinking=false --prompt \"What time is it?\"
 
-Each line of a --prompts file is an object with `prompt` or `messages`, perhaps `tools` and `chat_template_kwargs`. The
-answers come in the order of the lines; with --json each is one object on one line.")]
+Each line of a --prompts file is an object with `prompt` or `messages`, and optionally `tools` and
+`chat_template_kwargs`. Answers are printed in the order of the lines; with --json, one object per line.")]
     Generate(GenerateArguments),
 
     /// Chat with a model over several turns.
     #[command(after_help = "\
-Inside the conversation /help lists the commands. Input that is not a terminal is read line by line,
-each line a turn. With --json each turn prints one JSON object, on one line.
+In the conversation, /help lists the commands. If standard input is not a terminal, each line is a turn.
+With --json, each turn prints one JSON object on one line.
 
 Examples:
   metal-candle chat --model Qwen/Qwen2.5-Coder-0.5B-Instruct
   metal-candle chat --model ./model --adapter runs/001 --system \"You answer in one line.\"")]
     Chat(ChatArguments),
 
-    /// Serve a model and its adapters over HTTP, as OpenAI, Anthropic and llama.cpp do.
+    /// Serve a model and its adapters over HTTP, with the APIs of OpenAI, Anthropic and llama.cpp.
     #[cfg(feature = "serve")]
     #[command(after_help = "\
 Examples:
@@ -112,21 +112,20 @@ Examples:
   metal-candle serve --model smollm2.gguf --context 2048 --slots 8 --port 8081
   metal-candle serve --model ./model --host 0.0.0.0 --api-key-file keys.toml --metrics
 
-Clients choose the model by its name or an adapter by the adapter's name. Answers of different adapters run in one
-batch. On the CPU an answer is the same alone and beside any others.")]
+Clients select the model or an adapter by name. Requests for different adapters share one batch. On the CPU, an
+answer does not depend on the other requests in the batch.")]
     Serve(Box<ServeArguments>),
 
-    /// Merge an adapter into its model's weights.
+    /// Merge an adapter into the weights of its model.
     #[command(after_help = "\
 Example:
   metal-candle fuse --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --output ./merged
 
-The folder written holds config.json, the tokenizer's files and model.safetensors in the model's dtype; other
-programs load it like any model. The logits of model and adapter are compared with those of the
-merged model that was written.")]
+The output folder contains config.json, the tokenizer's files and model.safetensors in the model's dtype; other
+programs load it like any model. The logits of the merged model are compared with those of model and adapter.")]
     Fuse(FuseArguments),
 
-    /// Write a model or an adapter in another format: GGUF, safetensors, PEFT or mlx-lm.
+    /// Convert a model or an adapter to GGUF, safetensors, PEFT or mlx-lm.
     #[command(after_help = "\
 Examples:
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --format gguf --output qwen.gguf
@@ -135,14 +134,14 @@ Examples:
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter runs/001 --format mlx --output ./for-mlx
   metal-candle convert --model ./Qwen2.5-Coder-0.5B --adapter ./from-mlx --format peft --output ./for-peft
 
-Weights keep their types unless --dtype or --quantize says otherwise; quantized ones become f32 in a safetensors file. The
-logits of both models or adapters are compared. Where types change, source and result are compared on text, as in `quantize`.
+Weights keep their types unless --dtype or --quantize is given; quantized weights become f32 in a safetensors file. The
+logits of source and result are compared. If types change, both are also compared on text, as in `quantize`.
 
-A GGUF adapter is for `llama-cli --lora` and the like. GGUF and mlx-lm hold low-rank terms only: adapters with trained
-modules, rows of tokens or biases, or with terms of a tied embedding are refused there; `fuse` merges them.")]
+A GGUF adapter is for `llama-cli --lora` and similar programs. GGUF and mlx-lm store low-rank updates only: adapters
+with trained modules, token rows or biases, or with updates of a tied embedding are refused; `fuse` merges them.")]
     Convert(ConvertArguments),
 
-    /// Write a model, or a model with an adapter merged into it, as a quantized GGUF file.
+    /// Quantize a model, or a model with a merged adapter, to a GGUF file.
     #[command(after_help = "\
 Examples:
   metal-candle quantize --model ./Qwen2.5-Coder-1.5B --type q4_k_m --output qwen-q4_k_m.gguf
@@ -150,29 +149,29 @@ Examples:
   metal-candle quantize --model ./model --type iq4_xs --calibration book.txt --output model-iq4_xs.gguf
   metal-candle quantize --model ./model --type q4_k_m --tensor-type ffn_down=q6_k --output model.gguf
 
-Types are mixtures with the meaning that llama.cpp gives their names. Source and result are compared on text before
-anything is written; the figures are printed, kept in the file's metadata and written to NAME.proof.json. With an adapter,
-the command fails if rounding leaves too little of its change: see --min-survival.")]
+Types have the same names and meaning as in llama.cpp. Source and result are compared on text before anything is
+written; the figures are printed, stored in the file's metadata and written to NAME.proof.json. With an adapter, the
+command fails if too little of its change survives rounding: see --min-survival.")]
     Quantize(Box<QuantizeArguments>),
 
-    /// Loss, perplexity and bits per byte of a dataset or a text file.
+    /// Measure loss, perplexity and bits per byte on a dataset or a text file.
     #[command(after_help = "\
 Examples:
   metal-candle eval --data my-data/test.jsonl --adapter runs/001
   metal-candle eval --model ./model --data book.txt
 
-Of a folder the test split is used, or else the valid split.")]
+For a folder, the test split is used, or else the valid split.")]
     Eval(EvalArguments),
 
-    /// The logits of given token ids, written to a safetensors file.
+    /// Write the logits of token ids to a safetensors file.
     #[command(after_help = "\
 Example:
   metal-candle logits --model ./model --ids 1,2,3 --out logits.safetensors
 
-The file holds one f32 tensor `logits` of shape [tokens, vocab].")]
+The file contains one f32 tensor `logits` of shape [tokens, vocab].")]
     Logits(LogitsArguments),
 
-    /// List training runs, and compare them.
+    /// List and compare training runs.
     #[command(args_conflicts_with_subcommands = true)]
     #[command(after_help = "\
 Examples:
@@ -183,7 +182,7 @@ Examples:
 
 A run is running, done, stopped (`train --resume` continues it), failed, or killed: its process exited without
 writing a final status. Losses are in nats per token; the training loss is the mean of the last ten steps. The page of
---html shows the curves of all runs over one another; it needs no network.")]
+--html overlays the curves of all runs; it needs no network.")]
     Runs(RunsArguments),
 
     /// Print conversations as rendered by a chat template: text, token ids, trained tokens.
@@ -193,9 +192,9 @@ Examples:
   metal-candle template rows.jsonl --model ./model --template-var enable_thinking=false --json
   echo '[{\"role\": \"user\", \"content\": \"hi\"}]' | metal-candle template --json --chat-template other.jinja
 
-With --json each row prints one object on one line: `text`, `ids` and `trained`, one truth value for each id. Of a JSONL
-file each object also has its `line`; a row that cannot be rendered has an `error` instead, and the exit code is 1.
-Without --json trained tokens stand between brackets.")]
+With --json, each row prints one object on one line: `text`, `ids` and `trained`, one boolean per id. For a JSONL file,
+each object also has its `line`; a row that cannot be rendered has an `error` instead, and the exit code is 1.
+Without --json, trained tokens are printed in brackets.")]
     Template(TemplateCommandArguments),
 
     /// Print the token ids of a text.
@@ -213,10 +212,10 @@ Examples:
   metal-candle detokenize --skip-special-tokens '[1, 2, 3]'")]
     Detokenize(DetokenizeArguments),
 
-    /// Look at datasets.
+    /// Check datasets.
     Data(DataArguments),
 
-    /// Device, features, and a model's sizes and memory.
+    /// Show the device, the features of this build, and a model's sizes and memory.
     Info(InfoArguments),
 
     /// Measure prefill, decode and LoRA training on this machine.

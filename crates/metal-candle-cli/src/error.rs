@@ -1,4 +1,4 @@
-//! Errors of the program: what is printed for an error, the hint that helps, and the exit code.
+//! Prints errors with hints, and chooses the exit code.
 
 use crate::output::Output;
 use crate::rank::OTHER_FAILED;
@@ -34,13 +34,13 @@ impl fmt::Display for UserError {
 
 impl std::error::Error for UserError {}
 
-/// Prints `error: ...` and, where there is one, `hint: ...`; returns the exit code.
+/// Prints `error: ...` and, if there is one, `hint: ...`; returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
     Output::error(message(error), hint(error).as_deref());
     exit_code(error)
 }
 
-/// The error and its causes, without those whose text the message already contains.
+/// The error and its causes, without causes whose text the message already contains.
 pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
@@ -56,7 +56,7 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
     message
 }
 
-/// Whether the reader of standard output has closed it, as `head` does; that is not an error.
+/// Whether the reader of standard output has closed it, like `head`; this is not an error.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
@@ -87,20 +87,20 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             Error::Tensors { path, problems } => return Some(tensors_hint(path, problems)),
             Error::Data { .. } => "`metal-candle data check FILE` shows how each row is read",
             Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. } => {
-                "a lower --learning-rate or --max-grad-norm usually helps; see the rows named"
+                "a lower --learning-rate or --max-grad-norm usually helps; check the rows named above"
             }
             Error::NonFiniteEvaluation { .. } => {
                 "the model or the adapter overflows on these rows: `--dtype f32` has a wider range, or use an earlier checkpoint"
             }
             Error::Format { path, message } if message.contains("of the model") => return base_hint(path),
-            Error::Template(_) => "`generate --raw` does without the chat template",
+            Error::Template(_) => "`generate --raw` does not use the chat template",
             Error::Write { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "free some space on that disk; `train --resume RUN` continues a training run"
             }
-            Error::Hub(_) => "a model folder on this machine can be given to --model instead",
+            Error::Hub(_) => "--model also accepts a model folder on this machine",
             Error::Device(_) => "`metal-candle info` shows the devices of this build; `--device cpu` always works",
             Error::OutOfMemory(_) => {
-                "fewer or shorter sequences, or --dtype bf16, take less memory; other programs on the device take some too"
+                "fewer or shorter sequences, or --dtype bf16, need less memory; other programs may be using the device"
             }
             Error::Candle(_) => {
                 "this is a bug, or the device is faulty: please open an issue and include the command you ran"
@@ -112,7 +112,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     None
 }
 
-/// The base model that the configuration beside an adapter's file `path` names.
+/// The base model named in the configuration of the adapter file `path`.
 fn base_of(path: &Path) -> Option<String> {
     let config = path.parent()?.join("adapter_config.json");
     let config: Value = read_json(config, MAX_SIDE_FILE_BYTES).ok()?;
@@ -122,7 +122,7 @@ fn base_of(path: &Path) -> Option<String> {
 
 /// The hint for an adapter that may belong to another model.
 fn base_hint(path: &Path) -> Option<String> {
-    base_of(path).map(|base| format!("the adapter was made for `{base}`; give that model to --model"))
+    base_of(path).map(|base| format!("the adapter was trained on `{base}`; pass that model to --model"))
 }
 
 /// The hint for problems with the tensors in `path`.
@@ -136,27 +136,29 @@ fn tensors_hint(path: &Path, problems: &[String]) -> String {
             match base_of(path) {
                 Some(base) => {
                     return format!(
-                        "the adapter was made for `{base}`, which has other sizes or weights; give that model to --model"
+                        "the adapter was trained on `{base}`, which has other sizes or weights; pass that model to --model"
                     );
                 }
-                None => "the adapter belongs to a model of other sizes or weights; give that model to --model",
+                None => "the adapter belongs to a model with other sizes or weights; pass that model to --model",
             }
         } else {
             "the weights and config.json belong to different models"
         }
     } else if all("is missing") || all("found no such tensor") {
-        "the file lacks tensors that its configuration asks for: it may be incomplete; copy or download it again"
+        "the file lacks tensors that its configuration requires: it may be incomplete; copy or download it again"
     } else if all("is not expected") {
         match base_of(path).filter(|_| is_adapter) {
-            Some(base) => return format!("the adapter was made for `{base}`, which may have more layers"),
-            None => "the file holds tensors that this model has no use for; it may belong to a model with more layers",
+            Some(base) => return format!("the adapter was trained on `{base}`, which may have more layers"),
+            None => {
+                "the file contains tensors that this model does not have; it may belong to a model with more layers"
+            }
         }
     } else if all("not finite") {
         "the training that wrote the file diverged; use an earlier checkpoint"
     } else if is_adapter {
         match base_hint(path) {
             Some(hint) => return hint,
-            None => "the adapter and the model do not fit together",
+            None => "the adapter does not match the model",
         }
     } else {
         "the weights and config.json belong to different models"
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_codes_say_whose_fault_it_is() {
+    fn exit_codes_separate_input_from_program_errors() {
         assert_eq!(exit_code(&Error::Unsupported("x".into()).into()), 1);
         assert_eq!(exit_code(&anyhow::Error::from(Error::Hub("x".into())).context("y")), 1);
         assert_eq!(exit_code(&Error::Device("x".into()).into()), 2);

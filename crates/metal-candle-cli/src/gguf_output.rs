@@ -1,4 +1,4 @@
-//! What `quantize` and `convert` share: a model written as a GGUF file with its tokenizer.
+//! Shared by `quantize` and `convert`: writes a model with its tokenizer as a GGUF file.
 
 use crate::adapter_output::{largest_difference, probe};
 use crate::error::UserError;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// The key of the chat template in the metadata.
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 
-/// Refuses a path unless it has the name of a GGUF file and nothing is there.
+/// Returns an error unless the path ends in `.gguf` and does not exist.
 pub(crate) fn check_output(path: &Path) -> Result<()> {
     let is_named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     if !is_named {
@@ -25,8 +25,8 @@ pub(crate) fn check_output(path: &Path) -> Result<()> {
     }
     for path in [path, &report_path(path), &modelfile_path(path)] {
         if path.symlink_metadata().is_ok() {
-            let message = format!("`{}` is there already", path.display());
-            return Err(UserError::new(message).with_hint("name a new file; nothing is overwritten").into());
+            let message = format!("`{}` exists already", path.display());
+            return Err(UserError::new(message).with_hint("choose a new file name; nothing is overwritten").into());
         }
     }
     Ok(())
@@ -42,7 +42,7 @@ fn modelfile_path(path: &Path) -> PathBuf {
     path.with_extension("Modelfile")
 }
 
-/// An export of a model in the types that it has, with the tokenizer and the name of its source.
+/// Creates an export of a model in its types, with the tokenizer and the name of its source.
 pub(crate) fn export<'a>(
     model: &'a Model,
     source: &ModelSource,
@@ -75,7 +75,7 @@ pub(crate) fn export<'a>(
     Ok(export)
 }
 
-/// The chat template that an adapter was trained with and the end of its turns, where they are not those of the file.
+/// Sets the chat template and end-of-turn token of the adapter's run, if they differ from the file's.
 fn put_template(export: &mut GgufExport, file: &GgufFile, tokenizer: &Tokenizer) -> Result<()> {
     let Some([(_, source)]) = tokenizer.chat_template().map(ChatTemplate::sources) else { return Ok(()) };
     if file.text(CHAT_TEMPLATE)? == Some(source.as_str()) {
@@ -88,17 +88,17 @@ fn put_template(export: &mut GgufExport, file: &GgufFile, tokenizer: &Tokenizer)
     Ok(())
 }
 
-/// Whether a text ends at this token of a model's file.
+/// Whether this token ends a text in a model's file.
 fn is_end(file: &GgufFile, id: u32) -> bool {
     ModelConfig::from_gguf(file).is_ok_and(|config| config.eos_token_ids.contains(&id))
 }
 
-/// Notes a proof in the metadata.
+/// Adds a proof to the metadata.
 pub(crate) fn put_proof(export: &mut GgufExport, proof: &Proof) {
     export.put(PROOF, GgufValue::Text(proof.to_line()));
 }
 
-/// Writes an export, with a bar, and returns the paths of its files.
+/// Writes an export with a progress bar, and returns the paths of its files.
 pub(crate) fn write(
     export: &GgufExport,
     path: &Path,
@@ -119,20 +119,20 @@ pub(crate) fn write(
     Ok(paths)
 }
 
-/// What is said of a GGUF file that was written.
+/// The report on a written GGUF file.
 pub(crate) struct GgufReport<'a> {
     /// The paths of its files.
     pub(crate) paths: &'a [PathBuf],
-    /// The path that was asked for.
+    /// The requested path.
     pub(crate) path: &'a Path,
-    /// The model that was written.
+    /// The written model.
     pub(crate) model: &'a Model,
     pub(crate) tokenizer: Option<&'a Tokenizer>,
     pub(crate) proof: Option<&'a Proof>,
 }
 
 impl GgufReport<'_> {
-    /// Reads the file again, compares it with the model, writes the report and a Modelfile beside it, and prints the report.
+    /// Reads the file again and compares it with the model, writes a report and a Modelfile next to it, and prints the report.
     pub(crate) fn finish(&self, output: Output) -> Result<()> {
         let first = self.paths.first().map_or(self.path, PathBuf::as_path);
         let written = ModelLoader::new().with_device(self.model.device()).load(first)?;
@@ -166,7 +166,7 @@ impl GgufReport<'_> {
             proof.note(output);
         }
         output.note(format_args!(
-            "wrote {} ({})\nlogits of the model and of the file that was written differ by at most {difference:.2e}",
+            "wrote {} ({})\nlogits of the model and the written file differ by at most {difference:.2e}",
             names.join(", "),
             bytes(size),
         ));

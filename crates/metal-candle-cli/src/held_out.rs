@@ -1,4 +1,4 @@
-//! Text that models are measured on: rows of a dataset, or a text file in windows.
+//! Reads evaluation text: rows of a dataset, or windows of a text file.
 
 use anyhow::Result;
 use metal_candle::Error;
@@ -6,14 +6,14 @@ use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Encoding, Sample
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a text file, which is encoded at once.
+/// Most bytes of a text file, which is tokenized as a whole.
 const MAX_TEXT_BYTES: u64 = 1024 << 20;
 
-/// Rows to measure on.
+/// Rows to evaluate on.
 pub(crate) struct HeldOut {
     /// The rows.
     pub(crate) dataset: Dataset,
-    /// The bytes of text that the trained tokens stand for.
+    /// The number of bytes of text of the trained tokens.
     pub(crate) num_bytes: usize,
 }
 
@@ -32,13 +32,13 @@ impl HeldOut {
             (Dataset::from_samples(samples), num_bytes)
         };
         if dataset.is_empty() {
-            return Err(Error::Format { path: file.into(), message: "there is nothing to measure in it".into() }.into());
+            return Err(Error::Format { path: file.into(), message: "expected text or rows, found none".into() }.into());
         }
         Ok(Self { dataset, num_bytes })
     }
 }
 
-/// The file to measure: of a folder the test split, else the valid split, else all rows.
+/// The file to evaluate on: for a folder, the test split, else the valid split, else the training split.
 pub(crate) fn file_of(path: &Path) -> metal_candle::Result<PathBuf> {
     let files = DatasetFiles::find(path)?;
     Ok(files.test.or(files.valid).unwrap_or(files.train))
@@ -48,7 +48,7 @@ fn is_rows(path: &Path) -> bool {
     path.extension().is_some_and(|extension| ["jsonl", "json"].iter().any(|name| extension.eq_ignore_ascii_case(name)))
 }
 
-/// The strings of the rows of a JSONL file, one after another.
+/// The concatenated strings of the rows of a JSONL file.
 pub(crate) fn texts(file: &Path) -> Result<String> {
     fn add(value: &Value, text: &mut String) {
         match value {
@@ -68,8 +68,9 @@ pub(crate) fn texts(file: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// A text in overlapping windows and the number of its bytes that are measured: each token but the first is measured once, and but
-/// for the first window after half a window at least. A BOS token comes first only where the tokenizer puts one there.
+/// Splits a text into overlapping windows, and returns them with the number of measured bytes. Each token except the first is
+/// measured once, with at least half a window of context except in the first window. Windows start with a BOS token only if
+/// the tokenizer adds one.
 pub(crate) fn windows(
     text: &str,
     tokenizer: &Tokenizer,
@@ -89,7 +90,7 @@ pub(crate) fn windows(
     Ok((samples, num_bytes))
 }
 
-/// The bytes of text that the trained tokens stand for.
+/// The number of bytes of text of the trained tokens.
 fn trained_bytes(dataset: &Dataset, tokenizer: &Tokenizer) -> metal_candle::Result<usize> {
     let mut num_bytes = 0;
     for sample in &dataset.samples {

@@ -1,4 +1,4 @@
-//! Texts and rows that commands take from a file or from standard input.
+//! Reads texts and rows from files or standard input.
 
 use anyhow::Result;
 use metal_candle::{Error, files};
@@ -6,10 +6,10 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Most bytes of a text or a file of rows that is held in memory at once.
+/// Most bytes of a text or a file of rows, which is read into memory.
 pub(crate) const MAX_INPUT_BYTES: u64 = 1 << 30;
 
-/// The text of a file of at most `max_bytes`; `-` is standard input.
+/// Reads a text file of at most `max_bytes`; `-` is standard input.
 pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     if path == Path::new("-") {
         return Ok(files::read_text_stream(std::io::stdin().lock(), "standard input", max_bytes)?);
@@ -17,7 +17,7 @@ pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     Ok(files::read_text(path, max_bytes)?)
 }
 
-/// A path that can be read more than once: `path`, or for a pipe or device a copy of it in a temporary folder, which lasts
+/// Returns a path that can be read more than once: `path`, or for a pipe or device a copy in a temporary folder, which exists
 /// as long as the second value.
 pub(crate) fn rereadable(path: &Path) -> Result<(PathBuf, Option<TempDir>)> {
     if !is_stream(path) {
@@ -35,15 +35,15 @@ pub(crate) fn is_stream(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
-/// A text without the end of its last line.
+/// Removes the final line break.
 pub(crate) fn without_line_end(mut text: String) -> String {
     let end = text.strip_suffix('\n').map_or(text.len(), |rest| rest.strip_suffix('\r').unwrap_or(rest).len());
     text.truncate(end);
     text
 }
 
-/// The JSON values of a file with the lines they begin at: one value over any number of lines, or one on each line. The flag
-/// says whether there is one for each line.
+/// The JSON values of a file and the lines they start at: one value over any number of lines, or one value per line. The flag
+/// is true for one value per line.
 pub(crate) fn read_values(path: &Path) -> Result<(Vec<(usize, Value)>, bool)> {
     let text = read_text(path, MAX_INPUT_BYTES)?;
     let is_jsonl = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
@@ -60,7 +60,7 @@ pub(crate) fn read_values(path: &Path) -> Result<(Vec<(usize, Value)>, bool)> {
         values.push((index + 1, value));
     }
     if values.is_empty() {
-        return Err(format("there is no row in it".into()).into());
+        return Err(format("expected rows, found none".into()).into());
     }
     Ok((values, true))
 }

@@ -1,28 +1,28 @@
-//! Ctrl-C: the first one asks for an end, the second one ends the program.
+//! Handles Ctrl-C: the first one requests a stop, the second one exits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// What is done before Ctrl-C ends the program at once.
+/// Called before Ctrl-C exits at once.
 static LAST_WORDS: Mutex<Option<Box<dyn Fn() + Send>>> = Mutex::new(None);
 
-/// What Ctrl-C does instead, if anything.
+/// Called by Ctrl-C instead, if set.
 static DIVERTED: Mutex<Option<Box<dyn Fn() + Send>>> = Mutex::new(None);
 
 static HANDLER: Once = Once::new();
 
-/// Exit code of a program that Ctrl-C ended.
+/// The exit code after Ctrl-C.
 const INTERRUPTED: i32 = 130;
 
-/// From now on Ctrl-C calls `last_words` and ends the program as one that is done.
+/// From now on, Ctrl-C calls `last_words` and exits with success.
 pub(crate) fn end_with(last_words: impl Fn() + Send + 'static) {
     *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last_words));
     handle();
 }
 
-/// From now on Ctrl-C is noted instead of ending the program.
+/// From now on, Ctrl-C is recorded instead of exiting.
 pub(crate) fn listen() {
     *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = None;
     handle();
@@ -30,7 +30,7 @@ pub(crate) fn listen() {
 
 fn handle() {
     HANDLER.call_once(|| {
-        // where there can be no handler Ctrl-C ends the program at once, as it did before
+        // if no handler can be set, Ctrl-C still exits at once
         let _ = ctrlc::set_handler(|| match DIVERTED.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             Some(diverted) => diverted(),
             None => press(),
@@ -38,13 +38,13 @@ fn handle() {
     });
 }
 
-/// From now on Ctrl-C calls `instead`, and [`press`] does what it did.
+/// From now on, Ctrl-C calls `instead`; [`press`] has the previous effect.
 pub(crate) fn divert(instead: impl Fn() + Send + 'static) {
     *DIVERTED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(instead));
     handle();
 }
 
-/// Does what Ctrl-C does.
+/// Has the effect of Ctrl-C.
 pub(crate) fn press() {
     let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(last_words) = last_words.as_ref() {
@@ -54,7 +54,7 @@ pub(crate) fn press() {
     ask();
 }
 
-/// Does what Ctrl-C does while it is noted: asks for an end, and the second time ends the program.
+/// Has the effect of Ctrl-C after [`listen`]: requests a stop, and exits the second time.
 pub(crate) fn ask() {
     if ASKED.swap(true, Ordering::SeqCst) {
         crate::screen::leave();
@@ -67,7 +67,7 @@ pub(crate) fn is_asked() -> bool {
     ASKED.load(Ordering::SeqCst)
 }
 
-/// Takes note that what was to be ended has ended.
+/// Clears the request after the stop.
 pub(crate) fn forget() {
     ASKED.store(false, Ordering::SeqCst);
 }

@@ -1,4 +1,4 @@
-//! The `metal-candle` program.
+//! The `metal-candle` program: fine-tunes, runs and serves language models.
 
 mod adapter_output;
 mod args;
@@ -47,13 +47,13 @@ fn main() -> ExitCode {
     let arguments = match command.try_get_matches_from(words).and_then(|found| Arguments::from_arg_matches(&found)) {
         Ok(arguments) => arguments,
         Err(error) => {
-            // nothing can be done if this cannot be printed
+            // a failure to print cannot be reported
             let _ = error.print();
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
     std::panic::set_hook(Box::new(|panic| {
-        // the library returns it as an error
+        // the library returns this panic as an error
         if metal_candle::files::is_guarded() {
             return;
         }
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
         HAS_PANICKED.store(true, Ordering::Relaxed);
         Output::error(panic, Some("this is a bug; please open an issue and include the command you ran"));
     }));
-    // threads that the program starts end with a panic of their own, which the hook has printed
+    // a panic in a thread ends in another panic here; the hook has printed it
     let outcome = std::panic::catch_unwind(|| run(&arguments));
     match outcome {
         _ if HAS_PANICKED.load(Ordering::Relaxed) => ExitCode::from(2),

@@ -1,4 +1,4 @@
-//! The memory of this process.
+//! Reports the memory of this process.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ pub(crate) fn peak() -> Option<u64> {
 
 /// Resets the peak to the current use, if the operating system supports it (Linux).
 pub(crate) fn forget_peak() {
-    // where it cannot, the peak is that of the whole process
+    // otherwise the peak is that of the whole process so far
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
@@ -18,7 +18,7 @@ fn kilobytes(text: &str) -> Option<u64> {
     text.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Reports the memory in use, and asks the system for it at intervals only.
+/// Reports the memory in use, and queries the system at intervals only.
 #[derive(Debug, Default)]
 pub(crate) struct Gauge {
     last: Option<(Instant, Option<u64>)>,
@@ -28,7 +28,7 @@ impl Gauge {
     /// The memory the process holds, in bytes: on its CUDA devices if it uses any, else in RAM, if the operating system
     /// reports it.
     pub(crate) fn bytes(&mut self) -> Option<u64> {
-        // asking `ps` takes milliseconds, reading a file of /proc does not
+        // running `ps` takes milliseconds, unlike reading a file of /proc
         let interval = if cfg!(target_os = "linux") { Duration::from_millis(200) } else { Duration::from_secs(10) };
         match self.last {
             Some((when, bytes)) if when.elapsed() < interval => bytes,
@@ -41,7 +41,7 @@ impl Gauge {
     }
 }
 
-/// What `ps` says, for systems without `/proc` such as macOS.
+/// Memory by `ps`, for systems without `/proc` such as macOS.
 fn of_ps() -> Option<u64> {
     if !cfg!(unix) {
         return None;
@@ -55,7 +55,7 @@ mod tests {
     use super::{Gauge, kilobytes};
 
     #[test]
-    fn memory_is_told() {
+    fn memory_is_reported() {
         assert_eq!(kilobytes(" 12 "), Some(12_288));
         assert_eq!(kilobytes(""), None);
         if cfg!(unix) {

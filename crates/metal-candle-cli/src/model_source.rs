@@ -1,4 +1,4 @@
-//! Finding and loading the model and the adapter that flags name.
+//! Finds and loads the model and adapter of the flags.
 
 use crate::error::UserError;
 use crate::model_folder::copy_tokenizer;
@@ -23,8 +23,8 @@ pub(crate) const NANO: &str = "nano";
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArguments {
-    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name as
-    /// in `org/name` or `org/name@revision`.
+    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name such
+    /// as `org/name` or `org/name@revision`.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
@@ -32,7 +32,7 @@ pub(crate) struct ModelArguments {
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Quantize the weights while loading, to a type such as `q8_0` or `q4_k_m` (see `quantize`).
+    /// Quantize the weights while loading to a type such as `q8_0` or `q4_k_m` (see `quantize`).
     #[arg(long, value_name = "TYPE")]
     pub(crate) quantize: Option<MixtureName>,
 
@@ -43,7 +43,7 @@ pub(crate) struct ModelArguments {
 }
 
 impl ModelArguments {
-    /// The types of weights that are asked for.
+    /// The requested types of weights.
     pub(crate) fn types(&self) -> (Option<WeightType>, Option<MixtureName>) {
         (self.dtype, self.quantize)
     }
@@ -63,16 +63,16 @@ pub(crate) struct AdaptedModelArguments {
 /// A model on disk.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSource {
-    /// A folder, or a safetensors file, an index of shards or a GGUF file in one.
+    /// A folder, or a safetensors file, an index of shards or a GGUF file in a folder.
     path: PathBuf,
-    /// The GGUF file that has all of the model.
+    /// The GGUF file that contains the whole model.
     gguf: Option<Arc<GgufFile>>,
-    /// What the user called it.
+    /// The name given by the user.
     pub(crate) name: String,
 }
 
 impl ModelSource {
-    /// Finds a model by the value of `--model`; a model of the Hub is downloaded.
+    /// Finds a model by the value of `--model`; downloads models of the Hub.
     pub(crate) fn find(model: &str, output: Output) -> Result<Self> {
         let name = model.to_owned();
         if model == NANO {
@@ -87,7 +87,7 @@ impl ModelSource {
             let folder = model.split_once('/').map(|(folder, _)| folder).filter(|folder| Path::new(folder).is_dir());
             return Err(match folder.filter(|folder| !folder.starts_with('.')) {
                 Some(folder) => {
-                    error.with_hint(format!("it is not looked for on the Hub, as `{folder}` is a folder here"))
+                    error.with_hint(format!("the Hub was not searched, because `{folder}` is a folder here"))
                 }
                 None => error,
             }
@@ -106,7 +106,7 @@ impl ModelSource {
         Ok(Self { path, gguf, name })
     }
 
-    /// The GGUF file that has all of the model, if it is one.
+    /// The GGUF file that contains the whole model, if there is one.
     pub(crate) fn gguf(&self) -> Option<&GgufFile> {
         self.gguf.as_deref()
     }
@@ -140,7 +140,7 @@ impl ModelSource {
         self.gguf.is_some() || Tokenizer::is_in_folder(self.folder())
     }
 
-    /// The chat template with this source and the special tokens of the model.
+    /// Compiles a chat template with the special tokens of the model.
     pub(crate) fn template(&self, source: String) -> metal_candle::Result<ChatTemplate> {
         match self.gguf() {
             Some(file) => ChatTemplate::for_tokenizer(source, &Tokenizer::from_gguf(file)?),
@@ -156,7 +156,7 @@ impl ModelSource {
         }
     }
 
-    /// The safetensors files of its weights, and those that an index names but that are not there.
+    /// The safetensors files of its weights, and the missing files of its index.
     pub(crate) fn weights(&self) -> Result<(Vec<SafetensorsFile>, Vec<String>)> {
         let file = if self.path.is_file() { self.path.clone() } else { self.path.join("model.safetensors") };
         let index = match file.extension() {
@@ -194,7 +194,7 @@ impl ModelSource {
         floats.max_by_key(|entry| entry.num_bytes())?.candle_dtype()
     }
 
-    /// Loads the model in the types that flags or settings name.
+    /// Loads the model in the types of the flags or settings.
     pub(crate) fn load_as(
         &self,
         (dtype, quantize): (Option<WeightType>, Option<MixtureName>),
@@ -211,7 +211,7 @@ impl ModelSource {
         if let Some(dtype) = dtype {
             loader = loader.with_dtype(dtype.dtype());
         }
-        // a bar only for what takes a while
+        // show a bar only for slow loads
         let mut bar = None;
         let model = loader.load_with_progress(&self.path, |progress| {
             if progress.num_bytes > 200 << 20 {
@@ -227,14 +227,14 @@ impl ModelSource {
     }
 }
 
-/// A model that was quantized on the CPU, on the device that runs it.
+/// Moves a model that was quantized on the CPU to the device that runs it.
 pub(crate) fn moved(model: &Model, device: Device) -> Result<Model> {
     let has_blocks = model.parameters().iter().any(|(_, weight)| weight.block_format().is_some());
     let dtype = if has_blocks { DType::BF16 } else { model.dtype() };
     Ok(if device.is_cpu() { model.clone() } else { model.to_device(device, dtype)? })
 }
 
-/// A model in quantized types, with a bar where it takes a while.
+/// Quantizes a model, with a progress bar.
 pub(crate) fn quantized(model: &Model, quantization: &Quantization, output: Output) -> Result<Model> {
     let mut bar = None;
     let result = model.quantize(quantization, |progress| {
@@ -249,7 +249,7 @@ pub(crate) fn quantized(model: &Model, quantization: &Quantization, output: Outp
     Ok(result)
 }
 
-/// The only GGUF file, or the first of a split one, in a folder without a `config.json`.
+/// The only GGUF file, or the first file of a split model, in a folder without a `config.json`.
 fn gguf_in_folder(folder: &Path) -> Option<PathBuf> {
     if !folder.is_dir() || folder.join("config.json").exists() {
         return None;
@@ -262,7 +262,7 @@ fn gguf_in_folder(folder: &Path) -> Option<PathBuf> {
     (files.len() == 1 || is_split).then_some(first)
 }
 
-/// Warns of what is odd about a model's files, once in the life of the process.
+/// Prints each note on a model's files once per process.
 fn warn_once(notes: &[String]) {
     static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -290,13 +290,13 @@ impl Loaded {
         }
         let model = source.load_as(flags.model.types(), flags.model.device, output)?;
         let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path, &source)).transpose()?;
-        // modules that were trained as a whole take the place of the model's
+        // fully trained modules replace the model's
         let model = adapter.as_ref().map_or(model, |adapter| adapter.run_model().clone());
         Ok(Self { source, model, adapter })
     }
 }
 
-/// Refuses early, before the model is loaded, what cannot be an adapter.
+/// Checks that a path can be an adapter, before the model is loaded.
 pub(crate) fn check_adapter(path: &Path) -> Result<()> {
     if path.exists() {
         return Ok(());
@@ -314,20 +314,21 @@ pub(crate) fn load_adapter(model: &Model, path: &Path, source: &ModelSource) -> 
     Ok(LoRAAdapter::load(model, path)?)
 }
 
-/// Refuses the adapter of a run on another model than the run's own, if it has one.
+/// Returns an error if a run's adapter is used with another model than the rounded model in the run folder.
 fn check_base(adapter: &Path, source: &ModelSource) -> Result<()> {
     let base = adapter.join("..").join("base");
     let (Ok(base), Ok(found)) = (base.canonicalize(), source.folder().canonicalize()) else { return Ok(()) };
     if !adapter.ends_with("adapter") || !base.join("config.json").is_file() || base == found {
         return Ok(());
     }
-    let message = format!("`{}` belongs to the model beside it, whose weights were rounded", adapter.display());
+    let message =
+        format!("`{}` belongs to the model in the same run folder, whose weights were rounded", adapter.display());
     Err(UserError::new(message).with_hint(format!("--model {}", base.display())).into())
 }
 
-/// Whether a name that is no file or folder was meant to be one rather than a Hub name.
+/// Whether a missing path was meant as a path rather than a Hub name.
 fn is_local(model: &str) -> bool {
-    // a revision may hold more of them
+    // a revision may contain more slashes
     let name = model.split_once('@').map_or(model, |(name, _)| name);
     let has_other_separators = model.contains('\\') || name.matches('/').count() > 1;
     let parent = Path::new(model).parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -336,7 +337,7 @@ fn is_local(model: &str) -> bool {
 
 fn no_such_model(model: &str) -> UserError {
     UserError::new(format!("there is no model `{model}`: no such file or folder, and not a Hub name")).with_hint(
-        "--model takes a folder, a safetensors or GGUF file, `nano`, or a Hub name such as `Qwen/Qwen2.5-Coder-0.5B-Instruct`",
+        "--model accepts a folder, a safetensors or GGUF file, `nano`, or a Hub name such as `Qwen/Qwen2.5-Coder-0.5B-Instruct`",
     )
 }
 
@@ -347,7 +348,7 @@ fn from_hub(model: &str, output: Output) -> Result<PathBuf> {
     let mut current: Option<(String, crate::output::Progress)> = None;
     let folder = Hub::from_env()?.fetch_model(&name, &mut |progress| {
         let total = progress.total_bytes.unwrap_or(progress.num_bytes);
-        // small files are there before a bar could be read
+        // small files are downloaded before anyone could read a bar
         if total < 1 << 20 {
             return;
         }

@@ -1,4 +1,4 @@
-//! The built-in model and its sample data, which the program carries with it.
+//! The built-in model and its sample data, which are embedded in the program.
 
 use anyhow::Result;
 use metal_candle::models::write_atomically;
@@ -21,7 +21,7 @@ static FILES: [(&str, &[u8]); 8] = embedded![
     "data/test.jsonl",
 ];
 
-/// The folder of the built-in model; it is made when it is not there, or not as it was made.
+/// The folder of the built-in model; it is written if it is missing or damaged.
 pub(crate) fn folder() -> Result<PathBuf> {
     let sum = FILES.iter().fold(0, |sum, (_, bytes)| crc32c::crc32c_append(sum, bytes));
     let name = format!("nano-{sum:08x}");
@@ -34,7 +34,7 @@ pub(crate) fn folder() -> Result<PathBuf> {
     {
         return Ok(folder);
     }
-    // a home that cannot be written to
+    // the home folder cannot be written to
     let folder = std::env::temp_dir().join("metal-candle").join(name);
     unpack(&folder)?;
     Ok(folder)

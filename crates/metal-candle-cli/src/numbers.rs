@@ -1,4 +1,4 @@
-//! Parsers of numbers on the command line.
+//! Parses numbers on the command line.
 
 use std::any::TypeId;
 use std::ffi::OsString;

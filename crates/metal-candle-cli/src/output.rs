@@ -1,4 +1,4 @@
-//! Where text goes: results to standard output, everything else to standard error.
+//! Prints results to standard output and everything else to standard error.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use metal_candle::files::{printable, printable_json, sanitize};
@@ -20,7 +20,7 @@ impl Output {
         Self { json, quiet, terminal: std::io::stderr().is_terminal() }
     }
 
-    /// Prints a message on standard error, unless `--quiet` is set.
+    /// Prints a message to standard error, unless `--quiet` is set.
     pub(crate) fn note(self, message: impl fmt::Display) {
         if !self.quiet {
             // standard error may be closed
@@ -38,12 +38,12 @@ impl Output {
         self.quiet
     }
 
-    /// A message that is shown with `--quiet` too.
+    /// Prints a warning, even with `--quiet`.
     pub(crate) fn warn(message: impl fmt::Display) {
         let _ = writeln!(std::io::stderr().lock(), "warning: {}", sanitize(&message.to_string()));
     }
 
-    /// `error: ...` and, where there is one, `hint: ...`.
+    /// Prints `error: ...` and, if there is one, `hint: ...`.
     pub(crate) fn error(message: impl fmt::Display, hint: Option<&str>) {
         let mut stderr = std::io::stderr().lock();
         let _ = writeln!(stderr, "error: {}", sanitize(&message.to_string()));
@@ -52,29 +52,29 @@ impl Output {
         }
     }
 
-    /// A result; its control characters are escaped.
+    /// Prints a result; control characters are escaped.
     pub(crate) fn print(text: impl fmt::Display) -> std::io::Result<()> {
         Self::print_styled(printable(&text.to_string()))
     }
 
-    /// Text that a model wrote: byte by byte into a file or a pipe, with control characters escaped on a terminal.
+    /// Prints generated text: unchanged to a file or pipe, with control characters escaped on a terminal.
     pub(crate) fn print_generated(text: &str) -> std::io::Result<()> {
         if std::io::stdout().is_terminal() { Self::print(text) } else { Self::print_styled(text) }
     }
 
-    /// A result with colours, whose text the caller has made [`printable`].
+    /// Prints a result with colours; the caller has made its text [`printable`].
     pub(crate) fn print_styled(text: impl fmt::Display) -> std::io::Result<()> {
         let mut stdout = std::io::stdout().lock();
         write!(stdout, "{text}")?;
         stdout.flush()
     }
 
-    /// The result as JSON, on one line.
+    /// Prints a result as JSON on one line.
     pub(crate) fn print_json(value: &serde_json::Value) -> std::io::Result<()> {
         Self::print_styled(format_args!("{}\n", printable_json(&value.to_string())))
     }
 
-    /// A bar of `length` steps where standard error is a terminal, lines of progress otherwise.
+    /// Shows progress: a bar of `length` steps if standard error is a terminal, otherwise plain lines.
     pub(crate) fn progress(self, length: u64, label: &str, style: Unit) -> Progress {
         let bar = if self.terminal && !self.quiet {
             let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
@@ -100,10 +100,10 @@ impl Output {
     }
 }
 
-/// What a progress bar counts.
+/// The unit of a progress bar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
-    /// Steps of training and the like.
+    /// Steps or other items.
     Steps,
     /// Bytes.
     Bytes,
@@ -118,11 +118,11 @@ impl Unit {
     }
 }
 
-/// Time between two lines of progress, at first and at most; in between it is a tenth of the time so far.
+/// The shortest time between two lines of progress; it grows with the time so far, to a tenth of it.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
 const LONGEST_LINE_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Progress of something long.
+/// The progress of a long operation.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: Option<ProgressBar>,
@@ -130,14 +130,14 @@ pub(crate) struct Progress {
     unit: Unit,
     label: String,
     length: u64,
-    /// Where it began, and when.
+    /// The first position, and the start time.
     first: u64,
     started: Instant,
     last_line: Option<(Instant, u64)>,
 }
 
 impl Progress {
-    /// Begins at `position`, when a part was done earlier.
+    /// Starts at `position`, if a part is complete already.
     pub(crate) fn start(&mut self, position: u64) {
         self.first = position;
         self.started = Instant::now();
@@ -147,7 +147,7 @@ impl Progress {
         }
     }
 
-    /// Shows that `position` is reached.
+    /// Updates the position.
     pub(crate) fn set(&mut self, position: u64, message: &str) {
         if let Some(bar) = &self.bar {
             bar.set_position(position);
@@ -183,7 +183,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

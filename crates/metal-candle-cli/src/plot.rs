@@ -1,11 +1,11 @@
-//! The picture of a run: training and validation loss, and the learning rate.
+//! Draws the chart of a run: training and validation loss, and the learning rate.
 
 use metal_candle::files::write_atomically;
 use metal_candle::{Error, Result};
 use plotters::prelude::*;
 use std::path::Path;
 
-/// What is drawn, each point with its step.
+/// The curves of a run; each point is a step and a value.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Curves {
     /// Loss of each training step.
@@ -14,7 +14,7 @@ pub(crate) struct Curves {
     pub(crate) valid: Vec<(f64, f64)>,
     /// Learning rate of each training step.
     pub(crate) learning_rate: Vec<(f64, f64)>,
-    /// Global norm of the gradients of each training step; not in the picture.
+    /// Global norm of the gradients of each training step; not in the chart.
     pub(crate) grad_norm: Vec<(f64, f64)>,
 }
 
@@ -24,7 +24,7 @@ const VALID: RGBColor = RGBColor(206, 84, 26);
 const RATE: RGBColor = RGBColor(120, 120, 120);
 const TEXT: RGBColor = RGBColor(40, 40, 40);
 
-/// Draws `curves` to the SVG file `path`. Where there is nothing to draw no file is written.
+/// Draws `curves` to the SVG file `path`. Without points, no file is written.
 pub(crate) fn draw(path: &Path, title: &str, curves: &Curves) -> Result<()> {
     let losses: Vec<f64> =
         curves.train.iter().chain(&curves.valid).map(|point| point.1).filter(|loss| loss.is_finite()).collect();
@@ -121,7 +121,7 @@ fn render(
     area.present().map_err(text)
 }
 
-/// The axis of values, of which there is one at least: all but the highest hundredth, which may be spikes, with a margin.
+/// The axis range of at least one value: the values without the highest hundredth, which may be spikes, with a margin.
 pub(crate) fn range(values: &[f64]) -> (f64, f64) {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -133,8 +133,8 @@ pub(crate) fn range(values: &[f64]) -> (f64, f64) {
     ((low - margin).max(0.0), high + margin)
 }
 
-/// At most `most` points, and two more, that look like all of them: of each stretch the lowest and the highest, and
-/// first and last. Those that are not finite are left out.
+/// Thins a curve to about `most` points without changing its look: the lowest and highest point of each section, and the
+/// first and last point. Points that are not finite are omitted.
 pub(crate) fn thinned(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
     let points: Vec<_> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
     if points.len() <= most.max(2) {
@@ -173,7 +173,7 @@ mod tests {
     use super::{Curves, draw, range, smoothed, thinned};
 
     #[test]
-    fn smoothing_keeps_constants_and_follows_steps() {
+    fn smoothing_preserves_constants_and_follows_steps() {
         let flat: Vec<_> = (0..50).map(|i| (f64::from(i), 2.5)).collect();
         assert!(smoothed(&flat).iter().all(|point| (point.1 - 2.5).abs() < 1e-12));
         let step: Vec<_> = (0..200).map(|i| (f64::from(i), if i < 100 { 4.0 } else { 1.0 })).collect();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn thin_curves_keep_ends_and_spikes() {
+    fn thinned_curves_preserve_ends_and_spikes() {
         let mut points: Vec<_> = (0..100_000).map(|i| (f64::from(i), 1.0 + 1.0 / f64::from(i + 1))).collect();
         points[777].1 = 50.0;
         points[778].1 = f64::NAN;
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_picture_names_its_curves() {
+    fn the_chart_names_its_curves() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("loss.svg");
         draw(&path, "empty", &Curves::default()).unwrap();
@@ -215,7 +215,7 @@ mod tests {
         draw(&path, "a & <b>", &curves).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         for text in ["validation loss", "training loss (smoothed)", "learning rate", "step", "a &amp; &lt;b&gt;"] {
-            assert!(svg.contains(text), "{text} is not in the picture");
+            assert!(svg.contains(text), "{text} is not in the chart");
         }
         assert!(!svg.contains("NaN"));
     }

@@ -1,4 +1,4 @@
-//! What an export did to a model, measured on text and on the adapter's change, before anything is written.
+//! Measures how an export changes a model, on text and on the adapter's change, before anything is written.
 
 use crate::error::UserError;
 use crate::held_out::{self, HeldOut};
@@ -15,53 +15,53 @@ use metal_candle::{Model, ModelConfig};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// Tokens that are compared at most.
+/// Most compared tokens.
 const MAX_TOKENS: usize = 2048;
 
-/// The length of the windows of a text, in tokens.
+/// The length of text windows, in tokens.
 const WINDOW: usize = 512;
 
-/// The key of a proof in the metadata of a file.
+/// The metadata key of a proof.
 pub(crate) const PROOF: &str = "metal_candle.proof";
 
-/// Names of weights in a message.
+/// Most names of weights in a message.
 const MAX_NAMED: usize = 5;
 
-/// The text of a proof.
+/// The flag for the text of a proof.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Proof")]
 pub(crate) struct ProofText {
-    /// Text to compare source and result on: a JSONL file, a folder with splits, or a text file
-    /// [default: the validation rows of the adapter's run, else the sample data of the built-in model].
+    /// Compare source and result on this text: a JSONL file, a folder with splits, or a text file
+    /// [default: the validation rows of the adapter's run, else the built-in model's sample data].
     #[arg(long, value_name = "PATH")]
     pub(crate) proof: Option<PathBuf>,
 }
 
-/// The flags of a proof of an adapter that is merged.
+/// The flags for the proof of a merged adapter.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Proof")]
 pub(crate) struct ProofArguments {
     #[command(flatten)]
     pub(crate) text: ProofText,
 
-    /// Refuse a result in which rounding leaves less than this share of the adapter's change of a weight.
+    /// Fail if less than this share of the adapter's change of any weight survives rounding.
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
     pub(crate) min_survival: f64,
 
-    /// Give weights that would lose more a type with more bits.
+    /// Use types with more bits for weights that would lose more than that.
     #[arg(long)]
     pub(crate) auto: bool,
 }
 
-/// What was measured.
+/// The measurements.
 pub(crate) struct Proof {
-    /// What was compared, if there was a tokenizer.
+    /// The name of the text and the divergence on it; none without a tokenizer.
     text: Option<(String, Divergence)>,
     survivals: Vec<Survival>,
 }
 
 impl ProofArguments {
-    /// Refuses flags that make no sense.
+    /// Checks the flags.
     pub(crate) fn check(&self) -> Result<()> {
         if !(0.0..=1.0).contains(&self.min_survival) {
             let message = format!("`--min-survival`: expected a share from 0 to 1, found {}", self.min_survival);
@@ -72,7 +72,7 @@ impl ProofArguments {
 }
 
 impl ProofText {
-    /// Refuses a text that is not there.
+    /// Checks that the text exists.
     pub(crate) fn check(&self) -> Result<()> {
         match &self.proof {
             Some(path) => held_out::file_of(path).map(drop).map_err(Into::into),
@@ -120,7 +120,7 @@ impl ProofText {
     }
 }
 
-/// The validation rows of the run that an adapter comes from, if they are still there.
+/// The validation rows of the adapter's run, if they still exist.
 fn validation_rows(adapter: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Option<(String, Dataset)> {
     let path = std::path::absolute(adapter).ok()?;
     let (_, mut settings) = path.ancestors().take(3).find_map(|folder| RunFolder::open(folder).ok())?;
@@ -130,7 +130,7 @@ fn validation_rows(adapter: &Path, tokenizer: &Tokenizer, config: &ModelConfig) 
     Some((format!("the validation rows of {name}"), valid))
 }
 
-/// Writes a model's folder with a proof in the metadata of the weights and as a file.
+/// Writes a model folder, with the proof in the metadata of the weights and as a file.
 pub(crate) fn save_proved(model: &Model, folder: &Path, proof: Option<&Proof>) -> Result<()> {
     let Some(proof) = proof else { return Ok(save_model(model, folder)?) };
     save_model_with(model, folder, &[(PROOF, &proof.to_line())])?;
@@ -139,34 +139,34 @@ pub(crate) fn save_proved(model: &Model, folder: &Path, proof: Option<&Proof>) -
 }
 
 impl Proof {
-    /// The weights of which less than `min_survival` of the change is left.
+    /// The weights with a survival below `min_survival`.
     pub(crate) fn lost(survivals: &[Survival], min_survival: f64) -> Vec<&Survival> {
-        // a share that is not a number is lost too
+        // NaN counts as lost
         survivals
             .iter()
             .filter(|survival| survival.share.partial_cmp(&min_survival).is_none_or(std::cmp::Ordering::is_lt))
             .collect()
     }
 
-    /// The refusal of a result, with what to do.
+    /// The error about lost changes, with a hint.
     pub(crate) fn refusal(lost: &[&Survival], min_survival: f64, hint: &str) -> UserError {
         let named: Vec<String> =
             lost.iter().take(MAX_NAMED).map(|one| format!("`{}` {:.3}", one.name, one.share)).collect();
         let more = if lost.len() > MAX_NAMED { format!(" and {} more", lost.len() - MAX_NAMED) } else { String::new() };
         UserError::new(format!(
-            "rounding would leave less than {min_survival} of the adapter's change in {} weights: {}{more}; nothing was written",
+            "less than {min_survival} of the adapter's change would survive rounding in {} weights: {}{more}; nothing was written",
             lost.len(),
             named.join(", "),
         ))
         .with_hint(hint)
     }
 
-    /// The smallest share of an adapter's change that is left in a weight.
+    /// The weight with the smallest survival.
     fn least(&self) -> Option<&Survival> {
         self.survivals.iter().min_by(|a, b| a.share.total_cmp(&b.share))
     }
 
-    /// All of it, for reports.
+    /// The whole proof, for reports.
     pub(crate) fn to_json(&self) -> Value {
         let mut report = json!({});
         if let Some((text, divergence)) = &self.text {
@@ -186,7 +186,7 @@ impl Proof {
         report
     }
 
-    /// The same in one line, without the shares of single weights, for the metadata of a file.
+    /// The proof as one line for metadata, without the survival of single weights.
     pub(crate) fn to_line(&self) -> String {
         let mut report = self.to_json();
         if let Some(report) = report.as_object_mut() {
@@ -208,11 +208,11 @@ impl Proof {
                 d.result_perplexity,
             ));
         } else {
-            output.note(format_args!("without a tokenizer, source and result are not compared on text"));
+            output.note(format_args!("no tokenizer, so source and result are not compared on text"));
         }
         if let Some(least) = self.least() {
             output.note(format_args!(
-                "of the adapter's change at least {:.3} is left in each weight (`{}`)",
+                "at least {:.3} of the adapter's change survives in each weight (`{}`)",
                 least.share, least.name
             ));
         }

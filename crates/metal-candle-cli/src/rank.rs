@@ -1,4 +1,4 @@
-//! Which of the processes of a run this one is.
+//! Identifies this process among the processes of a run.
 
 use metal_candle::training::Group;
 

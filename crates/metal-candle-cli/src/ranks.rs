@@ -1,7 +1,7 @@
-//! Several devices: one process each, started by this one, which waits for them.
+//! Starts one process per device and waits for all of them.
 //!
-//! Rank 0 talks with the user as a lone process does. The first process gives each rank a pipe as its standard input: a byte
-//! in it means Ctrl-C, its end that the first process is gone.
+//! Rank 0 prints messages as a single process does. The launcher passes each rank a pipe as standard input: a byte means
+//! Ctrl-C, and its end means that the launcher has exited.
 
 use crate::error::UserError;
 use crate::interrupt;
@@ -19,19 +19,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the other processes may run after one has ended, to report and record the failure.
+/// How long the other processes may continue after one has ended, to report and record the failure.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Time between two looks at the processes.
+/// Time between two checks of the processes.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Lines kept of what a rank but 0 says.
+/// Most lines of the output of a rank other than 0.
 const MAX_LINES: usize = 20;
 
 /// The group of this process, if it has one.
 pub(crate) fn join() -> Result<Option<Group>> {
     if is_rank() {
-        // a terminal tells all processes of Ctrl-C; the first one decides who is to know
+        // a terminal sends Ctrl-C to all processes; the launcher decides which ranks to notify
         interrupt::divert(|| {});
         let first = device_number() == 0;
         std::thread::spawn(move || {
@@ -48,14 +48,14 @@ pub(crate) fn join() -> Result<Option<Group>> {
     Ok(Group::from_environment()?)
 }
 
-/// Runs this command once a device and waits for all; returns if all is well, or ends as the process at fault did.
+/// Runs this command once per device and waits for all processes; exits with the code of a failed process.
 pub(crate) fn launch(num_devices: usize) -> Result<()> {
-    let address = free_address().context("no port for the processes of the devices is free")?;
+    let address = free_address().context("there is no free port for the processes")?;
     let token = format!("{:016x}{:016x}", RandomState::new().hash_one(0), RandomState::new().hash_one(1));
     let threads = threads_of_one(num_devices).to_string();
     let mut ranks = Ranks(Vec::new());
     for rank in 0..num_devices {
-        let mut command = Command::new(std::env::current_exe().context("the program does not find itself")?);
+        let mut command = Command::new(std::env::current_exe().context("cannot determine the path of this program")?);
         command
             .args(std::env::args_os().skip(1))
             .env(STARTED, "1")
@@ -68,11 +68,11 @@ pub(crate) fn launch(num_devices: usize) -> Result<()> {
         if rank > 0 {
             command.stdout(Stdio::null()).stderr(Stdio::piped());
         }
-        let mut child = command.spawn().context("the process of a device cannot be started")?;
+        let mut child = command.spawn().context("cannot start the process of a device")?;
         let said = child.stderr.take().map(Said::listen);
         ranks.0.push(Rank { child, said, status: None });
     }
-    // kept open: its end would tell the ranks that this process is gone
+    // kept open: closing the pipes would signal that this process has exited
     let pipes: Vec<_> = ranks.0.iter_mut().map(|rank| rank.child.stdin.take()).collect();
     let pipes = Arc::new(Mutex::new(pipes));
     let held = Arc::clone(&pipes);
@@ -90,12 +90,12 @@ pub(crate) fn launch(num_devices: usize) -> Result<()> {
     }
 }
 
-/// A free address of this machine.
+/// A free loopback address.
 fn free_address() -> std::io::Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
-/// The threads of the CPU that each process gets.
+/// The number of CPU threads of each process.
 fn threads_of_one(num_devices: usize) -> usize {
     let given = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&count| count > 0);
     let all = given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
@@ -107,19 +107,19 @@ struct Ranks(Vec<Rank>);
 
 struct Rank {
     child: Child,
-    /// What it says, unless the user reads that.
+    /// Its output, unless it is printed directly.
     said: Option<Said>,
     status: Option<ExitStatus>,
 }
 
 impl Ranks {
-    /// Waits until all have ended; when one has failed, or rank 0 is done, the rest must end soon.
+    /// Waits until all processes have ended. When one has failed or rank 0 is done, the others must end soon.
     fn wait(&mut self) -> Result<()> {
         let mut deadline: Option<Instant> = None;
         loop {
             for (number, rank) in self.0.iter_mut().enumerate() {
                 if rank.status.is_none() {
-                    rank.status = rank.child.try_wait().context("the process of a device is lost")?;
+                    rank.status = rank.child.try_wait().context("cannot wait for the process of a device")?;
                     if rank.status.is_some_and(|status| number == 0 || !status.success()) {
                         deadline.get_or_insert_with(|| Instant::now() + GRACE);
                     }
@@ -136,22 +136,22 @@ impl Ranks {
         }
     }
 
-    /// Ends those that are left.
+    /// Kills the remaining processes.
     fn end(&mut self) {
         for rank in self.0.iter_mut().filter(|rank| rank.status.is_none()) {
-            // it may have ended just now
+            // the process may have just ended
             let _ = rank.child.kill();
             let _ = rank.child.wait();
         }
     }
 
-    /// The exit code of all together, after what is to be said of ranks that the user did not hear.
+    /// Prints the output of failed ranks, and returns the exit code.
     fn verdict(&mut self) -> i32 {
         let count = self.0.len();
         let own_fault = |status: &ExitStatus| !status.success() && status.code() != Some(i32::from(OTHER_FAILED));
         match self.0[0].status {
             Some(status) if status.success() => return 0,
-            // it has printed the error
+            // rank 0 has printed the error
             Some(status) if own_fault(&status) && status.code().is_some() => return status.code().unwrap_or(2),
             _ => {}
         }
@@ -173,7 +173,7 @@ impl Drop for Ranks {
     }
 }
 
-/// The last lines that a process says.
+/// The last lines of the output of a process.
 struct Said {
     lines: Arc<Mutex<VecDeque<String>>>,
     listener: JoinHandle<()>,
@@ -195,9 +195,9 @@ impl Said {
         Self { lines, listener }
     }
 
-    /// All of them, when the process has ended.
+    /// Returns the lines after the process has ended.
     fn text(self) -> String {
-        // a thread that only reads does not panic
+        // the thread only reads and does not panic
         let _ = self.listener.join();
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
@@ -207,7 +207,7 @@ impl Said {
 /// Most processes of a run.
 const MAX_DEVICES: usize = 64;
 
-/// Refuses what cannot be trained on more than one device.
+/// Checks the number of devices.
 pub(crate) fn check(num_devices: usize, device: Option<DeviceKind>) -> Result<()> {
     if !(1..=MAX_DEVICES).contains(&num_devices) {
         let message = format!("`--num-devices`: expected 1 to {MAX_DEVICES}, found {num_devices}");
@@ -220,7 +220,7 @@ pub(crate) fn check(num_devices: usize, device: Option<DeviceKind>) -> Result<()
     };
     if num_devices > 1 && is_metal {
         return Err(UserError::new(format!("`--num-devices`: there is one Metal device, not {num_devices}"))
-            .with_hint("leave it out, or train on processes of the CPU with `--device cpu`")
+            .with_hint("remove it, or use CPU processes with `--device cpu`")
             .into());
     }
     Ok(())

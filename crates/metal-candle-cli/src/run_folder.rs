@@ -1,4 +1,4 @@
-//! The folder of a training run.
+//! Creates and opens the folders of training runs.
 
 use crate::error::UserError;
 use crate::run_lock::{LOCK, Liveness, RunLock};
@@ -9,10 +9,10 @@ use metal_candle::files::{remove_stale_temporaries, write_atomically};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-/// Where runs go that are not given a folder.
+/// The default parent folder of runs.
 const RUNS: &str = "runs";
 
-/// The file of a run's settings.
+/// The settings file of a run.
 const CONFIG: &str = "config.toml";
 
 /// The file of a chat template in a run or adapter folder.
@@ -25,7 +25,7 @@ pub(crate) struct RunFolder {
 }
 
 impl RunFolder {
-    /// A new folder at `path`, or the next free one of `runs/001`, `runs/002`, ...
+    /// Creates a folder at `path`, or the next free one of `runs/001`, `runs/002`, ...
     pub(crate) fn create(path: Option<&Path>) -> Result<Self> {
         let make = |path: &Path| std::fs::create_dir_all(path).map_err(|e| write_error(path, e));
         if let Some(path) = path {
@@ -37,7 +37,7 @@ impl RunFolder {
         let mut number = 1;
         loop {
             let path = Path::new(RUNS).join(format!("{number:03}"));
-            // of two runs started at once each gets its own
+            // two runs started at the same time get different folders
             match std::fs::create_dir(&path) {
                 Ok(()) => return Ok(Self { path }),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
@@ -46,12 +46,12 @@ impl RunFolder {
         }
     }
 
-    /// The folder of an earlier run, and its settings.
+    /// Opens the folder of an earlier run and reads its settings.
     pub(crate) fn open(path: &Path) -> Result<(Self, TrainSettings)> {
         let run = Self { path: path.to_path_buf() };
         let is_run = |path: &Path| path.join(CONFIG).is_file();
         if !is_run(path) {
-            let error = UserError::new(format!("`{}` is not a run folder: it holds no `{CONFIG}`", path.display()));
+            let error = UserError::new(format!("`{}` is not a run folder: it contains no `{CONFIG}`", path.display()));
             // `runs/001/checkpoints/step-000010` and `runs/001/adapter`
             if is_unfinished_start(path) {
                 let start =
@@ -75,32 +75,32 @@ impl RunFolder {
         &self.path
     }
 
-    /// The trained adapter, as PEFT writes it.
+    /// The trained adapter, in PEFT's format.
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path.join("adapter")
     }
 
-    /// The model that the adapter belongs to, when its start rounded the weights.
+    /// The adapter's model, if its initialization rounded the weights.
     pub(crate) fn base(&self) -> PathBuf {
         self.path.join("base")
     }
 
-    /// The trained model, when all weights are trained.
+    /// The trained model, if all weights are trained.
     pub(crate) fn model(&self) -> PathBuf {
         self.path.join("model")
     }
 
-    /// The picture of the loss.
+    /// The chart of the loss.
     pub(crate) fn picture(&self) -> PathBuf {
         self.path.join("loss.svg")
     }
 
-    /// Where the time of the first steps went, as a trace.
+    /// The profile of the first steps, as a trace.
     pub(crate) fn profile(&self) -> PathBuf {
         self.path.join("profile.json")
     }
 
-    /// The chat template that `--chat-template` named when the run was started.
+    /// A copy of the `--chat-template` of the run.
     pub(crate) fn chat_template(&self) -> PathBuf {
         self.path.join(CHAT_TEMPLATE)
     }
@@ -127,29 +127,29 @@ impl RunFolder {
         self.path.join(CONFIG)
     }
 
-    /// One line a step and evaluation, which the trainer writes.
+    /// One line per step and evaluation, written by the trainer.
     pub(crate) fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
     }
 
-    /// Writes what was `given`, and in comments what else is in `complete`.
+    /// Writes the `given` settings, and the other settings of `complete` as comments.
     pub(crate) fn write_settings(&self, given: &TrainSettings, complete: &TrainSettings) -> Result<()> {
         let text = given.to_toml(complete)?;
         Ok(write_atomically(self.config(), |file| file.write_all(text.as_bytes()))?)
     }
 }
 
-/// The chat template and its variables that a run was trained with.
+/// The chat template of a run and its variables.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct RecordedTemplate {
-    /// The template's file, if it is not the model's own.
+    /// The file of the template, if it differs from the model's own.
     pub(crate) chat_template: Option<PathBuf>,
-    /// The variables, as `--template-var` takes them.
+    /// The variables, in the format of `--template-var`.
     pub(crate) template_var: Vec<String>,
 }
 
-/// What the run recorded that `path` belongs to: a run folder, or `adapter`, `model` or a checkpoint in one. An adapter folder
-/// outside of a run may bring its template along.
+/// The template recorded for `path`: a run folder, or `adapter`, `model` or a checkpoint in one. An adapter folder outside a
+/// run may contain its own template.
 pub(crate) fn recorded_template(path: &Path) -> Result<RecordedTemplate> {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let is_run = |folder: &&Path| folder.join(CONFIG).is_file() && folder.join("metrics.jsonl").is_file();
@@ -164,16 +164,16 @@ pub(crate) fn recorded_template(path: &Path) -> Result<RecordedTemplate> {
     Ok(RecordedTemplate { chat_template, template_var: settings.template_var.unwrap_or_default() })
 }
 
-/// Refuses a folder for a new run unless it is free, or holds only what a run leaves that was killed before its settings
-/// were written.
+/// Checks that a folder for a new run is free, or contains only the remains of a run that was killed before its settings were
+/// written.
 pub(crate) fn check_new_run(path: &Path) -> Result<()> {
     if is_unfinished_start(path) && RunLock::is_held(path) != Liveness::Running {
         return Ok(());
     }
-    check_free(path, "continue that run with --resume, or name another folder with --output")
+    check_free(path, "continue the run with --resume, or choose another folder with --output")
 }
 
-/// Whether a folder holds nothing but the lock of a run and temporary files of its settings.
+/// Whether a folder contains only the lock of a run and temporary files of its settings.
 fn is_unfinished_start(path: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(path) else { return false };
     let is_of_start = |name: &str| name == LOCK || name.starts_with(".config.toml.");
@@ -182,10 +182,10 @@ fn is_unfinished_start(path: &Path) -> bool {
     !names.is_empty() && names.iter().all(|name| is_of_start(name))
 }
 
-/// What to do about a folder that is not free.
-pub(crate) const FREE_HINT: &str = "name a new folder with --output; nothing is overwritten";
+/// The hint about a folder that is not free.
+pub(crate) const FREE_HINT: &str = "choose a new folder with --output; nothing is overwritten";
 
-/// Refuses a folder to write unless nothing is at `path` but, at most, an empty folder.
+/// Checks that `path` does not exist or is an empty folder.
 pub(crate) fn check_free(path: &Path, hint: &str) -> Result<()> {
     if let Some(file) = path.ancestors().find(|part| part.is_file()) {
         return Err(UserError::new(format!("`{}` is a file: expected a folder to write to", file.display())).into());
@@ -198,7 +198,7 @@ pub(crate) fn check_free(path: &Path, hint: &str) -> Result<()> {
     }
 }
 
-/// Fills a folder that is free (see [`check_free`]). If that fails, what was written and the folders made for it are removed.
+/// Fills a free folder (see [`check_free`]). On failure, removes the written files and the created folders.
 pub(crate) fn fill_folder(path: &Path, hint: &str, fill: impl FnOnce() -> Result<()>) -> Result<()> {
     check_free(path, hint)?;
     let missing: Vec<&Path> = path.ancestors().take_while(|part| part.symlink_metadata().is_err()).collect();
@@ -221,7 +221,7 @@ fn write_error(path: &Path, source: std::io::Error) -> Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     #[test]
-    fn a_folder_that_cannot_be_filled_is_as_before() {
+    fn a_failed_fill_restores_the_folder() {
         let outer = tempfile::tempdir().unwrap();
         let folder = outer.path().join("a/b");
         let fill = |is_whole: bool| {

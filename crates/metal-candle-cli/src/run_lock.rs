@@ -11,7 +11,7 @@ use std::time::Duration;
 /// The name of the lock's file in a run folder.
 pub(crate) const LOCK: &str = "run.lock";
 
-/// The lock that the process training a run holds. The operating system releases it when the process ends, however it ends.
+/// The lock of the process that trains a run. The operating system releases it when the process ends, even if it is killed.
 #[derive(Debug)]
 pub(crate) struct RunLock {
     _file: File,
@@ -26,7 +26,7 @@ pub(crate) enum Liveness {
     Unknown,
 }
 
-/// How long to wait for a process that only inspects the run and holds the lock meanwhile.
+/// How long to wait for a process that holds the lock only to inspect the run.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 impl RunLock {
@@ -52,7 +52,7 @@ impl RunLock {
                     let process = record.map_or_else(String::new, |record| format!(" (process {})", record.pid));
                     let path = folder.display();
                     return Err(UserError::new(format!("`{path}` is being trained by another process{process}"))
-                        .with_hint("wait for it, or stop it with Ctrl-C; `metal-candle runs` shows how it stands")
+                        .with_hint("wait for it, or stop it with Ctrl-C; `metal-candle runs` shows its status")
                         .into());
                 }
                 // a file system without locks cannot detect a second process

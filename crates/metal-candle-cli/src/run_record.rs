@@ -1,4 +1,4 @@
-//! `run.json`: the settings and the status of a run, for other processes.
+//! Reads and writes `run.json`: the settings and the status of a run, for other processes.
 
 use metal_candle::Error;
 use metal_candle::files::{MAX_SIDE_FILE_BYTES, read_if_exists, write_atomically};
@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Most warnings that are kept.
+/// Most recorded warnings.
 const MAX_WARNINGS: usize = 50;
 
 /// The status that a run recorded.
@@ -17,7 +17,7 @@ pub(crate) enum Outcome {
     /// It is running, or was when the record was last written.
     #[default]
     Running,
-    /// All steps were done, or early stopping ended the run.
+    /// All steps were completed, or early stopping ended the run.
     Done,
     /// It was stopped and can be resumed.
     Stopped,
@@ -25,7 +25,7 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-/// The record of a run. It holds times and speeds, so that `metrics.jsonl` has none.
+/// The record of a run. It contains the times and speeds, because `metrics.jsonl` must be reproducible.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct RunRecord {
@@ -42,17 +42,17 @@ pub(crate) struct RunRecord {
     pub(crate) updated: u64,
     /// Seconds of training, of all continuations together.
     pub(crate) seconds: f64,
-    /// Of the last continuation.
+    /// The speed of the last continuation.
     pub(crate) tokens_per_second: Option<f64>,
     pub(crate) peak_memory_bytes: Option<u64>,
     /// The process that wrote this.
     pub(crate) pid: u32,
     pub(crate) warnings: Vec<RecordedWarning>,
-    /// Every setting, also those that were derived.
+    /// All settings, including derived ones.
     pub(crate) settings: Map<String, Value>,
 }
 
-/// A warning, when it was given.
+/// A warning and its step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct RecordedWarning {
@@ -71,7 +71,7 @@ impl RunRecord {
     pub(crate) fn read(folder: &Path) -> std::result::Result<Option<Self>, String> {
         match read_if_exists(Self::path(folder), MAX_SIDE_FILE_BYTES) {
             Ok(Some(bytes)) => {
-                // an array would do for a structure
+                // serde would also accept an array for a struct
                 let object = serde_json::from_slice::<Map<String, Value>>(&bytes);
                 let record = object.and_then(|object| serde_json::from_value(Value::Object(object)));
                 record.map(Some).map_err(|error| format!("run.json: {error}"))
@@ -109,7 +109,7 @@ mod tests {
     use super::{Outcome, RecordedWarning, RunRecord};
 
     #[test]
-    fn records_come_back_and_damage_is_told() {
+    fn records_are_read_back_and_damage_is_reported() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(RunRecord::read(folder.path()), Ok(None));
         let mut record = RunRecord { outcome: Outcome::Stopped, model: "a \"b\"".into(), ..RunRecord::default() };

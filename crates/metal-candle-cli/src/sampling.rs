@@ -1,4 +1,4 @@
-//! How tokens are chosen: the flags over the model's own advice.
+//! The sampling flags, with defaults from the model's generation configuration.
 
 use crate::numbers::whole_number;
 use clap::Args;
@@ -6,52 +6,52 @@ use metal_candle::ModelConfig;
 use metal_candle::data::Tokenizer;
 use metal_candle::inference::{GenerationConfig, SamplingConfig};
 
-/// The flags of sampling.
+/// The sampling flags.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArguments {
-    /// Longest answer, in tokens.
+    /// Most tokens of an answer.
     #[arg(long, default_value_t = 256)]
     pub(crate) max_tokens: usize,
 
-    /// Randomness: 0 always takes the likeliest token [default: the model's, else 0].
+    /// Sampling temperature; 0 always selects the most likely token [default: the model's, else 0].
     #[arg(long)]
     pub(crate) temperature: Option<f64>,
 
-    /// Choose among this many likeliest tokens; 0 for all [default: the model's, else 0].
+    /// Sample from this number of most likely tokens; 0 for all [default: the model's, else 0].
     #[arg(long)]
     pub(crate) top_k: Option<usize>,
 
-    /// Choose among the likeliest tokens that together have this probability [default: the model's, else 1].
+    /// Sample from the most likely tokens with this total probability [default: the model's, else 1].
     #[arg(long)]
     pub(crate) top_p: Option<f64>,
 
-    /// Leave out tokens less likely than this share of the likeliest one's probability [default: 0].
+    /// Exclude tokens less likely than this share of the highest probability [default: 0].
     #[arg(long)]
     pub(crate) min_p: Option<f64>,
 
-    /// Divide the logits of tokens that already occurred by this; 1 changes nothing [default: the model's, else 1].
+    /// Divide the logits of tokens that already occurred by this; 1 has no effect [default: the model's, else 1].
     #[arg(long)]
     pub(crate) repetition_penalty: Option<f64>,
 
-    /// Subtract this from the logits of tokens already written [default: 0].
+    /// Subtract this from the logits of generated tokens [default: 0].
     #[arg(long)]
     pub(crate) presence_penalty: Option<f64>,
 
-    /// Subtract this times their count from the logits of tokens already written [default: 0].
+    /// Subtract this times their count from the logits of generated tokens [default: 0].
     #[arg(long)]
     pub(crate) frequency_penalty: Option<f64>,
 
-    /// Seed of the random choices; the same seed writes the same text.
+    /// Seed of sampling; the same seed generates the same text.
     #[arg(long, default_value_t = 0, value_parser = whole_number::<u64>)]
     pub(crate) seed: u64,
 
-    /// End before this text; may be given more than once.
+    /// Stop before this text; may be given more than once.
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
 }
 
-/// The configuration of a generation by the flags and, where they say nothing, the model's makers.
+/// The generation configuration from the flags and the model's defaults.
 pub(crate) fn generation_config(flags: &SamplingArguments, model: &ModelConfig) -> GenerationConfig {
     let mut sampling = SamplingConfig::from(&model.generation).with_seed(flags.seed);
     sampling.temperature = flags.temperature.unwrap_or(sampling.temperature);
@@ -66,7 +66,7 @@ pub(crate) fn generation_config(flags: &SamplingArguments, model: &ModelConfig) 
     config
 }
 
-/// The configuration with the token that ends a turn of the chat template as an end: a base model's own list does not have it.
+/// Adds the end-of-turn token of the chat template to the end tokens, because a base model's own list lacks it.
 pub(crate) fn with_end_of_turn(config: GenerationConfig, tokenizer: Option<&Tokenizer>) -> GenerationConfig {
     match tokenizer.and_then(Tokenizer::end_of_turn_id) {
         Some(id) => config.with_stop_id(id),

@@ -1,4 +1,4 @@
-//! The settings of a training run: flags and TOML file in one structure.
+//! The settings of a training run, from flags and a TOML file.
 
 mod data;
 mod kinds;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
-/// Settings that only a new adapter has.
+/// Settings of new adapters only.
 const OF_NEW_ADAPTERS: [&str; 14] = [
     "rank",
     "alpha",
@@ -37,11 +37,11 @@ const OF_NEW_ADAPTERS: [&str; 14] = [
     "bias",
 ];
 
-/// Settings of `train`. What is `None` was not given; [`TrainSettings::complete`] fills it in.
+/// Settings of `train`. `None` means not given; [`TrainSettings::complete`] fills in defaults.
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct TrainSettings {
-    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name as in
+    /// The model: a folder, a safetensors or GGUF file, `nano` (the built-in model), or a Hub name such as
     /// `org/name` or `org/name@revision` [default: nano].
     #[arg(long, help_heading = "Model")]
     pub(crate) model: Option<String>,
@@ -54,7 +54,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(crate) dtype: Option<WeightType>,
 
-    /// Train on weights quantized while loading, to a type such as `q4_k_m`.
+    /// Quantize the frozen weights while loading to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(crate) quantize: Option<MixtureName>,
 
@@ -66,16 +66,16 @@ pub(crate) struct TrainSettings {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Model")]
     pub(crate) full: Option<bool>,
 
-    /// With --full: start from random weights; of the model only config.json and the tokenizer are used.
+    /// With --full: start from random weights, using only config.json and the tokenizer of the model.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Model")]
     pub(crate) from_scratch: Option<bool>,
 
-    /// With --full: train only this many blocks, the last ones.
+    /// With --full: train only the last blocks, this number of them.
     #[arg(long, value_name = "COUNT", help_heading = "Model")]
     pub(crate) train_last_layers: Option<usize>,
 
-    /// A JSONL file or a folder with train.jsonl, valid.jsonl, test.jsonl [default: the built-in model's
-    /// sample data].
+    /// A JSONL file, or a folder with train.jsonl, valid.jsonl and test.jsonl [default: the built-in
+    /// model's sample data].
     #[arg(long, value_name = "PATH", help_heading = "Data")]
     pub(crate) data: Option<PathBuf>,
 
@@ -83,19 +83,19 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "SHARE", help_heading = "Data")]
     pub(crate) valid_fraction: Option<f64>,
 
-    /// Longest row, in tokens; longer ones are an error [default: what the model can do, at most 2048].
+    /// Longest row, in tokens; longer rows are an error [default: the model's context, at most 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Data")]
     pub(crate) max_tokens_per_sample: Option<usize>,
 
-    /// Cut rows that are too long instead of refusing to start.
+    /// Truncate rows that are too long instead of failing.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
     pub(crate) truncate: Option<bool>,
 
-    /// Train answers and completions only, not what they follow [default: true].
+    /// Train only answers and completions, not prompts [default: true].
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
     pub(crate) mask_prompt: Option<bool>,
 
-    /// Train the last assistant turn of a chat only.
+    /// Train only the last assistant turn of a chat.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
     pub(crate) train_last_turn_only: Option<bool>,
 
@@ -103,7 +103,7 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     pub(crate) chat_template: Option<PathBuf>,
 
-    /// Set a variable of the chat template, as in `enable_thinking=false`; may be given more than once.
+    /// Set a variable of the chat template, such as `enable_thinking=false`; may be given more than once.
     #[arg(long, value_name = "NAME=VALUE", value_parser = crate::values::template_var, help_heading = "Data")]
     pub(crate) template_var: Option<Vec<String>>,
 
@@ -119,12 +119,12 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Adapter")]
     pub(crate) dropout: Option<f64>,
 
-    /// Layers to extend, separated by commas: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
-    /// `down_proj`, or `all-linear` for these; and `embed_tokens`, `lm_head` [default: all-linear].
+    /// Layers to adapt, separated by commas: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
+    /// `down_proj`, or `all-linear` for all of these; and `embed_tokens`, `lm_head` [default: all-linear].
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) target_modules: Option<Vec<String>>,
 
-    /// Decoder blocks to extend, as in `0-3,7` or `last:8` [default: all].
+    /// Decoder blocks to adapt, such as `0-3,7` or `last:8` [default: all].
     #[arg(long, value_name = "LIST", help_heading = "Adapter")]
     pub(crate) layers: Option<String>,
 
@@ -132,49 +132,49 @@ pub(crate) struct TrainSettings {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
     pub(crate) use_rslora: Option<bool>,
 
-    /// Give each row of the adapted weights a magnitude of its own (DoRA).
+    /// Also train the magnitude of each row of the adapted weights (DoRA).
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
     pub(crate) use_dora: Option<bool>,
 
-    /// What the adapter starts from: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N quick steps instead of
-    /// an exact decomposition), `olora`, `loftq`, `loftq_niter_N`, `loftq_8bit` [default: kaiming].
+    /// Initialization of the adapter: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N quick iterations
+    /// instead of an exact decomposition), `olora`, `loftq`, `loftq_niter_N`, `loftq_8bit` [default: kaiming].
     #[arg(long, value_name = "START", help_heading = "Adapter")]
     pub(crate) init_lora_weights: Option<String>,
 
-    /// Other ranks by regular expression on the end of a path, as in `q_proj=16,layers\.0\..*=4`; the first match counts.
+    /// Ranks by regular expression on the end of a path, such as `q_proj=16,layers\.0\..*=4`; the first match applies.
     #[arg(long, value_name = "PATTERN=RANK,...", help_heading = "Adapter")]
     pub(crate) rank_pattern: Option<PathValues>,
 
-    /// Other values of alpha in the same way.
+    /// Values of alpha by regular expression, like --rank-pattern.
     #[arg(long, value_name = "PATTERN=ALPHA,...", help_heading = "Adapter")]
     pub(crate) alpha_pattern: Option<PathValues>,
 
-    /// Modules to train as a whole, by the ends of their paths, as in `lm_head,embed_tokens,model.norm`.
+    /// Modules to train in full, by the ends of their paths, such as `lm_head,embed_tokens,model.norm`.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) modules_to_save: Option<Vec<String>>,
 
-    /// Keep the head tied to the embedding where one of them is trained as a whole.
+    /// Keep the head tied to the embedding if one of them is trained in full.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Adapter")]
     pub(crate) ensure_weight_tying: Option<bool>,
 
-    /// Tokens whose rows of the embedding are trained (those of a tied head, too), as ids or as in the vocabulary:
+    /// Train the embedding rows of these tokens (and the rows of a tied head), given as ids or vocabulary entries:
     /// `151665,<|tool|>`.
     #[arg(long, value_delimiter = ',', value_name = "TOKEN,...", help_heading = "Adapter")]
     pub(crate) trainable_tokens: Option<Vec<String>>,
 
-    /// Biases to train: `none`, `all` or `lora_only`, those of the extended layers [default: none].
+    /// Biases to train: `none`, `all` or `lora_only` (of the adapted layers) [default: none].
     #[arg(long, value_name = "KIND", help_heading = "Adapter")]
     pub(crate) bias: Option<String>,
 
-    /// Number of optimizer steps; with it --epochs must not be given.
+    /// Number of optimizer steps; excludes --epochs.
     #[arg(long, conflicts_with = "epochs", help_heading = "Training")]
     pub(crate) steps: Option<usize>,
 
-    /// Number of times to go through the data [default: 3; 1 for nano].
+    /// Number of passes over the data [default: 3; 1 for nano].
     #[arg(long, help_heading = "Training")]
     pub(crate) epochs: Option<usize>,
 
-    /// Which optimizer [default: adamw].
+    /// The optimizer [default: adamw].
     #[arg(long, value_enum, help_heading = "Optimization")]
     pub(crate) optimizer: Option<OptimizerKind>,
 
@@ -183,19 +183,20 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Optimization")]
     pub(crate) learning_rate: Option<f64>,
 
-    /// How the learning rate changes [default: warmup-cosine; warmup-constant for schedule-free-adamw].
+    /// Learning-rate schedule [default: warmup-cosine; warmup-constant for schedule-free-adamw].
     #[arg(long, value_enum, help_heading = "Optimization")]
     pub(crate) schedule: Option<Schedule>,
 
-    /// Steps over which the learning rate rises, but for constant and cosine [default: a twentieth of all steps].
+    /// Warm-up steps, for all schedules except constant and cosine [default: a twentieth of all steps].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) warmup_steps: Option<usize>,
 
-    /// Learning rate at the end, but for constant, warmup-constant and inverse-sqrt [default: a tenth of the highest].
+    /// Final learning rate, for all schedules except constant, warmup-constant and inverse-sqrt [default: a tenth of the
+    /// highest].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) min_learning_rate: Option<f64>,
 
-    /// Times that the learning rate falls with cosine-restarts [default: 3].
+    /// Number of cycles of cosine-restarts [default: 3].
     #[arg(long, value_name = "COUNT", help_heading = "Optimization")]
     pub(crate) num_cycles: Option<usize>,
 
@@ -203,11 +204,11 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Optimization")]
     pub(crate) power: Option<f64>,
 
-    /// Steps over which the learning rate falls with warmup-stable-decay [default: a fifth of all steps].
+    /// Decay steps of warmup-stable-decay [default: a fifth of all steps].
     #[arg(long, value_name = "STEPS", help_heading = "Optimization")]
     pub(crate) decay_steps: Option<usize>,
 
-    /// How it falls then [default: one-minus-sqrt].
+    /// Decay shape of warmup-stable-decay [default: one-minus-sqrt].
     #[arg(long, value_enum, help_heading = "Optimization")]
     pub(crate) decay_shape: Option<DecayKind>,
 
@@ -215,16 +216,17 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Optimization")]
     pub(crate) weight_decay: Option<f64>,
 
-    /// Weight decay for matrices only, not for norms and biases.
+    /// Apply weight decay to matrices only, not to norms and biases.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimization")]
     pub(crate) decay_matrices_only: Option<bool>,
 
-    /// Decay rate of the mean of the gradients; for muon of what AdamW updates; not for sgd and adafactor [default: 0.9].
+    /// Decay rate of the mean of the gradients; for muon, of the parameters that use AdamW; not for sgd and adafactor
+    /// [default: 0.9].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) beta1: Option<f64>,
 
-    /// Decay rate of the mean of the squared gradients, for lion of the moment; not for sgd and adafactor [default: 0.999;
-    /// 0.99 for lion].
+    /// Decay rate of the mean of the squared gradients; for lion, of the moment; not for sgd and adafactor [default:
+    /// 0.999; 0.99 for lion].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) beta2: Option<f64>,
 
@@ -232,70 +234,70 @@ pub(crate) struct TrainSettings {
     #[arg(long, help_heading = "Optimization")]
     pub(crate) eps: Option<f64>,
 
-    /// Share of the moment that is kept, for sgd and muon [default: 0.9; 0.95 for muon].
+    /// Momentum of sgd and muon [default: 0.9; 0.95 for muon].
     #[arg(long, help_heading = "Optimization")]
     pub(crate) momentum: Option<f64>,
 
-    /// Look ahead along the moment, for sgd and muon [default: true for muon].
+    /// Use Nesterov momentum, for sgd and muon [default: true for muon].
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimization")]
     pub(crate) nesterov: Option<bool>,
 
-    /// LoRA+: the learning rate of each B is this times that of A [default: they are the same].
+    /// LoRA+: the learning rate of each B is this times that of A [default: equal rates].
     #[arg(long, value_name = "RATIO", help_heading = "Optimization")]
     pub(crate) lora_plus_ratio: Option<f64>,
 
-    /// Largest norm of all gradients together; 0 for no limit [default: 1].
+    /// Clip the global norm of the gradients to this; 0 for no clipping [default: 1].
     #[arg(long, help_heading = "Training")]
     pub(crate) max_grad_norm: Option<f64>,
 
-    /// Most memory the run may take, as in `8GB`: a smaller micro-batch is used and then blocks are recomputed
-    /// until it fits [default: nine tenths of what is free, where the system tells].
+    /// Memory limit of the run, such as `8GB`. Micro-batches shrink and then blocks are checkpointed until the run
+    /// fits [default: nine tenths of the free memory, if the system reports it].
     #[arg(long, value_name = "SIZE", help_heading = "Training")]
     pub(crate) memory: Option<String>,
 
-    /// Blocks that keep only their input and are recomputed in the backward pass: `none`, `all` or a number
-    /// [default: as many as the memory needs].
+    /// Blocks that save only their input and are recomputed in the backward pass: `none`, `all` or a number
+    /// [default: as few as memory allows].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) checkpointed_blocks: Option<String>,
 
-    /// Most tokens computed at once; larger batches are computed in parts [default: as the memory allows].
+    /// Most tokens of a micro-batch; larger batches are split [default: as memory allows].
     #[arg(long, value_name = "TOKENS", help_heading = "Training")]
     pub(crate) micro_batch_tokens: Option<usize>,
 
-    /// Tokens of a batch [default: 2048].
+    /// Most tokens of a batch [default: 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Training")]
     pub(crate) batch_tokens: Option<usize>,
 
-    /// Batches an optimizer step is made of [default: 1].
+    /// Number of batches per optimizer step [default: 1].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) gradient_accumulation_steps: Option<usize>,
 
-    /// Share of the target spread over the whole vocabulary [default: 0].
+    /// Label smoothing: the share of the target spread over the vocabulary [default: 0].
     #[arg(long, help_heading = "Training")]
     pub(crate) label_smoothing: Option<f64>,
 
-    /// Noise on the embedded tokens in training (NEFTune); 5 is usual, 0 is none [default: 0].
+    /// Noise on the embedded tokens (NEFTune); 5 is common, 0 turns it off [default: 0].
     #[arg(long, value_name = "ALPHA", help_heading = "Training")]
     pub(crate) neftune_noise_alpha: Option<f64>,
 
-    /// Seed of everything random; the same seed gives the same run [default: 0].
+    /// Seed of all randomness; the same seed gives the same run [default: 0].
     #[arg(long, value_parser = crate::numbers::train_seed, help_heading = "Training")]
     pub(crate) seed: Option<u64>,
 
-    /// Steps from one evaluation on the validation rows to the next; 0 for one at the end of each epoch
+    /// Steps between two evaluations on the validation rows; 0 to evaluate after each epoch
     /// [default: a tenth of all steps].
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) eval_interval: Option<usize>,
 
-    /// Steps from one checkpoint to the next [default: as --eval-interval, or a tenth of all steps if that is 0].
+    /// Steps between two checkpoints [default: --eval-interval, or a tenth of all steps if it is 0].
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) save_interval: Option<usize>,
 
-    /// End when the validation loss has not fallen for this many evaluations; 0 for never [default: 0].
+    /// Stop when the validation loss has not fallen for this number of evaluations; 0 for never [default: 0].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) early_stopping_patience: Option<usize>,
 
-    /// Answers to write before and after training to compare with the test rows; 0 for none [default: 64].
+    /// Number of test rows to answer before and after training and compare; 0 for none [default: 64].
     #[arg(long, value_name = "COUNT", help_heading = "Run")]
     pub(crate) test_samples: Option<usize>,
 
@@ -305,7 +307,7 @@ pub(crate) struct TrainSettings {
 }
 
 impl TrainSettings {
-    /// These settings over those of the file at `path`, if any, with absolute paths.
+    /// These settings merged over those of the file at `path`, if any, with absolute paths.
     pub(crate) fn over_file(&self, path: Option<&Path>) -> Result<Self> {
         let mut settings = match path {
             Some(path) => self.over(&Self::read(path)?)?,
@@ -315,8 +317,7 @@ impl TrainSettings {
         Ok(settings)
     }
 
-    /// These settings over those of `file`: what is given here wins, and settings of the file that have no meaning
-    /// beside it are left out.
+    /// Merges these settings over those of `file`. Settings of the file that have no meaning with these settings are dropped.
     pub(crate) fn over(&self, file: &Self) -> Result<Self> {
         let mut table = file.table()?;
         let own = self.table()?;
@@ -342,7 +343,7 @@ impl TrainSettings {
     }
 
     fn table(&self) -> Result<Table> {
-        // TOML has no numbers from 2^63 on
+        // TOML integers are below 2^63
         for (key, value) in serde_json::to_value(self)?.as_object().into_iter().flatten() {
             if value.as_u64().is_some_and(|value| i64::try_from(value).is_err()) {
                 let flag = key.replace('_', "-");
@@ -353,7 +354,7 @@ impl TrainSettings {
         Ok(Table::try_from(self)?)
     }
 
-    /// The names of the settings given.
+    /// The names of the given settings.
     pub(crate) fn given(&self) -> Result<Vec<String>> {
         Ok(self.table()?.keys().map(|key| format!("--{}", key.replace('_', "-"))).collect())
     }
@@ -365,7 +366,7 @@ impl TrainSettings {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let given: Table = text.parse().context("this is not TOML")?;
+        let given: Table = text.parse().context("not valid TOML")?;
         let mut table = Table::new();
         for (key, value) in given {
             let name = key.replace('-', "_");
@@ -386,7 +387,7 @@ impl TrainSettings {
         Ok(settings)
     }
 
-    /// Fills in every setting that does not depend on the data, and refuses those that contradict each other.
+    /// Fills in all settings that do not depend on the data, and returns an error for contradictions.
     pub(crate) fn complete(&mut self, model: &ModelConfig) -> Result<()> {
         self.check()?;
         let is_nano = self.is_nano();
@@ -424,7 +425,7 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// Fills in what depends on the number of steps.
+    /// Fills in the settings that depend on the number of steps.
     pub(crate) fn complete_for(&mut self, total_steps: usize) {
         self.complete_schedule_for(total_steps);
         let tenth = total_steps.div_ceil(10).max(1);
@@ -449,10 +450,10 @@ impl TrainSettings {
             return refuse("`--from-scratch` trains all weights: it needs `--full`".into());
         }
         if self.full == Some(true) && self.adapter.is_some() {
-            return refuse("`--full` trains no adapter: leave `--adapter` out, or fuse it first".into());
+            return refuse("`--full` trains no adapter: remove `--adapter`, or fuse it first".into());
         }
         if self.full == Some(true) && self.lora_plus_ratio.is_some() {
-            return refuse("`--full` trains no adapter: leave `--lora-plus-ratio` out".into());
+            return refuse("`--full` trains no adapter: remove `--lora-plus-ratio`".into());
         }
         self.check_methods()?;
         if let Some(alpha) = self.alpha
@@ -463,15 +464,14 @@ impl TrainSettings {
         self.check_optimization()
     }
 
-    /// The TOML text that [`TrainSettings::read`] reads back; what `complete` holds beyond these settings is told in
-    /// comments.
+    /// The TOML text for [`TrainSettings::read`]; further settings of `complete` are added as comments.
     pub(crate) fn to_toml(&self, complete: &Self) -> Result<String> {
         let given = self.table()?;
         let mut text = String::from(
             "# The settings of this run. `metal-candle train --config FILE` starts another run with them.\n",
         );
         text.push_str(&toml::to_string(&given)?);
-        text.push_str("\n# Derived from them; to set one of these, take its `# ` away.\n");
+        text.push_str("\n# Derived settings; to set one, remove its `# `.\n");
         for (key, value) in complete.table()? {
             if !given.contains_key(&key) {
                 let line = toml::to_string(&Table::from_iter([(key, value)]))?;
@@ -481,7 +481,7 @@ impl TrainSettings {
         Ok(text)
     }
 
-    /// Makes paths of what is there absolute, so that they hold wherever the run is continued.
+    /// Makes existing paths absolute, so that the run can be resumed from another folder.
     pub(crate) fn fix_paths(&mut self) -> Result<()> {
         let fixed = |path: &Path| {
             std::path::absolute(path).map_err(|source| metal_candle::Error::Read { path: path.to_path_buf(), source })
@@ -502,19 +502,19 @@ impl TrainSettings {
     }
 }
 
-/// Refuses rows longer than what the model can do.
+/// Returns an error if rows may be longer than the model's context.
 pub(crate) fn check_max_tokens(max_tokens: Option<usize>, model: &ModelConfig) -> Result<()> {
     let most = model.max_sequence_length();
     match max_tokens {
         Some(found) if found > most => Err(UserError::new(format!(
-            "`--max-tokens-per-sample`: expected at most {most}, the longest that the model can do, found {found}"
+            "`--max-tokens-per-sample`: expected at most {most}, the model's context, found {found}"
         ))
         .into()),
         _ => Ok(()),
     }
 }
 
-/// The decoder blocks that `text` names: `0-3,7` or `last:8`.
+/// Parses a list of decoder blocks: `0-3,7` or `last:8`.
 pub(crate) fn parse_layers(text: &str, num_layers: usize) -> Result<Vec<usize>> {
     let wrong = |part: &str| {
         UserError::new(format!(
@@ -548,7 +548,7 @@ mod tests {
     use super::{Schedule, TrainSettings, parse_layers};
 
     #[test]
-    fn toml_and_flags_share_names_and_flags_win() {
+    fn toml_and_flags_share_names_and_flags_override() {
         let file = TrainSettings::parse(
             "rank = 4\nlearning-rate = 1e-3\nepochs = 2\nschedule = \"warmup-cosine\"\ntarget_modules = [\"q_proj\"]\nfull = true\n",
         )
@@ -562,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_and_doubled_keys_are_errors() {
+    fn unknown_and_duplicate_keys_are_errors() {
         let unknown = TrainSettings::parse("ranks = 4").unwrap_err();
         assert!(format!("{unknown:#}").contains("ranks"), "{unknown:#}");
         let doubled = TrainSettings::parse("batch-tokens = 4\nbatch_tokens = 5").unwrap_err();
@@ -571,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn written_settings_read_back() {
+    fn written_settings_are_read_back() {
         let settings = TrainSettings {
             model: Some("a \"b\"".into()),
             learning_rate: Some(3.25e-4),

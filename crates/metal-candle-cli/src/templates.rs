@@ -1,4 +1,4 @@
-//! `--chat-template`, `--template-var` and `--tools`: how conversations become text.
+//! The flags `--chat-template`, `--template-var` and `--tools`.
 
 use crate::error::UserError;
 use crate::input;
@@ -21,19 +21,18 @@ const MAX_FILE_BYTES: u64 = 4 << 20;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Chat template")]
 pub(crate) struct TemplateArguments {
-    /// Use the chat template in this file [default: the adapter's run's, else the model's].
+    /// Use the chat template in this file [default: the one of the adapter's run, else the model's].
     #[arg(long, value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
 
-    /// Set a variable of the template, as in `enable_thinking=false`; VALUE is JSON, or else text. May be given more than
+    /// Set a variable of the template, such as `enable_thinking=false`; VALUE is JSON or else text. May be given more than
     /// once.
     #[arg(long, value_name = "NAME=VALUE", value_parser = template_var)]
     pub(crate) template_var: Vec<String>,
 }
 
 impl TemplateArguments {
-    /// The tokenizer of a model with the chat template of these flags, else of the run that `adapter` or the model comes from,
-    /// else its own.
+    /// The tokenizer of a model with the chat template of these flags, else of the run of `adapter` or the model, else its own.
     pub(crate) fn tokenizer(&self, source: &ModelSource, adapter: Option<&Path>) -> Result<Tokenizer> {
         let recorded = match adapter {
             Some(adapter) => recorded_template(adapter)?,
@@ -46,8 +45,8 @@ impl TemplateArguments {
     }
 }
 
-/// The tokenizer of a model with the template in `file`, or else its own, and variables set; of two values of a variable the last
-/// one counts.
+/// The tokenizer of a model with the template in `file`, or else its own, with variables; the last value of a variable
+/// applies.
 pub(crate) fn with_template(source: &ModelSource, file: Option<&Path>, variables: &[&str]) -> Result<Tokenizer> {
     let tokenizer = source.tokenizer()?;
     if file.is_none() && variables.is_empty() {
@@ -65,7 +64,7 @@ pub(crate) fn with_template(source: &ModelSource, file: Option<&Path>, variables
     };
     let Some(mut template) = template else {
         return Err(UserError::new(format!("`--template-var`: `{}` has no chat template", source.name))
-            .with_hint("--chat-template FILE names one")
+            .with_hint("set one with --chat-template FILE")
             .into());
     };
     for text in variables {

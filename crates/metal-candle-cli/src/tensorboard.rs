@@ -1,4 +1,4 @@
-//! TensorBoard event files: `TFRecord` frames around hand-encoded `Event` messages that hold scalars.
+//! Writes TensorBoard event files: `TFRecord` frames around hand-encoded `Event` messages with scalars.
 //!
 //! A frame is the payload's length (u64), its masked CRC-32C, the payload and its masked CRC-32C, all
 //! little-endian. Of the protocol buffer only the fields of a scalar are written: `wall_time` (1), `step` (2),
@@ -19,7 +19,7 @@ pub(crate) struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts the event file of a run folder; one that is there already is replaced.
+    /// Creates the event file of a run folder; replaces an existing file.
     pub(crate) fn create(folder: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: folder.to_path_buf(), source };
         for entry in std::fs::read_dir(folder).map_err(read)? {
@@ -70,7 +70,7 @@ impl EventWriter {
     }
 }
 
-/// CRC-32C, rotated and shifted as `TFRecord` wants it.
+/// CRC-32C, rotated and shifted as `TFRecord` requires.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }

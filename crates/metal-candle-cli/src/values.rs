@@ -1,4 +1,4 @@
-//! Values of flags that several commands take: devices, types of weights, variables of templates.
+//! Parses flag values that several commands use: devices, types of weights, sizes, template variables.
 
 use crate::output::Output;
 use crate::rank::device_number;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Where the model runs.
+/// The device of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) enum DeviceKind {
@@ -20,12 +20,12 @@ pub(crate) enum DeviceKind {
     Cpu,
     /// The Metal device.
     Metal,
-    /// The CUDA device of this number; with `--num-devices` this one and those after it.
+    /// The CUDA device with this ordinal; with `--num-devices`, this one and the following devices.
     Cuda(usize),
 }
 
 impl DeviceKind {
-    /// Opens the device. `auto` says so if the build has an accelerator that cannot be used.
+    /// Opens the device. `auto` prints a note if the build supports an accelerator that cannot be used.
     pub(crate) fn open(self, output: Output) -> metal_candle::Result<Device> {
         let rank = device_number();
         match self {
@@ -60,14 +60,14 @@ impl FromStr for DeviceKind {
             Some(digits) if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) => {
                 Some(digits.parse::<usize>().unwrap_or(usize::MAX))
             }
-            Some(_) => return Err("expected the number of a device after `:`, as in `cuda:1`".into()),
+            Some(_) => return Err("expected a device number after `:`, such as `cuda:1`".into()),
         };
         match (name, number) {
             ("auto", None) => Ok(Self::Auto),
             ("cpu", None | Some(0)) => Ok(Self::Cpu),
             ("metal", None | Some(0)) => Ok(Self::Metal),
             ("cuda", number) => Ok(Self::Cuda(number.unwrap_or(0))),
-            ("cpu" | "metal", Some(number)) => Err(format!("there is one `{name}` device, number 0, and no {number}")),
+            ("cpu" | "metal", Some(number)) => Err(format!("there is only device 0 of `{name}`, not {number}")),
             _ => Err("expected `auto`, `cpu`, `metal`, `cuda` or `cuda:N`".into()),
         }
     }
@@ -89,7 +89,7 @@ impl TryFrom<String> for DeviceKind {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        text.parse().map_err(|message| format!("`{text}` is no device: {message}"))
+        text.parse().map_err(|message| format!("`{text}` is not a device: {message}"))
     }
 }
 
@@ -121,7 +121,7 @@ impl WeightType {
     }
 }
 
-/// A size in bytes, as in `8GB`.
+/// A size in bytes, such as `8GB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ByteSize(pub(crate) usize);
 
@@ -133,7 +133,7 @@ impl FromStr for ByteSize {
     }
 }
 
-/// A mixture by its name.
+/// A named quantization mixture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct MixtureName(pub(crate) QuantizationMixture);
@@ -183,10 +183,10 @@ pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
     if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
 }
 
-/// Variables that the program sets itself.
+/// Variables that the program sets.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
-/// Checks the form of a template variable.
+/// Checks the syntax of a template variable.
 pub(crate) fn template_var(text: &str) -> Result<String, String> {
     let name = text.split_once('=').map(|(name, _)| name).ok_or("expected NAME=VALUE")?;
     let is_name = name.chars().all(|c| c.is_alphanumeric() || c == '_') && !name.starts_with(|c: char| c.is_numeric());
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read() {
+    fn sizes_are_parsed() {
         assert_eq!(parse_bytes("8GB"), Ok(8_000_000_000));
         assert_eq!(parse_bytes(" 1.5 MiB"), Ok(1_572_864));
         assert_eq!(parse_bytes("12e9"), Ok(12_000_000_000));

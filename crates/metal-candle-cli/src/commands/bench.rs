@@ -1,4 +1,4 @@
-//! `bench`: how fast this machine reads prompts, writes tokens and trains, alone or beside another program.
+//! `bench`: measures prefill, decode and training on this machine, alone or compared with another program.
 
 mod arguments;
 mod measure;
@@ -26,12 +26,12 @@ use shape::Shape;
 use std::path::{Path, PathBuf};
 use work::Work;
 
-/// What `--help` says below the flags.
+/// The text of `--help` below the flags.
 pub(crate) const HELP: &str = "\
-Without a flag the built-in model is measured on the CPU, and on Metal or CUDA random weights of the shape of
-qwen2.5-0.5b in bf16. Prompts and decoding go through the generator, training through the trainer (AdamW, all linear
-layers), as in the other commands; a smaller micro-batch or recomputed blocks are reported.
-Memory is the highest use: of the process on the CPU, of the device elsewhere. Progress is printed on standard error.
+By default, the built-in model is measured on the CPU, and random bf16 weights with the shape of qwen2.5-0.5b on Metal
+and CUDA. Prefill and decode use the generator, and training uses the trainer (AdamW, all linear layers), as the other
+commands do; a smaller micro-batch or checkpointed blocks are reported. Memory is the peak: of the process on the CPU,
+otherwise of the device. Progress is printed to standard error.
 
 Examples:
   metal-candle bench
@@ -40,13 +40,13 @@ Examples:
   metal-candle bench --against mlx-lm --python ~/mlx/bin/python
   metal-candle bench --against transformers --shape qwen2.5-0.5b --json
 
---against needs a Python with mlx-lm, or with torch, transformers and peft. Random weights are written to a temporary
-folder (TMPDIR) for it. Both programs hold the model and each row is measured by one and then the other; where memory
-is short this program does all its rows first.";
+--against needs a Python with mlx-lm, or with torch, transformers and peft. For it, random weights are written to a
+temporary folder (TMPDIR). Both programs load the model, and each row is measured by one and then the other; if memory
+is short, this program measures all its rows first.";
 
 pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
     let device = flags.device.open(output)?;
-    // what is missing is said before anything is loaded
+    // report missing packages before loading anything
     let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
     let subject = Subject::new(flags, device, output)?;
     let works = flags.works(subject.model.config(), device, output)?;
@@ -78,12 +78,12 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
     bench.failure.map_or(Ok(()), Err)
 }
 
-/// Measurements going on.
+/// The state of the measurements.
 struct Bench {
     /// The type of the KV cache, if one is named.
     kv_cache: Option<KVCacheType>,
     output: Output,
-    /// The first row that failed: the others are measured and printed all the same.
+    /// The first row that failed; the other rows are measured and printed anyway.
     failure: Option<anyhow::Error>,
 }
 
@@ -100,18 +100,18 @@ impl Bench {
         }
     }
 
-    /// Measures both programs, row by row if the memory is enough for both.
+    /// Measures both programs, row by row if memory is sufficient for both.
     fn beside(&mut self, subject: Subject, peer: &mut Peer, works: &[Work], report: &mut Report) -> Result<()> {
         let dtype = type_of(&subject.model);
         let weights = weights_bytes(&subject.model);
         let (model, folder) = subject.into_folder(self.output)?;
-        // theirs, and as much again to work with
+        // the weights of the other program, and the same amount to work with
         let fits_twice = model.device().memory().is_none_or(|memory| memory.free >= 2 * weights);
         let mut measured = Vec::new();
         let model = if fits_twice {
             Some(model)
         } else {
-            self.output.note("the memory is too small for both programs at the same time: one after the other");
+            self.output.note("memory is too small for both programs at the same time: measuring one after the other");
             for &work in works {
                 measured.push(self.measure(&model, work)?);
             }
@@ -134,16 +134,16 @@ impl Bench {
     }
 }
 
-/// The model that is measured.
+/// The measured model.
 struct Subject {
     model: Model,
-    /// What the report calls it.
+    /// Its name in the report.
     name: String,
-    /// Where it was read from; none for random weights.
+    /// The folder it was read from; none for random weights.
     folder: Option<PathBuf>,
 }
 
-/// A folder with a model, which may be a temporary one.
+/// A folder with a model, possibly a temporary one.
 enum Folder {
     Own(tempfile::TempDir),
     Given(PathBuf),
@@ -178,10 +178,11 @@ impl Subject {
             let is_whole = flags.quantize.is_none();
             if let Some(memory) = device.memory().filter(|memory| is_whole && memory.free < needed) {
                 let sizes = [needed, memory.free].map(|size| crate::output::bytes(size as u64));
-                let message = format!("{} takes {} for its weights, {} are free", shape.name(), sizes[0], sizes[1]);
-                return Err(UserError::new(message).with_hint("a smaller --shape").into());
+                let message =
+                    format!("the weights of {} need {}, but only {} are free", shape.name(), sizes[0], sizes[1]);
+                return Err(UserError::new(message).with_hint("use a smaller --shape").into());
             }
-            output.note(format_args!("making random weights of the shape of {}", shape.name()));
+            output.note(format_args!("creating random weights with the shape of {}", shape.name()));
             let model = match flags.quantize {
                 Some(MixtureName(mixture)) => {
                     let model = Model::repeated_pattern(config, 1, dtype, Device::CPU)?;
@@ -189,7 +190,7 @@ impl Subject {
                 }
                 None => Model::repeated_pattern(config, 1, dtype, device)?,
             };
-            return Ok(Self { model, name: format!("random weights, shape {}", shape.name()), folder: None });
+            return Ok(Self { model, name: format!("random weights, shape of {}", shape.name()), folder: None });
         }
         let source = ModelSource::find(flags.model.as_deref().unwrap_or(NANO), output)?;
         let model = source.load_as((flags.dtype, flags.quantize), flags.device, output)?;
@@ -205,7 +206,7 @@ impl Subject {
         if let Some(folder) = self.folder {
             return Ok((self.model, Folder::Given(folder)));
         }
-        let folder = tempfile::tempdir().context("a temporary folder for the model")?;
+        let folder = tempfile::tempdir().context("cannot create a temporary folder for the model")?;
         output.note("writing the weights for the other program to a temporary folder");
         save_model(&self.model, folder.path())?;
         Ok((self.model, Folder::Own(folder)))

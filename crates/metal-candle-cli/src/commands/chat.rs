@@ -1,4 +1,4 @@
-//! `chat`: a conversation of several turns.
+//! `chat`: runs a conversation of several turns.
 
 mod conversation;
 
@@ -27,21 +27,21 @@ use std::path::{Path, PathBuf};
 
 /// Most bytes of a line of standard input.
 const MAX_LINE_BYTES: usize = 64 << 20;
-/// Most bytes of the file with the lines typed.
+/// Most bytes of the history file.
 const MAX_HISTORY_BYTES: u64 = 16 << 20;
 
 /// Flags of `chat`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ChatArguments {
-    /// System prompt.
+    /// The system prompt.
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
 
-    /// File that keeps the lines typed [default: `metal-candle/history.txt` in the user's data folder].
+    /// The file for the input history [default: `metal-candle/history.txt` in the user's data folder].
     #[arg(long, value_name = "FILE")]
     pub(crate) history: Option<PathBuf>,
 
-    /// The JSON schemas of tools that the model may call: a list.
+    /// A JSON file with a list of the schemas of tools that the model may call.
     #[arg(long, value_name = "FILE")]
     pub(crate) tools: Option<PathBuf>,
 
@@ -78,7 +78,10 @@ pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
         output,
     };
     if std::io::stdin().is_terminal() {
-        output.note(format_args!("{}; /help lists the commands, /quit or Ctrl-D ends", loaded.source.name));
+        output.note(format_args!(
+            "{}; /help lists the commands, /quit or Ctrl-D ends the conversation",
+            loaded.source.name
+        ));
         chat.talk(flags.history.clone().or_else(default_history).as_deref())
     } else {
         chat.read_lines()
@@ -95,7 +98,7 @@ struct Chat {
 }
 
 impl Chat {
-    /// Turns typed at a terminal.
+    /// Reads turns from a terminal.
     fn talk(&mut self, history: Option<&Path>) -> Result<()> {
         let failed = |error: ReadlineError| Error::Read {
             path: "the terminal".into(),
@@ -103,7 +106,7 @@ impl Chat {
         };
         let mut editor = DefaultEditor::new().map_err(failed)?;
         if let Some(history) = history {
-            // there is none the first time
+            // the file is missing the first time
             if std::fs::metadata(history).is_ok_and(|found| found.is_file() && found.len() <= MAX_HISTORY_BYTES) {
                 let _ = editor.load_history(history);
             }
@@ -123,23 +126,23 @@ impl Chat {
             }
         }
         if let Some(history) = history {
-            // rustyline knows the format of the file
+            // rustyline writes the format, so let it write to a temporary file first
             let temporary = tempfile::tempdir()?;
             let saved = temporary.path().join("history");
             editor.save_history(&saved)?;
             let lines = files::read_bounded(&saved, MAX_HISTORY_BYTES)?;
             let folder = history.parent().map_or(Ok(()), files::create_folder);
             if let Err(error) = folder.and_then(|()| files::write_atomically(history, |file| file.write_all(&lines))) {
-                Output::warn(format_args!("the lines typed are not saved: {error}"));
+                Output::warn(format_args!("cannot save the input history: {error}"));
             } else if history.is_file() {
-                // readable by the user only, as rustyline writes it
+                // only the user may read it, as with rustyline
                 std::fs::set_permissions(history, std::fs::metadata(&saved)?.permissions())?;
             }
         }
         Ok(())
     }
 
-    /// Each line of standard input is a turn.
+    /// Reads each line of standard input as a turn.
     fn read_lines(&mut self) -> Result<()> {
         let mut lines = BoundedLines::new(std::io::stdin().lock(), MAX_LINE_BYTES);
         let error = |source| Error::Read { path: "standard input".into(), source };
@@ -152,7 +155,7 @@ impl Chat {
         Ok(())
     }
 
-    /// One line: a command or a question. Errors of the input are shown and the conversation goes on.
+    /// Handles one line: a command or a question. Errors in the input are printed, and the conversation continues.
     fn turn(&mut self, line: &str) -> Result<ControlFlow<()>> {
         let line = line.trim();
         if line.is_empty() {

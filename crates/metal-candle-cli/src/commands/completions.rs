@@ -1,4 +1,4 @@
-//! `completions`: completion scripts for shells.
+//! `completions`: prints completion scripts for shells.
 
 use crate::args::Arguments;
 use crate::output::Output;

@@ -1,4 +1,4 @@
-//! `convert`: a model or an adapter written in another format.
+//! `convert`: writes a model or an adapter in another format.
 
 use crate::adapter_output::{largest_difference, probe};
 use crate::error::UserError;
@@ -20,14 +20,14 @@ use std::path::{Path, PathBuf};
 /// A format of models or adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// An adapter as PEFT reads it: `adapter_model.safetensors` and `adapter_config.json`.
+    /// A PEFT adapter: `adapter_model.safetensors` and `adapter_config.json`.
     Peft,
-    /// A folder as mlx-lm reads it: of an adapter `adapters.safetensors` and `adapter_config.json`,
-    /// of a model as `safetensors`.
+    /// An mlx-lm folder: `adapters.safetensors` and `adapter_config.json` for an adapter, the same as
+    /// `safetensors` for a model.
     Mlx,
-    /// A GGUF file as llama.cpp reads it, of a model or of an adapter.
+    /// A GGUF file for llama.cpp, of a model or an adapter.
     Gguf,
-    /// A model's folder as transformers reads it: `model.safetensors`, `config.json` and the tokenizer.
+    /// A model folder for transformers: `model.safetensors`, `config.json` and the tokenizer.
     Safetensors,
 }
 
@@ -46,11 +46,11 @@ pub(crate) struct ConvertArguments {
     #[arg(long, value_name = "PATH", help_heading = "Model")]
     pub(crate) adapter: Option<PathBuf>,
 
-    /// The folder or GGUF file to write; nothing may be there.
+    /// The folder or GGUF file to write; it must not exist.
     #[arg(long, value_name = "PATH")]
     pub(crate) output: PathBuf,
 
-    /// Split a GGUF file into files of at most this size, as in `4GB`.
+    /// Split the model into files of at most this size, such as `4GB`.
     #[arg(long, value_name = "SIZE")]
     pub(crate) split_max_size: Option<ByteSize>,
 
@@ -64,12 +64,12 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
         Format::Peft | Format::Mlx | Format::Safetensors => check_free(&flags.output, FREE_HINT)?,
     }
     if flags.split_max_size.is_some() && (flags.format != Format::Gguf || flags.adapter.is_some()) {
-        return Err(UserError::new("`--split-max-size` is for models written as GGUF").into());
+        return Err(UserError::new("`--split-max-size` needs a model and `--format gguf`").into());
     }
     if let Some(adapter) = &flags.adapter {
         check_adapter(adapter)?;
         if flags.text.proof.is_some() {
-            return Err(UserError::new("`--proof` is for models: an adapter is written without loss").into());
+            return Err(UserError::new("`--proof` needs a model: converting an adapter is lossless").into());
         }
     }
     flags.text.check()?;
@@ -86,7 +86,7 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
 
 fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, output: Output) -> Result<()> {
     match flags.format {
-        Format::Peft => Err(UserError::new("`--format peft` is for adapters: `--adapter` is missing").into()),
+        Format::Peft => Err(UserError::new("`--format peft` needs `--adapter`").into()),
         Format::Gguf => {
             let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
             let proof = proof(flags, source, model, tokenizer.as_ref(), output)?;
@@ -108,7 +108,7 @@ fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, 
     }
 }
 
-/// What changing types did to a model; none where they stay as they are and no text is named.
+/// Compares the model before and after the change of types; none if types do not change and no text is given.
 fn proof(
     flags: &ConvertArguments,
     source: &ModelSource,
@@ -150,7 +150,7 @@ fn write_folder(flags: &ConvertArguments, source: &ModelSource, model: &Model, o
         proof.note(output);
     }
     output.note(format_args!(
-        "wrote {} ({})\nlogits of the model and of the one written differ by at most {difference:.2e}",
+        "wrote {} ({})\nlogits of the source and the written model differ by at most {difference:.2e}",
         flags.output.display(),
         bytes(size),
     ));
@@ -167,7 +167,7 @@ fn convert_adapter(flags: &ConvertArguments, model: &Model, mut adapter: LoRAAda
     };
     let expected = logits_of(&adapter)?;
     if !largest_difference(&expected, &expected)?.is_finite() {
-        return Err(UserError::new("the logits with this adapter are not finite: it overflows").into());
+        return Err(UserError::new("the logits with this adapter are not finite: the adapter overflows").into());
     }
     let in_folder = |save: &dyn Fn(&Path) -> metal_candle::Result<()>| {
         fill_folder(&flags.output, FREE_HINT, || Ok(save(&flags.output)?))
@@ -177,7 +177,7 @@ fn convert_adapter(flags: &ConvertArguments, model: &Model, mut adapter: LoRAAda
         Format::Mlx => in_folder(&|folder| adapter.save_mlx(folder))?,
         Format::Gguf => adapter.save_gguf(&flags.output)?,
         Format::Safetensors => {
-            let message = "`--format safetensors` is for models: an adapter is written as `peft`, `mlx` or `gguf`";
+            let message = "`--format safetensors` needs a model: adapters have the formats `peft`, `mlx` and `gguf`";
             return Err(UserError::new(message).into());
         }
     }
@@ -192,7 +192,7 @@ fn convert_adapter(flags: &ConvertArguments, model: &Model, mut adapter: LoRAAda
         }))?;
     } else {
         output.note(format_args!(
-            "wrote {} ({} modules)\nlogits with the adapter and with the one written differ by at most {difference:.2e}",
+            "wrote {} ({} modules)\nlogits of the source and the written adapter differ by at most {difference:.2e}",
             flags.output.display(),
             written.modules().len(),
         ));

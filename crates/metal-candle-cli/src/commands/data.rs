@@ -1,4 +1,4 @@
-//! `data check`: what a dataset holds, and how its rows are read.
+//! `data check`: summarizes a dataset and shows how its rows are tokenized.
 
 use crate::input::rereadable;
 use crate::model_source::ModelSource;
@@ -27,38 +27,38 @@ pub(crate) struct DataArguments {
     pub(crate) command: DataCommand,
 }
 
-/// What `data` does.
+/// The subcommands of `data`.
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum DataCommand {
-    /// Token counts, lengths, what is trained, duplicates and leakage of a dataset, and some of its rows.
+    /// Show token counts, lengths, duplicates and leakage of a dataset, and the trained tokens of some rows.
     #[command(after_help = "\
 Examples:
   metal-candle data check train.jsonl
   metal-candle data check my-data --rows 10 --model Qwen/Qwen2.5-Coder-0.5B-Instruct
 
-Trained tokens are shown in colour, or between brackets where colour is off (NO_COLOR, or not a terminal).")]
+Trained tokens are shown in colour, or in brackets if colour is off (NO_COLOR, or not a terminal).")]
     Check(DataCheckArguments),
 }
 
 /// Flags of `data check`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DataCheckArguments {
-    /// A JSONL file, or a folder with train.jsonl, valid.jsonl, test.jsonl.
+    /// A JSONL file, or a folder with train.jsonl, valid.jsonl and test.jsonl.
     pub(crate) data: PathBuf,
 
-    /// The model whose tokenizer and chat template are used: a folder, `nano`, or a Hub name.
+    /// Use the tokenizer and chat template of this model: a folder, `nano`, or a Hub name.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
-    /// Rows to show.
+    /// Number of rows to show.
     #[arg(long, default_value_t = 3)]
     pub(crate) rows: usize,
 
-    /// Longest row, in tokens [default: what the model can do].
+    /// Longest row, in tokens [default: the model's context].
     #[arg(long, value_name = "TOKENS")]
     pub(crate) max_tokens_per_sample: Option<usize>,
 
-    /// Train the last assistant turn of a chat only.
+    /// Train only the last assistant turn of a chat.
     #[arg(long)]
     pub(crate) train_last_turn_only: bool,
 
@@ -83,7 +83,7 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         trained_turns: if flags.train_last_turn_only { TrainedTurns::Last } else { TrainedTurns::All },
         ..DatasetOptions::default()
     };
-    // rows are read again to be shown
+    // the rows are read a second time to show them
     let (data, _copy) = rereadable(&flags.data)?;
     let mut report = DataReport::of(&data, &tokenizer, &options)?;
     let first = report.files.first().map(|file| file.path.clone());
@@ -127,7 +127,7 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
     Err(Error::Data { problems: report.problems }.into())
 }
 
-/// The first rows of a file: line, text, and for each token its id and whether it is trained.
+/// The first rows of a file: line, text, and the id of each token and whether it is trained.
 fn rows(path: &Path, count: usize, tokenizer: &Tokenizer, options: &DatasetOptions) -> Result<Vec<Value>> {
     let dataset = Dataset::from_file(path, tokenizer, options)?;
     let rows = dataset.samples.iter().take(count).map(|sample| {
@@ -180,7 +180,7 @@ fn lengths(text: &mut String, lengths: &Lengths) -> std::fmt::Result {
     )?;
     let most = lengths.histogram.iter().map(|bar| bar.rows).max().unwrap_or(0).max(1);
     for bar in &lengths.histogram {
-        // a bar that is not empty is seen
+        // a bar that is not empty has at least one character
         let width = (bar.rows * BAR_WIDTH).div_ceil(most);
         writeln!(text, "  {:>6} - {:<6} {:>8}  {}", bar.from, bar.to, grouped(bar.rows as u64), "#".repeat(width))?;
     }
@@ -199,12 +199,12 @@ fn percent(part: usize, whole: usize) -> String {
     format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64)
 }
 
-/// The name of a schema as JSON has it.
+/// The name of a schema in JSON.
 fn name(schema: metal_candle::data::Schema) -> String {
     json!(schema).as_str().unwrap_or_default().to_owned()
 }
 
-/// The row's text, what is trained in colour or between brackets.
+/// The text of a row, with trained spans in colour or brackets.
 pub(crate) fn shown(
     sample: &metal_candle::data::Sample,
     tokenizer: &Tokenizer,
@@ -213,7 +213,7 @@ pub(crate) fn shown(
     let (begin, end) = if coloured { ("\x1b[32m", "\x1b[0m") } else { ("⟦", "⟧") };
     let mut text = String::new();
     for span in highlight(sample, tokenizer)? {
-        // a row may hold control characters, which are not for the terminal
+        // escape control characters, which could control the terminal
         let plain = printable(&span.text);
         if span.trained {
             text.extend([begin, &plain, end]);

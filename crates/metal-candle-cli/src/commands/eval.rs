@@ -1,4 +1,4 @@
-//! `eval`: loss, perplexity and bits per byte.
+//! `eval`: measures loss, perplexity and bits per byte.
 
 use crate::error::UserError;
 use crate::held_out::{self, HeldOut};
@@ -18,17 +18,18 @@ use metal_candle::{Error, Model};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Tokens computed at once.
+/// Most tokens of a batch.
 const BATCH_TOKENS: usize = 2048;
 
 /// Flags of `eval`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EvalArguments {
-    /// A JSONL file, a folder with splits, or a text file [default: the sample data of the built-in model].
+    /// A JSONL file, a folder with splits, or a text file [default: the built-in model's sample data].
     #[arg(long, value_name = "PATH")]
     pub(crate) data: Option<PathBuf>,
 
-    /// Longest row, in tokens; a text file is read in windows of this size [default: 2048 or what the model can do].
+    /// Longest row, in tokens; a text file is split into windows of this size [default: the model's context, at most
+    /// 2048].
     #[arg(long, value_name = "TOKENS")]
     pub(crate) max_tokens_per_sample: Option<usize>,
 
@@ -49,8 +50,8 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         Some(path) => path.clone(),
         None if flags.model.model.model == NANO => crate::nano::data()?,
         None => {
-            return Err(UserError::new("there is nothing to measure on: `--data` is missing")
-                .with_hint("--data takes a JSONL file, a folder with splits, or a text file")
+            return Err(UserError::new("`--data` is missing")
+                .with_hint("--data accepts a JSONL file, a folder with splits, or a text file")
                 .into());
         }
     };

@@ -1,4 +1,4 @@
-//! `fuse`: an adapter merged into its model's weights.
+//! `fuse`: merges an adapter into the weights of its model.
 
 use crate::adapter_output::{AdapterOutputArguments, largest_difference, probe};
 use crate::error::UserError;
@@ -15,10 +15,10 @@ use metal_candle::models::Rows;
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
 
-/// What to do where rounding takes too much of an adapter.
-const HINT: &str = "`--auto` takes f16 or else f32 where the model's type is not enough; `--stochastic-rounding SEED` keeps the \
-                    change on average; `--dtype f32` keeps it exact; an adapter that stays a file of its own loses nothing; \
-                    `--min-survival` lowers the bar";
+/// The hint if rounding loses too much of an adapter.
+const HINT: &str = "`--auto` writes f16 or else f32 if the model's type is not enough; `--stochastic-rounding SEED` preserves \
+the change on average; `--dtype f32` preserves it exactly; an unmerged adapter loses nothing; \
+`--min-survival` lowers the threshold";
 
 /// Flags of `fuse`.
 #[derive(Debug, Clone, Args)]
@@ -26,8 +26,8 @@ pub(crate) struct FuseArguments {
     #[command(flatten)]
     pub(crate) files: AdapterOutputArguments,
 
-    /// Round sums up or down at random to the two nearest values of bf16, by this seed, so that
-    /// changes too small for bf16 are kept on average.
+    /// Round stochastically to bf16 with this seed, so that changes too small for bf16 are preserved
+    /// on average.
     #[arg(long, value_name = "SEED", conflicts_with = "auto")]
     pub(crate) stochastic_rounding: Option<u64>,
 
@@ -39,7 +39,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     flags.proof.check()?;
     let files = &flags.files;
     let (source, model, adapter) = files.load(output)?;
-    // a folder of weights alone can be merged too
+    // a folder without a tokenizer can be merged, too
     let has_tokenizer = source.has_tokenizer();
     let template = TemplateArguments::default();
     let tokenizer = has_tokenizer.then(|| template.tokenizer(&source, Some(&files.adapter))).transpose()?;
@@ -90,7 +90,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// The merged model and what is left in it of the adapter's change.
+/// The merged model, and how much of the adapter's change survives in it.
 fn merge(
     flags: &FuseArguments,
     model: &Model,
@@ -113,14 +113,14 @@ fn merge(
         return Err(Proof::refusal(&Proof::lost(&survivals, min_survival), min_survival, HINT).into());
     }
     for dtype in [DType::F16, DType::F32] {
-        // the other weights become wider too: programs load a model in one type
+        // convert the other weights, too: programs load a model in one type
         let wide = model.to_dtype(dtype);
         let Ok(wide) = wide else { continue };
         let merged = adapter.merge(&wide)?;
         let (merged, survivals) = measured(merged)?;
         if Proof::lost(&survivals, min_survival).is_empty() {
             output.note(format_args!(
-                "{} would lose too much of the adapter's change: weights are written in {}",
+                "{} would lose too much of the adapter's change: writing weights as {}",
                 model.dtype().as_str(),
                 dtype.as_str()
             ));
@@ -132,7 +132,7 @@ fn merge(
 
 fn rounding(model: &Model) -> &'static str {
     match model.dtype() {
-        DType::F32 => "the order of additions",
-        _ => "the rounding of its weights",
+        DType::F32 => "due to the order of additions",
+        _ => "due to rounding of the weights",
     }
 }

@@ -1,4 +1,4 @@
-//! `generate`: text that continues a prompt.
+//! `generate`: answers or continues prompts.
 
 use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
 
@@ -28,19 +28,19 @@ pub(crate) struct GenerateArguments {
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub(crate) prompts: Option<PathBuf>,
 
-    /// System prompt, put before the prompt by the chat template.
+    /// The system prompt.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub(crate) system: Option<String>,
 
-    /// Continue the prompt as it is, without the model's chat template.
+    /// Continue the prompt as text, without the model's chat template.
     #[arg(long)]
     pub(crate) raw: bool,
 
-    /// Print the text when it is complete instead of piece by piece.
+    /// Print the complete text at the end instead of streaming it.
     #[arg(long)]
     pub(crate) no_stream: bool,
 
-    /// The JSON schemas of tools that the model may call: a list.
+    /// A JSON file with a list of the schemas of tools that the model may call.
     #[arg(long, value_name = "FILE", conflicts_with = "raw")]
     pub(crate) tools: Option<PathBuf>,
 
@@ -107,7 +107,7 @@ fn answer_all(
     output: Output,
 ) -> Result<()> {
     let mut first = 0;
-    // answers are printed after each part, so that what is done is not lost if the program is stopped
+    // print answers after each part, so that they are not lost if the program is stopped
     for part in prompts.chunks(4 * Generator::MAX_BATCH_SIZE) {
         let generations = generator.generate_batch(part, std::slice::from_ref(config));
         let generations = generations.with_context(|| {
@@ -128,7 +128,7 @@ fn answer_all(
     Ok(())
 }
 
-/// A prompt with the line of the file that it comes from.
+/// A prompt and its line in the file.
 struct Row {
     line: Option<usize>,
     content: Content,
@@ -169,7 +169,7 @@ fn parse_row(line: usize, value: Value) -> std::result::Result<Row, UserError> {
         (None, Some(messages)) | (Some(messages @ Value::Array(_)), None) => {
             let messages: Vec<Message> =
                 serde_json::from_value(messages).map_err(|error| wrong(format!("`messages`: {error}")))?;
-            // as training reads them
+            // as in training
             let messages: std::result::Result<_, String> = messages.into_iter().map(Message::normalized).collect();
             Content::Messages(messages.map_err(|error| wrong(format!("`messages`: {error}")))?)
         }
@@ -191,7 +191,7 @@ fn parse_row(line: usize, value: Value) -> std::result::Result<Row, UserError> {
 }
 
 impl Row {
-    /// The tokens of the prompt: by the chat template, or as it is with `--raw` and where there is no template.
+    /// The tokens of the prompt, rendered by the chat template unless `--raw` is set or there is no template.
     fn ids(self, flags: &GenerateArguments, tools: Option<&[Value]>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let tools = self.tools.as_deref().or(tools);
         let system = || flags.system.as_deref().map(Message::system);
@@ -203,16 +203,14 @@ impl Row {
                 system().filter(|_| !has_system).into_iter().chain(messages).collect::<Vec<_>>()
             }
             (Content::Messages(_), None) => {
-                return Err(UserError::new(
-                    "`messages` need a chat template, which the model does not have or --raw turns off",
-                )
-                .with_hint("--chat-template FILE names one")
-                .into());
+                return Err(UserError::new("`messages` need a chat template, but the model has none or --raw is set")
+                    .with_hint("set one with --chat-template FILE")
+                    .into());
             }
             (Content::Prompt(text), None) => {
                 let flag = if flags.system.is_some() { "system" } else { "tools" };
                 if flags.system.is_some() || tools.is_some() {
-                    let message = "the model has no chat template to put it in";
+                    let message = "the model has no chat template, which this needs";
                     return Err(Error::Argument { name: flag.into(), message: message.into() }.into());
                 }
                 return Ok(tokenizer.encode(&text, true)?);
@@ -234,7 +232,7 @@ fn of_line(flags: &GenerateArguments, line: Option<usize>, error: anyhow::Error)
 }
 
 impl Loaded {
-    /// A generator of the model, with the adapter and a cache of this type or the one that suits the model.
+    /// Creates a generator of the model with the adapter. The default type of the KV cache depends on the model.
     pub(crate) fn generator(&self, kv_cache: Option<KVCacheType>) -> metal_candle::Result<Generator> {
         let mut generator = Generator::new(self.model.clone());
         if let Some(kind) = kv_cache {
@@ -247,7 +245,7 @@ impl Loaded {
     }
 }
 
-/// The tokens of a conversation up to where the assistant's answer begins.
+/// The tokens of a conversation, up to the start of the assistant's answer.
 pub(crate) fn templated(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
@@ -275,10 +273,10 @@ pub(crate) fn as_json(generation: &Generation, prompt_ids: &[u32]) -> Value {
     })
 }
 
-/// One line on how fast it went.
+/// One line with the speeds.
 pub(crate) fn speeds(finish: &Finish) -> String {
     format!(
-        "[{} tokens at {:.0} tokens/s after a prompt of {} at {:.0} tokens/s; ended by {}]",
+        "[{} tokens at {:.0} tokens/s, prompt of {} at {:.0} tokens/s; finish reason {}]",
         finish.generated_tokens,
         finish.decode_tokens_per_second,
         finish.prompt_tokens,

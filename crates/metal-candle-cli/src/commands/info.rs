@@ -1,4 +1,4 @@
-//! `info`: device, features, and a model's sizes and memory.
+//! `info`: shows the device, the features of this build, and a model's sizes and memory.
 
 use crate::error::UserError;
 use crate::model_source::{ModelArguments, ModelSource};
@@ -22,7 +22,7 @@ pub(crate) struct InfoArguments {
 
 pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
     if flags.model.quantize.is_some() {
-        return Err(UserError::new("`info` shows files as they are: `quantize` writes a quantized one").into());
+        return Err(UserError::new("`info` does not quantize: use `quantize` to write a quantized file").into());
     }
     let device = flags.model.device.open(output)?;
     let source = ModelSource::find(&flags.model.model, output)?;
@@ -110,10 +110,10 @@ fn text(
     let mut text = String::new();
     writeln!(text, "metal-candle {}", env!("CARGO_PKG_VERSION"))?;
     let name = device.description().map_or_else(String::new, |name| format!(": {name}"));
-    writeln!(text, "device       {device}{name} (there is: {})", devices().join(", "))?;
+    writeln!(text, "device       {device}{name} (available: {})", devices().join(", "))?;
     if let Some(total) = device.total_memory() {
         let free = device.memory().map_or_else(String::new, |memory| format!(", {} free", bytes(memory.free as u64)));
-        let what = if device.is_metal() { " may be used at the same time" } else { "" };
+        let what = if device.is_metal() { " recommended working set" } else { "" };
         writeln!(text, "memory       {}{what}{free}", bytes(total as u64))?;
     }
     if let Some(driver) = driver(device) {
@@ -181,7 +181,7 @@ fn text(
     Ok(text)
 }
 
-/// Parameters by what they are for.
+/// The number of parameters by kind.
 fn parts(config: &ModelConfig) -> Vec<(&'static str, usize)> {
     let mut parts = [("embedding", 0), ("attention", 0), ("mlp", 0), ("norms", 0), ("head", 0)];
     for (name, shape) in Model::parameter_shapes(config) {
@@ -218,7 +218,7 @@ fn devices() -> Vec<&'static str> {
     found.iter().flatten().map(Device::name).collect()
 }
 
-/// What drives the accelerator: NVIDIA's kernel module, or the version of macOS.
+/// The driver of the accelerator: the version of NVIDIA's kernel module, or of macOS.
 fn driver(device: Device) -> Option<String> {
     if device.is_cuda() {
         let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
@@ -242,7 +242,7 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The instruction sets of the CPU that matter here.
+/// The instruction sets of the CPU that the kernels use.
 fn instruction_sets() -> Vec<&'static str> {
     let mut found = Vec::new();
     #[cfg(target_arch = "x86_64")]

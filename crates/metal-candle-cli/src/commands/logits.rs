@@ -1,4 +1,4 @@
-//! `logits`: the logits of given token ids.
+//! `logits`: writes the logits of token ids to a file.
 
 use crate::error::UserError;
 use crate::model_source::{AdaptedModelArguments, Loaded};
@@ -46,7 +46,7 @@ pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to write over a file of a model or adapter; earlier logits beside them may be overwritten.
+/// Refuses to overwrite a file of a model or adapter; earlier logits in the same folder may be overwritten.
 fn refuse_file_of(folder: &Path, out: &Path) -> Result<()> {
     let Ok(target) = out.canonicalize() else { return Ok(()) };
     let files = std::fs::read_dir(folder).into_iter().flatten().flatten();

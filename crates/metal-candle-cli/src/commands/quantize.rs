@@ -1,4 +1,4 @@
-//! `quantize`: a model written as a quantized GGUF file.
+//! `quantize`: writes a model as a quantized GGUF file.
 
 use crate::error::UserError;
 use crate::gguf_output::{self, GgufReport};
@@ -23,10 +23,10 @@ use std::str::FromStr;
 /// Tokens of a window of a calibration text.
 const CALIBRATION_WINDOW: usize = 512;
 
-/// Windows of a calibration text that are used at most.
+/// Most windows of a calibration text.
 const MAX_CALIBRATION_WINDOWS: usize = 256;
 
-/// A pattern of tensor names and the type of those that match.
+/// A pattern of tensor names, and the type of matching tensors.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorType {
     pattern: String,
@@ -50,18 +50,18 @@ impl FromStr for TensorType {
 /// Flags of `quantize`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct QuantizeArguments {
-    /// The type to quantize to, as `llama-quantize` names it: `q8_0`, `q6_k`, `q5_k_m`, `q5_k_s`,
+    /// The type to quantize to, named as in `llama-quantize`: `q8_0`, `q6_k`, `q5_k_m`, `q5_k_s`,
     /// `q5_1`, `q5_0`, `q4_k_m`, `q4_k_s`, `q4_1`, `q4_0`, `iq4_nl`, `iq4_xs`, `mxfp4`, `q3_k_l`,
     /// `q3_k_m`, `q3_k_s`, `q2_k`, `f32`, `f16` or `bf16`.
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) mixture: MixtureName,
 
-    /// Give tensors whose names match a regular expression another type, as in `ffn_down=q6_k` or
-    /// `blk\.0\.=f16`. May be given more than once; the first match holds.
+    /// Use another type for tensors whose names match a regular expression, such as `ffn_down=q6_k` or
+    /// `blk\.0\.=f16`. May be given more than once; the first match applies.
     #[arg(long, value_name = "PATTERN=TYPE")]
     pub(crate) tensor_type: Vec<TensorType>,
 
-    /// Weigh rounding errors by an importance matrix: a file of `llama-imatrix`, or one of
+    /// Weight rounding errors by an importance matrix: a file of `llama-imatrix` or
     /// `--save-imatrix`.
     #[arg(long, value_name = "FILE")]
     pub(crate) imatrix: Option<PathBuf>,
@@ -75,11 +75,11 @@ pub(crate) struct QuantizeArguments {
     #[arg(long, value_name = "FILE", requires = "calibration")]
     pub(crate) save_imatrix: Option<PathBuf>,
 
-    /// The GGUF file to write; nothing may be there.
+    /// The GGUF file to write; it must not exist.
     #[arg(long, value_name = "FILE")]
     pub(crate) output: PathBuf,
 
-    /// Split the model into files of at most this size, as in `4GB`.
+    /// Split the model into files of at most this size, such as `4GB`.
     #[arg(long, value_name = "SIZE")]
     pub(crate) split_max_size: Option<ByteSize>,
 
@@ -100,7 +100,7 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     path.map(check_adapter).transpose()?;
     let arguments = &flags.model.model;
     if arguments.quantize.is_some() {
-        return Err(UserError::new("`--quantize` is for other commands: `--type` says what to write").into());
+        return Err(UserError::new("use `--type` instead of `--quantize`").into());
     }
     if !matches!(arguments.device, DeviceKind::Auto | DeviceKind::Cpu) {
         let message = format!("`--device {}`: quantizing runs on the CPU", arguments.device);
@@ -140,7 +140,7 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
     .finish(output)
 }
 
-/// The types, and the importance matrix if one is asked for.
+/// The types, and the importance matrix if one is requested.
 fn quantization(
     flags: &QuantizeArguments,
     model: &Model,
@@ -151,7 +151,7 @@ fn quantization(
     for TensorType { pattern, kind } in &flags.tensor_type {
         quantization = quantization.with_type(pattern, *kind)?;
     }
-    // refused before anything takes time
+    // check the types before anything that takes time
     quantization.types(model)?;
     if let Some(path) = &flags.imatrix {
         return Ok(quantization.with_importance(Importance::read(path, model)?));
@@ -175,7 +175,8 @@ fn quantization(
     Ok(quantization.with_importance(importance))
 }
 
-/// The quantized model, and what it keeps of the adapter's change; with `--auto` in types with more bits where it lost too much.
+/// The quantized model, and how much of the adapter's change survives. With `--auto`, weights that lose too much get types
+/// with more bits.
 fn quantize(
     flags: &QuantizeArguments,
     mut quantization: Quantization,
@@ -192,8 +193,8 @@ fn quantize(
             return Ok((result, survivals));
         }
         if !flags.proof.auto {
-            let hint = "`--auto` gives these weights more bits; `--type q8_0` or f16 loses less; `convert --format gguf` \
-                        writes the adapter as a file of its own, which loses nothing; `--min-survival` lowers the bar";
+            let hint = "`--auto` uses more bits for these weights; `--type q8_0` or f16 loses less; `convert --format gguf` \
+            writes the adapter as a separate file, which loses nothing; `--min-survival` lowers the threshold";
             return Err(Proof::refusal(&lost, min_survival, hint).into());
         }
         let types = quantization.types(full)?;
@@ -201,7 +202,7 @@ fn quantize(
         for one in lost {
             if let Some(kind) = types.get(&one.name).and_then(|kind| kind.with_more_bits()) {
                 output.note(format_args!(
-                    "`{}` keeps {:.3} of its change: {} instead",
+                    "only {:.3} of the change of `{}` survives: using {} instead",
                     one.name,
                     one.share,
                     kind.name()

@@ -1,4 +1,4 @@
-//! `runs`: what was trained and what came of it.
+//! `runs`: lists and compares training runs.
 
 mod page;
 mod summary;
@@ -15,7 +15,7 @@ use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 use summary::{Run, find, is_run};
 
-/// Where runs are that were given no folder.
+/// The default folder of runs.
 const RUNS: &str = "runs";
 
 /// Flags of `runs`.
@@ -24,52 +24,52 @@ pub(crate) struct RunsArguments {
     #[command(subcommand)]
     pub(crate) command: Option<RunsCommand>,
 
-    /// Folders of runs, or folders that hold such [default: runs].
+    /// Run folders, or folders that contain run folders [default: runs].
     #[arg(value_name = "FOLDER")]
     pub(crate) folders: Vec<PathBuf>,
 
-    /// What the list is sorted by; runs that have no such value come last.
+    /// Sort by this column; runs without a value come last.
     #[arg(long, value_enum, default_value = "name")]
     pub(crate) sort: RunSort,
 
-    /// Turn the order around.
+    /// Reverse the order.
     #[arg(long)]
     pub(crate) reverse: bool,
 
-    /// Also write a page with the curves of all runs over one another.
+    /// Also write an HTML page with the curves of all runs in one chart.
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
 }
 
-/// What `runs` does beside listing.
+/// The subcommands of `runs`.
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum RunsCommand {
-    /// Settings that differ between runs and what came of them, side by side.
+    /// Compare the differing settings and the results of runs side by side.
     Compare(CompareArguments),
 }
 
 /// Flags of `runs compare`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CompareArguments {
-    /// The folders of the runs.
+    /// The run folders.
     #[arg(required = true, num_args = 2.., value_name = "RUN")]
     pub(crate) runs: Vec<PathBuf>,
 
-    /// Also write a page with their curves over one another.
+    /// Also write an HTML page with their curves in one chart.
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
 }
 
-/// What runs are sorted by.
+/// The columns to sort by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RunSort {
     /// The folder.
     Name,
     /// Running, done, stopped, failed, killed.
     State,
-    /// When it was started.
+    /// The start time.
     Started,
-    /// Steps done.
+    /// Completed steps.
     Steps,
     /// The highest learning rate.
     LearningRate,
@@ -78,9 +78,9 @@ pub(crate) enum RunSort {
     /// The best validation loss.
     #[value(alias = "held-out")]
     Valid,
-    /// Tokens a second.
+    /// Tokens per second.
     Speed,
-    /// How long it took.
+    /// The training time.
     Time,
 }
 
@@ -130,7 +130,7 @@ fn show(runs: &[Run], html: Option<&Path>, text: fn(&[Run]) -> String, output: O
     Ok(())
 }
 
-/// Sorts by a column; runs that have nothing there come last, whatever the order.
+/// Sorts by a column; runs without a value come last in either order.
 fn sort(runs: &mut [Run], by: RunSort, reverse: bool) {
     let key = |run: &Run| -> Option<f64> {
         let value = match by {

@@ -1,4 +1,4 @@
-//! `serve`: answers HTTP requests in the forms of OpenAI, Anthropic and llama.cpp.
+//! `serve`: runs the HTTP server.
 
 mod jobs;
 
@@ -19,15 +19,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 
-/// Most bytes of the file with keys.
+/// Most bytes of the API key file.
 const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
-/// Share of the free memory that the cache may take unless `--cache-memory` says more.
+/// The KV cache uses at most one part in this many of the free memory, unless `--cache-memory` is given.
 const SHARE_OF_FREE: usize = 4;
 
 /// Flags of `serve`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ServeArguments {
-    /// The address to listen on. Any but a loopback address needs --api-key-file or --no-auth.
+    /// The address to listen on. An address other than loopback needs --api-key-file or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub(crate) host: IpAddr,
 
@@ -39,12 +39,12 @@ pub(crate) struct ServeArguments {
     #[arg(long, value_name = "NAME")]
     pub(crate) served_name: Option<String>,
 
-    /// An adapter that clients choose by its name: a run folder, a PEFT or mlx-lm folder, or a GGUF file. May be given more
-    /// than once. Without NAME it is that of the folder or file.
+    /// An adapter that clients select by name: a run folder, a PEFT or mlx-lm folder, or a GGUF file. May be given more
+    /// than once. Without NAME, the name of the folder or file is used.
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) adapter: Vec<String>,
 
-    /// Clients with an admin key may load adapters from below this folder.
+    /// Let clients with an admin key load adapters from this folder.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) adapter_root: Option<PathBuf>,
 
@@ -67,76 +67,76 @@ pub(crate) struct ServeArguments {
     pub(crate) access: AccessArguments,
 }
 
-/// How much a server takes on.
+/// Limits of the server.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Limits")]
 pub(crate) struct LimitArguments {
-    /// Most answers that are written at the same time; others wait [default: as many as fit, at most 32].
+    /// Most requests that are answered at the same time; others wait [default: as memory allows, at most 32].
     #[arg(long)]
     pub(crate) slots: Option<usize>,
 
-    /// Most tokens of prompt and answer [default: the model's limit].
+    /// Most tokens of prompt and answer [default: the model's context].
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
 
-    /// Memory for keys and values, as in `4GB` [default: a quarter of the free memory].
+    /// Memory of the KV cache, such as `4GB` [default: a quarter of the free memory].
     #[arg(long, value_name = "SIZE")]
     pub(crate) cache_memory: Option<String>,
 
-    /// Tokens of a prompt that are computed at a time while others wait for their next token.
+    /// Size of prefill chunks in tokens; other requests wait for their next token during a chunk.
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub(crate) prefill_chunk: usize,
 
-    /// Most answers that wait for a slot; further requests are refused with 503.
+    /// Most requests that wait for a slot; further requests are refused with status 503.
     #[arg(long, default_value_t = 256)]
     pub(crate) max_waiting: usize,
 
-    /// Draft tokens from what the prompt says and check several at a time. Answers do not change; texts that repeat their
-    /// prompt come faster.
+    /// Draft tokens from the text so far and verify several at a time. Answers do not change; texts that repeat their
+    /// prompt are faster.
     #[arg(long)]
     pub(crate) speculate: bool,
 
-    /// A smaller model with the same vocabulary that drafts tokens, which are checked several at a time. Answers do not
+    /// A smaller model with the same vocabulary that drafts tokens; several are verified at a time. Answers do not
     /// change.
     #[arg(long, value_name = "MODEL", conflicts_with = "speculate")]
     pub(crate) draft_model: Option<String>,
 
-    /// Most adapters at a time.
+    /// Most adapters that are loaded at the same time.
     #[arg(long, default_value_t = 64)]
     pub(crate) max_adapters: usize,
 }
 
-/// Who may use a server.
+/// Access control of the server.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Access")]
 #[allow(clippy::struct_excessive_bools)] // flags
 pub(crate) struct AccessArguments {
-    /// A TOML file with a table `[[keys]]` for each client: `name`, `key`, and perhaps `admin`, `max_running` and
+    /// A TOML file with a table `[[keys]]` for each client: `name`, `key`, and optionally `admin`, `max_running` and
     /// `tokens_per_minute`.
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
 
-    /// Listen on an address that others can reach without asking for keys.
+    /// Listen on an address that other machines can reach without requiring keys.
     #[arg(long, conflicts_with = "api_key_file")]
     pub(crate) no_auth: bool,
 
-    /// A name by which clients reach the server, besides its address. May be given more than once.
+    /// A host name of the server, in addition to its address. May be given more than once.
     #[arg(long, value_name = "NAME")]
     pub(crate) allowed_hosts: Vec<String>,
 
-    /// A site whose pages may use the server, as in `https://chat.example`. May be given more than once.
+    /// An origin whose web pages may use the server, such as `https://chat.example`. May be given more than once.
     #[arg(long, value_name = "URL")]
     pub(crate) cors_origin: Vec<String>,
 
-    /// Let all keys share the cache of common prompts. The time to the first token then shows what others have asked.
+    /// Let all keys share the prefix cache. The time to the first token then reveals prompts of other keys.
     #[arg(long)]
     pub(crate) share_prefixes: bool,
 
-    /// Answer `GET /metrics` in the format of Prometheus.
+    /// Serve `GET /metrics` in the format of Prometheus.
     #[arg(long)]
     pub(crate) metrics: bool,
 
-    /// Log each request: id, key name, path, status and time, but no text.
+    /// Log each request: id, key name, path, status and time, but no texts.
     #[arg(long)]
     pub(crate) log_requests: bool,
 }
@@ -196,12 +196,12 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         announce(&server, listener.local_addr()?, &name, &adapters, needs_key, output)?;
         server.serve(listener, shutdown()).await?;
-        output.note("the server has ended");
+        output.note("the server stopped");
         Ok(())
     })
 }
 
-/// Says where the server is and how it is used.
+/// Prints the address of the server and an example request.
 fn announce(
     server: &Server,
     address: SocketAddr,
@@ -233,7 +233,7 @@ fn announce(
   OpenAI(base_url=\"{url}/v1\", api_key=\"{api_key}\")   in Python
   {url}/v1   as the base URL of any program that speaks to OpenAI; {url} for llama.vscode
 
-Ctrl-C lets the running answers end.",
+Ctrl-C stops the server after the running answers.",
         server.slots(),
         server.context(),
         if adapters.is_empty() { String::new() } else { format!("; adapters {}", adapters.join(", ")) },
@@ -241,7 +241,7 @@ Ctrl-C lets the running answers end.",
     Ok(())
 }
 
-/// Ends with the first Ctrl-C or SIGTERM; the second one ends the program.
+/// Completes at the first Ctrl-C or SIGTERM; a second one exits at once.
 async fn shutdown() {
     signal().await;
     tokio::spawn(async {
@@ -265,7 +265,7 @@ async fn signal() {
     let _ = interrupt.await;
 }
 
-/// Name and path of an adapter by `NAME=PATH` or `PATH`.
+/// Parses `NAME=PATH` or `PATH`.
 fn named_adapter(text: &str) -> (String, PathBuf) {
     match text.split_once('=').filter(|(name, _)| !name.contains('/') && !Path::new(text).exists()) {
         Some((name, path)) => (name.to_owned(), path.into()),
@@ -273,7 +273,7 @@ fn named_adapter(text: &str) -> (String, PathBuf) {
     }
 }
 
-/// The last part of a path or of a Hub name, without what only files have.
+/// The last part of a path or Hub name, without file extension.
 fn short_name(text: &str) -> String {
     let last = text.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or(text);
     let name = last.strip_suffix(".gguf").or(last.strip_suffix(".safetensors")).unwrap_or(last);
@@ -303,7 +303,7 @@ fn keys(flags: &AccessArguments) -> Result<Vec<ApiKey>> {
     let Some(path) = &flags.api_key_file else { return Ok(Vec::new()) };
     let wrong = |message: String| UserError::new(format!("`{}`: {message}", path.display()));
     let text = read_text(path, MAX_KEY_FILE_BYTES)?;
-    // an error of the parser would show the line, and with it a key
+    // only the message: the whole error would show the line, and with it a key
     let file: KeyFile = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
     if file.keys.is_empty() {
         return Err(wrong("expected at least one table `[[keys]]`, found none".into()).into());
@@ -314,7 +314,7 @@ fn keys(flags: &AccessArguments) -> Result<Vec<ApiKey>> {
             return Err(wrong(message).into());
         }
         if file.keys[..index].iter().any(|other| other.key == entry.key || other.name == entry.name) {
-            return Err(wrong(format!("the name or the key of `{}` is there twice", entry.name)).into());
+            return Err(wrong(format!("the name or the key of `{}` is given twice", entry.name)).into());
         }
     }
     let key = |entry: KeyEntry| ApiKey {
@@ -330,6 +330,6 @@ fn keys(flags: &AccessArguments) -> Result<Vec<ApiKey>> {
 fn start_log(flags: &AccessArguments) {
     let level = if flags.log_requests { tracing::Level::INFO } else { tracing::Level::WARN };
     let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
-    // a program that embeds this one may have a log of its own
+    // a program that embeds this one may have set a logger
     let _ = log.with_ansi(false).try_init();
 }

@@ -1,4 +1,4 @@
-//! `template`: conversations as the text, the token ids and the trained tokens that a chat template makes of them.
+//! `template`: renders conversations with a chat template, as text, token ids and trained tokens.
 
 use crate::error::UserError;
 use crate::input;
@@ -14,20 +14,20 @@ use std::path::PathBuf;
 /// Flags of `template`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TemplateCommandArguments {
-    /// A JSON file with a list of messages or a row with `messages`, and perhaps `tools`, `chat_template_kwargs`,
-    /// `chat_template` and `add_generation_prompt`; or a JSONL file of rows; `-` or none reads standard input.
+    /// A JSON file with a list of messages or a row with `messages`, and optionally `tools`, `chat_template_kwargs`,
+    /// `chat_template` and `add_generation_prompt`; or a JSONL file of rows. `-` or no file reads standard input.
     #[arg(default_value = "-")]
     pub(crate) file: PathBuf,
 
-    /// The model whose tokenizer and chat template are used: a folder, `nano`, or a Hub name.
+    /// Use the tokenizer and chat template of this model: a folder, `nano`, or a Hub name.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
-    /// The JSON schemas of tools, for rows without `tools`: a list.
+    /// A JSON file with a list of tool schemas, for rows without `tools`.
     #[arg(long, value_name = "FILE")]
     pub(crate) tools: Option<PathBuf>,
 
-    /// End the text where the assistant's answer begins, for rows that do not say so.
+    /// End the text at the start of the assistant's answer, for rows without `add_generation_prompt`.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false,
         default_missing_value = "true", action = ArgAction::Set)]
     pub(crate) add_generation_prompt: bool,
@@ -36,22 +36,22 @@ pub(crate) struct TemplateCommandArguments {
     pub(crate) template: TemplateArguments,
 }
 
-/// One conversation and how it is rendered.
+/// A conversation and its rendering options.
 struct Row {
     messages: Vec<Message>,
     tools: Option<Vec<Value>>,
     variables: Map<String, Value>,
     chat_template: Option<String>,
     add_generation_prompt: bool,
-    /// The row as training reads it.
+    /// The row for training.
     value: Value,
 }
 
-/// What came of a conversation.
+/// A rendered conversation.
 struct Rendered {
     text: String,
     ids: Vec<u32>,
-    /// For each token whether it is trained, or why that is not known.
+    /// For each token whether it is trained, or why this is unknown.
     trained: Result<Vec<bool>, String>,
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn run(flags: &TemplateCommandArguments, output: Output) -> Result<()
     Ok(())
 }
 
-/// The conversation in a JSON value: a list of messages, or a row with `messages`.
+/// Parses a conversation: a list of messages, or a row with `messages`.
 fn row(value: Value, tools: Option<&Vec<Value>>, add_generation_prompt: bool) -> Result<Row, String> {
     let mut value = match value {
         Value::Array(messages) => json!({ "messages": messages }),
@@ -126,9 +126,9 @@ fn row(value: Value, tools: Option<&Vec<Value>>, add_generation_prompt: bool) ->
 
 struct Renderer {
     source: ModelSource,
-    /// The tokenizer with the template of the flags or of the model.
+    /// The tokenizer with the template of the flags or the model.
     own: Tokenizer,
-    /// The tokenizer with the last template that a row brought along, and that template's source.
+    /// The source of the last template in a row, and the tokenizer with it.
     given: Option<(String, Tokenizer)>,
 }
 
@@ -150,7 +150,7 @@ impl Renderer {
         let tokenizer = self.tokenizer(row)?;
         let Some(template) = tokenizer.chat_template() else {
             return Err(UserError::new(format!("`{}` has no chat template", self.source.name))
-                .with_hint("--chat-template FILE names one")
+                .with_hint("set one with --chat-template FILE")
                 .into());
         };
         let text = template.render(&row.messages, row.tools.as_deref(), row.add_generation_prompt, &row.variables)?;
@@ -160,7 +160,7 @@ impl Renderer {
     }
 }
 
-/// For each token whether training the row trains it; a generation prompt at the end is not.
+/// For each token whether it is trained; a generation prompt at the end is not.
 fn trained(row: &Row, tokenizer: &Tokenizer, ids: &[u32]) -> Result<Vec<bool>, String> {
     if !row.messages.iter().any(|message| message.role() == "assistant") {
         return Ok(vec![false; ids.len()]);
@@ -168,7 +168,7 @@ fn trained(row: &Row, tokenizer: &Tokenizer, ids: &[u32]) -> Result<Vec<bool>, S
     let sample = Sample::from_row(row.value.clone(), tokenizer, &DatasetOptions::default());
     let mut sample = sample.map_err(|error| error.to_string())?;
     if !ids.starts_with(&sample.ids) {
-        return Err("training maps keys of the row and so reads another text; `data check` shows it".into());
+        return Err("training normalizes the row, which changes the text; `data check` shows it".into());
     }
     sample.trained.resize(ids.len(), false);
     Ok(sample.trained)
@@ -186,7 +186,7 @@ impl Rendered {
         object
     }
 
-    /// The text with what is trained between brackets, then the ids.
+    /// The text with trained spans in brackets, then the ids.
     fn shown(&self, renderer: &Renderer, line: Option<usize>) -> Result<String> {
         let mut shown = line.map_or_else(String::new, |line| format!("line {line}\n"));
         match &self.trained {

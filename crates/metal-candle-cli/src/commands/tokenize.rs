@@ -1,4 +1,4 @@
-//! `tokenize` and `detokenize`: text to token ids and back.
+//! `tokenize` and `detokenize`: convert text to token ids and back.
 
 use crate::error::UserError;
 use crate::input::{self, MAX_INPUT_BYTES};
@@ -12,19 +12,19 @@ use std::path::{Path, PathBuf};
 /// Flags of `tokenize`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TokenizeArguments {
-    /// The text; `-` or none reads standard input, whose last line's end is left out.
+    /// The text; `-` or no text reads standard input, without its final line break.
     #[arg(allow_hyphen_values = true)]
     pub(crate) text: Option<String>,
 
-    /// Read the text from this file, as it is.
+    /// Read the text from this file, unchanged.
     #[arg(long, value_name = "FILE", conflicts_with = "text")]
     pub(crate) file: Option<PathBuf>,
 
-    /// The model whose tokenizer is used: a folder, `nano`, or a Hub name.
+    /// Use the tokenizer of this model: a folder, `nano`, or a Hub name.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
-    /// Add the tokens that the tokenizer puts around every text, such as a BOS token.
+    /// Add the tokenizer's special tokens around the text, such as a BOS token.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true,
         default_missing_value = "true", action = ArgAction::Set)]
     pub(crate) add_special_tokens: bool,
@@ -33,7 +33,7 @@ pub(crate) struct TokenizeArguments {
 /// Flags of `detokenize`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DetokenizeArguments {
-    /// Token ids, separated by commas or spaces, or a JSON list; none reads standard input.
+    /// Token ids, separated by commas or spaces, or a JSON list; without ids, standard input is read.
     #[arg(value_name = "ID")]
     pub(crate) ids: Vec<String>,
 
@@ -41,11 +41,11 @@ pub(crate) struct DetokenizeArguments {
     #[arg(long, value_name = "FILE", conflicts_with = "ids")]
     pub(crate) file: Option<PathBuf>,
 
-    /// The model whose tokenizer is used: a folder, `nano`, or a Hub name.
+    /// Use the tokenizer of this model: a folder, `nano`, or a Hub name.
     #[arg(long, default_value = "nano")]
     pub(crate) model: String,
 
-    /// Leave special tokens out of the text.
+    /// Omit special tokens from the text.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false,
         default_missing_value = "true", action = ArgAction::Set)]
     pub(crate) skip_special_tokens: bool,
@@ -78,7 +78,7 @@ pub(crate) fn detokenize(flags: &DetokenizeArguments, output: Output) -> Result<
     let ids = parse_ids(&text)?;
     let tokenizer = ModelSource::find(&flags.model, output)?.tokenizer()?;
     if let Some((index, id)) = ids.iter().enumerate().find(|(_, id)| tokenizer.id_to_token(**id).is_none()) {
-        let message = format!("id {} of {}: the tokenizer has no token `{id}`", index + 1, ids.len());
+        let message = format!("id {} of {}: the tokenizer has no token with id `{id}`", index + 1, ids.len());
         return Err(UserError::new(message).into());
     }
     let text = tokenizer.decode(&ids, flags.skip_special_tokens)?;
@@ -90,7 +90,7 @@ pub(crate) fn detokenize(flags: &DetokenizeArguments, output: Output) -> Result<
     Ok(())
 }
 
-/// The ids in a text: those of a JSON list or of the object that `tokenize --json` prints, or numbers between commas and spaces.
+/// Parses ids: a JSON list, the object that `tokenize --json` prints, or numbers separated by commas and spaces.
 fn parse_ids(text: &str) -> Result<Vec<u32>> {
     let wrong = |found: &str| {
         let shown: String = found.chars().take(40).collect();
@@ -115,7 +115,7 @@ mod tests {
     use super::parse_ids;
 
     #[test]
-    fn ids_are_read_in_each_form() {
+    fn ids_are_parsed_in_each_form() {
         for text in ["1,2,3", " 1 2\n3 ", "[1, 2, 3]", "{\"ids\": [1,2,3]}"] {
             assert_eq!(parse_ids(text).unwrap(), [1, 2, 3], "{text}");
         }

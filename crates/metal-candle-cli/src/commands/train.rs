@@ -1,4 +1,4 @@
-//! `train`: fine-tuning with LoRA, and training all weights.
+//! `train`: fine-tunes a model with LoRA, or trains all weights.
 
 mod answers;
 mod as_job;
@@ -43,7 +43,7 @@ use watch::Watch;
 /// Flags of `train`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TrainArguments {
-    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    /// Read settings from a TOML file whose keys are the names of these flags; flags override the file.
     #[arg(long, value_name = "FILE", conflicts_with = "resume", help_heading = "Run")]
     pub(crate) config: Option<PathBuf>,
 
@@ -51,21 +51,21 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "RUN", help_heading = "Run")]
     pub(crate) resume: Option<PathBuf>,
 
-    /// Train on this many devices at once, one process each: the first CUDA devices, or processes of the CPU that share its
-    /// threads. Each computes a share of every batch; a run can resume with another number.
+    /// Train on this number of devices, with one process each: the first CUDA devices, or CPU processes that share the
+    /// threads. Each process computes a shard of every batch; a run can resume with another number.
     #[arg(long, value_name = "COUNT", default_value_t = 1, help_heading = "Run")]
     pub(crate) num_devices: usize,
 
-    /// Show the run as a dashboard in the terminal: curves, speed, memory, warnings; `q` stops and saves.
+    /// Show a dashboard in the terminal: curves, speed, memory and warnings; `q` saves and stops.
     #[arg(long, help_heading = "Output")]
     pub(crate) tui: bool,
 
-    /// Record where the time of the first 20 steps goes: a table at the end, and a trace for
-    /// ui.perfetto.dev or Chrome in profile.json of the run folder.
+    /// Profile the first 20 steps: print a table at the end, and write a trace for ui.perfetto.dev or
+    /// Chrome to profile.json in the run folder.
     #[arg(long, help_heading = "Output")]
     pub(crate) profile: bool,
 
-    /// Train as a job of `serve`: at a low priority, until standard input is closed.
+    /// Train as a job of `serve`: with low priority, until standard input is closed.
     #[arg(long, hide = true)]
     pub(crate) as_job: bool,
 
@@ -78,7 +78,7 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     if flags.as_job {
         as_job::start();
     }
-    // a rank's flags were checked by the process that started it
+    // the process that started a rank has checked its flags
     if !rank::is_rank() {
         if flags.tui {
             dashboard::check(output)?;
@@ -97,7 +97,7 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     }
     if let Some(data) = settings.data.as_ref().filter(|data| is_stream(data)) {
         let message = format!("`--data`: expected a file or folder, found a pipe or device: `{}`", data.display());
-        let hint = "a run that is resumed reads its data again; write the rows into a file first";
+        let hint = "a resumed run reads its data again; write the rows to a file first";
         return Err(UserError::new(message).with_hint(hint).into());
     }
     let prepared = start::prepare(settings, resumed.as_ref(), output)?;
@@ -107,18 +107,18 @@ pub(crate) fn run(flags: &TrainArguments, output: Output) -> Result<()> {
     }
 }
 
-/// Whether another process writes the files and talks with the user.
+/// Whether another process writes the files and prints messages.
 fn is_follower(group: Option<&Group>) -> bool {
     group.is_some_and(|group| group.rank() > 0)
 }
 
-/// Tells what a run would need.
+/// Prints the plan of a run.
 pub(crate) fn plan(flags: &PlanArguments, output: Output) -> Result<()> {
     let settings = flags.settings.over_file(flags.config.as_deref())?;
     with_trainer(start::prepare(settings, None, output)?, Planning { flags, output })
 }
 
-/// What is done with a trainer, whatever it trains.
+/// An action with a trainer, generic over what it trains.
 trait Job {
     type Result;
 
@@ -133,7 +133,7 @@ struct Execution<'a> {
 }
 
 impl Job for Execution<'_> {
-    /// None of a rank that only helps.
+    /// None for a rank other than 0.
     type Result = Option<Report>;
 
     fn run<T: Kept>(self, trainer: Trainer<T>, prepared: Prepared) -> Result<Option<Report>> {
@@ -156,7 +156,7 @@ impl Job for Planning<'_> {
     }
 }
 
-/// Does a job with the trainer that the settings ask for.
+/// Runs a job with the trainer that the settings describe.
 fn with_trainer<J: Job>(prepared: Prepared, job: J) -> Result<J::Result> {
     let config = prepared.training_config();
     if let Some(adapter) = prepared.adapter.clone() {
@@ -173,8 +173,8 @@ fn with_trainer<J: Job>(prepared: Prepared, job: J) -> Result<J::Result> {
     }
 }
 
-/// From now on Ctrl-C ends the program at once, as a stopped run, and names the run to resume, if any:
-/// until a step is done there is nothing to save.
+/// From now on, Ctrl-C exits at once with the status of a stopped run, and prints how to resume, if possible. Before the
+/// first completed step there is nothing to save.
 fn stop_at_once(run: Option<&Path>, output: Output) {
     let run = run.map(|path| path.to_string_lossy().into_owned());
     interrupt::end_with(move || {
@@ -182,21 +182,21 @@ fn stop_at_once(run: Option<&Path>, output: Output) {
             // standard output may be closed
             let _ = Output::print_json(&json!({ "run": run, "stop_reason": "stopped" }));
         }
-        output.note("stopped before a step was done");
+        output.note("stopped before the first step was completed");
         if let Some(run) = &run {
             output.note(format_args!("resume with     metal-candle train --resume {run}{}", rank::flag()));
         }
     });
 }
 
-/// The run to resume, if any, and the settings of file and flags.
+/// The run to resume, if any, and the settings from the file and the flags.
 fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)> {
     if let Some(path) = &flags.resume {
         let (run, settings) = RunFolder::open(path)?;
         let kept: Vec<_> = flags.settings.given()?.into_iter().filter(|name| !FREE.contains(&name.as_str())).collect();
         if !kept.is_empty() {
-            return Err(UserError::new(format!("a resumed run keeps its settings: leave `{}` out", kept.join("`, `")))
-                .with_hint(format!("to start another run with them: --config {}/config.toml", path.display()))
+            return Err(UserError::new(format!("a resumed run keeps its settings: remove `{}`", kept.join("`, `")))
+                .with_hint(format!("to start a new run from these settings: --config {}/config.toml", path.display()))
                 .into());
         }
         return Ok((Some(run), flags.settings.over(&settings)?));
@@ -207,9 +207,9 @@ fn settings(flags: &TrainArguments) -> Result<(Option<RunFolder>, TrainSettings)
 /// Settings that may change when a run resumes.
 const FREE: [&str; 2] = ["--device", "--test-samples"];
 
-/// What can be trained and saved by this command.
+/// What this command can train and save.
 trait Kept: Trained {
-    /// Writes it where other commands find it; returns the folder.
+    /// Writes it to the folder where other commands find it; returns the folder.
     fn keep(&self, run: &RunFolder, prepared: &Prepared) -> Result<PathBuf>;
 
     fn generator(&self) -> metal_candle::Result<Generator> {
@@ -248,7 +248,7 @@ impl Kept for LastLayers {
     }
 }
 
-/// The best state of a run, or the last one if there was no evaluation.
+/// The best state of a run, or the last state if there was no evaluation.
 fn state<T: Trained>(trainer: &Trainer<T>) -> T {
     trainer.best().unwrap_or_else(|| trainer.latest())
 }
@@ -271,7 +271,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
         return Ok(None);
     }
     prepared.note_choice(&fitted.plan);
-    // everything that can be refused has been; from here on files are written
+    // all checks are done; files are written from here on
     let resumes = resumed.is_some();
     let run = match resumed {
         Some(run) => run,
@@ -316,7 +316,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
     watch.close();
     let profiled = watch.profiler.take().map(Profiler::write);
     let metrics: TrainingMetrics = outcome.inspect_err(|error| {
-        // picture and record show how it came to this; the error itself says more than a failure to write them
+        // the chart and the record help to find the cause; the error is more important than a failure to write them
         let _ = watch.draw();
         let _ = watch.recorder.end(Outcome::Failed, Some(error.to_string()));
     })?;
@@ -354,7 +354,7 @@ fn execute<T: Kept>(trainer: Trainer<T>, mut prepared: Prepared, execution: Exec
     }))
 }
 
-/// Trains as a rank other than 0: it reads the checkpoint of a resumed run and writes nothing.
+/// Trains as a rank other than 0, which reads the checkpoint of a resumed run and writes nothing.
 fn help<T: Kept>(trainer: Trainer<T>, prepared: &Prepared, resumed: Option<&RunFolder>) -> Result<()> {
     let trainer = match resumed {
         Some(run) => trainer.with_run_folder(run.path()).with_resume(true),
@@ -364,7 +364,7 @@ fn help<T: Kept>(trainer: Trainer<T>, prepared: &Prepared, resumed: Option<&RunF
     Ok(())
 }
 
-/// What the model writes now.
+/// Generates answers with the current state.
 fn write<T: Kept>(
     state: &T,
     tokenizer: &Tokenizer,

@@ -1,4 +1,4 @@
-//! The data of a run, as its settings say.
+//! Loads the data of a run according to its settings.
 
 use super::TrainSettings;
 use crate::error::UserError;
@@ -12,15 +12,15 @@ impl TrainSettings {
         match &self.data {
             Some(path) => Ok(path.clone()),
             None if self.is_nano() => crate::nano::data(),
-            None => Err(UserError::new("there is nothing to train on: `--data` is missing")
+            None => Err(UserError::new("`--data` is missing")
                 .with_hint(
-                    "--data takes a JSONL file or a folder with train.jsonl; `metal-candle train --help` has examples",
+                    "--data accepts a JSONL file or a folder with train.jsonl; `metal-candle train --help` has examples",
                 )
                 .into()),
         }
     }
 
-    /// Reads the rows of all splits. The settings are complete.
+    /// Reads the rows of all splits. The settings must be complete.
     pub(crate) fn datasets(&self, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Datasets> {
         let options = DatasetOptions {
             max_tokens: self.max_tokens_per_sample,

@@ -1,82 +1,82 @@
-//! The kinds of optimizers and schedules, and the settings that each of them has.
+//! The optimizers and schedules of the command line, and the settings of each.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate changes over the run.
+/// The learning-rate schedules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Schedule {
-    /// The same at each step.
+    /// Constant.
     Constant,
-    /// Rises over the warm-up steps, then stays.
+    /// Rises over the warm-up steps, then stays constant.
     WarmupConstant,
-    /// Rises over the warm-up steps, then falls in a straight line to the minimum.
+    /// Rises over the warm-up steps, then falls linearly to the minimum.
     Linear,
     /// Falls along half a cosine to the minimum.
     Cosine,
     /// Rises over the warm-up steps, then falls along half a cosine to the minimum.
     WarmupCosine,
-    /// The same several times, each time from the highest rate.
+    /// Like warmup-cosine, but falls several times from the highest rate.
     CosineRestarts,
     /// Rises over the warm-up steps, then falls as a power of the share of steps left.
     Polynomial,
-    /// Rises over the warm-up steps, stays, and falls over the last steps.
+    /// Rises over the warm-up steps, stays constant, and falls over the last steps.
     #[value(alias = "wsd")]
     #[serde(alias = "wsd")]
     WarmupStableDecay,
-    /// Rises over the warm-up steps, then falls as one over the root of the steps.
+    /// Rises over the warm-up steps, then falls with the inverse square root of the step.
     InverseSqrt,
 }
 
-/// What makes the steps.
+/// The optimizers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum OptimizerKind {
     /// Adam with decoupled weight decay.
     #[value(name = "adamw")]
     #[serde(rename = "adamw")]
     AdamW,
-    /// Adam with weight decay as a part of the gradients.
+    /// Adam with weight decay added to the gradients.
     #[serde(rename = "adam")]
     Adam,
     /// Stochastic gradient descent with momentum; half the state of AdamW, or none with --momentum 0.
     #[serde(rename = "sgd")]
     Sgd,
-    /// Steps along the signs of a moment; half the state of AdamW.
+    /// Steps along the sign of a moment; half the state of AdamW.
     #[serde(rename = "lion")]
     Lion,
-    /// Means of rows and columns in place of second moments; hardly any state.
+    /// Row and column means instead of second moments; almost no state.
     #[serde(rename = "adafactor")]
     Adafactor,
     /// Orthogonal steps for matrices, AdamW for the rest; half the state of AdamW.
     #[serde(rename = "muon")]
     Muon,
-    /// AdamW with moments of a byte an element; a quarter of its state, on the CPU only.
+    /// AdamW with 8-bit moments; a quarter of its state, CPU only.
     #[value(name = "adamw-8bit")]
     #[serde(rename = "adamw-8bit")]
     AdamW8bit,
-    /// AdamW that averages its steps in place of lowering the learning rate.
+    /// AdamW that averages its steps instead of lowering the learning rate.
     #[value(name = "schedule-free-adamw")]
     #[serde(rename = "schedule-free-adamw")]
     ScheduleFreeAdamW,
 }
 
-/// How the learning rate falls at the end of warmup-stable-decay.
+/// The decay shapes of warmup-stable-decay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum DecayKind {
-    /// In a straight line.
+    /// Linear.
     Linear,
-    /// Along half a cosine.
+    /// Half a cosine.
     Cosine,
-    /// As 1 minus the root of the share of steps done.
+    /// 1 minus the square root of the share of completed steps.
     OneMinusSqrt,
 }
 
-/// The settings that only some schedules have.
+/// The settings of only some schedules.
 pub(super) const OF_SCHEDULES: [&str; 6] =
     ["warmup_steps", "min_learning_rate", "num_cycles", "power", "decay_steps", "decay_shape"];
-/// The settings that only some optimizers have.
+/// The settings of only some optimizers.
 pub(super) const OF_OPTIMIZERS: [&str; 5] = ["beta1", "beta2", "eps", "momentum", "nesterov"];
 
 impl Schedule {
@@ -106,7 +106,7 @@ impl OptimizerKind {
         }
     }
 
-    /// The usual learning rate of this optimizer divided by that of AdamW.
+    /// The typical learning rate of this optimizer divided by AdamW's.
     pub(super) fn rate_to_adamw(self) -> f64 {
         match self {
             Self::Lion => 0.3,
@@ -121,7 +121,7 @@ impl OptimizerKind {
     }
 }
 
-/// The default of the learning rate of an adapter with AdamW.
+/// The default learning rate of an adapter with AdamW.
 pub(crate) fn lora_learning_rate(is_nano: bool) -> f64 {
     if is_nano { 3e-3 } else { 2e-4 }
 }

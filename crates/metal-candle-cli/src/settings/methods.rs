@@ -1,4 +1,4 @@
-//! Settings of the fine-tuning methods.
+//! The settings of the fine-tuning methods.
 
 use super::{OF_NEW_ADAPTERS, TrainSettings};
 use crate::error::UserError;
@@ -7,7 +7,7 @@ use metal_candle::adapters::{Start, TrainedBiases};
 use metal_candle::data::Tokenizer;
 
 impl TrainSettings {
-    /// How a new adapter begins.
+    /// The initialization of a new adapter.
     pub(crate) fn start(&self) -> metal_candle::Result<Start> {
         self.init_lora_weights.as_deref().map_or(Ok(Start::default()), str::parse)
     }
@@ -27,7 +27,7 @@ impl TrainSettings {
         self.trainable_tokens.iter().flatten().map(id).collect()
     }
 
-    /// Refuses methods that contradict each other or what is trained.
+    /// Returns an error for methods that contradict each other.
     pub(super) fn check_methods(&self) -> Result<()> {
         let refuse = |message: String| Err(UserError::new(message).into());
         let table = self.table()?;
@@ -35,18 +35,16 @@ impl TrainSettings {
         let given: Vec<String> =
             OF_NEW_ADAPTERS.into_iter().filter(is_given).map(|key| format!("--{}", key.replace('_', "-"))).collect();
         if self.full == Some(true) && !given.is_empty() {
-            return refuse(format!("`--full` trains no adapter: leave `{}` out", given.join("`, `")));
+            return refuse(format!("`--full` trains no adapter: remove `{}`", given.join("`, `")));
         }
         if self.adapter.is_some() && !given.is_empty() {
-            return refuse(format!("`--adapter` has its own settings: leave `{}` out", given.join("`, `")));
+            return refuse(format!("`--adapter` has its own settings: remove `{}`", given.join("`, `")));
         }
         if self.train_last_layers.is_some() && self.full != Some(true) {
-            return refuse("`--train-last-layers` trains whole layers: it needs `--full`".into());
+            return refuse("`--train-last-layers` needs `--full`".into());
         }
         if self.train_last_layers.is_some() && self.from_scratch == Some(true) {
-            return refuse(
-                "`--train-last-layers` leaves the other layers as they are: leave `--from-scratch` out".into(),
-            );
+            return refuse("`--train-last-layers` freezes the other layers: remove `--from-scratch`".into());
         }
         if let Some(alpha) = self.neftune_noise_alpha.filter(|alpha| !alpha.is_finite() || *alpha < 0.0) {
             return refuse(format!("`--neftune-noise-alpha`: expected a number of at least 0, found {alpha}"));

@@ -1,4 +1,4 @@
-//! Optimizer and schedule of a training run.
+//! The optimizer and schedule settings of a run.
 
 use super::TrainSettings;
 use super::kinds::{DecayKind, OF_OPTIMIZERS, OF_SCHEDULES, OptimizerKind, Schedule, lora_learning_rate};
@@ -24,7 +24,7 @@ impl TrainSettings {
         self.schedule.unwrap_or_else(|| self.optimizer_kind().default_schedule())
     }
 
-    /// Takes out of `table` what has no meaning beside the optimizer and the schedule given here.
+    /// Removes settings from `table` that have no meaning with this optimizer and schedule.
     pub(super) fn leave_out_optimization(&self, table: &mut Table) {
         let mut leave_out = |names: &[&str], kept: &[&str]| {
             for name in names.iter().filter(|name| !kept.contains(name)) {
@@ -39,7 +39,7 @@ impl TrainSettings {
         }
     }
 
-    /// Refuses settings that contradict each other.
+    /// Returns an error for settings that contradict each other.
     pub(super) fn check_optimization(&self) -> Result<()> {
         let refuse = |message: String| Err(UserError::new(message).into());
         if let Some(rate) = self.learning_rate
@@ -63,7 +63,7 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// Fills in what does not depend on the number of steps.
+    /// Fills in the settings that do not depend on the number of steps.
     pub(super) fn complete_optimization(&mut self, is_nano: bool) -> Result<()> {
         let optimizer = *self.optimizer.get_or_insert(OptimizerKind::AdamW);
         let of_adamw = match (self.from_scratch == Some(true), self.full == Some(true), is_nano) {
@@ -123,7 +123,7 @@ impl TrainSettings {
         }
     }
 
-    /// Fills in what depends on the number of steps.
+    /// Fills in the settings that depend on the number of steps.
     pub(super) fn complete_schedule_for(&mut self, total_steps: usize) {
         let settings = self.schedule_kind().settings();
         if settings.contains(&"warmup_steps") {
@@ -134,7 +134,7 @@ impl TrainSettings {
         }
     }
 
-    /// The optimizer with its settings; what is not given is the default.
+    /// The optimizer with its settings or defaults.
     pub(crate) fn optimizer_config(&self) -> OptimizerConfig {
         let set = |setting: &mut f64, given: Option<f64>| *setting = given.unwrap_or(*setting);
         macro_rules! with {
@@ -175,7 +175,7 @@ impl TrainSettings {
         }
     }
 
-    /// The schedule of `total_steps` steps. All its settings are there after [`TrainSettings::complete_for`].
+    /// The schedule of `total_steps` steps. Call [`TrainSettings::complete_for`] first.
     pub(crate) fn scheduler(&self, total_steps: usize) -> LRScheduler {
         let (high, low) = (self.learning_rate.unwrap_or(0.0), self.min_learning_rate.unwrap_or(0.0));
         let warmup_steps = self.warmup_steps.unwrap_or(0);
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_meaning_is_refused_by_its_name() {
+    fn settings_without_meaning_are_refused_by_name() {
         for (text, said) in [
             ("momentum = 0.5", "`--momentum` has no meaning with `--optimizer adamw`"),
             (
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_takes_what_has_no_meaning_beside_it_out_of_the_file() {
+    fn flags_drop_settings_of_the_file_without_meaning() {
         let file =
             settings("optimizer = \"sgd\"\nmomentum = 0.5\nweight-decay = 0.2\nschedule = \"polynomial\"\npower = 3.0");
         let flags = TrainSettings { optimizer: Some(OptimizerKind::Lion), ..Default::default() };
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn each_optimizer_gets_its_settings_and_says_all_of_them() {
+    fn each_optimizer_uses_all_of_its_settings() {
         for kind in OptimizerKind::value_variants() {
             let mut complete = TrainSettings { optimizer: Some(*kind), ..Default::default() };
             complete.complete_optimization(false).unwrap();
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn each_schedule_gets_its_settings() {
+    fn each_schedule_uses_its_settings() {
         for schedule in Schedule::value_variants() {
             let mut complete = TrainSettings { schedule: Some(*schedule), ..Default::default() };
             complete.complete_optimization(false).unwrap();

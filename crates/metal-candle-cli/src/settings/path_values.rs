@@ -1,4 +1,4 @@
-//! Numbers by regular expression, the value of `--rank-pattern` and `--alpha-pattern`.
+//! Parses numbers by regular expression: the value of `--rank-pattern` and `--alpha-pattern`.
 
 use crate::error::UserError;
 use anyhow::Result;
@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
-/// Numbers by regular expression on a path, as in `q_proj=16,layers\.0\..*=4`; the first expression that matches counts.
+/// Numbers by regular expression on a path, such as `q_proj=16,layers\.0\..*=4`; the first match applies.
 ///
 /// In TOML a table is accepted too, in the order of its keys.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -19,7 +19,7 @@ impl FromStr for PathValues {
         let mut values = Vec::new();
         let mut pattern = String::new();
         for part in text.split(',') {
-            // a comma may be a part of an expression
+            // an expression may contain commas
             let Some((end, number)) = part.rsplit_once('=') else {
                 pattern.push_str(part);
                 pattern.push(',');

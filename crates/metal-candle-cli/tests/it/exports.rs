@@ -63,16 +63,16 @@ fn a_model_becomes_a_gguf_file_and_a_folder_again() {
     let json = fixture.ok("convert --model model --format gguf --proof data --output p.gguf --json").json();
     assert_eq!(json["proof"]["mean_kl"], 0.0, "{json}");
     let ran = fixture.run("convert --model model --adapter m.gguf --format peft --proof data --output p");
-    assert!(ran.stderr.contains("`--proof` is for models"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("`--proof` needs a model"), "{}", ran.stderr);
 
     for (words, parts) in [
         (
             "convert --model model --format gguf --output m.gguf",
-            &["m.gguf", "is there already", "nothing is overwritten"][..],
+            &["m.gguf", "exists already", "nothing is overwritten"][..],
         ),
         ("convert --model model --format gguf --output folder", &["expected a name that ends in `.gguf`"]),
-        ("convert --model model --format peft --output folder", &["`--adapter` is missing"]),
-        ("convert --model model --format mlx --output mlx --split-max-size 1MB", &["`--split-max-size` is for models"]),
+        ("convert --model model --format peft --output folder", &["needs `--adapter`"]),
+        ("convert --model model --format mlx --output mlx --split-max-size 1MB", &["`--split-max-size` needs a model"]),
         ("convert --model model --format gguf --output x.gguf --split-max-size 1XB", &["expected a size such as"]),
     ] {
         let ran = fixture.run(words);
@@ -125,7 +125,7 @@ fn quantizing_is_measured() {
         ),
         ("quantize --model model --type q4_0 --min-survival 2 --output x.gguf", "expected a share from 0 to 1"),
         ("quantize --model model --type q4_0 --proof none.txt --output x.gguf", "none.txt"),
-        ("train --model model --data data --full --quantize q4_0 --output x", "`--quantize` is for adapters"),
+        ("train --model model --data data --full --quantize q4_0 --output x", "`--quantize` needs an adapter"),
     ] {
         let ran = fixture.run(words);
         assert!(ran.code != 0 && ran.stderr.contains(part), "{words}\n{}", ran.stderr);
@@ -158,7 +158,7 @@ fn what_rounding_would_lose_is_refused() {
     ] {
         let ran = fixture.run(words);
         assert_eq!(ran.code, 1, "{words}\n{}", ran.stderr);
-        assert!(ran.stderr.contains("rounding would leave less than 0.9"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("less than 0.9 of the adapter"), "{}", ran.stderr);
         assert!(ran.stderr.contains("nothing was written") && ran.stderr.contains(part), "{}", ran.stderr);
     }
     assert!(!fixture.path("bf16").exists() && !fixture.path("lost.gguf").exists());

@@ -139,7 +139,7 @@ fn a_resumed_run_keeps_its_settings() {
     assert!(before == outcome(&fixture, "run"));
     let ran = fixture.run("train --resume run --rank 4");
     assert_eq!(ran.code, 1);
-    assert!(ran.stderr.contains("leave `--rank` out"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("remove `--rank`"), "{}", ran.stderr);
     // other data is refused
     std::fs::write(fixture.path("data/train.jsonl"), fixture.text("data/valid.jsonl")).unwrap();
     let ran = fixture.run("train --resume run");

@@ -141,7 +141,7 @@ fn an_adapter_of_another_model_names_that_model() {
     fixture.ok(&format!("{SMALL} --output run"));
     // the built-in model has other sizes
     let refused = fixture.run("generate --model nano --adapter run --prompt x");
-    assert!(refused.code == 1 && refused.stderr.contains("hint: the adapter was made for `"), "{}", refused.stderr);
+    assert!(refused.code == 1 && refused.stderr.contains("hint: the adapter was trained on `"), "{}", refused.stderr);
     // tensors that no module of the model has
     let text = fixture.text("run/adapter/adapter_config.json").replace("_proj\"", "_projection\"");
     let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -153,5 +153,5 @@ fn an_adapter_of_another_model_names_that_model() {
     let tensors: Vec<_> = file.entries().iter().map(|entry| tensor(&entry.name)).collect();
     metal_candle::models::write_safetensors(&path, &tensors, &[]).unwrap();
     let refused = fixture.run("logits --model model --adapter run --ids 1 --out x");
-    assert!(refused.code == 1 && refused.stderr.contains("was made for `org/base`"), "{}", refused.stderr);
+    assert!(refused.code == 1 && refused.stderr.contains("was trained on `org/base`"), "{}", refused.stderr);
 }

@@ -1,4 +1,4 @@
-//! `train --profile`: where the time of the first steps goes.
+//! `train --profile`.
 
 use crate::fixture::Fixture;
 use serde_json::Value;
@@ -19,7 +19,7 @@ fn steps_are_written_as_a_table_and_a_trace() {
     let ran = fixture.ok(&format!("{SMALL} --steps 5 --output run"));
     assert!(ran.stdout.is_empty(), "{}", ran.stdout);
     for text in [
-        "where the time of the first 5 steps went",
+        "time of the first 5 steps",
         "operation ",
         "step/forward/q_proj/product",
         "step/backward/down_proj/product",

@@ -92,7 +92,11 @@ fn tokens_of_a_text_and_back() {
     let words = format!("detokenize --model model --skip-special-tokens --json {ids}");
     assert_eq!(fixture.ok(&words).json()["text"], "fn main");
     let ran = fixture.run("detokenize --model model 1,4096000");
-    assert!(ran.code == 1 && ran.stderr.contains("id 2 of 2: the tokenizer has no token `4096000`"), "{}", ran.stderr);
+    assert!(
+        ran.code == 1 && ran.stderr.contains("id 2 of 2: the tokenizer has no token with id `4096000`"),
+        "{}",
+        ran.stderr
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Flags of `bench`, and what they are where they are not given.
+//! The flags of `bench` and their defaults.
 
 use super::peer::PeerKind;
 use super::shape::Shape;
@@ -16,11 +16,11 @@ use metal_candle::{Device, ModelConfig};
 #[derive(Debug, Clone, Args)]
 pub(crate) struct BenchArguments {
     /// The model: a folder, a safetensors or GGUF file, `nano` (built in), or a Hub name [default: nano on the CPU,
-    /// elsewhere random weights of the shape of qwen2.5-0.5b].
+    /// otherwise random weights with the shape of qwen2.5-0.5b].
     #[arg(long, conflicts_with = "shape", help_heading = "Model")]
     pub(super) model: Option<String>,
 
-    /// Random weights of this shape instead of a model; no file is needed.
+    /// Use random weights with this shape instead of a model; no file is needed.
     #[arg(long, value_enum, help_heading = "Model")]
     pub(super) shape: Option<Shape>,
 
@@ -28,7 +28,7 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_enum, help_heading = "Model")]
     pub(super) dtype: Option<WeightType>,
 
-    /// Quantize the weights while loading, to a type such as `q4_k_m`.
+    /// Quantize the weights while loading to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(super) quantize: Option<MixtureName>,
 
@@ -43,7 +43,7 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,...", help_heading = "Work")]
     prefill: Vec<usize>,
 
-    /// Numbers of sequences that are decoded at the same time [default: 1,32; on the CPU 1,8].
+    /// Numbers of sequences in a decode batch [default: 1,32; on the CPU 1,8].
     #[arg(long, value_delimiter = ',', value_name = "COUNT,...", help_heading = "Work")]
     decode_batch: Vec<usize>,
 
@@ -51,40 +51,40 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_name = "TOKENS", help_heading = "Work")]
     context: Option<usize>,
 
-    /// Steps of decoding [default: 256; on the CPU 64].
+    /// Decode steps [default: 256; on the CPU 64].
     #[arg(long, value_name = "COUNT", help_heading = "Work")]
     decode_tokens: Option<usize>,
 
-    /// Rank of an adapter of all linear layers that is decoded with; 0 for none.
+    /// Rank of an adapter of all linear layers during decoding; 0 for none.
     #[arg(long, value_name = "RANK", default_value_t = 0, help_heading = "Work")]
     decode_rank: usize,
 
-    /// Sequences of a training step and their length in tokens [default: 8x1024; on the CPU 4x256].
+    /// Number of sequences in a training step, and their length in tokens [default: 8x1024; on the CPU 4x256].
     #[arg(long, value_name = "COUNTxTOKENS", value_parser = parse_batch, help_heading = "Work")]
     train_batch: Option<(usize, usize)>,
 
-    /// Rank of the adapter that is trained, on all linear layers of the blocks.
+    /// Rank of the trained adapter, on all linear layers of the blocks.
     #[arg(long, default_value_t = 16, help_heading = "Work")]
     rank: usize,
 
-    /// Prompts of each length and training steps that are timed [default: 5; on the CPU 3].
+    /// Number of timed prompts of each length, and of timed training steps [default: 5; on the CPU 3].
     #[arg(long, value_name = "COUNT", help_heading = "Work")]
     repeats: Option<usize>,
 
-    /// What is not measured.
+    /// Measurements to skip.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "PART,...", help_heading = "Work")]
     skip: Vec<Part>,
 
-    /// Measure another program beside, with the same model, weights and lengths, by turns.
+    /// Compare with another program, alternating, with the same model, weights and lengths.
     #[arg(long, value_enum, help_heading = "Comparison")]
     pub(super) against: Option<PeerKind>,
 
-    /// The Python that has it.
+    /// The Python interpreter with that program.
     #[arg(long, value_name = "PROGRAM", default_value = "python3", help_heading = "Comparison")]
     pub(super) python: String,
 }
 
-/// Sizes where no flag names them.
+/// The default sizes.
 struct Defaults {
     prefill: &'static [usize],
     decode_batch: &'static [usize],
@@ -113,7 +113,7 @@ const ON_ACCELERATOR: Defaults = Defaults {
 };
 
 impl BenchArguments {
-    /// What is to be measured of this model.
+    /// The measurements of this model.
     pub(super) fn works(&self, config: &ModelConfig, device: Device, output: Output) -> Result<Vec<Work>> {
         let defaults = if device.is_cpu() { &ON_CPU } else { &ON_ACCELERATOR };
         let most = config.max_position_embeddings;

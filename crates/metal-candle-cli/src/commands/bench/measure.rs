@@ -1,4 +1,4 @@
-//! Measures this program, through what its users call.
+//! Measures this program through the public library API.
 
 use super::memory::PeakMemory;
 use super::work::Work;
@@ -14,19 +14,19 @@ use std::ops::ControlFlow;
 use std::sync::mpsc;
 use std::time::Instant;
 
-/// First steps of decoding that are not counted.
+/// The number of first decode steps that are not timed.
 const WARM_UP_STEPS: usize = 4;
 
 /// Share of the free memory that training may take.
 const SHARE_OF_FREE: f64 = 0.9;
 
-/// What came of a piece of work.
+/// The result of a measurement.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Measured {
     /// The time of each repetition.
     pub(super) seconds: Vec<f64>,
     pub(super) peak_memory_bytes: Option<u64>,
-    /// What was different from what was asked for.
+    /// How the measurement differs from the requested one.
     pub(super) remark: Option<String>,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn weights_bytes(model: &Model) -> usize {
     model.parameters().iter().map(|(_, weight)| weight.num_bytes()).sum()
 }
 
-/// The tokens of a prompt or sample: any, but always the same.
+/// The tokens of a prompt or sample: arbitrary, but reproducible.
 fn ids(config: &ModelConfig, sequence: usize, length: usize) -> Vec<u32> {
     (0..length).map(|position| ((position * 577 + sequence * 7919 + 13) % config.vocab_size) as u32).collect()
 }
@@ -78,7 +78,7 @@ fn generator(model: &Model, kv_cache: Option<KVCacheType>) -> metal_candle::Resu
     }
 }
 
-/// Times from a prompt to the first token, which is read from the device.
+/// Times from a prompt to the first token, including reading the token from the device.
 fn prefill(mut generator: Generator, length: usize, repeats: usize) -> Result<Vec<f64>> {
     let model = generator.model().clone();
     let prompt = ids(model.config(), 0, length);
@@ -94,14 +94,14 @@ fn prefill(mut generator: Generator, length: usize, repeats: usize) -> Result<Ve
     Ok(seconds.split_off(1))
 }
 
-/// Times of the steps in which all sequences get a token each. Every token is read from the device.
+/// Times of decode steps of all sequences, including reading each token from the device.
 fn decode(mut generator: Generator, sequences: usize, length: usize, steps: usize, rank: usize) -> Result<Vec<f64>> {
     let model = generator.model().clone();
     if rank > 0 {
         generator.set_adapter(Some(adapter(&model, rank)?.terms()?));
     }
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
-    // decoding of the first prompts overlaps prefill of the last ones, so all continue until each has made its steps
+    // decoding of the first prompts overlaps prefill of the last, so all sequences continue until each has made its steps
     let most = if sequences == 1 { steps + 1 } else { model.config().max_sequence_length() };
     let config = GenerationConfig::default().with_max_tokens(most).with_ignore_eos(true);
     let mut has_begun = vec![false; sequences];
@@ -128,7 +128,7 @@ fn decode(mut generator: Generator, sequences: usize, length: usize, steps: usiz
             "the model's context of {} tokens is too short to decode {steps} tokens of {sequences} sequences after {length}",
             model.config().max_sequence_length()
         );
-        return Err(UserError::new(message).with_hint("a smaller --context or fewer --decode-tokens").into());
+        return Err(UserError::new(message).with_hint("use a smaller --context or fewer --decode-tokens").into());
     }
     let warm_up = WARM_UP_STEPS.min(steps - 1);
     Ok(seconds[warm_up..].to_vec())
@@ -140,7 +140,7 @@ fn adapter(model: &Model, rank: usize) -> Result<LoRAAdapter> {
     Ok(builder.with_target_modules([TargetModule::AllLinear]).build()?)
 }
 
-/// Times of training steps, and what was changed to make them fit into the memory.
+/// Times of training steps, and the settings that were changed to fit in memory.
 fn train(
     model: &Model,
     sequences: usize,
@@ -179,7 +179,7 @@ fn train(
         (trainer, plan) = trainer.fitted(&data, limit)?;
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
             remark = Some(format!(
-                "to fit into the memory: {} tokens at once, {} of {} blocks recomputed in the backward pass",
+                "to fit in memory: micro-batches of {} tokens, {} of {} blocks checkpointed",
                 plan.micro_batch_tokens, plan.checkpointed_blocks, plan.trained_blocks
             ));
         }

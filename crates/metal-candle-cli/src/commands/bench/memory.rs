@@ -1,4 +1,4 @@
-//! The most memory that a piece of work takes.
+//! Measures the peak memory of a measurement.
 
 use metal_candle::Device;
 use std::sync::Arc;
@@ -6,23 +6,23 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Time between two looks at an accelerator.
+/// Time between two memory readings of an accelerator.
 const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Watches the memory of a model's device.
 #[derive(Debug)]
 pub(super) enum PeakMemory {
-    /// What the process has in RAM.
+    /// RAM of the process.
     Process,
-    /// What the process has on a Metal device.
+    /// Memory of a Metal device, polled by a thread.
     Watched(Watcher),
-    /// A CUDA device counts what the process holds there.
+    /// Memory of a CUDA device, which records the peak itself.
     Counted(Device),
-    /// The device does not tell.
+    /// The device does not report its memory.
     Unknown,
 }
 
-/// A thread that looks at the memory of a device now and then.
+/// A thread that polls the memory of a device.
 #[derive(Debug)]
 pub(super) struct Watcher {
     is_over: Arc<AtomicBool>,
@@ -31,7 +31,7 @@ pub(super) struct Watcher {
 }
 
 impl PeakMemory {
-    /// Begins to watch.
+    /// Starts watching.
     pub(super) fn watch(device: Device) -> Self {
         if device.is_cpu() {
             crate::memory::forget_peak();
@@ -44,14 +44,14 @@ impl PeakMemory {
         if device.memory().is_none() { Self::Unknown } else { Self::Watched(Watcher::start(device)) }
     }
 
-    /// The most that was used, in bytes, where the system tells.
+    /// The peak in bytes, if the system reports it.
     pub(super) fn peak_bytes(self) -> Option<u64> {
         match self {
             Self::Process => crate::memory::peak(),
             Self::Watched(watcher) => Some(watcher.most() as u64),
             Self::Counted(device) => {
                 let peak = device.peak_memory();
-                // what is kept for the next tensors would be missing to another program
+                // release cached memory, which the other program may need
                 device.reset_peak_memory();
                 peak.map(|bytes| bytes as u64)
             }
@@ -77,7 +77,7 @@ impl Watcher {
 
     fn most(self) -> usize {
         self.is_over.store(true, Ordering::Relaxed);
-        // it only looks, and cannot fail
+        // the thread only reads and cannot fail
         let _ = self.thread.join();
         self.most.load(Ordering::Relaxed)
     }

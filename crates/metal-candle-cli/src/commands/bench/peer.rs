@@ -1,4 +1,4 @@
-//! Other programs that are measured beside this one, by a small Python program.
+//! Measures other programs through a small Python program.
 
 use super::measure::Measured;
 use super::work::Work;
@@ -12,17 +12,17 @@ use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// Measures and answers on standard output.
+/// The Python program; it reads requests from standard input and writes answers to standard output.
 const PROGRAM: &str = include_str!("peer.py");
 
 /// Most bytes of an answer.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
 /// Most bytes of the other program's standard error that are read.
-const MAX_SAID_BYTES: u64 = 64 << 10;
-/// Most characters of what a program said that are shown.
-const MAX_SAID: usize = 400;
+const MAX_STDERR_BYTES: u64 = 64 << 10;
+/// Most characters of the other program's standard error that are shown.
+const MAX_SHOWN: usize = 400;
 
-/// What is measured beside this program.
+/// The programs to compare with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PeerKind {
     /// mlx-lm, on Apple's GPU, the CPU or CUDA.
@@ -32,7 +32,7 @@ pub(crate) enum PeerKind {
 }
 
 impl PeerKind {
-    /// As on the command line.
+    /// The name on the command line.
     fn name(self) -> &'static str {
         match self {
             Self::MlxLm => "mlx-lm",
@@ -40,11 +40,11 @@ impl PeerKind {
         }
     }
 
-    /// What pip installs.
+    /// The packages to install with pip.
     fn packages(self, device: Device) -> &'static str {
         match self {
             Self::MlxLm if device.is_cuda() => "'mlx[cuda]' mlx-lm",
-            // outside macOS the program's core is a package of its own
+            // on Linux, the core of mlx is a separate package
             Self::MlxLm if cfg!(target_os = "linux") => "'mlx[cpu]' mlx-lm",
             Self::MlxLm => "mlx-lm",
             Self::Transformers => "torch transformers peft",
@@ -61,23 +61,24 @@ pub(super) struct Peer {
     process: Child,
     requests: Option<ChildStdin>,
     answers: BoundedLines<BufReader<ChildStdout>>,
-    /// What it says on standard error.
+    /// Its standard error.
     said: tempfile::NamedTempFile,
 }
 
 impl Peer {
-    /// Starts it; nothing is loaded yet.
+    /// Starts the process; no model is loaded yet.
     pub(super) fn start(kind: PeerKind, python: &str, device: Device) -> Result<Self> {
-        let said = tempfile::NamedTempFile::new().context("a file for what the other program says")?;
+        let said =
+            tempfile::NamedTempFile::new().context("cannot create a file for the output of the other program")?;
         let started = Command::new(python)
             .args(["-c", PROGRAM, kind.name(), device.name()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(said.reopen().context("a file for what the other program says")?)
+            .stderr(said.reopen().context("cannot create a file for the output of the other program")?)
             .spawn();
         let mut process = started.map_err(|error| {
             UserError::new(format!("cannot run `{python}`: {error}"))
-                .with_hint(format!("--python PROGRAM names a Python that has {}", kind.name()))
+                .with_hint(format!("set --python to a Python that has {}", kind.name()))
         })?;
         let (requests, answers) = (process.stdin.take(), process.stdout.take());
         let answers = BufReader::new(answers.context("the other program has no output")?);
@@ -103,7 +104,7 @@ impl Peer {
         }
     }
 
-    /// Measures `work`; a failure is a remark, also when it is the end of the program.
+    /// Measures `work`; a failure, even a crash, becomes a remark.
     pub(super) fn measure(&mut self, work: Work) -> Measured {
         let answer = match self.ask(&work.request()) {
             Ok(answer) => answer,
@@ -121,7 +122,7 @@ impl Peer {
     }
 
     fn ask(&mut self, request: &Value) -> Result<Value> {
-        // a program that has ended is found out by its missing answer
+        // if the program has ended, its answer will be missing
         if let Some(requests) = &mut self.requests {
             let _ = writeln!(requests, "{request}").and_then(|()| requests.flush());
         }
@@ -129,32 +130,32 @@ impl Peer {
     }
 
     fn answer(&mut self) -> Result<Value> {
-        let line = self.answers.next_line().context("the other program's answer")?.unwrap_or_default();
+        let line = self.answers.next_line().context("cannot read the answer of the other program")?.unwrap_or_default();
         serde_json::from_slice(line).map_err(|_| {
             let said = self.last_said().unwrap_or_default();
             let last: Vec<&str> = said.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
             let last = last.into_iter().rev().collect::<Vec<_>>().join("; ");
-            let begin = last.char_indices().rev().nth(MAX_SAID).map_or(0, |(index, _)| index);
+            let begin = last.char_indices().rev().nth(MAX_SHOWN).map_or(0, |(index, _)| index);
             UserError::new(format!("{} ended without an answer: {}", self.kind.name(), &last[begin..])).into()
         })
     }
 }
 
 impl Peer {
-    /// The end of what the other program wrote to standard error.
+    /// The last part of the other program's standard error.
     fn last_said(&self) -> std::io::Result<String> {
         let mut file = self.said.reopen()?;
-        let start = file.metadata()?.len().saturating_sub(MAX_SAID_BYTES);
+        let start = file.metadata()?.len().saturating_sub(MAX_STDERR_BYTES);
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = Vec::new();
-        file.take(MAX_SAID_BYTES).read_to_end(&mut bytes)?;
+        file.take(MAX_STDERR_BYTES).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // without requests it ends by itself, unless something hangs
+        // closing its input ends the program, unless it hangs
         drop(self.requests.take());
         let _ = self.process.kill();
         let _ = self.process.wait();

@@ -1,4 +1,4 @@
-//! The table and the JSON object of `bench`.
+//! Prints the results of `bench` as a table or JSON.
 
 use super::measure::Measured;
 use super::work::Work;
@@ -6,7 +6,7 @@ use crate::output::{bytes, grouped};
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
 
-/// One piece of work, as this program and perhaps another did it.
+/// One measurement of this program, and optionally of another.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) work: Work,
@@ -14,7 +14,7 @@ pub(super) struct Row {
     pub(super) theirs: Option<Measured>,
 }
 
-/// What was measured, and on what.
+/// All results, with the model and the machine.
 #[derive(Debug)]
 pub(super) struct Report {
     pub(super) device: &'static str,
@@ -35,7 +35,7 @@ impl Row {
         self.work.tokens() as f64 / measured.median()
     }
 
-    /// Our tokens a second by theirs.
+    /// Our tokens per second divided by theirs.
     fn ratio(&self) -> Option<f64> {
         let ratio = self.tokens_per_second(&self.ours) / self.tokens_per_second(self.theirs.as_ref()?);
         ratio.is_finite().then_some(ratio)
@@ -108,11 +108,9 @@ impl Report {
         let cache = self.kv_cache.map_or_else(String::new, |kind| format!(", KV cache {kind}"));
         line(format!("{}: {} parameters, {}{cache}", self.model, grouped(self.num_parameters as u64), self.dtype));
         if let Some(peer) = &self.peer {
-            line(format!("beside {peer}, by turns; ratio: our tokens/s by theirs"));
+            line(format!("compared with {peer}, alternating; ratio: our tokens/s divided by theirs"));
         }
-        line(
-            "medians; a decode step is one more token of each sequence; in brackets how often it was timed".to_owned(),
-        );
+        line("medians; a decode step is one token of each sequence; in brackets, the number of timings".to_owned());
         line(String::new());
         let width = self.rows.iter().map(|row| row.work.title().len() + digits(&row.ours) + 3).max().unwrap_or(0);
         let titles = |ms: &str, speed: &str, memory: &str| format!("{ms:>11}{speed:>11}{memory:>11}");
@@ -157,7 +155,7 @@ fn digits(measured: &Measured) -> usize {
     measured.seconds.len().to_string().len()
 }
 
-/// Three digits at least: `0.123`, `12.3`, `1,234`.
+/// At least three digits: `0.123`, `12.3`, `1,234`.
 fn number(value: f64) -> String {
     match value {
         v if v < 1.0 => format!("{v:.3}"),

@@ -1,10 +1,10 @@
-//! Models of random weights with the sizes of well-known ones.
+//! The shapes of well-known models, for random weights.
 
 use clap::ValueEnum;
 use metal_candle::ModelConfig;
 use serde_json::json;
 
-/// Whose sizes a model has.
+/// A model with this shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Shape {
     /// 494 million parameters.
@@ -28,7 +28,7 @@ impl Shape {
         }
     }
 
-    /// Its sizes, as in the `config.json` of the model on the Hub.
+    /// The configuration, as in the `config.json` of the model on the Hub.
     pub(super) fn config(self) -> metal_candle::Result<ModelConfig> {
         let (hidden, intermediate, layers, heads, key_value_heads, vocabulary) = match self {
             Self::Qwen500M => (896, 4864, 24, 14, 2, 151_936),

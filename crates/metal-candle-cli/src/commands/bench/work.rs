@@ -1,25 +1,25 @@
-//! What `bench` measures.
+//! Describes the measurements of `bench`.
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-/// A part of the measurements.
+/// A kind of measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Part {
-    /// Reading prompts.
+    /// Prefill of prompts.
     Prefill,
-    /// Writing tokens.
+    /// Decoding of tokens.
     Decode,
-    /// Steps of LoRA training.
+    /// LoRA training steps.
     Train,
 }
 
 /// One measurement: a row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Work {
-    /// From a prompt of `length` tokens to the first token after it.
+    /// From a prompt of `length` tokens to its first new token.
     Prefill { length: usize, repeats: usize },
-    /// One more token of each of `sequences` after `length` tokens, with an adapter unless its rank is 0.
+    /// One token of each of `sequences` after a context of `length` tokens, with an adapter unless its rank is 0.
     Decode { sequences: usize, length: usize, steps: usize, rank: usize },
     /// A step of LoRA training: forward, backward, update.
     Train { sequences: usize, length: usize, rank: usize, repeats: usize },
@@ -34,7 +34,7 @@ impl Work {
         }
     }
 
-    /// The line of the table.
+    /// The title of the row in the table.
     pub(super) fn title(self) -> String {
         match self {
             Self::Prefill { length, .. } => format!("prefill {length}"),
@@ -46,7 +46,7 @@ impl Work {
         }
     }
 
-    /// Tokens that are read, written or trained in one measured time.
+    /// The number of tokens in one timing.
     pub(super) fn tokens(self) -> usize {
         match self {
             Self::Prefill { length, .. } => length,

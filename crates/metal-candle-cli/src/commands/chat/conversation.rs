@@ -1,4 +1,4 @@
-//! The state of a conversation, and its commands.
+//! The state of a conversation and its slash commands.
 
 use crate::error::UserError;
 use anyhow::Result;
@@ -13,35 +13,35 @@ use std::path::{Path, PathBuf};
 const MAX_CONVERSATION_BYTES: u64 = 64 << 20;
 
 const HELP: &str = "\
-/system TEXT      set the system prompt; without TEXT there is none
+/system TEXT      set the system prompt; without TEXT, remove it
 /set NAME VALUE   max_tokens, seed, temperature, top_k, top_p, min_p, repetition_penalty,
-                  presence_penalty or frequency_penalty; without NAME shows them
+                  presence_penalty or frequency_penalty; without NAME, show all
 /retry            answer the last question again, with the next seed
-/clear            forget the conversation, keep the system prompt
-/save FILE        write the conversation as one row of a dataset; /load FILE reads it back
-/tokens           tokens of the conversation, and how many there may be
-/quit             end (also Ctrl-D); Ctrl-C stops an answer";
+/clear            start a new conversation with the same system prompt
+/save FILE        save the conversation as one row of a dataset; /load FILE loads it
+/tokens           show the number of tokens of the conversation, and the limit
+/quit             quit (also Ctrl-D); Ctrl-C stops an answer";
 
-/// What is to be done after a line.
+/// What to do after a line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reply {
-    /// Show this.
+    /// Print this text.
     Say(String),
     /// Answer the last message.
     Answer,
-    /// Show the number of tokens.
+    /// Print the number of tokens.
     CountTokens,
-    /// End.
+    /// End the conversation.
     Quit,
 }
 
-/// A conversation and how it is answered.
+/// A conversation and its generation settings.
 #[derive(Debug)]
 pub(super) struct Conversation {
     system: Option<String>,
     turns: Vec<Message>,
     config: GenerationConfig,
-    /// The file that it was last written to or read from.
+    /// The file it was last saved to or loaded from.
     file: Option<PathBuf>,
 }
 
@@ -70,14 +70,14 @@ impl Conversation {
         self.turns.push(Message::assistant(text));
     }
 
-    /// Takes the last question back, which could not be answered.
+    /// Removes the last question after a failed answer.
     pub(super) fn take_back(&mut self) {
         if self.turns.last().is_some_and(|turn| turn.role() == "user") {
             self.turns.pop();
         }
     }
 
-    /// A line that was typed: a command if it begins with `/` and a letter, else a question (`// a comment` is one).
+    /// Handles a line: a command if it starts with `/` and a letter, else a question (such as `// a comment`).
     pub(super) fn line(&mut self, line: &str) -> Result<Reply> {
         let Some(command) = line.strip_prefix('/').filter(|rest| rest.starts_with(char::is_alphabetic)) else {
             self.turns.push(Message::user(line));
@@ -95,13 +95,17 @@ impl Conversation {
             }
             "clear" => {
                 self.turns.clear();
-                "the conversation is forgotten".into()
+                "started a new conversation".into()
             }
             "retry" => return self.retry(),
             "set" => self.set(rest)?,
             "save" => self.save(rest)?,
             "load" => self.load(rest)?,
-            _ => return Err(UserError::new(format!("there is no command `/{name}`")).with_hint("see /help").into()),
+            _ => {
+                return Err(UserError::new(format!("there is no command `/{name}`"))
+                    .with_hint("/help lists the commands")
+                    .into());
+            }
         };
         Ok(Reply::Say(said))
     }
@@ -121,7 +125,7 @@ impl Conversation {
         let sampling = &self.config.sampling;
         let Some((name, value)) = rest.split_once(char::is_whitespace) else {
             if !rest.is_empty() {
-                return Err(UserError::new("expected `/set NAME VALUE`").with_hint("see /help").into());
+                return Err(UserError::new("expected `/set NAME VALUE`").with_hint("/help lists the commands").into());
             }
             return Ok(format!(
                 "max_tokens {}, seed {}, temperature {}, top_k {}, top_p {}, min_p {}, repetition_penalty {}, \
@@ -150,7 +154,11 @@ impl Conversation {
             "repetition_penalty" => sampling.repetition_penalty = parse(name, value)?,
             "presence_penalty" => sampling.presence_penalty = parse(name, value)?,
             "frequency_penalty" => sampling.frequency_penalty = parse(name, value)?,
-            _ => return Err(UserError::new(format!("there is no setting `{name}`")).with_hint("see /help").into()),
+            _ => {
+                return Err(UserError::new(format!("there is no setting `{name}`"))
+                    .with_hint("/help lists the commands")
+                    .into());
+            }
         }
         config.validate()?;
         self.config = config;
@@ -160,14 +168,14 @@ impl Conversation {
     fn save(&mut self, file: &str) -> Result<String> {
         let path = Path::new(named(file)?);
         if path.is_file() && self.file.as_deref() != Some(path) {
-            return Err(UserError::new(format!("`{file}` exists and is not written over"))
-                .with_hint("another name, or /load it first")
+            return Err(UserError::new(format!("`{file}` exists and is not overwritten"))
+                .with_hint("choose another name, or /load the file first")
                 .into());
         }
         let row = serde_json::to_string(&Row { messages: self.messages() })? + "\n";
         write_atomically(path, |file| file.write_all(row.as_bytes()))?;
         self.file = Some(path.to_path_buf());
-        Ok(format!("wrote {} messages to {file}", self.messages().len()))
+        Ok(format!("saved {} messages to {file}", self.messages().len()))
     }
 
     fn load(&mut self, file: &str) -> Result<String> {
@@ -180,12 +188,12 @@ impl Conversation {
         self.system = has_system.then(|| messages.remove(0).text());
         self.turns = messages;
         self.file = Some(path.to_path_buf());
-        Ok(format!("read {} messages from {file}", self.messages().len()))
+        Ok(format!("loaded {} messages from {file}", self.messages().len()))
     }
 }
 
 fn named(file: &str) -> Result<&str> {
-    if file.is_empty() { Err(UserError::new("expected the name of a file").into()) } else { Ok(file) }
+    if file.is_empty() { Err(UserError::new("expected a file name").into()) } else { Ok(file) }
 }
 
 fn parse<T: std::str::FromStr>(name: &str, value: &str) -> Result<T> {
@@ -237,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn saved_conversations_come_back() {
+    fn saved_conversations_are_loaded() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("chat.jsonl");
         let mut chat = Conversation::new(Some("s".into()), GenerationConfig::default());
@@ -247,7 +255,7 @@ mod tests {
         chat.line(&format!("/save {}", file.display())).unwrap();
         let mut other = Conversation::new(None, GenerationConfig::default());
         other.line("x").unwrap();
-        // a file of something else is not written over
+        // files of other origin are not overwritten
         assert!(other.line(&format!("/save {}", file.display())).is_err());
         other.line(&format!("/load {}", file.display())).unwrap();
         assert_eq!(other.messages(), chat.messages());

@@ -1,4 +1,4 @@
-//! Runs as one page of HTML: curves over one another and a table. It loads nothing.
+//! Writes an HTML page with the curves and tables of runs. It loads nothing from the network.
 
 use super::summary::Run;
 use super::table::{columns, compared};
@@ -12,11 +12,11 @@ const SCRIPT: &str = include_str!("page.js");
 /// Most points of a curve.
 const MAX_POINTS: usize = 600;
 
-/// Colours that can be told apart on white and on black.
+/// Colours that are distinguishable on white and on black.
 const COLORS: [&str; 10] =
     ["#3b82f6", "#ef4444", "#10b981", "#f59e0b", "#8b5cf6", "#ec4899", "#14b8a6", "#84cc16", "#f97316", "#64748b"];
 
-/// The picture, and where its curves are in it.
+/// The size of a chart, and the area of its curves.
 const SIZE: (f64, f64) = (600.0, 280.0);
 const LEFT: f64 = 58.0;
 const TOP: f64 = 8.0;
@@ -26,7 +26,7 @@ const HEIGHT: f64 = 244.0;
 /// A curve of one run.
 type Points = Vec<(f64, f64)>;
 
-/// A chart: the key of its curves, its title, and what it takes from a run.
+/// A chart: the key of its curves, its title, and the points of a run.
 type Chart = (&'static str, &'static str, fn(&Run) -> Points);
 
 const CHARTS: [Chart; 4] = [
@@ -49,7 +49,7 @@ pub(super) fn page(runs: &[Run]) -> String {
     let _ = write!(
         html,
         "<meta name=\"viewport\" content=\"width=device-width\">\n<title>{count}</title>\n<style>\n{STYLE}</style>\n\
-         </head>\n<body>\n<h1>{count}</h1>\n<p>Curves by step. Untick a run to hide it; the axes follow those that are shown.</p>\n\
+         </head>\n<body>\n<h1>{count}</h1>\n<p>Curves by step. Untick a run to hide it; the axes adapt to the visible runs.</p>\n\
          <div class=\"legend\">\n"
     );
     for (index, run) in runs.iter().enumerate() {
@@ -91,12 +91,12 @@ fn color(index: usize) -> &'static str {
     COLORS[index % COLORS.len()]
 }
 
-/// Six digits are more than a picture shows.
+/// Rounds to six digits, more than a chart can show.
 fn rounded(value: f64) -> f64 {
     format!("{value:.5e}").parse().unwrap_or(value)
 }
 
-/// A chart as it is before the script runs, or without it.
+/// A static chart, which the script replaces.
 fn chart(html: &mut String, key: &str, title: &str, curves: &[Points]) {
     let frame = json!({"left": LEFT, "top": TOP, "width": WIDTH, "height": HEIGHT}).to_string();
     let _ = write!(
@@ -149,7 +149,7 @@ fn chart(html: &mut String, key: &str, title: &str, curves: &[Points]) {
     );
 }
 
-/// Round numbers within a range, about five.
+/// About five round numbers within a range.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 5.0;
     let power = 10_f64.powf(rough.log10().floor());
@@ -254,14 +254,14 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_whole_small_and_safe() {
+    fn pages_are_complete_small_and_safe() {
         let html = page(&[run("a</script><b>&\"'", 100_000), run("second", 5), run("none", 0)]);
         assert!(html.len() < 400_000, "{}", html.len());
         assert_eq!(html.matches("<polyline").count(), 4 * 3);
         assert_eq!(html.matches("</script>").count(), 2);
         assert!(html.contains("a&lt;/script&gt;&lt;b&gt;&amp;&quot;&#39;") && html.contains("a &lt; b"));
-        assert!(!html.contains("NaN") && !html.contains("null"), "numbers that are none");
-        // nothing is loaded
+        assert!(!html.contains("NaN") && !html.contains("null"), "non-finite numbers");
+        // nothing is loaded from the network
         for outside in ["src=", "href=", "@import", "url(http", "https://"] {
             assert!(!html.contains(outside), "{outside}");
         }

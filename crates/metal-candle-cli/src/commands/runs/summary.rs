@@ -1,4 +1,4 @@
-//! What the folder of a run tells of it, however much of the run there is.
+//! Reads a run folder, complete or not, and summarizes the run.
 
 use crate::model_source::NANO;
 use crate::plot::Curves;
@@ -10,23 +10,23 @@ use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-/// Steps whose mean is called the last training loss; one step alone is noise.
+/// The last training loss is the mean of this many steps; a single step is too noisy.
 const LAST_STEPS: usize = 10;
-/// Where there are no locks, a run that wrote something so many seconds ago is taken to be going on.
+/// Without file locks, a run that wrote something in the last seconds counts as running.
 const FRESH_SECONDS: u64 = 120;
-/// What a run folder holds at least one of.
+/// A run folder contains at least one of these.
 const FILES: [&str; 4] = ["config.toml", "run.json", "metrics.jsonl", "checkpoints"];
 
-/// How a run stands.
+/// The status of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum State {
     Running,
     Done,
     Stopped,
     Failed,
-    /// Its process ended without a word.
+    /// Its process exited without writing a final status.
     Killed,
-    /// The folder does not say.
+    /// The folder has no status.
     Unknown,
 }
 
@@ -43,21 +43,21 @@ impl State {
     }
 }
 
-/// A run as its folder tells it.
+/// A summary of a run folder.
 #[derive(Debug, Clone)]
 pub(super) struct Run {
-    /// Its folder, as other commands take it.
+    /// Its folder, as passed to other commands.
     pub(super) name: String,
     pub(super) state: State,
     pub(super) record: RunRecord,
     pub(super) curves: Curves,
     pub(super) steps: usize,
     pub(super) tokens: u64,
-    /// What is wrong with the folder.
+    /// Problems with the folder.
     pub(super) problems: Vec<String>,
 }
 
-/// Whether a folder holds something of a run.
+/// Whether a folder contains files of a run.
 pub(super) fn is_run(folder: &Path) -> bool {
     FILES.iter().any(|name| folder.join(name).exists())
 }
@@ -86,10 +86,10 @@ impl Run {
             problems: Vec::new(),
         };
         if !is_run(folder) {
-            run.problems.push("not a run: it holds none of the files of one".into());
+            run.problems.push("not a run: it contains none of the files of a run folder".into());
             return run;
         }
-        // before the files are read: a run that ends meanwhile is told as going on, not as killed
+        // check the lock first: a run that ends while its files are read is then reported as running, not as killed
         let liveness = RunLock::is_held(folder);
         let record = RunRecord::read(folder).unwrap_or_else(|problem| {
             run.problems.push(problem);
@@ -122,7 +122,7 @@ impl Run {
         run
     }
 
-    /// What the file of settings says, of a run that has no record.
+    /// Reads the settings file of a run without a record.
     fn read_config(&mut self, path: &Path) {
         let text = match read_text(path, MAX_SIDE_FILE_BYTES) {
             Ok(text) => text,
@@ -130,7 +130,7 @@ impl Run {
         };
         match text.parse::<toml::Table>().map(|table| serde_json::to_value(&table)) {
             Ok(Ok(Value::Object(settings))) => self.record.settings = settings,
-            _ => self.problems.push("config.toml: this is not TOML".into()),
+            _ => self.problems.push("config.toml: not valid TOML".into()),
         }
         let settings = &self.record.settings;
         let text_of = |key: &str| settings.get(key).and_then(Value::as_str).map(str::to_owned);
@@ -145,9 +145,9 @@ impl Run {
     fn read_metrics(&mut self, path: &Path, is_running: bool) {
         let mut lines = match BoundedLines::open(path, MAX_METRICS_LINE_BYTES) {
             Ok(lines) => lines,
-            // a run that was stopped before its first evaluation
+            // the run was stopped before its first evaluation
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return self.problems.push("no metrics.jsonl: no step was done".into());
+                return self.problems.push("no metrics.jsonl: no step was completed".into());
             }
             Err(error) => return self.problems.push(format!("metrics.jsonl: {error}")),
         };
@@ -164,7 +164,7 @@ impl Run {
             number += 1;
             match serde_json::from_slice::<Row>(line) {
                 Ok(row) => self.add(&row),
-                // it is being written just now
+                // the line is just being written
                 Err(_) if is_running && !line.ends_with(b"\n") => {}
                 Err(_) => {
                     bad += 1;
@@ -176,7 +176,7 @@ impl Run {
         }
         if bad > 0 {
             let lines = if bad == 1 { "a line".into() } else { format!("{bad} lines") };
-            self.problems.push(format!("metrics.jsonl: {lines} cannot be read, the first is line {first_bad}"));
+            self.problems.push(format!("metrics.jsonl: cannot read {lines}, the first is line {first_bad}"));
         }
     }
 
@@ -208,12 +208,12 @@ impl Run {
         Some([first, best.unwrap_or(first), last])
     }
 
-    /// A setting, if it is known.
+    /// The value of a setting, if known.
     pub(super) fn setting(&self, key: &str) -> Option<&Value> {
         self.record.settings.get(key)
     }
 
-    /// How the weights are changed, in a few words.
+    /// A short description of the training method.
     pub(super) fn method(&self) -> String {
         let is_set = |key: &str| self.setting(key) == Some(&Value::Bool(true));
         if is_set("from_scratch") {
@@ -237,7 +237,7 @@ impl Run {
         parts.join(" ")
     }
 
-    /// Everything, for scripts.
+    /// The whole summary as JSON.
     pub(super) fn as_json(&self) -> Value {
         let valid_losses = self.valid_losses();
         let loss = |index: usize| valid_losses.map(|points| finite(points[index].1));
@@ -271,7 +271,7 @@ impl Run {
     }
 }
 
-/// A number for JSON, which knows none that is not finite.
+/// A number for JSON, which has no NaN or infinity.
 fn finite(value: f64) -> Value {
     if value.is_finite() { json!(value) } else { Value::Null }
 }
@@ -286,14 +286,14 @@ pub(super) fn plain(value: &Value) -> String {
     }
 }
 
-/// A number as people write it: `16`, `0.05`, `3e-4`.
+/// Formats a number for people: `16`, `0.05`, `3e-4`.
 pub(super) fn short_number(value: f64) -> String {
-    // rounding takes away what binary fractions add, as in 0.00030000000000000003
+    // rounding removes digits of binary fractions, as in 0.00030000000000000003
     let rounded = format!("{value:.6e}").parse().unwrap_or(value);
     if rounded == 0.0 || (1e-2..1e9).contains(&rounded.abs()) { format!("{rounded}") } else { format!("{rounded:e}") }
 }
 
-/// The names and values of settings that are not the same in all runs.
+/// The names and values of settings that differ between runs.
 pub(super) fn different_settings(runs: &[Run]) -> Vec<(String, Vec<Option<Value>>)> {
     let mut keys: Vec<&String> = runs.iter().flat_map(|run| run.record.settings.keys()).collect();
     keys.sort_unstable();
@@ -303,7 +303,7 @@ pub(super) fn different_settings(runs: &[Run]) -> Vec<(String, Vec<Option<Value>
     all.filter(|(_, values)| values.windows(2).any(|pair| pair[0] != pair[1])).collect()
 }
 
-/// The folders of runs that `folders` are or hold; what is asked for and is not there is an error.
+/// Finds run folders: `folders` and their children. A missing folder is an error.
 pub(super) fn find(folders: &[PathBuf]) -> std::io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for folder in folders {
@@ -332,7 +332,7 @@ fn modified(path: &Path) -> Option<u64> {
 /// `2026-11-22 09:30`, in UTC.
 pub(super) fn date(seconds: u64) -> String {
     let (minutes, days) = (seconds / 60 % 1440, seconds / 86_400);
-    // the Gregorian calendar repeats after 146,097 days; years begin in March, so that a leap day ends one
+    // the Gregorian calendar repeats after 146,097 days; years start in March here, so that a leap day is the last of a year
     let day = days + 719_468;
     let (era, day) = (day / 146_097, day % 146_097);
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
@@ -343,7 +343,7 @@ pub(super) fn date(seconds: u64) -> String {
     format!("{:04}-{month:02}-{day_of_month:02} {:02}:{:02}", year + 400 * era, minutes / 60, minutes % 60)
 }
 
-/// A setting of the kind that tables have a column for.
+/// The value of a setting for a table column.
 pub(super) fn setting_text(settings: &Map<String, Value>, key: &str) -> String {
     settings.get(key).map_or_else(|| "-".to_owned(), plain)
 }
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn dates_follow_the_calendar() {
         for (seconds, wanted) in [
             (0, "1970-01-01 00:00"),
             (951_782_400, "2000-02-29 00:00"),
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_broken_is_told() {
+    fn damaged_files_are_reported() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         std::fs::create_dir(path("empty")).unwrap();
@@ -401,8 +401,8 @@ mod tests {
         let garbage = Run::read(&path("garbage"));
         assert_eq!((garbage.state, garbage.steps), (State::Unknown, 2));
         let told = garbage.problems.join("; ");
-        for part in ["run.json: ", "config.toml: this is not TOML", "3 lines cannot be read, the first is line 1"] {
-            assert!(told.contains(part), "{part} is not in {told}");
+        for part in ["run.json: ", "config.toml: not valid TOML", "cannot read 3 lines, the first is line 1"] {
+            assert!(told.contains(part), "{part} is not in {text}");
         }
         assert!(garbage.train_loss().is_some_and(f64::is_nan));
         assert_eq!(garbage.as_json()["train_loss"], json!(null));
@@ -410,7 +410,7 @@ mod tests {
         write(&path("bare"), "config.toml", "steps = 9\nmodel = \"m\"\n");
         let bare = Run::read(&path("bare"));
         assert_eq!((bare.record.total_steps, bare.record.model.as_str()), (9, "m"));
-        assert!(bare.valid_losses().is_none() && bare.problems == ["no metrics.jsonl: no step was done"]);
+        assert!(bare.valid_losses().is_none() && bare.problems == ["no metrics.jsonl: no step was completed"]);
         let found = find(&[folder.path().to_path_buf()]).unwrap();
         assert_eq!(found, ["bare", "empty", "garbage"].map(path));
         assert_eq!(find(&[path("bare")]).unwrap(), [path("bare")]);
@@ -418,13 +418,13 @@ mod tests {
     }
 
     #[test]
-    fn the_record_and_the_lock_say_how_a_run_stands() {
+    fn the_record_and_the_lock_determine_the_status() {
         let folder = tempfile::tempdir().unwrap();
         for (outcome, state) in [
             (Outcome::Done, State::Done),
             (Outcome::Stopped, State::Stopped),
             (Outcome::Failed, State::Failed),
-            // nobody holds the lock
+            // no process holds the lock
             (Outcome::Running, State::Killed),
         ] {
             RunRecord { outcome, ..RunRecord::default() }.write(folder.path()).unwrap();

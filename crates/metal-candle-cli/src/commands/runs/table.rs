@@ -1,10 +1,10 @@
-//! Runs as tables of text.
+//! Prints runs as text tables.
 
 use super::summary::{Run, date, different_settings, plain, setting_text, short_number};
 use crate::output::{duration, short};
 use std::fmt::Write;
 
-/// A column: its name, what stands in it for each run, and whether it is a setting.
+/// A column: its name, the cell of each run, and whether it is a setting.
 pub(super) struct Column {
     pub(super) name: &'static str,
     pub(super) cells: Vec<String>,
@@ -66,7 +66,7 @@ fn time(run: &Run) -> String {
     if run.record.seconds > 0.0 { duration(run.record.seconds) } else { "-".into() }
 }
 
-/// The list of runs. Settings that are the same in all of them stand above it.
+/// The list of runs, below the settings that are equal in all of them.
 pub(super) fn list(runs: &[Run]) -> String {
     let (same, columns): (Vec<_>, Vec<_>) = columns(runs)
         .into_iter()
@@ -98,7 +98,7 @@ pub(super) fn list(runs: &[Run]) -> String {
     text
 }
 
-/// How often a run was warned of what.
+/// The kinds of warnings of a run, and their number.
 fn warnings(run: &Run) -> String {
     let mut kinds: Vec<(&str, usize)> = Vec::new();
     for warning in &run.record.warnings {
@@ -109,10 +109,10 @@ fn warnings(run: &Run) -> String {
     }
     let text =
         |&(kind, count): &(&str, usize)| if count > 1 { format!("{kind} ({count} times)") } else { kind.to_owned() };
-    format!("warned of {}", kinds.iter().map(text).collect::<Vec<_>>().join(", "))
+    format!("warnings: {}", kinds.iter().map(text).collect::<Vec<_>>().join(", "))
 }
 
-/// The rows of a comparison: a name, and a cell for each run. Settings that differ, then what came of them.
+/// The rows of a comparison, with a name and a cell for each run: settings that differ, then results.
 pub(super) fn compared(runs: &[Run]) -> (Vec<Vec<String>>, Vec<Vec<String>>) {
     let cell = |value: &Option<serde_json::Value>| value.as_ref().map_or_else(|| "-".to_owned(), plain);
     let row = |name: String, cells: Vec<String>| std::iter::once(name).chain(cells).collect::<Vec<_>>();
@@ -169,7 +169,7 @@ pub(super) fn comparison(runs: &[Run]) -> String {
     text
 }
 
-/// Columns that stand below one another, those to the right for which `is_right` says so.
+/// Aligns columns, to the right if `is_right` returns true.
 fn aligned(rows: &[Vec<String>], is_right: impl Fn(usize) -> bool) -> String {
     let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| one_line(cell)).collect()).collect();
     let num_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -189,7 +189,7 @@ fn aligned(rows: &[Vec<String>], is_right: impl Fn(usize) -> bool) -> String {
     text
 }
 
-/// Text that cannot break a line or command a terminal.
+/// Replaces line breaks and control characters.
 fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
@@ -199,7 +199,7 @@ mod tests {
     use super::{aligned, one_line};
 
     #[test]
-    fn columns_stand_below_one_another() {
+    fn columns_are_aligned() {
         let rows = [["run", "loss"], ["a\u{1b}[31m", "1.5"], ["bc", "12.25"]];
         let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(ToString::to_string).collect()).collect();
         assert_eq!(aligned(&rows, |column| column == 1), "run      loss\na [31m    1.5\nbc      12.25\n");

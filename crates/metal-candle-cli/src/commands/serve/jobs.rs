@@ -1,4 +1,4 @@
-//! The flags of fine-tuning jobs, and how the server starts a trainer for one.
+//! The flags of `serve` for fine-tuning jobs, and the command that the server starts for a job.
 
 use crate::model_source::{ModelArguments, NANO};
 use crate::settings::lora_learning_rate;
@@ -10,12 +10,12 @@ use metal_candle_server::JobsConfig;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// Fine-tuning on request.
+/// Fine-tuning jobs.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Fine-tuning jobs")]
 pub(crate) struct JobArguments {
-    /// Clients with an admin key may upload files and train adapters of the model. Files and runs go to this folder; jobs
-    /// that were interrupted resume when a server is started with it again.
+    /// Let clients with an admin key upload files and train adapters. Files and runs are stored in this folder; interrupted
+    /// jobs resume when a server is started with it again.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) jobs: Option<PathBuf>,
 
@@ -29,7 +29,7 @@ pub(crate) struct JobArguments {
 }
 
 impl JobArguments {
-    /// The settings of jobs: this program trains, on the model that is served.
+    /// The settings of jobs: this program trains the served model.
     pub(super) fn config(&self, model: &ModelArguments, template: &TemplateArguments) -> Result<Option<JobsConfig>> {
         let Some(folder) = &self.jobs else { return Ok(None) };
         let absolute = |path: &Path| std::path::absolute(path).with_context(|| format!("`{}`", path.display()));
@@ -51,7 +51,7 @@ impl JobArguments {
         }
         Ok(Some(JobsConfig {
             folder: absolute(folder)?,
-            program: std::env::current_exe().context("the path of this program is not known")?,
+            program: std::env::current_exe().context("cannot determine the path of this program")?,
             model_flags,
             learning_rate: lora_learning_rate(model.model == NANO),
             max_file_bytes: self.max_file_bytes.0 as u64,

@@ -1,4 +1,4 @@
-//! What the model writes before and after training, compared with what it should write.
+//! Generates answers before and after training, and compares them with the expected answers.
 
 use crate::input::is_stream;
 use crate::sampling::with_end_of_turn;
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 /// Most bytes of a row.
 const MAX_ROW_BYTES: usize = 64 << 20;
-/// Longest answer that is written for a sample, in tokens.
+/// Longest generated answer, in tokens.
 pub(super) const MAX_SAMPLE_TOKENS: usize = 64;
 
-/// A prompt and the answer that should follow.
+/// A prompt and the expected answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Question {
     prompt: Vec<u32>,
@@ -21,7 +21,7 @@ pub(super) struct Question {
     source: Option<Source>,
 }
 
-/// What came of a [`Question`].
+/// The generated answer to a [`Question`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) text: String,
@@ -29,7 +29,7 @@ pub(super) struct Answer {
 }
 
 impl Question {
-    /// The last trained turn of a sample as a question; none if nothing comes before it, as in plain text.
+    /// The last trained turn of a sample as a question; none if nothing precedes it, as in plain text.
     pub(super) fn of(sample: &Sample) -> Option<Self> {
         let end = sample.trained.iter().rposition(|&trained| trained)? + 1;
         let start = sample.trained[..end].iter().rposition(|&trained| !trained)? + 1;
@@ -54,10 +54,10 @@ impl Question {
         })
     }
 
-    /// What was asked, as it stands in the file.
+    /// The question, as in the file.
     pub(super) fn asked(&self) -> Option<String> {
         let Source { path, line } = self.source.as_ref()?;
-        // a pipe has been read already
+        // a pipe cannot be read again
         if is_stream(path) {
             return None;
         }
@@ -75,22 +75,22 @@ impl Question {
         Some(asked.text())
     }
 
-    /// What was asked, or else the whole prompt, without special tokens.
+    /// The question, or else the whole prompt, without special tokens.
     pub(super) fn prompt_text(&self, tokenizer: &Tokenizer) -> metal_candle::Result<String> {
         self.asked().map_or_else(|| tokenizer.decode(&self.prompt, true), Ok)
     }
 
-    /// The wanted answer as text, without special tokens.
+    /// The expected answer as text, without special tokens.
     pub(super) fn answer_text(&self, tokenizer: &Tokenizer) -> metal_candle::Result<String> {
         tokenizer.decode(&self.answer[..self.answer.len().min(MAX_SAMPLE_TOKENS)], true)
     }
 }
 
-/// Greedy answers to all questions, side by side.
+/// Greedy answers to all questions, as one batch.
 pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions: &[Question]) -> Result<Vec<Answer>> {
     let context = generator.model().config().max_sequence_length();
     let mut answers = Vec::with_capacity(questions.len());
-    // a right answer is as long as the wanted one; what is longer need not be written to the end
+    // a right answer is as long as the expected one, so stop there
     let configs: Vec<_> = questions
         .iter()
         .map(|question| {
@@ -107,7 +107,7 @@ pub(super) fn answer(generator: &mut Generator, tokenizer: &Tokenizer, questions
     Ok(answers)
 }
 
-/// The text that is written for one question, not cut at the length of the wanted answer.
+/// The generated answer to one question, not limited to the length of the expected answer.
 pub(super) fn show(generator: &mut Generator, question: &Question) -> metal_candle::Result<String> {
     let context = generator.model().config().max_sequence_length();
     let most = context.saturating_sub(question.prompt.len()).clamp(1, MAX_SAMPLE_TOKENS);

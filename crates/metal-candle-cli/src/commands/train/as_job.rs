@@ -1,16 +1,16 @@
-//! Training as a job of a server: in the background, and for as long as the server lives.
+//! Runs `train` as a job of a server: with low priority, and until the server exits.
 
 use crate::interrupt;
 use std::io::Read;
 
-/// How much lower the priority of a job is.
+/// The increase of the nice value of a job.
 #[cfg(unix)]
 const NICENESS: i32 = 10;
 
-/// Lowers the priority of this process, and does what Ctrl-C does when standard input ends: the server closes it to stop
-/// the job, and the operating system does so when the server is killed.
+/// Lowers the priority of this process, and treats the end of standard input like Ctrl-C: the server closes it to stop
+/// the job, and the operating system closes it if the server is killed.
 pub(super) fn start() {
-    // without the right to do so the priority stays as it is
+    // without permission, the priority does not change
     #[cfg(unix)]
     let _ = rustix::process::nice(NICENESS);
     std::thread::spawn(|| {

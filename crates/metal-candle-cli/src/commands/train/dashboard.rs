@@ -1,4 +1,4 @@
-//! The run as a dashboard in the terminal.
+//! Shows a run as a dashboard in the terminal.
 
 use crate::error::UserError;
 use crate::interrupt;
@@ -20,30 +20,30 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Time between two drawings, and the longest that a key waits.
+/// Time between two frames, and the longest delay of a key press.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// Most points of a curve that are drawn.
+/// Most points of a curve.
 const MAX_POINTS: usize = 400;
 
-/// Refuses early where no dashboard can be shown.
+/// Checks early whether a dashboard can be shown.
 pub(super) fn check(output: Output) -> Result<()> {
     let refuse = |message: &str| {
-        let hint = "leave `--tui` out: progress is then printed as lines";
+        let hint = "without `--tui`, progress is printed as lines";
         Err(UserError::new(message).with_hint(hint).into())
     };
     if output.is_quiet() {
         return Err(UserError::new("`--tui` and `--quiet` exclude each other").into());
     }
     if !output.is_terminal() {
-        return refuse("`--tui` needs a terminal: standard error is none");
+        return refuse("`--tui` needs a terminal, but standard error is not one");
     }
     if !io::stdin().is_terminal() {
-        return refuse("`--tui` reads keys from the terminal: standard input is none");
+        return refuse("`--tui` reads keys from a terminal, but standard input is not one");
     }
     Ok(())
 }
 
-/// What a dashboard shows.
+/// The contents of a dashboard.
 #[derive(Debug, Default)]
 pub(super) struct View {
     pub(super) title: String,
@@ -55,7 +55,7 @@ pub(super) struct View {
     /// In bytes.
     pub(super) memory: Option<u64>,
     pub(super) warnings: Vec<String>,
-    /// A prompt, and what the model writes for it.
+    /// A prompt and the model's answer before training.
     pub(super) sample: Option<(String, String)>,
     /// Time since the start, in seconds.
     pub(super) seconds: f64,
@@ -63,7 +63,7 @@ pub(super) struct View {
     pub(super) is_stopping: bool,
 }
 
-/// A dashboard that a thread of its own draws, so that it lives while a step takes its time.
+/// A dashboard that is drawn by a separate thread, so that it stays responsive during long steps.
 #[derive(Debug)]
 pub(super) struct Dashboard {
     view: Arc<Mutex<View>>,
@@ -78,7 +78,7 @@ impl Dashboard {
         let (view, is_over) = (Arc::new(Mutex::new(view)), Arc::new(AtomicBool::new(false)));
         let (shared, over) = (Arc::clone(&view), Arc::clone(&is_over));
         let thread = std::thread::spawn(move || {
-            // a terminal that is gone does not end the run
+            // a closed terminal does not end the run
             let _ = run(terminal, &shared, &over);
         });
         Ok(Self { view, is_over, thread: Some(thread) })
@@ -88,7 +88,7 @@ impl Dashboard {
         change(&mut lock(&self.view));
     }
 
-    /// Goes back to the usual screen.
+    /// Returns to the normal screen.
     pub(super) fn close(mut self) -> View {
         self.end();
         std::mem::take(&mut lock(&self.view))
@@ -126,7 +126,7 @@ fn run(
             view.is_stopping = interrupt::is_asked();
             terminal.draw(|frame| draw(frame, &view))?;
         }
-        // several keys may have come since
+        // several keys may be waiting
         let mut wait = INTERVAL;
         while event::poll(wait)? {
             if let Event::Key(key) = event::read()?
@@ -188,13 +188,13 @@ fn draw(frame: &mut Frame, view: &View) {
         }
     }
     let keys_line = if view.is_stopping {
-        Line::from("stopping and saving after this step; q or Ctrl-C again ends at once without saving").yellow()
+        Line::from("saving and stopping after this step; q or Ctrl-C again exits at once without saving").yellow()
     } else {
         Line::from(vec![
             Span::from("q").bold(),
             Span::from(" or "),
             Span::from("Ctrl-C").bold(),
-            Span::from("  stop and save"),
+            Span::from("  save and stop"),
         ])
         .add_modifier(Modifier::DIM)
     };
@@ -235,16 +235,16 @@ fn loss_chart(frame: &mut Frame, area: Rect, curves: &Curves) {
     );
 }
 
-/// A curve: its name in the legend, its colour, how it is drawn, and its points.
+/// A curve: its name in the legend, colour, style and points.
 type Curve<'a> = (&'a str, Color, Drawn, &'a [(f64, f64)]);
 
-/// How a curve is drawn.
+/// The style of a curve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Drawn {
     Line,
     /// Small points.
     Scattered,
-    /// Points that stand out.
+    /// Large points.
     Dots,
 }
 
@@ -254,7 +254,7 @@ fn chart(frame: &mut Frame, area: Rect, title: &str, curves: &[Curve]) {
     let block = Block::bordered().title(format!(" {title} "));
     let values: Vec<f64> = points.iter().flatten().map(|point| point.1).collect();
     let Some(last) = points.iter().flatten().map(|point| point.0).reduce(f64::max) else {
-        let waiting = Paragraph::new("no step is done yet").alignment(Alignment::Center).block(block);
+        let waiting = Paragraph::new("no step is completed yet").alignment(Alignment::Center).block(block);
         frame.render_widget(waiting, area);
         return;
     };
@@ -279,7 +279,7 @@ fn chart(frame: &mut Frame, area: Rect, title: &str, curves: &[Curve]) {
     frame.render_widget(chart, area);
 }
 
-/// A number of an axis, in few characters.
+/// A short number for an axis.
 fn number(value: f64) -> String {
     if value == 0.0 || (0.01..1e4).contains(&value.abs()) { format!("{value:.2}") } else { format!("{value:.1e}") }
 }
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_a_run_is_shown() {
+    fn a_dashboard_shows_the_whole_run() {
         let text = drawn(&view(), 100, 42);
         for part in [
             "nano on its sample data",
@@ -334,16 +334,16 @@ mod tests {
             "step 7: the loss jumped",
             "fn keep",
             "    pub fn",
-            "stop and save",
+            "save and stop",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
-        // evaluations stand out
+        // evaluations are large points
         assert!(text.contains('•'), "{text}");
-        // curves are drawn
+        // curves use braille characters
         assert!(text.chars().filter(|c| ('\u{2801}'..='\u{28ff}').contains(c)).count() > 50, "{text}");
         let stopping = drawn(&View { is_stopping: true, ..view() }, 100, 42);
-        assert!(stopping.contains("stopping and saving"), "{stopping}");
+        assert!(stopping.contains("saving and stopping"), "{stopping}");
     }
 
     #[test]
@@ -356,9 +356,9 @@ mod tests {
                 drawn(view, width, height);
             }
         }
-        assert!(drawn(&View::default(), 80, 24).contains("no step is done yet"));
+        assert!(drawn(&View::default(), 80, 24).contains("no step is completed yet"));
         let text = drawn(&views[1], 80, 24);
-        assert!(text.contains("10.9k tokens/s") && text.contains("stop and save"), "{text}");
+        assert!(text.contains("10.9k tokens/s") && text.contains("save and stop"), "{text}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a run will need: the command `plan`, and the first lines of `train`.
+//! Predicts the memory and time of a run, for the command `plan` and the first lines of `train`.
 
 use super::prepared::Prepared;
 use crate::error::UserError;
@@ -17,11 +17,11 @@ use std::path::PathBuf;
 /// Flags of `plan`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PlanArguments {
-    /// Read settings from a TOML file whose keys are the names of these flags; flags win.
+    /// Read settings from a TOML file whose keys are the names of these flags; flags override the file.
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Micro-batches to run for the estimate of the time; 0 for none.
+    /// Number of micro-batches to run to estimate the time; 0 for no estimate.
     #[arg(long, value_name = "COUNT", default_value_t = 3, help_heading = "Run")]
     pub(crate) measure: usize,
 
@@ -29,28 +29,28 @@ pub(crate) struct PlanArguments {
     pub(crate) settings: TrainSettings,
 }
 
-/// Share of the free memory that a run may take unless `--memory` says more.
+/// The share of the free memory that a run may use unless `--memory` is given.
 const SHARE_OF_FREE: f64 = 0.9;
 
-/// A trainer made to fit, its plan and what else takes memory.
+/// The plan of a trainer that fits in memory, and the other memory.
 pub(super) struct Fitted {
     pub(super) plan: TrainingPlan,
-    /// The program, its tokenizer and data, in bytes, where the system tells.
+    /// The program, its tokenizer and data, in bytes, if the system reports it.
     program_bytes: Option<usize>,
-    /// The most that may be used, in bytes, where it is known.
+    /// The limit, in bytes, if known.
     limit: Option<usize>,
-    /// The cache of keys and values while samples are written.
+    /// The KV cache while answers are generated.
     cache_bytes: usize,
     /// Whether a smaller micro-batch or checkpointed blocks were chosen.
     is_changed: bool,
 }
 
 impl Prepared {
-    /// Makes the run fit into the memory that `--memory` allows or that is free.
+    /// Makes the run fit in the limit of `--memory` or in free memory.
     pub(super) fn fit<T: Trained>(&self, trainer: Trainer<T>) -> Result<(Trainer<T>, Fitted)> {
         let whole = trainer.plan(&self.data.train)?;
         let mut memory = self.model.device().memory();
-        // processes of the CPU share what is free, and what may be taken
+        // CPU processes share the free memory and the limit
         let sharing = if self.model.device().is_cpu() { self.num_devices } else { 1 };
         if let Some(memory) = &mut memory {
             memory.free /= sharing;
@@ -74,7 +74,7 @@ impl Prepared {
         Ok((trainer, Fitted { plan, program_bytes, limit: Some(budget), cache_bytes, is_changed }))
     }
 
-    /// The cache of keys and values for the longest answer that is written before and after training.
+    /// The size of the KV cache for the longest answer before and after training.
     fn cache_bytes(&self) -> usize {
         let rows: Vec<&Dataset> = [self.data.test.as_ref(), self.data.valid.as_ref()].into_iter().flatten().collect();
         let longest = rows.iter().flat_map(|rows| rows.lengths()).max().unwrap_or(0);
@@ -83,13 +83,13 @@ impl Prepared {
 }
 
 impl Fitted {
-    /// The most that is used at any time, in bytes.
+    /// The peak memory, in bytes.
     fn peak_bytes(&self) -> usize {
         let resting = self.plan.weights_bytes + self.plan.trained_bytes + self.plan.optimizer_bytes;
         self.plan.peak_bytes.max(resting + self.cache_bytes) + self.program_bytes.unwrap_or(0)
     }
 
-    /// The lines that `train` begins with.
+    /// Prints the first lines of `train`.
     pub(super) fn note(&self, output: Output) {
         let plan = &self.plan;
         let limit = self.limit.map_or_else(String::new, |limit| format!(" of {}", bytes(limit as u64)));
@@ -105,7 +105,7 @@ impl Fitted {
         ));
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
             output.note(format_args!(
-                "         {} tokens at once, {} of {} blocks recomputed in the backward pass{how}",
+                "         micro-batches of {} tokens, {} of {} blocks checkpointed{how}",
                 grouped(plan.micro_batch_tokens as u64),
                 plan.checkpointed_blocks,
                 plan.trained_blocks,
@@ -161,28 +161,28 @@ pub(super) fn print<T: Trained>(
     let size = |count: usize| bytes(count as u64);
     let count = |count: usize| grouped(count as u64);
     line("weights", size(plan.weights_bytes), "");
-    line("trained", size(plan.trained_bytes), "parameters, gradients and the copies that are kept");
+    line("trained", size(plan.trained_bytes), "parameters, gradients and saved copies");
     line("optimizer", size(plan.optimizer_bytes), "");
-    line("activations", size(plan.step.kept), "kept between forward and backward pass");
-    line("step", size(plan.step.peak.saturating_sub(plan.step.kept)), "held beside them at the highest point");
-    line("head", size(plan.step.head), "of the step, logits and loss");
-    line("kv cache", size(fitted.cache_bytes), "while samples are written, before and after training");
+    line("activations", size(plan.step.kept), "saved between forward and backward pass");
+    line("step", size(plan.step.peak.saturating_sub(plan.step.kept)), "temporary, at the peak");
+    line("head", size(plan.step.head), "of the step: logits and loss");
+    line("kv cache", size(fitted.cache_bytes), "for answers before and after training");
     if let Some(program) = fitted.program_bytes {
         line("program", size(program), "the program itself, tokenizer and data");
     }
-    let limit = fitted.limit.map_or_else(String::new, |limit| format!("of {} that may be used", size(limit)));
+    let limit = fitted.limit.map_or_else(String::new, |limit| format!("of a limit of {}", size(limit)));
     line("peak", size(fitted.peak_bytes()), &limit);
     line("steps", count(plan.steps), "");
-    line("tokens", count(plan.tokens), &format!("{} of them trained", count(plan.trained_tokens)));
-    line("batch", count(plan.largest_batch), "tokens at most; the longest row is below");
+    line("tokens", count(plan.tokens), &format!("of which {} are trained", count(plan.trained_tokens)));
+    line("batch", count(plan.largest_batch), "tokens at most");
     line("longest row", count(plan.longest_sample), "tokens");
-    let chosen = if fitted.is_changed { "tokens computed at once, chosen to fit" } else { "tokens computed at once" };
+    let chosen = if fitted.is_changed { "tokens, chosen to fit" } else { "tokens" };
     line("micro-batch", count(plan.micro_batch_tokens), chosen);
-    let remark = format!("of {} blocks keep only their input and are recomputed", plan.trained_blocks);
+    let remark = format!("of {} blocks save only their input and are recomputed", plan.trained_blocks);
     line("checkpointed", count(plan.checkpointed_blocks), &remark);
     if let (Some(speed), Some(seconds)) = (speed, seconds) {
         line("speed", format!("{speed:.0}"), "tokens/s, measured on the first micro-batches");
-        line("time", duration(seconds), "for the steps; evaluations and samples come on top");
+        line("time", duration(seconds), "for the steps, without evaluations and answers");
     }
     Output::print(text)?;
     Ok(())

@@ -1,4 +1,4 @@
-//! A run before its first step: settings, model and data, and the trainer that they configure.
+//! Holds the settings, model and data of a run, and configures its trainer.
 
 use super::answers::Question;
 use crate::error::UserError;
@@ -19,27 +19,27 @@ use std::path::Path;
 
 /// Settings, model and data of a run before its first step.
 pub(super) struct Prepared {
-    /// The settings that the file and the flags name.
+    /// The settings from the file and the flags.
     pub(super) given: TrainSettings,
-    /// All settings.
+    /// The complete settings.
     pub(super) settings: TrainSettings,
     pub(super) source: ModelSource,
     pub(super) model: Model,
-    /// The adapter to train; none when all weights are trained.
+    /// The adapter to train; none if all weights are trained.
     pub(super) adapter: Option<LoRAAdapter>,
     pub(super) tokenizer: Tokenizer,
     pub(super) data: Datasets,
-    /// The name that the user gave the data.
+    /// The data, as named by the user.
     pub(super) data_name: String,
-    /// When the run was first started, in seconds since 1970 (UTC): the time that chat templates read.
+    /// When the run was first started, in seconds since 1970 (UTC). Chat templates use it as the current time.
     pub(super) started: u64,
     /// The number of processes that train together.
     pub(super) num_devices: usize,
 }
 
 impl Prepared {
-    /// What the trainer is made with; [`Prepared::configure`] says which optimizer, and the schedule comes when the number
-    /// of steps is known.
+    /// The initial configuration of the trainer; [`Prepared::configure`] sets the optimizer, and the schedule is set once the
+    /// number of steps is known.
     pub(super) fn training_config(&self) -> TrainingConfig {
         let settings = &self.settings;
         TrainingConfig {
@@ -97,14 +97,14 @@ impl Prepared {
         let train = &self.data.train;
         let cut = self.settings.max_tokens_per_sample.filter(|_| self.settings.truncate == Some(true));
         let mut warnings: Vec<_> = cut.and_then(|max_tokens| cut_rows_warning(train, max_tokens)).into_iter().collect();
-        // with all weights the marks are trained too
+        // training all weights also trains the special tokens
         if let Some(adapter) = &self.adapter {
             warnings.extend(template_warning(&self.model, Some(&adapter.terms()?), &self.tokenizer, train)?);
         }
         Ok(warnings)
     }
 
-    /// Writes the chat template into a folder, if it is not the model's own.
+    /// Writes the chat template into a folder, if it differs from the model's own.
     pub(super) fn write_template(&self, folder: &Path) -> Result<()> {
         if self.settings.chat_template.is_some() {
             write_template(&self.tokenizer, folder)?;
@@ -112,7 +112,7 @@ impl Prepared {
         Ok(())
     }
 
-    /// What the run's record says of it from the start.
+    /// The initial record of the run.
     pub(super) fn record(&self) -> Result<RunRecord> {
         let settings = match serde_json::to_value(&self.settings)? {
             Value::Object(settings) => settings.into_iter().filter(|(_, value)| !value.is_null()).collect(),
@@ -137,14 +137,14 @@ impl Prepared {
         self.data.test.as_ref().map_or_else(Vec::new, |test| Question::first(test, count))
     }
 
-    /// A row to show what the model writes for it: one that is not trained, if there is such.
+    /// A row whose answer is shown before and after training; an untrained row if there is one.
     pub(super) fn to_show(&self) -> Option<Question> {
         let test = self.data.test.as_ref().filter(|test| !test.is_empty());
         let rows: &Dataset = test.or(self.data.valid.as_ref()).unwrap_or(&self.data.train);
         Question::to_show(rows)
     }
 
-    /// The trainer with all settings, and the number of its steps. The trainer takes the validation rows.
+    /// Sets the remaining settings of the trainer and returns the number of steps. Moves the validation rows to the trainer.
     pub(super) fn schedule<T: Trained>(&mut self, trainer: Trainer<T>) -> Result<(Trainer<T>, usize)> {
         let trainer = self.configure(trainer)?;
         let total_steps = trainer.total_steps(&self.data.train)?;
@@ -162,7 +162,7 @@ impl Prepared {
         Ok((trainer, total_steps))
     }
 
-    /// Records in the settings what was chosen to make the run fit, so that it resumes in the same way.
+    /// Records the chosen micro-batch and checkpointed blocks in the settings, so that the run resumes with them.
     pub(super) fn note_choice(&mut self, plan: &TrainingPlan) {
         for settings in [&mut self.given, &mut self.settings] {
             if plan.micro_batch_tokens < plan.largest_batch {

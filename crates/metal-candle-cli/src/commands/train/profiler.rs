@@ -1,4 +1,4 @@
-//! Where the time of the first steps goes.
+//! Profiles the first steps of a run.
 
 use crate::output::Output;
 use crate::run_folder::RunFolder;
@@ -8,7 +8,7 @@ use metal_candle::profile::{self, Profile};
 use metal_candle::training::TrainingEvent;
 use std::path::PathBuf;
 
-/// Most steps that are recorded: a step takes some hundred kilobytes of the file.
+/// Most recorded steps: each step needs some hundred kilobytes in the file.
 pub(super) const MAX_STEPS: usize = 20;
 
 /// Records steps, without the evaluations and checkpoints between them.
@@ -40,7 +40,7 @@ impl Profiler {
         }
     }
 
-    /// Ends the recording and writes it as a trace; nothing if no step was recorded.
+    /// Stops recording and writes a trace; none if no step was recorded.
     pub(super) fn write(mut self) -> Result<Option<Profiled>> {
         if !self.is_over {
             profile::stop();
@@ -54,7 +54,7 @@ impl Profiler {
     }
 }
 
-/// A profile that was written.
+/// A written profile.
 #[derive(Debug)]
 pub(super) struct Profiled {
     pub(super) path: PathBuf,
@@ -66,7 +66,7 @@ impl Profiled {
     pub(super) fn print(&self, output: Output) {
         let steps =
             if self.steps == 1 { "the first step".to_owned() } else { format!("the first {} steps", self.steps) };
-        output.note(format_args!("\nwhere the time of {steps} went, without what is nested:\n{}", self.table));
+        output.note(format_args!("\ntime of {steps}, without nested operations:\n{}", self.table));
         output.note(format_args!("profile         {} (for chrome://tracing or ui.perfetto.dev)", self.path.display()));
     }
 }

@@ -1,4 +1,4 @@
-//! What is noted of a run beside the trainer's own files: its record, TensorBoard events and the picture.
+//! Writes the files of a run besides the trainer's own: its record, TensorBoard events and the chart.
 
 use crate::memory;
 use crate::plot::{self, Curves};
@@ -22,17 +22,17 @@ pub(super) struct Recorder {
     events: Option<EventWriter>,
     curves: Curves,
     record: RunRecord,
-    /// When this process began, and what the run had taken before.
+    /// When this process started, and the time of the run before it.
     started: Instant,
     seconds_before: f64,
     recorded: Instant,
-    /// Tokens of this process's steps, and how long these took.
+    /// The tokens of this process's steps, and their time.
     tokens: f64,
     step_seconds: f64,
 }
 
 impl Recorder {
-    /// A recorder of a run that `record` describes; what an earlier process recorded of the same run is taken over.
+    /// Creates a recorder of the run that `record` describes; continues the record of an earlier process.
     pub(super) fn new(run: RunFolder, mut record: RunRecord) -> Self {
         let earlier = RunRecord::read(run.path()).ok().flatten().unwrap_or_default();
         if earlier.started > 0 {
@@ -53,7 +53,7 @@ impl Recorder {
         }
     }
 
-    /// Writes how the run stands.
+    /// Writes the status of the run.
     pub(super) fn record(&mut self) -> Result<()> {
         self.recorded = Instant::now();
         let record = &mut self.record;
@@ -65,7 +65,7 @@ impl Recorder {
         record.write(self.run.path())
     }
 
-    /// Writes how the run ended.
+    /// Writes the final status of the run.
     pub(super) fn end(&mut self, outcome: Outcome, error: Option<String>) -> Result<()> {
         (self.record.outcome, self.record.error) = (outcome, error);
         self.record()
@@ -109,12 +109,12 @@ impl Recorder {
         }
     }
 
-    /// Takes up what `metrics.jsonl` holds of the run so far; the trainer has cut off later lines.
+    /// Reads the curves from `metrics.jsonl`, which the trainer has truncated to the step to resume from.
     fn start(&mut self) -> Result<()> {
         self.record()?;
         self.curves = Curves::default();
         self.events = Some(EventWriter::create(self.run.path())?);
-        // without the file the run has just begun
+        // a new run has no file yet
         let Ok(mut lines) = BoundedLines::open(self.run.metrics(), MAX_METRICS_LINE_BYTES) else { return Ok(()) };
         while let Ok(Some(line)) = lines.next_line() {
             let Ok(row) = serde_json::from_slice::<Value>(line) else { continue };

@@ -1,4 +1,4 @@
-//! What `train` prints.
+//! Prints the output of `train`.
 
 use super::answers::Question;
 use super::prepared::Prepared;
@@ -15,12 +15,12 @@ use metal_candle::training::{StopReason, TrainingMetrics};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// What a model wrote.
+/// Generated answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Written {
-    /// For the row that is shown.
+    /// The answer for the shown row.
     pub(super) sample: Option<String>,
-    /// Exactly right answers to the questions.
+    /// The number of exactly right answers.
     pub(super) num_right: usize,
 }
 
@@ -31,9 +31,9 @@ pub(super) struct Report {
     /// The folder of the adapter, or of the model.
     pub(super) kept: PathBuf,
     pub(super) is_full: bool,
-    /// What the user called the model.
+    /// The model, as named by the user.
     pub(super) model: String,
-    /// The type that its weights were quantized to while loading.
+    /// The type to which its weights were quantized while loading.
     pub(super) quantize: Option<MixtureName>,
     pub(super) metrics: TrainingMetrics,
     pub(super) total_steps: usize,
@@ -44,11 +44,11 @@ pub(super) struct Report {
     pub(super) after: Written,
     /// A prompt for the next command.
     pub(super) example: Option<String>,
-    /// Where the time of the first steps went, if that was recorded.
+    /// The profile of the first steps, if it was recorded.
     pub(super) profiled: Option<Profiled>,
 }
 
-/// How many rows there are for what.
+/// The number of rows of each split.
 pub(super) fn rows(data: &Datasets) -> String {
     let tokens: usize = data.train.lengths().iter().sum();
     let count = |dataset: &Dataset| grouped(dataset.len() as u64);
@@ -59,7 +59,7 @@ pub(super) fn rows(data: &Datasets) -> String {
     parts.join(", ")
 }
 
-/// Model, adapter and data, before the run.
+/// Prints model, adapter and data before the run.
 pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_steps: usize, output: Output) {
     let Prepared { settings, source, model, adapter, .. } = prepared;
     let config = model.config();
@@ -89,7 +89,7 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
                 100.0 * adapter.num_parameters() as f64 / config.num_parameters() as f64,
             ));
             if !saved.is_empty() {
-                output.note(format_args!("         trained as a whole: {}", saved.join(", ")));
+                output.note(format_args!("         trained in full: {}", saved.join(", ")));
             }
         }
         None => match settings.train_last_layers {
@@ -107,7 +107,7 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
     ));
 }
 
-/// A row, what should follow it, and what the model writes now.
+/// Prints a row, the expected answer, and the model's answer before training.
 pub(super) fn sample_before(
     tokenizer: &Tokenizer,
     question: Option<&Question>,
@@ -198,7 +198,7 @@ impl Report {
             return format!("metal-candle generate --model {} --temperature 0 --prompt {prompt}", self.kept.display());
         }
         let model = if self.model == NANO { String::new() } else { format!("--model {} ", self.model) };
-        // the weights that the adapter was trained on
+        // the adapter needs the quantized weights it was trained on
         let quantize =
             self.quantize.map_or_else(String::new, |MixtureName(mixture)| format!("--quantize {} ", mixture.name));
         format!("metal-candle generate {model}{quantize}--adapter {run} --temperature 0 --prompt {prompt}")
@@ -249,7 +249,7 @@ fn indented(text: &str) -> String {
     text.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// The text as one word for a POSIX shell.
+/// Quotes a text as one word for a POSIX shell.
 fn shell_quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }

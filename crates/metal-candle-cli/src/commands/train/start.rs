@@ -1,4 +1,4 @@
-//! Everything a run needs before its first step.
+//! Loads everything that a run needs before its first step.
 
 use super::prepared::Prepared;
 use crate::error::UserError;
@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-/// Loads model, adapter and data; a resumed run renders its data as on the day it was started.
+/// Loads model, adapter and data; a resumed run renders its data with the date of its first start.
 pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, output: Output) -> Result<Prepared> {
     let given = settings.clone();
     let name = settings.model.clone().unwrap_or_else(|| NANO.into());
@@ -47,24 +47,24 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
 
     let is_full = settings.full == Some(true);
     if settings.quantize.is_some() && (is_full || settings.from_scratch == Some(true)) {
-        return Err(UserError::new("`--quantize` is for adapters: weights that are trained are not quantized").into());
+        return Err(UserError::new("`--quantize` needs an adapter: quantized weights cannot be trained").into());
     }
     let device = settings.device.unwrap_or(crate::values::DeviceKind::Auto);
     let model = if settings.from_scratch == Some(true) {
         Model::initialize(config, settings.seed.unwrap_or(0), device.open(output)?)?
     } else if is_full && settings.train_last_layers.is_none() {
-        // all weights are trained in f32, whatever they are saved in
+        // all weights are trained in f32, whatever their saved dtype
         source.load(Some(crate::values::WeightType::F32), device, output)?
     } else {
         source.load_as((settings.dtype, settings.quantize), device, output)?
     };
     let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source, &tokenizer)?) };
-    // a start that rounds weights makes another model
+    // an initialization that rounds weights creates another model
     let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
     Ok(Prepared { given, settings, source, model, adapter, tokenizer, data, data_name, started, num_devices: 1 })
 }
 
-/// A path as seen from the working folder.
+/// A path relative to the working folder.
 fn shown(path: &Path) -> String {
     let folder = std::env::current_dir().ok();
     let inside = folder.as_ref().and_then(|folder| path.strip_prefix(folder).ok());
@@ -111,7 +111,7 @@ fn adapter(
     Ok(builder.build()?)
 }
 
-/// Writes a model whose weights were trained, in the dtype asked for or else that of the model it comes from.
+/// Writes a trained model, in the requested dtype or else the dtype of the original model.
 pub(super) fn save_full(model: &Model, folder: &Path, prepared: &Prepared) -> Result<()> {
     let dtype = match prepared.settings.dtype {
         Some(dtype) => dtype.dtype(),

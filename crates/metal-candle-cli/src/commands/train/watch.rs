@@ -1,4 +1,4 @@
-//! Watching a run: the progress bar or the dashboard, the record, and Ctrl-C.
+//! Handles the events of a run: updates the progress bar or dashboard and the record, and stops on Ctrl-C.
 
 use super::dashboard::{Dashboard, View};
 use super::profiler::Profiler;
@@ -12,34 +12,34 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Seconds between two drawings of the picture during a run.
+/// Time between two updates of the chart during a run.
 const PICTURE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Time between two updates of the dashboard's curves.
 const CURVES_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Follows a run.
+/// The event handler of a run.
 #[derive(Debug)]
 pub(super) struct Watch {
     output: Output,
     progress: Option<Progress>,
-    /// What the dashboard begins with, if there is to be one.
+    /// The initial contents of the dashboard, if one is requested.
     view: Option<View>,
     dashboard: Option<Dashboard>,
     pub(super) recorder: Recorder,
-    /// Records where time goes, if that is asked for.
+    /// The profiler, if requested.
     pub(super) profiler: Option<Profiler>,
     title: String,
-    /// Where the picture goes.
+    /// The path of the chart.
     picture: PathBuf,
     last_picture: Instant,
-    /// When the dashboard was given the curves, which may be long.
+    /// When the curves of the dashboard were last updated; copying long curves takes time.
     last_curves: Option<Instant>,
     memory: Gauge,
     mean_loss: Option<f64>,
     mean_speed: Option<f64>,
     valid_loss: Option<f64>,
-    /// What kept events from being written; the run stops then.
+    /// The error of a failed write, which stops the run.
     pub(super) failure: Option<Error>,
 }
 
@@ -64,13 +64,13 @@ impl Watch {
         }
     }
 
-    /// Shows the run as a dashboard, with a prompt and what the model writes for it.
+    /// Shows a dashboard, with a prompt and the model's answer.
     pub(super) fn with_dashboard(mut self, sample: Option<(String, String)>) -> Self {
         self.view = Some(View { title: self.title.clone(), sample, ..View::default() });
         self
     }
 
-    /// Records where the time of the first steps goes.
+    /// Profiles the first steps.
     pub(super) fn with_profiler(mut self, profiler: Profiler) -> Self {
         self.profiler = Some(profiler);
         self
@@ -117,12 +117,12 @@ impl Watch {
             (view.first_step, view.total_steps) = (step, total_steps);
             match Dashboard::open(view) {
                 Ok(dashboard) => {
-                    // Ctrl-C is a key now
+                    // in the dashboard, Ctrl-C is a key
                     interrupt::listen();
                     self.dashboard = Some(dashboard);
                     return;
                 }
-                Err(error) => Output::warn(format_args!("no dashboard can be shown: {error}")),
+                Err(error) => Output::warn(format_args!("cannot show the dashboard: {error}")),
             }
         }
         let mut progress = self.output.progress(total_steps as u64, "training", Unit::Steps);
@@ -130,7 +130,7 @@ impl Watch {
         self.progress = Some(progress);
     }
 
-    /// Takes bar or dashboard away, also when the run failed.
+    /// Removes the bar or dashboard, also if the run failed.
     pub(super) fn close(&mut self) {
         if let Some(progress) = self.progress.take() {
             progress.finish();
@@ -175,7 +175,7 @@ impl Watch {
     }
 }
 
-/// What stands beside the bar: 50 columns at most for losses below 100.
+/// The text next to the bar: at most 50 columns for losses below 100.
 fn message(loss: Option<f64>, valid_loss: Option<f64>, speed: Option<f64>, memory: Option<u64>) -> String {
     let parts = [
         loss.map(|loss| format!("loss {loss:.3}")),
@@ -186,7 +186,7 @@ fn message(loss: Option<f64>, valid_loss: Option<f64>, speed: Option<f64>, memor
     parts.into_iter().flatten().collect::<Vec<_>>().join("  ")
 }
 
-/// Ends the run if `stop` is set.
+/// Stops the run if `stop` is set.
 fn flow(stop: bool) -> ControlFlow<()> {
     if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
@@ -196,7 +196,7 @@ mod tests {
     use super::message;
 
     #[test]
-    fn the_message_leaves_room_for_a_bar() {
+    fn the_message_leaves_space_for_a_bar() {
         let text = message(Some(12.3456), Some(11.987), Some(10_864.0), Some(193_700_000));
         assert_eq!(text, "loss 12.346  valid 11.987  10.9k tokens/s  193.7 MB");
         assert!(text.len() <= 54, "{}", text.len());
