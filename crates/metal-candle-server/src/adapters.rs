@@ -1,4 +1,4 @@
-//! The adapters that a server holds: names that point to immutable generations.
+//! Loads, replaces and unloads the adapters of a server. Names point to immutable generations.
 
 use crate::error::{ApiError, without_paths};
 use crate::ids::unix_time;
@@ -10,20 +10,20 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Longest name of an adapter. Those of fine-tuning jobs have several parts.
+/// Longest name of an adapter. Names of fine-tuned adapters have several parts.
 const MAX_NAME: usize = 256;
 
-/// One generation of an adapter. It never changes.
+/// One immutable generation of an adapter.
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) name: String,
-    /// Never used twice in the life of a server.
+    /// The id of the generation, which the server never reuses.
     pub(crate) generation: u64,
     pub(crate) terms: LowRankTerms,
     pub(crate) rank: usize,
     pub(crate) method: &'static str,
     pub(crate) bytes: usize,
-    /// The path below the root that it was loaded from, or the job that made it.
+    /// The path below the root that it was loaded from, or the job that trained it.
     pub(crate) source: String,
     pub(crate) created: u64,
     is_retired: AtomicBool,
@@ -31,12 +31,12 @@ pub(crate) struct Adapter {
 }
 
 impl Adapter {
-    /// Number of jobs that use it.
+    /// The number of jobs that use it.
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Counts a job that uses it, until the result is dropped.
+    /// Counts a job that uses it, until the returned value is dropped.
     pub(crate) fn use_in_job(self: &Arc<Self>) -> InFlight {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         InFlight(Arc::clone(self))
@@ -65,7 +65,7 @@ pub(crate) struct Adapters {
     /// The folder that adapters may be loaded from.
     root: Option<PathBuf>,
     limit: usize,
-    /// Names of the model itself.
+    /// The names of the model itself.
     reserved: [String; 2],
     state: Mutex<State>,
 }
@@ -111,11 +111,11 @@ impl Adapters {
     /// Loads an adapter from a path below the root. See [`Self::insert`].
     ///
     /// # Errors
-    /// The path is not below the root, or holds no adapter of this model.
+    /// The path is not below the root, or contains no adapter of this model.
     pub(crate) fn load_below_root(&self, name: &str, path: &str, replaces: Replaces) -> Result<Arc<Adapter>, ApiError> {
         let Some(root) = &self.root else {
             return Err(ApiError::forbidden(
-                "adapters cannot be loaded: the server was started without --adapter-root",
+                "loading adapters is disabled: the server was started without --adapter-root",
             ));
         };
         self.check_name(name)?;
@@ -123,14 +123,14 @@ impl Adapters {
         let relative = Path::new(path);
         let is_plain = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
         if path.is_empty() || path.contains('\0') || !relative.components().all(is_plain) {
-            return Err(wrong("expected a path below the folder of adapters, without `..`"));
+            return Err(wrong("expected a path below the adapter folder, without `..`"));
         }
-        // links may lead outside
+        // links may point outside
         let full = adapter_folder(&root.join(relative));
         let full = full.canonicalize().map_err(|_| wrong("there is no such file or folder"))?;
         let root = root.canonicalize().map_err(ApiError::server)?;
         if !full.starts_with(&root) {
-            return Err(wrong("expected a path below the folder of adapters"));
+            return Err(wrong("expected a path below the adapter folder"));
         }
         self.load_folder(name, &full, path, replaces)
     }
@@ -138,7 +138,7 @@ impl Adapters {
     /// Loads an adapter from a file or folder. See [`Self::insert`].
     ///
     /// # Errors
-    /// The path holds no adapter of this model.
+    /// The path contains no adapter of this model.
     pub(crate) fn load(
         &self,
         name: &str,
@@ -152,20 +152,20 @@ impl Adapters {
     fn load_folder(&self, name: &str, path: &Path, source: &str, replaces: Replaces) -> Result<Arc<Adapter>, ApiError> {
         self.check_name(name)?;
         let loaded = LoRAAdapter::load(&self.model, path).map_err(|error| {
-            // the message may hold paths, which are none of the client's business
+            // the message may contain paths, which clients must not see
             tracing::warn!("adapter `{name}`: {error}");
             ApiError::field(
                 "path",
-                format!("`{source}` holds no adapter of this model: {}", without_paths(&error.to_string())),
+                format!("`{source}` contains no adapter of this model: {}", without_paths(&error.to_string())),
             )
         })?;
         self.insert(name, &loaded, source, replaces)
     }
 
-    /// Puts an adapter under a name: a new generation. Requests that run keep theirs.
+    /// Registers an adapter under a name as a new generation. Running requests keep theirs.
     ///
     /// # Errors
-    /// The adapter trains whole modules, the name is taken, or there are too many adapters.
+    /// The adapter replaces modules, the name is taken, or there are too many adapters.
     pub(crate) fn insert(
         &self,
         name: &str,
@@ -176,8 +176,8 @@ impl Adapters {
         self.check_name(name)?;
         if !adapter.saved_parameters().is_empty() {
             let message = format!(
-                "adapter `{name}` replaces whole modules of the model, which others share; merge it with `metal-candle fuse` and \
-                 serve the result"
+                "adapter `{name}` replaces modules of the model, which other adapters share; merge it with `metal-candle fuse` and \
+                serve the result"
             );
             return Err(ApiError::unsupported("path", message));
         }
@@ -228,7 +228,7 @@ impl Adapters {
         Ok(made)
     }
 
-    /// Unloads an adapter. Requests that run keep it until they end.
+    /// Unloads an adapter. Running requests keep it until they end.
     pub(crate) fn remove(&self, name: &str) -> Option<Arc<Adapter>> {
         let removed = self.state().by_name.remove(name)?;
         removed.is_retired.store(true, Ordering::Relaxed);
@@ -236,16 +236,16 @@ impl Adapters {
     }
 }
 
-/// Which adapter a new one may take the name of.
+/// Which existing adapter a new one may replace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Replaces {
     Nothing,
     Any,
-    /// This one, and no other.
+    /// Only this generation.
     Generation(u64),
 }
 
-/// The adapter's folder in a run folder, or the path itself.
+/// The adapter in a run folder, or the path itself.
 fn adapter_folder(path: &Path) -> PathBuf {
     let in_run = path.join("adapter");
     if in_run.is_dir() { in_run } else { path.to_owned() }

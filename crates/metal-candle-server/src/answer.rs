@@ -1,4 +1,4 @@
-//! The answers of a job, as all generating routes see them: updates of one choice at a time, several pieces in one if the
+//! Reads the answers of a job, for all generating routes. Each update is for one choice; it combines several chunks if the
 //! reader is behind.
 
 use crate::adapters::{Adapter, InFlight};
@@ -15,10 +15,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// What clients get in place of negative infinity, which JSON does not have.
+/// Replaces negative infinity, which JSON does not have.
 const LEAST_LOGPROB: f32 = -9999.0;
 
-/// A token with its log-probability and those of the most probable tokens.
+/// A token with its log-probability and those of the most likely tokens.
 #[derive(Debug, Clone)]
 pub(crate) struct Scored {
     pub(crate) id: u32,
@@ -27,7 +27,7 @@ pub(crate) struct Scored {
 }
 
 impl Scored {
-    /// OpenAI's form for chats.
+    /// OpenAI's object for chats.
     pub(crate) fn chat_form(&self, served: &Served) -> Value {
         let form = |id, logprob: f32| {
             let (token, bytes) = served.token_text(id);
@@ -39,25 +39,25 @@ impl Scored {
     }
 }
 
-/// A log-probability that JSON can hold.
+/// Makes a log-probability finite, for JSON.
 pub(crate) fn finite(logprob: f32) -> f32 {
     logprob.max(LEAST_LOGPROB)
 }
 
-/// What a choice has got since the last update.
+/// The new text and tokens of a choice since the last update.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     pub(crate) choice: usize,
     pub(crate) text: String,
     pub(crate) tokens: Vec<Scored>,
     pub(crate) finish: Option<Finish>,
-    /// The text as reasoning, content and calls.
+    /// The text, split into reasoning, content and calls.
     pub(crate) deltas: Vec<Delta>,
     /// Whether the choice has called a tool.
     pub(crate) has_calls: bool,
 }
 
-/// Numbers of tokens.
+/// Token counts.
 #[allow(clippy::struct_field_names)] // the names of the wire format
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
@@ -70,7 +70,7 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// The sum over prompts.
+    /// Adds the counts of another prompt.
     pub(crate) fn add(&mut self, other: Self) {
         self.prompt_tokens += other.prompt_tokens;
         self.cached_tokens += other.cached_tokens;
@@ -80,7 +80,7 @@ impl Usage {
         self.rejected_tokens += other.rejected_tokens;
     }
 
-    /// OpenAI's form.
+    /// OpenAI's object.
     pub(crate) fn openai_form(self) -> Value {
         let Self { prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, .. } = self;
         let (accepted_tokens, rejected_tokens) = (self.accepted_tokens, self.rejected_tokens);
@@ -96,17 +96,17 @@ impl Usage {
     }
 }
 
-/// The running answers of a job.
+/// A job whose answers are being generated.
 #[derive(Debug)]
 pub(crate) struct Answering {
     answers: Answers,
     app: Arc<App>,
     owner: usize,
     _adapter: Option<InFlight>,
-    /// Tokens charged and not used so far.
+    /// Tokens that are charged and not used yet.
     charged: usize,
     pub(crate) usage: Usage,
-    /// Of each choice, if its text is more than content.
+    /// The parser of each choice, if its text may contain reasoning or calls.
     parsers: Vec<Option<ToolParser>>,
     num_open: usize,
     ready: VecDeque<Progress>,
@@ -140,7 +140,7 @@ impl Answering {
         })
     }
 
-    /// Splits the text of each choice by a copy of `parser`.
+    /// Splits the text of each choice with a copy of `parser`.
     pub(crate) fn parse_by(&mut self, parser: &ToolParser) {
         self.parsers = vec![Some(parser.clone()); self.num_open];
     }
@@ -162,7 +162,7 @@ impl Answering {
             }
             match self.answers.next().await {
                 Some(update) => self.take(update),
-                None => return Err(ApiError::server("the answers of a request ended before their end")),
+                None => return Err(ApiError::server("the answers of a request ended unexpectedly")),
             }
             while let Some(update) = self.answers.try_next() {
                 self.take(update);
@@ -170,7 +170,7 @@ impl Answering {
         }
     }
 
-    /// The next update, or `None` within the inner result if there is none for this long.
+    /// The next update; `None` if there is none within `time`.
     pub(crate) async fn next_within(&mut self, time: Duration) -> Option<Result<Option<Progress>, ApiError>> {
         tokio::time::timeout(time, self.next()).await.ok()
     }
@@ -183,7 +183,7 @@ impl Answering {
         }
     }
 
-    /// The update of a choice that the reader has not got yet.
+    /// The pending update of a choice.
     fn progress(&mut self, choice: usize) -> &mut Progress {
         let index = self.ready.iter().position(|progress| progress.choice == choice).unwrap_or(self.ready.len());
         if index == self.ready.len() {
@@ -216,7 +216,7 @@ impl Answering {
         progress.text.push_str(&text);
         progress.deltas.append(&mut deltas);
         progress.has_calls |= has_calls;
-        // the token that ends a text is none of it
+        // the end-of-text token is not part of the text
         if finish.as_ref().is_none_or(|finish| finish.reason != FinishReason::EndOfText) {
             progress.tokens.push(Scored { id: token, logprob: log_probability, top: top_log_probabilities });
         }
@@ -249,18 +249,18 @@ impl Drop for Answering {
     }
 }
 
-/// What happened to one of several jobs.
+/// An update of one of several jobs.
 #[derive(Debug)]
 pub(crate) enum MergedUpdate {
-    /// A choice of the job with this number went on.
+    /// New text of a choice of the job with this index.
     Progress(usize, Progress),
     /// A job ended.
     Ended(Usage),
-    /// A job failed, and with it the request.
+    /// A job failed, so the request fails.
     Failed(ApiError),
 }
 
-/// The answers of several jobs as they come. Dropping it cancels all of them.
+/// The answers of several jobs, in the order they are generated. Dropping it cancels all jobs.
 #[derive(Debug)]
 pub(crate) struct Merged {
     receiver: mpsc::Receiver<MergedUpdate>,

@@ -1,4 +1,4 @@
-//! The state that all routes share.
+//! [`App`]: the state that all routes share.
 
 use crate::adapters::{Adapter, Adapters};
 use crate::auth::{Client, Keys, Origins};
@@ -15,17 +15,17 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
-/// Computations on the side (tokens, templates, grammars) that run at a time, and that may wait.
+/// Most CPU tasks (tokenizing, templates, grammars) that run at the same time, and that wait.
 const MAX_SIDE_TASKS: usize = 2;
 const MAX_SIDE_WAITING: usize = 256;
 
-/// Tokens that a draft model guesses at a time.
+/// Most tokens that a draft model drafts at a time.
 const MAX_DRAFT: usize = 4;
 
-/// Number of tokens that fit behind a prompt.
+/// The number of tokens that fit in the context after a prompt.
 ///
 /// # Errors
-/// None fits.
+/// No token fits.
 pub(crate) fn room(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
     if prompt_tokens >= context {
         return Err(ApiError::context(param, prompt_tokens, context));
@@ -43,22 +43,22 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) origins: Origins,
     pub(crate) metrics: Arc<Metrics>,
-    /// Uploaded files, if the server has a folder for them.
+    /// The uploaded files, if the server has a folder for them.
     pub(crate) files: Option<Arc<Files>>,
     /// Fine-tuning jobs, if the server has a folder for them.
     pub(crate) jobs: Option<Arc<Jobs>>,
-    /// Plans of jobs that are made at a time.
+    /// Limits the number of job plans that run at the same time.
     pub(crate) planning: Arc<Semaphore>,
-    /// Of the salts, so that no client can guess one.
+    /// The hasher of cache salts, with random keys so that clients cannot guess a salt.
     hasher: RandomState,
     side_tasks: Arc<Semaphore>,
     side_queue: Arc<Semaphore>,
 }
 
-/// What a request's field `model` names.
+/// The model or adapter of a request.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
-    /// The name to answer with.
+    /// The name in the response.
     pub(crate) name: String,
     pub(crate) adapter: Option<Arc<Adapter>>,
 }
@@ -90,10 +90,10 @@ impl App {
         }
     }
 
-    /// The model or adapter of a request: by `model`, or by the extra field `adapter`.
+    /// The model or adapter of a request, from `model` or the extra field `adapter`.
     ///
     /// # Errors
-    /// There is no such model or adapter, or its generation is another one.
+    /// There is no such model or adapter, or its generation differs.
     pub(crate) fn target(&self, fields: &Fields) -> Result<Target, ApiError> {
         let name = fields.text("model")?;
         if let Some(pinned) = fields.get("adapter") {
@@ -109,7 +109,7 @@ impl App {
         }
     }
 
-    /// Loads the adapter that a request names if it is that of a fine-tuning job or of a checkpoint of one.
+    /// Loads the adapter of a request if it belongs to a fine-tuning job or to a checkpoint of a job.
     ///
     /// # Errors
     /// It cannot be loaded.
@@ -143,15 +143,15 @@ impl App {
         Ok(Target { name: name.to_owned(), adapter: Some(adapter) })
     }
 
-    /// Most choices that a client may ask for: they run at the same time.
+    /// Most choices that a client may request; they run at the same time.
     pub(crate) fn max_choices(&self, client: &Client) -> usize {
         self.config.max_choices.min(self.engine.limits().slots).min(client.max_running)
     }
 
-    /// A job that continues a prompt once, by the settings and what the client may take.
+    /// Creates a job with one answer to a prompt, within the client's limits.
     ///
     /// # Errors
-    /// The prompt, which the field `param` holds, leaves no room in the context.
+    /// The prompt (in the field `param`) fills the context.
     pub(crate) fn job(
         &self,
         client: &Client,
@@ -176,7 +176,7 @@ impl App {
         })
     }
 
-    /// How tokens are drafted: for all requests if the settings say so, else for those that say what they expect.
+    /// The speculation mode: for all requests if configured, else for requests with a `prediction`.
     pub(crate) fn speculation(&self, has_prediction: bool) -> Speculation {
         if self.config.draft_model.is_some() {
             return Speculation::DraftModel { max_tokens: MAX_DRAFT };
@@ -184,16 +184,16 @@ impl App {
         if self.config.speculation || has_prediction { Speculation::LOOKUP } else { Speculation::Off }
     }
 
-    /// The salt of the cache for a client's requests.
+    /// The prefix cache salt of a client's requests.
     pub(crate) fn salt(&self, client: &Client, cache_salt: Option<&str>) -> u64 {
         let owner = if self.config.share_prefixes { 0 } else { client.owner };
         self.hasher.hash_one((owner, cache_salt))
     }
 
-    /// Computes on a thread that may take its time.
+    /// Runs a CPU task on a blocking thread.
     ///
     /// # Errors
-    /// Those of `compute`, or too many computations wait.
+    /// `compute` failed, or too many tasks wait.
     pub(crate) async fn compute<T, F>(&self, compute: F) -> Result<T, ApiError>
     where
         T: Send + 'static,
@@ -204,7 +204,7 @@ impl App {
             return Err(ApiError::unavailable("queue_full", "too many requests are being prepared"));
         };
         let turn = Arc::clone(&self.side_tasks).acquire_owned().await.map_err(ApiError::server)?;
-        // the computation continues if the client leaves, and so does what it counts for
+        // the task continues if the client disconnects, and keeps counting towards the limits
         let compute = move || {
             let _permits = (place, turn);
             compute()

@@ -1,4 +1,4 @@
-//! Who a request comes from: keys, their limits, and the checks that keep pages of other sites out.
+//! Authenticates requests: API keys, their limits, and checks of `Host` and `Origin`.
 
 use crate::config::ApiKey;
 use crate::error::ApiError;
@@ -11,7 +11,7 @@ use subtle::ConstantTimeEq;
 /// The sender of a request.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
-    /// The number of its key.
+    /// The index of its key.
     pub(crate) owner: usize,
     pub(crate) name: String,
     pub(crate) is_admin: bool,
@@ -19,9 +19,9 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Fails unless the client may change adapters, files and jobs.
+    /// Returns an error unless the client may change adapters, files and jobs.
     pub(crate) fn check_admin(&self) -> Result<(), ApiError> {
-        if self.is_admin { Ok(()) } else { Err(ApiError::forbidden("this key has no right to do this")) }
+        if self.is_admin { Ok(()) } else { Err(ApiError::forbidden("this needs an admin key")) }
     }
 }
 
@@ -33,14 +33,14 @@ struct Known {
     bucket: Mutex<Bucket>,
 }
 
-/// Tokens that a key may still use, refilled as time goes by.
+/// The token budget of a key, which refills over time.
 #[derive(Debug)]
 struct Bucket {
     tokens: f64,
     refilled: Instant,
 }
 
-/// The keys of a server.
+/// The API keys of a server.
 #[derive(Debug)]
 pub(crate) struct Keys {
     known: Vec<Known>,
@@ -62,10 +62,10 @@ impl Keys {
         Self { known: known.collect() }
     }
 
-    /// The client that a request comes from.
+    /// The client of a request.
     ///
     /// # Errors
-    /// There are keys, and the request has none or a wrong one.
+    /// Keys are required, and the request has no key or an unknown one.
     pub(crate) fn client(&self, headers: &HeaderMap) -> Result<Client, ApiError> {
         if self.known.is_empty() {
             return Ok(Client { owner: 0, name: "local".into(), is_admin: true, max_running: usize::MAX });
@@ -74,20 +74,20 @@ impl Keys {
             return Err(ApiError::unauthorized("a key is required: send the header `Authorization: Bearer KEY`"));
         };
         let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-        // all keys are compared, so that the time reveals nothing about them
+        // compare all keys, so that the time reveals nothing about them
         let mut found = None;
         for known in &self.known {
             if bool::from(known.digest.ct_eq(&digest)) {
                 found = Some(&known.client);
             }
         }
-        found.cloned().ok_or_else(|| ApiError::unauthorized("the key is not known"))
+        found.cloned().ok_or_else(|| ApiError::unauthorized("the key is unknown"))
     }
 
-    /// Takes `tokens` of what the client may use in a minute.
+    /// Charges `tokens` to the client's budget per minute.
     ///
     /// # Errors
-    /// The client has fewer left.
+    /// The client has fewer tokens left.
     pub(crate) fn charge(&self, client: &Client, tokens: usize) -> Result<(), ApiError> {
         let Some(known) = self.limited(client) else { return Ok(()) };
         let limit = known.tokens_per_minute as f64;
@@ -95,10 +95,10 @@ impl Keys {
         let now = Instant::now();
         bucket.tokens = (bucket.tokens + limit * (now - bucket.refilled).as_secs_f64() / 60.0).min(limit);
         bucket.refilled = now;
-        // an answer may take more than a minute's tokens: such a request waits for a full bucket
+        // a request larger than the budget of a minute needs a full bucket
         let tokens = (tokens as f64).min(limit);
         if tokens > bucket.tokens {
-            let message = format!("this key may use {limit} tokens a minute; the request may take {tokens}");
+            let message = format!("the limit of this key is {limit} tokens per minute; the request may use {tokens}");
             let wait = ((tokens - bucket.tokens) / limit * 60.0).ceil();
             return Err(ApiError::rate_limit(message, Duration::from_secs_f64(wait.max(1.0))));
         }
@@ -106,7 +106,7 @@ impl Keys {
         Ok(())
     }
 
-    /// Gives back tokens that were charged and not used.
+    /// Refunds tokens that were charged and not used.
     pub(crate) fn refund(&self, owner: usize, tokens: usize) {
         if let Some(known) = self.known.iter().find(|known| known.client.owner == owner) {
             let mut bucket = known.bucket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +119,7 @@ impl Keys {
     }
 }
 
-/// The key in the headers, in OpenAI's or in Anthropic's form.
+/// The key in the headers, as OpenAI's or Anthropic's clients send it.
 fn key_of(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let bearer = bearer.and_then(|value| {
@@ -129,7 +129,7 @@ fn key_of(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())
 }
 
-/// The names by which a server may be called and the sites whose pages may call it.
+/// The host names of a server, and the origins whose pages may use it.
 #[derive(Debug)]
 pub(crate) struct Origins {
     hosts: Vec<String>,
@@ -139,7 +139,7 @@ pub(crate) struct Origins {
 impl Origins {
     pub(crate) fn new(hosts: &[String], allowed: &[String]) -> Self {
         let lower = |text: &String| text.trim_end_matches('/').to_ascii_lowercase();
-        // any port is right
+        // any port is allowed
         let name = |text: &String| {
             let text = lower(text);
             text.split_once(':')
@@ -149,16 +149,15 @@ impl Origins {
         Self { hosts: hosts.iter().map(name).collect(), allowed: allowed.iter().map(lower).collect() }
     }
 
-    /// Fails for a request by a name that the server does not have, as DNS rebinding makes them, and for one that a page
-    /// of another site sends.
+    /// Checks the `Host` and `Origin` of a request.
     ///
     /// # Errors
-    /// 403.
+    /// 403 for an unknown host name, which protects against DNS rebinding, and for requests of other sites' pages.
     pub(crate) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
         let text = |name: header::HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let host = text(header::HOST).unwrap_or_default().to_ascii_lowercase();
         if !self.is_own_host(&host) {
-            let message = "the request's `Host` is none of this server's names; start it with --allowed-hosts NAME";
+            let message = "`Host` is not a name of this server; start it with --allowed-hosts NAME to allow it";
             return Err(ApiError::forbidden(message));
         }
         let Some(origin) = text(header::ORIGIN).map(str::to_ascii_lowercase) else { return Ok(()) };
@@ -166,16 +165,16 @@ impl Origins {
         if is_own || self.is_allowed(&origin) || (method == Method::GET && origin != "null") {
             return Ok(());
         }
-        Err(ApiError::forbidden("pages of other sites may not use this server; --cors-origin URL allows one"))
+        Err(ApiError::forbidden("this origin may not use the server; start it with --cors-origin URL to allow it"))
     }
 
-    /// Whether pages of this origin may read answers.
+    /// Whether pages of this origin may read responses.
     pub(crate) fn is_allowed(&self, origin: &str) -> bool {
         self.allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
     }
 
     fn is_own_host(&self, host: &str) -> bool {
-        // HTTP/1.0 has none
+        // HTTP/1.0 has no `Host`
         if host.is_empty() {
             return true;
         }
@@ -183,7 +182,7 @@ impl Origins {
             Some((address, _)) => address,
             None => host.rsplit_once(':').map_or(host, |(name, _)| name),
         };
-        // only a name can be made to point here, so an address is no trick
+        // DNS rebinding needs a name, so addresses are safe
         let is_address = name.parse::<std::net::IpAddr>().is_ok();
         is_address || name == "localhost" || name.ends_with(".localhost") || self.hosts.iter().any(|own| own == name)
     }
@@ -202,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_of_a_key_find_its_rights() {
+    fn keys_are_accepted_in_both_headers() {
         let key = |name: &str, is_admin| ApiKey {
             name: name.into(),
             secret: format!("sk-{name}"),

@@ -9,9 +9,9 @@ use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest time that a body may take to arrive.
+/// Longest time to receive a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bodies larger than this are parsed on a thread that may take its time.
+/// Larger bodies are parsed on a blocking thread.
 const LARGE: usize = 64 << 10;
 
 /// The JSON object in the body of a request.
@@ -42,7 +42,7 @@ impl FromRequest<Arc<App>> for JsonBody {
     }
 }
 
-/// The whole body, of at most `limit` bytes.
+/// Reads the whole body, of at most `limit` bytes.
 pub(crate) async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_slow = |_| {
         let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());

@@ -6,20 +6,20 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The settings of a server. [`ServerConfig::default`] suits a machine of one user.
+/// The settings of a server. [`ServerConfig::default`] is for a single-user machine.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
-    /// The name that clients know the model by.
+    /// The name of the model for clients.
     pub name: String,
-    /// Most sequences that run at a time; 0 for as many as `cache_bytes` holds, at most 32.
+    /// Most sequences that run at the same time; 0 for the number that fits in `cache_bytes`, at most 32.
     pub slots: usize,
     /// Most tokens of prompt and answer; 0 for the model's own limit.
     pub context: usize,
-    /// Most bytes of the cache of keys and values.
+    /// Most bytes of the KV cache.
     pub cache_bytes: usize,
-    /// The type in which keys and values are stored, also of the draft model; `None` for the one that suits the model.
+    /// The type of the KV caches of the model and the draft model; `None` for the default of the model.
     pub kv_cache: Option<KVCacheType>,
-    /// Tokens of a prompt that a step computes at most, so that other answers do not wait for long.
+    /// Most tokens of a prompt per step, so that other answers do not wait long.
     pub prefill_chunk: usize,
     /// Most sequences that wait for a slot.
     pub max_waiting: usize,
@@ -29,33 +29,33 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Longest wait for a slot.
     pub queue_timeout: Duration,
-    /// Longest time of a request from its start.
+    /// Longest duration of a request.
     pub request_timeout: Duration,
-    /// Longest time for which a client may take nothing of its stream.
+    /// Longest time for which a client may not read its stream.
     pub stall_timeout: Duration,
-    /// Time between two events of a stream that has nothing to say.
+    /// Time between two keep-alive events of an idle stream.
     pub keep_alive: Duration,
-    /// Time that running requests get to end when the server shuts down.
+    /// How long running requests may continue when the server shuts down.
     pub drain_timeout: Duration,
-    /// The keys of clients; none for a server that anyone may use who can reach it.
+    /// The keys of clients; without keys, everyone who can reach the server may use it.
     pub keys: Vec<ApiKey>,
-    /// Names by which the server is reached, besides loopback names and its address.
+    /// Host names of the server, in addition to loopback names and its address.
     pub allowed_hosts: Vec<String>,
-    /// Origins whose pages may use the server, such as `https://chat.example`.
+    /// Origins whose web pages may use the server, such as `https://chat.example`.
     pub cors_origins: Vec<String>,
-    /// The folder below which adapters may be loaded by request.
+    /// The folder from which requests may load adapters.
     pub adapter_root: Option<PathBuf>,
-    /// Most adapters at a time.
+    /// Most loaded adapters.
     pub max_adapters: usize,
-    /// Whether keys share the cache of common prefixes, so that the time to the first token shows what others asked.
+    /// Whether keys share the prefix cache. The time to the first token then reveals prompts of other keys.
     pub share_prefixes: bool,
-    /// Whether tokens are drafted from the prompt and checked several at a time. Answers do not change.
+    /// Whether tokens are drafted from the text so far and verified several at a time. Answers do not change.
     pub speculation: bool,
     /// A smaller model with the same vocabulary that drafts the tokens of all answers. Answers do not change.
     pub draft_model: Option<Model>,
-    /// Whether `GET /metrics` is answered.
+    /// Whether to serve `GET /metrics`.
     pub metrics: bool,
-    /// The folder of files and fine-tuning jobs; without it there are none.
+    /// The settings of files and fine-tuning jobs; `None` disables them.
     pub jobs: Option<JobsConfig>,
 }
 
@@ -90,16 +90,16 @@ impl Default for ServerConfig {
     }
 }
 
-/// Where files and fine-tuning jobs live, and how a job is run.
+/// The folder of files and fine-tuning jobs, and how to run a job.
 #[derive(Debug, Clone)]
 pub struct JobsConfig {
     /// The folder of uploaded files and run folders.
     pub folder: PathBuf,
-    /// The program that trains, with the commands `train` and `plan` of `metal-candle`.
+    /// The program for training, with the commands `train` and `plan` of `metal-candle`.
     pub program: PathBuf,
-    /// The flags of these commands that name the served model, its types and its device: `--model PATH ...`.
+    /// The flags of these commands for the served model, its types and its device: `--model PATH ...`.
     pub model_flags: Vec<OsString>,
-    /// The learning rate that `learning_rate_multiplier` multiplies: the default of `program` for this model.
+    /// The base of `learning_rate_multiplier`: the default learning rate of `program` for this model.
     pub learning_rate: f64,
     /// Most bytes of a file.
     pub max_file_bytes: u64,
@@ -107,23 +107,23 @@ pub struct JobsConfig {
     pub max_total_bytes: u64,
 }
 
-/// A key of a client.
+/// An API key of a client.
 #[derive(Clone)]
 pub struct ApiKey {
-    /// A name for the log and for limits.
+    /// The name of the key, for logs and as owner of files and jobs.
     pub name: String,
     /// The key itself.
     pub secret: String,
     /// Whether it may load adapters, upload files and run jobs.
     pub is_admin: bool,
-    /// Most sequences of this key that run at a time; 0 for no limit.
+    /// Most sequences of this key that run at the same time; 0 for no limit.
     pub max_running: usize,
-    /// Most tokens of prompts and answers a minute; 0 for no limit.
+    /// Most tokens of prompts and answers per minute; 0 for no limit.
     pub tokens_per_minute: u64,
 }
 
 impl std::fmt::Debug for ApiKey {
-    /// Without the key itself.
+    /// Omits the key itself.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { name, is_admin, max_running, tokens_per_minute, .. } = self;
         let mut fields = f.debug_struct("ApiKey");

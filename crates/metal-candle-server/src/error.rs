@@ -1,4 +1,4 @@
-//! Errors that a client gets: a status and OpenAI's error object.
+//! [`ApiError`]: the errors that clients receive, a status and OpenAI's error object.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -16,9 +16,9 @@ pub(crate) struct ApiError {
     /// The path of the field at fault, such as `messages[2].content`.
     pub(crate) param: Option<String>,
     pub(crate) message: String,
-    /// When the client may try again.
+    /// When the client may retry.
     pub(crate) retry_after: Option<Duration>,
-    /// Further fields of the error object.
+    /// Additional fields of the error object.
     pub(crate) extra: Box<[(&'static str, Value)]>,
 }
 
@@ -33,7 +33,7 @@ impl ApiError {
         Self::invalid(message).with_param(param)
     }
 
-    /// 400: a field that this server does not support.
+    /// 400: an unsupported field.
     pub(crate) fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::field(param, message).with_code("unsupported_value")
     }
@@ -54,7 +54,7 @@ impl ApiError {
         error
     }
 
-    /// 401: no key or a wrong one.
+    /// 401: no key, or an unknown key.
     pub(crate) fn unauthorized(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message).with_code("invalid_api_key")
     }
@@ -92,17 +92,17 @@ impl ApiError {
         Self::new(status, "invalid_request_error", message)
     }
 
-    /// 429: a limit of the client's key.
+    /// 429: the client's key is over a limit.
     pub(crate) fn rate_limit(message: impl Into<String>, retry_after: Duration) -> Self {
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
         error.retry_after = Some(retry_after);
         error.with_code("rate_limit_exceeded")
     }
 
-    /// 500: a fault of the server. The cause goes to the log, not to the client.
+    /// 500: a failure of the server. The cause is logged and not sent to the client.
     pub(crate) fn server(cause: impl std::fmt::Display) -> Self {
         tracing::error!("{cause}");
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "the server failed; its log has the cause")
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "the server failed; see its log for the cause")
     }
 
     /// 503: `loading`, `queue_full`, `draining` or `timeout`.
@@ -124,7 +124,7 @@ impl ApiError {
         self
     }
 
-    /// The error with the names that fields have in another format: each pair holds a part of a path and what takes its place.
+    /// Renames fields for another format: each pair is a part of a path and its replacement.
     #[must_use]
     pub(crate) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
         for (from, to) in names {
@@ -146,7 +146,7 @@ impl ApiError {
 }
 
 impl ApiError {
-    /// The response with this body.
+    /// A response with this error's status and the given body.
     pub(crate) fn respond(&self, body: Value) -> Response {
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
@@ -157,7 +157,7 @@ impl ApiError {
             StatusCode::UNAUTHORIZED => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            // official clients retry it otherwise
+            // otherwise official clients retry
             StatusCode::CONFLICT => {
                 headers.insert("x-should-retry", HeaderValue::from_static("false"));
             }
@@ -167,11 +167,11 @@ impl ApiError {
     }
 }
 
-/// A message with the last part of each absolute path only: paths of the server are none of a client's business.
+/// Shortens each absolute path in a message to its last part, because clients must not see paths of the server.
 pub(crate) fn without_paths(message: &str) -> String {
     let last = |path: &str| path.rsplit(MAIN_SEPARATOR).next().unwrap_or_default().to_owned();
     let is_delimiter = |c: char| c.is_whitespace() || "\"'()".contains(c);
-    // a path between backticks may hold blanks
+    // a path between backticks may contain spaces
     let parts = message.split('`').enumerate().map(|(index, part)| {
         if index % 2 == 1 && Path::new(part).is_absolute() {
             return last(part);
@@ -194,7 +194,7 @@ impl IntoResponse for ApiError {
 mod tests {
     #[cfg(unix)]
     #[test]
-    fn messages_lose_their_paths() {
+    fn paths_are_removed_from_messages() {
         let found = super::without_paths("`/srv/my jobs/x.jsonl`: /a/b/c is 3/4 of `d`\n  (/e/f)");
         assert_eq!(found, "`x.jsonl`: c is 3/4 of `d`\n  (f)");
     }

@@ -1,5 +1,5 @@
-//! Reads the fields of a JSON object with their types and ranges. An error names the field, what was expected and what was
-//! found. A field that is `null` counts as absent.
+//! Reads typed fields of a JSON object and checks their ranges. Errors name the field, and what was expected and found.
+//! `null` counts as absent.
 
 use crate::error::ApiError;
 use serde_json::{Map, Value};
@@ -14,12 +14,12 @@ type Result<T> = std::result::Result<T, ApiError>;
 #[derive(Debug, Clone)]
 pub(crate) struct Fields<'a> {
     map: &'a Map<String, Value>,
-    /// What comes before a field's name in its path.
+    /// The path of the object, before a field's name.
     prefix: String,
 }
 
 impl<'a> Fields<'a> {
-    /// The fields of the request's body.
+    /// The fields of a request body.
     pub(crate) fn of_body(body: &'a Value) -> Result<Self> {
         match body {
             Value::Object(map) => Ok(Self { map, prefix: String::new() }),
@@ -52,13 +52,13 @@ impl<'a> Fields<'a> {
         self.map
     }
 
-    /// An error of a field with another value than expected.
+    /// The error about an unexpected value of a field.
     pub(crate) fn wrong<T>(&self, name: &str, expected: &str, found: &Value) -> Result<T> {
         let path = self.path(name);
         Err(ApiError::field(path.clone(), format!("`{path}`: expected {expected}, found {}", describe(found))))
     }
 
-    /// The value of a field that must be there.
+    /// The value of a required field.
     pub(crate) fn required(&self, name: &str) -> Result<&'a Value> {
         self.get(name).ok_or_else(|| self.absent(name))
     }
@@ -168,7 +168,7 @@ impl<'a> Fields<'a> {
         list.iter().enumerate().map(text).collect()
     }
 
-    /// Refuses the first of these fields that is there with a value that means something.
+    /// Returns an error for the first of these fields with a value that is not null, false or empty.
     pub(crate) fn refuse(&self, names: &[&str]) -> Result<()> {
         let is_empty = |value: &Value| match value {
             Value::Null | Value::Bool(false) => true,
@@ -185,7 +185,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Refuses a field unless it has one of these texts.
+    /// Reads a field that must be one of these texts.
     pub(crate) fn one_of(&self, name: &str, texts: &[&'static str]) -> Result<Option<&'static str>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         if let Some(text) = texts.iter().find(|text| value.as_str() == Some(text)) {
@@ -196,7 +196,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The names of the fields of a body that were asked for on this thread.
+/// Records the names of the fields that were read on this thread, for tests.
 #[cfg(test)]
 pub(crate) mod asked {
     use std::cell::RefCell;
@@ -212,7 +212,7 @@ pub(crate) mod asked {
         }
     }
 
-    /// Forgets all names.
+    /// Clears the names.
     pub(crate) fn start() {
         NAMES.with_borrow_mut(BTreeSet::clear);
     }
@@ -227,7 +227,7 @@ fn span<T: std::fmt::Display>(least: &T, most: &T) -> String {
     format!("from {least} to {most}")
 }
 
-/// A value in words, short.
+/// A short description of a value.
 pub(crate) fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),

@@ -1,4 +1,4 @@
-//! Stores the files that clients upload for fine-tuning, under ids made here, and checks their rows.
+//! Stores the files that clients upload for fine-tuning, under generated ids, and checks their rows.
 
 use crate::error::ApiError;
 use crate::ids::{new_id, unix_time};
@@ -21,9 +21,9 @@ const MAX_ROW_BYTES: usize = 4 << 20;
 const MAX_FILENAME_CHARS: usize = 200;
 /// Most findings that a report lists.
 const MAX_FINDINGS: usize = 100;
-/// How the names of unfinished uploads start.
+/// The prefix of the names of unfinished uploads.
 const UPLOAD: &str = ".upload-";
-/// How ids start.
+/// The prefix of ids.
 const ID: &str = "file-";
 
 /// Whether the rows of a file can be trained on.
@@ -36,7 +36,7 @@ pub(crate) enum FileStatus {
     Error,
 }
 
-/// A row that cannot be used, or a note about one that can.
+/// An error about an unusable row, or a note about a usable one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Finding {
     /// `error` or `note`.
@@ -46,7 +46,7 @@ pub(crate) struct Finding {
     message: String,
 }
 
-/// The contents of a file, in numbers.
+/// Statistics of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FileStats {
     pub(crate) rows: usize,
@@ -62,7 +62,7 @@ pub(crate) struct FileRecord {
     pub(crate) id: String,
     /// The name of the key that uploaded it.
     pub(crate) owner: String,
-    /// The client's name for it. It is shown, and never used as a path.
+    /// The client's file name, which is only displayed and never used as a path.
     filename: String,
     bytes: u64,
     created: u64,
@@ -107,7 +107,7 @@ pub(crate) struct FileLimits {
     pub(crate) total_bytes: u64,
 }
 
-/// The files of all clients. Each is visible to the key that uploaded it only.
+/// The files of all clients. Each file is visible only to the key that uploaded it.
 #[derive(Debug)]
 pub(crate) struct Files {
     folder: PathBuf,
@@ -115,20 +115,19 @@ pub(crate) struct Files {
     tokenizer: Tokenizer,
     options: DatasetOptions,
     state: Mutex<State>,
-    /// Ids for the thread that checks files.
+    /// Sends ids to the thread that checks files.
     to_check: Sender<String>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     by_id: BTreeMap<String, FileRecord>,
-    /// Bytes of all files, unfinished uploads included.
+    /// Bytes of all files, including unfinished uploads.
     used: u64,
 }
 
 impl Files {
-    /// Opens the store in `folder` and starts the thread that checks files: rows are read with these options, as training
-    /// reads them.
+    /// Opens the store in `folder`, and starts the thread that checks files. Rows are read with these options, as in training.
     ///
     /// # Errors
     /// The folder cannot be read or written.
@@ -146,7 +145,7 @@ impl Files {
             let entry = entry.map_err(read_error)?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(UPLOAD) {
-                // of a server that was killed
+                // left by a server that was killed
                 let _ = std::fs::remove_file(entry.path());
             }
             let Some(id) = name.strip_suffix(".json").filter(|id| id.starts_with(ID)) else { continue };
@@ -156,10 +155,10 @@ impl Files {
                     state.used += record.bytes;
                     state.by_id.insert(record.id.clone(), record);
                 }
-                _ => tracing::warn!("file `{id}` has no readable record and is left out"),
+                _ => tracing::warn!("file `{id}` has no readable record and is ignored"),
             }
         }
-        // of a server that was killed between writing the rows and the record of a file, or while removing them
+        // left by a server that was killed between writing the rows and the record of a file, or while removing them
         for entry in std::fs::read_dir(folder).map_err(read_error)? {
             let name = entry.map_err(read_error)?.file_name().to_string_lossy().into_owned();
             let rows = name.strip_suffix(".jsonl").filter(|id| id.starts_with(ID));
@@ -181,7 +180,7 @@ impl Files {
             }
         };
         let thread = std::thread::Builder::new().name("files".into()).spawn(check);
-        thread.map_err(|error| metal_candle::Error::Device(format!("cannot start the thread of files: {error}")))?;
+        thread.map_err(|error| metal_candle::Error::Device(format!("cannot start the thread for files: {error}")))?;
         Ok(files)
     }
 
@@ -228,7 +227,7 @@ impl Files {
         state.used = state.used.saturating_sub(record.bytes);
         for path in [self.record_path(id), self.path(id)] {
             if let Err(error) = std::fs::remove_file(&path) {
-                tracing::warn!("`{}` could not be removed: {error}", path.display());
+                tracing::warn!("cannot remove `{}`: {error}", path.display());
             }
         }
     }
@@ -268,7 +267,7 @@ impl Files {
         }
         let checked = guard(|| DataReport::of(self.path(id), &self.tokenizer, &self.options));
         let mut state = self.state();
-        // it may have been deleted meanwhile
+        // it may have been deleted in the meantime
         let Some(record) = state.by_id.get_mut(id) else { return };
         match checked {
             Ok(Ok(report)) => record.take(&report),
@@ -307,15 +306,15 @@ impl FileRecord {
         }
     }
 
-    /// Records that the file could not be checked. The cause may hold paths, so it goes to the log.
+    /// Records that the file could not be checked. The cause may contain paths, so it is only logged.
     fn fail(&mut self, cause: &str) {
         tracing::error!("file `{}`: {cause}", self.id);
         self.status = FileStatus::Error;
-        self.details = Some("the file could not be checked; the server's log has the cause".into());
+        self.details = Some("the file could not be checked; see the server's log for the cause".into());
     }
 }
 
-/// A file that is being uploaded. Dropped, it leaves nothing behind.
+/// A file that is being uploaded; deleted on drop.
 #[derive(Debug)]
 pub(crate) struct Upload {
     files: Arc<Files>,
@@ -339,7 +338,8 @@ impl Upload {
         {
             let mut state = self.files.state();
             if state.used + count > limits.total_bytes {
-                let message = format!("all files together may have {} bytes; delete one first", limits.total_bytes);
+                let message =
+                    format!("all files together are limited to {} bytes; delete one first", limits.total_bytes);
                 return Err(ApiError::too_large(message));
             }
             state.used += count;
@@ -369,7 +369,7 @@ impl Upload {
         self.bytes == 0
     }
 
-    /// Stores the file and has it checked.
+    /// Stores the file and queues its check.
     ///
     /// # Errors
     /// The disk is full.
@@ -404,7 +404,7 @@ impl Upload {
             return Err(error);
         }
         self.files.state().by_id.insert(id.clone(), record.clone());
-        // these bytes belong to the record now
+        // the record now counts these bytes
         self.bytes = 0;
         let _ = self.files.to_check.send(id);
         Ok(record)
@@ -457,7 +457,7 @@ mod tests {
         assert_eq!(bad.status, FileStatus::Error);
         assert!(bad.details.as_ref().unwrap().starts_with("line 2: "), "{:?}", bad.details);
         assert!(!bad.object().to_string().contains(&*folder.path().to_string_lossy()));
-        // a file that is too large leaves nothing, nor does one beyond the quota
+        // nothing remains of a file that is too large or over the quota
         let used = files.state().used;
         assert_eq!(store(&"x".repeat(101)).unwrap_err().status, 413);
         let third = store(&"{}\n".repeat(30)).unwrap();

@@ -1,4 +1,4 @@
-//! Identifiers of objects, which cannot be guessed.
+//! Generates ids of objects that cannot be guessed.
 
 const ALPHABET: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
 const LENGTH: usize = 24;
@@ -10,7 +10,7 @@ pub(crate) fn new_id(prefix: &str) -> String {
     let mut bytes = [0; 2 * LENGTH];
     while id.len() < prefix.len() + LENGTH {
         fill(&mut bytes);
-        // 62 of 64 values are used, each as often as the others
+        // 62 of 64 values are used, with equal probability
         let usable = bytes.iter().filter_map(|byte| ALPHABET.get(usize::from(byte & 63)));
         id.extend(usable.take(prefix.len() + LENGTH - id.len()).map(|&byte| char::from(byte)));
     }

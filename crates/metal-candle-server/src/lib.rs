@@ -1,9 +1,9 @@
 //! An OpenAI-compatible HTTP server for one model and any number of adapters.
 //!
-//! [`Server::new`] starts the engine, [`Server::serve`] answers requests on a listener, and [`Server::router`] gives the
-//! routes to a server of one's own.
+//! [`Server::new`] starts the engine, [`Server::serve`] answers requests on a listener, and [`Server::router`] returns the
+//! routes for use in your own server.
 
-// `json!` borrows the values that are moved into it
+// `json!` borrows its values
 #![allow(clippy::needless_pass_by_value)]
 
 mod adapters;

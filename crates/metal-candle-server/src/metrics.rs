@@ -1,20 +1,20 @@
-//! Counters and histograms, in the text format of Prometheus (version 0.0.4).
+//! Collects counters and histograms, and prints them in the text format of Prometheus (version 0.0.4).
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Upper bounds of the buckets of times, in seconds.
+/// Upper bounds of time buckets, in seconds.
 const SECONDS: [f64; 16] =
     [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
-/// Upper bounds of the buckets of counts.
+/// Upper bounds of count buckets.
 const COUNTS: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 /// Why sequences end.
 const REASONS: [&str; 7] = ["end_of_text", "stop_string", "max_tokens", "length", "cancelled", "timeout", "error"];
 /// Why requests are refused.
 const REJECTIONS: [&str; 3] = ["queue_full", "rate_limit", "unauthorized"];
 
-/// A number that only grows.
+/// A monotonic counter.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
@@ -28,12 +28,12 @@ impl Counter {
     }
 }
 
-/// How often values fell into each of a few buckets.
+/// A histogram with fixed buckets.
 #[derive(Debug)]
 pub(crate) struct Histogram {
     bounds: &'static [f64],
     buckets: Vec<Counter>,
-    /// In millionths.
+    /// The sum of all values, in millionths.
     sum: Counter,
 }
 
@@ -125,12 +125,12 @@ impl Metrics {
         }
     }
 
-    /// The metrics as text; `gauges` are name and value of what changes in both directions.
+    /// The metrics as text; `gauges` are names and values.
     pub(crate) fn text(&self, gauges: &[(&str, f64)]) -> String {
         let mut text = String::new();
         let mut last = "";
         for (name, value) in gauges {
-            // those with labels are one family
+            // gauges that differ only in labels are one family
             let family = name.split('{').next().unwrap_or(name);
             if family != last {
                 let _ = writeln!(text, "# TYPE metal_candle_{family} gauge");

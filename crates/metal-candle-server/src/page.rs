@@ -11,18 +11,18 @@ use axum::routing::get;
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 
-/// Scripts, styles and connections only of this server, no inline code, and no frames around the page.
+/// Allows scripts, styles and connections of this server only, no inline code, and no framing.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// A file of the page.
+/// A file of the web UI.
 struct File {
     path: &'static str,
     content_type: &'static str,
     bytes: &'static [u8],
 }
 
-/// All files: no other path is answered, and nothing is read from the disk.
+/// All files. No other path is served, and nothing is read from disk.
 const FILES: [File; 3] = [
     File { path: "/", content_type: "text/html; charset=utf-8", bytes: include_bytes!("../web/dist/index.html") },
     File {
@@ -33,7 +33,7 @@ const FILES: [File; 3] = [
     File { path: "/app.css", content_type: "text/css; charset=utf-8", bytes: include_bytes!("../web/dist/app.css") },
 ];
 
-/// The routes of the page. They need no key: the page asks for one when the API requires it.
+/// The routes of the web UI. They need no key: the web UI asks for one if the API requires it.
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.iter().fold(Router::new(), |router, file| {
         let etag = etag(file.bytes);
@@ -42,12 +42,12 @@ pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     })
 }
 
-/// Whether a path is a file of the page.
+/// Whether a path is a file of the web UI.
 pub(crate) fn is_page(path: &str) -> bool {
     FILES.iter().any(|file| file.path == path)
 }
 
-/// The file, or 304 if the browser has it. Browsers ask each time, so a new program brings its own page.
+/// The file, or 304 if the browser has it. Browsers revalidate each time, so they load the web UI of a new version.
 fn answer(file: &'static File, etag: &str, headers: &HeaderMap) -> Response {
     let known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
     let is_known = known
@@ -78,7 +78,7 @@ fn answer(file: &'static File, etag: &str, headers: &HeaderMap) -> Response {
     response
 }
 
-/// A tag of the contents.
+/// An etag of the contents.
 fn etag(bytes: &[u8]) -> String {
     let digest = Sha256::digest(bytes);
     format!("\"{}\"", hex(&digest[..16]))
@@ -101,7 +101,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use tower::ServiceExt as _;
 
-    /// The files beside `src/` that the build reads.
+    /// The inputs of the build besides `src/`.
     const SOURCES: [&str; 6] =
         ["index.html", "package-lock.json", "package.json", "tools/digest.mjs", "tsconfig.json", "vite.config.js"];
 
@@ -121,7 +121,7 @@ mod tests {
         }
     }
 
-    /// The digest that `web/tools/digest.mjs` writes. Line ends of a checkout on Windows do not count.
+    /// The digest that `web/tools/digest.mjs` writes, independent of line endings.
     fn digest_of_sources() -> String {
         let root = web();
         let mut paths: Vec<String> = SOURCES.iter().map(ToString::to_string).collect();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn built_files_are_those_of_the_sources() {
+    fn built_files_match_the_sources() {
         let build = build();
         let message = "web/src has changed: run `npm ci && npm run build` in crates/metal-candle-server/web";
         assert_eq!(build["sources"], digest_of_sources(), "{message}");
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn page_holds_no_inline_code_and_no_other_host() {
+    fn the_web_ui_has_no_inline_code_and_no_other_hosts() {
         let html = str::from_utf8(FILES[0].bytes).unwrap();
         for forbidden in ["<style", "style=", "onload=", "onclick=", "src=\"http", "href=\"http", "src=\"//"] {
             assert!(!html.contains(forbidden), "{forbidden}");
@@ -164,7 +164,7 @@ mod tests {
         assert!(!css.contains("url(") && !css.contains("@import"));
         let lock = std::fs::read_to_string(web().join("package-lock.json")).unwrap();
         for forbidden in ["http:", "https:", "resolved", "file:"] {
-            assert!(!lock.contains(forbidden), "package-lock.json holds `{forbidden}`: run `npm run lock`");
+            assert!(!lock.contains(forbidden), "package-lock.json contains `{forbidden}`: run `npm run lock`");
         }
     }
 

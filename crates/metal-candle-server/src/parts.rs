@@ -1,8 +1,8 @@
-//! The parts of an answer in the order in which the model writes them: formats with a list of parts are built from these.
+//! Splits an answer into parts in order, for wire formats with a list of parts.
 
 use crate::tools::Delta;
 
-/// A part of an answer so far.
+/// A part of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Part {
     Reasoning(String),
@@ -10,7 +10,7 @@ pub(crate) enum Part {
     Call { name: String, arguments: String },
 }
 
-/// What a delta changed, by the index of the part.
+/// A change by a delta, with the index of the part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Change {
     Opened(usize),
@@ -18,7 +18,7 @@ pub(crate) enum Change {
     Closed(usize),
 }
 
-/// The parts of an answer. At most the last one is open.
+/// The parts of an answer. Only the last part can be open.
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
     list: Vec<Part>,
@@ -35,7 +35,7 @@ impl Parts {
         self.list.iter().any(|part| matches!(part, Part::Call { .. }))
     }
 
-    /// Adds a piece.
+    /// Adds a delta.
     pub(crate) fn push(&mut self, delta: Delta) -> Vec<Change> {
         let mut changes = Vec::new();
         let (part, text) = match delta {
@@ -45,7 +45,7 @@ impl Parts {
                 self.open(Part::Call { name, arguments: String::new() }, &mut changes);
                 return changes;
             }
-            // arguments without a call belong to none
+            // ignore arguments without a call
             Delta::Arguments { text, .. } => match self.list.last() {
                 Some(Part::Call { .. }) if self.is_open => {
                     (Part::Call { name: String::new(), arguments: String::new() }, text)
@@ -67,7 +67,7 @@ impl Parts {
         changes
     }
 
-    /// Ends the last part.
+    /// Closes the last part.
     pub(crate) fn close(&mut self) -> Option<Change> {
         std::mem::take(&mut self.is_open).then(|| Change::Closed(self.list.len() - 1))
     }

@@ -1,4 +1,4 @@
-//! Prompts of text completion: texts, tokens, and texts with a gap to fill.
+//! Reads prompts of text completion: texts, tokens, and texts with a gap to fill.
 
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
@@ -8,23 +8,23 @@ use serde_json::Value;
 
 /// Most prompts of a request.
 const MAX_PROMPTS: usize = 64;
-/// Most tokens of a prompt that is given as tokens.
+/// Most tokens of a tokenized prompt.
 const MAX_PROMPT_TOKENS: usize = 1 << 20;
 
 /// A prompt of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TextPrompt {
-    /// Text, in which control tokens are active: editors write the markers of gaps into it.
+    /// Text in which control tokens are active, because editors insert gap markers.
     Text(String),
     Tokens(Vec<u32>),
-    /// What comes before and after a gap.
+    /// The text before and after a gap.
     Gap {
         prefix: String,
         suffix: String,
     },
 }
 
-/// The prompts of a request by `prompt` and `suffix`.
+/// The prompts of a request, from `prompt` and `suffix`.
 ///
 /// # Errors
 /// A prompt is malformed, or the model cannot fill gaps.
@@ -35,7 +35,7 @@ pub(crate) fn prompts(fields: &Fields, served: &Served) -> Result<Vec<TextPrompt
     };
     let suffix = fields.text("suffix")?;
     if suffix.is_some() && served.fim.is_none() {
-        return Err(ApiError::unsupported("suffix", "`suffix`: the model has no tokens that mark a gap to fill"));
+        return Err(ApiError::unsupported("suffix", "`suffix`: the model has no fill-in-the-middle tokens"));
     }
     let of_text = |text: &str| match suffix {
         Some(suffix) => TextPrompt::Gap { prefix: text.to_owned(), suffix: suffix.to_owned() },
@@ -87,13 +87,13 @@ impl TextPrompt {
     /// The tokens of the prompt, at least one.
     ///
     /// # Errors
-    /// The tokenizer fails, or there is nothing to continue.
+    /// The tokenizer fails, or the prompt is empty.
     pub(crate) fn encode(&self, served: &Served) -> Result<Vec<u32>, ApiError> {
         let ids = match self {
             Self::Tokens(ids) => ids.clone(),
             Self::Text(text) => {
                 let ids = served.encode(text, true)?;
-                // OpenAI continues an empty prompt as if a text began
+                // OpenAI treats an empty prompt as the start of a text
                 let start = || served.tokenizer.bos_token().and_then(|token| served.tokenizer.token_to_id(token));
                 if ids.is_empty() { start().or(served.tokenizer.eos_token_id()).into_iter().collect() } else { ids }
             }
@@ -114,13 +114,13 @@ impl TextPrompt {
     }
 }
 
-/// A prompt that asks for the text between `prefix` and `suffix`, behind other tokens.
+/// A fill-in-the-middle prompt for the text between `prefix` and `suffix`, after the tokens `before`.
 ///
 /// # Errors
-/// The model has no markers of gaps.
+/// The model has no fill-in-the-middle tokens.
 pub(crate) fn gap(served: &Served, before: &[u32], prefix: &str, suffix: &str) -> Result<Vec<u32>, ApiError> {
     let Some(fim) = served.fim else {
-        return Err(ApiError::unsupported("suffix", "the model has no tokens that mark a gap to fill"));
+        return Err(ApiError::unsupported("suffix", "the model has no fill-in-the-middle tokens"));
     };
     let mut ids = before.to_vec();
     if let Some(bos) = served.tokenizer.encode("", true).ok().and_then(|ids| ids.first().copied()) {

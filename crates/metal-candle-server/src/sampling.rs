@@ -1,4 +1,4 @@
-//! Reads how tokens are sampled and when an answer ends: the fields that all generating routes share.
+//! Reads the sampling and stop settings that all generating routes share.
 
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
@@ -6,13 +6,13 @@ use crate::served::Served;
 use metal_candle::inference::GenerationConfig;
 use serde_json::Value;
 
-/// Most stop strings, and most bytes of each. Editors send more than the four of OpenAI.
+/// Most stop strings, and most bytes of each. Editors send more than OpenAI's four.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 const MAX_BIASES: usize = 1024;
 const MAX_STOP_IDS: usize = 128;
 
-/// Fields of other servers that change the answer and that this one does not have, with the values that turn them off.
+/// Unsupported fields of other servers that change the answer, with the values that turn them off.
 const REFUSED: [(&str, f64); 11] = [
     ("n_probs", 0.0),
     ("use_beam_search", 0.0),
@@ -27,8 +27,8 @@ const REFUSED: [(&str, f64); 11] = [
     ("prompt_logprobs", 0.0),
 ];
 
-/// The configuration of a request by its fields and, where they say nothing, by the model's `generation_config.json`.
-/// `max_tokens` is that of the route; the caller cuts it to the context.
+/// The generation configuration of a request, with defaults from the model's `generation_config.json`. `max_tokens` comes
+/// from the route; the caller limits it to the context.
 pub(crate) fn generation_config(
     fields: &Fields,
     served: &Served,
@@ -36,10 +36,7 @@ pub(crate) fn generation_config(
 ) -> Result<GenerationConfig, ApiError> {
     let num_choices = fields.get("n").and_then(Value::as_i64).unwrap_or(1);
     if fields.integer("best_of", 0..=i64::MAX)?.is_some_and(|best_of| best_of > num_choices) {
-        return Err(ApiError::unsupported(
-            "best_of",
-            "`best_of`: this server returns all answers that it writes; use `n`",
-        ));
+        return Err(ApiError::unsupported("best_of", "`best_of`: this server returns all generated answers; use `n`"));
     }
     let has_effect = |(name, neutral): &(&str, f64)| fields.get(name).and_then(Value::as_f64) != Some(*neutral);
     let refused: Vec<&str> = REFUSED.into_iter().filter(has_effect).map(|(name, _)| name).collect();
@@ -51,7 +48,7 @@ pub(crate) fn generation_config(
     }
     if let Some(top_p) = fields.number("top_p", 0.0..=1.0)? {
         sampling.top_p = top_p;
-        // the smallest set that reaches 0 is the most probable token
+        // the smallest set that reaches 0 is the most likely token
         if top_p == 0.0 {
             (sampling.top_p, sampling.temperature) = (1.0, 0.0);
         }
@@ -69,7 +66,7 @@ pub(crate) fn generation_config(
     }
     sampling.presence_penalty = fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0);
     sampling.frequency_penalty = fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0);
-    // any number is a seed; -1 is llama.cpp's word for none
+    // any number is a seed; -1 means no seed in llama.cpp
     let seed = fields.integer("seed", i64::MIN..=i64::MAX)?.filter(|seed| *seed != -1);
     sampling.seed = seed.map(|seed| seed as u64);
     for (token, bias) in logit_bias(fields, served)? {
@@ -80,7 +77,7 @@ pub(crate) fn generation_config(
     config.min_tokens = fields.count("min_tokens", 0, usize::MAX)?.unwrap_or(0);
     if config.min_tokens > max_tokens {
         let message =
-            format!("`min_tokens`: expected at most {max_tokens}, the most tokens, found {}", config.min_tokens);
+            format!("`min_tokens`: expected at most {max_tokens}, the token limit, found {}", config.min_tokens);
         return Err(ApiError::field("min_tokens", message));
     }
     config.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
@@ -95,7 +92,7 @@ pub(crate) fn generation_config(
 /// Reads the token limit of an answer; -1 means the rest of the context, as in llama.cpp. `None` if the field is absent.
 ///
 /// # Errors
-/// It is not -1 and less than `least`.
+/// The value is not -1 and less than `least`.
 pub(crate) fn most_tokens(fields: &Fields, name: &str, least: usize) -> Result<Option<usize>, ApiError> {
     match fields.integer(name, -1..=i64::MAX)? {
         None => Ok(None),
@@ -107,7 +104,7 @@ pub(crate) fn most_tokens(fields: &Fields, name: &str, least: usize) -> Result<O
     }
 }
 
-/// The texts of a field that end an answer.
+/// Reads stop strings.
 ///
 /// # Errors
 /// There are too many, or one is empty or too long.
@@ -124,7 +121,7 @@ pub(crate) fn stop_strings(fields: &Fields, name: &str) -> Result<Vec<String>, A
 
 fn logit_bias(fields: &Fields, served: &Served) -> Result<Vec<(u32, f32)>, ApiError> {
     let mut biases = Vec::new();
-    // llama.cpp's form: pairs of token and bias, `false` for never
+    // llama.cpp's format: pairs of token and bias, `false` for never
     if let Some(list) = fields.get("logit_bias").and_then(Value::as_array) {
         if list.len() > MAX_BIASES {
             return Err(ApiError::field("logit_bias", format!("`logit_bias`: expected at most {MAX_BIASES} entries")));
@@ -164,7 +161,7 @@ fn bias_of(value: &Value, path: &str) -> Result<f32, ApiError> {
     }
 }
 
-/// A token id in a request. `path` is called for an error: a prompt may hold a million of them.
+/// Reads a token id. `path` is called only for an error, because a prompt may contain a million ids.
 pub(crate) fn token_id(value: &Value, path: impl FnOnce() -> String, served: &Served) -> Result<u32, ApiError> {
     let id = value.as_u64().filter(|id| (*id as usize) < served.vocab_size);
     id.map(|id| id as u32).ok_or_else(|| {

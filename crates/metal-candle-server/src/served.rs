@@ -1,4 +1,4 @@
-//! The model that a server offers: its name, tokenizer, chat template and defaults.
+//! [`Served`]: the name, tokenizer, chat template and defaults of the served model.
 
 use crate::error::ApiError;
 use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarMask};
@@ -10,7 +10,7 @@ use metal_candle::inference::SamplingConfig;
 use metal_candle::models::Model;
 use std::sync::{Arc, OnceLock};
 
-/// Spellings of the markers of fill-in-the-middle: before the prefix, the suffix and the middle.
+/// The fill-in-the-middle tokens of published models: before the prefix, the suffix and the middle.
 const FIM_MARKERS: [[&str; 3]; 5] = [
     ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
     ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
@@ -19,17 +19,17 @@ const FIM_MARKERS: [[&str; 3]; 5] = [
     ["▁<PRE>", "▁<SUF>", "▁<MID>"],
 ];
 
-/// The tokens around the parts of a text with a gap.
+/// The fill-in-the-middle tokens of a model.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FimTokens {
     pub(crate) prefix: u32,
     pub(crate) suffix: u32,
     pub(crate) middle: u32,
-    /// Before the name of a repository, and before the name of each of its files.
+    /// The tokens before the name of a repository, and before the name of each of its files.
     pub(crate) repository: Option<(u32, u32)>,
 }
 
-/// What routes need to know of the model.
+/// The properties of the model that routes need.
 #[derive(Debug, Clone)]
 pub(crate) struct Served {
     pub(crate) name: String,
@@ -38,16 +38,16 @@ pub(crate) struct Served {
     pub(crate) control: ControlTokens,
     pub(crate) fim: Option<FimTokens>,
     pub(crate) end_of_turn: Option<u32>,
-    /// How the chat template writes calls of tools, and reasoning.
+    /// The syntax of tool calls in the chat template.
     pub(crate) tool_syntax: Option<Arc<ToolSyntax>>,
     pub(crate) reasoning: Option<Reasoning>,
     grammars: Arc<OnceLock<Result<GrammarCompiler, GrammarError>>>,
-    /// What `generation_config.json` advises; OpenAI's defaults where it says nothing.
+    /// The sampling defaults of `generation_config.json`, completed by OpenAI's defaults.
     pub(crate) sampling: SamplingConfig,
     pub(crate) vocab_size: usize,
     pub(crate) eos_token_ids: Vec<u32>,
     pub(crate) context: usize,
-    /// Whether answers have the same bits alone and in any batch.
+    /// Whether answers are identical alone and in any batch.
     pub(crate) is_deterministic: bool,
 }
 
@@ -92,7 +92,7 @@ impl Served {
     /// The chat template.
     ///
     /// # Errors
-    /// The model has none.
+    /// The model has no chat template.
     pub(crate) fn template(&self) -> Result<&ChatTemplate, ApiError> {
         self.tokenizer.chat_template().ok_or_else(|| {
             let message =
@@ -101,13 +101,13 @@ impl Served {
         })
     }
 
-    /// A mask for answers in a grammar, which the field `param` asks for.
+    /// Compiles the grammar of the field `param` to a mask.
     ///
     /// # Errors
-    /// The grammar is wrong or too large, or the tokens of the model have no fixed text.
+    /// The grammar is invalid or too large, or the tokens of the model have no fixed text.
     pub(crate) fn mask(&self, grammar: &Grammar, param: &str) -> Result<GrammarMask, ApiError> {
         let end_ids: Vec<u32> = self.eos_token_ids.iter().copied().chain(self.end_of_turn).collect();
-        // the first request pays for the vocabulary
+        // created at the first request with a grammar
         let compiler = self.grammars.get_or_init(|| GrammarCompiler::new(&self.tokenizer, self.vocab_size, &end_ids));
         compiler.as_ref().map_err(Clone::clone).and_then(|compiler| compiler.compile(grammar)).map_err(|error| {
             match error {
@@ -117,17 +117,17 @@ impl Served {
         })
     }
 
-    /// The tokens of text with control tokens: those of the client's own prompt, or of a template.
+    /// Tokenizes text with active control tokens: the client's own prompt, or a rendered template.
     pub(crate) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ApiError> {
         ControlTokens::encode(&self.tokenizer, text, add_special).map_err(|error| ApiError::invalid(error.to_string()))
     }
 
-    /// The tokens of text in which control tokens are plain text.
+    /// Tokenizes text in which control tokens are plain text.
     pub(crate) fn encode_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
         self.encode(&self.control.disarm(text, false), false)
     }
 
-    /// The bytes of a token, those of half a character included.
+    /// The text and bytes of a token, which may be part of a character.
     pub(crate) fn token_text(&self, id: u32) -> (String, Vec<u8>) {
         let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
         (String::from_utf8_lossy(&bytes).into_owned(), bytes)

@@ -1,4 +1,4 @@
-//! Accepts connections, and ends them in order when the server shuts down.
+//! [`Server`]: accepts connections, and drains them when the server shuts down.
 
 use crate::adapters::{Adapters, Replaces};
 use crate::app::App;
@@ -29,11 +29,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 
-/// Most sequences that run at a time unless the settings say otherwise.
+/// The default limit of sequences that run at the same time.
 const MAX_SLOTS: usize = 32;
-/// Longest row of a training file, in tokens, unless the model's limit is lower: the default of `train`.
+/// Longest row of a training file, in tokens, unless the model's context is shorter; the default of `train`.
 const MAX_ROW_TOKENS: usize = 2048;
-/// Limits of connections.
+/// Most connections.
 const MAX_CONNECTIONS: usize = 1024;
 const MAX_HEADERS: usize = 100;
 const MAX_HEADER_BYTES: usize = 64 << 10;
@@ -49,10 +49,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts the engine: reserves its cache and starts its thread.
+    /// Starts the engine: allocates its cache and starts its thread.
     ///
     /// # Errors
-    /// The cache does not fit `cache_bytes` or the device, it cannot have the type of `kv_cache`, or a limit is out of its range.
+    /// The cache does not fit in `cache_bytes` or on the device, the type `kv_cache` is not supported, or a limit is out of range.
     pub fn new(model: &Model, tokenizer: Tokenizer, config: ServerConfig) -> metal_candle::Result<Self> {
         let limits = limits(model, &config)?;
         let metrics = Arc::new(Metrics::default());
@@ -72,10 +72,10 @@ impl Server {
         Ok(Self { app: Arc::new(app), engine: thread, jobs })
     }
 
-    /// Adds an adapter that clients choose by `model: NAME`.
+    /// Adds an adapter that clients select with `model: NAME`.
     ///
     /// # Errors
-    /// The path holds no adapter of this model, or the name is taken.
+    /// The path contains no adapter of this model, or the name is taken.
     pub fn add_adapter(&self, name: &str, path: &Path) -> metal_candle::Result<()> {
         let source = path.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
         let added = self.app.adapters.load(name, path, &source, Replaces::Nothing);
@@ -84,7 +84,7 @@ impl Server {
             .map_err(|error| metal_candle::Error::Argument { name: "adapter".into(), message: error.message })
     }
 
-    /// Most sequences that run at a time.
+    /// Most sequences that run at the same time.
     pub fn slots(&self) -> usize {
         self.app.engine.limits().slots
     }
@@ -94,7 +94,7 @@ impl Server {
         self.app.served.context
     }
 
-    /// The routes, for a server of one's own. Checks of keys and origins are part of them.
+    /// The routes, for use in your own server. They check keys and origins.
     pub fn router(&self) -> Router {
         let app = Arc::clone(&self.app);
         routes::router()
@@ -105,7 +105,7 @@ impl Server {
             .with_state(app)
     }
 
-    /// Answers requests until `shutdown` is done; then lets the running ones end for `drain_timeout`.
+    /// Answers requests until `shutdown` completes, then waits up to `drain_timeout` for running requests.
     ///
     /// # Errors
     /// The listener fails.
@@ -123,9 +123,9 @@ impl Server {
                 (accepted, place) = async { let place = place.await; (listener.accept().await, place) } => {
                     match (accepted, place) {
                         (Ok((stream, _)), Ok(place)) => (stream, place),
-                        // too many open files, or a client that left: others may still come
+                        // too many open files, or the client disconnected: continue with other connections
                         (Err(error), _) => {
-                            tracing::warn!("a connection could not be accepted: {error}");
+                            tracing::warn!("cannot accept a connection: {error}");
                             tokio::time::sleep(Duration::from_millis(50)).await;
                             continue;
                         }
@@ -133,9 +133,9 @@ impl Server {
                     }
                 }
             };
-            // pieces are small and should not wait for each other
+            // send small chunks without delay
             let _ = stream.set_nodelay(true);
-            // a client that takes nothing for long does not keep its place
+            // close connections of clients that do not read
             let mut stream = TimeoutStream::new(stream);
             stream.set_write_timeout(Some(write_timeout));
             let stream = Box::pin(stream);
@@ -151,7 +151,7 @@ impl Server {
                 let closing = async { is_closing.wait_for(|closing| *closing).await.map(drop) };
                 tokio::pin!(connection);
                 tokio::select! {
-                    // clients that leave are no errors of ours
+                    // a disconnected client is not an error
                     _ = &mut connection => {}
                     _ = closing => {
                         connection.as_mut().graceful_shutdown();
@@ -172,7 +172,7 @@ impl Server {
         while !ended() && started.elapsed() < drain_timeout {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // running requests get an error event, and their bodies end
+        // running requests receive an error event, and their bodies end
         self.app.engine.stop();
         let started = Instant::now();
         while !ended() && started.elapsed() < Duration::from_secs(2) {
@@ -185,7 +185,7 @@ impl Server {
     }
 }
 
-/// Opens the files and jobs if the settings have a folder for them, and starts the thread that runs jobs.
+/// Opens the files and jobs if they are configured, and starts the thread that runs jobs.
 fn open_jobs(app: &mut App, model: &Model) -> metal_candle::Result<Option<JoinHandle<()>>> {
     let Some(config) = app.config.jobs.clone() else { return Ok(None) };
     let options = DatasetOptions {
@@ -203,13 +203,16 @@ fn open_jobs(app: &mut App, model: &Model) -> metal_candle::Result<Option<JoinHa
     Ok(Some(thread))
 }
 
-/// The limits of the engine by the settings and the model.
+/// The limits of the engine, from the settings and the model.
 fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLimits> {
     let argument = |name: &str, message: String| metal_candle::Error::Argument { name: name.into(), message };
     let longest = model.config().max_sequence_length();
     let context = if config.context == 0 { longest } else { config.context };
     if context > longest || context < 2 {
-        return Err(argument("context", format!("expected 2 to {longest} tokens, the model's limit, found {context}")));
+        return Err(argument(
+            "context",
+            format!("expected 2 to {longest} tokens, the model's context, found {context}"),
+        ));
     }
     let models = || std::iter::once(model).chain(&config.draft_model);
     let scheduler = SchedulerConfig { kv_cache: config.kv_cache, ..SchedulerConfig::of(model) };
@@ -218,7 +221,7 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
     let fitting = config.cache_bytes / bytes_of(1).max(1);
     if fitting == 0 {
         let message = format!(
-            "a sequence of {context} tokens needs {} bytes of cache, and the limit is {}; lower the context",
+            "a sequence of {context} tokens needs {} bytes of KV cache, but the limit is {}; reduce the context",
             bytes_of(1),
             config.cache_bytes
         );
@@ -226,7 +229,8 @@ fn limits(model: &Model, config: &ServerConfig) -> metal_candle::Result<EngineLi
     }
     let slots = if config.slots == 0 { fitting.min(MAX_SLOTS) } else { config.slots };
     if slots > fitting {
-        let message = format!("expected at most {fitting}, which fit in {} bytes, found {slots}", config.cache_bytes);
+        let message =
+            format!("expected at most {fitting}, the number that fits in {} bytes, found {slots}", config.cache_bytes);
         return Err(argument("slots", message));
     }
     Ok(EngineLimits {
@@ -251,7 +255,7 @@ async fn wrong_method(request: Request) -> Response {
     routes::refuse(request.uri().path(), ApiError::malformed(StatusCode::METHOD_NOT_ALLOWED, message))
 }
 
-/// Checks where a request comes from and who sends it, and adds the headers that all answers have.
+/// Checks the origin and key of a request, and adds the common response headers.
 async fn check(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let given = request
         .headers()

@@ -1,4 +1,4 @@
-//! Server-sent events: one task writes them, and the body of the response hands them on.
+//! Streams server-sent events: one task writes them, and the response body forwards them.
 
 use crate::error::ApiError;
 use axum::body::{Body, Bytes};
@@ -31,12 +31,12 @@ impl Events {
         self.send(format!("event: {name}\ndata: {}\n\n", one_line(data))).await
     }
 
-    /// Sends what ends a stream of OpenAI.
+    /// Sends the end of an OpenAI stream.
     pub(crate) async fn done(&self) -> Result<(), Closed> {
         self.send("data: [DONE]\n\n".into()).await
     }
 
-    /// Sends an error, after which there is nothing more.
+    /// Sends an error as the last event.
     pub(crate) async fn error(&self, error: &ApiError) -> Result<(), Closed> {
         self.data(&json!({"error": error.object()})).await
     }
@@ -46,13 +46,13 @@ impl Events {
     }
 }
 
-/// JSON on one line, also for readers that split lines as Unicode does.
+/// JSON on one line, also for readers that split lines at Unicode line breaks.
 fn one_line(data: &Value) -> String {
     let text = data.to_string();
     if !text.contains(['\u{85}', '\u{2028}', '\u{2029}']) {
         return text;
     }
-    // they can only be inside strings
+    // these characters can only occur in strings
     text.replace('\u{85}', "\\u0085").replace('\u{2028}', "\\u2028").replace('\u{2029}', "\\u2029")
 }
 
@@ -66,7 +66,7 @@ impl Stream for EventBody {
     }
 }
 
-/// A response whose events `write` sends. When the client closes the connection, `write` is dropped.
+/// A response with the events that `write` sends. If the client closes the connection, `write` is dropped.
 pub(crate) fn respond<F, W>(write: W) -> Response
 where
     W: FnOnce(Events) -> F,
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn line_ends_of_unicode_are_escaped() {
+    fn unicode_line_breaks_are_escaped() {
         let text = one_line(&json!({"a": "x\u{2028}y\u{85}\n"}));
         assert_eq!(text, "{\"a\":\"x\\u2028y\\u0085\\n\"}");
         assert_eq!(serde_json::from_str::<Value>(&text).ok(), Some(json!({"a": "x\u{2028}y\u{85}\n"})));

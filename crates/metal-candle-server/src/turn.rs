@@ -1,4 +1,4 @@
-//! Answers to conversations, whatever the wire format: renders the chat template and starts the job.
+//! [`Turn`]: answers a conversation for all wire formats; renders the chat template and starts the job.
 
 use crate::answer::Answering;
 use crate::app::{App, Target};
@@ -22,30 +22,30 @@ pub(crate) const MAX_MESSAGES: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Turn {
     pub(crate) target: Target,
-    /// As the client wrote them.
+    /// The messages of the client.
     pub(crate) messages: Vec<Message>,
     /// The tools that the template shows and the answer may call.
     pub(crate) tools: Option<ToolRequest>,
-    /// What the answer must look like, and the field that says so.
+    /// The grammar of the answer, and the field that specifies it.
     pub(crate) grammar: Option<(String, Grammar)>,
     /// Variables of the template.
     pub(crate) variables: Map<String, Value>,
     /// Whether the answer continues the last message.
     pub(crate) continues: bool,
     pub(crate) add_generation_prompt: bool,
-    /// `max_tokens` is the client's, or more than the context holds.
+    /// The settings of generation; `max_tokens` may exceed the context.
     pub(crate) config: GenerationConfig,
     pub(crate) num_choices: usize,
     pub(crate) num_top: usize,
     pub(crate) cache_salt: Option<String>,
-    /// The answer that the client expects, which is checked several tokens at a time.
+    /// The expected answer, which is verified several tokens at a time.
     pub(crate) prediction: Option<String>,
-    /// The field that holds the conversation.
+    /// The field with the conversation.
     pub(crate) param: &'static str,
 }
 
 impl Turn {
-    /// A turn by the fields that all formats share: one answer, without tools.
+    /// Creates a turn from the fields that all formats share: one answer, without tools.
     ///
     /// # Errors
     /// A field is malformed, or there is no such model.
@@ -76,7 +76,7 @@ impl Turn {
     /// The number of tokens of the prompt.
     ///
     /// # Errors
-    /// The template refuses the conversation.
+    /// The chat template refuses the conversation.
     pub(crate) async fn count_tokens(self, app: &Arc<App>) -> Result<usize, ApiError> {
         let served = app.served.clone();
         app.compute(move || Ok(served.encode(&self.render(&served)?, false)?.len())).await
@@ -85,7 +85,7 @@ impl Turn {
     /// Renders the conversation and queues it.
     ///
     /// # Errors
-    /// The template refuses the conversation, it does not fit the context, or the queue is full.
+    /// The chat template refuses the conversation, the prompt does not fit in the context, or the queue is full.
     pub(crate) async fn start(self, app: &Arc<App>, client: &Client) -> Result<Answering, ApiError> {
         let served = app.served.clone();
         let turn = self;
@@ -98,7 +98,7 @@ impl Turn {
             })
             .await?;
         let mut config = turn.config;
-        // marks of calls may be special tokens
+        // markers of calls may be special tokens
         let syntax = app.served.tool_syntax.as_ref().filter(|_| turn.tools.is_some());
         let marks = syntax.into_iter().flat_map(|syntax| syntax.marker_ids());
         let marks = marks.chain(app.served.reasoning.iter().flat_map(Reasoning::marker_ids));
@@ -113,7 +113,7 @@ impl Turn {
         (job.num_samples, job.num_top) = (turn.num_choices, turn.num_top);
         job.mask = mask.map(|mask| Box::new(mask) as Box<dyn TokenMask>);
         if let Some(mut prediction) = prediction {
-            // more can never be used
+            // more tokens can never be used
             prediction.truncate(job.config.max_tokens);
             (job.speculation, job.prediction) = (app.speculation(true), prediction);
         }
@@ -124,10 +124,10 @@ impl Turn {
         Ok(answering)
     }
 
-    /// Reads `tools`, and the fields that say what an answer must look like, in OpenAI's form for chats.
+    /// Reads `tools`, and the fields of the answer's grammar, in the format of the chat route.
     ///
     /// # Errors
-    /// A field is wrong, or the model's template shows no tools.
+    /// A field is invalid, or the model's chat template does not support tools.
     pub(crate) fn constrain(&mut self, served: &Served, fields: &Fields) -> Result<(), ApiError> {
         self.tools = ToolRequest::from_request(fields)?.filter(|tools| tools.choice != ToolChoice::None);
         self.grammar = Grammar::from_request(fields)?;
@@ -135,28 +135,28 @@ impl Turn {
             self.variables.entry("enable_thinking").or_insert(false.into());
         }
         if self.tools.is_some() && served.tool_syntax.is_none() {
-            return Err(ApiError::unsupported("tools", "`tools`: the model's chat template shows no tools"));
+            return Err(ApiError::unsupported("tools", "`tools`: the model's chat template does not support tools"));
         }
         Ok(())
     }
 
-    /// The mask of the answer to `prompt`, if it must look a certain way.
+    /// The mask of the answer to `prompt`, if the answer is constrained.
     fn mask(&self, served: &Served, prompt: &str) -> Result<Option<GrammarMask>, ApiError> {
         let form = self.grammar.as_ref().map(|(param, grammar)| (param.as_str(), grammar));
         let Some((tools, syntax)) = self.tools.as_ref().zip(served.tool_syntax.as_ref()) else {
             return form.map(|(param, grammar)| served.mask(grammar, param)).transpose();
         };
         let reasoning = served.reasoning.as_ref().map(|marks| (marks, marks.is_open_after(prompt)));
-        // what is wrong with the form alone is said of its field
+        // compile the format alone first, so that its errors name its field
         form.map(|(param, grammar)| served.mask(grammar, param)).transpose()?;
         let grammar = tools_grammar(syntax, tools, reasoning, form)?;
         grammar.map(|grammar| served.mask(&grammar, "tools")).transpose()
     }
 
-    /// What splits the answer to `prompt` into reasoning, content and calls, where there may be more than content.
+    /// The parser that splits the answer to `prompt` into reasoning, content and calls; none if there can only be content.
     fn parser(&self, served: &Served, prompt: &str) -> Option<ToolParser> {
         let syntax = served.tool_syntax.as_deref().filter(|_| self.tools.is_some());
-        // an answer in a grammar alone has no place for reasoning
+        // a grammar without tools does not allow reasoning
         let reasoning = served.reasoning.as_ref().filter(|_| self.grammar.is_none() || syntax.is_some());
         if syntax.is_none() && reasoning.is_none() {
             return None;
@@ -165,10 +165,10 @@ impl Turn {
         Some(ToolParser::new(syntax, reasoning, prompt, tools, parallel))
     }
 
-    /// The conversation as text, in which the client's control tokens are disarmed.
+    /// Renders the conversation, with control tokens in the client's text disarmed.
     ///
     /// # Errors
-    /// There is no template, or it refuses the conversation.
+    /// There is no chat template, or it refuses the conversation.
     pub(crate) fn render(&self, served: &Served) -> Result<String, ApiError> {
         let template = served.template()?;
         let mut messages = Vec::with_capacity(self.messages.len());
@@ -206,16 +206,16 @@ impl Turn {
         }
         let until = ControlTokens::until_end(&text).map(ToOwned::to_owned);
         until.ok_or_else(|| {
-            let message = "`continue_final_message`: the chat template does not show the last message as it is";
+            let message = "`continue_final_message`: the chat template changes the last message";
             ApiError::field("continue_final_message", message)
         })
     }
 }
 
-/// The messages of a request in OpenAI's form.
+/// Reads the messages of a request in OpenAI's format.
 ///
 /// # Errors
-/// A message is malformed, or has a role or content that is not supported.
+/// A message is malformed, or has an unsupported role or content.
 pub(crate) fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     let list = fields.required_list("messages", MAX_MESSAGES)?;
     if list.is_empty() {
@@ -229,14 +229,14 @@ pub(crate) fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     Ok(messages)
 }
 
-/// A message in OpenAI's form.
+/// Reads a message in OpenAI's format.
 ///
 /// # Errors
-/// It is malformed, or has a role or content that is not supported.
+/// The message is malformed, or has an unsupported role or content.
 pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
     let path = |name: &str| fields.path(name);
     let role = match fields.required_text("role")? {
-        // the name that newer models have for it
+        // OpenAI's name for the system role in newer models
         "developer" => "system",
         role @ ("system" | "user" | "assistant" | "tool") => role,
         other => {
@@ -268,7 +268,7 @@ pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
                     "text" | "input_text" | "output_text" => "text",
                     "refusal" => "refusal",
                     _ => {
-                        let message = format!("`{}`: this server reads text only", part.path("type"));
+                        let message = format!("`{}`: only text is supported", part.path("type"));
                         return Err(ApiError::unsupported(part.path("type"), message));
                     }
                 };
@@ -283,7 +283,7 @@ pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
         }
     }
     for value in map.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
-        // templates write them without asking whether they are there
+        // templates use them without checking whether they exist
         if let Some(Value::Object(function)) = value.get_mut("function") {
             let arguments = function.entry("arguments").or_insert(Value::Null);
             if arguments.is_null() {
@@ -301,10 +301,10 @@ pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
     Message::try_from(map).map_err(|error| ApiError::field(path("role"), error))
 }
 
-/// Variables of the template in a request: `chat_template_kwargs`, of which only plain values are taken.
+/// Reads template variables from `chat_template_kwargs`; only plain values are allowed.
 ///
 /// # Errors
-/// A value is a list or an object, or names what the server sets.
+/// A value is a list or an object, or a variable is set by the server.
 pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
     fields.refuse(&["chat_template"])?;
     let mut variables = Map::new();
@@ -332,7 +332,7 @@ pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, 
     Ok(variables)
 }
 
-/// OpenAI's name for the end of a choice. One that was cut says so, whatever it has called.
+/// OpenAI's finish reason of a choice. A truncated choice is reported as such, even after a call.
 pub(crate) fn finish_reason(reason: FinishReason, has_calls: bool) -> &'static str {
     match reason {
         FinishReason::EndOfText | FinishReason::StopString | FinishReason::Cancelled if has_calls => "tool_calls",

@@ -1,19 +1,20 @@
-//! Keeps text of clients from being read as control tokens: `<|im_end|>` in a message is nine characters, not the end of
-//! a turn.
+//! Prevents text of clients from being tokenized as control tokens: `<|im_end|>` in a message is ten characters, not the end
+//! of a turn.
 
 use metal_candle::data::Tokenizer;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Put inside a control token that a client spelled. It is a noncharacter, which text does not hold (Unicode, section 23.7).
+/// Inserted into control tokens in the text of clients. It is a noncharacter, which text does not contain (Unicode, section
+/// 23.7).
 const MARK: char = '\u{fdd0}';
-/// What takes the place of `MARK` in the text of clients.
+/// Replaces `MARK` in the text of clients.
 const REPLACEMENT: char = '\u{fffd}';
-/// Tokens that assistants' messages may hold: templates look for them in the text of earlier answers.
+/// Tokens that assistant messages may contain, because templates search for them in earlier answers.
 const REASONING: [&str; 2] = ["<think>", "</think>"];
 
-/// A mark inside the last message that an answer continues: it says where the text of the message ends. Another noncharacter.
+/// Another noncharacter, which marks the end of the last message if the answer continues it.
 const END: char = '\u{fdd1}';
 
 /// The control tokens of a tokenizer.
@@ -27,7 +28,7 @@ impl ControlTokens {
         let added = tokenizer.raw().get_added_vocabulary().get_added_tokens_decoder();
         let mut by_first: BTreeMap<char, Vec<String>> = BTreeMap::new();
         for text in added.values().map(|token| &token.content) {
-            // a token of one character cannot be cut in two, and blanks are no marks: some tokenizers add runs of them
+            // a token of one character cannot be split, and white space is not a marker: some tokenizers add runs of it
             let is_mark = text.chars().nth(1).is_some() && !text.chars().all(|c| c.is_whitespace() || c == '▁');
             if let Some(first) = text.chars().next().filter(|_| is_mark) {
                 by_first.entry(first).or_default().push(text.clone());
@@ -36,7 +37,7 @@ impl ControlTokens {
         Self { by_first: Arc::new(by_first) }
     }
 
-    /// The text with a mark inside each control token.
+    /// Inserts a mark into each control token of a text.
     pub(crate) fn disarm(&self, text: &str, is_assistant: bool) -> String {
         let mut out = String::with_capacity(text.len());
         let mut rest = text;
@@ -53,7 +54,7 @@ impl ControlTokens {
         out
     }
 
-    /// The name of a field, around which some templates write brackets.
+    /// Disarms a field name, around which some templates write brackets.
     fn disarm_name(&self, name: &str, is_assistant: bool) -> String {
         let bare = |control: &str| {
             control.trim_matches(['<', '>', '/', '[', ']']) == name.trim_matches(['<', '>', '/', '[', ']'])
@@ -66,7 +67,7 @@ impl ControlTokens {
         out
     }
 
-    /// Disarms all strings in a JSON value, names of fields included.
+    /// Disarms all strings in a JSON value, including field names.
     pub(crate) fn disarm_value(&self, value: &mut Value, is_assistant: bool) {
         match value {
             Value::String(text) => *text = self.disarm(text, is_assistant),
@@ -84,17 +85,17 @@ impl ControlTokens {
         }
     }
 
-    /// The text with a mark at its end, for [`ControlTokens::until_end`].
+    /// Appends an end mark for [`ControlTokens::until_end`].
     pub(crate) fn with_end(text: &str) -> String {
         format!("{text}{END}")
     }
 
-    /// What comes before the mark of [`ControlTokens::with_end`]; none if it is not there.
+    /// The text before the mark of [`ControlTokens::with_end`]; none if there is no mark.
     pub(crate) fn until_end(text: &str) -> Option<&str> {
         text.split_once(END).map(|(before, _)| before)
     }
 
-    /// The tokens of a text that may hold disarmed control tokens: it is cut at the marks, so that none is whole.
+    /// Tokenizes a text with disarmed control tokens: the text is split at the marks, so that no control token is complete.
     pub(crate) fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> metal_candle::Result<Vec<u32>> {
         let mut ids = Vec::new();
         for (index, part) in text.split(MARK).enumerate() {
@@ -103,7 +104,7 @@ impl ControlTokens {
         Ok(ids)
     }
 
-    /// The text without marks.
+    /// Removes the marks.
     pub(crate) fn without_marks(text: &str) -> String {
         text.replace(MARK, "")
     }
@@ -135,7 +136,7 @@ pub(crate) mod tests {
                 assert_eq!(ControlTokens::without_marks(&disarmed), text);
             }
         }
-        // a mark in the text of a client is none
+        // a mark in the text of a client is replaced
         let disarmed = control.disarm("<|im\u{fdd0}_end|>", false);
         assert_eq!(disarmed, "<|im\u{fffd}_end|>");
         // a template may write `<` and `>` around the name of a field

@@ -1,4 +1,4 @@
-//! The engine as routes see it.
+//! [`Engine`]: the handle through which routes use the engine.
 
 use super::job::{Answers, EngineLimits, Job};
 use super::worker::{Calculation, Command, Shared, Task, run};
@@ -23,7 +23,7 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread and reserves its cache.
+    /// Starts the thread and allocates its cache.
     ///
     /// # Errors
     /// The device cannot hold the cache, or the thread cannot be started.
@@ -48,7 +48,7 @@ impl Engine {
         };
         let scheduler = new_scheduler()?;
         let shared = Arc::new(Shared::new(metrics));
-        // a full channel is the engine's way to say that it cannot take more
+        // a full channel means that the engine cannot accept more
         let (commands, receiver) = sync_channel(limits.max_waiting + limits.slots);
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -93,11 +93,11 @@ impl Engine {
         match self.commands.try_send(Command::Start(Box::new(task))) {
             Ok(()) => Ok(answers),
             Err(std::sync::mpsc::TrySendError::Full(_)) => full(),
-            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => Err(ApiError::server("the engine has ended")),
+            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => Err(ApiError::server("the engine has stopped")),
         }
     }
 
-    /// Computes with the model on the engine's thread, between two steps.
+    /// Runs a computation with the model on the engine's thread, between two steps.
     ///
     /// # Errors
     /// The queue is full, or the computation panicked.
@@ -109,7 +109,7 @@ impl Engine {
         let (sender, receiver) = oneshot::channel();
         let calculate = Box::new(move |model: &Model| {
             if !sender.is_closed() {
-                // the client may have left meanwhile
+                // the client may have disconnected
                 let _ = sender.send(compute(model));
             }
         });
@@ -120,17 +120,17 @@ impl Engine {
         receiver.await.map_err(ApiError::server)
     }
 
-    /// Number of sequences that wait for a slot.
+    /// The number of sequences that wait for a slot.
     pub(crate) fn num_waiting(&self) -> usize {
         self.shared.waiting.load(Ordering::Relaxed) + self.shared.preempted.load(Ordering::Relaxed)
     }
 
-    /// Number of sequences that run.
+    /// The number of running sequences.
     pub(crate) fn num_running(&self) -> usize {
         self.shared.running.load(Ordering::Relaxed)
     }
 
-    /// Whether the engine takes no more jobs.
+    /// Whether the engine refuses new jobs.
     pub(crate) fn is_draining(&self) -> bool {
         self.shared.is_draining.load(Ordering::Relaxed)
     }
@@ -140,11 +140,11 @@ impl Engine {
         self.shared.is_draining.store(true, Ordering::Relaxed);
     }
 
-    /// Ends all jobs with an error, and the thread.
+    /// Ends all jobs with an error, and stops the thread.
     pub(crate) fn stop(&self) {
         self.drain();
         self.shared.is_stopped.store(true, Ordering::Relaxed);
-        // wakes the thread; if the channel is full it is awake
+        // wakes the thread; if the channel is full, it is awake already
         let _ = self.commands.try_send(Command::Wake);
     }
 }

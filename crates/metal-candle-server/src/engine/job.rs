@@ -1,4 +1,4 @@
-//! What the engine computes and what it sends back.
+//! The jobs of the engine, and the channel of their updates.
 
 use crate::adapters::Adapter;
 use crate::error::ApiError;
@@ -7,29 +7,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Pieces that a reader may be behind before its sequence is paused, for each sample.
+/// Most unread chunks per sample; more pause the sequence.
 const MAX_BEHIND: usize = 64;
 
-/// Limits of the engine.
+/// The limits of the engine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct EngineLimits {
-    /// Most sequences that run at a time.
+    /// Most sequences that run at the same time.
     pub(crate) slots: usize,
     /// Most tokens of prompt and answer.
     pub(crate) context: usize,
-    /// Bytes of the cache, which is reserved at the start.
+    /// The size of the KV cache, which is allocated at the start.
     pub(crate) cache_bytes: usize,
-    /// Most sequences that wait.
+    /// Most waiting sequences.
     pub(crate) max_waiting: usize,
     /// Longest wait for a slot.
     pub(crate) queue_timeout: Duration,
-    /// Longest time of a job from its start.
+    /// Longest duration of a job.
     pub(crate) request_timeout: Duration,
-    /// Longest time for which a reader may take nothing.
+    /// Longest time for which a reader may not read.
     pub(crate) stall_timeout: Duration,
 }
 
-/// A prompt to continue for one client.
+/// A prompt of one client, to be answered one or more times.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
@@ -41,22 +41,22 @@ pub(crate) struct Job {
     pub(crate) speculation: Speculation,
     /// The text that the client expects.
     pub(crate) prediction: Vec<u32>,
-    /// Jobs with the same salt share prefixes.
+    /// The prefix cache salt: jobs with equal salts share prefixes.
     pub(crate) salt: u64,
-    /// The key whose turn it is in the queue.
+    /// The index of the key that the job belongs to.
     pub(crate) owner: usize,
-    /// Most sequences of this owner that run at a time.
+    /// Most sequences of this owner that run at the same time.
     pub(crate) max_running: usize,
 }
 
-/// What happened to a job.
+/// An update of a job.
 #[derive(Debug)]
 pub(crate) enum Update {
-    /// The next piece of a sample.
+    /// The next chunk of a sample.
     Piece(usize, Piece),
-    /// The end of a sample by [`Answers::stop`].
+    /// A sample was ended by [`Answers::stop`].
     Stopped(usize, Finish),
-    /// The job failed; there is no further update.
+    /// The job failed; this is the last update.
     Failed(ApiError),
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Answers {
     stops: Stops,
 }
 
-/// The samples that their reader has enough of.
+/// The samples that their reader has stopped.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stops(Arc<Mutex<Vec<usize>>>);
 
@@ -76,21 +76,21 @@ impl Stops {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The samples since the last call.
+    /// Returns the samples stopped since the last call.
     pub(super) fn take(&self) -> Vec<usize> {
         std::mem::take(&mut *self.samples())
     }
 }
 
 impl Answers {
-    /// A channel for the updates of `num_samples` samples.
+    /// Creates a channel for the updates of `num_samples` samples.
     pub(super) fn channel(num_samples: usize) -> (mpsc::Sender<Update>, Stops, Self) {
         let (sender, receiver) = mpsc::channel(MAX_BEHIND * num_samples.max(1));
         let stops = Stops::default();
         (sender, stops.clone(), Self { receiver, stops })
     }
 
-    /// Ends a sample after the step that is under way. Its last update is [`Update::Stopped`], unless it ends by itself.
+    /// Ends a sample after the current step. Its last update is [`Update::Stopped`], unless it ends by itself.
     pub(crate) fn stop(&self, sample: usize) {
         self.stops.samples().push(sample);
     }
@@ -100,7 +100,7 @@ impl Answers {
         self.receiver.recv().await
     }
 
-    /// The next update if there is one already.
+    /// The next update, if it is available now.
     pub(crate) fn try_next(&mut self) -> Option<Update> {
         self.receiver.try_recv().ok()
     }

@@ -1,4 +1,4 @@
-//! Runs the model on a thread of its own: a fair queue of jobs, one scheduler, and a bounded channel per job.
+//! Runs the model on a dedicated thread: a fair queue of jobs, one scheduler, and a bounded channel per job.
 
 mod handle;
 mod job;

@@ -1,8 +1,8 @@
-//! Holds the jobs that wait, by owner: first come, first served within an owner.
+//! Queues waiting jobs by owner; first come, first served within an owner.
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Jobs that wait, by owner.
+/// The waiting jobs, by owner.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
     owners: BTreeMap<usize, VecDeque<T>>,
@@ -15,7 +15,7 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a job behind those of the same owner.
+    /// Adds a job after the others of its owner.
     pub(super) fn push(&mut self, owner: usize, job: T) {
         self.owners.entry(owner).or_default().push_back(job);
     }
@@ -25,7 +25,7 @@ impl<T> Queue<T> {
         self.owners.values().filter_map(VecDeque::front)
     }
 
-    /// Takes the first job of an owner.
+    /// Removes and returns the first job of an owner.
     pub(super) fn pop(&mut self, owner: usize) -> Option<T> {
         let jobs = self.owners.get_mut(&owner)?;
         let job = jobs.pop_front();
@@ -35,7 +35,7 @@ impl<T> Queue<T> {
         job
     }
 
-    /// Removes and returns the jobs for which `is_over` holds.
+    /// Removes and returns the jobs for which `is_over` returns true.
     pub(super) fn extract(&mut self, mut is_over: impl FnMut(&T) -> bool) -> Vec<T> {
         let mut over = Vec::new();
         for jobs in self.owners.values_mut() {
@@ -47,7 +47,7 @@ impl<T> Queue<T> {
         over
     }
 
-    /// Whether no job waits.
+    /// Whether no jobs wait.
     pub(super) fn is_empty(&self) -> bool {
         self.owners.is_empty()
     }

@@ -6,14 +6,14 @@ use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 
-/// For how long a reader takes nothing before others may have its slots.
+/// How long a reader may not read before its slots can be preempted.
 const MAX_IDLE: Duration = Duration::from_secs(1);
-/// For how long an owner waits before it gets slots of an owner that has more.
+/// How long an owner waits before it preempts slots of an owner with more.
 const MAX_WAIT: Duration = Duration::from_millis(500);
-/// Until when free slots are kept for a job that needs more of them.
+/// How long free slots are reserved for a job that needs more of them.
 const MAX_RESERVED: Duration = Duration::from_secs(10);
 
-/// A job that has started.
+/// A started job.
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) updates: Sender<Update>,
@@ -27,13 +27,13 @@ pub(super) struct Running {
     pub(super) started: Instant,
     pub(super) first_token: Option<Instant>,
     pub(super) last_token: Instant,
-    /// Since when its reader has taken nothing.
+    /// When its reader stopped reading.
     pub(super) paused: Option<Instant>,
     /// The free capacity of its channel at the last check.
     pub(super) capacity: usize,
-    /// Since when it has given up its slots.
+    /// When it was preempted.
     pub(super) preempted: Option<Instant>,
-    /// For how long it had given them up before.
+    /// The total time of earlier preemptions.
     pub(super) waited: Duration,
 }
 
@@ -47,40 +47,40 @@ impl Running {
         self.open().count()
     }
 
-    /// For how long it has had slots, or has waited for them again.
+    /// How long it has had slots, or has waited to get them back.
     pub(super) fn age(&self, now: Instant) -> Duration {
         self.preempted.map_or_else(|| (now - self.started).saturating_sub(self.waited), |since| now - since)
     }
 
-    /// Number of slots that it has.
+    /// The number of its slots.
     fn num_slots(&self) -> usize {
         if self.preempted.is_some() { 0 } else { self.num_open() }
     }
 }
 
-/// Number of slots that the jobs have.
+/// The number of slots of all jobs.
 pub(super) fn num_taken(jobs: &[Running]) -> usize {
     jobs.iter().map(Running::num_slots).sum()
 }
 
-/// Number of slots that the jobs of an owner have.
+/// The number of slots of an owner's jobs.
 pub(super) fn num_held(jobs: &[Running], owner: usize) -> usize {
     jobs.iter().filter(|job| job.owner == owner).map(Running::num_slots).sum()
 }
 
-/// A job that waits for slots.
+/// A job that is waiting for slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     pub(super) owner: usize,
-    /// Number of slots that it needs.
+    /// The number of slots that it needs.
     pub(super) count: usize,
     pub(super) since: Instant,
     /// Its index, if it has been preempted.
     pub(super) preempted: Option<usize>,
 }
 
-/// The first waiting job of each owner, in the order in which they should start: owners with few slots first, then in turn after
-/// the owner that was served last. `queued` holds the first queued job of each owner; preempted jobs are older.
+/// The first waiting job of each owner, in starting order: owners with few slots first, then round robin after the owner that
+/// was served last. `queued` has the first queued job of each owner; preempted jobs come before them.
 pub(super) fn in_turn(jobs: &[Running], queued: Vec<Waiting>, last: usize) -> Vec<Waiting> {
     let may_resume = |job: &Running| {
         let is_waiting = job.preempted.is_some() && job.paused.is_none();
@@ -97,7 +97,7 @@ pub(super) fn in_turn(jobs: &[Running], queued: Vec<Waiting>, last: usize) -> Ve
     first
 }
 
-/// The job that starts next, and the indices of the running jobs that give up their slots for it; `None` if all have to wait.
+/// The job to start next, and the indices of the running jobs to preempt for it; `None` if all jobs have to wait.
 pub(super) fn next_start(
     jobs: &[Running],
     waiting: &[Waiting],
@@ -111,7 +111,7 @@ pub(super) fn next_start(
         if let Some(chosen) = to_preempt(jobs, next, free, now) {
             return Some((next, chosen));
         }
-        // later ones do not take what it waits for
+        // later jobs must not take the slots that this job waits for
         if (MAX_WAIT..MAX_RESERVED).contains(&(now - next.since)) {
             return None;
         }
@@ -119,9 +119,9 @@ pub(super) fn next_start(
     None
 }
 
-/// The jobs that give up their slots for a job that lacks some: those whose readers take nothing, then, if it has waited for
-/// long, the youngest jobs of the owners with the most slots, each of which keeps at least as many as the owner of the job then
-/// has. `None` if these are too few.
+/// The jobs to preempt for a job that lacks slots: jobs whose readers do not read, then, if the job has waited long, the
+/// youngest jobs of the owners with the most slots. Each of these owners keeps at least the number of slots that the owner of
+/// the job will have. `None` if these are not enough.
 fn to_preempt(jobs: &[Running], next: Waiting, free: usize, now: Instant) -> Option<Vec<usize>> {
     let (mut freed, mut chosen) = (free, Vec::new());
     let (mut idle, mut busy): (Vec<usize>, Vec<usize>) = (0..jobs.len())
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn owners_with_many_slots_give_some_to_one_with_few() {
+    fn owners_with_many_slots_are_preempted_for_an_owner_with_few() {
         let start = Instant::now();
         let now = start + Duration::from_mins(1);
         let mut jobs: Vec<_> = (0..4).map(|number| job(start, 1, 1, number)).collect();
@@ -205,13 +205,13 @@ mod tests {
         // the youngest
         assert_eq!(ask(&jobs, 2, 1, 0), Some(vec![3]));
         assert_eq!(ask(&jobs, 2, 2, 0), Some(vec![3, 2]));
-        // it would have more than the other then, also with those that are free
+        // it would then have more than the other owner, even with the free slots
         assert_eq!(ask(&jobs, 2, 3, 0), None);
         assert_eq!(ask(&jobs, 2, 4, 2), None);
         assert_eq!(ask(&jobs, 1, 1, 0), None);
         let late = start + Duration::from_millis(59_900);
         assert_eq!(to_preempt(&jobs, queued(2, 1, late), 0, now), None);
-        // the largest cannot give a part of a job, the next one can
+        // the owner with the most slots cannot give part of a job, the next one can
         jobs.push(job(start, 3, 5, 9));
         assert_eq!(ask(&jobs, 2, 1, 0), Some(vec![3]));
         // two give
@@ -226,10 +226,10 @@ mod tests {
         let start = Instant::now();
         let now = start + Duration::from_mins(1);
         let mut jobs: Vec<_> = (0..4).map(|number| job(start, 1, 1, number)).collect();
-        // one that holds slots and is next in turn does not block one that holds none
+        // an owner with slots whose turn it is does not block an owner without slots
         let waiting = in_turn(&jobs, vec![queued(1, 1, start), queued(2, 1, start)], 0);
         assert_eq!(next_start(&jobs, &waiting, 0, now), Some((queued(2, 1, start), vec![3])));
-        // in turn after the last
+        // round robin after the last
         let owners = |last| in_turn(&[], [1, 2, 3].map(|owner| queued(owner, 1, start)).to_vec(), last);
         assert_eq!(owners(2).iter().map(|waiting| waiting.owner).collect::<Vec<_>>(), [3, 1, 2]);
         // a preempted job comes before queued ones of its owner, the oldest first
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn free_slots_are_kept_for_a_large_job_for_a_while() {
+    fn free_slots_are_reserved_for_a_large_job_for_a_while() {
         let start = Instant::now();
         let jobs = [job(start, 1, 1, 0)];
         let next = |seconds: f32| {
@@ -257,13 +257,13 @@ mod tests {
     }
 
     #[test]
-    fn readers_that_take_nothing_give_up_their_slots_first() {
+    fn jobs_of_idle_readers_are_preempted_first() {
         let start = Instant::now();
         let now = start + Duration::from_mins(1);
         let mut jobs = vec![job(start, 1, 1, 0), job(start, 1, 2, 1), job(start, 1, 1, 2)];
         (jobs[0].paused, jobs[1].paused) = (Some(start + Duration::from_secs(50)), Some(start));
         let ask = |jobs: &[Running], count, since| to_preempt(jobs, queued(1, count, since), 0, now);
-        // also for others of the same owner, and at once
+        // also for jobs of the same owner, and at once
         assert_eq!(ask(&jobs, 1, now), Some(vec![1]));
         assert_eq!(ask(&jobs, 3, now), Some(vec![1, 0]));
         assert_eq!(ask(&jobs, 4, start), None);

@@ -1,4 +1,4 @@
-//! The thread that owns the scheduler: admits jobs, steps, and delivers pieces without ever waiting for a reader.
+//! The thread that owns the scheduler: admits jobs, runs steps, and delivers chunks without ever waiting for a reader.
 
 use super::job::{EngineLimits, Job, Stops, Update};
 use super::queue::Queue;
@@ -17,12 +17,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-/// Wait before paused sequences are looked at again when nothing else is to be done.
+/// Time between two checks of paused sequences when the engine is idle.
 const POLL: Duration = Duration::from_millis(5);
-/// Most pieces that a step adds to a sequence: a drafted token each, and one more. In a step that is under way there may be
-/// as many again.
+/// Most chunks that a step adds to a sequence: one per drafted token, and one more. A step in progress may add the same
+/// number again.
 const MAX_PIECES: usize = 16;
-/// So many failed steps within `FAILURE_WINDOW` end the process: something is broken for good.
+/// This number of failed steps within `FAILURE_WINDOW` stops the server: the failure is permanent.
 const MAX_FAILURES: usize = 3;
 const FAILURE_WINDOW: Duration = Duration::from_mins(1);
 
@@ -30,10 +30,10 @@ const FAILURE_WINDOW: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) metrics: Arc<Metrics>,
-    /// Sequences that were submitted and have no slot.
+    /// The number of submitted sequences without a slot.
     pub(super) waiting: AtomicUsize,
     pub(super) running: AtomicUsize,
-    /// Sequences that have given up their slots.
+    /// The number of preempted sequences.
     pub(super) preempted: AtomicUsize,
     pub(super) is_draining: AtomicBool,
     pub(super) is_stopped: AtomicBool,
@@ -69,7 +69,7 @@ pub(super) enum Command {
     Wake,
 }
 
-/// A job with the channel of its reader.
+/// A job and the channel to its reader.
 #[derive(Debug)]
 pub(super) struct Task {
     job: Job,
@@ -114,14 +114,14 @@ struct Worker<'a> {
     shared: &'a Shared,
     limits: EngineLimits,
     queue: Queue<Task>,
-    /// The owner of the job that started last.
+    /// The owner of the last started job.
     last_owner: usize,
     running: Vec<Running>,
-    /// The scheduler's id of each generation of an adapter.
+    /// The scheduler's id of each adapter generation.
     adapters: HashMap<u64, (AdapterId, Arc<Adapter>)>,
     failures: Vec<Instant>,
     calculations: VecDeque<Calculation>,
-    /// Whether the last turn computed something, so that the next one need not wait.
+    /// Whether the last iteration computed something, so that the next need not wait.
     has_stepped: bool,
 }
 
@@ -141,7 +141,7 @@ impl Worker<'_> {
             if self.has_stepped {
                 self.step(new_scheduler);
             }
-            // one at a time, between the steps of others
+            // one computation between two steps
             if let Some(calculation) = self.calculations.pop_front() {
                 self.calculate(calculation);
             }
@@ -155,7 +155,7 @@ impl Worker<'_> {
     fn receive(&mut self, commands: &Receiver<Command>) -> bool {
         if !self.has_stepped && self.calculations.is_empty() {
             let is_empty = self.running.is_empty() && self.queue.is_empty();
-            // what waits or is paused is looked at again
+            // waiting and paused jobs must be checked again
             let first = if is_empty {
                 commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
@@ -177,7 +177,7 @@ impl Worker<'_> {
 
     fn calculate(&self, Calculation(calculate): Calculation) {
         let model = self.scheduler.model();
-        // its reader sees that there is no result
+        // the caller notices that there is no result
         if catch_unwind(AssertUnwindSafe(|| calculate(model))).is_err() {
             tracing::error!("a computation panicked");
         }
@@ -191,7 +191,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Ends what no reader waits for any more, and what has taken too long.
+    /// Ends jobs without a reader and jobs that have taken too long.
     fn end_abandoned(&mut self) {
         let (now, limits) = (Instant::now(), self.limits);
         let is_late = |task: &Task| now - task.submitted > limits.queue_timeout;
@@ -213,7 +213,7 @@ impl Worker<'_> {
             let reason = if task.updates.is_closed() { "cancelled" } else { "timeout" };
             self.shared.metrics.finish(reason);
             let message = if stalled {
-                format!("the client took nothing for {} s", limits.stall_timeout.as_secs())
+                format!("the client did not read for {} s", limits.stall_timeout.as_secs())
             } else if task.preempted.is_some() {
                 format!("the request waited {} s for a slot", limits.request_timeout.as_secs())
             } else {
@@ -223,7 +223,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Ends the samples that their readers have enough of.
+    /// Ends the samples that their readers have stopped.
     fn end_stopped(&mut self) {
         for index in (0..self.running.len()).rev() {
             let task = &mut self.running[index];
@@ -247,7 +247,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Assigns slots to waiting jobs, if necessary by preempting running ones.
+    /// Assigns slots to waiting jobs, preempting running jobs if necessary.
     fn admit(&mut self) {
         loop {
             let may_start =
@@ -277,7 +277,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Takes the slots of a running job.
+    /// Preempts a running job.
     fn preempt(&mut self, index: usize, now: Instant) {
         let task = &mut self.running[index];
         task.preempted = Some(now);
@@ -338,7 +338,7 @@ impl Worker<'_> {
                 preempted: None,
                 waited: Duration::ZERO,
             }),
-            // routes check what clients can get wrong; what is left is still theirs
+            // routes check requests first; a remaining error is still the client's
             Err(error) => {
                 let _ = updates.try_send(Update::Failed(ApiError::invalid(error.to_string())));
             }
@@ -354,7 +354,7 @@ impl Worker<'_> {
         Ok(id)
     }
 
-    /// Frees the generations of adapters that were unloaded or replaced and that no sequence uses.
+    /// Frees unloaded and replaced adapter generations that no sequence uses.
     fn forget_adapters(&mut self) {
         let scheduler = &mut self.scheduler;
         self.adapters.retain(|_, (id, adapter)| !adapter.is_retired() || scheduler.remove_adapter(*id).is_err());
@@ -367,7 +367,7 @@ impl Worker<'_> {
             let capacity = task.updates.capacity();
             if capacity >= task.updates.max_capacity() / 2 {
                 task.paused = None;
-                // one without slots waits for its turn
+                // a preempted job waits for its turn
                 for sequence in task.open().filter(|_| task.preempted.is_none()) {
                     let _ = self.scheduler.set_paused(sequence, false);
                 }
@@ -434,17 +434,17 @@ impl Worker<'_> {
                 }
             }
             match task.updates.try_send(Update::Piece(sample, piece)) {
-                // a closed channel is noticed before the next step
+                // a closed channel is handled before the next step
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
                 // sequences are paused before their channel is full
-                Err(TrySendError::Full(_)) => tracing::error!("a piece was lost: the channel of its reader was full"),
+                Err(TrySendError::Full(_)) => tracing::error!("a chunk was lost: the channel of its reader was full"),
             }
             if is_last && task.open().next().is_none() {
                 metrics.request_seconds.observe(now - task.submitted);
                 self.running.swap_remove(index);
                 continue;
             }
-            // what the next step may add must fit
+            // the chunks of the next step must fit
             if task.paused.is_none() && task.updates.capacity() <= MAX_PIECES * task.sequences.len() {
                 (task.paused, task.capacity) = (Some(now), task.updates.capacity());
                 metrics.slow_reader_pauses.add(1);
@@ -456,7 +456,7 @@ impl Worker<'_> {
         }
     }
 
-    /// After a step that failed: ends what runs and starts again with an empty cache.
+    /// Recovers from a failed step: ends all running jobs and starts again with an empty cache.
     fn recover(&mut self, cause: &str, new_scheduler: &dyn Fn() -> metal_candle::Result<Scheduler>) {
         let error = ApiError::server(format!("a step failed: {cause}"));
         for task in self.running.drain(..) {
@@ -467,12 +467,12 @@ impl Worker<'_> {
         self.failures.retain(|failure| now - *failure < FAILURE_WINDOW);
         self.failures.push(now);
         self.adapters.clear();
-        // the cache is freed before a new one is reserved
+        // free the cache before allocating a new one
         self.scheduler = Scheduler::new(self.scheduler.model().clone());
         match new_scheduler() {
             Ok(scheduler) if self.failures.len() < MAX_FAILURES => self.scheduler = scheduler,
             _ => {
-                tracing::error!("{} steps failed within a minute: the server ends", self.failures.len());
+                tracing::error!("{} steps failed within a minute: stopping the server", self.failures.len());
                 std::process::exit(2);
             }
         }

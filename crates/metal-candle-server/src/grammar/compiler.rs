@@ -1,4 +1,4 @@
-//! Compiles grammars for a vocabulary.
+//! Compiles grammars to token masks for a vocabulary.
 
 use super::error::GrammarError;
 use super::kind::Grammar;
@@ -19,18 +19,18 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Stack of a thread that compiles. Schemas and grammars are read by recursion.
+/// Stack size of a compiling thread. Schemas and grammars are parsed recursively.
 const STACK_BYTES: usize = 256 << 20;
-/// Most threads that compile, those past their deadline included.
+/// Most compiling threads, including threads past their deadline.
 const MAX_COMPILING: usize = 2;
 /// Most nested brackets of a Lark grammar.
 const MAX_NESTING: usize = 100;
-/// Most rules of a Lark grammar: they are read by recursion.
+/// Most rules of a Lark grammar, which are parsed recursively.
 const MAX_RULES: usize = 1000;
 /// Most bytes of a converted grammar.
 const MAX_CONVERTED: usize = 256 << 10;
 
-/// Limits of what a client may ask for.
+/// The limits of grammars in requests.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub(crate) struct GrammarLimits {
@@ -38,9 +38,9 @@ pub(crate) struct GrammarLimits {
     pub(crate) max_bytes: usize,
     /// Longest time to compile a grammar.
     pub(crate) deadline: Duration,
-    /// Most states of a sequence's lexer. A state takes 1 to 2 KB.
+    /// Most states of a sequence's lexer. A state needs 1 to 2 KB.
     pub(crate) max_lexer_states: usize,
-    /// Number of compiled grammars that are cached.
+    /// The number of cached grammars.
     pub(crate) cached: usize,
 }
 
@@ -61,7 +61,7 @@ struct Inner {
     vocabulary: Arc<Vocabulary>,
     limits: GrammarLimits,
     cache: Mutex<VecDeque<(Key, Arc<Mutex<Matcher>>)>>,
-    /// Number of threads that compile.
+    /// The number of compiling threads.
     compiling: AtomicUsize,
 }
 
@@ -74,10 +74,10 @@ impl std::fmt::Debug for GrammarCompiler {
 }
 
 impl GrammarCompiler {
-    /// A compiler for logits of width `vocab_size` and a text that ends with one of `end_ids`.
+    /// Creates a compiler for logits of width `vocab_size` and texts that end with one of `end_ids`.
     ///
     /// # Errors
-    /// The tokenizer's tokens have no fixed bytes, or no id ends a text.
+    /// The tokens have no fixed bytes, or `end_ids` is empty.
     pub(crate) fn new(tokenizer: &Tokenizer, vocab_size: usize, end_ids: &[u32]) -> Result<Self, GrammarError> {
         Self::with_limits(tokenizer, vocab_size, end_ids, GrammarLimits::default())
     }
@@ -111,10 +111,10 @@ impl GrammarCompiler {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// A mask at the start of a text of the grammar. It blocks for up to [`GrammarLimits::deadline`].
+    /// Compiles a grammar to a mask at the start of a text. Blocks for up to [`GrammarLimits::deadline`].
     ///
     /// # Errors
-    /// The grammar is wrong, too complex or not supported, or too many grammars are compiling.
+    /// The grammar is invalid, too complex or not supported, or too many grammars are compiling.
     pub(crate) fn compile(&self, grammar: &Grammar) -> Result<GrammarMask, GrammarError> {
         let source = Source::new(grammar, self.inner.limits.max_bytes)?;
         let key = source.key();
@@ -158,9 +158,9 @@ impl Inner {
         let parser =
             self.factory.create_parser(source.into_grammar()).map_err(|error| invalid(format!("{error:#}")))?;
         let mut matcher = Matcher::new(Ok(parser));
-        // it fails if no text is in the grammar, and fills caches
+        // this fails if the grammar matches no text, and fills caches
         let mask = matcher.compute_mask_or_eos().map_err(|error| invalid(error.to_string()))?;
-        // too many alternatives show only after a token
+        // an excessive number of alternatives only shows after a token
         let mut probe = matcher.deep_clone();
         if let Some(first) = mask.first_bit_set().filter(|_| !probe.is_stopped()) {
             let next = probe.consume_token(first as u32).and_then(|()| probe.compute_mask_or_eos());
@@ -188,7 +188,7 @@ impl Inner {
     }
 }
 
-/// The right to run a thread that compiles.
+/// A permit for one compiling thread.
 struct Slot {
     inner: Arc<Inner>,
 }
@@ -208,7 +208,7 @@ impl Drop for Slot {
 }
 
 impl Grammar {
-    /// The grammar as an expression in a rule of Lark; `None` for one that has rules of its own.
+    /// The grammar as an expression in a Lark rule; `None` for a grammar with its own rules.
     ///
     /// # Errors
     /// The grammar is too large, or a schema is not supported.
@@ -239,7 +239,7 @@ fn lark_regex(text: &str) -> String {
     lark + "/"
 }
 
-/// A grammar as llguidance reads it.
+/// A grammar for llguidance.
 enum Source {
     Schema(Value),
     Regex(String),
@@ -294,7 +294,7 @@ fn check_size(text: &str, max_bytes: usize) -> Result<(), GrammarError> {
     Ok(())
 }
 
-/// The expression without the anchors that a match of the whole text has anyway.
+/// Removes the anchors of a regular expression, which always matches the whole text.
 fn regex(text: &str, max_bytes: usize) -> Result<String, GrammarError> {
     check_size(text, max_bytes)?;
     let is_escaped = |text: &str| text.bytes().rev().take_while(|&byte| byte == b'\\').count() % 2 == 1;
@@ -312,7 +312,7 @@ fn regex(text: &str, max_bytes: usize) -> Result<String, GrammarError> {
     Ok(text.to_string())
 }
 
-/// Checks the size of a grammar before it is read by recursion.
+/// Checks the size of a grammar before it is parsed recursively.
 fn check_lark(text: &str, max_bytes: usize) -> Result<(), GrammarError> {
     check_size(text, max_bytes)?;
     let (mut depth, mut rules): (usize, usize) = (0, 0);
@@ -338,7 +338,7 @@ fn check_lark(text: &str, max_bytes: usize) -> Result<(), GrammarError> {
     Ok(())
 }
 
-/// Skips a text with escapes up to its end.
+/// Skips to the end of a text with escapes.
 fn skip_to(bytes: &mut impl Iterator<Item = u8>, end: u8) {
     while let Some(byte) = bytes.next() {
         if byte == b'\\' {

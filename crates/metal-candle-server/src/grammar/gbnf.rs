@@ -1,7 +1,7 @@
 //! Converts grammars in llama.cpp's notation (GBNF) to Lark.
 //!
-//! Rules without recursion become regular expressions, the others become rules. A regular expression beside a rule takes the
-//! longest match, so a few texts of an ambiguous grammar are never written; no other texts are added.
+//! Rules without recursion become regular expressions, the others become rules. A regular expression next to a rule uses the
+//! longest match, so a few texts of an ambiguous grammar are never generated; no other texts are added.
 
 use super::error::GrammarError;
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ enum Node {
     Repeat(Box<Node>, u32, Option<u32>),
 }
 
-/// The grammar in Lark.
+/// Converts a grammar to Lark.
 pub(super) fn to_lark(text: &str) -> Result<String> {
     let mut parser = Parser { rest: text, line: 1, names: HashMap::new(), bodies: Vec::new() };
     parser.parse()?;
@@ -70,7 +70,7 @@ impl Regular {
             let (ready, rest): (Vec<usize>, Vec<usize>) =
                 waiting.iter().partition(|&&index| regular.knows_rules_of(&rules[index]));
             for &index in &ready {
-                // a rule whose expression is too long stays a rule
+                // a rule with too long an expression stays a rule
                 regular.texts[index] = regular.regex(&rules[index]);
             }
             if ready.is_empty() {
@@ -126,7 +126,7 @@ impl Regular {
         is_written && text.len() <= MAX_REGEX
     }
 
-    /// The right side of a rule. `left` is the number of bytes that all rules may still take.
+    /// The right side of a rule. `left` is the number of remaining bytes for all rules.
     fn rule_body(&self, node: &Node, left: &mut usize) -> Result<String> {
         if let Some(text) = self.regex(node) {
             return terminal(&text, left);
@@ -308,7 +308,7 @@ impl<'a> Parser<'a> {
     }
 
     fn repeated(&mut self, mut node: Node, depth: usize) -> Result<Node> {
-        // each repetition is a level of its own
+        // each repetition adds a level
         for _ in 0..=MAX_NESTING {
             let (min, max) = if self.skip("*") {
                 (0, None)

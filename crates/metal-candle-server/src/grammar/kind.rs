@@ -1,16 +1,16 @@
-//! The kinds of grammars that a request may name.
+//! [`Grammar`]: the kinds of grammars in requests.
 
 use serde_json::Value;
 
-/// A set of texts that an answer must be in.
+/// The set of allowed answers.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub(crate) enum Grammar {
     /// Any JSON object.
     JsonObject,
-    /// JSON that a schema accepts. Properties come in the order of the schema.
+    /// JSON that matches a schema. Properties are generated in the order of the schema.
     JsonSchema(Value),
-    /// Texts that match a regular expression as a whole.
+    /// Texts that match a regular expression completely.
     Regex(String),
     /// A grammar in llguidance's dialect of Lark. Its first rule is `start`.
     Lark(String),

@@ -1,4 +1,4 @@
-//! The tokens that may follow in a sequence under a grammar.
+//! [`GrammarMask`]: computes the tokens that a grammar allows next in a sequence.
 
 use super::vocabulary::Vocabulary;
 use llguidance::Matcher;
@@ -8,19 +8,20 @@ use metal_candle::inference::{AllowedTokens, TokenMask};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time for masks of a sequence: at first, and for each token. Masks take some 0.1 ms; only hostile grammars take longer.
+/// The time budget for the masks of a sequence: an initial amount, plus an amount per token. A mask takes about 0.1 ms; only
+/// hostile grammars take longer.
 const TIME: Duration = Duration::from_secs(2);
 const TIME_PER_TOKEN: Duration = Duration::from_millis(10);
 
 /// The state of a grammar in one sequence.
 ///
-/// The ids that end a text are allowed only where the text is complete; after a text that cannot be continued, only they are.
+/// End-of-text ids are allowed only after a complete text. After a text that cannot be continued, only they are allowed.
 pub(crate) struct GrammarMask {
     matcher: Matcher,
     vocabulary: Arc<Vocabulary>,
-    /// Number of generated tokens that the grammar has read.
+    /// The number of generated tokens that the grammar has consumed.
     consumed: usize,
-    /// Time that all masks took.
+    /// The total time of all masks.
     spent: Duration,
 }
 
@@ -31,7 +32,7 @@ impl GrammarMask {
 
     fn next(&mut self, generated: &[u32], allowed: &mut AllowedTokens) -> metal_candle::Result<()> {
         let Some(new) = generated.get(self.consumed..) else {
-            return Err(self.failed("tokens that the grammar has read were taken back"));
+            return Err(self.failed("tokens that the grammar has consumed were removed"));
         };
         if allowed.vocab_size() != self.vocabulary.size {
             return Err(self.failed("the grammar was compiled for another vocabulary"));

@@ -1,11 +1,11 @@
-//! Turns messages of llguidance into messages for clients.
+//! Converts error messages of llguidance to messages for clients.
 
 /// Most characters of a message.
 const MAX_CHARS: usize = 240;
 
 const TOO_COMPLEX: &str = "the grammar is too complex";
 
-/// The message of an error of compiling, without the program's internals.
+/// The message of a compile error, without internals of the program.
 pub(super) fn compile_message(error: &str) -> String {
     let line = error.lines().next().unwrap_or_default().trim();
     if line.contains("panic") {
@@ -14,11 +14,11 @@ pub(super) fn compile_message(error: &str) -> String {
     let (place, rest) = split_place(line);
     if rest.contains("regex parse error") {
         let reason = error.lines().find_map(|line| line.trim().strip_prefix("error: "));
-        return format!("invalid regular expression: {}", clipped(reason.unwrap_or("it cannot be read")));
+        return format!("invalid regular expression: {}", clipped(reason.unwrap_or("it cannot be parsed")));
     }
     let rest = rest.strip_prefix("failed to compile JSON schema: ").unwrap_or(rest);
     if rest == "NoExtensionBias" {
-        return "no text is in the grammar".into();
+        return "the grammar matches no text".into();
     }
     let after = |prefix: &str| rest.strip_prefix(prefix).map(|rest| clipped(rest.trim()));
     if let Some(keys) = after("Unimplemented keys: ") {
@@ -37,10 +37,10 @@ pub(super) fn compile_message(error: &str) -> String {
         return format!("`$ref` must start with `#/`, found {}", reference.replace('\'', "`"));
     }
     if rest.starts_with("oneOf constraints") {
-        return "`oneOf` is supported only where no value can match two of its schemas; use `anyOf`".into();
+        return "`oneOf` is supported only if no value can match two of its schemas; use `anyOf`".into();
     }
     if rest.starts_with("min/maxProperties") {
-        return "`minProperties` and `maxProperties` are supported only where all `properties` are required".into();
+        return "`minProperties` and `maxProperties` are supported only if all `properties` are required".into();
     }
     let is_limit = ["fuel", "too large", "too big", "too many", "limit", "stack level", "too complex"];
     if is_limit.iter().any(|word| rest.contains(word)) {

@@ -1,7 +1,7 @@
-//! Constrained output: compiles a JSON schema, a regular expression or a grammar of a request to a mask over tokens.
+//! Compiles a JSON schema, regular expression or grammar of a request to a mask over tokens, for constrained output.
 //!
-//! [`GrammarCompiler`] holds the vocabulary of a model. It turns a [`Grammar`] into a [`GrammarMask`], which restricts the tokens
-//! of one sequence.
+//! [`GrammarCompiler`] holds the vocabulary of a model. It compiles a [`Grammar`] to a [`GrammarMask`], which restricts the
+//! tokens of one sequence.
 
 mod compiler;
 mod error;

@@ -1,4 +1,4 @@
-//! Reads the grammar of a request: `response_format`, and the fields of vLLM and llama.cpp.
+//! Reads the grammar of a request from `response_format` and the fields of vLLM and llama.cpp.
 
 use super::kind::Grammar;
 use crate::error::ApiError;
@@ -21,20 +21,19 @@ const EXTRAS: [(&str, &str); 6] = [
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl Grammar {
-    /// The fields of a request that are the same in every format: all that [`Grammar::from_request`] reads but
-    /// `response_format`.
+    /// The fields that are the same in every wire format: all fields of [`Grammar::from_request`] except `response_format`.
     pub(crate) fn extra_fields(fields: &Fields) -> impl Iterator<Item = (String, Value)> {
         let names = EXTRAS.iter().map(|(name, _)| *name).chain(["structured_outputs"]);
         names.filter_map(|name| Some((name.to_owned(), fields.get(name)?.clone())))
     }
 
-    /// The grammar of a request with the path of its field; `None` if the request asks for none.
+    /// The grammar of a request and the path of its field; `None` without a grammar.
     ///
     /// It reads `response_format`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`, `json_schema`, `grammar` and
     /// `structured_outputs`.
     ///
     /// # Errors
-    /// A field is wrong, or several fields ask for a grammar.
+    /// A field is invalid, or several fields specify a grammar.
     pub(crate) fn from_request(fields: &Fields) -> Result<Option<(String, Self)>> {
         let mut found = Vec::new();
         if let Some(format) = fields.object("response_format")? {
@@ -49,7 +48,7 @@ impl Grammar {
             }
         }
         if let [(first, _), (second, _), ..] = found.as_slice() {
-            let message = format!("`{second}` and `{first}` both ask for a grammar; send one of them");
+            let message = format!("`{second}` and `{first}` both specify a grammar; send one of them");
             return Err(ApiError::field(second, message));
         }
         Ok(found.pop())
@@ -75,7 +74,7 @@ fn of_format(format: &Fields) -> Result<Option<Grammar>> {
     }
 }
 
-/// The grammar of the field `name`, which holds one of this kind.
+/// The grammar of the field `name`, which has this kind.
 fn of_extra(fields: &Fields, name: &str, kind: &str) -> Result<Option<Grammar>> {
     if fields.get(name).is_none() {
         return Ok(None);
@@ -85,17 +84,17 @@ fn of_extra(fields: &Fields, name: &str, kind: &str) -> Result<Option<Grammar>> 
         "json_object" => (fields.flag(name)? == Some(true)).then_some(Grammar::JsonObject),
         "regex" => fields.text(name)?.map(|text| Grammar::Regex(text.into())),
         "choice" => Some(choice(fields, name)?),
-        // llama.cpp's clients send an empty one for none
+        // llama.cpp's clients send an empty text for no grammar
         _ => fields.text(name)?.filter(|text| !text.is_empty()).map(|text| notation(fields, name, text)).transpose()?,
     })
 }
 
-/// A grammar in the notation that it is written in.
+/// A grammar in GBNF or Lark notation.
 fn notation(fields: &Fields, name: &str, text: &str) -> Result<Grammar> {
     if text.contains("::=") {
         return Ok(Grammar::Gbnf(text.into()));
     }
-    // schemas inside a grammar would pass by the limits of schemas
+    // schemas inside a grammar would bypass the limits of schemas
     if text.contains("%json") {
         let path = fields.path(name);
         let message = format!("`{path}`: `%json` is not supported by this server; send the schema as `json_schema`");
@@ -114,7 +113,7 @@ fn json_schema(fields: &Fields, name: &str) -> Result<Grammar> {
     }
 }
 
-/// One of several texts.
+/// A choice of several texts.
 fn choice(fields: &Fields, name: &str) -> Result<Grammar> {
     let choices = fields.texts(name, MAX_CHOICES)?;
     if choices.is_empty() {
@@ -139,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_gives_its_grammar() {
+    fn every_field_is_read() {
         let schema = json!({"type": "object"});
         for (body, expected) in [
             (json!({}), None),

@@ -1,18 +1,19 @@
-//! Checks JSON schemas before they are compiled.
+//! Checks and prepares JSON schemas before they are compiled.
 
 use super::error::GrammarError;
 use serde_json::{Map, Value, json};
 
-/// Options of llguidance in a schema. Clients must not set them.
+/// The key of llguidance's options in a schema, which clients must not set.
 const OPTIONS_KEY: &str = "x-guidance";
-/// Largest integer that a 64-bit float, which schemas are compiled with, holds exactly.
+/// Schemas are compiled with 64-bit floats, which represent integers up to this exactly.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
-/// Most patterns of properties: each is compared with each.
+/// Most property patterns; all pairs are compared.
 const MAX_PATTERNS: usize = 100;
-/// Largest common multiple of all `multipleOf`: a grammar has a state for each remainder.
+/// Largest common multiple of all `multipleOf`: a grammar has one state per remainder.
 const MAX_MULTIPLE: u64 = 10_000;
 
-/// The schema as it is compiled: with at most one blank between tokens of JSON, so that no answer is blanks without end.
+/// Prepares a schema for compiling. At most one space is allowed between JSON tokens, so that answers cannot be endless white
+/// space.
 pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, GrammarError> {
     let invalid = |message: String| Err(GrammarError::Invalid(message));
     let bytes = schema.to_string().len();
@@ -33,7 +34,7 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
     let mut found = Costs::default();
     found.add(schema);
     found.check()?;
-    // it replaces what a client sent
+    // this replaces options sent by a client
     map.insert(OPTIONS_KEY.into(), json!({"whitespace_pattern": " "}));
     let mut prepared = Value::Object(map);
     let is_combined = ["allOf", "anyOf", "oneOf"].iter().any(|key| has_key(schema, key)) || extends_reference(schema);
@@ -41,9 +42,9 @@ pub(crate) fn prepared(schema: &Value, max_bytes: usize) -> Result<Value, Gramma
     Ok(prepared)
 }
 
-/// Excludes other properties from objects that list theirs and do not say whether there may be others: small models add
-/// properties without end. OpenAI's strict mode requires schemas to exclude them. Schemas that are combined with others are
-/// left alone; `with_definitions` says whether definitions are not.
+/// Forbids additional properties in objects that list properties and do not set `additionalProperties`: small models add
+/// properties endlessly. OpenAI's strict mode requires schemas to forbid them. Schemas that are combined with others are not
+/// changed; `with_definitions` is whether definitions are.
 fn close_objects(schema: &mut Value, with_definitions: bool) {
     const OPEN: [&str; 9] = [
         "minProperties",
@@ -83,7 +84,7 @@ fn close_objects(schema: &mut Value, with_definitions: bool) {
     }
 }
 
-/// Whether an object has properties beside a reference to others.
+/// Whether an object has properties in addition to a reference.
 fn extends_reference(value: &Value) -> bool {
     match value {
         Value::Object(map) => {
@@ -105,7 +106,7 @@ fn has_key(value: &Value, key: &str) -> bool {
     }
 }
 
-/// Keywords that take much time or memory to compile.
+/// The keywords that need much time or memory to compile.
 #[derive(Default)]
 struct Costs<'a> {
     patterns: usize,
@@ -139,7 +140,7 @@ impl<'a> Costs<'a> {
         }
         let whole = self.multiples.iter().try_fold(1u64, |whole, multiple| {
             let part = coefficient(multiple)?;
-            // all may apply to one number
+            // all of them may apply to one number
             Some(whole / gcd(whole, part) * part).filter(|whole| *whole <= MAX_MULTIPLE)
         });
         if whole.is_none() {
@@ -162,7 +163,7 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// A number of a `const` or `enum` that a float does not hold.
+/// A number in a `const` or `enum` that a float cannot represent.
 fn inexact_value(schema: &Value) -> Option<&Value> {
     match schema {
         Value::Object(map) => map.iter().find_map(|(key, value)| match key.as_str() {
@@ -192,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_that_list_their_properties_have_no_others() {
+    fn objects_with_properties_forbid_others() {
         let closed = |schema: Value| prepared(&schema, 10_000).unwrap();
         let nested =
             json!({"properties": {"properties": {"properties": {"a": {}}}}, "$defs": {"d": {"properties": {}}}});

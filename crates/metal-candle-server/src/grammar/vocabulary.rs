@@ -1,4 +1,4 @@
-//! The vocabulary of a model as bytes, for grammars.
+//! Converts the vocabulary of a model to a trie of token bytes, for grammars.
 
 use super::error::GrammarError;
 use metal_candle::data::Tokenizer;
@@ -7,11 +7,11 @@ use std::sync::Arc;
 use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 
 const BITS: usize = u32::BITS as usize;
-/// Longest token in bytes; the trie does not hold longer ones.
+/// Longest token in bytes; the trie does not support longer ones.
 const MAX_TOKEN_BYTES: usize = 1000;
 /// Most tokens: ids have 24 bits in the trie.
 const MAX_TOKENS: usize = 1 << 22;
-/// Added tokens that mark a part of an answer although they are not special.
+/// Added tokens that mark parts of an answer although they are not special.
 const MARKERS: [&str; 12] = [
     "<tool_call>",
     "</tool_call>",
@@ -33,9 +33,9 @@ pub(super) struct Vocabulary {
     pub(super) env: TokEnv,
     pub(super) end_ids: Vec<u32>,
     pub(super) size: usize,
-    /// The ids that have a token.
+    /// The ids with a token.
     known: Vec<u32>,
-    /// The ids of tokens that start with a blank, where decoding drops a blank at the start of a text.
+    /// The ids of tokens that start with a space, if decoding drops a space at the start of a text.
     blank: Option<Vec<u32>>,
 }
 
@@ -63,14 +63,14 @@ impl Vocabulary {
             })
             .collect();
         if words.iter().filter(|word| !word.is_empty()).count() < 2 {
-            return refuse("the bytes of its tokens are not known");
+            return refuse("the bytes of its tokens are unknown");
         }
         let trie = TokTrie::from(&TokRxInfo::new(size as u32, end), &words).with_eos_tokens(&end_ids);
         let blank = tokenizer.drops_first_blank().then_some(blank);
         Ok(Self { env: Arc::new(Env { trie }), end_ids, size, known, blank })
     }
 
-    /// Allows the tokens of `mask` that exist. At the start of a text, a blank that decoding would drop is not allowed.
+    /// Allows the existing tokens of `mask`. At the start of a text, a space that decoding would drop is not allowed.
     pub(super) fn copy(&self, mask: &[u32], is_start: bool, allowed: &mut AllowedTokens) {
         for (index, word) in allowed.words_mut().iter_mut().enumerate() {
             let at = |words: &[u32]| words.get(index).copied().unwrap_or(0);
@@ -80,7 +80,7 @@ impl Vocabulary {
     }
 }
 
-/// The bytes of a token in the trie. A control token has a first byte that no text has.
+/// The bytes of a token in the trie. Control tokens start with a byte that does not occur in text.
 fn word(tokenizer: &Tokenizer, id: u32, is_end: bool) -> Option<Vec<u8>> {
     let added = tokenizer.raw().get_added_vocabulary().simple_id_to_token(id);
     let is_control = |name: &str| {
@@ -98,7 +98,7 @@ fn word(tokenizer: &Tokenizer, id: u32, is_end: bool) -> Option<Vec<u8>> {
     Some(bytes).filter(|bytes| !bytes.is_empty() && bytes.len() <= MAX_TOKEN_BYTES)
 }
 
-/// A tokenizer for llguidance. It forces no tokens: a forced text may be spelled in any way, and the model chooses.
+/// A tokenizer for llguidance. It does not force tokens: the model selects the tokenization of a forced text.
 struct Env {
     trie: TokTrie,
 }

@@ -1,4 +1,4 @@
-//! Tests that write random texts under masks.
+//! Tests that generate random texts under masks.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::{Grammar, GrammarCompiler, GrammarError};
@@ -26,7 +26,7 @@ impl Draws {
     }
 }
 
-/// Up to `max` tokens, and whether the text ended.
+/// Generates up to `max` tokens; returns them, and whether the text ended.
 pub(crate) fn walk(mask: &mut dyn TokenMask, seed: u64, max: usize, markers: &[u32]) -> (Vec<u32>, bool) {
     let mut draws = Draws(seed);
     let mut ids: Vec<u32> = Vec::new();
@@ -45,7 +45,7 @@ pub(crate) fn walk(mask: &mut dyn TokenMask, seed: u64, max: usize, markers: &[u
             ids.push(marker);
             continue;
         }
-        // closing is likely, else texts grow without end
+        // prefer closing brackets, otherwise texts grow endlessly
         let is_closing = |id: u32| TOKENIZER.token_bytes(id).is_some_and(|bytes| b"\"]}".contains(&bytes[0]));
         let closing: Vec<u32> = words.iter().copied().filter(|&id| is_closing(id)).collect();
         let from = if !closing.is_empty() && draws.below(2) == 0 { &closing } else { &words };
@@ -101,7 +101,7 @@ fn every_finished_text_satisfies_its_schema() {
                     finished += 1;
                 }
                 Err(error) if !is_finished => {
-                    // a cut text may end inside a character, but is otherwise the start of a JSON value
+                    // a truncated text may end inside a character, but is otherwise the start of a JSON value
                     let is_prefix = error.is_eof() || error.to_string().contains("number out of range");
                     assert!(is_prefix || text.contains('\u{FFFD}'), "{schema}: {error}: {text}");
                     cut += 1;
@@ -115,7 +115,7 @@ fn every_finished_text_satisfies_its_schema() {
 }
 
 #[test]
-fn a_fork_continues_by_itself() {
+fn a_fork_is_independent() {
     let mut mask = COMPILER.compile(&Grammar::Regex("^(?:red|green) [0-9]{2}$".into())).unwrap();
     let ids = TOKENIZER.encode("green 1", false).unwrap();
     let mut allowed = AllowedTokens::new(VOCAB_SIZE);
@@ -128,13 +128,13 @@ fn a_fork_continues_by_itself() {
     assert!(allowed.contains(digit));
     let longer = [ids.as_slice(), &[digit]].concat();
     for _ in 0..2 {
-        // the text is complete, and only its end may follow
+        // the text is complete, and only end-of-text may follow
         let mut allowed = AllowedTokens::new(VOCAB_SIZE);
         fork.allow(&longer, &mut allowed).unwrap();
         let ends: Vec<u32> = (0..VOCAB_SIZE as u32).filter(|&id| allowed.contains(id)).collect();
         assert_eq!(ends, [4074, 4076]);
     }
-    // the first mask did not move
+    // the first mask did not change
     allowed.clear();
     mask.allow(&ids, &mut allowed).unwrap();
     assert!(allowed.contains(digit) && !allowed.contains(END_IDS[0]));
@@ -175,7 +175,7 @@ fn all_kinds_of_grammars_are_followed() {
 }
 
 #[test]
-fn errors_are_for_clients() {
+fn errors_are_readable_for_clients() {
     let schema = Grammar::JsonSchema;
     for (grammar, message) in [
         (schema(json!({"not": {"type": "null"}})), "these keywords are not supported: `not`"),
@@ -194,7 +194,7 @@ fn errors_are_for_clients() {
             schema(json!({"items": {"multipleOf": 12.5}, "multipleOf": 1_003})),
             "`multipleOf` is supported up to 10000, found 12.5 and 1003",
         ),
-        (schema(json!({"$ref": "#"})), "no text is in the grammar"),
+        (schema(json!({"$ref": "#"})), "the grammar matches no text"),
         (schema(json!({"type": "string", "pattern": "(?=a)b"})), "look-around"),
         (schema(json!({"description": "x".repeat(70_000)})), "expected at most 65536"),
         (Grammar::Regex("a(".into()), "unclosed group"),
@@ -223,7 +223,7 @@ fn peak_memory() -> usize {
 #[test]
 #[allow(clippy::too_many_lines)]
 fn hostile_grammars_end_in_bounded_time() {
-    // compiling threads past their deadline keep others from compiling
+    // compiling threads past their deadline block others
     let compiler = GrammarCompiler::new(&TOKENIZER, VOCAB_SIZE, &END_IDS).unwrap();
     let nested = |depth: usize, open: &str, close: &str| open.repeat(depth) + "{}" + &close.repeat(depth);
     let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap();
@@ -321,7 +321,7 @@ fn hostile_grammars_end_in_bounded_time() {
         ),
     ];
     for (name, grammar) in cases {
-        // one that passed its deadline may still be compiling
+        // a thread past its deadline may still be compiling
         let waiting = Instant::now();
         let (compiled, time) = loop {
             let start = Instant::now();
@@ -334,7 +334,7 @@ fn hostile_grammars_end_in_bounded_time() {
         let result = compiled.as_ref().map_or_else(ToString::to_string, |_| "compiled".into());
         println!("{name}: {time:?}, {} MiB, {result:.90}", peak_memory());
         assert!(time < Duration::from_secs(4), "{name}: {time:?}");
-        // the engine's thread has the usual stack
+        // the engine's thread has the default stack size
         if let Ok(mut mask) = compiled {
             let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(move || {
                 let (mut ids, mut slowest) = (Vec::new(), Duration::ZERO);
@@ -364,7 +364,7 @@ fn hostile_grammars_end_in_bounded_time() {
 }
 
 #[test]
-fn a_blank_that_decoding_drops_is_not_written() {
+fn a_space_that_decoding_drops_is_not_generated() {
     let words = ["<unk>", "</s>", "\u{2581}", "\u{2581}a", "a", "b", "\u{2581}b"];
     let vocab: serde_json::Map<String, Value> = words.into_iter().zip(0..).map(|(k, v)| (k.into(), json!(v))).collect();
     let json = json!({

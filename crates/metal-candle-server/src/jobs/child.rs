@@ -1,7 +1,7 @@
-//! The process that trains: `metal-candle train`, with half of the threads and at a low priority.
+//! Starts and stops the training process: `metal-candle train`, with half of the threads and low priority.
 //!
-//! Closing its standard input stops it, which the operating system does too when the server is killed: it then
-//! writes a checkpoint and ends. No signal is needed, and no trainer outlives its server for longer than a step.
+//! Closing its standard input stops it: it writes a checkpoint and exits. The operating system closes the pipe if the server
+//! is killed, so no signal is needed and a trainer outlives its server by at most a step.
 
 use crate::config::JobsConfig;
 use crate::error::without_paths;
@@ -12,16 +12,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// Time that a trainer gets to write its checkpoint before it is killed.
+/// How long a trainer may take to write its checkpoint before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_mins(1);
-/// Time that a plan may take.
+/// Longest duration of a plan.
 const PLAN_TIMEOUT: Duration = Duration::from_mins(2);
-/// Part of the trainer's messages that is searched for its error.
+/// The number of last bytes of the trainer's output that are searched for an error.
 const MAX_LOG_BYTES: u64 = 8 << 10;
-/// Longest error of a job.
+/// Longest error message of a job.
 const MAX_ERROR_CHARS: usize = 1000;
 
-/// A process that trains.
+/// A training process.
 #[derive(Debug)]
 pub(super) struct Trainer {
     child: Child,
@@ -36,16 +36,16 @@ fn command(config: &JobsConfig) -> Command {
     let threads = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&count| count > 0);
     let threads: usize = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     command.env("RAYON_NUM_THREADS", (threads / 2).max(1).to_string());
-    // the weights that are served, not newer ones
+    // use the served weights, not newer ones
     command.env("HF_HUB_OFFLINE", "1");
-    // Ctrl-C in the terminal of the server is for the server, which then stops the job
+    // Ctrl-C in the terminal must only reach the server, which then stops the job
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command
 }
 
 impl Trainer {
-    /// Starts `train` with these arguments; its messages go to a file in `folder`.
+    /// Starts `train` with these arguments; its output is written to a file in `folder`.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -59,21 +59,21 @@ impl Trainer {
         Ok(Self { child, stdin, asked: None, log })
     }
 
-    /// Asks the process to write a checkpoint and end.
+    /// Requests the process to write a checkpoint and exit.
     pub(super) fn ask_to_stop(&mut self) {
         self.stdin = None;
         self.asked.get_or_insert_with(Instant::now);
     }
 
-    /// Whether it was asked to stop.
+    /// Whether it was requested to stop.
     pub(super) fn is_asked(&self) -> bool {
         self.asked.is_some()
     }
 
-    /// How the process ended; none while it runs.
+    /// The exit status of the process; none while it runs.
     pub(super) fn ended(&mut self) -> Option<io::Result<ExitStatus>> {
         if self.asked.is_some_and(|asked| asked.elapsed() > STOP_TIMEOUT) {
-            // it resumes from an earlier checkpoint
+            // the job will resume from an earlier checkpoint
             let _ = self.child.kill();
         }
         self.child.try_wait().transpose()
@@ -91,14 +91,14 @@ impl Drop for Trainer {
     }
 }
 
-/// Runs `plan` with these arguments and returns what it prints.
+/// Runs `plan` with these arguments and returns its output.
 ///
 /// # Errors
-/// The settings or the data are refused; the message has no paths.
+/// The settings or the data are invalid; the message contains no paths.
 pub(super) fn plan(config: &JobsConfig, folder: &Path, arguments: &[OsString]) -> Result<serde_json::Value, String> {
     let failed = |error: &dyn std::fmt::Display| {
         tracing::error!("plan: {error}");
-        "the plan failed; the server's log has the cause".to_owned()
+        "the plan failed; see the server's log for the cause".to_owned()
     };
     let (out, log) = (folder.join("plan.json"), folder.join("plan.log"));
     let mut command = command(config);
@@ -135,7 +135,7 @@ fn tail(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The error among the messages of the program.
+/// The error message in the program's output.
 fn error_in(log: &str) -> Option<String> {
     let (_, error) = log.rsplit_once("error: ")?;
     let error = error.split("\nhint: ").next().unwrap_or_default();
@@ -149,7 +149,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn errors_of_the_program_lose_their_paths() {
+    fn paths_are_removed_from_errors_of_the_program() {
         let log =
             "warning: x\nerror: the dataset cannot be used:\n  /srv/jobs/a b/train.jsonl:3: not JSON\nhint: see /x\n";
         let expected = "the dataset cannot be used:\n  a b/train.jsonl:3: not JSON";

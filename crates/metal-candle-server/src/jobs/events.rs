@@ -1,4 +1,4 @@
-//! The events of a job: a file that is only appended to, read from its end.
+//! Stores the events of a job in an append-only file, and reads them from its end.
 
 use crate::ids::{new_id, unix_time};
 use serde::{Deserialize, Serialize};
@@ -9,10 +9,10 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 const BLOCK_BYTES: u64 = 64 << 10;
-/// Longest event that is read back.
+/// Longest event that is read.
 const MAX_EVENT_BYTES: usize = 1 << 20;
 
-/// An event.
+/// An event of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Event {
     pub(crate) id: String,
@@ -31,7 +31,7 @@ impl Event {
         Self { id: new_id("ftevent-"), created_at: unix_time(), level, message, kind, data }
     }
 
-    /// Something that happened to the job.
+    /// A message about the job.
     pub(crate) fn info(message: impl Into<String>, data: Value) -> Self {
         Self::new("info", "message", message.into(), data)
     }
@@ -57,14 +57,14 @@ impl Event {
     }
 }
 
-/// Part of the events of a job.
+/// A page of the events of a job.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
     pub(crate) events: Vec<Event>,
     pub(crate) has_more: bool,
 }
 
-/// The file of a job's events.
+/// The event file of a job.
 #[derive(Debug, Clone)]
 pub(crate) struct EventFile {
     path: PathBuf,
@@ -75,7 +75,7 @@ impl EventFile {
         Self { path: folder.join("events.jsonl") }
     }
 
-    /// Appends events. A failure goes to the log: the job itself is not affected.
+    /// Appends events. A failure is logged and does not affect the job.
     pub(crate) fn append(&self, events: &[Event]) {
         let mut text = String::new();
         for event in events {
@@ -86,7 +86,7 @@ impl EventFile {
             return;
         }
         let written = OpenOptions::new().create(true).append(true).read(true).open(&self.path).and_then(|mut file| {
-            // a killed server may have left half a line
+            // a killed server may have left an incomplete line
             if file.seek(SeekFrom::End(-1)).is_ok() {
                 let mut last = [0];
                 file.read_exact(&mut last)?;
@@ -101,8 +101,8 @@ impl EventFile {
         }
     }
 
-    /// At most `limit` events: with `is_ascending` the oldest ones that are newer than `after`, else the newest ones that
-    /// are older than `after`. None if there is no event `after`.
+    /// Returns at most `limit` events: with `is_ascending` the oldest events after `after`, otherwise the newest events before
+    /// `after`. `None` if there is no event `after`.
     pub(crate) fn page(&self, after: Option<&str>, limit: usize, is_ascending: bool) -> io::Result<Option<Page>> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
@@ -115,7 +115,7 @@ impl EventFile {
         let mut lines = LinesFromEnd::new(file)?;
         let mut kept: VecDeque<Event> = VecDeque::new();
         let mut has_more = false;
-        // newest first, this is where the page starts; oldest first, this is where it ends
+        // in descending order the page starts here, in ascending order it ends here
         let mut is_found = after.is_none();
         while let Some(line) = lines.next()? {
             let Ok(event) = serde_json::from_slice::<Event>(&line) else { continue };
@@ -143,7 +143,7 @@ impl EventFile {
         Ok(is_found.then(|| Page { events: kept.into(), has_more }))
     }
 
-    /// The last step and the last evaluation among the events.
+    /// The last step and the last evaluation in the events.
     pub(crate) fn last_metrics(&self) -> (Option<u64>, Option<u64>) {
         let (mut step, mut evaluation) = (None, None);
         let Ok(mut lines) = File::open(&self.path).and_then(LinesFromEnd::new) else { return (None, None) };
@@ -161,13 +161,13 @@ impl EventFile {
     }
 }
 
-/// Reads the lines of a file from the last to the first.
+/// Reads the lines of a file in reverse order.
 #[derive(Debug)]
 struct LinesFromEnd {
     file: File,
-    /// Where what has been read starts.
+    /// The offset of the first byte read so far.
     offset: u64,
-    /// Bytes read of the lines that are to come.
+    /// Bytes of lines that have not been returned.
     bytes: Vec<u8>,
 }
 
@@ -211,11 +211,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_join_to_all_events_in_both_directions() {
+    fn pages_cover_all_events_in_both_directions() {
         let folder = tempfile::tempdir().unwrap();
         let file = EventFile::in_folder(folder.path());
         assert!(file.page(None, 5, false).unwrap().unwrap().events.is_empty());
-        // longer than a block, and a line cut by a kill
+        // longer than a block, and with a line that was truncated by a kill
         let all: Vec<Event> = (0..7).map(|n| Event::info("x".repeat(20_000), json!({"n": n}))).collect();
         file.append(&all[..3]);
         OpenOptions::new().append(true).open(&file.path).unwrap().write_all(b"{\"id\": \"half").unwrap();

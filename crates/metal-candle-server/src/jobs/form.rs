@@ -1,4 +1,4 @@
-//! Jobs and checkpoints as OpenAI's objects.
+//! Converts jobs and checkpoints to OpenAI's objects.
 
 use super::record::{JobRecord, JobState};
 use super::run::{Row, Run};
@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// A job as OpenAI's object. Fields that have no value are `null`: the official clients require them.
+/// A job as OpenAI's object. Fields without a value are `null`, because official clients require them.
 pub(crate) fn job_object(record: &JobRecord, live: Option<&Live>) -> Value {
     let status = match record.state {
         JobState::Queued if record.stats.is_none() => "validating_files",
@@ -48,7 +48,7 @@ pub(crate) fn job_object(record: &JobRecord, live: Option<&Live>) -> Value {
     })
 }
 
-/// When a job will be done by the speed of its steps so far.
+/// The estimated finish time, from the speed of the steps so far.
 fn estimated_finish(live: &Live) -> Option<u64> {
     let (first, started) = live.first?;
     let done = live.step.checked_sub(first).filter(|done| *done > 0)?;
@@ -85,7 +85,7 @@ pub(crate) fn checkpoint_objects(record: &JobRecord, run: &Run) -> Vec<Value> {
     steps.iter().rev().map(object).collect()
 }
 
-/// The id of a checkpoint, which is the same in each answer.
+/// The id of a checkpoint, which is derived from job and step.
 fn checkpoint_id(job: &str, step: u64) -> String {
     let digest = Sha256::digest(format!("{job}:{step}"));
     let mut id = "ftckpt-".to_owned();

@@ -1,5 +1,4 @@
-//! Fine-tuning jobs: a queue on disk, one trainer at a time in a process of its own, and its checkpoints served while it
-//! trains.
+//! Runs fine-tuning jobs: a queue on disk, one training process at a time, whose checkpoints are served during training.
 
 mod child;
 mod events;
@@ -22,10 +21,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 pub(crate) use store::{Jobs, NewJob, no_such_job};
 
-/// Keeps other servers out of a folder of files and jobs until the result is dropped.
+/// Locks a folder of files and jobs against other servers until the returned value is dropped.
 ///
 /// # Errors
-/// Another server uses it, or it cannot be written.
+/// Another server uses the folder, or it cannot be written.
 pub(crate) fn lock_folder(folder: &Path) -> metal_candle::Result<File> {
     metal_candle::files::create_folder(folder)?;
     let path = folder.join("server.lock");
@@ -52,6 +51,6 @@ pub(crate) fn start(
     let of_thread = Arc::clone(&jobs);
     let thread = std::thread::Builder::new().name("jobs".into()).spawn(move || runner::run(&of_thread));
     let thread =
-        thread.map_err(|error| metal_candle::Error::Device(format!("cannot start the thread of jobs: {error}")))?;
+        thread.map_err(|error| metal_candle::Error::Device(format!("cannot start the thread for jobs: {error}")))?;
     Ok((jobs, thread))
 }

@@ -1,4 +1,4 @@
-//! What the server stores of a fine-tuning job, in `job.json` of the job's folder: the journal that a restart reads.
+//! Reads and writes `job.json` in a job's folder: the record of a fine-tuning job, from which a restarted server continues.
 
 use super::settings::JobSettings;
 use crate::files::FileStats;
@@ -8,19 +8,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
-/// How ids start.
+/// The prefix of ids.
 pub(crate) const ID: &str = "ftjob-";
 
 /// The file in a job's folder.
 pub(super) const FILE: &str = "job.json";
 
-/// How far a job is.
+/// The state of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum JobState {
-    /// It waits for its turn, for the check of its files, or for `resume`.
+    /// Waiting for its turn, for the check of its files, or for `resume`.
     Queued,
-    /// It runs, or ran when the server ended.
+    /// Running, or was running when the server exited.
     Running,
     Succeeded,
     Failed,
@@ -51,11 +51,11 @@ pub(crate) struct JobError {
     pub(crate) param: Option<String>,
 }
 
-/// A job.
+/// The record of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct JobRecord {
     pub(crate) id: String,
-    /// The name of the key that made it.
+    /// The name of the key that created it.
     pub(crate) owner: String,
     /// The base model.
     pub(crate) model: String,
@@ -64,9 +64,9 @@ pub(crate) struct JobRecord {
     pub(crate) created: u64,
     pub(crate) finished: Option<u64>,
     pub(crate) state: JobState,
-    /// The client has asked to pause it.
+    /// Whether the client has paused it.
     pub(crate) is_paused: bool,
-    /// The client has asked to cancel it.
+    /// Whether the client has cancelled it.
     pub(crate) is_cancelled: bool,
     pub(crate) training_file: String,
     pub(crate) validation_file: Option<String>,
@@ -74,7 +74,7 @@ pub(crate) struct JobRecord {
     pub(crate) seed: u64,
     pub(crate) settings: JobSettings,
     pub(crate) metadata: Option<Map<String, Value>>,
-    /// The numbers of the training file; none until it has been checked.
+    /// Statistics of the training file; none until it has been checked.
     pub(crate) stats: Option<FileStats>,
     pub(crate) trained_tokens: Option<u64>,
     pub(crate) error: Option<JobError>,
@@ -98,7 +98,7 @@ impl JobRecord {
         write_atomically(Self::path(folder), |file| file.write_all(&text))
     }
 
-    /// Ends the job.
+    /// Sets the final state.
     pub(crate) fn end(&mut self, state: JobState, error: Option<JobError>) {
         (self.state, self.error, self.finished) = (state, error, Some(unix_time()));
     }

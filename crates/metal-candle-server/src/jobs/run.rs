@@ -1,4 +1,4 @@
-//! Reads the folder of a training run while another process writes it.
+//! Reads a run folder while another process writes it.
 
 use metal_candle::files::{BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, read_if_exists};
 use serde::Deserialize;
@@ -74,7 +74,7 @@ impl Run {
         &self.folder
     }
 
-    /// Whether the run has its settings, so that it can be resumed.
+    /// Whether the run has settings, so that it can be resumed.
     pub(crate) fn is_started(&self) -> bool {
         self.folder.join("config.toml").is_file()
     }
@@ -85,13 +85,13 @@ impl Run {
         matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
     }
 
-    /// The record of the run; none before the first step, or if it is not readable.
+    /// The record of the run; none before the first step, or if it is unreadable.
     pub(crate) fn record(&self) -> Option<RunRecord> {
         let bytes = read_if_exists(self.folder.join("run.json"), MAX_SIDE_FILE_BYTES).ok()??;
         serde_json::from_slice(&bytes).ok()
     }
 
-    /// The complete rows of `metrics.jsonl` from a byte offset, which is moved to their end. A file that became shorter is
+    /// Reads the complete rows of `metrics.jsonl` from a byte offset, and advances the offset. A file that became shorter is
     /// read from its start.
     pub(crate) fn rows(&self, offset: &mut u64) -> Vec<Row> {
         let Ok(mut file) = File::open(self.folder.join("metrics.jsonl")) else { return Vec::new() };
@@ -114,7 +114,7 @@ impl Run {
         rows
     }
 
-    /// The steps that have a complete checkpoint, in order.
+    /// The steps with a complete checkpoint, in order.
     pub(crate) fn checkpoints(&self) -> Vec<u64> {
         let entries = std::fs::read_dir(self.folder.join("checkpoints")).into_iter().flatten().flatten();
         let step = |name: &str| name.strip_prefix("step-")?.parse().ok();

@@ -1,5 +1,5 @@
-//! The thread that runs jobs one after another: starts the trainer, follows its run folder, serves its checkpoints and
-//! records how it ended.
+//! The thread that runs jobs one after another: starts the trainer, watches its run folder, serves its checkpoints and
+//! records the result.
 
 use super::child::Trainer;
 use super::events::{Event, EventFile};
@@ -17,9 +17,9 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-/// Time between two looks at the run folder.
+/// Time between two checks of the run folder.
 const TICK: Duration = Duration::from_millis(100);
-/// Time between two looks at the queue.
+/// Time between two checks of the queue.
 const IDLE: Duration = Duration::from_millis(500);
 /// Most adapters of earlier jobs that are loaded when the server starts; others are loaded on first use.
 const MAX_LOADED: usize = 16;
@@ -66,7 +66,7 @@ pub(super) fn run(jobs: &Jobs) {
     }
 }
 
-/// Starts or resumes a job. None if it ended at once, or if the trainer of an earlier server still runs.
+/// Starts or resumes a job. `None` if it ended at once, or if the trainer of an earlier server still runs.
 fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
     let (id, run) = (&record.id, jobs.run(&record.id));
     if run.is_locked() {
@@ -91,7 +91,7 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
     let arguments = if resumes {
         vec!["--resume".into(), OsString::from(run.path())]
     } else {
-        // of a trainer that was killed before its first file
+        // left by a trainer that was killed before its first file
         let _ = std::fs::remove_dir_all(run.path());
         jobs.start_arguments(record)
     };
@@ -102,8 +102,8 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
     let trainer = match started {
         Ok(trainer) => trainer,
         Err(error) => {
-            tracing::error!("job `{id}`: the trainer could not be started: {error}");
-            let message = "the trainer could not be started; the server's log has the cause";
+            tracing::error!("job `{id}`: cannot start the trainer: {error}");
+            let message = "the trainer could not be started; see the server's log for the cause";
             end(jobs, &events, id, JobState::Failed, Some(("start_failed", message.into())));
             return None;
         }
@@ -111,7 +111,7 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
     let mut news = Vec::new();
     if !resumes && let (Some(rows), Some(stats)) = (record.settings.batch_size(), &record.stats) {
         let tokens = record.settings.batch_tokens(stats).unwrap_or_default();
-        let message = format!("Batches are filled by tokens: batch_size {rows} means at most {tokens} tokens");
+        let message = format!("Batches are limited by tokens: batch_size {rows} means at most {tokens} tokens");
         news.push(Event::info(message, json!({"batch_tokens": tokens})));
     }
     let message = if resumes { "Fine-tuning job resumed" } else { "Fine-tuning job started" };
@@ -122,7 +122,7 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
     Some(Following { record: record.clone(), run, journal, trainer })
 }
 
-/// A job that runs.
+/// A running job.
 struct Following {
     record: JobRecord,
     run: Run,
@@ -147,7 +147,7 @@ impl Following {
             let is_asked = self.trainer.is_asked();
             let is_stopping = jobs.is_stopping();
             let current = jobs.update(id, |record| {
-                // one that the server stops stays in the journal as running
+                // a job that the server stops is still recorded as running, so that it resumes
                 if !record.is_cancelled && is_asked && !is_stopping {
                     record.state = JobState::Queued;
                 }
@@ -160,15 +160,15 @@ impl Following {
         let of_record = found.error.filter(|_| found.outcome == Outcome::Failed);
         let message = self.trainer.error().or_else(|| of_record.map(|error| without_paths(&error)));
         let killed = || match status {
-            Ok(status) => format!("the trainer ended without a result: {status}"),
-            Err(error) => format!("the trainer was lost: {error}"),
+            Ok(status) => format!("the trainer exited without a result: {status}"),
+            Err(error) => format!("cannot wait for the trainer: {error}"),
         };
         let code = if message.is_some() { "training_failed" } else { "killed" };
         end(jobs, &events, id, JobState::Failed, Some((code, message.unwrap_or_else(killed))));
     }
 }
 
-/// Ends a job and says so in its events.
+/// Ends a job and adds an event.
 fn end(jobs: &Jobs, events: &EventFile, id: &str, state: JobState, error: Option<(&str, String)>) {
     events.append(&[match &error {
         Some((_, message)) => Event::error(format!("The job failed: {message}")),
@@ -178,7 +178,7 @@ fn end(jobs: &Jobs, events: &EventFile, id: &str, state: JobState, error: Option
     jobs.update(id, |record| record.end(state, error));
 }
 
-/// Serves the adapter of a job that is done, and records its end.
+/// Serves the adapter of a completed job, and records its end.
 fn succeed(jobs: &Jobs, record: &JobRecord, run: &Run, events: &EventFile) {
     jobs.set_live(&record.id, None);
     let mut news = Vec::new();
@@ -200,21 +200,21 @@ fn succeed(jobs: &Jobs, record: &JobRecord, run: &Run, events: &EventFile) {
     });
 }
 
-/// Turns what a trainer writes into events, and serves its checkpoints.
+/// Converts the output of a trainer to events, and serves its checkpoints.
 struct Journal {
     id: String,
     adapter: String,
     serving: Serving,
     run: Run,
     events: EventFile,
-    /// How much of `metrics.jsonl` was read.
+    /// The number of bytes of `metrics.jsonl` read so far.
     offset: u64,
-    /// The last step and the last evaluation that are among the events. A run that was interrupted repeats some.
+    /// The last step and the last evaluation in the events. A resumed run repeats some of them.
     last: (Option<u64>, Option<u64>),
     valid_losses: BTreeMap<u64, f64>,
     last_checkpoint: Option<u64>,
     live: Live,
-    /// The checkpoint that could not be loaded, and how often.
+    /// The checkpoint that could not be loaded, and the number of attempts.
     failed: (u64, usize),
 }
 
@@ -272,7 +272,7 @@ impl Journal {
         }
     }
 
-    /// Serves the checkpoint that the job asks for under the name of the job.
+    /// Serves the checkpoint selected by the job's settings under the name of the job.
     fn serve(&mut self, jobs: &Jobs, steps: &[u64], news: &mut Vec<Event>) {
         let step = match self.serving {
             Serving::None => None,

@@ -1,4 +1,4 @@
-//! The settings of a fine-tuning job: read from a request within their ranges, and written as flags of `train`.
+//! Reads the settings of a fine-tuning job from a request, and converts them to flags of `train`.
 
 use crate::error::ApiError;
 use crate::fields::Fields;
@@ -6,7 +6,7 @@ use crate::files::FileStats;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// Layers that an adapter may extend.
+/// The layers that an adapter may target.
 const MODULES: [&str; 8] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"];
 /// The fields of the extension `metal_candle`.
 const EXTRAS: [&str; 9] = [
@@ -22,20 +22,20 @@ const EXTRAS: [&str; 9] = [
 ];
 const MAX_STEPS: usize = 1_000_000;
 
-/// The checkpoints of a job that are served under its name while it runs.
+/// Which checkpoint of a running job is served under its name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Serving {
-    /// None.
+    /// No checkpoint.
     None,
-    /// The newest one.
+    /// The newest checkpoint.
     #[default]
     Latest,
-    /// The one with the lowest validation loss.
+    /// The checkpoint with the lowest validation loss.
     Best,
 }
 
-/// The settings of a job. Those that are absent are the program's defaults.
+/// The settings of a job. Absent settings use the program's defaults.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct JobSettings {
@@ -57,7 +57,7 @@ impl JobSettings {
     /// Reads `method`, `hyperparameters` and `metal_candle`.
     ///
     /// # Errors
-    /// A value is of another type, out of its range or not supported, or two values contradict each other.
+    /// A value has the wrong type, is out of its range or not supported, or two values contradict each other.
     pub(crate) fn read(fields: &Fields) -> Result<Self, ApiError> {
         let mut settings = Self::default();
         let hyperparameters = match fields.object("method")? {
@@ -111,7 +111,7 @@ impl JobSettings {
     }
 
     fn read_extras(&mut self, extras: &Fields) -> Result<(), ApiError> {
-        // these fields are ours alone: another name is a typing error
+        // these fields are our own extension, so an unknown name is a typo
         if let Some(name) = extras.map().keys().find(|name| !EXTRAS.contains(&name.as_str())) {
             let name: String = name.chars().take(40).collect();
             let message = format!("`metal_candle`: expected {}, found `{name}`", EXTRAS.join(", "));
@@ -128,7 +128,7 @@ impl JobSettings {
             if !MODULES.contains(&name) {
                 let path = extras.path("target_modules");
                 let name: String = name.chars().take(40).collect();
-                let message = format!("`{path}`: expected names among {}, found `{name}`", MODULES.join(", "));
+                let message = format!("`{path}`: expected names out of {}, found `{name}`", MODULES.join(", "));
                 return Err(ApiError::field(path, message));
             }
             self.target_modules.push(name.to_owned());
@@ -141,7 +141,7 @@ impl JobSettings {
         Ok(())
     }
 
-    /// The flags of `train` and `plan`. `learning_rate` is the program's default, and `stats` those of the training file.
+    /// The flags of `train` and `plan`. `learning_rate` is the program's default, and `stats` describe the training file.
     pub(crate) fn flags(&self, seed: u64, learning_rate: f64, stats: &FileStats) -> Vec<String> {
         let rate = self.learning_rate.or_else(|| Some(learning_rate * self.learning_rate_multiplier?));
         let numbers = [
@@ -161,7 +161,7 @@ impl JobSettings {
         numbers.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    /// Tokens of a batch. The trainer fills batches by tokens, so `batch_size` counts rows of mean length; the longest row
+    /// Most tokens of a batch. The trainer limits batches by tokens, so `batch_size` counts rows of mean length; the longest row
     /// must fit.
     pub(crate) fn batch_tokens(&self, stats: &FileStats) -> Option<usize> {
         let of_rows = |rows: usize| (rows * stats.tokens).div_ceil(stats.rows.max(1)).max(stats.longest).max(1);
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_become_flags_of_numbers_only() {
+    fn requests_become_numeric_flags() {
         let body = json!({
             "method": {"type": "supervised", "supervised": {"hyperparameters": {
                 "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5,

@@ -1,4 +1,4 @@
-//! The jobs of a server: their records, which clients read and change, and the adapters that they train.
+//! Stores the jobs of a server: clients create, read and change them, and use the adapters they train.
 
 use super::events::{Event, EventFile};
 use super::record::{self, JobError, JobRecord, JobState, adapter_name};
@@ -17,11 +17,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Most jobs that wait for their turn.
+/// Most waiting jobs.
 const MAX_WAITING: usize = 16;
 /// Most jobs that are stored.
 const MAX_JOBS: usize = 1000;
-/// How folders of plans start.
+/// The prefix of plan folders.
 const PLAN: &str = ".plan-";
 /// The folder with the files of a job.
 const DATA: &str = "data";
@@ -37,18 +37,18 @@ pub(crate) struct NewJob {
     pub(crate) metadata: Option<Map<String, Value>>,
 }
 
-/// The progress of a job that runs.
+/// The progress of a running job.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Live {
     pub(crate) step: u64,
     pub(crate) total_steps: u64,
-    /// The first step that this process saw, and when.
+    /// The first step that this process observed, and when.
     pub(crate) first: Option<(u64, Instant)>,
-    /// The step that is served under the job's name.
+    /// The step of the checkpoint that is served under the job's name.
     pub(crate) served_step: Option<u64>,
 }
 
-/// The jobs of all clients. Each is visible to the key that made it only.
+/// The jobs of all clients. Each job is visible only to the key that created it.
 #[derive(Debug)]
 pub(crate) struct Jobs {
     pub(super) config: JobsConfig,
@@ -59,7 +59,7 @@ pub(crate) struct Jobs {
     pub(super) adapters: Arc<Adapters>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Held as long as the server lives: two servers would run the same jobs.
+    /// Held while the server runs, because two servers would run the same jobs.
     _lock: File,
 }
 
@@ -95,7 +95,7 @@ impl Jobs {
                 None if is_remnant(&path) => {
                     let _ = std::fs::remove_dir_all(&path);
                 }
-                None => tracing::warn!("`{}` holds no job that can be read, and is left alone", path.display()),
+                None => tracing::warn!("`{}` contains no readable job and is ignored", path.display()),
             }
         }
         let (state, changed) = (Mutex::new(state), Condvar::new());
@@ -134,7 +134,7 @@ impl Jobs {
         list
     }
 
-    /// The progress of a job that runs.
+    /// The progress of a running job.
     pub(crate) fn live(&self, id: &str) -> Option<Live> {
         self.state().live.get(id).cloned()
     }
@@ -160,7 +160,7 @@ impl Jobs {
         Ok(file)
     }
 
-    /// The numbers of the training file once all files of a job are checked.
+    /// Statistics of the training file; `None` until all files of a job are checked.
     fn stats(&self, owner: &str, new: (&str, Option<&str>)) -> Result<Option<FileStats>, ApiError> {
         let training = self.usable_file(owner, new.0, "training_file")?;
         let validation = new.1.map(|id| self.usable_file(owner, id, "validation_file")).transpose()?;
@@ -168,14 +168,14 @@ impl Jobs {
         Ok((is_checked(&training) && validation.as_ref().is_none_or(is_checked)).then_some(training.stats))
     }
 
-    /// Puts the files of a job into a folder that `train` reads. They stay there if the client deletes its files.
+    /// Links the files of a job into a data folder for `train`. They remain if the client deletes its files.
     fn link_data(&self, folder: &Path, new: &NewJob) -> Result<PathBuf, ApiError> {
         let data = folder.join(DATA);
         std::fs::create_dir_all(&data).map_err(ApiError::server)?;
         let files = [("train.jsonl", Some(&new.training_file)), ("valid.jsonl", new.validation_file.as_ref())];
         for (name, id) in files.into_iter().filter_map(|(name, id)| Some((name, id?))) {
             let (from, to) = (self.files.path(id), data.join(name));
-            // the file system may have no links
+            // the file system may not support links
             let linked = std::fs::hard_link(&from, &to).or_else(|_| std::fs::copy(&from, &to).map(drop));
             linked.map_err(ApiError::server)?;
         }
@@ -233,17 +233,17 @@ impl Jobs {
         }
         let num_waiting = state.by_id.values().filter(|record| record.state == JobState::Queued).count();
         if num_waiting >= MAX_WAITING {
-            let message = format!("expected at most {MAX_WAITING} jobs that wait; cancel one, or try again later");
+            let message = format!("expected at most {MAX_WAITING} waiting jobs; cancel one, or try again later");
             return Err(ApiError::rate_limit(message, Duration::from_mins(1)));
         }
         if state.by_id.len() >= MAX_JOBS {
-            let folder = "the folder of jobs";
-            return Err(ApiError::conflict(format!("{folder} holds {MAX_JOBS} jobs; remove old ones from it")));
+            let folder = "the job folder";
+            return Err(ApiError::conflict(format!("{folder} contains {MAX_JOBS} jobs; remove old ones from it")));
         }
         Ok(())
     }
 
-    /// The memory and time that a job would take.
+    /// Estimates the memory and time of a job.
     ///
     /// # Errors
     /// A file is not usable or not checked yet, or the settings do not fit.
@@ -283,13 +283,13 @@ impl Jobs {
             tracing::error!("job `{id}`: {error}");
         }
         if record.state.has_ended() {
-            // the run folder has what is needed of them
+            // the run folder has everything that is needed
             let _ = std::fs::remove_dir_all(self.job_folder(id).join(DATA));
         }
         Some(record.clone())
     }
 
-    /// Marks a job as running; false if the client has asked to stop it meanwhile.
+    /// Marks a job as running; false if the client has stopped it in the meantime.
     pub(super) fn begin(&self, id: &str) -> bool {
         let begun = self.update(id, |record| {
             if !record.is_cancelled && !record.is_paused && !record.state.has_ended() {
@@ -322,7 +322,7 @@ impl Jobs {
         changed.ok_or_else(|| no_such_job(id))
     }
 
-    /// Cancels a job. One that runs writes a checkpoint first.
+    /// Cancels a job. A running job writes a checkpoint first.
     ///
     /// # Errors
     /// There is no such job, or it has ended.
@@ -339,7 +339,7 @@ impl Jobs {
         Ok(record)
     }
 
-    /// Lets a job wait for [`Self::resume`]. One that runs writes a checkpoint first.
+    /// Pauses a job until [`Self::resume`]. A running job writes a checkpoint first.
     ///
     /// # Errors
     /// There is no such job, or it has ended.
@@ -349,7 +349,7 @@ impl Jobs {
         Ok(record)
     }
 
-    /// Lets a paused job take its turn again.
+    /// Queues a paused job again.
     ///
     /// # Errors
     /// There is no such job, or it has ended.
@@ -359,7 +359,7 @@ impl Jobs {
         Ok(record)
     }
 
-    /// The job whose turn it is: one that was interrupted, else the oldest that waits.
+    /// The next job to run: an interrupted one, else the oldest waiting one.
     pub(super) fn next(&self) -> Option<JobRecord> {
         self.check_files();
         let state = self.state();
@@ -372,7 +372,7 @@ impl Jobs {
         ready.min_by_key(|record| (record.state != JobState::Running, record.created, &record.id)).cloned()
     }
 
-    /// Moves jobs on whose files have been checked.
+    /// Updates jobs whose files have been checked.
     fn check_files(&self) {
         for record in self.unchecked() {
             match self.stats(&record.owner, (&record.training_file, record.validation_file.as_deref())) {
@@ -397,7 +397,7 @@ impl Jobs {
         self.state().by_id.values().filter(is_unchecked).cloned().collect()
     }
 
-    /// Waits until something changes, or for `time`.
+    /// Waits for a change, for at most `time`.
     pub(super) fn wait(&self, time: Duration) {
         // files are checked by another thread
         let time = if self.unchecked().is_empty() { time } else { time.min(Duration::from_millis(100)) };
@@ -410,7 +410,7 @@ impl Jobs {
         }
     }
 
-    /// Stops the job that runs, which resumes when a server is started with the same folder.
+    /// Stops the running job, which resumes when a server is started with the same folder.
     pub(crate) fn stop(&self) {
         self.state().is_stopping = true;
         self.changed.notify_all();
@@ -420,15 +420,15 @@ impl Jobs {
         self.state().is_stopping
     }
 
-    /// Whether the client has asked to stop a job.
+    /// Whether the client has requested a job to stop.
     pub(super) fn is_asked_to_stop(&self, id: &str) -> bool {
         self.state().by_id.get(id).is_none_or(|record| record.is_cancelled || record.is_paused)
     }
 
-    /// The folder of the adapter that a name of a job or of one of its checkpoints stands for.
+    /// The adapter folder for the name of a job or of one of its checkpoints.
     fn source(&self, name: &str) -> Option<(PathBuf, String)> {
         let (adapter, step) = match name.rsplit_once(CHECKPOINT) {
-            // one name for one checkpoint
+            // each checkpoint has exactly one name
             Some((adapter, step)) => {
                 (adapter, Some(step.parse::<u64>().ok().filter(|number| number.to_string() == step)?))
             }
@@ -445,7 +445,7 @@ impl Jobs {
         path.is_dir().then_some((path, record.id))
     }
 
-    /// Whether a name stands for an adapter of a job that is not loaded.
+    /// Whether a name belongs to an adapter of a job that is not loaded.
     pub(crate) fn can_load(&self, name: &str) -> bool {
         name.starts_with("ft:") && self.adapters.get(name).is_none() && self.source(name).is_some()
     }
@@ -457,13 +457,13 @@ impl Jobs {
     pub(crate) fn load(&self, name: &str) -> Result<(), ApiError> {
         let Some((path, id)) = self.source(name) else { return Ok(()) };
         match self.adapters.load(name, &path, &id, Replaces::Nothing) {
-            // another request was faster
+            // another request has loaded it
             Err(_) if self.adapters.get(name).is_some() => Ok(()),
             loaded => loaded.map(drop),
         }
     }
 
-    /// The names of the adapters of jobs that have succeeded and are to be served, newest first.
+    /// The adapter names of succeeded jobs that should be served, newest first.
     pub(super) fn finished_adapters(&self) -> Vec<String> {
         let is_served =
             |record: &&JobRecord| record.state == JobState::Succeeded && record.settings.serve != Serving::None;
@@ -473,14 +473,14 @@ impl Jobs {
     }
 }
 
-/// Whether a folder is that of a plan, or of a job that was being made when the server was killed.
+/// Whether a folder belongs to a plan, or to a job that was being created when the server was killed.
 fn is_remnant(path: &Path) -> bool {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let is_unmade = name.starts_with(record::ID) && !path.join(record::FILE).exists();
     path.is_dir() && (name.starts_with(PLAN) || is_unmade)
 }
 
-/// Between the name of a job's adapter and the step of a checkpoint.
+/// The separator between the name of a job's adapter and the step of a checkpoint.
 pub(crate) const CHECKPOINT: &str = ":ckpt-step-";
 
 /// 404: no such job of this client.
@@ -495,7 +495,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_killed_server_left_is_removed() {
+    fn only_remnants_of_a_killed_server_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let make = |name: &str, with_record: bool| {
             let path = folder.path().join(name);

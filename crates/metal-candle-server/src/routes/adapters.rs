@@ -1,4 +1,4 @@
-//! Adapters: `/v1/adapters`, and the same in the forms of vLLM and llama.cpp.
+//! The adapter routes: `/v1/adapters`, and the equivalents of vLLM and llama.cpp.
 
 use crate::adapters::{Adapter, Replaces};
 use crate::app::App;
@@ -37,7 +37,7 @@ pub(crate) async fn load(
     Ok((StatusCode::CREATED, Json(object(&app, &adapter))))
 }
 
-/// `DELETE /v1/adapters/NAME`. Requests that run keep the adapter.
+/// `DELETE /v1/adapters/NAME`. Running requests keep the adapter.
 pub(crate) async fn unload(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -76,9 +76,9 @@ pub(crate) async fn unload_vllm(
     Ok(format!("Success: LoRA adapter '{name}' removed successfully."))
 }
 
-/// `GET /lora-adapters`, as in llama.cpp. Scales are those of the adapters themselves.
+/// `GET /lora-adapters`, as in llama.cpp.
 pub(crate) async fn list_llama(State(app): State<Arc<App>>) -> Json<Value> {
-    // the number of a generation is never used again
+    // generation ids are never reused
     let object = |adapter: &Arc<Adapter>| json!({"id": adapter.generation, "path": adapter.name, "scale": 0.0});
     Json(app.adapters.list().iter().map(object).collect())
 }

@@ -17,7 +17,7 @@ use axum::{Extension, Json};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// What the wire format needs besides the turn itself.
+/// Settings of the wire format besides the turn.
 #[derive(Debug, Clone)]
 struct Form {
     id: String,
@@ -73,12 +73,12 @@ pub(crate) async fn answer(
 fn parse(app: &App, client: &Client, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     fields.refuse(&["audio", "web_search_options", "functions", "function_call", "lora"])?;
     if fields.list("modalities", 8)?.is_some_and(|list| list.iter().any(|mode| mode != "text")) {
-        return Err(ApiError::unsupported("modalities", "`modalities`: this server writes text only"));
+        return Err(ApiError::unsupported("modalities", "`modalities`: this server generates text only"));
     }
     let num_choices = fields.count("n", 1, app.max_choices(client))?.unwrap_or(1);
     let newer = most_tokens(fields, "max_completion_tokens", 1)?;
     let older = most_tokens(fields, "max_tokens", 1)?;
-    // llama.cpp's name; editors send 0 to have the prompt in the cache
+    // llama.cpp's name; editors send 0 to fill the cache with the prompt
     let native = most_tokens(fields, "n_predict", 0)?.map(|count| count.max(1));
     if newer.zip(older).is_some_and(|(newer, older)| newer != older) {
         let message = "`max_tokens` and `max_completion_tokens` differ; send one of them";
@@ -108,7 +108,7 @@ fn parse(app: &App, client: &Client, fields: &Fields) -> Result<(Turn, Form), Ap
     Ok((turn, form))
 }
 
-/// The text that the client expects, of `prediction`.
+/// The expected text, from `prediction`.
 fn prediction(fields: &Fields) -> Result<Option<String>, ApiError> {
     let Some(given) = fields.object("prediction")? else { return Ok(None) };
     given.one_of("type", &["content"])?;
@@ -179,7 +179,7 @@ fn delta_form(delta: &Delta) -> Value {
     }
 }
 
-/// A choice so far.
+/// The collected answer of a choice.
 #[derive(Debug, Default, Clone)]
 struct Collected {
     content: String,

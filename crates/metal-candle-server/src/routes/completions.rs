@@ -20,10 +20,10 @@ use metal_candle::models::Model;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
-/// Most tokens whose scores a request may ask for.
+/// Most prompt tokens with scores in a request.
 const MAX_SCORED: usize = 4096;
 
-/// What the wire format needs besides the jobs.
+/// Settings of the wire format besides the jobs.
 #[derive(Debug)]
 struct Form {
     id: String,
@@ -32,11 +32,11 @@ struct Form {
     num_choices: usize,
     num_top: Option<usize>,
     includes_usage: bool,
-    /// The text to put before each prompt's answers.
+    /// The text before each prompt's answers.
     echoes: Vec<String>,
-    /// Where each prompt's first scored token begins, in characters.
+    /// The offset of each prompt's first scored token, in characters.
     offsets: Vec<usize>,
-    /// The scores of each prompt's tokens, if they are shown.
+    /// The scores of each prompt's tokens, if requested.
     scores: Vec<Vec<PromptToken>>,
 }
 
@@ -62,7 +62,7 @@ struct Logprobs {
     offset: usize,
 }
 
-/// Characters of which a token has the first byte.
+/// The number of characters that start in a token.
 fn num_characters(bytes: &[u8]) -> usize {
     bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count()
 }
@@ -91,14 +91,14 @@ impl Logprobs {
         }
         let (text, bytes) = app.served.token_text(token.id);
         self.offsets.push(self.offset.into());
-        // the token that begins every text is none of it
+        // the beginning-of-text token is not part of the text
         self.offset += if app.served.tokenizer.is_special(token.id) { 0 } else { num_characters(&bytes) };
         self.tokens.push(text.into());
         self.of_tokens.push(Value::Null);
         self.top.push(Value::Null);
     }
 
-    /// The lists so far, which are empty afterwards.
+    /// Returns and clears the lists.
     fn take(&mut self) -> Value {
         let [tokens, logprobs, top, offsets] =
             [&mut self.tokens, &mut self.of_tokens, &mut self.top, &mut self.offsets].map(std::mem::take);
@@ -141,7 +141,7 @@ async fn scores(
     Ok(all)
 }
 
-/// The answer that only scores its prompts.
+/// The response for a request that only scores its prompts.
 fn scored(app: &App, form: &Form, num_tokens: usize) -> Value {
     let mut lists = new_lists(app, form);
     let choices: Value = (0..lists.len())
@@ -199,7 +199,7 @@ pub(crate) async fn answer(
     };
     let scores = match num_top.filter(|_| echo) {
         Some(num_top) => {
-            // charged before it is computed; a job charges its prompt itself
+            // charge before computing; a job charges its own prompt
             let num_tokens = encoded.iter().map(Vec::len).sum();
             app.keys.charge(&client, num_tokens).inspect_err(|_| app.metrics.reject("rate_limit"))?;
             let scores = scores(&app, &target, &encoded, num_top).await?;
@@ -247,7 +247,7 @@ fn logprobs_of(app: &App, form: &Form, lists: &mut Logprobs, progress: &Progress
     if lists.tokens.is_empty() { Value::Null } else { lists.take() }
 }
 
-/// The lists of each choice, with the tokens of its prompt if these are shown.
+/// The lists of each choice, starting with the prompt's tokens if they are requested.
 fn new_lists(app: &App, form: &Form) -> Vec<Logprobs> {
     let of_prompt = |(&offset, scores): (&usize, &Vec<PromptToken>)| {
         let mut lists = Logprobs { offset, ..Logprobs::default() };

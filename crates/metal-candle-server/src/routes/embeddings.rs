@@ -1,4 +1,4 @@
-//! `POST /v1/embeddings`: the mean of a text's last hidden states, scaled to length 1.
+//! `POST /v1/embeddings`: returns the mean of a text's last hidden states, normalized to length 1.
 
 use crate::app::{App, room};
 use crate::auth::Client;
@@ -107,7 +107,7 @@ fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
     }
 }
 
-/// The mean of the last hidden states of a text, scaled to length 1.
+/// The mean of the last hidden states of a text, normalized to length 1.
 fn embedding(
     model: &Model,
     terms: Option<&LowRankTerms>,

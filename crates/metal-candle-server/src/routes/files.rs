@@ -1,4 +1,4 @@
-//! `/v1/files`: training data of clients.
+//! `/v1/files`: uploads, lists and deletes training files.
 
 use crate::app::App;
 use crate::auth::Client;
@@ -22,18 +22,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-/// Longest pause within an upload, and longest upload.
+/// Longest pause during an upload, and longest upload.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
 const UPLOAD_TIMEOUT: Duration = Duration::from_mins(15);
-/// Most bytes of the form besides the file: of a part's header, and of a field.
+/// Most bytes of a part's header, and of a field other than the file.
 const MAX_HEADER_BYTES: usize = 1 << 20;
 const MAX_FIELD_BYTES: usize = 1 << 10;
 const MAX_PARTS: usize = 16;
-/// Time for which an upload waits for its check before it is answered with `uploaded`.
+/// How long the response to an upload waits for the check of the file; after that it reports `uploaded`.
 const CHECK_WAIT: Duration = Duration::from_secs(10);
-/// Bytes of a file that are sent at a time.
+/// The size of the blocks in which a file is sent.
 const BLOCK_BYTES: usize = 64 << 10;
-/// Seconds after which a file may expire.
+/// The allowed expiry times, in seconds.
 const EXPIRY: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
 pub(crate) fn routes() -> Routes {
@@ -43,10 +43,10 @@ pub(crate) fn routes() -> Routes {
         .route("/v1/files/{id}/content", get(content))
 }
 
-/// The store, for a client that may use it.
+/// The store, if the client may use it.
 fn files<'a>(app: &'a App, client: &Client) -> Result<&'a Arc<Files>, ApiError> {
     client.check_admin()?;
-    let message = "this server stores no files: start it with --jobs FOLDER";
+    let message = "files are disabled: start the server with --jobs FOLDER";
     app.files.as_ref().ok_or_else(|| ApiError::not_found(message))
 }
 
@@ -91,7 +91,7 @@ async fn one(
     Ok(Json(record.object()))
 }
 
-/// `DELETE /v1/files/ID`. Jobs that train on it have a copy.
+/// `DELETE /v1/files/ID`. Jobs keep a copy of their files.
 async fn remove(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -115,14 +115,14 @@ async fn content(
     let mut response = Body::from_stream(Blocks(file)).into_response();
     let lines = [
         (header::CONTENT_TYPE, HeaderValue::from_static("application/jsonl")),
-        // the page of another site must not be able to show it as one of ours
+        // other sites must not be able to display the file as a page of this server
         (header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment")),
     ];
     response.headers_mut().extend(lines);
     Ok(response)
 }
 
-/// A file in blocks, each of which is read when the client has taken the previous one.
+/// Streams a file in blocks; each is read after the client has received the previous one.
 struct Blocks(std::fs::File);
 
 impl Stream for Blocks {
@@ -141,7 +141,7 @@ impl Stream for Blocks {
     }
 }
 
-/// `POST /v1/files`: a form with `file`, `purpose` and perhaps `expires_after[seconds]`.
+/// `POST /v1/files`: a form with `file`, `purpose` and optionally `expires_after[seconds]`.
 async fn create(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -153,7 +153,7 @@ async fn create(
         ApiError::malformed(StatusCode::REQUEST_TIMEOUT, message)
     };
     let received = tokio::time::timeout(UPLOAD_TIMEOUT, receive(files, &client, request)).await.map_err(late)??;
-    // small files are checked at once
+    // the check of a small file is fast
     let (started, id) = (Instant::now(), received.id.clone());
     let mut record = received;
     while record.status == FileStatus::Uploaded && started.elapsed() < CHECK_WAIT {
@@ -163,7 +163,7 @@ async fn create(
     Ok(Json(record.object()))
 }
 
-/// Reads the form. The file goes to the disk as it arrives.
+/// Reads the form. The file is streamed to disk.
 async fn receive(files: &Arc<Files>, client: &Client, request: Request) -> Result<FileRecord, ApiError> {
     let waiting = Arc::new(AtomicUsize::new(0));
     let guarded = Arc::clone(&waiting);
@@ -182,7 +182,7 @@ async fn receive(files: &Arc<Files>, client: &Client, request: Request) -> Resul
             return Err(ApiError::invalid(format!("the form has more than {MAX_PARTS} parts")));
         }
         match field.name().unwrap_or_default() {
-            "file" if upload.is_some() => return Err(ApiError::field("file", "`file` is there twice")),
+            "file" if upload.is_some() => return Err(ApiError::field("file", "`file` is given twice")),
             "file" => {
                 filename = field.file_name().unwrap_or("file.jsonl").to_owned();
                 upload = Some(store(files, &mut field, &waiting).await?);
@@ -218,7 +218,7 @@ async fn receive(files: &Arc<Files>, client: &Client, request: Request) -> Resul
     tokio::task::spawn_blocking(finish).await.map_err(ApiError::server)?
 }
 
-/// Writes a part of the form to the disk.
+/// Writes a part of the form to disk.
 async fn store(files: &Arc<Files>, field: &mut Field<'_>, waiting: &AtomicUsize) -> Result<Upload, ApiError> {
     let mut upload = files.upload()?;
     while let Some(chunk) = in_time(field.chunk()).await? {
@@ -246,14 +246,14 @@ async fn text(field: &mut Field<'_>, name: &str) -> Result<String, ApiError> {
 
 async fn in_time<T>(read: impl Future<Output = Result<T, MultipartError>>) -> Result<T, ApiError> {
     let read = tokio::time::timeout(CHUNK_TIMEOUT, read).await.map_err(|_| {
-        let message = format!("nothing of the form arrived for {} s", CHUNK_TIMEOUT.as_secs());
+        let message = format!("no part of the form arrived for {} s", CHUNK_TIMEOUT.as_secs());
         ApiError::malformed(StatusCode::REQUEST_TIMEOUT, message)
     })?;
     read.map_err(|_| ApiError::invalid("the form could not be read: expected multipart/form-data"))
 }
 
-/// Ends a body if too much of it was read since `waiting` was last set to 0: the parser looks for the end of a part's header
-/// without a limit of its own.
+/// Limits the bytes that are read from a body since `waiting` was last set to 0, because the parser has no limit for the
+/// header of a part.
 struct Guarded {
     body: axum::body::BodyDataStream,
     waiting: Arc<AtomicUsize>,

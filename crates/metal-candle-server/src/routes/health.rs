@@ -17,10 +17,10 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, A
     Ok(Json(json!({"status": "ok"})))
 }
 
-/// `GET /metrics`, if it is turned on.
+/// `GET /metrics`, if it is enabled.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if !app.config.metrics {
-        return Err(ApiError::not_found("metrics are off; start the server with --metrics"));
+        return Err(ApiError::not_found("metrics are disabled: start the server with --metrics"));
     }
     let slots = app.engine.limits().slots;
     let running = app.engine.num_running();

@@ -1,4 +1,4 @@
-//! `/v1/fine_tuning/jobs`: training on uploaded files, in the form of OpenAI.
+//! `/v1/fine_tuning/jobs`: creates, lists and controls fine-tuning jobs, with OpenAI's API.
 
 use crate::app::App;
 use crate::auth::Client;
@@ -21,7 +21,7 @@ const MAX_SEED: i64 = i32::MAX as i64;
 const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY: usize = 64;
 const MAX_METADATA_VALUE: usize = 512;
-/// Time that a job gets to write its checkpoint before the answer to `cancel` is sent.
+/// How long the response to `cancel` waits for the job's last checkpoint.
 const CANCEL_WAIT: Duration = Duration::from_secs(20);
 
 pub(crate) fn routes() -> Routes {
@@ -35,10 +35,10 @@ pub(crate) fn routes() -> Routes {
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(checkpoints))
 }
 
-/// The jobs, for a client that may use them.
+/// The jobs, if the client may use them.
 fn jobs<'a>(app: &'a App, client: &Client) -> Result<&'a Arc<Jobs>, ApiError> {
     client.check_admin()?;
-    let message = "this server runs no jobs: start it with --jobs FOLDER";
+    let message = "fine-tuning jobs are disabled: start the server with --jobs FOLDER";
     app.jobs.as_ref().ok_or_else(|| ApiError::not_found(message))
 }
 
@@ -47,14 +47,14 @@ fn object(jobs: &Jobs, owner: &str, id: &str) -> Result<Value, ApiError> {
     Ok(job_object(&record, jobs.live(id).as_ref()))
 }
 
-/// Reads or writes files of a job.
+/// Runs work that reads or writes files of a job.
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     tokio::task::spawn_blocking(work).await.map_err(ApiError::server)?
 }
 
-/// `POST /v1/fine_tuning/jobs`. With `dry_run` the answer is what the job would take.
+/// `POST /v1/fine_tuning/jobs`. With `dry_run`, returns the memory and time estimate of the job.
 async fn create(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -70,9 +70,9 @@ async fn create(
     let owner = client.name.clone();
     if fields.flag("dry_run")?.unwrap_or(false) {
         let Ok(turn) = Arc::clone(&app.planning).try_acquire_owned() else {
-            return Err(ApiError::unavailable("queue_full", "another plan is being made"));
+            return Err(ApiError::unavailable("queue_full", "another plan is running"));
         };
-        // it is made to its end if the client leaves
+        // the plan completes even if the client disconnects
         let plan = move || {
             let _turn = turn;
             jobs.plan(&owner, &new)
@@ -115,7 +115,8 @@ fn metadata(fields: &Fields) -> Result<Option<Map<String, Value>>, ApiError> {
     };
     if map.len() > MAX_METADATA || !map.iter().all(is_short) {
         let message = format!(
-            "`metadata`: expected at most {MAX_METADATA} strings of {MAX_METADATA_VALUE} characters with names of {MAX_METADATA_KEY}"
+            "`metadata`: expected at most {MAX_METADATA} strings of at most {MAX_METADATA_VALUE} characters with names of at most \
+            {MAX_METADATA_KEY}"
         );
         return Err(ApiError::field("metadata", message));
     }
@@ -158,7 +159,7 @@ async fn one(
     object(jobs(&app, &client)?, &client.name, &id).map(Json)
 }
 
-/// `POST /v1/fine_tuning/jobs/ID/cancel`. The answer waits for the job to end.
+/// `POST /v1/fine_tuning/jobs/ID/cancel`. The response waits for the job to end.
 async fn cancel(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -193,7 +194,7 @@ async fn resume(
     object(&jobs, &client.name, &id).map(Json)
 }
 
-/// Changes the state of a job by a method of the store.
+/// Changes the state of a job with a method of the store.
 async fn change<T, F>(app: &App, client: &Client, id: &str, change: F) -> Result<Arc<Jobs>, ApiError>
 where
     T: Send + 'static,
@@ -205,7 +206,7 @@ where
     Ok(jobs)
 }
 
-/// `GET /v1/fine_tuning/jobs/ID/events`: newest first, or with `order=asc` oldest first.
+/// `GET /v1/fine_tuning/jobs/ID/events`: newest first, or oldest first with `order=asc`.
 async fn events(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -226,7 +227,7 @@ async fn events(
     Ok(Json(json!({"object": "list", "data": data, "has_more": has_more})))
 }
 
-/// `GET /v1/fine_tuning/jobs/ID/checkpoints`: those that the trainer keeps, newest first.
+/// `GET /v1/fine_tuning/jobs/ID/checkpoints`: the existing checkpoints, newest first.
 async fn checkpoints(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,

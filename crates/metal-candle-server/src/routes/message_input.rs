@@ -1,4 +1,4 @@
-//! Reads the conversation in a request to `/v1/messages`.
+//! Reads the conversation of a request to `/v1/messages`.
 
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
@@ -12,7 +12,7 @@ const MAX_BLOCKS: usize = 4096;
 /// The messages of `system` and `messages`.
 ///
 /// # Errors
-/// A message is malformed or has a block of a type that is not supported.
+/// A message is malformed or has a block of an unsupported type.
 pub(super) fn conversation(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     let mut messages = Vec::new();
     if fields.get("system").is_some() {
@@ -44,7 +44,7 @@ enum Block<'a> {
     Object(Fields<'a>, &'a str),
 }
 
-/// The blocks of a field that is a text or a list of blocks.
+/// The blocks of a field: a text or a list of blocks.
 fn blocks<'a>(fields: &Fields<'a>, name: &str) -> Result<Vec<Block<'a>>, ApiError> {
     match fields.get(name) {
         Some(Value::String(text)) => Ok(vec![Block::Text(text)]),
@@ -66,7 +66,7 @@ fn blocks<'a>(fields: &Fields<'a>, name: &str) -> Result<Vec<Block<'a>>, ApiErro
     }
 }
 
-/// The texts of blocks that may be nothing else. `supported` says what the caller reads.
+/// The texts of blocks that must be text. `supported` names the supported types for errors.
 fn texts<'a>(blocks: &[Block<'a>], supported: &str) -> Result<Vec<&'a str>, ApiError> {
     let text = |block: &Block<'a>| match block {
         Block::Text(text) => Ok(*text),
@@ -77,15 +77,15 @@ fn texts<'a>(blocks: &[Block<'a>], supported: &str) -> Result<Vec<&'a str>, ApiE
 
 fn refused(block: &Fields, supported: &str) -> ApiError {
     let path = block.path("type");
-    ApiError::unsupported(path.clone(), format!("`{path}`: this server reads blocks of type {supported} only"))
+    ApiError::unsupported(path.clone(), format!("`{path}`: only blocks of type {supported} are supported"))
 }
 
-/// Blocks are paragraphs of their own.
+/// Joins blocks as paragraphs.
 fn join(texts: &[&str]) -> String {
     texts.join("\n")
 }
 
-/// Results of tools are messages before the text of the user.
+/// Reads a user message; tool results become messages before its text.
 fn read_user(blocks: &[Block], messages: &mut Vec<Message>) -> Result<(), ApiError> {
     let mut said = Vec::new();
     let mut has_results = false;
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_text_is_refused_by_name() {
+    fn blocks_other_than_text_are_refused_by_name() {
         let param = |role: &str, content: Value| {
             read(&json!({"messages": [{"role": role, "content": content}]})).unwrap_err().param.unwrap()
         };

@@ -1,4 +1,4 @@
-//! `POST /v1/messages` and `/v1/messages/count_tokens`, as Anthropic's clients send them.
+//! `POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API.
 
 use super::message_input::conversation;
 use crate::answer::{Answering, Progress, Usage};
@@ -23,10 +23,10 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Fields that need what this server does not have.
+/// Fields of unsupported features.
 const REFUSED: [&str; 3] = ["container", "mcp_servers", "context_management"];
 
-/// An error in Anthropic's shape.
+/// An error in Anthropic's format.
 pub(crate) struct MessageError(ApiError);
 
 impl From<ApiError> for MessageError {
@@ -57,7 +57,7 @@ impl IntoResponse for MessageError {
     }
 }
 
-/// What the wire format needs besides the turn itself.
+/// Settings of the wire format besides the turn.
 #[derive(Debug)]
 struct Form {
     id: String,
@@ -101,7 +101,7 @@ pub(crate) async fn count(
 fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError> {
     fields.refuse(&REFUSED)?;
     let messages = conversation(fields)?;
-    // the answer to a conversation that ends with the assistant's text is the rest of that text
+    // if the conversation ends with the assistant's text, the answer continues that text
     let continues = messages.last().is_some_and(|last| last.role() == "assistant" && last.tool_calls().is_empty());
     let mut turn = Turn::new(app, fields, messages, max_tokens, "messages")?;
     turn.continues = continues;
@@ -115,7 +115,7 @@ fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError
     Ok(turn)
 }
 
-/// Names of fields of chats, and their names here.
+/// Field names of the chat route, and their names in this API.
 const RENAMED: [(&str, &str); 4] = [
     (".function.parameters", ".input_schema"),
     (".function", ""),
@@ -123,14 +123,14 @@ const RENAMED: [(&str, &str); 4] = [
     ("response_format", "output_config.format"),
 ];
 
-/// Tools and formats in the form of chats.
+/// Converts tools and formats to fields of the chat route.
 fn chat_fields(fields: &Fields) -> Result<Value, ApiError> {
     // an older name of `output_config.format`
     fields.refuse(&["output_format"])?;
     let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", MAX_TOOLS)? {
-        // others run on servers of Anthropic
+        // other types run on Anthropic's servers
         tool.one_of("type", &["custom"])?;
         let mut function = Map::new();
         for (name, of_chats) in
@@ -165,17 +165,17 @@ fn chat_fields(fields: &Fields) -> Result<Value, ApiError> {
     Ok(chat.into())
 }
 
-/// The answer so far.
+/// The collected answer.
 #[derive(Debug, Default)]
 struct Output {
     parts: Parts,
-    /// Of each part; only calls have one.
+    /// The id of each part; only calls have one.
     ids: Vec<String>,
     finish: Option<Finish>,
 }
 
 impl Output {
-    /// Adds what the model wrote, and describes it as events: names and data.
+    /// Adds new text and returns its events: names and data.
     fn push(&mut self, progress: Progress) -> Vec<(&'static str, Value)> {
         let mut changes = Vec::new();
         for delta in progress.deltas {
@@ -219,7 +219,7 @@ impl Output {
             Part::Text(text) => json!({"type": "text", "text": text}),
             Part::Reasoning(text) => json!({"type": "thinking", "thinking": text, "signature": ""}),
             Part::Call { name, arguments } => {
-                // of a call that was cut there may be no whole object
+                // a truncated call may have no complete object
                 let input = serde_json::from_str::<Value>(arguments).ok().filter(Value::is_object);
                 json!({"type": "tool_use", "id": id, "name": name, "input": input.unwrap_or_else(|| json!({}))})
             }
@@ -260,7 +260,7 @@ impl Form {
     }
 }
 
-/// Anthropic counts tokens from the cache apart.
+/// Anthropic counts cached tokens separately.
 fn usage_form(usage: Usage) -> Value {
     let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
     json!({

@@ -1,4 +1,4 @@
-//! The routes of the server, by path.
+//! The routes of the server.
 
 mod adapters;
 mod chat;
@@ -72,7 +72,7 @@ pub(crate) fn api() -> Routes {
         .merge(jobs::routes())
 }
 
-/// The response to a request that reached no route, in the shape that clients of its path expect.
+/// The error response to a request that reached no route, in the format for its path.
 pub(crate) fn refuse(path: &str, error: ApiError) -> Response {
     if path.starts_with("/v1/messages") {
         messages::MessageError::from(error).into_response()
@@ -81,7 +81,7 @@ pub(crate) fn refuse(path: &str, error: ApiError) -> Response {
     }
 }
 
-/// Whether a path may be read without a key.
+/// Whether a path needs no key.
 pub(crate) fn is_public(path: &str) -> bool {
     matches!(path, "/health" | "/v1/health" | "/openapi.json") || page::is_page(path)
 }

@@ -1,4 +1,4 @@
-//! `/v1/models`: the base model and its adapters.
+//! `/v1/models`: lists the base model and its adapters.
 
 use crate::adapters::Adapter;
 use crate::app::App;

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 /// Most tokens of a call of `/detokenize`.
 const MAX_TOKENS: usize = 1 << 20;
-/// Most files beside the one that is completed.
+/// Most extra files of an infill request.
 const MAX_EXTRAS: usize = 256;
 /// Most entries of `lora`.
 const MAX_ADAPTERS: usize = 64;
@@ -40,14 +40,14 @@ pub(crate) async fn completion(
     let served = app.served.clone();
     let mut all = prompts(&fields, &served)?;
     if all.len() > 1 {
-        return Err(ApiError::unsupported("prompt", "`prompt`: expected one prompt; /v1/completions takes several"));
+        return Err(ApiError::unsupported("prompt", "`prompt`: expected one prompt; /v1/completions accepts several"));
     }
     let prompt = all.pop().unwrap_or(TextPrompt::Text(String::new()));
     let prompt = app.compute(move || prompt.encode(&served)).await?;
     run(&app, &client, &fields, prompt).await
 }
 
-/// `POST /infill`: the text between `input_prefix` and `input_suffix`, with other files before them.
+/// `POST /infill`: generates the text between `input_prefix` and `input_suffix`, with other files as context.
 pub(crate) async fn infill(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
@@ -55,7 +55,7 @@ pub(crate) async fn infill(
 ) -> Result<Response, ApiError> {
     let fields = Fields::of_body(&body)?;
     if app.served.fim.is_none() {
-        return Err(ApiError::unsupported("input_prefix", "the model has no tokens that mark a gap to fill"));
+        return Err(ApiError::unsupported("input_prefix", "the model has no fill-in-the-middle tokens"));
     }
     let prefix =
         fields.text("input_prefix")?.unwrap_or_default().to_owned() + fields.text("prompt")?.unwrap_or_default();
@@ -71,7 +71,7 @@ pub(crate) async fn infill(
     run(&app, &client, &fields, prompt).await
 }
 
-/// The prompt of a gap: the newest extra files that fit, then as much around the gap as fits, most of it before.
+/// The prompt of a gap: the newest extra files that fit, then the text around the gap that fits, most of it before the gap.
 fn infill_prompt(
     served: &Served,
     prefix: &str,
@@ -81,7 +81,7 @@ fn infill_prompt(
 ) -> Result<Vec<u32>, ApiError> {
     let mut ids = gap(served, &[], prefix, suffix)?;
     if ids.len() >= limit {
-        // three quarters of the tokens for what is before the gap
+        // three quarters of the tokens are for the text before the gap
         let share = |text: &str, tokens: usize, from_end: bool| -> Result<String, ApiError> {
             let all = served.encode_text(text)?;
             let kept = tokens.min(all.len());
@@ -97,7 +97,7 @@ fn infill_prompt(
         return Ok(ids);
     };
     let mut before = Vec::new();
-    // the last ones are the closest
+    // the last files are the most relevant
     for (name, text) in extras.iter().rev() {
         let mut part = vec![file];
         part.extend(served.encode_text(&format!("{name}\n{text}\n"))?);
@@ -117,14 +117,14 @@ fn infill_prompt(
     Ok(ids)
 }
 
-/// `n_predict` or `max_tokens`; none for as many as fit.
+/// `n_predict` or `max_tokens`; none for no limit other than the context.
 fn num_predict(fields: &Fields) -> Result<Option<usize>, ApiError> {
     let most = i64::from(u32::MAX);
     let given = fields.integer("n_predict", -1..=most)?.or(fields.integer("max_tokens", -1..=most)?);
     Ok(given.and_then(|count| usize::try_from(count).ok()))
 }
 
-/// The adapter that `lora` names by its number in `GET /lora-adapters`; `None` if it names none.
+/// The adapter whose id in `GET /lora-adapters` is in `lora`; `None` if `lora` selects none.
 fn adapter_by_number(app: &App, fields: &Fields) -> Result<Option<Target>, ApiError> {
     let mut found = None;
     for entry in fields.objects("lora", MAX_ADAPTERS)? {
@@ -136,18 +136,18 @@ fn adapter_by_number(app: &App, fields: &Fields) -> Result<Option<Target>, ApiEr
         }
         let path = entry.path("scale");
         if (scale - 1.0).abs() > f64::EPSILON {
-            let message = format!("`{path}`: expected 0 or 1, found {scale}: this server applies an adapter as it is");
+            let message = format!("`{path}`: expected 0 or 1, found {scale}: this server does not scale adapters");
             return Err(ApiError::unsupported(path, message));
         }
         if found.is_some() {
-            let message = format!("`{path}`: this server applies one adapter to an answer; set the other scales to 0");
+            let message = format!("`{path}`: this server applies one adapter per request; set the other scales to 0");
             return Err(ApiError::unsupported(path, message));
         }
         let number = number.and_then(|number| u64::try_from(number).ok());
         let adapter = app.adapters.list().into_iter().find(|adapter| Some(adapter.generation) == number);
         let Some(adapter) = adapter else {
             let path = entry.path("id");
-            let message = format!("`{path}`: there is no such adapter; `GET /lora-adapters` lists their numbers");
+            let message = format!("`{path}`: there is no such adapter; `GET /lora-adapters` lists the ids");
             return Err(ApiError::field(path, message));
         };
         found = Some(Target { name: adapter.name.clone(), adapter: Some(adapter) });
@@ -169,7 +169,7 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
     fields.refuse(&["image_data"])?;
     let wanted = num_predict(fields)?;
-    // editors ask for no token to have the prompt in the cache
+    // editors request no tokens to fill the cache with the prompt
     let config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;
     let streams = fields.flag("stream")?.unwrap_or(false);
     let limit = fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.filter(|limit| *limit > 0);
@@ -226,7 +226,7 @@ fn settings(config: &GenerationConfig, wanted: Option<usize>) -> Value {
     })
 }
 
-/// A choice so far.
+/// The collected answer.
 #[derive(Debug, Default, Clone)]
 struct Collected {
     text: String,
@@ -245,7 +245,7 @@ impl Form {
             "stop": true,
             "model": self.model,
             "truncated": false,
-            // of a text that took too long
+            // the text took too long
             "stop_type": "limit",
             "generation_settings": self.settings,
         });
@@ -275,7 +275,7 @@ impl Form {
         object
     }
 
-    /// Whether a text has taken too long; it then ends after a line.
+    /// Whether the text has taken too long and ends after the current line.
     fn is_late(&self, collected: &Collected) -> bool {
         let since = collected.first_token.map(|first| first.elapsed());
         let is_over = self.deadline.zip(since).is_some_and(|(deadline, since)| since > deadline);
@@ -366,7 +366,7 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): Json
     Ok(Json(json!({"content": content})))
 }
 
-/// `POST /apply-template`: the text that a conversation becomes.
+/// `POST /apply-template`: renders a conversation.
 pub(crate) async fn apply_template(
     State(app): State<Arc<App>>,
     JsonBody(body): JsonBody,
@@ -379,7 +379,7 @@ pub(crate) async fn apply_template(
     Ok(Json(json!({"prompt": ControlTokens::without_marks(&prompt)})))
 }
 
-/// `GET /props`: what the server can do.
+/// `GET /props`: the capabilities of the server.
 pub(crate) async fn props(State(app): State<Arc<App>>) -> Json<Value> {
     let (served, limits) = (&app.served, app.engine.limits());
     let template = served.tokenizer.chat_template().and_then(|template| template.sources().first());

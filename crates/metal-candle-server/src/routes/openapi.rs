@@ -1,4 +1,4 @@
-//! `GET /openapi.json`: the description of all routes, which is written by hand.
+//! `GET /openapi.json`: serves the description of all routes, which is written by hand.
 
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -31,7 +31,7 @@ mod tests {
         serde_json::from_str(DOCUMENT).unwrap()
     }
 
-    /// A server that has all routes turned on, and the folder of its jobs.
+    /// A server with all routes enabled, and the folder of its jobs.
     fn server() -> (Router, tempfile::TempDir) {
         let nano = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/nano");
         let model = ModelLoader::new().with_device(Device::CPU).load(nano).unwrap();
@@ -50,7 +50,7 @@ mod tests {
         (server.router(), folder)
     }
 
-    /// Status, methods that the path allows, and body of an answer.
+    /// The status, allowed methods and body of a response.
     async fn send(router: &Router, method: &str, path: &str, body: String) -> (StatusCode, String, Value) {
         let request = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
         let response = router.clone().oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
@@ -65,7 +65,7 @@ mod tests {
         let (router, _folder) = server();
         let mut found = BTreeSet::new();
         for path in crate::routes::api().paths {
-            // no route has this method, so the answer names those that it has
+            // no route has this method, so the response lists the allowed methods
             let (status, allow, _) = send(&router, "TRACE", &path.replace(['{', '}', '*'], "x"), String::new()).await;
             assert_eq!(status, StatusCode::METHOD_NOT_ALLOWED, "{path}");
             for method in allow.split(',').map(|method| method.trim().to_lowercase()).filter(|method| method != "head")
@@ -82,7 +82,7 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    /// The part of the document that a reference names.
+    /// Resolves a reference in the document.
     fn resolve<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
         match value["$ref"].as_str() {
             None => value,
@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    /// The names of the fields of a request, those among them that are refused included.
+    /// The names of the fields of a request, including refused fields.
     fn names(document: &Value, schema: &Value) -> BTreeSet<String> {
         let schema = resolve(document, schema);
         let mut found: BTreeSet<String> =
@@ -147,7 +147,7 @@ mod tests {
         found
     }
 
-    /// A request that is read to its end.
+    /// A request whose fields are all read.
     fn request(schema: &str) -> Value {
         let messages = json!([{"role": "user", "content": "a"}]);
         match schema {
@@ -176,11 +176,11 @@ mod tests {
             let body = request(reference.rsplit('/').next().unwrap());
             asked::start();
             let (status, _, answer) = send(&router, "POST", path, body.to_string()).await;
-            // there are no adapters and no files
+            // the server has no adapters and no files
             let is_read = status.is_success() || path.contains("adapter") || path.contains("jobs");
             assert!(is_read, "{path}: {status} {answer}");
             let mut found = asked::names();
-            // `best_of` is compared with `n`; formats and tools are read in the form of chats
+            // `best_of` is compared with `n`; formats and tools are converted to fields of the chat route
             for name in ["n", "response_format", "parallel_tool_calls"] {
                 if !names(&document, schema).contains(name) {
                     found.remove(name);

@@ -1,10 +1,10 @@
-//! Reads the names in the path of a URL, and its query with types and ranges.
+//! Reads names in URL paths and typed query parameters.
 
 use crate::error::ApiError;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 
-/// The name or id in a path.
+/// A name or id in a path.
 #[derive(Debug)]
 pub(super) struct Name(pub(super) String);
 

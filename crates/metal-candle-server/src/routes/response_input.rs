@@ -1,4 +1,4 @@
-//! Reads the conversation in a request to `/v1/responses`.
+//! Reads the conversation of a request to `/v1/responses`.
 
 use crate::error::ApiError;
 use crate::fields::{Fields, describe};
@@ -6,13 +6,13 @@ use crate::turn::{MAX_MESSAGES, message};
 use metal_candle::data::Message;
 use serde_json::{Value, json};
 
-/// Fields of items that are of no use to a chat template.
+/// Fields of items that chat templates do not use.
 const ITEM_FIELDS: [&str; 4] = ["type", "id", "status", "phase"];
 
 /// The messages of `instructions` and `input`.
 ///
 /// # Errors
-/// An item is malformed or of a type that is not supported.
+/// An item is malformed or has an unsupported type.
 pub(super) fn conversation(fields: &Fields) -> Result<Vec<Message>, ApiError> {
     let mut messages: Vec<Message> = fields.text("instructions")?.map(Message::system).into_iter().collect();
     match fields.get("input") {
@@ -38,7 +38,7 @@ pub(super) fn conversation(fields: &Fields) -> Result<Vec<Message>, ApiError> {
 
 struct Reader {
     messages: Vec<Message>,
-    /// The reasoning that belongs to the next message of the assistant.
+    /// The reasoning of the next assistant message.
     reasoning: Option<String>,
 }
 
@@ -74,7 +74,7 @@ impl Reader {
             }
             _ => {
                 let path = item.path("type");
-                let message = format!("`{path}`: this server reads messages, function calls and their outputs only");
+                let message = format!("`{path}`: only messages, function calls and their outputs are supported");
                 return Err(ApiError::unsupported(path, message));
             }
         }
@@ -88,7 +88,7 @@ impl Reader {
         }
     }
 
-    /// Calls belong to the message before them.
+    /// Adds a call to the previous message.
     fn add_call(&mut self, call: Value) {
         let is_after_answer = self.messages.last().is_some_and(|last| last.role() == "assistant");
         let mut last = match self.messages.pop() {
@@ -99,7 +99,7 @@ impl Reader {
             }
         };
         last = self.with_reasoning(last);
-        // taken out, since a copy of all for each would be quadratic
+        // remove the list instead of copying it for each call, which would take quadratic time
         let mut calls = match last.remove("tool_calls") {
             Some(Value::Array(calls)) => calls,
             _ => Vec::new(),
@@ -109,7 +109,7 @@ impl Reader {
     }
 }
 
-/// A text, or the texts of a list of parts of these types.
+/// A text, or the texts of a list of parts with these types.
 fn text_of(item: &Fields, name: &str, kinds: &[&str]) -> Result<String, ApiError> {
     if !item.get(name).is_some_and(Value::is_array) {
         return Ok(item.text(name)?.unwrap_or_default().to_owned());
@@ -118,7 +118,7 @@ fn text_of(item: &Fields, name: &str, kinds: &[&str]) -> Result<String, ApiError
     for part in item.objects(name, MAX_MESSAGES)? {
         if !kinds.contains(&part.required_text("type")?) {
             let path = part.path("type");
-            return Err(ApiError::unsupported(path.clone(), format!("`{path}`: this server reads text only")));
+            return Err(ApiError::unsupported(path.clone(), format!("`{path}`: only text is supported")));
         }
         text.push_str(part.required_text("text")?);
     }
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_text_is_refused_by_name() {
+    fn parts_other_than_text_are_refused_by_name() {
         let param = |item: Value| read(&json!({"input": [item]})).unwrap_err().param.unwrap();
         assert_eq!(param(json!({"type": "item_reference", "id": "x"})), "input[0].type");
         assert_eq!(param(json!({"role": "tool", "content": "x"})), "input[0].role");

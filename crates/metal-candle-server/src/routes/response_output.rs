@@ -1,4 +1,4 @@
-//! Builds the items of an answer to `/v1/responses`, and the events that describe them.
+//! Builds the items of a response of `/v1/responses`, and their events.
 
 use crate::answer::{Progress, Usage};
 use crate::ids::new_id;
@@ -11,16 +11,16 @@ use serde_json::{Value, json};
 /// An event, whose name is its `type`.
 pub(super) type Event = Value;
 
-/// The answer so far.
+/// The collected answer.
 #[derive(Debug)]
 pub(super) struct Output {
     parts: Parts,
-    /// Of each part: the id of its item and, of a call, the id of the call.
+    /// For each part, the id of its item and, for a call, the id of the call.
     ids: Vec<(String, String)>,
     shows_logprobs: bool,
-    /// Of the tokens that no event has shown.
+    /// Log-probabilities of tokens that no event has included yet.
     pending: Vec<Value>,
-    /// Of the tokens of each part.
+    /// Log-probabilities of the tokens of each part.
     logprobs: Vec<Vec<Value>>,
     is_cut: bool,
 }
@@ -31,7 +31,7 @@ impl Output {
         Self { parts, ids, shows_logprobs, pending: Vec::new(), logprobs: Vec::new(), is_cut: false }
     }
 
-    /// Adds what the model wrote.
+    /// Adds new text and returns its events.
     pub(super) fn push(&mut self, served: &Served, progress: &Progress) -> Vec<Event> {
         if self.shows_logprobs {
             self.pending.extend(progress.tokens.iter().map(|token| token.chat_form(served)));
@@ -47,7 +47,7 @@ impl Output {
         events
     }
 
-    /// `completed`, or `incomplete` if the answer was cut.
+    /// `completed`, or `incomplete` if the answer was truncated.
     pub(super) fn status(&self) -> &'static str {
         if self.is_cut { "incomplete" } else { "completed" }
     }
@@ -60,7 +60,7 @@ impl Output {
     fn finish(&mut self, reason: FinishReason) -> Vec<Event> {
         self.is_cut = matches!(reason, FinishReason::MaxTokens | FinishReason::Length);
         let mut changes = Vec::new();
-        // clients look for a message
+        // clients expect a message
         if self.parts.list().is_empty() {
             changes.extend(self.parts.push(Delta::Content(String::new())));
         }
@@ -68,7 +68,7 @@ impl Output {
         changes.into_iter().flat_map(|change| self.describe(change)).collect()
     }
 
-    /// Only the last item can be cut, and no call: calls come as a whole.
+    /// Only the last item can be incomplete, except for calls, which are always complete.
     fn status_of(&self, index: usize) -> &'static str {
         let is_last = index + 1 == self.parts.list().len();
         let is_call = matches!(self.parts.list()[index], Part::Call { .. });
@@ -146,7 +146,7 @@ impl Output {
         if part.is_some() {
             item["content"] = json!([]);
         } else {
-            // the part may have grown before its events are made
+            // the part may have grown before its events are created
             item["arguments"] = "".into();
         }
         let mut events = vec![json!({"type": "response.output_item.added", "output_index": index, "item": item})];
@@ -189,7 +189,7 @@ impl Output {
     }
 }
 
-/// The numbers of tokens in the form of this route.
+/// The token counts in the format of this route.
 pub(super) fn usage(usage: Usage) -> Value {
     let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
     json!({

@@ -1,4 +1,4 @@
-//! `POST /v1/responses`, without state: nothing is stored, so every request holds its whole conversation.
+//! `POST /v1/responses`, without state: nothing is stored, so every request contains its whole conversation.
 
 use super::response_input::conversation;
 use super::response_output::{Output, usage};
@@ -19,17 +19,17 @@ use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
-/// Fewest tokens that OpenAI accepts as a limit.
+/// The smallest token limit that OpenAI accepts.
 const LEAST_TOKENS: usize = 16;
 
-/// Fields that need what this server does not have: state, hosted tools, stored prompts.
+/// Fields of unsupported features: state, hosted tools, stored prompts.
 const REFUSED: [&str; 6] =
     ["previous_response_id", "conversation", "background", "prompt", "context_management", "moderation"];
 
-/// What the wire format needs besides the turn itself.
+/// Settings of the wire format besides the turn.
 #[derive(Debug)]
 struct Form {
-    /// The answer without what changes while it is written.
+    /// The response object without the fields that change during generation.
     object: Value,
     shows_logprobs: bool,
 }
@@ -108,9 +108,9 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     Ok((turn, Form { object, shows_logprobs }))
 }
 
-/// Tools and formats in the form of chats, which nests what is flat here.
+/// Converts tools and formats to fields of the chat route, which are nested instead of flat.
 fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiError> {
-    // what is no object is left to the reader of chats, which refuses it
+    // the chat route refuses values other than objects
     let nested = |tool: &Value| {
         let Value::Object(map) = tool else { return tool.clone() };
         let mut function = map.clone();
@@ -120,7 +120,7 @@ fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiErro
     let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", MAX_TOOLS)? {
-        // others run on servers of OpenAI
+        // other types run on OpenAI's servers
         tool.one_of("type", &["function"])?;
         let mut tool = tool.map().clone();
         tool.insert("type".into(), "function".into());
@@ -154,7 +154,7 @@ fn chat_fields(fields: &Fields, format: Option<&Value>) -> Result<Value, ApiErro
     Ok(chat.into())
 }
 
-/// Names of fields of chats, and their names here.
+/// Field names of the chat route, and their names in this API.
 const RENAMED: [(&str, &str); 4] = [
     (".function", ""),
     (".allowed_tools", ""),
@@ -162,7 +162,7 @@ const RENAMED: [(&str, &str); 4] = [
     ("response_format", "text.format"),
 ];
 
-/// The whole answer at its end.
+/// The complete response.
 fn ended(mut object: Value, output: &Output, answering: &Answering) -> Value {
     object["status"] = output.status().into();
     if output.status() == "incomplete" {

@@ -1,4 +1,4 @@
-//! A tool call as a model wrote it.
+//! Parses tool calls that a model generated as JSON.
 
 use super::json_scan::{fields, items};
 
@@ -22,7 +22,7 @@ pub(super) fn calls_of_json(text: &str) -> Option<Vec<Call>> {
 
 fn call_of_json(text: &str) -> Option<Call> {
     let mut fields = fields(text)?;
-    // some models wrap the call as in a request
+    // some models wrap the call in `function`, as in a request
     if let Some(index) = fields.iter().position(|(key, value)| key == "function" && value.starts_with('{')) {
         fields = super::json_scan::fields(fields[index].1)?;
     }
@@ -35,7 +35,7 @@ fn call_of_json(text: &str) -> Option<Call> {
     Some(Call { name, arguments: object(arguments)? })
 }
 
-/// The text of a JSON object; an object inside a JSON string is taken out of it.
+/// The text of a JSON object, which may be inside a JSON string.
 pub(super) fn object(text: &str) -> Option<String> {
     match text.trim_start().chars().next()? {
         '{' => fields(text).map(|_| text.trim().to_string()),

@@ -1,4 +1,4 @@
-//! Grammars of answers with tool calls.
+//! Builds grammars of answers with tool calls.
 
 use super::reasoning::Reasoning;
 use super::request::{PlainText, Tool, ToolChoice, ToolRequest};
@@ -10,16 +10,16 @@ use std::fmt::Write as _;
 
 /// Most bytes of the schemas of all tools.
 const MAX_SCHEMA_BYTES: usize = 64 << 10;
-/// Keywords of strings that a grammar of XML parameters follows.
+/// The supported keywords of strings in a grammar of XML parameters.
 const STRING_KEYWORDS: [&str; 7] = ["type", "enum", "const", "description", "title", "default", "examples"];
 
-/// The grammar of answers to a request: calls only where one is required, calls or an `answer` where its form is given, text and
-/// valid calls where a tool is strict, and `None` where the model is free. `reasoning` holds the markers of reasoning and whether
-/// the prompt ends inside of it; `answer` is the name of the field with the form, and the form.
+/// The grammar of answers to a request: only calls if a call is required; calls or an `answer` if its format is given; text
+/// and valid calls if a tool is strict; otherwise `None`. `reasoning` has the reasoning markers and whether the prompt ends
+/// inside reasoning; `answer` is the name of the field with the format, and the format.
 ///
 /// # Errors
-/// The model cannot be held to the schemas: they are too large, or the markers of calls are not tokens; or the form of an answer
-/// is a grammar with rules of its own.
+/// The schemas cannot be enforced: they are too large, or the markers of calls are not tokens; or the format of the answer is
+/// a grammar with its own rules.
 pub(crate) fn tools_grammar(
     syntax: &ToolSyntax,
     request: &ToolRequest,
@@ -37,7 +37,7 @@ pub(crate) fn tools_grammar(
     let bytes: usize = request.tools.iter().map(|tool| tool.parameters.to_string().len()).sum();
     if bytes > MAX_SCHEMA_BYTES {
         let message = format!(
-            "`tools`: the schemas have {bytes} bytes, expected at most {MAX_SCHEMA_BYTES} for constrained calls"
+            "`tools`: expected schemas of at most {MAX_SCHEMA_BYTES} bytes for constrained calls, found {bytes}"
         );
         return Err(ApiError::field("tools", message));
     }
@@ -55,7 +55,7 @@ pub(crate) fn tools_grammar(
         let _ = writeln!(lark, "answer: {expression}");
         format!("{thinking} ({calls} | answer)")
     } else if syntax.form == Form::Bare {
-        // an answer that starts with another character is text
+        // an answer that starts with a character other than `{` is text
         lark.push_str("text: /[^{\\s](?s:.)*/\n");
         format!("{thinking} ({call} | text)?")
     } else if syntax.open().1.is_none() {
@@ -97,7 +97,8 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Writes the rules of calls. Returns the names of two rules: one call, and all calls of an answer. A list counts as one call.
+    /// Writes the rules of calls, and returns the names of two rules: one call, and all calls of an answer. A list counts as one
+    /// call.
     fn calls(&self, lark: &mut String) -> Result<(&'static str, &'static str), ApiError> {
         let (syntax, tools) = (self.syntax, &self.request.tools);
         let names: Vec<String> = (0..tools.len()).map(|index| format!("tool{index}")).collect();
@@ -117,7 +118,7 @@ impl Writer<'_> {
             Form::MistralList | Form::GraniteList | Form::Nemotron => format!("{open} \"[\" tool {more} \"]\" {close}"),
         };
         let _ = writeln!(lark, "call: {call}");
-        // the template of Llama 3 shows one call
+        // the template of Llama 3 supports one call
         let is_single = syntax.form.is_list() || syntax.form == Form::Bare || !self.request.parallel;
         if is_single {
             return Ok(("call", "call"));
@@ -191,7 +192,7 @@ fn xml_tool(index: usize, tool: &Tool, path: &str, lark: &mut String) -> Result<
     Ok(())
 }
 
-/// The schema of arguments, which are always an object.
+/// The schema of arguments, which must be an object.
 fn object_schema(schema: &Value) -> Value {
     let mut schema = schema.clone();
     if let Value::Object(map) = &mut schema {
@@ -203,7 +204,7 @@ fn object_schema(schema: &Value) -> Value {
     schema
 }
 
-/// A schema inside another with the definitions of the outer one, for its references.
+/// Adds the definitions of the outer schema to an inner schema, for its references.
 fn with_definitions(schema: &Value, outer: &Value) -> Value {
     let mut schema = schema.clone();
     if let Value::Object(map) = &mut schema {
@@ -226,7 +227,7 @@ fn marker((text, id): (&str, Option<u32>)) -> String {
     id.map_or_else(|| quoted(text), |id| format!("<[{id}]>"))
 }
 
-/// A string of Lark, which has the escapes of JSON.
+/// A Lark string, which has the same escapes as JSON.
 fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }

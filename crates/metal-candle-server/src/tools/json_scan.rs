@@ -1,11 +1,11 @@
-//! Finds the end of a JSON value in text that arrives in pieces, and the text of its parts.
+//! Finds the end of a JSON value in streamed text, and the text of its parts.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 
 /// The state inside a JSON object or list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct JsonScan {
-    /// Number of bytes read.
+    /// The number of bytes read.
     read: usize,
     depth: usize,
     in_string: bool,
@@ -13,7 +13,7 @@ pub(super) struct JsonScan {
 }
 
 impl JsonScan {
-    /// The end of the object or list that starts `text`, once it is there. Each call gets the whole text so far.
+    /// The end of the object or list at the start of `text`, once it is complete. Each call passes the whole text so far.
     pub(super) fn end(&mut self, text: &str) -> Option<usize> {
         let bytes = text.as_bytes();
         while let Some(byte) = bytes.get(self.read) {
@@ -63,7 +63,7 @@ pub(super) fn items(text: &str) -> Option<Vec<&str>> {
     rest.strip_prefix(']')?.trim().is_empty().then_some(items)
 }
 
-/// The text from the next value on, or from the closing bracket.
+/// The rest of the text from the next value or the closing bracket.
 fn next(text: &str, close: char) -> Option<&str> {
     let text = text.trim_start();
     match text.strip_prefix(',') {
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_keep_their_text() {
+    fn parts_preserve_their_text() {
         let fields = fields(r#" { "a" :1.50 , "b":{"x" : [ 1 ,2]}, "c": "\u00e9" } "#).unwrap();
         let expected = [("a".to_string(), "1.50"), ("b".into(), r#"{"x" : [ 1 ,2]}"#), ("c".into(), r#""\u00e9""#)];
         assert_eq!(fields, expected);

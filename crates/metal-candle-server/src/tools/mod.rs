@@ -1,7 +1,7 @@
-//! Tools: reads them from a request, finds calls in the text that a model writes, and constrains calls to the tools' schemas.
+//! Reads the tools of a request, parses tool calls in generated text, and constrains calls to the tools' schemas.
 //!
-//! [`ToolRequest`] holds the fields of a request. [`ToolSyntax`] is the form of calls in the model's chat template. [`ToolParser`]
-//! splits an answer into reasoning, content and calls; [`tools_grammar`] restricts the answer to valid calls.
+//! [`ToolRequest`] holds the tool fields of a request. [`ToolSyntax`] is the syntax of calls in the model's chat template.
+//! [`ToolParser`] splits an answer into reasoning, content and calls; [`tools_grammar`] restricts the answer to valid calls.
 
 mod call;
 mod grammar;

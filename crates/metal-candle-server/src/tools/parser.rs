@@ -1,4 +1,4 @@
-//! Splits the text of an answer into reasoning, content and tool calls while it is written.
+//! Splits the text of an answer into reasoning, content and tool calls while it is streamed.
 
 use super::call::{Call, calls_of_json, object};
 use super::json_scan::JsonScan;
@@ -11,7 +11,7 @@ use crate::ids::new_id;
 /// Longest name of a function.
 const MAX_NAME: usize = 256;
 
-/// A piece of an answer.
+/// A change of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Delta {
     /// Text for `reasoning_content`.
@@ -36,10 +36,10 @@ pub(crate) enum Delta {
     },
 }
 
-/// Splits an answer that arrives in pieces.
+/// Splits a streamed answer.
 ///
-/// A call is reported once it is whole, so text that turns out to be no call is content, and nothing is lost. Blanks beside calls
-/// and around reasoning are dropped.
+/// A call is reported when it is complete, so text that turns out not to be a call becomes content and nothing is lost. White
+/// space around calls and reasoning is dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct ToolParser {
     reasoning: Option<ReasoningSplit>,
@@ -48,7 +48,7 @@ pub(crate) struct ToolParser {
     parallel: bool,
     buffer: String,
     state: State,
-    /// Blanks at the end of the text so far.
+    /// White space at the end of the text so far.
     blanks: String,
     is_start: bool,
     after_call: bool,
@@ -59,21 +59,21 @@ pub(crate) struct ToolParser {
 enum State {
     /// Outside of calls.
     Content,
-    /// The buffer starts with a call, its body at `body`.
+    /// The buffer starts with a call whose body is at `body`.
     Call { body: usize, scan: Option<(usize, JsonScan)>, end: Option<usize> },
 }
 
-/// How far the body of a call is read.
+/// The result of reading the body of a call.
 enum Body {
     Incomplete,
-    /// The buffer up to this byte is no call.
+    /// The buffer up to this byte is not a call.
     Wrong(usize),
-    /// The buffer up to this byte holds calls.
+    /// The buffer up to this byte contains calls.
     Calls(usize, Vec<Call>),
 }
 
 impl ToolParser {
-    /// A parser for an answer to `prompt`. Without `syntax` no calls are read, without `reasoning` no reasoning is.
+    /// Creates a parser for an answer to `prompt`. Without `syntax` it finds no calls, without `reasoning` no reasoning.
     pub(crate) fn new(
         syntax: Option<&ToolSyntax>,
         reasoning: Option<&Reasoning>,
@@ -107,7 +107,7 @@ impl ToolParser {
         deltas
     }
 
-    /// Ends the answer. `cut` is whether a limit ended it; a call that was cut is content.
+    /// Ends the answer. `cut` is whether a limit ended it; a truncated call is content.
     pub(crate) fn finish(mut self, cut: bool) -> Vec<Delta> {
         let mut deltas = Vec::new();
         let rest = self.reasoning.take().and_then(ReasoningSplit::finish);
@@ -119,7 +119,7 @@ impl ToolParser {
             && let State::Call { body, end: Some(end), .. } = self.state
             && let Some(calls) = self.calls_of(&self.buffer[body..end])
         {
-            // only the closing marker is missing
+            // the call lacks only its closing marker
             self.buffer.drain(..end);
             self.add_calls(calls, &mut deltas);
         }
@@ -141,7 +141,7 @@ impl ToolParser {
         self.calls > 0
     }
 
-    /// Whether the answer is complete: it holds a call and may hold no other. Further text is ignored.
+    /// Whether the answer is complete, because it has a call and may have only one. Further text is ignored.
     pub(crate) fn is_done(&self) -> bool {
         self.has_calls() && !self.parallel
     }
@@ -188,7 +188,7 @@ impl ToolParser {
     fn find_call(&mut self, form: Form, deltas: &mut Vec<Delta>) -> bool {
         let call = |body| State::Call { body, scan: None, end: None };
         if form == Form::Bare && (self.is_start || self.after_call) {
-            // calls are the whole answer; several are separated by semicolons
+            // the whole answer is a call, or several calls separated by semicolons
             let is_gap = |c: char| c.is_whitespace() || (self.after_call && c == ';');
             let rest = self.buffer.trim_start_matches(is_gap);
             if rest.is_empty() {
@@ -255,7 +255,7 @@ impl ToolParser {
                 let name = name.split_once(CALL_ID).map_or(name, |(name, _)| name).trim();
                 Some(vec![Call { name: name.to_string(), arguments: object(arguments)? }])
             }
-            // other answers may be JSON too
+            // answers other than calls may be JSON, too
             Form::Bare => {
                 let is_marked = self.buffer.starts_with(Form::Bare.open());
                 let is_tool = |call: &Call| is_marked || self.tools.iter().any(|tool| tool.name == call.name);
@@ -278,7 +278,7 @@ impl ToolParser {
         (self.is_start, self.after_call) = (false, true);
     }
 
-    /// Adds content; blanks at its end wait for what follows.
+    /// Adds content; trailing white space is held back until more text follows.
     fn add_content(&mut self, text: &str, deltas: &mut Vec<Delta>) {
         let length = text.trim_end().len();
         if length > 0 {
@@ -298,7 +298,7 @@ fn push_content(text: String, deltas: &mut Vec<Delta>) {
     }
 }
 
-/// The start of the JSON in a body; `None` if it is not there yet, an error if there is none.
+/// The start of the JSON in a body; `None` if it has not arrived yet, an error if there is no JSON.
 fn start_of_json(form: Form, body: &str) -> Result<Option<usize>, ()> {
     let rest = body.trim_start();
     let blanks = body.len() - rest.len();
@@ -307,7 +307,7 @@ fn start_of_json(form: Form, body: &str) -> Result<Option<usize>, ()> {
         (_, true) => Ok(Some(body.len() - text.len())),
         _ => Err(()),
     };
-    // lists of calls are read in this form too
+    // lists of calls are accepted in this format, too
     let is_list =
         rest.starts_with('{') || (rest.starts_with('[') && !ARGS.starts_with(rest) && !rest.starts_with("[A"));
     if form != Form::MistralArgs || is_list {
@@ -329,7 +329,7 @@ fn xml_body(buffer: &str, body: usize, tools: &[Tool]) -> Body {
     if !text.starts_with(FUNCTION) {
         return if FUNCTION.starts_with(text) { Body::Incomplete } else { Body::Wrong(body) };
     }
-    // a value may hold the marker as text
+    // a value may contain the marker as text
     let is_end = |at: &usize| buffer[body..*at].trim_end().ends_with("</function>");
     let Some(end) = buffer.match_indices(close).map(|(at, _)| at).filter(|at| *at >= body).find(is_end) else {
         return Body::Incomplete;

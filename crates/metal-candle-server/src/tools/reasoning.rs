@@ -1,8 +1,8 @@
-//! Splits the reasoning at the start of an answer from what follows.
+//! Separates the reasoning at the start of an answer from the rest.
 
 use metal_candle::data::Tokenizer;
 
-/// The markers around reasoning in a family of models.
+/// The markers around reasoning.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reasoning {
     open: &'static str,
@@ -11,7 +11,7 @@ pub(crate) struct Reasoning {
 }
 
 impl Reasoning {
-    /// The markers that a chat template knows.
+    /// The markers that a chat template uses.
     pub(crate) fn of(template: &str, tokenizer: &Tokenizer) -> Option<Self> {
         let known = [("<think>", "</think>"), ("[THINK]", "[/THINK]")];
         let (open, close) = known.into_iter().find(|(_, close)| template.contains(close))?;
@@ -23,18 +23,18 @@ impl Reasoning {
         prompt.trim_end().ends_with(self.open)
     }
 
-    /// Ids of the markers. A decoder must not leave them out.
+    /// The ids of the markers, which the decoder must not skip.
     pub(crate) fn marker_ids(&self) -> impl Iterator<Item = u32> {
         self.ids.into_iter().flatten()
     }
 
-    /// The markers with their ids, where they are tokens.
+    /// The markers, with their ids if they are tokens.
     pub(super) fn markers(&self) -> [(&'static str, Option<u32>); 2] {
         [(self.open, self.ids[0]), (self.close, self.ids[1])]
     }
 }
 
-/// Splits text that arrives in pieces.
+/// Splits streamed text.
 #[derive(Debug, Clone)]
 pub(super) struct ReasoningSplit {
     markers: Reasoning,
@@ -44,9 +44,9 @@ pub(super) struct ReasoningSplit {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Nothing but blanks so far.
+    /// Only white space so far.
     Start,
-    /// Reasoning, with its first text written or not.
+    /// Inside reasoning, before or after its first text.
     Inside {
         is_started: bool,
     },
@@ -94,7 +94,7 @@ impl ReasoningSplit {
                     let held = end.unwrap_or_else(|| self.buffer.len() - partial_suffix(&self.buffer, close));
                     let text = &self.buffer[..held];
                     let from = if is_started { 0 } else { text.len() - text.trim_start().len() };
-                    // blanks at the end are held back: they may be the last of the reasoning
+                    // hold back trailing white space: it may be the end of the reasoning
                     let to = text.trim_end().len();
                     if from < to {
                         parts.push(Part::Reasoning(text[from..to].to_string()));
@@ -139,7 +139,7 @@ impl ReasoningSplit {
     }
 }
 
-/// Length of the longest end of `text` that is a start of `marker`, but not all of it.
+/// The length of the longest suffix of `text` that is a proper prefix of `marker`.
 pub(super) fn partial_suffix(text: &str, marker: &str) -> usize {
     let longest = text.len().min(marker.len() - 1);
     (1..=longest).rev().find(|&length| text.as_bytes().ends_with(&marker.as_bytes()[..length])).unwrap_or(0)
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_gives_the_same_parts() {
+    fn every_split_gives_the_same_parts() {
         for (text, is_open, reasoning, other) in [
             ("<think>\na < b\n\nso é </t\n</think>\n\nyes\n", false, "a < b\n\nso é </t", "yes\n"),
             ("a\n</think> <think>b</think>", true, "a", "<think>b</think>"),

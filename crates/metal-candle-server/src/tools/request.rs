@@ -40,7 +40,7 @@ impl Tool {
     }
 }
 
-/// Strings that a parameter takes as they are, without quotes.
+/// The string values of a parameter that are written without quotes.
 pub(super) enum PlainText<'a> {
     /// Any.
     Any,
@@ -49,7 +49,7 @@ pub(super) enum PlainText<'a> {
 }
 
 impl<'a> PlainText<'a> {
-    /// What the schema of a parameter says; none for values that are written as JSON.
+    /// The string values allowed by a parameter's schema; none for values that are written as JSON.
     pub(super) fn of(schema: &'a Value) -> Option<Self> {
         match (schema.get("enum"), schema.get("const")) {
             (Some(Value::Array(values)), None) => {
@@ -67,7 +67,7 @@ impl<'a> PlainText<'a> {
 pub(crate) enum ToolChoice {
     /// No tool.
     None,
-    /// A tool or text, as the model decides.
+    /// A tool or text, at the model's choice.
     Auto,
     /// At least one tool.
     Required,
@@ -76,19 +76,19 @@ pub(crate) enum ToolChoice {
 /// The tools of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ToolRequest {
-    /// The tools that may be called, which the template shows. A choice of one function leaves only this one.
+    /// The tools that may be called, which the template shows. If one function is required, it is the only one.
     pub(crate) tools: Vec<Tool>,
     /// Whether tools may or must be called.
     pub(crate) choice: ToolChoice,
-    /// Whether an answer may hold several calls.
+    /// Whether an answer may have several calls.
     pub(crate) parallel: bool,
 }
 
 impl ToolRequest {
-    /// The tools of a request's body; `None` without tools.
+    /// Reads the tools of a request body; `None` without tools.
     ///
     /// # Errors
-    /// A field is wrong, or a choice names an unknown tool.
+    /// A field is invalid, or `tool_choice` names an unknown tool.
     pub(crate) fn from_request(fields: &Fields) -> Result<Option<Self>> {
         let mut tools = tools(fields)?;
         let mut parallel = fields.flag("parallel_tool_calls")?.unwrap_or(true);
@@ -117,7 +117,7 @@ fn tools(fields: &Fields) -> Result<Vec<Tool>> {
         let name = function.required_name("name")?;
         if tools.iter().any(|tool| tool.name == name) {
             let path = function.path("name");
-            return Err(ApiError::field(path.clone(), format!("`{path}`: `{name}` is the name of another tool too")));
+            return Err(ApiError::field(path.clone(), format!("`{path}`: another tool is also named `{name}`")));
         }
         let parameters = function.object("parameters")?.map(|parameters| Value::Object(parameters.map().clone()));
         tools.push(Tool {
@@ -130,7 +130,7 @@ fn tools(fields: &Fields) -> Result<Vec<Tool>> {
     Ok(tools)
 }
 
-/// The choice; tools that it excludes are removed, and a choice of one function is one call of it.
+/// Reads `tool_choice`. Excluded tools are removed; the choice of one function allows one call.
 fn choose(choice: &Fields, tools: &mut Vec<Tool>, parallel: &mut bool) -> Result<ToolChoice> {
     if choice.get("type").is_some_and(|kind| kind == "allowed_tools") {
         let allowed = choice.required_object("allowed_tools")?;
@@ -168,7 +168,7 @@ fn chosen<'a>(fields: &Fields<'a>, tools: &[Tool]) -> Result<&'a str> {
     Err(ApiError::field(path.clone(), format!("`{path}`: there is no tool `{name}`")))
 }
 
-/// The function of a tool, which is of no other type.
+/// The function of a tool; other types are refused.
 fn function<'a>(tool: &Fields<'a>) -> Result<Fields<'a>> {
     tool.required("type")?;
     tool.one_of("type", &["function"])?;
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_leaves_the_tools_that_it_allows() {
+    fn a_choice_removes_excluded_tools() {
         let named = json!({"type": "function", "function": {"name": "b"}});
         let allowed = json!({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}});
         for (choice, expected, names) in [

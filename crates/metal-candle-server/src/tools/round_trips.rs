@@ -1,4 +1,4 @@
-//! Tests that read back what chat templates write.
+//! Tests that parse the calls that chat templates render.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::syntax::Form;
@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 const PLACE: &str = r#"{"city": "Zürich \"old\" </x>", "days": 2, "tags": ["a", {"b": null}]}"#;
 const LATER: &str = r#"{"city": "", "days": 3}"#;
 
-/// What published templates write for a text and one or two calls, without the end of the turn. The first text is a part of the
-/// template that shows its form.
+/// The renderings of published templates for a text and one or two calls, without the end of the turn. The first text is a
+/// part of the template that identifies its form.
 fn rendered() -> Vec<(&'static str, Form, String, usize)> {
     let hermes = |arguments: &str| {
         format!("<tool_call>\n{{\"name\": \"get_weather\", \"arguments\": {arguments}}}\n</tool_call>")
@@ -129,7 +129,7 @@ fn parse(parser: &ToolParser, pieces: &[&str], cut: bool) -> Answer {
     answer(deltas)
 }
 
-/// The parts of an answer, which are the same however the text is split.
+/// The parts of an answer, after checking that they do not depend on how the text is split.
 fn parse_all_splits(parser: &ToolParser, text: &str, cut: bool) -> Answer {
     let whole = parse(parser, &[text], cut);
     for at in (1..text.len()).filter(|&at| text.is_char_boundary(at)) {
@@ -151,7 +151,7 @@ fn value(text: &str) -> Value {
 }
 
 #[test]
-fn calls_of_published_templates_are_read_back() {
+fn calls_of_published_templates_are_parsed() {
     for (template, form, text, count) in rendered() {
         let (parser, found) = parser(template);
         assert_eq!(found, form);
@@ -167,7 +167,7 @@ fn calls_of_published_templates_are_read_back() {
 }
 
 #[test]
-fn the_own_template_is_read_back() {
+fn calls_of_the_built_in_template_are_parsed() {
     let template = TOKENIZER.chat_template().unwrap();
     let request = tools();
     let call = json!({"type": "function", "function": {"name": "get_weather", "arguments": value(PLACE)}});
@@ -186,12 +186,12 @@ fn the_own_template_is_read_back() {
 }
 
 #[test]
-fn a_call_that_is_cut_is_content() {
+fn a_truncated_call_is_content() {
     for (template, _, text, _) in rendered() {
         let (parser, _) = parser(template);
         for at in (0..text.len()).filter(|&at| text.is_char_boundary(at)) {
             let (_, content, calls) = parse(&parser, &[&text[..at]], true);
-            // what is not a call is content, but for blanks beside calls and content that ends with blanks
+            // text other than calls is content, except white space around calls and at the end
             let mut joined = content.clone();
             if calls.is_empty() {
                 assert_eq!(joined, &text[..at]);
@@ -208,7 +208,7 @@ fn a_call_that_is_cut_is_content() {
 }
 
 #[test]
-fn text_that_is_no_call_is_content() {
+fn text_other_than_calls_is_content() {
     let hermes = "<tool_call>";
     for (template, text) in [
         (hermes, "a < b <tool_ca"),
@@ -233,13 +233,13 @@ fn text_that_is_no_call_is_content() {
 }
 
 #[test]
-fn odd_calls_are_read() {
+fn unusual_calls_are_parsed() {
     let call = |name: &str, arguments: &str| (name.to_string(), arguments.to_string());
     for (template, text, content, expected) in [
         // the end of the answer closes a call
         ("<tool_call>", "<tool_call>{\"name\": \"a\", \"arguments\": {}}", "", vec![call("a", "{}")]),
         ("<tool_call>", "<tool_call>{\"name\": \"a\"}</tool_call> then", " then", vec![call("a", "{}")]),
-        // markers inside of strings
+        // markers inside strings
         (
             "<tool_call>",
             "<tool_call>{\"arguments\": {\"x\": \"</tool_call>\"}, \"name\": \"a\"}</tool_call>",
@@ -337,7 +337,7 @@ fn constrained_answers_are_valid_calls() {
         }
     }
     assert!(finished > 20, "{finished}");
-    // a call, or an answer of the requested form
+    // a call, or an answer in the requested format
     request.choice = ToolChoice::Auto;
     let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]});
     let forms = [Grammar::JsonSchema(schema), Grammar::Regex("a/b|\\/\n".into())];
@@ -367,7 +367,7 @@ fn constrained_answers_are_valid_calls() {
     let lark = Grammar::Lark("start: \"a\"".into());
     let syntax = ToolSyntax::of("<tool_call>", &TOKENIZER).unwrap();
     assert!(tools_grammar(&syntax, &request, None, Some(("guided_grammar", &lark))).is_err());
-    // with a choice, text may come too
+    // if calls are optional, text is allowed, too
     request.choice = ToolChoice::Auto;
     request.parallel = true;
     let syntax = ToolSyntax::of("<tool_call>", &TOKENIZER).unwrap();
@@ -388,7 +388,7 @@ fn constrained_answers_are_valid_calls() {
     assert_eq!(tools_grammar(&syntax, &request, None, None).unwrap(), None);
 }
 
-/// Whether a grammar has a text, with the tokens that the tokenizer gives it.
+/// Whether a grammar accepts a text, with the tokenizer's tokens.
 fn accepts(grammar: &Grammar, text: &str) -> bool {
     let mut mask = COMPILER.compile(grammar).unwrap();
     let ids = TOKENIZER.encode(text, false).unwrap();
@@ -402,7 +402,7 @@ fn accepts(grammar: &Grammar, text: &str) -> bool {
 }
 
 #[test]
-fn grammars_hold_what_templates_write() {
+fn grammars_accept_rendered_calls() {
     let mut request = tools();
     let thinking = Reasoning::of("<think></think>", &TOKENIZER).unwrap();
     let good = ["{\"city\": \"a\", \"days\": 3}", "{\"city\":\"a\",\"days\":3,\"tags\":[]}"];
@@ -417,7 +417,7 @@ fn grammars_hold_what_templates_write() {
         request.parallel = false;
         let single = tools_grammar(&syntax, &request, None, None).unwrap().unwrap();
         let calls = text.strip_prefix("Let me look.").unwrap_or(&text).trim_start();
-        // ids of calls in a list are not written by models
+        // models do not generate ids of calls in a list
         let calls = calls.replace(", \"id\": \"abcdefgh1\"", "").replace(", \"id\": \"abcdefgh2\"", "");
         assert!(accepts(&required, &calls), "{form:?}: {calls}\n{required:?}");
         assert!(accepts(&open, &format!("because </thin\n</think>\n\n{calls}")), "{form:?}: {calls}");

@@ -1,15 +1,15 @@
-//! The form in which a family of models writes tool calls.
+//! [`ToolSyntax`]: detects the syntax of tool calls in a chat template.
 
 use metal_candle::data::Tokenizer;
 
-/// The form of tool calls in a chat template.
+/// The syntax of tool calls in a chat template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ToolSyntax {
     pub(super) form: Form,
     open_id: Option<u32>,
     close_id: Option<u32>,
     args_id: Option<u32>,
-    /// The marker before an id of a call, in templates that have one.
+    /// The marker before the id of a call, if the template has one.
     call_id: Option<(&'static str, Option<u32>)>,
 }
 
@@ -33,7 +33,7 @@ pub(super) enum Form {
     Nemotron,
 }
 
-/// Markers of forms that are not supported. A template with one of them must not be read as another form.
+/// Markers of unsupported forms. A template with one of them must not be treated as another form.
 const FOREIGN: [&str; 26] = [
     "<arg_key>",
     "<|tool_call_begin|>",
@@ -64,8 +64,8 @@ const FOREIGN: [&str; 26] = [
 ];
 
 impl ToolSyntax {
-    /// The form that the source of a chat template shows. `None` if it has no tools or a form that is not supported; a template
-    /// with tools and no form of its own has the form of Hermes.
+    /// Detects the syntax in the source of a chat template. `None` if it has no tools or an unsupported form; a template with
+    /// tools and no recognizable form uses the form of Hermes.
     pub(crate) fn of(template: &str, tokenizer: &Tokenizer) -> Option<Self> {
         let has = |text: &str| template.contains(text);
         let is_foreign = |except: &str| FOREIGN.iter().any(|marker| *marker != except && has(marker));
@@ -100,7 +100,7 @@ impl ToolSyntax {
         })
     }
 
-    /// Ids of the tokens that mark calls. A decoder must not leave them out, though some are special.
+    /// The ids of the tokens that mark calls. A decoder must not skip them, although some are special.
     pub(crate) fn marker_ids(&self) -> impl Iterator<Item = u32> {
         [self.open_id, self.close_id, self.args_id, self.call_id.and_then(|(_, id)| id)].into_iter().flatten()
     }
@@ -117,7 +117,7 @@ impl ToolSyntax {
         (ARGS, self.args_id)
     }
 
-    /// The marker before an id of a call, in templates that have one.
+    /// The marker before the id of a call, if the template has one.
     pub(super) fn call_id(&self) -> Option<(&'static str, Option<u32>)> {
         self.call_id
     }
@@ -153,7 +153,7 @@ impl Form {
 }
 
 impl Form {
-    /// Whether one marker is before a list of all calls.
+    /// Whether one marker precedes a list of all calls.
     pub(super) fn is_list(self) -> bool {
         matches!(self, Self::MistralList | Self::GraniteList | Self::Nemotron)
     }

@@ -1,4 +1,4 @@
-//! Calls with a tag for each parameter, as Qwen3-Coder writes them.
+//! Parses calls with one tag per parameter, as in Qwen3-Coder.
 
 use super::call::Call;
 use super::request::{PlainText, Tool};
@@ -8,7 +8,7 @@ const FUNCTION_END: &str = "</function>";
 const PARAMETER: &str = "<parameter=";
 const PARAMETER_END: &str = "</parameter>";
 
-/// The call between the markers; `None` if it is not a call. The tools' schemas say which values are strings.
+/// Parses the call between the markers; `None` if it is not a call. The tools' schemas determine which values are strings.
 pub(super) fn call_of_xml(text: &str, tools: &[Tool]) -> Option<Call> {
     let text = text.trim().strip_prefix("<function=")?.strip_suffix(FUNCTION_END)?;
     let (name, mut rest) = text.split_once('>')?;
@@ -31,7 +31,7 @@ pub(super) fn call_of_xml(text: &str, tools: &[Tool]) -> Option<Call> {
     is_name.then(|| Call { name: name.to_string(), arguments: Value::Object(arguments).to_string() })
 }
 
-/// The end of a value: the first closing tag with a parameter or nothing after it. Values may hold such tags as text.
+/// The end of a value: the first closing tag before another parameter or the end. Values may contain closing tags as text.
 fn parameter_end(text: &str) -> Option<usize> {
     let mut ends = text.match_indices(PARAMETER_END).map(|(end, _)| end);
     ends.find(|end| {
@@ -40,7 +40,7 @@ fn parameter_end(text: &str) -> Option<usize> {
     })
 }
 
-/// The JSON value of a text, by the schema of its parameter.
+/// Converts a text to a JSON value according to the schema of its parameter.
 fn typed(text: &str, schema: Option<&Value>) -> Value {
     let string = || Value::String(text.to_string());
     let kinds: Vec<&str> = match schema.and_then(|schema| schema.get("type")) {
@@ -54,7 +54,7 @@ fn typed(text: &str, schema: Option<&Value>) -> Value {
         _ => {}
     }
     let trimmed = text.trim();
-    // templates write values as Python prints them
+    // templates print values like Python
     let parsed = match trimmed {
         "True" => Some(Value::Bool(true)),
         "False" => Some(Value::Bool(false)),
@@ -62,7 +62,7 @@ fn typed(text: &str, schema: Option<&Value>) -> Value {
         _ => serde_json::from_str(trimmed).ok(),
     };
     match parsed {
-        // values of these schemas are written as JSON; without a schema a string in quotes stays as it is
+        // values with these schemas are JSON; without a schema, a quoted string is unchanged
         Some(Value::String(inner)) if schema.is_some() => Value::String(inner),
         Some(Value::String(_)) | None => string(),
         Some(value) => {
