@@ -1,4 +1,4 @@
-//! Reads the answers of a job, for all generating routes. Each update is for one choice; it combines several chunks if the
+//! Reads the answers of a job, for all generating routes. Each update is for one choice; it combines several pieces if the
 //! reader is behind.
 
 use crate::adapters::{Adapter, InFlight};

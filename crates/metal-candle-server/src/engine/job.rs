@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Most unread chunks per sample; more pause the sequence.
+/// Most unread pieces per sample; more pause the sequence.
 const MAX_BEHIND: usize = 64;
 
 /// The limits of the engine.
@@ -52,7 +52,7 @@ pub(crate) struct Job {
 /// An update of a job.
 #[derive(Debug)]
 pub(crate) enum Update {
-    /// The next chunk of a sample.
+    /// The next piece of a sample.
     Piece(usize, Piece),
     /// A sample was ended by [`Answers::stop`].
     Stopped(usize, Finish),

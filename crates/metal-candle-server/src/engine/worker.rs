@@ -1,4 +1,4 @@
-//! The thread that owns the scheduler: admits jobs, runs steps, and delivers chunks without ever waiting for a reader.
+//! The thread that owns the scheduler: admits jobs, runs steps, and delivers pieces without ever waiting for a reader.
 
 use super::job::{EngineLimits, Job, Stops, Update};
 use super::queue::Queue;
@@ -19,7 +19,7 @@ use tokio::sync::mpsc::error::TrySendError;
 
 /// Time between two checks of paused sequences when the engine is idle.
 const POLL: Duration = Duration::from_millis(5);
-/// Most chunks that a step adds to a sequence: one per drafted token, and one more. A step in progress may add the same
+/// Most pieces that a step adds to a sequence: one per drafted token, and one more. A step in progress may add the same
 /// number again.
 const MAX_PIECES: usize = 16;
 /// This number of failed steps within `FAILURE_WINDOW` stops the server: the failure is permanent.
@@ -437,14 +437,14 @@ impl Worker<'_> {
                 // a closed channel is handled before the next step
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
                 // sequences are paused before their channel is full
-                Err(TrySendError::Full(_)) => tracing::error!("a chunk was lost: the channel of its reader was full"),
+                Err(TrySendError::Full(_)) => tracing::error!("a piece was lost: the channel of its reader was full"),
             }
             if is_last && task.open().next().is_none() {
                 metrics.request_seconds.observe(now - task.submitted);
                 self.running.swap_remove(index);
                 continue;
             }
-            // the chunks of the next step must fit
+            // the pieces of the next step must fit
             if task.paused.is_none() && task.updates.capacity() <= MAX_PIECES * task.sequences.len() {
                 (task.paused, task.capacity) = (Some(now), task.updates.capacity());
                 metrics.slow_reader_pauses.add(1);

@@ -1,4 +1,4 @@
-//! The adapters of a scheduler: their low-rank updates by id.
+//! Stores the low-rank updates of a scheduler's adapters, by id.
 
 use super::request::AdapterId;
 use crate::error::{Error, Result};
@@ -7,7 +7,7 @@ use crate::ops::LowRankTerms;
 #[derive(Debug, Default)]
 pub(super) struct AdapterSet {
     ids: Vec<AdapterId>,
-    /// In the order of `ids`.
+    /// The low-rank updates, in the order of `ids`.
     terms: Vec<LowRankTerms>,
     num_added: u64,
 }

@@ -1,4 +1,4 @@
-//! Decodes one token of each sequence on a device that has kernels for it, and holds the buffers of these steps.
+//! Decodes one token per sequence on devices with kernels for it, and owns the buffers of these steps.
 
 use super::request::AdapterId;
 use crate::error::{Error, Result};
@@ -6,7 +6,7 @@ use crate::models::{Decoded, Decoding, DecodingRow, KVCache, Model};
 use crate::ops::LowRankTerms;
 use candle_core::Tensor;
 
-/// Buffers by adapter. They depend on where the cache is in memory.
+/// Buffers by adapter. They are only valid while the cache does not move in memory.
 #[derive(Debug, Default)]
 pub(super) struct DeviceDecoding {
     buffers: Vec<(Option<AdapterId>, Option<Decoding>)>,
@@ -15,7 +15,7 @@ pub(super) struct DeviceDecoding {
 /// The result of a row.
 pub(super) enum DeviceToken {
     Sampled(Decoded),
-    /// Logits that are not finite. Sampling from them returns the error.
+    /// Non-finite logits. Sampling from them returns the error.
     Broken(Tensor),
 }
 
@@ -30,7 +30,7 @@ impl DeviceDecoding {
         self.buffers.retain(|(adapter, _)| is_in_use(*adapter));
     }
 
-    /// Decodes rows that have the same adapter; `None` if the device has no kernels for them.
+    /// Decodes rows with the same adapter; `None` if the device has no kernels for them.
     pub(super) fn decode(
         &mut self,
         model: &Model,

@@ -1,4 +1,4 @@
-//! How far the predictions of one model are from those of another.
+//! Compares the predictions of two models.
 
 use crate::data::Sample;
 use crate::error::{Error, Result};
@@ -7,19 +7,19 @@ use crate::ops::LowRankTerms;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// A model and an adapter on it, if any.
+/// A model and optionally an adapter.
 pub type Adapted<'a> = (&'a Model, Option<&'a LowRankTerms>);
 
-/// How far the next-token probabilities of a result are from those of its source, over the trained tokens of samples.
+/// The divergence of the next-token probabilities of two models, over the trained tokens of samples.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Divergence {
     /// The number of predicted tokens.
     pub tokens: usize,
     /// The mean of the Kullback-Leibler divergence `sum p ln(p / q)` from source `p` to result `q`, in nats.
     pub mean_kl: f64,
-    /// The largest of them.
+    /// The largest divergence of a token.
     pub max_kl: f64,
-    /// The share of tokens for which both have the same most likely one.
+    /// The share of tokens for which both models have the same most likely token.
     pub top1_agreement: f64,
     /// The perplexity of the source.
     pub source_perplexity: f64,
@@ -102,7 +102,7 @@ fn compare(p: &[f32], q: &[f32], target: usize) -> Sums {
         kl += p.exp() * (p - q);
     }
     let loss = |logits: &[f32], norm: f64| norm - logits.get(target).copied().map_or(f64::NAN, f64::from);
-    // rounding can make it a little less than 0; a value that is no number must not be lost
+    // rounding can make it slightly negative; NaN must not be replaced by 0
     let kl = if kl < 0.0 { 0.0 } else { kl };
     Sums {
         tokens: 1,

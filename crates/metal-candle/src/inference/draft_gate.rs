@@ -1,13 +1,13 @@
-//! Stops drafting on a device while steps with drafts are slower: a pass that checks drafts reads logits back, which may take far
+//! Stops drafting on a device while steps with drafts are slower: verifying drafts reads logits back, which may take far
 //! longer than a step without drafts.
 
 use std::time::{Duration, Instant};
 
-/// Drafts are stopped for this many times what they have lost, so that trying again costs at most 2 %.
+/// Drafting stops for this multiple of the time it has lost, so that trying again costs at most 2 %.
 const STOP_FACTOR: f64 = 50.0;
-/// Seconds of gain that losses are set off against.
+/// Most seconds of gain that later losses are offset against.
 const MAX_GAIN: f64 = 0.05;
-/// Steps without drafts that are timed before drafts are tried, and again after [`REFRESH`] steps with drafts.
+/// The number of steps without drafts that are timed before drafting, and again after [`REFRESH`] steps with drafts.
 const FEWEST_PLAIN: u32 = 3;
 const REFRESH: u32 = 64;
 /// Batch sizes are grouped by powers of two.
@@ -17,7 +17,7 @@ const NUM_SIZES: usize = 16;
 #[derive(Debug, Clone, Copy, Default)]
 struct Plain {
     seconds_per_token: f64,
-    /// Number of steps, and of steps with drafts since the last of them.
+    /// The number of steps, and of steps with drafts since the last one.
     steps: u32,
     drafted_steps: u32,
 }
@@ -26,7 +26,7 @@ struct Plain {
 #[derive(Debug, Default)]
 pub(super) struct DraftGate {
     plain: [Plain; NUM_SIZES],
-    /// Seconds that drafts have lost; negative for a gain.
+    /// The seconds lost by drafting; negative for a gain.
     lost: f64,
     stopped_until: Option<Instant>,
 }
@@ -36,7 +36,7 @@ impl DraftGate {
         &mut self.plain[(num_sequences.max(1).ilog2() as usize).min(NUM_SIZES - 1)]
     }
 
-    /// Whether the next step of `num_sequences` sequences may check drafts.
+    /// Whether the next step of `num_sequences` sequences may verify drafts.
     pub(super) fn is_open(&mut self, num_sequences: usize, now: Instant) -> bool {
         let plain = self.plain(num_sequences);
         let is_known = plain.steps >= FEWEST_PLAIN && plain.drafted_steps < REFRESH;
@@ -84,8 +84,8 @@ mod tests {
 
     const MILLISECOND: Duration = Duration::from_millis(1);
 
-    /// The milliseconds and tokens of steps of one sequence for two seconds, where a step with drafts takes `factor` times as long
-    /// as one without and returns three tokens.
+    /// Simulates two seconds of steps of one sequence, where a step with drafts takes `factor` times as long as a step without
+    /// and returns three tokens. Returns milliseconds and tokens.
     fn run(factor: u32) -> (u64, u64) {
         let (mut gate, mut now) = (DraftGate::default(), Instant::now());
         let (start, mut tokens) = (now, 0);
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn drafts_that_lose_cost_little_and_those_that_win_are_kept() {
+    fn slow_drafts_cost_little_and_fast_drafts_continue() {
         for factor in [4, 20, 60] {
             let (milliseconds, tokens) = run(factor);
             assert!(
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_drafted_before_the_time_without_is_known() {
+    fn drafting_starts_after_steps_without_drafts_are_timed() {
         let (mut gate, now) = (DraftGate::default(), Instant::now());
         for _ in 0..FEWEST_PLAIN {
             assert!(!gate.is_open(4, now));

@@ -1,4 +1,4 @@
-//! A small model that drafts the next tokens of sequences, with a KV cache of its own.
+//! Drafts the next tokens of sequences with a small model that has its own KV cache.
 
 use super::request::SequenceId;
 use super::sample_token::with_logits;
@@ -9,16 +9,17 @@ use super::slots::{check_kind, new_cache, num_common};
 use crate::error::{Error, Result};
 use crate::models::{Batch, KVCache, KVCacheType, Model, Rows};
 
-/// Drafts the most probable tokens. A slot of its cache belongs to the sequence in the scheduler's slot of that index.
+/// Drafts the most probable tokens. Each slot of its cache belongs to the sequence in the scheduler's slot with the same
+/// index.
 #[derive(Debug)]
 pub(super) struct DraftModel {
     model: Model,
-    /// Chooses the most probable token.
+    /// A greedy sampler.
     sampler: Sampler,
     cache: Option<KVCache>,
-    /// The type of the cache; `None` for the model's.
+    /// The type of the cache; `None` for the default of the model.
     kind: Option<KVCacheType>,
-    /// What each slot holds.
+    /// The tokens in each slot.
     held: Vec<Held>,
 }
 
@@ -28,7 +29,7 @@ struct Held {
     ids: Vec<u32>,
 }
 
-/// A sequence that wants drafts.
+/// A sequence that requests drafts.
 struct Job {
     /// The index of the sequence.
     index: usize,
@@ -40,11 +41,11 @@ struct Job {
 
 impl DraftModel {
     /// # Errors
-    /// The vocabulary is not that of the model that checks the drafts, or the cache of the model cannot have the type.
+    /// The vocabulary differs from that of the model that verifies the drafts, or the cache does not support the type.
     pub(super) fn new(model: Model, checking: &Model, kind: Option<KVCacheType>) -> Result<Self> {
         let (expected, found) = (checking.config().vocab_size, model.config().vocab_size);
         if expected != found {
-            let message = format!("expected a vocabulary of {expected} tokens, that of the model, found {found}");
+            let message = format!("expected the model's vocabulary of {expected} tokens, found {found}");
             return Err(Error::argument("draft_model", message));
         }
         check_kind(&model, kind).map_err(|error| match error {
@@ -71,11 +72,11 @@ impl DraftModel {
         self.cache.as_ref().map_or(0, KVCache::num_bytes)
     }
 
-    /// Drafts tokens of the sequences that ask for them. Of texts that the cache lacks at most `max_tokens` are computed;
-    /// sequences whose text is not complete then get no draft.
+    /// Drafts tokens of the sequences that request them. At most `max_tokens` tokens that the cache lacks are computed;
+    /// sequences whose text is still incomplete get no draft.
     pub(super) fn draft(&mut self, running: &mut [Sequence], max_tokens: usize) -> Result<()> {
         let mut jobs = self.jobs(running, max_tokens)?;
-        // the first pass computes what the cache lacks of the texts, each later one the draft before
+        // the first pass computes the tokens that the cache lacks, each later pass the previous draft
         while !jobs.is_empty() {
             self.advance(&mut jobs)?;
             jobs.retain_mut(|job| {
@@ -125,7 +126,7 @@ impl DraftModel {
         Ok(jobs)
     }
 
-    /// Allocates the cache for at least this number of slots and tokens per slot, or as many tokens as the model can have.
+    /// Allocates the cache for at least this number of slots and tokens per slot, limited to the model's context.
     pub(super) fn reserve(&mut self, num_slots: usize, num_tokens: usize) -> Result<()> {
         let num_tokens = num_tokens.min(self.model.config().max_sequence_length());
         self.held.resize_with(self.held.len().max(num_slots), Held::default);
@@ -135,11 +136,11 @@ impl DraftModel {
         };
         let max_len = self.model.config().max_sequence_length();
         let held = *cache.config();
-        // doubling keeps the copies of a growing cache few
+        // doubling limits the number of copies of a growing cache
         let grown = if num_tokens > held.max_seq_len { num_tokens.max(2 * held.max_seq_len).min(max_len) } else { 0 };
         let reserved = cache.reserve_slots(num_slots).and_then(|()| cache.reserve(grown));
         if reserved.is_err() {
-            // some layers may have grown and others not
+            // some layers may have grown, others not
             self.clear();
         }
         reserved
@@ -155,7 +156,7 @@ impl DraftModel {
         for (row, job) in jobs.iter_mut().enumerate() {
             let token = with_logits(&logits.get(row)?, |logits| self.sampler.choose(logits));
             self.held[job.slot].ids.append(&mut job.next);
-            // a draft may be any token: logits that are not finite are no error of the sequence
+            // a draft may be any token, so non-finite logits of the draft model are not an error
             let token = token.unwrap_or(0);
             job.draft.push(token);
             job.next.push(token);

@@ -1,15 +1,15 @@
-//! Drafts the next tokens of a sequence from its own text and from a predicted text.
+//! Drafts the next tokens of a sequence from its own text and a predicted text.
 
 use super::speculation::Speculation;
 
-/// Number of latest drafted tokens whose acceptance is watched.
+/// The number of latest drafts whose acceptance is tracked.
 const WINDOW: u32 = u32::BITS;
-/// Fewest of them that have to be accepted, 30 %.
+/// Fewest accepted drafts among them (30 %) to continue drafting.
 const FEWEST_ACCEPTED: u32 = 10;
-/// Number of tokens that a sequence generates without drafts after fewer were accepted.
+/// The number of tokens that a sequence generates without drafts if fewer are accepted.
 const PAUSE: usize = 64;
 
-/// Number of last tokens by which a sequence with a draft model finds its prediction again.
+/// The number of last tokens with which a sequence with a draft model searches its prediction.
 const PREDICTION_NGRAM: usize = 3;
 
 /// The next tokens of a sequence.
@@ -26,24 +26,24 @@ pub(super) struct Drafter {
     max_tokens: usize,
     min_ngram: usize,
     max_ngram: usize,
-    /// Whether a draft model continues what the prediction does not, instead of earlier text.
+    /// Whether a draft model drafts after the prediction, instead of earlier text.
     has_model: bool,
     prediction: Vec<u32>,
-    /// The index in `prediction` of the token that is expected next.
+    /// The index in `prediction` of the next expected token.
     next: usize,
     /// Whether the answer follows the prediction up to `next`.
     is_on_track: bool,
     /// One bit for each of the latest drafted tokens, 1 for an accepted one.
     outcomes: u32,
     num_outcomes: u32,
-    /// The number of generated tokens from which on it drafts.
+    /// The number of generated tokens after which it drafts again.
     resumes_at: usize,
     num_accepted: usize,
     num_rejected: usize,
 }
 
 impl Drafter {
-    /// A drafter for a request; none if speculation is off.
+    /// Creates a drafter for a request; none if speculation is off.
     pub(super) fn new(speculation: Speculation, prediction: &[u32]) -> Option<Self> {
         let (max_tokens, min_ngram, max_ngram, has_model) = match speculation {
             Speculation::Off => return None,
@@ -66,7 +66,7 @@ impl Drafter {
         })
     }
 
-    /// At most `most` tokens that may follow `ids`, of which `generated` were sampled.
+    /// Drafts at most `most` tokens after `ids`, of which `generated` were sampled.
     pub(super) fn draft(&mut self, ids: &[u32], generated: usize, most: usize) -> Draft {
         let most = most.min(self.max_tokens);
         if most == 0 || generated < self.resumes_at {
@@ -80,12 +80,12 @@ impl Drafter {
             return Draft::ByModel(most);
         }
         let Some(end) = self.latest_match(ids) else { return Draft::Tokens(Vec::new()) };
-        // what a repetition continues with may be the draft itself
+        // in a repetition, the continuation may include the draft itself
         let period = ids.len() - end;
         Draft::Tokens((0..most).map(|index| ids[end + index % period]).collect())
     }
 
-    /// Looks for the last tokens in the prediction after the answer has left it.
+    /// Searches the prediction for the last tokens, after the answer has diverged from it.
     fn find_track(&mut self, ids: &[u32]) {
         if self.is_on_track {
             return;
@@ -93,14 +93,14 @@ impl Drafter {
         let ends = 1..self.prediction.len();
         let matches = ends.map(|end| (self.match_len(&self.prediction[..end], ids), end));
         let matches = matches.filter(|(len, _)| *len >= self.min_ngram);
-        // the longest, of equal ones the next, else the first
+        // the longest match; among equal ones the next, else the first
         let best = matches.max_by_key(|&(len, end)| (len, end >= self.next, std::cmp::Reverse(end)));
         if let Some((_, end)) = best {
             (self.next, self.is_on_track) = (end, true);
         }
     }
 
-    /// The position after the longest match of the last tokens in the tokens before them, of equal ones the latest.
+    /// The position after the longest match of the last tokens in earlier tokens; among equal matches, the latest.
     fn latest_match(&self, ids: &[u32]) -> Option<usize> {
         let mut best = (self.min_ngram - 1, None);
         for end in (1..ids.len()).rev() {
@@ -115,7 +115,7 @@ impl Drafter {
         best.1
     }
 
-    /// The number of last tokens that two texts have in common.
+    /// The length of the common suffix of two texts.
     fn match_len(&self, left: &[u32], right: &[u32]) -> usize {
         let pairs = left.iter().rev().zip(right.iter().rev()).take(self.max_ngram);
         pairs.take_while(|(left, right)| left == right).count()
@@ -129,7 +129,7 @@ impl Drafter {
         }
     }
 
-    /// Counts drafts that a pass checks; they count as rejected until they are accepted.
+    /// Counts drafts of a pass; they count as rejected until they are accepted.
     pub(super) fn count_drafted(&mut self, count: usize) {
         self.num_rejected += count;
     }
@@ -140,7 +140,7 @@ impl Drafter {
         self.num_rejected -= 1;
     }
 
-    /// Records how many of the drafts of a pass were accepted, with `generated` tokens sampled by now.
+    /// Records the number of accepted drafts of a pass, after `generated` sampled tokens.
     pub(super) fn finish_pass(&mut self, drafted: usize, accepted: usize, generated: usize) {
         for index in 0..drafted {
             self.outcomes = self.outcomes << 1 | u32::from(index < accepted);
@@ -152,7 +152,7 @@ impl Drafter {
         }
     }
 
-    /// Number of accepted and of rejected drafts.
+    /// The numbers of accepted and rejected drafts.
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.num_accepted, self.num_rejected)
     }
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prediction_is_followed_left_and_found_again() {
+    fn a_prediction_is_followed_and_found_again_after_a_divergence() {
         let mut drafter = drafter(&[10, 11, 12, 13, 14, 15, 11, 12, 16]);
         let mut ids = vec![1, 2];
         let mut next = |ids: &mut Vec<u32>, token: u32| {
@@ -210,7 +210,7 @@ mod tests {
         for token in [11, 12] {
             next(&mut ids, token);
         }
-        // the end of the prediction: the answer so far is left, where 12 16 did not occur
+        // after the end of the prediction, the answer is searched, in which 12 16 did not occur
         assert_eq!(next(&mut ids, 16), [0; 0]);
     }
 
@@ -226,7 +226,7 @@ mod tests {
         }
         assert_eq!(drafter.counts(), (8, 24));
         assert!(tokens(&mut drafter, &ids, 7 + PAUSE - 1, 4).is_empty());
-        // again 32 drafts are tried
+        // another 32 drafts are tried
         for pass in 0..9 {
             assert!(!tokens(&mut drafter, &ids, 7 + PAUSE + pass, 4).is_empty());
             drafter.finish_pass(4, 2, pass);

@@ -1,4 +1,4 @@
-//! Settings of a generation, its pieces and its result.
+//! The settings, pieces and result of a generation.
 
 use super::sampler::Choice;
 use super::sampling::SamplingConfig;
@@ -55,13 +55,13 @@ impl<const N: usize> From<[u32; N]> for Prompt {
     }
 }
 
-/// How tokens are sampled, and when a generation ends. The default is greedy and ends after 256 tokens.
+/// Sampling settings and stop conditions. The default is greedy and ends after 256 tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
-    /// Most tokens to generate, at least 1; the context length of the model is a limit too.
+    /// Most tokens to generate, at least 1; the context of the model is also a limit.
     pub max_tokens: usize,
-    /// Fewest tokens before an ending token may be sampled. Stop strings end a generation at any time, and so does a mask that
-    /// allows nothing but ending tokens.
+    /// Fewest tokens before an end token may be sampled. Stop strings can end a generation earlier, as can a mask that allows
+    /// only end tokens.
     pub min_tokens: usize,
     /// How tokens are sampled.
     pub sampling: SamplingConfig,
@@ -71,7 +71,7 @@ pub struct GenerationConfig {
     pub stop_ids: Vec<u32>,
     /// Whether the generation continues after the end-of-text tokens of the model's configuration.
     pub ignore_eos: bool,
-    /// Whether the text leaves out special tokens.
+    /// Whether special tokens are omitted from the text.
     pub skip_special_tokens: bool,
 }
 
@@ -97,14 +97,14 @@ impl GenerationConfig {
         self
     }
 
-    /// Sets the fewest tokens before an ending token.
+    /// Sets the fewest tokens before an end token.
     #[must_use]
     pub fn with_min_tokens(mut self, min_tokens: usize) -> Self {
         self.min_tokens = min_tokens;
         self
     }
 
-    /// Sets how tokens are sampled, by a [`SamplingConfig`] or a [`SamplingStrategy`](super::SamplingStrategy).
+    /// Sets the sampling settings: a [`SamplingConfig`] or a [`SamplingStrategy`](super::SamplingStrategy).
     #[must_use]
     pub fn with_sampling(mut self, sampling: impl Into<SamplingConfig>) -> Self {
         self.sampling = sampling.into();
@@ -132,7 +132,7 @@ impl GenerationConfig {
         self
     }
 
-    /// Sets whether the text leaves out special tokens.
+    /// Sets whether special tokens are omitted from the text.
     #[must_use]
     pub fn with_skip_special_tokens(mut self, skip_special_tokens: bool) -> Self {
         self.skip_special_tokens = skip_special_tokens;
@@ -142,7 +142,7 @@ impl GenerationConfig {
     /// Checks the range of every setting.
     ///
     /// # Errors
-    /// The first setting that is out of its range.
+    /// A setting is out of its range.
     pub fn validate(&self) -> Result<()> {
         if self.max_tokens == 0 {
             return Err(Error::argument("max_tokens", "expected at least 1, found 0"));
@@ -161,9 +161,9 @@ pub enum FinishReason {
     EndOfText,
     /// The text reached one of the `stop_strings`.
     StopString,
-    /// The generation has `max_tokens` tokens.
+    /// The generation reached `max_tokens`.
     MaxTokens,
-    /// Prompt and text fill the context of the model.
+    /// Prompt and text fill the model's context.
     Length,
     /// The caller cancelled it.
     Cancelled,
@@ -193,16 +193,16 @@ impl std::fmt::Display for FinishReason {
 pub struct Finish {
     /// Why it ended.
     pub reason: FinishReason,
-    /// The stop string that was reached, of several the one that starts first.
+    /// The stop string that was reached; among several, the one that starts first.
     pub stop_string: Option<String>,
     /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Number of first tokens of the prompt that were not computed for this sequence: their keys and values were in the
-    /// cache, or another sample of the prompt computed them.
+    /// The number of first tokens of the prompt that were not computed for this sequence, because their keys and values were
+    /// in the cache, or another sample of the prompt computed them.
     pub reused_tokens: usize,
     /// Number of sampled tokens, including the one that ended the text.
     pub generated_tokens: usize,
-    /// Number of generated tokens that were drafted: see [`Speculation`](super::Speculation).
+    /// The number of generated tokens that were drafted: see [`Speculation`](super::Speculation).
     pub accepted_draft_tokens: usize,
     /// Number of drafted tokens that were computed and discarded.
     pub rejected_draft_tokens: usize,
@@ -210,12 +210,12 @@ pub struct Finish {
     pub prompt_tokens_per_second: f64,
     /// Tokens after the first, per second since it was sampled; 0 if there is only one.
     pub decode_tokens_per_second: f64,
-    /// The most memory the process has held so far, in bytes: [`Device::process_peak_memory`](crate::Device::process_peak_memory).
+    /// The peak memory of the process so far, in bytes: [`Device::process_peak_memory`](crate::Device::process_peak_memory).
     pub peak_memory_bytes: Option<u64>,
 }
 
 impl Finish {
-    /// For a sequence that an error ended: its counts are not known.
+    /// The end of a sequence after an error, with unknown counts.
     pub(super) fn unknown() -> Self {
         Self {
             reason: FinishReason::Cancelled,
@@ -232,7 +232,7 @@ impl Finish {
     }
 }
 
-/// A sampled token and the text that it completes.
+/// A sampled token and its text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
     /// The text since the previous piece. It is empty while a character is incomplete, while the text may be the start of
@@ -243,10 +243,10 @@ pub struct Piece {
     /// The natural logarithm of the token's probability in the model, before penalties, bias, mask, temperature and
     /// filters.
     pub log_probability: f32,
-    /// The most probable tokens at this position, as many as the request asks for, with log-probabilities as above: the
-    /// most probable first, equally probable ones in the order of their ids.
+    /// The most probable tokens at this position, in the requested number, with log-probabilities as above. They are sorted by
+    /// descending probability, then by id.
     pub top_log_probabilities: Vec<Choice>,
-    /// Set in the last piece.
+    /// The end of the generation, in the last piece only.
     pub finish: Option<Finish>,
 }
 
@@ -263,7 +263,7 @@ pub struct Generation {
     pub finish: Finish,
 }
 
-/// The pieces of a generation so far.
+/// Collects the pieces of a generation.
 #[derive(Debug, Default)]
 pub(super) struct Collected {
     text: String,

@@ -10,14 +10,14 @@ use crate::models::{KVCacheType, Model};
 use crate::ops::LowRankTerms;
 use std::ops::ControlFlow;
 
-/// The generations of a generator share the cache of common prefixes.
+/// All generations of a generator share cached prefixes.
 const PREFIX_KEY: u64 = 0;
 
-/// Continues prompts with a model and an adapter that can be swapped between generations.
+/// Continues prompts with a model and optionally an adapter, which can be swapped between generations.
 ///
-/// It is a thin layer over a [`Scheduler`] that runs one sequence at a time, or all prompts of a batch. The KV cache of the
-/// last single generation stays: a prompt that starts with the same tokens, such as the next turn of a conversation, is
-/// computed from the first different token on.
+/// It is a thin layer over a [`Scheduler`] that runs one sequence at a time, or all prompts of a batch. `Generator` keeps
+/// the KV cache of the last single generation: if the next prompt starts with the same tokens, such as the next turn of a
+/// conversation, only the tokens from the first difference on are computed.
 ///
 /// ```no_run
 /// use metal_candle::data::Tokenizer;
@@ -38,12 +38,12 @@ const PREFIX_KEY: u64 = 0;
 pub struct Generator {
     scheduler: Scheduler,
     adapter: Option<LowRankTerms>,
-    /// The adapter in the scheduler, from the first generation on.
+    /// The id of the adapter in the scheduler, after the first generation.
     scheduled_adapter: Option<AdapterId>,
 }
 
 impl Clone for Generator {
-    /// A generator of the same shared weights, tokenizer and adapter, with an empty cache of its own.
+    /// Returns a generator that shares weights, tokenizer and adapter, with its own empty cache.
     fn clone(&self) -> Self {
         Self { scheduler: self.new_scheduler(1), adapter: self.adapter.clone(), scheduled_adapter: None }
     }
@@ -53,7 +53,7 @@ impl Generator {
     /// Most prompts of [`Generator::generate_batch`] that are generated at the same time.
     pub const MAX_BATCH_SIZE: usize = SchedulerConfig::MAX_SEQUENCES;
 
-    /// A generator that takes token ids and returns token ids.
+    /// Creates a generator of token ids.
     pub fn new(model: Model) -> Self {
         let config = SchedulerConfig { max_sequences: 1, ..SchedulerConfig::of(&model) };
         Self { scheduler: Scheduler::with_limits(model, config), adapter: None, scheduled_adapter: None }
@@ -72,11 +72,10 @@ impl Generator {
         }
     }
 
-    /// Stores keys and values in this type instead of the one that suits the model, see [`SchedulerConfig::kv_cache`]. What
-    /// is cached is freed.
+    /// Sets the type of the KV cache, see [`SchedulerConfig::kv_cache`]. The current cache is freed.
     ///
     /// # Errors
-    /// The width of a head is no multiple of 32, which `Q8_0` and `Q4_0` need, or the device has no cache of the type.
+    /// The width of a head is not a multiple of 32, which `Q8_0` and `Q4_0` require, or the device does not support the type.
     pub fn with_kv_cache(mut self, kind: KVCacheType) -> Result<Self> {
         let config = SchedulerConfig { kv_cache: Some(kind), ..*self.scheduler.config() };
         config.validate(self.model())?;
@@ -85,25 +84,25 @@ impl Generator {
         Ok(self)
     }
 
-    /// Accepts text as prompts and decodes tokens to text.
+    /// Sets the tokenizer, to accept text prompts and decode tokens to text.
     #[must_use]
     pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.scheduler = self.scheduler.with_tokenizer(tokenizer);
         self
     }
 
-    /// Adds the low-rank terms of an adapter to the model.
+    /// Sets the low-rank updates of an adapter.
     #[must_use]
     pub fn with_adapter(mut self, adapter: LowRankTerms) -> Self {
         self.set_adapter(Some(adapter));
         self
     }
 
-    /// Swaps the low-rank terms of the adapter, or removes them. What the previous adapter computed is not used again.
+    /// Replaces or removes the low-rank updates of the adapter. The cache of the previous adapter is not reused.
     pub fn set_adapter(&mut self, adapter: Option<LowRankTerms>) {
         if let Some(id) = self.scheduled_adapter.take() {
             self.scheduler.cancel_all();
-            // cannot fail: no sequence is left
+            // this cannot fail, because no sequence is left
             let _ = self.scheduler.remove_adapter(id);
         }
         self.adapter = adapter;
@@ -119,7 +118,7 @@ impl Generator {
         self.scheduler.tokenizer()
     }
 
-    /// The low-rank terms of the adapter.
+    /// The low-rank updates of the adapter.
     pub fn adapter(&self) -> Option<&LowRankTerms> {
         self.adapter.as_ref()
     }
@@ -132,15 +131,15 @@ impl Generator {
     /// Frees the KV cache.
     pub fn clear_cache(&mut self) {
         self.scheduler.cancel_all();
-        // cannot fail: no sequence is left
+        // this cannot fail, because no sequence is left
         let _ = self.scheduler.clear_cache();
     }
 
     /// Continues `prompt`.
     ///
     /// # Errors
-    /// The prompt is empty, does not fit the context of the model or is text without a tokenizer; a setting is out of
-    /// its range; the logits of the model are not finite.
+    /// The prompt is empty, does not fit in the model's context, or is text and there is no tokenizer; a setting is out of its
+    /// range; the logits of the model are not finite.
     pub fn generate(&mut self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Generation> {
         self.generate_with(prompt, config, |_| ControlFlow::Continue(()))
     }
@@ -172,9 +171,8 @@ impl Generator {
         Err(Error::Stopped)
     }
 
-    /// Continues `prompt` token by token. Each step of the iterator computes one token, so dropping it cancels the rest.
-    ///
-    /// After an error the iterator ends.
+    /// Continues `prompt` token by token. Each step of the iterator computes one token, so dropping it cancels the rest. The
+    /// iterator ends after an error.
     ///
     /// # Errors
     /// As [`Generator::generate`].
@@ -183,8 +181,8 @@ impl Generator {
         Ok(Pieces { generator: self, sequence, finish: None, is_over: false })
     }
 
-    /// Continues several prompts at once, in ragged batches without padding. Returns the generations in the order of the
-    /// prompts. `configs` holds one entry for all prompts, or one per prompt.
+    /// Continues several prompts at the same time, in ragged batches without padding. Returns the generations in the order of
+    /// the prompts. `configs` has one entry for all prompts, or one per prompt.
     ///
     /// # Errors
     /// As [`Generator::generate`]. Errors of prompts and settings are returned before anything is computed.
@@ -196,7 +194,7 @@ impl Generator {
         self.generate_batch_with(prompts, configs, |_, _| ControlFlow::Continue(()))
     }
 
-    /// Continues several prompts at once and calls `on_piece` with the index of the prompt and each of its tokens;
+    /// Continues several prompts at the same time and calls `on_piece` with the index of the prompt and each of its tokens;
     /// `Break` ends the generation of that prompt with the reason [`FinishReason::Cancelled`](super::FinishReason::Cancelled).
     ///
     /// # Errors
@@ -224,7 +222,7 @@ impl Generator {
         let mut finished: Vec<Option<Finish>> = vec![None; ids.len()];
         while !scheduler.is_idle() {
             for event in scheduler.step()? {
-                // ids rise in the order of admission
+                // ids increase in the order of admission
                 let index = ids.binary_search(&event.sequence).map_err(|_| Error::Stopped)?;
                 let piece = event.result?;
                 collected[index].push(&piece);
@@ -243,16 +241,15 @@ impl Generator {
         match (prompt, self.tokenizer()) {
             (Prompt::Ids(ids), _) => Ok(ids),
             (Prompt::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true),
-            (Prompt::Text(_), None) => Err(Error::argument(
-                "prompt",
-                "expected token ids, found text, for which the generator has no tokenizer",
-            )),
+            (Prompt::Text(_), None) => {
+                Err(Error::argument("prompt", "expected token ids, found text, which needs a tokenizer"))
+            }
         }
     }
 
     /// Starts a sequence that reuses the cached tokens that its prompt starts with.
     pub(super) fn start(&mut self, prompt: Prompt, config: &GenerationConfig) -> Result<SequenceId> {
-        // the sequence of an iterator that was dropped
+        // end the sequence of a dropped iterator
         self.scheduler.cancel_all();
         let ids = self.encode(prompt)?;
         if let (Some(terms), None) = (&self.adapter, self.scheduled_adapter) {
@@ -263,7 +260,7 @@ impl Generator {
         self.scheduler.admit(request)?.pop().ok_or(Error::Stopped)
     }
 
-    /// The next piece of the sequence that was started last, which must not have ended. An error ends it.
+    /// The next piece of the last started sequence, which must not have ended. An error ends it.
     pub(super) fn next_piece(&mut self) -> Result<Piece> {
         loop {
             let events = self.scheduler.step().inspect_err(|_| self.scheduler.cancel_all())?;
@@ -290,18 +287,18 @@ fn of_prompt(index: usize, error: Error) -> Error {
     }
 }
 
-/// The pieces of a generation, one token a step.
+/// An iterator over the pieces of a generation, one token per step.
 #[derive(Debug)]
 pub struct Pieces<'a> {
     generator: &'a mut Generator,
     sequence: SequenceId,
-    /// The end, once a piece has it.
+    /// The end, once a piece has contained it.
     finish: Option<Finish>,
     is_over: bool,
 }
 
 impl Pieces<'_> {
-    /// Ends the generation. If it has ended already, this returns its end again.
+    /// Ends the generation; returns its end also if it has ended already.
     pub fn cancel(mut self) -> Finish {
         let cancelled = self.generator.cancel(self.sequence);
         // `None` after an error

@@ -1,22 +1,21 @@
-//! Masks over the vocabulary: a hook that restricts which token may follow.
+//! [`TokenMask`]: a hook that restricts the next token of a sequence.
 
 use crate::error::{Error, Result};
 
 const BITS: usize = u32::BITS as usize;
 
-/// Restricts the next token of a sequence, for example to those that a grammar allows.
+/// Restricts the next token of a sequence, for example to the tokens that a grammar allows.
 ///
-/// A sequence with a mask samples on the CPU from the logits of the model; other sequences of the batch keep the device's
-/// faster path.
+/// A sequence with a mask samples on the CPU; other sequences of the batch still use the device's faster path.
 pub trait TokenMask: std::fmt::Debug + Send {
-    /// Allows the tokens that may follow `generated`, the tokens sampled so far without the prompt. No token is allowed
-    /// when it is called. It is called once per token, before the token is sampled.
+    /// Adds the tokens that may follow `generated` (the sampled tokens, without the prompt) to `allowed`, which is empty. Called
+    /// once per token, before sampling.
     ///
     /// # Errors
-    /// Any error ends this sequence and no other.
+    /// Any error ends this sequence only.
     fn allow(&mut self, generated: &[u32], allowed: &mut AllowedTokens) -> Result<()>;
 
-    /// A mask in the state of this one, for another sample of the same prompt.
+    /// Returns a copy in the current state, for another sample of the same prompt.
     fn fork(&self) -> Box<dyn TokenMask>;
 }
 
@@ -28,7 +27,7 @@ pub struct AllowedTokens {
 }
 
 impl AllowedTokens {
-    /// The empty set over a vocabulary of `vocab_size` tokens.
+    /// Creates an empty set for a vocabulary of `vocab_size` tokens.
     pub fn new(vocab_size: usize) -> Self {
         Self { words: vec![0; vocab_size.div_ceil(BITS)], vocab_size }
     }
@@ -51,7 +50,7 @@ impl AllowedTokens {
         Ok(())
     }
 
-    /// Removes tokens, unless they are the only ones.
+    /// Removes tokens, unless the set has no others.
     pub(super) fn remove_unless_all(&mut self, ids: &[u32]) {
         let removed: Vec<u32> = ids.iter().copied().filter(|&id| self.contains(id)).collect();
         let bit = |id: u32| 1 << (id as usize % BITS);
@@ -81,7 +80,7 @@ impl AllowedTokens {
         (id as usize) < self.vocab_size && self.words.get(id as usize / BITS).is_some_and(bit)
     }
 
-    /// Whether no token is in the set.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         let (rest, whole) = (self.vocab_size % BITS, self.vocab_size / BITS);
         let last = self.words.get(whole).map_or(0, |word| word & ((1 << rest) - 1));

@@ -1,4 +1,4 @@
-//! Generation: sampling, the scheduler that batches sequences, and the generator.
+//! Generates text: [`Generator`] for prompts and batches, [`Scheduler`] for continuous batching, and [`Sampler`].
 
 mod adapter_set;
 mod device_decoding;

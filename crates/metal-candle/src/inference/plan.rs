@@ -1,22 +1,22 @@
-//! Plans a step of a scheduler: which tokens of which sequences it computes.
+//! Plans a step of a scheduler: the tokens to compute of each sequence.
 
 use super::scheduler_config::SchedulerConfig;
 use super::sequence::Sequence;
 
-/// The tokens of a sequence that a step computes: those that the cache lacks up to `end`, and drafts after them.
+/// The tokens of a sequence to compute in a step: the tokens that the cache lacks up to `end`, and drafts after them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fed {
     /// The index of the sequence.
     pub(super) index: usize,
     /// The position after the last token to compute.
     pub(super) end: usize,
-    /// Number of drafts to check.
+    /// The number of drafts to verify.
     pub(super) num_drafts: usize,
 }
 
-/// Decode steps first, then the chunks of prompts, of which those that waited longest go first.
+/// Plans decode steps first, then prompt chunks, longest waiting first.
 ///
-/// `rotary_limit` is the length from which on the rotation of a text follows from its length.
+/// `rotary_limit` is the length above which the rotation of a text depends on its length.
 pub(super) fn plan(
     running: &[Sequence],
     indices: &[usize],

@@ -1,4 +1,4 @@
-//! Log-probabilities of the tokens of a given text, and the mean of its hidden states.
+//! Computes the log-probabilities of the tokens of a text, and the mean of its hidden states.
 
 use super::sample_token::with_logits;
 use super::sampler::{Choice, Sampler};
@@ -9,21 +9,21 @@ use crate::models::{Batch, KVCacheType, Model, Rows};
 use crate::ops::LowRankTerms;
 use candle_core::Tensor;
 
-/// Tokens of a pass.
+/// Most tokens of a pass.
 const CHUNK: usize = 512;
-/// Most rows of logits held at a time.
+/// Most rows of logits in memory.
 const MAX_ROWS: usize = 256;
 
-/// The log-probability of each token of a text after the first, given the tokens before it, with the `num_top` most
-/// probable tokens at its position: the most probable first, equally probable ones in the order of their ids.
+/// Computes the log-probability of each token of a text after the first, given the previous tokens, and the `num_top` most
+/// probable tokens at its position, sorted by descending probability, then by id.
 ///
-/// `kv_cache` is the type in which keys and values are stored, as [`SchedulerConfig::kv_cache`](super::SchedulerConfig::kv_cache).
-/// On the CPU these are the bits that [`Piece`](super::Piece) has for a generated token with the same type. At most 256 rows of logits are held
-/// at a time.
+/// `kv_cache` is the type of the KV cache, as in [`SchedulerConfig::kv_cache`](super::SchedulerConfig::kv_cache). On the CPU
+/// the results are identical to those in [`Piece`](super::Piece) for tokens generated with the same type. At most 256 rows
+/// of logits are in memory at a time.
 ///
 /// # Errors
-/// The text does not fit the context of the model, an id is outside the vocabulary, `num_top` is larger than that, the
-/// adapter does not fit the model, its cache cannot have the type, or logits are not finite.
+/// The text does not fit in the model's context, an id is outside the vocabulary, `num_top` exceeds the vocabulary, the
+/// adapter does not fit the model, the cache does not support the type, or logits are not finite.
 pub fn prompt_log_probabilities(
     model: &Model,
     terms: Option<&LowRankTerms>,
@@ -33,7 +33,7 @@ pub fn prompt_log_probabilities(
 ) -> Result<Vec<(f32, Vec<Choice>)>> {
     let vocab = model.config().vocab_size;
     if num_top > vocab {
-        let message = format!("expected at most the {vocab} tokens of the vocabulary, found {num_top}");
+        let message = format!("expected at most {vocab}, the size of the vocabulary, found {num_top}");
         return Err(Error::argument("num_top_log_probabilities", message));
     }
     if ids.len() < 2 {
@@ -48,7 +48,7 @@ pub fn prompt_log_probabilities(
         for start in (0..num_rows).step_by(MAX_ROWS) {
             let count = MAX_ROWS.min(num_rows - start);
             let logits = model.logits_of(&hidden.narrow(0, start, count)?, terms)?;
-            // the last token predicts none of the text
+            // the last token has no target
             let targets = ids.iter().skip(first + start + 1).take(count);
             for (row, &token) in targets.enumerate() {
                 let (choice, top) = with_logits(&logits.get(row)?, |logits| sampler.score(logits, token, num_top))?;
@@ -60,11 +60,11 @@ pub fn prompt_log_probabilities(
     Ok(scores)
 }
 
-/// The mean of the final hidden states of a text, after the last norm: `hidden_size` values.
+/// Computes the mean of the final hidden states of a text, after the last norm: `hidden_size` values.
 ///
 /// # Errors
-/// The text is empty or does not fit the context of the model, an id is outside the vocabulary, the adapter does not fit the
-/// model, or its cache cannot have the type.
+/// The text is empty or does not fit in the model's context, an id is outside the vocabulary, the adapter does not fit the
+/// model, or the cache does not support the type.
 pub fn mean_hidden_state(
     model: &Model,
     terms: Option<&LowRankTerms>,
@@ -84,7 +84,7 @@ pub fn mean_hidden_state(
     Ok(mean)
 }
 
-/// Computes a text in passes, and calls `read` with the index of the first token of each and the hidden states.
+/// Computes a text in passes, and calls `read` with the index of the first token and the hidden states of each pass.
 fn for_each_pass(
     model: &Model,
     terms: Option<&LowRankTerms>,
@@ -101,7 +101,7 @@ fn for_each_pass(
         let message = format!("token `{id}` is outside the vocabulary of {vocab} tokens");
         return Err(Error::argument("prompt", message));
     }
-    // the rotation of a long text may follow from its length, so that it is computed as a whole
+    // if the rotation depends on the length of the text, it must be computed in one pass
     let is_whole = model.rotary_limit().is_some_and(|limit| ids.len() > limit);
     let chunk_len = if is_whole { ids.len() } else { CHUNK };
     let mut cache = new_cache(model, kv_cache, 1, ids.len())?;

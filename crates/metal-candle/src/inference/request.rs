@@ -1,4 +1,4 @@
-//! What callers ask a scheduler for, and what its steps report.
+//! The requests of a scheduler and the events of its steps.
 
 use super::generation::{GenerationConfig, Piece};
 use super::mask::TokenMask;
@@ -6,7 +6,7 @@ use super::speculation::Speculation;
 use crate::data::Random;
 use crate::error::Result;
 
-/// A sequence of a [`Scheduler`](super::Scheduler). A scheduler never issues an id twice.
+/// The id of a sequence of a [`Scheduler`](super::Scheduler). Ids are never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub(super) u64);
 
@@ -16,7 +16,7 @@ impl std::fmt::Display for SequenceId {
     }
 }
 
-/// An adapter of a [`Scheduler`](super::Scheduler). A scheduler never issues an id twice.
+/// The id of an adapter of a [`Scheduler`](super::Scheduler). Ids are never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterId(pub(super) u64);
 
@@ -31,29 +31,28 @@ impl std::fmt::Display for AdapterId {
 pub struct Request {
     /// The token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// How tokens are sampled and when a sequence ends.
+    /// Sampling settings and stop conditions.
     pub config: GenerationConfig,
-    /// Number of sequences that continue the prompt, at least 1. The prompt is computed once. Sample `i` draws with
+    /// The number of sequences that continue the prompt, at least 1. The prompt is computed once. The seed of sample `i` is
     /// [`sample_seed`] of the seed and `i`.
     pub num_samples: usize,
     /// The adapter; none for the model alone.
     pub adapter: Option<AdapterId>,
     /// Restricts the tokens that may be sampled.
     pub mask: Option<Box<dyn TokenMask>>,
-    /// Number of most probable tokens that each piece lists; 0 for none.
+    /// The number of most probable tokens in each piece; 0 for none.
     pub num_top_log_probabilities: usize,
-    /// How the next tokens are guessed, to compute several in one step.
+    /// How the next tokens are drafted, to compute several in one step.
     pub speculation: Speculation,
-    /// The tokens that the answer is expected to have, which are drafted first. Without speculation they have no effect.
+    /// The expected tokens of the answer, which are drafted first. They have no effect without speculation.
     pub prediction: Vec<u32>,
-    /// Requests with the same key and adapter share the cache of a common prefix, which is not computed again. Without a
-    /// key nothing is shared. The time to the first token reveals whether a prefix was cached, so callers that do not
-    /// trust each other need different keys.
+    /// Requests with the same key and adapter share the cache of a common prefix. Without a key, nothing is shared. The time
+    /// to the first token reveals whether a prefix was cached, so callers that do not trust each other need different keys.
     pub prefix_key: Option<u64>,
 }
 
 impl Request {
-    /// A request for one sequence, without an adapter and without shared prefixes.
+    /// Creates a request for one sequence, without an adapter and without shared prefixes.
     pub fn new(prompt: impl Into<Vec<u32>>, config: GenerationConfig) -> Self {
         Self {
             prompt: prompt.into(),
@@ -89,21 +88,21 @@ impl Request {
         self
     }
 
-    /// Sets the number of most probable tokens that each piece lists.
+    /// Sets the number of most probable tokens in each piece.
     #[must_use]
     pub fn with_num_top_log_probabilities(mut self, count: usize) -> Self {
         self.num_top_log_probabilities = count;
         self
     }
 
-    /// Sets how the next tokens are guessed.
+    /// Sets how the next tokens are drafted.
     #[must_use]
     pub fn with_speculation(mut self, speculation: Speculation) -> Self {
         self.speculation = speculation;
         self
     }
 
-    /// Sets the tokens that the answer is expected to have.
+    /// Sets the expected tokens of the answer.
     #[must_use]
     pub fn with_prediction(mut self, prediction: impl Into<Vec<u32>>) -> Self {
         self.prediction = prediction.into();
@@ -118,7 +117,7 @@ impl Request {
     }
 }
 
-/// The seed that sample `sample` of a request with `seed` draws with: `seed` itself for sample 0.
+/// The seed of sample `sample` of a request with `seed`; for sample 0, `seed` itself.
 pub fn sample_seed(seed: u64, sample: usize) -> u64 {
     if sample == 0 {
         return seed;
@@ -126,11 +125,11 @@ pub fn sample_seed(seed: u64, sample: usize) -> u64 {
     Random::new(Random::new(seed).next_u64() ^ sample as u64).next_u64()
 }
 
-/// What a step did for one sequence. With speculation a step may return several events of a sequence, in their order.
+/// An event of one sequence in a step. With speculation a step may return several events of a sequence, in order.
 #[derive(Debug)]
 pub struct Event {
     /// The sequence.
     pub sequence: SequenceId,
-    /// The next piece, whose `finish` is set in the last one; or why the sequence failed, which ends it.
+    /// The next piece (the last piece has a `finish`), or the error that ended the sequence.
     pub result: Result<Piece>,
 }

@@ -1,4 +1,4 @@
-//! Samples a token from one row of logits, without state.
+//! [`sample_token`]: samples a token from one row of logits, without state.
 
 use super::sampler::Sampler;
 use super::sampling::{SamplingConfig, SamplingStrategy};
@@ -10,16 +10,16 @@ thread_local! {
     static SAMPLER: RefCell<Option<Sampler>> = const { RefCell::new(None) };
 }
 
-/// Chooses a token of one row of logits.
+/// Samples a token from one row of logits.
 ///
-/// Draws come from a generator of the calling thread that takes its seed from the operating system; for draws that can
-/// be repeated, penalties or several filters at once use [`Sampler`].
+/// The random generator belongs to the calling thread and is seeded by the operating system. Use [`Sampler`] for
+/// reproducible sampling, penalties or several filters.
 ///
 /// # Shapes
-/// `logits`: `[vocab]`, or more dimensions of which all but the last are 1; any float dtype, any device.
+/// `logits`: `[vocab]`, or more dimensions if all except the last are 1; any float dtype, any device.
 ///
 /// # Errors
-/// The shape or dtype is another, a logit is NaN or infinite, or the strategy's number is out of its range.
+/// The shape or dtype is wrong, a logit is NaN or infinite, or the strategy's parameter is out of its range.
 pub fn sample_token(logits: &Tensor, strategy: &SamplingStrategy) -> Result<u32> {
     let config = SamplingConfig::from(*strategy);
     config.validate()?;
@@ -37,7 +37,7 @@ pub fn sample_token(logits: &Tensor, strategy: &SamplingStrategy) -> Result<u32>
     })
 }
 
-/// Calls `read` with the values of one row of logits, without a copy where they are f32 in memory.
+/// Calls `read` with the values of one row of logits, without a copy if they are f32 in CPU memory.
 pub(crate) fn with_logits<T>(logits: &Tensor, read: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
     let vocab = logits.dims().last().copied().unwrap_or(0);
     if vocab == 0 || logits.elem_count() != vocab {

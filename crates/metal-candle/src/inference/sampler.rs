@@ -1,6 +1,6 @@
-//! Samples tokens by penalties, filters and draws, in time linear in the vocabulary.
+//! [`Sampler`]: samples tokens with penalties and filters, in time linear in the vocabulary.
 
-// ranks and ties are those of equal numbers
+// ranks and ties need exact comparisons
 #![allow(clippy::float_cmp)]
 
 use super::mask::AllowedTokens;
@@ -13,7 +13,7 @@ use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 
-/// Number of logits that top-k looks at together.
+/// The number of logits that top-k compares at a time.
 const GROUP: usize = 16;
 
 /// A token with its log-probability.
@@ -25,24 +25,24 @@ pub struct Choice {
     pub log_probability: f32,
 }
 
-/// Samples tokens by a [`SamplingConfig`] and counts them for the penalties.
+/// Samples tokens with a [`SamplingConfig`] and counts them for the penalties.
 ///
-/// No filter sorts the vocabulary. Top-k collects what is not below the k-th largest block maximum. Top-p draws from
-/// all tokens and keeps the draw if the tokens that rank before it (more probable, or equally probable and of lower
-/// id) have less than `top_p` of the probability together, else draws again among those tokens. Every draw takes one
-/// number of [`Random`], the share of the probability, summed up in the order of the ids, at which the token lies.
+/// No filter sorts the vocabulary. Top-k collects the logits that are not below the k-th largest block maximum. Top-p draws
+/// from all tokens and accepts the draw if the tokens that rank before it (more probable, or equally probable with a lower
+/// id) have a total probability below `top_p`; otherwise it draws again from these tokens. Each draw uses one number of
+/// [`Random`]: the position of the token in the cumulative distribution in id order.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplingConfig,
     draws: Random,
-    /// How often each token is in the window of the penalties.
+    /// The count of each token in the penalty window.
     counts: HashMap<u32, u32>,
-    /// The window's tokens, oldest first; empty if it has no end.
+    /// The tokens of the window, oldest first; empty for an unlimited window.
     window: VecDeque<u32>,
     scratch: Scratch,
 }
 
-/// Buffers that are reused from token to token.
+/// Buffers that are reused for each token.
 #[derive(Debug, Clone, Default)]
 struct Scratch {
     adjusted: Vec<f32>,
@@ -55,7 +55,7 @@ struct Scratch {
 }
 
 impl Sampler {
-    /// A sampler that has seen no token.
+    /// Creates a sampler with an empty penalty window.
     ///
     /// # Errors
     /// A setting is out of its range.
@@ -70,7 +70,7 @@ impl Sampler {
         &self.config
     }
 
-    /// Puts tokens, such as those of the prompt, into the window of the penalties.
+    /// Adds tokens, such as the prompt, to the penalty window.
     pub fn observe(&mut self, ids: &[u32]) {
         if !self.config.has_penalties() {
             return;
@@ -91,20 +91,20 @@ impl Sampler {
         }
     }
 
-    /// Chooses the next token and puts it into the window of the penalties.
+    /// Samples the next token and adds it to the penalty window.
     ///
     /// # Shapes
     /// `logits`: `[vocab]`.
     ///
     /// # Errors
-    /// There is no logit, one of them is NaN or positive infinity, all are negative infinity after the bias, or a
-    /// token of the bias or of the window is not in the vocabulary.
+    /// There are no logits, one is NaN or positive infinity, all are negative infinity after the bias, or a token of the bias
+    /// or the window is not in the vocabulary.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Choice> {
         self.sample_allowed(logits, None, 0).map(|(choice, _)| choice)
     }
 
-    /// As [`Sampler::sample`], from the allowed tokens only, with the `num_top` most probable tokens of `logits`: the
-    /// most probable first, equally probable ones in the order of their ids.
+    /// As [`Sampler::sample`], but only from the allowed tokens. Also returns the `num_top` most probable tokens of `logits`,
+    /// sorted by descending probability, then by id.
     pub(super) fn sample_allowed(
         &mut self,
         logits: &[f32],
@@ -118,13 +118,12 @@ impl Sampler {
         Ok(chosen)
     }
 
-    /// A token with its log-probability and the `num_top` most probable tokens, as [`Sampler::sample_allowed`] returns for
-    /// the token that it draws. It is not put into the window of the penalties.
+    /// Scores a given token, as [`Sampler::sample_allowed`] does for the sampled token. Does not add it to the penalty window.
     pub(super) fn score(&mut self, logits: &[f32], token: u32, num_top: usize) -> Result<(Choice, Vec<Choice>)> {
         self.scratch.describe(logits, token, (None, None), num_top)
     }
 
-    /// How a device chooses the next token as this sampler would; `None` if that takes penalties or a bias.
+    /// The settings for sampling on a device with the same result; `None` if there are penalties or a bias.
     pub(super) fn choice_on_device(&self) -> Option<DecodingChoice> {
         if !self.counts.is_empty() || !self.config.logit_bias.is_empty() {
             return None;
@@ -139,14 +138,14 @@ impl Sampler {
         })
     }
 
-    /// Adopts the token that a device sampled.
+    /// Records a token that a device sampled.
     pub(super) fn accept(&mut self, decoded: Decoded) -> Choice {
         self.draws = Random::from_state(decoded.random);
         self.observe(&[decoded.token]);
         Choice { token: decoded.token, log_probability: decoded.log_probability }
     }
 
-    /// Takes over the settings that do not need what the sampler remembers.
+    /// Copies the settings that do not depend on the state of the sampler.
     pub(crate) fn set_filters(&mut self, config: &SamplingConfig) {
         self.config.temperature = config.temperature;
         self.config.top_k = config.top_k;
@@ -154,7 +153,7 @@ impl Sampler {
         self.config.min_p = config.min_p;
     }
 
-    /// The next token, without its probability and without remembering it.
+    /// Samples the next token, without its probability and without recording it.
     pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         Ok(self.draw(logits, None)?.index as u32)
     }
@@ -178,12 +177,12 @@ impl Sampler {
     }
 }
 
-/// A drawn index, and what is known about the logits of the model by then.
+/// A sampled index, with intermediate results about the logits.
 struct Drawn {
     index: usize,
     /// The largest logit.
     maximum: Option<f32>,
-    /// The sum of the exponentials of the distances from it.
+    /// The sum of the exponentials of the differences from the largest logit.
     total: Option<f64>,
 }
 
@@ -206,7 +205,7 @@ fn adjust(logits: &mut [f32], config: &SamplingConfig, counts: &HashMap<u32, u32
     Ok(())
 }
 
-/// The largest logit; `maxima` receives that of each block.
+/// The largest logit; writes the maximum of each block to `maxima`.
 fn largest(logits: &[f32], maxima: &mut Vec<f32>) -> Result<f32> {
     let problem = |what: String| Err(Error::argument("logits", what));
     if !block_maxima(logits, maxima) {
@@ -224,22 +223,22 @@ fn largest(logits: &[f32], maxima: &mut Vec<f32>) -> Result<f32> {
     Ok(largest)
 }
 
-/// The first index of `largest`, by the maxima of the blocks.
+/// The first index of `largest`, found with the maxima of the blocks.
 fn position_of(largest: f32, logits: &[f32], maxima: &[f32]) -> usize {
     let block = maxima.iter().position(|&maximum| maximum == largest).unwrap_or(0);
     let start = block * BLOCK;
     start + logits[start..].iter().position(|&logit| logit == largest).unwrap_or(0)
 }
 
-/// The order of tokens by falling logit, of equal logits by id.
+/// Compares tokens by descending logit, then by id.
 fn rank((id, logit): (u32, f32), (other_id, other): (u32, f32)) -> Ordering {
     // partial_cmp, not total_cmp: 0 and -0 are equal
     other.partial_cmp(&logit).unwrap_or(Ordering::Equal).then(id.cmp(&other_id))
 }
 
 impl Scratch {
-    /// A token with its log-probability, and the `num_top` most probable tokens. `known` are the largest logit and the sum of
-    /// the exponentials of the distances from it, where they are known.
+    /// Computes the log-probability of a token, and the `num_top` most probable tokens. `known` are the largest logit and the sum
+    /// of the exponentials of the differences from it, if they are known.
     fn describe(
         &mut self,
         logits: &[f32],
@@ -247,7 +246,7 @@ impl Scratch {
         known: (Option<f32>, Option<f64>),
         num_top: usize,
     ) -> Result<(Choice, Vec<Choice>)> {
-        // `maxima` may be those of other logits, after penalties
+        // `maxima` may be from the logits after penalties
         let maximum = match known.0 {
             Some(maximum) => maximum,
             None => largest(logits, &mut self.maxima)?,
@@ -267,7 +266,7 @@ impl Scratch {
         Ok((choice(token, logit), top))
     }
 
-    /// Chooses among these logits.
+    /// Samples from these logits.
     fn choose(&mut self, logits: &[f32], config: &SamplingConfig, draws: &mut Random) -> Result<Drawn> {
         let largest = largest(logits, &mut self.maxima)?;
         let maximum = Some(largest);
@@ -288,11 +287,11 @@ impl Scratch {
         Ok(Drawn { index, maximum, total: None })
     }
 
-    /// Collects the `k` largest logits in the order of their ids, of equal ones those with the lowest ids.
+    /// Collects the `k` largest logits in id order; among equal logits, those with the lowest ids.
     fn collect_largest(&mut self, logits: &[f32], k: usize) {
         let Self { maxima, sorted_maxima, candidates, .. } = self;
         candidates.clear();
-        // as many blocks as tokens hold something not below this bound, so the wanted tokens are not below it
+        // at least `k` blocks have a logit not below this bound, so the `k` largest logits are not below it
         let bound = if k <= maxima.len() {
             sorted_maxima.clone_from(maxima);
             *sorted_maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
@@ -304,7 +303,7 @@ impl Scratch {
                 continue;
             }
             for (part, group) in block.chunks(GROUP).enumerate() {
-                // most groups hold nothing: one comparison of their maximum, which vectorises
+                // most groups have no such logit: one comparison of the maximum, which is vectorized
                 if group.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }) >= bound {
                     let ids = (number * BLOCK + part * GROUP) as u32..;
                     candidates.extend(ids.zip(group.iter().copied()).filter(|&(_, logit)| logit >= bound));
@@ -318,14 +317,14 @@ impl Scratch {
         }
     }
 
-    /// Draws an index from the distribution of `logits` by temperature, top-p and min-p; the sum of all weights.
+    /// Draws an index from `logits` with temperature, top-p and min-p; also returns the sum of all weights.
     fn draw(&mut self, logits: &[f32], maximum: f32, config: &SamplingConfig, draws: &mut Random) -> (usize, f64) {
         let Self { weights, sums, .. } = self;
         let floor = config.min_p as f32;
         let total = exponentials(logits, maximum, config.temperature, floor, weights, sums);
         let mut chosen = pick(weights, sums, None, draws);
         if config.top_p < 1.0 {
-            // the draw that ends this has on average half the rank of the one before it
+            // each draw has on average half the rank of the previous one, so this takes few iterations
             while sums_before(weights, chosen, sums) >= config.top_p * total {
                 chosen = pick(weights, sums, Some(chosen), draws);
             }
@@ -334,14 +333,14 @@ impl Scratch {
     }
 }
 
-/// Draws an index by weight among those that rank before `pivot`; `sums` holds their weight in each block.
+/// Draws an index by weight from those that rank before `pivot`; `sums` has their weight in each block.
 fn pick(weights: &[f32], sums: &[f64], pivot: Option<usize>, draws: &mut Random) -> usize {
     let counts = |index: usize, weight: f32| {
         pivot.is_none_or(|pivot| weight > weights[pivot] || (weight == weights[pivot] && index < pivot))
     };
     let target = draws.next_f64() * sums.iter().sum::<f64>();
     let mut below = 0.0;
-    // rounding may leave nothing at the very end: then it is the last one possible
+    // because of rounding the draw may fall past the end: use the last possible index
     let mut block = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
     for (number, sum) in sums.iter().enumerate().take(block) {
         if below + sum > target {

@@ -1,68 +1,68 @@
-//! Settings of sampling: strategies, filters and penalties.
+//! The settings of sampling: strategies, filters and penalties.
 
 use crate::error::{Error, Result};
 use crate::models::GenerationDefaults;
 use std::collections::BTreeMap;
 
-/// One way to choose a token; [`SamplingConfig`] combines them.
+/// A sampling strategy; [`SamplingConfig`] combines several.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[non_exhaustive]
 pub enum SamplingStrategy {
-    /// The token with the largest logit, of equal ones that with the lowest id.
+    /// The token with the largest logit; among equal logits, the one with the lowest id.
     #[default]
     Greedy,
-    /// A token drawn from the `k` most probable ones.
+    /// A token sampled from the `k` most probable tokens.
     TopK {
-        /// Number of tokens, at least 1.
+        /// The number of tokens, at least 1.
         k: usize,
     },
-    /// A token drawn from the smallest set of most probable ones whose probabilities reach `p` together
+    /// A token sampled from the smallest set of most probable tokens with a total probability of at least `p`
     /// (<https://arxiv.org/abs/1904.09751>, section 3.1).
     TopP {
-        /// The probability to reach, above 0 and up to 1.
+        /// The total probability, above 0 and up to 1.
         p: f64,
     },
-    /// A token drawn from those that are at least `p` times as probable as the most probable one
+    /// A token sampled from the tokens that are at least `p` times as probable as the most probable one
     /// (<https://arxiv.org/abs/2407.01082>, section 3).
     MinP {
         /// The share of the largest probability, 0 to 1.
         p: f64,
     },
-    /// A token drawn from all, with the logits divided by `temperature`.
+    /// A token sampled from all tokens, with the logits divided by `temperature`.
     Temperature {
-        /// The divisor; 0 chooses greedily.
+        /// The divisor; 0 is greedy.
         temperature: f64,
     },
 }
 
-/// How tokens are chosen: filters, penalties and the seed.
+/// Sampling settings: filters, penalties and the seed.
 ///
-/// They act in this order: repetition penalty, frequency and presence penalty, logit bias, temperature, top-k, top-p,
-/// min-p. Each filter sees the probabilities that the one before it has left, made to sum to 1 again. The default draws
-/// from the model's own distribution.
+/// They are applied in this order: repetition penalty, frequency and presence penalty, logit bias, temperature, top-k,
+/// top-p, min-p. Each filter uses the renormalized probabilities after the previous filter. The default samples from the
+/// model's own distribution.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingConfig {
-    /// The divisor of the logits; 0 chooses the largest logit, and the filters have no effect.
+    /// The divisor of the logits; 0 selects the largest logit, and the filters have no effect.
     pub temperature: f64,
-    /// Number of most probable tokens to choose from; 0 for all.
+    /// The number of most probable tokens to sample from; 0 for all.
     pub top_k: usize,
-    /// Probability that the most probable tokens to choose from reach together; 1 for all.
+    /// The total probability of the most probable tokens to sample from; 1 for all.
     pub top_p: f64,
-    /// Least probability to be chosen, as a share of the largest one; 0 for all.
+    /// The lowest probability to sample from, as a share of the highest one; 0 for all.
     pub min_p: f64,
-    /// What the positive logits of tokens in the window are divided by and the negative ones multiplied with
-    /// (<https://arxiv.org/abs/1909.05858>, section 4.1); 1 changes nothing.
+    /// Positive logits of tokens in the window are divided by this, and negative logits multiplied
+    /// (<https://arxiv.org/abs/1909.05858>, section 4.1); 1 has no effect.
     pub repetition_penalty: f64,
-    /// What is subtracted from the logit of each token in the window.
+    /// Subtracted from the logit of each token in the window.
     pub presence_penalty: f64,
-    /// What is subtracted from the logit of a token for each time it is in the window.
+    /// Subtracted from the logit of a token for each of its occurrences in the window.
     pub frequency_penalty: f64,
-    /// Number of last tokens, of prompt and generated text, that the penalties look at; `None` for all.
+    /// The number of last tokens, of prompt and generated text, in the penalty window; `None` for all.
     pub penalty_window: Option<usize>,
-    /// What is added to the logit of a token; negative infinity bans it.
+    /// Added to the logit of a token; negative infinity bans the token.
     pub logit_bias: BTreeMap<u32, f32>,
-    /// The seed of the draws: the same seed, settings and logits give the same tokens on every machine. `None` takes
-    /// one from the operating system.
+    /// The seed: the same seed, settings and logits give the same tokens on every machine. `None` uses a seed from the
+    /// operating system.
     pub seed: Option<u64>,
 }
 
@@ -97,7 +97,7 @@ impl From<SamplingStrategy> for SamplingConfig {
 }
 
 impl From<&GenerationDefaults> for SamplingConfig {
-    /// What `generation_config.json` advises: greedy if it says so or says nothing about drawing.
+    /// The settings of `generation_config.json`; greedy if the file says so or has no sampling settings.
     fn from(defaults: &GenerationDefaults) -> Self {
         let GenerationDefaults { do_sample, temperature, top_k, top_p, min_p, repetition_penalty } = *defaults;
         let draws = do_sample.unwrap_or(temperature.is_some() || top_k.is_some() || top_p.is_some());
@@ -113,7 +113,7 @@ impl From<&GenerationDefaults> for SamplingConfig {
 }
 
 impl SamplingConfig {
-    /// The largest logit, always.
+    /// Always selects the largest logit.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
@@ -125,49 +125,49 @@ impl SamplingConfig {
         self
     }
 
-    /// Sets the number of most probable tokens to choose from; 0 for all.
+    /// Sets the number of most probable tokens to sample from; 0 for all.
     #[must_use]
     pub fn with_top_k(mut self, top_k: usize) -> Self {
         self.top_k = top_k;
         self
     }
 
-    /// Sets the probability that the tokens to choose from reach together; 1 for all.
+    /// Sets the total probability of the tokens to sample from; 1 for all.
     #[must_use]
     pub fn with_top_p(mut self, top_p: f64) -> Self {
         self.top_p = top_p;
         self
     }
 
-    /// Sets the least probability as a share of the largest one; 0 for all.
+    /// Sets the lowest probability as a share of the highest one; 0 for all.
     #[must_use]
     pub fn with_min_p(mut self, min_p: f64) -> Self {
         self.min_p = min_p;
         self
     }
 
-    /// Sets the factor against tokens of the window; 1 for none.
+    /// Sets the repetition penalty; 1 for none.
     #[must_use]
     pub fn with_repetition_penalty(mut self, repetition_penalty: f64) -> Self {
         self.repetition_penalty = repetition_penalty;
         self
     }
 
-    /// Sets what is subtracted once from the logits of tokens of the window.
+    /// Sets the presence penalty; 0 for none.
     #[must_use]
     pub fn with_presence_penalty(mut self, presence_penalty: f64) -> Self {
         self.presence_penalty = presence_penalty;
         self
     }
 
-    /// Sets what is subtracted from the logits of tokens of the window, times their count.
+    /// Sets the frequency penalty; 0 for none.
     #[must_use]
     pub fn with_frequency_penalty(mut self, frequency_penalty: f64) -> Self {
         self.frequency_penalty = frequency_penalty;
         self
     }
 
-    /// Sets the number of last tokens that the penalties look at; `None` for all.
+    /// Sets the number of last tokens in the penalty window; `None` for all.
     #[must_use]
     pub fn with_penalty_window(mut self, penalty_window: Option<usize>) -> Self {
         self.penalty_window = penalty_window;
@@ -181,19 +181,19 @@ impl SamplingConfig {
         self
     }
 
-    /// Sets the seed of the draws.
+    /// Sets the seed.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
     }
 
-    /// Whether the largest logit is always chosen.
+    /// Whether the largest logit is always selected.
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0
     }
 
-    /// Whether a penalty looks at the tokens so far.
+    /// Whether there is a penalty on earlier tokens.
     #[allow(clippy::float_cmp)]
     pub(crate) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
@@ -202,7 +202,7 @@ impl SamplingConfig {
     /// Checks the range of every setting.
     ///
     /// # Errors
-    /// The first setting that is out of its range.
+    /// A setting is out of its range.
     pub fn validate(&self) -> Result<()> {
         let check = |name: &str, value: f64, right: bool, expected: &str| {
             if right { Ok(()) } else { Err(Error::argument(name, format!("expected {expected}, found {value}"))) }

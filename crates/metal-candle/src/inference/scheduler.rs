@@ -23,8 +23,8 @@ use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Most logits of decoding sequences that a step with a prompt reads back from a device. Sampling from more of them takes longer
-/// than a pass of their own.
+/// Most logits of decoding sequences that a step with a prompt reads back from a device. With more logits, reading and sampling
+/// takes longer than a separate pass.
 const MAX_READ_LOGITS: usize = 1 << 19;
 
 /// Continues many prompts with one model: continuous batching without threads or waiting.
@@ -32,13 +32,13 @@ const MAX_READ_LOGITS: usize = 1 << 19;
 /// [`Scheduler::admit`] queues a prompt, [`Scheduler::step`] advances every running sequence, and [`Scheduler::cancel`] ends
 /// one. A sequence that ends frees its slot for the next one in the queue.
 ///
-/// On the CPU a sequence has the same bits alone and beside any others: its draws come from its own seed, and each row of a
-/// product and each query of attention is summed as if it were alone, however a text is cut into passes. On Metal and CUDA
-/// products of few and of many rows are summed in different orders, so the last digits of a log-probability depend on the
-/// batch, and so may the choice between tokens that are nearly equally probable.
+/// On the CPU the result of a sequence does not depend on other sequences or on how its text is split into passes: each
+/// sequence has its own seed, and each row of a product and each query of attention is summed in one order. On Metal and
+/// CUDA, products of few and of many rows are summed in different orders, so the last digits of a log-probability depend on
+/// the batch, and so may the choice between nearly equally probable tokens.
 ///
-/// A sequence can start with the keys and values of a prefix that another one with its key and adapter has computed: see
-/// [`Request::prefix_key`]. On the CPU this changes no bit of its answer.
+/// A sequence can reuse the keys and values of a prefix that another sequence with the same key and adapter has computed:
+/// see [`Request::prefix_key`]. On the CPU this does not change its answer.
 ///
 /// ```no_run
 /// use metal_candle::ModelLoader;
@@ -68,11 +68,11 @@ pub struct Scheduler {
     config: SchedulerConfig,
     adapters: AdapterSet,
     slots: Slots,
-    /// The requests without slots, each as its first sample, in the order of their admission.
+    /// The requests without slots, each represented by its first sample, in the order of admission.
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     device_decoding: DeviceDecoding,
-    /// Buffer for masks.
+    /// The buffer for masks.
     allowed: Option<AllowedTokens>,
     /// Events that no step has returned yet.
     events: Vec<Event>,
@@ -81,13 +81,13 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler with the limits of [`SchedulerConfig::of`].
+    /// Creates a scheduler with the limits of [`SchedulerConfig::of`].
     pub fn new(model: Model) -> Self {
         let config = SchedulerConfig::of(&model);
         Self::with_limits(model, config)
     }
 
-    /// A scheduler with limits none of which is 0.
+    /// Creates a scheduler with valid limits.
     pub(super) fn with_limits(model: Model, config: SchedulerConfig) -> Self {
         Self {
             model,
@@ -107,7 +107,7 @@ impl Scheduler {
         }
     }
 
-    /// A scheduler with other limits.
+    /// Creates a scheduler with these limits.
     ///
     /// # Errors
     /// As [`SchedulerConfig::validate`].
@@ -116,7 +116,7 @@ impl Scheduler {
         Ok(Self::with_limits(model, config))
     }
 
-    /// Decodes the tokens of later requests to text, which stop strings need.
+    /// Sets the tokenizer, to decode tokens to text and for stop strings.
     #[must_use]
     pub fn with_tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.tokenizer = Some(tokenizer);
@@ -126,7 +126,7 @@ impl Scheduler {
     /// Adds a model that drafts the tokens of requests with [`Speculation::DraftModel`].
     ///
     /// # Errors
-    /// The models have vocabularies of different sizes, or the draft model's cache cannot have the type of the configuration.
+    /// The vocabularies of the models differ in size, or the draft model's cache does not support the type of the configuration.
     pub fn with_draft_model(mut self, draft_model: Model) -> Result<Self> {
         self.draft_model = Some(DraftModel::new(draft_model, &self.model, self.config.kv_cache)?);
         Ok(self)
@@ -147,12 +147,12 @@ impl Scheduler {
         &self.config
     }
 
-    /// Number of sequences that have a slot of the cache.
+    /// The number of sequences with a slot of the cache.
     pub fn num_running(&self) -> usize {
         self.running.iter().map(Sequence::num_sequences).sum()
     }
 
-    /// Number of sequences that wait for a slot, without paused ones.
+    /// The number of sequences that wait for a slot, without paused sequences.
     pub fn num_waiting(&self) -> usize {
         self.waiting.iter().filter(|sequence| sequence.may_start()).map(Sequence::num_sequences).sum()
     }
@@ -162,17 +162,17 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty() && self.events.is_empty()
     }
 
-    /// Memory of the KV cache in bytes, that of the draft model included.
+    /// The size of the KV cache in bytes, including the draft model's.
     pub fn cache_bytes(&self) -> usize {
         self.slots.num_bytes() + self.draft_model.as_ref().map_or(0, DraftModel::num_bytes)
     }
 
-    /// Allocates the KV cache, also that of a draft model, for `num_sequences` of `num_tokens` each. Without this the cache
-    /// grows on demand, which copies it within a step.
+    /// Allocates the KV cache, including a draft model's, for `num_sequences` of `num_tokens` each. Otherwise the cache grows
+    /// on demand, which copies it during a step.
     ///
     /// # Errors
-    /// More sequences than `max_sequences` or more tokens than the model's context, or the device cannot hold the cache.
-    /// In the last case running sequences are computed again from their first token.
+    /// `num_sequences` exceeds `max_sequences`, `num_tokens` exceeds the model's context, or the cache does not fit on the
+    /// device. In the last case running sequences are recomputed from their first token.
     pub fn reserve(&mut self, num_sequences: usize, num_tokens: usize) -> Result<()> {
         let limits = [
             ("num_sequences", num_sequences, self.config.max_sequences),
@@ -185,7 +185,7 @@ impl Scheduler {
         if let Some(draft_model) = &mut self.draft_model {
             draft_model.reserve(num_sequences, num_tokens)?;
         }
-        // most sequences are shorter than what is reserved
+        // most sequences are shorter than the reserved length
         let of_drafts = self.draft_model.as_ref().and_then(DraftModel::cache);
         let mut caches = self.slots.cache().map(|cache| &*cache).into_iter().chain(of_drafts);
         caches.try_for_each(KVCache::prefer_small_pages)
@@ -206,7 +206,7 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Adds an adapter that requests can name. Its tensors must not change as long as it is used.
+    /// Adds an adapter for requests. Its tensors must not change while it is in use.
     ///
     /// # Errors
     /// The adapter does not fit the model.
@@ -230,12 +230,12 @@ impl Scheduler {
         self.adapters.remove(adapter)
     }
 
-    /// Queues a request; returns the ids of its sequences, one per sample.
+    /// Queues a request and returns the ids of its sequences, one per sample.
     ///
     /// # Errors
-    /// The prompt is empty, does not fit the context of the model or has an id outside the vocabulary; a setting is out of
-    /// its range; there is no such adapter or no draft model; stop strings lack a tokenizer; more samples than
-    /// `max_sequences`. Nothing is queued then.
+    /// The prompt is empty, does not fit in the model's context or has an id outside the vocabulary; a setting is out of its
+    /// range; there is no such adapter or no draft model; stop strings need a tokenizer; there are more samples than
+    /// `max_sequences`. Then nothing is queued.
     pub fn admit(&mut self, request: Request) -> Result<Vec<SequenceId>> {
         if let Some(adapter) = request.adapter {
             self.adapters.index(adapter)?;
@@ -245,7 +245,7 @@ impl Scheduler {
         }
         let (count, limit) = (request.num_samples, self.config.max_sequences);
         if count > limit {
-            let message = format!("expected at most {limit}, the most sequences that run at a time, found {count}");
+            let message = format!("expected at most {limit}, the limit of running sequences, found {count}");
             return Err(Error::argument("num_samples", message));
         }
         let sequence = Sequence::new(request, self.num_admitted, &self.model, self.tokenizer.as_ref())?;
@@ -255,13 +255,13 @@ impl Scheduler {
         Ok((first..self.num_admitted).map(SequenceId).collect())
     }
 
-    /// Ends a sequence and frees its slot. No later step returns an event of it.
+    /// Ends a sequence and frees its slot. Later steps return no events of it.
     ///
     /// # Errors
     /// The sequence is neither waiting nor running.
     pub fn cancel(&mut self, sequence: SequenceId) -> Result<Finish> {
         let finish = self.remove(sequence)?;
-        // of a step that failed
+        // events of a failed step
         self.events.retain(|event| event.sequence != sequence);
         Ok(finish)
     }
@@ -289,8 +289,8 @@ impl Scheduler {
         Err(not_found(sequence))
     }
 
-    /// Stops computing a sequence, or resumes it. A paused sequence keeps its slot and what the cache holds of it; one that
-    /// waits gets no slot before it is resumed.
+    /// Pauses or resumes a sequence. A paused sequence keeps its slot and cache; a waiting sequence gets no slot while it is
+    /// paused.
     ///
     /// # Errors
     /// The sequence is neither waiting nor running.
@@ -303,12 +303,12 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Whether a step would compute something: a sequence waits, or runs, and is not paused.
+    /// Whether a step would compute something: a sequence is waiting or running, and not paused.
     pub fn has_work(&self) -> bool {
         self.waiting.iter().any(Sequence::may_start) || self.running.iter().any(|sequence| !sequence.is_paused())
     }
 
-    /// Ends all sequences and drops the events that no step has returned.
+    /// Ends all sequences and drops pending events.
     pub fn cancel_all(&mut self) {
         self.waiting.clear();
         for mut sequence in std::mem::take(&mut self.running) {
@@ -320,13 +320,13 @@ impl Scheduler {
         self.events.clear();
     }
 
-    /// Advances the running sequences: each decoding sequence by one token and the drafts that are accepted, and prompts by
-    /// chunks. Returns what became of them; a sequence that fails, for example by logits that are not finite, ends with its
-    /// error and leaves the others alone.
+    /// Advances the running sequences, each decoding sequence by one token and its accepted drafts, and prompts by chunks.
+    /// Returns their events. A sequence that fails, for example because of non-finite logits, ends with its error and does not
+    /// affect others.
     ///
     /// # Errors
-    /// The device fails or has no memory for the cache. The sequences stay as they were before the pass that failed, and the
-    /// next step tries again. It also returns the events of the passes that succeeded.
+    /// The device fails or is out of memory for the cache. The sequences are unchanged by the failed pass, and the next step
+    /// tries again. The next step also returns the events of the passes that succeeded.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         self.num_steps += 1;
         self.start_waiting()?;
@@ -341,14 +341,14 @@ impl Scheduler {
         Ok(std::mem::take(&mut self.events))
     }
 
-    /// Number of sequences that a step computes, if each of them is at its last token.
+    /// The number of sequences of the next step, if all of them are decoding.
     fn num_decoding(&self) -> Option<usize> {
         let mut computed = self.running.iter().filter(|sequence| !sequence.is_paused());
         let count = computed.clone().count();
         computed.all(|sequence| sequence.num_waiting() == 1).then_some(count)
     }
 
-    /// One step of all sequences; returns whether drafts were checked.
+    /// Runs one step of all sequences; returns whether drafts were verified.
     fn decode_and_forward(&mut self) -> Result<bool> {
         let had_drafts = self.running.iter().any(|sequence| !sequence.draft().is_empty());
         let rest = self.decode()?;
@@ -356,7 +356,7 @@ impl Scheduler {
         Ok(had_drafts)
     }
 
-    /// Drafts the next tokens of the sequences that ask for it. `num_sequences` is the number of sequences of a step without
+    /// Drafts the next tokens of sequences with speculation. `num_sequences` is the number of sequences of a step without
     /// prompts.
     fn draft(&mut self, num_sequences: Option<usize>) -> Result<()> {
         let is_slow = !self.model.device().is_cpu();
@@ -364,7 +364,7 @@ impl Scheduler {
             self.running.iter_mut().for_each(Sequence::clear_draft);
             return Ok(());
         }
-        // a draft that crossed the limit would change the rotation of the tokens before it
+        // a draft beyond the limit would change the rotation of the previous tokens
         let len_limit = self.model.rotary_limit();
         self.running.iter_mut().for_each(|sequence| sequence.propose(len_limit));
         let Some(draft_model) = &mut self.draft_model else { return Ok(()) };
@@ -384,15 +384,15 @@ impl Scheduler {
         grown.map(|_| ())
     }
 
-    /// Decodes on the device the sequences for which it has kernels, if no prompt is left to compute; returns the indices
-    /// of the others.
+    /// Decodes sequences on the device, if it has kernels for them and no prompt is pending; returns the indices of the other
+    /// sequences.
     fn decode(&mut self) -> Result<Vec<usize>> {
         let is_active = |&index: &usize| !self.running[index].is_paused();
         let all: Vec<usize> = (0..self.running.len()).filter(is_active).collect();
         if self.model.device().is_cpu() {
             return Ok(all);
         }
-        // with a prompt in the step, one pass over the weights serves both, as long as few logits have to be read back
+        // with a prompt in the step, one pass over the weights serves both, if only few logits are read back
         let (prompts, decoding): (Vec<usize>, Vec<usize>) =
             all.iter().partition(|&&index| self.running[index].num_waiting() > 1);
         if !prompts.is_empty() && decoding.len() * self.model.config().vocab_size <= MAX_READ_LOGITS {
@@ -416,7 +416,7 @@ impl Scheduler {
         Ok(rest)
     }
 
-    /// Decodes sequences with one adapter on the device; returns whether it can.
+    /// Decodes sequences with one adapter on the device; returns false if it has no kernels.
     fn decode_with(&mut self, adapter: Option<AdapterId>, indices: &[usize]) -> Result<bool> {
         let rows: Vec<_> = indices.iter().filter_map(|&index| self.running[index].decoding_row()).collect();
         let terms = self.adapters.of(adapter)?;
@@ -439,22 +439,22 @@ impl Scheduler {
         Ok(true)
     }
 
-    /// Computes the next token of sequences at their last token and the next chunks of prompts, in one pass.
+    /// Computes the next tokens of decoding sequences and the next chunks of prompts in one pass.
     fn forward(&mut self, indices: &[usize]) -> Result<()> {
         self.restart_at_other_positions(indices);
         let mut fed = plan(&self.running, indices, &self.config, self.model.rotary_limit());
         let longest = fed.iter().map(|fed| fed.end + fed.num_drafts).max().unwrap_or(0);
-        let room = self.slots.cache().map_or(0, |cache| cache.config().max_seq_len);
-        if longest > room {
-            // doubling keeps the copies of a growing cache few
-            self.grow(0, longest.max(2 * room).min(self.model.config().max_sequence_length()))?;
+        let capacity = self.slots.cache().map_or(0, |cache| cache.config().max_seq_len);
+        if longest > capacity {
+            // doubling limits the number of copies of a growing cache
+            self.grow(0, longest.max(2 * capacity).min(self.model.config().max_sequence_length()))?;
         }
-        // the rows of an adapter are multiplied together
+        // sort by adapter, so that the rows of an adapter are multiplied together
         fed.sort_by_key(|fed| self.running[fed.index].adapter());
         if fed.is_empty() { Ok(()) } else { self.forward_tokens(&fed) }
     }
 
-    /// Empties the slots of sequences whose cached keys were rotated for shorter texts: they are computed again.
+    /// Clears the slots of sequences whose cached keys were rotated for shorter texts, so that they are recomputed.
     fn restart_at_other_positions(&mut self, indices: &[usize]) {
         let Some(limit) = self.model.rotary_limit() else { return };
         for &index in indices {
@@ -493,7 +493,7 @@ impl Scheduler {
         let logits = match logits {
             Ok(logits) => logits,
             Err(error) => {
-                // what it wrote behind the tokens of a slot is overwritten later
+                // tokens that it wrote after the end of a slot will be overwritten
                 for fed in all {
                     let sequence = &self.running[fed.index];
                     self.slots.truncate(sequence.slot(), sequence.num_cached());
@@ -520,8 +520,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Samples the tokens of a sequence after its last token and its drafts, until one differs from its draft or ends it.
-    /// Returns the number of drafts that stay in the cache.
+    /// Samples tokens after the last token and each draft, until one differs from its draft or ends the sequence. Returns the
+    /// number of drafts that remain in the cache.
     fn check_drafts(&mut self, index: usize, count: usize, logits: impl Fn(usize) -> Result<Tensor>) -> usize {
         let sequence = &mut self.running[index];
         let draft = sequence.take_draft(count);
@@ -541,7 +541,7 @@ impl Scheduler {
         kept
     }
 
-    /// Samples the next token of a sequence, and the first one of each sample that waits for its prompt.
+    /// Samples the next token of a sequence, and the first token of each sample that waits for its prompt.
     fn sample(&mut self, index: usize, logits: Result<Tensor>) {
         let Self { running, slots, allowed, events, num_steps, .. } = self;
         let first = &mut running[index];
@@ -570,7 +570,7 @@ impl Scheduler {
         running.append(&mut samples);
     }
 
-    /// Frees the slots of sequences that have ended.
+    /// Frees the slots of ended sequences.
     fn retire(&mut self) {
         let slots = &mut self.slots;
         for sequence in self.running.extract_if(.., |sequence| sequence.is_finished()) {
@@ -584,7 +584,7 @@ fn not_found(sequence: SequenceId) -> Error {
     Error::argument("sequence", message)
 }
 
-/// Adds the event of a sequence, which ends if it failed.
+/// Adds an event; an error ends the sequence.
 fn report(events: &mut Vec<Event>, sequence: &mut Sequence, result: Result<Piece>) {
     if result.is_err() {
         sequence.fail();

@@ -1,4 +1,4 @@
-//! One sequence of a scheduler: its tokens, its sampler, and when it ends.
+//! One sequence of a scheduler: its tokens, sampler and stop conditions.
 
 use super::drafter::{Draft, Drafter};
 use super::generation::{Finish, FinishReason, Piece};
@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::models::{Decoded, DecodingRow, Model};
 use std::time::Instant;
 
-/// Most tokens after the prompt that the cache is first allocated for.
-const MAX_FIRST_ROOM: usize = 256;
+/// Most tokens after the prompt in the first allocation of the cache.
+const MAX_FIRST_CAPACITY: usize = 256;
 
 /// A prompt and the tokens that continue it.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub(super) struct Sequence {
     /// The prompt and the tokens after it.
     ids: Vec<u32>,
     prompt_tokens: usize,
-    /// Number of first tokens whose keys and values are in the cache.
+    /// The number of first tokens whose keys and values are in the cache.
     num_cached: usize,
     reused_tokens: usize,
     generated_tokens: usize,
@@ -32,9 +32,9 @@ pub(super) struct Sequence {
     mask: Option<Box<dyn TokenMask>>,
     num_top: usize,
     drafter: Option<Drafter>,
-    /// Guesses of the tokens after `ids`.
+    /// Drafts of the tokens after `ids`.
     draft: Vec<u32>,
-    /// Number of tokens that the draft model is asked for.
+    /// The number of tokens requested from the draft model.
     num_to_draft: usize,
     sampler: Sampler,
     decoder: Option<StreamDecoder>,
@@ -42,15 +42,15 @@ pub(super) struct Sequence {
     end_ids: Vec<u32>,
     min_tokens: usize,
     max_tokens: usize,
-    /// Most tokens of prompt and text together.
+    /// Most tokens of prompt and text.
     max_len: usize,
-    /// Step in which it was last computed, or started.
+    /// The step in which it was last computed or started.
     last_step: u64,
     started: Instant,
     first_token: Option<Instant>,
     state: State,
     is_paused: bool,
-    /// The other samples of its prompt, until the prompt is computed.
+    /// The other samples of its prompt, until the prompt has been computed.
     samples: Vec<Sequence>,
 }
 
@@ -62,10 +62,10 @@ enum State {
 }
 
 impl Sequence {
-    /// The sequences of a request: the first holds the others. The id of sample `i` is `first_id + i`.
+    /// Creates the sequences of a request: the first contains the others. The id of sample `i` is `first_id + i`.
     ///
     /// # Errors
-    /// The prompt is empty or does not fit the model, a setting is out of its range, or stop strings lack a tokenizer.
+    /// The prompt is empty or does not fit the model, a setting is out of its range, or stop strings need a tokenizer.
     pub(super) fn new(request: Request, first_id: u64, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<Self> {
         check(&request, model, tokenizer)?;
         let mut first = Self::sample(&request, 0, first_id, model, tokenizer)?;
@@ -137,7 +137,7 @@ impl Sequence {
         self.adapter
     }
 
-    /// The sequences that it shares prefixes with.
+    /// Identifies the sequences that it shares prefixes with.
     pub(super) fn sharing(&self) -> Option<Sharing> {
         self.sharing
     }
@@ -155,18 +155,17 @@ impl Sequence {
         &self.ids
     }
 
-    /// Number of tokens that the cache does not hold yet.
+    /// The number of tokens that are not in the cache yet.
     pub(super) fn num_waiting(&self) -> usize {
         self.ids.len() - self.num_cached
     }
 
-    /// Drafts the tokens that may follow, if the next step is the one after its last token. `len_limit` is the most tokens
-    /// that the text may have with them.
+    /// Drafts the next tokens if the sequence is decoding. `len_limit` is the most tokens of the text including drafts.
     pub(super) fn propose(&mut self, len_limit: Option<usize>) {
         self.clear_draft();
         let is_decoding = self.num_waiting() == 1 && self.samples.is_empty() && !self.is_paused;
         let Some(drafter) = self.drafter.as_mut().filter(|_| is_decoding) else { return };
-        // after all drafts one more token is sampled
+        // one more token is sampled after the drafts
         let left = (self.max_tokens - self.generated_tokens).min(self.max_len - self.ids.len()).saturating_sub(1);
         let left = len_limit.map_or(left, |limit| left.min(limit.saturating_sub(self.ids.len())));
         match drafter.draft(&self.ids, self.generated_tokens, left) {
@@ -175,27 +174,27 @@ impl Sequence {
         }
     }
 
-    /// Drafts nothing in the next step.
+    /// Removes the drafts for the next step.
     pub(super) fn clear_draft(&mut self) {
         (self.draft, self.num_to_draft) = (Vec::new(), 0);
     }
 
-    /// Number of tokens that the draft model is asked for.
+    /// The number of tokens requested from the draft model.
     pub(super) fn num_to_draft(&self) -> usize {
         self.num_to_draft
     }
 
-    /// Sets what the draft model drafted.
+    /// Sets the drafts of the draft model.
     pub(super) fn set_draft(&mut self, tokens: Vec<u32>) {
         self.draft = tokens;
     }
 
-    /// The drafts of the tokens after its last one.
+    /// The drafts after the last token.
     pub(super) fn draft(&self) -> &[u32] {
         &self.draft
     }
 
-    /// Takes the first drafts, which a pass has computed.
+    /// Removes and returns the first drafts, which a pass has computed.
     pub(super) fn take_draft(&mut self, count: usize) -> Vec<u32> {
         let mut draft = std::mem::take(&mut self.draft);
         draft.truncate(count);
@@ -205,29 +204,29 @@ impl Sequence {
         draft
     }
 
-    /// Records how many drafts of a pass were accepted.
+    /// Records the number of accepted drafts of a pass.
     pub(super) fn finish_pass(&mut self, drafted: usize, accepted: usize) {
         if let Some(drafter) = &mut self.drafter {
             drafter.finish_pass(drafted, accepted, self.generated_tokens);
         }
     }
 
-    /// Number of tokens to allocate the cache for at first: a sequence may end long before its limit.
-    pub(super) fn first_room(&self) -> usize {
-        self.prompt_tokens.saturating_add(self.max_tokens.min(MAX_FIRST_ROOM)).min(self.max_len)
+    /// The number of tokens in the first allocation of the cache: a sequence may end long before its limit.
+    pub(super) fn first_capacity(&self) -> usize {
+        self.prompt_tokens.saturating_add(self.max_tokens.min(MAX_FIRST_CAPACITY)).min(self.max_len)
     }
 
-    /// Number of sequences: itself and the samples that wait for its prompt.
+    /// The number of sequences: itself and the samples that wait for its prompt.
     pub(super) fn num_sequences(&self) -> usize {
         1 + self.samples.len()
     }
 
-    /// Whether there will be no more piece.
+    /// Whether the last piece has been returned.
     pub(super) fn is_finished(&self) -> bool {
         self.state != State::Open
     }
 
-    /// Whether no step computes it. A sequence whose samples wait for its prompt is not paused before they have it.
+    /// Whether it is paused. A sequence whose samples wait for its prompt is not paused until the prompt has been computed.
     pub(super) fn is_paused(&self) -> bool {
         self.is_paused && self.samples.is_empty()
     }
@@ -236,7 +235,7 @@ impl Sequence {
         self.is_paused = is_paused;
     }
 
-    /// Sequence `id`: this one or one of its samples.
+    /// The sequence `id`: this one or one of its samples.
     pub(super) fn find_mut(&mut self, id: SequenceId) -> Option<&mut Self> {
         if self.id == id { Some(self) } else { self.samples.iter_mut().find(|sample| sample.id == id) }
     }
@@ -246,37 +245,37 @@ impl Sequence {
         &mut self.samples
     }
 
-    /// Starts in a slot of the cache that holds the first `reused` tokens.
+    /// Starts in a slot of the cache that contains the first `reused` tokens.
     pub(super) fn start(&mut self, slot: usize, reused: usize, step: u64) {
         self.slot = slot;
         self.num_cached = reused;
         self.last_step = step;
-        // one that was preempted starts again
+        // a preempted sequence starts again
         if self.first_token.is_none() {
             self.reused_tokens = reused.min(self.prompt_tokens);
             self.started = Instant::now();
         }
     }
 
-    /// Whether it takes a slot when one is free.
+    /// Whether it can take a free slot.
     pub(super) fn may_start(&self) -> bool {
         !self.is_paused
     }
 
-    /// Records that the cache holds the first `len` tokens.
+    /// Records that the cache contains the first `len` tokens.
     pub(super) fn set_cached(&mut self, len: usize, step: u64) {
         self.num_cached = len;
         self.last_step = step;
     }
 
-    /// Records that a copy of the cache of the whole prompt is in its slot.
+    /// Records that its slot has a copy of the cache of the whole prompt.
     pub(super) fn set_prompt_copied(&mut self, step: u64) {
         self.set_cached(self.prompt_tokens, step);
         self.reused_tokens = self.prompt_tokens;
     }
 
-    /// Takes sequence `id` out of this one and its samples. If that is this one, the first sample takes its place and
-    /// what the cache holds of the prompt.
+    /// Removes sequence `id` from this one and its samples. If it is this one, the first sample replaces it, with its cache of
+    /// the prompt.
     pub(super) fn take_sample(&mut self, id: SequenceId) -> Option<Self> {
         if self.id != id {
             let index = self.samples.iter().position(|sample| sample.id == id)?;
@@ -294,7 +293,7 @@ impl Sequence {
         Some(std::mem::replace(self, next))
     }
 
-    /// What its slot holds when it is released, if later sequences may use it.
+    /// The tokens in its slot when it is released, if later sequences may reuse them.
     pub(super) fn prefix(&self) -> Option<Prefix> {
         let sharing = self.sharing.filter(|_| self.state != State::Failed)?;
         Some(Prefix { ids: self.ids[..self.num_cached].to_vec(), sharing })
@@ -305,7 +304,7 @@ impl Sequence {
         self.state = State::Failed;
     }
 
-    /// The end, for this reason.
+    /// Ends it for this reason.
     pub(super) fn finish(&mut self, reason: FinishReason) -> Finish {
         self.state = State::Finished;
         let first_token = self.first_token.unwrap_or_else(Instant::now);
@@ -331,8 +330,8 @@ impl Sequence {
         }
     }
 
-    /// Adds the token sampled from this row of logits. `allowed` is a buffer for the mask; `draft` is what the token was
-    /// expected to be.
+    /// Samples a token from this row of logits and adds it. `allowed` is a buffer for the mask; `draft` is the draft of the
+    /// token.
     pub(super) fn advance(
         &mut self,
         logits: &[f32],
@@ -366,18 +365,18 @@ impl Sequence {
         self.add(choice, top)
     }
 
-    /// Whether it is too short for an ending token.
+    /// Whether it has fewer than `min_tokens` tokens.
     fn is_early(&self) -> bool {
         self.generated_tokens < self.min_tokens && !self.end_ids.is_empty()
     }
 
-    /// Adds the token that the device sampled.
+    /// Adds a token that the device sampled.
     pub(super) fn accept(&mut self, decoded: Decoded) -> Result<Piece> {
         let choice = self.sampler.accept(decoded);
         self.add(choice, Vec::new())
     }
 
-    /// Its next step, if that is the step after its last token and the device can sample the token after it.
+    /// The row of its next step, if it is decoding and the device can sample its next token.
     pub(super) fn decoding_row(&self) -> Option<DecodingRow> {
         if self.num_waiting() != 1 || self.mask.is_some() || self.num_top > 0 || !self.samples.is_empty() {
             return None;
@@ -436,7 +435,7 @@ fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Res
     }
     if prompt.len() >= max_len {
         let message = format!(
-            "expected at most {} tokens, for the model's context of {max_len} to hold one more, found {}",
+            "expected at most {} tokens, one less than the model's context of {max_len}, found {}",
             max_len.saturating_sub(1),
             prompt.len()
         );
@@ -453,10 +452,10 @@ fn check(request: &Request, model: &Model, tokenizer: Option<&Tokenizer>) -> Res
         return Err(Error::argument("logit_bias", outside(id)));
     }
     if tokenizer.is_none() && !config.stop_strings.is_empty() {
-        return Err(Error::argument("stop_strings", "the generator has no tokenizer to find them with"));
+        return Err(Error::argument("stop_strings", "stop strings need a tokenizer"));
     }
     if request.num_top_log_probabilities > vocab {
-        let message = format!("expected at most the {vocab} tokens of the vocabulary");
+        let message = format!("expected at most {vocab}, the size of the vocabulary");
         let message = format!("{message}, found {}", request.num_top_log_probabilities);
         return Err(Error::argument("num_top_log_probabilities", message));
     }

@@ -1,55 +1,55 @@
-//! The KV cache of a scheduler: slots that sequences take and release, and the prefixes that released slots still hold.
+//! Manages the slots of a scheduler's KV cache, and the prefixes that remain in released slots.
 
 use super::request::AdapterId;
 use crate::error::{Error, Result};
 use crate::models::{KVCache, KVCacheConfig, KVCacheType, Model};
 
-/// Slots by use, and the cache that they index.
+/// The slots and the cache that they index.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     cache: Option<KVCache>,
-    /// The type of the cache; `None` for the model's.
+    /// The type of the cache; `None` for the default of the model.
     kind: Option<KVCacheType>,
     all: Vec<Slot>,
-    /// Number of releases so far.
+    /// The number of releases so far.
     releases: u64,
 }
 
 #[derive(Debug, Default)]
 struct Slot {
     is_taken: bool,
-    /// What later sequences may use of a free slot.
+    /// The prefix in a free slot that later sequences may reuse.
     prefix: Option<Prefix>,
-    /// The number of the last release.
+    /// The value of `releases` at its last release.
     released: u64,
 }
 
-/// The tokens that a slot holds.
+/// The tokens in a slot.
 #[derive(Debug)]
 pub(super) struct Prefix {
     pub(super) ids: Vec<u32>,
     pub(super) sharing: Sharing,
 }
 
-/// Sequences with equal values share prefixes.
+/// The key for sharing prefixes: sequences with equal values share them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sharing {
     pub(super) key: u64,
     pub(super) adapter: Option<AdapterId>,
 }
 
-/// The number of first tokens that two texts have in common.
+/// The length of the common prefix of two texts.
 pub(super) fn num_common(left: &[u32], right: &[u32]) -> usize {
     left.iter().zip(right).take_while(|(left, right)| left == right).count()
 }
 
 impl Slots {
-    /// No slots yet, of a cache of this type; `None` for the model's.
+    /// Creates an empty cache of this type; `None` for the default of the model.
     pub(super) fn new(kind: Option<KVCacheType>) -> Self {
         Self { kind, ..Self::default() }
     }
 
-    /// The cache, once slots are reserved.
+    /// The cache, once slots are allocated.
     pub(super) fn cache(&mut self) -> Option<&mut KVCache> {
         self.cache.as_mut()
     }
@@ -59,7 +59,7 @@ impl Slots {
         self.all.len()
     }
 
-    /// Number of slots that sequences have taken.
+    /// The number of taken slots.
     pub(super) fn num_taken(&self) -> usize {
         self.all.iter().filter(|slot| slot.is_taken).count()
     }
@@ -75,10 +75,10 @@ impl Slots {
         self.all.iter_mut().for_each(|slot| slot.prefix = None);
     }
 
-    /// Grows the cache to at least this number of slots and tokens per slot; reports whether it moved in memory.
+    /// Grows the cache to at least this number of slots and tokens per slot; returns whether it moved in memory.
     ///
     /// # Errors
-    /// The device cannot hold it. The cache is freed then: what its slots held has to be computed again.
+    /// The cache does not fit on the device. Then it is freed, and the tokens of its slots must be recomputed.
     pub(super) fn reserve(&mut self, model: &Model, num_slots: usize, num_tokens: usize) -> Result<bool> {
         let num_slots = num_slots.max(self.all.len());
         let Some(cache) = &mut self.cache else {
@@ -92,22 +92,22 @@ impl Slots {
         }
         let grown = cache.reserve_slots(num_slots).and_then(|()| cache.reserve(num_tokens));
         if grown.is_err() {
-            // some layers may have grown and others not
+            // some layers may have grown, others not
             self.clear();
         }
         self.all.resize_with(num_slots, Slot::default);
         grown.map(|()| true)
     }
 
-    /// Takes a free slot, emptied.
+    /// Takes a free slot and clears it.
     pub(super) fn take(&mut self) -> Option<usize> {
         let index = self.next_free()?;
         self.mark_taken(index, 0);
         Some(index)
     }
 
-    /// Takes a free slot for a sequence that starts with `ids`; returns the slot and how many of these tokens it holds.
-    /// `busy` is a slot in use that holds this number of them.
+    /// Takes a free slot for a sequence that starts with `ids`; returns the slot and the number of these tokens that it
+    /// contains. `busy` is a slot in use, with its number of these tokens.
     pub(super) fn take_with_prefix(
         &mut self,
         ids: &[u32],
@@ -122,7 +122,7 @@ impl Slots {
         let (count, index, len) = self.all.iter().enumerate().filter_map(held).max().unwrap_or((0, free, 0));
         let (from, count, is_copied) = match busy {
             Some((slot, shared)) if shared > count => (slot, shared, true),
-            // another text that has little in common with this one stays
+            // do not overwrite another text that has little in common with this one
             _ => (index, count, 2 * count < len),
         };
         if !is_copied || from == free {
@@ -134,19 +134,19 @@ impl Slots {
         Some((free, if copied { count } else { 0 }))
     }
 
-    /// The free slot whose loss costs least: an empty one, else the one that was released first.
+    /// The free slot to overwrite: an empty one, else the least recently released one.
     fn next_free(&self) -> Option<usize> {
         let free = self.all.iter().enumerate().filter(|(_, slot)| !slot.is_taken);
         free.min_by_key(|(index, slot)| (slot.prefix.is_some(), slot.released, *index)).map(|(index, _)| index)
     }
 
-    /// Takes a slot with its first `len` tokens.
+    /// Takes a slot and keeps its first `len` tokens.
     fn mark_taken(&mut self, index: usize, len: usize) {
         (self.all[index].is_taken, self.all[index].prefix) = (true, None);
         self.truncate(index, len);
     }
 
-    /// Frees a slot, which may keep a prefix for later sequences.
+    /// Frees a slot, optionally keeping a prefix for later sequences.
     pub(super) fn release(&mut self, index: usize, prefix: Option<Prefix>) {
         self.truncate(index, prefix.as_ref().map_or(0, |prefix| prefix.ids.len()));
         self.releases += 1;
@@ -155,14 +155,14 @@ impl Slots {
         }
     }
 
-    /// Forgets the prefixes that an adapter computed.
+    /// Drops the prefixes of an adapter.
     pub(super) fn forget_adapter(&mut self, adapter: AdapterId) {
         for slot in &mut self.all {
             slot.prefix.take_if(|prefix| prefix.sharing.adapter == Some(adapter));
         }
     }
 
-    /// Forgets all tokens of a slot from position `len` on.
+    /// Truncates a slot to `len` tokens.
     pub(super) fn truncate(&mut self, index: usize, len: usize) {
         if let Some(cache) = &mut self.cache {
             cache.truncate(index, len);
@@ -170,7 +170,7 @@ impl Slots {
     }
 }
 
-/// An empty cache of a type, or of the type that suits a model.
+/// Creates an empty cache for a model, of this type or the default of the model.
 pub(super) fn new_cache(
     model: &Model,
     kind: Option<KVCacheType>,
@@ -182,18 +182,18 @@ pub(super) fn new_cache(
     KVCache::with_type(cache_config(model, num_slots, num_tokens), &model.device(), kind)
 }
 
-/// The bytes of a cache.
+/// The size of a cache in bytes.
 pub(super) fn cache_bytes(model: &Model, kind: Option<KVCacheType>, num_slots: usize, num_tokens: usize) -> usize {
     cache_config(model, num_slots, num_tokens).num_bytes(kind.unwrap_or_else(|| default_kind(model)))
 }
 
-/// Checks that the cache of a model can store this type on its device.
+/// Checks that the cache of a model supports this type on its device.
 pub(super) fn check_kind(model: &Model, kind: Option<KVCacheType>) -> Result<()> {
     let Some(kind) = kind else { return Ok(()) };
     let default = default_kind(model);
     if !model.device().is_cpu() && kind != default {
         let message = format!(
-            "expected `{default}`, the type of the weights: on {} the cache has no other, found `{kind}`",
+            "expected `{default}`, the type of the weights, the only type that {} supports, found `{kind}`",
             model.device().name()
         );
         return Err(Error::argument("kv_cache", message));
@@ -201,7 +201,8 @@ pub(super) fn check_kind(model: &Model, kind: Option<KVCacheType>) -> Result<()>
     kind.check_head_dim(model.config().head_dim)
 }
 
-/// The type that suits a model: f32 for f32 and quantized weights; f16 for others on the CPU, elsewhere that of the weights.
+/// The default type for a model: f32 for f32 and quantized weights; for other weights f16 on the CPU, and the type of the
+/// weights on other devices.
 fn default_kind(model: &Model) -> KVCacheType {
     match KVCacheType::from_dtype(model.dtype()) {
         Some(KVCacheType::F32) | None => KVCacheType::F32,

@@ -1,30 +1,30 @@
-//! How drafts of the next tokens are made.
+//! [`Speculation`]: how the next tokens are drafted.
 
 use crate::error::{Error, Result};
 
-/// How the next tokens of a sequence are guessed, so that one pass can compute several.
+/// How the next tokens of a sequence are drafted, so that one pass can compute several.
 ///
-/// A draft never changes an answer: the sampler draws every token from the logits of the model, and drafts that differ from
-/// the drawn tokens are discarded. On the CPU tokens and log-probabilities have the same bits with and without drafts. On Metal
-/// and CUDA drafts are made only while steps with them are measured to be faster than steps without.
+/// A draft never changes an answer: every token is sampled from the logits of the model, and drafts that differ from the
+/// sampled tokens are discarded. On the CPU, tokens and log-probabilities are identical with and without drafts. On Metal and
+/// CUDA, drafts are used only while steps with drafts are measured to be faster than steps without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Speculation {
     /// Each step computes one token.
     #[default]
     Off,
-    /// Drafts the tokens that followed the last tokens where these occurred before: in the predicted text, else in the
-    /// prompt and the answer so far (prompt lookup). A sequence that rejects most of its drafts stops drafting for a while.
+    /// Drafts the tokens that followed an earlier occurrence of the last tokens: in the predicted text, else in the prompt and
+    /// the answer so far (prompt lookup). A sequence that rejects most of its drafts stops drafting for a while.
     Lookup {
         /// Most tokens of a draft, 1 to 64.
         max_tokens: usize,
-        /// Fewest last tokens that must occur before, at least 1.
+        /// Fewest last tokens that must match, at least 1.
         min_ngram: usize,
         /// Most last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
         max_ngram: usize,
     },
-    /// Drafts the most probable tokens of the draft model of the [`Scheduler`](super::Scheduler), after what is left of the
-    /// predicted text. A sequence that rejects most of its drafts stops drafting for a while.
+    /// Drafts the rest of the predicted text, then the most probable tokens of the draft model of the
+    /// [`Scheduler`](super::Scheduler). A sequence that rejects most of its drafts stops drafting for a while.
     DraftModel {
         /// Most tokens of a draft, 1 to 64.
         max_tokens: usize,
@@ -32,16 +32,16 @@ pub enum Speculation {
 }
 
 impl Speculation {
-    /// Drafts of up to 4 tokens by the last 2 to 4.
+    /// Prompt lookup with drafts of up to 4 tokens, matching the last 2 to 4 tokens.
     pub const LOOKUP: Self = Self::Lookup { max_tokens: 4, min_ngram: 2, max_ngram: 4 };
 
-    /// Most tokens of a draft or of a comparison.
+    /// Most tokens of a draft or a match.
     const MAX_TOKENS: usize = 64;
 
     /// Checks the range of every setting.
     ///
     /// # Errors
-    /// The first setting that is out of its range.
+    /// A setting is out of its range.
     pub fn validate(&self) -> Result<()> {
         let (max_tokens, min_ngram, max_ngram) = match *self {
             Self::Off => return Ok(()),

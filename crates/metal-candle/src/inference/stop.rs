@@ -1,8 +1,8 @@
 //! Finds stop strings in streamed text.
 
-/// Finds stop strings in a stream of pieces, including those that straddle pieces.
+/// Finds stop strings in a stream of pieces, including stop strings that straddle pieces.
 ///
-/// Text that may be the start of a stop string is held back, so the returned text never contains a part of one.
+/// Text that may be the start of a stop string is held back, so the returned text never contains a part of a stop string.
 #[derive(Debug, Clone)]
 pub(super) struct StopMatcher {
     stop_strings: Vec<String>,
@@ -11,17 +11,17 @@ pub(super) struct StopMatcher {
     found: Option<usize>,
 }
 
-/// The text that a piece releases.
+/// The text released by a piece.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Matched {
-    /// The text that cannot be a part of a stop string.
+    /// The text that is not part of a stop string.
     pub(super) text: String,
-    /// Whether a stop string followed it.
+    /// Whether a stop string follows it.
     pub(super) stopped: bool,
 }
 
 impl StopMatcher {
-    /// A matcher for these strings, none of which may be empty.
+    /// Creates a matcher for these strings, which must not be empty.
     pub(super) fn new(stop_strings: Vec<String>) -> Self {
         Self { stop_strings, held: String::new(), found: None }
     }
@@ -46,7 +46,7 @@ impl StopMatcher {
         Matched { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
-    /// Adds the last piece and returns the held text too.
+    /// Adds the last piece and also returns the held text.
     pub(super) fn finish(&mut self, piece: &str) -> Matched {
         let mut matched = self.push(piece);
         if !matched.stopped {
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn the_string_that_was_reached_is_named() {
+    fn the_reached_string_is_returned() {
         let mut matcher = StopMatcher::new(vec!["three".into(), "two".into()]);
         assert_eq!(matcher.found(), None);
         assert!(!matcher.push("one tw").stopped && matcher.found().is_none());
@@ -99,17 +99,17 @@ mod tests {
     }
 
     #[test]
-    fn a_beginning_that_is_not_continued_is_let_through() {
+    fn an_incomplete_stop_string_is_released() {
         assert_eq!(run(&["ab", "ac", "ab"], &["abd"]), (["", "abac", "", "ab"].map(String::from).to_vec(), false));
     }
 
     #[test]
-    fn the_first_of_several_counts() {
+    fn the_first_of_several_stop_strings_applies() {
         assert_eq!(run(&["one two three"], &["three", "two"]), (vec!["one ".into()], true));
     }
 
     #[test]
-    fn characters_of_several_bytes_stay_whole() {
+    fn multibyte_characters_are_not_split() {
         // both start with the byte 0xC3
         assert_eq!(run(&["ä", "ü!"], &["ö"]), (["ä", "ü!", ""].map(String::from).to_vec(), false));
         assert_eq!(run(&["aé", "è"], &["éè"]), (vec!["a".into(), String::new()], true));
@@ -144,7 +144,7 @@ mod tests {
             if !stopped {
                 out.push_str(&matcher.finish("").text);
             }
-            // the string that is complete first ends the text, at its start
+            // the string that is completed first ends the text, at its start
             let end = stop_strings.iter().filter_map(|stop| text.find(stop.as_str()).map(|at| at + stop.len())).min();
             prop_assert_eq!(stopped, end.is_some());
             prop_assert!(text.starts_with(&out));

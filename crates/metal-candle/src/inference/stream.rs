@@ -1,4 +1,4 @@
-//! Streams pieces asynchronously from a thread, without an async runtime.
+//! [`PieceStream`]: streams pieces asynchronously from a thread, without an async runtime.
 
 use super::generation::{GenerationConfig, Piece, Prompt};
 use super::generator::Generator;
@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
-/// Most pieces that the thread computes ahead of the reader.
+/// Most pieces that the thread may be ahead of the reader.
 const MAX_AHEAD: usize = 16;
 
 /// The pieces of a generation that runs on its own thread.
@@ -27,7 +27,7 @@ pub struct PieceStream {
 #[derive(Debug, Default)]
 struct Channel {
     state: Mutex<State>,
-    /// Signalled when a piece is taken and when the reader is dropped.
+    /// Notified when a piece is taken and when the reader is dropped.
     taken: Condvar,
 }
 
@@ -35,9 +35,9 @@ struct Channel {
 struct State {
     pieces: VecDeque<Result<Piece>>,
     reader: Option<Waker>,
-    /// The thread will add no piece.
+    /// The thread will add no more pieces.
     is_complete: bool,
-    /// The reader will take no piece.
+    /// The reader will take no more pieces.
     is_cancelled: bool,
 }
 
@@ -46,7 +46,7 @@ impl Channel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a piece once fewer than `MAX_AHEAD` wait; returns whether the reader still exists.
+    /// Waits until fewer than `MAX_AHEAD` pieces are unread, then adds a piece; returns whether the reader still exists.
     fn send(&self, piece: Result<Piece>) -> bool {
         let full = |state: &mut State| state.pieces.len() >= MAX_AHEAD && !state.is_cancelled;
         let mut state = self.taken.wait_while(self.state(), full).unwrap_or_else(PoisonError::into_inner);
@@ -70,7 +70,7 @@ impl Channel {
     }
 }
 
-/// Completes the stream, also when the thread unwinds.
+/// Completes the stream on drop, also if the thread unwinds.
 struct Completion(Arc<Channel>);
 
 impl Drop for Completion {

@@ -259,7 +259,7 @@ fn the_context_is_a_limit() {
     assert_eq!(generation.tokens.len(), 6);
     assert_eq!(generator.generate(ids(15), &greedy(1)).unwrap().finish.reason, FinishReason::MaxTokens);
     let error = generator.generate(ids(16), &greedy(1)).unwrap_err();
-    let wanted = "expected at most 15 tokens, for the model's context of 16 to hold one more, found 16";
+    let wanted = "expected at most 15 tokens, one less than the model's context of 16, found 16";
     assert_eq!(argument(&error), ("prompt", wanted));
 }
 

@@ -218,7 +218,7 @@ fn settings_of_speculation_are_checked() {
     let mut other = config();
     other.vocab_size += 1;
     let error = new_scheduler(&model).with_draft_model(model_of(other, DType::F32)).unwrap_err();
-    assert_eq!(argument(&error), ("draft_model", "expected a vocabulary of 502 tokens, that of the model, found 503"));
+    assert_eq!(argument(&error), ("draft_model", "expected the model's vocabulary of 502 tokens, found 503"));
     for (max_tokens, min_ngram, max_ngram) in [(0, 1, 1), (65, 1, 1), (1, 0, 1), (1, 3, 2), (1, 1, 65)] {
         let speculation = Speculation::Lookup { max_tokens, min_ngram, max_ngram };
         let request = Request::new([1], greedy(1)).with_speculation(speculation);

@@ -1,4 +1,4 @@
-//! Assigns slots to waiting sequences and releases those of preempted ones.
+//! Assigns slots to waiting sequences, and preempts running sequences.
 
 use super::Scheduler;
 use crate::error::{Error, Result};
@@ -8,10 +8,10 @@ use crate::inference::slots::{Slots, num_common};
 use std::collections::VecDeque;
 
 impl Scheduler {
-    /// Pauses a running sequence and takes its slot for others. Once it is resumed by [`Scheduler::set_paused`] and gets a slot,
-    /// its text is computed again, as far as no slot holds it; on the CPU this changes no bit of what follows.
+    /// Pauses a running sequence and frees its slot for others. After it is resumed with [`Scheduler::set_paused`] and gets a
+    /// slot, its text is recomputed unless it is still cached; on the CPU this does not change the following tokens.
     ///
-    /// Samples whose prompt is not yet computed leave together, and wait until the first of them is resumed. A sequence that waits
+    /// Samples whose prompt has not been computed are preempted together, until the first of them is resumed. A waiting sequence
     /// is only paused.
     ///
     /// # Errors
@@ -41,11 +41,11 @@ impl Scheduler {
         }
         let needed = (self.slots.num_taken() + self.num_waiting()).min(max);
         let is_empty = self.slots.num_bytes() == 0;
-        // doubling keeps the copies of a growing cache few
+        // doubling limits the number of copies of a growing cache
         let grown = if needed > self.slots.len() { needed.max(2 * self.slots.len()).min(max) } else { needed };
-        let room = self.waiting.iter().map(Sequence::first_room).max().unwrap_or(0);
-        self.grow(grown, if is_empty { room } else { 0 })?;
-        // a prompt that has been fed in this step comes after those that have not
+        let capacity = self.waiting.iter().map(Sequence::first_capacity).max().unwrap_or(0);
+        self.grow(grown, if is_empty { capacity } else { 0 })?;
+        // a prompt that was computed in this step comes after the others
         let step = self.num_steps.saturating_sub(1);
         while let Some(next) = next(&self.waiting).filter(|&next| fits(&self.slots, &self.waiting[next])) {
             let Some(mut sequence) = self.waiting.remove(next) else { break };
@@ -59,10 +59,10 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes a slot for a sequence; returns it and the number of first tokens that it holds, at most all but the last, whose
-    /// logits are needed.
+    /// Takes a slot for a sequence; returns the slot and the number of first tokens that it contains, at most all except the last
+    /// token, whose logits are required.
     fn take_slot(&mut self, sequence: &Sequence) -> Option<(usize, usize)> {
-        // keys that depend on the length of their text are of no use to other texts
+        // keys that depend on the length of their text cannot be reused for other texts
         let sharing = sequence.sharing().filter(|_| self.model.rotary_limit().is_none());
         let Some(sharing) = sharing else { return Some((self.slots.take()?, 0)) };
         let ids = &sequence.ids()[..sequence.ids().len() - 1];
