@@ -2,9 +2,9 @@
 
     python dev/check_export.py BINARY LLAMA_CPP [BUILD MODEL.gguf]
 
-LLAMA_CPP is a source tree of llama.cpp, for its `convert_hf_to_gguf.py`: tiny random models of each architecture are converted by both.
-With BUILD, a folder with `llama-quantize` and `llama-imatrix`, MODEL.gguf (f32, f16 or bf16) is quantized to each mixture by both, with and
-without an importance matrix. Exit code 1 if anything differs.
+LLAMA_CPP is a source tree of llama.cpp, for its `convert_hf_to_gguf.py`: both programs convert tiny random models of each architecture.
+With BUILD, a folder with `llama-quantize` and `llama-imatrix`, both quantize MODEL.gguf (f32, f16 or bf16) to each mixture, with and
+without an importance matrix. Exits with 1 if anything differs.
 """
 
 import subprocess
@@ -16,12 +16,12 @@ from check_gguf import CASES, COMMON, convert
 from families import build_config, make_model
 from gguf import GGUFReader
 
-# what only one of the programs writes, and what depends on a tokenizer or on the name of a folder
+# keys that only one of the programs writes, or that depend on a tokenizer or a folder name
 IGNORED = ("GGUF.", "general.", "tokenizer.", "metal_candle.", "quantize.imatrix.")
-# our files always say how wide heads are and how much of them rotates, and the windows of each layer
+# our files always contain head sizes, rotated sizes and the window of each layer
 OURS = ("attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size", "attention.sliding_window_pattern",
         "rope.freq_base", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "attention.scale", "rope.freq_base_swa")
-# what the converter always writes of some architectures and what changes nothing
+# keys that the converter always writes for some architectures and that have no effect
 THEIRS = {"attention.sliding_window": 0, "rope.scaling.type": "none", "rope.scaling.original_context_length": COMMON["max_position_embeddings"]}
 MIXTURES = (
     "q8_0 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k".split()
@@ -53,7 +53,7 @@ def differences(theirs, ours):
         elif a.tensor_type != b.tensor_type or list(a.shape) != list(b.shape):
             yield f"{name}: {a.tensor_type.name} {list(a.shape)} and {b.tensor_type.name} {list(b.shape)}"
         elif name.startswith("rope_"):
-            # tables of divisors, which are computed in another order
+            # tables of divisors are computed in another order
             if abs(a.data / b.data - 1).max() > 1e-6:
                 yield f"{name}: other divisors"
         elif a.data.tobytes() != b.data.tobytes():

@@ -2,9 +2,9 @@
 
     python dev/check_families.py BINARY [--seed N] [--models N] [--family NAME] [--only WORD] [--keep FOLDER]
 
-Sizes, features, the style of config.json, the type and the number of the weight files are drawn from the seed. Compared are, for each model:
-logits, 64 greedy tokens, a step of SGD on a LoRA, adapters written by peft and read by us and the other way, and fused models read by
-transformers. A table on standard output; exit code 1 if anything differs.
+The seed determines sizes, features, the style of config.json, and the type and number of weight files. For each model, the script compares
+logits, 64 greedy tokens, an SGD step on a LoRA, adapters in both directions between peft and metal-candle, and fused models read by
+transformers. Prints a table; exits with 1 if anything differs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def maybe(draw, share=0.5):
 
 
 def draw_rope(draw, rotated, types=("linear", "llama3", "yarn", "dynamic", "longrope")):
-    """Parameters of a rotary table for heads of which `rotated` values turn."""
+    """Parameters of a rotary table for heads with `rotated` rotated values."""
     rope = dict(rope_type="default", rope_theta=draw.choice([1e4, 1e4, 5e5, 1e6, 1234.5, 100.0]))
     if maybe(draw):
         return rope
@@ -70,7 +70,7 @@ def draw_keys(draw, family):
     kv_heads, layers = draw.choice([1, 2, 3]), draw.randint(1, 5)
     heads = kv_heads * draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 20, 32, 32, 6, 10, 48, 96])
-    # llama and gemma insist on whole quotients, whatever the head's own width
+    # llama and gemma require whole quotients, whatever the head size
     hidden = heads * draw.choice([head_dim, 8, 12])
     # transformers caches everything for a window of 1
     window = draw.choice([2, 3, 8, 17, 64, 4096])
@@ -174,7 +174,7 @@ FAMILIES = [
 
 
 def to_old_style(draw, config):
-    """config.json in the words of transformers 4. Where that cannot say the same, transformers itself reads something else, as we must."""
+    """config.json with the keys of transformers 4. If they cannot express a setting, transformers reads another one, and so must we."""
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.46.0"
     rope = config.pop("rope_parameters", None) or {}
@@ -207,7 +207,7 @@ def to_old_style(draw, config):
 
 
 def edit_config(draw, folder):
-    """Rewrites config.json as another writer might have left it; whatever it then means is what transformers makes of it."""
+    """Rewrites config.json as another program might write it; transformers defines its meaning."""
     path = folder / "config.json"
     whole = json.loads(path.read_text())
     config = whole.get("text_config", whole)
@@ -220,7 +220,7 @@ def edit_config(draw, folder):
             if key != "model_type" and key in defaults and defaults[key] == value and maybe(draw):
                 del config[key]
     kind = config["model_type"]
-    # keys whose absence or presence means something else than a default
+    # keys whose absence does not mean a default
     if kind == "mistral" and maybe(draw, 0.3):
         config["layer_types"] = draw_layer_types(draw, config["num_hidden_layers"])
         config["sliding_window"] = config.get("sliding_window") or 5
@@ -242,7 +242,7 @@ def edit_config(draw, folder):
 
 
 def write_model(draw, folder, family, seed):
-    """Makes and saves a model; returns what to print of it."""
+    """Creates and saves a model; returns a description to print."""
     keys = draw_keys(draw, family)
     model = make_model(build_config(**keys), seed, std=None)
     dtype, shard = draw.choice([(torch.float32, "1GB"), (torch.float32, "60KB"), (torch.bfloat16, "1GB"), (torch.float16, "40KB")])
@@ -263,7 +263,7 @@ def check_logits(checks, name, folder, draw):
 
 
 def refusal(checks, folder):
-    """Why the model cannot be loaded, if so: one line instead of a failure of each check."""
+    """Why the model cannot be loaded, if it cannot: one line instead of a failure of each check."""
     try:
         checks.logits(folder, [1])
     except RuntimeError as error:
@@ -284,7 +284,7 @@ def check_generation(checks, name, folder, draw):
         if equal < len(wanted):
             logits = logits_of(model, answer["prompt_ids"] + wanted[:equal])[-1]
             lead = (logits[wanted[equal]] - logits[found[equal]]).item()
-            # rounding may decide between equals
+            # rounding may decide between equal logits
             return (0.0 if abs(lead) < 3e-3 else float(len(wanted) - equal)), 0.0, f"token {equal} differs, {lead:.2g} worse"
         return float(len(found) != len(wanted)), 0.0, f"smallest lead {lead:.2g}"
 
@@ -322,13 +322,13 @@ def check_step(checks, name, folder, adapter, draw):
         largest = max(gradient.abs().max().item() for gradient in gradients.values())
         for key, gradient in gradients.items():
             found = (before[key] - after[key]) / LEARNING_RATE
-            # what f32 leaves of a gradient once it is subtracted
+            # the precision of a gradient after the subtraction in f32
             room = before[key].abs().max().item() * 2e-7 / LEARNING_RATE
-            # some gradients are zero but for rounding, as those of queries that see one key only
+            # some gradients are zero except for rounding, such as those of queries with a single key
             error = max(0.0, (found - gradient).abs().max().item() - room) / max(gradient.abs().max().item(), 1e-3 * largest)
             if error > worst:
                 worst, where = error, key
-        # weights in half precision multiply gradients that are rounded like them
+        # half-precision weights multiply gradients that are rounded to half precision
         is_narrow = any(tensor.dtype != torch.float32 for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
         return worst, 3e-2 if is_narrow else TOLERANCE, f"{len(gradients)} tensors, worst is {where}"
 
@@ -336,7 +336,7 @@ def check_step(checks, name, folder, adapter, draw):
 
 
 def check_new_adapter(checks, name, folder, draw):
-    """An adapter with default targets, and one on all linear layers, trained from nothing and read by peft."""
+    """An adapter with default targets, and one on all linear layers, trained by metal-candle and read by peft."""
     for kind, flags in {"default": [], "all-linear": ["--target-modules", "all-linear", "--rank", 3], "dora": ["--use-dora", "--rank", 2]}.items():
         run = checks.work / f"{name}-new-{kind}"
 
@@ -410,7 +410,7 @@ KINDS = [
 
 
 def renamed(family, value):
-    """The settings of an adapter with the family's names of its linear layers."""
+    """The settings of an adapter with the family's names of linear layers."""
     if isinstance(value, dict):
         return {renamed(family, key): renamed(family, entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -440,7 +440,7 @@ def check_kinds(checks, name, folder, family, draw):
             checks.run("fuse", "--model", folder, "--adapter", adapter, "--output", fused, "--device", "cpu", "--dtype", "f32")
             return difference(logits_of(load_model(fused), ids), wanted), TOLERANCE
 
-        # merging these changes a tied head otherwise than the adapter does
+        # merging these changes a tied head differently than the adapter
         if kind not in ("embeddings", "saved"):
             checks.check(f"{name} adapter {kind} fused", fuse)
 
@@ -451,8 +451,8 @@ def main():
     parser.add_argument("--seed", type=int, default=None, help="[default: random]")
     parser.add_argument("--models", type=int, default=2, help="models of each family")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given more than once")
-    parser.add_argument("--only", default="", help="only checks whose name holds this")
-    parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which stays")
+    parser.add_argument("--only", default="", help="only checks whose name contains this")
+    parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which is not deleted")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -476,7 +476,7 @@ def main():
                 check_generation(checks, name, folder, draw)
                 check_adapter(checks, name, folder, seed, draw)
                 if family != "gemma3":
-                    # PEFT would extend the vision tower too
+                    # PEFT would adapt the vision tower, too
                     check_kinds(checks, name, folder, family, draw)
     print(f"{checks.count} checks, {checks.failures} failed, largest difference of logits among the others {checks.largest:.3g}")
     return 1 if checks.failures or not checks.count else 0

@@ -1,9 +1,9 @@
-"""Compares the GGUF files of llama.cpp's converter, as a built `metal-candle` reads them, with the models of transformers that they come from.
+"""Compares the logits of GGUF files of llama.cpp's converter in a built `metal-candle` with those of the source models in transformers.
 
     python dev/check_gguf.py BINARY LLAMA_CPP [NAME ...]
 
 LLAMA_CPP is a source tree of llama.cpp, for its `convert_hf_to_gguf.py`. Each model is tiny and random, converted to f32 without a tokenizer.
-A table on standard output; exit code 1 if anything differs.
+Prints a table; exits with 1 if anything differs.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# the package of the same name that may be installed is older than the source tree
+# an installed package with the same name may be older than the source tree
 LLAMA_CPP = next((argument for argument in sys.argv[1:] if (Path(argument) / "gguf-py").is_dir()), "")
 sys.path[:0] = [str(Path(LLAMA_CPP) / "gguf-py"), LLAMA_CPP]
 

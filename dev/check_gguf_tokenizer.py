@@ -2,8 +2,8 @@
 
     python dev/check_gguf_tokenizer.py LLAMA_CPP FOLDER FILE.gguf
 
-LLAMA_CPP is a source tree of llama.cpp, for its `convert_hf_to_gguf.py`; FOLDER has a tokenizer and a `config.json`, no weights are read.
-A line for each key `tokenizer.*`; exit code 1 if a value differs. Keys that only one of the files has are named and do not count:
+LLAMA_CPP is a source tree of llama.cpp, for its `convert_hf_to_gguf.py`; FOLDER has a tokenizer and a `config.json`; weights are not read.
+Prints a line for each key `tokenizer.*`; exits with 1 if a value differs. Keys in only one of the files are printed and do not count:
 `add_eos_token` is always written here, `add_sep_token` never. Without a `tokenizer.model` the converter has no scores and writes -1000.
 """
 

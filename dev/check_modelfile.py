@@ -2,8 +2,8 @@
 
     python dev/check_modelfile.py GO MODELFILE FOLDER
 
-GO is the `go` program, FOLDER has the tokenizer of the model. Conversations of one to four turns, with and without a system message;
-exit code 1 if one differs.
+GO is the `go` program, FOLDER has the tokenizer of the model. Renders conversations of one to four turns, with and without a system
+message; exits with 1 if one differs.
 """
 
 import json

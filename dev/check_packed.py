@@ -1,8 +1,8 @@
-"""Compares quantized checkpoints, as a built `metal-candle` reads them, with mlx-lm and transformers.
+"""Compares the logits of quantized checkpoints in a built `metal-candle` with mlx-lm and transformers.
 
     python dev/check_packed.py BINARY GPTQMODEL AUTOAWQ [NAME ...]
 
-GPTQMODEL and AUTOAWQ are source trees, as for `reference_packed.py`. Models are tiny and random. A table on standard output; exit code 1 if anything differs.
+GPTQMODEL and AUTOAWQ are source trees, as for `reference_packed.py`. Models are tiny and random. Prints a table; exits with 1 if anything differs.
 """
 
 import copy
@@ -23,10 +23,10 @@ from packed import mlx_logits, write_mlx
 from packed_tools import awq, compressed, fp8, functions_of, gptq, logits_of, write_model
 
 TOLERANCE = 2e-5
-# of matrices that are held dense in f16 or bf16
+# for matrices that are stored dense in f16 or bf16
 ROUNDED = dict(bfloat16=5e-2, float16=6e-3)
 MLX = [dict(bits=bits, group_size=group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)] + [dict(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
-# what mlx-lm does not read
+# not supported by mlx-lm
 CHANGES = dict(gemma2=dict(sliding_window=64), gemma3=dict(rope_parameters={kind: PLAIN for kind in (SLIDING, FULL)}))
 FAMILIES = ["llama", "llama-tied", "llama-llama3", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2"]
 
@@ -51,13 +51,13 @@ def check_mlx(binary, name, settings, seed):
 
 
 def compare(binary, folder, ids, expected):
-    """The largest differences of logits, as a part of the largest logit: with weights as they are held, and in f32."""
+    """The largest differences of logits relative to the largest logit: with weights as stored, and in f32."""
     found = [our_logits(binary, folder, ids, *flags) for flags in ([], ["--dtype", "f32"])]
     return [((logits - expected).abs().max() / expected.abs().max()).item() for logits in found]
 
 
 def check_bitsandbytes(binary, folder, model, settings):
-    """What transformers writes of a model that bitsandbytes quantized."""
+    """Writes a model quantized with bitsandbytes through transformers."""
     copy.deepcopy(model).bfloat16().save_pretrained(folder / "source")
     config = transformers.BitsAndBytesConfig(**settings)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder / "source", quantization_config=config, device_map="cpu", dtype=torch.bfloat16)
@@ -76,7 +76,7 @@ def check_bitsandbytes(binary, folder, model, settings):
 
 
 def other_methods(gptq_tool, awq_tool):
-    """Names, functions that quantize a matrix, and what `config.json` says."""
+    """Names, functions that quantize a matrix, and the entries of `config.json`."""
     noise = torch.Generator().manual_seed(5)
     group = dict(type="int", strategy="group", group_size=32)
     float8 = lambda **keys: lambda weight: compressed(weight, noise, packed=False, num_bits=8, type="float", symmetric=True, **keys)

@@ -1,10 +1,10 @@
-"""Compares a built `metal-candle` with transformers and peft on random models they have never seen.
+"""Compares a built `metal-candle` with transformers and peft on random models.
 
     python dev/check_peft.py target/release/metal-candle [--seed N] [--models N] [--only WORD] [--keep FOLDER]
 
-Each model has an odd shape drawn from the seed (printed, so that a run can be repeated). Compared are: logits, plain and with
-adapters that peft or mlx-lm would have written; adapters that `metal-candle train` wrote, read by peft; adapters that `metal-candle convert` wrote, read by mlx-lm and peft; models that `metal-candle fuse` wrote, read by
-transformers. A table on standard output; exit code 1 if anything differs.
+The seed (printed, so that a run can be repeated) determines the unusual shape of each model. The script compares logits, plain and with
+adapters in the formats of peft and mlx-lm; adapters of `metal-candle train`, read by peft; adapters of `metal-candle convert`, read by
+mlx-lm and peft; and models of `metal-candle fuse`, read by transformers. Prints a table; exits with 1 if anything differs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ WORDS = "the of sum value token model returns length index slice first last and 
 
 
 def draw_sizes(draw):
-    """A Qwen2 configuration nobody would choose."""
+    """An unusual Qwen2 configuration."""
     kv_heads = draw.choice([1, 2, 3])
     heads = kv_heads * draw.choice([1, 2, 3, 7])
     head_dim = draw.choice([6, 8, 10, 16, 34])
@@ -63,7 +63,7 @@ def make_model(folder, sizes, seed, dtype, shard_size):
 
 
 def load_model(folder):
-    """The model with its weights as saved, computing in f32."""
+    """The model with its weights as saved, using f32."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -107,7 +107,7 @@ class Checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name:<58} {difference:>10.3g}  {tolerance:>8.1g}  {note}", flush=True)
 
     def check(self, name, compute):
-        """`compute` gives the difference, its tolerance and a note."""
+        """`compute` returns the difference, its tolerance and a note."""
         if not self.wanted(name):
             return
         self.count += 1
@@ -120,7 +120,7 @@ class Checks:
 def difference(found, wanted):
     if found.shape != wanted.shape:
         raise ValueError(f"shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
-    # Random adapters make large logits; the tolerance is meant for those below ten.
+    # Random adapters cause large logits; the tolerance is for logits below ten.
     return ((found - wanted).abs().max() / max(1.0, wanted.abs().max().item() / 10.0)).item()
 
 
@@ -180,7 +180,7 @@ def write_adapter(wrapped, folder, writing):
         save_file(tensors, path)
     if writing == "bf16":
         save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
-        # copies of the base's weights stand for those weights, whatever they were rounded to
+        # copies of the base's weights are accepted, whatever they were rounded to
         peft.set_peft_model_state_dict(wrapped, {name: tensor for name, tensor in load_file(path).items() if "base_layer.weight" not in name})
     if "bin" in writing:
         torch.save(tensors, folder / "adapter_model.bin")
@@ -203,7 +203,7 @@ def make_adapter(folder, model_folder, settings, seed, writing="auto"):
 
 
 def as_mlx(folder, peft_folder, layers):
-    """The same adapter in mlx-lm's words, for the kinds that it can say."""
+    """The same adapter in mlx-lm's format, for the kinds that it supports."""
     config = json.loads((peft_folder / "adapter_config.json").read_text())
     tensors = load_file(peft_folder / "adapter_model.safetensors")
     names = {k.removeprefix("base_model.model.").replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"): v for k, v in tensors.items()}
@@ -216,7 +216,7 @@ def as_mlx(folder, peft_folder, layers):
     }))
 
 
-# Kinds that are no low-rank terms alone; and those whose terms mlx-lm would apply to a tied head too.
+# Kinds with more than low-rank updates, and kinds whose updates mlx-lm would also apply to a tied head.
 UNKNOWN_TO_MLX = [
     "dora-embeddings", "saved", "saved-embedding", "saved-in-blocks", "bias-all", "bias-lora-only", "bias-all-saved", "dora-bias", "tokens",
     "tokens-bias", "tokens-in-head", "tokens-of-head", "tokens-tied", "saved-embedding-tied", "saved-head-tied",
@@ -225,7 +225,7 @@ OF_EMBEDDING = ["embeddings", "embedding-tied"]
 
 
 def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unknown):
-    """`convert` to mlx-lm, run by mlx-lm, and back to PEFT, run by peft; what mlx-lm cannot hold must be refused."""
+    """`convert` to mlx-lm, run by mlx-lm, and back to PEFT, run by peft; adapters that mlx-lm does not support must be refused."""
     mlx, back = Path(f"{adapter}-to-mlx"), Path(f"{adapter}-to-peft")
 
     def convert(source, target, kind):
@@ -238,7 +238,7 @@ def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unkn
             if "mlx-lm" in str(error) and "exit code 1" in str(error) and not mlx.exists():
                 return 0.0, 0.0
             raise
-        raise ValueError("mlx-lm cannot hold this, but it was written")
+        raise ValueError("mlx-lm does not support this adapter, but it was written")
 
     def by_mlx():
         import mlx.core as mx
@@ -246,7 +246,7 @@ def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unkn
         from mlx_lm.utils import load_model as load_mlx
 
         convert(adapter, mlx, "mlx")
-        # mlx-lm reads `rope_theta` in the place where transformers 4 wrote it
+        # mlx-lm reads `rope_theta` where transformers 4 wrote it
         model = load_mlx(folder, model_config={"rope_theta": sizes["rope_theta"]})[0]
         model.set_dtype(mx.float32)
         load_adapters(model, str(mlx)).eval()
@@ -256,7 +256,7 @@ def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unkn
         convert(mlx if mlx.exists() else adapter, back, "peft")
         return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), wanted), TOLERANCE
 
-    # mlx-lm takes heads for as wide as they would be in equal parts
+    # mlx-lm assumes that the head size is the width divided by the number of heads
     if is_unknown or sizes["hidden_size"] == sizes["num_attention_heads"] * sizes["head_dim"]:
         checks.check(title + " converted to mlx", refused if is_unknown else by_mlx)
     checks.check(title + " converted back", by_peft)

@@ -1,12 +1,13 @@
-"""Compares chat templates with transformers: the text of every conversation with every published template, and what is trained.
+"""Compares chat templates with transformers: the text and trained parts of every conversation with every published template.
 
 Templates: the `.jinja` files of the PyPI packages `trl` and `llama-cpp-python` (source, `models/templates`), fetched by pip unless
 folders are given. Needs transformers and trl; run `python dev/check_templates.py --binary target/release/metal-candle`.
 
-Text must equal that of `apply_chat_template`, with and without a generation prompt. The trained part of each answer is held against two renderings: the conversation before the answer with a generation prompt,
-and the conversation up to the answer. Where both are a beginning of the whole, the trained part is what lies between them, without
-white space after the end token. What a template marks by `{% generation %}` is compared with
-transformers' marks. Elsewhere the trained part must hold the answer's strings and nothing of other messages. NAMED holds exceptions.
+The text must equal that of `apply_chat_template`, with and without a generation prompt. The trained part of each answer is compared with
+two renderings: the conversation before the answer with a generation prompt, and the conversation including the answer. If both are a
+prefix of the whole text, the trained part must be the text between them, without white space after the end token. Parts marked with
+`{% generation %}` are compared with transformers' marks. Otherwise the trained part must contain the answer's strings and nothing of other
+messages. NAMED lists exceptions.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Speed and memory of LoRA training beside PEFT's, both sides by turns in one go.
+"""Compares speed and memory of LoRA training with PEFT, alternating between both sides.
 
     python dev/compare_peft.py target/release/metal-candle [--python PYTHON] [--rounds 3] [--steps 4] [--threads N]
                                [--only WORD] [--types f32,bf16] [--work FOLDER]
 
-Models with random weights in bf16 are made in FOLDER if they are not there, at the shape of Qwen2.5-0.5B and at a tiny one. All sides
-train LoRA of rank 8 with AdamW on sequences of 256 tokens: metal-candle with the weights as in the file, PEFT with them widened to
-f32 and in bf16 (its adapters are f32 in both). A round is one process of each side, one after the other; each makes a step that
-does not count and then those that do.
+Creates models with random bf16 weights in FOLDER if they do not exist, at the shape of Qwen2.5-0.5B and at a tiny shape. All sides
+train LoRA of rank 8 with AdamW on sequences of 256 tokens: metal-candle with the weights as in the file, PEFT with weights widened to
+f32 and in bf16 (its adapters are f32 in both). A round is one process of each side, one after another; each makes one untimed step
+and then the timed steps.
 
-Measured are whole steps: forward, backward, clipping (metal-candle only) and update; tokens/s is the median over the steps of all
-rounds. Memory is the most a process had in RAM: of metal-candle from its start on, of PEFT from after the model was loaded
-(where Linux allows to reset the mark). PYTHON has torch, transformers, peft and safetensors; by default that is the one running
-this. On processors without products of bf16 torch is very slow with them: `--types f32` leaves them out.
+A step is forward, backward, clipping (metal-candle only) and update; tokens/s is the median over the steps of all rounds. Memory is
+the peak RAM of a process: for metal-candle from its start, for PEFT after the model was loaded (where Linux allows resetting the
+peak). PYTHON needs torch, transformers, peft and safetensors; the default is the running Python. On processors without bf16 products,
+torch is very slow with bf16: use `--types f32`.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def compare(arguments, shape, batch, targets):
     for side in sides:
         speed = tokens / statistics.median(seconds[side])
         spread = f"{tokens / max(seconds[side]):.0f} to {tokens / min(seconds[side]):.0f}"
-        # how many times as fast, and with what share of the memory, metal-candle is
+        # the speed ratio and the memory ratio of metal-candle
         print(
             f"{side:<16}{speed:>10.0f}{spread:>16}{ours / speed:>8.2f}{memory[side] / 1e6:>12.0f}"
             f"{memory['metal-candle'] / memory[side]:>8.2f}",
@@ -204,17 +204,17 @@ def main():
     if sys.argv[1:2] == ["--request"]:
         print(json.dumps(work(json.loads(sys.argv[2]))))
         return
-    # a process that is waited for ends with this one
+    # child processes end with this one
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", type=Path, help="a release build of metal-candle")
     parser.add_argument("--python", default=sys.executable, help="the Python with torch, transformers and peft")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each process that count, at most 19")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each side")
-    parser.add_argument("--only", default="", help="only cases with this in their name, as in `tiny 8 x 256 q+v`")
-    parser.add_argument("--types", type=lambda text: text.split(","), default=["f32", "bf16"], help="types of PEFT's weights")
-    parser.add_argument("--work", type=Path, default=ROOT / "target" / "compare-peft", help="where the models are kept")
+    parser.add_argument("--rounds", type=int, default=3, help="number of processes of each side")
+    parser.add_argument("--steps", type=int, default=4, help="number of timed steps of each process, at most 19")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of threads of each side")
+    parser.add_argument("--only", default="", help="only cases with this in their name, such as `tiny 8 x 256 q+v`")
+    parser.add_argument("--types", type=lambda text: text.split(","), default=["f32", "bf16"], help="dtypes of PEFT's weights")
+    parser.add_argument("--work", type=Path, default=ROOT / "target" / "compare-peft", help="the folder of the models")
     arguments = parser.parse_args()
     if not 1 <= arguments.steps <= 19 or arguments.rounds < 1:
         parser.error("--steps is 1 to 19, --rounds at least 1")
@@ -229,7 +229,7 @@ def main():
     for shape in dict.fromkeys(case[0] for case in cases):
         folder = arguments.work / f"qwen2-{shape}"
         if not folder.is_dir():
-            print(f"making {folder}", file=sys.stderr)
+            print(f"creating {folder}", file=sys.stderr)
             in_python(arguments, do="make", folder=str(folder), shape=shape)
     for case in cases:
         compare(arguments, *case)

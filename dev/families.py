@@ -14,10 +14,10 @@ NO_MAMBA = dict(mamba_n_heads=4, mamba_expand=2, mamba_d_head="auto", num_local_
 
 
 def build_config(model_type, **keys):
-    """The configuration of a causal language model, without special tokens unless `keys` has them."""
+    """The configuration of a causal language model, without special tokens unless `keys` contains them."""
     keys = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | keys
     if model_type in ("glm", "glm4") and keys["eos_token_id"] is None:
-        # these classes replace null by ids of the released vocabulary
+        # these classes replace null with ids of the released vocabulary
         keys["eos_token_id"] = keys["vocab_size"] - 1
     if model_type == "gemma3":
         keys = dict(
@@ -35,8 +35,8 @@ def build_config(model_type, **keys):
 
 
 def randomize(model, seed, std=0.35):
-    """Draws all weights so that no feature hides: norms away from one, biases away from zero, and matrices of standard deviation `std`, or
-    1.5 times what keeps the size of their input if `std` is None."""
+    """Draws all weights so that every feature affects the result: norms away from one, biases away from zero, and matrices with standard
+    deviation `std`, or 1.5 times the one that preserves the scale of the input if `std` is None."""
     noise = torch.Generator().manual_seed(seed)
     is_centred = "gemma" in model.config.model_type
     with torch.no_grad():
@@ -62,7 +62,7 @@ def make_model(config, seed, std=0.35):
 
 
 def wrap_all_linear(model, rank, alpha, seed):
-    """The model with a random LoRA on every linear layer of PEFT's "all-linear"; of a multimodal model on its text part only."""
+    """The model with a random LoRA on every linear layer of PEFT's "all-linear"; for a multimodal model, only on its text part."""
     exclude = r".*(vision_tower|multi_modal_projector).*" if model.config.model_type in ("gemma3", "mistral3") else None
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear", exclude_modules=exclude)
     wrapped = peft.get_peft_model(model, settings).eval()
@@ -80,7 +80,7 @@ def next_token_loss(logits, ids):
 
 
 def greedy_tokens(model, prompt, count):
-    """`count` greedy tokens by transformers' own generation, past any end token, and the smallest lead of a chosen logit."""
+    """`count` greedy tokens by transformers' own generation, past any end token, and the smallest margin of a selected logit."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=count, min_new_tokens=count,

@@ -1,8 +1,8 @@
 """Kills training runs at random moments, resumes them, and compares all their files with those of an uninterrupted run.
 
-`python dev/kill_runs.py --binary target/release/metal-candle --kills 300`. A third of the kills come at any moment, a third in the first
-moments after a start, and a third as soon as a temporary file is seen. After each kill `--resume` continues the
-run; if there is no run yet, the first command is repeated. In the end every file must hold the same bytes and no other file may exist.
+`python dev/kill_runs.py --binary target/release/metal-candle --kills 300`. A third of the kills are at any moment, a third shortly after a
+start, and a third as soon as a temporary file appears. After each kill, `--resume` continues the run; if there is no run yet, the first
+command is repeated. In the end, every file must contain the same bytes, and no other file may exist.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import time
 
 NANO = pathlib.Path(__file__).parent.parent / "assets" / "nano"
-# these name the time of a run
+# these files contain times
 TIMED = ("run.json", "tfevents", "loss.svg")
 
 
@@ -36,7 +36,7 @@ def tiny_model(binary, folder):
 
 
 def files(folder):
-    """All files of a run, by name; those that hold times by name only."""
+    """All files of a run, by name; files with times by name only."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -103,9 +103,9 @@ def main():
             if found != whole:
                 names = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
                 shutil.copytree(cut, "killed-run", dirs_exist_ok=True)
-                raise SystemExit(f"after {kills}: other files than those of the whole run: {names}; see killed-run/")
+                raise SystemExit(f"after {kills}: the files differ from those of the uninterrupted run: {names}; see killed-run/")
             shutil.rmtree(cut)
-        print(f"{sum(kills.values())} kills in {num_runs} runs ({kills}); {num_again} starts were made again; all files equal, none left behind")
+        print(f"{sum(kills.values())} kills in {num_runs} runs ({kills}); {num_again} starts were repeated; all files are equal, none are left behind")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Load on a running server: tokens a second, time to the first text (TTFT) and gaps between texts (ITL).
+"""Measures a running server under load: tokens per second, time to first text (TTFT) and inter-text latency (ITL).
 
     python3 dev/load.py http://127.0.0.1:8080 [--requests 200] [--concurrency 32] [--tokens 64] [--models a,b]
         [--drop 0.0] [--prompt-tokens 20] [--long-prompts WORDS] [--swap NAME=FOLDER]
 
-A closed loop: each of `--concurrency` clients sends the next request when its last one has ended. Prompts differ, answers
-have exactly `--tokens` tokens (`ignore_eos`). `--drop` is the share of requests that are closed after a random time. Works
-with any server that has `/v1/completions` (llama-server too). Each second `--long-prompts` sends one more request with a prompt
-of that many words, whose answer is not counted, and `--swap` reloads an adapter. Only the standard library is used.
+Each of `--concurrency` clients sends the next request when its previous one has ended. Prompts differ, and answers have exactly
+`--tokens` tokens (`ignore_eos`). `--drop` is the share of requests that are closed after a random time. Works with any server that
+has `/v1/completions` (such as llama-server). Once per second, `--long-prompts` sends another request with a prompt of this number of
+words, whose answer is not counted, and `--swap` reloads an adapter. Uses only the standard library.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Client:
             writer.close()
 
     async def send(self, path, body):
-        """The status of a request, without waiting for more than its head."""
+        """The status of a request, without waiting for its body."""
         data = json.dumps(body).encode()
         head = (f"POST {path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(data)}\r\nconnection: close\r\n\r\n")
@@ -95,7 +95,7 @@ class Client:
             self.failed.append(f"{path}: status {status}")
 
     async def each_second(self, path, body):
-        """Sends `body(0)`, `body(1)`, ... one a second, without waiting for the previous answer."""
+        """Sends `body(0)`, `body(1)`, ... once per second, without waiting for the previous answer."""
         number, running = 0, set()
         try:
             while True:
@@ -156,12 +156,12 @@ def main():
     parser.add_argument("--swap", default="")
     client = Client(parser.parse_args())
     seconds = asyncio.run(client.run())
-    print(f"{client.flags.requests} requests, {client.flags.concurrency} at a time: {seconds:.1f} s")
-    print(f"{client.tokens / seconds:.0f} tokens/s of answers that ended")
+    print(f"{client.flags.requests} requests, {client.flags.concurrency} at the same time: {seconds:.1f} s")
+    print(f"{client.tokens / seconds:.0f} tokens/s of complete answers")
     print("TTFT:", milliseconds(client.ttft))
     print("ITL:", milliseconds(client.itl))
     if client.beside:
-        print(f"{client.beside} requests beside, one a second")
+        print(f"{client.beside} additional requests, one per second")
     print(f"refused {client.refused}, dropped by the client {client.dropped}, failed {len(client.failed)}")
     for error in client.failed[:3]:
         print("  ", error)

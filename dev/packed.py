@@ -1,4 +1,4 @@
-"""Tiny models quantized by the tools that people use, shared by `reference_packed.py` and `check_packed.py`."""
+"""Tiny models quantized with common tools, shared by `reference_packed.py` and `check_packed.py`."""
 
 import json
 import tempfile
@@ -15,12 +15,12 @@ COMMON = dict(
 
 
 def read_mlx(folder):
-    """The model and configuration that mlx-lm reads from a folder."""
+    """Loads the model and configuration of a folder with mlx-lm."""
     return mlx_lm.utils.load_model(Path(folder))
 
 
 def write_old_keys(file):
-    """Adds the keys of transformers 4: many models of mlx-lm do not read those of transformers 5."""
+    """Adds the keys of transformers 4, because many models of mlx-lm do not read the keys of transformers 5."""
     config = json.loads(file.read_text())
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -33,7 +33,7 @@ def write_old_keys(file):
 
 
 def write_mlx(folder, model, dtype="bfloat16", predicate=None, **settings):
-    """Writes what `mlx_lm.convert -q` does, but for the tokenizer."""
+    """Writes the same files as `mlx_lm.convert -q`, without the tokenizer."""
     with tempfile.TemporaryDirectory() as source:
         model.save_pretrained(source)
         write_old_keys(Path(source) / "config.json")
@@ -46,12 +46,12 @@ def write_mlx(folder, model, dtype="bfloat16", predicate=None, **settings):
 
 
 def mlx_logits(folder, ids):
-    """The logits of mlx-lm with the values that the weights of a folder stand for, in f32."""
+    """The logits of mlx-lm with the dequantized weights of a folder, in f32."""
     model, _ = read_mlx(folder)
     is_float = lambda value: mx.issubdtype(value.dtype, mx.floating)
     widen = lambda: model.update(tree_map(lambda value: value.astype(mx.float32) if is_float(value) else value, model.parameters()))
     widen()
-    # floats of 4 and 8 bits become bf16, which holds them; embeddings of them would make all activations bf16
+    # 4-bit and 8-bit floats become bf16, which represents them exactly; as embeddings they would make all activations bf16
     mlx_lm.utils.dequantize_model(model)
     widen()
     return torch.tensor(model(mx.array([ids]))[0].tolist())

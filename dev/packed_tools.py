@@ -1,6 +1,6 @@
-"""Matrices in the formats of bitsandbytes, GPTQ, AWQ and compressed-tensors, with the values that these tools give them.
+"""Matrices in the formats of bitsandbytes, GPTQ, AWQ and compressed-tensors, with their values according to these tools.
 
-Each function returns the tensors of a module, by the rest of their names, and the matrix in f32. Of GPTQModel and AutoAWQ a source file each is used:
+Each function returns the tensors of a module, by the rest of their names, and the matrix in f32. One source file each of GPTQModel and AutoAWQ is used:
 `gptqmodel/utils/model_dequant.py` and `awq/utils/packing_utils.py`.
 """
 
@@ -19,7 +19,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 
 def functions_of(file):
-    """The functions of a file that can be defined with torch alone; the packages around it need many others."""
+    """The functions of a file that need only torch; the packages around it need many others."""
     tree = ast.parse(Path(file).read_text())
     tree.body = [part for part in tree.body if isinstance(part, ast.FunctionDef) or (isinstance(part, ast.Assign) and "AWQ" in ast.unparse(part))]
     names = dict(torch=torch, PLANAR_BITS=())
@@ -30,7 +30,7 @@ def functions_of(file):
 def nf4(weight, kind="nf4", nested=False):
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
     tensors = {"weight": packed} | {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    # on the CPU bitsandbytes 0.50 starts a block with each row, which it does not where it quantizes
+    # on the CPU, bitsandbytes 0.50 starts a block with each row when it dequantizes, but not when it quantizes
     state.shape, state.dtype = (1, weight.numel()), torch.float32
     return tensors, bnb.dequantize_4bit(packed, state).reshape(weight.shape)
 
@@ -42,7 +42,7 @@ def int8(weight):
 
 
 def fp8(weight, blocks=None):
-    """Blocks that divide the matrix; none for a scale of all."""
+    """The block sizes; none for a single scale."""
     rows, columns = weight.shape
     of_rows, of_columns = blocks or (rows, columns)
     scales = weight.reshape(rows // of_rows, of_rows, columns // of_columns, of_columns).abs().amax((1, 3)) / 448
@@ -61,7 +61,7 @@ def scales_of(groups, rows, noise, dtype=torch.float16):
 
 
 def gptq(tool, rows, columns, bits, group, noise, symmetric=False, act_order=False, less_one=True):
-    """Random words; `less_one` for zero points of the first version of the format."""
+    """Random words; `less_one` for zero points in the first version of the format."""
     groups = columns // group
     codes, zeros = words(columns * bits // 32, rows, noise=noise), words(groups, rows * bits // 32, noise=noise)
     if symmetric:
@@ -83,7 +83,7 @@ def awq(tool, rows, columns, group, noise, dtype=torch.float16):
 
 
 def compressed(weight, noise, dtype=torch.bfloat16, packed=True, **settings):
-    """Rounded to the nearest; `settings` are those of a scheme of weights."""
+    """Rounds to the nearest value; `settings` are a weight scheme."""
     rows, columns = weight.shape
     args = QuantizationArgs(**settings)
     group = settings.get("group_size") or columns
@@ -106,7 +106,7 @@ def compressed(weight, noise, dtype=torch.bfloat16, packed=True, **settings):
 
 
 def write_model(folder, model, quantize, method):
-    """Writes a checkpoint whose linear layers, but not the head, are quantized by `quantize(weight)`, and gives the model their values."""
+    """Writes a checkpoint whose linear layers except the head are quantized by `quantize(weight)`, and sets their values in the model."""
     model.save_pretrained(folder)
     tensors = {}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"}

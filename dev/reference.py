@@ -2,8 +2,8 @@
 
     python dev/reference.py [models lora mlx full optimizer training methods text]
 
-What each file holds is described in the README.md beside them. The same versions (versions.json) on the same
-processor give the same bytes.
+The README.md of that folder describes each file. The same versions (versions.json) on the same processor write
+the same bytes.
 """
 
 import json
@@ -33,7 +33,7 @@ MODELS = {
         hidden_size=56, intermediate_size=72, num_hidden_layers=3, num_attention_heads=7, num_key_value_heads=1,
         vocab_size=103, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=512, seed=1,
     ),
-    # A head of its own; config.json in the words of transformers 4, as Qwen2.5 was published.
+    # An untied head; config.json with the keys of transformers 4, as for the published Qwen2.5.
     "untied": dict(
         hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=97, rope_theta=1e4, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=512, seed=2,
@@ -69,7 +69,7 @@ def random_ids(vocab_size, length, seed):
 
 
 def relative_error(value, truth):
-    """Norm of the difference by the norm of the truth, the larger over all tensors."""
+    """Norm of the difference divided by the norm of the truth; the maximum over all tensors."""
     return max(
         ((value[name].double() - truth[name].double()).norm() / truth[name].double().norm().clamp_min(1e-30)).item()
         for name in truth
@@ -107,7 +107,7 @@ def logits_of(model, ids):
 
 
 def as_transformers_4(path):
-    """Rewrites config.json in the words of transformers 4, which the published Qwen2.5 files use."""
+    """Rewrites config.json with the keys of transformers 4, as in the published Qwen2.5 files."""
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters", None)
     if rope:
@@ -120,12 +120,12 @@ def as_transformers_4(path):
 
 
 def greedy(model, count=64):
-    """The prompt, of sixty tried, whose greedy continuation is the most varied, and that continuation.
+    """The prompt out of sixty with the most varied greedy continuation, and that continuation.
 
     Where the best two tokens are less than 0.005 apart somewhere the prompt is not taken: rounding could decide.
     """
     best = None
-    # Else the sampling defaults of the folder would add their repetition penalty.
+    # Otherwise the sampling defaults of the folder would add their repetition penalty.
     model.generation_config = transformers.GenerationConfig()
     for seed in range(60):
         prompt = random_ids(model.config.vocab_size, 5 + seed % 8, 1000 + seed)
@@ -193,7 +193,7 @@ def models():
 
 
 def batch_of(vocab_size, lengths, seed, masked=0.3):
-    """Sequences and their labels as transformers takes them: -100 is masked, position i is predicted by token i - 1."""
+    """Sequences and their labels for transformers: -100 is masked, position i is predicted by token i - 1."""
     random = generator(seed)
     sequences = [torch.randint(0, vocab_size, (length,), generator=random).tolist() for length in lengths]
     labels = [
@@ -203,7 +203,7 @@ def batch_of(vocab_size, lengths, seed, masked=0.3):
 
 
 def flat_targets(sequences, labels):
-    """The same, one entry a token: the id that should follow (0 where there is none) and its weight."""
+    """The same with one entry per token: the target id (0 if there is none) and its weight."""
     targets, weights = [], []
     for row in labels:
         following = row[1:] + [-100]
@@ -213,7 +213,7 @@ def flat_targets(sequences, labels):
 
 
 def batch_loss(model, batch, label_smoothing=0.0):
-    """Mean loss over the trained tokens, each sequence on its own, and the loss of each token."""
+    """Mean loss over the trained tokens, each sequence separately, and the loss of each token."""
     rows = []
     for sequence, labels in zip(batch["sequences"], batch["labels"]):
         logits = model(torch.tensor([sequence])).logits[0]
@@ -224,7 +224,7 @@ def batch_loss(model, batch, label_smoothing=0.0):
 
 
 def padded_loss(model, batch, label_smoothing=0.0):
-    """The same in one call, padded on the right."""
+    """The same in one call, with right padding."""
     width = max(map(len, batch["sequences"]))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in batch["sequences"]])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch["sequences"]])
@@ -250,7 +250,7 @@ ADAPTERS = {
     "qv": ("gqa-tied", dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])),
     "all-linear": ("gqa-tied", dict(r=4, lora_alpha=8, target_modules="all-linear")),
     "all-linear-rslora": ("untied", dict(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True)),
-    # Layer 0 has none; q_proj of layer 1 has rank 2 and alpha 3, each down_proj rank 5, each o_proj alpha 20.
+    # Layer 0 has no update; q_proj of layer 1 has rank 2 and alpha 3, each down_proj rank 5, each o_proj alpha 20.
     "patterns": ("gqa-tied", dict(
         r=3, lora_alpha=6, target_modules=["q_proj", "o_proj", "down_proj"], layers_to_transform=[1, 2], layers_pattern="layers",
         rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 5}, alpha_pattern={"layers.1.self_attn.q_proj": 3, "o_proj": 20},
@@ -306,7 +306,7 @@ def lora():
 
 
 def mlx():
-    """The adapters qv and all-linear as mlx-lm writes them: transposed, and the scale as it is."""
+    """The adapters qv and all-linear in mlx-lm's format: transposed, with the scale itself."""
     for name, layers, keys in [("qv", 3, ["self_attn.q_proj", "self_attn.v_proj"]), ("all-linear", -1, None)]:
         config = json.loads((ROOT / "lora" / name / "adapter_config.json").read_text())
         tensors = {}
@@ -375,7 +375,7 @@ def training():
                 parameter.zero_()
     save_adapter(wrapped, ROOT / "training" / "initial")
     start = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
-    # The same three patterns of text come back, so that the loss falls.
+    # Three text patterns are repeated, so that the loss falls.
     parts = [batch_of(wrapped.config.vocab_size, [17], 80 + i)["sequences"][0] for i in range(3)]
     batches = []
     for step in range(10):

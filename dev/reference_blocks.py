@@ -1,4 +1,4 @@
-"""Writes crates/metal-candle-kernels/src/blocks/golden.bin: blocks of each format and their weights as gguf dequantizes them.
+"""Writes crates/metal-candle-kernels/src/blocks/golden.bin: blocks of each format and their weights dequantized by gguf.
 
 For each format: the id and the number of blocks as u32, the blocks, the weights as f32; all little endian.
 

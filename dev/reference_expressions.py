@@ -1,4 +1,4 @@
-"""Writes tests/golden/chat/expressions.json: template sources and what transformers' Jinja2 environment makes of them (null: refused)."""
+"""Writes tests/golden/chat/expressions.json: template sources and their output in transformers' Jinja2 environment (null: refused)."""
 
 import json
 import pathlib

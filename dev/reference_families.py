@@ -2,7 +2,7 @@
 
     python dev/reference_families.py [NAME ...]
 
-What each file holds is described in the README.md of the golden folder. Values come from transformers (eager attention, f32) and peft.
+The README.md of the golden folder describes each file. Values come from transformers (eager attention, f32) and peft.
 """
 
 import json
@@ -23,7 +23,7 @@ COMMON = dict(
     max_position_embeddings=64, tie_word_embeddings=False,
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
-# A released yarn does not turn the slowest pairs at all at these sizes; this one blends pairs 1 to 3 of 8.
+# At these sizes, a released yarn does not rotate the slowest pairs; this one blends pairs 1 to 3 of 8.
 YARN = dict(rope_type="yarn", rope_theta=8e3, factor=4.0, original_max_position_embeddings=400)
 LLAMA3 = dict(rope_type="llama3", rope_theta=8e3, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=3e3, factor=4.0)
@@ -114,11 +114,11 @@ CASES = {
     "llama-original": dict(model_type="llama", original_max_position_embeddings=16, rope_parameters=LLAMA3),
     "cohere2-heads": dict(model_type="cohere2", head_dim=16, sliding_window=4, tie_word_embeddings=True, layer_types=[SLIDING, FULL]),
 }
-# What config.json says in place of what transformers writes, and means the same to it: the key beside the settings goes first.
+# Replacements in config.json, equivalent for transformers: the key next to the settings takes precedence.
 FILES = {"llama-original": dict(rope_parameters=LLAMA3)}
-# A case's number makes its seed: new cases go to the end.
+# The index of a case is its seed, so add new cases at the end.
 LENGTH, PROMPT, GENERATED = 24, 8, 16
-# Two equally good tokens must not decide a test.
+# A test must not depend on two nearly equal logits.
 SMALLEST_LEAD = 5e-3
 
 

@@ -3,7 +3,7 @@ fuzz/seeds/gguf: tiny models with a tokenizer.
 
     python dev/reference_gguf.py LLAMA_CPP
 
-LLAMA_CPP is a source tree of llama.cpp. The models of transformers have the values that the quantized matrices stand for.
+LLAMA_CPP is a source tree of llama.cpp. The models in transformers have the dequantized values of the quantized matrices.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The golden numbers of the fine-tuning methods beside plain LoRA; a part of reference.py."""
+"""Writes the golden numbers of the fine-tuning methods other than plain LoRA; called by reference.py."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Names of the folders and files under golden/methods.
+# The names of folders and files under golden/methods.
 CASES = {
     # q and v have a bias.
     "dora-qv": ("gqa-tied", dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True)),
@@ -29,21 +29,21 @@ CASES = {
     "saved-head-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
     "saved-embedding-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
     "saved-in-blocks": ("untied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["k_proj", "input_layernorm"])),
-    # Ranks and alphas by path; a key is a regular expression, and the first that matches counts: peft sorts them when it saves.
+    # Ranks and alphas by path; a key is a regular expression, and the first match applies: peft sorts them when it saves.
     "patterns-by-path": ("gqa-tied", dict(
         r=4, lora_alpha=8, target_modules=EVERY_LINEAR,
         rank_pattern={"down_proj": 5, r"layers\.0\.mlp.*": 2, r"layers\.[12]\.self_attn\.(q|k)_proj": 3},
         alpha_pattern={r"layers\.1\..*": 3, "up_proj": 12},
     )),
     "some-layers": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["o_proj", "up_proj"], layers_to_transform=[0, 2], layers_pattern="layers")),
-    # Starts that take a part of the weights; the folder holds the difference to it, as peft converts it.
+    # Initializations that subtract part of the weights; the folder contains the difference to them, as converted by peft.
     "pissa": ("gqa-tied", dict(r=4, lora_alpha=8, target_modules=EVERY_LINEAR, init_lora_weights="pissa")),
     "pissa-rslora": ("untied", dict(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa", use_rslora=True)),
     "olora": ("untied", dict(r=3, lora_alpha=6, target_modules=EVERY_LINEAR, init_lora_weights="olora")),
     "olora-patterns": ("gqa-tied", dict(
         r=3, lora_alpha=6, target_modules=["k_proj", "o_proj"], init_lora_weights="olora", rank_pattern={"o_proj": 2}, alpha_pattern={"k_proj": 5},
     )),
-    # Rows of single tokens, those of a tied head with them; biases; embedding and head trained as one.
+    # Token rows, including those of a tied head; biases; embedding and head trained together.
     "tokens-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], trainable_token_indices=[40, 3, 61, 22])),
     "tokens-and-head": ("untied", dict(
         r=2, lora_alpha=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [61, 2], "lm_head": [22, 13, 0]}, bias="lora_only"
@@ -52,7 +52,7 @@ CASES = {
     "dora-bias": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], bias="lora_only", use_dora=True)),
     "saved-tied": ("gqa-tied", dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
 }
-# Not pissa: the singular vectors of torch are 6e-6 off in f32, and ten steps make more than 1e-2 of that.
+# Not pissa: torch's singular vectors have an error of 6e-6 in f32, which ten steps amplify to more than 1e-2.
 WITH_LOSSES = ["dora-qv", "embeddings-tied", "saved-head-tied", "olora-patterns", "patterns-by-path", "tokens-tied", "bias-all", "dora-bias", "saved-tied"]
 
 # The 16 values of NF4 (QLoRA, https://arxiv.org/abs/2305.14314, appendix E).
@@ -68,7 +68,7 @@ def is_trained(name):
 
 
 def adapted(reference, base, settings, seed):
-    """A model with an adapter as peft starts it, that start, and the adapter moved away from it at random."""
+    """A model with an adapter initialized by peft, the initial adapter, and the adapter after random changes."""
     model = reference.load_model(base)
     model.config._name_or_path = model.name_or_path = "golden"
     torch.manual_seed(seed)
@@ -95,7 +95,7 @@ def adapted(reference, base, settings, seed):
 
 
 def key(name):
-    """The key of a file for the name of a parameter."""
+    """The key in a file for the name of a parameter."""
     for part in [".modules_to_save.default", ".default"]:
         name = name.replace(part, "")
     return name + (".weight" if name.endswith(("lora_embedding_A", "lora_embedding_B")) else "")
@@ -112,7 +112,7 @@ def save(reference, wrapped, start, folder):
             warnings.simplefilter("ignore")
             reference.save_adapter(wrapped, folder)
         return
-    # As the documentation of peft says: the start, saved as if it were plain, is subtracted.
+    # As described in peft's documentation: the initial adapter, saved like a plain one, is subtracted.
     with TemporaryDirectory() as temporary:
         initial = copy.deepcopy(wrapped)
         with torch.no_grad():
@@ -164,7 +164,7 @@ def write_case(reference, root, number, name, base, settings, batches):
     facts.update(loss_f64=loss64, max_relative_error_of_gradients_to_f64=reference.relative_error(found, found64))
     base_logits = reference.logits_of(reference.load_model(base), ids)
     facts["max_abs_effect_of_the_adapter"] = (logits - base_logits).abs().max().item()
-    # merging into a tied embedding would change the head too
+    # merging into a tied embedding would also change the head
     if "modules_to_save" not in settings and name != "embeddings-tied":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -177,7 +177,7 @@ def write_case(reference, root, number, name, base, settings, batches):
 
 
 def nearest_nf4(weight):
-    """Each block of 64 by its largest absolute value and the nearest of sixteen numbers."""
+    """Rounds each block of 64 to its largest absolute value times the nearest of sixteen numbers."""
     flat = weight.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % 64)).view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
@@ -213,7 +213,7 @@ def loftq(reference, root):
 
 
 def last_layers(reference, root, batches):
-    """Ten steps of the last block alone, and of everything."""
+    """Ten steps of the last block only, and of all parameters."""
     facts = {"model": "models/gqa-tied", "batches": "training/ten_steps.json"}
     for name, chosen in [("last_layer", lambda n: ".layers.2." in n), ("all", lambda n: True)]:
         model = reference.load_model("gqa-tied").train()
@@ -245,7 +245,7 @@ def write(reference):
     shutil.rmtree(root, ignore_errors=True)
     batches = json.loads((reference.ROOT / "training" / "ten_steps.json").read_text())["batches"]
     for number, (name, (base, settings)) in enumerate(CASES.items()):
-        # new cases come last, so that the others keep their random numbers
+        # add new cases at the end, so that the random numbers of the others do not change
         write_case(reference, root, number, name, base, settings, batches)
     loftq(reference, root)
     last_layers(reference, root, batches)

@@ -1,4 +1,4 @@
-"""Golden numbers of optimizers and schedules: a part of reference.py."""
+"""Writes the golden numbers of optimizers and schedules; called by reference.py."""
 
 import math
 
@@ -8,7 +8,7 @@ import transformers
 
 
 def steps_of(reference, make, shapes, seed, state=None, lr=1e-2):
-    """Ten steps of an optimizer of torch: values, gradients and the state after the last one."""
+    """Ten steps of a torch optimizer: values, gradients and the final state."""
     random = reference.generator(seed)
     values = {name: torch.randn(shape, generator=random).requires_grad_() for name, shape in shapes.items()}
     tensors = {f"step.0.{name}": value.detach().clone() for name, value in values.items()}
@@ -30,7 +30,7 @@ def steps_of(reference, make, shapes, seed, state=None, lr=1e-2):
 
 
 def dynamic_map(signed):
-    """The numbers of the dynamic tree code: seven decades, the higher ones divided finer, and 0 and 1."""
+    """The numbers of the dynamic tree code: seven decades, with finer divisions of the higher ones, and 0 and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
         count = 2 ** (decade if signed else decade + 1)
@@ -41,7 +41,7 @@ def dynamic_map(signed):
 
 
 def near_bitsandbytes(reference, shapes, values, maps, settings):
-    """Its codes are these, and its steps are near where it is installed: on the CPU it does not always take the nearest code."""
+    """Checks codes and steps against bitsandbytes if it is installed; on the CPU it does not always use the nearest code."""
     try:
         from bitsandbytes.functional import create_dynamic_map
         from bitsandbytes.optim import AdamW8bit
@@ -90,7 +90,7 @@ def optimizers(reference):
 
     write("lion", lambda p, lr: Lion(p, lr, (0.9, 0.99), 0.1), {"exp_avg": "first_moment"})
 
-    # No factors of cubes here: their two last dimensions are not a matrix of the model.
+    # No factors for 3-D tensors: their two last dimensions are not a matrix of the model.
     shapes2 = {"tall": (9, 4), "wide": (3, 300), "vector": (11,)}
     adafactor = dict(eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, relative_step=False)
     for name, scales in [("adafactor", False), ("adafactor-scaled", True)]:
@@ -98,7 +98,7 @@ def optimizers(reference):
         write(name, lambda p, lr: transformers.Adafactor(p, lr, weight_decay=0.1, scale_parameter=scales, **adafactor), factors, shapes2)
 
     def in_single_precision(grad, coefficients, iterations, eps):
-        """torch's iteration runs in bfloat16; this is the same in the dtype of the gradient."""
+        """torch's iteration uses bfloat16; this is the same iteration in the dtype of the gradient."""
         a, b, c = coefficients
         x = grad.T if grad.size(0) > grad.size(1) else grad
         x = x / x.norm().clamp(min=eps)
@@ -122,7 +122,7 @@ def optimizers(reference):
     torch_muon._zeropower_via_newtonschulz = in_half_precision
 
     class ScheduleFreeAdamW(torch.optim.Optimizer):
-        """Algorithm 1 of the paper with its three sequences, all of them kept."""
+        """Algorithm 1 of the paper, storing all three sequences."""
 
         def __init__(self, parameters, lr, betas, eps, weight_decay):
             super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -148,7 +148,7 @@ def optimizers(reference):
                     y.copy_((1.0 - beta1) * state["z"] + beta1 * state["x"])
 
     def with_package(values, tensors):
-        """The steps equal those of the package of the paper's authors, where it is installed."""
+        """Checks the steps against the package of the paper's authors, if it is installed."""
         try:
             from schedulefree import AdamWScheduleFree
         except ImportError:
@@ -171,7 +171,7 @@ def optimizers(reference):
     maps = {True: dynamic_map(True), False: dynamic_map(False)}
 
     class AdamW8bit(torch.optim.Optimizer):
-        """AdamW whose moments are rounded to the nearest code in blocks of 256; of second moments only 0 gets the code of 0."""
+        """AdamW with moments rounded to the nearest code in blocks of 256; only second moments of 0 get the code of 0."""
 
         def __init__(self, parameters, lr, betas, eps, weight_decay):
             super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -248,7 +248,7 @@ def schedules(reference):
         cases.append({"schedule": "cosine", "warmup": warmup, "min_lr": 1e-4, "lrs": rates})
         rates = [linear_to_minimum(step, warmup, 30, 1e-3, 1e-4) for step in range(35)]
         cases.append({"schedule": "linear", "warmup": warmup, "min_lr": 1e-4, "lrs": rates})
-    # These fall to 0 in transformers; there the warm-up of the stable schedule begins at its minimum, ours at 0.
+    # These fall to 0 in transformers; there, the warm-up of the stable schedule starts at its minimum, ours at 0.
     for warmup in [0, 5]:
         common = {"warmup": warmup, "min_lr": 0.0}
         cases += [

@@ -1,9 +1,9 @@
-"""Writes crates/metal-candle/tests/golden/packed: tiny quantized models and matrices as the tools that people use write them, with the logits
-of mlx-lm and transformers, and the values that the matrices stand for.
+"""Writes crates/metal-candle/tests/golden/packed: tiny quantized models and matrices in the formats of common tools, with the logits
+of mlx-lm and transformers, and the dequantized values of the matrices.
 
     python dev/reference_packed.py GPTQMODEL AUTOAWQ
 
-GPTQMODEL and AUTOAWQ are source trees of GPTQModel 7 and AutoAWQ 0.2. The others are mlx-lm, bitsandbytes, compressed-tensors and transformers.
+GPTQMODEL and AUTOAWQ are source trees of GPTQModel 7 and AutoAWQ 0.2. It also needs mlx-lm, bitsandbytes, compressed-tensors and transformers.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def mlx_model(name, seed, config, **settings):
 
 
 def mixed(path, module):
-    """More bits for some modules, and one that stays dense."""
+    """More bits for some modules, and one dense module."""
     if "v_proj" in path:
         return dict(bits=6, group_size=32)
     if "gate_proj" in path:
@@ -70,7 +70,7 @@ def other_matrices(gptq_tool, awq_tool, noise):
     wide = drawn(8, 48)
     wide[2] = 0
     write_matrices("bitsandbytes", dict(
-        # blocks of 64 over rows of 48, the last one shorter
+        # blocks of 64 over rows of 48, with a shorter last block
         nf4=nf4(drawn(5, 48).bfloat16()), nested=nf4(drawn(260, 64).half()[:4], nested=True), fp4=nf4(drawn(3, 64), "fp4"), int8=int8(wide),
     ))
     write_matrices("fp8", dict(blocks=fp8(drawn(8, 48), (4, 16)), whole=fp8(drawn(3, 16))))
@@ -95,7 +95,7 @@ def other_matrices(gptq_tool, awq_tool, noise):
 
 
 def with_bias(tensors, expected):
-    """AutoGPTQ writes a bias for each layer."""
+    """Adds a bias to each layer, as AutoGPTQ does."""
     return tensors | dict(bias=torch.zeros(len(expected), dtype=torch.float16)), expected
 
 

@@ -1,4 +1,4 @@
-"""Writes crates/metal-candle-kernels/src/blocks/encode/quantized.bin: values, and the blocks that ggml quantizes them to.
+"""Writes crates/metal-candle-kernels/src/blocks/encode/quantized.bin: values, and their blocks quantized by ggml.
 
 512 importances and 1536 values as f32, then for each format its id as u32, the blocks without and with the importance; all
 little endian.

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 OUTPUT = Path(__file__).parent.parent / "crates/metal-candle/tests/golden/rotary.json"
 
-# name, head size, share that rotates, theta, max_position_embeddings, lengths, parameters
+# name, head size, rotated share, theta, max_position_embeddings, lengths, parameters
 CASES = [
     ("linear", 16, 1.0, 1e4, 64, [10], {"factor": 4.0}),
     ("dynamic", 16, 1.0, 1e4, 16, [10, 16, 17, 40], {"factor": 2.5}),

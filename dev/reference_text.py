@@ -1,4 +1,4 @@
-"""The tokenizer and chat cases of the golden files; called by reference.py."""
+"""Writes the tokenizer and chat cases of the golden files; called by reference.py."""
 
 import json
 
@@ -6,7 +6,7 @@ import jinja2
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-# The words and special tokens of Qwen2.5's tokenizer, the last eight of which decode as text.
+# The special tokens of Qwen2.5's tokenizer, the last eight of which decode as text.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

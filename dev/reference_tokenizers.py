@@ -1,6 +1,6 @@
-"""Writes tests/golden/tokenizer/folders.json: ids that transformers gives for tokenizer folders in other forms.
+"""Writes tests/golden/tokenizer/folders.json: transformers' ids for tokenizer folders in other formats.
 
-The folders have tokens that only side files name, or `vocab.json` and `merges.txt` in place of `tokenizer.json`.
+The folders have tokens that only side files name, or `vocab.json` and `merges.txt` instead of `tokenizer.json`.
 Usage: python dev/reference_tokenizers.py
 """
 

@@ -1,19 +1,19 @@
-"""Soak test of `metal-candle serve`: mixed load for a long time, every answer checked, and nothing may grow.
+"""Soak test of `metal-candle serve`: runs a mixed load for a long time, checks every answer, and fails if memory or files grow.
 
     python3 dev/soak.py BINARY [--minutes 60] [--model nano] [--seed 1] [--max-growth 5] [--serve-flag=--speculate]
 
-Starts the server with keys, adapters and jobs. Each round runs clients side by side, then waits until the server is idle
-and samples its memory, threads, files and metrics. The plan of round R, client C, request I follows from the seed.
+Starts the server with keys, adapters and jobs. Each round runs clients in parallel, then waits until the server is idle and
+samples its memory, threads, files and metrics. The seed determines round R, client C, request I.
 
-Where expected answers come from, before the load:
-- `metal-candle generate --json`: texts, ends, token counts, log-probabilities and prompt ids of completions, chats,
-  responses, messages and infills, with and without adapters, greedy and seeded; after a job also those of its checkpoint.
+Sources of expected answers, before the load:
+- `metal-candle generate --json`: texts, finish reasons, token counts, log-probabilities and prompt ids of completions, chats,
+  responses, messages and infills, with and without adapters, greedy and seeded; after a job, also with its checkpoint.
 - The idle server, once: choices after the first, JSON schemas, tools, grammars, top log-probabilities, scores, embeddings.
 
-Memory is that of a server whose allocator returns freed memory at once (`MIMALLOC_PURGE_DELAY=0`, `MIMALLOC_ALLOW_THP=0`,
-unless the environment has other values); with its defaults the memory of an idle server varies by tens of megabytes.
+The allocator of the server returns freed memory at once (`MIMALLOC_PURGE_DELAY=0`, `MIMALLOC_ALLOW_THP=0`, unless the environment
+has other values); with the defaults, the memory of an idle server varies by tens of megabytes.
 
-Prints a summary. Exit code 1 on any fault, with the request that shows it. Only the standard library is used.
+Prints a summary. Exits with 1 on any fault and prints the request that shows it. Uses only the standard library.
 """
 
 import argparse
@@ -46,10 +46,10 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {
 
 
 class Soak(Server):
-    # Clients: each method is one request or a few, with its checks
+    # Clients: each method sends one or a few requests and checks the answers
 
     async def answer_case(self, rng):
-        """An answer of the library, by a route and a form that can ask for it."""
+        """Requests an answer of the library, by a suitable route and format."""
         case = rng.choice(self.cases)
         key = rng.choices(list(self.keys), [5, 2, 2, 1])[0]
         body, streams = dict(case["body"]) | {"model": case["model"]}, rng.random() < 0.5
@@ -111,7 +111,7 @@ class Soak(Server):
         reply.equal("content", reply.json()["content"], case["body"]["prompt"])
 
     def references(self):
-        """Requests whose answers the idle server gives, once."""
+        """Requests whose expected answers come from the idle server."""
         rng = random.Random(self.flags.seed + 1)
         chat = {"messages": [{"role": "user", "content": source_text(rng, 2)}], "temperature": 0.9, "seed": 3, "max_tokens": 48}
         prompt = {"prompt": source_text(rng, 2), "temperature": 0.9, "seed": 4, "max_tokens": 32}
@@ -153,7 +153,7 @@ class Soak(Server):
         await self.answer_reference(rng, pace, known)
 
     async def leave(self, rng):
-        """Clients that leave: while they wait, in prefill or while the answer is written."""
+        """Clients that disconnect: while they wait, during prefill or during the answer."""
         async def one():
             body = {"prompt": source_text(rng, rng.choice([1, 30, 45])), "max_tokens": 400, "ignore_eos": True, "seed": 1,
                     "stream": rng.random() < 0.5, "n": rng.choice([1, 1, 3]), "model": rng.choice([self.flags.model_name, *ADAPTERS])}
@@ -167,7 +167,7 @@ class Soak(Server):
         await asyncio.gather(*(one() for _ in range(rng.randrange(1, 7))))
 
     async def flood(self, rng):
-        """More requests at once than the queue holds."""
+        """More requests at the same time than the queue accepts."""
         async def one(index):
             case = self.cases[index % len(self.cases)]
             if case["kind"] == "completion":
@@ -178,7 +178,7 @@ class Soak(Server):
         await asyncio.gather(*(one(rng.randrange(1000)) for _ in range(100)))
 
     async def one_connection(self, rng):
-        """Several requests on one connection, sent at once."""
+        """Several pipelined requests on one connection."""
         cases = [case for case in self.cases if case["kind"] == "completion"]
         cases = rng.sample(cases, 3)
         raw = b""
@@ -201,19 +201,19 @@ class Soak(Server):
 
     async def hostile(self, rng, item=None):
         name, raw, statuses, options = item or rng.choice(self.hostile_list)
-        # large bodies one at a time: what the allocator retains of their peak is no growth
+        # large bodies one at a time: memory that the allocator retains after their peak is not growth
         async with self.large if len(raw) > 1 << 19 else contextlib.nullcontext():
             reply = await self.send("hostile", raw, **options)
         reply.kind = f"hostile: {name}"
         if 0 in statuses and reply.status == 0 or reply.status == 503 and reply.refusal():
             return
         reply.expect(*statuses)
-        # what is no HTTP has an empty answer
+        # invalid HTTP has an empty answer
         if reply.status >= 400 and (reply.body or 0 not in statuses):
             reply.error_object()
 
     async def swapped(self, rng):
-        """An adapter that others load and unload: the answer is of one generation."""
+        """Uses an adapter that others load and unload: the answer must come from one generation."""
         body, texts = rng.choice(self.twins)
         reply = await self.call("swapped adapter", "/v1/completions", body | {"model": f"swap{rng.randrange(2)}"}, "second")
         if reply.status == 404 and reply.error_object()["code"] == "model_not_found" or reply.refusal():
@@ -223,12 +223,12 @@ class Soak(Server):
             reply.equal("text", text, texts)
 
     async def swap(self, rng):
-        """Loads, replaces and unloads an adapter; answers are those of the generation that is asked for."""
+        """Loads, replaces and unloads an adapter; answers must come from the requested generation."""
         name, first, second = f"swap{rng.randrange(2)}", *rng.sample(ADAPTERS, 2)
         body, texts = rng.choice(self.twins)
         old = await self.get("/v1/adapters", {"name": name, "path": first, "replace": True}, statuses=(201,))
         pinned = body | {"adapter": {"name": name, "generation": old["generation"]}}
-        # one that runs while its adapter is replaced
+        # a request that runs while its adapter is replaced
         running = asyncio.create_task(self.ask("pinned adapter", "/v1/completions", pinned))
         await asyncio.sleep(rng.uniform(0, 0.1))
         new = await self.get("/v1/adapters", {"name": name, "path": second, "expected_generation": old["generation"]}, statuses=(201,))
@@ -244,7 +244,7 @@ class Soak(Server):
             await self.get(f"/v1/adapters/{name}", method="DELETE", statuses=(404,))
 
     async def job(self, rng):
-        """A fine-tuning job that ends, or is cancelled; its checkpoints are served."""
+        """Runs a fine-tuning job that ends or is cancelled; its checkpoints are served."""
         data = (self.work / "rows.jsonl").read_bytes()
         form = (b'--xx\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--xx\r\ncontent-disposition: form-data; '
                 b'name="file"; filename="../rows.jsonl"\r\n\r\n' + data + b"\r\n--xx--\r\n")
@@ -307,7 +307,7 @@ class Soak(Server):
             await asyncio.sleep(0.5)
 
     async def idle(self):
-        """Waits until no answer is written, and samples."""
+        """Waits until the server is idle, and samples."""
         end = time.monotonic() + 5
         while True:
             text = (await self.call("metrics", "/metrics")).expect(200).body.decode()
@@ -328,10 +328,10 @@ class Soak(Server):
         self.large = asyncio.Lock()
         await self.learn_references()
         self.hostile_list = hostile_requests(self)
-        # every slot once up to the context, so that the cache has all its pages
+        # fill every slot once up to the context, so that all pages of the cache are allocated
         full = {"prompt": [source_text(random.Random(i), 50) for i in range(SLOTS)], "max_tokens": CONTEXT, "ignore_eos": True, "seed": 1}
         (await self.call("warm-up", "/v1/completions", full)).expect(200)
-        # and all grammars, which are cached
+        # and compile all grammars, which are cached
         for item in self.hostile_list:
             await self.guard(self.hostile(None, item), "before the load")
         await self.guard(self.idle(), "before the load")
@@ -366,8 +366,8 @@ class Soak(Server):
             reply.expect(*statuses)
 
     def judge(self, started):
-        """After the first third nothing may grow: the second and the last third are compared, by their medians, and for memory
-        by their lowest samples, since the allocator may retain what is free."""
+        """After the first third nothing may grow. Compares the second and the last third by their medians, and memory by the lowest
+        samples, because the allocator may retain free memory."""
         length = (time.monotonic() - started) / 3
         thirds = [[sample for sample in self.samples if int((sample["time"] - started) / length) == third] for third in (1, 2)]
         if min(map(len, thirds)) < 3:
@@ -383,7 +383,7 @@ class Soak(Server):
                 self.faults.append(f"{name} grew from {first:.0f} to {last:.0f}, more than {most:.0f}; samples: {[of(s) for s in self.samples]}")
 
     async def drain(self):
-        """SIGTERM with answers and a job under way."""
+        """Sends SIGTERM during answers and a job."""
         body = {"prompt": "fn", "max_tokens": 600, "ignore_eos": True, "stream": True, "seed": 1}
         running = [asyncio.create_task(self.call("drained", "/v1/completions", body | {"seed": i})) for i in range(SLOTS + 4)]
         await asyncio.sleep(0.5)
@@ -396,12 +396,12 @@ class Soak(Server):
         try:
             code = await asyncio.to_thread(self.server.wait, 30 - (time.monotonic() - started))
         except subprocess.TimeoutExpired:
-            raise Fault("the server has not ended 30 s after SIGTERM") from None
+            raise Fault("the server did not exit within 30 s after SIGTERM") from None
         self.drained = time.monotonic() - started
         if code != 0:
             raise Fault(f"exit code {code} after SIGTERM")
         if left := [child for child in children if os.path.exists(f"/proc/{child}")]:
-            raise Fault(f"processes {left} are left of the server")
+            raise Fault(f"processes {left} of the server are still running")
 
     def finish(self):
         if self.server.poll() is None:
@@ -445,7 +445,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--max-growth", type=float, default=5, help="MB of memory, from the second third to the last")
+    parser.add_argument("--max-growth", type=float, default=5, help="allowed growth of memory in MB, from the second third to the last")
     parser.add_argument("--serve-flag", action="append", default=[])
     flags = parser.parse_args()
     flags.model_name = "base"

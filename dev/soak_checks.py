@@ -1,4 +1,4 @@
-"""Reads HTTP answers for `soak.py` and brings those of all routes, plain and streamed, into one form."""
+"""Reads HTTP answers for `soak.py` and converts those of all routes, plain and streamed, to one format."""
 
 import functools
 import json
@@ -8,18 +8,18 @@ SHOWN = 3000
 
 
 class Fault(Exception):
-    """What the server did wrong, with the request that shows it."""
+    """A fault of the server, with the request that shows it."""
 
 
 class Reply:
-    """An answer, with the bytes that asked for it."""
+    """An answer, with the bytes of its request."""
 
     def __init__(self, request, kind):
         self.request, self.kind = request, kind
         self.status, self.headers, self.body = 0, {}, b""
 
     def fail(self, why):
-        # keys are of this run only
+        # keys are for this run only
         lines = [line for line in self.request.split(b"\r\n") if not line.startswith(b"authorization")]
         request = b"\r\n".join(lines)
         cut = f" ... ({len(request)} bytes)" if len(request) > SHOWN else ""
@@ -46,7 +46,7 @@ class Reply:
         self.equal("text", fold(self, "/v1/completions", False, False)["choices"][0]["text"], expected)
 
     def error_object(self):
-        """The error of an answer that is no success, in the form of OpenAI or Anthropic."""
+        """The error of an unsuccessful answer, in the format of OpenAI or Anthropic."""
         error = self.json().get("error")
         if b"/v1/messages" in self.request.split(b"\r\n", 1)[0]:
             if self.json().get("type") != "error" or not isinstance(error.get("type"), str):
@@ -59,7 +59,7 @@ class Reply:
         return error
 
     def refusal(self, is_metered=False):
-        """Why the server or a limit of the key refuses the request, if it does so in the form of the contract."""
+        """Why the server or a limit of the key refused the request, if the refusal is as documented."""
         if self.status != 503 and not (self.status == 429 and is_metered):
             return None
         error = self.error_object()
@@ -71,7 +71,7 @@ class Reply:
 
 
 def of_reply(check):
-    """A check whose exceptions are faults of the answer: it has a shape that the check does not expect."""
+    """A check whose exceptions are faults, because the answer has an unexpected shape."""
     @functools.wraps(check)
     def checked(reply, *arguments, **options):
         try:
@@ -104,7 +104,7 @@ async def read_pieces(reader, reply):
         while left:
             piece = await reader.read(min(left, 1 << 16))
             if not piece:
-                raise ConnectionResetError("the body was cut")
+                raise ConnectionResetError("the body was truncated")
             left -= len(piece)
             yield piece
 
@@ -126,7 +126,7 @@ def events_of(reply):
 
 
 def failure(reply, data):
-    """Whether an event is the error of an answer that waited too long; any other error is a fault."""
+    """Whether an event is the error of a request that waited too long; any other error is a fault."""
     error = data.get("error")
     if error and error.get("code") != "timeout":
         reply.fail("the stream has an error")
@@ -141,7 +141,7 @@ def chat_of(message, logprobs, finish):
 
 
 def openai_events(reply, wants_usage, may_fail):
-    """Checks what streams of chats and completions have in common; returns the choices of all chunks, and the usage."""
+    """Checks the common properties of chat and completion streams; returns the choices of all chunks, and the usage."""
     events = [data for name, data in events_of(reply)]
     if events[-1] != "[DONE]":
         if failure(reply, json.loads(events[-1])) or may_fail and "error" in events[-1]:
@@ -225,7 +225,7 @@ def message_form(message, text):
 
 @of_reply
 def fold(reply, path, streams, wants_usage, may_fail=False):
-    """The choices (text, finish, logprobs) and the usage (prompt, completion) of an answer; none if it waited too long."""
+    """The choices (text, finish, logprobs) and the usage (prompt, completion) of an answer; none if the request waited too long."""
     if path == "/v1/responses":
         response = reply.json() if not streams else None
         if streams:
@@ -283,7 +283,7 @@ def fold(reply, path, streams, wants_usage, may_fail=False):
 
 @of_reply
 def chat_view(reply, path, streams):
-    """What of an answer must be the same each time: all but ids, times and what was in the cache."""
+    """The reproducible part of an answer: everything except ids, times and cache counts."""
     if path == "/v1/chat/completions":
         if streams:
             return chat_stream(reply)[0]

@@ -1,11 +1,11 @@
-"""Requests of `soak.py` that no honest client sends, with the statuses that the server may answer; 0 stands for a closed
-connection without an answer."""
+"""Hostile requests of `soak.py`, with the allowed status codes of the server; 0 is a closed connection without an
+answer."""
 
 import json
 
 
 def hostile_requests(soak, lasting=False):
-    """Lists of name, bytes, statuses and options of `Server.send`. `lasting` ones take up to half a minute."""
+    """Lists of name, bytes, statuses and options of `Server.send`. `lasting` requests take up to half a minute."""
     found = []
 
     def add(name, statuses, raw, **options):

@@ -1,4 +1,4 @@
-"""The server that `soak.py` tests, the requests to it, and what the library answers alone."""
+"""The server under test of `soak.py`, the requests to it, and the expected answers of the library."""
 
 import asyncio
 import collections
@@ -25,7 +25,7 @@ def source_text(rng, num_lines):
 
 
 class Server:
-    """The server under test, the requests to it, and what the library answers alone."""
+    """The server under test, the requests to it, and the expected answers of the library."""
 
     def __init__(self, flags):
         self.flags = flags
@@ -52,7 +52,7 @@ class Server:
                      "--steps", 4 + index, "--batch-tokens", 256, "--rank", 4 + 4 * index, "--seed", index,
                      "--learning-rate", 0.01, "--test-samples", 0, "--quiet")
         self.cases = [self.case(rng, index) for index in range(60)]
-        # the same requests of both adapters, for those that are swapped
+        # the same requests with both adapters, for the swapped adapter
         self.twins = []
         for index in range(6):
             body = {"prompt": source_text(rng, 3), "temperature": 0.8 * (index % 2), "seed": index, "max_tokens": 24}
@@ -71,7 +71,7 @@ class Server:
         return {"kind": kind, "model": model, "body": body} | self.expected(kind, model, body)
 
     def expected(self, kind, model, body, adapter=None):
-        """What the library writes alone."""
+        """The answer of the library."""
         prompt = body.get("prompt")
         if kind == "infill":
             prompt = f"<|fim_prefix|>{body['input_prefix']}<|fim_suffix|>{body['input_suffix']}<|fim_middle|>"
@@ -96,7 +96,7 @@ class Server:
                    SLOTS, "--context", CONTEXT, "--max-waiting", MAX_WAITING, *self.flags.serve_flag]
         for name in ADAPTERS:
             command += ["--adapter", f"{name}={self.work / 'root' / name}"]
-        # the allocator returns what is freed at once and in small pages, so that the memory of the process is what is allocated
+        # the allocator returns freed memory at once and in small pages, so that the memory of the process equals its allocations
         environment = {"MIMALLOC_PURGE_DELAY": "0", "MIMALLOC_ALLOW_THP": "0"} | os.environ
         self.server = subprocess.Popen(list(map(str, command)), stdout=self.log, stderr=self.log, env=environment)
         end = time.monotonic() + 60
@@ -117,7 +117,7 @@ class Server:
         return ("\r\n".join(lines + [f"{name}: {value}" for name, value in headers.items()]) + "\r\n\r\n").encode()
 
     async def send(self, kind, raw, pace=None, drop=None, half_close=False):
-        """Sends bytes and reads the answer. `pace(count)` waits after a piece; with `drop` the client leaves after that time."""
+        """Sends bytes and reads the answer. `pace(count)` waits after a chunk; with `drop` the client disconnects after that time."""
         self.counts[kind] += 1
         started = time.monotonic()
         request = Reply(raw, kind)
@@ -170,7 +170,7 @@ class Server:
         return reply.expect(*statuses).json()
 
     async def ask(self, kind, path, body, key="main", **more):
-        """A request for an answer; none if the server or the key's limit refuses it in the form of the contract."""
+        """Requests an answer; none if the server or the key's limit refuses it as documented."""
         reply = await self.call(kind, path, body, key, **more)
         reason = reply.refusal(is_metered=key == "metered")
         if reason:

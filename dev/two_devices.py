@@ -3,9 +3,9 @@
 
 python3 dev/two_devices.py target/release/metal-candle [--num-devices 2] -- --model MODEL --data DATA --steps 100 --batch-tokens 16384
 
-What follows `--` are flags of `metal-candle train`; `--output` and `--num-devices` are given here. Prints one JSON object:
-the largest difference of a loss (of steps and of evaluations), tokens/s of each run, and their ratio. On CUDA both runs must be
-of one build with the feature `nccl`; where its library is not on the default path, put its folder into LD_LIBRARY_PATH.
+The flags after `--` are passed to `metal-candle train`; the script sets `--output` and `--num-devices`. Prints one JSON object: the
+largest difference of a loss (of steps and of evaluations), tokens/s of each run, and their ratio. On CUDA, both runs must use one
+build with the feature `nccl`; if its library is not on the default path, add its folder to LD_LIBRARY_PATH.
 """
 
 import argparse
