@@ -1,4 +1,4 @@
-//! Activations of MLPs, plain and as gates.
+//! Computes the activations of MLPs, plain and gated.
 
 use crate::elementwise::chunks;
 use crate::isa::{Arithmetic, dispatch};
@@ -20,7 +20,7 @@ pub enum Activation {
     Relu2,
     /// `g * sigmoid(alpha * g)` with `g = min(x, limit)`. As a gate its product is with `clamp(up, -limit, limit) + 1`.
     Clamped {
-        /// The largest value of a gate and of the absolute value of what it is multiplied with.
+        /// The largest value of a gate, and of the magnitude of `up`.
         limit: f32,
         /// The factor in the sigmoid.
         alpha: f32,
@@ -34,13 +34,13 @@ trait Curve: Copy + Send + Sync {
     /// `f(x)`, and its slope.
     fn at<A: Arithmetic>(self, x: f32) -> (f32, f32);
 
-    /// What `f(gate)` is multiplied with, and its slope.
+    /// The factor of `f(gate)`, and its slope.
     #[inline(always)]
     fn up(self, up: f32) -> (f32, f32) {
         (up, 1.0)
     }
 
-    /// The gradients with respect to gate and up of their product.
+    /// The gradients of the gated product with respect to gate and up.
     #[inline(always)]
     fn gated_gradients<A: Arithmetic>(self, gate: f32, up: f32, dy: f32) -> (f32, f32) {
         let ((value, slope), (up, up_slope)) = (self.at::<A>(gate), self.up(up));
@@ -85,10 +85,10 @@ impl Curve for GeluTanh {
     fn at<A: Arithmetic>(self, x: f32) -> (f32, f32) {
         const FACTOR: f32 = 0.797_884_6; // sqrt(2 / pi)
         let square = x * x;
-        // (1 + tanh(u)) / 2 = sigmoid(2 u), which keeps its digits where tanh is near -1
+        // (1 + tanh(u)) / 2 = sigmoid(2 u), which is accurate where tanh is near -1
         let s = sigmoid::<A>(2.0 * FACTOR * x * (1.0 + 0.044_715 * square));
         let slope = 2.0 * FACTOR * (1.0 + 3.0 * 0.044_715 * square);
-        // far out the product is 0 times a number that may be infinite
+        // for large |x| the product is 0 times a number that may be infinite
         let bend = if s > 1e-30 && s < 1.0 { x * s * (1.0 - s) * slope } else { 0.0 };
         (x * s, s + bend)
     }
@@ -129,7 +129,7 @@ fn complementary_error<A: Arithmetic>(z: f32) -> f32 {
 impl Curve for Relu {
     #[inline(always)]
     fn at<A: Arithmetic>(self, x: f32) -> (f32, f32) {
-        // what is not a number stays so
+        // NaN is preserved
         (if x < 0.0 { 0.0 } else { x }, if x > 0.0 { 1.0 } else { 0.0 })
     }
 }
@@ -222,7 +222,7 @@ fn gated_chunk_body<A: Arithmetic, C: Curve, T: Element>(curve: C, gate: &[T], u
     }
 }
 
-/// The gradients of [`gated`] with respect to `up`, and with respect to `gate` in place of `dy`.
+/// The gradients of [`gated`]: returns the one with respect to `up`, and replaces `dy` by the one with respect to `gate`.
 ///
 /// # Panics
 /// The operands differ in length, or a limit is not a positive number.
@@ -289,7 +289,7 @@ fn activate_chunk_body<A: Arithmetic, C: Curve, T: Element>(curve: C, x: &[T], y
     }
 }
 
-/// `dy` becomes the gradient of [`activate`] with respect to `x`.
+/// Replaces `dy` by the gradient of [`activate`] with respect to `x`.
 ///
 /// # Panics
 /// The operands differ in length, or a limit is not a positive number.
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn values_and_gradients_equal_the_definitions() {
+    fn values_and_gradients_match_the_definitions() {
         let gates: Vec<f32> = (0..701).map(|i| (i as f32 - 350.0) * 0.031_7 + 0.001).collect();
         let ups: Vec<f32> = gates.iter().map(|g| 1.3 * (g * 2.9).sin() * 4.0).collect();
         for activation in [

@@ -1,30 +1,30 @@
-//! Cross-entropy with label smoothing over rows of logits.
+//! Computes cross-entropy with label smoothing over rows of logits, and its gradient.
 
 use crate::elementwise::chunks;
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{exp, max, soft_cap, sum};
 use crate::parallel::{Shared, for_each};
 
-/// How logits follow from the products of the output head: `y = scale * x`, then `cap * tanh(y / cap)` if there is a cap.
+/// How to compute logits from the products of the output head: `y = scale * x`, then `cap * tanh(y / cap)` if there is a cap.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogitForm {
     /// The factor on each product.
     pub scale: f32,
-    /// What logits stay below.
+    /// The bound of the magnitude of logits.
     pub soft_cap: Option<f32>,
 }
 
 impl LogitForm {
-    /// Logits that are the products themselves.
+    /// Logits equal the products.
     pub const PLAIN: Self = Self { scale: 1.0, soft_cap: None };
 
-    /// Whether logits are the products themselves.
+    /// Whether logits equal the products.
     #[must_use]
     pub fn is_plain(self) -> bool {
         self == Self::PLAIN
     }
 
-    /// Turns products into logits, in place.
+    /// Converts products to logits in place.
     pub fn apply(self, products: &mut [f32]) {
         if self.is_plain() {
             return;
@@ -56,19 +56,19 @@ fn form_chunk_body<A: Arithmetic>(products: &mut [f32], form: LogitForm) {
     }
 }
 
-/// What one row of logits should predict.
+/// The target of one row of logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Row {
-    /// The wanted class.
+    /// The target class.
     pub target: usize,
     /// The factor on this row's loss.
     pub weight: f32,
 }
 
-/// The weighted loss of each row of `logits: [rows.len(), classes]`, in nats. `logits` holds the products of the output head,
-/// which become logits as `form` says.
+/// Computes the weighted loss of each row of `logits: [rows.len(), classes]`, in nats. `logits` contains the products of the
+/// output head, which are converted to logits with `form`.
 ///
-/// With smoothing `e` the target distribution is `1 - e` on the wanted class plus `e / classes` on each
+/// With smoothing `e` the target distribution is `1 - e` on the target class plus `e / classes` on each class
 /// (<https://arxiv.org/abs/1512.00567>, section 7).
 ///
 /// # Panics
@@ -77,7 +77,7 @@ pub fn cross_entropy(logits: &mut [f32], form: LogitForm, rows: &[Row], smoothin
     run(logits, form, rows, smoothing, None, losses);
 }
 
-/// As [`cross_entropy`]; `logits` becomes the gradient of `scale * sum(losses)` with respect to the products.
+/// As [`cross_entropy`]; also replaces `logits` by the gradient of `scale * sum(losses)` with respect to the products.
 ///
 /// # Panics
 /// A target is not a class.

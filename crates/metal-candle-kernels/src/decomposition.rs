@@ -1,22 +1,22 @@
-//! Decompositions of matrices in f64: the largest singular values with their vectors, and Householder QR.
+//! Decomposes matrices in f64: the largest singular values with their vectors, and Householder QR.
 //!
-//! Each runs on the calling thread, so that many matrices can be decomposed side by side.
+//! Each decomposition runs on the calling thread, so that many matrices can be decomposed in parallel.
 
 use crate::isa::{Arithmetic, dispatch};
 use gemmkit::{MatMut, MatRef, Parallelism};
 
-/// The largest singular values of a matrix `[m, n]`, in falling order, and their vectors.
+/// The largest singular values of a matrix `[m, n]`, in descending order, and their vectors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SingularValues {
-    /// Left vectors, one a row: `[rank, m]`.
+    /// Left vectors, one per row: `[rank, m]`.
     pub left: Vec<f64>,
     /// `[rank]`.
     pub values: Vec<f64>,
-    /// Right vectors, one a row: `[rank, n]`.
+    /// Right vectors, one per row: `[rank, n]`.
     pub right: Vec<f64>,
 }
 
-/// The `rank` largest singular values of `w: [m, n]`, row-major, by the eigenvectors of the smaller of `W W^T` and
+/// Computes the `rank` largest singular values of `w: [m, n]`, row-major, from the eigenvectors of the smaller of `W W^T` and
 /// `W^T W` (Golub and Van Loan, Matrix Computations, 4th edition, sections 8.3, 8.4 and 8.6).
 ///
 /// # Panics
@@ -27,8 +27,8 @@ pub fn singular_values((m, n): (usize, usize), w: &[f32], rank: usize) -> Singul
     largest((m, n), &w, rank)
 }
 
-/// The same by `iterations` of subspace iteration from `W` times `start: [n, rank]` (<https://arxiv.org/abs/0909.4061>,
-/// algorithms 4.4 and 5.1); a wide matrix is taken transposed, and `start` is `[m, rank]` then.
+/// As [`singular_values`], by `iterations` of subspace iteration from `W` times `start: [n, rank]`
+/// (<https://arxiv.org/abs/0909.4061>, algorithms 4.4 and 5.1). A wide matrix is transposed, so `start` is `[m, rank]`.
 ///
 /// # Panics
 /// An operand is shorter than its shape says, or `rank` is above the smaller side.
@@ -42,11 +42,11 @@ pub fn singular_values_by_iteration(
 ) -> SingularValues {
     let w = widened((m, n), w, rank);
     let is_wide = m < n;
-    // the longer and the shorter side, and the distances of neighbours along them
+    // the longer and the shorter side, and their strides
     let (long, short, strides) = if is_wide { (n, m, (1, n)) } else { (m, n, (n, 1)) };
     let turned = (strides.1, strides.0);
     assert!(start.len() >= short * rank, "the start is too short");
-    // Q, one vector a row: [rank, long]
+    // Q, one vector per row: [rank, long]
     let mut basis = product((rank, long, short), start, (1, rank), &w, turned);
     orthonormalize(&mut basis, long);
     for _ in 0..iterations {
@@ -111,7 +111,7 @@ fn largest((m, n): (usize, usize), w: &[f64], rank: usize) -> SingularValues {
     let mut longer = product((rank, long, short), &shorter, (short, 1), w, turned);
     let mut values = Vec::with_capacity(rank);
     for vector in longer.chunks_exact_mut(long.max(1)) {
-        // more exact than the root of the eigenvalue
+        // more accurate than the square root of the eigenvalue
         let value = dot(vector, vector).sqrt();
         let factor = if value > 0.0 { 1.0 / value } else { 0.0 };
         scale(factor, vector);
@@ -143,7 +143,7 @@ fn largest_eigenvectors(a: &mut [f64], n: usize, count: usize) -> Vec<f64> {
     vectors
 }
 
-/// Diagonal and the diagonal beside it of `Q^T A Q`; row k of `a` keeps the reflector k of Q, whose factors are returned.
+/// Returns the diagonal and off-diagonal of `Q^T A Q`, and the factors of the reflectors of Q; row k of `a` becomes reflector k.
 fn tridiagonal(a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let (mut off_diagonal, mut factors) = (Vec::with_capacity(n), Vec::with_capacity(n));
     let mut w = vec![0.0; n];
@@ -170,7 +170,8 @@ fn tridiagonal(a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     ((0..n).map(|i| a[i * n + i]).collect(), off_diagonal, factors)
 }
 
-/// Makes `x` the vector v of the reflection `1 - f v v^T` that leaves only the first element of x: f and that element.
+/// Replaces `x` by the vector v of the reflection `1 - f v v^T` that zeroes all but the first element of x; returns f and that
+/// element.
 fn reflector(x: &mut [f64]) -> (f64, f64) {
     let Some((first, rest)) = x.split_first_mut() else { return (0.0, 0.0) };
     let below = dot(rest, rest);
@@ -189,7 +190,7 @@ fn reflect(v: &[f64], factor: f64, x: &mut [f64]) {
     }
 }
 
-/// The eigenvalue of a symmetric tridiagonal matrix that `number` others are above, by bisection.
+/// The eigenvalue of a symmetric tridiagonal matrix with `number` larger eigenvalues, by bisection.
 fn eigenvalue_from_top(diagonal: &[f64], off_diagonal: &[f64], number: usize, below: Option<f64>) -> f64 {
     let n = diagonal.len();
     let radius = |i: usize| {
@@ -199,7 +200,7 @@ fn eigenvalue_from_top(diagonal: &[f64], off_diagonal: &[f64], number: usize, be
     let mut low = (0..n).map(|i| diagonal[i] - radius(i)).fold(f64::INFINITY, f64::min);
     let mut high = (0..n).map(|i| diagonal[i] + radius(i)).fold(f64::NEG_INFINITY, f64::max);
     let width = f64::EPSILON * low.abs().max(high.abs());
-    // bisection may have ended a rounding below
+    // because of rounding, the previous bisection may have ended slightly too low
     high = below.map_or(high, |below| high.min(below + width));
     while high - low > width {
         let middle = f64::midpoint(low, high);
@@ -215,7 +216,7 @@ fn eigenvalue_from_top(diagonal: &[f64], off_diagonal: &[f64], number: usize, be
     f64::midpoint(low, high)
 }
 
-/// How many eigenvalues are above `x`: the positive pivots of `T - x`.
+/// The number of eigenvalues above `x`: the number of positive pivots of `T - x`.
 fn num_above(diagonal: &[f64], off_diagonal: &[f64], x: f64) -> usize {
     let (mut pivot, mut count) = (1.0, 0);
     for (i, value) in diagonal.iter().enumerate() {
@@ -229,18 +230,18 @@ fn num_above(diagonal: &[f64], off_diagonal: &[f64], x: f64) -> usize {
     count
 }
 
-/// The eigenvector of `eigenvalue`, orthogonal to those `done` already.
+/// The eigenvector of `eigenvalue`, orthogonal to the previous ones in `done`.
 fn inverse_iteration(diagonal: &[f64], off_diagonal: &[f64], eigenvalue: f64, done: &[f64], vector: &mut [f64]) {
     let n = vector.len();
     let size = diagonal.iter().chain(off_diagonal).fold(f64::MIN_POSITIVE, |size, value| size.max(value.abs()));
     let smallest = size * f64::EPSILON;
-    // any start will do that is not orthogonal to the vector; it differs from one vector to the next
+    // any start that is not orthogonal to the vector works; each vector uses a different one
     let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_add(done.len() as u64);
     for value in vector.iter_mut() {
         state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         *value = (state >> 11) as f64 / (1_u64 << 53) as f64 - 0.5;
     }
-    // rows of the upper triangle of `T - eigenvalue` after elimination, and how each was made
+    // rows of the upper triangle of `T - eigenvalue` after elimination, and the elimination steps
     let mut upper = vec![[0.0; 3]; n];
     let mut steps = Vec::with_capacity(n);
     let entry = |values: &[f64], i: usize| values.get(i).copied().unwrap_or(0.0);
@@ -281,7 +282,7 @@ fn inverse_iteration(diagonal: &[f64], off_diagonal: &[f64], eigenvalue: f64, do
     }
 }
 
-/// Makes `vector` orthogonal to the rows of `done`, twice for the sake of rounding, and of length 1.
+/// Makes `vector` orthogonal to the rows of `done` (twice, because of rounding) and normalizes it.
 fn project_out(done: &[f64], vector: &mut [f64]) {
     for _ in 0..2 {
         for other in done.chunks_exact(vector.len()) {
@@ -405,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn squares_of_all_singular_values_add_up() {
+    fn squares_of_singular_values_sum_to_the_squared_norm() {
         let w = matrix(20, 33, 5);
         let found = singular_values((20, 33), &w, 20);
         let squares: f64 = w.iter().map(|value| f64::from(*value).powi(2)).sum();
@@ -430,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn iteration_comes_close() {
+    fn iteration_approximates_the_exact_values() {
         for (m, n) in [(50, 30), (30, 50)] {
             let w = matrix(m, n, 7);
             let start: Vec<f64> = matrix(30, 4, 9).into_iter().map(f64::from).collect();

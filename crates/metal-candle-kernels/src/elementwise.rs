@@ -1,4 +1,4 @@
-//! Kernels that touch each element once: rotary embedding, bias, factors, rounding, dropout.
+//! Elementwise kernels: rotary embedding, bias, factors, rounding, dropout.
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each, rows_per_task, written};
@@ -12,7 +12,7 @@ pub(crate) fn chunks(len: usize, task: impl Fn(usize, usize) + Send + Sync) {
     for_each(len.div_ceil(CHUNK), 4 * len, |i| task(i * CHUNK, len.min((i + 1) * CHUNK)));
 }
 
-/// `x` rounded to bfloat16, to the nearest and ties to even; what is not a number stays so.
+/// Rounds `x` to bfloat16, ties to even; NaN is preserved.
 #[must_use]
 pub fn round_to_bf16(x: &[f32]) -> Vec<bf16> {
     let write = |y: Shared<bf16>| {
@@ -39,7 +39,7 @@ fn round_chunk_body<A: Arithmetic>(x: &[f32], y: &mut [bf16]) {
     }
 }
 
-/// Which elements of a head rotate together.
+/// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Pairs {
     /// Element `i` and element `i + n / 2` of the `n` that rotate.
@@ -48,10 +48,10 @@ pub enum Pairs {
     Adjacent,
 }
 
-/// Rotates the first elements of each head in place (<https://arxiv.org/abs/2104.09864>, section 3.4); the others stay.
+/// Rotates the first elements of each head in place (<https://arxiv.org/abs/2104.09864>, section 3.4).
 ///
-/// `x: [tokens, heads, head_dim]`, `cos` and `sin`: `[tokens, half]`, for the first `2 * half` elements of a head. With `inverse`
-/// it turns the other way, which is the gradient.
+/// `x: [tokens, heads, head_dim]`, `cos` and `sin`: `[tokens, half]`, for the first `2 * half` elements of a head. `inverse`
+/// rotates in the other direction, which is the gradient.
 ///
 /// # Panics
 /// `cos` and `sin` are shorter than the tokens, or the rotated elements are more than a head.
@@ -118,7 +118,7 @@ fn rotate_adjacent_body<A: Arithmetic>(x: &mut [f32], head_dim: usize, cos: &[f3
     }
 }
 
-/// Runs `change(row, start)` on each row of `x: [rows, width]`, several rows a task; `start` is the element it begins at.
+/// Runs `change(row, start)` on each row of `x: [rows, width]`, several rows per task; `start` is the index of its first element.
 fn rows(x: &mut [f32], width: usize, change: impl Fn(&mut [f32], usize) + Send + Sync) {
     if width == 0 {
         return;
@@ -168,7 +168,7 @@ pub fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
     });
 }
 
-/// The sum of each column of `x: [rows, width]` is added to `sums`.
+/// Adds the sum of each column of `x: [rows, width]` to `sums`.
 pub fn column_sums(x: &[f32], sums: &mut [f32]) {
     for row in x.chunks_exact(sums.len().max(1)) {
         for (sum, x) in sums.iter_mut().zip(row) {
@@ -177,9 +177,9 @@ pub fn column_sums(x: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Inverted dropout: element `i` of `x` becomes 0 with probability `p`, else is divided by `1 - p`.
+/// Inverted dropout: element `i` of `x` becomes 0 with probability `p`, otherwise it is divided by `1 - p`.
 ///
-/// Whether it is kept follows from `seed` and `i` alone (the finalizer of `SplitMix64`), so the backward pass repeats the choice.
+/// The decision depends only on `seed` and `i` (the finalizer of `SplitMix64`), so the backward pass can repeat it.
 pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
     let threshold = dropout_threshold(p);
     let scale = 1.0 / (1.0 - p);
@@ -194,13 +194,13 @@ pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
     });
 }
 
-/// What 32 bits of an element's hash must reach for [`dropout`] with this probability to keep it.
+/// The threshold of 32 bits of an element's hash from which [`dropout`] with this probability keeps the element.
 #[must_use]
 pub fn dropout_threshold(p: f32) -> u64 {
     (f64::from(p) * 2f64.powi(32)) as u64
 }
 
-/// Fills `y` with numbers from `-bound` up to `bound`; element `i` follows from `seed` and `first + i` alone.
+/// Fills `y` with numbers from `-bound` up to `bound`; element `i` depends only on `seed` and `first + i`.
 pub fn uniform_noise(y: &mut [f32], bound: f32, seed: u64, first: usize) {
     let shared = Shared::new(y);
     chunks(y.len(), |start, end| {
@@ -227,7 +227,7 @@ mod tests {
     use half::bf16;
 
     #[test]
-    fn rounding_is_that_of_half() {
+    fn rounding_matches_the_half_crate() {
         let values: Vec<f32> = (0..200_000_u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).collect();
         for (value, rounded) in values.iter().zip(round_to_bf16(&values)) {
             let expected = bf16::from_f32(*value);

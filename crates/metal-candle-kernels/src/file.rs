@@ -1,4 +1,4 @@
-//! Files mapped into memory.
+//! Maps files into memory and detects changes to them.
 
 use crate::missing_pages::Watch;
 use crate::operand::Matrix;
@@ -27,16 +27,16 @@ pub enum ElementType {
 
 /// The bytes of a file, mapped read-only.
 ///
-/// A file that is replaced by renaming or deleted stays mapped as it was. If another process shortens or overwrites the file in
-/// place, reads return zeros or the new bytes and [`MappedFile::check`] fails from then on, so callers check after they have
-/// read and before they use what they computed. A write within the resolution of the file system's clock, some milliseconds
-/// after the file was mapped, can go unseen.
+/// A file that is deleted or replaced by renaming stays mapped unchanged. If another process truncates or overwrites the file in
+/// place, reads return zeros or the new bytes and [`MappedFile::check`] returns an error from then on, so callers must check
+/// after reading and before using results. A write within the resolution of the file system's clock, some milliseconds after
+/// the file was mapped, can go undetected.
 #[derive(Debug)]
 pub struct MappedFile {
-    // dropped before the map, whose addresses may then belong to others
+    // dropped before the map, because its addresses may be reused afterwards
     watch: Watch,
     map: memmap2::Mmap,
-    /// A copy of the bytes, in large pages where the system has them.
+    /// A copy of the bytes, in large pages if the system supports them.
     copy: OnceLock<Copied>,
     file: File,
     path: PathBuf,
@@ -50,20 +50,20 @@ struct Copied {
     start: usize,
 }
 
-/// Maps `path` read-only; nothing is read until its bytes are looked at.
+/// Maps `path` read-only; bytes are read on access.
 ///
 /// # Errors
 /// `path` cannot be opened, or is not a regular file.
 pub fn map_file(path: impl AsRef<Path>) -> io::Result<MappedFile> {
     let path = path.as_ref();
-    // asked before opening, since opening a pipe would wait
+    // check before opening, because opening a pipe would block
     if !std::fs::metadata(path)?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let file = File::open(path)?;
     let modified = file.metadata()?.modified().ok();
-    // SAFETY: the map is read-only and its bytes are handed out as numbers, for which every bit pattern is valid. Changes of
-    // the file meanwhile are found by `check`; a page that is missing is replaced by `Watch`.
+    // SAFETY: the map is read-only and its bytes are used as numbers, for which every bit pattern is valid. `check` detects
+    // changes of the file; `Watch` replaces missing pages.
     let map = unsafe { memmap2::Mmap::map(&file)? };
     Ok(MappedFile { watch: Watch::new(&map), map, copy: OnceLock::new(), file, path: path.to_path_buf(), modified })
 }
@@ -75,22 +75,22 @@ impl MappedFile {
         &self.path
     }
 
-    /// Copies the file into memory of its own, which bytes are read from afterwards. Pages of a file are small, and looking them up
-    /// makes reading slower; those of the copy are large where the system allows it. The pages of the file are given back as they
-    /// are copied, so that both are never held as a whole. Without memory for a copy the file stays in use, and also while
-    /// another process has it mapped (on Linux), since their pages are the same memory.
+    /// Copies the file into memory, from which bytes are read afterwards. Pages of a file are small, which makes reading slower;
+    /// the pages of the copy are large if the system supports it. The pages of the file are released as they are copied, so the
+    /// two are never in memory completely. Nothing is copied if there is not enough memory, or (on Linux) while another process
+    /// has the file mapped, because both processes share its pages.
     ///
-    /// In the copy, byte `aligned` begins a cache line: vector units and matrix units read rows faster that do.
+    /// In the copy, byte `aligned` is at the start of a cache line: vector units and matrix units read aligned rows faster.
     ///
     /// # Errors
-    /// The file was shortened or overwritten since it was mapped.
+    /// The file was truncated or overwritten since it was mapped.
     pub fn make_resident(&self, aligned: usize) -> io::Result<()> {
         if self.copy.get().is_some() || self.map.is_empty() || self.is_shared() {
             return Ok(());
         }
         let start = aligned.next_multiple_of(CACHE_LINE) - aligned;
         let Ok(mut copy) = memmap2::MmapMut::map_anon(start + self.map.len()) else { return Ok(()) };
-        // large pages are a gain where there are any, and nothing is lost otherwise
+        // a failure only means that pages are small
         #[cfg(target_os = "linux")]
         drop(copy.advise(memmap2::Advice::HugePage));
         for from in (0..self.map.len()).step_by(BYTES_COPIED) {
@@ -100,14 +100,14 @@ impl MappedFile {
         }
         self.check()?;
         if let Ok(memory) = copy.make_read_only() {
-            // another thread may have been first
+            // another thread may have copied the file already
             drop(self.copy.set(Copied { memory, start }));
         }
         Ok(())
     }
 
-    /// Whether other processes have read a good part of the file through maps of their own: the share of its pages that counts as
-    /// this process's (`Pss`) is then less than what it has read (`Rss`).
+    /// Whether other processes have mapped and read much of the file: then the proportional share of its pages (`Pss`) is less
+    /// than the number of resident pages (`Rss`).
     #[cfg(target_os = "linux")]
     fn is_shared(&self) -> bool {
         let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return false };
@@ -117,7 +117,7 @@ impl MappedFile {
             let line = lines.clone().take(30).find_map(|line| line.strip_prefix(name));
             line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0)
         };
-        // half and more of the pages have a second reader
+        // at least half of the pages have a second reader
         kibibytes("Pss:") * 4 < kibibytes("Rss:") * 3
     }
 
@@ -126,15 +126,15 @@ impl MappedFile {
         false
     }
 
-    /// The bytes: those of the copy, if there is one.
+    /// The bytes, from the copy if there is one.
     fn bytes(&self) -> &[u8] {
         self.copy.get().map_or(&self.map, |copy| &copy.memory[copy.start..])
     }
 
-    /// Whether all that was read so far are the bytes that the file had when it was mapped.
+    /// Checks that everything read so far was the original contents of the file.
     ///
     /// # Errors
-    /// The file was shortened or overwritten since, before there was a copy of it.
+    /// The file was truncated or overwritten since it was mapped, before it was copied.
     pub fn check(&self) -> io::Result<()> {
         let is_same = self.copy.get().is_some() || {
             let metadata = self.file.metadata()?;
@@ -143,13 +143,13 @@ impl MappedFile {
         if is_same && !self.watch.has_lost_pages() {
             return Ok(());
         }
-        let message = "the file was shortened or overwritten while it was in use: load it again, and replace files by \
+        let message = "the file was truncated or overwritten while it was in use: load it again, and replace files by \
                        renaming";
         Err(io::Error::new(io::ErrorKind::InvalidData, message))
     }
 
-    /// The little-endian elements in a byte range, without a copy; none where the range ends outside the file, is not aligned
-    /// for the type or no multiple of its size, or where the machine is big-endian.
+    /// The little-endian elements in a byte range, without a copy; none if the range is outside the file, is not aligned for the
+    /// type or not a multiple of its size, or if the machine is big-endian.
     #[must_use]
     pub fn matrix(&self, range: Range<usize>, element: ElementType) -> Option<Matrix<'_>> {
         if cfg!(target_endian = "big") {
@@ -163,17 +163,17 @@ impl MappedFile {
         })
     }
 
-    /// Gives the memory of a byte range back to the system; it is read again when it is looked at again.
+    /// Releases the memory of a byte range; accessing it reads the file again.
     ///
-    /// Without this, a file that was read once counts towards the memory of the process until it is unmapped.
+    /// Otherwise a file that was read once counts towards the memory of the process until it is unmapped.
     pub fn release(&self, range: Range<usize>) {
         if range.start >= range.end || range.end > self.map.len() {
             return;
         }
         #[cfg(unix)]
         {
-            // SAFETY: the map is shared, read-only and backed by the file, so dropped pages come back with the
-            // same bytes, and the range lies inside it.
+            // SAFETY: the map is shared, read-only and backed by the file, so dropped pages are read again with the
+            // same bytes, and the range is inside the map.
             let advised = unsafe {
                 self.map.unchecked_advise_range(
                     memmap2::UncheckedAdvice::DontNeed,
@@ -181,13 +181,13 @@ impl MappedFile {
                     range.end - range.start,
                 )
             };
-            // only memory is at stake, never the result
+            // a failure only costs memory
             drop(advised);
         }
     }
 }
 
-/// Types of which every bit pattern is a value.
+/// Types for which every bit pattern is a valid value.
 trait Plain {}
 impl Plain for f32 {}
 impl Plain for f16 {}
@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn elements_are_read_where_they_are_aligned() {
+    fn aligned_elements_are_read_in_place() {
         let path = std::env::temp_dir().join(format!("metal-candle-elements-{}", std::process::id()));
         let values = [1.5_f32, -2.0, 3.25];
         std::fs::write(&path, values.map(f32::to_le_bytes).concat()).unwrap();
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_cut_gives_an_error_and_no_signal() {
+    fn a_truncated_file_gives_an_error_and_no_signal() {
         let path = path("cut");
         std::fs::write(&path, vec![7; 100_000]).unwrap();
         let map = map_file(&path).unwrap();
@@ -250,10 +250,10 @@ mod tests {
         let file = File::options().write(true).open(&path).unwrap();
         file.set_len(10).unwrap();
         assert_eq!(map.check().unwrap_err().kind(), io::ErrorKind::InvalidData);
-        // without the watch this ends the process
+        // without the watch, this would end the process
         assert!(sum(&map) < 700_000);
         assert!(map.watch.has_lost_pages());
-        // as long as it was before, the file still has other bytes
+        // with its original length, the file still has other bytes
         file.set_len(100_000).unwrap();
         assert!(map.check().is_err());
         let again = map_file(&path).unwrap();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_overwritten_gives_an_error_and_one_that_is_replaced_does_not() {
+    fn an_overwritten_file_gives_an_error_and_a_replaced_file_does_not() {
         let (path, other) = (path("old"), path("new"));
         std::fs::write(&path, [1; 5000]).unwrap();
         let past = SystemTime::now() - std::time::Duration::from_mins(1);
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_those_of_the_file_also_after_release() {
+    fn released_bytes_are_read_again() {
         let path = std::env::temp_dir().join(format!("metal-candle-map-{}", std::process::id()));
         let bytes: Vec<u8> = (0..20_000_u32).map(|i| (i * 7 % 251) as u8).collect();
         std::fs::write(&path, &bytes).unwrap();

@@ -1,8 +1,8 @@
-//! Matrix products with weights of any type, accumulated in f32.
+//! Computes matrix products with weights of any type, accumulated in f32.
 //!
-//! The right operand is packed one panel of a few columns at a time, which stays in the first-level cache while the whole
-//! left operand, packed before, streams past it (the loops of <https://doi.org/10.1145/1356052.1356053>, section 4, with
-//! one panel for a block). Half-precision operands are widened while they are packed.
+//! The right operand is packed one panel of a few columns at a time. The panel stays in the L1 cache while the whole left
+//! operand, which was packed before, is streamed (the loops of <https://doi.org/10.1145/1356052.1356053>, section 4, with
+//! one panel per block). Half-precision operands are widened while they are packed.
 
 use crate::gemm_narrow::{MAX_DOT_ROWS, few_rows, narrow_outer};
 #[cfg(not(target_arch = "aarch64"))]
@@ -14,8 +14,8 @@ use crate::parallel::{Shared, for_each, written};
 use gemmkit::{MatRef, Parallelism};
 use std::cell::Cell;
 
-/// Columns of A and rows of B that are multiplied at a time with a panel of so many columns: together they fill some two
-/// thirds of the first-level cache.
+/// The depth (columns of A, rows of B) that is multiplied at a time with a panel of `columns` columns: together they fill about
+/// two thirds of the L1 cache.
 const fn panel_depth(columns: usize) -> usize {
     if columns > 16 { 256 } else { 320 }
 }
@@ -23,7 +23,7 @@ const fn panel_depth(columns: usize) -> usize {
 /// Elements of the largest panel.
 const PANEL: usize = 256 * MAX_COLUMNS;
 
-/// What the columns of A that are packed at a time are a multiple of.
+/// The number of columns of A that are packed at a time is a multiple of this.
 const DEPTH: usize = 320;
 
 /// Elements of the left operand that are packed at a time.
@@ -32,7 +32,7 @@ const LEFT_ELEMENTS: usize = 4 << 20;
 /// Columns of the widest panel.
 const MAX_COLUMNS: usize = 32;
 
-/// The memory that the left operand `[m, depth]` of a product takes while it is packed, in bytes.
+/// The size of the packed left operand `[m, depth]` of a product, in bytes.
 #[must_use]
 pub fn packed_bytes(m: usize, depth: usize) -> usize {
     if crate::tiles::is_there() {
@@ -52,7 +52,7 @@ fn tile_rows() -> usize {
     if crate::isa::isa() == crate::isa::Isa::Avx512 { 12 } else { 6 }
 }
 
-/// Where each step of the depth begins and how long it is: as equal as possible.
+/// The start and length of each step of the depth, with lengths as equal as possible.
 fn depths<const NR: usize>(k: usize) -> impl Iterator<Item = (usize, usize)> {
     let step = k.div_ceil(k.div_ceil(panel_depth(NR)).max(1)).max(1);
     (0..k).step_by(step).map(move |at| (at, step.min(k - at)))
@@ -64,14 +64,14 @@ thread_local! {
 
 /// `start + sum of products` as a new matrix `[m, n]`, row-major.
 ///
-/// Each element is added up in the same order whatever the number of threads.
+/// The order of summation does not depend on the number of threads.
 ///
 /// # Panics
 /// An operand is shorter than its shape and strides say, or the start is to be the result itself.
 #[must_use]
 pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
     assert!(!matches!(start, Start::Result), "there is no result to start from");
-    // SAFETY: each way of adding up begins by writing the start.
+    // SAFETY: every path first writes the initial value.
     unsafe { written(m * n, |c| add_up((m, n), start, products, c)) }
 }
 
@@ -104,7 +104,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<
     if m <= MAX_DOT_ROWS && products.iter().all(|p| p.a_strides.1 == 1 && p.b_strides.0 == 1 && p.b_strides.1 >= p.k) {
         return few_rows((m, n), start, products, c);
     }
-    // tiles as large as the registers hold, but not wider than the result
+    // the largest tiles that fit in the registers, but not wider than the result
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
         crate::isa::Isa::Avx512 if n > 16 => return run::<12, 32>((m, n), start, products, c, avx512::<12, 32>),
@@ -134,7 +134,7 @@ fn run<const MR: usize, const NR: usize>(
     c: Shared<f32>,
     task: impl Fn(&Task) + Send + Sync,
 ) {
-    // a part of the depth at a time: the packed left operand stays small
+    // pack a part of the depth at a time, so that the packed left operand stays small
     let most = packed_depth(m.next_multiple_of(MR));
     let (mut start, mut parts, mut depth) = (start, Vec::with_capacity(products.len()), 0);
     for product in products {
@@ -167,7 +167,7 @@ fn run_part<const MR: usize, const NR: usize>(
     let packed: usize = products.iter().filter(|product| !is_direct(product, n)).map(|product| product.k).sum();
     let mut left = LEFT.take();
     if left.len() < row_panels * MR * packed {
-        // given back first: growing in place would hold the old space beside the new
+        // free first: growing in place would need memory for both buffers
         drop(left);
         left = vec![0.0; row_panels * MR * packed];
     }
@@ -188,8 +188,8 @@ fn run_part<const MR: usize, const NR: usize>(
     let (panels, threads) = (n.div_ceil(NR), rayon::current_num_threads());
     let per_task = panels.div_ceil(4 * threads).clamp(1, 8);
     let columns = panels.div_ceil(per_task);
-    // few columns: the threads share the rows
-    // each part packs the right operand again
+    // with few columns, the threads split the rows
+    // each part has to pack the right operand again
     let wanted = if packed == 0 { threads } else { 4 * threads };
     let parts = if threads == 1 { 1 } else { wanted.div_ceil(columns).min(row_panels.div_ceil(4)) };
     let rows_per_part = row_panels.div_ceil(parts);
@@ -216,7 +216,7 @@ fn avx512<const MR: usize, const NR: usize>(task: &Task) {
     fn body<const MR: usize, const NR: usize>(task: &Task) {
         task_body::<Fused, MR, NR>(task);
     }
-    // SAFETY: taken only where `isa` has found these instructions.
+    // SAFETY: used only if `isa` has detected these instructions.
     unsafe { body::<MR, NR>(task) }
 }
 
@@ -237,7 +237,7 @@ fn baseline(task: &Task) {
     task_body::<Separate, 6, 16>(task);
 }
 
-// the panel belongs on the stack of the thread that fills it: 32 KB
+// the panel (32 KB) must be on the stack of the thread that fills it
 #[allow(clippy::large_stack_arrays)]
 #[inline(always)]
 fn task_body<A: Arithmetic, const MR: usize, const NR: usize>(task: &Task) {
@@ -293,12 +293,12 @@ fn multiply<A: Arithmetic, const MR: usize, const NR: usize>(left: &[f32], right
     sums
 }
 
-/// Whether the rows of A are read as they are: for few columns packing them would cost more than it saves.
+/// Whether the rows of A are read without packing, which would cost more than it saves for few columns.
 fn is_direct(product: &Product, n: usize) -> bool {
     n <= MAX_COLUMNS && product.a_strides.1 == 1
 }
 
-/// As [`multiply`] with rows `rows.0 ..` of A, columns `at ..`, as they are; below the last row the last one is repeated.
+/// As [`multiply`] with the unpacked rows `rows.0 ..` of A, columns `at ..`; after the last row, it is repeated.
 #[inline(always)]
 fn multiply_direct<A: Arithmetic, const MR: usize, const NR: usize>(
     product: &Product,
@@ -321,7 +321,7 @@ fn multiply_direct<A: Arithmetic, const MR: usize, const NR: usize>(
     sums
 }
 
-/// Adds a tile to its place.
+/// Adds a tile to the result.
 #[inline(always)]
 fn store<const MR: usize, const NR: usize>(
     task: &Task,
@@ -333,7 +333,7 @@ fn store<const MR: usize, const NR: usize>(
     let (m, n) = task.shape;
     for (row, sums) in tile.iter().enumerate().take(MR.min(m - i)) {
         let at = (i + row) * n + j;
-        // SAFETY: tasks have rows or columns of their own.
+        // SAFETY: tasks have disjoint rows or columns.
         let c = unsafe { task.c.part(at, width) };
         match start {
             Start::Zero => set::<NR>(c, sums, |_, sum| sum),
@@ -350,7 +350,7 @@ fn store<const MR: usize, const NR: usize>(
     }
 }
 
-/// `change(c, sum)` for each element; of a whole row of a tile the compiler knows the length.
+/// Applies `change(c, sum)` to each element; for a whole row of a tile, the compiler knows the length.
 #[inline(always)]
 fn set<const NR: usize>(c: &mut [f32], sums: &[f32; NR], change: impl Fn(f32, f32) -> f32) {
     if let Some(c) = c.first_chunk_mut::<NR>() {
@@ -396,10 +396,10 @@ pub fn gemm(
     gemm_sum_to((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha }], c);
 }
 
-/// `C = alpha A B + beta C` on the calling thread; `c` is a pointer and the distance of rows.
+/// `C = alpha A B + beta C` on the calling thread; `c` is a pointer and the row stride.
 ///
 /// # Safety
-/// The rows of C are writable and no other task touches them meanwhile.
+/// The rows of C are writable, and no other task accesses them during the call.
 #[allow(clippy::too_many_arguments)]
 pub(crate) unsafe fn serial_gemm(
     (m, n, k): (usize, usize, usize),
@@ -412,7 +412,7 @@ pub(crate) unsafe fn serial_gemm(
     (c, c_stride): (*mut f32, usize),
 ) {
     let signed = |(row, column): (usize, usize)| (row as isize, column as isize);
-    // checks that the operands lie within their slices
+    // check that the operands are within their slices
     let (a_row, a_column) = signed(a_strides);
     let (b_row, b_column) = signed(b_strides);
     let _ = (MatRef::new(a, m, k, a_row, a_column), MatRef::new(b, k, n, b_row, b_column));
@@ -438,12 +438,12 @@ pub(crate) unsafe fn serial_gemm(
     }
 }
 
-/// Rows and columns from which on gemmkit sums each element of C in the same order.
+/// With at least this number of rows and columns, gemmkit sums each element of C in the same order.
 const STABLE_ROWS: usize = 2;
 const STABLE_COLUMNS: usize = 32;
 
-/// [`serial_gemm`] where the bits of an element do not depend on the other rows of A and columns of B. Few rows and columns,
-/// which gemmkit sums in an order of their own, are filled up in `room`.
+/// As [`serial_gemm`], but the bits of an element do not depend on the other rows of A and columns of B. Few rows or columns,
+/// which gemmkit sums in another order, are padded in `room`.
 ///
 /// # Safety
 /// As of [`serial_gemm`].
@@ -487,9 +487,9 @@ pub(crate) unsafe fn serial_gemm_by_row(
         }
         (&*copy, (columns, 1))
     };
-    // one row is taken twice
+    // a single row is used twice
     let a_strides = if m == 1 { (0, a_strides.1) } else { a_strides };
-    // SAFETY: the sums are this function's own.
+    // SAFETY: the sums are local.
     unsafe { serial_gemm((rows, columns, k), alpha, a, a_strides, b, b_strides, beta, (sums.as_mut_ptr(), columns)) };
     for (i, sums) in sums.chunks_exact(columns).enumerate().take(m) {
         // SAFETY: a row of C.

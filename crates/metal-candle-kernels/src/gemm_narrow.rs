@@ -1,17 +1,17 @@
-//! Products of few rows or columns: decoding, and the gradients of low-rank matrices.
+//! Computes products with few rows or columns, for decoding and the gradients of low-rank matrices.
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{Element, dot};
 use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
 
-/// Rows up to which a product reads each weight once and multiplies it with every row.
+/// Most rows for which a product reads each weight once and multiplies it with every row.
 pub(crate) const MAX_DOT_ROWS: usize = 4;
 
-/// Weights of a product of few rows that one task reads.
+/// The number of weights that one task of such a product reads.
 const DOT_ELEMENTS: usize = 64 * 1024;
 
-/// The sum of products of few rows, whose right operands are rows of weights: `[n, k]` row-major.
+/// The sum of products with few rows, whose right operands are rows of weights: `[n, k]` row-major.
 pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product], shared: Shared<f32>) {
     let depth: usize = products.iter().map(|product| product.k).sum();
     let columns = (DOT_ELEMENTS / depth.max(1)).max(1);
@@ -46,12 +46,12 @@ fn add_dots_body<A: Arithmetic, T: Element>(w: &[T], stride: usize, x: &[f32], a
     }
 }
 
-/// Rows of a result that is made by adding up its rows, and columns that a task makes.
+/// Most rows of a result that is accumulated row by row, and the columns of a task.
 const MAX_OUTER_ROWS: usize = 16;
 const OUTER_COLUMNS: usize = 64;
 
-/// Computes a product whose operands both have long contiguous rows and whose result has few rows (or few columns), as the
-/// gradients of low-rank matrices; whether it is one.
+/// Computes a product whose operands both have long contiguous rows and whose result has few rows (or columns), such as a
+/// gradient of a low-rank matrix; returns false for other products.
 pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<f32>) -> bool {
     let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha } = *product else { return false };
     if a_strides.0 != 1 || b_strides.1 != 1 || m.min(n) > MAX_OUTER_ROWS || m.max(n) < OUTER_COLUMNS || k == 0 {
@@ -64,7 +64,7 @@ pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<
     let mut transposed = vec![0.0; m * n];
     add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), Shared::new(&mut transposed));
     for i in 0..m {
-        // SAFETY: no other task has the result.
+        // SAFETY: no other task uses the result.
         for (j, c) in unsafe { c.part(i * n, n) }.iter_mut().enumerate() {
             *c = transposed[j * m + i];
         }
@@ -85,7 +85,7 @@ fn add_up_rows(
         let mut sums = [0.0; MAX_OUTER_ROWS * OUTER_COLUMNS];
         outer_columns(few, few_stride, &many[start..], many_stride, (m, width, k), &mut sums);
         for (i, sums) in sums.chunks_exact(OUTER_COLUMNS).take(m).enumerate() {
-            // SAFETY: tasks have columns of their own.
+            // SAFETY: tasks have disjoint columns.
             let c = unsafe { shared.part(i * n + start, width) };
             c.iter_mut().zip(sums).for_each(|(c, sum)| *c = alpha * sum);
         }
@@ -93,7 +93,7 @@ fn add_up_rows(
 }
 
 dispatch! {
-    /// Adds up four rows at a time, so that a sum is loaded and stored once for four products.
+    /// Accumulates four rows at a time, so that a sum is loaded and stored once per four products.
     fn outer_columns(few: &[f32], few_stride: usize, many: &[f32], many_stride: usize, shape: (usize, usize, usize), sums: &mut [f32]) = outer_columns_body
 }
 

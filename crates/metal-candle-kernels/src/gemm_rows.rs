@@ -1,5 +1,5 @@
-//! Products whose result for a row does not depend on the other rows: for inference, where a sequence gets the same bits alone
-//! and in any batch.
+//! Computes products whose result for a row does not depend on other rows, for inference: the results of a sequence are
+//! identical alone and in any batch.
 //!
 //! Each element is one dot product of two contiguous rows, accumulated in lanes over the whole depth and then added pairwise, for
 //! any number of rows. Weights are read in place and widened in registers, for up to eight rows at once.
@@ -56,7 +56,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         assert!(product.a.len() >= m * product.k, "the left operand is too short");
         assert!(product.b.len() >= n * product.k, "the right operand is too short");
     }
-    // tiles compute each product separately: an adapter's product may be added to some rows only, and the bits must not change
+    // tiles compute each product separately: an adapter's product may be added to some rows only without changing other bits
     let mut start = start;
     for products in products.chunk_by(|product, next| !uses_tiles(n, product) && !uses_tiles(n, next)) {
         match products {
@@ -74,7 +74,7 @@ fn strided<'a>(&RowProduct { a, b, k, alpha }: &RowProduct<'a>) -> Product<'a> {
     Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
 }
 
-/// Weights of more than one bf16 term stay with the vector units: splitting them takes longer than reading them, which bounds
+/// Weights with more than one bf16 term use the vector units: splitting them takes longer than reading them, which limits
 /// decoding.
 fn uses_tiles(n: usize, product: &RowProduct) -> bool {
     matches!(product.b, Matrix::BF16(_)) && crate::tiles::applies(n, &[strided(product)])
@@ -94,10 +94,10 @@ fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c:
     add_up_in::<Portable<Separate>>(shape, start, products, c);
 }
 
-/// Rows of A, ordered as [`Weights::pair`] says.
+/// Rows of A in the order of [`Weights::pair`].
 pub(crate) struct Ordered<'a> {
     pub(crate) rows: &'a [Line],
-    /// The distance of rows, in elements.
+    /// The row stride, in elements.
     pub(crate) stride: usize,
     /// The number of columns.
     pub(crate) depth: usize,
@@ -111,7 +111,7 @@ thread_local! {
 fn take_rows(needed: usize) -> Vec<Line> {
     let mut buffer = ROWS.take();
     if buffer.len() < needed {
-        // freed first: growing in place would hold both buffers
+        // free first: growing in place would need memory for both buffers
         drop(buffer);
         buffer = vec![Line::default(); needed];
     }
@@ -179,18 +179,18 @@ impl Line {
     }
 }
 
-/// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but no power of two, which would map
-/// rows to the same cache sets.
+/// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but not a power of two, which would
+/// map rows to the same cache sets.
 pub(crate) fn ordered_stride(k: usize) -> usize {
     k.next_multiple_of(32) + 16
 }
 
-/// Copies the rows of A as [`Weights::pair`] orders them, padded with zeros.
+/// Copies the rows of A in the order of [`Weights::pair`], padded with zeros.
 fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows: &mut [Line]) {
     let lines = ordered_stride(k) / 16;
     let shared = Shared::new(rows);
     for_each(m, m * k, |i| {
-        // SAFETY: tasks have rows of their own.
+        // SAFETY: tasks have disjoint rows.
         let to = Line::floats_mut(unsafe { shared.part(i * lines, lines) });
         if is_split {
             // the last group may be partial
@@ -202,7 +202,7 @@ fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows
     });
 }
 
-/// Copies a row and fills it up with zeros.
+/// Copies a row and pads it with zeros.
 fn pad(from: &[f32], to: &mut [f32]) {
     let (row, rest) = to.split_at_mut(from.len());
     row.copy_from_slice(from);
@@ -242,7 +242,7 @@ fn split_body<A: Arithmetic>(from: &[f32], group: usize, to: &mut [f32]) {
 fn run<V: Vector>(task: &Task) {
     let (m, n) = task.shape;
     let (from, to) = task.columns;
-    // SAFETY: tasks have columns of their own.
+    // SAFETY: tasks have disjoint columns.
     unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     for (product, ordered) in task.products {
         match product.b {
@@ -255,7 +255,7 @@ fn run<V: Vector>(task: &Task) {
 
 fn multiply<V: Vector, T: Weights>(task: &Task, product: &RowProduct, rows: &Ordered, b: &[T]) {
     let weights = (&b[task.columns.0 * product.k..], product.k);
-    // SAFETY: tasks have columns of their own.
+    // SAFETY: tasks have disjoint columns.
     unsafe { add_dots::<V, T>(task.shape, rows, weights, task.columns, product.alpha, task.c) };
 }
 
@@ -287,10 +287,10 @@ pub(crate) unsafe fn add_dots<V: Vector, T: Weights>(
                 weights: (weights.as_ptr(), b_stride * apart, width),
                 depth,
             };
-            // SAFETY: the place is within the columns.
+            // SAFETY: the element is within the columns.
             let first = unsafe { c.pointer().add(i * n + j) };
             let to = Place { first, row_stride: n, column_stride: apart, alpha };
-            // SAFETY: the rows are ordered and padded, the slice of the weights covers their rows, and the caller owns the place.
+            // SAFETY: the rows are ordered and padded, the slice of the weights covers their rows, and the caller owns the elements.
             unsafe { V::add_dots(m - i, &operands, to) };
         }
         i += height;
@@ -321,7 +321,7 @@ mod tests {
     const SHAPES: [(usize, usize); 6] = [(37, 99), (64, 64), (5, 8), (3, 2600), (130, 1056), (1, 1)];
 
     #[test]
-    fn a_row_alone_has_the_bits_of_the_row_among_others() {
+    fn the_bits_of_a_row_do_not_depend_on_other_rows() {
         for (n, k) in SHAPES {
             let (a, z) = (random(MOST_ROWS * k, 1), random(MOST_ROWS * 3, 4));
             let (bias, residual, narrow) = (random(n, 3), random(MOST_ROWS * n, 5), random(n * 3, 6));
@@ -334,7 +334,7 @@ mod tests {
                     let residual = Start::Matrix(&residual[first * n..(first + m) * n]);
                     let starts = [Start::Zero, Start::Row(&bias), residual];
                     let sums = starts.map(|start| row_products((m, n), start, &products));
-                    // by row, so that parts can be compared
+                    // row by row, so that parts can be compared
                     (0..m)
                         .flat_map(|i| sums.each_ref().map(|sum| sum[i * n..][..n].to_vec()).concat())
                         .map(f32::to_bits)
@@ -351,9 +351,9 @@ mod tests {
         }
     }
 
-    /// The rows of a batch that use an adapter add its product in a call of its own.
+    /// The product of an adapter is added to some rows of a batch in a separate call.
     #[test]
-    fn a_product_that_is_added_later_has_the_same_bits() {
+    fn a_product_added_later_has_the_same_bits() {
         let (m, n, k) = (9, 37, 99);
         let (a, z, narrow) = (random(m * k, 1), random(m * 3, 2), random(n * 3, 3));
         in_every_type(n * k, |b, _| {
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_those_of_f64() {
+    fn sums_match_f64() {
         for (n, k) in SHAPES {
             let a = random(9 * k, 1);
             in_every_type(n * k, |b, wide| {
@@ -389,7 +389,7 @@ mod tests {
     type AddUp = fn((usize, usize), Start, &[RowProduct], Shared<f32>);
 
     #[test]
-    fn every_kernel_of_the_machine_gives_the_sums() {
+    fn every_kernel_of_the_machine_computes_the_sums() {
         let (n, k, m) = (7, 70, 12);
         let a = random(m * k, 1);
         in_every_type(n * k, |b, _| {
@@ -405,7 +405,7 @@ mod tests {
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::isa::{Isa, isa};
-                // as many lanes, and the same operations
+                // the same number of lanes and the same operations
                 assert!(isa() < Isa::Avx2 || fused == run(add_up_in::<x86::Avx2>));
                 assert!(isa() < Isa::Avx512 || is_close(&run(add_up_in::<x86::Avx512>)));
             }
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_products_are_the_start() {
+    fn empty_products_return_the_initial_value() {
         assert!(row_products((0, 3), Start::Zero, &[]).is_empty());
         let nothing = RowProduct { a: &[], b: Matrix::F32(&[]), k: 0, alpha: 1.0 };
         assert_eq!(row_products((2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);

@@ -41,10 +41,10 @@ pub(crate) trait Vector: Copy {
     /// The number of rows and of weight rows of a tile if `rows` rows remain. Its sums fit the registers.
     fn shape(rows: usize) -> (usize, usize);
 
-    /// Computes a tile of shape `shape(rows)` and adds its existing rows to their place.
+    /// Computes a tile of shape `shape(rows)` and adds its existing rows to the result.
     ///
     /// # Safety
-    /// As of [`tile`], and the place can be written.
+    /// As of [`tile`], and `to` is writable.
     unsafe fn add_dots<T: Weights>(rows: usize, operands: &Operands<T>, to: Place);
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct Place {
 
 impl Place {
     /// # Safety
-    /// The place can be written.
+    /// The destination is writable.
     #[inline(always)]
     unsafe fn add<A: Arithmetic, const R: usize, const C: usize>(
         self,
@@ -77,7 +77,7 @@ impl Place {
     }
 }
 
-/// Defines [`Vector::shape`] and [`Vector::add_dots`]. Each shape is a function of its own, so that its sums stay in registers.
+/// Defines [`Vector::shape`] and [`Vector::add_dots`]. Each shape is a separate function, so that its sums stay in registers.
 macro_rules! shapes {
     ($vector:ident, $(#[$meta:meta])? $(($rows:pat, $r:literal, $c:literal))*) => {
         fn shape(rows: usize) -> (usize, usize) {
@@ -97,7 +97,7 @@ macro_rules! shapes {
                 }
             }
             match rows {
-                // SAFETY: as above, and the instructions are there.
+                // SAFETY: as above, and the processor has the instructions.
                 $($rows => unsafe { body::<T, $r, $c>(operands, to) },)*
             }
         }
@@ -201,7 +201,7 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
     }
 }
 
-/// [`tile`] as a function of its own, so that its sums stay in registers.
+/// [`tile`] as a separate function, so that its sums stay in registers.
 #[inline(never)]
 unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights, const R: usize, const C: usize>(
     operands: &Operands<T>,
@@ -381,7 +381,7 @@ pub(crate) mod x86 {
 
 /// The operands of a tile. If there are fewer rows than the tile has, the last row is repeated.
 pub(crate) struct Operands<T> {
-    /// Pointer to the first row, row stride and number of rows. Rows are ordered as [`Weights::pair`] says and padded with zeros
+    /// Pointer to the first row, row stride and number of rows. Rows are in the order of [`Weights::pair`] and padded with zeros
     /// to a multiple of `2 * LANES`.
     pub(crate) a: (*const f32, usize, usize),
     /// The same for the weights, which are not padded.
@@ -418,7 +418,7 @@ unsafe fn tile<V: Vector, T: Weights, const R: usize, const C: usize>(operands: 
             unsafe { std::ptr::copy_nonoverlapping(w[c].add(whole), rest[c].as_mut_ptr(), depth - whole) };
             places[c] = rest[c].as_ptr();
         }
-        // SAFETY: as above; a group of weights is filled up.
+        // SAFETY: as above; a group of weights is padded.
         unsafe { step((&a, whole), (&places, 0, 0), &mut sums) };
     }
     let mut dots = [[0.0; C]; R];

@@ -1,5 +1,5 @@
-//! Runs the tasks of a kernel on the calling thread and on helper threads, which spin briefly before they sleep. A model starts
-//! kernels every few microseconds, and waking a thread takes longer than that.
+//! Runs the tasks of a kernel on the calling thread and on helper threads. Helpers spin briefly before they sleep, because a
+//! model starts a kernel every few microseconds and waking a thread takes longer.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -59,7 +59,7 @@ fn start() -> Mutex<Vec<Helper>> {
     let start = |number: usize| {
         let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
         let builder = std::thread::Builder::new().name(format!("kernels-{number}"));
-        // a thread that cannot be started only costs speed
+        // a thread that cannot be started only reduces speed
         let started = builder.spawn(|| help(is_asleep)).ok()?;
         Some(Helper { thread: started.thread().clone(), is_asleep })
     };
@@ -99,7 +99,7 @@ pub(crate) fn share(count: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
     true
 }
 
-/// Runs tasks until none is left.
+/// Runs tasks until none remain.
 fn work(task: &(dyn Fn(usize) + Sync), count: usize) {
     loop {
         let number = SHARED.next.fetch_add(1, Ordering::Relaxed);
@@ -110,7 +110,7 @@ fn work(task: &(dyn Fn(usize) + Sync), count: usize) {
     }
 }
 
-/// The loop of a helper, for the life of the process.
+/// The loop of a helper, for the lifetime of the process.
 fn help(is_asleep: &AtomicBool) {
     let mut done = 0;
     loop {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn every_task_is_done_once() {
+    fn every_task_runs_once() {
         for count in (1..200).chain([1000, 10_000]) {
             let done: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
             share_until_done(count, &|number| {
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_next_work_is_done() {
+    fn a_panic_reaches_the_caller_and_later_jobs_run() {
         for bad in [0, 7, 99] {
             let outcome = catch_unwind(|| {
                 share_until_done(100, &|number| {
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn work_within_work_is_left_to_the_caller() {
+    fn nested_jobs_run_on_the_calling_thread() {
         let shared = AtomicUsize::new(0);
         share_until_done(4, &|_| {
             shared.fetch_add(usize::from(share(2, &|_| ())), Ordering::Relaxed);

@@ -1,15 +1,15 @@
-//! Which instruction set the kernels use.
+//! Detects the instruction set for the kernels, and dispatches to it.
 
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// What every machine of the architecture has.
+    /// The instructions of every machine of the architecture.
     Baseline,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW and VL beside these.
+    /// Additionally AVX-512 F, BW and VL.
     Avx512,
 }
 
@@ -54,10 +54,10 @@ pub fn isa() -> Isa {
     })
 }
 
-/// Instructions that multiply integers of 8 bits.
+/// Instructions that multiply 8-bit integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Int8 {
-    /// Those of AVX2. AVX-512 without VNNI uses them, too.
+    /// AVX2. AVX-512 without VNNI uses these instructions, too.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-VNNI.
@@ -72,7 +72,7 @@ pub(crate) enum Int8 {
 }
 
 impl Int8 {
-    /// The name, if it is a level of its own.
+    /// The name, if it is a separate level.
     pub(crate) fn name(self) -> Option<&'static str> {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -87,7 +87,7 @@ impl Int8 {
     }
 }
 
-/// The instructions used on this machine; `None` if products with integers of 8 bits are not faster than those of f32.
+/// The instructions used on this machine; `None` if products of 8-bit integers are not faster than f32.
 pub(crate) fn int8() -> Option<Int8> {
     static FOUND: OnceLock<Option<Int8>> = OnceLock::new();
     *FOUND.get_or_init(|| detect_int8(limit().ok().flatten().unwrap_or(LEVELS.len())))
@@ -148,20 +148,20 @@ fn detect() -> Isa {
 pub(crate) fn half_to_f32(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let magnitude = (bits & 0x7fff) << 13;
-    // multiplying by 2^112 moves the exponent's bias and makes subnormals right
+    // multiplying by 2^112 adjusts the exponent's bias and normalizes subnormals
     let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
     let special = magnitude | 0x7f80_0000;
     let value = if magnitude >= 0x0f80_0000 { special } else { scaled };
     f32::from_bits(value | ((bits & 0x8000) << 16))
 }
 
-/// Multiply-add as the instruction set does it best.
+/// The fastest multiply-add of the instruction set.
 ///
 /// Without the instruction `f32::mul_add` is a library call, so the baseline of x86-64 rounds twice.
 pub(crate) trait Arithmetic {
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 
-    /// The square with rows and columns exchanged.
+    /// Transposes a square.
     #[inline(always)]
     fn transposed(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
         std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
@@ -198,7 +198,7 @@ pub(crate) trait Arithmetic {
 #[derive(Clone, Copy)]
 pub(crate) struct Fused;
 
-/// Instruction sets without one.
+/// Instruction sets without a fused multiply-add.
 #[cfg_attr(target_arch = "aarch64", allow(dead_code))]
 #[derive(Clone, Copy)]
 pub(crate) struct Separate;
@@ -209,7 +209,7 @@ impl Arithmetic for Fused {
         a.mul_add(b, c)
     }
 
-    /// Pairs, then fours, then halves of rows change places.
+    /// Swaps pairs, then fours, then halves of rows.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn transposed(square: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
@@ -218,7 +218,7 @@ impl Arithmetic for Fused {
             _mm256_unpacklo_ps,
         };
         let mut result = [[0.0; 8]; 8];
-        // SAFETY: `Fused` is taken on x86-64 only where AVX2 has been found; each row holds eight floats.
+        // SAFETY: `Fused` is used on x86-64 only if AVX2 has been detected; each row has eight floats.
         unsafe {
             let s = square.map(|row| _mm256_loadu_ps(row.as_ptr()));
             let pairs: [_; 8] = std::array::from_fn(|i| {
@@ -271,7 +271,7 @@ impl Arithmetic for Fused {
         let mut spread = [0; 16];
         // SAFETY: as of `transposed`; the array holds sixteen bytes.
         unsafe {
-            // each byte eight times, of which each keeps one bit
+            // repeat each byte eight times, and keep one bit of each copy
             let bytes = _mm_set1_epi16(i16::from_le_bytes(bits));
             let bytes = _mm_shuffle_epi8(bytes, _mm_set_epi64x(0x0101_0101_0101_0101, 0));
             let masks = _mm_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
@@ -305,7 +305,7 @@ macro_rules! dispatch {
                     $body::<crate::isa::Fused $($(, $generic)+)?>($($arg),*)
                 }
                 match crate::isa::isa() {
-                    // SAFETY: `isa` has found these instructions on this machine.
+                    // SAFETY: `isa` has detected these instructions on this machine.
                     crate::isa::Isa::Avx512 => unsafe { avx512 $(::<$($generic),+>)? ($($arg),*) },
                     // SAFETY: as above.
                     crate::isa::Isa::Avx2 => unsafe { avx2 $(::<$($generic),+>)? ($($arg),*) },

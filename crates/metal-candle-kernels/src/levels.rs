@@ -1,13 +1,13 @@
-//! Names the instruction set and the matrix unit that the kernels use.
+//! Reports the instruction sets and the matrix unit that the kernels use.
 
 use crate::isa::{Int8, Isa, LEVELS, int8, isa, limit};
 use crate::tiles;
 
-/// The instruction set that the kernels use on this machine, instructions that multiply 8-bit integers, and the matrix unit if
-/// there is one.
+/// The instruction sets that the kernels use on this machine, for floats and for 8-bit integers, and the matrix unit if there is
+/// one.
 ///
 /// # Errors
-/// [`crate::ISA_VARIABLE`] is not a level, or is a level that this machine does not have.
+/// [`crate::ISA_VARIABLE`] is not a level, or this machine does not support the level.
 pub fn levels() -> Result<Vec<&'static str>, String> {
     let mut found = vec![isa().name()];
     found.extend(int8().and_then(Int8::name));
@@ -24,5 +24,5 @@ pub fn levels() -> Result<Vec<&'static str>, String> {
     if has {
         return Ok(found);
     }
-    Err(format!("this machine does not have that level; the highest it has is {}", found.join(" with ")))
+    Err(format!("this machine does not support that level; its highest level is {}", found.join(" with ")))
 }

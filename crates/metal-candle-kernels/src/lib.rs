@@ -1,10 +1,10 @@
 //! CPU kernels of metal-candle: plain slices in, slices out.
 //!
-//! Each kernel is compiled for the baseline, AVX2 + FMA and AVX-512, and the best one the machine has is
-//! taken at run time ([`isa`]). Work is shared out in pieces whose size depends on the problem alone, so results do
-//! not depend on the number of threads. All `unsafe` code of the workspace lives in this crate.
+//! Each kernel is compiled for the baseline, AVX2 + FMA and AVX-512, and the best version for the machine is selected at run
+//! time ([`isa`]). Work is split into tasks whose size depends only on the problem, so results do not depend on the number of
+//! threads. All `unsafe` code of the workspace is in this crate.
 
-// kernels must be inlined into the function compiled for the instruction set, or they are compiled for the baseline
+// kernels must be inlined into the function compiled for the instruction set, otherwise they are compiled for the baseline
 #![allow(clippy::inline_always)]
 
 mod activation;

@@ -1,6 +1,6 @@
 //! Adds low-rank updates to the output of a linear layer in inference. The rows of a batch may have different adapters.
 //!
-//! An element has the same bits whatever other rows and adapters there are, and for any number of threads.
+//! The bits of an element do not depend on other rows, other adapters or the number of threads.
 
 use crate::gemm_rows::{Ordered, ordered_stride, with_padded_rows};
 #[cfg(target_arch = "x86_64")]
@@ -32,9 +32,9 @@ pub struct LowRankUpdate<'a> {
 
 /// Most rows of a task.
 const TASK_ROWS: usize = 8;
-/// Elements of a product from which on threads share its columns if there are too few rows for them.
+/// Products with at least this number of elements are split by columns if there are too few rows for the threads.
 const WIDE: usize = 64 * 1024;
-/// Parts into which the columns are divided then.
+/// The number of parts of the columns.
 const PARTS: usize = 8;
 
 thread_local! {
@@ -76,7 +76,7 @@ pub fn add_low_rank_updates((n, k): (usize, usize), x: &[f32], updates: &[LowRan
     buffer.clear();
     buffer.resize(offset, 0.0);
     let products = Shared::new(&mut buffer);
-    // SAFETY of both: tasks have rows or columns of their own, and a part of the products.
+    // SAFETY of both: tasks have disjoint rows or columns, and disjoint parts of the products.
     if is_wide {
         for_each(tasks.len() * PARTS, work, |number| {
             let task = &tasks[number / PARTS];
@@ -104,7 +104,7 @@ fn part(count: usize, number: usize) -> Range<usize> {
 /// Computes `columns` of the products of a task's rows of X with A.
 ///
 /// # Safety
-/// No other task has them.
+/// No other task uses them.
 unsafe fn multiply_by_a(task: &Task, k: usize, x: &[f32], columns: Range<usize>, products: Shared<f32>) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -131,7 +131,7 @@ unsafe fn multiply_by_a_in<V: Vector>(task: &Task, k: usize, x: &[f32], columns:
     with_padded_rows(&x[first * k..], (count, k), |rows| {
         let rows = Ordered { rows, stride: ordered_stride(k), depth: k };
         let a = &update.a[columns.start * k..columns.end * k];
-        // SAFETY: the products of the task begin there.
+        // SAFETY: the products of the task start there.
         let products = unsafe { products.from(offset) };
         let columns = (columns.start, columns.end);
         // SAFETY: the caller's promise.
@@ -142,7 +142,7 @@ unsafe fn multiply_by_a_in<V: Vector>(task: &Task, k: usize, x: &[f32], columns:
 /// Adds `columns` of the products of a task with B.
 ///
 /// # Safety
-/// No other task has them or changes the products.
+/// No other task uses them or changes the products.
 unsafe fn add_product_with_b(task: &Task, n: usize, columns: Range<usize>, products: Shared<f32>, y: Shared<f32>) {
     let &Task { update, first, count, offset } = task;
     // SAFETY: the caller's promise.
@@ -167,7 +167,7 @@ fn add_rows_of_body<A: Arithmetic>(factors: &[f32], scale: f32, rows: &[f32], st
     add_columns::<A, 1>(factors, scale, rows, stride, y, at);
 }
 
-/// Adds up `N` columns at a time, from `at` on; returns the next column.
+/// Accumulates `N` columns at a time, from `at` on; returns the next column.
 #[inline(always)]
 fn add_columns<A: Arithmetic, const N: usize>(
     factors: &[f32],
@@ -204,7 +204,7 @@ mod tests {
     const SHAPES: [(usize, usize, usize); 5] = [(37, 99, 3), (64, 32, 1), (5, 8, 8), (288, 768, 16), (4100, 3000, 24)];
 
     #[test]
-    fn sums_are_those_of_f64() {
+    fn sums_match_f64() {
         for (n, k, rank) in SHAPES {
             for m in [1, 9] {
                 let (x, a, b) = (random(m * k, 1), random(rank * k, 2), random(rank * n, 3));
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_the_same_bits_alone_and_beside_other_adapters() {
+    fn the_bits_of_a_row_do_not_depend_on_other_adapters() {
         for (n, k, rank) in SHAPES {
             let m = 21;
             let x = random(m * k, 1);

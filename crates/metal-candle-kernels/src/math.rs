@@ -9,7 +9,7 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// The nearest value of this type.
     fn from_f32(value: f32) -> Self;
-    /// The slice itself where the type is `f32`.
+    /// The slice itself if the type is `f32`.
     fn as_f32(slice: &[Self]) -> Option<&[f32]> {
         let _ = slice;
         None
@@ -100,7 +100,7 @@ fn reduced_exp<A: Arithmetic>(x: f32) -> (f32, f32) {
     (A::mul_add(p, r * r, r), f32::from_bits(exponent))
 }
 
-/// The hyperbolic tangent within 4 units in the last place, small values included: from `e^(2x) - 1`.
+/// The hyperbolic tangent within 4 units in the last place, including small values: from `e^(2x) - 1`.
 #[inline(always)]
 pub(crate) fn tanh<A: Arithmetic>(x: f32) -> f32 {
     let (p, power) = reduced_exp::<A>(2.0 * x.clamp(-15.0, 15.0));
@@ -123,7 +123,7 @@ pub(crate) fn sigmoid<A: Arithmetic>(x: f32) -> f32 {
 /// Lanes of the accumulators of a sum.
 pub(crate) const LANES: usize = 32;
 
-/// Adds up the lanes of an accumulator, pairwise; `N` is a power of two.
+/// Sums the lanes of an accumulator pairwise; `N` is a power of two.
 #[inline(always)]
 pub(crate) fn add_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
     let mut width = N / 2;
@@ -152,7 +152,7 @@ pub(crate) fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     add_lanes(lanes)
 }
 
-/// `sum a[i] b[i]` of equally long slices.
+/// `sum a[i] b[i]` of slices of equal length.
 #[inline(always)]
 pub(crate) fn dot<A: Arithmetic, T: Element>(a: &[T], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
@@ -169,7 +169,7 @@ pub(crate) fn dot<A: Arithmetic, T: Element>(a: &[T], b: &[f32]) -> f32 {
     add_lanes(lanes)
 }
 
-/// The largest element; minus infinity of an empty slice, NaN is passed over.
+/// The largest element; negative infinity for an empty slice. NaN is ignored.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -1,4 +1,4 @@
-//! Replaces pages of a mapped file that no longer exist, because the file was shortened, by zeros.
+//! Replaces pages of a mapped file that no longer exist, because the file was truncated, with zeros.
 //!
 //! The system raises SIGBUS when such a page is read. The handler maps a page of zeros if the address is in a watched map, and
 //! forwards any other SIGBUS to the previous handler. Each new map and each check for lost pages installs the handler again if
@@ -14,7 +14,7 @@ mod unix {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-    /// Most maps that are watched at a time; the files of a checkpoint are some two hundred at most.
+    /// Most watched maps; a checkpoint has at most about two hundred files.
     const SLOTS: usize = 1024;
 
     /// The addresses of a map, `start..end`; a start of 0 is a free slot.
@@ -75,7 +75,7 @@ mod unix {
         }
     }
 
-    /// Makes [`on_bus_error`] the handler of SIGBUS, if it is not.
+    /// Installs [`on_bus_error`] as the handler of SIGBUS, if it is not installed.
     fn install() {
         static INSTALLING: Mutex<()> = Mutex::new(());
 
@@ -119,7 +119,7 @@ mod unix {
                 let page = PAGE.load(Ordering::Acquire);
                 let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
                 slot.has_lost_pages.store(true, Ordering::Release);
-                // SAFETY: the page lies in a map that its owner only reads, and is given back with the map.
+                // SAFETY: the page is in a map that its owner only reads, and is unmapped with the map.
                 let found = unsafe {
                     libc::mmap((address / page * page) as *mut libc::c_void, page, libc::PROT_READ, flags, -1, 0)
                 };
@@ -159,7 +159,7 @@ mod unix {
 
         /// A program may install its own handler at any time.
         #[test]
-        fn a_handler_that_another_part_installs_is_kept_behind() {
+        fn a_handler_installed_later_is_forwarded_to() {
             extern "C" fn other(_: libc::c_int) {}
 
             install();
@@ -170,7 +170,7 @@ mod unix {
             unsafe { libc::signal(libc::SIGBUS, other as usize) };
             let watch = Watch::new(&[1]);
             assert_eq!(action().unwrap().sa_sigaction, ours);
-            // SAFETY: as above; no SIGBUS of another test may come in between, so it is put back at once.
+            // SAFETY: as above; it is restored at once, because no SIGBUS of another test may occur in between.
             unsafe { libc::signal(libc::SIGBUS, other as usize) };
             assert!(!watch.has_lost_pages());
             assert_eq!(action().unwrap().sa_sigaction, ours);
@@ -183,7 +183,7 @@ mod unix {
     }
 }
 
-/// Where there is no such signal.
+/// For systems without this signal.
 #[cfg(not(unix))]
 #[derive(Debug)]
 pub(crate) struct Watch;

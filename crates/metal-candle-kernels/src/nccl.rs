@@ -1,4 +1,4 @@
-//! Sums over the GPUs of several processes, by NCCL.
+//! Sums tensors over the GPUs of several processes with NCCL.
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use cudarc::nccl::result::NcclError;
@@ -6,16 +6,16 @@ use cudarc::nccl::{Comm, Id, ReduceOp};
 use std::ffi::c_char;
 use std::sync::Arc;
 
-/// What one process makes and all processes of a communicator need, as bytes.
+/// Creates the id of a communicator, which one process sends to all others.
 ///
 /// # Errors
-/// NCCL fails; the text says how.
+/// NCCL fails; the error describes how.
 pub fn communicator_id() -> Result<Vec<u8>, String> {
     let id = Id::new().map_err(|error| told(&error))?;
     Ok(id.internal().iter().map(|&byte| byte as u8).collect())
 }
 
-/// The member that this process is of a communicator.
+/// This process's member of a communicator.
 pub struct Communicator(Comm);
 
 // SAFETY: NCCL allows a communicator to be used by any thread, one at a time; `CudaStream` is `Send` itself. The pointer is
@@ -23,25 +23,25 @@ pub struct Communicator(Comm);
 unsafe impl Send for Communicator {}
 
 impl Communicator {
-    /// Makes member `rank` of `num_ranks`, which sums on `stream`, with the id that one of them made. Waits for the others.
+    /// Creates member `rank` of `num_ranks`, which sums on `stream`. All members pass the same `id`. Waits for the others.
     ///
     /// # Errors
-    /// NCCL or the device fails, or `id` is none; the text says how.
+    /// NCCL or the device fails, or `id` is not an id; the error describes how.
     pub fn new(stream: Arc<CudaStream>, rank: usize, num_ranks: usize, id: &[u8]) -> Result<Self, String> {
-        let bytes: [u8; 128] = id.try_into().map_err(|_| "the id has not come".to_owned())?;
+        let bytes: [u8; 128] = id.try_into().map_err(|_| "the communicator id is invalid".to_owned())?;
         if rank >= num_ranks || i32::try_from(num_ranks).is_err() {
             return Err(format!("there is no rank {rank} of {num_ranks}"));
         }
-        // the communicator belongs to the device that is current
+        // the communicator belongs to the current device
         stream.context().bind_to_thread().map_err(|error| error.to_string())?;
         let id = Id::uninit(bytes.map(|byte| byte as c_char));
         Comm::from_rank(stream, rank, num_ranks, id).map(Self).map_err(|error| told(&error))
     }
 
-    /// Adds up `values` over all members in place; it is done when the stream has come to it.
+    /// Sums `values` over all members in place, asynchronously on the stream.
     ///
     /// # Errors
-    /// NCCL or the device fails; the text says how.
+    /// NCCL or the device fails; the error describes how.
     pub fn all_reduce(&self, values: &mut CudaSlice<f32>) -> Result<(), String> {
         self.0.context().bind_to_thread().map_err(|error| error.to_string())?;
         self.0.all_reduce_in_place(values, &ReduceOp::Sum).map(|_| ()).map_err(|error| told(&error))

@@ -1,12 +1,12 @@
-//! Norms of the runs of a row: root mean square (<https://arxiv.org/abs/1910.07467>, section 4) and layer norm
-//! (<https://arxiv.org/abs/1607.06450>, section 3.1).
+//! Computes norms of the runs of a row and their gradients: RMS norm (<https://arxiv.org/abs/1910.07467>, section 4) and layer
+//! norm (<https://arxiv.org/abs/1607.06450>, section 3.1).
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{LANES, add_lanes, dot, sum};
 use crate::parallel::{Shared, for_each, rows_per_task, written};
 use std::borrow::Cow;
 
-/// What is computed of a run `x` before the product with the weight.
+/// The formula for a run `x`, before the product with the weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NormKind {
     /// `x / sqrt(mean(x^2) + eps)`; `offset` is added to each weight: 1 in Gemma.
@@ -18,22 +18,22 @@ pub enum NormKind {
     Layer,
 }
 
-/// A norm: each run of `width` elements is normed by itself, multiplied by the weight and shifted by the bias.
+/// A norm: each run of `width` elements is normalized separately, multiplied by the weight and shifted by the bias.
 #[derive(Debug, Clone, Copy)]
 pub struct Norm<'a> {
     /// The formula.
     pub kind: NormKind,
     /// `[m * width]`: run `i` is multiplied by the `i % m`-th part; none for a weight of 1.
     pub weight: Option<&'a [f32]>,
-    /// As long as the weight, or `[width]` without one.
+    /// The same length as the weight, or `[width]` without a weight.
     pub bias: Option<&'a [f32]>,
     /// Added to the mean square.
     pub eps: f32,
-    /// Elements of a run.
+    /// The number of elements of a run.
     pub width: usize,
 }
 
-/// A norm with its weight worked out, as kernels take it.
+/// A norm with precomputed factors.
 #[derive(Clone, Copy)]
 struct Plan<'a> {
     is_layer: bool,
@@ -44,7 +44,7 @@ struct Plan<'a> {
 }
 
 impl<'a> Norm<'a> {
-    /// Each run's factors: the weight with its offset.
+    /// The factors of each run: the weight plus the offset.
     fn factors(&self) -> Cow<'a, [f32]> {
         match (self.weight, self.kind) {
             (None, _) => Cow::Owned(vec![1.0; self.bias.map_or(self.width, <[f32]>::len)]),
@@ -62,7 +62,7 @@ impl<'a> Norm<'a> {
         let width = self.width;
         let fits = width > 0 && weight.len().is_multiple_of(width) && len.is_multiple_of(weight.len().max(1));
         assert!(fits, "{len} elements in runs of {width} with {} weights", weight.len());
-        assert!(self.bias.is_none_or(|bias| bias.len() == weight.len()), "the bias is not as long as the weight");
+        assert!(self.bias.is_none_or(|bias| bias.len() == weight.len()), "bias and weight differ in length");
         Plan { is_layer: self.kind == NormKind::Layer, weight, bias: self.bias, eps: self.eps, width }
     }
 
@@ -87,8 +87,8 @@ impl<'a> Norm<'a> {
         unsafe { written(x.len(), write) }
     }
 
-    /// The gradient of [`Norm::forward`] with respect to `x` is added to `dx`, those with respect to weight and bias to `dw`
-    /// and `db` if given.
+    /// Adds the gradient of [`Norm::forward`] with respect to `x` to `dx`, and the gradients with respect to weight and bias to
+    /// `dw` and `db` if given.
     ///
     /// # Panics
     /// The operands do not fit each other.
@@ -117,7 +117,7 @@ impl<'a> Norm<'a> {
     }
 }
 
-/// What is subtracted from a run, and what the difference is multiplied by.
+/// The shift to subtract from a run, and the scale of the difference.
 #[inline(always)]
 fn shift_and_scale<A: Arithmetic>(x: &[f32], plan: Plan) -> (f32, f32) {
     if plan.is_layer {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn values_and_gradients_equal_the_definition() {
+    fn values_and_gradients_match_the_definition() {
         for (kind, width, parts, has_weight, has_bias) in [
             (NormKind::Rms { offset: 0.0 }, 33, 1, true, false),
             (NormKind::Rms { offset: 1.0 }, 8, 3, true, false),
@@ -282,7 +282,7 @@ mod tests {
                         weight.iter().enumerate().map(|(j, w)| one(*w) + if i == j { step } else { 0.0 }).collect();
                     loss(expected(Norm { weight: Some(&weight), ..norm }, &wide(&x)))
                 };
-                // linear in the weight, so that a large step is exact
+                // the norm is linear in the weight, so a large step is exact
                 assert!((f64::from(dw[i]) - (weights(1.0) - weights(-1.0)) / 2.0).abs() < 1e-4, "{}", dw[i]);
                 let sum: f32 = dy.chunks(weight.len()).map(|dy| dy[i]).sum();
                 close(db[i], f64::from(sum));

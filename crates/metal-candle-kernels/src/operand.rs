@@ -1,4 +1,4 @@
-//! Operands of matrix products: matrices of any element type, products with strides, and initial values.
+//! The operands of matrix products: matrices of any element type, products with strides, and initial values.
 
 use crate::parallel::Shared;
 use half::{bf16, f16};
@@ -32,7 +32,7 @@ impl Matrix<'_> {
         }
     }
 
-    /// Whether there is no element.
+    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -108,7 +108,7 @@ impl Start<'_> {
     /// Writes columns `columns` of all rows of the initial value to the result `[m, n]`.
     ///
     /// # Safety
-    /// No other task has these columns, which are within the result.
+    /// No other task uses these columns, which are within the result.
     pub(crate) unsafe fn write_columns(&self, c: Shared<f32>, (m, n): (usize, usize), columns: Range<usize>) {
         for row in 0..m {
             // SAFETY: the caller's promise.

@@ -1,14 +1,14 @@
-//! Panels of matrix operands, laid out in the order in which products read them.
+//! Packs panels of matrix operands in the order in which products read them.
 
 use crate::isa::Arithmetic;
 use crate::math::Element;
 use crate::operand::{Matrix, Product};
 
-/// Room for a panel, at the beginning of a cache line.
+/// A buffer for a panel, aligned to a cache line.
 #[repr(align(64))]
 pub(crate) struct Panel<const N: usize>(pub(crate) [f32; N]);
 
-/// Rows `rows.0 ..` of A, columns `at ..`: `[depth, MR]`, with zeros below the last row.
+/// Packs rows `rows.0 ..` of A, columns `at ..`: `[depth, MR]`, with zeros after the last row.
 #[inline(always)]
 pub(crate) fn pack_left<const MR: usize>(
     product: &Product,
@@ -35,7 +35,7 @@ pub(crate) fn pack_left<const MR: usize>(
     }
 }
 
-/// Columns `columns.0 ..` of `alpha B`, rows `at ..`, widened: `[depth, NR]`, with zeros behind the last column.
+/// Packs columns `columns.0 ..` of `alpha B`, rows `at ..`, widened: `[depth, NR]`, with zeros after the last column.
 #[inline(always)]
 pub(crate) fn pack_right<A: Arithmetic, const NR: usize>(
     product: &Product,
@@ -84,7 +84,7 @@ fn pack<A: Arithmetic, T: Element, const NR: usize>(
 /// Rows and columns of a square that is transposed in registers.
 const SQUARE: usize = 8;
 
-/// `count` rows of `alpha from`, `stride` apart, as columns, with zeros behind them.
+/// Transposes `count` rows of `alpha from`, `stride` apart, to columns followed by zeros.
 #[inline(always)]
 fn transpose<A: Arithmetic, T: Element, const NR: usize>(
     from: &[T],

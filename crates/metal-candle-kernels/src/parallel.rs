@@ -1,9 +1,9 @@
-//! Sharing out work.
+//! Splits work among threads.
 
 use crate::helpers::share;
 use rayon::prelude::*;
 
-/// A pointer that tasks may share; each must keep to its own part of what it points to.
+/// A pointer that tasks may share; each task must access only its own part of the memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<T>(*mut T);
 
@@ -24,7 +24,7 @@ impl<T> Shared<T> {
     /// The slice from `start` on.
     ///
     /// # Safety
-    /// `start` lies within the slice.
+    /// `start` is within the slice.
     pub(crate) unsafe fn from(self, start: usize) -> Self {
         // SAFETY: the caller's promise.
         Self(unsafe { self.0.add(start) })
@@ -33,7 +33,7 @@ impl<T> Shared<T> {
     /// A part that other tasks may read, too.
     ///
     /// # Safety
-    /// The part lies within the slice, no task writes to it meanwhile, and the slice outlives it.
+    /// The part is within the slice, no task writes to it at the same time, and the slice outlives it.
     pub(crate) unsafe fn read<'a>(self, start: usize, len: usize) -> &'a [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
@@ -42,39 +42,39 @@ impl<T> Shared<T> {
     /// The part of the slice from `start` on, `len` long.
     ///
     /// # Safety
-    /// The part lies within the slice, no other task touches it meanwhile, and the slice outlives it.
+    /// The part is within the slice, no other task accesses it at the same time, and the slice outlives it.
     pub(crate) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 
-/// A vector that `write` makes on its threads: elements that are written first need no zeros, which one thread would write.
+/// Creates a vector that `write` initializes on its threads, which avoids zeroing it on one thread.
 ///
 /// # Safety
 /// `write` writes each of the `len` elements and reads none before.
 pub(crate) unsafe fn written<T: Copy>(len: usize, write: impl FnOnce(Shared<T>)) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     write(Shared(values.as_mut_ptr()));
-    // SAFETY: there is room for them, and the caller promises that they are written.
+    // SAFETY: the capacity is sufficient, and the caller promises that the elements are written.
     unsafe { values.set_len(len) };
     values
 }
 
-/// Least work, in elements touched, that is worth another thread.
+/// The least work, in accessed elements, for which another thread pays off.
 const MIN_WORK: usize = 16 * 1024;
 
-/// Runs `task` for each of `0..count`, on all threads if `work` elements are enough for that.
+/// Runs `task` for each of `0..count`, on all threads if `work` elements are enough.
 pub(crate) fn for_each(count: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
     if count <= 1 || work < MIN_WORK || rayon::current_num_threads() == 1 {
         (0..count).for_each(task);
-    // threads of a pool share with each other, and so do threads that have work at the same time
+    // inside a rayon pool, or if the helpers are busy, use rayon
     } else if rayon::current_thread_index().is_some() || !share(count, &task) {
         (0..count).into_par_iter().for_each(task);
     }
 }
 
-/// Rows handed to a task at a time, so that a task touches some ten thousand elements.
+/// The number of rows of a task, such that a task accesses about ten thousand elements.
 pub(crate) fn rows_per_task(row: usize) -> usize {
     (MIN_WORK / row.max(1)).max(1)
 }

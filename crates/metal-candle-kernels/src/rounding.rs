@@ -1,4 +1,4 @@
-//! Rounding weights to few bits and back, as a model kept in so few would hold them.
+//! Rounds weights to the values that a low-bit quantization can represent.
 
 /// The sixteen values of NF4 (<https://arxiv.org/abs/2305.14314>, appendix E): quantiles of the normal distribution.
 const NF4: [f32; 16] = [
@@ -20,7 +20,7 @@ const NF4: [f32; 16] = [
     1.0,
 ];
 
-/// Weights that share a factor in NF4.
+/// The number of weights that share a factor in NF4.
 const NF4_BLOCK: usize = 64;
 
 /// Replaces each block of 64 values by its largest absolute value times the nearest of the sixteen numbers of NF4.
@@ -36,7 +36,7 @@ pub fn round_to_nf4(values: &mut [f32]) {
     }
 }
 
-/// Replaces each row of `width` values by the nearest multiples, up to 127, of its largest absolute value by 127.
+/// Rounds each row of `width` values to multiples of its largest absolute value divided by 127.
 pub fn round_to_int8(values: &mut [f32], width: usize) {
     for row in values.chunks_mut(width.max(1)) {
         let largest = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
@@ -55,7 +55,7 @@ mod tests {
     use super::{NF4, round_to_int8, round_to_nf4};
 
     #[test]
-    fn values_of_the_grid_stay() {
+    fn values_on_the_grid_do_not_change() {
         let mut values: Vec<f32> = NF4.iter().cycle().take(80).map(|value| value * 3.0).collect();
         let expected = values.clone();
         round_to_nf4(&mut values);
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_and_rows_have_their_own_factors() {
+    fn blocks_and_rows_have_separate_factors() {
         let mut values = vec![0.0; 128];
         values[3] = 10.0;
         values[64] = 0.1;

@@ -1,20 +1,20 @@
-//! Passes over a vocabulary: block maxima, exponentials and their sums.
+//! Passes over the logits of a vocabulary for sampling: block maxima, exponentials and their sums.
 //!
-//! Values are handled in blocks of [`BLOCK`]. Every pass fixes the order of its additions (eight f32 lanes in a
-//! block, f64 from block to block), fuses multiplications and additions only where it says so, and does not use the
-//! platform's `exp`. So the results are the same bits on every machine; its instructions only change the speed.
+//! Values are processed in blocks of [`BLOCK`]. Every pass has a fixed order of additions (eight f32 lanes in a block, f64
+//! between blocks), fuses multiplications and additions only explicitly, and does not use the platform's `exp`. So the
+//! results are identical on every machine.
 
-// the bodies fuse where they say so, whatever the instruction set does best, and compare exactly
+// the bodies fuse explicitly, independent of the instruction set, and compare exactly
 #![allow(clippy::extra_unused_type_parameters, clippy::float_cmp, clippy::inline_always)]
 
 use crate::isa::dispatch;
 
-/// Number of values in a block; the last block of a slice may be shorter.
+/// The number of values in a block; the last block of a slice may be shorter.
 pub const BLOCK: usize = 128;
 
 const LANES: usize = 8;
 
-/// The smallest weight that is kept; anything below it counts as 0.
+/// Smaller weights count as 0.
 const SMALLEST: f32 = 7.523_164e-37;
 
 dispatch! {
@@ -32,8 +32,8 @@ dispatch! {
 dispatch! {
     /// Writes the weights `exp((value - max) / temperature)` and returns their sum.
     ///
-    /// Weights below `floor` are then replaced by 0, and `sums` receives what is left of each block. `weights` and
-    /// `sums` are resized to the number of values and blocks. `max` must be the largest value, which has weight 1.
+    /// Weights below `floor` are then replaced by 0, and `sums` gets the remaining sum of each block. `weights` and `sums` are
+    /// resized to the number of values and blocks. `max` must be the largest value, which has weight 1.
     pub fn exponentials(
         values: &[f32],
         max: f32,
@@ -45,13 +45,13 @@ dispatch! {
 }
 
 dispatch! {
-    /// Writes, for each block, the sum of the weights that rank before that of `pivot`, and returns their total.
+    /// Writes, for each block, the sum of the weights that rank before the weight of `pivot`, and returns their total.
     ///
-    /// A weight ranks before another if it is larger, or equal and of lower index.
+    /// A weight ranks before another if it is larger, or equal with a lower index.
     pub fn sums_before(weights: &[f32], pivot: usize, sums: &mut Vec<f64>) -> f64 = sums_before_body
 }
 
-/// Block `number`; the last one is copied to `spare`, which fills it up.
+/// Block `number`; the last block is copied to `spare` and padded.
 // no closures here: they would not be compiled for the wider instructions of their caller
 #[inline(always)]
 fn block_at<'a>(values: &'a [f32], number: usize, spare: &'a mut [f32; BLOCK]) -> &'a [f32; BLOCK] {
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn exponentials_are_those_of_the_standard_library() {
+    fn exponentials_match_the_standard_library() {
         for n in [1, 7, 8, 64, 127, 128, 129, 1000] {
             let values = values(n);
             let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_value_has_weight_one_and_infinity_none() {
+    fn the_largest_value_has_weight_one_and_negative_infinity_zero() {
         let (mut weights, mut sums) = (Vec::new(), Vec::new());
         for temperature in [1e-300, 1e-9, 1.0, 1e9] {
             let sum = exponentials(&[f32::NEG_INFINITY, 3.5, 3.0], 3.5, temperature, 0.0, &mut weights, &mut sums);
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_floor_removes_weights_but_stays_in_the_total() {
+    fn weights_below_the_floor_remain_in_the_total() {
         let (mut weights, mut sums) = (Vec::new(), Vec::new());
         let sum = exponentials(&[0.0, -1.0, -3.0], 0.0, 1.0, 0.1, &mut weights, &mut sums);
         assert!((sum - 1.417_666_5).abs() < 1e-6);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nan_is_seen_wherever_it_is() {
+    fn a_nan_is_detected_at_any_index() {
         for at in [0, 8, 128, 199] {
             let mut values = values(200);
             values[at] = f32::NAN;

@@ -1,7 +1,7 @@
-//! Keeps large buffers of which little is used from taking whole huge pages.
+//! Prevents large, sparsely used buffers from using huge pages.
 
-/// Asks the operating system to back `values` by small pages, so that only what is written takes memory. Where huge pages are
-/// on for all memory (Linux), a write takes and clears 2 MB otherwise. Elsewhere this does nothing.
+/// Asks the operating system to use small pages for `values`, so that only written parts use memory. With huge pages enabled for
+/// all memory (Linux), a write would otherwise allocate and clear 2 MB. No effect on other systems.
 pub fn prefer_small_pages<T>(values: &[T]) {
     #[cfg(target_os = "linux")]
     {
@@ -9,7 +9,7 @@ pub fn prefer_small_pages<T>(values: &[T]) {
         let start = (values.as_ptr() as usize).next_multiple_of(PAGE);
         let end = (values.as_ptr() as usize + size_of_val(values)) / PAGE * PAGE;
         if start < end {
-            // SAFETY: the pages are part of the slice, and the advice does not change what they hold.
+            // SAFETY: the pages are part of the slice, and the advice does not change their contents.
             unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_NOHUGEPAGE) };
         }
     }

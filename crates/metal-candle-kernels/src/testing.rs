@@ -1,4 +1,4 @@
-//! Numbers for tests.
+//! Generates random numbers for tests.
 
 /// `count` random numbers between -1 and 1.
 pub(crate) fn random(count: usize, seed: u64) -> Vec<f32> {

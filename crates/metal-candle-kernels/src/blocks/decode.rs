@@ -1,6 +1,6 @@
 //! Dequantizes blocks of 32 weights.
 //!
-//! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
+//! The operations and their order are the same as in ggml, without fused multiply-add, so the results are identical bit for bit.
 
 use crate::isa::{Arithmetic, dispatch};
 
@@ -15,16 +15,16 @@ pub(super) trait Decoder {
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T);
 }
 
-/// Takes dequantized weights, 16 at a time.
+/// Receives dequantized weights, 16 at a time.
 pub(super) trait Target {
-    /// Takes `scale q` as the weights from `at` on.
+    /// Receives `scale q` as the weights from `at` on.
     fn scaled(&mut self, q: &[i8; 16], scale: f32, at: usize);
 
-    /// Takes `scale q + offset` as the weights from `at` on.
+    /// Receives `scale q + offset` as the weights from `at` on.
     fn shifted(&mut self, q: &[i8; 16], scale: f32, offset: f32, at: usize);
 
-    /// Takes `scale table[index] + offset` as the weights from `at` on. The indices are four bits of each byte, from bit `SHIFT`
-    /// on.
+    /// Receives `scale table[index] + offset` as the weights from `at` on. The indices are four bits of each byte, from bit
+    /// `SHIFT` on.
     #[inline(always)]
     fn looked_up<A: Arithmetic, const SHIFT: u32>(
         &mut self,
@@ -72,7 +72,7 @@ fn widen_blocks_body<A: Arithmetic, D: Decoder>(blocks: &[u8], to: &mut [f32]) {
     }
 }
 
-/// `N` bytes of a block from `at` on. The check goes away when the length of the block is known.
+/// `N` bytes of a block from `at` on. The bounds check is optimized away if the length of the block is known.
 #[inline(always)]
 pub(super) fn bytes<const N: usize>(block: &[u8], at: usize) -> [u8; N] {
     let mut bytes = [0; N];
@@ -97,7 +97,7 @@ pub(super) fn nibbles(packed: &[u8; 16]) -> [[u8; 16]; 2] {
     parts
 }
 
-/// `q - zero` for values whose difference fits into 8 bits.
+/// `q - zero` for values whose difference fits in 8 bits.
 #[inline(always)]
 pub(super) fn centered(q: &[u8; 16], zero: u8) -> [i8; 16] {
     let mut centered = [0; 16];
@@ -107,12 +107,12 @@ pub(super) fn centered(q: &[u8; 16], zero: u8) -> [i8; 16] {
     centered
 }
 
-/// Nibbles less 8. Looking up is one instruction and keeps the sixteen values in one register.
+/// Nibbles minus 8. A lookup is one instruction, with the sixteen values in one register.
 const CENTERED_TABLE: [i8; 16] = [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7];
-/// Nibbles as they are.
+/// Nibbles without an offset.
 pub(super) const PLAIN_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
-/// Nibbles with their fifth bit, less `zero`: bit `i` of `bits` belongs to nibble `i`.
+/// Nibbles with their fifth bit, minus `zero`: bit `i` of `bits` belongs to nibble `i`.
 #[inline(always)]
 fn with_fifth_bit<A: Arithmetic>(nibbles: [u8; 16], bits: [u8; 2], zero: i8) -> [i8; 16] {
     let (low, high) = (A::look_up(&PLAIN_TABLE, nibbles), A::spread_bits(bits));
@@ -123,7 +123,7 @@ fn with_fifth_bit<A: Arithmetic>(nibbles: [u8; 16], bits: [u8; 2], zero: i8) -> 
     q
 }
 
-/// Looks up 32 weights: those of the low four bits of each byte, then those of the high ones.
+/// Looks up 32 weights: the low four bits of each byte, then the high four bits.
 #[inline(always)]
 fn look_up_32<A: Arithmetic, T: Target + ?Sized>(
     to: &mut T,
@@ -228,7 +228,7 @@ pub(super) const FP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, 
 pub(super) struct MXFP4;
 
 impl MXFP4 {
-    /// The bits of half of the scale, because the table is doubled. The two smallest are subnormal.
+    /// The bits of half of the scale, because the table is doubled. The two smallest scales are subnormal.
     #[inline(always)]
     pub(super) fn half_scale(exponent: u8) -> u32 {
         let exponent = u32::from(exponent);

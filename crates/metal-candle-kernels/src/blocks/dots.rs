@@ -1,6 +1,6 @@
-//! Dot products of a few rows with block-quantized weights that are dequantized in registers.
+//! Computes dot products of a few rows with block-quantized weights that are dequantized in registers.
 //!
-//! The sums have the bits of those of a dequantized panel: the same weights, added in the same order.
+//! The sums are identical to those of a dequantized panel: the same weights, added in the same order.
 
 #[cfg(target_arch = "x86_64")]
 use super::decode::Decoder;
@@ -28,7 +28,7 @@ pub(super) struct Operands {
 
 /// A vector that blocks can be dequantized to.
 pub(super) trait Dequantize: Vector {
-    /// Rows of A up to which [`Dequantize::block_dots`] is faster than a dequantized panel; 0 if there is no kernel.
+    /// Most rows of A for which [`Dequantize::block_dots`] is faster than a dequantized panel; 0 if there is no kernel.
     const MOST_ROWS: usize = 0;
 
     /// The dot products of a tile, by row of A, with a format of [`BlockFormat::WRITABLE`].
@@ -152,7 +152,7 @@ mod x86 {
         #[inline(always)]
         fn add_scaled(&mut self, q: &[i8; 16], scale: f32, offset: Option<f32>, at: usize) {
             for part in (0..16).step_by(V::LANES) {
-                // SAFETY: the vector lies within the sixteen bytes.
+                // SAFETY: the vector is within the sixteen bytes.
                 let q = unsafe { V::bytes(q.as_ptr().add(part).cast()) };
                 self.add(V::scale(q, scale, offset), at + part);
             }
@@ -180,7 +180,7 @@ mod x86 {
             at: usize,
         ) {
             for part in (0..16).step_by(V::LANES) {
-                // SAFETY: the vector lies within the sixteen bytes.
+                // SAFETY: the vector is within the sixteen bytes.
                 let packed = unsafe { V::bytes(packed.as_ptr().add(part)) };
                 self.add(V::look_up::<SHIFT>(table, packed, scale, offset), at + part);
             }
@@ -228,7 +228,7 @@ mod x86 {
                         // SAFETY: the caller's promise.
                         unsafe { tile::<$vector, D, R>(operands) }
                     }
-                    // SAFETY: as above, and the instructions are there.
+                    // SAFETY: as above, and the processor has the instructions.
                     with_writable!(format, D => unsafe {
                         match operands.rows {
                             1 => body::<D, 1>(operands),

@@ -5,7 +5,7 @@ use super::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, widen_blocks};
 use super::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
 use std::ops::Range;
 
-/// A block format of ggml. Names are those of ggml in camel case: `Q4K` is `q4_k`.
+/// A block format of ggml. Names are ggml's names in camel case: `Q4K` is `q4_k`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types)] // the underscore separates two digits
 pub enum BlockFormat {
@@ -242,10 +242,10 @@ pub struct BlockMatrix<'a> {
 }
 
 impl<'a> BlockMatrix<'a> {
-    /// A matrix stored in `bytes`. `None` if their number is not that of the shape.
+    /// Creates a matrix from `bytes`. `None` if their number does not match the shape.
     #[must_use]
     pub fn new(format: BlockFormat, bytes: &'a [u8], rows: usize, columns: usize) -> Option<Self> {
-        // the number of weights must not overflow either
+        // also check that the number of weights does not overflow
         rows.checked_mul(columns)?.checked_mul(size_of::<f32>())?;
         let expected = format.row_bytes(columns)?.checked_mul(rows)?;
         (bytes.len() == expected).then_some(Self { format, bytes, rows, columns })
@@ -287,7 +287,7 @@ impl<'a> BlockMatrix<'a> {
         self.columns / self.format.len() * self.format.bytes()
     }
 
-    /// The bytes of columns `columns` of row `row`, empty where the matrix does not have them.
+    /// The bytes of columns `columns` of row `row`; empty if the matrix does not have them.
     pub(super) fn blocks(&self, row: usize, columns: Range<usize>) -> &'a [u8] {
         let (len, bytes, row) = (self.format.len(), self.format.bytes(), row * self.row_bytes());
         self.bytes.get(row + columns.start / len * bytes..row + columns.end / len * bytes).unwrap_or_default()
@@ -301,7 +301,7 @@ impl<'a> BlockMatrix<'a> {
         let len = self.format.len();
         assert!(row < self.rows && columns.end <= self.columns, "the matrix does not have these elements");
         assert!(columns.start.is_multiple_of(len) && columns.end.is_multiple_of(len), "the range splits a block");
-        assert!(columns.len() == to.len(), "the result has another length than the range");
+        assert!(columns.len() == to.len(), "the lengths of the result and the range differ");
         let blocks = self.blocks(row, columns);
         with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
     }

@@ -1,5 +1,4 @@
-//! Block-quantized weights as GGUF files store them: their layouts, quantization, dequantization, and products
-//! with them.
+//! Quantizes, dequantizes and multiplies block-quantized weights in the formats of GGUF files.
 //!
 //! Training multiplies dequantized weights in f32, so forward and backward use the same weights and activations are not rounded.
 //! Inference rounds the activations to 8 bits, with a scale for every 32, and multiplies integers ([`block_row_products`]). A

@@ -1,4 +1,4 @@
-//! Products with block-quantized weights for training and prefill: panels of weights are dequantized and multiplied.
+//! Computes products with block-quantized weights for training and prefill: dequantizes panels of weights and multiplies them.
 
 use super::matrix::BlockMatrix;
 use super::rows::add_rows;
@@ -8,7 +8,7 @@ use crate::operand::Start;
 use crate::parallel::{Shared, for_each, written};
 use std::cell::Cell;
 
-/// Rows up to which [`block_products`] dequantizes in registers.
+/// Most rows for which [`block_products`] dequantizes in registers.
 const FEW_ROWS: usize = 4;
 /// Rows of weights of a panel.
 const PANEL_ROWS: usize = 64;
@@ -46,7 +46,7 @@ fn products((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alp
     for_each(n.div_ceil(PANEL_ROWS), m * n * k, |number| {
         let from = number * PANEL_ROWS;
         let width = PANEL_ROWS.min(n - from);
-        // SAFETY: tasks have columns of their own.
+        // SAFETY: tasks have disjoint columns.
         unsafe { start.write_columns(c, (m, n), from..from + width) };
         for at in (0..k).step_by(PANEL_DEPTH) {
             let depth = PANEL_DEPTH.min(k - at);
@@ -90,7 +90,7 @@ fn transposed_products((m, k): (usize, usize), start: Start, a: &[f32], b: Block
     for_each(k.div_ceil(TRANSPOSED_COLUMNS), m * n * k, |number| {
         let from = number * TRANSPOSED_COLUMNS;
         let width = TRANSPOSED_COLUMNS.min(k - from);
-        // SAFETY: tasks have columns of their own.
+        // SAFETY: tasks have disjoint columns.
         unsafe { start.write_columns(c, (m, k), from..from + width) };
         for at in (0..n).step_by(TRANSPOSED_ROWS) {
             let depth = TRANSPOSED_ROWS.min(n - at);
@@ -103,7 +103,7 @@ fn transposed_products((m, k): (usize, usize), start: Start, a: &[f32], b: Block
     });
 }
 
-/// Calls `run` with some rows and columns, given as start and length, dequantized and row-major.
+/// Dequantizes a range of rows and columns, given as start and length, and calls `run` with them, row-major.
 fn with_panel(b: BlockMatrix, (first, rows): (usize, usize), (at, columns): (usize, usize), run: impl FnOnce(&[f32])) {
     let mut panel = PANEL.take();
     if panel.len() < rows * columns {

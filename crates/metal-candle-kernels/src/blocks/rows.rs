@@ -1,5 +1,5 @@
-//! Products with block-quantized weights whose result for a row does not depend on the other rows. Inference uses them for any
-//! number of rows, training in f32 for few.
+//! Computes products with block-quantized weights whose result for a row does not depend on other rows. Inference uses them for
+//! any number of rows, training (in f32) for few rows.
 
 use super::dots::{Dequantize, HEIGHT, Operands, WIDTH};
 use super::int8;
@@ -18,9 +18,9 @@ use crate::operand::Start;
 use crate::parallel::{for_each, written};
 use std::cell::Cell;
 
-/// Columns that are dequantized at a time: four rows of them fill half of the first-level cache.
+/// The number of columns that are dequantized at a time: four rows of them fill half of the L1 cache.
 const DEPTH: usize = 1024;
-/// The distance of dequantized rows: no power of two, which would map rows to the same cache sets.
+/// The stride of dequantized rows; not a power of two, which would map rows to the same cache sets.
 const STRIDE: usize = DEPTH + 16;
 /// Rows that are dequantized at a time if A has many rows.
 const PANEL_ROWS: usize = 48;
@@ -33,9 +33,9 @@ thread_local! {
 
 /// `start + alpha A B^T` as a new matrix `[m, n]`, with `A: [m, k]` and `B: [n, k]`.
 ///
-/// A row of the result has the same bits alone and among any other rows. Where the processor has a kernel, 32 activations at a
-/// time are rounded to 127 steps of the largest: the relative error is about 0.0054 for normal activations. A row with a value
-/// that is not finite then becomes NaN; 32 values below 1e-30 count as zero.
+/// The bits of a row of the result do not depend on other rows. If the processor has an 8-bit kernel, each 32 activations are
+/// rounded to multiples of their largest magnitude divided by 127: the relative error is about 0.0054 for normal activations.
+/// Then a row with a non-finite value becomes NaN, and 32 values below 1e-30 count as zero.
 ///
 /// # Panics
 /// An operand does not have the shape, or the start is the result itself.
@@ -46,7 +46,7 @@ pub fn block_row_products((m, n): (usize, usize), start: Start, a: &[f32], b: Bl
     unsafe { written(m * n, |c| add_int8_rows(&Task { shape: (m, n), start, a, b, alpha, c })) }
 }
 
-/// Computes the product with activations of 8 bits if the processor has a kernel, else in f32.
+/// Computes the product with 8-bit activations if the processor has a kernel, otherwise in f32.
 pub(super) fn add_int8_rows(task: &Task) {
     if task.check() && !int8::add_rows(task) {
         run_f32(task);
@@ -84,7 +84,7 @@ pub(super) fn run<V: Dequantize>(task: &Task) {
             });
         }
         let (height, width) = V::shape(m);
-        // few rows of A: as many rows as a tile takes, which stay in the first-level cache
+        // with few rows of A, a panel has the rows of one tile, which stay in the L1 cache
         let panel = if m <= height { width } else { PANEL_ROWS / width * width };
         let per_task = (TASK_ELEMENTS / k.max(1)).max(1).next_multiple_of(panel);
         for_each(n.div_ceil(per_task), m * n * k, |number| {
@@ -104,7 +104,7 @@ pub(super) fn run<V: Dequantize>(task: &Task) {
 /// Columns `from..to` of the result, without a panel.
 fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): (usize, usize)) {
     let ((m, n), k, stride) = (task.shape, task.b.columns(), ordered_stride(task.b.columns()));
-    // SAFETY: tasks have columns of their own.
+    // SAFETY: tasks have disjoint columns.
     unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     // distant rows of weights: the hardware prefetches several streams at once
     let apart = (to - from).div_ceil(WIDTH);
@@ -126,7 +126,7 @@ fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): 
                 let dots = unsafe { V::block_dots(task.b.format(), &Operands { a, rows: height, weights, depth }) };
                 for (r, dots) in dots.iter().enumerate().take(height) {
                     for (column, dot) in dots.iter().enumerate().take(width) {
-                        // SAFETY: tasks have columns of their own.
+                        // SAFETY: tasks have disjoint columns.
                         let c = unsafe { &mut task.c.part((i + r) * n + first + column * apart, 1)[0] };
                         *c = V::Arithmetic::mul_add(task.alpha, *dot, *c);
                     }
@@ -139,12 +139,12 @@ fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): 
 /// Columns `from..to` of the result.
 fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), panel: &mut [f32]) {
     let ((m, n), k) = (task.shape, task.b.columns());
-    // SAFETY: tasks have columns of their own.
+    // SAFETY: tasks have disjoint columns.
     unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     for at in (0..k).step_by(DEPTH) {
         let depth = DEPTH.min(k - at);
         for (row, panel) in (from..to).zip(panel.chunks_exact_mut(STRIDE)) {
-            // the hardware prefetches too little of so short a run: the next columns, or those of the next panel
+            // the hardware prefetches too little of such a short run: prefetch the next columns, or those of the next panel
             let (row_ahead, ahead) = if at + depth < k { (row, at + depth) } else { (row + to - from, 0) };
             for line in task.b.blocks(row_ahead, ahead..k.min(ahead + DEPTH)).chunks(64) {
                 V::prefetch(line.as_ptr());
@@ -152,7 +152,7 @@ fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), p
             task.b.widen_row(row, at..at + depth, &mut panel[..depth]);
         }
         let rows = Ordered { rows: &rows[at / 16..], stride: ordered_stride(k), depth };
-        // SAFETY: tasks have columns of their own.
+        // SAFETY: tasks have disjoint columns.
         unsafe { add_dots::<V, f32>((m, n), &rows, (panel, STRIDE), (from, to), task.alpha, task.c) };
     }
 }

@@ -1,4 +1,4 @@
-//! Dequantizes superblocks: 256 weights in groups of 16 or 32 with scales of their own.
+//! Dequantizes superblocks: 256 weights in groups of 16 or 32, each with its own scale.
 
 use super::decode::{Decoder, IQ4_TABLE, PLAIN_TABLE, Target, bytes, centered, half, nibbles};
 use crate::isa::Arithmetic;
@@ -106,7 +106,7 @@ impl Decoder for Q4K {
 pub(super) struct Q5K;
 
 impl Q5K {
-    /// Decodes the groups `2 PAIR` and `2 PAIR + 1`. Shifts by constants are one instruction.
+    /// Decodes the groups `2 PAIR` and `2 PAIR + 1`. With constant shifts, each is one instruction.
     #[inline(always)]
     fn pair<T: Target + ?Sized, const PAIR: usize>(block: &[u8], scales: &[f32; 8], minimums: &[f32; 8], to: &mut T) {
         let fifth: [[u8; 16]; 2] = [bytes(block, 16), bytes(block, 32)];
@@ -139,11 +139,11 @@ impl Decoder for Q5K {
 pub(super) struct Q6K;
 
 impl Q6K {
-    /// Decodes 32 weights of one half of the block. Shifts by constants are one instruction.
+    /// Decodes 32 weights of one half of the block. With constant shifts, each is one instruction.
     #[inline(always)]
     fn quarter<T: Target + ?Sized, const QUARTER: usize>(block: &[u8], half_at: usize, scales: &[f32; 16], to: &mut T) {
         for part in 0..2 {
-            // two quarters share the bytes of the low bits, and all four those of the high bits
+            // two quarters share the bytes of the low bits, all four share the bytes of the high bits
             let low: [u8; 16] = bytes(block, 64 * half_at + 32 * (QUARTER % 2) + 16 * part);
             let high: [u8; 16] = bytes(block, 128 + 32 * half_at + 16 * part);
             let mut q = [0; 16];

@@ -1,4 +1,4 @@
-//! Weights against gguf's, products against f64, and the bits of rows.
+//! Compares weights with gguf's and products with f64, and checks that the bits of rows do not depend on other rows.
 
 use super::matrix::{BlockFormat, BlockMatrix};
 use super::rows::{add_rows, run};
@@ -14,7 +14,7 @@ use decode::Decoder;
 /// Written by `dev/reference_blocks.py`.
 const GOLDEN: &[u8] = include_bytes!("golden.bin");
 
-/// Calls `check` with each format, its blocks and the weights of gguf.
+/// Calls `check` with each format, its blocks and gguf's weights.
 fn for_each_golden(mut check: impl FnMut(BlockFormat, &[u8], &[f32])) {
     let mut rest = GOLDEN;
     let mut seen = Vec::new();
@@ -35,7 +35,7 @@ pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Where a block has f16 values.
+/// The offsets of f16 values in a block.
 pub(super) fn scales_of(format: BlockFormat) -> &'static [usize] {
     match format {
         BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K | BlockFormat::Q5K => &[0, 2],
@@ -84,7 +84,7 @@ pub(super) fn widened(matrix: BlockMatrix) -> Vec<f32> {
 }
 
 #[test]
-fn weights_are_those_of_gguf_bit_for_bit() {
+fn weights_match_gguf_bit_for_bit() {
     for_each_golden(|format, blocks, weights| {
         let matrix = BlockMatrix::new(format, blocks, 1, weights.len()).unwrap();
         assert_eq!(bits(&widened(matrix)), bits(weights), "{}", format.name());
@@ -175,7 +175,7 @@ fn sizes_are_checked() {
     }
 }
 
-/// Shapes `[n, k]`: odd numbers of rows, the smallest width, a width that is no multiple of 256, and one above a panel.
+/// Shapes `[n, k]`: odd numbers of rows, the smallest width, a width that is not a multiple of 256, and one above a panel.
 pub(super) fn shapes(format: BlockFormat) -> Vec<(usize, usize)> {
     let shapes = [(37, 32), (5, 256), (131, 896), (1, 256), (150, 1280), (7, 2304)];
     shapes.into_iter().filter(|(_, k)| k % format.len() == 0).collect()
@@ -211,7 +211,7 @@ pub(super) fn check(
 }
 
 #[test]
-fn products_are_those_of_f64() {
+fn products_match_f64() {
     // half of the last of 127 steps
     let rounding = if crate::isa::int8().is_some() { 0.5 / 127.0 } else { 0.0 };
     for format in BlockFormat::ALL {
@@ -260,7 +260,7 @@ fn products_are_those_of_f64() {
 }
 
 #[test]
-fn a_row_alone_has_the_bits_of_the_row_among_others() {
+fn the_bits_of_a_row_do_not_depend_on_other_rows() {
     for format in BlockFormat::ALL {
         for (n, k) in shapes(format) {
             let blocks = random_blocks(format, n * k / format.len(), 8);
@@ -274,7 +274,7 @@ fn a_row_alone_has_the_bits_of_the_row_among_others() {
             for (first, m) in [(0, 1), (3, 1), (1, 2), (2, 3), (5, 4), (0, 5), (9, 8), (11, 9), (20, 33), (99, 1)] {
                 assert_eq!(run(first, m), all[first * n..][..m * n], "{first} {m} n {n} k {k}");
             }
-            // and of the same weights among fewer
+            // they do not depend on other weights either
             let part = b.narrow_rows(n / 2, n - n / 2).unwrap();
             let found = bits(&block_row_products((1, n - n / 2), Start::Row(&bias[n / 2..]), &a, part, 1.3));
             assert_eq!(found, all[n / 2..n]);
@@ -304,7 +304,7 @@ fn the_number_of_threads_does_not_change_the_bits() {
 }
 
 #[test]
-fn every_kernel_of_the_machine_gives_the_sums() {
+fn every_kernel_of_the_machine_computes_the_sums() {
     let (m, n, k) = (5, 7, 1280);
     let format = BlockFormat::Q4K;
     let blocks = random_blocks(format, n * k / format.len(), 9);
@@ -328,7 +328,7 @@ fn every_kernel_of_the_machine_gives_the_sums() {
 }
 
 #[test]
-fn empty_products_are_the_start() {
+fn empty_products_return_the_initial_value() {
     let nothing = BlockMatrix::new(BlockFormat::Q8_0, &[], 2, 0).unwrap();
     assert_eq!(block_row_products((2, 2), Start::Row(&[1.0, 2.0]), &[], nothing, 1.0), [1.0, 2.0, 1.0, 2.0]);
     assert_eq!(block_products((6, 2), Start::Row(&[1.0, 2.0]), &[], nothing, 1.0), [1.0, 2.0].repeat(6));

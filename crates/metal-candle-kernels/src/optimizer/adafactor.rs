@@ -1,11 +1,11 @@
-//! Adafactor.
+//! The Adafactor step.
 
 use super::section::{CHUNK, MatrixSection, Section, check, sum_of_squares};
 use crate::isa::{Arithmetic, dispatch};
 use crate::math::{LANES, add_lanes};
 use crate::parallel::{Shared, for_each};
 
-/// The numbers of one step of Adafactor.
+/// The coefficients of one step of Adafactor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdafactorStep {
     /// Learning rate.
@@ -14,9 +14,9 @@ pub struct AdafactorStep {
     pub beta2: f64,
     /// Added to the squared gradients.
     pub eps: f64,
-    /// Largest root of the mean square of an update of learning rate 1.
+    /// Largest root mean square of an update with learning rate 1.
     pub clip_threshold: f64,
-    /// Whether the learning rate of a tensor is multiplied by the root of its mean square, and the least such factor.
+    /// If set, the learning rate of a tensor is multiplied by its root mean square, and this is the smallest factor.
     pub least_scale: Option<f64>,
     /// Decoupled weight decay.
     pub weight_decay: f64,
@@ -25,7 +25,7 @@ pub struct AdafactorStep {
 }
 
 impl AdafactorStep {
-    /// Learning rate of a tensor of these values.
+    /// The learning rate of a tensor with these values.
     fn rate(&self, section: &Section, params: &[f32]) -> f64 {
         let rate = section.learning_rate(self.learning_rate);
         match self.least_scale {
@@ -34,7 +34,7 @@ impl AdafactorStep {
         }
     }
 
-    /// What is left of the parameters, and the factor on an update whose squares add up to `squares`.
+    /// The factor on the parameters, and the factor on an update with the sum of squares `squares`.
     fn factors(&self, section: &Section, params: &[f32], squares: f64) -> (f32, f32) {
         let rate = self.rate(section, params);
         let size = root_mean_square(squares, params.len());
@@ -47,8 +47,8 @@ fn root_mean_square(squares: f64, count: usize) -> f64 {
     (squares / count.max(1) as f64).sqrt()
 }
 
-/// One step of Adafactor (<https://arxiv.org/abs/1804.04235>, algorithm 4) for matrices, in place: of the mean of the
-/// squared gradients the means of its rows and columns are kept.
+/// Makes one step of Adafactor (<https://arxiv.org/abs/1804.04235>, algorithm 4) for matrices, in place. The state is the row and
+/// column means of the squared gradients.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.
@@ -101,7 +101,7 @@ fn update_matrix(
         let (sums, rows) = (Shared::new(&mut column_sums), Shared::new(&mut *row_means));
         for_each(num_tasks, grads.len(), |task| {
             let range = rows_of(task);
-            // SAFETY: each task has rows and sums of its own.
+            // SAFETY: tasks have disjoint rows and sums.
             let (sums, rows) =
                 unsafe { (sums.part(task * num_columns, num_columns), rows.part(range.start, range.len())) };
             add_squares(&grads[range.start * num_columns..range.end * num_columns], rows, sums, step);
@@ -120,7 +120,7 @@ fn update_matrix(
         let squares = Shared::new(&mut squares);
         for_each(num_tasks, grads.len(), |task| {
             let range = rows_of(task);
-            // SAFETY: each task has an element of its own.
+            // SAFETY: tasks have disjoint elements.
             let sum = unsafe { squares.part(task, 1) };
             sum[0] = squares_of_update(
                 &grads[range.start * num_columns..range.end * num_columns],
@@ -134,14 +134,14 @@ fn update_matrix(
     for_each(num_tasks, grads.len(), |task| {
         let range = rows_of(task);
         let (start, end) = (range.start * num_columns, range.end * num_columns);
-        // SAFETY: each task has rows of its own.
+        // SAFETY: tasks have disjoint rows.
         let params = unsafe { params.part(start, end - start) };
         apply(params, &grads[start..end], &by_row[range], &by_column, keep, factor);
     });
 }
 
 dispatch! {
-    /// Puts the means of the squares of each row into `row_means`, and adds up the squares of each column.
+    /// Updates `row_means` with the mean square of each row, and sums the squares of each column.
     fn add_squares(grads: &[f32], row_means: &mut [f32], column_sums: &mut [f32], step: &AdafactorStep) = add_squares_body
 }
 
@@ -224,7 +224,7 @@ fn apply_body<A: Arithmetic>(
     }
 }
 
-/// One step of Adafactor for vectors, each a section, in place: the mean of their squared gradients is kept whole.
+/// Makes one step of Adafactor for vectors, each a section, in place. The state is the mean of the squared gradients.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.

@@ -1,22 +1,22 @@
-//! Adam and AdamW.
+//! The Adam and AdamW step.
 
 use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
-/// The numbers of one step of Adam or AdamW.
+/// The coefficients of one step of Adam or AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamStep {
     /// Learning rate.
     pub learning_rate: f64,
     /// Decay rate of the mean of the gradients.
     pub beta1: f64,
-    /// Decay rate of the mean of their squares.
+    /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
-    /// Added to the square root of the latter.
+    /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
     /// Weight decay.
     pub weight_decay: f64,
-    /// Whether it is taken from the parameters (AdamW) instead of being added to the gradients (Adam).
+    /// Whether weight decay is subtracted from the parameters (AdamW) instead of added to the gradients (Adam).
     pub is_decoupled: bool,
     /// The step, counted from 1.
     pub step: usize,
@@ -24,7 +24,7 @@ pub struct AdamStep {
     pub grad_scale: f64,
 }
 
-/// One step of Adam (<https://arxiv.org/abs/1412.6980>, algorithm 1) or AdamW (<https://arxiv.org/abs/1711.05101>,
+/// Makes one step of Adam (<https://arxiv.org/abs/1412.6980>, algorithm 1) or AdamW (<https://arxiv.org/abs/1711.05101>,
 /// algorithm 2) in place.
 ///
 /// # Panics

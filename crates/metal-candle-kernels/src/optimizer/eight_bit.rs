@@ -1,24 +1,24 @@
-//! AdamW with both moments in 8 bits.
+//! The step of AdamW with 8-bit moments.
 
 use super::adam::{AdamStep, update};
 use super::section::{CHUNK, Section, check};
 use crate::parallel::{Shared, for_each};
 use std::sync::OnceLock;
 
-/// Elements that share a scale; the last block of a section may be shorter.
+/// The number of elements that share a scale; the last block of a section may be shorter.
 pub const BLOCK: usize = 256;
 
-/// A map from codes to numbers from -1 or 0 to 1, in rising order, and what finds the nearest of them.
+/// A map from codes to ascending numbers from -1 or 0 to 1, and an index to find the nearest number.
 struct CodeMap {
     values: [f32; 256],
-    /// `borders[i]` is half-way from code `i` to the next; infinity behind the last.
+    /// `borders[i]` is half-way from code `i` to the next; infinity after the last.
     borders: [f32; 257],
-    /// For the upper half of the bits of a number, the first code that it can have.
+    /// The first possible code for each upper half of the bits of a number.
     first: Vec<u8>,
 }
 
-/// The numbers of the dynamic tree code (<https://arxiv.org/abs/2110.02861>, section 2.2): in each of seven decades as many
-/// evenly spaced numbers as the bits left by the exponent can tell apart, and 0 and 1.
+/// The numbers of the dynamic tree code (<https://arxiv.org/abs/2110.02861>, section 2.2): evenly spaced numbers in each of
+/// seven decades, with the bits that the exponent leaves, and 0 and 1.
 #[must_use]
 pub fn dynamic_codes(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0, 1.0];
@@ -46,7 +46,7 @@ impl CodeMap {
         });
         let first = (0..=u16::MAX)
             .map(|upper| {
-                // of negative numbers the one with all lower bits set is the least
+                // the lowest negative number has all lower bits set
                 let lower = if upper >> 15 == 1 { 0xffff } else { 0 };
                 let least = f32::from_bits(u32::from(upper) << 16 | lower);
                 borders[..255].partition_point(|&border| border < least) as u8
@@ -64,7 +64,7 @@ impl CodeMap {
     /// The code of the number nearest to `x`, which is from -1 to 1.
     fn nearest(&self, x: f32) -> u8 {
         let mut code = usize::from(self.first[(x.to_bits() >> 16) as usize]);
-        // numbers with the same upper bits lie on both sides of two borders at most
+        // numbers with the same upper bits straddle at most two borders
         code += usize::from(x > self.borders[code]);
         code += usize::from(x > self.borders[code]);
         code as u8
@@ -76,7 +76,7 @@ impl CodeMap {
         }
     }
 
-    /// Codes of `values`, and the scale they are relative to. With `least`, numbers above 0 have that code at least.
+    /// Writes the codes of `values` and returns their scale. Numbers above 0 get at least the code `least`.
     fn narrow(&self, values: &[f32], codes: &mut [u8], least: u8) -> f32 {
         let scale = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
         let factor = if scale > 0.0 { 1.0 / scale } else { 0.0 };
@@ -90,12 +90,12 @@ impl CodeMap {
     }
 }
 
-/// One step of AdamW in place with moments of a byte an element, in blocks of [`BLOCK`] elements
+/// Makes one step of AdamW in place with 8-bit moments, in blocks of [`BLOCK`] elements
 /// (<https://arxiv.org/abs/2110.02861>, section 2.1).
 ///
-/// `m` and `v` are the codes of the moments, one for each parameter; `m_scales` and `v_scales` hold the scale of each block,
-/// those of a section from its `state` on. A second moment above 0 never gets the code of 0: the update would divide a
-/// moment that is left by nearly nothing.
+/// `m` and `v` are the codes of the moments, one per parameter; `m_scales` and `v_scales` are the scales of the blocks, from
+/// `state` on for each section. A second moment above 0 never gets the code of 0: the update would divide the first moment by
+/// almost zero.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_rise_and_are_distinct() {
+    fn codes_are_strictly_ascending() {
         for signed in [true, false] {
             let codes = dynamic_codes(signed);
             assert!(codes.windows(2).all(|pair| pair[0] < pair[1]), "{codes:?}");
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn quantizing_is_close_and_keeps_zeros_and_the_largest() {
+    fn quantizing_is_accurate_and_preserves_zeros_and_the_largest() {
         let values: Vec<f32> = (0..200).map(|i| ((i * 37 % 101) as f32 - 50.0) * 1e-3).collect();
         let mut codes = vec![0; 200];
         let scale = CodeMap::get(true).narrow(&values, &mut codes, 0);

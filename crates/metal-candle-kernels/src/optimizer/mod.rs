@@ -1,4 +1,4 @@
-//! Steps of optimizers over flat buffers, in place.
+//! Makes optimizer steps over flat buffers, in place.
 
 mod adafactor;
 mod adam;

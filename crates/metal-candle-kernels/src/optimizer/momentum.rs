@@ -1,16 +1,16 @@
-//! Optimizers with one moment or none: SGD and Lion.
+//! The SGD and Lion steps.
 
 use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
-/// The numbers of one step of SGD.
+/// The coefficients of one step of SGD.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SgdStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Share of the moment that is kept.
+    /// Share of the moment that is retained.
     pub momentum: f64,
-    /// Whether the step looks ahead along the moment (Nesterov).
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
     /// Weight decay, added to the gradients.
     pub weight_decay: f64,
@@ -18,7 +18,7 @@ pub struct SgdStep {
     pub grad_scale: f64,
 }
 
-/// One step of SGD in place, with momentum where there is a moment `m`
+/// Makes one step of SGD in place, with momentum if there is a moment `m`
 /// (<https://proceedings.mlr.press/v28/sutskever13.html>, section 2, with the learning rate outside of the moment).
 ///
 /// # Panics
@@ -67,12 +67,12 @@ fn with_momentum_body<A: Arithmetic>(params: &mut [f32], grads: &[f32], m: &mut 
     }
 }
 
-/// The numbers of one step of Lion.
+/// The coefficients of one step of Lion.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LionStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Share of the moment in the direction of the step.
+    /// Weight of the moment in the direction of the step.
     pub beta1: f64,
     /// Decay rate of the moment.
     pub beta2: f64,
@@ -82,7 +82,7 @@ pub struct LionStep {
     pub grad_scale: f64,
 }
 
-/// One step of Lion (<https://arxiv.org/abs/2302.06675>, program 1) in place.
+/// Makes one step of Lion (<https://arxiv.org/abs/2302.06675>, program 1) in place.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.

@@ -1,37 +1,36 @@
-//! Muon.
+//! The Muon step.
 
 use super::section::{MatrixSection, check, sum_of_squares};
 use crate::gemm::gemm;
 use crate::parallel::{Shared, for_each};
 
-/// The numbers of one step of Muon.
+/// The coefficients of one step of Muon.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MuonStep {
-    /// Learning rate of weight decay.
+    /// Learning rate for weight decay.
     pub learning_rate: f64,
     /// Decay rate of the mean of the gradients.
     pub momentum: f64,
-    /// Whether the step looks ahead along the mean (Nesterov).
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// The coefficients of `X`, `X X^T X` and `(X X^T)^2 X` in an iteration.
     pub coefficients: [f32; 3],
-    /// Number of iterations.
+    /// The number of iterations.
     pub iterations: usize,
-    /// Least norm that a matrix is divided by.
+    /// Smallest norm that a matrix is divided by.
     pub eps: f64,
     /// Factor on the gradient, for clipping.
     pub grad_scale: f64,
 }
 
-/// Matrices of fewer elements are computed side by side, larger ones one after the other with all threads, so that the
-/// room for intermediate matrices stays small.
+/// Matrices with fewer elements are computed in parallel, larger ones one after another with all threads, which limits the
+/// memory for intermediate matrices.
 const LARGE: usize = 256 * 1024;
 
-/// One step of Muon (<https://kellerjordan.github.io/posts/muon/>) in place: each matrix moves along the nearest
-/// orthogonal matrix of the mean of its gradients. `scale` is the factor on the learning rate for a matrix of so many
-/// rows and columns.
+/// Makes one step of Muon (<https://kellerjordan.github.io/posts/muon/>) in place: each matrix moves along the orthogonal matrix
+/// nearest to the mean of its gradients. `scale` returns the factor on the learning rate for the numbers of rows and columns.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.
@@ -76,7 +75,7 @@ fn update(
         *m = momentum * *m + rest * g;
         of_moment * *m + of_gradient * g
     };
-    // the product of a matrix with its transpose is smallest when there are no more rows than columns
+    // the product of a matrix with its transpose is smaller if there are no more rows than columns
     let is_tall = rows > columns;
     let mut x = vec![0.0; rows * columns];
     if is_tall {
@@ -107,7 +106,7 @@ fn update(
     }
 }
 
-/// `x: [rows, columns]` with its singular values brought near 1 by iterations of `X <- (a I + b G + c G^2) X` with
+/// Brings the singular values of `x: [rows, columns]` near 1 by iterations of `X <- (a I + b G + c G^2) X` with
 /// `G = X X^T`.
 fn orthogonalize(mut x: Vec<f32>, rows: usize, columns: usize, step: &MuonStep) -> Vec<f32> {
     let norm = sum_of_squares(&x).sqrt().max(step.eps) as f32;

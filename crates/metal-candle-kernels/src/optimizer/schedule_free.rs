@@ -1,20 +1,20 @@
-//! Schedule-free AdamW.
+//! The step of schedule-free AdamW.
 
 use super::section::{Section, for_each_piece};
 use crate::isa::{Arithmetic, dispatch};
 
-/// The numbers of one step of schedule-free AdamW.
+/// The coefficients of one step of schedule-free AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScheduleFreeStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Share of the average in the point at which gradients are taken.
+    /// Weight of the average at the point where gradients are taken.
     pub beta1: f64,
     /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
-    /// Added to the square root of it.
+    /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
-    /// Weight decay at the point at which gradients are taken.
+    /// Weight decay at the point where gradients are taken.
     pub weight_decay: f64,
     /// Share of this step in the average.
     pub weight: f64,
@@ -24,10 +24,10 @@ pub struct ScheduleFreeStep {
     pub grad_scale: f64,
 }
 
-/// One step of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>, algorithm 1) in place.
+/// Makes one step of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>, algorithm 1) in place.
 ///
-/// `y` is the point at which gradients are taken, `z` the point that moves, `v` the mean of the squared gradients. The
-/// average `x` is not kept: `y = (1 - beta1) z + beta1 x` gives it.
+/// `y` is the point where gradients are taken, `z` the point that moves, `v` the mean of the squared gradients. The average `x`
+/// is not stored, because it follows from `y = (1 - beta1) z + beta1 x`.
 ///
 /// # Panics
 /// The sections are out of order, overlap, or end behind a buffer.

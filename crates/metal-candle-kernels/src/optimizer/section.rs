@@ -1,19 +1,19 @@
-//! Sections of flat buffers, and loops over their elements.
+//! Sections of flat buffers, and parallel loops over their elements.
 
 use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each};
 
-/// Elements that one task handles; a multiple of [`BLOCK`](super::BLOCK).
+/// The number of elements of a task; a multiple of [`BLOCK`](super::BLOCK).
 pub(super) const CHUNK: usize = 64 * 1024;
 
 /// A range of the flat parameters with its own settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Section {
-    /// Where it begins among the parameters and gradients.
+    /// Its offset in the parameters and gradients.
     pub start: usize,
     /// Its number of elements.
     pub len: usize,
-    /// Where its state begins.
+    /// The offset of its state.
     pub state: usize,
     /// Factor on the learning rate.
     pub rate: f64,
@@ -31,16 +31,16 @@ impl Section {
     }
 }
 
-/// A section that is a matrix, row by row.
+/// A section that is a row-major matrix.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MatrixSection {
-    /// Its elements; `state` is where the state of its rows, or of all its elements, begins.
+    /// Its elements; `state` is the offset of the state of its rows or of all its elements.
     pub section: Section,
     /// Number of rows.
     pub rows: usize,
     /// Number of columns.
     pub columns: usize,
-    /// Where the state of its columns begins, if that is kept apart.
+    /// The offset of the state of its columns, if it is separate.
     pub column_state: usize,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn check(ranges: impl Iterator<Item = (usize, usize)>, len: usize, wh
     assert!(end <= len, "{what}: {len} elements, the sections end at {end}");
 }
 
-/// Runs `update` in parallel on the parameters, gradients and states of each section, cut into pieces.
+/// Runs `update` in parallel on chunks of the parameters, gradients and states of each section.
 ///
 /// # Panics
 /// Sections are out of order, overlap, or end behind a buffer.
@@ -83,7 +83,7 @@ pub(super) fn for_each_piece<const N: usize>(
     let (params, states) = (Shared::new(params), states.map(Shared::new));
     for_each(pieces.len(), work, |number| {
         let piece = &pieces[number];
-        // SAFETY: the sections are disjoint and within the buffers, so are their pieces.
+        // SAFETY: the sections are disjoint and within the buffers, and so are their chunks.
         let (params, states) =
             unsafe { (params.part(piece.start, piece.len), states.map(|state| state.part(piece.state, piece.len))) };
         update(piece, params, &grads[piece.start..][..piece.len], states);
@@ -97,7 +97,7 @@ pub fn sum_of_squares(values: &[f32]) -> f64 {
     let shared = Shared::new(&mut sums);
     for_each(values.len().div_ceil(CHUNK), values.len(), |chunk| {
         let start = chunk * CHUNK;
-        // SAFETY: each task has an element of its own.
+        // SAFETY: tasks have disjoint elements.
         let sum = unsafe { shared.part(chunk, 1) };
         sum[0] = squares(&values[start..values.len().min(start + CHUNK)]);
     });
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn squares_are_added_up_in_f64() {
+    fn squares_are_summed_in_f64() {
         let values: Vec<f32> = (0..CHUNK + 1000).map(|i| ((i * 7919) % 1000) as f32 * 1e-3).collect();
         let expected: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
         assert!((sum_of_squares(&values) / expected - 1.0).abs() < 1e-13);

@@ -76,7 +76,7 @@ fn is_right() -> bool {
     })
 }
 
-/// A left operand: rows `stride` bytes apart if it has one term; otherwise, for each step of the depth, the tiles of each term.
+/// A left operand: rows `stride` bytes apart if it has one term; otherwise the tiles of each term, for each step of the depth.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) start: *const u8,

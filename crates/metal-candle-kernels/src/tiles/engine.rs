@@ -14,11 +14,11 @@ use std::ptr;
 
 /// Rows of a panel of the shared operand, and rows or columns of a panel of the streamed operand: two tiles.
 const PANEL: usize = 2 * SIDE;
-/// Panels of columns whose sums are added up together if there are several row panels.
+/// Panels of columns whose sums are accumulated together if there are several row panels.
 const GROUP: usize = 8;
 /// Tiles of a shared panel that are multiplied with a group of columns. They fit the L1 cache.
 const BLOCK_TILES: usize = 32;
-/// Steps that are multiplied at once if there is one row panel.
+/// Steps that are multiplied at a time if there is one row panel.
 const LONG_BLOCK: usize = 32;
 /// Maximum number of row panels of a task. The sums of a group fit the L2 cache.
 const TASK_PANELS: usize = 16;
@@ -26,7 +26,7 @@ const TASK_PANELS: usize = 16;
 const TASK_COLUMNS: usize = 32;
 /// Steps of a shared panel that a task packs.
 const PACKED_STEPS: usize = 32;
-/// Elements of the shared operand that are packed at once.
+/// Elements of the shared operand that are packed at a time.
 const SHARED_ELEMENTS: usize = 4 << 20;
 
 /// A buffer for one tile.
@@ -99,7 +99,7 @@ pub(crate) fn add_up((m, n): (usize, usize), start: Start, products: &[Product],
     }
 }
 
-/// Rows of the shared operand that are packed at once.
+/// Rows of the shared operand that are packed at a time.
 fn rows_at_a_time(depth: usize) -> usize {
     (SHARED_ELEMENTS / depth.max(1)).max(PANEL) / PANEL * PANEL
 }
@@ -125,7 +125,7 @@ fn run(
     let (panels, tiles_per_panel) = (count.div_ceil(PANEL), shared_tiles(products, count.min(PANEL)));
     let mut shared = SHARED.take();
     if shared.len() < panels * tiles_per_panel {
-        // freed first: growing in place would hold both buffers
+        // free first: growing in place would need memory for both buffers
         drop(shared);
         shared = vec![TileBuffer([0; TILE / 4]); panels * tiles_per_panel];
     }
@@ -193,7 +193,7 @@ fn pack_shared(
 /// Computes panels of columns for a range of row panels.
 fn task(chunk: &Chunk, columns: (usize, usize), panels: (usize, usize)) {
     let (mut sums, mut buffer) = (SUMS.take(), BUFFER.take());
-    // a row panel alone reads the weights in the order of memory
+    // a single row panel reads the weights in memory order
     let group = if panels.1 - panels.0 == 1 { 1 } else { GROUP };
     let needed = group * (panels.1 - panels.0);
     if sums.len() < needed {
@@ -221,7 +221,7 @@ struct Operand {
     left: Left,
     /// Contiguous memory that is read after this panel.
     ahead: Option<*const u8>,
-    /// The same place of the next steps, in rows as far apart as those of `left`.
+    /// The same part of the next steps, with the row stride of `left`.
     next: Option<*const u8>,
 }
 
@@ -240,7 +240,7 @@ impl Operand {
     }
 }
 
-/// Panels of columns and of rows whose sums are added up together.
+/// Panels of columns and of rows whose sums are accumulated together.
 struct Group {
     columns: (usize, usize),
     /// The end of the columns of the task.
@@ -276,7 +276,7 @@ impl Group {
         }
     }
 
-    /// Adds some steps of a product to all sums. The streamed operand `b` has `TERMS` terms, the shared one `SHARED_TERMS`.
+    /// Adds some steps of a product to all sums. The streamed operand `b` has `TERMS` terms, the shared operand `SHARED_TERMS`.
     fn add_block<T: Wide, const SHARED_TERMS: usize, const TERMS: usize>(
         &self,
         chunk: &Chunk,
@@ -351,7 +351,7 @@ impl Group {
         let is_last = at + depth == product.k;
         let next_group = self.columns.1 - self.columns.0;
         let has_next = column + next_group < self.end;
-        // from an element to the one that is read at the same place of the next block
+        // from an element to the element with the same role in the next block
         let ahead = if !is_last && next_group > 1 {
             depth * depth_stride
         } else if has_next {
@@ -427,11 +427,11 @@ fn finish(chunk: &Chunk, panel: usize, column: usize, sums: &Sums) {
         Start::Row(row) => From::Rows(row.as_ptr(), 0),
         Start::Matrix(matrix) => From::Rows(matrix.as_ptr(), n),
     };
-    // SAFETY: tasks have rows or columns of their own; the caller checked the lengths; tiles need AVX-512.
+    // SAFETY: tasks have disjoint rows or columns; the caller checked the lengths; tiles need AVX-512.
     unsafe { write(start, chunk, (first, rows), (column, width), sums) };
 }
 
-/// The initial value: nothing, or rows some elements apart.
+/// The initial value: none, or rows with a stride.
 #[derive(Clone, Copy)]
 enum From {
     Nothing,

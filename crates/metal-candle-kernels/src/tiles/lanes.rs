@@ -62,7 +62,7 @@ pub(super) fn first(count: usize) -> u16 {
     if count >= SIDE { u16::MAX } else { (1 << count) - 1 }
 }
 
-/// Asks for the cache line of an address, which need not be valid.
+/// Prefetches the cache line of an address, which need not be valid.
 #[inline]
 pub(super) fn prefetch<T>(address: *const T) {
     // SAFETY: every x86-64 processor has the instruction, and it accesses no memory.
@@ -112,7 +112,7 @@ pub(super) fn nearest(values: __m512) -> __m512i {
     _mm512_and_si512(nearest, _mm512_set1_epi32(0xffff_0000_u32 as i32))
 }
 
-/// The square with rows and columns exchanged: pairs, then fours, then quarters of rows change places.
+/// Transposes a square by swapping pairs, then fours, then quarters of rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn transposed(rows: &[__m512i; SIDE]) -> [__m512i; SIDE] {

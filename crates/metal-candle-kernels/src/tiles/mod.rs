@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_alone_has_the_bits_of_the_row_among_others() {
+    fn the_bits_of_a_row_do_not_depend_on_other_rows() {
         let (m, n, k) = (67, 40, 610);
         let (a, wide) = (random(m * k, 1), random(n * k, 2));
         let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_those_of_f64() {
+    fn sums_match_f64() {
         for (number, (m, n, k)) in SHAPES.into_iter().enumerate() {
             let (a, wide) = (random(m * k + m, 1), random(n * k + n + k, 2));
             let half: Vec<f16> = wide.iter().map(|&value| f16::from_f32(value)).collect();

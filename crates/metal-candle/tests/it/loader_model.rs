@@ -385,7 +385,7 @@ fn a_file_that_changes_under_a_model() {
 
     let fails = |model: &Model| {
         let message = logits(model).unwrap_err().to_string();
-        assert!(message.contains("model.safetensors") && message.contains("shortened or overwritten"), "{message}");
+        assert!(message.contains("model.safetensors") && message.contains("truncated or overwritten"), "{message}");
         assert!(save_model(model, saved.path().join("copy")).is_err());
     };
     let model = load();

@@ -1,4 +1,4 @@
-//! Groups of weights that are quantized at once.
+//! Batches of groups of weights that are quantized together.
 
 use super::lanes::{LANES, Lanes, transposed};
 use crate::blocks::decode::Decoder;
@@ -55,7 +55,7 @@ impl Batch<'_> {
         lanes
     }
 
-    /// For each lane the mean square of the row.
+    /// The mean square of the row of each lane.
     #[inline(always)]
     pub(super) fn mean_squares_of_rows<const N: usize>(&self, importance: Importance) -> Lanes {
         let mut lanes = Lanes::ZERO;
@@ -65,7 +65,7 @@ impl Batch<'_> {
         lanes
     }
 
-    /// For each lane the mean square of the block of `len` values.
+    /// The mean square of the block of `len` values of each lane.
     #[inline(always)]
     pub(super) fn mean_squares_of_blocks<const N: usize>(&self, len: usize) -> Lanes {
         let mut lanes = Lanes::ZERO;
@@ -119,7 +119,7 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f32 {
     sum
 }
 
-/// The levels of the groups one after another. Never inlined, as [`transposed`].
+/// The levels, group by group. Never inlined, as [`transposed`].
 #[inline(never)]
 pub(super) fn levels_in_order<const N: usize>(levels: &[Lanes; N]) -> [[u8; N]; LANES] {
     let mut ordered = [[0; N]; LANES];
@@ -132,7 +132,7 @@ pub(super) fn levels_in_order<const N: usize>(levels: &[Lanes; N]) -> [[u8; N]; 
     ordered
 }
 
-/// Writes a scale as f16 and returns what was written.
+/// Writes a scale as f16 and returns the written value.
 #[inline(always)]
 pub(super) fn put_half(block: &mut [u8], at: usize, scale: f32) -> f32 {
     let half = f16::from_f32(scale);

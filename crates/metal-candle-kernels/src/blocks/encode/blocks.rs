@@ -8,7 +8,7 @@ use crate::blocks::decode::{IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_
 /// The length of the blocks.
 const LEN: usize = 32;
 
-/// Packs two levels below 16 per byte: those of the first and of the second half.
+/// Packs two levels below 16 per byte, one of the first and one of the second half.
 #[inline(always)]
 pub(super) fn pack_nibbles(levels: &[u8; LEN], to: &mut [u8]) {
     for i in 0..16 {
@@ -51,7 +51,7 @@ fn largest_magnitude(x: &[Lanes; 2]) -> f32 {
     (if -low > high { low } else { high }).abs()
 }
 
-/// The value with the largest magnitude, the first if there are two.
+/// The first value with the largest magnitude.
 #[inline(always)]
 fn extreme(x: &[Lanes; 2]) -> f32 {
     let (low, high) = bounds(x);
@@ -95,8 +95,8 @@ fn bytes(levels: &[Lanes; 2]) -> [u8; LEN] {
     bytes
 }
 
-/// Quantizes blocks with a scale to levels from `-HALF` to `HALF - 1`. Without an importance the value with the largest
-/// magnitude gets the level `-HALF`, and is exact but for the rounding of the scale.
+/// Quantizes blocks with a scale to levels from `-HALF` to `HALF - 1`. Without an importance, the value with the largest
+/// magnitude gets the level `-HALF` and is exact except for the rounding of the scale.
 #[inline(always)]
 fn encode_symmetric<E: Encoder, const HALF: u8>(batch: &Batch, blocks: &mut [u8]) -> bool {
     let half = f32::from(HALF);
@@ -157,7 +157,7 @@ fn encode_with_minimum<E: Encoder, const MOST: u8>(batch: &Batch, blocks: &mut [
     fits
 }
 
-/// Packs the levels of a block with four or five bits each. `at` is the end of the scales.
+/// Packs the levels of a block with four or five bits each, from `at` on, the end of the scales.
 #[inline(always)]
 fn put_levels<E: Encoder>(block: &mut [u8], at: usize, levels: &[u8; LEN]) {
     let packed = E::BYTES - 16;
@@ -263,10 +263,10 @@ impl Encoder for IQ4NL {
     }
 }
 
-/// The middles between the magnitudes of 4-bit floats.
+/// The midpoints between the magnitudes of 4-bit floats.
 const FP4_MIDDLES: [f32; 7] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
 
-/// The exponent of MXFP4 for a block whose largest magnitude is `largest`: 2 less than that of `largest`, plus 127.
+/// The exponent of MXFP4 for a block with the largest magnitude `largest`: the exponent of `largest`, minus 2, plus 127.
 #[inline(always)]
 fn exponent_of(largest: f32) -> u8 {
     let bits = largest.to_bits();

@@ -1,14 +1,14 @@
-//! Arithmetic on several numbers at once.
+//! Arithmetic on several numbers in parallel.
 //!
-//! Quantizers search for the scales of sixteen groups of weights at the same time, one group per lane. Each lane adds its
-//! numbers in ascending order, and nothing is fused, so the result has the same bits on every instruction set.
+//! Quantizers search for the scales of sixteen groups of weights in parallel, one group per lane. Each lane adds its numbers in
+//! ascending order without fused operations, so results are identical on every instruction set.
 
 use std::ops::{Add, Div, Mul, Sub};
 
-/// The number of groups that are quantized at once.
+/// The number of groups that are quantized in parallel.
 pub(super) const LANES: usize = 16;
 
-/// 1.5 * 2^23: adding it rounds numbers below 2^22 to integers, which then are the low bits.
+/// 1.5 * 2^23: adding it rounds numbers below 2^22 to integers, which are then in the low bits.
 pub(super) const ROUNDER: f32 = 12_582_912.0;
 
 /// A number per lane.
@@ -44,7 +44,7 @@ impl<const L: usize> Lanes<L> {
         Self([value; L])
     }
 
-    /// The smaller number; `other` if `self` is not a number.
+    /// The smaller number; `other` if `self` is NaN.
     #[inline(always)]
     pub(super) fn min(mut self, other: Self) -> Self {
         for lane in 0..L {
@@ -53,7 +53,7 @@ impl<const L: usize> Lanes<L> {
         self
     }
 
-    /// The larger number; `other` if `self` is not a number.
+    /// The larger number; `other` if `self` is NaN.
     #[inline(always)]
     pub(super) fn max(mut self, other: Self) -> Self {
         for lane in 0..L {
@@ -78,14 +78,14 @@ impl<const L: usize> Lanes<L> {
         self
     }
 
-    /// The nearest integers between `low` and `high`; ties to even. `high` for what is not a number.
+    /// The nearest integers between `low` and `high`; ties to even. `high` for NaN.
     #[inline(always)]
     pub(super) fn rounded(self, low: f32, high: f32) -> Self {
         let rounder = Self::splat(ROUNDER);
         ((self + rounder) - rounder).min(Self::splat(high)).max(Self::splat(low))
     }
 
-    /// The integers below, between `low` and `high`. `high` for what is not a number.
+    /// Rounds down to integers between `low` and `high`. `high` for NaN.
     #[inline(always)]
     pub(super) fn floor(self, low: f32, high: f32) -> Self {
         let rounder = Self::splat(ROUNDER);

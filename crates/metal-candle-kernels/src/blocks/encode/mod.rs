@@ -21,10 +21,10 @@ use lanes::LANES;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The largest magnitude that a format with f16 scales can hold: that of `Q6_K`. Squares and cubes of it are finite.
+/// The largest magnitude that a format with f16 scales can represent (`Q6_K`). Its squares and cubes are finite.
 const LARGEST: f32 = 65504.0 * 128.0 * 32.0;
 
-/// The smallest importance relative to the largest. Groups whose inputs were all zero would lose their weights otherwise.
+/// The smallest importance relative to the largest. Otherwise groups whose inputs were all zero would lose their weights.
 const LEAST_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
 
 /// Why weights cannot be quantized.
@@ -63,14 +63,14 @@ pub enum QuantizeError {
         /// Its importance.
         value: f32,
     },
-    /// A value is infinite or not a number.
+    /// A value is infinite or NaN.
     NotFinite {
         /// The index of the first such value.
         index: usize,
         /// The value.
         value: f32,
     },
-    /// The scale of a block does not fit into f16.
+    /// The scale of a block does not fit in f16.
     TooLarge {
         /// The requested format.
         format: BlockFormat,
@@ -116,12 +116,11 @@ impl BlockFormat {
     /// Quantizes a row-major matrix of `columns` columns. Returns its blocks in the same order, as [`super::BlockMatrix`] reads
     /// them.
     ///
-    /// `importance` weighs the errors of each column: it is the mean square of the input that the column is multiplied with.
-    /// Only ratios matter. Columns count with at least 2^-40 of the largest importance, and all the same if each is zero.
-    /// `Q8_0` and `MXFP4` ignore the importance.
+    /// `importance` weights the errors of each column: it is the mean square of the column's input. Only ratios matter. Columns have
+    /// at least 2^-40 of the largest importance, and equal importance if all are zero. `Q8_0` and `MXFP4` ignore it.
     ///
-    /// The blocks do not depend on the machine or the number of threads. They are those of ggml compiled without fused
-    /// multiply-add, as it is for x86-64.
+    /// The blocks do not depend on the machine or the number of threads. They are identical to the blocks of ggml compiled without
+    /// fused multiply-add, as for x86-64.
     ///
     /// # Errors
     /// The format is not one of [`BlockFormat::WRITABLE`], the sizes do not match, a value is not finite or too large, or an
@@ -207,7 +206,7 @@ impl BlockFormat {
     }
 }
 
-/// The importance times a power of two, so that its largest number is between 1 and 2.
+/// The importance times a power of two, such that the largest value is between 1 and 2.
 fn normalized(importance: &[f32], columns: usize) -> Result<Vec<f32>, QuantizeError> {
     if importance.len() != columns {
         return Err(QuantizeError::ImportanceLength { count: importance.len(), columns });
@@ -262,7 +261,7 @@ fn encode_rows_body<A: Arithmetic, E: Encoder>(rows: &Rows, blocks: &mut [u8]) -
     Ok(())
 }
 
-/// Whether each magnitude is at most `most`, so not for a NaN.
+/// Whether each magnitude is at most `most`; false for NaN.
 #[inline(always)]
 fn is_within(values: &[f32], most: f32) -> bool {
     let mut is_within = true;

@@ -1,4 +1,4 @@
-//! Registers with a number per lane. Compilers do not reliably turn arithmetic on arrays into vector instructions.
+//! Vector registers with a number per lane, because compilers do not reliably vectorize arithmetic on arrays.
 
 use super::lanes::{Lanes, ROUNDER};
 use crate::isa::{Arithmetic, Fused, Separate};
@@ -19,9 +19,9 @@ pub(super) trait Registers:
     fn load(from: &Self::Memory) -> Self;
     fn store(self) -> Self::Memory;
     fn splat(value: f32) -> Self;
-    /// The smaller number; `other` if `self` is not a number.
+    /// The smaller number; `other` if `self` is NaN.
     fn min(self, other: Self) -> Self;
-    /// The larger number; `other` if `self` is not a number.
+    /// The larger number; `other` if `self` is NaN.
     fn max(self, other: Self) -> Self;
     fn abs(self) -> Self;
     /// `yes` where `a < b`, else `no`.
@@ -32,7 +32,7 @@ pub(super) trait Registers:
         Self::splat(0.0)
     }
 
-    /// The nearest integers between `low` and `high`; ties to even. `high` for what is not a number.
+    /// The nearest integers between `low` and `high`; ties to even. `high` for NaN.
     #[inline(always)]
     fn rounded(self, low: f32, high: f32) -> Self {
         let rounder = Self::splat(ROUNDER);
@@ -113,7 +113,7 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx([__m256; 2]);
 
-    // SAFETY: SSE2 is part of x86-64, and `Fused` is taken on x86-64 only where AVX2 has been found.
+    // SAFETY: SSE2 is part of x86-64, and `Fused` is used on x86-64 only if AVX2 has been detected.
     macro_rules! operator {
         ($name:ident, $count:literal, $operator:ident, $method:ident, $function:ident) => {
             impl $operator for $name {

@@ -1,15 +1,15 @@
-//! Searches for the scales of groups of weights: least squares for several roundings of the weights, as ggml does it.
+//! Searches for the scales of groups of weights like ggml: least squares for several roundings of the weights.
 //!
-//! The operations and their order are those of ggml, without fused multiply-add, so that every bit equals.
+//! The operations and their order are the same as in ggml, without fused multiply-add, so the results are identical bit for bit.
 
 use super::lanes::{Lanes, rounded};
 use super::registers::{HasRegisters, Registers};
 use crate::isa::dispatch;
 
-/// Groups whose largest weight is smaller count as zero.
+/// Groups with a smaller largest weight count as zero.
 pub(super) const TINY: f32 = 1e-15;
 
-/// Roundings to try: those to `levels + first + step * k` intervals.
+/// The roundings to try: to `levels + first + step * k` intervals.
 #[derive(Clone, Copy)]
 pub(super) struct Tries {
     pub(super) first: f32,
@@ -24,8 +24,8 @@ pub(super) struct Tries {
 pub(super) const IMPORTANT: Tries = Tries { first: -0.9, step: 0.05, last: 36, absolute: false };
 
 dispatch! {
-    /// Fits groups of values `x`, whose errors are weighted by `w`, by a scale, a minimum, and levels from 0 to `most`. Writes
-    /// the levels, and returns the scales, which are not negative, and the minimums, which are not positive.
+    /// Fits groups of values `x`, with errors weighted by `w`, by a scale, a minimum, and levels from 0 to `most`. Writes the levels,
+    /// and returns the non-negative scales and the non-positive minimums.
     pub(super) fn fit_with_minimum(x: &[Lanes], w: &[Lanes], most: f32, tries: Tries, levels: &mut [Lanes]) -> (Lanes, Lanes)
         = fit_with_minimum_body
 }
@@ -65,7 +65,7 @@ fn fit_with_minimum_in<V: Registers>(
     let mut minimum = low;
     let mut inverse = V::splat(most) / (high - low);
     let mut scale = one / inverse;
-    // the rounding that is the best so far
+    // the best rounding so far
     let mut best_inverse = inverse;
     let mut best_low = low;
     let mut best = V::zero();
@@ -122,7 +122,7 @@ fn cost<V: Registers>(scale: V, level: V, minimum: V, x: V, w: V, absolute: bool
     w * if absolute { difference.abs() } else { difference * difference }
 }
 
-/// The value with the largest magnitude, and the magnitude. The first if there are several.
+/// The first value with the largest magnitude, and the magnitude.
 #[inline(always)]
 fn extreme<V: Registers>(x: &[V::Memory]) -> (V, V) {
     let (mut largest, mut value) = (V::zero(), V::zero());
@@ -144,8 +144,8 @@ fn where_better<V: Registers>(sums: (V, V), best: V, yes: V, no: V) -> V {
 }
 
 dispatch! {
-    /// Fits groups of values `x`, whose errors are weighted by `w`, by a scale and levels from `-half` to `half - 1`. Writes the
-    /// levels plus `half`, and returns the scales.
+    /// Fits groups of values `x`, with errors weighted by `w`, by a scale and levels from `-half` to `half - 1`. Writes the levels
+    /// plus `half`, and returns the scales.
     pub(super) fn fit_symmetric(x: &[Lanes], w: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes = fit_symmetric_body
 }
 
@@ -166,7 +166,7 @@ pub(super) fn fit_symmetric_in<V: Registers>(
     let (w, levels) = (&w[..n], &mut levels[..n]);
     let (extreme, largest) = extreme::<V>(x);
     let (mut scale, mut best, mut best_inverse) = (V::zero(), V::zero(), V::zero());
-    // the first try is the middle one, and is taken anyway
+    // the first try is the middle one, which is always accepted
     for k in [0_i8, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9] {
         let inverse = V::splat(-(half + 0.1 * f32::from(k))) / extreme;
         let (mut sum_xl, mut sum_l2) = (V::zero(), V::zero());
@@ -248,8 +248,8 @@ fn fit_by_level_in<V: Registers>(x: &[V::Memory], half: f32, levels: &mut [V::Me
     V::where_less(largest, tiny, V::zero(), scale)
 }
 
-/// Fits the scales `x` of a superblock, which are not negative, by a scale and levels from 0 to `most`. Writes the levels and
-/// returns the scale.
+/// Fits the non-negative scales `x` of a superblock by a scale and levels from 0 to `most`. Writes the levels and returns the
+/// scale.
 #[inline(never)]
 pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) -> f32 {
     let len = x.len();
@@ -305,7 +305,7 @@ pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) ->
     if sum_l2 > 0.0 { sum_xl / sum_l2 } else { 0.0 }
 }
 
-/// The entry of `table`, which ascends, that is nearest to `x`, and its index.
+/// The entry of the sorted `table` that is nearest to `x`, and its index.
 #[inline(always)]
 fn nearest_entry<V: Registers>(table: &[i8; 16], x: V) -> (V, V) {
     let (mut entry, mut index) = (V::splat(f32::from(table[0])), V::zero());
@@ -336,7 +336,7 @@ fn fit_table_in<V: Registers>(table: &[i8; 16], x: &[V::Memory], w: &[V::Memory]
     let edge = f32::from(table[0]);
     let (mut scale, mut best) = (V::zero(), V::zero());
     for k in -8_i8..=7 {
-        // the first try is taken anyway
+        // the first try is always accepted
         let is_first = k == -8;
         let inverse = if is_first {
             V::splat(1.0) / (extreme / V::splat(-edge))

@@ -1,4 +1,4 @@
-//! Quantizes superblocks: 256 weights in groups of 16 or 32 with scales of their own.
+//! Quantizes superblocks: 256 weights in groups of 16 or 32, each with its own scale.
 
 use super::batch::{Batch, Encoder, important, levels_in_order, put_half, squares, sums};
 use super::blocks::pack_nibbles;
@@ -24,8 +24,8 @@ fn root_mean_square_plus_magnitudes<const N: usize>(x: &[Lanes; N]) -> [Lanes; N
     weights
 }
 
-/// Quantizes the scales of a superblock, which are not negative, so that the largest gets the level `most`. Writes the levels
-/// and returns the scale of the scales.
+/// Quantizes the non-negative scales of a superblock such that the largest gets the level `most`. Writes the levels and returns
+/// the scale of the scales.
 #[inline(always)]
 fn scale_largest(scales: &[f32], most: f32, levels: &mut [f32]) -> f32 {
     let mut largest = 0.0;
@@ -45,14 +45,14 @@ trait WithMinimums: Encoder {
     const MOST: f32;
     /// The largest level of a scale.
     const MOST_SCALE: f32;
-    /// Where the f16 scale is; that of the minimums follows.
+    /// The offset of the f16 scale; the scale of the minimums follows.
     const SCALES_AT: usize;
 
     /// Packs a block. `scales` and `minimums` have a level per group.
     fn pack<const N: usize>(levels: &[[u8; N]], scales: &[u8], minimums: &[u8], block: &mut [u8]);
 }
 
-/// Quantizes superblocks of groups of `N` weights `x`, whose errors are weighted by `w`.
+/// Quantizes superblocks of groups of `N` weights `x`, with errors weighted by `w`.
 #[inline(always)]
 fn encode_with_minimums<F: WithMinimums, const N: usize>(
     x: &[Lanes; N],
@@ -102,7 +102,7 @@ fn encode_with_minimums<F: WithMinimums, const N: usize>(
     fits
 }
 
-/// Packs levels below 4: each byte holds those of four groups of 32 values of a half.
+/// Packs levels below 4: each byte contains four levels, one from each group of 32 values of a half.
 #[inline(always)]
 fn pack_pairs(levels: &[u8], to: &mut [u8]) {
     for half in 0..2 {
@@ -159,7 +159,7 @@ fn pack_scales_and_minimums(scales: &[u8], minimums: &[u8], to: &mut [u8]) {
     }
 }
 
-/// Packs the low four bits of levels: each byte holds those of two groups.
+/// Packs the low four bits of levels: each byte contains the bits of two groups.
 #[inline(always)]
 fn pack_low_bits(levels: &[u8], to: &mut [u8]) {
     for pair in 0..4 {
@@ -257,7 +257,7 @@ fn levels_of(x: &[Lanes; 16], scales: Lanes, half: f32, searched: &[Lanes; 16]) 
     levels_in_order(&levels)
 }
 
-/// Quantizes the scales of a superblock so that the one with the largest magnitude gets the level `-half`. Returns the scale
+/// Quantizes the scales of a superblock such that the one with the largest magnitude gets the level `-half`. Returns the scale
 /// of the scales, and the levels.
 #[inline(always)]
 fn scale_extreme(scales: Lanes, half: f32) -> (f32, Lanes) {

@@ -1,4 +1,4 @@
-//! Quantized blocks against ggml's, errors, and the bytes on every instruction set.
+//! Compares quantized blocks with ggml's, and checks errors and the bytes on every instruction set.
 
 use super::QuantizeError;
 use crate::blocks::matrix::{BlockFormat, BlockMatrix};
@@ -11,7 +11,7 @@ const GOLDEN: &[u8] = include_bytes!("quantized.bin");
 const COLUMNS: usize = 512;
 const ROWS: usize = 3;
 
-/// Importances and values, and what follows them.
+/// The importances and values, and the remaining bytes.
 fn golden_values() -> (Vec<f32>, Vec<f32>, &'static [u8]) {
     let (values, blocks) = GOLDEN.split_at(4 * COLUMNS * (1 + ROWS));
     let mut values: Vec<f32> = values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
@@ -44,16 +44,16 @@ fn assert_blocks(format: BlockFormat, found: &[u8], expected: &[u8]) {
 }
 
 #[test]
-fn blocks_are_those_of_ggml() {
+fn blocks_match_ggml() {
     for_each_golden(|format, importance, values, expected| {
         assert_blocks(format, &format.quantize(values, COLUMNS, importance).unwrap(), expected);
     });
 }
 
-/// The instruction set is chosen once per process, so each level runs the test above in a process of its own.
+/// The instruction set is selected once per process, so each level runs the test above in a separate process.
 #[test]
 fn every_instruction_set_quantizes_to_the_same_blocks() {
-    let test = "blocks::encode::tests::blocks_are_those_of_ggml";
+    let test = "blocks::encode::tests::blocks_match_ggml";
     for level in LEVELS {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let output = command.args([test, "--exact"]).env(ISA_VARIABLE, level).output().unwrap();
@@ -117,7 +117,7 @@ const ERRORS: [(BlockFormat, f64, f64, f64); 13] = [
 ];
 
 #[test]
-fn errors_are_those_of_ggml() {
+fn errors_match_ggml() {
     let columns = 4096;
     let scale = |values: Vec<f32>| values.into_iter().map(|value| 0.02 * value).collect::<Vec<f32>>();
     let (normal, heavy) = (scale(gaussian(64 * columns, 1)), scale(laplace(64 * columns, 2)));
@@ -161,7 +161,7 @@ fn the_number_of_threads_does_not_change_the_blocks() {
         };
         let all = run(3);
         assert!(run(1) == all, "{}", format.name());
-        // nor do other rows
+        // other rows do not change them either
         let row = format.row_bytes(columns).unwrap();
         let alone = format.quantize(&values[33 * columns..34 * columns], columns, Some(&importance)).unwrap();
         assert!(alone == all[33 * row..34 * row], "{}", format.name());
@@ -218,7 +218,7 @@ fn special_rows_stay_finite() {
 }
 
 #[test]
-fn what_cannot_be_quantized_is_refused() {
+fn invalid_weights_are_refused() {
     use QuantizeError as E;
     let format = BlockFormat::Q4K;
     let (values, ones) = (vec![0.5_f32; 1024], vec![1.0_f32; 512]);
@@ -265,7 +265,7 @@ fn what_cannot_be_quantized_is_refused() {
 }
 
 #[test]
-fn ties_round_as_those_of_ggml() {
+fn ties_round_as_in_ggml() {
     // 8 bits with a scale of one: away from zero
     let mut values = vec![0.0; 32];
     values[..9].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.499_999_97, 126.5, -126.499_99]);
@@ -283,7 +283,7 @@ fn ties_round_as_those_of_ggml() {
 }
 
 #[test]
-fn exponents_of_4_bit_floats_are_those_of_ggml() {
+fn exponents_of_4_bit_floats_match_ggml() {
     // the f32 logarithm of the largest magnitudes below some powers of two is that of the power
     for (largest, exponent) in [
         (8.0_f32, 128),

@@ -7,28 +7,28 @@ use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each};
 use std::cell::Cell;
 
-/// Rows of which each 32 columns are 32 integers, the scale, and for each group of columns the sum of its integers: as f32 for
-/// weights with minimums, else as an integer times the negative zero point of the weights.
+/// Quantized rows. Each 32 columns are stored as 32 integers, the scale, and for each group of columns the sum of its integers:
+/// as f32 for weights with minimums, otherwise as an integer times the negative zero point of the weights.
 #[derive(Clone, Copy)]
 pub(super) struct Activations {
     first: *const u8,
-    /// The distance of rows in bytes.
+    /// The row stride in bytes.
     pub(super) stride: usize,
 }
 
-// SAFETY: only read, while the buffer is borrowed.
+// SAFETY: it is only read while the buffer is borrowed.
 unsafe impl Sync for Activations {}
 // SAFETY: as above.
 unsafe impl Send for Activations {}
 
 impl Activations {
-    /// Row `row` from 32 columns number `block` on.
+    /// Row `row` from the block of 32 columns `block` on.
     pub(super) fn row(self, row: usize, block: usize, groups: usize) -> *const u8 {
         self.first.wrapping_add(row * self.stride + block * activation_bytes(groups))
     }
 }
 
-/// What the sums of the integers are for.
+/// The purpose of the sums of the integers.
 #[derive(Clone, Copy)]
 pub(super) enum Sums {
     /// Weights with this zero point.
@@ -49,17 +49,17 @@ pub(super) fn with_quantized(
     run: impl FnOnce(Activations),
 ) {
     let bytes = k / COLUMNS * activation_bytes(groups);
-    // an odd number of cache lines: rows at a power of two would share cache sets
+    // an odd number of cache lines: with a power of two, rows would share cache sets
     let lines = bytes.div_ceil(64) | 1;
     let mut buffer = ROWS.take();
     if buffer.len() < m * lines {
-        // freed first: growing in place would hold both buffers
+        // free first: growing in place would need memory for both buffers
         drop(buffer);
         buffer = vec![Line::default(); m * lines];
     }
     let shared = Shared::new(&mut buffer);
     for_each(m, m * k, |row| {
-        // SAFETY: tasks have rows of their own.
+        // SAFETY: tasks have disjoint rows.
         let to = Line::bytes_mut(unsafe { shared.part(row * lines, lines) });
         quantize(&a[row * k..][..k], groups, sums, &mut to[..bytes]);
     });
@@ -72,20 +72,20 @@ dispatch! {
     fn quantize(from: &[f32], groups: usize, sums: Sums, to: &mut [u8]) = quantize_body
 }
 
-/// Without fused multiply-add, so that every instruction set gives the same bits.
+/// Without fused multiply-add, so that results are identical on every instruction set.
 #[inline(always)]
 fn quantize_body<A: Arithmetic>(from: &[f32], groups: usize, sums: Sums, to: &mut [u8]) {
     /// Added to a number below 2^22, it leaves the nearest integer in the low bits; ties are to even.
     const ROUND: f32 = 12_582_912.0;
     for (from, to) in from.as_chunks::<COLUMNS>().0.iter().zip(to.chunks_exact_mut(activation_bytes(groups))) {
-        // the order of the bits of absolute values is theirs, and infinities and NaN are above all
+        // the bits of absolute values have the same order as the values; infinities and NaN are above all of them
         let mut largest = 0;
         for i in 0..COLUMNS {
             largest = (from[i].to_bits() & 0x7fff_ffff).max(largest);
         }
         let largest = f32::from_bits(largest);
         let (scale, inverse) = if !largest.is_finite() {
-            // no integer stands for these: the result is NaN
+            // these have no integer representation: the result is NaN
             (f32::NAN, 0.0)
         } else if largest < 1e-30 {
             // the inverse might overflow

@@ -1,4 +1,4 @@
-//! The inner loops, for any instruction set.
+//! The inner loops of 8-bit products, generic over the instruction set.
 
 use super::lanes::{COLUMNS, Kind, Lanes, Rows, Sink, Unpack};
 use crate::blocks::decode::Decoder;
@@ -22,7 +22,7 @@ pub(super) const fn panel_bytes<L: Lanes, K: Kind>() -> usize {
 
 /// The loops, compiled for an instruction set.
 pub(super) trait Kernels: Lanes {
-    /// Dot products of a row of activations with [`Lanes::ROWS`] rows of weights. Prefetches an equal number of bytes from `next` on.
+    /// Dot products of a row of activations with [`Lanes::ROWS`] rows of weights. Prefetches the same number of bytes from `next` on.
     ///
     /// # Safety
     /// The processor has the instructions; each row has `blocks` blocks, and the activations have their columns; `dots` has
@@ -36,7 +36,7 @@ pub(super) trait Kernels: Lanes {
     unsafe fn fill<F: Decoder + Unpack>(rows: Rows, blocks: usize, next: *const u8, panel: *mut u8);
 
     /// Adds the dot products of up to [`Lanes::HEIGHT`] rows of activations with a panel of 32 `count` columns to one vector of
-    /// `sums` for each row. `stride` is the distance of the rows of activations in bytes.
+    /// `sums` per row. `stride` is the row stride of the activations in bytes.
     ///
     /// # Safety
     /// The processor has the instructions; the panel and the activations have these columns.
@@ -121,7 +121,7 @@ unsafe fn add_block<L: Lanes, K: Kind, const R: usize>(
         let mut dots = [L::start(0); R];
         if !K::HAS_MINIMUMS {
             for r in 0..R {
-                // SAFETY: the caller's promise; so below.
+                // SAFETY: the caller's promise; also below.
                 dots[r] = L::start(unsafe { a[r].add(COLUMNS + 4 + 4 * group).cast::<i32>().read_unaligned() });
             }
         }
@@ -153,7 +153,7 @@ unsafe fn add_block<L: Lanes, K: Kind, const R: usize>(
     }
 }
 
-/// The weights that come after the present ones. Rows of several pages are read at once, which the hardware does not foresee, but
+/// The weights to prefetch. The kernel reads rows on several pages in parallel, which the hardware does not predict, but
 /// together they are one run of bytes.
 struct Next<F> {
     at: *const u8,
@@ -161,14 +161,14 @@ struct Next<F> {
 }
 
 impl<F: Decoder> Next<F> {
-    /// Requests as much as 32 columns of the rows have.
+    /// Prefetches the number of bytes in 32 columns of the rows.
     #[inline(always)]
     fn prefetch<L: Lanes>(&mut self) {
         let bytes = L::ROWS * F::BYTES * COLUMNS / F::LEN;
         for at in (0..bytes).step_by(64) {
             L::prefetch(self.at.wrapping_add(at));
         }
-        // the address of the next page has to be translated
+        // also translates the address of the next page
         L::prefetch(self.at.wrapping_add(PAGE));
         self.at = self.at.wrapping_add(bytes);
     }
@@ -261,7 +261,7 @@ pub(super) unsafe fn add_tile<L: Lanes, K: Kind, const R: usize>(
     let mut sums = [L::splat_float(0.0); R];
     for r in 0..R {
         a[r] = first.wrapping_add(r * stride);
-        // SAFETY: the caller's promise; so below.
+        // SAFETY: the caller's promise; also below.
         sums[r] = unsafe { L::load_floats(to.add(r * L::ROWS)) };
     }
     for block in 0..count {
@@ -276,7 +276,7 @@ pub(super) unsafe fn add_tile<L: Lanes, K: Kind, const R: usize>(
     }
 }
 
-/// `c + alpha dots`. A fused multiply-add where the caller is compiled for one.
+/// `c + alpha dots`, with fused multiply-add if the caller is compiled for it.
 #[inline(always)]
 pub(super) fn add_scaled(alpha: f32, dots: &[f32], c: &mut [f32]) {
     for (dot, c) in dots.iter().zip(c) {

@@ -5,11 +5,11 @@ pub(super) const COLUMNS: usize = 32;
 
 /// The arithmetic that a format needs. Formats of equal arithmetic share kernels.
 pub(super) trait Kind {
-    /// Groups of 32 columns that have a scale of their own: 1 or 2.
+    /// The number of groups of 32 columns with separate scales: 1 or 2.
     const GROUPS: usize;
     /// Whether groups have minimums. Otherwise weights have a zero point.
     const HAS_MINIMUMS: bool;
-    /// The largest unpacked weight. Weights of 255 are signed where [`Lanes::IS_SIGNED`].
+    /// The largest unpacked weight. Weights of 255 are signed if [`Lanes::IS_SIGNED`].
     const MOST: u32;
 }
 
@@ -25,9 +25,9 @@ impl<const GROUPS: usize, const HAS_MINIMUMS: bool, const MOST: u32> Kind for Ar
 /// The same bytes of several rows of weights.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
-    /// Those of the first row.
+    /// The bytes of the first row.
     pub(super) first: *const u8,
-    /// The distance of rows in bytes.
+    /// The row stride in bytes.
     pub(super) stride: usize,
 }
 
@@ -38,7 +38,7 @@ impl Rows {
         self.first.wrapping_add(row * self.stride)
     }
 
-    /// The bytes `bytes` further on.
+    /// Skips `bytes` bytes of each row.
     #[inline(always)]
     pub(super) fn skip(self, bytes: usize) -> Self {
         Self { first: self.first.wrapping_add(bytes), ..self }
@@ -47,9 +47,9 @@ impl Rows {
 
 /// A vector of unsigned 32-bit words, one for each row of weights.
 ///
-/// The methods may be called where the processor has the instructions, and are inlined into functions compiled for them.
+/// The methods may be called only if the processor has the instructions, and are inlined into functions compiled for them.
 pub(super) trait Lanes: Copy {
-    /// As many f32 values.
+    /// The same number of f32 values.
     type Floats: Copy;
     /// Running dot products.
     type Dots: Copy;
@@ -57,7 +57,7 @@ pub(super) trait Lanes: Copy {
     const ROWS: usize;
     /// Whether weights of 8 bits are signed.
     const IS_SIGNED: bool;
-    /// The most rows of A whose sums fit into the registers.
+    /// The most rows of A whose sums fit in the registers.
     const HEIGHT: usize;
 
     /// # Safety
@@ -99,7 +99,7 @@ pub(super) trait Lanes: Copy {
     /// In each 128 bits: the bytes of `table` with these indices, all below 16.
     fn look_up(table: Self, indices: Self) -> Self;
 
-    /// For each byte 255 if it has the one bit of `bits`, else 0.
+    /// For each byte, 255 if it has the bit set in `bits`, else 0.
     fn has_bit(self, bits: Self) -> Self;
 
     /// The words, which are below 2^31, as f32.
@@ -143,10 +143,10 @@ pub(super) trait Lanes: Copy {
     fn prefetch(from: *const u8);
 }
 
-/// Takes unpacked weights.
+/// Receives unpacked weights.
 pub(super) trait Sink<L: Lanes> {
-    /// Takes 32 columns of the rows: vector `i` of the weights has columns `4 i..4 i + 4`. With one group the second scale and
-    /// minimum are those of the first.
+    /// Receives 32 columns of the rows: vector `i` of the weights has columns `4 i..4 i + 4`. With one group, the second scale and
+    /// minimum equal the first.
     ///
     /// # Safety
     /// The buffer of the sink is large enough.
@@ -156,7 +156,7 @@ pub(super) trait Sink<L: Lanes> {
 /// Unpacks a format.
 pub(super) trait Unpack {
     type Kind: Kind;
-    /// The value that unsigned unpacked weights have for zero.
+    /// The zero point of unsigned unpacked weights.
     const ZERO: i32;
 
     /// Unpacks blocks of [`Lanes::ROWS`] rows.
@@ -165,7 +165,7 @@ pub(super) trait Unpack {
     /// Each row has `blocks` blocks.
     unsafe fn unpack<L: Lanes, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S);
 
-    /// The zero point of the weights as these lanes take them.
+    /// The zero point of the weights in the format of these lanes.
     fn zero<L: Lanes>() -> i32 {
         if L::IS_SIGNED && Self::Kind::MOST == 255 { 0 } else { Self::ZERO }
     }

@@ -2,8 +2,8 @@
 //!
 //! Each 32 columns of a row of activations are rounded to integers from -127 to 127 with an f32 scale. A block of weights and the
 //! activations are multiplied and summed as integers, exactly; the sums are scaled and added in f32, in ascending order of the
-//! columns. Each row of weights has a lane of its own, so the result has the same bits at every level with fused multiply-add,
-//! for any number of rows: those of `portable.rs`, which the tests use.
+//! columns. Each row of weights has its own lane, so results are identical at every level with fused multiply-add, for any number
+//! of rows, and equal to those of `portable.rs`, which the tests use.
 
 mod activations;
 mod kernels;

@@ -120,7 +120,7 @@ impl Lanes for Dotprod {
         unsafe {
             let halves: uint16x4_t = vmovn_u32(self.0);
             let floats: float32x4_t;
-            // the intrinsic is not stable; so below
+            // the intrinsic is not stable; also below
             asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) floats, in(vreg) halves, options(pure, nomem, nostack));
             floats
         }

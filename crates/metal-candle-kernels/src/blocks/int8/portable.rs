@@ -1,4 +1,4 @@
-//! The products without vectors: they define the bits.
+//! The reference implementation of 8-bit products without vectors, which defines the results bit for bit.
 
 use super::activations::{Activations, Sums, with_quantized};
 use super::kernels::activation_bytes;
@@ -18,10 +18,10 @@ pub(super) fn run<A: Arithmetic>(task: &Task) {
 
 fn run_format<A: Arithmetic, F: Decoder + Unpack>(task: &Task) {
     let ((m, n), k) = (task.shape, task.b.columns());
-    // weights come centered, but those with minimums need the sums
+    // weights are centered, but weights with minimums need the sums
     with_quantized(task.a, (m, k), (F::Kind::GROUPS, Sums::Minimums), |a| {
         for_each(n, m * n * k, |j| {
-            // SAFETY: tasks have columns of their own.
+            // SAFETY: tasks have disjoint columns.
             unsafe { task.start.write_columns(task.c, (m, n), j..j + 1) };
             for i in 0..m {
                 let dot = dot::<A, F>(task.b.blocks(j, 0..k), a, i);
@@ -45,11 +45,11 @@ fn dot<A: Arithmetic, F: Decoder + Unpack>(row: &[u8], a: Activations, i: usize)
     sum
 }
 
-/// Adds up the products with 32 columns, which come as twice 16.
+/// Sums the products with 32 columns, which arrive in two halves of 16.
 struct Terms<A, K> {
     /// The activations of these columns.
     a: *const u8,
-    /// The integers so far.
+    /// The integer sum so far.
     dot: i32,
     term: f32,
     minimums: [f32; 2],
@@ -75,7 +75,7 @@ impl<A: Arithmetic, K: Kind> Terms<A, K> {
         if half == 0 {
             return;
         }
-        // SAFETY: as above, and these come after the integers.
+        // SAFETY: as above; these follow the integers.
         let factor = |at: usize| unsafe { self.a.add(COLUMNS + 4 * at).cast::<f32>().read_unaligned() };
         if K::HAS_MINIMUMS {
             for group in 0..K::GROUPS {

@@ -12,13 +12,13 @@ use crate::isa::{Int8, int8};
 use crate::parallel::for_each;
 use std::cell::Cell;
 
-/// Columns of a panel: a multiple of the block lengths. With a tile of activations it stays in the first-level cache.
+/// Columns of a panel: a multiple of the block lengths. With a tile of activations, it stays in the L1 cache.
 const DEPTH: usize = 512;
 /// Panels that are multiplied with a tile of activations in turn, if there are many rows.
 const PANELS: usize = 4;
-/// Rows of A up to which one panel is used.
+/// Most rows of A for which one panel is used.
 const FEW_ROWS: usize = 8;
-/// The most weights of a task. At its end a task prefetches weights of another one, so few large tasks are better.
+/// The most weights of a task. The last prefetches of a task are for weights of another task, so few large tasks are better.
 const TASK_ELEMENTS: usize = 1024 * 1024;
 
 thread_local! {
@@ -57,7 +57,7 @@ struct Weights<'a> {
     rows: usize,
 }
 
-/// The loops for an instruction set and a format. What uses them is compiled once.
+/// The loops for an instruction set and a format, as pointers, so that their callers are compiled only once.
 struct Kernel {
     /// Rows of weights of a vector.
     rows: usize,
@@ -97,7 +97,7 @@ impl Kernel {
     fn run(&self, task: &Task) {
         let ((m, n), k) = (task.shape, task.b.columns());
         let row_bytes = k / self.len * self.bytes;
-        // fewer rows than a vector has lanes: the last is repeated
+        // with fewer rows than lanes, the last row is repeated
         let mut padded = Vec::new();
         if n < self.rows {
             padded.extend_from_slice(task.b.bytes());
@@ -113,7 +113,7 @@ impl Kernel {
             let per_task = per_task.max(1).next_multiple_of(width);
             for_each(n.div_ceil(per_task), m * n * k, |number| {
                 let (from, to) = (number * per_task, n.min((number + 1) * per_task));
-                // SAFETY: tasks have columns of their own.
+                // SAFETY: tasks have disjoint columns.
                 unsafe { task.start.write_columns(task.c, (m, n), from..to) };
                 if m == 1 {
                     return self.multiply_row(task, weights, a, (from, to));
@@ -131,7 +131,7 @@ impl Kernel {
         Rows { first: weights.bytes.as_ptr().wrapping_add(at), stride: weights.row_bytes }
     }
 
-    /// What to prefetch meanwhile: the same part of the rows from `first` on, taken as a run of bytes.
+    /// The address to prefetch: the same part of the rows from `first` on, as a run of bytes.
     fn next(&self, weights: Weights, first: usize, column: usize) -> *const u8 {
         let at = first * weights.row_bytes + self.rows * (column / self.len * self.bytes);
         weights.bytes.as_ptr().wrapping_add(at)
@@ -149,7 +149,7 @@ impl Kernel {
             let next = self.next(weights, first + self.rows, 0);
             unsafe { (self.dots)(rows, blocks, next, a.row(0, 0, self.groups), dots.as_mut_ptr()) };
             let width = self.rows.min(to - at);
-            // SAFETY: tasks have columns of their own.
+            // SAFETY: tasks have disjoint columns.
             unsafe { (self.add_scaled)(task.alpha, &dots[at - first..][..width], task.c.part(at, width)) };
         }
     }
@@ -193,7 +193,7 @@ impl Kernel {
             let (first, width) = (at.min(weights.rows - self.rows), self.rows.min(to - at));
             for i in 0..m {
                 let dots = &sums[number * 16 * sums_lines + i * self.rows..][at - first..][..width];
-                // SAFETY: tasks have columns of their own.
+                // SAFETY: tasks have disjoint columns.
                 unsafe { (self.add_scaled)(task.alpha, dots, task.c.part(i * n + at, width)) };
             }
         }

@@ -1,4 +1,4 @@
-//! Unpacks superblocks: 256 weights in groups of 16 or 32 with scales of their own.
+//! Unpacks superblocks: 256 weights in groups of 16 or 32, each with its own scale.
 
 use super::lanes::{Arithmetic, Lanes, Rows, Sink, Unpack};
 use super::unpack::{bytes_of_table, half_word, high_nibbles, joined, looked_up, low_nibbles, word};
@@ -181,7 +181,7 @@ impl Unpack for Q2K {
     }
 }
 
-/// Bit `AT` of each byte as bit 2, of which one of the shifts makes it.
+/// Bit `AT` of each byte as bit 2, moved by one of the shifts.
 #[inline(always)]
 fn with_third_bit<L: Lanes, const LEFT: i32, const RIGHT: i32>(mut pairs: [L; 8], bits: &[L; 8]) -> [L; 8] {
     let mask = L::splat(0x0404_0404);
@@ -199,7 +199,7 @@ impl Unpack for Q3K {
     unsafe fn unpack<L: Lanes, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S) {
         for block in 0..blocks {
             let rows = rows.skip(block * Self::BYTES);
-            // two bytes before the scales, which are 12 bytes, and the factor behind them
+            // the two bytes before the scales, the 12 bytes of scales, and the factor after them
             let [a, b, c, e] = unsafe { L::load_rows(rows.skip(94)) };
             let d = e.right::<16>().halves();
             let first = a.right::<16>().or(b.left::<16>());
@@ -269,7 +269,7 @@ impl Unpack for Q6K {
                 macro_rules! pair {
                     ($part:literal, $nibbles:ident, $left:literal $right:literal, $next_left:literal $next_right:literal) => {
                         unsafe {
-                            // signed: with 128 added they are not
+                            // flipping the sign bits adds 128, which makes them unsigned
                             let mut scales = four_bytes(scales[2 * half + $part].xor(L::splat(0x8080_8080)));
                             for i in 0..4 {
                                 scales[i] = L::mul(d, L::add(scales[i], L::splat_float(-128.0)));

@@ -1,4 +1,4 @@
-//! Every level against the portable kernel bit for bit, and that one against f64.
+//! Compares every level with the portable kernel bit for bit, and the portable kernel with f64.
 
 use super::portable;
 use super::products::run;
@@ -44,7 +44,7 @@ fn product((m, n): (usize, usize), start: Start, a: &[f32], b: BlockMatrix, alph
 }
 
 #[test]
-fn every_level_has_the_bits_of_the_portable_kernel() {
+fn every_level_matches_the_portable_kernel() {
     for format in BlockFormat::WRITABLE {
         for (n, k) in shapes(format) {
             let blocks = random_blocks(format, n * k / format.len(), 5);
@@ -52,7 +52,7 @@ fn every_level_has_the_bits_of_the_portable_kernel() {
             let bias = random(n, 2);
             for m in [1, 2, 3, 4, 5, 7, 8, 9, 33] {
                 let mut a = random(m * k, m as u64);
-                // a block of zeros, and one value that leaves nothing of the others
+                // a block of zeros, and a block in which one value dominates all others
                 a[(m - 1) * k..][..32].fill(0.0);
                 a[m * k - 1] = 1e30;
                 let start = Start::Row(&bias);
@@ -73,7 +73,7 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
 
 /// The relative error of products of normal activations: 0.0054 with a scale for 32 of them.
 #[test]
-fn rounding_activations_costs_half_a_percent() {
+fn rounding_activations_has_an_error_of_half_a_percent() {
     let (m, n, k) = (8, 64, 1024);
     let a = normal(m * k, 3);
     for format in BlockFormat::WRITABLE {
@@ -99,7 +99,7 @@ fn rounding_activations_costs_half_a_percent() {
 }
 
 #[test]
-fn numbers_that_are_not_finite_make_the_row_nan() {
+fn non_finite_numbers_make_the_row_nan() {
     let (m, n, k) = (3, 20, 512);
     for format in BlockFormat::WRITABLE {
         let blocks = random_blocks(format, n * k / format.len(), 6);
@@ -117,7 +117,7 @@ fn numbers_that_are_not_finite_make_the_row_nan() {
     }
 }
 
-/// The largest integers on both sides: nothing overflows.
+/// Multiplies the largest integers: nothing overflows.
 #[test]
 fn the_largest_sums_are_exact() {
     let (n, k) = (17, 256);

@@ -3,10 +3,10 @@
 use super::lanes::{Arithmetic, Lanes, Rows, Sink, Unpack};
 use crate::blocks::decode::{Decoder, FP4_TABLE, IQ4_TABLE, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
-/// Blocks whose scales are collected at a time: a vector that is read right after its words were written has to wait for them.
+/// The number of blocks whose scales are collected at a time: reading a vector right after writing its words would stall.
 const COLLECTED: usize = 8;
 
-/// A format with 32 weights in a block, which has one or two words of scales and other bits.
+/// A format with 32 weights per block, and one or two words of scales and other bits.
 trait SmallBlock: Decoder {
     /// Whether a block has two words.
     const HAS_TWO_WORDS: bool = false;
@@ -123,13 +123,13 @@ pub(super) fn high_nibbles<L: Lanes>(packed: [L; 4]) -> [L; 4] {
     low_nibbles([packed[0].right::<4>(), packed[1].right::<4>(), packed[2].right::<4>(), packed[3].right::<4>()])
 }
 
-/// Eight vectors of twice four.
+/// Joins two arrays of four vectors.
 #[inline(always)]
 pub(super) fn joined<L: Lanes>(first: [L; 4], second: [L; 4]) -> [L; 8] {
     [first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]]
 }
 
-/// Looks up the low four bits of each byte, then the high ones.
+/// Looks up the low four bits of each byte, then the high four bits.
 #[inline(always)]
 pub(super) fn looked_up<L: Lanes>(table: &[u8; 16], packed: [L; 4]) -> [L; 8] {
     let table = L::repeat(table);
@@ -155,7 +155,7 @@ fn with_fifth_bits<L: Lanes>(packed: [L; 4], bits: L) -> [L; 8] {
     let mut weights = joined(low_nibbles(packed), high_nibbles(packed));
     let (masks, fifth) = ([L::splat(0x0804_0201), L::splat(0x8040_2010)], L::splat(0x1010_1010));
     for i in 0..8 {
-        // the byte of the word that has the bits of these four columns, in each of their bytes
+        // repeats the byte with the bits of these four columns
         let bits = L::look_up(bits, L::repeat(&BYTES[i / 2]));
         weights[i] = weights[i].or(bits.has_bit(masks[i % 2]).and(fifth));
     }
@@ -240,7 +240,7 @@ impl SmallBlock for Q8_0 {
     }
 }
 
-/// A table of 8-bit values, as the lanes take them.
+/// Converts a table of 8-bit values to the format of the lanes.
 #[inline(always)]
 pub(super) fn bytes_of_table<L: Lanes>(table: &[i8; 16]) -> [u8; 16] {
     let mut bytes = [0; 16];
@@ -257,7 +257,7 @@ impl SmallBlock for IQ4NL {
     }
 }
 
-/// The 4-bit floats, doubled, plus 12: none is negative.
+/// The 4-bit floats, doubled, plus 12, so that none is negative.
 const SHIFTED_FP4_TABLE: [u8; 16] = {
     let mut table = [0; 16];
     let mut i = 0;

@@ -217,7 +217,7 @@ macro_rules! lanes_of_256_bits {
         unsafe fn load_pairs(from: *const u64) -> [Self; 2] {
             unsafe {
                 let (first, second) = (_mm256_loadu_ps(from.cast()), _mm256_loadu_ps(from.add(4).cast()));
-                // within 128 bits, so that the middle fours have to change places
+                // works within 128 bits, so the middle quarters must be swapped
                 let even = _mm256_castps_si256(_mm256_shuffle_ps::<0x88>(first, second));
                 let odd = _mm256_castps_si256(_mm256_shuffle_ps::<0xdd>(first, second));
                 [Self(_mm256_permute4x64_epi64::<0xd8>(even)), Self(_mm256_permute4x64_epi64::<0xd8>(odd))]
@@ -380,7 +380,7 @@ kernels!(AvxVnni, "avxvnni,avx2,fma,f16c");
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(__m256i);
 
-/// Sums of 16 bits, which steps add to as long as they cannot overflow, and of 32 bits.
+/// 16-bit sums, which steps use as long as they cannot overflow, and 32-bit sums.
 #[derive(Clone, Copy)]
 pub(super) struct NarrowAndWide(__m256i, __m256i);
 
@@ -438,7 +438,7 @@ pub(super) mod tests {
     use super::*;
     use std::arch::x86_64::_mm256_dpbusd_epi32;
 
-    /// [`AvxVnni`] with the same instructions of AVX-512, which more processors have.
+    /// [`AvxVnni`] with the equivalent AVX-512 instructions, which more processors have.
     #[derive(Clone, Copy)]
     pub(in super::super) struct Vnni256(__m256i);
 
