@@ -1,7 +1,7 @@
 //! Measures how an export changes a model, on text and on the adapter's change, before anything is written.
 
 use crate::error::UserError;
-use crate::held_out::{self, HeldOut};
+use crate::eval_data::{self, EvalData};
 use crate::output::{Output, grouped};
 use crate::run_folder::RunFolder;
 use anyhow::Result;
@@ -75,7 +75,7 @@ impl ProofText {
     /// Checks that the text exists.
     pub(crate) fn check(&self) -> Result<()> {
         match &self.proof {
-            Some(path) => held_out::file_of(path).map(drop).map_err(Into::into),
+            Some(path) => eval_data::file_of(path).map(drop).map_err(Into::into),
             None => Ok(()),
         }
     }
@@ -105,17 +105,17 @@ impl ProofText {
     fn rows(&self, model: &Model, tokenizer: &Tokenizer, run: Option<&Path>) -> Result<(String, Dataset)> {
         let config = model.config();
         let window = WINDOW.min(config.max_sequence_length());
-        let read = |file: &Path| HeldOut::read(file, tokenizer, window, config.vocab_size);
+        let read = |file: &Path| EvalData::read(file, tokenizer, window, config.vocab_size);
         if let Some(path) = &self.proof {
-            let file = held_out::file_of(path)?;
+            let file = eval_data::file_of(path)?;
             return Ok((file.display().to_string(), read(&file)?.dataset));
         }
         if let Some((name, rows)) = run.and_then(|run| validation_rows(run, tokenizer, config)) {
             return Ok((name, rows));
         }
-        let file = held_out::file_of(&crate::nano::data()?)?;
-        let text = held_out::texts(&file)?;
-        let (samples, _) = held_out::windows(&text, tokenizer, window)?;
+        let file = eval_data::file_of(&crate::nano::data()?)?;
+        let text = eval_data::texts(&file)?;
+        let (samples, _) = eval_data::windows(&text, tokenizer, window)?;
         Ok(("the sample data of the built-in model".into(), Dataset::from_samples(samples)))
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// # Errors
 /// NCCL fails; the error describes how.
 pub fn communicator_id() -> Result<Vec<u8>, String> {
-    let id = Id::new().map_err(|error| told(&error))?;
+    let id = Id::new().map_err(|error| describe(&error))?;
     Ok(id.internal().iter().map(|&byte| byte as u8).collect())
 }
 
@@ -35,7 +35,7 @@ impl Communicator {
         // the communicator belongs to the current device
         stream.context().bind_to_thread().map_err(|error| error.to_string())?;
         let id = Id::uninit(bytes.map(|byte| byte as c_char));
-        Comm::from_rank(stream, rank, num_ranks, id).map(Self).map_err(|error| told(&error))
+        Comm::from_rank(stream, rank, num_ranks, id).map(Self).map_err(|error| describe(&error))
     }
 
     /// Sums `values` over all members in place, asynchronously on the stream.
@@ -44,11 +44,11 @@ impl Communicator {
     /// NCCL or the device fails; the error describes how.
     pub fn all_reduce(&self, values: &mut CudaSlice<f32>) -> Result<(), String> {
         self.0.context().bind_to_thread().map_err(|error| error.to_string())?;
-        self.0.all_reduce_in_place(values, &ReduceOp::Sum).map(|_| ()).map_err(|error| told(&error))
+        self.0.all_reduce_in_place(values, &ReduceOp::Sum).map(|_| ()).map_err(|error| describe(&error))
     }
 }
 
 /// The name of NCCL's result.
-fn told(error: &NcclError) -> String {
+fn describe(error: &NcclError) -> String {
     format!("{:?}", error.0)
 }

@@ -222,20 +222,20 @@ mod tests {
             let (mut weights, mut sums) = (Vec::new(), Vec::new());
             for temperature in [0.3, 1.0, 2.5] {
                 let sum = exponentials(&values, max, temperature, 0.0, &mut weights, &mut sums);
-                let wanted: Vec<f64> =
+                let expected: Vec<f64> =
                     values.iter().map(|&value| (f64::from(value - max) / temperature).exp()).collect();
-                for (&weight, &wanted) in weights.iter().zip(&wanted) {
+                for (&weight, &expected) in weights.iter().zip(&expected) {
                     // the rounding of the exponent grows with it
-                    let tolerance = wanted * 2e-7 * (1.0 - wanted.ln());
-                    assert!((f64::from(weight) - wanted).abs() <= tolerance, "{weight} {wanted}");
+                    let tolerance = expected * 2e-7 * (1.0 - expected.ln());
+                    assert!((f64::from(weight) - expected).abs() <= tolerance, "{weight} {expected}");
                 }
-                let wanted: f64 = wanted.iter().sum();
-                assert!((sum - wanted).abs() < 1e-6 * wanted);
-                assert!((sums.iter().sum::<f64>() - wanted).abs() < 1e-6 * wanted);
+                let expected: f64 = expected.iter().sum();
+                assert!((sum - expected).abs() < 1e-6 * expected);
+                assert!((sums.iter().sum::<f64>() - expected).abs() < 1e-6 * expected);
             }
             let sum = sum_of_exponentials(&values, max);
-            let wanted: f64 = values.iter().map(|&value| f64::from(value - max).exp()).sum();
-            assert!((sum - wanted).abs() < 1e-6 * wanted);
+            let expected: f64 = values.iter().map(|&value| f64::from(value - max).exp()).sum();
+            assert!((sum - expected).abs() < 1e-6 * expected);
         }
     }
 
@@ -265,9 +265,9 @@ mod tests {
         let mut sums = Vec::new();
         for pivot in [0, 3, 127, 128, 260, 399] {
             let before = |i: usize| weights[i] > weights[pivot] || (weights[i] == weights[pivot] && i < pivot);
-            let wanted: f32 = (0..400).filter(|&i| before(i)).map(|i| weights[i]).sum();
-            assert_eq!(sums_before(&weights, pivot, &mut sums), f64::from(wanted));
-            assert_eq!(sums.iter().sum::<f64>(), f64::from(wanted));
+            let expected: f32 = (0..400).filter(|&i| before(i)).map(|i| weights[i]).sum();
+            assert_eq!(sums_before(&weights, pivot, &mut sums), f64::from(expected));
+            assert_eq!(sums.iter().sum::<f64>(), f64::from(expected));
         }
     }
 

@@ -1,9 +1,9 @@
 //! Fine-tune and run language models on a plain CPU, Apple Metal or NVIDIA CUDA.
 //!
-//! A [`Model`] is loaded by a [`ModelLoader`] and shared by whoever needs it; its weights never change. What varies is
-//! passed along: the [`Batch`](models::Batch) of token sequences, the [`KVCache`](models::KVCache), the low-rank terms of a
-//! [`LoRAAdapter`](training::LoRAAdapter). A [`Trainer`](training::Trainer) makes adapters (or trains all weights) from a
-//! [`Dataset`](data::Dataset); a [`Generator`](inference::Generator) writes text with them.
+//! A [`ModelLoader`] loads a [`Model`], whose weights never change, so any number of callers can share it. Calls pass the
+//! state that changes: a [`Batch`](models::Batch) of token sequences, a [`KVCache`](models::KVCache), and the low-rank
+//! updates of a [`LoRAAdapter`](training::LoRAAdapter). A [`Trainer`](training::Trainer) trains an adapter (or all weights)
+//! on a [`Dataset`](data::Dataset). A [`Generator`](inference::Generator) generates text.
 
 pub mod adapters;
 pub mod data;

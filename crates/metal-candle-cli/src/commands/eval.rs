@@ -1,7 +1,7 @@
 //! `eval`: measures loss, perplexity and bits per byte.
 
 use crate::error::UserError;
-use crate::held_out::{self, HeldOut};
+use crate::eval_data::{self, EvalData};
 use crate::kv_cache::parse_type;
 use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
 use crate::output::{Output, grouped};
@@ -55,7 +55,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
                 .into());
         }
     };
-    let file = held_out::file_of(&path)?;
+    let file = eval_data::file_of(&path)?;
     let loaded = Loaded::new(&flags.model, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let context = loaded.model.config().max_sequence_length();
@@ -65,8 +65,8 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         let message = format!("expected at least 2, found {max_tokens}");
         return Err(Error::Argument { name: "max_tokens_per_sample".into(), message }.into());
     }
-    let HeldOut { dataset, num_bytes } =
-        HeldOut::read(&file, &tokenizer, max_tokens, loaded.model.config().vocab_size)?;
+    let EvalData { dataset, num_bytes } =
+        EvalData::read(&file, &tokenizer, max_tokens, loaded.model.config().vocab_size)?;
     let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
     let evaluation = match flags.kv_cache {
         Some(kind) => evaluate_cached(&loaded.model, terms.as_ref(), &dataset, kind)?,

@@ -1,8 +1,8 @@
 //! `quantize`: writes a model as a quantized GGUF file.
 
 use crate::error::UserError;
+use crate::eval_data::{self, EvalData};
 use crate::gguf_output::{self, GgufReport};
-use crate::held_out::{self, HeldOut};
 use crate::model_folder::with_end_of_turn;
 use crate::model_source::{AdaptedModelArguments, ModelSource, check_adapter, load_adapter, quantized};
 use crate::output::{Output, Unit};
@@ -158,9 +158,9 @@ fn quantization(
     }
     let Some(path) = &flags.calibration else { return Ok(quantization) };
     let tokenizer = tokenizer.ok_or_else(|| UserError::new("`--calibration`: the model has no tokenizer"))?;
-    let file = held_out::file_of(path)?;
+    let file = eval_data::file_of(path)?;
     let window = CALIBRATION_WINDOW.min(model.config().max_sequence_length());
-    let rows = HeldOut::read(&file, tokenizer, window, model.config().vocab_size)?.dataset.samples;
+    let rows = EvalData::read(&file, tokenizer, window, model.config().vocab_size)?.dataset.samples;
     let rows: Vec<Batch> = rows.iter().take(MAX_CALIBRATION_WINDOWS).map(|row| Batch::single(&row.ids)).collect();
     let mut bar = output.progress(rows.len() as u64, "importance", Unit::Steps);
     let measured = rows.iter().enumerate().map(|(index, row)| {

@@ -213,7 +213,7 @@ impl ChatTemplate {
         extra: &Map<String, Value>,
     ) -> Result<String> {
         let has_tools = tools.is_some();
-        let name = |wanted: &str| self.sources.iter().map(|(name, _)| name.as_str()).find(|name| *name == wanted);
+        let name = |key: &str| self.sources.iter().map(|(name, _)| name.as_str()).find(|name| *name == key);
         let first = self.sources.first().map_or("default", |(name, _)| name.as_str());
         let name = name("tool_use").filter(|_| has_tools).or_else(|| name("default")).unwrap_or(first);
         let mut context = self.variables.clone();

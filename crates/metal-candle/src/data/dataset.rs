@@ -82,9 +82,9 @@ impl Dataset {
     /// Splits the rows into training and validation rows, both in their order.
     pub fn split(self, options: &SplitOptions) -> (Self, Self) {
         let num_rows = self.samples.len();
-        let wanted = (num_rows as f64 * options.valid_fraction.clamp(0.0, 1.0)).round() as usize;
+        let requested = (num_rows as f64 * options.valid_fraction.clamp(0.0, 1.0)).round() as usize;
         let at_least = usize::from(options.valid_fraction > 0.0);
-        let num_valid = wanted.max(at_least).min(num_rows.saturating_sub(1));
+        let num_valid = requested.max(at_least).min(num_rows.saturating_sub(1));
         let mut order: Vec<usize> = (0..num_rows).collect();
         Random::new(options.seed).shuffle(&mut order);
         let mut is_valid = vec![false; num_rows];
@@ -149,9 +149,9 @@ impl Datasets {
         let mut valid = files.valid.as_ref().map(&mut read).transpose()?;
         let test = files.test.as_ref().map(&mut read).transpose()?;
         if valid.is_none() && split.valid_fraction > 0.0 && train.len() > 1 {
-            let (kept, held_out) = train.split(split);
-            train = kept;
-            valid = Some(held_out);
+            let (train_rows, valid_rows) = train.split(split);
+            train = train_rows;
+            valid = Some(valid_rows);
         }
         problems.into_result(Self { train, valid, test, notes })
     }

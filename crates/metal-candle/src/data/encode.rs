@@ -113,24 +113,24 @@ impl<'a> Encoder<'a> {
             let role = messages[index].role();
             return Err(format!("message {}: only assistant messages can be trained, found `{role}`", index + 1));
         }
-        let wanted: Vec<usize> = (0..messages.len())
+        let turns: Vec<usize> = (0..messages.len())
             .filter(is_assistant)
             .filter(|&index| {
                 let default = self.options.trained_turns == TrainedTurns::All || Some(index) == last;
                 train[index].unwrap_or(default)
             })
             .collect();
-        if wanted.is_empty() && self.options.mask_prompt {
+        if turns.is_empty() && self.options.mask_prompt {
             return Err("no assistant message is trained".into());
         }
         let mask_prompt = self.options.mask_prompt;
-        let rendered = finder.render(&messages, tools.as_deref(), &variables, &wanted, mask_prompt)?;
+        let rendered = finder.render(&messages, tools.as_deref(), &variables, &turns, mask_prompt)?;
         let roles = if self.with_details {
             roles(finder, &messages, tools.as_deref(), &variables, &rendered)
         } else {
             Vec::new()
         };
-        let answers: Vec<&Message> = wanted.iter().map(|&index| &messages[index]).collect();
+        let answers: Vec<&Message> = turns.iter().map(|&index| &messages[index]).collect();
         let mut notes = notes(&rendered, &answers);
         notes.extend(self.unread_keys(&answers));
         let RenderedConversation { text, spans, has_marks, .. } = rendered;

@@ -338,8 +338,8 @@ mod tests {
     fn lines_are_counted_past_empty_ones() {
         let (found, oddities) = records(b"\xEF\xBB\xBF{\"a\":1}\n\n  \r\n{\"b\":2}\r\n{\"c\":3}", false);
         assert_eq!(found, [(1, "{\"a\":1}".into()), (4, "{\"b\":2}".into()), (5, "{\"c\":3}".into())]);
-        let wanted = Oddities { has_bom: true, crlf_line: Some(3), empty_lines: Some((2, 2)), is_empty: false };
-        assert_eq!(oddities, wanted);
+        let expected = Oddities { has_bom: true, crlf_line: Some(3), empty_lines: Some((2, 2)), is_empty: false };
+        assert_eq!(oddities, expected);
         assert!(records(b"", false).1.is_empty);
         assert!(records(b"\xEF\xBB\xBF", true).1.is_empty);
     }

@@ -13,7 +13,7 @@ const PARAMETERS: [(&str, &str); 5] = [
     ("repetition_penalty", "repeat_penalty"),
 ];
 
-/// A file that tells Ollama how to run a GGUF model: `ollama create NAME -f Modelfile`.
+/// A file that configures a GGUF model for Ollama: `ollama create NAME -f Modelfile`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Modelfile {
     /// The contents of the file.

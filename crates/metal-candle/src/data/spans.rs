@@ -91,9 +91,9 @@ impl<'a> View<'a> {
     }
 
     /// Whether the template prints `None` for null content of an answer.
-    fn writes_none(&self, messages: &[Message], text: &str, wanted: &[usize]) -> bool {
+    fn writes_none(&self, messages: &[Message], text: &str, turns: &[usize]) -> bool {
         let is_null = |message: &Message| message.get("content") == Some(&Value::Null);
-        if !wanted.iter().any(|&turn| is_null(&messages[turn])) {
+        if !turns.iter().any(|&turn| is_null(&messages[turn])) {
             return false;
         }
         let filled = messages.iter().zip(&self.messages).map(|(message, value)| {
@@ -146,7 +146,7 @@ impl<'a> SpanFinder<'a> {
         self.template
     }
 
-    /// Renders a conversation and finds the `wanted` turns in it: the text that the model has to generate after the prompt,
+    /// Renders a conversation and finds `turns` in it: the text that the model has to generate after the prompt,
     /// including the token that ends the turn.
     ///
     /// If the template marks the answers with `{% generation %}`, the marks are used. Otherwise, a turn is the text between the
@@ -158,7 +158,7 @@ impl<'a> SpanFinder<'a> {
         messages: &[Message],
         tools: Option<&[Value]>,
         variables: &Map<String, Value>,
-        wanted: &[usize],
+        turns: &[usize],
         mask_prompt: bool,
     ) -> Result<RenderedConversation, String> {
         let mut view = View::new(self.template, messages, tools, variables);
@@ -177,19 +177,19 @@ impl<'a> SpanFinder<'a> {
         };
         let text = rendered.text.as_str();
         let strings = view.strings(messages, text);
-        Self::check_lost(&view, messages, text, strings.as_ref(), wanted, &mut rendered.notes)?;
+        Self::check_lost(&view, messages, text, strings.as_ref(), turns, &mut rendered.notes)?;
         if mask_prompt {
-            let spans = || self.spans(&view, messages, text, strings.as_ref(), wanted);
+            let spans = || self.spans(&view, messages, text, strings.as_ref(), turns);
             let num_answers = messages.iter().filter(|message| message.role() == "assistant").count();
             let marks = view.generation_ranges(text);
             rendered.has_marks = marks.is_some();
             rendered.spans = match marks {
                 None => spans()?,
-                Some(marks) if wanted.len() == num_answers => marks,
+                Some(marks) if turns.len() == num_answers => marks,
                 Some(marks) => overlapping(marks, &spans()?),
             };
         }
-        if view.writes_none(messages, text, wanted) {
+        if view.writes_none(messages, text, turns) {
             rendered.notes.insert(RenderNote::WritesNone);
         }
         rendered.strings = strings;
@@ -202,11 +202,11 @@ impl<'a> SpanFinder<'a> {
         messages: &[Message],
         text: &str,
         strings: Option<&Strings>,
-        wanted: &[usize],
+        turns: &[usize],
     ) -> Result<Vec<Range<usize>>, String> {
-        let mut spans: Vec<Range<usize>> = Vec::with_capacity(wanted.len());
+        let mut spans: Vec<Range<usize>> = Vec::with_capacity(turns.len());
         let mut known = HashMap::new();
-        for &turn in wanted {
+        for &turn in turns {
             let own = strings.and_then(|strings| Some((strings, strings.own[turn].clone()?)));
             let last_end = spans.last().map_or(0, |last| last.end);
             let is_empty = messages[turn].text().trim().is_empty() && messages[turn].tool_calls().is_empty();
@@ -336,13 +336,13 @@ impl<'a> SpanFinder<'a> {
         messages: &[Message],
         text: &str,
         strings: Option<&Strings>,
-        wanted: &[usize],
+        turns: &[usize],
         notes: &mut BTreeSet<RenderNote>,
     ) -> Result<(), String> {
         let lost = strings.map(Strings::lost).unwrap_or_default();
         // a template may write a call's numbers and none of its strings; this is the same for all turns
         let mut writes_calls = None;
-        for &turn in wanted {
+        for &turn in turns {
             let message = &messages[turn];
             let is_lost = |part| lost.contains(&(turn, part));
             let (mut loses_text, mut loses_calls) = (is_lost(Part::Text), is_lost(Part::Call));

@@ -71,7 +71,7 @@ impl Tokenizer {
             None => tokenizer_files::from_vocab_and_merges(folder, &mut config)?,
         };
         let tokenizer = Self::from_parts(&path, &bytes, ChatTemplate::from_folder(folder)?, &config, Some(folder))?;
-        // transformers ignores the map beside a configuration with all tokens, but the map may still name special tokens
+        // transformers ignores the map if the configuration lists all tokens, but the map may still name special tokens
         let name = |known: Option<String>, name: &str| known.or_else(|| special_token(map.as_ref()?, name));
         Ok(tokenizer.changed(|inner| {
             inner.bos_token = name(inner.bos_token.take(), "bos_token");

@@ -50,7 +50,7 @@ pub(super) struct Growth {
 }
 
 impl Growth {
-    /// Computes the growth from a `tokenizer.json`. Invalid files are left to the `tokenizers` crate to refuse.
+    /// Computes the growth from a `tokenizer.json`. The `tokenizers` crate reports invalid files later.
     ///
     /// # Errors
     /// A text may grow too much; names the part of the file and the reason.

@@ -94,7 +94,7 @@ pub fn global_norm(tensor: &Tensor) -> Result<f64> {
     }
 }
 
-/// The factor that scales gradients of norm `norm` down to `max_norm`, like PyTorch's `clip_grad_norm_`.
+/// The factor that scales gradients of norm `norm` down to `max_norm`, like `torch.nn.utils.clip_grad_norm_`.
 pub(crate) fn clip_factor(norm: f64, max_norm: Option<f64>) -> f64 {
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
 }

@@ -415,12 +415,12 @@ mod tests {
     #[test]
     fn messages_suggest_a_remedy() {
         let mut monitor = TrainingMonitor::new(None);
-        let mut told = Vec::new();
+        let mut warnings = Vec::new();
         for number in 1..=40 {
-            told.extend(monitor.step(&step(number, if number < 4 { 2.0 } else { 7.0 }, 0.3)));
+            warnings.extend(monitor.step(&step(number, if number < 4 { 2.0 } else { 7.0 }, 0.3)));
         }
-        assert!(matches!(told.as_slice(), [TrainingWarning::LossRises { from_step: 1, .. }]), "{told:?}");
-        let text = told[0].to_string();
+        assert!(matches!(warnings.as_slice(), [TrainingWarning::LossRises { from_step: 1, .. }]), "{warnings:?}");
+        let text = warnings[0].to_string();
         assert!(
             text.contains("from 2.000 at step 1 to 7.000")
                 && text.contains("rate of 0.003")

@@ -400,9 +400,9 @@ mod tests {
         write(&path("garbage"), "run.json", "[]");
         let garbage = Run::read(&path("garbage"));
         assert_eq!((garbage.state, garbage.steps), (State::Unknown, 2));
-        let told = garbage.problems.join("; ");
+        let text = garbage.problems.join("; ");
         for part in ["run.json: ", "config.toml: not valid TOML", "cannot read 3 lines, the first is line 1"] {
-            assert!(told.contains(part), "{part} is not in {text}");
+            assert!(text.contains(part), "{part} is not in {text}");
         }
         assert!(garbage.train_loss().is_some_and(f64::is_nan));
         assert_eq!(garbage.as_json()["train_loss"], json!(null));

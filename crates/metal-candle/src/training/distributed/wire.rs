@@ -125,7 +125,7 @@ impl Link {
     fn lost(&mut self, error: &io::Error) -> Error {
         let _ = self.stream.set_read_timeout(Some(HELLO_TIMEOUT));
         match self.receive_header(Purpose::Failure) {
-            Err(told @ Error::Peer { .. }) => told,
+            Err(sent @ Error::Peer { .. }) => sent,
             _ => self.gone(error),
         }
     }

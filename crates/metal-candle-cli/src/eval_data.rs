@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 const MAX_TEXT_BYTES: u64 = 1024 << 20;
 
 /// Rows to evaluate on.
-pub(crate) struct HeldOut {
+pub(crate) struct EvalData {
     /// The rows.
     pub(crate) dataset: Dataset,
     /// The number of bytes of text of the trained tokens.
     pub(crate) num_bytes: usize,
 }
 
-impl HeldOut {
+impl EvalData {
     /// Reads a JSONL file, or a text file in windows of `max_tokens`.
     pub(crate) fn read(file: &Path, tokenizer: &Tokenizer, max_tokens: usize, vocab_size: usize) -> Result<Self> {
         let (dataset, num_bytes) = if is_rows(file) {
