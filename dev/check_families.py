@@ -82,7 +82,7 @@ def draw_keys(draw, family):
     keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith("cohere") else "rms_norm_eps"] = eps
     partial = 1.0
     if family == "phi3" or (head_dim * heads == hidden and maybe(draw)):
-        # transformers measures the tables of phi3 by hidden size and heads
+        # transformers derives the size of phi3's tables from hidden size and heads
         head_dim = hidden // heads
         if family in ("ministral", "ministral3", "qwen3", "seed_oss", "ernie4_5", "hunyuan_v1_dense") or family.startswith(("gemma", "glm")):
             keys["head_dim"] = head_dim
@@ -233,7 +233,7 @@ def edit_config(draw, folder):
         config["no_rope_layers"] = config["no_rope_layers"] + [1]
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     if kind != "phi3" and config.get("original_max_position_embeddings") and rope and maybe(draw):
-        # the key beside the settings goes first
+        # the key next to the settings takes precedence
         rope["original_max_position_embeddings"] = 4096
     if maybe(draw, 0.3):
         whole["a_key_nobody_knows"] = None

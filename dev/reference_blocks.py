@@ -31,7 +31,7 @@ EXPONENTS = [0, 1, 2, 127, 254, 120]
 
 
 def set_entry(block, name, position, entry):
-    """Makes an entry of the codebook that of a position in the block."""
+    """Sets the codebook entry of a position in the block."""
     low, high = entry & 255, entry >> 8
     if name == "IQ2_XXS":
         block[2 + 8 * (position // 4) + position % 4] = low

@@ -80,7 +80,7 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
 
 /// The state of the measurements.
 struct Bench {
-    /// The type of the KV cache, if one is named.
+    /// The type of the KV cache, if `--kv-cache` is set.
     kv_cache: Option<KVCacheType>,
     output: Output,
     /// The first row that failed; the other rows are measured and printed anyway.

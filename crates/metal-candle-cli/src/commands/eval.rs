@@ -36,8 +36,8 @@ pub(crate) struct EvalArguments {
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
 
-    /// Compute as generation does, over a KV cache of this type, instead of as training does: compare types with each other.
-    /// `f32`, `f16`, `bf16`, `q8_0` or `q4_0`.
+    /// Evaluate as in generation, with a KV cache of this type (`f32`, `f16`, `bf16`, `q8_0` or `q4_0`), instead of as in
+    /// training. Use it to compare cache types.
     #[arg(long, value_name = "TYPE", value_parser = parse_type, help_heading = "Model")]
     pub(crate) kv_cache: Option<KVCacheType>,
 
@@ -97,7 +97,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// The loss over the trained tokens, computed over a KV cache of this type, one row after the other.
+/// The loss of the trained tokens, computed with a KV cache of this type, one row at a time.
 fn evaluate_cached(
     model: &Model,
     terms: Option<&LowRankTerms>,

@@ -197,7 +197,7 @@ fn parts(config: &ModelConfig) -> Vec<(&'static str, usize)> {
     parts.into_iter().filter(|part| part.1 > 0).collect()
 }
 
-/// The types that a cache of the model can have on the CPU.
+/// The types that the model's KV cache supports on the CPU.
 fn cache_types(config: &ModelConfig) -> impl Iterator<Item = KVCacheType> {
     KVCacheType::ALL.into_iter().filter(|kind| kind.check_head_dim(config.head_dim).is_ok())
 }

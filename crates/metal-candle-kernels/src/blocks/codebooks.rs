@@ -1,10 +1,10 @@
-//! Dequantizes formats that are read and not written: those of 1 to 3 bits whose groups of 4 or 8 weights are entries of a
-//! codebook, and ternary ones. All have superblocks of 256 weights.
+//! Dequantizes the read-only formats: formats of 1 to 3 bits that store groups of 4 or 8 weights as entries of a codebook, and
+//! ternary formats. All have superblocks of 256 weights.
 
 use super::decode::{Decoder, Target, bytes, half};
 use crate::isa::Arithmetic;
 
-/// Written by `dev/reference_codebooks.py`: the entries of all codebooks.
+/// The entries of all codebooks, written by `dev/reference_codebooks.py`.
 const ENTRIES: &[u8] = include_bytes!("codebooks.bin");
 
 /// Entries `start..start + N`, of `W` weights with `BITS` bits each.
@@ -32,7 +32,7 @@ static CODEBOOK_1: [[i8; 8]; 2048] = codebook::<2048, 8, 2>(1792, &[-1, 0, 1]);
 static CODEBOOK_3XXS: [[i8; 4]; 256] = codebook::<256, 4, 4>(3840, &[4, 12, 20, 28, 36, 44, 52, 62]);
 static CODEBOOK_3S: [[i8; 4]; 512] = codebook::<512, 4, 4>(4096, &[1, 3, 5, 7, 9, 11, 13, 15]);
 
-/// Eight signs of which seven are stored: the number of negative ones is even.
+/// Eight signs from the seven that are stored: the number of negative signs is even.
 #[inline(always)]
 fn with_parity(signs: u32) -> u8 {
     let signs = signs & 127;
@@ -175,7 +175,7 @@ impl Decoder for IQ3S {
     }
 }
 
-/// 16 weights of the formats of 1 bit, in eighths: two entries of -1, 0 and 1, each moved up or down by an eighth.
+/// 16 weights of the 1-bit formats, in eighths: two entries of -1, 0 and 1, each shifted up or down by an eighth.
 #[inline(always)]
 fn moved(indices: [usize; 2], are_down: [bool; 2]) -> [i8; 16] {
     let mut q = [0; 16];
@@ -217,7 +217,7 @@ impl Decoder for IQ1M {
     #[inline(always)]
     fn decode<A: Arithmetic, T: Target + ?Sized>(block: &[u8], to: &mut T) {
         let scales = [48, 50, 52, 54].map(|at| u16::from_le_bytes(bytes(block, at)));
-        // the scale is in the upper four bits of each
+        // the scale is in the upper four bits of each word
         let [a, b, c, d] = scales.map(|scale| scale >> 12);
         let d = A::f16_to_f32(a | b << 4 | c << 8 | d << 12);
         for group in 0..16 {
@@ -233,14 +233,14 @@ impl Decoder for IQ1M {
 pub(super) struct TQ1_0;
 
 impl TQ1_0 {
-    /// Digit `digit` to the base of 3 of bytes from `at` on, less 1.
+    /// Digit `digit` in base 3 of the bytes from `at` on, minus 1.
     #[inline(always)]
     fn digits(block: &[u8], at: usize, digit: usize) -> [i8; 16] {
         const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
         let packed: [u8; 16] = bytes(block, at);
         let mut q = [0; 16];
         for i in 0..16 {
-            // a byte is a fraction of 256; multiplied by a power it has the digit before the point
+            // a byte is a fraction of 256; multiplied by a power of 3, its integer part ends with the digit
             q[i] = ((u16::from(packed[i].wrapping_mul(POWERS[digit])) * 3) >> 8) as i8 - 1;
         }
         q

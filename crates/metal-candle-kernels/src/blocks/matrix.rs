@@ -74,7 +74,7 @@ macro_rules! with_decoder {
     };
 }
 
-/// The same with a format of [`BlockFormat::WRITABLE`], or `$other` for one that is only read.
+/// Like `with_decoder`, for a format of [`BlockFormat::WRITABLE`]; `$other` for read-only formats.
 macro_rules! with_writable {
     ($format:expr, $decoder:ident => $run:expr, $other:expr) => {
         with_writable!(
@@ -122,8 +122,8 @@ impl BlockFormat {
         Self::TQ2_0,
     ];
 
-    /// The formats that [`BlockFormat::quantize`] writes. Inference multiplies them with activations of 8 bits; the others are
-    /// dequantized for products in f32.
+    /// The formats that [`BlockFormat::quantize`] writes. Inference multiplies them with 8-bit activations; other formats are
+    /// dequantized for f32 products.
     pub const WRITABLE: [Self; 13] = [
         Self::Q4_0,
         Self::Q4_1,
@@ -311,7 +311,7 @@ impl<'a> BlockMatrix<'a> {
     /// # Panics
     /// The matrix does not have these rows, or `to` has another length.
     pub(crate) fn widen_rows(&self, rows: Range<usize>, to: &mut [f32]) {
-        assert!(to.len() == rows.len() * self.columns, "the result has another length than the rows");
+        assert!(to.len() == rows.len() * self.columns, "the lengths of the result and the rows differ");
         let blocks = &self.bytes[rows.start * self.row_bytes()..rows.end * self.row_bytes()];
         with_decoder!(self.format, D => widen_blocks::<D>(blocks, to));
     }

@@ -76,7 +76,7 @@ fn run_f32(task: &Task) {
 pub(super) fn run<V: Dequantize>(task: &Task) {
     let ((m, n), k) = (task.shape, task.b.columns());
     with_ordered_rows::<V>(task.a, (m, k), |rows| {
-        // formats that are only read have no kernel in registers: its code would be large
+        // read-only formats have no kernel in registers, because its code would be large
         if m <= V::MOST_ROWS && task.b.format().is_writable() {
             let per_task = (TASK_ELEMENTS / k.max(1)).max(1).next_multiple_of(WIDTH);
             return for_each(n.div_ceil(per_task), m * n * k, |number| {

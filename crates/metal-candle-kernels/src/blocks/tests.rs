@@ -44,7 +44,7 @@ pub(super) fn scales_of(format: BlockFormat) -> &'static [usize] {
         BlockFormat::Q6K => &[208],
         BlockFormat::TQ1_0 => &[52],
         BlockFormat::TQ2_0 => &[64],
-        // of IQ1M the bits of the scale are apart
+        // IQ1M stores the bits of the scale in several words
         BlockFormat::MXFP4 | BlockFormat::IQ1M => &[],
         _ => &[0],
     }

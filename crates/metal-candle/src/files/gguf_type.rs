@@ -22,7 +22,7 @@ impl GgufType {
         [Self::F32, Self::F16, Self::BF16].into_iter().chain(BlockFormat::ALL.map(Self::Blocks))
     }
 
-    /// Whether the program quantizes to this type; it only reads the others.
+    /// Whether weights can be quantized to this type; other types are read-only.
     pub fn is_writable(self) -> bool {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => true,

@@ -57,7 +57,7 @@ fn ids(config: &ModelConfig, sequence: usize, length: usize) -> Vec<u32> {
     (0..length).map(|position| ((position * 577 + sequence * 7919 + 13) % config.vocab_size) as u32).collect()
 }
 
-/// Measures `work` on the model, with a cache of this type or the one that suits the model.
+/// Measures `work` on the model, with a KV cache of this type or the default of the model.
 pub(super) fn measure(model: &Model, work: Work, kv_cache: Option<KVCacheType>) -> Result<Measured> {
     let memory = PeakMemory::watch(model.device());
     let (seconds, remark) = match work {

@@ -23,7 +23,7 @@ pub(super) struct Report {
     pub(super) model: String,
     pub(super) num_parameters: usize,
     pub(super) dtype: &'static str,
-    /// The type of the KV cache, if one was named.
+    /// The type of the KV cache, if `--kv-cache` was set.
     pub(super) kv_cache: Option<&'static str>,
     pub(super) rows: Vec<Row>,
     /// Name and version of the other program.

@@ -30,7 +30,7 @@ const LEAST_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
 /// Why weights cannot be quantized.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum QuantizeError {
-    /// The format is read and not written.
+    /// The format is read-only.
     ReadOnly {
         /// The requested format.
         format: BlockFormat,
@@ -86,7 +86,7 @@ impl fmt::Display for QuantizeError {
         match self {
             Self::ReadOnly { format } => {
                 let known = BlockFormat::WRITABLE.map(BlockFormat::name).join("`, `");
-                write!(f, "`{}` is read and not written; choose one of `{known}`", format.name())
+                write!(f, "cannot quantize to `{}`, which is read-only; use one of `{known}`", format.name())
             }
             Self::Columns { format, columns } => {
                 let (name, len) = (format.name(), format.len());
@@ -164,17 +164,17 @@ impl BlockFormat {
         }
     }
 
-    /// Quantizes values, in whole blocks, that must be stored whatever they are: those of a KV cache. The blocks are those of
-    /// [`BlockFormat::quantize`] without an importance. A block with a value that is not finite, or too large for its scale,
-    /// becomes not-a-numbers, so that what is computed from it is not finite either.
+    /// Quantizes whole blocks of values for a KV cache, which must store any value. The blocks are identical to those of
+    /// [`BlockFormat::quantize`] without an importance. A block with a value that is not finite or too large for its scale
+    /// becomes NaN, so results computed from it are not finite either.
     ///
     /// # Panics
-    /// The format has no f16 at the start of a block, or `blocks` does not have the bytes of the values.
+    /// The format has no f16 at the start of a block, or `blocks` does not have the size of the quantized values.
     pub fn quantize_or_nan(self, values: &[f32], blocks: &mut [u8]) {
         let (len, bytes) = (self.len(), self.bytes());
-        assert!(matches!(self, Self::Q8_0 | Self::Q4_0), "`{}` is no type of a cache", self.name());
+        assert!(matches!(self, Self::Q8_0 | Self::Q4_0), "`{}` is not a type of the KV cache", self.name());
         assert!(values.len().is_multiple_of(len), "the values are not whole blocks");
-        assert!(blocks.len() == values.len() / len * bytes, "the blocks have another length than the values");
+        assert!(blocks.len() == values.len() / len * bytes, "the lengths of the blocks and the values differ");
         let num_blocks = rows_per_task(len);
         let to = Shared::new(blocks);
         for_each((values.len() / len).div_ceil(num_blocks), values.len(), |task| {

@@ -25,7 +25,7 @@ thread_local! {
     static BUFFER: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Writes the product, and returns `true`. Returns `false` if the processor or the format has no kernel.
+/// Writes the product and returns `true`. Returns `false` if there is no kernel for the processor or the format.
 pub(in crate::blocks) fn add_rows(task: &Task) -> bool {
     if !task.b.format().is_writable() {
         return false;
@@ -45,7 +45,7 @@ pub(in crate::blocks) fn add_rows(task: &Task) -> bool {
 }
 
 pub(super) fn run<L: Kernels>(task: &Task) {
-    // `add_rows` has checked the format
+    // `add_rows` checked the format
     with_writable!(task.b.format(), F => Kernel::of::<L, F>().run(task), {});
 }
 
