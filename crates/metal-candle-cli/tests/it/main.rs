@@ -22,6 +22,7 @@ mod markdown;
 mod methods;
 mod models;
 mod nano;
+mod packages;
 mod plan;
 mod profile;
 mod runs;
