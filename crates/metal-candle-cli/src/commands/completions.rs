@@ -27,6 +27,19 @@ pub(crate) fn run(kind: Completions) -> anyhow::Result<()> {
 
 /// One page for the program and its commands, in roff.
 fn man_page(page: &mut Vec<u8>) -> std::io::Result<()> {
+    let mut parts = Vec::new();
+    man_page_parts(&mut parts)?;
+    // each part starts with the same definition of an apostrophe
+    let text = String::from_utf8_lossy(&parts);
+    for (index, line) in text.lines().enumerate() {
+        if index < 2 || !line.contains(".ds Aq ") {
+            writeln!(page, "{line}")?;
+        }
+    }
+    Ok(())
+}
+
+fn man_page_parts(page: &mut Vec<u8>) -> std::io::Result<()> {
     let mut command = Arguments::command().disable_help_subcommand(true);
     command.build();
     let man = Man::new(command.clone());
@@ -49,7 +62,9 @@ fn command_section(command: &Command, page: &mut Vec<u8>) -> std::io::Result<()>
     man.render_description_section(&mut parts)?;
     man.render_synopsis_section(&mut parts)?;
     man.render_options_section(&mut parts)?;
-    man.render_extra_section(&mut parts)?;
+    if command.get_after_help().is_some() {
+        man.render_extra_section(&mut parts)?;
+    }
     page.write_all(String::from_utf8_lossy(&parts).replace(".SH ", ".SS ").as_bytes())?;
     command.get_subcommands().try_for_each(|inner| command_section(inner, page))
 }

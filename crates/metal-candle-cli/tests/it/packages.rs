@@ -12,8 +12,8 @@ fn files_that_a_crate_includes_are_in_its_folder() {
         visit(&package.join("src"), &mut |path, text| {
             // rustdoc's tests run in a checkout only
             for line in text.lines().filter(|line| !line.trim_start().starts_with("#[doc")) {
-                for macro_name in ["include_str!(\"", "include_bytes!(\""] {
-                    let Some((_, rest)) = line.split_once(macro_name) else { continue };
+                for start in ["include_str!(\"", "include_bytes!(\"", "include_bytes!(concat!(\""] {
+                    let Some((_, rest)) = line.split_once(start) else { continue };
                     let included = path.parent().unwrap().join(rest.split('"').next().unwrap());
                     let included = included.canonicalize().unwrap_or_else(|e| panic!("{}: {e}", included.display()));
                     assert!(
