@@ -106,6 +106,23 @@ fn every_rust_block_is_compiled() {
 }
 
 #[test]
+fn json_and_toml_blocks_parse() {
+    let mut count = 0;
+    for document in documents() {
+        for block in &document.blocks {
+            let error = match block.language.as_str() {
+                "json" => serde_json::from_str::<serde_json::Value>(&block.text).err().map(|error| error.to_string()),
+                "toml" => toml::from_str::<toml::Table>(&block.text).err().map(|error| error.to_string()),
+                _ => continue,
+            };
+            assert_eq!(error, None, "{}", block.place);
+            count += 1;
+        }
+    }
+    assert!(count >= 4, "{count}");
+}
+
+#[test]
 fn examples_that_documents_name_exist() {
     for document in documents() {
         let text = document.lines.iter().chain(document.blocks.iter().map(|block| &block.text));
