@@ -44,7 +44,7 @@ impl Document {
     fn read(path: PathBuf) -> Self {
         let text = std::fs::read_to_string(root().join(&path)).unwrap();
         let (mut lines, mut blocks): (Vec<String>, Vec<Block>) = Default::default();
-        let (mut is_inside, mut before) = (false, String::new());
+        let (mut is_inside, mut before) = (false, "");
         for (index, line) in text.lines().enumerate() {
             let info = line.trim_start().strip_prefix("```");
             match info {
@@ -63,7 +63,7 @@ impl Document {
             }
             is_inside ^= info.is_some();
             lines.push(if is_inside || info.is_some() { String::new() } else { line.to_owned() });
-            before = line.to_owned();
+            before = line;
         }
         assert!(!is_inside, "{}: a block is not closed", path.display());
         Self { path, lines, blocks }
