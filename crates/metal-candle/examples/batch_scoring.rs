@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut scored = Vec::new();
     for sample in samples {
         // the log-probability of each token after the first, in nats
-        let scores = prompt_log_probabilities(&model, terms.as_ref(), &sample.ids, 0)?;
+        let scores = prompt_log_probabilities(&model, terms.as_ref(), &sample.ids, 0, None)?;
         let trained = scores.iter().zip(&sample.trained[1..]).filter(|(_, trained)| **trained);
         let log_probability: f64 = trained.map(|((score, _), _)| f64::from(*score)).sum();
         scored.push((-log_probability / sample.num_trained() as f64, sample));
