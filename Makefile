@@ -1,4 +1,4 @@
-.PHONY: all train test lint fmt doc bench bench-parts coverage
+.PHONY: all train test lint fmt doc book bench bench-parts coverage
 all: lint test
 
 train: ## the main job
@@ -16,6 +16,9 @@ fmt:
 
 doc:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+book: ## needs mdbook: cargo install mdbook --locked
+	mdbook build docs
 
 bench: ## reading, writing and training on this machine; FEATURES=metal or FEATURES=cuda, ARGUMENTS='--against mlx-lm'
 	cargo run --release $(if $(FEATURES),--features $(FEATURES)) -- bench $(ARGUMENTS)

@@ -16,12 +16,11 @@ use crate::commands::serve::ServeArguments;
 use crate::commands::template::TemplateCommandArguments;
 use crate::commands::tokenize::{DetokenizeArguments, TokenizeArguments};
 use crate::commands::train::{PlanArguments, TrainArguments};
-use clap::{Parser, Subcommand};
-use clap_complete::Shell;
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// Fine-tune, run and serve language models on Metal, CUDA or the CPU.
 #[derive(Debug, Parser)]
-#[command(name = "metal-candle", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "metal-candle", version = env!("METAL_CANDLE_VERSION"), max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = "\
 Examples:
   metal-candle train
@@ -222,12 +221,31 @@ Examples:
     #[command(after_help = crate::commands::bench::HELP)]
     Bench(BenchArguments),
 
-    /// Print a completion script for a shell.
+    /// Print a completion script for a shell, or the man page.
     #[command(after_help = "\
-Example:
-  metal-candle completions bash > ~/.local/share/bash-completion/completions/metal-candle")]
+Examples:
+  metal-candle completions bash > ~/.local/share/bash-completion/completions/metal-candle
+  metal-candle completions man > ~/.local/share/man/man1/metal-candle.1")]
     Completions {
-        /// The shell.
-        shell: Shell,
+        /// The shell, or `man` for the man page.
+        #[arg(value_name = "SHELL")]
+        kind: Completions,
     },
+}
+
+/// What `completions` prints.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Completions {
+    /// A completion script for bash.
+    Bash,
+    /// A completion script for elvish.
+    Elvish,
+    /// A completion script for fish.
+    Fish,
+    /// A completion script for PowerShell.
+    Powershell,
+    /// A completion script for zsh.
+    Zsh,
+    /// The man page of all commands.
+    Man,
 }

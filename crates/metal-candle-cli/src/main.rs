@@ -3,6 +3,8 @@
 mod adapter_output;
 mod args;
 mod commands;
+#[cfg(all(test, unix, feature = "serve"))]
+mod document_tests;
 mod error;
 mod eval_data;
 mod gguf_output;
@@ -95,6 +97,6 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Data(flags) => commands::data::run(flags, output),
         Command::Bench(flags) => commands::bench::run(flags, output),
         Command::Info(flags) => commands::info::run(flags, output),
-        Command::Completions { shell } => commands::completions::run(*shell),
+        Command::Completions { kind } => commands::completions::run(*kind),
     }
 }

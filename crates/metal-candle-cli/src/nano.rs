@@ -2,24 +2,8 @@
 
 use anyhow::Result;
 use metal_candle::models::write_atomically;
+use metal_candle_nano::FILES;
 use std::path::{Path, PathBuf};
-
-macro_rules! embedded {
-    ($($name:literal),* $(,)?) => {
-        [$(($name, include_bytes!(concat!("../../../assets/nano/", $name)).as_slice())),*]
-    };
-}
-
-static FILES: [(&str, &[u8]); 8] = embedded![
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "model.safetensors",
-    "data/train.jsonl",
-    "data/valid.jsonl",
-    "data/test.jsonl",
-];
 
 /// The folder of the built-in model; it is written if it is missing or damaged.
 pub(crate) fn folder() -> Result<PathBuf> {

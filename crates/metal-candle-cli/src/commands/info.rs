@@ -54,6 +54,7 @@ pub(crate) fn run(flags: &InfoArguments, output: Output) -> Result<()> {
             dtypes.iter().map(|&dtype| (dtype.as_str().to_owned(), json!(config.num_bytes(dtype)))).collect();
         Output::print_json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "commit": Some(env!("METAL_CANDLE_COMMIT")).filter(|commit| !commit.is_empty()),
             "device": device.name(),
             "device_name": device.description(),
             "memory": { "total_bytes": device.total_memory(), "free_bytes": device.memory().map(|memory| memory.free) },
@@ -108,7 +109,9 @@ fn text(
     dtypes: &[DType],
 ) -> Result<String> {
     let mut text = String::new();
-    writeln!(text, "metal-candle {}", env!("CARGO_PKG_VERSION"))?;
+    let commit = env!("METAL_CANDLE_COMMIT");
+    let commit = if commit.is_empty() { String::new() } else { format!(", commit {commit}") };
+    writeln!(text, "metal-candle {}{commit}", env!("CARGO_PKG_VERSION"))?;
     let name = device.description().map_or_else(String::new, |name| format!(": {name}"));
     writeln!(text, "device       {device}{name} (available: {})", devices().join(", "))?;
     if let Some(total) = device.total_memory() {
@@ -234,8 +237,7 @@ fn driver(device: Device) -> Option<String> {
 }
 
 fn features() -> Vec<&'static str> {
-    let all = [("cuda", cfg!(feature = "cuda")), ("hub", cfg!(feature = "hub")), ("metal", cfg!(feature = "metal"))];
-    all.into_iter().filter_map(|(name, enabled)| enabled.then_some(name)).collect()
+    env!("METAL_CANDLE_FEATURES").split(", ").filter(|name| !name.is_empty()).collect()
 }
 
 fn threads() -> usize {

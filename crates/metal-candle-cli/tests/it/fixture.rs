@@ -66,7 +66,12 @@ impl Fixture {
     }
 
     pub fn command(&self) -> std::process::Command {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_metal-candle"));
+        self.command_named(env!("CARGO_BIN_EXE_metal-candle"))
+    }
+
+    /// Another program in the same folder and environment.
+    pub fn command_named(&self, program: &str) -> std::process::Command {
+        let mut command = std::process::Command::new(program);
         command.current_dir(self.folder.path());
         for name in ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "NO_COLOR"] {
             command.env_remove(name);

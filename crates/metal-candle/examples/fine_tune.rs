@@ -1,9 +1,9 @@
-//! Fine-tunes a model with LoRA: `cargo run --example train_lora [FOLDER [DATA [OUTPUT]]]`.
+//! Fine-tunes a model with LoRA: `cargo run --release --example fine_tune [MODEL [DATA [OUTPUT]]]`.
 
 use metal_candle::data::{Dataset, DatasetOptions, Datasets, SplitOptions, Tokenizer};
 use metal_candle::training::{
     AdamWConfig, LRScheduler, LoRAAdapter, LoRAAdapterConfig, TargetModule, Trainer, TrainingConfig, TrainingEvent,
-    evaluate, save_checkpoint,
+    evaluate,
 };
 use metal_candle::{Device, ModelLoader};
 use std::error::Error;
@@ -12,22 +12,22 @@ use std::path::PathBuf;
 
 const STEPS: usize = 30;
 const BATCH_TOKENS: usize = 2048;
-/// Held-out rows that are measured before and after.
+/// Validation rows that are evaluated before and after.
 const EVALUATED_ROWS: usize = 100;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
     let folder = arguments.next().unwrap_or_else(nano);
     let data = arguments.next().unwrap_or_else(|| nano().join("data"));
-    let output = arguments.next().unwrap_or_else(|| PathBuf::from("target/train_lora"));
+    let output = arguments.next().unwrap_or_else(|| PathBuf::from("target/fine_tune"));
 
     let device = Device::new_with_fallback(0);
     let model = ModelLoader::new().with_device(device).load(&folder)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let options = DatasetOptions { max_tokens: Some(BATCH_TOKENS), truncate: true, ..DatasetOptions::default() };
     let datasets = Datasets::load(&data, &tokenizer, &options, &SplitOptions::default())?;
-    let mut held_out = datasets.valid.unwrap_or_default();
-    held_out.samples.truncate(EVALUATED_ROWS);
+    let mut valid = datasets.valid.unwrap_or_default();
+    valid.samples.truncate(EVALUATED_ROWS);
 
     let lora_config = LoRAAdapterConfig {
         rank: 8,
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let adapter = LoRAAdapter::new(&model, lora_config, &device)?;
     println!("{} rows, {} trainable parameters", datasets.train.len(), adapter.num_parameters());
-    report("before", &adapter, &held_out)?;
+    report("before", &adapter, &valid)?;
 
     let training_config = TrainingConfig {
         num_epochs: 1,
@@ -56,19 +56,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         });
     trainer.train(&datasets.train)?;
     let adapter = trainer.lora_adapter();
-    report("after", &adapter, &held_out)?;
+    report("after", &adapter, &valid)?;
 
-    adapter.save(&output)?;
-    save_checkpoint(&adapter, output.join("checkpoint.safetensors"), None)?;
+    adapter.save(&output)?; // as PEFT does
     println!("adapter in {}", output.display());
     Ok(())
 }
 
-/// Prints the loss of the held-out rows.
-fn report(when: &str, adapter: &LoRAAdapter, held_out: &Dataset) -> Result<(), Box<dyn Error>> {
-    if !held_out.is_empty() {
-        let evaluation = evaluate(adapter.run_model(), Some(&adapter.terms()?), held_out, BATCH_TOKENS)?;
-        println!("{when}: held-out loss {:.4} nats a token, {} rows", evaluation.loss(), held_out.len());
+/// Prints the loss of the validation rows.
+fn report(when: &str, adapter: &LoRAAdapter, valid: &Dataset) -> Result<(), Box<dyn Error>> {
+    if !valid.is_empty() {
+        let evaluation = evaluate(adapter.run_model(), Some(&adapter.terms()?), valid, BATCH_TOKENS)?;
+        println!("{when}: validation loss {:.4} nats a token, {} rows", evaluation.loss(), valid.len());
     }
     Ok(())
 }
