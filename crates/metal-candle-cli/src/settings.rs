@@ -293,7 +293,8 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     pub(crate) save_interval: Option<usize>,
 
-    /// Stop when the validation loss has not fallen for this number of evaluations; 0 for never [default: 0].
+    /// Stop when the validation loss has not fallen for this number of evaluations; 0 for never [default: 0; 2 for
+    /// nano on its sample data].
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) early_stopping_patience: Option<usize>,
 
@@ -410,6 +411,9 @@ impl TrainSettings {
             self.use_dora.get_or_insert(false);
             self.init_lora_weights.get_or_insert_with(|| "kaiming".into());
         }
+        // the built-in model learns what its sample data teach in a third of an epoch
+        let is_default_job = is_nano && self.data.is_none() && self.steps.is_none() && self.epochs.is_none();
+        self.early_stopping_patience.get_or_insert(if is_default_job { 2 } else { 0 });
         if self.steps.is_none() {
             self.epochs.get_or_insert(if is_nano { 1 } else { 3 });
         }
@@ -420,7 +424,6 @@ impl TrainSettings {
         self.label_smoothing.get_or_insert(0.0);
         self.neftune_noise_alpha.get_or_insert(0.0);
         self.seed.get_or_insert(0);
-        self.early_stopping_patience.get_or_insert(0);
         self.test_samples.get_or_insert(64);
         Ok(())
     }
