@@ -39,7 +39,7 @@ fn commands_work_in_a_pipe() {
     let row: serde_json::Value = serde_json::from_str(&fixture.text("talk.jsonl")).unwrap();
     let roles: Vec<_> = row["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
     assert_eq!(roles, ["system", "user", "assistant"]);
-    for text in ["of 512 tokens", "temperature 0.2", "read 3 messages", "/retry"] {
+    for text in ["of 512 tokens", "temperature 0.2", "loaded 3 messages", "/retry"] {
         assert!(ran.stderr.contains(text), "{text} is not in\n{}", ran.stderr);
     }
     // the saved conversation is a row to train on

@@ -57,7 +57,8 @@ fn info_shows_the_memory_of_each_type() {
     });
     assert_eq!(sizes("--model nano"), expected);
     // heads of 8 have no blocks
-    let names: Vec<String> = sizes("--model model").as_object().unwrap().keys().cloned().collect();
+    let mut names: Vec<String> = sizes("--model model").as_object().unwrap().keys().cloned().collect();
+    names.sort();
     assert_eq!(names, ["bf16", "f16", "f32"]);
     let text = fixture.ok("info --model nano").stdout;
     assert!(text.contains("q8_0") && text.contains("key/value cache"), "{text}");
