@@ -420,7 +420,7 @@ fn only_the_rows_of_the_chosen_tokens_change() {
         assert_eq!(max_difference(&logits(&again, &[1, 40, 7]), &logits(&trained, &[1, 40, 7])), 0.0);
         assert!(max_difference(&logits(&again, &[1, 40, 7]), &plain_logits(&model, &[1, 40, 7])) > 0.01);
     }
-    for (ids, expected) in [(vec![103], "not below the 103"), (vec![5, 5], "twice")] {
+    for (ids, expected) in [(vec![103], "outside the vocabulary of 103"), (vec![5, 5], "twice")] {
         let model = golden::model("models/gqa-tied");
         let error = LoRAAdapter::builder(&model).with_trainable_tokens(ids).build().unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
