@@ -502,7 +502,7 @@ fn adapters_that_bring_another_head_are_not_trained() {
     write_safetensors(&path, &tensors, &[]).unwrap();
     let adapter = LoRAAdapter::load(&model, folder.path()).unwrap();
     let error = Trainer::new(adapter, TrainingConfig::default()).err().unwrap().to_string();
-    assert!(error.contains("another `model.embed_tokens.weight`"), "{error}");
+    assert!(error.contains("replaces `model.embed_tokens.weight`"), "{error}");
 }
 
 #[test]

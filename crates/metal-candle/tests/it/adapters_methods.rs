@@ -493,7 +493,7 @@ fn mlx_lm_folders_hold_magnitudes_and_embeddings() {
         let difference = max_difference(&logits(&again, &ids), &case.file.tensor("logits").unwrap());
         assert!(difference < 2e-4, "{name}: {difference}");
     }
-    for (name, expected) in [("embeddings-tied", "tied"), ("saved", "as a whole")] {
+    for (name, expected) in [("embeddings-tied", "tied"), ("saved", "in full")] {
         let case = case(name);
         let adapter = LoRAAdapter::load(&case.model, &case.folder).unwrap();
         let folder = tempfile::tempdir().unwrap();

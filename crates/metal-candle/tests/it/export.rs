@@ -517,5 +517,5 @@ fn types_with_codebooks_are_read_and_not_written() {
     assert!(error.contains("`iq3_s` is read and not written; expected one of `f32`, `f16`"), "{error}");
     let quantization = quantization.with_type_of("model.layers.0.self_attn.q_proj.weight", iq3_s);
     let error = other.quantize(&quantization, |_| ()).unwrap_err().to_string();
-    assert!(error.contains("q_proj") && error.contains("`iq3_s` is read and not written"), "{error}");
+    assert!(error.contains("q_proj") && error.contains("`iq3_s`, which is read-only"), "{error}");
 }

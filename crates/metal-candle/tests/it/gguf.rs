@@ -184,7 +184,7 @@ fn damaged_files_are_refused() {
         assert!(message.contains("damaged.gguf"), "{len}: {message}");
     }
     for (at, value, expected) in [
-        (0, b'X', "begins with `GGUF`"),
+        (0, b'X', "starts with `GGUF`"),
         (4, 9, "version 2 or 3"),
         (15, 255, "end of the file"),
         (23, 255, "end of the file"),
