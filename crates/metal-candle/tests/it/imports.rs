@@ -134,6 +134,7 @@ impl Tree {
             |item: &Item| is_test(attributes(item)) && !matches!(item, Item::Mod(m) if m.content.is_none());
         for item in items.iter().filter(|item| !is_left_out(item)) {
             match item {
+                Item::Mod(child) if has_path(&child.attrs) => {}
                 Item::Mod(child) => {
                     let name = child.ident.to_string();
                     let below = folder.join(&name);
@@ -294,6 +295,11 @@ fn is_test(attributes: &[Attribute]) -> bool {
         attribute.path().is_ident("cfg") && attribute.parse_args::<syn::Ident>().is_ok_and(|name| name == "test")
     };
     attributes.iter().any(is_test)
+}
+
+/// Whether a module is a file of another folder: `#[path = "..."]`.
+fn has_path(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|attribute| attribute.path().is_ident("path"))
 }
 
 fn attributes(item: &Item) -> &[Attribute] {
