@@ -39,6 +39,11 @@ impl GpuBlocks {
         Ok(Self { bytes, format, shape: Shape::from((rows, columns)), rows, columns, dtype })
     }
 
+    /// The same matrix on another GPU.
+    pub(super) fn to_device(&self, device: &Device, dtype: DType) -> Result<Self> {
+        Ok(Self { bytes: self.bytes.to_device(device)?, dtype, ..self.clone() })
+    }
+
     pub(super) fn dims(&self) -> &[usize] {
         self.shape.dims()
     }

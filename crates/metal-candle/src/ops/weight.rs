@@ -169,7 +169,7 @@ impl Weight {
             Stored::Mapped(_) | Stored::Quantized(_) if device.is_cpu() => return Ok(self.clone()),
             Stored::Quantized(quantized) => return upload(quantized, device, dtype),
             Stored::OnGpu(blocks) if device.is_cpu() => return Ok(blocks.tensor()?.to_device(device)?.into()),
-            Stored::OnGpu(_) => return Ok(self.clone()),
+            Stored::OnGpu(blocks) => return Ok(Self(Stored::OnGpu(blocks.to_device(device, dtype)?))),
             Stored::Mapped(mapped) => mapped,
         };
         let tensor = match mapped.matrix()? {
