@@ -96,7 +96,7 @@ macro_rules! with_writable {
 pub(super) use with_writable;
 
 impl BlockFormat {
-    /// All formats.
+    /// All formats, first those of [`BlockFormat::WRITABLE`].
     pub const ALL: [Self; 22] = [
         Self::Q4_0,
         Self::Q4_1,
@@ -124,21 +124,15 @@ impl BlockFormat {
 
     /// The formats that [`BlockFormat::quantize`] writes. Inference multiplies them with 8-bit activations; other formats are
     /// dequantized for f32 products.
-    pub const WRITABLE: [Self; 13] = [
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q5_0,
-        Self::Q5_1,
-        Self::Q8_0,
-        Self::Q2K,
-        Self::Q3K,
-        Self::Q4K,
-        Self::Q5K,
-        Self::Q6K,
-        Self::IQ4NL,
-        Self::IQ4XS,
-        Self::MXFP4,
-    ];
+    pub const WRITABLE: [Self; 13] = {
+        let mut formats = [Self::Q4_0; 13];
+        let mut i = 0;
+        while i < formats.len() {
+            formats[i] = Self::ALL[i];
+            i += 1;
+        }
+        formats
+    };
 
     /// Whether the format is one of [`BlockFormat::WRITABLE`].
     #[must_use]

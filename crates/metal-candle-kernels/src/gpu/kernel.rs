@@ -82,23 +82,8 @@ impl Formats {
 
     /// Whether kernels read blocks of this format.
     pub fn has_loader(format: BlockFormat) -> bool {
-        use BlockFormat as F;
-        matches!(
-            format,
-            F::Q4_0
-                | F::Q4_1
-                | F::Q5_0
-                | F::Q5_1
-                | F::Q8_0
-                | F::Q2K
-                | F::Q3K
-                | F::Q4K
-                | F::Q5K
-                | F::Q6K
-                | F::IQ4NL
-                | F::IQ4XS
-                | F::MXFP4
-        )
+        // those with codebooks, and ternary ones, are dequantized while loading
+        format.is_writable()
     }
 
     /// These and one more.
@@ -107,7 +92,7 @@ impl Formats {
         Self(self.0 | 1 << Self::number(format))
     }
 
-    /// What a kernel is told.
+    /// The value of the constant `FORMATS`: a bit for each format.
     pub fn constant(self) -> usize {
         self.0.max(1) as usize
     }
