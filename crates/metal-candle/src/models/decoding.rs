@@ -7,7 +7,7 @@ use super::parts::step::{
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
-use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Recording, Source, Word};
+use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
 use crate::ops::gpu_blocks::part_len;
 use crate::ops::{LowRank, LowRankTerms};
 use candle_core::{DType, Tensor};
@@ -102,7 +102,7 @@ impl Model {
         let elements = rows * self.config().hidden_size;
         let is_large = elements > MAX_ELEMENTS || self.config().hidden_size > self.max_normed();
         // quantized weights have a kernel for few vectors, which takes no low-rank updates
-        let has_own = self.formats().has_blocks() && self.activation_dtype() != DType::F32 && !has_terms;
+        let has_own = self.inner.formats.has_blocks() && self.activation_dtype() != DType::F32 && !has_terms;
         let most = if has_own { 0 } else { MAX_ROWS };
         self.like().is_ok_and(gpu::has_products) && (rows > most || is_large)
     }
@@ -110,11 +110,6 @@ impl Model {
     /// A tensor of the type and the device of activations.
     fn like(&self) -> Result<&Tensor> {
         self.inner.norm.norm.weight.as_ref().ok_or_else(missing)
-    }
-
-    /// The formats of all matrices.
-    fn formats(&self) -> Formats {
-        self.parameters().iter().map(|(_, weight)| weight.block_format()).collect()
     }
 
     /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
@@ -194,7 +189,7 @@ impl Model {
             heads: blocks.heads,
             activation: kernel_kind(blocks.activation).0,
             is_cuda: self.device().is_cuda(),
-            formats: self.formats(),
+            formats: self.inner.formats,
         };
         let has_terms = !shape.is_wide && has_terms(terms);
         let threads = Threads::new(&shape, rows, has_terms, like)?;

@@ -18,7 +18,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::adapters::{Adapters, LayerTerms, Terms};
 use crate::ops::attention::{Cached, Spans};
-use crate::ops::gpu;
+use crate::ops::gpu::{self, Formats};
 use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
 use crate::ops::rotary::{RotaryTable, Rotation};
@@ -41,6 +41,8 @@ pub(super) struct Inner {
     device: Device,
     dtype: DType,
     parameters: Vec<(String, Weight)>,
+    /// The formats of the weights.
+    pub(super) formats: Formats,
     /// The files of mapped parameters.
     pub(super) files: MappedFiles,
     pub(super) embedding: Weight,
@@ -165,6 +167,7 @@ impl Model {
             layout,
             device,
             dtype,
+            formats: parameters.iter().map(|(_, weight)| weight.block_format()).collect(),
             files: MappedFiles::of(parameters.iter().map(|(_, weight)| weight)),
             parameters,
             embedding,
