@@ -3,20 +3,17 @@
 // y[t, r] = factor * (sum of x[t, i] w[r, i] over i) + beta * y[t, r], for up to three matrices w that share x.
 //
 // The quants are whole numbers, which T holds exactly. So the products of a group of weights with the same scale are those of its
-// quants, and scale and minimum are applied to their sum in f32. A warp takes MTILES * 16 rows of weights and every WARPS-th
+// quants, and scale and minimum are applied to their sum in f32. A warp takes 16 rows of weights and every WARPS-th
 // stage of STAGE columns; NTILES * 8 is the number of vectors, rounded up. While a warp multiplies a stage, the bytes of its next
 // one are copied to shared memory: rows lie far apart, and lanes that read them where they are would each wait for another line.
 //
 // In a tile of m16n8k16 a lane holds two pairs of a row of weights, and the same two pairs of a vector. Which columns these are is
 // the same for both, so a lane takes four that lie together.
-#define WARPS 8
-
-// The room for the STAGE_BYTES bytes of a row in a stage. They begin up to 15 bytes behind where a copy can begin. Rows that are an odd
-// number of 16 bytes apart lie in different banks.
+// A row of a stage has STAGE_BYTES bytes, copied 16 at a time. They begin up to 15 bytes behind where a copy can begin, so ROW_BYTES is
+// larger, and an odd number of 16: rows lie in different banks.
 #define IS_ALIGNED (STAGE_BYTES % 16 == 0)
 #define PIECES ((STAGE_BYTES + 30) / 16)
-#define ROW_BYTES (16 * (PIECES | 1))
-#define STAGE_ROWS (16 * MTILES)
+#define STAGE_ROWS 16
 // With few vectors the places in a block are constants; with many there would be too few registers.
 #if NTILES <= 2
 #define UNROLL_STAGE UNROLL
@@ -122,18 +119,17 @@ KERNEL(block_product)
     Out* y = y0;
     const uint format = FORMAT;
     uint rows = p.rows[0], tile = group.x;
-    const uint of_tile = STAGE_ROWS;
-    uint tiles = (rows + of_tile - 1) / of_tile;
+    uint tiles = (rows + STAGE_ROWS - 1) / STAGE_ROWS;
     if (tile >= tiles) {
         tile -= tiles;
         w = w1, y = y1, rows = p.rows[1];
-        tiles = (rows + of_tile - 1) / of_tile;
+        tiles = (rows + STAGE_ROWS - 1) / STAGE_ROWS;
         if (tile >= tiles) {
             tile -= tiles;
             w = w2, y = y2, rows = p.rows[2];
         }
     }
-    const uint first_row = tile * of_tile;
+    const uint first_row = tile * STAGE_ROWS;
     const uint place = lane / 4, quad = lane % 4;
     const uint num_bytes = uint(row_bytes(format, p.columns));
     uchar* mine = stages + warp * (2 * STAGE_ROWS * ROW_BYTES + STAGE_ROWS * MOST_GROUPS * 8);
@@ -142,7 +138,7 @@ KERNEL(block_product)
     const uint count = p.columns / STAGE;
     if (warp < count) copy_stage(w, num_bytes, first_row, rows, warp * STAGE_BYTES, lane, mine);
     WAIT_FOR_INPUT;
-    float sums[MTILES][NTILES][4] = {};
+    float sums[NTILES][4] = {};
     const uint ones[4] = {PAIR_OF_ONES, PAIR_OF_ONES, PAIR_OF_ONES, PAIR_OF_ONES};
     for (uint stage = warp, turn = 0; stage < count; stage += WARPS, turn ^= 1) {
         uchar* own = mine + turn * (STAGE_ROWS * ROW_BYTES);
@@ -154,8 +150,8 @@ KERNEL(block_product)
             asm volatile("cp.async.wait_group 0;" ::: "memory");
         }
         __syncwarp();
-        const uchar* row_at[2 * MTILES];
-        UNROLL for (uint i = 0; i < 2 * MTILES; i++) row_at[i] = own + row_in_stage(8 * i + place, w, num_bytes, first_row, rows, stage);
+        const uchar* row_at[2];
+        UNROLL for (uint i = 0; i < 2; i++) row_at[i] = own + row_in_stage(8 * i + place, w, num_bytes, first_row, rows, stage);
         UNROLL for (uint i = lane; i < STAGE_ROWS * (STAGE / GROUP); i += 32) {
             const uint row = i % STAGE_ROWS;
             float2 both;
@@ -168,37 +164,28 @@ KERNEL(block_product)
         UNROLL_STAGE for (uint i = 0; i < STAGE; i += 32) {
             // keeps the loads of later columns, and their registers, behind this
             if (i % 64 == 0) asm volatile("" ::: "memory");
-            float products[MTILES][NTILES][4] = {};
+            float products[NTILES][4] = {};
             float totals[NTILES][4] = {};
             UNROLL for (uint j = 0; j < 2; j++) {
-                uint a[MTILES][4];
-                UNROLL for (uint m = 0; m < MTILES; m++) {
-                    const uint2 upper = numbers(four_quants(row_at[2 * m], format, i + 16 * j + 4 * quad), format);
-                    const uint2 lower = numbers(four_quants(row_at[2 * m + 1], format, i + 16 * j + 4 * quad), format);
-                    a[m][0] = upper.x, a[m][1] = lower.x, a[m][2] = upper.y, a[m][3] = lower.y;
-                }
+                const uint2 upper = numbers(four_quants(row_at[0], format, i + 16 * j + 4 * quad), format);
+                const uint2 lower = numbers(four_quants(row_at[1], format, i + 16 * j + 4 * quad), format);
+                const uint a[4] = {upper.x, lower.x, upper.y, lower.y};
                 UNROLL for (uint n = 0; n < NTILES; n++) {
                     const uint token = 8 * n + place;
                     uint2 b = make_uint2(0, 0);
                     if (token < p.tokens) b = *reinterpret_cast<const uint2*>(vectors + wide(token) * p.columns + i + 16 * j);
-                    UNROLL for (uint m = 0; m < MTILES; m++) multiply_tiles(products[m][n], a[m], b);
+                    multiply_tiles(products[n], a, b);
                     if (has_minimum(format)) multiply_tiles(totals[n], ones, b);
                 }
                 if ((16 * j + 16) % GROUP != 0) continue;
-                UNROLL for (uint m = 0; m < MTILES; m++) {
-                    const float2* group_at = scales + (i + 16 * j) / GROUP * STAGE_ROWS + 16 * m + place;
-                    const float2 both[2] = {group_at[0], group_at[8]};
-                    UNROLL for (uint n = 0; n < NTILES; n++) {
-                        UNROLL for (uint e = 0; e < 4; e++) {
-                            float sum = sums[m][n][e] + both[e / 2].x * products[m][n][e];
-                            if (has_minimum(format)) sum += both[e / 2].y * totals[n][e];
-                            sums[m][n][e] = sum;
-                            products[m][n][e] = 0.0f;
-                        }
-                    }
-                }
+                const float2* group_at = scales + (i + 16 * j) / GROUP * STAGE_ROWS + place;
+                const float2 both[2] = {group_at[0], group_at[8]};
                 UNROLL for (uint n = 0; n < NTILES; n++) {
-                    UNROLL for (uint e = 0; e < 4; e++) totals[n][e] = 0.0f;
+                    UNROLL for (uint e = 0; e < 4; e++) {
+                        sums[n][e] += both[e / 2].x * products[n][e];
+                        if (has_minimum(format)) sums[n][e] += both[e / 2].y * totals[n][e];
+                        products[n][e] = totals[n][e] = 0.0f;
+                    }
                 }
             }
         }
@@ -208,19 +195,17 @@ KERNEL(block_product)
     BARRIER;
     // the stages are done with: the sums of the warps take their place
     float(*parts)[STAGE_ROWS][8 * NTILES + 1] = reinterpret_cast<float(*)[STAGE_ROWS][8 * NTILES + 1]>(stages);
-    UNROLL for (uint m = 0; m < MTILES; m++) {
-        UNROLL for (uint n = 0; n < NTILES; n++) {
-            UNROLL for (uint e = 0; e < 4; e++) {
-                parts[warp][16 * m + 8 * (e / 2) + place][8 * n + 2 * quad + e % 2] = sums[m][n][e];
-            }
+    UNROLL for (uint n = 0; n < NTILES; n++) {
+        UNROLL for (uint e = 0; e < 4; e++) {
+            parts[warp][8 * (e / 2) + place][8 * n + 2 * quad + e % 2] = sums[n][e];
         }
     }
     BARRIER;
-    for (uint i = me; i < of_tile * 8 * NTILES; i += 32 * WARPS) {
-        const uint row = first_row + i % of_tile, token = i / of_tile;
+    for (uint i = me; i < STAGE_ROWS * 8 * NTILES; i += 32 * WARPS) {
+        const uint row = first_row + i % STAGE_ROWS, token = i / STAGE_ROWS;
         if (row >= rows || token >= p.tokens) continue;
         float sum = 0.0f;
-        UNROLL for (uint part = 0; part < WARPS; part++) sum += parts[part][i % of_tile][token];
+        UNROLL for (uint part = 0; part < WARPS; part++) sum += parts[part][i % STAGE_ROWS][token];
         const wide at = wide(token) * rows + row;
         y[at] = Out(p.factor * sum + (p.beta != 0.0f ? p.beta * float(y[at]) : 0.0f));
     }

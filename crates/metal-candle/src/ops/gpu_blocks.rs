@@ -141,8 +141,9 @@ impl GpuBlocks {
     }
 }
 
-/// Warps of a group that multiplies blocks as they are.
+/// Warps of a group that multiplies blocks as they are, and the rows of weights that it takes.
 const WARPS: usize = 8;
+const TILE_ROWS: usize = 16;
 
 /// The columns that a warp takes at a time of rows of so many, and the bytes of a row of them.
 fn stage_of(format: BlockFormat, columns: usize) -> (usize, usize) {
@@ -155,16 +156,17 @@ fn stage_of(format: BlockFormat, columns: usize) -> (usize, usize) {
 pub(super) fn multiply_few(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale: f32, beta: f32) -> Result<()> {
     let (tokens, columns) = x.dims2()?;
     let n_tiles = tokens.div_ceil(8).next_power_of_two();
-    let m_tiles = 1;
     let Some(format) = products.first().map(|(blocks, _)| blocks.format) else { return Ok(()) };
     let is_f32 = products.iter().any(|(_, y)| y.dtype() == DType::F32);
     let (stage, stage_bytes) = stage_of(format, columns);
+    let row_bytes = 16 * (((stage_bytes + 30) / 16) | 1);
     let kernel = Kernel::new(Source::BlockProduct, "block_product", x.dtype())
         .with("FORMATS", Formats::default().with(Some(format)).constant())
         .with("FORMAT", Formats::number(Some(format)))
         .with("STAGE", stage)
         .with("STAGE_BYTES", stage_bytes)
-        .with("MTILES", m_tiles)
+        .with("ROW_BYTES", row_bytes)
+        .with("WARPS", WARPS)
         .with("NTILES", n_tiles)
         .with("OUT_F32", usize::from(is_f32))
         .with("BLOCKS_BESIDE", if n_tiles == 1 { 3 } else { 2 });
@@ -176,10 +178,9 @@ pub(super) fn multiply_few(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale
     let mut words: Vec<Word> = vec![tokens.into(), columns.into()];
     words.extend(of_each.iter().map(|product| Word::from(product.map_or(0, |(blocks, _)| blocks.rows))));
     words.extend([Word::from(scale), beta.into()]);
-    let tiles: usize = products.iter().map(|(blocks, _)| blocks.rows.div_ceil(16 * m_tiles)).sum();
-    // as `block_product.cu` lays it out: two stages and the scales of one for each of eight warps, and later a sum of each
-    let row_bytes = 2 * 16 * (((stage_bytes + 30) / 16) | 1) + stage / 16 * 8;
-    let shared_bytes = WARPS * 16 * m_tiles * row_bytes.max((8 * n_tiles + 1) * 4);
+    let tiles: usize = products.iter().map(|(blocks, _)| blocks.rows.div_ceil(TILE_ROWS)).sum();
+    // each warp has two stages and the scales of one, and later a sum for each row and vector
+    let shared_bytes = WARPS * TILE_ROWS * (2 * row_bytes + stage / 16 * 8).max((8 * n_tiles + 1) * 4);
     gpu::launch(&kernel, Grid { shared_bytes, ..Grid::row(tiles, 32 * WARPS) }, &args, &words)
 }
 

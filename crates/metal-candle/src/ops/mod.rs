@@ -19,6 +19,8 @@ pub(crate) mod fused;
 mod fused_tests;
 pub(crate) mod gpu;
 pub(crate) mod gpu_blocks;
+#[cfg(all(test, feature = "cuda"))]
+mod gpu_blocks_tests;
 #[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod gpu_tests;
 pub(crate) mod head;
