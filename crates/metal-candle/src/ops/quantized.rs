@@ -80,7 +80,7 @@ impl Quantized {
             Source::Memory(bytes) => bytes.get(self.bytes.clone()),
         };
         let matrix = bytes.and_then(|bytes| BlockMatrix::new(self.format, bytes, self.rows, self.columns));
-        matrix.ok_or_else(|| Error::Unsupported("quantized blocks of another size than their matrix".into()))
+        matrix.ok_or_else(|| Error::Bug("quantized blocks of another size than their matrix".into()))
     }
 
     /// Rows `start..start + len`, without a copy.

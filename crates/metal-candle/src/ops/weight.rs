@@ -189,7 +189,7 @@ impl Weight {
         match &self.0 {
             Stored::Dense(tensor) => Ok(tensor),
             Stored::Mapped(_) | Stored::Quantized(_) | Stored::OnGpu(_) => {
-                Err(Error::Unsupported("a mapped or quantized weight as the argument of a GPU kernel".into()))
+                Err(Error::Bug("a mapped or quantized weight as the argument of a GPU kernel".into()))
             }
         }
     }
@@ -205,7 +205,7 @@ impl Weight {
         }
     }
 
-    /// How such a kernel is told the format.
+    /// The number of the format, as an argument of such a kernel.
     pub(crate) fn format_word(&self) -> Word {
         Formats::number(self.block_format()).into()
     }
@@ -259,7 +259,7 @@ impl Weight {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
             Stored::Quantized(_) | Stored::OnGpu(_) => {
-                Err(Error::Unsupported("quantized blocks as a slice of elements".into()))
+                Err(Error::Bug("quantized blocks as a slice of elements".into()))
             }
         }
     }
@@ -284,9 +284,7 @@ impl Weight {
                 Ok(bytes)
             }
             Stored::OnGpu(blocks) => Ok(blocks.bytes().to_vec1()?),
-            Stored::Dense(_) | Stored::Mapped(_) => {
-                Err(Error::Unsupported("a dense weight as quantized blocks".into()))
-            }
+            Stored::Dense(_) | Stored::Mapped(_) => Err(Error::Bug("a dense weight as quantized blocks".into())),
         }
     }
 
@@ -390,7 +388,7 @@ impl Mapped {
 
     fn matrix(&self) -> Result<Matrix<'_>> {
         let matrix = self.file.matrix(self.bytes.clone(), self.element);
-        matrix.ok_or_else(|| Error::Unsupported("a part of a file that is not aligned".into()))
+        matrix.ok_or_else(|| Error::Bug("a part of a file that is not aligned".into()))
     }
 }
 
