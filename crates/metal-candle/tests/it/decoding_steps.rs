@@ -83,12 +83,12 @@ fn model(keys: &Value, dtype: DType, device: Device) -> Model {
     model.with_parameters(norms.collect()).unwrap()
 }
 
-/// An adapter of all linear layers.
-fn terms(model: &Model, rank: usize) -> LowRankTerms {
+/// An adapter of all linear layers, whose values lie within half of `range` of zero.
+pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankTerms {
     let adapter = LoRAAdapter::builder(model).with_rank(rank).with_alpha(8.0);
     let adapter = adapter.with_target_modules([TargetModule::AllLinear]).build().unwrap();
     let count = adapter.num_parameters();
-    let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.4).collect();
+    let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * range).collect();
     let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &model.device().candle()).unwrap();
     adapter.with_parameters(parameters).unwrap().terms().unwrap()
 }
@@ -98,7 +98,7 @@ fn failures(what: &str, [model, cpu]: [&Model; 2], rank: usize, prompts: &[Vec<u
     let greedy =
         GenerationConfig { ignore_eos: true, sampling: SamplingConfig::greedy(), ..GenerationConfig::default() };
     let mut generator = Generator::new(model.clone());
-    let [on_device, on_cpu] = [model, cpu].map(|model| (rank > 0).then(|| terms(model, rank)));
+    let [on_device, on_cpu] = [model, cpu].map(|model| (rank > 0).then(|| terms(model, rank, 0.4)));
     generator.set_adapter(on_device);
     let configs = vec![greedy.with_max_tokens(5); prompts.len()];
     let all = generator.generate_batch(prompts.to_vec(), &configs).unwrap();

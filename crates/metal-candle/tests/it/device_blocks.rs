@@ -1,10 +1,10 @@
 //! Quantized weights on each device: single-token steps, passes over many tokens and gradients, with every block format.
 
+use crate::decoding_steps::terms;
 use candle_core::{DType, Tensor};
 use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
 use metal_candle::models::{Batch, LossOptions, Model, Quantization, QuantizationMixture, Rows, Targets, Trainable};
 use metal_candle::ops::{BlockFormat, LowRankTerms};
-use metal_candle::training::{LoRAAdapter, TargetModule};
 use metal_candle::{Device, ModelConfig};
 use serde_json::json;
 
@@ -74,22 +74,12 @@ fn mixed() -> Quantization {
     quantization
 }
 
-/// An adapter of all linear layers.
-fn terms(model: &Model, rank: usize) -> LowRankTerms {
-    let adapter = LoRAAdapter::builder(model).with_rank(rank).with_alpha(8.0);
-    let adapter = adapter.with_target_modules([TargetModule::AllLinear]).build().unwrap();
-    let count = adapter.num_parameters();
-    let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.2).collect();
-    let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &model.device().candle()).unwrap();
-    adapter.with_parameters(parameters).unwrap().terms().unwrap()
-}
-
 /// Checks the log-probabilities of generated tokens, and the logits of their prompts, against those of the values.
 #[track_caller]
 fn check(what: &str, [own, values]: &[Model; 2], rank: usize, rows: usize, tolerance: f32) {
     let prompts: Vec<Vec<u32>> =
         (0..rows).map(|i| (0..21 + i).map(|j| ((i * 7 + j * 3) % 90) as u32).collect()).collect();
-    let [on_device, on_cpu] = [own, values].map(|model| (rank > 0).then(|| terms(model, rank)));
+    let [on_device, on_cpu] = [own, values].map(|model| (rank > 0).then(|| terms(model, rank, 0.2)));
     let config =
         GenerationConfig { ignore_eos: true, sampling: SamplingConfig::greedy(), ..GenerationConfig::default() };
     let mut generator = Generator::new(own.clone());
@@ -153,7 +143,7 @@ fn gradients_are_those_of_the_values(device: Device) {
         [("mixed", mixed()), ("q4_k", all_as(BlockFormat::Q4K)), ("mxfp4", all_as(BlockFormat::MXFP4))]
     {
         let run = |model: &Model| {
-            let terms = terms(model, 4);
+            let terms = terms(model, 4, 0.2);
             let options = LossOptions::default();
             let (losses, gradients) =
                 model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap();
