@@ -19,8 +19,8 @@ const OTHER_FLAGS: [&str; 3] = ["--features", "--help", "--version"];
 /// Defines `metal-candle`, and `cargo run ... -- `, as functions that print their arguments, and everything else as nothing.
 /// So bash itself reads quotes, pipes, comments and continued lines.
 const STAND_INS: &str = r#"
-# one write for a command, since those of a pipe run at the same time
-metal-candle() { printf '%s\0' metal-candle "$@" $'\n' >&3; }
+# one file for each process, since the commands of a pipe run at the same time
+metal-candle() { printf '%s\0' metal-candle "$@" $'\n' >> "$COMMANDS/$BASHPID"; }
 cargo() {
     [ "$1" = run ] || return 0
     while [ $# -gt 0 ]; do
@@ -38,25 +38,23 @@ PATH=/nowhere
 /// The arguments of each `metal-candle` command in a script.
 fn commands(script: &str) -> Vec<Vec<String>> {
     let folder = tempfile::tempdir().unwrap();
-    let output = folder.path().join("commands");
+    let output = tempfile::tempdir().unwrap();
     // where examples write to
     for name in ["bash-completion/completions", "man/man1"] {
         std::fs::create_dir_all(folder.path().join(".local/share").join(name)).unwrap();
     }
-    let script = format!("exec 3>'{}'\n{STAND_INS}\n{script}", output.display());
+    let script = format!("{STAND_INS}\n{script}");
     let mut bash = Command::new("bash");
-    let ran = bash.args(["-c", &script]).current_dir(folder.path()).env("HOME", folder.path()).output().unwrap();
+    bash.args(["-c", &script]).current_dir(folder.path()).env("HOME", folder.path()).env("COMMANDS", output.path());
+    let ran = bash.output().unwrap();
     let error = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert!(!error.contains("syntax error"), "{script}\n{error}");
-    let text = std::fs::read_to_string(&output).unwrap();
-    let mut found = vec![Vec::new()];
-    for word in text.split_terminator('\0') {
-        match word {
-            "\n" => found.push(Vec::new()),
-            word => found.last_mut().unwrap().push(word.to_owned()),
-        }
+    let mut found = Vec::new();
+    for file in std::fs::read_dir(output.path()).unwrap() {
+        let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+        let words: Vec<String> = text.split_terminator('\0').map(str::to_owned).collect();
+        found.extend(words.split(|word| word == "\n").filter(|words| !words.is_empty()).map(<[String]>::to_vec));
     }
-    found.pop();
     found
 }
 
