@@ -20,7 +20,7 @@ doc:
 book: ## needs mdbook: cargo install mdbook --locked
 	mdbook build docs
 
-bench: ## reading, writing and training on this machine; FEATURES=metal or FEATURES=cuda, ARGUMENTS='--against mlx-lm'
+bench: ## prefill, decode and LoRA training on this machine; FEATURES=metal or FEATURES=cuda, ARGUMENTS='--against mlx-lm'
 	cargo run --release $(if $(FEATURES),--features $(FEATURES)) -- bench $(ARGUMENTS)
 
 bench-parts: ## single operations, by criterion
