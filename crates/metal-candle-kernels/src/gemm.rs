@@ -8,7 +8,7 @@ use crate::gemm_narrow::{MAX_DOT_ROWS, few_rows, narrow_outer};
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
 use crate::isa::{Arithmetic, Fused};
-use crate::operand::{Matrix, Product, Start};
+use crate::operand::{MatmulPrecision, Matrix, Product, Start};
 use crate::pack::{Panel, pack_left, pack_right};
 use crate::parallel::{Shared, for_each, written};
 use gemmkit::{MatRef, Parallelism};
@@ -35,7 +35,7 @@ const MAX_COLUMNS: usize = 32;
 /// The size of the packed left operand `[m, depth]` of a product, in bytes.
 #[must_use]
 pub fn packed_bytes(m: usize, depth: usize) -> usize {
-    if crate::tiles::is_there() {
+    if crate::tiles::is_always_used() {
         return crate::tiles::shared_bytes(m, depth);
     }
     let rows = m.next_multiple_of(tile_rows());
@@ -93,8 +93,8 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<
         assert!(a.len() > (m - 1) * a_strides.0 + (k - 1) * a_strides.1, "the left operand is too short");
         assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");
     }
-    if crate::tiles::applies(n, products) {
-        return crate::tiles::add_up((m, n), start, products, c);
+    if let Some(unit) = crate::tiles::unit_for(n, products) {
+        return crate::tiles::add_up(unit, (m, n), start, products, c);
     }
     if let ([product], Start::Zero) = (products, start)
         && narrow_outer((m, n), product, c)
@@ -393,7 +393,7 @@ pub fn gemm(
     c: &mut [f32],
 ) {
     let start = if beta == 0.0 { Start::Zero } else { Start::Result };
-    gemm_sum_to((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha }], c);
+    gemm_sum_to((m, n), start, &[Product { a, a_strides, b, b_strides, k, alpha, precision: MatmulPrecision::F32 }], c);
 }
 
 /// `C = alpha A B + beta C` on the calling thread; `c` is a pointer and the row stride.

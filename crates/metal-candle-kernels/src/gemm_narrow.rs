@@ -21,7 +21,8 @@ pub(crate) fn few_rows((m, n): (usize, usize), start: Start, products: &[Product
             // SAFETY: tasks write disjoint ranges of each row.
             let c = unsafe { shared.part(i * n + from, to - from) };
             start.write(c, i, n, from..to);
-            for &Product { a, a_strides, b, b_strides, k, alpha } in products.iter().filter(|product| product.k > 0) {
+            for &Product { a, a_strides, b, b_strides, k, alpha, .. } in products.iter().filter(|product| product.k > 0)
+            {
                 let x = &a[i * a_strides.0..][..k];
                 let range = from * b_strides.1..(to - 1) * b_strides.1 + k;
                 match b {
@@ -53,7 +54,7 @@ const OUTER_COLUMNS: usize = 64;
 /// Computes a product whose operands both have long contiguous rows and whose result has few rows (or columns), such as a
 /// gradient of a low-rank matrix; returns false for other products.
 pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<f32>) -> bool {
-    let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha } = *product else { return false };
+    let Product { a, a_strides, b: Matrix::F32(b), b_strides, k, alpha, .. } = *product else { return false };
     if a_strides.0 != 1 || b_strides.1 != 1 || m.min(n) > MAX_OUTER_ROWS || m.max(n) < OUTER_COLUMNS || k == 0 {
         return false;
     }

@@ -6,14 +6,16 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{Operands, Place, Portable, Vector, Weights};
+use crate::gemm_tile::{FloatVector, Operands, Place, Portable, Vector, Weights};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
 use crate::isa::Separate;
 use crate::isa::{Arithmetic, dispatch};
-use crate::operand::{Matrix, Product, Start};
+use crate::operand::{MatmulPrecision, Matrix, Product, Start};
 use crate::parallel::{Shared, for_each, written};
+use crate::tiles::TileUnit;
+use half::{bf16, f16};
 use std::cell::Cell;
 
 /// `alpha A B^T` with `A: [m, k]` and `B: [n, k]`, both row-major without gaps.
@@ -27,6 +29,8 @@ pub struct RowProduct<'a> {
     pub k: usize,
     /// The factor.
     pub alpha: f32,
+    /// The precision.
+    pub precision: MatmulPrecision,
 }
 
 /// Rows of weights of a task if A has more than [`FEW_ROWS`] rows.
@@ -56,12 +60,16 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         assert!(product.a.len() >= m * product.k, "the left operand is too short");
         assert!(product.b.len() >= n * product.k, "the right operand is too short");
     }
-    // tiles compute each product separately: an adapter's product may be added to some rows only without changing other bits
+    // products with bf16 instructions are separate: an adapter's product may be added to some rows only without changing other bits
     let mut start = start;
-    for products in products.chunk_by(|product, next| !uses_tiles(n, product) && !uses_tiles(n, next)) {
-        match products {
-            [product] if uses_tiles(n, product) => crate::tiles::add_up((m, n), start, &[strided(product)], c),
-            _ => add_up_lanes((m, n), start, products, c),
+    let has_tiles = |product: &RowProduct| tile_unit(n, product).is_some();
+    for products in products.chunk_by(|product, next| !has_tiles(product) && !has_tiles(next)) {
+        match tile_unit(n, &products[0]) {
+            Some(unit) if unit.is_always_used() => {
+                crate::tiles::add_up(unit, (m, n), start, &[strided(&products[0])], c);
+            }
+            Some(_) => add_up_rounded((m, n), start, &products[0], c),
+            None => add_up_lanes((m, n), start, products, c),
         }
         start = Start::Result;
     }
@@ -70,34 +78,47 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
     }
 }
 
-fn strided<'a>(&RowProduct { a, b, k, alpha }: &RowProduct<'a>) -> Product<'a> {
-    Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha }
+fn strided<'a>(&RowProduct { a, b, k, alpha, precision }: &RowProduct<'a>) -> Product<'a> {
+    Product { a, a_strides: (k, 1), b, b_strides: (1, k), k, alpha, precision }
 }
 
-/// Weights with more than one bf16 term use the vector units: splitting them takes longer than reading them, which limits
-/// decoding.
-fn uses_tiles(n: usize, product: &RowProduct) -> bool {
-    matches!(product.b, Matrix::BF16(_)) && crate::tiles::applies(n, &[strided(product)])
+/// The unit that computes a product. Weights with more than one bf16 term use the vector units: splitting them takes longer than
+/// reading them, which limits decoding.
+fn tile_unit(n: usize, product: &RowProduct) -> Option<TileUnit> {
+    if matches!(product.b, Matrix::BF16(_)) { crate::tiles::unit_for(n, &[strided(product)]) } else { None }
 }
 
-/// [`add_up`] without a matrix unit.
+/// A product whose left operand is rounded to bf16. Reading both operands along the depth needs neither packed nor transposed
+/// weights, for any number of rows.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+fn add_up_rounded(shape: (usize, usize), start: Start, product: &RowProduct, c: Shared<f32>) {
+    #[cfg(target_arch = "x86_64")]
+    if let Matrix::BF16(b) = product.b {
+        let order = |product: &RowProduct, m: usize, rows: &mut [Line]| round_rows(product.a, (m, product.k), rows);
+        let multiply =
+            |task: &Task, product: &RowProduct, rows: &Ordered| multiply::<x86::Bf16Dots, bf16>(task, product, rows, b);
+        add_up_in::<x86::Bf16Dots>(shape, start, std::slice::from_ref(product), c, order, multiply);
+    }
+}
+
+/// [`add_up`] in f32.
 fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
-        crate::isa::Isa::Avx512 => return add_up_in::<x86::Avx512>(shape, start, products, c),
-        crate::isa::Isa::Avx2 => return add_up_in::<x86::Avx2>(shape, start, products, c),
+        crate::isa::Isa::Avx512 => return add_up_floats::<x86::Avx512>(shape, start, products, c),
+        crate::isa::Isa::Avx2 => return add_up_floats::<x86::Avx2>(shape, start, products, c),
         crate::isa::Isa::Baseline => {}
     }
     #[cfg(target_arch = "aarch64")]
-    add_up_in::<Portable<Fused>>(shape, start, products, c);
+    add_up_floats::<Portable<Fused>>(shape, start, products, c);
     #[cfg(not(target_arch = "aarch64"))]
-    add_up_in::<Portable<Separate>>(shape, start, products, c);
+    add_up_floats::<Portable<Separate>>(shape, start, products, c);
 }
 
 /// Rows of A in the order of [`Weights::pair`].
 pub(crate) struct Ordered<'a> {
     pub(crate) rows: &'a [Line],
-    /// The row stride, in elements.
+    /// The row stride, in lines.
     pub(crate) stride: usize,
     /// The number of columns.
     pub(crate) depth: usize,
@@ -119,23 +140,41 @@ fn take_rows(needed: usize) -> Vec<Line> {
 }
 
 /// Columns `columns` of the result.
-struct Task<'a> {
+struct Task {
     shape: (usize, usize),
-    start: Start<'a>,
-    products: &'a [(&'a RowProduct<'a>, Ordered<'a>)],
     columns: (usize, usize),
     c: Shared<f32>,
 }
 
-fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
-    let lines = |product: &RowProduct| m * ordered_stride(product.k) / 16;
+fn add_up_floats<V: FloatVector>(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+    let order = |product: &RowProduct, m: usize, rows: &mut [Line]| {
+        order_rows::<V>(product.a, (m, product.k), matches!(product.b, Matrix::BF16(_)), rows);
+    };
+    let multiply = |task: &Task, product: &RowProduct, rows: &Ordered| match product.b {
+        Matrix::F32(b) => multiply::<V, f32>(task, product, rows, b),
+        Matrix::F16(b) => multiply::<V, f16>(task, product, rows, b),
+        Matrix::BF16(b) => multiply::<V, bf16>(task, product, rows, b),
+    };
+    add_up_in::<V>(shape, start, products, c, order, multiply);
+}
+
+/// [`add_up`] with rows that `order` copies.
+fn add_up_in<V: Vector>(
+    (m, n): (usize, usize),
+    start: Start,
+    products: &[RowProduct],
+    c: Shared<f32>,
+    order: impl Fn(&RowProduct, usize, &mut [Line]),
+    multiply: impl Fn(&Task, &RowProduct, &Ordered) + Sync,
+) {
+    let lines = |product: &RowProduct| m * row_lines::<V::Row>(product.k);
     let mut buffer = take_rows(products.iter().map(lines).sum());
     let mut rest = &mut buffer[..];
     let mut ordered = Vec::with_capacity(products.len());
     for product in products.iter().filter(|product| product.k > 0) {
         let rows = rest.split_off_mut(..lines(product)).unwrap_or_default();
-        order_rows::<V>(product.a, (m, product.k), matches!(product.b, Matrix::BF16(_)), rows);
-        ordered.push((product, Ordered { rows, stride: ordered_stride(product.k), depth: product.k }));
+        order(product, m, rows);
+        ordered.push((product, Ordered { rows, stride: row_lines::<V::Row>(product.k), depth: product.k }));
     }
     let depth: usize = products.iter().map(|product| product.k).sum();
     let per_task = if m <= FEW_ROWS {
@@ -145,14 +184,19 @@ fn add_up_in<V: Vector>((m, n): (usize, usize), start: Start, products: &[RowPro
     };
     for_each(n.div_ceil(per_task), m * n * depth, |number| {
         let columns = (number * per_task, n.min((number + 1) * per_task));
-        run::<V>(&Task { shape: (m, n), start, products: &ordered, columns, c });
+        // SAFETY: tasks have disjoint columns.
+        unsafe { start.write_columns(c, (m, n), columns.0..columns.1) };
+        let task = Task { shape: (m, n), columns, c };
+        for (product, rows) in &ordered {
+            multiply(&task, product, rows);
+        }
     });
     ROWS.set(buffer);
 }
 
 /// Calls `run` with the rows of A, in the order for weights of f32.
 pub(crate) fn with_ordered_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), run: impl FnOnce(&[Line])) {
-    let needed = m * ordered_stride(k) / 16;
+    let needed = m * row_lines::<f32>(k);
     let mut buffer = take_rows(needed);
     order_rows::<V>(a, (m, k), false, &mut buffer[..needed]);
     run(&buffer[..needed]);
@@ -172,6 +216,13 @@ impl Line {
         unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
     }
 
+    /// The bf16 of the lines.
+    #[cfg(target_arch = "x86_64")]
+    fn bf16_mut(lines: &mut [Self]) -> &mut [bf16] {
+        // SAFETY: a line is 32 elements of two bytes, of which every bit pattern is valid.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 32) }
+    }
+
     /// The bytes of the lines.
     pub(crate) fn bytes_mut(lines: &mut [Self]) -> &mut [u8] {
         // SAFETY: a line is 64 bytes, all of which are initialized.
@@ -179,15 +230,15 @@ impl Line {
     }
 }
 
-/// The stride of ordered rows, in elements: a multiple of the cache line and of two vectors, but not a power of two, which would
-/// map rows to the same cache sets.
-pub(crate) fn ordered_stride(k: usize) -> usize {
-    k.next_multiple_of(32) + 16
+/// The stride of ordered rows of `T`, in lines: at least a multiple of two vectors, but not a power of two, which would map rows to
+/// the same cache sets.
+pub(crate) fn row_lines<T>(k: usize) -> usize {
+    k.next_multiple_of(32) * size_of::<T>() / size_of::<Line>() + 1
 }
 
 /// Copies the rows of A in the order of [`Weights::pair`], padded with zeros.
 fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows: &mut [Line]) {
-    let lines = ordered_stride(k) / 16;
+    let lines = row_lines::<f32>(k);
     let shared = Shared::new(rows);
     for_each(m, m * k, |i| {
         // SAFETY: tasks have disjoint rows.
@@ -202,6 +253,36 @@ fn order_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), is_split: bool, rows
     });
 }
 
+/// Copies the rows of A, rounded to the nearest bf16 and padded with zeros.
+#[cfg(target_arch = "x86_64")]
+fn round_rows(a: &[f32], (m, k): (usize, usize), rows: &mut [Line]) {
+    let lines = row_lines::<bf16>(k);
+    let shared = Shared::new(rows);
+    for_each(m, m * k, |i| {
+        // SAFETY: tasks have disjoint rows.
+        let to = Line::bf16_mut(unsafe { shared.part(i * lines, lines) });
+        to[k / 32 * 32..].fill(bf16::ZERO);
+        round(&a[i * k..][..k], to);
+    });
+}
+
+dispatch! {
+    /// Rounds to the nearest bf16.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    fn round(from: &[f32], to: &mut [bf16]) = round_body
+}
+
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[inline(always)]
+fn round_body<A: Arithmetic>(from: &[f32], to: &mut [bf16]) {
+    for (from, to) in from.iter().zip(to) {
+        let bits = from.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        let quiet = bits | 0x40_0000;
+        *to = bf16::from_bits(((if from.is_nan() { quiet } else { nearest }) >> 16) as u16);
+    }
+}
+
 /// Copies a row and pads it with zeros.
 fn pad(from: &[f32], to: &mut [f32]) {
     let (row, rest) = to.split_at_mut(from.len());
@@ -211,7 +292,7 @@ fn pad(from: &[f32], to: &mut [f32]) {
 
 /// Calls `run` with the rows of A, in the order for weights of f32, on the calling thread alone.
 pub(crate) fn with_padded_rows(a: &[f32], (m, k): (usize, usize), run: impl FnOnce(&[Line])) {
-    let lines = ordered_stride(k) / 16;
+    let lines = row_lines::<f32>(k);
     let mut buffer = take_rows(m * lines);
     for (from, to) in a.chunks_exact(k.max(1)).zip(buffer.chunks_exact_mut(lines)).take(m) {
         pad(from, Line::floats_mut(to));
@@ -239,21 +320,7 @@ fn split_body<A: Arithmetic>(from: &[f32], group: usize, to: &mut [f32]) {
     }
 }
 
-fn run<V: Vector>(task: &Task) {
-    let (m, n) = task.shape;
-    let (from, to) = task.columns;
-    // SAFETY: tasks have disjoint columns.
-    unsafe { task.start.write_columns(task.c, (m, n), from..to) };
-    for (product, ordered) in task.products {
-        match product.b {
-            Matrix::F32(b) => multiply::<V, f32>(task, product, ordered, b),
-            Matrix::F16(b) => multiply::<V, half::f16>(task, product, ordered, b),
-            Matrix::BF16(b) => multiply::<V, half::bf16>(task, product, ordered, b),
-        }
-    }
-}
-
-fn multiply<V: Vector, T: Weights>(task: &Task, product: &RowProduct, rows: &Ordered, b: &[T]) {
+fn multiply<V: Vector, T: Weights<V>>(task: &Task, product: &RowProduct, rows: &Ordered, b: &[T]) {
     let weights = (&b[task.columns.0 * product.k..], product.k);
     // SAFETY: tasks have disjoint columns.
     unsafe { add_dots::<V, T>(task.shape, rows, weights, task.columns, product.alpha, task.c) };
@@ -264,7 +331,7 @@ fn multiply<V: Vector, T: Weights>(task: &Task, product: &RowProduct, rows: &Ord
 ///
 /// # Safety
 /// No other task has these columns.
-pub(crate) unsafe fn add_dots<V: Vector, T: Weights>(
+pub(crate) unsafe fn add_dots<V: Vector, T: Weights<V>>(
     (m, n): (usize, usize),
     &Ordered { rows, stride, depth }: &Ordered,
     (b, b_stride): (&[T], usize),
@@ -276,16 +343,18 @@ pub(crate) unsafe fn add_dots<V: Vector, T: Weights>(
     while i < m {
         let (height, width) = V::shape(m - i);
         let height = height.min(m - i);
-        // a single row uses distant rows of weights: the hardware prefetches several streams at once
-        let apart = if height == 1 { (to - from).div_ceil(width) } else { 1 };
-        let (end, step) = if height == 1 { (from + apart, 1) } else { (to, width) };
+        // weights that are read once are read at distant rows: the hardware prefetches several streams at once
+        let is_read_once = height == m;
+        let apart = if is_read_once { (to - from).div_ceil(width) } else { 1 };
+        let (end, step) = if is_read_once { (from + apart, 1) } else { (to, width) };
         for j in (from..end).step_by(step) {
             let width = width.min((to - j).div_ceil(apart));
             let weights = &b[(j - from) * b_stride..][..(width - 1) * apart * b_stride + depth];
             let operands = Operands {
-                a: (rows[i * stride / 16..].as_ptr().cast(), stride, height),
+                a: (rows[i * stride..].as_ptr().cast(), stride * size_of::<Line>() / size_of::<V::Row>(), height),
                 weights: (weights.as_ptr(), b_stride * apart, width),
                 depth,
+                prefetches: !is_read_once,
             };
             // SAFETY: the element is within the columns.
             let first = unsafe { c.pointer().add(i * n + j) };
@@ -303,7 +372,6 @@ mod tests {
     use super::*;
     use crate::isa::Fused;
     use crate::testing::random;
-    use half::{bf16, f16};
 
     const MOST_ROWS: usize = 500;
 
@@ -326,10 +394,11 @@ mod tests {
             let (a, z) = (random(MOST_ROWS * k, 1), random(MOST_ROWS * 3, 4));
             let (bias, residual, narrow) = (random(n, 3), random(MOST_ROWS * n, 5), random(n * 3, 6));
             in_every_type(n * k, |b, _| {
-                let run = |first: usize, m: usize| -> Vec<u32> {
+                let run = |precision: MatmulPrecision, first: usize, m: usize| -> Vec<u32> {
+                    let (a, z) = (&a[first * k..(first + m) * k], &z[3 * first..3 * (first + m)]);
                     let products = [
-                        RowProduct { a: &a[first * k..(first + m) * k], b, k, alpha: 1.0 },
-                        RowProduct { a: &z[3 * first..3 * (first + m)], b: Matrix::F32(&narrow), k: 3, alpha: 1.7 },
+                        RowProduct { a, b, k, alpha: 1.0, precision },
+                        RowProduct { a: z, b: Matrix::F32(&narrow), k: 3, alpha: 1.7, precision },
                     ];
                     let residual = Start::Matrix(&residual[first * n..(first + m) * n]);
                     let starts = [Start::Zero, Start::Row(&bias), residual];
@@ -340,14 +409,51 @@ mod tests {
                         .map(f32::to_bits)
                         .collect()
                 };
-                let whole = run(0, MOST_ROWS);
-                for m in [1, 2, 3, 4, 5, 8, 9, 64] {
-                    for first in [0, 7, MOST_ROWS - m] {
-                        let expected = &whole[3 * first * n..3 * (first + m) * n];
-                        assert!(run(first, m) == expected, "{m} rows from {first} on, n {n}, k {k}");
+                for precision in [MatmulPrecision::F32, MatmulPrecision::Bf16] {
+                    let whole = run(precision, 0, MOST_ROWS);
+                    for m in [1, 2, 3, 4, 5, 8, 9, 64] {
+                        for first in [0, 7, MOST_ROWS - m] {
+                            let expected = &whole[3 * first * n..3 * (first + m) * n];
+                            let found = run(precision, first, m);
+                            assert!(found == expected, "{m} rows from {first} on, n {n}, k {k}, {precision:?}");
+                        }
                     }
                 }
             });
+        }
+    }
+
+    /// Rows and weights of which the last group is partial, and rows of every shape of a tile.
+    #[test]
+    fn rounded_rows_are_multiplied_in_f32() {
+        let (n, k) = (133, 1050);
+        let brain: Vec<bf16> = random(n * k, 2).into_iter().map(bf16::from_f32).collect();
+        for m in [1, 2, 3, 4, 5, 8, 9, 40] {
+            let a = random(m * k, 1);
+            let product =
+                RowProduct { a: &a, b: Matrix::BF16(&brain), k, alpha: -0.5, precision: MatmulPrecision::Bf16 };
+            let is_rounded = tile_unit(n, &product).is_some();
+            let rows: Vec<f32> = a.iter().map(|&a| if is_rounded { bf16::from_f32(a).to_f32() } else { a }).collect();
+            let found = row_products((m, n), Start::Zero, &[product]);
+            for (at, found) in found.into_iter().enumerate() {
+                let (row, weights) = (&rows[at / n * k..][..k], &brain[at % n * k..][..k]);
+                let products = row.iter().zip(weights).map(|(&a, b)| -0.5 * f64::from(a) * b.to_f64());
+                let (sum, size) = products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()));
+                assert!((f64::from(found) - sum).abs() < 1e-6 * size, "{found} instead of {sum} at {at} of {m} rows");
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_even_bf16() {
+        let mut values =
+            vec![0.0, -0.0, 1.0, f32::MAX, f32::MIN_POSITIVE, 1e-40, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+        values.extend((0..300).map(|i| f32::from_bits(0x3f80_0000 + (i << 12))));
+        let mut found = vec![bf16::ZERO; values.len()];
+        round(&values, &mut found);
+        for (value, found) in values.iter().zip(found) {
+            let expected = bf16::from_f32(*value);
+            assert!(found == expected || found.is_nan() && expected.is_nan(), "{value} became {found}");
         }
     }
 
@@ -357,8 +463,9 @@ mod tests {
         let (m, n, k) = (9, 37, 99);
         let (a, z, narrow) = (random(m * k, 1), random(m * 3, 2), random(n * 3, 3));
         in_every_type(n * k, |b, _| {
-            let base = RowProduct { a: &a, b, k, alpha: 1.0 };
-            let update = RowProduct { a: &z, b: Matrix::F32(&narrow), k: 3, alpha: 1.7 };
+            let base = RowProduct { a: &a, b, k, alpha: 1.0, precision: MatmulPrecision::F32 };
+            let update =
+                RowProduct { a: &z, b: Matrix::F32(&narrow), k: 3, alpha: 1.7, precision: MatmulPrecision::F32 };
             let together = row_products((m, n), Start::Zero, &[base, update]);
             let first = row_products((m, n), Start::Zero, &[base]);
             assert_eq!(together, row_products((m, n), Start::Matrix(&first), &[update]));
@@ -371,14 +478,18 @@ mod tests {
             let a = random(9 * k, 1);
             in_every_type(n * k, |b, wide| {
                 for m in [1, 4, 9] {
-                    let found = row_products((m, n), Start::Zero, &[RowProduct { a: &a[..m * k], b, k, alpha: -0.5 }]);
+                    let found = row_products(
+                        (m, n),
+                        Start::Zero,
+                        &[RowProduct { a: &a[..m * k], b, k, alpha: -0.5, precision: MatmulPrecision::F32 }],
+                    );
                     for (at, found) in found.iter().enumerate() {
                         let (x, w) = (&a[at / n * k..][..k], &wide[at % n * k..][..k]);
                         let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
                         let (sum, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
                         let error = (f64::from(*found) + 0.5 * sum).abs();
                         // a matrix unit multiplies half precision with 16 bits of the activations
-                        let bound = if crate::tiles::is_there() { 1e-5 } else { 3e-7 };
+                        let bound = if crate::tiles::is_always_used() { 1e-5 } else { 3e-7 };
                         assert!(error <= bound * size, "{error} of {size} at {at}, n {n}, k {k}");
                     }
                 }
@@ -393,21 +504,21 @@ mod tests {
         let (n, k, m) = (7, 70, 12);
         let a = random(m * k, 1);
         in_every_type(n * k, |b, _| {
-            let product = RowProduct { a: &a, b, k, alpha: 1.0 };
+            let product = RowProduct { a: &a, b, k, alpha: 1.0, precision: MatmulPrecision::F32 };
             let run = |add_up: AddUp| {
                 let mut c = vec![0.0; m * n];
                 add_up((m, n), Start::Zero, &[product], Shared::new(&mut c));
                 c
             };
-            let fused = run(add_up_in::<Portable<Fused>>);
+            let fused = run(add_up_floats::<Portable<Fused>>);
             let is_close = |other: &[f32]| fused.iter().zip(other).all(|(a, b)| (a - b).abs() < 1e-5);
-            assert!(is_close(&run(add_up_in::<Portable<crate::isa::Separate>>)));
+            assert!(is_close(&run(add_up_floats::<Portable<crate::isa::Separate>>)));
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::isa::{Isa, isa};
                 // the same number of lanes and the same operations
-                assert!(isa() < Isa::Avx2 || fused == run(add_up_in::<x86::Avx2>));
-                assert!(isa() < Isa::Avx512 || is_close(&run(add_up_in::<x86::Avx512>)));
+                assert!(isa() < Isa::Avx2 || fused == run(add_up_floats::<x86::Avx2>));
+                assert!(isa() < Isa::Avx512 || is_close(&run(add_up_floats::<x86::Avx512>)));
             }
         });
     }
@@ -415,7 +526,7 @@ mod tests {
     #[test]
     fn empty_products_return_the_initial_value() {
         assert!(row_products((0, 3), Start::Zero, &[]).is_empty());
-        let nothing = RowProduct { a: &[], b: Matrix::F32(&[]), k: 0, alpha: 1.0 };
+        let nothing = RowProduct { a: &[], b: Matrix::F32(&[]), k: 0, alpha: 1.0, precision: MatmulPrecision::F32 };
         assert_eq!(row_products((2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);
     }
 }

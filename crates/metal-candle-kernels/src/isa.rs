@@ -32,7 +32,7 @@ pub const ISA_VARIABLE: &str = "METAL_CANDLE_ISA";
 
 /// The values of [`ISA_VARIABLE`], lowest level first.
 #[cfg(target_arch = "x86_64")]
-pub const LEVELS: [&str; 6] = ["baseline", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx"];
+pub const LEVELS: [&str; 7] = ["baseline", "avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx"];
 /// The values of [`ISA_VARIABLE`], lowest level first.
 #[cfg(target_arch = "aarch64")]
 pub const LEVELS: [&str; 2] = ["neon", "dotprod"];
@@ -113,9 +113,11 @@ fn detect_int8(_: usize) -> Option<Int8> {
     None
 }
 
-/// Whether [`ISA_VARIABLE`] permits a matrix unit.
-pub(crate) fn may_use_matrix_unit() -> bool {
-    limit().is_ok_and(|level| level.is_none_or(|level| level + 1 == LEVELS.len()))
+/// Whether [`ISA_VARIABLE`] permits a level of [`LEVELS`].
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) fn is_permitted(level: &str) -> bool {
+    let index = LEVELS.iter().position(|&known| known == level);
+    limit().is_ok_and(|most| most.is_none_or(|most| index.is_some_and(|index| index <= most)))
 }
 
 /// The index in [`LEVELS`] of the highest permitted level; `None` if the variable is not set.

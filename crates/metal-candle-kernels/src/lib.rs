@@ -56,13 +56,13 @@ pub use file::{ElementType, MappedFile, map_file};
 pub use gemm::{gemm, gemm_sum, gemm_sum_to, packed_bytes};
 pub use gemm_rows::{RowProduct, row_products};
 pub use isa::{ISA_VARIABLE, Isa, LEVELS, isa};
-pub use levels::levels;
+pub use levels::{levels, multiplies_bf16};
 pub use low_rank::{LowRankUpdate, add_low_rank_updates};
 pub use math::{Element, narrow, widen};
 #[cfg(feature = "nccl")]
 pub use nccl::{Communicator, communicator_id};
 pub use norm::{Norm, NormKind};
-pub use operand::{Matrix, Product, Start};
+pub use operand::{MatmulPrecision, Matrix, Product, Start};
 pub use optimizer::{
     AdafactorStep, AdamStep, BLOCK, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,
     adafactor_matrices, adafactor_vectors, adam, adamw_8bit, dynamic_codes, lion, muon, schedule_free_adamw, sgd,

@@ -2,10 +2,10 @@
 //!
 //! The bits of an element do not depend on other rows, other adapters or the number of threads.
 
-use crate::gemm_rows::{Ordered, ordered_stride, with_padded_rows};
+use crate::gemm_rows::{Ordered, row_lines, with_padded_rows};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{Portable, Vector};
+use crate::gemm_tile::{FloatVector, Portable};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
@@ -123,13 +123,19 @@ unsafe fn multiply_by_a(task: &Task, k: usize, x: &[f32], columns: Range<usize>,
 
 /// # Safety
 /// As of [`multiply_by_a`].
-unsafe fn multiply_by_a_in<V: Vector>(task: &Task, k: usize, x: &[f32], columns: Range<usize>, products: Shared<f32>) {
+unsafe fn multiply_by_a_in<V: FloatVector>(
+    task: &Task,
+    k: usize,
+    x: &[f32],
+    columns: Range<usize>,
+    products: Shared<f32>,
+) {
     let &Task { update, first, count, offset } = task;
     if columns.is_empty() || k == 0 {
         return;
     }
     with_padded_rows(&x[first * k..], (count, k), |rows| {
-        let rows = Ordered { rows, stride: ordered_stride(k), depth: k };
+        let rows = Ordered { rows, stride: row_lines::<f32>(k), depth: k };
         let a = &update.a[columns.start * k..columns.end * k];
         // SAFETY: the products of the task start there.
         let products = unsafe { products.from(offset) };

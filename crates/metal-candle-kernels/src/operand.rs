@@ -39,6 +39,16 @@ impl Matrix<'_> {
     }
 }
 
+/// The type to which the activations of a matrix product are rounded. Sums are f32 in both cases.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MatmulPrecision {
+    /// They are not rounded: the result is within 1e-5 of the f32 product, relative to the sum of the magnitudes of its terms.
+    #[default]
+    F32,
+    /// bf16, if the weights are bf16 and the processor multiplies bf16 ([`multiplies_bf16`](crate::multiplies_bf16)).
+    Bf16,
+}
+
 /// `alpha A B` with `A: [m, k]`, `B: [k, n]`.
 ///
 /// A stride is the distance in elements between neighbouring rows or columns; a transposed operand swaps its strides.
@@ -56,6 +66,8 @@ pub struct Product<'a> {
     pub k: usize,
     /// The factor.
     pub alpha: f32,
+    /// The precision.
+    pub precision: MatmulPrecision,
 }
 
 impl Product<'_> {

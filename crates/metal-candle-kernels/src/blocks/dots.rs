@@ -3,10 +3,9 @@
 //! The sums are identical to those of a dequantized panel: the same weights, added in the same order.
 
 #[cfg(target_arch = "x86_64")]
-use super::decode::Decoder;
-use super::decode::Target;
+use super::decode::{Decoder, Target};
 use super::matrix::BlockFormat;
-use crate::gemm_tile::{Portable, Vector};
+use crate::gemm_tile::{FloatVector, Portable};
 use crate::isa::Arithmetic;
 
 /// Rows of weights of a tile.
@@ -15,6 +14,7 @@ pub(super) const WIDTH: usize = 4;
 pub(super) const HEIGHT: usize = 4;
 
 /// The operands of a tile.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only kernels of x86-64 dequantize in registers
 pub(super) struct Operands {
     /// The rows of A. If there are fewer, the last is repeated.
     pub(super) a: [*const f32; HEIGHT],
@@ -27,7 +27,7 @@ pub(super) struct Operands {
 }
 
 /// A vector that blocks can be dequantized to.
-pub(super) trait Dequantize: Vector {
+pub(super) trait Dequantize: FloatVector {
     /// Most rows of A for which [`Dequantize::block_dots`] is faster than a dequantized panel; 0 if there is no kernel.
     const MOST_ROWS: usize = 0;
 
@@ -44,7 +44,7 @@ impl<A: Arithmetic + Copy> Dequantize for Portable<A> {}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Arithmetic, BlockFormat, Decoder, Dequantize, HEIGHT, Operands, Target, Vector, WIDTH};
+    use super::{Arithmetic, BlockFormat, Decoder, Dequantize, FloatVector, HEIGHT, Operands, Target, WIDTH};
     use crate::blocks::decode::{IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
     use crate::blocks::matrix::with_writable;
     use crate::blocks::superblocks::{IQ4XS, Q2K, Q3K, Q4K, Q5K, Q6K};
@@ -57,7 +57,7 @@ mod x86 {
     };
 
     /// A vector of quantized weights, one byte each.
-    trait Scale: Vector {
+    trait Scale: FloatVector {
         /// The first `LANES` bytes.
         ///
         /// # Safety

@@ -5,10 +5,10 @@ use super::dots::{Dequantize, HEIGHT, Operands, WIDTH};
 use super::int8;
 use super::matrix::BlockMatrix;
 use super::task::Task;
-use crate::gemm_rows::{Line, Ordered, add_dots, ordered_stride, with_ordered_rows};
+use crate::gemm_rows::{Line, Ordered, add_dots, row_lines, with_ordered_rows};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{Portable, Vector};
+use crate::gemm_tile::{FloatVector, Portable};
 use crate::isa::Arithmetic;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
@@ -103,7 +103,7 @@ pub(super) fn run<V: Dequantize>(task: &Task) {
 
 /// Columns `from..to` of the result, without a panel.
 fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): (usize, usize)) {
-    let ((m, n), k, stride) = (task.shape, task.b.columns(), ordered_stride(task.b.columns()));
+    let ((m, n), k, lines) = (task.shape, task.b.columns(), row_lines::<f32>(task.b.columns()));
     // SAFETY: tasks have disjoint columns.
     unsafe { task.start.write_columns(task.c, (m, n), from..to) };
     // distant rows of weights: the hardware prefetches several streams at once
@@ -120,7 +120,7 @@ fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): 
                 let height = HEIGHT.min(m - i);
                 let mut a = [std::ptr::null(); HEIGHT];
                 for (r, a) in a.iter_mut().enumerate() {
-                    *a = rows[((i + r.min(height - 1)) * stride + at) / 16..].as_ptr().cast();
+                    *a = rows[(i + r.min(height - 1)) * lines + at / 16..].as_ptr().cast();
                 }
                 // SAFETY: the rows and the blocks have these columns.
                 let dots = unsafe { V::block_dots(task.b.format(), &Operands { a, rows: height, weights, depth }) };
@@ -137,7 +137,7 @@ fn multiply_in_registers<V: Dequantize>(task: &Task, rows: &[Line], (from, to): 
 }
 
 /// Columns `from..to` of the result.
-fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), panel: &mut [f32]) {
+fn multiply<V: FloatVector>(task: &Task, rows: &[Line], (from, to): (usize, usize), panel: &mut [f32]) {
     let ((m, n), k) = (task.shape, task.b.columns());
     // SAFETY: tasks have disjoint columns.
     unsafe { task.start.write_columns(task.c, (m, n), from..to) };
@@ -151,7 +151,7 @@ fn multiply<V: Vector>(task: &Task, rows: &[Line], (from, to): (usize, usize), p
             }
             task.b.widen_row(row, at..at + depth, &mut panel[..depth]);
         }
-        let rows = Ordered { rows: &rows[at / 16..], stride: ordered_stride(k), depth };
+        let rows = Ordered { rows: &rows[at / 16..], stride: row_lines::<f32>(k), depth };
         // SAFETY: tasks have disjoint columns.
         unsafe { add_dots::<V, f32>((m, n), &rows, (panel, STRIDE), (from, to), task.alpha, task.c) };
     }

@@ -63,9 +63,10 @@ fn is_right() -> bool {
     let left: Vec<u16> = (0..2 * SIDE * DEPTH).map(|i| bits(element(i, 7))).collect();
     let right: Vec<u16> = (0..2 * SIDE * DEPTH).map(|i| bits(element(i, 11))).collect();
     let mut sums = Sums([1.0; 4 * SIDE * SIDE]);
-    let (left, right) = (Left { start: left.as_ptr().cast(), stride: LINE }, right.as_ptr().cast());
+    let left = Left { start: left.as_ptr().cast(), stride: LINE, step: LINE };
+    let operands = Operands { left, right: right.as_ptr().cast(), steps: 1, ahead: None };
     // SAFETY: each operand has the two tiles that one step of one term reads.
-    unsafe { Unit::new().multiply::<2, 2, 1, 1>(left, right, 1, None, true, &mut sums) };
+    unsafe { Unit::new().multiply::<2, 2, 1, 1>(operands, true, &mut sums) };
     (0..2 * SIDE).all(|i| {
         (0..2 * SIDE).all(|j| {
             let left = |p: usize| element(i * DEPTH + p, 7);
@@ -76,11 +77,25 @@ fn is_right() -> bool {
     })
 }
 
-/// A left operand: rows `stride` bytes apart if it has one term; otherwise the tiles of each term, for each step of the depth.
+/// A left operand: rows `stride` bytes apart, and `step` bytes from a step of the depth to the next. With several terms, each step
+/// has the tiles of each term in turn.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) start: *const u8,
     pub(super) stride: usize,
+    pub(super) step: usize,
+}
+
+/// The operands of a product of tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    pub(super) left: Left,
+    /// For each step of the depth, the tiles of each term in turn.
+    pub(super) right: *const u8,
+    /// Steps of the depth.
+    pub(super) steps: usize,
+    /// Where to prefetch 2 KiB for each step.
+    pub(super) ahead: Option<*const u8>,
 }
 
 /// The accumulators of two by two tiles, row-major.
@@ -203,27 +218,23 @@ impl Unit {
         Self { thread: PhantomData }
     }
 
-    /// Multiplies `A` tiles of rows with `B` tiles of columns, along `steps` steps of the depth. Adds to the existing `sums` if
-    /// `is_added`, otherwise overwrites them. `right` and a left operand of several terms have, for each step, the tiles of each
-    /// term in turn. Prefetches 2 KiB from `ahead` for each step.
+    /// Multiplies `A` tiles of rows with `B` tiles of columns. Adds to the existing `sums` if `is_added`, otherwise overwrites them.
     ///
     /// # Safety
     /// The operands have these tiles.
     #[allow(clippy::unused_self)] // that it exists matters
     pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
         &self,
-        left: Left,
-        right: *const u8,
-        steps: usize,
-        ahead: Option<*const u8>,
+        operands: Operands,
         is_added: bool,
         sums: &mut Sums,
     ) {
         // SAFETY: the caller's promise; a unit exists, so the tiles have their shapes.
         unsafe {
-            match ahead {
-                Some(ahead) => multiply::<A, B, A_TERMS, B_TERMS, 1>(left, right, steps, ahead, is_added, sums),
-                None => multiply::<A, B, A_TERMS, B_TERMS, 0>(left, right, steps, right, is_added, sums),
+            if operands.ahead.is_some() {
+                multiply::<A, B, A_TERMS, B_TERMS, 1>(operands, is_added, sums);
+            } else {
+                multiply::<A, B, A_TERMS, B_TERMS, 0>(operands, is_added, sums);
             }
         }
     }
@@ -238,14 +249,10 @@ impl Drop for Unit {
 
 /// [`Unit::multiply`] with or without prefetching.
 unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize, const AHEAD: u32>(
-    left: Left,
-    right: *const u8,
-    steps: usize,
-    ahead: *const u8,
+    Operands { left, right, steps, ahead }: Operands,
     is_added: bool,
     sums: &mut Sums,
 ) {
-    let left_stride = if A_TERMS > 1 { LINE } else { left.stride };
     // SAFETY: the caller's promise; no other code uses the tiles.
     unsafe {
         asm!(
@@ -307,10 +314,11 @@ unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B
             sums = in(reg) sums.0.as_mut_ptr(),
             line = in(reg) LINE,
             left = inout(reg) left.start => _,
-            second = inout(reg) left.start.wrapping_add(if A_TERMS > 1 { TILE } else { SIDE * left.stride }) => _,
-            left_stride = in(reg) left_stride,
+            second = inout(reg) left.start.wrapping_add(SIDE * left.stride) => _,
+            left_stride = in(reg) left.stride,
+            left_step = in(reg) left.step,
             right = inout(reg) right => _,
-            ahead = inout(reg) ahead => _,
+            ahead = inout(reg) ahead.unwrap_or(right) => _,
             steps = inout(reg) steps => _,
             is_ahead = const AHEAD,
             left_term = const TILE * A,
@@ -320,7 +328,6 @@ unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B
             a_terms = const A_TERMS,
             b_terms = const B_TERMS,
             most = const if A_TERMS > B_TERMS { A_TERMS } else { B_TERMS },
-            left_step = const if A_TERMS > 1 { A_TERMS * TILE * A } else { LINE },
             right_step = const B_TERMS * TILE * B,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

@@ -1,9 +1,10 @@
 //! Splits a sum of products into tasks of tiles.
 
-use super::amx::{DEPTH, LINE, Left, SIDE, Sums, TILE, Unit};
+use super::amx::{DEPTH, LINE, Left, Operands, SIDE, Sums, TILE};
 use super::lanes::{self, Wide};
 use super::pack::{self, Part, Source, packed_bytes, steps, tiles};
-use crate::operand::{Matrix, Product, Start};
+use super::unit::{TileUnit, Unit};
+use crate::operand::{MatmulPrecision, Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
 use std::arch::x86_64::{
     _mm512_add_ps, _mm512_castsi512_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
@@ -65,9 +66,13 @@ fn terms(matrix: &Matrix) -> usize {
     }
 }
 
-/// The number of terms of the f32 operand that is multiplied with the weights: at least two, which are 16 bits.
-fn shared_terms(weights: &Matrix) -> usize {
-    terms(weights).max(2)
+/// The number of terms of the f32 operand that is multiplied with the weights: at least two, which are 16 bits, for the precision
+/// of f32.
+fn shared_terms(product: &Product) -> usize {
+    match (product.b, product.precision) {
+        (Matrix::BF16(_), MatmulPrecision::Bf16) => 1,
+        _ => terms(&product.b).max(2),
+    }
 }
 
 /// The maximum of [`shared_terms`].
@@ -75,6 +80,7 @@ const MAX_SHARED_TERMS: usize = 3;
 
 /// Some rows of the result.
 struct Chunk<'a> {
+    unit: TileUnit,
     streamed: Streamed,
     products: &'a [Product<'a>],
     start: Start<'a>,
@@ -88,14 +94,15 @@ struct Chunk<'a> {
     c: Shared<f32>,
 }
 
-/// Computes [`crate::gemm_sum_to`] with tiles. The caller has checked the lengths of the operands and of the start.
-pub(crate) fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
+/// Computes [`crate::gemm_sum_to`] with tiles. The caller has checked the lengths of the operands and of the start, and that the
+/// unit is available.
+pub(crate) fn add_up(unit: TileUnit, (m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
     let by_row = products.iter().max_by_key(|product| product.k).is_some_and(|product| product.b_strides.0 == 1);
     let streamed = if by_row { Streamed::Left } else { Streamed::Right };
     let depth: usize = products.iter().map(|product| DEPTH * steps(product.k)).sum();
     let rows = rows_at_a_time(depth);
     for first in (0..m).step_by(rows) {
-        run((first, rows.min(m - first)), n, start, (streamed, products), c);
+        run(unit, (first, rows.min(m - first)), n, start, (streamed, products), c);
     }
 }
 
@@ -112,10 +119,11 @@ pub(crate) fn shared_bytes(m: usize, depth: usize) -> usize {
 
 /// Tiles of a shared panel of `rows` rows, for all products.
 fn shared_tiles(products: &[Product], rows: usize) -> usize {
-    products.iter().map(|product| shared_terms(&product.b) * tiles(rows) * steps(product.k)).sum()
+    products.iter().map(|product| shared_terms(product) * tiles(rows) * steps(product.k)).sum()
 }
 
 fn run(
+    unit: TileUnit,
     (first, count): (usize, usize),
     n: usize,
     start: Start,
@@ -131,7 +139,7 @@ fn run(
     }
     pack_shared((first, count), (streamed, products), tiles_per_panel, &mut shared);
     let depth: usize = products.iter().map(|product| product.k).sum();
-    let chunk = Chunk { streamed, products, start, n, rows: (first, count), shared: &shared, tiles_per_panel, c };
+    let chunk = Chunk { unit, streamed, products, start, n, rows: (first, count), shared: &shared, tiles_per_panel, c };
     let columns = n.div_ceil(PANEL);
     let threads = rayon::current_num_threads();
     // with few columns the threads split the rows
@@ -162,7 +170,7 @@ fn pack_shared(
     let to = Shared::new(bytes(to));
     let mut before = 0;
     for product in products {
-        let terms = shared_terms(&product.b);
+        let terms = shared_terms(product);
         let source = Source {
             values: product.a,
             lane_stride: product.a_strides.0,
@@ -199,8 +207,8 @@ fn task(chunk: &Chunk, columns: (usize, usize), panels: (usize, usize)) {
     if sums.len() < needed {
         sums.resize(needed, Sums([0.0; PANEL * PANEL]));
     }
-    // SAFETY: AMX is available, and a task starts no other task.
-    let unit = unsafe { Unit::new() };
+    // SAFETY: the caller checked that the unit is available, and a task starts no other task.
+    let unit = unsafe { Unit::new(chunk.unit) };
     for first in (columns.0..columns.1).step_by(group) {
         let group = Group { columns: (first, columns.1.min(first + group)), end: columns.1, panels };
         group.add_up(chunk, (&unit, &mut buffer, &mut sums));
@@ -226,7 +234,7 @@ struct Operand {
 }
 
 impl Operand {
-    const NONE: Self = Self { left: Left { start: ptr::null(), stride: 0 }, ahead: None, next: None };
+    const NONE: Self = Self { left: Left { start: ptr::null(), stride: 0, step: 0 }, ahead: None, next: None };
 
     /// Prefetches part `number` of `count` of the next steps.
     fn prefetch(self, (number, count): (usize, usize), steps: usize) {
@@ -257,7 +265,7 @@ impl Group {
     fn add_up(&self, chunk: &Chunk, (unit, buffer, sums): (&Unit, &mut Vec<TileBuffer>, &mut [Sums])) {
         let (mut is_added, mut before) = (false, 0);
         for product in chunk.products {
-            let (a_terms, all) = (shared_terms(&product.b), steps(product.k));
+            let (a_terms, all) = (shared_terms(product), steps(product.k));
             let block = if self.panels.1 - self.panels.0 == 1 { LONG_BLOCK } else { BLOCK_TILES / (2 * a_terms) };
             for step in (0..all).step_by(block) {
                 let steps = (step, block.min(all - step));
@@ -265,6 +273,9 @@ impl Group {
                 match &product.b {
                     Matrix::F32(b) => self.add_block::<_, 3, 3>(chunk, (b, product), state, (unit, buffer, sums)),
                     Matrix::F16(b) => self.add_block::<_, 2, 2>(chunk, (b, product), state, (unit, buffer, sums)),
+                    Matrix::BF16(b) if a_terms == 1 => {
+                        self.add_block::<_, 1, 1>(chunk, (b, product), state, (unit, buffer, sums));
+                    }
                     Matrix::BF16(b) => self.add_block::<_, 2, 1>(chunk, (b, product), state, (unit, buffer, sums)),
                 }
                 is_added = true;
@@ -310,26 +321,14 @@ impl Group {
                 // SAFETY: the operands were packed for these numbers of tiles, steps and terms.
                 unsafe {
                     match chunk.streamed {
-                        Streamed::Left => multiply::<TERMS, SHARED_TERMS>(
-                            unit,
-                            (operand, columns),
-                            (shared, rows),
-                            count,
-                            ahead,
-                            is_added,
-                            sums,
-                        ),
+                        Streamed::Left => {
+                            let operands = Operands { left: operand, right: shared, steps: count, ahead };
+                            unit.multiply::<TERMS, SHARED_TERMS>((columns, rows), operands, is_added, sums);
+                        }
                         Streamed::Right => {
-                            let left = Left { start: shared, stride: 2 * DEPTH };
-                            multiply::<SHARED_TERMS, TERMS>(
-                                unit,
-                                (left, rows),
-                                (operand.start, columns),
-                                count,
-                                ahead,
-                                is_added,
-                                sums,
-                            );
+                            let left = Left { start: shared, stride: LINE, step: SHARED_TERMS * rows * TILE };
+                            let operands = Operands { left, right: operand.start, steps: count, ahead };
+                            unit.multiply::<SHARED_TERMS, TERMS>((rows, columns), operands, is_added, sums);
                         }
                     }
                 }
@@ -367,8 +366,10 @@ impl Group {
         // rows that cross cache lines are copied if they are used more than once
         let is_aligned = start.addr().is_multiple_of(LINE) && (size_of::<T>() * lane_stride).is_multiple_of(LINE);
         if is_in_place && is_whole && (is_aligned || next_group == 1) {
-            let mut operand =
-                Operand { left: Left { start: start.cast(), stride: size_of::<T>() * lane_stride }, ..operand };
+            let mut operand = Operand {
+                left: Left { start: start.cast(), stride: size_of::<T>() * lane_stride, step: LINE },
+                ..operand
+            };
             if next_group == 1 && ahead > 0 && lane_stride == product.k {
                 // the next panel follows in memory
                 operand.ahead = Some(start.wrapping_add(PANEL * lane_stride + (PANEL - 1) * at).cast());
@@ -379,40 +380,16 @@ impl Group {
         }
         let source = Source { values: b, lane_stride, depth_stride, alpha: 1.0, ahead };
         let part = Part { lanes: (column * PANEL, width), depth: (at, depth) };
-        let mut stride = 2 * DEPTH;
+        let (mut stride, mut step) = (LINE, TERMS * tiles(width) * TILE);
         match (chunk.streamed, TERMS) {
             (Streamed::Right, _) => pack::columns(&source, part, TERMS, bytes(buffer)),
             (Streamed::Left, 1) => {
-                stride = 2 * DEPTH * count;
+                (stride, step) = (LINE * count, LINE);
                 pack::rows(&source, part, stride, bytes(buffer));
             }
             (Streamed::Left, _) => pack::terms_by_step(&source, part, TERMS, bytes(buffer)),
         }
-        Operand { left: Left { start: buffer.as_ptr().cast(), stride }, ..operand }
-    }
-}
-
-/// Dispatches to [`Unit::multiply`] by the numbers of tiles.
-///
-/// # Safety
-/// As of [`Unit::multiply`].
-unsafe fn multiply<const A_TERMS: usize, const B_TERMS: usize>(
-    unit: &Unit,
-    (left, rows): (Left, usize),
-    (right, columns): (*const u8, usize),
-    steps: usize,
-    ahead: Option<*const u8>,
-    is_added: bool,
-    sums: &mut Sums,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (rows, columns) {
-            (1, 1) => unit.multiply::<1, 1, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
-            (1, _) => unit.multiply::<1, 2, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
-            (_, 1) => unit.multiply::<2, 1, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
-            _ => unit.multiply::<2, 2, A_TERMS, B_TERMS>(left, right, steps, ahead, is_added, sums),
-        }
+        Operand { left: Left { start: buffer.as_ptr().cast(), stride, step }, ..operand }
     }
 }
 

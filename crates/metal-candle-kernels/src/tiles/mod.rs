@@ -10,6 +10,8 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod dots;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "emulate-tiles")))]
 mod emulator;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -18,17 +20,39 @@ mod engine;
 mod lanes;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod pack;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod unit;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use engine::{add_up, shared_bytes};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use unit::TileUnit;
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod none {
     use crate::operand::{Product, Start};
     use crate::parallel::Shared;
 
-    pub(crate) fn add_up(_: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
-        unreachable!("there is no matrix unit");
+    /// No unit is supported here.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) enum TileUnit {}
+
+    impl TileUnit {
+        pub(super) fn fastest() -> Option<Self> {
+            None
+        }
+
+        pub(super) fn name(self) -> &'static str {
+            match self {}
+        }
+
+        pub(crate) fn is_always_used(self) -> bool {
+            match self {}
+        }
+    }
+
+    pub(crate) fn add_up(unit: TileUnit, _: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
+        match unit {}
     }
 
     pub(crate) fn shared_bytes(_: usize, _: usize) -> usize {
@@ -36,33 +60,36 @@ mod none {
     }
 }
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use none::{add_up, shared_bytes};
+pub(crate) use none::{TileUnit, add_up, shared_bytes};
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use crate::isa::Isa;
-use crate::operand::Product;
+use crate::operand::{MatmulPrecision, Matrix, Product};
+use std::sync::OnceLock;
 
 /// Minimum number of weights for which tiles are used. Low under emulation, so that the small models of tests use tiles.
 const MIN_ELEMENTS: usize = if cfg!(feature = "emulate-tiles") { 256 } else { 32 * 1024 };
 
-/// Whether tiles compute a sum of products with `n` columns. Independent of the number of rows.
-pub(crate) fn applies(n: usize, products: &[Product]) -> bool {
-    let elements = n * products.iter().map(|product| product.k).max().unwrap_or(0);
-    elements >= MIN_ELEMENTS && is_there()
+/// The unit that computes a sum of products with `n` columns; none if the vector units are faster. Independent of the number of
+/// rows.
+pub(crate) fn unit_for(n: usize, products: &[Product]) -> Option<TileUnit> {
+    let unit = unit()?;
+    let largest = products.iter().max_by_key(|product| product.k)?;
+    let is_rounded = largest.precision == MatmulPrecision::Bf16 && matches!(largest.b, Matrix::BF16(_));
+    (n * largest.k >= MIN_ELEMENTS && (is_rounded || unit.is_always_used())).then_some(unit)
 }
 
-/// Whether a matrix unit is available and [`crate::ISA_VARIABLE`] permits it.
-pub(crate) fn is_there() -> bool {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    {
-        static FOUND: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-        let look = || crate::isa::isa() == Isa::Avx512 && crate::isa::may_use_matrix_unit() && amx::is_there();
-        *FOUND.get_or_init(look)
-    }
-    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-    {
-        false
-    }
+fn unit() -> Option<TileUnit> {
+    static FOUND: OnceLock<Option<TileUnit>> = OnceLock::new();
+    *FOUND.get_or_init(TileUnit::fastest)
+}
+
+/// Whether a unit computes products of every precision.
+pub(crate) fn is_always_used() -> bool {
+    unit().is_some_and(TileUnit::is_always_used)
+}
+
+/// The name of the unit's instructions; none if there is no unit.
+pub(crate) fn unit_name() -> Option<&'static str> {
+    unit().map(TileUnit::name)
 }
 
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
@@ -73,15 +100,21 @@ mod tests {
     use crate::testing::random;
     use half::{bf16, f16};
 
-    fn sum((m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
+    /// The units that can be tested here: AMX is emulated if it is missing.
+    fn units() -> impl Iterator<Item = TileUnit> {
         if !amx::is_there() {
             emulator::install();
         }
+        let has_dots = is_x86_feature_detected!("avx512bf16");
+        [TileUnit::Amx, TileUnit::Dots].into_iter().filter(move |&unit| unit == TileUnit::Amx || has_dots)
+    }
+
+    fn sum(unit: TileUnit, (m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
         let mut c = vec![f32::NAN; m * n];
         if let Start::Result = start {
             c.fill(1.0);
         }
-        add_up((m, n), start, products, Shared::new(&mut c));
+        add_up(unit, (m, n), start, products, Shared::new(&mut c));
         c
     }
 
@@ -121,12 +154,17 @@ mod tests {
         let (m, n, k) = (67, 40, 610);
         let (a, wide) = (random(m * k, 1), random(n * k, 2));
         let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
-        for b in [Matrix::F32(&wide), Matrix::BF16(&brain)] {
+        let operands = [
+            (Matrix::F32(&wide), MatmulPrecision::F32),
+            (Matrix::BF16(&brain), MatmulPrecision::F32),
+            (Matrix::BF16(&brain), MatmulPrecision::Bf16),
+        ];
+        for (unit, (b, precision)) in units().flat_map(|unit| operands.map(|operand| (unit, operand))) {
             for b_strides in [(1, k), (n, 1)] {
                 let run = |first: usize, m: usize| {
-                    let product =
-                        Product { a: &a[first * k..(first + m) * k], a_strides: (k, 1), b, b_strides, k, alpha: 1.0 };
-                    sum((m, n), Start::Zero, &[product])
+                    let a = &a[first * k..(first + m) * k];
+                    let product = Product { a, a_strides: (k, 1), b, b_strides, k, alpha: 1.0, precision };
+                    sum(unit, (m, n), Start::Zero, &[product])
                 };
                 let whole = run(0, m);
                 for (first, rows) in [(0, 1), (66, 1), (3, 5), (20, 16), (30, 17), (1, 33)] {
@@ -139,7 +177,8 @@ mod tests {
     #[test]
     fn what_is_not_finite_stays_in_its_row_and_column() {
         let (m, n, k) = (20, 35, 70);
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        for (unit, bad) in units().flat_map(|unit| bad.map(|bad| (unit, bad))) {
             for b_strides in [(1, k), (n, 1)] {
                 let (mut a, mut b) = (random(m * k, 1), random(n * k, 2));
                 a[7 * k + 3] = bad;
@@ -147,8 +186,16 @@ mod tests {
                 // the nearest bf16 of the largest f32 is infinite
                 a[9 * k] = f32::MAX;
                 b[6 * b_strides.1] = 1e-3;
-                let product = Product { a: &a, a_strides: (k, 1), b: Matrix::F32(&b), b_strides, k, alpha: 1.0 };
-                let found = sum((m, n), Start::Zero, &[product]);
+                let product = Product {
+                    a: &a,
+                    a_strides: (k, 1),
+                    b: Matrix::F32(&b),
+                    b_strides,
+                    k,
+                    alpha: 1.0,
+                    precision: MatmulPrecision::F32,
+                };
+                let found = sum(unit, (m, n), Start::Zero, &[product]);
                 for (at, found) in found.iter().enumerate() {
                     let is_bad = at / n == 7 || at % n == 5;
                     assert_eq!(found.is_finite(), !is_bad, "{found} at {}, {}", at / n, at % n);
@@ -159,10 +206,20 @@ mod tests {
 
     #[test]
     fn nothing_to_add_up_is_the_start() {
-        let nothing = Product { a: &[], a_strides: (0, 1), b: Matrix::F32(&[]), b_strides: (1, 0), k: 0, alpha: 1.0 };
-        assert_eq!(sum((2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);
-        assert_eq!(sum((1, 2), Start::Zero, &[]), [0.0; 2]);
-        assert!(sum((0, 3), Start::Zero, &[]).is_empty());
+        let nothing = Product {
+            a: &[],
+            a_strides: (0, 1),
+            b: Matrix::F32(&[]),
+            b_strides: (1, 0),
+            k: 0,
+            alpha: 1.0,
+            precision: MatmulPrecision::F32,
+        };
+        for unit in units() {
+            assert_eq!(sum(unit, (2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);
+            assert_eq!(sum(unit, (1, 2), Start::Zero, &[]), [0.0; 2]);
+            assert!(sum(unit, (0, 3), Start::Zero, &[]).is_empty());
+        }
     }
 
     const SHAPES: [(usize, usize, usize); 9] = [
@@ -182,10 +239,20 @@ mod tests {
     fn products_of_f32_are_as_precise_as_in_f32() {
         let (m, n, k) = (40, 48, 2);
         let (a, b) = (random(m * k, 1), random(n * k, 2));
-        for b_strides in [(1, k), (n, 1)] {
-            let product = Product { a: &a, a_strides: (k, 1), b: Matrix::F32(&b), b_strides, k, alpha: 1.0 };
-            let error = error(&sum((m, n), Start::Zero, &[product]), (m, n), 0.0, &[product]);
-            assert!(error < 2e-7, "{error}: {b_strides:?}");
+        for (unit, b_strides) in units().flat_map(|unit| [(1, k), (n, 1)].map(|strides| (unit, strides))) {
+            let product = Product {
+                a: &a,
+                a_strides: (k, 1),
+                b: Matrix::F32(&b),
+                b_strides,
+                k,
+                alpha: 1.0,
+                precision: MatmulPrecision::F32,
+            };
+            let error = error(&sum(unit, (m, n), Start::Zero, &[product]), (m, n), 0.0, &[product]);
+            // dot products round after each product
+            let bound = if unit == TileUnit::Amx { 2e-7 } else { 5e-7 };
+            assert!(error < bound, "{error}: {unit:?} {b_strides:?}");
         }
     }
 
@@ -196,11 +263,17 @@ mod tests {
             let half: Vec<f16> = wide.iter().map(|&value| f16::from_f32(value)).collect();
             let brain: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
             let (z, narrow) = (random(m * 3, 4), random(n * 3, 5));
-            for b in [Matrix::F32(&wide), Matrix::F16(&half), Matrix::BF16(&brain)] {
+            let operands = [
+                (Matrix::F32(&wide), MatmulPrecision::F32, 2e-5),
+                (Matrix::F16(&half), MatmulPrecision::F32, 2e-5),
+                (Matrix::BF16(&brain), MatmulPrecision::F32, 2e-5),
+                (Matrix::BF16(&brain), MatmulPrecision::Bf16, 1.0 / 256.0),
+            ];
+            for (unit, (b, precision, bound)) in units().flat_map(|unit| operands.map(|operand| (unit, operand))) {
                 // row-major and column-major operands, and operands with gaps
                 for a_strides in [(k, 1), (1, m), (k + 1, 1)] {
                     for b_strides in [(1, k), (n, 1), (1, k + 1), (n + 1, 1)] {
-                        let first = Product { a: &a, a_strides, b, b_strides, k, alpha: -0.5 };
+                        let first = Product { a: &a, a_strides, b, b_strides, k, alpha: -0.5, precision };
                         let second = Product {
                             a: &z,
                             a_strides: (3, 1),
@@ -208,13 +281,14 @@ mod tests {
                             b_strides: (n, 1),
                             k: 3,
                             alpha: 2.0,
+                            precision,
                         };
                         for products in [&[first][..], &[first, second]] {
-                            let found = sum((m, n), Start::Result, products);
+                            let found = sum(unit, (m, n), Start::Result, products);
                             let error = error(&found, (m, n), 1.0, products);
                             assert!(
-                                error < 2e-5,
-                                "{error} of {number}: {a_strides:?} {b_strides:?} {}",
+                                error < bound,
+                                "{error} of {unit:?} {number}: {a_strides:?} {b_strides:?} {}",
                                 products.len()
                             );
                         }
