@@ -11,6 +11,7 @@ mod gguf_output;
 mod input;
 mod interrupt;
 mod kv_cache;
+mod matmul_precision;
 mod memory;
 mod model_folder;
 mod model_source;

@@ -1,6 +1,7 @@
 //! Finds and loads the model and adapter of the flags.
 
 use crate::error::UserError;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_folder::copy_tokenizer;
 use crate::output::{Output, Unit};
 use crate::values::{DeviceKind, MixtureName, WeightType};
@@ -283,12 +284,12 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    pub(crate) fn new(flags: &AdaptedModelArguments, output: Output) -> Result<Self> {
+    pub(crate) fn new(flags: &AdaptedModelArguments, precision: PrecisionArguments, output: Output) -> Result<Self> {
         let source = ModelSource::find(&flags.model.model, output)?;
         if let Some(adapter) = &flags.adapter {
             check_adapter(adapter)?;
         }
-        let model = source.load_as(flags.model.types(), flags.model.device, output)?;
+        let model = precision.apply(source.load_as(flags.model.types(), flags.model.device, output)?)?;
         let adapter = flags.adapter.as_deref().map(|path| load_adapter(&model, path, &source)).transpose()?;
         // fully trained modules replace the model's
         let model = adapter.as_ref().map_or(model, |adapter| adapter.run_model().clone());

@@ -7,6 +7,7 @@ mod optimization;
 mod path_values;
 
 use crate::error::{UserError, message};
+use crate::matmul_precision::Precision;
 use crate::model_source::NANO;
 use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::{Context, Result};
@@ -57,6 +58,11 @@ pub(crate) struct TrainSettings {
     /// Quantize the frozen weights while loading to a type such as `q4_k_m`.
     #[arg(long, value_name = "TYPE", help_heading = "Model")]
     pub(crate) quantize: Option<MixtureName>,
+
+    /// Round activations to this type in products with bf16 weights on the CPU: `bf16` is faster on processors with
+    /// AVX512-BF16 or AMX, and less precise [default: f32].
+    #[arg(long, value_enum, value_name = "TYPE", help_heading = "Model")]
+    pub(crate) matmul_precision: Option<Precision>,
 
     /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N` [default: auto].
     #[arg(long, value_name = "DEVICE", help_heading = "Model")]
@@ -379,10 +385,8 @@ impl TrainSettings {
             anyhow::bail!("`steps` and `epochs` exclude each other");
         }
         let mut settings: Self = Value::Table(table).try_into()?;
-        for modules in [&mut settings.target_modules, &mut settings.modules_to_save, &mut settings.trainable_tokens]
-            .into_iter()
-            .flatten()
-        {
+        let lists = [&mut settings.target_modules, &mut settings.modules_to_save, &mut settings.trainable_tokens];
+        for modules in lists.into_iter().flatten() {
             modules.retain(|name| !name.is_empty());
         }
         Ok(settings)
@@ -432,11 +436,8 @@ impl TrainSettings {
     pub(crate) fn complete_for(&mut self, total_steps: usize) {
         self.complete_schedule_for(total_steps);
         let tenth = total_steps.div_ceil(10).max(1);
-        let interval = match *self.eval_interval.get_or_insert(tenth) {
-            0 => tenth,
-            steps => steps,
-        };
-        self.save_interval.get_or_insert(interval);
+        let interval = *self.eval_interval.get_or_insert(tenth);
+        self.save_interval.get_or_insert(if interval == 0 { tenth } else { interval });
     }
 
     /// Whether the model is the built-in one.

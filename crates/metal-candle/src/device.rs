@@ -104,6 +104,11 @@ impl Device {
         matches!(self.0, Kind::Cuda(_))
     }
 
+    /// Whether the CPU multiplies bf16, which [`MatmulPrecision::Bf16`](crate::models::MatmulPrecision::Bf16) uses.
+    pub fn multiplies_bf16() -> bool {
+        metal_candle_kernels::multiplies_bf16()
+    }
+
     /// The instruction sets that the CPU kernels use on this machine: for floats, for 8-bit integers, and the matrix unit if
     /// there is one. The environment variable `METAL_CANDLE_ISA` limits them to a level: `baseline`, `avx2`, `avx-vnni`, `avx512`,
     /// `avx512-vnni` or `amx`; on Arm `neon` or `dotprod`.

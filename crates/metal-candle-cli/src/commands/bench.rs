@@ -17,7 +17,7 @@ use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
 use measure::{Measured, measure, weights_bytes};
 use metal_candle::inference::KVCacheType;
-use metal_candle::models::save_model;
+use metal_candle::models::{MatmulPrecision, save_model};
 use metal_candle::ops::BlockFormat;
 use metal_candle::{Device, Model};
 use peer::Peer;
@@ -48,7 +48,8 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
     let device = flags.device.open(output)?;
     // report missing packages before loading anything
     let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
-    let subject = Subject::new(flags, device, output)?;
+    let mut subject = Subject::new(flags, device, output)?;
+    subject.model = flags.precision.apply(subject.model)?;
     let works = flags.works(subject.model.config(), device, output)?;
     let mut report = Report {
         device: device.name(),
@@ -58,6 +59,7 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
         num_parameters: subject.model.config().num_parameters(),
         dtype: type_of(&subject.model),
         kv_cache: flags.cache.kv_cache.map(KVCacheType::name),
+        is_rounded: subject.model.matmul_precision() == MatmulPrecision::Bf16,
         rows: Vec::with_capacity(works.len()),
         peer: peer.as_ref().map(|peer| peer.name.clone()),
     };

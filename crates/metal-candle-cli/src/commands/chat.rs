@@ -8,6 +8,7 @@ use crate::commands::generate::{as_json, speeds, templated};
 use crate::error::UserError;
 use crate::interrupt;
 use crate::kv_cache::CacheArguments;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
@@ -55,11 +56,14 @@ pub(crate) struct ChatArguments {
     pub(crate) cache: CacheArguments,
 
     #[command(flatten)]
+    pub(crate) precision: PrecisionArguments,
+
+    #[command(flatten)]
     pub(crate) sampling: SamplingArguments,
 }
 
 pub(crate) fn run(flags: &ChatArguments, output: Output) -> Result<()> {
-    let loaded = Loaded::new(&flags.model, output)?;
+    let loaded = Loaded::new(&flags.model, flags.precision, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let tools = read_tools(flags.tools.as_deref())?;
     let Some(template) = tokenizer.chat_template().cloned() else {

@@ -3,6 +3,7 @@
 use crate::error::UserError;
 use crate::eval_data::{self, EvalData};
 use crate::kv_cache::parse_type;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
 use crate::output::{Output, grouped};
 use crate::settings::check_max_tokens;
@@ -36,6 +37,9 @@ pub(crate) struct EvalArguments {
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
 
+    #[command(flatten)]
+    pub(crate) precision: PrecisionArguments,
+
     /// Evaluate as in generation, with a KV cache of this type (`f32`, `f16`, `bf16`, `q8_0` or `q4_0`), instead of as in
     /// training. Use it to compare cache types.
     #[arg(long, value_name = "TYPE", value_parser = parse_type, help_heading = "Model")]
@@ -56,7 +60,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
         }
     };
     let file = eval_data::file_of(&path)?;
-    let loaded = Loaded::new(&flags.model, output)?;
+    let loaded = Loaded::new(&flags.model, flags.precision, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let context = loaded.model.config().max_sequence_length();
     check_max_tokens(flags.max_tokens_per_sample, loaded.model.config())?;

@@ -5,6 +5,7 @@ use crate::sampling::{SamplingArguments, generation_config, with_end_of_turn};
 use crate::error::UserError;
 use crate::input::{MAX_INPUT_BYTES, read_text, read_values, without_line_end};
 use crate::kv_cache::CacheArguments;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use crate::templates::{TemplateArguments, read_tools};
@@ -54,13 +55,16 @@ pub(crate) struct GenerateArguments {
     pub(crate) cache: CacheArguments,
 
     #[command(flatten)]
+    pub(crate) precision: PrecisionArguments,
+
+    #[command(flatten)]
     pub(crate) sampling: SamplingArguments,
 }
 
 pub(crate) fn run(flags: &GenerateArguments, output: Output) -> Result<()> {
     let rows = rows(flags)?;
     let tools = read_tools(flags.tools.as_deref())?;
-    let loaded = Loaded::new(&flags.model, output)?;
+    let loaded = Loaded::new(&flags.model, flags.precision, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let config = generation_config(&flags.sampling, loaded.model.config());
     let is_templated = tokenizer.chat_template().is_some() && !flags.raw;

@@ -1,6 +1,7 @@
 //! `logits`: writes the logits of token ids to a file.
 
 use crate::error::UserError;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded};
 use crate::output::Output;
 use anyhow::Result;
@@ -23,10 +24,13 @@ pub(crate) struct LogitsArguments {
 
     #[command(flatten)]
     pub(crate) model: AdaptedModelArguments,
+
+    #[command(flatten)]
+    pub(crate) precision: PrecisionArguments,
 }
 
 pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
-    let loaded = Loaded::new(&flags.model, output)?;
+    let loaded = Loaded::new(&flags.model, flags.precision, output)?;
     let folders = [Some(loaded.source.folder()), flags.model.adapter.as_deref()];
     for folder in folders.into_iter().flatten() {
         for folder in [folder, &folder.join("adapter")] {

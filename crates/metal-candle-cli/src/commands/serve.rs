@@ -5,6 +5,7 @@ mod jobs;
 use crate::error::UserError;
 use crate::input::read_text;
 use crate::kv_cache::CacheArguments;
+use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{ModelArguments, ModelSource, check_adapter};
 use crate::output::Output;
 use crate::templates::TemplateArguments;
@@ -53,6 +54,9 @@ pub(crate) struct ServeArguments {
 
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
+
+    #[command(flatten)]
+    pub(crate) precision: PrecisionArguments,
 
     #[command(flatten)]
     pub(crate) template: TemplateArguments,
@@ -153,7 +157,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
     }
     start_log(&flags.access);
     let source = ModelSource::find(&flags.model.model, output)?;
-    let model = source.load_as(flags.model.types(), flags.model.device, output)?;
+    let model = flags.precision.apply(source.load_as(flags.model.types(), flags.model.device, output)?)?;
     let tokenizer = flags.template.tokenizer(&source, None)?;
     let name = flags.served_name.clone().unwrap_or_else(|| short_name(&source.name));
     let draft_model = match &flags.limits.draft_model {

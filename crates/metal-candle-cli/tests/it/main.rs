@@ -19,6 +19,7 @@ mod jobs;
 mod kv_cache;
 mod levels;
 mod markdown;
+mod matmul_precision;
 mod methods;
 mod models;
 mod nano;

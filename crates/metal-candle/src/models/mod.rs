@@ -43,6 +43,7 @@ pub use importance::Importance;
 pub use kv_cache::{KVCache, KVCacheConfig};
 pub use loader::{LoadProgress, ModelLoader};
 pub use memory::StepMemory;
+pub use metal_candle_kernels::MatmulPrecision;
 pub use model::Model;
 pub use quantize::{Quantization, QuantizeProgress};
 pub use registry::{LinearId, LinearInfo, ParameterSpec, Role};

@@ -24,7 +24,7 @@ use crate::ops::linear::Linear;
 use crate::ops::rotary::{RotaryTable, Rotation};
 use crate::ops::{LowRankTerms, MappedFiles, Weight, embedding};
 use candle_core::{DType, Tensor};
-use metal_candle_kernels::AttentionShape;
+use metal_candle_kernels::{AttentionShape, BlockFormat, MatmulPrecision};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -96,7 +96,9 @@ impl Model {
         let mut parameters = Vec::new();
         for (name, shape) in Self::parameter_shapes(&config) {
             let tensor = match (replaced.remove(&name), own.get(name.as_str())) {
-                (Some(tensor), _) if tensor.dims() == shape => Weight::from(tensor.detach()),
+                (Some(tensor), _) if tensor.dims() == shape => {
+                    Weight::from(tensor.detach()).with_precision(self.matmul_precision())
+                }
                 (Some(tensor), _) => {
                     problems.push(format!("`{name}`: expected shape {shape:?}, found {:?}", tensor.dims()));
                     continue;
@@ -117,6 +119,43 @@ impl Model {
             return Err(Error::Tensors { path: "parameters".into(), problems });
         }
         Self::assemble(config, parameters, self.dtype(), self.device())
+    }
+
+    /// The same model with this precision of its matrix products on the CPU; weights are shared.
+    ///
+    /// [`MatmulPrecision::Bf16`] makes training and prefill faster where [`Device::multiplies_bf16`] says so, as other frameworks
+    /// are with bf16 models. Elsewhere it changes nothing. An answer has the same bits alone and in any batch in both precisions.
+    ///
+    /// # Errors
+    /// bf16 is requested for a model on a GPU, whose products always round to the type of the weights, or for a model without bf16
+    /// matrices.
+    pub fn with_matmul_precision(&self, precision: MatmulPrecision) -> Result<Self> {
+        if precision == MatmulPrecision::Bf16 {
+            let has_bf16 =
+                self.parameters().iter().any(|(_, weight)| weight.dtype() == DType::BF16 && weight.dims().len() == 2);
+            let problem = match (self.device().is_cpu(), has_bf16) {
+                (false, _) => "products on a GPU use the type of the weights: bf16 is for the CPU".to_owned(),
+                (true, false) => format!("expected bf16 weights, found {}: load the model as bf16", self.weight_type()),
+                (true, true) => String::new(),
+            };
+            if !problem.is_empty() {
+                return Err(Error::argument("matmul_precision", problem));
+            }
+        }
+        let parameters = self.parameters().iter().cloned();
+        let parameters = parameters.map(|(name, weight)| (name, weight.with_precision(precision))).collect();
+        Self::assemble(self.config().clone(), parameters, self.dtype(), self.device())
+    }
+
+    /// The precision of its matrix products on the CPU.
+    pub fn matmul_precision(&self) -> MatmulPrecision {
+        self.parameters().first().map_or(MatmulPrecision::F32, |(_, weight)| weight.precision())
+    }
+
+    /// The type of its largest parameter, as shown to users.
+    fn weight_type(&self) -> &'static str {
+        let largest = self.parameters().iter().max_by_key(|(_, weight)| weight.elem_count());
+        largest.map_or("none", |(_, weight)| weight.block_format().map_or(weight.dtype().as_str(), BlockFormat::name))
     }
 
     /// A model of parameters that are known to fit.

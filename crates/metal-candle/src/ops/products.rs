@@ -108,7 +108,8 @@ pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tenso
         let k = part.x.dim(1)?;
         let b_strides = if part.is_transposed { (1, k) } else { (columns, 1) };
         let (a, b) = (x.f32()?, w.matrix()?);
-        products.push(kernels::Product { a, a_strides: (k, 1), b, b_strides, k, alpha: part.scale });
+        let precision = part.w.precision();
+        products.push(kernels::Product { a, a_strides: (k, 1), b, b_strides, k, alpha: part.scale, precision });
     }
     let shape = (rows, columns);
     let new = |start: kernels::Start| tensor(kernels::gemm_sum(shape, start, &products), shape);
@@ -143,7 +144,8 @@ fn block_sum(order: Order, start: Start, part: &Part, w: BlockMatrix, shape: (us
 fn sum_by_row(start: Start, parts: &[Part], hosts: &[(Host, Host)], shape: (usize, usize)) -> Result<Tensor> {
     let mut products = Vec::with_capacity(parts.len());
     for (part, (x, w)) in parts.iter().zip(hosts) {
-        products.push(kernels::RowProduct { a: x.f32()?, b: w.matrix()?, k: part.x.dim(1)?, alpha: part.scale });
+        let (a, b, k) = (x.f32()?, w.matrix()?, part.x.dim(1)?);
+        products.push(kernels::RowProduct { a, b, k, alpha: part.scale, precision: part.w.precision() });
     }
     let new = |start: kernels::Start| tensor(kernels::row_products(shape, start, &products), shape);
     match start {

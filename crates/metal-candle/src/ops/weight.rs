@@ -6,7 +6,7 @@ use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
-use metal_candle_kernels::{BlockFormat, BlockMatrix, ElementType, MappedFile, Matrix, widen};
+use metal_candle_kernels::{BlockFormat, BlockMatrix, ElementType, MappedFile, MatmulPrecision, Matrix, widen};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +15,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 ///
 /// Callers ask it for products, rows or norms and do not need to know how it is stored.
 #[derive(Debug, Clone)]
-pub struct Weight(Stored);
+pub struct Weight {
+    stored: Stored,
+    precision: MatmulPrecision,
+}
 
 #[derive(Debug, Clone)]
 enum Stored {
@@ -35,9 +38,15 @@ struct Mapped {
     element: ElementType,
 }
 
+impl From<Stored> for Weight {
+    fn from(stored: Stored) -> Self {
+        Self { stored, precision: MatmulPrecision::F32 }
+    }
+}
+
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {
-        Self(Stored::Dense(tensor))
+        Stored::Dense(tensor).into()
     }
 }
 
@@ -54,7 +63,7 @@ impl Weight {
         let shape = Shape::from(dims);
         let matrix = file.matrix(bytes.clone(), element)?;
         (matrix.len() == shape.elem_count())
-            .then(|| Self(Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element })))
+            .then(|| Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element }).into())
     }
 
     /// A matrix of the quantized blocks in a byte range of `file`; none if the range has another size.
@@ -64,17 +73,28 @@ impl Weight {
         dims: (usize, usize),
         format: BlockFormat,
     ) -> Option<Self> {
-        Some(Self(Stored::Quantized(Quantized::mapped(file, bytes, dims, format)?)))
+        Some(Stored::Quantized(Quantized::mapped(file, bytes, dims, format)?).into())
     }
 
     /// A matrix of quantized blocks in memory; none if there are too many or too few.
     pub(crate) fn blocks(blocks: Vec<u8>, dims: (usize, usize), format: BlockFormat) -> Option<Self> {
-        Some(Self(Stored::Quantized(Quantized::in_memory(blocks, dims, format)?)))
+        Some(Stored::Quantized(Quantized::in_memory(blocks, dims, format)?).into())
+    }
+
+    /// The weight with this precision of its products on the CPU.
+    pub(crate) fn with_precision(mut self, precision: MatmulPrecision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// The precision of its products on the CPU.
+    pub(crate) fn precision(&self) -> MatmulPrecision {
+        self.precision
     }
 
     /// The format of the blocks of a quantized matrix.
     pub fn block_format(&self) -> Option<BlockFormat> {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(quantized) => Some(quantized.format()),
             Stored::OnGpu(blocks) => Some(blocks.format()),
             Stored::Dense(_) | Stored::Mapped(_) => None,
@@ -83,7 +103,7 @@ impl Weight {
 
     /// The memory of the elements, in bytes.
     pub fn num_bytes(&self) -> usize {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(quantized) => quantized.num_bytes(),
             Stored::OnGpu(blocks) => blocks.bytes().elem_count(),
             Stored::Dense(_) | Stored::Mapped(_) => self.elem_count() * self.dtype().size_in_bytes(),
@@ -92,7 +112,7 @@ impl Weight {
 
     /// Its shape.
     pub fn dims(&self) -> &[usize] {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(quantized) => quantized.dims(),
             Stored::OnGpu(blocks) => blocks.dims(),
             Stored::Dense(tensor) => tensor.dims(),
@@ -118,7 +138,7 @@ impl Weight {
 
     /// The type of the elements; of quantized blocks that of their products: f32 on the CPU.
     pub fn dtype(&self) -> DType {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(_) => DType::F32,
             Stored::OnGpu(blocks) => blocks.dtype(),
             Stored::Dense(tensor) => tensor.dtype(),
@@ -128,7 +148,7 @@ impl Weight {
 
     /// Where the elements are; a mapped file is on the CPU.
     pub fn device(&self) -> &Device {
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => tensor.device(),
             Stored::OnGpu(blocks) => blocks.bytes().device(),
             Stored::Mapped(_) | Stored::Quantized(_) => &Device::Cpu,
@@ -140,7 +160,7 @@ impl Weight {
     /// # Errors
     /// The file was shortened or overwritten meanwhile.
     pub fn tensor(&self) -> Result<Tensor> {
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => Ok(tensor.clone()),
             Stored::Quantized(quantized) => quantized.tensor(),
             Stored::OnGpu(blocks) => blocks.tensor(),
@@ -164,12 +184,12 @@ impl Weight {
     /// The weight on `device`: a mapped one is uploaded from the file as it is, and stays mapped on the CPU. On a GPU the products
     /// of quantized blocks are of type `dtype`; blocks that its kernels do not read are dequantized to it.
     pub(crate) fn to_device(&self, device: &Device, dtype: DType) -> Result<Self> {
-        let mapped = match &self.0 {
+        let mapped = match &self.stored {
             Stored::Dense(tensor) => return Ok(tensor.to_device(device)?.into()),
             Stored::Mapped(_) | Stored::Quantized(_) if device.is_cpu() => return Ok(self.clone()),
             Stored::Quantized(quantized) => return upload(quantized, device, dtype),
             Stored::OnGpu(blocks) if device.is_cpu() => return Ok(blocks.tensor()?.to_device(device)?.into()),
-            Stored::OnGpu(blocks) => return Ok(Self(Stored::OnGpu(blocks.to_device(device, dtype)?))),
+            Stored::OnGpu(blocks) => return Ok(Stored::OnGpu(blocks.to_device(device, dtype)?).into()),
             Stored::Mapped(mapped) => mapped,
         };
         let tensor = match mapped.matrix()? {
@@ -186,7 +206,7 @@ impl Weight {
     /// # Errors
     /// The elements are in a mapped file, which only the CPU reads, or quantized.
     pub(crate) fn dense(&self) -> Result<&Tensor> {
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => Ok(tensor),
             Stored::Mapped(_) | Stored::Quantized(_) | Stored::OnGpu(_) => {
                 Err(Error::Bug("a mapped or quantized weight as the argument of a GPU kernel".into()))
@@ -199,7 +219,7 @@ impl Weight {
     /// # Errors
     /// They are in a mapped file, which only the CPU reads.
     pub(crate) fn stored(&self) -> Result<&Tensor> {
-        match &self.0 {
+        match &self.stored {
             Stored::OnGpu(blocks) => Ok(blocks.bytes()),
             _ => self.dense(),
         }
@@ -212,7 +232,7 @@ impl Weight {
 
     /// Whether kernels that read eight weights at once take the matrix beside activations of type `dtype`.
     pub(crate) fn is_read_by_eights(&self, dtype: DType) -> bool {
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => gpu::is_read_by_eights(tensor, dtype),
             Stored::OnGpu(blocks) => blocks.dtype() == dtype,
             Stored::Mapped(_) | Stored::Quantized(_) => false,
@@ -231,7 +251,7 @@ impl Weight {
         (scale, beta): (f32, f32),
         scratch: Option<&Tensor>,
     ) -> Result<()> {
-        match &self.0 {
+        match &self.stored {
             Stored::OnGpu(blocks) => blocks.multiply(y, x, is_transposed, scale, beta, scratch),
             _ => gpu::product(y, (x, false), (self.dense()?, is_transposed), scale, beta),
         }
@@ -239,7 +259,7 @@ impl Weight {
 
     /// `y = x W^T` for weights that share `x`, on CUDA: quantized ones of the same format in one launch where there are few vectors.
     pub(crate) fn multiply_together(x: &Tensor, products: &[(&Self, &Tensor)], scratch: Option<&Tensor>) -> Result<()> {
-        let of_blocks = products.iter().map(|(weight, y)| match &weight.0 {
+        let of_blocks = products.iter().map(|(weight, y)| match &weight.stored {
             Stored::OnGpu(blocks) if blocks.takes_few(x, y) => Some((blocks, *y)),
             _ => None,
         });
@@ -255,7 +275,7 @@ impl Weight {
 
     /// The elements as a slice on the CPU.
     pub(super) fn host(&self) -> Result<Host<'_>> {
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
             Stored::Quantized(_) | Stored::OnGpu(_) => {
@@ -266,7 +286,7 @@ impl Weight {
 
     /// The blocks of a quantized matrix.
     pub(super) fn block_matrix(&self) -> Result<Option<BlockMatrix<'_>>> {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(quantized) => quantized.matrix().map(Some),
             Stored::Dense(_) | Stored::Mapped(_) | Stored::OnGpu(_) => Ok(None),
         }
@@ -277,7 +297,7 @@ impl Weight {
     /// # Errors
     /// It is not quantized, or its file was shortened or overwritten meanwhile.
     pub(crate) fn block_bytes(&self) -> Result<Vec<u8>> {
-        match &self.0 {
+        match &self.stored {
             Stored::Quantized(quantized) => {
                 let bytes = quantized.matrix()?.bytes().to_vec();
                 quantized.check()?;
@@ -297,7 +317,7 @@ impl Weight {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= count) {
             return Err(Error::argument("ids", format!("row {id} is not below the number of rows, {count}")));
         }
-        match &self.0 {
+        match &self.stored {
             Stored::Dense(tensor) => {
                 Ok(tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype)?)
             }
@@ -324,10 +344,10 @@ impl Weight {
     /// # Errors
     /// There are fewer rows.
     pub fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
-        match &self.0 {
-            Stored::Dense(tensor) => Ok(tensor.narrow(0, start, len)?.into()),
-            Stored::Quantized(quantized) => Ok(Self(Stored::Quantized(quantized.narrow_rows(start, len)?))),
-            Stored::OnGpu(blocks) => Ok(Self(Stored::OnGpu(blocks.narrow_rows(start, len)?))),
+        let stored = match &self.stored {
+            Stored::Dense(tensor) => Stored::Dense(tensor.narrow(0, start, len)?),
+            Stored::Quantized(quantized) => Stored::Quantized(quantized.narrow_rows(start, len)?),
+            Stored::OnGpu(blocks) => Stored::OnGpu(blocks.narrow_rows(start, len)?),
             Stored::Mapped(mapped) => {
                 let dims = mapped.shape.dims();
                 let count = dims.first().copied().unwrap_or(0);
@@ -338,9 +358,10 @@ impl Weight {
                 let row = mapped.bytes.len().checked_div(count).unwrap_or(0);
                 let begin = mapped.bytes.start + start * row;
                 let shape = Shape::from([&[len], &dims[1..]].concat());
-                Ok(Self(Stored::Mapped(Mapped { bytes: begin..begin + len * row, shape, ..mapped.clone() })))
+                Stored::Mapped(Mapped { bytes: begin..begin + len * row, shape, ..mapped.clone() })
             }
-        }
+        };
+        Ok(Self { stored, ..*self })
     }
 
     /// The squared Euclidean norm of each row of a matrix: `[rows]`, f32.
@@ -378,7 +399,7 @@ fn upload(quantized: &Quantized, device: &Device, dtype: DType) -> Result<Weight
     let dims = (matrix.rows(), matrix.columns());
     let blocks = GpuBlocks::upload(matrix.bytes(), dims, matrix.format(), dtype, device)?;
     quantized.check()?;
-    Ok(Weight(Stored::OnGpu(blocks)))
+    Ok(Stored::OnGpu(blocks).into())
 }
 
 impl Mapped {
@@ -409,7 +430,7 @@ impl MappedFiles {
     pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
         let mut files: Vec<(Arc<MappedFile>, usize)> = Vec::new();
         for weight in weights {
-            let place = match &weight.0 {
+            let place = match &weight.stored {
                 Stored::Dense(_) | Stored::OnGpu(_) => None,
                 Stored::Mapped(Mapped { file, bytes, .. }) => Some((file, bytes.start)),
                 Stored::Quantized(quantized) => quantized.file(),
@@ -473,6 +494,14 @@ impl<'a> Factor<'a> {
         match self {
             Self::Tensor(tensor) => Host::new(tensor),
             Self::Weight(weight) => weight.host(),
+        }
+    }
+
+    /// The precision of its products on the CPU.
+    pub(super) fn precision(self) -> MatmulPrecision {
+        match self {
+            Self::Tensor(_) => MatmulPrecision::F32,
+            Self::Weight(weight) => weight.precision,
         }
     }
 

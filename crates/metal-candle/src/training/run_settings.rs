@@ -4,6 +4,7 @@ use super::config::{Options, TrainingConfig};
 use super::trained::Trained;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
+use crate::models::MatmulPrecision;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -26,6 +27,7 @@ pub(super) fn describe_settings<T: Trained>(
         ("trained", json!(digest(&start.identity().to_string()))),
         ("model", json!(digest(&model.config().identity()))),
         ("dtype", json!(model.dtype().as_str())),
+        ("matmul_precision", json!((model.matmul_precision() == MatmulPrecision::Bf16).then_some("bf16"))),
         ("dataset", json!(fingerprint(dataset))),
         ("num_epochs", json!(config.num_epochs)),
         ("max_steps", json!(options.max_steps)),

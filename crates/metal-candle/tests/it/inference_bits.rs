@@ -1,14 +1,16 @@
 //! On the CPU the bits of a token do not depend on how its text is cut into passes, so that caches and drafts change nothing.
 
-use super::inference_generator::{VOCAB, adapter, argument, assert_close, config, drawn, greedy, ids, model_of};
+use super::inference_generator::{
+    VOCAB, adapter, argument, assert_close, config, drawn, greedy, ids, logits_of, model_of,
+};
 use super::inference_scheduler::Collected;
 use candle_core::{DType, Tensor};
-use metal_candle::ModelConfig;
 use metal_candle::inference::{
     KVCache, KVCacheConfig, Piece, Request, Scheduler, SchedulerConfig, SequenceId, prompt_log_probabilities,
 };
-use metal_candle::models::{Batch, Model, Quantization, QuantizationMixture, Rows};
+use metal_candle::models::{Batch, MatmulPrecision, Model, Quantization, QuantizationMixture, Rows};
 use metal_candle::ops::LowRankTerms;
+use metal_candle::{Device, ModelConfig};
 
 /// The bits of the logits of each token of a text that is computed in parts of these sizes, in turn.
 pub(super) fn bits(model: &Model, terms: Option<&LowRankTerms>, text: &[u32], sizes: &[usize]) -> Vec<Vec<u32>> {
@@ -69,6 +71,30 @@ fn the_parts_of_a_text_do_not_change_its_bits() {
     }
     for mixture in ["q8_0", "q4_k_m"] {
         check(mixture, &quantized(mixture), None, &text);
+    }
+    let rounded = model_of(wide_config(), DType::BF16).with_matmul_precision(MatmulPrecision::Bf16).unwrap();
+    check("rounded activations", &rounded, None, &text);
+    check("rounded activations with an adapter", &rounded, Some(&adapter(&rounded, 1)), &text);
+}
+
+#[test]
+fn rounded_activations_are_close_where_the_processor_multiplies_bf16() {
+    let exact = model_of(wide_config(), DType::BF16);
+    let rounded = exact.with_matmul_precision(MatmulPrecision::Bf16).unwrap();
+    assert_eq!(rounded.matmul_precision(), MatmulPrecision::Bf16);
+    let [exact_logits, logits] = [&exact, &rounded].map(|model| logits_of(model, &ids(40)));
+    let largest = exact_logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
+    let difference = exact_logits.iter().zip(&logits).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(difference < 0.03 * largest, "{difference} of {largest}");
+    assert_eq!(difference > 0.0, Device::multiplies_bf16());
+    // the gate of the precision: back to f32, and refused without bf16 weights
+    let again = rounded.with_matmul_precision(MatmulPrecision::F32).unwrap();
+    assert_eq!(logits_of(&again, &ids(40)), exact_logits);
+    for (model, kind) in [(model_of(wide_config(), DType::F32), "f32"), (quantized("q8_0"), "q8_0")] {
+        let error = model.with_matmul_precision(MatmulPrecision::Bf16).unwrap_err();
+        let (name, message) = argument(&error);
+        assert_eq!(name, "matmul_precision");
+        assert!(message.contains(&format!("found {kind}")), "{message}");
     }
 }
 

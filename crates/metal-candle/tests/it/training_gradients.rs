@@ -1,9 +1,10 @@
 //! Gradients of adapters against PEFT and against finite differences.
 
 use crate::golden;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
-use metal_candle::models::{GradientOf, Gradients, LossOptions, SafetensorsFile, Trainable};
+use metal_candle::models::{GradientOf, Gradients, LossOptions, MatmulPrecision, SafetensorsFile, Trainable};
+use metal_candle::{Device, Model};
 
 fn norm(tensor: &Tensor) -> f64 {
     f64::from(tensor.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt()
@@ -39,6 +40,26 @@ fn gradients_equal_those_of_peft() {
                 assert!(error < 1e-4, "{name}: {key}: {error}");
             }
         }
+    }
+}
+
+/// Rounding activations to bf16 changes gradients by about its rounding error.
+#[test]
+fn gradients_with_rounded_activations_are_close() {
+    let golden = golden::json("lora/all-linear.json");
+    let mut config = golden::model("models/gqa-tied").config().clone();
+    (config.hidden_size, config.intermediate_size) = (256, 768);
+    let model = Model::initialize(config, 1, Device::CPU).unwrap().to_dtype(DType::BF16).unwrap();
+    let rounded = model.with_matmul_precision(MatmulPrecision::Bf16).unwrap();
+    let [(loss, exact), (rounded_loss, found)] = [model, rounded].map(|model| {
+        let adapter = LoRAAdapter::builder(&model).with_target_modules(TargetModule::ALL.to_vec()).build().unwrap();
+        gradients_of(&adapter, &golden["batch"])
+    });
+    assert!((loss - rounded_loss).abs() < 1e-2 * loss, "{loss} {rounded_loss}");
+    assert_eq!(exact.iter().count(), found.iter().count());
+    for (exact, found) in exact.iter().zip(found.iter()) {
+        let error = norm(&(found - exact).unwrap()) / norm(exact).max(1e-9);
+        assert!(error < 0.03, "{:?}: {error}", exact.dims());
     }
 }
 

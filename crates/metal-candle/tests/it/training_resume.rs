@@ -2,7 +2,9 @@
 
 use crate::golden;
 use crate::training_trainer::{adapter, config, dataset};
+use candle_core::DType;
 use metal_candle::adapters::{LoRAAdapter, TargetModule, TrainedBiases};
+use metal_candle::models::MatmulPrecision;
 use metal_candle::training::{LRScheduler, LastLayers, StopReason, Trained, Trainer, TrainingConfig, TrainingEvent};
 use metal_candle::{Error, Model};
 use std::collections::BTreeMap;
@@ -241,6 +243,10 @@ fn another_run_is_not_resumed_or_overwritten() {
     assert!(other_data.contains("`dataset` was \"12 samples"), "{other_data}");
     let ranks = Trainer::new(adapter(&model), schedule()).unwrap().with_run_folder(folder.path()).with_resume(true);
     assert!(message(ranks.train(&data)).contains("`trained`"));
+    let bf16 = model.to_dtype(DType::BF16).unwrap();
+    let rounded = bf16.with_matmul_precision(MatmulPrecision::Bf16).unwrap();
+    let precision = message(trainer(&rounded, folder.path()).with_resume(true).train(&data));
+    assert!(precision.contains("`matmul_precision` was null, is \"bf16\""), "{precision}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use super::shape::Shape;
 use super::work::{Part, Work};
 use crate::error::UserError;
 use crate::kv_cache::CacheArguments;
+use crate::matmul_precision::PrecisionArguments;
 use crate::output::Output;
 use crate::values::{DeviceKind, MixtureName, WeightType};
 use anyhow::Result;
@@ -34,6 +35,9 @@ pub(crate) struct BenchArguments {
 
     #[command(flatten)]
     pub(super) cache: CacheArguments,
+
+    #[command(flatten)]
+    pub(super) precision: PrecisionArguments,
 
     /// Where to run: `auto`, `cpu`, `metal`, `cuda` or `cuda:N`.
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]

@@ -25,6 +25,8 @@ pub(super) struct Report {
     pub(super) dtype: &'static str,
     /// The type of the KV cache, if `--kv-cache` was set.
     pub(super) kv_cache: Option<&'static str>,
+    /// Whether products on the CPU round activations to bf16.
+    pub(super) is_rounded: bool,
     pub(super) rows: Vec<Row>,
     /// Name and version of the other program.
     pub(super) peer: Option<String>,
@@ -87,6 +89,7 @@ impl Report {
             "num_parameters": self.num_parameters,
             "dtype": self.dtype,
             "kv_cache": self.kv_cache,
+            "matmul_precision": if self.is_rounded { "bf16" } else { "f32" },
             "peer": self.peer,
             "rows": self.rows.iter().map(Row::to_json).collect::<Vec<_>>(),
         })
@@ -106,7 +109,9 @@ impl Report {
             self.threads
         ));
         let cache = self.kv_cache.map_or_else(String::new, |kind| format!(", KV cache {kind}"));
-        line(format!("{}: {} parameters, {}{cache}", self.model, grouped(self.num_parameters as u64), self.dtype));
+        let precision = if self.is_rounded { ", products in bf16" } else { "" };
+        let parameters = grouped(self.num_parameters as u64);
+        line(format!("{}: {parameters} parameters, {}{precision}{cache}", self.model, self.dtype));
         if let Some(peer) = &self.peer {
             line(format!("compared with {peer}, alternating; ratio: our tokens/s divided by theirs"));
         }
@@ -190,6 +195,7 @@ mod tests {
             num_parameters: 7,
             dtype: "bf16",
             kv_cache: None,
+            is_rounded: false,
             rows: vec![
                 Row { work, ours: of(0.25), theirs: Some(of(0.5)) },
                 Row { work, ours: of(0.25), theirs: Some(failed) },

@@ -2,6 +2,7 @@
 
 use super::prepared::Prepared;
 use crate::error::UserError;
+use crate::matmul_precision;
 use crate::model_folder::with_end_of_turn;
 use crate::model_source::{ModelSource, NANO, check_adapter, load_adapter};
 use crate::output::Output;
@@ -58,6 +59,7 @@ pub(super) fn prepare(mut settings: TrainSettings, resumed: Option<&RunFolder>, 
     } else {
         source.load_as((settings.dtype, settings.quantize), device, output)?
     };
+    let model = matmul_precision::apply(settings.matmul_precision, model)?;
     let adapter = if is_full { None } else { Some(adapter(&settings, &model, &name, &source, &tokenizer)?) };
     // an initialization that rounds weights creates another model
     let model = adapter.as_ref().map_or(model, |adapter| adapter.model().clone());
