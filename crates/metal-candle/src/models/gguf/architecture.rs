@@ -205,7 +205,12 @@ fn gemma2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
 fn gemma3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     let local = metadata.number("rope.freq_base_swa")?.unwrap_or(10_000.0);
     map.insert("rope_local_base_freq".into(), shortest(local));
-    gemma(metadata, map, 62)
+    gemma(metadata, map, 62)?;
+    if metadata.size("attention.sliding_window")?.unwrap_or(0) == 0 {
+        let key = metadata.key("attention.sliding_window");
+        return Err(metadata.unsupported(&format!("a Gemma 3 without windows (`{key}`)")));
+    }
+    Ok(())
 }
 
 /// Windows, caps and the scale of scores. The file does not say the latter: of the published sizes, only the one of
@@ -252,9 +257,14 @@ fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
         ("attention_multiplier", "attention.scale"),
         ("logits_scaling", "logit_scale"),
     ] {
-        if let Some(number) = metadata.number(name)? {
+        // as in llama.cpp, 0 stands for none
+        if let Some(number) = metadata.number(name)?.filter(|number| *number != 0.0) {
             map.insert(key.into(), shortest(number));
         }
+    }
+    let key = metadata.key("rope.scaling.finetuned");
+    if metadata.file.flag(&key)? == Some(false) {
+        return Err(metadata.unsupported(&format!("a model without rotary positions (`{key}`)")));
     }
     Ok(())
 }

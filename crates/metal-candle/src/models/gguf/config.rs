@@ -127,9 +127,21 @@ impl Model<'_> {
 
     fn rope_scaling(&self) -> Result<Option<Value>> {
         let original = self.metadata.size("rope.scaling.original_context_length")?;
-        let factor = self.metadata.number("rope.scaling.factor")?;
-        match (self.metadata.text("rope.scaling.type")?, factor) {
-            (Some("linear"), Some(factor)) => {
+        // `rope.scale_linear` is the name in files of 2023
+        let factor = match self.metadata.number("rope.scaling.factor")? {
+            None => self.metadata.number("rope.scale_linear")?,
+            factor => factor,
+        };
+        let factor = factor.filter(|factor| *factor != 0.0);
+        let kind = self.metadata.text("rope.scaling.type")?;
+        if matches!((kind, factor), (None | Some("linear" | "yarn"), Some(factor)) if factor != 1.0)
+            && self.metadata.has_tensor("rope_freqs.weight")
+        {
+            return Err(self.metadata.unsupported("rotary scaling by a factor and by `rope_freqs.weight`"));
+        }
+        match (kind, factor) {
+            // as in llama.cpp, a factor without a type is linear
+            (None | Some("linear"), Some(factor)) if factor != 1.0 => {
                 return Ok(Some(json!({"rope_type": "linear", "factor": shortest(factor)})));
             }
             (Some("yarn"), Some(factor)) => {
@@ -198,6 +210,7 @@ mod tests {
     use crate::files::gguf_testing::write;
     use crate::files::{GgufFile, GgufValue};
     use crate::models::ModelConfig;
+    use crate::ops::rotary::RotaryScaling;
 
     /// The configuration of a small Llama with further metadata.
     fn read(architecture: &str, more: &[(&str, GgufValue)]) -> crate::Result<ModelConfig> {
@@ -249,6 +262,53 @@ mod tests {
         }
         assert!(read("qwen3", &[("attention.sliding_window", GgufValue::Integer(8))]).is_err());
         assert!(read("t5", &[]).unwrap_err().to_string().contains("`t5`; supported are: `llama`"));
+    }
+
+    #[test]
+    fn a_rotary_factor_without_a_type_is_linear() {
+        let factor = |more: &[(&str, GgufValue)]| {
+            let config = read("llama", more).unwrap().describe().unwrap();
+            match config.rotary.first().unwrap().scaling {
+                RotaryScaling::Linear { factor } => factor,
+                _ => 1.0,
+            }
+        };
+        let kind = |kind: &str| ("rope.scaling.type", GgufValue::Text(kind.into()));
+        let number = GgufValue::Float;
+        assert_eq!(factor(&[]), 1.0);
+        assert_eq!(factor(&[("rope.scaling.factor", number(4.0))]), 4.0);
+        assert_eq!(factor(&[("rope.scale_linear", number(2.0))]), 2.0);
+        assert_eq!(factor(&[("rope.scale_linear", number(2.0)), kind("linear")]), 2.0);
+        assert_eq!(factor(&[("rope.scaling.factor", number(4.0)), kind("none")]), 1.0);
+        assert_eq!(factor(&[("rope.scaling.factor", number(0.0))]), 1.0);
+    }
+
+    #[test]
+    fn multipliers_of_zero_have_no_effect() {
+        let zero = || GgufValue::Float(0.0);
+        let names = ["embedding_scale", "residual_scale", "attention.scale", "logit_scale"];
+        let config = read("granite", &names.map(|name| (name, zero()))).unwrap();
+        let (found, expected) = (config.describe().unwrap(), read("granite", &[]).unwrap().describe().unwrap());
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_granite_without_positions_is_refused() {
+        let key = "rope.scaling.finetuned";
+        let error = read("granite", &[(key, GgufValue::Flag(false))]).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+        assert!(read("granite", &[(key, GgufValue::Flag(true))]).is_ok());
+        assert!(read("llama", &[(key, GgufValue::Flag(false))]).is_ok());
+    }
+
+    #[test]
+    fn a_gemma_3_without_windows_is_refused() {
+        let window = |size| [("attention.sliding_window", GgufValue::Integer(size))];
+        assert!(read("gemma3", &window(8)).is_ok());
+        for more in [&window(0)[..], &[]] {
+            let error = read("gemma3", more).unwrap_err().to_string();
+            assert!(error.contains("without windows"), "{error}");
+        }
     }
 
     #[test]
