@@ -49,6 +49,9 @@ pub(crate) fn export<'a>(
     tokenizer: Option<&Tokenizer>,
 ) -> Result<GgufExport<'a>> {
     let mut export = GgufExport::new(model)?;
+    for limit in export.limits_of_llama_cpp()? {
+        Output::warn(limit);
+    }
     if let Some(file) = source.gguf() {
         if let Some(tokenizer) = tokenizer {
             put_template(&mut export, file, tokenizer)?;
@@ -62,6 +65,8 @@ pub(crate) fn export<'a>(
     }
     let Some(tokenizer) = tokenizer else {
         Output::warn("the model has no tokenizer: programs that read the GGUF file need one");
+        // llama.cpp requires the key, and loads such a file for token ids
+        export.put("tokenizer.ggml.model", GgufValue::Text("no_vocab".into()));
         return Ok(export);
     };
     let config = serde_json::from_str(&model.config().to_json(model.dtype()))?;

@@ -1,6 +1,7 @@
 //! Writes models as GGUF files, quantized or not.
 
 use super::describe::Described;
+use super::llama_cpp;
 use super::mixture::QuantizationMixture;
 use super::names::GgufNames;
 use crate::error::{Error, Result};
@@ -57,6 +58,15 @@ impl<'a> GgufExport<'a> {
             tensors.push(ExportedTensor { name, spec, kind, parameter });
         }
         Ok(Self { model, described, tensors, metadata: Vec::new() })
+    }
+
+    /// One sentence for each reason why llama.cpp does not load the file or computes something else.
+    ///
+    /// # Errors
+    /// The configuration of the model is invalid.
+    pub fn limits_of_llama_cpp(&self) -> Result<Vec<String>> {
+        let config = self.model.config();
+        Ok(llama_cpp::limits(self.described.names.architecture(), config, &config.describe()?))
     }
 
     /// Names the mixture that the model was quantized to.

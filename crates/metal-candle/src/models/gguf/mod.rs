@@ -4,6 +4,7 @@ mod architecture;
 mod config;
 mod describe;
 mod export;
+mod llama_cpp;
 mod metadata;
 mod mixture;
 mod names;
