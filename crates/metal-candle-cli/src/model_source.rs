@@ -138,7 +138,10 @@ impl ModelSource {
 
     /// Whether there is a tokenizer.
     pub(crate) fn has_tokenizer(&self) -> bool {
-        self.gguf.is_some() || Tokenizer::is_in_folder(self.folder())
+        match self.gguf() {
+            Some(file) => Tokenizer::is_in_gguf(file),
+            None => Tokenizer::is_in_folder(self.folder()),
+        }
     }
 
     /// Compiles a chat template with the special tokens of the model.

@@ -45,6 +45,11 @@ impl Kind {
 }
 
 impl Tokenizer {
+    /// Whether the metadata of a GGUF file have a tokenizer. llama.cpp writes `no_vocab` as the kind if there is none.
+    pub fn is_in_gguf(file: &GgufFile) -> bool {
+        file.metadata().contains_key(MODEL) && !matches!(file.text(MODEL), Ok(Some("no_vocab" | "none")))
+    }
+
     /// Reads the tokenizer and the chat template from the metadata of a GGUF file.
     ///
     /// Vocabularies of the kinds `gpt2` (byte-level BPE), `llama` (`SentencePiece` BPE) and `gemma4` are supported.
@@ -215,6 +220,13 @@ mod tests {
             ("tokenizer.ggml.token_type", integers(&[2, 3, 3, 6, 6, 6, 1, 1, 1, 1, 1, 1])),
             ("tokenizer.ggml.scores", floats(&[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -8.0, -7.0, -2.0, -1.0, -3.0])),
         ]
+    }
+
+    #[test]
+    fn files_without_a_tokenizer_are_recognized() {
+        assert!(Tokenizer::is_in_gguf(&open(&byte_level())));
+        assert!(!Tokenizer::is_in_gguf(&open(&vec![("tokenizer.ggml.model", text("no_vocab"))])));
+        assert!(!Tokenizer::is_in_gguf(&open(&Vec::new())));
     }
 
     #[test]
