@@ -132,16 +132,16 @@ impl Model<'_> {
             None => self.metadata.number("rope.scale_linear")?,
             factor => factor,
         };
-        let factor = factor.filter(|factor| *factor != 0.0);
+        let factor = factor.filter(|factor| *factor != 0.0 && (*factor - 1.0).abs() > f64::EPSILON);
         let kind = self.metadata.text("rope.scaling.type")?;
-        if matches!((kind, factor), (None | Some("linear" | "yarn"), Some(factor)) if factor != 1.0)
+        if matches!((kind, factor), (None | Some("linear" | "yarn"), Some(_)))
             && self.metadata.has_tensor("rope_freqs.weight")
         {
             return Err(self.metadata.unsupported("rotary scaling by a factor and by `rope_freqs.weight`"));
         }
         match (kind, factor) {
             // as in llama.cpp, a factor without a type is linear
-            (None | Some("linear"), Some(factor)) if factor != 1.0 => {
+            (None | Some("linear"), Some(factor)) => {
                 return Ok(Some(json!({"rope_type": "linear", "factor": shortest(factor)})));
             }
             (Some("yarn"), Some(factor)) => {
@@ -269,18 +269,18 @@ mod tests {
         let factor = |more: &[(&str, GgufValue)]| {
             let config = read("llama", more).unwrap().describe().unwrap();
             match config.rotary.first().unwrap().scaling {
-                RotaryScaling::Linear { factor } => factor,
-                _ => 1.0,
+                RotaryScaling::Linear { factor } => factor as u32,
+                _ => 1,
             }
         };
         let kind = |kind: &str| ("rope.scaling.type", GgufValue::Text(kind.into()));
         let number = GgufValue::Float;
-        assert_eq!(factor(&[]), 1.0);
-        assert_eq!(factor(&[("rope.scaling.factor", number(4.0))]), 4.0);
-        assert_eq!(factor(&[("rope.scale_linear", number(2.0))]), 2.0);
-        assert_eq!(factor(&[("rope.scale_linear", number(2.0)), kind("linear")]), 2.0);
-        assert_eq!(factor(&[("rope.scaling.factor", number(4.0)), kind("none")]), 1.0);
-        assert_eq!(factor(&[("rope.scaling.factor", number(0.0))]), 1.0);
+        assert_eq!(factor(&[]), 1);
+        assert_eq!(factor(&[("rope.scaling.factor", number(4.0))]), 4);
+        assert_eq!(factor(&[("rope.scale_linear", number(2.0))]), 2);
+        assert_eq!(factor(&[("rope.scale_linear", number(2.0)), kind("linear")]), 2);
+        assert_eq!(factor(&[("rope.scaling.factor", number(4.0)), kind("none")]), 1);
+        assert_eq!(factor(&[("rope.scaling.factor", number(0.0))]), 1);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(super) fn limits(name: &str, config: &ModelConfig, description: &Description
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use crate::models::gguf::GgufNames;
+    use crate::models::gguf::names::GgufNames;
     use serde_json::{Value, json};
 
     /// The limits that concern a small model of a family.
