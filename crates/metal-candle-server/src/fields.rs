@@ -31,7 +31,10 @@ impl<'a> Fields<'a> {
     pub(crate) fn of(value: &'a Value, path: String) -> Result<Self> {
         match value {
             Value::Object(map) => Ok(Self { map, prefix: format!("{path}.") }),
-            other => Err(ApiError::field(path, format!("expected an object, found {}", describe(other)))),
+            other => {
+                let message = format!("`{path}`: expected an object, found {}", describe(other));
+                Err(ApiError::field(path, message))
+            }
         }
     }
 

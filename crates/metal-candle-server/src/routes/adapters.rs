@@ -49,6 +49,9 @@ pub(crate) async fn unload(
     Ok(Json(json!({"id": name, "object": "adapter", "deleted": true, "in_flight": in_flight})))
 }
 
+/// Field names of `/v1/adapters`, and their names in vLLM.
+const RENAMED: [(&str, &str); 2] = [("`name`", "`lora_name`"), ("`path`", "`lora_path`")];
+
 /// `POST /v1/load_lora_adapter`, as in vLLM.
 pub(crate) async fn load_vllm(
     State(app): State<Arc<App>>,
@@ -59,7 +62,7 @@ pub(crate) async fn load_vllm(
     let fields = Fields::of_body(&body)?;
     let (name, path) = (fields.required_text("lora_name")?, fields.required_text("lora_path")?);
     let replaces = if fields.flag("load_inplace")?.unwrap_or(false) { Replaces::Any } else { Replaces::Nothing };
-    load_from(&app, name, path, replaces).await?;
+    load_from(&app, name, path, replaces).await.map_err(|error| error.renamed(&RENAMED))?;
     Ok(format!("Success: LoRA adapter '{name}' added successfully."))
 }
 
