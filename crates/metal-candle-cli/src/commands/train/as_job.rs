@@ -1,11 +1,12 @@
-//! Runs `train` as a job of a server: with low priority, and until the server exits.
+//! Runs `train` as a job of a server: with lower priority, and until the server exits.
 
 use crate::interrupt;
 use std::io::Read;
 
-/// The increase of the nice value of a job.
+/// The increase of the nice value of a job. On two cores, a job beside eight streams then has 0.4 of its speed alone; with 10
+/// it has 0.1, and the streams are as fast.
 #[cfg(unix)]
-const NICENESS: i32 = 10;
+const NICENESS: i32 = 2;
 
 /// Lowers the priority of this process, and treats the end of standard input like Ctrl-C: the server closes it to stop
 /// the job, and the operating system closes it if the server is killed.
