@@ -182,7 +182,8 @@ impl Adapters {
             return Err(ApiError::unsupported("path", message));
         }
         let plain = adapter.without_start().map_err(ApiError::server)?;
-        let terms = plain.terms().map_err(ApiError::server)?;
+        // computed here, not by the thread that owns the model
+        let terms = plain.terms().and_then(|terms| self.model.with_fixed_terms(&terms)).map_err(ApiError::server)?;
         let mut state = self.state();
         let current = state.by_name.get(name).map(|adapter| adapter.generation);
         match (current, replaces) {

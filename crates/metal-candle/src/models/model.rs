@@ -437,8 +437,13 @@ impl Model {
         shapes.map(|shape| [shape.kv_heads, shape.head_dim]).collect()
     }
 
-    /// The low-rank updates with what inference makes of A and B, for as long as these do not change.
-    pub(crate) fn with_fixed_terms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
+    /// The low-rank updates with the tensors that inference derives from A and B: on the CPU their f32 factors, and on any
+    /// device the reciprocal norms of DoRA, `[out_features]`. A and B must not change afterwards. A second call is cheap, so a
+    /// thread that loads an adapter can call this before it passes the updates to a scheduler.
+    ///
+    /// # Errors
+    /// The updates do not fit the model, or the device fails.
+    pub fn with_fixed_terms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
         self.check_terms(Some(terms))?;
         let mut fixed = LowRankTerms::new();
         for (id, term) in terms.iter() {
