@@ -103,7 +103,7 @@ def meet_rules(path, body):
 
 
 def meet_rules_of_grammars(body):
-    """One grammar, one that compiles, and beside tools a form without rules; tools that are distinct, and a choice among them."""
+    """One grammar, one that compiles; tools that are distinct, and a choice among them."""
     tools = body.get("tools") or []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool)
@@ -116,10 +116,6 @@ def meet_rules_of_grammars(body):
     elif isinstance(choice, dict):
         choose_tool(choice)
     found = [name for name in (*GRAMMARS, "structured_outputs", *FORMATS) if body.get(name) is not None]
-    if tools:
-        for name in ("guided_grammar", "grammar"):
-            body[name] = None
-        found = [name for name in found if name not in ("guided_grammar", "grammar")]
     for name in found[1:]:
         body[name] = None
     if body.get("logit_bias") and (tools or found):

@@ -142,14 +142,14 @@ impl Turn {
 
     /// The mask of the answer to `prompt`, if the answer is constrained.
     fn mask(&self, served: &Served, prompt: &str) -> Result<Option<GrammarMask>, ApiError> {
-        let form = self.grammar.as_ref().map(|(param, grammar)| (param.as_str(), grammar));
+        let form = self.grammar.as_ref();
+        // with tools, too, so that errors of the format name its field
+        let alone = form.map(|(param, grammar)| served.mask(grammar, param)).transpose()?;
         let Some((tools, syntax)) = self.tools.as_ref().zip(served.tool_syntax.as_ref()) else {
-            return form.map(|(param, grammar)| served.mask(grammar, param)).transpose();
+            return Ok(alone);
         };
         let reasoning = served.reasoning.as_ref().map(|marks| (marks, marks.is_open_after(prompt)));
-        // compile the format alone first, so that its errors name its field
-        form.map(|(param, grammar)| served.mask(grammar, param)).transpose()?;
-        let grammar = tools_grammar(syntax, tools, reasoning, form)?;
+        let grammar = tools_grammar(syntax, tools, reasoning, form.map(|(_, grammar)| grammar))?;
         grammar.map(|grammar| served.mask(&grammar, "tools")).transpose()
     }
 

@@ -6,7 +6,7 @@ use super::mask::GrammarMask;
 use super::message::compile_message;
 use super::vocabulary::Vocabulary;
 use super::{gbnf, schema};
-use llguidance::api::TopLevelGrammar;
+use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
@@ -207,44 +207,16 @@ impl Drop for Slot {
     }
 }
 
-impl Grammar {
-    /// The grammar as an expression in a Lark rule; `None` for a grammar with its own rules.
-    ///
-    /// # Errors
-    /// The grammar is too large, or a schema is not supported.
-    pub(crate) fn expression(&self, max_bytes: usize) -> Result<Option<String>, GrammarError> {
-        if matches!(self, Self::Lark(_) | Self::Gbnf(_)) {
-            return Ok(None);
-        }
-        Ok(match Source::new(self, max_bytes)? {
-            Source::Schema(schema) => Some(format!("%json {schema}")),
-            Source::Regex(text) => Some(lark_regex(&text)),
-            Source::Lark(_) => None,
-        })
-    }
-}
-
-/// A regular expression between slashes.
-fn lark_regex(text: &str) -> String {
-    let (mut lark, mut is_escaped) = (String::from("/"), false);
-    for c in text.chars() {
-        match c {
-            '/' if !is_escaped => lark.push_str("\\/"),
-            '\n' if is_escaped => lark.push('n'),
-            '\n' => lark.push_str("\\n"),
-            c => lark.push(c),
-        }
-        is_escaped = c == '\\' && !is_escaped;
-    }
-    lark + "/"
-}
-
 /// A grammar for llguidance.
 enum Source {
     Schema(Value),
     Regex(String),
     Lark(String),
+    Around(String, Box<Source>),
 }
+
+/// The name of the inner grammar of [`Grammar::Around`].
+const INNER: &str = "answer";
 
 impl Source {
     fn new(grammar: &Grammar, max_bytes: usize) -> Result<Self, GrammarError> {
@@ -262,16 +234,22 @@ impl Source {
                 check_lark(&lark, MAX_CONVERTED)?;
                 Self::Lark(lark)
             }
+            Grammar::Around(lark, inner) => {
+                check_lark(lark, max_bytes)?;
+                Self::Around(lark.clone(), Box::new(Self::new(inner, max_bytes)?))
+            }
         })
     }
 
     fn key(&self) -> Key {
-        let (tag, text) = match self {
-            Self::Schema(schema) => (0, schema.to_string()),
-            Self::Regex(text) => (1, text.clone()),
-            Self::Lark(text) => (2, text.clone()),
+        let hash = |tag: u8| Sha256::new().chain_update([tag]);
+        let hash = match self {
+            Self::Schema(schema) => hash(0).chain_update(schema.to_string()),
+            Self::Regex(text) => hash(1).chain_update(text),
+            Self::Lark(text) => hash(2).chain_update(text),
+            Self::Around(text, inner) => hash(3).chain_update(inner.key()).chain_update(text),
         };
-        Sha256::new().chain_update([tag]).chain_update(text).finalize().into()
+        hash.finalize().into()
     }
 
     fn into_grammar(self) -> TopLevelGrammar {
@@ -279,6 +257,14 @@ impl Source {
             Self::Schema(schema) => TopLevelGrammar::from_json_schema(schema),
             Self::Regex(text) => TopLevelGrammar::from_regex(&text),
             Self::Lark(text) => TopLevelGrammar::from_lark(text),
+            Self::Around(text, inner) => {
+                let mut all =
+                    TopLevelGrammar::from_grammar(GrammarWithLexer { name: None, ..GrammarWithLexer::from_lark(text) });
+                for grammar in inner.into_grammar().grammars {
+                    all.grammars.push(GrammarWithLexer { name: Some(INNER.into()), ..grammar });
+                }
+                all
+            }
         }
     }
 }

@@ -16,4 +16,6 @@ pub(crate) enum Grammar {
     Lark(String),
     /// A grammar in llama.cpp's notation. Its first rule is `root`.
     Gbnf(String),
+    /// A Lark grammar of the server, and the grammar that it refers to as `@answer`.
+    Around(String, Box<Grammar>),
 }

@@ -15,16 +15,15 @@ const STRING_KEYWORDS: [&str; 7] = ["type", "enum", "const", "description", "tit
 
 /// The grammar of answers to a request: only calls if a call is required; calls or an `answer` if its format is given; text
 /// and valid calls if a tool is strict; otherwise `None`. `reasoning` has the reasoning markers and whether the prompt ends
-/// inside reasoning; `answer` is the name of the field with the format, and the format.
+/// inside reasoning; `answer` is the format.
 ///
 /// # Errors
-/// The schemas cannot be enforced: they are too large, or the markers of calls are not tokens; or the format of the answer is
-/// a grammar with its own rules.
+/// The schemas cannot be enforced: they are too large, or the markers of calls are not tokens.
 pub(crate) fn tools_grammar(
     syntax: &ToolSyntax,
     request: &ToolRequest,
     reasoning: Option<(&Reasoning, bool)>,
-    answer: Option<(&str, &Grammar)>,
+    answer: Option<&Grammar>,
 ) -> Result<Option<Grammar>, ApiError> {
     let is_strict = answer.is_some() || request.tools.iter().any(|tool| tool.strict);
     let is_required = match request.choice {
@@ -45,15 +44,8 @@ pub(crate) fn tools_grammar(
     let (call, calls) = writer.calls(&mut lark)?;
     let start = if is_required {
         format!("{thinking} {calls}")
-    } else if let Some((param, grammar)) = answer {
-        let expression = grammar.expression(MAX_SCHEMA_BYTES);
-        let expression = expression.map_err(|error| ApiError::field(param, format!("`{param}`: {error}")))?;
-        let expression = expression.ok_or_else(|| {
-            let message = format!("`{param}`: a grammar and `tools` in one request are not supported by this server");
-            ApiError::unsupported(param, message)
-        })?;
-        let _ = writeln!(lark, "answer: {expression}");
-        format!("{thinking} ({calls} | answer)")
+    } else if answer.is_some() {
+        format!("{thinking} ({calls} | @answer)")
     } else if syntax.form == Form::Bare {
         // an answer that starts with a character other than `{` is text
         lark.push_str("text: /[^{\\s](?s:.)*/\n");
@@ -69,7 +61,11 @@ pub(crate) fn tools_grammar(
             (true, false) => format!("{thinking} text ({call} text)*"),
         }
     };
-    Ok(Some(Grammar::Lark(format!("start: {start}\n{lark}"))))
+    let lark = format!("start: {start}\n{lark}");
+    Ok(Some(match answer.filter(|_| !is_required) {
+        Some(grammar) => Grammar::Around(lark, Box::new(grammar.clone())),
+        None => Grammar::Lark(lark),
+    }))
 }
 
 /// A rule for reasoning before the answer.

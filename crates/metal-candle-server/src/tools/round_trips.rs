@@ -340,14 +340,19 @@ fn constrained_answers_are_valid_calls() {
     // a call, or an answer in the requested format
     request.choice = ToolChoice::Auto;
     let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]});
-    let forms = [Grammar::JsonSchema(schema), Grammar::Regex("a/b|\\/\n".into())];
+    let forms = [
+        Grammar::JsonSchema(schema),
+        Grammar::Regex("a/b|\\/\n".into()),
+        Grammar::Lark("start: tool \"-\" tool\ntool: \"x\" | \"y\"".into()),
+        Grammar::Gbnf("root ::= nested\nnested ::= \"(\" nested \")\" | \"1\"".into()),
+    ];
     let (mut calls, mut answers) = (0, 0);
     let all = rendered();
-    for (number, seed) in (0..6 * all.len()).map(|index| (index / 6, index as u64 % 6)) {
+    for (number, seed) in (0..8 * all.len()).map(|index| (index / 8, index as u64 % 8)) {
         let (template, form, ..) = &all[number];
-        let grammar = &forms[seed as usize % 2];
+        let grammar = &forms[seed as usize % forms.len()];
         let syntax = ToolSyntax::of(template, &TOKENIZER).unwrap();
-        let grammar = tools_grammar(&syntax, &request, None, Some(("response_format", grammar))).unwrap().unwrap();
+        let grammar = tools_grammar(&syntax, &request, None, Some(grammar)).unwrap().unwrap();
         let mut mask = COMPILER.compile(&grammar).unwrap_or_else(|error| panic!("{error}: {grammar:?}"));
         let (ids, is_finished) = walk(&mut mask, seed, 300, &[4088, 4089]);
         let written = text(&ids);
@@ -358,15 +363,19 @@ fn constrained_answers_are_valid_calls() {
         calls += found.len();
         if is_finished && found.is_empty() {
             answers += 1;
-            let is_right =
-                if seed % 2 == 0 { value(&content)["n"].is_number() } else { ["a/b", "/\n"].contains(&&*written) };
+            let is_right = match seed as usize % forms.len() {
+                0 => value(&content)["n"].is_number(),
+                1 => ["a/b", "/\n"].contains(&&*written),
+                2 => ["x-x", "x-y", "y-x", "y-y"].contains(&&*written),
+                _ => {
+                    written.trim_matches(['(', ')']) == "1"
+                        && written.matches('(').count() == written.matches(')').count()
+                }
+            };
             assert!(is_right, "{form:?}: {written:?}");
         }
     }
     assert!(calls > 5 && answers > 5, "{calls} calls, {answers} answers");
-    let lark = Grammar::Lark("start: \"a\"".into());
-    let syntax = ToolSyntax::of("<tool_call>", &TOKENIZER).unwrap();
-    assert!(tools_grammar(&syntax, &request, None, Some(("guided_grammar", &lark))).is_err());
     // if calls are optional, text is allowed, too
     request.choice = ToolChoice::Auto;
     request.parallel = true;
