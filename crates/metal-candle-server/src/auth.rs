@@ -154,15 +154,22 @@ impl Origins {
     /// # Errors
     /// 403 for an unknown host name, which protects against DNS rebinding, and for requests of other sites' pages.
     pub(crate) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
-        let text = |name: header::HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-        let host = text(header::HOST).unwrap_or_default().to_ascii_lowercase();
+        // a value that is not ASCII is no known name
+        let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("unknown"));
+        let host = text("host").unwrap_or_default().to_ascii_lowercase();
         if !self.is_own_host(&host) {
             let message = "`Host` is not a name of this server; start it with --allowed-hosts NAME to allow it";
             return Err(ApiError::forbidden(message));
         }
-        let Some(origin) = text(header::ORIGIN).map(str::to_ascii_lowercase) else { return Ok(()) };
-        let is_own = origin.split_once("://").is_some_and(|(_, rest)| rest == host);
-        if is_own || self.is_allowed(&origin) || (method == Method::GET && origin != "null") {
+        let is_own = match text("origin").map(str::to_ascii_lowercase) {
+            Some(origin) => {
+                let is_own = origin.split_once("://").is_some_and(|(_, rest)| rest == host);
+                is_own || self.is_allowed(&origin) || (method == Method::GET && origin != "null")
+            }
+            // browsers send it with every request
+            None => method == Method::GET || matches!(text("sec-fetch-site"), None | Some("same-origin" | "none")),
+        };
+        if is_own {
             return Ok(());
         }
         Err(ApiError::forbidden("this origin may not use the server; start it with --cors-origin URL to allow it"))
@@ -195,7 +202,7 @@ mod tests {
 
     fn headers(list: &[(&str, &str)]) -> HeaderMap {
         let pair = |(name, value): &(&str, &str)| {
-            (header::HeaderName::try_from(*name).unwrap(), value.parse::<header::HeaderValue>().unwrap())
+            (header::HeaderName::try_from(*name).unwrap(), header::HeaderValue::from_bytes(value.as_bytes()).unwrap())
         };
         list.iter().map(pair).collect()
     }
@@ -245,5 +252,11 @@ mod tests {
         assert!(!check("localhost:8080", Some("https://evil.example")));
         assert!(!check("localhost:8080", Some("http://localhost:3000")));
         assert!(!check("localhost:8080", Some("null")));
+        assert!(!check("localhost:8080", Some("http://localh\u{f6}st")) && !check("localh\u{f6}st:8080", None));
+        let from = |site: &str, method: &Method| {
+            origins.check(method, &headers(&[("host", "localhost"), ("sec-fetch-site", site)])).is_ok()
+        };
+        assert!(from("none", &Method::POST) && from("same-origin", &Method::POST) && from("cross-site", &Method::GET));
+        assert!(!from("cross-site", &Method::POST) && !from("same-site", &Method::DELETE));
     }
 }

@@ -28,6 +28,11 @@ impl FromRequest<Arc<App>> for JsonBody {
             let message = "expected the header `Content-Type: application/json`";
             return Err(ApiError::malformed(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
+        let encoding = request.headers().get(header::CONTENT_ENCODING);
+        if encoding.is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+            let message = "`Content-Encoding` is not supported; send the body as it is";
+            return Err(ApiError::malformed(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+        }
         let bytes = read(request.into_body(), app.config.max_body_bytes).await?;
         let parse = |bytes: &[u8]| {
             serde_json::from_slice::<Value>(bytes)

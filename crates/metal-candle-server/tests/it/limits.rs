@@ -217,6 +217,8 @@ fn pages_of_other_sites_and_odd_bodies_are_refused() {
     let json = |request: ureq::Request| request.set("content-type", "application/json");
     assert_eq!(status(json(ureq::post(&url)), &body), 200);
     assert_eq!(status(ureq::post(&url).set("content-type", "text/plain"), &body), 415);
+    assert_eq!(status(json(ureq::post(&url)).set("content-encoding", "gzip"), &body), 415);
+    assert_eq!(status(json(ureq::post(&url)).set("sec-fetch-site", "cross-site"), &body), 403);
     assert_eq!(status(json(ureq::post(&url)).set("origin", "https://evil.example"), &body), 403);
     assert_eq!(status(json(ureq::post(&url)).set("host", "evil.example"), &body), 403);
     assert_eq!(status(json(ureq::post(&url)), &"[".repeat(900)), 400);
