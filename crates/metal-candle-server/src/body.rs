@@ -2,6 +2,7 @@
 
 use crate::app::App;
 use crate::error::ApiError;
+use crate::foreign;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
@@ -33,15 +34,17 @@ impl FromRequest<Arc<App>> for JsonBody {
             let message = "`Content-Encoding` is not supported; send the body as it is";
             return Err(ApiError::malformed(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
+        let path = request.uri().path().to_owned();
         let bytes = read(request.into_body(), app.config.max_body_bytes).await?;
         let parse = |bytes: &[u8]| {
             serde_json::from_slice::<Value>(bytes)
                 .map_err(|error| ApiError::invalid(format!("the body is not valid JSON: {error}")))
         };
         let value = if bytes.len() > LARGE { app.compute(move || parse(&bytes)).await? } else { parse(&bytes)? };
-        if !value.is_object() {
+        let Value::Object(map) = &value else {
             return Err(ApiError::invalid("expected a JSON object as the body"));
-        }
+        };
+        foreign::refuse(&path, map)?;
         app.load_named(&value).await?;
         Ok(Self(value))
     }

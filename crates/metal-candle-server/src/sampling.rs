@@ -12,21 +12,6 @@ const MAX_STOP_BYTES: usize = 256;
 const MAX_BIASES: usize = 1024;
 const MAX_STOP_IDS: usize = 128;
 
-/// Unsupported fields of other servers that change the answer, with the values that turn them off.
-const REFUSED: [(&str, f64); 11] = [
-    ("n_probs", 0.0),
-    ("use_beam_search", 0.0),
-    ("typical_p", 1.0),
-    ("mirostat", 0.0),
-    ("dry_multiplier", 0.0),
-    ("xtc_probability", 0.0),
-    ("dynatemp_range", 0.0),
-    ("top_n_sigma", -1.0),
-    ("logits_processors", 0.0),
-    ("bad_words", 0.0),
-    ("prompt_logprobs", 0.0),
-];
-
 /// The generation configuration of a request, with defaults from the model's `generation_config.json`. `max_tokens` comes
 /// from the route; the caller limits it to the context.
 pub(crate) fn generation_config(
@@ -38,9 +23,6 @@ pub(crate) fn generation_config(
     if fields.integer("best_of", 0..=i64::MAX)?.is_some_and(|best_of| best_of > num_choices) {
         return Err(ApiError::unsupported("best_of", "`best_of`: this server returns all generated answers; use `n`"));
     }
-    let has_effect = |(name, neutral): &(&str, f64)| fields.get(name).and_then(Value::as_f64) != Some(*neutral);
-    let refused: Vec<&str> = REFUSED.into_iter().filter(has_effect).map(|(name, _)| name).collect();
-    fields.refuse(&refused)?;
 
     let mut sampling = served.sampling.clone();
     if let Some(temperature) = fields.number("temperature", 0.0..=2.0)? {
@@ -63,6 +45,10 @@ pub(crate) fn generation_config(
         if let Some(penalty) = fields.number(name, 0.01..=10.0)? {
             sampling.repetition_penalty = penalty;
         }
+    }
+    // -1 means all tokens
+    if let Some(window) = fields.integer("repeat_last_n", -1..=i64::from(u32::MAX))? {
+        sampling.penalty_window = usize::try_from(window).ok();
     }
     sampling.presence_penalty = fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0);
     sampling.frequency_penalty = fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0);

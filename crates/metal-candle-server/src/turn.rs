@@ -306,7 +306,6 @@ pub(crate) fn message(fields: &Fields) -> Result<Message, ApiError> {
 /// # Errors
 /// A value is a list or an object, or a variable is set by the server.
 pub(crate) fn template_variables(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
-    fields.refuse(&["chat_template"])?;
     let mut variables = Map::new();
     let given = fields.object("chat_template_kwargs")?;
     for (name, value) in given.iter().flat_map(Fields::map) {

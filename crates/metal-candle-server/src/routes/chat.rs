@@ -71,7 +71,6 @@ pub(crate) async fn answer(
 }
 
 fn parse(app: &App, client: &Client, fields: &Fields) -> Result<(Turn, Form), ApiError> {
-    fields.refuse(&["audio", "web_search_options", "functions", "function_call", "lora"])?;
     if fields.list("modalities", 8)?.is_some_and(|list| list.iter().any(|mode| mode != "text")) {
         return Err(ApiError::unsupported("modalities", "`modalities`: this server generates text only"));
     }

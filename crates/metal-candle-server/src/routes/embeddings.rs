@@ -27,7 +27,7 @@ pub(crate) async fn answer(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields = Fields::of_body(&body)?;
-    fields.refuse(&["dimensions"])?;
+    fields.refuse(&["dimensions", "truncate_prompt_tokens"])?;
     let target = app.target(&fields)?;
     let is_base64 = fields.one_of("encoding_format", &["float", "base64"])? == Some("base64");
     let inputs = inputs(&fields, &app.served)?;

@@ -23,9 +23,6 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Fields of unsupported features.
-const REFUSED: [&str; 3] = ["container", "mcp_servers", "context_management"];
-
 /// An error in Anthropic's format.
 pub(crate) struct MessageError(ApiError);
 
@@ -99,7 +96,6 @@ pub(crate) async fn count(
 }
 
 fn parse(app: &App, fields: &Fields, max_tokens: usize) -> Result<Turn, ApiError> {
-    fields.refuse(&REFUSED)?;
     let messages = conversation(fields)?;
     // if the conversation ends with the assistant's text, the answer continues that text
     let continues = messages.last().is_some_and(|last| last.role() == "assistant" && last.tool_calls().is_empty());
@@ -125,8 +121,6 @@ const RENAMED: [(&str, &str); 4] = [
 
 /// Converts tools and formats to fields of the chat route.
 fn chat_fields(fields: &Fields) -> Result<Value, ApiError> {
-    // an older name of `output_config.format`
-    fields.refuse(&["output_format"])?;
     let mut chat: Map<String, Value> = Grammar::extra_fields(fields).collect();
     let mut tools = Vec::new();
     for tool in fields.objects("tools", MAX_TOOLS)? {

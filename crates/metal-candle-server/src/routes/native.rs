@@ -167,7 +167,6 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     };
     let most = app.max_choices(client);
     let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
-    fields.refuse(&["image_data"])?;
     let wanted = num_predict(fields)?;
     // editors request no tokens to fill the cache with the prompt
     let config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;

@@ -1,9 +1,8 @@
 //! `GET /openapi.json`: serves the description of all routes, which is written by hand.
 
+use crate::document::DOCUMENT;
 use axum::http::header;
 use axum::response::IntoResponse;
-
-const DOCUMENT: &str = include_str!("../../openapi.json");
 
 /// The document.
 pub(crate) async fn document() -> impl IntoResponse {
@@ -13,8 +12,8 @@ pub(crate) async fn document() -> impl IntoResponse {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
-    use super::DOCUMENT;
     use crate::config::{JobsConfig, ServerConfig};
+    use crate::document::{DOCUMENT, resolve};
     use crate::fields::asked;
     use crate::server::Server;
     use axum::Router;
@@ -82,17 +81,6 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    /// Resolves a reference in the document.
-    fn resolve<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
-        match value["$ref"].as_str() {
-            None => value,
-            Some(name) => {
-                let found = name.strip_prefix('#').and_then(|path| document.pointer(path));
-                resolve(document, found.unwrap_or_else(|| panic!("`{name}` is not in the document")))
-            }
-        }
-    }
-
     fn each<'a>(value: &'a Value, visit: &mut impl FnMut(&'a Map<String, Value>)) {
         match value {
             Value::Object(map) => {
@@ -112,7 +100,8 @@ mod tests {
         let (mut used, mut ids) = (BTreeSet::new(), BTreeSet::new());
         each(&document, &mut |map| {
             if let Some(Value::String(name)) = map.get("$ref") {
-                resolve(&document, &json!({"$ref": name})).as_object().unwrap_or_else(|| panic!("{name}"));
+                let target = document.pointer(name.trim_start_matches('#'));
+                target.unwrap_or_else(|| panic!("`{name}` is not in the document"));
                 used.insert(name.clone());
             }
             if let Some(Value::String(id)) = map.get("operationId") {

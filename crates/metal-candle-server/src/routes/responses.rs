@@ -22,10 +22,6 @@ use std::sync::Arc;
 /// The smallest token limit that OpenAI accepts.
 const LEAST_TOKENS: usize = 16;
 
-/// Fields of unsupported features: state, hosted tools, stored prompts.
-const REFUSED: [&str; 6] =
-    ["previous_response_id", "conversation", "background", "prompt", "context_management", "moderation"];
-
 /// Settings of the wire format besides the turn.
 #[derive(Debug)]
 struct Form {
@@ -60,7 +56,6 @@ pub(crate) async fn count(State(app): State<Arc<App>>, JsonBody(body): JsonBody)
 }
 
 fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
-    fields.refuse(&REFUSED)?;
     fields.one_of("truncation", &["auto", "disabled"])?;
     let format = fields.object("text")?.map(|text| text.object("format")).transpose()?.flatten();
     let format = format.map(|format| Value::Object(format.map().clone()));
