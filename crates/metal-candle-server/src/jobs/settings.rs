@@ -20,6 +20,8 @@ const EXTRAS: [&str; 9] = [
     "batch_tokens",
     "serve",
 ];
+/// The fields of `hyperparameters`.
+const HYPERPARAMETERS: [&str; 3] = ["n_epochs", "batch_size", "learning_rate_multiplier"];
 const MAX_STEPS: usize = 1_000_000;
 
 /// Which checkpoint of a running job is served under its name.
@@ -53,6 +55,15 @@ pub(crate) struct JobSettings {
     pub(crate) serve: Serving,
 }
 
+/// Checks that an object has only these fields; other fields would be settings without an effect.
+fn check_names(fields: &Fields, path: &str, names: &[&str]) -> Result<(), ApiError> {
+    let is_unknown = |(name, value): &(&String, &Value)| !names.contains(&name.as_str()) && !value.is_null();
+    let Some((name, _)) = fields.map().iter().find(is_unknown) else { return Ok(()) };
+    let name: String = name.chars().take(40).collect();
+    let message = format!("`{path}`: expected {}, found `{name}`", names.join(", "));
+    Err(ApiError::unsupported(path, message))
+}
+
 impl JobSettings {
     /// Reads `method`, `hyperparameters` and `metal_candle`.
     ///
@@ -68,15 +79,15 @@ impl JobSettings {
                     let message = format!("`{path}`: expected `supervised`, found `{kind}`");
                     return Err(ApiError::unsupported(path, message));
                 }
-                method
-                    .object("supervised")?
-                    .map(|supervised| supervised.object("hyperparameters"))
-                    .transpose()?
-                    .flatten()
+                check_names(&method, "method", &["type", "supervised"])?;
+                let supervised = method.object("supervised")?;
+                let found = supervised.map(|supervised| supervised.object("hyperparameters")).transpose()?.flatten();
+                found.map(|found| ("method.supervised.hyperparameters", found))
             }
-            None => fields.object("hyperparameters")?,
+            None => fields.object("hyperparameters")?.map(|found| ("hyperparameters", found)),
         };
-        if let Some(hyperparameters) = hyperparameters {
+        if let Some((path, hyperparameters)) = hyperparameters {
+            check_names(&hyperparameters, path, &HYPERPARAMETERS)?;
             settings.n_epochs = or_auto(&hyperparameters, "n_epochs", |name| hyperparameters.count(name, 1, 50))?;
             settings.batch_size = or_auto(&hyperparameters, "batch_size", |name| hyperparameters.count(name, 1, 256))?;
             let name = "learning_rate_multiplier";
@@ -84,6 +95,7 @@ impl JobSettings {
                 or_auto(&hyperparameters, name, |name| hyperparameters.number(name, 1e-6..=1e6))?;
         }
         if let Some(extras) = fields.object("metal_candle")? {
+            check_names(&extras, "metal_candle", &EXTRAS)?;
             settings.read_extras(&extras)?;
         }
         let both = |first: bool, second: bool, param: &str, message: &str| {
@@ -111,12 +123,6 @@ impl JobSettings {
     }
 
     fn read_extras(&mut self, extras: &Fields) -> Result<(), ApiError> {
-        // these fields are our own extension, so an unknown name is a typo
-        if let Some(name) = extras.map().keys().find(|name| !EXTRAS.contains(&name.as_str())) {
-            let name: String = name.chars().take(40).collect();
-            let message = format!("`metal_candle`: expected {}, found `{name}`", EXTRAS.join(", "));
-            return Err(ApiError::unsupported("metal_candle", message));
-        }
         self.rank = extras.count("rank", 1, 512)?;
         self.alpha = extras.number("alpha", 1e-3..=1e5)?;
         self.learning_rate = extras.number("learning_rate", 1e-9..=1.0)?;
@@ -238,6 +244,12 @@ mod tests {
             (json!({"metal_candle": {"max_steps": 5}, "hyperparameters": {"n_epochs": 1}}), "metal_candle.max_steps"),
             (json!({"method": {"type": "dpo"}}), "method.type"),
             (json!({"hyperparameters": {"n_epochs": 51}}), "hyperparameters.n_epochs"),
+            (json!({"hyperparameters": {"warmup_ratio": 0.1}}), "hyperparameters"),
+            (json!({"method": {"dpo": {"hyperparameters": {}}}}), "method"),
+            (
+                json!({"method": {"supervised": {"hyperparameters": {"epochs": 1}}}}),
+                "method.supervised.hyperparameters",
+            ),
         ] {
             assert_eq!(read(&wrong).unwrap_err().param.as_deref(), Some(param), "{wrong}");
         }
