@@ -1,5 +1,5 @@
-//! Arcee's foundation models (AFM): a Llama whose MLP has no gate and squares its activation
-//! (<https://arxiv.org/abs/2109.08668>, section 3).
+//! Arcee's foundation models (AFM): Llama with an ungated MLP and a squared ReLU (<https://arxiv.org/abs/2109.08668>,
+//! section 3).
 
 use super::common::activation;
 use super::family::Family;

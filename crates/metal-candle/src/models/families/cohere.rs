@@ -1,4 +1,4 @@
-//! Command R (`cohere`) and Command R7B (`cohere2`): attention and MLP side by side after one layer norm.
+//! Command R (`cohere`) and Command R7B (`cohere2`): attention and MLP in parallel after one layer norm.
 
 use super::common::{decoder, layer_types, set_windows, sliding_window};
 use super::family::Family;
@@ -33,7 +33,7 @@ pub(super) const COHERE2: Family = Family {
     describe: cohere2,
 };
 
-/// What both share.
+/// The description that both share.
 fn base(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = decoder(config, keys)?;
     for table in &mut description.rotary {
@@ -59,7 +59,7 @@ fn cohere(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// Only the layers with a window have positions.
+/// Only sliding-window layers have rotary positions.
 fn cohere2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = base(config, keys)?;
     let pattern = keys.size("sliding_window_pattern")?.unwrap_or(4).max(1);

@@ -1,4 +1,4 @@
-//! What the families share: the plain decoder that each of them changes, and keys that several of them read.
+//! Builds the plain Llama decoder that each family modifies, and reads keys that several families share.
 
 use super::rotary::{RopeKeys, RopeOptions};
 use crate::error::Result;
@@ -14,19 +14,20 @@ use crate::ops::rotary::RotaryScaling;
 use metal_candle_kernels::Mask;
 use serde_json::Value;
 
-/// The decoder of Llama without scaled positions: RMS norms before attention and a gated MLP with `silu`, rotary positions over
-/// whole heads, no biases but those of q, k and v if `attention_bias`.
+/// The Llama decoder without rotary scaling: RMS norms before attention and before a gated MLP with `silu`, rotary
+/// positions over whole heads, and no biases except those of q, k and v if `attention_bias`.
 pub(super) fn decoder(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     decoder_with_rotary(config, keys, RopeOptions::default())
 }
 
-/// The same decoder whose rotary settings are read as `options` say.
+/// [`decoder`] with its rotary settings read according to `options`.
 pub(super) fn decoder_with_rotary(config: &mut ModelConfig, keys: &Keys, options: RopeOptions) -> Result<Description> {
     let rope = RopeKeys::read(config, keys, options)?;
     decoder_with(config, keys, &rope)
 }
 
-/// The same decoder whose layers with a window have a rotary table of their own, with base `local` if no key says otherwise.
+/// [`decoder`] with a separate rotary table for sliding-window layers, with base `local` unless the key `local_key` is
+/// present.
 pub(super) fn decoder_with_windows(
     config: &mut ModelConfig,
     keys: &Keys,
@@ -84,13 +85,13 @@ fn decoder_with(config: &mut ModelConfig, keys: &Keys, rope: &RopeKeys) -> Resul
     })
 }
 
-/// RMSNorm with a weight.
+/// An RMS norm with a weight.
 pub(super) fn rms_norm(config: &ModelConfig) -> NormSpec {
     let kind = NormKind::Rms { offset: 0.0 };
     NormSpec { kind, eps: config.rms_norm_eps, has_weight: true, has_bias: false }
 }
 
-/// The activation that `key` names.
+/// The activation named by `key`.
 pub(super) fn activation(keys: &Keys, key: &str, default: Activation) -> Result<Activation> {
     Ok(match keys.text(key)? {
         None => default,
@@ -108,12 +109,12 @@ pub(super) fn activation(keys: &Keys, key: &str, default: Activation) -> Result<
     })
 }
 
-/// A factor that is 1 where the key is absent.
+/// A factor, 1 if the key is absent.
 pub(super) fn factor(keys: &Keys, key: &str) -> Result<f32> {
     Ok(keys.number(key)?.unwrap_or(1.0) as f32)
 }
 
-/// A positive cap, or none where the key is absent or null.
+/// A positive cap; `None` if the key is null, `default` if it is absent.
 pub(super) fn soft_cap(keys: &Keys, key: &str, default: Option<f64>) -> Result<Option<f32>> {
     let value = if keys.contains(key) { keys.number(key)? } else { default };
     match value {
@@ -122,7 +123,7 @@ pub(super) fn soft_cap(keys: &Keys, key: &str, default: Option<f64>) -> Result<O
     }
 }
 
-/// Attention to `window` tokens, itself included; everything where a window covers the longest sequence.
+/// Attention to `window` tokens, including the token itself; full attention if the window covers the longest sequence.
 pub(super) fn window(config: &ModelConfig, window: Option<usize>) -> Mask {
     match window {
         Some(window) if window > 0 && window < config.max_position_embeddings => Mask::Window(window),
@@ -130,17 +131,17 @@ pub(super) fn window(config: &ModelConfig, window: Option<usize>) -> Mask {
     }
 }
 
-/// The window of `sliding_window`: `default` where the key is absent, none where it is null.
+/// The value of `sliding_window`: `default` if the key is absent, `None` if it is null.
 pub(super) fn sliding_window(keys: &Keys, default: Option<usize>) -> Result<Option<usize>> {
     if keys.contains("sliding_window") { keys.size("sliding_window") } else { Ok(default) }
 }
 
-/// For each layer whether `layer_types` names it a sliding one; none if the key is absent.
+/// Whether each layer is a sliding-window layer, according to `layer_types`; `None` if the key is absent.
 pub(super) fn layer_types(config: &ModelConfig, keys: &Keys) -> Result<Option<Vec<bool>>> {
     layer_types_at(config, keys, "layer_types")
 }
 
-/// The same of another key.
+/// [`layer_types`] for another key.
 pub(super) fn layer_types_at(config: &ModelConfig, keys: &Keys, key: &str) -> Result<Option<Vec<bool>>> {
     let kinds = match keys.get(key) {
         None => return Ok(None),
@@ -160,10 +161,10 @@ pub(super) fn layer_types_at(config: &ModelConfig, keys: &Keys, key: &str) -> Re
     kinds.iter().map(is_sliding).collect::<Result<_>>().map(Some)
 }
 
-/// Gives the sliding layers a window.
+/// Sets the window of the sliding-window layers.
 ///
 /// # Errors
-/// A layer is sliding, but there is no window.
+/// A layer is a sliding-window layer, but there is no window.
 pub(super) fn set_windows(
     description: &mut Description,
     config: &ModelConfig,
@@ -172,7 +173,7 @@ pub(super) fn set_windows(
     size: Option<usize>,
 ) -> Result<()> {
     if size.is_none() && is_sliding.contains(&true) {
-        let what = "sliding attention without a `sliding_window` that is in use";
+        let what = "sliding-window layers without a `sliding_window`";
         return Err(keys.unsupported("layer_types", what));
     }
     let mask = window(config, size);

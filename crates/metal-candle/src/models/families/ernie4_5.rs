@@ -1,4 +1,4 @@
-//! The dense models of ERNIE 4.5: a Llama that rotates neighbouring elements, with biases everywhere if `use_bias`.
+//! The dense models of ERNIE 4.5: Llama that rotates adjacent elements, with biases in all linear layers if `use_bias`.
 
 use super::common::decoder;
 use super::family::Family;

@@ -1,5 +1,5 @@
-//! `EXAONE` 4 (<https://arxiv.org/abs/2507.11407>, section 2.1): norms after the parts, norms of q and k, and in the models with
-//! windows rotary positions in the layers with a window only.
+//! `EXAONE` 4 (<https://arxiv.org/abs/2507.11407>, section 2.1): norms after the parts, and norms of q and k. Models
+//! with sliding windows have rotary positions only in the layers with a window.
 
 use super::common::{decoder, layer_types, rms_norm, set_windows, sliding_window};
 use super::family::Family;
@@ -27,7 +27,7 @@ fn exaone4(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     config.attention_bias = false;
     let mut description = decoder(config, keys)?;
     let size = sliding_window(keys, Some(4096))?;
-    // beside layer types it may be a text like `LLLG`
+    // with `layer_types`, it may be a string such as `LLLG`
     keys.contains("sliding_window_pattern");
     let is_sliding = match (layer_types(config, keys)?, size) {
         (Some(is_sliding), _) => is_sliding,

@@ -1,5 +1,5 @@
-//! Gemma 1 (<https://arxiv.org/abs/2403.08295>, section 2), 2 (<https://arxiv.org/abs/2408.00118>, section 2) and the text part
-//! of 3 (<https://arxiv.org/abs/2503.19786>, section 2).
+//! Gemma 1 (<https://arxiv.org/abs/2403.08295>, section 2), Gemma 2 (<https://arxiv.org/abs/2408.00118>, section 2) and
+//! the text model of Gemma 3 (<https://arxiv.org/abs/2503.19786>, section 2).
 
 use super::common::{
     activation, decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_window, soft_cap,
@@ -51,7 +51,7 @@ pub(super) const GEMMA3: Family = Family {
     describe: gemma3,
 };
 
-/// The weights of norms are `1 + w`, embeddings are multiplied by the root of their width.
+/// Norm weights are `1 + w`, and embeddings are multiplied by the square root of their width.
 fn base(config: &ModelConfig, keys: &Keys, description: &mut Description) -> Result<()> {
     if keys.flag("use_bidirectional_attention")?.unwrap_or(false) {
         return Err(keys.unsupported("use_bidirectional_attention", "attention to later tokens"));
@@ -69,7 +69,7 @@ fn offset_norm(config: &ModelConfig) -> NormSpec {
 fn gemma(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = decoder(config, keys)?;
     base(config, keys, &mut description)?;
-    // `gelu` of the first files means the approximation, and `hidden_activation` of later ones comes first
+    // `gelu` in early files means the tanh approximation, and `hidden_activation` of later files takes precedence
     let activation = match activation(keys, "hidden_act", Activation::GeluTanh)? {
         Activation::Gelu => Activation::GeluTanh,
         other => other,
@@ -78,8 +78,8 @@ fn gemma(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// What Gemma 2 and 3 share: norms around the parts, a scale of their own, a cap of the logits, and another key for the
-/// activation. Transformers caps the scores of Gemma 2 only.
+/// The settings that Gemma 2 and 3 share: norms around the parts, a score scale from `query_pre_attn_scalar`, a cap on
+/// logits, and the key `hidden_activation`. In transformers, only Gemma 2 caps scores.
 fn second(mut description: Description, config: &ModelConfig, keys: &Keys, cap: Option<f64>) -> Result<Description> {
     base(config, keys, &mut description)?;
     let activation = activation(keys, "hidden_activation", Activation::GeluTanh)?;

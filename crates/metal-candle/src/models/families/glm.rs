@@ -1,4 +1,4 @@
-//! GLM-4 of 2024 (`glm`) and GLM-4-0414 (`glm4`): neighbouring elements of half of each head are rotated.
+//! GLM-4 of 2024 (`glm`) and GLM-4-0414 (`glm4`): adjacent elements of half of each head are rotated.
 
 use super::common::decoder_with_rotary;
 use super::family::Family;
@@ -38,7 +38,7 @@ fn glm(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// As `glm`, with norms around the parts.
+/// [`glm`] with norms around the parts.
 fn glm4(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = glm(config, keys)?;
     for layer in &mut description.layers {

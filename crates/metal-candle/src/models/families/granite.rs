@@ -1,5 +1,5 @@
-//! Granite 3, and the dense models without recurrent layers of Granite 4: a Llama with a multiplier on embedding, residual
-//! branches, scores and logits.
+//! Granite 3, and the dense models of Granite 4 without recurrent layers: Llama with multipliers on embeddings,
+//! residual branches, scores and logits.
 
 use super::common::{factor, layer_types, layer_types_at};
 use super::family::Family;
@@ -24,7 +24,7 @@ pub(super) const GRANITE_HYBRID: Family = Family {
     describe: granite_hybrid,
 };
 
-/// Only the shared MLP, and positions only if the keys say so.
+/// Only the shared MLP, and rotary positions only if `position_embedding_type` is `rope`.
 fn granite_hybrid(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     if keys.size("num_local_experts")?.unwrap_or(8) != 0 {
         return Err(keys.unsupported("num_local_experts", "a mixture of experts (expected 0)"));

@@ -1,4 +1,4 @@
-//! Helium: a Llama that rotates neighbouring elements and has no bias of the output projection.
+//! Helium: Llama that rotates adjacent elements, without a bias of the output projection.
 
 use super::family::Family;
 use super::llama::llama;

@@ -1,4 +1,4 @@
-//! The dense models of Hunyuan: a Llama with norms of q and k after the rotation.
+//! The dense models of Hunyuan: Llama with norms of q and k after the rotation.
 
 use super::common::{decoder, rms_norm};
 use super::family::Family;
@@ -25,7 +25,7 @@ pub(super) const HUNYUAN: Family = Family {
 
 fn hunyuan(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = decoder(config, keys)?;
-    // released files have the key, which changes nothing
+    // released files have this key, which has no effect
     keys.flag("use_qk_norm")?;
     let names = ["query_layernorm", "key_layernorm"];
     let norm = QkNormSpec { norm: rms_norm(config), extent: QkNormExtent::Head, names, is_after_rotary: true };
@@ -37,7 +37,7 @@ fn hunyuan(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// With an `alpha`, `dynamic` scaling has a base that is larger by `alpha^(d / (d - 2))` at any length.
+/// With `alpha`, `dynamic` scaling multiplies the base by `alpha^(d / (d - 2))` at every length.
 fn set_fixed_base(description: &mut Description, config: &mut ModelConfig, keys: &Keys) -> Result<()> {
     let rope = RopeKeys::read(config, keys, RopeOptions::default())?;
     let Some(alpha) = rope.number("alpha")?.filter(|alpha| *alpha != 0.0) else { return Ok(()) };

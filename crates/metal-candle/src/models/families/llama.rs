@@ -1,4 +1,4 @@
-//! Llama 2 and 3 (<https://arxiv.org/abs/2407.21783>, section 3.2), and the many models that share its architecture.
+//! Llama 2 and 3 (<https://arxiv.org/abs/2407.21783>, section 3.2), and the many models with the same architecture.
 
 use super::common::decoder;
 use super::family::Family;
@@ -14,7 +14,7 @@ pub(super) const LLAMA: Family = Family {
     describe: llama,
 };
 
-/// The plain decoder, with biases everywhere if the keys say so.
+/// The plain decoder, with the biases that `attention_bias` and `mlp_bias` enable.
 pub(super) fn llama(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = decoder(config, keys)?;
     let has_mlp_bias = keys.flag("mlp_bias")?.unwrap_or(false);

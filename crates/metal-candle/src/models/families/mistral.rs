@@ -37,7 +37,7 @@ pub(super) const MINISTRAL3: Family = Family {
     describe: ministral3,
 };
 
-/// A window in all layers, if any. With `layer_types` the file is one of Ministral's, as transformers reads it.
+/// All layers have the window, if there is one. As in transformers, a file with `layer_types` is a Ministral file.
 fn mistral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     if keys.contains("layer_types") {
         return ministral(config, keys);
@@ -50,7 +50,7 @@ fn mistral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// A window where `layer_types` says so, without the key in all layers.
+/// The layers that `layer_types` lists have a window, or all layers if the key is absent.
 fn ministral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     config.attention_bias = false;
     let mut description = decoder(config, keys)?;
@@ -60,7 +60,7 @@ fn ministral(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// Queries grow with the logarithm of the position.
+/// Queries are scaled by the logarithm of the position.
 fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     config.attention_bias = false;
     let mut description = decoder(config, keys)?;
@@ -79,7 +79,8 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// The rotary settings of the released models, which hold where a file has none; `rope_theta` alone changes nothing.
+/// The rotary settings of the released models, for files without any. A file that has only `rope_theta` counts as one
+/// without.
 fn set_released_rotary(description: &mut Description, config: &mut ModelConfig) {
     const ORIGINAL: usize = 16_384;
     config.rope_theta = 1e6;

@@ -1,4 +1,4 @@
-//! Model families: each file turns the keys of one `model_type` into a description.
+//! The model families: each file converts the keys of one `model_type` to a description.
 
 mod arcee;
 mod cohere;
@@ -23,7 +23,7 @@ mod starcoder2;
 
 pub(crate) use family::Family;
 
-/// Each `model_type` that can be loaded.
+/// All supported families.
 const FAMILIES: &[&Family] = &[
     &arcee::ARCEE,
     &cohere::COHERE,
@@ -54,19 +54,20 @@ const FAMILIES: &[&Family] = &[
     &starcoder2::STARCODER2,
 ];
 
-/// Multimodal models whose text part can be loaded, and the type of that part if its configuration does not name it.
+/// Multimodal models whose text model can be loaded, and the default type of the text model.
 const MULTIMODAL: &[(&str, &str)] = &[("gemma3", "gemma3_text"), ("mistral3", "mistral")];
 
+/// The family with this `model_type`.
 pub(crate) fn find(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().copied().find(|family| family.model_type == model_type)
 }
 
-/// The names of all families, for messages.
+/// The names of all families, for error messages.
 pub(crate) fn names() -> String {
     FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join("`, `")
 }
 
-/// The type of the text part of a multimodal model.
+/// The default type of the text model of a multimodal model.
 pub(crate) fn text_type(model_type: &str) -> Option<&'static str> {
     MULTIMODAL.iter().find(|(multimodal, _)| *multimodal == model_type).map(|(_, text)| *text)
 }

@@ -1,5 +1,5 @@
-//! `OLMo` (<https://arxiv.org/abs/2402.00838>, section 2): layer norms without weights, q, k and v clipped; and `OLMo` 2
-//! (<https://arxiv.org/abs/2501.00656>, section 2) and 3: norms after the parts, norms of all of q and k.
+//! `OLMo` (<https://arxiv.org/abs/2402.00838>, section 2): layer norms without weights, and clipped q, k and v. `OLMo`
+//! 2 (<https://arxiv.org/abs/2501.00656>, section 2) and 3: norms after the parts, and norms over all heads of q and k.
 
 use super::common::{decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_window, soft_cap};
 use super::family::Family;
@@ -49,7 +49,7 @@ fn olmo2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// Three of four layers have a window, and only the others scaled positions.
+/// Three of four layers have a window; only the others have scaled positions.
 fn olmo3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let is_sliding = match layer_types(config, keys)? {
         Some(is_sliding) => is_sliding,

@@ -23,11 +23,11 @@ pub(super) const PHI3: Family = Family {
     describe: phi3,
 };
 
-/// Old files have other names for `longrope`.
+/// Old files use other names for `longrope`.
 const ROPE: RopeOptions =
     RopeOptions { layer_type: None, partial: Some(1.0), longrope_names: &["su", "yarn"], original: Some(4096) };
 
-/// q, k and v, and gate and up, are one tensor each. Adapters extend these as PEFT does, with one A for all of its rows.
+/// q, k and v are one tensor, and so are gate and up. As in PEFT, an adapter has one A for all rows of such a tensor.
 fn phi3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     config.attention_bias = false;
     let mut description = decoder_with_rotary(config, keys, ROPE)?;

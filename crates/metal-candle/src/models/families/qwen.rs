@@ -26,7 +26,7 @@ pub(super) const QWEN3: Family = Family {
 };
 
 fn qwen2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
-    // no key: the bias of q, k and v is part of the architecture
+    // there is no key for it: the bias of q, k and v is part of the architecture
     config.attention_bias = true;
     let mut description = decoder(config, keys)?;
     if keys.flag("use_mrope")?.unwrap_or(false) {
@@ -48,7 +48,7 @@ fn qwen3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// Windows from layer `max_window_layers` on, if `use_sliding_window`, or where `layer_types` says so.
+/// Windows from layer `max_window_layers` on if `use_sliding_window`, or in the layers that `layer_types` lists.
 fn set_upper_windows(description: &mut Description, config: &ModelConfig, keys: &Keys) -> Result<()> {
     let is_used = keys.flag("use_sliding_window")?.unwrap_or(false);
     let size = sliding_window(keys, Some(4096))?.filter(|_| is_used);

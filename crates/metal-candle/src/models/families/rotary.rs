@@ -1,4 +1,4 @@
-//! The keys of rotary positions, in the style of `rope_scaling` or of `rope_parameters`.
+//! Reads the rotary settings of a configuration, in the style of `rope_scaling` or of `rope_parameters`.
 
 use crate::error::Result;
 use crate::files::JsonObject;
@@ -10,30 +10,31 @@ use serde_json::Value;
 /// How a family reads its rotary settings.
 #[derive(Clone, Copy, Default)]
 pub(super) struct RopeOptions {
-    /// The type of layer whose settings are meant, in a family whose layers differ: its settings are below this name.
+    /// The layer type whose settings are read, in a family with one object of settings per layer type.
     pub(super) layer_type: Option<&'static str>,
-    /// The rotated share of a head where no key says it; without it only whole heads are rotated.
+    /// The default fraction of a head that is rotated; without it only whole heads are supported.
     pub(super) partial: Option<f64>,
-    /// Further names of `longrope` scaling.
+    /// Alternative names of `longrope` scaling.
     pub(super) longrope_names: &'static [&'static str],
-    /// The default of the `original_max_position_embeddings` beside the settings, which goes before the one among them.
+    /// The default of the top-level `original_max_position_embeddings`, which takes precedence over the key among the
+    /// rotary settings.
     pub(super) original: Option<usize>,
 }
 
-/// The rotary settings of a configuration, in the old style or the new one.
+/// The rotary settings of a configuration.
 pub(super) struct RopeKeys {
-    /// The keys of `rope_scaling` or `rope_parameters`, and which of them.
+    /// The object of rotary settings, and its key: `rope_scaling` or `rope_parameters`.
     rope: Option<(&'static str, JsonObject)>,
     pub(super) theta: f64,
-    /// The rotated share of a head.
+    /// The fraction of a head that is rotated.
     pub(super) share: f64,
-    /// `original_max_position_embeddings`; the key beside the settings goes before the one among them.
+    /// `original_max_position_embeddings`; the top-level key takes precedence over the one among the settings.
     pub(super) original: usize,
     pub(super) scaling: RotaryScaling,
 }
 
 impl RopeKeys {
-    /// The settings, of one type of layer if the options say so.
+    /// Reads the settings, for one layer type if the options name one.
     pub(super) fn read(config: &ModelConfig, keys: &Keys, options: RopeOptions) -> Result<Self> {
         let mut found = None;
         for key in ["rope_parameters", "rope_scaling"] {
@@ -53,7 +54,7 @@ impl RopeKeys {
                 (kind == "full_attention").then_some(("rope_scaling", object))
             }
             (Some((key, _)), Some(_)) => {
-                // transformers takes these for settings of no layer, and a scaling without `rope_type` for none
+                // transformers ignores these settings for every layer, and ignores scaling without `rope_type`
                 keys.forget(key);
                 None
             }
@@ -94,9 +95,9 @@ impl RopeKeys {
         Ok(settings)
     }
 
-    /// The table for the heads of `config`.
+    /// The rotary table for the heads of `config`.
     pub(super) fn table(&self, config: &ModelConfig) -> RotarySpec {
-        // an odd share is rounded up to whole pairs
+        // an odd number of elements is rounded up to whole pairs
         let dim = ((config.head_dim as f64 * self.share) as usize).next_multiple_of(2);
         RotarySpec {
             dim,
@@ -107,12 +108,12 @@ impl RopeKeys {
         }
     }
 
-    /// Whether the configuration has rotary settings beside `rope_theta`.
+    /// Whether the configuration has rotary settings other than `rope_theta`.
     pub(super) fn is_given(&self) -> bool {
         self.rope.is_some()
     }
 
-    /// The number of another key among the settings.
+    /// The value of another numeric key among the settings.
     pub(super) fn number(&self, name: &str) -> Result<Option<f64>> {
         match &self.rope {
             Some((_, object)) => object.number(name),
@@ -133,10 +134,10 @@ impl RopeKeys {
             let value = rope.number(name)?.ok_or_else(|| rope.missing(name, "a number"))?;
             if value > 0.0 { Ok(value) } else { Err(rope.wrong(name, "a number above 0", &Value::from(value))) }
         };
-        // transformers looks for `truncate` beside the types of layers, where it never is, and takes null for false
+        // transformers looks for `truncate` beside the layer types, where it never is, and reads null as false
         let truncate =
             options.layer_type.is_some() || rope.flag("truncate")?.unwrap_or(!rope.map().contains_key("truncate"));
-        // zero is no bound, as transformers reads it
+        // transformers ignores a bound of zero
         let beta = |name: &str, default: f64| -> Result<f64> {
             Ok(rope.number(name)?.filter(|beta| *beta != 0.0).unwrap_or(default))
         };
@@ -175,7 +176,7 @@ impl RopeKeys {
     }
 }
 
-/// A list of one positive number for each rotated pair.
+/// A list of positive numbers, one for each rotated pair.
 fn factors(rope: &JsonObject, name: &str, pairs: usize) -> Result<Vec<f64>> {
     let expected = format!("a list of {pairs} numbers above 0, one for each rotated pair");
     let value = rope.get(name).ok_or_else(|| rope.missing(name, &expected))?;

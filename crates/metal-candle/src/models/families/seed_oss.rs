@@ -1,4 +1,4 @@
-//! Seed-OSS: a Llama with biases of q, k and v.
+//! Seed-OSS: Llama with biases of q, k and v.
 
 use super::family::Family;
 use super::llama::llama;

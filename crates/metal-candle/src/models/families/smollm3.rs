@@ -1,4 +1,4 @@
-//! `SmolLM3`: a Llama some of whose layers have no positions (`NoPE`, <https://arxiv.org/abs/2501.18795>, section 3).
+//! `SmolLM3`: Llama in which some layers have no positions (`NoPE`, <https://arxiv.org/abs/2501.18795>, section 3).
 
 use super::common::{layer_types, set_windows, sliding_window};
 use super::family::Family;
@@ -42,7 +42,7 @@ fn smollm3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     Ok(description)
 }
 
-/// For each layer whether it has rotary positions, which is what a 1 in `no_rope_layers` means.
+/// Whether each layer has rotary positions: in `no_rope_layers`, 1 means that it has.
 fn rotary_layers(config: &ModelConfig, keys: &Keys) -> Result<Vec<bool>> {
     let layers = config.num_hidden_layers;
     let Some(value) = keys.get("no_rope_layers") else {

@@ -1,4 +1,5 @@
-//! `StarCoder2` (<https://arxiv.org/abs/2402.19173>, section 5.1): layer norms, an MLP without a gate, biases everywhere.
+//! `StarCoder2` (<https://arxiv.org/abs/2402.19173>, section 5.1): layer norms, an ungated MLP, and biases in all
+//! linear layers.
 
 use super::common::{activation, decoder, set_windows, sliding_window};
 use super::family::Family;
