@@ -96,7 +96,7 @@ fn adapters_train_as_on_dense_weights() {
         let batch = Batch::single(&ids);
         let targets = Targets { ids: [&ids[1..], &ids[..1]].concat(), weights: vec![1.0; ids.len()] };
         let adapter = LoRAAdapter::builder(&dense).with_rank(2).build().unwrap();
-        let terms = adapter.terms().unwrap();
+        let terms = adapter.low_rank_updates().unwrap();
         let run = |model: &Model| {
             model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), LossOptions::default()).unwrap()
         };
@@ -186,7 +186,7 @@ fn damaged_matrices_of_mlx_are_refused() {
         (
             "up_proj.weight",
             |t| Some(t.repeat((1, 2)).unwrap().narrow(1, 0, 14).unwrap().force_contiguous().unwrap()),
-            "expected 2, 3, 4, 5, 6 or 8 bits a weight, found 7",
+            "expected 2, 3, 4, 5, 6 or 8 bits per weight, found 7",
         ),
         ("up_proj.weight", |t| Some(t.to_dtype(DType::I64).unwrap()), "up_proj.weight`: expected dtype U32, found I64"),
         (
@@ -291,7 +291,7 @@ fn damaged_matrices_of_other_methods_are_refused() {
             remove,
             "nested_absmax`: expected F32 for a quantized matrix, found no",
         ),
-        ("gptq-llama", "k_proj.qweight", remove_last_row, "k_proj.qweight`: expected 4 bits a weight, found 3"),
+        ("gptq-llama", "k_proj.qweight", remove_last_row, "k_proj.qweight`: expected 4 bits per weight, found 3"),
         (
             "gptq-llama",
             "k_proj.qweight",

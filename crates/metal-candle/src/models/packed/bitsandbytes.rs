@@ -1,4 +1,4 @@
-//! Quantized matrices of bitsandbytes: nf4 and fp4, with and without double quantization, and int8.
+//! Reads quantized matrices of bitsandbytes: nf4 and fp4, with and without double quantization, and int8.
 
 use super::matrix::{PackedMatrix, Values};
 use super::module::{Checked, Module, Part};
@@ -6,7 +6,7 @@ use crate::error::Result;
 use candle_core::DType;
 use serde::Deserialize;
 
-/// What bitsandbytes writes of a matrix of 4 bits, as JSON in bytes.
+/// The JSON that bitsandbytes stores with a 4-bit matrix.
 #[derive(Debug, Clone, Deserialize)]
 struct State {
     quant_type: String,
@@ -17,7 +17,7 @@ struct State {
     nested_offset: Option<f32>,
 }
 
-/// The matrix `[rows, columns]` of a module; none if it is not quantized.
+/// The matrix `[rows, columns]` of a module; `None` if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     shape: [usize; 2],
@@ -39,7 +39,7 @@ pub(super) fn find<'a>(
     }
 }
 
-/// Bytes with the largest magnitude of each row, which is 127.
+/// Signed bytes, and for each row the magnitude that 127 stands for.
 fn int8<'a>(module: &Module<'a>, [rows, columns]: [usize; 2], dtype: DType) -> Checked<PackedMatrix<'a>> {
     let weight = module.require_shape("weight", &["I8"], &[rows, columns])?;
     let largest = module.require_shape("SCB", &["F32"], &[rows])?;
@@ -61,7 +61,7 @@ fn int8<'a>(module: &Module<'a>, [rows, columns]: [usize; 2], dtype: DType) -> C
     Ok(PackedMatrix { shape: [rows, columns], parts, read: Box::new(read) })
 }
 
-/// Indices of 4 bits into a table, with a scale for each block of the flat matrix.
+/// 4-bit indices into a table, with a scale for each block of the flattened matrix.
 fn four_bits<'a>(
     module: &Module<'a>,
     [rows, columns]: [usize; 2],
@@ -85,7 +85,7 @@ fn four_bits<'a>(
         "bfloat16" => DType::BF16,
         other => return Err(wrong(&format!("expected `dtype` float32, float16 or bfloat16, found `{other}`"))),
     };
-    // the bytes may be those of floats, which FSDP shards
+    // the bytes may be stored as floats, so that FSDP can shard them
     let weight = module.require("weight", &["U8", "I8", "F16", "BF16", "F32"])?;
     let (elements, blocks) = (rows * columns, (rows * columns).div_ceil(state.blocksize));
     if weight.num_bytes() != elements.div_ceil(2) {
@@ -113,10 +113,10 @@ fn four_bits<'a>(
             None => scales.floats()?,
         };
         let row = move |row: usize, values: &mut [f32]| {
-            for (place, value) in (row * columns..).zip(values) {
-                // the high half of a byte is first
-                let code = bytes[place / 2] >> (4 * (1 - place % 2)) & 15;
-                *value = table[usize::from(code)] * scales[place / state.blocksize];
+            for (index, value) in (row * columns..).zip(values) {
+                // the upper half of a byte comes first
+                let code = bytes[index / 2] >> (4 * (1 - index % 2)) & 15;
+                *value = table[usize::from(code)] * scales[index / state.blocksize];
             }
         };
         Ok(Values::Rows(Box::new(row), dtype))
@@ -124,7 +124,7 @@ fn four_bits<'a>(
     Ok(PackedMatrix { shape: [rows, columns], parts, read: Box::new(read) })
 }
 
-/// The tensors of scales that are quantized themselves.
+/// The tensors of double quantization: scales that are quantized themselves.
 struct Nested<'a> {
     size: usize,
     offset: f32,

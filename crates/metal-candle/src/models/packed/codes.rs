@@ -1,14 +1,14 @@
-//! Whole numbers of a few bits in words of 32 bits.
+//! Unpacks integers of a few bits from 32-bit words.
 
-/// The whole numbers of a matrix in the words of a file, little-endian.
+/// The packed integers (codes) of a matrix, little-endian.
 pub(super) struct Codes<'a> {
     bytes: &'a [u8],
     bits: u32,
-    order: Order,
+    packing: Packing,
 }
 
 #[derive(Clone, Copy)]
-enum Order {
+enum Packing {
     Rows { row_bytes: usize },
     Columns { rows: usize },
     Awq { columns_words: usize },
@@ -18,22 +18,23 @@ enum Order {
 impl<'a> Codes<'a> {
     /// Each row is a stream of codes of `bits` bits, lowest first, in `row_bytes` bytes.
     pub(super) fn in_rows(bytes: &'a [u8], bits: u32, row_bytes: usize) -> Self {
-        Self { bytes, bits, order: Order::Rows { row_bytes } }
+        Self { bytes, bits, packing: Packing::Rows { row_bytes } }
     }
 
     /// Each of `rows` rows is such a stream in a column of words.
     pub(super) fn in_columns(bytes: &'a [u8], bits: u32, rows: usize) -> Self {
-        Self { bytes, bits, order: Order::Columns { rows } }
+        Self { bytes, bits, packing: Packing::Columns { rows } }
     }
 
-    /// Codes of 4 bits as AWQ has them: the codes of 8 rows in a word, and the words of a column of codes side by side.
+    /// 4-bit codes as in AWQ: each word contains the codes of 8 rows, and the words for one column of codes are
+    /// adjacent.
     pub(super) fn of_awq(bytes: &'a [u8], rows: usize) -> Self {
-        Self { bytes, bits: 4, order: Order::Awq { columns_words: rows / 8 } }
+        Self { bytes, bits: 4, packing: Packing::Awq { columns_words: rows / 8 } }
     }
 
-    /// Signed bytes; the codes are these and 128.
+    /// Signed bytes; their codes are offset by 128.
     pub(super) fn signed(bytes: &'a [u8], columns: usize) -> Self {
-        Self { bytes, bits: 8, order: Order::Signed { columns } }
+        Self { bytes, bits: 8, packing: Packing::Signed { columns } }
     }
 
     pub(super) fn bits(&self) -> u32 {
@@ -42,8 +43,8 @@ impl<'a> Codes<'a> {
 
     /// Writes the codes of a row.
     pub(super) fn row(&self, row: usize, codes: &mut [u8]) {
-        match self.order {
-            Order::Rows { row_bytes } => {
+        match self.packing {
+            Packing::Rows { row_bytes } => {
                 let bytes = &self.bytes[row * row_bytes..(row + 1) * row_bytes];
                 match self.bits {
                     2 => split::<4>(bytes, codes),
@@ -52,16 +53,16 @@ impl<'a> Codes<'a> {
                     bits => stream(words(bytes), bits, codes),
                 }
             }
-            Order::Columns { rows } => stream(words(self.bytes).skip(row).step_by(rows), self.bits, codes),
-            Order::Awq { columns_words } => {
-                // the bits of the codes of rows 0 to 7
+            Packing::Columns { rows } => stream(words(self.bytes).skip(row).step_by(rows), self.bits, codes),
+            Packing::Awq { columns_words } => {
+                // the bit offsets of the codes of rows 0 to 7
                 const SHIFTS: [u32; 8] = [0, 16, 4, 20, 8, 24, 12, 28];
                 let shift = SHIFTS[row % 8];
                 for (code, word) in codes.iter_mut().zip(words(self.bytes).skip(row / 8).step_by(columns_words)) {
                     *code = (word >> shift & 15) as u8;
                 }
             }
-            Order::Signed { columns } => {
+            Packing::Signed { columns } => {
                 for (code, byte) in codes.iter_mut().zip(&self.bytes[row * columns..]) {
                     *code = byte ^ 0x80;
                 }
@@ -89,7 +90,7 @@ fn split<const N: usize>(bytes: &[u8], codes: &mut [u8]) {
     }
 }
 
-/// Reads codes of `bits` bits from a stream of them.
+/// Unpacks a stream of codes of `bits` bits.
 fn stream(mut words: impl Iterator<Item = u32>, bits: u32, codes: &mut [u8]) {
     let mask = (1_u64 << bits) - 1;
     let (mut buffer, mut len) = (0_u64, 0);

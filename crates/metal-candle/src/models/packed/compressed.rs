@@ -1,4 +1,4 @@
-//! Quantized matrices of compressed-tensors: packed integers, bytes, and floats of 8 bits.
+//! Reads quantized matrices of compressed-tensors: packed integers, bytes and 8-bit floats.
 
 use super::codes::Codes;
 use super::float8;
@@ -9,10 +9,10 @@ use super::module::{Checked, FLOATS, Module, whole_ratio};
 use super::quantization::CompressedSettings;
 use candle_core::DType;
 
-/// Bits of a word.
+/// The number of bits in a word.
 const WORD: usize = 32;
 
-/// The matrix `[rows, columns]` of a module; none if it is not quantized.
+/// The matrix `[rows, columns]` of a module; `None` if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     shape: [usize; 2],
@@ -46,7 +46,7 @@ fn packed<'a>(
     };
     if !settings.bits.is_empty() && !settings.bits.contains(&(bits as u64)) {
         let expected = &settings.bits;
-        return Err(format!("`{path}.weight_packed`: expected bits a weight as in {expected:?}, found {bits}"));
+        return Err(format!("`{path}.weight_packed`: expected {expected:?} bits per weight, found {bits}"));
     }
     let (scales, [_, groups]) = module.require_matrix("weight_scale", FLOATS)?;
     module.require_shape("weight_scale", FLOATS, &[rows, groups])?;

@@ -1,4 +1,4 @@
-//! Makes tensors of rows that are computed one by one.
+//! Builds dense tensors from rows that are computed in parallel.
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
@@ -6,15 +6,15 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// Writes the row with an index.
+/// A function that writes the row with an index.
 pub(super) type RowFunction<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
 
-/// A matrix in `dtype` on the CPU, whose rows `row` writes; none if a finite value is not finite in `dtype`.
+/// A matrix in `dtype` on the CPU, whose rows are written by `row`; `None` if a finite value overflows in `dtype`.
 pub(super) fn dense(shape: [usize; 2], dtype: DType, row: &RowFunction) -> Result<Option<Tensor>> {
     match dtype {
-        DType::F32 => make::<f32>(shape, row),
-        DType::F16 => make::<f16>(shape, row),
-        DType::BF16 => make::<bf16>(shape, row),
+        DType::F32 => build::<f32>(shape, row),
+        DType::F16 => build::<f16>(shape, row),
+        DType::BF16 => build::<bf16>(shape, row),
         other => Err(Error::argument("dtype", format!("expected f32, f16 or bf16, found {}", other.as_str()))),
     }
 }
@@ -54,7 +54,7 @@ impl Element for bf16 {
     }
 }
 
-fn make<T: Element>([rows, columns]: [usize; 2], row: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<Option<Tensor>> {
+fn build<T: Element>([rows, columns]: [usize; 2], row: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<Option<Tensor>> {
     let mut elements = vec![T::default(); rows * columns];
     let fits = elements
         .par_chunks_mut(columns.max(1))

@@ -1,4 +1,4 @@
-//! Matrices of floats of 8 bits with a scale for the matrix, for each row or for each block.
+//! Reads 8-bit float matrices with a scale for the matrix, for each row or for each block.
 
 use super::matrix::{PackedMatrix, Values};
 use super::module::{Checked, Module};
@@ -8,7 +8,7 @@ use candle_core::DType;
 /// The dtypes of scales.
 const SCALES: &[&str] = &["F32", "F16", "BF16", "F8_E8M0"];
 
-/// The matrix `[rows, columns]` of a module, with scales in the tensor `scale`; none if it is not quantized.
+/// The matrix `[rows, columns]` of a module, with scales in the tensor `scale`; `None` if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     [rows, columns]: [usize; 2],

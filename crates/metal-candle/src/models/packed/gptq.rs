@@ -1,4 +1,4 @@
-//! Quantized matrices of GPTQ and AWQ, which are stored transposed: a row of weights is a column of words.
+//! Reads quantized matrices of GPTQ and AWQ, which are stored transposed: a row of weights is a column of words.
 
 use super::codes::Codes;
 use super::integers::{Groups, Integers, Offsets};
@@ -8,10 +8,10 @@ use super::quantization::GptqSettings;
 use crate::error::Result;
 use candle_core::DType;
 
-/// Bits of a word.
+/// The number of bits in a word.
 const WORD: usize = 32;
 
-/// The matrix `[rows, columns]` of a module of GPTQ; none if it is not quantized.
+/// The matrix `[rows, columns]` of a GPTQ module; `None` if it is not quantized.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     [rows, columns]: [usize; 2],
@@ -29,7 +29,7 @@ pub(super) fn find<'a>(
     };
     if !matches!(bits, 2 | 3 | 4 | 8) || !(settings.is_mixed || bits == settings.bits) {
         let expected = if settings.is_mixed { "2, 3, 4 or 8".to_owned() } else { settings.bits.to_string() };
-        return Err(format!("`{path}.qweight`: expected {expected} bits a weight, found {bits}"));
+        return Err(format!("`{path}.qweight`: expected {expected} bits per weight, found {bits}"));
     }
     let zeros_are_less_one = settings.zeros_are_less_one;
     let (scales, [groups, _]) = module.require_matrix("scales", FLOATS)?;
@@ -40,7 +40,7 @@ pub(super) fn find<'a>(
         Some(_) => Some(module.require_shape("g_idx", &["I32"], &[columns])?),
         None => None,
     };
-    // the last group may be shorter; without a list groups are equal
+    // with a list the last group may be shorter; otherwise all groups have the same size
     let group = if listed.is_some() { Some(0) } else { whole_ratio(columns, groups) };
     let Some(group) = group.filter(|_| groups > 0) else {
         return Err(format!("`{path}.scales`: {groups} groups do not divide {columns} columns"));
@@ -67,7 +67,7 @@ pub(super) fn find<'a>(
     Ok(Some(PackedMatrix { shape: [rows, columns], parts, read: Box::new(read) }))
 }
 
-/// The matrix `[rows, columns]` of a module of AWQ; none if it is not quantized.
+/// The matrix `[rows, columns]` of an AWQ module; `None` if it is not quantized.
 pub(super) fn find_awq<'a>(
     module: &Module<'a>,
     [rows, columns]: [usize; 2],
@@ -108,7 +108,7 @@ pub(super) fn find_awq<'a>(
     Ok(Some(PackedMatrix { shape: [rows, columns], parts: vec![weight, scales, zeros], read: Box::new(read) }))
 }
 
-/// The groups of columns in a tensor; adjacent ones are recognized.
+/// The groups of columns listed in a tensor. Contiguous groups of the same size are detected.
 pub(super) fn listed_groups(part: Part, count: usize) -> Result<Groups> {
     let of_columns: Vec<u32> = part.bytes().as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
     if let Some(group) = of_columns.iter().find(|&&group| group as usize >= count) {
@@ -122,12 +122,12 @@ pub(super) fn listed_groups(part: Part, count: usize) -> Result<Groups> {
     })
 }
 
-/// The values of a matrix with `columns` columns, column by column.
+/// The values of a matrix with `columns` columns, in column-major order.
 fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns).copied()).collect()
 }
 
-/// The zero points of codes `[groups, rows]`, as `[rows, groups]`.
+/// The zero points for the codes `[groups, rows]`, as `[rows, groups]`.
 pub(super) fn transposed_codes(codes: &Codes, [groups, rows]: [usize; 2], zero: impl Fn(u8) -> i16) -> Vec<i16> {
     let (mut zeros, mut line) = (vec![0; rows * groups], vec![0; rows]);
     for group in 0..groups {

@@ -1,4 +1,4 @@
-//! Matrices of whole numbers of a few bits with scales: how they are decoded, and the block formats that hold the same values.
+//! Dequantizes integer matrices with scales, and converts them to block formats with the same values.
 
 use super::codes::Codes;
 use candle_core::DType;
@@ -6,35 +6,35 @@ use half::f16;
 use metal_candle_kernels::BlockFormat;
 use rayon::prelude::*;
 
-/// The number of weights of the blocks that are made.
+/// The number of weights per block.
 const BLOCK: usize = 32;
 
-/// A matrix of whole numbers, each group of columns of a row with a scale.
+/// A matrix of integers, with a scale for each group of columns of a row.
 pub(super) struct Integers<'a> {
     pub(super) codes: Codes<'a>,
     /// `[rows, groups]`.
     pub(super) scales: Vec<f32>,
     pub(super) offsets: Offsets,
     pub(super) groups: Groups,
-    /// The dtype of the matrix where it is dense.
+    /// The dtype of the matrix if it becomes dense.
     pub(super) dtype: DType,
 }
 
-/// What makes a weight of a whole number and its scale.
+/// How a weight is computed from its code and scale.
 pub(super) enum Offsets {
     /// `scale * code + bias`, with biases `[rows, groups]`.
     Biases(Vec<f32>),
-    /// `scale * (code - zero)`, with zeros `[rows, groups]`.
+    /// `scale * (code - zero)`, with zero points `[rows, groups]`.
     Zeros(Vec<i16>),
-    /// `scale * (code - zero)` with one zero.
+    /// `scale * (code - zero)` with one zero point.
     Zero(i16),
 }
 
 /// The group of each column.
 pub(super) enum Groups {
-    /// Groups of as many adjacent columns.
+    /// Groups of `len` adjacent columns.
     Adjacent { len: usize, count: usize },
-    /// Any, each below `count`.
+    /// Any group below `count` for each column.
     Listed { of_columns: Vec<u32>, count: usize },
 }
 
@@ -55,25 +55,25 @@ impl Groups {
     }
 }
 
-/// Makes values of codes: zeros are 0 beside biases, and biases beside zeros.
+/// Decodes the codes of a group: zero points are 0 if there are biases, and biases are 0 if there are zero points.
 #[derive(Clone, Copy)]
-struct Line {
+struct AffineDecode {
     scale: f32,
     zero: f32,
     bias: f32,
 }
 
-impl Line {
+impl AffineDecode {
     #[inline]
     fn at(self, code: u8) -> f32 {
         self.scale * (f32::from(code) - self.zero) + self.bias
     }
 }
 
-/// Block formats and how they hold `scale * (code - zero)`.
-struct Home {
+/// A block format that can represent the values, and its offset.
+struct BlockEncoding {
     format: BlockFormat,
-    /// What is added to `code - zero` in the block.
+    /// The offset that the format adds to `code - zero`.
     center: i16,
 }
 
@@ -87,28 +87,28 @@ impl Integers<'_> {
             Groups::Adjacent { len, .. } => {
                 let groups = values.chunks_mut(*len).zip(codes.chunks(*len)).zip(first..);
                 for ((values, codes), group) in groups {
-                    let line = self.line(group);
+                    let decoder = self.decoder(group);
                     for (value, code) in values.iter_mut().zip(codes) {
-                        *value = line.at(*code);
+                        *value = decoder.at(*code);
                     }
                 }
             }
             groups @ Groups::Listed { .. } => {
                 for (column, (value, code)) in values.iter_mut().zip(&codes).enumerate() {
-                    *value = self.line(first + groups.of(column)).at(*code);
+                    *value = self.decoder(first + groups.of(column)).at(*code);
                 }
             }
         }
     }
 
-    /// What makes values of the codes of a group, counted over all rows.
+    /// The decoder of a group; groups are numbered across all rows.
     #[inline]
-    fn line(&self, group: usize) -> Line {
+    fn decoder(&self, group: usize) -> AffineDecode {
         let bias = match &self.offsets {
             Offsets::Biases(biases) => biases[group],
             Offsets::Zeros(_) | Offsets::Zero(_) => 0.0,
         };
-        Line { scale: self.scales[group], zero: f32::from(self.zero(group)), bias }
+        AffineDecode { scale: self.scales[group], zero: f32::from(self.zero(group)), bias }
     }
 
     fn zero(&self, group: usize) -> i16 {
@@ -119,12 +119,12 @@ impl Integers<'_> {
         }
     }
 
-    /// The smallest format that holds all values that the codes could be.
-    fn home(&self) -> Option<Home> {
+    /// The smallest format that can represent all possible values of the codes.
+    fn block_encoding(&self) -> Option<BlockEncoding> {
         let bits = self.codes.bits();
         let (lowest, highest) = match &self.offsets {
-            Offsets::Biases(_) if bits <= 4 => return Some(Home { format: BlockFormat::Q4_1, center: 0 }),
-            Offsets::Biases(_) if bits == 5 => return Some(Home { format: BlockFormat::Q5_1, center: 0 }),
+            Offsets::Biases(_) if bits <= 4 => return Some(BlockEncoding { format: BlockFormat::Q4_1, center: 0 }),
+            Offsets::Biases(_) if bits == 5 => return Some(BlockEncoding { format: BlockFormat::Q5_1, center: 0 }),
             Offsets::Biases(_) => return None,
             Offsets::Zero(zero) => (*zero, *zero),
             Offsets::Zeros(zeros) => (zeros.iter().copied().min()?, zeros.iter().copied().max()?),
@@ -132,13 +132,13 @@ impl Integers<'_> {
         let (least, most) = (-highest, (1 << bits) - 1 - lowest);
         let formats = [(BlockFormat::Q4_0, 8), (BlockFormat::Q5_0, 16), (BlockFormat::Q8_0, 128)];
         let fits = |&(_, center): &(BlockFormat, i16)| least >= -center && most < center;
-        formats.into_iter().find(fits).map(|(format, center)| Home { format, center })
+        formats.into_iter().find(fits).map(|(format, center)| BlockEncoding { format, center })
     }
 
-    /// Blocks with exactly these values, if there is a format for them and f16 holds the scales.
+    /// Blocks with exactly these values, if there is a format for them and f16 can represent the scales.
     pub(super) fn blocks(&self, [rows, columns]: [usize; 2]) -> Option<(BlockFormat, Vec<u8>)> {
         let Groups::Adjacent { len, count } = &self.groups else { return None };
-        let Home { format, center } = self.home()?;
+        let BlockEncoding { format, center } = self.block_encoding()?;
         if !len.is_multiple_of(BLOCK) || columns == 0 {
             return None;
         }
@@ -163,17 +163,17 @@ impl Integers<'_> {
         is_exact.then_some((format, blocks))
     }
 
-    /// Writes codes of a group, counted over all rows, as a block; none if f16 does not hold its scale.
+    /// Writes codes of a group (numbered across all rows) as a block; `None` if f16 cannot represent its scale.
     fn write(&self, block: &mut [u8], codes: &mut [u8; BLOCK], group: usize, center: i16) -> Option<()> {
         let zero = self.zero(group);
-        // the scale of zeros does not matter: MLX writes 1e-7 for rows of zeros
+        // the scale of a zero block has no effect: MLX writes 1e-7 for rows of zeros
         let is_zero = codes.iter().all(|&code| i16::from(code) == zero);
         let scale = to_f16(if is_zero { 0.0 } else { self.scales[group] })?;
         let minimum = match &self.offsets {
             Offsets::Biases(biases) => Some(to_f16(biases[group])?),
             Offsets::Zeros(_) | Offsets::Zero(_) => None,
         };
-        // the sum fits: the format was chosen by the codes and zeros that there can be
+        // the sum fits, because the format was chosen for all possible codes and zero points
         let shift = (center - zero) as u8;
         for code in codes.iter_mut() {
             *code = code.wrapping_add(shift);
@@ -183,14 +183,14 @@ impl Integers<'_> {
     }
 }
 
-/// The same value as f16, if there is one.
+/// The same value in f16; `None` if f16 cannot represent it.
 fn to_f16(value: f32) -> Option<f16> {
     let half = f16::from_f32(value);
     (half.to_f32().to_bits() == value.to_bits()).then_some(half)
 }
 
-/// Writes a block of `q4_0`, `q4_1`, `q5_0` or `q5_1`: scale, minimum, the fifth bits, and the lower four bits of the first 16 codes
-/// beside those of the others; or one of `q8_0`, of codes less 128.
+/// Writes a block of `q4_0`, `q4_1`, `q5_0` or `q5_1` (scale, minimum, the fifth bits, and the lower four bits of the
+/// first 16 codes beside those of the others), or of `q8_0` (codes minus 128).
 fn write_block(block: &mut [u8], scale: f16, minimum: Option<f16>, codes: &[u8; BLOCK]) {
     let (scales, rest) = block.split_at_mut(if minimum.is_some() { 4 } else { 2 });
     scales[..2].copy_from_slice(&scale.to_le_bytes());
@@ -204,11 +204,11 @@ fn write_block(block: &mut [u8], scale: f16, minimum: Option<f16>, codes: &[u8; 
         return;
     }
     let (fifths, nibbles) = rest.split_at_mut(rest.len() - BLOCK / 2);
-    for (place, nibble) in nibbles.iter_mut().enumerate() {
-        *nibble = codes[place] & 15 | codes[place + BLOCK / 2] << 4;
+    for (index, nibble) in nibbles.iter_mut().enumerate() {
+        *nibble = codes[index] & 15 | codes[index + BLOCK / 2] << 4;
     }
     if !fifths.is_empty() {
-        let bits = codes.iter().enumerate().map(|(place, code)| u32::from(code >> 4 & 1) << place);
+        let bits = codes.iter().enumerate().map(|(index, code)| u32::from(code >> 4 & 1) << index);
         fifths.copy_from_slice(&bits.sum::<u32>().to_le_bytes());
     }
 }

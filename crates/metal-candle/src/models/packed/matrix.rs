@@ -1,4 +1,4 @@
-//! A matrix of a quantized checkpoint, before it is read.
+//! `PackedMatrix`: a quantized matrix of a checkpoint whose tensors have been found, but not read.
 
 use super::dense::{RowFunction, dense};
 use super::integers::Integers;
@@ -8,37 +8,37 @@ use crate::ops::Weight;
 use candle_core::DType;
 use metal_candle_kernels::BlockFormat;
 
-/// A matrix that is stored in tensors of another form, whose dtypes and shapes fit each other.
+/// A matrix stored in other tensors, whose dtypes and shapes have been checked.
 pub(super) struct PackedMatrix<'a> {
-    /// The numbers of rows and columns.
+    /// Rows and columns.
     pub(super) shape: [usize; 2],
-    /// The tensors that it is stored in; errors name the first.
+    /// The tensors that store it. Errors name the first.
     pub(super) parts: Vec<Part<'a>>,
     pub(super) read: Box<dyn Fn() -> Result<Values<'a>> + 'a>,
 }
 
 /// The values of a matrix.
 pub(super) enum Values<'a> {
-    /// Blocks of ggml with the same values.
+    /// GGUF blocks with the same values.
     Blocks(BlockFormat, Vec<u8>),
-    /// Whole numbers with scales.
+    /// Integers with scales.
     Integers(Integers<'a>),
-    /// A function that writes a row, and the dtype that the values are meant for.
+    /// A function that writes a row, and the preferred dtype of the matrix.
     Rows(Box<RowFunction<'a>>, DType),
 }
 
 impl PackedMatrix<'_> {
-    /// The size of its tensors, in bytes.
+    /// The size of its tensors in the files, in bytes.
     pub(super) fn num_bytes(&self) -> usize {
         self.parts.iter().map(|part| part.num_bytes()).sum()
     }
 
-    /// The matrix on the CPU in `dtype`. Without one it is made of blocks where they hold the same values, else of the dtype of its
-    /// scales.
+    /// The matrix on the CPU in `dtype`. Without a dtype, it consists of quantized blocks if they can represent the
+    /// same values, otherwise it has the dtype of its scales.
     pub(super) fn weight(&self, dtype: Option<DType>) -> Result<Weight> {
         let [rows, columns] = self.shape;
         let too_large = |dtype: DType| {
-            let message = format!("values too large for {}: load them as bf16 or f32", dtype.as_str());
+            let message = format!("values too large for {}; load them as bf16 or f32", dtype.as_str());
             self.parts[0].error(&message)
         };
         let in_rows = |row: &RowFunction, dtype: DType| {

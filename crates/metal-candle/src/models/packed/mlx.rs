@@ -1,4 +1,4 @@
-//! Quantized matrices of MLX: affine, mxfp4, mxfp8 and nvfp4.
+//! Reads quantized matrices of MLX: affine, mxfp4, mxfp8 and nvfp4.
 
 use super::codes::Codes;
 use super::integers::{Groups, Integers, Offsets};
@@ -9,13 +9,13 @@ use super::small_floats::{e2m1, e4m3, e8m0};
 use candle_core::DType;
 use metal_candle_kernels::BlockFormat;
 
-/// Bits of a word.
+/// The number of bits in a word.
 const WORD: usize = 32;
 
-/// The matrix of a module with `columns` columns; none if it is not quantized.
+/// The matrix of a module with `columns` columns; `None` if it is not quantized.
 ///
-/// As in mlx-lm, bits and groups are those that the shapes show: the configuration names them for all modules, and not every module
-/// is like the others.
+/// As in mlx-lm, bits and group size are derived from the shapes: the configuration has one setting for all modules,
+/// and some modules differ.
 pub(super) fn find<'a>(
     module: &Module<'a>,
     settings: &MlxSettings,
@@ -40,7 +40,7 @@ pub(super) fn find<'a>(
         return small_floats(module, shape, (bits, group), [weight, scales]).map(Some);
     };
     if !matches!(bits, 2..=6 | 8) {
-        return Err(format!("`{path}.weight`: expected 2, 3, 4, 5, 6 or 8 bits a weight, found {bits}"));
+        return Err(format!("`{path}.weight`: expected 2, 3, 4, 5, 6 or 8 bits per weight, found {bits}"));
     }
     let biases = module.require_shape("biases", FLOATS, &[rows, groups])?;
     let read = move || {
@@ -52,7 +52,7 @@ pub(super) fn find<'a>(
     Ok(Some(PackedMatrix { shape, parts: vec![weight, scales, biases], read: Box::new(read) }))
 }
 
-/// A matrix of floats of 4 or 8 bits with scales of 8 bits.
+/// A matrix of 4-bit or 8-bit floats with 8-bit scales.
 fn small_floats<'a>(
     module: &Module<'a>,
     shape: [usize; 2],
@@ -105,7 +105,7 @@ fn small_floats<'a>(
     }
 }
 
-/// Blocks of ggml: the scale, and the first 16 codes beside the others.
+/// GGUF blocks: the scale, and the first 16 codes beside the other 16.
 fn mxfp4_blocks(bytes: &[u8], scales: &[u8]) -> Vec<u8> {
     let mut blocks = Vec::with_capacity(bytes.len() + scales.len());
     for (codes, scale) in bytes.as_chunks::<16>().0.iter().zip(scales) {

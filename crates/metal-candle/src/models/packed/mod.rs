@@ -1,4 +1,4 @@
-//! Reads quantized checkpoints of safetensors: finds the tensors that make up a matrix, and repacks or dequantizes them.
+//! Loads quantized safetensors checkpoints: finds the tensors that store a matrix, and repacks or dequantizes them.
 
 mod bitsandbytes;
 mod codes;

@@ -1,4 +1,4 @@
-//! The tensors that a quantized checkpoint has in place of one matrix.
+//! Finds and checks the tensors that store one quantized matrix of a checkpoint.
 
 use crate::error::{Error, Result};
 use crate::files::{SafetensorsFile, Shards, TensorEntry};
@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 /// The dtypes of scales.
 pub(super) const FLOATS: &[&str] = &["F32", "F16", "BF16"];
 
-/// Tensors whose dtypes and shapes fit, or what is wrong with them.
+/// A checked value, or the problem with its tensors.
 pub(super) type Checked<T> = std::result::Result<T, String>;
 
-/// `a / b` if that is a whole number above zero.
+/// `a / b` if it is a positive integer.
 pub(super) fn whole_ratio(a: usize, b: usize) -> Option<usize> {
     (a > 0 && b > 0 && a.is_multiple_of(b)).then(|| a / b)
 }
@@ -32,7 +32,7 @@ pub(super) struct Part<'a> {
 }
 
 impl<'a> Module<'a> {
-    /// The module with these tensors: what follows the path in the name of each, and its name in the files.
+    /// The module with these tensors, each given by its suffix after the module's path and its full name in the files.
     pub(super) fn new(shards: &'a Shards, tensors: impl Iterator<Item = (&'a str, &'a str)>) -> Option<Self> {
         let mut path = None;
         let mut parts = BTreeMap::new();
@@ -44,18 +44,18 @@ impl<'a> Module<'a> {
         Some(Self { path: path?, parts })
     }
 
-    /// The tensor `part`, if there is one.
+    /// The tensor with the suffix `part`, if there is one.
     pub(super) fn find(&self, part: &str) -> Option<Part<'a>> {
         self.parts.get(part).copied()
     }
 
-    /// The tensors for quantizing activations, which are not quantized here.
+    /// The tensors that quantize activations. They are not used here.
     pub(super) fn of_activations(&self) -> impl Iterator<Item = Part<'a>> {
         let names = ["input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "output_scale"];
         names.into_iter().filter_map(|name| self.find(name))
     }
 
-    /// The tensor `part`, or what is wrong.
+    /// The tensor `part` with one of the dtypes, or the problem.
     pub(super) fn require(&self, part: &str, dtypes: &[&str]) -> Checked<Part<'a>> {
         let path = &self.path;
         let expected = dtypes.join(" or ");
@@ -68,7 +68,7 @@ impl<'a> Module<'a> {
         Err(format!("`{path}.{part}`: expected dtype {expected}, found {}", found.entry.dtype))
     }
 
-    /// The matrix `part`, or what is wrong.
+    /// The matrix `part`, or the problem.
     pub(super) fn require_matrix(&self, part: &str, dtypes: &[&str]) -> Checked<(Part<'a>, [usize; 2])> {
         let found = self.require(part, dtypes)?;
         match found.entry.shape.as_slice() {
@@ -77,7 +77,7 @@ impl<'a> Module<'a> {
         }
     }
 
-    /// The tensor `part` of this shape, or what is wrong.
+    /// The tensor `part` with this shape, or the problem.
     pub(super) fn require_shape(&self, part: &str, dtypes: &[&str], shape: &[usize]) -> Checked<Part<'a>> {
         let found = self.require(part, dtypes)?;
         let other = &found.entry.shape;
@@ -105,17 +105,17 @@ impl<'a> Part<'a> {
         self.entry.num_bytes()
     }
 
-    /// The dtype, if weights can have it.
+    /// The dtype, if it is a dtype of weights.
     pub(super) fn float_dtype(self) -> Option<DType> {
         self.entry.candle_dtype().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16))
     }
 
-    /// f16 or bf16, if it is the dtype.
+    /// The dtype, if it is f16 or bf16.
     pub(super) fn half_dtype(self) -> Option<DType> {
         self.float_dtype().filter(|dtype| *dtype != DType::F32)
     }
 
-    /// The elements as they are in the file.
+    /// The raw bytes of the elements.
     pub(super) fn bytes(self) -> &'a [u8] {
         &self.file.map()[self.entry.byte_range()]
     }
@@ -130,7 +130,8 @@ impl<'a> Part<'a> {
         Error::format(self.file.path(), format!("`{}`: {message}", self.name()))
     }
 
-    /// Ends reading the tensor: fails if its file was changed meanwhile, and releases the pages that were read.
+    /// Finishes reading the tensor: fails if its file has changed since it was opened, and releases the pages that were
+    /// read.
     pub(super) fn finish(self) -> Result<()> {
         self.file.map().check().map_err(|error| Error::read(self.file.path(), error))?;
         self.file.map().release(self.entry.byte_range());

@@ -1,4 +1,4 @@
-//! How the weights of a checkpoint are quantized, by its `config.json`.
+//! Reads from `config.json` how the weights of a checkpoint are quantized.
 
 use super::module::Checked;
 use crate::error::{Error, Result};
@@ -6,7 +6,7 @@ use crate::models::keys::Keys;
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// The keys of a `config.json` about quantization: that of mlx-lm, and that of transformers.
+/// The quantization keys of a `config.json`: that of mlx-lm, and that of transformers.
 const KEYS: [&str; 2] = ["quantization", "quantization_config"];
 
 /// How the weights of a checkpoint are quantized.
@@ -19,7 +19,7 @@ pub(crate) enum Quantization {
         /// The name of the type.
         kind: String,
     },
-    /// As floats of 8 bits, with a scale for each block if there is a size of blocks, else for the matrix or each row.
+    /// 8-bit floats, with a scale for each block if `block` is set, otherwise for the matrix or each row.
     Float8 { block: Option<[usize; 2]> },
     /// By GPTQ.
     Gptq(GptqSettings),
@@ -33,7 +33,7 @@ pub(crate) enum Quantization {
 #[derive(Debug, Clone)]
 pub(crate) struct GptqSettings {
     pub(super) bits: usize,
-    /// Whether the configuration has other bits for some modules.
+    /// Whether some modules have other bits.
     pub(super) is_mixed: bool,
     /// Whether a zero point of 8 is stored as 7.
     pub(super) zeros_are_less_one: bool,
@@ -43,9 +43,9 @@ pub(crate) struct GptqSettings {
 #[derive(Debug, Clone)]
 pub(crate) struct CompressedSettings {
     format: String,
-    /// The bits of weights that are mentioned.
+    /// The bits of weights that the configuration lists.
     pub(super) bits: Vec<u64>,
-    /// Rows and columns of blocks with a scale.
+    /// Rows and columns of the blocks that share a scale.
     pub(super) block: Option<[usize; 2]>,
 }
 
@@ -55,12 +55,12 @@ pub(crate) struct MlxSettings {
     bits: usize,
     group_size: usize,
     mode: String,
-    /// All keys: those of modules that differ are paths.
+    /// All keys; the settings of modules that differ are stored under their paths.
     keys: Map<String, Value>,
 }
 
 impl Quantization {
-    /// Reads the keys of a configuration; none if its weights are not quantized.
+    /// Reads the keys of a configuration; `None` if its weights are not quantized.
     pub(crate) fn read(keys: &Keys) -> Result<Option<Self>> {
         let found = KEYS.into_iter().find_map(|key| Some((key, keys.get(key)?)));
         let Some((key, value)) = found else { return Ok(None) };
@@ -113,7 +113,7 @@ impl Quantization {
         }))
     }
 
-    /// Removes what is said of quantization: a model that is saved has dense weights.
+    /// Removes the quantization keys, because saved models are dense.
     pub(crate) fn remove_keys(keys: &mut Map<String, Value>) {
         for key in KEYS {
             keys.remove(key);
@@ -153,7 +153,7 @@ impl<'a> Settings<'a> {
 
     fn unsupported(&self, method: &str) -> Error {
         let what = format!(
-            "weights quantized by method `{method}`: take the unquantized model, or a version of it for llama.cpp (GGUF) or MLX"
+            "weights quantized by method `{method}`; use the unquantized model, or a GGUF or MLX version of it"
         );
         self.keys.unsupported(self.key, &what)
     }
@@ -173,7 +173,7 @@ impl<'a> Settings<'a> {
         size.map_err(|_| self.wrong(name, "a whole number", &self.map[name]))
     }
 
-    /// The rows and columns of blocks; none if the value is null.
+    /// The rows and columns of blocks; `None` if the value is null.
     fn block(&self, value: &Value) -> Result<Option<[usize; 2]>> {
         let size = |value: &Value| value.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
         match value {
@@ -227,7 +227,7 @@ impl MlxSettings {
         Ok(Self { bits, group_size: settings.size("group_size")?, mode: mode.to_owned(), keys: settings.map.clone() })
     }
 
-    /// Checks bits and group of a module against what is said of it.
+    /// Checks bits and group size of a module against its own settings.
     pub(super) fn check(&self, path: &str, bits: usize, group: usize) -> Checked<()> {
         let Some(settings) = self.keys.get(path).and_then(Value::as_object) else { return Ok(()) };
         for (key, found) in [("bits", bits), ("group_size", group)] {

@@ -1,4 +1,4 @@
-//! Floats of 4 and 8 bits.
+//! Decodes 4-bit and 8-bit floats.
 
 /// The value of a float with 1 sign, 2 exponent and 1 mantissa bits, in the lower half of a byte.
 pub(super) fn e2m1(code: u8) -> f32 {
@@ -17,7 +17,7 @@ pub(super) fn e4m3(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// The power of two that 8 exponent bits are; NaN for 255.
+/// The power of two with this 8-bit exponent; NaN for 255.
 pub(super) fn e8m0(code: u8) -> f32 {
     match code {
         0 => f32::from_bits(1 << 22),

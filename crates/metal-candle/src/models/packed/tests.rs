@@ -1,4 +1,4 @@
-//! Matrices as the tools that people use write them (`dev/reference_packed.py`), and the values that they stand for.
+//! Compares matrices written by the original tools (`dev/reference_packed.py`) with the values that these tools read.
 
 use super::{PackedWeights, Quantization};
 use crate::files::{JsonObject, Shards};
@@ -27,8 +27,8 @@ fn expected(shards: &Shards) -> Vec<(String, Tensor)> {
     expected.map(read).collect()
 }
 
-/// Loads each matrix of a golden file as it is and as f32, f16 and bf16; the formats of the blocks or the dtypes that they are
-/// held in.
+/// Loads each matrix of a golden file without a dtype and as f32, f16 and bf16, and returns the block format or dtype
+/// of each without one.
 fn formats(file: &str, keys: &Value) -> HashMap<String, String> {
     let (shards, quantization) = (golden(file), quantization(keys).unwrap());
     let expected = expected(&shards);
@@ -43,7 +43,7 @@ fn formats(file: &str, keys: &Value) -> HashMap<String, String> {
         let weight = |dtype: Option<DType>| packed.weight(&name, dtype).unwrap().unwrap().0;
         let held = weight(None);
         let dtype = held.dtype();
-        // blocks are of f32
+        // the dtype of blocks is f32
         let rounded = expected.to_dtype(dtype).unwrap();
         assert_eq!(values(&held.tensor().unwrap()), values(&rounded), "{name}");
         for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -65,7 +65,7 @@ fn formats(file: &str, keys: &Value) -> HashMap<String, String> {
 fn matrices_of_mlx_have_the_values_of_mlx() {
     let formats = formats("mlx.safetensors", &json!({"quantization": {"bits": 4, "group_size": 64}}));
     assert_eq!(formats.len(), 21);
-    // the dtypes of scales take turns: bf16, f16, f32
+    // the dtypes of scales alternate: bf16, f16, f32
     for (name, format) in [
         ("affine_2_32", "q4_1"),
         ("affine_3_32", "q4_1"),
@@ -85,7 +85,7 @@ fn matrices_of_mlx_have_the_values_of_mlx() {
     }
 }
 
-/// Checks the formats of some matrices of a file, all of which are compared with what the tool says.
+/// Checks the formats of the matrices of a file. All values are compared with those of the tool.
 fn check_formats(file: &str, settings: &Value, expected: &[(&str, &str)]) {
     let formats = formats(file, &json!({"quantization_config": settings}));
     assert_eq!(formats.len(), expected.len(), "{file}");
@@ -111,7 +111,7 @@ fn floats_of_8_bits_have_the_values_of_transformers() {
 
 #[test]
 fn matrices_of_gptq_have_the_values_of_gptqmodel() {
-    // without a zero point in the middle, the difference of a code and a zero point needs one bit more
+    // unless the zero point is in the middle, code minus zero point needs one more bit
     let expected = [
         ("2", "q4_0"),
         ("3", "q4_0"),
@@ -193,7 +193,7 @@ fn settings_are_read_and_described() {
 #[test]
 fn unknown_methods_are_refused_with_what_to_do() {
     for (keys, expected) in [
-        (json!({"quantization_config": {"quant_method": "aqlm"}}), "method `aqlm`: take the unquantized model, or"),
+        (json!({"quantization_config": {"quant_method": "aqlm"}}), "method `aqlm`; use the unquantized model, or"),
         (json!({"quantization": {}}), "method `unknown`"),
         (json!({"quantization": {"bits": 4, "group_size": 64, "mode": "ternary"}}), "method `mlx` of mode `ternary`"),
         (json!({"quantization": {"bits": 7, "group_size": 64}}), "`quantization.bits`: expected 2, 3, 4, 5, 6 or 8"),

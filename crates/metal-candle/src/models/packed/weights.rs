@@ -1,4 +1,4 @@
-//! The quantized matrices of a checkpoint.
+//! `PackedWeights`: finds and reads the quantized matrices of a checkpoint.
 
 use super::matrix::PackedMatrix;
 use super::module::{Checked, Module};
@@ -10,20 +10,20 @@ use crate::ops::Weight;
 use candle_core::DType;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// The quantized matrices of a checkpoint, by the names of parameters.
+/// The quantized matrices of a checkpoint, by parameter name.
 #[derive(Default)]
 pub(crate) struct PackedWeights<'a> {
     matrices: BTreeMap<&'a str, PackedMatrix<'a>>,
-    /// The tensors that they are stored in, by their names in the files.
+    /// The tensors that store them, by their names in the files.
     parts: HashSet<&'a str>,
     shapes: HashMap<&'a str, [usize; 2]>,
-    /// What is wrong with others.
+    /// The problems with other matrices.
     pub(crate) problems: Vec<String>,
 }
 
 impl<'a> PackedWeights<'a> {
-    /// Looks for the parameters, given by name and shape, among the tensors `found`, given by their names in the model and in
-    /// the files. `dense_dtype` is that of matrices that have no scales in half precision.
+    /// Finds the parameters, given by name and shape, among the tensors `found`, given by their names in the model and
+    /// in the files. `dense_dtype` is the dtype of dense matrices without half-precision scales.
     pub(crate) fn find(
         shards: &'a Shards,
         quantization: Option<&Quantization>,
@@ -53,7 +53,7 @@ impl<'a> PackedWeights<'a> {
         packed
     }
 
-    /// Whether there is no quantized matrix.
+    /// Whether no matrix is quantized.
     pub(crate) fn is_empty(&self) -> bool {
         self.matrices.is_empty()
     }
@@ -69,7 +69,7 @@ impl<'a> PackedWeights<'a> {
         self.matrices.insert(parameter, matrix);
     }
 
-    /// The first tensor that a parameter is stored in, by its name in the files.
+    /// The first tensor that stores a parameter, by its name in the files.
     pub(crate) fn name(&self, parameter: &str) -> Option<&'a str> {
         self.matrices.get(parameter).map(|matrix| matrix.parts[0].name())
     }
@@ -79,21 +79,22 @@ impl<'a> PackedWeights<'a> {
         self.shapes.get(name).map(<[usize; 2]>::as_slice)
     }
 
-    /// Whether a matrix is stored in this tensor.
+    /// Whether this tensor stores a part of a quantized matrix.
     pub(crate) fn is_part(&self, name: &str) -> bool {
         self.parts.contains(name)
     }
 
-    /// A parameter on the CPU and the bytes that it takes in the files; none if it is not quantized.
+    /// Reads a parameter on the CPU; also returns its size in the files in bytes. `None` if it is not quantized.
     ///
-    /// Without a dtype it is made of quantized blocks where they hold the same values, else of the dtype of its scales.
+    /// Without a dtype, it consists of quantized blocks if they can represent the same values, otherwise it has the
+    /// dtype of its scales.
     pub(crate) fn weight(&self, parameter: &str, dtype: Option<DType>) -> Result<Option<(Weight, usize)>> {
         let Some(matrix) = self.matrices.get(parameter) else { return Ok(None) };
         Ok(Some((matrix.weight(dtype)?, matrix.num_bytes())))
     }
 }
 
-/// The matrix `[rows, columns]` of a module; none if it is not quantized.
+/// The matrix `[rows, columns]` of a module; `None` if it is not quantized.
 fn find<'a>(
     module: &Module<'a>,
     quantization: &Quantization,
@@ -113,7 +114,7 @@ fn find<'a>(
     }
 }
 
-/// Tools for GPTQ write a bias of zeros for layers that have none.
+/// Accepts the zero bias that GPTQ tools write for layers without one.
 fn with_zero_bias<'a>(module: &Module<'a>, matrix: Option<PackedMatrix<'a>>) -> Checked<Option<PackedMatrix<'a>>> {
     let Some(bias) = module.find("bias") else { return Ok(matrix) };
     let Some(mut matrix) = matrix else { return Ok(None) };
