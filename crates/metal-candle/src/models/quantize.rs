@@ -1,6 +1,6 @@
-//! Quantizes the matrices of a model.
+//! Quantizes the matrices of a model, and moves models between devices and dtypes.
 
-use super::gguf::{Circumstances, GgufNames, QuantizationMixture};
+use super::gguf::{GgufNames, MixtureContext, QuantizationMixture};
 use super::importance::Importance;
 use super::model::Model;
 use super::registry::{ParameterSpec, Role};
@@ -14,24 +14,24 @@ use metal_candle_kernels::{BlockFormat, QuantizeError};
 use regex::Regex;
 use std::collections::HashMap;
 
-/// Elements that are quantized at a time.
+/// The number of elements that are quantized at a time.
 const ELEMENTS_AT_ONCE: usize = 1 << 24;
 
-/// How a model is to be quantized.
+/// Settings for quantizing a model: a mixture, overrides for single tensors, and an importance matrix.
 #[derive(Debug, Clone)]
 pub struct Quantization {
     mixture: QuantizationMixture,
-    /// Types of the tensors whose names match; the first match holds.
+    /// Types for tensors with matching names; the first match applies.
     overrides: Vec<(Regex, GgufType)>,
     importance: Option<Importance>,
 }
 
-/// How far quantizing has come.
+/// The progress of quantizing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuantizeProgress {
     /// Elements quantized so far.
     pub elements: usize,
-    /// Elements in all.
+    /// The total number of elements.
     pub num_elements: usize,
 }
 
@@ -42,16 +42,16 @@ impl From<QuantizationMixture> for Quantization {
 }
 
 impl Quantization {
-    /// Gives the tensors whose names match `pattern`, a regular expression, another type. Both their names in GGUF files
-    /// (`blk.0.ffn_down.weight`) and in checkpoints are tried. Of several that match, the first that was added holds.
+    /// Overrides the type of tensors whose names match `pattern`, a regular expression. It is matched against their
+    /// names in GGUF files (`blk.0.ffn_down.weight`) and in checkpoints. If several patterns match, the first one
+    /// applies.
     ///
     /// # Errors
-    /// The pattern is no regular expression, or the type is read and not written.
+    /// The pattern is not a regular expression, or the type cannot be written.
     pub fn with_type(mut self, pattern: &str, kind: GgufType) -> Result<Self> {
         if !kind.is_writable() {
             let known: Vec<&str> = GgufType::all().filter(|kind| kind.is_writable()).map(GgufType::name).collect();
-            let message =
-                format!("`{}` is read and not written; expected one of `{}`", kind.name(), known.join("`, `"));
+            let message = format!("`{}` can only be read; expected one of `{}`", kind.name(), known.join("`, `"));
             return Err(Error::argument("tensor_type", message));
         }
         let wrong = |error: regex::Error| {
@@ -62,7 +62,7 @@ impl Quantization {
         Ok(self)
     }
 
-    /// Gives one weight, named as in a checkpoint, another type, whatever else was said of it.
+    /// Overrides the type of one weight, named as in a checkpoint. It takes precedence over all other settings.
     #[must_use]
     pub fn with_type_of(mut self, weight: &str, kind: GgufType) -> Self {
         if let Ok(pattern) = Regex::new(&format!("^{}$", regex::escape(weight))) {
@@ -71,7 +71,7 @@ impl Quantization {
         self
     }
 
-    /// Weighs rounding errors by the importance of columns.
+    /// Weights rounding errors by the importance of columns.
     #[must_use]
     pub fn with_importance(mut self, importance: Importance) -> Self {
         self.importance = Some(importance);
@@ -86,11 +86,11 @@ impl Quantization {
     /// The type of each matrix of a model, by the name of the parameter.
     ///
     /// # Errors
-    /// A type that was asked for has blocks that do not fill the rows of a tensor.
+    /// The blocks of a requested type do not fill the rows of a tensor.
     pub fn types(&self, model: &Model) -> Result<HashMap<String, GgufType>> {
         let config = model.config();
         let names = GgufNames::for_config(config).ok();
-        let circumstances = Circumstances::new(config, self.importance.is_some());
+        let context = MixtureContext::new(config, self.importance.is_some());
         let mut types = HashMap::new();
         for spec in config.parameter_specs()?.into_iter().filter(is_matrix) {
             let in_file = names.and_then(|names| names.tensor(&spec.name));
@@ -105,7 +105,7 @@ impl Quantization {
                         format!("`{}`: expected rows of blocks of {len} ({kind}), found rows of {columns}", spec.name);
                     return Err(Error::argument("tensor_type", message));
                 }
-                None => self.mixture.of(&spec.name, spec.shape[1], &circumstances),
+                None => self.mixture.of(&spec.name, spec.shape[1], &context),
             };
             types.insert(spec.name, kind);
         }
@@ -113,19 +113,19 @@ impl Quantization {
     }
 }
 
-/// Whether a parameter is a matrix that quantized files hold quantized.
+/// Whether a parameter is a matrix that can be quantized.
 fn is_matrix(spec: &ParameterSpec) -> bool {
     spec.shape.len() == 2 && matches!(spec.role, Role::Matrix | Role::Embedding)
 }
 
 impl Model {
-    /// The same model with its matrices in other types, on the CPU. Matrices that have their type already are shared.
+    /// A copy of the model with its matrices quantized, on the CPU. Matrices that already have their type are shared.
     ///
     /// # Errors
     /// The model is on a GPU, or an element is not finite or too large for its type.
     pub fn quantize(&self, quantization: &Quantization, mut progress: impl FnMut(QuantizeProgress)) -> Result<Self> {
         if !self.device().is_cpu() {
-            return Err(Error::Unsupported("quantizing on a GPU: load the model on the CPU".into()));
+            return Err(Error::Unsupported("quantizing on a GPU; load the model on the CPU".into()));
         }
         let types = quantization.types(self)?;
         let num_elements = self
@@ -153,8 +153,8 @@ impl Model {
 }
 
 impl Model {
-    /// The same model on another device. On a GPU parameters that are not quantized are of type `dtype`, as activations are;
-    /// quantized ones stay so. On the CPU nothing changes its type, and what was quantized on a GPU is dequantized.
+    /// The model on another device. On a GPU, dense parameters become `dtype`, the dtype of activations, and quantized
+    /// ones stay quantized. On the CPU dtypes do not change, and weights that were quantized on a GPU are dequantized.
     ///
     /// # Errors
     /// The device has too little memory.
@@ -168,10 +168,10 @@ impl Model {
         Self::from_weights(self.config().clone(), weights, device)
     }
 
-    /// The same model with all its parameters in this dtype.
+    /// The model with all its parameters in this dtype.
     ///
     /// # Errors
-    /// An element is too large for it.
+    /// An element is too large for the dtype.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let mut weights = HashMap::new();
         for (name, weight) in self.parameters() {
@@ -181,7 +181,7 @@ impl Model {
     }
 }
 
-/// A matrix in another type.
+/// Converts a matrix to another type.
 fn convert(
     name: &str,
     weight: &Weight,
@@ -214,7 +214,7 @@ fn convert(
     }
     match kind {
         GgufType::Blocks(format) => Weight::blocks(blocks, (rows, columns), format)
-            .ok_or_else(|| Error::Unsupported(format!("`{name}`: blocks of another size than their matrix"))),
+            .ok_or_else(|| Error::Bug(format!("the blocks of `{name}` do not have the size of their matrix"))),
         _ => Ok(Tensor::cat(&dense, 0)?.into()),
     }
 }
@@ -231,12 +231,12 @@ fn quantize(
         .map_err(|error: QuantizeError| Error::argument(name, error.to_string()))
 }
 
-/// Finite values as a tensor of a smaller type that holds all of them.
+/// Converts finite values to a smaller dtype, if it can represent all of them.
 fn narrowed(name: &str, values: &Tensor, dtype: DType) -> Result<Tensor> {
     if dtype == DType::F16 {
         let largest = values.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         if f16::from_f32(largest).is_infinite() {
-            return Err(Error::argument(name, format!("an element of {largest} is too large for f16: use bf16")));
+            return Err(Error::argument(name, format!("an element of {largest} is too large for f16; use bf16")));
         }
     }
     Ok(values.to_dtype(dtype)?)

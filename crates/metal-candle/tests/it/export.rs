@@ -83,9 +83,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("arcee", "a model of type `arcee`"),
     ("ernie4_5", "a model of type `ernie4_5`"),
     ("exaone4", "a model of type `exaone4`"),
-    ("gemma2", "its scale of scores"),
-    ("gemma3-multimodal", "its scale of scores"),
-    ("gemma3-text", "its scale of scores"),
+    ("gemma2", "its attention scale"),
+    ("gemma3-multimodal", "its attention scale"),
+    ("gemma3-text", "its attention scale"),
     ("glm", "a model of type `glm`"),
     ("granitemoehybrid-nope", "a model of type `granitemoehybrid`"),
     ("granitemoehybrid-rope", "a model of type `granitemoehybrid`"),
@@ -413,7 +413,7 @@ fn a_gguf_file_holds_an_adapter() {
         let read = LoRAAdapter::load(&model, &path).unwrap();
         assert_eq!(read.modules().len(), adapter.modules().len());
         let with = |adapter: &LoRAAdapter| {
-            model.forward(&Batch::single(&IDS), Some(&adapter.terms().unwrap()), None, Rows::All).unwrap()
+            model.forward(&Batch::single(&IDS), Some(&adapter.low_rank_updates().unwrap()), None, Rows::All).unwrap()
         };
         let difference = max_difference(&with(&read), &with(&adapter));
         assert!(difference < 1e-4, "{family}: {difference}");
@@ -514,7 +514,7 @@ fn types_with_codebooks_are_read_and_not_written() {
 
     let iq3_s = GgufType::from_name("iq3_s").unwrap();
     let error = quantization.clone().with_type("q_proj", iq3_s).unwrap_err().to_string();
-    assert!(error.contains("`iq3_s` is read and not written; expected one of `f32`, `f16`"), "{error}");
+    assert!(error.contains("`iq3_s` can only be read; expected one of `f32`, `f16`"), "{error}");
     let quantization = quantization.with_type_of("model.layers.0.self_attn.q_proj.weight", iq3_s);
     let error = other.quantize(&quantization, |_| ()).unwrap_err().to_string();
     assert!(error.contains("q_proj") && error.contains("`iq3_s`, which is read-only"), "{error}");

@@ -1,4 +1,4 @@
-//! The architectures of GGUF files: their families, names and keys.
+//! The supported architectures of GGUF files, and how each maps to a model family: names, keys and the order of rows.
 
 use super::metadata::{Metadata, shortest};
 use crate::error::{Error, Result};
@@ -13,17 +13,17 @@ pub(super) struct Architecture {
     pub(super) model_type: &'static str,
     /// Whether the rows of q and k are stored with the two halves of each head interleaved.
     pub(super) has_interleaved_rows: bool,
-    /// Whether 1 was added to the weights of the norms.
+    /// Whether the file stores norm weights with 1 added.
     pub(super) has_norm_offset: bool,
-    /// The key of `config.json` that says whether q, k and v have biases, if the family has one.
+    /// The key of `config.json` for the biases of q, k and v, if the family has one.
     pub(super) bias_key: Option<&'static str>,
     /// Whether `logit_scale` divides the logits.
     pub(super) divides_logits: bool,
-    /// Names of modules of a layer, in the file and in a checkpoint, that differ from the usual ones.
+    /// Module names of a layer, in the file and in a checkpoint, that override the common ones.
     pub(super) modules: &'static [(&'static str, &'static str)],
-    /// Those of [`FORWARD_KEYS`] that `keys` reads.
+    /// The keys of [`FORWARD_KEYS`] that `keys` reads.
     pub(super) reads: &'static [&'static str],
-    /// Further keys of `config.json`.
+    /// Adds the family's other keys of `config.json`.
     pub(super) keys: fn(&Metadata, &mut Map<String, Value>) -> Result<()>,
 }
 
@@ -56,8 +56,8 @@ const BASE: Architecture = Architecture {
     keys: |_, _| Ok(()),
 };
 
-/// Families with the architecture of another one: both may have windows that the other does not have.
-const ALSO: &[(&str, &str)] = &[("mistral", "llama"), ("olmo3", "olmo2")];
+/// Families that share the architecture of another one; the first family may have sliding windows.
+const ALIASES: &[(&str, &str)] = &[("mistral", "llama"), ("olmo3", "olmo2")];
 
 const ARCHITECTURES: &[Architecture] = &[
     Architecture {
@@ -152,32 +152,33 @@ const ARCHITECTURES: &[Architecture] = &[
             ("ffn_up", "mlp.gate_up_proj"),
         ],
         reads: &["rope.dimension_count"],
-        keys: rotated_share,
+        keys: rotated_fraction,
         ..BASE
     },
 ];
 
 impl Architecture {
-    /// The architecture for a family, if there is one.
+    /// The architecture of a family, if GGUF has one.
     pub(super) fn for_family(model_type: &str) -> Option<&'static Self> {
-        let model_type = ALSO.iter().find(|(family, _)| *family == model_type).map_or(model_type, |(_, other)| other);
+        let model_type =
+            ALIASES.iter().find(|(family, _)| *family == model_type).map_or(model_type, |(_, other)| other);
         ARCHITECTURES.iter().find(|known| known.model_type == model_type)
     }
 
-    /// The families that have one.
+    /// The families that GGUF has an architecture for.
     pub(super) fn families() -> Vec<&'static str> {
-        ARCHITECTURES.iter().map(|known| known.model_type).chain(ALSO.iter().map(|(family, _)| *family)).collect()
+        ARCHITECTURES.iter().map(|known| known.model_type).chain(ALIASES.iter().map(|(family, _)| *family)).collect()
     }
 
     /// The architecture of a file.
     ///
     /// # Errors
-    /// It is not supported.
+    /// The architecture is not supported.
     pub(super) fn of(metadata: &Metadata) -> Result<&'static Self> {
         ARCHITECTURES.iter().find(|known| known.name == metadata.name).ok_or_else(|| {
             let known = ARCHITECTURES.iter().map(|known| known.name).collect::<Vec<_>>().join("`, `");
             Error::Unsupported(format!(
-                "`{}`: GGUF files of architecture `{}`; supported are: `{known}`",
+                "`{}`: GGUF architecture `{}`; supported are: `{known}`",
                 metadata.file.path().display(),
                 metadata.name
             ))
@@ -188,9 +189,9 @@ impl Architecture {
 fn llama(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
         if metadata.has_tensor("blk.0.attn_q.bias") || metadata.has_tensor("blk.0.ffn_gate.bias") {
-            return Err(metadata.unsupported("biases and a window (`attention.sliding_window`) in one model"));
+            return Err(metadata.unsupported("biases together with a window (`attention.sliding_window`)"));
         }
-        // Llama has no windows, Mistral has
+        // Llama has no windows, and Mistral has
         map.retain(|key, _| !key.ends_with("_bias"));
         map.insert("model_type".into(), "mistral".into());
         map.insert("sliding_window".into(), window.into());
@@ -213,8 +214,8 @@ fn gemma3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// Windows, caps and the scale of scores. The file does not say the latter: of the published sizes, only the one of
-/// `odd_layers` layers scales by another width than that of its heads.
+/// Windows, caps and the scale of scores. The file does not contain the scale: of the published sizes, only the one
+/// with `odd_layers` layers derives it from another width than that of its heads.
 fn gemma(metadata: &Metadata, map: &mut Map<String, Value>, odd_layers: usize) -> Result<()> {
     for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
         if let Some(cap) = metadata.number(name)? {
@@ -234,7 +235,7 @@ fn phi3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if let Some(window) = metadata.size("attention.sliding_window")?.filter(|&window| window > 0) {
         map.insert("sliding_window".into(), window.into());
     }
-    rotated_share(metadata, map)?;
+    rotated_fraction(metadata, map)?;
     let original = metadata.size("rope.scaling.original_context_length")?;
     if let Some(original) = original {
         map.insert("original_max_position_embeddings".into(), original.into());
@@ -269,7 +270,7 @@ fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// The size of the windows, and which layers have one if the file says so.
+/// The size of the windows, and the layers that have one if the file lists them.
 fn windows(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if let Some(window) = metadata.size("attention.sliding_window")? {
         map.insert("sliding_window".into(), window.into());
@@ -296,7 +297,7 @@ fn olmo2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if metadata.size("attention.sliding_window")?.is_some_and(|window| window > 0) {
         map.insert("model_type".into(), "olmo3".into());
         windows(metadata, map)?;
-        // only the layers without a window have scaled positions
+        // only layers without a window have scaled positions
         let theta = map.remove("rope_theta").unwrap_or_else(|| 10_000.0.into());
         let local = metadata.number("rope.freq_base_swa")?.map_or_else(|| theta.clone(), shortest);
         let mut full = map.remove("rope_scaling").unwrap_or_else(|| json!({"rope_type": "default"}));
@@ -314,7 +315,7 @@ fn olmo(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// The epsilon of layer norms, under the key of a family.
+/// The epsilon of layer norms, under the family's key.
 fn layer_norm_eps(metadata: &Metadata, map: &mut Map<String, Value>, key: &str) -> Result<()> {
     if let Some(eps) = metadata.number("attention.layer_norm_epsilon")? {
         map.insert(key.into(), shortest(eps));
@@ -341,8 +342,8 @@ fn cohere2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     windows(metadata, map)
 }
 
-/// The share of each head that is rotated.
-fn rotated_share(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+/// The fraction of each head that is rotated.
+fn rotated_fraction(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     if let Some(rotated) = metadata.size("rope.dimension_count")? {
         let share = rotated as f64 / metadata.head_dim()?.max(1) as f64;
         map.insert("partial_rotary_factor".into(), share.into());

@@ -1,4 +1,4 @@
-//! The configuration of models in GGUF files, as the keys of a `config.json`.
+//! Converts the metadata of a GGUF file to a `ModelConfig`.
 
 use super::architecture::Architecture;
 use super::metadata::{Metadata, shortest};
@@ -7,7 +7,8 @@ use crate::files::{GgufFile, GgufValue, JsonObject, end_of_generation_ids};
 use crate::models::ModelConfig;
 use serde_json::{Map, Value, json};
 
-/// Keys that change what a model computes and that not every architecture has. A file with one that is not read is refused.
+/// Keys that change what a model computes and that some architectures lack. A file with a key that its architecture
+/// does not read is refused.
 const FORWARD_KEYS: &[&str] = &[
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
@@ -29,20 +30,20 @@ const FORWARD_KEYS: &[&str] = &[
 ];
 
 /// The metadata of a model whose architecture is supported.
-struct Model<'a> {
+struct GgufModel<'a> {
     metadata: Metadata<'a>,
     architecture: &'static Architecture,
 }
 
-impl Model<'_> {
-    /// Refuses what the architecture does not read.
+impl GgufModel<'_> {
+    /// Refuses keys that the architecture does not read.
     fn check(&self) -> Result<()> {
         for name in FORWARD_KEYS.iter().filter(|name| !self.architecture.reads.contains(name)) {
             let value = self.metadata.file.metadata().get(&self.metadata.key(name));
             let is_neutral = match value {
                 None => true,
                 Some(GgufValue::Integer(value)) => *value == 0,
-                // factors of 1 and bounds of 0 change nothing
+                // factors of 1 and bounds of 0 have no effect
                 Some(GgufValue::Float(value)) => {
                     *value == 0.0 || ((*value - 1.0).abs() < f64::EPSILON && !name.ends_with("softcapping"))
                 }
@@ -168,7 +169,7 @@ impl Model<'_> {
     }
 }
 
-/// The settings of Llama 3 that give these divisors of the frequencies, or the divisors themselves.
+/// The settings of Llama 3 that result in these divisors of the frequencies, or the divisors themselves.
 fn llama3_scaling(divisors: &[f32], theta: f64, context: usize) -> Value {
     let (low, high, original) = (1.0, 4.0, 8192.0);
     let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
@@ -194,10 +195,10 @@ impl ModelConfig {
     /// The configuration of a model in a GGUF file.
     ///
     /// # Errors
-    /// The architecture is not supported, or a key is missing or has a wrong value.
+    /// The architecture is not supported, or a key is missing or has an invalid value.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let metadata = Metadata::of(file)?;
-        let model = Model { architecture: Architecture::of(&metadata)?, metadata };
+        let model = GgufModel { architecture: Architecture::of(&metadata)?, metadata };
         let mut map = model.config()?;
         (model.architecture.keys)(&model.metadata, &mut map)?;
         Self::from_object(&JsonObject::from_map(file.path(), map))
@@ -212,7 +213,7 @@ mod tests {
     use crate::models::ModelConfig;
     use crate::ops::rotary::RotaryScaling;
 
-    /// The configuration of a small Llama with further metadata.
+    /// Reads the configuration of a small model with additional metadata.
     fn read(architecture: &str, more: &[(&str, GgufValue)]) -> crate::Result<ModelConfig> {
         let mut metadata = vec![("general.architecture".to_string(), GgufValue::Text(architecture.into()))];
         for (name, size) in [
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_architecture_does_not_read_is_refused() {
+    fn keys_that_an_architecture_does_not_read_are_refused() {
         let config = read("llama", &[]).unwrap();
         assert_eq!((config.model_type.as_str(), config.vocab_size, config.head_dim), ("llama", 10, 8));
         let number = GgufValue::Float;

@@ -1,4 +1,4 @@
-//! The metadata of a GGUF file for a model.
+//! Derives the metadata of a GGUF file from a model's description, and checks that nothing is lost.
 
 use super::architecture::Architecture;
 use super::names::GgufNames;
@@ -12,20 +12,20 @@ use metal_candle_kernels::Mask;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What a GGUF file says of a model besides its weights and its tokenizer.
+/// The contents of a GGUF file besides weights and tokenizer.
 #[derive(Debug)]
-pub(super) struct Described {
+pub(super) struct GgufDescription {
     pub(super) names: GgufNames,
     pub(super) metadata: Vec<(String, GgufValue)>,
-    /// Tables of rotary divisors: name and elements.
+    /// Tensors of rotary divisors: name and elements.
     pub(super) tables: Vec<(String, Vec<f32>)>,
 }
 
-impl Described {
-    /// Metadata that give the same model when they are read.
+impl GgufDescription {
+    /// Metadata from which the same model is read back.
     ///
     /// # Errors
-    /// GGUF has no architecture for the family, or cannot hold something that the model computes.
+    /// GGUF has no architecture for the family, or cannot express something that the model computes.
     pub(super) fn new(config: &ModelConfig) -> Result<Self> {
         let description = config.describe()?;
         let names = GgufNames::for_config(config)?;
@@ -39,12 +39,12 @@ impl Described {
         Ok(described)
     }
 
-    /// Reads the metadata as a file's, and compares.
+    /// Reads the metadata back, and compares the result with the model.
     fn check(&self, config: &ModelConfig, description: &Description) -> Result<()> {
         let refused = |what: &str| {
             let (family, name) = (&config.model_type, self.names.architecture.name);
             Error::Unsupported(format!(
-                "a GGUF file of this `{family}` model: architecture `{name}` cannot hold {what}"
+                "a GGUF file of this `{family}` model: architecture `{name}` cannot express {what}"
             ))
         };
         let mut tensors = Vec::new();
@@ -79,7 +79,7 @@ impl Writer {
         self.metadata.push((key.into(), value));
     }
 
-    /// A key below the name of the architecture.
+    /// Adds a key with the architecture's prefix.
     fn own(&mut self, name: &str, value: GgufValue) {
         self.put(&format!("{}.{name}", self.architecture.name), value);
     }
@@ -92,7 +92,7 @@ impl Writer {
         self.own(name, GgufValue::Float(f64::from(number as f32)));
     }
 
-    /// A number that only some architectures have.
+    /// Adds a number that only some architectures have.
     fn optional(&mut self, name: &str, number: Option<f64>) {
         if let Some(number) = number.filter(|_| self.architecture.reads.contains(&name)) {
             self.number(name, number);
@@ -202,7 +202,7 @@ fn has_own_window(attention: &AttentionSpec) -> bool {
     matches!(attention.mask, Mask::Window(_))
 }
 
-/// What differs between a model and the one that a file gives, if anything.
+/// The first difference between a model and the one that is read back, if any.
 fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Description)) -> Option<&'static str> {
     let sizes = |config: &ModelConfig| {
         [
@@ -240,14 +240,17 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
                 && close(own.1.norm.eps as f32, read.1.norm.eps as f32)
                 && (own.1.norm.has_weight, own.1.norm.has_bias) == (read.1.norm.has_weight, read.1.norm.has_bias),
         ),
-        ("its multiplier of embeddings", close(own.1.embedding.scale, read.1.embedding.scale)),
+        ("its embedding multiplier", close(own.1.embedding.scale, read.1.embedding.scale)),
         (
-            "its multiplier or cap of logits",
+            "its logit multiplier or soft cap",
             close(own.1.head.scale, read.1.head.scale) && own.1.head.soft_cap == read.1.head.soft_cap,
         ),
         ("its attention windows", attention(|own, read| own.mask == read.mask)),
-        ("its cap of scores", attention(|own, read| own.soft_cap == read.soft_cap && own.clip == read.clip)),
-        ("its scale of scores", attention(|own, read| (own.scale - read.scale).abs() <= 1e-6 * own.scale.abs())),
+        (
+            "its attention soft cap or clipping",
+            attention(|own, read| own.soft_cap == read.soft_cap && own.clip == read.clip),
+        ),
+        ("its attention scale", attention(|own, read| (own.scale - read.scale).abs() <= 1e-6 * own.scale.abs())),
         (
             "its biases",
             attention(|own, read| (own.has_bias, own.has_output_bias) == (read.has_bias, read.has_output_bias)),
@@ -276,7 +279,7 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
     checks.into_iter().find(|(_, is_same)| !is_same).map(|(what, _)| what)
 }
 
-/// Whether two tables turn q and k alike at short and at long sequences.
+/// Whether two tables rotate q and k alike, for short and for long sequences.
 fn same_rotation(own: &RotarySpec, read: &RotarySpec, max: usize) -> bool {
     let close = |own: f32, read: f32| (own - read).abs() <= 1e-5 * own.abs();
     own.dim == read.dim

@@ -1,6 +1,6 @@
-//! Writes models as GGUF files, quantized or not.
+//! Writes models as GGUF files, quantized or dense.
 
-use super::describe::Described;
+use super::describe::GgufDescription;
 use super::llama_cpp;
 use super::mixture::QuantizationMixture;
 use super::names::GgufNames;
@@ -14,24 +14,24 @@ use half::{bf16, f16};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Elements that are converted at a time.
+/// The number of elements that are converted at a time.
 const ELEMENTS_AT_ONCE: usize = 1 << 23;
 
-/// A model that is to be written as a GGUF file.
+/// A model to write as a GGUF file.
 #[derive(Debug)]
 pub struct GgufExport<'a> {
     model: &'a Model,
-    described: Described,
+    description: GgufDescription,
     tensors: Vec<ExportedTensor>,
     metadata: Vec<(String, GgufField)>,
 }
 
-/// A tensor that is to be written.
+/// A tensor to write.
 #[derive(Debug, Clone)]
 pub struct ExportedTensor {
     /// The name in the file: `blk.0.attn_q.weight`.
     pub name: String,
-    /// The parameter that it holds.
+    /// The parameter that it contains.
     pub spec: ParameterSpec,
     /// The type of its elements in the file.
     pub kind: GgufType,
@@ -40,24 +40,25 @@ pub struct ExportedTensor {
 }
 
 impl<'a> GgufExport<'a> {
-    /// An export in which every matrix keeps its type.
+    /// An export in which every matrix has the type of its weight.
     ///
     /// # Errors
-    /// GGUF has no architecture for the family, or cannot hold something that the model computes: nothing is lost in silence.
+    /// GGUF has no architecture for the family, or cannot express something that the model computes: nothing is lost
+    /// silently.
     pub fn new(model: &'a Model) -> Result<Self> {
         let config = model.config();
-        let described = Described::new(config)?;
+        let description = GgufDescription::new(config)?;
         let mut tensors = Vec::new();
         for (parameter, (spec, (_, weight))) in
             config.parameter_specs()?.into_iter().zip(model.parameters()).enumerate()
         {
-            let name = described.names.tensor(&spec.name).unwrap_or_default();
-            // vectors and the norms of each head are small and stay exact
+            let name = description.names.tensor(&spec.name).unwrap_or_default();
+            // vectors and the norms of each head are small, so they stay exact
             let is_matrix = spec.shape.len() == 2 && !matches!(spec.role, Role::Norm { .. });
             let kind = if is_matrix { type_of(weight) } else { GgufType::F32 };
             tensors.push(ExportedTensor { name, spec, kind, parameter });
         }
-        Ok(Self { model, described, tensors, metadata: Vec::new() })
+        Ok(Self { model, description, tensors, metadata: Vec::new() })
     }
 
     /// One sentence for each reason why llama.cpp does not load the file or computes something else.
@@ -66,10 +67,10 @@ impl<'a> GgufExport<'a> {
     /// The configuration of the model is invalid.
     pub fn limits_of_llama_cpp(&self) -> Result<Vec<String>> {
         let config = self.model.config();
-        Ok(llama_cpp::limits(self.described.names.architecture(), config, &config.describe()?))
+        Ok(llama_cpp::limits(self.description.names.architecture(), config, &config.describe()?))
     }
 
-    /// Names the mixture that the model was quantized to.
+    /// Records the mixture that the model was quantized to in the metadata.
     #[must_use]
     pub fn with_mixture(mut self, mixture: QuantizationMixture) -> Self {
         self.put("general.file_type", GgufValue::Integer(mixture.file_type.into()));
@@ -79,16 +80,16 @@ impl<'a> GgufExport<'a> {
         self
     }
 
-    /// Sets a value of the metadata, and replaces one with this key.
+    /// Sets a metadata value, and replaces an existing one.
     pub fn put(&mut self, key: &str, value: GgufValue) {
         self.metadata.retain(|(known, _)| known != key);
         self.metadata.push((key.into(), value.into()));
     }
 
-    /// Takes all metadata of another file that do not follow from the model, as they are there.
+    /// Copies the metadata of another file unchanged, except values that follow from the model.
     pub fn copy_metadata(&mut self, file: &GgufFile) {
         let follows = |key: &str| {
-            let is_own = self.described.metadata.iter().any(|(own, _)| own == key);
+            let is_own = self.description.metadata.iter().any(|(own, _)| own == key);
             is_own || key.starts_with("split.") || key == "general.alignment"
         };
         let copied: Vec<_> = file.metadata().keys().filter(|key| !follows(key)).cloned().collect();
@@ -104,21 +105,21 @@ impl<'a> GgufExport<'a> {
         &self.tensors
     }
 
-    /// Writes the file, or several of at most `max_bytes` of tensors each, and returns their paths. `progress` gets the number of
-    /// bytes that each tensor takes.
+    /// Writes the file, or several with at most `max_bytes` of tensors each, and returns their paths. `progress`
+    /// receives the number of bytes of each tensor.
     ///
     /// # Errors
     /// A file cannot be written, or an element is not finite.
     pub fn write(&self, path: &Path, max_bytes: Option<u64>, mut progress: impl FnMut(usize)) -> Result<Vec<PathBuf>> {
         let mut new: Vec<NewTensor> = Vec::with_capacity(self.tensors.len());
-        for (name, values) in &self.described.tables {
+        for (name, values) in &self.description.tables {
             new.push(NewTensor { name: name.clone(), shape: vec![values.len()], kind: GgufType::F32 });
         }
         for tensor in &self.tensors {
             new.push(NewTensor { name: tensor.name.clone(), shape: tensor.spec.shape.clone(), kind: tensor.kind });
         }
         let mut metadata: Vec<(String, GgufField)> = Vec::new();
-        for (key, value) in &self.described.metadata {
+        for (key, value) in &self.description.metadata {
             metadata.push((key.clone(), value.clone().into()));
         }
         metadata.retain(|(key, _)| !self.metadata.iter().any(|(own, _)| own == key));
@@ -131,12 +132,12 @@ impl<'a> GgufExport<'a> {
             }
             write_gguf(path, &fields, &new[range.clone()], |at, file| {
                 let at = range.start + at;
-                if let Some((_, values)) = self.described.tables.get(at) {
+                if let Some((_, values)) = self.description.tables.get(at) {
                     return put(file, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>(), path);
                 }
-                let tensor = &self.tensors[at - self.described.tables.len()];
+                let tensor = &self.tensors[at - self.description.tables.len()];
                 let (_, weight) = &self.model.parameters()[tensor.parameter];
-                let num_bytes = write_tensor(self.described.names, tensor, weight, file, path)?;
+                let num_bytes = write_tensor(self.description.names, tensor, weight, file, path)?;
                 progress(num_bytes);
                 Ok(())
             })?;
@@ -145,7 +146,7 @@ impl<'a> GgufExport<'a> {
     }
 }
 
-/// The type in which a GGUF file holds a weight as it is.
+/// The GGUF type that stores a weight without conversion.
 fn type_of(weight: &Weight) -> GgufType {
     match weight.block_format() {
         Some(format) => GgufType::Blocks(format),
@@ -153,7 +154,7 @@ fn type_of(weight: &Weight) -> GgufType {
     }
 }
 
-/// Writes the elements of a parameter, and returns the number of bytes.
+/// Writes the elements of a parameter, and returns their number of bytes.
 fn write_tensor(
     names: GgufNames,
     tensor: &ExportedTensor,
@@ -193,7 +194,7 @@ fn write_tensor(
     Ok(num_bytes)
 }
 
-/// The bytes of elements of a dense type that holds them exactly.
+/// Encodes elements in a dense type that stores them exactly.
 fn encoded(values: &[f32], kind: GgufType) -> Vec<u8> {
     match kind {
         GgufType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),

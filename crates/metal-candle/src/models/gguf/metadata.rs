@@ -1,10 +1,10 @@
-//! The metadata of a model in a GGUF file.
+//! Reads the metadata of a GGUF file whose keys have the architecture as prefix.
 
 use crate::error::{Error, Result};
 use crate::files::{GgufFile, GgufValue};
 use serde_json::Value;
 
-/// The metadata of an architecture: keys below its name.
+/// The metadata of a model: keys with the name of its architecture as prefix.
 pub(super) struct Metadata<'a> {
     pub(super) file: &'a GgufFile,
     /// The value of `general.architecture`.
@@ -26,7 +26,7 @@ impl<'a> Metadata<'a> {
         format!("{}.{name}", self.name)
     }
 
-    /// A size that is the same for all layers, if there is one.
+    /// A size, which must be the same for all layers; `None` if the key is absent.
     pub(super) fn size(&self, name: &str) -> Result<Option<usize>> {
         let key = self.key(name);
         let Some(GgufValue::List(values)) = self.file.metadata().get(&key) else { return self.file.size(&key) };
@@ -68,7 +68,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// A number of a file, which is f32, with no more digits than f32 needs.
+/// A number that the file stores as f32, with no more digits than f32 needs.
 pub(super) fn shortest(number: f64) -> Value {
     let narrow = number as f32;
     if f64::from(narrow).to_bits() == number.to_bits() {

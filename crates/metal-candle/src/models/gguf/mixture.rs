@@ -1,10 +1,10 @@
-//! Which tensor of a quantized file gets which type: the mixtures of llama.cpp's `llama-quantize`.
+//! `QuantizationMixture`: the type of each tensor of a quantized file, as in llama.cpp's `llama-quantize`.
 
 use crate::files::GgufType;
 use crate::models::ModelConfig;
 use metal_candle_kernels::BlockFormat;
 
-/// A named choice of types for the tensors of a GGUF file, with the meaning that `llama-quantize` gives the name.
+/// A named assignment of types to the tensors of a GGUF file, with the same meaning as in `llama-quantize`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuantizationMixture {
     /// Its name, in lower case: `q4_k_m`.
@@ -16,12 +16,12 @@ pub struct QuantizationMixture {
     rule: Rule,
 }
 
-/// Which tensors differ from the base type, besides embedding and head.
+/// The tensors that differ from the base type, besides embedding and head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rule {
-    /// All matrices have the base type, embedding and head too.
+    /// All matrices have the base type, including embedding and head.
     Uniform,
-    /// None.
+    /// No other tensors.
     Base,
     Q2K,
     Q3KM,
@@ -41,9 +41,9 @@ const fn dense(name: &'static str, base: GgufType, file_type: u32) -> Quantizati
     QuantizationMixture { name, base, file_type, rule: Rule::Uniform }
 }
 
-/// What the mixtures ask about a model.
+/// The properties of a model that mixtures depend on.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Circumstances {
+pub(crate) struct MixtureContext {
     num_layers: usize,
     is_tied: bool,
     /// Query heads for each key/value head.
@@ -51,7 +51,7 @@ pub(crate) struct Circumstances {
     has_importance: bool,
 }
 
-impl Circumstances {
+impl MixtureContext {
     pub(crate) fn new(config: &ModelConfig, has_importance: bool) -> Self {
         Self {
             num_layers: config.num_hidden_layers,
@@ -93,12 +93,12 @@ impl QuantizationMixture {
     }
 
     /// The type of a matrix with rows of this length.
-    pub(crate) fn of(self, parameter: &str, columns: usize, model: &Circumstances) -> GgufType {
+    pub(crate) fn of(self, parameter: &str, columns: usize, model: &MixtureContext) -> GgufType {
         let GgufType::Blocks(base) = self.base else { return self.base };
         fitting(self.blocks_of(base, parameter, columns, model), columns)
     }
 
-    fn blocks_of(self, base: BlockFormat, parameter: &str, columns: usize, model: &Circumstances) -> BlockFormat {
+    fn blocks_of(self, base: BlockFormat, parameter: &str, columns: usize, model: &MixtureContext) -> BlockFormat {
         use BlockFormat::{Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
         let layer = parameter.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
         let (i, n) = (layer.unwrap_or(0), model.num_layers);
@@ -131,7 +131,7 @@ impl QuantizationMixture {
     }
 }
 
-/// The format, or the nearest one whose blocks fill rows of this length.
+/// The format, or the next smaller one whose blocks fill rows of this length.
 fn fitting(format: BlockFormat, columns: usize) -> GgufType {
     use BlockFormat::{IQ4NL, IQ4XS, Q2K, Q3K, Q4_0, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     if columns.is_multiple_of(format.len()) {

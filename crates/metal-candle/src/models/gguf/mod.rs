@@ -1,4 +1,4 @@
-//! Models in GGUF files: their configuration and weights, read and written.
+//! Reads and writes models as GGUF files: configuration, tensors and quantization types.
 
 mod architecture;
 mod config;
@@ -11,7 +11,7 @@ mod names;
 mod weights;
 
 pub use export::{ExportedTensor, GgufExport};
-pub(super) use mixture::Circumstances;
+pub(super) use mixture::MixtureContext;
 pub use mixture::QuantizationMixture;
 pub(crate) use names::GgufNames;
 pub(super) use weights::GgufWeights;

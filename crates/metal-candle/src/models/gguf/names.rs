@@ -1,11 +1,11 @@
-//! Names and the order of rows in GGUF files.
+//! Maps tensor names and the order of rows between checkpoints and GGUF files.
 
 use super::architecture::Architecture;
 use crate::error::{Error, Result};
 use crate::models::ModelConfig;
 use crate::models::registry::{ParameterSpec, Role};
 
-/// Names of modules of a layer, in the file and in a checkpoint.
+/// Module names of a layer, in the file and in a checkpoint.
 const MODULES: &[(&str, &str)] = &[
     ("attn_norm", "input_layernorm"),
     ("ffn_norm", "post_attention_layernorm"),
@@ -20,7 +20,7 @@ const MODULES: &[(&str, &str)] = &[
     ("ffn_down", "mlp.down_proj"),
 ];
 
-/// What differs between the tensors of a checkpoint and those of a GGUF file of an architecture.
+/// The differences between the tensors of a checkpoint and of a GGUF file, for one architecture.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GgufNames {
     pub(super) architecture: &'static Architecture,
@@ -28,10 +28,10 @@ pub(crate) struct GgufNames {
 }
 
 impl GgufNames {
-    /// Those of the architecture for a model.
+    /// The names of a model's architecture.
     ///
     /// # Errors
-    /// There is no architecture for the family.
+    /// GGUF has no architecture for the family.
     pub(crate) fn for_config(config: &ModelConfig) -> Result<Self> {
         let architecture = Architecture::for_family(&config.model_type).ok_or_else(|| {
             let known = Architecture::families().join("`, `");
@@ -46,7 +46,7 @@ impl GgufNames {
         self.architecture.name
     }
 
-    /// The name in the file of a parameter.
+    /// The name of a parameter in the file.
     pub(crate) fn tensor(self, parameter: &str) -> Option<String> {
         let known = match parameter {
             "model.embed_tokens.weight" => Some("token_embd.weight"),
@@ -65,18 +65,19 @@ impl GgufNames {
         Some(format!("blk.{layer}.{name}.{kind}"))
     }
 
-    /// Whether the file holds the rows of a tensor interleaved within each head.
+    /// Whether the file stores the rows of a tensor interleaved within each head.
     pub(crate) fn is_interleaved(self, tensor: &str) -> bool {
         let module = tensor.split('.').nth(2);
         self.architecture.has_interleaved_rows && matches!(module, Some("attn_q" | "attn_k"))
     }
 
-    /// What the file adds to the elements of a parameter.
+    /// The offset that the file adds to the elements of a parameter.
     pub(super) fn offset(self, spec: &ParameterSpec) -> f32 {
         if self.architecture.has_norm_offset && matches!(spec.role, Role::Norm { .. }) { 1.0 } else { 0.0 }
     }
 
-    /// Rows of a file, each of `row_bytes`, in the order of a checkpoint: the even rows of each head, then its odd rows.
+    /// Reorders rows of a file, each of `row_bytes`, for a checkpoint: the even rows of each head, followed by its odd
+    /// rows.
     pub(crate) fn in_halves(self, rows: &[u8], row_bytes: usize) -> Vec<u8> {
         let mut ordered = Vec::with_capacity(rows.len());
         for head in rows.chunks((row_bytes * self.head_dim).max(1)) {
@@ -89,7 +90,7 @@ impl GgufNames {
         ordered
     }
 
-    /// The opposite of [`Self::in_halves`]: the rows of both halves of each head by turns.
+    /// The inverse of [`Self::in_halves`]: alternates rows of the two halves of each head.
     pub(crate) fn interleaved(self, rows: &[u8], row_bytes: usize) -> Vec<u8> {
         let mut ordered = Vec::with_capacity(rows.len());
         for head in rows.chunks((row_bytes * self.head_dim).max(1)) {

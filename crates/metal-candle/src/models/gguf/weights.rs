@@ -1,4 +1,4 @@
-//! The tensors of models in GGUF files.
+//! Reads the weights of a model from a GGUF file.
 
 use super::architecture::Architecture;
 use super::metadata::Metadata;
@@ -9,7 +9,7 @@ use crate::models::registry::ParameterSpec;
 use crate::ops::Weight;
 use candle_core::{Device, Tensor};
 
-/// The tensors of a model in a GGUF file, by the names of a checkpoint.
+/// The tensors of a GGUF file, by their names in a checkpoint.
 pub(crate) struct GgufWeights<'a> {
     file: &'a GgufFile,
     names: GgufNames,
@@ -22,12 +22,12 @@ impl<'a> GgufWeights<'a> {
         Ok(Self { file, names })
     }
 
-    /// The name in the file of a parameter.
+    /// The name of a parameter in the file.
     pub(crate) fn name(&self, parameter: &str) -> Option<String> {
         self.names.tensor(parameter)
     }
 
-    /// A parameter on the CPU. Matrices stay where they are in the file unless their rows are in another order.
+    /// Reads a parameter on the CPU. Matrices stay in the mapped file unless their rows must be reordered.
     pub(crate) fn weight(&self, spec: &ParameterSpec, tensor: &GgufTensor) -> Result<Weight> {
         let names = self.names;
         let is_interleaved = names.is_interleaved(&tensor.name);
@@ -53,7 +53,7 @@ impl<'a> GgufWeights<'a> {
         let kind = GgufType::from_id(tensor.ggml_type).ok_or_else(|| {
             let (path, name, kind) = (self.file.path(), &tensor.name, GgufType::name_of(tensor.ggml_type));
             Error::Unsupported(format!(
-                "`{}`: the tensor `{name}` of type `{kind}`: take a file of another type, such as q4_k_m or q8_0",
+                "`{}`: the tensor `{name}` of type `{kind}`; use a file of another type, such as q4_k_m or q8_0",
                 path.display()
             ))
         })?;
