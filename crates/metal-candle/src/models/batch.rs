@@ -1,16 +1,15 @@
-//! The ragged batch: sequences of any length side by side, without padding.
+//! The input of a model: a ragged batch of sequences of any lengths, without padding.
 
 use crate::error::{Error, Result};
 
 /// Token sequences of any lengths, one after the other.
 ///
-/// Only attention looks at the boundaries. The same batch holds packed training samples, prompts and
-/// single decode steps.
+/// Only attention uses the boundaries. Packed training samples, prompts and single decode steps are all batches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     ids: Vec<u32>,
     positions: Vec<u32>,
-    /// Where each sequence begins, and the total last: `num_sequences + 1` entries.
+    /// The start of each sequence, followed by the total: `num_sequences + 1` entries.
     offsets: Vec<usize>,
     /// The cache slot of each sequence.
     slots: Vec<usize>,
@@ -47,7 +46,7 @@ impl Batch {
     /// The rows of a rectangular `[batch, seq]` tensor of ids.
     ///
     /// # Errors
-    /// The tensor is not of rank 2 or does not hold `u32`.
+    /// The tensor does not have two dimensions, or is not of dtype `u32`.
     pub fn from_tensor(ids: &candle_core::Tensor) -> Result<Self> {
         if ids.rank() != 2 {
             return Err(Error::shape("ids", "[batch, seq]", ids.dims()));
@@ -55,8 +54,8 @@ impl Batch {
         Ok(Self::from_sequences(ids.to_vec2::<u32>()?))
     }
 
-    /// Adds a sequence whose first token has position `start` and whose keys and values live in `slot`.
-    /// An empty sequence is left out.
+    /// Adds a sequence whose first token has position `start`, with its keys and values in cache slot `slot`. An empty
+    /// sequence is ignored.
     pub fn push(&mut self, ids: &[u32], start: usize, slot: usize) {
         if ids.is_empty() {
             return;
@@ -77,7 +76,7 @@ impl Batch {
         &self.positions
     }
 
-    /// Where each sequence begins, and the number of tokens last: `[num_sequences + 1]`.
+    /// The start of each sequence, followed by the number of tokens: `[num_sequences + 1]`.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
@@ -102,7 +101,7 @@ impl Batch {
         self.offsets[1..].iter().map(|end| end - 1).collect()
     }
 
-    /// Whether there is no token.
+    /// Whether the batch has no tokens.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }

@@ -1,4 +1,4 @@
-//! What a model is: the keys of `config.json`.
+//! `ModelConfig`: the sizes and options of a model, read from the keys of `config.json`.
 
 use super::generation_defaults::GenerationDefaults;
 use super::keys::Keys;
@@ -8,9 +8,9 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 use std::fmt;
 
-/// Sizes and options of a decoder, in the words of `config.json`.
+/// Sizes and options of a model, named as in `config.json`.
 ///
-/// The fields are those that all families have. What else a family reads is among the keys that the configuration holds.
+/// The fields are common to all families. Other keys of a family are stored with the configuration.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ModelConfig {
@@ -30,9 +30,9 @@ pub struct ModelConfig {
     pub num_key_value_heads: usize,
     /// Width of a head; `hidden_size / num_attention_heads` unless the file or the family says otherwise.
     pub head_dim: usize,
-    /// Longest sequence the model was made for, in tokens.
+    /// The maximum sequence length of the model, in tokens.
     pub max_position_embeddings: usize,
-    /// Base of the rotary embedding; that of layers with full attention where layers differ.
+    /// Base of the rotary embedding; that of the full-attention layers if layers differ.
     pub rope_theta: f64,
     /// Epsilon of the norms.
     pub rms_norm_eps: f64,
@@ -40,25 +40,26 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// Whether q, k and v have a bias.
     pub attention_bias: bool,
-    /// Ids that end a text: `eos_token_id` of `generation_config.json` if there is one, else of `config.json`.
+    /// Ids of the end-of-sequence tokens: `eos_token_id` of `generation_config.json` if present, otherwise of
+    /// `config.json`.
     pub eos_token_ids: Vec<u32>,
-    /// Standard deviation of newly drawn weights.
+    /// Standard deviation of newly initialized weights.
     pub initializer_range: f64,
-    /// Sampling settings the model's makers advise.
+    /// Recommended sampling settings of the model.
     pub generation: GenerationDefaults,
-    /// What is odd about the files read and does no harm, such as values of `generation_config.json` that make no sense.
+    /// Warnings about the files, such as values of `generation_config.json` that are out of range.
     pub notes: Vec<String>,
-    /// How much longer than `max_position_embeddings` a text may be.
+    /// The factor by which sequences may exceed `max_position_embeddings`.
     pub(crate) length_factor: f64,
-    /// All keys as they were read; of a multimodal model those of its text part.
+    /// All keys as they were read; for a multimodal model, those of its text model.
     pub(crate) keys: Map<String, Value>,
-    /// Whether the model is the text part of a multimodal one.
+    /// Whether the model is the text model of a multimodal one.
     pub(crate) is_text_part: bool,
-    /// How the weights beside the file are quantized. Saved models are not, so this is no part of their configuration.
+    /// How the weights of the checkpoint are quantized. Saved models are dense, so `config.json` files omit it.
     pub(crate) quantization: Option<Quantization>,
 }
 
-/// Two configurations are equal if their files would be, whatever the style of the keys they were read from.
+/// Two configurations are equal if they write the same files, whatever style of keys they were read from.
 impl PartialEq for ModelConfig {
     fn eq(&self, other: &Self) -> bool {
         self.to_map("", DType::F32) == other.to_map("", DType::F32)
@@ -68,7 +69,7 @@ impl PartialEq for ModelConfig {
     }
 }
 
-/// The values of absent keys, as transformers has them.
+/// The defaults of absent keys, as in transformers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Defaults {
     pub(crate) vocab_size: usize,
@@ -87,17 +88,17 @@ pub(crate) struct Defaults {
     pub(crate) eos_token_ids: &'static [u32],
 }
 
-/// The number of key/value heads where the key is absent; a null key always means the number of query heads.
+/// The number of key/value heads if the key is absent. A null key always means the number of query heads.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum KeyValueHeads {
-    /// As many as query heads.
+    /// The number of query heads.
     AsQueries,
     /// This number.
     Of(usize),
 }
 
 impl Defaults {
-    /// What most families share.
+    /// The defaults of most families.
     pub(crate) const BASE: Self = Self {
         vocab_size: 32_000,
         hidden_size: 4096,
@@ -116,7 +117,7 @@ impl Defaults {
 }
 
 impl ModelConfig {
-    /// The fields that all families have, from the keys of a file.
+    /// Reads the fields that all families have from the keys of a file.
     pub(crate) fn read(model_type: &str, defaults: &Defaults, keys: &Keys) -> Result<Self> {
         let num_attention_heads = keys.size_or("num_attention_heads", defaults.num_attention_heads)?;
         let hidden_size = keys.size_or("hidden_size", defaults.hidden_size)?;
@@ -167,7 +168,7 @@ impl ModelConfig {
         })
     }
 
-    /// The fields and these keys, to be shown.
+    /// The fields and these keys, for printing.
     pub(super) fn with_other_keys<'a>(&'a self, other_keys: &'a Map<String, Value>) -> impl fmt::Debug + 'a {
         fmt::from_fn(move |f| {
             f.debug_struct("ModelConfig")
@@ -193,13 +194,14 @@ impl ModelConfig {
         })
     }
 
-    /// How the weights of the checkpoint are quantized, in words: `4 bits in groups of 64 (MLX)`. None if they are dense, or in a
-    /// GGUF file, where each tensor has a type of its own.
+    /// Describes how the weights of the checkpoint are quantized: `4 bits in groups of 64 (MLX)`. `None` if they are
+    /// dense, or in a GGUF file, in which each tensor has its own type.
     pub fn quantization(&self) -> Option<String> {
         self.quantization.as_ref().map(Quantization::to_string)
     }
 
-    /// Longest sequence that the model takes, in tokens: `max_position_embeddings`, times the factor of dynamic rotary scaling.
+    /// The maximum length of a sequence, in tokens: `max_position_embeddings`, times the factor of dynamic rotary
+    /// scaling.
     pub fn max_sequence_length(&self) -> usize {
         (self.max_position_embeddings as f64 * self.length_factor) as usize
     }
@@ -225,8 +227,8 @@ impl ModelConfig {
         format!("{:#}\n", Value::Object(map))
     }
 
-    /// The keys of a `config.json` for weights in `dtype` and the class that transformers has for the family: those that were
-    /// read, with the values that may have changed since.
+    /// The keys of a `config.json` for weights in `dtype`, with the class name `architecture` of transformers: the keys
+    /// that were read, with the current values of the fields.
     pub(crate) fn to_map(&self, architecture: &str, dtype: DType) -> Map<String, Value> {
         let mut map = Map::new();
         map.insert("architectures".into(), json!([architecture]));
@@ -271,7 +273,7 @@ impl ModelConfig {
     }
 }
 
-/// The name torch has for a dtype.
+/// The name of a dtype in torch.
 fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "float16",

@@ -1,9 +1,9 @@
-//! Reading and writing `config.json`, and what can be said of a model from it alone.
+//! Reads, validates and writes `config.json` files, and derives the parameters of a model from them.
 
 use super::config::ModelConfig;
 use super::description::{Description, LayerSpec};
 use super::families::{self, Family};
-use super::generation_defaults::Advice;
+use super::generation_defaults::GenerationConfigFile;
 use super::keys::Keys;
 use super::layout::Layout;
 use super::packed::Quantization;
@@ -16,12 +16,12 @@ use metal_candle_kernels::Mask;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
-/// Most rows, columns, heads or tokens a configuration may name.
+/// Maximum number of rows, columns, heads or tokens in a configuration.
 const MAX_SIZE: usize = 1 << 24;
-/// Most blocks a configuration may name.
+/// Maximum number of blocks in a configuration.
 const MAX_LAYERS: usize = 1 << 12;
 
-/// The keys of Qwen2 that [`ModelConfig::identity`] takes from fields or does not need.
+/// The keys of Qwen2 that [`ModelConfig::identity`] omits: it reads them from fields or does not need them.
 const KEYS_IN_FIELDS: &[&str] = &[
     "architectures",
     "model_type",
@@ -50,30 +50,29 @@ const KEYS_IN_FIELDS: &[&str] = &[
 ];
 
 impl ModelConfig {
-    /// Reads a `config.json` (or the one in a folder) and the `generation_config.json` beside it, if there is one.
+    /// Reads a `config.json`, or the one in a folder, and the `generation_config.json` beside it, if there is one.
     ///
-    /// Both the keys of transformers 4 and of transformers 5 are understood. Of a multimodal model the text part is read.
+    /// The keys of transformers 4 and 5 are supported. For a multimodal model, its text model is read.
     ///
-    /// What `generation_config.json` says is advice: values that make no sense are ignored and listed in
-    /// [`ModelConfig::notes`].
+    /// Values of `generation_config.json` that are out of range are ignored and listed in [`ModelConfig::notes`].
     ///
     /// # Errors
-    /// `config.json` cannot be read, a key is missing or has a wrong value, or the model is not supported.
+    /// `config.json` cannot be read, a key is missing or has an invalid value, or the model is not supported.
     pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
         let mut config = Self::from_object(&JsonObject::read(&file)?)?;
         let generation = file.with_file_name("generation_config.json");
         if generation != file {
-            let advice = Advice::read(&generation, config.vocab_size);
-            config.generation = advice.defaults;
-            config.notes.extend(advice.notes);
-            config.eos_token_ids = advice.eos_token_ids.unwrap_or(config.eos_token_ids);
+            let generation_config = GenerationConfigFile::read(&generation, config.vocab_size);
+            config.generation = generation_config.defaults;
+            config.notes.extend(generation_config.notes);
+            config.eos_token_ids = generation_config.eos_token_ids.unwrap_or(config.eos_token_ids);
         }
         Ok(config)
     }
 
-    /// Reads the text of a `config.json`.
+    /// Parses the text of a `config.json`.
     ///
     /// # Errors
     /// As [`ModelConfig::from_json`].
@@ -91,7 +90,7 @@ impl ModelConfig {
                 object,
                 &["eos_token_id", "torch_dtype", "dtype", "quantization", "quantization_config"],
             );
-            // the head belongs to the multimodal model, whose own keys count
+            // the head belongs to the multimodal model, so its keys override those of the text model
             let mut map = text.map().clone();
             map.insert("tie_word_embeddings".into(), object.flag("tie_word_embeddings")?.unwrap_or(true).into());
             if model_type == "gemma3" {
@@ -154,7 +153,7 @@ impl ModelConfig {
         })
     }
 
-    /// What the model computes.
+    /// The description of the model, from which it is built.
     pub(crate) fn describe(&self) -> Result<Description> {
         let object = JsonObject::from_map(Path::new("config.json"), self.keys.clone());
         (self.family()?.describe)(&mut self.clone(), &Keys::new(&object))
@@ -168,15 +167,15 @@ impl ModelConfig {
     /// Name, shape and role of each tensor of a checkpoint, in the order of the model's parameters.
     ///
     /// # Errors
-    /// The configuration makes no decoder.
+    /// The configuration is not valid.
     pub fn parameter_specs(&self) -> Result<Vec<ParameterSpec>> {
         Ok(self.layout()?.parameters)
     }
 
-    /// Checks that the sizes make a decoder that can exist.
+    /// Checks that all sizes and settings are valid.
     ///
     /// # Errors
-    /// The first key whose value cannot be, with what was expected.
+    /// The first key with an invalid value, and what was expected.
     pub fn validate(&self) -> Result<()> {
         self.family()?;
         self.check_sizes()?;
@@ -214,13 +213,18 @@ impl ModelConfig {
     }
 
     fn check(&self, description: &Description) -> Result<()> {
-        for (name, number, fits) in [
-            ("rope_theta", self.rope_theta, self.rope_theta >= 1.0 && self.rope_theta <= 1e30),
-            ("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0),
-            ("initializer_range", self.initializer_range, (0.0..1e3).contains(&self.initializer_range)),
+        for (name, number, range, fits) in [
+            ("rope_theta", self.rope_theta, "1 to 1e30", (1.0..=1e30).contains(&self.rope_theta)),
+            ("rms_norm_eps", self.rms_norm_eps, "0 to less than 1", (0.0..1.0).contains(&self.rms_norm_eps)),
+            (
+                "initializer_range",
+                self.initializer_range,
+                "0 to less than 1000",
+                (0.0..1e3).contains(&self.initializer_range),
+            ),
         ] {
             if !fits {
-                return Err(Error::argument(name, format!("expected a value in its range, found {number}")));
+                return Err(Error::argument(name, format!("expected {range}, found {number}")));
             }
         }
         let layout = Layout::new(description, [self.vocab_size, self.hidden_size], self.tie_word_embeddings);
@@ -241,14 +245,14 @@ impl ModelConfig {
         self.num_parameters().saturating_mul(dtype.size_in_bytes())
     }
 
-    /// The text of a `config.json` for weights in `dtype` that transformers and this library load.
+    /// The text of a `config.json` for weights in `dtype`, which transformers and this library can load.
     pub fn to_json(&self, dtype: DType) -> String {
         let architecture = families::find(&self.model_type).map_or("", |family| family.architecture);
         format!("{:#}\n", Value::Object(self.to_map(architecture, dtype)))
     }
 
-    /// A text that differs between configurations of different models. Checkpoints hold its digest, so for models that older
-    /// versions could train it is what it was.
+    /// A string that differs between configurations of different models. Checkpoints store its digest, so it must not
+    /// change for models that earlier versions could train.
     pub(crate) fn identity(&self) -> String {
         let is_plain = |description: Description| {
             let is_full = |layer: &LayerSpec| layer.attention.mask == Mask::Causal;
@@ -267,13 +271,13 @@ impl ModelConfig {
         format!("{:?}{quantization}", self.with_other_keys(&other_keys))
     }
 
-    /// The `config.json` that belongs to weights at `path`.
+    /// The path of the `config.json` for weights at `path`.
     pub(crate) fn path_beside(path: &Path) -> PathBuf {
         if path.is_dir() { path.join("config.json") } else { path.with_file_name("config.json") }
     }
 }
 
-/// An argument's error as one of the file it was read from.
+/// Converts the error of an argument to one of the file it was read from.
 fn in_file(error: Error, path: &Path) -> Error {
     match error {
         Error::Argument { name, message } => Error::format(path, format!("`{name}`: {message}")),

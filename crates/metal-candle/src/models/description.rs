@@ -1,5 +1,5 @@
-//! What a model computes, as data: a family turns the keys of a `config.json` into a [`Description`], and the model is built
-//! from it. Every dense family is a choice of one value for each field below.
+//! Describes what a model computes, as data: a family converts the keys of a `config.json` to a [`Description`], and
+//! the model is built from it. Every dense family is one combination of values of the fields below.
 
 use crate::ops::activation::Activation;
 use crate::ops::norm::NormKind;
@@ -11,17 +11,17 @@ use metal_candle_kernels::Mask;
 pub(crate) struct Description {
     pub(crate) embedding: EmbeddingSpec,
     pub(crate) layers: Vec<LayerSpec>,
-    /// All norms of the residual stream, the final one included, are of this kind.
+    /// The kind of all norms of the residual stream, including the final one.
     pub(crate) norm: NormSpec,
     pub(crate) head: HeadSpec,
-    /// The rotary tables that layers refer to by index.
+    /// The rotary tables, which layers refer to by index.
     pub(crate) rotary: Vec<RotarySpec>,
 }
 
 /// The token embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct EmbeddingSpec {
-    /// The factor on the embedded tokens.
+    /// The factor on the token embeddings.
     pub(crate) scale: f32,
 }
 
@@ -30,11 +30,11 @@ pub(crate) struct EmbeddingSpec {
 pub(crate) struct HeadSpec {
     /// The factor on the logits.
     pub(crate) scale: f32,
-    /// `c` of `c tanh(logit / c)`, after the factor.
+    /// The soft cap `c` of `c tanh(logit / c)`, applied after the factor.
     pub(crate) soft_cap: Option<f32>,
 }
 
-/// The kind of a norm and which of its tensors a checkpoint holds.
+/// The kind of a norm, and which of its tensors a checkpoint contains.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct NormSpec {
     pub(crate) kind: NormKind,
@@ -49,13 +49,13 @@ pub(crate) struct LayerSpec {
     pub(crate) attention: AttentionSpec,
     pub(crate) feed_forward: FeedForwardSpec,
     pub(crate) norms: NormPlacement,
-    /// Whether both parts read the same norm of the layer's input, `x + attention(n x) + feed_forward(n x)`.
+    /// Whether both parts read the same norm of the layer's input: `x + attention(n x) + feed_forward(n x)`.
     pub(crate) is_parallel: bool,
     /// The factor on both branches before they are added to the stream.
     pub(crate) residual_scale: f32,
 }
 
-/// The names of a layer's norms, where there are any.
+/// The names of a layer's norms; `None` where there is no norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct NormPlacement {
     pub(crate) before_attention: Option<&'static str>,
@@ -98,19 +98,19 @@ pub(crate) struct AttentionSpec {
     /// The factor on the scores.
     pub(crate) scale: f32,
     pub(crate) mask: Mask,
-    /// `c` of `c tanh(score / c)`.
+    /// The soft cap `c` of `c tanh(score / c)`.
     pub(crate) soft_cap: Option<f32>,
-    /// The largest magnitude of the elements of q, k and v; larger ones are cut.
+    /// The maximum magnitude of the elements of q, k and v; larger ones are clamped.
     pub(crate) clip: Option<f32>,
     /// Whether each head has a sink logit.
     pub(crate) has_sinks: bool,
-    /// Whether a checkpoint holds q, k and v as the rows of one tensor, `qkv_proj`.
+    /// Whether a checkpoint stores q, k and v as the rows of one tensor, `qkv_proj`.
     pub(crate) is_fused: bool,
     /// Whether q, k and v have a bias.
     pub(crate) has_bias: bool,
     pub(crate) has_output_bias: bool,
     pub(crate) qk_norm: Option<QkNormSpec>,
-    /// The index of the rotary table; none for attention without positions.
+    /// The index of the rotary table; `None` for attention without positions.
     pub(crate) rotary: Option<usize>,
     pub(crate) query_scaling: Option<QueryScaling>,
 }
@@ -125,12 +125,12 @@ pub(crate) struct QkNormSpec {
     pub(crate) is_after_rotary: bool,
 }
 
-/// What a norm of q or k is taken over, and how far its weight reaches.
+/// The elements that a norm of q or k covers, and the shape of its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum QkNormExtent {
-    /// Each head by itself, all with the same weight: `[head_dim]`.
+    /// Each head separately, all with the same weight: `[head_dim]`.
     Head,
-    /// Each head by itself with a weight of its own: `[heads, head_dim]`.
+    /// Each head separately, with its own weight: `[heads, head_dim]`.
     OwnHead,
     /// All heads together: `[heads * head_dim]`.
     Width,
@@ -144,7 +144,7 @@ pub(crate) struct QueryScaling {
 }
 
 impl QueryScaling {
-    /// The factor of a position, rounded as the reference implementation does.
+    /// The factor of a position, rounded as in the reference implementation.
     pub(crate) fn factor(self, position: u32) -> f32 {
         let turns = (position as f32 / self.original_max_position_embeddings as f32).floor();
         1.0 + self.beta as f32 * (1.0 + turns).ln()
@@ -166,9 +166,9 @@ pub(crate) struct GatedMlpSpec {
     pub(crate) inner: usize,
     pub(crate) activation: Activation,
     pub(crate) has_bias: bool,
-    /// The path of its tensors below the layer.
+    /// The path of its tensors, relative to the layer.
     pub(crate) path: &'static str,
-    /// The names of gate, up and down; one name less where a checkpoint holds gate and up as the rows of one tensor.
+    /// The names of its linear layers in a checkpoint.
     pub(crate) projections: GatedProjections,
 }
 
@@ -192,14 +192,14 @@ pub(crate) struct PlainMlpSpec {
 }
 
 impl Description {
-    /// Changes the attention of each layer; `change` gets the layer's index.
+    /// Modifies the attention of each layer; `change` receives the layer's index.
     pub(crate) fn for_each_attention(&mut self, mut change: impl FnMut(usize, &mut AttentionSpec)) {
         for (index, layer) in self.layers.iter_mut().enumerate() {
             change(index, &mut layer.attention);
         }
     }
 
-    /// Changes the gated MLP of each layer that has one.
+    /// Modifies the gated MLP of each layer that has one.
     pub(crate) fn for_each_gated_mlp(&mut self, mut change: impl FnMut(&mut GatedMlpSpec)) {
         for layer in &mut self.layers {
             if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {

@@ -1,45 +1,45 @@
-//! Sampling settings of `generation_config.json`. They are advice: a value that makes no sense is a note, never an error.
+//! Reads the recommended sampling settings of `generation_config.json`. An invalid value is a note, never an error.
 
 use crate::files::{JsonObject, describe};
 use serde_json::Value;
 use std::path::Path;
 
-/// Sampling settings of `generation_config.json`; `None` where it says nothing that can be used.
+/// Recommended sampling settings of `generation_config.json`; `None` where it has no valid value.
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct GenerationDefaults {
-    /// Whether tokens are drawn (`true`) or the likeliest one is taken (`false`).
+    /// Whether tokens are sampled (`true`) or the most likely one is used (`false`).
     pub do_sample: Option<bool>,
     /// Divisor of the logits.
     pub temperature: Option<f64>,
-    /// Number of likeliest tokens kept; 0 keeps all.
+    /// The number of most likely tokens to sample from; 0 for all.
     pub top_k: Option<usize>,
-    /// Probability mass kept, 0 to 1.
+    /// The cumulative probability of the tokens to sample from, 0 to 1.
     pub top_p: Option<f64>,
-    /// Least probability kept, as a share of the likeliest token's.
+    /// The minimum probability of a token, relative to the most likely one.
     pub min_p: Option<f64>,
     /// Divisor of the logits of tokens that have occurred.
     pub repetition_penalty: Option<f64>,
 }
 
-/// What a `generation_config.json` says, and what is odd about it.
+/// The settings of a `generation_config.json`, and notes about invalid ones.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Advice {
+pub(super) struct GenerationConfigFile {
     pub defaults: GenerationDefaults,
-    /// The ids that end a text, if the file names any that can be.
+    /// The ids of the end-of-sequence tokens, if the file has any valid ones.
     pub eos_token_ids: Option<Vec<u32>>,
-    /// One line for each value that is not used as it stands, with file and key.
+    /// One line for each value that is ignored or converted, with file and key.
     pub notes: Vec<String>,
 }
 
-impl Advice {
-    /// The advice in the file `path`; none if there is no such file. Ids at or above `vocab_size` are left out.
+impl GenerationConfigFile {
+    /// Reads the file `path`; returns the default if it does not exist. Ids of at least `vocab_size` are ignored.
     pub(super) fn read(path: &Path, vocab_size: usize) -> Self {
         if !path.exists() {
             return Self::default();
         }
         match JsonObject::read(path) {
-            Ok(object) => Reader { object, vocab_size, notes: Vec::new() }.advice(),
+            Ok(object) => Reader { object, vocab_size, notes: Vec::new() }.generation_config(),
             Err(error) => Self { notes: vec![format!("{error}; the file is ignored")], ..Self::default() },
         }
     }
@@ -52,7 +52,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn advice(mut self) -> Advice {
+    fn generation_config(mut self) -> GenerationConfigFile {
         let defaults = GenerationDefaults {
             do_sample: self.flag("do_sample"),
             temperature: self.number("temperature", "a number of at least 0", |number| number >= 0.0),
@@ -64,10 +64,10 @@ impl Reader {
             repetition_penalty: self.number("repetition_penalty", "a number above 0", |number| number > 0.0),
         };
         let eos_token_ids = self.token_ids("eos_token_id");
-        Advice { defaults, eos_token_ids, notes: self.notes }
+        GenerationConfigFile { defaults, eos_token_ids, notes: self.notes }
     }
 
-    /// The number at `key`, also one written as text.
+    /// The number at `key`, which may be a string.
     fn number(&mut self, key: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Option<f64> {
         let value = self.object.get(key)?.clone();
         let number = number_of(&value).filter(|number| number.is_finite() && fits(*number));
@@ -102,7 +102,7 @@ impl Reader {
         flag
     }
 
-    /// The token ids at `key`, without those that cannot be; `None` if nothing is left.
+    /// The valid token ids at `key`; `None` if there are none.
     fn token_ids(&mut self, key: &str) -> Option<Vec<u32>> {
         let value = self.object.get(key)?.clone();
         let values = match &value {
@@ -133,7 +133,7 @@ impl Reader {
     }
 }
 
-/// The number that a value is, or that its text holds.
+/// The number in a value or in its string.
 fn number_of(value: &Value) -> Option<f64> {
     match value {
         Value::String(text) => text.trim().parse().ok(),
@@ -148,18 +148,18 @@ fn is_whole(number: f64, most: f64) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::{Advice, GenerationDefaults};
+    use super::{GenerationConfigFile, GenerationDefaults};
 
-    fn read(text: &str) -> Advice {
+    fn read(text: &str) -> GenerationConfigFile {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("generation_config.json");
         std::fs::write(&path, text).unwrap();
-        Advice::read(&path, 100)
+        GenerationConfigFile::read(&path, 100)
     }
 
     #[test]
-    fn values_that_can_be_used_are() {
-        let advice = read(
+    fn values_of_other_types_are_converted() {
+        let generation_config = read(
             r#"{"top_k": 50.0, "temperature": "0.7", "do_sample": "True", "top_p": 1, "eos_token_id": [1, 2.0, "3"]}"#,
         );
         let expected = GenerationDefaults {
@@ -169,16 +169,20 @@ mod tests {
             top_p: Some(1.0),
             ..GenerationDefaults::default()
         };
-        assert_eq!(advice.defaults, expected);
-        assert_eq!(advice.eos_token_ids, Some(vec![1, 2, 3]));
-        assert_eq!(advice.notes.len(), 4, "{:?}", advice.notes);
-        assert!(advice.notes[1].contains("generation_config.json`: `temperature`: expected"), "{:?}", advice.notes);
+        assert_eq!(generation_config.defaults, expected);
+        assert_eq!(generation_config.eos_token_ids, Some(vec![1, 2, 3]));
+        assert_eq!(generation_config.notes.len(), 4, "{:?}", generation_config.notes);
+        assert!(
+            generation_config.notes[1].contains("generation_config.json`: `temperature`: expected"),
+            "{:?}",
+            generation_config.notes
+        );
         let plain = read(r#"{"top_k": 0, "temperature": 0.5, "do_sample": false, "eos_token_id": 99, "top_p": null}"#);
         assert_eq!((plain.notes.len(), plain.eos_token_ids), (0, Some(vec![99])));
     }
 
     #[test]
-    fn values_that_make_no_sense_are_ignored_with_a_note() {
+    fn invalid_values_are_ignored_with_a_note() {
         for (key, value) in [
             ("top_k", "-1"),
             ("top_k", "1.5"),
@@ -200,16 +204,24 @@ mod tests {
             ("eos_token_id", "\"<|im_end|>\""),
             ("eos_token_id", "[[1]]"),
         ] {
-            let advice = read(&format!("{{\"{key}\": {value}}}"));
-            assert_eq!(advice.defaults, GenerationDefaults::default(), "{key} {value}");
-            assert_eq!(advice.eos_token_ids, None, "{key} {value}");
-            assert!(advice.notes.len() == 1 && advice.notes[0].contains(key), "{key} {value}: {:?}", advice.notes);
+            let generation_config = read(&format!("{{\"{key}\": {value}}}"));
+            assert_eq!(generation_config.defaults, GenerationDefaults::default(), "{key} {value}");
+            assert_eq!(generation_config.eos_token_ids, None, "{key} {value}");
+            assert!(
+                generation_config.notes.len() == 1 && generation_config.notes[0].contains(key),
+                "{key} {value}: {:?}",
+                generation_config.notes
+            );
         }
         for text in ["", " ", "[]", "null", "{", "{\"temperature\": NaN}", "\u{feff}"] {
-            let advice = read(text);
-            assert_eq!((advice.defaults, advice.notes.len()), (GenerationDefaults::default(), 1), "{text}");
+            let generation_config = read(text);
+            assert_eq!(
+                (generation_config.defaults, generation_config.notes.len()),
+                (GenerationDefaults::default(), 1),
+                "{text}"
+            );
         }
-        // what remains of a list is used
+        // the valid ids of a list are used
         assert_eq!(read(r#"{"eos_token_id": [5, -1, 7]}"#).eos_token_ids, Some(vec![5, 7]));
     }
 }

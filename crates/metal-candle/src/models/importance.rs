@@ -1,4 +1,4 @@
-//! Importance matrices: how much each input of a linear layer matters, measured on text.
+//! Importance matrices for quantization: the mean squares of the inputs of linear layers, measured on text.
 
 use super::batch::Batch;
 use super::gguf::GgufNames;
@@ -11,14 +11,14 @@ use std::path::Path;
 
 const MAX_BYTES: u64 = 1 << 30;
 
-/// For each linear layer, the mean squares of its inputs over the tokens of a text.
+/// The mean squares of the inputs of each linear layer over the tokens of a text.
 ///
-/// A quantizer that weighs errors by it rounds the columns that see large inputs more carefully.
+/// A quantizer that weights rounding errors by them is more accurate for columns with large inputs.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Importance {
     /// By the name of the weight: `model.layers.0.self_attn.q_proj.weight`.
     columns: BTreeMap<String, Vec<f32>>,
-    /// What it was computed from.
+    /// The text that it was computed from.
     source: Option<String>,
     /// The number of tokens.
     tokens: usize,
@@ -28,10 +28,12 @@ impl Importance {
     /// Measures the inputs of the linear layers of a model's blocks on a text.
     ///
     /// # Errors
-    /// The model is not on the CPU, there is no token, or an input is not finite.
+    /// The model is not on the CPU, there are no tokens, or an input is not finite.
     pub fn measure<'a>(model: &Model, batches: impl IntoIterator<Item = &'a Batch>) -> Result<Self> {
         if !model.device().is_cpu() {
-            return Err(Error::Unsupported("an importance matrix on a GPU: load the model on the CPU".into()));
+            return Err(Error::Unsupported(
+                "measuring an importance matrix on a GPU; load the model on the CPU".into(),
+            ));
         }
         let (inputs, mut tokens) = (InputSquares::default(), 0);
         for batch in batches {
@@ -45,14 +47,17 @@ impl Importance {
         for (layer, sums) in inputs.into_sums() {
             let name = format!("{}.weight", model.linears()[layer].path);
             if sums.iter().any(|sum| !sum.is_finite()) {
-                return Err(Error::argument(name, "an input is not finite: the model overflows on this text"));
+                return Err(Error::argument(
+                    name,
+                    "the input of this layer is not finite, because the model overflows on this text",
+                ));
             }
             columns.insert(name, sums.iter().map(|sum| (sum / tokens as f64) as f32).collect());
         }
         Ok(Self { columns, source: None, tokens })
     }
 
-    /// The same with the name of the text it was computed from.
+    /// Sets the name of the text that it was computed from.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<String>) -> Self {
         self.source = Some(source.into());
@@ -64,20 +69,20 @@ impl Importance {
         self.columns.get(weight).map(Vec::as_slice)
     }
 
-    /// The number of weights.
+    /// The number of weights with an importance.
     pub fn len(&self) -> usize {
         self.columns.len()
     }
 
-    /// Whether there are none.
+    /// Whether no weight has an importance.
     pub fn is_empty(&self) -> bool {
         self.columns.is_empty()
     }
 
-    /// Reads a file of llama.cpp's `llama-imatrix`, GGUF or the older format, for a model.
+    /// Reads a file of llama.cpp's `llama-imatrix`, in GGUF or the older format, for a model.
     ///
     /// # Errors
-    /// The file is damaged, is for another model, or holds values that are negative or not finite.
+    /// The file is invalid, belongs to another model, or contains values that are negative or not finite.
     pub fn read(path: impl AsRef<Path>, model: &Model) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read_bounded(path, MAX_BYTES)?;
@@ -93,7 +98,7 @@ impl Importance {
                 let (expected, found) = (linear.in_features, values.len());
                 problems.push(format!("`{weight}`: expected {expected} columns, found {found}"));
             } else if values.iter().any(|value| !value.is_finite() || *value < 0.0) {
-                problems.push(format!("`{weight}`: expected numbers that are not negative"));
+                problems.push(format!("`{weight}`: expected finite numbers of at least 0"));
             }
             columns.insert(weight, values);
         }
@@ -107,7 +112,7 @@ impl Importance {
         Ok(Self { columns, source: Some(path.display().to_string()), tokens: 0 })
     }
 
-    /// Writes a file that llama.cpp's `llama-quantize --imatrix` reads.
+    /// Writes a file for llama.cpp's `llama-quantize --imatrix`.
     ///
     /// # Errors
     /// The file cannot be written, or GGUF has no architecture for the model.
@@ -143,7 +148,7 @@ impl Importance {
     }
 }
 
-/// Sums of squares and the numbers of tokens, by the name of the tensor.
+/// Mean squares, by the name of the tensor, from sums of squares and token counts.
 fn from_gguf(path: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
     let file = GgufFile::open(path)?;
     let mut entries = BTreeMap::new();
@@ -158,7 +163,7 @@ fn from_gguf(path: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
         };
         let mut values = file.floats(tensor)?;
         for value in &mut values {
-            // a tensor that saw no token matters no more in one column than in another
+            // all columns of a tensor without tokens are equally important
             *value = if count > 0.0 { *value / count } else { 1.0 };
         }
         entries.insert(name.to_string(), values);
@@ -166,9 +171,10 @@ fn from_gguf(path: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
     Ok(entries)
 }
 
-/// The format before GGUF: a number of entries, each with a name, a number of calls and sums.
+/// The format before GGUF: the number of entries, each with a name, a number of calls and sums.
 fn from_dat(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Vec<f32>>> {
-    let damaged = || Error::format(path, "expected an importance matrix of llama.cpp, found other or cut bytes");
+    let damaged =
+        || Error::format(path, "expected an importance matrix of llama.cpp, found another format or a truncated file");
     let mut at = 0_usize;
     let mut take = |count: usize| -> Result<&[u8]> {
         let end = at.checked_add(count).filter(|&end| end <= bytes.len()).ok_or_else(damaged)?;

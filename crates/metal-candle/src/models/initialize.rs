@@ -1,4 +1,4 @@
-//! New models with random weights.
+//! Creates models with random weights.
 
 use super::registry::{ParameterSpec, Role};
 use super::{Model, ModelConfig};
@@ -9,11 +9,11 @@ use std::collections::HashMap;
 use std::f64::consts::TAU;
 
 impl Model {
-    /// A new model in f32: matrices drawn from a normal distribution of standard deviation `initializer_range`, biases of
-    /// 0, norms of 1..
+    /// A new model in f32: matrices are drawn from a normal distribution with standard deviation `initializer_range`,
+    /// biases are 0, and norms are 1.
     ///
     /// # Errors
-    /// The configuration makes no decoder, or the device cannot hold it.
+    /// The configuration is not valid, or the device has too little memory.
     pub fn initialize(config: ModelConfig, seed: u64, device: Device) -> Result<Self> {
         config.validate()?;
         let mut tensors = HashMap::new();
@@ -29,13 +29,14 @@ impl Model {
         Self::from_tensors(config, tensors, device)
     }
 
-    /// A new model in `dtype` made for measuring: matrices are cut one after another from the same million of draws from a
-    /// normal distribution of standard deviation `initializer_range`, repeated on the device; biases are 0, norms 1.
+    /// A new model in `dtype` for benchmarks. Its matrices are consecutive slices of one million draws from a normal
+    /// distribution with standard deviation `initializer_range`, repeated on the device; biases are 0 and norms 1.
     ///
-    /// No matrix is ever on the host or in f32, so that a model takes no more memory and hardly more time than its copy.
+    /// No matrix is allocated on the host or in f32, so creating a model takes little more memory and time than copying
+    /// it.
     ///
     /// # Errors
-    /// The configuration makes no decoder, or the device cannot hold it.
+    /// The configuration is not valid, or the device has too little memory.
     pub fn repeated_pattern(config: ModelConfig, seed: u64, dtype: DType, device: Device) -> Result<Self> {
         config.validate()?;
         let home = device.candle();
@@ -56,7 +57,7 @@ impl Model {
                     position = (position + length) % PATTERN;
                     missing -= length;
                 }
-                // a copy even of a single piece: nothing of the pattern is kept
+                // even a single piece is copied, so that no matrix shares the pattern's memory
                 let tensor = if pieces.len() == 1 { pieces[0].force_contiguous()? } else { Tensor::cat(&pieces, 0)? };
                 tensor.reshape(shape)?
             };
@@ -67,7 +68,7 @@ impl Model {
     }
 }
 
-/// The initial value of a parameter that is not drawn.
+/// The constant initial value of a parameter; `None` if it is random.
 fn neutral(role: Role) -> Option<f32> {
     match role {
         Role::Embedding | Role::Matrix => None,
@@ -76,10 +77,10 @@ fn neutral(role: Role) -> Option<f32> {
     }
 }
 
-/// Number of draws of [`Model::repeated_pattern`]: a prime, so that no two rows of a matrix are equal.
+/// The number of draws of [`Model::repeated_pattern`]: a prime, so that no two rows of a matrix are equal.
 const PATTERN: usize = 1_048_573;
 
-/// `count` draws from a normal distribution around 0, two of each pair of uniform draws (Box and Muller, 1958).
+/// `count` draws from a normal distribution with mean 0; each pair of uniform draws returns two (Box and Muller, 1958).
 fn normal(seed: u64, deviation: f64, count: usize) -> Vec<f32> {
     let mut state = seed;
     let mut uniform = || {
@@ -131,7 +132,7 @@ mod tests {
             assert!((square.sqrt() - 0.05).abs() < 0.003, "{name}: {square}");
             first_values.insert(values[..8].iter().map(|value| value.to_bits()).collect::<Vec<_>>());
         }
-        assert_eq!(first_values.len(), 2 + 2 * 7, "matrices begin alike");
+        assert_eq!(first_values.len(), 2 + 2 * 7, "some matrices start with the same values");
         let head = model.parameters().iter().find(|(name, _)| name == "lm_head.weight").unwrap();
         assert!(head.1.elem_count() > PATTERN, "the pattern is not repeated in this test");
     }

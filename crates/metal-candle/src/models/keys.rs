@@ -1,4 +1,4 @@
-//! The keys of a `config.json` as a family reads them.
+//! Reads the keys of a `config.json`, and reports those that no family reads.
 
 use crate::error::{Error, Result};
 use crate::files::JsonObject;
@@ -7,7 +7,8 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Keys that change what some family computes. One that a family does not read, and whose value is not neutral, is named.
+/// Keys that change what some families compute. If a family does not read one and its value is not neutral, a note
+/// lists it.
 const FORWARD_KEYS: &[&str] = &[
     "attention_bias",
     "attention_chunk_size",
@@ -42,8 +43,9 @@ const FORWARD_KEYS: &[&str] = &[
     "use_qkv_bias",
 ];
 
-/// Keys that no supported family's class in transformers computes with: settings of dropout, of the mixtures and recurrent layers
-/// that a family refuses before their sizes matter, of loading and generating, and what released files have besides.
+/// Keys that have no effect on the results of any supported family in transformers: settings of dropout, of mixtures of
+/// experts and recurrent layers (which a family refuses before it reads their sizes), of loading and generation, and
+/// unused keys of released files.
 const HARMLESS_KEYS: &[&str] = &[
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -105,7 +107,7 @@ const HARMLESS_KEYS: &[&str] = &[
     "use_sliding_window",
 ];
 
-/// The keys of a file, and which of them were read.
+/// The keys of a file, with a record of those that were read.
 pub(crate) struct Keys<'a> {
     object: &'a JsonObject,
     used: RefCell<BTreeSet<String>>,
@@ -128,7 +130,7 @@ impl<'a> Keys<'a> {
         self.object.map()
     }
 
-    /// Whether there is such a key, even with a null value.
+    /// Whether the key is present, even with a null value.
     pub(crate) fn contains(&self, key: &str) -> bool {
         self.mark(key);
         self.object.map().contains_key(key)
@@ -140,7 +142,7 @@ impl<'a> Keys<'a> {
         self.object.map().get(key).is_some_and(Value::is_null)
     }
 
-    /// The value of `key`, unless absent or null.
+    /// The value of `key`; `None` if it is absent or null.
     pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.mark(key);
         self.object.get(key)
@@ -151,7 +153,7 @@ impl<'a> Keys<'a> {
         self.object.size(key)
     }
 
-    /// The whole number at `key`, `default` where the key is absent; null is an error.
+    /// The integer at `key`, or `default` if the key is absent; null is an error.
     pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         if self.contains(key) { self.object.required_size(key) } else { Ok(default) }
     }
@@ -185,24 +187,24 @@ impl<'a> Keys<'a> {
         self.object.wrong(key, expected, found)
     }
 
-    /// Counts `key` as unread, so that a value that changes what other families compute is named.
+    /// Marks `key` as unread, so that it is reported if it changes what other families compute.
     pub(crate) fn forget(&self, key: &str) {
         self.used.borrow_mut().remove(key);
     }
 
-    /// The error of a value that is not supported.
+    /// The error for a value that is not supported.
     pub(crate) fn unsupported(&self, key: &str, what: &str) -> Error {
         Error::Unsupported(format!("`{}`: `{key}`: {what}", self.path().display()))
     }
 
-    /// The keys that change what other families compute and that this one did not read, with values that are not neutral.
+    /// The unread keys that change what other families compute, with values that are not neutral.
     pub(crate) fn unread(&self) -> Vec<&'static str> {
         let used = self.used.borrow();
         let is_unread = |key: &&str| !used.contains(*key) && self.object.get(key).is_some_and(|v| !is_neutral(v));
         FORWARD_KEYS.iter().copied().filter(is_unread).collect()
     }
 
-    /// The keys that no family reads and nothing is known of, such as misspelled ones, with values that are not neutral.
+    /// Unknown keys, such as misspelled ones, with values that are not neutral.
     pub(crate) fn unknown(&self) -> Vec<&'a str> {
         let used = self.used.borrow();
         let is_known = |key: &str| {
@@ -216,7 +218,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// Whether a value says that a feature is not there.
+/// Whether a value means that a feature is disabled.
 fn is_neutral(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

@@ -1,4 +1,4 @@
-//! Loading safetensors checkpoints and GGUF files.
+//! `ModelLoader`: loads models from safetensors checkpoints and GGUF files.
 
 use super::gguf::GgufWeights;
 use super::packed::PackedWeights;
@@ -12,30 +12,31 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
-/// After this many tensors a GPU is waited for, so that it frees what their transfer took.
+/// The number of tensors after which the loader waits for a GPU, so that it frees the memory of their transfers.
 const TENSORS_PER_SYNCHRONIZATION: usize = 16;
 
 /// Loads a model from a safetensors file, an index of shards, a folder, or a GGUF file.
 ///
-/// Quantized matrices of a GGUF file stay quantized. On the CPU training multiplies their f32 values, and inference rounds
-/// activations to 8 bits where the processor multiplies such integers. On a GPU activations are bf16, and products of many rows
-/// multiply weights that are rounded to bf16, a part of a matrix at a time. A requested dtype dequantizes.
+/// Quantized matrices of a GGUF file stay quantized. On the CPU, training multiplies their f32 values, and inference
+/// rounds activations to 8 bits on processors that multiply such integers. On a GPU, activations are bf16, and products
+/// of many rows use weights that are dequantized to bf16, a chunk of a matrix at a time. With a requested dtype,
+/// quantized matrices are dequantized.
 ///
-/// Quantized matrices of a safetensors checkpoint are repacked as blocks of GGUF while loading, where these hold exactly the same
-/// values. Others become dense: of the dtype of their scales on the CPU, and on a GPU, as blocks do, of the requested dtype or that
-/// of the tensors that are not quantized.
+/// Quantized matrices of a safetensors checkpoint are repacked to GGUF blocks while loading if a block format can
+/// represent exactly the same values. Otherwise they become dense. Their dtype is that of their scales on the CPU; on a
+/// GPU it is the requested dtype or that of the dense tensors, as for blocks.
 ///
-/// Files are mapped into memory. On the CPU, matrices that have the requested dtype stay in the map: processes share their
-/// memory, and loading takes no time. Other tensors are read one by one. After 32 passes through the model its files are copied
-/// into memory of their own, whose pages are large and thus faster to read.
+/// Files are mapped into memory. On the CPU, matrices of the requested dtype stay in the map: processes share their
+/// memory, and loading takes no time. Other tensors are read one by one. After 32 passes through the model, its files
+/// are copied to private memory with larger pages, which is faster to read.
 ///
-/// Files may be deleted or replaced by renaming while a model is in use. If one is shortened or overwritten in place before it is
-/// copied, the model returns errors from then on, never results of other weights.
+/// Files may be deleted, or replaced by renaming, while a model is in use. If one is truncated or overwritten before it
+/// has been copied, the model returns errors from then on, never the results of other weights.
 ///
-/// Besides the tensors of the model, a checkpoint may hold `rotary_emb.inv_freq` tensors, and those of the vision part of a
-/// multimodal model, which are left out.
-/// Where `tie_word_embeddings` is set, an `lm_head.weight` may be there too: one that differs from the embedding unties
-/// the head, as in transformers 5. Names may lack the prefix `model.`, if all do.
+/// Besides the tensors of the model, a checkpoint may contain `rotary_emb.inv_freq` tensors and those of the vision
+/// part of a multimodal model, which are ignored. If `tie_word_embeddings` is set, it may also contain an
+/// `lm_head.weight`: as in transformers 5, one that differs from the embedding unties the head. The prefix `model.` may
+/// be missing from all names.
 #[derive(Debug, Clone)]
 pub struct ModelLoader {
     device: Device,
@@ -43,16 +44,16 @@ pub struct ModelLoader {
     config: Option<ModelConfig>,
 }
 
-/// How far loading has come.
+/// The progress of loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Tensors loaded so far.
     pub tensors: usize,
-    /// Tensors in all.
+    /// The total number of tensors.
     pub num_tensors: usize,
     /// Bytes of the files read so far.
     pub bytes: usize,
-    /// Bytes to be read in all.
+    /// The total number of bytes to read.
     pub num_bytes: usize,
 }
 
@@ -63,7 +64,7 @@ impl Default for ModelLoader {
 }
 
 impl ModelLoader {
-    /// A loader for the CPU that keeps the file's dtype.
+    /// A loader for the CPU that preserves the dtype of the file.
     pub fn new() -> Self {
         Self { device: Device::CPU, dtype: None, config: None }
     }
@@ -75,31 +76,31 @@ impl ModelLoader {
         self
     }
 
-    /// Converts weights to `dtype` (f32, f16 or bf16) while loading.
+    /// Converts weights to `dtype` (f32, f16 or bf16).
     ///
-    /// Without it, weights keep the dtype that most of the file's bytes have; f64 becomes f32.
+    /// Without it, weights have the dtype of most bytes of the file; f64 becomes f32.
     #[must_use]
     pub fn with_dtype(mut self, dtype: DType) -> Self {
         self.dtype = Some(dtype);
         self
     }
 
-    /// Uses `config` in place of the `config.json` beside the weights.
+    /// Uses `config` instead of the `config.json` beside the weights.
     #[must_use]
     pub fn with_config(mut self, config: ModelConfig) -> Self {
         self.config = Some(config);
         self
     }
 
-    /// Loads `path`; `config.json` is looked for beside the weights.
+    /// Loads `path`. `config.json` must be in the same folder as the weights.
     ///
     /// # Errors
-    /// A file is missing, truncated or foreign, or tensors do not fit the configuration.
+    /// A file is missing, truncated or of another format, or tensors do not fit the configuration.
     pub fn load(&self, path: impl AsRef<Path>) -> Result<Model> {
         self.load_with_progress(path, |_| ())
     }
 
-    /// As [`ModelLoader::load`]; `progress` is called after each tensor.
+    /// [`ModelLoader::load`] with a callback: `progress` is called after each tensor.
     ///
     /// # Errors
     /// As [`ModelLoader::load`].
@@ -113,7 +114,7 @@ impl ModelLoader {
         let found = names_in_model(&shards);
         if config.tie_word_embeddings && head_differs(&shards, &found)? {
             tracing::warn!(
-                "`{}`: `lm_head.weight` differs from the embedding, so it is used although `tie_word_embeddings` is set",
+                "`{}`: `lm_head.weight` differs from the embedding, so it is used even though `tie_word_embeddings` is set",
                 shards.path().display()
             );
             config.tie_word_embeddings = false;
@@ -147,7 +148,7 @@ impl ModelLoader {
             return Err(Error::Tensors { path: file.path().to_path_buf(), problems });
         }
         self.dtype.map(check_dtype).transpose()?;
-        // on a GPU what is not quantized has the type of activations
+        // on a GPU, dense weights have the dtype of activations
         let home = (!self.device.is_cpu()).then_some(DType::BF16);
         let mut loading = Loading::new(self, names.len(), file.num_bytes(), progress);
         for spec in config.parameter_specs()? {
@@ -169,10 +170,10 @@ impl ModelLoader {
         Model::from_weights(config, loading.finish()?, self.device)
     }
 
-    /// Loads all tensors of `path` by their names in the file, whatever model they belong to.
+    /// Loads all tensors of `path` by their names in the file, for any model.
     ///
     /// # Errors
-    /// A file is missing, truncated or foreign, or a tensor is not of a float dtype.
+    /// A file is missing, truncated or of another format, or a tensor does not have a float dtype.
     pub fn load_weights(&self, path: impl AsRef<Path>) -> Result<HashMap<String, Tensor>> {
         let shards = Shards::open(path.as_ref())?;
         let names: BTreeMap<String, String> = shards.names().map(|name| (name.into(), name.into())).collect();
@@ -191,13 +192,13 @@ impl ModelLoader {
         }
         let beside = ModelConfig::path_beside(path);
         if !beside.exists() {
-            let message = "no such file; the sizes of the model are read from it, or given by `with_config`";
+            let message = "no such file; it contains the sizes of the model, unless `with_config` provides them";
             return Err(Error::read(beside, io::Error::new(ErrorKind::NotFound, message)));
         }
         ModelConfig::from_json(beside)
     }
 
-    /// Reads tensors, given by the names they shall have and the names in the files.
+    /// Reads tensors, given as a map from their names in the model to those in the files.
     fn read(
         &self,
         shards: &Shards,
@@ -209,7 +210,7 @@ impl ModelLoader {
         let dtype = match self.dtype {
             Some(dtype) => Some(dtype),
             None if packed.is_empty() => Some(prevailing()),
-            // the parameters of a model on the CPU may have different types
+            // on the CPU, the parameters of a model may have different dtypes
             None if self.device.is_cpu() => None,
             None => Some(if prevailing() == DType::F16 { DType::F16 } else { DType::BF16 }),
         };
@@ -240,10 +241,10 @@ impl ModelLoader {
     }
 }
 
-/// Weights on their way to the device.
+/// The weights loaded so far, and their destination.
 struct Loading<P> {
     device: Device,
-    /// The type of activations on a GPU.
+    /// The dtype of activations on a GPU.
     dtype: DType,
     weights: HashMap<String, Weight>,
     state: LoadProgress,
@@ -257,7 +258,7 @@ impl<P: FnMut(LoadProgress)> Loading<P> {
         Self { device, dtype: loader.dtype.unwrap_or(DType::BF16), weights, state, progress }
     }
 
-    /// Takes a weight that takes `num_bytes` in its file.
+    /// Adds a weight with a size of `num_bytes` in its file.
     fn add(&mut self, name: String, weight: Weight, num_bytes: usize) -> Result<()> {
         let is_on_gpu = !self.device.is_cpu();
         let weight = if is_on_gpu { weight.to_device(&self.device.candle(), self.dtype)? } else { weight };
@@ -284,14 +285,14 @@ fn check_dtype(dtype: DType) -> Result<()> {
     Err(Error::argument("dtype", format!("expected f32, f16 or bf16, found {}", dtype.as_str())))
 }
 
-/// A matrix as it is in the file, if it has the type and the alignment for it. Vectors are small and are read.
+/// Maps a matrix from the file, if it has the right dtype and alignment. Vectors are small, so they are read instead.
 fn mapped(file: &SafetensorsFile, entry: &TensorEntry, dtype: DType) -> Option<Weight> {
     let is_usable = entry.shape.len() > 1 && entry.candle_dtype() == Some(dtype);
     is_usable.then(|| Weight::mapped(file.map(), entry.byte_range(), &entry.shape, dtype))?
 }
 
-/// The name in the file of each tensor, by its name in a model of the family. The text part of a multimodal checkpoint is taken
-/// for the model, the other parts are left out.
+/// The name of each tensor in the file, by its name in a model of the family. For a multimodal checkpoint, only the
+/// tensors of the text model are returned.
 fn names_in_model(shards: &Shards) -> HashMap<String, String> {
     const TEXT_PARTS: [(&str, &str); 3] = [
         ("model.language_model.", "model."),
@@ -312,7 +313,7 @@ fn names_in_model(shards: &Shards) -> HashMap<String, String> {
     shards.names().map(|name| (own(name), name.to_string())).collect()
 }
 
-/// The name in the file of each tensor of the model, or everything that does not fit.
+/// The name of each tensor of the model in the file, or all problems.
 fn match_names(
     shards: &Shards,
     found: &HashMap<String, String>,
@@ -326,7 +327,7 @@ fn match_names(
     if !packed.problems.is_empty() {
         return fail(packed.problems.clone());
     }
-    // some quantized checkpoints have scales for a quantized key/value cache
+    // some quantized checkpoints contain scales for a quantized key/value cache
     let of_cache = [".k_scale", ".v_scale", ".q_scale"];
     let is_aside = |own: &str| {
         let is_tied_head = config.tie_word_embeddings && own.starts_with(HEAD);
@@ -342,8 +343,8 @@ fn match_names(
     if problems.is_empty() { Ok(names) } else { fail(problems) }
 }
 
-/// The name in the file of each parameter, by `name`, and what does not fit: parameters without a tensor, other shapes, and those
-/// of the tensors `in_files` that are no parameters.
+/// The name of each parameter in the file, as returned by `name`, and the problems: missing parameters, wrong shapes,
+/// and tensors of `in_files` that are not parameters.
 fn match_shapes<'a>(
     config: &ModelConfig,
     name: impl Fn(&str) -> Option<String>,
@@ -373,10 +374,10 @@ fn match_shapes<'a>(
     (names, problems)
 }
 
-/// What the names of the tensors of a head begin with.
+/// The prefix of the names of a head's tensors.
 const HEAD: &str = "lm_head.";
 
-/// Whether there are a head and an embedding with different values.
+/// Whether the checkpoint contains a head that differs from the embedding.
 fn head_differs(shards: &Shards, found: &HashMap<String, String>) -> Result<bool> {
     let get = |name: &str| found.get(name).and_then(|name| shards.get(name));
     let parts = |module: &str| -> BTreeMap<&str, &str> {
@@ -384,7 +385,7 @@ fn head_differs(shards: &Shards, found: &HashMap<String, String>) -> Result<bool
     };
     let (of_head, of_embedding) = (parts(HEAD), parts("model.embed_tokens."));
     if of_head.len() > 1 || of_embedding.len() > 1 {
-        // of a quantized matrix each tensor is compared
+        // each tensor of a quantized matrix is compared
         let bytes = |name: &str| shards.get(name).map(|(file, entry)| &file.map()[entry.byte_range()]);
         let is_same = of_head.len() == of_embedding.len()
             && of_head.iter().all(|(part, name)| of_embedding.get(part).is_some_and(|own| bytes(name) == bytes(own)));
@@ -411,12 +412,12 @@ fn dtype_problem(shards: &Shards, name: &str) -> Option<String> {
     (!entry.is_float()).then(|| format!("`{name}`: expected dtype F32, F16, BF16 or F64, found {found}"))
 }
 
-/// The dtype of a tensor in memory that is not converted.
+/// The dtype of a tensor that is loaded without conversion.
 fn dense_dtype(entry: &TensorEntry) -> DType {
     entry.candle_dtype().filter(|dtype| *dtype != DType::F64).unwrap_or(DType::F32)
 }
 
-/// The dtype most bytes of floats have; f32 for f64.
+/// The dtype of most bytes of float tensors; f32 for f64.
 fn prevailing_dtype<'a>(shards: &Shards, names: impl Iterator<Item = &'a String>) -> DType {
     let mut sums: Vec<(DType, usize)> = Vec::new();
     for (_, entry) in names.filter_map(|name| shards.get(name)) {

@@ -1,16 +1,16 @@
-//! Rows of a batch.
+//! Selects the rows of a batch whose results are computed.
 
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 
-/// The rows of a batch whose logits are required.
+/// The rows of a batch whose logits or hidden states are requested.
 #[derive(Debug, Clone, Copy)]
 pub enum Rows<'a> {
-    /// Each token's.
+    /// The rows of all tokens.
     All,
-    /// Those of the last token of each sequence.
+    /// The row of the last token of each sequence.
     Last,
-    /// Those of the tokens with these indices.
+    /// The rows of the tokens with these indices.
     Of(&'a [usize]),
 }
 
@@ -18,7 +18,10 @@ pub enum Rows<'a> {
 pub(super) fn gather_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let count = x.dim(0)?;
     if let Some(row) = rows.iter().find(|&&row| row >= count) {
-        return Err(Error::argument("rows", format!("row {row} is not below the number of tokens, {count}")));
+        return Err(Error::argument(
+            "rows",
+            format!("expected row indices below the number of tokens, {count}, found {row}"),
+        ));
     }
     let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
     Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)

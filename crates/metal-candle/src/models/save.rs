@@ -1,14 +1,14 @@
-//! Writes a model as a folder of weights and configuration files.
+//! Saves a model as a folder of weights and configuration files.
 
 use super::model::Model;
 use crate::error::Result;
 use crate::files::{create_folder, write_atomically, write_safetensors};
 use std::path::Path;
 
-/// Writes a model as a folder that transformers and [`ModelLoader`](super::ModelLoader) load: `model.safetensors`,
+/// Saves a model as a folder that transformers and [`ModelLoader`](super::ModelLoader) can load: `model.safetensors`,
 /// `config.json` and `generation_config.json`.
 ///
-/// Each file is replaced at once, the weights first.
+/// Each file is replaced atomically, the weights first.
 ///
 /// # Errors
 /// The folder or a file cannot be written.
@@ -16,7 +16,7 @@ pub fn save_model(model: &Model, folder: impl AsRef<Path>) -> Result<()> {
     save_model_with(model, folder, &[])
 }
 
-/// As [`save_model`], with further strings in the metadata of the weights.
+/// [`save_model`] with additional strings in the metadata of the weights.
 ///
 /// # Errors
 /// The folder or a file cannot be written.
