@@ -4,7 +4,7 @@ use crate::error::{ApiError, without_paths};
 use crate::ids::unix_time;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::models::Model;
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ pub(crate) struct Adapter {
     pub(crate) name: String,
     /// The id of the generation, which the server never reuses.
     pub(crate) generation: u64,
-    pub(crate) terms: LowRankTerms,
+    pub(crate) terms: LowRankUpdates,
     pub(crate) rank: usize,
     pub(crate) method: &'static str,
     pub(crate) bytes: usize,
@@ -183,7 +183,8 @@ impl Adapters {
         }
         let plain = adapter.without_start().map_err(ApiError::server)?;
         // computed here, not by the thread that owns the model
-        let terms = plain.terms().and_then(|terms| self.model.with_fixed_terms(&terms)).map_err(ApiError::server)?;
+        let updates = plain.low_rank_updates().and_then(|updates| self.model.with_cached_factors(&updates));
+        let updates = updates.map_err(ApiError::server)?;
         let mut state = self.state();
         let current = state.by_name.get(name).map(|adapter| adapter.generation);
         match (current, replaces) {

@@ -61,7 +61,7 @@ fn steps(criterion: &mut Criterion) {
             [("q and v", vec![TargetModule::QProj, TargetModule::VProj]), ("all linear", TargetModule::ALL.to_vec())]
         {
             let adapter = LoRAAdapter::builder(&model).with_rank(8).with_target_modules(modules).build().unwrap();
-            let terms = adapter.terms().unwrap();
+            let terms = adapter.low_rank_updates().unwrap();
             group.bench_function(BenchmarkId::new(format!("LoRA on {name}"), dtype.as_str()), |bencher| {
                 bencher
                     .iter(|| model.loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap());

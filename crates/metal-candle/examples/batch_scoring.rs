@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let model = ModelLoader::new().with_device(Device::new_with_fallback(0)).load(&folder)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
-    let terms = adapter.map(|path| LoRAAdapter::load(&model, path)?.terms()).transpose()?;
+    let terms = adapter.map(|path| LoRAAdapter::load(&model, path)?.low_rank_updates()).transpose()?;
     let options = DatasetOptions { max_tokens: Some(1024), truncate: true, ..DatasetOptions::default() };
     let mut samples = Dataset::from_file(&data, &tokenizer, &options)?.samples;
     samples.truncate(ROWS);

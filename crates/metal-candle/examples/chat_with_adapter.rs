@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(path) = adapter {
         // the model's weights stay as they are; the adapter is an argument of each step
         let adapter = LoRAAdapter::load(generator.model(), path)?;
-        generator.set_adapter(Some(adapter.terms()?));
+        generator.set_adapter(Some(adapter.low_rank_updates()?));
     }
 
     let config = GenerationConfig::default().with_max_tokens(128);

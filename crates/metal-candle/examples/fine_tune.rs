@@ -66,7 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Prints the loss of the validation rows.
 fn report(when: &str, adapter: &LoRAAdapter, valid: &Dataset) -> Result<(), Box<dyn Error>> {
     if !valid.is_empty() {
-        let evaluation = evaluate(adapter.run_model(), Some(&adapter.terms()?), valid, BATCH_TOKENS)?;
+        let evaluation = evaluate(adapter.run_model(), Some(&adapter.low_rank_updates()?), valid, BATCH_TOKENS)?;
         println!("{when}: validation loss {:.4} nats a token, {} rows", evaluation.loss(), valid.len());
     }
     Ok(())

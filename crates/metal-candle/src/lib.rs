@@ -51,10 +51,10 @@
 //! # How it fits together
 //!
 //! What varies is an argument: the [`Batch`](models::Batch) of token sequences, the [`KVCache`](models::KVCache), the
-//! low-rank updates of an adapter ([`LoRAAdapter::terms`](training::LoRAAdapter::terms)). So one set of weights serves a
-//! trainer, many conversations and many adapters, and attaching an adapter copies nothing. Batches are ragged: training rows,
-//! prompts and single decode steps are packed without padding. The backward pass is explicit: each operation in [`ops`] has its
-//! forward and backward side by side, and no autograd graph is built.
+//! low-rank updates of an adapter ([`LoRAAdapter::low_rank_updates`](training::LoRAAdapter::low_rank_updates)). So one
+//! set of weights serves a trainer, many conversations and many adapters, and attaching an adapter copies nothing.
+//! Batches are ragged: training rows, prompts and single decode steps are packed without padding. The backward pass is
+//! explicit: each operation in [`ops`] has its forward and backward side by side, and no autograd graph is built.
 //!
 //! | Module | Contains |
 //! | --- | --- |

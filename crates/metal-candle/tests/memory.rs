@@ -195,7 +195,7 @@ fn the_predicted_peak_is_the_real_one() {
 fn taken_by_a_step(vocab: usize, tokens: usize) -> usize {
     let model = model(&Shape { layers: 1, vocab, ..SMALL });
     let adapter = LoRAAdapter::builder(&model).build().unwrap();
-    let terms = adapter.terms().unwrap();
+    let terms = adapter.low_rank_updates().unwrap();
     let ids: Vec<u32> = (0..tokens as u32).map(|i| i % 64).collect();
     let targets = Targets { ids: ids.clone(), weights: vec![1.0; tokens] };
     let before = IN_USE.load(Ordering::Relaxed);

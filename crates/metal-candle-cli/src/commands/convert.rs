@@ -163,7 +163,7 @@ fn convert_adapter(flags: &ConvertArguments, model: &Model, mut adapter: LoRAAda
     }
     let batch = probe(model);
     let logits_of = |adapter: &LoRAAdapter| -> metal_candle::Result<_> {
-        adapter.run_model().forward(&batch, Some(&adapter.terms()?), None, Rows::All)
+        adapter.run_model().forward(&batch, Some(&adapter.low_rank_updates()?), None, Rows::All)
     };
     let expected = logits_of(&adapter)?;
     if !largest_difference(&expected, &expected)?.is_finite() {

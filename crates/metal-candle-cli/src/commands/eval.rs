@@ -13,7 +13,7 @@ use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Dataset;
 use metal_candle::inference::{KVCacheType, prompt_log_probabilities};
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use metal_candle::training::{Evaluation, bits_per_byte, evaluate};
 use metal_candle::{Error, Model};
 use serde_json::json;
@@ -71,7 +71,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
     }
     let EvalData { dataset, num_bytes } =
         EvalData::read(&file, &tokenizer, max_tokens, loaded.model.config().vocab_size)?;
-    let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
+    let terms = loaded.adapter.as_ref().map(LoRAAdapter::low_rank_updates).transpose()?;
     let evaluation = match flags.kv_cache {
         Some(kind) => evaluate_cached(&loaded.model, terms.as_ref(), &dataset, kind)?,
         None => evaluate(&loaded.model, terms.as_ref(), &dataset, BATCH_TOKENS.max(max_tokens))?,
@@ -104,7 +104,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
 /// The loss of the trained tokens, computed with a KV cache of this type, one row at a time.
 fn evaluate_cached(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     dataset: &Dataset,
     kind: KVCacheType,
 ) -> metal_candle::Result<Evaluation> {

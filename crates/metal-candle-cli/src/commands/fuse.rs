@@ -48,7 +48,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
         Some(tokenizer) => with_end_of_turn(merged, tokenizer)?,
         None => merged,
     };
-    let terms = adapter.terms()?;
+    let terms = adapter.low_rank_updates()?;
     let with_adapter = (adapter.run_model(), Some(&terms));
     let proof = flags.proof.text.measure(with_adapter, &merged, tokenizer.as_ref(), Some(&files.adapter), survivals)?;
     fill_folder(&files.output, FREE_HINT, || {

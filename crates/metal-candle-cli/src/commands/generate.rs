@@ -243,7 +243,7 @@ impl Loaded {
             generator = generator.with_kv_cache(kind)?;
         }
         match &self.adapter {
-            Some(adapter) => Ok(generator.with_adapter(adapter.terms()?)),
+            Some(adapter) => Ok(generator.with_adapter(adapter.low_rank_updates()?)),
             None => Ok(generator),
         }
     }

@@ -37,7 +37,7 @@ pub(crate) fn run(flags: &LogitsArguments, output: Output) -> Result<()> {
             refuse_file_of(folder, &flags.out)?;
         }
     }
-    let terms = loaded.adapter.as_ref().map(LoRAAdapter::terms).transpose()?;
+    let terms = loaded.adapter.as_ref().map(LoRAAdapter::low_rank_updates).transpose()?;
     let logits = loaded.model.forward(&Batch::single(&flags.ids), terms.as_ref(), None, Rows::All)?;
     write_safetensors(&flags.out, &[("logits", logits.clone())], &[])?;
     let (tokens, vocab) = logits.dims2().map_err(metal_candle::Error::from)?;

@@ -118,7 +118,7 @@ pub(crate) fn run(flags: &QuantizeArguments, output: Output) -> Result<()> {
                 Some(tokenizer) => with_end_of_turn(merged, tokenizer)?,
                 None => merged,
             };
-            (merged, Some(adapter.terms()?))
+            (merged, Some(adapter.low_rank_updates()?))
         }
         None => (model.clone(), None),
     };

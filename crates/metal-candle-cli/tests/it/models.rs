@@ -15,7 +15,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 }
 
 fn logits(model: &Model, adapter: Option<&LoRAAdapter>, ids: &[u32]) -> Vec<f32> {
-    let terms = adapter.map(|adapter| adapter.terms().unwrap());
+    let terms = adapter.map(|adapter| adapter.low_rank_updates().unwrap());
     let logits = model.forward(&Batch::single(ids), terms.as_ref(), None, Rows::All).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }

@@ -13,7 +13,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use metal_candle::inference::{KVCacheType, mean_hidden_state};
 use metal_candle::models::Model;
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -110,7 +110,7 @@ fn inputs(fields: &Fields, served: &Served) -> Result<Vec<Input>, ApiError> {
 /// The mean of the last hidden states of a text, normalized to length 1.
 fn embedding(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     ids: &[u32],
     kv_cache: Option<KVCacheType>,
 ) -> metal_candle::Result<Vec<f32>> {

@@ -5,7 +5,7 @@ use super::layout::{
 };
 use crate::error::{Error, Result};
 use crate::models::Model;
-use crate::ops::{LowRank, LowRankTerms, Magnitude, weight_norms_squared};
+use crate::ops::{LowRank, LowRankUpdates, Magnitude, weight_norms_squared};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -31,7 +31,7 @@ use std::sync::Arc;
 ///     target_modules: vec![TargetModule::QProj, TargetModule::VProj],
 /// };
 /// let adapter = LoRAAdapter::new(&model, config, &Device::CPU)?;
-/// let logits = adapter.run_model().forward(&Batch::single(&[1, 2, 3]), Some(&adapter.terms()?), None, Rows::Last)?;
+/// let logits = adapter.run_model().forward(&Batch::single(&[1, 2, 3]), Some(&adapter.low_rank_updates()?), None, Rows::Last)?;
 /// # Ok(())
 /// # }
 /// ```
@@ -201,7 +201,7 @@ impl LoRAAdapter {
         &self.model
     }
 
-    /// The model to use with [`LoRAAdapter::terms`]: [`LoRAAdapter::model`] with the saved parameters.
+    /// The model to use with [`LoRAAdapter::low_rank_updates`]: [`LoRAAdapter::model`] with the saved parameters.
     pub fn run_model(&self) -> &Model {
         &self.run_model
     }
@@ -332,11 +332,11 @@ impl LoRAAdapter {
     ///
     /// # Errors
     /// The device fails.
-    pub fn terms(&self) -> Result<LowRankTerms> {
+    pub fn low_rank_updates(&self) -> Result<LowRankUpdates> {
         let dtype = self.model.activation_dtype();
         let parameters = self.parameters.to_dtype(dtype)?;
         let start = self.start.as_ref().map(|start| start.to_dtype(dtype)).transpose()?;
-        let mut terms = LowRankTerms::new();
+        let mut terms = LowRankUpdates::new();
         for (place, module) in self.layout.modules.iter().enumerate() {
             let (a, b) = matrices(&parameters, module)?;
             let magnitude = match (magnitudes(&self.parameters, module)?, self.norms.get(place)) {
@@ -347,7 +347,8 @@ impl LoRAAdapter {
             };
             let start = start.as_ref().map_or(Ok(None), |start| starts(start, module))?;
             let dropout = self.layout.settings.dropout as f32;
-            let term = LowRank { dropout, start, magnitude, ..LowRank::new(a, b, module.scale as f32) };
+            let term =
+                LowRank { dropout, initial_factors: start, magnitude, ..LowRank::new(a, b, module.scale as f32) };
             terms.insert(module.number, term);
         }
         Ok(terms)

@@ -2,18 +2,18 @@
 
 use super::request::AdapterId;
 use crate::error::{Error, Result};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 
 #[derive(Debug, Default)]
 pub(super) struct AdapterSet {
     ids: Vec<AdapterId>,
     /// The low-rank updates, in the order of `ids`.
-    terms: Vec<LowRankTerms>,
+    terms: Vec<LowRankUpdates>,
     num_added: u64,
 }
 
 impl AdapterSet {
-    pub(super) fn add(&mut self, terms: LowRankTerms) -> AdapterId {
+    pub(super) fn add(&mut self, terms: LowRankUpdates) -> AdapterId {
         let id = AdapterId(self.num_added);
         self.num_added += 1;
         self.ids.push(id);
@@ -41,7 +41,7 @@ impl AdapterSet {
     }
 
     /// The low-rank updates of all adapters.
-    pub(super) fn terms(&self) -> &[LowRankTerms] {
+    pub(super) fn terms(&self) -> &[LowRankUpdates] {
         &self.terms
     }
 
@@ -49,7 +49,7 @@ impl AdapterSet {
     ///
     /// # Errors
     /// There is no such adapter.
-    pub(super) fn of(&self, adapter: Option<AdapterId>) -> Result<Option<&LowRankTerms>> {
+    pub(super) fn of(&self, adapter: Option<AdapterId>) -> Result<Option<&LowRankUpdates>> {
         adapter.map(|adapter| Ok(&self.terms[self.index(adapter)?])).transpose()
     }
 }

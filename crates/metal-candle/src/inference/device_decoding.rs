@@ -3,7 +3,7 @@
 use super::request::AdapterId;
 use crate::error::{Error, Result};
 use crate::models::{Decoded, Decoding, DecodingRow, KVCache, Model};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use candle_core::Tensor;
 
 /// Buffers by adapter. They are only valid while the cache does not move in memory.
@@ -35,7 +35,7 @@ impl DeviceDecoding {
         &mut self,
         model: &Model,
         cache: &mut KVCache,
-        (adapter, terms): (Option<AdapterId>, Option<&LowRankTerms>),
+        (adapter, terms): (Option<AdapterId>, Option<&LowRankUpdates>),
         rows: &[DecodingRow],
     ) -> Result<Option<Vec<DeviceToken>>> {
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);

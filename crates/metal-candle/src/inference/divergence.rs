@@ -3,12 +3,12 @@
 use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::models::{Batch, Model, Rows};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// A model and optionally an adapter.
-pub type Adapted<'a> = (&'a Model, Option<&'a LowRankTerms>);
+pub type Adapted<'a> = (&'a Model, Option<&'a LowRankUpdates>);
 
 /// The divergence of the next-token probabilities of two models, over the trained tokens of samples.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,7 +7,7 @@ use super::scheduler_config::SchedulerConfig;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{KVCacheType, Model};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use std::ops::ControlFlow;
 
 /// All generations of a generator share cached prefixes.
@@ -37,7 +37,7 @@ const PREFIX_KEY: u64 = 0;
 #[derive(Debug)]
 pub struct Generator {
     scheduler: Scheduler,
-    adapter: Option<LowRankTerms>,
+    adapter: Option<LowRankUpdates>,
     /// The id of the adapter in the scheduler, after the first generation.
     scheduled_adapter: Option<AdapterId>,
 }
@@ -93,13 +93,13 @@ impl Generator {
 
     /// Sets the low-rank updates of an adapter.
     #[must_use]
-    pub fn with_adapter(mut self, adapter: LowRankTerms) -> Self {
+    pub fn with_adapter(mut self, adapter: LowRankUpdates) -> Self {
         self.set_adapter(Some(adapter));
         self
     }
 
     /// Replaces or removes the low-rank updates of the adapter. The cache of the previous adapter is not reused.
-    pub fn set_adapter(&mut self, adapter: Option<LowRankTerms>) {
+    pub fn set_adapter(&mut self, adapter: Option<LowRankUpdates>) {
         if let Some(id) = self.scheduled_adapter.take() {
             self.scheduler.cancel_all();
             // this cannot fail, because no sequence is left
@@ -119,7 +119,7 @@ impl Generator {
     }
 
     /// The low-rank updates of the adapter.
-    pub fn adapter(&self) -> Option<&LowRankTerms> {
+    pub fn adapter(&self) -> Option<&LowRankUpdates> {
         self.adapter.as_ref()
     }
 

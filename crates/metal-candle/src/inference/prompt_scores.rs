@@ -6,7 +6,7 @@ use super::sampling::SamplingConfig;
 use super::slots::new_cache;
 use crate::error::{Error, Result};
 use crate::models::{Batch, KVCacheType, Model, Rows};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use candle_core::Tensor;
 
 /// Most tokens of a pass.
@@ -26,7 +26,7 @@ const MAX_ROWS: usize = 256;
 /// adapter does not fit the model, the cache does not support the type, or logits are not finite.
 pub fn prompt_log_probabilities(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     ids: &[u32],
     num_top: usize,
     kv_cache: Option<KVCacheType>,
@@ -39,7 +39,7 @@ pub fn prompt_log_probabilities(
     if ids.len() < 2 {
         return Ok(Vec::new());
     }
-    let terms = terms.map(|terms| model.with_fixed_terms(terms)).transpose()?;
+    let terms = terms.map(|terms| model.with_cached_factors(terms)).transpose()?;
     let terms = terms.as_ref();
     let mut sampler = Sampler::new(SamplingConfig::greedy())?;
     let mut scores = Vec::with_capacity(ids.len() - 1);
@@ -67,14 +67,14 @@ pub fn prompt_log_probabilities(
 /// model, or the cache does not support the type.
 pub fn mean_hidden_state(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     ids: &[u32],
     kv_cache: Option<KVCacheType>,
 ) -> Result<Vec<f32>> {
     if ids.is_empty() {
         return Err(Error::argument("prompt", "expected at least one token, found none"));
     }
-    let terms = terms.map(|terms| model.with_fixed_terms(terms)).transpose()?;
+    let terms = terms.map(|terms| model.with_cached_factors(terms)).transpose()?;
     let mut mean = vec![0.0; model.config().hidden_size];
     for_each_pass(model, terms.as_ref(), ids, kv_cache, |_, hidden| {
         let sums: Vec<f32> = hidden.sum(0)?.to_vec1()?;
@@ -87,7 +87,7 @@ pub fn mean_hidden_state(
 /// Computes a text in passes, and calls `read` with the index of the first token and the hidden states of each pass.
 fn for_each_pass(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     ids: &[u32],
     kv_cache: Option<KVCacheType>,
     mut read: impl FnMut(usize, &Tensor) -> Result<()>,

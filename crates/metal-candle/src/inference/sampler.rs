@@ -7,7 +7,7 @@ use super::mask::AllowedTokens;
 use super::sampling::SamplingConfig;
 use crate::data::Random;
 use crate::error::{Error, Result};
-use crate::models::{Decoded, DecodingChoice};
+use crate::models::{Decoded, DecodingSampling};
 use metal_candle_kernels::sampling::{BLOCK, block_maxima, exponentials, sum_of_exponentials, sums_before};
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
@@ -124,12 +124,12 @@ impl Sampler {
     }
 
     /// The settings for sampling on a device with the same result; `None` if there are penalties or a bias.
-    pub(super) fn choice_on_device(&self) -> Option<DecodingChoice> {
+    pub(super) fn choice_on_device(&self) -> Option<DecodingSampling> {
         if !self.counts.is_empty() || !self.config.logit_bias.is_empty() {
             return None;
         }
         let temperature = if self.config.is_greedy() { 0.0 } else { self.config.temperature as f32 };
-        Some(DecodingChoice {
+        Some(DecodingSampling {
             temperature,
             top_p: self.config.top_p as f32,
             min_p: self.config.min_p as f32,

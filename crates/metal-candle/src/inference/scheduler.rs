@@ -18,7 +18,7 @@ use super::speculation::Speculation;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{Batch, KVCache, Model, Rows};
-use crate::ops::{Adapters, LowRankTerms};
+use crate::ops::{Adapters, LowRankUpdates};
 use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -210,8 +210,8 @@ impl Scheduler {
     ///
     /// # Errors
     /// The adapter does not fit the model.
-    pub fn add_adapter(&mut self, terms: &LowRankTerms) -> Result<AdapterId> {
-        Ok(self.adapters.add(self.model.with_fixed_terms(terms)?))
+    pub fn add_adapter(&mut self, terms: &LowRankUpdates) -> Result<AdapterId> {
+        Ok(self.adapters.add(self.model.with_cached_factors(terms)?))
     }
 
     /// Removes an adapter.

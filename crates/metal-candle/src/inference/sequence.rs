@@ -386,7 +386,7 @@ impl Sequence {
         }
         let choice = self.sampler.choice_on_device()?;
         let position = self.num_cached;
-        Some(DecodingRow { id: self.ids[position], position, slot: self.slot, choice })
+        Some(DecodingRow { id: self.ids[position], position, slot: self.slot, sampling: choice })
     }
 
     fn add(&mut self, Choice { token, log_probability }: Choice, top: Vec<Choice>) -> Result<Piece> {

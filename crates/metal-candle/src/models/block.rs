@@ -1,38 +1,38 @@
-//! A layer of a decoder: attention and a feed-forward part, each in a residual branch.
+//! Runs one decoder layer, forward and backward: attention and a feed-forward part, each in a residual branch.
 
 use super::gradients::Gradients;
 use super::kv_cache::KVCache;
 use super::parts::attention::{Attention, AttentionSaved};
 use super::parts::feed_forward::{FeedForward, FeedForwardSaved};
 use super::parts::input::Input;
-use super::parts::pass::{Backward, Context, Meter, StepSize, missing};
+use super::parts::pass::{Backward, Context, MemoryMeter, StepSize, missing};
 use super::parts::step::{Branch, Step};
 use super::parts::sublayer::{Sublayer, SublayerSaved};
 use crate::error::Result;
 use crate::ops::activation::Activation;
-use crate::ops::fused::{self, TermRoom};
-use crate::ops::{LowRankTerms, num_bytes};
+use crate::ops::fused::{self, LowRankGradientBuffer};
+use crate::ops::{LowRankUpdates, num_bytes};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 use std::ops::Range;
 
-/// A layer.
+/// A decoder layer.
 #[derive(Debug)]
 pub(super) struct Block {
     pub(super) layer: usize,
     pub(super) attention: Sublayer<Attention>,
     pub(super) feed_forward: Sublayer<FeedForward>,
-    /// Whether both parts read the norm before attention, and their outputs are added to the same stream.
+    /// Whether both parts read the norm before attention and add their outputs to the same stream.
     pub(super) is_parallel: bool,
     /// The indices of its parameters.
     pub(super) parameters: Range<usize>,
 }
 
-/// What the backward pass of a block needs of its forward pass.
+/// The tensors of a block's forward pass that its backward pass reads.
 pub(super) struct BlockSaved {
     x: Tensor,
     attention: SublayerSaved<AttentionSaved>,
-    /// The stream between the parts; none if they are parallel.
+    /// The stream between the parts; `None` if they are parallel.
     middle: Option<Tensor>,
     feed_forward: SublayerSaved<FeedForwardSaved>,
 }
@@ -46,18 +46,18 @@ impl BlockSaved {
     }
 }
 
-/// What the kernels of a single-token step are compiled for, if all blocks have one.
+/// The sizes that the decode kernels are compiled for. All blocks have the same.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SteppedBlocks {
+pub(super) struct DecodeSizes {
     /// Query heads, key/value heads and the width of one.
     pub(super) heads: [usize; 3],
     pub(super) activation: Activation,
-    /// The width of the MLPs.
+    /// The inner width of the MLPs.
     pub(super) inner: usize,
 }
 
-impl SteppedBlocks {
-    /// None if a block has no step, or another kind than the others.
+impl DecodeSizes {
+    /// `None` if the decode kernels do not support a block, or if blocks differ.
     pub(super) fn new(blocks: &[Block], dtype: DType) -> Option<Self> {
         let mut kinds = blocks.iter().map(|block| {
             let FeedForward::Gated(mlp) = &block.feed_forward.part else { return None };
@@ -69,14 +69,14 @@ impl SteppedBlocks {
     }
 }
 
-/// Which gradients of a block are required beside those of low-rank updates.
+/// The gradients of a block that are required besides those of low-rank updates.
 #[derive(Clone, Copy)]
-pub(super) struct BlockWanted<'a> {
+pub(super) struct BlockNeedsGrad<'a> {
     pub(super) input: bool,
-    /// For each parameter of the model whether it is trained.
+    /// Whether each parameter of the model is trained.
     pub(super) trained: &'a [bool],
-    /// Room for the gradients of the low-rank updates, on a device that computes all of a layer in one launch.
-    pub(super) room: Option<&'a TermRoom>,
+    /// The buffer for the gradients of low-rank updates, on a device that computes those of a layer in one launch.
+    pub(super) low_rank_buffer: Option<&'a LowRankGradientBuffer>,
 }
 
 impl Block {
@@ -89,14 +89,14 @@ impl Block {
         Input::new(x, self.attention.before.as_ref())
     }
 
-    /// The normed input that parallel parts share.
+    /// The normed input, which parallel parts share.
     fn shared_input<'a>(&'a self, x: &'a Tensor) -> Result<Input<'a>> {
         let input = self.attention_input(x);
         let normed = Some(input.get()?);
         Ok(Input { normed, ..input })
     }
 
-    /// The block's output; keys and values of the tokens are added to the cache, if there is one.
+    /// The block's output. Keys and values of the tokens are added to the cache, if given.
     pub(super) fn forward(&self, x: &Tensor, context: Context, cache: Option<&mut KVCache>) -> Result<Tensor> {
         if self.is_parallel {
             let input = self.shared_input(x)?;
@@ -109,41 +109,40 @@ impl Block {
         Ok(self.feed_forward.forward(&input, &middle, None, context, None)?.0)
     }
 
-    /// As [`Block::forward`], with what the backward pass needs.
+    /// [`Block::forward`], with the tensors for the backward pass.
     pub(super) fn forward_saving(&self, x: &Tensor, context: Context) -> Result<(Tensor, BlockSaved)> {
         let (y, saved) = self.saving(x, context, false)?;
         Ok((y.ok_or_else(missing)?, saved))
     }
 
-    /// What [`Block::forward_saving`] saves, recomputed from the block's input; the output is not computed.
-    pub(super) fn saved_again(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
+    /// Recomputes what [`Block::forward_saving`] saves from the block's input, without the output.
+    pub(super) fn recompute_saved(&self, x: &Tensor, context: Context) -> Result<BlockSaved> {
         Ok(self.saving(x, context, true)?.1)
     }
 
-    fn saving(&self, x: &Tensor, context: Context, is_last_skipped: bool) -> Result<(Option<Tensor>, BlockSaved)> {
+    fn saving(&self, x: &Tensor, context: Context, skips_output: bool) -> Result<(Option<Tensor>, BlockSaved)> {
         let input = if self.is_parallel { self.shared_input(x)? } else { self.attention_input(x) };
         let norm = self.feed_forward.before.as_ref();
         let (stream, attention) = self.attention.forward_saving(&input, x, norm, context, false)?;
         let (middle, normed) = stream.ok_or_else(missing)?;
         let input = if self.is_parallel { input } else { Input { stream: &middle, norm, normed } };
-        let (stream, feed_forward) =
-            self.feed_forward.forward_saving(&input, &middle, None, context, is_last_skipped)?;
+        let (stream, feed_forward) = self.feed_forward.forward_saving(&input, &middle, None, context, skips_output)?;
         drop(input);
         let middle = (!self.is_parallel).then_some(middle);
         Ok((stream.map(|(y, _)| y), BlockSaved { x: x.clone(), attention, middle, feed_forward }))
     }
 
-    /// The gradient with respect to the block's input, if required, from that of its output.
+    /// The gradient with respect to the block's input, if required, from the gradient of its output.
     pub(super) fn backward(
         &self,
         saved: BlockSaved,
         context: Context,
         dy: Tensor,
-        wanted: BlockWanted,
+        needs_grad: BlockNeedsGrad,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let BlockWanted { input: needs_input, trained, room } = wanted;
-        let mut pass = Backward { context, trained, room, factors: Vec::new(), gradients };
+        let BlockNeedsGrad { input: needs_input, trained, low_rank_buffer } = needs_grad;
+        let mut pass = Backward { context, trained, low_rank_buffer, factors: Vec::new(), gradients };
         let needs_input = needs_input || self.attention.trains_norm(trained);
         let BlockSaved { x, attention, middle, feed_forward } = saved;
         let dx = if let Some(middle) = middle {
@@ -160,15 +159,15 @@ impl Block {
             let carry = dx.unwrap_or_else(|| dy.clone());
             self.attention.backward(&input, attention, &dy, carry, needs_input, &mut pass)?
         };
-        if let (Some(room), false) = (pass.room, pass.factors.is_empty()) {
-            for (id, of_term) in fused::term_gradients(&pass.factors, room)? {
-                pass.gradients.terms[id] = Some(of_term);
+        if let (Some(low_rank_buffer), false) = (pass.low_rank_buffer, pass.factors.is_empty()) {
+            for (id, of_update) in fused::low_rank_gradients(&pass.factors, low_rank_buffer)? {
+                pass.gradients.low_rank[id] = Some(of_update);
             }
         }
         Ok(dx)
     }
 
-    /// Whether the kernels of a single-token step run this block.
+    /// Whether the decode kernels support this block.
     fn can_step(&self, dtype: DType) -> bool {
         let FeedForward::Gated(mlp) = &self.feed_forward.part else { return false };
         !self.is_parallel
@@ -178,44 +177,44 @@ impl Block {
             && mlp.can_step(dtype)
     }
 
-    /// The block in a single-token step: the stream is changed in place.
-    pub(super) fn step(&self, step: &Step, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
+    /// Runs the block in a decode step. The stream is updated in place.
+    pub(super) fn step(&self, step: &Step, updates: Option<&LowRankUpdates>, cache: &KVCache) -> Result<()> {
         let FeedForward::Gated(mlp) = &self.feed_forward.part else { return Err(missing()) };
-        self.attention.part.step(Branch::new(&self.attention).ok_or_else(missing)?, step, terms, cache)?;
-        mlp.step(Branch::new(&self.feed_forward).ok_or_else(missing)?, step, terms)
+        self.attention.part.step(Branch::new(&self.attention).ok_or_else(missing)?, step, updates, cache)?;
+        mlp.step(Branch::new(&self.feed_forward).ok_or_else(missing)?, step, updates)
     }
 
-    /// The memory of the forward pass: its input is there before and after, its output after.
-    pub(super) fn forward_memory(&self, size: StepSize, is_saving: bool, meter: &mut Meter) {
+    /// Counts the memory of the forward pass. The input is allocated before and after it, the output after it.
+    pub(super) fn forward_memory(&self, size: StepSize, is_saving: bool, meter: &mut MemoryMeter) {
         self.attention.forward_memory(size, is_saving, false, meter);
         self.feed_forward.forward_memory(size, is_saving, false, meter);
-        meter.give(if is_saving && !self.is_parallel { 0 } else { size.stream });
+        meter.free(if is_saving && !self.is_parallel { 0 } else { size.stream });
     }
 
-    /// The memory of [`Block::saved_again`].
-    pub(super) fn saved_again_memory(&self, size: StepSize, meter: &mut Meter) {
+    /// Counts the memory of [`Block::recompute_saved`].
+    pub(super) fn recompute_memory(&self, size: StepSize, meter: &mut MemoryMeter) {
         self.attention.forward_memory(size, true, false, meter);
         self.feed_forward.forward_memory(size, true, true, meter);
-        meter.give(if self.is_parallel { size.stream } else { 0 });
+        meter.free(if self.is_parallel { size.stream } else { 0 });
     }
 
-    /// Bytes that are saved for the backward pass beside the input.
+    /// Bytes saved for backward, besides the input.
     pub(super) fn saved_memory(&self, size: StepSize) -> usize {
         let outputs = self.attention.saved_output(size) + self.feed_forward.saved_output(size);
         let middle = if self.is_parallel { 0 } else { size.stream };
         self.attention.part.saved_memory(size) + self.feed_forward.part.saved_memory(size) + outputs + middle
     }
 
-    /// The memory of the backward pass: what was saved, the input and the gradient of the output are there before, the gradient
-    /// of the input after, if it is required.
-    pub(super) fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) {
+    /// Counts the memory of the backward pass. The saved tensors, the input and the gradient of the output are
+    /// allocated before it, and the gradient of the input after it, if required.
+    pub(super) fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) {
         let needs_input = needs_input || self.attention.trains_norm(size.trained);
         let copies = if self.is_parallel { size.stream } else { 0 };
-        meter.take(copies);
+        meter.allocate(copies);
         let mut gathered = self.feed_forward.backward_memory(size, needs_input || !self.is_parallel, meter);
-        meter.give(size.stream);
+        meter.free(size.stream);
         gathered += self.attention.backward_memory(size, needs_input, meter);
         let last = if needs_input { 0 } else { size.stream };
-        meter.give(gathered + copies + last + if self.is_parallel { 0 } else { size.stream });
+        meter.free(gathered + copies + last + if self.is_parallel { 0 } else { size.stream });
     }
 }

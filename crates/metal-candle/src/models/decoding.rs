@@ -1,69 +1,70 @@
-//! Single-token steps on a device with kernels: nothing is allocated per token, and the chosen token stays on the device.
+//! Decodes one token per sequence on the GPU without allocating; the sampled token never leaves the device.
 
 use super::parts::pass::missing;
 use super::parts::step::{
-    MAX_RANK, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, Wide, multiply, norm_words,
+    MAX_RANK, MatmulBuffers, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, multiply, norm_words,
 };
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
-use crate::ops::gpu_blocks::part_len;
-use crate::ops::{LowRank, LowRankTerms};
+use crate::ops::gpu_blocks::scratch_len;
+use crate::ops::{LowRank, LowRankUpdates};
 use candle_core::{DType, Tensor};
 
-/// Most tokens that a group of threads takes together.
+/// Maximum number of tokens that a thread group processes together.
 const MAX_BATCH: usize = 8;
 
-/// Most elements of the tokens of a step that are taken by rows of weights; with more, products of matrices are faster.
-const MAX_ELEMENTS: usize = 32 * 1024;
+/// Maximum number of activation elements (rows times hidden size) for matrix-vector kernels; with more, matrix products
+/// are faster.
+const MAX_VECTOR_ELEMENTS: usize = 32 * 1024;
 
-/// Most rows of that kind where there are products that can be recorded.
-const MAX_ROWS: usize = 4;
+/// Maximum number of rows for matrix-vector kernels, on a device whose matrix products can be recorded.
+const MAX_VECTOR_ROWS: usize = 4;
 
-/// Most rows of a step.
-const MAX_WIDE_ROWS: usize = 512;
+/// Maximum number of rows of a decode step.
+const MAX_ROWS: usize = 512;
 
-/// Logits of a part in which the largest is looked for, after a product of matrices.
-const PART: usize = 4096;
+/// The number of logits in each part whose maximum is computed first, after a matrix product.
+const LOGITS_PER_PART: usize = 4096;
 
-/// The last token of a sequence, and how the next one is chosen.
+/// The last token of a sequence, and how to sample the next one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct DecodingRow {
     pub(crate) id: u32,
     /// The number of tokens before it.
     pub(crate) position: usize,
     pub(crate) slot: usize,
-    pub(crate) choice: DecodingChoice,
+    pub(crate) sampling: DecodingSampling,
 }
 
-/// How a token is chosen on the device.
+/// How a token is sampled on the device.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct DecodingChoice {
-    /// 0 for the largest logit.
+pub(crate) struct DecodingSampling {
+    /// 0 for greedy decoding.
     pub(crate) temperature: f32,
     pub(crate) top_p: f32,
     pub(crate) min_p: f32,
-    /// 0 for all.
+    /// 0 for no limit.
     pub(crate) top_k: usize,
-    /// The state of the generator.
+    /// The state of the random number generator.
     pub(crate) random: u64,
 }
 
-/// What was chosen for a row.
+/// The sampled token of a row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Decoded {
     pub(crate) token: u32,
-    /// The logarithm of its probability before all filters; no number if the logits are none.
+    /// The logarithm of its probability before all filters; NaN if the logits are not finite.
     pub(crate) log_probability: f32,
-    /// The state of the generator afterwards.
+    /// The state of the random number generator afterwards.
     pub(crate) random: u64,
 }
 
-/// The buffers of a batch of tokens, and the recorded step.
+/// The buffers of a batch of decoding sequences, and the recorded step.
 #[derive(Debug)]
 pub(crate) struct Decoding {
-    /// The rows as they are on the device, for the next step.
+    /// The rows that the device will use in the next step.
     rows: Vec<DecodingRow>,
     step: Step,
     settings: Tensor,
@@ -72,68 +73,70 @@ pub(crate) struct Decoding {
     /// The largest logit of each part of a row.
     parts: Tensor,
     recording: Option<Recording>,
-    /// Whether no recording has failed yet.
+    /// Whether recording has not failed yet.
     is_recordable: bool,
 }
 
 impl Model {
-    /// Whether [`Model::decode`] can run here with these low-rank updates, and is the faster way for this number of rows.
-    pub(crate) fn can_decode(&self, rows: usize, terms: Option<&LowRankTerms>, cache: &KVCache) -> bool {
+    /// Whether [`Model::decode`] supports these low-rank updates and this cache, and is the fastest path for this
+    /// number of rows.
+    pub(crate) fn can_decode(&self, rows: usize, updates: Option<&LowRankUpdates>, cache: &KVCache) -> bool {
         let hidden = self.config().hidden_size;
-        let is_wide = self.is_wide(rows, has_terms(terms));
-        if rows > MAX_WIDE_ROWS || (!is_wide && rows * hidden > MAX_ELEMENTS) {
+        let uses_matmul = self.uses_matmul(rows, has_updates(updates));
+        if rows > MAX_ROWS || (!uses_matmul && rows * hidden > MAX_VECTOR_ELEMENTS) {
             return false;
         }
         let dtype = self.activation_dtype();
-        let fits = |(id, term): (usize, &LowRank)| {
-            let fits = |tensor| gpu::is_read_by_eights(tensor, dtype);
-            let is_plain = term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b);
-            is_plain && term.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
+        let fits = |(id, update): (usize, &LowRank)| {
+            let fits = |tensor| gpu::supports_vector_loads(tensor, dtype);
+            let is_plain =
+                update.initial_factors.is_none() && update.magnitude.is_none() && fits(&update.a) && fits(&update.b);
+            is_plain && update.a.dims()[0] <= MAX_RANK && (id < self.embedding_id() || id == self.head_id())
         };
-        self.inner.stepped.is_some()
+        self.inner.decode_sizes.is_some()
             && cache.kind().dtype() == dtype
-            && (is_wide || hidden <= self.max_normed())
+            && (uses_matmul || hidden <= self.max_normed())
             && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
-            && terms.into_iter().flat_map(LowRankTerms::iter).all(fits)
+            && updates.into_iter().flat_map(LowRankUpdates::iter).all(fits)
     }
 
-    /// Whether a step of this number of rows is one of products of matrices.
-    fn is_wide(&self, rows: usize, has_terms: bool) -> bool {
+    /// Whether a step with this number of rows uses matrix products.
+    fn uses_matmul(&self, rows: usize, has_updates: bool) -> bool {
         let elements = rows * self.config().hidden_size;
-        let is_large = elements > MAX_ELEMENTS || self.config().hidden_size > self.max_normed();
-        // quantized weights have a kernel for few vectors, which takes no low-rank updates
-        let has_own = self.inner.formats.has_blocks() && self.activation_dtype() != DType::F32 && !has_terms;
-        let most = if has_own { 0 } else { MAX_ROWS };
+        let is_large = elements > MAX_VECTOR_ELEMENTS || self.config().hidden_size > self.max_normed();
+        // quantized weights have a kernel for few vectors, which does not support low-rank updates
+        let has_own = self.inner.formats.has_blocks() && self.activation_dtype() != DType::F32 && !has_updates;
+        let most = if has_own { 0 } else { MAX_VECTOR_ROWS };
         self.like().is_ok_and(gpu::has_products) && (rows > most || is_large)
     }
 
-    /// A tensor of the type and the device of activations.
+    /// A tensor with the dtype and device of the activations.
     fn like(&self) -> Result<&Tensor> {
         self.inner.norm.norm.weight.as_ref().ok_or_else(missing)
     }
 
-    /// The next token of each row. `decoding` keeps buffers from step to step: `terms` and `cache` must be the same as long
-    /// as it is.
+    /// Decodes the next token of each row. `decoding` stores the buffers between steps; as long as it is reused,
+    /// `updates` and `cache` must be the same.
     pub(crate) fn decode(
         &self,
         decoding: &mut Option<Decoding>,
         rows: &[DecodingRow],
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         cache: &mut KVCache,
     ) -> Result<Vec<Decoded>> {
         self.device().pooled(|| {
             let max_seq_len = cache.config().max_seq_len;
-            // rows that ended are replaced by copies of the last one, which do what it does, until half of them have ended
+            // rows that ended are replaced by copies of the last row until half of them have ended
             let fits = |held: &Decoding| {
-                let has_room = (rows.len()..2 * rows.len()).contains(&held.rows.len());
-                has_room && held.step.max_seq_len == max_seq_len
+                let fits_rows = (rows.len()..2 * rows.len()).contains(&held.rows.len());
+                fits_rows && held.step.max_seq_len == max_seq_len
             };
             if !decoding.as_ref().is_some_and(fits) {
-                // rows that come one by one are recorded a few times, not each time
+                // capacity grows in powers of two, so that rows that join one by one cause few recordings
                 let has_grown = decoding.as_ref().is_some_and(|held| held.rows.len() < rows.len());
                 let grown = rows.len().next_power_of_two();
-                let count = if has_grown && self.can_decode(grown, terms, cache) { grown } else { rows.len() };
-                *decoding = Some(self.new_decoding(count, max_seq_len, terms)?);
+                let count = if has_grown && self.can_decode(grown, updates, cache) { grown } else { rows.len() };
+                *decoding = Some(self.new_decoding(count, max_seq_len, updates)?);
             }
             let held = decoding.as_mut().ok_or(Error::Stopped)?;
             let copies = rows.last().into_iter().cycle().take(held.rows.len() - rows.len());
@@ -147,12 +150,12 @@ impl Model {
             if let Some(recording) = &mut held.recording {
                 recording.replay()?;
             } else {
-                self.launch_step(held, terms, cache)?;
+                self.launch_step(held, updates, cache)?;
                 if held.is_recordable {
-                    // the first step compiled the kernels; the next steps replay them, or launch them if recording fails
-                    let recording = gpu::record(&held.step.x, || self.launch_step(held, terms, cache));
+                    // the first step compiled the kernels; later steps replay them, or launch them if recording fails
+                    let recording = gpu::record(&held.step.x, || self.launch_step(held, updates, cache));
                     held.recording = recording.unwrap_or_else(|error| {
-                        tracing::warn!("decoding without a CUDA graph, which is slower: {error}");
+                        tracing::warn!("cannot record a CUDA graph, so decoding is slower: {error}");
                         held.is_recordable = false;
                         None
                     });
@@ -170,20 +173,20 @@ impl Model {
             for (row, decoded) in held.rows.iter_mut().zip(&decoded) {
                 row.id = decoded.token;
                 row.position += 1;
-                row.choice.random = decoded.random;
+                row.sampling.random = decoded.random;
             }
             decoded.truncate(rows.len());
             Ok(decoded)
         })
     }
 
-    fn new_decoding(&self, rows: usize, max_seq_len: usize, terms: Option<&LowRankTerms>) -> Result<Decoding> {
+    fn new_decoding(&self, rows: usize, max_seq_len: usize, updates: Option<&LowRankUpdates>) -> Result<Decoding> {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let like = self.like()?;
-        let blocks = self.inner.stepped.ok_or_else(missing)?;
+        let blocks = self.inner.decode_sizes.ok_or_else(missing)?;
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
-            is_wide: self.is_wide(rows, has_terms(terms)),
+            uses_matmul: self.uses_matmul(rows, has_updates(updates)),
             dtype: self.activation_dtype(),
             hidden,
             heads: blocks.heads,
@@ -191,14 +194,14 @@ impl Model {
             is_cuda: self.device().is_cuda(),
             formats: self.inner.formats,
         };
-        let has_terms = !shape.is_wide && has_terms(terms);
-        let threads = Threads::new(&shape, rows, has_terms, like)?;
-        let most_parts = Step::most_parts(&shape, &threads, rows, max_seq_len);
+        let has_updates = !shape.uses_matmul && has_updates(updates);
+        let threads = Threads::new(&shape, rows, has_updates, like)?;
+        let max_parts = Step::max_parts(&shape, &threads, rows, max_seq_len);
         let empty = |width: usize| gpu::empty((rows, width), like);
         let [heads, kv_heads, head_dim] = shape.heads;
         let words = |value: u32, count: usize| Tensor::full(value, count, like.device());
-        let wide = if shape.is_wide {
-            Some(Wide {
+        let matmul = if shape.uses_matmul {
+            Some(MatmulBuffers {
                 normed: empty(hidden)?,
                 gate: empty(blocks.inner)?,
                 up: empty(blocks.inner)?,
@@ -208,7 +211,7 @@ impl Model {
         } else {
             None
         };
-        let groups = vocab.div_ceil(if shape.is_wide { PART } else { threads.head_part() });
+        let groups = vocab.div_ceil(if shape.uses_matmul { LOGITS_PER_PART } else { threads.head_part() });
         let rotary = self.inner.rotary.iter().map(|table| table.on_device(max_seq_len, like.device()));
         let step = Step {
             rows,
@@ -222,15 +225,15 @@ impl Model {
             v: empty(kv_heads * head_dim)?,
             attention: empty(heads * head_dim)?,
             parts: 1,
-            most_parts,
-            results: words(u32::MAX, Step::num_results(&shape, rows, most_parts))?,
+            max_parts,
+            results: words(u32::MAX, Step::num_results(&shape, rows, max_parts))?,
             counters: words(0, rows * heads)?,
-            has_terms,
-            posted: words(u32::MAX, if shape.is_wide { 1 } else { rows * Posts::WORDS })?,
+            has_updates,
+            posted: words(u32::MAX, if shape.uses_matmul { 1 } else { rows * Posts::WORDS })?,
             activation: empty(blocks.inner)?,
             branch: empty(hidden)?,
             rotary: rotary.collect::<Result<_>>()?,
-            wide,
+            matmul,
         };
         Ok(Decoding {
             rows: vec![UNSET; rows],
@@ -244,30 +247,32 @@ impl Model {
         })
     }
 
-    /// The most weights that are dequantized at a time, where there are quantized ones.
+    /// The maximum number of weights that are dequantized at a time; `None` without quantized weights.
     fn scratch_len(&self) -> Option<usize> {
         let weights = [&self.inner.head.linear.weight].into_iter();
         let weights = weights.chain(self.parameters().iter().map(|(_, weight)| weight));
-        weights.filter(|weight| weight.block_format().is_some()).map(|weight| part_len(weight.dims())).max()
+        weights.filter(|weight| weight.block_format().is_some()).map(|weight| scratch_len(weight.dims())).max()
     }
 
-    /// Most floats of normed tokens in the memory of a group: with the rest, less than 32 KiB on Metal and 48 KiB on CUDA.
+    /// Maximum number of normed activations in the shared memory of a thread group. With the rest it is below 32 KiB on
+    /// Metal and 48 KiB on CUDA.
     fn max_normed(&self) -> usize {
         if self.device().is_metal() { 6144 } else { 7168 }
     }
 
-    fn launch_step(&self, held: &Decoding, terms: Option<&LowRankTerms>, cache: &KVCache) -> Result<()> {
+    fn launch_step(&self, held: &Decoding, updates: Option<&LowRankUpdates>, cache: &KVCache) -> Result<()> {
         let step = &held.step;
         let (rows, hidden, vocab) = (step.rows, self.config().hidden_size, self.config().vocab_size);
         let embedding = &self.inner.embedding;
         let args = [Arg::In(embedding.stored()?), Arg::In(&step.state), Arg::Out(&step.x), Arg::Out(&step.posted)];
-        let [from, count] = step.emptied(Posts::Head);
+        let [from, count] = step.cleared(Posts::Head);
         let words = [hidden.into(), embedding.format_word(), self.inner.embedding_scale.into(), from, count];
         gpu::launch(&step.kernel("decode_embed", &[]), Grid::row(rows, ROW_THREADS), &args, &words)?;
         for block in &self.inner.blocks {
-            block.step(step, terms, cache)?;
+            block.step(step, updates, cache)?;
         }
-        let groups = if step.shape.is_wide { self.wide_head(held, terms)? } else { self.narrow_head(held, terms)? };
+        let groups =
+            if step.shape.uses_matmul { self.matmul_head(held, updates)? } else { self.vector_head(held, updates)? };
         let args = [
             Arg::In(&held.logits),
             Arg::In(&held.parts),
@@ -280,16 +285,17 @@ impl Model {
         gpu::launch(&kernel, Grid::row(rows, step.threads.sample), &args, &words)
     }
 
-    fn step_head<'a>(&self, terms: Option<&'a LowRankTerms>) -> StepLinear<'a> {
-        StepLinear::new(&self.inner.head.linear, terms.and_then(|terms| terms.get(self.head_id())))
+    fn step_head<'a>(&self, updates: Option<&'a LowRankUpdates>) -> StepLinear<'a> {
+        StepLinear::new(&self.inner.head.linear, updates.and_then(|updates| updates.get(self.head_id())))
     }
 
-    /// Norm, logits and the largest of each part of them; returns the number of parts.
-    fn narrow_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
+    /// Computes the norm, the logits and the maximum of each part of them with matrix-vector kernels; returns the
+    /// number of parts.
+    fn vector_head(&self, held: &Decoding, updates: Option<&LowRankUpdates>) -> Result<usize> {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let groups = vocab.div_ceil(step.threads.head_part());
-        let head = self.step_head(terms);
-        let [a, b] = head.term_args();
+        let head = self.step_head(updates);
+        let [a, b] = head.update_args();
         let (norm, rank) = (&self.inner.norm.norm, head.rank());
         let args = [
             Arg::In(&step.x),
@@ -312,31 +318,31 @@ impl Model {
         Ok(groups)
     }
 
-    /// The same by a product of matrices.
-    fn wide_head(&self, held: &Decoding, terms: Option<&LowRankTerms>) -> Result<usize> {
+    /// [`Self::vector_head`] with a matrix product.
+    fn matmul_head(&self, held: &Decoding, updates: Option<&LowRankUpdates>) -> Result<usize> {
         let (step, vocab) = (&held.step, self.config().vocab_size);
-        let wide = step.wide()?;
-        self.inner.norm.norm.forward_into(&step.x, &wide.normed)?;
-        multiply(&self.step_head(terms), &wide.normed, (&held.logits, 1.0, 0.0), wide)?;
+        let matmul = step.matmul()?;
+        self.inner.norm.norm.forward_into(&step.x, &matmul.normed)?;
+        multiply(&self.step_head(updates), &matmul.normed, (&held.logits, 1.0, 0.0), matmul)?;
         self.inner.head.form_on_device(&held.logits)?;
-        let groups = vocab.div_ceil(PART);
+        let groups = vocab.div_ceil(LOGITS_PER_PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
         let kernel = Kernel::new(Source::Sampling, "parts_of_logits", DType::F32);
-        gpu::launch(&kernel, Grid::plane((groups, step.rows), 256), &args, &[vocab.into(), PART.into()])?;
+        gpu::launch(&kernel, Grid::plane((groups, step.rows), 256), &args, &[vocab.into(), LOGITS_PER_PART.into()])?;
         Ok(groups)
     }
 }
 
-fn has_terms(terms: Option<&LowRankTerms>) -> bool {
-    terms.is_some_and(|terms| terms.iter().next().is_some())
+fn has_updates(updates: Option<&LowRankUpdates>) -> bool {
+    updates.is_some_and(|updates| updates.iter().next().is_some())
 }
 
-/// A row that no sequence is at.
+/// A row that equals no sequence's.
 const UNSET: DecodingRow = DecodingRow {
     id: u32::MAX,
     position: usize::MAX,
     slot: usize::MAX,
-    choice: DecodingChoice { temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0, random: 0 },
+    sampling: DecodingSampling { temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0, random: 0 },
 };
 
 impl Decoding {
@@ -351,11 +357,11 @@ impl Decoding {
         state.extend(rows.iter().map(|row| row.id));
         state.extend(rows.iter().map(|row| row.position as u32));
         state.extend(rows.iter().map(|row| row.slot as u32));
-        state.extend(rows.iter().flat_map(|row| [row.choice.random as u32, (row.choice.random >> 32) as u32]));
+        state.extend(rows.iter().flat_map(|row| [row.sampling.random as u32, (row.sampling.random >> 32) as u32]));
         let settings: Vec<u32> = rows
             .iter()
             .flat_map(|row| {
-                let DecodingChoice { temperature, top_p, min_p, top_k, .. } = row.choice;
+                let DecodingSampling { temperature, top_p, min_p, top_k, .. } = row.sampling;
                 [temperature.to_bits(), top_p.to_bits(), min_p.to_bits(), top_k as u32, 1]
             })
             .collect();

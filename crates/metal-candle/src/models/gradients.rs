@@ -1,38 +1,39 @@
-//! What is trained of a model, and its gradients.
+//! Selects what is trained in a training step, and stores the gradients.
 
-use crate::ops::fused::TermRoom;
-use crate::ops::{LowRankTerms, TermGradients};
+use crate::ops::fused::LowRankGradientBuffer;
+use crate::ops::{LowRankGradients, LowRankUpdates};
 use candle_core::Tensor;
 
-/// What is trained; everything else is frozen.
+/// The tensors to train. All others are frozen.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Trainable<'a> {
-    /// The low-rank terms, which also take part in the forward pass.
-    pub terms: Option<&'a LowRankTerms>,
-    /// Parameters of the model itself.
+    /// The low-rank updates of an adapter. The forward pass uses them too.
+    pub low_rank: Option<&'a LowRankUpdates>,
+    /// Parameters of the model.
     pub parameters: Parameters<'a>,
 }
 
-/// Some of a model's parameters, by their place in [`Model::parameters`](super::Model::parameters).
+/// Parameters of a model, by their index in [`Model::parameters`](super::Model::parameters).
 #[derive(Debug, Clone, Copy, Default)]
 pub enum Parameters<'a> {
-    /// None.
+    /// No parameters.
     #[default]
     None,
-    /// These.
+    /// These parameters.
     Of(&'a [usize]),
-    /// These, and single rows of others.
+    /// These parameters, and single rows of others.
     WithRows(&'a [usize], &'a [TokenRows]),
-    /// Each.
+    /// All parameters.
     All,
 }
 
-/// Rows of the embedding or of the head that are trained, while its other rows are frozen.
+/// Rows of the embedding or the head that are trained while its other rows are frozen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRows {
-    /// The place of the parameter in [`Model::parameters`](super::Model::parameters). Rows of an embedding with a tied head are rows of the head too.
-    pub place: usize,
-    /// The ids of the tokens, each once.
+    /// The index of the parameter in [`Model::parameters`](super::Model::parameters). The rows of an embedding with a
+    /// tied head are rows of the head too.
+    pub parameter: usize,
+    /// The token ids, without duplicates.
     pub ids: Vec<u32>,
 }
 
@@ -41,71 +42,74 @@ impl<'a> Parameters<'a> {
         if let Self::WithRows(_, rows) = self { rows } else { &[] }
     }
 
-    /// The trained rows of the parameter at `place`.
-    pub(super) fn rows_of(self, place: usize) -> Option<&'a TokenRows> {
-        self.rows().iter().find(|rows| rows.place == place)
+    /// The trained rows of the parameter with this index.
+    pub(super) fn rows_of(self, index: usize) -> Option<&'a TokenRows> {
+        self.rows().iter().find(|rows| rows.parameter == index)
     }
 }
 
 impl<'a> Trainable<'a> {
-    /// The low-rank terms alone.
-    pub fn low_rank(terms: &'a LowRankTerms) -> Self {
-        Self { terms: Some(terms), parameters: Parameters::None }
+    /// Trains only the low-rank updates.
+    pub fn low_rank(updates: &'a LowRankUpdates) -> Self {
+        Self { low_rank: Some(updates), parameters: Parameters::None }
     }
 
-    /// Every parameter of the model.
+    /// Trains every parameter of the model.
     pub fn all() -> Self {
-        Self { terms: None, parameters: Parameters::All }
+        Self { low_rank: None, parameters: Parameters::All }
     }
 }
 
-/// The gradients of `grad_scale * sum(losses.rows)`, f32, and nothing for frozen tensors.
+/// The gradients of `grad_scale * sum(losses.rows)`, f32, and `None` for frozen tensors.
 #[derive(Debug, Clone)]
 pub struct Gradients {
-    /// By the number of the layer in [`Model::linears`](super::Model::linears).
-    pub terms: Vec<Option<TermGradients>>,
-    /// By the place in [`Model::parameters`](super::Model::parameters).
+    /// The gradients of low-rank updates, by layer id in [`Model::linears`](super::Model::linears).
+    pub low_rank: Vec<Option<LowRankGradients>>,
+    /// The gradients of parameters, by index in [`Model::parameters`](super::Model::parameters).
     pub parameters: Vec<Option<Tensor>>,
-    /// Of the trained rows of a parameter, by its place: `[rows, hidden]`.
+    /// The gradients of the trained rows of parameters, with the index of the parameter: `[rows, hidden]`.
     pub rows: Vec<(usize, Tensor)>,
-    /// Bytes kept between the forward and the backward pass.
+    /// Bytes saved between the forward and the backward pass.
     pub saved_bytes: usize,
-    /// What holds gradients of terms together, on a device that gathers them.
-    pub(crate) room: Option<TermRoom>,
+    /// The buffer that contains the gradients of all low-rank updates, on a device that gathers them.
+    pub(crate) low_rank_buffer: Option<LowRankGradientBuffer>,
 }
 
-/// One of [`Gradients`].
+/// Selects one of [`Gradients`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GradientOf {
-    /// That of A of the term with this number.
+    /// A of the low-rank update of this layer.
     A(usize),
-    /// That of B of the term with this number.
+    /// B of the low-rank update of this layer.
     B(usize),
-    /// That of the magnitudes of the term with this number.
+    /// The DoRA magnitudes of this layer.
     Magnitude(usize),
-    /// That of the parameter at this place.
+    /// The parameter with this index.
     Parameter(usize),
-    /// That of the trained rows of the parameter at this place.
+    /// The trained rows of the parameter with this index.
     Rows(usize),
 }
 
 impl Gradients {
-    /// One of the gradients, if it was computed.
+    /// A gradient, if it was computed.
     pub fn get(&self, of: GradientOf) -> Option<&Tensor> {
-        let term = |number: usize| self.terms.get(number).and_then(Option::as_ref);
+        let update = |id: usize| self.low_rank.get(id).and_then(Option::as_ref);
         match of {
-            GradientOf::A(number) => term(number).map(|term| &term.a),
-            GradientOf::B(number) => term(number).map(|term| &term.b),
-            GradientOf::Magnitude(number) => term(number).and_then(|term| term.magnitude.as_ref()),
-            GradientOf::Parameter(place) => self.parameters.get(place).and_then(Option::as_ref),
-            GradientOf::Rows(place) => self.rows.iter().find(|(found, _)| *found == place).map(|(_, rows)| rows),
+            GradientOf::A(id) => update(id).map(|update| &update.a),
+            GradientOf::B(id) => update(id).map(|update| &update.b),
+            GradientOf::Magnitude(id) => update(id).and_then(|update| update.magnitude.as_ref()),
+            GradientOf::Parameter(index) => self.parameters.get(index).and_then(Option::as_ref),
+            GradientOf::Rows(index) => self.rows.iter().find(|(found, _)| *found == index).map(|(_, rows)| rows),
         }
     }
 
     /// All gradients that were computed.
     pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
-        let of_terms =
-            self.terms.iter().flatten().flat_map(|term| [Some(&term.a), Some(&term.b), term.magnitude.as_ref()]);
-        of_terms.flatten().chain(self.parameters.iter().flatten()).chain(self.rows.iter().map(|(_, rows)| rows))
+        let of_updates = self
+            .low_rank
+            .iter()
+            .flatten()
+            .flat_map(|update| [Some(&update.a), Some(&update.b), update.magnitude.as_ref()]);
+        of_updates.flatten().chain(self.parameters.iter().flatten()).chain(self.rows.iter().map(|(_, rows)| rows))
     }
 }

@@ -1,9 +1,9 @@
-//! The key/value cache of generation.
+//! The key/value cache for generation.
 
 use super::Batch;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::attention::{self, Cached, Spans};
+use crate::ops::attention::{self, CacheSlots, Spans};
 use crate::ops::host::Host;
 use crate::ops::{KVCacheType, cache_write};
 use candle_core::{DType, Tensor};
@@ -12,20 +12,20 @@ use metal_candle_kernels::{AttentionShape, Matrix, prefer_small_pages};
 /// Sizes of a [`KVCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KVCacheConfig {
-    /// Most tokens of a sequence.
+    /// The maximum number of tokens of a sequence.
     pub max_seq_len: usize,
     /// Number of decoder blocks.
     pub num_layers: usize,
-    /// Number of cached heads: the key/value heads of the model.
+    /// Number of cached heads: the model's key/value heads.
     pub num_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Number of sequences held side by side (slots).
+    /// Number of slots: sequences that are cached at the same time.
     pub batch_size: usize,
 }
 
 impl KVCacheConfig {
-    /// Memory of a cache of this size that stores `kind`, in bytes.
+    /// The memory of a cache of this size and element type, in bytes.
     pub fn num_bytes(&self, kind: KVCacheType) -> usize {
         let row_bytes = kind.row_len(self.head_dim).saturating_mul(kind.dtype().size_in_bytes());
         let sizes = [self.num_layers, self.batch_size, self.num_heads, self.max_seq_len, row_bytes];
@@ -33,8 +33,8 @@ impl KVCacheConfig {
     }
 }
 
-/// Keys and values of the tokens seen so far, for each block and slot: `[batch_size, num_heads, max_seq_len, head_dim]`, or the
-/// bytes of blocks in place of `head_dim` elements.
+/// The keys and values of the tokens so far, for each block and slot: `[batch_size, num_heads, max_seq_len, head_dim]`,
+/// or the bytes of quantized blocks in the last dimension.
 #[derive(Debug)]
 pub struct KVCache {
     config: KVCacheConfig,
@@ -48,15 +48,15 @@ impl KVCache {
     /// An empty cache in f32.
     ///
     /// # Errors
-    /// The device cannot hold it.
+    /// The device has too little memory.
     pub fn new(config: KVCacheConfig, device: &Device) -> Result<Self> {
         Self::with_dtype(config, device, DType::F32)
     }
 
-    /// An empty cache that stores `dtype` (f32, f16 or bf16).
+    /// An empty cache with elements of `dtype` (f32, f16 or bf16).
     ///
     /// # Errors
-    /// Another type, or the device cannot hold it.
+    /// The dtype is not supported, or the device has too little memory.
     pub fn with_dtype(config: KVCacheConfig, device: &Device, dtype: DType) -> Result<Self> {
         let Some(kind) = KVCacheType::from_dtype(dtype) else {
             let message = format!("expected f32, f16 or bf16, found {}", dtype.as_str());
@@ -65,11 +65,11 @@ impl KVCache {
         Self::with_type(config, device, kind)
     }
 
-    /// An empty cache that stores `kind`.
+    /// An empty cache with elements of type `kind`.
     ///
     /// # Errors
-    /// `kind` is made of blocks, and the width of a head is no multiple of 32 or the device is not the CPU; or the device
-    /// cannot hold the cache.
+    /// `kind` is quantized, and `head_dim` is not a multiple of 32 or the device is not the CPU; or the device has too
+    /// little memory.
     pub fn with_type(config: KVCacheConfig, device: &Device, kind: KVCacheType) -> Result<Self> {
         kind.check_head_dim(config.head_dim)?;
         if kind.block_format().is_some() && !device.is_cpu() {
@@ -85,8 +85,8 @@ impl KVCache {
         Ok(Self { config, kind, keys: layers()?, values: layers()?, lengths: vec![0; config.batch_size] })
     }
 
-    /// Lets only the tokens that are written take memory, where the operating system clears memory by large pages. It has an
-    /// effect on an empty cache on the CPU only.
+    /// Asks the operating system for small pages, so that only memory that is written becomes resident. It affects only
+    /// an empty cache on the CPU.
     ///
     /// # Errors
     /// The tensors are not contiguous.
@@ -106,44 +106,44 @@ impl KVCache {
         Ok(())
     }
 
-    /// The sizes it was made with.
+    /// The sizes of the cache.
     pub fn config(&self) -> &KVCacheConfig {
         &self.config
     }
 
-    /// Number of tokens held in `slot`.
+    /// The number of tokens in `slot`.
     pub fn len(&self, slot: usize) -> usize {
         self.lengths.get(slot).copied().unwrap_or(0)
     }
 
-    /// Whether no slot holds a token.
+    /// Whether all slots are empty.
     pub fn is_empty(&self) -> bool {
         self.lengths.iter().all(|&n| n == 0)
     }
 
-    /// Forgets all tokens of `slot` from position `len` on.
+    /// Removes the tokens of `slot` from position `len` on.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         if let Some(length) = self.lengths.get_mut(slot) {
             *length = len.min(*length);
         }
     }
 
-    /// Says how many tokens of `slot` were written.
+    /// Sets the number of tokens in `slot`, after a kernel has written them.
     pub(crate) fn set_len(&mut self, slot: usize, len: usize) {
         if let Some(length) = self.lengths.get_mut(slot) {
             *length = len;
         }
     }
 
-    /// Forgets everything.
+    /// Empties all slots.
     pub fn clear(&mut self) {
         self.lengths.fill(0);
     }
 
-    /// Makes room for sequences of `max_seq_len` tokens and keeps what is held.
+    /// Grows the cache to at least `max_seq_len` tokens per sequence. Cached tokens are preserved.
     ///
     /// # Errors
-    /// The device cannot hold it.
+    /// The device has too little memory.
     pub fn reserve(&mut self, max_seq_len: usize) -> Result<()> {
         self.resize(self.config.batch_size, max_seq_len)
     }
@@ -151,7 +151,7 @@ impl KVCache {
     /// Grows the cache to at least `batch_size` slots. The new slots are empty.
     ///
     /// # Errors
-    /// The device cannot hold them.
+    /// The device has too little memory.
     pub fn reserve_slots(&mut self, batch_size: usize) -> Result<()> {
         self.resize(batch_size, self.config.max_seq_len)
     }
@@ -163,7 +163,7 @@ impl KVCache {
             return Ok(());
         }
         for tensor in self.keys.iter_mut().chain(&mut self.values) {
-            // one tensor at a time, so that only one is held twice
+            // one tensor at a time, so that only one is allocated twice
             let shape = (batch_size, old.num_heads, max_seq_len, self.kind.row_len(old.head_dim));
             let larger = Tensor::zeros(shape, tensor.dtype(), tensor.device())?;
             for (slot, &length) in self.lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
@@ -177,19 +177,19 @@ impl KVCache {
         Ok(())
     }
 
-    /// The type of what is stored.
+    /// The element type.
     pub fn kind(&self) -> KVCacheType {
         self.kind
     }
 
-    /// Memory held, in bytes.
+    /// The memory of the cache, in bytes.
     pub fn num_bytes(&self) -> usize {
         self.config.num_bytes(self.kind)
     }
 
-    /// Whether a batch continues what the slots hold and fits.
+    /// Checks that a batch continues the sequences in its slots and fits.
     ///
-    /// `layers` are the key/value heads of each of the model's layers, and their width.
+    /// `layers` contains the number of key/value heads of each layer of the model, and their width.
     pub(crate) fn check(&self, batch: &Batch, layers: &[[usize; 2]]) -> Result<()> {
         let wrong = |message: String| Err(Error::argument("cache", message));
         let config = &self.config;
@@ -197,7 +197,8 @@ impl KVCache {
         if config.num_layers != layers.len() || layers.iter().any(|shape| *shape != own) {
             let [kv_heads, head_dim] = layers.iter().find(|shape| **shape != own).copied().unwrap_or(own);
             return wrong(format!(
-                "the model has {} layers of {kv_heads} key/value heads of width {head_dim}, the cache {} of {} of {}",
+                "the model has {} layers of {kv_heads} key/value heads of width {head_dim}, but the cache has {} layers of {} \
+                 heads of width {}",
                 layers.len(),
                 config.num_layers,
                 config.num_heads,
@@ -208,17 +209,17 @@ impl KVCache {
         for (sequence, &slot) in batch.slots().iter().enumerate() {
             let (start, end) = (batch.offsets()[sequence], batch.offsets()[sequence + 1]);
             match seen.get_mut(slot) {
-                None => return wrong(format!("slot {slot} is not below the number of slots, {}", config.batch_size)),
-                Some(true) => return wrong(format!("slot {slot} occurs twice in a batch")),
+                None => return wrong(format!("expected slots below {}, found {slot}", config.batch_size)),
+                Some(true) => return wrong(format!("slot {slot} occurs twice in the batch")),
                 Some(seen) => *seen = true,
             }
             let (first, held) = (batch.positions()[start] as usize, self.lengths[slot]);
             if first != held {
-                return wrong(format!("a sequence begins at position {first}, but slot {slot} holds {held} tokens"));
+                return wrong(format!("a sequence starts at position {first}, but slot {slot} contains {held} tokens"));
             }
             if held + end - start > config.max_seq_len {
                 return wrong(format!(
-                    "{} tokens do not fit: slot {slot} holds {held} of at most {}",
+                    "{} tokens do not fit: slot {slot} contains {held} of at most {}",
                     end - start,
                     config.max_seq_len
                 ));
@@ -227,7 +228,7 @@ impl KVCache {
         Ok(())
     }
 
-    /// Attention of new queries over a layer, to which their keys and values were added.
+    /// Attention of new queries over the cache of a layer, to which their keys and values have been added.
     pub(crate) fn attend(
         &self,
         layer: usize,
@@ -242,14 +243,14 @@ impl KVCache {
         }
     }
 
-    /// Keys and values of a layer: `[batch_size, num_heads, max_seq_len, head_dim]`.
+    /// The keys and values of a layer: `[batch_size, num_heads, max_seq_len, head_dim]`.
     pub(crate) fn layer(&self, layer: usize) -> (&Tensor, &Tensor) {
         (&self.keys[layer], &self.values[layer])
     }
 
-    /// Writes new keys and values, `[tokens, num_heads * head_dim]`, behind those held.
+    /// Writes new keys and values, `[tokens, num_heads * head_dim]`, after the cached ones.
     ///
-    /// The lengths of the slots change with [`KVCache::advance`], after the last layer.
+    /// [`KVCache::advance`] updates the lengths of the slots, after the last layer.
     pub(crate) fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor, spans: &Spans) -> Result<()> {
         if cache_write::append((k, v), (&self.keys[layer], &self.values[layer]), spans)? {
             return Ok(());
@@ -268,14 +269,14 @@ impl KVCache {
         Ok(())
     }
 
-    /// Where the sequences of a batch are when its tokens are added.
-    pub(crate) fn cached(&self, batch: &Batch) -> Cached {
+    /// The slots of a batch's sequences, with their lengths after its tokens are added.
+    pub(crate) fn slots_of(&self, batch: &Batch) -> CacheSlots {
         let lengths = batch.offsets().windows(2).zip(batch.slots());
         let lengths = lengths.map(|(window, &slot)| self.lengths[slot] + window[1] - window[0]).collect();
-        Cached { slots: batch.slots().to_vec(), lengths, max_seq_len: self.config.max_seq_len }
+        CacheSlots { slots: batch.slots().to_vec(), lengths, max_seq_len: self.config.max_seq_len }
     }
 
-    /// Counts the tokens of a batch as held.
+    /// Adds the tokens of a batch to the lengths of their slots.
     pub(crate) fn advance(&mut self, batch: &Batch) {
         for (window, &slot) in batch.offsets().windows(2).zip(batch.slots()) {
             self.lengths[slot] += window[1] - window[0];
@@ -285,19 +286,19 @@ impl KVCache {
     /// Copies the tokens of slot `from` to slot `to`.
     ///
     /// # Errors
-    /// There is no such slot.
+    /// A slot is out of range.
     pub fn copy_slot(&mut self, from: usize, to: usize) -> Result<()> {
         self.copy_prefix(from, to, self.len(from))
     }
 
-    /// Copies the first `len` tokens of slot `from`, or all if it holds fewer, to slot `to`.
+    /// Copies the first `len` tokens of slot `from`, or all if it has fewer, to slot `to`.
     ///
     /// # Errors
-    /// There is no such slot.
+    /// A slot is out of range.
     pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         let slots = self.config.batch_size;
         if from >= slots || to >= slots {
-            return Err(Error::argument("slot", format!("expected one below {slots}, found {}", from.max(to))));
+            return Err(Error::argument("slot", format!("expected slots below {slots}, found {}", from.max(to))));
         }
         let length = len.min(self.lengths[from]);
         if from != to && length > 0 {

@@ -1,4 +1,4 @@
-//! The parameters and linear layers of a model, in the order of its checkpoints.
+//! Registers the parameters and linear layers of a model, in the order of its checkpoints.
 
 use super::description::Description;
 use super::parts::attention::AttentionSlots;
@@ -6,7 +6,7 @@ use super::parts::feed_forward::FeedForwardSlots;
 use super::registry::{LinearId, LinearInfo, NormSlot, ParameterSpec, Registry, Role};
 use std::ops::Range;
 
-/// Everything that is registered of a layer.
+/// The registered tensors of a layer.
 #[derive(Debug)]
 pub(super) struct LayerSlots {
     pub(super) attention: AttentionSlots,
@@ -19,16 +19,16 @@ pub(super) struct LayerSlots {
     pub(super) parameters: Range<usize>,
 }
 
-/// The parameters and linear layers of a model, in the order of its checkpoints.
+/// Registers the parameters and linear layers of a model, in the order of its checkpoints.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) parameters: Vec<ParameterSpec>,
     pub(super) linears: Vec<LinearInfo>,
     pub(super) layers: Vec<LayerSlots>,
     pub(super) norm: NormSlot,
-    /// The parameter that holds the embedding.
+    /// The index of the embedding's parameter.
     pub(super) embedding: usize,
-    /// The parameter that holds the head; the embedding's where they are tied.
+    /// The index of the head's parameter: that of the embedding if they are tied.
     pub(super) head: usize,
     pub(super) embedding_id: LinearId,
     pub(super) head_id: LinearId,
@@ -61,8 +61,8 @@ impl Layout {
         let norm = registry.norm("model.norm", description.norm, hidden, &[hidden]);
         let head =
             if is_tied { embedding } else { registry.parameter("lm_head.weight", vec![vocab, hidden], Role::Matrix) };
-        let embedding_id = registry.extend("model.embed_tokens".into(), "embed_tokens", [vocab, hidden], embedding);
-        let head_id = registry.extend("lm_head".into(), "lm_head", [hidden, vocab], head);
+        let embedding_id = registry.add_linear("model.embed_tokens".into(), "embed_tokens", [vocab, hidden], embedding);
+        let head_id = registry.add_linear("lm_head".into(), "lm_head", [hidden, vocab], head);
         let Registry { parameters, linears, .. } = registry;
         Self { parameters, linears, layers, norm, embedding, head, embedding_id, head_id }
     }

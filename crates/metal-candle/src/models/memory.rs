@@ -1,34 +1,34 @@
-//! How much memory a training step takes: a walk through [`Model::loss_and_gradients`] with sizes in place of tensors. Each part
-//! of a layer walks through itself.
+//! Predicts the memory of a training step: runs through [`Model::loss_and_gradients`] with sizes instead of tensors.
+//! Each part of a layer counts its own memory.
 
 use super::Model;
 use super::gradients::Trainable;
-use super::parts::linear::Extras;
-use super::parts::pass::{Meter, StepSize};
+use super::parts::linear::ExtraMemory;
+use super::parts::pass::{MemoryMeter, StepSize};
 use crate::error::Result;
 use crate::ops::rotary::RotaryTable;
-use crate::ops::{LowRankTerms, head};
+use crate::ops::{LowRankUpdates, head};
 use candle_core::DType;
 
-/// The memory of a training step beside weights, adapter and optimizer, in bytes.
+/// The memory of a training step besides weights, adapter and optimizer, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StepMemory {
-    /// Activations kept between the forward and the backward pass.
-    pub kept: usize,
-    /// Most of what the blocks hold for a moment beside that: values on their way, gradients of trained tensors.
+    /// Activations saved between the forward and the backward pass.
+    pub saved: usize,
+    /// The peak temporary memory of the blocks besides that: activations, and gradients of trained tensors.
     pub working: usize,
-    /// Most of what the head holds beside what is kept: logits of a chunk and their gradients.
+    /// The peak memory of the head besides the saved activations: the logits of a chunk and their gradients.
     pub head: usize,
-    /// Most of all together.
+    /// The peak of everything together.
     pub peak: usize,
 }
 
 impl Model {
-    /// The memory that [`Model::loss_and_gradients`] takes on the CPU for a batch of `tokens` tokens of which `trained`
-    /// have a target. Elsewhere it is an estimate.
+    /// The memory of [`Model::loss_and_gradients`] for a batch of `tokens` tokens, `trained` of which have a target. It
+    /// is exact on the CPU and an estimate on other devices.
     ///
     /// # Errors
-    /// A trained parameter is not the model's.
+    /// A trained parameter is not part of the model.
     pub fn step_memory(
         &self,
         tokens: usize,
@@ -36,8 +36,8 @@ impl Model {
         trainable: Trainable,
         checkpointed_blocks: usize,
     ) -> Result<StepMemory> {
-        let wanted = self.wanted(trainable.parameters)?;
-        let lowest = self.lowest(trainable.terms, &wanted, trainable.parameters);
+        let is_trained = self.trained_parameters(trainable.parameters)?;
+        let lowest = self.lowest(trainable.low_rank, &is_trained, trainable.parameters);
         let elements: Vec<usize> = self.parameters().iter().map(|(_, tensor)| tensor.elem_count()).collect();
         let dtype = self.activation_dtype();
         let size = StepSize {
@@ -46,28 +46,28 @@ impl Model {
             stream: tokens * self.config().hidden_size * dtype.size_in_bytes(),
             is_rounded: self.device().is_cpu() && self.dtype() != DType::F32,
             is_gathered: self.device().is_metal(),
-            terms: trainable.terms,
-            trained: &wanted,
+            updates: trainable.low_rank,
+            trained: &is_trained,
             elements: &elements,
         };
         let blocks = self.inner.blocks.len();
         let first = lowest.block.unwrap_or(blocks);
-        let mut meter = Meter::default();
-        let scratch = self.scratch(tokens, trained, trainable.terms);
+        let mut meter = MemoryMeter::default();
+        let scratch = self.scratch(tokens, trained, trainable.low_rank);
         // cosines and sines of the positions
         let rotated: usize = self.inner.rotary.iter().map(RotaryTable::dim).sum();
-        meter.take(scratch + tokens * rotated * dtype.size_in_bytes());
+        meter.allocate(scratch + tokens * rotated * dtype.size_in_bytes());
 
         // the stream that enters the first block
-        meter.take(size.stream);
-        let mut kept = 0;
+        meter.allocate(size.stream);
+        let mut saved = 0;
         for block in &self.inner.blocks {
-            let keeps_everything = block.layer >= first && block.layer - first >= checkpointed_blocks;
-            block.forward_memory(size, keeps_everything, &mut meter);
+            let saves_all = block.layer >= first && block.layer - first >= checkpointed_blocks;
+            block.forward_memory(size, saves_all, &mut meter);
             if block.layer < first {
-                meter.give(size.stream);
+                meter.free(size.stream);
             } else {
-                kept += size.stream + if keeps_everything { block.saved_memory(size) } else { 0 };
+                saved += size.stream + if saves_all { block.saved_memory(size) } else { 0 };
             }
         }
 
@@ -76,72 +76,73 @@ impl Model {
         meter.peak = meter.now;
         let row = self.config().hidden_size * dtype.size_in_bytes();
         if trained < tokens {
-            meter.take(trained * row);
-            meter.give(size.stream);
+            meter.allocate(trained * row);
+            meter.free(size.stream);
         }
         let stream = trained * row;
-        meter.take(stream);
+        meter.allocate(stream);
         let vocab = self.config().vocab_size;
         let chunk = head::chunk_rows(trained, vocab, &self.device().candle()).min(trained);
         let logits = chunk * vocab * dtype.size_in_bytes();
-        let of_head = self.extras_of(self.head_id(), chunk, trainable.terms);
+        let of_head = self.extras_of(self.head_id(), chunk, trainable.low_rank);
         let weight = self.embedding_weight_bytes();
-        meter.take(logits);
-        if wanted[self.head_parameter()] {
-            meter.take(weight);
+        meter.allocate(logits);
+        if is_trained[self.head_parameter()] {
+            meter.allocate(weight);
         }
-        meter.touch(of_head.copies);
-        meter.take(of_head.gradients);
-        // gradients of single rows stay; those of the logits are picked from each chunk
+        meter.allocate_temporarily(of_head.copies);
+        meter.allocate(of_head.gradients);
+        // gradients of single rows stay allocated; the gradients of their logits are gathered from each chunk
         let float = DType::F32.size_in_bytes();
-        let rows_of = |place| trainable.parameters.rows_of(place).map_or(0, |rows| rows.ids.len());
+        let rows_of = |index| trainable.parameters.rows_of(index).map_or(0, |rows| rows.ids.len());
         let (rows, row_of_hidden) = (rows_of(self.head_parameter()), self.config().hidden_size * float);
-        meter.touch(chunk * rows * float);
-        meter.take(rows * row_of_hidden);
-        // the gradient in parts, then put together
-        let goes_down = lowest.block.is_some() || self.inner.norm.is_trained(&wanted);
+        meter.allocate_temporarily(chunk * rows * float);
+        meter.allocate(rows * row_of_hidden);
+        // the gradient of each chunk, then their concatenation
+        let goes_down = lowest.block.is_some() || self.inner.norm.is_trained(&is_trained);
         if goes_down {
-            meter.take(stream);
-            meter.give(logits);
-            meter.touch(if chunk < trained { stream } else { 0 });
+            meter.allocate(stream);
+            meter.free(logits);
+            meter.allocate_temporarily(if chunk < trained { stream } else { 0 });
         } else {
-            meter.give(logits);
+            meter.free(logits);
         }
-        meter.give(stream);
+        meter.free(stream);
         let head = meter.peak - before_head;
         meter.peak = meter.peak.max(peak_of_blocks);
         if goes_down {
-            // in place of the rows' gradient that of all tokens
-            meter.take(stream);
-            meter.give(2 * stream);
+            // the gradient of all tokens replaces that of the rows with a target
+            meter.allocate(stream);
+            meter.free(2 * stream);
             if trained < tokens {
-                meter.take(2 * size.stream);
-                meter.give(size.stream + stream);
+                meter.allocate(2 * size.stream);
+                meter.free(size.stream + stream);
             }
             for block in self.inner.blocks[first..].iter().rev() {
                 if block.layer - first < checkpointed_blocks {
-                    block.saved_again_memory(size, &mut meter);
+                    block.recompute_memory(size, &mut meter);
                 }
                 block.backward_memory(size, lowest.embedding || block.layer > first, &mut meter);
             }
-            if lowest.embedding && wanted[self.embedding_parameter()] && !self.config().tie_word_embeddings {
-                meter.take(weight);
+            if lowest.embedding && is_trained[self.embedding_parameter()] && !self.config().tie_word_embeddings {
+                meter.allocate(weight);
             }
             if lowest.embedding && !self.config().tie_word_embeddings {
-                meter.take(rows_of(self.embedding_parameter()) * row_of_hidden);
+                meter.allocate(rows_of(self.embedding_parameter()) * row_of_hidden);
             }
-            meter.touch(self.extras_of(self.embedding_id(), tokens, trainable.terms).gradients * 3);
+            meter.allocate_temporarily(self.extras_of(self.embedding_id(), tokens, trainable.low_rank).gradients * 3);
         }
-        let working = meter.peak.saturating_sub(kept);
-        Ok(StepMemory { kept, working, head, peak: meter.peak })
+        let working = meter.peak.saturating_sub(saved);
+        Ok(StepMemory { saved, working, head, peak: meter.peak })
     }
 
     /// The number of blocks that have a backward pass.
     ///
     /// # Errors
-    /// A trained parameter is not the model's.
+    /// A trained parameter is not part of the model.
     pub fn trained_blocks(&self, trainable: Trainable) -> Result<usize> {
-        let lowest = self.lowest(trainable.terms, &self.wanted(trainable.parameters)?, trainable.parameters);
+        let lowest =
+            self.lowest(trainable.low_rank, &self.trained_parameters(trainable.parameters)?, trainable.parameters);
         Ok(lowest.block.map_or(0, |block| self.inner.blocks.len() - block))
     }
 
@@ -150,11 +151,11 @@ impl Model {
     }
 
     /// The packed left operand of the largest product.
-    fn scratch(&self, tokens: usize, trained: usize, terms: Option<&LowRankTerms>) -> usize {
+    fn scratch(&self, tokens: usize, trained: usize, updates: Option<&LowRankUpdates>) -> usize {
         if !self.device().is_cpu() {
             return 0;
         }
-        let ranks = terms.into_iter().flat_map(LowRankTerms::iter).filter_map(|(_, term)| term.a.dim(0).ok());
+        let ranks = updates.into_iter().flat_map(LowRankUpdates::iter).filter_map(|(_, update)| update.a.dim(0).ok());
         let widest = self.linears().iter().filter(|linear| linear.layer.is_some());
         let widest = widest.map(|linear| linear.in_features.max(linear.out_features)).max().unwrap_or(0);
         let depth = widest + ranks.max().unwrap_or(0);
@@ -166,8 +167,8 @@ impl Model {
         ))
     }
 
-    fn extras_of(&self, id: usize, tokens: usize, terms: Option<&LowRankTerms>) -> Extras {
+    fn extras_of(&self, id: usize, tokens: usize, updates: Option<&LowRankUpdates>) -> ExtraMemory {
         let linear = &self.linears()[id];
-        Extras::new(terms, id, [linear.in_features, linear.out_features], tokens)
+        ExtraMemory::new(updates, id, [linear.in_features, linear.out_features], tokens)
     }
 }

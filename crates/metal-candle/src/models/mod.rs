@@ -1,4 +1,4 @@
-//! Models: configuration, weights, the decoder and its key/value cache.
+//! Models: loads, describes, runs, quantizes and saves them, with their key/value cache.
 
 mod batch;
 mod block;
@@ -31,10 +31,10 @@ mod tensors;
 pub use crate::files::{DownloadProgress, Hub, HubName};
 pub use crate::files::{SafetensorsFile, TensorEntry, check_finite, write_atomically, write_safetensors};
 pub use crate::ops::KVCacheType;
-pub use crate::ops::TermGradients;
+pub use crate::ops::LowRankGradients;
 pub use batch::Batch;
 pub use config::ModelConfig;
-pub(crate) use decoding::{Decoded, Decoding, DecodingChoice, DecodingRow};
+pub(crate) use decoding::{Decoded, Decoding, DecodingRow, DecodingSampling};
 pub use generation_defaults::GenerationDefaults;
 pub(crate) use gguf::GgufNames;
 pub use gguf::{ExportedTensor, GgufExport, QuantizationMixture};
@@ -51,5 +51,5 @@ pub use rows::Rows;
 pub use save::{save_model, save_model_with};
 pub use step::{LossOptions, Losses, Targets};
 
-/// The model by the name it had when Qwen2 was its only family.
+/// The name of [`Model`] in the first versions, which supported only Qwen2.
 pub type Qwen = Model;

@@ -1,6 +1,6 @@
-//! The model: a description with weights, and its forward pass.
+//! `Model`: builds a model from its description and weights, and runs its forward pass.
 
-use super::block::{Block, SteppedBlocks};
+use super::block::{Block, DecodeSizes};
 use super::config::ModelConfig;
 use super::layout::Layout;
 use super::parts::attention::Attention;
@@ -16,19 +16,19 @@ use super::tensors::Tensors;
 use super::{Batch, KVCache};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::adapters::{Adapters, LayerTerms, Terms};
-use crate::ops::attention::{Cached, Spans};
+use crate::ops::adapters::{Adapters, BatchUpdates, LayerUpdates};
+use crate::ops::attention::{CacheSlots, Spans};
 use crate::ops::gpu::{self, Formats};
 use crate::ops::head::{self, Head};
 use crate::ops::linear::Linear;
 use crate::ops::rotary::{RotaryTable, Rotation};
-use crate::ops::{LowRankTerms, MappedFiles, Weight, embedding};
+use crate::ops::{LowRankUpdates, MappedFiles, Weight, embedding};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{AttentionShape, BlockFormat, MatmulPrecision};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A model: immutable, shared weights. Cloning is cheap.
+/// A model with immutable, shared weights. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Model {
     pub(super) inner: Arc<Inner>,
@@ -41,35 +41,35 @@ pub(super) struct Inner {
     device: Device,
     dtype: DType,
     parameters: Vec<(String, Weight)>,
-    /// The formats of the weights.
+    /// The block formats of the weights.
     pub(super) formats: Formats,
-    /// The files of mapped parameters.
+    /// The mapped files of the parameters.
     pub(super) files: MappedFiles,
     pub(super) embedding: Weight,
-    /// The factor on embedded tokens.
+    /// The factor on token embeddings.
     pub(super) embedding_scale: f32,
     pub(super) blocks: Vec<Block>,
-    /// What the kernels of a single-token step need, on a device with kernels and if all blocks have one.
-    pub(super) stepped: Option<SteppedBlocks>,
+    /// The sizes of the decode kernels, if the device and all blocks support them.
+    pub(super) decode_sizes: Option<DecodeSizes>,
     pub(super) norm: NormLayer,
-    /// The head; its weight is the embedding itself where it is tied.
+    /// The head. If it is tied, its weight is the embedding.
     pub(super) head: Head,
     pub(super) rotary: Vec<RotaryTable>,
-    /// The different kinds of attention that the layers have.
+    /// The distinct kinds of attention among the layers.
     pub(super) shapes: Vec<AttentionShape>,
 }
 
 impl Model {
-    /// A model of these tensors, named as in a checkpoint of the family; all of one dtype and on `device`.
+    /// A model from tensors, named as in a checkpoint of the family. All must have the same dtype and be on `device`.
     ///
     /// # Errors
-    /// All missing, unexpected and misshaped tensors, in one error.
+    /// Lists all missing, unexpected and wrongly shaped tensors.
     pub fn from_tensors(config: ModelConfig, tensors: HashMap<String, Tensor>, device: Device) -> Result<Self> {
         let weights = tensors.into_iter().map(|(name, tensor)| (name, tensor.detach().into())).collect();
         Self::from_weights(config, weights, device)
     }
 
-    /// [`Model::from_tensors`] of weights that may be mapped from files.
+    /// [`Model::from_tensors`] with weights that may be mapped from files.
     pub(crate) fn from_weights(
         config: ModelConfig,
         mut weights: HashMap<String, Weight>,
@@ -80,13 +80,14 @@ impl Model {
         Self::assemble(config, parameters, dtype, device)
     }
 
-    /// The same model with some parameters replaced, by name; the others are shared. A `lm_head.weight` unties the head.
+    /// A copy of the model with some parameters replaced, by name. The others are shared. An `lm_head.weight` unties
+    /// the head.
     ///
-    /// On the CPU a replaced parameter may have another dtype than the others, and what is changed in place later is
-    /// seen; elsewhere it is converted.
+    /// On the CPU, a replaced parameter may have another dtype than the others, and the model shares its storage, so
+    /// later in-place updates are visible. On other devices tensors are copied and cast.
     ///
     /// # Errors
-    /// A name is unknown or a shape is another: the message lists all of them.
+    /// Lists all unknown names and wrong shapes.
     pub fn with_parameters(&self, mut replaced: HashMap<String, Tensor>) -> Result<Self> {
         let mut config = self.config().clone();
         config.tie_word_embeddings &= !replaced.contains_key("lm_head.weight");
@@ -158,7 +159,7 @@ impl Model {
         largest.map_or("none", |(_, weight)| weight.block_format().map_or(weight.dtype().as_str(), BlockFormat::name))
     }
 
-    /// A model of parameters that are known to fit.
+    /// A model from parameters that have been checked.
     fn assemble(config: ModelConfig, parameters: Vec<(String, Weight)>, dtype: DType, device: Device) -> Result<Self> {
         let (description, layout) = (config.describe()?, config.layout()?);
         let tensors = Tensors { linears: &layout.linears, parameters: &parameters, device };
@@ -196,11 +197,11 @@ impl Model {
         let rotary = description.rotary.iter().map(RotaryTable::new).collect::<Result<_>>()?;
         let embedding_scale = description.embedding.scale;
         let has_steps = norm.norm.weight.as_ref().is_some_and(gpu::has_kernels)
-            && embedding.is_read_by_eights(dtype)
-            && head.linear.weight.is_read_by_eights(dtype)
+            && embedding.supports_vector_loads(dtype)
+            && head.linear.weight.supports_vector_loads(dtype)
             && config.hidden_size.is_multiple_of(8)
             && is_rms_norm(&norm);
-        let stepped = if has_steps { SteppedBlocks::new(&blocks, dtype) } else { None };
+        let decode_sizes = if has_steps { DecodeSizes::new(&blocks, dtype) } else { None };
         let inner = Inner {
             config,
             layout,
@@ -212,7 +213,7 @@ impl Model {
             embedding,
             embedding_scale,
             blocks,
-            stepped,
+            decode_sizes,
             norm,
             head,
             rotary,
@@ -221,7 +222,8 @@ impl Model {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Name and shape of every tensor a checkpoint of this configuration holds; none if it makes no decoder.
+    /// The name and shape of every tensor in a checkpoint of this configuration; empty if the configuration is not
+    /// valid.
     pub fn parameter_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         let specs = config.parameter_specs().unwrap_or_default();
         specs.into_iter().map(|spec| (spec.name, spec.shape)).collect()
@@ -232,7 +234,7 @@ impl Model {
         &self.inner.config
     }
 
-    /// The device the weights are on.
+    /// The device of the weights.
     pub fn device(&self) -> Device {
         self.inner.device
     }
@@ -242,44 +244,44 @@ impl Model {
         self.inner.dtype
     }
 
-    /// The dtype of activations: f32 on the CPU, else that of the weights.
+    /// The dtype of activations: f32 on the CPU, otherwise that of the weights.
     pub fn activation_dtype(&self) -> DType {
         if self.inner.device.is_cpu() { DType::F32 } else { self.inner.dtype }
     }
 
-    /// The layers that an adapter can extend, by id: those of each block, then the embedding and the head, the latter also
-    /// where its weight is the embedding's.
+    /// The layers that an adapter can extend, by id: those of each block, then the embedding and the head, even if its
+    /// weight is the embedding.
     pub fn linears(&self) -> &[LinearInfo] {
         &self.inner.layout.linears
     }
 
-    /// Name and weight of each parameter, in the order of [`Model::parameter_shapes`]; a tied head is not listed.
+    /// The name and weight of each parameter, in the order of [`Model::parameter_shapes`]. A tied head is not listed.
     pub fn parameters(&self) -> &[(String, Weight)] {
         &self.inner.parameters
     }
 
-    /// Logits of the chosen rows: `[rows, vocab_size]`, f32.
+    /// The logits of the requested rows: `[rows, vocab_size]`, f32.
     ///
-    /// With a cache, each sequence continues what its slot holds, and is added to it.
+    /// With a cache, each sequence continues the tokens in its slot, and its own are added to the cache.
     ///
     /// # Errors
-    /// A token id is out of range, the cache is full, or positions do not continue it; or a mapped file of weights was
-    /// shortened or overwritten.
+    /// A token id is out of range, the cache is full, positions do not continue it, or a mapped file of weights has
+    /// been truncated or overwritten.
     pub fn forward(
         &self,
         batch: &Batch,
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
-        self.check_terms(terms)?;
-        self.run(batch, Terms::Same(terms), cache, rows)
+        self.check_updates(updates)?;
+        self.run(batch, BatchUpdates::Same(updates), cache, rows)
     }
 
-    /// As [`Model::forward`] with an adapter for each sequence. The weights of the model are read once for all of them.
+    /// [`Model::forward`] with an adapter for each sequence. The weights of the model are read once for all of them.
     ///
     /// # Errors
-    /// As [`Model::forward`]; also if there is another number of sequences, or no such adapter.
+    /// As [`Model::forward`]; also if there is not one adapter entry per sequence, or an adapter index is out of range.
     pub fn forward_adapted(
         &self,
         batch: &Batch,
@@ -287,54 +289,55 @@ impl Model {
         cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
-        for terms in adapters.sets {
-            self.check_terms(Some(terms))?;
+        for updates in adapters.sets {
+            self.check_updates(Some(updates))?;
         }
         let runs = adapters.rows(batch.offsets())?;
-        let terms = if let [run] = runs.as_slice() { Terms::Same(run.terms) } else { Terms::ByRows(&runs) };
-        self.run(batch, terms, cache, rows)
+        let updates =
+            if let [run] = runs.as_slice() { BatchUpdates::Same(run.updates) } else { BatchUpdates::ByRows(&runs) };
+        self.run(batch, updates, cache, rows)
     }
 
-    fn run(&self, batch: &Batch, terms: Terms, cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
-        let logits = self.device().step(|| self.logits(batch, terms, cache, rows, None))?;
+    fn run(&self, batch: &Batch, updates: BatchUpdates, cache: Option<&mut KVCache>, rows: Rows) -> Result<Tensor> {
+        let logits = self.device().step(|| self.logits(batch, updates, cache, rows, None))?;
         self.inner.files.finish_pass()?;
         Ok(logits)
     }
 
-    /// Adds the squares of the inputs of all linear layers of the blocks for a batch to `inputs`.
+    /// Adds the squares of the inputs of the blocks' linear layers to `inputs`, for a batch.
     pub(super) fn add_inputs(&self, batch: &Batch, inputs: &InputSquares) -> Result<()> {
-        self.device().step(|| self.logits(batch, Terms::Same(None), None, Rows::Of(&[]), Some(inputs)))?;
+        self.device().step(|| self.logits(batch, BatchUpdates::Same(None), None, Rows::Of(&[]), Some(inputs)))?;
         self.inner.files.finish_pass()
     }
 
-    /// The final hidden states of the chosen rows, after the last norm: `[rows, hidden_size]`, f32.
+    /// The final hidden states of the requested rows, after the last norm: `[rows, hidden_size]`, f32.
     ///
-    /// With a cache, each sequence continues what its slot holds, and is added to it.
+    /// With a cache, each sequence continues the tokens in its slot, and its own are added to the cache.
     ///
     /// # Errors
     /// As [`Model::forward`].
     pub fn hidden_states(
         &self,
         batch: &Batch,
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         cache: Option<&mut KVCache>,
         rows: Rows,
     ) -> Result<Tensor> {
-        self.check_terms(terms)?;
+        self.check_updates(updates)?;
         let hidden = self.device().step(|| {
-            let (hidden, _) = self.hidden(batch, Terms::Same(terms), cache, rows, None)?;
+            let (hidden, _) = self.hidden(batch, BatchUpdates::Same(updates), cache, rows, None)?;
             Ok(hidden.to_dtype(DType::F32)?)
         })?;
         self.inner.files.finish_pass()?;
         Ok(hidden)
     }
 
-    /// Logits of rows of [`Model::hidden_states`]: `[rows, vocab_size]`, f32.
-    pub(crate) fn logits_of(&self, hidden: &Tensor, terms: Option<&LowRankTerms>) -> Result<Tensor> {
-        let terms = Terms::Same(terms).of_layer(self.head_id());
+    /// The logits of rows of [`Model::hidden_states`]: `[rows, vocab_size]`, f32.
+    pub(crate) fn logits_of(&self, hidden: &Tensor, updates: Option<&LowRankUpdates>) -> Result<Tensor> {
+        let updates = BatchUpdates::Same(updates).of_layer(self.head_id());
         let logits = self.device().step(|| {
             let hidden = hidden.to_dtype(self.activation_dtype())?;
-            head::logits(&hidden, &self.inner.head, &terms)
+            head::logits(&hidden, &self.inner.head, &updates)
         })?;
         self.inner.files.finish_pass()?;
         Ok(logits)
@@ -343,29 +346,29 @@ impl Model {
     fn logits(
         &self,
         batch: &Batch,
-        terms: Terms,
+        updates: BatchUpdates,
         cache: Option<&mut KVCache>,
         rows: Rows,
         inputs: Option<&InputSquares>,
     ) -> Result<Tensor> {
-        let (hidden, terms) = self.hidden(batch, terms, cache, rows, inputs)?;
+        let (hidden, updates) = self.hidden(batch, updates, cache, rows, inputs)?;
         if hidden.dim(0)? == 0 {
-            // a part of a prompt: the head is not computed, and an empty tensor is the CPU's on every device
+            // a chunk of a prompt needs no logits; the empty tensor is on the CPU on every device
             let shape = (0, self.inner.config.vocab_size);
             return Ok(Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu)?);
         }
-        head::logits(&hidden, &self.inner.head, &terms)
+        head::logits(&hidden, &self.inner.head, &updates)
     }
 
-    /// The normed hidden states of the chosen rows, and the low-rank updates of the head for them.
+    /// The normed hidden states of the requested rows, and the low-rank updates of the head for them.
     fn hidden<'a>(
         &self,
         batch: &Batch,
-        terms: Terms<'a>,
+        updates: BatchUpdates<'a>,
         mut cache: Option<&mut KVCache>,
         rows: Rows,
         inputs: Option<&InputSquares>,
-    ) -> Result<(Tensor, LayerTerms<'a>)> {
+    ) -> Result<(Tensor, LayerUpdates<'a>)> {
         self.check_positions(batch)?;
         if let Some(cache) = &cache {
             cache.check(batch, &self.cache_shape())?;
@@ -375,11 +378,11 @@ impl Model {
                 format!("sequence {sequence} does not start at position 0, and there is no cache to continue");
             return Err(Error::argument("batch", message));
         }
-        let (mut x, rotations) = self.embed(batch, terms, true)?;
-        let spans = self.spans(batch, cache.as_deref().map(|cache| cache.cached(batch)), &x)?;
+        let (mut x, rotations) = self.embed(batch, updates, true)?;
+        let spans = self.spans(batch, cache.as_deref().map(|cache| cache.slots_of(batch)), &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
         let (spans, dropout_seed) = (&spans, None);
-        let context = Context { rotations, positions, spans, terms, is_inference: true, dropout_seed, inputs };
+        let context = Context { rotations, positions, spans, updates, is_inference: true, dropout_seed, inputs };
         for block in &self.inner.blocks {
             x = block.forward(&x, context, cache.as_deref_mut())?;
         }
@@ -391,47 +394,52 @@ impl Model {
             Rows::All => None,
             Rows::Of([]) => {
                 let empty = Tensor::zeros((0, self.inner.config.hidden_size), x.dtype(), &candle_core::Device::Cpu)?;
-                return Ok((empty, LayerTerms::Same(None)));
+                return Ok((empty, LayerUpdates::Same(None)));
             }
             Rows::Last => Some(last.as_slice()),
             Rows::Of(rows) => Some(rows),
         };
-        let (x, terms) = match chosen {
-            None => (x, terms.of_layer(self.head_id())),
-            Some(rows) => (gather_rows(&x, rows)?, terms.of_layer_for(self.head_id(), rows)),
+        let (x, updates) = match chosen {
+            None => (x, updates.of_layer(self.head_id())),
+            Some(rows) => (gather_rows(&x, rows)?, updates.of_layer_for(self.head_id(), rows)),
         };
-        Ok((self.inner.norm.forward(&x)?, terms))
+        Ok((self.inner.norm.forward(&x)?, updates))
     }
 
-    /// The residual stream that enters the first block, and the rotations of the batch's positions by each table.
-    pub(super) fn embed(&self, batch: &Batch, terms: Terms, is_inference: bool) -> Result<(Tensor, Vec<Rotation>)> {
+    /// The residual stream before the first block, and the rotations of the batch's positions for each rotary table.
+    pub(super) fn embed(
+        &self,
+        batch: &Batch,
+        updates: BatchUpdates,
+        is_inference: bool,
+    ) -> Result<(Tensor, Vec<Rotation>)> {
         if batch.is_empty() {
             return Err(Error::argument("batch", "expected at least one token, found none"));
         }
         let (weight, scale) = (&self.inner.embedding, self.inner.embedding_scale);
         let (ids, dtype) = (batch.ids(), self.activation_dtype());
         let x = if is_inference {
-            embedding::infer(weight, &terms.of_layer(self.embedding_id()), ids, dtype, scale)?
+            embedding::infer(weight, &updates.of_layer(self.embedding_id()), ids, dtype, scale)?
         } else {
-            let term = terms.same().and_then(|terms| terms.get(self.embedding_id()));
-            embedding::forward(weight, term, ids, dtype, scale)?
+            let update = updates.same().and_then(|updates| updates.get(self.embedding_id()));
+            embedding::forward(weight, update, ids, dtype, scale)?
         };
         let rotation = |table: &RotaryTable| table.rotation(batch.positions(), batch.offsets(), &x);
         let rotations = self.inner.rotary.iter().map(rotation).collect::<Result<_>>()?;
         Ok((x, rotations))
     }
 
-    /// The length from which on a text has other rotary frequencies, keys that are cached included (longrope).
+    /// The sequence length above which the rotary frequencies change, even those of cached keys (longrope).
     pub(crate) fn rotary_limit(&self) -> Option<usize> {
         self.inner.rotary.iter().filter_map(RotaryTable::limit).min()
     }
 
-    /// Where the sequences of a batch are, for attention.
-    pub(super) fn spans(&self, batch: &Batch, cached: Option<Cached>, x: &Tensor) -> Result<Spans> {
+    /// The sequences of a batch, as attention needs them.
+    pub(super) fn spans(&self, batch: &Batch, cached: Option<CacheSlots>, x: &Tensor) -> Result<Spans> {
         Spans::new(batch.offsets(), &self.inner.shapes, cached, x)
     }
 
-    /// Key/value heads of each layer and their width.
+    /// The number of key/value heads of each layer, and their width.
     pub(super) fn cache_shape(&self) -> Vec<[usize; 2]> {
         let shapes = self.inner.blocks.iter().map(|block| block.attention.part.shape);
         shapes.map(|shape| [shape.kv_heads, shape.head_dim]).collect()
@@ -443,14 +451,14 @@ impl Model {
     ///
     /// # Errors
     /// The updates do not fit the model, or the device fails.
-    pub fn with_fixed_terms(&self, terms: &LowRankTerms) -> Result<LowRankTerms> {
-        self.check_terms(Some(terms))?;
-        let mut fixed = LowRankTerms::new();
-        for (id, term) in terms.iter() {
+    pub fn with_cached_factors(&self, updates: &LowRankUpdates) -> Result<LowRankUpdates> {
+        self.check_updates(Some(updates))?;
+        let mut cached = LowRankUpdates::new();
+        for (id, update) in updates.iter() {
             let weight = &self.parameters()[self.linears()[id].weight].1;
-            fixed.insert(id, term.fixed(weight, id == self.embedding_id())?);
+            cached.insert(id, update.with_cached_factors(weight, id == self.embedding_id())?);
         }
-        Ok(fixed)
+        Ok(cached)
     }
 
     /// The id of the embedding among [`Model::linears`].
@@ -468,7 +476,7 @@ impl Model {
         self.inner.layout.embedding
     }
 
-    /// The index of the head's weight among [`Model::parameters`]; the embedding's where it is tied.
+    /// The index of the head's weight among [`Model::parameters`]: that of the embedding if it is tied.
     pub(super) fn head_parameter(&self) -> usize {
         self.inner.layout.head
     }
@@ -477,14 +485,14 @@ impl Model {
         let longest = batch.positions().iter().max().map_or(0, |&p| p as usize + 1);
         let limit = self.inner.config.max_sequence_length();
         if longest > limit {
-            let message = format!("a sequence of {longest} tokens is longer than the model's {limit}");
+            let message = format!("a sequence of {longest} tokens is longer than the model's limit of {limit}");
             return Err(Error::argument("batch", message));
         }
         Ok(())
     }
 }
 
-/// The parameters in checkpoint order, or everything that is wrong with them.
+/// The parameters in checkpoint order, or all problems.
 fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Weight>) -> Result<Vec<(String, Weight)>> {
     let mut problems = Vec::new();
     let mut parameters = Vec::new();
@@ -495,10 +503,12 @@ fn take_parameters(config: &ModelConfig, tensors: &mut HashMap<String, Weight>) 
             Some(tensor) if tensor.dims() != shape => {
                 problems.push(format!("`{name}`: expected shape {shape:?}, found {:?}", tensor.dims()));
             }
-            // on the CPU each product looks at the type of its own weight
+            // on the CPU, each product supports the dtype of its own weight
             Some(tensor) if !tensor.device().is_cpu() && *dtype.get_or_insert(tensor.dtype()) != tensor.dtype() => {
-                problems
-                    .push(format!("`{name}`: its dtype {:?} differs from that of the other tensors", tensor.dtype()));
+                problems.push(format!(
+                    "`{name}`: its dtype {:?} differs from the dtype of the other tensors",
+                    tensor.dtype()
+                ));
             }
             Some(tensor) => parameters.push((name, tensor)),
         }

@@ -1,32 +1,32 @@
-//! The names, shapes and roles of parameters, and the linear layers that adapters extend: what parts register when a model is
+//! Registers the names, shapes and roles of parameters, and the linear layers that adapters extend, when a model is
 //! built.
 
 use super::description::NormSpec;
 use crate::ops::norm::NormKind;
 
-/// A tensor that a checkpoint holds.
+/// A tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParameterSpec {
     /// The name in a checkpoint: `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
     /// The shape, `[out_features, in_features]` for a linear layer.
     pub shape: Vec<usize>,
-    /// What the model does with it.
+    /// How the model uses it.
     pub role: Role,
 }
 
-/// What a model does with a parameter.
+/// How a model uses a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The rows of the token embedding, and of a tied head.
+    /// The token embedding, which may also be the head.
     Embedding,
     /// The matrix of a linear layer.
     Matrix,
-    /// The bias of a linear layer or of a norm, or another vector that starts at 0.
+    /// The bias of a linear layer or of a norm, or another vector that is initialized to 0.
     Bias,
-    /// The weight of a norm, whose effect at `neutral` is none.
+    /// The weight of a norm.
     Norm {
-        /// Whether the factor is `1 + weight`, so that a new weight is 0 and not 1.
+        /// Whether the norm multiplies by `1 + weight`, so that the weight is initialized to 0 instead of 1.
         is_offset: bool,
     },
 }
@@ -34,12 +34,12 @@ pub enum Role {
 /// The index of a linear layer among [`super::Model::linears`].
 pub type LinearId = usize;
 
-/// A linear layer of a model, known to adapters by its id.
+/// A linear layer of a model. Adapters refer to it by its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearInfo {
     /// Path in the checkpoint without `.weight`: `model.layers.0.self_attn.q_proj`, `model.embed_tokens`, `lm_head`.
     pub path: String,
-    /// The block it is in; none for the embedding and the head.
+    /// The block that contains it; `None` for the embedding and the head.
     pub layer: Option<usize>,
     /// Last part of the path: `q_proj`.
     pub module: &'static str,
@@ -51,27 +51,27 @@ pub struct LinearInfo {
     pub weight: usize,
 }
 
-/// Where a linear layer and its tensors are registered.
+/// The registered ids of a linear layer and its tensors.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinearSlot {
     pub(super) id: LinearId,
-    /// The indices of the parameters.
+    /// The index of the weight's parameter.
     pub(super) weight: usize,
     pub(super) bias: Option<usize>,
     pub(super) name: &'static str,
 }
 
-/// Where a norm's tensors are registered.
+/// The registered ids of a norm's tensors.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NormSlot {
     pub(super) spec: NormSpec,
-    /// Elements that are normed together.
+    /// The number of elements that are normalized together.
     pub(super) width: usize,
     pub(super) weight: Option<usize>,
     pub(super) bias: Option<usize>,
 }
 
-/// What parts register their tensors with.
+/// The registry that parts add their tensors to.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     pub(super) parameters: Vec<ParameterSpec>,
@@ -88,13 +88,13 @@ impl Registry {
         }
     }
 
-    /// A parameter of the current layer; returns its index.
+    /// Adds a parameter of the current layer, and returns its index.
     pub(super) fn parameter(&mut self, name: &str, shape: Vec<usize>, role: Role) -> usize {
         self.parameters.push(ParameterSpec { name: self.path(name), shape, role });
         self.parameters.len() - 1
     }
 
-    /// A linear layer at `folder.name` with `[in_features, out_features]`.
+    /// Adds a linear layer at `folder.name` with its parameters.
     pub(super) fn linear(
         &mut self,
         folder: &str,
@@ -105,18 +105,24 @@ impl Registry {
         let path = format!("{folder}.{name}");
         let weight = self.parameter(&format!("{path}.weight"), vec![out_features, in_features], Role::Matrix);
         let bias = has_bias.then(|| self.parameter(&format!("{path}.bias"), vec![out_features], Role::Bias));
-        let id = self.extend(self.path(&path), name, [in_features, out_features], weight);
+        let id = self.add_linear(self.path(&path), name, [in_features, out_features], weight);
         LinearSlot { id, weight, bias, name }
     }
 
-    /// A layer that adapters can extend, whose weight is registered.
-    pub(super) fn extend(&mut self, path: String, module: &'static str, sizes: [usize; 2], weight: usize) -> LinearId {
+    /// Adds a linear layer whose weight has been registered.
+    pub(super) fn add_linear(
+        &mut self,
+        path: String,
+        module: &'static str,
+        sizes: [usize; 2],
+        weight: usize,
+    ) -> LinearId {
         let ([in_features, out_features], layer) = (sizes, self.layer);
         self.linears.push(LinearInfo { path, layer, module, in_features, out_features, weight });
         self.linears.len() - 1
     }
 
-    /// A norm over runs of `width` elements with a weight of this shape.
+    /// Adds a norm over runs of `width` elements, with a weight of this shape.
     pub(super) fn norm(&mut self, name: &str, spec: NormSpec, width: usize, shape: &[usize]) -> NormSlot {
         let role = Role::Norm { is_offset: matches!(spec.kind, NormKind::Rms { offset } if offset != 0.0) };
         let weight = spec.has_weight.then(|| self.parameter(&format!("{name}.weight"), shape.to_vec(), role));

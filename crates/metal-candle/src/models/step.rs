@@ -1,24 +1,24 @@
-//! Losses and gradients: the training pass through the decoder.
+//! Computes the losses and gradients of a training step.
 
-use super::block::{BlockSaved, BlockWanted};
+use super::block::{BlockNeedsGrad, BlockSaved};
 use super::gradients::{Gradients, Parameters, Trainable};
 use super::parts::pass::{Backward, Context};
 use super::rows::gather_rows;
 use super::{Batch, Model};
 use crate::error::{Error, Result};
-use crate::ops::adapters::Terms;
-use crate::ops::fused::TermRoom;
-use crate::ops::head::{self, HeadWanted};
+use crate::ops::adapters::BatchUpdates;
+use crate::ops::fused::LowRankGradientBuffer;
+use crate::ops::head::{self, HeadNeedsGrad};
 use crate::ops::linear::LinearGradients;
-use crate::ops::{LowRankTerms, embedding, num_bytes};
+use crate::ops::{LowRankUpdates, embedding, num_bytes};
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use metal_candle_kernels::Row;
 
-/// What each token of a batch should be followed by.
+/// The target of each token of a batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Targets {
-    /// The wanted next token of each token: `[tokens]`. Ignored where the weight is 0.
+    /// The target token id of each token: `[tokens]`. Ignored where the weight is 0.
     pub ids: Vec<u32>,
     /// The weight of each token's loss: `[tokens]`, 0 where it is masked.
     pub weights: Vec<f32>,
@@ -27,29 +27,29 @@ pub struct Targets {
 /// The loss of each token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Losses {
-    /// Weight times cross-entropy in nats of each token: `[tokens]`, 0 where it is masked.
+    /// The cross-entropy of each token in nats, times its weight: `[tokens]`, 0 where it is masked.
     pub rows: Vec<f32>,
 }
 
 /// Settings of a training step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossOptions {
-    /// Share of the target taken from the wanted token and spread over the whole vocabulary, 0 to 1.
+    /// The share of the target probability that is spread over the whole vocabulary, 0 to 1.
     pub label_smoothing: f32,
-    /// Factor on all gradients.
+    /// The factor on all gradients.
     pub grad_scale: f32,
-    /// Seed of what is random in this step: dropout and noise.
+    /// The seed of dropout and noise in this step.
     pub dropout_seed: u64,
-    /// Noise on the embedded tokens, uniform within `alpha / sqrt(length * hidden)` for a sequence of `length` tokens
-    /// (`NEFTune`, <https://arxiv.org/abs/2310.05914>, section 2); 0 for none.
+    /// The alpha of the noise on token embeddings, which is uniform within `alpha / sqrt(length * hidden)` for a
+    /// sequence of `length` tokens (`NEFTune`, <https://arxiv.org/abs/2310.05914>, section 2); 0 for none.
     pub neftune_noise_alpha: f32,
-    /// The number of blocks, from the first one trained, that keep nothing but their input for the backward pass and are
-    /// computed anew there (<https://arxiv.org/abs/1604.06174>, section 4). The gradients are the same.
+    /// The number of blocks, starting with the first trained one, that save only their input for the backward pass and
+    /// are recomputed there (<https://arxiv.org/abs/1604.06174>, section 4). The gradients are the same.
     pub checkpointed_blocks: usize,
 }
 
 impl Default for LossOptions {
-    /// No smoothing, a factor of 1, seed 0, no noise, everything kept.
+    /// No smoothing, a factor of 1, seed 0, no noise, no checkpointed blocks.
     fn default() -> Self {
         Self {
             label_smoothing: 0.0,
@@ -61,31 +61,31 @@ impl Default for LossOptions {
     }
 }
 
-/// What a block keeps for its backward pass.
-enum Kept {
-    Everything(BlockSaved),
-    Input(Tensor),
+/// The state that a block saves for its backward pass.
+enum SavedBlock {
+    Full(BlockSaved),
+    Checkpoint(Tensor),
 }
 
-impl Kept {
+impl SavedBlock {
     fn num_bytes(&self) -> usize {
         match self {
-            Self::Everything(saved) => saved.num_bytes(),
-            Self::Input(x) => num_bytes(x),
+            Self::Full(saved) => saved.num_bytes(),
+            Self::Checkpoint(x) => num_bytes(x),
         }
     }
 }
 
-/// Where the backward pass ends.
+/// Where the backward pass can stop.
 #[derive(Clone, Copy)]
-pub(super) struct Lowest {
-    /// The first block that has something trained in it or below it.
+pub(super) struct LowestTrained {
+    /// The first block that must run backward, because it or the embedding has trained tensors.
     pub(super) block: Option<usize>,
-    /// Whether something of the embedding is trained.
+    /// Whether the embedding, rows of it or its low-rank update are trained.
     pub(super) embedding: bool,
 }
 
-/// The rows of a batch that have a target, and what each should predict.
+/// The rows of a batch that have a target, with their targets.
 struct TrainedRows {
     indices: Vec<usize>,
     rows: Vec<Row>,
@@ -104,7 +104,7 @@ impl TrainedRows {
         Ok(Self { indices, rows })
     }
 
-    /// The losses of these rows among those of all tokens.
+    /// The losses of all tokens, given those of these rows.
     fn losses(&self, tokens: usize, of_rows: &[f32]) -> Losses {
         let mut rows = vec![0.0; tokens];
         for (index, loss) in self.indices.iter().zip(of_rows) {
@@ -113,22 +113,22 @@ impl TrainedRows {
         Losses { rows }
     }
 
-    /// The rows' entries of `x: [tokens, width]`; `x` itself if they are all of them.
+    /// The rows of `x: [tokens, width]`; `x` itself if all tokens have a target.
     fn gather(&self, x: &Tensor) -> Result<Tensor> {
         if self.indices.len() == x.dim(0)? { Ok(x.clone()) } else { gather_rows(x, &self.indices) }
     }
 
-    /// The opposite of [`TrainedRows::gather`] for a gradient: 0 in the other rows.
+    /// The inverse of [`TrainedRows::gather`], for a gradient: 0 in the other rows.
     fn scatter(&self, dx: Tensor, tokens: usize) -> Result<Tensor> {
         if self.indices.len() == tokens {
             return Ok(dx);
         }
-        head::spread_rows(&dx, &self.indices, tokens)
+        head::scatter_rows(&dx, &self.indices, tokens)
     }
 }
 
 impl Model {
-    /// The loss of each token, without gradients; no `[tokens, vocab_size]` tensor is made.
+    /// The loss of each token, without gradients and without allocating a `[tokens, vocab_size]` tensor.
     ///
     /// # Errors
     /// Targets and batch differ in length, or an id is out of range.
@@ -136,10 +136,10 @@ impl Model {
         &self,
         batch: &Batch,
         targets: &Targets,
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         label_smoothing: f32,
     ) -> Result<Losses> {
-        let losses = self.device().step(|| self.losses(batch, targets, terms, label_smoothing))?;
+        let losses = self.device().step(|| self.losses(batch, targets, updates, label_smoothing))?;
         self.inner.files.finish_pass()?;
         Ok(losses)
     }
@@ -148,20 +148,20 @@ impl Model {
         &self,
         batch: &Batch,
         targets: &Targets,
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         label_smoothing: f32,
     ) -> Result<Losses> {
         let trained = TrainedRows::new(batch, targets)?;
         self.check_positions(batch)?;
-        self.check_terms(terms)?;
-        let (mut x, rotations) = self.embed(batch, Terms::Same(terms), false)?;
+        self.check_updates(updates)?;
+        let (mut x, rotations) = self.embed(batch, BatchUpdates::Same(updates), false)?;
         let spans = self.spans(batch, None, &x)?;
         let (rotations, positions) = (rotations.as_slice(), batch.positions());
         let context = Context {
             rotations,
             positions,
             spans: &spans,
-            terms: Terms::Same(terms),
+            updates: BatchUpdates::Same(updates),
             is_inference: false,
             dropout_seed: None,
             inputs: None,
@@ -173,14 +173,14 @@ impl Model {
             return Ok(trained.losses(batch.num_tokens(), &[]));
         }
         let hidden = self.inner.norm.forward(&trained.gather(&x)?)?;
-        let term = terms.and_then(|terms| terms.get(self.head_id()));
-        let loss = head::loss(&hidden, &self.inner.head, term, None, &trained.rows, label_smoothing, None)?;
+        let update = updates.and_then(|updates| updates.get(self.head_id()));
+        let loss = head::loss(&hidden, &self.inner.head, update, None, &trained.rows, label_smoothing, None)?;
         Ok(trained.losses(batch.num_tokens(), &loss.rows()?))
     }
 
     /// The loss of each token and the gradients of `grad_scale * sum(rows)`.
     ///
-    /// Nothing is computed or kept for frozen tensors, nor for blocks below the lowest low-rank term.
+    /// Nothing is computed or saved for frozen tensors, nor for blocks below the lowest trained one.
     ///
     /// # Errors
     /// As [`Model::loss`]; also if no token has a target.
@@ -208,13 +208,13 @@ impl Model {
             return Err(Error::argument("targets", "no token of the batch has a target"));
         }
         self.check_positions(batch)?;
-        let Trainable { terms, parameters } = trainable;
-        self.check_terms(terms)?;
-        let wanted = self.wanted(parameters)?;
-        let lowest = self.lowest(terms, &wanted, parameters);
+        let Trainable { low_rank: updates, parameters } = trainable;
+        self.check_updates(updates)?;
+        let is_trained = self.trained_parameters(parameters)?;
+        let lowest = self.lowest(updates, &is_trained, parameters);
 
         let forward = span("forward", Kind::Group);
-        let (mut x, rotations) = self.embed(batch, Terms::Same(terms), false)?;
+        let (mut x, rotations) = self.embed(batch, BatchUpdates::Same(updates), false)?;
         if options.neftune_noise_alpha > 0.0 {
             x = embedding::add_noise(x, batch.offsets(), options.neftune_noise_alpha, options.dropout_seed)?;
         }
@@ -225,23 +225,23 @@ impl Model {
             rotations,
             positions,
             spans: &spans,
-            terms: Terms::Same(terms),
+            updates: BatchUpdates::Same(updates),
             is_inference: false,
             dropout_seed,
             inputs: None,
         };
         let first = lowest.block.unwrap_or(self.inner.blocks.len());
-        let mut kept: Vec<Kept> = Vec::new();
+        let mut saved_blocks: Vec<SavedBlock> = Vec::new();
         for block in &self.inner.blocks {
             x = if block.layer < first {
                 block.forward(&x, context, None)?
             } else if block.layer - first < options.checkpointed_blocks {
                 let y = block.forward(&x, context, None)?;
-                kept.push(Kept::Input(x));
+                saved_blocks.push(SavedBlock::Checkpoint(x));
                 y
             } else {
                 let (y, saved) = block.forward_saving(&x, context)?;
-                kept.push(Kept::Everything(saved));
+                saved_blocks.push(SavedBlock::Full(saved));
                 y
             };
         }
@@ -252,62 +252,62 @@ impl Model {
         drop(x);
         let hidden = self.inner.norm.forward(&stream)?;
         let head = self.head_parameter();
-        let wanted_of_head = HeadWanted {
+        let head_needs_grad = HeadNeedsGrad {
             scale: options.grad_scale,
-            input: lowest.block.is_some() || lowest.embedding || self.inner.norm.is_trained(&wanted),
-            weight: wanted[head],
+            input: lowest.block.is_some() || lowest.embedding || self.inner.norm.is_trained(&is_trained),
+            weight: is_trained[head],
             rows: parameters.rows_of(head).map(|rows| rows.ids.as_slice()),
         };
-        let of_terms = terms.and_then(|terms| terms.get(self.head_id()));
+        let of_updates = updates.and_then(|updates| updates.get(self.head_id()));
         let (smoothing, seed) = (options.label_smoothing, dropout_seed);
         let mut found =
-            head::loss(&hidden, &self.inner.head, of_terms, seed, &trained.rows, smoothing, Some(wanted_of_head))?;
+            head::loss(&hidden, &self.inner.head, of_updates, seed, &trained.rows, smoothing, Some(head_needs_grad))?;
         drop(hidden);
         drop(of_head);
         let mut gradients = Gradients {
-            terms: vec![None; self.linears().len()],
+            low_rank: vec![None; self.linears().len()],
             parameters: vec![None; self.parameters().len()],
             rows: Vec::new(),
-            saved_bytes: kept.iter().map(Kept::num_bytes).sum::<usize>() + num_bytes(&stream),
-            room: None,
+            saved_bytes: saved_blocks.iter().map(SavedBlock::num_bytes).sum::<usize>() + num_bytes(&stream),
+            low_rank_buffer: None,
         };
-        let LinearGradients { input, weight, term, .. } = std::mem::take(&mut found.gradients);
+        let LinearGradients { input, weight, update, .. } = std::mem::take(&mut found.gradients);
         let of_rows = found.gradient_of_rows.take();
-        // the CPU learns the losses at the end, when the device has been given everything
+        // the losses are copied to the CPU at the end, after everything has been launched
         let losses = || -> Result<Losses> { Ok(trained.losses(batch.num_tokens(), &found.rows()?)) };
-        gradients.terms[self.head_id()] = term;
+        gradients.low_rank[self.head_id()] = update;
         gradients.parameters[head] = weight;
         gradients.rows.extend(of_rows.map(|rows| (head, rows)));
 
         let _backward = span("backward", Kind::Group);
         let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
-        let dx = self.norm_backward(&stream, &d_hidden, context, &wanted, &mut gradients)?;
+        let dx = self.norm_backward(&stream, &d_hidden, context, &is_trained, &mut gradients)?;
         drop((stream, d_hidden));
-        if let Some(terms) = terms.filter(|_| dx.device().is_metal()) {
-            gradients.room = TermRoom::new(terms, self.embedding_id(), &dx)?;
+        if let Some(updates) = updates.filter(|_| dx.device().is_metal()) {
+            gradients.low_rank_buffer = LowRankGradientBuffer::new(updates, self.embedding_id(), &dx)?;
         }
-        let room = gradients.room.clone();
+        let low_rank_buffer = gradients.low_rank_buffer.clone();
         let mut dx = Some(trained.scatter(dx, batch.num_tokens())?);
         for block in self.inner.blocks.iter().rev() {
-            let (Some(kept), Some(dy)) = (kept.pop(), dx.take()) else { break };
-            let saved = match kept {
-                Kept::Everything(saved) => saved,
-                Kept::Input(x) => {
+            let (Some(saved), Some(dy)) = (saved_blocks.pop(), dx.take()) else { break };
+            let saved = match saved {
+                SavedBlock::Full(saved) => saved,
+                SavedBlock::Checkpoint(x) => {
                     let _span = span("forward again", Kind::Group);
-                    block.saved_again(&x, context)?
+                    block.recompute_saved(&x, context)?
                 }
             };
             let input = lowest.embedding || block.layer > first;
-            let wanted = BlockWanted { input, trained: &wanted, room: room.as_ref() };
-            dx = block.backward(saved, context, dy, wanted, &mut gradients)?;
+            let needs_grad = BlockNeedsGrad { input, trained: &is_trained, low_rank_buffer: low_rank_buffer.as_ref() };
+            dx = block.backward(saved, context, dy, needs_grad, &mut gradients)?;
         }
         if let Some(dx) = dx.filter(|_| lowest.embedding) {
-            self.embedding_backward(batch, trainable, &wanted, &dx, &mut gradients)?;
+            self.embedding_backward(batch, trainable, &is_trained, &dx, &mut gradients)?;
         }
         Ok((losses()?, gradients))
     }
 
-    /// Back through the final norm: the gradient of the stream, added to nothing.
+    /// The backward pass of the final norm: the gradient with respect to the stream.
     fn norm_backward(
         &self,
         stream: &Tensor,
@@ -316,103 +316,118 @@ impl Model {
         trained: &[bool],
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let mut pass = Backward { context, trained, room: None, factors: Vec::new(), gradients };
+        let mut pass = Backward { context, trained, low_rank_buffer: None, factors: Vec::new(), gradients };
         self.inner.norm.backward(stream, d_hidden, None, &mut pass)
     }
 
-    /// Adds the gradients of what is trained of the embedding, from that of its output.
+    /// Adds the gradients of the embedding's trained tensors, from that of its output.
     fn embedding_backward(
         &self,
         batch: &Batch,
-        Trainable { terms, parameters }: Trainable,
-        wanted: &[bool],
+        Trainable { low_rank: updates, parameters }: Trainable,
+        is_trained: &[bool],
         dx: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let scale = self.inner.embedding_scale;
-        if let Some(term) = terms.and_then(|terms| terms.get(self.embedding_id())) {
-            gradients.terms[self.embedding_id()] =
-                Some(embedding::term_backward(&self.inner.embedding, term, batch.ids(), dx, scale)?);
+        if let Some(update) = updates.and_then(|updates| updates.get(self.embedding_id())) {
+            gradients.low_rank[self.embedding_id()] =
+                Some(embedding::low_rank_backward(&self.inner.embedding, update, batch.ids(), dx, scale)?);
         }
-        let place = self.embedding_parameter();
-        if wanted[place] {
-            // a tied head has left its part there
-            let sum = gradients.parameters[place].take();
+        let index = self.embedding_parameter();
+        if is_trained[index] {
+            // a tied head has already added its gradient
+            let sum = gradients.parameters[index].take();
             let sum = sum.map_or_else(|| self.inner.embedding.zero_gradient(), Ok)?;
-            gradients.parameters[place] = Some(embedding::backward(batch.ids(), dx, sum, scale)?);
+            gradients.parameters[index] = Some(embedding::backward(batch.ids(), dx, sum, scale)?);
         }
-        if let Some(rows) = parameters.rows_of(place) {
-            // a tied head has left its part here too
-            let sum = gradients.rows.iter().position(|(found, _)| *found == place);
+        if let Some(rows) = parameters.rows_of(index) {
+            // a tied head has already added the gradients of its rows
+            let sum = gradients.rows.iter().position(|(found, _)| *found == index);
             let sum = sum.map(|index| gradients.rows.swap_remove(index).1);
-            gradients.rows.push((place, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum, scale)?));
+            gradients.rows.push((index, embedding::rows_backward(batch.ids(), dx, &rows.ids, sum, scale)?));
         }
         Ok(())
     }
 
-    /// For each parameter whether its gradient is wanted.
-    pub(super) fn wanted(&self, parameters: Parameters) -> Result<Vec<bool>> {
+    /// Whether each parameter is trained as a whole.
+    pub(super) fn trained_parameters(&self, parameters: Parameters) -> Result<Vec<bool>> {
         let count = self.parameters().len();
-        let places = match parameters {
+        let indices = match parameters {
             Parameters::None => &[][..],
             Parameters::All => return Ok(vec![true; count]),
-            Parameters::Of(places) | Parameters::WithRows(places, _) => places,
+            Parameters::Of(indices) | Parameters::WithRows(indices, _) => indices,
         };
         for rows in parameters.rows() {
-            let is_whole = places.contains(&rows.place);
-            if is_whole || ![self.embedding_parameter(), self.head_parameter()].contains(&rows.place) {
-                let message = format!("rows of parameter {}: it is trained as a whole, or is no embedding", rows.place);
+            let is_whole = indices.contains(&rows.parameter);
+            if is_whole || ![self.embedding_parameter(), self.head_parameter()].contains(&rows.parameter) {
+                let message = format!(
+                    "parameter {}: only an embedding or head that is not trained as a whole can have trained rows",
+                    rows.parameter
+                );
                 return Err(Error::argument("parameters", message));
             }
         }
-        let mut wanted = vec![false; count];
-        for &place in places {
-            let message = || format!("there is no parameter {place}, the model has {count}");
-            *wanted.get_mut(place).ok_or_else(|| Error::argument("parameters", message()))? = true;
+        let mut is_trained = vec![false; count];
+        for &index in indices {
+            let message = || format!("expected indices below the number of parameters, {count}, found {index}");
+            *is_trained.get_mut(index).ok_or_else(|| Error::argument("parameters", message()))? = true;
         }
-        Ok(wanted)
+        Ok(is_trained)
     }
 
-    /// How far down gradients have to go.
-    pub(super) fn lowest(&self, terms: Option<&LowRankTerms>, wanted: &[bool], parameters: Parameters) -> Lowest {
-        let numbers = || terms.into_iter().flat_map(LowRankTerms::iter).map(|(number, _)| number);
+    /// The lowest block that gradients must reach.
+    pub(super) fn lowest(
+        &self,
+        updates: Option<&LowRankUpdates>,
+        is_trained: &[bool],
+        parameters: Parameters,
+    ) -> LowestTrained {
+        let ids = || updates.into_iter().flat_map(LowRankUpdates::iter).map(|(id, _)| id);
         let of_embedding =
-            wanted[self.embedding_parameter()] || parameters.rows_of(self.embedding_parameter()).is_some();
-        let embedding = of_embedding || numbers().any(|number| number == self.embedding_id());
-        let of_terms = numbers().filter_map(|number| self.linears()[number].layer).min();
-        let of_parameters = self.inner.blocks.iter().find(|block| block.is_trained(wanted)).map(|block| block.layer);
-        let block = if embedding { Some(0) } else { of_terms.into_iter().chain(of_parameters).min() };
-        Lowest { block, embedding }
+            is_trained[self.embedding_parameter()] || parameters.rows_of(self.embedding_parameter()).is_some();
+        let embedding = of_embedding || ids().any(|id| id == self.embedding_id());
+        let of_updates = ids().filter_map(|id| self.linears()[id].layer).min();
+        let of_parameters =
+            self.inner.blocks.iter().find(|block| block.is_trained(is_trained)).map(|block| block.layer);
+        let block = if embedding { Some(0) } else { of_updates.into_iter().chain(of_parameters).min() };
+        LowestTrained { block, embedding }
     }
 
-    /// Whether each term fits the linear layer of its number.
-    pub(super) fn check_terms(&self, terms: Option<&LowRankTerms>) -> Result<()> {
-        for (number, term) in terms.into_iter().flat_map(LowRankTerms::iter) {
-            let Some(linear) = self.linears().get(number) else {
-                let message = format!("there is no linear layer {number}, the model has {}", self.linears().len());
-                return Err(Error::argument("terms", message));
+    /// Checks that each low-rank update fits its linear layer.
+    pub(super) fn check_updates(&self, updates: Option<&LowRankUpdates>) -> Result<()> {
+        for (id, update) in updates.into_iter().flat_map(LowRankUpdates::iter) {
+            let Some(linear) = self.linears().get(id) else {
+                let message =
+                    format!("expected ids below the number of linear layers, {}, found {id}", self.linears().len());
+                return Err(Error::argument("updates", message));
             };
-            let rank = term.a.dim(0)?;
-            if term.a.dims() != [rank, linear.in_features] || term.b.dims() != [linear.out_features, rank] {
+            let rank = update.a.dim(0)?;
+            if update.a.dims() != [rank, linear.in_features] || update.b.dims() != [linear.out_features, rank] {
                 let (expected, path) = ((linear.in_features, linear.out_features), &linear.path);
-                let (a, b) = (term.a.dims(), term.b.dims());
-                let message = format!("A {a:?} and B {b:?} do not fit `{path}` with (in, out) {expected:?}");
-                return Err(Error::argument("terms", message));
+                let (a, b) = (update.a.dims(), update.b.dims());
+                let message =
+                    format!("A {a:?} and B {b:?} do not fit `{path}` with (in_features, out_features) = {expected:?}");
+                return Err(Error::argument("updates", message));
             }
-            if let Some((a, b)) = &term.start {
+            if let Some((a, b)) = &update.initial_factors {
                 let rank = a.dim(0)?;
                 if a.dims() != [rank, linear.in_features] || b.dims() != [linear.out_features, rank] {
-                    let message =
-                        format!("A {:?} and B {:?} at the start do not fit `{}`", a.dims(), b.dims(), linear.path);
-                    return Err(Error::argument("terms", message));
+                    let message = format!(
+                        "the initial factors A {:?} and B {:?} do not fit `{}`",
+                        a.dims(),
+                        b.dims(),
+                        linear.path
+                    );
+                    return Err(Error::argument("updates", message));
                 }
             }
-            if let Some(magnitude) = &term.magnitude {
+            if let Some(magnitude) = &update.magnitude {
                 let fits =
                     [&magnitude.m, &magnitude.weight_norms_squared].iter().all(|m| m.dims() == [linear.out_features]);
                 if !fits {
-                    let message = format!("the magnitudes do not fit `{}`", linear.path);
-                    return Err(Error::argument("terms", message));
+                    let message = format!("the DoRA magnitudes do not fit `{}`", linear.path);
+                    return Err(Error::argument("updates", message));
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The tensors of a model as its parts take them.
+//! Looks up the tensors of a model by their registered ids, in the form that parts use.
 
 use super::parts::linear::LinearLayer;
 use super::parts::norm::NormLayer;
@@ -24,7 +24,8 @@ impl Tensors<'_> {
         found.ok_or_else(|| Error::Bug(format!("the model has no parameter {index}")))
     }
 
-    /// The vector with this index: norms and biases are small, and on the CPU only f32 is fast with f32 activations.
+    /// The norm weight or bias with this index. On the CPU it becomes f32, the dtype of activations; these tensors are
+    /// small.
     pub(super) fn small(&self, index: usize) -> Result<Tensor> {
         let tensor = self.matrix(index)?.tensor()?;
         Ok(if self.device.is_cpu() { tensor.to_dtype(DType::F32)? } else { tensor })

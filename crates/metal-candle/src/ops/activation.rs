@@ -1,4 +1,5 @@
-//! Activations of MLPs and gates: `y = f(gate) * up` (<https://arxiv.org/abs/2002.05202>), or `y = f(x)`.
+//! Activation functions and their gradients: gated, `y = f(gate) * up` (<https://arxiv.org/abs/2002.05202>), or plain,
+//! `y = f(x)`.
 
 use super::gpu::{self, Arg, Kernel, Source};
 use super::host::{Host, edit, tensor};
@@ -31,12 +32,12 @@ pub(crate) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Resul
     tensor(y, gate.shape())
 }
 
-/// The same by a kernel, written to `y`.
+/// Writes the result of [`gated`] to `y`, with a GPU kernel.
 pub(crate) fn gated_into(activation: Activation, gate: &Tensor, up: &Tensor, y: &Tensor) -> Result<()> {
     launch("gated", activation, &[gate, up], &[Arg::In(gate), Arg::In(up), Arg::Out(y)])
 }
 
-/// The number of an activation in kernels, and its limit and alpha.
+/// The id of an activation in the kernels, and its limit and alpha.
 pub(crate) fn kernel_kind(activation: Activation) -> (usize, [f32; 2]) {
     match activation {
         Activation::Silu => (0, [0.0; 2]),
@@ -49,14 +50,14 @@ pub(crate) fn kernel_kind(activation: Activation) -> (usize, [f32; 2]) {
     }
 }
 
-/// Launches a kernel of an activation on tensors of one length.
+/// Launches an activation kernel on tensors of the same length.
 fn launch(name: &'static str, activation: Activation, tensors: &[&Tensor], args: &[Arg]) -> Result<()> {
     let (kind, [limit, alpha]) = kernel_kind(activation);
     let kernel = Kernel::new(Source::Elementwise, name, tensors[0].dtype()).with("ACTIVATION", kind);
     gpu::by_four_of(&kernel, tensors, args, &[limit.into(), alpha.into()])
 }
 
-/// The gradients of [`gated`] with respect to `gate`, in place of `dy`, and `up`.
+/// The gradients of [`gated`] with respect to `gate`, written over `dy`, and to `up`.
 pub(crate) fn gated_backward(
     activation: Activation,
     gate: &Tensor,
@@ -103,7 +104,7 @@ pub(crate) fn plain(activation: Activation, x: &Tensor) -> Result<Tensor> {
     tensor(y, x.shape())
 }
 
-/// The gradient of [`plain`], in place of `dy`.
+/// The gradient of [`plain`], written over `dy`.
 pub(crate) fn plain_backward(activation: Activation, x: &Tensor, dy: Tensor) -> Result<Tensor> {
     let _span = span("activation", Kind::Elementwise);
     if gpu::has_kernels(x) {
@@ -121,25 +122,25 @@ pub(crate) fn plain_backward(activation: Activation, x: &Tensor, dy: Tensor) -> 
     edit(dy, |dy| kernels::activate_backward(activation, x, dy))
 }
 
-#[allow(dead_code, reason = "for gated attention, which no family has yet")]
-/// `x * sigmoid(gate)`, the gate of gated attention.
+#[allow(dead_code, reason = "for gated attention, which no supported family uses yet")]
+/// `x * sigmoid(gate)`, as in gated attention.
 pub(crate) fn sigmoid_gate(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
     gated(Activation::Sigmoid, gate, x)
 }
 
-#[allow(dead_code, reason = "for gated attention, which no family has yet")]
-/// The gradients of [`sigmoid_gate`] with respect to `x`, and to `gate` in place of `dy`.
+#[allow(dead_code, reason = "for gated attention, which no supported family uses yet")]
+/// The gradients of [`sigmoid_gate`] with respect to `x`, and to `gate`, written over `dy`.
 pub(crate) fn sigmoid_gate_backward(x: &Tensor, gate: &Tensor, dy: Tensor) -> Result<(Tensor, Tensor)> {
     let (d_gate, dx) = gated_backward(Activation::Sigmoid, gate, x, dy)?;
     Ok((dx, d_gate))
 }
 
-/// `1 / (1 + e^-x)` in candle's operations.
+/// `1 / (1 + e^-x)` with candle's operations.
 fn sigmoid(x: &Tensor) -> Result<Tensor> {
     Ok((x.neg()?.exp()? + 1.0)?.recip()?)
 }
 
-/// `f(x)` and its slope in candle's operations.
+/// `f(x)` and its derivative with candle's operations.
 fn curve(activation: Activation, x: &Tensor) -> Result<(Tensor, Tensor)> {
     let swish = |x: &Tensor, alpha: f64| -> Result<(Tensor, Tensor)> {
         let s = sigmoid(&x.affine(alpha, 0.0)?)?;
@@ -177,7 +178,7 @@ fn curve(activation: Activation, x: &Tensor) -> Result<(Tensor, Tensor)> {
     })
 }
 
-/// What `f(gate)` is multiplied with and its slope, in candle's operations.
+/// The factor that `f(gate)` is multiplied by, and its derivative unless it is 1, with candle's operations.
 fn up_curve(activation: Activation, up: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
     let Activation::Clamped { limit, .. } = activation else { return Ok((up.clone(), None)) };
     let limit = f64::from(limit);
@@ -185,7 +186,7 @@ fn up_curve(activation: Activation, up: &Tensor) -> Result<(Tensor, Option<Tenso
     Ok(((up.clamp(-limit, limit)? + 1.0)?, Some(slope)))
 }
 
-/// The forward pass of [`gated`] in candle's operations.
+/// The forward pass of [`gated`] with candle's operations.
 pub(crate) fn plain_gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if activation == Activation::Silu {
         return Ok((gate.silu()? * up)?);
@@ -193,7 +194,7 @@ pub(crate) fn plain_gated(activation: Activation, gate: &Tensor, up: &Tensor) ->
     Ok((curve(activation, gate)?.0 * up_curve(activation, up)?.0)?)
 }
 
-/// The backward pass of [`gated`] in candle's operations.
+/// The backward pass of [`gated`] with candle's operations.
 pub(crate) fn plain_gated_backward(
     activation: Activation,
     gate: &Tensor,

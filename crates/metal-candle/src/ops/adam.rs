@@ -1,32 +1,33 @@
-//! A step of Adam and norms of flat buffers by the kernels of Metal and CUDA.
+//! Adam steps and gradient norms of flat buffers on Metal and CUDA.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AdamStep, Section};
 
-/// The parts that the first pass of a norm leaves.
-const PARTS: usize = 256;
+/// The number of partial sums that the first pass of a norm computes.
+const PARTIAL_SUMS: usize = 256;
 
-/// Whether there are kernels for this buffer, whose elements they number by 32 bits.
+/// Whether the kernels support this buffer: they index its elements with 32 bits.
 pub(crate) fn has_kernels(buffer: &Tensor) -> bool {
     gpu::has_kernels(buffer) && buffer.dtype() == DType::F32 && u32::try_from(buffer.elem_count()).is_ok()
 }
 
-/// The sections as the kernel reads them.
+/// The sections, in the layout that the kernel reads.
 pub(crate) fn table(sections: &[Section], device: &Device) -> Result<Tensor> {
     let words: Vec<u32> = sections
         .iter()
         .flat_map(|section| {
-            let places = [section.start, section.len, section.state].map(|place| place as u32);
-            [places[0], places[1], places[2], (section.rate as f32).to_bits(), u32::from(section.decays)]
+            let offsets = [section.start, section.len, section.state].map(|offset| offset as u32);
+            [offsets[0], offsets[1], offsets[2], (section.rate as f32).to_bits(), u32::from(section.decays)]
         })
         .collect();
     let count = words.len();
     Ok(Tensor::from_vec(words, count, device)?)
 }
 
-/// One step over all sections, one launch. `buffer` holds parameters and, from the two places on, first and second moments.
+/// One step over all sections, in one launch. `buffer` contains the parameters, and the first and second moments from
+/// the offsets `moments` on.
 pub(crate) fn step(
     buffer: &Tensor,
     gradients: &Tensor,
@@ -58,11 +59,16 @@ pub(crate) fn step(
 
 /// The sum of the squares of all elements.
 pub(crate) fn sum_of_squares(x: &Tensor) -> Result<f32> {
-    let parts = gpu::empty_f32(PARTS, x)?;
+    let partial_sums = gpu::empty_f32(PARTIAL_SUMS, x)?;
     let sum = gpu::empty_f32(1, x)?;
     let kernel = |name| Kernel::new(Source::Optimizer, name, DType::F32);
-    let args = [Arg::In(x), Arg::Out(&parts)];
-    gpu::launch(&kernel("sum_of_squares"), Grid::row(PARTS, 256), &args, &[x.elem_count().into()])?;
-    gpu::launch(&kernel("sum_of_parts"), Grid::row(1, 256), &[Arg::In(&parts), Arg::Out(&sum)], &[PARTS.into()])?;
+    let args = [Arg::In(x), Arg::Out(&partial_sums)];
+    gpu::launch(&kernel("sum_of_squares"), Grid::row(PARTIAL_SUMS, 256), &args, &[x.elem_count().into()])?;
+    gpu::launch(
+        &kernel("sum_of_parts"),
+        Grid::row(1, 256),
+        &[Arg::In(&partial_sums), Arg::Out(&sum)],
+        &[PARTIAL_SUMS.into()],
+    )?;
     Ok(sum.to_vec1::<f32>()?[0])
 }

@@ -5,7 +5,7 @@ pub(crate) use super::attention_gpu::AttentionGradients;
 use super::fused::Layer;
 use super::gpu::Arg;
 use super::host::{Host, on_cpu, tensor};
-pub(crate) use super::spans::{Cached, Spans};
+pub(crate) use super::spans::{CacheSlots, Spans};
 use crate::error::{Error, Result};
 use crate::profile::{self, Kind};
 use candle_core::{D, DType, Device, Tensor};
@@ -13,30 +13,30 @@ use metal_candle_kernels::{
     self as kernels, AttentionShape, BlockFormat, BlockMatrix, HeadRows, KeyValues, Mask, Span,
 };
 
-/// What the backward pass needs of the forward pass.
+/// The tensors of the forward pass that the backward pass reads.
 #[derive(Debug)]
 pub(crate) struct Saved {
     /// The result: `[tokens, heads * head_dim]`.
     pub(crate) out: Tensor,
-    /// The logarithm of each row's sum of exponentials, `[tokens, heads]`; none in candle's operations.
+    /// The log-sum-exp of each row, `[tokens, heads]`; `None` with candle's operations.
     log_sums: Option<Tensor>,
 }
 
 impl From<Tensor> for Saved {
-    /// Of a forward pass that nothing goes back through.
+    /// For a forward pass without a backward pass.
     fn from(out: Tensor) -> Self {
         Self { out, log_sums: None }
     }
 }
 
 impl Saved {
-    /// Bytes kept for the backward pass.
+    /// Bytes saved for backward.
     pub(crate) fn num_bytes(&self) -> usize {
         super::num_bytes(&self.out) + self.log_sums.as_ref().map_or(0, super::num_bytes)
     }
 }
 
-/// Attention of each sequence over itself. `sinks` are a logit of each head that takes part in the softmax and has no value.
+/// Self-attention of each sequence. `sinks` adds one logit per head to the softmax, without a value.
 ///
 /// # Shapes
 /// `sinks: [heads]`, `q: [tokens, heads * head_dim]`, `k` and `v`: `[tokens, kv_heads * head_dim]`, result as `q`.
@@ -87,11 +87,11 @@ fn wide(sinks: Option<&Tensor>) -> Result<Option<Tensor>> {
     Ok(sinks.map(|sinks| sinks.to_dtype(DType::F32)).transpose()?)
 }
 
-/// Attention of new queries over cached keys and values, which already hold the new tokens.
+/// Attention of new queries over cached keys and values, which include those of the new tokens.
 ///
 /// # Shapes
-/// `q: [tokens, heads * head_dim]`; `keys` and `values`: `[slots, kv_heads, max_seq_len, head_dim]`. Each sequence sees what
-/// its slot holds.
+/// `q: [tokens, heads * head_dim]`; `keys` and `values`: `[slots, kv_heads, max_seq_len, head_dim]`. Each sequence
+/// attends to the tokens in its slot.
 pub(crate) fn with_cache(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -99,7 +99,7 @@ pub(crate) fn with_cache(
     (keys, values): (&Tensor, &Tensor),
     spans: &Spans,
 ) -> Result<Tensor> {
-    let Some(Cached { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
+    let Some(CacheSlots { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
     let offsets = &spans.offsets;
     if spans.has_tables(shape) && keys.dtype() == q.dtype() {
         let _span = profile::span("attention", Kind::Attention);
@@ -119,10 +119,11 @@ pub(crate) fn with_cache(
     on_host(shape, sinks, q, kv, spans)
 }
 
-/// As [`with_cache`] on the CPU, over blocks.
+/// [`with_cache`] for a cache of quantized blocks, on the CPU.
 ///
 /// # Shapes
-/// `keys` and `values`: `[slots, kv_heads, max_seq_len, row_len]` in u8, where a row is the blocks of one head of one token.
+/// `keys` and `values`: `[slots, kv_heads, max_seq_len, row_len]` in u8, where a row contains the blocks of one head of
+/// one token.
 pub(crate) fn with_cached_blocks(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -134,7 +135,7 @@ pub(crate) fn with_cached_blocks(
     let (slots, kv_heads, max_seq_len, _) = keys.dims4()?;
     let rows = slots * kv_heads * max_seq_len;
     let (keys, values) = (Host::new(keys)?, Host::new(values)?);
-    let wrong = || Error::argument("cache", format!("expected blocks of `{}` of {rows} heads", format.name()));
+    let wrong = || Error::Bug(format!("the cache does not contain `{}` blocks of {rows} heads", format.name()));
     let matrix = |bytes| BlockMatrix::new(format, bytes, rows, shape.head_dim).ok_or_else(wrong);
     let kv = KeyValues {
         keys: HeadRows::Blocks(matrix(keys.bytes()?)?),
@@ -145,10 +146,10 @@ pub(crate) fn with_cached_blocks(
     on_host(shape, sinks, q, kv, spans)
 }
 
-/// Attention over a cache on the CPU, whose slots hold all heads, one behind the other.
+/// Attention over a cache on the CPU. A slot stores its heads one after another.
 fn on_host(shape: AttentionShape, sinks: Option<&Tensor>, q: &Tensor, kv: KeyValues, spans: &Spans) -> Result<Tensor> {
     let _span = profile::span("attention", Kind::Attention);
-    let Some(Cached { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
+    let Some(CacheSlots { slots, lengths, .. }) = &spans.cached else { return Err(no_slots()) };
     let spans: Vec<Span> = spans
         .offsets
         .windows(2)
@@ -170,7 +171,7 @@ fn on_host(shape: AttentionShape, sinks: Option<&Tensor>, q: &Tensor, kv: KeyVal
 }
 
 fn no_slots() -> Error {
-    Error::argument("spans", "attention over a cache needs its slots")
+    Error::Bug("attention over a cache was called without its slots".into())
 }
 
 /// The gradients with respect to q, k, v and the sinks.
@@ -215,7 +216,8 @@ pub(crate) fn backward(
     })
 }
 
-/// The same for kernels, behind which a layer has a term that `d_out`, in place, has yet to go through.
+/// [`backward`] with GPU kernels, when the low-rank update of `layer` follows attention: its part of the gradient, `dz
+/// A`, is added to `d_out` in place first.
 pub(crate) fn backward_through(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -226,7 +228,7 @@ pub(crate) fn backward_through(
     (layer, dz): (Layer, Option<&Tensor>),
 ) -> Result<AttentionGradients> {
     let (Some(log_sums), true) = (&saved.log_sums, spans.has_tables(shape)) else {
-        return Err(Error::Unsupported(format!("the fused backward pass of {shape:?}")));
+        return Err(Error::Bug(format!("the fused backward pass does not support {shape:?}")));
     };
     let _span = profile::span("attention", Kind::Attention);
     let through = dz.map(|dz| (Arg::In(dz), layer.a()));
@@ -250,11 +252,11 @@ fn merge_heads(x: &Tensor, tokens: usize) -> Result<Tensor> {
     Ok(x.contiguous()?.reshape((tokens, kv_heads * group * head_dim))?)
 }
 
-/// What the scores of a sequence become, f32: `[kv_heads, group * queries, keys]`, and `[.., .., 1]` of a sink.
+/// The attention probabilities of a sequence, f32: `[kv_heads, group * queries, keys]`, and `[.., .., 1]` for the sink.
 struct Probabilities {
     of_keys: Tensor,
     of_sink: Option<Tensor>,
-    /// The derivative of capped scores with respect to scaled ones.
+    /// The derivative of the capped scores with respect to the uncapped ones.
     cap_slope: Option<Tensor>,
 }
 
@@ -291,7 +293,7 @@ fn probabilities(
     Ok(Probabilities { of_keys, of_sink: Some(all.narrow(D::Minus1, keys, 1)?.contiguous()?), cap_slope })
 }
 
-/// 0 where query `i` of the last `queries` sees the key, else a large negative number: `[queries, keys]`.
+/// 0 where query `i` of the last `queries` sees the key, otherwise a large negative number: `[queries, keys]`.
 fn mask_of(mask: Mask, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
     let hidden = |i: usize, j: usize| {
         let position = i + keys - queries;
@@ -301,7 +303,7 @@ fn mask_of(mask: Mask, queries: usize, keys: usize, device: &Device) -> Result<T
     Ok(Tensor::from_vec(mask, (queries, keys), device)?)
 }
 
-/// One sequence at a time in candle's operations.
+/// The forward pass with candle's operations, one sequence at a time.
 pub(crate) fn plain_forward(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -320,6 +322,7 @@ pub(crate) fn plain_forward(
     Ok(Tensor::cat(&parts, 0)?)
 }
 
+/// [`with_cache`] with candle's operations, one sequence at a time.
 pub(crate) fn plain_with_cache(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -341,7 +344,7 @@ pub(crate) fn plain_with_cache(
     Ok(Tensor::cat(&parts, 0)?)
 }
 
-/// The gradients, one sequence at a time in candle's operations; probabilities are recomputed.
+/// The gradients with candle's operations, one sequence at a time. The probabilities are recomputed.
 pub(crate) fn plain_backward(
     shape: AttentionShape,
     sinks: Option<&Tensor>,

@@ -1,13 +1,13 @@
-//! Attention by the kernels of Metal and CUDA.
+//! Launches the attention kernels of Metal and CUDA, forward and backward.
 
-use super::fused::TERM_ROWS;
+use super::fused::UPDATE_ROWS;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::spans::{Spans, Tables, TensorCoreTiles};
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use metal_candle_kernels::{AttentionShape, Mask};
 
-/// The gradients of an attention; that of the sinks is `[heads]`, f32, where there are sinks.
+/// The gradients of attention. `sinks` is `[heads]`, f32.
 #[derive(Debug)]
 pub(crate) struct AttentionGradients {
     pub(crate) q: Tensor,
@@ -16,26 +16,26 @@ pub(crate) struct AttentionGradients {
     pub(crate) sinks: Option<Tensor>,
 }
 
-/// Threads of a group of `attention.metal`.
+/// The thread group size of `attention.metal`.
 fn portable_threads(head_dim: usize) -> usize {
     if head_dim <= 128 { 256 } else { 128 }
 }
 
-/// Threads of a group of `attention.cu`.
+/// The thread group size of `attention.cu`.
 const TENSOR_CORE_THREADS: usize = 128;
 
 /// A kernel of `attention.metal`.
-fn portable(name: &'static str, shape: AttentionShape, has_sinks: bool, like: &Tensor, keeps_sums: bool) -> Kernel {
+fn portable(name: &'static str, shape: AttentionShape, has_sinks: bool, like: &Tensor, saves_sums: bool) -> Kernel {
     let (mask, _) = mask_of(shape);
     Kernel::new(Source::Attention, name, like.dtype())
         .with("HEAD_DIM", shape.head_dim)
-        .with("KEEPS_SUMS", usize::from(keeps_sums))
+        .with("KEEPS_SUMS", usize::from(saves_sums))
         .with("MASK", mask)
         .with("HAS_CAP", usize::from(shape.soft_cap.is_some()))
         .with("HAS_SINKS", usize::from(has_sinks))
 }
 
-/// A mask as kernels know it: its kind, and the keys of a window or chunk. A size beyond 31 bits hides nothing.
+/// The mask's kind and size as kernel arguments. A window or chunk of more than 31 bits hides no key.
 fn mask_of(shape: AttentionShape) -> (usize, usize) {
     match shape.mask {
         Mask::Window(size) if i32::try_from(size).is_ok() => (1, size),
@@ -53,7 +53,7 @@ fn tensor_core(name: &'static str, shape: AttentionShape, has_sinks: bool, like:
         .with("HAS_SINKS", usize::from(has_sinks))
 }
 
-/// What is said of the scores: their factor, the keys of a window or chunk, and the cap.
+/// Scale, mask size and soft cap of the scores, as kernel arguments.
 fn score_words(shape: AttentionShape) -> [Word; 3] {
     [shape.scale.into(), mask_of(shape).1.into(), shape.soft_cap.unwrap_or(0.0).into()]
 }
@@ -75,10 +75,10 @@ fn optional(tensor: Option<&Tensor>) -> Arg<'_> {
 }
 
 fn missing() -> Error {
-    Error::Bug("the table of the attention kernels is missing".into())
+    Error::Bug("the tables of the attention kernels are missing".into())
 }
 
-/// Result and, for the backward pass, the logarithms of the sums of exponentials.
+/// The result, and the log-sum-exps for the backward pass.
 pub(super) fn forward(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -150,11 +150,11 @@ pub(super) fn with_cache(
     Ok(out)
 }
 
-/// Blocks that are enough to keep a device busy.
+/// The number of thread groups that keep a device busy.
 const MANY_BLOCKS: usize = 512;
 
-/// The gradients with respect to k and v on tensor cores. Where tiles of keys are few, the heads of a group are dealt to several
-/// blocks, whose sums are then added in their order.
+/// The gradients with respect to k and v on tensor cores. If there are few tiles of keys, several thread groups share
+/// the heads of a group, and their sums are added in a fixed order.
 fn keys_and_values_backward(
     shape: AttentionShape,
     read: [Arg; 6],
@@ -189,8 +189,8 @@ fn keys_and_values_backward(
     gpu::launch(&kernel, grid, &args, &[elements.into(), Word(0), splits.into()])
 }
 
-/// The gradients with respect to q, k and v. `through` is dz and A of a term behind attention, whose product is added to `d_out`
-/// on the way, in place; only the kernels for every device do so.
+/// The gradients with respect to q, k and v. `through` is dz and A of a low-rank update that follows attention: `dz A`
+/// is added to `d_out` in place first. Only the portable kernels support it.
 pub(super) fn backward(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -212,7 +212,7 @@ pub(super) fn backward(
             let rank = if let Arg::In(dz) = dz { dz.dim(1)? } else { 0 };
             let args = [Arg::In(out), Arg::Out(d_out), Arg::Out(&delta), dz, a];
             let tokens = q.dim(0)?;
-            let grid = Grid::row((tokens.div_ceil(TERM_ROWS) * shape.heads).div_ceil(threads / 32), threads);
+            let grid = Grid::row((tokens.div_ceil(UPDATE_ROWS) * shape.heads).div_ceil(threads / 32), threads);
             let words = [tokens.into(), shape.heads.into(), rank.into()];
             gpu::launch(&portable("attention_delta", shape, false, q, true), grid, &args, &words)?;
             let words = words_of(shape, shape.kv_heads * shape.head_dim, shape.head_dim);
@@ -243,7 +243,7 @@ pub(super) fn backward(
     Ok(AttentionGradients { q: dq, k: dk, v: dv, sinks })
 }
 
-/// The gradient with respect to the sinks from each row's logarithm of its sum and its product of result and gradient.
+/// The gradient with respect to the sinks, from each row's log-sum-exp and the dot product of its result and gradient.
 fn sink_gradient(shape: AttentionShape, sinks: &Tensor, (log_sums, delta): (&Tensor, &Tensor)) -> Result<Tensor> {
     let gradient = gpu::empty_f32(shape.heads, sinks)?;
     let args = [Arg::In(sinks), Arg::In(log_sums), Arg::In(delta), Arg::Out(&gradient)];

@@ -1,14 +1,14 @@
-//! Attention over blocks of a cache, against their definition.
+//! Tests attention over a quantized cache against the definition of the block formats.
 #![allow(clippy::unwrap_used)]
 
-use super::attention::{self, Cached, Spans};
+use super::attention::{self, CacheSlots, Spans};
 use super::cache_write;
 use super::tests::{assert_close, attention_kinds, random, values};
 use candle_core::{Device, Tensor};
 use half::f16;
 use metal_candle_kernels::{AttentionShape, BlockFormat};
 
-/// 32 values rounded as the definition of the format says, for values that are not all zero.
+/// 32 values, not all zero, rounded as the format defines.
 fn rounded(format: BlockFormat, values: &[f32]) -> Vec<f32> {
     let largest =
         values.iter().fold(0.0, |largest: f32, value| if value.abs() > largest.abs() { *value } else { largest });
@@ -37,7 +37,7 @@ fn attention_over_blocks_equals_attention_over_rounded_values() {
             });
             let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
             let q = random(&[72, heads * head_dim], 7);
-            let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
+            let cached = CacheSlots { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
             let spans = Spans::new(&offsets, &[shape], Some(cached), &q).unwrap();
             let sinks = sinks.as_ref();
             let [keys, values_] = &blocks;

@@ -1,4 +1,4 @@
-//! The types in which a key/value cache stores its elements.
+//! The element types of a key/value cache.
 
 use crate::error::{Error, Result};
 use candle_core::DType;
@@ -8,20 +8,20 @@ use std::str::FromStr;
 
 /// The type of the elements of a key/value cache.
 ///
-/// `Q8_0` and `Q4_0` are ggml's blocks of 32 elements of a head with one f16 scale. Attention dequantizes them a few rows at a
-/// time. They need heads whose width is a multiple of 32, and run on the CPU.
+/// `Q8_0` and `Q4_0` are ggml's blocks: 32 elements of a head share one f16 scale. Attention dequantizes a few rows at
+/// a time. These types need a head width that is a multiple of 32, and run on the CPU only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types)] // the underscore separates two digits
 pub enum KVCacheType {
     /// 32-bit floats.
     F32,
-    /// 16-bit floats of IEEE 754.
+    /// 16-bit floats (IEEE 754).
     F16,
-    /// The upper halves of 32-bit floats.
+    /// bfloat16.
     BF16,
-    /// 8 bits with a scale: 8.5 bits an element.
+    /// 8 bits with a scale: 8.5 bits per element.
     Q8_0,
-    /// 4 bits with a scale: 4.5 bits an element.
+    /// 4 bits with a scale: 4.5 bits per element.
     Q4_0,
 }
 
@@ -41,7 +41,7 @@ impl KVCacheType {
         }
     }
 
-    /// The type that stores elements of this dtype as they are.
+    /// The cache type for this dtype.
     #[must_use]
     pub fn from_dtype(dtype: DType) -> Option<Self> {
         match dtype {
@@ -52,7 +52,7 @@ impl KVCacheType {
         }
     }
 
-    /// The dtype of the tensors that hold the elements, or the bytes of blocks.
+    /// The dtype of the cache's tensors; u8 for blocks.
     pub(crate) fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -62,7 +62,7 @@ impl KVCacheType {
         }
     }
 
-    /// The format of the blocks, if they are blocks.
+    /// The block format, if the type is quantized.
     pub(crate) fn block_format(self) -> Option<BlockFormat> {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => None,
@@ -71,21 +71,21 @@ impl KVCacheType {
         }
     }
 
-    /// Elements of the tensor that holds a head of this width: its elements, or the bytes of its blocks. A part of a block
-    /// counts as a whole one.
+    /// The number of tensor elements that store a head of this width: its elements, or the bytes of its blocks, rounded
+    /// up to whole blocks.
     pub(crate) fn row_len(self, head_dim: usize) -> usize {
         self.block_format().map_or(head_dim, |format| head_dim.div_ceil(format.len()) * format.bytes())
     }
 
-    /// Checks that heads of this width are whole blocks.
+    /// Checks that a head of this width is a whole number of blocks.
     ///
     /// # Errors
-    /// The type is made of blocks, and the width is no multiple of 32.
+    /// The type is quantized, and the width is not a multiple of 32.
     pub fn check_head_dim(self, head_dim: usize) -> Result<()> {
         match self.block_format() {
             Some(format) if !head_dim.is_multiple_of(format.len()) => {
                 let message = format!(
-                    "`{self}` stores heads of a multiple of {} elements, found heads of {head_dim}; choose `f16`",
+                    "expected a head width that is a multiple of {} for `{self}`, found {head_dim}; use `f16`",
                     format.len()
                 );
                 Err(Error::argument("kv_cache", message))

@@ -1,4 +1,4 @@
-//! New keys and values to their places in a cache.
+//! Writes new keys and values into a key/value cache.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::Host;
@@ -7,22 +7,22 @@ use crate::error::Result;
 use candle_core::{Device, Tensor};
 use metal_candle_kernels::BlockFormat;
 
-/// Writes `k` and `v`, `[tokens, kv_heads * head_dim]`, into `[slots, kv_heads, max_seq_len, head_dim]`, if there is a kernel
-/// for them; whether there is.
+/// Writes `k` and `v`, `[tokens, kv_heads * head_dim]`, into `[slots, kv_heads, max_seq_len, head_dim]` with a GPU
+/// kernel. Returns false if there is none for these tensors.
 pub(crate) fn append((k, v): (&Tensor, &Tensor), (keys, values): (&Tensor, &Tensor), spans: &Spans) -> Result<bool> {
-    let Some(places) = spans.places_on_device().filter(|_| keys.dtype() == k.dtype()) else { return Ok(false) };
+    let Some(positions) = spans.cache_positions().filter(|_| keys.dtype() == k.dtype()) else { return Ok(false) };
     let (_, kv_heads, max_seq_len, head_dim) = keys.dims4()?;
-    let args = [Arg::In(k), Arg::In(v), Arg::In(places), Arg::Out(keys), Arg::Out(values)];
+    let args = [Arg::In(k), Arg::In(v), Arg::In(positions), Arg::Out(keys), Arg::Out(values)];
     let count = k.elem_count();
     let words = [count.into(), kv_heads.into(), head_dim.into(), max_seq_len.into()];
     gpu::launch(&Kernel::new(Source::Elementwise, "append", k.dtype()), Grid::elements(count), &args, &words)?;
     Ok(true)
 }
 
-/// New keys or values on the CPU, `[tokens, kv_heads * head_dim]` in f32, as blocks: `[tokens, kv_heads * row_len]` in u8. A
-/// block with values that it cannot hold becomes not-a-numbers, so that only the sequence of this token fails.
+/// Quantizes new keys or values on the CPU, `[tokens, kv_heads * head_dim]` in f32, to blocks: `[tokens, kv_heads *
+/// row_len]` in u8. Values that a block cannot represent become NaN, so that only the sequence of this token fails.
 ///
-/// The width of a head is a multiple of the block length.
+/// `head_dim` is a multiple of the block length.
 pub(crate) fn quantized(rows: &Tensor, format: BlockFormat) -> Result<Tensor> {
     let (tokens, width) = rows.dims2()?;
     let row_len = width / format.len() * format.bytes();

@@ -1,25 +1,26 @@
-//! The layers of a block on Metal, in launches whose number does not depend on the terms: the product with A, or with B on the
-//! way back, is part of the launch of the product with the weight, and what comes between two products adds the rest of the term.
+//! Fused launches for the linear layers of a block on Metal. The number of launches does not depend on the low-rank
+//! updates: the launch of the product with the weight also computes the product with A (or, in the backward pass, with
+//! B), and the elementwise kernel that follows adds the rest of the update.
 
 use super::gpu::{self, Arg, Formats, Grid, Kernel, ROW_THREADS, Source, Word};
-use super::linear::{Linear, TermGradients};
-use super::low_rank::{LowRank, LowRankTerms};
+use super::linear::{Linear, LowRankGradients};
+use super::low_rank::{LowRank, LowRankUpdates};
 use super::norm::Norm;
 use super::rotary::Rotation;
 use crate::error::Result;
 use crate::profile::{Kind, span};
 use candle_core::{DType, Tensor};
 
-/// Tokens that a thread takes where a term is added.
-pub(super) const TERM_ROWS: usize = 4;
-/// Rows of a tile of `product.metal`, and its columns unless all are few.
+/// Tokens per thread where a low-rank update is added.
+pub(super) const UPDATE_ROWS: usize = 4;
+/// Rows of a tile of `product.metal`; also its columns, except in [`low_rank_gradients`].
 const TILE: usize = 64;
 const PRODUCT_THREADS: usize = 128;
-/// The most layers that share an input.
-const MOST: usize = 3;
+/// The maximum number of layers that share an input.
+const MAX_LAYERS: usize = 3;
 
-/// Whether this module takes the weights of a layer: they are those of a Metal device, whole, and of type `dtype`.
-pub(crate) fn takes(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool {
+/// Whether the fused kernels support the layer's weights: contiguous, on a Metal device, and of type `dtype`.
+pub(crate) fn supports(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool {
     let fits = |tensor: &Tensor| tensor.device().is_metal() && tensor.dtype() == dtype && tensor.is_contiguous();
     let weight = &linear.weight;
     let is_read = if weight.block_format().is_some() {
@@ -30,43 +31,47 @@ pub(crate) fn takes(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool 
     is_read && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
 }
 
-/// A linear layer and its term.
+/// A linear layer and its low-rank update.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Layer<'a> {
     pub(crate) linear: &'a Linear,
-    pub(crate) term: Option<&'a LowRank>,
+    pub(crate) update: Option<&'a LowRank>,
 }
 
 impl<'a> Layer<'a> {
-    /// Whether this module takes its term, if it has one, with inputs of type `dtype`.
-    pub(crate) fn has_plain_term(&self, dtype: DType, is_training: bool) -> bool {
+    /// Whether the layer has no low-rank update, or one that the fused kernels support for inputs of type `dtype`.
+    pub(crate) fn has_plain_update(&self, dtype: DType, is_training: bool) -> bool {
         let fits = |tensor: &Tensor| tensor.dtype() == dtype && tensor.is_contiguous();
-        self.term.is_none_or(|term| {
-            let drops = is_training && term.dropout > 0.0;
-            !drops && term.start.is_none() && term.magnitude.is_none() && fits(&term.a) && fits(&term.b)
+        self.update.is_none_or(|update| {
+            let drops = is_training && update.dropout > 0.0;
+            !drops
+                && update.initial_factors.is_none()
+                && update.magnitude.is_none()
+                && fits(&update.a)
+                && fits(&update.b)
         })
     }
 
-    /// The argument of a kernel that stands for the weight.
+    /// The weight as a kernel argument.
     fn weight(&self) -> Result<Arg<'a>> {
         self.linear.weight.stored().map(Arg::In)
     }
 
-    /// The term's rank, 0 if there is none.
+    /// The rank of the low-rank update, 0 if there is none.
     fn rank(&self) -> usize {
-        self.term.map_or(0, |term| term.a.dims()[0])
+        self.update.map_or(0, |update| update.a.dims()[0])
     }
 
     fn scale(&self) -> f32 {
-        self.term.map_or(0.0, |term| term.scale)
+        self.update.map_or(0.0, |update| update.scale)
     }
 
     pub(super) fn a(&self) -> Arg<'a> {
-        self.term.map_or(Arg::None, |term| Arg::In(&term.a))
+        self.update.map_or(Arg::None, |update| Arg::In(&update.a))
     }
 
     fn b(&self) -> Arg<'a> {
-        self.term.map_or(Arg::None, |term| Arg::In(&term.b))
+        self.update.map_or(Arg::None, |update| Arg::In(&update.b))
     }
 
     fn empty_z(&self, tokens: usize, like: &Tensor) -> Result<Option<Tensor>> {
@@ -82,24 +87,24 @@ fn written(tensor: Option<&Tensor>) -> Arg<'_> {
     tensor.map_or(Arg::None, Arg::Out)
 }
 
-/// One argument for each layer that a kernel has room for.
-fn each<'a>(found: impl Iterator<Item = Arg<'a>>) -> [Arg<'a>; MOST] {
-    let mut all = [Arg::None; MOST];
-    for (place, arg) in all.iter_mut().zip(found) {
-        *place = arg;
+/// One argument for each of the [`MAX_LAYERS`] layers of a kernel; missing ones are `Arg::None`.
+fn each<'a>(found: impl Iterator<Item = Arg<'a>>) -> [Arg<'a>; MAX_LAYERS] {
+    let mut all = [Arg::None; MAX_LAYERS];
+    for (index, arg) in all.iter_mut().zip(found) {
+        *index = arg;
     }
     all
 }
 
-fn each_word(found: impl Iterator<Item = Word>) -> [Word; MOST] {
-    let mut all = [Word(0); MOST];
-    for (place, word) in all.iter_mut().zip(found) {
-        *place = word;
+fn each_word(found: impl Iterator<Item = Word>) -> [Word; MAX_LAYERS] {
+    let mut all = [Word(0); MAX_LAYERS];
+    for (index, word) in all.iter_mut().zip(found) {
+        *index = word;
     }
     all
 }
 
-/// The formats of the weights of layers.
+/// The block formats of the layers' weights.
 fn formats(layers: &[Layer]) -> Formats {
     layers.iter().map(|layer| layer.linear.weight.block_format()).collect()
 }
@@ -107,10 +112,10 @@ fn formats(layers: &[Layer]) -> Formats {
 /// A kernel of `product.metal`.
 fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: &Tensor, formats: Formats) -> Kernel {
     let is_aligned = args.iter().all(|arg| match arg {
-        // blocks have rows of eights
+        // a row of blocks is a multiple of eight elements
         Arg::In(tensor) if tensor.dtype() != DType::U8 => {
             let row = tensor.dims().last().copied().unwrap_or(0);
-            row.is_multiple_of(4) && gpu::are_aligned(&[tensor])
+            row.is_multiple_of(4) && gpu::are_aligned_to_four(&[tensor])
         }
         _ => true,
     });
@@ -121,27 +126,28 @@ fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: 
         .with("FORMATS", formats.constant())
 }
 
-/// What comes out of layers with the same input, by layer.
+/// The products of layers that share an input, by layer.
 #[derive(Debug)]
 pub(crate) struct Products {
-    /// The product with the weight, without bias and term: `[tokens, out_features]`; none if only terms were asked for.
+    /// The product with the weight, without bias and low-rank update: `[tokens, out_features]`; empty if only the
+    /// products with A were computed.
     pub(crate) y: Vec<Tensor>,
     /// The product with A: `[tokens, rank]`.
     pub(crate) z: Vec<Option<Tensor>>,
 }
 
-/// The products of `x: [tokens, in_features]` with the As of at most three layers, and with the weights if `with_weights`.
+/// The products of `x: [tokens, in_features]` with A of up to three layers, and with their weights if `with_weights`.
 pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Result<Products> {
     let _span = span("products", Kind::Gemm);
     let (tokens, k) = x.dims2()?;
     let width = |layer: &Layer| layer.linear.weight.dims2().map(|(rows, _)| if with_weights { rows } else { 0 });
     let mut made = Products { y: Vec::new(), z: Vec::new() };
-    let mut widths = [0; 2 * MOST];
-    for (place, layer) in layers.iter().enumerate() {
-        widths[place] = width(layer)?;
-        widths[MOST + place] = layer.rank();
+    let mut widths = [0; 2 * MAX_LAYERS];
+    for (index, layer) in layers.iter().enumerate() {
+        widths[index] = width(layer)?;
+        widths[MAX_LAYERS + index] = layer.rank();
         if with_weights {
-            made.y.push(gpu::empty((tokens, widths[place]), x)?);
+            made.y.push(gpu::empty((tokens, widths[index]), x)?);
         }
         made.z.push(layer.empty_z(tokens, x)?);
     }
@@ -164,18 +170,18 @@ pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Resu
     Ok(made)
 }
 
-/// The gradient with respect to the input that at most three layers share, without what goes through their terms, if wanted; and
-/// with respect to the z of each, with the term's scale in it: `scale dy B`.
+/// The gradient with respect to the input that up to three layers share, if `needs_input`, without the part that flows
+/// through their low-rank updates; and the gradient with respect to each layer's z: `scale dy B`.
 pub(crate) fn products_backward(
     layers: &[Layer],
     dys: &[&Tensor],
-    wants_input: bool,
+    needs_input: bool,
 ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
     let _span = span("products", Kind::Gemm);
     let (tokens, width) = (dys[0].dim(0)?, layers[0].linear.weight.dims2()?.1);
-    let dx = if wants_input { Some(gpu::empty((tokens, width), dys[0])?) } else { None };
+    let dx = if needs_input { Some(gpu::empty((tokens, width), dys[0])?) } else { None };
     let dzs = layers.iter().map(|layer| layer.empty_z(tokens, dys[0])).collect::<Result<Vec<_>>>()?;
-    let width = if wants_input { width } else { 0 };
+    let width = if needs_input { width } else { 0 };
     let weights = layers.iter().map(Layer::weight).collect::<Result<Vec<_>>>()?;
     let mut args = Vec::new();
     args.extend(each(dys.iter().map(|dy| Arg::In(dy))));
@@ -195,11 +201,12 @@ pub(crate) fn products_backward(
     Ok((dx, dzs))
 }
 
-/// Adds biases and terms to q, k and v and rotates the whole heads of q and k if a rotation is given, all in place.
+/// Adds biases and low-rank updates to q, k and v, and rotates whole heads of q and k if `rotation` is given. All in
+/// place.
 pub(crate) fn finish_qkv(
     rotation: Option<&Rotation>,
     head_dim: usize,
-    layers: &[Layer; MOST],
+    layers: &[Layer; MAX_LAYERS],
     made: &Products,
 ) -> Result<()> {
     let _span = span("rotary", Kind::Elementwise);
@@ -217,7 +224,7 @@ pub(crate) fn finish_qkv(
     words.extend(layers.iter().map(|layer| Word::from(layer.linear.bias.is_some())));
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let count = tokens.div_ceil(TERM_ROWS) * (q_heads + 2 * kv_heads) * half;
+    let count = tokens.div_ceil(UPDATE_ROWS) * (q_heads + 2 * kv_heads) * half;
     gpu::launch(&fused("finish_qkv", &made.y[0]), Grid::elements(count), &args, &words)
 }
 
@@ -225,7 +232,7 @@ fn fused(name: &'static str, like: &Tensor) -> Kernel {
     Kernel::new(Source::Fused, name, like.dtype())
 }
 
-/// Adds terms to gate and up, in place, and returns `silu(gate) * up`.
+/// Adds low-rank updates to gate and up in place, and returns `silu(gate) * up`.
 pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor> {
     let _span = span("swiglu", Kind::Elementwise);
     let (tokens, width) = made.y[0].dims2()?;
@@ -237,12 +244,13 @@ pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor>
     let mut words: Vec<Word> = vec![tokens.into(), width.into()];
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let grid = Grid::elements(tokens.div_ceil(TERM_ROWS) * width);
+    let grid = Grid::elements(tokens.div_ceil(UPDATE_ROWS) * width);
     gpu::launch(&fused("finish_mlp", &y), grid, &args, &words)?;
     Ok(y)
 }
 
-/// The gradients of gate and up and the activation itself, from the gradient of the activation without the term of `down`.
+/// The gradients of gate and up, and the recomputed activation. `d_activation` is the gradient of the activation
+/// without the part that flows through the low-rank update of `down`.
 pub(crate) fn finish_mlp_backward(
     (gate, up): (&Tensor, &Tensor),
     d_activation: Tensor,
@@ -255,12 +263,12 @@ pub(crate) fn finish_mlp_backward(
     let outs = [&d_activation, &d_up, &y].map(Arg::Out);
     let args: Vec<Arg> = [Arg::In(gate), Arg::In(up)].into_iter().chain(outs).chain([read(dz), down.a()]).collect();
     let words = [tokens.into(), width.into(), down.rank().into()];
-    let grid = Grid::elements(tokens.div_ceil(TERM_ROWS) * width);
+    let grid = Grid::elements(tokens.div_ceil(UPDATE_ROWS) * width);
     gpu::launch(&fused("finish_mlp_backward", gate), grid, &args, &words)?;
     Ok((d_activation, d_up, y))
 }
 
-/// The residual stream after a layer, `residual + y + term` in place of `y`, and its norm if there is one.
+/// The residual stream after a layer, `residual + y + update`, written over `y`, and its norm if `norm` is given.
 pub(crate) fn finish_stream(
     residual: &Tensor,
     y: Tensor,
@@ -282,13 +290,14 @@ pub(crate) fn finish_stream(
     let eps = norm.map_or(0.0, |norm| norm.eps as f32);
     let words =
         [tokens.into(), width.into(), eps.into(), norm.is_some().into(), layer.rank().into(), layer.scale().into()];
-    let grid = Grid::row(tokens.div_ceil(TERM_ROWS), ROW_THREADS);
+    let grid = Grid::row(tokens.div_ceil(UPDATE_ROWS), ROW_THREADS);
     gpu::launch(&fused("finish_stream", &y), grid, &args, &words)?;
     Ok((y, normed))
 }
 
-/// Back through the norm of `x` in front of layers: the gradient with respect to `x`, added to `before`, and the norm's output
-/// again; from the gradient of that output without the layers' terms.
+/// The backward pass of the norm of `x` before `layers`: the gradient with respect to `x`, added to `before`, and the
+/// recomputed output of the norm. `d_normed` is the gradient of that output without the part that flows through the
+/// low-rank updates.
 pub(crate) fn finish_norm_backward(
     norm: &Norm,
     x: &Tensor,
@@ -306,42 +315,43 @@ pub(crate) fn finish_norm_backward(
     args.extend(each(layers.iter().map(Layer::a)));
     let mut words: Vec<Word> = vec![tokens.into(), width.into(), (norm.eps as f32).into()];
     words.extend(each_word(layers.iter().map(|layer| layer.rank().into())));
-    let grid = Grid::row(tokens.div_ceil(TERM_ROWS), ROW_THREADS);
+    let grid = Grid::row(tokens.div_ceil(UPDATE_ROWS), ROW_THREADS);
     gpu::launch(&fused("finish_norm_backward", x), grid, &args, &words)?;
     Ok((d_normed, normed))
 }
 
-/// Room for the gradients of an adapter's terms, in one tensor: by the numbers of their layers, A before B.
+/// A buffer for the gradients of all low-rank updates of an adapter, by layer id, A before B.
 #[derive(Debug, Clone)]
-pub(crate) struct TermRoom {
+pub(crate) struct LowRankGradientBuffer {
     /// `[elements]`, f32.
     pub(crate) flat: Tensor,
-    starts: Vec<Option<usize>>,
+    offsets: Vec<Option<usize>>,
 }
 
-impl TermRoom {
-    /// Room for the terms of the layers with a number below `count`, if there are any, on the device of `like`.
-    pub(crate) fn new(terms: &LowRankTerms, count: usize, like: &Tensor) -> Result<Option<Self>> {
-        let (mut starts, mut end) = (vec![None; count], 0);
-        for (number, term) in terms.iter().filter(|(number, _)| *number < count) {
-            starts[number] = Some(end);
-            end += term.a.elem_count() + term.b.elem_count();
+impl LowRankGradientBuffer {
+    /// A buffer for the low-rank updates of the layers with ids below `count`, on the device of `like`; `None` if there
+    /// are none.
+    pub(crate) fn new(updates: &LowRankUpdates, count: usize, like: &Tensor) -> Result<Option<Self>> {
+        let (mut offsets, mut end) = (vec![None; count], 0);
+        for (id, update) in updates.iter().filter(|(id, _)| *id < count) {
+            offsets[id] = Some(end);
+            end += update.a.elem_count() + update.b.elem_count();
         }
-        if end == 0 { Ok(None) } else { Ok(Some(Self { flat: gpu::empty_f32(end, like)?, starts })) }
+        if end == 0 { Ok(None) } else { Ok(Some(Self { flat: gpu::empty_f32(end, like)?, offsets })) }
     }
 
-    fn gradients(&self, start: usize, term: &LowRank) -> Result<TermGradients> {
+    fn gradients(&self, start: usize, update: &LowRank) -> Result<LowRankGradients> {
         let part = |start, like: &Tensor| self.flat.narrow(0, start, like.elem_count())?.reshape(like.shape());
-        let (a, b) = (part(start, &term.a)?, part(start + term.a.elem_count(), &term.b)?);
-        Ok(TermGradients { a, b, magnitude: None })
+        let (a, b) = (part(start, &update.a)?, part(start + update.a.elem_count(), &update.b)?);
+        Ok(LowRankGradients { a, b, magnitude: None })
     }
 }
 
-/// What the gradients of a term are products of.
+/// The tensors from which the gradients of a layer's low-rank update are computed.
 #[derive(Debug)]
-pub(crate) struct Factors<'a> {
-    /// The number of the layer.
-    pub(crate) number: usize,
+pub(crate) struct GradientFactors<'a> {
+    /// The layer's id.
+    pub(crate) id: usize,
     pub(crate) layer: Layer<'a>,
     pub(crate) x: Tensor,
     pub(crate) dy: Tensor,
@@ -349,35 +359,38 @@ pub(crate) struct Factors<'a> {
     pub(crate) dz: Option<Tensor>,
 }
 
-/// Tensors that the kernel of [`term_gradients`] has room for, and gradients.
+/// The maximum numbers of source tensors and of gradients of the kernel `term_gradients`.
 const SOURCES: usize = 25;
 const GRADIENTS: usize = 14;
 
-/// The gradients of the terms of at most seven layers, in one launch, with the numbers of the layers.
-pub(crate) fn term_gradients<'s>(factors: &'s [Factors], room: &TermRoom) -> Result<Vec<(usize, TermGradients)>> {
+/// The gradients of the low-rank updates of up to seven layers, in one launch, with the ids of the layers.
+pub(crate) fn low_rank_gradients<'s>(
+    factors: &'s [GradientFactors],
+    buffer: &LowRankGradientBuffer,
+) -> Result<Vec<(usize, LowRankGradients)>> {
     let _span = span("outer product", Kind::Gemm);
     let mut sources: Vec<&'s Tensor> = Vec::new();
-    let mut place_of = |tensor: &'s Tensor| {
+    let mut index_of = |tensor: &'s Tensor| {
         sources.iter().position(|source| source.id() == Tensor::id(tensor)).unwrap_or_else(|| {
             sources.push(tensor);
             sources.len() - 1
         })
     };
-    let (mut words, mut made, mut tiles, mut most) = (Vec::<Word>::new(), Vec::new(), 0, 0);
+    let (mut words, mut made, mut tiles, mut max_rank) = (Vec::<Word>::new(), Vec::new(), 0, 0);
     for factor in factors {
-        let (Some(z), Some(dz), Some(term)) = (&factor.z, &factor.dz, factor.layer.term) else { continue };
-        let Some(start) = room.starts.get(factor.number).copied().flatten() else { continue };
-        let start_of_b = start + term.a.elem_count();
+        let (Some(z), Some(dz), Some(update)) = (&factor.z, &factor.dz, factor.layer.update) else { continue };
+        let Some(start) = buffer.offsets.get(factor.id).copied().flatten() else { continue };
+        let start_of_b = start + update.a.elem_count();
         for (wide, narrow, is_a, scale, start) in
-            [(&factor.x, dz, true, 1.0, start), (&factor.dy, z, false, term.scale, start_of_b)]
+            [(&factor.x, dz, true, 1.0, start), (&factor.dy, z, false, update.scale, start_of_b)]
         {
             let (features, rank) = (wide.dim(1)?, narrow.dim(1)?);
             tiles += features.div_ceil(TILE);
-            most = rank.max(most);
-            words.extend([place_of(wide), place_of(narrow), features, rank, usize::from(is_a)].map(Word::from));
+            max_rank = rank.max(max_rank);
+            words.extend([index_of(wide), index_of(narrow), features, rank, usize::from(is_a)].map(Word::from));
             words.extend([Word::from(scale), start.into(), tiles.into()]);
         }
-        made.push((factor.number, room.gradients(start, term)?));
+        made.push((factor.id, buffer.gradients(start, update)?));
     }
     if made.is_empty() {
         return Ok(made);
@@ -388,10 +401,10 @@ pub(crate) fn term_gradients<'s>(factors: &'s [Factors], room: &TermRoom) -> Res
     words.splice(0..0, [tokens.into(), count.into()]);
     let mut args: Vec<Arg> = sources.iter().map(|source| Arg::In(source)).collect();
     args.resize(SOURCES, Arg::None);
-    args.push(Arg::Out(&room.flat));
-    // ranks are often far below a tile's width
-    let columns = most.next_power_of_two().clamp(16, TILE);
+    args.push(Arg::Out(&buffer.flat));
+    // ranks are often much smaller than a tile's width
+    let columns = max_rank.next_power_of_two().clamp(16, TILE);
     let kernel = product("term_gradients", 2, columns, &args, sources[0], Formats::default());
-    gpu::launch(&kernel, Grid::plane((tiles, most.div_ceil(columns)), PRODUCT_THREADS), &args, &words)?;
+    gpu::launch(&kernel, Grid::plane((tiles, max_rank.div_ceil(columns)), PRODUCT_THREADS), &args, &words)?;
     Ok(made)
 }

@@ -1,23 +1,23 @@
-//! The joined layers of a block on Metal against products and candle's operations on the CPU.
+//! Tests the fused launches of a block on Metal against separate products and candle's operations on the CPU.
 
 #![allow(clippy::unwrap_used)]
 
 use super::activation::{self, Activation};
 use super::attention::{self, Spans};
-use super::fused::{self, Factors, Layer, TermRoom};
+use super::fused::{self, GradientFactors, Layer, LowRankGradientBuffer};
 use super::gpu_tests::{OFFSETS, TYPES, assert_near, both};
 use super::linear::Linear;
-use super::norm::{Norm, NormWanted};
+use super::norm::{Norm, NormNeedsGrad};
 use super::rotary::{Pairs, RotaryScaling};
 use super::tests::{rotary_table, values};
-use super::{LowRank, LowRankTerms};
+use super::{LowRank, LowRankUpdates};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::AttentionShape;
 
-/// A layer on the device, and its weight, A and B on the CPU in f32.
+/// A layer on the device; its weight, A and B on the CPU in f32.
 struct TwoLayers {
     linear: Linear,
-    term: Option<LowRank>,
+    update: Option<LowRank>,
     weight: Tensor,
     bias: Tensor,
     a: Tensor,
@@ -33,13 +33,13 @@ fn two_layers(out: usize, input: usize, rank: usize, seed: u64, dtype: DType, of
     let (b, b_cpu) = both(&[out, rank.max(1)], seed + 3, dtype, offset);
     let linear = Linear { weight: weight.into(), bias: Some(bias) };
     let scale = if rank == 0 { 0.0 } else { f64::from(SCALE) };
-    let term = (rank > 0).then(|| LowRank::new(a, b, SCALE));
-    TwoLayers { linear, term, weight: weight_cpu, bias: bias_cpu, a: (a_cpu * scale).unwrap(), b: b_cpu }
+    let update = (rank > 0).then(|| LowRank::new(a, b, SCALE));
+    TwoLayers { linear, update, weight: weight_cpu, bias: bias_cpu, a: (a_cpu * scale).unwrap(), b: b_cpu }
 }
 
 impl TwoLayers {
     fn layer(&self) -> Layer<'_> {
-        Layer { linear: &self.linear, term: self.term.as_ref() }
+        Layer { linear: &self.linear, update: self.update.as_ref() }
     }
 
     /// `x (W + scale B A)^T`.
@@ -52,7 +52,7 @@ impl TwoLayers {
     }
 }
 
-/// Whole and half ranks, odd sizes, tensors that begin anywhere: what the launches of a block with terms add up to.
+/// All launches of a block with low-rank updates, with odd ranks, odd sizes and tensors at any offset.
 #[test]
 fn fused_layers() {
     for (dtype, tolerance) in TYPES {
@@ -89,7 +89,7 @@ fn fused_layers() {
                 near("q, k or v", &made.y[i], &expected);
             }
 
-            // the way back, through the norm in front of them
+            // the backward pass, including the norm before them
             let dys: Vec<(Tensor, Tensor)> = qkv
                 .iter()
                 .map(|two| both(&[tokens, two.weight.dims()[0]], 40 + two.weight.dims()[0] as u64, dtype, offset))
@@ -108,23 +108,23 @@ fn fused_layers() {
             let through = |i: usize| dys[i].1.matmul(&qkv[i].adapted()).unwrap();
             let expected = ((through(0) + through(1)).unwrap() + through(2)).unwrap();
             let (expected, _) =
-                plain_norm.plain_backward(&x_cpu, &expected, &before_cpu, NormWanted::default()).unwrap();
+                plain_norm.plain_backward(&x_cpu, &expected, &before_cpu, NormNeedsGrad::default()).unwrap();
             let (dx, normed) =
                 fused::finish_norm_backward(&norm, &x, d_normed.unwrap(), &before, &layers, &dzs).unwrap();
             near("dx", &dx, &expected);
             near("norm", &normed, &plain_norm.plain_forward(&x_cpu).unwrap());
 
-            // the gradients of the terms
-            let mut terms = LowRankTerms::new();
+            // the gradients of the low-rank updates
+            let mut updates = LowRankUpdates::new();
             for (i, two) in qkv.iter().enumerate() {
-                if let Some(term) = &two.term {
-                    terms.insert(i, term.clone());
+                if let Some(update) = &two.update {
+                    updates.insert(i, update.clone());
                 }
             }
-            let room = TermRoom::new(&terms, 7, &x).unwrap().unwrap();
-            let factors: Vec<Factors> = (0..3)
-                .map(|i| Factors {
-                    number: i,
+            let buffer = LowRankGradientBuffer::new(&updates, 7, &x).unwrap().unwrap();
+            let factors: Vec<GradientFactors> = (0..3)
+                .map(|i| GradientFactors {
+                    id: i,
                     layer: layers[i],
                     x: x.clone(),
                     dy: on_device[i].clone(),
@@ -132,18 +132,18 @@ fn fused_layers() {
                     dz: dzs[i].clone(),
                 })
                 .collect();
-            let found = fused::term_gradients(&factors, &room).unwrap();
+            let found = fused::low_rank_gradients(&factors, &buffer).unwrap();
             assert_eq!(found.len(), ranks.iter().filter(|&&rank| rank > 0).count());
-            for (i, of_term) in found {
+            for (i, of_update) in found {
                 let (two, dy) = (&qkv[i], &dys[i].1);
                 let scaled = (dy * f64::from(SCALE)).unwrap();
                 let dz = scaled.matmul(&two.b).unwrap();
-                near("da", &of_term.a, &dz.t().unwrap().matmul(&x_cpu).unwrap());
+                near("da", &of_update.a, &dz.t().unwrap().matmul(&x_cpu).unwrap());
                 let z = x_cpu.matmul(&two.a.t().unwrap()).unwrap();
-                near("db", &of_term.b, &dy.t().unwrap().matmul(&z).unwrap());
+                near("db", &of_update.b, &dy.t().unwrap().matmul(&z).unwrap());
             }
 
-            // the gated activation, both ways
+            // the gated activation, forward and backward
             let mlp = [0, 1].map(|i| two_layers(inner, hidden, ranks[i], 60 + 10 * i as u64, dtype, offset));
             let layers = [mlp[0].layer(), mlp[1].layer()];
             let made = fused::products(&x, &layers, true).unwrap();
@@ -165,7 +165,7 @@ fn fused_layers() {
             near("d_up", &d_up, &pd_up);
             assert_eq!(values(&again), values(&y));
 
-            // the residual stream behind it
+            // the residual stream after it
             let made = fused::products(&y, &[down.layer()], true).unwrap();
             let only = fused::products(&y, &[down.layer()], false).unwrap();
             assert_eq!(made.z[0].as_ref().map(values), only.z[0].as_ref().map(values));
@@ -182,7 +182,7 @@ fn fused_layers() {
 }
 
 #[test]
-fn attention_in_front_of_a_term() {
+fn attention_in_front_of_a_low_rank_update() {
     for (dtype, tolerance) in TYPES {
         let shape = AttentionShape::new(4, 2, 20, 0.3);
         let tokens = OFFSETS[OFFSETS.len() - 1];

@@ -1,30 +1,29 @@
-//! Launches of the kernels of Metal and CUDA on tensors.
+//! Launches the kernels of Metal and CUDA on tensors.
 
 use crate::error::Result;
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::gpu;
 pub(crate) use metal_candle_kernels::gpu::{Arg, Formats, Grid, Kernel, Source, Word};
 
-/// Threads of a group that takes a row.
+/// The thread group size of kernels that process one row per group.
 pub(super) const ROW_THREADS: usize = 256;
 
-/// Whether kernels of this project's own run on it, rather than those of the CPU or candle's.
+/// Whether this project has GPU kernels for the tensor, instead of those of candle or the CPU.
 pub(crate) fn has_kernels(tensor: &Tensor) -> bool {
     gpu::has_kernels(tensor)
 }
 
-/// Gives a kernel to the device.
+/// Launches a kernel on the device of its arguments.
 pub(crate) fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     Ok(gpu::launch(kernel, grid, args, words)?)
 }
 
-/// The most threads that a group of `kernel` can have on the device of `like`.
+/// The maximum thread group size of `kernel` on the device of `like`.
 pub(crate) fn max_threads(kernel: &Kernel, like: &Tensor) -> Result<usize> {
     Ok(gpu::max_threads(kernel, like)?)
 }
 
-/// Threads of a group for a kernel that can be run with any number of warps: `most`, or the next smaller power of two that
-/// the device can run.
+/// The thread group size for a kernel that works with any number of warps: `most`, halved until the device supports it.
 pub(crate) fn threads(kernel: &Kernel, like: &Tensor, most: usize) -> Result<usize> {
     let allowed = max_threads(kernel, like)?;
     let mut threads = most;
@@ -34,27 +33,27 @@ pub(crate) fn threads(kernel: &Kernel, like: &Tensor, most: usize) -> Result<usi
     Ok(threads)
 }
 
-/// A tensor of the type and device of `like`, whose elements a kernel has yet to write.
+/// An uninitialized tensor with the dtype and device of `like`.
 pub(crate) fn empty(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::empty(shape, like.dtype(), like.device())?)
 }
 
-/// A tensor whose elements a kernel has yet to write.
+/// An uninitialized tensor.
 pub(crate) fn empty_of(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     Ok(gpu::empty(shape, dtype, device)?)
 }
 
-/// The same in f32.
+/// An uninitialized f32 tensor on the device of `like`.
 pub(crate) fn empty_f32(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::empty(shape, DType::F32, like.device())?)
 }
 
-/// Whether products of this type run by [`product`].
+/// Whether [`product`] supports the tensor.
 pub(crate) fn has_products(tensor: &Tensor) -> bool {
     cfg!(feature = "cuda") && tensor.device().is_cuda() && gpu::has_kernels(tensor)
 }
 
-/// `y = scale A B + beta y`; each matrix with whether its transpose is meant.
+/// `y = scale A B + beta y`; the flag of a matrix means its transpose.
 #[cfg(feature = "cuda")]
 pub(crate) fn product(y: &Tensor, a: (&Tensor, bool), b: (&Tensor, bool), scale: f32, beta: f32) -> Result<()> {
     let operand = |(tensor, is_transposed)| gpu::cuda::Operand { tensor, is_transposed };
@@ -63,43 +62,43 @@ pub(crate) fn product(y: &Tensor, a: (&Tensor, bool), b: (&Tensor, bool), scale:
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn product(_: &Tensor, _: (&Tensor, bool), _: (&Tensor, bool), _: f32, _: f32) -> Result<()> {
-    Err(crate::error::Error::Bug("a CUDA matrix product was called in a build without CUDA".into()))
+    Err(crate::error::Error::Bug("a build without CUDA called a CUDA matrix product".into()))
 }
 
-/// Whether the first element of each lies at a multiple of four.
-pub(super) fn are_aligned(tensors: &[&Tensor]) -> bool {
+/// Whether each tensor starts at a multiple of four elements.
+pub(super) fn are_aligned_to_four(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))
 }
 
-/// Whether what a kernel is given begins at a multiple of eight elements.
-pub(super) fn begin_at_eights(args: &[Arg]) -> bool {
+/// Whether each tensor argument starts at a multiple of eight elements.
+pub(super) fn are_aligned_to_eight(args: &[Arg]) -> bool {
     args.iter().all(|arg| match arg {
         Arg::In(tensor) | Arg::Out(tensor) => tensor.layout().start_offset().is_multiple_of(8),
         Arg::None => true,
     })
 }
 
-/// Whether kernels that read eight elements at once take the tensor.
-pub(crate) fn is_read_by_eights(tensor: &Tensor, dtype: DType) -> bool {
+/// Whether kernels can load eight elements of the tensor at once.
+pub(crate) fn supports_vector_loads(tensor: &Tensor, dtype: DType) -> bool {
     tensor.dtype() == dtype && tensor.is_contiguous() && tensor.layout().start_offset().is_multiple_of(8)
 }
 
-/// Words that the CPU writes and reads often, all zero, on the device of `like`.
+/// Zeroed words on the device of `like`, in memory that the CPU reads and writes often.
 pub(crate) fn words(count: usize, like: &Tensor) -> Result<Tensor> {
     Ok(gpu::words(count, like.device())?)
 }
 
-/// Writes words made by [`words`]; the device must have done what it was given.
+/// Writes words allocated by [`words`]. The device must have finished its work on them.
 pub(crate) fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
     Ok(gpu::write_words(to, words)?)
 }
 
-/// Waits for the device and reads words made by [`words`].
+/// Waits for the device and reads words allocated by [`words`].
 pub(crate) fn read_words(from: &Tensor) -> Result<Vec<u32>> {
     Ok(gpu::read_words(from)?)
 }
 
-/// Work that was recorded once and can be done again: a CUDA graph.
+/// Recorded launches that can be replayed: a CUDA graph.
 #[derive(Debug)]
 pub(crate) struct Recording {
     #[cfg(feature = "cuda")]
@@ -107,7 +106,7 @@ pub(crate) struct Recording {
 }
 
 impl Recording {
-    /// Does the work again.
+    /// Replays the launches.
     #[cfg(feature = "cuda")]
     pub(crate) fn replay(&mut self) -> Result<()> {
         Ok(self.graph.replay()?)
@@ -120,8 +119,8 @@ impl Recording {
     }
 }
 
-/// Records what `work` gives to the device of `like`, without doing it; nothing where that is not possible. `work` must not
-/// allocate and must have been done before.
+/// Records the launches of `work` on the device of `like` without running them; returns `None` if the device cannot
+/// record. `work` must not allocate and must have run once before.
 #[cfg(feature = "cuda")]
 pub(crate) fn record(like: &Tensor, work: impl FnOnce() -> Result<()>) -> Result<Option<Recording>> {
     let candle_core::Device::Cuda(device) = like.device() else { return Ok(None) };
@@ -135,20 +134,22 @@ pub(crate) fn record(_: &Tensor, _: impl FnOnce() -> Result<()>) -> Result<Optio
     Ok(None)
 }
 
-/// Launches a kernel of `elementwise.metal` that takes four elements a thread and the words `count` and `is_aligned` first.
+/// Launches a kernel of `elementwise.metal` that processes four elements per thread; its first words are `count` and
+/// `is_aligned`.
 pub(crate) fn by_four(name: &'static str, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
     by_four_of(&Kernel::new(Source::Elementwise, name, tensors[0].dtype()), tensors, args, more)
 }
 
-/// The same for a kernel with constants.
+/// [`by_four`] for a kernel with constants.
 pub(super) fn by_four_of(kernel: &Kernel, tensors: &[&Tensor], args: &[Arg], more: &[Word]) -> Result<()> {
     let count = tensors[0].elem_count();
-    let mut words: Vec<Word> = vec![count.into(), are_aligned(tensors).into()];
+    let mut words: Vec<Word> = vec![count.into(), are_aligned_to_four(tensors).into()];
     words.extend(more);
     launch(kernel, Grid::elements(count.div_ceil(4)), args, &words)
 }
 
-/// Launches a kernel of `elementwise.metal` that takes an element a thread and the words `count` and `width` first.
+/// Launches a kernel of `elementwise.metal` that processes one element per thread; its first words are `count` and
+/// `width`.
 pub(super) fn by_row(name: &'static str, y: &Tensor, args: &[Arg]) -> Result<()> {
     let (count, width) = (y.elem_count(), y.dim(1)?);
     let kernel = Kernel::new(Source::Elementwise, name, y.dtype());

@@ -1,18 +1,18 @@
-//! Matrices of quantized blocks on a GPU.
+//! Quantized weight matrices on a GPU, and products with them.
 //!
-//! Decoding reads the blocks themselves. Other products dequantize a part of the rows at a time into memory that is reused, so a
-//! whole matrix is never held beside its blocks unless it is small.
+//! Decoding reads the blocks directly. Other products dequantize a chunk of rows at a time into a reused buffer, so a
+//! whole dequantized matrix exists only if it is small.
 
 use super::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::BlockFormat;
 
-/// The most weights that are dequantized at a time.
-const PART: usize = 1 << 25;
+/// The maximum number of weights that are dequantized at a time.
+const MAX_WEIGHTS: usize = 1 << 25;
 
-/// The most vectors that a kernel multiplies with blocks as they are.
-const MOST_VECTORS: usize = 64;
+/// The maximum number of vectors that are multiplied with blocks without dequantizing them.
+const MAX_VECTORS: usize = 64;
 
 /// A matrix of quantized blocks on a GPU; each row is a whole number of blocks. Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -27,7 +27,7 @@ pub(super) struct GpuBlocks {
 }
 
 impl GpuBlocks {
-    /// The matrix `[rows, columns]` with these blocks, uploaded to `device`. Its products are of type `dtype`.
+    /// Uploads the blocks of a matrix `[rows, columns]` to `device`. Its products are of type `dtype`.
     pub(super) fn upload(
         blocks: &[u8],
         (rows, columns): (usize, usize),
@@ -52,7 +52,7 @@ impl GpuBlocks {
         self.format
     }
 
-    /// The type of what is dequantized.
+    /// The dtype of dequantized weights and of products.
     pub(super) fn dtype(&self) -> DType {
         self.dtype
     }
@@ -65,7 +65,8 @@ impl GpuBlocks {
     /// Rows `start..start + len`, without a copy.
     pub(super) fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
         if start.checked_add(len).is_none_or(|end| end > self.rows) {
-            let message = format!("rows {start} to {start} + {len} of a weight with {} rows", self.rows);
+            let message =
+                format!("expected rows within the {} rows of the weight, found {start} to {start} + {len}", self.rows);
             return Err(Error::argument("rows", message));
         }
         let row = self.bytes.elem_count().checked_div(self.rows).unwrap_or(0);
@@ -80,7 +81,7 @@ impl GpuBlocks {
         Ok(all)
     }
 
-    /// The rows with these indices, which exist: `[ids, columns]`.
+    /// The rows with these indices, which must exist: `[ids, columns]`.
     pub(super) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         let device = self.bytes.device();
         let rows = gpu::empty_of((ids.len(), self.columns), self.dtype, device)?;
@@ -88,8 +89,8 @@ impl GpuBlocks {
         Ok(rows)
     }
 
-    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA. `scratch` has room for a part of W; without it memory is
-    /// allocated.
+    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA. `scratch` is a buffer for dequantized weights;
+    /// without it, memory is allocated.
     pub(super) fn multiply(
         &self,
         y: &Tensor,
@@ -99,16 +100,16 @@ impl GpuBlocks {
         beta: f32,
         scratch: Option<&Tensor>,
     ) -> Result<()> {
-        if is_transposed && self.takes_few(x, y) {
-            return multiply_few(x, &[(self, y)], scale, beta);
+        if is_transposed && self.supports_block_product(x, y) {
+            return block_product(x, &[(self, y)], scale, beta);
         }
-        let of_part = rows_of_part(self.rows, self.columns);
+        let chunk_rows = rows_per_chunk(self.rows, self.columns);
         let scratch = match scratch {
-            Some(scratch) => scratch.narrow(0, 0, of_part * self.columns)?,
-            None => gpu::empty_of(of_part * self.columns, self.dtype, self.bytes.device())?,
+            Some(scratch) => scratch.narrow(0, 0, chunk_rows * self.columns)?,
+            None => gpu::empty_of(chunk_rows * self.columns, self.dtype, self.bytes.device())?,
         };
-        for start in (0..self.rows).step_by(of_part) {
-            let len = of_part.min(self.rows - start);
+        for start in (0..self.rows).step_by(chunk_rows) {
+            let len = chunk_rows.min(self.rows - start);
             let part = scratch.narrow(0, 0, len * self.columns)?.reshape((len, self.columns))?;
             self.narrow_rows(start, len)?.dequantize(None, &part)?;
             if is_transposed {
@@ -121,12 +122,12 @@ impl GpuBlocks {
         Ok(())
     }
 
-    /// Whether the products of `x` go into `y` without dequantized weights.
-    pub(super) fn takes_few(&self, x: &Tensor, y: &Tensor) -> bool {
-        let is_few = x.dims().first().is_some_and(|rows| *rows <= MOST_VECTORS);
+    /// Whether [`block_product`] can multiply `x` and write `y`.
+    pub(super) fn supports_block_product(&self, x: &Tensor, y: &Tensor) -> bool {
+        let is_few = x.dims().first().is_some_and(|rows| *rows <= MAX_VECTORS);
         let is_half = matches!(self.dtype, DType::F16 | DType::BF16) && x.dtype() == self.dtype;
         let is_written = y.is_contiguous() && (y.dtype() == self.dtype || y.dtype() == DType::F32);
-        is_few && is_half && is_written && gpu::is_read_by_eights(x, self.dtype)
+        is_few && is_half && is_written && gpu::supports_vector_loads(x, self.dtype)
     }
 
     /// Dequantizes all rows, or those with the given indices, into `to`.
@@ -141,19 +142,19 @@ impl GpuBlocks {
     }
 }
 
-/// Warps of a group that multiplies blocks as they are, and the rows of weights that it takes.
+/// Warps of a thread group of [`block_product`], and the weight rows that it processes.
 const WARPS: usize = 8;
 const TILE_ROWS: usize = 16;
 
-/// The columns that a warp takes at a time of rows of so many, and the bytes of a row of them.
+/// For rows of `columns` columns, the columns that a warp loads at a time, and their bytes in one row.
 fn stage_of(format: BlockFormat, columns: usize) -> (usize, usize) {
     let stage = [128, 64].into_iter().find(|stage| columns.is_multiple_of(*stage));
     let stage = if format.len() > 128 { format.len() } else { stage.unwrap_or(format.len()) };
     (stage, stage / format.len() * format.bytes())
 }
 
-/// `y = scale x W^T + beta y` for up to three matrices and their results, which share `x`.
-pub(super) fn multiply_few(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale: f32, beta: f32) -> Result<()> {
+/// `y = scale x W^T + beta y` for up to three matrices that share `x`, without dequantizing them.
+pub(super) fn block_product(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale: f32, beta: f32) -> Result<()> {
     let (tokens, columns) = x.dims2()?;
     let n_tiles = tokens.div_ceil(8).next_power_of_two();
     let Some(format) = products.first().map(|(blocks, _)| blocks.format) else { return Ok(()) };
@@ -179,21 +180,21 @@ pub(super) fn multiply_few(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scale
     words.extend(of_each.iter().map(|product| Word::from(product.map_or(0, |(blocks, _)| blocks.rows))));
     words.extend([Word::from(scale), beta.into()]);
     let tiles: usize = products.iter().map(|(blocks, _)| blocks.rows.div_ceil(TILE_ROWS)).sum();
-    // each warp has two stages and the scales of one, and later a sum for each row and vector
+    // each warp has two stages and the scales of one; later, the memory holds a sum for each row and vector
     let shared_bytes = WARPS * TILE_ROWS * (2 * row_bytes + stage / 16 * 8).max((8 * n_tiles + 1) * 4);
     gpu::launch(&kernel, Grid { shared_bytes, ..Grid::row(tiles, 32 * WARPS) }, &args, &words)
 }
 
-/// The rows of a matrix that are dequantized at a time: a multiple of 128 unless they are all.
-fn rows_of_part(rows: usize, columns: usize) -> usize {
-    let most = (PART / columns.max(1) / 128 * 128).max(128);
-    rows.min(most)
+/// The rows of a matrix that are dequantized at a time: all, or a multiple of 128.
+fn rows_per_chunk(rows: usize, columns: usize) -> usize {
+    let max_rows = (MAX_WEIGHTS / columns.max(1) / 128 * 128).max(128);
+    rows.min(max_rows)
 }
 
-/// The weights that are dequantized at a time of a matrix with this shape.
-pub(crate) fn part_len(dims: &[usize]) -> usize {
+/// The number of weights of a matrix of this shape that are dequantized at a time.
+pub(crate) fn scratch_len(dims: &[usize]) -> usize {
     match *dims {
-        [rows, columns] => rows_of_part(rows, columns) * columns,
+        [rows, columns] => rows_per_chunk(rows, columns) * columns,
         _ => 0,
     }
 }

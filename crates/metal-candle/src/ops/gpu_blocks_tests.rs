@@ -1,4 +1,4 @@
-//! Products of few vectors with quantized blocks on CUDA against sums in f64 on the CPU.
+//! Tests products of few vectors with quantized blocks on CUDA against sums in f64 on the CPU.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ fn device() -> Device {
     crate::Device::cuda(0).unwrap().candle()
 }
 
-/// A matrix of `columns` columns in blocks on the device, and its values.
+/// A quantized matrix with `columns` columns on the device, and its values.
 fn weight(format: BlockFormat, columns: usize, dtype: DType, seed: u64) -> (Weight, Vec<f32>) {
     let blocks = format.quantize(&values(&random(&[ROWS, columns], seed)), columns, None).unwrap();
     let weight = Weight::blocks(blocks, (ROWS, columns), format).unwrap();
@@ -43,7 +43,7 @@ fn few_vectors_are_multiplied_with_blocks_of_every_format() {
     let of_f16 = [BlockFormat::Q4K, BlockFormat::Q6K, BlockFormat::Q8_0].map(|format| (format, DType::F16));
     let all = BlockFormat::WRITABLE.map(|format| (format, DType::BF16));
     for (format, dtype) in all.into_iter().chain(of_f16) {
-        // stages of one block of 256; of 64 and of 128 columns
+        // stages of one block of 256, or of 64 or 128 columns
         let widths: &[usize] = if format.len() > 128 { &[2560] } else { &[576, 1152] };
         let counts: &[usize] = if format == BlockFormat::Q4K { &[1, 9, 20, 64] } else { &[1, 20] };
         for (&columns, &count) in widths.iter().flat_map(|columns| counts.iter().map(move |count| (columns, count))) {
@@ -55,7 +55,7 @@ fn few_vectors_are_multiplied_with_blocks_of_every_format() {
             let y = start.to_device(&device()).unwrap();
             own.multiply_on_gpu(&y, &there, true, (0.7, 0.5), None).unwrap();
             assert_near(&what, &y, &expected(&x, &w, &values(&start), columns, (0.7, 0.5)));
-            // some of the rows, beside another matrix
+            // a range of rows, together with another matrix
             let (other, w2) = weight(format, columns, dtype, 4);
             let part = own.narrow_rows(5, 20).unwrap();
             let ys = [20, ROWS].map(|rows| Tensor::zeros((count, rows), DType::F32, &device()).unwrap());

@@ -1,14 +1,14 @@
-//! The kernels of Metal or CUDA against candle's operations on the CPU: values and gradients, in each type, with odd sizes and
-//! tensors that begin inside of others.
+//! Tests the kernels of Metal or CUDA against candle's operations on the CPU: values and gradients, in each type, with
+//! odd sizes and tensors at an offset.
 
 #![allow(clippy::unwrap_used)]
 
 use super::activation;
-use super::adapters::LayerTerms;
-use super::attention::{self, Cached, Spans};
+use super::adapters::LayerUpdates;
+use super::attention::{self, CacheSlots, Spans};
 use super::head::{self, Head};
-use super::linear::{self, Linear, Part, Start};
-use super::norm::{Norm, NormWanted};
+use super::linear::{self, Accumulator, Linear, ScaledProduct};
+use super::norm::{Norm, NormNeedsGrad};
 use super::rotary::{self, Pairs, RotaryScaling};
 use super::tests::{ACTIVATIONS, norm_kinds, random, rotary_table, values};
 use super::{LowRank, adam, cache_write, gpu};
@@ -22,15 +22,15 @@ fn device() -> Device {
     return crate::Device::cuda(0).unwrap().candle();
 }
 
-/// The types, and what is left of a number of size 1 after a few roundings to them.
+/// The types, and a tolerance relative to 1 after a few roundings to them.
 pub(super) const TYPES: [(DType, f32); 3] = [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)];
 
-/// The same values rounded to `dtype`: on the device behind `offset` other elements, and on the CPU in f32.
+/// Random values rounded to `dtype`: on the device at an offset of `offset` elements, and on the CPU in f32.
 pub(super) fn both(shape: &[usize], seed: u64, dtype: DType, offset: usize) -> (Tensor, Tensor) {
     place(&random(shape, seed), dtype, offset)
 }
 
-/// The same for a tensor of the CPU.
+/// [`both`] for a given tensor on the CPU.
 fn place(tensor: &Tensor, dtype: DType, offset: usize) -> (Tensor, Tensor) {
     let (rounded, shape) = (tensor.to_dtype(dtype).unwrap(), tensor.dims());
     let count = rounded.elem_count();
@@ -52,7 +52,7 @@ pub(super) fn assert_near(what: &str, found: &Tensor, expected: &Tensor, toleran
     }
 }
 
-/// The same norm with its weight and bias rounded to `dtype`: on the device and on the CPU in f32.
+/// The norm with its weight and bias rounded to `dtype`: on the device, and on the CPU in f32.
 fn both_norms(norm: &Norm, dtype: DType, offset: usize) -> (Norm, Norm) {
     let placed = |tensor: &Option<Tensor>| {
         let placed = tensor.as_ref().map(|tensor| place(tensor, dtype, offset));
@@ -76,9 +76,9 @@ fn norms() {
             let (base, base_cpu) = both(&[rows, row], 4, dtype, 0);
             assert!(gpu::has_kernels(&x));
             assert_near("norm", &norm.forward(&x).unwrap(), &plain.plain_forward(&x_cpu).unwrap(), 2.0 * tolerance);
-            let wanted = NormWanted { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
-            let (dx, found) = norm.backward(&x, &dy, Some(base.force_contiguous().unwrap()), wanted).unwrap();
-            let expected = plain.plain_backward(&x_cpu, &dy_cpu, &base_cpu, wanted).unwrap();
+            let needs_grad = NormNeedsGrad { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
+            let (dx, found) = norm.backward(&x, &dy, Some(base.force_contiguous().unwrap()), needs_grad).unwrap();
+            let expected = plain.plain_backward(&x_cpu, &dy_cpu, &base_cpu, needs_grad).unwrap();
             assert_near("dx", &dx, &expected.0, 2.0 * tolerance);
             for (name, found, expected) in
                 [("dw", found.weight, expected.1.weight), ("db", found.bias, expected.1.bias)]
@@ -99,7 +99,7 @@ fn activations() {
         for (activation, (rows, width, offset)) in
             ACTIVATIONS.into_iter().zip([(5, 77, 3), (7, 64, 4), (3, 30, 5), (1, 1, 0)].into_iter().cycle())
         {
-            // beyond the limit of the clamped one
+            // exceeds the limit of the clamped activation
             let (gate, gate_cpu) = place(&random(&[rows, width], 1).affine(9.0, 0.0).unwrap(), dtype, offset);
             let (up, up_cpu) = place(&random(&[rows, width], 2).affine(9.0, 0.0).unwrap(), dtype, offset);
             let (dy, dy_cpu) = both(&[rows, width], 3, dtype, 0);
@@ -143,9 +143,9 @@ fn rotation_bias_residual_factors_and_dropout() {
                 linear::scale_columns(dy.force_contiguous().unwrap(), &factors.to_device(&device()).unwrap()).unwrap();
             assert_near("columns", &scaled, &dy_cpu.broadcast_mul(&factors).unwrap(), tolerance);
 
-            let term = LowRank { dropout: 0.4, ..LowRank::new(random(&[1, 1], 1), random(&[1, 1], 2), 1.0) };
-            let found = linear::dropped(&gate, &term, Some(0x1234_5678_9abc_def0)).unwrap();
-            let expected = linear::dropped(&gate_cpu, &term, Some(0x1234_5678_9abc_def0)).unwrap();
+            let update = LowRank { dropout: 0.4, ..LowRank::new(random(&[1, 1], 1), random(&[1, 1], 2), 1.0) };
+            let found = linear::dropped(&gate, &update, Some(0x1234_5678_9abc_def0)).unwrap();
+            let expected = linear::dropped(&gate_cpu, &update, Some(0x1234_5678_9abc_def0)).unwrap();
             assert_near("dropout", &found, &expected, tolerance);
         }
         let positions = [0, 1, 2, 900, 5, 70];
@@ -172,42 +172,52 @@ fn rotation_bias_residual_factors_and_dropout() {
 }
 
 #[test]
-fn products_and_low_rank_terms() {
+fn products_and_low_rank_updates() {
     for (dtype, tolerance) in TYPES {
         for (m, n, k, rank) in [(1, 24, 16, 2), (33, 40, 24, 3), (70, 7, 130, 8)] {
             let ((x, x_cpu), (w, w_cpu)) = (both(&[m, k], 1, dtype, 0), both(&[n, k], 2, dtype, 0));
             let ((a, a_cpu), (b, b_cpu)) = (both(&[rank, k], 3, dtype, 0), both(&[n, rank], 4, dtype, 0));
             let layer = Linear { weight: w.into(), bias: None };
             let plain = Linear { weight: w_cpu.clone().into(), bias: None };
-            let (term, plain_term) = (LowRank::new(a, b, 0.7), LowRank::new(a_cpu, b_cpu, 0.7));
+            let (update, plain_update) = (LowRank::new(a, b, 0.7), LowRank::new(a_cpu, b_cpu, 0.7));
             let (dy, dy_cpu) = both(&[m, n], 5, dtype, 0);
             let (before, before_cpu) = both(&[m, k], 6, dtype, 0);
-            let found = layer.forward(&x, Some(&term), None, Some(&dy)).unwrap();
-            let expected = plain.forward(&x_cpu, Some(&plain_term), None, Some(&dy_cpu)).unwrap();
+            let found = layer.forward(&x, Some(&update), None, Some(&dy)).unwrap();
+            let expected = plain.forward(&x_cpu, Some(&plain_update), None, Some(&dy_cpu)).unwrap();
             assert_near("y", &found, &expected, 2.0 * tolerance);
-            let wanted = linear::Wanted { input: true, weight: true, bias: false };
+            let needs_grad = linear::NeedsGrad { input: true, weight: true, bias: false };
             let found = layer
-                .backward(Some(&x), Some(&term), None, &dy, wanted, Some(before.force_contiguous().unwrap()), None)
+                .backward(
+                    Some(&x),
+                    Some(&update),
+                    None,
+                    &dy,
+                    needs_grad,
+                    Some(before.force_contiguous().unwrap()),
+                    None,
+                )
                 .unwrap();
-            let expected =
-                plain.backward(Some(&x_cpu), Some(&plain_term), None, &dy_cpu, wanted, Some(before_cpu), None).unwrap();
+            let expected = plain
+                .backward(Some(&x_cpu), Some(&plain_update), None, &dy_cpu, needs_grad, Some(before_cpu), None)
+                .unwrap();
             assert_near("dx", &found.input.unwrap(), &expected.input.unwrap(), 3.0 * tolerance);
             assert_near("dw", &found.weight.unwrap(), &expected.weight.unwrap(), 2.0 * tolerance);
-            let (found, expected) = (found.term.unwrap(), expected.term.unwrap());
+            let (found, expected) = (found.update.unwrap(), expected.update.unwrap());
             assert_near("da", &found.a, &expected.a, 3.0 * tolerance);
             assert_near("db", &found.b, &expected.b, 3.0 * tolerance);
             assert_eq!(found.a.dtype(), DType::F32);
-            let start = linear::sum(Start::Matrix(&x), &[Part::plain(&dy, &layer.weight, -0.5)]).unwrap();
+            let start =
+                linear::sum(Accumulator::Matrix(&x), &[ScaledProduct::plain(&dy, &layer.weight, -0.5)]).unwrap();
             let expected = (x_cpu - (dy_cpu.matmul(&w_cpu).unwrap() * 0.5).unwrap()).unwrap();
             assert_near("matrix", &start, &expected, 2.0 * tolerance);
         }
     }
 }
 
-/// Sequences that are no multiple of any tile.
+/// Sequence lengths that are not a multiple of any tile.
 pub(super) const OFFSETS: [usize; 5] = [0, 1, 66, 68, 131];
 
-/// Causal attention in all types, and the other kinds in one of them each: every kernel is compiled for each.
+/// Causal attention in all types, and each other kind in one of them: this compiles every kernel for each type.
 fn in_types<T: Clone>(shapes: Vec<(AttentionShape, T)>) -> Vec<((DType, f32), (AttentionShape, T))> {
     let is_plain = |shape: AttentionShape| shape.mask == Mask::Causal && shape.soft_cap.is_none();
     let (plain, others): (Vec<_>, Vec<_>) = shapes.into_iter().partition(|(shape, _)| is_plain(*shape));
@@ -215,10 +225,10 @@ fn in_types<T: Clone>(shapes: Vec<(AttentionShape, T)>) -> Vec<((DType, f32), (A
     plain.chain(TYPES.into_iter().cycle().zip(others)).collect()
 }
 
-/// The number of shapes that [`attention_shapes`] begins with which have no cap, window or sinks.
+/// The number of leading shapes of [`attention_shapes`] that have no cap, window or sinks.
 const PLAIN_SHAPES: usize = 6;
 
-/// Heads of all widths that kernels take, and every kind of mask, cap and sinks.
+/// Heads of all widths that the kernels support, and every kind of mask, cap and sinks.
 fn attention_shapes() -> Vec<(AttentionShape, Option<Tensor>)> {
     let shape =
         |heads, kv_heads, head_dim| AttentionShape::new(heads, kv_heads, head_dim, 1.0 / (head_dim as f32).sqrt());
@@ -228,7 +238,7 @@ fn attention_shapes() -> Vec<(AttentionShape, Option<Tensor>)> {
             .into();
     let of = |shape: AttentionShape, mask, soft_cap, has_sinks: bool| {
         let sinks = has_sinks.then(|| random(&[shape.heads], 11).affine(2.0, 0.0).unwrap());
-        // scores that a cap bends
+        // large scores, so that a cap has an effect
         (AttentionShape { scale: 2.0 * shape.scale, mask, soft_cap, ..shape }, sinks)
     };
     shapes.extend([
@@ -288,7 +298,7 @@ fn attention_over_a_cache_that_is_written_first() {
         let (v, v_cpu) = both(&[72, kv_heads * head_dim], 9, dtype, 0);
         let sinks = sinks.as_ref().map(|sinks| place(sinks, dtype, 0));
         let (sinks, sinks_cpu) = (sinks.as_ref().map(|s| &s.0), sinks.as_ref().map(|s| &s.1));
-        let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 90 };
+        let cached = CacheSlots { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 90 };
         let spans = Spans::new(&offsets, &[shape], Some(cached), &q).unwrap();
         assert!(cache_write::append((&k, &v), (&keys, &cached_values), &spans).unwrap());
         for (from, to) in [(&k_cpu, &keys_cpu), (&v_cpu, &values_cpu)] {
@@ -321,16 +331,16 @@ fn cross_entropy_of_a_head() {
         {
             let layer = Head { linear: layer.clone(), scale, soft_cap };
             let plain = Head { linear: plain.clone(), scale, soft_cap };
-            let logits = head::logits(&hidden, &layer, &LayerTerms::Same(None)).unwrap();
+            let logits = head::logits(&hidden, &layer, &LayerUpdates::Same(None)).unwrap();
             assert_near(
                 "logits",
                 &logits,
-                &head::logits(&hidden_cpu, &plain, &LayerTerms::Same(None)).unwrap(),
+                &head::logits(&hidden_cpu, &plain, &LayerUpdates::Same(None)).unwrap(),
                 2.0 * tolerance,
             );
-            let wanted = Some(head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None });
-            let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, wanted).unwrap();
-            let expected = head::loss(&hidden_cpu, &plain, None, None, &rows, smoothing, wanted).unwrap();
+            let needs_grad = Some(head::HeadNeedsGrad { scale: 0.25, input: true, weight: true, rows: None });
+            let found = head::loss(&hidden, &layer, None, None, &rows, smoothing, needs_grad).unwrap();
+            let expected = head::loss(&hidden_cpu, &plain, None, None, &rows, smoothing, needs_grad).unwrap();
             for (a, b) in found.rows().unwrap().iter().zip(expected.rows().unwrap()) {
                 assert!((a - b).abs() <= 4.0 * tolerance * b.abs().max(1.0), "{a} instead of {b}");
             }
@@ -344,11 +354,11 @@ fn cross_entropy_of_a_head() {
 }
 
 #[test]
-fn rows_go_to_their_places_and_the_others_are_zero() {
+fn scattered_rows_have_their_indices_and_the_others_are_zero() {
     for (dtype, _) in TYPES {
         let (rows, rows_cpu) = both(&[3, 5], 1, dtype, 3);
-        let found = head::spread_rows(&rows, &[1, 2, 6], 8).unwrap();
-        assert_near("rows", &found, &head::spread_rows(&rows_cpu, &[1, 2, 6], 8).unwrap(), 0.0);
+        let found = head::scatter_rows(&rows, &[1, 2, 6], 8).unwrap();
+        assert_near("rows", &found, &head::scatter_rows(&rows_cpu, &[1, 2, 6], 8).unwrap(), 0.0);
     }
 }
 

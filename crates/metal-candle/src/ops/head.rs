@@ -1,9 +1,9 @@
-//! The output head with cross-entropy, in chunks of rows: `[tokens, vocab]` is never held.
+//! The output head and its cross-entropy loss, computed in chunks of rows so that `[tokens, vocab]` is never allocated.
 
-use super::adapters::LayerTerms;
+use super::adapters::LayerUpdates;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::host::on_cpu;
-use super::linear::{Linear, LinearGradients, Wanted};
+use super::linear::{Linear, LinearGradients, NeedsGrad};
 use super::low_rank::LowRank;
 use super::products::add_outer;
 use crate::error::{Error, Result};
@@ -11,13 +11,13 @@ use crate::profile::{Kind, span};
 use candle_core::{D, DType, Device, Tensor};
 use metal_candle_kernels::{self as kernels, LogitForm, Row};
 
-/// Most logits held at a time on the CPU: with what their products pack less than 100 MB.
+/// The maximum number of logits per chunk on the CPU: less than 100 MB with the packed operands of their products.
 const CHUNK: usize = 78_000_000 / 4;
-/// The same on Metal and on CUDA, whose products want many rows.
+/// The maximum on Metal and on CUDA, whose products are faster with many rows.
 const CHUNK_METAL: usize = 1 << 26;
 const CHUNK_CUDA: usize = 1 << 28;
 
-/// The output head: logits are the products of its layer times `scale`, and below the cap if there is one.
+/// The output head: logits are the products of its layer times `scale`, with an optional soft cap.
 #[derive(Debug, Clone)]
 pub(crate) struct Head {
     pub(crate) linear: Linear,
@@ -38,12 +38,12 @@ impl Head {
         self.soft_cap.is_none() && (self.scale - 1.0).abs() < f32::EPSILON
     }
 
-    /// The scale and the cap, 0 for none, as kernels take them.
+    /// The scale and the cap (0 for none), as kernel arguments.
     pub(crate) fn words(&self) -> [Word; 2] {
         [self.scale.into(), self.soft_cap.unwrap_or(0.0).into()]
     }
 
-    /// Makes logits of f32 products, in place, by a kernel.
+    /// Converts f32 products to logits in place, with a kernel.
     pub(crate) fn form_on_device(&self, products: &Tensor) -> Result<()> {
         if self.is_plain() {
             return Ok(());
@@ -56,15 +56,15 @@ impl Head {
     }
 }
 
-/// What [`loss`] returns.
+/// The losses and gradients that [`loss`] returns.
 #[derive(Debug)]
 pub(crate) struct HeadLoss {
     rows: Vec<f32>,
-    /// The losses of the chunks where they are not yet known to the CPU.
+    /// The losses of chunks that have not been copied to the CPU yet.
     losses_on_device: Vec<Tensor>,
-    /// The gradients with respect to `hidden`, the head's weight and its term, if wanted.
+    /// The requested gradients with respect to `hidden`, the head's weight and its low-rank update.
     pub(crate) gradients: LinearGradients,
-    /// The gradient with respect to single rows of the head's weight, if wanted: `[rows, hidden]`, f32.
+    /// The gradient with respect to single rows of the head's weight, if requested: `[rows, hidden]`, f32.
     pub(crate) gradient_of_rows: Option<Tensor>,
 }
 
@@ -79,37 +79,37 @@ impl HeadLoss {
     }
 }
 
-/// Which gradients are wanted, and the factor on them.
+/// The requested gradients, and the factor on them.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct HeadWanted<'a> {
+pub(crate) struct HeadNeedsGrad<'a> {
     pub(crate) scale: f32,
-    /// The gradient with respect to the rows.
+    /// The gradient with respect to `hidden`.
     pub(crate) input: bool,
     /// The gradient with respect to the head's weight.
     pub(crate) weight: bool,
-    /// The gradient with respect to these rows of it.
+    /// The gradient with respect to these rows of the head's weight.
     pub(crate) rows: Option<&'a [u32]>,
 }
 
 /// Weighted cross-entropy of `head(hidden)` against `rows`, with label smoothing, and its gradients.
 ///
-/// Rows are taken in chunks whose logits are turned into their gradient in place, so that `[rows, vocab]` is never held.
+/// Rows are processed in chunks. The gradient of a chunk overwrites its logits, so `[rows, vocab]` is never allocated.
 ///
 /// # Shapes
 /// `hidden: [rows, hidden]`, the head's weight `[vocab, hidden]`.
 pub(crate) fn loss(
     hidden: &Tensor,
     head: &Head,
-    term: Option<&LowRank>,
+    update: Option<&LowRank>,
     dropout_seed: Option<u64>,
     rows: &[Row],
     smoothing: f32,
-    wanted: Option<HeadWanted<'_>>,
+    needs_grad: Option<HeadNeedsGrad<'_>>,
 ) -> Result<HeadLoss> {
     let (form, head) = (head.form(), &head.linear);
     let vocab = head.weight.dims2()?.0;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
-        let message = format!("token id {} is not below the vocabulary's {vocab}", row.target);
+        let message = format!("expected token ids below the vocabulary size {vocab}, found {}", row.target);
         return Err(Error::argument("targets", message));
     }
     let mut result = HeadLoss {
@@ -118,9 +118,12 @@ pub(crate) fn loss(
         gradients: LinearGradients::default(),
         gradient_of_rows: None,
     };
-    let ids = wanted.and_then(|wanted| wanted.rows);
+    let ids = needs_grad.and_then(|needs_grad| needs_grad.rows);
     if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= vocab) {
-        return Err(Error::argument("rows", format!("token id {id} is not below the vocabulary's {vocab}")));
+        return Err(Error::argument(
+            "rows",
+            format!("expected token ids below the vocabulary size {vocab}, found {id}"),
+        ));
     }
     let ids = ids.map(|ids| Tensor::new(ids, hidden.device())).transpose()?;
     let (mut d_hidden, mut losses_on_device) = (Vec::new(), Vec::new());
@@ -128,13 +131,13 @@ pub(crate) fn loss(
     for start in (0..rows.len()).step_by(chunk) {
         let rows = &rows[start..rows.len().min(start + chunk)];
         let hidden = hidden.narrow(0, start, rows.len())?;
-        // the elements of each chunk are numbered from 0
+        // dropout indexes the elements of each chunk from 0
         let seed = dropout_seed.map(|seed| seed.wrapping_add(start as u64));
-        let logits = head.forward(&hidden, term, seed, None)?;
-        let scale = wanted.map(|w| w.scale);
+        let logits = head.forward(&hidden, update, seed, None)?;
+        let scale = needs_grad.map(|w| w.scale);
         let gradient = if gpu::has_kernels(&logits) {
             losses_on_device.push(gpu_cross_entropy(&logits, form, rows, smoothing, scale)?);
-            wanted.map(|_| logits)
+            needs_grad.map(|_| logits)
         } else {
             let (losses, gradient) = if on_cpu(&logits) {
                 cross_entropy(logits, form, rows, smoothing, scale)?
@@ -144,21 +147,21 @@ pub(crate) fn loss(
             result.rows.extend(losses);
             gradient
         };
-        let (Some(gradient), Some(wanted)) = (gradient, wanted) else { continue };
-        if wanted.weight {
+        let (Some(gradient), Some(needs_grad)) = (gradient, needs_grad) else { continue };
+        if needs_grad.weight {
             result.gradients.weight = Some(add_outer(result.gradients.weight.take(), 1.0, &gradient, &hidden)?);
         }
         if let Some(ids) = &ids {
             let of_rows = gradient.index_select(ids, 1)?;
             result.gradient_of_rows = Some(add_outer(result.gradient_of_rows.take(), 1.0, &of_rows, &hidden)?);
         }
-        let of_linear = Wanted { input: wanted.input, weight: false, bias: false };
-        let of_chunk = head.backward(Some(&hidden), term, seed, &gradient, of_linear, None, None)?;
+        let of_linear = NeedsGrad { input: needs_grad.input, weight: false, bias: false };
+        let of_chunk = head.backward(Some(&hidden), update, seed, &gradient, of_linear, None, None)?;
         d_hidden.extend(of_chunk.input);
-        if let Some(of_term) = of_chunk.term {
-            result.gradients.term = Some(match result.gradients.term.take() {
-                Some(sum) => sum.plus(&of_term)?,
-                None => of_term,
+        if let Some(of_update) = of_chunk.update {
+            result.gradients.update = Some(match result.gradients.update.take() {
+                Some(sum) => sum.plus(&of_update)?,
+                None => of_update,
             });
         }
     }
@@ -170,7 +173,7 @@ pub(crate) fn loss(
     Ok(result)
 }
 
-/// Rows of a chunk: as equal as possible, with at most so many logits as the device holds.
+/// Rows of a chunk: as equal as possible, within the device's maximum number of logits.
 pub(crate) fn chunk_rows(rows: usize, vocab: usize, device: &Device) -> usize {
     let logits = match device {
         Device::Cpu => CHUNK,
@@ -181,7 +184,7 @@ pub(crate) fn chunk_rows(rows: usize, vocab: usize, device: &Device) -> usize {
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
-/// The losses, `[rows]`; with a scale the gradient takes the place of the logits.
+/// The losses, `[rows]`. With a scale, the gradient overwrites the logits.
 fn gpu_cross_entropy(
     logits: &Tensor,
     form: LogitForm,
@@ -196,7 +199,7 @@ fn gpu_cross_entropy(
     let weights = Tensor::from_vec(rows.iter().map(|row| row.weight).collect::<Vec<_>>(), count, logits.device())?;
     let losses = gpu::empty_f32(count, logits)?;
     let args = [Arg::Out(logits), Arg::In(&targets), Arg::In(&weights), Arg::Out(&losses)];
-    let is_aligned = vocab.is_multiple_of(8) && gpu::begin_at_eights(&args[..1]);
+    let is_aligned = vocab.is_multiple_of(8) && gpu::are_aligned_to_eight(&args[..1]);
     let words = [
         vocab.into(),
         smoothing.into(),
@@ -213,7 +216,7 @@ fn gpu_cross_entropy(
     Ok(losses)
 }
 
-/// The losses, and the gradient in place of the logits.
+/// The losses, and with a scale the gradient, which overwrites the logits.
 fn cross_entropy(
     logits: Tensor,
     form: LogitForm,
@@ -230,7 +233,7 @@ fn cross_entropy(
     Ok((losses.into_inner(), scale.map(|_| logits)))
 }
 
-/// Losses and gradient in candle's operations, f32 inside.
+/// Losses and gradient with candle's operations, in f32.
 pub(crate) fn plain_cross_entropy(
     logits: &Tensor,
     form: LogitForm,
@@ -248,10 +251,10 @@ pub(crate) fn plain_cross_entropy(
     let exponentials = shifted.exp()?;
     let sums = exponentials.sum_keepdim(D::Minus1)?;
     let log_probabilities = shifted.broadcast_sub(&sums.log()?)?;
-    let wanted = log_probabilities.gather(&targets, D::Minus1)?;
+    let of_targets = log_probabilities.gather(&targets, D::Minus1)?;
     let mean = log_probabilities.mean_keepdim(D::Minus1)?;
     let smoothing = f64::from(smoothing);
-    let losses = ((wanted.affine(smoothing - 1.0, 0.0)? - mean.affine(smoothing, 0.0)?)? * &weights)?;
+    let losses = ((of_targets.affine(smoothing - 1.0, 0.0)? - mean.affine(smoothing, 0.0)?)? * &weights)?;
     let losses = losses.flatten_all()?.to_vec1()?;
     let Some(scale) = scale else {
         return Ok((losses, None));
@@ -264,7 +267,7 @@ pub(crate) fn plain_cross_entropy(
     Ok((losses, Some(gradient.to_dtype(dtype)?)))
 }
 
-/// Logits of the products of a head, f32, and their derivative with respect to these unless it is 1.
+/// The logits for the products of a head, f32, and their derivative with respect to the products unless it is 1.
 fn plain_form(products: &Tensor, form: LogitForm) -> Result<(Tensor, Option<Tensor>)> {
     if form.is_plain() {
         return Ok((products.clone(), None));
@@ -280,8 +283,8 @@ fn plain_form(products: &Tensor, form: LogitForm) -> Result<(Tensor, Option<Tens
 }
 
 /// The logits of `hidden` in f32: `[rows, vocab]`.
-pub(crate) fn logits(hidden: &Tensor, head: &Head, terms: &LayerTerms) -> Result<Tensor> {
-    let (form, products) = (head.form(), head.linear.infer_terms(hidden, terms, None)?);
+pub(crate) fn logits(hidden: &Tensor, head: &Head, updates: &LayerUpdates) -> Result<Tensor> {
+    let (form, products) = (head.form(), head.linear.infer_adapted(hidden, updates, None)?);
     let products = products.to_dtype(DType::F32)?;
     if form.is_plain() {
         return Ok(products);
@@ -296,17 +299,17 @@ pub(crate) fn logits(hidden: &Tensor, head: &Head, terms: &LayerTerms) -> Result
     Ok(plain_form(&products, form)?.0)
 }
 
-/// Rows to these places, in rising order, among `count` rows, the others of which are 0.
-pub(crate) fn spread_rows(rows: &Tensor, places: &[usize], count: usize) -> Result<Tensor> {
+/// A tensor of `count` rows with `rows` at these ascending indices, and 0 elsewhere.
+pub(crate) fn scatter_rows(rows: &Tensor, indices: &[usize], count: usize) -> Result<Tensor> {
     let width = rows.dim(1)?;
     if !gpu::has_kernels(rows) {
-        let places: Vec<u32> = places.iter().map(|&place| place as u32).collect();
+        let indices: Vec<u32> = indices.iter().map(|&index| index as u32).collect();
         let zeros = Tensor::zeros((count, width), rows.dtype(), rows.device())?;
-        return Ok(zeros.index_add(&Tensor::new(places, rows.device())?, rows, 0)?);
+        return Ok(zeros.index_add(&Tensor::new(indices, rows.device())?, rows, 0)?);
     }
     let mut sources = vec![u32::MAX; count];
-    for (row, &place) in places.iter().enumerate() {
-        sources[place] = row as u32;
+    for (row, &index) in indices.iter().enumerate() {
+        sources[index] = row as u32;
     }
     let y = gpu::empty((count, width), rows)?;
     gpu::by_row("spread_rows", &y, &[Arg::In(rows), Arg::In(&Tensor::new(sources, rows.device())?), Arg::Out(&y)])?;

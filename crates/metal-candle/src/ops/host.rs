@@ -1,10 +1,10 @@
-//! CPU tensors as slices.
+//! Reads CPU tensors as slices and edits them in place, so that kernels can use them.
 
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
 use metal_candle_kernels::Matrix;
 
-/// Elements on the CPU that can be read as a slice.
+/// Elements on the CPU, readable as a slice.
 pub(crate) struct Host<'a>(Elements<'a>);
 
 enum Elements<'a> {
@@ -27,7 +27,10 @@ impl<'a> Host<'a> {
     pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
-            return Err(Error::Unsupported(format!("a tensor with strides {:?} as a slice", layout.stride())));
+            return Err(Error::Unsupported(format!(
+                "tensors that are not contiguous on the CPU: strides {:?}",
+                layout.stride()
+            )));
         };
         Ok(Self(Elements::Tensor { storage, start, end }))
     }
@@ -45,9 +48,9 @@ impl<'a> Host<'a> {
         match &self.0 {
             Elements::Tensor { storage, start, end } => match &**storage {
                 Storage::Cpu(CpuStorage::U8(bytes)) => Ok(&bytes[*start..*end]),
-                other => Err(Error::Unsupported(format!("bytes of {:?}", other.dtype()))),
+                other => Err(Error::Bug(format!("a tensor of {:?} was read as bytes", other.dtype()))),
             },
-            Elements::Slice(_) => Err(Error::Unsupported("bytes of floats".into())),
+            Elements::Slice(_) => Err(Error::Bug("floats were read as bytes".into())),
         }
     }
 
@@ -61,12 +64,14 @@ impl<'a> Host<'a> {
             Storage::Cpu(CpuStorage::F32(values)) => Ok(Matrix::F32(&values[range])),
             Storage::Cpu(CpuStorage::F16(values)) => Ok(Matrix::F16(&values[range])),
             Storage::Cpu(CpuStorage::BF16(values)) => Ok(Matrix::BF16(&values[range])),
-            other => Err(Error::Unsupported(format!("a CPU kernel on {:?}", other.dtype()))),
+            other => {
+                Err(Error::Unsupported(format!("tensors of {:?} on the CPU: expected f32, f16 or bf16", other.dtype())))
+            }
         }
     }
 }
 
-/// A CPU tensor of these elements.
+/// A CPU tensor with these elements.
 pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
 }
@@ -76,12 +81,12 @@ pub(crate) fn rounded(x: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(metal_candle_kernels::round_to_bf16(Host::new(x)?.f32()?), x.shape(), &Device::Cpu)?)
 }
 
-/// Whether the kernels of this crate's own run on it, rather than candle's.
+/// Whether this project's CPU kernels support the tensor: f32 on the CPU.
 pub(crate) fn on_cpu(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && tensor.dtype() == DType::F32
 }
 
-/// `x` with its elements changed in place; nothing else may share its storage.
+/// Edits the elements of `x` in place. No other tensor may share its storage.
 pub(crate) fn edit(x: Tensor, change: impl Fn(&mut [f32])) -> Result<Tensor> {
     x.inplace_op1(&Edit(change))?;
     Ok(x)
@@ -100,7 +105,7 @@ impl<F: Fn(&mut [f32])> InplaceOp1 for Edit<F> {
                 (self.0)(&mut values[start..end]);
                 Ok(())
             }
-            _ => candle_core::bail!("only contiguous f32 tensors are changed in place"),
+            _ => candle_core::bail!("only contiguous f32 tensors can be edited in place"),
         }
     }
 }

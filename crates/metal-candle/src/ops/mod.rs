@@ -1,8 +1,8 @@
-//! Differentiable operations: the only place that knows backends and gradients.
+//! Forward and backward passes of every operation in a model. No other module knows about backends or gradients.
 //!
-//! Each operation has a forward and a hand-written backward pass side by side. They run the kernels of
-//! `metal-candle-kernels`; the `plain_*` functions are the same in candle's operations on detached tensors, which is the
-//! reference in tests, and what runs where there is no kernel.
+//! Each operation has its forward pass and its hand-written backward pass side by side. They call the kernels of
+//! `metal-candle-kernels`. The `plain_*` functions do the same with candle's operations on detached tensors: tests use
+//! them as the reference, and devices without a kernel fall back to them.
 
 pub(crate) mod activation;
 pub(crate) mod adam;
@@ -46,14 +46,14 @@ use candle_core::{DType, Tensor};
 
 pub use adapters::Adapters;
 pub use cache_type::KVCacheType;
-pub use low_rank::{LowRank, LowRankTerms, Magnitude, TermGradients, weight_norms_squared};
+pub use low_rank::{LowRank, LowRankGradients, LowRankUpdates, Magnitude, weight_norms_squared};
 pub use metal_candle_kernels::BlockFormat;
 pub(crate) use weight::MappedFiles;
 pub use weight::Weight;
 
-/// An activation as it is kept beside weights of this type for the backward pass: rounded to bf16 where the weights have
-/// half precision, which changes gradients by less than the rounding of the weights does.
-pub(crate) fn kept(x: Tensor, weights: DType) -> Result<Tensor> {
+/// An activation in the type in which it is saved for backward, given the dtype of the weights: f32 is rounded to bf16
+/// if the weights are in half precision. This changes gradients by less than the rounding of the weights does.
+pub(crate) fn saved_activation(x: Tensor, weights: DType) -> Result<Tensor> {
     if weights == DType::F32 || !host::on_cpu(&x) { Ok(x) } else { host::rounded(&x) }
 }
 

@@ -1,5 +1,5 @@
-//! The norms of a model: root mean square (<https://arxiv.org/abs/1910.07467>) and layer norm
-//! (<https://arxiv.org/abs/1607.06450>), over whole rows or over each head.
+//! RMS norm (<https://arxiv.org/abs/1910.07467>) and layer norm (<https://arxiv.org/abs/1607.06450>) over whole rows or
+//! over each head, and their gradients.
 
 use super::gpu::{self, Arg, Grid, Kernel, ROW_THREADS, Source};
 use super::host::{Host, edit, on_cpu, tensor};
@@ -15,17 +15,17 @@ use std::cell::RefCell;
 #[derive(Debug, Clone)]
 pub(crate) struct Norm {
     pub(crate) kind: NormKind,
-    /// `[m * width]`, f32 on the CPU: run `i` of a row is multiplied by part `i % m`. None for a weight of 1.
+    /// `[m * width]`, f32 on the CPU: run `i` of a row is multiplied by part `i % m`. `None` means a weight of 1.
     pub(crate) weight: Option<Tensor>,
-    /// As long as the weight, or `[width]` without one; f32 on the CPU.
+    /// The same length as the weight, or `[width]` without a weight; f32 on the CPU.
     pub(crate) bias: Option<Tensor>,
     pub(crate) eps: f64,
     pub(crate) width: usize,
 }
 
-/// Which gradients of a norm are needed beside that of its input.
+/// The gradients of a norm that are required besides that of its input.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct NormWanted {
+pub(crate) struct NormNeedsGrad {
     pub(crate) weight: bool,
     pub(crate) bias: bool,
 }
@@ -38,7 +38,7 @@ pub(crate) struct NormGradients {
 }
 
 impl Norm {
-    /// Root mean square norm of whole rows.
+    /// RMS norm of whole rows.
     #[cfg(test)]
     pub(crate) fn rms(weight: Tensor, eps: f64) -> Self {
         let width = weight.elem_count();
@@ -46,7 +46,7 @@ impl Norm {
     }
 
     /// # Shapes
-    /// `x: [tokens, n * width]`, where `n` is a multiple of the parts of the weight; result the same.
+    /// `x` and the result: `[tokens, n * width]`, where `n` is a multiple of the number of parts of the weight.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x)?;
         if self.has_kernels(x) {
@@ -61,10 +61,10 @@ impl Norm {
         self.with_host(|norm| tensor(norm.forward(Host::new(x)?.f32()?), x.shape()))
     }
 
-    /// Like [`Self::forward`], with a kernel that writes to `y`. The caller checks [`Self::has_kernels`] first.
+    /// [`Self::forward`] with a kernel that writes to `y`. The caller checks [`Self::has_kernels`] first.
     pub(crate) fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
         if !self.has_kernels(x) {
-            return Err(Error::Bug("a norm without kernels was asked to write to a given tensor".into()));
+            return Err(Error::Bug("`Norm::forward_into` was called for a norm without kernels".into()));
         }
         let _span = span("norm", Kind::Elementwise);
         self.launch("norm_forward", x, &[Arg::In(x), self.weight_arg(), optional(self.bias.as_ref()), Arg::Out(y)])
@@ -74,35 +74,37 @@ impl Norm {
         optional(self.weight.as_ref())
     }
 
-    /// `dx`, in place, plus the gradient with respect to `x`; and those with respect to weight and bias.
+    /// Adds the gradient with respect to `x` to `dx` in place; also returns the gradients of weight and bias.
     pub(crate) fn backward(
         &self,
         x: &Tensor,
         dy: &Tensor,
         dx: Option<Tensor>,
-        wanted: NormWanted,
+        needs_grad: NormNeedsGrad,
     ) -> Result<(Tensor, NormGradients)> {
         self.check(x)?;
-        let wanted =
-            NormWanted { weight: wanted.weight && self.weight.is_some(), bias: wanted.bias && self.bias.is_some() };
+        let needs_grad = NormNeedsGrad {
+            weight: needs_grad.weight && self.weight.is_some(),
+            bias: needs_grad.bias && self.bias.is_some(),
+        };
         let dx = match dx {
             Some(dx) => dx,
             None => x.zeros_like()?,
         };
         if self.has_kernels(x) {
-            return self.gpu_backward(x, dy, dx, wanted);
+            return self.gpu_backward(x, dy, dx, needs_grad);
         }
         if !on_cpu(x) {
-            return self.plain_backward(x, dy, &dx, wanted);
+            return self.plain_backward(x, dy, &dx, needs_grad);
         }
         let _span = span("norm", Kind::Elementwise);
         let (x, dy) = (Host::new(x)?, Host::new(dy)?);
         let (x, dy) = (x.f32()?, dy.f32()?);
-        let zeros = |wanted: bool, like: &Option<Tensor>| {
-            let like = like.as_ref().filter(|_| wanted);
+        let zeros = |needs_grad: bool, like: &Option<Tensor>| {
+            let like = like.as_ref().filter(|_| needs_grad);
             RefCell::new(like.map(|like| vec![0.0; like.elem_count()]))
         };
-        let (dw, db) = (zeros(wanted.weight, &self.weight), zeros(wanted.bias, &self.bias));
+        let (dw, db) = (zeros(needs_grad.weight, &self.weight), zeros(needs_grad.bias, &self.bias));
         let dx = self.with_host(|norm| {
             edit(dx, |dx| {
                 norm.backward(x, dy, dx, dw.borrow_mut().as_deref_mut(), db.borrow_mut().as_deref_mut());
@@ -115,18 +117,18 @@ impl Norm {
         Ok((dx, NormGradients { weight: shaped(dw, &self.weight)?, bias: shaped(db, &self.bias)? }))
     }
 
-    /// Whether this is a root mean square norm of whole rows with a weight of this type and nothing else.
+    /// Whether this is an RMS norm of whole rows with a weight of type `dtype`, no offset and no bias.
     pub(crate) fn is_plain_rms(&self, dtype: DType) -> bool {
         self.plain_weight().is_some_and(|weight| weight.dtype() == dtype && weight.elem_count() == self.width)
     }
 
-    /// The weight of a root mean square norm that has no offset and no bias.
+    /// The weight, if this is an RMS norm without offset and bias.
     pub(crate) fn plain_weight(&self) -> Option<&Tensor> {
         let is_plain = self.kind == NormKind::Rms { offset: 0.0 } && self.bias.is_none();
         self.weight.as_ref().filter(|_| is_plain)
     }
 
-    /// Elements after which the weights repeat.
+    /// The number of elements after which the weights repeat.
     fn period(&self) -> usize {
         self.weight.as_ref().or(self.bias.as_ref()).map_or(self.width, Tensor::elem_count)
     }
@@ -142,7 +144,7 @@ impl Norm {
             "rows of {width} elements do not fit a norm of runs of {} with {period} weights and {bias} biases",
             self.width
         );
-        Err(Error::argument("x", message))
+        Err(Error::Bug(message))
     }
 
     fn with_host<R>(&self, run: impl FnOnce(kernels::Norm) -> Result<R>) -> Result<R> {
@@ -169,10 +171,10 @@ impl Norm {
             .with("HAS_BIAS", usize::from(self.bias.is_some()))
     }
 
-    /// Launches a kernel that takes a run a warp.
+    /// Launches a kernel in which each warp processes one run.
     fn launch(&self, name: &'static str, x: &Tensor, args: &[Arg]) -> Result<()> {
         let (width, runs) = (self.width, x.elem_count() / self.width);
-        let is_aligned = width.is_multiple_of(8) && gpu::begin_at_eights(args);
+        let is_aligned = width.is_multiple_of(8) && gpu::are_aligned_to_eight(args);
         let offset = if let NormKind::Rms { offset } = self.kind { offset } else { 0.0 };
         let words = [
             runs.into(),
@@ -186,16 +188,22 @@ impl Norm {
         gpu::launch(&self.kernel(name, x), grid, args, &words)
     }
 
-    fn gpu_backward(&self, x: &Tensor, dy: &Tensor, dx: Tensor, wanted: NormWanted) -> Result<(Tensor, NormGradients)> {
+    fn gpu_backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: Tensor,
+        needs_grad: NormNeedsGrad,
+    ) -> Result<(Tensor, NormGradients)> {
         let _span = span("norm", Kind::Elementwise);
         let (runs, period) = (x.elem_count() / self.width, self.period());
-        // of a layer norm the shifts are behind the scales
+        // for a layer norm, the shifts follow the scales
         let scales = gpu::empty_f32(if self.kind == NormKind::Layer { 2 * runs } else { runs }, x)?;
         let args = [Arg::In(x), self.weight_arg(), Arg::In(dy), Arg::Out(&dx), Arg::Out(&scales)];
         self.launch("norm_backward", x, &args)?;
         let mut gradients = NormGradients::default();
         let rows = x.elem_count() / period;
-        if wanted.weight {
+        if needs_grad.weight {
             let dw = gpu::empty_f32(period, x)?;
             let args = [Arg::In(x), Arg::In(dy), Arg::In(&scales), Arg::Out(&dw)];
             let kernel = self.kernel("norm_weight_gradient", x);
@@ -204,7 +212,7 @@ impl Norm {
             gpu::launch(&kernel, Grid::row(period.div_ceil(32), threads), &args, &words)?;
             gradients.weight = Some(dw);
         }
-        if wanted.bias {
+        if needs_grad.bias {
             gradients.bias = Some(column_sums(&dy.reshape((rows, period))?)?);
         }
         Ok((dx, gradients))
@@ -216,7 +224,7 @@ impl Norm {
         Ok(x.to_dtype(DType::F32)?.reshape((x.elem_count() / period, period / width, width))?)
     }
 
-    /// Each run less its mean where the norm subtracts one, times its scale; and the scale, f32.
+    /// Each run, minus its mean for a layer norm, times its scale; and the scale, f32.
     fn normalized(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let x = self.split(x)?;
         let x = match self.kind {
@@ -227,7 +235,7 @@ impl Norm {
         Ok((x.broadcast_mul(&scale)?, scale))
     }
 
-    /// `y` times the weight, which `y` and the result have as `[rows, parts, width]`.
+    /// `y` times the weight; `y` and the result are `[rows, parts, width]`.
     fn weighted(&self, y: &Tensor) -> Result<Tensor> {
         let Some(weight) = &self.weight else { return Ok(y.clone()) };
         let offset = if let NormKind::Rms { offset } = self.kind { f64::from(offset) } else { 0.0 };
@@ -235,7 +243,7 @@ impl Norm {
         Ok(y.broadcast_mul(&weight)?)
     }
 
-    /// The forward pass in candle's operations, f32 inside.
+    /// The forward pass with candle's operations, in f32.
     pub(crate) fn plain_forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.weighted(&self.normalized(x)?.0)?;
         let y = match &self.bias {
@@ -245,13 +253,13 @@ impl Norm {
         Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?)
     }
 
-    /// The backward pass in candle's operations, f32 inside.
+    /// The backward pass with candle's operations, in f32.
     pub(crate) fn plain_backward(
         &self,
         x: &Tensor,
         dy: &Tensor,
         dx: &Tensor,
-        wanted: NormWanted,
+        needs_grad: NormNeedsGrad,
     ) -> Result<(Tensor, NormGradients)> {
         let (normalized, scale) = self.normalized(x)?;
         let dy = self.split(dy)?;
@@ -263,14 +271,14 @@ impl Norm {
             NormKind::Rms { .. } => through,
         };
         let through = through.broadcast_mul(&scale)?.reshape(x.shape())?;
-        let sums = |wanted: bool, terms: Tensor| -> Result<Option<Tensor>> {
-            if !wanted {
+        let sums = |needs_grad: bool, terms: Tensor| -> Result<Option<Tensor>> {
+            if !needs_grad {
                 return Ok(None);
             }
             Ok(Some(column_sums(&terms.reshape(((), self.period()))?)?))
         };
-        let weight = sums(wanted.weight, (&dy * normalized)?)?;
-        Ok(((dx + through.to_dtype(dx.dtype())?)?, NormGradients { weight, bias: sums(wanted.bias, dy)? }))
+        let weight = sums(needs_grad.weight, (&dy * normalized)?)?;
+        Ok(((dx + through.to_dtype(dx.dtype())?)?, NormGradients { weight, bias: sums(needs_grad.bias, dy)? }))
     }
 }
 

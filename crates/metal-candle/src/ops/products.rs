@@ -1,50 +1,51 @@
-//! Sums of matrix products, and the row and column operations of linear layers, on every device.
+//! Sums of matrix products and the row and column operations of linear layers, on every device.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu, tensor};
-use super::weight::Factor;
+use super::weight::Operand;
 use crate::error::{Error, Result};
 use crate::profile::{Kind, span};
 use candle_core::{D, DType, Tensor};
 use metal_candle_kernels::{self as kernels, BlockMatrix};
 
-/// The order in which the CPU sums a product.
+/// The summation order of a product on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Depends on the number of rows. Training keeps it, so that a resumed run writes the same bytes.
+    /// The order depends on the number of rows. Training uses it, so that a resumed run writes the same bytes.
     ByShape,
-    /// The same for any number of rows: each row has the same bits alone and among any others.
+    /// The order is the same for any number of rows: the result of a row does not depend on the other rows, bit for
+    /// bit.
     ByRow,
 }
 
-/// The initial value of a sum, to which products are added.
-pub(super) enum Start<'a> {
+/// The initial value of a sum of products.
+pub(super) enum Accumulator<'a> {
     Zero,
-    /// One row `[columns]`, repeated for each row of the result (a bias).
+    /// One row `[columns]`, repeated for each row of the result, such as a bias.
     Row(&'a Tensor),
-    /// A matrix, which is not changed.
+    /// A matrix, which is not modified.
     Matrix(&'a Tensor),
-    /// A matrix, which is overwritten by the result.
-    Sum(Tensor),
+    /// A matrix that is overwritten by the result.
+    InPlace(Tensor),
 }
 
-/// One of the products of a sum.
+/// A product of a sum.
 #[derive(Clone, Copy)]
-pub(super) struct Part<'a> {
+pub(super) struct ScaledProduct<'a> {
     x: &'a Tensor,
-    w: Factor<'a>,
+    w: Operand<'a>,
     is_transposed: bool,
     scale: f32,
 }
 
-impl<'a> Part<'a> {
+impl<'a> ScaledProduct<'a> {
     /// `scale X W` with `x: [m, k]`, `w: [k, n]`.
-    pub(super) fn plain(x: &'a Tensor, w: impl Into<Factor<'a>>, scale: f32) -> Self {
+    pub(super) fn plain(x: &'a Tensor, w: impl Into<Operand<'a>>, scale: f32) -> Self {
         Self { x, w: w.into(), is_transposed: false, scale }
     }
 
     /// `scale X W^T` with `x: [m, k]`, `w: [n, k]`.
-    pub(super) fn transposed(x: &'a Tensor, w: impl Into<Factor<'a>>, scale: f32) -> Self {
+    pub(super) fn transposed(x: &'a Tensor, w: impl Into<Operand<'a>>, scale: f32) -> Self {
         Self { x, w: w.into(), is_transposed: true, scale }
     }
 
@@ -62,46 +63,48 @@ impl<'a> Part<'a> {
     }
 }
 
-/// The sum of a start and one or more products of the same shape: one pass over the result on the CPU.
-pub(super) fn sum(start: Start, parts: &[Part]) -> Result<Tensor> {
-    sum_in(Order::ByShape, start, parts)
+/// The sum of an accumulator and one or more products of the same shape. On the CPU it is one pass over the result.
+pub(super) fn sum(accumulator: Accumulator, parts: &[ScaledProduct]) -> Result<Tensor> {
+    sum_in(Order::ByShape, accumulator, parts)
 }
 
-/// [`sum`] in an order of the CPU's; transposed parts alone are summed by row.
-pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tensor> {
+/// [`sum`] with a given summation order on the CPU. [`Order::ByRow`] applies only if all products are transposed.
+pub(super) fn sum_in(order: Order, accumulator: Accumulator, parts: &[ScaledProduct]) -> Result<Tensor> {
     let (rows, columns) = (parts[0].x.dim(0)?, parts[0].columns()?);
     if gpu::has_products(parts[0].x) {
-        return gpu_sum(start, parts, (rows, columns));
+        return gpu_sum(accumulator, parts, (rows, columns));
     }
     if !on_cpu(parts[0].x) {
         let mut y = parts[0].plain_product()?;
         for part in &parts[1..] {
             y = add_scaled(y, 1.0, &part.plain_product()?)?;
         }
-        return match start {
-            Start::Zero => Ok(y),
-            Start::Row(row) => add_bias(y, row),
-            Start::Matrix(matrix) => add_scaled(y, 1.0, matrix),
-            Start::Sum(matrix) => add_scaled(matrix, 1.0, &y),
+        return match accumulator {
+            Accumulator::Zero => Ok(y),
+            Accumulator::Row(row) => add_bias(y, row),
+            Accumulator::Matrix(matrix) => add_scaled(y, 1.0, matrix),
+            Accumulator::InPlace(matrix) => add_scaled(matrix, 1.0, &y),
         };
     }
     let _span = span("product", Kind::Gemm);
-    let mut start = start;
-    let mut dense: Vec<Part> = Vec::with_capacity(parts.len());
+    let mut accumulator = accumulator;
+    let mut dense: Vec<ScaledProduct> = Vec::with_capacity(parts.len());
     for &part in parts {
         match part.w.block_matrix()? {
-            Some(blocks) => start = Start::Sum(block_sum(order, start, &part, blocks, (rows, columns))?),
+            Some(blocks) => {
+                accumulator = Accumulator::InPlace(block_sum(order, accumulator, &part, blocks, (rows, columns))?)
+            }
             None => dense.push(part),
         }
     }
     let parts = &dense[..];
-    if let (Start::Sum(y), []) = (&start, parts) {
+    if let (Accumulator::InPlace(y), []) = (&accumulator, parts) {
         return Ok(y.clone());
     }
     let hosts: Vec<(Host, Host)> =
         parts.iter().map(|part| Ok((Host::new(part.x)?, part.w.host()?))).collect::<Result<_>>()?;
     if order == Order::ByRow && parts.iter().all(|part| part.is_transposed) {
-        return sum_by_row(start, parts, &hosts, (rows, columns));
+        return sum_by_row(accumulator, parts, &hosts, (rows, columns));
     }
     let mut products = Vec::with_capacity(parts.len());
     for (part, (x, w)) in parts.iter().zip(&hosts) {
@@ -112,58 +115,71 @@ pub(super) fn sum_in(order: Order, start: Start, parts: &[Part]) -> Result<Tenso
         products.push(kernels::Product { a, a_strides: (k, 1), b, b_strides, k, alpha: part.scale, precision });
     }
     let shape = (rows, columns);
-    let new = |start: kernels::Start| tensor(kernels::gemm_sum(shape, start, &products), shape);
-    match start {
-        Start::Zero => new(kernels::Start::Zero),
-        Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
-        Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
-        Start::Sum(matrix) => edit(matrix, |y| kernels::gemm_sum_to(shape, kernels::Start::Result, &products, y)),
+    let new = |accumulator: kernels::Start| tensor(kernels::gemm_sum(shape, accumulator, &products), shape);
+    match accumulator {
+        Accumulator::Zero => new(kernels::Start::Zero),
+        Accumulator::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Accumulator::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Accumulator::InPlace(matrix) => {
+            edit(matrix, |y| kernels::gemm_sum_to(shape, kernels::Start::Result, &products, y))
+        }
     }
 }
 
-/// A start and the product of quantized blocks.
-fn block_sum(order: Order, start: Start, part: &Part, w: BlockMatrix, shape: (usize, usize)) -> Result<Tensor> {
+/// The sum of an accumulator and a product with quantized blocks.
+fn block_sum(
+    order: Order,
+    accumulator: Accumulator,
+    part: &ScaledProduct,
+    w: BlockMatrix,
+    shape: (usize, usize),
+) -> Result<Tensor> {
     let x = Host::new(part.x)?;
     let (x, scale) = (x.f32()?, part.scale);
-    let multiply = |start: kernels::Start| {
+    let multiply = |accumulator: kernels::Start| {
         let y = match (part.is_transposed, order) {
-            (true, Order::ByRow) => kernels::block_row_products(shape, start, x, w, scale),
-            (true, Order::ByShape) => kernels::block_products(shape, start, x, w, scale),
-            (false, _) => kernels::block_transposed_products(shape, start, x, w, scale),
+            (true, Order::ByRow) => kernels::block_row_products(shape, accumulator, x, w, scale),
+            (true, Order::ByShape) => kernels::block_products(shape, accumulator, x, w, scale),
+            (false, _) => kernels::block_transposed_products(shape, accumulator, x, w, scale),
         };
         tensor(y, shape)
     };
-    match start {
-        Start::Zero => multiply(kernels::Start::Zero),
-        Start::Row(row) => multiply(kernels::Start::Row(Host::new(row)?.f32()?)),
-        Start::Matrix(matrix) => multiply(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
-        Start::Sum(matrix) => multiply(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
+    match accumulator {
+        Accumulator::Zero => multiply(kernels::Start::Zero),
+        Accumulator::Row(row) => multiply(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Accumulator::Matrix(matrix) => multiply(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Accumulator::InPlace(matrix) => multiply(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
     }
 }
 
-fn sum_by_row(start: Start, parts: &[Part], hosts: &[(Host, Host)], shape: (usize, usize)) -> Result<Tensor> {
+fn sum_by_row(
+    accumulator: Accumulator,
+    parts: &[ScaledProduct],
+    hosts: &[(Host, Host)],
+    shape: (usize, usize),
+) -> Result<Tensor> {
     let mut products = Vec::with_capacity(parts.len());
     for (part, (x, w)) in parts.iter().zip(hosts) {
         let (a, b, k) = (x.f32()?, w.matrix()?, part.x.dim(1)?);
         products.push(kernels::RowProduct { a, b, k, alpha: part.scale, precision: part.w.precision() });
     }
-    let new = |start: kernels::Start| tensor(kernels::row_products(shape, start, &products), shape);
-    match start {
-        Start::Zero => new(kernels::Start::Zero),
-        Start::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
-        Start::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
-        Start::Sum(matrix) => new(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
+    let new = |accumulator: kernels::Start| tensor(kernels::row_products(shape, accumulator, &products), shape);
+    match accumulator {
+        Accumulator::Zero => new(kernels::Start::Zero),
+        Accumulator::Row(row) => new(kernels::Start::Row(Host::new(row)?.f32()?)),
+        Accumulator::Matrix(matrix) => new(kernels::Start::Matrix(Host::new(matrix)?.f32()?)),
+        Accumulator::InPlace(matrix) => new(kernels::Start::Matrix(Host::new(&matrix)?.f32()?)),
     }
 }
 
-/// [`sum`] by matrix products that accumulate into the result.
-fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor> {
+/// [`sum`] on a GPU, with matrix products that accumulate into the result.
+fn gpu_sum(accumulator: Accumulator, parts: &[ScaledProduct], shape: (usize, usize)) -> Result<Tensor> {
     let _span = span("product", Kind::Gemm);
-    let (y, bias, mut beta) = match start {
-        Start::Zero => (gpu::empty(shape, parts[0].x)?, None, 0.0),
-        Start::Row(row) => (gpu::empty(shape, parts[0].x)?, Some(row), 0.0),
-        Start::Matrix(matrix) => (matrix.force_contiguous()?, None, 1.0),
-        Start::Sum(matrix) => (matrix, None, 1.0),
+    let (y, bias, mut beta) = match accumulator {
+        Accumulator::Zero => (gpu::empty(shape, parts[0].x)?, None, 0.0),
+        Accumulator::Row(row) => (gpu::empty(shape, parts[0].x)?, Some(row), 0.0),
+        Accumulator::Matrix(matrix) => (matrix.force_contiguous()?, None, 1.0),
+        Accumulator::InPlace(matrix) => (matrix, None, 1.0),
     };
     for part in parts {
         part.w.multiply_on_gpu(&y, part.x, part.is_transposed, (part.scale, beta))?;
@@ -173,12 +189,13 @@ fn gpu_sum(start: Start, parts: &[Part], shape: (usize, usize)) -> Result<Tensor
 }
 
 /// `X W^T` with `x: [m, k]`, `w: [n, k]`.
-pub(super) fn product<'a>(x: &'a Tensor, w: impl Into<Factor<'a>>) -> Result<Tensor> {
+pub(super) fn product<'a>(x: &'a Tensor, w: impl Into<Operand<'a>>) -> Result<Tensor> {
     product_in(Order::ByShape, x, w)
 }
 
-pub(super) fn product_in<'a>(order: Order, x: &'a Tensor, w: impl Into<Factor<'a>>) -> Result<Tensor> {
-    sum_in(order, Start::Zero, &[Part::transposed(x, w, 1.0)])
+/// [`product`] with a given summation order on the CPU.
+pub(super) fn product_in<'a>(order: Order, x: &'a Tensor, w: impl Into<Operand<'a>>) -> Result<Tensor> {
+    sum_in(order, Accumulator::Zero, &[ScaledProduct::transposed(x, w, 1.0)])
 }
 
 /// `X^T Y` in f32 with `x: [k, m]`, `y: [k, n]`: the gradient of a weight.
@@ -265,7 +282,7 @@ pub(super) fn scale_columns(y: Tensor, factors: &Tensor) -> Result<Tensor> {
     edit(y, |y| kernels::scale_columns(y, factors))
 }
 
-/// `y` with `bias` added to each row, in place of `y`.
+/// Adds `bias` to each row of `y` in place.
 pub(super) fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
     if gpu::has_kernels(&y) && bias.dtype() == y.dtype() {
         gpu::by_row("add_row", &y, &[Arg::In(bias), Arg::Out(&y)])?;
@@ -279,7 +296,7 @@ pub(super) fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
     edit(y, |y| kernels::add_bias(y, bias))
 }
 
-/// `y + scale x`, in place of `y`.
+/// `y + scale x`, written over `y`.
 pub(crate) fn add_scaled(y: Tensor, scale: f64, x: &Tensor) -> Result<Tensor> {
     if gpu::has_kernels(&y) && x.dtype() == y.dtype() {
         let args = [Arg::In(x), Arg::Out(&y)];

@@ -1,4 +1,4 @@
-//! Matrices of quantized blocks, in a mapped file or in memory.
+//! Quantized weight matrices on the CPU, in a mapped file or in memory.
 
 use super::host::tensor;
 use crate::error::{Error, Result};
@@ -25,7 +25,7 @@ enum Source {
 }
 
 impl Quantized {
-    /// The blocks in a byte range of `file`; none if the range does not have the size of such a matrix.
+    /// The blocks in a byte range of `file`; `None` if the range does not have the size of such a matrix.
     pub(super) fn mapped(
         file: &Arc<MappedFile>,
         bytes: Range<usize>,
@@ -36,7 +36,7 @@ impl Quantized {
         Some(Self::new(Source::File(file.clone()), bytes, dims, format))
     }
 
-    /// The blocks in memory; none if there are too many or too few.
+    /// The blocks in memory; `None` if their number does not match the size of the matrix.
     pub(super) fn in_memory(blocks: Vec<u8>, dims: (usize, usize), format: BlockFormat) -> Option<Self> {
         BlockMatrix::new(format, &blocks, dims.0, dims.1)?;
         let bytes = 0..blocks.len();
@@ -59,7 +59,7 @@ impl Quantized {
         self.bytes.len()
     }
 
-    /// The file that the blocks are in, and where.
+    /// The file that the blocks are mapped from, and their offset.
     pub(super) fn file(&self) -> Option<(&Arc<MappedFile>, usize)> {
         match &self.source {
             Source::File(file) => Some((file, self.bytes.start)),
@@ -80,13 +80,14 @@ impl Quantized {
             Source::Memory(bytes) => bytes.get(self.bytes.clone()),
         };
         let matrix = bytes.and_then(|bytes| BlockMatrix::new(self.format, bytes, self.rows, self.columns));
-        matrix.ok_or_else(|| Error::Bug("quantized blocks of another size than their matrix".into()))
+        matrix.ok_or_else(|| Error::Bug("the quantized blocks do not have the size of their matrix".into()))
     }
 
     /// Rows `start..start + len`, without a copy.
     pub(super) fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
         if start.checked_add(len).is_none_or(|end| end > self.rows) {
-            let message = format!("rows {start} to {start} + {len} of a weight with {} rows", self.rows);
+            let message =
+                format!("expected rows within the {} rows of the weight, found {start} to {start} + {len}", self.rows);
             return Err(Error::argument("rows", message));
         }
         let row = self.bytes.len().checked_div(self.rows).unwrap_or(0);
@@ -94,19 +95,19 @@ impl Quantized {
         Ok(Self::new(self.source.clone(), begin..begin + len * row, (len, self.columns), self.format))
     }
 
-    /// The rows with these indices, which exist: `[ids, columns]`, f32.
+    /// The rows with these indices, which must exist: `[ids, columns]`, f32.
     pub(super) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
-        tensor(self.widened(ids.iter().map(|&id| id as usize))?, (ids.len(), self.columns))
+        tensor(self.dequantized(ids.iter().map(|&id| id as usize))?, (ids.len(), self.columns))
     }
 
     /// All elements, f32.
     pub(super) fn tensor(&self) -> Result<Tensor> {
-        let values = self.widened(0..self.rows)?;
+        let values = self.dequantized(0..self.rows)?;
         self.check()?;
         tensor(values, self.dims())
     }
 
-    fn widened(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Vec<f32>> {
+    fn dequantized(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Vec<f32>> {
         let matrix = self.matrix()?;
         let mut values = vec![0.0; rows.len() * self.columns];
         for (row, to) in rows.zip(values.chunks_exact_mut(self.columns.max(1))) {

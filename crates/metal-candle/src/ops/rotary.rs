@@ -1,4 +1,5 @@
-//! Rotary position embedding (<https://arxiv.org/abs/2104.09864>) of the first elements of each head.
+//! Rotary position embeddings (<https://arxiv.org/abs/2104.09864>): tables of cosines and sines, and the rotation of
+//! the first elements of each head.
 
 use super::gpu::{self, Arg, Grid, Kernel, Source};
 use super::host::{Host, edit, on_cpu};
@@ -10,33 +11,34 @@ use metal_candle_kernels as kernels;
 pub(crate) use metal_candle_kernels::Pairs;
 use std::sync::{Arc, RwLock};
 
-/// Cosines and sines of a layer's positions, for sequences of any length.
+/// The cosines and sines of a layer's positions, for sequences of any length.
 #[derive(Debug)]
 pub(crate) struct RotaryTable {
     spec: RotarySpec,
-    /// For sequences up to `spec.fixed_until()`, or for all.
+    /// For all sequences, or for those of up to `spec.fixed_until()` tokens.
     short: Frequencies,
-    /// For longer ones, where all of them share frequencies.
+    /// For longer sequences, if all of them share frequencies.
     long: Option<Frequencies>,
 }
 
-/// The frequencies of each pair, and cosines and sines of the positions met so far; they grow with the longest.
+/// The frequencies of each pair, and the cosines and sines of all positions up to the longest sequence so far.
 #[derive(Debug)]
 struct Frequencies {
     of_pairs: Vec<f32>,
     /// The factor on cosines and sines.
     factor: f32,
-    rows: RwLock<Arc<Rows>>,
+    rows: RwLock<Arc<CosSin>>,
 }
 
 /// `[positions, dim / 2]` each.
 #[derive(Debug, Default)]
-struct Rows {
+struct CosSin {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-/// The cosines and sines of a batch: `[tokens, dim / 2]`, f32 where there are kernels, else in the dtype of the activations.
+/// The cosines and sines of a batch: `[tokens, dim / 2]`. They are f32 if there are kernels, otherwise in the dtype of
+/// the activations.
 #[derive(Debug, Clone)]
 pub(crate) struct Rotation {
     cos: Tensor,
@@ -58,7 +60,7 @@ impl Frequencies {
         })
     }
 
-    fn rows(&self, positions: usize) -> Result<Arc<Rows>> {
+    fn rows(&self, positions: usize) -> Result<Arc<CosSin>> {
         let half = self.of_pairs.len();
         let poisoned = || Error::Bug("the lock of the rotary table is poisoned".into());
         let rows = Arc::clone(&*self.rows.read().map_err(|_| poisoned())?);
@@ -67,7 +69,7 @@ impl Frequencies {
         }
         let positions = positions.next_power_of_two().max(64);
         let (cos, sin) = (0..positions).flat_map(|position| self.at(position)).unzip();
-        let rows = Arc::new(Rows { cos, sin });
+        let rows = Arc::new(CosSin { cos, sin });
         *self.rows.write().map_err(|_| poisoned())? = Arc::clone(&rows);
         Ok(rows)
     }
@@ -75,7 +77,7 @@ impl Frequencies {
 
 impl RotaryTable {
     /// # Errors
-    /// A number of the embedding is out of its range.
+    /// A setting of the embedding is out of range.
     pub(crate) fn new(spec: &RotarySpec) -> Result<Self> {
         spec.check()?;
         let is_long = matches!(spec.scaling, RotaryScaling::LongRope { .. });
@@ -86,12 +88,12 @@ impl RotaryTable {
         })
     }
 
-    /// Elements of a head that rotate.
+    /// The number of rotated elements of a head.
     pub(crate) fn dim(&self) -> usize {
         self.spec.dim
     }
 
-    /// The length from which on all positions of a text have other frequencies.
+    /// The sequence length above which all positions of a sequence have other frequencies.
     pub(crate) fn limit(&self) -> Option<usize> {
         let RotaryScaling::LongRope { original_max_position_embeddings: limit, .. } = self.spec.scaling else {
             return None;
@@ -99,21 +101,22 @@ impl RotaryTable {
         (limit < self.spec.max_position_embeddings).then_some(limit)
     }
 
-    /// Whether sequences of up to `positions` tokens all have the same table.
+    /// Whether all sequences of up to `positions` tokens share one table.
     pub(crate) fn is_fixed(&self, positions: usize) -> bool {
         self.spec.fixed_until().is_none_or(|until| positions <= until)
     }
 
-    /// The rows of the tokens at `positions`, like `like` in device and dtype. Sequence `i` of the batch is
-    /// `offsets[i]..offsets[i + 1]`; where frequencies depend on the length, each sequence's follow from its last position.
+    /// The rotations of tokens at `positions`, with the device and dtype of `like`. Sequence `i` of the batch has the
+    /// tokens `offsets[i]..offsets[i + 1]`. If frequencies depend on the length, its last position determines them.
     pub(crate) fn rotation(&self, positions: &[u32], offsets: &[usize], like: &Tensor) -> Result<Rotation> {
         if offsets.first() != Some(&0) || offsets.last() != Some(&positions.len()) || !offsets.is_sorted() {
-            let message = format!("expected offsets from 0 to the number of positions, {}", positions.len());
-            return Err(Error::argument("offsets", message));
+            let message =
+                format!("the offsets of a batch do not run from 0 to its number of positions, {}", positions.len());
+            return Err(Error::Bug(message));
         }
         let half = self.spec.dim / 2;
-        let room = positions.len() * half;
-        let (mut cos, mut sin) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        let capacity = positions.len() * half;
+        let (mut cos, mut sin) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
         for sequence in offsets.windows(2).map(|window| &positions[window[0]..window[1]]) {
             let length = sequence.iter().max().map_or(0, |&last| last as usize + 1);
             let frequencies = if self.is_fixed(length) { Some(&self.short) } else { self.long.as_ref() };
@@ -139,10 +142,10 @@ impl RotaryTable {
         Ok(Rotation { cos: on_device(cos)?, sin: on_device(sin)?, pairs: self.spec.pairs })
     }
 
-    /// Cosines and sines of the first `positions`, `[positions, dim / 2]` each, in f32.
+    /// The cosines and sines of the first `positions` positions, `[positions, dim / 2]` each, in f32.
     ///
     /// # Errors
-    /// They depend on the length of a sequence: [`RotaryTable::is_fixed`] is false.
+    /// They depend on the length of a sequence: [`RotaryTable::is_fixed`] returns false.
     pub(crate) fn on_device(&self, positions: usize, device: &Device) -> Result<(Tensor, Tensor)> {
         if !self.is_fixed(positions) {
             let message =
@@ -161,7 +164,7 @@ impl Rotation {
         (&self.cos, &self.sin)
     }
 
-    /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place; with `inverse` the other way, which is the gradient.
+    /// Rotates `q` and `k`, `[tokens, heads * head_dim]` each, in place. `inverse` rotates backwards, for the gradient.
     pub(crate) fn apply_to_both(
         &self,
         q: Tensor,
@@ -195,7 +198,7 @@ impl Rotation {
         Ok((q, k))
     }
 
-    /// Rotates `x: [tokens, heads * head_dim]` in place; with `inverse` the other way, which is the gradient.
+    /// Rotates `x: [tokens, heads * head_dim]` in place. `inverse` rotates backwards, for the gradient.
     pub(super) fn apply(&self, x: Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
         self.check(&x, head_dim)?;
         if !on_cpu(&x) {
@@ -217,10 +220,10 @@ impl Rotation {
             "a rotation of {tokens} tokens and {} elements does not fit {x_tokens} tokens, {width} wide, with heads of {head_dim}",
             2 * half
         );
-        Err(Error::argument("x", message))
+        Err(Error::Bug(message))
     }
 
-    /// The rotation in candle's operations.
+    /// The rotation with candle's operations.
     pub(crate) fn plain(&self, x: &Tensor, head_dim: usize, inverse: bool) -> Result<Tensor> {
         let (tokens, width) = x.dims2()?;
         let half = self.cos.dim(1)?;
@@ -250,10 +253,10 @@ impl Rotation {
     }
 }
 
-/// `x: [tokens, width]` with row `i` multiplied by `factors[i]`, f32, in place.
+/// Multiplies row `i` of `x: [tokens, width]` by `factors[i]`, f32, in place.
 pub(crate) fn scale_rows(x: Tensor, factors: &Tensor) -> Result<Tensor> {
     if factors.elem_count() != x.dim(0)? {
-        return Err(Error::argument("factors", format!("expected {}, found {}", x.dim(0)?, factors.elem_count())));
+        return Err(Error::Bug(format!("{} factors do not fit {} rows", factors.elem_count(), x.dim(0)?)));
     }
     if gpu::has_kernels(&x) {
         gpu::by_row("scale_rows", &x, &[Arg::In(factors), Arg::Out(&x)])?;

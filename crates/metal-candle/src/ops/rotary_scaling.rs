@@ -1,4 +1,4 @@
-//! The frequencies of rotary embeddings, and how they are changed for texts longer than a model was first trained on.
+//! Computes the frequencies of rotary embeddings, and their scaling for sequences longer than those of pretraining.
 
 use crate::error::{Error, Result};
 use metal_candle_kernels::Pairs;
@@ -6,7 +6,7 @@ use metal_candle_kernels::Pairs;
 /// The rotary embedding of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct RotarySpec {
-    /// Elements of a head that rotate, from its first on; even.
+    /// The number of leading elements of a head that are rotated; even.
     pub(crate) dim: usize,
     pub(crate) theta: f64,
     pub(crate) scaling: RotaryScaling,
@@ -14,18 +14,19 @@ pub(crate) struct RotarySpec {
     pub(crate) max_position_embeddings: usize,
 }
 
-/// How frequencies `f = theta^(-2 i / dim)` are changed; `rope_type` of a configuration.
+/// How the frequencies `f = theta^(-2 i / dim)` are scaled: `rope_type` of a configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum RotaryScaling {
-    /// Not at all.
+    /// No scaling.
     Default,
     /// `f / factor`.
     Linear { factor: f64 },
-    /// Theta grows with the sequence once it is longer than `max_position_embeddings`.
+    /// Theta grows with sequences longer than `max_position_embeddings`.
     Dynamic { factor: f64 },
-    /// `f / factor` for long wavelengths, `f` for short ones, and a mixture between.
+    /// `f / factor` for long wavelengths, `f` for short ones, and an interpolation in between.
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: usize },
-    /// The same by the number of rotations (<https://arxiv.org/abs/2309.00071>), and a factor on cosines and sines.
+    /// YaRN (<https://arxiv.org/abs/2309.00071>): the interpolation depends on the number of rotations, and cosines and
+    /// sines are scaled.
     Yarn {
         /// None for `max_position_embeddings / original_max_position_embeddings`.
         factor: Option<f64>,
@@ -34,13 +35,13 @@ pub(crate) enum RotaryScaling {
         beta_slow: f64,
         mscale: Option<f64>,
         mscale_all_dim: Option<f64>,
-        /// The factor on cosines and sines, if it does not follow from the others.
+        /// The factor on cosines and sines; `None` to derive it from the other settings.
         attention_factor: Option<f64>,
-        /// Whether the bounds of the mixture are rounded to whole pairs.
+        /// Whether the bounds of the interpolation are rounded to whole pairs.
         truncate: bool,
     },
-    /// A divisor for each pair, other ones for sequences longer than `original_max_position_embeddings`
-    /// (<https://arxiv.org/abs/2402.13753>), and a factor on cosines and sines.
+    /// LongRoPE (<https://arxiv.org/abs/2402.13753>): a divisor for each pair, with other divisors for sequences longer
+    /// than `original_max_position_embeddings`, and a factor on cosines and sines.
     LongRope {
         /// `[dim / 2]`.
         short_factor: Vec<f64>,
@@ -49,16 +50,17 @@ pub(crate) enum RotaryScaling {
         /// None for `max_position_embeddings / original_max_position_embeddings`.
         factor: Option<f64>,
         original_max_position_embeddings: usize,
-        /// The factor on cosines and sines, if it does not follow from the others.
+        /// The factor on cosines and sines; `None` to derive it from the other settings.
         attention_factor: Option<f64>,
     },
-    /// `f / factor` for the first pairs, the others do not rotate.
-    #[allow(dead_code, reason = "for Gemma 4, which no family is yet")]
+    /// `f / factor` for the first pairs; the others are not rotated.
+    #[allow(dead_code, reason = "for Gemma 4, which is not supported yet")]
     Proportional { factor: f64, rotated_pairs: usize },
 }
 
 impl RotarySpec {
-    /// What is wrong with it.
+    /// # Errors
+    /// The first setting that is out of range.
     pub(super) fn check(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::argument("rotary embedding", message));
         let half = self.dim / 2;
@@ -222,7 +224,7 @@ impl RotarySpec {
         }
     }
 
-    /// The length up to which all sequences have the same frequencies, if there is one.
+    /// The sequence length up to which all sequences have the same frequencies; `None` if all do.
     pub(super) fn fixed_until(&self) -> Option<usize> {
         match &self.scaling {
             RotaryScaling::Dynamic { .. } => Some(self.max_position_embeddings),

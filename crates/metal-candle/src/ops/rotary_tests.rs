@@ -1,4 +1,4 @@
-//! Frequencies of rotary embeddings against transformers', and tables that depend on the length of a sequence.
+//! Tests the frequencies of rotary embeddings against transformers, and tables that depend on the sequence length.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -73,7 +73,7 @@ fn frequencies_and_factors_are_those_of_transformers() {
         }
         let factor = case["attention_factor"].as_f64().unwrap();
         assert!((spec.attention_factor() - factor).abs() < 1e-12, "{spec:?}: {} {factor}", spec.attention_factor());
-        // the table holds cosines and sines of these frequencies times the factor
+        // the table contains the cosines and sines of these frequencies, times the factor
         let table = RotaryTable::new(&spec).unwrap();
         let like = random(&[length, 1], 1);
         let positions: Vec<u32> = (0..length as u32).collect();
@@ -99,7 +99,7 @@ fn each_sequence_has_the_table_of_its_length() {
         let limit = spec.fixed_until().unwrap();
         assert!(table.is_fixed(limit) && !table.is_fixed(limit + 1));
         let like = random(&[1, 1], 1);
-        // a whole short text, the end of a long one, and a token of a text of another length
+        // a whole short sequence, the end of a long one, and one token of a third length
         let (short, long, other) = (0..limit as u32, limit as u32 - 2..limit as u32 + 5, [3 * limit as u32]);
         let rows = |positions: Vec<u32>| {
             let rotation = table.rotation(&positions, &[0, positions.len()], &like).unwrap();
@@ -112,7 +112,7 @@ fn each_sequence_has_the_table_of_its_length() {
         let (cos, sin) = rotation.tables();
         assert_eq!(values(cos), parts.iter().flat_map(|part| part.0.clone()).collect::<Vec<_>>());
         assert_eq!(values(sin), parts.iter().flat_map(|part| part.1.clone()).collect::<Vec<_>>());
-        // position 1 of a short and of a long text
+        // position 1 of a short and of a long sequence
         let of_long = rows((0..=limit as u32).collect()).1;
         let half = spec.dim / 2;
         assert_ne!(parts[0].1[half..2 * half], of_long[half..2 * half]);
@@ -125,7 +125,7 @@ fn each_sequence_has_the_table_of_its_length() {
 }
 
 #[test]
-fn numbers_out_of_range_are_named() {
+fn settings_out_of_range_are_named() {
     let spec =
         |dim, theta, scaling| RotarySpec { dim, theta, scaling, pairs: Pairs::Halves, max_position_embeddings: 64 };
     let long_rope = RotaryScaling::LongRope {

@@ -1,4 +1,4 @@
-//! Where the sequences of a batch are, for attention: on the CPU as numbers, for kernels as tables on their device.
+//! Describes the sequences of a batch to attention: offsets on the CPU, and tables of tiles for GPU kernels.
 
 use super::gpu;
 use crate::error::{Error, Result};
@@ -9,14 +9,14 @@ use metal_candle_kernels::{AttentionShape, Mask};
 #[derive(Debug)]
 pub(crate) struct Spans {
     pub(super) offsets: Vec<usize>,
-    pub(super) cached: Option<Cached>,
-    /// Of each kind of attention among the layers.
+    pub(super) cached: Option<CacheSlots>,
+    /// The tables for each kind of attention among the layers.
     tables: Vec<(TableKey, Tables)>,
-    /// The cache's slot and position of each token.
-    places: Option<Tensor>,
+    /// The cache slot and position of each token, on the device.
+    cache_positions: Option<Tensor>,
 }
 
-/// What tables depend on.
+/// The settings of attention that tables depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct TableKey {
     kv_heads: usize,
@@ -30,30 +30,30 @@ impl TableKey {
     }
 }
 
-/// Where the sequences' keys and values are in a cache.
+/// The cache slots of the sequences of a batch.
 #[derive(Debug)]
-pub(crate) struct Cached {
+pub(crate) struct CacheSlots {
     /// The slot of each sequence.
     pub(crate) slots: Vec<usize>,
-    /// The tokens that each slot holds, those of the batch included.
+    /// The number of tokens in each slot, including those of the batch.
     pub(crate) lengths: Vec<usize>,
-    /// Most tokens of a slot.
+    /// The capacity of a slot in tokens.
     pub(crate) max_seq_len: usize,
 }
 
-/// What kernels read; see `attention.metal` and `attention.cu`.
+/// The tables that kernels read; see `attention.metal` and `attention.cu`.
 #[derive(Debug)]
 pub(super) enum Tables {
     /// Tiles of queries and of keys, four words each.
     Portable { queries: Tensor, keys: Option<Tensor> },
-    /// The offsets, tiles of queries and of keys (sequence and number in it), and slots and lengths.
+    /// The offsets, the tiles of queries and of keys (sequence, and index in it), and slots and lengths.
     TensorCore { offsets: Tensor, queries: Tensor, keys: Option<Tensor>, slots_and_lengths: Option<(Tensor, Tensor)> },
 }
 
-/// The widest head that kernels take.
+/// The largest head width that kernels support.
 const MAX_HEAD_DIM: usize = 256;
 
-/// Queries of a tile of `attention.metal`, and keys of one in the backward pass.
+/// Queries per tile of `attention.metal`, and keys per tile of its backward pass.
 fn rows_of_tile(head_dim: usize) -> usize {
     match head_dim {
         0..=64 => 16,
@@ -62,23 +62,23 @@ fn rows_of_tile(head_dim: usize) -> usize {
     }
 }
 
-/// Rows of the tiles of `attention.cu`.
+/// The tile sizes of `attention.cu`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TensorCoreTiles {
     /// Elements of a row in shared memory.
     row: usize,
-    /// Queries of a tile.
+    /// Queries per tile.
     queries: usize,
-    /// Keys that the forward pass and the gradient of the queries load at once.
+    /// Keys that the forward pass and the gradient of the queries load at a time.
     forward_keys: usize,
     backward_keys: usize,
-    /// Queries that the gradient of the keys loads at once.
+    /// Queries that the gradient of the keys loads at a time.
     backward_queries: usize,
-    /// Passes over the queries that the gradient of the keys and values takes.
+    /// The number of passes over the queries for the gradients of the keys and values.
     pub(super) key_passes: usize,
 }
 
-/// Keys of a tile of `attention.cu`.
+/// Keys per tile of `attention.cu`.
 const TENSOR_CORE_KEYS: usize = 64;
 
 impl TensorCoreTiles {
@@ -92,7 +92,7 @@ impl TensorCoreTiles {
         Self { row, queries: 64, forward_keys: 32, backward_keys: 16, backward_queries: 16, key_passes: 2 }
     }
 
-    /// Threads of the kernel of `out . d_out` that share a row.
+    /// The number of threads that share a row in the kernel of `out . d_out`.
     pub(super) fn chunks(self) -> usize {
         self.row / 8
     }
@@ -110,48 +110,48 @@ impl TensorCoreTiles {
     }
 }
 
-/// Whether kernels take this attention.
+/// Whether kernels support this kind of attention.
 fn has_kernels(shape: AttentionShape) -> bool {
     shape.head_dim <= MAX_HEAD_DIM && shape.head_dim.is_multiple_of(4)
 }
 
-/// Whether `attention.cu` takes heads of this width and type.
+/// Whether `attention.cu` supports heads of this width and dtype.
 fn is_for_tensor_cores(head_dim: usize, dtype: DType, device: &Device) -> bool {
     let fits = (32..=MAX_HEAD_DIM).contains(&head_dim) && head_dim.is_multiple_of(8);
     device.is_cuda() && matches!(dtype, DType::BF16 | DType::F16) && fits
 }
 
 impl Spans {
-    /// Whether kernels of a device other than the CPU take this attention of the batch.
+    /// Whether GPU kernels support this kind of attention for the batch.
     pub(crate) fn has_tables(&self, shape: AttentionShape) -> bool {
         self.tables(shape).is_some()
     }
 
-    /// What kernels read for this attention, where there are kernels for it.
+    /// The tables for this kind of attention, if there are kernels for it.
     pub(super) fn tables(&self, shape: AttentionShape) -> Option<&Tables> {
         let key = TableKey::new(shape);
         self.tables.iter().find(|(of, _)| *of == key && has_kernels(shape)).map(|(_, tables)| tables)
     }
 
-    /// Sequences over themselves, or over what a cache holds. `shapes` are those of the layers' attention, each as often as you
-    /// like; `like` gives type and device of the activations.
+    /// The sequences `offsets[i]..offsets[i + 1]` of a batch, which attend to themselves or to a cache. `shapes` are
+    /// those of the layers' attention, with or without duplicates. `like` has the dtype and device of the activations.
     ///
     /// # Errors
     /// A mask hides every key.
     pub(crate) fn new(
         offsets: &[usize],
         shapes: &[AttentionShape],
-        cached: Option<Cached>,
+        cached: Option<CacheSlots>,
         like: &Tensor,
     ) -> Result<Self> {
         if let Some(shape) = shapes.iter().find(|shape| !shape.mask.is_valid()) {
             return Err(Error::argument("mask", format!("{:?} hides every key", shape.mask)));
         }
-        let mut spans = Self { offsets: offsets.to_vec(), cached, tables: Vec::new(), places: None };
+        let mut spans = Self { offsets: offsets.to_vec(), cached, tables: Vec::new(), cache_positions: None };
         if !gpu::has_kernels(like) {
             return Ok(spans);
         }
-        spans.places = spans.places(like.device())?;
+        spans.cache_positions = spans.upload_cache_positions(like.device())?;
         for &shape in shapes.iter().filter(|shape| has_kernels(**shape)) {
             let key = TableKey::new(shape);
             if spans.tables.iter().any(|(of, _)| *of == key) {
@@ -167,13 +167,13 @@ impl Spans {
         Ok(spans)
     }
 
-    /// The tokens of each sequence, and its slot of the cache.
+    /// The tokens of each sequence, and its cache slot.
     pub(crate) fn sequences_in_slots(&self) -> impl Iterator<Item = (std::ops::Range<usize>, usize)> {
         let slots = self.cached.iter().flat_map(|cached| cached.slots.iter().copied());
         self.offsets.windows(2).map(|window| window[0]..window[1]).zip(slots)
     }
 
-    /// The number of queries of each sequence, and how many keys its first query sees.
+    /// For each sequence: its first query, its number of queries, and the number of keys that its first query sees.
     fn sequences(&self) -> impl Iterator<Item = (usize, usize, usize)> {
         self.offsets.windows(2).enumerate().map(|(i, window)| {
             let count = window[1] - window[0];
@@ -182,18 +182,18 @@ impl Spans {
         })
     }
 
-    /// The slot and the position of each token, on the device.
-    pub(super) fn places_on_device(&self) -> Option<&Tensor> {
-        self.places.as_ref()
+    /// The cache slot and position of each token, on the device.
+    pub(super) fn cache_positions(&self) -> Option<&Tensor> {
+        self.cache_positions.as_ref()
     }
 
-    fn places(&self, device: &Device) -> Result<Option<Tensor>> {
+    fn upload_cache_positions(&self, device: &Device) -> Result<Option<Tensor>> {
         let Some(cached) = &self.cached else { return Ok(None) };
-        let mut places = Vec::new();
+        let mut positions = Vec::new();
         for ((_, count, seen), slot) in self.sequences().zip(&cached.slots) {
-            places.extend((seen - 1..seen - 1 + count).flat_map(|position| [*slot as u32, position as u32]));
+            positions.extend((seen - 1..seen - 1 + count).flat_map(|position| [*slot as u32, position as u32]));
         }
-        Ok(Some(words(places, device)?))
+        Ok(Some(words(positions, device)?))
     }
 
     fn portable_tables(&self, shape: AttentionShape, device: &Device) -> Result<Tables> {
@@ -229,7 +229,7 @@ impl Spans {
                 keys.push((count.min(shape.mask.queries_end(last)) - first, [i as u32, tile as u32]));
             }
         }
-        // those with most work first; equal ones in order
+        // tiles with the most work first; ties in order
         let sorted = |mut tiles: Vec<(usize, [u32; 2])>| {
             tiles.sort_by_key(|(work, tile)| (std::cmp::Reverse(*work), *tile));
             tiles.into_iter().flat_map(|(_, tile)| tile).collect::<Vec<u32>>()

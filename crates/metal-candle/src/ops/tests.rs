@@ -1,13 +1,13 @@
-//! Each operation against its twin in candle's operations, values and gradients, and gradients against finite differences.
+//! Tests each operation against candle's operations (values and gradients), and gradients against finite differences.
 
 #![allow(clippy::unwrap_used)]
 
 use super::activation::{self, Activation};
-use super::adapters::LayerTerms;
-use super::attention::{Cached, Spans};
+use super::adapters::LayerUpdates;
+use super::attention::{CacheSlots, Spans};
 use super::head::Head;
-use super::linear::{self, Linear, Wanted};
-use super::norm::{Norm, NormKind, NormWanted};
+use super::linear::{self, Linear, NeedsGrad};
+use super::norm::{Norm, NormKind, NormNeedsGrad};
 use super::rotary::{self, Pairs, RotaryScaling, RotarySpec, RotaryTable};
 use super::{LowRank, Magnitude, attention, embedding, head, weight_norms_squared};
 use candle_core::{DType, Device, Tensor};
@@ -40,7 +40,7 @@ pub(super) fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
     }
 }
 
-/// Tokens that are no multiple of any block, and heads of an odd group.
+/// Sequence lengths that are not a multiple of any block.
 const OFFSETS: [usize; 5] = [0, 1, 66, 68, 301];
 
 /// Attention of every kind: causal, windows and chunks smaller and larger than a block, capped, with sinks.
@@ -59,7 +59,7 @@ pub(super) fn attention_kinds() -> Vec<(AttentionShape, Option<Tensor>)> {
 }
 
 #[test]
-fn attention_equals_its_twin() {
+fn attention_equals_candle() {
     for (shape, sinks) in attention_kinds() {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         let sinks = sinks.as_ref();
@@ -84,7 +84,7 @@ fn attention_equals_its_twin() {
 }
 
 #[test]
-fn attention_over_a_cache_equals_its_twin() {
+fn attention_over_a_cache_equals_candle() {
     for (shape, sinks) in attention_kinds() {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         let sinks = sinks.as_ref();
@@ -93,7 +93,7 @@ fn attention_over_a_cache_equals_its_twin() {
             let (keys, values) = (cache(5), cache(6));
             let (offsets, slots, lengths) = ([0, 1, 71, 72], [2, 0, 1], [300, 131, 1]);
             let q = random(&[72, heads * head_dim], 7);
-            let cached = Cached { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
+            let cached = CacheSlots { slots: slots.to_vec(), lengths: lengths.to_vec(), max_seq_len: 300 };
             let spans = Spans::new(&offsets, &[shape], Some(cached), &q).unwrap();
             let found = attention::with_cache(shape, sinks, &q, (&keys, &values), &spans).unwrap();
             let expected =
@@ -142,15 +142,15 @@ pub(super) fn norm_kinds() -> Vec<(Norm, usize)> {
 }
 
 #[test]
-fn norms_equal_their_twin() {
+fn norms_equal_candle() {
     for (norm, row) in norm_kinds() {
         let (x, dy) = (random(&[9, row], 2).affine(1.0, 0.4).unwrap(), random(&[9, row], 3));
         assert_close(&norm.forward(&x).unwrap(), &norm.plain_forward(&x).unwrap(), 1e-5);
         let base = random(&[9, row], 4);
-        let wanted = NormWanted { weight: true, bias: true };
-        let wanted_plain = NormWanted { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
-        let expected = norm.plain_backward(&x, &dy, &base, wanted_plain).unwrap();
-        let (dx, found) = norm.backward(&x, &dy, Some(base.copy().unwrap()), wanted).unwrap();
+        let needs_grad = NormNeedsGrad { weight: true, bias: true };
+        let needs_grad_plain = NormNeedsGrad { weight: norm.weight.is_some(), bias: norm.bias.is_some() };
+        let expected = norm.plain_backward(&x, &dy, &base, needs_grad_plain).unwrap();
+        let (dx, found) = norm.backward(&x, &dy, Some(base.copy().unwrap()), needs_grad).unwrap();
         // a run of one element has no spread, so that its gradient is a difference of large numbers
         assert_close(&dx, &expected.0, if norm.width == 1 { 2e-3 } else { 1e-4 });
         for (found, expected, has) in [
@@ -162,7 +162,7 @@ fn norms_equal_their_twin() {
                 assert_close(&found, &expected, 1e-4);
             }
         }
-        let (alone, _) = norm.backward(&x, &dy, None, NormWanted::default()).unwrap();
+        let (alone, _) = norm.backward(&x, &dy, None, NormNeedsGrad::default()).unwrap();
         assert_close(&(alone + base).unwrap(), &dx, if norm.width == 1 { 2e-3 } else { 1e-5 });
     }
     let norm = Norm::rms(random(&[5], 1), 1e-6);
@@ -180,7 +180,7 @@ pub(super) const ACTIVATIONS: [Activation; 7] = [
 ];
 
 #[test]
-fn activations_equal_their_twin() {
+fn activations_equal_candle() {
     let (gate, up, dy) = (random(&[5, 77], 1), random(&[5, 77], 2), random(&[5, 77], 3));
     let (gate, up) = (gate.affine(12.0, 0.0).unwrap(), up.affine(9.0, 0.0).unwrap());
     for activation in ACTIVATIONS {
@@ -190,7 +190,7 @@ fn activations_equal_their_twin() {
         let expected = activation::plain_gated_backward(activation, &gate, &up, &dy).unwrap();
         assert_close(&d_gate, &expected.0, 4e-6);
         assert_close(&d_up, &expected.1, 4e-6);
-        // as a gate whose product is with 1, or with 0 + 1
+        // the same as a gated activation with an `up` factor of 1 (0 + 1 if clamped)
         let one = if matches!(activation, Activation::Clamped { .. }) { 0.0 } else { 1.0 };
         let ones = gate.affine(0.0, one).unwrap();
         let expected = activation::plain_gated(activation, &gate, &ones).unwrap();
@@ -211,7 +211,7 @@ pub(super) fn rotary_table(dim: usize, pairs: Pairs, scaling: RotaryScaling) -> 
 }
 
 #[test]
-fn rotation_equals_its_twin_and_turns_back() {
+fn rotation_equals_candle_and_is_invertible() {
     let positions = [0, 1, 2, 900, 5, 70];
     for (dim, head_dim) in [(16, 16), (12, 16), (2, 24)] {
         for pairs in [Pairs::Halves, Pairs::Adjacent] {
@@ -221,7 +221,8 @@ fn rotation_equals_its_twin_and_turns_back() {
             let turned = rotation.apply(x.copy().unwrap(), head_dim, false).unwrap();
             assert_close(&turned, &rotation.plain(&x, head_dim, false).unwrap(), 1e-6);
             assert_close(&turned.narrow(0, 0, 1).unwrap(), &x.narrow(0, 0, 1).unwrap(), 0.0);
-            // the first pair of the fourth token turns by 900, what is behind the rotated elements stays
+            // the first pair of the fourth token is rotated by 900 rad; the elements after the rotated ones are
+            // unchanged
             let second = if pairs == Pairs::Halves { dim / 2 } else { 1 };
             let (x_row, row) = (values(&x.get(3).unwrap()), values(&turned.get(3).unwrap()));
             let (sin, cos) = 900f32.sin_cos();
@@ -244,7 +245,7 @@ fn rows_are_scaled() {
 }
 
 #[test]
-fn cross_entropy_equals_its_twin() {
+fn cross_entropy_equals_candle() {
     let rows: Vec<Row> = (0..7).map(|i| Row { target: (i * 13) % 53, weight: i as f32 * 0.5 }).collect();
     let hidden = random(&[7, 12], 1);
     let weight = random(&[53, 12], 2).affine(3.0, 0.0).unwrap();
@@ -258,9 +259,9 @@ fn cross_entropy_equals_its_twin() {
         (0.1, 1.5, Some(5.0)),
     ] {
         let head = Head { linear: layer(), scale, soft_cap };
-        let wanted = head::HeadWanted { scale: 0.25, input: true, weight: true, rows: None };
-        let run = |wanted| head::loss(&hidden, &head, None, None, &rows, smoothing, wanted).unwrap();
-        let found = run(Some(wanted));
+        let needs_grad = head::HeadNeedsGrad { scale: 0.25, input: true, weight: true, rows: None };
+        let run = |needs_grad| head::loss(&hidden, &head, None, None, &rows, smoothing, needs_grad).unwrap();
+        let found = run(Some(needs_grad));
         let products = linear::product(&hidden, &weight).unwrap();
         let form = LogitForm { scale, soft_cap };
         let (losses, gradient) = head::plain_cross_entropy(&products, form, &rows, smoothing, Some(0.25)).unwrap();
@@ -272,13 +273,13 @@ fn cross_entropy_equals_its_twin() {
         assert_close(&found.gradients.input.unwrap(), &gradient.matmul(&weight).unwrap(), 1e-5);
         assert_close(&found.gradients.weight.unwrap(), &gradient.t().unwrap().matmul(&hidden).unwrap(), 1e-5);
 
-        let logits = head::logits(&hidden, &head, &LayerTerms::Same(None)).unwrap();
+        let logits = head::logits(&hidden, &head, &LayerUpdates::Same(None)).unwrap();
         for (found, product) in values(&logits).into_iter().zip(values(&products)) {
             let product = f64::from(product) * f64::from(scale);
             let expected = soft_cap.map(f64::from).map_or(product, |cap| cap * (product / cap).tanh());
             assert!((f64::from(found) - expected).abs() < 1e-5, "{found} {expected}");
         }
-        // the loss from these logits is the same without a form
+        // the loss of these logits is the same without scale and cap
         let (plain, _) = head::plain_cross_entropy(&logits, LogitForm::PLAIN, &rows, smoothing, None).unwrap();
         for (a, b) in losses.iter().zip(plain) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
@@ -298,8 +299,8 @@ fn gradients_of_scaled_and_capped_logits_match_finite_differences() {
         let rows = head::loss(hidden, &head, None, None, &rows, 0.1, None).unwrap().rows().unwrap();
         rows.iter().map(|loss| f64::from(*loss)).sum::<f64>()
     };
-    let wanted = head::HeadWanted { scale: 1.0, input: true, weight: false, rows: None };
-    let found = head::loss(&hidden, &head, None, None, &rows, 0.1, Some(wanted)).unwrap().gradients.input.unwrap();
+    let needs_grad = head::HeadNeedsGrad { scale: 1.0, input: true, weight: false, rows: None };
+    let found = head::loss(&hidden, &head, None, None, &rows, 0.1, Some(needs_grad)).unwrap().gradients.input.unwrap();
     let direction = random(&[5, 6], 3);
     let expected: f64 = values(&found).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
     let step = |size: f64| loss(&(&hidden + direction.affine(size, 0.0).unwrap()).unwrap());
@@ -307,7 +308,7 @@ fn gradients_of_scaled_and_capped_logits_match_finite_differences() {
     assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
 }
 
-/// The shapes of few rows, of several tiles, and odd ones.
+/// Shapes with few rows, with several tiles, and with odd sizes.
 const PRODUCTS: [(usize, usize, usize); 6] =
     [(1, 300, 70), (3, 5, 33), (5, 600, 64), (300, 300, 20), (70, 7, 1500), (513, 1, 9)];
 
@@ -321,7 +322,7 @@ fn products_equal_candle_for_every_weight_type() {
             assert_close(&linear::product(&x, &w).unwrap(), &x.matmul(&wide.t().unwrap()).unwrap(), 1e-5);
             let dy = random(&[m, n], 3);
             assert_close(
-                &linear::sum(linear::Start::Zero, &[linear::Part::plain(&dy, &w, 1.0)]).unwrap(),
+                &linear::sum(linear::Accumulator::Zero, &[linear::ScaledProduct::plain(&dy, &w, 1.0)]).unwrap(),
                 &dy.matmul(&wide).unwrap(),
                 1e-5,
             );
@@ -345,19 +346,19 @@ fn products_do_not_depend_on_the_number_of_threads() {
 fn linear_gradients_match_finite_differences() {
     let weight = random(&[6, 10], 1);
     let layer = Linear { weight: weight.clone().into(), bias: Some(random(&[6], 2)) };
-    let term = LowRank {
+    let update = LowRank {
         dropout: 0.4,
-        start: Some((random(&[2, 10], 8), random(&[6, 2], 9))),
+        initial_factors: Some((random(&[2, 10], 8), random(&[6, 2], 9))),
         ..LowRank::new(random(&[3, 10], 3), random(&[6, 3], 4), 1.7)
     };
     let (x, dy) = (random(&[8, 10], 5), random(&[8, 6], 6));
-    let loss = |layer: &Linear, term: &LowRank, x: &Tensor| -> f64 {
-        let y = layer.forward(x, Some(term), Some(9), None).unwrap();
+    let loss = |layer: &Linear, update: &LowRank, x: &Tensor| -> f64 {
+        let y = layer.forward(x, Some(update), Some(9), None).unwrap();
         values(&y).iter().zip(values(&dy)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let wanted = Wanted { input: true, weight: true, bias: true };
-    let gradients = layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, None, None).unwrap();
-    let of_term = gradients.term.unwrap();
+    let needs_grad = NeedsGrad { input: true, weight: true, bias: true };
+    let gradients = layer.backward(Some(&x), Some(&update), Some(9), &dy, needs_grad, None, None).unwrap();
+    let of_update = gradients.update.unwrap();
     let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> f64| {
         let direction = random(gradient.dims(), 7);
         let expected: f64 = values(gradient).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
@@ -365,19 +366,18 @@ fn linear_gradients_match_finite_differences() {
         let slope = (step(1e-2) - step(-1e-2)) / 2e-2;
         assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
     };
-    check(&gradients.input.unwrap(), &|d| loss(&layer, &term, &(&x + d).unwrap()));
-    check(&of_term.a, &|d| loss(&layer, &LowRank { a: (&term.a + d).unwrap(), ..term.clone() }, &x));
-    check(&of_term.b, &|d| loss(&layer, &LowRank { b: (&term.b + d).unwrap(), ..term.clone() }, &x));
+    check(&gradients.input.unwrap(), &|d| loss(&layer, &update, &(&x + d).unwrap()));
+    check(&of_update.a, &|d| loss(&layer, &LowRank { a: (&update.a + d).unwrap(), ..update.clone() }, &x));
+    check(&of_update.b, &|d| loss(&layer, &LowRank { b: (&update.b + d).unwrap(), ..update.clone() }, &x));
     check(&gradients.weight.unwrap(), &|d| {
-        loss(&Linear { weight: (&weight + d).unwrap().into(), ..layer.clone() }, &term, &x)
+        loss(&Linear { weight: (&weight + d).unwrap().into(), ..layer.clone() }, &update, &x)
     });
     check(&gradients.bias.unwrap(), &|d| {
-        loss(&Linear { bias: Some((layer.bias.as_ref().unwrap() + d).unwrap()), ..layer.clone() }, &term, &x)
+        loss(&Linear { bias: Some((layer.bias.as_ref().unwrap() + d).unwrap()), ..layer.clone() }, &update, &x)
     });
 }
 
-/// The gradients of a weight-decomposed term, whose norms count as constant: against finite differences of the formula
-/// with the norms as they are.
+/// The gradients of a DoRA update against finite differences of its formula, with the norms treated as constants.
 #[test]
 fn decomposed_gradients_match_finite_differences() {
     let weight = random(&[6, 10], 1);
@@ -387,9 +387,9 @@ fn decomposed_gradients_match_finite_differences() {
         let start = has_start.then(|| (random(&[2, 10], 8), random(&[6, 2], 9)));
         let weight_norms_squared = weight_norms_squared(&weight).unwrap();
         let magnitude = Some(Magnitude { m: random(&[6], 10), weight_norms_squared, reciprocal_norms: None });
-        let term = LowRank {
+        let update = LowRank {
             dropout,
-            start: start.clone(),
+            initial_factors: start.clone(),
             magnitude,
             ..LowRank::new(random(&[3, 10], 3), random(&[6, 3], 4), 1.7)
         };
@@ -398,9 +398,9 @@ fn decomposed_gradients_match_finite_differences() {
             Some((a, b)) => (&weight - change(a, b)).unwrap(),
             None => weight.clone(),
         };
-        let adapted = (&base + change(&term.a, &term.b)).unwrap();
+        let adapted = (&base + change(&update.a, &update.b)).unwrap();
         let norms = adapted.sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
-        let mask = linear::dropped(&x.ones_like().unwrap(), &term, Some(9)).unwrap();
+        let mask = linear::dropped(&x.ones_like().unwrap(), &update, Some(9)).unwrap();
         let formula = |a: &Tensor, b: &Tensor, m: &Tensor, x: &Tensor| {
             let dropped = (x * &mask).unwrap();
             let adapted = (&base + change(a, b)).unwrap();
@@ -409,13 +409,18 @@ fn decomposed_gradients_match_finite_differences() {
             let plain = (through(x, &base) - through(&dropped, &base)).unwrap();
             (plain + p).unwrap().broadcast_add(layer.bias.as_ref().unwrap()).unwrap()
         };
-        let m = &term.magnitude.as_ref().unwrap().m;
-        assert_close(&layer.forward(&x, Some(&term), Some(9), None).unwrap(), &formula(&term.a, &term.b, m, &x), 1e-5);
-        let wanted = Wanted { input: true, weight: false, bias: false };
+        let m = &update.magnitude.as_ref().unwrap().m;
+        assert_close(
+            &layer.forward(&x, Some(&update), Some(9), None).unwrap(),
+            &formula(&update.a, &update.b, m, &x),
+            1e-5,
+        );
+        let needs_grad = NeedsGrad { input: true, weight: false, bias: false };
         let before = random(&[8, 10], 11);
-        let gradients =
-            layer.backward(Some(&x), Some(&term), Some(9), &dy, wanted, Some(before.copy().unwrap()), None).unwrap();
-        let of_term = gradients.term.unwrap();
+        let gradients = layer
+            .backward(Some(&x), Some(&update), Some(9), &dy, needs_grad, Some(before.copy().unwrap()), None)
+            .unwrap();
+        let of_update = gradients.update.unwrap();
         let check = |gradient: &Tensor, moved: &dyn Fn(&Tensor) -> Tensor| {
             let direction = random(gradient.dims(), 7);
             let dot = |a: &Tensor, b: &Tensor| -> f64 {
@@ -425,10 +430,10 @@ fn decomposed_gradients_match_finite_differences() {
             let (slope, expected) = ((step(1e-2) - step(-1e-2)) / 2e-2, dot(gradient, &direction));
             assert!((slope - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{slope} instead of {expected}");
         };
-        check(&(gradients.input.unwrap() - before).unwrap(), &|d| formula(&term.a, &term.b, m, &(&x + d).unwrap()));
-        check(&of_term.a, &|d| formula(&(&term.a + d).unwrap(), &term.b, m, &x));
-        check(&of_term.b, &|d| formula(&term.a, &(&term.b + d).unwrap(), m, &x));
-        check(&of_term.magnitude.unwrap(), &|d| formula(&term.a, &term.b, &(m + d).unwrap(), &x));
+        check(&(gradients.input.unwrap() - before).unwrap(), &|d| formula(&update.a, &update.b, m, &(&x + d).unwrap()));
+        check(&of_update.a, &|d| formula(&(&update.a + d).unwrap(), &update.b, m, &x));
+        check(&of_update.b, &|d| formula(&update.a, &(&update.b + d).unwrap(), m, &x));
+        check(&of_update.magnitude.unwrap(), &|d| formula(&update.a, &update.b, &(m + d).unwrap(), &x));
     }
 }
 
@@ -441,41 +446,41 @@ fn a_residual_is_added_to_every_kind_of_layer() {
         let weight_norms_squared = weight_norms_squared(&weight).unwrap();
         Some(Magnitude { m: random(&[33], 10), weight_norms_squared, reciprocal_norms: None })
     };
-    let terms = [
+    let updates = [
         None,
         Some(plain.clone()),
-        Some(LowRank { start: Some((random(&[2, 10], 8), random(&[33, 2], 9))), ..plain.clone() }),
+        Some(LowRank { initial_factors: Some((random(&[2, 10], 8), random(&[33, 2], 9))), ..plain.clone() }),
         Some(LowRank { magnitude: magnitude(), ..plain.clone() }),
         Some(LowRank { magnitude: magnitude(), dropout: 0.4, ..plain }),
     ];
     for bias in [None, Some(random(&[33], 2))] {
         let layer = Linear { weight: weight.clone().into(), bias };
-        for term in &terms {
-            let run = |residual| layer.forward(&x, term.as_ref(), Some(9), residual).unwrap();
+        for update in &updates {
+            let run = |residual| layer.forward(&x, update.as_ref(), Some(9), residual).unwrap();
             assert_close(&run(Some(&residual)), &(run(None) + &residual).unwrap(), 1e-5);
         }
     }
 }
 
 #[test]
-fn embedding_terms_match_finite_differences() {
+fn low_rank_updates_of_an_embedding_match_finite_differences() {
     let weight = random(&[7, 6], 1);
     let (ids, dx) = ([4, 1, 4, 0], random(&[4, 6], 2));
     let start = Some((random(&[2, 7], 8), random(&[6, 2], 9)));
-    let term = LowRank { start, ..LowRank::new(random(&[3, 7], 3), random(&[6, 3], 4), 1.3) };
-    let loss = |term: &LowRank| -> f64 {
-        let x = embedding::forward(&weight.clone().into(), Some(term), &ids, DType::F32, 1.7).unwrap();
+    let update = LowRank { initial_factors: start, ..LowRank::new(random(&[3, 7], 3), random(&[6, 3], 4), 1.3) };
+    let loss = |update: &LowRank| -> f64 {
+        let x = embedding::forward(&weight.clone().into(), Some(update), &ids, DType::F32, 1.7).unwrap();
         values(&x).iter().zip(values(&dx)).map(|(a, b)| f64::from(a * b)).sum()
     };
-    let gradients = embedding::term_backward(&weight.clone().into(), &term, &ids, &dx, 1.7).unwrap();
+    let gradients = embedding::low_rank_backward(&weight.clone().into(), &update, &ids, &dx, 1.7).unwrap();
     for (gradient, is_a) in [(&gradients.a, true), (&gradients.b, false)] {
         let direction = random(gradient.dims(), 7);
         let moved = |size: f64| {
             let change = direction.affine(size, 0.0).unwrap();
-            let mut term = term.clone();
-            let matrix = if is_a { &mut term.a } else { &mut term.b };
+            let mut update = update.clone();
+            let matrix = if is_a { &mut update.a } else { &mut update.b };
             *matrix = (&*matrix + change).unwrap();
-            loss(&term)
+            loss(&update)
         };
         let expected: f64 = values(gradient).iter().zip(values(&direction)).map(|(a, b)| f64::from(a * b)).sum();
         let slope = (moved(1e-2) - moved(-1e-2)) / 2e-2;

@@ -1,7 +1,7 @@
-//! The parameters of a model, wherever their elements are: in a tensor, or in a mapped file, quantized or not.
+//! Weights of a model, stored as tensors, mapped file ranges or quantized blocks, behind one interface.
 
 use super::gpu::{self, Formats, Word};
-use super::gpu_blocks::{GpuBlocks, multiply_few};
+use super::gpu_blocks::{GpuBlocks, block_product};
 use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A parameter of a model. Cloning is cheap.
 ///
-/// Callers ask it for products, rows or norms and do not need to know how it is stored.
+/// It provides products, rows and norms. Callers do not need to know how it is stored.
 #[derive(Debug, Clone)]
 pub struct Weight {
     stored: Stored,
@@ -28,7 +28,7 @@ enum Stored {
     OnGpu(GpuBlocks),
 }
 
-/// A part of a mapped file that is aligned for its elements.
+/// A range of a mapped file, aligned for its element type.
 #[derive(Debug, Clone)]
 struct Mapped {
     file: Arc<MappedFile>,
@@ -51,8 +51,9 @@ impl From<Tensor> for Weight {
 }
 
 impl Weight {
-    /// The elements in a byte range of `file`, little-endian and row by row, without a copy; none where they cannot be used
-    /// as they are: `dtype` is not f32, f16 or bf16, the range is not aligned for it or has another size than the shape.
+    /// The elements in a byte range of `file`, little-endian and row by row, without a copy. `None` if they cannot be
+    /// used in place: `dtype` is not f32, f16 or bf16, or the range is not aligned for it or does not have the size of
+    /// the shape.
     pub(crate) fn mapped(file: &Arc<MappedFile>, bytes: Range<usize>, dims: &[usize], dtype: DType) -> Option<Self> {
         let element = match dtype {
             DType::F32 => ElementType::F32,
@@ -66,7 +67,7 @@ impl Weight {
             .then(|| Stored::Mapped(Mapped { file: file.clone(), bytes, shape, dtype, element }).into())
     }
 
-    /// A matrix of the quantized blocks in a byte range of `file`; none if the range has another size.
+    /// A matrix of the quantized blocks in a byte range of `file`; `None` if the range does not have its size.
     pub(crate) fn mapped_blocks(
         file: &Arc<MappedFile>,
         bytes: Range<usize>,
@@ -76,7 +77,7 @@ impl Weight {
         Some(Stored::Quantized(Quantized::mapped(file, bytes, dims, format)?).into())
     }
 
-    /// A matrix of quantized blocks in memory; none if there are too many or too few.
+    /// A matrix of quantized blocks in memory; `None` if their number does not match its size.
     pub(crate) fn blocks(blocks: Vec<u8>, dims: (usize, usize), format: BlockFormat) -> Option<Self> {
         Some(Stored::Quantized(Quantized::in_memory(blocks, dims, format)?).into())
     }
@@ -92,7 +93,7 @@ impl Weight {
         self.precision
     }
 
-    /// The format of the blocks of a quantized matrix.
+    /// The block format, if the weight is quantized.
     pub fn block_format(&self) -> Option<BlockFormat> {
         match &self.stored {
             Stored::Quantized(quantized) => Some(quantized.format()),
@@ -123,7 +124,7 @@ impl Weight {
     /// The number of rows and columns of a matrix.
     ///
     /// # Errors
-    /// It has another number of dimensions.
+    /// The weight is not a matrix.
     pub fn dims2(&self) -> Result<(usize, usize)> {
         match self.dims() {
             &[rows, columns] => Ok((rows, columns)),
@@ -136,7 +137,7 @@ impl Weight {
         self.dims().iter().product()
     }
 
-    /// The type of the elements; of quantized blocks that of their products: f32 on the CPU.
+    /// The dtype of the elements, or of the products of quantized blocks: f32 on the CPU.
     pub fn dtype(&self) -> DType {
         match &self.stored {
             Stored::Quantized(_) => DType::F32,
@@ -146,7 +147,7 @@ impl Weight {
         }
     }
 
-    /// Where the elements are; a mapped file is on the CPU.
+    /// The device of the elements. A mapped file is on the CPU.
     pub fn device(&self) -> &Device {
         match &self.stored {
             Stored::Dense(tensor) => tensor.device(),
@@ -155,10 +156,10 @@ impl Weight {
         }
     }
 
-    /// The elements as a tensor: the tensor itself, or a copy of a part of a file.
+    /// The elements as a tensor: the tensor itself, or a copy of a range of a file.
     ///
     /// # Errors
-    /// The file was shortened or overwritten meanwhile.
+    /// The file has been truncated or overwritten.
     pub fn tensor(&self) -> Result<Tensor> {
         match &self.stored {
             Stored::Dense(tensor) => Ok(tensor.clone()),
@@ -173,16 +174,17 @@ impl Weight {
         }
     }
 
-    /// The elements as a tensor of this type; see [`Weight::tensor`].
+    /// The elements as a tensor of this dtype; see [`Weight::tensor`].
     ///
     /// # Errors
-    /// The file was shortened or overwritten meanwhile, or the device fails.
+    /// The file has been truncated or overwritten, or the device fails.
     pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
         Ok(self.tensor()?.to_dtype(dtype)?)
     }
 
-    /// The weight on `device`: a mapped one is uploaded from the file as it is, and stays mapped on the CPU. On a GPU the products
-    /// of quantized blocks are of type `dtype`; blocks that its kernels do not read are dequantized to it.
+    /// The weight on `device`. A mapped weight stays mapped on the CPU, and is uploaded from the file to a GPU. On a
+    /// GPU the products of quantized blocks are of type `dtype`; blocks that its kernels do not support are dequantized
+    /// to `dtype`.
     pub(crate) fn to_device(&self, device: &Device, dtype: DType) -> Result<Self> {
         let mapped = match &self.stored {
             Stored::Dense(tensor) => return Ok(tensor.to_device(device)?.into()),
@@ -201,23 +203,23 @@ impl Weight {
         Ok(tensor.into())
     }
 
-    /// The elements that a kernel of a GPU reads.
+    /// The elements, as the argument of a GPU kernel.
     ///
     /// # Errors
-    /// The elements are in a mapped file, which only the CPU reads, or quantized.
+    /// The elements are quantized, or in a mapped file, which only the CPU can read.
     pub(crate) fn dense(&self) -> Result<&Tensor> {
         match &self.stored {
             Stored::Dense(tensor) => Ok(tensor),
             Stored::Mapped(_) | Stored::Quantized(_) | Stored::OnGpu(_) => {
-                Err(Error::Bug("a mapped or quantized weight as the argument of a GPU kernel".into()))
+                Err(Error::Bug("a GPU kernel received a mapped or quantized weight".into()))
             }
         }
     }
 
-    /// What a kernel for weights of any format reads: the elements, or the bytes of the blocks.
+    /// The argument of a GPU kernel that supports any format: the elements, or the bytes of the blocks.
     ///
     /// # Errors
-    /// They are in a mapped file, which only the CPU reads.
+    /// The elements are in a mapped file, which only the CPU can read.
     pub(crate) fn stored(&self) -> Result<&Tensor> {
         match &self.stored {
             Stored::OnGpu(blocks) => Ok(blocks.bytes()),
@@ -225,24 +227,24 @@ impl Weight {
         }
     }
 
-    /// The number of the format, as an argument of such a kernel.
+    /// The id of the format, as an argument of the kernels that read [`Self::stored`].
     pub(crate) fn format_word(&self) -> Word {
         Formats::number(self.block_format()).into()
     }
 
-    /// Whether kernels that read eight weights at once take the matrix beside activations of type `dtype`.
-    pub(crate) fn is_read_by_eights(&self, dtype: DType) -> bool {
+    /// Whether kernels can load eight weights of the matrix at once, with activations of type `dtype`.
+    pub(crate) fn supports_vector_loads(&self, dtype: DType) -> bool {
         match &self.stored {
-            Stored::Dense(tensor) => gpu::is_read_by_eights(tensor, dtype),
+            Stored::Dense(tensor) => gpu::supports_vector_loads(tensor, dtype),
             Stored::OnGpu(blocks) => blocks.dtype() == dtype,
             Stored::Mapped(_) | Stored::Quantized(_) => false,
         }
     }
 
-    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA. `scratch` has room for [`part_len`] weights, where nothing
-    /// may be allocated.
+    /// `y = scale x W + beta y`, or with the transpose of W, on CUDA. `scratch` is a buffer of [`scratch_len`] weights;
+    /// without it, memory may be allocated.
     ///
-    /// [`part_len`]: super::gpu_blocks::part_len
+    /// [`scratch_len`]: super::gpu_blocks::scratch_len
     pub(crate) fn multiply_on_gpu(
         &self,
         y: &Tensor,
@@ -257,10 +259,11 @@ impl Weight {
         }
     }
 
-    /// `y = x W^T` for weights that share `x`, on CUDA: quantized ones of the same format in one launch where there are few vectors.
+    /// `y = x W^T` for weights that share `x`, on CUDA. With few vectors, quantized weights of the same format are
+    /// multiplied in one launch.
     pub(crate) fn multiply_together(x: &Tensor, products: &[(&Self, &Tensor)], scratch: Option<&Tensor>) -> Result<()> {
         let of_blocks = products.iter().map(|(weight, y)| match &weight.stored {
-            Stored::OnGpu(blocks) if blocks.takes_few(x, y) => Some((blocks, *y)),
+            Stored::OnGpu(blocks) if blocks.supports_block_product(x, y) => Some((blocks, *y)),
             _ => None,
         });
         let blocks: Option<Vec<_>> = of_blocks.collect();
@@ -268,7 +271,7 @@ impl Weight {
             return products.iter().try_for_each(|(w, y)| w.multiply_on_gpu(y, x, true, (1.0, 0.0), scratch));
         };
         for same in blocks.chunk_by(|a, b| a.0.format() == b.0.format() && a.1.dtype() == b.1.dtype()) {
-            multiply_few(x, same, 1.0, 0.0)?;
+            block_product(x, same, 1.0, 0.0)?;
         }
         Ok(())
     }
@@ -279,7 +282,7 @@ impl Weight {
             Stored::Dense(tensor) => Host::new(tensor),
             Stored::Mapped(mapped) => Ok(mapped.matrix()?.into()),
             Stored::Quantized(_) | Stored::OnGpu(_) => {
-                Err(Error::Bug("quantized blocks as a slice of elements".into()))
+                Err(Error::Bug("quantized blocks were read as a slice of elements".into()))
             }
         }
     }
@@ -295,7 +298,7 @@ impl Weight {
     /// The bytes of a quantized matrix, block by block.
     ///
     /// # Errors
-    /// It is not quantized, or its file was shortened or overwritten meanwhile.
+    /// It is not quantized, or its file has been truncated or overwritten.
     pub(crate) fn block_bytes(&self) -> Result<Vec<u8>> {
         match &self.stored {
             Stored::Quantized(quantized) => {
@@ -304,18 +307,20 @@ impl Weight {
                 Ok(bytes)
             }
             Stored::OnGpu(blocks) => Ok(blocks.bytes().to_vec1()?),
-            Stored::Dense(_) | Stored::Mapped(_) => Err(Error::Bug("a dense weight as quantized blocks".into())),
+            Stored::Dense(_) | Stored::Mapped(_) => {
+                Err(Error::Bug("a dense weight was read as quantized blocks".into()))
+            }
         }
     }
 
     /// The rows with these indices in `dtype`: `[ids, columns]`.
     ///
     /// # Errors
-    /// An index is not below the number of rows, or this is no matrix.
+    /// An index is out of range, or the weight is not a matrix.
     pub fn rows(&self, ids: &[u32], dtype: DType) -> Result<Tensor> {
         let (count, width) = self.dims2()?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= count) {
-            return Err(Error::argument("ids", format!("row {id} is not below the number of rows, {count}")));
+            return Err(Error::argument("ids", format!("expected row indices below {count}, found {id}")));
         }
         match &self.stored {
             Stored::Dense(tensor) => {
@@ -342,7 +347,7 @@ impl Weight {
     /// Rows `start..start + len`, without a copy.
     ///
     /// # Errors
-    /// There are fewer rows.
+    /// The rows are out of range.
     pub fn narrow_rows(&self, start: usize, len: usize) -> Result<Self> {
         let stored = match &self.stored {
             Stored::Dense(tensor) => Stored::Dense(tensor.narrow(0, start, len)?),
@@ -352,7 +357,9 @@ impl Weight {
                 let dims = mapped.shape.dims();
                 let count = dims.first().copied().unwrap_or(0);
                 if start.checked_add(len).is_none_or(|end| end > count) {
-                    let message = format!("rows {start} to {start} + {len} of a weight with {count} rows");
+                    let message = format!(
+                        "expected rows within the {count} rows of the weight, found {start} to {start} + {len}"
+                    );
                     return Err(Error::argument("rows", message));
                 }
                 let row = mapped.bytes.len().checked_div(count).unwrap_or(0);
@@ -371,7 +378,7 @@ impl Weight {
     pub fn row_norms_squared(&self) -> Result<Tensor> {
         let rows = self.dims2()?.0;
         let mut parts = Vec::new();
-        // a part at a time: half-precision weights are not widened as a whole
+        // in chunks, so that half-precision weights are not widened as a whole
         for start in (0..rows).step_by(ROWS_WIDENED) {
             let part = self.narrow_rows(start, ROWS_WIDENED.min(rows - start))?.tensor()?.to_dtype(DType::F32)?;
             parts.push(part.sqr()?.sum(1)?);
@@ -379,7 +386,7 @@ impl Weight {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
-    /// A gradient of zeros with its shape, f32.
+    /// A zero gradient with its shape, f32.
     pub(crate) fn zero_gradient(&self) -> Result<Tensor> {
         if self.device().is_cpu() {
             return tensor(vec![0.0; self.elem_count()], self.dims());
@@ -390,7 +397,7 @@ impl Weight {
 
 const ROWS_WIDENED: usize = 4096;
 
-/// Blocks of the CPU on a GPU.
+/// Uploads quantized blocks to a GPU, or dequantizes them if it has no loader for their format.
 fn upload(quantized: &Quantized, device: &Device, dtype: DType) -> Result<Weight> {
     let matrix = quantized.matrix()?;
     if !Formats::has_loader(matrix.format()) {
@@ -409,33 +416,33 @@ impl Mapped {
 
     fn matrix(&self) -> Result<Matrix<'_>> {
         let matrix = self.file.matrix(self.bytes.clone(), self.element);
-        matrix.ok_or_else(|| Error::Bug("a part of a file that is not aligned".into()))
+        matrix.ok_or_else(|| Error::Bug("a mapped weight is not aligned".into()))
     }
 }
 
-/// The files that the weights of a model are mapped from.
+/// The mapped files of a model's weights.
 #[derive(Debug)]
 pub(crate) struct MappedFiles {
-    /// Each with the first byte of one of its weights: the others are a multiple of a cache line away, as a rule.
+    /// Each file with the offset of one of its weights. The other weights are usually a multiple of a cache line away.
     files: Vec<(Arc<MappedFile>, usize)>,
     passes: AtomicU32,
 }
 
-/// Passes through a model before its files are copied: loading and short texts are served from the files, whose memory processes
-/// share.
+/// The number of passes through a model before its files are copied. Loading and short runs read the files directly,
+/// whose memory is shared between processes.
 const PASSES_BEFORE_COPY: u32 = 32;
 
 impl MappedFiles {
-    /// Those of these weights.
+    /// The mapped files of these weights.
     pub(crate) fn of<'a>(weights: impl Iterator<Item = &'a Weight>) -> Self {
         let mut files: Vec<(Arc<MappedFile>, usize)> = Vec::new();
         for weight in weights {
-            let place = match &weight.stored {
+            let source = match &weight.stored {
                 Stored::Dense(_) | Stored::OnGpu(_) => None,
                 Stored::Mapped(Mapped { file, bytes, .. }) => Some((file, bytes.start)),
                 Stored::Quantized(quantized) => quantized.file(),
             };
-            if let Some((file, start)) = place
+            if let Some((file, start)) = source
                 && !files.iter().any(|(found, _)| Arc::ptr_eq(found, file))
             {
                 files.push((file.clone(), start));
@@ -444,8 +451,9 @@ impl MappedFiles {
         Self { files, passes: AtomicU32::new(0) }
     }
 
-    /// Ends a pass through the model: fails if a file was shortened or overwritten, since what was computed with its weights may be
-    /// wrong. A model that is used for long gets its files copied into memory of its own, where weights are read faster.
+    /// Ends a pass through the model. Fails if a file has been truncated or overwritten, because the results may be
+    /// wrong. After [`PASSES_BEFORE_COPY`] passes the files are copied to private memory, where weights are read
+    /// faster.
     pub(crate) fn finish_pass(&self) -> Result<()> {
         let is_long = !self.files.is_empty() && self.passes.fetch_add(1, Ordering::Relaxed) == PASSES_BEFORE_COPY;
         for (file, first) in &self.files {
@@ -464,24 +472,24 @@ fn check(file: &MappedFile) -> Result<()> {
 
 /// The right operand of a product: an activation, a matrix of a low-rank update, or a weight.
 #[derive(Clone, Copy)]
-pub(super) enum Factor<'a> {
+pub(super) enum Operand<'a> {
     Tensor(&'a Tensor),
     Weight(&'a Weight),
 }
 
-impl<'a> From<&'a Tensor> for Factor<'a> {
+impl<'a> From<&'a Tensor> for Operand<'a> {
     fn from(tensor: &'a Tensor) -> Self {
         Self::Tensor(tensor)
     }
 }
 
-impl<'a> From<&'a Weight> for Factor<'a> {
+impl<'a> From<&'a Weight> for Operand<'a> {
     fn from(weight: &'a Weight) -> Self {
         Self::Weight(weight)
     }
 }
 
-impl<'a> Factor<'a> {
+impl<'a> Operand<'a> {
     pub(super) fn dims(self) -> &'a [usize] {
         match self {
             Self::Tensor(tensor) => tensor.dims(),

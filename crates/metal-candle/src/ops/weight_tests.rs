@@ -1,8 +1,8 @@
-//! Layers with mapped weights, and rows of a batch in inference.
+//! Tests mapped and quantized weights, and that the result of a row does not depend on the batch.
 
 #![allow(clippy::unwrap_used)]
 
-use super::linear::{Linear, Wanted};
+use super::linear::{Linear, NeedsGrad};
 use super::tests::{assert_close, random, values};
 use super::{LowRank, Magnitude, Weight, weight_norms_squared};
 use candle_core::{DType, Tensor};
@@ -20,7 +20,7 @@ fn little_endian(tensor: &Tensor) -> Vec<u8> {
     }
 }
 
-/// A weight in a file gives the bits of the same weight in a tensor, in every use of it.
+/// A mapped weight returns the same bits as the same weight in a tensor, in every use.
 #[test]
 fn a_mapped_weight_equals_its_tensor() {
     let path = std::env::temp_dir().join(format!("metal-candle-weight-{}", std::process::id()));
@@ -53,23 +53,24 @@ fn a_mapped_weight_equals_its_tensor() {
         same(part.tensor().unwrap(), dense.narrow(0, 3, 7).unwrap());
         same(part.narrow_rows(6, 1).unwrap().tensor().unwrap(), dense.narrow(0, 9, 1).unwrap());
         assert!(part.narrow_rows(6, 2).is_err() && mapped.rows(&[19], DType::F32).is_err() && mapped.dense().is_err());
-        let term = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
+        let update = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
         let layers = [&mapped, &weight].map(|weight| Linear { weight: weight.clone(), bias: Some(random(&[rows], 2)) });
         for count in [1, 70] {
             let (x, dy) = (random(&[count, columns], 5), random(&[count, rows], 6));
-            let [found, expected] = layers.each_ref().map(|layer| layer.forward(&x, Some(&term), None, None).unwrap());
+            let [found, expected] =
+                layers.each_ref().map(|layer| layer.forward(&x, Some(&update), None, None).unwrap());
             same(found, expected);
-            let wanted = Wanted { input: true, weight: false, bias: false };
+            let needs_grad = NeedsGrad { input: true, weight: false, bias: false };
             let [found, expected] = layers
                 .each_ref()
-                .map(|layer| layer.backward(Some(&x), Some(&term), None, &dy, wanted, None, None).unwrap());
+                .map(|layer| layer.backward(Some(&x), Some(&update), None, &dy, needs_grad, None, None).unwrap());
             same(found.input.unwrap(), expected.input.unwrap());
         }
     }
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Quantized blocks, in a file or in memory, give the results of the matrix that they stand for, in every use of it.
+/// Quantized blocks, in a file or in memory, return the results of their dequantized matrix, in every use.
 #[test]
 fn a_quantized_weight_equals_its_values() {
     let (rows, columns, format) = (19, 64, BlockFormat::Q8_0);
@@ -107,47 +108,52 @@ fn a_quantized_weight_equals_its_values() {
         same(part.tensor().unwrap(), dense.narrow(0, 3, 7).unwrap());
         same(part.narrow_rows(6, 1).unwrap().tensor().unwrap(), dense.narrow(0, 9, 1).unwrap());
         assert!(part.narrow_rows(6, 2).is_err() && weight.rows(&[19], DType::F32).is_err() && weight.dense().is_err());
-        let term = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
+        let update = LowRank::new(random(&[3, columns], 3), random(&[rows, 3], 4), 1.7);
         let layers = [weight, dense.clone().into()].map(|weight| Linear { weight, bias: Some(random(&[rows], 2)) });
         for count in [1, 70] {
             let (x, dy) = (random(&[count, columns], 5), random(&[count, rows], 6));
-            let [found, expected] = layers.each_ref().map(|layer| layer.forward(&x, Some(&term), None, None).unwrap());
+            let [found, expected] =
+                layers.each_ref().map(|layer| layer.forward(&x, Some(&update), None, None).unwrap());
             assert_close(&found, &expected, 1e-5);
-            let [found, expected] = layers.each_ref().map(|layer| layer.infer(&x, Some(&term), Some(&dy)).unwrap());
-            // activations of 8 bits
+            let [found, expected] = layers.each_ref().map(|layer| layer.infer(&x, Some(&update), Some(&dy)).unwrap());
+            // activations are rounded to 8 bits
             assert_close(&found, &expected, 1e-2);
-            let wanted = Wanted { input: true, weight: false, bias: false };
+            let needs_grad = NeedsGrad { input: true, weight: false, bias: false };
             let [found, expected] = layers
                 .each_ref()
-                .map(|layer| layer.backward(Some(&x), Some(&term), None, &dy, wanted, None, None).unwrap());
+                .map(|layer| layer.backward(Some(&x), Some(&update), None, &dy, needs_grad, None, None).unwrap());
             assert_close(&found.input.unwrap(), &expected.input.unwrap(), 1e-5);
         }
     }
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Where no backward pass follows, a row has the same bits alone and among others, whatever is added to the layer.
+/// Without a backward pass, a row has the same bits alone and in any batch, for every kind of layer.
 #[test]
-fn a_row_is_inferred_as_if_it_were_alone() {
+fn the_result_of_a_row_does_not_depend_on_the_batch() {
     let (x, residual) = (random(&[70, 40], 5), random(&[70, 33], 6));
     let weight = random(&[33, 40], 1);
     let plain = LowRank::new(random(&[3, 40], 3), random(&[33, 3], 4), 1.7);
     let weight_norms_squared = weight_norms_squared(&weight).unwrap();
     let magnitude = Magnitude { m: random(&[33], 10), weight_norms_squared, reciprocal_norms: None };
-    let terms = [
+    let updates = [
         None,
         Some(plain.clone()),
-        Some(LowRank { start: Some((random(&[2, 40], 8), random(&[33, 2], 9))), dropout: 0.4, ..plain.clone() }),
+        Some(LowRank {
+            initial_factors: Some((random(&[2, 40], 8), random(&[33, 2], 9))),
+            dropout: 0.4,
+            ..plain.clone()
+        }),
         Some(LowRank { magnitude: Some(magnitude), ..plain }),
     ];
     for (bias, dtype) in [(None, DType::F32), (Some(random(&[33], 2)), DType::BF16)] {
         let layer = Linear { weight: weight.to_dtype(dtype).unwrap().into(), bias };
-        for (term, residual) in terms.iter().flat_map(|term| [(term, None), (term, Some(&residual))]) {
-            let all = layer.infer(&x, term.as_ref(), residual).unwrap();
-            assert_close(&all, &layer.forward(&x, term.as_ref(), None, residual).unwrap(), 1e-5);
+        for (update, residual) in updates.iter().flat_map(|update| [(update, None), (update, Some(&residual))]) {
+            let all = layer.infer(&x, update.as_ref(), residual).unwrap();
+            assert_close(&all, &layer.forward(&x, update.as_ref(), None, residual).unwrap(), 1e-5);
             for (first, count) in [(0, 1), (69, 1), (7, 3), (1, 9), (0, 64)] {
                 let part = |x: &Tensor| x.narrow(0, first, count).unwrap().force_contiguous().unwrap();
-                let found = layer.infer(&part(&x), term.as_ref(), residual.map(part).as_ref()).unwrap();
+                let found = layer.infer(&part(&x), update.as_ref(), residual.map(part).as_ref()).unwrap();
                 assert_eq!(values(&found), values(&part(&all)), "{count} rows");
             }
         }

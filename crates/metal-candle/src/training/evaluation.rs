@@ -5,7 +5,7 @@ use super::samples::{check_dataset, count_tokens, shorten, source_of};
 use crate::data::{Dataset, PackingLimits, Random, batch_of, pack};
 use crate::error::{Error, Result};
 use crate::models::Model;
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 
 /// The loss of a model on a dataset.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,7 +36,7 @@ impl Evaluation {
 /// Samples cannot be used (all of them are listed), `batch_tokens` is 0, or the loss is not finite (its rows are named).
 pub fn evaluate(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     dataset: &Dataset,
     batch_tokens: usize,
 ) -> Result<Evaluation> {
@@ -48,7 +48,7 @@ pub fn evaluate(
 pub(super) fn evaluate_in(
     group: Option<&Group>,
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     dataset: &Dataset,
     batch_tokens: usize,
 ) -> Result<Evaluation> {
@@ -75,7 +75,7 @@ pub(super) fn evaluate_in(
 }
 
 /// The error for a batch whose loss is not finite; measures each sample alone to name the rows at fault.
-fn non_finite(model: &Model, terms: Option<&LowRankTerms>, dataset: &Dataset, indices: &[usize]) -> Result<Error> {
+fn non_finite(model: &Model, terms: Option<&LowRankUpdates>, dataset: &Dataset, indices: &[usize]) -> Result<Error> {
     let (mut total, mut rows) = (0.0, Vec::new());
     let mut indices = indices.to_vec();
     indices.sort_unstable();

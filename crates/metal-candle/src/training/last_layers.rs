@@ -5,7 +5,7 @@ use super::whole_parameters::WholeParameters;
 use crate::error::{Error, Result};
 use crate::files::write_safetensors;
 use crate::models::Model;
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -91,7 +91,7 @@ impl Trained for LastLayers {
         &self.model
     }
 
-    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
+    fn run_terms(&self) -> Result<Option<LowRankUpdates>> {
         Ok(None)
     }
 

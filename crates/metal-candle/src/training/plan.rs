@@ -97,7 +97,7 @@ impl TrainingPlan {
         let copies = 2 + usize::from(terms.is_some()) + usize::from(options.evaluation.is_some());
         // a parameter with trained rows is copied for the run, in addition to the model's and the initial one
         let of_rows = |rows: TokenRows| {
-            let weight = &model.parameters()[rows.place].1;
+            let weight = &model.parameters()[rows.parameter].1;
             2 * weight.elem_count() * weight.dtype().size_in_bytes()
         };
         let of_rows: usize = start.token_rows().into_iter().map(of_rows).sum();

@@ -21,7 +21,7 @@ use crate::data::{Dataset, Random, batch_of};
 use crate::error::{Error, Result};
 use crate::files::{SafetensorsFile, write_safetensors};
 use crate::models::{Batch, Gradients, LossOptions, Model, Targets};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use crate::profile::{Kind, span};
 use candle_core::Tensor;
 use serde_json::{Map, Value};
@@ -44,7 +44,7 @@ pub(super) struct Run<'a, T: Trained> {
     gradients: GradientSum,
     /// The trained adapter or model; its parameters are views of the optimizer's.
     live: T,
-    terms: Option<LowRankTerms>,
+    terms: Option<LowRankUpdates>,
     progress: Progress,
     /// The steps of the current epoch, and the generator after drawing their order.
     epoch: Option<(Vec<Vec<Indices>>, Random)>,
@@ -386,7 +386,7 @@ impl<'a, T: Trained> Run<'a, T> {
         }
         let parts: Vec<(usize, &Tensor)> =
             self.parameters.iter().filter_map(|parameter| Some((parameter.offset, found(parameter)?))).collect();
-        self.gradients.add(&parts, gradients.room.as_ref().map(|room| &room.flat), is_first)?;
+        self.gradients.add(&parts, gradients.low_rank_buffer.as_ref().map(|buffer| &buffer.flat), is_first)?;
         let made = || gradients.iter();
         self.metrics.num_gradient_tensors = made().count();
         self.metrics.gradient_bytes =
@@ -464,7 +464,7 @@ impl<'a, T: Trained> Run<'a, T> {
     /// Evaluates, and returns whether this step needs a checkpoint.
     fn evaluate(&mut self) -> Result<bool> {
         let Some(options) = &self.options.evaluation else { return Ok(false) };
-        let measure = |model: &Model, terms: Option<&LowRankTerms>| -> Result<f64> {
+        let measure = |model: &Model, terms: Option<&LowRankUpdates>| -> Result<f64> {
             let group = self.options.group.as_ref();
             Ok(evaluate_in(group, model, terms, &options.dataset, self.options.batch_tokens)?.loss())
         };

@@ -4,7 +4,7 @@ use super::warnings::TrainingWarning;
 use crate::data::{Dataset, Sample, Tokenizer, batch_of};
 use crate::error::Result;
 use crate::models::Model;
-use crate::ops::{LowRankTerms, Weight};
+use crate::ops::{LowRankUpdates, Weight};
 use candle_core::DType;
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ const UNUSED_ROWS: usize = 64;
 /// The device fails, or ids are outside the vocabulary.
 pub fn template_warning(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     tokenizer: &Tokenizer,
     dataset: &Dataset,
 ) -> Result<Option<TrainingWarning>> {
@@ -75,7 +75,7 @@ pub fn template_warning(
 /// The mean loss of each mark in the shortest rows that have marks within them.
 fn mark_losses(
     model: &Model,
-    terms: Option<&LowRankTerms>,
+    terms: Option<&LowRankUpdates>,
     tokenizer: &Tokenizer,
     dataset: &Dataset,
 ) -> Result<BTreeMap<u32, f64>> {

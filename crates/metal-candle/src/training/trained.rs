@@ -3,7 +3,7 @@
 use crate::adapters::{LoRAAdapter, LoRAModule, SavedParameter};
 use crate::error::{Error, Result};
 use crate::models::{GradientOf, Model, Parameters, TokenRows, Trainable};
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -40,8 +40,8 @@ impl OfModel {
     }
 
     /// These parameters and the low-rank updates.
-    pub(super) fn with<'a>(&'a self, terms: Option<&'a LowRankTerms>) -> Trainable<'a> {
-        Trainable { terms, parameters: Parameters::WithRows(&self.places, &self.rows) }
+    pub(super) fn with<'a>(&'a self, terms: Option<&'a LowRankUpdates>) -> Trainable<'a> {
+        Trainable { low_rank: terms, parameters: Parameters::WithRows(&self.places, &self.rows) }
     }
 }
 
@@ -84,7 +84,7 @@ pub trait Trained: Clone + Send + Sync + 'static {
     ///
     /// # Errors
     /// The device fails.
-    fn run_terms(&self) -> Result<Option<LowRankTerms>>;
+    fn run_terms(&self) -> Result<Option<LowRankUpdates>>;
 
     /// Whether low-rank updates and model are copies, so that updates of the parameters do not change them.
     fn terms_are_copies(&self) -> bool;
@@ -163,7 +163,7 @@ impl Trained for LoRAAdapter {
         let parameters = Trained::run_model(self).parameters();
         let rows_of = |saved: &SavedParameter| {
             let place = parameters.iter().position(|(name, _)| *name == saved.name)?;
-            Some(TokenRows { place, ids: saved.rows.clone()? })
+            Some(TokenRows { parameter: place, ids: saved.rows.clone()? })
         };
         self.saved_parameters().iter().filter_map(rows_of).collect()
     }
@@ -172,8 +172,8 @@ impl Trained for LoRAAdapter {
         Self::run_model(self)
     }
 
-    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
-        self.terms().map(Some)
+    fn run_terms(&self) -> Result<Option<LowRankUpdates>> {
+        self.low_rank_updates().map(Some)
     }
 
     fn terms_are_copies(&self) -> bool {

@@ -4,7 +4,7 @@ use super::trained::{Parameter, Trained};
 use crate::error::{Error, Result};
 use crate::files::SafetensorsFile;
 use crate::models::{GradientOf, Model, save_model};
-use crate::ops::{LowRankTerms, Weight};
+use crate::ops::{LowRankUpdates, Weight};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -101,7 +101,7 @@ impl Trained for Model {
         self
     }
 
-    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
+    fn run_terms(&self) -> Result<Option<LowRankUpdates>> {
         Ok(None)
     }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 
 fn logits(model: &Model, adapter: &LoRAAdapter, ids: &[u32]) -> Tensor {
-    model.forward(&Batch::single(ids), Some(&adapter.terms().unwrap()), None, Rows::All).unwrap()
+    model.forward(&Batch::single(ids), Some(&adapter.low_rank_updates().unwrap()), None, Rows::All).unwrap()
 }
 
 /// A copy of a golden PEFT folder that tests may spoil.
@@ -463,7 +463,7 @@ fn tensors_that_peft_writes_more_than_once_are_compared() {
     };
     let ids = [1, 5, 9];
     let run = |adapter: &LoRAAdapter| {
-        let terms = adapter.terms().unwrap();
+        let terms = adapter.low_rank_updates().unwrap();
         adapter.run_model().forward(&Batch::single(&ids), Some(&terms), None, Rows::All).unwrap()
     };
     let apart = run(&with(&[]).unwrap());

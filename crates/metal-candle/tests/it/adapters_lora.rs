@@ -5,12 +5,12 @@ use candle_core::{DType, Tensor};
 use metal_candle::adapters::{LoRAAdapter, LoRAAdapterConfig, TargetModule};
 use metal_candle::data::Random;
 use metal_candle::models::{Batch, Rows};
-use metal_candle::ops::{Adapters, LowRank, LowRankTerms};
+use metal_candle::ops::{Adapters, LowRank, LowRankUpdates};
 use metal_candle::{Device, Error, Model};
 
 fn logits(model: &Model, adapter: Option<&LoRAAdapter>) -> Tensor {
     let batch = Batch::from_sequences([vec![7_u32, 83, 25, 91, 52], vec![3, 9]]);
-    let terms = adapter.map(|adapter| adapter.terms().unwrap());
+    let terms = adapter.map(|adapter| adapter.low_rank_updates().unwrap());
     model.forward(&batch, terms.as_ref(), None, Rows::All).unwrap()
 }
 
@@ -180,9 +180,9 @@ fn merging_keeps_the_dtype_of_the_weights() {
 }
 
 /// Low-rank updates of every linear layer, drawn from `seed`.
-fn drawn_terms(model: &Model, seed: u64) -> LowRankTerms {
+fn drawn_terms(model: &Model, seed: u64) -> LowRankUpdates {
     let mut random = Random::new(seed);
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     for (id, linear) in model.linears().iter().enumerate() {
         let mut draw = |rows: usize, columns: usize| {
             let values: Vec<f32> = (0..rows * columns).map(|_| random.next_f32() - 0.5).collect();

@@ -49,7 +49,10 @@ fn case(name: &str) -> Case {
 }
 
 fn logits(adapter: &LoRAAdapter, ids: &[u32]) -> Tensor {
-    adapter.run_model().forward(&Batch::single(ids), Some(&adapter.terms().unwrap()), None, Rows::All).unwrap()
+    adapter
+        .run_model()
+        .forward(&Batch::single(ids), Some(&adapter.low_rank_updates().unwrap()), None, Rows::All)
+        .unwrap()
 }
 
 fn plain_logits(model: &Model, ids: &[u32]) -> Tensor {
@@ -74,7 +77,7 @@ fn compare_gradients(name: &str, case: &Case, adapter: &LoRAAdapter) {
     let (batch, targets) = golden::batch(&case.facts["batch"]);
     let trained: f32 = targets.weights.iter().sum();
     let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
-    let terms = adapter.terms().unwrap();
+    let terms = adapter.low_rank_updates().unwrap();
     let parameters = adapter.trainable();
     let rows = adapter.token_rows();
     let of_model: Vec<GradientOf> = parameters[parameters.len() - adapter.saved_parameters().len()..]
@@ -83,7 +86,7 @@ fn compare_gradients(name: &str, case: &Case, adapter: &LoRAAdapter) {
         .collect();
     let place = |of: &GradientOf| if let GradientOf::Parameter(place) = of { Some(*place) } else { None };
     let places: Vec<usize> = of_model.iter().filter_map(place).collect();
-    let trainable = Trainable { terms: Some(&terms), parameters: Parameters::WithRows(&places, &rows) };
+    let trainable = Trainable { low_rank: Some(&terms), parameters: Parameters::WithRows(&places, &rows) };
     let (losses, gradients) = adapter.run_model().loss_and_gradients(&batch, &targets, trainable, options).unwrap();
     let loss = losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / f64::from(trained);
     assert!((loss - case.facts["loss"].as_f64().unwrap()).abs() < 1e-4, "{name}: {loss}");
@@ -509,7 +512,7 @@ fn generation_with_magnitudes_follows_the_forward_pass() {
         let adapter = LoRAAdapter::load(&case.model, &case.folder).unwrap();
         let mut ids = golden::ids(&case.facts["logits_ids"]);
         let config = GenerationConfig::default().with_max_tokens(6).with_ignore_eos(true);
-        let mut generator = Generator::new(case.model.clone()).with_adapter(adapter.terms().unwrap());
+        let mut generator = Generator::new(case.model.clone()).with_adapter(adapter.low_rank_updates().unwrap());
         for _ in 0..2 {
             let found = generator.generate(ids.clone(), &config).unwrap().tokens;
             assert_eq!(found.len(), 6);

@@ -5,7 +5,7 @@ use metal_candle::models::{
     Batch, GradientOf, KVCache, KVCacheConfig, KVCacheType, LossOptions, Model, Rows, SafetensorsFile, Targets,
     Trainable,
 };
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use metal_candle::{Device, ModelLoader};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -235,12 +235,12 @@ pub fn batch_of(value: &Value) -> (Batch, Targets) {
 }
 
 /// The low-rank terms of a PEFT folder, straight from its tensors.
-pub fn terms(model: &Model, folder: &str) -> LowRankTerms {
+pub fn terms(model: &Model, folder: &str) -> LowRankUpdates {
     let config = json(&format!("{folder}/adapter_config.json"));
     let file = SafetensorsFile::open(golden(&format!("{folder}/adapter_model.safetensors"))).unwrap();
     drop(file);
     let tensors = Tensors::open(&format!("{folder}/adapter_model.safetensors"));
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     for (number, linear) in model.linears().iter().enumerate() {
         let path = format!("base_model.model.{}", linear.path);
         let Some(a) = tensors.0.get(&format!("{path}.lora_A.weight")) else { continue };
@@ -326,12 +326,12 @@ fn gradients_of_all_parameters_equal_torch() {
 fn blocks_below_the_lowest_term_keep_nothing() {
     let model = model("gqa-tied", DType::F32);
     let all = terms(&model, "lora/all-linear");
-    let mut top = LowRankTerms::new();
+    let mut top = LowRankUpdates::new();
     for (number, term) in all.iter().filter(|(number, _)| model.linears()[*number].layer == Some(2)) {
         top.insert(number, term.clone());
     }
     let (batch, targets) = batch_of(&json("lora/all-linear.json")["batch"]);
-    let run = |terms: &LowRankTerms| {
+    let run = |terms: &LowRankUpdates| {
         model.loss_and_gradients(&batch, &targets, Trainable::low_rank(terms), LossOptions::default()).unwrap().1
     };
     let (of_all, of_top) = (run(&all), run(&top));
@@ -370,7 +370,7 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
         terms.insert(number, LowRank { dropout: 0.3, ..term.clone() });
     }
     let (batch, targets) = batch_of(&case["batch"]);
-    let run = |terms: &LowRankTerms, dropout_seed: u64| {
+    let run = |terms: &LowRankUpdates, dropout_seed: u64| {
         let options = LossOptions { dropout_seed, ..LossOptions::default() };
         let (losses, gradients) =
             model.loss_and_gradients(&batch, &targets, Trainable::low_rank(terms), options).unwrap();
@@ -404,7 +404,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
     for (name, dtype) in [("models/gqa-tied", DType::F32), ("models/untied", DType::BF16)] {
         let model = ModelLoader::new().with_dtype(dtype).load(golden(name)).unwrap();
         let linears = model.linears();
-        let mut terms = LowRankTerms::new();
+        let mut terms = LowRankUpdates::new();
         for (id, linear) in linears.iter().enumerate() {
             let matrix = |rows: usize, columns: usize| {
                 let values: Vec<f32> =

@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
 use metal_candle::models::{Batch, Model, Role, Rows};
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use metal_candle::training::{LoRAAdapter, TargetModule};
 use metal_candle::{Device, ModelConfig};
 use serde_json::{Value, json};
@@ -84,13 +84,13 @@ fn model(keys: &Value, dtype: DType, device: Device) -> Model {
 }
 
 /// An adapter of all linear layers, whose values lie within half of `range` of zero.
-pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankTerms {
+pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankUpdates {
     let adapter = LoRAAdapter::builder(model).with_rank(rank).with_alpha(8.0);
     let adapter = adapter.with_target_modules([TargetModule::AllLinear]).build().unwrap();
     let count = adapter.num_parameters();
     let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * range).collect();
     let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &model.device().candle()).unwrap();
-    adapter.with_parameters(parameters).unwrap().terms().unwrap()
+    adapter.with_parameters(parameters).unwrap().low_rank_updates().unwrap()
 }
 
 /// The log-probabilities of what `model` generates against those that the model on the CPU gives the same tokens.

@@ -4,7 +4,7 @@ use crate::decoding_steps::terms;
 use candle_core::{DType, Tensor};
 use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
 use metal_candle::models::{Batch, LossOptions, Model, Quantization, QuantizationMixture, Rows, Targets, Trainable};
-use metal_candle::ops::{BlockFormat, LowRankTerms};
+use metal_candle::ops::{BlockFormat, LowRankUpdates};
 use metal_candle::{Device, ModelConfig};
 use serde_json::json;
 
@@ -100,7 +100,7 @@ fn check(what: &str, [own, values]: &[Model; 2], rank: usize, rows: usize, toler
     }
 }
 
-fn log_probabilities(model: &Model, ids: &[u32], terms: Option<&LowRankTerms>) -> Vec<Vec<f32>> {
+fn log_probabilities(model: &Model, ids: &[u32], terms: Option<&LowRankUpdates>) -> Vec<Vec<f32>> {
     let logits = model.forward(&Batch::single(ids), terms, None, Rows::All).unwrap();
     let mut rows: Vec<Vec<f32>> = logits.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
     for row in &mut rows {

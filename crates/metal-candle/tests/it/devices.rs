@@ -345,7 +345,7 @@ fn gradients_with_every_head_size_match_the_cpu(device: Device) {
                 let count = adapter.num_parameters();
                 let values: Vec<f32> = (0..count).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.1).collect();
                 let parameters = Tensor::from_vec(values, adapter.parameters().shape(), &device.candle()).unwrap();
-                let terms = adapter.with_parameters(parameters).unwrap().terms().unwrap();
+                let terms = adapter.with_parameters(parameters).unwrap().low_rank_updates().unwrap();
                 let options = LossOptions { grad_scale: 1.0 / 180.0, ..LossOptions::default() };
                 let gradients = |trainable| model.loss_and_gradients(&batch, &targets, trainable, options).unwrap().1;
                 let of_terms = gradients(Trainable::low_rank(&terms));

@@ -7,7 +7,7 @@ use metal_candle::inference::{GenerationConfig, Generator};
 use metal_candle::models::{
     Batch, GradientOf, LossOptions, Model, Rows, SafetensorsFile, Targets, Trainable, save_model, write_safetensors,
 };
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use metal_candle::training::LoRAAdapter;
 use metal_candle::{Device, ModelLoader};
 use std::collections::{BTreeMap, BTreeSet};
@@ -91,8 +91,8 @@ impl Case {
     }
 
     /// The golden LoRA, rank 2 and alpha 4.
-    fn terms(&self, model: &Model) -> LowRankTerms {
-        let mut terms = LowRankTerms::new();
+    fn terms(&self, model: &Model) -> LowRankUpdates {
+        let mut terms = LowRankUpdates::new();
         for (id, linear) in model.linears().iter().enumerate().filter(|(_, linear)| linear.layer.is_some()) {
             let factor = |letter: &str| {
                 let tensor = self.golden.get(&format!("lora_{letter}.{}", linear.path));
@@ -138,7 +138,7 @@ fn relative(found: &[f32], expected: &[f32]) -> f32 {
     max_difference(found, expected) / expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()))
 }
 
-fn logits(model: &Model, ids: &[u32], terms: Option<&LowRankTerms>) -> Vec<f32> {
+fn logits(model: &Model, ids: &[u32], terms: Option<&LowRankUpdates>) -> Vec<f32> {
     values(&model.forward(&Batch::single(ids), terms, None, Rows::All).unwrap())
 }
 
@@ -325,7 +325,7 @@ fn an_adapter_of_peft_is_read_and_written() {
         let adapter = LoRAAdapter::load(&model, folder.path()).unwrap();
         let ids = case.ids("ids");
         let with_terms = logits(&model, &ids, Some(&case.terms(&model)));
-        let loaded = logits(&model, &ids, Some(&adapter.terms().unwrap()));
+        let loaded = logits(&model, &ids, Some(&adapter.low_rank_updates().unwrap()));
         assert_eq!(loaded, with_terms, "{}", case.name);
         adapter.save(out.path()).unwrap();
         let saved = SafetensorsFile::open(out.path().join("adapter_model.safetensors")).unwrap();

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
 use metal_candle::files::{GgufFile, GgufValue};
 use metal_candle::models::{Batch, LossOptions, Model, Rows, Targets, Trainable, save_model};
-use metal_candle::ops::{BlockFormat, LowRank, LowRankTerms};
+use metal_candle::ops::{BlockFormat, LowRank, LowRankUpdates};
 use metal_candle::training::{LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
@@ -98,8 +98,8 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_batch() {
 }
 
 /// A term for each linear layer, with values that are neither zero nor equal.
-fn terms(model: &Model) -> LowRankTerms {
-    let mut terms = LowRankTerms::new();
+fn terms(model: &Model) -> LowRankUpdates {
+    let mut terms = LowRankUpdates::new();
     for (number, linear) in model.linears().iter().enumerate().filter(|(_, linear)| linear.layer.is_some()) {
         let matrix = |rows: usize, columns: usize| {
             let values: Vec<f32> =

@@ -9,11 +9,11 @@ use metal_candle::inference::{
     KVCache, KVCacheConfig, Piece, Request, Scheduler, SchedulerConfig, SequenceId, prompt_log_probabilities,
 };
 use metal_candle::models::{Batch, MatmulPrecision, Model, Quantization, QuantizationMixture, Rows};
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use metal_candle::{Device, ModelConfig};
 
 /// The bits of the logits of each token of a text that is computed in parts of these sizes, in turn.
-pub(super) fn bits(model: &Model, terms: Option<&LowRankTerms>, text: &[u32], sizes: &[usize]) -> Vec<Vec<u32>> {
+pub(super) fn bits(model: &Model, terms: Option<&LowRankUpdates>, text: &[u32], sizes: &[usize]) -> Vec<Vec<u32>> {
     let config = model.config();
     let sizes_of_cache = KVCacheConfig {
         max_seq_len: text.len(),
@@ -42,7 +42,7 @@ pub(super) fn bits(model: &Model, terms: Option<&LowRankTerms>, text: &[u32], si
 }
 
 /// Compares the bits of whole prompts, of chunks, of drafts and of single tokens.
-pub(super) fn check(name: &str, model: &Model, terms: Option<&LowRankTerms>, text: &[u32]) {
+pub(super) fn check(name: &str, model: &Model, terms: Option<&LowRankUpdates>, text: &[u32]) {
     let whole = bits(model, terms, text, &[text.len()]);
     for sizes in [&[1][..], &[5], &[3, 1, 9], &[64], &[130, 2, 1]] {
         let found = bits(model, terms, text, sizes);

@@ -6,7 +6,7 @@ use metal_candle::inference::{
     FinishReason, Generation, GenerationConfig, Generator, KVCache, KVCacheConfig, Piece, Sampler, SamplingConfig,
 };
 use metal_candle::models::{Batch, Model, Rows};
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use metal_candle::{Device, Error, ModelConfig};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -54,9 +54,9 @@ fn generator() -> Generator {
     Generator::new(model_of(config(), DType::F32)).with_tokenizer(tokenizer())
 }
 
-pub(super) fn adapter(model: &Model, seed: u64) -> LowRankTerms {
+pub(super) fn adapter(model: &Model, seed: u64) -> LowRankUpdates {
     let mut random = Random::new(seed);
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     for (number, linear) in model.linears().iter().enumerate() {
         let a = tensor(&mut random, &[4, linear.in_features], 0.3);
         let b = tensor(&mut random, &[linear.out_features, 4], 0.3);

@@ -9,13 +9,13 @@ use metal_candle::inference::{
     SchedulerConfig, SequenceId, TokenMask, sample_seed,
 };
 use metal_candle::models::Model;
-use metal_candle::ops::{LowRank, LowRankTerms, Magnitude};
+use metal_candle::ops::{LowRank, LowRankUpdates, Magnitude};
 use metal_candle::{Device, Error};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, LazyLock, Mutex};
 
 static MODEL: LazyLock<Model> = LazyLock::new(|| model_of(config(), DType::F32));
-pub(super) static ADAPTERS: LazyLock<[LowRankTerms; 2]> = LazyLock::new(|| [1, 2].map(|seed| adapter(&MODEL, seed)));
+pub(super) static ADAPTERS: LazyLock<[LowRankUpdates; 2]> = LazyLock::new(|| [1, 2].map(|seed| adapter(&MODEL, seed)));
 
 /// Few slots and short chunks, so that small tests have many steps.
 pub(super) const SMALL: SchedulerConfig =
@@ -536,7 +536,7 @@ fn a_sequence_that_fails_leaves_the_others_alone() {
 fn a_step_that_fails_loses_nothing() {
     let mut scheduler = small();
     // norms of another number of rows, which no product takes
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     let linear = &MODEL.linears()[0];
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu).unwrap();
     let magnitude = Magnitude {

@@ -1,7 +1,7 @@
 //! One long sequence: nothing of `[tokens, tokens]` is made.
 
 use metal_candle::models::{Batch, LossOptions, Targets, Trainable};
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use metal_candle::{Device, Model, ModelConfig};
 use std::process::Command;
 
@@ -26,7 +26,7 @@ fn step_of_a_child() {
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16384,
         "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "initializer_range": 0.2}"#;
     let model = Model::initialize(ModelConfig::from_json_str(config).unwrap(), 1, Device::CPU).unwrap();
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     for (number, linear) in model.linears().iter().enumerate().take(7) {
         let ones =
             |shape: (usize, usize)| candle_core::Tensor::full(0.01_f32, shape, &candle_core::Device::Cpu).unwrap();

@@ -39,7 +39,7 @@ fn worker() {
         "decode" | "decode-adapter" => {
             let mut generator = Generator::new(model.clone());
             if kind == "decode-adapter" {
-                generator.set_adapter(Some(adapter(&model, &[TargetModule::AllLinear]).terms().unwrap()));
+                generator.set_adapter(Some(adapter(&model, &[TargetModule::AllLinear]).low_rank_updates().unwrap()));
             }
             let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() }.with_max_tokens(count);
             assert_eq!(generator.generate(vec![1u32, 2, 3], &config).unwrap().tokens.len(), count);

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
 use metal_candle::inference::{GenerationConfig, Generator, KVCache, KVCacheConfig, SamplingStrategy, sample_token};
 use metal_candle::models::{Batch, Qwen, Rows, write_safetensors};
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use metal_candle::training::{
     AdamWConfig, LRScheduler, LoRAAdapter, LoRAAdapterConfig, TargetModule, Trainer, TrainingConfig, cross_entropy,
     save_checkpoint,
@@ -98,8 +98,8 @@ fn load_train_save_and_generate() -> Result<(), Box<dyn Error>> {
     let bare = generator.generate([1, 5, 7], &GenerationConfig::default())?;
     assert_eq!(bare.tokens.first(), Some(&best));
     // a few steps of a slow warm-up change less than half precision shows, so their effect is made larger
-    let mut terms = LowRankTerms::new();
-    for (number, term) in trainer.lora_adapter().terms()?.iter() {
+    let mut terms = LowRankUpdates::new();
+    for (number, term) in trainer.lora_adapter().low_rank_updates()?.iter() {
         terms.insert(number, LowRank { scale: 1e4 * term.scale, ..term.clone() });
     }
     generator.set_adapter(Some(terms));

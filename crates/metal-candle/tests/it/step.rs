@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use metal_candle::Model;
 use metal_candle::data::Random;
 use metal_candle::models::{Batch, GradientOf, Gradients, LossOptions, Parameters, Targets, Trainable};
-use metal_candle::ops::{LowRank, LowRankTerms};
+use metal_candle::ops::{LowRank, LowRankUpdates};
 use std::collections::HashMap;
 
 fn tensor(random: &mut Random, shape: (usize, usize)) -> Tensor {
@@ -14,9 +14,9 @@ fn tensor(random: &mut Random, shape: (usize, usize)) -> Tensor {
 }
 
 /// A term for each of the layers with these numbers.
-fn terms(model: &Model, numbers: &[usize]) -> LowRankTerms {
+fn terms(model: &Model, numbers: &[usize]) -> LowRankUpdates {
     let mut random = Random::new(7);
-    let mut terms = LowRankTerms::new();
+    let mut terms = LowRankUpdates::new();
     for &number in numbers {
         let linear = &model.linears()[number];
         let a = tensor(&mut random, (3, linear.in_features));
@@ -78,10 +78,10 @@ fn gradients_of_parts_match_finite_differences() {
                 ["embed_tokens", "lm_head", "layers.1.", "model.norm"].iter().any(|part| name.contains(part))
             })
             .collect();
-        let trainable = Trainable { terms: Some(&terms), parameters: Parameters::Of(&places) };
+        let trainable = Trainable { low_rank: Some(&terms), parameters: Parameters::Of(&places) };
         let (_, gradients) = step(&model, trainable, 1);
         assert_eq!(gradients.parameters.iter().flatten().count(), places.len());
-        assert_eq!(gradients.terms.iter().flatten().count(), 3);
+        assert_eq!(gradients.low_rank.iter().flatten().count(), 3);
 
         let check = |gradient: &Tensor, what: &str, moved: &dyn Fn(&Tensor) -> f64| {
             let squared = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
@@ -103,7 +103,7 @@ fn gradients_of_parts_match_finite_differences() {
                     let matrix = if matches!(of, GradientOf::A(_)) { &mut term.a } else { &mut term.b };
                     *matrix = (&*matrix + change).unwrap();
                     moved.insert(number, term);
-                    step(&model, Trainable { terms: Some(&moved), ..trainable }, 0).0
+                    step(&model, Trainable { low_rank: Some(&moved), ..trainable }, 0).0
                 });
             }
         }

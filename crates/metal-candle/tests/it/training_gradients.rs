@@ -14,7 +14,7 @@ fn gradients_of(adapter: &LoRAAdapter, batch: &serde_json::Value) -> (f64, Gradi
     let (batch, targets) = golden::batch(batch);
     let trained: f32 = targets.weights.iter().sum();
     let options = LossOptions { grad_scale: 1.0 / trained, ..LossOptions::default() };
-    let terms = adapter.terms().unwrap();
+    let terms = adapter.low_rank_updates().unwrap();
     let (losses, gradients) =
         adapter.model().loss_and_gradients(&batch, &targets, Trainable::low_rank(&terms), options).unwrap();
     (losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / f64::from(trained), gradients)
@@ -75,7 +75,7 @@ fn gradients_equal_finite_differences() {
     let loss = |values: Vec<f32>| {
         let parameters = Tensor::from_vec(values, adapter.num_parameters(), &candle_core::Device::Cpu).unwrap();
         let moved = adapter.with_parameters(parameters).unwrap();
-        let losses = model.loss(&batch, &targets, Some(&moved.terms().unwrap()), 0.0).unwrap();
+        let losses = model.loss(&batch, &targets, Some(&moved.low_rank_updates().unwrap()), 0.0).unwrap();
         losses.rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / f64::from(trained)
     };
     // along the gradient of each matrix the loss changes by its squared norm

@@ -84,8 +84,9 @@ fn what_schedule_free_adamw_evaluates_is_what_it_keeps() {
         .with_evaluation(held_out.clone(), 0)
         .with_run_folder(folder.path());
     let metrics = trainer.train(&data).unwrap();
-    let loss =
-        |adapter: &LoRAAdapter| evaluate(&model, Some(&adapter.terms().unwrap()), &held_out, 2048).unwrap().loss();
+    let loss = |adapter: &LoRAAdapter| {
+        evaluate(&model, Some(&adapter.low_rank_updates().unwrap()), &held_out, 2048).unwrap().loss()
+    };
     let last = metrics.evaluations.last().unwrap();
     let relative = |found: f64, expected: f64| (found / expected - 1.0).abs();
     assert!(relative(loss(&trainer.lora_adapter()), last.loss) < 1e-9);

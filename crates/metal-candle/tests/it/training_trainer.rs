@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use metal_candle::adapters::{LoRAAdapter, TargetModule};
 use metal_candle::data::{Dataset, Random, Sample, Source};
 use metal_candle::models::SafetensorsFile;
-use metal_candle::ops::LowRankTerms;
+use metal_candle::ops::LowRankUpdates;
 use metal_candle::training::{
     AdamWConfig, LRScheduler, StopReason, Trained, Trainer, TrainingConfig, TrainingEvent, evaluate,
 };
@@ -215,7 +215,7 @@ fn evaluation_weighs_tokens_and_keeps_the_best() {
         (0..losses.len()).map(|number| 2 * number).collect::<Vec<_>>()
     );
     let kept = trainer.best_adapter().unwrap();
-    let terms = kept.terms().unwrap();
+    let terms = kept.low_rank_updates().unwrap();
     let again = evaluate(&model, Some(&terms), &held_out, 2048).unwrap();
     assert_eq!(again.loss(), best.loss);
     // the same, sample by sample
@@ -333,7 +333,7 @@ impl Trained for Unreached {
         self.0.run_model()
     }
 
-    fn run_terms(&self) -> Result<Option<LowRankTerms>> {
+    fn run_terms(&self) -> Result<Option<LowRankUpdates>> {
         self.0.run_terms()
     }
 

@@ -98,7 +98,7 @@ fn prefill(mut generator: Generator, length: usize, repeats: usize) -> Result<Ve
 fn decode(mut generator: Generator, sequences: usize, length: usize, steps: usize, rank: usize) -> Result<Vec<f64>> {
     let model = generator.model().clone();
     if rank > 0 {
-        generator.set_adapter(Some(adapter(&model, rank)?.terms()?));
+        generator.set_adapter(Some(adapter(&model, rank)?.low_rank_updates()?));
     }
     let prompts: Vec<Vec<u32>> = (0..sequences).map(|sequence| ids(model.config(), sequence, length)).collect();
     // decoding of the first prompts overlaps prefill of the last, so all sequences continue until each has made its steps

@@ -135,7 +135,7 @@ pub(super) fn print<T: Trained>(
             "weights_bytes": plan.weights_bytes,
             "trained_bytes": plan.trained_bytes,
             "optimizer_bytes": plan.optimizer_bytes,
-            "kept_activations_bytes": plan.step.kept,
+            "kept_activations_bytes": plan.step.saved,
             "step_bytes": plan.step.peak,
             "head_bytes": plan.step.head,
             "kv_cache_bytes": fitted.cache_bytes,
@@ -163,8 +163,8 @@ pub(super) fn print<T: Trained>(
     line("weights", size(plan.weights_bytes), "");
     line("trained", size(plan.trained_bytes), "parameters, gradients and saved copies");
     line("optimizer", size(plan.optimizer_bytes), "");
-    line("activations", size(plan.step.kept), "saved between forward and backward pass");
-    line("step", size(plan.step.peak.saturating_sub(plan.step.kept)), "temporary, at the peak");
+    line("activations", size(plan.step.saved), "saved between forward and backward pass");
+    line("step", size(plan.step.peak.saturating_sub(plan.step.saved)), "temporary, at the peak");
     line("head", size(plan.step.head), "of the step: logits and loss");
     line("kv cache", size(fitted.cache_bytes), "for answers before and after training");
     if let Some(program) = fitted.program_bytes {

@@ -99,7 +99,7 @@ impl Prepared {
         let mut warnings: Vec<_> = cut.and_then(|max_tokens| cut_rows_warning(train, max_tokens)).into_iter().collect();
         // training all weights also trains the special tokens
         if let Some(adapter) = &self.adapter {
-            warnings.extend(template_warning(&self.model, Some(&adapter.terms()?), &self.tokenizer, train)?);
+            warnings.extend(template_warning(&self.model, Some(&adapter.low_rank_updates()?), &self.tokenizer, train)?);
         }
         Ok(warnings)
     }

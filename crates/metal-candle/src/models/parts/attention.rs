@@ -1,4 +1,4 @@
-//! Attention with grouped key/value heads, its projections, norms of q and k, and rotation.
+//! The attention part of a layer: projections, norms of q and k, rotation and attention with grouped key/value heads.
 
 mod step;
 
@@ -7,9 +7,9 @@ use super::super::kv_cache::KVCache;
 use super::super::registry::{LinearSlot, NormSlot, Registry, Role};
 use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
-use super::linear::{Extras, LinearLayer, are_frozen, are_fused, fused_layers};
+use super::linear::{ExtraMemory, LinearLayer, are_frozen, are_fused, fused_layers};
 use super::norm::NormLayer;
-use super::pass::{Backward, Context, Meter, StepSize, missing};
+use super::pass::{Backward, Context, MemoryMeter, StepSize, missing};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::attention::{self, AttentionGradients};
@@ -21,7 +21,7 @@ use metal_candle_kernels::AttentionShape;
 
 const FOLDER: &str = "self_attn";
 
-/// Where the tensors of an attention part are registered.
+/// The registered tensors of an attention part.
 #[derive(Debug)]
 pub(in crate::models) struct AttentionSlots {
     /// q, k and v, or their fused layer.
@@ -60,7 +60,7 @@ impl AttentionSpec {
         [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads.saturating_mul(self.head_dim))
     }
 
-    /// Heads, scale and mask as kernels take them.
+    /// The arguments of the attention kernels.
     pub(in crate::models) fn shape(&self) -> AttentionShape {
         let Self { heads, kv_heads, head_dim, scale, mask, soft_cap, .. } = *self;
         AttentionShape { heads, kv_heads, head_dim, scale, mask, soft_cap }
@@ -68,7 +68,7 @@ impl AttentionSpec {
 }
 
 impl QkNormExtent {
-    /// The elements that are normed together, and the shape of the weight.
+    /// The number of elements that are normalized together, and the shape of the weight.
     fn sizes(self, heads: usize, head_dim: usize) -> (usize, Vec<usize>) {
         match self {
             Self::Head => (head_dim, vec![head_dim]),
@@ -78,7 +78,7 @@ impl QkNormExtent {
     }
 }
 
-/// Attention of a layer.
+/// The attention part of a layer.
 #[derive(Debug)]
 pub(in crate::models) struct Attention {
     pub(in crate::models) layer: usize,
@@ -89,24 +89,24 @@ pub(in crate::models) struct Attention {
     pub(in crate::models) output: LinearLayer,
     pub(in crate::models) qk_norm: Option<([NormLayer; 2], QkNormSpec)>,
     sinks: Option<(usize, Tensor)>,
-    /// Whether the launches of `ops::fused` take the weights.
+    /// Whether `ops::fused` supports the weights.
     can_fuse: bool,
-    /// The rotary table, which elements it rotates against each other, and how many of a head.
+    /// The index of the rotary table, which elements it pairs, and how many elements of a head it rotates.
     rotary: Option<(usize, Pairs, usize)>,
 }
 
-/// What the backward pass needs of the forward pass.
+/// The tensors of the forward pass that the backward pass reads.
 pub(in crate::models) struct AttentionSaved {
-    /// q and k as attention takes them: normed and rotated.
+    /// q and k after norms and rotation.
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    /// q and k before their norms, or clipped and not rotated yet.
+    /// q and k before their norms; without norms, q and k after clipping and before rotation.
     raw: Option<[Tensor; 2]>,
     attention: attention::Saved,
-    /// Whether the launches of `ops::fused` have run.
+    /// Whether the forward pass used `ops::fused`.
     is_fused: bool,
-    /// The product of each layer's input with A of its low-rank update, where it was saved; the output's is last.
+    /// The product of each layer's input with A of its low-rank update, if it was saved. The output projection is last.
     z: Vec<Option<Tensor>>,
 }
 
@@ -142,8 +142,8 @@ impl Attention {
         let output = tensors.linear(slots.output)?;
         let dtype = output.linear.weight.dtype();
         let can_fuse = inputs.len() == 3
-            && inputs.iter().all(|layer| fused::takes(&layer.linear, true, dtype))
-            && fused::takes(&output.linear, false, dtype);
+            && inputs.iter().all(|layer| fused::supports(&layer.linear, true, dtype))
+            && fused::supports(&output.linear, false, dtype);
         Ok(Self {
             layer,
             spec: spec.clone(),
@@ -161,9 +161,9 @@ impl Attention {
         self.sinks.as_ref().map(|(_, sinks)| sinks)
     }
 
-    /// q, k and v of the normed input; what the backward passes of the layers can use is appended to `z`.
+    /// Computes q, k and v from the normed input. Appends what the backward passes of the layers can reuse to `z`.
     fn projections(&self, x: &Tensor, context: Context, z: &mut Vec<Option<Tensor>>) -> Result<Projected> {
-        let mut linear = |layer: &LinearLayer| layer.forward_keeping(x, context, z);
+        let mut linear = |layer: &LinearLayer| layer.forward_saving(x, context, z);
         if let [q, k, v] = self.inputs.as_slice() {
             let (q, k) = (linear(q)?, linear(k)?);
             let (q, k, raw) = self.positioned(q, k, context)?;
@@ -178,7 +178,7 @@ impl Attention {
         Ok(Projected { q, k, v: self.clipped(v)?, raw })
     }
 
-    /// `x` with its elements cut to the largest magnitude that is allowed.
+    /// `x` with its elements clamped to the maximum magnitude.
     fn clipped(&self, x: Tensor) -> Result<Tensor> {
         match self.spec.clip {
             Some(clip) => Ok(x.clamp(-clip, clip)?),
@@ -186,7 +186,7 @@ impl Attention {
         }
     }
 
-    /// The gradient `dx` of what [`Self::clipped`] returned as `x`, passed on where nothing was cut.
+    /// The backward pass of [`Self::clipped`], given its result `x`: passes `dx` on where nothing was clamped.
     fn clipped_backward(&self, x: &Tensor, dx: Tensor) -> Result<Tensor> {
         match self.spec.clip {
             Some(clip) => Ok((x.abs()?.lt(f64::from(clip))?.to_dtype(dx.dtype())? * dx)?),
@@ -194,7 +194,7 @@ impl Attention {
         }
     }
 
-    /// q and k normed, rotated and scaled, and what they were before their norms.
+    /// q and k after norms, rotation and scaling, and the tensors to save as `raw`.
     #[allow(clippy::type_complexity)]
     fn positioned(&self, q: Tensor, k: Tensor, context: Context) -> Result<(Tensor, Tensor, Option<[Tensor; 2]>)> {
         let Some(([q_norm, k_norm], spec)) = &self.qk_norm else {
@@ -219,7 +219,7 @@ impl Attention {
         }
     }
 
-    /// q times the factors of the tokens' positions.
+    /// q times the factors of the token positions.
     fn scaled(&self, q: Tensor, context: Context) -> Result<Tensor> {
         let Some(scaling) = self.spec.query_scaling else { return Ok(q) };
         let factors: Vec<f32> = context.positions.iter().map(|&position| scaling.factor(position)).collect();
@@ -227,7 +227,7 @@ impl Attention {
         scale_rows(q, &factors)
     }
 
-    /// The gradients of the projections' results, from those of q and k as attention takes them.
+    /// The gradients with respect to the results of the projections, from those of q and k in attention.
     fn positioned_backward(
         &self,
         (dq, dk): (Tensor, Tensor),
@@ -245,7 +245,7 @@ impl Attention {
         if spec.is_after_rotary { self.rotated(dq, dk, pass.context, true) } else { Ok((dq, dk)) }
     }
 
-    /// Attention of the batch over itself, or over the cache that its keys and values are added to.
+    /// Self-attention of the batch, or attention over the cache after its keys and values have been added.
     fn attend(&self, projected: &Projected, context: Context, cache: Option<&mut KVCache>) -> Result<attention::Saved> {
         let Projected { q, k, v, .. } = projected;
         match cache {
@@ -257,14 +257,14 @@ impl Attention {
         }
     }
 
-    /// Whether the launches of `ops::fused` run this part for `x`.
+    /// Whether `ops::fused` runs this part for `x`.
     pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
         self.can_fuse
             && context.spans.has_tables(self.shape)
             && are_fused(self.inputs.iter().chain([&self.output]), x, context)
     }
 
-    /// The rotary table whose rotation of q and k is part of the launch after their products.
+    /// The rotary table, if the launch after the products of q and k can apply it.
     fn fused_rotation(&self) -> Option<usize> {
         let is_whole = |(_, pairs, dim): &(usize, Pairs, usize)| *pairs == Pairs::Halves && *dim == self.spec.head_dim;
         let is_first = self.qk_norm.is_none() && self.spec.clip.is_none();
@@ -284,7 +284,7 @@ impl Attention {
         let rotation = self.fused_rotation().map(|table| &context.rotations[table]);
         fused::finish_qkv(rotation, self.spec.head_dim, &layers, &made)?;
         let mut z = made.z;
-        let [q, k, v] = all_of(made.y)?;
+        let [q, k, v] = to_array(made.y)?;
         let (q, k, raw) = match rotation {
             Some(_) => (self.scaled(q, context)?, k, None),
             None => self.positioned(q, k, context)?,
@@ -406,7 +406,7 @@ impl Part for Attention {
         let is_frozen = are_frozen(self.inputs.iter().chain([&self.output]), pass)
             && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained))
             && !self.sinks.as_ref().is_some_and(|(index, _)| pass.trained[*index]);
-        if pass.room.is_some()
+        if pass.low_rank_buffer.is_some()
             && saved.is_fused
             && is_frozen
             && input.norm.is_some_and(|norm| norm.norm.is_plain_rms(input.stream.dtype()))
@@ -430,7 +430,7 @@ impl Part for Attention {
         let (dq, dk) = self.positioned_backward((dq, dk), raw.as_ref(), pass)?;
         drop(raw);
 
-        // the input is recomputed only where a gradient needs it
+        // the input is recomputed only if a gradient needs it
         let needs_normed = self.inputs.iter().any(|layer| layer.needs_input(pass));
         let normed = needs_normed.then(|| input.get()).transpose()?;
         let dys = if self.inputs.len() == 3 { vec![dq, dk, dv] } else { vec![Tensor::cat(&[dq, dk, dv], 1)?] };
@@ -445,60 +445,60 @@ impl Part for Attention {
         input.backward(&d_normed.ok_or_else(missing)?, carry, pass).map(Some)
     }
 
-    fn forward_memory(&self, size: StepSize, is_saving: bool, _: bool, meter: &mut Meter) {
+    fn forward_memory(&self, size: StepSize, is_saving: bool, _: bool, meter: &mut MemoryMeter) {
         let sizes = self.sizes(size);
         let Sizes { queries, keys, log_sums } = sizes;
-        let copies = Extras::of(self.inputs.iter().chain([&self.output]), size).copies;
-        meter.take(size.stream);
-        meter.touch(copies);
-        meter.take(queries + 2 * keys);
+        let copies = ExtraMemory::of(self.inputs.iter().chain([&self.output]), size).copies;
+        meter.allocate(size.stream);
+        meter.allocate_temporarily(copies);
+        meter.allocate(queries + 2 * keys);
         if self.inputs.len() == 1 {
-            meter.touch(queries + 2 * keys);
+            meter.allocate_temporarily(queries + 2 * keys);
         }
         let raw = sizes.raw(self);
-        meter.take(raw);
-        meter.give(if is_saving { 0 } else { raw });
-        meter.give(size.stream);
-        meter.take(queries + log_sums);
-        meter.give(if is_saving { 0 } else { queries + 2 * keys + log_sums });
-        meter.take(size.stream);
-        meter.touch(copies);
-        meter.give(if is_saving { 0 } else { queries });
+        meter.allocate(raw);
+        meter.free(if is_saving { 0 } else { raw });
+        meter.free(size.stream);
+        meter.allocate(queries + log_sums);
+        meter.free(if is_saving { 0 } else { queries + 2 * keys + log_sums });
+        meter.allocate(size.stream);
+        meter.allocate_temporarily(copies);
+        meter.free(if is_saving { 0 } else { queries });
     }
 
-    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) -> usize {
         let sizes = self.sizes(size);
         let Sizes { queries, keys, log_sums } = sizes;
-        let extras = Extras::of(self.inputs.iter().chain([&self.output]), size);
+        let extras = ExtraMemory::of(self.inputs.iter().chain([&self.output]), size);
         let norms = self.qk_norm.iter().flat_map(|(norms, _)| norms);
         let of_norms: usize = norms.map(|norm| norm.gradient_bytes(size)).sum();
-        meter.take(extras.gradients + of_norms + size.gradient(self.sinks.as_ref().map(|(index, _)| *index)));
-        meter.take(queries);
-        meter.touch(extras.copies);
+        meter.allocate(extras.gradients + of_norms + size.gradient(self.sinks.as_ref().map(|(index, _)| *index)));
+        meter.allocate(queries);
+        meter.allocate_temporarily(extras.copies);
         // the gradients of q, k and v
-        meter.take(queries + 2 * keys);
-        meter.give(2 * queries + 2 * keys + log_sums + queries);
+        meter.allocate(queries + 2 * keys);
+        meter.free(2 * queries + 2 * keys + log_sums + queries);
         if self.qk_norm.is_some() || self.spec.clip.is_some() {
-            meter.touch(queries + keys);
-            meter.give(sizes.raw(self));
+            meter.allocate_temporarily(queries + keys);
+            meter.free(sizes.raw(self));
         }
         if self.inputs.len() == 1 {
-            meter.touch(queries + 2 * keys);
+            meter.allocate_temporarily(queries + 2 * keys);
         }
-        meter.take(size.stream);
+        meter.allocate(size.stream);
         if needs_input {
-            meter.take(size.stream);
-            meter.touch(extras.copies);
-            meter.give(size.stream);
+            meter.allocate(size.stream);
+            meter.allocate_temporarily(extras.copies);
+            meter.free(size.stream);
         }
-        meter.give(size.stream + queries + 2 * keys);
+        meter.free(size.stream + queries + 2 * keys);
         let gathered = if size.is_gathered { size.stream } else { 0 };
-        meter.take(gathered);
+        meter.allocate(gathered);
         gathered
     }
 }
 
-/// Bytes of the tensors of a step.
+/// Sizes of tensors in a training step, in bytes.
 struct Sizes {
     queries: usize,
     keys: usize,
@@ -506,7 +506,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Bytes of q and k before their norms, or before they are rotated.
+    /// The size of q and k before norms or rotation, if they are saved, in bytes.
     fn raw(&self, attention: &Attention) -> usize {
         let is_saved = attention.qk_norm.is_some() || attention.spec.clip.is_some();
         if is_saved { self.queries + self.keys } else { 0 }
@@ -519,14 +519,14 @@ impl Attention {
         Sizes { queries, keys, log_sums: size.tokens * self.spec.heads * DType::F32.size_in_bytes() }
     }
 
-    /// Bytes that are saved for the backward pass beside the input.
+    /// Bytes saved for backward, besides the input.
     pub(in crate::models) fn saved_memory(&self, size: StepSize) -> usize {
         let sizes = self.sizes(size);
         2 * sizes.queries + 2 * sizes.keys + sizes.log_sums + sizes.raw(self)
     }
 }
 
-/// The results of a launch, whose number is known.
-fn all_of<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
+/// Converts the results of a launch to an array.
+fn to_array<const N: usize>(tensors: Vec<Tensor>) -> Result<[Tensor; N]> {
     tensors.try_into().map_err(|_| missing())
 }

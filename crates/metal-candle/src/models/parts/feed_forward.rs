@@ -1,4 +1,4 @@
-//! The feed-forward part of a layer, of any kind.
+//! The feed-forward part of a layer: dispatches to the gated or the plain MLP.
 
 use super::super::description::FeedForwardSpec;
 use super::super::kv_cache::KVCache;
@@ -6,13 +6,13 @@ use super::super::registry::Registry;
 use super::super::tensors::Tensors;
 use super::gated_mlp::{GatedMlp, GatedMlpSaved, GatedMlpSlots};
 use super::input::{Input, Output};
-use super::pass::{Backward, Context, Meter, StepSize, missing};
+use super::pass::{Backward, Context, MemoryMeter, StepSize, missing};
 use super::plain_mlp::{PlainMlp, PlainMlpSaved, PlainMlpSlots};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use candle_core::Tensor;
 
-/// Where the tensors of a feed-forward part are registered.
+/// The registered tensors of a feed-forward part.
 #[derive(Debug)]
 pub(in crate::models) enum FeedForwardSlots {
     Gated(GatedMlpSlots),
@@ -35,7 +35,7 @@ pub(in crate::models) enum FeedForward {
     Plain(PlainMlp),
 }
 
-/// What its backward pass needs.
+/// The tensors that its backward pass reads.
 pub(in crate::models) enum FeedForwardSaved {
     Gated(GatedMlpSaved),
     Plain(PlainMlpSaved),
@@ -63,7 +63,7 @@ impl FeedForward {
         }
     }
 
-    /// Bytes that are saved for the backward pass beside the input.
+    /// Bytes saved for backward, besides the input.
     pub(in crate::models) fn saved_memory(&self, size: StepSize) -> usize {
         match self {
             Self::Gated(part) => part.saved_memory(size),
@@ -93,15 +93,15 @@ impl Part for FeedForward {
         input: &Input,
         residual: Option<&Tensor>,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Output<'a>>, FeedForwardSaved)> {
         match self {
             Self::Gated(part) => {
-                let (output, saved) = part.forward_saving(input, residual, context, is_last_skipped)?;
+                let (output, saved) = part.forward_saving(input, residual, context, skips_output)?;
                 Ok((output, FeedForwardSaved::Gated(saved)))
             }
             Self::Plain(part) => {
-                let (output, saved) = part.forward_saving(input, residual, context, is_last_skipped)?;
+                let (output, saved) = part.forward_saving(input, residual, context, skips_output)?;
                 Ok((output, FeedForwardSaved::Plain(saved)))
             }
         }
@@ -127,14 +127,14 @@ impl Part for FeedForward {
         }
     }
 
-    fn forward_memory(&self, size: StepSize, is_saving: bool, is_last_skipped: bool, meter: &mut Meter) {
+    fn forward_memory(&self, size: StepSize, is_saving: bool, skips_output: bool, meter: &mut MemoryMeter) {
         match self {
-            Self::Gated(part) => part.forward_memory(size, is_saving, is_last_skipped, meter),
-            Self::Plain(part) => part.forward_memory(size, is_saving, is_last_skipped, meter),
+            Self::Gated(part) => part.forward_memory(size, is_saving, skips_output, meter),
+            Self::Plain(part) => part.forward_memory(size, is_saving, skips_output, meter),
         }
     }
 
-    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) -> usize {
         match self {
             Self::Gated(part) => part.backward_memory(size, needs_input, meter),
             Self::Plain(part) => part.backward_memory(size, needs_input, meter),

@@ -1,22 +1,22 @@
-//! The gated MLP, `down(act(gate x) * up x)` (<https://arxiv.org/abs/2002.05202>).
+//! The gated MLP part of a layer, `down(act(gate x) * up x)` (<https://arxiv.org/abs/2002.05202>).
 
 use super::super::description::{GatedMlpSpec, GatedProjections};
 use super::super::kv_cache::KVCache;
 use super::super::registry::{LinearSlot, Registry};
 use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
-use super::linear::{Extras, LinearLayer, are_frozen, are_fused, fused_layers};
-use super::pass::{Backward, Context, Meter, StepSize, missing};
+use super::linear::{ExtraMemory, LinearLayer, are_frozen, are_fused, fused_layers};
+use super::pass::{Backward, Context, MemoryMeter, StepSize, missing};
 use super::step::{Branch, Posts, Step, StepLinear, fits, multiply_together, norm_words};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
 use crate::ops::fused::{self, Layer};
 use crate::ops::gpu::{self, Arg, Grid, Word};
-use crate::ops::{LowRankTerms, kept, num_bytes};
+use crate::ops::{LowRankUpdates, num_bytes, saved_activation};
 use candle_core::{DType, Tensor};
 
-/// Where the tensors of a gated MLP are registered.
+/// The registered tensors of a gated MLP.
 #[derive(Debug)]
 pub(in crate::models) struct GatedMlpSlots {
     /// Gate and up, or their fused layer.
@@ -46,17 +46,17 @@ pub(in crate::models) struct GatedMlp {
     /// Gate and up, or their fused layer.
     pub(in crate::models) inputs: Vec<LinearLayer>,
     pub(in crate::models) down: LinearLayer,
-    /// Whether the launches of `ops::fused` take the weights.
+    /// Whether `ops::fused` supports the weights.
     can_fuse: bool,
 }
 
-/// What the backward pass needs of the forward pass.
+/// The tensors of the forward pass that the backward pass reads.
 pub(in crate::models) struct GatedMlpSaved {
     gate: Tensor,
     up: Tensor,
-    /// Whether the launches of `ops::fused` have run.
+    /// Whether the forward pass used `ops::fused`.
     is_fused: bool,
-    /// The product of each layer's input with A of its low-rank update, where it was saved; that of `down` is last.
+    /// The product of each layer's input with A of its low-rank update, if it was saved. `down` is last.
     z: Vec<Option<Tensor>>,
 }
 
@@ -73,7 +73,7 @@ impl GatedMlp {
         let dtype = down.linear.weight.dtype();
         let can_fuse = inputs.len() == 2
             && spec.activation == Activation::Silu
-            && inputs.iter().chain([&down]).all(|layer| fused::takes(&layer.linear, false, dtype));
+            && inputs.iter().chain([&down]).all(|layer| fused::supports(&layer.linear, false, dtype));
         Ok(Self { inner: spec.inner, activation: spec.activation, inputs, down, can_fuse })
     }
 
@@ -81,9 +81,9 @@ impl GatedMlp {
         self.inputs.iter().chain([&self.down])
     }
 
-    /// Gate and up of the normed input; what the backward passes of the layers can use is appended to `z`.
+    /// Computes gate and up from the normed input. Appends what the backward passes of the layers can reuse to `z`.
     fn gate_and_up(&self, x: &Tensor, context: Context, z: &mut Vec<Option<Tensor>>) -> Result<(Tensor, Tensor)> {
-        let mut linear = |layer: &LinearLayer| layer.forward_keeping(x, context, z);
+        let mut linear = |layer: &LinearLayer| layer.forward_saving(x, context, z);
         if let [gate, up] = self.inputs.as_slice() {
             return Ok((linear(gate)?, linear(up)?));
         }
@@ -92,13 +92,13 @@ impl GatedMlp {
         Ok((part(0)?, part(self.inner)?))
     }
 
-    /// Gate and up in the type they are saved in.
+    /// Gate and up in the dtype in which they are saved.
     fn rounded(&self, gate: Tensor, up: Tensor) -> Result<(Tensor, Tensor)> {
         let weights = self.down.linear.weight.dtype();
-        Ok((kept(gate, weights)?, kept(up, weights)?))
+        Ok((saved_activation(gate, weights)?, saved_activation(up, weights)?))
     }
 
-    /// Whether the launches of `ops::fused` run this part for `x`.
+    /// Whether `ops::fused` runs this part for `x`.
     pub(in crate::models) fn is_fused(&self, x: &Tensor, context: Context) -> bool {
         self.can_fuse && are_fused(self.linears(), x, context)
     }
@@ -107,7 +107,7 @@ impl GatedMlp {
         &'a self,
         input: &Input,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Output<'a>>, GatedMlpSaved)> {
         let layers = fused_layers(&self.inputs, context)?;
         let made = fused::products(&input.get()?, &layers, true)?;
@@ -115,7 +115,7 @@ impl GatedMlp {
         let mut z = made.z;
         let [gate, up]: [Tensor; 2] = made.y.try_into().map_err(|_| missing())?;
         let layer = self.down.layer(context);
-        let mut made = fused::products(&activation, &[layer], !is_last_skipped)?;
+        let mut made = fused::products(&activation, &[layer], !skips_output)?;
         let z_down = made.z.pop().flatten();
         z.push(z_down.clone());
         let output = made.y.pop().map(|y| Output { y, pending: Some(Pending { layer, z: z_down }) });
@@ -176,17 +176,17 @@ impl Part for GatedMlp {
         input: &Input,
         residual: Option<&Tensor>,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Output<'a>>, GatedMlpSaved)> {
         if residual.is_some() && self.is_fused(input.stream, context) {
-            return self.fused_forward(input, context, is_last_skipped);
+            return self.fused_forward(input, context, skips_output);
         }
         let mut z = Vec::with_capacity(self.inputs.len() + 1);
         let x = input.get()?;
         let (gate, up) = self.gate_and_up(&x, context, &mut z)?;
         drop(x);
         let (mut output, mut z_down) = (None, None);
-        if !is_last_skipped {
+        if !skips_output {
             let activation = activation::gated(self.activation, &gate, &up)?;
             output = Some(self.down.forward(&activation, residual, context, &mut z_down)?.into());
         }
@@ -206,7 +206,7 @@ impl Part for GatedMlp {
     ) -> Result<Option<Tensor>> {
         let is_frozen =
             are_frozen(self.linears(), pass) && !input.norm.is_some_and(|norm| norm.is_trained(pass.trained));
-        if pass.room.is_some()
+        if pass.low_rank_buffer.is_some()
             && saved.is_fused
             && needs_input
             && is_frozen
@@ -216,7 +216,7 @@ impl Part for GatedMlp {
         }
         let GatedMlpSaved { gate, up, z, .. } = saved;
         let z = |index: usize| z.get(index).and_then(Option::as_ref);
-        // inputs are recomputed only where a gradient needs them
+        // inputs are recomputed only if a gradient needs them
         let needs_activation = self.down.needs_input(pass);
         let activation = needs_activation.then(|| activation::gated(self.activation, &gate, &up)).transpose()?;
         let d_activation = self.down.backward(activation.as_ref(), dy, (None, true), z(self.inputs.len()), pass)?;
@@ -238,87 +238,87 @@ impl Part for GatedMlp {
         input.backward(&d_normed.ok_or_else(missing)?, carry, pass).map(Some)
     }
 
-    fn forward_memory(&self, size: StepSize, is_saving: bool, is_last_skipped: bool, meter: &mut Meter) {
+    fn forward_memory(&self, size: StepSize, is_saving: bool, skips_output: bool, meter: &mut MemoryMeter) {
         let inner = size.activations(self.inner);
-        let copies = Extras::of(self.linears(), size).copies;
-        meter.take(size.stream);
-        meter.take(2 * inner);
+        let copies = ExtraMemory::of(self.linears(), size).copies;
+        meter.allocate(size.stream);
+        meter.allocate(2 * inner);
         if self.inputs.len() == 1 {
-            meter.touch(2 * inner);
+            meter.allocate_temporarily(2 * inner);
         }
-        meter.touch(copies);
-        meter.give(size.stream);
-        if !is_last_skipped {
-            meter.take(inner);
-            meter.touch(copies);
-            meter.take(size.stream);
-            meter.give(inner);
+        meter.allocate_temporarily(copies);
+        meter.free(size.stream);
+        if !skips_output {
+            meter.allocate(inner);
+            meter.allocate_temporarily(copies);
+            meter.allocate(size.stream);
+            meter.free(inner);
         }
         if is_saving {
             self.round(size, meter);
         } else {
-            meter.give(2 * inner);
+            meter.free(2 * inner);
         }
     }
 
-    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) -> usize {
         let inner = size.activations(self.inner);
-        let extras = Extras::of(self.linears(), size);
+        let extras = ExtraMemory::of(self.linears(), size);
         let gathered = if size.is_gathered { inner + size.stream } else { 0 };
-        let has_term = size.terms.is_some_and(|terms| terms.get(self.down.slot.id).is_some());
-        let needs_activation = has_term || size.trained[self.down.slot.weight];
+        let has_update = size.updates.is_some_and(|updates| updates.get(self.down.slot.id).is_some());
+        let needs_activation = has_update || size.trained[self.down.slot.weight];
         let activation = if needs_activation && !size.is_gathered { inner } else { 0 };
-        meter.take(gathered + activation + inner);
-        meter.touch(extras.copies);
-        meter.take(extras.gradients);
-        meter.give(activation);
-        // the gradient of gate takes the place of that of the activation
-        meter.take(inner);
-        meter.give(self.saved_memory(size));
+        meter.allocate(gathered + activation + inner);
+        meter.allocate_temporarily(extras.copies);
+        meter.allocate(extras.gradients);
+        meter.free(activation);
+        // the gradient of gate overwrites that of the activation
+        meter.allocate(inner);
+        meter.free(self.saved_memory(size));
         if self.inputs.len() == 1 {
-            meter.touch(2 * inner);
+            meter.allocate_temporarily(2 * inner);
         }
-        meter.take(size.stream);
+        meter.allocate(size.stream);
         if needs_input {
-            meter.take(size.stream);
-            meter.touch(extras.copies);
-            meter.give(size.stream);
+            meter.allocate(size.stream);
+            meter.allocate_temporarily(extras.copies);
+            meter.free(size.stream);
         }
-        meter.give(2 * inner + size.stream);
+        meter.free(2 * inner + size.stream);
         gathered
     }
 }
 
-/// The single-token step.
+/// The decode step.
 impl GatedMlp {
-    /// Whether the kernels of a step run this part.
+    /// Whether the decode kernels support this part.
     pub(in crate::models) fn can_step(&self, dtype: DType) -> bool {
         !matches!(self.activation, Activation::Clamped { .. })
             && self.inner.is_multiple_of(8)
             && self.linears().all(|layer| fits(layer, dtype) && layer.linear.bias.is_none())
     }
 
-    /// Adds the MLP to the stream.
-    pub(in crate::models) fn step(&self, branch: Branch, step: &Step, terms: Option<&LowRankTerms>) -> Result<()> {
-        let layers = StepLinear::of_each(&self.inputs, [self.inner; 2], terms)?;
-        if let Some(wide) = &step.wide {
-            let x = step.normed(branch, wide)?;
-            multiply_together(&layers, x, [&wide.gate, &wide.up], wide)?;
-            activation::gated_into(self.activation, &wide.gate, &wide.up, &step.activation)?;
+    /// Runs the MLP and adds its output to the stream.
+    pub(in crate::models) fn step(&self, branch: Branch, step: &Step, updates: Option<&LowRankUpdates>) -> Result<()> {
+        let layers = StepLinear::of_each(&self.inputs, [self.inner; 2], updates)?;
+        if let Some(matmul) = &step.matmul {
+            let x = step.normed(branch, matmul)?;
+            multiply_together(&layers, x, [&matmul.gate, &matmul.up], matmul)?;
+            activation::gated_into(self.activation, &matmul.gate, &matmul.up, &step.activation)?;
         } else {
-            self.narrow_activation(&layers, branch, step)?;
+            self.vector_activation(&layers, branch, step)?;
         }
-        let down = StepLinear::of(&self.down, terms);
+        let down = StepLinear::of(&self.down, updates);
         step.finish_branch(&down, &step.activation, branch, step.posts(Posts::Down, Some(Posts::Gated)))
     }
 
-    /// Norm, gate, up and activation in one launch.
-    fn narrow_activation(&self, layers: &[StepLinear; 2], branch: Branch, step: &Step) -> Result<()> {
+    /// Norm, gate, up and activation in one launch of a matrix-vector kernel.
+    fn vector_activation(&self, layers: &[StepLinear; 2], branch: Branch, step: &Step) -> Result<()> {
         let mut args = vec![Arg::In(&step.x), branch.weight()];
         for layer in layers {
             args.push(layer.weight()?);
         }
-        args.extend(layers.iter().flat_map(StepLinear::term_args));
+        args.extend(layers.iter().flat_map(StepLinear::update_args));
         args.extend([&step.activation, &step.posted].map(Arg::Out));
         let ranks = layers.each_ref().map(StepLinear::rank);
         let mut words: Vec<Word> = vec![step.rows.into()];
@@ -336,19 +336,19 @@ impl GatedMlp {
 }
 
 impl GatedMlp {
-    /// Bytes that are saved for the backward pass beside the input.
+    /// Bytes saved for backward, besides the input.
     pub(in crate::models) fn saved_memory(&self, size: StepSize) -> usize {
         let inner = size.activations(self.inner);
         2 * if size.is_rounded { inner / DType::F32.size_in_bytes() * DType::BF16.size_in_bytes() } else { inner }
     }
 
-    /// Gate and up are saved in a smaller type.
-    fn round(&self, size: StepSize, meter: &mut Meter) {
+    /// Counts the conversion of gate and up to the smaller type in which they are saved.
+    fn round(&self, size: StepSize, meter: &mut MemoryMeter) {
         let (inner, saved) = (size.activations(self.inner), self.saved_memory(size) / 2);
         if saved < inner {
             for _ in 0..2 {
-                meter.take(saved);
-                meter.give(inner);
+                meter.allocate(saved);
+                meter.free(inner);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What parts are given and what they return, as far as it has yet to be computed.
+//! The input and output of parts. Both may be partly evaluated, so that a device can fuse operations across parts.
 
 use super::norm::NormLayer;
 use super::pass::Backward;
@@ -7,11 +7,12 @@ use crate::ops::fused::Layer;
 use crate::ops::linear::add_scaled;
 use candle_core::Tensor;
 
-/// The input of a part: the residual stream and the norm that has yet to be applied to it, so that a part can fuse the two.
+/// The input of a part: the residual stream, and the norm that has not been applied yet, so that a part can fuse the
+/// norm with its first product.
 pub(in crate::models) struct Input<'a> {
     pub(in crate::models) stream: &'a Tensor,
     pub(in crate::models) norm: Option<&'a NormLayer>,
-    /// The norm's result, if the previous part has computed it.
+    /// The output of the norm, if the previous part has computed it.
     pub(in crate::models) normed: Option<Tensor>,
 }
 
@@ -38,14 +39,14 @@ impl<'a> Input<'a> {
     }
 }
 
-/// What a part returns: its output with the residual, if one was given, or on Metal the last product, to which the low-rank
-/// update and the residual have yet to be added.
+/// The output of a part, including the residual if one was given. On Metal it may be the last product alone, to which
+/// low-rank update and residual are added later.
 pub(in crate::models) struct Output<'a> {
     pub(in crate::models) y: Tensor,
     pub(in crate::models) pending: Option<Pending<'a>>,
 }
 
-/// What is missing of an [`Output`].
+/// The low-rank update that has not been added to an [`Output`] yet.
 pub(in crate::models) struct Pending<'a> {
     pub(in crate::models) layer: Layer<'a>,
     pub(in crate::models) z: Option<Tensor>,

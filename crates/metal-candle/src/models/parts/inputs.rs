@@ -1,4 +1,4 @@
-//! The squares of the inputs of linear layers, summed over a text.
+//! Sums the squares of the inputs of linear layers over a text, for importance matrices.
 
 use crate::error::Result;
 use crate::models::registry::LinearId;
@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-/// For each linear layer that was run, the sums of the squares of its inputs: `[in_features]`.
+/// The sums of the squares of the inputs of each linear layer that has run: `[in_features]`.
 #[derive(Debug, Default)]
 pub(in crate::models) struct InputSquares(RefCell<BTreeMap<LinearId, Vec<f64>>>);
 

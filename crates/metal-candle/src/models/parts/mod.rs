@@ -1,5 +1,5 @@
-//! The parts of a layer. Each file holds everything about one part: its tensors, forward pass, saved state, backward pass,
-//! single-token step and memory.
+//! The building blocks of a layer. Each part is one file with its tensors, forward pass, saved state, backward pass,
+//! decode step and memory.
 
 pub(super) mod attention;
 pub(super) mod feed_forward;

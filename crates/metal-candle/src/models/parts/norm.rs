@@ -1,12 +1,12 @@
-//! A norm of a layer and the gradients of its weights.
+//! A norm of a layer, with the gradients of its weights.
 
 use super::super::registry::NormSlot;
 use super::pass::{Backward, StepSize};
 use crate::error::Result;
-use crate::ops::norm::{Norm, NormWanted};
+use crate::ops::norm::{Norm, NormNeedsGrad};
 use candle_core::Tensor;
 
-/// A norm and where it is registered.
+/// A norm and its registered ids.
 #[derive(Debug)]
 pub(in crate::models) struct NormLayer {
     pub(in crate::models) norm: Norm,
@@ -15,7 +15,7 @@ pub(in crate::models) struct NormLayer {
 
 impl NormLayer {
     /// # Shapes
-    /// `x: [tokens, n * width]`, result the same.
+    /// `x` and the result: `[tokens, n * width]`.
     pub(in crate::models) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.norm.forward(x)
     }
@@ -24,7 +24,7 @@ impl NormLayer {
         [self.slot.weight, self.slot.bias].into_iter().flatten().any(|index| trained[index])
     }
 
-    /// The gradient with respect to `x`, added to `dx` if it is given.
+    /// The gradient with respect to `x`, added to `dx` if given.
     pub(in crate::models) fn backward(
         &self,
         x: &Tensor,
@@ -32,14 +32,15 @@ impl NormLayer {
         dx: Option<Tensor>,
         pass: &mut Backward,
     ) -> Result<Tensor> {
-        let wanted = NormWanted { weight: pass.is_trained(self.slot.weight), bias: pass.is_trained(self.slot.bias) };
-        let (dx, found) = self.norm.backward(x, dy, dx, wanted)?;
+        let needs_grad =
+            NormNeedsGrad { weight: pass.is_trained(self.slot.weight), bias: pass.is_trained(self.slot.bias) };
+        let (dx, found) = self.norm.backward(x, dy, dx, needs_grad)?;
         pass.add(self.slot.weight, found.weight)?;
         pass.add(self.slot.bias, found.bias)?;
         Ok(dx)
     }
 
-    /// Bytes of the gradients of its weights.
+    /// The size of the gradients of its weights, in bytes.
     pub(in crate::models) fn gradient_bytes(&self, size: StepSize) -> usize {
         size.gradient(self.slot.weight) + size.gradient(self.slot.bias)
     }

@@ -1,12 +1,12 @@
-//! The MLP without a gate, `down(act(up x))`.
+//! The ungated MLP part of a layer, `down(act(up x))`.
 
 use super::super::description::PlainMlpSpec;
 use super::super::kv_cache::KVCache;
 use super::super::registry::{LinearSlot, Registry};
 use super::super::tensors::Tensors;
 use super::input::{Input, Output};
-use super::linear::{Extras, LinearLayer};
-use super::pass::{Backward, Context, Meter, StepSize, missing};
+use super::linear::{ExtraMemory, LinearLayer};
+use super::pass::{Backward, Context, MemoryMeter, StepSize, missing};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
@@ -15,7 +15,7 @@ use candle_core::Tensor;
 
 const FOLDER: &str = "mlp";
 
-/// Where the tensors of an MLP are registered.
+/// The registered tensors of an MLP.
 #[derive(Debug)]
 pub(in crate::models) struct PlainMlpSlots {
     up: LinearSlot,
@@ -39,7 +39,7 @@ pub(in crate::models) struct PlainMlp {
     pub(in crate::models) down: LinearLayer,
 }
 
-/// What the backward pass needs of the forward pass.
+/// The tensors of the forward pass that the backward pass reads.
 pub(in crate::models) struct PlainMlpSaved {
     up: Tensor,
     z: [Option<Tensor>; 2],
@@ -57,7 +57,7 @@ impl PlainMlp {
         Ok(Self { inner: spec.inner, activation: spec.activation, up, down })
     }
 
-    /// Bytes that are saved for the backward pass beside the input.
+    /// Bytes saved for backward, besides the input.
     pub(in crate::models) fn saved_memory(&self, size: StepSize) -> usize {
         size.activations(self.inner)
     }
@@ -84,12 +84,12 @@ impl Part for PlainMlp {
         input: &Input,
         residual: Option<&Tensor>,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Output<'a>>, PlainMlpSaved)> {
         let mut z = [None, None];
         let up = self.up.forward(&input.get()?, None, context, &mut z[0])?;
         let mut output = None;
-        if !is_last_skipped {
+        if !skips_output {
             let activation = activation::plain(self.activation, &up)?;
             output = Some(self.down.forward(&activation, residual, context, &mut z[1])?.into());
         }
@@ -121,40 +121,40 @@ impl Part for PlainMlp {
         input.backward(&d_normed.ok_or_else(missing)?, carry, pass).map(Some)
     }
 
-    fn forward_memory(&self, size: StepSize, is_saving: bool, is_last_skipped: bool, meter: &mut Meter) {
+    fn forward_memory(&self, size: StepSize, is_saving: bool, skips_output: bool, meter: &mut MemoryMeter) {
         let inner = size.activations(self.inner);
-        let copies = Extras::of([&self.up, &self.down], size).copies;
-        meter.take(size.stream + inner);
-        meter.touch(copies);
-        meter.give(size.stream);
-        if !is_last_skipped {
-            meter.take(inner);
-            meter.give(if is_saving { 0 } else { inner });
-            meter.touch(copies);
-            meter.take(size.stream);
-            meter.give(inner);
+        let copies = ExtraMemory::of([&self.up, &self.down], size).copies;
+        meter.allocate(size.stream + inner);
+        meter.allocate_temporarily(copies);
+        meter.free(size.stream);
+        if !skips_output {
+            meter.allocate(inner);
+            meter.free(if is_saving { 0 } else { inner });
+            meter.allocate_temporarily(copies);
+            meter.allocate(size.stream);
+            meter.free(inner);
         } else if !is_saving {
-            meter.give(inner);
+            meter.free(inner);
         }
     }
 
-    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) -> usize {
         let inner = size.activations(self.inner);
-        let extras = Extras::of([&self.up, &self.down], size);
-        let has_term = size.terms.is_some_and(|terms| terms.get(self.down.slot.id).is_some());
-        let activation = if has_term || size.trained[self.down.slot.weight] { inner } else { 0 };
-        meter.take(activation + inner);
-        meter.touch(extras.copies);
-        meter.take(extras.gradients);
+        let extras = ExtraMemory::of([&self.up, &self.down], size);
+        let has_update = size.updates.is_some_and(|updates| updates.get(self.down.slot.id).is_some());
+        let activation = if has_update || size.trained[self.down.slot.weight] { inner } else { 0 };
+        meter.allocate(activation + inner);
+        meter.allocate_temporarily(extras.copies);
+        meter.allocate(extras.gradients);
         // the saved product and the recomputed activation
-        meter.give(activation + inner);
-        meter.take(size.stream);
+        meter.free(activation + inner);
+        meter.allocate(size.stream);
         if needs_input {
-            meter.take(size.stream);
-            meter.touch(extras.copies);
-            meter.give(size.stream);
+            meter.allocate(size.stream);
+            meter.allocate_temporarily(extras.copies);
+            meter.free(size.stream);
         }
-        meter.give(inner + size.stream);
+        meter.free(inner + size.stream);
         0
     }
 }

@@ -1,7 +1,7 @@
-//! What parts share in a single-token step on a device with kernels: buffers that live as long as the batch, so that nothing is
-//! allocated per token, and kernels compiled for the model's sizes.
+//! The state that parts share in a decode step on a device with kernels: buffers that are allocated once per batch, so
+//! that no token allocates, and kernels compiled for the model's sizes.
 //!
-//! For few rows a part reads rows of weights; for many, on CUDA, its products are those of matrices.
+//! Few rows use matrix-vector kernels. Many rows, on CUDA, use matrix products.
 
 use super::linear::LinearLayer;
 use super::norm::NormLayer;
@@ -11,64 +11,64 @@ use crate::error::{Error, Result};
 use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::ops::linear::Linear;
 use crate::ops::norm::NormKind;
-use crate::ops::{LowRank, LowRankTerms, Weight};
+use crate::ops::{LowRank, LowRankUpdates, Weight};
 use candle_core::{DType, Tensor};
 
-/// Largest rank of a low-rank update.
+/// The maximum rank of a low-rank update.
 pub(in crate::models) const MAX_RANK: usize = 64;
 
-/// Rows of the LM head that a warp takes.
+/// LM head rows per warp.
 pub(in crate::models) const HEAD_ROWS: usize = 8;
 
-/// Threads of a group that has an element each.
+/// The thread group size of kernels with one element per thread.
 pub(in crate::models) const ROW_THREADS: usize = 128;
 
-/// Most parts of the keys of a sequence.
-const MOST_PARTS: usize = 16;
+/// The maximum number of parts that the keys of a sequence are split into.
+const MAX_PARTS: usize = 16;
 
-/// The fewest keys of a part, times the heads of a group.
-const LEAST_KEYS: usize = 1024;
+/// The minimum number of keys per part, times the heads per thread group.
+const MIN_KEYS: usize = 1024;
 
-/// Warps of a group with several heads, and what they may take of the memory of a group.
+/// The number of warps of a thread group with several heads, and the limit of its shared memory.
 const MANY_HEADS_WARPS: usize = 8;
-const MOST_SHARED_BYTES: usize = 24 * 1024;
+const MAX_SHARED_BYTES: usize = 24 * 1024;
 
-/// What attention needs to run at all.
-const FEWEST_THREADS: AttentionThreads = AttentionThreads { heads: 1, key_warps: 2 };
+/// The smallest configuration that attention can run with.
+const MIN_THREADS: AttentionThreads = AttentionThreads { heads: 1, key_warps: 2 };
 
-/// Warps that share two rows of a linear layer.
+/// The number of warps that share two rows of a linear layer.
 const LINEAR_WARPS: usize = 4;
 
-/// The size of a step, as far as kernels are compiled for it.
+/// The sizes of a step that kernels are compiled for.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::models) struct StepShape {
-    /// Tokens that a group takes together.
+    /// Tokens that a thread group processes together.
     pub(in crate::models) batch: usize,
-    /// Whether linear layers run as matrix products.
-    pub(in crate::models) is_wide: bool,
+    /// Whether linear layers use matrix products.
+    pub(in crate::models) uses_matmul: bool,
     pub(in crate::models) dtype: DType,
     pub(in crate::models) hidden: usize,
     /// Query heads, key/value heads, and the width of one.
     pub(in crate::models) heads: [usize; 3],
-    /// The number of the activation of gated MLPs, as kernels know it.
+    /// The id of the gated MLP's activation in the kernels.
     pub(in crate::models) activation: usize,
     pub(in crate::models) is_cuda: bool,
-    /// Of all matrices.
+    /// The block formats of all matrices.
     pub(in crate::models) formats: Formats,
 }
 
 impl StepShape {
     /// A kernel of `decode.metal`, compiled for these sizes.
-    pub(in crate::models) fn kernel(&self, name: &'static str, has_terms: bool, threads: &Threads) -> Kernel {
-        // more is a gain where a row is short and there are registers for it
+    pub(in crate::models) fn kernel(&self, name: &'static str, has_updates: bool, threads: &Threads) -> Kernel {
+        // loading further ahead is faster only for short rows, with enough registers
         let is_narrow = self.hidden <= 1024 && self.dtype != DType::F32;
-        // with matrix products no kernel depends on these two: one module serves all numbers of rows
-        let (batch, hidden) = if self.is_wide { (1, 8) } else { (self.batch, self.hidden) };
+        // with matrix products, no kernel depends on these two, so one module serves any number of rows
+        let (batch, hidden) = if self.uses_matmul { (1, 8) } else { (self.batch, self.hidden) };
         let kernel = Kernel::new(Source::Decode, name, self.dtype)
             .with("BATCH", batch)
             .with("HIDDEN", hidden)
             .with("ACTIVATION", self.activation)
-            .with("HAS_TERMS", usize::from(has_terms))
+            .with("HAS_TERMS", usize::from(has_updates))
             .with("PROJECTION_THREADS", threads.projections)
             .with("LINEAR_THREADS", threads.linear)
             .with("GATED_THREADS", threads.gated)
@@ -76,7 +76,7 @@ impl StepShape {
             .with("HEAD_ROWS", HEAD_ROWS)
             .with("FORMATS", self.formats.constant())
             .with("AHEAD", if self.is_cuda && is_narrow { 5 } else { 1 });
-        // four groups beside each other keep the memory busy, if their registers leave room
+        // four concurrent groups keep the memory busy, if there are enough registers
         let is_bounded = name == "decode_gated" && is_narrow && batch == 1;
         if is_bounded { kernel.with("BLOCK_THREADS", threads.gated).with("BLOCKS_BESIDE", 4) } else { kernel }
     }
@@ -93,69 +93,68 @@ impl StepShape {
     }
 }
 
-/// Groups that keep a device busy.
-fn wanted_groups(is_cuda: bool) -> usize {
+/// The number of thread groups that keep a device busy.
+fn target_groups(is_cuda: bool) -> usize {
     if is_cuda { 128 } else { 32 }
 }
 
-/// How attention is shared out among groups.
+/// How attention is divided among thread groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::models) struct AttentionThreads {
-    /// Query heads of a group, which share a key/value head.
+    /// Query heads per thread group. They share a key/value head.
     pub(in crate::models) heads: usize,
-    /// Warps that share the keys of a group, more than heads.
+    /// The number of warps that share the keys of a thread group; more than `heads`.
     pub(in crate::models) key_warps: usize,
 }
 
 impl AttentionThreads {
-    /// For few sequences a group has one head, for many it takes all heads that read the same keys.
+    /// With few sequences a group has one head; with many it has all heads that read the same keys.
     fn new(shape: &StepShape, rows: usize, like: &Tensor) -> Result<Self> {
         let [heads, kv_heads, head_dim] = shape.heads;
-        let is_wide = shape.is_cuda && shape.dtype != DType::F32;
-        let mut threads = Self { heads: 1, key_warps: if is_wide { 16 } else { 8 } };
-        if rows * heads >= 2 * wanted_groups(shape.is_cuda) {
-            // what the warps leave for each other has to fit into the memory of a group
+        let has_more_warps = shape.is_cuda && shape.dtype != DType::F32;
+        let mut threads = Self { heads: 1, key_warps: if has_more_warps { 16 } else { 8 } };
+        if rows * heads >= 2 * target_groups(shape.is_cuda) {
+            // the results that the warps exchange must fit in shared memory
             let fits = |count: &usize| {
-                (heads / kv_heads).is_multiple_of(*count)
-                    && count * head_dim * MANY_HEADS_WARPS * 4 <= MOST_SHARED_BYTES
+                (heads / kv_heads).is_multiple_of(*count) && count * head_dim * MANY_HEADS_WARPS * 4 <= MAX_SHARED_BYTES
             };
             let count = (2..MANY_HEADS_WARPS).rev().find(fits);
             threads = count.map_or(threads, |heads| Self { heads, key_warps: MANY_HEADS_WARPS });
         }
         let allowed = gpu::max_threads(&shape.attention_kernel(threads), like)?;
         while threads.count() > allowed {
-            if threads == FEWEST_THREADS {
+            if threads == MIN_THREADS {
                 let message =
-                    format!("`decode_attention` needs {} threads, and the device runs {allowed}", threads.count());
+                    format!("`decode_attention` needs {} threads, but the device supports {allowed}", threads.count());
                 return Err(Error::Device(message));
             }
-            threads = Self { heads: 1, key_warps: (threads.key_warps / 2).max(FEWEST_THREADS.key_warps) };
+            threads = Self { heads: 1, key_warps: (threads.key_warps / 2).max(MIN_THREADS.key_warps) };
         }
         Ok(threads)
     }
 
-    /// The most parts of keys, each with a group of its own, that so many rows of so many heads are worth.
-    fn most_parts(self, shape: &StepShape, rows: usize) -> usize {
-        (wanted_groups(shape.is_cuda) * self.heads / (rows * shape.heads[0])).clamp(1, MOST_PARTS)
+    /// The maximum number of parts of keys, each with its own thread group, that is useful for this number of rows.
+    fn max_parts(self, shape: &StepShape, rows: usize) -> usize {
+        (target_groups(shape.is_cuda) * self.heads / (rows * shape.heads[0])).clamp(1, MAX_PARTS)
     }
 
-    /// The fewest keys of a part.
-    pub(in crate::models) fn least_keys(self) -> usize {
-        LEAST_KEYS / self.heads
+    /// The minimum number of keys per part.
+    pub(in crate::models) fn min_keys(self) -> usize {
+        MIN_KEYS / self.heads
     }
 
-    /// The parts of the keys of sequences of up to `len` tokens.
+    /// The number of parts for sequences of up to `len` tokens.
     fn parts(self, len: usize) -> usize {
-        len.div_ceil(self.least_keys()).next_power_of_two()
+        len.div_ceil(self.min_keys()).next_power_of_two()
     }
 
-    /// The threads of a group.
+    /// The thread group size.
     pub(in crate::models) fn count(self) -> usize {
         32 * self.key_warps
     }
 }
 
-/// Threads of a group, by kernel.
+/// The thread group size of each kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::models) struct Threads {
     pub(in crate::models) projections: usize,
@@ -167,11 +166,11 @@ pub(in crate::models) struct Threads {
 }
 
 impl Threads {
-    /// Asks the device of `like` how many threads it can run of each kernel, and halves the usual number until it can.
+    /// Queries how many threads the device of `like` supports for each kernel, and halves the default until it fits.
     ///
     /// # Errors
-    /// A kernel cannot be compiled, or the device runs too few threads of one.
-    pub(in crate::models) fn new(shape: &StepShape, rows: usize, has_terms: bool, like: &Tensor) -> Result<Self> {
+    /// A kernel cannot be compiled, or the device supports too few threads for one.
+    pub(in crate::models) fn new(shape: &StepShape, rows: usize, has_updates: bool, like: &Tensor) -> Result<Self> {
         let most = if shape.is_cuda { 512 } else { 256 };
         let mut threads = Self {
             projections: 128,
@@ -183,16 +182,16 @@ impl Threads {
         };
         loop {
             let tried = threads;
-            for (name, count, least) in threads.compiled().into_iter().filter(|_| !shape.is_wide) {
-                // layers without an update run beside those with one
+            for (name, count, least) in threads.compiled().into_iter().filter(|_| !shape.uses_matmul) {
+                // layers without an update use the same thread count as those with one
                 let mut allowed = gpu::max_threads(&shape.kernel(name, false, &tried), like)?;
-                if has_terms {
+                if has_updates {
                     allowed = allowed.min(gpu::max_threads(&shape.kernel(name, true, &tried), like)?);
                 }
                 while *count > allowed {
                     *count /= 2;
                     if *count < least {
-                        let message = format!("`{name}` needs {least} threads, and the device runs {allowed} of it");
+                        let message = format!("`{name}` needs {least} threads, but the device supports {allowed}");
                         return Err(Error::Device(message));
                     }
                 }
@@ -203,17 +202,17 @@ impl Threads {
         }
     }
 
-    /// Rows of a linear layer that a group takes.
+    /// Rows of a linear layer per thread group.
     pub(in crate::models) fn linear_rows(&self) -> usize {
         2 * self.linear / 32 / LINEAR_WARPS
     }
 
-    /// Logits that a group of the LM head computes.
+    /// Logits per thread group of the LM head.
     pub(in crate::models) fn head_part(&self) -> usize {
         self.head / 32 * HEAD_ROWS
     }
 
-    /// The kernels that are compiled for their number of threads, with that number and the fewest threads they work with.
+    /// The kernels that are compiled for their number of threads, with that number and the minimum they support.
     fn compiled(&mut self) -> [(&'static str, &mut usize, usize); 4] {
         [
             ("decode_projections", &mut self.projections, 32),
@@ -224,14 +223,14 @@ impl Threads {
     }
 }
 
-/// The buffers of a step.
+/// The buffers of a decode step.
 #[derive(Debug)]
 pub(in crate::models) struct Step {
     pub(in crate::models) rows: usize,
     pub(in crate::models) max_seq_len: usize,
     pub(in crate::models) shape: StepShape,
     pub(in crate::models) threads: Threads,
-    /// Ids, positions, slots and states of generators.
+    /// Ids, positions, slots and states of the random number generators.
     pub(in crate::models) state: Tensor,
     /// The residual stream: `[rows, hidden]`.
     pub(in crate::models) x: Tensor,
@@ -239,37 +238,37 @@ pub(in crate::models) struct Step {
     pub(in crate::models) k: Tensor,
     pub(in crate::models) v: Tensor,
     pub(in crate::models) attention: Tensor,
-    /// Parts of the keys of a sequence, and the most there can be: with more parts the step is recorded again.
+    /// The number of parts that keys are split into, and its maximum. When it grows, the step is recorded again.
     pub(in crate::models) parts: usize,
-    pub(in crate::models) most_parts: usize,
-    /// What groups of `decode_attention` leave for each other, and how many have.
+    pub(in crate::models) max_parts: usize,
+    /// Partial results that the groups of `decode_attention` exchange, and counters of the finished groups.
     pub(in crate::models) results: Tensor,
     pub(in crate::models) counters: Tensor,
-    /// The products of vectors with A of low-rank updates: [`Posts`].
+    /// The products of vectors with A of low-rank updates, as laid out by [`Posts`].
     pub(in crate::models) posted: Tensor,
-    /// Whether there are low-rank updates that are posted.
-    pub(in crate::models) has_terms: bool,
+    /// Whether there are low-rank updates whose products are posted.
+    pub(in crate::models) has_updates: bool,
     pub(in crate::models) activation: Tensor,
-    /// The output of a part that a norm follows: `[rows, hidden]`.
+    /// The output of a part, if a norm follows: `[rows, hidden]`.
     pub(in crate::models) branch: Tensor,
-    /// Cosines and sines of all positions, by rotary table.
+    /// Cosines and sines of all positions, for each rotary table.
     pub(in crate::models) rotary: Vec<(Tensor, Tensor)>,
-    pub(in crate::models) wide: Option<Wide>,
+    pub(in crate::models) matmul: Option<MatmulBuffers>,
 }
 
-/// The buffers that products of matrices need beside those.
+/// The additional buffers of matrix products.
 #[derive(Debug)]
-pub(in crate::models) struct Wide {
+pub(in crate::models) struct MatmulBuffers {
     pub(in crate::models) normed: Tensor,
     pub(in crate::models) gate: Tensor,
     pub(in crate::models) up: Tensor,
-    /// Of low-rank updates: `rows * MAX_RANK` elements.
+    /// Products with A of low-rank updates: `rows * MAX_RANK` elements.
     pub(in crate::models) z: Tensor,
-    /// Room for weights that are dequantized, where there are such.
+    /// A buffer for dequantized weights, if any weight is quantized.
     pub(in crate::models) scratch: Option<Tensor>,
 }
 
-/// Where a kernel posts the products with A of its low-rank updates: for each row of the step [`MAX_RANK`] words an update.
+/// The slot in which a kernel posts the products with A of its low-rank updates: [`MAX_RANK`] words per row and update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::models) enum Posts {
     Projections,
@@ -280,11 +279,11 @@ pub(in crate::models) enum Posts {
 }
 
 impl Posts {
-    /// Words of all of them for a row.
+    /// The number of words of all slots for one row.
     pub(in crate::models) const WORDS: usize = 8 * MAX_RANK;
 
-    /// The first word and the number of words, for so many rows.
-    fn place(self, rows: usize) -> [usize; 2] {
+    /// The first word and the number of words, for `rows` rows.
+    fn range(self, rows: usize) -> [usize; 2] {
         let (first, count) = match self {
             Self::Projections => (0, 3),
             Self::Output => (3, 1),
@@ -297,41 +296,36 @@ impl Posts {
 }
 
 impl Step {
-    /// Words of `results` for so many rows.
-    pub(in crate::models) fn num_results(shape: &StepShape, rows: usize, most_parts: usize) -> usize {
-        if most_parts > 1 { rows * shape.heads[0] * most_parts * (shape.heads[2] + 2) } else { 1 }
+    /// The number of words of `results` for `rows` rows.
+    pub(in crate::models) fn num_results(shape: &StepShape, rows: usize, max_parts: usize) -> usize {
+        if max_parts > 1 { rows * shape.heads[0] * max_parts * (shape.heads[2] + 2) } else { 1 }
     }
 
-    /// The most parts of keys in a cache of sequences of up to `max_seq_len` tokens.
-    pub(in crate::models) fn most_parts(
-        shape: &StepShape,
-        threads: &Threads,
-        rows: usize,
-        max_seq_len: usize,
-    ) -> usize {
-        threads.attention.most_parts(shape, rows).min(threads.attention.parts(max_seq_len))
+    /// The maximum number of parts of keys in a cache of sequences of up to `max_seq_len` tokens.
+    pub(in crate::models) fn max_parts(shape: &StepShape, threads: &Threads, rows: usize, max_seq_len: usize) -> usize {
+        threads.attention.max_parts(shape, rows).min(threads.attention.parts(max_seq_len))
     }
 
-    /// Divides keys as the longest of the sequences wants it. Whether they were divided into fewer parts before.
+    /// Adapts the number of parts to the longest sequence. Returns whether it has grown.
     pub(in crate::models) fn grow(&mut self, longest: usize) -> bool {
-        let parts = self.threads.attention.parts(longest).min(self.most_parts);
+        let parts = self.threads.attention.parts(longest).min(self.max_parts);
         let has_grown = parts > self.parts;
         self.parts = self.parts.max(parts);
         has_grown
     }
 
-    /// Which words a kernel empties, as an argument of it.
-    pub(in crate::models) fn emptied(&self, posts: Posts) -> [Word; 2] {
-        if self.has_terms { posts.place(self.rows).map(Word::from) } else { [Word(0); 2] }
+    /// The words that a kernel clears, as its arguments.
+    pub(in crate::models) fn cleared(&self, posts: Posts) -> [Word; 2] {
+        if self.has_updates { posts.range(self.rows).map(Word::from) } else { [Word(0); 2] }
     }
 
-    /// Where a kernel posts, and which words it empties.
-    pub(in crate::models) fn posts(&self, posts: Posts, emptied: Option<Posts>) -> [Word; 3] {
-        let [from, count] = emptied.map_or([Word(0); 2], |emptied| self.emptied(emptied));
-        [posts.place(self.rows)[0].into(), from, count]
+    /// The first word that a kernel posts to and the words that it clears, as its arguments.
+    pub(in crate::models) fn posts(&self, posts: Posts, cleared: Option<Posts>) -> [Word; 3] {
+        let [from, count] = cleared.map_or([Word(0); 2], |cleared| self.cleared(cleared));
+        [posts.range(self.rows)[0].into(), from, count]
     }
 
-    /// The groups whose warps take the rows of A of updates of these ranks, two each.
+    /// The number of thread groups whose warps compute the rows of A for updates of these ranks, two rows per warp.
     pub(in crate::models) fn groups_of_a(ranks: &[usize], warps: usize) -> usize {
         ranks.iter().map(|rank| rank.div_ceil(2)).sum::<usize>().div_ceil(warps)
     }
@@ -341,12 +335,13 @@ impl Step {
         self.shape.kernel(name, ranks.iter().any(|rank| *rank > 0), &self.threads)
     }
 
-    /// The number of groups that share out the rows.
+    /// The number of thread groups that the rows are divided among.
     pub(in crate::models) fn chunks(&self) -> usize {
         self.rows.div_ceil(self.shape.batch)
     }
 
-    /// A linear layer whose result ends a branch: it is normed if a norm follows, multiplied, and added to the stream.
+    /// Computes the last linear layer of a branch: applies the norm that follows, if any, multiplies by the branch's
+    /// factor, and adds the result to the stream.
     pub(in crate::models) fn finish_branch(
         &self,
         layer: &StepLinear,
@@ -356,10 +351,10 @@ impl Step {
     ) -> Result<()> {
         let (y, factor) = if branch.after.is_some() { (&self.branch, 1.0) } else { (&self.x, branch.factor) };
         let is_added = branch.after.is_none();
-        if let Some(wide) = &self.wide {
-            multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }), wide)?;
+        if let Some(matmul) = &self.matmul {
+            multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }), matmul)?;
         } else {
-            let [a, b] = layer.term_args();
+            let [a, b] = layer.update_args();
             let args = [Arg::In(x), layer.weight()?, a, b, Arg::Out(y), Arg::Out(&self.posted)];
             let (output, input) = layer.weight.dims2()?;
             let (rank, scale) = (layer.rank(), layer.scale());
@@ -377,19 +372,19 @@ impl Step {
         gpu::launch(&self.kernel("decode_add", &[]), Grid::row(self.rows, ROW_THREADS), &args, &words)
     }
 
-    /// The input of a branch: the normed stream, or the stream.
-    pub(in crate::models) fn normed<'a>(&'a self, branch: Branch, wide: &'a Wide) -> Result<&'a Tensor> {
+    /// The input of a branch: the normed stream, or the stream itself.
+    pub(in crate::models) fn normed<'a>(&'a self, branch: Branch, matmul: &'a MatmulBuffers) -> Result<&'a Tensor> {
         let Some(norm) = branch.before else { return Ok(&self.x) };
-        norm.norm.forward_into(&self.x, &wide.normed)?;
-        Ok(&wide.normed)
+        norm.norm.forward_into(&self.x, &matmul.normed)?;
+        Ok(&matmul.normed)
     }
 
-    pub(in crate::models) fn wide(&self) -> Result<&Wide> {
-        self.wide.as_ref().ok_or_else(missing)
+    pub(in crate::models) fn matmul(&self) -> Result<&MatmulBuffers> {
+        self.matmul.as_ref().ok_or_else(missing)
     }
 }
 
-/// What is around a part of a layer.
+/// The norms and the factor around a part of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::models) struct Branch<'a> {
     pub(in crate::models) before: Option<&'a NormLayer>,
@@ -399,7 +394,7 @@ pub(in crate::models) struct Branch<'a> {
 }
 
 impl<'a> Branch<'a> {
-    /// The branch of a part, if the kernels of a step take its norms.
+    /// The branch of a part; `None` if the decode kernels do not support its norms.
     pub(in crate::models) fn new<P>(sublayer: &'a Sublayer<P>) -> Option<Self> {
         let (before, after) = (sublayer.before.as_ref(), sublayer.after.as_ref());
         let is_rms = before.into_iter().chain(after).all(is_rms_norm);
@@ -412,34 +407,34 @@ impl<'a> Branch<'a> {
     }
 }
 
-/// A linear layer in a step, or some of the rows of one.
+/// A linear layer in a decode step, or a range of the rows of one.
 #[derive(Debug)]
 pub(in crate::models) struct StepLinear<'a> {
     /// `[out_features, in_features]`
     pub(in crate::models) weight: Weight,
     pub(in crate::models) bias: Option<Tensor>,
-    /// The low-rank update, and its B.
-    term: Option<(&'a LowRank, Tensor)>,
+    /// The low-rank update, and the rows of its B.
+    update: Option<(&'a LowRank, Tensor)>,
 }
 
 impl<'a> StepLinear<'a> {
-    pub(in crate::models) fn new(linear: &Linear, term: Option<&'a LowRank>) -> Self {
-        let term = term.map(|term| (term, term.b.clone()));
-        Self { weight: linear.weight.clone(), bias: linear.bias.clone(), term }
+    pub(in crate::models) fn new(linear: &Linear, update: Option<&'a LowRank>) -> Self {
+        let update = update.map(|update| (update, update.b.clone()));
+        Self { weight: linear.weight.clone(), bias: linear.bias.clone(), update }
     }
 
-    /// The layer of a part.
-    pub(in crate::models) fn of(layer: &LinearLayer, terms: Option<&'a LowRankTerms>) -> Self {
-        Self::new(&layer.linear, terms.and_then(|terms| terms.get(layer.slot.id)))
+    /// A linear layer of a part.
+    pub(in crate::models) fn of(layer: &LinearLayer, updates: Option<&'a LowRankUpdates>) -> Self {
+        Self::new(&layer.linear, updates.and_then(|updates| updates.get(layer.slot.id)))
     }
 
-    /// The layers of these widths, which may be the rows of one.
+    /// The layers of these widths, which may be stored as the rows of one layer.
     pub(in crate::models) fn of_each<const N: usize>(
         layers: &[LinearLayer],
         widths: [usize; N],
-        terms: Option<&'a LowRankTerms>,
+        updates: Option<&'a LowRankUpdates>,
     ) -> Result<[Self; N]> {
-        let mut all: Vec<_> = layers.iter().map(|layer| Self::of(layer, terms)).collect();
+        let mut all: Vec<_> = layers.iter().map(|layer| Self::of(layer, updates)).collect();
         if let ([together], true) = (all.as_slice(), N > 1) {
             let starts = widths.iter().scan(0, |end, width| Some(std::mem::replace(end, *end + width)));
             all = starts.zip(widths).map(|(start, width)| together.rows(start, width)).collect::<Result<_>>()?;
@@ -451,78 +446,78 @@ impl<'a> StepLinear<'a> {
         Ok(Self {
             weight: self.weight.narrow_rows(start, count)?,
             bias: self.bias.as_ref().map(|bias| bias.narrow(0, start, count)).transpose()?,
-            term: self
-                .term
+            update: self
+                .update
                 .as_ref()
-                .map(|(term, b)| Ok::<_, Error>((*term, b.narrow(0, start, count)?)))
+                .map(|(update, b)| Ok::<_, Error>((*update, b.narrow(0, start, count)?)))
                 .transpose()?,
         })
     }
 
-    /// The weight as an argument of a kernel.
+    /// The weight, as a kernel argument.
     pub(in crate::models) fn weight(&self) -> Result<Arg<'_>> {
         self.weight.stored().map(Arg::In)
     }
 
-    /// A and B of the low-rank update.
-    pub(in crate::models) fn term_args(&self) -> [Arg<'_>; 2] {
-        self.term.as_ref().map_or([Arg::None, Arg::None], |(term, b)| [Arg::In(&term.a), Arg::In(b)])
+    /// A and B of the low-rank update, as kernel arguments.
+    pub(in crate::models) fn update_args(&self) -> [Arg<'_>; 2] {
+        self.update.as_ref().map_or([Arg::None, Arg::None], |(update, b)| [Arg::In(&update.a), Arg::In(b)])
     }
 
     pub(in crate::models) fn rank(&self) -> usize {
-        self.term.as_ref().map_or(0, |(term, _)| term.a.dims()[0])
+        self.update.as_ref().map_or(0, |(update, _)| update.a.dims()[0])
     }
 
     pub(in crate::models) fn scale(&self) -> f32 {
-        self.term.as_ref().map_or(0.0, |(term, _)| term.scale)
+        self.update.as_ref().map_or(0.0, |(update, _)| update.scale)
     }
 }
 
-/// `y = factor x W^T + beta y`, and a low-rank update, by products of matrices.
+/// `y = factor x W^T + beta y` plus the low-rank update, with matrix products.
 pub(in crate::models) fn multiply(
     layer: &StepLinear,
     x: &Tensor,
     (y, factor, beta): (&Tensor, f32, f32),
-    wide: &Wide,
+    matmul: &MatmulBuffers,
 ) -> Result<()> {
-    layer.weight.multiply_on_gpu(y, x, true, (factor, beta), wide.scratch.as_ref())?;
-    add_update(layer, x, (y, factor), wide)
+    layer.weight.multiply_on_gpu(y, x, true, (factor, beta), matmul.scratch.as_ref())?;
+    add_update(layer, x, (y, factor), matmul)
 }
 
-/// `y = x W^T` and low-rank updates of layers that share an input.
+/// `y = x W^T` plus low-rank updates, for layers that share an input.
 pub(in crate::models) fn multiply_together<const N: usize>(
     layers: &[StepLinear; N],
     x: &Tensor,
     ys: [&Tensor; N],
-    wide: &Wide,
+    matmul: &MatmulBuffers,
 ) -> Result<()> {
     let products: Vec<_> = layers.iter().map(|layer| &layer.weight).zip(ys).collect();
-    Weight::multiply_together(x, &products, wide.scratch.as_ref())?;
-    layers.iter().zip(ys).try_for_each(|(layer, y)| add_update(layer, x, (y, 1.0), wide))
+    Weight::multiply_together(x, &products, matmul.scratch.as_ref())?;
+    layers.iter().zip(ys).try_for_each(|(layer, y)| add_update(layer, x, (y, 1.0), matmul))
 }
 
-fn add_update(layer: &StepLinear, x: &Tensor, (y, factor): (&Tensor, f32), wide: &Wide) -> Result<()> {
-    let Some((term, b)) = &layer.term else { return Ok(()) };
-    let (rows, rank) = (x.dim(0)?, term.a.dim(0)?);
-    let z = wide.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
-    gpu::product(&z, (x, false), (&term.a, true), factor * term.scale, 0.0)?;
+fn add_update(layer: &StepLinear, x: &Tensor, (y, factor): (&Tensor, f32), matmul: &MatmulBuffers) -> Result<()> {
+    let Some((update, b)) = &layer.update else { return Ok(()) };
+    let (rows, rank) = (x.dim(0)?, update.a.dim(0)?);
+    let z = matmul.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
+    gpu::product(&z, (x, false), (&update.a, true), factor * update.scale, 0.0)?;
     gpu::product(y, (&z, false), (b, true), 1.0, 1.0)
 }
 
-/// Whether kernels that read eight elements at once take the layer's weight.
+/// Whether kernels can load eight elements of the layer's weight at once.
 pub(in crate::models) fn fits(layer: &LinearLayer, dtype: DType) -> bool {
-    layer.linear.weight.is_read_by_eights(dtype)
+    layer.linear.weight.supports_vector_loads(dtype)
 }
 
-/// Whether the kernels that apply a norm on the way take this one.
+/// Whether the decode kernels support this norm.
 pub(in crate::models) fn is_rms_norm(norm: &NormLayer) -> bool {
     let norm = &norm.norm;
     matches!(norm.kind, NormKind::Rms { .. })
-        && norm.weight.as_ref().is_some_and(|weight| gpu::is_read_by_eights(weight, weight.dtype()))
+        && norm.weight.as_ref().is_some_and(|weight| gpu::supports_vector_loads(weight, weight.dtype()))
         && norm.bias.is_none()
 }
 
-/// Whether there is such a norm, what its weights are added to, and its epsilon.
+/// Whether there is a norm, the offset of its weights, and its epsilon, as kernel arguments.
 pub(in crate::models) fn norm_words(norm: Option<&NormLayer>) -> [Word; 3] {
     let Some(NormLayer { norm, .. }) = norm else { return [Word(0); 3] };
     let offset = if let NormKind::Rms { offset } = norm.kind { offset } else { 0.0 };

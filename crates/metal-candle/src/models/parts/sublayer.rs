@@ -1,21 +1,22 @@
-//! A residual branch of a layer: norms around a part, and the sum with the stream.
+//! A residual branch of a layer: a part, the norms around it, and the sum with the stream. `Part` is the interface of
+//! attention and MLPs.
 
 use super::super::kv_cache::KVCache;
 use super::input::{Input, Output};
 use super::norm::NormLayer;
-use super::pass::{Backward, Context, Meter, StepSize};
+use super::pass::{Backward, Context, MemoryMeter, StepSize};
 use crate::error::Result;
 use crate::ops::fused;
 use crate::ops::linear::add_scaled;
 use candle_core::Tensor;
 
-/// What a layer is made of: everything the model needs to know of attention, an MLP or another part.
+/// A part of a layer. It hides everything else about attention, an MLP or another part from the model.
 pub(in crate::models) trait Part {
-    /// What the backward pass needs of the forward pass, beside the input.
+    /// The tensors of the forward pass that the backward pass reads, besides the input.
     type Saved: Saved;
 
-    /// The output of a pass without a backward pass, added to `residual` if it is given. Keys and values of the tokens are
-    /// added to the cache, if there is one and the part has any.
+    /// The forward pass without a backward pass: the output, plus `residual` if given. Keys and values of the tokens
+    /// are added to the cache, if it is given and the part has any.
     fn forward<'a>(
         &'a self,
         input: &Input,
@@ -24,17 +25,18 @@ pub(in crate::models) trait Part {
         cache: Option<&mut KVCache>,
     ) -> Result<Output<'a>>;
 
-    /// As [`Part::forward`] in training. The output is `None` if `is_last_skipped` and the backward pass does not need it.
+    /// [`Part::forward`] in training. The output is `None` if `skips_output` is set and the backward pass does not need
+    /// it.
     fn forward_saving<'a>(
         &'a self,
         input: &Input,
         residual: Option<&Tensor>,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Output<'a>>, Self::Saved)>;
 
-    /// The gradient with respect to the stream of `input`, added to `carry`, from that of the part's output. None if
-    /// `!needs_input`.
+    /// The gradient with respect to the stream of `input`, added to `carry`, from that of the part's output. `None` if
+    /// `needs_input` is false.
     fn backward<'a>(
         &'a self,
         input: &Input,
@@ -45,12 +47,14 @@ pub(in crate::models) trait Part {
         pass: &mut Backward<'a, '_>,
     ) -> Result<Option<Tensor>>;
 
-    /// The memory of [`Part::forward`], or of [`Part::forward_saving`]. The stream is there before, stream and output after.
-    fn forward_memory(&self, size: StepSize, is_saving: bool, is_last_skipped: bool, meter: &mut Meter);
+    /// Counts the memory of [`Part::forward`], or of [`Part::forward_saving`]. The stream is allocated before it,
+    /// stream and output after it.
+    fn forward_memory(&self, size: StepSize, is_saving: bool, skips_output: bool, meter: &mut MemoryMeter);
 
-    /// The memory of [`Part::backward`]. Before it there are the gradient of the output and what was saved; after it the
-    /// gradient of the input, which takes the place of the first. Returns what stays until the end of the layer.
-    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize;
+    /// Counts the memory of [`Part::backward`]. The gradient of the output and the saved tensors are allocated before
+    /// it; after it, the gradient of the input replaces that of the output. Returns the bytes that stay allocated until
+    /// the end of the layer.
+    fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut MemoryMeter) -> usize;
 }
 
 /// The saved state of a part.
@@ -58,7 +62,7 @@ pub(in crate::models) trait Saved {
     fn num_bytes(&self) -> usize;
 }
 
-/// A part between its norms.
+/// A part with its norms.
 #[derive(Debug)]
 pub(in crate::models) struct Sublayer<P> {
     pub(in crate::models) before: Option<NormLayer>,
@@ -68,7 +72,7 @@ pub(in crate::models) struct Sublayer<P> {
     pub(in crate::models) scale: f32,
 }
 
-/// What the backward pass of a [`Sublayer`] needs beside its input.
+/// The tensors that the backward pass of a [`Sublayer`] reads, besides its input.
 pub(in crate::models) struct SublayerSaved<S> {
     part: S,
     /// The output of the part, if a norm follows it.
@@ -81,11 +85,11 @@ impl<S: Saved> SublayerSaved<S> {
     }
 }
 
-/// The stream after a branch and, where the device computes it in the same launch, the next part's normed input.
+/// The stream after a branch and, if the device computes it in the same launch, the normed input of the next part.
 type Stream = (Tensor, Option<Tensor>);
 
 impl<P: Part> Sublayer<P> {
-    /// Whether the part's output is added to the stream as it is.
+    /// Whether the part's output is added to the stream unchanged.
     pub(in crate::models) fn is_plain(&self) -> bool {
         self.after.is_none() && !self.is_scaled()
     }
@@ -115,25 +119,25 @@ impl<P: Part> Sublayer<P> {
         Ok((self.added(&y, residual)?, None))
     }
 
-    /// As [`Sublayer::forward`] in training; without the stream if `is_last_skipped`.
+    /// [`Sublayer::forward`] in training, without the stream if `skips_output`.
     pub(in crate::models) fn forward_saving<'a>(
         &'a self,
         input: &Input,
         residual: &Tensor,
         next: Option<&NormLayer>,
         context: Context<'a>,
-        is_last_skipped: bool,
+        skips_output: bool,
     ) -> Result<(Option<Stream>, SublayerSaved<P::Saved>)> {
         if self.is_plain() {
-            let (output, part) = self.part.forward_saving(input, Some(residual), context, is_last_skipped)?;
+            let (output, part) = self.part.forward_saving(input, Some(residual), context, skips_output)?;
             let stream = output.map(|output| finish(output, residual, next)).transpose()?;
             return Ok((stream, SublayerSaved { part, output: None }));
         }
-        let is_skipped = is_last_skipped && self.after.is_none();
+        let is_skipped = skips_output && self.after.is_none();
         let (output, part) = self.part.forward_saving(input, None, context, is_skipped)?;
         let y = output.map(|output| output.y);
         let stream = match &y {
-            Some(y) if !is_last_skipped => Some((self.added(y, residual)?, None)),
+            Some(y) if !skips_output => Some((self.added(y, residual)?, None)),
             _ => None,
         };
         Ok((stream, SublayerSaved { part, output: y.filter(|_| self.after.is_some()) }))
@@ -169,47 +173,52 @@ impl<P: Part> Sublayer<P> {
         self.part.backward(input, saved.part, &dy, carry, needs_input, pass)
     }
 
-    /// Whether the norm before the part is trained, so that its gradient is required even if the input's is not.
+    /// Whether the norm before the part is trained: its gradient is then required even if that of the input is not.
     pub(in crate::models) fn trains_norm(&self, trained: &[bool]) -> bool {
         self.before.as_ref().is_some_and(|norm| norm.is_trained(trained))
     }
 
-    /// The memory of the forward pass; stream before, both streams after.
+    /// Counts the memory of the forward pass. The stream is allocated before it, both streams after it.
     pub(in crate::models) fn forward_memory(
         &self,
         size: StepSize,
         is_saving: bool,
-        is_last_skipped: bool,
-        meter: &mut Meter,
+        skips_output: bool,
+        meter: &mut MemoryMeter,
     ) {
-        let is_skipped = is_last_skipped && self.after.is_none();
+        let is_skipped = skips_output && self.after.is_none();
         self.part.forward_memory(size, is_saving, is_skipped, meter);
         if self.after.is_some() {
-            meter.take(size.stream);
-            meter.give(if is_saving { 0 } else { size.stream });
-            meter.give(if is_last_skipped { size.stream } else { 0 });
+            meter.allocate(size.stream);
+            meter.free(if is_saving { 0 } else { size.stream });
+            meter.free(if skips_output { size.stream } else { 0 });
         }
     }
 
-    /// Bytes that are saved of the branch beside those of the part: the part's output where a norm follows it.
+    /// Bytes that the branch saves besides the part: the part's output, if a norm follows.
     pub(in crate::models) fn saved_output(&self, size: StepSize) -> usize {
         if self.after.is_some() { size.stream } else { 0 }
     }
 
-    /// The memory of the backward pass; returns what stays until the end of the layer.
-    pub(in crate::models) fn backward_memory(&self, size: StepSize, needs_input: bool, meter: &mut Meter) -> usize {
+    /// Counts the memory of the backward pass. Returns the bytes that stay allocated until the end of the layer.
+    pub(in crate::models) fn backward_memory(
+        &self,
+        size: StepSize,
+        needs_input: bool,
+        meter: &mut MemoryMeter,
+    ) -> usize {
         let own = [&self.before, &self.after].into_iter().flatten();
-        meter.take(own.map(|norm| norm.gradient_bytes(size)).sum());
+        meter.allocate(own.map(|norm| norm.gradient_bytes(size)).sum());
         let copies = if self.is_plain() { 0 } else { size.stream };
-        meter.take(copies);
-        meter.give(self.saved_output(size));
+        meter.allocate(copies);
+        meter.free(self.saved_output(size));
         let gathered = self.part.backward_memory(size, needs_input, meter);
-        meter.give(copies);
+        meter.free(copies);
         gathered
     }
 }
 
-/// The stream with a part's output, and the next norm of it if both can be computed in one launch.
+/// The stream plus a part's output, and the next norm of it if one launch can compute both.
 fn finish(output: Output, residual: &Tensor, next: Option<&NormLayer>) -> Result<Stream> {
     let Some(pending) = output.pending else { return Ok((output.y, None)) };
     let next = next.filter(|next| next.norm.is_plain_rms(residual.dtype())).map(|next| &next.norm);

@@ -1,4 +1,4 @@
-//! Attention in a single-token step on a device with kernels.
+//! The decode step of attention, on a device with kernels.
 
 use super::super::linear::LinearLayer;
 use super::super::norm::NormLayer;
@@ -8,14 +8,14 @@ use super::Attention;
 use crate::error::Result;
 use crate::models::description::{QkNormExtent, QkNormSpec};
 use crate::models::kv_cache::KVCache;
-use crate::ops::LowRankTerms;
+use crate::ops::LowRankUpdates;
 use crate::ops::gpu::{self, Arg, Grid, Word};
 use crate::ops::rotary::Pairs;
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{AttentionShape, Mask};
 
 impl Attention {
-    /// Whether the kernels of a step run this part.
+    /// Whether the decode kernels support this part.
     pub(in crate::models) fn can_step(&self, dtype: DType) -> bool {
         let has_bias = |layer: &LinearLayer| layer.linear.bias.is_some();
         let is_norm = |(norms, spec): &([NormLayer; 2], QkNormSpec)| {
@@ -34,27 +34,27 @@ impl Attention {
             && spec.clip.is_none()
     }
 
-    /// Adds attention to the stream; the keys and values of the tokens are written to the cache.
+    /// Runs the part and adds its output to the stream. The keys and values of the tokens are written to the cache.
     pub(in crate::models) fn step(
         &self,
         branch: Branch,
         step: &Step,
-        terms: Option<&LowRankTerms>,
+        updates: Option<&LowRankUpdates>,
         cache: &KVCache,
     ) -> Result<()> {
-        let layers = StepLinear::of_each(&self.inputs, self.spec.widths(), terms)?;
-        if let Some(wide) = &step.wide {
-            let x = step.normed(branch, wide)?;
-            multiply_together(&layers, x, [&step.q, &step.k, &step.v], wide)?;
+        let layers = StepLinear::of_each(&self.inputs, self.spec.widths(), updates)?;
+        if let Some(matmul) = &step.matmul {
+            let x = step.normed(branch, matmul)?;
+            multiply_together(&layers, x, [&step.q, &step.k, &step.v], matmul)?;
         } else {
-            narrow_projections(&layers, branch, step)?;
+            vector_projections(&layers, branch, step)?;
         }
         self.step_attention(&layers, step, cache.layer(self.layer))?;
-        let output = StepLinear::of(&self.output, terms);
+        let output = StepLinear::of(&self.output, updates);
         step.finish_branch(&output, &step.attention, branch, step.posts(Posts::Output, None))
     }
 
-    /// Biases, norms and rotation of q and k, and attention of each row over its slot of the cache.
+    /// Applies biases, norms and rotation to q and k, and runs the attention of each row over its cache slot.
     fn step_attention(&self, layers: &[StepLinear; 3], step: &Step, (keys, values): (&Tensor, &Tensor)) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale, mask, soft_cap } = self.shape;
         let mut args = vec![Arg::In(&step.q), Arg::In(&step.k), Arg::In(&step.v)];
@@ -86,7 +86,7 @@ impl Attention {
             step.max_seq_len.into(),
             scale.into(),
             step.parts.into(),
-            threads.least_keys().into(),
+            threads.min_keys().into(),
             window.into(),
             soft_cap.unwrap_or(0.0).into(),
             pairs.into(),
@@ -98,20 +98,20 @@ impl Attention {
             scaling.map_or(0.0, |scaling| scaling.beta as f32).into(),
             scaling.map_or(0, |scaling| scaling.original_max_position_embeddings).into(),
         ];
-        words.extend(step.emptied(Posts::Projections));
+        words.extend(step.cleared(Posts::Projections));
         debug_assert_eq!(head_dim, step.shape.heads[2]);
         let grid = Grid { groups: [heads / threads.heads, step.rows, step.parts], ..Grid::row(1, threads.count()) };
         gpu::launch(&step.shape.attention_kernel(threads), grid, &args, &words)
     }
 }
 
-/// Norm and projections in one launch.
-fn narrow_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> Result<()> {
+/// Norm and projections in one launch of a matrix-vector kernel.
+fn vector_projections(layers: &[StepLinear; 3], branch: Branch, step: &Step) -> Result<()> {
     let mut args = vec![Arg::In(&step.x), branch.weight()];
     for layer in layers {
         args.push(layer.weight()?);
     }
-    args.extend(layers.iter().flat_map(StepLinear::term_args));
+    args.extend(layers.iter().flat_map(StepLinear::update_args));
     args.extend([&step.q, &step.k, &step.v, &step.posted].map(Arg::Out));
     let [q, k, v] = layers.each_ref().map(|layer| layer.weight.dims()[0]);
     let ranks = layers.each_ref().map(StepLinear::rank);
