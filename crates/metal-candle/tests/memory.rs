@@ -1,4 +1,5 @@
-//! The predicted peak of memory against what is really allocated: by itself, since it counts all of the process.
+//! Compares the predicted peak memory with real allocations. It is a separate test binary because it counts all
+//! allocations of the process.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
@@ -12,13 +13,13 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The system's allocator, with counts of what is in use and the most that was.
+/// The system allocator, with counts of the bytes in use and their peak.
 struct Counting;
 
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: everything is handed on to the system's allocator.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = IN_USE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
@@ -88,7 +89,7 @@ fn config() -> TrainingConfig {
     TrainingConfig { lr_scheduler: LRScheduler::constant(1e-4), ..TrainingConfig::default() }
 }
 
-/// What a run really takes beside what was there before the model, and what was predicted.
+/// The real memory of a run, beyond that before the model, and the prediction.
 fn run<T: Trained>(before: usize, trainer: &Trainer<T>, dataset: &Dataset) -> (usize, usize) {
     let plan = trainer.plan(dataset).unwrap();
     PEAK.store(IN_USE.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -101,14 +102,14 @@ fn run<T: Trained>(before: usize, trainer: &Trainer<T>, dataset: &Dataset) -> (u
 
 const SMALL: Shape = Shape { hidden: 96, intermediate: 256, layers: 6, vocab: 1000, is_tied: true, dtype: DType::F32 };
 
-/// Measures on a thread of its own: the space in which a thread packs operands is kept for its next product.
+/// Measures on a new thread, because a thread reuses the buffer in which it packs operands.
 fn alone<R: Send>(measure: impl FnOnce() -> R + Send) -> R {
     std::thread::scope(|scope| scope.spawn(measure).join().unwrap())
 }
 
 #[test]
 fn the_predicted_peak_is_the_real_one() {
-    // what the threads of the pool allocate for themselves is not a run's
+    // allocations of the pool's threads for themselves are not part of a run
     alone(|| {
         let adapter = LoRAAdapter::builder(&model(&SMALL)).build().unwrap();
         Trainer::new(adapter, config()).unwrap().train(&dataset(&[300, 300], 1)).unwrap()
@@ -191,7 +192,7 @@ fn the_predicted_peak_is_the_real_one() {
     assert!(of_head - of_blocks < 100_000_000);
 }
 
-/// What the gradients of one sequence of `tokens` tokens take beside the weights.
+/// The memory of the gradients of one sequence of `tokens` tokens, besides the weights.
 fn taken_by_a_step(vocab: usize, tokens: usize) -> usize {
     let model = model(&Shape { layers: 1, vocab, ..SMALL });
     let adapter = LoRAAdapter::builder(&model).build().unwrap();

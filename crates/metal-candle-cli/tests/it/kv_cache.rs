@@ -67,7 +67,7 @@ fn info_shows_the_memory_of_each_type() {
 #[test]
 fn a_type_that_the_model_cannot_have_is_refused() {
     let fixture = Fixture::new();
-    let expected = "`q8_0` stores heads of a multiple of 32 elements, found heads of 8; choose `f16`";
+    let expected = "expected a head width that is a multiple of 32 for `q8_0`, found 8; use `f16`";
     for words in [
         "generate --model model --raw --prompt fn",
         "chat --model model",

@@ -1,4 +1,4 @@
-//! The decoder against transformers and peft: logits, losses and gradients.
+//! Compares the decoder with transformers and PEFT: logits, losses and gradients.
 
 use candle_core::{DType, Tensor};
 use metal_candle::models::{
@@ -55,7 +55,7 @@ pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
 }
 
-/// Norm of the difference by norm.
+/// The norm of the difference, relative to the norm of the expected values.
 fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let square = |v: f64| v * v;
@@ -106,7 +106,7 @@ fn half_precision_weights_agree_with_transformers() {
             let top: Vec<u32> = values(&logits).chunks(vocab).map(arg_max).collect();
             let wanted = ids_of(case, "top1_bf16_weights_f32_arithmetic");
             assert_eq!(top, wanted, "{name}");
-            // f16 keeps three more bits than bf16, so it is nearer to f32
+            // f16 has three more mantissa bits than bf16, so it is closer to f32
             let logits = f16.forward(&batch, None, None, Rows::All).unwrap();
             let full = tensors.values(&format!("logits.{}", batch.num_tokens()));
             assert!(max_difference(&values(&logits), &full) < max_difference(&expected, &full), "{name}");
@@ -157,7 +157,7 @@ fn cached_and_uncached_logits_agree() {
         let model = model(name, DType::F32);
         let all: Vec<u32> = (0..150).map(|i| (i * 37 + 11) % 97).collect();
         let whole = values(&model.forward(&Batch::single(&all), None, None, Rows::All).unwrap());
-        // chunks of many sizes, two slots side by side that hold different amounts
+        // chunks of many sizes, and two slots of different lengths
         for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 5e-2)] {
             let mut cache = cache(&model, 160, 3, dtype);
             let mut found = Vec::new();
@@ -198,7 +198,7 @@ fn a_batch_equals_its_sequences_one_by_one() {
 }
 
 #[test]
-fn the_cache_holds_key_and_value_heads_only() {
+fn the_cache_stores_key_and_value_heads_only() {
     let config = KVCacheConfig { max_seq_len: 2048, num_layers: 24, num_heads: 2, head_dim: 64, batch_size: 1 };
     assert_eq!(config.num_bytes(KVCacheType::F16), 25_165_824);
     let small = KVCacheConfig { max_seq_len: 8, ..config };
@@ -224,7 +224,7 @@ fn wrong_input_is_refused() {
     twice.push(&[1], 0, 0);
     twice.push(&[2], 0, 0);
     assert!(error(&twice, Some(&mut cache)).contains("twice"));
-    assert!(cache.is_empty(), "a refused batch leaves the cache as it was");
+    assert!(cache.is_empty(), "a refused batch must not change the cache");
     let long = vec![1; model.config().max_position_embeddings + 1];
     assert!(error(&Batch::single(&long), None).contains("longer than the model's"));
 }
@@ -234,7 +234,7 @@ pub fn batch_of(value: &Value) -> (Batch, Targets) {
     (Batch::from_sequences(&sequences), Targets { ids: ids(&value["targets"]), weights: numbers(&value["weights"]) })
 }
 
-/// The low-rank terms of a PEFT folder, straight from its tensors.
+/// The low-rank updates of a PEFT folder, read from its tensors.
 pub fn terms(model: &Model, folder: &str) -> LowRankUpdates {
     let config = json(&format!("{folder}/adapter_config.json"));
     let file = SafetensorsFile::open(golden(&format!("{folder}/adapter_model.safetensors"))).unwrap();
@@ -309,7 +309,7 @@ fn gradients_of_all_parameters_equal_torch() {
             for ((parameter, _), found) in model.parameters().iter().zip(&gradients.parameters) {
                 let found = found.as_ref().unwrap_or_else(|| panic!("no gradient of `{parameter}`"));
                 let expected = tensors.values(&format!("{kind}.grad.{parameter}"));
-                // the true gradient of a key bias is 0: softmax does not see what all scores share
+                // the true gradient of a key bias is 0: softmax ignores what all scores have in common
                 let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                 let found = values(found);
                 let error = relative_error(&found, &expected);
@@ -323,7 +323,7 @@ fn gradients_of_all_parameters_equal_torch() {
 }
 
 #[test]
-fn blocks_below_the_lowest_term_keep_nothing() {
+fn blocks_below_the_lowest_update_save_nothing() {
     let model = model("gqa-tied", DType::F32);
     let all = terms(&model, "lora/all-linear");
     let mut top = LowRankUpdates::new();
@@ -341,7 +341,7 @@ fn blocks_below_the_lowest_term_keep_nothing() {
 }
 
 #[test]
-fn bf16_weights_train_with_gradients_as_precise_as_they_are() {
+fn gradients_of_bf16_weights_are_as_precise_as_the_weights() {
     let case = json("lora/all-linear.json");
     let (rounded, narrow) = (model("gqa-tied", DType::BF16), model("gqa-tied", DType::BF16));
     let tensors =
@@ -355,14 +355,14 @@ fn bf16_weights_train_with_gradients_as_precise_as_they_are() {
     let ((wide_losses, wide_gradients), (losses, gradients)) = (run(&wide), run(&narrow));
     assert!(max_difference(&wide_losses.rows, &losses.rows) < 1e-5);
     for (a, b) in wide_gradients.iter().zip(gradients.iter()) {
-        // gate and up are kept in bf16, whose rounding is 2^-9
+        // gate and up are saved in bf16, with a rounding error of 2^-9
         let error = relative_error(&values(b), &values(a));
         assert!(error < 1e-2, "{error}");
     }
 }
 
 #[test]
-fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
+fn dropout_depends_on_the_seed_and_matches_finite_differences() {
     let model = model("untied", DType::F32);
     let case = json("lora/all-linear-rslora.json");
     let mut terms = terms(&model, "lora/all-linear-rslora");
@@ -396,7 +396,8 @@ fn dropout_repeats_by_its_seed_and_matches_finite_differences() {
     }
 }
 
-/// The bits of a sequence's logits do not depend on what else is in its batch, nor on how its prompt is cut.
+/// The logits of a sequence depend neither on the other sequences of its batch nor on how its prompt is split, bit for
+/// bit.
 #[test]
 fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
     let long: Vec<u32> = (0..150).map(|i| (i * 7 + 3) % 90).collect();
@@ -417,7 +418,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
             let bits = |logits: Tensor, row: usize| -> Vec<u32> {
                 values(&logits.get(row).unwrap()).into_iter().map(f32::to_bits).collect()
             };
-            // the last tokens one at a time, after a prompt in parts of these lengths
+            // the last tokens one at a time, after a prompt in chunks of these lengths
             let run = |parts: &[usize], others: &[Vec<u32>]| -> Vec<Vec<u32>> {
                 let mut cache = cache(&model, 160, 1 + others.len(), DType::F32);
                 let (mut start, mut found) = (0, Vec::new());
@@ -425,7 +426,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
                     let mut batch = Batch::new();
                     batch.push(&long[start..start + len], start, 0);
                     for (slot, other) in others.iter().enumerate() {
-                        // each of the others enters at its own step and continues with one token a step
+                        // each of the other sequences enters at its own step, and continues with one token per step
                         match step.checked_sub(slot % 3) {
                             Some(0) => batch.push(other, 0, slot + 1),
                             Some(n) => batch.push(&[n as u32], other.len() + n - 1, slot + 1),

@@ -1,4 +1,4 @@
-//! Steps of one token, which have kernels of their own on accelerators: what the parts of a layer can be, with and without an
+//! Tests decode steps, which have their own kernels on accelerators: with every kind of layer, with and without an
 //! adapter, for few and for many sequences, short and long.
 
 use candle_core::{DType, Tensor};
@@ -16,7 +16,7 @@ on_each_device! {
     half_precision_and_wide_layers_match_the_cpu,
 }
 
-/// Keys of models whose layers have a step, with what each of them adds.
+/// Keys of models that support decode steps, with the feature that each of them adds.
 fn kinds() -> Vec<(&'static str, Value)> {
     vec![
         ("biases", json!({"model_type": "qwen2"})),
@@ -62,7 +62,7 @@ fn kinds() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// A model of these keys whose norms are not 1.
+/// A model with these keys, whose norm weights are not 1.
 fn model(keys: &Value, dtype: DType, device: Device) -> Model {
     let mut config = json!({
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -83,7 +83,7 @@ fn model(keys: &Value, dtype: DType, device: Device) -> Model {
     model.with_parameters(norms.collect()).unwrap()
 }
 
-/// An adapter of all linear layers, whose values lie within half of `range` of zero.
+/// An adapter of all linear layers, with values between `-range / 2` and `range / 2`.
 pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankUpdates {
     let adapter = LoRAAdapter::builder(model).with_rank(rank).with_alpha(8.0);
     let adapter = adapter.with_target_modules([TargetModule::AllLinear]).build().unwrap();
@@ -93,7 +93,8 @@ pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankUpdates {
     adapter.with_parameters(parameters).unwrap().low_rank_updates().unwrap()
 }
 
-/// The log-probabilities of what `model` generates against those that the model on the CPU gives the same tokens.
+/// Compares the log-probabilities of the tokens that `model` generates with those of the model on the CPU for the same
+/// tokens.
 fn failures(what: &str, [model, cpu]: [&Model; 2], rank: usize, prompts: &[Vec<u32>], tolerance: f32) -> Vec<String> {
     let greedy =
         GenerationConfig { ignore_eos: true, sampling: SamplingConfig::greedy(), ..GenerationConfig::default() };
@@ -137,7 +138,7 @@ fn steps_of_every_kind_match_the_cpu(device: Device) {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// The keys of long sequences are shared out among groups, which put their results together.
+/// The keys of long sequences are divided among thread groups, which combine their results.
 fn long_sequences_match_the_cpu(device: Device) {
     let mut found = Vec::new();
     let wide = json!({"model_type": "qwen3", "head_dim": 256});
@@ -150,7 +151,8 @@ fn long_sequences_match_the_cpu(device: Device) {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// With many sequences a group takes all heads that read the same keys; with many heads these keys are divided, too.
+/// With many sequences, a thread group has all heads that read the same keys; with many heads, these keys are divided
+/// too.
 fn many_sequences_match_the_cpu(device: Device) {
     let rows = if device.is_cuda() { 66 } else { 17 };
     let mut found = Vec::new();
@@ -162,7 +164,7 @@ fn many_sequences_match_the_cpu(device: Device) {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// Narrow types have groups of other sizes, and rows of more than 1,024 weights are not held in registers.
+/// Half-precision types have other group sizes, and rows of more than 1,024 weights do not fit in registers.
 fn half_precision_and_wide_layers_match_the_cpu(device: Device) {
     let mut found = Vec::new();
     let small = |head_dim: usize| json!({"model_type": "qwen3", "head_dim": head_dim, "initializer_range": 0.1});

@@ -1,4 +1,4 @@
-//! Quantized weights on each device: single-token steps, passes over many tokens and gradients, with every block format.
+//! Tests quantized weights on each device: decode steps, prefill and gradients, with every block format.
 
 use crate::decoding_steps::terms;
 use candle_core::{DType, Tensor};
@@ -28,7 +28,7 @@ fn model(keys: &serde_json::Value) -> Model {
     Model::repeated_pattern(config, 5, DType::F32, Device::CPU).unwrap()
 }
 
-/// A model with blocks on `device`, and the values of its blocks on the CPU.
+/// A quantized model on `device`, and its dequantized values on the CPU.
 fn both(model: &Model, quantization: &Quantization, dtype: DType, device: Device) -> [Model; 2] {
     let quantized = model.quantize(quantization, |_| ()).unwrap();
     let values = quantized.to_dtype(DType::F32).unwrap();
@@ -74,7 +74,8 @@ fn mixed() -> Quantization {
     quantization
 }
 
-/// Checks the log-probabilities of generated tokens, and the logits of their prompts, against those of the values.
+/// Compares the log-probabilities of generated tokens, and the logits of their prompts, with those of the dequantized
+/// values.
 #[track_caller]
 fn check(what: &str, [own, values]: &[Model; 2], rank: usize, rows: usize, tolerance: f32) {
     let prompts: Vec<Vec<u32>> =
@@ -113,7 +114,7 @@ fn log_probabilities(model: &Model, ids: &[u32], terms: Option<&LowRankUpdates>)
     rows
 }
 
-/// On the CPU inference rounds activations to 8 bits.
+/// On the CPU, inference rounds activations to 8 bits.
 fn tolerance(device: Device) -> f32 {
     if device.is_cpu() { 0.3 } else { 2e-3 }
 }

@@ -1,4 +1,5 @@
-//! Every device against the golden numbers: `on_each_device!` runs a test on the CPU and, with the feature, on Metal or CUDA.
+//! Compares every device with the golden numbers: `on_each_device!` runs a test on the CPU and, with the feature, on
+//! Metal or CUDA.
 
 use super::decoder::{Tensors, batch_of, golden, json, max_difference, terms, values};
 use super::inference_scheduler::{Collected, Script};
@@ -51,7 +52,7 @@ fn load(name: &str, device: Device, dtype: DType) -> Model {
     ModelLoader::new().with_device(device).with_dtype(dtype).load(golden(name)).unwrap()
 }
 
-/// Largest difference, by the spread of the expected values.
+/// The maximum difference, relative to the spread of the expected values.
 fn relative(found: &[f32], expected: &[f32]) -> f32 {
     let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     max_difference(found, expected) / largest
@@ -61,7 +62,7 @@ fn logits_match_transformers(device: Device) {
     for name in super::decoder::MODELS {
         let (cases, tensors) =
             (json(&format!("logits/{name}.json")), Tensors::open(&format!("logits/{name}.safetensors")));
-        // half precision: what rounding activations to 11 and 8 bits leaves after three blocks
+        // half precision: the error after three blocks with activations of 11 and 8 bits
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 1e-1)] {
             let model = load(&format!("models/{name}"), device, dtype);
             assert_eq!(model.device(), device);
@@ -115,7 +116,7 @@ fn all_gradients_match_torch(device: Device) {
     }
 }
 
-/// A dataset and its batches of the golden run.
+/// The dataset of the golden run, and its batches.
 fn golden_run() -> (Dataset, Vec<Vec<usize>>) {
     let case = json("training/ten_steps.json");
     let (mut samples, mut batches) = (Vec::new(), Vec::new());
@@ -160,7 +161,7 @@ fn ten_training_losses_match_peft(device: Device) {
     }
 }
 
-/// Greedy tokens after a prompt, one at a time from the cache.
+/// The greedy tokens after a prompt, decoded one at a time with the cache.
 fn continuation(model: &Model, prompt: &[u32], count: usize) -> Vec<u32> {
     let config = model.config();
     let sizes = KVCacheConfig {
@@ -190,8 +191,8 @@ fn cached_generation_matches_the_cpu(device: Device) {
     assert_eq!(continuation(&model, &super::decoder::ids(&greedy["prompt"]), 12), expected[..12]);
 }
 
-/// Through the generator, which lets a device with kernels choose the tokens: greedily and by draws, with and without an adapter,
-/// alone and many side by side.
+/// With the generator, which lets a device with kernels sample the tokens: greedily and randomly, with and without an
+/// adapter, alone and in a large batch.
 fn generated_tokens_match_the_cpu(device: Device) {
     let name = "models/gqa-tied";
     let (model, cpu) = (load(name, device, DType::F32), load(name, Device::CPU, DType::F32));
@@ -214,7 +215,7 @@ fn generated_tokens_match_the_cpu(device: Device) {
         for sampling in &samplings {
             let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() };
             let config = GenerationConfig { sampling: sampling.clone(), ..config };
-            // they end one after the other
+            // they end one after another
             let configs: Vec<_> = (0..11).map(|i| config.clone().with_max_tokens(2 + 5 * i % 12)).collect();
             let [found, expected] = generators.each_mut().map(|generator| {
                 let mut all = generator.generate_batch(prompts.clone(), &configs).unwrap();
@@ -231,8 +232,8 @@ fn generated_tokens_match_the_cpu(device: Device) {
     }
 }
 
-/// Sequences that only the CPU can sample, several samples of a prompt and two adapters, beside sequences that the device
-/// decodes. They end one after the other.
+/// Sequences that only the CPU can sample, several samples of a prompt and two adapters, together with sequences that
+/// the device decodes. They end one after another.
 fn scheduled_tokens_match_the_cpu(device: Device) {
     let name = "models/gqa-tied";
     let models = [load(name, device, DType::F32), load(name, Device::CPU, DType::F32)];
@@ -276,13 +277,13 @@ fn scheduled_tokens_match_the_cpu(device: Device) {
     }
 }
 
-/// Sizes of heads that take different kernels, or registers.
+/// Head sizes that use different kernels or register counts.
 fn head_dims(device: Device) -> &'static [usize] {
     if device.is_cuda() { &[8, 32, 40, 64, 72, 96, 128] } else { &[8, 64, 128] }
 }
 
-/// Weights are smaller in wider models, so that rounding errors grow no further than in narrow ones. Rounding the weights
-/// changes log-probabilities by at most 0.007 in f16 and 0.08 in bf16, and gradients by 0.4 % and 4 %.
+/// Weights are smaller in wider models, so that rounding errors do not grow. Rounding the weights changes
+/// log-probabilities by at most 0.007 in f16 and 0.08 in bf16, and gradients by 0.4 % and 4 %.
 fn config_with_heads(head_dim: usize) -> ModelConfig {
     let config = serde_json::json!({
         "model_type": "qwen2", "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -293,8 +294,8 @@ fn config_with_heads(head_dim: usize) -> ModelConfig {
     ModelConfig::from_json_str(&config.to_string()).unwrap()
 }
 
-/// Decoding kernels are compiled for the type, the head size and the number of rows, and take registers accordingly. Each
-/// choice runs, and assigns the CPU's log-probabilities to its tokens.
+/// Decoding kernels are compiled for the type, the head size and the number of rows, and their register counts differ.
+/// Each combination runs, and must assign the CPU's log-probabilities to its tokens.
 fn steps_with_every_head_size_match_the_cpu(device: Device) {
     let prompts: Vec<Vec<u32>> = (0..9u32).map(|i| (0..40 + i).map(|j| (i * 7 + j * 3) % 60).collect()).collect();
     let mut failures = Vec::new();
@@ -374,7 +375,7 @@ fn gradients_with_every_head_size_match_the_cpu(device: Device) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// A weight that is no number makes logits of which none can be chosen.
+/// A weight that is NaN makes all logits of a row invalid.
 fn logits_that_are_no_numbers_are_an_error(device: Device) {
     let model = load("models/gqa-tied", device, DType::F32);
     let norm = Tensor::full(f32::NAN, model.config().hidden_size, &device.candle()).unwrap();
@@ -407,7 +408,7 @@ fn the_built_in_model_trains_and_generates(device: Device) {
     assert_eq!(continuation(&model, &ids, 4), continuation(&cpu, &ids, 4));
 }
 
-/// Logits and losses of the same rounded weights: the CPU computes in f32, another device in the type of the weights.
+/// Logits and losses of the same rounded weights: the CPU uses f32, another device the type of the weights.
 fn the_built_in_model_agrees_with_the_cpu_in_each_type(device: Device) {
     let nano = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/nano");
     let ids: Vec<u32> = (0..60).map(|i| (i * 71 + 5) % 3000).collect();

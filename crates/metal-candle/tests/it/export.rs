@@ -1,4 +1,4 @@
-//! Models and adapters written as GGUF files, quantized models, and what rounding leaves of an adapter.
+//! Writes models and adapters as GGUF files, quantizes models, and measures how much of an adapter survives rounding.
 
 use crate::golden::{self, max_difference};
 use candle_core::{DType, Tensor};
@@ -21,7 +21,7 @@ fn logits(model: &Model) -> Tensor {
     model.forward(&Batch::single(&IDS), None, None, Rows::All).unwrap()
 }
 
-/// A small model with random weights whose rows are whole blocks of 32.
+/// A small model with random weights, whose rows are whole blocks of 32.
 fn small(family: &str) -> Model {
     let other = if family == "qwen2" { 128 } else { 64 };
     let config = json!({
@@ -34,7 +34,7 @@ fn small(family: &str) -> Model {
     Model::initialize(config, 7, Device::CPU).unwrap()
 }
 
-/// An adapter whose B are not 0.
+/// An adapter whose B is not 0.
 fn adapter_on(model: &Model, use_rslora: bool) -> LoRAAdapter {
     let modules = [TargetModule::QProj, TargetModule::KProj, TargetModule::OProj, TargetModule::DownProj];
     let builder = LoRAAdapter::builder(model).with_rank(3).with_alpha(5.0).with_target_modules(modules);
@@ -57,7 +57,7 @@ fn adapter_on(model: &Model, use_rslora: bool) -> LoRAAdapter {
     LoRAAdapter::load(model, folder.path()).unwrap()
 }
 
-/// The model of a golden file of the families.
+/// The model of a family's golden file.
 fn family(name: &str, folder: &Path) -> Model {
     let file = SafetensorsFile::open(golden::path(&format!("families/{name}.safetensors"))).unwrap();
     std::fs::write(folder.join("config.json"), &file.metadata()["config.json"]).unwrap();
@@ -78,7 +78,7 @@ fn family_names() -> Vec<String> {
     names
 }
 
-/// What a GGUF file cannot hold of the families' models, by name.
+/// The properties of the families' models that a GGUF file cannot express, by model.
 const REFUSED: &[(&str, &str)] = &[
     ("arcee", "a model of type `arcee`"),
     ("ernie4_5", "a model of type `ernie4_5`"),
@@ -198,7 +198,7 @@ fn mixtures_are_those_of_llama_cpp() {
 }
 
 #[test]
-fn rows_that_are_no_whole_superblocks_get_smaller_blocks() {
+fn rows_that_are_not_whole_superblocks_get_smaller_blocks() {
     let model = small("llama");
     let folder = tempfile::tempdir().unwrap();
     for (mixture, expected) in
@@ -220,14 +220,14 @@ fn rows_that_are_no_whole_superblocks_get_smaller_blocks() {
         GgufExport::new(&quantized).unwrap().write(&path, None, |_| ()).unwrap();
         let read = ModelLoader::new().load(&path).unwrap();
         assert_eq!(logits(&read).to_vec2::<f32>().unwrap(), logits(&quantized).to_vec2::<f32>().unwrap(), "{mixture}");
-        // quantizing what is quantized changes nothing
+        // quantizing a quantized model changes nothing
         let again = quantized.quantize(&quantization, |_| ()).unwrap();
         assert_eq!(logits(&again).to_vec2::<f32>().unwrap(), logits(&quantized).to_vec2::<f32>().unwrap(), "{mixture}");
     }
 }
 
 #[test]
-fn tensors_can_have_types_of_their_own() {
+fn tensors_can_have_their_own_types() {
     let model = small("llama");
     let base = || Quantization::from(QuantizationMixture::from_name("q4_0").unwrap());
     let types = base()
@@ -244,7 +244,7 @@ fn tensors_can_have_types_of_their_own() {
 }
 
 #[test]
-fn types_round_less_and_less() {
+fn larger_types_round_less() {
     for kind in GgufType::all() {
         let mut steps = 0;
         let mut now = kind;
@@ -371,7 +371,7 @@ fn a_small_change_does_not_survive_bf16() {
     assert_eq!(logits(&random).to_vec2::<f32>().unwrap(), logits(&again).to_vec2::<f32>().unwrap());
 }
 
-/// The adapter with all of its change multiplied.
+/// The adapter with its change multiplied by a factor.
 fn scaled(adapter: &LoRAAdapter, factor: f64) -> LoRAAdapter {
     let folder = tempfile::tempdir().unwrap();
     adapter.save(folder.path()).unwrap();
@@ -403,7 +403,7 @@ fn divergence_is_zero_of_a_model_from_itself_and_grows_with_rounding() {
 }
 
 #[test]
-fn a_gguf_file_holds_an_adapter() {
+fn adapters_are_written_as_gguf() {
     for (family, use_rslora) in [("llama", false), ("llama", true), ("qwen2", false)] {
         let model = small(family);
         let adapter = adapter_on(&model, use_rslora);
@@ -418,7 +418,7 @@ fn a_gguf_file_holds_an_adapter() {
         let difference = max_difference(&with(&read), &with(&adapter));
         assert!(difference < 1e-4, "{family}: {difference}");
         assert!(max_difference(&with(&adapter), &logits(&model)) > 0.1);
-        // as a model it is refused, and for another model
+        // it is refused as a model, and for another model
         let error = ModelLoader::new().load(&path).unwrap_err().to_string();
         assert!(error.contains("expected a model, found a file of type `adapter`"), "{error}");
         let other = small(if family == "llama" { "qwen2" } else { "llama" });
@@ -430,7 +430,7 @@ fn a_gguf_file_holds_an_adapter() {
 }
 
 #[test]
-fn what_a_gguf_adapter_cannot_hold_is_refused() {
+fn adapters_that_gguf_cannot_express_are_refused() {
     let model = small("llama");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("adapter.gguf");
@@ -443,7 +443,7 @@ fn what_a_gguf_adapter_cannot_hold_is_refused() {
     refused(&builder().with_modules_to_save(["lm_head".to_string()]).build().unwrap(), "trained in full");
 }
 
-/// A file whose matrices of layers have blocks of `iq3_s`, which have the size of those of `q3_k`.
+/// A file whose layers have matrices of `iq3_s` blocks, which have the size of `q3_k` blocks.
 fn with_codebooks(path: &Path) {
     let config = json!({
         "model_type": "llama", "vocab_size": 97, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
@@ -484,7 +484,7 @@ fn with_codebooks(path: &Path) {
 }
 
 #[test]
-fn types_with_codebooks_are_read_and_not_written() {
+fn types_with_codebooks_can_only_be_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     with_codebooks(&path);
@@ -493,7 +493,7 @@ fn types_with_codebooks_are_read_and_not_written() {
     assert_eq!(formats.filter(|format| *format == BlockFormat::IQ3S).count(), 7);
     let dense = ModelLoader::new().with_dtype(DType::F32).load(&path).unwrap();
     assert!(dense.parameters().iter().all(|(_, weight)| weight.block_format().is_none()));
-    // the embedding, which is the head, has 8 bits: its activations are rounded
+    // the embedding, which is also the head, has 8 bits: its activations are rounded
     let difference = max_difference(&logits(&model), &logits(&dense));
     let largest = logits(&dense).abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
     assert!(largest > 0.1 && difference < 0.02 * largest, "{difference} of {largest}");
@@ -503,7 +503,7 @@ fn types_with_codebooks_are_read_and_not_written() {
     let together = model.forward(&together, None, None, Rows::All).unwrap().narrow(0, 0, IDS.len()).unwrap();
     assert_eq!(together.to_vec2::<f32>().unwrap(), logits(&model).to_vec2::<f32>().unwrap());
 
-    // blocks are copied, and other types made of them
+    // blocks are copied, or converted to other types
     let copy = folder.path().join("copy.gguf");
     GgufExport::new(&model).unwrap().write(&copy, None, |_| ()).unwrap();
     let read = ModelLoader::new().load(&copy).unwrap();

@@ -1,4 +1,5 @@
-//! Tiny models of every family against transformers and PEFT: logits, losses, gradients, adapters, greedy tokens and files.
+//! Compares tiny models of every family with transformers and PEFT: logits, losses, gradients, adapters, greedy tokens
+//! and files.
 
 use super::decoder::{self, Tensors, max_difference, values};
 use super::inference_bits;
@@ -13,16 +14,16 @@ use metal_candle::{Device, ModelLoader};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// What runs on an accelerator: one model for each feature.
+/// The models that run on an accelerator: one for each feature.
 #[cfg(any(feature = "metal", feature = "cuda"))]
 const ON_ACCELERATORS: [&str; 14] = [
-    "cohere",       // parallel branches, LayerNorm, adjacent pairs, a norm of q and k with a weight of each head
-    "gemma2",       // norms with an offset, soft caps, GELU, four norms a layer
+    "cohere",       // parallel branches, LayerNorm, adjacent pairs, norms of q and k with one weight per head
+    "gemma2",       // norms with an offset, soft caps, GELU, four norms per layer
     "gemma3-text",  // two rotary tables
     "glm4",         // adjacent pairs in half of a head, fused gate and up
     "granite",      // multipliers
     "llama-llama3", // biases of all linear layers, llama3 frequencies
-    "ministral3",   // yarn, a factor on queries by position
+    "ministral3",   // yarn, queries scaled by position
     "olmo",         // norms without weights, clipped q, k and v
     "olmo2",        // norms after the branches, a norm of q and k over all heads
     "phi3-short",   // fused q, k and v, longrope of a part of each head
@@ -32,14 +33,14 @@ const ON_ACCELERATORS: [&str; 14] = [
     "starcoder2",   // LayerNorm with bias, an MLP without a gate
 ];
 
-/// Models whose rotary frequencies depend on the length of the text, so that a text in parts is another text.
+/// Models whose rotary frequencies depend on the sequence length, so that splitting a text changes the results.
 const CHANGES_WITH_LENGTH: [&str; 2] = ["llama-dynamic", "phi3-long"];
 
-/// Largest difference of logits and gradients, by the largest expected value.
+/// The maximum difference of logits and gradients, relative to the largest expected value.
 const TOLERANCE: f32 = 1e-4;
 const PROMPT: usize = 8;
 
-/// A golden file, and the folder of a model made of it.
+/// A golden file, and a model folder created from it.
 struct Case {
     name: String,
     golden: Tensors,
@@ -65,7 +66,7 @@ impl Case {
         names().into_iter().map(|name| Self::open(&name))
     }
 
-    /// The cases that run on a device: all on the CPU.
+    /// The cases that run on a device; all run on the CPU.
     fn on(device: Device) -> impl Iterator<Item = Self> {
         #[cfg(any(feature = "metal", feature = "cuda"))]
         let is_chosen = move |name: &str| device == Device::CPU || ON_ACCELERATORS.contains(&name);
@@ -83,7 +84,7 @@ impl Case {
         self.golden.get(key).to_vec1().unwrap()
     }
 
-    /// The tensors below `prefix`, by the rest of their names.
+    /// The tensors with the prefix `prefix`, by the rest of their names.
     fn below(&self, prefix: &str) -> BTreeMap<String, Tensor> {
         let file = SafetensorsFile::open(decoder::golden(&format!("families/{}.safetensors", self.name))).unwrap();
         let names = file.entries().iter().filter_map(|entry| entry.name.strip_prefix(prefix));
@@ -103,7 +104,7 @@ impl Case {
         terms
     }
 
-    /// Each token of the text but the last predicts the next.
+    /// Each token except the last predicts the next one.
     fn batch(&self) -> (Batch, Targets) {
         let ids = self.ids("ids");
         let mut weights = vec![1.0; ids.len()];
@@ -113,14 +114,14 @@ impl Case {
         (Batch::single(&ids), Targets { ids: targets, weights })
     }
 
-    /// The keys of the golden weights that the decoder uses.
+    /// The keys of the golden weights that the model uses.
     fn weight_names(&self) -> BTreeSet<String> {
         let is_text = |name: &String| !name.starts_with("vision_tower") && !name.starts_with("multi_modal_projector");
         self.below("weight.").into_keys().filter(is_text).collect()
     }
 }
 
-/// The name of a tensor of a multimodal model in its text part.
+/// The name of a multimodal model's tensor in its text model.
 fn own_name(name: &str) -> String {
     name.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
 }
@@ -133,7 +134,7 @@ fn names() -> BTreeSet<String> {
     names.collect()
 }
 
-/// Largest difference, by the largest expected value.
+/// The maximum difference, relative to the largest expected value.
 fn relative(found: &[f32], expected: &[f32]) -> f32 {
     max_difference(found, expected) / expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()))
 }
@@ -202,7 +203,7 @@ fn cached_logits_equal_uncached() {
         let (mut found, mut start) = (Vec::new(), 0);
         for size in [5, 1, 1, 9, 1, 7] {
             let mut batch = Batch::new();
-            // a neighbour of another length
+            // another sequence of a different length
             batch.push(&ids[..2], cache.len(0), 0);
             batch.push(&ids[start..start + size], start, 2);
             let logits = model.forward(&batch, None, Some(&mut cache), Rows::All).unwrap();
@@ -216,8 +217,8 @@ fn cached_logits_equal_uncached() {
 }
 
 #[test]
-fn the_parts_of_a_text_do_not_change_its_bits() {
-    // the longer texts of phi3-short have the frequencies of phi3-long
+fn splitting_a_text_does_not_change_its_bits() {
+    // the longer texts of phi3-short use the frequencies of phi3-long
     let changes = |name: &str| CHANGES_WITH_LENGTH.contains(&name) || name == "phi3-short";
     for case in Case::all().filter(|case| !changes(&case.name)) {
         let model = case.model(Device::CPU);
@@ -253,7 +254,7 @@ fn check_greedy(case: &Case, model: Model) {
     let mut generator = Generator::new(model);
     let found = generator.generate(&prompt, &config).unwrap();
     assert_eq!(found.tokens, expected, "{}", case.name);
-    // beside a text of another length
+    // together with a text of another length
     let other = case.ids("ids")[..3].to_vec();
     let found = generator.generate_batch(&[other, prompt], &[config.clone(), config.clone()]).unwrap();
     assert_eq!(found[1].tokens, expected, "{}, in a batch", case.name);
@@ -280,7 +281,7 @@ fn a_saved_model_is_the_same_checkpoint() {
     }
 }
 
-/// Writes the golden LoRA as PEFT does; returns its tensors.
+/// Writes the golden LoRA as PEFT does, and returns its tensors.
 fn write_adapter(case: &Case, folder: &Path) -> BTreeMap<String, Tensor> {
     let config =
         r#"{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}"#;
@@ -300,9 +301,9 @@ fn write_adapter(case: &Case, folder: &Path) -> BTreeMap<String, Tensor> {
     tensors
 }
 
-/// Without `partial_rotary_factor` transformers rotates half of a head in these families.
+/// Without `partial_rotary_factor`, transformers rotates half of each head in these families.
 #[test]
-fn an_absent_share_of_rotation_is_the_default_of_the_family() {
+fn an_absent_partial_rotary_factor_is_the_default_of_the_family() {
     for name in ["glm", "glm4"] {
         let case = Case::open(name);
         let path = case.folder.path().join("config.json");

@@ -1,4 +1,4 @@
-//! GGUF files as llama.cpp's converter writes them (`dev/reference_gguf.py`).
+//! Loads GGUF files written by llama.cpp's converter (`dev/reference_gguf.py`).
 
 use crate::golden;
 use candle_core::{DType, Tensor};
@@ -47,10 +47,10 @@ fn logits_equal_those_of_transformers(device: Device) {
     }
 }
 
-/// Inference rounds activations to 8 bits. The weights are random, so attention amplifies the differences at later positions; the
-/// first position attends to itself only.
+/// Inference rounds activations to 8 bits. The weights are random, so attention amplifies the differences at later
+/// positions; the first position attends only to itself.
 #[test]
-fn quantized_matrices_give_logits_close_to_those_of_transformers() {
+fn logits_of_quantized_matrices_are_close_to_those_of_transformers() {
     for name in ["llama-tied", "phi3"] {
         let ((ids, logits), model) = (expected(name), load(name));
         let found = model.forward(&Batch::single(&ids[..1]), None, None, Rows::All).unwrap();
@@ -67,7 +67,7 @@ fn matrices_become_bf16_on_a_gpu(device: Device) {
 }
 
 #[test]
-fn matrices_stay_as_they_are_in_the_file() {
+fn matrices_stay_quantized() {
     let model = load("llama-tied");
     let of = |name: &str| &model.parameters().iter().find(|(known, _)| known == name).unwrap().1;
     for name in
@@ -80,7 +80,7 @@ fn matrices_stay_as_they_are_in_the_file() {
     assert_eq!(of("model.norm.weight").block_format(), None);
 }
 
-/// A quantized model and the same one with its matrices as f32.
+/// A quantized model, and the same model with f32 matrices.
 fn both(name: &str) -> (Model, Model) {
     let dense = ModelLoader::new().with_device(Device::CPU).with_dtype(DType::F32).load(path(name)).unwrap();
     assert!(dense.parameters().iter().all(|(_, weight)| weight.block_format().is_none()));
@@ -97,7 +97,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_batch() {
     assert_eq!(alone.to_vec2::<f32>().unwrap(), together.to_vec2::<f32>().unwrap());
 }
 
-/// A term for each linear layer, with values that are neither zero nor equal.
+/// A low-rank update for each linear layer, with distinct non-zero values.
 fn terms(model: &Model) -> LowRankUpdates {
     let mut terms = LowRankUpdates::new();
     for (number, linear) in model.linears().iter().enumerate().filter(|(_, linear)| linear.layer.is_some()) {
@@ -143,7 +143,7 @@ fn a_plan_counts_the_blocks_and_not_their_values() {
         trainer.plan(&Dataset::from_samples(vec![sample])).unwrap()
     };
     let (quantized, dense) = (plan(&quantized), plan(&dense));
-    // 34 bytes for 32 weights, except the norms
+    // 34 bytes per 32 weights, except the norms
     assert!(quantized.weights_bytes * 3 < dense.weights_bytes && dense.weights_bytes < quantized.weights_bytes * 4);
     assert_eq!(quantized.peak_bytes - quantized.weights_bytes, dense.peak_bytes - dense.weights_bytes);
 }
@@ -160,7 +160,7 @@ fn a_saved_model_has_the_same_values() {
 }
 
 #[test]
-fn metadata_is_kept() {
+fn metadata_is_preserved() {
     let file = GgufFile::open(path("gemma2")).unwrap();
     assert_eq!(file.text("general.architecture").unwrap(), Some("gemma2"));
     assert_eq!(file.size("gemma2.block_count").unwrap(), Some(2));
@@ -169,7 +169,7 @@ fn metadata_is_kept() {
     assert!(file.text("gemma2.block_count").is_err() && file.size("general.architecture").is_err());
 }
 
-/// Each damaged file gives an error that names it; none makes a panic.
+/// Each damaged file returns an error that names it; none panics.
 #[test]
 fn damaged_files_are_refused() {
     let bytes = std::fs::read(path("llama-tied")).unwrap();

@@ -1,4 +1,4 @@
-//! Types of the KV cache: bits, rounding errors, memory and refusals.
+//! Tests the element types of the KV cache: bits, rounding errors, memory and refusals.
 
 use super::inference_generator::{argument, config, drawn, greedy, ids, model_of};
 use super::inference_scheduler::Collected;
@@ -12,7 +12,7 @@ use metal_candle::{Device, Error, ModelConfig};
 use serde_json::json;
 use std::collections::HashMap;
 
-/// Models with grouped heads whose widths are one block, two and three, with windows and soft caps.
+/// Models with grouped heads of one, two and three blocks, with windows and soft caps.
 fn models() -> Vec<(&'static str, Model)> {
     let model = |keys: serde_json::Value| {
         let mut config = json!({
@@ -67,7 +67,7 @@ fn scheduler(model: &Model, kind: KVCacheType) -> Scheduler {
 }
 
 #[test]
-fn the_parts_of_a_text_do_not_change_its_bits_in_any_type() {
+fn splitting_a_text_does_not_change_its_bits_in_any_type() {
     let text = ids(300);
     for (name, model) in models() {
         for kind in KVCacheType::ALL {
@@ -90,7 +90,7 @@ fn the_parts_of_a_text_do_not_change_its_bits_in_any_type() {
 }
 
 #[test]
-fn copied_and_grown_slots_hold_the_same_bits_in_any_type() {
+fn copied_and_grown_slots_have_the_same_bits_in_any_type() {
     let (_, model) = models().swap_remove(1);
     for kind in KVCacheType::ALL {
         let mut cache = cache(&model, kind, 3, 100).unwrap();
@@ -142,10 +142,10 @@ fn a_sequence_has_the_bits_that_it_has_alone_and_with_a_cached_prefix() {
     }
 }
 
-/// The error of the logits relative to their size, by type: at most these, and at least a tenth, so that the type is in use.
-/// With quantized weights the rounding of activations to 8 bits amplifies any difference.
+/// The error of the logits relative to their size, by type: at most these values, and at least a tenth, which proves
+/// that the type is used. With quantized weights, rounding activations to 8 bits amplifies any difference.
 #[test]
-fn each_type_rounds_by_what_it_is() {
+fn each_type_has_its_rounding_error() {
     let text = ids(200);
     let mut wrong = Vec::new();
     for (name, model) in models().split_off(1) {
@@ -182,7 +182,7 @@ fn memory_follows_the_type() {
         assert_eq!(scheduler.cache_bytes(), cache(&model, kind, 3, 50).unwrap().num_bytes());
         let mut generator = Generator::new(model.clone()).with_kv_cache(kind).unwrap();
         generator.generate(ids(4), &greedy(6)).unwrap();
-        // a clone has a cache of its own, of the same type
+        // a clone has its own cache, of the same type
         let mut clone = generator.clone();
         clone.generate(ids(4), &greedy(6)).unwrap();
         let expected = cache(&model, kind, 1, 10).unwrap().num_bytes();
@@ -207,7 +207,7 @@ fn scores_and_drafts_use_the_type() {
         let found = Collected::run(&mut drafting);
         assert!(found.bits(id) == expected, "{kind}");
         assert!(found.pieces[&id].last().unwrap().finish.as_ref().unwrap().accepted_draft_tokens > 10, "{kind}");
-        // the scores are those of generation
+        // the scores equal those of generation
         let text: Vec<u32> = ids(40).into_iter().chain(found.tokens(id)).collect();
         let scores = prompt_log_probabilities(&model, None, &text, 0, Some(kind)).unwrap();
         let bits: Vec<u32> = scores[39..].iter().map(|score| score.0.to_bits()).collect();
@@ -217,13 +217,13 @@ fn scores_and_drafts_use_the_type() {
 }
 
 #[test]
-fn a_sequence_whose_keys_are_no_numbers_fails_alone() {
+fn a_sequence_whose_keys_are_not_finite_fails_alone() {
     let (_, whole) = models().swap_remove(1);
     let mut tensors: HashMap<String, Tensor> = crate::golden::parameters_of(&whole).into_iter().collect();
     let embedding = tensors.get_mut("model.embed_tokens.weight").unwrap();
     let mut values: Vec<Vec<f32>> = embedding.to_vec2().unwrap();
     values[500][3] = f32::NAN;
-    // the head is not the embedding, so that only the token itself is broken
+    // the head is not tied to the embedding, so only this token is affected
     let head = embedding.clone();
     *embedding = Tensor::new(values, &candle_core::Device::Cpu).unwrap();
     tensors.insert("lm_head.weight".into(), head);
@@ -251,7 +251,7 @@ fn a_sequence_whose_keys_are_no_numbers_fails_alone() {
 }
 
 #[test]
-fn what_cannot_be_stored_is_refused_by_name() {
+fn unsupported_types_are_refused_by_name() {
     // heads of 8
     let narrow = model_of(config(), DType::F32);
     let (_, wide) = models().swap_remove(1);
@@ -263,7 +263,7 @@ fn what_cannot_be_stored_is_refused_by_name() {
             Generator::new(narrow.clone()).with_kv_cache(kind).unwrap_err(),
             prompt_log_probabilities(&narrow, None, &ids(3), 0, Some(kind)).unwrap_err(),
         ];
-        let expected = format!("`{kind}` stores heads of a multiple of 32 elements, found heads of 8; choose `f16`");
+        let expected = format!("expected a head width that is a multiple of 32 for `{kind}`, found 8; use `f16`");
         for error in &errors {
             assert_eq!(argument(error), ("kv_cache", expected.as_str()));
         }

@@ -1,4 +1,4 @@
-//! `config.json` and `generation_config.json`.
+//! Reads and writes `config.json` and `generation_config.json`.
 
 use candle_core::DType;
 use metal_candle::models::Model;
@@ -67,7 +67,7 @@ fn parameter_counts_of_qwen_coder() {
 }
 
 #[test]
-fn every_key_arrives() {
+fn every_key_is_read() {
     let config = parse(&published(QWEN_CODER[3].1, false)).unwrap();
     assert_eq!(config.model_type, "qwen2");
     assert_eq!(config.vocab_size, 152_064);
@@ -120,7 +120,8 @@ fn absent_keys_have_the_defaults_of_transformers() {
     assert_eq!(Model::parameter_shapes(&config).last().unwrap().0, "lm_head.weight");
 }
 
-/// Vocabulary, hidden, MLP, layers, heads, key/value heads and head width of a configuration without any key, in transformers 5.24.
+/// Vocabulary, hidden size, MLP width, layers, heads, key/value heads and head width of a configuration without any
+/// key, in transformers 5.24.
 const DEFAULT_SIZES: [(&str, [usize; 7]); 25] = [
     ("arcee", [32_000, 2560, 18_432, 32, 32, 32, 80]),
     ("ernie4_5", [103_424, 1024, 3072, 18, 16, 2, 128]),
@@ -160,7 +161,7 @@ fn absent_sizes_are_those_of_the_family() {
         let config = parse(&json!({"model_type": family})).unwrap();
         assert_eq!(sizes(&config), ([vocab, hidden, inner, layers], [heads, kv_heads, head_dim]), "{family}");
     }
-    // the text part of a published Gemma 3 of 4 billion parameters says no more
+    // the text model of a published Gemma 3 with 4 billion parameters has no other keys
     let text = json!({
         "hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024
@@ -182,7 +183,7 @@ fn unknown_keys_are_named() {
 }
 
 #[test]
-fn windows_that_never_apply_are_accepted() {
+fn windows_without_an_effect_are_accepted() {
     for changes in [
         json!({"use_sliding_window": true}), // max_window_layers = num_hidden_layers
         json!({"use_sliding_window": true, "max_window_layers": 0}), // window 131072 over 32768 positions
@@ -198,7 +199,7 @@ fn windows_that_never_apply_are_accepted() {
 }
 
 #[test]
-fn what_is_not_supported_is_refused_by_key() {
+fn unsupported_values_are_refused_by_key() {
     for (changes, words) in [
         (json!({"model_type": "mamba"}), ["model_type", "mamba"]),
         (json!({"hidden_act": "mish"}), ["hidden_act", "mish"]),
@@ -223,7 +224,7 @@ fn what_is_not_supported_is_refused_by_key() {
 }
 
 #[test]
-fn rotary_settings_of_all_layers_are_none_where_layers_differ() {
+fn flat_rotary_settings_are_ignored_if_layers_differ() {
     let gemma = |changes: Value| {
         let mut value = json!({
             "model_type": "gemma3_text", "num_hidden_layers": 6, "hidden_size": 16, "num_attention_heads": 4,
@@ -244,7 +245,7 @@ fn rotary_settings_of_all_layers_are_none_where_layers_differ() {
 }
 
 #[test]
-fn granite_4_names_its_layers_in_two_ways() {
+fn granite_4_has_two_keys_for_layer_types() {
     for key in ["layer_types", "layers_block_type"] {
         let granite = |kind: &str| {
             parse(&json!({
@@ -259,7 +260,7 @@ fn granite_4_names_its_layers_in_two_ways() {
 }
 
 #[test]
-fn wrong_values_are_named_with_what_was_expected() {
+fn invalid_values_are_named_with_what_was_expected() {
     for (value, words) in [
         (with(json!({"hidden_size": "64"})), ["`hidden_size`", "whole number", "64"]),
         (with(json!({"hidden_size": -1})), ["`hidden_size`", "whole number", "-1"]),
@@ -312,7 +313,7 @@ fn wrong_values_are_named_with_what_was_expected() {
 }
 
 #[test]
-fn text_that_is_no_object_is_named() {
+fn a_file_that_is_not_an_object_is_refused() {
     for (text, word) in
         [("", "empty"), ("[1]", "a list of 1"), ("{\"a\":", "EOF"), ("\"x\"", "`\"x\"`"), ("nope", "JSON")]
     {
@@ -336,7 +337,7 @@ fn generation_config_beside_it() {
         "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.44.0"}"#;
     std::fs::write(&generation, text).unwrap();
     let config = ModelConfig::from_json(folder.path()).unwrap();
-    assert_eq!(config.eos_token_ids, [299, 7], "the third is outside the vocabulary");
+    assert_eq!(config.eos_token_ids, [299, 7], "the third id is outside the vocabulary");
     let defaults = &config.generation;
     assert_eq!((defaults.do_sample, defaults.top_k, defaults.min_p), (Some(true), Some(20), None));
     assert_eq!((defaults.temperature, defaults.top_p, defaults.repetition_penalty), (Some(0.7), Some(0.8), Some(1.1)));
@@ -372,7 +373,7 @@ fn what_is_written_is_what_was_read() {
     assert_eq!(written["torch_dtype"], json!("bfloat16"));
     assert_eq!(written["architectures"], json!(["Qwen2ForCausalLM"]));
     assert_eq!(written["rope_theta"], json!(12_345.5));
-    assert_eq!(written["bos_token_id"], json!(151_643), "keys the decoder does not need are kept");
+    assert_eq!(written["bos_token_id"], json!(151_643), "unused keys are preserved");
     assert_eq!(written["head_dim"], json!(32));
     assert_eq!(serde_json::from_str::<Value>(&config.to_json(DType::F16)).unwrap()["torch_dtype"], json!("float16"));
 }

@@ -1,4 +1,4 @@
-//! Models from files, indexes and folders, and back.
+//! Loads models from files, indexes and folders, and saves them.
 
 use candle_core::{DType, Tensor};
 use metal_candle::models::{Batch, Model, Rows, SafetensorsFile, save_model, write_safetensors};
@@ -78,7 +78,7 @@ fn write_index(folder: &Path, index: &serde_json::Value) {
 }
 
 #[test]
-fn a_file_a_folder_and_an_index_give_the_same_model() {
+fn a_file_a_folder_and_an_index_load_the_same_model() {
     let expected = tensors(&config(true), DType::F32);
     let single = folder(TIED, &expected);
     assert_holds(&ModelLoader::new().load(single.path()).unwrap(), &expected);
@@ -114,7 +114,7 @@ fn each_dtype_becomes_each_other() {
 }
 
 #[test]
-fn mixed_dtypes_become_the_one_most_bytes_have() {
+fn mixed_dtypes_become_the_dtype_of_most_bytes() {
     let mut mixed = tensors(&config(true), DType::BF16);
     for (name, tensor) in &mut mixed {
         if name.contains("norm") {
@@ -128,7 +128,7 @@ fn mixed_dtypes_become_the_one_most_bytes_have() {
 }
 
 #[test]
-fn all_that_does_not_fit_is_in_one_error() {
+fn all_problems_are_in_one_error() {
     let config = config(false);
     let mut wrong = tensors(&config, DType::F32);
     wrong.retain(|(name, _)| name != "model.norm.weight" && name != "model.layers.1.self_attn.k_proj.bias");
@@ -161,7 +161,7 @@ fn all_that_does_not_fit_is_in_one_error() {
 }
 
 #[test]
-fn tolerated_extras_and_names_without_prefix() {
+fn ignored_tensors_and_names_without_prefix() {
     let expected = tensors(&config(true), DType::F32);
     let cpu = candle_core::Device::Cpu;
     let mut extras = expected.clone();
@@ -180,7 +180,7 @@ fn tolerated_extras_and_names_without_prefix() {
     let bare: Tensors = expected.iter().map(|(name, t)| (name.replacen("model.", "", 1), t.clone())).collect();
     assert_holds(&ModelLoader::new().load(folder(TIED, &bare).path()).unwrap(), &expected);
 
-    // one name with the prefix and the others without: nothing is guessed
+    // a single name with the prefix: nothing is guessed
     let mut half = bare.clone();
     half[0].0.insert_str(0, "model.");
     let listed = problems(ModelLoader::new().load(folder(TIED, &half).path()).unwrap_err());
@@ -188,7 +188,7 @@ fn tolerated_extras_and_names_without_prefix() {
 }
 
 #[test]
-fn faults_of_an_index() {
+fn invalid_indexes_are_refused() {
     let expected = tensors(&config(true), DType::F32);
     let parts = tempfile::tempdir().unwrap();
     let index = sharded(parts.path(), &expected);
@@ -279,7 +279,7 @@ fn folders_without_one_checkpoint() {
 }
 
 #[test]
-fn a_config_is_needed_and_can_be_given() {
+fn a_config_is_required_and_can_be_passed() {
     let expected = tensors(&config(true), DType::F32);
     let saved = folder(TIED, &expected);
     let file = saved.path().join("model.safetensors");
@@ -338,7 +338,7 @@ fn logits(model: &Model) -> metal_candle::Result<Vec<u32>> {
     Ok(values(&model.forward(&batch, None, None, Rows::All)?).into_iter().map(f32::to_bits).collect())
 }
 
-/// Weights in the map give the bits of the same weights in memory; where the file does not align them, they are copied.
+/// Mapped weights return the same bits as weights in memory. They are copied if the file does not align them.
 #[test]
 fn mapped_weights_compute_what_copies_do() {
     for (tied, dtype) in [(true, DType::BF16), (false, DType::F16), (true, DType::F32)] {
@@ -350,7 +350,7 @@ fn mapped_weights_compute_what_copies_do() {
         let mapped = ModelLoader::new().load(saved.path()).unwrap();
         assert_eq!(logits(&mapped).unwrap(), expected, "{dtype:?}");
 
-        // one more space behind the header: every tensor begins at an odd byte
+        // one more space after the header: every tensor starts at an odd byte
         let path = saved.path().join("model.safetensors");
         let mut bytes = std::fs::read(&path).unwrap();
         let length = u64::from_le_bytes(bytes[..8].try_into().unwrap());
@@ -362,13 +362,13 @@ fn mapped_weights_compute_what_copies_do() {
     }
 }
 
-/// A file that is replaced by renaming leaves a model as it is. One that is shortened or overwritten in place gives errors,
-/// never other results, and does not end the process.
+/// A file that is replaced by renaming does not affect a loaded model. One that is truncated or overwritten in place
+/// causes errors, never other results, and does not end the process.
 #[test]
 fn a_file_that_changes_under_a_model() {
     let saved = folder(TIED, &tensors(&config(true), DType::BF16));
     let path = saved.path().join("model.safetensors");
-    // so that the writes below are seen whatever the resolution of the file system's clock
+    // so that the writes below are detected, whatever the resolution of the file system's clock
     let past = std::time::SystemTime::now() - std::time::Duration::from_mins(1);
     let load = || {
         std::fs::File::options().write(true).open(&path).unwrap().set_modified(past).unwrap();
@@ -394,7 +394,7 @@ fn a_file_that_changes_under_a_model() {
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(100).unwrap();
     fails(&model);
-    // as long as it was, but not what it was
+    // the same length, but other contents
     file.set_len(length).unwrap();
     fails(&model);
 
@@ -407,7 +407,7 @@ fn a_file_that_changes_under_a_model() {
     fails(&model);
 }
 
-/// A model that is used for long copies its files: results stay the same bits, and the files are no longer needed.
+/// A model in long use copies its files: results have the same bits, and the files are no longer needed.
 #[test]
 fn a_model_in_long_use_does_not_need_its_file() {
     let saved = folder(TIED, &tensors(&config(true), DType::BF16));

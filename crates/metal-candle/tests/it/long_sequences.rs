@@ -1,4 +1,4 @@
-//! One long sequence: nothing of `[tokens, tokens]` is made.
+//! Trains on one long sequence, and checks that no `[tokens, tokens]` matrix is allocated.
 
 use metal_candle::models::{Batch, LossOptions, Targets, Trainable};
 use metal_candle::ops::{LowRank, LowRankUpdates};
@@ -6,10 +6,10 @@ use metal_candle::{Device, Model, ModelConfig};
 use std::process::Command;
 
 const TOKENS: usize = 16_384;
-/// Names what the child process does.
+/// The environment variable with the work of the child process.
 const CHILD: &str = "METAL_CANDLE_TEST_LONG_SEQUENCE";
 
-/// The most memory this process has had in RAM, in bytes, where the operating system tells.
+/// The peak resident memory of this process in bytes, if the operating system reports it.
 fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -43,7 +43,7 @@ fn step_of_a_child() {
         let targets = Targets { ids: wanted, weights: vec![1.0; tokens] };
         model.loss_and_gradients(&Batch::single(ids), &targets, Trainable::low_rank(&terms), options).unwrap()
     };
-    // whatever is made once
+    // one-time allocations
     step(256, 1);
     let before = peak();
     let (losses, gradients) = step(TOKENS, 1);
@@ -55,11 +55,11 @@ fn step_of_a_child() {
         let squared = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(squared.is_finite() && squared > 0.0, "{squared}");
     }
-    // the inputs of the block and of the last norm
+    // the inputs of the block and of the final norm
     assert_eq!(gradients.saved_bytes, 2 * TOKENS * 64 * 4);
-    // one head's probabilities would take 1 GiB in f32, half of that in half precision
+    // the probabilities of one head would need 1 GiB in f32, and half of that in half precision
     assert!(grown.is_none_or(|bytes| bytes < 128 << 20), "{grown:?} bytes");
-    // a longer sequence begins as its beginning does
+    // a longer sequence starts with the same losses
     let (short, _) = step(300, 1);
     assert_eq!(short.rows[..256], losses.rows[..256]);
     println!("peak grew by {grown:?} bytes");
@@ -67,7 +67,7 @@ fn step_of_a_child() {
 
 #[test]
 fn a_long_sequence_trains_without_a_square_of_it() {
-    // in a process of its own: other tests take memory too
+    // in its own process, because other tests allocate memory too
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "long_sequences::step_of_a_child", "--ignored", "--nocapture"])
         .env(CHILD, "1")

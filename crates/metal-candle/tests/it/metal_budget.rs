@@ -1,5 +1,5 @@
-//! What the Metal device is given for a token and for a training step, read off the counters of the software device, which is
-//! the only Metal there is on Linux.
+//! Counts the Metal dispatches of a token and of a training step, with the counters of the software device, the only
+//! Metal device on Linux.
 
 use metal_candle::data::{Dataset, Sample};
 use metal_candle::inference::{GenerationConfig, Generator};
@@ -10,7 +10,7 @@ use std::process::Command;
 
 const LAYERS: i64 = 3;
 
-/// What one process is to do.
+/// The work of one process.
 const WORK: &str = "METAL_CANDLE_TEST_WORK";
 
 fn model(family: &str) -> Model {
@@ -27,7 +27,7 @@ fn adapter(model: &Model, modules: &[TargetModule]) -> LoRAAdapter {
     LoRAAdapter::builder(model).with_rank(4).with_target_modules(modules.to_vec()).build().unwrap()
 }
 
-/// Runs in a process of its own, whose counters are read when it ends.
+/// Runs in its own process, whose counters are read when it ends.
 #[test]
 #[ignore = "a part of the tests below, which run it"]
 fn worker() {
@@ -59,7 +59,7 @@ fn worker() {
     }
 }
 
-/// The counters of a process that does this.
+/// The counters of a process that does this work.
 fn counters(work: &str) -> Value {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("counters.json");
@@ -77,7 +77,7 @@ fn counters(work: &str) -> Value {
     counters
 }
 
-/// What one more token or step adds, by counter.
+/// The counts that one more token or step adds, by counter.
 fn added(family: &str, kind: &str, few: usize, many: usize) -> impl Fn(&str) -> i64 {
     let counters = |count: usize| counters(&format!("{family} {kind} {count}"));
     let (less, more) = (counters(few), counters(many));
@@ -95,7 +95,7 @@ fn a_token_takes_five_dispatches_a_block_and_three() {
     for family in ["qwen2", "llama", "qwen3", "granite", "gemma", "mistral", "phi3", "gemma2", "olmo2"] {
         for kind in ["decode", "decode-adapter"] {
             let added = added(family, kind, 4, 12);
-            // a norm after a part takes one more
+            // a norm after a part adds one
             let blocks = if ["gemma2", "olmo2"].contains(&family) { 7 } else { 5 };
             assert_eq!(added("dispatches"), blocks * LAYERS + 3, "{family}, {kind}");
             assert_eq!(added("waits"), 1);
@@ -105,7 +105,8 @@ fn a_token_takes_five_dispatches_a_block_and_three() {
     }
 }
 
-/// The head, the norm of the gradient and copies of the parameters are blits or waits of a step; no block and no matrix adds one.
+/// The head, the gradient norm and copies of the parameters are blits or waits of a step. They do not depend on the
+/// number of blocks or matrices.
 #[test]
 fn a_training_step_takes_as_many_dispatches_for_one_matrix_as_for_seven() {
     for family in ["qwen2", "llama"] {
@@ -118,7 +119,7 @@ fn a_training_step_takes_as_many_dispatches_for_one_matrix_as_for_seven() {
     }
 }
 
-/// Norms of q and k are launches of their own: two and the rotation on the way there, two on the way back.
+/// Norms of q and k are separate launches: two, plus the rotation, in the forward pass, and two in the backward pass.
 #[test]
 fn a_training_step_of_qwen3_takes_five_dispatches_a_block_more() {
     let added = added("qwen3", "train-all", 1, 3);

@@ -1,4 +1,4 @@
-//! Quantized checkpoints of safetensors (`dev/reference_packed.py`).
+//! Loads quantized safetensors checkpoints (`dev/reference_packed.py`).
 
 use crate::golden;
 use candle_core::{DType, Tensor};
@@ -58,7 +58,7 @@ fn matrices_become_half_precision_on_a_gpu(device: Device) {
 }
 
 #[test]
-fn matrices_are_held_as_blocks_where_these_have_the_same_values() {
+fn matrices_become_blocks_if_these_have_the_same_values() {
     let model = load("mlx-llama");
     for (name, expected) in [
         ("model.embed_tokens", Ok("q4_1")),
@@ -84,10 +84,10 @@ fn matrices_are_held_as_blocks_where_these_have_the_same_values() {
     assert_eq!(progress.num_bytes, file.entries().iter().map(TensorEntry::num_bytes).sum::<usize>());
 }
 
-/// An adapter on the matrices as they are held, and on the same values as f32.
+/// An adapter on the matrices as loaded, and on the same values in f32.
 #[test]
 fn adapters_train_as_on_dense_weights() {
-    // beside weights in half precision some activations are saved in bf16
+    // with half-precision weights, some activations are saved in bf16
     for (name, tolerance) in [("gptq-llama", 5e-3), ("mlx-llama", 5e-3), ("mlx-qwen2", 1e-4)] {
         let (quantized, ids) = (load(name), expected(name).0);
         let tensors = golden::parameters_of(&quantized).into_iter();
@@ -106,7 +106,7 @@ fn adapters_train_as_on_dense_weights() {
         }
         let mut count = 0;
         for (found, expected) in gradients.iter().zip(dense_gradients.iter()) {
-            // those of A before the first step
+            // the gradients of A before the first step
             let is_zero = golden::max_difference(expected, &expected.zeros_like().unwrap()) == 0.0;
             assert!(is_zero || difference(found, expected) < tolerance, "{name}: {}", difference(found, expected));
             count += usize::from(!is_zero);
@@ -138,7 +138,7 @@ fn a_merged_and_saved_model_is_dense() {
     }
 }
 
-/// Writes a golden model with other tensors and keys; `change` gets each tensor and returns what takes its place.
+/// Writes a golden model with modified tensors and keys; `change` receives each tensor and returns its replacement.
 fn damage(
     name: &str,
     folder: &Path,
@@ -201,7 +201,7 @@ fn damaged_matrices_of_mlx_are_refused() {
     let keys = json!({"bits": 4, "group_size": 64, "model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 4}});
     let expected = "up_proj.weight`: expected group_size 32, as the configuration says, found 64";
     refused(&json!({"quantization": keys}), "none", Some, expected);
-    // without what the configuration says of it
+    // without the module's own settings in the configuration
     let error =
         damage("mlx-llama", folder.path(), &json!({"quantization": null, "quantization_config": null}), |_, t| Some(t));
     assert!(error.unwrap_err().to_string().contains("up_proj.weight`: expected [64, 64], found [64, 8]"));
@@ -213,14 +213,15 @@ fn damaged_matrices_of_mlx_are_refused() {
     assert!(error.contains("up_proj.scales`: expected powers of two, found 255"), "{error}");
 }
 
-/// A tensor as it is in a file.
+/// The raw tensor of a file.
 struct Raw {
     dtype: safetensors::Dtype,
     shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-/// As [`damage`] with tensors of any dtype. `damaged` is the end of the names of those that change; empty ones are left out.
+/// [`damage`] for tensors of any dtype. `damaged` is the suffix of the names of the tensors that change; empty ones are
+/// omitted.
 fn damage_raw(name: &str, keys: &Value, damaged: &str, change: fn(&mut Raw)) -> metal_candle::Result<Model> {
     let folder = tempfile::tempdir().unwrap();
     let mut config: Value = serde_json::from_slice(&std::fs::read(path(name).join("config.json")).unwrap()).unwrap();
@@ -322,7 +323,7 @@ fn damaged_matrices_of_other_methods_are_refused() {
         let error = damage_raw(name, &none, damaged, change).map(|_| ()).expect_err(expected).to_string();
         assert!(error.contains(expected), "{expected}: {error}");
     }
-    // fp8 where there is none, and the other way round
+    // fp8 settings for a checkpoint without fp8, and the reverse
     let message = |name: &str, keys: Value| damage_raw(name, &keys, "nothing", remove).unwrap_err().to_string();
     let found = message("gptq-llama", json!({"quant_method": "fp8"}));
     assert!(found.contains("down_proj.qweight`: expected no such tensor"), "{found}");
@@ -331,7 +332,7 @@ fn damaged_matrices_of_other_methods_are_refused() {
 }
 
 #[test]
-fn a_configuration_that_names_quantization_of_dense_weights_is_refused() {
+fn quantization_settings_for_dense_weights_are_refused() {
     let model = ModelLoader::new().with_dtype(DType::F32).load(path("mlx-llama")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     save_model(&model, folder.path()).unwrap();

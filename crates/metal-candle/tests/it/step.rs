@@ -1,4 +1,4 @@
-//! What a training step computes for parts of a model, and with blocks computed anew.
+//! Tests training steps that train parts of a model, and with recomputed blocks.
 
 use crate::golden;
 use candle_core::{DType, Device, Tensor};
@@ -13,7 +13,7 @@ fn tensor(random: &mut Random, shape: (usize, usize)) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// A term for each of the layers with these numbers.
+/// A low-rank update for each of the layers with these ids.
 fn terms(model: &Model, numbers: &[usize]) -> LowRankUpdates {
     let mut random = Random::new(7);
     let mut terms = LowRankUpdates::new();
@@ -48,7 +48,7 @@ fn bits(gradients: &Gradients) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn blocks_computed_anew_give_the_same_gradients() {
+fn recomputed_blocks_have_the_same_gradients() {
     let model = golden::model("models/gqa-tied");
     let numbers: Vec<usize> = (0..model.linears().len()).collect();
     let terms = terms(&model, &numbers);
@@ -65,7 +65,7 @@ fn blocks_computed_anew_give_the_same_gradients() {
     }
 }
 
-/// Along the gradient of each tensor the loss changes by the gradient's squared norm.
+/// A step along the gradient of each tensor changes the loss by the squared norm of the gradient.
 #[test]
 fn gradients_of_parts_match_finite_differences() {
     for name in ["models/gqa-tied", "models/untied"] {
@@ -86,7 +86,7 @@ fn gradients_of_parts_match_finite_differences() {
         let check = |gradient: &Tensor, what: &str, moved: &dyn Fn(&Tensor) -> f64| {
             let squared = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
             if squared < 1e-6 {
-                // a key's bias shifts all scores of a query alike: its gradient is 0
+                // a key bias shifts all scores of a query equally, so its gradient is 0
                 assert!(what.contains("k_proj.bias"), "{name} {what}");
                 return;
             }
@@ -123,12 +123,12 @@ fn only_the_head_needs_no_block() {
     let terms = terms(&model, &[model.linears().len() - 1]);
     let (_, gradients) = step(&model, Trainable::low_rank(&terms), 0);
     assert_eq!(gradients.iter().count(), 2);
-    // 22 trained rows of the stream before the last norm
+    // 22 trained rows of the stream before the final norm
     assert_eq!(gradients.saved_bytes, 22 * 32 * 4);
 }
 
 #[test]
-fn replaced_parameters_are_seen_and_checked() {
+fn replaced_parameters_are_used_and_checked() {
     let model = golden::model("models/gqa-tied");
     let logits = |model: &Model| {
         let logits = model.forward(&Batch::single(&[1, 2, 3]), None, None, metal_candle::models::Rows::Last).unwrap();
