@@ -1,4 +1,5 @@
-//! Decodes one token per sequence on the GPU without allocating; the sampled token never leaves the device.
+//! Decodes one token per sequence on the GPU without allocating. The next step reads the sampled tokens from device
+//! memory.
 
 use super::parts::pass::missing;
 use super::parts::step::{

@@ -216,8 +216,8 @@ pub(crate) fn backward(
     })
 }
 
-/// [`backward`] with GPU kernels, when the low-rank update of `layer` follows attention: its part of the gradient, `dz
-/// A`, is added to `d_out` in place first.
+/// [`backward`] with GPU kernels, when the low-rank update of `layer` follows attention: its part of the gradient,
+/// `dz A`, is added to `d_out` in place first.
 pub(crate) fn backward_through(
     shape: AttentionShape,
     sinks: Option<&Tensor>,

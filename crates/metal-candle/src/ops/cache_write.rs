@@ -19,8 +19,9 @@ pub(crate) fn append((k, v): (&Tensor, &Tensor), (keys, values): (&Tensor, &Tens
     Ok(true)
 }
 
-/// Quantizes new keys or values on the CPU, `[tokens, kv_heads * head_dim]` in f32, to blocks: `[tokens, kv_heads *
-/// row_len]` in u8. Values that a block cannot represent become NaN, so that only the sequence of this token fails.
+/// Quantizes new keys or values on the CPU, `[tokens, kv_heads * head_dim]` in f32, to blocks:
+/// `[tokens, kv_heads * row_len]` in u8. Values that a block cannot represent become NaN, so that only the sequence of
+/// this token fails.
 ///
 /// `head_dim` is a multiple of the block length.
 pub(crate) fn quantized(rows: &Tensor, format: BlockFormat) -> Result<Tensor> {

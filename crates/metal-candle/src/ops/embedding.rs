@@ -140,8 +140,9 @@ fn matrices_backward(update: &LowRank, indices: &Tensor, dx: &Tensor) -> Result<
     Ok(LowRankGradients { a: transposed.t()?.contiguous()?, b, magnitude: None })
 }
 
-/// Adds noise, uniform within `alpha / sqrt(length * hidden)`, to the rows of each sequence `offsets[i]..offsets[i +
-/// 1]` (`NEFTune`, <https://arxiv.org/abs/2310.05914>, algorithm 1). The noise depends on the seed only.
+/// Adds noise, uniform within `alpha / sqrt(length * hidden)`, to the rows of each sequence
+/// `offsets[i]..offsets[i + 1]` (`NEFTune`, <https://arxiv.org/abs/2310.05914>, algorithm 1). The noise depends on the
+/// seed only.
 pub(crate) fn add_noise(x: Tensor, offsets: &[usize], alpha: f32, seed: u64) -> Result<Tensor> {
     let (tokens, hidden) = x.dims2()?;
     let mut noise = vec![0.0; tokens * hidden];

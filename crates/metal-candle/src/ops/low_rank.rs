@@ -21,8 +21,8 @@ pub struct LowRank {
     pub scale: f32,
     /// Probability with which an input element of A is dropped in training; ignored elsewhere.
     pub dropout: f32,
-    /// A0 and B0, the initial values of A and B if their product is not 0 (PiSSA, OLoRA). The update is then `scale *
-    /// (B A - B0 A0) x`, as if `scale * B0 A0` had been subtracted from the weight. They are frozen.
+    /// A0 and B0, the initial values of A and B if their product is not 0 (PiSSA, OLoRA). The update is then
+    /// `scale * (B A - B0 A0) x`, as if `scale * B0 A0` had been subtracted from the weight. They are frozen.
     pub initial_factors: Option<(Tensor, Tensor)>,
     /// The DoRA magnitudes, if the adapter has any.
     pub magnitude: Option<Magnitude>,
