@@ -48,10 +48,7 @@ fn scaled(x: Tensor, scale: f32) -> Result<Tensor> {
 fn unscaled(order: Order, weight: &Weight, update: Option<&LowRank>, ids: &[u32], dtype: DType) -> Result<Tensor> {
     let vocab = weight.dims2()?.0;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::argument(
-            "ids",
-            format!("expected token ids below the vocabulary size {vocab}, found {id}"),
-        ));
+        return Err(Error::argument("ids", format!("token `{id}` is outside the vocabulary of {vocab} tokens")));
     }
     let x = weight.rows(ids, dtype)?;
     let Some(update) = update else { return Ok(x) };

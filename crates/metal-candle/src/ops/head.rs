@@ -109,7 +109,7 @@ pub(crate) fn loss(
     let (form, head) = (head.form(), &head.linear);
     let vocab = head.weight.dims2()?.0;
     if let Some(row) = rows.iter().find(|row| row.target >= vocab) {
-        let message = format!("expected token ids below the vocabulary size {vocab}, found {}", row.target);
+        let message = format!("token `{}` is outside the vocabulary of {vocab} tokens", row.target);
         return Err(Error::argument("targets", message));
     }
     let mut result = HeadLoss {
@@ -120,10 +120,7 @@ pub(crate) fn loss(
     };
     let ids = needs_grad.and_then(|needs_grad| needs_grad.rows);
     if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= vocab) {
-        return Err(Error::argument(
-            "rows",
-            format!("expected token ids below the vocabulary size {vocab}, found {id}"),
-        ));
+        return Err(Error::argument("rows", format!("token `{id}` is outside the vocabulary of {vocab} tokens")));
     }
     let ids = ids.map(|ids| Tensor::new(ids, hidden.device())).transpose()?;
     let (mut d_hidden, mut losses_on_device) = (Vec::new(), Vec::new());

@@ -92,7 +92,7 @@ pub(super) fn sum_in(order: Order, accumulator: Accumulator, parts: &[ScaledProd
     for &part in parts {
         match part.w.block_matrix()? {
             Some(blocks) => {
-                accumulator = Accumulator::InPlace(block_sum(order, accumulator, &part, blocks, (rows, columns))?)
+                accumulator = Accumulator::InPlace(block_sum(order, accumulator, &part, blocks, (rows, columns))?);
             }
             None => dense.push(part),
         }

@@ -25,8 +25,8 @@ pub(crate) enum RotaryScaling {
     Dynamic { factor: f64 },
     /// `f / factor` for long wavelengths, `f` for short ones, and an interpolation in between.
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: usize },
-    /// YaRN (<https://arxiv.org/abs/2309.00071>): the interpolation depends on the number of rotations, and cosines and
-    /// sines are scaled.
+    /// `YaRN` (<https://arxiv.org/abs/2309.00071>): the interpolation depends on the number of rotations, and cosines
+    /// and sines are scaled.
     Yarn {
         /// None for `max_position_embeddings / original_max_position_embeddings`.
         factor: Option<f64>,
@@ -40,8 +40,8 @@ pub(crate) enum RotaryScaling {
         /// Whether the bounds of the interpolation are rounded to whole pairs.
         truncate: bool,
     },
-    /// LongRoPE (<https://arxiv.org/abs/2402.13753>): a divisor for each pair, with other divisors for sequences longer
-    /// than `original_max_position_embeddings`, and a factor on cosines and sines.
+    /// `LongRoPE` (<https://arxiv.org/abs/2402.13753>): a divisor for each pair, with other divisors for sequences
+    /// longer than `original_max_position_embeddings`, and a factor on cosines and sines.
     LongRope {
         /// `[dim / 2]`.
         short_factor: Vec<f64>,

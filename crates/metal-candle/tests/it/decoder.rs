@@ -217,9 +217,9 @@ fn wrong_input_is_refused() {
     let mut gap = Batch::new();
     gap.push(&[1, 2], 3, 1);
     assert!(error(&gap, None).contains("position 0"));
-    assert!(error(&gap, Some(&mut cache)).contains("slot 1 holds 0"));
+    assert!(error(&gap, Some(&mut cache)).contains("slot 1 contains 0"));
     assert!(error(&Batch::single(&[1; 9]), Some(&mut cache)).contains("9 tokens do not fit"));
-    assert!(error(&Batch::from_sequences([[1], [1], [1]]), Some(&mut cache)).contains("slot 2"));
+    assert!(error(&Batch::from_sequences([[1], [1], [1]]), Some(&mut cache)).contains("slots below 2"));
     let mut twice = Batch::new();
     twice.push(&[1], 0, 0);
     twice.push(&[2], 0, 0);

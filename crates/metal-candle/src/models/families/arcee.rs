@@ -1,4 +1,4 @@
-//! Arcee's foundation models (AFM): Llama with an ungated MLP and a squared ReLU (<https://arxiv.org/abs/2109.08668>,
+//! Arcee's foundation models (AFM): Llama with an ungated MLP and a squared `ReLU` (<https://arxiv.org/abs/2109.08668>,
 //! section 3).
 
 use super::common::activation;
