@@ -288,3 +288,31 @@ fn in_file(error: Error, path: &Path) -> Error {
 fn count_elements(parameters: &[ParameterSpec]) -> Option<u64> {
     parameters.iter().try_fold(0_u64, |sum, parameter| sum.checked_add(element_count(&parameter.shape)?))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const KEYS: &str = r#""model_type": "qwen2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1"#;
+
+    #[test]
+    fn the_identity_does_not_depend_on_notes() {
+        let in_folder = || {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("config.json"), format!("{{{KEYS}, \"misspelled\": 3}}")).unwrap();
+            std::fs::write(folder.path().join("generation_config.json"), r#"{"temperature": -1}"#).unwrap();
+            ModelConfig::from_json(folder.path()).unwrap()
+        };
+        let (config, moved) = (in_folder(), in_folder());
+        assert!(config.notes.len() == 2 && config.notes != moved.notes, "{:?}", config.notes);
+        assert_eq!(config.identity(), moved.identity());
+        let without_notes = ModelConfig { notes: Vec::new(), ..config.clone() };
+        assert_eq!(config.identity(), without_notes.identity());
+        // as checkpoints of earlier versions have it
+        let plain = ModelConfig::from_json_str(&format!("{{{KEYS}}}")).unwrap().identity();
+        assert!(plain.contains("notes: [], other_keys: {}"), "{plain}");
+        assert_ne!(config.identity(), plain);
+    }
+}
