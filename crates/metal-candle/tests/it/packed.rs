@@ -58,6 +58,13 @@ fn matrices_become_half_precision_on_a_gpu(device: Device) {
 }
 
 #[test]
+fn all_keys_are_known() {
+    for name in NAMES {
+        assert_eq!(load(name).config().notes, [""; 0], "{name}");
+    }
+}
+
+#[test]
 fn matrices_become_blocks_if_these_have_the_same_values() {
     let model = load("mlx-llama");
     for (name, expected) in [

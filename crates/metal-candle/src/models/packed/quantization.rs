@@ -62,8 +62,9 @@ pub(crate) struct MlxSettings {
 impl Quantization {
     /// Reads the keys of a configuration; `None` if its weights are not quantized.
     pub(crate) fn read(keys: &Keys) -> Result<Option<Self>> {
-        let found = KEYS.into_iter().find_map(|key| Some((key, keys.get(key)?)));
-        let Some((key, value)) = found else { return Ok(None) };
+        // files of mlx-lm have both keys, with the same value: both are read
+        let found = KEYS.map(|key| Some((key, keys.get(key)?)));
+        let Some((key, value)) = found.into_iter().flatten().next() else { return Ok(None) };
         let Value::Object(map) = value else { return Err(keys.wrong(key, "an object", value)) };
         let settings = Settings { keys, key, map };
         let method = settings.text("quant_method")?;
