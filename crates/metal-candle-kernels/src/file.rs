@@ -77,8 +77,8 @@ impl MappedFile {
 
     /// Copies the file into memory, from which bytes are read afterwards. Pages of a file are small, which makes reading slower;
     /// the pages of the copy are large if the system supports it. The pages of the file are released as they are copied, so the
-    /// two are never in memory completely. Nothing is copied if there is not enough memory, or (on Linux) while another process
-    /// has the file mapped, because both processes share its pages.
+    /// two are never in memory completely. Nothing is copied if there is not enough memory, or (on Linux) while another map of
+    /// the file, in this or another process, shares most of its pages.
     ///
     /// In the copy, byte `aligned` is at the start of a cache line: vector units and matrix units read aligned rows faster.
     ///
@@ -106,19 +106,11 @@ impl MappedFile {
         Ok(())
     }
 
-    /// Whether other processes have mapped and read much of the file: then the proportional share of its pages (`Pss`) is less
-    /// than the number of resident pages (`Rss`).
+    /// Whether another map of the file, in this or another process, has read much of it: then the proportional share of the
+    /// pages (`Pss`) is less than the number of resident pages (`Rss`).
     #[cfg(target_os = "linux")]
     fn is_shared(&self) -> bool {
-        let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return false };
-        let first = format!("{:x}-", self.map.as_ptr().addr());
-        let lines = maps.lines().skip_while(|line| !line.starts_with(&first));
-        let kibibytes = |name: &str| {
-            let line = lines.clone().take(30).find_map(|line| line.strip_prefix(name));
-            line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0)
-        };
-        // at least half of the pages have a second reader
-        kibibytes("Pss:") * 4 < kibibytes("Rss:") * 3
+        std::fs::read_to_string("/proc/self/smaps").is_ok_and(|maps| is_shared_at(self.map.as_ptr().addr(), &maps))
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -185,6 +177,22 @@ impl MappedFile {
             drop(advised);
         }
     }
+}
+
+/// Whether at least half of the pages of the map at `address` have a second reader, by the text of `smaps`; false if the system
+/// does not count readers.
+#[cfg(any(target_os = "linux", test))]
+fn is_shared_at(address: usize, smaps: &str) -> bool {
+    let first = format!("{address:x}-");
+    let is_count = |line: &&str| line.split_once(':').is_some_and(|(name, _)| !name.contains(['-', ' ']));
+    let lines = smaps.lines().skip_while(|line| !line.starts_with(&first)).skip(1);
+    let lines: Vec<&str> = lines.take_while(is_count).collect();
+    let kibibytes = |name: &str| {
+        let line = lines.iter().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    };
+    let (share, resident) = (kibibytes("Pss:"), kibibytes("Rss:"));
+    share.zip(resident).is_some_and(|(share, resident)| share * 4 < resident * 3)
 }
 
 /// Types for which every bit pattern is a valid value.
@@ -312,12 +320,37 @@ mod tests {
         let (map, other) = (map_file(&path).unwrap(), map_file(&path).unwrap());
         let sum = |map: &MappedFile| map.iter().map(|byte| usize::from(*byte)).sum::<usize>();
         assert_eq!(sum(&map) + sum(&other), 5_600_000);
+        // some systems do not count the readers of a page
+        let is_shared = map.is_shared();
         map.make_resident(0).unwrap();
-        assert!(map.copy.get().is_none());
+        assert_eq!(map.copy.get().is_none(), is_shared);
         drop(other);
         map.make_resident(0).unwrap();
         assert!(map.copy.get().is_some());
         std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_map_is_shared_if_half_of_its_pages_have_a_second_reader() {
+        let smaps = |counts: &str| {
+            format!(
+                "7f00-7f40 r--s 00000000 fe:00 12 /a: b\nSize: 8 kB\nRss: 8 kB\nPss: 1 kB\n\
+                 7f40-7f80 r--s 00000000 fe:00 12 /a: b\nSize: 400 kB\n{counts}VmFlags: rd mr\n\
+                 7f80-7fc0 r--s 00000000 fe:00 12 /a: b\nSize: 8 kB\nRss: 8 kB\nPss: 1 kB\n"
+            )
+        };
+        for (counts, is_shared) in [
+            ("Rss:                 400 kB\nPss:                 200 kB\nPss_Dirty:             0 kB\n", true),
+            ("Rss: 400 kB\nPss: 300 kB\n", false),
+            ("Rss: 400 kB\nPss: 299 kB\n", true),
+            ("Rss: 400 kB\nPss: 400 kB\n", false),
+            ("Rss: 400 kB\n", false),
+            ("Pss: 0 kB\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_shared_at(0x7f40, &smaps(counts)), is_shared, "{counts}");
+        }
+        assert!(!is_shared_at(0x7f41, &smaps("Rss: 400 kB\nPss: 1 kB\n")));
     }
 
     #[test]

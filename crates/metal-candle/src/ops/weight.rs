@@ -429,7 +429,8 @@ pub(crate) struct MappedFiles {
 }
 
 /// The number of passes through a model before its files are copied. Loading and short runs read the files directly,
-/// whose memory is shared between processes.
+/// whose memory is shared between processes. A file that cannot be copied then, because another process reads it, is
+/// tried again after as many passes.
 const PASSES_BEFORE_COPY: u32 = 32;
 
 impl MappedFiles {
@@ -455,7 +456,8 @@ impl MappedFiles {
     /// wrong. After [`PASSES_BEFORE_COPY`] passes the files are copied to private memory, where weights are read
     /// faster.
     pub(crate) fn finish_pass(&self) -> Result<()> {
-        let is_long = !self.files.is_empty() && self.passes.fetch_add(1, Ordering::Relaxed) == PASSES_BEFORE_COPY;
+        let passes = if self.files.is_empty() { 0 } else { self.passes.fetch_add(1, Ordering::Relaxed) };
+        let is_long = passes > 0 && passes.is_multiple_of(PASSES_BEFORE_COPY);
         for (file, first) in &self.files {
             check(file)?;
             if is_long {

@@ -4,7 +4,7 @@
 
 use super::linear::{Linear, NeedsGrad};
 use super::tests::{assert_close, random, values};
-use super::{LowRank, Magnitude, Weight, weight_norms_squared};
+use super::{LowRank, Magnitude, MappedFiles, Weight, weight_norms_squared};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{BlockFormat, BlockMatrix};
 use std::sync::Arc;
@@ -125,6 +125,26 @@ fn a_quantized_weight_equals_its_values() {
             assert_close(&found.input.unwrap(), &expected.input.unwrap(), 1e-5);
         }
     }
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn files_that_are_shared_at_first_are_copied_later() {
+    let path = std::env::temp_dir().join(format!("metal-candle-passes-{}", std::process::id()));
+    std::fs::write(&path, vec![0; 400_000]).unwrap();
+    let [file, other] = [(); 2].map(|()| Arc::new(metal_candle_kernels::map_file(&path).unwrap()));
+    let weight = Weight::mapped(&file, 0..400_000, &[100, 1000], DType::F32).unwrap();
+    let files = MappedFiles::of([&weight].into_iter());
+    let (mapped, sum) = (file.as_ptr(), |file: &[u8]| file.iter().map(|byte| u64::from(*byte)).sum::<u64>());
+    assert_eq!(sum(&file) + sum(&other), 0);
+    let finish_passes = || (0..32).for_each(|_| files.finish_pass().unwrap());
+    finish_passes();
+    assert_eq!(file.as_ptr(), mapped, "copied after a few passes");
+    // not copied here where the system counts the readers of a page
+    finish_passes();
+    drop(other);
+    finish_passes();
+    assert_ne!(file.as_ptr(), mapped, "not copied when it was no longer shared");
     std::fs::remove_file(&path).unwrap();
 }
 
