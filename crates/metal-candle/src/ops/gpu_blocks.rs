@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::BlockFormat;
 
 /// The maximum number of weights that are dequantized at a time.
-const MAX_WEIGHTS: usize = 1 << 25;
+pub(super) const MAX_WEIGHTS: usize = 1 << 25;
 
 /// The maximum number of vectors that are multiplied with blocks without dequantizing them.
 const MAX_VECTORS: usize = 64;
@@ -103,7 +103,7 @@ impl GpuBlocks {
         if is_transposed && self.supports_block_product(x, y) {
             return block_product(x, &[(self, y)], scale, beta);
         }
-        let chunk_rows = rows_per_chunk(self.rows, self.columns);
+        let chunk_rows = rows_per_chunk(self.rows, self.columns, MAX_WEIGHTS);
         let scratch = match scratch {
             Some(scratch) => scratch.narrow(0, 0, chunk_rows * self.columns)?,
             None => gpu::empty_of(chunk_rows * self.columns, self.dtype, self.bytes.device())?,
@@ -120,6 +120,32 @@ impl GpuBlocks {
             }
         }
         Ok(())
+    }
+
+    /// `X W`, or with the transpose of W, by candle's products on parts of at most `max_weights` dequantized weights, or 128 rows.
+    /// Sums of parts are in f32.
+    pub(super) fn plain_product(&self, x: &Tensor, is_transposed: bool, max_weights: usize) -> Result<Tensor> {
+        let chunk_rows = rows_per_chunk(self.rows, self.columns, max_weights);
+        if chunk_rows == self.rows {
+            let w = self.tensor()?;
+            return Ok(if is_transposed { x.matmul(&w.t()?)? } else { x.matmul(&w)? });
+        }
+        let parts = (0..self.rows).step_by(chunk_rows).map(|start| (start, chunk_rows.min(self.rows - start)));
+        if is_transposed {
+            let y = gpu::empty((x.dim(0)?, self.rows), x)?;
+            for (start, len) in parts {
+                let w = self.narrow_rows(start, len)?.tensor()?;
+                y.slice_set(&x.matmul(&w.t()?)?, 1, start)?;
+            }
+            return Ok(y);
+        }
+        let mut sum = Tensor::zeros((x.dim(0)?, self.columns), DType::F32, x.device())?;
+        for (start, len) in parts {
+            let w = self.narrow_rows(start, len)?.tensor()?;
+            let product = x.narrow(1, start, len)?.contiguous()?.matmul(&w)?;
+            sum = (sum + product.to_dtype(DType::F32)?)?;
+        }
+        Ok(sum.to_dtype(x.dtype())?)
     }
 
     /// Whether [`block_product`] can multiply `x` and write `y`.
@@ -185,16 +211,15 @@ pub(super) fn block_product(x: &Tensor, products: &[(&GpuBlocks, &Tensor)], scal
     gpu::launch(&kernel, Grid { shared_bytes, ..Grid::row(tiles, 32 * WARPS) }, &args, &words)
 }
 
-/// The rows of a matrix that are dequantized at a time: all, or a multiple of 128.
-fn rows_per_chunk(rows: usize, columns: usize) -> usize {
-    let max_rows = (MAX_WEIGHTS / columns.max(1) / 128 * 128).max(128);
-    rows.min(max_rows)
+/// The rows of a matrix that are dequantized at a time, of at most `max_weights` weights: all, or a multiple of 128.
+fn rows_per_chunk(rows: usize, columns: usize, max_weights: usize) -> usize {
+    rows.min((max_weights / columns.max(1) / 128 * 128).max(128))
 }
 
 /// The number of weights of a matrix of this shape that are dequantized at a time.
 pub(crate) fn scratch_len(dims: &[usize]) -> usize {
     match *dims {
-        [rows, columns] => rows_per_chunk(rows, columns) * columns,
+        [rows, columns] => rows_per_chunk(rows, columns, MAX_WEIGHTS) * columns,
         _ => 0,
     }
 }

@@ -6,12 +6,13 @@
 use super::activation;
 use super::adapters::LayerUpdates;
 use super::attention::{self, CacheSlots, Spans};
+use super::gpu_blocks::GpuBlocks;
 use super::head::{self, Head};
 use super::linear::{self, Accumulator, Linear, ScaledProduct};
 use super::norm::{Norm, NormNeedsGrad};
 use super::rotary::{self, Pairs, RotaryScaling};
 use super::tests::{ACTIVATIONS, norm_kinds, random, rotary_table, values};
-use super::{LowRank, adam, cache_write, gpu};
+use super::{BlockFormat, LowRank, Weight, adam, cache_write, gpu};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AdamStep, AttentionShape, Mask, Row, Section};
 
@@ -397,4 +398,26 @@ fn adam_in_one_launch_and_norms() {
     let expected: f64 = values(&x).iter().map(|v| f64::from(*v).powi(2)).sum();
     let found = f64::from(adam::sum_of_squares(&x.to_device(&device()).unwrap()).unwrap());
     assert!((found - expected).abs() < 1e-5 * expected, "{found} {expected}");
+}
+
+/// Quantized matrices that are dequantized as a whole, and in parts of 128 rows.
+#[test]
+fn products_of_parts_of_a_quantized_matrix_are_those_of_the_whole() {
+    let (format, rows, columns) = (BlockFormat::Q4K, 300, 256);
+    let blocks = format.quantize(&values(&random(&[rows, columns], 1)), columns, None).unwrap();
+    for (dtype, tolerance) in TYPES {
+        let there = GpuBlocks::upload(&blocks, (rows, columns), format, dtype, &device()).unwrap();
+        let here = Weight::blocks(blocks.clone(), (rows, columns), format).unwrap().tensor().unwrap();
+        for most in [1, 200 * columns, 1 << 25] {
+            let (x, of_rows) = (both(&[7, columns], 2, dtype, 0), both(&[7, rows], 3, dtype, 4));
+            let expected = x.1.matmul(&here.t().unwrap()).unwrap();
+            let found = there.plain_product(&x.0, true, most).unwrap();
+            assert_eq!(found.dtype(), dtype);
+            assert_near(&format!("{dtype:?} transposed, {most}"), &found, &expected, tolerance);
+            let found = there.plain_product(&of_rows.0, false, most).unwrap();
+            assert_eq!(found.dtype(), dtype);
+            let expected = of_rows.1.matmul(&here).unwrap();
+            assert_near(&format!("{dtype:?} plain, {most}"), &found, &expected, tolerance);
+        }
+    }
 }

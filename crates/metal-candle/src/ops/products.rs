@@ -57,8 +57,7 @@ impl<'a> ScaledProduct<'a> {
     }
 
     fn plain_product(&self) -> Result<Tensor> {
-        let w = self.w.tensor()?;
-        let product = if self.is_transposed { self.x.matmul(&w.t()?)? } else { self.x.matmul(&w)? };
+        let product = self.w.plain_product(self.x, self.is_transposed)?;
         Ok(if (self.scale - 1.0).abs() > f32::EPSILON { product.affine(f64::from(self.scale), 0.0)? } else { product })
     }
 }

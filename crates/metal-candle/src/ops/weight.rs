@@ -1,7 +1,7 @@
 //! Weights of a model, stored as tensors, mapped file ranges or quantized blocks, behind one interface.
 
 use super::gpu::{self, Formats, Word};
-use super::gpu_blocks::{GpuBlocks, block_product};
+use super::gpu_blocks::{GpuBlocks, MAX_WEIGHTS, block_product};
 use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
@@ -537,10 +537,15 @@ impl<'a> Operand<'a> {
         }
     }
 
-    pub(super) fn tensor(self) -> Result<Tensor> {
-        match self {
-            Self::Tensor(tensor) => Ok(tensor.clone()),
-            Self::Weight(weight) => weight.tensor(),
-        }
+    /// `X W`, or with the transpose of W, by candle's products.
+    pub(super) fn plain_product(self, x: &Tensor, is_transposed: bool) -> Result<Tensor> {
+        let w = match self {
+            Self::Tensor(tensor) => tensor.clone(),
+            Self::Weight(Weight { stored: Stored::OnGpu(blocks), .. }) => {
+                return blocks.plain_product(x, is_transposed, MAX_WEIGHTS);
+            }
+            Self::Weight(weight) => weight.tensor()?,
+        };
+        Ok(if is_transposed { x.matmul(&w.t()?)? } else { x.matmul(&w)? })
     }
 }
