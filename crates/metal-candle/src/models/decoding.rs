@@ -9,7 +9,6 @@ use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
-use crate::ops::gpu_blocks::scratch_len;
 use crate::ops::{LowRank, LowRankUpdates};
 use candle_core::{DType, Tensor};
 
@@ -207,7 +206,7 @@ impl Model {
                 gate: empty(blocks.inner)?,
                 up: empty(blocks.inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
-                scratch: self.scratch_len().map(|len| gpu::empty(len, like)).transpose()?,
+                scratch: self.dequantized_len().map(|len| gpu::empty(len, like)).transpose()?,
             })
         } else {
             None
@@ -246,13 +245,6 @@ impl Model {
             recording: None,
             is_recordable: true,
         })
-    }
-
-    /// The maximum number of weights that are dequantized at a time; `None` without quantized weights.
-    fn scratch_len(&self) -> Option<usize> {
-        let weights = [&self.inner.head.linear.weight].into_iter();
-        let weights = weights.chain(self.parameters().iter().map(|(_, weight)| weight));
-        weights.filter(|weight| weight.block_format().is_some()).map(|weight| scratch_len(weight.dims())).max()
     }
 
     /// Maximum number of normed activations in the shared memory of a thread group. With the rest it is below 32 KiB on

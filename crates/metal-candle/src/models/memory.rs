@@ -6,6 +6,7 @@ use super::gradients::Trainable;
 use super::parts::linear::ExtraMemory;
 use super::parts::pass::{MemoryMeter, StepSize};
 use crate::error::Result;
+use crate::ops::gpu_blocks::part_len;
 use crate::ops::rotary::RotaryTable;
 use crate::ops::{LowRankUpdates, head};
 use candle_core::DType;
@@ -150,10 +151,11 @@ impl Model {
         self.config().vocab_size * self.config().hidden_size * DType::F32.size_in_bytes()
     }
 
-    /// The packed left operand of the largest product.
+    /// The packed left operand of the largest product; on a GPU, the largest part of a quantized matrix that is dequantized
+    /// for a product.
     fn scratch(&self, tokens: usize, trained: usize, updates: Option<&LowRankUpdates>) -> usize {
         if !self.device().is_cpu() {
-            return 0;
+            return self.dequantized_len().unwrap_or(0) * self.activation_dtype().size_in_bytes();
         }
         let ranks = updates.into_iter().flat_map(LowRankUpdates::iter).filter_map(|(_, update)| update.a.dim(0).ok());
         let widest = self.linears().iter().filter(|linear| linear.layer.is_some());
@@ -165,6 +167,13 @@ impl Model {
             head::chunk_rows(trained, vocab, &self.device().candle()).min(trained),
             vocab,
         ))
+    }
+
+    /// The maximum number of weights that are dequantized at a time on a GPU; `None` without quantized weights.
+    pub(super) fn dequantized_len(&self) -> Option<usize> {
+        let weights = [&self.inner.head.linear.weight].into_iter();
+        let weights = weights.chain(self.parameters().iter().map(|(_, weight)| weight));
+        weights.filter(|weight| weight.block_format().is_some()).map(|weight| scratch_len(weight.dims())).max()
     }
 
     fn extras_of(&self, id: usize, tokens: usize, updates: Option<&LowRankUpdates>) -> ExtraMemory {

@@ -13,6 +13,7 @@ on_each_device! {
     formats_differ_within_a_layer,
     gradients_are_those_of_the_values,
     half_precision_activations_are_close,
+    steps_count_what_they_dequantize,
 }
 
 /// A model whose rows are one or two blocks of 256 weights.
@@ -173,4 +174,15 @@ fn half_precision_activations_are_close(device: Device) {
             check(dtype.as_str(), &both, rank, rows, tolerance);
         }
     }
+}
+
+fn steps_count_what_they_dequantize(device: Device) {
+    let [own, values] = both(&model(&json!({})), &mixed(), DType::F32, device);
+    let [own, dense] = [own, values.to_device(device, DType::F32).unwrap()].map(|model| {
+        let terms = terms(&model, 4, 0.2);
+        model.step_memory(70, 70, Trainable::low_rank(&terms), 0).unwrap().peak
+    });
+    // the largest matrices, as f32
+    let dequantized = if device.is_cpu() { 0 } else { 512 * 256 * 4 };
+    assert_eq!(own, dense + dequantized);
 }
