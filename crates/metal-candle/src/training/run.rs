@@ -13,7 +13,7 @@ use super::optimizer::Optimizer;
 use super::progress::Progress;
 use super::report::{Callback, EvaluationMetrics, StepMetrics, StopReason, TrainingEvent, TrainingMetrics};
 use super::run_folder::{Checkpoint, Checkpoints};
-use super::run_settings::{check_settings, describe_settings};
+use super::run_settings::{check_settings, describe_settings, is_quantized_on_gpu};
 use super::samples::{count_tokens, shorten, source_of};
 use super::trained::{OfModel, Parameter, Trained};
 use super::warnings::{TrainingWarning, dataset_warnings};
@@ -532,7 +532,8 @@ impl<'a, T: Trained> Run<'a, T> {
         let part = |key: &str| -> Result<_> {
             checkpoint.state.object(key)?.ok_or_else(|| checkpoint.state.missing(key, "an object"))
         };
-        check_settings(&checkpoint.path, &self.settings, part("settings")?.map())?;
+        let is_on_gpu = is_quantized_on_gpu(self.start.run_model());
+        check_settings(&checkpoint.path, &self.settings, part("settings")?.map(), is_on_gpu)?;
         self.progress = Progress::from_json(&part("progress")?)?;
         let values = self.start.load_values(&checkpoint.path)?;
         let file = SafetensorsFile::open(checkpoint.path.join(OPTIMIZER_FILE))?;

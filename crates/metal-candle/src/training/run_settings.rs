@@ -4,7 +4,8 @@ use super::config::{Options, TrainingConfig};
 use super::trained::Trained;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::models::MatmulPrecision;
+use crate::models::{MatmulPrecision, Model};
+use candle_core::DType;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -49,8 +50,19 @@ pub(super) fn describe_settings<T: Trained>(
     entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
+/// Whether a model has quantized weights on a GPU, where activations are not f32 as on the CPU.
+pub(super) fn is_quantized_on_gpu(model: &Model) -> bool {
+    let is_quantized = || model.parameters().iter().any(|(_, weight)| weight.block_format().is_some());
+    !model.device().is_cpu() && is_quantized()
+}
+
 /// Returns an error if the checkpoint at `path` was `saved` with other settings.
-pub(super) fn check_settings(path: &Path, settings: &Map<String, Value>, saved: &Map<String, Value>) -> Result<()> {
+pub(super) fn check_settings(
+    path: &Path,
+    settings: &Map<String, Value>,
+    saved: &Map<String, Value>,
+    is_quantized_on_gpu: bool,
+) -> Result<()> {
     let different: Vec<String> = settings
         .iter()
         .filter(|(key, value)| {
@@ -61,7 +73,11 @@ pub(super) fn check_settings(path: &Path, settings: &Map<String, Value>, saved: 
     if different.is_empty() {
         return Ok(());
     }
-    let message = format!("`{}` belongs to another run: {}", path.display(), different.join("; "));
+    let mut message = format!("`{}` belongs to another run: {}", path.display(), different.join("; "));
+    let (before, now) = (saved.get("dtype"), settings.get("dtype"));
+    if is_quantized_on_gpu && before != now && before.is_some_and(|dtype| dtype == DType::F32.as_str()) {
+        message += "; with quantized weights, a run on the CPU uses f32: resume such a run with `--device cpu`";
+    }
     Err(Error::argument("resume", message))
 }
 
@@ -80,4 +96,30 @@ fn fingerprint(dataset: &Dataset) -> String {
         }
     }
     format!("{} samples, {sum:08x}", dataset.len())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantized_run_of_the_cpu_is_resumed_there() {
+        let settings =
+            |dtype: &str, seed: u64| Map::from_iter([("dtype".into(), json!(dtype)), ("seed".into(), json!(seed))]);
+        let check = |saved: &str, now: (&str, u64), is_quantized_on_gpu: bool| {
+            let (now, saved) = (settings(now.0, now.1), settings(saved, 1));
+            check_settings(Path::new("step-000003"), &now, &saved, is_quantized_on_gpu)
+        };
+        let message = |result: Result<()>| result.unwrap_err().to_string();
+        let found = message(check("f32", ("bf16", 1), true));
+        assert!(found.contains("`dtype` was \"f32\", is \"bf16\"; with quantized weights"), "{found}");
+        assert!(found.ends_with("`--device cpu`"), "{found}");
+        for other in [check("f32", ("bf16", 1), false), check("f16", ("bf16", 1), true), check("f32", ("f32", 2), true)]
+        {
+            let found = message(other);
+            assert!(!found.contains("--device"), "{found}");
+        }
+        check("f32", ("f32", 1), true).unwrap();
+    }
 }
