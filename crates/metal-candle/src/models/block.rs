@@ -218,3 +218,38 @@ impl Block {
         meter.free(gathered + copies + last + if self.is_parallel { 0 } else { size.stream });
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::SteppedBlocks;
+    use crate::models::{Model, ModelConfig, families};
+    use crate::{DType, Device};
+    use serde_json::json;
+    use std::path::Path;
+
+    /// The documents name the families that have no kernels for single-token steps, with their default features.
+    #[test]
+    fn documents_name_the_families_without_steps() {
+        let has_no_step = |family: &&str| {
+            let config = json!({
+                "model_type": family, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 32,
+                "pad_token_id": null, "num_local_experts": 0, "layer_types": ["full_attention", "full_attention"]
+            });
+            let config = ModelConfig::from_json_str(&config.to_string()).unwrap();
+            let model = Model::repeated_pattern(config, 1, DType::F32, Device::CPU).unwrap();
+            let has_step = SteppedBlocks::new(&model.inner.blocks, DType::F32).is_some();
+            !has_step || !crate::models::parts::step::is_rms_norm(&model.inner.norm)
+        };
+        let names = families::names();
+        let mut without: Vec<&str> = names.split("`, `").filter(has_no_step).collect();
+        without.sort_unstable();
+        let expected = format!("`{}`", without.join("`, `"));
+        for name in ["cuda.md", "metal.md"] {
+            let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name));
+            let words = text.unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(words.contains(&expected), "{name} does not list {expected}");
+        }
+    }
+}
