@@ -6,7 +6,7 @@ use super::gradients::Trainable;
 use super::parts::linear::ExtraMemory;
 use super::parts::pass::{MemoryMeter, StepSize};
 use crate::error::Result;
-use crate::ops::gpu_blocks::part_len;
+use crate::ops::gpu_blocks::scratch_len;
 use crate::ops::rotary::RotaryTable;
 use crate::ops::{LowRankUpdates, head};
 use candle_core::DType;

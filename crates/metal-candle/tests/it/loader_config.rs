@@ -312,6 +312,44 @@ fn invalid_values_are_named_with_what_was_expected() {
     assert!(text.contains("larger than any memory"), "{text}");
 }
 
+/// Transformers refuses these, too.
+#[test]
+fn a_pattern_of_no_layers_is_refused() {
+    for model_type in ["exaone4", "cohere2", "gemma3_text"] {
+        let parse = |pattern: Value, changes: Value| {
+            let mut value = json!({
+                "model_type": model_type, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 32, "sliding_window_pattern": pattern
+            });
+            value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            parse(&value)
+        };
+        for (pattern, found) in [(json!(0), "found 0"), (json!(null), "found null")] {
+            let error = parse(pattern.clone(), json!({})).expect_err(model_type).to_string();
+            assert!(error.contains("`sliding_window_pattern`") && error.contains(found), "{model_type}: {error}");
+            let types = json!({"layer_types": ["sliding_attention", "full_attention"]});
+            assert_eq!(parse(pattern, types).unwrap().notes, [""; 0], "{model_type}");
+        }
+        assert!(parse(json!(2), json!({})).is_ok());
+    }
+}
+
+#[test]
+fn a_base_that_alpha_makes_too_large_is_refused() {
+    let hunyuan = |alpha: f64| {
+        let rope = json!({"type": "dynamic", "alpha": alpha, "factor": 1.0});
+        parse(&json!({
+            "model_type": "hunyuan_v1_dense", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "intermediate_size": 8, "vocab_size": 32, "rope_scaling": rope
+        }))
+    };
+    hunyuan(1000.0).unwrap();
+    for alpha in [1e25, 1e300] {
+        let error = hunyuan(alpha).expect_err("a base above 1e30").to_string();
+        assert!(error.contains("`alpha`") && error.contains("at most 1e30"), "{error}");
+    }
+}
+
 #[test]
 fn a_file_that_is_not_an_object_is_refused() {
     for (text, word) in

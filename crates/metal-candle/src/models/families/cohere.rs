@@ -1,6 +1,6 @@
 //! Command R (`cohere`) and Command R7B (`cohere2`): attention and MLP in parallel after one layer norm.
 
-use super::common::{decoder, layer_types, set_windows, sliding_window};
+use super::common::{decoder, layer_types, set_windows, sliding_by_pattern, sliding_window};
 use super::family::Family;
 use crate::error::Result;
 use crate::models::config::{Defaults, ModelConfig};
@@ -62,10 +62,11 @@ fn cohere(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
 /// Only sliding-window layers have rotary positions.
 fn cohere2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let mut description = base(config, keys)?;
-    let pattern = keys.size("sliding_window_pattern")?.unwrap_or(4).max(1);
+    // not read beside layer types
+    keys.contains("sliding_window_pattern");
     let is_sliding = match layer_types(config, keys)? {
         Some(is_sliding) => is_sliding,
-        None => (1..=config.num_hidden_layers).map(|layer| layer % pattern != 0).collect(),
+        None => sliding_by_pattern(config, keys, 4)?,
     };
     set_windows(&mut description, config, keys, &is_sliding, sliding_window(keys, Some(4096))?)?;
     description.for_each_attention(|layer, attention| {

@@ -161,6 +161,19 @@ pub(super) fn layer_types_at(config: &ModelConfig, keys: &Keys, key: &str) -> Re
     kinds.iter().map(is_sliding).collect::<Result<_>>().map(Some)
 }
 
+/// Which layers have a window by `sliding_window_pattern`, in a configuration without a list of them: all but each `n`-th.
+///
+/// # Errors
+/// The pattern is not a whole number of at least 1, which transformers refuses too.
+pub(super) fn sliding_by_pattern(config: &ModelConfig, keys: &Keys, default: usize) -> Result<Vec<bool>> {
+    const KEY: &str = "sliding_window_pattern";
+    let pattern = keys.size_or(KEY, default)?;
+    if pattern == 0 {
+        return Err(keys.wrong(KEY, "a whole number of at least 1, or `layer_types`", &Value::from(pattern)));
+    }
+    Ok((1..=config.num_hidden_layers).map(|layer| !layer.is_multiple_of(pattern)).collect())
+}
+
 /// Sets the window of the sliding-window layers.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! `EXAONE` 4 (<https://arxiv.org/abs/2507.11407>, section 2.1): norms after the parts, and norms of q and k. Models
 //! with sliding windows have rotary positions only in the layers with a window.
 
-use super::common::{decoder, layer_types, rms_norm, set_windows, sliding_window};
+use super::common::{decoder, layer_types, rms_norm, set_windows, sliding_by_pattern, sliding_window};
 use super::family::Family;
 use crate::error::Result;
 use crate::models::config::{Defaults, KeyValueHeads, ModelConfig};
@@ -32,10 +32,7 @@ fn exaone4(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     let is_sliding = match (layer_types(config, keys)?, size) {
         (Some(is_sliding), _) => is_sliding,
         (None, None) => vec![false; config.num_hidden_layers],
-        (None, Some(_)) => {
-            let pattern = keys.size("sliding_window_pattern")?.unwrap_or(4).max(1);
-            (1..=config.num_hidden_layers).map(|layer| layer % pattern != 0).collect()
-        }
+        (None, Some(_)) => sliding_by_pattern(config, keys, 4)?,
     };
     set_windows(&mut description, config, keys, &is_sliding, size)?;
     let names = ["q_norm", "k_norm"];

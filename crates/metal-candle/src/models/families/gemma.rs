@@ -2,7 +2,8 @@
 //! the text model of Gemma 3 (<https://arxiv.org/abs/2503.19786>, section 2).
 
 use super::common::{
-    activation, decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_window, soft_cap,
+    activation, decoder, decoder_with_windows, layer_types, rms_norm, set_windows, sliding_by_pattern, sliding_window,
+    soft_cap,
 };
 use super::family::Family;
 use crate::error::Result;
@@ -109,10 +110,11 @@ fn gemma2(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
 }
 
 fn gemma3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
-    let pattern = keys.size("sliding_window_pattern")?.unwrap_or(6);
+    // not read beside layer types
+    keys.contains("sliding_window_pattern");
     let is_sliding = match layer_types(config, keys)? {
         Some(is_sliding) => is_sliding,
-        None => (1..=config.num_hidden_layers).map(|layer| layer % pattern.max(1) != 0).collect(),
+        None => sliding_by_pattern(config, keys, 6)?,
     };
     let decoder = decoder_with_windows(config, keys, &is_sliding, ("rope_local_base_freq", 10_000.0))?;
     let mut description = second(decoder, config, keys, None)?;

@@ -2,7 +2,7 @@
 
 use super::common::{decoder, rms_norm};
 use super::family::Family;
-use super::rotary::{RopeKeys, RopeOptions};
+use super::rotary::{RopeKeys, RopeOptions, THETAS};
 use crate::error::Result;
 use crate::models::config::{Defaults, ModelConfig};
 use crate::models::description::{Description, QkNormExtent, QkNormSpec};
@@ -51,6 +51,10 @@ fn set_fixed_base(description: &mut Description, config: &mut ModelConfig, keys:
         }
         let dim = table.dim as f64;
         table.theta *= alpha.powf(dim / (dim - 2.0));
+        if !THETAS.contains(&table.theta) {
+            let expected = "a number that makes a base of at most 1e30";
+            return Err(keys.wrong("alpha", expected, &Value::from(alpha)));
+        }
         table.scaling = RotaryScaling::Default;
         config.length_factor = 1.0;
     }

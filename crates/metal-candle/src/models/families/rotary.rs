@@ -6,6 +6,10 @@ use crate::models::config::ModelConfig;
 use crate::models::keys::Keys;
 use crate::ops::rotary::{Pairs, RotaryScaling, RotarySpec};
 use serde_json::Value;
+use std::ops::RangeInclusive;
+
+/// The bases of rotary positions that are accepted.
+pub(super) const THETAS: RangeInclusive<f64> = 1.0..=1e30;
 
 /// How a family reads its rotary settings.
 #[derive(Clone, Copy, Default)]
@@ -68,7 +72,7 @@ impl RopeKeys {
         let theta = number("rope_theta")?.or(beside).unwrap_or(config.rope_theta);
         let share = number("partial_rotary_factor")?.or(keys.number("partial_rotary_factor")?);
         let share = share.or(options.partial).unwrap_or(1.0);
-        if !(1.0..=1e30).contains(&theta) {
+        if !THETAS.contains(&theta) {
             return Err(keys.wrong("rope_theta", "a number from 1 to 1e30", &Value::from(theta)));
         }
         if options.partial.is_none() && (share - 1.0).abs() >= f64::EPSILON {
