@@ -3,6 +3,7 @@
 use super::request::AdapterId;
 use crate::error::{Error, Result};
 use crate::models::{KVCache, KVCacheConfig, KVCacheType, Model};
+use candle_core::DType;
 
 /// The slots and the cache that they index.
 #[derive(Debug, Default)]
@@ -201,14 +202,15 @@ pub(super) fn check_kind(model: &Model, kind: Option<KVCacheType>) -> Result<()>
     kind.check_head_dim(model.config().head_dim)
 }
 
-/// The default type for a model: f32 for f32 and quantized weights; for other weights f16 on the CPU, and the type of the
-/// weights on other devices.
+/// The default type for a model: f32 for f32 weights and where any weight is quantized; for other weights f16 on the CPU, and
+/// the type of the weights on other devices.
 fn default_kind(model: &Model) -> KVCacheType {
-    match KVCacheType::from_dtype(model.dtype()) {
-        Some(KVCacheType::F32) | None => KVCacheType::F32,
-        Some(_) if model.device().is_cpu() => KVCacheType::F16,
-        Some(kind) => kind,
+    if !model.device().is_cpu() {
+        return KVCacheType::from_dtype(model.dtype()).unwrap_or(KVCacheType::F32);
     }
+    let mut weights = model.parameters().iter().map(|(_, weight)| weight);
+    let is_f32 = model.dtype() == DType::F32 || weights.any(|weight| weight.block_format().is_some());
+    if is_f32 { KVCacheType::F32 } else { KVCacheType::F16 }
 }
 
 fn cache_config(model: &Model, num_slots: usize, num_tokens: usize) -> KVCacheConfig {

@@ -191,6 +191,28 @@ fn memory_follows_the_type() {
 }
 
 #[test]
+fn the_default_is_f32_where_any_weight_is_quantized() {
+    let mut models = models();
+    let (plain, quantized) = (models.swap_remove(1).1, models.swap_remove(0).1);
+    let half = plain.to_dtype(DType::BF16).unwrap();
+    // the first parameter is f16
+    let mixture = Quantization::from(QuantizationMixture::from_name("q8_0").unwrap());
+    let mixture = mixture.with_type("embed_tokens", metal_candle::files::GgufType::F16).unwrap();
+    let mixed = plain.quantize(&mixture, |_| {}).unwrap();
+    assert_eq!(mixed.parameters()[0].1.dtype(), DType::F16);
+    for (model, kind) in [
+        (&plain, KVCacheType::F32),
+        (&half, KVCacheType::F16),
+        (&quantized, KVCacheType::F32),
+        (&mixed, KVCacheType::F32),
+    ] {
+        let mut generator = Generator::new(model.clone());
+        generator.generate(ids(4), &greedy(6)).unwrap();
+        assert_eq!(generator.cache_bytes(), cache(model, kind, 1, 10).unwrap().num_bytes(), "{kind}");
+    }
+}
+
+#[test]
 fn scores_and_drafts_use_the_type() {
     let (_, model) = models().swap_remove(1);
     let score = |kind| prompt_log_probabilities(&model, None, &ids(40), 0, kind).unwrap();
