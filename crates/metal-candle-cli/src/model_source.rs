@@ -207,7 +207,7 @@ impl ModelSource {
     ) -> Result<Model> {
         let Some(MixtureName(mixture)) = quantize else { return self.load(dtype, device, output) };
         let model = quantized(&self.load(dtype, DeviceKind::Cpu, output)?, &mixture.into(), output)?;
-        moved(&model, device.open(output)?)
+        moved(&model, device.open(output)?, dtype)
     }
 
     pub(crate) fn load(&self, dtype: Option<WeightType>, device: DeviceKind, output: Output) -> Result<Model> {
@@ -231,11 +231,19 @@ impl ModelSource {
     }
 }
 
-/// Moves a model that was quantized on the CPU to the device that runs it.
-pub(crate) fn moved(model: &Model, device: Device) -> Result<Model> {
-    let has_blocks = model.parameters().iter().any(|(_, weight)| weight.block_format().is_some());
-    let dtype = if has_blocks { DType::BF16 } else { model.dtype() };
-    Ok(if device.is_cpu() { model.clone() } else { model.to_device(device, dtype)? })
+/// Moves a model that was quantized on the CPU to the device that runs it. On a GPU, activations are of the type of the flag.
+pub(crate) fn moved(model: &Model, device: Device, dtype: Option<WeightType>) -> Result<Model> {
+    Ok(if device.is_cpu() { model.clone() } else { model.to_device(device, type_on_gpu(model, dtype))? })
+}
+
+/// The type of activations of a model on a GPU: the requested one, otherwise bf16 beside quantized weights.
+fn type_on_gpu(model: &Model, requested: Option<WeightType>) -> DType {
+    let has_blocks = || model.parameters().iter().any(|(_, weight)| weight.block_format().is_some());
+    match requested {
+        Some(dtype) => dtype.dtype(),
+        None if has_blocks() => DType::BF16,
+        None => model.dtype(),
+    }
 }
 
 /// Quantizes a model, with a progress bar.
@@ -378,4 +386,28 @@ fn from_hub(model: &str, _output: Output) -> Result<PathBuf> {
         return Err(no_such_model(model).with_hint("this build cannot download models (feature `hub`)").into());
     }
     Err(no_such_model(model).into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use metal_candle::models::QuantizationMixture;
+
+    #[test]
+    fn a_quantized_model_has_the_requested_type_of_activations_on_a_gpu() {
+        let dense = ModelLoader::new().with_device(Device::CPU).load(crate::nano::folder().unwrap()).unwrap();
+        let mixture = QuantizationMixture::from_name("q8_0").unwrap();
+        let quantized = dense.quantize(&mixture.into(), |_| ()).unwrap();
+        let wide = dense.to_dtype(DType::F32).unwrap();
+        for (model, requested, expected) in [
+            (&quantized, None, DType::BF16),
+            (&quantized, Some(WeightType::F32), DType::F32),
+            (&quantized, Some(WeightType::F16), DType::F16),
+            (&dense, None, DType::BF16),
+            (&wide, None, DType::F32),
+        ] {
+            assert_eq!(type_on_gpu(model, requested), expected, "{requested:?}");
+        }
+    }
 }

@@ -188,7 +188,7 @@ impl Subject {
             let model = match flags.quantize {
                 Some(MixtureName(mixture)) => {
                     let model = Model::repeated_pattern(config, 1, dtype, Device::CPU)?;
-                    moved(&quantized(&model, &mixture.into(), output)?, device)?
+                    moved(&quantized(&model, &mixture.into(), output)?, device, flags.dtype)?
                 }
                 None => Model::repeated_pattern(config, 1, dtype, device)?,
             };
