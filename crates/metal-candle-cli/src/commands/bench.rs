@@ -176,14 +176,9 @@ impl Subject {
         if let Some(shape) = shape {
             let dtype = flags.dtype.unwrap_or(WeightType::Bf16).dtype();
             let config = shape.config()?;
-            let needed = config.num_bytes(dtype);
-            let is_whole = flags.quantize.is_none();
-            if let Some(memory) = device.memory().filter(|memory| is_whole && memory.free < needed) {
-                let sizes = [needed, memory.free].map(|size| crate::output::bytes(size as u64));
-                let message =
-                    format!("the weights of {} need {}, but only {} are free", shape.name(), sizes[0], sizes[1]);
-                return Err(UserError::new(message).with_hint("use a smaller --shape").into());
-            }
+            // weights to be quantized are created on the CPU
+            let home = if flags.quantize.is_some() { Device::CPU } else { device };
+            shape.check_memory(dtype, home.memory().map(|memory| memory.free))?;
             output.note(format_args!("creating random weights with the shape of {}", shape.name()));
             let model = match flags.quantize {
                 Some(MixtureName(mixture)) => {

@@ -1,5 +1,8 @@
 //! The shapes of well-known models, for random weights.
 
+use crate::error::UserError;
+use anyhow::Result;
+use candle_core::DType;
 use clap::ValueEnum;
 use metal_candle::ModelConfig;
 use serde_json::json;
@@ -50,11 +53,21 @@ impl Shape {
         });
         ModelConfig::from_json_str(&config.to_string())
     }
+
+    /// Checks that random weights fit in the free memory, if it is known.
+    pub(super) fn check_memory(self, dtype: DType, free: Option<usize>) -> Result<()> {
+        let needed = self.config()?.num_bytes(dtype);
+        let Some(free) = free.filter(|free| *free < needed) else { return Ok(()) };
+        let [needed, free] = [needed, free].map(|size| crate::output::bytes(size as u64));
+        let message = format!("the weights of {} need {needed}, but only {free} are free", self.name());
+        Err(UserError::new(message).with_hint("use a smaller --shape").into())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::Shape;
+    use candle_core::DType;
 
     #[test]
     fn shapes_have_the_sizes_they_are_named_after() {
@@ -62,5 +75,14 @@ mod tests {
         for (shape, parameters) in sizes {
             assert!(shape.config().is_ok_and(|config| config.num_parameters() == parameters), "{}", shape.name());
         }
+    }
+
+    #[test]
+    fn shapes_larger_than_the_free_memory_are_refused() {
+        let check = |free: Option<usize>| Shape::Qwen7B.check_memory(DType::BF16, free);
+        assert!(check(None).is_ok() && check(Some(15_231_233_024)).is_ok());
+        let message = check(Some(15_231_233_023)).map_err(|error| error.to_string());
+        let is_named = |message: &String| message.contains("the weights of qwen2.5-7b need 15.23 GB");
+        assert!(message.as_ref().is_err_and(is_named), "{message:?}");
     }
 }
