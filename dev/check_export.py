@@ -18,6 +18,8 @@ from gguf import GGUFReader
 
 # keys that only one of the programs writes, or that depend on a tokenizer or a folder name
 IGNORED = ("GGUF.", "general.", "tokenizer.", "metal_candle.", "quantize.imatrix.")
+# keys of layers and experts that a dense Granite 4 does not have, and the context of released models of Hunyuan, whatever the configuration
+IGNORED += ("granite.ssm.", "granite.expert_", "granite.rope.scaling.finetuned", "hunyuan-dense.context_length", "hunyuan-dense.rope.scaling.")
 # our files always contain head sizes, rotated sizes and the window of each layer
 OURS = ("attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size", "attention.sliding_window_pattern",
         "rope.freq_base", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "attention.scale", "rope.freq_base_swa")
@@ -30,6 +32,9 @@ MIXTURES = (
 
 def keys(reader):
     fields = {key: field.contents() if field.types else None for key, field in reader.fields.items()}
+    # one number stands for a list of equal ones
+    kv = [key for key in fields if key.endswith("head_count_kv") and isinstance(fields[key], list) and len(set(fields[key])) == 1]
+    fields |= {key: fields[key][0] for key in kv}
     return {key: value for key, value in fields.items() if not key.startswith(IGNORED)}
 
 

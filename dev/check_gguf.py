@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(LLAMA_CPP) / "gguf-py"), LLAMA_CPP]
 import torch
 from safetensors.torch import load_file
 
-from families import build_config, make_model
+from families import NO_MAMBA, build_config, make_model
 
 TOLERANCE = 1e-4
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -57,7 +57,7 @@ CASES = {
     ),
     "olmo2": dict(model_type="olmo2", rope_parameters=PLAIN),
     "olmo": dict(model_type="olmo", rope_parameters=PLAIN, clip_qkv=0.7),
-    "olmo3": dict(model_type="olmo3", num_hidden_layers=5, sliding_window=4, rope_parameters=YARN, max_position_embeddings=1600),
+    "olmo3": dict(model_type="olmo3", num_hidden_layers=5, sliding_window=4, rope_parameters=dict(YARN), max_position_embeddings=1600),
     "starcoder2": dict(model_type="starcoder2", rope_parameters=PLAIN, tie_word_embeddings=True, sliding_window=None),
     "cohere": dict(model_type="cohere", rope_parameters=PLAIN, tie_word_embeddings=True, logit_scale=0.25, use_qk_norm=True),
     "cohere2": dict(
@@ -65,6 +65,30 @@ CASES = {
         rotary_pct=1.0,
     ),
     "glm4": dict(model_type="glm4", head_dim=16, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5), attention_bias=True),
+    # the converter writes an epsilon of 1e-5 and a rotary base of 10,000, whatever the model's
+    "glm": dict(
+        model_type="glm", head_dim=16, rope_parameters=PLAIN | dict(rope_theta=1e4, partial_rotary_factor=0.5), attention_bias=True, rms_norm_eps=1e-5
+    ),
+    "arcee": dict(model_type="arcee", head_dim=16, rope_parameters=dict(YARN), max_position_embeddings=1600),
+    "ernie4_5": dict(model_type="ernie4_5", head_dim=32, rope_parameters=PLAIN, tie_word_embeddings=True),
+    "exaone4": dict(
+        model_type="exaone4", head_dim=16, sliding_window=None, layer_types=[FULL] * 2, max_position_embeddings=131072, rope_parameters=LLAMA3
+    ),
+    # llama.cpp has windows in models of this number of layers only
+    "exaone4-window": dict(model_type="exaone4", num_hidden_layers=64, head_dim=16, sliding_window=4, rope_parameters=PLAIN),
+    "hunyuan_v1_dense": dict(
+        model_type="hunyuan_v1_dense", head_dim=32, max_position_embeddings=32768,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=1.0, alpha=30.0),
+    ),
+    "ministral3": dict(
+        model_type="ministral3", head_dim=32, sliding_window=None, max_position_embeddings=64,
+        rope_parameters=YARN | dict(rope_theta=1e3, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=0.7, llama_4_scaling_beta=0.3),
+    ),
+    "granitemoehybrid": dict(
+        model_type="granitemoehybrid", shared_intermediate_size=96, layer_types=[FULL] * 2, position_embedding_type="rope", rope_parameters=PLAIN,
+        embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.5, num_experts_per_tok=0, **NO_MAMBA,
+    ),
+    "seed_oss": dict(model_type="seed_oss", head_dim=32, rope_parameters=PLAIN, attention_bias=True, attention_out_bias=False),
 }
 
 
@@ -74,7 +98,13 @@ def convert(folder, file, kind="ALL_F32"):
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
     keys = ModelBase.load_hparams(folder, False)
+    if keys["model_type"] == "granitemoehybrid":
+        # the converter knows the names of released files, transformers writes others
+        keys["layer_types"] = ["attention"] * keys["num_hidden_layers"]
+        (Path(folder) / "config.json").write_text(json.dumps(keys))
     model_class = get_model_class(get_model_architecture(keys, ModelType.TEXT))
+    # this class only chooses another one
+    model_class = getattr(model_class, "Ministral3Model", model_class)
     # the converter of Gemma 3 counts the tokens
     vocab = {str(number): number for number in range(keys["vocab_size"])}
     (Path(folder) / "tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=vocab), added_tokens=[])))

@@ -1,9 +1,9 @@
 """Writes crates/metal-candle/tests/golden/gguf: tiny models as llama.cpp's converter writes them, with logits of transformers; and
 fuzz/seeds/gguf: tiny models with a tokenizer.
 
-    python dev/reference_gguf.py LLAMA_CPP
+    python dev/reference_gguf.py LLAMA_CPP [NAME ...]
 
-LLAMA_CPP is a source tree of llama.cpp. The models in transformers have the dequantized values of the quantized matrices.
+LLAMA_CPP is a source tree of llama.cpp. With names, only these models are written. The models in transformers have the dequantized values of the quantized matrices.
 """
 
 import sys
@@ -21,14 +21,20 @@ import gguf
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "crates" / "metal-candle" / "tests" / "golden" / "gguf"
 SEEDS = ROOT / "fuzz" / "seeds" / "gguf"
-TYPES = {"llama-tied": "MOSTLY_Q8_0", "gemma2": "MOSTLY_F16", "phi3": "MOSTLY_Q8_0", "qwen2": "MOSTLY_BF16"}
+WIDE, NARROW = dict(intermediate_size=64), dict(hidden_size=32, intermediate_size=32, head_dim=8)
+# a case's index is its seed, so add new cases at the end
+MODELS = {
+    "llama-tied": ("MOSTLY_Q8_0", WIDE), "gemma2": ("MOSTLY_F16", WIDE), "phi3": ("MOSTLY_Q8_0", WIDE), "qwen2": ("MOSTLY_BF16", WIDE),
+    "arcee": ("MOSTLY_BF16", NARROW), "ernie4_5": ("MOSTLY_BF16", NARROW), "exaone4": ("MOSTLY_BF16", NARROW), "glm": ("MOSTLY_BF16", NARROW),
+    "hunyuan_v1_dense": ("MOSTLY_BF16", NARROW), "ministral3": ("MOSTLY_BF16", NARROW), "seed_oss": ("MOSTLY_BF16", NARROW),
+}
 
 
-def write_seed(kind, quantized):
+def write_seed(kind, quantized, architecture="llama"):
     """A model of one layer with a vocabulary of bytes."""
-    writer = gguf.GGUFWriter(SEEDS / kind, "llama")
+    writer = gguf.GGUFWriter(SEEDS / kind, architecture)
     width, heads = (256, 4) if "K" in quantized.name else (32, 2)
-    tokens = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "aa"] if kind == "bytes" else (
+    tokens = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "aa"] if kind != "pieces" else (
         ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "aa", "▁a"]
     )
     for key, value in dict(
@@ -36,9 +42,15 @@ def write_seed(kind, quantized):
         layer_norm_rms_eps=1e-5, rope_freq_base=1e4,
     ).items():
         getattr(writer, f"add_{key}")(value)
-    writer.add_tokenizer_model("gpt2" if kind == "bytes" else "llama")
+    if architecture == "mistral3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        writer.add_rope_scaling_yarn_log_mul(0.7)
+        writer.add_attn_temperature_scale(0.3)
+    writer.add_tokenizer_model("llama" if kind == "pieces" else "gpt2")
     writer.add_token_list(tokens)
-    if kind == "bytes":
+    if kind != "pieces":
         writer.add_tokenizer_pre("llama-bpe")
         writer.add_token_types([1] * len(tokens))
         writer.add_token_merges(["a a"])
@@ -53,6 +65,13 @@ def write_seed(kind, quantized):
             ffn_gate=(width, width), ffn_up=(width, width), ffn_down=(width, width),
         ).items()
     }
+    if architecture == "chatglm":
+        shapes["blk.0.ffn_up"] = (2 * width, width)
+        del shapes["blk.0.ffn_gate"]
+    if architecture == "exaone4":
+        for name in ("attn_norm", "ffn_norm"):
+            del shapes[f"blk.0.{name}"]
+        shapes |= {"blk.0.post_attention_norm": (width,), "blk.0.post_ffw_norm": (width,), "blk.0.attn_q_norm": (head,), "blk.0.attn_k_norm": (head,)}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).numpy()
         if len(shape) == 1:
@@ -66,12 +85,18 @@ def write_seed(kind, quantized):
 
 
 def main():
-    SEEDS.mkdir(exist_ok=True)
-    write_seed("bytes", gguf.GGMLQuantizationType.Q4_0)
-    write_seed("pieces", gguf.GGMLQuantizationType.Q8_0)
+    names = sys.argv[2:]
+    if not names:
+        SEEDS.mkdir(exist_ok=True)
+        write_seed("bytes", gguf.GGMLQuantizationType.Q4_0)
+        write_seed("pieces", gguf.GGMLQuantizationType.Q8_0)
+        for architecture in ("chatglm", "exaone4", "mistral3"):
+            write_seed(architecture, gguf.GGMLQuantizationType.Q8_0, architecture)
     FOLDER.mkdir(exist_ok=True)
-    for number, (name, kind) in enumerate(TYPES.items()):
-        model = make_model(build_config(**(COMMON | CASES[name] | dict(intermediate_size=64))), 200 + number)
+    for number, (name, (kind, sizes)) in enumerate(MODELS.items()):
+        if names and name not in names:
+            continue
+        model = make_model(build_config(**(COMMON | CASES[name] | sizes)), 200 + number)
         if kind == "MOSTLY_Q8_0":
             quantized = gguf.GGMLQuantizationType.Q8_0
             with torch.no_grad():

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// Maximum number of rows, columns, heads or tokens in a configuration.
 const MAX_SIZE: usize = 1 << 24;
 /// Maximum number of blocks in a configuration.
-const MAX_LAYERS: usize = 1 << 12;
+pub(super) const MAX_LAYERS: usize = 1 << 12;
 
 /// The keys of Qwen2 that [`ModelConfig::identity`] omits: it reads them from fields or does not need them.
 const KEYS_IN_FIELDS: &[&str] = &[
@@ -247,8 +247,13 @@ impl ModelConfig {
 
     /// The text of a `config.json` for weights in `dtype`, which transformers and this library can load.
     pub fn to_json(&self, dtype: DType) -> String {
+        format!("{:#}\n", Value::Object(self.to_json_map(dtype)))
+    }
+
+    /// The keys of this text.
+    pub(crate) fn to_json_map(&self, dtype: DType) -> Map<String, Value> {
         let architecture = families::find(&self.model_type).map_or("", |family| family.architecture);
-        format!("{:#}\n", Value::Object(self.to_map(architecture, dtype)))
+        self.to_map(architecture, dtype)
     }
 
     /// A string that differs between configurations of different models. Checkpoints store its digest, so it must not

@@ -3,14 +3,26 @@
 use crate::golden;
 use candle_core::{DType, Tensor};
 use metal_candle::data::{Dataset, Sample};
-use metal_candle::files::{GgufFile, GgufValue};
-use metal_candle::models::{Batch, LossOptions, Model, Rows, Targets, Trainable, save_model};
+use metal_candle::files::{GgufFile, GgufTensor, GgufValue};
+use metal_candle::models::{Batch, GgufExport, LossOptions, Model, Rows, Targets, Trainable, save_model};
 use metal_candle::ops::{BlockFormat, LowRank, LowRankUpdates};
 use metal_candle::training::{LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
 
-const NAMES: [&str; 4] = ["gemma2", "llama-tied", "phi3", "qwen2"];
+const NAMES: [&str; 11] = [
+    "arcee",
+    "ernie4_5",
+    "exaone4",
+    "gemma2",
+    "glm",
+    "hunyuan_v1_dense",
+    "llama-tied",
+    "ministral3",
+    "phi3",
+    "qwen2",
+    "seed_oss",
+];
 
 fn path(name: &str) -> PathBuf {
     golden::path(&format!("gguf/{name}.gguf"))
@@ -21,7 +33,7 @@ fn load(name: &str) -> Model {
 }
 
 fn largest(tensor: &Tensor) -> f32 {
-    tensor.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    tensor.to_dtype(DType::F32).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f32 {
@@ -157,6 +169,48 @@ fn a_saved_model_has_the_same_values() {
     let saved = ModelLoader::new().with_device(Device::CPU).load(folder.path()).unwrap();
     let found = saved.forward(&Batch::single(&ids), None, None, Rows::All).unwrap();
     assert!(difference(&found, &logits) < 5e-5, "{}", difference(&found, &logits));
+}
+
+/// Keys of llama.cpp's converter that change nothing, and that are not written.
+const NEUTRAL_KEYS: [&str; 5] = [
+    "attention.sliding_window",
+    "rope.freq_base_swa",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+];
+
+#[test]
+fn a_written_file_has_the_metadata_and_tensors_of_the_converter() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in NAMES {
+        let (source, model) = (GgufFile::open(path(name)).unwrap(), load(name));
+        let written = folder.path().join(format!("{name}.gguf"));
+        GgufExport::new(&model).unwrap().write(&written, None, |_| ()).unwrap();
+        let written = GgufFile::open(&written).unwrap();
+        let architecture = source.text("general.architecture").unwrap().unwrap();
+        assert_eq!(written.text("general.architecture").unwrap(), Some(architecture));
+        for (key, expected) in source.metadata() {
+            let Some(own) = key.strip_prefix(architecture).and_then(|key| key.strip_prefix('.')) else { continue };
+            match written.metadata().get(key) {
+                Some(found) => assert_eq!(found, expected, "{name}: {key}"),
+                None => assert!(NEUTRAL_KEYS.contains(&own), "{name}: {key} is missing"),
+            }
+        }
+        let tensors = |file: &GgufFile| {
+            let of = |tensor: &GgufTensor| (tensor.name.clone(), tensor.ggml_type, tensor.shape.clone());
+            let mut tensors: Vec<_> = file.tensors().map(of).collect();
+            tensors.sort();
+            tensors
+        };
+        assert_eq!(tensors(&written), tensors(&source), "{name}");
+        // one reader reads both, so equal values are equal bytes
+        let read = ModelLoader::new().with_device(Device::CPU).load(written.path()).unwrap();
+        for ((parameter, expected), (_, found)) in model.parameters().iter().zip(read.parameters()) {
+            let (expected, found) = (expected.tensor().unwrap(), found.tensor().unwrap());
+            assert_eq!(difference(&found, &expected), 0.0, "{name}: {parameter}");
+        }
+    }
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn ministral3(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
         set_released_rotary(&mut description, config);
         return Ok(description);
     }
-    if let Some(beta) = rope.number("llama_4_scaling_beta")? {
+    if let Some(beta) = rope.number("llama_4_scaling_beta")?.filter(|beta| *beta != 0.0) {
         let scaling = QueryScaling { beta, original_max_position_embeddings: rope.original };
         description.for_each_attention(|_, attention| attention.query_scaling = Some(scaling));
     }

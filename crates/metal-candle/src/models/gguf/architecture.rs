@@ -3,6 +3,7 @@
 use super::metadata::{Metadata, shortest};
 use crate::error::{Error, Result};
 use crate::files::GgufValue;
+use crate::models::config_file::MAX_LAYERS;
 use serde_json::{Map, Value, json};
 
 /// An architecture of GGUF files.
@@ -21,8 +22,12 @@ pub(super) struct Architecture {
     pub(super) divides_logits: bool,
     /// Module names of a layer, in the file and in a checkpoint, that override the common ones.
     pub(super) modules: &'static [(&'static str, &'static str)],
+    /// Modules of a layer whose rows the file stores as two tensors: their names in the file, and in a checkpoint.
+    pub(super) halves: &'static [([&'static str; 2], &'static str)],
     /// The keys of [`FORWARD_KEYS`] that `keys` reads.
     pub(super) reads: &'static [&'static str],
+    /// Tensors of a layer that llama.cpp refuses or does not use; a file with one is refused.
+    pub(super) unread: &'static [&'static str],
     /// Adds the family's other keys of `config.json`.
     pub(super) keys: fn(&Metadata, &mut Map<String, Value>) -> Result<()>,
 }
@@ -44,6 +49,10 @@ const SANDWICH: &[(&str, &str)] = &[
     ("post_ffw_norm", "post_feedforward_layernorm"),
 ];
 
+/// Norms after each part.
+const POST: &[(&str, &str)] =
+    &[("post_attention_norm", "post_attention_layernorm"), ("post_ffw_norm", "post_feedforward_layernorm")];
+
 const BASE: Architecture = Architecture {
     name: "",
     model_type: "",
@@ -52,12 +61,14 @@ const BASE: Architecture = Architecture {
     bias_key: Some("attention_bias"),
     divides_logits: false,
     modules: &[],
+    halves: &[],
     reads: &[],
+    unread: &[],
     keys: |_, _| Ok(()),
 };
 
-/// Families that share the architecture of another one; the first family may have sliding windows.
-const ALIASES: &[(&str, &str)] = &[("mistral", "llama"), ("olmo3", "olmo2")];
+/// Families that share the architecture of another one, and may have windows that the other does not have.
+const ALIASES: &[(&str, &str)] = &[("mistral", "llama"), ("ministral", "llama"), ("olmo3", "olmo2")];
 
 const ARCHITECTURES: &[Architecture] = &[
     Architecture {
@@ -107,17 +118,19 @@ const ARCHITECTURES: &[Architecture] = &[
         keys: granite,
         ..BASE
     },
+    // read as the other family of this name, which has no fused tensors
     Architecture {
-        name: "olmo2",
-        model_type: "olmo2",
-        modules: &[
-            ("post_attention_norm", "post_attention_layernorm"),
-            ("post_ffw_norm", "post_feedforward_layernorm"),
-        ],
-        reads: WINDOWS,
-        keys: olmo2,
+        name: "granite",
+        model_type: "granitemoehybrid",
+        has_interleaved_rows: true,
+        divides_logits: true,
+        modules: &[("ffn_down", "shared_mlp.output_linear")],
+        halves: &[(["ffn_gate", "ffn_up"], "shared_mlp.input_linear")],
+        reads: GRANITE_KEYS,
+        keys: granite,
         ..BASE
     },
+    Architecture { name: "olmo2", model_type: "olmo2", modules: POST, reads: WINDOWS, keys: olmo2, ..BASE },
     Architecture {
         name: "olmo",
         model_type: "olmo",
@@ -153,6 +166,60 @@ const ARCHITECTURES: &[Architecture] = &[
         ],
         reads: &["rope.dimension_count"],
         keys: rotated_fraction,
+        ..BASE
+    },
+    Architecture {
+        name: "chatglm",
+        model_type: "glm",
+        modules: &[("ffn_up", "mlp.gate_up_proj")],
+        reads: &["rope.dimension_count"],
+        keys: chatglm,
+        ..BASE
+    },
+    Architecture {
+        name: "arcee",
+        model_type: "arcee",
+        has_interleaved_rows: true,
+        unread: &["attn_output.bias", "ffn_up.bias"],
+        ..BASE
+    },
+    Architecture {
+        name: "ernie4_5",
+        model_type: "ernie4_5",
+        bias_key: None,
+        unread: &["attn_q.bias", "attn_output.bias", "ffn_up.bias"],
+        ..BASE
+    },
+    Architecture {
+        name: "exaone4",
+        model_type: "exaone4",
+        bias_key: None,
+        modules: POST,
+        reads: WINDOWS,
+        keys: exaone4,
+        ..BASE
+    },
+    Architecture {
+        name: "hunyuan-dense",
+        model_type: "hunyuan_v1_dense",
+        modules: &[("attn_q_norm", "self_attn.query_layernorm"), ("attn_k_norm", "self_attn.key_layernorm")],
+        unread: &["attn_output.bias"],
+        ..BASE
+    },
+    Architecture {
+        name: "mistral3",
+        model_type: "ministral3",
+        has_interleaved_rows: true,
+        bias_key: None,
+        reads: &["attention.temperature_scale", "rope.scaling.yarn_log_multiplier"],
+        keys: mistral3,
+        ..BASE
+    },
+    Architecture {
+        name: "seed_oss",
+        model_type: "seed_oss",
+        modules: &[("post_attention_norm", "post_attention_layernorm")],
+        unread: &["attn_output.bias", "ffn_up.bias"],
         ..BASE
     },
 ];
@@ -252,6 +319,10 @@ fn phi3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
 }
 
 fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    let key = metadata.key("rope.scaling.finetuned");
+    if metadata.file.flag(&key)? == Some(false) {
+        return Err(metadata.unsupported(&format!("a model without rotary positions (`{key}`)")));
+    }
     for (key, name) in [
         ("embedding_multiplier", "embedding_scale"),
         ("residual_multiplier", "residual_scale"),
@@ -342,11 +413,72 @@ fn cohere2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     windows(metadata, map)
 }
 
-/// The fraction of each head that is rotated.
+/// The fraction of each head that is rotated: all of it by default.
 fn rotated_fraction(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
-    if let Some(rotated) = metadata.size("rope.dimension_count")? {
-        let share = rotated as f64 / metadata.head_dim()?.max(1) as f64;
-        map.insert("partial_rotary_factor".into(), share.into());
+    let head_dim = metadata.head_dim()?;
+    let rotated = metadata.size("rope.dimension_count")?.unwrap_or(head_dim);
+    map.insert("partial_rotary_factor".into(), (rotated as f64 / head_dim.max(1) as f64).into());
+    Ok(())
+}
+
+fn chatglm(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    has_square_output(metadata)?;
+    rotated_fraction(metadata, map)
+}
+
+/// Refuses an output projection that is not square, which llama.cpp does not load in some architectures.
+fn has_square_output(metadata: &Metadata) -> Result<()> {
+    let (heads, width) = (metadata.required_size("attention.head_count")?, metadata.required_size("embedding_length")?);
+    if heads.checked_mul(metadata.head_dim()?) == Some(width) {
+        return Ok(());
     }
+    let (head_count, embedding) = (metadata.key("attention.head_count"), metadata.key("embedding_length"));
+    Err(metadata.unsupported(&format!("`{head_count}` times the width of a head other than `{embedding}`")))
+}
+
+/// llama.cpp has windows in the models of 64 layers only, whatever the file says; in these, the layers without a window have
+/// no positions.
+fn exaone4(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    const WINDOWED_LAYERS: usize = 64;
+    has_square_output(metadata)?;
+    let size = metadata.size("attention.sliding_window")?.filter(|&size| size > 0);
+    let layers = metadata.required_size("block_count")?;
+    if layers != WINDOWED_LAYERS {
+        if size.is_some() {
+            let key = metadata.key("attention.sliding_window");
+            let what = format!("`{key}` in a model of another number of layers than {WINDOWED_LAYERS}");
+            return Err(metadata.unsupported(&what));
+        }
+        map.insert("sliding_window".into(), Value::Null);
+        // transformers requires the key beside a window of null
+        map.insert("layer_types".into(), Value::Array(vec!["full_attention".into(); layers.min(MAX_LAYERS)]));
+        return Ok(());
+    }
+    // without a pattern, three of four layers have a window, which is the default of the family, too
+    windows(metadata, map)?;
+    map.insert("sliding_window".into(), size.unwrap_or(4096).into());
+    let theta = metadata.number("rope.freq_base")?.unwrap_or(10_000.0);
+    if metadata.number("rope.freq_base_swa")?.is_some_and(|local| local.to_bits() != theta.to_bits()) {
+        return Err(
+            metadata.unsupported(&format!("`{}` other than that of all layers", metadata.key("rope.freq_base_swa")))
+        );
+    }
+    Ok(())
+}
+
+/// Scaled positions without the factor on queries have one of 0, because the configuration class requires the key.
+fn mistral3(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    let mut rope = map.remove("rope_scaling").unwrap_or_else(|| json!({"rope_type": "default"}));
+    rope["rope_theta"] = map.remove("rope_theta").unwrap_or_else(|| 10_000.0.into());
+    rope["llama_4_scaling_beta"] = shortest(metadata.number("attention.temperature_scale")?.unwrap_or(0.0));
+    if rope.get("original_max_position_embeddings").is_none() {
+        rope["original_max_position_embeddings"] = metadata.required_size("context_length")?.into();
+    }
+    if let Some(all) = metadata.number("rope.scaling.yarn_log_multiplier")?.filter(|all| *all != 0.0) {
+        rope["mscale"] = 1.0.into();
+        rope["mscale_all_dim"] = shortest(all);
+    }
+    map.insert("rope_parameters".into(), rope);
+    map.insert("sliding_window".into(), Value::Null);
     Ok(())
 }

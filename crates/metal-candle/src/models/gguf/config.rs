@@ -55,6 +55,12 @@ impl GgufModel<'_> {
                     .unsupported(&format!("`{}` in a model of this architecture", self.metadata.key(name))));
             }
         }
+        for name in self.architecture.unread {
+            let name = format!("blk.0.{name}");
+            if self.metadata.has_tensor(&name) {
+                return Err(self.metadata.unsupported(&format!("the tensor `{name}` in a model of this architecture")));
+            }
+        }
         if self.metadata.file.flag(&self.metadata.key("attention.causal"))? == Some(false) {
             return Err(self.metadata.unsupported("attention to later tokens (`attention.causal`)"));
         }

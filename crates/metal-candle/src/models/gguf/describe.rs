@@ -5,7 +5,7 @@ use super::names::GgufNames;
 use crate::error::{Error, Result};
 use crate::files::{GgufFile, GgufType, GgufValue};
 use crate::models::ModelConfig;
-use crate::models::description::{AttentionSpec, Description, FeedForwardSpec};
+use crate::models::description::{AttentionSpec, Description, FeedForwardSpec, GatedMlpSpec, GatedProjections};
 use crate::ops::norm::NormKind;
 use crate::ops::rotary::{RotaryScaling, RotarySpec};
 use metal_candle_kernels::Mask;
@@ -49,10 +49,15 @@ impl GgufDescription {
         };
         let mut tensors = Vec::new();
         for spec in config.parameter_specs()? {
-            let Some(name) = self.names.tensor(&spec.name) else {
+            let parts = self.names.parts(&spec.name);
+            if parts.is_empty() {
                 return Err(refused(&format!("the tensor `{}`", spec.name)));
-            };
-            tensors.push((name, spec.shape, GgufType::F32, None));
+            }
+            let mut shape = spec.shape;
+            if let Some(rows) = shape.first_mut() {
+                *rows /= parts.len();
+            }
+            tensors.extend(parts.into_iter().map(|name| (name, shape.clone(), GgufType::F32, None)));
         }
         for (name, values) in &self.tables {
             let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -128,6 +133,7 @@ impl Writer {
         self.optional("attention.scale", Some(first.attention.scale.into()));
         self.optional("attn_logit_softcapping", first.attention.soft_cap.map(f64::from));
         self.optional("attention.clamp_kqv", first.attention.clip.map(f64::from));
+        self.optional("attention.temperature_scale", first.attention.query_scaling.map(|scaling| scaling.beta));
         self.windows(description);
         self.rotary(description);
     }
@@ -167,7 +173,13 @@ impl Writer {
                 self.number("rope.scaling.factor", *factor);
             }
             RotaryScaling::Yarn {
-                factor, original_max_position_embeddings: original, beta_fast, beta_slow, ..
+                factor,
+                original_max_position_embeddings: original,
+                beta_fast,
+                beta_slow,
+                mscale,
+                mscale_all_dim,
+                ..
             } => {
                 let factor = factor.unwrap_or(spec.max_position_embeddings as f64 / *original as f64);
                 self.own("rope.scaling.type", GgufValue::Text("yarn".into()));
@@ -175,6 +187,7 @@ impl Writer {
                 self.size("rope.scaling.original_context_length", *original);
                 self.number("rope.scaling.yarn_beta_fast", *beta_fast);
                 self.number("rope.scaling.yarn_beta_slow", *beta_slow);
+                self.optional("rope.scaling.yarn_log_multiplier", mscale.and(*mscale_all_dim));
             }
             RotaryScaling::LongRope { short_factor, long_factor, original_max_position_embeddings, .. } => {
                 let narrow = |factors: &[f64]| factors.iter().map(|factor| *factor as f32).collect();
@@ -232,7 +245,7 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
             }
         })
     };
-    let checks: [(&'static str, bool); 10] = [
+    let checks: [(&'static str, bool); 11] = [
         ("its sizes", sizes(own.0) == sizes(read.0) && own.1.layers.len() == read.1.layers.len()),
         (
             "its norms",
@@ -250,6 +263,7 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
             "its attention soft cap or clipping",
             attention(|own, read| own.soft_cap == read.soft_cap && own.clip == read.clip),
         ),
+        ("its query scaling", attention(|own, read| own.query_scaling == read.query_scaling)),
         ("its attention scale", attention(|own, read| (own.scale - read.scale).abs() <= 1e-6 * own.scale.abs())),
         (
             "its biases",
@@ -269,7 +283,7 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
                     ..spec.clone()
                 };
                 bare(&own.attention) == bare(&read.attention)
-                    && own.feed_forward == read.feed_forward
+                    && in_file(&own.feed_forward) == in_file(&read.feed_forward)
                     && own.norms == read.norms
                     && own.is_parallel == read.is_parallel
                     && (own.residual_scale - read.residual_scale).abs() <= 1e-6 * own.residual_scale.abs()
@@ -277,6 +291,17 @@ fn difference(own: (&ModelConfig, &Description), read: (&ModelConfig, &Descripti
         ),
     ];
     checks.into_iter().find(|(_, is_same)| !is_same).map(|(what, _)| what)
+}
+
+/// The feed-forward part as a file stores it: the shared MLP of a mixture without experts is a plain one.
+fn in_file(spec: &FeedForwardSpec) -> FeedForwardSpec {
+    match spec {
+        FeedForwardSpec::Gated(mlp) if mlp.path == "shared_mlp" => {
+            let projections = GatedProjections::Separate(["gate_proj", "up_proj", "down_proj"]);
+            FeedForwardSpec::Gated(GatedMlpSpec { path: "mlp", projections, ..mlp.clone() })
+        }
+        other => other.clone(),
+    }
 }
 
 /// Whether two tables rotate q and k alike, for short and for long sequences.

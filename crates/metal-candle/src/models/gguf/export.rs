@@ -31,12 +31,14 @@ pub struct GgufExport<'a> {
 pub struct ExportedTensor {
     /// The name in the file: `blk.0.attn_q.weight`.
     pub name: String,
-    /// The parameter that it contains.
+    /// The parameter that it contains, or a part of its rows, with the shape in the file.
     pub spec: ParameterSpec,
     /// The type of its elements in the file.
     pub kind: GgufType,
     /// The index of the parameter.
     parameter: usize,
+    /// The first of its rows.
+    start: usize,
 }
 
 impl<'a> GgufExport<'a> {
@@ -52,11 +54,18 @@ impl<'a> GgufExport<'a> {
         for (parameter, (spec, (_, weight))) in
             config.parameter_specs()?.into_iter().zip(model.parameters()).enumerate()
         {
-            let name = description.names.tensor(&spec.name).unwrap_or_default();
             // vectors and the norms of each head are small, so they stay exact
             let is_matrix = spec.shape.len() == 2 && !matches!(spec.role, Role::Norm { .. });
             let kind = if is_matrix { type_of(weight) } else { GgufType::F32 };
-            tensors.push(ExportedTensor { name, spec, kind, parameter });
+            let parts = described.names.parts(&spec.name);
+            let rows = spec.shape.first().map_or(0, |rows| rows / parts.len().max(1));
+            for (index, name) in parts.into_iter().enumerate() {
+                let mut spec = spec.clone();
+                if let Some(of_part) = spec.shape.first_mut() {
+                    *of_part = rows;
+                }
+                tensors.push(ExportedTensor { name, spec, kind, parameter, start: index * rows });
+            }
         }
         Ok(Self { model, description, tensors, metadata: Vec::new() })
     }
@@ -170,7 +179,7 @@ fn write_tensor(
     let mut num_bytes = 0;
     for start in (0..rows).step_by(at_once) {
         let len = at_once.min(rows - start);
-        let part = weight.narrow_rows(start, len)?;
+        let part = weight.narrow_rows(tensor.start + start, len)?;
         let mut bytes = if part.block_format().is_some() {
             part.block_bytes()?
         } else {

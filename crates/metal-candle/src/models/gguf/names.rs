@@ -20,6 +20,13 @@ const MODULES: &[(&str, &str)] = &[
     ("ffn_down", "mlp.down_proj"),
 ];
 
+/// The layer of a parameter, its module in the layer, and whether it is a weight or a bias.
+fn in_layer(parameter: &str) -> Option<(&str, &str, &str)> {
+    let (layer, rest) = parameter.strip_prefix("model.layers.")?.split_once('.')?;
+    let (module, kind) = rest.rsplit_once('.')?;
+    Some((layer, module, kind))
+}
+
 /// The differences between the tensors of a checkpoint and of a GGUF file, for one architecture.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GgufNames {
@@ -58,11 +65,19 @@ impl GgufNames {
         if let Some(name) = known {
             return Some(name.into());
         }
-        let (layer, rest) = parameter.strip_prefix("model.layers.")?.split_once('.')?;
-        let (module, kind) = rest.rsplit_once('.')?;
+        let (layer, module, kind) = in_layer(parameter)?;
         let modules = self.architecture.modules.iter().chain(MODULES);
         let (name, _) = modules.into_iter().find(|(_, own)| *own == module)?;
         Some(format!("blk.{layer}.{name}.{kind}"))
+    }
+
+    /// The names in the file of a parameter: two if the file holds the halves of its rows as tensors of their own.
+    pub(super) fn parts(self, parameter: &str) -> Vec<String> {
+        let halves = in_layer(parameter).and_then(|(layer, module, kind)| {
+            let (names, _) = self.architecture.halves.iter().find(|(_, own)| *own == module)?;
+            Some(names.map(|name| format!("blk.{layer}.{name}.{kind}")))
+        });
+        halves.map_or_else(|| self.tensor(parameter).into_iter().collect(), Vec::from)
     }
 
     /// Whether the file stores the rows of a tensor interleaved within each head.
