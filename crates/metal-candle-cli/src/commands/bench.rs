@@ -19,7 +19,7 @@ use measure::{Measured, measure, weights_bytes};
 use metal_candle::inference::KVCacheType;
 use metal_candle::models::{MatmulPrecision, save_model};
 use metal_candle::ops::BlockFormat;
-use metal_candle::{Device, Model};
+use metal_candle::{Device, Model, ModelConfig};
 use peer::Peer;
 use report::{Report, Row};
 use shape::Shape;
@@ -48,9 +48,11 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
     let device = flags.device.open(output)?;
     // report missing packages before loading anything
     let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
-    let mut subject = Subject::new(flags, device, output)?;
+    let origin = Origin::find(flags, device, output)?;
+    // report wrong sizes before loading and quantizing
+    let works = flags.works(&origin.config()?, device, output)?;
+    let mut subject = Subject::new(origin, flags, device, output)?;
     subject.model = flags.precision.apply(subject.model)?;
-    let works = flags.works(subject.model.config(), device, output)?;
     let mut report = Report {
         device: device.name(),
         device_name: device.description(),
@@ -136,6 +138,13 @@ impl Bench {
     }
 }
 
+/// Where the measured model comes from.
+enum Origin {
+    /// Random weights.
+    Random(Shape),
+    Files(ModelSource),
+}
+
 /// The measured model.
 struct Subject {
     model: Model,
@@ -167,35 +176,51 @@ fn type_of(model: &Model) -> &'static str {
     format.map_or(model.dtype().as_str(), BlockFormat::name)
 }
 
-impl Subject {
-    fn new(flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
-        let shape = match (&flags.model, flags.shape) {
-            (None, None) if !device.is_cpu() => Some(Shape::Qwen500M),
-            (_, shape) => shape,
-        };
-        if let Some(shape) = shape {
-            let dtype = flags.dtype.unwrap_or(WeightType::Bf16).dtype();
-            let config = shape.config()?;
-            // weights to be quantized are created on the CPU
-            let home = if flags.quantize.is_some() { Device::CPU } else { device };
-            shape.check_memory(dtype, home.memory().map(|memory| memory.free))?;
-            output.note(format_args!("creating random weights with the shape of {}", shape.name()));
-            let model = match flags.quantize {
-                Some(MixtureName(mixture)) => {
-                    let model = Model::repeated_pattern(config, 1, dtype, Device::CPU)?;
-                    moved(&quantized(&model, &mixture.into(), output)?, device, flags.dtype)?
-                }
-                None => Model::repeated_pattern(config, 1, dtype, device)?,
-            };
-            return Ok(Self { model, name: format!("random weights, shape of {}", shape.name()), folder: None });
-        }
-        let source = ModelSource::find(flags.model.as_deref().unwrap_or(NANO), output)?;
-        let model = source.load_as((flags.dtype, flags.quantize), flags.device, output)?;
-        Ok(Self {
-            model,
-            name: source.name.clone(),
-            folder: (source.gguf().is_none() && flags.quantize.is_none()).then(|| source.folder().to_path_buf()),
+impl Origin {
+    fn find(flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
+        Ok(match (&flags.model, flags.shape) {
+            (None, None) if !device.is_cpu() => Self::Random(Shape::Qwen500M),
+            (_, Some(shape)) => Self::Random(shape),
+            (model, None) => Self::Files(ModelSource::find(model.as_deref().unwrap_or(NANO), output)?),
         })
+    }
+
+    fn config(&self) -> Result<ModelConfig> {
+        match self {
+            Self::Random(shape) => Ok(shape.config()?),
+            Self::Files(source) => Ok(source.config()?),
+        }
+    }
+}
+
+impl Subject {
+    fn new(origin: Origin, flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
+        match origin {
+            Origin::Random(shape) => Self::random(shape, flags, device, output),
+            Origin::Files(source) => {
+                let model = source.load_as((flags.dtype, flags.quantize), flags.device, output)?;
+                let is_shared = source.gguf().is_none() && flags.quantize.is_none();
+                let folder = is_shared.then(|| source.folder().to_path_buf());
+                Ok(Self { model, name: source.name, folder })
+            }
+        }
+    }
+
+    fn random(shape: Shape, flags: &BenchArguments, device: Device, output: Output) -> Result<Self> {
+        let dtype = flags.dtype.unwrap_or(WeightType::Bf16).dtype();
+        let config = shape.config()?;
+        // weights to be quantized are created on the CPU
+        let home = if flags.quantize.is_some() { Device::CPU } else { device };
+        shape.check_memory(dtype, home.memory().map(|memory| memory.free))?;
+        output.note(format_args!("creating random weights with the shape of {}", shape.name()));
+        let model = match flags.quantize {
+            Some(MixtureName(mixture)) => {
+                let model = Model::repeated_pattern(config, 1, dtype, Device::CPU)?;
+                moved(&quantized(&model, &mixture.into(), output)?, device, flags.dtype)?
+            }
+            None => Model::repeated_pattern(config, 1, dtype, device)?,
+        };
+        Ok(Self { model, name: format!("random weights, shape of {}", shape.name()), folder: None })
     }
 
     /// The model, and a folder that other programs can load it from.

@@ -61,6 +61,9 @@ fn parts_are_skipped_and_sizes_refused() {
         let ran = fixture.run(&format!("bench --device cpu --model model {flags}"));
         assert!(ran.code == 1 && ran.stderr.contains(expected), "{flags}: {}", ran.stderr);
     }
+    // before any weights exist
+    let ran = fixture.run("bench --device cpu --shape qwen2.5-0.5b --quantize q8_0 --decode-batch 33");
+    assert!(ran.code == 1 && !ran.stderr.contains("random weights"), "{}", ran.stderr);
 }
 
 #[test]
