@@ -222,7 +222,7 @@ impl Block {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::SteppedBlocks;
+    use super::DecodeSizes;
     use crate::models::{Model, ModelConfig, families};
     use crate::{DType, Device};
     use serde_json::json;
@@ -239,7 +239,7 @@ mod tests {
             });
             let config = ModelConfig::from_json_str(&config.to_string()).unwrap();
             let model = Model::repeated_pattern(config, 1, DType::F32, Device::CPU).unwrap();
-            let has_step = SteppedBlocks::new(&model.inner.blocks, DType::F32).is_some();
+            let has_step = DecodeSizes::new(&model.inner.blocks, DType::F32).is_some();
             !has_step || !crate::models::parts::step::is_rms_norm(&model.inner.norm)
         };
         let names = families::names();

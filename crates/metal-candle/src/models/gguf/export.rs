@@ -57,7 +57,7 @@ impl<'a> GgufExport<'a> {
             // vectors and the norms of each head are small, so they stay exact
             let is_matrix = spec.shape.len() == 2 && !matches!(spec.role, Role::Norm { .. });
             let kind = if is_matrix { type_of(weight) } else { GgufType::F32 };
-            let parts = described.names.parts(&spec.name);
+            let parts = description.names.parts(&spec.name);
             let rows = spec.shape.first().map_or(0, |rows| rows / parts.len().max(1));
             for (index, name) in parts.into_iter().enumerate() {
                 let mut spec = spec.clone();
