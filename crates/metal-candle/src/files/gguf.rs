@@ -334,6 +334,27 @@ mod tests {
     }
 
     #[test]
+    fn lists_have_a_limit() {
+        let opened = |counts: &[u64]| {
+            let mut bytes = [&b"GGUF\x03\0\0\0"[..], &[0; 8], &(counts.len() as u64).to_le_bytes()].concat();
+            for (number, count) in (b'a'..).zip(counts) {
+                bytes.extend(
+                    [&1_u64.to_le_bytes()[..], &[number], &9_u32.to_le_bytes(), &[0; 4], &count.to_le_bytes()].concat(),
+                );
+                bytes.extend(vec![0; (*count).min(8) as usize]);
+            }
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), bytes).unwrap();
+            GgufFile::open(file.path()).map_err(|error| error.to_string())
+        };
+        assert!(opened(&[8, 8]).is_ok());
+        for counts in [&[(1 << 24) + 1][..], &[8, (1 << 24) - 7], &[u64::MAX]] {
+            let error = opened(counts).unwrap_err();
+            assert!(error.contains("expected lists of at most 16777216 items"), "{error}");
+        }
+    }
+
+    #[test]
     fn split_models_are_opened_by_any_of_their_files() {
         let folder = tempfile::tempdir().unwrap();
         let path = |number: u32| folder.path().join(format!("tiny-{number:05}-of-00002.gguf"));

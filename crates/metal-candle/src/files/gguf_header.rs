@@ -10,6 +10,9 @@ pub(super) const MAGIC: &[u8; 4] = b"GGUF";
 /// Maximum number of dimensions of a tensor.
 const MAX_DIMENSIONS: usize = 4;
 pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
+/// Most items of all lists together. An item of one byte takes as much memory as any value, so a file of some gigabytes could
+/// take all memory.
+const MAX_ITEMS: u64 = 1 << 24;
 
 /// A value of the metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,7 +79,7 @@ type Parsed<T> = std::result::Result<T, String>;
 type Parts = (BTreeMap<String, GgufValue>, BTreeMap<String, Range<usize>>, Vec<GgufTensor>);
 
 fn parse(bytes: &[u8]) -> Parsed<Parts> {
-    let mut reader = Reader { bytes, at: 0 };
+    let mut reader = Reader { bytes, at: 0, items_left: MAX_ITEMS };
     let magic = reader.take(4).map_err(|_| format!("expected a GGUF file, found {} bytes", bytes.len()))?;
     if magic != MAGIC {
         return Err("expected a GGUF file, which starts with `GGUF`, found other bytes".into());
@@ -139,10 +142,11 @@ fn parse(bytes: &[u8]) -> Parsed<Parts> {
     Ok((metadata, encoded, tensors))
 }
 
-/// Reads little-endian values. Allocations are bounded by the length of the file.
+/// Reads little-endian values. Allocations are bounded by the length of the file and the number of items of lists.
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
+    items_left: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -188,6 +192,9 @@ impl<'a> Reader<'a> {
             8 => GgufValue::Text(self.text()?),
             9 if may_be_list => {
                 let (item_type, count) = (self.u32()?, self.u64()?);
+                let left = self.items_left.checked_sub(count);
+                self.items_left =
+                    left.ok_or_else(|| format!("expected lists of at most {MAX_ITEMS} items, found more ({count})"))?;
                 let mut values = Vec::new();
                 for _ in 0..count {
                     values.push(self.value(item_type, false)?);
