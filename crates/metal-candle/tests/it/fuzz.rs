@@ -1,6 +1,7 @@
 //! The bodies of the fuzz targets on mutated seeds, in processes that are watched: no panic, abort, hang or large memory.
 //!
-//! `METAL_CANDLE_FUZZ_INPUTS` is the number of inputs of each target, `METAL_CANDLE_FUZZ_TARGET` the name of one target.
+//! `METAL_CANDLE_FUZZ_INPUTS` is the number of inputs of each target, `METAL_CANDLE_FUZZ_TARGET` the name of one target, and
+//! `METAL_CANDLE_FUZZ_SEED` a number that selects other inputs.
 
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ mod mutate;
 
 const INPUTS: &str = "METAL_CANDLE_FUZZ_INPUTS";
 const TARGET: &str = "METAL_CANDLE_FUZZ_TARGET";
+const SEED: &str = "METAL_CANDLE_FUZZ_SEED";
 /// Set in the processes that run inputs: the file for the input that is run just now.
 const INPUT_FILE: &str = "METAL_CANDLE_FUZZ_INPUT_FILE";
 /// Inputs of each target if nothing is said.
@@ -49,7 +51,8 @@ fn run_in_a_watched_process() {
     let count: usize = std::env::var(INPUTS).unwrap().parse().unwrap();
     let target = bodies::TARGETS.into_iter().find(|target| target.name == name).unwrap();
     let seeds = seeds(&name);
-    let mut mutator = mutate::Mutator::new(11, target.max_bytes);
+    let seed = std::env::var(SEED).map_or(11, |seed| seed.parse().unwrap());
+    let mut mutator = mutate::Mutator::new(seed, target.max_bytes);
     let (mut slowest, mut largest, mut num_read) = (Duration::ZERO, 0, 0);
     let inputs = seeds.len() + count;
     for number in 0..inputs {
