@@ -233,17 +233,20 @@ fn of_process(of_cuda: impl Fn(Device) -> Option<usize>, of_ram: &str) -> Option
 pub struct MemoryInUse {
     /// Memory used by this process; on CUDA, by all processes.
     pub used: usize,
+    /// The part of it that holds pages of mapped files, such as weights; 0 on accelerators.
+    pub mapped: usize,
     /// Free memory; on accelerators, less a margin.
     pub free: usize,
 }
 
 fn cpu_memory() -> Option<MemoryInUse> {
-    let used = kilobytes(Path::new("/proc/self/status"), "VmRSS:")?;
+    let status = Path::new("/proc/self/status");
+    let (used, mapped) = (kilobytes(status, "VmRSS:")?, kilobytes(status, "RssFile:")?);
     let mut free = kilobytes(Path::new("/proc/meminfo"), "MemAvailable:")?;
     if let (Some(limit), Some(current)) = (control_group("memory.max"), control_group("memory.current")) {
         free = free.min(limit.saturating_sub(current));
     }
-    Some(MemoryInUse { used, free })
+    Some(MemoryInUse { used, mapped, free })
 }
 
 fn cpu_total_memory() -> Option<usize> {
@@ -286,7 +289,7 @@ fn metal_memory() -> Option<MemoryInUse> {
     let devices = candle_metal_kernels::metal::Device::all();
     let used = devices.first()?.as_ref().currentAllocatedSize();
     let limit = metal_working_set()? / 10 * 8;
-    Some(MemoryInUse { used, free: limit.saturating_sub(used) })
+    Some(MemoryInUse { used, mapped: 0, free: limit.saturating_sub(used) })
 }
 
 #[cfg(feature = "metal")]
@@ -344,7 +347,7 @@ fn metal_name() -> Option<String> {
 /// Memory of the whole GPU, less a margin: other processes use it, too, and fragmented memory cannot be used completely.
 fn cuda_memory(device: Device) -> Option<MemoryInUse> {
     let (free, total) = cuda_free_and_total(device)?;
-    Some(MemoryInUse { used: total.saturating_sub(free), free: free / 10 * 9 })
+    Some(MemoryInUse { used: total.saturating_sub(free), mapped: 0, free: free / 10 * 9 })
 }
 
 #[cfg(feature = "cuda")]

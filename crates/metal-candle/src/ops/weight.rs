@@ -111,6 +111,15 @@ impl Weight {
         }
     }
 
+    /// Whether the elements are in a mapped file, whose pages the system reads when they are used.
+    pub fn is_mapped(&self) -> bool {
+        match &self.stored {
+            Stored::Mapped(_) => true,
+            Stored::Quantized(quantized) => quantized.file().is_some(),
+            Stored::Dense(_) | Stored::OnGpu(_) => false,
+        }
+    }
+
     /// Its shape.
     pub fn dims(&self) -> &[usize] {
         match &self.stored {

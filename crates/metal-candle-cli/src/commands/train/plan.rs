@@ -10,6 +10,7 @@ use clap::Args;
 use metal_candle::data::Dataset;
 use metal_candle::inference::SchedulerConfig;
 use metal_candle::training::{Trained, Trainer, TrainingPlan};
+use metal_candle::{MemoryInUse, Model};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -55,7 +56,7 @@ impl Prepared {
         if let Some(memory) = &mut memory {
             memory.free /= sharing;
         }
-        let program_bytes = memory.map(|memory| memory.used.saturating_sub(whole.weights_bytes));
+        let program_bytes = memory.map(|memory| program_bytes(&self.model, memory));
         let budget = match &self.settings.memory {
             Some(text) => {
                 let bytes = parse_bytes(text).map_err(|message| UserError::new(format!("`--memory`: {message}")))?;
@@ -80,6 +81,15 @@ impl Prepared {
         let longest = rows.iter().flat_map(|rows| rows.lengths()).max().unwrap_or(0);
         SchedulerConfig::of(&self.model).cache_bytes(&self.model, 1, longest + super::answers::MAX_SAMPLE_TOKENS)
     }
+}
+
+/// The memory in use besides the weights. Pages of mapped weights are in memory only after their first use.
+fn program_bytes(model: &Model, memory: MemoryInUse) -> usize {
+    let (mut loaded, mut mapped) = (0, 0);
+    for (_, weight) in model.parameters() {
+        *(if weight.is_mapped() { &mut mapped } else { &mut loaded }) += weight.num_bytes();
+    }
+    memory.used.saturating_sub(loaded + memory.mapped.min(mapped))
 }
 
 impl Fitted {
@@ -186,4 +196,25 @@ pub(super) fn print<T: Trained>(
     }
     Output::print(text)?;
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::program_bytes;
+    use metal_candle::{Device, MemoryInUse, ModelLoader};
+
+    #[test]
+    fn mapped_weights_count_only_while_they_are_in_memory() {
+        let folder = crate::nano::folder().unwrap();
+        let model = ModelLoader::new().with_device(Device::CPU).load(folder).unwrap();
+        let mapped: usize = model.parameters().iter().filter(|(_, w)| w.is_mapped()).map(|(_, w)| w.num_bytes()).sum();
+        let all: usize = model.parameters().iter().map(|(_, weight)| weight.num_bytes()).sum();
+        assert!(mapped > 0);
+        let found = |used, mapped| program_bytes(&model, MemoryInUse { used, mapped, free: 0 });
+        assert_eq!(found(all - mapped + 1000, 0), 1000);
+        assert_eq!(found(all - mapped + 1000, 400), 600);
+        // other mapped files, such as the program's own
+        assert_eq!(found(all + 5000, mapped + 3000), 5000);
+    }
 }
