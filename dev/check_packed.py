@@ -26,6 +26,7 @@ TOLERANCE = 2e-5
 # for matrices that are stored dense in f16 or bf16
 ROUNDED = dict(bfloat16=5e-2, float16=6e-3)
 MLX = [dict(bits=bits, group_size=group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)] + [dict(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
+WRITTEN = ["4bit", "8bit", "mxfp4", "2bit", "3bit", "5bit", "6bit"]
 # not supported by mlx-lm
 CHANGES = dict(gemma2=dict(sliding_window=64), gemma3=dict(rope_parameters={kind: PLAIN for kind in (SLIDING, FULL)}))
 FAMILIES = ["llama", "llama-tied", "llama-llama3", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "granite", "olmo2"]
@@ -48,6 +49,20 @@ def check_mlx(binary, name, settings, seed):
         write_mlx(folder, make_model(build_config(**keys), seed, None), **settings)
         ids = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
         return compare(binary, folder, ids, mlx_logits(folder, ids))
+
+
+def check_written(binary, name, kind, dtype, seed):
+    """A model that `convert --mlx-type` writes: mlx-lm's logits of it beside ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, written = Path(folder) / "source", Path(folder) / "written"
+        keys = SIZES | dict(vocab_size=64, hidden_size=64, intermediate_size=128) | CASES[name] | CHANGES.get(name, {})
+        make_model(build_config(**keys), seed, None).to(getattr(torch, dtype)).save_pretrained(source)
+        command = [binary, "convert", "--model", source, "--format", "mlx", "--mlx-type", kind, "--output", written]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr.strip())
+        ids = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return compare(binary, written, ids, mlx_logits(written, ids))
 
 
 def compare(binary, folder, ids, expected):
@@ -134,6 +149,11 @@ def main():
             limits = ROUNDED.get(dtype, exact) if is_dense else exact, exact
             name = f"mlx {family} {dtype} " + " ".join(map(str, settings.values()))
             check(name, limits, lambda: check_mlx(binary, family, settings | dict(dtype=dtype), number))
+        for dtype, kind in zip(["bfloat16", "float16", "float32"] * len(WRITTEN), WRITTEN):
+            exact = 1e-3 if family == "gemma" else TOLERANCE
+            # inference with repacked matrices rounds activations to 8 bits
+            limits = 0.25 if kind not in ("6bit", "8bit") else ROUNDED.get(dtype, exact), exact
+            check(f"written {family} {dtype} {kind}", limits, lambda: check_written(binary, family, kind, dtype, number))
     methods = other_methods(
         functions_of(Path(gptq_model) / "gptqmodel/utils/model_dequant.py"), functions_of(Path(auto_awq) / "awq/utils/packing_utils.py")
     )

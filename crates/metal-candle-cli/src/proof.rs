@@ -134,6 +134,11 @@ fn validation_rows(adapter: &Path, tokenizer: &Tokenizer, config: &ModelConfig) 
 pub(crate) fn save_proved(model: &Model, folder: &Path, proof: Option<&Proof>) -> Result<()> {
     let Some(proof) = proof else { return Ok(save_model(model, folder)?) };
     save_model_with(model, folder, &[(PROOF, &proof.to_line())])?;
+    save_report(folder, proof)
+}
+
+/// Writes a proof as the file `proof.json` of a folder.
+pub(crate) fn save_report(folder: &Path, proof: &Proof) -> Result<()> {
     let report = format!("{:#}\n", proof.to_json());
     Ok(write_atomically(folder.join("proof.json"), |file| file.write_all(report.as_bytes()))?)
 }

@@ -5,30 +5,51 @@ use crate::error::UserError;
 use crate::gguf_output::{self, GgufReport};
 use crate::model_source::{ModelArguments, ModelSource, check_adapter, load_adapter};
 use crate::output::{Output, bytes};
-use crate::proof::{Proof, ProofText, save_proved};
+use crate::proof::{Proof, ProofText, save_proved, save_report};
 use crate::run_folder::{FREE_HINT, check_free, fill_folder};
 use crate::values::ByteSize;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::Tokenizer;
-use metal_candle::models::Rows;
+use metal_candle::models::{MlxQuantization, Rows, save_mlx_model};
 use metal_candle::{Model, ModelLoader};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// A format of models or adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     /// A PEFT adapter: `adapter_model.safetensors` and `adapter_config.json`.
     Peft,
-    /// An mlx-lm folder: `adapters.safetensors` and `adapter_config.json` for an adapter, the same as
-    /// `safetensors` for a model.
+    /// An mlx-lm folder: `adapters.safetensors` and `adapter_config.json` for an adapter; for a model
+    /// the same as `safetensors`, or a quantized model with `--mlx-type`.
     Mlx,
     /// A GGUF file for llama.cpp, of a model or an adapter.
     Gguf,
     /// A model folder for transformers: `model.safetensors`, `config.json` and the tokenizer.
     Safetensors,
+}
+
+/// How the matrices of an mlx-lm model are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MlxType {
+    /// The number of bits.
+    Affine(usize),
+    Mxfp4,
+}
+
+impl FromStr for MlxType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "mxfp4" {
+            return Ok(Self::Mxfp4);
+        }
+        let bits = text.strip_suffix("bit").and_then(|bits| bits.parse().ok()).filter(|bits| matches!(bits, 2..=6 | 8));
+        bits.map(Self::Affine).ok_or_else(|| "expected one of 2bit, 3bit, 4bit, 5bit, 6bit, 8bit, mxfp4".into())
+    }
 }
 
 /// Flags of `convert`.
@@ -37,6 +58,15 @@ pub(crate) struct ConvertArguments {
     /// The format to write.
     #[arg(long, value_enum)]
     pub(crate) format: Format,
+
+    /// Quantize a model for mlx-lm: `2bit` to `6bit` or `8bit` (affine, with a scale and a bias for
+    /// each group of weights of a row), or `mxfp4`. Needs `--format mlx`.
+    #[arg(long, value_name = "TYPE", conflicts_with_all = ["quantize", "adapter"])]
+    pub(crate) mlx_type: Option<MlxType>,
+
+    /// Weights of a group: 32, 64 or 128 [default: 64; always 32 for `mxfp4`].
+    #[arg(long, value_name = "COUNT", requires = "mlx_type")]
+    pub(crate) mlx_group_size: Option<usize>,
 
     #[command(flatten)]
     pub(crate) model: ModelArguments,
@@ -58,6 +88,24 @@ pub(crate) struct ConvertArguments {
     pub(crate) text: ProofText,
 }
 
+impl ConvertArguments {
+    /// The settings of `--mlx-type`.
+    fn mlx_quantization(&self) -> Result<Option<MlxQuantization>> {
+        let group_size = self.mlx_group_size.unwrap_or(if self.mlx_type == Some(MlxType::Mxfp4) { 32 } else { 64 });
+        match self.mlx_type {
+            None => Ok(None),
+            Some(MlxType::Mxfp4) if group_size == 32 => Ok(Some(MlxQuantization::Mxfp4)),
+            Some(MlxType::Affine(bits)) if matches!(group_size, 32 | 64 | 128) => {
+                Ok(Some(MlxQuantization::Affine { bits, group_size }))
+            }
+            Some(kind) => {
+                let expected = if kind == MlxType::Mxfp4 { "32 for `mxfp4`" } else { "32, 64 or 128" };
+                Err(UserError::new(format!("`--mlx-group-size`: expected {expected}, found {group_size}")).into())
+            }
+        }
+    }
+}
+
 pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     match flags.format {
         Format::Gguf => gguf_output::check_output(&flags.output)?,
@@ -65,6 +113,9 @@ pub(crate) fn run(flags: &ConvertArguments, output: Output) -> Result<()> {
     }
     if flags.split_max_size.is_some() && (flags.format != Format::Gguf || flags.adapter.is_some()) {
         return Err(UserError::new("`--split-max-size` needs a model and `--format gguf`").into());
+    }
+    if flags.mlx_quantization()?.is_some() && flags.format != Format::Mlx {
+        return Err(UserError::new("`--mlx-type` needs `--format mlx`").into());
     }
     if let Some(adapter) = &flags.adapter {
         check_adapter(adapter)?;
@@ -104,7 +155,10 @@ fn convert_model(flags: &ConvertArguments, source: &ModelSource, model: &Model, 
             }
             .finish(output)
         }
-        Format::Mlx | Format::Safetensors => write_folder(flags, source, model, output),
+        Format::Mlx | Format::Safetensors => match flags.mlx_quantization()? {
+            Some(quantization) => write_quantized_folder(flags, quantization, source, model, output),
+            None => write_folder(flags, source, model, output),
+        },
     }
 }
 
@@ -134,19 +188,58 @@ fn write_folder(flags: &ConvertArguments, source: &ModelSource, model: &Model, o
         Ok(source.write_tokenizer(&flags.output)?)
     })?;
     let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
+    report_folder(flags, (model, &written), proof.as_ref(), output)
+}
+
+/// Writes a quantized model for mlx-lm, and compares it with its source before anything is reported.
+fn write_quantized_folder(
+    flags: &ConvertArguments,
+    quantization: MlxQuantization,
+    source: &ModelSource,
+    model: &Model,
+    output: Output,
+) -> Result<()> {
+    let tokenizer = source.has_tokenizer().then(|| source.tokenizer()).transpose()?;
+    let mut compared = None;
+    fill_folder(&flags.output, FREE_HINT, || {
+        let dense = save_mlx_model(model, &flags.output, quantization)?;
+        if let Some(first) = dense.first() {
+            output.note(format_args!(
+                "{} matrices are not quantized, such as `{first}`: their rows are not whole groups (see --mlx-group-size)",
+                dense.len()
+            ));
+        }
+        source.write_tokenizer(&flags.output)?;
+        let written = ModelLoader::new().with_device(model.device()).load(&flags.output)?;
+        let proof = flags.text.measure((model, None), &written, tokenizer.as_ref(), None, Vec::new())?;
+        save_report(&flags.output, &proof)?;
+        compared = Some((written, proof));
+        Ok(())
+    })?;
+    let Some((written, proof)) = compared else { return Ok(()) };
+    report_folder(flags, (model, &written), Some(&proof), output)
+}
+
+/// Reports a written folder, and how far its logits are from those of the source.
+fn report_folder(
+    flags: &ConvertArguments,
+    (model, written): (&Model, &Model),
+    proof: Option<&Proof>,
+    output: Output,
+) -> Result<()> {
     let batch = probe(model);
     let logits = |model: &Model| model.forward(&batch, None, None, Rows::All);
-    let difference = largest_difference(&logits(model)?, &logits(&written)?)?;
+    let difference = largest_difference(&logits(model)?, &logits(written)?)?;
     let size = std::fs::metadata(flags.output.join("model.safetensors")).map_or(0, |file| file.len());
     if output.json {
         return Ok(Output::print_json(&json!({
             "output": flags.output.to_string_lossy(),
             "bytes": size,
             "max_logit_difference": difference,
-            "proof": proof.as_ref().map(Proof::to_json),
+            "proof": proof.map(Proof::to_json),
         }))?);
     }
-    if let Some(proof) = &proof {
+    if let Some(proof) = proof {
         proof.note(output);
     }
     output.note(format_args!(

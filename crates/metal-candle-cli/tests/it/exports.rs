@@ -82,6 +82,35 @@ fn a_model_becomes_a_gguf_file_and_a_folder_again() {
 }
 
 #[test]
+fn a_model_is_quantized_for_mlx() {
+    let fixture = Fixture::new();
+    let mut last = f64::INFINITY;
+    for kind in ["4bit", "8bit"] {
+        let words = format!("convert --model model --format mlx --mlx-type {kind} --mlx-group-size 32 --output {kind}");
+        let ran = fixture.ok(&format!("{words} --json"));
+        let kl = ran.json()["proof"]["mean_kl"].as_f64().unwrap();
+        assert!(kl > 0.0 && kl < last, "{kl} {last}");
+        last = kl;
+        // rows of 48 weights
+        assert!(ran.stderr.contains("such as `model.layers.0.mlp.down_proj.weight`"), "{}", ran.stderr);
+        let report: Value = serde_json::from_str(&fixture.text(&format!("{kind}/proof.json"))).unwrap();
+        assert_eq!(report, ran.json()["proof"]);
+        fixture.ok(&format!("generate --model {kind} --raw --temperature 0 --max-tokens 4 --prompt fn"));
+    }
+    for (words, part) in [
+        ("--format gguf --mlx-type 4bit --output x.gguf", "`--mlx-type` needs `--format mlx`"),
+        ("--format mlx --mlx-type 4bit --output x", "expected matrices whose rows are a multiple of 64"),
+        ("--format mlx --mlx-type 7bit --output x", "expected one of 2bit, 3bit"),
+        ("--format mlx --mlx-type mxfp4 --mlx-group-size 64 --output x", "expected 32 for `mxfp4`, found 64"),
+        ("--format mlx --mlx-type 4bit --quantize q4_0 --output x", "cannot be used with"),
+    ] {
+        let ran = fixture.run(&format!("convert --model model {words}"));
+        assert!(ran.code == 1 && ran.stderr.contains(part), "{words}\n{}", ran.stderr);
+    }
+    assert!(!fixture.path("x").exists());
+}
+
+#[test]
 fn quantizing_is_measured() {
     let fixture = Fixture::new();
     let mut last = 0.0;

@@ -38,6 +38,7 @@ mod loader_model;
 mod long_sequences;
 #[cfg(all(feature = "metal", target_os = "linux"))]
 mod metal_budget;
+mod mlx_export;
 mod packed;
 mod quick_start;
 #[cfg(feature = "hub")]
