@@ -341,7 +341,7 @@ mod tests {
                 bytes.extend(
                     [&1_u64.to_le_bytes()[..], &[number], &9_u32.to_le_bytes(), &[0; 4], &count.to_le_bytes()].concat(),
                 );
-                bytes.extend(vec![0; (*count).min(8) as usize]);
+                bytes.resize(bytes.len() + (*count).min(8) as usize, 0);
             }
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(file.path(), bytes).unwrap();
