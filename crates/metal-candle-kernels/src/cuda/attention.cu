@@ -3,14 +3,14 @@
 // the host defines, ahead of this text:
 //   T_BF16 or T_F16   1 for the storage type of q, k, v, out and gradients
 //   WIDTH             elements of a head: a multiple of 8, at most 256
-//   MASK              0 for causal attention, 1 for a window of `mask_size` keys,
-//                     2 for chunks of as many positions
-//   HAS_CAP           1 if scaled scores s become cap * tanh(s / cap)
-//   HAS_SINKS         1 if a logit of each head takes part in the softmax
+//   MASK              0 for causal attention, 1 for a sliding window of
+//                     `mask_size` keys, 2 for chunks of `mask_size` positions
+//   HAS_CAP           1 to soft-cap scaled scores s: cap * tanh(s / cap)
+//   HAS_SINKS         1 if each head has an attention sink
 // Rows in shared memory have HEAD_DIM elements: WIDTH rounded up to 32, 64, 128 or
-// 256, the rest zeros that no product reads beyond the next multiple of 16.
-// It includes nothing. Everything accumulates in f32; no float atomics, so equal
-// inputs give equal bits.
+// 256 and padded with zeros. Products read up to the next multiple of 16.
+// No headers are included. All sums are f32, without float atomics, so results are
+// deterministic.
 //
 // RAGGED BATCH. Sequence i owns rows offsets[i]..offsets[i+1] of the flat tensors
 // q/out [tokens, heads*WIDTH], k/v [tokens, kv_heads*WIDTH],
@@ -18,8 +18,8 @@
 //
 // TILE LIST. `tiles` holds gridDim.x pairs (sequence, tile index in the sequence).
 // Sort it longest first: query tiles (forward, dq) by descending last visible key;
-// key tiles (dkv) by descending count of queries that see them. Blocks take (tile,
-// head) pairs with the head running fastest, so the order holds over all heads.
+// key tiles (dkv) by descending number of queries that attend to them. Blocks take (tile,
+// head) pairs with the head running fastest, so the order applies to all heads.
 //
 // LAUNCH SHAPES (E = HEAD_DIM*2 bytes, the size of one row of one head)
 //   kernel                   grid                         block         dynamic shared bytes
@@ -55,7 +55,7 @@
 #else
 #define HEAD_DIM 256
 #endif
-// Registers hold the gradients of keys and of values of wide heads one after the other.
+// Wide heads need two passes, one for keys and one for values: the registers hold only one of the gradients.
 #define DKV_PASSES (HEAD_DIM == 256 ? 2 : 1)
 
 // Tile shapes. *_MR is the number of 16-row blocks a warp owns; the streamed side
@@ -311,7 +311,7 @@ __device__ __forceinline__ void block_work(const u32* tiles, int& sequence, int&
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
-// The first key that the query at a position sees, and the position after the last query that sees a key.
+// The first key that a query attends to, and the end of the queries that attend to a key.
 __device__ __forceinline__ int first_key(int position, int size) {
     if (MASK == 1) return max(position + 1 - size, 0);
     if (MASK == 2) return position - position % size;
@@ -324,7 +324,7 @@ __device__ __forceinline__ int queries_end(int key, int size) {
     return 0x7fffffff;
 }
 
-// Scores are kept in units in which `factor` makes them logarithms to base 2.
+// The factor that converts scores to base-2 logarithms.
 __device__ __forceinline__ float factor_of(float scale) { return HAS_CAP ? LOG2E : scale * LOG2E; }
 
 // The hyperbolic tangent of a scaled score over its cap.
@@ -336,7 +336,7 @@ __device__ __forceinline__ float tanh_of(float product, float scale, float cap) 
 
 // One tile of FWD_ROWS queries. q, out: this head at the sequence's first query,
 // row stride q_stride; k, v: this kv head at the first key, row stride kv_stride.
-// Query r is at position r + keys - queries and sees keys up to there, from the first that the mask shows.
+// Query r is at position r + keys - queries. It attends to the keys up to its position that the mask allows.
 template <bool LSE>
 __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const elem* v, elem* out, float* lse,
                                              int lse_stride, int q_stride, int kv_stride, int queries,
@@ -349,7 +349,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
     const int shift = keys - queries;
     const int live = min(queries - m0, FWD_ROWS);
     const int w0 = warp * (16 * FWD_MR);  // warp's first row in the tile
-    const int first = m0 + w0 + shift;    // last key its first row sees
+    const int first = m0 + w0 + shift;    // last key of its first row
 
     const u32 q_tile = shared_address(dynamic_shared);
     const u32 kv_tiles = q_tile + FWD_ROWS * ROW_BYTES;
@@ -357,7 +357,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
 
     const int end = m0 + live + shift;  // keys visible to the tile
     const int steps = (end + FWD_KEYS - 1) / FWD_KEYS;
-    const int begin = first_key(m0 + shift, mask_size) / FWD_KEYS;  // the tile of keys that is the first to be seen
+    const int begin = first_key(m0 + shift, mask_size) / FWD_KEYS;  // first visible tile of keys
 
     start_tile<FWD_ROWS, THREADS>(q_tile, q + (long long)m0 * q_stride, q_stride, live);
     {
@@ -534,8 +534,7 @@ __device__ __forceinline__ void forward_tile(const elem* q, const elem* k, const
     flush_rows<16 * FWD_MR>(q_tile, w0, out + (long long)(m0 + w0) * q_stride, q_stride, live - w0);
 }
 
-// Queries and keys both from the ragged batch; writes lse (natural log) for the backward.
-// The scalars of the kernels, as one structure each.
+// The scalar parameters of the kernels, one structure each.
 struct ForwardWords {
     int heads;
     int kv_heads;
@@ -565,6 +564,7 @@ struct SplitWords {
     int splits;
 };
 
+// Queries and keys of the ragged batch. Writes lse (natural log) for the backward pass.
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                   const float* __restrict__ sinks, elem* __restrict__ out, float* __restrict__ lse, const u32* __restrict__ offsets,
@@ -582,8 +582,8 @@ extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
                        kv_stride, n, n, tile, scale, p.mask_size, p.cap, HAS_SINKS ? sinks[head] : 0.f);
 }
 
-// Keys from a cache [slots, kv_heads, max_seq, WIDTH]: the queries of sequence i
-// are the last ones of the lengths[i] tokens cached in slot slots[i].
+// Keys from a cache [slots, kv_heads, max_seq, WIDTH]. Slot slots[i] contains
+// lengths[i] tokens of sequence i; its queries are the last of them.
 extern "C" __global__ void __launch_bounds__(FWD_WARPS * 32, FWD_MINB)
     flash_forward_cached(const elem* __restrict__ q, const elem* __restrict__ k, const elem* __restrict__ v,
                          const float* __restrict__ sinks, elem* __restrict__ out, const u32* __restrict__ offsets, const u32* __restrict__ lengths,
@@ -676,7 +676,7 @@ extern "C" __global__ void __launch_bounds__(DQ_WARPS * 32, DQ_MINB)
         for (int h = 0; h < 2; h++) {
             int row = w0 + m * 16 + (lane >> 2) + h * 8;
             long long at = (start + m0 + row) * heads + head;
-            bias[m][h] = row < live ? lse[at] * LOG2E : POS_INF;  // infinity makes P zero
+            bias[m][h] = row < live ? lse[at] * LOG2E : POS_INF;  // P = 0 for missing rows
             less[m][h] = row < live ? delta[at] : 0.f;
         }
 #pragma unroll
@@ -813,10 +813,10 @@ __device__ __forceinline__ void start_stats(u32 dst, const float* lse, const flo
     }
 }
 
-// dk and dv of a tile of DKV_ROWS keys: a pass over the queries that see them, for
-// `group` query heads from `head0` on. Scores are held transposed (keys by
-// queries), so P^T and dS^T are left operands straight from registers.
-// PASS says which of them: 1 for dk, 2 for dv, 3 for both.
+// dk and dv of a tile of DKV_ROWS keys: a pass over the queries that attend to them, for
+// `group` query heads starting at `head0`. Scores are transposed (keys by
+// queries), so P^T and dS^T are left operands directly from registers.
+// PASS selects the gradients: 1 for dk, 2 for dv, 3 for both.
 template <bool SPLIT, int PASS>
 __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const elem* v, const elem* d_out,
                                          const float* lse, const float* delta, elem* dk, elem* dv, float* dk_part,
@@ -841,7 +841,7 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
     const u32 stats = q_tiles + 4 * Q;          // buffer b: lse, then delta
     constexpr u32 STATS = DKV_QUERIES * 8;
 
-    const int from = k0 / DKV_QUERIES * DKV_QUERIES;  // first query tile that sees a key
+    const int from = k0 / DKV_QUERIES * DKV_QUERIES;  // first query tile that attends to a key
     const int seen_until = min(n, queries_end(k0 + live - 1, mask_size));
     const int steps = group * ((seen_until - from + DKV_QUERIES - 1) / DKV_QUERIES);
 
@@ -899,7 +899,7 @@ __device__ __forceinline__ void dkv_tile(const elem* q, const elem* k, const ele
 #pragma unroll 1
         for (int sub = 0; sub < DKV_QUERIES / DKV_SUB; sub++) {
             const int r0 = row + sub * DKV_SUB;             // first query of the block
-            if (r0 + DKV_SUB - 1 < first || r0 >= n) continue;  // sees none of the warp's keys
+            if (r0 + DKV_SUB - 1 < first || r0 >= n) continue;  // attends to none of the warp's keys
             if (MASK && r0 >= queries_end(first + 16 * DKV_MR - 1, mask_size)) continue;
             const u32 qn = qn_lane + buffer + sub * (DKV_SUB * ROW_BYTES);
             const u32 qt = qt_lane + buffer + sub * (DKV_SUB * ROW_BYTES);
@@ -1054,7 +1054,7 @@ extern "C" __global__ void __launch_bounds__(DKV_WARPS * 32, DKV_MINB)
 #endif
 }
 
-// The same with each group of query heads dealt to `splits` blocks (1 <= splits <=
+// As above, with each group of query heads divided among `splits` blocks (1 <= splits <=
 // heads / kv_heads), for when key tiles * kv_heads alone are too few to fill the
 // device. Block part s writes f32 sums to part s of dk_part and dv_part, each
 // [splits, tokens, kv_heads*WIDTH]; flash_backward_sum then adds the parts in order.

@@ -1,4 +1,4 @@
-// What the kernels are written with, for CUDA. No header is included: NVRTC may have none.
+// Defines the macros and functions that the kernels share, for CUDA. It includes no headers: NVRTC may not have any.
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
@@ -29,8 +29,8 @@ typedef f16_t T;
 typedef bf16_t T;
 #endif
 
-// Where the number of threads is known, the compiler keeps the registers within what a block of them can have, or within what
-// BLOCKS_BESIDE of them can have.
+// If the host defines the number of threads of a block, the compiler limits the registers of a thread so that one block, or
+// BLOCKS_BESIDE blocks, fit on a multiprocessor.
 #if defined(BLOCK_THREADS) && defined(BLOCKS_BESIDE)
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_BESIDE) name
 #elif defined(BLOCK_THREADS)
@@ -41,7 +41,7 @@ typedef bf16_t T;
 #define IN(type, name, index) const type* name
 #define OUT(type, name, index) type* name
 #define WORDS(type, index) const type p
-#define PLACE
+#define INDICES
 #define GLOBAL
 #define SHARED __shared__ __align__(16)
 #define SHARED_ARG
@@ -55,7 +55,8 @@ typedef bf16_t T;
 #define lane (threadIdx.x & 31u)
 #define warp (threadIdx.x >> 5)
 #define BARRIER __syncthreads()
-// A kernel of these sources is launched while the one before runs. From here on that one has ended, and the next may be launched.
+// A kernel is launched while the previous kernel runs. WAIT_FOR_INPUT waits until the previous kernel has ended, and allows the
+// launch of the next kernel.
 #if __CUDA_ARCH__ >= 900
 #define WAIT_FOR_INPUT asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory")
 #else
@@ -63,7 +64,7 @@ typedef bf16_t T;
 #endif
 #define UNROLL _Pragma("unroll")
 #define UNROLL4 _Pragma("unroll 4")
-// For what is seldom run, so that the rest need not pay for its registers.
+// For code that rarely runs, so that it does not raise the number of registers.
 #define NO_UNROLL _Pragma("unroll 1")
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define ATOMIC_UINT uint
@@ -77,7 +78,7 @@ typedef bf16_t T;
 #undef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 
-// functions, not macros: an argument may be a shuffle, which every thread must do as often
+// functions, not macros: an argument may be a shuffle, and all threads must execute it the same number of times
 FUNCTION float MAXIMUM(float a, float b) { return a > b ? a : b; }
 FUNCTION uint MAXIMUM(uint a, uint b) { return a > b ? a : b; }
 FUNCTION float MINIMUM(float a, float b) { return a < b ? a : b; }
@@ -161,7 +162,7 @@ FUNCTION void load8_shared(const float* x, float* y) {
     y[7] = b.w;
 }
 
-// Eight elements as they lie in memory.
+// Eight elements, not converted to floats.
 struct Eight {
 #if ELEMENT == 0
     float4 low;

@@ -1,6 +1,6 @@
-//! Launches, products and graphs on CUDA.
+//! Launches kernels, calls cuBLAS and records graphs on CUDA.
 //!
-//! Everything runs on the stream of candle's device, one after the other; no events are kept to order it.
+//! All work runs in order on the stream of candle's device, so no events are needed to synchronize it.
 
 mod compile;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -23,29 +23,29 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 const PRELUDE: &str = include_str!("../cuda/prelude.cu");
 
-/// Most words a kernel takes.
+/// The maximum number of words of a kernel.
 const MAX_WORDS: usize = 24;
 
-/// Most buffers a kernel takes.
+/// The maximum number of buffers of a kernel.
 const MAX_ARGS: usize = 24;
 
-/// The words as they are copied to the device; a kernel takes as many of them as its structure has.
+/// The words of a launch. A kernel reads the first words, up to the size of its structure.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Words([u32; MAX_WORDS]);
 
-/// What was compiled, by ordinal of the device: all kernels of a source with the same constants are one module.
+/// Compiled modules and functions, by ordinal of the device. All kernels of a source with the same constants share one module.
 #[derive(Default)]
 struct Compiled {
     modules: HashMap<(usize, Kernel), Arc<CudaModule>>,
     functions: HashMap<(usize, Kernel), Function>,
 }
 
-/// A kernel as the device runs it.
+/// A loaded kernel.
 #[derive(Clone)]
 struct Function {
     function: CudaFunction,
-    /// The most threads of a block: a kernel that takes many registers allows fewer than the device does.
+    /// The maximum number of threads in a block; smaller than the device's maximum if the kernel needs many registers.
     max_threads: usize,
 }
 
@@ -57,7 +57,7 @@ impl Function {
     }
 }
 
-/// The most threads that a block of `kernel` can have on this device.
+/// The maximum number of threads in a block of `kernel` on this device.
 pub(super) fn max_threads(device: &CudaDevice, kernel: &Kernel) -> Result<usize> {
     Ok(function(device, kernel)?.max_threads)
 }
@@ -71,7 +71,7 @@ fn function(device: &CudaDevice, kernel: &Kernel) -> Result<Function> {
     if let Some(function) = compiled().functions.get(&key) {
         return Ok(function.clone());
     }
-    let _alone = alone();
+    let _lock = lock_out_recordings();
     let mut compiled = compiled();
     if let Some(function) = compiled.functions.get(&key) {
         return Ok(function.clone());
@@ -89,10 +89,10 @@ fn function(device: &CudaDevice, kernel: &Kernel) -> Result<Function> {
     Ok(function)
 }
 
-/// The address of the first element of a tensor's storage seen through its layout.
+/// The device address of a tensor's first element.
 fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
     fn of<T: candle_core::cuda_backend::CudaDType>(storage: &CudaStorage, stream: &CudaStream) -> Result<u64> {
-        // the guard would record an event, and none is kept
+        // the guard would record an event, and event tracking is disabled
         Ok(storage.as_cuda_slice::<T>()?.device_ptr(stream).0)
     }
     let dtype = candle_core::backend::BackendStorage::dtype(storage);
@@ -102,35 +102,35 @@ fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Resul
         DType::F32 => of::<f32>(storage, stream)?,
         DType::F16 => of::<f16>(storage, stream)?,
         DType::BF16 => of::<bf16>(storage, stream)?,
-        other => bail!("kernels do not take {}", other.as_str()),
+        other => bail!("kernels do not support {}", other.as_str()),
     };
     Ok(start + (layout.start_offset() * dtype.size_in_bytes()) as u64)
 }
 
-/// What records.
+/// The stream and the cuBLAS handle of a recording.
 #[derive(Clone)]
 struct Recorder {
     stream: Arc<CudaStream>,
     products: Arc<Products>,
 }
 
-/// cuBLAS on the recording stream, with memory of its own: what is recorded must not allocate.
+/// cuBLAS on the recording stream, with its own workspace, because a recording must not allocate.
 struct Products {
     blas: CudaBlas,
     _workspace: CudaSlice<u8>,
 }
 
-/// What cuBLAS asks for on Hopper.
+/// The workspace size that NVIDIA recommends for cuBLAS on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 impl Products {
     fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let blas = CudaBlas::new(Arc::clone(stream)).map_err(candle_core::Error::wrap)?;
-        // SAFETY: nobody reads what cuBLAS has not written
+        // SAFETY: only cuBLAS reads the workspace, after writing it
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE_BYTES) }.map_err(candle_core::Error::wrap)?;
         stream.synchronize().map_err(candle_core::Error::wrap)?;
         let address = workspace.device_ptr(stream).0;
-        // SAFETY: the memory is as large as that and is kept beside the handle
+        // SAFETY: the memory has this size and lives as long as the handle
         unsafe { blas::cublasSetWorkspace_v2(*blas.handle(), address as *mut _, WORKSPACE_BYTES) }
             .result()
             .map_err(candle_core::Error::wrap)?;
@@ -141,14 +141,14 @@ impl Products {
 /// Excludes recordings of other threads until the guard is dropped. Creating and dropping cuBLAS handles and loading modules may
 /// synchronize the device, which fails while a stream is captured and invalidates the capture. Returns `None` in the thread that
 /// records.
-fn alone() -> Option<MutexGuard<'static, ()>> {
-    static ALONE: Mutex<()> = Mutex::new(());
+fn lock_out_recordings() -> Option<MutexGuard<'static, ()>> {
+    static LOCK: Mutex<()> = Mutex::new(());
     let is_recording = RECORDING.with_borrow(Option::is_some);
-    (!is_recording).then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner))
+    (!is_recording).then(|| LOCK.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 thread_local! {
-    /// What records what this thread launches, while it does.
+    /// The recorder of this thread's launches, while it records.
     static RECORDING: RefCell<Option<Recorder>> = const { RefCell::new(None) };
 }
 
@@ -156,7 +156,7 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
     let Function { function, max_threads } = function(device, kernel)?;
     if grid.threads > max_threads {
         bail!(
-            "kernel `{}`: the device runs at most {max_threads} threads of it in a block, not {}",
+            "kernel `{}`: the device supports at most {max_threads} threads per block, found {}",
             kernel.name,
             grid.threads
         );
@@ -164,12 +164,17 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
     let stream = RECORDING.with_borrow(|recorder| recorder.as_ref().map(|recorder| Arc::clone(&recorder.stream)));
     let stream = stream.unwrap_or_else(|| device.cuda_stream());
     if args.len() > MAX_ARGS || words.len() > MAX_WORDS {
-        bail!("kernel `{}` is given {} buffers and {} words", kernel.name, args.len(), words.len());
+        bail!(
+            "kernel `{}`: expected at most {MAX_ARGS} buffers and {MAX_WORDS} words, found {} and {}",
+            kernel.name,
+            args.len(),
+            words.len()
+        );
     }
-    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
+    let guards: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
     let mut addresses = [0u64; MAX_ARGS];
-    for (address_of, held) in addresses.iter_mut().zip(&held) {
-        match held.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+    for (address_of, guard) in addresses.iter_mut().zip(&guards) {
+        match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
             Some((Storage::Cuda(storage), layout)) => *address_of = address(storage, layout, &stream)?,
             None => {}
             Some(_) => bail!("kernel `{}`: a tensor is not on the CUDA device", kernel.name),
@@ -188,7 +193,7 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
     if !words.is_empty() {
         parameters.push(std::ptr::from_mut(&mut all).cast());
     }
-    // SAFETY: plain numbers and enumerations, of which zero is one
+    // SAFETY: the structure contains numbers and enumerations, for which zero is valid
     let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
@@ -203,11 +208,11 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
         sharedMemBytes: grid.shared_bytes as u32,
         hStream: stream.cu_stream(),
         attrs: &raw mut attribute,
-        numAttrs: u32::from(waits_itself(kernel, &stream)?),
+        numAttrs: u32::from(waits_for_input(kernel, &stream)?),
     };
     stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
-    // SAFETY: the kernel takes these buffers and words, and stays within the buffers for the words it is given; what it is
-    // given is copied before this returns
+    // SAFETY: the kernel takes these buffers and words, and stays within the buffers for these words; the parameters are copied
+    // before the call returns
     unsafe {
         sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), std::ptr::null_mut())
     }
@@ -215,8 +220,8 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
     .map_err(candle_core::Error::wrap)
 }
 
-/// Whether a kernel may begin before the one in front of it has ended: it waits where it must.
-fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
+/// Whether a kernel may start before the previous kernel has ended: it contains `WAIT_FOR_INPUT`, and the device supports it.
+fn waits_for_input(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
     use Source::{BlockProduct, Decode, DecodeAttention, Sampling};
     if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | Sampling) {
         return Ok(false);
@@ -228,7 +233,7 @@ fn waits_itself(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
 /// The number of CUDA devices of this machine.
 ///
 /// # Errors
-/// The driver cannot be used; the message says why.
+/// The driver cannot be used; the message contains the reason.
 pub fn count_devices() -> std::result::Result<usize, String> {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     if let Some(message) = libraries::missing_library() {
@@ -236,9 +241,9 @@ pub fn count_devices() -> std::result::Result<usize, String> {
     }
     let mut version = 0;
     // SAFETY: the function writes one number
-    let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
     let (major, of_driver) = (sys::CUDA_VERSION / 1000, version.unsigned_abs());
-    if asked == sys::CUresult::CUDA_SUCCESS && of_driver / 1000 < major {
+    if status == sys::CUresult::CUDA_SUCCESS && of_driver / 1000 < major {
         return Err(format!(
             "this build needs CUDA {major}, and the NVIDIA driver supports CUDA {}.{}: install a newer driver",
             of_driver / 1000,
@@ -255,7 +260,7 @@ pub fn count_devices() -> std::result::Result<usize, String> {
     }
 }
 
-/// The function that an installed CUDA library is too old for, as a sentence that explains failures of the device.
+/// A message about the first called function that an installed CUDA library lacks, if any; it explains failures of the device.
 pub fn missing_function() -> Option<String> {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     {
@@ -267,15 +272,15 @@ pub fn missing_function() -> Option<String> {
     }
 }
 
-/// Opens a device with a stream of its own, which can be captured. Launches record no events, and freed memory stays in the pool
-/// of the process.
+/// Opens a device with its own stream, which can be captured. Launches record no events, and freed memory stays in the process's
+/// memory pool.
 ///
 /// # Errors
 /// The device fails.
 pub fn open(ordinal: usize) -> Result<CudaDevice> {
-    let _alone = alone();
+    let _lock = lock_out_recordings();
     let device = CudaDevice::new_with_stream(ordinal)?;
-    // SAFETY: all work of the process on this device is given to one stream
+    // SAFETY: all work of the process on this device is submitted to one stream
     unsafe { device.disable_event_tracking() };
     if let Some(pool) = memory_pool(&device)? {
         set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
@@ -283,7 +288,7 @@ pub fn open(ordinal: usize) -> Result<CudaDevice> {
     Ok(device)
 }
 
-/// What the device's memory comes from, where it is a pool.
+/// The device's memory pool, if the driver supports pools.
 fn memory_pool(device: &CudaDevice) -> Result<Option<sys::CUmemoryPool>> {
     let stream = device.cuda_stream();
     let context = stream.context();
@@ -295,25 +300,25 @@ fn memory_pool(device: &CudaDevice) -> Result<Option<sys::CUmemoryPool>> {
 }
 
 fn set_attribute(pool: sys::CUmemoryPool, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<()> {
-    // SAFETY: the pool is that of an open device, and 64 bits are what the attributes used here take
+    // SAFETY: the pool belongs to an open device, and the attributes used here are 64-bit
     unsafe { sys::cuMemPoolSetAttribute(pool, attribute, std::ptr::from_mut(&mut value).cast()) }
         .result()
         .map_err(candle_core::Error::wrap)
 }
 
-/// Gives back memory that is not in use, and forgets the most that was held before.
+/// Releases unused memory of the pool, and resets [`peak_memory`].
 ///
 /// # Errors
 /// The device fails.
 pub fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
     let Some(pool) = memory_pool(device)? else { return Ok(()) };
     device.cuda_stream().synchronize().map_err(candle_core::Error::wrap)?;
-    // SAFETY: the pool is that of an open device
+    // SAFETY: the pool belongs to an open device
     unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().map_err(candle_core::Error::wrap)?;
     set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, 0)
 }
 
-/// The memory that is held now, what is kept for later included, in bytes; none where the driver does not count.
+/// The current size of the memory pool in bytes, including unused memory; `None` if the driver has no pools.
 ///
 /// # Errors
 /// The device fails.
@@ -321,7 +326,7 @@ pub fn memory(device: &CudaDevice) -> Result<Option<usize>> {
     attribute(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)
 }
 
-/// The most memory that was held at once, what is kept for later included, in bytes; none where the driver does not count.
+/// The maximum size of the memory pool in bytes, including unused memory; `None` if the driver has no pools.
 ///
 /// # Errors
 /// The device fails.
@@ -339,22 +344,22 @@ fn attribute(device: &CudaDevice, attribute: sys::CUmemPool_attribute) -> Result
     Ok(Some(value as usize))
 }
 
-/// One of the matrices of a product.
+/// A matrix of a product.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
     /// A matrix whose rows are contiguous.
     pub tensor: &'a Tensor,
-    /// Whether its transpose is meant.
+    /// Whether the product uses the transpose of the matrix.
     pub is_transposed: bool,
 }
 
-/// `C = alpha A B + beta C`, added up in f32.
+/// `C = alpha A B + beta C`, accumulated in f32.
 ///
 /// # Shapes
-/// `a: [m, k]` or its transpose, `b: [k, n]` or its transpose, of one type; `c: [m, n]`, of that type or f32.
+/// `a: [m, k]` or its transpose, `b: [k, n]` or its transpose, with the same type; `c: [m, n]`, with this type or f32.
 ///
 /// # Errors
-/// Shapes do not fit, the rows of a matrix are not contiguous, it is not on a CUDA device, or the device fails.
+/// Shapes do not match, the rows of a matrix are not contiguous, a matrix is not on a CUDA device, or the device fails.
 pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Result<()> {
     let (m, n) = c.dims2()?;
     let sides = |operand: Operand| -> Result<(usize, usize)> {
@@ -363,44 +368,44 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
     };
     let ((am, k), (bk, bn)) = (sides(a)?, sides(b)?);
     if (am, bk, bn) != (m, k, n) {
-        bail!("a product of {:?} and {:?} is not {:?}", (am, k), (bk, bn), (m, n));
+        bail!("a product of {:?} and {:?} cannot have the shape {:?}", (am, k), (bk, bn), (m, n));
     }
-    // from a row to the next
+    // elements from one row to the next
     let stride = |tensor: &Tensor| -> Result<i32> {
         match *tensor.stride() {
             _ if tensor.is_contiguous() => Ok(tensor.dim(1)? as i32),
             [stride, 1] => Ok(stride as i32),
-            _ => bail!("a product of matrices whose rows are not contiguous"),
+            _ => bail!("the rows of a matrix of a product are not contiguous"),
         }
     };
     let (stride_a, stride_b, stride_c) = (stride(a.tensor)?, stride(b.tensor)?, stride(c)?);
-    let candle_core::Device::Cuda(device) = c.device() else { bail!("a product on another device than CUDA") };
+    let candle_core::Device::Cuda(device) = c.device() else { bail!("a product is not on a CUDA device") };
     let recorder = RECORDING.with_borrow(Clone::clone);
     let stream = recorder.as_ref().map_or_else(|| device.cuda_stream(), |recorder| Arc::clone(&recorder.stream));
-    let place = |tensor: &Tensor| -> Result<u64> {
+    let address_of = |tensor: &Tensor| -> Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
         match &*storage {
             Storage::Cuda(storage) => address(storage, layout, &stream),
             _ => bail!("a matrix of a product is not on the CUDA device"),
         }
     };
-    let (place_a, place_b, place_c) = (place(a.tensor)?, place(b.tensor)?, place(c)?);
+    let (address_a, address_b, address_c) = (address_of(a.tensor)?, address_of(b.tensor)?, address_of(c)?);
     let dtype = |tensor: &Tensor| match tensor.dtype() {
         DType::F32 => Ok(blas::cudaDataType_t::CUDA_R_32F),
         DType::F16 => Ok(blas::cudaDataType_t::CUDA_R_16F),
         DType::BF16 => Ok(blas::cudaDataType_t::CUDA_R_16BF),
-        other => bail!("products take f32, f16 and bf16, found {}", other.as_str()),
+        other => bail!("products support f32, f16 and bf16, found {}", other.as_str()),
     };
     let (type_a, type_b, type_c) = (dtype(a.tensor)?, dtype(b.tensor)?, dtype(c)?);
     let operation = |is_transposed| {
         if is_transposed { blas::cublasOperation_t::CUBLAS_OP_T } else { blas::cublasOperation_t::CUBLAS_OP_N }
     };
-    let usual = device.cublas_handle();
+    let default_blas = device.cublas_handle();
     stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
-    let handle = recorder.as_ref().map_or(*usual.handle(), |recorder| *recorder.products.blas.handle());
-    // cuBLAS has matrices by columns: there C^T = B^T A^T, and a matrix by rows is its transpose
-    // SAFETY: the addresses are those of matrices of these sizes on the device of the handle
-    let done = unsafe {
+    let handle = recorder.as_ref().map_or(*default_blas.handle(), |recorder| *recorder.products.blas.handle());
+    // cuBLAS is column-major, and a row-major matrix is a column-major transpose: compute C^T = B^T A^T
+    // SAFETY: the addresses point to matrices of these sizes on the device of the handle
+    let status = unsafe {
         blas::cublasGemmEx(
             handle,
             operation(b.is_transposed),
@@ -409,67 +414,67 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
             m as i32,
             k as i32,
             std::ptr::from_ref(&alpha).cast(),
-            place_b as *const _,
+            address_b as *const _,
             type_b,
             stride_b,
-            place_a as *const _,
+            address_a as *const _,
             type_a,
             stride_a,
             std::ptr::from_ref(&beta).cast(),
-            place_c as *mut _,
+            address_c as *mut _,
             type_c,
             stride_c,
             blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
         )
     };
-    done.result().map_err(candle_core::Error::wrap)
+    status.result().map_err(candle_core::Error::wrap)
 }
 
-/// Work that was recorded once and can be done again.
+/// A recorded sequence of kernels and products that can be replayed.
 pub struct Graph {
     recorded: CudaGraph,
     stream: Arc<CudaStream>,
     products: Option<Arc<Products>>,
 }
 
-// SAFETY: the graph has one owner, and is used through a mutable reference
+// SAFETY: the graph has one owner, and is only used through a mutable reference
 unsafe impl Send for Graph {}
-// SAFETY: a shared reference gives no access to it
+// SAFETY: a shared reference cannot access the graph
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Records the kernels that `work` launches by [`launch`](super::launch) and its [`product`]s; none of them runs. `work` must
-    /// not do anything else with the device. What other threads do meanwhile is not recorded.
+    /// Records the kernels that `work` starts with [`launch`](super::launch) and its [`product`]s, without running them. `work`
+    /// must not use the device in other ways. Work of other threads is not recorded.
     ///
     /// # Errors
-    /// `work` fails, or does something that cannot be recorded.
+    /// `work` fails, or an operation of it cannot be recorded.
     pub fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let _alone = alone();
+        let _lock = lock_out_recordings();
         let stream = device.cuda_stream();
         let recorder = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
         let products = Arc::new(Products::new(&recorder)?);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         recorder.begin_capture(mode).map_err(candle_core::Error::wrap)?;
         RECORDING.set(Some(Recorder { stream: Arc::clone(&recorder), products: Arc::clone(&products) }));
-        let worked = work();
+        let work_result = work();
         RECORDING.set(None);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = recorder.end_capture(flags);
-        worked?;
+        work_result?;
         match graph.map_err(candle_core::Error::wrap)? {
             Some(recorded) => Ok(Self { recorded, stream, products: Some(products) }),
-            None => bail!("nothing was recorded"),
+            None => bail!("the recorded graph is empty"),
         }
     }
 
-    /// Does the work again, behind what the device was given before.
+    /// Runs the recorded work, after all work that was submitted to the device before.
     ///
     /// # Errors
     /// The device fails.
     pub fn replay(&mut self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
-        // SAFETY: the graph is there as long as this is, and its buffers as long as their owner keeps them beside it
+        // SAFETY: `self` owns the graph, and the owner of the graph keeps its buffers alive
         unsafe { result::graph::launch(self.recorded.cu_graph_exec(), self.stream.cu_stream()) }
             .map_err(candle_core::Error::wrap)
     }
@@ -477,7 +482,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        let _alone = alone();
+        let _lock = lock_out_recordings();
         drop(self.products.take());
     }
 }

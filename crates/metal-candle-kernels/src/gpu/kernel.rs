@@ -3,47 +3,47 @@
 use crate::blocks::BlockFormat;
 use candle_core::{DType, Tensor};
 
-/// The text that follows both preludes.
+/// The source that follows the prelude of each backend.
 #[cfg(any(feature = "cuda", feature = "metal"))]
 const COMMON: &str = include_str!("../metal/common.metal");
 
-/// The text in front of kernels that read weights of any format.
+/// The source before kernels that read weights of any format.
 #[cfg(any(feature = "cuda", feature = "metal"))]
 const LOADERS: &str = include_str!("../metal/block_loaders.metal");
 
-/// A file of kernels.
+/// A source file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Source {
     /// RMSNorm and its gradients.
     Norm,
-    /// Rotation, activation, bias, residual, dropout and copies.
+    /// Rotary embeddings, activations, biases, residuals, dropout and copies.
     Elementwise,
-    /// The operations between the products of a block, with low-rank terms.
+    /// The operations between the products of a block, with low-rank updates.
     Fused,
-    /// Products, several to a launch, on Metal devices.
+    /// Products on Metal devices, several per launch.
     Product,
-    /// Attention over a ragged batch, over a cache, and its gradients.
+    /// Attention over a ragged batch or a KV cache, and its gradients.
     Attention,
-    /// A decoder block for few tokens, the head and the embedding.
+    /// Decode step of a few tokens: embedding, decoder block and head.
     Decode,
-    /// The attention of such a block.
+    /// Attention of a decode step.
     DecodeAttention,
     /// Cross-entropy of logits.
     CrossEntropy,
     /// Optimizer steps over flat buffers, and norms.
     Optimizer,
-    /// The choice of a token.
+    /// Sampling of tokens.
     Sampling,
     /// Dequantization.
     Blocks,
     /// Attention on the tensor cores of CUDA devices.
     TensorCoreAttention,
-    /// Products of few vectors with quantized weights on the tensor cores of CUDA devices.
+    /// Products of a few vectors with quantized weights on the tensor cores of CUDA devices.
     BlockProduct,
 }
 
 impl Source {
-    /// The text without its prelude.
+    /// The source without the prelude.
     pub fn text(self) -> &'static str {
         match self {
             Self::Norm => include_str!("../metal/norm.metal"),
@@ -62,31 +62,31 @@ impl Source {
         }
     }
 
-    /// Whether its kernels read weights of any format.
+    /// Whether the kernels read weights of any format.
     #[cfg(any(feature = "cuda", feature = "metal"))]
     fn reads_blocks(self) -> bool {
         matches!(self, Self::Product | Self::Decode | Self::Blocks | Self::BlockProduct)
     }
 }
 
-/// Formats of the matrices that a kernel reads, as its constant `FORMATS`.
+/// The formats of the matrices that a kernel reads: the kernel's constant `FORMATS`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Formats(u32);
 
 impl Formats {
-    /// The number of a format in kernels; 0 stands for elements that are not quantized.
+    /// The id of a format in kernels; 0 if the matrix is not quantized.
     pub fn number(format: Option<BlockFormat>) -> usize {
-        let place = format.and_then(|format| BlockFormat::ALL.iter().position(|other| *other == format));
-        place.map_or(0, |place| place + 1)
+        let index = format.and_then(|format| BlockFormat::ALL.iter().position(|other| *other == format));
+        index.map_or(0, |index| index + 1)
     }
 
     /// Whether kernels read blocks of this format.
     pub fn has_loader(format: BlockFormat) -> bool {
-        // those with codebooks, and ternary ones, are dequantized while loading
+        // formats with codebooks and ternary formats are dequantized when a model is loaded
         format.is_writable()
     }
 
-    /// These and one more.
+    /// Adds a format.
     #[must_use]
     pub fn with(self, format: Option<BlockFormat>) -> Self {
         Self(self.0 | 1 << Self::number(format))
@@ -97,7 +97,7 @@ impl Formats {
         self.0.max(1) as usize
     }
 
-    /// Whether one of them is quantized.
+    /// Whether a format is quantized.
     pub fn has_blocks(self) -> bool {
         self.0 > 1
     }
@@ -111,8 +111,8 @@ impl FromIterator<Option<BlockFormat>> for Formats {
 
 #[cfg(feature = "cuda")]
 impl Source {
-    /// The largest number of threads of a block of these kernels, if it is known before they are compiled. The compiler
-    /// then limits the registers of a thread to what such a block can have.
+    /// The maximum number of threads in a block of these kernels, if it is known before compilation. The compiler then limits
+    /// the registers of a thread so that a block fits.
     pub(super) fn known_threads(self) -> Option<usize> {
         match self {
             Self::Decode | Self::DecodeAttention => None,
@@ -122,16 +122,16 @@ impl Source {
     }
 }
 
-/// A kernel for one type of elements.
+/// A kernel for one element type.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Kernel {
-    /// The file it is in.
+    /// The source file.
     pub source: Source,
-    /// Its name there.
+    /// The name of the function.
     pub name: &'static str,
-    /// The type called `T` in the source: f32, f16 or bf16.
+    /// The type `T` in the source: f32, f16 or bf16.
     pub element: DType,
-    /// Macros defined before the source.
+    /// Macros that are defined before the source.
     pub constants: Vec<(&'static str, u32)>,
 }
 
@@ -148,7 +148,7 @@ impl Kernel {
         self
     }
 
-    /// The whole text to compile after `prelude`.
+    /// The complete source to compile, with `prelude`.
     #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(super) fn text(&self, prelude: &str) -> candle_core::Result<String> {
         use std::fmt::Write;
@@ -156,7 +156,7 @@ impl Kernel {
             DType::F32 => 0,
             DType::F16 => 1,
             DType::BF16 => 2,
-            other => candle_core::bail!("kernels take f32, f16 and bf16, found {}", other.as_str()),
+            other => candle_core::bail!("kernels support f32, f16 and bf16, found {}", other.as_str()),
         };
         let mut text = format!("#define ELEMENT {element}\n");
         if self.source == Source::TensorCoreAttention {
@@ -168,10 +168,10 @@ impl Kernel {
             let _ = writeln!(text, "#define BLOCK_THREADS {threads}");
         }
         for (name, value) in &self.constants {
-            // writing to a string does not fail
+            // writing to a string cannot fail
             let _ = writeln!(text, "#define {name} {value}");
         }
-        // the source that is only for CUDA uses no prelude
+        // this source is CUDA only and needs no prelude
         if self.source == Source::TensorCoreAttention {
             return Ok(text + self.source.text());
         }
@@ -190,9 +190,9 @@ impl Kernel {
 /// An argument of a kernel: a buffer, or none.
 #[derive(Debug, Clone, Copy)]
 pub enum Arg<'a> {
-    /// An input; the tensor is contiguous.
+    /// A contiguous input.
     In(&'a Tensor),
-    /// An output, or a buffer updated in place; the tensor is contiguous.
+    /// A contiguous output, or a buffer that is updated in place.
     Out(&'a Tensor),
     /// No buffer; the kernel does not access this argument.
     None,
@@ -207,7 +207,7 @@ impl Arg<'_> {
     }
 }
 
-/// A word of the structure that a kernel takes.
+/// A word of a kernel's structure of parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Word(pub u32);
 
@@ -235,24 +235,24 @@ impl From<bool> for Word {
     }
 }
 
-/// Threadgroups (blocks) of a launch, and threads of each.
+/// The number of threadgroups (blocks) of a launch, and the threads in each.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid {
-    /// Groups in each direction.
+    /// The number of groups in each dimension.
     pub groups: [usize; 3],
-    /// Threads of a group: a multiple of 32.
+    /// The number of threads in a group: a multiple of 32.
     pub threads: usize,
-    /// Dynamic shared memory of a group in bytes; CUDA only.
+    /// Dynamic shared memory of a group, in bytes; CUDA only.
     pub shared_bytes: usize,
 }
 
 impl Grid {
-    /// Groups in a row.
+    /// Groups in one dimension.
     pub fn row(groups: usize, threads: usize) -> Self {
         Self { groups: [groups, 1, 1], threads, shared_bytes: 0 }
     }
 
-    /// Groups in two directions.
+    /// Groups in two dimensions.
     pub fn plane(groups: (usize, usize), threads: usize) -> Self {
         Self { groups: [groups.0, groups.1, 1], threads, shared_bytes: 0 }
     }

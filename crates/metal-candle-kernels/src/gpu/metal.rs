@@ -1,4 +1,4 @@
-//! Launches on Metal.
+//! Compiles and launches kernels on Metal.
 
 use super::{Arg, Grid, Kernel, Word};
 use candle_core::op::BackpropOp;
@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 const PRELUDE: &str = include_str!("../metal/prelude.metal");
 
-/// What was compiled. There is one Metal device in a process.
+/// Compiled libraries and pipelines. A process has one Metal device.
 #[derive(Default)]
 struct Compiled {
     libraries: HashMap<Kernel, Library>,
@@ -28,13 +28,13 @@ fn pipeline(device: &MetalDevice, kernel: &Kernel) -> Result<ComputePipeline> {
         return Ok(pipeline.clone());
     }
     let metal = device.metal_device();
-    // all kernels of a source with the same constants are one library
+    // all kernels of a source with the same constants share one library
     let key = Kernel { name: "", ..kernel.clone() };
     let library = if let Some(library) = compiled.libraries.get(&key) {
         library.clone()
     } else {
         let options = MTLCompileOptions::new();
-        // fast maths would take NaN and infinity to be impossible
+        // fast math assumes that there are no NaN and infinities
         #[allow(deprecated)]
         options.setFastMathEnabled(false);
         let text = kernel.text(PRELUDE)?;
@@ -48,25 +48,25 @@ fn pipeline(device: &MetalDevice, kernel: &Kernel) -> Result<ComputePipeline> {
     Ok(pipeline)
 }
 
-/// The most threads that a threadgroup of `kernel` can have on this device.
+/// The maximum number of threads in a threadgroup of `kernel` on this device.
 pub(super) fn max_threads(device: &MetalDevice, kernel: &Kernel) -> Result<usize> {
     Ok(pipeline(device, kernel)?.max_total_threads_per_threadgroup())
 }
 
 pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     let pipeline = pipeline(device, kernel)?;
-    let most = pipeline.max_total_threads_per_threadgroup();
-    if grid.threads > most {
+    let max_threads = pipeline.max_total_threads_per_threadgroup();
+    if grid.threads > max_threads {
         bail!(
-            "kernel `{}`: the device runs at most {most} threads of it in a group, not {}",
+            "kernel `{}`: the device supports at most {max_threads} threads per group, found {}",
             kernel.name,
             grid.threads
         );
     }
-    let held: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
+    let guards: Vec<_> = args.iter().map(|arg| arg.tensor().map(Tensor::storage_and_layout)).collect();
     let mut buffers = Vec::with_capacity(args.len());
-    for held in &held {
-        buffers.push(match held.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+    for guard in &guards {
+        buffers.push(match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
             Some((Storage::Metal(storage), layout)) => {
                 let size = candle_core::backend::BackendStorage::dtype(storage).size_in_bytes();
                 Some((storage.buffer(), layout.start_offset() * size))
@@ -75,7 +75,7 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
             Some(_) => bail!("kernel `{}`: a tensor is not on the Metal device", kernel.name),
         });
     }
-    // every index must have a buffer; where nothing is given it is one that is written in any case, so that nothing waits for it
+    // every index needs a buffer; a missing one is replaced with an output, which adds no dependency between kernels
     let any = args.iter().zip(&buffers).find(|(arg, _)| matches!(arg, Arg::Out(_)));
     let any = any.and_then(|(_, buffer)| buffer.map(|(buffer, _)| buffer));
     let guard = device.command_encoder()?;
@@ -98,33 +98,33 @@ pub(super) fn launch(device: &MetalDevice, kernel: &Kernel, grid: Grid, args: &[
     Ok(())
 }
 
-/// Zeros in memory that the CPU sees.
+/// Zeros in memory that the CPU can access.
 pub(super) fn words(count: usize, device: &MetalDevice) -> Result<Tensor> {
     let buffer = device.new_buffer_with_data(&vec![0u32; count])?;
     let storage = MetalStorage::new(buffer, device.clone(), count, DType::U32);
     Ok(Tensor::from_storage(Storage::Metal(storage), count, BackpropOp::none(), false))
 }
 
-/// The first word of a tensor in memory that the CPU sees.
+/// The first word of a tensor in memory that the CPU can access.
 fn contents(tensor: &Tensor) -> Result<*mut u32> {
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Metal(storage) = &*storage else { bail!("words that are not on the Metal device") };
+    let Storage::Metal(storage) = &*storage else { bail!("the words are not on the Metal device") };
     let first = storage.buffer().contents();
     if first.is_null() || tensor.dtype() != DType::U32 || layout.start_offset() != 0 {
-        bail!("words in memory that the CPU does not see");
+        bail!("the words are in memory that the CPU cannot access");
     }
     Ok(first.cast())
 }
 
 pub(super) fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
     let first = contents(to)?;
-    // SAFETY: the buffer has at least as many words as the tensor, whose length the caller has checked
+    // SAFETY: the buffer has at least the tensor's number of words, which the caller has checked
     unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), first, words.len()) };
     Ok(())
 }
 
 pub(super) fn read_words(from: &Tensor) -> Result<Vec<u32>> {
     let first = contents(from)?;
-    // SAFETY: the buffer has at least as many words as the tensor, and the device is done with it
+    // SAFETY: the buffer has at least the tensor's number of words, and the device has completed its work
     Ok(unsafe { std::slice::from_raw_parts(first, from.elem_count()) }.to_vec())
 }

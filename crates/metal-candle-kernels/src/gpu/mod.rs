@@ -1,11 +1,11 @@
-//! Kernels of Metal and CUDA, from one source.
+//! Compiles and launches the Metal and CUDA kernels, which share one source.
 //!
-//! `src/metal/*.metal` holds the kernels in the Metal shading language, written with a few macros for what CUDA spells in
-//! another way. `prelude.metal` and `../cuda/prelude.cu` define these macros. A kernel is compiled when it is first
-//! used, for the type of its elements and for its constants (`newLibraryWithSource`, NVRTC), so no build needs a toolchain.
+//! `src/metal/*.metal` contains the kernels in the Metal shading language. Macros replace the syntax that differs in CUDA;
+//! `metal/prelude.metal` and `cuda/prelude.cu` define them. A kernel is compiled when it is first used, for its element type and
+//! constants (`newLibraryWithSource`, NVRTC), so a build needs no GPU toolchain.
 //!
-//! A kernel takes buffers, then one structure of 4-byte words. It writes what it is given as [`Arg::Out`]; such tensors
-//! must not share memory with what another thread reads.
+//! The arguments of a kernel are buffers, then one structure of 4-byte words. A kernel writes to the [`Arg::Out`] tensors; these
+//! must not share memory with tensors that another thread reads.
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -17,10 +17,10 @@ pub use kernel::{Arg, Formats, Grid, Kernel, Source, Word};
 
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
-/// Gives `kernel` to the device of its first buffer, behind what that was given before.
+/// Launches `kernel` on the device of its first buffer, after all work that was submitted to the device before.
 ///
 /// # Errors
-/// The kernel cannot be compiled, a tensor is not contiguous or on another device, or the device fails.
+/// The kernel cannot be compiled, a tensor is not contiguous or is on a different device, or the device fails.
 pub fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Result<()> {
     let Some(first) = args.iter().find_map(Arg::tensor) else { bail!("kernel `{}` has no buffer", kernel.name) };
     if grid.groups.contains(&0) {
@@ -38,12 +38,13 @@ pub fn launch(kernel: &Kernel, grid: Grid, args: &[Arg], words: &[Word]) -> Resu
         Device::Cuda(device) => cuda::launch(device, kernel, grid, args, words),
         other => {
             let _ = words;
-            bail!("kernel `{}`: there are no kernels for {:?}", kernel.name, other.location())
+            bail!("kernel `{}` is not implemented for {:?}", kernel.name, other.location())
         }
     }
 }
 
-/// The most threads that a group of `kernel` can have on the device of `like`. It is compiled if it has not been yet.
+/// The maximum number of threads in a group of `kernel` on the device of `like`. Compiles the kernel if it has not been
+/// compiled.
 ///
 /// # Errors
 /// The kernel cannot be compiled, or there are no kernels for the device.
@@ -53,7 +54,7 @@ pub fn max_threads(kernel: &Kernel, like: &Tensor) -> Result<usize> {
         Device::Metal(device) => metal::max_threads(device, kernel),
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => cuda::max_threads(device, kernel),
-        other => bail!("kernel `{}`: there are no kernels for {:?}", kernel.name, other.location()),
+        other => bail!("kernel `{}` is not implemented for {:?}", kernel.name, other.location()),
     }
 }
 
@@ -68,19 +69,19 @@ pub fn has_kernels(tensor: &Tensor) -> bool {
     is_known && is_on_device
 }
 
-/// A tensor whose elements are not set. They hold any bits until a kernel writes them.
+/// An uninitialized tensor: its elements have arbitrary values until a kernel writes them.
 ///
 /// # Errors
-/// The device has no memory left.
+/// The device is out of memory.
 pub fn empty(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
-    // SAFETY: every bit pattern is a value of the numeric types of candle
+    // SAFETY: every bit pattern is a valid value of candle's numeric types
     unsafe { Tensor::empty(shape, dtype, device) }
 }
 
-/// Words that the CPU writes and reads often, all zero.
+/// A tensor of zeros for words that the CPU reads and writes often.
 ///
 /// # Errors
-/// The device has no memory left.
+/// The device is out of memory.
 pub fn words(count: usize, device: &Device) -> Result<Tensor> {
     match device {
         #[cfg(feature = "metal")]
@@ -89,13 +90,13 @@ pub fn words(count: usize, device: &Device) -> Result<Tensor> {
     }
 }
 
-/// Writes words made by [`words`]; the device must have done what it was given.
+/// Overwrites a tensor from [`words`]. The device must have completed all submitted work.
 ///
 /// # Errors
-/// The number of words is another, or the device fails.
+/// `words` and the tensor have different lengths, or the device fails.
 pub fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
     if to.dims() != [words.len()] {
-        bail!("{} words for {:?}", words.len(), to.dims());
+        bail!("expected {:?} words, found {}", to.dims(), words.len());
     }
     match to.device() {
         #[cfg(feature = "metal")]
@@ -104,10 +105,10 @@ pub fn write_words(to: &Tensor, words: &[u32]) -> Result<()> {
     }
 }
 
-/// Waits until the device has done what it was given, and reads words made by [`words`].
+/// Waits until the device has completed all submitted work, and reads a tensor from [`words`].
 ///
 /// # Errors
-/// Something the device was given has failed.
+/// Submitted work has failed.
 pub fn read_words(from: &Tensor) -> Result<Vec<u32>> {
     match from.device() {
         #[cfg(feature = "metal")]

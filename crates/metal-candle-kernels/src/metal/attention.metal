@@ -1,9 +1,11 @@
 // Attention with grouped key/value heads over a ragged batch.
 //
-// Scores of a tile of queries and a tile of keys are computed with a lane for each key (or half of one: PARTS lanes share
-// a key of a wide head), results with a lane for each element of a head. Softmax runs along the keys with running maxima.
-// HEAD_DIM is a constant, a multiple of 4 and at most 256. MASK is 0 (causal), 1 (a window) or 2 (chunks); tiles of keys that no query
-// of a tile sees are skipped. HAS_CAP and HAS_SINKS say what else happens to scores.
+// One lane computes the score of one key; for wide heads, PARTS lanes share a key. Each lane accumulates every 32nd element of
+// the output. The softmax is online, with a running maximum along the keys. The host defines these constants:
+//
+// - HEAD_DIM: a multiple of 4, at most 256
+// - MASK: 0 (causal), 1 (sliding window) or 2 (chunks). Tiles of keys that no query of the tile attends to are skipped.
+// - HAS_CAP, HAS_SINKS: whether scores are soft-capped, and whether each head has an attention sink
 #if HEAD_DIM <= 64
 #define KEYS 32
 #define ROWS 2
@@ -27,22 +29,22 @@ struct AttentionWords {
     uint heads;
     uint kv_heads;
     float scale;
-    // elements from one key to the next, and from one key/value head to the next
+    // in elements: from one key to the next, and from one key/value head to the next
     uint token_stride;
     uint head_stride;
-    // keys of a window or of a chunk
+    // number of keys in a window or a chunk
     uint mask_size;
     float cap;
 };
 
-// The first position that a query sees.
+// The first position that a query attends to.
 FUNCTION uint first_key(uint position, uint mask_size) {
     if (MASK == 1) return position < mask_size ? 0 : position + 1 - mask_size;
     if (MASK == 2) return position - position % mask_size;
     return 0;
 }
 
-// The score that takes part in the softmax; `slope` becomes its derivative.
+// Returns the soft-capped score and sets `slope` to its derivative.
 FUNCTION float capped(float s, float cap, PRIVATE float* slope) {
     if (!HAS_CAP) return s;
     const float t = hyperbolic_tangent(s / cap);
@@ -58,20 +60,20 @@ FUNCTION float score(SHARED_ARG const float* a, SHARED_ARG const float* b, uint 
 }
 
 FUNCTION void load_rows(
-    GLOBAL const T* from, wide stride, uint count, uint room, SHARED_ARG float* to, uint width, uint my_thread,
+    GLOBAL const T* from, wide stride, uint count, uint capacity, SHARED_ARG float* to, uint width, uint my_thread,
     uint num_threads) {
-    for (uint i = my_thread; i < room * HEAD_DIM; i += num_threads) {
+    for (uint i = my_thread; i < capacity * HEAD_DIM; i += num_threads) {
         const uint row = i / HEAD_DIM;
         const uint column = i % HEAD_DIM;
         to[row * width + column] = row < count ? float(from[row * stride + column]) : 0.0f;
     }
 }
 
-// A tile is four words: its first query, its number of queries, the element at which its sequence's keys begin, and the
-// number of keys that its first query sees; each further query sees one more.
+// A tile is four words: its first query, its number of queries, the offset in elements of its sequence's first key, and the
+// number of keys that its first query attends to. Each further query attends to one more.
 KERNEL(attention)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(uint, tiles, 3), IN(float, sinks, 4), OUT(T, out, 5), OUT(float, log_sums, 6),
- WORDS(AttentionWords, 7) PLACE) {
+ WORDS(AttentionWords, 7) INDICES) {
     SHARED float queries[TILE * HEAD_DIM];
     SHARED float keys[KEYS * WIDTH];
     SHARED float values[KEYS * WIDTH];
@@ -142,10 +144,10 @@ struct DeltaWords {
     uint rank;
 };
 
-// out . d_out of each token and head, after a term of the projection behind attention is added to d_out, if its rank is not 0. A
-// warp takes a head of several tokens.
+// The dot product of out and d_out, for each token and head. If the output projection has a low-rank update (rank > 0), its
+// gradient is added to d_out first. A warp computes one head of TERM_ROWS tokens.
 KERNEL(attention_delta)
-(IN(T, out, 0), OUT(T, d_out, 1), OUT(float, delta, 2), IN(T, dz, 3), IN(T, a, 4), WORDS(DeltaWords, 5) PLACE) {
+(IN(T, out, 0), OUT(T, d_out, 1), OUT(float, delta, 2), IN(T, dz, 3), IN(T, a, 4), WORDS(DeltaWords, 5) INDICES) {
     const uint at = group.x * (threads / 32) + warp;
     const uint head = at % p.heads;
     const uint first = at / p.heads * TERM_ROWS;
@@ -160,14 +162,14 @@ KERNEL(attention_delta)
         float sums[TERM_ROWS];
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) sums[r] = float(d_out[(first + MINIMUM(r, rows - 1)) * width + column]);
-        add_term(dz + first * p.rank, p.rank, 1.0f, a + column, width, rows, sums);
+        add_low_rank(dz + first * p.rank, p.rank, 1.0f, a + column, width, rows, sums);
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
             if (r < rows) {
-                const wide place = (first + r) * width + column;
+                const wide index = (first + r) * width + column;
                 const T rounded = T(sums[r]);
-                if (p.rank > 0) d_out[place] = rounded;
-                dots[r] += float(rounded) * float(out[place]);
+                if (p.rank > 0) d_out[index] = rounded;
+                dots[r] += float(rounded) * float(out[index]);
             }
         }
     }
@@ -178,10 +180,10 @@ KERNEL(attention_delta)
     }
 }
 
-// The gradient with respect to q. Tiles are those of `attention` over the sequences themselves.
+// The gradient with respect to q. Tiles are as in `attention`, with the batch's own keys.
 KERNEL(attention_backward_q)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, d_out, 3), IN(float, log_sums, 4), IN(float, delta, 5), IN(uint, tiles, 6),
- OUT(T, dq, 7), WORDS(AttentionWords, 8) PLACE) {
+ OUT(T, dq, 7), WORDS(AttentionWords, 8) INDICES) {
     SHARED float queries[TILE * HEAD_DIM];
     SHARED float d_outs[TILE * HEAD_DIM];
     SHARED float keys[KEYS * WIDTH];
@@ -237,11 +239,11 @@ KERNEL(attention_backward_q)
     }
 }
 
-// The gradients with respect to k and v, summed over the query heads of a group of heads. A tile here is four words: its
-// first key, its number of keys, the beginning of the sequence, and the end of the queries that see one of them.
+// The gradients with respect to k and v, summed over the query heads that share a key/value head. A tile is four words: its
+// first key, its number of keys, the start of the sequence, and the end of the queries that attend to one of the keys.
 KERNEL(attention_backward_kv)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, d_out, 3), IN(float, log_sums, 4), IN(float, delta, 5), IN(uint, tiles, 6),
- OUT(T, dk, 7), OUT(T, dv, 8), WORDS(AttentionWords, 9) PLACE) {
+ OUT(T, dk, 7), OUT(T, dv, 8), WORDS(AttentionWords, 9) INDICES) {
     SHARED float queries[KEYS * WIDTH];
     SHARED float d_outs[KEYS * WIDTH];
     SHARED float keys[TILE * HEAD_DIM];
@@ -314,9 +316,9 @@ struct SinkWords {
     uint heads;
 };
 
-// The gradient with respect to the sinks. A group takes a head.
+// The gradient with respect to the sinks. One group computes one head.
 KERNEL(attention_sink_gradient)
-(IN(float, sinks, 0), IN(float, log_sums, 1), IN(float, delta, 2), OUT(float, d_sinks, 3), WORDS(SinkWords, 4) PLACE) {
+(IN(float, sinks, 0), IN(float, log_sums, 1), IN(float, delta, 2), OUT(float, d_sinks, 3), WORDS(SinkWords, 4) INDICES) {
     SHARED float scratch[32];
     const uint head = group.x;
     float sum = 0.0f;

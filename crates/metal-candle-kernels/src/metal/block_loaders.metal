@@ -1,7 +1,7 @@
-// Rows of weights: elements of type T, or quantized blocks as GGUF files store them (`blocks/` has the same formats for the CPU).
+// Loads rows of weights: elements of type T, or quantized GGUF blocks (`blocks/` implements the same formats on the CPU).
 //
-// FORMAT_<name> and BYTES_<name> are defined for each format before this text; format 0 is T itself. Bit `i` of FORMATS says
-// whether matrices of format `i` occur. Where only one does, no kernel asks which it is.
+// The host defines FORMAT_<name> and BYTES_<name> for each format; format 0 is T. Bit `i` of FORMATS is set if the kernel reads
+// matrices of format `i`. With only one format, the checks are resolved when the kernel is compiled.
 #ifndef FORMATS
 #define FORMATS 1
 #endif
@@ -10,7 +10,7 @@
 #define IS(found, format) (HAS(format) && (FORMATS == (1 << (format)) || (found) == (format)))
 #define IS_DENSE(found) IS(found, 0)
 
-// The bytes of a row of so many weights.
+// The size in bytes of a row of `columns` weights.
 FUNCTION wide row_bytes(uint format, uint columns) {
     if (IS_DENSE(format)) return wide(columns) * sizeof(T);
     const wide blocks = columns / 32;
@@ -31,13 +31,13 @@ FUNCTION wide row_bytes(uint format, uint columns) {
     return 0;
 }
 
-// A row of a matrix.
+// The address of a row of a matrix.
 FUNCTION GLOBAL const uchar* row_of(GLOBAL const uchar* w, uint format, uint row, uint columns) {
     return w + wide(row) * row_bytes(format, columns);
 }
 
 #if HAS_BLOCKS
-// Blocks whose length is not a multiple of four begin at even addresses, those of MXFP4 anywhere.
+// Blocks whose size is not a multiple of four are aligned to two bytes; blocks of MXFP4 are not aligned.
 FUNCTION uint two_bytes(GLOBAL const uchar* from) { return *(GLOBAL const ushort*)from; }
 FUNCTION uint four_bytes(GLOBAL const uchar* from) { return two_bytes(from) | (two_bytes(from + 2) << 16); }
 FUNCTION uint four_aligned(GLOBAL const uchar* from) { return *(GLOBAL const uint*)from; }
@@ -46,26 +46,26 @@ FUNCTION uint four_single(GLOBAL const uchar* from) {
 }
 FUNCTION float half_at(GLOBAL const uchar* from) { return half_bits_to_float(ushort(two_bytes(from))); }
 
-// The bytes of a table of sixteen, four of them a word, that four indices select.
-FUNCTION uint looked_up(uint index, uint t0, uint t1, uint t2, uint t3) {
+// Looks up one byte, or four, in a table of 16 bytes that is packed into four words.
+FUNCTION uint lookup(uint index, uint t0, uint t1, uint t2, uint t3) {
     const uint word = index < 8 ? (index < 4 ? t0 : t1) : (index < 12 ? t2 : t3);
     return (word >> (8 * (index & 3))) & 0xffu;
 }
-FUNCTION uint four_looked_up(uint indices, uint t0, uint t1, uint t2, uint t3) {
+FUNCTION uint lookup_four(uint indices, uint t0, uint t1, uint t2, uint t3) {
     uint bytes = 0;
-    UNROLL for (uint k = 0; k < 4; k++) bytes |= looked_up((indices >> (8 * k)) & 15u, t0, t1, t2, t3) << (8 * k);
+    UNROLL for (uint k = 0; k < 4; k++) bytes |= lookup((indices >> (8 * k)) & 15u, t0, t1, t2, t3) << (8 * k);
     return bytes;
 }
-// The tables of IQ4_NL and IQ4_XS, and of MXFP4 (doubled).
+// The table of IQ4_NL and IQ4_XS, and the table of MXFP4 with doubled values.
 #define IQ4_TABLE 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u
 #define FP4_TABLE 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu
 
-// The four lowest bits of a word as the fifth bits of four bytes.
+// Moves the four lowest bits of a word to the fifth bits of its four bytes.
 FUNCTION uint fifth_bits(uint bits) {
     return ((bits & 1u) << 4) | ((bits & 2u) << 11) | ((bits & 4u) << 18) | ((bits & 8u) << 25);
 }
 
-// A weight is scale (q - zero) + minimum with a byte q, which is signed in some formats.
+// A weight is scale * (q - zero) + minimum. The byte q is signed in some formats.
 FUNCTION bool has_signed_bytes(uint format) {
     return IS(format, FORMAT_Q8_0) || IS(format, FORMAT_IQ4_NL) || IS(format, FORMAT_IQ4_XS) || IS(format, FORMAT_MXFP4);
 }
@@ -80,16 +80,16 @@ FUNCTION bool has_minimum(uint format) {
     return IS(format, FORMAT_Q4_1) || IS(format, FORMAT_Q5_1) || IS(format, FORMAT_Q2_K) || IS(format, FORMAT_Q4_K) ||
         IS(format, FORMAT_Q5_K);
 }
-// Whether 16 weights share a scale, and not 32.
+// Whether 16 weights share a scale, instead of 32.
 FUNCTION bool has_short_groups(uint format) {
     return IS(format, FORMAT_Q2_K) || IS(format, FORMAT_Q3_K) || IS(format, FORMAT_Q6_K);
 }
 
-// The bytes q of the weights i to i + 3 of a row; i is a multiple of four.
+// The bytes q of weights i to i + 3 of a row; i is a multiple of four.
 FUNCTION uint four_quants(GLOBAL const uchar* row, uint format, uint i) {
-    // of formats in blocks of 32
+    // for formats with blocks of 32
     const uint nibble = i / 16 % 2 * 4;
-    // of the others: the place in a block and the group of 32
+    // for the other formats: the group of 32 in a block of 256
     const uint part = i / 32 % 8;
     const uint mask = 0x0f0f0f0fu;
     if (IS(format, FORMAT_Q4_0)) return (four_bytes(row + i / 32 * BYTES_Q4_0 + 2 + i % 16) >> nibble) & mask;
@@ -104,10 +104,10 @@ FUNCTION uint four_quants(GLOBAL const uchar* row, uint format, uint i) {
     }
     if (IS(format, FORMAT_Q8_0)) return four_bytes(row + i / 32 * BYTES_Q8_0 + 2 + i % 32);
     if (IS(format, FORMAT_IQ4_NL)) {
-        return four_looked_up(four_bytes(row + i / 32 * BYTES_IQ4_NL + 2 + i % 16) >> nibble, IQ4_TABLE);
+        return lookup_four(four_bytes(row + i / 32 * BYTES_IQ4_NL + 2 + i % 16) >> nibble, IQ4_TABLE);
     }
     if (IS(format, FORMAT_MXFP4)) {
-        return four_looked_up(four_single(row + i / 32 * BYTES_MXFP4 + 1 + i % 16) >> nibble, FP4_TABLE);
+        return lookup_four(four_single(row + i / 32 * BYTES_MXFP4 + 1 + i % 16) >> nibble, FP4_TABLE);
     }
     if (IS(format, FORMAT_Q2_K)) {
         GLOBAL const uchar* block = row + i / 256 * BYTES_Q2_K;
@@ -133,12 +133,12 @@ FUNCTION uint four_quants(GLOBAL const uchar* row, uint format, uint i) {
         return low | (((four_bytes(block + 128 + part / 4 * 32 + i % 32) >> (quarter * 2)) & 0x03030303u) << 4);
     }
     if (IS(format, FORMAT_IQ4_XS)) {
-        return four_looked_up(four_aligned(row + i / 256 * BYTES_IQ4_XS + 8 + part * 16 + i % 16) >> nibble, IQ4_TABLE);
+        return lookup_four(four_aligned(row + i / 256 * BYTES_IQ4_XS + 8 + part * 16 + i % 16) >> nibble, IQ4_TABLE);
     }
     return 0;
 }
 
-// The scale and the minimum of the group that weight i belongs to.
+// The scale and minimum of the group that contains weight i.
 FUNCTION void scales_of(GLOBAL const uchar* row, uint format, uint i, PRIVATE float* scale, PRIVATE float* minimum) {
     const uint part = i / 32 % 8;
     const uint short_part = i / 16 % 16;
@@ -158,7 +158,7 @@ FUNCTION void scales_of(GLOBAL const uchar* row, uint format, uint i, PRIVATE fl
     } else if (IS(format, FORMAT_IQ4_NL)) {
         *scale = half_at(row + i / 32 * BYTES_IQ4_NL);
     } else if (IS(format, FORMAT_MXFP4)) {
-        // half of the scale, since the table is doubled; the two smallest are subnormal
+        // half the scale, because the table is doubled; the two smallest exponents are subnormal
         const uint exponent = row[i / 32 * BYTES_MXFP4];
         *scale = bits_to_float(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
     } else if (IS(format, FORMAT_Q2_K)) {
@@ -189,7 +189,7 @@ FUNCTION void scales_of(GLOBAL const uchar* row, uint format, uint i, PRIVATE fl
     }
 }
 
-// The weights i to i + 7 of a quantized row; i is a multiple of eight.
+// Dequantizes weights i to i + 7 of a quantized row; i is a multiple of eight.
 FUNCTION void load8_blocks(GLOBAL const uchar* row, uint format, uint i, PRIVATE float* y) {
     float scale, minimum;
     scales_of(row, format, i, &scale, &minimum);
@@ -203,13 +203,13 @@ FUNCTION void load8_blocks(GLOBAL const uchar* row, uint format, uint i, PRIVATE
     }
 }
 
-// Asks for the lines of a quantized row that the warp will read soon.
-FUNCTION void ask_for_blocks(GLOBAL const uchar* row, uint num_bytes, uint my_lane) {
+// Prefetches a quantized row to the L2 cache, on CUDA.
+FUNCTION void prefetch_blocks(GLOBAL const uchar* row, uint num_bytes, uint my_lane) {
     for (uint at = 128 * my_lane; at < num_bytes; at += 128 * 32) PREFETCH(row + at);
 }
 #endif
 
-// The weights i to i + 7 of a row of any format that occurs; i is a multiple of eight.
+// Loads weights i to i + 7 of a row of any format in FORMATS; i is a multiple of eight.
 FUNCTION void load8_row(GLOBAL const uchar* row, uint format, uint i, PRIVATE float* y) {
     if (IS_DENSE(format)) {
         load8((GLOBAL const T*)row + i, y);

@@ -1,15 +1,15 @@
-// Dequantizes matrices, for products that take elements.
+// Dequantizes matrices for kernels and libraries that read elements.
 
 struct DequantizeWords {
     uint columns;
     uint format;
-    // Eights of weights in all.
+    // total number of weights, divided by eight
     uint count;
     uint has_ids;
 };
 
-// The rows of a matrix, or those with the given ids. A thread takes eight weights.
-KERNEL(dequantize)(IN(uchar, blocks, 0), IN(uint, ids, 1), OUT(T, y, 2), WORDS(DequantizeWords, 3) PLACE) {
+// Dequantizes all rows of a matrix, or the rows in `ids`. One thread dequantizes eight weights.
+KERNEL(dequantize)(IN(uchar, blocks, 0), IN(uint, ids, 1), OUT(T, y, 2), WORDS(DequantizeWords, 3) INDICES) {
     const uint index = group.x * threads + me;
     if (index >= p.count) return;
     const uint of_row = p.columns / 8;

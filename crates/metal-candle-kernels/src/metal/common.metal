@@ -1,4 +1,4 @@
-// Sums over a group of threads; each thread gets the result. `scratch` has room for one number of each warp.
+// Sum and maximum over the threads of a group; every thread gets the result. `scratch` has one float per warp.
 FUNCTION float group_sum(float x, SHARED_ARG float* scratch, uint my_lane, uint my_warp, uint num_threads) {
     x = warp_sum(x);
     if (my_lane == 0) scratch[my_warp] = x;
@@ -23,19 +23,19 @@ FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + EXP(-x)); }
 
 FUNCTION float hyperbolic_tangent(float x) {
     const float square = x * x;
-    // near 0 the quotient below would lose the digits of x
+    // near 0 the quotient below loses precision
     if (square < 0.02f) return x * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.05396825f)));
     const float e = EXP(-2.0f * (x < 0.0f ? -x : x));
     const float t = (1.0f - e) / (1.0f + e);
     return x < 0.0f ? -t : t;
 }
 
-// Low-rank terms, y[t, j] += scale * sum of z[t, r] b[r, j] over r, are added by threads that take so many tokens of a column:
-// what they read of b serves them all.
+// A thread adds a low-rank update, y[t, j] += scale * sum of z[t, r] b[r, j] over r, to TERM_ROWS tokens of a column, so each
+// element of b is read once for all of them.
 #define TERM_ROWS 4
 
-// Adds a term to a column of `rows` tokens, at most TERM_ROWS; z is that of the first, b(r) is at b[r * stride].
-FUNCTION void add_term(
+// Adds a low-rank update to one column of `rows` <= TERM_ROWS tokens. `z` is the first token's row; b(r) is b[r * stride].
+FUNCTION void add_low_rank(
     GLOBAL const T* z, uint rank, float scale, GLOBAL const T* b, wide stride, uint rows, PRIVATE float* y) {
     float sums[TERM_ROWS];
     UNROLL
@@ -53,7 +53,7 @@ FUNCTION void add_term(
 #define ACTIVATION 0
 #endif
 
-// erfc(z) for z >= 0, see `activation.rs`.
+// erfc(z) for z >= 0; see `activation.rs`.
 FUNCTION float complementary_error(float z) {
     const float t = 1.0f / (1.0f + 0.5f * z);
     float q = 0.14493021f;
@@ -69,7 +69,7 @@ FUNCTION float complementary_error(float z) {
     return t * EXP(q - z * z);
 }
 
-// The activation of number ACTIVATION, in the order of `Activation`, and its slope.
+// The activation with index ACTIVATION in the enum `Activation`, and its derivative.
 FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* value, PRIVATE float* slope) {
 #if ACTIVATION == 0
     const float s = sigmoid(x);
@@ -79,7 +79,7 @@ FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* va
     const float square = x * x;
     const float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * square));
     *value = x * s;
-    // far out the product is 0 times a number that may be infinite
+    // for large |x| the product would be 0 * infinity
     const bool is_bent = s > 1e-30f && s < 1.0f;
     *slope = s + (is_bent ? x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * square) : 0.0f);
 #elif ACTIVATION == 2
@@ -106,18 +106,18 @@ FUNCTION void activation_at(float x, float limit, float alpha, PRIVATE float* va
 #endif
 }
 
-// What an activation of a gate is multiplied with, and its slope.
+// The factor of the activated gate, and its derivative.
 FUNCTION float up_of(float up, float limit) {
     if (ACTIVATION != 5) return up;
     return (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
 }
 FUNCTION float up_slope(float up, float limit) { return ACTIVATION == 5 && (up > limit || up < -limit) ? 0.0f : 1.0f; }
 
-// Numbers that groups of one launch leave for each other in device memory. A word is EMPTY until it is posted.
+// Groups of one launch exchange numbers in device memory. A word is EMPTY until a group posts its number.
 #define EMPTY 0xffffffffu
 
 FUNCTION void post(GLOBAL ATOMIC_UINT* words, uint at, float x) {
     const uint bits = float_to_bits(x);
-    // the same for another NaN
+    // a NaN with the bits of EMPTY is replaced with another NaN
     ATOMIC_STORE(words, at, bits == EMPTY ? 0x7fc00000u : bits);
 }

@@ -1,15 +1,15 @@
-// Cross-entropy of rows of logits with label smoothing; the gradient takes the place of the head's products.
+// Cross-entropy of rows of logits with label smoothing. The gradient overwrites the logits.
 struct CrossEntropyWords {
     uint vocab;
     float smoothing;
     float scale;
-    uint wants_gradient;
-    uint is_aligned; // rows begin at a multiple of eight elements and have such a length
+    uint needs_gradient;
+    uint is_aligned; // rows start at a multiple of eight elements, and their length is one
     float form_scale;
-    float cap; // 0 if there is none
+    float cap; // 0: no soft cap
 };
 
-// Logits from products of the output head, and their slope; without HAS_FORM they are the same.
+// The logit of a product of the output head, and its derivative. Without HAS_FORM the product is the logit.
 FUNCTION float logit_of(float product, float scale, float cap) {
     if (!HAS_FORM) return product;
     return cap > 0.0f ? cap * hyperbolic_tangent(product * scale / cap) : product * scale;
@@ -19,24 +19,24 @@ FUNCTION float slope_of(float logit, float scale, float cap) {
     return cap > 0.0f ? scale * (1.0f - logit / cap) * (1.0f + logit / cap) : scale;
 }
 
-// Takes logits into the running maximum, the sum of exponentials of distances from it, and the sum.
+// Updates the running maximum, the sum of exp(logit - maximum), and the sum of logits.
 FUNCTION void add_logits(
     PRIVATE const float* z, uint count, PRIVATE float* largest, PRIVATE float* sum, PRIVATE float* total) {
-    float most = *largest;
+    float maximum = *largest;
     for (uint i = 0; i < count; i++) {
-        most = MAXIMUM(most, z[i]);
+        maximum = MAXIMUM(maximum, z[i]);
         *total += z[i];
     }
-    if (most > *largest) {
-        *sum *= EXP(*largest - most);
-        *largest = most;
+    if (maximum > *largest) {
+        *sum *= EXP(*largest - maximum);
+        *largest = maximum;
     }
-    // a NaN gets here and stays
+    // a NaN is added to the sum here
     for (uint i = 0; i < count; i++) *sum += EXP(z[i] - *largest);
 }
 
 KERNEL(cross_entropy)
-(OUT(T, logits, 0), IN(uint, targets, 1), IN(float, weights, 2), OUT(float, losses, 3), WORDS(CrossEntropyWords, 4) PLACE) {
+(OUT(T, logits, 0), IN(uint, targets, 1), IN(float, weights, 2), OUT(float, losses, 3), WORDS(CrossEntropyWords, 4) INDICES) {
     SHARED float scratch[32];
     GLOBAL T* row = logits + wide(group.x) * p.vocab;
     const uint target = targets[group.x];
@@ -55,17 +55,17 @@ KERNEL(cross_entropy)
         add_logits(&z, 1, &largest, &sum, &total);
     }
     const float maximum = group_max(largest, scratch, lane, warp, threads);
-    // a thread without an element has a sum of 0 below minus infinity
+    // a thread without elements has the sum 0 and the maximum -infinity; a NaN sum stays NaN
     sum = largest == -INFINITY && !(sum != sum) ? 0.0f : sum * EXP(largest - maximum);
     sum = group_sum(sum, scratch, lane, warp, threads);
     const float mean = group_sum(total, scratch, lane, warp, threads) / float(p.vocab);
     const float normalizer = maximum + LOG(sum);
     const float weight = weights[group.x];
     if (me == 0) {
-        const float wanted = normalizer - logit_of(float(row[target]), p.form_scale, p.cap);
-        losses[group.x] = weight * ((1.0f - p.smoothing) * wanted + p.smoothing * (normalizer - mean));
+        const float target_loss = normalizer - logit_of(float(row[target]), p.form_scale, p.cap);
+        losses[group.x] = weight * ((1.0f - p.smoothing) * target_loss + p.smoothing * (normalizer - mean));
     }
-    if (p.wants_gradient == 0) return;
+    if (p.needs_gradient == 0) return;
     BARRIER;
     const float factor = weight * p.scale;
     const float spread = p.smoothing / float(p.vocab);

@@ -1,21 +1,19 @@
-// The kernels of a decoder block for few tokens, each of another sequence, but for attention (`decode_attention.metal`). Every
-// weight is read once.
+// Decode kernels: a decoder block for one token of each of a few sequences, except attention (`decode_attention.metal`).
 //
-// There are `rows` tokens, taken BATCH (a constant) at a time; groups that share weights lie side by side. The state is on the
-// device, `state[row]` is the id of a token, `state[rows + row]` its position and `state[2 * rows + row]` its slot of the
-// cache, so that a step can be repeated without the CPU.
+// A launch has `rows` tokens, in chunks of BATCH (a constant); groups that read the same weights have adjacent indices. The
+// state is on the device, so steps can run without the CPU: `state[row]` is the token's id, `state[rows + row]` its position and
+// `state[2 * rows + row]` its slot of the cache.
 //
-// On new CUDA devices a kernel starts while the previous kernel runs: code before WAIT_FOR_INPUT reads weights, the state, and
-// keys and values of earlier steps only, and writes nothing.
+// On CUDA devices since Hopper, a kernel starts while the previous kernel runs. Code before WAIT_FOR_INPUT therefore reads only
+// weights, the state, and keys and values of earlier steps, and writes nothing.
 //
-// A low-rank update adds B z, z = scale A x. The first groups of a launch compute z, once: their warps take rows of A as those
-// of the other groups take rows of weights. They post it in device memory, where the others read it when their own products are
-// done. A warp that waits in vain computes z itself, in the same order of sums, so that nothing depends on the order in which
-// groups run. Layers without an update use kernels without HAS_TERMS; these too empty what an earlier kernel posted.
+// A low-rank update adds B z, where z = scale A x. The first groups of a launch compute z once and post it in device memory:
+// their warps multiply rows of A instead of rows of weights. The other groups read z after their own products. A warp that has
+// waited too long computes z itself with the same order of summation, so results do not depend on the order in which groups run.
+// Layers without an update use kernels without HAS_TERMS; these also empty the words that an earlier kernel posted.
 #define MAX_RANK 64
 
-// Two rows of HIDDEN weights: a warp. Where they fit into registers they are asked for before anything else, so that they are on
-// their way while the vectors are normed.
+// Two rows of HIDDEN weights, for one warp. If they fit into registers, they are loaded first, so that the loads overlap the norm.
 #define STEPS ((HIDDEN + 255) / 256)
 #define HOLDS_ROWS (HIDDEN <= 1024)
 struct TwoRows {
@@ -26,7 +24,7 @@ struct TwoRows {
     uint unused;
 };
 
-FUNCTION void ask_for_rows(GLOBAL const T* w0, GLOBAL const T* w1, uint my_lane, PRIVATE TwoRows& rows) {
+FUNCTION void prefetch_rows(GLOBAL const T* w0, GLOBAL const T* w1, uint my_lane, PRIVATE TwoRows& rows) {
     rows.unused = 0;
 #if HOLDS_ROWS
     UNROLL for (uint step = 0; step < STEPS; step++) {
@@ -39,20 +37,20 @@ FUNCTION void ask_for_rows(GLOBAL const T* w0, GLOBAL const T* w1, uint my_lane,
 #endif
 }
 
-// Asks for two rows of weights: elements are held in registers, blocks are on their way to the cache.
-FUNCTION void ask_for_weights(
+// Prefetches two rows of weights: elements to registers, quantized blocks to the L2 cache.
+FUNCTION void prefetch_weights(
     GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format0, uint format1, uint my_lane, PRIVATE TwoRows& rows) {
     if (IS_DENSE(format0) && IS_DENSE(format1)) {
-        ask_for_rows((GLOBAL const T*)w0, (GLOBAL const T*)w1, my_lane, rows);
+        prefetch_rows((GLOBAL const T*)w0, (GLOBAL const T*)w1, my_lane, rows);
         return;
     }
 #if HAS_BLOCKS
-    ask_for_blocks(w0, uint(row_bytes(format0, HIDDEN)), my_lane);
-    ask_for_blocks(w1, uint(row_bytes(format1, HIDDEN)), my_lane);
+    prefetch_blocks(w0, uint(row_bytes(format0, HIDDEN)), my_lane);
+    prefetch_blocks(w1, uint(row_bytes(format1, HIDDEN)), my_lane);
 #endif
 }
 
-// Adds the products of eight weights of two rows with those of each vector at `x`, BATCH vectors of HIDDEN floats.
+// Multiplies eight weights of two rows with each of the BATCH vectors of HIDDEN floats at `x`, and adds the products.
 FUNCTION void add_dots(
     PRIVATE const float* u, PRIVATE const float* v, SHARED_ARG const float* x, PRIVATE float* sums0, PRIVATE float* sums1) {
     UNROLL for (uint b = 0; b < BATCH; b++) {
@@ -65,7 +63,7 @@ FUNCTION void add_dots(
     }
 }
 
-// The products of the rows with each vector, summed. `x` holds BATCH vectors of HIDDEN floats.
+// The dot products of two rows with each of the BATCH vectors of HIDDEN floats at `x`.
 FUNCTION void dots_of_rows(
     GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format0, uint format1, PRIVATE const TwoRows& rows,
     SHARED_ARG const float* x, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
@@ -98,13 +96,13 @@ FUNCTION void dots_of_rows(
     }
 }
 
-// The first weights of a lane's part of two rows, asked for early: AHEAD (a constant) times eight.
+// The first weights of a lane's part of two rows, prefetched: AHEAD (a constant) times eight.
 struct TwoParts {
     Eight first[AHEAD];
     Eight second[AHEAD];
 };
 
-FUNCTION void ask_for_parts(
+FUNCTION void prefetch_parts(
     GLOBAL const T* w0, GLOBAL const T* w1, uint from, uint end, uint my_lane, PRIVATE TwoParts& parts) {
     UNROLL for (uint step = 0; step < AHEAD; step++) {
         const uint i = from + 8 * my_lane + 256 * step;
@@ -128,7 +126,7 @@ FUNCTION void add_products(
     }
 }
 
-// The products of a part of two rows of weights, from `from` up to `end`, with each of `live` vectors in device memory.
+// The dot products of two rows, for columns `from..end`, with each of `live` vectors in device memory.
 FUNCTION void dots_of_two(
     GLOBAL const uchar* w0, GLOBAL const uchar* w1, uint format, bool is_dense, PRIVATE const TwoParts& parts,
     GLOBAL const T* x, uint live, uint width, uint from, uint end, uint my_lane, PRIVATE float* sums0, PRIVATE float* sums1) {
@@ -161,7 +159,8 @@ FUNCTION void dots_of_two(
     }
 }
 
-// The normed vectors, `live` of them, as floats, or the vectors as they are. A thread keeps its share of a vector until its norm is known.
+// Writes `live` vectors to `y` as floats, normalized if `has_norm` is 1. A thread holds its elements of a vector in registers
+// until the norm is known.
 template <uint THREADS>
 FUNCTION void norm_into(
     GLOBAL const T* x, uint live, GLOBAL const T* weight, uint has_norm, float offset, float eps, SHARED_ARG float* y,
@@ -185,20 +184,20 @@ FUNCTION void norm_into(
     BARRIER;
 }
 
-// How often a word that is not posted yet is read again.
-#define PATIENCE 4096
+// How often a word that has not been posted is read before the warp computes z itself.
+#define MAX_POLLS 4096
 
-// The elements of a row of B that a lane multiplies.
+// The number of elements of a row of B that a lane multiplies.
 #define SHARES (MAX_RANK / 32)
 
-FUNCTION void ask_for_term(GLOBAL const T* l, uint rank, uint row, uint my_lane, PRIVATE float* term) {
+FUNCTION void prefetch_b(GLOBAL const T* l, uint rank, uint row, uint my_lane, PRIVATE float* b) {
     UNROLL for (uint i = 0; i < SHARES; i++) {
         const uint r = my_lane + 32 * i;
-        term[i] = r < rank ? float(l[row * rank + r]) : 0.0f;
+        b[i] = r < rank ? float(l[row * rank + r]) : 0.0f;
     }
 }
 
-// A lane's elements of a posted z. Whether all of them came is the same for all lanes.
+// Reads the lane's elements of a posted z. Returns whether all lanes got theirs; the result is the same for all lanes.
 FUNCTION bool read_posted(GLOBAL ATOMIC_UINT* words, uint at, uint rank, uint my_lane, PRIVATE float* z) {
     uint bits[SHARES];
     UNROLL for (uint i = 0; i < SHARES; i++) {
@@ -206,15 +205,15 @@ FUNCTION bool read_posted(GLOBAL ATOMIC_UINT* words, uint at, uint rank, uint my
     }
     bool is_missing = false;
     UNROLL for (uint i = 0; i < SHARES; i++) {
-        for (uint n = 0; n < PATIENCE && bits[i] == EMPTY; n++) bits[i] = ATOMIC_LOAD(words, at + my_lane + 32 * i);
+        for (uint n = 0; n < MAX_POLLS && bits[i] == EMPTY; n++) bits[i] = ATOMIC_LOAD(words, at + my_lane + 32 * i);
         is_missing = is_missing || bits[i] == EMPTY;
         z[i] = bits_to_float(bits[i]);
     }
     return !warp_any(is_missing);
 }
 
-// The products of the normed vector x, or of x itself, with two rows of A that were asked for, by one warp: it need not wait for
-// others to know the norm.
+// The dot products of x, normalized if `has_norm` is 1, with two prefetched rows of A. One warp computes the norm itself, so it
+// does not wait for other warps.
 FUNCTION void times_two_of_a(
     GLOBAL const T* a0, GLOBAL const T* a1, PRIVATE const TwoRows& rows, GLOBAL const T* x, GLOBAL const T* weight, uint has_norm,
     float offset, float eps, uint my_lane, PRIVATE float* z0, PRIVATE float* z1) {
@@ -245,7 +244,7 @@ FUNCTION void times_two_of_a(
     *z1 = warp_sum(sum1) * scale;
 }
 
-// A lane's elements of z of the normed vector x, computed where they do not come.
+// The lane's elements of z for the normalized vector x: read if they were posted, otherwise computed.
 FUNCTION void read_low_rank(
     GLOBAL ATOMIC_UINT* words, uint at, GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, GLOBAL const T* weight,
     uint has_norm, float offset, float eps, uint my_lane, PRIVATE float* z) {
@@ -268,14 +267,14 @@ FUNCTION void read_low_rank(
     }
 }
 
-// B z of a row.
-FUNCTION float times_term(PRIVATE const float* term, PRIVATE const float* z) {
+// One element of B z: the dot product of a row of B with z.
+FUNCTION float times_b(PRIVATE const float* b, PRIVATE const float* z) {
     float sum = 0.0f;
-    UNROLL for (uint i = 0; i < SHARES; i++) sum += term[i] * z[i];
+    UNROLL for (uint i = 0; i < SHARES; i++) sum += b[i] * z[i];
     return warp_sum(sum);
 }
 
-// Empties the words that an earlier kernel posted: the work of the last group.
+// The last group empties the words that an earlier kernel posted.
 FUNCTION void empty_words(
     GLOBAL ATOMIC_UINT* words, uint from, uint count, bool is_last, uint my_thread, uint num_threads) {
     if (!is_last) return;
@@ -292,7 +291,7 @@ struct EmbedWords {
 
 // x[b] = factor * the embedding of token b
 KERNEL(decode_embed)
-(IN(uchar, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), OUT(ATOMIC_UINT, posted, 3), WORDS(EmbedWords, 4) PLACE) {
+(IN(uchar, embedding, 0), IN(uint, state, 1), OUT(T, x, 2), OUT(ATOMIC_UINT, posted, 3), WORDS(EmbedWords, 4) INDICES) {
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     GLOBAL const uchar* row = row_of(embedding, p.format, state[group.x], p.width);
@@ -326,11 +325,11 @@ struct ProjectionWords {
     uint empty_count;
 };
 
-// Norm and projections to q, k and v, without biases. A warp takes two rows.
+// Norm and projections to q, k and v, without biases. One warp computes two rows.
 KERNEL(decode_projections)
 (IN(T, x, 0), IN(T, norm, 1), IN(uchar, wq, 2), IN(uchar, wk, 3), IN(uchar, wv, 4), IN(T, aq, 5), IN(T, lq, 6), IN(T, ak, 7),
  IN(T, lk, 8), IN(T, av, 9), IN(T, lv, 10), OUT(T, q, 11), OUT(T, k, 12), OUT(T, v, 13), OUT(ATOMIC_UINT, posted, 14),
- WORDS(ProjectionWords, 15) PLACE) {
+ WORDS(ProjectionWords, 15) INDICES) {
     SHARED float normed[BATCH * HIDDEN];
     SHARED float scratch[32];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
@@ -342,7 +341,7 @@ KERNEL(decode_projections)
     const uint block = group.x / chunks;
     const bool is_of_a = HAS_TERMS && block < groups_of_a;
     uint pair = (is_of_a ? block : block - groups_of_a) * warps + warp;
-    // q, k and v follow each other
+    // rows of q come first, then k, then v
     const uint q_rows = is_of_a ? p.q_rank : p.q_width;
     const uint k_rows = is_of_a ? p.k_rank : p.kv_width;
     const uint v_rows = is_of_a ? p.v_rank : p.kv_width;
@@ -380,28 +379,28 @@ KERNEL(decode_projections)
     }
     const uint row0 = 2 * pair;
     const uint row1 = row0 + 1 < count ? row0 + 1 : row0;
-    const bool is_there = row0 < count;
+    const bool is_valid = row0 < count;
     GLOBAL const T* a0 = a + row0 * HIDDEN;
     GLOBAL const T* a1 = a + row1 * HIDDEN;
     GLOBAL const uchar* w0 = row_of(w, format, row0, HIDDEN);
     GLOBAL const uchar* w1 = row_of(w, format, row1, HIDDEN);
     TwoRows rows;
-    float term0[SHARES], term1[SHARES];
-    if (is_there) {
+    float b0[SHARES], b1[SHARES];
+    if (is_valid) {
         if (is_of_a) {
-            ask_for_rows(a0, a1, lane, rows);
+            prefetch_rows(a0, a1, lane, rows);
         } else {
-            ask_for_weights(w0, w1, format, format, lane, rows);
+            prefetch_weights(w0, w1, format, format, lane, rows);
         }
         if (HAS_TERMS && !is_of_a) {
-            ask_for_term(l, rank, row0, lane, term0);
-            ask_for_term(l, rank, row1, lane, term1);
+            prefetch_b(l, rank, row0, lane, b0);
+            prefetch_b(l, rank, row1, lane, b1);
         }
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     if (is_of_a) {
-        for (uint b = 0; is_there && b < live; b++) {
+        for (uint b = 0; is_valid && b < live; b++) {
             float z0, z1;
             times_two_of_a(a0, a1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
             const uint at = p.post_at + ((first_row + b) * 3 + kind) * MAX_RANK;
@@ -413,7 +412,7 @@ KERNEL(decode_projections)
         return;
     }
     norm_into<PROJECTION_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
-    if (!is_there) return;
+    if (!is_valid) return;
     float sums0[BATCH], sums1[BATCH];
     dots_of_rows(w0, w1, format, format, rows, normed, lane, sums0, sums1);
     for (uint b = 0; b < live; b++) {
@@ -421,8 +420,8 @@ KERNEL(decode_projections)
         if (HAS_TERMS && rank > 0) {
             float z[SHARES];
             read_low_rank(posted, at, a, rank, scale, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, z);
-            sums0[b] += times_term(term0, z);
-            sums1[b] += times_term(term1, z);
+            sums0[b] += times_b(b0, z);
+            sums1[b] += times_b(b1, z);
         }
         if (lane == 0) {
             y[(first_row + b) * count + row0] = T(sums0[b]);
@@ -437,7 +436,7 @@ struct LinearWords {
     uint out_features;
     uint rank;
     float scale;
-    // The factor on the sum, and whether y is kept.
+    // y = factor * sum, plus the existing y if `is_added` is 1
     float factor;
     uint is_added;
     uint format;
@@ -448,7 +447,7 @@ struct LinearWords {
 
 #define QUARTERS 4
 
-// z of a low-rank update of a vector in device memory, as the warps of its own groups would compute it.
+// Computes z of a low-rank update for a vector in device memory, with the same order of summation as the groups of A.
 FUNCTION void low_rank_of_device(
     GLOBAL const T* a, uint rank, float scale, GLOBAL const T* x, uint width, uint share, uint my_lane, PRIVATE float* z) {
     NO_UNROLL for (uint r = 0; r < rank; r++) {
@@ -468,10 +467,10 @@ FUNCTION void low_rank_of_device(
     }
 }
 
-// y += factor * (W x + scale B A x), or y becomes this. Four warps share two rows, each a quarter of their width.
+// y = factor * (W x + scale B A x), or y += if `is_added` is 1. Four warps share two rows: each computes a quarter of the width.
 KERNEL(decode_linear)
 (IN(T, x, 0), IN(uchar, w, 1), IN(T, a, 2), IN(T, l, 3), OUT(T, y, 4), OUT(ATOMIC_UINT, posted, 5),
- WORDS(LinearWords, 6) PLACE) {
+ WORDS(LinearWords, 6) INDICES) {
     SHARED float parts[LINEAR_THREADS / 32 * 2 * BATCH];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
     const uint first_row = group.x % chunks * BATCH;
@@ -485,7 +484,7 @@ KERNEL(decode_linear)
     const uint first = 2 * pairs * (is_of_a ? block : block - groups_of_a);
     const uint row0 = MINIMUM(first + 2 * (warp / QUARTERS), count - 1);
     const uint row1 = MINIMUM(row0 + 1, count - 1);
-    // parts of the width are multiples of 256
+    // a quarter of the width, rounded up to a multiple of 256
     const uint share = (p.in_features + 256 * QUARTERS - 1) / (256 * QUARTERS) * 256;
     const uint from = MINIMUM(warp % QUARTERS * share, p.in_features);
     const uint end = MINIMUM(from + share, p.in_features);
@@ -494,34 +493,34 @@ KERNEL(decode_linear)
     GLOBAL const uchar* matrix = is_of_a ? (GLOBAL const uchar*)a : w;
     GLOBAL const uchar* w0 = matrix + row0 * stride;
     GLOBAL const uchar* w1 = matrix + row1 * stride;
-    // the first warp of each four adds the update
-    const bool has_term = HAS_TERMS && !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
-    TwoParts asked;
-    if (is_dense) ask_for_parts((GLOBAL const T*)w0, (GLOBAL const T*)w1, from, end, lane, asked);
+    // the first of the four warps adds the low-rank update
+    const bool has_update = HAS_TERMS && !is_of_a && p.rank > 0 && warp % QUARTERS == 0;
+    TwoParts parts_ahead;
+    if (is_dense) prefetch_parts((GLOBAL const T*)w0, (GLOBAL const T*)w1, from, end, lane, parts_ahead);
 #if HAS_BLOCKS
     if (!is_dense && from < end) {
         const uint skipped = uint(row_bytes(p.format, from));
-        ask_for_blocks(w0 + skipped, uint(row_bytes(p.format, end - from)), lane);
-        ask_for_blocks(w1 + skipped, uint(row_bytes(p.format, end - from)), lane);
+        prefetch_blocks(w0 + skipped, uint(row_bytes(p.format, end - from)), lane);
+        prefetch_blocks(w1 + skipped, uint(row_bytes(p.format, end - from)), lane);
     }
 #endif
-    float term0[SHARES], term1[SHARES];
-    if (has_term) {
-        ask_for_term(l, p.rank, row0, lane, term0);
-        ask_for_term(l, p.rank, row1, lane, term1);
+    float b0[SHARES], b1[SHARES];
+    if (has_update) {
+        prefetch_b(l, p.rank, row0, lane, b0);
+        prefetch_b(l, p.rank, row1, lane, b1);
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     float sums0[BATCH], sums1[BATCH];
-    dots_of_two(w0, w1, p.format, is_dense, asked, vectors, live, p.in_features, from, end, lane, sums0, sums1);
-    if (has_term) {
+    dots_of_two(w0, w1, p.format, is_dense, parts_ahead, vectors, live, p.in_features, from, end, lane, sums0, sums1);
+    if (has_update) {
         for (uint b = 0; b < live; b++) {
             float z[SHARES];
             if (!read_posted(posted, p.post_at + (first_row + b) * MAX_RANK, p.rank, lane, z)) {
                 low_rank_of_device(a, p.rank, p.scale, vectors + b * p.in_features, p.in_features, share, lane, z);
             }
-            sums0[b] += times_term(term0, z);
-            sums1[b] += times_term(term1, z);
+            sums0[b] += times_b(b0, z);
+            sums1[b] += times_b(b1, z);
         }
     }
     if (lane == 0) {
@@ -531,7 +530,7 @@ KERNEL(decode_linear)
         }
     }
     BARRIER;
-    // a thread for each row of the group and each vector
+    // one thread for each row of the group and each vector
     const uint b = me / (2 * pairs);
     const uint row = first + me % (2 * pairs);
     if (b < live && row < count) {
@@ -556,8 +555,8 @@ struct AddWords {
     float factor;
 };
 
-// x += factor * the norm of a branch. A group takes a vector.
-KERNEL(decode_add)(IN(T, branch, 0), IN(T, norm, 1), OUT(T, x, 2), WORDS(AddWords, 3) PLACE) {
+// x += factor * norm(branch). One group computes one vector.
+KERNEL(decode_add)(IN(T, branch, 0), IN(T, norm, 1), OUT(T, x, 2), WORDS(AddWords, 3) INDICES) {
     SHARED float scratch[32];
     WAIT_FOR_INPUT;
     GLOBAL const T* from = branch + group.x * p.width;
@@ -587,10 +586,10 @@ struct GatedWords {
     uint empty_count;
 };
 
-// Norm, gate and up projection and activation; a warp takes a row of each.
+// Norm, gate and up projections, and activation. One warp computes one row of both projections.
 KERNEL(decode_gated)
 (IN(T, x, 0), IN(T, norm, 1), IN(uchar, w_gate, 2), IN(uchar, w_up, 3), IN(T, a_gate, 4), IN(T, l_gate, 5), IN(T, a_up, 6),
- IN(T, l_up, 7), OUT(T, y, 8), OUT(ATOMIC_UINT, posted, 9), WORDS(GatedWords, 10) PLACE) {
+ IN(T, l_up, 7), OUT(T, y, 8), OUT(ATOMIC_UINT, posted, 9), WORDS(GatedWords, 10) INDICES) {
     SHARED float normed[BATCH * HIDDEN];
     SHARED float scratch[32];
     const uint chunks = (p.rows + BATCH - 1) / BATCH;
@@ -606,35 +605,35 @@ KERNEL(decode_gated)
     GLOBAL const uchar* w1 = row_of(w_up, p.up_format, row, HIDDEN);
     GLOBAL const T* a0 = a_gate;
     GLOBAL const T* a1 = a_gate;
-    bool is_there = row < p.intermediate;
-    // of A: two rows of one of them
+    bool is_valid = row < p.intermediate;
+    // in a group of A, a warp takes two rows of one of the two A
     const bool is_up = is_of_a && row >= pairs_of_gate;
     uint row1 = 0;
     if (is_of_a) {
         const uint rank = is_up ? p.up_rank : p.gate_rank;
         row = 2 * (is_up ? row - pairs_of_gate : row);
         row1 = row + 1 < rank ? row + 1 : row;
-        is_there = row < rank;
+        is_valid = row < rank;
         a0 = (is_up ? a_up : a_gate) + row * HIDDEN;
         a1 = (is_up ? a_up : a_gate) + row1 * HIDDEN;
     }
     TwoRows rows;
-    float term_gate[SHARES], term_up[SHARES];
-    if (is_there) {
+    float b_gate[SHARES], b_up[SHARES];
+    if (is_valid) {
         if (is_of_a) {
-            ask_for_rows(a0, a1, lane, rows);
+            prefetch_rows(a0, a1, lane, rows);
         } else {
-            ask_for_weights(w0, w1, p.gate_format, p.up_format, lane, rows);
+            prefetch_weights(w0, w1, p.gate_format, p.up_format, lane, rows);
         }
         if (HAS_TERMS && !is_of_a) {
-            ask_for_term(l_gate, p.gate_rank, row, lane, term_gate);
-            ask_for_term(l_up, p.up_rank, row, lane, term_up);
+            prefetch_b(l_gate, p.gate_rank, row, lane, b_gate);
+            prefetch_b(l_up, p.up_rank, row, lane, b_up);
         }
     }
     WAIT_FOR_INPUT;
     empty_words(posted, p.empty_at, p.empty_count, group.x + 1 == groups.x, me, threads);
     if (is_of_a) {
-        for (uint b = 0; is_there && b < live; b++) {
+        for (uint b = 0; is_valid && b < live; b++) {
             float z0, z1;
             times_two_of_a(a0, a1, rows, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, &z0, &z1);
             const uint at = p.post_at + ((first_row + b) * 2 + (is_up ? 1 : 0)) * MAX_RANK;
@@ -648,9 +647,9 @@ KERNEL(decode_gated)
     }
     norm_into<GATED_THREADS>(x + first_row * HIDDEN, live, norm, p.has_norm, p.offset, p.eps, normed, scratch, me, lane, warp);
     float gate[BATCH], up[BATCH];
-    if (is_there) dots_of_rows(w0, w1, p.gate_format, p.up_format, rows, normed, lane, gate, up);
+    if (is_valid) dots_of_rows(w0, w1, p.gate_format, p.up_format, rows, normed, lane, gate, up);
 #if HAS_TERMS
-    // a warp reads z for all of them, which are many
+    // one warp reads each z for all warps of the group
     SHARED float z[2 * BATCH * MAX_RANK];
     for (uint i = warp; i < 2 * live; i += warps) {
         const bool is_of_up = i >= live;
@@ -665,14 +664,14 @@ KERNEL(decode_gated)
     }
     BARRIER;
 #endif
-    if (!is_there) return;
+    if (!is_valid) return;
     for (uint b = 0; b < live; b++) {
 #if HAS_TERMS
         float own[SHARES];
         UNROLL for (uint n = 0; n < SHARES; n++) own[n] = z[b * MAX_RANK + lane + 32 * n];
-        if (p.gate_rank > 0) gate[b] += times_term(term_gate, own);
+        if (p.gate_rank > 0) gate[b] += times_b(b_gate, own);
         UNROLL for (uint n = 0; n < SHARES; n++) own[n] = z[(live + b) * MAX_RANK + lane + 32 * n];
-        if (p.up_rank > 0) up[b] += times_term(term_up, own);
+        if (p.up_rank > 0) up[b] += times_b(b_up, own);
 #endif
         if (lane == 0) {
             float value, slope;
@@ -686,7 +685,7 @@ struct HeadWords {
     uint has_norm;
     float offset;
     float eps;
-    // Logits are products times this, and below the cap if it is not 0.
+    // logits are multiplied by `factor`, then capped at `soft_cap` if it is not 0
     float factor;
     float soft_cap;
     uint vocab;
@@ -698,11 +697,11 @@ struct HeadWords {
     uint empty_count;
 };
 
-// Norm and head: the logits in f32. Each group also leaves, for each token, its largest logit, that one's id and the sum of
-// exponentials of the distances from it: `parts[row][group] = (largest, id, sum)`. A warp takes HEAD_ROWS rows, HEAD_ROWS even.
+// Norm and LM head; logits are f32. For each token, each group also writes its largest logit, the id of that logit, and the sum
+// of exp(logit - largest): `parts[row][group] = (largest, id, sum)`. One warp computes HEAD_ROWS rows; HEAD_ROWS is even.
 KERNEL(decode_head)
 (IN(T, x, 0), IN(T, norm, 1), IN(uchar, w, 2), IN(T, a, 3), IN(T, l, 4), OUT(float, logits, 5), OUT(float, parts, 6),
- OUT(ATOMIC_UINT, posted, 7), WORDS(HeadWords, 8) PLACE) {
+ OUT(ATOMIC_UINT, posted, 7), WORDS(HeadWords, 8) INDICES) {
     SHARED float normed[BATCH * HIDDEN];
     SHARED float scratch[32];
     SHARED float found[BATCH * 3 * 32];
@@ -713,16 +712,16 @@ KERNEL(decode_head)
     const uint groups_of_a = ((p.rank + 1) / 2 + warps - 1) / warps;
     const uint block = group.x / chunks;
     const bool is_of_a = HAS_TERMS && block < groups_of_a;
-    // the rows of a warp: HEAD_ROWS of the head, or two of A
+    // a warp computes HEAD_ROWS rows of the head, or two rows of A
     const uint count = is_of_a ? p.rank : p.vocab;
     const uint first = is_of_a ? 2 * (block * warps + warp) : ((block - groups_of_a) * warps + warp) * HEAD_ROWS;
     TwoRows rows;
     if (first < count) {
         const uint next = MINIMUM(first + 1, count - 1);
         if (is_of_a) {
-            ask_for_rows(a + first * HIDDEN, a + next * HIDDEN, lane, rows);
+            prefetch_rows(a + first * HIDDEN, a + next * HIDDEN, lane, rows);
         } else {
-            ask_for_weights(
+            prefetch_weights(
                 row_of(w, p.format, first, HIDDEN), row_of(w, p.format, next, HIDDEN), p.format, p.format, lane, rows);
         }
     }
@@ -759,24 +758,24 @@ KERNEL(decode_head)
         const TwoRows now = rows;
         if (r + 2 < HEAD_ROWS && row0 + 2 < p.vocab) {
             const uint next = MINIMUM(row0 + 3, p.vocab - 1);
-            ask_for_weights(
+            prefetch_weights(
                 row_of(w, p.format, row0 + 2, HIDDEN), row_of(w, p.format, next, HIDDEN), p.format, p.format, lane, rows);
         }
         dots_of_rows(
             row_of(w, p.format, row0, HIDDEN), row_of(w, p.format, row1, HIDDEN), p.format, p.format, now, normed, lane, sums0,
             sums1);
         if (HAS_TERMS && p.rank > 0) {
-            float term0[SHARES], term1[SHARES];
-            ask_for_term(l, p.rank, row0, lane, term0);
-            ask_for_term(l, p.rank, row1, lane, term1);
+            float b0[SHARES], b1[SHARES];
+            prefetch_b(l, p.rank, row0, lane, b0);
+            prefetch_b(l, p.rank, row1, lane, b1);
             for (uint b = 0; b < live; b++) {
                 const uint at = post_at + b * MAX_RANK;
                 if (r == 0) {
                     read_low_rank(
                         posted, at, a, p.rank, p.scale, x + (first_row + b) * HIDDEN, norm, p.has_norm, p.offset, p.eps, lane, z[b]);
                 }
-                sums0[b] += times_term(term0, z[b]);
-                sums1[b] += times_term(term1, z[b]);
+                sums0[b] += times_b(b0, z[b]);
+                sums1[b] += times_b(b1, z[b]);
             }
         }
         for (uint b = 0; b < live; b++) {
@@ -791,7 +790,7 @@ KERNEL(decode_head)
                     largest[b] = logit;
                     best[b] = row;
                 } else {
-                    // a NaN gets here and stays
+                    // a NaN is added to the sum here
                     sums[b] += EXP(logit - largest[b]);
                 }
             }
@@ -820,7 +819,7 @@ KERNEL(decode_head)
         for (uint i = 0; i < threads / 32; i++) {
             const float value = found[b * 3 * 32 + i];
             const float of_warp = found[(b * 3 + 2) * 32 + i];
-            // nothing of a warp without a row, but all of a NaN
+            // skips warps without rows; a NaN sum is added
             if (of_warp != 0.0f) sum += of_warp * EXP(value - maximum);
         }
         const uint num_parts = groups.x / chunks - groups_of_a;

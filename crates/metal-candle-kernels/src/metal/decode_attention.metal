@@ -1,22 +1,22 @@
-// Attention in a step of one token for each of several sequences. The products for q, k and v are there; biases, norms and
-// rotation are applied here, the new key and value go to the cache, and each query attends to its slot of it.
+// Attention of a decode step: one token for each of several sequences. The kernel adds biases to the projected q, k and v,
+// applies norms and rotary embeddings, writes the new key and value to the cache, and computes the attention over the slot.
 //
-// A group takes HEADS query heads that share a key/value head, one token and a part of its keys, which its KEY_WARPS warps, more
-// than heads, take by turns: KEY_LANES lanes hold eight elements each of a key and its value, for all heads. With several parts
-// each group posts its result, and the last one puts them together; it leaves the words empty for the next layer. As in
-// `decode.metal`, a group begins before its input is there.
+// One group computes HEADS query heads that share a key/value head, for one token and one part of its keys. Its KEY_WARPS warps
+// (more than HEADS) take turns with blocks of keys: KEY_LANES lanes hold eight elements each of a key and its value, and use them
+// for all heads. If the keys have several parts, each group posts its result. The last group merges the results and empties the
+// words for the next layer. As in `decode.metal`, a group starts before its input is complete.
 #ifdef HEAD_DIM
 #define PAIRS ((HEAD_DIM / 2 + 31) / 32)
 
-// Keys that the lanes of a warp take side by side, how many each takes at once, and all of them.
+// The keys that a warp reads side by side, the keys of one lane, and the product: the keys that a warp holds at a time.
 #define KEYS_BESIDE (32 / KEY_LANES)
 #define KEYS_AT_ONCE 4
 #define BLOCK (KEYS_AT_ONCE * KEYS_BESIDE)
 
-// Below all scores.
+// Less than every score, but finite.
 #define LOWEST -1e30f
 
-// Parts whose results are asked for together.
+// Number of parts whose results are loaded together.
 #define PARTS_AT_ONCE 4
 
 struct DecodeAttentionWords {
@@ -25,37 +25,38 @@ struct DecodeAttentionWords {
     uint kv_heads;
     uint max_seq_len;
     float scale;
-    // Most parts of the keys, and the fewest keys of one.
+    // maximum number of parts, and minimum number of keys in a part
     uint parts;
-    uint least;
-    // Tokens that a query sees, itself included; 0 for all.
+    uint min_keys;
+    // sliding window in tokens, including the query's own; 0: no window
     uint window;
-    // 0 for none.
+    // 0: no soft cap
     float soft_cap;
-    // Rotated pairs of a head.
+    // number of rotated pairs in a head
     uint pairs;
     uint is_adjacent;
     uint has_bias;
-    // 1 for norms of each head of q and k, 2 for norms of all heads together.
+    // 0: no norm of q and k; 1: each head has its norm; 2: one norm over all heads
     uint norm_kind;
     float eps;
     float offset;
-    // The factor of the queries is 1 + beta * log(1 + position / period).
+    // queries are multiplied by 1 + beta * log(1 + position / period); period 0: they are not
     float beta;
     uint period;
     uint empty_at;
     uint empty_count;
 };
 
-// The result of a head for some of its keys: the largest score, the sum of weights, and a lane's elements of the weighted values.
+// The state of the online softmax of a head: the maximum score, the sum of weights, and the lane's elements of the weighted sum
+// of values.
 struct Attended {
     float largest;
     float weights;
     float values[8];
 };
 
-// A lane's elements of its keys from `begin` on and of their values; those from `end` on are not used.
-FUNCTION void ask_for_block(
+// Loads the lane's elements of the keys and values of the block at `begin`. Keys at or after `end` are loaded but not used.
+FUNCTION void prefetch_keys(
     GLOBAL const T* keys, GLOBAL const T* values, uint begin, uint end, uint my_key, uint at, PRIVATE Eight* k,
     PRIVATE Eight* v) {
     UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
@@ -65,7 +66,7 @@ FUNCTION void ask_for_block(
     }
 }
 
-// The sum over the lanes of a key.
+// The sum over the lanes that share a key.
 FUNCTION float key_sum(float x) {
     UNROLL for (uint mask = KEY_LANES / 2; mask > 0; mask /= 2) x += warp_shuffle_xor(x, mask);
     return x;
@@ -73,8 +74,8 @@ FUNCTION float key_sum(float x) {
 
 FUNCTION float capped(float score, float cap) { return cap > 0.0f ? cap * hyperbolic_tangent(score / cap) : score; }
 
-// Makes room for scores up to `largest`.
-FUNCTION void rise_to(PRIVATE Attended& attended, float largest) {
+// Raises the maximum to `largest` and rescales the sums.
+FUNCTION void raise_maximum(PRIVATE Attended& attended, float largest) {
     const float shrink = EXP(attended.largest - largest);
     attended.largest = largest;
     attended.weights *= shrink;
@@ -85,7 +86,7 @@ KERNEL(decode_attention)
 (IN(T, q, 0), IN(T, k, 1), IN(T, v, 2), IN(T, bq, 3), IN(T, bk, 4), IN(T, bv, 5), IN(T, nq, 6), IN(T, nk, 7),
  IN(float, cosines, 8), IN(float, sines, 9), IN(uint, state, 10), OUT(T, keys, 11), OUT(T, values, 12), OUT(T, out, 13),
  OUT(ATOMIC_UINT, results, 14), OUT(ATOMIC_UINT, counters, 15), OUT(ATOMIC_UINT, posted, 16),
- WORDS(DecodeAttentionWords, 17) PLACE) {
+ WORDS(DecodeAttentionWords, 17) INDICES) {
     SHARED float queries[HEADS * HEAD_DIM];
     SHARED float new_key[HEAD_DIM];
     SHARED float new_value[HEAD_DIM];
@@ -102,8 +103,8 @@ KERNEL(decode_attention)
     const uint first_key = p.window > 0 && num_keys > p.window ? num_keys - p.window : 0;
     // the keys of this group
     const uint total = num_keys - first_key;
-    const uint wanted = MINIMUM(p.parts, (total + p.least - 1) / p.least);
-    const uint span = (total + wanted - 1) / wanted;
+    const uint max_used_parts = MINIMUM(p.parts, (total + p.min_keys - 1) / p.min_keys);
+    const uint span = (total + max_used_parts - 1) / max_used_parts;
     const uint num_parts = (total + span - 1) / span;
     if (group.z >= num_parts) return;
     const uint begin = first_key + group.z * span;
@@ -111,33 +112,33 @@ KERNEL(decode_attention)
     const bool has_new = end == num_keys;
     const uint slot = state[2 * p.rows + b];
     const wide start = (wide(slot) * p.kv_heads + kv_head) * p.max_seq_len * HEAD_DIM;
-    // the last key and value are of this step, the others are asked for before the query is there
+    // the last key and value are computed in this step; the others are loaded before the query is available
     const uint old_end = MINIMUM(end, last);
     const uint my_key = lane / KEY_LANES;
     const bool has_elements = 8 * (lane % KEY_LANES) < HEAD_DIM;
     const uint my_elements = has_elements ? 8 * (lane % KEY_LANES) : 0;
     const uint first_block = begin + BLOCK * warp;
-    Eight k_asked[KEYS_AT_ONCE], v_asked[KEYS_AT_ONCE];
+    Eight k_ahead[KEYS_AT_ONCE], v_ahead[KEYS_AT_ONCE];
     if (first_block < old_end) {
-        ask_for_block(keys + start, values + start, first_block, old_end, my_key, my_elements, k_asked, v_asked);
+        prefetch_keys(keys + start, values + start, first_block, old_end, my_key, my_elements, k_ahead, v_ahead);
     }
-    // a warp prepares a query of the group or, where it is among its keys, the new key: what its elements are changed by is
-    // known before they are
+    // A warp prepares one query or, if this group has the last part, the new key. Bias, norm weights and rotation are loaded
+    // before the projections are available.
     const bool is_query = warp < HEADS;
     const bool has_vector = is_query || (has_new && warp == HEADS);
     const uint vector_head = is_query ? first_head + warp : kv_head;
-    // one of the groups that share the key and the value writes them
+    // only one of the groups that share a key/value head writes the new key and value
     const bool writes = first_head % (p.heads / p.kv_heads) == 0;
     GLOBAL T* new_row_of_keys = keys + start + wide(last) * HEAD_DIM;
     GLOBAL T* new_row_of_values = values + start + wide(last) * HEAD_DIM;
-    uint place_0[PAIRS], place_1[PAIRS];
+    uint index_0[PAIRS], index_1[PAIRS];
     float bias_0[PAIRS], bias_1[PAIRS], weight_0[PAIRS], weight_1[PAIRS], cosine[PAIRS], sine[PAIRS];
     UNROLL for (uint n = 0; n < PAIRS; n++) {
         const uint i = lane + 32 * n;
-        // what is not rotated is taken by neighbours
-        const bool is_apart = i < p.pairs && p.is_adjacent == 0;
-        place_0[n] = is_apart ? i : 2 * i;
-        place_1[n] = is_apart ? i + p.pairs : 2 * i + 1;
+        // elements that are not rotated are handled as adjacent pairs
+        const bool is_split = i < p.pairs && p.is_adjacent == 0;
+        index_0[n] = is_split ? i : 2 * i;
+        index_1[n] = is_split ? i + p.pairs : 2 * i + 1;
         bias_0[n] = bias_1[n] = 0.0f;
         weight_0[n] = weight_1[n] = cosine[n] = 1.0f;
         sine[n] = 0.0f;
@@ -148,13 +149,13 @@ KERNEL(decode_attention)
         }
         if (p.has_bias) {
             GLOBAL const T* bias = (is_query ? bq : bk) + vector_head * HEAD_DIM;
-            bias_0[n] = float(bias[place_0[n]]);
-            bias_1[n] = float(bias[place_1[n]]);
+            bias_0[n] = float(bias[index_0[n]]);
+            bias_1[n] = float(bias[index_1[n]]);
         }
         if (p.norm_kind > 0) {
             GLOBAL const T* norm = (is_query ? nq : nk) + (p.norm_kind == 2 ? vector_head * HEAD_DIM : 0);
-            weight_0[n] = p.offset + float(norm[place_0[n]]);
-            weight_1[n] = p.offset + float(norm[place_1[n]]);
+            weight_0[n] = p.offset + float(norm[index_0[n]]);
+            weight_1[n] = p.offset + float(norm[index_1[n]]);
         }
     }
     float factor = p.scale;
@@ -186,8 +187,8 @@ KERNEL(decode_attention)
             first[n] = bias_0[n];
             second[n] = bias_1[n];
             if (lane + 32 * n < HEAD_DIM / 2) {
-                first[n] += float(from[place_0[n]]);
-                second[n] += float(from[place_1[n]]);
+                first[n] += float(from[index_0[n]]);
+                second[n] += float(from[index_1[n]]);
             }
             squares += first[n] * first[n] + second[n] * second[n];
         }
@@ -198,20 +199,20 @@ KERNEL(decode_attention)
             if (lane + 32 * n < HEAD_DIM / 2) {
                 const float x = first[n] * root * weight_0[n];
                 const float y = second[n] * root * weight_1[n];
-                // as rounded as the cache
-                const T turned_x = T(x * cosine[n] - y * sine[n]);
-                const T turned_y = T(y * cosine[n] + x * sine[n]);
-                const uint at = place_0[n];
-                const uint other = place_1[n];
+                // rounded to the type of the cache
+                const T rotated_x = T(x * cosine[n] - y * sine[n]);
+                const T rotated_y = T(y * cosine[n] + x * sine[n]);
+                const uint at = index_0[n];
+                const uint other = index_1[n];
                 if (is_query) {
-                    queries[warp * HEAD_DIM + at] = float(turned_x) * factor;
-                    queries[warp * HEAD_DIM + other] = float(turned_y) * factor;
+                    queries[warp * HEAD_DIM + at] = float(rotated_x) * factor;
+                    queries[warp * HEAD_DIM + other] = float(rotated_y) * factor;
                 } else {
-                    new_key[at] = float(turned_x);
-                    new_key[other] = float(turned_y);
+                    new_key[at] = float(rotated_x);
+                    new_key[other] = float(rotated_y);
                     if (writes) {
-                        new_row_of_keys[at] = turned_x;
-                        new_row_of_keys[other] = turned_y;
+                        new_row_of_keys[at] = rotated_x;
+                        new_row_of_keys[other] = rotated_y;
                     }
                 }
             }
@@ -234,7 +235,7 @@ KERNEL(decode_attention)
     }
     for (uint block = first_block; block < old_end; block += BLOCK * KEY_WARPS) {
         if (block != first_block) {
-            ask_for_block(keys + start, values + start, block, old_end, my_key, my_elements, k_asked, v_asked);
+            prefetch_keys(keys + start, values + start, block, old_end, my_key, my_elements, k_ahead, v_ahead);
         }
         UNROLL for (uint head = 0; head < HEADS; head++) {
             float query[8], scores[KEYS_AT_ONCE];
@@ -242,31 +243,31 @@ KERNEL(decode_attention)
             float largest = attended[head].largest;
             UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
                 float x[8];
-                unpack_eight(k_asked[n], x);
+                unpack_eight(k_ahead[n], x);
                 float sum = 0.0f;
                 UNROLL for (uint j = 0; j < 8; j++) sum += x[j] * query[j];
                 scores[n] = capped(key_sum(has_elements ? sum : 0.0f), p.soft_cap);
                 if (block + n * KEYS_BESIDE + my_key < old_end) largest = MAXIMUM(largest, scores[n]);
             }
-            rise_to(attended[head], largest);
+            raise_maximum(attended[head], largest);
             UNROLL for (uint n = 0; n < KEYS_AT_ONCE; n++) {
-                const bool is_there = block + n * KEYS_BESIDE + my_key < old_end;
-                const float weight = is_there ? EXP(scores[n] - largest) : 0.0f;
+                const bool is_valid = block + n * KEYS_BESIDE + my_key < old_end;
+                const float weight = is_valid ? EXP(scores[n] - largest) : 0.0f;
                 attended[head].weights += weight;
                 float x[8];
-                unpack_eight(v_asked[n], x);
+                unpack_eight(v_ahead[n], x);
                 UNROLL for (uint j = 0; j < 8; j++) attended[head].values[j] += weight * x[j];
             }
         }
     }
     UNROLL for (uint head = 0; head < HEADS; head++) {
-        // the new key: lanes of the first key of the last warp
+        // the last warp adds the new key; only the lanes of its first key do
         if (has_new && warp == KEY_WARPS - 1) {
             float sum = 0.0f;
             UNROLL for (uint j = 0; j < 8; j++) sum += new_key[my_elements + j] * queries[head * HEAD_DIM + my_elements + j];
             const float score = capped(key_sum(has_elements ? sum : 0.0f), p.soft_cap);
             if (my_key == 0) {
-                rise_to(attended[head], MAXIMUM(attended[head].largest, score));
+                raise_maximum(attended[head], MAXIMUM(attended[head].largest, score));
                 const float weight = EXP(score - attended[head].largest);
                 attended[head].weights += weight;
                 UNROLL for (uint j = 0; j < 8; j++) attended[head].values[j] += weight * new_value[my_elements + j];
@@ -274,7 +275,7 @@ KERNEL(decode_attention)
         }
         UNROLL for (uint mask = KEY_LANES; mask < 32; mask *= 2) {
             const float other = warp_shuffle_xor(attended[head].largest, mask);
-            rise_to(attended[head], MAXIMUM(attended[head].largest, other));
+            raise_maximum(attended[head], MAXIMUM(attended[head].largest, other));
             attended[head].weights += warp_shuffle_xor(attended[head].weights, mask);
             UNROLL for (uint j = 0; j < 8; j++) {
                 attended[head].values[j] += warp_shuffle_xor(attended[head].values[j], mask);
@@ -290,8 +291,8 @@ KERNEL(decode_attention)
         }
     }
     BARRIER;
-    // the warps of a head put together; of several parts of its keys, `results` gets the largest score, the sum of weights and
-    // the weighted values
+    // Merges the warps of each head. With several parts, posts the maximum score, the sum of weights and the weighted sum of
+    // values to `results`.
     for (uint n = me; n < HEADS * HEAD_DIM; n += threads) {
         const uint head = n / HEAD_DIM;
         const uint i = n % HEAD_DIM;
@@ -326,7 +327,7 @@ KERNEL(decode_attention)
     }
     BARRIER;
     if (is_last_group[0] == 0) return;
-    // all others have posted: what is not there yet will come
+    // the other groups have counted themselves after posting, so every missing word will arrive
     for (uint n = me; n < HEADS * HEAD_DIM; n += threads) {
         const uint row = b * p.heads + first_head + n / HEAD_DIM;
         const uint i = n % HEAD_DIM;
@@ -361,7 +362,7 @@ KERNEL(decode_attention)
         out[row * HEAD_DIM + i] = T(value / weights);
     }
     BARRIER;
-    // all threads have read them
+    // all threads have read the results
     for (uint n = me; n < HEADS * num_parts * (HEAD_DIM + 2); n += threads) {
         const uint head = n / (num_parts * (HEAD_DIM + 2));
         const uint rest = n % (num_parts * (HEAD_DIM + 2));

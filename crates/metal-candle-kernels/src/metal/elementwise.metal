@@ -1,5 +1,6 @@
-// Kernels that touch each element once. Those with `is_aligned` take four elements a thread.
-// Loads up to four elements from `at` on; those behind the end are 0.
+// Elementwise kernels. Kernels with `is_aligned` process four elements per thread.
+
+// Loads up to four elements at `at`; elements past the end are 0.
 FUNCTION void load_part(GLOBAL const T* x, uint at, uint count, uint is_aligned, PRIVATE float* y) {
     if (is_aligned && at + 4 <= count) {
         load4(x + at, y);
@@ -26,7 +27,7 @@ struct ActivationWords {
 };
 
 // y = f(gate) * up
-KERNEL(gated)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ActivationWords, 3) PLACE) {
+KERNEL(gated)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ActivationWords, 3) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float g[4], u[4];
@@ -40,9 +41,9 @@ KERNEL(gated)(IN(T, gate, 0), IN(T, up, 1), OUT(T, y, 2), WORDS(ActivationWords,
     store_part(y, at, p.count, p.is_aligned, g);
 }
 
-// The gradients with respect to gate and up, the former in the place of dy.
+// The gradients with respect to gate and up. The gradient of gate overwrites dy.
 KERNEL(gated_backward)
-(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), WORDS(ActivationWords, 4) PLACE) {
+(IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), WORDS(ActivationWords, 4) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float g[4], u[4], d[4];
@@ -67,7 +68,7 @@ KERNEL(gated_backward)
 }
 
 // y = f(x)
-KERNEL(activate)(IN(T, x, 0), OUT(T, y, 1), WORDS(ActivationWords, 2) PLACE) {
+KERNEL(activate)(IN(T, x, 0), OUT(T, y, 1), WORDS(ActivationWords, 2) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float v[4];
@@ -80,8 +81,8 @@ KERNEL(activate)(IN(T, x, 0), OUT(T, y, 1), WORDS(ActivationWords, 2) PLACE) {
     store_part(y, at, p.count, p.is_aligned, v);
 }
 
-// dy becomes the gradient with respect to x.
-KERNEL(activate_backward)(IN(T, x, 0), OUT(T, dy, 1), WORDS(ActivationWords, 2) PLACE) {
+// The gradient with respect to x overwrites dy.
+KERNEL(activate_backward)(IN(T, x, 0), OUT(T, dy, 1), WORDS(ActivationWords, 2) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float v[4], d[4];
@@ -102,7 +103,7 @@ struct ScaledWords {
 };
 
 // y += scale * x
-KERNEL(add_scaled)(IN(T, x, 0), OUT(T, y, 1), WORDS(ScaledWords, 2) PLACE) {
+KERNEL(add_scaled)(IN(T, x, 0), OUT(T, y, 1), WORDS(ScaledWords, 2) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float a[4], b[4];
@@ -118,19 +119,19 @@ struct RowWords {
 };
 
 // y += row, for each row
-KERNEL(add_row)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+KERNEL(add_row)(IN(T, row, 0), OUT(T, y, 1), WORDS(RowWords, 2) INDICES) {
     const uint at = group.x * threads + me;
     if (at < p.count) y[at] = T(float(y[at]) + float(row[at % p.width]));
 }
 
 // y[:, j] *= factors[j]
-KERNEL(scale_columns)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+KERNEL(scale_columns)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) INDICES) {
     const uint at = group.x * threads + me;
     if (at < p.count) y[at] = T(float(y[at]) * factors[at % p.width]);
 }
 
-// y[i] *= factors[i], a row
-KERNEL(scale_rows)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) PLACE) {
+// y[i, :] *= factors[i]
+KERNEL(scale_rows)(IN(float, factors, 0), OUT(T, y, 1), WORDS(RowWords, 2) INDICES) {
     const uint at = group.x * threads + me;
     if (at < p.count) y[at] = T(float(y[at]) * factors[at / p.width]);
 }
@@ -139,11 +140,11 @@ struct FormWords {
     uint count;
     uint is_aligned;
     float scale;
-    float cap; // 0 if there is none
+    float cap; // 0: no soft cap
 };
 
-// y becomes scale * y, and then cap * tanh(y / cap)
-KERNEL(form_logits)(OUT(T, y, 0), WORDS(FormWords, 1) PLACE) {
+// y = scale * y, then y = cap * tanh(y / cap)
+KERNEL(form_logits)(OUT(T, y, 0), WORDS(FormWords, 1) INDICES) {
     const uint at = 4 * (group.x * threads + me);
     if (at >= p.count) return;
     float v[4];
@@ -160,14 +161,14 @@ struct RotationWords {
     uint q_heads;
     uint k_heads;
     uint head_dim;
-    uint half_dim; // half of the elements of a head that rotate
+    uint half_dim; // half the number of rotated elements in a head
     uint is_adjacent;
     float sign;
 };
 
-// Rotates the first elements of each head of q and k in place, by the angle of the token; sign -1 turns the other way. Pairs are
-// an element of the first half and one of the second, or neighbours.
-KERNEL(rotate)(IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), WORDS(RotationWords, 4) PLACE) {
+// Rotary embedding: rotates the first 2 * half_dim elements of each head of q and k in place. With sign -1 it rotates back. A
+// pair is an element of the first half and one of the second, or two adjacent elements if `is_adjacent` is 1.
+KERNEL(rotate)(IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), WORDS(RotationWords, 4) INDICES) {
     uint at = group.x * threads + me;
     if (at >= p.count) return;
     const uint i = at % p.half_dim;
@@ -193,22 +194,22 @@ struct CacheWords {
     uint max_seq_len;
 };
 
-// Copies new keys and values to their places in the cache [slots, kv_heads, max_seq_len, head_dim]; `places` has the slot
-// and the position of each token.
+// Copies new keys and values to the cache [slots, kv_heads, max_seq_len, head_dim]. `destinations` contains the slot and the
+// position of each token.
 KERNEL(append)
-(IN(T, k, 0), IN(T, v, 1), IN(uint, places, 2), OUT(T, keys, 3), OUT(T, values, 4), WORDS(CacheWords, 5) PLACE) {
+(IN(T, k, 0), IN(T, v, 1), IN(uint, destinations, 2), OUT(T, keys, 3), OUT(T, values, 4), WORDS(CacheWords, 5) INDICES) {
     const uint at = group.x * threads + me;
     if (at >= p.count) return;
     const uint i = at % p.head_dim;
     const uint head = at / p.head_dim % p.kv_heads;
     const uint token = at / p.head_dim / p.kv_heads;
-    const wide row = (wide(places[2 * token]) * p.kv_heads + head) * p.max_seq_len + places[2 * token + 1];
+    const wide row = (wide(destinations[2 * token]) * p.kv_heads + head) * p.max_seq_len + destinations[2 * token + 1];
     keys[row * p.head_dim + i] = k[at];
     values[row * p.head_dim + i] = v[at];
 }
 
-// Rows to their places among others, which are 0: row i of y is row `sources[i]` of x, if there is such a row.
-KERNEL(spread_rows)(IN(T, x, 0), IN(uint, sources, 1), OUT(T, y, 2), WORDS(RowWords, 3) PLACE) {
+// Row i of y is row `sources[i]` of x, or zeros if `sources[i]` is 0xffffffff.
+KERNEL(spread_rows)(IN(T, x, 0), IN(uint, sources, 1), OUT(T, y, 2), WORDS(RowWords, 3) INDICES) {
     const uint at = group.x * threads + me;
     if (at >= p.count) return;
     const uint source = sources[at / p.width];
@@ -231,8 +232,8 @@ FUNCTION wide mix(wide value) {
     return z ^ (z >> 31);
 }
 
-// Elements are kept or dropped by a hash of the seed and their number, as on the CPU.
-KERNEL(dropout)(IN(T, x, 0), OUT(T, y, 1), WORDS(DropoutWords, 2) PLACE) {
+// A hash of the seed and the element's index decides whether the element is dropped, as on the CPU.
+KERNEL(dropout)(IN(T, x, 0), OUT(T, y, 1), WORDS(DropoutWords, 2) INDICES) {
     const uint at = group.x * threads + me;
     if (at >= p.count) return;
     const wide seed = (wide(p.seed_high) << 32) | p.seed_low;

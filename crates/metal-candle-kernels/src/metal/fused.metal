@@ -1,4 +1,4 @@
-// The steps between the products of a block, which add low-rank terms on their way. A rank of 0 means no term.
+// Fused kernels for the steps between the products of a block. They also add low-rank updates; rank 0 means no update.
 
 struct RotationWords {
     uint tokens;
@@ -11,11 +11,11 @@ struct RotationWords {
     float scales[3];
 };
 
-// q, k and v after their products: their biases and terms are added; q and k are rotated if nothing comes before that.
+// After the products of q, k and v: adds biases and low-rank updates, and rotates q and k if `is_rotated` is 1.
 KERNEL(finish_qkv)
 (IN(float, cosines, 0), IN(float, sines, 1), OUT(T, q, 2), OUT(T, k, 3), OUT(T, v, 4), IN(T, q_bias, 5), IN(T, k_bias, 6),
  IN(T, v_bias, 7), IN(T, q_z, 8), IN(T, k_z, 9), IN(T, v_z, 10), IN(T, q_b, 11), IN(T, k_b, 12), IN(T, v_b, 13),
- WORDS(RotationWords, 14) PLACE) {
+ WORDS(RotationWords, 14) INDICES) {
     uint at = group.x * threads + me;
     const uint i = at % p.half_dim;
     at /= p.half_dim;
@@ -47,8 +47,8 @@ KERNEL(finish_qkv)
         low[r] = float(x[row + column]) + (p.has_bias[which] ? float(bias[column]) : 0.0f);
         high[r] = float(x[row + other]) + (p.has_bias[which] ? float(bias[other]) : 0.0f);
     }
-    add_term(z + first * rank, rank, p.scales[which], b + wide(column) * rank, 1, rows, low);
-    add_term(z + first * rank, rank, p.scales[which], b + wide(other) * rank, 1, rows, high);
+    add_low_rank(z + first * rank, rank, p.scales[which], b + wide(column) * rank, 1, rows, low);
+    add_low_rank(z + first * rank, rank, p.scales[which], b + wide(other) * rank, 1, rows, high);
     for (uint r = 0; r < rows; r++) {
         const uint token = first + r;
         const bool turns = p.is_rotated && which < 2;
@@ -66,10 +66,10 @@ struct MlpWords {
     float scales[2];
 };
 
-// Gate and up after their products: their terms are added, and y = silu(gate) * up.
+// After the products of gate and up: adds their low-rank updates, then y = silu(gate) * up.
 KERNEL(finish_mlp)
 (OUT(T, gate, 0), OUT(T, up, 1), OUT(T, y, 2), IN(T, gate_z, 3), IN(T, up_z, 4), IN(T, gate_b, 5), IN(T, up_b, 6),
- WORDS(MlpWords, 7) PLACE) {
+ WORDS(MlpWords, 7) INDICES) {
     const uint at = group.x * threads + me;
     const uint column = at % p.width;
     const uint first = at / p.width * TERM_ROWS;
@@ -79,20 +79,20 @@ KERNEL(finish_mlp)
     float g[TERM_ROWS], u[TERM_ROWS];
     UNROLL
     for (uint r = 0; r < TERM_ROWS; r++) {
-        const wide place = start + wide(MINIMUM(r, rows - 1)) * p.width;
-        g[r] = float(gate[place]);
-        u[r] = float(up[place]);
+        const wide index = start + wide(MINIMUM(r, rows - 1)) * p.width;
+        g[r] = float(gate[index]);
+        u[r] = float(up[index]);
     }
-    add_term(gate_z + first * p.ranks[0], p.ranks[0], p.scales[0], gate_b + wide(column) * p.ranks[0], 1, rows, g);
-    add_term(up_z + first * p.ranks[1], p.ranks[1], p.scales[1], up_b + wide(column) * p.ranks[1], 1, rows, u);
+    add_low_rank(gate_z + first * p.ranks[0], p.ranks[0], p.scales[0], gate_b + wide(column) * p.ranks[0], 1, rows, g);
+    add_low_rank(up_z + first * p.ranks[1], p.ranks[1], p.scales[1], up_b + wide(column) * p.ranks[1], 1, rows, u);
     for (uint r = 0; r < rows; r++) {
-        const wide place = start + wide(r) * p.width;
-        // as the way back will see them
+        const wide index = start + wide(r) * p.width;
+        // rounded, as the backward pass reads them
         const T of_gate = T(g[r]);
         const T of_up = T(u[r]);
-        if (p.ranks[0] > 0) gate[place] = of_gate;
-        if (p.ranks[1] > 0) up[place] = of_up;
-        y[place] = T(float(of_gate) * sigmoid(float(of_gate)) * float(of_up));
+        if (p.ranks[0] > 0) gate[index] = of_gate;
+        if (p.ranks[1] > 0) up[index] = of_up;
+        y[index] = T(float(of_gate) * sigmoid(float(of_gate)) * float(of_up));
     }
 }
 
@@ -102,11 +102,11 @@ struct MlpBackwardWords {
     uint rank;
 };
 
-// The gradients of gate and up, the former in the place of dy = d_activation, to which the term of the down projection is
-// added first; y is the activation.
+// The gradients of gate and up. First the low-rank gradient of the down projection is added to dy, the gradient of the
+// activation. The gradient of gate then overwrites dy, and y is the recomputed activation.
 KERNEL(finish_mlp_backward)
 (IN(T, gate, 0), IN(T, up, 1), OUT(T, dy, 2), OUT(T, d_up, 3), OUT(T, y, 4), IN(T, dz, 5), IN(T, a, 6),
- WORDS(MlpBackwardWords, 7) PLACE) {
+ WORDS(MlpBackwardWords, 7) INDICES) {
     const uint at = group.x * threads + me;
     const uint column = at % p.width;
     const uint first = at / p.width * TERM_ROWS;
@@ -116,15 +116,15 @@ KERNEL(finish_mlp_backward)
     float d[TERM_ROWS];
     UNROLL
     for (uint r = 0; r < TERM_ROWS; r++) d[r] = float(dy[start + wide(MINIMUM(r, rows - 1)) * p.width]);
-    add_term(dz + first * p.rank, p.rank, 1.0f, a + column, p.width, rows, d);
+    add_low_rank(dz + first * p.rank, p.rank, 1.0f, a + column, p.width, rows, d);
     for (uint r = 0; r < rows; r++) {
-        const wide place = start + wide(r) * p.width;
-        const float g = float(gate[place]);
-        const float u = float(up[place]);
+        const wide index = start + wide(r) * p.width;
+        const float g = float(gate[index]);
+        const float u = float(up[index]);
         const float s = sigmoid(g);
-        y[place] = T(g * s * u);
-        d_up[place] = T(d[r] * g * s);
-        dy[place] = T(d[r] * u * s * (1.0f + g * (1.0f - s)));
+        y[index] = T(g * s * u);
+        d_up[index] = T(d[r] * g * s);
+        dy[index] = T(d[r] * u * s * (1.0f + g * (1.0f - s)));
     }
 }
 
@@ -137,10 +137,11 @@ struct StreamWords {
     float scale;
 };
 
-// The residual stream after a projection y: y becomes residual + y + term, and `normed` its RMSNorm. One group takes TERM_ROWS tokens.
+// The residual stream after a projection: y = residual + y + low-rank update, and `normed` is its RMSNorm. One group computes
+// TERM_ROWS tokens.
 KERNEL(finish_stream)
 (IN(T, residual, 0), OUT(T, y, 1), IN(T, weight, 2), OUT(T, normed, 3), IN(T, z, 4), IN(T, b, 5), WORDS(StreamWords, 6)
- PLACE) {
+ INDICES) {
     SHARED float scratch[32];
     const uint first = group.x * TERM_ROWS;
     const uint rows = MINIMUM(uint(TERM_ROWS), p.tokens - first);
@@ -152,10 +153,10 @@ KERNEL(finish_stream)
         float sums[TERM_ROWS];
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
-            const wide place = start + wide(MINIMUM(r, rows - 1)) * p.width;
-            sums[r] = float(residual[place]) + float(y[place]);
+            const wide index = start + wide(MINIMUM(r, rows - 1)) * p.width;
+            sums[r] = float(residual[index]) + float(y[index]);
         }
-        add_term(z + first * p.rank, p.rank, p.scale, b + wide(column) * p.rank, 1, rows, sums);
+        add_low_rank(z + first * p.rank, p.rank, p.scale, b + wide(column) * p.rank, 1, rows, sums);
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
             if (r < rows) {
@@ -174,8 +175,8 @@ KERNEL(finish_stream)
         const float w = float(weight[column]);
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
-            const wide place = (wide(first) + r) * p.width + column;
-            if (r < rows) normed[place] = T(float(y[place]) * squares[r] * w);
+            const wide index = (wide(first) + r) * p.width + column;
+            if (r < rows) normed[index] = T(float(y[index]) * squares[r] * w);
         }
     }
 }
@@ -187,11 +188,11 @@ struct NormBackwardWords {
     uint ranks[3];
 };
 
-// Backward through an RMSNorm of x. The terms of the layers behind it are added to dy, then the gradient with respect to x
-// takes the place of dy, added to `before`; `normed` is the norm's output.
+// Backward pass of an RMSNorm of x. First the low-rank gradients of the layers that read the norm are added to dy. Then dy is
+// overwritten with `before` plus the gradient with respect to x; `normed` is the recomputed output of the norm.
 KERNEL(finish_norm_backward)
 (IN(T, x, 0), IN(T, weight, 1), OUT(T, dy, 2), IN(T, before, 3), OUT(T, normed, 4), IN(T, dz0, 5), IN(T, dz1, 6),
- IN(T, dz2, 7), IN(T, a0, 8), IN(T, a1, 9), IN(T, a2, 10), WORDS(NormBackwardWords, 11) PLACE) {
+ IN(T, dz2, 7), IN(T, a0, 8), IN(T, a1, 9), IN(T, a2, 10), WORDS(NormBackwardWords, 11) INDICES) {
     SHARED float scratch[32];
     const uint first = group.x * TERM_ROWS;
     const uint rows = MINIMUM(uint(TERM_ROWS), p.tokens - first);
@@ -203,17 +204,17 @@ KERNEL(finish_norm_backward)
         float sums[TERM_ROWS];
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) sums[r] = float(dy[start + wide(MINIMUM(r, rows - 1)) * p.width]);
-        add_term(dz0 + first * p.ranks[0], p.ranks[0], 1.0f, a0 + column, p.width, rows, sums);
-        add_term(dz1 + first * p.ranks[1], p.ranks[1], 1.0f, a1 + column, p.width, rows, sums);
-        add_term(dz2 + first * p.ranks[2], p.ranks[2], 1.0f, a2 + column, p.width, rows, sums);
+        add_low_rank(dz0 + first * p.ranks[0], p.ranks[0], 1.0f, a0 + column, p.width, rows, sums);
+        add_low_rank(dz1 + first * p.ranks[1], p.ranks[1], 1.0f, a1 + column, p.width, rows, sums);
+        add_low_rank(dz2 + first * p.ranks[2], p.ranks[2], 1.0f, a2 + column, p.width, rows, sums);
         const float w = float(weight[column]);
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
             if (r < rows) {
-                const wide place = start + wide(r) * p.width;
+                const wide index = start + wide(r) * p.width;
                 const T rounded = T(sums[r]);
-                const float value = float(x[place]);
-                dy[place] = rounded;
+                const float value = float(x[index]);
+                dy[index] = rounded;
                 squares[r] += value * value;
                 dots[r] += float(rounded) * w * value;
             }
@@ -229,11 +230,11 @@ KERNEL(finish_norm_backward)
         UNROLL
         for (uint r = 0; r < TERM_ROWS; r++) {
             if (r < rows) {
-                const wide place = (wide(first) + r) * p.width + column;
-                const float n = float(x[place]) * squares[r];
-                const float through = (float(dy[place]) * w - n * dots[r]) * squares[r];
-                normed[place] = T(n * w);
-                dy[place] = T(float(before[place]) + through);
+                const wide index = (wide(first) + r) * p.width + column;
+                const float n = float(x[index]) * squares[r];
+                const float through = (float(dy[index]) * w - n * dots[r]) * squares[r];
+                normed[index] = T(n * w);
+                dy[index] = T(float(before[index]) + through);
             }
         }
     }

@@ -1,5 +1,6 @@
-// Norms of runs of a row, a warp a run: (x - shift) * scale * weight + bias, where the scale is 1 / sqrt(mean of squares + eps) and
-// the shift is 0, or the mean of the run if IS_LAYER. HAS_WEIGHT and HAS_BIAS are 0 where these are 1 and 0.
+// RMSNorm, and LayerNorm if IS_LAYER. A row consists of one or several runs that are normalized separately, one warp per run:
+// (x - shift) * scale * weight + bias. The scale is 1 / sqrt(mean of squares + eps); the shift is 0, or the mean if IS_LAYER.
+// Without HAS_WEIGHT the weight is 1; without HAS_BIAS the bias is 0.
 #ifndef IS_LAYER
 #define IS_LAYER 0
 #define HAS_WEIGHT 1
@@ -10,12 +11,12 @@ struct NormWords {
     uint runs;
     uint width;
     float eps;
-    uint is_aligned; // runs begin at a multiple of eight elements and have such a length
+    uint is_aligned; // runs start at a multiple of eight elements, and their length is one
     float offset;    // added to each weight
-    uint parts;      // runs after which weights repeat
+    uint parts;      // number of runs in a row; each has its own weights
 };
 
-// The mean of a run, if it is subtracted.
+// The mean of a run if IS_LAYER, else 0.
 FUNCTION float shift_of(GLOBAL const T* x, uint width, uint my_lane) {
     if (!IS_LAYER) return 0.0f;
     float sum = 0.0f;
@@ -24,7 +25,7 @@ FUNCTION float shift_of(GLOBAL const T* x, uint width, uint my_lane) {
 }
 
 KERNEL(norm_forward)
-(IN(T, x, 0), IN(T, weight, 1), IN(T, bias, 2), OUT(T, y, 3), WORDS(NormWords, 4) PLACE) {
+(IN(T, x, 0), IN(T, weight, 1), IN(T, bias, 2), OUT(T, y, 3), WORDS(NormWords, 4) INDICES) {
     const uint run = group.x * (threads / 32) + warp;
     if (run >= p.runs) return;
     GLOBAL const T* from = x + wide(run) * p.width;
@@ -61,9 +62,9 @@ KERNEL(norm_forward)
     }
 }
 
-// The gradient with respect to x is added to dx; the scale of each run is left in `scales`, and behind these the shifts if IS_LAYER.
+// Adds the gradient with respect to x to dx. Writes the scale of each run to `scales`, followed by the shifts if IS_LAYER.
 KERNEL(norm_backward)
-(IN(T, x, 0), IN(T, weight, 1), IN(T, dy, 2), OUT(T, dx, 3), OUT(float, scales, 4), WORDS(NormWords, 5) PLACE) {
+(IN(T, x, 0), IN(T, weight, 1), IN(T, dy, 2), OUT(T, dx, 3), OUT(float, scales, 4), WORDS(NormWords, 5) INDICES) {
     const uint run = group.x * (threads / 32) + warp;
     if (run >= p.runs) return;
     const wide start = wide(run) * p.width;
@@ -122,14 +123,14 @@ KERNEL(norm_backward)
 
 struct WeightWords {
     uint rows;
-    uint columns; // weights
-    uint width;   // of a run
-    uint parts;   // runs of a row
+    uint columns; // number of weights
+    uint width;   // length of a run
+    uint parts;   // number of runs in a row
 };
 
-// The gradient with respect to the weight, f32: the sum over rows of dy * (x - shift) * scale. A group takes 32 columns.
+// The gradient with respect to the weight, f32: the sum over rows of dy * (x - shift) * scale. One group computes 32 columns.
 KERNEL(norm_weight_gradient)
-(IN(T, x, 0), IN(T, dy, 1), IN(float, scales, 2), OUT(float, dw, 3), WORDS(WeightWords, 4) PLACE) {
+(IN(T, x, 0), IN(T, dy, 1), IN(float, scales, 2), OUT(float, dw, 3), WORDS(WeightWords, 4) INDICES) {
     SHARED float sums[1024];
     const uint column = group.x * 32 + lane;
     float sum = 0.0f;
@@ -155,8 +156,8 @@ struct ColumnWords {
     uint width;
 };
 
-// The sums of the columns of x, f32.
-KERNEL(column_sums)(IN(T, x, 0), OUT(float, sums_out, 1), WORDS(ColumnWords, 2) PLACE) {
+// The sum of each column of x, f32.
+KERNEL(column_sums)(IN(T, x, 0), OUT(float, sums_out, 1), WORDS(ColumnWords, 2) INDICES) {
     SHARED float sums[1024];
     const uint column = group.x * 32 + lane;
     float sum = 0.0f;

@@ -1,4 +1,4 @@
-// Steps over one flat f32 buffer that holds parameters and state.
+// Adam and AdamW steps on one flat f32 buffer that contains parameters and state, and norms of gradients.
 struct AdamWords {
     uint count;
     uint num_sections;
@@ -15,9 +15,9 @@ struct AdamWords {
     uint is_decoupled;
 };
 
-// A section is five words: where it begins, its length, where its state begins, the factor on its learning rate and whether
-// it decays. Sections are in order; what is in none of them is left alone. Threads are numbered along the sections.
-KERNEL(adam)(OUT(float, buffer, 0), IN(float, gradients, 1), IN(uint, sections, 2), WORDS(AdamWords, 3) PLACE) {
+// A section is five words: its start, its length, the start of its state, its learning-rate factor, and whether weight decay
+// applies. Sections are sorted by start; elements outside of them do not change.
+KERNEL(adam)(OUT(float, buffer, 0), IN(float, gradients, 1), IN(uint, sections, 2), WORDS(AdamWords, 3) INDICES) {
     const uint at = group.x * threads + me;
     if (at >= p.count) return;
     uint low = 0;
@@ -47,8 +47,8 @@ struct SumWords {
     uint count;
 };
 
-// The sum of squares of each part of x, a part a group; with one group and `sum_of_parts` the sum of these.
-KERNEL(sum_of_squares)(IN(float, x, 0), OUT(float, sums, 1), WORDS(SumWords, 2) PLACE) {
+// The sum of squares of x: each group writes one partial sum. `sum_of_parts`, with one group, adds them.
+KERNEL(sum_of_squares)(IN(float, x, 0), OUT(float, sums, 1), WORDS(SumWords, 2) INDICES) {
     SHARED float scratch[32];
     float sum = 0.0f;
     for (wide i = wide(group.x) * threads + me; i < p.count; i += wide(groups.x) * threads) sum += x[i] * x[i];
@@ -56,7 +56,7 @@ KERNEL(sum_of_squares)(IN(float, x, 0), OUT(float, sums, 1), WORDS(SumWords, 2) 
     if (me == 0) sums[group.x] = sum;
 }
 
-KERNEL(sum_of_parts)(IN(float, x, 0), OUT(float, sums, 1), WORDS(SumWords, 2) PLACE) {
+KERNEL(sum_of_parts)(IN(float, x, 0), OUT(float, sums, 1), WORDS(SumWords, 2) INDICES) {
     SHARED float scratch[32];
     float sum = 0.0f;
     for (uint i = me; i < p.count; i += threads) sum += x[i];

@@ -1,4 +1,4 @@
-// What the kernels are written with, for Metal.
+// Defines the macros and functions that the kernels share, for Metal.
 #include <metal_stdlib>
 using namespace metal;
 typedef ulong wide;
@@ -18,8 +18,9 @@ typedef bfloat4 T4;
 #define IN(type, name, index) device const type* name [[buffer(index)]]
 #define OUT(type, name, index) device type* name [[buffer(index)]]
 #define WORDS(type, index) constant type& p [[buffer(index)]]
-// Ends the parameters: `group`, the place of the group; `me`, the thread's place in it; `threads` of a group; `lane` and `warp`.
-#define PLACE                                                                                                         \
+// The last parameters of a kernel: `group`, the index of the group; `me`, the thread's index in the group; `threads`, the number
+// of threads in the group; and the thread's `lane` and `warp`.
+#define INDICES                                                                                                       \
     , uint3 group [[threadgroup_position_in_grid]], uint3 groups [[threadgroups_per_grid]],                           \
         uint me [[thread_index_in_threadgroup]], uint3 threads3 [[threads_per_threadgroup]],                      \
         uint lane [[thread_index_in_simdgroup]], uint warp [[simdgroup_index_in_threadgroup]]
@@ -58,7 +59,7 @@ FUNCTION float bits_to_float(uint x) { return as_type<float>(x); }
 FUNCTION uint float_to_bits(float x) { return as_type<uint>(x); }
 FUNCTION float half_bits_to_float(ushort x) { return float(as_type<half>(x)); }
 
-// Four elements that begin at a multiple of four.
+// Loads four elements; `x` is aligned to four elements.
 FUNCTION void load4(device const T* x, thread float* y) {
     const T4 v = *reinterpret_cast<device const T4*>(x);
     y[0] = float(v[0]);
@@ -69,16 +70,16 @@ FUNCTION void load4(device const T* x, thread float* y) {
 FUNCTION void store4(device T* y, thread const float* x) {
     *reinterpret_cast<device T4*>(y) = T4(T(x[0]), T(x[1]), T(x[2]), T(x[3]));
 }
-// Eight elements that begin at a multiple of eight.
+// Loads eight elements; `x` is aligned to eight elements.
 FUNCTION void load8(device const T* x, thread float* y) {
     load4(x, y);
     load4(x + 4, y + 4);
 }
-// Eight floats of shared memory that begin at a multiple of eight.
+// Loads eight floats from shared memory; `x` is aligned to eight floats.
 FUNCTION void load8_shared(threadgroup const float* x, thread float* y) {
     for (uint i = 0; i < 8; i++) y[i] = x[i];
 }
-// Eight elements as they lie in memory.
+// Eight elements, not converted to floats.
 struct Eight {
     T4 low;
     T4 high;

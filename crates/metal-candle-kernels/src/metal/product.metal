@@ -1,19 +1,19 @@
-// Products on simdgroup matrices, several to a launch. For Metal alone: on CUDA they are those of cuBLAS.
+// Matrix products with simdgroup matrices, several per launch. Metal only: CUDA uses cuBLAS.
 //
-// A group of 128 threads computes a tile of 64 x COLUMNS of the result; its four simdgroups take a quarter each. Tiles of the
-// factors, DEPTH deep, are copied to threadgroup memory in turn. With ALIGNED 1 every row begins at a multiple of four elements
-// and has such a length.
+// A group of 128 threads computes a tile of 64 x COLUMNS of the result; each of its four simdgroups computes a quarter. Tiles of
+// both operands, DEPTH deep, are copied to threadgroup memory one after the other. With ALIGNED 1, every row starts at a multiple
+// of four elements, and its length is one.
 #define TILE 64
 #define DEPTH 16
 #define PAD 8
 #define FRAGMENTS (COLUMNS / 16)
-// Threadgroup memory that begins where four elements may be copied at once.
+// Declares threadgroup memory that is aligned to four elements.
 #define TILE_OF(name, count)           \
     threadgroup T4 name##4 [(count) / 4]; \
     threadgroup T* name = (threadgroup T*)name##4
 
-// Where a lane's two elements of an 8 x 8 matrix are: (row, column) and the next column.
-FUNCTION ushort2 place_in_fragment(uint lane) {
+// The (row, column) of a lane's first element in an 8 x 8 matrix; its second element is in the next column.
+FUNCTION ushort2 fragment_position(uint lane) {
     const uint quad = lane / 4;
     return ushort2((quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2);
 }
@@ -29,7 +29,7 @@ FUNCTION void clear(thread Sums& sums) {
     }
 }
 
-// Copies `count` elements, a multiple of four, that are together in a row; those from `limit` on are 0.
+// Copies `count` adjacent elements, a multiple of four. Elements at or after `limit` become 0.
 FUNCTION void copy_part(const device T* from, uint limit, threadgroup T* to, uint count) {
     if (limit >= count) {
         if (ALIGNED) {
@@ -42,8 +42,8 @@ FUNCTION void copy_part(const device T* from, uint limit, threadgroup T* to, uin
     }
 }
 
-// A tile whose rows lie along the depth: [TILE or COLUMNS][DEPTH]. `row` is this thread's row, from its first element of the
-// tile on; null where there is none. `left` elements follow it.
+// Copies a tile whose rows are along the depth: [TILE or COLUMNS][DEPTH]. `row` points to the first element of this thread's row
+// in the tile and has `left` elements; it is null if the row does not exist.
 FUNCTION void copy_along(const device T* row, uint left, threadgroup T* tile, uint me, uint rows) {
     const uint of_row = 128 / rows;
     const uint count = DEPTH / of_row;
@@ -56,7 +56,8 @@ FUNCTION void copy_along(const device T* row, uint left, threadgroup T* tile, ui
     }
 }
 
-// A tile whose rows lie across the depth: [DEPTH][width]. `first` is its first element; `depth` and `left` say how much there is.
+// Copies a tile whose rows are across the depth: [DEPTH][width]. `first` is its first element; `depth` rows of `left` elements
+// exist.
 FUNCTION void copy_across(
     const device T* first, wide stride, uint depth, uint left, threadgroup T* tile, uint me, uint width) {
     const uint of_row = 128 / DEPTH;
@@ -75,14 +76,14 @@ FUNCTION void copy_across(
     }
 }
 
-// Eight weights of a row in whatever format, those from `i` on, which is a multiple of eight; zeros from `end` on.
+// Loads weights `i` to `i + 7` of a row of any format; `i` is a multiple of eight. Weights at or after `end` become 0.
 FUNCTION void copy_weights(const device uchar* row, uint format, uint i, uint end, threadgroup T* to) {
     float values[8];
     if (i < end) load8_row(row, format, i, values);
     for (uint j = 0; j < 8; j++) to[j] = i < end ? T(values[j]) : T(0);
 }
 
-// Adds the product of two tiles to this simdgroup's sums. Each tile lies along the depth or across it.
+// Adds the product of two tiles to this simdgroup's sums. The rows of each tile are along the depth or across it.
 FUNCTION void multiply(
     const threadgroup T* x, bool x_is_along, const threadgroup T* w, bool w_is_along, uint warp, thread Sums& sums) {
     const uint row = warp / 2 * 32;
@@ -117,22 +118,22 @@ struct ForwardWords {
     uint tokens;
     uint k;
     uint ends[6];
-    // Of the first three matrices, which may be quantized.
+    // formats of the first three matrices; the other three are never quantized
     uint formats[3];
 };
 
-// The matrix a column of the result belongs to.
+// The index of the matrix that computes a column of the result.
 FUNCTION uint matrix_of(uint column, constant ForwardWords& p) {
     uint i = 0;
     while (i < 5 && column >= p.ends[i]) i++;
     return i;
 }
 
-// y[i] = x w[i]^T for up to six matrices w[i]: [width, k]; ends[i] is the sum of the widths up to it. The tiles of the result go
-// over the columns of all.
+// y[i] = x w[i]^T for up to six matrices w[i]: [width, k]; ends[i] is the sum of the widths up to and including w[i]. A tile of
+// the result may span several matrices.
 KERNEL(products)
 (IN(T, x, 0), IN(uchar, w0, 1), IN(uchar, w1, 2), IN(uchar, w2, 3), IN(T, w3, 4), IN(T, w4, 5), IN(T, w5, 6), OUT(T, y0, 7),
- OUT(T, y1, 8), OUT(T, y2, 9), OUT(T, y3, 10), OUT(T, y4, 11), OUT(T, y5, 12), WORDS(ForwardWords, 13) PLACE) {
+ OUT(T, y1, 8), OUT(T, y2, 9), OUT(T, y3, 10), OUT(T, y4, 11), OUT(T, y5, 12), WORDS(ForwardWords, 13) INDICES) {
     TILE_OF(x_tile, TILE * (DEPTH + PAD));
     TILE_OF(w_tile, COLUMNS * (DEPTH + PAD));
     const device uchar* weights[3] = {w0, w1, w2};
@@ -172,7 +173,7 @@ KERNEL(products)
         multiply(x_tile, true, w_tile, true, warp, sums);
         BARRIER;
     }
-    const ushort2 at = place_in_fragment(lane);
+    const ushort2 at = fragment_position(lane);
     for (uint j = 0; j < FRAGMENTS; j++) {
         for (uint e = 0; e < 2; e++) {
             const uint column = first_column + warp % 2 * (COLUMNS / 2) + 8 * j + at.y + e;
@@ -196,15 +197,15 @@ struct BackwardWords {
     uint depths[3];
     uint ranks[3];
     float scales[3];
-    // Of the matrices w.
+    // formats of the matrices w
     uint formats[3];
 };
 
 // dx = sum of dy[i] w[i] over up to three matrices w[i]: [depth, width], and dz[i] = scale dy[i] b[i] with b[i]: [depth, rank].
-// Tiles of dx come first, then those of each dz.
+// Tiles of dx come first, followed by the tiles of each dz.
 KERNEL(products_backward)
 (IN(T, dy0, 0), IN(T, dy1, 1), IN(T, dy2, 2), IN(uchar, w0, 3), IN(uchar, w1, 4), IN(uchar, w2, 5), IN(T, b0, 6), IN(T, b1, 7),
- IN(T, b2, 8), OUT(T, dx, 9), OUT(T, dz0, 10), OUT(T, dz1, 11), OUT(T, dz2, 12), WORDS(BackwardWords, 13) PLACE) {
+ IN(T, b2, 8), OUT(T, dx, 9), OUT(T, dz0, 10), OUT(T, dz1, 11), OUT(T, dz2, 12), WORDS(BackwardWords, 13) INDICES) {
     TILE_OF(x_tile, TILE * (DEPTH + PAD));
     TILE_OF(w_tile, DEPTH * (COLUMNS + PAD));
     const device T* dys[3] = {dy0, dy1, dy2};
@@ -244,7 +245,7 @@ KERNEL(products_backward)
         for (uint k = 0; k < depth; k += DEPTH) {
             copy_along(x_row ? x_row + k : nullptr, depth - k, x_tile, me, TILE);
             if (!b && !IS_DENSE(p.formats[i])) {
-                // eight threads to a row of the tile, eight elements each
+                // eight threads share a row of the tile; each loads eight elements
                 const uint row = me / 8, start = me % 8 * 8;
                 const device uchar* blocks = row_of(ws[i], p.formats[i], k + row, width);
                 copy_weights(
@@ -259,7 +260,7 @@ KERNEL(products_backward)
             BARRIER;
         }
     }
-    const ushort2 at = place_in_fragment(lane);
+    const ushort2 at = fragment_position(lane);
     for (uint i = 0; i < 4; i++) {
         const uint row = first_row + warp / 2 * 32 + 8 * i + at.x;
         if (row >= p.tokens) continue;
@@ -276,16 +277,16 @@ KERNEL(products_backward)
 
 #else
 
-// The gradient of an A or a B.
+// One gradient: of an A or of a B.
 struct Gradient {
-    uint tensor;       // of [tokens, features]
-    uint narrow;       // of [tokens, rank]
+    uint tensor;       // index of the source [tokens, features]
+    uint narrow;       // index of the source [tokens, rank]
     uint features;
     uint rank;
-    uint is_transposed;  // the result is [rank, features], else [features, rank]
+    uint is_transposed;  // 1: the result is [rank, features]; 0: [features, rank]
     float scale;
-    uint start;        // of the result among all
-    uint tiles;        // up to and with this gradient
+    uint start;        // offset of the result in `results`
+    uint tiles;        // number of tiles up to and including this gradient
 };
 
 struct GradientWords {
@@ -294,12 +295,12 @@ struct GradientWords {
     Gradient of[14];
 };
 
-// The gradients of the As and Bs of a block: sums over tokens of products of two rows, f32.
+// The gradients of all A and B of a block, f32: each is the product of two sources, summed over tokens.
 KERNEL(term_gradients)
 (IN(T, s0, 0), IN(T, s1, 1), IN(T, s2, 2), IN(T, s3, 3), IN(T, s4, 4), IN(T, s5, 5), IN(T, s6, 6), IN(T, s7, 7),
  IN(T, s8, 8), IN(T, s9, 9), IN(T, s10, 10), IN(T, s11, 11), IN(T, s12, 12), IN(T, s13, 13), IN(T, s14, 14),
  IN(T, s15, 15), IN(T, s16, 16), IN(T, s17, 17), IN(T, s18, 18), IN(T, s19, 19), IN(T, s20, 20), IN(T, s21, 21),
- IN(T, s22, 22), IN(T, s23, 23), IN(T, s24, 24), OUT(float, results, 25), WORDS(GradientWords, 26) PLACE) {
+ IN(T, s22, 22), IN(T, s23, 23), IN(T, s24, 24), OUT(float, results, 25), WORDS(GradientWords, 26) INDICES) {
     TILE_OF(x_tile, DEPTH * (TILE + PAD));
     TILE_OF(w_tile, DEPTH * (COLUMNS + PAD));
     const device T* sources[25] = {s0,  s1,  s2,  s3,  s4,  s5,  s6,  s7,  s8,  s9,  s10, s11, s12,
@@ -325,7 +326,7 @@ KERNEL(term_gradients)
         multiply(x_tile, false, w_tile, false, warp, sums);
         BARRIER;
     }
-    const ushort2 at = place_in_fragment(lane);
+    const ushort2 at = fragment_position(lane);
     const wide row_stride = gradient.is_transposed ? 1 : gradient.rank;
     const wide column_stride = gradient.is_transposed ? gradient.features : 1;
     for (uint i = 0; i < 4; i++) {

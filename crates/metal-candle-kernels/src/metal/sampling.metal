@@ -1,15 +1,15 @@
-// The choice of a token for each row of logits: a group a row.
+// Samples a token for each row of logits. One group samples one row.
 //
-// `state` is that of decode.metal, [ids | positions | slots | two words of SplitMix64 for each row]. The chosen token becomes
-// the next id and the position moves on, so that a step can follow without the CPU. Of each row `result` has the token, its
-// logarithmic probability before all filters, and the words of the generator.
+// `state` is the state of decode.metal: [ids | positions | slots | two words of SplitMix64 for each row]. The sampled token
+// becomes the next id and the position is incremented, so the next decode step needs no CPU. For each row, `result` contains the
+// token, its log-probability before all filters, and the state of the random generator.
 struct SamplingWords {
     uint vocab;
     uint rows;
     uint num_parts;
 };
 
-// (5 words a row) temperature, top-p, min-p as floats, top-k (0 for all), and whether the state moves on.
+// Words in the settings of a row: temperature, top-p and min-p as floats, top-k (0: off), and whether to update the state.
 #define SETTINGS 5
 
 FUNCTION wide next_random(GLOBAL uint* words) {
@@ -21,7 +21,7 @@ FUNCTION wide next_random(GLOBAL uint* words) {
     return s ^ (s >> 31);
 }
 
-// Bits in the order of the numbers.
+// Maps floats to integers of the same order.
 FUNCTION uint ordered(float x) {
     const uint bits = float_to_bits(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -31,16 +31,16 @@ struct Filter {
     float maximum;
     float temperature;
     float min_p;
-    uint least;      // ordered bits of the k-th largest logit
-    uint last_equal; // of the logits that equal it, ids up to this one count
+    uint threshold;      // ordered bits of the k-th largest logit
+    uint last_equal; // the largest id that top-k retains among logits equal to `least`
     float pivot_weight;
-    uint pivot; // tokens that rank before this one count; the size of the vocabulary for all
+    uint pivot; // only tokens that rank before this id are sampled; the size of the vocabulary: all tokens
 };
 
-// What temperature and top-k leave.
+// The weight of a token after temperature and top-k.
 FUNCTION float weight_before_min_p(float logit, uint id, Filter f) {
     const uint bits = ordered(logit);
-    if (bits < f.least || (bits == f.least && id > f.last_equal)) return 0.0f;
+    if (bits < f.threshold || (bits == f.threshold && id > f.last_equal)) return 0.0f;
     return EXP((logit - f.maximum) / f.temperature);
 }
 
@@ -58,9 +58,9 @@ struct PartWords {
     uint width;
 };
 
-// The parts that decode_head leaves beside its logits, for logits made in another way: of each `width` logits of a row the
-// largest, its id and the sum of exponentials of the distances from it.
-KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWords, 2) PLACE) {
+// Computes the parts of decode_head for logits from another kernel: for each `width` logits of a row, the largest logit, its id,
+// and the sum of exp(logit - largest).
+KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWords, 2) INDICES) {
     WAIT_FOR_INPUT;
     SHARED float scratch[32];
     SHARED float found[32];
@@ -95,7 +95,7 @@ KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWo
             best = ids[i];
         }
     }
-    // a NaN stays
+    // a NaN makes the sum NaN
     float sum = 0.0f;
     for (uint i = from + me; i < end; i += threads) sum += EXP(x[i] - largest);
     sum = group_sum(sum, scratch, lane, warp, threads);
@@ -109,7 +109,7 @@ KERNEL(parts_of_logits)(IN(float, logits, 0), OUT(float, parts, 1), WORDS(PartWo
 
 KERNEL(sample)
 (IN(float, all_logits, 0), IN(float, all_parts, 1), IN(uint, all_settings, 2), OUT(uint, state, 3), OUT(uint, result, 4),
- WORDS(SamplingWords, 5) PLACE) {
+ WORDS(SamplingWords, 5) INDICES) {
     WAIT_FOR_INPUT;
     SHARED float scratch[32];
     SHARED float sums[32];
@@ -124,7 +124,7 @@ KERNEL(sample)
     GLOBAL uint* random = state + 3 * p.rows + 2 * row;
     const uint num_warps = threads / 32;
 
-    // the largest logit, the first id that has it, and the logarithm of the sum of exponentials
+    // the largest logit, its smallest id, and the log of the sum of exponentials
     float largest = -INFINITY;
     uint best = 0xffffffffu;
     for (uint i = me; i < p.num_parts; i += threads) {
@@ -154,14 +154,14 @@ KERNEL(sample)
         f.maximum = maximum;
         f.temperature = temperature;
         f.min_p = bits_to_float(settings[2]);
-        f.least = 0;
+        f.threshold = 0;
         f.last_equal = 0xffffffffu;
         f.pivot = p.vocab;
         f.pivot_weight = 0.0f;
         const uint top_k = settings[3];
         if (top_k > 0 && top_k < p.vocab) {
-            // eight bits of the k-th largest at a time
-            uint wanted = top_k;
+            // radix select: eight bits of the k-th largest logit at a time
+            uint remaining = top_k;
             uint prefix = 0;
             for (int shift = 24; shift >= 0; shift -= 8) {
                 for (uint i = me; i < 256; i += threads) ATOMIC_STORE(bins, i, 0);
@@ -174,28 +174,28 @@ KERNEL(sample)
                 }
                 BARRIER;
                 uint bin = 255;
-                while (bin > 0 && ATOMIC_LOAD(bins, bin) < wanted) {
-                    wanted -= ATOMIC_LOAD(bins, bin);
+                while (bin > 0 && ATOMIC_LOAD(bins, bin) < remaining) {
+                    remaining -= ATOMIC_LOAD(bins, bin);
                     bin--;
                 }
                 prefix |= bin << shift;
                 BARRIER;
             }
-            f.least = prefix;
-            // of equal ones the lowest ids: `wanted` of them
+            f.threshold = prefix;
+            // of the logits equal to it, retain the `remaining` lowest ids
             if (me == 0) chosen = 0xffffffffu;
             BARRIER;
             if (warp == 0) {
                 uint seen = 0;
-                for (uint begin = 0; begin < p.vocab && seen < wanted; begin += 32) {
+                for (uint begin = 0; begin < p.vocab && seen < remaining; begin += 32) {
                     const uint i = begin + lane;
                     const uint is_equal = i < p.vocab && ordered(logits[i]) == prefix ? 1 : 0;
                     const uint count = warp_sum_uint(is_equal);
                     if (count > 0) {
-                        for (uint j = 0; j < 32 && seen < wanted; j++) {
+                        for (uint j = 0; j < 32 && seen < remaining; j++) {
                             if (warp_shuffle(float(is_equal), j) > 0.5f) {
                                 seen++;
-                                if (seen == wanted && lane == 0) chosen = begin + j;
+                                if (seen == remaining && lane == 0) chosen = begin + j;
                             }
                         }
                     }
@@ -210,7 +210,7 @@ KERNEL(sample)
         const uint end = MINIMUM(p.vocab, begin + share);
         float total = 0.0f;
         for (uint attempt = 0; attempt < 64; attempt++) {
-            // each warp's part of the probability, then the warp and the place in it at which the number lies
+            // sums the probability of each warp's tokens, then finds the warp and the token at the random number
             float part = 0.0f;
             float whole = 0.0f;
             for (uint i = begin + lane; i < end; i += 32) {
@@ -225,7 +225,7 @@ KERNEL(sample)
             BARRIER;
             float all = 0.0f;
             for (uint i = 0; i < num_warps; i++) all += sums[i];
-            // top-p is a share of what min-p has not yet filtered
+            // top-p is relative to the sum before min-p
             if (attempt == 0) total = group_sum(whole, scratch, lane, warp, threads);
             if (me == 0) shared_target = float(next_random(random) >> 40) * (1.0f / 16777216.0f) * all;
             BARRIER;
@@ -243,7 +243,7 @@ KERNEL(sample)
                 if (!is_found) below += sums[i];
             }
             if (!is_found) {
-                // rounding left nothing at the very end
+                // rounding: the number is past the last token, so take the last token with a weight
                 owner = last;
                 target = INFINITY;
             }

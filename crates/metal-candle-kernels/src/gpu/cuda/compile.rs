@@ -19,7 +19,7 @@ static STORE: OnceLock<Box<dyn KernelStore>> = OnceLock::new();
 
 /// Sets the store of this process. Only the first call has an effect.
 pub fn set_kernel_store(store: Box<dyn KernelStore>) {
-    // a second store would hold the same code
+    // a second store would contain the same code
     drop(STORE.set(store));
 }
 
@@ -61,7 +61,7 @@ struct Program(sys::nvrtcProgram);
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: the program was created and is destroyed once; a failure leaves some memory behind
+        // SAFETY: the program was created and is destroyed once; a failure leaks some memory
         let _ = unsafe { result::destroy_program(self.0) };
     }
 }
@@ -81,7 +81,7 @@ fn compile(text: &str, options: &[String]) -> Result<Vec<u8>> {
     // SAFETY: as above; the size is written
     unsafe { sys::nvrtcGetCUBINSize(program.0, &raw mut size) }.result().map_err(failed)?;
     let mut code = vec![0u8; size];
-    // SAFETY: as above; as many bytes are written as the vector has
+    // SAFETY: as above; the vector has the size that NVRTC returned
     unsafe { sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast()) }.result().map_err(failed)?;
     Ok(code)
 }

@@ -3,9 +3,9 @@
 //!
 //! cudarc declares the functions and links to the libraries, because candle selects dynamic linking. This module defines the
 //! functions that the program uses: each definition jumps to an address that is looked up on the first call. The linker
-//! prefers these definitions and then does not record that the program needs the library (`readelf -d` lists the libraries
-//! that it needs). If a function is missing in the list, its library is needed at the start again; nothing else changes. The
-//! same holds for NCCL, and on other systems and processors.
+//! prefers these definitions and then does not record that the program needs the library (`readelf -d` lists the required
+//! libraries). If a function is missing in the list, the program needs its library at startup; nothing else changes. NCCL, and
+//! all libraries on other systems and processors, are needed at startup too.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUDA_VERSION;
 use libloading::os::unix::Library;
@@ -85,11 +85,11 @@ pub(super) fn missing_library() -> Option<String> {
 /// The first function that was called and that its library lacks.
 static MISSING_FUNCTION: OnceLock<(&CStr, Kind)> = OnceLock::new();
 
-/// The function that an installed library is too old for, as a sentence. Its calls fail.
+/// A message about the first called function that an installed library lacks. Calls of the function fail.
 pub(super) fn missing_function() -> Option<String> {
     let (name, kind) = MISSING_FUNCTION.get()?;
     let what = if *kind == Kind::Driver { "a newer NVIDIA driver" } else { "newer CUDA libraries" };
-    Some(format!("`{}` has no function `{}`, install {what}", kind.file(), name.to_string_lossy()))
+    Some(format!("`{}` has no function `{}`: install {what}", kind.file(), name.to_string_lossy()))
 }
 
 /// Defines the functions by their names, and the table of their addresses.
