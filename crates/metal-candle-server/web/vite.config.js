@@ -1,4 +1,4 @@
-// Builds the page into three files with fixed names, and `build.json` with the digests that `page.rs` checks.
+// Builds the web UI as three files with fixed names, and `build.json` with the digests that `page.rs` checks.
 import { readFileSync, readdirSync, writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { gzipSync } from 'node:zlib';
@@ -20,9 +20,9 @@ function digests() {
         files[name] = sha256(bytes);
         gzip += gzipSync(bytes, { level: 9 }).length;
       }
-      if (gzip > GZIP_LIMIT) throw new Error(`the page is ${gzip} bytes compressed, over the limit of ${GZIP_LIMIT}`);
+      if (gzip > GZIP_LIMIT) throw new Error(`the web UI has ${gzip} bytes compressed, more than the limit of ${GZIP_LIMIT}`);
       writeFileSync(`${root}/dist/build.json`, `${JSON.stringify({ sources: digestOfSources(root), files }, null, 2)}\n`);
-      console.log(`compressed: ${gzip} bytes in all`);
+      console.log(`compressed: ${gzip} bytes in total`);
     },
   };
 }

@@ -1,6 +1,6 @@
-// The frame of the page: the tabs, the theme, the state of the server, and the question for a key.
+// The frame of the web UI: tabs, theme, server state and the dialog for the API key.
 import { useEffect, useRef, useState } from 'preact/hooks';
-import { giveKey, keyQuestion, reachable } from './api/client';
+import { submitKey, keyPrompt, reachable } from './api/client';
 import { refreshModels, refreshProps, watchServer } from './api/server';
 import { applyTheme, readTheme, type Theme, writeSetting } from './base/browser';
 import { formatRoute, route, TABS, type Tab } from './base/route';
@@ -48,7 +48,7 @@ export function App() {
         <span class="space" />
         {!online && (
           <span class="offline" role="alert">
-            No answer
+            Disconnected
           </span>
         )}
         <ThemeButton />
@@ -60,7 +60,7 @@ export function App() {
 }
 
 const NEXT: Record<Theme, Theme> = { auto: 'light', light: 'dark', dark: 'auto' };
-const THEMES: Record<Theme, string> = { auto: 'Colours of the system', light: 'Light colours', dark: 'Dark colours' };
+const THEMES: Record<Theme, string> = { auto: 'System theme', light: 'Light theme', dark: 'Dark theme' };
 
 function ThemeButton() {
   const [theme, setTheme] = useState<Theme>(readTheme);
@@ -74,49 +74,49 @@ function ThemeButton() {
 }
 
 function KeyDialog() {
-  const question = useStore(keyQuestion);
+  const prompt = useStore(keyPrompt);
   const dialog = useRef<HTMLDialogElement>(null);
   const [text, setText] = useState('');
   useEffect(() => {
-    if (question && !dialog.current?.open) {
+    if (prompt && !dialog.current?.open) {
       setText('');
       dialog.current?.showModal();
-    } else if (!question) {
+    } else if (!prompt) {
       dialog.current?.close();
     }
-  }, [question]);
+  }, [prompt]);
   return (
     <dialog
       ref={dialog}
       aria-labelledby="key-title"
       onCancel={(event) => {
         event.preventDefault();
-        giveKey(null);
+        submitKey(null);
       }}
     >
       <form
         onSubmit={(event) => {
           event.preventDefault();
-          if (text.trim() !== '') giveKey(text.trim());
+          if (text.trim() !== '') submitKey(text.trim());
         }}
       >
-        <h2 id="key-title">This server needs a key</h2>
-        {question?.wrong && (
+        <h2 id="key-title">This server requires an API key</h2>
+        {prompt?.wrong && (
           <p class="notice bad" role="alert">
-            The server refused the key.
+            The server rejected the key.
           </p>
         )}
         <label class="stacked">
-          Key
+          API key
           <input type="password" autocomplete="off" value={text} onInput={(event) => setText(event.currentTarget.value)} />
         </label>
-        <p class="hint">The key is kept in this tab until it is closed.</p>
+        <p class="hint">The key is stored until this tab is closed.</p>
         <div class="row end">
-          <button type="button" class="quiet" onClick={() => giveKey(null)}>
+          <button type="button" class="quiet" onClick={() => submitKey(null)}>
             Cancel
           </button>
           <button type="submit" class="primary" disabled={text.trim() === ''}>
-            Use this key
+            Use key
           </button>
         </div>
       </form>

@@ -1,4 +1,4 @@
-// Starts the page.
+// Renders the app.
 import { render } from 'preact';
 import { App } from './app';
 import { applyTheme, readTheme } from './base/browser';

@@ -1,4 +1,4 @@
-// The answer's reducer and the tree of turns.
+// Tests the answer's reducer and the tree of turns.
 import { describe, expect, it } from 'vitest';
 import type { ChatChunk } from '../src/api/types';
 import { addChunk, type Answer, fail, finish, newAnswer, statistics, stop } from '../src/chat/answer';
@@ -9,7 +9,7 @@ const end = (reason: string): ChatChunk => ({ choices: [{ index: 0, delta: {}, f
 const feed = (chunks: ChatChunk[]) => chunks.reduce((answer, chunk, index) => addChunk(answer, chunk, 1000 + index * 100), newAnswer('nano', 0));
 
 describe('an answer', () => {
-  it('joins its text and ends by the finish reason', () => {
+  it('joins its text and ends with the finish reason', () => {
     const chunks = [text(''), { choices: [{ index: 0, delta: {} }] }, text('Hel'), text('lo'), end('stop')];
     const answer = finish(feed([...chunks, { choices: [], usage: { prompt_tokens: 9, completion_tokens: 3, prompt_tokens_details: { cached_tokens: 4 } } }]), 5000);
     expect(answer).toMatchObject({ state: 'done', text: 'Hello', finish: 'stop', first: 1200, last: 1300 });
@@ -20,7 +20,7 @@ describe('an answer', () => {
     expect(feed([{ choices: [{ index: 0, delta: { content: '' } }] }, { choices: [{ index: 0, delta: {} }] }]).state).toBe('waiting');
   });
 
-  it('joins calls of tools by their index', () => {
+  it('joins tool calls by index', () => {
     const call = (index: number, name?: string, argument?: string): ChatChunk => ({
       choices: [{ index: 0, delta: { tool_calls: [{ index, function: { ...(name ? { name } : {}), ...(argument ? { arguments: argument } : {}) } }] } }],
     });
@@ -30,12 +30,12 @@ describe('an answer', () => {
     ]);
   });
 
-  it('fails on an error event and on a stream without an end, and keeps its text', () => {
+  it('fails on an error event and on an incomplete stream, and retains its text', () => {
     expect(feed([text('a'), { error: { message: 'broken' } }, text('b')])).toMatchObject({ state: 'failed', text: 'a', error: 'broken' });
     expect(finish(feed([text('a')]), 1)).toMatchObject({ state: 'failed', text: 'a' });
   });
 
-  it('ignores what arrives after a stop', () => {
+  it('ignores chunks after a stop', () => {
     const stopped = stop(feed([text('a')]), 2000);
     expect(addChunk(stopped, text('b'), 3000)).toBe(stopped);
     expect(fail(stopped, 'late', 3000)).toBe(stopped);
@@ -48,7 +48,7 @@ describe('a conversation', () => {
   const turn = (id: string, parent: string | null, created: number, prompt = id) => ({ id, parent, prompt, seed: 1, created });
   const start = () => answered(addTurn({ ...newConversation('c', ['base', 'tuned'], 0), system: 'Be brief.' }, turn('one', null, 1)), 'one', 'a1', 'b1');
 
-  it('sends to each lane its own answers', () => {
+  it('sends each lane its own answers', () => {
     const conversation = addTurn(start(), turn('two', 'one', 2));
     expect(messagesFor(conversation, 'two', 1).map((message) => message.content)).toEqual(['Be brief.', 'one', 'b1', 'two']);
     expect(messagesFor(conversation, 'two', 0)[2]!.content).toBe('a1');
@@ -60,7 +60,7 @@ describe('a conversation', () => {
     expect(messagesFor(wider, 'two', 1).map((message) => message.content)).toEqual(['one', 'a1', 'two']);
   });
 
-  it('leaves out a prompt without an answer', () => {
+  it('omits a prompt without an answer', () => {
     const conversation = addTurn(addTurn(newConversation('c', ['base'], 0), turn('one', null, 1)), turn('two', 'one', 2));
     expect(messagesFor(conversation, 'two', 0)).toEqual([{ role: 'user', content: 'two' }]);
   });
@@ -73,7 +73,7 @@ describe('a conversation', () => {
     expect(showVersion(conversation, 'one').head).toBe('two');
   });
 
-  it('is read back from storage with running answers stopped, and refused when it is damaged', () => {
+  it('is read back from storage with running answers stopped, and rejected if it is invalid', () => {
     const stored: unknown = JSON.parse(JSON.stringify(addTurn(start(), turn('two', 'one', 2))));
     const read = readConversation(stored)!;
     expect(read.turns.two!.answers.map((answer) => answer.state)).toEqual(['stopped', 'stopped']);

@@ -1,6 +1,6 @@
-// Drives the page in Chromium: `npm run e2e` against the mock, `npm run e2e -- URL [KEY]` against a server.
+// Tests the web UI in Chromium: `npm run e2e` with the mock server, `npm run e2e -- URL [KEY]` with a running server.
 //
-// Against a server the checks that need canned answers are skipped. CHROMIUM names another program.
+// With a running server, the checks that need canned responses are skipped. CHROMIUM is the path of the browser.
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -42,7 +42,7 @@ async function check(name, act, { only = null, key = null, viewport = { width: 1
     if (!request.url().startsWith(origin) && !/^(data|blob):/.test(request.url())) problems.push(`request to ${request.url()}`);
   });
   page.on('console', (message) => {
-    // Chromium reports every answer with an error status; the checks expect some.
+    // Chromium reports every response with an error status; some checks expect them.
     if (message.type() === 'error' && /status of (\d+)/.test(message.text()) && allowed.includes(Number(/status of (\d+)/.exec(message.text())[1]))) return;
     if (offline && /ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET/.test(message.text())) return;
     if (message.type() === 'error' || message.type() === 'warning') problems.push(`console: ${message.text()}`);
@@ -69,7 +69,7 @@ const answers = (page) => page.locator('.answer');
 
 async function say(page, text, { wait = true } = {}) {
   await prompt(page).fill(text);
-  // Sending waits for the list of models.
+  // Sending requires the list of models.
   await page.locator('button[aria-label=Send]:enabled').waitFor();
   await page.keyboard.press('Enter');
   if (!wait) return;
@@ -95,39 +95,39 @@ await check('an answer streams in', async (page, mock) => {
     while (!(await page.getByRole('button', { name: 'Send' }).isVisible())) lengths.add((await answers(page).last().innerText()).length);
     assert(lengths.size > 3, `saw ${lengths.size} lengths of the text`);
     assert((await answers(page).last().innerText()).includes('Größe, 日本語 and 👩‍👩‍👧 arrive whole.'), 'the text is damaged');
-    assert(mock.state.bodies.at(-1)[1].stream_options.include_usage, 'no usage was asked for');
+    assert(mock.state.bodies.at(-1)[1].stream_options.include_usage, 'usage was not requested');
   } else {
     await limit(page, 24);
     await say(page, 'Write a function that adds two numbers.');
   }
   const text = await answers(page).last().innerText();
-  for (const part of [/\d+ tokens?/, /seed \d+/, /first after/, /prompt \d+/]) assert(part.test(text), `no ${part} in ${text}`);
+  for (const part of [/\d+ tokens?/, /seed \d+/, /first token after/, /prompt \d+/]) assert(part.test(text), `no ${part} in ${text}`);
   assert((await answers(page).last().getAttribute('class')).includes('done'), 'the answer is not done');
 }, { delay: 40 });
 
-await check('stop ends the request and keeps the text', async (page, mock) => {
+await check('stopping ends the request and retains the text', async (page, mock) => {
   await neverEnding(page);
   await say(page, 'a long story', { wait: false });
   await page.locator('.answer.streaming').waitFor();
   await page.waitForTimeout(200);
   await page.keyboard.press('Escape');
   await page.locator('.answer.stopped').waitFor();
-  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is gone');
+  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is missing');
   if (mock) {
     await page.waitForTimeout(100);
-    assert(mock.state.cancelled === 1 && mock.state.running === 0, 'the server still writes');
+    assert(mock.state.cancelled === 1 && mock.state.running === 0, 'the server is still generating');
   }
 });
 
-await check('a reload keeps the chat, also in the middle of an answer', async (page) => {
+await check('a chat survives a reload, also during a response', async (page) => {
   await neverEnding(page);
   await say(page, 'a long story', { wait: false });
   await page.locator('.answer.streaming .markdown').waitFor();
   await page.waitForTimeout(1500);
   await page.reload();
   await page.locator('.answer').waitFor();
-  assert((await page.locator('.prompt-text').innerText()) === 'a long story', 'the prompt is gone');
-  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is gone');
+  assert((await page.locator('.prompt-text').innerText()) === 'a long story', 'the prompt is missing');
+  assert((await answers(page).last().locator('.markdown').innerText()).length > 0, 'the text is missing');
   assert(!(await answers(page).last().getAttribute('class')).includes('streaming'), 'the answer still runs');
   assert((await page.locator('.heads a').count()) === 1, 'the list does not have one conversation');
 });
@@ -144,13 +144,13 @@ await check('a setting changed before the models are listed does not lose the mo
   await say(page, 'hello');
 });
 
-await check('edit and answer again make versions', async (page, mock) => {
+await check('editing and regenerating create versions', async (page, mock) => {
   await limit(page, 8);
   await say(page, 'first');
-  await page.getByRole('button', { name: 'Answer again' }).click();
+  await page.getByRole('button', { name: 'Regenerate' }).click();
   await page.getByText('2/2').waitFor();
   await page.getByRole('button', { name: 'Send' }).waitFor();
-  await page.getByRole('button', { name: 'Edit the prompt' }).click();
+  await page.getByRole('button', { name: 'Edit prompt' }).click();
   await page.getByLabel('Edited prompt').fill('changed');
   await page.keyboard.press('Enter');
   await page.getByText('3/3').waitFor();
@@ -159,7 +159,7 @@ await check('edit and answer again make versions', async (page, mock) => {
   assert((await page.locator('.prompt-text').innerText()) === 'first', 'the other version is not shown');
   if (mock) {
     const seeds = mock.state.bodies.filter(([path]) => path.endsWith('completions')).map(([, body]) => body.seed);
-    assert(new Set(seeds).size === 3, 'the seeds are not new');
+    assert(new Set(seeds).size === 3, 'the seeds are not different');
   }
 });
 
@@ -173,7 +173,7 @@ await check('the model of a conversation can be changed', async (page, mock) => 
   assert(last.model === 'nano' && last.messages.length === 3, 'the second request is wrong');
 }, { only: 'mock' });
 
-await check('two models answer side by side with one seed', async (page, mock) => {
+await check('two models respond side by side with the same seed', async (page, mock) => {
   if (!mocked) await limit(page, 16);
   await page.getByRole('button', { name: 'Compare' }).click();
   await say(page, 'hello');
@@ -188,30 +188,30 @@ await check('two models answer side by side with one seed', async (page, mock) =
     assert(bodies.length === 2 && bodies[0].seed === bodies[1].seed && bodies[0].model !== bodies[1].model, 'the requests are wrong');
   } else if ((await page.getByLabel('Second model').inputValue()) === (await page.getByLabel('Model', { exact: true }).inputValue())) {
     const [one, two] = await page.locator('.answer .markdown').allInnerTexts();
-    assert(one === two, 'the same model and seed wrote other texts');
+    assert(one === two, 'the same model and seed returned different texts');
   }
 });
 
-await check('parameters are sent, and wrong ones are not', async (page, mock) => {
+await check('valid parameters are sent, invalid ones are not', async (page, mock) => {
   await page.getByLabel('Temperature').fill('0.25');
   await page.getByLabel('Max tokens').fill('3');
   await page.getByLabel('Seed').fill('42');
   await page.getByLabel('System prompt').fill('Be brief.');
   await page.getByLabel('Temperature').fill('hot');
-  await page.getByText('A number, 0 to 2').waitFor();
+  await page.getByText('Enter a number from 0 to 2').waitFor();
   await say(page, 'hello');
   const body = mock.state.bodies.at(-1)[1];
   assert(body.temperature === 0.25 && body.max_tokens === 3 && body.seed === 42, JSON.stringify(body));
   assert(body.messages[0].role === 'system' && body.messages[0].content === 'Be brief.', 'no system prompt');
-  assert((await answers(page).last().innerText()).includes('cut at the limit'), 'the cut is not shown');
+  assert((await answers(page).last().innerText()).includes('token limit reached'), 'the finish reason is not shown');
 }, { only: 'mock' });
 
-await check('HTML in an answer stays text', async (page) => {
+await check('HTML in a response stays text', async (page) => {
   await say(page, 'html please');
   const shown = await answers(page).last().innerText();
   for (const part of ['<script>window.broken = 1</script>', 'onerror=', '<b>bold?</b>']) assert(shown.includes(part), `${part} is not shown`);
   const found = await page.locator('.answer').evaluate((element) => element.querySelectorAll('script, img, b:not(.call b), iframe').length);
-  assert(found === 0, 'an element was made of the text');
+  assert(found === 0, 'the text was parsed as HTML');
   assert((await page.evaluate(() => window.broken)) === undefined, 'the script ran');
   const links = await page.locator('.answer a').evaluateAll((all) => all.map((link) => [link.getAttribute('href'), link.rel, link.target]));
   assert(links.length === 2 && links.every(([href, rel]) => href.startsWith('https://example.org/') && rel.includes('noreferrer')), JSON.stringify(links));
@@ -223,51 +223,51 @@ await check('HTML in a prompt and in names stays text', async (page, mock) => {
   assert((await page.locator('.prompt-text').innerText()).startsWith('<img'), 'the prompt is not shown');
   await page.getByRole('link', { name: 'Models' }).click();
   await page.getByText('<img src=x').first().waitFor();
-  assert((await page.evaluate(() => [document.images.length, window.broken])).join() === '0,', 'markup was made');
+  assert((await page.evaluate(() => [document.images.length, window.broken])).join() === '0,', 'the text was parsed as HTML');
 }, { only: 'mock' });
 
-await check('errors before and in an answer are shown', async (page) => {
+await check('errors before and during a response are shown', async (page) => {
   await say(page, 'too long');
   await page.getByText('The prompt has 3012 tokens').waitFor();
   await say(page, 'fail now');
   await page.getByText('the step failed').waitFor();
 }, { only: 'mock', allow: [400] });
 
-await check('a wrong key asks again', async (page) => {
+await check('a wrong key prompts again', async (page) => {
   const dialog = page.getByRole('dialog');
   await dialog.waitFor();
-  await page.getByLabel('Key', { exact: true }).fill('wrong');
+  await page.getByLabel('API key', { exact: true }).fill('wrong');
   await page.keyboard.press('Enter');
-  await page.getByText('The server refused the key.').waitFor();
-  await page.getByLabel('Key', { exact: true }).fill('right');
+  await page.getByText('The server rejected the key.').waitFor();
+  await page.getByLabel('API key', { exact: true }).fill('right');
   await page.keyboard.press('Enter');
   await dialog.waitFor({ state: 'hidden' });
   await page.getByLabel('Model', { exact: true }).locator('option', { hasText: 'rust-docs' }).waitFor({ state: 'attached' });
   await page.reload();
   await say(page, 'hello');
-  assert(!(await dialog.isVisible()), 'the key was not kept');
+  assert(!(await dialog.isVisible()), 'the key was not stored');
   const stored = await page.evaluate(() => [JSON.stringify(localStorage).includes('right'), Object.values(sessionStorage).includes('right')]);
   assert(!stored[0] && stored[1], 'the key is stored elsewhere');
 }, { only: 'mock', key: 'right', allow: [401] });
 
-await check('a dismissed key question does not come back by itself', async (page) => {
+await check('a dismissed key prompt does not reopen', async (page) => {
   await page.getByRole('dialog').waitFor();
   await page.keyboard.press('Escape');
   await page.getByText('The key is missing or wrong').waitFor();
   await page.getByRole('link', { name: 'Models' }).click();
   await page.waitForTimeout(2500);
-  assert(!(await page.getByRole('dialog').isVisible()), 'the question came back');
+  assert(!(await page.getByRole('dialog').isVisible()), 'the prompt reopened');
 }, { only: 'mock', key: 'right', allow: [401] });
 
-await check('a server that stops and returns is noticed', async (page, mock) => {
+await check('a stopped and restarted server is detected', async (page, mock) => {
   const port = Number(new URL(mock.url).port);
   await page.getByLabel('Model', { exact: true }).locator('option', { hasText: 'rust-docs' }).waitFor({ state: 'attached' });
   await mock.close();
   await say(page, 'hello');
-  await page.getByText('The server does not answer.').waitFor();
+  await page.getByText('The server does not respond.').waitFor();
   const again = await startMock({ port });
-  await page.getByText('No answer', { exact: true }).waitFor({ state: 'hidden' });
-  await page.getByRole('button', { name: 'Answer again' }).click();
+  await page.getByText('Disconnected', { exact: true }).waitFor({ state: 'hidden' });
+  await page.getByRole('button', { name: 'Regenerate' }).click();
   await page.locator('.answer.done').waitFor();
   await again.close();
 }, { only: 'mock', offline: true });
@@ -318,17 +318,17 @@ await check('adapters are loaded and unloaded', async (page, mock) => {
   assert(mock.state.requests.includes('DELETE /v1/adapters/fresh'), 'no request');
 }, { only: 'mock', hash: '#models', allow: [404] });
 
-await check('a bad file is explained, a good one trains, and a checkpoint chats', async (page, mock) => {
+await check('findings of an invalid file are shown, a valid file trains, and its checkpoint can chat', async (page, mock) => {
   await page.getByRole('button', { name: 'New run' }).click();
   await page.getByLabel('Training data: upload a file').setInputFiles(file('bad.jsonl', '{"text":"fine"}\n{"txt":"no"}\nno json\n'));
   await page.getByText('The file cannot be used: ').waitFor();
   await page.getByText('Line 3').waitFor();
   await page.getByText('no json', { exact: true }).waitFor();
-  assert(await page.getByRole('button', { name: 'Start the run' }).isDisabled(), 'a bad file can be started');
+  assert(await page.getByRole('button', { name: 'Start the run' }).isDisabled(), 'a run can start with an invalid file');
   await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', '{"text":"fine"}\n{"text":"also"}\n'));
   await page.getByText('2 rows, 114 tokens, no problems found').waitFor();
   await page.getByLabel('Max steps').fill('0');
-  await page.getByText('A whole number from 1').waitFor();
+  await page.getByText('Enter an integer from 1').waitFor();
   await page.getByLabel('Max steps').fill('60');
   await page.getByLabel('Name').fill('mine');
   await page.getByText('412 MB').waitFor();
@@ -337,12 +337,12 @@ await check('a bad file is explained, a good one trains, and a checkpoint chats'
   await page.getByRole('heading', { name: 'mine' }).waitFor();
   await page.locator('.plot canvas').waitFor();
   await page.getByRole('heading', { name: 'Checkpoints' }).waitFor({ timeout: 20_000 });
-  await page.locator('section', { hasText: 'Checkpoints' }).getByRole('button', { name: 'Compare with the base' }).first().click();
+  await page.locator('section', { hasText: 'Checkpoints' }).getByRole('button', { name: 'Compare with base' }).first().click();
   await say(page, 'hello');
-  assert((await answers(page).nth(1).innerText()).includes('ckpt-step-40 says'), 'the checkpoint did not answer');
+  assert((await answers(page).nth(1).innerText()).includes('ckpt-step-40 says'), 'the checkpoint did not respond');
 }, { only: 'mock', hash: '#runs' });
 
-await check('a server trains an uploaded file, and its checkpoint answers beside the base', async (page) => {
+await check('a server trains an uploaded file, and its checkpoint is compared with the base model', async (page) => {
   const offered = await page.getByRole('button', { name: 'New run' }).isEnabled();
   await page.waitForTimeout(500);
   if (!offered || (await page.getByRole('button', { name: 'New run' }).isDisabled())) return console.log('      (the server runs no jobs)');
@@ -362,7 +362,7 @@ await check('a server trains an uploaded file, and its checkpoint answers beside
   await page.locator('.plot canvas').waitFor();
   await page.locator('.job .status.succeeded').waitFor({ timeout: 180_000 });
   await page.locator('.figures div', { hasText: 'Step' }).getByText('12', { exact: true }).waitFor();
-  await page.getByRole('button', { name: 'Compare with the base' }).first().click();
+  await page.getByRole('button', { name: 'Compare with base' }).first().click();
   await limit(page, 8);
   await say(page, 'fn add_3');
   assert((await page.locator('.answer.done').count()) === 2, await page.locator('.answers').innerText());
@@ -386,15 +386,15 @@ await check('the curve has the values of the events, and a run can be cancelled'
   await page.locator('.job .status.paused').waitFor();
   await page.getByRole('button', { name: 'Resume' }).click();
   await page.locator('.job .status.running').waitFor();
-  await page.getByRole('button', { name: 'Cancel the run' }).click();
-  await page.getByRole('button', { name: 'Cancel it now' }).click();
+  await page.getByRole('button', { name: 'Cancel run' }).click();
+  await page.getByRole('button', { name: 'Cancel now' }).click();
   await page.locator('.job .status.cancelled').waitFor();
 }, { only: 'mock', hash: '#runs' });
 
 await check('a conversation is exported, imported, renamed and deleted', async (page) => {
   await limit(page, 8);
   await say(page, 'remember me');
-  const actions = page.getByLabel('Actions on this conversation');
+  const actions = page.getByLabel('Conversation actions');
   await actions.click();
   const [saved] = await Promise.all([page.waitForEvent('download'), page.getByRole('button', { name: 'Export as JSON' }).click()]);
   const path = join(folder, 'export.json');
@@ -410,7 +410,7 @@ await check('a conversation is exported, imported, renamed and deleted', async (
   assert((await page.locator('.heads a').count()) === 2, 'the import replaced the conversation');
   await actions.click();
   await page.getByRole('button', { name: 'Delete' }).click();
-  await page.getByRole('button', { name: 'Delete for good' }).click();
+  await page.getByRole('button', { name: 'Delete permanently' }).click();
   await page.locator('.heads a', { hasText: 'remember me' }).waitFor({ state: 'detached' });
   await page.reload();
   await page.locator('.heads a').first().waitFor();
@@ -440,13 +440,13 @@ for (const tab of ['chat', 'complete', 'models', 'runs', 'runs/new', 'runs/ftjob
 await check('dark mode follows the system and the switch', async (page) => {
   const shade = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor.match(/\d+/g).map(Number)[0]);
   assert((await shade()) < 60, 'not dark by the system');
-  await page.getByRole('button', { name: 'Colours of the system' }).click();
+  await page.getByRole('button', { name: 'System theme' }).click();
   assert((await shade()) > 200, 'not light by the switch');
-  await page.getByRole('button', { name: 'Light colours' }).click();
+  await page.getByRole('button', { name: 'Light theme' }).click();
   await page.emulateMedia({ colorScheme: 'light' });
   assert((await shade()) < 60, 'not dark by the switch');
   await page.reload();
-  assert((await shade()) < 60, 'the switch was forgotten');
+  assert((await shade()) < 60, 'the setting was not stored');
 }, { colorScheme: 'dark' });
 
 await check('the keyboard reaches everything, with a visible focus', async (page) => {
@@ -474,10 +474,10 @@ await check('the keyboard reaches everything, with a visible focus', async (page
   await page.keyboard.type('one');
   await page.keyboard.press('Shift+Enter');
   await page.keyboard.type('two');
-  assert((await prompt(page).inputValue()) === 'one\ntwo', 'Shift+Enter does not start a line');
+  assert((await prompt(page).inputValue()) === 'one\ntwo', 'Shift+Enter does not insert a line break');
 }, { only: 'mock' });
 
-await check('the headers of the page are strict', async (page) => {
+await check('the security headers are strict', async (page) => {
   const response = await page.reload();
   const headers = response.headers();
   for (const part of ["default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]) {

@@ -1,4 +1,4 @@
-// A stand-in for the server, for tests of the page: the built files with their headers, and canned answers of the API.
+// A mock server for tests of the web UI: the built files with their headers, and canned API responses.
 //
 // `node test/mock.mjs [PORT [KEY]]` serves until it is stopped.
 import { createServer } from 'node:http';

@@ -1,4 +1,4 @@
-// Completions, curves, events, metrics, settings, code colours and names.
+// Tests completions, curves, events, metrics, settings, syntax highlighting and names.
 import { describe, expect, it } from 'vitest';
 import { parseMetrics, total } from '../src/api/metrics';
 import type { JobEvent, List } from '../src/api/types';
@@ -23,13 +23,13 @@ describe('a completion', () => {
     ]);
   });
 
-  it('shows the text where tokens hold parts of characters', () => {
+  it('shows the text if tokens contain parts of characters', () => {
     const completion = addCompletionChunk(NO_COMPLETION, chunk('ä', ['\ufffd', '\ufffd'], [-0.1, -2]));
     expect(completion.tokens).toEqual([{ text: 'ä', logProbability: -2, alternatives: [] }]);
     expect(completionText(completion)).toBe('ä');
   });
 
-  it('keeps its text on an error', () => {
+  it('retains its text on an error', () => {
     const broken = addCompletionChunk(addCompletionChunk(NO_COMPLETION, { choices: [{ index: 0, text: 'a' }] }), { error: { message: 'no' } });
     expect([completionText(broken), broken.error]).toEqual(['a', 'no']);
   });
@@ -53,7 +53,7 @@ describe('curves', () => {
     expect(curves.valid_loss!.map((point) => point.value)).toEqual([4, 3.5]);
   });
 
-  it('takes the last row of a step that was repeated', () => {
+  it('use the last row of a repeated step', () => {
     expect(curvesOf([event({ step: 1, loss: 3 }), event({ step: 2, loss: 9 }), event({ step: 2, loss: 2 }, 20)]).train_loss!.map((point) => point.value)).toEqual([3, 2]);
   });
 
@@ -61,7 +61,7 @@ describe('curves', () => {
     expect(align([[{ x: 3, y: 1 }, { x: 1, y: 0 }], [{ x: 2, y: 5 }]])).toEqual([[1, 2, 3], [0, null, 1], [null, 5, null]]);
   });
 
-  it('are smoothed without a bias to the start', () => {
+  it('are smoothed with bias correction', () => {
     expect(smooth([2, 2, 2], 0.9).map((value) => Number(value.toFixed(9)))).toEqual([2, 2, 2]);
     expect(smooth([1, 5], 0)).toEqual([1, 5]);
   });
@@ -107,7 +107,7 @@ describe('settings', () => {
     expect(FIELDS.map((entry) => defaultText(entry, defaults)).filter((text) => text !== null)).toEqual(['0.7', '1.1']);
   });
 
-  it('are sent only where they are set', () => {
+  it('are sent only if they are set', () => {
     expect(requestFields(NO_PARAMETERS, 'chat')).toEqual({});
     expect(requestFields({ ...NO_PARAMETERS, temperature: 0, stop: ['', 'end'], format: 'json_schema', schema: '{"type":"object"}' }, 'chat')).toEqual({
       temperature: 0,
@@ -120,7 +120,7 @@ describe('settings', () => {
     for (const value of [null, 1, 'x', [], { temperature: 'hot', stop: 3, format: 'xml', seed: -4 }]) expect(readParameters(value)).toEqual(NO_PARAMETERS);
   });
 
-  it('make the request of a job', () => {
+  it('are sent in the request for a job', () => {
     expect(jobRequest({ ...NO_SETTINGS, model: 'nano', training: 'file-1', suffix: ' docs ', serve: 'best', values: { n_epochs: '2', rank: '8', seed: '5' } })).toEqual({
       model: 'nano', training_file: 'file-1', suffix: 'docs', seed: 5,
       method: { type: 'supervised', supervised: { hyperparameters: { n_epochs: 2 } } },
@@ -131,7 +131,7 @@ describe('settings', () => {
   });
 });
 
-describe('colours of code', () => {
+describe('syntax highlighting', () => {
   const samples: [string, string][] = [
     ['rust', 'fn a<\'a>(x: &\'a str) -> char { /* c */ let r = r#"raw " text"#; println!("{x}"); \'\\n\' } // end\n#[test]\n"unterminated'],
     ['python', '@dec\ndef f(a: int) -> str:\n    """doc"""\n    return f\'{a}\' # c\n"""open'],
@@ -139,7 +139,7 @@ describe('colours of code', () => {
     ['brainfuck', '+[-]'],
   ];
 
-  it('never change the text', () => {
+  it('never changes the text', () => {
     for (const [language, code] of samples) {
       for (let length = 0; length <= code.length; length += 1) {
         expect(highlight(code.slice(0, length), language).map(([, text]) => text).join('')).toBe(code.slice(0, length));
@@ -147,14 +147,14 @@ describe('colours of code', () => {
     }
   });
 
-  it('find what they look for', () => {
+  it('finds the kinds of pieces', () => {
     const kinds = new Map(highlight(samples[0]![1], 'rust').map(([kind, text]) => [text, kind]));
     expect([kinds.get('fn'), kinds.get("'a"), kinds.get('r#"raw " text"#'), kinds.get('println!'), kinds.get("'\\n'"), kinds.get('#[test]')]).toEqual([
       'keyword', 'lifetime', 'string', 'macro', 'string', 'attribute',
     ]);
   });
 
-  it('stay fast on hostile text', () => {
+  it('is fast on adversarial text', () => {
     const start = performance.now();
     for (const part of ['/*', '"', "'", '#[', 'r#"', '"""', '\\', '<<', 'a!(']) {
       for (const language of ['rust', 'python', 'json']) highlight(part.repeat(20_000), language);

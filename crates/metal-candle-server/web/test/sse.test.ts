@@ -1,4 +1,4 @@
-// The reader of server-sent events, with the bytes cut everywhere.
+// Tests the reader of server-sent events with chunks that end at any byte.
 import { describe, expect, it } from 'vitest';
 import { readEvents, type ServerEvent } from '../src/api/sse';
 

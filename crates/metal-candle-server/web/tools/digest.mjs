@@ -1,11 +1,11 @@
-// Computes the digest of the page's sources. `page.rs` computes the same digest in a test.
+// Computes the digest of the sources. A test of `page.rs` computes the same digest.
 import { createHash } from 'node:crypto';
 import { readFileSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
 const FILES = ['index.html', 'package-lock.json', 'package.json', 'tools/digest.mjs', 'tsconfig.json', 'vite.config.js'];
 
-/** The paths under `folder`, relative to `root`, with `/` on every system. */
+/** The paths in `folder`, relative to `root`, with `/` on every system. */
 function walk(root, folder) {
   return readdirSync(join(root, folder), { withFileTypes: true }).flatMap((entry) => {
     const path = `${folder}/${entry.name}`;
@@ -13,7 +13,7 @@ function walk(root, folder) {
   });
 }
 
-/** SHA-256 over `path NUL length NUL bytes` of every source, in the order of the paths' bytes. CRLF counts as LF. */
+/** SHA-256 of `path NUL length NUL bytes` of every source, sorted by the bytes of the path. CRLF counts as LF. */
 export function digestOfSources(root) {
   const hash = createHash('sha256');
   for (const path of [...FILES, ...walk(root, 'src')].sort()) {

@@ -1,4 +1,4 @@
-// Removes the sponsor addresses that npm copies into package-lock.json: the build needs none, and the file stays short.
+// Removes the funding and registry URLs that npm writes to package-lock.json. The build does not need them.
 import { readFileSync, writeFileSync } from 'node:fs';
 
 const path = new URL('../package-lock.json', import.meta.url);
@@ -8,5 +8,5 @@ for (const entry of Object.values(lock.packages)) {
   delete entry.resolved;
 }
 const text = `${JSON.stringify(lock, null, 2)}\n`;
-if (/https?:/.test(text)) throw new Error('`package-lock.json` still holds an address');
+if (/https?:/.test(text)) throw new Error('`package-lock.json` still contains a URL');
 writeFileSync(path, text);

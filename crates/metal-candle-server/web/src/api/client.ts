@@ -1,4 +1,4 @@
-// Sends requests to this server, asks for a key after a 401, and turns error answers into `ApiError`.
+// Sends requests to the server, prompts for an API key after a 401, and converts error responses to `ApiError`.
 import { createStore } from '../base/store';
 
 const KEY = 'metal-candle.key';
@@ -14,8 +14,8 @@ export class ApiError extends Error {
   }
 }
 
-/** The question for a key while it is open; `wrong` after a key was refused. */
-export const keyQuestion = createStore<{ wrong: boolean } | null>(null);
+/** The prompt for a key while it is open; `wrong` if a key was rejected. */
+export const keyPrompt = createStore<{ wrong: boolean } | null>(null);
 
 /** Whether the last request reached the server. */
 export const reachable = createStore(true);
@@ -28,20 +28,20 @@ try {
 }
 
 let waiting: Promise<boolean> | null = null;
-let answer: ((given: boolean) => void) | null = null;
+let resolvePrompt: ((given: boolean) => void) | null = null;
 
-/** Opens the question, or joins the one that is open. Resolves to false if no key was given. */
-function askForKey(refused: string | null): Promise<boolean> {
+/** Opens the prompt, or waits for the open one. Resolves to false if the user dismissed it. */
+function promptForKey(refused: string | null): Promise<boolean> {
   if (refused !== key) return Promise.resolve(true);
   waiting ??= new Promise((resolve) => {
-    answer = resolve;
-    keyQuestion.set({ wrong: refused !== null });
+    resolvePrompt = resolve;
+    keyPrompt.set({ wrong: refused !== null });
   });
   return waiting;
 }
 
-/** Answers the question; null dismisses it. */
-export function giveKey(given: string | null): void {
+/** Closes the prompt with a key; null dismisses it. */
+export function submitKey(given: string | null): void {
   if (given !== null) {
     key = given;
     try {
@@ -50,10 +50,10 @@ export function giveKey(given: string | null): void {
       // As above.
     }
   }
-  keyQuestion.set(null);
-  answer?.(given !== null);
+  keyPrompt.set(null);
+  resolvePrompt?.(given !== null);
   waiting = null;
-  answer = null;
+  resolvePrompt = null;
 }
 
 export function forgetKey(): void {
@@ -70,11 +70,11 @@ export interface Call {
   json?: unknown;
   form?: FormData;
   signal?: AbortSignal;
-  /** False for requests in the background: they must not open the question for a key. */
-  ask?: boolean;
+  /** False for background requests, which must not open the prompt for a key. */
+  promptForKey?: boolean;
 }
 
-/** Returns the answer of a request that succeeded. Paths are relative to the page, so a proxy may add a prefix. */
+/** Returns the response of a successful request. Paths are relative to the page, so a proxy may add a prefix. */
 export async function request(path: string, call: Call = {}): Promise<Response> {
   for (;;) {
     const used = key;
@@ -95,11 +95,11 @@ export async function request(path: string, call: Call = {}): Promise<Response> 
     } catch (error) {
       if (call.signal?.aborted) throw error;
       reachable.set(false);
-      throw new ApiError(0, 'The server does not answer. It may have stopped.');
+      throw new ApiError(0, 'The server does not respond. It may have stopped.');
     }
     reachable.set(true);
     if (response.ok) return response;
-    if (response.status === 401 && call.ask !== false && (await askForKey(used))) continue;
+    if (response.status === 401 && call.promptForKey !== false && (await promptForKey(used))) continue;
     throw await readError(response);
   }
 }
@@ -110,7 +110,7 @@ export async function requestJson<T>(path: string, call: Call = {}): Promise<T> 
     return (await response.json()) as T;
   } catch (error) {
     if (call.signal?.aborted) throw error;
-    throw new ApiError(response.status, 'The server sent an answer that is not JSON.');
+    throw new ApiError(response.status, 'The server sent a response that is not JSON.');
   }
 }
 
@@ -123,12 +123,12 @@ async function readError(response: Response): Promise<ApiError> {
       return new ApiError(response.status, error.message, string(error.code), string(error.param));
     }
   } catch {
-    // Not the server's own error, for example the page of a proxy.
+    // The body is not an error of the server, for example the error page of a proxy.
   }
-  return new ApiError(response.status, `The server answered with status ${response.status}.`);
+  return new ApiError(response.status, `The server responded with status ${response.status}.`);
 }
 
-/** A sentence for people about anything that was thrown. */
+/** Describes a thrown value as a sentence for the user. */
 export function describeError(error: unknown): string {
   if (error instanceof ApiError) {
     const sentence = error.message.charAt(0).toUpperCase() + error.message.slice(1);

@@ -1,4 +1,4 @@
-// Reads the Prometheus text of `GET /metrics`.
+// Parses the Prometheus text of `GET /metrics`.
 
 export interface Sample {
   name: string;
@@ -21,7 +21,7 @@ export function parseMetrics(text: string): Sample[] {
   return samples;
 }
 
-/** The sum over all samples of this name and these labels; null if there is none. */
+/** The sum of all samples with this name and these labels; null if there are none. */
 export function total(samples: Sample[], name: string, labels: Record<string, string> = {}): number | null {
   const found = samples.filter(
     (sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value),

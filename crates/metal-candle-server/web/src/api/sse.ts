@@ -1,4 +1,4 @@
-// Reads server-sent events from a byte stream, with lines and characters cut at any byte.
+// Reads server-sent events from a byte stream, whose chunks may end within a line or character.
 
 export interface ServerEvent {
   event: string;
@@ -47,7 +47,7 @@ export class EventParser {
   }
 }
 
-/** The events of a body. Leaving the loop early cancels the body, and with it the request. */
+/** The events of a response body. Leaving the loop early cancels the request. */
 export async function* readEvents(body: ReadableStream<Uint8Array>): AsyncGenerator<ServerEvent> {
   const reader = body.getReader();
   const decoder = new TextDecoder();

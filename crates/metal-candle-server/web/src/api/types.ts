@@ -1,4 +1,4 @@
-// The parts of the server's answers that the page reads. A field that an older server lacks is optional.
+// The fields of server responses that the web UI reads. Fields that older servers lack are optional.
 
 export interface Model {
   id: string;
@@ -126,7 +126,7 @@ export interface Plan {
   [key: string]: unknown;
 }
 
-/** The fields of `GET /props` that the page reads. */
+/** The fields of `GET /props` that the web UI reads. */
 export interface Props {
   n_ctx?: number;
   total_slots?: number;

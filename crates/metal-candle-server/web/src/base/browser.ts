@@ -1,6 +1,6 @@
-// Wraps what the page needs of the browser: ids, clipboard, downloads, theme and settings that stay.
+// Wraps browser APIs: random ids, clipboard, downloads, theme and persistent settings.
 
-/** A random id. `crypto.randomUUID` is missing where the page is not served from localhost or by HTTPS. */
+/** A random id. `crypto.randomUUID` is only available on localhost and over HTTPS. */
 export function randomId(): string {
   return [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
 }
@@ -9,7 +9,7 @@ export function randomSeed(): number {
   return crypto.getRandomValues(new Uint32Array(1))[0]! >>> 1;
 }
 
-/** Returns whether the text is in the clipboard now. */
+/** Copies text to the clipboard. Returns whether it succeeded. */
 export async function copyText(text: string): Promise<boolean> {
   try {
     await navigator.clipboard.writeText(text);
@@ -37,7 +37,7 @@ export function download(name: string, text: string, type: string): void {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** Reads a setting; without storage, or with a damaged value, the fallback. */
+/** Reads a setting. Returns `fallback` if there is no storage or the value is invalid. */
 export function readSetting<T>(key: string, fallback: T): T {
   try {
     const text = localStorage.getItem(`metal-candle.${key}`);
@@ -51,7 +51,7 @@ export function writeSetting(key: string, value: unknown): void {
   try {
     localStorage.setItem(`metal-candle.${key}`, JSON.stringify(value));
   } catch {
-    // A private window may have no storage; the setting then lasts until the page is closed.
+    // A private window may have no storage; the setting then lasts until the tab is closed.
   }
 }
 

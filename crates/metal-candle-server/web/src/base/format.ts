@@ -1,4 +1,4 @@
-// Formats numbers, sizes, durations and dates for people.
+// Formats numbers, sizes, durations and dates.
 
 export function count(value: number): string {
   return Math.round(value).toLocaleString('en-US');
@@ -8,7 +8,7 @@ export function plural(value: number, one: string, many = `${one}s`): string {
   return `${count(value)} ${value === 1 ? one : many}`;
 }
 
-/** Three significant digits; small and large values in scientific form. */
+/** Three significant digits; very small and large values in scientific notation. */
 export function figure(value: number): string {
   if (!Number.isFinite(value)) return '–';
   const size = Math.abs(value);
@@ -38,7 +38,7 @@ export function duration(seconds: number): string {
   return `${minutes} min ${whole % 60} s`;
 }
 
-/** A time of today as hours and minutes, else as a date. */
+/** Today's times as hours and minutes, other times with the date. */
 export function moment(milliseconds: number): string {
   const date = new Date(milliseconds);
   const two = (value: number) => String(value).padStart(2, '0');
@@ -57,7 +57,7 @@ export function label(key: string): string {
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-/** A value of the server under a key whose ending names the unit. */
+/** Formats a value from the server. The suffix of its key is the unit. */
 export function quantity(key: string, value: unknown): string {
   if (typeof value === 'number') {
     if (/bytes$/.test(key)) return bytes(value);

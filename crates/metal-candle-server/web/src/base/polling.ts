@@ -1,4 +1,4 @@
-// Repeats a request while the page is visible, never two at once.
+// Repeats a request while the page is visible, one at a time.
 import { useEffect, useRef } from 'preact/hooks';
 
 export function usePolling(milliseconds: number, act: () => Promise<void>): void {

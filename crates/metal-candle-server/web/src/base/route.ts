@@ -1,4 +1,4 @@
-// Keeps the open tab, and the item that is open in it, in the address behind `#`.
+// Stores the open tab and its open item in the URL fragment.
 import { createStore } from './store';
 
 export const TABS = ['chat', 'complete', 'models', 'runs'] as const;
@@ -6,7 +6,7 @@ export type Tab = (typeof TABS)[number];
 
 export interface Route {
   tab: Tab;
-  /** A conversation or a job. */
+  /** The id of a conversation or a job. */
   item: string | null;
 }
 

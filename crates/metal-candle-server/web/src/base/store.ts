@@ -1,4 +1,4 @@
-// Holds a value, notifies its readers of changes, and re-renders the components that use it.
+// A value with subscribers, and a hook that re-renders components when it changes.
 import { useEffect, useState } from 'preact/hooks';
 
 export interface Store<T> {

@@ -1,8 +1,8 @@
-// Small elements that several tabs use.
+// Small components that several tabs use.
 import type { ComponentChildren } from 'preact';
 import { useEffect, useRef, useState } from 'preact/hooks';
 
-/** A button that has to be pressed twice. */
+/** A button that must be pressed twice. */
 export function ConfirmButton(props: { label: string; confirm: string; onConfirm: () => void; class?: string; title?: string; disabled?: boolean }) {
   const [armed, setArmed] = useState(false);
   useEffect(() => {
@@ -27,7 +27,7 @@ export function ConfirmButton(props: { label: string; confirm: string; onConfirm
   );
 }
 
-/** A button with a list of actions below it. Escape, an action, or leaving it closes it. */
+/** A button with a menu of actions. Escape, an action, or losing focus closes it. */
 export function Menu({ label, children }: { label: string; children: ComponentChildren }) {
   const element = useRef<HTMLDetailsElement>(null);
   const close = () => {
@@ -55,7 +55,7 @@ export function Menu({ label, children }: { label: string; children: ComponentCh
   );
 }
 
-/** Text of the server or the page, in which backticks enclose names. */
+/** Text with names in backticks, which are shown as code. */
 export function Names({ text }: { text: string }) {
   return <>{text.split('`').map((part, index, parts) => (index % 2 === 1 && index < parts.length - 1 ? <code>{part}</code> : part))}</>;
 }

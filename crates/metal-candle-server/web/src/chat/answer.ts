@@ -1,4 +1,4 @@
-// An answer while it streams and after: the text, the end and the statistics, changed by chunks.
+// The state of a model's response: text, finish reason and statistics, updated by streamed chunks.
 import type { ChatChunk, Usage } from '../api/types';
 
 export interface Answer {
@@ -6,16 +6,16 @@ export interface Answer {
   state: 'waiting' | 'streaming' | 'done' | 'stopped' | 'failed';
   text: string;
   reasoning: string;
-  /** Calls of tools, as the model wrote them. */
+  /** Tool calls, with arguments as the model wrote them. */
   calls: { name: string; arguments: string }[];
   finish: string | null;
   error: string | null;
   usage: Usage | null;
-  /** Times in milliseconds: of the request, the first text and the last. */
+  /** Times in milliseconds: of the request, the first chunk with text and the last. */
   started: number;
   first: number | null;
   last: number | null;
-  /** Chunks with text: an estimate of the tokens until the server sends the usage. */
+  /** Number of chunks with text: estimates the number of tokens until the server sends the usage. */
   chunks: number;
 }
 
@@ -30,10 +30,10 @@ export function isRunning(answer: Answer): boolean {
   return answer.state === 'waiting' || answer.state === 'streaming';
 }
 
-/** Adds a chunk. Keep-alive chunks, with an empty delta, change nothing. */
+/** Adds a chunk. Keep-alive chunks, whose delta is empty, change nothing. */
 export function addChunk(answer: Answer, chunk: ChatChunk, now: number): Answer {
   if (!isRunning(answer)) return answer;
-  if (chunk.error) return fail(answer, chunk.error.message ?? 'The server ended the answer with an error.', now);
+  if (chunk.error) return fail(answer, chunk.error.message ?? 'The server reported an error.', now);
   let next = answer;
   if (chunk.usage) next = { ...next, usage: chunk.usage };
   const choice = chunk.choices?.find((candidate) => candidate.index === 0);
@@ -69,10 +69,10 @@ function addCall(calls: Answer['calls'], delta: CallDelta): Answer['calls'] {
   return next;
 }
 
-/** Ends an answer whose stream ended. A stream without a finish reason was cut. */
+/** Ends an answer after its stream. A stream without a finish reason is incomplete. */
 export function finish(answer: Answer, now: number): Answer {
   if (!isRunning(answer)) return answer;
-  if (answer.finish === null) return fail(answer, 'The connection ended before the answer did.', now);
+  if (answer.finish === null) return fail(answer, 'The connection closed before the response was complete.', now);
   return { ...answer, state: 'done', last: answer.last ?? now };
 }
 
@@ -84,7 +84,7 @@ export function fail(answer: Answer, error: string, now: number): Answer {
   return isRunning(answer) ? { ...answer, state: 'failed', error, last: answer.last ?? now } : answer;
 }
 
-/** An answer from storage. One that was running when the page was closed is stopped. */
+/** An answer from storage. An answer that was streaming when the page was closed is marked as stopped. */
 export function interrupted(stored: Answer): Answer {
   const answer = { ...newAnswer('', 0), ...stored };
   return isRunning(answer) ? { ...answer, state: 'stopped' } : answer;

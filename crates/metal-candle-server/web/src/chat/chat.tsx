@@ -1,4 +1,4 @@
-// The Chat tab: the list of conversations, the open one, and its parameters.
+// The Chat tab: the list of conversations, the open conversation, and its parameters.
 import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import { baseModel, contextLength, server } from '../api/server';
 import { download, readSetting, writeSetting } from '../base/browser';
@@ -40,11 +40,11 @@ export function ChatTab() {
     return () => window.removeEventListener('keydown', onKey);
   }, [drawer]);
 
-  // Before the first prompt there is no stored conversation: the page shows an empty one.
+  // A conversation is stored with its first prompt; until then an empty one is shown.
   const conversation = item === null ? null : (open[item] ?? null);
   const base = baseModel(state);
   useEffect(() => {
-    // A conversation may be started before the server has listed its models.
+    // A conversation may be started before the models are loaded.
     if (conversation === null || base === '' || !conversation.models.includes('')) return;
     changeChat(conversation.id, (before) => ({ ...before, models: before.models.map((model) => model || base) }));
   }, [conversation, base]);
@@ -77,9 +77,9 @@ export function ChatTab() {
       {missing && conversation === null ? (
         <main class="chat-main">
           <div class="thread empty">
-            <p>This conversation is not in this browser.</p>
+            <p>This conversation is not stored in this browser.</p>
             <button type="button" onClick={fresh}>
-              Start a new one
+              New conversation
             </button>
           </div>
         </main>
@@ -97,7 +97,7 @@ export function ChatTab() {
       <aside class="side-panel" aria-label="Parameters">
         <div class="side-head">
           <h2>Parameters</h2>
-          <IconButton icon="close" label="Close the parameters" onClick={toggleParameters} />
+          <IconButton icon="close" label="Close parameters" onClick={toggleParameters} />
         </div>
         <label class="stacked">
           System prompt
@@ -243,13 +243,13 @@ function Main(props: MainProps) {
 
 function Welcome({ models }: { models: string[] }) {
   const { loaded } = useStore(server);
-  if (!loaded) return <p class="muted">Asking the server for its models…</p>;
+  if (!loaded) return <p class="muted">Loading models…</p>;
   return (
     <div class="welcome">
       {models.length === 2 ? (
-        <p>Each prompt goes to both models with the same seed. Their answers stand beside each other.</p>
+        <p>Each prompt is sent to both models with the same seed. Their responses are shown side by side.</p>
       ) : (
-        <p>Choose a model or an adapter above and write a prompt. Compare sends each prompt to two of them.</p>
+        <p>Select a model or adapter above and write a prompt. Compare sends each prompt to two models.</p>
       )}
     </div>
   );
@@ -281,7 +281,7 @@ function Actions({ conversation, onRemoved }: { conversation: Conversation; onRe
     );
   }
   return (
-    <Menu label="Actions on this conversation">
+    <Menu label="Conversation actions">
       <button type="button" class="quiet" onClick={() => setRenaming(true)}>
         Rename
       </button>
@@ -292,7 +292,7 @@ function Actions({ conversation, onRemoved }: { conversation: Conversation; onRe
       >
         Export as JSON
       </button>
-      <ConfirmButton label="Delete" confirm="Delete for good" onConfirm={() => (void removeChat(conversation.id), onRemoved())} />
+      <ConfirmButton label="Delete" confirm="Delete permanently" onConfirm={() => (void removeChat(conversation.id), onRemoved())} />
     </Menu>
   );
 }
@@ -302,9 +302,9 @@ function tokensUsed(turn: Turn | undefined): number {
   return Math.max(0, ...(sums ?? []));
 }
 
-/** A screen reader announces the start and the end of answers; it would read streamed text in fragments. */
+/** Screen readers announce the start and end of an answer, because they would read streamed text in fragments. */
 function announcement(turn: Turn | undefined): string {
   if (!turn) return '';
-  if (turn.answers.some(isRunning)) return 'The model is answering.';
-  return turn.answers.some((answer) => answer.state === 'failed') ? 'The answer failed.' : 'The answer is complete.';
+  if (turn.answers.some(isRunning)) return 'Generating a response.';
+  return turn.answers.some((answer) => answer.state === 'failed') ? 'The response failed.' : 'The response is complete.';
 }

@@ -1,10 +1,10 @@
-// The field for the next prompt. Enter sends, Shift+Enter starts a new line.
+// The input for the next prompt. Enter sends it, Shift+Enter inserts a line break.
 import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import { count } from '../base/format';
 import { Icon } from '../base/widgets';
 
 interface Props {
-  /** The conversation: the draft is kept for each. */
+  /** The id of the conversation. Each conversation has its own draft. */
   id: string;
   running: boolean;
   ready: boolean;
@@ -72,9 +72,9 @@ export function Composer({ id, running, ready, used, context, onSend, onStop }: 
         )}
       </div>
       <p class="composer-note">
-        <span class="keys-hint">{running ? 'Escape stops' : 'Enter sends, Shift+Enter starts a new line'}</span>
+        <span class="keys-hint">{running ? 'Escape to stop' : 'Enter to send, Shift+Enter for a new line'}</span>
         {context !== null && used > 0 && (
-          <span class={used > context * 0.9 ? 'bad' : ''} title="Tokens of the last prompt and answer, of the model's context">
+          <span class={used > context * 0.9 ? 'bad' : ''} title="Tokens of the last prompt and response, of the model's context length">
             <meter min={0} max={context} high={context * 0.9} value={used} aria-label="Context used" /> {count(used)} of {count(context)} tokens
           </span>
         )}

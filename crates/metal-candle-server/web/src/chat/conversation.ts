@@ -1,13 +1,13 @@
-// A conversation as a tree of turns, and the pure functions that change it.
+// A conversation is a tree of turns, changed by pure functions.
 import { NO_PARAMETERS, type Parameters, readParameters } from '../settings/parameters';
 import { type Answer, interrupted, newAnswer } from './answer';
 
-/** A prompt and its answers, one for each model of the conversation. Turns with the same parent are versions. */
+/** A prompt and its answers, one per model. Turns with the same parent are versions of each other. */
 export interface Turn {
   id: string;
   parent: string | null;
   prompt: string;
-  /** Sent to all models of the turn, so that their answers can be compared. */
+  /** All models get the same seed, so that their answers can be compared. */
   seed: number;
   created: number;
   answers: Answer[];
@@ -23,7 +23,7 @@ export interface Conversation {
   system: string;
   parameters: Parameters;
   turns: Record<string, Turn>;
-  /** The last turn of the path that is shown. */
+  /** The last turn of the visible path. */
   head: string | null;
 }
 
@@ -36,7 +36,7 @@ export function newConversation(id: string, models: string[], now: number): Conv
   return { id, title: '', created: now, updated: now, models, system: '', parameters: NO_PARAMETERS, turns: {}, head: null };
 }
 
-/** The turns from the first to `end`. */
+/** The path from the first turn to `end`. */
 export function pathTo(conversation: Conversation, end: string | null): Turn[] {
   const path: Turn[] = [];
   for (let id = end; id !== null; ) {
@@ -48,7 +48,7 @@ export function pathTo(conversation: Conversation, end: string | null): Turn[] {
   return path.reverse();
 }
 
-/** The turns with the parent of `turn`, oldest first. */
+/** The turns with the same parent as `turn`, oldest first. */
 export function versions(conversation: Conversation, turn: Turn): Turn[] {
   return Object.values(conversation.turns)
     .filter((other) => other.parent === turn.parent)
@@ -81,7 +81,7 @@ export function changeAnswer(conversation: Conversation, id: string, lane: numbe
   return { ...conversation, turns: { ...conversation.turns, [id]: { ...turn, answers } } };
 }
 
-/** Shows the path through `id` that was extended last. */
+/** Shows the most recent path through `id`. */
 export function showVersion(conversation: Conversation, id: string): Conversation {
   let head = id;
   for (;;) {
@@ -91,7 +91,7 @@ export function showVersion(conversation: Conversation, id: string): Conversatio
   }
 }
 
-/** The messages to send for a turn. A lane without an answer of its own continues from the first lane's. */
+/** The messages to send for a turn. A lane without its own answer uses the answer of the first lane. */
 export function messagesFor(conversation: Conversation, id: string, lane: number): ChatMessage[] {
   const messages: ChatMessage[] = [];
   if (conversation.system.trim() !== '') messages.push({ role: 'system', content: conversation.system });
@@ -101,14 +101,14 @@ export function messagesFor(conversation: Conversation, id: string, lane: number
       break;
     }
     const answer = turn.answers[lane] ?? turn.answers[0];
-    // Chat templates expect turns in alternation, so a prompt that got no answer is left out.
+    // Chat templates require alternating roles, so prompts without an answer are omitted.
     if (!answer || answer.text === '') continue;
     messages.push({ role: 'user', content: turn.prompt }, { role: 'assistant', content: answer.text });
   }
   return messages;
 }
 
-/** A conversation from storage or a file, checked; null if it is none. Answers that were being written are ended. */
+/** Validates a conversation from storage or a file; null if it is invalid. Answers that were streaming are marked as stopped. */
 export function readConversation(value: unknown): Conversation | null {
   if (typeof value !== 'object' || value === null) return null;
   const given = value as Partial<Conversation>;

@@ -1,4 +1,4 @@
-// Stores conversations in IndexedDB: short heads for the list, and whole conversations by id.
+// Stores conversations in IndexedDB: heads for the list, and conversations by id.
 import { type Conversation, readConversation } from './conversation';
 
 export interface Head {
@@ -11,13 +11,13 @@ let opened: Promise<IDBDatabase> | null = null;
 
 function open(): Promise<IDBDatabase> {
   opened ??= new Promise((resolve, reject) => {
-    const asked = indexedDB.open('metal-candle', 1);
-    asked.onupgradeneeded = () => {
-      asked.result.createObjectStore('heads', { keyPath: 'id' });
-      asked.result.createObjectStore('conversations', { keyPath: 'id' });
+    const request = indexedDB.open('metal-candle', 1);
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore('heads', { keyPath: 'id' });
+      request.result.createObjectStore('conversations', { keyPath: 'id' });
     };
-    asked.onsuccess = () => resolve(asked.result);
-    asked.onerror = () => reject(asked.error);
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
   });
   return opened;
 }
@@ -31,22 +31,22 @@ async function change(act: (heads: IDBObjectStore, conversations: IDBObjectStore
   });
 }
 
-async function ask<T>(store: string, question: (store: IDBObjectStore) => IDBRequest<T>): Promise<T> {
-  const asked = question((await open()).transaction(store).objectStore(store));
+async function query<T>(store: string, send: (store: IDBObjectStore) => IDBRequest<T>): Promise<T> {
+  const request = send((await open()).transaction(store).objectStore(store));
   return new Promise((resolve, reject) => {
-    asked.onsuccess = () => resolve(asked.result);
-    asked.onerror = () => reject(asked.error);
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
   });
 }
 
-/** The heads of all conversations, the last changed first. */
+/** The heads of all conversations, most recently updated first. */
 export async function readHeads(): Promise<Head[]> {
-  const heads = await ask<Head[]>('heads', (store) => store.getAll() as IDBRequest<Head[]>);
+  const heads = await query<Head[]>('heads', (store) => store.getAll() as IDBRequest<Head[]>);
   return heads.sort((a, b) => b.updated - a.updated);
 }
 
 export async function loadConversation(id: string): Promise<Conversation | null> {
-  return readConversation(await ask<unknown>('conversations', (store) => store.get(id) as IDBRequest<unknown>));
+  return readConversation(await query<unknown>('conversations', (store) => store.get(id) as IDBRequest<unknown>));
 }
 
 export function saveConversation(conversation: Conversation): Promise<void> {

@@ -1,4 +1,4 @@
-// Keeps open conversations, sends prompts, streams answers into them and stores them.
+// Manages open conversations: sends prompts, streams the answers, and saves conversations.
 import { randomId, randomSeed } from '../base/browser';
 import { createStore } from '../base/store';
 import { describeError, request } from '../api/client';
@@ -10,12 +10,12 @@ import { addTurn, changeAnswer, type Conversation, messagesFor, newConversation,
 import { deleteConversation, type Head, loadConversation, readHeads, saveConversation } from './database';
 
 export interface Chats {
-  /** Null until the database has answered. */
+  /** Null until the database has been read. */
   heads: Head[] | null;
   open: Record<string, Conversation>;
   /** The ids of conversations with a running answer. */
   running: string[];
-  /** The problem of the database; conversations then last until the page is closed. */
+  /** An error of the database; conversations then last until the page is closed. */
   problem: string | null;
 }
 
@@ -40,17 +40,17 @@ function mergeHeads(stored: Head[], known: Head[]): Head[] {
   return [...known.filter((head) => !stored.some((other) => other.id === head.id)), ...stored].sort((a, b) => b.updated - a.updated);
 }
 
-/** Opens a stored conversation. Returns false if there is none of this id. */
+/** Opens a stored conversation. Returns false if the id does not exist. */
 export async function openChat(id: string): Promise<boolean> {
   if (chats.get().open[id]) return true;
   const conversation = await loadConversation(id).catch(() => null);
   if (!conversation) return false;
-  // The same conversation may have been opened while the database was asked.
+  // The conversation may have been opened during the query.
   chats.set((state) => ({ ...state, open: { [id]: conversation, ...state.open } }));
   return true;
 }
 
-/** A new conversation; it is stored with its first prompt. */
+/** Creates a conversation. It is stored with its first prompt. */
 export function startChat(models: string[]): string {
   const id = randomId();
   chats.set((state) => ({ ...state, open: { ...state.open, [id]: newConversation(id, models, Date.now()) } }));
@@ -85,7 +85,7 @@ function save(id: string): void {
   });
 }
 
-// A page that is hidden may be closed without another event.
+// A hidden page may be closed without another event.
 document.addEventListener('visibilitychange', () => {
   if (document.visibilityState === 'hidden') for (const id of [...unsaved.keys()]) save(id);
 });
@@ -104,7 +104,7 @@ export async function removeChat(id: string): Promise<void> {
   await deleteConversation(id).catch(() => undefined);
 }
 
-/** Adds the conversations of an exported file under new ids. Returns the id of the first, or null if there is none. */
+/** Adds the conversations of an exported file with new ids. Returns the id of the first; null if the file contains none. */
 export function importChats(text: string): string | null {
   const value: unknown = JSON.parse(text);
   const found = (Array.isArray(value) ? value : [value]).map(readConversation).filter((conversation) => conversation !== null);
@@ -122,7 +122,7 @@ export function renameChat(id: string, title: string): void {
   save(id);
 }
 
-/** Sends a prompt behind `parent`, to all models of the conversation with one seed. */
+/** Sends a prompt after `parent` to all models of the conversation, with the same seed. */
 export async function sendPrompt(id: string, prompt: string, parent: string | null): Promise<void> {
   const conversation = chats.get().open[id];
   if (!conversation || controllers.has(id)) return;
@@ -137,11 +137,11 @@ export async function sendPrompt(id: string, prompt: string, parent: string | nu
   save(id);
   const controller = new AbortController();
   controllers.set(id, controller);
-  noteRunning();
+  updateRunning();
   const lanes = chats.get().open[id]!.turns[turn.id]!.answers.map((_, lane) => streamAnswer(id, turn.id, lane, controller.signal));
   await Promise.all(lanes);
   controllers.delete(id);
-  noteRunning();
+  updateRunning();
   changeChat(id, (before) => ({ ...before, updated: Date.now() }));
   save(id);
 }
@@ -150,7 +150,7 @@ export function stopAnswers(id: string): void {
   controllers.get(id)?.abort();
 }
 
-function noteRunning(): void {
+function updateRunning(): void {
   chats.set((state) => ({ ...state, running: [...controllers.keys()] }));
 }
 

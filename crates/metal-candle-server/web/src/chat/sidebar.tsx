@@ -1,4 +1,4 @@
-// The list of conversations, with a filter, import and export.
+// The list of conversations, with a filter and import.
 import { useRef, useState } from 'preact/hooks';
 import { moment } from '../base/format';
 import { formatRoute } from '../base/route';
@@ -16,7 +16,7 @@ export function Sidebar({ current, onNew, onOpen }: { current: string | null; on
     if (!file) return;
     try {
       const id = importChats(await file.text());
-      setFailed(id === null ? 'The file holds no conversation.' : null);
+      setFailed(id === null ? 'The file contains no conversation.' : null);
       if (id !== null) onOpen(id);
     } catch {
       setFailed('The file is not an exported conversation.');
@@ -45,7 +45,7 @@ export function Sidebar({ current, onNew, onOpen }: { current: string | null; on
           </a>
         ))}
         {heads?.length === 0 && <p class="muted">Conversations are stored in this browser only.</p>}
-        {heads !== null && heads.length > 0 && shown.length === 0 && <p class="muted">No title has this text.</p>}
+        {heads !== null && heads.length > 0 && shown.length === 0 && <p class="muted">No matching conversations.</p>}
       </nav>
       <input
         ref={input}

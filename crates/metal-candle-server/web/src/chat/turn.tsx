@@ -1,4 +1,4 @@
-// Shows a prompt with its answers, their statistics, and the actions on them.
+// Shows a prompt, its answers with statistics, and their actions.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { count, duration, figure, plural } from '../base/format';
 import { IconButton, Notice } from '../base/widgets';
@@ -45,9 +45,9 @@ export function TurnView({ turn, versions, busy, onVersion, onEdit, onAgain }: P
                 <IconButton icon="right" label="Next version" disabled={busy || position === versions.length - 1} onClick={() => onVersion(versions[position + 1]!)} />
               </span>
             )}
-            <CopyButton text={turn.prompt} label="Copy the prompt" />
-            <IconButton icon="edit" label="Edit the prompt" disabled={busy} onClick={() => setEditing(true)} />
-            <IconButton icon="again" label="Answer again" disabled={busy} onClick={onAgain} />
+            <CopyButton text={turn.prompt} label="Copy prompt" />
+            <IconButton icon="edit" label="Edit prompt" disabled={busy} onClick={() => setEditing(true)} />
+            <IconButton icon="again" label="Regenerate" disabled={busy} onClick={onAgain} />
           </div>
         </div>
       )}
@@ -133,31 +133,31 @@ function Reasoning({ answer }: { answer: Answer }) {
   );
 }
 
-const ENDS: Record<string, string> = {
-  length: 'cut at the limit of tokens',
-  tool_calls: 'ended with a call of a tool',
-  content_filter: 'ended by a filter',
+const FINISH_REASONS: Record<string, string> = {
+  length: 'token limit reached',
+  tool_calls: 'tool call',
+  content_filter: 'content filter',
 };
 
 function Footer({ answer, seed }: { answer: Answer; seed: number }) {
   const figures = statistics(answer);
   const parts: [string, string][] = [];
-  if (answer.state === 'stopped') parts.push(['stopped', 'The answer was stopped before its end.']);
-  else if (answer.finish !== null && ENDS[answer.finish]) parts.push([ENDS[answer.finish]!, `finish_reason: ${answer.finish}`]);
+  if (answer.state === 'stopped') parts.push(['stopped', 'Generation was stopped.']);
+  else if (answer.finish !== null && FINISH_REASONS[answer.finish]) parts.push([FINISH_REASONS[answer.finish]!, `finish_reason: ${answer.finish}`]);
   if (figures.tokens > 0) {
     parts.push([
       `${figures.exact ? '' : '~'}${plural(figures.tokens, 'token')}`,
-      figures.exact ? 'Tokens of the answer, counted by the server.' : 'Pieces of text received so far.',
+      figures.exact ? 'Generated tokens, counted by the server.' : 'Chunks received so far.',
     ]);
   }
-  if (figures.tokensPerSecond !== null) parts.push([`${figure(figures.tokensPerSecond)} tokens/s`, 'Speed after the first token.']);
-  if (figures.secondsToFirst !== null) parts.push([`first after ${duration(figures.secondsToFirst)}`, 'Time from sending the prompt to the first text.']);
+  if (figures.tokensPerSecond !== null) parts.push([`${figure(figures.tokensPerSecond)} tokens/s`, 'Decode speed after the first token.']);
+  if (figures.secondsToFirst !== null) parts.push([`first token after ${duration(figures.secondsToFirst)}`, 'Time from the request to the first token.']);
   if (figures.prompt !== null) {
     const cached = figures.cached ? `, ${count(figures.cached)} cached` : '';
-    parts.push([`prompt ${count(figures.prompt)}${cached}`, 'Tokens of the prompt, and those that the server had from an earlier request.']);
+    parts.push([`prompt ${count(figures.prompt)}${cached}`, 'Prompt tokens, and the number of them found in the prefix cache.']);
   }
-  if (figures.accepted) parts.push([`${count(figures.accepted)} drafted`, 'Tokens accepted from drafts.']);
-  parts.push([`seed ${seed}`, 'The same seed, model and parameters write the same answer.']);
+  if (figures.accepted) parts.push([`${count(figures.accepted)} drafts accepted`, 'Draft tokens accepted in speculative decoding.']);
+  parts.push([`seed ${seed}`, 'The same seed, model and parameters reproduce the response.']);
   return (
     <footer>
       <span class="statistics">
@@ -167,7 +167,7 @@ function Footer({ answer, seed }: { answer: Answer; seed: number }) {
           </span>
         ))}
       </span>
-      {!isRunning(answer) && answer.text !== '' && <CopyButton text={answer.text} label="Copy the answer" />}
+      {!isRunning(answer) && answer.text !== '' && <CopyButton text={answer.text} label="Copy response" />}
     </footer>
   );
 }

@@ -1,4 +1,4 @@
-// The Complete tab: continues a text, or fills in at the cursor, and colours the tokens by their probabilities.
+// The Complete tab: continues a text or fills in at the cursor, and colours tokens by probability.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { describeError, request } from '../api/client';
 import { baseModel, server } from '../api/server';
@@ -32,7 +32,7 @@ const DEFAULT_TOKENS = 64;
 export function CompleteTab() {
   const state = useStore(server);
   const [text, setText] = useState(() => readSetting('complete.text', EXAMPLE));
-  const [asked, setMode] = useState<Mode>(() => (readSetting<unknown>('complete.mode', 'continue') === 'fill' ? 'fill' : 'continue'));
+  const [selectedMode, setMode] = useState<Mode>(() => (readSetting<unknown>('complete.mode', 'continue') === 'fill' ? 'fill' : 'continue'));
   const [chosen, setChosen] = useState(() => readSetting('complete.model', ''));
   const [parameters, setParameters] = useState(() => readParameters(readSetting('complete.parameters', { max_tokens: DEFAULT_TOKENS })));
   const [open, setOpen] = useState(false);
@@ -41,7 +41,7 @@ export function CompleteTab() {
   const cursor = useRef(text.length);
   const controller = useRef<AbortController | null>(null);
   const canFill = state.props?.fill_in_the_middle !== false;
-  const mode = canFill ? asked : 'continue';
+  const mode = canFill ? selectedMode : 'continue';
   const model = chosen !== '' && state.models.some((known) => known.id === chosen) ? chosen : baseModel(state);
 
   useEffect(() => () => controller.current?.abort(), []);
@@ -87,7 +87,7 @@ export function CompleteTab() {
           show(true);
         }, 33);
       }
-      if (completion.finish === null && completion.error === null) completion = { ...completion, error: 'The connection ended before the text did.' };
+      if (completion.finish === null && completion.error === null) completion = { ...completion, error: 'The connection closed before the completion ended.' };
     } catch (error) {
       if (!abort.signal.aborted) completion = { ...completion, error: describeError(error) };
     }
@@ -129,12 +129,12 @@ export function CompleteTab() {
       >
         <div class="toolbar">
           <ModelSelect value={model} label="Model" onChange={(next) => (setChosen(next), writeSetting('complete.model', next))} />
-          <div class="segments" role="radiogroup" aria-label="Where to write">
+          <div class="segments" role="radiogroup" aria-label="Mode">
             {(['continue', 'fill'] as const).map((name) => (
               <label
                 key={name}
                 class={mode === name ? 'on' : ''}
-                title={name === 'continue' ? 'Write behind the text' : canFill ? 'Write at the cursor' : 'This model was not trained to fill in'}
+                title={name === 'continue' ? 'Append to the text' : canFill ? 'Insert at the cursor' : 'This model does not support fill-in-the-middle'}
               >
                 <input
                   type="radio"
@@ -160,7 +160,7 @@ export function CompleteTab() {
           class="mono editor"
           spellcheck={false}
           value={text}
-          placeholder="Write the start of a text or of code"
+          placeholder="Start a text or some code"
           onInput={(event) => setText(event.currentTarget.value)}
           onSelect={(event) => (cursor.current = event.currentTarget.selectionStart)}
           onKeyDown={(event) => {
@@ -190,7 +190,7 @@ export function CompleteTab() {
               </button>
             </>
           )}
-          <span class="hint keys">{ready ? 'Tab inserts, Escape discards' : run?.running ? 'Escape stops' : 'Ctrl+Enter'}</span>
+          <span class="hint keys">{ready ? 'Tab to insert, Escape to discard' : run?.running ? 'Escape to stop' : 'Ctrl+Enter'}</span>
         </div>
         {state.error !== null && <Notice kind="bad" text={state.error} />}
         {run && <Result run={run} />}
@@ -199,7 +199,7 @@ export function CompleteTab() {
         <aside class="side-panel shown" aria-label="Parameters">
           <div class="side-head">
             <h2>Parameters</h2>
-            <IconButton icon="close" label="Close the parameters" onClick={() => setOpen(false)} />
+            <IconButton icon="close" label="Close parameters" onClick={() => setOpen(false)} />
           </div>
           <ParameterPanel
             kind="completion"
@@ -225,7 +225,7 @@ function Result({ run }: { run: Run }) {
       <pre
         class="result-text"
         tabIndex={0}
-        aria-label="Completion. The arrow keys choose a token."
+        aria-label="Completion. Use the arrow keys to select a token."
         onKeyDown={(event) => {
           const by = event.key === 'ArrowRight' ? 1 : event.key === 'ArrowLeft' ? -1 : 0;
           if (by === 0 || completion.tokens.length === 0) return;
@@ -272,7 +272,7 @@ function Alternatives({ token }: { token: CompletionToken }) {
   const rows = token.alternatives.some(([text]) => text === token.text) ? token.alternatives : [[token.text, token.logProbability!] as const, ...token.alternatives];
   return (
     <div class="alternatives">
-      <table aria-label="The likeliest tokens here">
+      <table aria-label="Most likely tokens at this position">
       <tbody>
         {rows.map(([text, value]) => (
           <tr key={text} class={text === token.text ? 'chosen' : ''}>
@@ -308,7 +308,7 @@ function Summary({ run }: { run: Run }) {
   const { completion } = run;
   const parts: string[] = [];
   if (run.stopped) parts.push('stopped');
-  if (completion.finish === 'length') parts.push('cut at the limit of tokens');
+  if (completion.finish === 'length') parts.push('token limit reached');
   parts.push(plural(completion.usage?.completion_tokens ?? completion.tokens.length, 'token'));
   const mean = meanProbability(completion);
   if (mean !== null) parts.push(`mean probability ${figure(mean * 100)} %`);

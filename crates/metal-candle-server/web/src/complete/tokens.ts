@@ -1,9 +1,9 @@
-// A completion while it streams: tokens with their probabilities, and the alternatives to each.
+// The state of a streamed completion: tokens with their probabilities and alternatives.
 import type { CompletionChunk, Usage } from '../api/types';
 
 export interface CompletionToken {
   text: string;
-  /** The natural logarithm of the probability; null where the server sent none. */
+  /** The natural logarithm of the probability; null if the server sent none. */
   logProbability: number | null;
   alternatives: [text: string, logProbability: number][];
 }
@@ -18,7 +18,7 @@ export interface Completion {
 export const NO_COMPLETION: Completion = { tokens: [], finish: null, error: null, usage: null };
 
 export function addCompletionChunk(completion: Completion, chunk: CompletionChunk): Completion {
-  if (chunk.error) return { ...completion, error: chunk.error.message ?? 'The server ended the text with an error.' };
+  if (chunk.error) return { ...completion, error: chunk.error.message ?? 'The server reported an error.' };
   const next = chunk.usage ? { ...completion, usage: chunk.usage } : completion;
   const choice = chunk.choices?.find((candidate) => candidate.index === 0);
   if (!choice) return next;
@@ -29,7 +29,7 @@ export function addCompletionChunk(completion: Completion, chunk: CompletionChun
 
 type LogProbabilities = NonNullable<CompletionChunk['choices']>[number]['logprobs'];
 
-/** Tokens that hold parts of characters, or end behind a stop string, do not join to the text: it is then one piece. */
+/** Returns the text as one token if its tokens do not join to the text: they contain parts of characters or a stop string. */
 function tokensOf(text: string, given: LogProbabilities): CompletionToken[] {
   if (text === '') return [];
   const names = given?.tokens ?? [];
@@ -49,13 +49,13 @@ export function completionText(completion: Completion): string {
   return completion.tokens.map((token) => token.text).join('');
 }
 
-/** A level from 0 (unlikely) to 5 (nearly certain); the colours are those of the style sheet. */
+/** A level from 0 (unlikely) to 5 (nearly certain), which selects a colour of the style sheet. */
 export function level(logProbability: number): number {
   const probability = Math.exp(logProbability);
   return [0.05, 0.2, 0.5, 0.8, 0.95].filter((bound) => probability >= bound).length;
 }
 
-/** The mean probability of a token: the exponential of the mean logarithm. */
+/** The geometric mean of the token probabilities. */
 export function meanProbability(completion: Completion): number | null {
   const values = completion.tokens.flatMap((token) => (token.logProbability === null ? [] : [token.logProbability]));
   return values.length === 0 ? null : Math.exp(values.reduce((sum, value) => sum + value, 0) / values.length);

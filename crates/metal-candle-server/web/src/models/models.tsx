@@ -1,4 +1,4 @@
-// The Models tab: what the server serves, its adapters, and its load.
+// The Models tab: the server's load, models and adapters.
 import { useId, useState } from 'preact/hooks';
 import { describeError, forgetKey, requestJson } from '../api/client';
 import { type Sample, total } from '../api/metrics';
@@ -48,9 +48,9 @@ export function ModelsTab() {
       </section>
       <p class="muted small">
         <button type="button" class="link" onClick={() => (forgetKey(), location.reload())}>
-          Forget the key
+          Forget the API key
         </button>{' '}
-        that this tab has stored, if any.
+        stored in this tab, if any.
       </p>
     </main>
   );
@@ -80,14 +80,14 @@ function Figures({ load }: { load: Load | null }) {
   const kv = metric('kv_bytes');
   const number = (value: unknown) => (typeof value === 'number' ? count(value) : null);
   const figures: [label: string, value: string | null, note?: string][] = [
-    ['Running', number(running), 'Requests that hold a slot'],
-    ['Waiting', number(metric('requests_waiting') ?? props?.waiting), 'Requests in the queue'],
-    ['Generating', load?.tokensPerSecond != null ? `${figure(load.tokensPerSecond)} tokens/s` : null, 'All requests together'],
-    ['Generated', number(metric('generated_tokens_total')), 'Tokens since the start'],
-    ['Prefix cache', queries && hits !== null ? `${figure((hits / queries) * 100)} %` : null, 'Tokens of prompts that were in the cache'],
-    ['KV cache', kv === null ? null : bytes(kv), 'Memory of the key-value cache'],
-    ['Slots', number(props?.total_slots), 'Requests that can run at once'],
-    ['Context', number(props?.n_ctx), 'Tokens of a prompt and its answer'],
+    ['Running', number(running), 'Requests with a slot'],
+    ['Waiting', number(metric('requests_waiting') ?? props?.waiting), 'Queued requests'],
+    ['Generating', load?.tokensPerSecond != null ? `${figure(load.tokensPerSecond)} tokens/s` : null, 'Total of all requests'],
+    ['Generated', number(metric('generated_tokens_total')), 'Tokens since the server started'],
+    ['Prefix cache', queries && hits !== null ? `${figure((hits / queries) * 100)} %` : null, 'Prompt tokens found in the cache'],
+    ['KV cache', kv === null ? null : bytes(kv), 'Memory of the KV cache'],
+    ['Slots', number(props?.total_slots), 'Maximum number of running requests'],
+    ['Context', number(props?.n_ctx), 'Maximum number of tokens in a prompt and its response'],
     ['Adapters', number(metric('adapters_loaded')), 'Adapters in memory'],
     ['Version', props?.build_info?.replace('metal-candle ', '') ?? null],
   ];
@@ -102,7 +102,7 @@ function Figures({ load }: { load: Load | null }) {
           </div>
         ))}
       </dl>
-      {load !== null && samples === null && <p class="muted"><Names text="More figures are shown if the server is started with `--metrics`." /></p>}
+      {load !== null && samples === null && <p class="muted"><Names text="Start the server with `--metrics` to show more metrics." /></p>}
     </>
   );
 }
@@ -110,7 +110,7 @@ function Figures({ load }: { load: Load | null }) {
 function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (name: string) => void }) {
   const { models, adapters } = props;
   const chat = (names: string[]) => go('chat', startChat(names));
-  // Adapters stand below the model that they belong to.
+  // Adapters are listed below their base model.
   const ordered = models.filter((model) => !model.parent).flatMap((base) => [base, ...models.filter((model) => model.parent === base.id)]);
   const rest = models.filter((model) => !ordered.includes(model));
   if (models.length === 0) return <p class="muted">The server lists no models.</p>;
@@ -160,7 +160,7 @@ function ModelTable(props: { models: Model[]; adapters: Adapter[]; onUnload: (na
                     <ConfirmButton
                       label="Unload"
                       confirm={adapter.in_flight ? `Unload, ${plural(adapter.in_flight, 'request')} running` : 'Unload now'}
-                      title="Requests that run with it end with it; new ones are refused"
+                      title="Running requests finish with this adapter; new requests are rejected"
                       onConfirm={() => props.onUnload(model.id)}
                     />
                   )}
@@ -225,14 +225,14 @@ function LoadForm({ taken }: { taken: Adapter[] }) {
         <input id={nameId} value={name} autocomplete="off" spellcheck={false} aria-invalid={badName} placeholder="my-adapter" onInput={(event) => setName(event.currentTarget.value)} />
       </label>
       <label for={pathId} class="grow">
-        Folder, below the server's root of adapters
+        Folder, relative to the server's adapter root
         <input id={pathId} value={path} autocomplete="off" spellcheck={false} placeholder="001/adapter" onInput={(event) => setPath(event.currentTarget.value)} />
       </label>
       <button type="submit" class="primary" disabled={busy || name === '' || badName || path === ''}>
         {busy ? 'Loading…' : old ? 'Replace' : 'Load'}
       </button>
       {badName && <p class="hint bad">A name has at most 64 letters, digits, dots, dashes and underscores, and does not start with a dot.</p>}
-      {old && !badName && <p class="hint">An adapter has this name. Replacing makes a new generation; running requests end with the old one.</p>}
+      {old && !badName && <p class="hint">An adapter with this name exists. Replacing it creates a new generation; running requests finish with the old generation.</p>}
       {done !== null && <Notice kind="info" text={done} />}
       {problem !== null && <Notice kind="bad" text={problem} />}
     </form>

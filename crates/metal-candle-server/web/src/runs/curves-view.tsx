@@ -1,4 +1,4 @@
-// The curves of one job or several, with a choice of the metric, smoothing and axes.
+// The curves of one or several jobs, with controls for metric, smoothing and axes.
 import { useMemo, useState } from 'preact/hooks';
 import type { Job } from '../api/types';
 import { readSetting, writeSetting } from '../base/browser';
@@ -53,10 +53,10 @@ export function CurvesView({ jobs, feeds }: { jobs: Job[]; feeds: Record<string,
           />
         </label>
         <label>
-          <input type="checkbox" checked={view.logarithmic} onChange={(event) => change({ logarithmic: event.currentTarget.checked })} /> Logarithmic
+          <input type="checkbox" checked={view.logarithmic} onChange={(event) => change({ logarithmic: event.currentTarget.checked })} /> Log scale
         </label>
         <label>
-          <input type="checkbox" checked={view.byTime} onChange={(event) => change({ byTime: event.currentTarget.checked })} /> By time
+          <input type="checkbox" checked={view.byTime} onChange={(event) => change({ byTime: event.currentTarget.checked })} /> Time axis
         </label>
       </div>
       {has ? (
@@ -88,7 +88,7 @@ function seriesOf(curves: Curves, metric: string, view: View, color: number, pre
   const valid = curves.valid_loss ?? [];
   return [
     ...lines(curves.train_loss ?? [], 'training', first),
-    // A single job's validation loss has a colour of its own; among several the colour names the job.
+    // The validation loss of a single job has its own colour; with several jobs, the colour identifies the job.
     ...(valid.length > 0 ? [{ label: `${prefix}validation`, color: prefix === '' ? 1 : first, style: 'points' as const, points: toXy(valid) }] : []),
   ];
 }

@@ -1,4 +1,4 @@
-// Turns the events of fine-tuning jobs into curves, and curves into the columns of a plot.
+// Converts the events of fine-tuning jobs to curves, and curves to the columns of a plot.
 import type { JobEvent } from '../api/types';
 
 export interface Point {
@@ -8,13 +8,13 @@ export interface Point {
   value: number;
 }
 
-/** Curves by the name of their metric. */
+/** Curves by metric. */
 export type Curves = Record<string, Point[]>;
 
-// Columns of a row that are not curves.
+// Columns of a metrics row that are not curves.
 const NOT_CURVES = new Set(['step', 'epoch', 'event', 'tokens', 'trained_tokens', 'total_steps']);
 
-/** The curves of events in chronological order. A step that was repeated after a resume replaces the earlier one. */
+/** The curves of chronological events. A step that was repeated after a resume replaces the previous one. */
 export function curvesOf(events: JobEvent[]): Curves {
   const curves: Record<string, Map<number, Point>> = {};
   const start = events.find((event) => event.type === 'metrics')?.created_at ?? 0;
@@ -30,13 +30,13 @@ export function curvesOf(events: JobEvent[]): Curves {
   return Object.fromEntries(Object.entries(curves).map(([name, points]) => [name, [...points.values()].sort((a, b) => a.step - b.step)]));
 }
 
-/** Rows of `metrics.jsonl` call both losses `loss`, and name the kind of row in `event`. */
+/** In `metrics.jsonl`, both losses are called `loss`, and `event` is the kind of row. */
 function metricName(key: string, kind: unknown): string {
   if (key === 'loss') return kind === 'evaluation' ? 'valid_loss' : 'train_loss';
   return key === 'full_valid_loss' ? 'valid_loss' : key;
 }
 
-/** Exponential smoothing without a bias to the first value; 0 changes nothing. */
+/** Bias-corrected exponential smoothing; a weight of 0 changes nothing. */
 export function smooth(values: number[], weight: number): number[] {
   let sum = 0;
   let weights = 0;
@@ -47,7 +47,7 @@ export function smooth(values: number[], weight: number): number[] {
   });
 }
 
-/** One column of all x, in order, and one column for each series, with null where it has no point. */
+/** One sorted column of all x, and one column per series, with null where the series has no point. */
 export function align(series: { x: number; y: number }[][]): [number[], ...(number | null)[][]] {
   const xs = [...new Set(series.flatMap((points) => points.map((point) => point.x)))].sort((a, b) => a - b);
   const index = new Map(xs.map((x, position) => [x, position]));

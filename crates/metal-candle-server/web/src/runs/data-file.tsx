@@ -1,4 +1,4 @@
-// Uploads a JSONL file and shows the report of the server's data check.
+// Uploads a JSONL file and shows the server's validation report.
 import { useEffect, useId, useState } from 'preact/hooks';
 import { describeError, requestJson } from '../api/client';
 import type { FileObject, Finding, List } from '../api/types';
@@ -8,7 +8,7 @@ import { ConfirmButton, Names, Notice } from '../base/widgets';
 
 export const files = createStore<FileObject[] | null>(null);
 
-/** The files that this page has uploaded, to show the lines that the check found. */
+/** Files uploaded from this page, to show the lines of findings. */
 const uploaded = new Map<string, File>();
 
 export async function refreshFiles(): Promise<void> {
@@ -22,7 +22,7 @@ async function upload(file: File): Promise<FileObject> {
   form.append('file', file, file.name);
   let object = await requestJson<FileObject>('v1/files', { method: 'POST', form });
   uploaded.set(object.id, file);
-  // The check of a large file may go on after the upload.
+  // The validation of a large file may continue after the upload.
   for (let tries = 0; object.status === 'uploaded' && tries < 600; tries += 1) {
     await new Promise((resolve) => setTimeout(resolve, 500));
     object = await requestJson<FileObject>(`v1/files/${encodeURIComponent(object.id)}`);
@@ -37,7 +37,7 @@ interface Props {
   onChange: (id: string) => void;
 }
 
-/** A choice among the files of the server, or a new one. */
+/** Selects a file of the server or uploads a new one. */
 export function FileField({ label, optional, value, onChange }: Props) {
   const list = useStore(files);
   const [sending, setSending] = useState<string | null>(null);
@@ -85,11 +85,11 @@ export function FileField({ label, optional, value, onChange }: Props) {
       <legend>{label}</legend>
       <div class="row">
         <select aria-label={`${label}: uploaded files`} value={value} onChange={(event) => onChange(event.currentTarget.value)}>
-          <option value="">{optional ? 'None' : 'Choose an uploaded file'}</option>
+          <option value="">{optional ? 'None' : 'Select an uploaded file'}</option>
           {(list ?? []).map((file) => (
             <option key={file.id} value={file.id}>
               {file.filename} ({bytes(file.bytes)}
-              {file.status === 'error' ? ', refused' : file.report?.rows !== undefined ? `, ${plural(file.report.rows, 'row')}` : ''})
+              {file.status === 'error' ? ', invalid' : file.report?.rows !== undefined ? `, ${plural(file.report.rows, 'row')}` : ''})
             </option>
           ))}
         </select>
@@ -121,7 +121,7 @@ export function FileField({ label, optional, value, onChange }: Props) {
   );
 }
 
-const MOST_FINDINGS = 20;
+const MAX_FINDINGS = 20;
 
 function Report({ file }: { file: FileObject }) {
   const findings = file.report?.findings ?? [];
@@ -137,7 +137,7 @@ function Report({ file }: { file: FileObject }) {
       ) : (
         <p class="good">
           {sizes.join(', ') || 'Checked'}
-          {findings.length === 0 ? ', no problems found' : `, ${plural(findings.length, 'remark')}`}
+          {findings.length === 0 ? ', no problems found' : `, ${plural(findings.length, 'finding')}`}
         </p>
       )}
       {findings.length > 0 && <Findings file={file} findings={findings} />}
@@ -147,12 +147,12 @@ function Report({ file }: { file: FileObject }) {
 
 function Findings({ file, findings }: { file: FileObject; findings: Finding[] }) {
   const [lines, setLines] = useState<Map<number, string>>(new Map());
-  const shown = findings.slice(0, MOST_FINDINGS);
+  const shown = findings.slice(0, MAX_FINDINGS);
   useEffect(() => {
     const local = uploaded.get(file.id);
     if (!local) return;
-    const wanted = new Set(shown.flatMap((finding) => (typeof finding.line === 'number' ? [finding.line] : [])));
-    readLines(local, wanted).then(setLines, () => undefined);
+    const numbers = new Set(shown.flatMap((finding) => (typeof finding.line === 'number' ? [finding.line] : [])));
+    readLines(local, numbers).then(setLines, () => undefined);
   }, [file.id]);
   return (
     <>
@@ -171,16 +171,16 @@ function Findings({ file, findings }: { file: FileObject; findings: Finding[] })
 
 const LINE_CHARACTERS = 160;
 
-/** The starts of the lines with these numbers, counted from 1. Reads no further than the last of them. */
-export async function readLines(file: Blob, wanted: Set<number>): Promise<Map<number, string>> {
+/** The starts of the lines with these numbers, which start at 1. Reads up to the last of them. */
+export async function readLines(file: Blob, numbers: Set<number>): Promise<Map<number, string>> {
   const found = new Map<number, string>();
-  const last = Math.max(0, ...wanted);
+  const last = Math.max(0, ...numbers);
   const reader = file.stream().getReader();
   const decoder = new TextDecoder();
   let number = 1;
   let line = '';
   const end = () => {
-    if (wanted.has(number)) found.set(number, line.length > LINE_CHARACTERS ? `${line.slice(0, LINE_CHARACTERS)}…` : line);
+    if (numbers.has(number)) found.set(number, line.length > LINE_CHARACTERS ? `${line.slice(0, LINE_CHARACTERS)}…` : line);
     number += 1;
     line = '';
   };

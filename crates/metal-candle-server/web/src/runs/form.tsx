@@ -1,4 +1,4 @@
-// The form for a new run: files, settings, and the plan that the server computes for them.
+// The form for a new run: files, settings, and the server's plan for them.
 import { useEffect, useId, useRef, useState } from 'preact/hooks';
 import { ApiError, describeError, requestJson } from '../api/client';
 import { baseModel, server } from '../api/server';
@@ -7,7 +7,7 @@ import { label, quantity } from '../base/format';
 import { useStore } from '../base/store';
 import { Names, Notice } from '../base/widgets';
 import { FileField, files, refreshFiles } from './data-file';
-import { noteJob } from './feed';
+import { putJob } from './feed';
 import { jobRequest, nameProblem, NO_SETTINGS, type Settings, SETTINGS, settingProblem } from './job-request';
 
 const PLAN_DELAY = 700;
@@ -46,7 +46,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
           return setPlanned({ state: 'ready', plan: answer.plan ?? {} });
         } catch (error) {
           if (abort.signal.aborted) return;
-          // The server makes one plan at a time: that of the settings before may not be done yet.
+          // The server computes one plan at a time, and may still compute the plan of the previous settings.
           if (!(error instanceof ApiError && error.status === 503)) return setPlanned({ state: 'failed', problem: withParameter(error) });
         }
         await new Promise((resolve) => setTimeout(resolve, PLAN_DELAY));
@@ -64,7 +64,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
     setProblem(null);
     try {
       const job = await requestJson<Job>('v1/fine_tuning/jobs', { method: 'POST', json: JSON.parse(body) as unknown });
-      noteJob(job);
+      putJob(job);
       onStarted(job);
     } catch (error) {
       setProblem(withParameter(error));
@@ -92,7 +92,7 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
       <fieldset>
         <legend>Settings</legend>
         <div class="settings-grid">
-          <Labelled label="Model">
+          <Labeled label="Model">
             {(id) => (
               <select id={id} value={model} onChange={(event) => set({ model: event.currentTarget.value })}>
                 {bases.map((base) => (
@@ -100,8 +100,8 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
                 ))}
               </select>
             )}
-          </Labelled>
-          <Labelled label="Name" hint="Becomes a part of the adapter's name.">
+          </Labeled>
+          <Labeled label="Name" hint="Part of the adapter's name.">
             {(id) => (
               <>
                 <input
@@ -115,19 +115,19 @@ export function NewRun({ onStarted, onCancel }: { onStarted: (job: Job) => void;
                 {nameProblem(settings.suffix) !== null && <p class="hint bad">{nameProblem(settings.suffix)}</p>}
               </>
             )}
-          </Labelled>
+          </Labeled>
           {SETTINGS.map((entry) => (
             <Setting key={entry.name} entry={entry} text={settings.values[entry.name] ?? ''} onChange={(text) => set({ values: { ...settings.values, [entry.name]: text } })} />
           ))}
-          <Labelled label="Serve" hint="Which checkpoints get the adapter's name while it trains.">
+          <Labeled label="Serve" hint="The checkpoint that is served under the adapter's name during training.">
             {(id) => (
               <select id={id} value={settings.serve} onChange={(event) => set({ serve: event.currentTarget.value as Settings['serve'] })}>
                 <option value="">the latest checkpoint</option>
-                <option value="best">the one with the lowest validation loss</option>
+                <option value="best">the checkpoint with the lowest validation loss</option>
                 <option value="none">none</option>
               </select>
             )}
-          </Labelled>
+          </Labeled>
         </div>
       </fieldset>
       <PlanView planned={planned} />
@@ -153,10 +153,10 @@ function PlanView({ planned }: { planned: Planned }) {
   return (
     <fieldset class="plan" aria-live="polite">
       <legend>Plan</legend>
-      {planned.state === 'none' && <p class="muted">The plan is computed as soon as a training file is chosen and every setting is valid.</p>}
+      {planned.state === 'none' && <p class="muted">Select a training file and enter valid settings to compute the plan.</p>}
       {planned.state === 'asking' && (
         <p class="muted">
-          <span class="pulse" /> Computing
+          <span class="pulse" /> Computing…
         </p>
       )}
       {planned.state === 'failed' && <Notice kind="bad" text={planned.problem} />}
@@ -194,7 +194,7 @@ function PlanFigures({ plan }: { plan: Plan }) {
   );
 }
 
-function Labelled(props: { label: string; hint?: string; children: (id: string) => preact.ComponentChildren }) {
+function Labeled(props: { label: string; hint?: string; children: (id: string) => preact.ComponentChildren }) {
   const id = useId();
   return (
     <div class="field" title={props.hint}>
@@ -207,7 +207,7 @@ function Labelled(props: { label: string; hint?: string; children: (id: string) 
 function Setting({ entry, text, onChange }: { entry: (typeof SETTINGS)[number]; text: string; onChange: (text: string) => void }) {
   const problem = settingProblem(entry, text);
   return (
-    <Labelled label={entry.label} hint={entry.hint}>
+    <Labeled label={entry.label} hint={entry.hint}>
       {(id) => (
         <>
           <input
@@ -222,6 +222,6 @@ function Setting({ entry, text, onChange }: { entry: (typeof SETTINGS)[number]; 
           {problem !== null && <p class="hint bad">{problem}</p>}
         </>
       )}
-    </Labelled>
+    </Labeled>
   );
 }

@@ -1,4 +1,4 @@
-// The details of a fine-tuning job: state, curves, checkpoints and events.
+// The details of a fine-tuning job: status, curves, checkpoints and events.
 import type { ComponentChildren } from 'preact';
 import { useState } from 'preact/hooks';
 import { describeError, requestJson } from '../api/client';
@@ -8,10 +8,10 @@ import { go } from '../base/route';
 import { ConfirmButton, Names, Notice } from '../base/widgets';
 import { startChat } from '../chat/session';
 import { curvesOf, lastOf, lowest } from './curves';
-import { type Feed, isActive, noteJob } from './feed';
+import { type Feed, isActive, putJob } from './feed';
 import { StatusLabel } from './status';
 
-/** The name that the user gave, or the id. */
+/** The suffix that the user chose, or the id. */
 export function nameOf(job: Job): string {
   return job.user_provided_suffix || job.id;
 }
@@ -21,7 +21,7 @@ export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; 
   const post = async (action: 'cancel' | 'pause' | 'resume') => {
     setProblem(null);
     try {
-      noteJob(await requestJson<Job>(`v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/${action}`, { method: 'POST', json: {} }));
+      putJob(await requestJson<Job>(`v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/${action}`, { method: 'POST', json: {} }));
     } catch (error) {
       setProblem(describeError(error));
     }
@@ -44,7 +44,7 @@ export function JobView({ job, feed, children }: { job: Job; feed: Feed | null; 
                 Pause
               </button>
             )}
-            <ConfirmButton class="plain" label="Cancel the run" confirm="Cancel it now" onConfirm={() => void post('cancel')} />
+            <ConfirmButton class="plain" label="Cancel run" confirm="Cancel now" onConfirm={() => void post('cancel')} />
           </>
         )}
       </header>
@@ -65,7 +65,7 @@ function ChatButtons({ model, base, look }: { model: string; base: string; look?
         Chat
       </button>
       <button type="button" class={look} title={`Side by side with ${base}`} onClick={() => go('chat', startChat([base, model]))}>
-        Compare with the base
+        Compare with base
       </button>
     </>
   );
@@ -80,8 +80,8 @@ function Facts({ job, feed }: { job: Job; feed: Feed | null }) {
   if (train) facts.push(['Step', count(train.step)], ['Training loss', figure(train.value)]);
   if (valid) facts.push(['Lowest validation loss', `${figure(valid.value)} at step ${count(valid.step)}`]);
   if (job.trained_tokens) facts.push(['Trained tokens', count(job.trained_tokens)]);
-  if (job.finished_at !== null) facts.push(['Took', duration(job.finished_at - job.created_at)]);
-  else if (job.estimated_finish && job.estimated_finish > now) facts.push(['Ready in about', duration(job.estimated_finish - now)]);
+  if (job.finished_at !== null) facts.push(['Duration', duration(job.finished_at - job.created_at)]);
+  else if (job.estimated_finish && job.estimated_finish > now) facts.push(['Time left', duration(job.estimated_finish - now)]);
   const settings = [...Object.entries(job.hyperparameters ?? {}), ...Object.entries(job.metal_candle ?? {}), ['seed', job.seed] as const].filter(
     ([key, value]) => value !== null && value !== undefined && key !== 'is_paused',
   );
@@ -160,7 +160,7 @@ function Checkpoints({ job, list }: { job: Job; list: Checkpoint[] }) {
   );
 }
 
-const MOST_EVENTS = 200;
+const MAX_EVENTS = 200;
 
 function Events({ list }: { list: JobEvent[] }) {
   const messages = list.filter((event) => event.type !== 'metrics');
@@ -173,7 +173,7 @@ function Events({ list }: { list: JobEvent[] }) {
       </h3>
       <ol class="events">
         {messages
-          .slice(-MOST_EVENTS)
+          .slice(-MAX_EVENTS)
           .reverse()
           .map((event) => (
             <li key={event.id} class={event.level}>

@@ -1,4 +1,4 @@
-// Draws curves with uPlot: several series over one x axis, with a legend of the values under the cursor.
+// Draws curves with uPlot: several series over one x-axis, and a legend with the values at the cursor.
 import { useEffect, useRef } from 'preact/hooks';
 import uPlot from 'uplot';
 import 'uplot/dist/uPlot.min.css';
@@ -7,7 +7,7 @@ import { align } from './curves';
 
 export interface PlotSeries {
   label: string;
-  /** 0 to 5: a colour of the style sheet. */
+  /** The index of a colour of the style sheet, 0 to 5. */
   color: number;
   style: 'line' | 'faint' | 'points';
   points: { x: number; y: number }[];
@@ -92,7 +92,7 @@ function options(host: HTMLElement, series: PlotSeries[], xLabel: string, logari
   };
 }
 
-/** The computed form of a colour: a canvas knows no variables of the style sheet. */
+/** The computed value of a colour, because a canvas cannot use CSS variables. */
 function resolveColor(host: HTMLElement, value: string): string {
   const probe = document.createElement('span');
   probe.style.color = value;

@@ -1,4 +1,4 @@
-// The Runs tab: the fine-tuning jobs, the curves of those that are chosen, and the form for a new one.
+// The Runs tab: fine-tuning jobs, the curves of the selected jobs, and the form for a new job.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import type { Job } from '../api/types';
 import { moment } from '../base/format';
@@ -23,14 +23,14 @@ export function RunsTab() {
   const job = list?.find((candidate) => candidate.id === item);
   const followed = [...new Set([...(job ? [job.id] : []), ...compared])];
 
-  // Only the first request may open the question for a key: it would open again after each dismissal.
-  const asked = useRef(false);
+  // Only the first request may prompt for a key; otherwise the prompt would return after each dismissal.
+  const isPrompted = useRef(false);
   usePolling(off ? POLL_WITHOUT_JOBS : POLL_MILLISECONDS, async () => {
-    await refreshJobs(!asked.current);
-    asked.current = true;
+    await refreshJobs(!isPrompted.current);
+    isPrompted.current = true;
     await follow();
   });
-  // Jobs that ended are read once more, so that their last events are shown.
+  // Ended jobs are read once more, to show their last events.
   const [ended, setEnded] = useState<string[]>([]);
   const follow = async () => {
     for (const id of followed) {
@@ -58,12 +58,12 @@ export function RunsTab() {
             </li>
           ))}
         </ul>
-        {(list?.length ?? 0) > 1 && <p class="hint">Checked runs share one plot.</p>}
-        {list?.length === 0 && <p class="muted">No run yet.</p>}
+        {(list?.length ?? 0) > 1 && <p class="hint">Select runs to compare their curves.</p>}
+        {list?.length === 0 && <p class="muted">No runs yet.</p>}
       </aside>
       <main class="page">
         {off && list === null ? (
-          <p class="muted">Fine-tuning jobs are not available here.</p>
+          <p class="muted">Fine-tuning jobs are not available.</p>
         ) : item === 'new' ? (
           <NewRun onStarted={(started) => go('runs', started.id)} onCancel={() => go('runs', null)} />
         ) : job ? (
@@ -73,7 +73,7 @@ export function RunsTab() {
         ) : chosen.length > 0 ? (
           <CurvesView jobs={chosen} feeds={loaded} />
         ) : (
-          <p class="muted">{item !== null && list !== null ? 'The server has no run of this id.' : 'Choose a run, or start a new one with your own data.'}</p>
+          <p class="muted">{item !== null && list !== null ? 'The server has no run with this id.' : 'Select a run, or start a new one.'}</p>
         )}
       </main>
     </div>
@@ -89,7 +89,7 @@ function JobEntry({ job, open, compared, onCompare }: { job: Job; open: boolean;
           <StatusLabel job={job} /> <span class="muted">{moment(job.created_at * 1000)}</span>
         </span>
       </a>
-      <label title="Show the curves of this run beside the others">
+      <label title="Show the curves of this run in the same plot">
         <input type="checkbox" checked={compared} aria-label={`Compare ${nameOf(job)}`} onChange={onCompare} />
       </label>
     </div>

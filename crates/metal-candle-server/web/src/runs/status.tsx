@@ -1,7 +1,7 @@
-// The state of a job as a coloured label.
+// The status of a job as a coloured label.
 import type { Job } from '../api/types';
 
-/** A paused job is `queued` in the form of OpenAI. */
+/** OpenAI's format reports a paused job as `queued`. */
 export function StatusLabel({ job }: { job: Job }) {
   const status = job.metal_candle?.is_paused ? 'paused' : job.status;
   return (

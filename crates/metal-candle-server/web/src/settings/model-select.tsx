@@ -1,4 +1,4 @@
-// A list of the served models and adapters to choose from.
+// A selection of the served models and adapters.
 import { useStore } from '../base/store';
 import { refreshModels, server } from '../api/server';
 import type { Model } from '../api/types';

@@ -1,4 +1,4 @@
-// The panel of parameters beside a conversation or a completion.
+// The parameter panel of a conversation or completion.
 import { useEffect, useId, useState } from 'preact/hooks';
 import { defaultText, FIELDS, NO_PARAMETERS, type NumberField, type Parameters, parseNumber, schemaProblem } from './parameters';
 
@@ -27,19 +27,19 @@ export function ParameterPanel({ value, onChange, defaults, kind }: Props) {
       <details open={value.stop.length > 0 ? true : undefined}>
         <summary>Stop strings</summary>
         <label class="field" for={stopId}>
-          <span class="visually-hidden">Stop strings, one on each line</span>
+          <span class="visually-hidden">Stop strings, one per line</span>
         </label>
         <textarea
           id={stopId}
           rows={3}
-          placeholder="One on each line"
+          placeholder="One per line"
           value={value.stop.join('\n')}
           onInput={(event) => set({ stop: event.currentTarget.value === '' ? [] : event.currentTarget.value.split('\n') })}
         />
       </details>
       {kind === 'chat' && <Format value={value} set={set} />}
       <button type="button" class="quiet" disabled={!changed} onClick={() => onChange(NO_PARAMETERS)}>
-        Reset to the server's defaults
+        Reset to server defaults
       </button>
     </div>
   );
@@ -51,11 +51,11 @@ function Format({ value, set }: { value: Parameters; set: (part: Partial<Paramet
   return (
     <>
       <div class="field">
-        <label for={id}>Answer format</label>
+        <label for={id}>Response format</label>
         <select id={id} value={value.format} onChange={(event) => set({ format: event.currentTarget.value as Parameters['format'] })}>
-          <option value="text">Free text</option>
+          <option value="text">Text</option>
           <option value="json_object">JSON</option>
-          <option value="json_schema">JSON by a schema</option>
+          <option value="json_schema">JSON schema</option>
         </select>
       </div>
       {value.format === 'json_schema' && (
@@ -81,12 +81,12 @@ function NumberInput(props: { field: NumberField; value: number | null; fallback
   const { field, value, fallback, onChange } = props;
   const [text, setText] = useState(value === null ? '' : String(value));
   const id = useId();
-  // A change from outside, for example by reset, replaces the text; a text that means the same number stays.
+  // An external change, for example a reset, replaces the text, unless the text is another form of the same number.
   useEffect(() => {
     if (parseNumber(field, text) !== value) setText(value === null ? '' : String(value));
   }, [value]);
   const parsed = parseNumber(field, text);
-  const range = field.maximum === undefined ? `at least ${field.minimum}` : `${field.minimum} to ${field.maximum}`;
+  const range = field.maximum === undefined ? `of at least ${field.minimum}` : `from ${field.minimum} to ${field.maximum}`;
   return (
     <div class="field">
       <label for={id} title={field.hint}>
@@ -108,7 +108,7 @@ function NumberInput(props: { field: NumberField; value: number | null; fallback
       />
       {parsed === undefined && (
         <p class="hint bad" role="alert">
-          {field.whole ? 'A whole number, ' : 'A number, '}
+          {field.whole ? 'Enter an integer ' : 'Enter a number '}
           {range}
         </p>
       )}

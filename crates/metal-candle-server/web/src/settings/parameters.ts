@@ -1,4 +1,4 @@
-// The parameters of a request that a user sets. An empty one is not sent: the server's default holds.
+// The request parameters that a user can set. Empty parameters are not sent, so the server's defaults apply.
 import { figure } from '../base/format';
 
 export interface Parameters {
@@ -46,18 +46,18 @@ export interface NumberField {
 }
 
 export const FIELDS: NumberField[] = [
-  { name: 'temperature', label: 'Temperature', hint: '0 always takes the likeliest token.', minimum: 0, maximum: 2, step: 0.1 },
-  { name: 'max_tokens', label: 'Max tokens', hint: 'The answer is cut after this number of tokens.', minimum: 1, step: 1, whole: true },
-  { name: 'seed', label: 'Seed', hint: 'Empty: a new seed for each answer, shown below it.', minimum: 0, step: 1, whole: true },
-  { name: 'top_p', label: 'Top p', hint: 'Samples from the likeliest tokens with this probability in all.', minimum: 0, maximum: 1, step: 0.05 },
-  { name: 'top_k', label: 'Top k', hint: 'Samples from this number of the likeliest tokens.', minimum: 0, step: 1, whole: true },
-  { name: 'min_p', label: 'Min p', hint: 'Drops tokens less likely than this share of the likeliest.', minimum: 0, maximum: 1, step: 0.01 },
+  { name: 'temperature', label: 'Temperature', hint: '0 always selects the most likely token.', minimum: 0, maximum: 2, step: 0.1 },
+  { name: 'max_tokens', label: 'Max tokens', hint: 'Maximum number of generated tokens.', minimum: 1, step: 1, whole: true },
+  { name: 'seed', label: 'Seed', hint: 'Empty: a random seed, shown below each response.', minimum: 0, step: 1, whole: true },
+  { name: 'top_p', label: 'Top p', hint: 'Samples from the most likely tokens with this total probability.', minimum: 0, maximum: 1, step: 0.05 },
+  { name: 'top_k', label: 'Top k', hint: 'Samples from this number of most likely tokens.', minimum: 0, step: 1, whole: true },
+  { name: 'min_p', label: 'Min p', hint: 'Drops tokens less likely than this fraction of the most likely token.', minimum: 0, maximum: 1, step: 0.01 },
   { name: 'repetition_penalty', label: 'Repetition penalty', hint: '1 is off.', minimum: 0.1, maximum: 2, step: 0.05 },
   { name: 'frequency_penalty', label: 'Frequency penalty', hint: '0 is off.', minimum: -2, maximum: 2, step: 0.1 },
   { name: 'presence_penalty', label: 'Presence penalty', hint: '0 is off.', minimum: -2, maximum: 2, step: 0.1 },
 ];
 
-// Names of `GET /props` that differ from those of a request.
+// Names in `GET /props` that differ from the names in a request.
 const PROPS_NAMES: Partial<Record<NumberName, string>> = { repetition_penalty: 'repeat_penalty' };
 
 /** The server's default of a field as text; null if the field has none. */
@@ -67,7 +67,7 @@ export function defaultText(field: NumberField, settings: Record<string, unknown
   return typeof value === 'number' ? figure(value) : null;
 }
 
-/** A number from a text field: null when empty, undefined when it is not a number in the field's range. */
+/** Parses the text of a number field: null if it is empty, undefined if it is not a number in the field's range. */
 export function parseNumber(field: NumberField, text: string): number | null | undefined {
   if (text.trim() === '') return null;
   const value = Number(text);
@@ -75,7 +75,7 @@ export function parseNumber(field: NumberField, text: string): number | null | u
   return field.whole && !Number.isSafeInteger(value) ? undefined : value;
 }
 
-/** The problem of a JSON schema's text; null if it can be sent. */
+/** An error message for the text of a JSON schema; null if it is valid. */
 export function schemaProblem(text: string): string | null {
   try {
     const schema: unknown = JSON.parse(text);
@@ -103,7 +103,7 @@ export function requestFields(parameters: Parameters, kind: 'chat' | 'completion
   return fields;
 }
 
-/** Parameters from storage or a file: unknown fields are dropped, wrong ones are empty. */
+/** Validates parameters from storage or a file: drops unknown fields and clears invalid ones. */
 export function readParameters(value: unknown): Parameters {
   const given = (typeof value === 'object' && value !== null ? value : {}) as Partial<Record<keyof Parameters, unknown>>;
   const parameters = { ...NO_PARAMETERS };

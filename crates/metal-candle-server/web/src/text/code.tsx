@@ -1,4 +1,4 @@
-// Shows a block of code with colours and a button that copies it.
+// A block of code with syntax highlighting and a copy button.
 import { useState } from 'preact/hooks';
 import { copyText } from '../base/browser';
 import { highlight } from './highlight';

@@ -1,9 +1,9 @@
-// Splits code in Rust, Python or JSON into pieces with the name of their colour.
+// Highlights code in Rust, Python or JSON: splits it into pieces with the name of a colour.
 
 export type Piece = [kind: string | null, text: string];
 
-// Each group's name is the name of a colour. Every alternative that may be unterminated also matches to the end of the
-// text, so that a half-streamed string or comment has its colour and no pattern is tried twice over the same text.
+// The name of a group is the name of a colour. Alternatives that may be unterminated also match up to the end of the text, so
+// that a half-streamed string or comment has its colour, and matching is linear.
 const RUST = new RegExp(
   [
     String.raw`(?<comment>\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|$))`,
@@ -53,7 +53,7 @@ const LANGUAGES: Record<string, RegExp> = {
   jsonl: JSON_TEXT,
 };
 
-/** The texts of the pieces, joined, are `code`. Code in another language is one piece. */
+/** The joined pieces equal `code`. Code in other languages is one piece. */
 export function highlight(code: string, language: string): Piece[] {
   const pattern = LANGUAGES[language.toLowerCase()];
   if (!pattern || code.length > 200_000) return [[null, code]];

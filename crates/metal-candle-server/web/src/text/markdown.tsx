@@ -1,4 +1,4 @@
-// Renders Markdown as elements. No HTML text is ever parsed, so nothing in an answer can become markup.
+// Renders Markdown as elements. HTML is never parsed, so a response cannot inject markup.
 import MarkdownIt from 'markdown-it';
 import { type ComponentChildren, h } from 'preact';
 import { useMemo } from 'preact/hooks';
@@ -9,7 +9,7 @@ parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 
 type Token = ReturnType<typeof parser.parse>[number];
 
-// Headings of an answer are below the headings of the page.
+// Headings of a response are one level below the headings of the page.
 const TAGS: Record<string, string> = {
   p: 'p', blockquote: 'blockquote', ul: 'ul', ol: 'ol', li: 'li',
   h1: 'h3', h2: 'h4', h3: 'h5', h4: 'h6', h5: 'h6', h6: 'h6',
@@ -73,10 +73,10 @@ function leaf(token: Token): ComponentChildren {
   }
 }
 
-/** Pictures are never loaded: the server's visitor would be known to another host. */
+/** Images are never loaded, because a request would reveal the user to another host. */
 function image(token: Token): ComponentChildren {
   const source = token.attrGet('src')?.toString() ?? null;
-  const name = `picture: ${token.content || 'without a name'}`;
+  const name = `image: ${token.content || 'no description'}`;
   return source !== null && isOutside(source) ? link(source, name) : name;
 }
 
