@@ -328,7 +328,7 @@ await check('findings of an invalid file are shown, a valid file trains, and its
   await page.getByLabel('Training data: upload a file').setInputFiles(file('good.jsonl', '{"text":"fine"}\n{"text":"also"}\n'));
   await page.getByText('2 rows, 114 tokens, no problems found').waitFor();
   await page.getByLabel('Max steps').fill('0');
-  await page.getByText('Enter an integer from 1').waitFor();
+  await page.getByText('Enter a whole number from 1').waitFor();
   await page.getByLabel('Max steps').fill('60');
   await page.getByLabel('Name').fill('mine');
   await page.getByText('412 MB').waitFor();

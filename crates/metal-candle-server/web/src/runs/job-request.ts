@@ -45,7 +45,7 @@ export function settingProblem(field: SettingField, text: string): string | null
   if (text.trim() === '') return null;
   const value = Number(text);
   const isValid = Number.isFinite(value) && value >= field.minimum && value <= field.maximum && (!field.whole || Number.isInteger(value));
-  return isValid ? null : `${field.whole ? 'Enter an integer' : 'Enter a number'} from ${field.minimum} to ${field.maximum}`;
+  return isValid ? null : `${field.whole ? 'Enter a whole number' : 'Enter a number'} from ${field.minimum} to ${field.maximum}`;
 }
 
 /** The body of `POST /v1/fine_tuning/jobs`. Empty settings are not sent. */

@@ -108,7 +108,7 @@ function NumberInput(props: { field: NumberField; value: number | null; fallback
       />
       {parsed === undefined && (
         <p class="hint bad" role="alert">
-          {field.whole ? 'Enter an integer ' : 'Enter a number '}
+          {field.whole ? 'Enter a whole number ' : 'Enter a number '}
           {range}
         </p>
       )}
