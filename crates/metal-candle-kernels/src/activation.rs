@@ -189,7 +189,7 @@ macro_rules! with_curve {
 /// `f(gate) * up` (<https://arxiv.org/abs/2002.05202>).
 ///
 /// # Panics
-/// The operands differ in length, or a limit is not a positive number.
+/// The operands have different lengths, or a limit is not a positive number.
 #[must_use]
 pub fn gated<T: Element>(activation: Activation, gate: &[T], up: &[T]) -> Vec<f32> {
     assert_eq!(gate.len(), up.len(), "lengths of gate and up");
@@ -222,10 +222,11 @@ fn gated_chunk_body<A: Arithmetic, C: Curve, T: Element>(curve: C, gate: &[T], u
     }
 }
 
-/// The gradients of [`gated`]: returns the one with respect to `up`, and replaces `dy` by the one with respect to `gate`.
+/// The gradients of [`gated`]: returns the gradient with respect to `up`, and replaces `dy` with the gradient with respect to
+/// `gate`.
 ///
 /// # Panics
-/// The operands differ in length, or a limit is not a positive number.
+/// The operands have different lengths, or a limit is not a positive number.
 #[must_use]
 pub fn gated_backward<T: Element>(activation: Activation, gate: &[T], up: &[T], dy: &mut [f32]) -> Vec<f32> {
     assert_eq!((gate.len(), gate.len()), (up.len(), dy.len()), "lengths of gate, up and dy");
@@ -289,10 +290,10 @@ fn activate_chunk_body<A: Arithmetic, C: Curve, T: Element>(curve: C, x: &[T], y
     }
 }
 
-/// Replaces `dy` by the gradient of [`activate`] with respect to `x`.
+/// Replaces `dy` with the gradient of [`activate`] with respect to `x`.
 ///
 /// # Panics
-/// The operands differ in length, or a limit is not a positive number.
+/// The operands have different lengths, or a limit is not a positive number.
 pub fn activate_backward<T: Element>(activation: Activation, x: &[T], dy: &mut [f32]) {
     assert_eq!(x.len(), dy.len(), "lengths of x and dy");
     check(activation);

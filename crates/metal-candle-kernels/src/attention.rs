@@ -1,7 +1,7 @@
-//! Causal, windowed or chunked attention with grouped key/value heads over ragged sequences, block by block.
+//! Computes causal, sliding-window or chunked attention with grouped key/value heads over ragged sequences.
 //!
-//! No `[queries, keys]` matrix is made: the softmax runs along blocks of keys with a running maximum
-//! (<https://arxiv.org/abs/2205.14135>, algorithm 1). Blocks of keys that no query of a task sees are skipped.
+//! No `[queries, keys]` matrix is allocated: the softmax runs over blocks of keys with a running maximum
+//! (<https://arxiv.org/abs/2205.14135>, algorithm 1). Blocks of keys that no query of a task attends to are skipped.
 
 use crate::blocks::BlockMatrix;
 use crate::gemm::{serial_gemm, serial_gemm_by_row};
@@ -12,19 +12,20 @@ use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Which keys a query sees of those at its own position and before. Positions count from the first key of a sequence.
+/// Selects the keys that a query attends to, among those up to its own position. Positions count from the first key of a
+/// sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mask {
-    /// All of them.
+    /// All keys.
     Causal,
-    /// The last `n`, the query's own included; `n` is at least 1.
+    /// The last `n` keys, including the query's own; `n` is at least 1.
     Window(usize),
-    /// Those in the query's chunk of `n` positions; `n` is at least 1.
+    /// The keys in the query's chunk of `n` positions; `n` is at least 1.
     Chunk(usize),
 }
 
 impl Mask {
-    /// The first position that the query at `position` sees.
+    /// The first position that the query at `position` attends to.
     #[must_use]
     pub fn first_key(self, position: usize) -> usize {
         match self {
@@ -34,7 +35,7 @@ impl Mask {
         }
     }
 
-    /// The position after the last query that sees the key at `position`.
+    /// The position after the last query that attends to the key at `position`.
     #[must_use]
     pub fn queries_end(self, position: usize) -> usize {
         match self {
@@ -44,27 +45,27 @@ impl Mask {
         }
     }
 
-    /// Whether every query sees at least itself.
+    /// Whether every query attends at least to its own position.
     #[must_use]
     pub fn is_valid(self) -> bool {
         !matches!(self, Self::Window(0) | Self::Chunk(0))
     }
 }
 
-/// Heads of an attention, and what happens to its scores.
+/// The heads of an attention, its mask, and how scores are scaled and capped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key/value heads; divides `heads`.
+    /// Number of key/value heads; divides `heads`.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Factor on the scores, usually `1 / sqrt(head_dim)`.
+    /// The scores are multiplied by this factor, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// Which keys a query sees.
+    /// Selects the keys that a query attends to.
     pub mask: Mask,
-    /// Scaled scores `s` become `c * tanh(s / c)` before the mask.
+    /// If set to `c`, scaled scores `s` are replaced with `c * tanh(s / c)` before the mask.
     pub soft_cap: Option<f32>,
 }
 
@@ -79,9 +80,9 @@ impl AttentionShape {
 /// How keys or values are stored.
 #[derive(Debug, Clone, Copy)]
 pub enum HeadRows<'a> {
-    /// Floats.
+    /// As floats.
     Floats(Matrix<'a>),
-    /// Blocks. A row of the matrix is one head of one token: it has `head_dim` columns.
+    /// As quantized blocks. A row of the matrix is one head of one token: it has `head_dim` columns.
     Blocks(BlockMatrix<'a>),
 }
 
@@ -95,13 +96,13 @@ impl HeadRows<'_> {
         }
     }
 
-    /// Whether there is no element.
+    /// Whether there are no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether heads of this width, at these distances, are rows of blocks.
+    /// Whether each head of this width, at these strides, is one row of the matrix of blocks.
     fn is_split_into_heads(&self, width: usize, strides: [usize; 2]) -> bool {
         match self {
             Self::Floats(_) => true,
@@ -118,30 +119,30 @@ impl<'a> From<Matrix<'a>> for HeadRows<'a> {
     }
 }
 
-/// Keys and values of all sequences: the element of token `t`, head `h` begins at
-/// `sequence start + t * token_stride + h * head_stride`. These are distances in elements, also where blocks are stored.
+/// Keys and values of all sequences. Head `h` of token `t` starts at
+/// `sequence start + t * token_stride + h * head_stride`, in elements, also for quantized blocks.
 #[derive(Debug, Clone, Copy)]
 pub struct KeyValues<'a> {
     /// The keys.
     pub keys: HeadRows<'a>,
-    /// The values, laid out like the keys.
+    /// The values, in the same layout.
     pub values: HeadRows<'a>,
-    /// Distance of neighbouring tokens; `head_dim` for blocks.
+    /// Elements between adjacent tokens; `head_dim` for blocks.
     pub token_stride: usize,
-    /// Distance of neighbouring heads; a multiple of `head_dim` for blocks.
+    /// Elements between adjacent heads; a multiple of `head_dim` for blocks.
     pub head_stride: usize,
 }
 
-/// One sequence: its last query sees its last key.
+/// One sequence. Its last query has the position of its last key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// The first row of its queries.
+    /// The row of its first query.
     pub query_start: usize,
-    /// The number of its queries.
+    /// The number of queries.
     pub num_queries: usize,
-    /// The element where its keys and values begin.
+    /// The index of the first element of its keys and values.
     pub key_start: usize,
-    /// The number of its keys, at least that of its queries.
+    /// The number of keys; at least `num_queries`.
     pub num_keys: usize,
 }
 
@@ -156,14 +157,14 @@ struct Scratch {
     values: Vec<f32>,
     sums: Vec<f32>,
     maxima: Vec<f32>,
-    room: Vec<f32>,
+    packed: Vec<f32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Rows of queries that share a block of keys: `heads` from `head` on for one query, or one head for several.
+/// Rows of queries that share a block of keys: `heads` heads of one query starting at `head`, or one head of several queries.
 struct Task {
     span: Span,
     head: usize,
@@ -172,14 +173,14 @@ struct Task {
     queries: usize,
 }
 
-/// `softmax(scale Q K^T) V` for each sequence and head, over the keys that the mask shows.
+/// `softmax(scale Q K^T) V` for each sequence and head, over the keys that the mask allows.
 ///
-/// `q` and `out`: `[tokens, heads, head_dim]`. `sinks`, if given: `[heads]`, a logit of each head that takes part in the
-/// softmax and has no value. `log_sums`, if given: `[tokens, heads]` receives the logarithm of each row's sum of
-/// exponentials, the sink's included; without it, as in inference, a query has the same bits alone and among others.
+/// `q` and `out`: `[tokens, heads, head_dim]`. `sinks`: `[heads]`, an additional logit in the softmax of each head, without a
+/// value. `log_sums`: `[tokens, heads]`, receives the log-sum-exp of each row, including the sink. Without `log_sums`, as in
+/// inference, the result of a query does not depend on the other queries, bit for bit.
 ///
 /// # Panics
-/// A span reaches outside an operand or splits a row of blocks, `sinks` has another length, or the mask hides everything.
+/// A span exceeds an operand or splits a row of blocks, the length of `sinks` is not `heads`, or the mask hides every key.
 pub fn attention(
     shape: AttentionShape,
     sinks: Option<&[f32]>,
@@ -191,7 +192,7 @@ pub fn attention(
 ) {
     let group = shape.heads / shape.kv_heads;
     assert!(shape.mask.is_valid(), "{:?} hides every key", shape.mask);
-    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.heads), "expected a sink for each of {} heads", shape.heads);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.heads), "expected {} sinks, one per head", shape.heads);
     let strides = [kv.token_stride, kv.head_stride];
     let is_split = |rows: HeadRows| rows.is_split_into_heads(shape.head_dim, strides);
     assert!(is_split(kv.keys) && is_split(kv.values), "a row of blocks is not one head of one token");
@@ -243,8 +244,8 @@ fn check(shape: AttentionShape, span: Span, len: usize, kv: KeyValues) {
     assert!(!is_block || span.key_start.is_multiple_of(shape.head_dim), "a sequence starts within a row of blocks");
 }
 
-/// A block of keys or values as f32: the slice itself or its widened copy, and the distance of its rows. Only the rows of the
-/// block are copied, so a cache of another type is never widened as a whole.
+/// A block of keys or values as f32, and the stride of its rows. Returns the slice itself for f32, otherwise a widened copy of
+/// the rows of the block, so a cache is never widened as a whole.
 fn block<'a>(
     from: HeadRows<'a>,
     start: usize,
@@ -286,14 +287,14 @@ fn forward_block(
     let first_row = span.query_start + task.query;
     let q = &q[(first_row * shape.heads + task.head) * d..];
     let kv_head = task.head / (shape.heads / shape.kv_heads);
-    // the position of the first query of the block, and the keys that its queries see together
+    // the position of the first query of the block, and the union of the keys that its queries attend to
     let position = span.num_keys - span.num_queries + task.query;
     let first_seen = shape.mask.first_key(position);
-    // whole blocks: that of a key does not depend on which queries are in a task
+    // starts at a multiple of the block size, so that the block of a key does not depend on the queries of the task
     let seen = first_seen - first_seen % KEY_BLOCK..position + task.queries;
     let is_by_row = log_sums.is_none();
 
-    let Scratch { scores, products, keys, values, sums, maxima, room } = scratch;
+    let Scratch { scores, products, keys, values, sums, maxima, packed } = scratch;
     scores.resize(scores.len().max(rows * KEY_BLOCK), 0.0);
     products.clear();
     products.resize(rows * d, 0.0);
@@ -311,7 +312,7 @@ fn forward_block(
         // SAFETY: the scratch belongs to this thread and is large enough.
         unsafe {
             if is_by_row {
-                serial_gemm_by_row(size, shape.scale, q, strides.0, keys, strides.1, 0.0, to, room);
+                serial_gemm_by_row(size, shape.scale, q, strides.0, keys, strides.1, 0.0, to, packed);
             } else {
                 serial_gemm(size, shape.scale, q, strides.0, keys, strides.1, 0.0, to);
             }
@@ -329,7 +330,7 @@ fn forward_block(
         // SAFETY: as above.
         unsafe {
             if is_by_row {
-                serial_gemm_by_row(size, 1.0, scores, strides.0, values, strides.1, 1.0, to, room);
+                serial_gemm_by_row(size, 1.0, scores, strides.0, values, strides.1, 1.0, to, packed);
             } else {
                 serial_gemm(size, 1.0, scores, strides.0, values, strides.1, 1.0, to);
             }
@@ -359,8 +360,8 @@ fn forward_block(
 }
 
 dispatch! {
-    /// Turns the `visible` scores into exponentials relative to the running maximum, the others into 0, and scales what was
-    /// summed before.
+    /// Replaces `visible` scores with exponentials relative to the running maximum and other scores with 0, and rescales the
+    /// previous sums.
     fn accumulate_row(
         scores: &mut [f32],
         visible: Range<usize>,

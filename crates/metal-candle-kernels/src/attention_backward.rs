@@ -1,9 +1,11 @@
-//! The gradients of attention, block by block.
+//! Computes the gradients of attention.
 //!
-//! No `[queries, keys]` matrix is kept: blocks of probabilities are recomputed from the saved logarithm of each row's sum
-//! (<https://arxiv.org/abs/2307.08691>, algorithm 2). Blocks of keys that the mask hides are skipped. All query heads of a group, and far apart queries, add to the gradients
-//! of the same keys. So the keys are gone through in rounds of at most [`ROUND_KEYS`]; in a round each query head of each
-//! part of the queries sums into memory of its own, and these sums are added up in a fixed order.
+//! No `[queries, keys]` matrix is saved: blocks of probabilities are recomputed from the saved log-sum-exp of each row
+//! (<https://arxiv.org/abs/2307.08691>, algorithm 2). Blocks of keys that the mask hides are skipped.
+//!
+//! Query heads that share a key/value head, and queries of different tasks, contribute to the gradients of the same keys. The
+//! keys are therefore processed in rounds of at most [`ROUND_KEYS`]. In a round, each task (one query head of one part of the
+//! queries) accumulates to its own buffer. These buffers are then added in a fixed order, so results do not depend on threads.
 
 use crate::attention::{AttentionShape, KEY_BLOCK, QUERY_BLOCK};
 use crate::gemm::serial_gemm;
@@ -13,7 +15,7 @@ use crate::parallel::{Shared, for_each};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// What [`attention_backward`] reads.
+/// Inputs and results of the forward pass that [`attention_backward`] reads.
 #[derive(Debug, Clone, Copy)]
 pub struct Saved<'a> {
     /// The queries: `[tokens, heads, head_dim]`.
@@ -22,28 +24,28 @@ pub struct Saved<'a> {
     pub k: &'a [f32],
     /// The values: `[tokens, kv_heads, head_dim]`.
     pub v: &'a [f32],
-    /// The result of the forward pass: `[tokens, heads, head_dim]`.
+    /// The output of the forward pass: `[tokens, heads, head_dim]`.
     pub out: &'a [f32],
-    /// The logarithms of the sums: `[tokens, heads]`.
+    /// The log-sum-exp of each row: `[tokens, heads]`.
     pub log_sums: &'a [f32],
 }
 
-/// Keys of a round.
+/// Maximum number of keys in a round.
 const ROUND_KEYS: usize = 512;
-/// Queries of a task. The sums of a round take `2 * ROUND_KEYS / PART_QUERIES` times the memory of the queries at most, or
-/// twice that of [`ROUND_KEYS`] of them.
+/// Maximum number of queries in a task. The buffers of a round are at most `2 * ROUND_KEYS / PART_QUERIES` times as large as the
+/// queries, or twice as large as [`ROUND_KEYS`] queries.
 const PART_QUERIES: usize = 1024;
-/// Keys whose sums are added up by a task.
+/// Number of keys whose buffers one task adds.
 const SUM_KEYS: usize = 32;
 
-/// Keys of one sequence and the queries that see them.
+/// Keys of one sequence, and the queries that attend to them.
 struct Piece {
     keys: Range<usize>,
     /// The first key of the sequence.
     sequence: usize,
-    /// The end of the queries that see one of the keys; they begin with the first of the keys.
+    /// The end of the queries that attend to one of the keys; the first has the position of the first key.
     end: usize,
-    /// Where the sums of its tasks begin.
+    /// The offset of its tasks' buffers in [`Gradients::sums`].
     sums: usize,
 }
 
@@ -53,7 +55,7 @@ impl Piece {
     }
 }
 
-/// One query head of a part of the queries of a piece.
+/// One query head of one part of the queries of a piece.
 struct Task<'a> {
     piece: &'a Piece,
     head: usize,
@@ -65,7 +67,7 @@ struct Gradients {
     dq: Shared<f32>,
     dk: Shared<f32>,
     dv: Shared<f32>,
-    /// Of each task `[2, keys, head_dim]`: its sums of dk and dv.
+    /// The buffers of all tasks: `[2, keys, head_dim]` each, for dk and dv.
     sums: Shared<f32>,
 }
 
@@ -80,11 +82,11 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Adds the gradients of [`attention`](crate::attention()) to `dq`, `dk` and `dv`; sequence `i` is
+/// Adds the gradients of [`attention`](crate::attention()) to `dq`, `dk` and `dv`. Sequence `i` has the tokens
 /// `offsets[i]..offsets[i + 1]`.
 ///
 /// # Panics
-/// An operand is shorter than the last offset says.
+/// An operand has fewer tokens than the last offset.
 pub fn attention_backward(
     shape: AttentionShape,
     offsets: &[usize],
@@ -124,7 +126,7 @@ pub fn attention_backward(
     }
 }
 
-/// The pieces of each round, at most one of a sequence, and the length of their sums.
+/// The pieces of each round (at most one per sequence), and the total length of their buffers.
 fn rounds(shape: AttentionShape, offsets: &[usize]) -> Vec<(Vec<Piece>, usize)> {
     let mut rounds = Vec::new();
     let (mut pieces, mut keys, mut sums) = (Vec::new(), 0, 0);
@@ -134,7 +136,7 @@ fn rounds(shape: AttentionShape, offsets: &[usize]) -> Vec<(Vec<Piece>, usize)> 
             let keys_end = (start + ROUND_KEYS).min(end);
             let seen_until = shape.mask.queries_end(keys_end - 1 - begin).saturating_add(begin);
             let piece = Piece { keys: start..keys_end, sequence: begin, end: end.min(seen_until), sums: 0 };
-            // all but the last piece of a sequence fill a round
+            // every piece of a sequence except its last fills a round
             if keys + piece.keys.len() > ROUND_KEYS {
                 rounds.push((std::mem::take(&mut pieces), sums));
                 (keys, sums) = (0, 0);
@@ -149,7 +151,7 @@ fn rounds(shape: AttentionShape, offsets: &[usize]) -> Vec<(Vec<Piece>, usize)> 
     rounds
 }
 
-/// The gradients of one part of the queries, and its share of those of the keys and values.
+/// Computes the gradients of one part of the queries, and its contribution to the gradients of keys and values.
 fn backward_part(
     shape: AttentionShape,
     task: &Task,
@@ -162,7 +164,7 @@ fn backward_part(
     let (q_stride, kv_stride) = (shape.heads * d, shape.kv_heads * d);
     let kv_head = head / (shape.heads / shape.kv_heads);
     let len = piece.keys.len() * d;
-    // SAFETY: each task has sums of its own.
+    // SAFETY: each task has its own buffer.
     let sums = unsafe { gradients.sums.part(piece.sums + (head * piece.parts() + task.part) * 2 * len, 2 * len) };
     sums.fill(0.0);
     let (dk, dv) = sums.split_at_mut(len);
@@ -200,8 +202,8 @@ fn backward_part(
                 score_gradient(p, ds, visible, log_sum, deltas[i], shape);
             }
             let at = (key - piece.keys.start) * d;
-            // SAFETY: in a round this task alone writes these queries and heads of the gradient, which the caller checked to be
-            // there, and the sums have a row for each key.
+            // SAFETY: in a round, only this task writes these queries and heads of the gradient; the caller has checked the
+            // lengths, and the buffer has a row for each key.
             unsafe {
                 let dq = (gradients.dq.pointer().add(q_at), q_stride);
                 let (dk, dv) = ((dk[at..].as_mut_ptr(), d), (dv[at..].as_mut_ptr(), d));
@@ -213,7 +215,7 @@ fn backward_part(
     }
 }
 
-/// Adds the sums of all tasks for some keys of a piece to the gradients.
+/// Adds the buffers of all tasks to the gradients, for `keys` of a piece.
 fn add_sums(shape: AttentionShape, piece: &Piece, keys: Range<usize>, gradients: Gradients) {
     let (d, tasks) = (shape.head_dim, shape.heads / shape.kv_heads * piece.parts());
     let len = piece.keys.len() * d;
@@ -222,7 +224,7 @@ fn add_sums(shape: AttentionShape, piece: &Piece, keys: Range<usize>, gradients:
             for task in kv_head * tasks..(kv_head + 1) * tasks {
                 let sums = piece.sums + task * 2 * len + offset + (keys.start - piece.keys.start) * d;
                 for (row, key) in keys.clone().enumerate() {
-                    // SAFETY: the tasks that wrote the sums are done, and each key's gradients belong to one call.
+                    // SAFETY: the tasks that wrote the buffers have ended, and only one call writes the gradients of a key.
                     let (to, from) = unsafe {
                         let to = gradient.part((key * shape.kv_heads + kv_head) * d, d);
                         (to, gradients.sums.part(sums + row * d, d))
@@ -234,7 +236,7 @@ fn add_sums(shape: AttentionShape, piece: &Piece, keys: Range<usize>, gradients:
     }
 }
 
-/// The gradient with respect to `sinks: [heads]`, from what the forward pass with them saved.
+/// The gradient with respect to `sinks: [heads]`. `saved` is from a forward pass with these sinks.
 ///
 /// # Panics
 /// An operand is too short.
@@ -253,7 +255,7 @@ pub fn sink_gradient(shape: AttentionShape, sinks: &[f32], saved: Saved, d_out: 
 }
 
 dispatch! {
-    /// `p` holds scores and becomes probabilities; `ds` holds the gradients of these and becomes that of the unscaled scores.
+    /// Replaces scores in `p` with probabilities, and gradients of probabilities in `ds` with gradients of the unscaled scores.
     fn score_gradient(
         p: &mut [f32],
         ds: &mut [f32],
@@ -334,7 +336,7 @@ mod tests {
         d_out: Vec<f32>,
     }
 
-    /// The result, and the gradients with respect to q, k, v and the sinks.
+    /// The output, and the gradients with respect to q, k, v and the sinks.
     #[derive(Default)]
     struct Expected {
         out: Vec<f64>,
@@ -375,7 +377,7 @@ mod tests {
             [dq, dk, dv, d_sinks.unwrap_or_default()]
         }
 
-        /// From the definition, in f64, with every key visited.
+        /// Computes the definition in f64, over every key.
         fn expected(&self) -> Expected {
             let shape = self.shape;
             let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
@@ -432,14 +434,14 @@ mod tests {
         fn check(&self) {
             let expected = self.expected();
             let pairs = [(self.out.clone(), expected.out)];
-            for (what, (found, expected)) in
+            for (index, (found, expected)) in
                 pairs.into_iter().chain(self.gradients().into_iter().zip(expected.gradients)).enumerate()
             {
                 assert_eq!(found.len(), expected.len());
                 for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
                     let error = (f64::from(*found) - expected).abs();
                     let shape = self.shape;
-                    assert!(error < 3e-5 * (1.0 + expected.abs()), "{shape:?} {what} {i}: {found} {expected}");
+                    assert!(error < 3e-5 * (1.0 + expected.abs()), "{shape:?} {index} {i}: {found} {expected}");
                 }
             }
         }
@@ -485,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_no_larger_than_the_queries() {
+    fn buffers_are_not_larger_than_the_queries() {
         let width = SHAPE.heads * SHAPE.head_dim;
         for offsets in [vec![0, 16_384], vec![0, 3000, 3100, 8000], (0..33).map(|i| i * 256).collect()] {
             let rounds = rounds(SHAPE, &offsets);

@@ -8,7 +8,7 @@ use crate::parallel::{Shared, for_each};
 /// How to compute logits from the products of the output head: `y = scale * x`, then `cap * tanh(y / cap)` if there is a cap.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogitForm {
-    /// The factor on each product.
+    /// The factor of each product.
     pub scale: f32,
     /// The bound of the magnitude of logits.
     pub soft_cap: Option<f32>,
@@ -61,7 +61,7 @@ fn form_chunk_body<A: Arithmetic>(products: &mut [f32], form: LogitForm) {
 pub struct Row {
     /// The target class.
     pub target: usize,
-    /// The factor on this row's loss.
+    /// The factor of this row's loss.
     pub weight: f32,
 }
 
@@ -77,7 +77,7 @@ pub fn cross_entropy(logits: &mut [f32], form: LogitForm, rows: &[Row], smoothin
     run(logits, form, rows, smoothing, None, losses);
 }
 
-/// As [`cross_entropy`]; also replaces `logits` by the gradient of `scale * sum(losses)` with respect to the products.
+/// As [`cross_entropy`]; also replaces `logits` with the gradient of `scale * sum(losses)` with respect to the products.
 ///
 /// # Panics
 /// A target is not a class.
@@ -124,12 +124,12 @@ fn one_row_body<A: Arithmetic>(
     }
     let classes = logits.len();
     let largest = max(logits);
-    let wanted = logits[row.target];
-    let mean = if smoothing > 0.0 { sum(logits, |v| v) / classes as f32 } else { wanted };
+    let target_logit = logits[row.target];
+    let mean = if smoothing > 0.0 { sum(logits, |v| v) / classes as f32 } else { target_logit };
     let total = sum(logits, |v| exp::<A>(v - largest));
-    // a NaN anywhere reaches the loss through the sum
+    // a NaN in any logit makes the sum, and so the loss, NaN
     let log_sum = largest + total.ln();
-    let loss = log_sum - (1.0 - smoothing) * wanted - smoothing * mean;
+    let loss = log_sum - (1.0 - smoothing) * target_logit - smoothing * mean;
     if let Some(scale) = scale {
         let factor = scale * row.weight;
         let (share, floor) = (factor / total, factor * smoothing / classes as f32);
@@ -144,7 +144,7 @@ fn one_row_body<A: Arithmetic>(
             for v in logits.iter_mut() {
                 *v = gradient(*v) * form.slope(*v);
             }
-            logits[row.target] -= of_target * form.slope(wanted);
+            logits[row.target] -= of_target * form.slope(target_logit);
         }
     }
     row.weight * loss

@@ -20,7 +20,7 @@ pub struct SingularValues {
 /// `W^T W` (Golub and Van Loan, Matrix Computations, 4th edition, sections 8.3, 8.4 and 8.6).
 ///
 /// # Panics
-/// `w` is shorter than its shape says, or `rank` is above the smaller side.
+/// `w` is shorter than its shape requires, or `rank` exceeds the smaller side.
 #[must_use]
 pub fn singular_values((m, n): (usize, usize), w: &[f32], rank: usize) -> SingularValues {
     let w = widened((m, n), w, rank);
@@ -31,7 +31,7 @@ pub fn singular_values((m, n): (usize, usize), w: &[f32], rank: usize) -> Singul
 /// (<https://arxiv.org/abs/0909.4061>, algorithms 4.4 and 5.1). A wide matrix is transposed, so `start` is `[m, rank]`.
 ///
 /// # Panics
-/// An operand is shorter than its shape says, or `rank` is above the smaller side.
+/// An operand is shorter than its shape requires, or `rank` exceeds the smaller side.
 #[must_use]
 pub fn singular_values_by_iteration(
     (m, n): (usize, usize),
@@ -65,7 +65,7 @@ pub fn singular_values_by_iteration(
 /// with the signs of LAPACK (Golub and Van Loan, section 5.2).
 ///
 /// # Panics
-/// `w` is shorter than its shape says, or `count` is above the smaller side.
+/// `w` is shorter than its shape requires, or `count` exceeds the smaller side.
 #[must_use]
 pub fn qr((m, n): (usize, usize), w: &[f32], count: usize) -> (Vec<f64>, Vec<f64>) {
     let w = widened((m, n), w, count);

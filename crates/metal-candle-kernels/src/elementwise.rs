@@ -4,7 +4,7 @@ use crate::isa::{Arithmetic, dispatch};
 use crate::parallel::{Shared, for_each, rows_per_task, written};
 use half::bf16;
 
-/// Elements that one task handles.
+/// Number of elements in a task.
 const CHUNK: usize = 32 * 1024;
 
 /// Runs `task(start, end)` over `0..len` in chunks.
@@ -39,7 +39,7 @@ fn round_chunk_body<A: Arithmetic>(x: &[f32], y: &mut [bf16]) {
     }
 }
 
-/// Which elements of a head are rotated together.
+/// The pairs of elements of a head that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Pairs {
     /// Element `i` and element `i + n / 2` of the `n` that rotate.
@@ -54,7 +54,7 @@ pub enum Pairs {
 /// rotates in the other direction, which is the gradient.
 ///
 /// # Panics
-/// `cos` and `sin` are shorter than the tokens, or the rotated elements are more than a head.
+/// `cos` or `sin` has fewer tokens than `x`, or a head has fewer than `2 * half` elements.
 pub fn rotary(
     x: &mut [f32],
     (heads, head_dim): (usize, usize),
@@ -118,7 +118,8 @@ fn rotate_adjacent_body<A: Arithmetic>(x: &mut [f32], head_dim: usize, cos: &[f3
     }
 }
 
-/// Runs `change(row, start)` on each row of `x: [rows, width]`, several rows per task; `start` is the index of its first element.
+/// Runs `change(row, start)` on each row of `x: [rows, width]`, several rows per task; `start` is the index of its first
+/// element.
 fn rows(x: &mut [f32], width: usize, change: impl Fn(&mut [f32], usize) + Send + Sync) {
     if width == 0 {
         return;
@@ -146,10 +147,10 @@ pub fn scale_columns(x: &mut [f32], factors: &[f32]) {
 /// Multiplies row `i` of `x: [factors.len(), width]` by `factors[i]`.
 ///
 /// # Panics
-/// `x` does not consist of rows of one length.
+/// The length of `x` is not a multiple of the number of factors.
 pub fn scale_rows(x: &mut [f32], factors: &[f32]) {
     let width = x.len() / factors.len().max(1);
-    assert_eq!(x.len(), width * factors.len(), "elements of {} rows", factors.len());
+    assert_eq!(x.len(), width * factors.len(), "the length of the matrix is not a multiple of {} rows", factors.len());
     rows(x, width, |row, start| {
         let factor = factors[start / width];
         for x in row {
@@ -194,7 +195,7 @@ pub fn dropout(x: &[f32], p: f32, seed: u64, y: &mut [f32]) {
     });
 }
 
-/// The threshold of 32 bits of an element's hash from which [`dropout`] with this probability keeps the element.
+/// The minimum value of the upper 32 bits of an element's hash for which [`dropout`] with this probability keeps the element.
 #[must_use]
 pub fn dropout_threshold(p: f32) -> u64 {
     (f64::from(p) * 2f64.powi(32)) as u64

@@ -67,24 +67,24 @@ thread_local! {
 /// The order of summation does not depend on the number of threads.
 ///
 /// # Panics
-/// An operand is shorter than its shape and strides say, or the start is to be the result itself.
+/// An operand is shorter than its shape and strides require, or the start is the result itself.
 #[must_use]
 pub fn gemm_sum((m, n): (usize, usize), start: Start, products: &[Product]) -> Vec<f32> {
     assert!(!matches!(start, Start::Result), "there is no result to start from");
     // SAFETY: every path first writes the initial value.
-    unsafe { written(m * n, |c| add_up((m, n), start, products, c)) }
+    unsafe { written(m * n, |c| accumulate((m, n), start, products, c)) }
 }
 
-/// As [`gemm_sum`] in place of `c`.
+/// As [`gemm_sum`], but overwrites `c`.
 ///
 /// # Panics
-/// An operand or `c` is shorter than its shape and strides say.
+/// An operand or `c` is shorter than its shape and strides require.
 pub fn gemm_sum_to((m, n): (usize, usize), start: Start, products: &[Product], c: &mut [f32]) {
     assert!(c.len() >= m * n, "the result has {} elements, not {m} x {n}", c.len());
-    add_up((m, n), start, products, Shared::new(c));
+    accumulate((m, n), start, products, Shared::new(c));
 }
 
-fn add_up((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
+fn accumulate((m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
     if m == 0 || n == 0 {
         return;
     }
@@ -134,16 +134,16 @@ fn run<const MR: usize, const NR: usize>(
     c: Shared<f32>,
     task: impl Fn(&Task) + Send + Sync,
 ) {
-    // pack a part of the depth at a time, so that the packed left operand stays small
-    let most = packed_depth(m.next_multiple_of(MR));
+    // packs a part of the depth at a time, to limit the size of the packed left operand
+    let max_depth = packed_depth(m.next_multiple_of(MR));
     let (mut start, mut parts, mut depth) = (start, Vec::with_capacity(products.len()), 0);
     for product in products {
         let mut at = 0;
         while at < product.k {
-            let k = (product.k - at).min(most - depth);
+            let k = (product.k - at).min(max_depth - depth);
             parts.push(product.part(at, k));
             (at, depth) = (at + k, depth + k);
-            if depth == most {
+            if depth == max_depth {
                 run_part::<MR, NR>((m, n), start, &parts, c, &task);
                 (start, depth) = (Start::Result, 0);
                 parts.clear();
@@ -188,10 +188,9 @@ fn run_part<const MR: usize, const NR: usize>(
     let (panels, threads) = (n.div_ceil(NR), rayon::current_num_threads());
     let per_task = panels.div_ceil(4 * threads).clamp(1, 8);
     let columns = panels.div_ceil(per_task);
-    // with few columns, the threads split the rows
-    // each part has to pack the right operand again
-    let wanted = if packed == 0 { threads } else { 4 * threads };
-    let parts = if threads == 1 { 1 } else { wanted.div_ceil(columns).min(row_panels.div_ceil(4)) };
+    // with few columns, the threads split the rows; each part then packs the right operand again
+    let min_tasks = if packed == 0 { threads } else { 4 * threads };
+    let parts = if threads == 1 { 1 } else { min_tasks.div_ceil(columns).min(row_panels.div_ceil(4)) };
     let rows_per_part = row_panels.div_ceil(parts);
     let parts = row_panels.div_ceil(rows_per_part);
     let left_ref = &left;
@@ -380,7 +379,7 @@ fn add<const NR: usize>(c: &mut [f32], values: &[f32]) {
 /// `C = alpha A B + beta C` with `A: [m, k]`, `B: [k, n]`, `C: [m, n]` row-major; `beta` is 0 or 1.
 ///
 /// # Panics
-/// An operand is shorter than its shape and strides say.
+/// An operand is shorter than its shape and strides require.
 #[allow(clippy::too_many_arguments)]
 pub fn gemm(
     (m, n, k): (usize, usize, usize),
@@ -442,11 +441,11 @@ pub(crate) unsafe fn serial_gemm(
 const STABLE_ROWS: usize = 2;
 const STABLE_COLUMNS: usize = 32;
 
-/// As [`serial_gemm`], but the bits of an element do not depend on the other rows of A and columns of B. Few rows or columns,
-/// which gemmkit sums in another order, are padded in `room`.
+/// As [`serial_gemm`], but an element does not depend on other rows of A and columns of B, bit for bit. A small number of rows
+/// or columns, which gemmkit sums in a different order, is padded in `scratch`.
 ///
 /// # Safety
-/// As of [`serial_gemm`].
+/// Same as [`serial_gemm`].
 #[allow(clippy::too_many_arguments)]
 pub(crate) unsafe fn serial_gemm_by_row(
     (m, n, k): (usize, usize, usize),
@@ -457,16 +456,16 @@ pub(crate) unsafe fn serial_gemm_by_row(
     b_strides: (usize, usize),
     beta: f32,
     (c, c_stride): (*mut f32, usize),
-    room: &mut Vec<f32>,
+    scratch: &mut Vec<f32>,
 ) {
     if m >= STABLE_ROWS && n >= STABLE_COLUMNS {
         // SAFETY: the caller's promise.
         return unsafe { serial_gemm((m, n, k), alpha, a, a_strides, b, b_strides, beta, (c, c_stride)) };
     }
     let (rows, columns) = (m.max(STABLE_ROWS), n.max(STABLE_COLUMNS));
-    room.clear();
-    room.resize((rows + k) * columns, 0.0);
-    let (sums, copy) = room.split_at_mut(rows * columns);
+    scratch.clear();
+    scratch.resize((rows + k) * columns, 0.0);
+    let (sums, copy) = scratch.split_at_mut(rows * columns);
     for (i, sums) in sums.chunks_exact_mut(columns).enumerate().take(m) {
         // SAFETY: a row of C.
         sums[..n].copy_from_slice(unsafe { std::slice::from_raw_parts(c.add(i * c_stride), n) });

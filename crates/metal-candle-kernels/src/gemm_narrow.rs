@@ -5,7 +5,7 @@ use crate::math::{Element, dot};
 use crate::operand::{Matrix, Product, Start};
 use crate::parallel::{Shared, for_each};
 
-/// Most rows for which a product reads each weight once and multiplies it with every row.
+/// Maximum number of rows for which a product reads each weight once and multiplies it with every row.
 pub(crate) const MAX_DOT_ROWS: usize = 4;
 
 /// The number of weights that one task of such a product reads.
@@ -47,8 +47,9 @@ fn add_dots_body<A: Arithmetic, T: Element>(w: &[T], stride: usize, x: &[f32], a
     }
 }
 
-/// Most rows of a result that is accumulated row by row, and the columns of a task.
+/// Maximum number of rows in a result that is accumulated row by row.
 const MAX_OUTER_ROWS: usize = 16;
+/// Number of columns in a task of such a result.
 const OUTER_COLUMNS: usize = 64;
 
 /// Computes a product whose operands both have long contiguous rows and whose result has few rows (or columns), such as a
@@ -59,11 +60,11 @@ pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<
         return false;
     }
     if m <= n {
-        add_up_rows((m, n, k), alpha, (a, a_strides.1), (b, b_strides.0), c);
+        accumulate_rows((m, n, k), alpha, (a, a_strides.1), (b, b_strides.0), c);
         return true;
     }
     let mut transposed = vec![0.0; m * n];
-    add_up_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), Shared::new(&mut transposed));
+    accumulate_rows((n, m, k), alpha, (b, b_strides.0), (a, a_strides.1), Shared::new(&mut transposed));
     for i in 0..m {
         // SAFETY: no other task uses the result.
         for (j, c) in unsafe { c.part(i * n, n) }.iter_mut().enumerate() {
@@ -74,7 +75,7 @@ pub(crate) fn narrow_outer((m, n): (usize, usize), product: &Product, c: Shared<
 }
 
 /// `C[i, j] = alpha sum over p of few[p, i] many[p, j]`.
-fn add_up_rows(
+fn accumulate_rows(
     (m, n, k): (usize, usize, usize),
     alpha: f32,
     (few, few_stride): (&[f32], usize),

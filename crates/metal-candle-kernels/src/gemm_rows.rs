@@ -1,8 +1,8 @@
 //! Computes products whose result for a row does not depend on other rows, for inference: the results of a sequence are
 //! identical alone and in any batch.
 //!
-//! Each element is one dot product of two contiguous rows, accumulated in lanes over the whole depth and then added pairwise, for
-//! any number of rows. Weights are read in place and widened in registers, for up to eight rows at once.
+//! Each element is one dot product of two contiguous rows, accumulated in lanes over the whole depth and then added pairwise,
+//! for any number of rows. Weights are read in place and widened in registers, for up to eight rows at once.
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
@@ -35,7 +35,7 @@ pub struct RowProduct<'a> {
 
 /// Rows of weights of a task if A has more than [`FEW_ROWS`] rows.
 const TASK_COLUMNS: usize = 48;
-/// Rows of A up to which a task is sized by [`TASK_ELEMENTS`].
+/// Maximum number of rows of A for which the size of a task is [`TASK_ELEMENTS`].
 const FEW_ROWS: usize = 8;
 /// Weights of a task if A has few rows.
 const TASK_ELEMENTS: usize = 64 * 1024;
@@ -43,15 +43,15 @@ const TASK_ELEMENTS: usize = 64 * 1024;
 /// `start + sum of products` as a new matrix `[m, n]`, row-major.
 ///
 /// # Panics
-/// An operand is shorter than its shape says, or the start is to be the result itself.
+/// An operand is shorter than its shape requires, or the start is the result itself.
 #[must_use]
 pub fn row_products((m, n): (usize, usize), start: Start, products: &[RowProduct]) -> Vec<f32> {
     assert!(!matches!(start, Start::Result), "there is no result to start from");
     // SAFETY: every element is written from the start before it is read.
-    unsafe { written(m * n, |c| add_up((m, n), start, products, c)) }
+    unsafe { written(m * n, |c| accumulate((m, n), start, products, c)) }
 }
 
-fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+fn accumulate((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     if m == 0 || n == 0 {
         return;
     }
@@ -74,7 +74,7 @@ fn add_up((m, n): (usize, usize), start: Start, products: &[RowProduct], c: Shar
         start = Start::Result;
     }
     if products.is_empty() {
-        add_up_lanes((m, n), start, products, c);
+        accumulate_lanes((m, n), start, products, c);
     }
 }
 
@@ -206,7 +206,7 @@ pub(crate) fn with_ordered_rows<V: Vector>(a: &[f32], (m, k): (usize, usize), ru
 /// A cache line.
 #[repr(align(64))]
 #[derive(Clone, Copy, Default)]
-#[allow(dead_code)] // seen as floats
+#[allow(dead_code)] // accessed as floats
 pub(crate) struct Line([f32; 16]);
 
 impl Line {
@@ -358,7 +358,7 @@ pub(crate) unsafe fn add_dots<V: Vector, T: Weights<V>>(
             };
             // SAFETY: the element is within the columns.
             let first = unsafe { c.pointer().add(i * n + j) };
-            let to = Place { first, row_stride: n, column_stride: apart, alpha };
+            let to = Destination { first, row_stride: n, column_stride: apart, alpha };
             // SAFETY: the rows are ordered and padded, the slice of the weights covers their rows, and the caller owns the elements.
             unsafe { V::add_dots(m - i, &operands, to) };
         }
@@ -373,7 +373,7 @@ mod tests {
     use crate::isa::Fused;
     use crate::testing::random;
 
-    const MOST_ROWS: usize = 500;
+    const MAX_ROWS: usize = 500;
 
     /// Calls `check` with the elements of a weight in each type, and as f32.
     fn in_every_type(count: usize, check: impl Fn(Matrix, &[f32])) {
@@ -391,8 +391,8 @@ mod tests {
     #[test]
     fn the_bits_of_a_row_do_not_depend_on_other_rows() {
         for (n, k) in SHAPES {
-            let (a, z) = (random(MOST_ROWS * k, 1), random(MOST_ROWS * 3, 4));
-            let (bias, residual, narrow) = (random(n, 3), random(MOST_ROWS * n, 5), random(n * 3, 6));
+            let (a, z) = (random(MAX_ROWS * k, 1), random(MAX_ROWS * 3, 4));
+            let (bias, residual, narrow) = (random(n, 3), random(MAX_ROWS * n, 5), random(n * 3, 6));
             in_every_type(n * k, |b, _| {
                 let run = |precision: MatmulPrecision, first: usize, m: usize| -> Vec<u32> {
                     let (a, z) = (&a[first * k..(first + m) * k], &z[3 * first..3 * (first + m)]);
@@ -497,7 +497,7 @@ mod tests {
         }
     }
 
-    type AddUp = fn((usize, usize), Start, &[RowProduct], Shared<f32>);
+    type Accumulate = fn((usize, usize), Start, &[RowProduct], Shared<f32>);
 
     #[test]
     fn every_kernel_of_the_machine_computes_the_sums() {
@@ -507,7 +507,7 @@ mod tests {
             let product = RowProduct { a: &a, b, k, alpha: 1.0, precision: MatmulPrecision::F32 };
             let run = |add_up: AddUp| {
                 let mut c = vec![0.0; m * n];
-                add_up((m, n), Start::Zero, &[product], Shared::new(&mut c));
+                accumulate((m, n), Start::Zero, &[product], Shared::new(&mut c));
                 c
             };
             let fused = run(add_up_floats::<Portable<Fused>>);

@@ -81,17 +81,17 @@ macro_rules! float_rows {
     };
 }
 
-/// Where the dot products of a tile are added: row `r` and weight row `c` at `r * row_stride + c * column_stride`.
+/// The destination of the dot products of a tile: row `r` and weight row `c` are added at `r * row_stride + c * column_stride`.
 #[derive(Clone, Copy)]
-pub(crate) struct Place {
+pub(crate) struct Destination {
     pub(crate) first: *mut f32,
     pub(crate) row_stride: usize,
     pub(crate) column_stride: usize,
-    /// The factor on the dot products.
+    /// The factor of the dot products.
     pub(crate) alpha: f32,
 }
 
-impl Place {
+impl Destination {
     /// # Safety
     /// The destination is writable.
     #[inline(always)]
@@ -522,21 +522,22 @@ unsafe fn tile<V: Vector, T: Weights<V>, const R: usize, const C: usize>(operand
     }
     if whole < depth {
         let mut rest = [[T::default(); 2 * MAX_LANES]; C];
-        let mut places = w;
+        let mut padded = w;
         for c in 0..C {
             // SAFETY: as above, up to the depth.
             unsafe { std::ptr::copy_nonoverlapping(w[c].add(whole), rest[c].as_mut_ptr(), depth - whole) };
-            places[c] = rest[c].as_ptr();
+            padded[c] = rest[c].as_ptr();
         }
         // SAFETY: as above; a group of weights is padded.
         unsafe { step((&a, whole), (&places, 0, None), &mut sums) };
     }
     let mut dots = [[0.0; C]; R];
     for first in (0..R * C).step_by(4) {
-        let place = |i: usize| ((first + i) / C, (first + i) % C);
-        let of = std::array::from_fn(|i| if first + i < R * C { sums[place(i).0][place(i).1] } else { V::zero() });
+        let position = |i: usize| ((first + i) / C, (first + i) % C);
+        let of =
+            std::array::from_fn(|i| if first + i < R * C { sums[position(i).0][position(i).1] } else { V::zero() });
         for (i, sum) in V::sums(of).into_iter().enumerate().take(R * C - first) {
-            dots[place(i).0][place(i).1] = sum;
+            dots[position(i).0][position(i).1] = sum;
         }
     }
     dots

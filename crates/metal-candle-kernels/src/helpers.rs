@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// How long an idle helper spins before it sleeps.
 const AWAKE: Duration = Duration::from_micros(100);
-/// Spins between two reads of the clock.
+/// Number of spins between two reads of the clock.
 const ROUNDS: usize = 64;
 
 /// The fields of [`Shared::state`]: the id of the job, whether helpers may join it, and how many have joined.

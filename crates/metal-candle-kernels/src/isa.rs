@@ -45,12 +45,12 @@ pub const LEVELS: [&str; 1] = ["baseline"];
 pub fn isa() -> Isa {
     static FOUND: OnceLock<Isa> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        let most = match limit() {
+        let max_level = match limit() {
             Ok(Some(0)) => Isa::Baseline,
             Ok(Some(1 | 2)) => Isa::Avx2,
             _ => Isa::Avx512,
         };
-        detect().min(most)
+        detect().min(max_level)
     })
 }
 
@@ -94,18 +94,18 @@ pub(crate) fn int8() -> Option<Int8> {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn detect_int8(most: usize) -> Option<Int8> {
+fn detect_int8(max_level: usize) -> Option<Int8> {
     match isa() {
-        Isa::Avx512 if most >= 4 && is_x86_feature_detected!("avx512vnni") => Some(Int8::Avx512Vnni),
-        Isa::Avx2 | Isa::Avx512 if most >= 2 && is_x86_feature_detected!("avxvnni") => Some(Int8::AvxVnni),
+        Isa::Avx512 if max_level >= 4 && is_x86_feature_detected!("avx512vnni") => Some(Int8::Avx512Vnni),
+        Isa::Avx2 | Isa::Avx512 if max_level >= 2 && is_x86_feature_detected!("avxvnni") => Some(Int8::AvxVnni),
         Isa::Avx2 | Isa::Avx512 => Some(Int8::Avx2),
         Isa::Baseline => None,
     }
 }
 
 #[cfg(target_arch = "aarch64")]
-fn detect_int8(most: usize) -> Option<Int8> {
-    (most >= 1 && std::arch::is_aarch64_feature_detected!("dotprod")).then_some(Int8::Dotprod)
+fn detect_int8(max_level: usize) -> Option<Int8> {
+    (max_level >= 1 && std::arch::is_aarch64_feature_detected!("dotprod")).then_some(Int8::Dotprod)
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -246,7 +246,7 @@ impl Arithmetic for Fused {
     fn look_up(table: &[i8; 16], indices: [u8; 16]) -> [i8; 16] {
         use std::arch::x86_64::{_mm_loadu_si128, _mm_shuffle_epi8, _mm_storeu_si128};
         let mut values = [0; 16];
-        // SAFETY: as of `transposed`; each array holds sixteen bytes.
+        // SAFETY: as for `transposed`; each array holds sixteen bytes.
         unsafe {
             let table = _mm_loadu_si128(table.as_ptr().cast());
             let indices = _mm_loadu_si128(indices.as_ptr().cast());
@@ -259,7 +259,7 @@ impl Arithmetic for Fused {
     #[inline(always)]
     fn f16_to_f32(bits: u16) -> f32 {
         use std::arch::x86_64::{_mm_cvtph_ps, _mm_cvtsi32_si128, _mm_cvtss_f32};
-        // SAFETY: as of `transposed`; F16C is part of that level.
+        // SAFETY: as for `transposed`; F16C is part of that level.
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
     }
 
@@ -271,7 +271,7 @@ impl Arithmetic for Fused {
             _mm_storeu_si128,
         };
         let mut spread = [0; 16];
-        // SAFETY: as of `transposed`; the array holds sixteen bytes.
+        // SAFETY: as for `transposed`; the array holds sixteen bytes.
         unsafe {
             // repeat each byte eight times, and keep one bit of each copy
             let bytes = _mm_set1_epi16(i16::from_le_bytes(bits));

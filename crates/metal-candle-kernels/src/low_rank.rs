@@ -18,7 +18,7 @@ use std::ops::Range;
 /// The update `scale X A^T B` of some rows.
 #[derive(Debug, Clone)]
 pub struct LowRankUpdate<'a> {
-    /// The rows of X and Y.
+    /// The updated rows of Y, and the same rows of X.
     pub rows: Range<usize>,
     /// The number of rows of A and of B.
     pub rank: usize,
@@ -30,7 +30,7 @@ pub struct LowRankUpdate<'a> {
     pub scale: f32,
 }
 
-/// Most rows of a task.
+/// Maximum number of rows in a task.
 const TASK_ROWS: usize = 8;
 /// Products with at least this number of elements are split by columns if there are too few rows for the threads.
 const WIDE: usize = 64 * 1024;
@@ -53,7 +53,7 @@ struct Task<'a> {
 /// Adds the updates to `y: [m, n]`, with `x: [m, k]`.
 ///
 /// # Panics
-/// An operand is shorter than its shape says, or two updates have a row in common.
+/// An operand is shorter than its shape requires, or two updates share a row.
 pub fn add_low_rank_updates((n, k): (usize, usize), x: &[f32], updates: &[LowRankUpdate], y: &mut [f32]) {
     let (mut tasks, mut offset, mut work, mut largest) = (Vec::new(), 0, 0, 0);
     for (index, update) in updates.iter().enumerate() {
@@ -173,7 +173,7 @@ fn add_rows_of_body<A: Arithmetic>(factors: &[f32], scale: f32, rows: &[f32], st
     add_columns::<A, 1>(factors, scale, rows, stride, y, at);
 }
 
-/// Accumulates `N` columns at a time, from `at` on; returns the next column.
+/// Accumulates `N` columns at a time, starting at `at`; returns the next column.
 #[inline(always)]
 fn add_columns<A: Arithmetic, const N: usize>(
     factors: &[f32],

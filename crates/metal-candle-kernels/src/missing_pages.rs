@@ -14,7 +14,7 @@ mod unix {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-    /// Most watched maps; a checkpoint has at most about two hundred files.
+    /// Maximum number of watched maps; a checkpoint has at most about two hundred files.
     const SLOTS: usize = 1024;
 
     /// The addresses of a map, `start..end`; a start of 0 is a free slot.

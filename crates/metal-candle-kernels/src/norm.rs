@@ -1,4 +1,4 @@
-//! Computes norms of the runs of a row and their gradients: RMS norm (<https://arxiv.org/abs/1910.07467>, section 4) and layer
+//! Computes norms of the runs of a row, and their gradients: RMS norm (<https://arxiv.org/abs/1910.07467>, section 4) and layer
 //! norm (<https://arxiv.org/abs/1607.06450>, section 3.1).
 
 use crate::isa::{Arithmetic, dispatch};
@@ -69,7 +69,7 @@ impl<'a> Norm<'a> {
     /// The norm of `x`.
     ///
     /// # Panics
-    /// `x` does not consist of whole runs, or a weight or bias does not fit.
+    /// `x` does not consist of whole runs, or the length of a weight or bias does not match.
     #[must_use]
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
         let factors = self.factors();
@@ -91,7 +91,7 @@ impl<'a> Norm<'a> {
     /// `dw` and `db` if given.
     ///
     /// # Panics
-    /// The operands do not fit each other.
+    /// The lengths of the operands do not match.
     pub fn backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32], dw: Option<&mut [f32]>, db: Option<&mut [f32]>) {
         assert_eq!((x.len(), x.len()), (dy.len(), dx.len()), "lengths of x, dy and dx");
         let factors = self.factors();

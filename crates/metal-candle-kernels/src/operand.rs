@@ -51,7 +51,7 @@ pub enum MatmulPrecision {
 
 /// `alpha A B` with `A: [m, k]`, `B: [k, n]`.
 ///
-/// A stride is the distance in elements between neighbouring rows or columns; a transposed operand swaps its strides.
+/// A stride is the distance in elements between adjacent rows or columns; a transposed operand swaps its strides.
 #[derive(Debug, Clone, Copy)]
 pub struct Product<'a> {
     /// A.
@@ -98,7 +98,7 @@ pub enum Start<'a> {
 
 impl Start<'_> {
     /// # Panics
-    /// The row or the matrix is shorter than a result `[m, n]` needs.
+    /// The row or the matrix is too short for a result `[m, n]`.
     pub(crate) fn check(&self, (m, n): (usize, usize)) {
         match self {
             Self::Row(row) => assert!(row.len() >= n, "the row is too short"),

@@ -21,7 +21,7 @@ impl<T> Shared<T> {
         self.0
     }
 
-    /// The slice from `start` on.
+    /// The slice starting at `start`.
     ///
     /// # Safety
     /// `start` is within the slice.
@@ -30,7 +30,7 @@ impl<T> Shared<T> {
         Self(unsafe { self.0.add(start) })
     }
 
-    /// A part that other tasks may read, too.
+    /// A part that other tasks may also read.
     ///
     /// # Safety
     /// The part is within the slice, no task writes to it at the same time, and the slice outlives it.
@@ -39,7 +39,7 @@ impl<T> Shared<T> {
         unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
     }
 
-    /// The part of the slice from `start` on, `len` long.
+    /// The part `start..start + len` of the slice.
     ///
     /// # Safety
     /// The part is within the slice, no other task accesses it at the same time, and the slice outlives it.
@@ -61,7 +61,7 @@ pub(crate) unsafe fn written<T: Copy>(len: usize, write: impl FnOnce(Shared<T>))
     values
 }
 
-/// The least work, in accessed elements, for which another thread pays off.
+/// Minimum work for which a second thread is worthwhile, in accessed elements.
 const MIN_WORK: usize = 16 * 1024;
 
 /// Runs `task` for each of `0..count`, on all threads if `work` elements are enough.

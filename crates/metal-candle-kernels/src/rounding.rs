@@ -20,10 +20,10 @@ const NF4: [f32; 16] = [
     1.0,
 ];
 
-/// The number of weights that share a factor in NF4.
+/// The number of weights that share a scale in NF4.
 const NF4_BLOCK: usize = 64;
 
-/// Replaces each block of 64 values by its largest absolute value times the nearest of the sixteen numbers of NF4.
+/// Replaces each value with the nearest value of NF4, scaled by the largest absolute value of its block of 64.
 pub fn round_to_nf4(values: &mut [f32]) {
     let middles: Vec<f32> = NF4.windows(2).map(|pair| f32::midpoint(pair[0], pair[1])).collect();
     for block in values.chunks_mut(NF4_BLOCK) {

@@ -107,7 +107,7 @@ fn block_maxima_body<A>(values: &[f32], maxima: &mut Vec<f32>) -> bool {
 /// `2^y` for `y <= 0` to about 1.5e-7 of its value; exactly 1 at 0, and about 2^-125 below -125.
 #[inline(always)]
 fn exp2(y: f32) -> f32 {
-    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
     const ROUND: f32 = 12_582_912.0;
     let y = if y > -125.0 { y } else { -125.0 };
     let rounded = y + ROUND;

@@ -1,13 +1,13 @@
-//! Attention: bits of queries alone and among others, and of stored types.
+//! Tests that the result of a query does not depend on other queries, and that quantized blocks equal their dequantized values.
 
 use super::*;
 use crate::blocks::BlockFormat;
 use crate::testing::random;
 use half::bf16;
 
-/// Without sums for a backward pass, a query has the same bits alone, in a chunk of a prompt and in the whole of it.
+/// Without `log_sums`, the result of a query is the same bit for bit alone, in a chunk of a prompt, and in the whole prompt.
 #[test]
-fn a_query_alone_has_the_bits_of_the_query_among_others() {
+fn the_result_of_a_query_does_not_depend_on_other_queries() {
     const TOKENS: usize = 200;
     for (heads, kv_heads, d) in [(7, 1, 64), (4, 4, 32), (2, 1, 8), (3, 3, 80), (2, 2, 256)] {
         for (mask, cap) in [(Mask::Causal, None), (Mask::Window(50), Some(20.0)), (Mask::Chunk(70), None)] {
@@ -45,9 +45,9 @@ fn a_query_alone_has_the_bits_of_the_query_among_others() {
     }
 }
 
-/// Blocks are attended to as the floats that they hold, bit for bit, whatever the mask and however queries are grouped.
+/// Attention over quantized blocks equals attention over their dequantized values, bit for bit, for any mask and batch.
 #[test]
-fn blocks_have_the_bits_of_their_values() {
+fn attention_over_blocks_equals_attention_over_their_values() {
     const TOKENS: usize = 300;
     for (heads, kv_heads, d) in [(6, 2, 64), (4, 4, 32), (3, 1, 96), (2, 2, 256)] {
         let masks = [(Mask::Causal, None), (Mask::Window(50), Some(20.0)), (Mask::Chunk(70), None)];
@@ -55,7 +55,7 @@ fn blocks_have_the_bits_of_their_values() {
             [BlockFormat::Q8_0, BlockFormat::Q4_0].into_iter().flat_map(|format| masks.map(|mask| (format, mask)))
         {
             let shape = AttentionShape { mask, soft_cap: cap, ..AttentionShape::new(heads, kv_heads, d, 0.3) };
-            // as in a cache: two slots, heads apart
+            // as in a KV cache: two slots, with the tokens of a head adjacent
             let count = 2 * kv_heads * TOKENS * d;
             let blocks = [1, 2].map(|seed| format.quantize(&random(count, seed), d, None).unwrap());
             let [keys, values] =

@@ -17,14 +17,14 @@ pub(super) trait Decoder {
 
 /// Receives dequantized weights, 16 at a time.
 pub(super) trait Target {
-    /// Receives `scale q` as the weights from `at` on.
+    /// Receives `scale q` as the weights starting at `at`.
     fn scaled(&mut self, q: &[i8; 16], scale: f32, at: usize);
 
-    /// Receives `scale q + offset` as the weights from `at` on.
+    /// Receives `scale q + offset` as the weights starting at `at`.
     fn shifted(&mut self, q: &[i8; 16], scale: f32, offset: f32, at: usize);
 
-    /// Receives `scale table[index] + offset` as the weights from `at` on. The indices are four bits of each byte, from bit
-    /// `SHIFT` on.
+    /// Receives `scale table[index] + offset` as the weights starting at `at`. The indices are the four bits of each byte that
+    /// start at bit `SHIFT`.
     #[inline(always)]
     fn looked_up<A: Arithmetic, const SHIFT: u32>(
         &mut self,
@@ -72,7 +72,7 @@ fn widen_blocks_body<A: Arithmetic, D: Decoder>(blocks: &[u8], to: &mut [f32]) {
     }
 }
 
-/// `N` bytes of a block from `at` on. The bounds check is optimized away if the length of the block is known.
+/// `N` bytes of a block, starting at `at`. The bounds check is optimized away if the length of the block is known.
 #[inline(always)]
 pub(super) fn bytes<const N: usize>(block: &[u8], at: usize) -> [u8; N] {
     let mut bytes = [0; N];

@@ -10,7 +10,7 @@ use crate::isa::Arithmetic;
 
 /// Rows of weights of a tile.
 pub(super) const WIDTH: usize = 4;
-/// The most rows of A of a tile.
+/// Maximum number of rows of A in a tile.
 pub(super) const HEIGHT: usize = 4;
 
 /// The operands of a tile.
@@ -130,7 +130,7 @@ mod x86 {
 
     /// Sums of the products of weights with `R` rows.
     struct Sums<V, const R: usize> {
-        /// The rows from the column of the block on.
+        /// The rows, starting at the first column of the block.
         a: [*const f32; R],
         sums: [V; R],
     }
@@ -190,7 +190,7 @@ mod x86 {
     /// The dot products of `R` rows.
     ///
     /// # Safety
-    /// As of [`Dequantize::block_dots`].
+    /// Same as [`Dequantize::block_dots`].
     // indexed loops: closures are not always inlined, and are then compiled without the instruction set
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
@@ -219,7 +219,7 @@ mod x86 {
     macro_rules! dequantize {
         ($vector:ident, $features:literal) => {
             impl Dequantize for $vector {
-                const MOST_ROWS: usize = HEIGHT;
+                const MAX_ROWS: usize = HEIGHT;
 
                 unsafe fn block_dots(format: BlockFormat, operands: &Operands) -> [[f32; WIDTH]; HEIGHT] {
                     #[target_feature(enable = $features)]

@@ -290,7 +290,7 @@ impl<'a> BlockMatrix<'a> {
     /// Dequantizes columns `columns` of row `row`. `to` has the length of `columns`.
     ///
     /// # Panics
-    /// The range is outside the row, does not start and end at blocks, or `to` has another length.
+    /// The range is outside the row, does not start and end at blocks, or the length of `to` does not match.
     pub fn widen_row(&self, row: usize, columns: Range<usize>, to: &mut [f32]) {
         let len = self.format.len();
         assert!(row < self.rows && columns.end <= self.columns, "the matrix does not have these elements");
@@ -303,7 +303,7 @@ impl<'a> BlockMatrix<'a> {
     /// Dequantizes whole rows to `to`, `[rows.len(), columns]`.
     ///
     /// # Panics
-    /// The matrix does not have these rows, or `to` has another length.
+    /// The matrix does not have these rows, or the length of `to` does not match.
     pub(crate) fn widen_rows(&self, rows: Range<usize>, to: &mut [f32]) {
         assert!(to.len() == rows.len() * self.columns, "the lengths of the result and the rows differ");
         let blocks = &self.bytes[rows.start * self.row_bytes()..rows.end * self.row_bytes()];

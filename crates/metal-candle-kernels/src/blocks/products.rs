@@ -8,7 +8,7 @@ use crate::operand::Start;
 use crate::parallel::{Shared, for_each, written};
 use std::cell::Cell;
 
-/// Most rows for which [`block_products`] dequantizes in registers.
+/// Maximum number of rows for which [`block_products`] dequantizes in registers.
 const FEW_ROWS: usize = 4;
 /// Rows of weights of a panel.
 const PANEL_ROWS: usize = 64;

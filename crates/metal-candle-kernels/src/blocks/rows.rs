@@ -77,7 +77,7 @@ pub(super) fn run<V: Dequantize>(task: &Task) {
     let ((m, n), k) = (task.shape, task.b.columns());
     with_ordered_rows::<V>(task.a, (m, k), |rows| {
         // read-only formats have no kernel in registers, because its code would be large
-        if m <= V::MOST_ROWS && task.b.format().is_writable() {
+        if m <= V::MAX_ROWS && task.b.format().is_writable() {
             let per_task = (TASK_ELEMENTS / k.max(1)).max(1).next_multiple_of(WIDTH);
             return for_each(n.div_ceil(per_task), m * n * k, |number| {
                 multiply_in_registers::<V>(task, rows, (number * per_task, n.min((number + 1) * per_task)));

@@ -265,12 +265,12 @@ fn the_bits_of_a_row_do_not_depend_on_other_rows() {
         for (n, k) in shapes(format) {
             let blocks = random_blocks(format, n * k / format.len(), 8);
             let b = BlockMatrix::new(format, &blocks, n, k).unwrap();
-            let (most, bias) = (100, random(n, 2));
-            let a = random(most * k, 1);
+            let (max_rows, bias) = (100, random(n, 2));
+            let a = random(max_rows * k, 1);
             let run = |first: usize, m: usize| {
                 bits(&block_row_products((m, n), Start::Row(&bias), &a[first * k..][..m * k], b, 1.3))
             };
-            let all = run(0, most);
+            let all = run(0, max_rows);
             for (first, m) in [(0, 1), (3, 1), (1, 2), (2, 3), (5, 4), (0, 5), (9, 8), (11, 9), (20, 33), (99, 1)] {
                 assert_eq!(run(first, m), all[first * n..][..m * n], "{first} {m} n {n} k {k}");
             }

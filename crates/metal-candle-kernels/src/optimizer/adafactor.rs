@@ -14,18 +14,18 @@ pub struct AdafactorStep {
     pub beta2: f64,
     /// Added to the squared gradients.
     pub eps: f64,
-    /// Largest root mean square of an update with learning rate 1.
+    /// Maximum root mean square of an update with learning rate 1.
     pub clip_threshold: f64,
-    /// If set, the learning rate of a tensor is multiplied by its root mean square, and this is the smallest factor.
+    /// If set, the learning rate of a tensor is multiplied by its root mean square, or by this value if it is larger.
     pub least_scale: Option<f64>,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
 impl AdafactorStep {
-    /// The learning rate of a tensor with these values.
+    /// The learning rate of a tensor with the values `params`.
     fn rate(&self, section: &Section, params: &[f32]) -> f64 {
         let rate = section.learning_rate(self.learning_rate);
         match self.least_scale {
@@ -34,7 +34,7 @@ impl AdafactorStep {
         }
     }
 
-    /// The factor on the parameters, and the factor on an update with the sum of squares `squares`.
+    /// The factor of the parameters, and the factor of an update with the sum of squares `squares`.
     fn factors(&self, section: &Section, params: &[f32], squares: f64) -> (f32, f32) {
         let rate = self.rate(section, params);
         let size = root_mean_square(squares, params.len());
@@ -47,11 +47,11 @@ fn root_mean_square(squares: f64, count: usize) -> f64 {
     (squares / count.max(1) as f64).sqrt()
 }
 
-/// Makes one step of Adafactor (<https://arxiv.org/abs/1804.04235>, algorithm 4) for matrices, in place. The state is the row and
-/// column means of the squared gradients.
+/// Computes one step of Adafactor (<https://arxiv.org/abs/1804.04235>, algorithm 4) for matrices, in place. The state is the
+/// row and column means of the squared gradients.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn adafactor_matrices(
     params: &mut [f32],
     grads: &[f32],
@@ -68,7 +68,7 @@ pub fn adafactor_matrices(
     for_each(matrices.len(), work, |number| {
         let matrix = &matrices[number];
         let section = &matrix.section;
-        assert_eq!(section.len, matrix.rows * matrix.columns, "a matrix has another number of elements");
+        assert_eq!(section.len, matrix.rows * matrix.columns, "the length of a matrix does not match its shape");
         // SAFETY: the sections are disjoint and within the buffers.
         let (params, rows, columns) = unsafe {
             (
@@ -224,10 +224,10 @@ fn apply_body<A: Arithmetic>(
     }
 }
 
-/// Makes one step of Adafactor for vectors, each a section, in place. The state is the mean of the squared gradients.
+/// Computes one step of Adafactor for vectors, one per section, in place. The state is the mean of the squared gradients.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn adafactor_vectors(
     params: &mut [f32],
     grads: &[f32],

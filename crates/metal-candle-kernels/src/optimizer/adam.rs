@@ -18,17 +18,17 @@ pub struct AdamStep {
     pub weight_decay: f64,
     /// Whether weight decay is subtracted from the parameters (AdamW) instead of added to the gradients (Adam).
     pub is_decoupled: bool,
-    /// The step, counted from 1.
+    /// The number of the step, starting at 1.
     pub step: usize,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
-/// Makes one step of Adam (<https://arxiv.org/abs/1412.6980>, algorithm 1) or AdamW (<https://arxiv.org/abs/1711.05101>,
+/// Computes one step of Adam (<https://arxiv.org/abs/1412.6980>, algorithm 1) or AdamW (<https://arxiv.org/abs/1711.05101>,
 /// algorithm 2) in place.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn adam(params: &mut [f32], grads: &[f32], m: &mut [f32], v: &mut [f32], step: &AdamStep, sections: &[Section]) {
     for_each_piece(sections, params, grads, [m, v], |piece, params, grads, [m, v]| {
         let step = AdamStep {

@@ -8,17 +8,17 @@ use std::sync::OnceLock;
 /// The number of elements that share a scale; the last block of a section may be shorter.
 pub const BLOCK: usize = 256;
 
-/// A map from codes to ascending numbers from -1 or 0 to 1, and an index to find the nearest number.
+/// A map from codes to ascending numbers from -1 or 0 to 1, with an index to find the nearest number.
 struct CodeMap {
     values: [f32; 256],
-    /// `borders[i]` is half-way from code `i` to the next; infinity after the last.
+    /// `borders[i]` is the midpoint between codes `i` and `i + 1`; infinity after the last code.
     borders: [f32; 257],
     /// The first possible code for each upper half of the bits of a number.
     first: Vec<u8>,
 }
 
 /// The numbers of the dynamic tree code (<https://arxiv.org/abs/2110.02861>, section 2.2): evenly spaced numbers in each of
-/// seven decades, with the bits that the exponent leaves, and 0 and 1.
+/// seven decades, with the bits that the exponent does not use, and 0 and 1.
 #[must_use]
 pub fn dynamic_codes(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0, 1.0];
@@ -48,8 +48,8 @@ impl CodeMap {
             .map(|upper| {
                 // the lowest negative number has all lower bits set
                 let lower = if upper >> 15 == 1 { 0xffff } else { 0 };
-                let least = f32::from_bits(u32::from(upper) << 16 | lower);
-                borders[..255].partition_point(|&border| border < least) as u8
+                let smallest = f32::from_bits(u32::from(upper) << 16 | lower);
+                borders[..255].partition_point(|&border| border < smallest) as u8
             })
             .collect();
         Self { values, borders, first }
@@ -76,29 +76,29 @@ impl CodeMap {
         }
     }
 
-    /// Writes the codes of `values` and returns their scale. Numbers above 0 get at least the code `least`.
-    fn narrow(&self, values: &[f32], codes: &mut [u8], least: u8) -> f32 {
+    /// Writes the codes of `values` and returns their scale. Numbers above 0 get at least the code `min_code`.
+    fn narrow(&self, values: &[f32], codes: &mut [u8], min_code: u8) -> f32 {
         let scale = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
         let factor = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         // the inverse of a subnormal scale is infinite
         let factor = if factor.is_finite() { factor } else { f32::MAX };
         for (code, value) in codes.iter_mut().zip(values) {
             let found = self.nearest((value * factor).clamp(-1.0, 1.0));
-            *code = if *value > 0.0 { found.max(least) } else { found };
+            *code = if *value > 0.0 { found.max(min_code) } else { found };
         }
         scale
     }
 }
 
-/// Makes one step of AdamW in place with 8-bit moments, in blocks of [`BLOCK`] elements
+/// Computes one step of AdamW in place with 8-bit moments, in blocks of [`BLOCK`] elements
 /// (<https://arxiv.org/abs/2110.02861>, section 2.1).
 ///
-/// `m` and `v` are the codes of the moments, one per parameter; `m_scales` and `v_scales` are the scales of the blocks, from
-/// `state` on for each section. A second moment above 0 never gets the code of 0: the update would divide the first moment by
+/// `m` and `v` are the codes of the moments, one per parameter; `m_scales` and `v_scales` are the scales of the blocks, starting
+/// at `state` for each section. A second moment above 0 never gets the code of 0: the update would divide the first moment by
 /// almost zero.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 #[allow(clippy::too_many_arguments)]
 pub fn adamw_8bit(
     params: &mut [f32],

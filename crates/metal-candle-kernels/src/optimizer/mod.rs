@@ -1,4 +1,4 @@
-//! Makes optimizer steps over flat buffers, in place.
+//! Computes optimizer steps on flat buffers, in place.
 
 mod adafactor;
 mod adam;

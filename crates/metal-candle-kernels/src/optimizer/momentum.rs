@@ -8,21 +8,21 @@ use crate::isa::{Arithmetic, dispatch};
 pub struct SgdStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Share of the moment that is retained.
+    /// The factor of the previous moment.
     pub momentum: f64,
     /// Whether to use Nesterov momentum.
     pub nesterov: bool,
     /// Weight decay, added to the gradients.
     pub weight_decay: f64,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
-/// Makes one step of SGD in place, with momentum if there is a moment `m`
+/// Computes one step of SGD in place, with momentum if `m` is given
 /// (<https://proceedings.mlr.press/v28/sutskever13.html>, section 2, with the learning rate outside of the moment).
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn sgd(params: &mut [f32], grads: &[f32], m: Option<&mut [f32]>, step: &SgdStep, sections: &[Section]) {
     let of = |piece: &Section| SgdStep {
         learning_rate: piece.learning_rate(step.learning_rate),
@@ -72,20 +72,20 @@ fn with_momentum_body<A: Arithmetic>(params: &mut [f32], grads: &[f32], m: &mut 
 pub struct LionStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Weight of the moment in the direction of the step.
+    /// Weight of the moment in the direction of an update.
     pub beta1: f64,
     /// Decay rate of the moment.
     pub beta2: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
-/// Makes one step of Lion (<https://arxiv.org/abs/2302.06675>, program 1) in place.
+/// Computes one step of Lion (<https://arxiv.org/abs/2302.06675>, program 1) in place.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn lion(params: &mut [f32], grads: &[f32], m: &mut [f32], step: &LionStep, sections: &[Section]) {
     for_each_piece(sections, params, grads, [m], |piece, params, grads, [m]| {
         let step = LionStep {

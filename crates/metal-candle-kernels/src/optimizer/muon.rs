@@ -19,21 +19,22 @@ pub struct MuonStep {
     pub coefficients: [f32; 3],
     /// The number of iterations.
     pub iterations: usize,
-    /// Smallest norm that a matrix is divided by.
+    /// A matrix is divided by its norm, or by this value if it is larger.
     pub eps: f64,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
-/// Matrices with fewer elements are computed in parallel, larger ones one after another with all threads, which limits the
-/// memory for intermediate matrices.
+/// Matrices with fewer elements are computed in parallel. Larger matrices are computed one after the other, each with all
+/// threads, which limits the memory for intermediate matrices.
 const LARGE: usize = 256 * 1024;
 
-/// Makes one step of Muon (<https://kellerjordan.github.io/posts/muon/>) in place: each matrix moves along the orthogonal matrix
-/// nearest to the mean of its gradients. `scale` returns the factor on the learning rate for the numbers of rows and columns.
+/// Computes one step of Muon (<https://kellerjordan.github.io/posts/muon/>) in place: the update of a matrix is the orthogonal
+/// matrix nearest to the mean of its gradients. `scale` returns the factor of the learning rate for a number of rows and
+/// columns.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn muon(
     params: &mut [f32],
     grads: &[f32],
@@ -66,7 +67,7 @@ fn update(
     matrix: &MatrixSection,
 ) {
     let (rows, columns) = (matrix.rows, matrix.columns);
-    assert_eq!(params.len(), rows * columns, "a matrix has another number of elements");
+    assert_eq!(params.len(), rows * columns, "the length of a matrix does not match its shape");
     let (momentum, rest) = (step.momentum as f32, (1.0 - step.momentum) as f32);
     let grad_scale = step.grad_scale as f32;
     let (of_gradient, of_moment) = if step.nesterov { (rest, momentum) } else { (0.0, 1.0) };
@@ -106,7 +107,7 @@ fn update(
     }
 }
 
-/// Brings the singular values of `x: [rows, columns]` near 1 by iterations of `X <- (a I + b G + c G^2) X` with
+/// Moves the singular values of `x: [rows, columns]` close to 1 by iterating `X <- (a I + b G + c G^2) X` with
 /// `G = X X^T`.
 fn orthogonalize(mut x: Vec<f32>, rows: usize, columns: usize, step: &MuonStep) -> Vec<f32> {
     let norm = sum_of_squares(&x).sqrt().max(step.eps) as f32;

@@ -8,29 +8,29 @@ use crate::isa::{Arithmetic, dispatch};
 pub struct ScheduleFreeStep {
     /// Learning rate.
     pub learning_rate: f64,
-    /// Weight of the average at the point where gradients are taken.
+    /// Weight of the average `x` in the point `y` where gradients are computed.
     pub beta1: f64,
     /// Decay rate of the mean of the squared gradients.
     pub beta2: f64,
     /// Added to the square root of the mean of the squared gradients.
     pub eps: f64,
-    /// Weight decay at the point where gradients are taken.
+    /// Weight decay of `y`.
     pub weight_decay: f64,
-    /// Share of this step in the average.
+    /// Weight of this step in the average.
     pub weight: f64,
-    /// The step, counted from 1.
+    /// The number of the step, starting at 1.
     pub step: usize,
-    /// Factor on the gradient, for clipping.
+    /// The gradient is multiplied by this factor, for clipping.
     pub grad_scale: f64,
 }
 
-/// Makes one step of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>, algorithm 1) in place.
+/// Computes one step of schedule-free AdamW (<https://arxiv.org/abs/2405.15682>, algorithm 1) in place.
 ///
-/// `y` is the point where gradients are taken, `z` the point that moves, `v` the mean of the squared gradients. The average `x`
-/// is not stored, because it follows from `y = (1 - beta1) z + beta1 x`.
+/// `y` is the point where gradients are computed, `z` the point that is updated, and `v` the mean of the squared gradients. The
+/// average `x` is not stored, because it follows from `y = (1 - beta1) z + beta1 x`.
 ///
 /// # Panics
-/// The sections are out of order, overlap, or end behind a buffer.
+/// The sections are out of order, overlap, or exceed a buffer.
 pub fn schedule_free_adamw(
     y: &mut [f32],
     grads: &[f32],

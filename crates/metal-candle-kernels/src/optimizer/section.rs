@@ -15,7 +15,7 @@ pub struct Section {
     pub len: usize,
     /// The offset of its state.
     pub state: usize,
-    /// Factor on the learning rate.
+    /// Factor of the learning rate.
     pub rate: f64,
     /// Whether weight decay applies.
     pub decays: bool,
@@ -44,19 +44,19 @@ pub struct MatrixSection {
     pub column_state: usize,
 }
 
-/// Checks that no two of these ranges, given as start and length, overlap and that all end before `len`.
+/// Checks that the ranges (start and length) are sorted, do not overlap, and do not exceed `len`.
 pub(super) fn check(ranges: impl Iterator<Item = (usize, usize)>, len: usize, what: &str) {
     let end = ranges.fold(0, |end, (start, count)| {
         assert!(start >= end, "{what}: sections overlap or are out of order");
         start + count
     });
-    assert!(end <= len, "{what}: {len} elements, the sections end at {end}");
+    assert!(end <= len, "{what}: expected at least {end} elements, found {len}");
 }
 
 /// Runs `update` in parallel on chunks of the parameters, gradients and states of each section.
 ///
 /// # Panics
-/// Sections are out of order, overlap, or end behind a buffer.
+/// Sections are out of order, overlap, or exceed a buffer.
 pub(super) fn for_each_piece<const N: usize>(
     sections: &[Section],
     params: &mut [f32],
@@ -90,7 +90,7 @@ pub(super) fn for_each_piece<const N: usize>(
     });
 }
 
-/// The sum of the squares, in f64 and in an order that does not depend on the number of threads.
+/// The sum of squares in f64. The order of summation does not depend on the number of threads.
 #[must_use]
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     let mut sums = vec![0.0; values.len().div_ceil(CHUNK)];

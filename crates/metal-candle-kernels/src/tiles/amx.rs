@@ -15,15 +15,15 @@ pub(super) const TILE: usize = 1024;
 /// Row stride of a full tile, in bytes: a cache line.
 pub(super) const LINE: usize = 64;
 
-/// Whether the processor has AMX, the kernel permits this process to use it, and a small product is correct.
-pub(super) fn is_there() -> bool {
+/// Whether the processor has AMX, the system permits this process to use it, and a small product is correct.
+pub(super) fn is_available() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    *FOUND.get_or_init(|| is_permitted() && is_right())
+    *FOUND.get_or_init(|| is_permitted() && is_correct())
 }
 
 fn is_permitted() -> bool {
     if has_unit() {
-        return ask();
+        return request_permission();
     }
     #[cfg(feature = "emulate-tiles")]
     super::emulator::install();
@@ -44,12 +44,12 @@ fn has_unit() -> bool {
 
     let has_xgetbv = __cpuid(1).ecx & 1 << 27 != 0;
     let has_tiles = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILE_AND_BF16 == TILE_AND_BF16;
-    // SAFETY: the first condition.
+    // SAFETY: `xgetbv` is only called if the first condition holds.
     has_xgetbv && has_tiles && unsafe { saved_state() } & TILE_STATE == TILE_STATE
 }
 
 /// Requests permission to use tiles from Linux (`ARCH_REQ_XCOMP_PERM`).
-fn ask() -> bool {
+fn request_permission() -> bool {
     const REQUEST: libc::c_long = 0x1023;
     const TILE_DATA: libc::c_long = 18;
     // SAFETY: the call only changes the permissions of this process.
@@ -57,7 +57,7 @@ fn ask() -> bool {
 }
 
 /// Multiplies tiles of small integers, whose sums are exact in any order, and checks the result.
-fn is_right() -> bool {
+fn is_correct() -> bool {
     let element = |i: usize, factor: usize| (i * factor % 15) as f32 - 7.0;
     let bits = |value: f32| (value.to_bits() >> 16) as u16;
     let left: Vec<u16> = (0..2 * SIDE * DEPTH).map(|i| bits(element(i, 7))).collect();
@@ -154,7 +154,7 @@ macro_rules! pair {
             $s,
             " + ",
             $t,
-            " < {most})\n",
+            " < {max_terms})\n",
             ".if ({a_terms} > 1) || (",
             $t,
             " == 0)\n",
@@ -222,7 +222,7 @@ impl Unit {
     ///
     /// # Safety
     /// The operands have these tiles.
-    #[allow(clippy::unused_self)] // that it exists matters
+    #[allow(clippy::unused_self)] // the tiles are configured while a unit exists
     pub(super) unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B_TERMS: usize>(
         &self,
         operands: Operands,

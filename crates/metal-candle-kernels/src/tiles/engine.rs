@@ -33,7 +33,7 @@ const SHARED_ELEMENTS: usize = 4 << 20;
 /// A buffer for one tile.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-#[allow(dead_code)] // seen as bytes
+#[allow(dead_code)] // accessed as bytes
 struct TileBuffer([u32; TILE / 4]);
 
 thread_local! {
@@ -47,7 +47,7 @@ fn bytes(tiles: &mut [TileBuffer]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * TILE) }
 }
 
-/// Which side of the tile product the streamed operand is on.
+/// The side of the tile product that the streamed operand is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Streamed {
     /// The columns of B are the rows of the left operand, and the tiles accumulate the transposed result. For weights that are
@@ -211,7 +211,7 @@ fn task(chunk: &Chunk, columns: (usize, usize), panels: (usize, usize)) {
     let unit = unsafe { Unit::new(chunk.unit) };
     for first in (columns.0..columns.1).step_by(group) {
         let group = Group { columns: (first, columns.1.min(first + group)), end: columns.1, panels };
-        group.add_up(chunk, (&unit, &mut buffer, &mut sums));
+        group.accumulate(chunk, (&unit, &mut buffer, &mut sums));
         for panel in panels.0..panels.1 {
             for column in group.columns.0..group.columns.1 {
                 finish(chunk, panel, column, &sums[group.sums(panel, column)]);
@@ -262,7 +262,7 @@ impl Group {
         (panel - self.panels.0) * (self.columns.1 - self.columns.0) + column - self.columns.0
     }
 
-    fn add_up(&self, chunk: &Chunk, (unit, buffer, sums): (&Unit, &mut Vec<TileBuffer>, &mut [Sums])) {
+    fn accumulate(&self, chunk: &Chunk, (unit, buffer, sums): (&Unit, &mut Vec<TileBuffer>, &mut [Sums])) {
         let (mut is_added, mut before) = (false, 0);
         for product in chunk.products {
             let (a_terms, all) = (shared_terms(product), steps(product.k));

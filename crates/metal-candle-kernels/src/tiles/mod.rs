@@ -1,8 +1,8 @@
 //! Matrix products on a unit that multiplies bf16 tiles and accumulates in f32.
 //!
 //! An f32 value is split into a sum of bf16 terms, and a product is the sum of the products of its terms; negligible pairs are
-//! skipped. bf16 weights are one term and f16 weights two. With them, f32 activations are two terms (16 bits), and the product is
-//! within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32.
+//! skipped. bf16 weights are one term and f16 weights two. With them, f32 activations are two terms (16 bits), and the product
+//! is within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32.
 //!
 //! The activations are packed once and shared by all tasks. Each task streams panels of 32 rows or columns of the weights, in
 //! place if they are aligned rows of bf16. Each element is summed in the order of the depth, for any number of rows, columns and

@@ -79,7 +79,7 @@ pub(super) fn rows<T: Wide>(source: &Source<T>, part: Part, stride: usize, to: &
     unsafe { rows_in_lanes::<T, 1>(source, part, (SIDE * stride, stride, 2 * DEPTH, 0), to) }
 }
 
-/// Packs a left operand of up to three terms: for each step, the tiles of each term in turn.
+/// Packs a left operand of up to three terms: for each step, the tiles of all terms, one after the other.
 pub(super) fn terms_by_step<T: Wide>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
     let tiles = tiles(part.lanes.1);
     source.check(part);
@@ -87,7 +87,7 @@ pub(super) fn terms_by_step<T: Wide>(source: &Source<T>, part: Part, terms: usiz
     by_terms!(terms, rows_in_lanes(source, part, (TILE, 2 * DEPTH, terms * tiles * TILE, tiles * TILE), to));
 }
 
-/// Packs a right operand: for each step, the tiles of each term in turn.
+/// Packs a right operand: for each step, the tiles of all terms, one after the other.
 pub(super) fn columns<T: Wide>(source: &Source<T>, part: Part, terms: usize, to: &mut [u8]) {
     source.check(part);
     assert!(to.len() >= packed_bytes(part.lanes.1, terms, steps(part.depth.1)));
@@ -162,7 +162,7 @@ unsafe fn columns_by_blocks<T: Wide, const TERMS: usize>(source: &Source<T>, par
 /// Packs columns that are adjacent: needs no transposition.
 ///
 /// # Safety
-/// As of [`columns_by_blocks`].
+/// Same as [`columns_by_blocks`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn columns_by_pairs<T: Wide, const TERMS: usize>(
     source: &Source<T>,
@@ -213,7 +213,7 @@ struct Lines<'a, T> {
     alpha: f32,
     ahead: usize,
     lanes: usize,
-    /// The elements of each half that are there.
+    /// The elements of each half that exist.
     masks: [u16; 2],
 }
 
@@ -246,7 +246,7 @@ impl<'a, T: Wide> Lines<'a, T> {
     /// The two halves of a lane, padded with zeros.
     ///
     /// # Safety
-    /// As of [`Lines::new`].
+    /// Same as [`Lines::new`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn line(&self, lane: usize) -> [__m512; 2] {
@@ -324,7 +324,7 @@ fn split_line<const TERMS: usize>([low, high]: [__m512; 2], is_exact: bool) -> [
     line
 }
 
-/// The terms of sixteen values, each a bf16 in the upper half of a word. If they are exact, the last one is what remains.
+/// The terms of sixteen values, each a bf16 in the upper half of a word. If the terms are exact, the last term is the remainder.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn split<const TERMS: usize>(values: __m512, is_exact: bool) -> [__m512i; TERMS] {

@@ -118,24 +118,24 @@ fn encode_symmetric<E: Encoder, const HALF: u8>(batch: &Batch, blocks: &mut [u8]
         let d = extreme(&x) / -half;
         let (id, middle) = (Lanes::splat(inverse(d)), Lanes::splat(half + 0.5));
         fits &= put_half(block, 0, d).is_finite();
-        let most = 2.0 * half - 1.0;
-        let levels = [(x[0] * id + middle).floor(0.0, most), (x[1] * id + middle).floor(0.0, most)];
+        let max_level = 2.0 * half - 1.0;
+        let levels = [(x[0] * id + middle).floor(0.0, max_level), (x[1] * id + middle).floor(0.0, max_level)];
         put_levels::<E>(block, 2, &bytes(&levels));
     }
     fits
 }
 
-/// Quantizes blocks with a scale and a minimum to levels from 0 to `MOST`. Without an importance the smallest value gets the
-/// level 0, and the largest the level `MOST`.
+/// Quantizes blocks with a scale and a minimum to levels from 0 to `MAX_LEVEL`. Without an importance the smallest value gets
+/// the level 0, and the largest the level `MAX_LEVEL`.
 #[inline(always)]
-fn encode_with_minimum<E: Encoder, const MOST: u8>(batch: &Batch, blocks: &mut [u8]) -> bool {
-    let most = f32::from(MOST);
+fn encode_with_minimum<E: Encoder, const MAX_LEVEL: u8>(batch: &Batch, blocks: &mut [u8]) -> bool {
+    let max_level = f32::from(MAX_LEVEL);
     let mut fits = true;
     if let Some(importance) = batch.importance {
         let (x, variance) = (batch.groups::<LEN>(), batch.mean_squares_of_rows::<LEN>(importance));
         let w = important(&batch.importance_of_groups(importance), &x, variance);
         let mut levels = [Lanes::ZERO; LEN];
-        let (scales, minimums) = fit_with_minimum(&x, &w, most, IMPORTANT, &mut levels);
+        let (scales, minimums) = fit_with_minimum(&x, &w, max_level, IMPORTANT, &mut levels);
         let levels = levels_in_order(&levels);
         for (lane, block) in blocks.chunks_exact_mut(E::BYTES).enumerate() {
             fits &= put_half(block, 0, scales.0[lane]).is_finite();
@@ -147,17 +147,18 @@ fn encode_with_minimum<E: Encoder, const MOST: u8>(batch: &Batch, blocks: &mut [
     for (x, block) in batch.values.chunks_exact(LEN).zip(blocks.chunks_exact_mut(E::BYTES)) {
         let x = halves(x);
         let (low, high) = bounds(&x);
-        let (d, low) = ((high - low) / most, if low == 0.0 { first_zero(&x) } else { low });
+        let (d, low) = ((high - low) / max_level, if low == 0.0 { first_zero(&x) } else { low });
         let (id, middle) = (Lanes::splat(inverse(d)), Lanes::splat(0.5));
         fits &= put_half(block, 0, d).is_finite() & put_half(block, 2, low).is_finite();
         let low = Lanes::splat(low);
-        let levels = [((x[0] - low) * id + middle).floor(0.0, most), ((x[1] - low) * id + middle).floor(0.0, most)];
+        let levels =
+            [((x[0] - low) * id + middle).floor(0.0, max_level), ((x[1] - low) * id + middle).floor(0.0, max_level)];
         put_levels::<E>(block, 4, &bytes(&levels));
     }
     fits
 }
 
-/// Packs the levels of a block with four or five bits each, from `at` on, the end of the scales.
+/// Packs the levels of a block with four or five bits each, starting at `at`, the end of the scales.
 #[inline(always)]
 fn put_levels<E: Encoder>(block: &mut [u8], at: usize, levels: &[u8; LEN]) {
     let packed = E::BYTES - 16;

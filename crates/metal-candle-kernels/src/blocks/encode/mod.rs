@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const LARGEST: f32 = 65504.0 * 128.0 * 32.0;
 
 /// The smallest importance relative to the largest. Otherwise groups whose inputs were all zero would lose their weights.
-const LEAST_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
+const MIN_IMPORTANCE: f64 = 1.0 / (1_u64 << 40) as f64;
 
 /// Why weights cannot be quantized.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -116,11 +116,11 @@ impl BlockFormat {
     /// Quantizes a row-major matrix of `columns` columns. Returns its blocks in the same order, as [`super::BlockMatrix`] reads
     /// them.
     ///
-    /// `importance` weights the errors of each column: it is the mean square of the column's input. Only ratios matter. Columns have
-    /// at least 2^-40 of the largest importance, and equal importance if all are zero. `Q8_0` and `MXFP4` ignore it.
+    /// `importance` weights the errors of each column: it is the mean square of the column's input. Only ratios matter. Columns
+    /// have at least 2^-40 of the largest importance, and equal importance if all are zero. `Q8_0` and `MXFP4` ignore it.
     ///
-    /// The blocks do not depend on the machine or the number of threads. They are identical to the blocks of ggml compiled without
-    /// fused multiply-add, as for x86-64.
+    /// The blocks do not depend on the machine or the number of threads. They are identical to the blocks of ggml compiled
+    /// without fused multiply-add, as for x86-64.
     ///
     /// # Errors
     /// The format is not one of [`BlockFormat::WRITABLE`], the sizes do not match, a value is not finite or too large, or an
@@ -217,8 +217,8 @@ fn normalized(importance: &[f32], columns: usize) -> Result<Vec<f32>, QuantizeEr
     let largest = f64::from(importance.iter().fold(0.0_f32, |largest, &value| largest.max(value)));
     // without the bits of the mantissa
     let unit = if largest > 0.0 { f64::from_bits(largest.to_bits() & 0x7ff << 52) } else { 1.0 };
-    let least = largest / unit * LEAST_IMPORTANCE;
-    Ok(importance.iter().map(|&value| (f64::from(value) / unit).max(least) as f32).collect())
+    let min_importance = largest / unit * MIN_IMPORTANCE;
+    Ok(importance.iter().map(|&value| (f64::from(value) / unit).max(min_importance) as f32).collect())
 }
 
 /// Rows of a matrix.
@@ -242,18 +242,18 @@ fn encode_rows_body<A: Arithmetic, E: Encoder>(rows: &Rows, blocks: &mut [u8]) -
         }
     }
     let importance = rows.importance.map(|columns| Importance { columns, mean_squares: &mean_squares });
-    let most = if E::HAS_HALF_SCALES { LARGEST } else { f32::MAX };
+    let limit = if E::HAS_HALF_SCALES { LARGEST } else { f32::MAX };
     let batches = rows.values.chunks(LANES * E::GROUP).zip(blocks.chunks_mut(LANES * E::GROUP / E::LEN * E::BYTES));
     for (number, (values, blocks)) in batches.enumerate() {
         let first = number * LANES * E::GROUP;
         let batch = Batch { values, first, importance };
-        if is_within(values, most) && E::encode(&batch, blocks) {
+        if is_within(values, limit) && E::encode(&batch, blocks) {
             continue;
         }
         for (block, (values, to)) in values.chunks_exact(E::LEN).zip(blocks.chunks_exact_mut(E::BYTES)).enumerate() {
             let first = first + block * E::LEN;
             let batch = Batch { values, first, importance };
-            if !(is_within(values, most) && E::encode(&batch, to)) {
+            if !(is_within(values, limit) && E::encode(&batch, to)) {
                 return Err(first);
             }
         }
@@ -261,12 +261,12 @@ fn encode_rows_body<A: Arithmetic, E: Encoder>(rows: &Rows, blocks: &mut [u8]) -
     Ok(())
 }
 
-/// Whether each magnitude is at most `most`; false for NaN.
+/// Whether each magnitude is at most `limit`; false for NaN.
 #[inline(always)]
-fn is_within(values: &[f32], most: f32) -> bool {
+fn is_within(values: &[f32], limit: f32) -> bool {
     let mut is_within = true;
     for value in values {
-        is_within &= value.abs() <= most;
+        is_within &= value.abs() <= limit;
     }
     is_within
 }

@@ -9,7 +9,7 @@ use crate::isa::dispatch;
 /// Groups with a smaller largest weight count as zero.
 pub(super) const TINY: f32 = 1e-15;
 
-/// The roundings to try: to `levels + first + step * k` intervals.
+/// The roundings to try: `levels + first + step * k` intervals, for each `k`.
 #[derive(Clone, Copy)]
 pub(super) struct Tries {
     pub(super) first: f32,
@@ -24,9 +24,9 @@ pub(super) struct Tries {
 pub(super) const IMPORTANT: Tries = Tries { first: -0.9, step: 0.05, last: 36, absolute: false };
 
 dispatch! {
-    /// Fits groups of values `x`, with errors weighted by `w`, by a scale, a minimum, and levels from 0 to `most`. Writes the levels,
-    /// and returns the non-negative scales and the non-positive minimums.
-    pub(super) fn fit_with_minimum(x: &[Lanes], w: &[Lanes], most: f32, tries: Tries, levels: &mut [Lanes]) -> (Lanes, Lanes)
+    /// Fits groups of values `x`, with errors weighted by `w`, by a scale, a minimum, and levels from 0 to `max_level`. Writes
+    /// the levels, and returns the non-negative scales and the non-positive minimums.
+    pub(super) fn fit_with_minimum(x: &[Lanes], w: &[Lanes], max_level: f32, tries: Tries, levels: &mut [Lanes]) -> (Lanes, Lanes)
         = fit_with_minimum_body
 }
 
@@ -34,11 +34,11 @@ dispatch! {
 fn fit_with_minimum_body<A: HasRegisters>(
     x: &[Lanes],
     w: &[Lanes],
-    most: f32,
+    max_level: f32,
     tries: Tries,
     levels: &mut [Lanes],
 ) -> (Lanes, Lanes) {
-    let (scale, minimum) = fit_with_minimum_in::<A::Registers>(x, w, most, tries, levels);
+    let (scale, minimum) = fit_with_minimum_in::<A::Registers>(x, w, max_level, tries, levels);
     (scale.store(), minimum.store())
 }
 
@@ -46,7 +46,7 @@ fn fit_with_minimum_body<A: HasRegisters>(
 fn fit_with_minimum_in<V: Registers>(
     x: &[V::Memory],
     w: &[V::Memory],
-    most: f32,
+    max_level: f32,
     tries: Tries,
     levels: &mut [V::Memory],
 ) -> (V, V) {
@@ -63,7 +63,7 @@ fn fit_with_minimum_in<V: Registers>(
     let (one, least) = (V::splat(1.0), low);
 
     let mut minimum = low;
-    let mut inverse = V::splat(most) / (high - low);
+    let mut inverse = V::splat(max_level) / (high - low);
     let mut scale = one / inverse;
     // the best rounding so far
     let mut best_inverse = inverse;
@@ -71,16 +71,16 @@ fn fit_with_minimum_in<V: Registers>(
     let mut best = V::zero();
     for i in 0..n {
         let (x, w) = (V::load(&x[i]), V::load(&w[i]));
-        let level = (inverse * (x - low)).rounded(0.0, most);
+        let level = (inverse * (x - low)).rounded(0.0, max_level);
         best = best + cost(scale, level, minimum, x, w, tries.absolute);
     }
 
     for k in 0..=tries.last {
-        inverse = V::splat(tries.first + tries.step * f32::from(k) + most) / (high - minimum);
+        inverse = V::splat(tries.first + tries.step * f32::from(k) + max_level) / (high - minimum);
         let (mut sum_l, mut sum_l2, mut sum_xl) = (V::zero(), V::zero(), V::zero());
         for i in 0..n {
             let (x, w) = (V::load(&x[i]), V::load(&w[i]));
-            let level = (inverse * (x - minimum)).rounded(0.0, most);
+            let level = (inverse * (x - minimum)).rounded(0.0, max_level);
             levels[i] = level.store();
             let weighted = w * level;
             sum_l = sum_l + weighted;
@@ -109,7 +109,7 @@ fn fit_with_minimum_in<V: Registers>(
     scale = V::where_less(least, high, scale, V::zero());
     minimum = V::where_less(least, high, minimum, least);
     for i in 0..n {
-        let level = (best_inverse * (V::load(&x[i]) - best_low)).rounded(0.0, most);
+        let level = (best_inverse * (V::load(&x[i]) - best_low)).rounded(0.0, max_level);
         levels[i] = V::where_less(least, high, level, V::zero()).store();
     }
     (scale, minimum)
@@ -144,8 +144,8 @@ fn where_better<V: Registers>(sums: (V, V), best: V, yes: V, no: V) -> V {
 }
 
 dispatch! {
-    /// Fits groups of values `x`, with errors weighted by `w`, by a scale and levels from `-half` to `half - 1`. Writes the levels
-    /// plus `half`, and returns the scales.
+    /// Fits groups of values `x`, with errors weighted by `w`, by a scale and levels from `-half` to `half - 1`. Writes the
+    /// levels plus `half`, and returns the scales.
     pub(super) fn fit_symmetric(x: &[Lanes], w: &[Lanes], half: f32, levels: &mut [Lanes]) -> Lanes = fit_symmetric_body
 }
 
@@ -248,10 +248,10 @@ fn fit_by_level_in<V: Registers>(x: &[V::Memory], half: f32, levels: &mut [V::Me
     V::where_less(largest, tiny, V::zero(), scale)
 }
 
-/// Fits the non-negative scales `x` of a superblock by a scale and levels from 0 to `most`. Writes the levels and returns the
-/// scale.
+/// Fits the non-negative scales `x` of a superblock by a scale and levels from 0 to `max_level`. Writes the levels and returns
+/// the scale.
 #[inline(never)]
-pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) -> f32 {
+pub(super) fn fit_scales(x: &[f32], w: &[f32], max_level: f32, levels: &mut [f32]) -> f32 {
     let len = x.len();
     let mut largest = 0.0;
     for &x in x {
@@ -261,13 +261,13 @@ pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) ->
     if largest < TINY {
         return 0.0;
     }
-    let (mut best_inverse, mut best) = (most / largest, f32::INFINITY);
+    let (mut best_inverse, mut best) = (max_level / largest, f32::INFINITY);
     for k in [0_i8, -4, -3, -2, -1, 1, 2, 3, 4] {
-        let inverse = (0.1 * f32::from(k) + most) / largest;
+        let inverse = (0.1 * f32::from(k) + max_level) / largest;
         let scale = 1.0 / inverse;
         let mut error = 0.0;
         for i in 0..len {
-            let difference = x[i] - scale * rounded(inverse * x[i], 0.0, most);
+            let difference = x[i] - scale * rounded(inverse * x[i], 0.0, max_level);
             error += w[i] * difference * difference;
         }
         if error < best {
@@ -276,7 +276,7 @@ pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) ->
     }
     let (mut sum_xl, mut sum_l2) = (0.0, 0.0);
     for i in 0..len {
-        let level = rounded(best_inverse * x[i], 0.0, most);
+        let level = rounded(best_inverse * x[i], 0.0, max_level);
         levels[i] = level;
         sum_xl += w[i] * x[i] * level;
         sum_l2 += w[i] * level * level;
@@ -288,7 +288,7 @@ pub(super) fn fit_scales(x: &[f32], w: &[f32], most: f32, levels: &mut [f32]) ->
             let without_xl = sum_xl - w * x * levels[i];
             let without_l2 = sum_l2 - w * levels[i] * levels[i];
             if without_xl > 0.0 && without_l2 > 0.0 {
-                let level = rounded(x * without_l2 / without_xl, 0.0, most);
+                let level = rounded(x * without_l2 / without_xl, 0.0, max_level);
                 let new_xl = without_xl + w * x * level;
                 let new_l2 = without_l2 + w * level * level;
                 let is_other = (level - levels[i]).abs() > 0.0;

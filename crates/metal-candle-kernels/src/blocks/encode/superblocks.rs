@@ -24,27 +24,27 @@ fn root_mean_square_plus_magnitudes<const N: usize>(x: &[Lanes; N]) -> [Lanes; N
     weights
 }
 
-/// Quantizes the non-negative scales of a superblock such that the largest gets the level `most`. Writes the levels and returns
-/// the scale of the scales.
+/// Quantizes the non-negative scales of a superblock such that the largest gets the level `max_level`. Writes the levels and
+/// returns the scale of the scales.
 #[inline(always)]
-fn scale_largest(scales: &[f32], most: f32, levels: &mut [f32]) -> f32 {
+fn scale_largest(scales: &[f32], max_level: f32, levels: &mut [f32]) -> f32 {
     let mut largest = 0.0;
     for &scale in scales {
         largest = if scale > largest { scale } else { largest };
     }
-    let inverse = if largest > 0.0 { most / largest } else { 0.0 };
+    let inverse = if largest > 0.0 { max_level / largest } else { 0.0 };
     for (level, scale) in levels.iter_mut().zip(scales) {
-        *level = rounded(inverse * scale, 0.0, most);
+        *level = rounded(inverse * scale, 0.0, max_level);
     }
-    largest / most
+    largest / max_level
 }
 
 /// A format of groups with scales and minimums.
 trait WithMinimums: Encoder {
     /// The largest level of a weight.
-    const MOST: f32;
+    const MAX_LEVEL: f32;
     /// The largest level of a scale.
-    const MOST_SCALE: f32;
+    const MAX_SCALE: f32;
     /// The offset of the f16 scale; the scale of the minimums follows.
     const SCALES_AT: usize;
 
@@ -63,7 +63,7 @@ fn encode_with_minimums<F: WithMinimums, const N: usize>(
 ) -> bool {
     let groups = LEN / N;
     let mut levels = [Lanes::ZERO; N];
-    let (fitted, minimum) = fit_with_minimum(x, w, F::MOST, tries, &mut levels);
+    let (fitted, minimum) = fit_with_minimum(x, w, F::MAX_LEVEL, tries, &mut levels);
     let sums = sums(w);
     let (mut scales, mut minimums) = (Lanes::ZERO, Lanes::ZERO);
     let (mut scale_levels, mut minimum_levels): (Lanes, Lanes) = (Lanes::ZERO, Lanes::ZERO);
@@ -77,9 +77,9 @@ fn encode_with_minimums<F: WithMinimums, const N: usize>(
         {
             let (from, levels) = (&from.0[lanes.clone()], &mut levels.0[lanes.clone()]);
             let d = if has_importance {
-                fit_scales(from, &sums.0[lanes.clone()], F::MOST_SCALE, levels)
+                fit_scales(from, &sums.0[lanes.clone()], F::MAX_SCALE, levels)
             } else {
-                scale_largest(from, F::MOST_SCALE, levels)
+                scale_largest(from, F::MAX_SCALE, levels)
             };
             rounded[part] = put_half(block, F::SCALES_AT + 2 * part, d);
             fits &= rounded[part].is_finite();
@@ -90,7 +90,7 @@ fn encode_with_minimums<F: WithMinimums, const N: usize>(
         }
     }
     for i in 0..N {
-        let level = ((x[i] + minimums) / scales).rounded(0.0, F::MOST);
+        let level = ((x[i] + minimums) / scales).rounded(0.0, F::MAX_LEVEL);
         // the levels of groups without a scale do not matter
         levels[i] = Lanes::where_less(Lanes::ZERO, scales, level, levels[i]);
     }
@@ -115,8 +115,8 @@ fn pack_pairs(levels: &[u8], to: &mut [u8]) {
 }
 
 impl WithMinimums for Q2K {
-    const MOST: f32 = 3.0;
-    const MOST_SCALE: f32 = 15.0;
+    const MAX_LEVEL: f32 = 3.0;
+    const MAX_SCALE: f32 = 15.0;
     const SCALES_AT: usize = 80;
 
     #[inline(always)]
@@ -185,8 +185,8 @@ fn encode_groups_of_32<F: WithMinimums>(batch: &Batch, tries: Tries, blocks: &mu
 }
 
 impl WithMinimums for Q4K {
-    const MOST: f32 = 15.0;
-    const MOST_SCALE: f32 = 63.0;
+    const MAX_LEVEL: f32 = 15.0;
+    const MAX_SCALE: f32 = 63.0;
     const SCALES_AT: usize = 0;
 
     #[inline(always)]
@@ -207,8 +207,8 @@ impl Encoder for Q4K {
 }
 
 impl WithMinimums for Q5K {
-    const MOST: f32 = 31.0;
-    const MOST_SCALE: f32 = 63.0;
+    const MAX_LEVEL: f32 = 31.0;
+    const MAX_SCALE: f32 = 63.0;
     const SCALES_AT: usize = 0;
 
     #[inline(always)]
@@ -246,7 +246,8 @@ fn extreme(values: &[f32]) -> f32 {
     extreme
 }
 
-/// The levels of `x` from `-half` to `half - 1` for these scales, plus `half`; those of the search where the scale is zero.
+/// The levels of `x` from `-half` to `half - 1` for these scales, plus `half`. Where the scale is zero, the levels of the search
+/// stay.
 #[inline(always)]
 fn levels_of(x: &[Lanes; 16], scales: Lanes, half: f32, searched: &[Lanes; 16]) -> [[u8; 16]; LANES] {
     let mut levels = *searched;

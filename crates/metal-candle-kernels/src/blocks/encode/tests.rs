@@ -197,8 +197,8 @@ fn special_rows_stay_finite() {
                 let largest = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
                 for (found, value) in dequantized(format, &blocks, columns).iter().zip(row) {
                     // 16 values below 2 bits are the coarsest; f16 scales end at 6e-8
-                    let most = 0.51 * largest + 1e-4;
-                    assert!((found - value).abs() <= most, "{}: {found} for {value}", format.name());
+                    let tolerance = 0.51 * largest + 1e-4;
+                    assert!((found - value).abs() <= tolerance, "{}: {found} for {value}", format.name());
                 }
             }
         }

@@ -22,7 +22,7 @@ unsafe impl Sync for Activations {}
 unsafe impl Send for Activations {}
 
 impl Activations {
-    /// Row `row` from the block of 32 columns `block` on.
+    /// Row `row`, starting at the block of 32 columns `block`.
     pub(super) fn row(self, row: usize, block: usize, groups: usize) -> *const u8 {
         self.first.wrapping_add(row * self.stride + block * activation_bytes(groups))
     }

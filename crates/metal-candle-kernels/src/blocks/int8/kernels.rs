@@ -7,8 +7,8 @@ use std::marker::PhantomData;
 /// Bytes of the smallest pages.
 const PAGE: usize = 4096;
 
-/// The most rows of weights of a vector.
-pub(super) const MOST_ROWS: usize = 16;
+/// Maximum number of rows of weights in a vector.
+pub(super) const MAX_ROWS: usize = 16;
 
 /// Bytes of 32 columns of a row of activations: the integers, their scale, and an offset for each group of weights.
 pub(super) const fn activation_bytes(groups: usize) -> usize {
@@ -22,7 +22,7 @@ pub(super) const fn panel_bytes<L: Lanes, K: Kind>() -> usize {
 
 /// The loops, compiled for an instruction set.
 pub(super) trait Kernels: Lanes {
-    /// Dot products of a row of activations with [`Lanes::ROWS`] rows of weights. Prefetches the same number of bytes from `next` on.
+    /// Dot products of a row of activations with [`Lanes::ROWS`] rows of weights. Prefetches the same number of bytes at `next`.
     ///
     /// # Safety
     /// The processor has the instructions; each row has `blocks` blocks, and the activations have their columns; `dots` has
@@ -129,7 +129,7 @@ unsafe fn add_block<L: Lanes, K: Kind, const R: usize>(
             let weights = block.weights(group * steps + step);
             for r in 0..R {
                 let a = a[r].wrapping_add(4 * (group * steps + step));
-                dots[r] = unsafe { L::step(dots[r], weights, a, K::MOST, step, steps) };
+                dots[r] = unsafe { L::step(dots[r], weights, a, K::MAX_WEIGHT, step, steps) };
             }
         }
         let scale = block.scale(group);
@@ -153,8 +153,8 @@ unsafe fn add_block<L: Lanes, K: Kind, const R: usize>(
     }
 }
 
-/// The weights to prefetch. The kernel reads rows on several pages in parallel, which the hardware does not predict, but
-/// together they are one run of bytes.
+/// The weights to prefetch. The kernel reads rows on several pages in parallel, which the hardware does not predict, although
+/// the rows are one contiguous range.
 struct Next<F> {
     at: *const u8,
     format: PhantomData<F>,
@@ -194,7 +194,7 @@ impl<L: Lanes, F: Decoder + Unpack> Sink<L> for Multiply<L, F> {
 }
 
 /// # Safety
-/// As of [`Kernels::dots`].
+/// Same as [`Kernels::dots`].
 #[inline(always)]
 pub(super) unsafe fn dots<L: Lanes, F: Decoder + Unpack>(
     rows: Rows,
@@ -240,7 +240,7 @@ impl<L: Lanes, F: Decoder + Unpack> Sink<L> for Store<F> {
 }
 
 /// # Safety
-/// As of [`Kernels::fill`].
+/// Same as [`Kernels::fill`].
 #[inline(always)]
 pub(super) unsafe fn fill<L: Lanes, F: Decoder + Unpack>(rows: Rows, blocks: usize, next: *const u8, panel: *mut u8) {
     let mut sink = Store { to: panel, next: Next::<F> { at: next, format: PhantomData } };
@@ -249,7 +249,7 @@ pub(super) unsafe fn fill<L: Lanes, F: Decoder + Unpack>(rows: Rows, blocks: usi
 }
 
 /// # Safety
-/// As of [`Kernels::add_tile`], with `R` rows.
+/// Same as [`Kernels::add_tile`], with `R` rows.
 #[inline(always)]
 pub(super) unsafe fn add_tile<L: Lanes, K: Kind, const R: usize>(
     panel: *const u8,

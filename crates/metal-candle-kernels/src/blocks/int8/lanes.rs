@@ -9,17 +9,19 @@ pub(super) trait Kind {
     const GROUPS: usize;
     /// Whether groups have minimums. Otherwise weights have a zero point.
     const HAS_MINIMUMS: bool;
-    /// The largest unpacked weight. Weights of 255 are signed if [`Lanes::IS_SIGNED`].
-    const MOST: u32;
+    /// The largest unpacked weight. Formats with 255 are signed if [`Lanes::IS_SIGNED`].
+    const MAX_WEIGHT: u32;
 }
 
 /// A [`Kind`] by its values.
-pub(super) struct Arithmetic<const GROUPS: usize, const HAS_MINIMUMS: bool, const MOST: u32>;
+pub(super) struct Arithmetic<const GROUPS: usize, const HAS_MINIMUMS: bool, const MAX_WEIGHT: u32>;
 
-impl<const GROUPS: usize, const HAS_MINIMUMS: bool, const MOST: u32> Kind for Arithmetic<GROUPS, HAS_MINIMUMS, MOST> {
+impl<const GROUPS: usize, const HAS_MINIMUMS: bool, const MAX_WEIGHT: u32> Kind
+    for Arithmetic<GROUPS, HAS_MINIMUMS, MAX_WEIGHT>
+{
     const GROUPS: usize = GROUPS;
     const HAS_MINIMUMS: bool = HAS_MINIMUMS;
-    const MOST: u32 = MOST;
+    const MAX_WEIGHT: u32 = MAX_WEIGHT;
 }
 
 /// The same bytes of several rows of weights.
@@ -57,7 +59,7 @@ pub(super) trait Lanes: Copy {
     const ROWS: usize;
     /// Whether weights of 8 bits are signed.
     const IS_SIGNED: bool;
-    /// The most rows of A whose sums fit in the registers.
+    /// Maximum number of rows of A whose sums fit in the registers.
     const HEIGHT: usize;
 
     /// # Safety
@@ -129,24 +131,31 @@ pub(super) trait Lanes: Copy {
     /// Dot products that start from a value.
     fn start(value: i32) -> Self::Dots;
 
-    /// Adds the products of four columns: the bytes of each word of `weights`, which are at most `most`, and four signed bytes.
-    /// It is step `step` of `steps`.
+    /// Adds the products of four columns: the bytes of each word of `weights`, which are at most `max_weight`, and four signed
+    /// bytes. It is step `step` of `steps`.
     ///
     /// # Safety
     /// Four bytes can be read at `a`.
-    unsafe fn step(dots: Self::Dots, weights: Self, a: *const u8, most: u32, step: usize, steps: usize) -> Self::Dots;
+    unsafe fn step(
+        dots: Self::Dots,
+        weights: Self,
+        a: *const u8,
+        max_weight: u32,
+        step: usize,
+        steps: usize,
+    ) -> Self::Dots;
 
     /// The dot products after the last step.
     fn finish(dots: Self::Dots) -> Self::Floats;
 
-    /// Requests a cache line for the second-level cache.
+    /// Prefetches a cache line to the L2 cache.
     fn prefetch(from: *const u8);
 }
 
 /// Receives unpacked weights.
 pub(super) trait Sink<L: Lanes> {
-    /// Receives 32 columns of the rows: vector `i` of the weights has columns `4 i..4 i + 4`. With one group, the second scale and
-    /// minimum equal the first.
+    /// Receives 32 columns of the rows: vector `i` of the weights has columns `4 i..4 i + 4`. With one group, the second scale
+    /// and minimum equal the first.
     ///
     /// # Safety
     /// The buffer of the sink is large enough.
@@ -167,6 +176,6 @@ pub(super) trait Unpack {
 
     /// The zero point of the weights in the format of these lanes.
     fn zero<L: Lanes>() -> i32 {
-        if L::IS_SIGNED && Self::Kind::MOST == 255 { 0 } else { Self::ZERO }
+        if L::IS_SIGNED && Self::Kind::MAX_WEIGHT == 255 { 0 } else { Self::ZERO }
     }
 }

@@ -1,7 +1,7 @@
 //! Products of quantized activations with block-quantized weights.
 
 use super::activations::{Activations, Sums, with_quantized};
-use super::kernels::{Kernels, MOST_ROWS, panel_bytes};
+use super::kernels::{Kernels, MAX_ROWS, panel_bytes};
 use super::lanes::{COLUMNS, Kind, Rows, Unpack};
 use crate::blocks::decode::{Decoder, IQ4NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 use crate::blocks::matrix::{BlockFormat, with_writable};
@@ -14,11 +14,12 @@ use std::cell::Cell;
 
 /// Columns of a panel: a multiple of the block lengths. With a tile of activations, it stays in the L1 cache.
 const DEPTH: usize = 512;
-/// Panels that are multiplied with a tile of activations in turn, if there are many rows.
+/// Number of panels that are multiplied with a tile of activations one after the other, if there are many rows.
 const PANELS: usize = 4;
-/// Most rows of A for which one panel is used.
+/// Maximum number of rows of A for which one panel is used.
 const FEW_ROWS: usize = 8;
-/// The most weights of a task. The last prefetches of a task are for weights of another task, so few large tasks are better.
+/// Maximum number of weights in a task. The last prefetches of a task are for weights of another task, so few large tasks are
+/// better.
 const TASK_ELEMENTS: usize = 1024 * 1024;
 
 thread_local! {
@@ -131,7 +132,7 @@ impl Kernel {
         Rows { first: weights.bytes.as_ptr().wrapping_add(at), stride: weights.row_bytes }
     }
 
-    /// The address to prefetch: the same part of the rows from `first` on, as a run of bytes.
+    /// The address to prefetch: the same columns of the rows starting at `first`, as one range of bytes.
     fn next(&self, weights: Weights, first: usize, column: usize) -> *const u8 {
         let at = first * weights.row_bytes + self.rows * (column / self.len * self.bytes);
         weights.bytes.as_ptr().wrapping_add(at)
@@ -144,7 +145,7 @@ impl Kernel {
             // the last vector overlaps the previous one
             let first = at.min(weights.rows - self.rows);
             let rows = self.weights(weights, first, 0);
-            let mut dots = [0.0; MOST_ROWS];
+            let mut dots = [0.0; MAX_ROWS];
             // SAFETY: these are rows of the matrix, and the activations have its columns.
             let next = self.next(weights, first + self.rows, 0);
             unsafe { (self.dots)(rows, blocks, next, a.row(0, 0, self.groups), dots.as_mut_ptr()) };
@@ -154,7 +155,7 @@ impl Kernel {
         }
     }
 
-    /// Columns `from..to` of the result, at most those of [`PANELS`] vectors.
+    /// Columns `from..to` of the result, at most [`PANELS`] vectors of them.
     fn multiply(&self, task: &Task, weights: Weights, a: Activations, (from, to): (usize, usize)) {
         let ((m, n), k) = (task.shape, task.b.columns());
         let panel_lines = (DEPTH.min(k) / COLUMNS * self.panel_bytes).div_ceil(64) + 1;

@@ -47,7 +47,7 @@ trait SmallBlock: Decoder {
 struct Words([[u64; 16]; COLLECTED]);
 
 /// # Safety
-/// As of [`Unpack::unpack`].
+/// Same as [`Unpack::unpack`].
 #[inline(always)]
 unsafe fn unpack_small<L: Lanes, B: SmallBlock, S: Sink<L>>(rows: Rows, blocks: usize, sink: &mut S) {
     let mut words = Words([[0; 16]; COLLECTED]);

@@ -398,19 +398,19 @@ impl Lanes for Avx2 {
         NarrowAndWide(narrow, wide): NarrowAndWide,
         weights: Self,
         a: *const u8,
-        most: u32,
+        max_weight: u32,
         step: usize,
         steps: usize,
     ) -> NarrowAndWide {
         unsafe {
             let a = _mm256_set1_epi32(four(a));
             // a pair of products is at most 2 * 127 * 63, or 2 * 127 * 128 for signed weights: neither saturates
-            let pairs = if most == 255 {
+            let pairs = if max_weight == 255 {
                 _mm256_maddubs_epi16(_mm256_abs_epi8(weights.0), _mm256_sign_epi8(a, weights.0))
             } else {
                 _mm256_maddubs_epi16(weights.0, a)
             };
-            let safe = match most {
+            let safe = match max_weight {
                 0..=15 => 8,
                 16..=31 => 4,
                 32..=63 => 2,
