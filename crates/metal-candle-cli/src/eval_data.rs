@@ -6,7 +6,7 @@ use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Encoding, Sample
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a text file, which is tokenized as a whole.
+/// Maximum size of a text file in bytes; it is tokenized as a whole.
 const MAX_TEXT_BYTES: u64 = 1024 << 20;
 
 /// Rows to evaluate on.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Most bytes of a text or a file of rows, which is read into memory.
+/// Maximum size in bytes of a text or a file of rows, which is read into memory.
 pub(crate) const MAX_INPUT_BYTES: u64 = 1 << 30;
 
 /// Reads a text file of at most `max_bytes`; `-` is standard input.

@@ -15,7 +15,7 @@ use metal_candle::{Model, ModelConfig};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// Most compared tokens.
+/// Maximum number of compared tokens.
 const MAX_TOKENS: usize = 2048;
 
 /// The length of text windows, in tokens.
@@ -24,7 +24,7 @@ const WINDOW: usize = 512;
 /// The metadata key of a proof.
 pub(crate) const PROOF: &str = "metal_candle.proof";
 
-/// Most names of weights in a message.
+/// Maximum number of names of weights in a message.
 const MAX_NAMED: usize = 5;
 
 /// The flag for the text of a proof.

@@ -25,7 +25,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Time between two checks of the processes.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Most lines of the output of a rank other than 0.
+/// Maximum number of lines in the output of a rank other than 0.
 const MAX_LINES: usize = 20;
 
 /// The group of this process, if it has one.
@@ -204,7 +204,7 @@ impl Said {
     }
 }
 
-/// Most processes of a run.
+/// Maximum number of processes of a run.
 const MAX_DEVICES: usize = 64;
 
 /// Checks the number of devices.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Most recorded warnings.
+/// Maximum number of recorded warnings.
 const MAX_WARNINGS: usize = 50;
 
 /// The status that a run recorded.

@@ -10,7 +10,7 @@ use metal_candle::inference::{GenerationConfig, SamplingConfig};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArguments {
-    /// Most tokens of an answer.
+    /// Maximum number of tokens in an answer.
     #[arg(long, default_value_t = 256)]
     pub(crate) max_tokens: usize,
 

@@ -266,11 +266,11 @@ pub(crate) struct TrainSettings {
     #[arg(long, value_name = "COUNT", help_heading = "Training")]
     pub(crate) checkpointed_blocks: Option<String>,
 
-    /// Most tokens of a micro-batch; larger batches are split [default: as memory allows].
+    /// Maximum number of tokens in a micro-batch; larger batches are split [default: as memory allows].
     #[arg(long, value_name = "TOKENS", help_heading = "Training")]
     pub(crate) micro_batch_tokens: Option<usize>,
 
-    /// Most tokens of a batch [default: 2048].
+    /// Maximum number of tokens in a batch [default: 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Training")]
     pub(crate) batch_tokens: Option<usize>,
 

@@ -14,7 +14,7 @@ use metal_candle::files::check_integers;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a template or of a file with tools.
+/// Maximum size of a template or of a file with tools, in bytes.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// The chat template and its variables.

@@ -26,9 +26,9 @@ use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a line of standard input.
+/// Maximum size of a line of standard input, in bytes.
 const MAX_LINE_BYTES: usize = 64 << 20;
-/// Most bytes of the history file.
+/// Maximum size of the history file, in bytes.
 const MAX_HISTORY_BYTES: u64 = 16 << 20;
 
 /// Flags of `chat`.

@@ -19,7 +19,7 @@ use metal_candle::{Error, Model};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Most tokens of a batch.
+/// Maximum number of tokens in a batch.
 const BATCH_TOKENS: usize = 2048;
 
 /// Flags of `eval`.

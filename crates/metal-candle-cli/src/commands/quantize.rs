@@ -23,7 +23,7 @@ use std::str::FromStr;
 /// Tokens of a window of a calibration text.
 const CALIBRATION_WINDOW: usize = 512;
 
-/// Most windows of a calibration text.
+/// Maximum number of windows in a calibration text.
 const MAX_CALIBRATION_WINDOWS: usize = 256;
 
 /// A pattern of tensor names, and the type of matching tensors.

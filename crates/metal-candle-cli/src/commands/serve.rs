@@ -20,7 +20,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 
-/// Most bytes of the API key file.
+/// Maximum size of the API key file, in bytes.
 const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
 /// The KV cache uses at most one part in this many of the free memory, unless `--cache-memory` is given.
 const SHARE_OF_FREE: usize = 4;
@@ -75,11 +75,11 @@ pub(crate) struct ServeArguments {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Limits")]
 pub(crate) struct LimitArguments {
-    /// Most requests that are answered at the same time; others wait [default: as memory allows, at most 32].
+    /// Maximum number of requests that are answered at the same time; others wait [default: as memory allows, at most 32].
     #[arg(long)]
     pub(crate) slots: Option<usize>,
 
-    /// Most tokens of prompt and answer [default: the model's context].
+    /// Maximum number of tokens in the prompt and the answer [default: the model's context].
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
 
@@ -91,7 +91,7 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub(crate) prefill_chunk: usize,
 
-    /// Most requests that wait for a slot; further requests are refused with status 503.
+    /// Maximum number of requests that wait for a slot; further requests are refused with status 503.
     #[arg(long, default_value_t = 256)]
     pub(crate) max_waiting: usize,
 
@@ -105,7 +105,7 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "MODEL", conflicts_with = "speculate")]
     pub(crate) draft_model: Option<String>,
 
-    /// Most adapters that are loaded at the same time.
+    /// Maximum number of adapters that are loaded at the same time.
     #[arg(long, default_value_t = 64)]
     pub(crate) max_adapters: usize,
 }

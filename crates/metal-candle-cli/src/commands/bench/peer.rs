@@ -15,11 +15,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 /// The Python program; it reads requests from standard input and writes answers to standard output.
 const PROGRAM: &str = include_str!("peer.py");
 
-/// Most bytes of an answer.
+/// Maximum size of an answer, in bytes.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
-/// Most bytes of the other program's standard error that are read.
+/// Maximum number of bytes that are read from the other program's standard error.
 const MAX_STDERR_BYTES: u64 = 64 << 10;
-/// Most characters of the other program's standard error that are shown.
+/// Maximum number of characters that are shown of the other program's standard error.
 const MAX_SHOWN: usize = 400;
 
 /// The programs to compare with.

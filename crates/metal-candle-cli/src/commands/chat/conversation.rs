@@ -9,7 +9,7 @@ use metal_candle::inference::GenerationConfig;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a saved conversation.
+/// Maximum size of a saved conversation, in bytes.
 const MAX_CONVERSATION_BYTES: u64 = 64 << 20;
 
 const HELP: &str = "\

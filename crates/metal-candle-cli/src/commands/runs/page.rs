@@ -9,7 +9,7 @@ use std::fmt::Write;
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
-/// Most points of a curve.
+/// Maximum number of points in a curve.
 const MAX_POINTS: usize = 600;
 
 /// Colours that are distinguishable on white and on black.

@@ -23,7 +23,7 @@ pub(crate) struct JobArguments {
     #[arg(long, value_name = "SIZE", default_value = "128MiB")]
     pub(crate) max_file_bytes: ByteSize,
 
-    /// Most bytes of all uploaded files.
+    /// Maximum size of all uploaded files, in bytes.
     #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     pub(crate) max_total_file_bytes: ByteSize,
 }

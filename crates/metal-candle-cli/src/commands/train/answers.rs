@@ -8,7 +8,7 @@ use metal_candle::files::BoundedLines;
 use metal_candle::inference::{GenerationConfig, Generator};
 use serde_json::Value;
 
-/// Most bytes of a row.
+/// Maximum size of a row, in bytes.
 const MAX_ROW_BYTES: usize = 64 << 20;
 /// Longest generated answer, in tokens.
 pub(super) const MAX_SAMPLE_TOKENS: usize = 64;

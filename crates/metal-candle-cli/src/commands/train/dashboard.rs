@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// Time between two frames, and the longest delay of a key press.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// Most points of a curve.
+/// Maximum number of points in a curve.
 const MAX_POINTS: usize = 400;
 
 /// Checks early whether a dashboard can be shown.

@@ -8,7 +8,7 @@ use metal_candle::profile::{self, Profile};
 use metal_candle::training::TrainingEvent;
 use std::path::PathBuf;
 
-/// Most recorded steps: each step needs some hundred kilobytes in the file.
+/// Maximum number of recorded steps: each step needs some hundred kilobytes in the file.
 pub(super) const MAX_STEPS: usize = 20;
 
 /// Records steps, without the evaluations and checkpoints between them.
