@@ -15,11 +15,11 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
-/// Most CPU tasks (tokenizing, templates, grammars) that run at the same time, and that wait.
+/// Maximum number of CPU tasks (tokenizing, templates, grammars) that run at the same time, and of tasks that wait.
 const MAX_SIDE_TASKS: usize = 2;
 const MAX_SIDE_WAITING: usize = 256;
 
-/// Most tokens that a draft model drafts at a time.
+/// Maximum number of tokens that a draft model drafts at a time.
 const MAX_DRAFT: usize = 4;
 
 /// The number of tokens that fit in the context after a prompt.
@@ -143,7 +143,7 @@ impl App {
         Ok(Target { name: name.to_owned(), adapter: Some(adapter) })
     }
 
-    /// Most choices that a client may request; they run at the same time.
+    /// Maximum number of choices that a client may request; they run at the same time.
     pub(crate) fn max_choices(&self, client: &Client) -> usize {
         self.config.max_choices.min(self.engine.limits().slots).min(client.max_running)
     }

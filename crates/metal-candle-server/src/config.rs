@@ -11,21 +11,21 @@ use std::time::Duration;
 pub struct ServerConfig {
     /// The name of the model for clients.
     pub name: String,
-    /// Most sequences that run at the same time; 0 for the number that fits in `cache_bytes`, at most 32.
+    /// Maximum number of sequences that run at the same time; 0 for the number that fits in `cache_bytes`, at most 32.
     pub slots: usize,
-    /// Most tokens of prompt and answer; 0 for the model's own limit.
+    /// Maximum number of tokens in the prompt and the answer; 0 for the model's own limit.
     pub context: usize,
-    /// Most bytes of the KV cache.
+    /// Maximum size of the KV cache, in bytes.
     pub cache_bytes: usize,
     /// The type of the KV caches of the model and the draft model; `None` for the default of the model.
     pub kv_cache: Option<KVCacheType>,
-    /// Most tokens of a prompt per step, so that other answers do not wait long.
+    /// Maximum number of tokens in a prompt per step, so that other answers do not wait long.
     pub prefill_chunk: usize,
-    /// Most sequences that wait for a slot.
+    /// Maximum number of sequences that wait for a slot.
     pub max_waiting: usize,
-    /// Most choices of a request.
+    /// Maximum number of choices in a request.
     pub max_choices: usize,
-    /// Most bytes of a JSON body.
+    /// Maximum size of a JSON body, in bytes.
     pub max_body_bytes: usize,
     /// Longest wait for a slot.
     pub queue_timeout: Duration,
@@ -45,7 +45,7 @@ pub struct ServerConfig {
     pub cors_origins: Vec<String>,
     /// The folder from which requests may load adapters.
     pub adapter_root: Option<PathBuf>,
-    /// Most loaded adapters.
+    /// Maximum number of loaded adapters.
     pub max_adapters: usize,
     /// Whether keys share the prefix cache. The time to the first token then reveals prompts of other keys.
     pub share_prefixes: bool,
@@ -101,9 +101,9 @@ pub struct JobsConfig {
     pub model_flags: Vec<OsString>,
     /// The base of `learning_rate_multiplier`: the default learning rate of `program` for this model.
     pub learning_rate: f64,
-    /// Most bytes of a file.
+    /// Maximum size of a file, in bytes.
     pub max_file_bytes: u64,
-    /// Most bytes of all files.
+    /// Maximum size of all files, in bytes.
     pub max_total_bytes: u64,
 }
 
@@ -116,9 +116,9 @@ pub struct ApiKey {
     pub secret: String,
     /// Whether it may load adapters, upload files and run jobs.
     pub is_admin: bool,
-    /// Most sequences of this key that run at the same time; 0 for no limit.
+    /// Maximum number of sequences of this key that run at the same time; 0 for no limit.
     pub max_running: usize,
-    /// Most tokens of prompts and answers per minute; 0 for no limit.
+    /// Maximum number of prompt and answer tokens per minute; 0 for no limit.
     pub tokens_per_minute: u64,
 }
 

@@ -5,7 +5,7 @@ use crate::error::ApiError;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-/// Most characters of the name of a function or a schema.
+/// Maximum number of characters in the name of a function or a schema.
 const MAX_NAME: usize = 64;
 
 type Result<T> = std::result::Result<T, ApiError>;

@@ -19,7 +19,7 @@ const MAX_ROWS: u64 = 1_000_000;
 const MAX_ROW_BYTES: usize = 4 << 20;
 /// Longest filename that is stored.
 const MAX_FILENAME_CHARS: usize = 200;
-/// Most findings that a report lists.
+/// Maximum number of findings that a report lists.
 const MAX_FINDINGS: usize = 100;
 /// The prefix of the names of unfinished uploads.
 const UPLOAD: &str = ".upload-";

@@ -6,9 +6,9 @@ use crate::sampling::token_id;
 use crate::served::Served;
 use serde_json::Value;
 
-/// Most prompts of a request.
+/// Maximum number of prompts in a request.
 const MAX_PROMPTS: usize = 64;
-/// Most tokens of a tokenized prompt.
+/// Maximum number of tokens in a tokenized prompt.
 const MAX_PROMPT_TOKENS: usize = 1 << 20;
 
 /// A prompt of a request.

@@ -6,7 +6,7 @@ use crate::served::Served;
 use metal_candle::inference::GenerationConfig;
 use serde_json::Value;
 
-/// Most stop strings, and most bytes of each. Editors send more than OpenAI's four.
+/// Maximum number of stop strings, and maximum size of each in bytes. Editors send more than OpenAI's four.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 const MAX_BIASES: usize = 1024;

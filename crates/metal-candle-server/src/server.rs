@@ -33,7 +33,7 @@ use tokio_io_timeout::TimeoutStream;
 const MAX_SLOTS: usize = 32;
 /// Longest row of a training file, in tokens, unless the model's context is shorter; the default of `train`.
 const MAX_ROW_TOKENS: usize = 2048;
-/// Most connections.
+/// Maximum number of connections.
 const MAX_CONNECTIONS: usize = 1024;
 const MAX_HEADERS: usize = 100;
 const MAX_HEADER_BYTES: usize = 64 << 10;
@@ -52,7 +52,8 @@ impl Server {
     /// Starts the engine: allocates its cache and starts its thread.
     ///
     /// # Errors
-    /// The cache does not fit in `cache_bytes` or on the device, the type `kv_cache` is not supported, or a limit is out of range.
+    /// The cache does not fit in `cache_bytes` or on the device, the type `kv_cache` is not supported, or a limit is out of
+    /// range.
     pub fn new(model: &Model, tokenizer: Tokenizer, config: ServerConfig) -> metal_candle::Result<Self> {
         let limits = limits(model, &config)?;
         let metrics = Arc::new(Metrics::default());
@@ -84,12 +85,12 @@ impl Server {
             .map_err(|error| metal_candle::Error::Argument { name: "adapter".into(), message: error.message })
     }
 
-    /// Most sequences that run at the same time.
+    /// Maximum number of sequences that run at the same time.
     pub fn slots(&self) -> usize {
         self.app.engine.limits().slots
     }
 
-    /// Most tokens of prompt and answer.
+    /// Maximum number of tokens in the prompt and the answer.
     pub fn context(&self) -> usize {
         self.app.served.context
     }

@@ -15,7 +15,7 @@ use metal_candle::inference::{FinishReason, GenerationConfig, TokenMask};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
-/// Most messages of a request.
+/// Maximum number of messages in a request.
 pub(crate) const MAX_MESSAGES: usize = 4096;
 
 /// A conversation to answer.

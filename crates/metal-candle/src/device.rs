@@ -20,7 +20,7 @@ enum Kind {
     Metal,
 }
 
-/// Most CUDA devices of a machine.
+/// Maximum number of CUDA devices in a machine.
 const MAX_CUDA: usize = 64;
 
 static CUDA: [OnceLock<std::result::Result<candle_core::Device, String>>; MAX_CUDA] =
@@ -110,8 +110,8 @@ impl Device {
     }
 
     /// The instruction sets that the CPU kernels use on this machine: for floats, for 8-bit integers, and the matrix unit if
-    /// there is one. The environment variable `METAL_CANDLE_ISA` limits them to a level: `baseline`, `avx2`, `avx-vnni`, `avx512`,
-    /// `avx512-vnni` or `amx`; on Arm `neon` or `dotprod`.
+    /// there is one. The environment variable `METAL_CANDLE_ISA` limits them to a level: `baseline`, `avx2`, `avx-vnni`,
+    /// `avx512`, `avx512-vnni` or `amx`; on Arm `neon` or `dotprod`.
     ///
     /// # Errors
     /// The variable is not a level, or this machine does not support the level.

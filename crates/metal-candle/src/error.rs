@@ -209,7 +209,7 @@ impl fmt::Display for DataProblem {
     }
 }
 
-/// Most problems that are printed; the others are counted.
+/// Maximum number of problems that are printed; the others are counted.
 const MAX_LISTED: usize = 20;
 
 fn list<T: fmt::Display>(problems: &[T]) -> String {

@@ -7,19 +7,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Most unread pieces per sample; more pause the sequence.
+/// Maximum number of unread pieces per sample; more pause the sequence.
 const MAX_BEHIND: usize = 64;
 
 /// The limits of the engine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct EngineLimits {
-    /// Most sequences that run at the same time.
+    /// Maximum number of sequences that run at the same time.
     pub(crate) slots: usize,
-    /// Most tokens of prompt and answer.
+    /// Maximum number of tokens in the prompt and the answer.
     pub(crate) context: usize,
     /// The size of the KV cache, which is allocated at the start.
     pub(crate) cache_bytes: usize,
-    /// Most waiting sequences.
+    /// Maximum number of waiting sequences.
     pub(crate) max_waiting: usize,
     /// Longest wait for a slot.
     pub(crate) queue_timeout: Duration,
@@ -45,7 +45,7 @@ pub(crate) struct Job {
     pub(crate) salt: u64,
     /// The index of the key that the job belongs to.
     pub(crate) owner: usize,
-    /// Most sequences of this owner that run at the same time.
+    /// Maximum number of sequences of this owner that run at the same time.
     pub(crate) max_running: usize,
 }
 

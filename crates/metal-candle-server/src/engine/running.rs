@@ -19,7 +19,7 @@ pub(super) struct Running {
     pub(super) updates: Sender<Update>,
     pub(super) stops: Stops,
     pub(super) owner: usize,
-    /// Most sequences of this owner that run at a time.
+    /// Maximum number of sequences of this owner that run at the same time.
     pub(super) owner_limit: usize,
     /// The sequence of each sample, until it ends.
     pub(super) sequences: Vec<Option<SequenceId>>,

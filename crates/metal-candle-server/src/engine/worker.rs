@@ -19,8 +19,8 @@ use tokio::sync::mpsc::error::TrySendError;
 
 /// Time between two checks of paused sequences when the engine is idle.
 const POLL: Duration = Duration::from_millis(5);
-/// Most pieces that a step adds to a sequence: one per drafted token, and one more. A step in progress may add the same
-/// number again.
+/// Maximum number of pieces that a step adds to a sequence: one per drafted token, and one more. A step in progress may add the
+/// same number again.
 const MAX_PIECES: usize = 16;
 /// This number of failed steps within `FAILURE_WINDOW` stops the server: the failure is permanent.
 const MAX_FAILURES: usize = 3;

@@ -21,24 +21,24 @@ use std::time::Duration;
 
 /// Stack size of a compiling thread. Schemas and grammars are parsed recursively.
 const STACK_BYTES: usize = 256 << 20;
-/// Most compiling threads, including threads past their deadline.
+/// Maximum number of compiling threads, including threads past their deadline.
 const MAX_COMPILING: usize = 2;
-/// Most nested brackets of a Lark grammar.
+/// Maximum nesting of brackets in a Lark grammar.
 const MAX_NESTING: usize = 100;
-/// Most rules of a Lark grammar, which are parsed recursively.
+/// Maximum number of rules in a Lark grammar, which are parsed recursively.
 const MAX_RULES: usize = 1000;
-/// Most bytes of a converted grammar.
+/// Maximum size of a converted grammar, in bytes.
 const MAX_CONVERTED: usize = 256 << 10;
 
 /// The limits of grammars in requests.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub(crate) struct GrammarLimits {
-    /// Most bytes of a schema, expression or grammar.
+    /// Maximum size of a schema, expression or grammar, in bytes.
     pub(crate) max_bytes: usize,
     /// Longest time to compile a grammar.
     pub(crate) deadline: Duration,
-    /// Most states of a sequence's lexer. A state needs 1 to 2 KB.
+    /// Maximum number of states in a sequence's lexer. A state needs 1 to 2 KB.
     pub(crate) max_lexer_states: usize,
     /// The number of cached grammars.
     pub(crate) cached: usize,
@@ -149,7 +149,7 @@ impl GrammarCompiler {
     }
 }
 
-/// Most symbols in the rules of a grammar.
+/// Maximum number of symbols in the rules of a grammar.
 const MAX_GRAMMAR_SIZE: usize = 100_000;
 
 impl Inner {

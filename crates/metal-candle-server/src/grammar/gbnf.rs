@@ -7,15 +7,15 @@ use super::error::GrammarError;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-/// Most rules of a grammar.
+/// Maximum number of rules in a grammar.
 const MAX_RULES: usize = 500;
-/// Most nested groups.
+/// Maximum nesting of groups.
 const MAX_NESTING: usize = 50;
-/// Most repetitions.
+/// Maximum number of repetitions.
 const MAX_COUNT: u32 = 2000;
-/// Most bytes of one regular expression.
+/// Maximum size of one regular expression, in bytes.
 const MAX_REGEX: usize = 16 << 10;
-/// Most bytes of all regular expressions.
+/// Maximum size of all regular expressions, in bytes.
 const MAX_LARK: usize = 128 << 10;
 
 type Result<T> = std::result::Result<T, GrammarError>;

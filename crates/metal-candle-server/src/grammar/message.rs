@@ -1,6 +1,6 @@
 //! Converts error messages of llguidance to messages for clients.
 
-/// Most characters of a message.
+/// Maximum number of characters in a message.
 const MAX_CHARS: usize = 240;
 
 const TOO_COMPLEX: &str = "the grammar is too complex";

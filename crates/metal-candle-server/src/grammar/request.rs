@@ -5,7 +5,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use serde_json::Value;
 
-/// Most texts of a choice.
+/// Maximum number of texts in a choice.
 const MAX_CHOICES: usize = 1024;
 
 /// Fields of vLLM and llama.cpp, and the kind of grammar in each.
@@ -29,8 +29,8 @@ impl Grammar {
 
     /// The grammar of a request and the path of its field; `None` without a grammar.
     ///
-    /// It reads `response_format`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`, `json_schema`, `grammar` and
-    /// `structured_outputs`.
+    /// It reads `response_format`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`, `json_schema`, `grammar`
+    /// and `structured_outputs`.
     ///
     /// # Errors
     /// A field is invalid, or several fields specify a grammar.

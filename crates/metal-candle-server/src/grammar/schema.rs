@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 const OPTIONS_KEY: &str = "x-guidance";
 /// Schemas are compiled with 64-bit floats, which represent integers up to this exactly.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
-/// Most property patterns; all pairs are compared.
+/// Maximum number of property patterns; all pairs are compared.
 const MAX_PATTERNS: usize = 100;
 /// Largest common multiple of all `multipleOf`: a grammar has one state per remainder.
 const MAX_MULTIPLE: u64 = 10_000;

@@ -9,7 +9,7 @@ use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 const BITS: usize = u32::BITS as usize;
 /// Longest token in bytes; the trie does not support longer ones.
 const MAX_TOKEN_BYTES: usize = 1000;
-/// Most tokens: ids have 24 bits in the trie.
+/// Maximum number of tokens: ids have 24 bits in the trie.
 const MAX_TOKENS: usize = 1 << 22;
 /// Added tokens that mark parts of an answer although they are not special.
 const MARKERS: [&str; 12] = [

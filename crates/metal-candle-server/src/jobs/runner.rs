@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(100);
 /// Time between two checks of the queue.
 const IDLE: Duration = Duration::from_millis(500);
-/// Most adapters of earlier jobs that are loaded when the server starts; others are loaded on first use.
+/// Maximum number of adapters of earlier jobs that are loaded when the server starts; others are loaded on first use.
 const MAX_LOADED: usize = 16;
 /// Attempts to load a checkpoint, which the trainer may be removing.
 const MAX_ATTEMPTS: usize = 3;

@@ -167,8 +167,8 @@ impl JobSettings {
         numbers.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect()
     }
 
-    /// Most tokens of a batch. The trainer limits batches by tokens, so `batch_size` counts rows of mean length; the longest row
-    /// must fit.
+    /// Maximum number of tokens in a batch. The trainer limits batches by tokens, so `batch_size` counts rows of mean length;
+    /// the longest row must fit.
     pub(crate) fn batch_tokens(&self, stats: &FileStats) -> Option<usize> {
         let of_rows = |rows: usize| (rows * stats.tokens).div_ceil(stats.rows.max(1)).max(stats.longest).max(1);
         self.batch_tokens.or_else(|| self.batch_size.map(of_rows))

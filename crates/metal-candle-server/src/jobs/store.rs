@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Most waiting jobs.
+/// Maximum number of waiting jobs.
 const MAX_WAITING: usize = 16;
-/// Most jobs that are stored.
+/// Maximum number of jobs that are stored.
 const MAX_JOBS: usize = 1000;
 /// The prefix of plan folders.
 const PLAN: &str = ".plan-";

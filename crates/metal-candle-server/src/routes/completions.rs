@@ -20,7 +20,7 @@ use metal_candle::models::Model;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
-/// Most prompt tokens with scores in a request.
+/// Maximum number of prompt tokens with scores in a request.
 const MAX_SCORED: usize = 4096;
 
 /// Settings of the wire format besides the jobs.

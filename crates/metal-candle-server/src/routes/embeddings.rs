@@ -17,7 +17,7 @@ use metal_candle::ops::LowRankUpdates;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Most texts of a request, as in OpenAI.
+/// Maximum number of texts in a request, as in OpenAI.
 const MAX_INPUTS: usize = 2048;
 
 /// Embeds texts.

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// Longest pause during an upload, and longest upload.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
 const UPLOAD_TIMEOUT: Duration = Duration::from_mins(15);
-/// Most bytes of a part's header, and of a field other than the file.
+/// Maximum size in bytes of a part's header, and of a field other than the file.
 const MAX_HEADER_BYTES: usize = 1 << 20;
 const MAX_FIELD_BYTES: usize = 1 << 10;
 const MAX_PARTS: usize = 16;

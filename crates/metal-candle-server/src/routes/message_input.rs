@@ -6,7 +6,7 @@ use crate::turn::MAX_MESSAGES;
 use metal_candle::data::Message;
 use serde_json::{Value, json};
 
-/// Most blocks of a message.
+/// Maximum number of blocks in a message.
 const MAX_BLOCKS: usize = 4096;
 
 /// The messages of `system` and `messages`.

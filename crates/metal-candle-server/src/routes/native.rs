@@ -23,11 +23,11 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Most tokens of a call of `/detokenize`.
+/// Maximum number of tokens in a call of `/detokenize`.
 const MAX_TOKENS: usize = 1 << 20;
-/// Most extra files of an infill request.
+/// Maximum number of extra files in an infill request.
 const MAX_EXTRAS: usize = 256;
-/// Most entries of `lora`.
+/// Maximum number of entries of `lora`.
 const MAX_ADAPTERS: usize = 64;
 
 /// `POST /completion`.

@@ -8,7 +8,7 @@ use crate::grammar::{Grammar, prepared_schema};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
-/// Most bytes of the schemas of all tools.
+/// Maximum size of the schemas of all tools, in bytes.
 const MAX_SCHEMA_BYTES: usize = 64 << 10;
 /// The supported keywords of strings in a grammar of XML parameters.
 const STRING_KEYWORDS: [&str; 7] = ["type", "enum", "const", "description", "title", "default", "examples"];

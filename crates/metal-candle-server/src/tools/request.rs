@@ -4,7 +4,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use serde_json::{Map, Value, json};
 
-/// Most tools of a request.
+/// Maximum number of tools in a request.
 pub(crate) const MAX_TOOLS: usize = 128;
 
 type Result<T> = std::result::Result<T, ApiError>;

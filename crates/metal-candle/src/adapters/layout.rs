@@ -203,7 +203,7 @@ pub(crate) struct Planned {
     pub(crate) is_subtracted: bool,
 }
 
-/// Most parameters of an adapter; it keeps the sizes of their optimizer state from overflowing.
+/// Maximum number of parameters in an adapter; it keeps the sizes of their optimizer state from overflowing.
 const MAX_PARAMETERS: usize = isize::MAX as usize / 16;
 
 impl Layout {

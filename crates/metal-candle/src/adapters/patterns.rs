@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::files::guard;
 use fancy_regex::{Regex, RegexBuilder};
 
-/// Most backtracking steps of one match.
+/// Maximum number of backtracking steps of one match.
 const MAX_STEPS: usize = 20_000;
 
 /// Values by regular expression; the first that matches the whole path, or its end after a dot, applies.

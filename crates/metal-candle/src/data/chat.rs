@@ -14,9 +14,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Most bytes a template renders to.
+/// Maximum size of a rendered template, in bytes.
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
-/// Most bytes of a template's source.
+/// Maximum size of a template's source, in bytes.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// The fuel of a rendering besides the fuel for its input: an instruction costs 1, as does each 64 bytes of data created.
 const FUEL: u64 = 600_000;
@@ -26,14 +26,14 @@ const FUEL_PER_VALUE: u64 = 400;
 const FUEL_PER_BYTE: u64 = 16;
 /// Fuel for each pair of messages: some templates search all messages at each message.
 const FUEL_PER_PAIR: u64 = 60;
-/// Most fuel for pairs.
+/// Maximum fuel for pairs.
 const MAX_PAIR_FUEL: u64 = 60_000_000;
 /// The fuel that most conversations need. Each level of nested lists costs at least 1, and the engine needs up to 512 bytes of
 /// stack per level to print or drop it, so this amount is safe on any thread.
 const SMALL_FUEL: u64 = 3_000;
 /// Stack, in bytes, of the thread for renderings that need more than [`SMALL_FUEL`].
 const STACK_BYTES: usize = 256 << 20;
-/// Most nested macros and blocks (a macro counts more than once).
+/// Maximum nesting of macros and blocks (a macro counts more than once).
 const RECURSION_LIMIT: usize = 200;
 
 /// A chat template (Jinja), rendered as transformers' `apply_chat_template` does.
@@ -326,7 +326,7 @@ fn environment() -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// Most levels of lists and maps in a value of a namespace.
+/// Maximum depth of lists and maps in a value of a namespace.
 const MAX_STORED_DEPTH: usize = 100;
 
 /// Checks a value before it is stored in a namespace. Deeply nested values, and namespaces that contain themselves, would

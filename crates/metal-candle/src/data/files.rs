@@ -11,7 +11,7 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Most problems that are listed; the others are counted.
+/// Maximum number of problems that are listed; the others are counted.
 const MAX_PROBLEMS: usize = 1000;
 /// The number of rows, and of bytes, that are read before they are tokenized in parallel.
 const CHUNK_ROWS: usize = 256;

@@ -2,10 +2,10 @@
 
 use std::io::{self, BufRead};
 
-/// Most bytes of a record.
+/// Maximum size of a record, in bytes.
 const MAX_RECORD_BYTES: usize = 64 << 20;
 
-/// Most bytes of a skipped record; after a longer one the rest of the file is not read.
+/// Maximum size of a skipped record, in bytes; after a longer one the rest of the file is not read.
 const MAX_SKIPPED_BYTES: usize = 1 << 30;
 
 const BOM: &[u8] = b"\xEF\xBB\xBF";

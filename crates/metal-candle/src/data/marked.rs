@@ -10,7 +10,7 @@ use std::ops::Range;
 const NUMBER: char = '\u{E0F7}';
 const OPEN: char = '\u{E0F8}';
 const CLOSE: char = '\u{E0F9}';
-/// Most bytes of an anchor.
+/// Maximum size of an anchor, in bytes.
 const MAX_ANCHOR_BYTES: usize = 40;
 /// Longest tag at the edge of a string that is left outside the marks.
 const MAX_TAG_BYTES: usize = 40;

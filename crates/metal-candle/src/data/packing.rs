@@ -7,9 +7,9 @@ use crate::models::{Batch, Targets};
 /// The limits of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackingLimits {
-    /// Most tokens of a batch; a sample that is longer gets a batch of its own.
+    /// Maximum number of tokens in a batch; a sample that is longer gets a batch of its own.
     pub max_tokens: usize,
-    /// Most samples of a batch.
+    /// Maximum number of samples in a batch.
     pub max_samples: usize,
 }
 

@@ -9,9 +9,9 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-/// Most duplicates that are listed; all are counted.
+/// Maximum number of duplicates that are listed; all are counted.
 const MAX_LISTED: usize = 100;
-/// Most bars of a histogram.
+/// Maximum number of bars in a histogram.
 const MAX_BARS: usize = 20;
 
 /// A summary of the files of a dataset.

@@ -43,7 +43,7 @@ pub enum TrainedTurns {
 /// How rows become samples.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DatasetOptions {
-    /// Most tokens of a row.
+    /// Maximum number of tokens in a row.
     pub max_tokens: Option<usize>,
     /// Whether rows that are too long are truncated instead of refused.
     pub truncate: bool,

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// A text that no conversation contains: private-use characters at both ends.
 const SENTINEL: &str = "\u{E0F7}0\u{E0F8}";
-/// Most messages of a conversation whose boundaries are found by rendering each prefix.
+/// Maximum number of messages in a conversation whose boundaries are found by rendering each prefix.
 const MAX_BEGINNINGS: usize = 64;
 
 /// A rendered conversation.

@@ -4,7 +4,7 @@ use super::Tokenizer;
 use crate::error::Result;
 use tokenizers::DecoderWrapper;
 
-/// Most tokens that are held back while their text is incomplete.
+/// Maximum number of tokens that are held back while their text is incomplete.
 const MAX_PENDING: usize = 16;
 
 /// Decodes one token at a time and never returns half a character.

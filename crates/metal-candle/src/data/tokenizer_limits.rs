@@ -5,17 +5,17 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Most bytes that one byte of a text may become; published tokenizers stay below 100.
+/// Maximum number of bytes that one byte of a text may become; published tokenizers stay below 100.
 const MAX_GROWTH: u64 = 1000;
-/// Most bytes of a normalized text. The `tokenizers` crate needs about twenty times this memory.
+/// Maximum size of a normalized text, in bytes. The `tokenizers` crate needs about twenty times this memory.
 const MAX_NORMALIZED_BYTES: u64 = 256 << 20;
-/// Most steps of the normalizers and pre-tokenizers, or of the decoders; each reads the whole text.
+/// Maximum number of steps of the normalizers and pre-tokenizers, or of the decoders; each reads the whole text.
 const MAX_STEPS: usize = 256;
-/// Most pieces of a template of a post-processor.
+/// Maximum number of pieces in a template of a post-processor.
 const MAX_TEMPLATE_PIECES: usize = 256;
-/// Most bytes of a prefix or suffix of words or characters.
+/// Maximum size of a prefix or suffix of words or characters, in bytes.
 const MAX_AFFIX_BYTES: usize = 256;
-/// Most characters of a word for `WordPiece`, whose search takes quadratic time.
+/// Maximum number of characters in a word for `WordPiece`, whose search takes quadratic time.
 const MAX_WORD_CHARS: u64 = 1000;
 
 /// The parts of a `tokenizer.json` that change the length of a text.
@@ -109,7 +109,7 @@ struct Step {
     last: Option<char>,
     /// Whether `content` may also be inserted before each character or text.
     is_inserted: bool,
-    /// Most bytes that any byte may become.
+    /// Maximum number of bytes that any byte may become.
     factor: u64,
 }
 
@@ -182,7 +182,7 @@ fn longest_entry(charsmap: &str) -> u64 {
     texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(1).max(1) as u64
 }
 
-/// Most bytes that one byte of a text may become after all steps.
+/// Maximum number of bytes that one byte of a text may become after all steps.
 fn growth(steps: &[Step]) -> u64 {
     // the bytes that each character becomes, from the last step to the first; other characters grow by the factor `other`
     let mut of_char: BTreeMap<char, u64> = BTreeMap::new();

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Maximum number of files of a split model.
+/// Maximum number of files in a split model.
 const MAX_FILES: u64 = 1000;
 
 /// The bytes of the tensors.

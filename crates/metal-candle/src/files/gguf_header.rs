@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub(super) const MAGIC: &[u8; 4] = b"GGUF";
-/// Maximum number of dimensions of a tensor.
+/// Maximum number of dimensions in a tensor.
 const MAX_DIMENSIONS: usize = 4;
 pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
 /// Most items of all lists together. An item of one byte takes as much memory as any value, so a file of some gigabytes could

@@ -11,7 +11,7 @@ const MAGIC: &[u8] = b"metal-candle kernels 1\n";
 
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// Most files in the folder; the oldest are removed first.
+/// Maximum number of files in the folder; the oldest are removed first.
 const MAX_FILES: usize = 512;
 
 /// A folder with one file per key.

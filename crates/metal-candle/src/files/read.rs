@@ -6,10 +6,10 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
-/// Most bytes of a JSON file other than the weights. The parsed values need about twenty times its size.
+/// Maximum size of a JSON file other than the weights, in bytes. The parsed values need about twenty times its size.
 pub const MAX_SIDE_FILE_BYTES: u64 = 4 << 20;
 
-/// Most bytes of a line of `metrics.jsonl`.
+/// Maximum size of a line of `metrics.jsonl`, in bytes.
 pub const MAX_METRICS_LINE_BYTES: usize = 1 << 20;
 
 /// Reads a file of at most `max_bytes`.

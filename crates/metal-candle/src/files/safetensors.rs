@@ -15,11 +15,11 @@ use std::sync::Arc;
 
 /// Bytes of the length field before the header.
 const LENGTH_BYTES: usize = 8;
-/// Most bytes of a header, as in the reference implementation.
+/// Maximum size of a header, in bytes, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Most tensors of a file; the largest published models have about 150,000 in all of their files.
+/// Maximum number of tensors in a file; the largest published models have about 150,000 in all of their files.
 const MAX_TENSORS: usize = 200_000;
-/// Most dimensions of a tensor.
+/// Maximum number of dimensions in a tensor.
 const MAX_RANK: usize = 16;
 
 /// The dtypes of the format: name, bits per element and candle's dtype.

@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// Most characters of a line of a message.
+/// Maximum number of characters in a line of a message.
 const MAX_LINE_CHARS: usize = 2000;
-/// Most lines of a message.
+/// Maximum number of lines in a message.
 const MAX_LINES: usize = 200;
 
 /// Whether `c` may control a terminal or mislead a reader.

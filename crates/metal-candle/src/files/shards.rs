@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 /// Largest accepted index, in bytes.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-/// Most misplaced tensors that are searched for in the other shards; a message lists fewer.
+/// Maximum number of misplaced tensors that are searched for in the other shards; a message lists fewer.
 const MAX_SEARCHED: usize = 100;
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 /// Drafting stops for this multiple of the time it has lost, so that trying again costs at most 2 %.
 const STOP_FACTOR: f64 = 50.0;
-/// Most seconds of gain that later losses are offset against.
+/// Maximum gain, in seconds, that later losses are offset against.
 const MAX_GAIN: f64 = 0.05;
 /// The number of steps without drafts that are timed before drafting, and again after [`REFRESH`] steps with drafts.
 const FEWEST_PLAIN: u32 = 3;

@@ -58,7 +58,7 @@ impl<const N: usize> From<[u32; N]> for Prompt {
 /// Sampling settings and stop conditions. The default is greedy and ends after 256 tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
-    /// Most tokens to generate, at least 1; the context of the model is also a limit.
+    /// Maximum number of tokens to generate, at least 1; the context of the model is also a limit.
     pub max_tokens: usize,
     /// Fewest tokens before an end token may be sampled. Stop strings can end a generation earlier, as can a mask that allows
     /// only end tokens.

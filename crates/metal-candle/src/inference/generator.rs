@@ -50,7 +50,7 @@ impl Clone for Generator {
 }
 
 impl Generator {
-    /// Most prompts of [`Generator::generate_batch`] that are generated at the same time.
+    /// Maximum number of prompts of [`Generator::generate_batch`] that are generated at the same time.
     pub const MAX_BATCH_SIZE: usize = SchedulerConfig::MAX_SEQUENCES;
 
     /// Creates a generator of token ids.

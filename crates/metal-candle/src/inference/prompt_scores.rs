@@ -9,9 +9,9 @@ use crate::models::{Batch, KVCacheType, Model, Rows};
 use crate::ops::LowRankUpdates;
 use candle_core::Tensor;
 
-/// Most tokens of a pass.
+/// Maximum number of tokens in a pass.
 const CHUNK: usize = 512;
-/// Most rows of logits in memory.
+/// Maximum number of rows of logits in memory.
 const MAX_ROWS: usize = 256;
 
 /// Computes the log-probability of each token of a text after the first, given the previous tokens, and the `num_top` most

@@ -23,8 +23,8 @@ use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Most logits of decoding sequences that a step with a prompt reads back from a device. With more logits, reading and sampling
-/// takes longer than a separate pass.
+/// Maximum number of logits of decoding sequences that a step with a prompt reads back from a device. With more logits, reading
+/// and sampling takes longer than a separate pass.
 const MAX_READ_LOGITS: usize = 1 << 19;
 
 /// Continues many prompts with one model: continuous batching without threads or waiting.

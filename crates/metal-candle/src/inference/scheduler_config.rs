@@ -7,12 +7,12 @@ use crate::models::{KVCacheType, Model};
 /// The limits of a [`Scheduler`](super::Scheduler).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerConfig {
-    /// Most sequences that run at the same time, each in its own slot of the KV cache. Others wait.
+    /// Maximum number of sequences that run at the same time, each in its own slot of the KV cache. Others wait.
     pub max_sequences: usize,
     /// Prompts are computed in chunks that end at multiples of this number of tokens.
     pub prefill_chunk: usize,
-    /// Most tokens of a step: one per decoding sequence, the rest for prompt chunks. Chunks are not split to fit, and each step
-    /// computes at least one.
+    /// Maximum number of tokens in a step: one per decoding sequence, the rest for prompt chunks. Chunks are not split to fit,
+    /// and each step computes at least one.
     pub step_tokens: usize,
     /// The type of the KV caches of the model and the draft model. `None` for the default: f32 for f32 and quantized weights;
     /// for other weights f16 on the CPU, and the type of the weights on other devices, which support no other type.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::models::{Decoded, DecodingRow, Model};
 use std::time::Instant;
 
-/// Most tokens after the prompt in the first allocation of the cache.
+/// Maximum number of tokens after the prompt in the first allocation of the cache.
 const MAX_FIRST_CAPACITY: usize = 256;
 
 /// A prompt and the tokens that continue it.
@@ -42,7 +42,7 @@ pub(super) struct Sequence {
     end_ids: Vec<u32>,
     min_tokens: usize,
     max_tokens: usize,
-    /// Most tokens of prompt and text.
+    /// Maximum number of tokens in the prompt and the generated text.
     max_len: usize,
     /// The step in which it was last computed or started.
     last_step: u64,

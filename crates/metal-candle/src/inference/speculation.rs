@@ -16,17 +16,17 @@ pub enum Speculation {
     /// Drafts the tokens that followed an earlier occurrence of the last tokens: in the predicted text, else in the prompt and
     /// the answer so far (prompt lookup). A sequence that rejects most of its drafts stops drafting for a while.
     Lookup {
-        /// Most tokens of a draft, 1 to 64.
+        /// Maximum number of tokens in a draft, 1 to 64.
         max_tokens: usize,
         /// Fewest last tokens that must match, at least 1.
         min_ngram: usize,
-        /// Most last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
+        /// Maximum number of last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
         max_ngram: usize,
     },
     /// Drafts the rest of the predicted text, then the most probable tokens of the draft model of the
     /// [`Scheduler`](super::Scheduler). A sequence that rejects most of its drafts stops drafting for a while.
     DraftModel {
-        /// Most tokens of a draft, 1 to 64.
+        /// Maximum number of tokens in a draft, 1 to 64.
         max_tokens: usize,
     },
 }
@@ -35,7 +35,7 @@ impl Speculation {
     /// Prompt lookup with drafts of up to 4 tokens, matching the last 2 to 4 tokens.
     pub const LOOKUP: Self = Self::Lookup { max_tokens: 4, min_ngram: 2, max_ngram: 4 };
 
-    /// Most tokens of a draft or a match.
+    /// Maximum number of tokens in a draft or a match.
     const MAX_TOKENS: usize = 64;
 
     /// Checks the range of every setting.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
-/// Most pieces that the thread may be ahead of the reader.
+/// Maximum number of pieces that the thread may be ahead of the reader.
 const MAX_AHEAD: usize = 16;
 
 /// The pieces of a generation that runs on its own thread.

@@ -35,7 +35,7 @@ pub struct TrainingPlan {
     pub longest_sample: usize,
     /// Tokens of the largest batch of a step.
     pub largest_batch: usize,
-    /// Most tokens of a micro-batch; larger batches are split.
+    /// Maximum number of tokens in a micro-batch; larger batches are split.
     pub micro_batch_tokens: usize,
     /// The number of blocks that are recomputed in the backward pass.
     pub checkpointed_blocks: usize,

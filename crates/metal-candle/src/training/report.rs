@@ -133,7 +133,7 @@ pub struct TrainingMetrics {
     pub num_gradient_tensors: usize,
     /// Memory of these gradients, in bytes.
     pub gradient_bytes: usize,
-    /// Most bytes saved between a forward and its backward pass.
+    /// Peak bytes saved between a forward pass and its backward pass.
     pub saved_bytes: usize,
     /// Tokens seen, trained or not, including those before the run was resumed.
     pub tokens: usize,

@@ -17,10 +17,10 @@ const TINY_NORM: f32 = 0.01;
 /// Embeddings with at least this cosine to [`MIN_ALIKE`] embeddings of unused tokens were not trained.
 const ALIKE_COSINE: f32 = 0.95;
 const MIN_ALIKE: usize = 3;
-/// Most rows that are searched for marks, and most rows that go through the model: the shortest of them.
+/// Maximum number of rows that are searched for marks, and of rows that the model computes: the shortest rows.
 const SEARCHED_ROWS: usize = 256;
 const MEASURED_ROWS: usize = 4;
-/// Most tokens of a row that go through the model.
+/// Maximum number of tokens in a row that the model computes.
 const MEASURED_TOKENS: usize = 512;
 /// The number of embeddings that the median norm is taken of, and of embeddings of unused tokens.
 const USUAL_ROWS: usize = 512;

@@ -134,15 +134,15 @@ impl<T: Trained> Trainer<T> {
         lock(&self.best).clone()
     }
 
-    /// Most tokens of a batch (default 2048). A longer sample gets a batch of its own.
+    /// Maximum number of tokens in a batch (default 2048). A longer sample gets a batch of its own.
     #[must_use]
     pub fn with_batch_tokens(mut self, tokens: usize) -> Self {
         self.options.batch_tokens = tokens;
         self
     }
 
-    /// Most tokens of a micro-batch. Larger batches are split, which changes gradients by rounding only. A longer sample
-    /// gets a micro-batch of its own.
+    /// Maximum number of tokens in a micro-batch. Larger batches are split, which changes gradients by rounding only. A longer
+    /// sample gets a micro-batch of its own.
     #[must_use]
     pub fn with_micro_batch_tokens(mut self, tokens: usize) -> Self {
         self.options.micro_batch_tokens = Some(tokens);
@@ -190,7 +190,7 @@ impl<T: Trained> Trainer<T> {
         plan::measure(&self.start, &self.options, dataset, batches)
     }
 
-    /// Most samples of a batch.
+    /// Maximum number of samples in a batch.
     #[must_use]
     pub fn with_batch_samples(mut self, samples: usize) -> Self {
         self.options.batch_samples = samples;

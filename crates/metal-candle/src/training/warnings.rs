@@ -59,7 +59,7 @@ pub enum TrainingWarning {
     },
     /// Memory ran out in a step. The step is repeated with a smaller micro-batch or more checkpointed blocks.
     OutOfMemory {
-        /// Most tokens of a micro-batch from now on; none if batches are not split.
+        /// Maximum number of tokens in a micro-batch from now on; none if batches are not split.
         micro_batch_tokens: Option<usize>,
         /// The number of blocks that are recomputed in the backward pass from now on.
         checkpointed_blocks: usize,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ORDER: [&str; 10] =
     ["error", "files", "device", "profile", "ops", "models", "adapters", "data", "inference", "training"];
 
-/// Most lines of a source file.
+/// Maximum number of lines in a source file.
 const MAX_LINES: usize = 600;
 
 fn workspace() -> PathBuf {

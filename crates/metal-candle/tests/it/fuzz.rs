@@ -22,7 +22,7 @@ const INPUT_FILE: &str = "METAL_CANDLE_FUZZ_INPUT_FILE";
 /// Inputs of each target if nothing is said.
 const NUM_INPUTS: usize = 150;
 const MAX_SECONDS: u64 = 10;
-/// Most memory beside the size of an input.
+/// Maximum memory in addition to the size of an input.
 const MAX_BYTES: u64 = 200 << 20;
 
 fn seeds_folder(target: &str) -> PathBuf {

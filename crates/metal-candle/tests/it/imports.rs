@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, UseTree};
 
-/// Most re-exports that are followed to find one name.
+/// Maximum number of re-exports that are followed to find one name.
 const MAX_REEXPORTS: usize = 16;
 
 /// The files of a crate, and the names that each takes from others.

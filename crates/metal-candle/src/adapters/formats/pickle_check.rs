@@ -9,11 +9,11 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-/// Most bytes of a pickle; an adapter has about 200 per tensor.
+/// Maximum size of a pickle, in bytes; an adapter has about 200 per tensor.
 const MAX_PICKLE_BYTES: u64 = 4 << 20;
-/// Most levels of nested objects.
+/// Maximum depth of nested objects.
 const MAX_DEPTH: usize = 64;
-/// Most objects, including copies for the memo.
+/// Maximum number of objects, including copies for the memo.
 const MAX_OBJECTS: usize = 4_000_000;
 
 /// Checks each pickle in the zip file `path`.

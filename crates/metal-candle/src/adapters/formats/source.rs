@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Most bytes of a `.bin` file.
+/// Maximum size of a `.bin` file, in bytes.
 const MAX_PICKLE_BYTES: u64 = 8 << 30;
 
 /// The tensors of an adapter file, by name. Names in an adapter of a multimodal model are mapped to the text model.

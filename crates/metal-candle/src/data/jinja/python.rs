@@ -4,7 +4,7 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
 
-/// Most levels of lists and maps.
+/// Maximum depth of lists and maps.
 const MAX_DEPTH: usize = 200;
 
 /// The layout of `json.dumps`.

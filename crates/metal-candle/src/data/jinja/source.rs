@@ -4,7 +4,7 @@
 //! marked, operands of `~` print as in Python, `%` formats text, and values stored in a namespace pass through a filter
 //! that checks them.
 
-/// Most operators in one tag, and most `elif` in a template: the parser recurses for each.
+/// Maximum number of operators in one tag, and of `elif` in a template: the parser recurses for each.
 const MAX_OPERATORS: usize = 5_000;
 /// The filter that guards namespaces, the only mutable values of a template.
 pub(in crate::data) const STORABLE: &str = "_storable";
