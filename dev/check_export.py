@@ -58,7 +58,7 @@ def differences(theirs, ours):
         elif a.tensor_type != b.tensor_type or list(a.shape) != list(b.shape):
             yield f"{name}: {a.tensor_type.name} {list(a.shape)} and {b.tensor_type.name} {list(b.shape)}"
         elif name.startswith("rope_"):
-            # tables of divisors are computed in another order
+            # tables of divisors are computed in a different order
             if abs(a.data / b.data - 1).max() > 1e-6:
                 yield f"{name}: other divisors"
         elif a.data.tobytes() != b.data.tobytes():

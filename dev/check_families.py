@@ -174,7 +174,7 @@ FAMILIES = [
 
 
 def to_old_style(draw, config):
-    """config.json with the keys of transformers 4. If they cannot express a setting, transformers reads another one, and so must we."""
+    """config.json with the keys of transformers 4. If they cannot express a setting, transformers uses a different one, and so must we."""
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.46.0"
     rope = config.pop("rope_parameters", None) or {}
@@ -279,14 +279,14 @@ def check_generation(checks, name, folder, draw):
         ))
         found = answer["tokens"]
         model = load_model(folder)
-        wanted, lead = greedy_tokens(model, answer["prompt_ids"], GREEDY)
-        equal = next((place for place, (ours, theirs) in enumerate(zip(found, wanted)) if ours != theirs), len(wanted))
-        if equal < len(wanted):
-            logits = logits_of(model, answer["prompt_ids"] + wanted[:equal])[-1]
-            lead = (logits[wanted[equal]] - logits[found[equal]]).item()
+        expected, lead = greedy_tokens(model, answer["prompt_ids"], GREEDY)
+        equal = next((index for index, (ours, theirs) in enumerate(zip(found, expected)) if ours != theirs), len(expected))
+        if equal < len(expected):
+            logits = logits_of(model, answer["prompt_ids"] + expected[:equal])[-1]
+            lead = (logits[expected[equal]] - logits[found[equal]]).item()
             # rounding may decide between equal logits
-            return (0.0 if abs(lead) < 3e-3 else float(len(wanted) - equal)), 0.0, f"token {equal} differs, {lead:.2g} worse"
-        return float(len(found) != len(wanted)), 0.0, f"smallest lead {lead:.2g}"
+            return (0.0 if abs(lead) < 3e-3 else float(len(expected) - equal)), 0.0, f"token {equal} differs, {lead:.2g} worse"
+        return float(len(found) != len(expected)), 0.0, f"smallest lead {lead:.2g}"
 
     checks.check(f"{name} {GREEDY} greedy tokens", generated)
 
@@ -323,9 +323,9 @@ def check_step(checks, name, folder, adapter, draw):
         for key, gradient in gradients.items():
             found = (before[key] - after[key]) / LEARNING_RATE
             # the precision of a gradient after the subtraction in f32
-            room = before[key].abs().max().item() * 2e-7 / LEARNING_RATE
+            rounding = before[key].abs().max().item() * 2e-7 / LEARNING_RATE
             # some gradients are zero except for rounding, such as those of queries with a single key
-            error = max(0.0, (found - gradient).abs().max().item() - room) / max(gradient.abs().max().item(), 1e-3 * largest)
+            error = max(0.0, (found - gradient).abs().max().item() - rounding) / max(gradient.abs().max().item(), 1e-3 * largest)
             if error > worst:
                 worst, where = error, key
         # half-precision weights multiply gradients that are rounded to half precision
@@ -351,11 +351,11 @@ def check_new_adapter(checks, name, folder, draw):
             if {key.replace("_vector.weight", "_vector") for key in known} != found:
                 raise ValueError(f"peft and the file differ in {sorted(found ^ known)}")
             ids = [draw.randrange(500) for _ in range(31)]
-            wanted = logits_of(wrapped, ids)
-            effect = (wanted - logits_of(load_model(folder), ids)).abs().max().item()
+            expected_logits = logits_of(wrapped, ids)
+            effect = (expected_logits - logits_of(load_model(folder), ids)).abs().max().item()
             if effect < 1e-3:
                 raise ValueError(f"training changed no logit by more than {effect}")
-            return difference(checks.logits(folder, ids, run / "adapter"), wanted), TOLERANCE, f"{len(found)} tensors, effect {effect:.2g}"
+            return difference(checks.logits(folder, ids, run / "adapter"), expected_logits), TOLERANCE, f"{len(found)} tensors, effect {effect:.2g}"
 
         checks.check(f"{name} new adapter {kind}", trained)
 
@@ -366,16 +366,16 @@ def check_adapter(checks, name, folder, seed, draw):
     wrapped = wrap_all_linear(load_model(folder), draw.choice([2, 3, 5]), draw.choice([4, 7]), seed)
     wrapped.save_pretrained(adapter)
     ids = [draw.randrange(500) for _ in range(29)]
-    wanted = logits_of(wrapped, ids)
-    effect = (wanted - logits_of(load_model(folder), ids)).abs().max().item()
-    checks.check(f"{name} adapter of peft", lambda: (difference(checks.logits(folder, ids, adapter), wanted), TOLERANCE, f"effect {effect:.2g}"))
+    expected_logits = logits_of(wrapped, ids)
+    effect = (expected_logits - logits_of(load_model(folder), ids)).abs().max().item()
+    checks.check(f"{name} adapter of peft", lambda: (difference(checks.logits(folder, ids, adapter), expected_logits), TOLERANCE, f"effect {effect:.2g}"))
 
     def converted():
         checks.run("convert", "--model", folder, "--adapter", adapter, "--format", "peft", "--output", back, "--device", "cpu")
         expected, found = tensors_of(adapter), tensors_of(back)
         if set(expected) != set(found) or any(not torch.equal(tensor, found[key]) for key, tensor in expected.items()):
             raise ValueError(f"tensors differ: {sorted(set(expected) ^ set(found))}")
-        return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), wanted), TOLERANCE
+        return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), expected_logits), TOLERANCE
 
     def fuse():
         checks.run("fuse", "--model", folder, "--adapter", adapter, "--output", fused, "--device", "cpu")
@@ -393,7 +393,7 @@ def check_adapter(checks, name, folder, seed, draw):
     checks.check(f"{name} fused", fuse)
 
 
-# The linear layers of families that name or join them in another way, for the targets of `adapter_kinds`.
+# The linear layers of families that name or fuse them differently, for the targets of `adapter_kinds`.
 JOINED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 RENAMED = {
     "phi3": {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "(q|k)_proj": "qkv_proj"} | JOINED,
@@ -432,13 +432,13 @@ def check_kinds(checks, name, folder, family, draw):
         adapter, fused = (checks.work / f"{name}-{kind}{end}" for end in ("", "-fused"))
         wrapped = make_adapter(adapter, folder, renamed(family, kinds[kind]), draw.randrange(10**6))
         ids = [draw.randrange(500) for _ in range(29)]
-        wanted = logits_of(wrapped, ids)
-        effect = (wanted - logits_of(base, ids)).abs().max().item()
-        checks.check(f"{name} adapter {kind}", lambda: (difference(checks.logits(folder, ids, adapter), wanted), TOLERANCE, f"effect {effect:.2g}"))
+        expected_logits = logits_of(wrapped, ids)
+        effect = (expected_logits - logits_of(base, ids)).abs().max().item()
+        checks.check(f"{name} adapter {kind}", lambda: (difference(checks.logits(folder, ids, adapter), expected_logits), TOLERANCE, f"effect {effect:.2g}"))
 
         def fuse():
             checks.run("fuse", "--model", folder, "--adapter", adapter, "--output", fused, "--device", "cpu", "--dtype", "f32")
-            return difference(logits_of(load_model(fused), ids), wanted), TOLERANCE
+            return difference(logits_of(load_model(fused), ids), expected_logits), TOLERANCE
 
         # merging these changes a tied head differently than the adapter
         if kind not in ("embeddings", "saved"):
@@ -450,7 +450,7 @@ def main():
     parser.add_argument("binary", type=Path)
     parser.add_argument("--seed", type=int, default=None, help="[default: random]")
     parser.add_argument("--models", type=int, default=2, help="models of each family")
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given more than once")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be repeated")
     parser.add_argument("--only", default="", help="only checks whose name contains this")
     parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which is not deleted")
     arguments = parser.parse_args()

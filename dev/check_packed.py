@@ -143,7 +143,7 @@ def main():
 
     for number, family in enumerate(FAMILIES):
         for dtype, settings in zip(["bfloat16", "float16", "float32"] * len(MLX), MLX):
-            # mlx-lm has another GELU in Gemma, and more bits for some matrices of Granite
+            # mlx-lm uses a different GELU in Gemma, and more bits for some matrices of Granite
             exact = 1e-3 if family == "gemma" else TOLERANCE
             is_dense = settings.get("bits") in (6, 8) or family == "granite"
             limits = ROUNDED.get(dtype, exact) if is_dense else exact, exact

@@ -80,7 +80,7 @@ class Checks:
     def __init__(self, binary, work, only):
         self.binary, self.work, self.only, self.failures, self.count, self.largest = binary, work, only, 0, 0, 0.0
 
-    def wanted(self, name):
+    def is_selected(self, name):
         return not self.only or self.only in name
 
     def run(self, *arguments):
@@ -108,7 +108,7 @@ class Checks:
 
     def check(self, name, compute):
         """`compute` returns the difference, its tolerance and a note."""
-        if not self.wanted(name):
+        if not self.is_selected(name):
             return
         self.count += 1
         try:
@@ -117,11 +117,11 @@ class Checks:
             self.row(name, float("nan"), 0.0, str(error).replace("\n", "\n        "))
 
 
-def difference(found, wanted):
-    if found.shape != wanted.shape:
-        raise ValueError(f"shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
+def difference(found, expected):
+    if found.shape != expected.shape:
+        raise ValueError(f"shape {tuple(found.shape)}, not {tuple(expected.shape)}")
     # Random adapters cause large logits; the tolerance is for logits below ten.
-    return ((found - wanted).abs().max() / max(1.0, wanted.abs().max().item() / 10.0)).item()
+    return ((found - expected).abs().max() / max(1.0, expected.abs().max().item() / 10.0)).item()
 
 
 def adapter_kinds(layers):
@@ -180,7 +180,7 @@ def write_adapter(wrapped, folder, writing):
         save_file(tensors, path)
     if writing == "bf16":
         save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
-        # copies of the base's weights are accepted, whatever they were rounded to
+        # copies of the base weights are accepted, rounded to any type
         peft.set_peft_model_state_dict(wrapped, {name: tensor for name, tensor in load_file(path).items() if "base_layer.weight" not in name})
     if "bin" in writing:
         torch.save(tensors, folder / "adapter_model.bin")
@@ -224,7 +224,7 @@ UNKNOWN_TO_MLX = [
 OF_EMBEDDING = ["embeddings", "embedding-tied"]
 
 
-def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unknown):
+def check_conversion(checks, title, folder, sizes, adapter, ids, expected, is_unknown):
     """`convert` to mlx-lm, run by mlx-lm, and back to PEFT, run by peft; adapters that mlx-lm does not support must be refused."""
     mlx, back = Path(f"{adapter}-to-mlx"), Path(f"{adapter}-to-peft")
 
@@ -250,11 +250,11 @@ def check_conversion(checks, title, folder, sizes, adapter, ids, wanted, is_unkn
         model = load_mlx(folder, model_config={"rope_theta": sizes["rope_theta"]})[0]
         model.set_dtype(mx.float32)
         load_adapters(model, str(mlx)).eval()
-        return difference(torch.tensor(model(mx.array([ids]))[0].tolist()), wanted), TOLERANCE
+        return difference(torch.tensor(model(mx.array([ids]))[0].tolist()), expected), TOLERANCE
 
     def by_peft():
         convert(mlx if mlx.exists() else adapter, back, "peft")
-        return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), wanted), TOLERANCE
+        return difference(logits_of(peft.PeftModel.from_pretrained(load_model(folder), back).eval(), ids), expected), TOLERANCE
 
     # mlx-lm assumes that the head size is the width divided by the number of heads
     if is_unknown or sizes["hidden_size"] == sizes["num_attention_heads"] * sizes["head_dim"]:
@@ -275,24 +275,24 @@ def check_adapters(checks, name, folder, sizes, draw):
     for number, (kind, settings) in enumerate(adapter_kinds(layers).items()):
         title = f"{name} adapter {kind}"
         names = [title, title + " as mlx", title + " converted to mlx", title + " converted back", title + " fused", title + " fused weights", *(f"{title} written {w}" for w in WRITINGS)]
-        if not any(map(checks.wanted, names)):
+        if not any(map(checks.is_selected, names)):
             continue
         if "-tied" in kind and not sizes["tie_word_embeddings"]:
             continue
         ids = [draw.randrange(vocab) for _ in range(29)]
         adapter = checks.work / f"{name}-{kind}"
         wrapped = make_adapter(adapter, folder, settings, 100 + number)
-        wanted = logits_of(wrapped, ids)
-        effect = (wanted - logits_of(base, ids)).abs().max().item()
-        checks.check(title, lambda: (difference(checks.logits(folder, ids, adapter), wanted), TOLERANCE, f"effect {effect:.2g}"))
+        expected = logits_of(wrapped, ids)
+        effect = (expected - logits_of(base, ids)).abs().max().item()
+        checks.check(title, lambda: (difference(checks.logits(folder, ids, adapter), expected), TOLERANCE, f"effect {effect:.2g}"))
         if kind in ("qv", "all-linear"):
             mlx = checks.work / f"{name}-{kind}-mlx"
             as_mlx(mlx, adapter, layers)
-            checks.check(title + " as mlx", lambda: (difference(checks.logits(folder, ids, mlx), wanted), TOLERANCE))
-        if checks.wanted(title + " converted"):
-            check_conversion(checks, title, folder, sizes, adapter, ids, wanted, kind in UNKNOWN_TO_MLX or (kind in OF_EMBEDDING and sizes["tie_word_embeddings"]))
+            checks.check(title + " as mlx", lambda: (difference(checks.logits(folder, ids, mlx), expected), TOLERANCE))
+        if checks.is_selected(title + " converted"):
+            check_conversion(checks, title, folder, sizes, adapter, ids, expected, kind in UNKNOWN_TO_MLX or (kind in OF_EMBEDDING and sizes["tie_word_embeddings"]))
         for writing in WRITINGS[1:]:
-            if kind not in REWRITTEN or (kind == "saved" and "rounded" in writing) or not checks.wanted(f"{title} written {writing}"):
+            if kind not in REWRITTEN or (kind == "saved" and "rounded" in writing) or not checks.is_selected(f"{title} written {writing}"):
                 continue
             written = checks.work / f"{name}-{kind}-{writing}"
 
@@ -316,10 +316,10 @@ def check_adapters(checks, name, folder, sizes, draw):
             checks.check(title + " fused", fuse)
 
 
-def weights_difference(found, wanted):
+def weights_difference(found, expected):
     """The largest distance of two weights in roundings of the narrow type."""
     bits = {torch.bfloat16: 8, torch.float16: 11}[found.dtype]
-    theirs, ours, worst = wanted.state_dict(), found.state_dict(), 0.0
+    theirs, ours, worst = expected.state_dict(), found.state_dict(), 0.0
     if set(theirs) != set(ours):
         raise ValueError(f"tensors differ: {sorted(set(theirs) ^ set(ours))}")
     for name, tensor in theirs.items():
@@ -390,18 +390,18 @@ def check_training(checks, name, folder, sizes, draw):
                 known.add("base_model.model.lm_head.weight")
             if set(tensors) != known:
                 raise ValueError(f"peft and the file differ in {sorted(set(tensors) ^ known)}")
-            wanted = logits_of(wrapped, ids)
-            effect = (wanted - plain).abs().max().item()
+            expected = logits_of(wrapped, ids)
+            effect = (expected - plain).abs().max().item()
             if effect < 1e-3:
                 raise ValueError(f"training changed no logit by more than {effect}")
-            return difference(checks.logits(folder, ids, run / "adapter"), wanted), TOLERANCE, f"effect {effect:.2g}"
+            return difference(checks.logits(folder, ids, run / "adapter"), expected), TOLERANCE, f"effect {effect:.2g}"
 
         def fused():
             out = checks.work / f"{run.name}-fused"
             checks.run("fuse", "--model", folder, "--adapter", run / "adapter", "--output", out, "--device", "cpu")
             if kind in UNTYING:
-                wanted = logits_of(peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval(), ids)
-                return difference(logits_of(load_model(out), ids), wanted), TOLERANCE
+                expected = logits_of(peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval(), ids)
+                return difference(logits_of(load_model(out), ids), expected), TOLERANCE
             wrapped = peft.PeftModel.from_pretrained(load_model(folder), run / "adapter").eval()
             theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto", attn_implementation="eager").eval()
             if theirs.dtype != torch.float32:
@@ -419,8 +419,8 @@ def main():
     parser.add_argument("binary", type=Path)
     parser.add_argument("--seed", type=int, default=None, help="[default: random]")
     parser.add_argument("--models", type=int, default=5)
-    parser.add_argument("--only", default="", help="only checks whose name holds this")
-    parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which stays")
+    parser.add_argument("--only", default="", help="only checks whose name contains this")
+    parser.add_argument("--keep", type=Path, default=None, help="a new folder for all files, which is not deleted")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -23,11 +23,11 @@ import tempfile
 
 from transformers.utils import chat_template_utils
 
-# where the trained part is right and the rule below is not
+# templates whose trained part is correct although the rule below fails
 NAMED = {
     "phi": "the last `</s>` ends the conversation, not the answer, which ends by `<|end|>` anywhere",
     "microsoft-Phi": "the last `</s>` ends the conversation, not the answer, which ends by `<|end|>` anywhere",
-    "Apertus": "the end of an answer is trained, which is written when another message follows",
+    "Apertus": "the end of an answer is trained, which is only written if another message follows",
     "CohereForAI-c4ai-command-r7b": "the header of the next answer is always written and not trained",
 }
 SPECIAL = re.compile(r"<\|[^|<>\s{}]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?[A-Z_]{3,24}\]|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool)\|?>|<eos>|<bos>")
@@ -119,12 +119,12 @@ def fetch(folder):
 
 
 def reference(source, messages, tools, prompt, variables):
-    """The text, or None where the template refuses."""
+    """The text, or None if the template raises an exception."""
     try:
         rendered, _ = chat_template_utils.render_jinja_template(
             conversations=[messages], tools=tools, chat_template=source, add_generation_prompt=prompt, **variables)
         return rendered[0]
-    except Exception:  # whatever the template raises
+    except Exception:  # any exception of the template
         return None
 
 
@@ -152,7 +152,7 @@ def strings(value):
 
 
 def marked(source, messages, tools, variables):
-    """The parts that the template marks by `{% generation %}`; None if it marks nothing."""
+    """The parts in `{% generation %}` blocks; None if the template has none."""
     if "endgeneration" not in source:
         return None
     rendered, indices = chat_template_utils.render_jinja_template(
@@ -161,11 +161,11 @@ def marked(source, messages, tools, variables):
 
 
 def judge(conversation, source, text, trained, special, variables):
-    """What is wrong with the trained parts of a text, in words; None if nothing is."""
+    """Describes an error in the trained parts of a text; None if there is none."""
     messages, tools = conversation
-    wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     expected, is_known, at = [], True, 0
-    for turn in wanted:
+    for turn in turns:
         before = reference(source, messages[:turn], tools, True, variables) if turn else ""
         bare = reference(source, messages[:turn], tools, False, variables) if turn else ""
         upto = reference(source, messages[: turn + 1], tools, False, variables)
@@ -180,14 +180,14 @@ def judge(conversation, source, text, trained, special, variables):
         at = len(upto)
     if marks := marked(source, messages, tools, variables):
         expected, is_known = marks, True
-    # a token may hold white space of the header and of the answer
+    # a token may contain white space of the header and of the answer
     squeezed = lambda parts: "".join("".join(parts).split())
     if is_known and squeezed(expected) != squeezed(trained):
         return f"expected {expected!r}, found {trained!r}"
     got = "".join(trained)
-    own = set().union(*(strings({k: messages[i].get(k) for k in ("content", "tool_calls")}) for i in wanted), set())
+    own = set().union(*(strings({k: messages[i].get(k) for k in ("content", "tool_calls")}) for i in turns), set())
     foreign = set().union(*(strings(m) for m in messages if m["role"] != "assistant"), set()) - own
-    if len(trained) > len(wanted) + 1 and not marked(source, messages, tools, variables):
+    if len(trained) > len(turns) + 1 and not marked(source, messages, tools, variables):
         return f"more parts than answers: {trained!r}"
     if missing := [word for word in sorted(own) if word in text and word not in got]:
         return f"not trained: {missing}: {trained!r}"
@@ -205,8 +205,8 @@ def main():
     parser.add_argument("--binary", required=True, type=pathlib.Path)
     parser.add_argument("--nano", type=pathlib.Path, default=pathlib.Path(__file__).parent.parent / "assets" / "nano")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "check_templates")
-    parser.add_argument("--templates", type=pathlib.Path, nargs="*", help="folders with .jinja files, in place of the packages")
-    parser.add_argument("--only", default="", help="names of templates hold this")
+    parser.add_argument("--templates", type=pathlib.Path, nargs="*", help="folders with .jinja files, instead of the packages")
+    parser.add_argument("--only", default="", help="only templates whose name contains this")
     parser.add_argument("--show", type=int, default=3, help="differences shown for each template")
     flags = parser.parse_args()
     folders = flags.templates or fetch(flags.folder)
@@ -291,7 +291,7 @@ def decoder(tokenizer):
 
 
 def trained_parts(found, pieces):
-    """The texts of the runs of trained tokens."""
+    """The texts of consecutive trained tokens."""
     parts, last = [], False
     for number, is_trained in zip(found["ids"], found["trained"]):
         if is_trained:

@@ -5,7 +5,7 @@
 
 Creates models with random bf16 weights in FOLDER if they do not exist, at the shape of Qwen2.5-0.5B and at a tiny shape. All sides
 train LoRA of rank 8 with AdamW on sequences of 256 tokens: metal-candle with the weights as in the file, PEFT with weights widened to
-f32 and in bf16 (its adapters are f32 in both). A round is one process of each side, one after another; each makes one untimed step
+f32 and in bf16 (its adapters are f32 in both). A round is one process of each side, one after the other; each makes one untimed step
 and then the timed steps.
 
 A step is forward, backward, clipping (metal-candle only) and update; tokens/s is the median over the steps of all rounds. Memory is
@@ -44,7 +44,7 @@ SHAPES = {
 CASES = [("0.5B", 1, "q+v"), ("0.5B", 1, "all linears"), ("tiny", 8, "q+v")]
 
 
-# what runs in PYTHON
+# the code that PYTHON runs
 
 
 def make_model(folder, shape):
@@ -55,7 +55,7 @@ def make_model(folder, shape):
     config = transformers.Qwen2Config(
         **SHAPES[shape], tie_word_embeddings=True, rms_norm_eps=1e-6, max_position_embeddings=4096, bos_token_id=None, eos_token_id=0,
     )
-    # written under another name: a folder that is there is complete
+    # written under a different name first, so an existing folder is complete
     unfinished = Path(f"{folder}.unfinished")
     transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(unfinished)
     for name in ["tokenizer.json", "tokenizer_config.json"]:
@@ -112,7 +112,7 @@ def work(request):
     return train_peft(**request)
 
 
-# what runs here
+# the code of this process
 
 
 def environment(threads):

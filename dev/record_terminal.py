@@ -4,7 +4,7 @@
     dev/record_terminal.py record SESSION.cast --cwd FOLDER -- 'metal-candle train' 'metal-candle runs'
     dev/record_terminal.py draw SESSION.cast docs/images/train.svg
 
-`record` runs the commands one after the other in a pseudo-terminal and writes what they print, with times, as an
+`record` runs the commands one after the other in a pseudo-terminal and writes their output, with times, as an
 asciicast (version 2). `draw` replays the recording on a small terminal and writes its distinct screens as one SVG. Pauses
 are shortened, so the picture runs faster than the commands did. The last screen stays. Only the standard library is used.
 """
@@ -71,7 +71,7 @@ def record(path, commands, columns, rows, folder):
 
 
 class Screen:
-    """A terminal of `columns` x `rows` that knows what the program's output uses: SGR, cursor moves, erasing."""
+    """A terminal of `columns` x `rows` that supports the program's output: SGR, cursor moves, erasing."""
 
     def __init__(self, columns, rows):
         self.columns, self.rows = columns, rows

@@ -373,14 +373,14 @@ class Soak(Server):
         if min(map(len, thirds)) < 3:
             print("growth: NOT JUDGED, there are too few samples; run it for longer")
             return
-        for name, most in (("memory", 1e6 * self.flags.max_growth), ("threads", 2), ("files", 1)):
+        for name, limit in (("memory", 1e6 * self.flags.max_growth), ("threads", 2), ("files", 1)):
             of = lambda sample: sample[name] - (sample["adapters"] if name == "memory" else 0)
             self.growth = getattr(self, "growth", {})
             level = min if name == "memory" else statistics.median
             first, last = (level(map(of, third)) for third in thirds)
             self.growth[name] = last - first
-            if last - first > most:
-                self.faults.append(f"{name} grew from {first:.0f} to {last:.0f}, more than {most:.0f}; samples: {[of(s) for s in self.samples]}")
+            if last - first > limit:
+                self.faults.append(f"{name} grew from {first:.0f} to {last:.0f}, more than {limit:.0f}; samples: {[of(s) for s in self.samples]}")
 
     async def drain(self):
         """Sends SIGTERM during answers and a job."""

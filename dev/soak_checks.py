@@ -79,7 +79,7 @@ def of_reply(check):
         except Fault:
             raise
         except Exception as error:
-            reply.fail(f"an answer of another shape: {error!r}")
+            reply.fail(f"an answer with an unexpected shape: {error!r}")
     return checked
 
 
@@ -195,7 +195,7 @@ def chat_stream(reply, wants_usage=False, may_fail=False):
         one["logprobs"] += (choice["logprobs"] or {}).get("content", [])
         one["finish"] = choice["finish_reason"] or one["finish"]
     if list(found) != sorted(found):
-        reply.fail("choices begin out of order")
+        reply.fail("choices start out of order")
     return [chat_of(one["message"], {"content": one["logprobs"]}, one["finish"]) for one in found.values()], usage
 
 

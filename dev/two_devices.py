@@ -20,12 +20,12 @@ def main():
     parser.add_argument("program")
     parser.add_argument("--num-devices", type=int, default=2)
     parser.add_argument("flags", nargs="*")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows, speeds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for count in (1, given.num_devices):
+        for count in (1, arguments.num_devices):
             run = pathlib.Path(folder) / str(count)
-            words = [given.program, "train", *given.flags, "--output", str(run), "--num-devices", str(count), "--test-samples", "0"]
+            words = [arguments.program, "train", *arguments.flags, "--output", str(run), "--num-devices", str(count), "--test-samples", "0"]
             subprocess.run(words, check=True)
             rows.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
             speeds.append(json.loads((run / "run.json").read_text())["tokens_per_second"])

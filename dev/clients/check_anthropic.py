@@ -1,4 +1,4 @@
-"""The `anthropic` package: messages, their streams, counts and errors."""
+"""Checks the `anthropic` package: messages, streams, token counts and errors."""
 
 import anthropic
 from anthropic import Anthropic
@@ -6,7 +6,7 @@ from anthropic import Anthropic
 from common import KEY, MODEL, QUESTION, ROOT, TOOL, check, main, needs_route, needs_tools, request, wait_idle
 
 client = Anthropic(base_url=ROOT, api_key=KEY, max_retries=0, timeout=60)
-# the package has no argument for it any more
+# the package no longer has an argument for it
 GREEDY = {"temperature": 0}
 FIELDS = {"model": MODEL, "messages": QUESTION, "max_tokens": 40, "extra_body": GREEDY}
 FUNCTION = TOOL["function"]

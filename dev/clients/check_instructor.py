@@ -1,4 +1,4 @@
-"""`instructor`: answers of a pydantic type, by a schema and by a tool."""
+"""Checks `instructor`: answers of a pydantic type, with a schema and with a tool."""
 
 import instructor
 from openai import OpenAI
@@ -10,7 +10,7 @@ from common import BASE, KEY, MODEL, QUESTION, check, main, needs_schemas, needs
 class Sum(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    # a small model would write digits until the limit
+    # a small model would generate digits up to the limit
     a: int = Field(ge=0, le=99)
     b: int = Field(ge=0, le=99)
 

@@ -1,4 +1,4 @@
-"""`langchain-openai`: answers, streams, tools and structured output."""
+"""Checks `langchain-openai`: answers, streams, tools and structured output."""
 
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel

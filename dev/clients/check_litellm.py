@@ -1,4 +1,4 @@
-"""`litellm`: answers, streams with usage, errors."""
+"""Checks `litellm`: answers, streams with usage, errors."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The program `llm`: a model of its own file of models, answers and streams."""
+"""Checks the program `llm`: a model in its configuration file, answers and streams."""
 
 import os
 import subprocess

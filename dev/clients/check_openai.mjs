@@ -1,4 +1,4 @@
-// npm `openai`: strict accumulation of streams, errors as classes, abort by leaving the loop.
+// Checks npm's `openai`: strict accumulation of streams, error classes, aborts by leaving the loop.
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
@@ -129,7 +129,7 @@ for (const [name, run] of Object.entries(checks)) {
     await run();
     console.log(`ok       openai (npm): ${name}`);
   } catch (error) {
-    // the built-in model has all that is checked
+    // the built-in model supports everything that is checked
     if (error instanceof Skip && (process.env.SERVER_MODEL ?? "nano") !== "nano") {
       skipped += 1;
       console.log(`skipped  openai (npm): ${name}: ${error.message}`);

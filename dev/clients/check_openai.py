@@ -1,4 +1,4 @@
-"""The `openai` package: every shape by its types, streams against plain answers, errors as exceptions, and abort."""
+"""Checks the `openai` package: the types of all responses, streams compared with plain answers, errors as exceptions, and aborts."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ def ask(**fields):
 
 
 def strict(value):
-    """Fails if a part of an answer does not have the type that the package gives it."""
+    """Fails if a part of an answer does not have the type that the package declares."""
     type(value).model_validate(value.model_dump(), strict=True)
     return value
 
@@ -83,7 +83,7 @@ def stream_helper():
         model=MODEL, messages=QUESTION, max_tokens=40, n=3, seed=7, temperature=0.9, logprobs=True
     ) as stream:
         kinds = [event.type for event in stream]
-        # the final completion cannot be had of an answer that was cut
+        # the package returns no final completion for a truncated answer
         final = stream.current_completion_snapshot
     assert kinds.count("content.done") == 3 and "content.delta" in kinds
     for ours, theirs in zip(final.choices, plain.choices, strict=True):
@@ -337,7 +337,7 @@ def responses_stream_helper():
     with client.responses.stream(max_output_tokens=40, **fields) as stream:
         deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
     assert "".join(deltas) == plain.output_text
-    # the helper has a final answer only for a completed one
+    # the helper returns a final response only if it is complete
     stop = plain.output_text[8:12]
     with client.responses.stream(max_output_tokens=40, extra_body={"stop": stop}, **fields) as stream:
         for _ in stream:
@@ -347,7 +347,7 @@ def responses_stream_helper():
 
 
 @check
-def responses_refuse_what_they_lack():
+def responses_refuse_unsupported_fields():
     needs_route("/v1/responses")
     for name, value in {
         "previous_response_id": "resp_1", "background": True, "conversation": "conv_1", "tools": [{"type": "web_search"}],

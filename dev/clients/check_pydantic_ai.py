@@ -1,4 +1,4 @@
-"""`pydantic-ai`: answers, streams with usage, tool loops and output types."""
+"""Checks `pydantic-ai`: answers, streams with usage, tool loops and output types."""
 
 import asyncio
 

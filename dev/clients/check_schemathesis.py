@@ -1,4 +1,4 @@
-"""`schemathesis`: requests that `/openapi.json` allows are answered as it says, and others are refused.
+"""Checks `/openapi.json` with `schemathesis`: valid requests get the documented responses, and other requests are refused.
 
 CHECK_EXAMPLES is the number of random requests of a route, and CHECK_SEED a number that makes other ones.
 """
@@ -15,7 +15,7 @@ from common import BASE, HAS_ALL, KEY, MODEL, ROOT, Skip, check, main, request
 
 ROWS = "".join(json.dumps({"text": f"fn f{number}() {{}}\n" * 4}) + "\n" for number in range(8))
 
-# other names of routes, which are tried less often
+# aliases of routes, which are tested less often
 ALIASES = (
     "chat/completions|completions|responses|embeddings|models|v1/health|v1/infill|v1/tokenize|v1/detokenize|v1/apply-template"
 )
@@ -53,7 +53,7 @@ def train(file):
 
 
 def close(schema):
-    """Allows in an object of an answer only the properties that the document names."""
+    """Allows only documented properties in an object of a response."""
     if isinstance(schema, list):
         for item in schema:
             close(item)
@@ -65,7 +65,7 @@ def close(schema):
 
 
 def without_large_limits(value):
-    """Removes limits of lists that take minutes to reach."""
+    """Removes large limits of lists, which would take minutes to reach."""
     if isinstance(value, list):
         for item in value:
             without_large_limits(item)
@@ -77,7 +77,7 @@ def without_large_limits(value):
 
 
 def answers(document):
-    """The schemas of components that answers use, and those only."""
+    """The component schemas that responses use."""
     schemas, found = document["components"]["schemas"], {}
 
     def add(value):
@@ -98,9 +98,9 @@ def answers(document):
 
 
 @check
-def requests_and_answers_are_those_of_the_document():
+def requests_and_responses_match_the_document():
     if not HAS_ALL:
-        raise Skip("thousands of requests take long with other models than the built-in one")
+        raise Skip("thousands of requests take too long with models other than the built-in one")
     document = request("/openapi.json")[1]
     close([*answers(document).values(), document["components"]["responses"]])
     close([operation["responses"] for path in document["paths"].values() for operation in path.values()])

@@ -1,4 +1,4 @@
-"""Runs the checks of one client, prints a line for each, and exits with 1 if one fails."""
+"""Runs the checks of one client, prints a line per check, and exits with 1 if a check fails."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def check(function):
 
 
 def request(path, body=None):
-    """Status and parsed answer of a request without any client."""
+    """Sends a request without a client; returns the status and the parsed response."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
     call = urllib.request.Request(ROOT + path, data=data, headers=headers)
@@ -56,7 +56,7 @@ def request(path, body=None):
         return status, text
 
 
-# whether the model is known to have all that is checked: nothing is skipped then
+# whether the model supports everything that is checked: then a skipped check is a failure
 HAS_ALL = os.environ.get("SERVER_MODEL", "nano") == "nano"
 
 
@@ -87,14 +87,14 @@ def needs_schemas():
 
 
 def running():
-    """Number of answers that the server is writing."""
+    """The number of answers that the server is generating."""
     status, text = request("/metrics")
     assert status == 200, text
     return int(float(next(line.split()[1] for line in text.splitlines() if line.startswith("metal_candle_requests_running "))))
 
 
 def wait_idle(seconds=3.0):
-    """Fails unless all slots are free soon."""
+    """Fails unless all slots become free in time."""
     end = time.monotonic() + seconds
     while running() != 0:
         assert time.monotonic() < end, f"{running()} answers are still running"

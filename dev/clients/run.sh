@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks a built `metal-candle` with the clients that people use: dev/clients/run.sh BINARY [CLIENT...]
-# The clients are installed, with the versions below, in $CLIENT_CACHE (default: a folder for temporary files). Exit code 1 if
-# a check fails or a client that this machine can run is not installed.
+# Checks a built `metal-candle` with common clients: dev/clients/run.sh BINARY [CLIENT...]
+# Installs the clients, with the versions below, in $CLIENT_CACHE (default: a temporary folder). Exits with 1 if a check fails,
+# or if a client that this machine can run cannot be installed.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -ge 1 ] || { echo "usage: dev/clients/run.sh BINARY [CLIENT...]" >&2; exit 2; }
@@ -10,7 +10,7 @@ cache=${CLIENT_CACHE:-${TMPDIR:-/tmp}/metal-candle-clients}
 mkdir -p "$cache"
 cache=$(cd "$cache" && pwd)
 
-# name and the package with its version
+# the name, and the package with its version
 clients=(
   "openai openai==3.57.0"
   "anthropic anthropic==2.14.0"
@@ -22,8 +22,8 @@ clients=(
   "schemathesis schemathesis==4.32.5"
 )
 npm_package=openai@6.49.0
-wanted=" $* "
-is_wanted() { [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]]; }
+selected=" $* "
+is_selected() { [ "$selected" = "  " ] || [[ $selected == *" $1 "* ]]; }
 
 work=$(mktemp -d)
 server=
@@ -48,7 +48,7 @@ export SERVER_ROOT SERVER_KEY=$key PYTHONPATH=$here PYTHONDONTWRITEBYTECODE=1 no
 failed=()
 for client in "${clients[@]}"; do
   read -r name package <<< "$client"
-  is_wanted "$name" || { echo "skipped  $name: not named on the command line"; continue; }
+  is_selected "$name" || { echo "skipped  $name: not named on the command line"; continue; }
   venv=$cache/$package
   if [ ! -e "$venv/installed" ]; then
     echo "installing $package"
@@ -62,7 +62,7 @@ for client in "${clients[@]}"; do
   "$venv/bin/python" "$here/check_$name.py" || failed+=("$name")
 done
 
-if ! is_wanted npm; then
+if ! is_selected npm; then
   echo "skipped  npm: not named on the command line"
 elif ! command -v npm > /dev/null; then
   echo "skipped  npm: this machine has no Node.js"
@@ -77,7 +77,7 @@ else
   node "$here/check_openai.mjs" || failed+=(npm)
 fi
 
-if ! is_wanted async-openai; then
+if ! is_selected async-openai; then
   echo "skipped  async-openai: not named on the command line"
 elif ! command -v cargo > /dev/null; then
   echo "skipped  async-openai: this machine has no Rust toolchain"

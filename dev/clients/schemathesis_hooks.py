@@ -1,4 +1,4 @@
-"""Hooks of `check_schemathesis.py`: requests stay short, train nothing, and meet the rules that a schema cannot express."""
+"""Hooks of `check_schemathesis.py`: requests stay short, do not train, and follow the rules that a schema cannot express."""
 
 import json
 import os
@@ -11,9 +11,9 @@ FILE, JOB, ADAPTER, CHECKPOINT_FOLDER = (
     os.environ[f"CHECK_{name}"] for name in ("FILE", "JOB", "ADAPTER", "CHECKPOINT_FOLDER")
 )
 LIMITS = {"max_tokens": 6, "max_completion_tokens": 6, "max_output_tokens": 16, "n_predict": 6}
-# larger numbers are refused, and must stay so
-MOST = {"n_predict": 2**32 - 1}
-# the field that limits each route's answers, for requests without one
+# larger numbers must be refused
+MAXIMUM = {"n_predict": 2**32 - 1}
+# the field that limits the length of each route's answers, for requests without it
 LIMIT = {"chat": "max_tokens", "complet": "n_predict", "infill": "n_predict", "responses": "max_output_tokens"}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 GRAMMARS = {
@@ -28,9 +28,9 @@ def is_count(value):
 
 
 def shorten(path, body):
-    for name, most in LIMITS.items():
-        if is_count(body.get(name)) and (body[name] == -1 or most < body[name] <= MOST.get(name, 2**63 - 1)):
-            body[name] = most
+    for name, limit in LIMITS.items():
+        if is_count(body.get(name)) and (body[name] == -1 or limit < body[name] <= MAXIMUM.get(name, 2**63 - 1)):
+            body[name] = limit
     if path.endswith("/fine_tuning/jobs") and body.get("dry_run") in (None, False):
         body["dry_run"] = True
     limit = next((limit for part, limit in LIMIT.items() if part in path), None)
@@ -41,14 +41,14 @@ def shorten(path, body):
 
 
 def known_tokens(value):
-    """The value with token ids of the model: their number is no part of the document."""
+    """Replaces token ids with ids of the model, because the document does not contain the size of the vocabulary."""
     if isinstance(value, list):
         return [known_tokens(item) for item in value]
     return value % VOCABULARY if is_count(value) else value
 
 
 def with_whole_numbers(value):
-    """The value with `1.0`, which is an integer for JSON Schema and refused by the server, as `1`."""
+    """Replaces `1.0`, which JSON Schema accepts as an integer and the server refuses, with `1`."""
     if isinstance(value, list):
         return [with_whole_numbers(item) for item in value]
     if isinstance(value, dict):
@@ -57,7 +57,7 @@ def with_whole_numbers(value):
 
 
 def shorten_prompt(body):
-    """Leaves one item of a list that may not fit the context: a token has at least a byte."""
+    """Retains one item of a list that may not fit in the context: a token has at least one byte."""
     for name in ("messages", "input", "prompt"):
         if isinstance(body.get(name), list) and len(json.dumps(body[name], ensure_ascii=False).encode("utf-8", "replace")) > 1200:
             del body[name][1:]
@@ -91,7 +91,7 @@ def meet_rules(path, body):
     if body.get("max_tokens") == 0:
         body.update(echo=True, stream=False)
     for entry in body.get("lora") or []:
-        # the number of an adapter is no part of the document
+        # the document does not contain the ids of adapters
         entry["scale"] = 0
     meet_rules_of_grammars(body)
     if path.endswith("/fine_tuning/jobs"):
@@ -103,7 +103,7 @@ def meet_rules(path, body):
 
 
 def meet_rules_of_grammars(body):
-    """One grammar, one that compiles; tools that are distinct, and a choice among them."""
+    """Sends at most one grammar, which compiles; makes tools distinct and chooses one of them."""
     tools = body.get("tools") or []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool)
@@ -141,7 +141,7 @@ def choose_tool(choice):
 
 
 def put_schema(value):
-    """Puts a schema in the place of each `schema`."""
+    """Replaces each `schema` with a valid schema."""
     for name, inner in value.items():
         if name == "schema" and inner is not None:
             value[name] = SCHEMA
@@ -161,7 +161,7 @@ def meet_rules_of_jobs(body):
 
 @schemathesis.hook
 def filter_case(context, case):
-    """Whether the names of a form's parts can be written into a header."""
+    """Whether the names of a form's parts are valid in a header."""
     if case.media_type != "multipart/form-data" or not isinstance(case.body, dict):
         return True
     return all(name.isascii() and name.isprintable() for name in case.body)

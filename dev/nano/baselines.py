@@ -1,4 +1,4 @@
-"""Bits per byte of the held-out text: `xz -9`, and 5-gram models over the tokenizer's tokens trained on the same files."""
+"""Measures bits per byte of the validation and test text: `xz -9`, and 5-gram models over the tokenizer's tokens, trained on the same files."""
 
 import argparse
 import lzma
@@ -21,7 +21,7 @@ def encode(tokenizer, texts):
 
 
 def grams(sequences, width):
-    """Each run of `width` tokens that ends in a token of the text, as one number."""
+    """Each sequence of `width` tokens that ends with a token of the text, as one number."""
     mask = (1 << (TOKEN_BITS * width)) - 1
     for ids in sequences:
         number = 0
@@ -54,7 +54,7 @@ class KneserNey:
 
     def __init__(self, counts, vocabulary):
         self.vocabulary = vocabulary
-        # All but the highest order count in how many contexts a run of tokens was seen, not how often.
+        # All orders except the highest count the contexts of a sequence, not its occurrences.
         mask = [(1 << (TOKEN_BITS * width)) - 1 for width in range(ORDER + 1)]
         self.counts = [Counter(gram & mask[width] for gram in counts[width]) for width in range(1, ORDER)] + [counts[-1]]
         self.discounts = []
@@ -78,7 +78,7 @@ class KneserNey:
 
 
 def totals(counts):
-    """By context: how many runs, how many kinds of continuation, and how many of these occur once, twice, more often."""
+    """For each context: the number of occurrences, of distinct continuations, and of continuations that occur once, twice and more often."""
     total, kinds, often = Counter(), Counter(), {}
     for gram, count in counts.items():
         context = gram >> TOKEN_BITS
@@ -94,7 +94,7 @@ def bits(model, sequences):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", required=True, help="folder that `make.py` has filled")
+    parser.add_argument("--corpus", required=True, help="folder written by `make.py`")
     parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the tokenizer")
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(os.path.join(arguments.model, "tokenizer.json"))
@@ -103,7 +103,7 @@ def main():
     train = encode(tokenizer, [row["text"] for row in read_rows(os.path.join(arguments.corpus, "sources", "train.jsonl"))])
     counts = [Counter(grams(train, width)) for width in range(1, ORDER + 1)]
     models = {"5-gram, Witten-Bell": WittenBell(counts, vocabulary), "5-gram, modified Kneser-Ney": KneserNey(counts, vocabulary)}
-    print("| held-out text | bytes | tokens | model | bits per byte |\n| --- | --- | --- | --- | --- |")
+    print("| text | bytes | tokens | model | bits per byte |\n| --- | --- | --- | --- | --- |")
     for split in ("valid", "test"):
         texts = [row["text"] for row in read_rows(os.path.join(arguments.corpus, f"{split}.jsonl"))]
         size = sum(len(text.encode()) for text in texts)

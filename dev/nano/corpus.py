@@ -1,4 +1,4 @@
-"""The pre-training rows: pieces of files of at most `ROW_TOKENS` tokens, plain, with a gap to fill, or as a chat."""
+"""Creates the pre-training rows: pieces of files with at most `ROW_TOKENS` tokens, plain, with a gap to fill, or as a chat."""
 
 import os
 import random
@@ -21,7 +21,7 @@ DOCUMENT = ["Write the documentation comment of this Rust code.", "Document this
 IMPLEMENT = ["Write the Rust code for this documentation.", "Write Rust code that is documented like this."]
 
 
-# A documentation comment and the item below it, both by indentation.
+# A documentation comment and the item below it with the same indentation.
 DOCUMENTED = re.compile(
     r"(?m)^(( *)///[^\n]*\n(?:\2///[^\n]*\n)*)"
     r"((?:\2[^\s/][^\n]*\n|\2 +\S[^\n]*\n|\n)+?\2\}\n|\2[^\n]*;\n)"
@@ -29,7 +29,7 @@ DOCUMENTED = re.compile(
 
 
 def pieces(text, count):
-    """Cuts a text at blank lines before the least indented lines, as far as needed for `PIECE_TOKENS` a piece.
+    """Splits a text at blank lines before the least indented lines, into pieces of at most `PIECE_TOKENS` tokens.
 
     Each piece comes with the line that opens the block it is inside of, or an empty string.
     """
@@ -45,7 +45,7 @@ def pieces(text, count):
 
 
 def opening(lines, at):
-    """The line that opens the block a line is directly inside of, if it is an `impl`, trait or module in one line."""
+    """The line that opens the innermost block of a line, if it is an `impl`, trait or module on one line."""
     for line in reversed(lines[:at]):
         if line.strip() and indentation(line) < indentation(lines[at]):
             found = re.match(r"\s*(pub(\(\w+\))? )?(unsafe )?(impl|trait|mod)\b[^\n]{,100}\{$", line)
@@ -54,7 +54,7 @@ def opening(lines, at):
 
 
 def cut(lines, costs, start, end):
-    """Ranges of lines; neighbours are joined again while they fit."""
+    """Ranges of lines; adjacent ranges are joined while they fit."""
     if sum(costs[start:end]) <= PIECE_TOKENS:
         return [(start, end)]
     if end - start == 1:
@@ -62,10 +62,10 @@ def cut(lines, costs, start, end):
     after_blank = [i for i in range(start + 1, end) if not lines[i - 1].strip() and lines[i].strip()]
     if after_blank:
         least = min(indentation(lines[i]) for i in after_blank)
-        places = [i for i in after_blank if indentation(lines[i]) == least]
+        cuts = [i for i in after_blank if indentation(lines[i]) == least]
     else:
-        places = [(start + end) // 2]
-    bounds = [start, *places, end]
+        cuts = [(start + end) // 2]
+    bounds = [start, *cuts, end]
     joined = []
     for a, b in zip(bounds, bounds[1:]):
         for part in cut(lines, costs, a, b):
@@ -81,7 +81,7 @@ def indentation(line):
 
 
 def with_gap(text, random_state):
-    """The piece as prefix, suffix and middle, or None where no gap makes sense."""
+    """The piece as prefix, suffix and middle, or None if no gap is suitable."""
     line_starts = [0] + [m.end() for m in re.finditer("\n", text)]
     kind = random_state.random()
     if kind < 0.45:  # whole lines
@@ -105,7 +105,7 @@ def with_gap(text, random_state):
         start, end = random_state.choice(blocks).span(1)
         start += indentation(text[start:end])
         end -= 1
-    else:  # from a word to another one
+    else:  # from one word to another
         edges = [m.start() for m in re.finditer(r"\b", text)]
         if len(edges) < 12:  # too little text
             return None
@@ -147,7 +147,7 @@ def as_chat(text, random_state):
 
 
 def make(files, model):
-    """Rows by split and a report; held-out rows are plain pieces."""
+    """Rows by split and a report; validation and test rows are plain pieces."""
     tokenizer = Tokenizer.from_file(os.path.join(model, "tokenizer.json"))
 
     def counts(texts):
@@ -201,7 +201,7 @@ def training_rows(found, random_state):
 
 
 def held_out_rows(found, bytes_max):
-    """Pieces of each crate in turn, so that a large crate does not fill the file."""
+    """Pieces of alternating crates, so that a large crate does not fill the file."""
     by_crate = {}
     for file, _, piece in found:
         by_crate.setdefault(file["crate"], []).append(piece)

@@ -1,4 +1,4 @@
-"""Makes the built-in model's sources, tokenizer, corpus and fine-tuning data; see README.md beside this file."""
+"""Creates the built-in model's sources, tokenizer, corpus and fine-tuning data; see README.md in this folder."""
 
 import argparse
 import array
@@ -131,10 +131,10 @@ STEPS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=[*STEPS, "all"], help="what to make; `all`: everything in this order, weights if --weights is given")
-    parser.add_argument("--corpus", help="folder for the sources and the corpus; all steps but `weights` need it")
-    parser.add_argument("--from-lock", action="store_true", help="choose the crates anew from Cargo.lock, not those of crates.json")
-    parser.add_argument("--more-from-list", action="store_true", help="choose the further crates anew from more.txt")
+    parser.add_argument("step", choices=[*STEPS, "all"], help="the step to run; `all`: all steps in this order, with weights if --weights is set")
+    parser.add_argument("--corpus", help="folder for the sources and the corpus; required by all steps except `weights`")
+    parser.add_argument("--from-lock", action="store_true", help="select the crates again from Cargo.lock instead of crates.json")
+    parser.add_argument("--more-from-list", action="store_true", help="select the additional crates again from more.txt")
     parser.add_argument("--weights", help="folder of a trained model, for the step `weights`, which rounds them to bf16")
     parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the model")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a model of `assets/nano`'s kind can do: bits per byte, completions, and what the default fine-tuning makes of it."""
+"""Measures a model like `assets/nano`: bits per byte, completions, and the effect of the default fine-tuning."""
 
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ TOKENS_MAX = 96
 
 
 def call(program, *flags, text=None):
-    """What a command prints as JSON."""
+    """The JSON output of a command."""
     done = subprocess.run([program, "--json", *flags], input=text, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -30,18 +30,18 @@ def rank(text):
 
 
 def line_prompt(text):
-    """The text up to one of its lines, and that line; None if it has no fitting one."""
+    """The text before one of its lines, and that line; None if no line is suitable."""
     lines = text.split("\n")
-    places = []
+    lines_with_context = []
     for at in range(1, len(lines)):
         before = "\n".join(lines[:at]) + "\n"
         if len(before) >= PREFIX_CHARACTERS_MIN and lines[at - 1].strip() and len(lines[at].strip()) >= LINE_CHARACTERS_MIN:
-            places.append((before, lines[at]))
-    return random.Random(text).choice(places) if places else None
+            lines_with_context.append((before, lines[at]))
+    return random.Random(text).choice(lines_with_context) if lines_with_context else None
 
 
 def gap_prompt(text):
-    """The text with a gap as the corpus has them, and what belongs there; None if no short gap was found."""
+    """The text with a gap as in the corpus, and the text of the gap; None if no short gap was found."""
     state = random.Random(text)
     for _ in range(20):
         row = corpus.with_gap(text, state)
@@ -58,7 +58,7 @@ def prompts(texts, make, count):
 
 
 def edits(left, right):
-    """Levenshtein's distance."""
+    """The Levenshtein distance."""
     row = list(range(len(right) + 1))
     for i, a in enumerate(left, 1):
         last, row[0] = row[0], i
@@ -68,26 +68,26 @@ def edits(left, right):
 
 
 def complete(arguments, asked, *flags):
-    """Share of exactly right texts, and the mean of 1 less the share of edits, of greedy continuations."""
+    """The share of exact texts of greedy continuations, and the mean of 1 minus the share of edits."""
     def write(prompt):
         written = call(
             arguments.program, "generate", "--model", arguments.model, "--raw", "--temperature", "0", "--max-tokens", str(TOKENS_MAX),
-            "--device", "cpu", "--prompt", "-", *flags, text=prompt + "\n",  # the command takes one line's end away
+            "--device", "cpu", "--prompt", "-", *flags, text=prompt + "\n",  # the command removes one line break
         )
         return written["text"]
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         texts = list(pool.map(write, (prompt for prompt, _ in asked)))
-    pairs = [(text.strip(), wanted.strip()) for text, (_, wanted) in zip(texts, asked)]
+    pairs = [(text.strip(), expected.strip()) for text, (_, expected) in zip(texts, asked)]
     return {
         "prompts": len(pairs),
-        "right": sum(text == wanted for text, wanted in pairs) / len(pairs),
-        "similarity": sum(1 - edits(text, wanted) / max(len(text), len(wanted), 1) for text, wanted in pairs) / len(pairs),
+        "right": sum(text == expected for text, expected in pairs) / len(pairs),
+        "similarity": sum(1 - edits(text, expected) / max(len(text), len(expected), 1) for text, expected in pairs) / len(pairs),
     }
 
 
 def fine_tuned(arguments):
-    """The default run on the sample data, and how many of all test rows are right before and after it."""
+    """The default run on the sample data, and the number of exact test rows before and after it."""
     with tempfile.TemporaryDirectory() as folder:
         return call(
             arguments.program, "train", "--model", arguments.model, "--data", os.path.join(ROOT, "assets", "nano", "data"),
@@ -101,10 +101,10 @@ def main():
     parser.add_argument("--program", required=True, help="metal-candle, built with --release")
     parser.add_argument("--corpus", required=True, help="folder with valid.jsonl and test.jsonl")
     parser.add_argument("--model", default=os.path.join(ROOT, "assets", "nano"), help="folder of the model")
-    parser.add_argument("--jobs", type=int, default=2, help="prompts at once")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel prompts")
     parser.add_argument("--epochs", help="of the fine-tuning, instead of the default")
     parser.add_argument("--steps", help="of the fine-tuning, instead of the default")
-    parser.add_argument("--no-fine-tuning", action="store_true", help="leave the fine-tuning out")
+    parser.add_argument("--no-fine-tuning", action="store_true", help="skip the fine-tuning")
     arguments = parser.parse_args()
     found = {}
     for split, count in PROMPTS.items():
@@ -132,7 +132,7 @@ def main():
         print("| {}, similarity | {:.3f} | {:.3f} |".format(kind, *(found[s][kind]["similarity"] for s in PROMPTS)))
     if "fine-tuning" in found:
         f = found["fine-tuning"]
-        print("\n{total_steps} steps in {seconds:.0f} s: held-out loss {valid_loss_before:.3f}, then {valid_loss_after:.3f}; "
+        print("\n{total_steps} steps in {seconds:.0f} s: validation loss {valid_loss_before:.3f}, then {valid_loss_after:.3f}; "
               "{exactly_right_before}, then {exactly_right_after} of {test_samples} signatures right".format(**f))
 
 

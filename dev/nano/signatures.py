@@ -1,4 +1,4 @@
-"""The fine-tuning set: documentation, block and name of a public function in, its signature out."""
+"""Creates the fine-tuning data: from documentation, block and name of a public function to its signature."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ FUNCTION = re.compile(
 
 
 def one_line(text):
-    """A signature as rustfmt would write it had it no limit on the length of a line."""
+    """A signature as rustfmt would write it without a limit on the line length."""
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"([(<\[]) ", r"\1", text)
     text = re.sub(r",? ([)\]])", r"\1", text)
@@ -71,7 +71,7 @@ def rank(row):
 
 
 def choose(rows, split, taken):
-    """Rows in an order that does not depend on their place, at most so many of a crate and of a signature."""
+    """Rows in an order that does not depend on their position, with limits per crate and per signature."""
     crates, signatures, chosen = Counter(), Counter(), []
     for row in sorted(rows, key=rank):
         documentation = re.sub(r"\W+", " ", " ".join(re.findall(r"/// (.*)", row["user"]))).lower()
@@ -94,7 +94,7 @@ def own_type(head):
 
 
 def shape(row):
-    """The signature with the function's name and the type of its block left open."""
+    """The signature with placeholders for the function's name and the type of its block."""
     before, rest = row["assistant"].split(f"fn {row['name']}", 1)
     if own_type(row["block"]):
         rest = re.sub(r"(?<!\w)" + re.escape(own_type(row["block"])) + r"(?!\w)", "$TYPE", rest)
@@ -102,7 +102,7 @@ def shape(row):
 
 
 def baselines(train, held_out):
-    """Shares of exactly right signatures of guesses that only count."""
+    """Shares of exact signatures of guesses from counts."""
     def most_common(key, value):
         counts = defaultdict(Counter)
         for row in train:

@@ -1,4 +1,4 @@
-"""Which files the built-in model may learn from: licences, families of crates, splits, filters, deduplication."""
+"""Selects the files that the built-in model is trained on: licences, families of crates, splits, filters, deduplication."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 
-# Families of crates that are never trained on. A crate named here takes its whole family with it: the crates of
-# the same repository and those whose names begin with the same word.
+# Families of the validation and test splits. A crate listed here stands for its whole family: the crates of the same
+# repository, and crates whose names have the same first word.
 HELD_OUT = {
     "valid": ["bstr", "bytes", "console", "fancy-regex", "memmap2", "slab", "smallvec", "typed-path", "walkdir"],
     "test": ["bit-vec", "either", "http", "indexmap", "indicatif", "semver", "strsim", "tempfile", "url"],
@@ -21,19 +21,19 @@ PERMISSIVE = {
     "Unicode-3.0", "Unicode-DFS-2016", "Unlicense", "Zlib",
 }
 
-# Interfaces of operating systems and browsers, mostly written by programs, and crates that are tables.
+# Bindings of operating systems and browsers, mostly generated, and crates of tables.
 BINDINGS = re.compile(
     r"(.*[-_]sys|windows.*|winapi.*|winsafe|libc|linux-raw-sys|objc2-.*|wasi|wasip2|wit-bindgen|r-efi|redox_syscall"
     r"|hermit-abi|cudarc|dispatch2|.*[-_]data|webpki-roots|spm_precompiled|encode_unicode|unicode_categories|typenum"
     r"|unicode-ident|unicode-width)$"
 )
-# More of the same among the crates that only the weights see.
+# More of them among the additional crates for the weights.
 MORE_BINDINGS = re.compile(
     r"(objc.*|core-(foundation|graphics|text|video).*|cocoa.*|metal|ash|spirv|glow|gl_generator|khronos.*|x11.*|xcb.*|xkbcommon.*"
     r"|wayland-(protocols|sys).*|drm.*|gbm.*|ndk|jni.*|android.*|wasm-bindgen.*|unicode.*|chrono-tz.*|mime.*|entities|phf_codegen"
     r"|hexf.*|typst-assets|codex|hypher|encoding_rs|psm|wit-.*|cargo-platform)$"
 )
-# Crates that hold copies of what is held out, or of the documentation it was copied from.
+# Crates with copies of validation or test code, or of its documentation.
 COPIES = {
     "async-walkdir", "camino", "cap-std", "cap-tempfile", "ignore", "jwalk", "linked-hash-map", "memmap", "ordermap", "relative-path",
     "tempdir",
@@ -50,7 +50,7 @@ DUPLICATE_SHARE = 0.5
 
 
 def licence_is_permissive(expression):
-    """Whether an SPDX expression can be met with permissive licences alone (`A/B` is the old spelling of `A OR B`)."""
+    """Whether an SPDX expression allows permissive licences only (`A/B` is the old spelling of `A OR B`)."""
     if not expression:
         return False
     words = re.sub(r"\s+WITH\s+LLVM-exception", "", expression).replace("/", " OR ")
@@ -81,7 +81,7 @@ def licence_is_permissive(expression):
 
 
 def metadata(manifest, *flags):
-    """Every published package that cargo resolves a manifest to, with the folder it is unpacked to, by name and version."""
+    """Every published package that cargo resolves for a manifest, with its source folder, by name and version."""
     command = ["cargo", "metadata", "--format-version", "1", "--manifest-path", manifest, *flags]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["packages"]
     return sorted((p for p in found if p["source"] is not None), key=lambda p: (p["name"], version_key(p["version"])))
@@ -93,7 +93,7 @@ def locked_packages(root):
 
 
 def fetched(dependencies):
-    """The packages of a manifest with these lines of dependencies."""
+    """The packages of a manifest with these dependencies."""
     lines = ["[package]", 'name = "sources"', 'version = "0.0.0"', 'edition = "2021"', "[dependencies]", *dependencies]
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(os.path.join(folder, "src"))
@@ -104,13 +104,13 @@ def fetched(dependencies):
 
 
 def listed_packages(used):
-    """The packages of an earlier report, fetched by a manifest that names each with its version."""
-    wanted = {(crate["name"], crate["version"]) for crate in used}
+    """The packages of an earlier report, downloaded with a manifest that lists each with its version."""
+    expected = {(crate["name"], crate["version"]) for crate in used}
     found = fetched(
-        f'{name} = {{ version = "={version.split("+")[0]}", default-features = false }}' for name, version in sorted(wanted)
+        f'{name} = {{ version = "={version.split("+")[0]}", default-features = false }}' for name, version in sorted(expected)
     )
-    found = [p for p in found if (p["name"], p["version"]) in wanted]
-    missing = wanted - {(p["name"], p["version"]) for p in found}
+    found = [p for p in found if (p["name"], p["version"]) in expected]
+    missing = expected - {(p["name"], p["version"]) for p in found}
     if missing:
         raise SystemExit(f"cargo does not find {sorted(missing)}")
     return found
@@ -122,7 +122,7 @@ def version_key(version):
 
 
 def families(found):
-    """The name of each crate's family: crates that share a repository or the first word of their names."""
+    """The family of each crate: crates with the same repository or the same first word in their names."""
     parent = {}
 
     def root_of(key):
@@ -147,27 +147,27 @@ def families(found):
 
 
 def held_out_among(found):
-    """The names of all crates of a held-out family."""
+    """The names of all crates of a validation or test family."""
     family = families(found)
     sides = {family[name] for names in HELD_OUT.values() for name in names if name in family}
     return {name for name in family if family[name] in sides}
 
 
 def splits(found):
-    """The side of each crate: `train`, `valid` or `test`; a family is on one side."""
+    """The split of each crate: `train`, `valid` or `test`; a family is in one split."""
     family = families(found)
     side = {}
     for split, names in HELD_OUT.items():
         for name in names:
             if name not in family:
-                raise SystemExit(f"`{name}` is held out for {split} but is not in the lock file")
+                raise SystemExit(f"`{name}` belongs to {split} but is not in the lock file")
             if side.setdefault(family[name], split) != split:
                 raise SystemExit(f"the family of `{name}` is on two sides")
     return {name: side.get(family[name], "train") for name in family}
 
 
 def without_header(text):
-    """The text without a licence notice at its beginning."""
+    """The text without a licence notice at its start."""
     header = re.match(r"\s*(?:(?://(?![/!])[^\n]*\n)+|/\*(?![*!]).*?\*/[^\n]*\n)", text, re.DOTALL)
     if header and re.search(r"copyright|licen[cs]e", header.group(), re.IGNORECASE):
         return text[header.end():].lstrip("\n")
@@ -180,7 +180,7 @@ def without_tests(text):
 
 
 def rejection(relative, text):
-    """Why a file is of no use, or None."""
+    """The reason to exclude a file, or None."""
     parts = relative.split("/")
     if SKIPPED_FOLDERS & set(parts[:-1]) or SKIPPED_NAMES.match(parts[-1]):
         return "tests, tables or bindings by its path"
@@ -209,7 +209,7 @@ def rejection(relative, text):
 
 
 def shingles(text):
-    """Hashes of each run of three lines, without blank lines, spaces and numbers."""
+    """Hashes of every three consecutive lines, without blank lines, spaces and numbers."""
     lines = [re.sub(r"\s+|\d+", "", line) for line in text.split("\n")]
     lines = [line for line in lines if len(line) > 3]
     width = min(SHINGLE_LINES, max(len(lines), 1))
@@ -221,17 +221,17 @@ def hash_of(text):
 
 
 def is_duplicate(marks, seen):
-    """Whether half of a text's runs of lines were seen before."""
+    """Whether half of a text's hashes were seen before."""
     return not marks or len(marks & seen) >= DUPLICATE_SHARE * len(marks)
 
 
 def collect(found, side):
-    """Files by split, `{crate, path, text}`, the report on crates used and left out, and the marks of all files."""
+    """Files by split, `{crate, path, text}`, the report of used and excluded crates, and the hashes of all files."""
     newest = {p["name"]: p["version"] for p in found}
     used, left_out, reasons = [], [], Counter()
     files = {"test": [], "valid": [], "train": []}
     seen = set()
-    # Held-out sides come first: whatever resembles them is then dropped from the training side.
+    # Validation and test crates come first, so that similar files are dropped from the training split.
     for split in files:
         for package in (p for p in found if side[p["name"]] == split):
             entry = {key: package[key] for key in ("name", "version", "license", "repository")}
@@ -255,9 +255,9 @@ def collect(found, side):
 
 
 def collect_more(found, files, seen, held_out):
-    """Files that only the weights see, and the report: other files of the training side's crates, and further crates.
+    """The additional files for the weights, and the report: other files of the training crates, and additional crates.
 
-    `files` and `seen` are what `collect` has found; `held_out` names crates that are of a held-out family.
+    `files` and `seen` are results of `collect`; `held_out` contains the crates of validation and test families.
     """
     newest = {p["name"]: p["version"] for p in found}
     sizes = Counter()
@@ -293,7 +293,7 @@ def collect_more(found, files, seen, held_out):
 
 
 def crate_files(package, seen, bytes_max, reasons, taken=frozenset()):
-    """The files of one crate that pass, in an order that does not depend on their names, up to a size; none of `taken`."""
+    """The accepted files of one crate except `taken`, in an order that does not depend on their names, up to a size."""
     folder = os.path.dirname(package["manifest_path"])
     paths = []
     for top in ("src", "examples"):
@@ -327,7 +327,7 @@ def crate_files(package, seen, bytes_max, reasons, taken=frozenset()):
 
 
 def provenance(report, more):
-    """The crates used, as a document beside the model."""
+    """The document that lists the used crates."""
     crates = {}
     for entry in [*report["used"], *more["used"]]:
         crate = crates.setdefault(entry["name"], entry | {"files": 0, "bytes": 0, "of": "weights"})

@@ -1,4 +1,4 @@
-"""The built-in model's folder except the weights: tokenizer, chat template, configuration."""
+"""Creates the built-in model's folder except the weights: tokenizer, chat template, configuration."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ADDED = [
     ("<|fim_prefix|>", False), ("<|fim_middle|>", False), ("<|fim_suffix|>", False), ("<|fim_pad|>", False),
     ("<|repo_name|>", False), ("<|file_sep|>", False),
 ]
-# Qwen2's way of cutting text before the merges.
+# Qwen2's regex that splits text before the merges.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -96,7 +96,7 @@ CHAT_TEMPLATE = r"""
 
 
 def train(texts):
-    """A byte-level BPE tokenizer with Qwen2's normalizer, pieces and added tokens."""
+    """A byte-level BPE tokenizer with Qwen2's normalizer, splitting and added tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -115,7 +115,7 @@ def train(texts):
 
 
 def write_model_folder(folder, texts):
-    """Writes the files that stand beside the weights."""
+    """Writes the files in the folder of the weights."""
     os.makedirs(folder, exist_ok=True)
     tokenizer = train(texts)
     assert tokenizer.get_vocab_size() == VOCABULARY

@@ -1,4 +1,4 @@
-//! `async-openai`: every answer has to fit the crate's types, and the `code` of an error has to be a string.
+//! Checks `async-openai`: every response must have the crate's types, and the `code` of an error must be a string.
 
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
@@ -17,11 +17,11 @@ use std::process::ExitCode;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
-/// Ends a check unless a condition holds.
+/// Fails a check unless a condition is true.
 macro_rules! ensure {
     ($condition:expr, $($found:tt)*) => {
         if !$condition {
-            return Err(format!("{} does not hold: {}", stringify!($condition), format!($($found)*)).into());
+            return Err(format!("{} is false: {}", stringify!($condition), format!($($found)*)).into());
         }
     };
 }
@@ -40,10 +40,10 @@ fn request<T: DeserializeOwned>(mut base: Value, more: Value) -> Result<T, serde
     serde_json::from_value(base)
 }
 
-/// The error that the server answered with.
+/// The error in the server's response.
 fn api_error<T>(result: Result<T, OpenAIError>) -> Result<ApiErrorResponse, Box<dyn Error>> {
     match result {
-        Ok(_) => Err("expected an error, found an answer".into()),
+        Ok(_) => Err("expected an error, found a response".into()),
         Err(OpenAIError::ApiError(error)) => Ok(error),
         Err(other) => Err(format!("expected an error of the server, found {other}").into()),
     }
@@ -193,7 +193,7 @@ impl Checks {
         let listed = self.client.files().list().await?;
         ensure!(listed.data.iter().any(|file| file.id == created.id), "{listed:?}");
         ensure!(self.client.files().retrieve(&created.id).await?.id == created.id, "{created:?}");
-        ensure!(self.client.files().content(&created.id).await? == text.as_bytes(), "another content");
+        ensure!(self.client.files().content(&created.id).await? == text.as_bytes(), "the content differs");
         ensure!(self.client.files().delete(&created.id).await?.deleted, "{created:?}");
         let error = api_error(self.client.files().retrieve(&created.id).await)?;
         ensure!(error.status_code == 404, "{error}");
@@ -209,7 +209,7 @@ impl Checks {
         ] {
             let plain = api_error(self.client.chat().create(self.chat(more.clone())?).await)?;
             let streamed = match self.client.chat().create_stream(self.chat(more)?).await {
-                // the crate may give the error of the connection with the first chunk
+                // the crate may return the error of the connection with the first chunk
                 Ok(mut stream) => api_error(stream.next().await.ok_or("an empty stream")?)?,
                 Err(error) => api_error(Err::<(), _>(error))?,
             };
