@@ -16,9 +16,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 /// Replaces negative infinity, which JSON does not have.
-const LEAST_LOGPROB: f32 = -9999.0;
+const MIN_LOGPROB: f32 = -9999.0;
 
-/// A token with its log-probability and those of the most likely tokens.
+/// A token with its log-probability, and the log-probabilities of the most likely tokens.
 #[derive(Debug, Clone)]
 pub(crate) struct Scored {
     pub(crate) id: u32,
@@ -41,7 +41,7 @@ impl Scored {
 
 /// Makes a log-probability finite, for JSON.
 pub(crate) fn finite(logprob: f32) -> f32 {
-    logprob.max(LEAST_LOGPROB)
+    logprob.max(MIN_LOGPROB)
 }
 
 /// The new text and tokens of a choice since the last update.

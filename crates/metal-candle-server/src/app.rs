@@ -26,7 +26,7 @@ const MAX_DRAFT: usize = 4;
 ///
 /// # Errors
 /// No token fits.
-pub(crate) fn room(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
+pub(crate) fn remaining_context(param: &str, prompt_tokens: usize, context: usize) -> Result<usize, ApiError> {
     if prompt_tokens >= context {
         return Err(ApiError::context(param, prompt_tokens, context));
     }
@@ -160,7 +160,7 @@ impl App {
         mut config: GenerationConfig,
         cache_salt: Option<&str>,
     ) -> Result<Job, ApiError> {
-        config.max_tokens = config.max_tokens.min(room(param, prompt.len(), self.served.context)?);
+        config.max_tokens = config.max_tokens.min(remaining_context(param, prompt.len(), self.served.context)?);
         Ok(Job {
             prompt,
             config,
@@ -199,14 +199,14 @@ impl App {
         T: Send + 'static,
         F: FnOnce() -> Result<T, ApiError> + Send + 'static,
     {
-        let Ok(place) = Arc::clone(&self.side_queue).try_acquire_owned() else {
+        let Ok(queue_permit) = Arc::clone(&self.side_queue).try_acquire_owned() else {
             self.metrics.reject("queue_full");
-            return Err(ApiError::unavailable("queue_full", "too many requests are being prepared"));
+            return Err(ApiError::unavailable("queue_full", "too many requests are being processed; try again later"));
         };
-        let turn = Arc::clone(&self.side_tasks).acquire_owned().await.map_err(ApiError::server)?;
-        // the task continues if the client disconnects, and keeps counting towards the limits
+        let task_permit = Arc::clone(&self.side_tasks).acquire_owned().await.map_err(ApiError::server)?;
+        // the task continues if the client disconnects, and still counts towards the limits
         let compute = move || {
-            let _permits = (place, turn);
+            let _permits = (queue_permit, task_permit);
             compute()
         };
         tokio::task::spawn_blocking(compute).await.map_err(ApiError::server)?

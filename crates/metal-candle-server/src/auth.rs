@@ -21,7 +21,7 @@ pub(crate) struct Client {
 impl Client {
     /// Returns an error unless the client may change adapters, files and jobs.
     pub(crate) fn check_admin(&self) -> Result<(), ApiError> {
-        if self.is_admin { Ok(()) } else { Err(ApiError::forbidden("this needs an admin key")) }
+        if self.is_admin { Ok(()) } else { Err(ApiError::forbidden("an admin key is required")) }
     }
 }
 

@@ -87,7 +87,7 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message).with_code("request_too_large")
     }
 
-    /// Another 4xx status for a malformed request.
+    /// A different 4xx status for a malformed request.
     pub(crate) fn malformed(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, "invalid_request_error", message)
     }
@@ -171,7 +171,7 @@ impl ApiError {
 pub(crate) fn without_paths(message: &str) -> String {
     let last = |path: &str| path.rsplit(MAIN_SEPARATOR).next().unwrap_or_default().to_owned();
     let is_delimiter = |c: char| c.is_whitespace() || "\"'()".contains(c);
-    // a path between backticks may contain spaces
+    // a path in backticks may contain spaces
     let parts = message.split('`').enumerate().map(|(index, part)| {
         if index % 2 == 1 && Path::new(part).is_absolute() {
             return last(part);

@@ -22,7 +22,7 @@ struct File {
     bytes: &'static [u8],
 }
 
-/// All files. No other path is served, and nothing is read from disk.
+/// All files of the web UI. No other path is served, and nothing is read from disk.
 const FILES: [File; 3] = [
     File { path: "/", content_type: "text/html; charset=utf-8", bytes: include_bytes!("../web/dist/index.html") },
     File {
@@ -33,7 +33,7 @@ const FILES: [File; 3] = [
     File { path: "/app.css", content_type: "text/css; charset=utf-8", bytes: include_bytes!("../web/dist/app.css") },
 ];
 
-/// The routes of the web UI. They need no key: the web UI asks for one if the API requires it.
+/// The routes of the web UI. They require no key; the web UI prompts for one if the API requires it.
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.iter().fold(Router::new(), |router, file| {
         let etag = etag(file.bytes);

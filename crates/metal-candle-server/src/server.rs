@@ -118,12 +118,12 @@ impl Server {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         tokio::pin!(shutdown);
         loop {
-            let place = Arc::clone(&connections).acquire_owned();
-            let (stream, place) = tokio::select! {
+            let permit = Arc::clone(&connections).acquire_owned();
+            let (stream, permit) = tokio::select! {
                 () = &mut shutdown => break,
-                (accepted, place) = async { let place = place.await; (listener.accept().await, place) } => {
-                    match (accepted, place) {
-                        (Ok((stream, _)), Ok(place)) => (stream, place),
+                (accepted, permit) = async { let permit = permit.await; (listener.accept().await, permit) } => {
+                    match (accepted, permit) {
+                        (Ok((stream, _)), Ok(permit)) => (stream, permit),
                         // too many open files, or the client disconnected: continue with other connections
                         (Err(error), _) => {
                             tracing::warn!("cannot accept a connection: {error}");
@@ -159,7 +159,7 @@ impl Server {
                         let _ = connection.await;
                     }
                 }
-                drop(place);
+                drop(permit);
             });
         }
         drop(listener);

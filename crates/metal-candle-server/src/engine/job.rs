@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Maximum number of unread pieces per sample; more pause the sequence.
+/// Maximum number of unread pieces per sample. The sequence is paused when its reader is this far behind.
 const MAX_BEHIND: usize = 64;
 
 /// The limits of the engine.

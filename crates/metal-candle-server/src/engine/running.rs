@@ -1,4 +1,4 @@
-//! Decides which jobs start, and which running jobs give up their slots for them.
+//! Decides which jobs start, and which running jobs are preempted for them.
 
 use super::job::{Stops, Update};
 use metal_candle::inference::SequenceId;
@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(ask(&jobs, 1, 1, 0), None);
         let late = start + Duration::from_millis(59_900);
         assert_eq!(to_preempt(&jobs, queued(2, 1, late), 0, now), None);
-        // the owner with the most slots cannot give part of a job, the next one can
+        // the job of the owner with the most slots is too large to preempt, the job of the next owner is not
         jobs.push(job(start, 3, 5, 9));
         assert_eq!(ask(&jobs, 2, 1, 0), Some(vec![3]));
         // two give

@@ -395,10 +395,10 @@ impl Worker<'_> {
         let now = Instant::now();
         let metrics = &self.shared.metrics;
         for event in events {
-            let place = self.running.iter().enumerate().find_map(|(index, task)| {
+            let found = self.running.iter().enumerate().find_map(|(index, task)| {
                 task.sequences.iter().position(|id| *id == Some(event.sequence)).map(|sample| (index, sample))
             });
-            let Some((index, sample)) = place else { continue };
+            let Some((index, sample)) = found else { continue };
             let task = &mut self.running[index];
             let piece = match event.result {
                 Ok(piece) => piece,
@@ -437,7 +437,9 @@ impl Worker<'_> {
                 // a closed channel is handled before the next step
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
                 // sequences are paused before their channel is full
-                Err(TrySendError::Full(_)) => tracing::error!("a piece was lost: the channel of its reader was full"),
+                Err(TrySendError::Full(_)) => {
+                    tracing::error!("a piece was lost because the channel of its reader was full")
+                }
             }
             if is_last && task.open().next().is_none() {
                 metrics.request_seconds.observe(now - task.submitted);

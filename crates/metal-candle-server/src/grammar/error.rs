@@ -1,4 +1,4 @@
-//! [`GrammarError`]: why a grammar was not compiled.
+//! [`GrammarError`]: the error of a grammar that cannot be compiled.
 
 /// Why a grammar was not compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -11,7 +11,7 @@ pub(super) fn compile_message(error: &str) -> String {
     if line.contains("panic") {
         return "the grammar cannot be compiled".into();
     }
-    let (place, rest) = split_place(line);
+    let (position, rest) = split_position(line);
     if rest.contains("regex parse error") {
         let reason = error.lines().find_map(|line| line.trim().strip_prefix("error: "));
         return format!("invalid regular expression: {}", clipped(reason.unwrap_or("it cannot be parsed")));
@@ -55,18 +55,18 @@ pub(super) fn compile_message(error: &str) -> String {
     if text.is_empty() {
         return "the grammar cannot be compiled".into();
     }
-    place.map_or(text.clone(), |line| format!("line {line}: {text}"))
+    position.map_or(text.clone(), |line| format!("line {line}: {text}"))
 }
 
 /// Splits `at 3(7): message` or `3(7): message` into the line and the message.
-fn split_place(text: &str) -> (Option<u32>, &str) {
+fn split_position(text: &str) -> (Option<u32>, &str) {
     let rest = text.strip_prefix("at ").unwrap_or(text);
-    let place = rest.split_once("): ").and_then(|(place, message)| {
-        let (line, column) = place.split_once('(')?;
+    let position = rest.split_once("): ").and_then(|(position, message)| {
+        let (line, column) = position.split_once('(')?;
         column.parse::<u32>().ok()?;
         Some((line.parse::<u32>().ok()?, message))
     });
-    place.map_or((None, text), |(line, message)| (Some(line), message))
+    position.map_or((None, text), |(line, message)| (Some(line), message))
 }
 
 fn clipped(text: &str) -> String {

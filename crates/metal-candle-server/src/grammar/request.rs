@@ -21,7 +21,7 @@ const EXTRAS: [(&str, &str); 6] = [
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl Grammar {
-    /// The fields that are the same in every wire format: all fields of [`Grammar::from_request`] except `response_format`.
+    /// The fields that all wire formats share: the fields of [`Grammar::from_request`] except `response_format`.
     pub(crate) fn extra_fields(fields: &Fields) -> impl Iterator<Item = (String, Value)> {
         let names = EXTRAS.iter().map(|(name, _)| *name).chain(["structured_outputs"]);
         names.filter_map(|name| Some((name.to_owned(), fields.get(name)?.clone())))

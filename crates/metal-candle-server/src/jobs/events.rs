@@ -113,7 +113,7 @@ impl EventFile {
             Err(error) => return Err(error),
         };
         let mut lines = LinesFromEnd::new(file)?;
-        let mut kept: VecDeque<Event> = VecDeque::new();
+        let mut events_in_page: VecDeque<Event> = VecDeque::new();
         let mut has_more = false;
         // in descending order the page starts here, in ascending order it ends here
         let mut is_found = after.is_none();
@@ -125,22 +125,22 @@ impl EventFile {
                     is_found = true;
                     break;
                 }
-                kept.push_front(event);
-                if kept.len() > limit {
-                    kept.pop_back();
+                events_in_page.push_front(event);
+                if events_in_page.len() > limit {
+                    events_in_page.pop_back();
                     has_more = true;
                 }
             } else if is_mark {
                 is_found = true;
             } else if is_found {
-                if kept.len() == limit {
+                if events_in_page.len() == limit {
                     has_more = true;
                     break;
                 }
-                kept.push_back(event);
+                events_in_page.push_back(event);
             }
         }
-        Ok(is_found.then(|| Page { events: kept.into(), has_more }))
+        Ok(is_found.then(|| Page { events: events_in_page.into(), has_more }))
     }
 
     /// The last step and the last evaluation in the events.
@@ -154,8 +154,8 @@ impl EventFile {
             }
             let found = event.data["step"].as_u64();
             let is_evaluation = event.data.get("valid_loss").is_some();
-            let place = if is_evaluation { &mut evaluation } else { &mut step };
-            *place = place.or(found);
+            let last = if is_evaluation { &mut evaluation } else { &mut step };
+            *last = last.or(found);
         }
         (step, evaluation)
     }

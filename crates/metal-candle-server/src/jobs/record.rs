@@ -18,7 +18,7 @@ pub(super) const FILE: &str = "job.json";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum JobState {
-    /// Waiting for its turn, for the check of its files, or for `resume`.
+    /// Waiting in the queue, for the check of its files, or for `resume`.
     Queued,
     /// Running, or was running when the server exited.
     Running,

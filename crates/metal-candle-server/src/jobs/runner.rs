@@ -95,7 +95,7 @@ fn start(jobs: &Jobs, record: &JobRecord) -> Option<Following> {
         let _ = std::fs::remove_dir_all(run.path());
         jobs.start_arguments(record)
     };
-    if !jobs.begin(id) {
+    if !jobs.start(id) {
         return None;
     }
     let started = Trainer::start(&jobs.config, &jobs.job_folder(id), &arguments);

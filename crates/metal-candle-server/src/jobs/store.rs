@@ -59,7 +59,7 @@ pub(crate) struct Jobs {
     pub(super) adapters: Arc<Adapters>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Held while the server runs, because two servers would run the same jobs.
+    /// Locked while the server runs, because two servers would run the same jobs.
     _lock: File,
 }
 
@@ -283,20 +283,20 @@ impl Jobs {
             tracing::error!("job `{id}`: {error}");
         }
         if record.state.has_ended() {
-            // the run folder has everything that is needed
+            // the run folder contains everything else that is needed
             let _ = std::fs::remove_dir_all(self.job_folder(id).join(DATA));
         }
         Some(record.clone())
     }
 
     /// Marks a job as running; false if the client has stopped it in the meantime.
-    pub(super) fn begin(&self, id: &str) -> bool {
-        let begun = self.update(id, |record| {
+    pub(super) fn start(&self, id: &str) -> bool {
+        let started = self.update(id, |record| {
             if !record.is_cancelled && !record.is_paused && !record.state.has_ended() {
                 record.state = JobState::Running;
             }
         });
-        begun.is_some_and(|record| record.state == JobState::Running)
+        started.is_some_and(|record| record.state == JobState::Running)
     }
 
     /// Changes a job of this owner that has not ended.

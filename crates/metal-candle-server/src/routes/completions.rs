@@ -1,7 +1,7 @@
 //! `POST /v1/completions`.
 
 use crate::answer::{Answering, Merged, MergedUpdate, Progress, Scored, Usage, finite};
-use crate::app::{App, Target, room};
+use crate::app::{App, Target, remaining_context};
 use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
@@ -127,7 +127,7 @@ async fn scores(
     }
     let mut all = Vec::with_capacity(prompts.len());
     for prompt in prompts {
-        room("prompt", prompt.len(), app.served.context)?;
+        remaining_context("prompt", prompt.len(), app.served.context)?;
         let (ids, adapter) = (prompt.clone(), target.adapter.clone());
         let kv_cache = app.config.kv_cache;
         let terms = move |model: &Model| {

@@ -1,6 +1,6 @@
 //! `POST /v1/embeddings`: returns the mean of a text's last hidden states, normalized to length 1.
 
-use crate::app::{App, room};
+use crate::app::{App, remaining_context};
 use crate::auth::Client;
 use crate::body::JsonBody;
 use crate::error::ApiError;
@@ -36,7 +36,7 @@ pub(crate) async fn answer(
         app.compute(move || inputs.iter().map(|input| input.encode(&served)).collect::<Result<Vec<_>, _>>()).await?;
     let num_tokens: usize = encoded.iter().map(Vec::len).sum();
     for ids in &encoded {
-        room("input", ids.len(), app.served.context)?;
+        remaining_context("input", ids.len(), app.served.context)?;
     }
     app.keys.charge(&client, num_tokens).inspect_err(|_| app.metrics.reject("rate_limit"))?;
     let mut data = Vec::with_capacity(encoded.len());

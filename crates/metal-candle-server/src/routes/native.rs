@@ -66,12 +66,13 @@ pub(crate) async fn infill(
         extras.push((name, extra.required_text("text")?.to_owned()));
     }
     let (served, context) = (app.served.clone(), app.served.context);
-    let wanted = num_predict(&fields)?.unwrap_or(128).min(context / 2);
-    let prompt = app.compute(move || infill_prompt(&served, &prefix, &suffix, &extras, context - wanted)).await?;
+    let max_tokens = num_predict(&fields)?.unwrap_or(128).min(context / 2);
+    let prompt = app.compute(move || infill_prompt(&served, &prefix, &suffix, &extras, context - max_tokens)).await?;
     run(&app, &client, &fields, prompt).await
 }
 
-/// The prompt of a gap: the newest extra files that fit, then the text around the gap that fits, most of it before the gap.
+/// The prompt of a gap: the newest extra files that fit, then the text around the gap that fits, three quarters of it before the
+/// gap.
 fn infill_prompt(
     served: &Served,
     prefix: &str,
@@ -88,9 +89,9 @@ fn infill_prompt(
             let kept = if from_end { &all[all.len() - kept..] } else { &all[..kept] };
             served.tokenizer.decode(kept, false).map_err(ApiError::server)
         };
-        let room = limit.saturating_sub(8);
-        let after = share(suffix, room / 4, false)?;
-        let left = room.saturating_sub(served.encode_text(&after)?.len());
+        let available = limit.saturating_sub(8);
+        let after = share(suffix, available / 4, false)?;
+        let left = available.saturating_sub(served.encode_text(&after)?.len());
         return gap(served, &[], &share(prefix, left, true)?, &after);
     }
     let Some((repository, file)) = served.fim.and_then(|fim| fim.repository).filter(|_| !extras.is_empty()) else {
@@ -167,12 +168,12 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     };
     let most = app.max_choices(client);
     let num_choices = fields.count("n_cmpl", 1, most)?.or(fields.count("n", 1, most)?).unwrap_or(1);
-    let wanted = num_predict(fields)?;
+    let max_tokens = num_predict(fields)?;
     // editors request no tokens to fill the cache with the prompt
-    let config = generation_config(fields, &app.served, wanted.unwrap_or(usize::MAX).max(1))?;
+    let config = generation_config(fields, &app.served, max_tokens.unwrap_or(usize::MAX).max(1))?;
     let streams = fields.flag("stream")?.unwrap_or(false);
     let limit = fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.filter(|limit| *limit > 0);
-    let shown = settings(&config, wanted);
+    let shown = settings(&config, max_tokens);
     let mask = match Grammar::from_request(fields)? {
         None => None,
         Some((param, grammar)) => {
@@ -184,7 +185,7 @@ async fn run(app: &Arc<App>, client: &Client, fields: &Fields<'_>, prompt: Vec<u
     let form = Form {
         model: target.name.clone(),
         settings: shown,
-        is_warm_up: wanted == Some(0),
+        is_warm_up: max_tokens == Some(0),
         deadline: limit.map(|limit| Duration::from_millis(limit as u64)),
         num_choices,
     };
@@ -208,10 +209,10 @@ struct Form {
     num_choices: usize,
 }
 
-fn settings(config: &GenerationConfig, wanted: Option<usize>) -> Value {
+fn settings(config: &GenerationConfig, max_tokens: Option<usize>) -> Value {
     let sampling = &config.sampling;
     json!({
-        "n_predict": wanted.map_or(-1, |wanted| wanted as i64),
+        "n_predict": max_tokens.map_or(-1, |max_tokens| max_tokens as i64),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,

@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// The smallest token limit that OpenAI accepts.
-const LEAST_TOKENS: usize = 16;
+const MIN_TOKENS: usize = 16;
 
 /// Settings of the wire format besides the turn.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ fn parse(app: &App, fields: &Fields) -> Result<(Turn, Form), ApiError> {
     fields.one_of("truncation", &["auto", "disabled"])?;
     let format = fields.object("text")?.map(|text| text.object("format")).transpose()?.flatten();
     let format = format.map(|format| Value::Object(format.map().clone()));
-    let given = fields.count("max_output_tokens", LEAST_TOKENS, usize::MAX)?;
+    let given = fields.count("max_output_tokens", MIN_TOKENS, usize::MAX)?;
     let num_top = fields.count("top_logprobs", 0, 20)?.unwrap_or(0);
     let include = fields.texts("include", 16)?;
     let metadata = fields.object("metadata")?.map(|metadata| metadata.map().clone()).unwrap_or_default();

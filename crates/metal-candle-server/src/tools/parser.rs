@@ -278,7 +278,7 @@ impl ToolParser {
         (self.is_start, self.after_call) = (false, true);
     }
 
-    /// Adds content; trailing white space is held back until more text follows.
+    /// Adds content. Trailing white space is buffered until more text follows.
     fn add_content(&mut self, text: &str, deltas: &mut Vec<Delta>) {
         let length = text.trim_end().len();
         if length > 0 {

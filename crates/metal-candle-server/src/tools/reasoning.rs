@@ -94,7 +94,7 @@ impl ReasoningSplit {
                     let held = end.unwrap_or_else(|| self.buffer.len() - partial_suffix(&self.buffer, close));
                     let text = &self.buffer[..held];
                     let from = if is_started { 0 } else { text.len() - text.trim_start().len() };
-                    // hold back trailing white space: it may be the end of the reasoning
+                    // buffer trailing white space, which may be the end of the reasoning
                     let to = text.trim_end().len();
                     if from < to {
                         parts.push(Part::Reasoning(text[from..to].to_string()));
@@ -125,7 +125,7 @@ impl ReasoningSplit {
         }
     }
 
-    /// The text that was held back.
+    /// The buffered text.
     pub(super) fn finish(self) -> Option<Part> {
         let is_empty = self.buffer.is_empty();
         match self.state {

@@ -132,7 +132,7 @@ async function readError(response: Response): Promise<ApiError> {
 export function describeError(error: unknown): string {
   if (error instanceof ApiError) {
     const sentence = error.message.charAt(0).toUpperCase() + error.message.slice(1);
-    if (error.status === 403) return `${sentence}${/[.!?]$/.test(sentence) ? '' : '.'} This needs an admin key.`;
+    if (error.status === 403) return `${sentence}${/[.!?]$/.test(sentence) ? '' : '.'} This requires an admin key.`;
     return sentence;
   }
   return error instanceof Error ? error.message : String(error);
