@@ -25,7 +25,7 @@ pub(crate) fn check_output(path: &Path) -> Result<()> {
     }
     for path in [path, &report_path(path), &modelfile_path(path)] {
         if path.symlink_metadata().is_ok() {
-            let message = format!("`{}` exists already", path.display());
+            let message = format!("`{}` already exists", path.display());
             return Err(UserError::new(message).with_hint("choose a new file name; nothing is overwritten").into());
         }
     }

@@ -68,7 +68,7 @@ fn a_model_becomes_a_gguf_file_and_a_folder_again() {
     for (words, parts) in [
         (
             "convert --model model --format gguf --output m.gguf",
-            &["m.gguf", "exists already", "nothing is overwritten"][..],
+            &["m.gguf", "already exists", "nothing is overwritten"][..],
         ),
         ("convert --model model --format gguf --output folder", &["expected a name that ends in `.gguf`"]),
         ("convert --model model --format peft --output folder", &["needs `--adapter`"]),

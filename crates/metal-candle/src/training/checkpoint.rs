@@ -6,7 +6,7 @@ use crate::models::Model;
 use std::path::Path;
 
 /// Writes an adapter as one safetensors file: tensors named as PEFT names them, configuration and `metadata` in the
-/// header. The file is replaced whole or not at all.
+/// header. The file is replaced atomically.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -18,7 +18,7 @@ pub fn save_checkpoint(
     save_single_file(adapter, path.as_ref(), metadata)
 }
 
-/// Reads what [`save_checkpoint`] wrote.
+/// Loads an adapter from a file of [`save_checkpoint`].
 ///
 /// # Errors
 /// The file is missing or damaged or is not such a file, or tensors do not fit the model; all of them are listed.

@@ -43,7 +43,7 @@ pub fn evaluate(
     evaluate_in(None, model, terms, dataset, batch_tokens)
 }
 
-/// Like [`evaluate`], shared by all ranks of a group. The losses of batches are summed in one order, whatever the number
+/// Like [`evaluate`], shared by all ranks of a group. The losses of batches are summed in one order, for any number
 /// of ranks.
 pub(super) fn evaluate_in(
     group: Option<&Group>,

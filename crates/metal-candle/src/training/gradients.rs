@@ -121,7 +121,7 @@ mod tests {
         let all = Tensor::new(&[1.0_f32, 2.0, 3.0, 4.0, 5.0], &Device::Cpu).unwrap();
         let part = |start, len| all.narrow(0, start, len).unwrap();
         let mut sum = GradientSum::zeros(5, &Device::Cpu).unwrap();
-        // all of it: the sum is the tensor itself
+        // a single part that fills the tensor: the sum is the tensor itself
         sum.add(&[(0, &part(0, 2)), (2, &part(2, 3))], Some(&all), true).unwrap();
         assert_eq!(start_in(sum.tensor(), &all), Some(0));
         // in another order, and one that is not a view of it

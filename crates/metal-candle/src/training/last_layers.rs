@@ -37,7 +37,7 @@ pub struct LastLayers {
     model: Model,
     num_layers: usize,
     /// The indices of the trained parameters in [`Model::parameters`].
-    places: Vec<usize>,
+    indices: Vec<usize>,
 }
 
 impl LastLayers {
@@ -55,8 +55,8 @@ impl LastLayers {
                 name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             layer.is_some_and(|layer| layer + num_layers >= total)
         };
-        let places = (0..model.parameters().len()).filter(|&place| is_trained(&model.parameters()[place].0)).collect();
-        Ok(Self { model: model.clone(), num_layers, places })
+        let indices = (0..model.parameters().len()).filter(|&index| is_trained(&model.parameters()[index].0)).collect();
+        Ok(Self { model: model.clone(), num_layers, indices })
     }
 
     /// The model, with the trained parameters in f32.
@@ -70,7 +70,7 @@ impl LastLayers {
     }
 
     fn parameters(&self) -> WholeParameters<'_> {
-        WholeParameters::new(&self.model, self.places.iter().copied())
+        WholeParameters::new(&self.model, self.indices.iter().copied())
     }
 }
 
@@ -101,7 +101,7 @@ impl Trained for LastLayers {
 
     /// Writes the trained parameters only.
     fn save_files(&self, folder: &Path) -> Result<()> {
-        let mut tensors = Vec::with_capacity(self.places.len());
+        let mut tensors = Vec::with_capacity(self.indices.len());
         for (name, tensor) in self.parameters().iter() {
             tensors.push((name, tensor.to_dtype(DType::F32)?));
         }

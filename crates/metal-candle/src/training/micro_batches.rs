@@ -50,7 +50,7 @@ impl MicroBatching {
     pub(super) fn agree(&mut self, group: &Group) -> Result<()> {
         let tokens = self.micro_batch_tokens.map_or(f64::INFINITY, |tokens| tokens as f64);
         let all = group.gather_numbers(&[tokens, self.checkpointed_blocks as f64])?;
-        let numbers = |place: usize| all.iter().filter_map(move |numbers| numbers.get(place).copied());
+        let numbers = |index: usize| all.iter().filter_map(move |numbers| numbers.get(index).copied());
         let least = numbers(0).fold(f64::INFINITY, f64::min);
         self.micro_batch_tokens = least.is_finite().then_some(least as usize);
         self.checkpointed_blocks = numbers(1).fold(0.0, f64::max) as usize;

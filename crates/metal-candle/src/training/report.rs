@@ -20,7 +20,7 @@ pub enum TrainingEvent {
         /// Number of parameters that are trained.
         num_trainable_parameters: usize,
     },
-    /// An optimizer step was made.
+    /// An optimizer step was completed.
     Step {
         /// The step, from 1.
         step: usize,
@@ -46,7 +46,7 @@ pub enum TrainingEvent {
         /// Whether it is the lowest so far.
         is_best: bool,
     },
-    /// The user should check something. Warnings do not change the run.
+    /// A problem that the user should check. Warnings do not change the run.
     Warning {
         /// Completed steps.
         step: usize,

@@ -138,7 +138,7 @@ impl<'a, T: Trained> Run<'a, T> {
             }
             Some(checkpoint) => {
                 let message =
-                    format!("`{}` exists already: resume the run or choose another folder", checkpoint.path.display());
+                    format!("`{}` already exists: resume the run or choose another folder", checkpoint.path.display());
                 return Err(Error::argument("run_folder", message));
             }
             None => None,

@@ -20,28 +20,28 @@ pub struct Parameter {
     pub len: usize,
     /// The shape; matrices are row-major.
     pub shape: Vec<usize>,
-    /// Which of the [`Gradients`](crate::models::Gradients) belongs to it.
+    /// Its entry in [`Gradients`](crate::models::Gradients).
     pub gradient: GradientOf,
 }
 
 /// The trained parameters of the model itself.
 pub(super) struct OfModel {
-    places: Vec<usize>,
+    indices: Vec<usize>,
     rows: Vec<TokenRows>,
 }
 
 impl OfModel {
     pub(super) fn new<T: Trained>(trained: &T, parameters: &[Parameter]) -> Self {
-        let place = |parameter: &Parameter| match parameter.gradient {
-            GradientOf::Parameter(place) => Some(place),
+        let index_of = |parameter: &Parameter| match parameter.gradient {
+            GradientOf::Parameter(index) => Some(index),
             _ => None,
         };
-        Self { places: parameters.iter().filter_map(place).collect(), rows: trained.token_rows() }
+        Self { indices: parameters.iter().filter_map(index_of).collect(), rows: trained.token_rows() }
     }
 
     /// These parameters and the low-rank updates.
     pub(super) fn with<'a>(&'a self, terms: Option<&'a LowRankUpdates>) -> Trainable<'a> {
-        Trainable { low_rank: terms, parameters: Parameters::WithRows(&self.places, &self.rows) }
+        Trainable { low_rank: terms, parameters: Parameters::WithRows(&self.indices, &self.rows) }
     }
 }
 
@@ -129,17 +129,17 @@ impl Trained for LoRAAdapter {
                 push("lora_magnitude_vector", offset, shape, GradientOf::Magnitude(number));
             }
         }
-        let places: HashMap<&str, usize> = Trained::run_model(self)
+        let indices: HashMap<&str, usize> = Trained::run_model(self)
             .parameters()
             .iter()
             .enumerate()
-            .map(|(place, (name, _))| (name.as_str(), place))
+            .map(|(index, (name, _))| (name.as_str(), index))
             .collect();
         for saved in self.saved_parameters() {
-            if let Some(&place) = places.get(saved.name.as_str()) {
+            if let Some(&index) = indices.get(saved.name.as_str()) {
                 let (name, shape, offset) = (saved.name.clone(), saved.shape.clone(), saved.offset);
                 let gradient =
-                    if saved.rows.is_some() { GradientOf::Rows(place) } else { GradientOf::Parameter(place) };
+                    if saved.rows.is_some() { GradientOf::Rows(index) } else { GradientOf::Parameter(index) };
                 let len = saved.num_parameters();
                 parameters.push(Parameter { name, offset, len, shape, gradient });
             }

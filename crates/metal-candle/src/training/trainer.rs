@@ -204,7 +204,7 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
-    /// The number of batches per step. Each trained token of a step has the same weight, whatever its batch.
+    /// The number of batches per step. Each trained token of a step has the same weight, in any batch.
     #[must_use]
     pub fn with_gradient_accumulation(mut self, batches: usize) -> Self {
         self.options.gradient_accumulation = batches;
@@ -226,7 +226,7 @@ impl<T: Trained> Trainer<T> {
         self
     }
 
-    /// Trains exactly this number of steps, in place of `num_epochs`.
+    /// Trains exactly this number of steps, instead of `num_epochs`.
     #[must_use]
     pub fn with_max_steps(mut self, steps: usize) -> Self {
         self.options.max_steps = Some(steps);

@@ -17,7 +17,7 @@ pub(super) const MANY_LEAKED_ROWS: f64 = 0.01;
 pub enum TrainingWarning {
     /// The loss of one step is far above the previous losses.
     LossSpike {
-        /// The loss, in nats a trained token.
+        /// The loss, in nats per trained token.
         loss: f64,
         /// The median of the previous losses.
         median: f64,

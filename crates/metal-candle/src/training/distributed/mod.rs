@@ -112,7 +112,7 @@ impl Group {
     /// Sums an f32 tensor (`[n]`, contiguous) over all ranks in place; all get the same bits.
     ///
     /// # Errors
-    /// Another rank failed or ended, or passed a tensor of another length.
+    /// Another rank failed or ended, or passed a tensor of a different length.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
         if self.num_ranks() == 1 {
             return Ok(());

@@ -28,19 +28,19 @@ pub(in crate::training) fn divide(dataset: &Dataset, batches: &[Vec<usize>], num
 /// order.
 fn balance(items: &[usize], count: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|&place| std::cmp::Reverse(length(items[place])));
+    order.sort_by_key(|&index| std::cmp::Reverse(length(items[index])));
     let mut parts = vec![(0, Vec::new()); count];
-    for place in order {
-        if let Some((total, places)) = parts.iter_mut().min_by_key(|(total, _)| *total) {
-            *total += length(items[place]);
-            places.push(place);
+    for index in order {
+        if let Some((total, indices)) = parts.iter_mut().min_by_key(|(total, _)| *total) {
+            *total += length(items[index]);
+            indices.push(index);
         }
     }
-    let in_order = |mut places: Vec<usize>| {
-        places.sort_unstable();
-        places.into_iter().map(|place| items[place]).collect()
+    let in_order = |mut indices: Vec<usize>| {
+        indices.sort_unstable();
+        indices.into_iter().map(|index| items[index]).collect()
     };
-    parts.into_iter().map(|(_, places)| in_order(places)).collect()
+    parts.into_iter().map(|(_, indices)| in_order(indices)).collect()
 }
 
 #[cfg(test)]

@@ -186,7 +186,7 @@ pub(super) fn accept_all(
                 std::thread::sleep(PAUSE);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                let rank = links.iter().position(Option::is_none).map_or(0, |place| place + 1);
+                let rank = links.iter().position(Option::is_none).map_or(0, |index| index + 1);
                 return Err(Error::Peer { rank, message: format!("did not connect to `{address}`") });
             }
             Err(error) => return Err(failed(error)),

@@ -8,7 +8,7 @@ use metal_candle_kernels::{BLOCK, MatrixSection, Section};
 /// The settings of an optimizer that can differ between parameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ParameterGroup {
-    /// Factor on the learning rate.
+    /// Factor of the learning rate.
     pub learning_rate_factor: f64,
     /// Whether weight decay applies.
     pub decays: bool,
@@ -79,7 +79,7 @@ impl Layout {
         let (mut elements, mut blocks, mut rows_so_far, mut columns_so_far, mut of_matrices) = (0, 0, 0, 0, 0);
         let keeps_tensors_apart = matches!(config, OptimizerConfig::AdamW8bit(_) | OptimizerConfig::Adafactor(_));
         for parameter in parameters {
-            check_place(parameter, layout.num_parameters)?;
+            check_offset(parameter, layout.num_parameters)?;
             layout.num_parameters += parameter.len;
             let ParameterGroup { learning_rate_factor: rate, decays } = group(parameter);
             if !(rate.is_finite() && rate >= 0.0) {
@@ -150,7 +150,7 @@ fn joins(last: &Section, next: &Section) -> bool {
         && last.decays == next.decays
 }
 
-fn check_place(parameter: &Parameter, expected_offset: usize) -> Result<()> {
+fn check_offset(parameter: &Parameter, expected_offset: usize) -> Result<()> {
     if parameter.offset != expected_offset {
         let message = format!("`{}` starts at {}, expected {expected_offset}", parameter.name, parameter.offset);
         return Err(Error::argument("parameters", message));

@@ -78,7 +78,7 @@ impl Optimizer {
     /// `values` is `[n]` in f32, where `n` is the number of elements of all `parameters` together.
     ///
     /// # Errors
-    /// `values` has another shape or dtype, the parameters do not lie one behind the other, a setting is out of its range,
+    /// `values` has a different shape or dtype, the offsets of the parameters are not contiguous, a setting is out of its range,
     /// or the optimizer does not exist on this device.
     pub fn new(
         values: &Tensor,
@@ -95,7 +95,7 @@ impl Optimizer {
         }
         if layout.num_codes > 0 && !device.is_cpu() {
             return Err(Error::Unsupported(format!(
-                "the optimizer `{}` on another device than the CPU",
+                "the optimizer `{}` on a device other than the CPU",
                 config.name()
             )));
         }
@@ -212,7 +212,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Makes one step with the gradients `gradient_scale * gradients`.
+    /// Performs one step with the gradients `gradient_scale * gradients`.
     ///
     /// # Shapes
     /// `gradients` is `[n]` in f32.

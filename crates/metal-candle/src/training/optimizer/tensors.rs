@@ -9,7 +9,7 @@ use metal_candle_kernels::{
     AdafactorStep, AdamStep, LionStep, MatrixSection, MuonStep, ScheduleFreeStep, Section, SgdStep,
 };
 
-/// Makes a step; `buffer` holds parameters and f32 state.
+/// Performs a step; `buffer` holds parameters and f32 state.
 pub(super) fn step(buffer: &Tensor, gradients: &Tensor, layout: &Layout, step: &Step) -> Result<()> {
     let flat = Flat { buffer, gradients, layout };
     let sections = &layout.sections;
@@ -40,7 +40,7 @@ struct Flat<'a> {
 
 /// A range of the buffer, in a slot of the state or in the parameters.
 #[derive(Clone, Copy)]
-struct Place {
+struct BufferRange {
     slot: Option<usize>,
     start: usize,
     len: usize,
@@ -51,17 +51,17 @@ fn decay(section: &Section, weight_decay: f64) -> f64 {
 }
 
 impl Flat<'_> {
-    fn offset(&self, place: Place) -> usize {
+    fn offset(&self, range: BufferRange) -> usize {
         let before = |slot| self.layout.slots[..slot].iter().map(|slot| slot.len).sum::<usize>();
-        place.slot.map_or(0, |slot| self.layout.num_parameters + before(slot)) + place.start
+        range.slot.map_or(0, |slot| self.layout.num_parameters + before(slot)) + range.start
     }
 
-    fn get(&self, place: Place) -> Result<Tensor> {
-        Ok(self.buffer.narrow(0, self.offset(place), place.len)?)
+    fn get(&self, range: BufferRange) -> Result<Tensor> {
+        Ok(self.buffer.narrow(0, self.offset(range), range.len)?)
     }
 
-    fn put(&self, place: Place, tensor: &Tensor) -> Result<()> {
-        Ok(self.buffer.slice_set(&tensor.flatten_all()?.contiguous()?, 0, self.offset(place))?)
+    fn put(&self, range: BufferRange, tensor: &Tensor) -> Result<()> {
+        Ok(self.buffer.slice_set(&tensor.flatten_all()?.contiguous()?, 0, self.offset(range))?)
     }
 
     fn gradients(&self, section: &Section, scale: f64) -> Result<Tensor> {
@@ -133,8 +133,8 @@ impl Flat<'_> {
 
     fn adafactor_matrix(&self, matrix: &MatrixSection, step: &AdafactorStep) -> Result<()> {
         let MatrixSection { section, rows, columns, column_state } = matrix;
-        let at_rows = Place { slot: Some(0), start: section.state, len: *rows };
-        let at_columns = Place { slot: Some(1), start: *column_state, len: *columns };
+        let at_rows = BufferRange { slot: Some(0), start: section.state, len: *rows };
+        let at_columns = BufferRange { slot: Some(1), start: *column_state, len: *columns };
         let g = self.gradients(section, step.grad_scale)?.reshape((*rows, *columns))?;
         let squares = (g.sqr()? + step.eps)?;
         let mixed = |old: Tensor, new: Tensor| (old * step.beta2)? + (new * (1.0 - step.beta2))?;
@@ -196,8 +196,8 @@ impl Flat<'_> {
     }
 }
 
-fn section_of(section: &Section, slot: Option<usize>) -> Place {
-    Place { slot, start: if slot.is_some() { section.state } else { section.start }, len: section.len }
+fn section_of(section: &Section, slot: Option<usize>) -> BufferRange {
+    BufferRange { slot, start: if slot.is_some() { section.state } else { section.start }, len: section.len }
 }
 
 #[cfg(test)]

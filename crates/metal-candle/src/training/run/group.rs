@@ -50,7 +50,7 @@ impl<T: Trained> Run<'_, T> {
         divide(self.dataset, batches, self.options.group.as_ref().map_or(1, Group::num_ranks))
     }
 
-    /// The generator of this step's seeds. Each rank draws one number per step, whatever its number of batches, so that one
+    /// The generator of this step's seeds. Each rank draws one number per step, for any number of batches, so that one
     /// saved state is valid for all ranks.
     pub(super) fn seeds(&mut self) -> Random {
         match &self.options.group {
