@@ -13,7 +13,7 @@ pub(super) fn byte_level() -> Value {
 /// How a byte-level BPE tokenizer splits a text, and the settings that llama.cpp derives from the name of the splitting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PreTokenizer {
-    /// Regexes applied one after another; each match and each text between matches becomes one part.
+    /// Regexes that are applied in sequence; each match and each text between matches becomes one part.
     pub(super) patterns: &'static [&'static str],
     /// Whether a part that is in the vocabulary is one token, without merging.
     pub(super) ignore_merges: bool,

@@ -37,7 +37,7 @@ pub(super) fn splitting_of(tokenizer: &Tokenizer, json: &Value) -> Result<Named,
     let mut candidates: Vec<(&'static str, PreTokenizer)> =
         PreTokenizer::all().filter(|(_, known)| is_equal(known)).collect();
     if candidates.is_empty() {
-        // the regexes are written differently, or a step has another type
+        // the regexes are written differently, or a step has a different type
         let known = PreTokenizer::all().filter(|(name, _)| published == Some(*name));
         candidates.extend(known.filter(|(_, known)| splits_alike(tokenizer.raw(), *known)));
     }
@@ -118,7 +118,7 @@ fn flatten<'a>(pre_tokenizer: &'a Value, steps: &mut Vec<&'a Value>) {
     }
 }
 
-/// Adds the regex of a step that isolates matches; `None` if the step is of another kind.
+/// Adds the regex of a step that isolates matches; `None` if the step is of a different kind.
 fn add_pattern(step: &Value, patterns: &mut Vec<String>) -> Option<()> {
     let flag = |name: &str| step[name].as_bool();
     let regex = match step["type"].as_str()? {

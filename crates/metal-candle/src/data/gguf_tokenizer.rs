@@ -55,7 +55,7 @@ impl Tokenizer {
     /// Vocabularies of the kinds `gpt2` (byte-level BPE), `llama` (`SentencePiece` BPE) and `gemma4` are supported.
     ///
     /// # Errors
-    /// The vocabulary is of another kind, or the metadata are damaged.
+    /// The vocabulary is of a different kind, or the metadata are damaged.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let kind = Kind::of(file)?;
         let vocabulary = Vocabulary::of(file)?;

@@ -87,7 +87,7 @@ impl<R: BufRead> Records<R> {
         self.reader.consume(skipped);
         let bytes = self.reader.fill_buf()?;
         self.oddities.is_empty = bytes.is_empty();
-        // a list, or objects that span lines, whatever the extension of the file
+        // a list, or objects that span lines, with any file extension
         let first_line = bytes.split(|&byte| byte == b'\n').find(|line| !line.trim_ascii().is_empty());
         if !self.is_json
             && first_line.is_some_and(|line| line.trim_ascii() == b"{" || line.trim_ascii().starts_with(b"["))
@@ -275,7 +275,7 @@ const PICKLE: &str = "a Python pickle; write its rows as JSON lines in Python";
 const UTF16: &str = "UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl`";
 const UTF32: &str = "UTF-32; convert it with `iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl`";
 
-/// Recognizes a file of another format by its first bytes, and returns advice.
+/// Recognizes a file of a different format by its first bytes, and returns advice.
 fn other_format(bytes: &[u8]) -> Option<String> {
     let known = MAGIC.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, found)| *found);
     let is_binary = || bytes.iter().take(1024).any(|&byte| byte == 0);
@@ -352,7 +352,7 @@ mod tests {
         assert_eq!(records(b"{\n}\n{}", true).0, [(1, "{\n}".into()), (3, "{}".into())]);
         assert_eq!(records(b"[{\"a\": [1", true).0, [(1, "{\"a\": [1".into())]);
         assert_eq!(records(b"[]", true).0, []);
-        // whatever the extension of the file
+        // with any file extension
         assert_eq!(records(b"{\n\"a\":1}\n{\n}\n", false).0, [(1, "{\n\"a\":1}".into()), (3, "{\n}".into())]);
         assert_eq!(records(b"[{},\n{}]", false).0, [(1, "{}".into()), (2, "{}".into())]);
     }

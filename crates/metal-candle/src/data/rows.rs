@@ -161,7 +161,7 @@ fn variables(row: &mut Map<String, Value>) -> Result<Map<String, Value>, String>
     let Value::Object(mut variables) = value else {
         return Err(format!("`{key}` must be an object, found {}", kind(&value)));
     };
-    // dataset libraries give every row the keys of all rows, with `null` for missing values
+    // dataset libraries add the keys of all rows to every row, with `null` for missing values
     variables.retain(|_, value| !value.is_null());
     match variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {
         Some(name) => Err(format!("`{key}` cannot set `{name}`, which comes from the row")),

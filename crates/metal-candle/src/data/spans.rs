@@ -78,7 +78,7 @@ impl<'a> View<'a> {
     }
 
     /// The length of the first `count` messages, if their rendering is a prefix of the whole text.
-    fn beginning(&self, text: &str, count: usize, add_generation_prompt: bool) -> Option<usize> {
+    fn start_of(&self, text: &str, count: usize, add_generation_prompt: bool) -> Option<usize> {
         let prefix = self.prefix(count, add_generation_prompt)?;
         text.starts_with(prefix.as_str()).then_some(prefix.len())
     }
@@ -212,7 +212,7 @@ impl<'a> SpanFinder<'a> {
             let is_empty = messages[turn].text().trim().is_empty() && messages[turn].tool_calls().is_empty();
             let parts = match own {
                 Some((strings, own)) => self.parts(view, text, turn, strings, &own, &mut known),
-                None if is_empty => match self.between_beginnings(view, text, turn) {
+                None if is_empty => match self.between_starts(view, text, turn) {
                     Some(span) if last_end <= span.start => Some(vec![span]),
                     _ => continue,
                 },
@@ -239,10 +239,10 @@ impl<'a> SpanFinder<'a> {
         own: &Range<usize>,
         known: &mut HashMap<(&'t str, &'t str, bool), (usize, usize)>,
     ) -> Option<Vec<Range<usize>>> {
-        let room = strings.around(own, text.len());
+        let bounds = strings.around(own, text.len());
         let is_last = turn + 1 == view.messages.len();
-        let key = (&text[room.start..own.start], &text[own.end..room.end], is_last);
-        let (lead, trail) = *known.entry(key).or_insert_with(|| self.around(view, text, turn, strings, own, &room));
+        let key = (&text[bounds.start..own.start], &text[own.end..bounds.end], is_last);
+        let (lead, trail) = *known.entry(key).or_insert_with(|| self.around(view, text, turn, strings, own, &bounds));
         let span = own.start - lead..own.end + trail;
         let foreign = strings.foreign(turn, &span);
         let mut parts = if foreign.is_empty() {
@@ -265,26 +265,26 @@ impl<'a> SpanFinder<'a> {
         turn: usize,
         strings: &Strings,
         own: &Range<usize>,
-        room: &Range<usize>,
+        bounds: &Range<usize>,
     ) -> (usize, usize) {
-        let in_lead = |at: &usize| (room.start..=own.start).contains(at);
-        let prompted = self.has_generation_prompt.then(|| view.beginning(text, turn, true)).flatten().filter(in_lead);
+        let in_lead = |at: &usize| (bounds.start..=own.start).contains(at);
+        let prompted = self.has_generation_prompt.then(|| view.start_of(text, turn, true)).flatten().filter(in_lead);
         let start = prompted
-            .or_else(|| self.after_tail(view, text, turn, strings, &(room.start..own.start)))
-            .or_else(|| self.after_header(view, &text[..own.start], turn, room.start))
+            .or_else(|| self.after_tail(view, text, turn, strings, &(bounds.start..own.start)))
+            .or_else(|| self.after_header(view, &text[..own.start], turn, bounds.start))
             .or_else(|| Self::after_space(view, text, turn, own.start).filter(in_lead))
             .unwrap_or(own.start);
-        let in_trail = |at: &usize| (own.end..=room.end).contains(at);
+        let in_trail = |at: &usize| (own.end..=bounds.end).contains(at);
         let count = turn + 1;
-        let ended = if count == view.messages.len() { Some(text.len()) } else { view.beginning(text, count, false) };
-        let tail = || self.before_next(view, text, turn, strings, own.end..room.end);
+        let ended = if count == view.messages.len() { Some(text.len()) } else { view.start_of(text, count, false) };
+        let tail = || self.before_next(view, text, turn, strings, own.end..bounds.end);
         let tail = if ended.is_some_and(|at| in_trail(&at)) { None } else { tail() };
         let limit = ended.filter(in_trail).or_else(|| tail.filter(|tail| tail.1).map(|tail| tail.0));
-        let until = limit.unwrap_or(room.end);
+        let until = limit.unwrap_or(bounds.end);
         let end = self.end_in(&text[own.end..until]).map(|len| own.end + len);
         // the last message of a prefix may lack its end token
         let end = end.unwrap_or_else(|| match (limit, self.after_end_token(text, until)) {
-            (Some(_), after) if after <= room.end => after,
+            (Some(_), after) if after <= bounds.end => after,
             (Some(limit), _) => limit,
             (None, _) => tail.map_or(own.end, |tail| tail.0),
         });
@@ -401,11 +401,11 @@ impl<'a> SpanFinder<'a> {
                 };
                 let Some(between) = between else {
                     let is_short = messages.len() <= MAX_BEGINNINGS;
-                    return is_short.then(|| view.beginning(text, count, false)).flatten();
+                    return is_short.then(|| view.start_of(text, count, false)).flatten();
                 };
                 let key = (messages[count - 1].role(), messages[count].role(), &text[between.clone()]);
                 let offset = *known.entry(key).or_insert_with(|| {
-                    let end = view.beginning(text, count, false).filter(|end| between.contains(end));
+                    let end = view.start_of(text, count, false).filter(|end| between.contains(end));
                     end.map(|end| end - between.start)
                 });
                 offset.map(|offset| between.start + offset)
@@ -415,9 +415,9 @@ impl<'a> SpanFinder<'a> {
 
     /// Finds a turn that has no strings.
     fn span(&self, view: &View, messages: &[Message], text: &str, turn: usize) -> Option<Range<usize>> {
-        let start = if self.has_generation_prompt { view.beginning(text, turn, true) } else { None };
+        let start = if self.has_generation_prompt { view.start_of(text, turn, true) } else { None };
         let is_last = turn + 1 == messages.len();
-        let end = if is_last { Some(text.len()) } else { view.beginning(text, turn + 1, false) };
+        let end = if is_last { Some(text.len()) } else { view.start_of(text, turn + 1, false) };
         let span = if let (Some(start), Some(end)) = (start, end) {
             start..end
         } else {
@@ -455,14 +455,15 @@ impl<'a> SpanFinder<'a> {
         text: &str,
         turn: usize,
         strings: &Strings,
-        room: &Range<usize>,
+        bounds: &Range<usize>,
     ) -> Option<usize> {
         let prompted = view.prefix(turn, self.has_generation_prompt)?;
-        let anchor = strings.anchor(text, room.start)?;
+        let anchor = strings.anchor(text, bounds.start)?;
         let tails = prompted.rmatch_indices(anchor).map(|(at, _)| &prompted[at + anchor.len()..]);
-        let leads = tails.filter_map(|tail| text[room.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str()));
+        let leads =
+            tails.filter_map(|tail| text[bounds.clone()].strip_prefix(tail)?.strip_prefix(self.header.as_str()));
         // a short string may also occur in the header
-        leads.map(|lead| room.end - lead.len()).max()
+        leads.map(|lead| bounds.end - lead.len()).max()
     }
 
     /// After the last string of a turn: the end of the text that the template writes if nothing follows, and whether all of that
@@ -473,19 +474,19 @@ impl<'a> SpanFinder<'a> {
         text: &str,
         turn: usize,
         strings: &Strings,
-        room: Range<usize>,
+        bounds: Range<usize>,
     ) -> Option<(usize, bool)> {
         let alone = view.prefix(turn + 1, false)?;
-        let anchor = strings.anchor(text, room.start)?;
+        let anchor = strings.anchor(text, bounds.start)?;
         let tails = alone.rmatch_indices(anchor).map(|(at, _)| &alone[at + anchor.len()..]);
         let lens = tails.map(|tail| {
-            let len = common_prefix(tail, &text[room.clone()]);
+            let len = common_prefix(tail, &text[bounds.clone()]);
             // do not stop within a token that ends only the last turn
             let tokens = super::turn_end::tokens_in(tail, &self.special_tokens);
             let cut = tokens.into_iter().find(|(at, token)| (*at..at + token.len()).contains(&len));
             (cut.map_or(len, |(at, _)| at), len == tail.len())
         });
-        lens.max().map(|(len, is_whole)| (room.start + len, is_whole))
+        lens.max().map(|(len, is_whole)| (bounds.start + len, is_whole))
     }
 
     /// Removes other messages' strings, and the text around them, from a span.
@@ -514,10 +515,10 @@ impl<'a> SpanFinder<'a> {
     }
 
     /// A turn between two renderings that are prefixes of the whole text.
-    fn between_beginnings(&self, view: &View, text: &str, turn: usize) -> Option<Range<usize>> {
-        let start = view.beginning(text, turn, true).filter(|_| self.has_generation_prompt)?;
+    fn between_starts(&self, view: &View, text: &str, turn: usize) -> Option<Range<usize>> {
+        let start = view.start_of(text, turn, true).filter(|_| self.has_generation_prompt)?;
         let is_last = turn + 1 == view.messages.len();
-        let end = if is_last { Some(text.len()) } else { view.beginning(text, turn + 1, false) };
+        let end = if is_last { Some(text.len()) } else { view.start_of(text, turn + 1, false) };
         let span = start..end.filter(|end| start < *end)?;
         let end = self.without_space_after_end_token(text, &span);
         (span.start < end).then_some(span.start..end)
@@ -541,7 +542,7 @@ impl<'a> SpanFinder<'a> {
 
     /// The end of the previous messages, if only white space separates it from the turn's text: the model generates it, too.
     fn after_space(view: &View, text: &str, turn: usize, text_start: usize) -> Option<usize> {
-        let before = view.beginning(text, turn, false)?;
+        let before = view.start_of(text, turn, false)?;
         let between = text.get(before..text_start)?;
         between.trim().is_empty().then_some(before)
     }

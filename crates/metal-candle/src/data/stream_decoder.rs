@@ -4,12 +4,12 @@ use super::Tokenizer;
 use crate::error::Result;
 use tokenizers::DecoderWrapper;
 
-/// Maximum number of tokens that are held back while their text is incomplete.
+/// Maximum number of tokens that are buffered while their text is incomplete.
 const MAX_PENDING: usize = 16;
 
 /// Decodes one token at a time and never returns half a character.
 ///
-/// A character may span several tokens; its bytes are held back until it is complete or invalid (then `U+FFFD` replaces
+/// A character may span several tokens; its bytes are buffered until it is complete or invalid (then `U+FFFD` replaces
 /// them, as in [`Tokenizer::decode`]). The concatenated chunks are the text of all tokens.
 ///
 /// ```no_run
@@ -78,7 +78,7 @@ impl StreamDecoder {
         }
     }
 
-    /// Returns the text that was held back, if any, and resets the decoder to the start of a text.
+    /// Returns the text that was buffered, if any, and resets the decoder to the start of a text.
     ///
     /// # Errors
     /// The tokenizer's decoder fails.

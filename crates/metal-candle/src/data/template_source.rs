@@ -1,4 +1,4 @@
-//! Compiles a chat template that replaces the model's own.
+//! Compiles a chat template that replaces the model's.
 
 use super::side_files::read_json_if_exists;
 use super::{ChatTemplate, Tokenizer};

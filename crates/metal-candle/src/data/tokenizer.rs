@@ -55,7 +55,7 @@ impl Tokenizer {
 
     /// Reads the tokenizer of a model folder: `tokenizer.json`, and if they exist `tokenizer_config.json`,
     /// `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`. Tokens that only these files name are
-    /// added, with the ids that transformers gives them. Without a `tokenizer.json`, the `vocab.json` and `merges.txt` of
+    /// added, with the ids that transformers assigns. Without a `tokenizer.json`, the `vocab.json` and `merges.txt` of
     /// Qwen2 and GPT-2 tokenizers are read.
     ///
     /// # Errors
@@ -167,7 +167,7 @@ impl Tokenizer {
         let encoding = guard(|| self.inner.tokenizer.encode_fast(text, add_special));
         let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let ids = encoding.get_ids();
-        Ok(ids[self.num_unwanted(text, ids, add_special)..].to_vec())
+        Ok(ids[self.num_extra_bos(text, ids, add_special)..].to_vec())
     }
 
     /// Tokenizes `text` and returns the byte range of each token.
@@ -179,13 +179,13 @@ impl Tokenizer {
         let encoding = guard(|| self.inner.tokenizer.encode(text, add_special));
         let encoding = encoding.map_err(|panic| self.encode_error(panic))?.map_err(|e| self.encode_error(e))?;
         let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
-        let start = self.num_unwanted(text, ids, add_special);
+        let start = self.num_extra_bos(text, ids, add_special);
         Ok(Encoding { ids: ids[start..].to_vec(), offsets: offsets[start..].to_vec() })
     }
 
     /// The number of tokens to remove from the front, 1 or 0: a BOS token that the folder's `add_bos_token` turns off, or a
     /// second BOS token.
-    fn num_unwanted(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
+    fn num_extra_bos(&self, text: &str, ids: &[u32], add_special: bool) -> usize {
         let Some(&first) = ids.first().filter(|&&id| add_special && self.is_special(id)) else { return 0 };
         let Some(token) = self.id_to_token(first) else { return 0 };
         let is_off = self.inner.add_bos_token == Some(false) && self.inner.bos_token.as_ref() == Some(&token);

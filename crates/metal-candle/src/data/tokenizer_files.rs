@@ -182,7 +182,7 @@ fn is_empty(value: Option<&Value>) -> bool {
 /// `added_tokens_decoder` by id, `added_tokens.json` by id, then the special tokens that are still missing.
 ///
 /// # Errors
-/// A token is malformed, or would get another id than the listed one.
+/// A token is malformed, or would get a different id than the listed one.
 pub(super) fn add_tokens(
     tokenizer: &mut tokenizers::Tokenizer,
     folder: &Path,
@@ -209,7 +209,7 @@ pub(super) fn add_tokens(
         let found = tokenizer.token_to_id(&token.content);
         if found.is_some_and(|found| found != *id) {
             let message = format!(
-                "`{}` is listed with id {id}, but the tokenizer gives the id {} to its next token; {}",
+                "`{}` is listed with id {id}, but the tokenizer assigns the id {} to its next token; {}",
                 token.content,
                 found.unwrap_or_default(),
                 "list the tokens without gaps after the vocabulary, or add the token to tokenizer.json"

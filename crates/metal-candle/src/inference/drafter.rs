@@ -4,7 +4,7 @@ use super::speculation::Speculation;
 
 /// The number of latest drafts whose acceptance is tracked.
 const WINDOW: u32 = u32::BITS;
-/// Fewest accepted drafts among them (30 %) to continue drafting.
+/// Minimum number of accepted drafts among them (30 %) to continue drafting.
 const FEWEST_ACCEPTED: u32 = 10;
 /// The number of tokens that a sequence generates without drafts if fewer are accepted.
 const PAUSE: usize = 64;

@@ -60,7 +60,7 @@ impl<const N: usize> From<[u32; N]> for Prompt {
 pub struct GenerationConfig {
     /// Maximum number of tokens to generate, at least 1; the context of the model is also a limit.
     pub max_tokens: usize,
-    /// Fewest tokens before an end token may be sampled. Stop strings can end a generation earlier, as can a mask that allows
+    /// Minimum number of tokens before an end token may be sampled. Stop strings can end a generation earlier, as can a mask that allows
     /// only end tokens.
     pub min_tokens: usize,
     /// How tokens are sampled.
@@ -90,14 +90,14 @@ impl Default for GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Sets the most tokens to generate.
+    /// Sets the maximum number of tokens to generate.
     #[must_use]
     pub fn with_max_tokens(mut self, max_tokens: usize) -> Self {
         self.max_tokens = max_tokens;
         self
     }
 
-    /// Sets the fewest tokens before an end token.
+    /// Sets the minimum number of tokens before an end token.
     #[must_use]
     pub fn with_min_tokens(mut self, min_tokens: usize) -> Self {
         self.min_tokens = min_tokens;

@@ -118,7 +118,7 @@ impl Sampler {
         Ok(chosen)
     }
 
-    /// Scores a given token, as [`Sampler::sample_allowed`] does for the sampled token. Does not add it to the penalty window.
+    /// Scores `token`, as [`Sampler::sample_allowed`] does for the sampled token. Does not add it to the penalty window.
     pub(super) fn score(&mut self, logits: &[f32], token: u32, num_top: usize) -> Result<(Choice, Vec<Choice>)> {
         self.scratch.describe(logits, token, (None, None), num_top)
     }

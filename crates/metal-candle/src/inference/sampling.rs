@@ -61,7 +61,7 @@ pub struct SamplingConfig {
     pub penalty_window: Option<usize>,
     /// Added to the logit of a token; negative infinity bans the token.
     pub logit_bias: BTreeMap<u32, f32>,
-    /// The seed: the same seed, settings and logits give the same tokens on every machine. `None` uses a seed from the
+    /// The seed: the same seed, settings and logits produce the same tokens on every machine. `None` uses a seed from the
     /// operating system.
     pub seed: Option<u64>,
 }

@@ -160,7 +160,7 @@ impl Sequence {
         self.ids.len() - self.num_cached
     }
 
-    /// Drafts the next tokens if the sequence is decoding. `len_limit` is the most tokens of the text including drafts.
+    /// Drafts the next tokens if the sequence is decoding. `len_limit` is the maximum length of the text including drafts.
     pub(super) fn propose(&mut self, len_limit: Option<usize>) {
         self.clear_draft();
         let is_decoding = self.num_waiting() == 1 && self.samples.is_empty() && !self.is_paused;

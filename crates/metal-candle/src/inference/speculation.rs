@@ -18,7 +18,7 @@ pub enum Speculation {
     Lookup {
         /// Maximum number of tokens in a draft, 1 to 64.
         max_tokens: usize,
-        /// Fewest last tokens that must match, at least 1.
+        /// Minimum number of last tokens that must match, at least 1.
         min_ngram: usize,
         /// Maximum number of last tokens to compare, at least `min_ngram` and at most 64. The longest match is used.
         max_ngram: usize,

@@ -2,7 +2,7 @@
 
 /// Finds stop strings in a stream of pieces, including stop strings that straddle pieces.
 ///
-/// Text that may be the start of a stop string is held back, so the returned text never contains a part of a stop string.
+/// Text that may be the start of a stop string is buffered, so the returned text never contains a part of a stop string.
 #[derive(Debug, Clone)]
 pub(super) struct StopMatcher {
     stop_strings: Vec<String>,
@@ -46,7 +46,7 @@ impl StopMatcher {
         Matched { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
-    /// Adds the last piece and also returns the held text.
+    /// Adds the last piece and also returns the buffered text.
     pub(super) fn finish(&mut self, piece: &str) -> Matched {
         let mut matched = self.push(piece);
         if !matched.stopped {

@@ -13,7 +13,7 @@ use minijinja::{AutoEscape, Environment, Error, State};
 use std::fmt::Write;
 
 /// Installs the filters, tests and value formatting in an environment.
-// one line a filter
+// one line per filter
 #[allow(clippy::too_many_lines)]
 pub(in crate::data) fn install(environment: &mut Environment<'static>) {
     environment.set_formatter(|out, state, value| {

@@ -26,7 +26,7 @@ pub(in crate::data) fn method(state: &mut State, value: &Value, name: &str, args
     }
 }
 
-// one arm a method
+// one arm per method
 #[allow(clippy::too_many_lines)]
 fn string_method(state: &State, text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     if name == "format" {
@@ -68,25 +68,25 @@ fn string_method(state: &State, text: &str, name: &str, args: &[Value]) -> Resul
             Value::from(if count == usize::MAX { text.replace(&old, &new) } else { text.replacen(&old, &new, count) })
         }
         "count" | "find" | "rfind" | "index" | "rindex" => {
-            let wanted = args.text("")?;
-            search(text, name, &wanted, &mut args)?
+            let target = args.text("")?;
+            search(text, name, &target, &mut args)?
         }
         "startswith" | "endswith" => {
-            let wanted = args.required("")?;
+            let target = args.required("")?;
             let (part, _) = window(text, &mut args)?;
-            let matches = |wanted: &Value| match wanted.as_str() {
-                Some(wanted) if name == "startswith" => Ok(part.is_some_and(|part| part.starts_with(wanted))),
-                Some(wanted) => Ok(part.is_some_and(|part| part.ends_with(wanted))),
+            let matches = |target: &Value| match target.as_str() {
+                Some(target) if name == "startswith" => Ok(part.is_some_and(|part| part.starts_with(target))),
+                Some(target) => Ok(part.is_some_and(|part| part.ends_with(target))),
                 None => Err(invalid(format!("`{name}`: expected a string or a tuple of strings"))),
             };
-            if matches!(wanted.kind(), ValueKind::Seq | ValueKind::Iterable) {
+            if matches!(target.kind(), ValueKind::Seq | ValueKind::Iterable) {
                 let mut is_found = false;
-                for wanted in wanted.try_iter()? {
-                    is_found = is_found || matches(&wanted)?;
+                for target in target.try_iter()? {
+                    is_found = is_found || matches(&target)?;
                 }
                 Value::from(is_found)
             } else {
-                Value::from(matches(&wanted)?)
+                Value::from(matches(&target)?)
             }
         }
         "join" => {
@@ -278,14 +278,14 @@ fn bounds(len: usize, start: Option<i64>, end: Option<i64>) -> (usize, usize) {
     (start.map_or(0, absolute), end.map_or(len, absolute).min(len))
 }
 
-fn search(text: &str, name: &str, wanted: &str, args: &mut Args) -> Result<Value, Error> {
+fn search(text: &str, name: &str, target: &str, args: &mut Args) -> Result<Value, Error> {
     let (part, offset) = window(text, args)?;
     if name == "count" {
-        return Ok(Value::from(part.map_or(0, |part| part.matches(wanted).count())));
+        return Ok(Value::from(part.map_or(0, |part| part.matches(target).count())));
     }
     let is_last = name.starts_with('r');
     let find =
-        |part: &str| if is_last { part.rfind(wanted) } else { part.find(wanted) }.map(|at| part[..at].chars().count());
+        |part: &str| if is_last { part.rfind(target) } else { part.find(target) }.map(|at| part[..at].chars().count());
     match part.and_then(find) {
         Some(index) => Ok(Value::from(index + offset)),
         None if name.ends_with("find") => Ok(Value::from(-1)),
@@ -374,15 +374,15 @@ fn list_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Resu
     if !matches!(name, "index" | "count") {
         return Err(ErrorKind::UnknownMethod.into());
     }
-    let wanted = args.required("")?;
+    let target = args.required("")?;
     let (start, end) = (args.optional_integer("")?, args.optional_integer("")?);
     args.end()?;
     let items: Vec<Value> = value.try_iter()?.collect();
     pay_items(state, items.len())?;
     if name == "count" {
-        return Ok(Value::from(items.iter().filter(|item| **item == wanted).count()));
+        return Ok(Value::from(items.iter().filter(|item| **item == target).count()));
     }
     let (start, end) = bounds(items.len(), start, end);
-    let found = (start..end).find(|&index| items[index] == wanted);
+    let found = (start..end).find(|&index| items[index] == target);
     found.map(Value::from).ok_or_else(|| invalid("`index`: the value is not in the list"))
 }
