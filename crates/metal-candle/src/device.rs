@@ -41,7 +41,7 @@ impl Device {
     /// The Metal device, else the CUDA device `ordinal`.
     ///
     /// # Errors
-    /// Neither is available; the message gives the reason for each one that the build supports.
+    /// Neither is available; the message contains the reason for each backend that the build supports.
     pub fn accelerator(ordinal: usize) -> Result<Self> {
         let metal = match Self::metal() {
             Err(error) if cfg!(feature = "cuda") => error,
@@ -413,7 +413,7 @@ fn open_metal() -> std::result::Result<candle_core::Device, String> {
     let Some(device) = devices.first() else {
         return Err("there is no Metal device".into());
     };
-    // candle dispatches concurrently, which gives wrong results on discrete GPUs
+    // candle dispatches concurrently, which returns wrong results on discrete GPUs
     if !device.as_ref().hasUnifiedMemory() {
         return Err("the Metal device has no unified memory".into());
     }

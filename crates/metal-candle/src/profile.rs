@@ -51,13 +51,13 @@ struct Event {
     name: &'static str,
     kind: Kind,
     thread: u64,
-    begin: Duration,
+    start: Duration,
     end: Duration,
 }
 
 impl Event {
     fn time(&self) -> Duration {
-        self.end.saturating_sub(self.begin)
+        self.end.saturating_sub(self.start)
     }
 }
 
@@ -94,8 +94,8 @@ impl Drop for Span {
     fn drop(&mut self) {
         static THREADS: AtomicU64 = AtomicU64::new(1);
         thread_local!(static THREAD: u64 = THREADS.fetch_add(1, Ordering::Relaxed));
-        if let Some((name, kind, begin)) = self.0.take() {
-            let event = Event { name, kind, thread: THREAD.with(|thread| *thread), begin, end: now() };
+        if let Some((name, kind, start)) = self.0.take() {
+            let event = Event { name, kind, thread: THREAD.with(|thread| *thread), start, end: now() };
             EVENTS.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         }
     }
@@ -130,7 +130,7 @@ impl Profile {
     pub fn rows(&self) -> Vec<Row> {
         let mut events: Vec<&Event> = self.events.iter().collect();
         // sort spans before their nested spans
-        events.sort_by_key(|event| (event.thread, event.begin, std::cmp::Reverse(event.end)));
+        events.sort_by_key(|event| (event.thread, event.start, std::cmp::Reverse(event.end)));
         let mut rows: HashMap<(String, Kind), (usize, Duration)> = HashMap::new();
         let mut open: Vec<(&Event, String, Duration)> = Vec::new();
         let mut close = |event: &Event, path: String, inside: Duration| {
@@ -140,7 +140,7 @@ impl Profile {
         };
         for event in events {
             while let Some((last, ..)) = open.last()
-                && (last.thread != event.thread || last.end <= event.begin)
+                && (last.thread != event.thread || last.end <= event.start)
             {
                 if let Some((last, path, inside)) = open.pop() {
                     close(last, path, inside);
@@ -219,7 +219,7 @@ impl Profile {
             .map(|event| {
                 json!({
                     "name": event.name, "cat": event.kind.name(), "ph": "X", "pid": 1, "tid": event.thread,
-                    "ts": micros(event.begin), "dur": micros(event.time()),
+                    "ts": micros(event.start), "dur": micros(event.time()),
                 })
             })
             .collect();
@@ -234,11 +234,11 @@ mod tests {
 
     #[test]
     fn nested_time_is_not_counted_twice() {
-        let event = |name, kind, begin, end, thread| Event {
+        let event = |name, kind, start, end, thread| Event {
             name,
             kind,
             thread,
-            begin: Duration::from_millis(begin),
+            start: Duration::from_millis(start),
             end: Duration::from_millis(end),
         };
         // ordered by their ends

@@ -26,7 +26,7 @@ pub struct LoRAModule {
     pub rank: usize,
     /// Numerator of the scale.
     pub alpha: f64,
-    /// Factor on `B A x`.
+    /// Factor of `B A x`.
     pub scale: f64,
     /// Whether it has DoRA magnitudes.
     pub use_dora: bool,

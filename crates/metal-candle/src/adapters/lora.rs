@@ -97,7 +97,7 @@ impl LoRAAdapter {
     /// Returns a copy of the adapter for another model with the same linear layers, which are found by path.
     ///
     /// # Errors
-    /// A layer is missing or has another shape.
+    /// A layer is missing or has a different shape.
     pub fn attach(&self, model: &Model) -> Result<Self> {
         let numbers: BTreeMap<&str, usize> =
             model.linears().iter().enumerate().map(|(number, linear)| (linear.path.as_str(), number)).collect();
@@ -354,7 +354,7 @@ impl LoRAAdapter {
         Ok(terms)
     }
 
-    /// A summary for people: one line per kind of module, and the share of the model's parameters.
+    /// A summary as text: one line per kind of module, and the share of trained parameters.
     pub fn summary(&self) -> String {
         let mut groups: BTreeMap<(&str, usize, String), (usize, usize)> = BTreeMap::new();
         for module in &self.layout.modules {

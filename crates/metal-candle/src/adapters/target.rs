@@ -29,7 +29,7 @@ pub enum TargetModule {
     EmbedTokens,
     /// The output head: `lm_head`.
     LmHead,
-    /// Every linear layer of every block, whatever its name: `all-linear`.
+    /// Every linear layer of every block, with any name: `all-linear`.
     AllLinear,
     /// The layers selected by a name, a path or a regular expression; see [`TargetModule::named`].
     Named(ModuleName),

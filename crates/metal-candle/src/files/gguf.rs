@@ -230,7 +230,7 @@ impl GgufFile {
     /// A string, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -242,7 +242,7 @@ impl GgufFile {
     /// A whole number that is not negative, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn size(&self, key: &str) -> Result<Option<usize>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -258,7 +258,7 @@ impl GgufFile {
     /// A number, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -271,7 +271,7 @@ impl GgufFile {
     /// A boolean, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -283,7 +283,7 @@ impl GgufFile {
     /// A list, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn list(&self, key: &str) -> Result<Option<&[GgufValue]>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -295,7 +295,7 @@ impl GgufFile {
     /// The strings of a list, if there is one.
     ///
     /// # Errors
-    /// The value has another type.
+    /// The value has a different type.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         let Some(values) = self.list(key)? else { return Ok(None) };
         let texts = values.iter().map(|value| match value {

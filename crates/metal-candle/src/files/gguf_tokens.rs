@@ -35,7 +35,7 @@ const CONTROL: GgufValue = GgufValue::Integer(3);
 /// The ids of the tokens that end a generation: EOS, EOT, EOM and known tokens. EOS is first.
 ///
 /// # Errors
-/// A key has a value of another type.
+/// A key has a value of a different type.
 pub(crate) fn end_of_generation_ids(file: &GgufFile) -> Result<Vec<u32>> {
     let mut ids: Vec<usize> = Vec::new();
     let is_sentence_piece = file.text("tokenizer.ggml.model")? == Some("llama");

@@ -102,7 +102,7 @@ impl SafetensorsFile {
     /// returns errors afterwards.
     ///
     /// # Errors
-    /// The file cannot be read, is empty, truncated or in another format, or its header is inconsistent or does not match the
+    /// The file cannot be read, is empty, truncated or in a different format, or its header is inconsistent or does not match the
     /// file's size.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();

@@ -16,7 +16,7 @@ const ALIGNMENT: usize = 8;
 /// The file is replaced atomically: readers see the old file or the new one, even after a crash.
 ///
 /// # Errors
-/// The file cannot be written, a name is given twice, or a tensor has another dtype or a value that is not finite.
+/// The file cannot be written, a name is given twice, or a tensor has a different dtype or a value that is not finite.
 pub fn write_safetensors<S: AsRef<str>>(
     path: impl AsRef<Path>,
     tensors: &[(S, Tensor)],

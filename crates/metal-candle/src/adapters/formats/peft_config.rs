@@ -37,7 +37,7 @@ const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 /// The settings of a configuration, the adapted layers, and the initialization that is subtracted, if there is one.
 ///
-/// `is_in_file` returns whether the file has tensors of a layer; these layers are adapted whatever the configuration says.
+/// `is_in_file` returns whether the file has tensors of a layer; these layers are adapted regardless of the configuration.
 pub(super) fn plan(
     model: &Model,
     config: &JsonObject,
@@ -177,7 +177,7 @@ impl<'a> Selection<'a> {
         }
         match (&self.layers, &self.targets) {
             (None, _) => true,
-            // a full path is selected whatever its layer
+            // a full path is selected in any layer
             (Some(_), Targets::Named(names)) if names.contains(&linear.path.as_str()) => true,
             (Some(layers), _) => self.layer(linear).is_some_and(|layer| layers.contains(&layer)),
         }

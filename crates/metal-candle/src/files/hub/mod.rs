@@ -110,8 +110,9 @@ impl Hub {
     /// the cache cannot be written.
     pub fn fetch_model(&self, name: &HubName, on_progress: &mut dyn FnMut(DownloadProgress)) -> Result<PathBuf> {
         let repo = Repo::with_revision(name.repository().into(), RepoType::Model, name.revision().into());
-        let place = Place { folder: self.cache_dir.join(repo.folder_name()), cache_dir: self.cache_dir.clone(), repo };
-        if let Some(folder) = place.cached().filter(|_| self.offline || is_commit(name.revision())) {
+        let cached_model =
+            CachedModel { folder: self.cache_dir.join(repo.folder_name()), cache_dir: self.cache_dir.clone(), repo };
+        if let Some(folder) = cached_model.cached().filter(|_| self.offline || is_commit(name.revision())) {
             return Ok(folder);
         }
         if self.offline {
@@ -124,9 +125,9 @@ impl Hub {
             let message = format!("expected an address that starts with `https://`, found `{}`", self.endpoint);
             return Err(Error::argument("HF_ENDPOINT", message));
         }
-        match self.download(name, &place, on_progress) {
+        match self.download(name, &cached_model, on_progress) {
             Err(Failure::Unreachable(message) | Failure::BrokeOff(message)) => {
-                place.cached().ok_or(Error::Hub(message))
+                cached_model.cached().ok_or(Error::Hub(message))
             }
             Err(Failure::Final(error)) => Err(error),
             Ok(folder) => Ok(folder),
@@ -136,22 +137,22 @@ impl Hub {
     fn download(
         &self,
         name: &HubName,
-        place: &Place,
+        cached_model: &CachedModel,
         on_progress: &mut dyn FnMut(DownloadProgress),
     ) -> std::result::Result<PathBuf, Failure> {
-        let transfer = Transfer::new(&self.endpoint, self.token.as_deref(), name, place.folder.clone());
+        let transfer = Transfer::new(&self.endpoint, self.token.as_deref(), name, cached_model.folder.clone());
         // the first response names the commit; requesting the other files by commit makes them consistent
         let first = transfer.fetch(name.revision(), FILES[0].0, on_progress)?;
         let Some(first) = first else {
             return Err(Error::Hub(format!("`{name}` has no `config.json`, so it is not a supported model")).into());
         };
         let commit = first.commit.unwrap_or_else(|| plain_name(name.revision()));
-        let snapshot = place.folder.join("snapshots").join(&commit);
+        let snapshot = cached_model.folder.join("snapshots").join(&commit);
         let revision = if is_commit(&commit) { commit.as_str() } else { name.revision() };
         link(&first.blob, &snapshot, FILES[0].0)?;
 
         let mut get = |file: &str| -> std::result::Result<bool, Failure> {
-            let missing = place.folder.join(".no_exist").join(&commit).join(file);
+            let missing = cached_model.folder.join(".no_exist").join(&commit).join(file);
             if snapshot.join(file).exists() {
                 return Ok(true);
             }
@@ -185,7 +186,7 @@ impl Hub {
             }
         }
         if commit != name.revision() {
-            place.write_ref(&commit)?;
+            cached_model.write_ref(&commit)?;
         }
         Ok(snapshot)
     }
@@ -222,13 +223,13 @@ fn expand(value: &str, home: Option<&Path>, variable: impl Fn(&str) -> Option<St
 }
 
 /// The location of a model's files in the cache.
-struct Place {
+struct CachedModel {
     folder: PathBuf,
     cache_dir: PathBuf,
     repo: Repo,
 }
 
-impl Place {
+impl CachedModel {
     /// The snapshot of the revision, if it is complete.
     fn cached(&self) -> Option<PathBuf> {
         let by_commit = self.folder.join("snapshots").join(self.repo.revision());
