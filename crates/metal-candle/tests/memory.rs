@@ -137,8 +137,8 @@ fn the_predicted_peak_is_the_real_one() {
     check("all linear, bf16", lora(&Shape { dtype: DType::BF16, ..SMALL }, &all, 0.0, &[700, 900], 1, 0));
     check("all linear, dropout", lora(&SMALL, &all, 0.1, &[700, 900], 1, 0));
     check("most tokens masked", lora(&SMALL, &all, 0.0, &[700, 900], 600, 0));
-    check("three blocks computed anew", lora(&SMALL, &all, 0.0, &[700, 900], 1, 3));
-    check("all blocks computed anew", lora(&SMALL, &all, 0.0, &[700, 900], 1, 6));
+    check("three checkpointed blocks", lora(&SMALL, &all, 0.0, &[700, 900], 1, 3));
+    check("all blocks checkpointed", lora(&SMALL, &all, 0.0, &[700, 900], 1, 6));
     let wide = Shape { vocab: 50_000, layers: 2, is_tied: false, ..SMALL };
     check("a large vocabulary", lora(&wide, &qv, 0.0, &[600, 500], 1, 0));
     let deep = Shape { hidden: 64, intermediate: 512, layers: 12, ..SMALL };

@@ -37,7 +37,7 @@ fn two_processes_train_as_one() {
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("there is one Metal device"), "{}", refused.stderr);
     assert_eq!(fixture.run("train --num-devices 0").code, 1);
-    // what both processes refuse is told once, by the first
+    // an error of both processes is reported once, by the first
     let refused = fixture.run("train --model model --data nowhere --num-devices 2 --device cpu");
     assert_eq!((refused.code, refused.stderr.matches("nowhere").count()), (1, 1), "{}", refused.stderr);
 }
@@ -110,7 +110,7 @@ fn a_killed_process_ends_the_run_with_an_error() {
             assert_eq!(record["outcome"], "failed");
         }
     }
-    // and nobody goes on when the process that started them is gone
+    // and no process continues after its parent has ended
     let words = WORDS.replace("--steps 20", "--steps 100000");
     let mut child = start(&fixture, &format!("{words} --output orphans --num-devices 2"));
     wait_for(&fixture, "orphans", 3);
@@ -123,7 +123,7 @@ fn a_killed_process_ends_the_run_with_an_error() {
         !status.is_empty() && !status.contains("State:\tZ")
     };
     while ranks.iter().any(is_running) {
-        assert!(Instant::now() < deadline, "an orphan goes on");
+        assert!(Instant::now() < deadline, "an orphan is still running");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

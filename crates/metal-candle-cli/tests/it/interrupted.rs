@@ -39,7 +39,7 @@ fn killed_at_any_moment_a_run_ends_with_the_same_bytes() {
     fixture.ok(&format!("{WORDS} --output whole"));
     let whole_time = started.elapsed();
 
-    // times between the first file and the end, drawn anew in each run of the test
+    // times between the first file and the end, random in each run of the test
     let mut state = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1;
     let mut random = move || {
         state ^= state << 13;
@@ -73,7 +73,7 @@ fn killed_at_any_moment_a_run_ends_with_the_same_bytes() {
     for (whole, cut) in outcome(&fixture, "whole").iter().zip(outcome(&fixture, "cut")) {
         assert!(*whole == cut, "a file differs after {kills} kills");
     }
-    // the picture and the events were made anew from all steps
+    // the plot and the events were written again from all steps
     let events = |run: &str| {
         let mut files = std::fs::read_dir(fixture.path(run)).unwrap().flatten().map(|entry| entry.path());
         let path = files.find(|path| path.display().to_string().contains("tfevents")).unwrap();

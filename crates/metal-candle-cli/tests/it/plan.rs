@@ -45,10 +45,10 @@ fn a_run_that_cannot_fit_is_refused_before_it_starts() {
 #[test]
 fn blocks_computed_anew_train_the_same_adapter() {
     let fixture = Fixture::new();
-    for (folder, blocks) in [("kept", "none"), ("anew", "all")] {
+    for (folder, blocks) in [("saved", "none"), ("recomputed", "all")] {
         let flags = "--model model --data data --steps 4 --test-samples 0 --dropout 0.1";
         fixture.ok(&format!("train --output {folder} --checkpointed-blocks {blocks} {flags}"));
     }
     let adapter = |folder: &str| fixture.read(&format!("{folder}/adapter/adapter_model.safetensors"));
-    assert_eq!(adapter("kept"), adapter("anew"));
+    assert_eq!(adapter("saved"), adapter("recomputed"));
 }

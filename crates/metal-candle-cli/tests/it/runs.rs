@@ -1,4 +1,4 @@
-//! `runs`: listing and comparing, and what a run tells while it goes on.
+//! Tests `runs`: listing and comparing runs, and the reports of a running run.
 
 use crate::fixture::Fixture;
 use serde_json::Value;
@@ -104,7 +104,7 @@ fn a_run_that_goes_on_is_told_from_one_that_was_killed() {
 #[test]
 fn failures_and_warnings_are_recorded() {
     let fixture = Fixture::new();
-    // rows that are trained on are held out too, and the random model knows no template
+    // the validation rows are also training rows, and the random model was not trained on a template
     std::fs::copy(fixture.path("data/train.jsonl"), fixture.path("data/valid.jsonl")).unwrap();
     let ran = fixture.ok(&format!("{SMALL} --output warned"));
     assert!(ran.stderr.contains("warning: 40 of 40 validation rows are also training rows"), "{}", ran.stderr);

@@ -29,7 +29,7 @@ fn a_run_folder_holds_all_of_the_run() {
     assert_eq!((steps.len(), evaluations.len()), (8, 3));
     assert_eq!(json["valid_loss_after"], evaluations[2]["loss"]);
 
-    // the event file tells the same
+    // the event file contains the same
     let events = std::fs::read_dir(fixture.path("runs/001")).unwrap().flatten().map(|entry| entry.path());
     let events: Vec<_> = events.filter(|path| path.display().to_string().contains("events.out.tfevents.")).collect();
     assert_eq!(events.len(), 1);
@@ -156,7 +156,7 @@ fn each_optimizer_trains_and_goes_on() {
         assert!(adapter == fixture.read(&format!("{name}-again/adapter/adapter_model.safetensors")), "{name}");
         let table: toml::Table = fixture.text(&format!("{name}/config.toml")).parse().unwrap();
         assert_eq!(table["optimizer"].as_str(), Some(name));
-        // the last checkpoint is taken away: the run goes on from the one before
+        // without the last checkpoint, the run resumes from the previous one
         std::fs::remove_dir_all(fixture.path(&format!("{name}/checkpoints/step-000006"))).unwrap();
         fixture.ok(&format!("train --resume {name} --json"));
         assert!(adapter == fixture.read(&format!("{name}/adapter/adapter_model.safetensors")), "{name} resumed");

@@ -187,7 +187,7 @@ fn irregular_sets_of_layers_are_written_as_paths() {
 #[test]
 fn targets_are_chosen_by_the_rules_of_peft() {
     let model = golden::model("models/gqa-tied");
-    // the tensors of the golden adapter do not matter here: what is missing tells what was chosen
+    // the tensors of the golden adapter do not matter here: the missing tensors show the selected layers
     let chosen = |settings: Value| -> Vec<String> {
         let folder = copied("lora/qv");
         write_safetensors::<&str>(folder.path().join("adapter_model.safetensors"), &[], &[]).unwrap();

@@ -109,7 +109,7 @@ fn a_group_that_was_stopped_goes_on_with_the_same_bytes() {
         assert_eq!(parameters, *expected);
     }
     assert!(files(cut.path()) == files(whole.path()), "files differ");
-    // another number of ranks goes on too
+    // a different number of ranks can also resume
     let other = tempfile::tempdir().unwrap();
     run(other.path(), 3, 4);
     for (metrics, _) in run(other.path(), 1, 0) {

@@ -433,15 +433,15 @@ fn pieces_of_a_batch_are_told_and_one_prompt_can_be_cancelled() {
     let prompts: Vec<Vec<u32>> = vec![ids(5), ids(9), ids(3)];
     let alone: Vec<Vec<u32>> =
         prompts.iter().map(|prompt| generator.generate(prompt, &greedy(6)).unwrap().tokens).collect();
-    let mut told = vec![Vec::new(); 3];
+    let mut received = vec![Vec::new(); 3];
     let together = generator
         .generate_batch_with(prompts, &[greedy(6)], |index, piece| {
-            told[index].push(piece.token);
-            if index == 1 && told[1].len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            received[index].push(piece.token);
+            if index == 1 && received[1].len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
         .unwrap();
     for (index, wanted) in [(0, &alone[0][..]), (1, &alone[1][..2]), (2, &alone[2][..])] {
-        assert_eq!(told[index], wanted);
+        assert_eq!(received[index], wanted);
         assert_eq!(together[index].tokens, wanted);
     }
     assert_eq!(together[1].finish.reason, FinishReason::Cancelled);

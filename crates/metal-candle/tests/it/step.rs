@@ -56,11 +56,11 @@ fn recomputed_blocks_have_the_same_gradients() {
         let (loss, kept) = step(&model, trainable, 0);
         let mut before = kept.saved_bytes;
         for blocks in [1, 2, 3, 9] {
-            let (again, anew) = step(&model, trainable, blocks);
+            let (again, recomputed) = step(&model, trainable, blocks);
             assert_eq!(loss.to_bits(), again.to_bits());
-            assert_eq!(bits(&kept), bits(&anew), "{blocks} blocks");
-            assert!(anew.saved_bytes < before || blocks == 9, "{} {before}", anew.saved_bytes);
-            before = anew.saved_bytes;
+            assert_eq!(bits(&kept), bits(&recomputed), "{blocks} blocks");
+            assert!(recomputed.saved_bytes < before || blocks == 9, "{} {before}", recomputed.saved_bytes);
+            before = recomputed.saved_bytes;
         }
     }
 }

@@ -153,7 +153,7 @@ fn loss_falls_and_is_reported() {
     );
 }
 
-/// The parameters after one step on all samples, in batches of so many samples.
+/// The parameters after one step on all samples, in batches of `batch_samples` samples.
 fn after_one_step(batch_samples: usize, label_smoothing: f64) -> (f64, f64, Tensor) {
     let model = golden::model("models/gqa-tied");
     let dataset = dataset(9, 103);

@@ -44,9 +44,9 @@ fn a_model_knows_its_template_or_not() {
     let embedding = Tensor::cat(&parts, 0).unwrap();
     tensors.insert("model.embed_tokens.weight".into(), embedding);
     let untrained = Model::from_tensors(model.config().clone(), tensors, Device::CPU).unwrap();
-    let told = warning(&untrained, &rows).unwrap();
-    assert!(matches!(&told, TrainingWarning::UnknownTemplate { is_untrained: true, .. }), "{told:?}");
-    assert!(told.to_string().contains("`<|im_start|>`") && told.to_string().contains("embeddings"), "{told}");
+    let found = warning(&untrained, &rows).unwrap();
+    assert!(matches!(&found, TrainingWarning::UnknownTemplate { is_untrained: true, .. }), "{found:?}");
+    assert!(found.to_string().contains("`<|im_start|>`") && found.to_string().contains("embeddings"), "{found}");
 
     // plain text has no marks
     let mut text = rows;
@@ -64,11 +64,11 @@ fn warnings_are_events_and_change_nothing() {
     let rows = dataset(24, vocab_size);
     let events = Arc::new(Mutex::new(Vec::new()));
     let shared = Arc::clone(&events);
-    let told = TrainingWarning::CutRows { cut: 1, rows: 2, max_tokens: 3 };
+    let found = TrainingWarning::CutRows { cut: 1, rows: 2, max_tokens: 3 };
     let watched = Trainer::new(adapter(&model), config(1, 1e-3))
         .unwrap()
         .with_batch_tokens(64)
-        .with_warning(told.clone())
+        .with_warning(found.clone())
         .with_evaluation(rows.clone(), 0)
         .with_callback(move |event| {
             shared.lock().unwrap().push(event.clone());
@@ -77,7 +77,7 @@ fn warnings_are_events_and_change_nothing() {
     let metrics = watched.train(&rows).unwrap();
     let events = events.lock().unwrap();
     assert!(matches!(events[0], TrainingEvent::Started { .. }));
-    assert_eq!(events[1], TrainingEvent::Warning { step: 0, warning: told });
+    assert_eq!(events[1], TrainingEvent::Warning { step: 0, warning: found });
     let leaked = TrainingWarning::LeakedRows { leaked: 24, rows: 24 };
     assert_eq!(events[2], TrainingEvent::Warning { step: 0, warning: leaked });
     let plain = Trainer::new(adapter(&model), config(1, 1e-3)).unwrap().with_batch_tokens(64);

@@ -1,6 +1,6 @@
 """Measures mlx-lm or transformers for `metal-candle bench --against`.
 
-Arguments: `mlx-lm` or `transformers`, and `cpu`, `metal` or `cuda`. The first line printed tells the name and version, or what is
+Arguments: `mlx-lm` or `transformers`, and `cpu`, `metal` or `cuda`. The first printed line contains the name and version, or what is
 missing. Then each line of standard input is a request in JSON, answered by one line of JSON.
 """
 
