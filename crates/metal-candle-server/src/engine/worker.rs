@@ -438,7 +438,7 @@ impl Worker<'_> {
                 Ok(()) | Err(TrySendError::Closed(_)) => {}
                 // sequences are paused before their channel is full
                 Err(TrySendError::Full(_)) => {
-                    tracing::error!("a piece was lost because the channel of its reader was full")
+                    tracing::error!("a piece was lost because the channel of its reader was full");
                 }
             }
             if is_last && task.open().next().is_none() {
