@@ -94,7 +94,7 @@ fn accumulate((m, n): (usize, usize), start: Start, products: &[Product], c: Sha
         assert!(b.len() > (k - 1) * b_strides.0 + (n - 1) * b_strides.1, "the right operand is too short");
     }
     if let Some(unit) = crate::tiles::unit_for(n, products) {
-        return crate::tiles::add_up(unit, (m, n), start, products, c);
+        return crate::tiles::accumulate(unit, (m, n), start, products, c);
     }
     if let ([product], Start::Zero) = (products, start)
         && narrow_outer((m, n), product, c)

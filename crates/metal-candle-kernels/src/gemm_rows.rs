@@ -6,7 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
-use crate::gemm_tile::{FloatVector, Operands, Place, Portable, Vector, Weights};
+use crate::gemm_tile::{Destination, FloatVector, Operands, Portable, Vector, Weights};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::Fused;
 #[cfg(not(target_arch = "aarch64"))]
@@ -66,10 +66,10 @@ fn accumulate((m, n): (usize, usize), start: Start, products: &[RowProduct], c: 
     for products in products.chunk_by(|product, next| !has_tiles(product) && !has_tiles(next)) {
         match tile_unit(n, &products[0]) {
             Some(unit) if unit.is_always_used() => {
-                crate::tiles::add_up(unit, (m, n), start, &[strided(&products[0])], c);
+                crate::tiles::accumulate(unit, (m, n), start, &[strided(&products[0])], c);
             }
             Some(_) => add_up_rounded((m, n), start, &products[0], c),
-            None => add_up_lanes((m, n), start, products, c),
+            None => accumulate_lanes((m, n), start, products, c),
         }
         start = Start::Result;
     }
@@ -97,12 +97,12 @@ fn add_up_rounded(shape: (usize, usize), start: Start, product: &RowProduct, c: 
         let order = |product: &RowProduct, m: usize, rows: &mut [Line]| round_rows(product.a, (m, product.k), rows);
         let multiply =
             |task: &Task, product: &RowProduct, rows: &Ordered| multiply::<x86::Bf16Dots, bf16>(task, product, rows, b);
-        add_up_in::<x86::Bf16Dots>(shape, start, std::slice::from_ref(product), c, order, multiply);
+        accumulate_in::<x86::Bf16Dots>(shape, start, std::slice::from_ref(product), c, order, multiply);
     }
 }
 
-/// [`add_up`] in f32.
-fn add_up_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+/// [`accumulate`] in f32.
+fn accumulate_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
         crate::isa::Isa::Avx512 => return add_up_floats::<x86::Avx512>(shape, start, products, c),
@@ -155,11 +155,11 @@ fn add_up_floats<V: FloatVector>(shape: (usize, usize), start: Start, products: 
         Matrix::F16(b) => multiply::<V, f16>(task, product, rows, b),
         Matrix::BF16(b) => multiply::<V, bf16>(task, product, rows, b),
     };
-    add_up_in::<V>(shape, start, products, c, order, multiply);
+    accumulate_in::<V>(shape, start, products, c, order, multiply);
 }
 
-/// [`add_up`] with rows that `order` copies.
-fn add_up_in<V: Vector>(
+/// [`accumulate`] with rows that `order` copies.
+fn accumulate_in<V: Vector>(
     (m, n): (usize, usize),
     start: Start,
     products: &[RowProduct],
@@ -410,9 +410,9 @@ mod tests {
                         .collect()
                 };
                 for precision in [MatmulPrecision::F32, MatmulPrecision::Bf16] {
-                    let whole = run(precision, 0, MOST_ROWS);
+                    let whole = run(precision, 0, MAX_ROWS);
                     for m in [1, 2, 3, 4, 5, 8, 9, 64] {
-                        for first in [0, 7, MOST_ROWS - m] {
+                        for first in [0, 7, MAX_ROWS - m] {
                             let expected = &whole[3 * first * n..3 * (first + m) * n];
                             let found = run(precision, first, m);
                             assert!(found == expected, "{m} rows from {first} on, n {n}, k {k}, {precision:?}");
@@ -505,7 +505,7 @@ mod tests {
         let a = random(m * k, 1);
         in_every_type(n * k, |b, _| {
             let product = RowProduct { a: &a, b, k, alpha: 1.0, precision: MatmulPrecision::F32 };
-            let run = |add_up: AddUp| {
+            let run = |accumulate: Accumulate| {
                 let mut c = vec![0.0; m * n];
                 accumulate((m, n), Start::Zero, &[product], Shared::new(&mut c));
                 c

@@ -41,7 +41,7 @@ pub(crate) trait Vector: Copy {
     ///
     /// # Safety
     /// As of [`tile`], and `to` is writable.
-    unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Place);
+    unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Destination);
 }
 
 /// A vector of f32.
@@ -120,10 +120,10 @@ macro_rules! shapes {
             }
         }
 
-        unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Place) {
+        unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Destination) {
             $(#[$meta])?
             #[inline(never)]
-            unsafe fn body<T: Weights<$vector>, const R: usize, const C: usize>(operands: &Operands<$vector, T>, to: Place) {
+            unsafe fn body<T: Weights<$vector>, const R: usize, const C: usize>(operands: &Operands<$vector, T>, to: Destination) {
                 // SAFETY: the caller's promise.
                 unsafe {
                     let dots = tile::<$vector, T, R, C>(operands);
@@ -199,7 +199,7 @@ impl<A: Arithmetic + Copy> Vector for Portable<A> {
         if rows == 1 { (1, 6) } else { (2, 3) }
     }
 
-    unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Place) {
+    unsafe fn add_dots<T: Weights<Self>>(rows: usize, operands: &Operands<Self, T>, to: Destination) {
         // SAFETY: the caller's promise.
         unsafe {
             match rows {
@@ -243,7 +243,7 @@ impl<A: Arithmetic + Copy> FloatVector for Portable<A> {
 #[inline(never)]
 unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights<Portable<A>>, const R: usize, const C: usize>(
     operands: &Operands<Portable<A>, T>,
-    to: Place,
+    to: Destination,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -254,7 +254,7 @@ unsafe fn portable_tile<A: Arithmetic + Copy, T: Weights<Portable<A>>, const R: 
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    use super::{FloatVector, Fused, Operands, Place, Vector, Weights, bf16, f16, tile};
+    use super::{Destination, FloatVector, Fused, Operands, Vector, Weights, bf16, f16, tile};
     use std::arch::x86_64::{
         __m256, __m512, __m512bh, _MM_HINT_T0, _mm_add_ps, _mm_loadu_si128, _mm_prefetch, _mm_shuffle_ps,
         _mm_storeu_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtph_ps,
@@ -529,7 +529,7 @@ unsafe fn tile<V: Vector, T: Weights<V>, const R: usize, const C: usize>(operand
             padded[c] = rest[c].as_ptr();
         }
         // SAFETY: as above; a group of weights is padded.
-        unsafe { step((&a, whole), (&places, 0, None), &mut sums) };
+        unsafe { step((&a, whole), (&padded, 0, None), &mut sums) };
     }
     let mut dots = [[0.0; C]; R];
     for first in (0..R * C).step_by(4) {

@@ -29,7 +29,7 @@ pub(super) struct Operands {
 /// A vector that blocks can be dequantized to.
 pub(super) trait Dequantize: FloatVector {
     /// Most rows of A for which [`Dequantize::block_dots`] is faster than a dequantized panel; 0 if there is no kernel.
-    const MOST_ROWS: usize = 0;
+    const MAX_ROWS: usize = 0;
 
     /// The dot products of a tile, by row of A, with a format of [`BlockFormat::WRITABLE`].
     ///

@@ -327,7 +327,7 @@ unsafe fn multiply<const A: usize, const B: usize, const A_TERMS: usize, const B
             b = const B,
             a_terms = const A_TERMS,
             b_terms = const B_TERMS,
-            most = const if A_TERMS > B_TERMS { A_TERMS } else { B_TERMS },
+            max_terms = const if A_TERMS > B_TERMS { A_TERMS } else { B_TERMS },
             right_step = const B_TERMS * TILE * B,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

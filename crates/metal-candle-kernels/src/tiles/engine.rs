@@ -96,7 +96,7 @@ struct Chunk<'a> {
 
 /// Computes [`crate::gemm_sum_to`] with tiles. The caller has checked the lengths of the operands and of the start, and that the
 /// unit is available.
-pub(crate) fn add_up(unit: TileUnit, (m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
+pub(crate) fn accumulate(unit: TileUnit, (m, n): (usize, usize), start: Start, products: &[Product], c: Shared<f32>) {
     let by_row = products.iter().max_by_key(|product| product.k).is_some_and(|product| product.b_strides.0 == 1);
     let streamed = if by_row { Streamed::Left } else { Streamed::Right };
     let depth: usize = products.iter().map(|product| DEPTH * steps(product.k)).sum();

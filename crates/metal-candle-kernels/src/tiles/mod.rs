@@ -24,7 +24,7 @@ mod pack;
 mod unit;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use engine::{add_up, shared_bytes};
+pub(crate) use engine::{accumulate, shared_bytes};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use unit::TileUnit;
 
@@ -51,7 +51,7 @@ mod none {
         }
     }
 
-    pub(crate) fn add_up(unit: TileUnit, _: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
+    pub(crate) fn accumulate(unit: TileUnit, _: (usize, usize), _: Start, _: &[Product], _: Shared<f32>) {
         match unit {}
     }
 
@@ -60,7 +60,7 @@ mod none {
     }
 }
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use none::{TileUnit, add_up, shared_bytes};
+pub(crate) use none::{TileUnit, accumulate, shared_bytes};
 
 use crate::operand::{MatmulPrecision, Matrix, Product};
 use std::sync::OnceLock;
@@ -102,7 +102,7 @@ mod tests {
 
     /// The units that can be tested here: AMX is emulated if it is missing.
     fn units() -> impl Iterator<Item = TileUnit> {
-        if !amx::is_there() {
+        if !amx::is_available() {
             emulator::install();
         }
         let has_dots = is_x86_feature_detected!("avx512bf16");
@@ -114,7 +114,7 @@ mod tests {
         if let Start::Result = start {
             c.fill(1.0);
         }
-        add_up(unit, (m, n), start, products, Shared::new(&mut c));
+        accumulate(unit, (m, n), start, products, Shared::new(&mut c));
         c
     }
 

@@ -19,7 +19,7 @@ impl TileUnit {
 
         if isa::isa() != Isa::Avx512 {
             None
-        } else if isa::is_permitted("amx") && amx::is_there() {
+        } else if isa::is_permitted("amx") && amx::is_available() {
             Some(Self::Amx)
         } else {
             (isa::is_permitted("avx512-bf16") && is_x86_feature_detected!("avx512bf16")).then_some(Self::Dots)
