@@ -215,7 +215,7 @@ impl Adapters {
         let made = Arc::new(Adapter {
             name: name.to_owned(),
             generation: state.last_generation,
-            terms,
+            terms: updates,
             rank: adapter.rank(),
             method,
             bytes: plain.num_parameters() * size_of::<f32>(),
