@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::models::Model;
 use crate::ops::{LowRankUpdates, Weight};
 use candle_core::DType;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A mark is unknown to the model if the loss of predicting it is at least this share of the loss of a random guess.
 const UNKNOWN_LOSS: f64 = 0.8;
@@ -28,6 +28,9 @@ const UNUSED_ROWS: usize = 64;
 
 /// Measures whether the model knows the marks (special tokens such as `<|im_start|>`) in the rows of `dataset`, and
 /// returns a warning if it does not.
+///
+/// A mark that is trained in some row is measured only where it is trained: the `<|im_end|>` of an answer, and not that of
+/// a user's or system's turn, whose loss a model that was trained on answers alone never minimized.
 ///
 /// The function runs a few short rows through the model. A model that was trained on the marks predicts at least one of
 /// them: the start of the next turn, or the end of an answer. So it warns if the mean loss of every mark is at least 0.8
@@ -80,21 +83,28 @@ fn mark_losses(
     dataset: &Dataset,
 ) -> Result<BTreeMap<u32, f64>> {
     let limit = MEASURED_TOKENS.min(model.config().max_sequence_length());
+    let is_mark = |(index, &id): (usize, &u32)| index > 0 && tokenizer.is_special(id);
     let mut rows: Vec<Sample> = Vec::new();
     for sample in dataset.samples.iter().take(SEARCHED_ROWS) {
         let ids: Vec<u32> = sample.ids.iter().take(limit).copied().collect();
-        // no token predicts the first one
-        let is_mark = ids.iter().enumerate().map(|(index, &id)| index > 0 && tokenizer.is_special(id));
-        let trained: Vec<bool> = is_mark.collect();
-        // at least the end of a turn and the start of the next
-        if trained.iter().filter(|&&is_mark| is_mark).count() >= 2 {
-            rows.push(Sample { ids, trained, source: None });
+        // at least the end of a turn and the start of the next; no token predicts the first one
+        if ids.iter().enumerate().filter(|&mark| is_mark(mark)).count() >= 2 {
+            rows.push(Sample { ids, trained: sample.trained.clone(), source: None });
         }
     }
     rows.sort_by_key(|row| row.ids.len());
     rows.truncate(MEASURED_ROWS);
     if rows.is_empty() {
         return Ok(BTreeMap::new());
+    }
+    let tokens = rows.iter().flat_map(|row| row.ids.iter().enumerate().zip(&row.trained));
+    let trained_marks: BTreeSet<u32> =
+        tokens.filter(|&(token, &is_trained)| is_trained && is_mark(token)).map(|((_, &id), _)| id).collect();
+    for Sample { ids, trained, .. } in &mut rows {
+        trained.truncate(ids.len());
+        for (token, is_measured) in ids.iter().enumerate().zip(trained) {
+            *is_measured = is_mark(token) && (*is_measured || !trained_marks.contains(token.1));
+        }
     }
     let (batch, targets) = batch_of(&rows.iter().collect::<Vec<_>>());
     let losses = model.loss(&batch, &targets, terms, 0.0)?;
