@@ -1,6 +1,7 @@
 //! Prints results to standard output and everything else to standard error.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+pub(crate) use metal_candle::files::format_bytes as bytes;
 use metal_candle::files::{printable, printable_json, sanitize};
 use std::fmt;
 use std::io::{IsTerminal, Write};
@@ -188,17 +189,6 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-    }
-}
-
-/// `1.2 MB`.
-pub(crate) fn bytes(count: u64) -> String {
-    let count = count as f64;
-    match count {
-        c if c < 1e3 => format!("{c:.0} B"),
-        c if c < 1e6 => format!("{:.1} kB", c / 1e3),
-        c if c < 1e9 => format!("{:.1} MB", c / 1e6),
-        c => format!("{:.2} GB", c / 1e9),
     }
 }
 

@@ -104,7 +104,7 @@ pub enum Error {
         rows: Vec<String>,
     },
     /// The run would not fit in memory.
-    #[error("the run needs {} of memory, the limit is {}: {detail}", gigabytes(*needed), gigabytes(*limit))]
+    #[error("the run needs {} of memory, the limit is {}: {detail}", format_bytes(*needed as u64), format_bytes(*limit as u64))]
     Memory {
         /// The least required memory, in bytes.
         needed: usize,
@@ -223,8 +223,15 @@ fn list<T: fmt::Display>(problems: &[T]) -> String {
     text
 }
 
-fn gigabytes(bytes: usize) -> String {
-    format!("{:.2} GB", bytes as f64 / 1e9)
+/// A number of bytes in decimal units, for messages: `1.2 MB`.
+pub fn format_bytes(count: u64) -> String {
+    let count = count as f64;
+    match count {
+        c if c < 1e3 => format!("{c:.0} B"),
+        c if c < 1e6 => format!("{:.1} kB", c / 1e3),
+        c if c < 1e9 => format!("{:.1} MB", c / 1e6),
+        c => format!("{:.2} GB", c / 1e9),
+    }
 }
 
 impl Error {
@@ -263,6 +270,14 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::Error;
+
+    #[test]
+    fn sizes_have_units_that_show_them() {
+        let error = Error::Memory { needed: 21_400_000, limit: 4_900, detail: "step 4 MB".into() };
+        assert_eq!(error.to_string(), "the run needs 21.4 MB of memory, the limit is 4.9 kB: step 4 MB");
+        let error = Error::Memory { needed: 2_140_000_000, limit: 7, detail: String::new() };
+        assert_eq!(error.to_string(), "the run needs 2.14 GB of memory, the limit is 7 B: ");
+    }
 
     fn converted(text: &str) -> Error {
         Error::from(candle_core::Error::Msg(text.to_owned()))

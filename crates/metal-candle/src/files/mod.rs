@@ -23,6 +23,7 @@ mod saver;
 mod shards;
 mod write;
 
+pub use crate::error::format_bytes;
 pub use gguf::GgufFile;
 pub use gguf_header::{GgufTensor, GgufValue};
 pub(crate) use gguf_tokens::{END_MARKS, end_of_generation_ids};

@@ -6,7 +6,7 @@ use super::micro_batches::micro_batches;
 use super::samples::count_tokens;
 use super::trained::{OfModel, Trained};
 use crate::data::Dataset;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, format_bytes};
 use crate::models::{LossOptions, StepMemory, TokenRows};
 use candle_core::DType;
 use std::time::Instant;
@@ -177,25 +177,22 @@ pub(super) fn fit<T: Trained>(
         return Ok(best);
     }
     let least = plan_of(smallest.min(tokens), plan.trained_blocks)?.1;
+    let size = |bytes: usize| format_bytes(bytes as u64);
     Err(Error::Memory {
         needed: least.peak_bytes,
         limit,
         detail: format!(
             "the plan needs {}; with the longest sample ({} tokens) alone and every block checkpointed it needs {}: \
              weights {}, trained parameters {}, optimizer {}, step {}",
-            megabytes(plan.peak_bytes),
+            size(plan.peak_bytes),
             plan.longest_sample,
-            megabytes(least.peak_bytes),
-            megabytes(least.weights_bytes),
-            megabytes(least.trained_bytes),
-            megabytes(least.optimizer_bytes),
-            megabytes(least.step.peak),
+            size(least.peak_bytes),
+            size(least.weights_bytes),
+            size(least.trained_bytes),
+            size(least.optimizer_bytes),
+            size(least.step.peak),
         ),
     })
-}
-
-fn megabytes(bytes: usize) -> String {
-    format!("{:.0} MB", bytes as f64 / 1e6)
 }
 
 /// Measures the tokens per second of forward and backward passes on the first micro-batches, without updates.
