@@ -71,10 +71,10 @@ impl TrainSettings {
             (_, true, _) => 2e-5,
             (_, _, is_nano) => lora_learning_rate(is_nano),
         };
-        let learning_rate = *self.learning_rate.get_or_insert(of_adamw * optimizer.rate_to_adamw());
+        let learning_rate = *self.learning_rate.get_or_insert(decimal(of_adamw * optimizer.rate_to_adamw()));
         let schedule = *self.schedule.get_or_insert(optimizer.default_schedule());
         if schedule.settings().contains(&"min_learning_rate") {
-            let lowest = *self.min_learning_rate.get_or_insert(learning_rate / 10.0);
+            let lowest = *self.min_learning_rate.get_or_insert(decimal(learning_rate / 10.0));
             if lowest > learning_rate {
                 return Err(UserError::new(format!(
                     "`--min-learning-rate` is {lowest:e}: expected at most `--learning-rate`, which is {learning_rate:e}"
@@ -205,6 +205,12 @@ impl TrainSettings {
     }
 }
 
+/// A product of decimal numbers as a person writes it: 3e-4 rather than 3.0000000000000003e-4.
+fn decimal(value: f64) -> f64 {
+    // 15 digits survive the conversion to binary and back
+    format!("{value:.14e}").parse().unwrap_or(value)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -248,6 +254,15 @@ mod tests {
         let flags = TrainSettings { schedule: Some(Schedule::Linear), ..Default::default() };
         let both = flags.over(&file).unwrap();
         assert_eq!((both.momentum, both.power), (Some(0.5), None));
+    }
+
+    #[test]
+    fn derived_rates_are_short_decimals() {
+        for (rate, lowest) in [(3e-3, "0.0003"), (2e-5, "0.000002"), (3.25e-4, "0.0000325")] {
+            let mut complete = TrainSettings { learning_rate: Some(rate), ..Default::default() };
+            complete.complete_optimization(false).unwrap();
+            assert_eq!(complete.min_learning_rate.map(|rate| rate.to_string()).as_deref(), Some(lowest));
+        }
     }
 
     #[test]
