@@ -126,7 +126,8 @@ pub(crate) struct TrainSettings {
     pub(crate) dropout: Option<f64>,
 
     /// Layers to adapt, separated by commas: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
-    /// `down_proj`, or `all-linear` for all of these; and `embed_tokens`, `lm_head` [default: all-linear].
+    /// `down_proj`, or `all-linear` for all of these; `embed_tokens`, `lm_head`; ends of paths such as `0.self_attn.q_proj`;
+    /// and regular expressions for whole paths such as `.*\.[0-3]\..*_proj` [default: all-linear].
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", help_heading = "Adapter")]
     pub(crate) target_modules: Option<Vec<String>>,
 
