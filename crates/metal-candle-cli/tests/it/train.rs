@@ -118,6 +118,10 @@ fn a_run_goes_on_from_any_folder() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let again: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(again["valid_loss_after"], first["valid_loss_after"]);
+    // it has no steps left, so the speed is that of the first process
+    let record: Value = serde_json::from_str(&fixture.text("run/run.json")).unwrap();
+    let speed = (record["tokens_per_second"].as_f64().unwrap(), first["tokens_per_second"].as_f64().unwrap());
+    assert!((speed.0 / speed.1 - 1.0).abs() < 1e-3, "{speed:?}");
     let ran = fixture.run("train --resume run/adapter");
     assert_eq!(ran.code, 1);
     assert!(ran.stderr.contains("not a run folder") && ran.stderr.contains("hint: `--resume run`"), "{}", ran.stderr);

@@ -39,6 +39,8 @@ impl Recorder {
             record.started = earlier.started;
         }
         record.warnings = earlier.warnings;
+        // they stay as they were if no step follows
+        record.tokens_per_second = earlier.tokens_per_second;
         let now = Instant::now();
         Self {
             run,
