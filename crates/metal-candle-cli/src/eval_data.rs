@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 use metal_candle::Error;
-use metal_candle::data::{Dataset, DatasetFiles, DatasetOptions, Encoding, Sample, Tokenizer};
+use metal_candle::data::{Dataset, DatasetOptions, Encoding, Sample, Tokenizer};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Maximum size of a text file in bytes; it is tokenized as a whole.
 const MAX_TEXT_BYTES: u64 = 1024 << 20;
@@ -36,12 +36,6 @@ impl EvalData {
         }
         Ok(Self { dataset, num_bytes })
     }
-}
-
-/// The file to evaluate on: for a folder, the test split, else the valid split, else the training split.
-pub(crate) fn file_of(path: &Path) -> metal_candle::Result<PathBuf> {
-    let files = DatasetFiles::find(path)?;
-    Ok(files.test.or(files.valid).unwrap_or(files.train))
 }
 
 fn is_rows(path: &Path) -> bool {

@@ -7,7 +7,7 @@ use crate::run_folder::RunFolder;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::adapters::Survival;
-use metal_candle::data::{Dataset, Tokenizer};
+use metal_candle::data::{Dataset, DatasetFiles, Tokenizer};
 use metal_candle::files::write_atomically;
 use metal_candle::inference::{Adapted, Divergence};
 use metal_candle::models::{save_model, save_model_with};
@@ -75,7 +75,7 @@ impl ProofText {
     /// Checks that the text exists.
     pub(crate) fn check(&self) -> Result<()> {
         match &self.proof {
-            Some(path) => eval_data::file_of(path).map(drop).map_err(Into::into),
+            Some(path) => DatasetFiles::find_for_evaluation(path).map(drop).map_err(Into::into),
             None => Ok(()),
         }
     }
@@ -107,13 +107,13 @@ impl ProofText {
         let window = WINDOW.min(config.max_sequence_length());
         let read = |file: &Path| EvalData::read(file, tokenizer, window, config.vocab_size);
         if let Some(path) = &self.proof {
-            let file = eval_data::file_of(path)?;
+            let file = DatasetFiles::find_for_evaluation(path)?;
             return Ok((file.display().to_string(), read(&file)?.dataset));
         }
         if let Some((name, rows)) = run.and_then(|run| validation_rows(run, tokenizer, config)) {
             return Ok((name, rows));
         }
-        let file = eval_data::file_of(&crate::nano::data()?)?;
+        let file = DatasetFiles::find_for_evaluation(&crate::nano::data()?)?;
         let text = eval_data::texts(&file)?;
         let (samples, _) = eval_data::windows(&text, tokenizer, window)?;
         Ok(("the sample data of the built-in model".into(), Dataset::from_samples(samples)))

@@ -1,7 +1,7 @@
 //! `eval`: measures loss, perplexity and bits per byte.
 
 use crate::error::UserError;
-use crate::eval_data::{self, EvalData};
+use crate::eval_data::EvalData;
 use crate::kv_cache::parse_type;
 use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{AdaptedModelArguments, Loaded, NANO};
@@ -11,7 +11,7 @@ use crate::templates::TemplateArguments;
 use anyhow::Result;
 use clap::Args;
 use metal_candle::adapters::LoRAAdapter;
-use metal_candle::data::Dataset;
+use metal_candle::data::{Dataset, DatasetFiles};
 use metal_candle::inference::{KVCacheType, prompt_log_probabilities};
 use metal_candle::ops::LowRankUpdates;
 use metal_candle::training::{Evaluation, bits_per_byte, evaluate};
@@ -25,7 +25,8 @@ const BATCH_TOKENS: usize = 2048;
 /// Flags of `eval`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EvalArguments {
-    /// A JSONL file, a folder with splits, or a text file [default: the built-in model's sample data].
+    /// A JSONL file, a text file, or a folder with splits: its test rows, else its valid rows, else its train rows are used
+    /// [default: the built-in model's sample data].
     #[arg(long, value_name = "PATH")]
     pub(crate) data: Option<PathBuf>,
 
@@ -59,7 +60,7 @@ pub(crate) fn run(flags: &EvalArguments, output: Output) -> Result<()> {
                 .into());
         }
     };
-    let file = eval_data::file_of(&path)?;
+    let file = DatasetFiles::find_for_evaluation(&path)?;
     let loaded = Loaded::new(&flags.model, flags.precision, output)?;
     let tokenizer = flags.template.tokenizer(&loaded.source, flags.model.adapter.as_deref())?;
     let context = loaded.model.config().max_sequence_length();

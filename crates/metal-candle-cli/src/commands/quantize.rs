@@ -1,7 +1,7 @@
 //! `quantize`: writes a model as a quantized GGUF file.
 
 use crate::error::UserError;
-use crate::eval_data::{self, EvalData};
+use crate::eval_data::EvalData;
 use crate::gguf_output::{self, GgufReport};
 use crate::model_folder::with_end_of_turn;
 use crate::model_source::{AdaptedModelArguments, ModelSource, check_adapter, load_adapter, quantized};
@@ -14,7 +14,7 @@ use candle_core::DType;
 use clap::Args;
 use metal_candle::Model;
 use metal_candle::adapters::{LoRAAdapter, Survival};
-use metal_candle::data::Tokenizer;
+use metal_candle::data::{DatasetFiles, Tokenizer};
 use metal_candle::files::GgufType;
 use metal_candle::models::{Batch, Importance, Quantization};
 use std::path::PathBuf;
@@ -158,7 +158,7 @@ fn quantization(
     }
     let Some(path) = &flags.calibration else { return Ok(quantization) };
     let tokenizer = tokenizer.ok_or_else(|| UserError::new("`--calibration`: the model has no tokenizer"))?;
-    let file = eval_data::file_of(path)?;
+    let file = DatasetFiles::find_for_evaluation(path)?;
     let window = CALIBRATION_WINDOW.min(model.config().max_sequence_length());
     let rows = EvalData::read(&file, tokenizer, window, model.config().vocab_size)?.dataset.samples;
     let rows: Vec<Batch> = rows.iter().take(MAX_CALIBRATION_WINDOWS).map(|row| Batch::single(&row.ids)).collect();

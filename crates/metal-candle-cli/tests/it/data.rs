@@ -22,6 +22,20 @@ fn numbers_and_rows() {
 }
 
 #[test]
+fn a_folder_without_training_rows_is_enough_to_evaluate() {
+    let fixture = Fixture::new();
+    let remove = |name: &str| std::fs::remove_file(fixture.path(&format!("data/{name}.jsonl"))).unwrap();
+    remove("train");
+    for name in ["test", "valid"] {
+        let found = fixture.ok("eval --model model --data data --json").json();
+        assert_eq!(found["data"], format!("data/{name}.jsonl"));
+        remove(name);
+    }
+    let ran = fixture.run("eval --model model --data data");
+    assert!(ran.code == 1 && ran.stderr.contains("found none of them"), "{}", ran.stderr);
+}
+
+#[test]
 fn duplicates_and_leakage_are_found() {
     let fixture = Fixture::new();
     let train = fixture.text("data/train.jsonl");

@@ -175,29 +175,48 @@ impl DatasetFiles {
     /// The path does not exist, or the folder has no `train` file, or several files for one purpose.
     pub fn find(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
-        if !metadata.is_dir() {
-            return Ok(Self { train: path.to_path_buf(), valid: None, test: None });
-        }
-        let problem = |message: String| Error::Data {
-            problems: vec![DataProblem { path: path.to_path_buf(), line: 0, message }],
-        };
-        let find = |names: &[&str]| {
-            let paths = names.iter().flat_map(|name| ["jsonl", "json"].map(|e| path.join(format!("{name}.{e}"))));
-            // a dangling link counts as a file, so that it is an error and not a missing file
-            let found: Vec<PathBuf> = paths.filter(|path| path.symlink_metadata().is_ok()).collect();
-            match found.as_slice() {
-                [] => Ok(None),
-                [path] => Ok(Some(path.clone())),
-                [first, second, ..] => Err(problem(format!(
-                    "expected one of `{}` and `{}`, found both",
-                    first.display(),
-                    second.display()
-                ))),
-            }
-        };
-        let train = find(&["train"])?;
-        let train = train.ok_or_else(|| problem("expected `train.jsonl` or `train.json`, found neither".into()))?;
-        Ok(Self { train, valid: find(&["valid", "validation", "val"])?, test: find(&["test"])? })
+        let [train, valid, test] = splits(path)?;
+        let train =
+            train.ok_or_else(|| problem(path, "expected `train.jsonl` or `train.json`, found neither".into()))?;
+        Ok(Self { train, valid, test })
     }
+
+    /// Finds the file to evaluate on: the path itself, or in a folder the `test` file, else the `valid` file, else the
+    /// `train` file.
+    ///
+    /// # Errors
+    /// The path does not exist, or the folder has none of these files, or several files for one purpose.
+    pub fn find_for_evaluation(path: impl AsRef<Path>) -> Result<PathBuf> {
+        let path = path.as_ref();
+        let [train, valid, test] = splits(path)?;
+        let message = "expected `test.jsonl`, `valid.jsonl` or `train.jsonl`, found none of them";
+        test.or(valid).or(train).ok_or_else(|| problem(path, message.into()))
+    }
+}
+
+/// The error about a folder.
+fn problem(path: &Path, message: String) -> Error {
+    Error::Data { problems: vec![DataProblem { path: path.to_path_buf(), line: 0, message }] }
+}
+
+/// The files for training, validation and test in a folder. A file is for training.
+fn splits(path: &Path) -> Result<[Option<PathBuf>; 3]> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+    if !metadata.is_dir() {
+        return Ok([Some(path.to_path_buf()), None, None]);
+    }
+    let find = |names: &[&str]| {
+        let paths = names.iter().flat_map(|name| ["jsonl", "json"].map(|e| path.join(format!("{name}.{e}"))));
+        // a dangling link counts as a file, so that it is an error and not a missing file
+        let found: Vec<PathBuf> = paths.filter(|path| path.symlink_metadata().is_ok()).collect();
+        match found.as_slice() {
+            [] => Ok(None),
+            [path] => Ok(Some(path.clone())),
+            [first, second, ..] => {
+                let (first, second) = (first.display(), second.display());
+                Err(problem(path, format!("expected one of `{first}` and `{second}`, found both")))
+            }
+        }
+    };
+    Ok([find(&["train"])?, find(&["valid", "validation", "val"])?, find(&["test"])?])
 }
