@@ -17,6 +17,7 @@ use metal_candle::adapters::{LoRAAdapter, Survival};
 use metal_candle::data::{DatasetFiles, Tokenizer};
 use metal_candle::files::GgufType;
 use metal_candle::models::{Batch, Importance, Quantization};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -198,22 +199,46 @@ fn quantize(
             return Err(Proof::refusal(&lost, min_survival, hint).into());
         }
         let types = quantization.types(full)?;
-        let mut is_better = false;
-        for one in lost {
+        let mut widened = BTreeMap::new();
+        for one in &lost {
             if let Some(kind) = types.get(&one.name).and_then(|kind| kind.with_more_bits()) {
-                output.note(format_args!(
-                    "only {:.3} of the change of `{}` survives: using {} instead",
-                    one.name,
-                    one.share,
-                    kind.name()
-                ));
+                *widened.entry(kind.name()).or_insert(0) += 1;
                 quantization = quantization.with_type_of(&one.name, kind);
-                is_better = true;
             }
         }
-        if !is_better {
-            let lost = Proof::lost(&survivals, min_survival);
+        if widened.is_empty() {
             return Err(Proof::refusal(&lost, min_survival, "the adapter's change is lost even in f32").into());
         }
+        output.note(round_summary(&lost, survivals.len(), &widened));
+    }
+}
+
+/// One line about a round of `--auto`: how many of the `total` weights are in `lost`, the worst of them, and the number of
+/// weights that get each type.
+fn round_summary(lost: &[&Survival], total: usize, widened: &BTreeMap<&str, usize>) -> String {
+    let worst = lost.iter().min_by(|a, b| a.share.total_cmp(&b.share));
+    let worst = worst.map_or_else(String::new, |one| format!(" (only {:.2} of `{}` survives)", one.share, one.name));
+    let types: Vec<String> = widened.iter().map(|(name, count)| format!("{name} for {count}")).collect();
+    format!(
+        "{} of {total} weights would lose too much of the adapter's change{worst}: using {}",
+        lost.len(),
+        types.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::round_summary;
+    use metal_candle::adapters::Survival;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_round_is_one_line() {
+        let lost = [("a.weight", 0.5), ("b.weight", 0.4321)];
+        let lost = lost.map(|(name, share)| Survival { name: name.into(), share, noise: 0.0 });
+        let found = round_summary(&lost.each_ref(), 9, &BTreeMap::from([("q5_1", 1), ("q6_k", 1)]));
+        let expected = "2 of 9 weights would lose too much of the adapter's change (only 0.43 of `b.weight` survives): \
+                        using q5_1 for 1, q6_k for 1";
+        assert_eq!(found, expected);
     }
 }
