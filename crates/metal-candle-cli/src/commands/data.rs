@@ -102,7 +102,8 @@ fn check(flags: &DataCheckArguments, output: Output) -> Result<()> {
         Output::print_json(&object)?;
     } else {
         let mut text = String::new();
-        for file in &report.files {
+        // the problems explain a file without usable rows
+        for file in report.files.iter().filter(|file| file.rows > 0 || report.problems.is_empty()) {
             describe(&mut text, file)?;
         }
         if report.files.len() > 1 {

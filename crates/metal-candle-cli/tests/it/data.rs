@@ -60,4 +60,9 @@ fn rows_that_cannot_be_used_are_listed_with_their_lines() {
         assert!(ran.stderr.contains(line), "{line} is not in\n{}", ran.stderr);
     }
     assert!(ran.stdout.contains("rows            1 "), "{}", ran.stdout);
+    // a table of nothing helps no one
+    std::fs::write(fixture.path("empty.jsonl"), "{\"wrong\": 1}\n").unwrap();
+    let ran = fixture.run("data check empty.jsonl --model model");
+    assert!(ran.code == 1 && ran.stdout.is_empty(), "{}", ran.stdout);
+    assert!(ran.stderr.contains("empty.jsonl:1:"), "{}", ran.stderr);
 }
