@@ -12,7 +12,7 @@ use candle_core::DType;
 use clap::Args;
 use metal_candle::adapters::{LoRAAdapter, Survival};
 use metal_candle::models::Rows;
-use metal_candle::{Model, ModelLoader};
+use metal_candle::{Device, Model, ModelLoader};
 use serde_json::json;
 
 /// The hint if rounding loses too much of an adapter.
@@ -85,7 +85,7 @@ pub(crate) fn run(flags: &FuseArguments, output: Output) -> Result<()> {
         files.output.display(),
         bytes(size),
         written.dtype().as_str(),
-        rounding(&written),
+        rounding(&model, &written),
     ));
     Ok(())
 }
@@ -130,8 +130,19 @@ fn merge(
     Err(UserError::new("the adapter's change is lost even in f32").into())
 }
 
-fn rounding(model: &Model) -> &'static str {
-    match model.dtype() {
+/// The main cause of differences between the base with the adapter and the written model.
+fn rounding(base: &Model, written: &Model) -> &'static str {
+    if base.parameters().iter().any(|(_, weight)| weight.block_format().is_some()) {
+        // baseline and Neon without dot products use f32
+        let is_f32 = |level: &&str| ["baseline", "neon"].contains(level);
+        let rounds = Device::cpu_levels().is_ok_and(|levels| !levels.iter().all(is_f32));
+        match base.device().is_cpu() {
+            true if rounds => return "the quantized model rounds activations to 8 bits, the merged model does not",
+            true => {}
+            false => return "the quantized model rounds activations, and the merged model its weights",
+        }
+    }
+    match written.dtype() {
         DType::F32 => "due to the order of additions",
         _ => "due to rounding of the weights",
     }

@@ -2,6 +2,7 @@
 
 use crate::fixture::Fixture;
 use candle_core::{DType, Tensor};
+use metal_candle::Device;
 use metal_candle::files::GgufFile;
 use metal_candle::models::{SafetensorsFile, write_safetensors};
 use serde_json::Value;
@@ -219,6 +220,15 @@ fn adapters_go_to_gguf_and_back() {
     fixture.ok("convert --model m.gguf --adapter a.gguf --format peft --output peft");
     assert_eq!(with("model", "peft"), with("model", "run"));
     let ran = fixture.run("generate --model a.gguf --prompt x");
+    let causes = [("model", "due to the order of additions"), ("q8.gguf", "rounds activations to 8 bits")];
+    fixture.ok("quantize --model model --type q8_0 --output q8.gguf");
+    for (model, cause) in causes {
+        let ran = fixture.ok(&format!("fuse --model {model} --adapter run --output fused-{model}"));
+        // this machine may have no products of 8-bit integers
+        let is_f32 = Device::cpu_levels().unwrap().iter().all(|level| ["baseline", "neon"].contains(level));
+        let cause = if is_f32 { causes[0].1 } else { cause };
+        assert!(ran.stderr.contains(cause), "{}", ran.stderr);
+    }
     assert!(ran.stderr.contains("expected a model, found a file of type `adapter`"), "{}", ran.stderr);
 }
 
