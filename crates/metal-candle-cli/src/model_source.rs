@@ -15,6 +15,7 @@ use metal_candle::models::{Quantization, SafetensorsFile};
 use metal_candle::{Device, Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The name of the built-in model.
@@ -310,11 +311,16 @@ impl Loaded {
 
 /// Checks that a path can be an adapter, before the model is loaded.
 pub(crate) fn check_adapter(path: &Path) -> Result<()> {
-    if path.exists() {
-        return Ok(());
+    match path.metadata() {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let message = format!("there is no adapter `{}`: no such file or folder", path.display());
+            let hint = "--adapter accepts a run folder, a PEFT or mlx-lm folder, a GGUF adapter, or a checkpoint file; \
+                `metal-candle runs` lists runs";
+            Err(UserError::new(message).with_hint(hint).into())
+        }
+        Err(source) => Err(metal_candle::Error::Read { path: path.to_path_buf(), source }.into()),
     }
-    let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-    Err(metal_candle::Error::Read { path: path.to_path_buf(), source }.into())
 }
 
 /// Reads an adapter of a model from a run folder, a PEFT or mlx-lm folder, or a checkpoint file.

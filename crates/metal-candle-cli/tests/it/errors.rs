@@ -72,6 +72,10 @@ fn wrong_input_is_code_1_and_named() {
         ("generate --model model --prompt x --max-tokens 0", "max_tokens"),
         ("generate --model model --prompt x --raw --system y", "--system"),
         ("generate --model model --prompt x --adapter nothing", "nothing"),
+        (
+            "generate --model model --prompt x --adapter gone",
+            "no adapter `gone`: no such file or folder\nhint: --adapter",
+        ),
         ("logits --model model --ids 1,x --out o", "invalid value"),
         ("logits --model model --ids 1 --out missing/folder/o", "missing/folder"),
         ("eval --model model", "`--data` is missing"),

@@ -87,7 +87,8 @@ pub(super) fn from_vocab_and_merges(folder: &Path, config: &mut Map<String, Valu
         let found: Vec<String> =
             OTHER_FILES.iter().filter(|name| folder.join(name).is_file()).map(|name| format!("`{name}`")).collect();
         if found.is_empty() {
-            return Err(Error::read(missing, std::io::ErrorKind::NotFound.into()));
+            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
+            return Err(Error::read(missing, source));
         }
         return Err(Error::format(missing, format!("expected this file, found only {}; {ADVICE}", found.join(", "))));
     }
