@@ -215,6 +215,11 @@ pub(crate) fn grouped(count: u64) -> String {
     text
 }
 
+/// `1 step`, `3,000 steps`: a number of items whose plural ends in `s`.
+pub(crate) fn counted(count: usize, item: &str) -> String {
+    format!("{} {item}{}", grouped(count as u64), if count == 1 { "" } else { "s" })
+}
+
 /// `12 s` or `3:04 min` or `2:05:09 h`.
 pub(crate) fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
@@ -227,13 +232,14 @@ pub(crate) fn duration(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{bytes, duration, grouped, short};
+    use super::{bytes, counted, duration, grouped, short};
 
     #[test]
     fn numbers_as_people_read_them() {
         assert_eq!(grouped(0), "0");
         assert_eq!(grouped(999), "999");
         assert_eq!(grouped(3_145_728), "3,145,728");
+        assert_eq!([0, 1, 2000].map(|count| counted(count, "step")), ["0 steps", "1 step", "2,000 steps"]);
         assert_eq!(bytes(25_165_824), "25.2 MB");
         assert_eq!([7.4, 999.4, 10_864.0, 123_456.0, 1_234_567.0].map(short), ["7", "999", "10.9k", "123k", "1.23M"]);
         assert_eq!(duration(59.4), "59 s");

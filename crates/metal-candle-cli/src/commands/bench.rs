@@ -11,14 +11,13 @@ mod work;
 pub(crate) use arguments::BenchArguments;
 
 use crate::error::UserError;
-use crate::model_source::{ModelSource, NANO, moved, quantized};
+use crate::model_source::{ModelSource, NANO, moved, quantized, type_of};
 use crate::output::Output;
 use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
 use measure::{Measured, measure, weights_bytes};
 use metal_candle::inference::KVCacheType;
 use metal_candle::models::{MatmulPrecision, save_model};
-use metal_candle::ops::BlockFormat;
 use metal_candle::{Device, Model, ModelConfig};
 use peer::Peer;
 use report::{Report, Row};
@@ -167,13 +166,6 @@ impl Folder {
             Self::Given(path) => path,
         }
     }
-}
-
-/// The type of most weights.
-fn type_of(model: &Model) -> &'static str {
-    let largest = model.parameters().iter().max_by_key(|(_, weight)| weight.elem_count());
-    let format = largest.and_then(|(_, weight)| weight.block_format());
-    format.map_or(model.dtype().as_str(), BlockFormat::name)
 }
 
 impl Origin {

@@ -166,7 +166,8 @@ fn quantizing_is_measured() {
 #[test]
 fn an_adapter_trains_on_weights_quantized_while_loading() {
     let fixture = Fixture::new();
-    fixture.ok("train --model model --quantize q8_0 --data data --steps 2 --output run --quiet");
+    let ran = fixture.ok("train --model model --quantize q8_0 --data data --steps 2 --output run");
+    assert!(ran.stderr.contains(" parameters, q8_0, on "), "{}", ran.stderr);
     fixture.ok("quantize --model model --type q8_0 --output q.gguf");
     fixture.ok("train --model q.gguf --data data --steps 2 --output other --quiet");
     let adapter = |run: &str| fixture.read(&format!("{run}/adapter/adapter_model.safetensors"));
@@ -219,7 +220,6 @@ fn adapters_go_to_gguf_and_back() {
     assert_eq!(with("m.gguf", "a.gguf"), with("model", "run"));
     fixture.ok("convert --model m.gguf --adapter a.gguf --format peft --output peft");
     assert_eq!(with("model", "peft"), with("model", "run"));
-    let ran = fixture.run("generate --model a.gguf --prompt x");
     let causes = [("model", "due to the order of additions"), ("q8.gguf", "rounds activations to 8 bits")];
     fixture.ok("quantize --model model --type q8_0 --output q8.gguf");
     for (model, cause) in causes {
@@ -229,6 +229,7 @@ fn adapters_go_to_gguf_and_back() {
         let cause = if is_f32 { causes[0].1 } else { cause };
         assert!(ran.stderr.contains(cause), "{}", ran.stderr);
     }
+    let ran = fixture.run("generate --model a.gguf --prompt x");
     assert!(ran.stderr.contains("expected a model, found a file of type `adapter`"), "{}", ran.stderr);
 }
 
