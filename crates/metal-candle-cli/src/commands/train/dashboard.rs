@@ -2,7 +2,7 @@
 
 use crate::error::UserError;
 use crate::interrupt;
-use crate::output::{Output, bytes, duration, short};
+use crate::output::{Output, bytes, counted, duration, short};
 use crate::plot::Curves;
 use crate::screen;
 use anyhow::Result;
@@ -163,7 +163,7 @@ fn draw(frame: &mut Frame, view: &View) {
     .areas(area);
     frame.render_widget(Line::from(view.title.as_str()).bold(), title);
     let done = view.step as f64 / view.total_steps.max(1) as f64;
-    let label = format!("{} of {} steps", view.step, view.total_steps);
+    let label = format!("{} of {}", view.step, counted(view.total_steps, "step"));
     frame.render_widget(
         Gauge::default().ratio(done.clamp(0.0, 1.0)).label(label).gauge_style(Style::new().fg(Color::Blue)),
         progress,

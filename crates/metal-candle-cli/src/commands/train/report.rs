@@ -80,10 +80,10 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
             modules.dedup();
             let saved: Vec<_> = adapter.saved_parameters().iter().map(|saved| saved.name.as_str()).collect();
             output.note(format_args!(
-                "adapter  rank {}, alpha {} on {} layers ({}): {} parameters, {:.2} % of the model's",
+                "adapter  rank {}, alpha {} on {} ({}): {} parameters, {:.2} % of the model's",
                 adapter.rank(),
                 adapter.alpha(),
-                adapter.modules().len(),
+                counted(adapter.modules().len(), "layer"),
                 modules.join(", "),
                 grouped(adapter.num_parameters() as u64),
                 100.0 * adapter.num_parameters() as f64 / config.num_parameters() as f64,
@@ -93,15 +93,16 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
             }
         }
         None => match settings.train_last_layers {
+            Some(1) => output.note("adapter  none: the last block is trained"),
             Some(count) => output.note(format_args!("adapter  none: the last {count} blocks are trained")),
             None => output.note("adapter  none: all weights are trained"),
         },
     }
     output.note(format_args!("data     {}: {rows}", prepared.data_name));
     output.note(format_args!(
-        "run      {}: {} steps of up to {} tokens, learning rate {:e}",
+        "run      {}: {} of up to {} tokens, learning rate {:e}",
         run.path().display(),
-        grouped(total_steps as u64),
+        counted(total_steps, "step"),
         settings.batch_tokens.unwrap_or(0).saturating_mul(settings.gradient_accumulation_steps.unwrap_or(1)),
         settings.learning_rate.unwrap_or(0.0),
     ));
@@ -168,9 +169,9 @@ impl Report {
         };
         let memory = memory::peak().map_or_else(String::new, |peak| format!(", at most {} of memory", bytes(peak)));
         output.note(format_args!(
-            "done            {} of {} steps{how} in {}{speed}{memory}",
+            "done            {} of {}{how} in {}{speed}{memory}",
             self.metrics.num_steps,
-            self.total_steps,
+            counted(self.total_steps, "step"),
             duration(seconds),
         ));
         let kind = if self.is_full { "model" } else { "adapter" };
