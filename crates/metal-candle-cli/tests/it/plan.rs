@@ -21,6 +21,19 @@ fn the_plan_tells_what_a_run_needs() {
         assert!(text.lines().any(|line| line.starts_with(name)), "{name} in {text}");
     }
     assert!(!text.contains("tokens/s"), "{text}");
+    // `train` prints the same numbers, in words that mean the same
+    let ran = fixture
+        .ok(&format!("train --output one --test-samples 0 {flags} --steps 1 --layers 0 --target-modules q_proj"));
+    let plan = fixture.ok(&format!("plan --measure 0 {flags} --steps 1 --layers 0 --target-modules q_proj")).stdout;
+    let line = ran.stderr.lines().find(|line| line.starts_with("memory ")).unwrap();
+    for name in ["weights", "trained", "optimizer", "activations", "step"] {
+        let planned = plan.lines().find(|line| line.starts_with(name)).unwrap();
+        let planned: Vec<&str> = planned.split_whitespace().skip(1).take(2).collect();
+        assert!(line.contains(&format!("{name} {}", planned.join(" "))), "{name} {planned:?} is not in {line}");
+    }
+    for words in ["on 1 layer (q_proj)", ": 1 step of up to", "1 of 1 step in"] {
+        assert!(ran.stderr.contains(words), "`{words}` is not in {}", ran.stderr);
+    }
 }
 
 #[test]

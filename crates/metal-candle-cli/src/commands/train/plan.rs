@@ -99,19 +99,26 @@ impl Fitted {
         self.plan.peak_bytes.max(resting + self.cache_bytes) + self.program_bytes.unwrap_or(0)
     }
 
+    /// The temporary buffers of a step beside the saved activations, at the peak, in bytes.
+    fn temporary_bytes(&self) -> usize {
+        self.plan.step.peak.saturating_sub(self.plan.step.kept)
+    }
+
     /// Prints the first lines of `train`.
     pub(super) fn note(&self, output: Output) {
         let plan = &self.plan;
         let limit = self.limit.map_or_else(String::new, |limit| format!(" of {}", bytes(limit as u64)));
+        let program =
+            self.program_bytes.map(|program| format!(", program {}", bytes(program as u64))).unwrap_or_default();
         let how = if self.is_changed { ", chosen to fit" } else { "" };
         output.note(format_args!(
-            "memory   at most {}{limit}: weights {}, trained {}, optimizer {}, activations {}, head {}",
+            "memory   about {}{limit}: weights {}, trained {}, optimizer {}, activations {}, step {}{program}",
             bytes(self.peak_bytes() as u64),
             bytes(plan.weights_bytes as u64),
             bytes(plan.trained_bytes as u64),
             bytes(plan.optimizer_bytes as u64),
-            bytes((plan.step.peak.saturating_sub(plan.step.head)) as u64),
-            bytes(plan.step.head as u64),
+            bytes(plan.step.kept as u64),
+            bytes(self.temporary_bytes() as u64),
         ));
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {
             output.note(format_args!(
@@ -174,7 +181,7 @@ pub(super) fn print<T: Trained>(
     line("trained", size(plan.trained_bytes), "parameters, gradients and saved copies");
     line("optimizer", size(plan.optimizer_bytes), "");
     line("activations", size(plan.step.saved), "saved between forward and backward pass");
-    line("step", size(plan.step.peak.saturating_sub(plan.step.saved)), "temporary, at the peak");
+    line("step", size(fitted.temporary_bytes()), "temporary, at the peak");
     line("head", size(plan.step.head), "of the step: logits and loss");
     line("kv cache", size(fitted.cache_bytes), "for answers before and after training");
     if let Some(program) = fitted.program_bytes {
