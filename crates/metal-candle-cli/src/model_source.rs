@@ -12,7 +12,6 @@ use metal_candle::adapters::LoRAAdapter;
 use metal_candle::data::{ChatTemplate, Tokenizer};
 use metal_candle::files::{GgufFile, shard_names};
 use metal_candle::models::{Quantization, SafetensorsFile};
-use metal_candle::ops::BlockFormat;
 use metal_candle::{Device, Model, ModelConfig, ModelLoader};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -308,13 +307,6 @@ impl Loaded {
         let model = adapter.as_ref().map_or(model, |adapter| adapter.run_model().clone());
         Ok(Self { source, model, adapter })
     }
-}
-
-/// The type of most weights: `bf16`, or a block format such as `q4_1`.
-pub(crate) fn type_of(model: &Model) -> &'static str {
-    let largest = model.parameters().iter().max_by_key(|(_, weight)| weight.elem_count());
-    let format = largest.and_then(|(_, weight)| weight.block_format());
-    format.map_or(model.dtype().as_str(), BlockFormat::name)
 }
 
 /// Checks that a path can be an adapter, before the model is loaded.

@@ -11,7 +11,7 @@ mod work;
 pub(crate) use arguments::BenchArguments;
 
 use crate::error::UserError;
-use crate::model_source::{ModelSource, NANO, moved, quantized, type_of};
+use crate::model_source::{ModelSource, NANO, moved, quantized};
 use crate::output::Output;
 use crate::values::{MixtureName, WeightType};
 use anyhow::{Context, Result};
@@ -58,7 +58,7 @@ pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
         threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         model: subject.name.clone(),
         num_parameters: subject.model.config().num_parameters(),
-        dtype: type_of(&subject.model),
+        dtype: subject.model.weight_type(),
         kv_cache: flags.cache.kv_cache.map(KVCacheType::name),
         is_rounded: subject.model.matmul_precision() == MatmulPrecision::Bf16,
         rows: Vec::with_capacity(works.len()),
@@ -105,7 +105,7 @@ impl Bench {
 
     /// Measures both programs, row by row if memory is sufficient for both.
     fn beside(&mut self, subject: Subject, peer: &mut Peer, works: &[Work], report: &mut Report) -> Result<()> {
-        let dtype = type_of(&subject.model);
+        let dtype = subject.model.weight_type();
         let weights = weights_bytes(&subject.model);
         let (model, folder) = subject.into_folder(self.output)?;
         // the weights of the other program, and the same amount to work with

@@ -153,10 +153,11 @@ impl Model {
         self.parameters().first().map_or(MatmulPrecision::F32, |(_, weight)| weight.precision())
     }
 
-    /// The type of its largest parameter, as shown to users.
-    fn weight_type(&self) -> &'static str {
+    /// The type of its largest parameter: `bf16`, or a block format such as `q4_1`.
+    pub fn weight_type(&self) -> &'static str {
         let largest = self.parameters().iter().max_by_key(|(_, weight)| weight.elem_count());
-        largest.map_or("none", |(_, weight)| weight.block_format().map_or(weight.dtype().as_str(), BlockFormat::name))
+        let name = |weight: &Weight| weight.block_format().map_or(weight.dtype().as_str(), BlockFormat::name);
+        largest.map_or(self.dtype().as_str(), |(_, weight)| name(weight))
     }
 
     /// A model from parameters that have been checked.

@@ -101,7 +101,7 @@ impl Fitted {
 
     /// The temporary buffers of a step beside the saved activations, at the peak, in bytes.
     fn temporary_bytes(&self) -> usize {
-        self.plan.step.peak.saturating_sub(self.plan.step.kept)
+        self.plan.step.peak.saturating_sub(self.plan.step.saved)
     }
 
     /// Prints the first lines of `train`.
@@ -117,7 +117,7 @@ impl Fitted {
             bytes(plan.weights_bytes as u64),
             bytes(plan.trained_bytes as u64),
             bytes(plan.optimizer_bytes as u64),
-            bytes(plan.step.kept as u64),
+            bytes(plan.step.saved as u64),
             bytes(self.temporary_bytes() as u64),
         ));
         if plan.micro_batch_tokens < plan.largest_batch || plan.checkpointed_blocks > 0 {

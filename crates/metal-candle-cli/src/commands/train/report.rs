@@ -4,7 +4,7 @@ use super::answers::Question;
 use super::prepared::Prepared;
 use super::profiler::Profiled;
 use crate::memory;
-use crate::model_source::{NANO, type_of};
+use crate::model_source::NANO;
 use crate::output::{Output, bytes, counted, duration, grouped};
 use crate::rank;
 use crate::run_folder::RunFolder;
@@ -69,7 +69,7 @@ pub(super) fn summary(prepared: &Prepared, rows: &str, run: &RunFolder, total_st
         config.num_hidden_layers,
         config.hidden_size,
         grouped(config.num_parameters() as u64),
-        type_of(model),
+        model.weight_type(),
         if prepared.num_devices > 1 { format!("{} x ", prepared.num_devices) } else { String::new() },
         model.device(),
     ));
