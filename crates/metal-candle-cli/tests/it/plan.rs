@@ -22,9 +22,9 @@ fn the_plan_tells_what_a_run_needs() {
     }
     assert!(!text.contains("tokens/s"), "{text}");
     // `train` prints the same numbers, in words that mean the same
-    let ran = fixture
-        .ok(&format!("train --output one --test-samples 0 {flags} --steps 1 --layers 0 --target-modules q_proj"));
-    let plan = fixture.ok(&format!("plan --measure 0 {flags} --steps 1 --layers 0 --target-modules q_proj")).stdout;
+    let flags = "--model model --data data --batch-tokens 256 --steps 1 --layers 0 --target-modules q_proj";
+    let ran = fixture.ok(&format!("train --output one --test-samples 0 {flags}"));
+    let plan = fixture.ok(&format!("plan --measure 0 {flags}")).stdout;
     let line = ran.stderr.lines().find(|line| line.starts_with("memory ")).unwrap();
     for name in ["weights", "trained", "optimizer", "activations", "step"] {
         let planned = plan.lines().find(|line| line.starts_with(name)).unwrap();
