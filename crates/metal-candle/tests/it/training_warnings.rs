@@ -23,26 +23,6 @@ fn a_model_knows_its_template_or_not() {
     let warning = |model: &Model, rows: &Dataset| template_warning(model, None, &tokenizer, rows).unwrap();
     // it was trained on conversations
     assert_eq!(warning(&model, &rows), None);
-    // it cannot predict marks in the midst of a question, but the answers end as they should
-    let mut noisy = rows.clone();
-    for row in &mut noisy.samples {
-        let tokens: Vec<(u32, bool)> = row.ids.iter().copied().zip(row.trained.iter().copied()).collect();
-        (row.ids, row.trained) = (Vec::new(), Vec::new());
-        for (index, (id, is_trained)) in tokens.into_iter().enumerate() {
-            row.ids.push(id);
-            row.trained.push(is_trained);
-            if !is_trained && index % 2 == 1 {
-                row.ids.extend(["<|im_start|>", "<|im_end|>"].map(|mark| tokenizer.token_to_id(mark).unwrap()));
-                row.trained.extend([false, false]);
-            }
-        }
-    }
-    assert_eq!(warning(&model, &noisy), None);
-    // nothing else tells what the model knows
-    for row in &mut noisy.samples {
-        row.trained.fill(false);
-    }
-    assert!(warning(&model, &noisy).is_some());
 
     // random weights guess
     let random = Model::initialize(model.config().clone(), 1, Device::CPU).unwrap();
