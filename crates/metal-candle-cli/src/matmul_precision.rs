@@ -19,8 +19,7 @@ pub(crate) enum Precision {
 /// The flag for the precision of matrix products.
 #[derive(Debug, Clone, Copy, Args)]
 pub(crate) struct PrecisionArguments {
-    /// Round activations to this type in products with bf16 weights on the CPU: `bf16` is faster on processors with
-    /// AVX512-BF16 or AMX, and less precise [default: f32].
+    /// Type to which the CPU rounds activations in products with bf16 weights; `bf16` is faster with AVX512-BF16 or AMX [default: f32].
     #[arg(long, value_enum, value_name = "TYPE", help_heading = "Model")]
     pub(crate) matmul_precision: Option<Precision>,
 }

@@ -13,7 +13,7 @@ fn run(fixture: &Fixture, level: &str, words: &[&str]) -> (Option<i32>, String, 
 fn every_level_of_the_machine_gives_the_same_text() {
     let fixture = Fixture::new();
     let (mut texts, mut kernels) = (Vec::new(), Vec::new());
-    for level in ["", "baseline", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx"] {
+    for level in ["", "baseline", "avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx"] {
         let (code, out, err) = run(&fixture, level, &["info", "--json"]);
         if code != Some(0) {
             assert!(code == Some(1) && err.contains("METAL_CANDLE_ISA"), "{level}: {err}");

@@ -324,7 +324,7 @@ fn a_pattern_of_no_layers_is_refused() {
             value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
             parse(&value)
         };
-        for (pattern, found) in [(json!(0), "found 0"), (json!(null), "found null")] {
+        for (pattern, found) in [(json!(0), "found `0`"), (json!(null), "found `null`")] {
             let error = parse(pattern.clone(), json!({})).expect_err(model_type).to_string();
             assert!(error.contains("`sliding_window_pattern`") && error.contains(found), "{model_type}: {error}");
             let types = json!({"layer_types": ["sliding_attention", "full_attention"]});
