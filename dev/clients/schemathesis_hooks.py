@@ -23,6 +23,34 @@ GRAMMARS = {
 FORMATS = ("response_format", "text", "output_config")
 
 
+with open("openapi.json") as source:
+    DOCUMENT = json.load(source)
+REFUSED = {*DOCUMENT["info"]["x-refused-of-prompts"], *DOCUMENT["info"]["x-refused-of-answers"]}
+
+
+def resolved(value):
+    while "$ref" in value:
+        found = DOCUMENT
+        for name in value["$ref"].removeprefix("#/").split("/"):
+            found = found[name]
+        value = found
+    return value
+
+
+def properties(schema):
+    """The names of the fields of a schema."""
+    schema = resolved(schema)
+    parts = [part for kind in ("allOf", "anyOf", "oneOf") for part in schema.get(kind, [])]
+    return {*schema.get("properties", {})}.union(*map(properties, parts))
+
+
+def without_foreign_fields(path, body):
+    """Removes fields of other routes, which are refused: their names are drawn as names of further fields."""
+    content = resolved(DOCUMENT["paths"][path]["post"]["requestBody"])["content"]
+    known = properties(content["application/json"]["schema"])
+    return {name: value for name, value in body.items() if name in known or name not in REFUSED}
+
+
 def is_count(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -56,8 +84,21 @@ def with_whole_numbers(value):
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
+# longer lists must be refused
+MAX_TOOLS = 128
+
+
+def shorten_tools(tools):
+    if isinstance(tools, list) and len(tools) <= MAX_TOOLS:
+        del tools[8:]
+
+
 def shorten_prompt(body):
     """Retains one item of a list that may not fit in the context: a token has at least one byte."""
+    shorten_tools(body.get("tools"))
+    for message in body["messages"] if isinstance(body.get("messages"), list) else []:
+        if isinstance(message, dict):
+            shorten_tools(message.get("tool_calls"))
     for name in ("messages", "input", "prompt"):
         if isinstance(body.get(name), list) and len(json.dumps(body[name], ensure_ascii=False).encode("utf-8", "replace")) > 1200:
             del body[name][1:]
@@ -88,7 +129,7 @@ def meet_rules(path, body):
     if is_count(body.get("min_tokens")):
         limits = [body[name] for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict") if is_count(body.get(name))]
         body["min_tokens"] = min([body["min_tokens"], 1, *limits])
-    if body.get("max_tokens") == 0:
+    if body.get("max_tokens") == 0 and path.endswith("/v1/completions"):
         body.update(echo=True, stream=False)
     for entry in body.get("lora") or []:
         # the document does not contain the ids of adapters
@@ -174,6 +215,8 @@ def before_call(context, case, kwargs):
     if isinstance(case.body, dict) and case.media_type == "application/json":
         if is_positive:
             case.body = with_whole_numbers(case.body)
+            if case.method == "POST":
+                case.body = without_foreign_fields(path, case.body)
         shorten(path, case.body)
         if is_positive:
             meet_rules(path, case.body)
