@@ -97,15 +97,7 @@ fn mark_losses(
     if rows.is_empty() {
         return Ok(BTreeMap::new());
     }
-    let tokens = rows.iter().flat_map(|row| row.ids.iter().enumerate().zip(&row.trained));
-    let trained_marks: BTreeSet<u32> =
-        tokens.filter(|&(token, &is_trained)| is_trained && is_mark(token)).map(|((_, &id), _)| id).collect();
-    for Sample { ids, trained, .. } in &mut rows {
-        trained.truncate(ids.len());
-        for (token, is_measured) in ids.iter().enumerate().zip(trained) {
-            *is_measured = is_mark(token) && (*is_measured || !trained_marks.contains(token.1));
-        }
-    }
+    select_marks(&mut rows, is_mark);
     let (batch, targets) = batch_of(&rows.iter().collect::<Vec<_>>());
     let losses = model.loss(&batch, &targets, terms, 0.0)?;
     let mut sums: BTreeMap<u32, (f64, usize)> = BTreeMap::new();
@@ -116,6 +108,19 @@ fn mark_losses(
         }
     }
     Ok(sums.into_iter().map(|(id, (sum, count))| (id, sum / count as f64)).collect())
+}
+
+/// Marks as trained the tokens that are measured: marks, and of those that are trained in some row only the trained ones.
+fn select_marks(rows: &mut [Sample], is_mark: impl Fn((usize, &u32)) -> bool) {
+    let tokens = rows.iter().flat_map(|row| row.ids.iter().enumerate().zip(&row.trained));
+    let trained_marks: BTreeSet<u32> =
+        tokens.filter(|&(token, &is_trained)| is_trained && is_mark(token)).map(|((_, &id), _)| id).collect();
+    for Sample { ids, trained, .. } in rows {
+        trained.truncate(ids.len());
+        for (token, is_measured) in ids.iter().enumerate().zip(trained) {
+            *is_measured = is_mark(token) && (*is_measured || !trained_marks.contains(token.1));
+        }
+    }
 }
 
 /// Returns for each mark whether its embedding looks untrained.
@@ -156,4 +161,28 @@ fn norm(row: &[f32]) -> f32 {
 fn cosine(a: &[f32], b: &[f32]) -> f32 {
     let product: f32 = a.iter().zip(b).map(|(a, b)| a * b).sum();
     product / (norm(a) * norm(b)).max(f32::MIN_POSITIVE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_that_are_trained_are_measured_only_there() {
+        const START: u32 = 1;
+        const END: u32 = 2;
+        let row = |trained: [bool; 7]| {
+            let ids = vec![START, 7, END, START, 8, END, 9];
+            Sample { ids, trained: trained.to_vec(), source: None }
+        };
+        let (answer, nothing) = ([false, false, false, false, true, true, true], [false; 7]);
+        let mut rows = [row(answer), row(nothing)];
+        select_marks(&mut rows, |(index, &id)| index > 0 && id <= END);
+        // the start of a turn is never trained, so each one is measured
+        assert_eq!(rows[0].trained, [false, false, false, true, false, true, false]);
+        assert_eq!(rows[1].trained, [false, false, false, true, false, false, false]);
+        let mut rows = [row(nothing)];
+        select_marks(&mut rows, |(index, &id)| index > 0 && id <= END);
+        assert_eq!(rows[0].trained, [false, false, true, true, false, true, false]);
+    }
 }
