@@ -56,6 +56,7 @@ fn gradients_with_rounded_activations_are_close() {
         gradients_of(&adapter, &golden["batch"])
     });
     assert!((loss - rounded_loss).abs() < 1e-2 * loss, "{loss} {rounded_loss}");
+    assert_eq!(loss.to_bits() != rounded_loss.to_bits(), Device::multiplies_bf16());
     assert_eq!(exact.iter().count(), found.iter().count());
     for (exact, found) in exact.iter().zip(found.iter()) {
         let error = norm(&(found - exact).unwrap()) / norm(exact).max(1e-9);
