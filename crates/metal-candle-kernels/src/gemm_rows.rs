@@ -2,7 +2,8 @@
 //! identical alone and in any batch.
 //!
 //! Each element is one dot product of two contiguous rows, accumulated in lanes over the whole depth and then added pairwise,
-//! for any number of rows. Weights are read in place and widened in registers, for up to eight rows at once.
+//! for any number of rows. Weights are read in place and widened in registers, for up to eight rows at once; with
+//! [`MatmulPrecision::Bf16`], where the processor multiplies bf16, the rows are rounded to bf16 instead.
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm_tile::x86;
@@ -68,7 +69,7 @@ fn accumulate((m, n): (usize, usize), start: Start, products: &[RowProduct], c: 
             Some(unit) if unit.is_always_used() => {
                 crate::tiles::accumulate(unit, (m, n), start, &[strided(&products[0])], c);
             }
-            Some(_) => add_up_rounded((m, n), start, &products[0], c),
+            Some(_) => accumulate_rounded((m, n), start, &products[0], c),
             None => accumulate_lanes((m, n), start, products, c),
         }
         start = Start::Result;
@@ -91,7 +92,7 @@ fn tile_unit(n: usize, product: &RowProduct) -> Option<TileUnit> {
 /// A product whose left operand is rounded to bf16. Reading both operands along the depth needs neither packed nor transposed
 /// weights, for any number of rows.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-fn add_up_rounded(shape: (usize, usize), start: Start, product: &RowProduct, c: Shared<f32>) {
+fn accumulate_rounded(shape: (usize, usize), start: Start, product: &RowProduct, c: Shared<f32>) {
     #[cfg(target_arch = "x86_64")]
     if let Matrix::BF16(b) = product.b {
         let order = |product: &RowProduct, m: usize, rows: &mut [Line]| round_rows(product.a, (m, product.k), rows);
@@ -105,14 +106,14 @@ fn add_up_rounded(shape: (usize, usize), start: Start, product: &RowProduct, c: 
 fn accumulate_lanes(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     #[cfg(target_arch = "x86_64")]
     match crate::isa::isa() {
-        crate::isa::Isa::Avx512 => return add_up_floats::<x86::Avx512>(shape, start, products, c),
-        crate::isa::Isa::Avx2 => return add_up_floats::<x86::Avx2>(shape, start, products, c),
+        crate::isa::Isa::Avx512 => return accumulate_floats::<x86::Avx512>(shape, start, products, c),
+        crate::isa::Isa::Avx2 => return accumulate_floats::<x86::Avx2>(shape, start, products, c),
         crate::isa::Isa::Baseline => {}
     }
     #[cfg(target_arch = "aarch64")]
-    add_up_floats::<Portable<Fused>>(shape, start, products, c);
+    accumulate_floats::<Portable<Fused>>(shape, start, products, c);
     #[cfg(not(target_arch = "aarch64"))]
-    add_up_floats::<Portable<Separate>>(shape, start, products, c);
+    accumulate_floats::<Portable<Separate>>(shape, start, products, c);
 }
 
 /// Rows of A in the order of [`Weights::pair`].
@@ -146,7 +147,7 @@ struct Task {
     c: Shared<f32>,
 }
 
-fn add_up_floats<V: FloatVector>(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
+fn accumulate_floats<V: FloatVector>(shape: (usize, usize), start: Start, products: &[RowProduct], c: Shared<f32>) {
     let order = |product: &RowProduct, m: usize, rows: &mut [Line]| {
         order_rows::<V>(product.a, (m, product.k), matches!(product.b, Matrix::BF16(_)), rows);
     };
@@ -510,15 +511,15 @@ mod tests {
                 accumulate((m, n), Start::Zero, &[product], Shared::new(&mut c));
                 c
             };
-            let fused = run(add_up_floats::<Portable<Fused>>);
+            let fused = run(accumulate_floats::<Portable<Fused>>);
             let is_close = |other: &[f32]| fused.iter().zip(other).all(|(a, b)| (a - b).abs() < 1e-5);
-            assert!(is_close(&run(add_up_floats::<Portable<crate::isa::Separate>>)));
+            assert!(is_close(&run(accumulate_floats::<Portable<crate::isa::Separate>>)));
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::isa::{Isa, isa};
                 // the same number of lanes and the same operations
-                assert!(isa() < Isa::Avx2 || fused == run(add_up_floats::<x86::Avx2>));
-                assert!(isa() < Isa::Avx512 || is_close(&run(add_up_floats::<x86::Avx512>)));
+                assert!(isa() < Isa::Avx2 || fused == run(accumulate_floats::<x86::Avx2>));
+                assert!(isa() < Isa::Avx512 || is_close(&run(accumulate_floats::<x86::Avx512>)));
             }
         });
     }

@@ -45,7 +45,8 @@ pub enum MatmulPrecision {
     /// They are not rounded: the result is within 1e-5 of the f32 product, relative to the sum of the magnitudes of its terms.
     #[default]
     F32,
-    /// bf16, if the weights are bf16 and the processor multiplies bf16 ([`multiplies_bf16`](crate::multiplies_bf16)).
+    /// bf16, in products with at least 32,768 bf16 weights on processors that multiply bf16
+    /// ([`multiplies_bf16`](crate::multiplies_bf16)).
     Bf16,
 }
 

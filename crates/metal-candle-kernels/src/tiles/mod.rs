@@ -2,7 +2,8 @@
 //!
 //! An f32 value is split into a sum of bf16 terms, and a product is the sum of the products of its terms; negligible pairs are
 //! skipped. bf16 weights are one term and f16 weights two. With them, f32 activations are two terms (16 bits), and the product
-//! is within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32.
+//! is within 1e-5 of the f32 product. f32 weights and their activations are three terms, which is as precise as f32. With
+//! [`MatmulPrecision::Bf16`], bf16 weights and their activations are one term each.
 //!
 //! The activations are packed once and shared by all tasks. Each task streams panels of 32 rows or columns of the weights, in
 //! place if they are aligned rows of bf16. Each element is summed in the order of the depth, for any number of rows, columns and
@@ -118,6 +119,12 @@ mod tests {
         c
     }
 
+    /// A product of f32 matrices, with A row-major.
+    fn floats<'a>(a: &'a [f32], b: &'a [f32], b_strides: (usize, usize), k: usize) -> Product<'a> {
+        let (a_strides, b) = ((k, 1), Matrix::F32(b));
+        Product { a, a_strides, b, b_strides, k, alpha: 1.0, precision: MatmulPrecision::F32 }
+    }
+
     fn value(matrix: &Matrix, at: usize) -> f64 {
         match matrix {
             Matrix::F32(values) => f64::from(values[at]),
@@ -186,15 +193,7 @@ mod tests {
                 // the nearest bf16 of the largest f32 is infinite
                 a[9 * k] = f32::MAX;
                 b[6 * b_strides.1] = 1e-3;
-                let product = Product {
-                    a: &a,
-                    a_strides: (k, 1),
-                    b: Matrix::F32(&b),
-                    b_strides,
-                    k,
-                    alpha: 1.0,
-                    precision: MatmulPrecision::F32,
-                };
+                let product = floats(&a, &b, b_strides, k);
                 let found = sum(unit, (m, n), Start::Zero, &[product]);
                 for (at, found) in found.iter().enumerate() {
                     let is_bad = at / n == 7 || at % n == 5;
@@ -205,16 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_add_up_is_the_start() {
-        let nothing = Product {
-            a: &[],
-            a_strides: (0, 1),
-            b: Matrix::F32(&[]),
-            b_strides: (1, 0),
-            k: 0,
-            alpha: 1.0,
-            precision: MatmulPrecision::F32,
-        };
+    fn no_product_leaves_the_initial_value() {
+        let nothing = floats(&[], &[], (1, 0), 0);
         for unit in units() {
             assert_eq!(sum(unit, (2, 2), Start::Row(&[1.0, 2.0]), &[nothing]), [1.0, 2.0, 1.0, 2.0]);
             assert_eq!(sum(unit, (1, 2), Start::Zero, &[]), [0.0; 2]);
@@ -240,15 +231,7 @@ mod tests {
         let (m, n, k) = (40, 48, 2);
         let (a, b) = (random(m * k, 1), random(n * k, 2));
         for (unit, b_strides) in units().flat_map(|unit| [(1, k), (n, 1)].map(|strides| (unit, strides))) {
-            let product = Product {
-                a: &a,
-                a_strides: (k, 1),
-                b: Matrix::F32(&b),
-                b_strides,
-                k,
-                alpha: 1.0,
-                precision: MatmulPrecision::F32,
-            };
+            let product = floats(&a, &b, b_strides, k);
             let error = error(&sum(unit, (m, n), Start::Zero, &[product]), (m, n), 0.0, &[product]);
             // dot products round after each product
             let bound = if unit == TileUnit::Amx { 2e-7 } else { 5e-7 };
