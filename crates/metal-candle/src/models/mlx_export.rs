@@ -235,7 +235,7 @@ impl Line {
     }
 }
 
-/// The largest code of so many bits.
+/// The largest code of `bits` bits.
 fn highest_code(bits: usize) -> f32 {
     ((1_u32 << bits) - 1) as f32
 }
