@@ -439,7 +439,7 @@ pub(crate) struct MappedFiles {
 
 /// The number of passes through a model before its files are copied. Loading and short runs read the files directly,
 /// whose memory is shared between processes. A file that cannot be copied then, because another process reads it, is
-/// tried again after as many passes.
+/// tried again after twice as many passes each time: asking the system who shares a large file takes long.
 const PASSES_BEFORE_COPY: u32 = 32;
 
 impl MappedFiles {
@@ -466,7 +466,7 @@ impl MappedFiles {
     /// faster.
     pub(crate) fn finish_pass(&self) -> Result<()> {
         let passes = if self.files.is_empty() { 0 } else { self.passes.fetch_add(1, Ordering::Relaxed) };
-        let is_long = passes > 0 && passes.is_multiple_of(PASSES_BEFORE_COPY);
+        let is_long = passes >= PASSES_BEFORE_COPY && passes.is_power_of_two();
         for (file, first) in &self.files {
             check(file)?;
             if is_long {
