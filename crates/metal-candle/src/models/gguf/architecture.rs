@@ -334,10 +334,6 @@ fn granite(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
             map.insert(key.into(), shortest(number));
         }
     }
-    let key = metadata.key("rope.scaling.finetuned");
-    if metadata.file.flag(&key)? == Some(false) {
-        return Err(metadata.unsupported(&format!("a model without rotary positions (`{key}`)")));
-    }
     Ok(())
 }
 

@@ -71,7 +71,7 @@ impl GgufNames {
         Some(format!("blk.{layer}.{name}.{kind}"))
     }
 
-    /// The names in the file of a parameter: two if the file holds the halves of its rows as tensors of their own.
+    /// The names in the file of a parameter: two if the file stores the halves of its rows as separate tensors.
     pub(super) fn parts(self, parameter: &str) -> Vec<String> {
         let halves = in_layer(parameter).and_then(|(layer, module, kind)| {
             let (names, _) = self.architecture.halves.iter().find(|(_, own)| *own == module)?;
