@@ -161,7 +161,7 @@ impl Origins {
             let message = "`Host` is not a name of this server; start it with --allowed-hosts NAME to allow it";
             return Err(ApiError::forbidden(message));
         }
-        let is_own = match text("origin").map(str::to_ascii_lowercase) {
+        let is_permitted = match text("origin").map(str::to_ascii_lowercase) {
             Some(origin) => {
                 let is_own = origin.split_once("://").is_some_and(|(_, rest)| rest == host);
                 is_own || self.is_allowed(&origin) || (method == Method::GET && origin != "null")
@@ -169,7 +169,7 @@ impl Origins {
             // browsers send it with every request
             None => method == Method::GET || matches!(text("sec-fetch-site"), None | Some("same-origin" | "none")),
         };
-        if is_own {
+        if is_permitted {
             return Ok(());
         }
         Err(ApiError::forbidden("this origin may not use the server; start it with --cors-origin URL to allow it"))
