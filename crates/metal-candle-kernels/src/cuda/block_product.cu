@@ -26,25 +26,17 @@
 #define MAX_GROUPS (STAGE / 16)
 
 #if ELEMENT == 2
-#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #define SUBTRACT "fma.rn.bf16x2 %0, %1, %2, %3;"
 // the bits of 1.0; the high byte of a number whose low byte can be any value below 128 and adds exactly that value
 #define ONE 0x3f80u
 #define BASE 0x43u
 #else
-#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #define SUBTRACT "fma.rn.f16x2 %0, %1, %2, %3;"
 #define ONE 0x3c00u
 #define BASE 0x64u
 #endif
 #define PAIR_OF_ONES (ONE | (ONE << 16))
 #define BASES (BASE * 0x01010101u)
-
-FUNCTION void multiply_tiles(float* sums, const uint* a, uint2 b) {
-    asm(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-}
 
 // Subtracts two numbers from two others. The sign bits of `negative` are set.
 FUNCTION uint subtract(uint a, uint negative) {

@@ -131,7 +131,19 @@ FUNCTION void unpack(uint pair, float* y) {
     y[0] = float(from_bits(pair & 0xffffu));
     y[1] = float(from_bits(pair >> 16));
 }
-FUNCTION uint pack(float a, float b) { return uint(T(a).bits) | (uint(T(b).bits) << 16); }
+FUNCTION uint pack(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    uint pair;
+#if ELEMENT == 2
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+#endif
+    return pair;
+#else
+    return uint(T(a).bits) | (uint(T(b).bits) << 16);
+#endif
+}
 FUNCTION void load4(const T* x, float* y) {
     const uint2 v = *reinterpret_cast<const uint2*>(x);
     unpack(v.x, y);
@@ -146,6 +158,21 @@ FUNCTION void load8(const T* x, float* y) {
 }
 FUNCTION void store4(T* y, const float* x) {
     *reinterpret_cast<uint2*>(y) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+}
+
+#if ELEMENT == 2
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+
+// sums += A B for tiles A: 16 x 16 and B: 16 x 8 on tensor cores. A lane holds A[g, 2q], A[g + 8, 2q], A[g, 2q + 8] and
+// A[g + 8, 2q + 8], each with the next column; B[2q, g] and B[2q + 8, g], each with the next row; and sums[g, 2q],
+// sums[g, 2q + 1], sums[g + 8, 2q] and sums[g + 8, 2q + 1], where g = lane / 4 and q = lane % 4.
+FUNCTION void multiply_tiles(float* sums, const uint* a, uint2 b) {
+    asm(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 #endif
 

@@ -24,10 +24,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 const PRELUDE: &str = include_str!("../cuda/prelude.cu");
 
 /// The maximum number of words of a kernel.
-const MAX_WORDS: usize = 24;
+const MAX_WORDS: usize = 114;
 
 /// The maximum number of buffers of a kernel.
-const MAX_ARGS: usize = 24;
+const MAX_ARGS: usize = 26;
 
 /// The words of a launch. A kernel reads the first words, up to the size of its structure.
 #[derive(Clone, Copy)]

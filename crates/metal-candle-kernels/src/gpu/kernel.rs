@@ -20,6 +20,8 @@ pub enum Source {
     Elementwise,
     /// The operations between the products of a block, with low-rank updates.
     Fused,
+    /// The same kernels on the tensor cores of CUDA devices.
+    TensorCoreFused,
     /// Products on Metal devices, several per launch.
     Product,
     /// Attention over a ragged batch or a KV cache, and its gradients.
@@ -40,6 +42,8 @@ pub enum Source {
     TensorCoreAttention,
     /// Products of a few vectors with quantized weights on the tensor cores of CUDA devices.
     BlockProduct,
+    /// Products with the factors of low-rank updates, and their gradients, on the tensor cores of CUDA devices.
+    LowRank,
 }
 
 impl Source {
@@ -49,6 +53,7 @@ impl Source {
             Self::Norm => include_str!("../metal/norm.metal"),
             Self::Elementwise => include_str!("../metal/elementwise.metal"),
             Self::Fused => include_str!("../metal/fused.metal"),
+            Self::TensorCoreFused => include_str!("../cuda/fused.cu"),
             Self::Product => include_str!("../metal/product.metal"),
             Self::Attention => include_str!("../metal/attention.metal"),
             Self::Decode => include_str!("../metal/decode.metal"),
@@ -59,6 +64,7 @@ impl Source {
             Self::Blocks => include_str!("../metal/blocks.metal"),
             Self::TensorCoreAttention => include_str!("../cuda/attention.cu"),
             Self::BlockProduct => include_str!("../cuda/block_product.cu"),
+            Self::LowRank => include_str!("../cuda/low_rank.cu"),
         }
     }
 

@@ -9,6 +9,7 @@ use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
+use crate::ops::gpu_blocks::MAX_VECTORS;
 use crate::ops::{LowRank, LowRankUpdates};
 use candle_core::{DType, Tensor};
 
@@ -200,13 +201,15 @@ impl Model {
         let empty = |width: usize| gpu::empty((rows, width), like);
         let [heads, kv_heads, head_dim] = shape.heads;
         let words = |value: u32, count: usize| Tensor::full(value, count, like.device());
+        let dequantizes = rows > MAX_VECTORS || shape.dtype == DType::F32;
         let matmul = if shape.uses_matmul {
+            let dequantized = self.dequantized_len().filter(|_| dequantizes);
             Some(MatmulBuffers {
                 normed: empty(hidden)?,
                 gate: empty(blocks.inner)?,
                 up: empty(blocks.inner)?,
                 z: gpu::empty(rows * MAX_RANK, like)?,
-                scratch: self.dequantized_len().map(|len| gpu::empty(len, like)).transpose()?,
+                scratch: dequantized.map(|len| gpu::empty(len, like)).transpose()?,
             })
         } else {
             None

@@ -8,7 +8,7 @@ use super::parts::pass::{MemoryMeter, StepSize};
 use crate::error::Result;
 use crate::ops::gpu_blocks::scratch_len;
 use crate::ops::rotary::RotaryTable;
-use crate::ops::{LowRankUpdates, head};
+use crate::ops::{LowRankUpdates, fused, head};
 use candle_core::DType;
 
 /// The memory of a training step besides weights, adapter and optimizer, in bytes.
@@ -46,7 +46,7 @@ impl Model {
             dtype,
             stream: tokens * self.config().hidden_size * dtype.size_in_bytes(),
             is_rounded: self.device().is_cpu() && self.dtype() != DType::F32,
-            is_gathered: self.device().is_metal(),
+            is_gathered: fused::has_kernels(&self.device().candle(), dtype),
             updates: trainable.low_rank,
             trained: &is_trained,
             elements: &elements,

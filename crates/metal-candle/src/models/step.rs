@@ -283,7 +283,7 @@ impl Model {
         let Some(d_hidden) = input else { return Ok((losses()?, gradients)) };
         let dx = self.norm_backward(&stream, &d_hidden, context, &is_trained, &mut gradients)?;
         drop((stream, d_hidden));
-        if let Some(updates) = updates.filter(|_| dx.device().is_metal()) {
+        if let Some(updates) = updates {
             gradients.low_rank_buffer = LowRankGradientBuffer::new(updates, self.embedding_id(), &dx)?;
         }
         let low_rank_buffer = gradients.low_rank_buffer.clone();

@@ -3,7 +3,6 @@
 use super::attention_gpu;
 pub(crate) use super::attention_gpu::AttentionGradients;
 use super::fused::Layer;
-use super::gpu::Arg;
 use super::host::{Host, on_cpu, tensor};
 pub(crate) use super::spans::{CacheSlots, Spans};
 use crate::error::{Error, Result};
@@ -231,7 +230,7 @@ pub(crate) fn backward_through(
         return Err(Error::Bug(format!("the fused backward pass does not support {shape:?}")));
     };
     let _span = profile::span("attention", Kind::Attention);
-    let through = dz.map(|dz| (Arg::In(dz), layer.a()));
+    let through = dz.zip(layer.update.map(|update| &update.a));
     let sinks = wide(sinks)?;
     attention_gpu::backward(shape, sinks.as_ref(), qkv, (&saved.out, log_sums), spans, d_out, through)
 }

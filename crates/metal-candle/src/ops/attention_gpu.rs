@@ -190,7 +190,7 @@ fn keys_and_values_backward(
 }
 
 /// The gradients with respect to q, k and v. `through` is dz and A of a low-rank update that follows attention: `dz A`
-/// is added to `d_out` in place first. Only the portable kernels support it.
+/// is added to `d_out` in place first.
 pub(super) fn backward(
     shape: AttentionShape,
     sinks: Option<&Tensor>,
@@ -198,7 +198,7 @@ pub(super) fn backward(
     (out, log_sums): (&Tensor, &Tensor),
     spans: &Spans,
     d_out: &Tensor,
-    through: Option<(Arg, Arg)>,
+    through: Option<(&Tensor, &Tensor)>,
 ) -> Result<AttentionGradients> {
     let (dq, dk, dv) = (gpu::empty(q.shape(), q)?, gpu::empty(k.shape(), k)?, gpu::empty(v.shape(), v)?);
     let rows = q.dim(0)? * shape.heads;
@@ -208,9 +208,9 @@ pub(super) fn backward(
         Tables::Portable { queries, keys, .. } => {
             let keys = keys.as_ref().ok_or_else(missing)?;
             let threads = portable_threads(shape.head_dim);
-            let (dz, a) = through.unwrap_or((Arg::None, Arg::None));
-            let rank = if let Arg::In(dz) = dz { dz.dim(1)? } else { 0 };
-            let args = [Arg::In(out), Arg::Out(d_out), Arg::Out(&delta), dz, a];
+            let (dz, a) = through.unzip();
+            let rank = dz.map_or(0, |dz| dz.dims()[1]);
+            let args = [Arg::In(out), Arg::Out(d_out), Arg::Out(&delta), optional(dz), optional(a)];
             let tokens = q.dim(0)?;
             let grid = Grid::row((tokens.div_ceil(UPDATE_ROWS) * shape.heads).div_ceil(threads / 32), threads);
             let words = [tokens.into(), shape.heads.into(), rank.into()];
@@ -225,6 +225,9 @@ pub(super) fn backward(
         }
         Tables::TensorCore { offsets, queries, keys, .. } => {
             let keys = keys.as_ref().ok_or_else(missing)?;
+            if let Some((dz, a)) = through {
+                gpu::product(d_out, (dz, false), (a, false), 1.0, 1.0)?;
+            }
             let args = [Arg::In(out), Arg::In(d_out), Arg::Out(&delta)];
             let tiles = TensorCoreTiles::new(shape.head_dim);
             let grid = Grid::elements(rows * tiles.chunks());

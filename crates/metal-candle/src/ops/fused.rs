@@ -1,15 +1,19 @@
-//! Fused launches for the linear layers of a block on Metal. The number of launches does not depend on the low-rank
-//! updates: the launch of the product with the weight also computes the product with A (or, in the backward pass, with
-//! B), and the elementwise kernel that follows adds the rest of the update.
+//! Fused launches for the linear layers of a block on GPUs. The number of launches does not depend on the low-rank
+//! updates: one launch computes the products with A (or, in the backward pass, with B) of all layers that share an
+//! input, and the elementwise kernel that follows adds the rest of the updates. On Metal the first launch also computes
+//! the products with the weights, which are cuBLAS's on CUDA.
 
+use super::activation::{self, Activation};
 use super::gpu::{self, Arg, Formats, Grid, Kernel, ROW_THREADS, Source, Word};
 use super::linear::{Linear, LowRankGradients};
 use super::low_rank::{LowRank, LowRankUpdates};
+use super::low_rank_gpu::{self, MAX_RANK, RANK_MULTIPLE, WIDTH_MULTIPLE};
 use super::norm::Norm;
 use super::rotary::Rotation;
+use super::weight::Weight;
 use crate::error::Result;
 use crate::profile::{Kind, span};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// Tokens per thread where a low-rank update is added.
 pub(super) const UPDATE_ROWS: usize = 4;
@@ -19,16 +23,37 @@ const PRODUCT_THREADS: usize = 128;
 /// The maximum number of layers that share an input.
 const MAX_LAYERS: usize = 3;
 
-/// Whether the fused kernels support the layer's weights: contiguous, on a Metal device, and of type `dtype`.
+/// Whether there are fused kernels for activations of this type on the device.
+pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
+    device.is_metal() || (cfg!(feature = "cuda") && device.is_cuda() && dtype != DType::F32)
+}
+
+/// Whether the fused kernels support the layer's weights: contiguous, on a GPU, and of type `dtype`.
 pub(crate) fn supports(linear: &Linear, may_have_bias: bool, dtype: DType) -> bool {
-    let fits = |tensor: &Tensor| tensor.device().is_metal() && tensor.dtype() == dtype && tensor.is_contiguous();
+    let fits =
+        |tensor: &Tensor| has_kernels(tensor.device(), dtype) && tensor.dtype() == dtype && tensor.is_contiguous();
     let weight = &linear.weight;
     let is_read = if weight.block_format().is_some() {
-        weight.device().is_metal() && weight.dtype() == dtype
+        has_kernels(weight.device(), dtype) && weight.dtype() == dtype
     } else {
         weight.dense().is_ok_and(fits)
     };
-    is_read && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
+    let is_wide = weight.device().is_metal() || weight.dims().iter().all(|width| width.is_multiple_of(WIDTH_MULTIPLE));
+    is_read && is_wide && linear.bias.as_ref().is_none_or(|bias| may_have_bias && fits(bias))
+}
+
+/// Whether the fused kernels support the low-rank update for inputs of type `dtype`.
+fn is_plain(update: &LowRank, dtype: DType, is_training: bool) -> bool {
+    let drops = is_training && update.dropout > 0.0;
+    let rank = update.a.dims()[0];
+    let fits = |tensor: &Tensor| {
+        if tensor.device().is_metal() {
+            tensor.dtype() == dtype && tensor.is_contiguous()
+        } else {
+            gpu::supports_vector_loads(tensor, dtype) && rank.is_multiple_of(RANK_MULTIPLE) && rank <= MAX_RANK
+        }
+    };
+    !drops && update.initial_factors.is_none() && update.magnitude.is_none() && fits(&update.a) && fits(&update.b)
 }
 
 /// A linear layer and its low-rank update.
@@ -41,15 +66,7 @@ pub(crate) struct Layer<'a> {
 impl<'a> Layer<'a> {
     /// Whether the layer has no low-rank update, or one that the fused kernels support for inputs of type `dtype`.
     pub(crate) fn has_plain_update(&self, dtype: DType, is_training: bool) -> bool {
-        let fits = |tensor: &Tensor| tensor.dtype() == dtype && tensor.is_contiguous();
-        self.update.is_none_or(|update| {
-            let drops = is_training && update.dropout > 0.0;
-            !drops
-                && update.initial_factors.is_none()
-                && update.magnitude.is_none()
-                && fits(&update.a)
-                && fits(&update.b)
-        })
+        self.update.is_none_or(|update| is_plain(update, dtype, is_training))
     }
 
     /// The weight as a kernel argument.
@@ -66,7 +83,7 @@ impl<'a> Layer<'a> {
         self.update.map_or(0.0, |update| update.scale)
     }
 
-    pub(super) fn a(&self) -> Arg<'a> {
+    fn a(&self) -> Arg<'a> {
         self.update.map_or(Arg::None, |update| Arg::In(&update.a))
     }
 
@@ -126,6 +143,11 @@ fn product(name: &'static str, kind: usize, columns: usize, args: &[Arg], like: 
         .with("FORMATS", formats.constant())
 }
 
+/// The low-rank update of each layer, and the tensor for its product with A or B.
+fn updated<'a>(layers: &[Layer<'a>], made: &'a [Option<Tensor>]) -> Vec<Option<(&'a LowRank, &'a Tensor)>> {
+    layers.iter().zip(made).map(|(layer, made)| layer.update.zip(made.as_ref())).collect()
+}
+
 /// The products of layers that share an input, by layer.
 #[derive(Debug)]
 pub(crate) struct Products {
@@ -150,6 +172,12 @@ pub(crate) fn products(x: &Tensor, layers: &[Layer], with_weights: bool) -> Resu
             made.y.push(gpu::empty((tokens, widths[index]), x)?);
         }
         made.z.push(layer.empty_z(tokens, x)?);
+    }
+    if gpu::has_products(x) {
+        let weights: Vec<(&Weight, &Tensor)> = layers.iter().map(|layer| &layer.linear.weight).zip(&made.y).collect();
+        Weight::multiply_together(x, &weights, None)?;
+        low_rank_gpu::products_with_a(x, &updated(layers, &made.z))?;
+        return Ok(made);
     }
     let weights = layers.iter().map(Layer::weight).collect::<Result<Vec<_>>>()?;
     let mut args = vec![Arg::In(x)];
@@ -181,6 +209,16 @@ pub(crate) fn products_backward(
     let (tokens, width) = (dys[0].dim(0)?, layers[0].linear.weight.dims2()?.1);
     let dx = if needs_input { Some(gpu::empty((tokens, width), dys[0])?) } else { None };
     let dzs = layers.iter().map(|layer| layer.empty_z(tokens, dys[0])).collect::<Result<Vec<_>>>()?;
+    if gpu::has_products(dys[0]) {
+        if let Some(dx) = &dx {
+            for (index, (layer, dy)) in layers.iter().zip(dys).enumerate() {
+                let beta = if index == 0 { 0.0 } else { 1.0 };
+                layer.linear.weight.multiply_on_gpu(dx, dy, false, (1.0, beta), None)?;
+            }
+        }
+        low_rank_gpu::products_with_b(dys, &updated(layers, &dzs))?;
+        return Ok((dx, dzs));
+    }
     let width = if needs_input { width } else { 0 };
     let weights = layers.iter().map(Layer::weight).collect::<Result<Vec<_>>>()?;
     let mut args = Vec::new();
@@ -224,18 +262,85 @@ pub(crate) fn finish_qkv(
     words.extend(layers.iter().map(|layer| Word::from(layer.linear.bias.is_some())));
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let count = tokens.div_ceil(UPDATE_ROWS) * (q_heads + 2 * kv_heads) * half;
-    gpu::launch(&fused("finish_qkv", &made.y[0]), Grid::elements(count), &args, &words)
+    let kernel = Finish::new("finish_qkv", layers, half, &made.y[0]);
+    kernel.launch_by_column(tokens, (q_heads + 2 * kv_heads) * half, &args, &words)
 }
 
-fn fused(name: &'static str, like: &Tensor) -> Kernel {
-    Kernel::new(Source::Fused, name, like.dtype())
+/// A kernel that adds low-rank updates to results.
+enum Finish {
+    /// A kernel of `fused.metal`: a thread has [`UPDATE_ROWS`] tokens.
+    Rows(Kernel),
+    /// A kernel of `cuda/fused.cu`: a warp has tiles of [`TILE_TOKENS`] tokens and [`TILE_COLUMNS`] columns.
+    Tiles(Kernel),
 }
 
-/// Adds low-rank updates to gate and up in place, and returns `silu(gate) * up`.
+/// The sizes of `cuda/fused.cu`.
+const TILE_TOKENS: usize = 16;
+const TILE_COLUMNS: usize = 32;
+
+/// The number of tokens for which a warp loads the factors of an update once, if warps do not share rows.
+fn warp_tokens(tokens: usize) -> usize {
+    if tokens >= 4096 { 4 * TILE_TOKENS } else { TILE_TOKENS }
+}
+
+/// Whether `cuda/fused.cu` adds the low-rank updates of `layers` to rows, or halves of heads, of `width` elements.
+fn uses_tiles(layers: &[Layer], width: usize, like: &Tensor) -> bool {
+    gpu::has_products(like)
+        && like.dtype() != DType::F32
+        && width.is_multiple_of(TILE_COLUMNS)
+        && layers.iter().any(|layer| layer.rank() > 0)
+}
+
+impl Finish {
+    fn new(name: &'static str, layers: &[Layer], width: usize, like: &Tensor) -> Self {
+        if !uses_tiles(layers, width, like) {
+            return Self::Rows(Kernel::new(Source::Fused, name, like.dtype()));
+        }
+        let rank = layers.iter().map(Layer::rank).max().unwrap_or(0);
+        let steps = rank.div_ceil(16).next_power_of_two();
+        // more groups keep the memory busy, if there are enough registers
+        let beside = match name {
+            "finish_stream" | "finish_norm_backward" if steps == 1 => 4,
+            "finish_mlp" if steps == 1 => 3,
+            _ => 1,
+        };
+        let kernel = Kernel::new(Source::TensorCoreFused, name, like.dtype()).with("RANK_STEPS", steps);
+        let tokens = warp_tokens(like.dims()[0]);
+        Self::Tiles(kernel.with("BLOCKS_BESIDE", beside).with("WARP_TOKENS", tokens))
+    }
+
+    /// Launches one thread, or the thread's part of a tile, for each of `columns` columns of each token.
+    fn launch_by_column(&self, tokens: usize, columns: usize, args: &[Arg], words: &[Word]) -> Result<()> {
+        match self {
+            Self::Rows(kernel) => {
+                gpu::launch(kernel, Grid::elements(tokens.div_ceil(UPDATE_ROWS) * columns), args, words)
+            }
+            Self::Tiles(kernel) => {
+                let groups = (columns / TILE_COLUMNS).div_ceil(ROW_THREADS / 32);
+                let grid = Grid::plane((groups, tokens.div_ceil(warp_tokens(tokens))), ROW_THREADS);
+                gpu::launch(kernel, grid, args, words)
+            }
+        }
+    }
+
+    /// Launches a thread group for each tile of tokens.
+    fn launch_by_token(&self, tokens: usize, args: &[Arg], words: &[Word]) -> Result<()> {
+        let (kernel, rows) = match self {
+            Self::Rows(kernel) => (kernel, UPDATE_ROWS),
+            Self::Tiles(kernel) => (kernel, TILE_TOKENS),
+        };
+        gpu::launch(kernel, Grid::row(tokens.div_ceil(rows), ROW_THREADS), args, words)
+    }
+}
+
+/// Adds low-rank updates to gate and up, in place on Metal, and returns `silu(gate) * up`.
 pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor> {
     let _span = span("swiglu", Kind::Elementwise);
     let (tokens, width) = made.y[0].dims2()?;
+    let kernel = Finish::new("finish_mlp", layers, width, &made.y[0]);
+    if gpu::has_products(&made.y[0]) && made.z.iter().all(Option::is_none) {
+        return activation::gated(Activation::Silu, &made.y[0], &made.y[1]);
+    }
     let y = gpu::empty((tokens, width), &made.y[0])?;
     let mut args: Vec<Arg> = made.y.iter().map(Arg::Out).collect();
     args.push(Arg::Out(&y));
@@ -244,27 +349,47 @@ pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor>
     let mut words: Vec<Word> = vec![tokens.into(), width.into()];
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let grid = Grid::elements(tokens.div_ceil(UPDATE_ROWS) * width);
-    gpu::launch(&fused("finish_mlp", &y), grid, &args, &words)?;
+    kernel.launch_by_column(tokens, width, &args, &words)?;
     Ok(y)
 }
 
-/// The gradients of gate and up, and the recomputed activation. `d_activation` is the gradient of the activation
-/// without the part that flows through the low-rank update of `down`.
+/// Adds the low-rank updates to gate and up where [`finish_mlp`] has not changed them.
+pub(crate) fn complete_mlp(layers: &[Layer; 2], (gate, up): (&Tensor, &Tensor), z: &[Option<Tensor>]) -> Result<()> {
+    if !uses_tiles(layers, gate.dim(1)?, gate) {
+        return Ok(());
+    }
+    for ((layer, y), z) in layers.iter().zip([gate, up]).zip(z) {
+        if let (Some(update), Some(z)) = (layer.update, z) {
+            gpu::product(y, (z, false), (&update.b, true), update.scale, 1.0)?;
+        }
+    }
+    Ok(())
+}
+
+/// The gradients of gate and up, and the recomputed activation. `made` and `layers` are the arguments of [`finish_mlp`].
+/// `d_activation` is the gradient of the activation without the part that flows through the low-rank update of `down`.
 pub(crate) fn finish_mlp_backward(
-    (gate, up): (&Tensor, &Tensor),
+    layers: &[Layer; 2],
+    made: &Products,
     d_activation: Tensor,
     down: Layer,
     dz: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let _span = span("swiglu", Kind::Elementwise);
+    let (gate, up) = (&made.y[0], &made.y[1]);
     let (tokens, width) = gate.dims2()?;
     let (d_up, y) = (gpu::empty((tokens, width), gate)?, gpu::empty((tokens, width), gate)?);
     let outs = [&d_activation, &d_up, &y].map(Arg::Out);
-    let args: Vec<Arg> = [Arg::In(gate), Arg::In(up)].into_iter().chain(outs).chain([read(dz), down.a()]).collect();
-    let words = [tokens.into(), width.into(), down.rank().into()];
-    let grid = Grid::elements(tokens.div_ceil(UPDATE_ROWS) * width);
-    gpu::launch(&fused("finish_mlp_backward", gate), grid, &args, &words)?;
+    let mut args: Vec<Arg> = [Arg::In(gate), Arg::In(up)].into_iter().chain(outs).chain([read(dz), down.a()]).collect();
+    let mut words = vec![tokens.into(), width.into(), down.rank().into()];
+    let kernel = Finish::new("finish_mlp_backward", &[layers[0], layers[1], down], width, gate);
+    if matches!(kernel, Finish::Tiles(_)) {
+        args.extend(made.z.iter().map(|z| read(z.as_ref())));
+        args.extend(layers.iter().map(Layer::b));
+        words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
+        words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
+    }
+    kernel.launch_by_column(tokens, width, &args, &words)?;
     Ok((d_activation, d_up, y))
 }
 
@@ -290,8 +415,7 @@ pub(crate) fn finish_stream(
     let eps = norm.map_or(0.0, |norm| norm.eps as f32);
     let words =
         [tokens.into(), width.into(), eps.into(), norm.is_some().into(), layer.rank().into(), layer.scale().into()];
-    let grid = Grid::row(tokens.div_ceil(UPDATE_ROWS), ROW_THREADS);
-    gpu::launch(&fused("finish_stream", &y), grid, &args, &words)?;
+    Finish::new("finish_stream", &[layer], width, &y).launch_by_token(tokens, &args, &words)?;
     Ok((y, normed))
 }
 
@@ -315,8 +439,7 @@ pub(crate) fn finish_norm_backward(
     args.extend(each(layers.iter().map(Layer::a)));
     let mut words: Vec<Word> = vec![tokens.into(), width.into(), (norm.eps as f32).into()];
     words.extend(each_word(layers.iter().map(|layer| layer.rank().into())));
-    let grid = Grid::row(tokens.div_ceil(UPDATE_ROWS), ROW_THREADS);
-    gpu::launch(&fused("finish_norm_backward", x), grid, &args, &words)?;
+    Finish::new("finish_norm_backward", layers, width, x).launch_by_token(tokens, &args, &words)?;
     Ok((d_normed, normed))
 }
 
@@ -329,11 +452,14 @@ pub(crate) struct LowRankGradientBuffer {
 }
 
 impl LowRankGradientBuffer {
-    /// A buffer for the low-rank updates of the layers with ids below `count`, on the device of `like`; `None` if there
-    /// are none.
+    /// A buffer for the low-rank updates of the layers with ids below `count` that the fused kernels support in
+    /// training, on the device of `like`; `None` if there are none.
     pub(crate) fn new(updates: &LowRankUpdates, count: usize, like: &Tensor) -> Result<Option<Self>> {
         let (mut offsets, mut end) = (vec![None; count], 0);
-        for (id, update) in updates.iter().filter(|(id, _)| *id < count) {
+        if !has_kernels(like.device(), like.dtype()) {
+            return Ok(None);
+        }
+        for (id, update) in updates.iter().filter(|(id, of)| *id < count && is_plain(of, like.dtype(), true)) {
             offsets[id] = Some(end);
             end += update.a.elem_count() + update.b.elem_count();
         }
@@ -404,7 +530,12 @@ pub(crate) fn low_rank_gradients<'s>(
     args.push(Arg::Out(&buffer.flat));
     // ranks are often much smaller than a tile's width
     let columns = max_rank.next_power_of_two().clamp(16, TILE);
-    let kernel = product("term_gradients", 2, columns, &args, sources[0], Formats::default());
-    gpu::launch(&kernel, Grid::plane((tiles, max_rank.div_ceil(columns)), PRODUCT_THREADS), &args, &words)?;
+    let mut grid = Grid::plane((tiles, max_rank.div_ceil(columns)), PRODUCT_THREADS);
+    let kernel = if gpu::has_products(sources[0]) {
+        low_rank_gpu::gradients_kernel(columns, &mut grid, sources[0])
+    } else {
+        product("term_gradients", 2, columns, &args, sources[0], Formats::default())
+    };
+    gpu::launch(&kernel, grid, &args, &words)?;
     Ok(made)
 }

@@ -1,11 +1,11 @@
-//! Tests the fused launches of a block on Metal against separate products and candle's operations on the CPU.
+//! Tests the fused launches of a block on a GPU against separate products and candle's operations on the CPU.
 
 #![allow(clippy::unwrap_used)]
 
 use super::activation::{self, Activation};
 use super::attention::{self, Spans};
 use super::fused::{self, GradientFactors, Layer, LowRankGradientBuffer};
-use super::gpu_tests::{OFFSETS, TYPES, assert_near, both};
+use super::gpu_tests::{self, OFFSETS, TYPES, assert_near, both};
 use super::linear::Linear;
 use super::norm::{Norm, NormNeedsGrad};
 use super::rotary::{Pairs, RotaryScaling};
@@ -25,6 +25,25 @@ struct TwoLayers {
 }
 
 const SCALE: f32 = 0.7;
+
+/// Tokens, hidden size, inner size, head size, ranks, and the offset of tensors. On Metal any are supported.
+#[cfg(feature = "metal")]
+const SIZES: [(usize, usize, usize, usize, [usize; 3], usize); 3] =
+    [(1, 12, 20, 16, [2, 0, 3], 0), (70, 64, 96, 16, [16, 16, 16], 4), (37, 26, 75, 16, [5, 70, 1], 3)];
+#[cfg(not(feature = "metal"))]
+const SIZES: [(usize, usize, usize, usize, [usize; 3], usize); 5] = [
+    (1, 16, 24, 16, [8, 0, 16], 0),
+    (37, 72, 136, 16, [24, 8, 64], 8),
+    (70, 64, 96, 64, [16, 16, 16], 8),
+    (150, 288, 352, 64, [8, 40, 24], 8),
+    (300, 160, 1056, 128, [64, 64, 8], 0),
+];
+
+/// The types for which there are fused kernels.
+fn types() -> impl Iterator<Item = (DType, f32)> {
+    let device = gpu_tests::device();
+    TYPES.into_iter().filter(move |(dtype, _)| fused::has_kernels(&device, *dtype))
+}
 
 fn two_layers(out: usize, input: usize, rank: usize, seed: u64, dtype: DType, offset: usize) -> TwoLayers {
     let (weight, weight_cpu) = both(&[out, input], seed, dtype, offset);
@@ -55,10 +74,8 @@ impl TwoLayers {
 /// All launches of a block with low-rank updates, with odd ranks, odd sizes and tensors at any offset.
 #[test]
 fn fused_layers() {
-    for (dtype, tolerance) in TYPES {
-        for (tokens, hidden, inner, ranks, offset) in
-            [(1, 12, 20, [2, 0, 3], 0), (70, 64, 96, [16, 16, 16], 4), (37, 26, 75, [5, 70, 1], 3)]
-        {
+    for (dtype, tolerance) in types() {
+        for (tokens, hidden, inner, head_dim, ranks, offset) in SIZES {
             let tolerance = 3.0 * tolerance;
             let (x, x_cpu) = both(&[tokens, hidden], 1, dtype, offset);
             let near = |what: &str, found: &Tensor, expected: &Tensor| {
@@ -66,7 +83,6 @@ fn fused_layers() {
             };
 
             // q, k and v, of two heads and one
-            let head_dim = 16;
             let qkv: Vec<TwoLayers> = [2 * head_dim, head_dim, head_dim]
                 .into_iter()
                 .zip(ranks)
@@ -149,16 +165,17 @@ fn fused_layers() {
             let made = fused::products(&x, &layers, true).unwrap();
             let y = fused::finish_mlp(&layers, &made).unwrap();
             let (gate, up) = (mlp[0].plain(&x_cpu), mlp[1].plain(&x_cpu));
-            near("gate", &made.y[0], &gate);
-            near("up", &made.y[1], &up);
             let expected = activation::plain_gated(Activation::Silu, &gate, &up).unwrap();
             near("activation", &y, &expected);
             let down = two_layers(hidden, inner, ranks[2], 80, dtype, offset);
             let ((dy, dy_cpu), wide) = (both(&[tokens, hidden], 81, dtype, offset), down.adapted());
             let (d_activation, dz) = fused::products_backward(&[down.layer()], &[&dy], true).unwrap();
-            let pair = (&made.y[0], &made.y[1]);
             let (d_gate, d_up, again) =
-                fused::finish_mlp_backward(pair, d_activation.unwrap(), down.layer(), dz[0].as_ref()).unwrap();
+                fused::finish_mlp_backward(&layers, &made, d_activation.unwrap(), down.layer(), dz[0].as_ref())
+                    .unwrap();
+            fused::complete_mlp(&layers, (&made.y[0], &made.y[1]), &made.z).unwrap();
+            near("gate", &made.y[0], &gate);
+            near("up", &made.y[1], &up);
             let (pd_gate, pd_up) =
                 activation::plain_gated_backward(Activation::Silu, &gate, &up, &dy_cpu.matmul(&wide).unwrap()).unwrap();
             near("d_gate", &d_gate, &pd_gate);
@@ -183,13 +200,15 @@ fn fused_layers() {
 
 #[test]
 fn attention_in_front_of_a_low_rank_update() {
-    for (dtype, tolerance) in TYPES {
-        let shape = AttentionShape::new(4, 2, 20, 0.3);
+    for ((dtype, tolerance), head_dim) in types().flat_map(|of| [(of, 20), (of, 40)]) {
+        let shape = AttentionShape::new(4, 2, head_dim, 0.3);
         let tokens = OFFSETS[OFFSETS.len() - 1];
         let tensor = |width, seed| both(&[tokens, width], seed, dtype, 0);
-        let ((q, q_cpu), (k, k_cpu), (v, v_cpu)) = (tensor(80, 1), tensor(40, 2), tensor(40, 3));
-        let o = two_layers(30, 80, 5, 4, dtype, 3);
-        let (dy, dy_cpu) = tensor(30, 9);
+        let ((q, q_cpu), (k, k_cpu), (v, v_cpu)) =
+            (tensor(4 * head_dim, 1), tensor(2 * head_dim, 2), tensor(2 * head_dim, 3));
+        let (rank, offset) = if cfg!(feature = "metal") { (5, 3) } else { (24, 8) };
+        let o = two_layers(32, 4 * head_dim, rank, 4, dtype, offset);
+        let (dy, dy_cpu) = tensor(32, 9);
         let spans = Spans::new(&OFFSETS, &[shape], None, &q).unwrap();
         let saved = attention::forward(shape, None, &q, &k, &v, &spans).unwrap();
         let (d_out, dz) = fused::products_backward(&[o.layer()], &[&dy], true).unwrap();

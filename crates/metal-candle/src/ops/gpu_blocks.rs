@@ -12,7 +12,7 @@ use metal_candle_kernels::BlockFormat;
 pub(super) const MAX_WEIGHTS: usize = 1 << 25;
 
 /// The maximum number of vectors that are multiplied with blocks without dequantizing them.
-const MAX_VECTORS: usize = 64;
+pub(crate) const MAX_VECTORS: usize = 64;
 
 /// A matrix of quantized blocks on a GPU; each row is a whole number of blocks. Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -103,10 +103,29 @@ impl GpuBlocks {
         if is_transposed && self.supports_block_product(x, y) {
             return block_product(x, &[(self, y)], scale, beta);
         }
-        let chunk_rows = rows_per_chunk(self.rows, self.columns, MAX_WEIGHTS);
+        self.multiply_in_parts(y, x, is_transposed, (scale, beta), scratch, MAX_WEIGHTS)
+    }
+
+    /// [`Self::multiply`] with at most `max_weights` dequantized weights at a time, or 128 rows. Sums of parts are in f32.
+    pub(super) fn multiply_in_parts(
+        &self,
+        y: &Tensor,
+        x: &Tensor,
+        is_transposed: bool,
+        (scale, beta): (f32, f32),
+        scratch: Option<&Tensor>,
+        max_weights: usize,
+    ) -> Result<()> {
+        let chunk_rows = rows_per_chunk(self.rows, self.columns, max_weights);
         let scratch = match scratch {
             Some(scratch) => scratch.narrow(0, 0, chunk_rows * self.columns)?,
             None => gpu::empty_of(chunk_rows * self.columns, self.dtype, self.bytes.device())?,
+        };
+        let has_sum = !is_transposed && chunk_rows < self.rows && y.dtype() != DType::F32;
+        let sum = match has_sum {
+            true if beta == 0.0 => Some(gpu::empty_f32(y.shape(), y)?),
+            true => Some(y.to_dtype(DType::F32)?),
+            false => None,
         };
         for start in (0..self.rows).step_by(chunk_rows) {
             let len = chunk_rows.min(self.rows - start);
@@ -116,8 +135,12 @@ impl GpuBlocks {
                 gpu::product(&y.narrow(1, start, len)?, (x, false), (&part, true), scale, beta)?;
             } else {
                 let beta = if start == 0 { beta } else { 1.0 };
-                gpu::product(y, (&x.narrow(1, start, len)?, false), (&part, false), scale, beta)?;
+                let sum = sum.as_ref().unwrap_or(y);
+                gpu::product(sum, (&x.narrow(1, start, len)?, false), (&part, false), scale, beta)?;
             }
+        }
+        if let Some(sum) = sum {
+            y.slice_set(&sum.to_dtype(y.dtype())?, 0, 0)?;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::BlockFormat;
+use super::gpu_blocks::GpuBlocks;
 use super::tests::{random, values};
 use super::weight::Weight;
 use candle_core::{DType, Device, Tensor};
@@ -35,6 +36,40 @@ fn assert_near(what: &str, found: &Tensor, expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
         assert!((found - expected).abs() <= 2e-5 * largest, "{what}: {found}, not {expected} (of {largest})");
+    }
+}
+
+/// Parts of 128 rows are dequantized. 40 parts whose sums were rounded to bf16 would be off by more than one rounding.
+#[test]
+fn sums_of_parts_are_not_rounded() {
+    let (rows, columns, tokens) = (40 * 128, 256, 3);
+    let format = BlockFormat::Q8_0;
+    let blocks = format.quantize(&values(&random(&[rows, columns], 1)), columns, None).unwrap();
+    let weight = Weight::blocks(blocks.clone(), (rows, columns), format).unwrap().tensor().unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let own = GpuBlocks::upload(&blocks, (rows, columns), format, dtype, &device()).unwrap();
+        let rounded = |tensor: &Tensor| tensor.to_dtype(dtype).unwrap();
+        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
+        let w = wide(&rounded(&weight));
+        let (x, start) = (rounded(&random(&[tokens, rows], 2)), rounded(&random(&[tokens, columns], 3)));
+        for beta in [0.0, 0.5] {
+            let y = start.to_device(&device()).unwrap().force_contiguous().unwrap();
+            let there = x.to_device(&device()).unwrap();
+            own.multiply_in_parts(&y, &there, false, (0.7, beta), None, 1000).unwrap();
+            let sum = (wide(&x).matmul(&w).unwrap() * 0.7).unwrap();
+            let sum = (sum + (wide(&start) * f64::from(beta)).unwrap()).unwrap();
+            // half an ulp, and what sums in another order differ by
+            let ulp = match dtype {
+                DType::F32 => 1e-5,
+                DType::F16 => 0.51 / 1024.0,
+                _ => 0.51 / 128.0,
+            };
+            let found = values(&wide(&y.to_device(&Device::Cpu).unwrap()));
+            for (found, expected) in found.iter().zip(values(&sum)) {
+                let most = ulp * expected.abs() + 1e-4;
+                assert!((found - expected).abs() <= most, "{dtype:?}, beta {beta}: {found}, not {expected}");
+            }
+        }
     }
 }
 

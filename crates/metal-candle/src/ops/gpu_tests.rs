@@ -16,7 +16,7 @@ use super::{BlockFormat, LowRank, Weight, adam, cache_write, gpu};
 use candle_core::{DType, Device, Tensor};
 use metal_candle_kernels::{AdamStep, AttentionShape, Mask, Row, Section};
 
-fn device() -> Device {
+pub(super) fn device() -> Device {
     #[cfg(feature = "metal")]
     return crate::Device::metal().unwrap().candle();
     #[cfg(not(feature = "metal"))]

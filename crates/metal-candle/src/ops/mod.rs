@@ -15,7 +15,7 @@ mod cache_type;
 pub(crate) mod cache_write;
 pub(crate) mod embedding;
 pub(crate) mod fused;
-#[cfg(all(test, feature = "metal"))]
+#[cfg(all(test, any(feature = "metal", feature = "cuda")))]
 mod fused_tests;
 pub(crate) mod gpu;
 pub(crate) mod gpu_blocks;
@@ -27,6 +27,7 @@ pub(crate) mod head;
 pub(crate) mod host;
 pub(crate) mod linear;
 mod low_rank;
+mod low_rank_gpu;
 pub(crate) mod norm;
 pub(crate) mod products;
 mod quantized;

@@ -11,7 +11,7 @@ use super::step::{Branch, Posts, Step, StepLinear, fits, multiply_together, norm
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
-use crate::ops::fused::{self, Layer};
+use crate::ops::fused::{self, Layer, Products};
 use crate::ops::gpu::{self, Arg, Grid, Word};
 use crate::ops::{LowRankUpdates, num_bytes, saved_activation};
 use candle_core::{DType, Tensor};
@@ -131,18 +131,20 @@ impl GatedMlp {
         pass: &mut Backward<'a, '_>,
     ) -> Result<Tensor> {
         let GatedMlpSaved { gate, up, mut z, .. } = saved;
+        let z_down = z.pop().flatten();
+        let made = Products { y: vec![gate, up], z };
+        let layers: [Layer; 2] = fused_layers(&self.inputs, pass.context)?;
         let (down, norm) = (self.down.layer(pass.context), input.norm.ok_or_else(missing)?);
         let (d_activation, mut dz_down) = fused::products_backward(&[down], &[dy], true)?;
         let dz_down = dz_down.pop().flatten();
         let d_activation = d_activation.ok_or_else(missing)?;
         let (d_gate, d_up, activation) =
-            fused::finish_mlp_backward((&gate, &up), d_activation, down, dz_down.as_ref())?;
-        drop((gate, up));
-        let layers: [Layer; 2] = fused_layers(&self.inputs, pass.context)?;
+            fused::finish_mlp_backward(&layers, &made, d_activation, down, dz_down.as_ref())?;
+        let z = made.z;
+        drop(made.y);
         let (d_normed, dz) = fused::products_backward(&layers, &[&d_gate, &d_up], true)?;
         let d_normed = d_normed.ok_or_else(missing)?;
         let (dx, normed) = fused::finish_norm_backward(&norm.norm, input.stream, d_normed, carry, &layers, &dz)?;
-        let z_down = z.pop().flatten();
         for ((layer, dy), of_layer) in self.inputs.iter().zip([&d_gate, &d_up]).zip(z.into_iter().zip(dz)) {
             layer.gather((&normed, dy), of_layer, pass);
         }
@@ -214,7 +216,10 @@ impl Part for GatedMlp {
         {
             return self.fused_backward(input, saved, dy, &carry, pass).map(Some);
         }
-        let GatedMlpSaved { gate, up, z, .. } = saved;
+        let GatedMlpSaved { gate, up, z, is_fused } = saved;
+        if is_fused {
+            fused::complete_mlp(&fused_layers(&self.inputs, pass.context)?, (&gate, &up), &z)?;
+        }
         let z = |index: usize| z.get(index).and_then(Option::as_ref);
         // inputs are recomputed only if a gradient needs them
         let needs_activation = self.down.needs_input(pass);
