@@ -262,28 +262,29 @@ pub(crate) fn finish_qkv(
     words.extend(layers.iter().map(|layer| Word::from(layer.linear.bias.is_some())));
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let kernel = Finish::new("finish_qkv", layers, half, &made.y[0]);
-    kernel.launch_by_column(tokens, (q_heads + 2 * kv_heads) * half, &args, &words)
+    let kernel = Finish::new("finish_qkv", layers, head_dim, &made.y[0]);
+    let columns = (q_heads + 2 * kv_heads) * half;
+    kernel.launch_by_column(tokens, (columns, 2 * columns / TILE_COLUMNS), &args, &words)
 }
 
 /// A kernel that adds low-rank updates to results.
 enum Finish {
     /// A kernel of `fused.metal`: a thread has [`UPDATE_ROWS`] tokens.
     Rows(Kernel),
-    /// A kernel of `cuda/fused.cu`: a warp has tiles of [`TILE_TOKENS`] tokens and [`TILE_COLUMNS`] columns.
+    /// A kernel of `cuda/fused.cu`: a warp has tiles of tokens and [`TILE_COLUMNS`] columns.
     Tiles(Kernel),
 }
 
-/// The sizes of `cuda/fused.cu`.
-const TILE_TOKENS: usize = 16;
-const TILE_COLUMNS: usize = 32;
+/// The columns of a tile of `cuda/fused.cu`, and the tokens of a thread group whose warps share rows.
+const TILE_COLUMNS: usize = 64;
+const BLOCK_TOKENS: usize = 16;
 
 /// The number of tokens for which a warp loads the factors of an update once, if warps do not share rows.
 fn warp_tokens(tokens: usize) -> usize {
-    if tokens >= 4096 { 4 * TILE_TOKENS } else { TILE_TOKENS }
+    if tokens >= 2048 { 32 } else { 8 }
 }
 
-/// Whether `cuda/fused.cu` adds the low-rank updates of `layers` to rows, or halves of heads, of `width` elements.
+/// Whether `cuda/fused.cu` adds the low-rank updates of `layers` to rows of `width` elements.
 fn uses_tiles(layers: &[Layer], width: usize, like: &Tensor) -> bool {
     gpu::has_products(like)
         && like.dtype() != DType::F32
@@ -300,34 +301,39 @@ impl Finish {
         let steps = rank.div_ceil(16).next_power_of_two();
         // more groups keep the memory busy, if there are enough registers
         let beside = match name {
-            "finish_stream" | "finish_norm_backward" if steps == 1 => 4,
             "finish_mlp" if steps == 1 => 3,
-            _ => 1,
+            "finish_mlp_backward" | "finish_norm_backward" if steps > 1 => 1,
+            _ => 2,
         };
         let kernel = Kernel::new(Source::TensorCoreFused, name, like.dtype()).with("RANK_STEPS", steps);
         let tokens = warp_tokens(like.dims()[0]);
         Self::Tiles(kernel.with("BLOCKS_BESIDE", beside).with("WARP_TOKENS", tokens))
     }
 
-    /// Launches one thread, or the thread's part of a tile, for each of `columns` columns of each token.
-    fn launch_by_column(&self, tokens: usize, columns: usize, args: &[Arg], words: &[Word]) -> Result<()> {
+    /// Launches a thread for each of `columns` columns of a row, or a warp for each of `tiles` tiles.
+    fn launch_by_column(
+        &self,
+        tokens: usize,
+        (columns, tiles): (usize, usize),
+        args: &[Arg],
+        words: &[Word],
+    ) -> Result<()> {
         match self {
             Self::Rows(kernel) => {
                 gpu::launch(kernel, Grid::elements(tokens.div_ceil(UPDATE_ROWS) * columns), args, words)
             }
             Self::Tiles(kernel) => {
-                let groups = (columns / TILE_COLUMNS).div_ceil(ROW_THREADS / 32);
-                let grid = Grid::plane((groups, tokens.div_ceil(warp_tokens(tokens))), ROW_THREADS);
-                gpu::launch(kernel, grid, args, words)
+                let groups = (tiles.div_ceil(ROW_THREADS / 32), tokens.div_ceil(warp_tokens(tokens)));
+                gpu::launch(kernel, Grid::plane(groups, ROW_THREADS), args, words)
             }
         }
     }
 
-    /// Launches a thread group for each tile of tokens.
+    /// Launches a thread group for some tokens.
     fn launch_by_token(&self, tokens: usize, args: &[Arg], words: &[Word]) -> Result<()> {
         let (kernel, rows) = match self {
             Self::Rows(kernel) => (kernel, UPDATE_ROWS),
-            Self::Tiles(kernel) => (kernel, TILE_TOKENS),
+            Self::Tiles(kernel) => (kernel, BLOCK_TOKENS),
         };
         gpu::launch(kernel, Grid::row(tokens.div_ceil(rows), ROW_THREADS), args, words)
     }
@@ -349,7 +355,7 @@ pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor>
     let mut words: Vec<Word> = vec![tokens.into(), width.into()];
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    kernel.launch_by_column(tokens, width, &args, &words)?;
+    kernel.launch_by_column(tokens, (width, width / TILE_COLUMNS), &args, &words)?;
     Ok(y)
 }
 
@@ -389,7 +395,7 @@ pub(crate) fn finish_mlp_backward(
         words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
         words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
     }
-    kernel.launch_by_column(tokens, width, &args, &words)?;
+    kernel.launch_by_column(tokens, (width, width / TILE_COLUMNS), &args, &words)?;
     Ok((d_activation, d_up, y))
 }
 

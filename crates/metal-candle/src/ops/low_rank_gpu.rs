@@ -6,11 +6,11 @@ use super::low_rank::LowRank;
 use crate::error::Result;
 use candle_core::Tensor;
 
-/// The kernels support ranks that are a multiple of this, up to [`MAX_RANK`], and widths that are a multiple of
-/// [`WIDTH_MULTIPLE`].
+/// The kernels support ranks and widths that are a multiple of these.
 pub(super) const RANK_MULTIPLE: usize = 8;
-pub(super) const MAX_RANK: usize = 64;
 pub(super) const WIDTH_MULTIPLE: usize = 8;
+/// The maximum rank for which fused kernels are faster than separate products.
+pub(super) const MAX_RANK: usize = 32;
 
 /// The thread group size of products.
 const THREADS: usize = 256;
