@@ -107,6 +107,20 @@ fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Resul
     Ok(start + (layout.start_offset() * dtype.size_in_bytes()) as u64)
 }
 
+/// The device address of a contiguous tensor's first element. It is valid as long as the tensor, or a clone of it, exists.
+///
+/// # Errors
+/// The tensor is not on a CUDA device, or is not contiguous.
+pub fn device_address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, tensor.device()) {
+        (Storage::Cuda(storage), candle_core::Device::Cuda(device)) if layout.is_contiguous() => {
+            address(storage, layout, &device.cuda_stream())
+        }
+        _ => bail!("expected a contiguous tensor on a CUDA device"),
+    }
+}
+
 /// The stream and the cuBLAS handle of a recording.
 #[derive(Clone)]
 struct Recorder {
@@ -222,8 +236,8 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
 
 /// Whether a kernel may start before the previous kernel has ended: it contains `WAIT_FOR_INPUT`, and the device supports it.
 fn waits_for_input(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
-    use Source::{BlockProduct, Decode, DecodeAttention, Sampling};
-    if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | Sampling) {
+    use Source::{BlockProduct, Decode, DecodeAttention, RowUpdates, Sampling};
+    if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | RowUpdates | Sampling) {
         return Ok(false);
     }
     let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;

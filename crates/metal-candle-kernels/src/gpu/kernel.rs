@@ -44,6 +44,8 @@ pub enum Source {
     BlockProduct,
     /// Products with the factors of low-rank updates, and their gradients, on the tensor cores of CUDA devices.
     LowRank,
+    /// Low-rank updates of rows with different adapters, in a decode step on CUDA devices.
+    RowUpdates,
 }
 
 impl Source {
@@ -65,6 +67,7 @@ impl Source {
             Self::TensorCoreAttention => include_str!("../cuda/attention.cu"),
             Self::BlockProduct => include_str!("../cuda/block_product.cu"),
             Self::LowRank => include_str!("../cuda/low_rank.cu"),
+            Self::RowUpdates => include_str!("../cuda/row_updates.cu"),
         }
     }
 

@@ -3,13 +3,21 @@
 use super::request::AdapterId;
 use crate::error::{Error, Result};
 use crate::models::{Decoded, Decoding, DecodingRow, KVCache, Model};
-use crate::ops::LowRankUpdates;
+use crate::ops::adapters::BatchUpdates;
 use candle_core::Tensor;
 
 /// Buffers by adapter. They are only valid while the cache does not move in memory.
 #[derive(Debug, Default)]
 pub(super) struct DeviceDecoding {
-    buffers: Vec<(Option<AdapterId>, Option<Decoding>)>,
+    buffers: Vec<(Held, Option<Decoding>)>,
+}
+
+/// The adapters that buffers can be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Same(Option<AdapterId>),
+    /// Any adapters, which may differ by row.
+    ByRow,
 }
 
 /// The result of a row.
@@ -27,27 +35,37 @@ impl DeviceDecoding {
 
     /// Frees the buffers of adapters that are not in use.
     pub(super) fn retain(&mut self, is_in_use: impl Fn(Option<AdapterId>) -> bool) {
-        self.buffers.retain(|(adapter, _)| is_in_use(*adapter));
+        self.buffers.retain(|(held, _)| match held {
+            Held::Same(adapter) => is_in_use(*adapter),
+            Held::ByRow => true,
+        });
     }
 
-    /// Decodes rows with the same adapter; `None` if the device has no kernels for them.
+    /// Frees the buffers that refer to an adapter, or may do so.
+    pub(super) fn forget(&mut self, adapter: AdapterId) {
+        self.buffers.retain(|(held, _)| ![Held::Same(Some(adapter)), Held::ByRow].contains(held));
+    }
+
+    /// Decodes rows with the same adapter, whose id is given, or with different ones; `None` if the device has no kernels
+    /// for them.
     pub(super) fn decode(
         &mut self,
         model: &Model,
         cache: &mut KVCache,
-        (adapter, terms): (Option<AdapterId>, Option<&LowRankUpdates>),
+        (adapter, updates): (Option<AdapterId>, BatchUpdates),
         rows: &[DecodingRow],
     ) -> Result<Option<Vec<DeviceToken>>> {
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-        if longest > cache.config().max_seq_len || !model.can_decode(rows.len(), terms, cache) {
+        if longest > cache.config().max_seq_len || !model.can_decode(rows.len(), updates, cache) {
             return Ok(None);
         }
-        let index = self.buffers.iter().position(|(held, _)| *held == adapter).unwrap_or(self.buffers.len());
+        let held = if model.decodes_by_row(rows.len(), updates) { Held::ByRow } else { Held::Same(adapter) };
+        let index = self.buffers.iter().position(|(other, _)| *other == held).unwrap_or(self.buffers.len());
         if index == self.buffers.len() {
-            self.buffers.push((adapter, None));
+            self.buffers.push((held, None));
         }
         let decoding = &mut self.buffers[index].1;
-        let all = model.decode(decoding, rows, terms, cache).inspect_err(|_| *decoding = None)?;
+        let all = model.decode(decoding, rows, updates, cache).inspect_err(|_| *decoding = None)?;
         let token = |(row, decoded): (usize, Decoded)| {
             if decoded.log_probability.is_finite() {
                 return Ok(DeviceToken::Sampled(decoded));

@@ -1,9 +1,10 @@
 //! Continuous batching: admits prompts at any time and advances all of them by one token or prompt chunk per step.
 
 mod admission;
+mod decoding;
 
 use super::adapter_set::AdapterSet;
-use super::device_decoding::{DeviceDecoding, DeviceToken};
+use super::device_decoding::DeviceDecoding;
 use super::draft_gate::DraftGate;
 use super::draft_model::DraftModel;
 use super::generation::{Finish, FinishReason, Piece};
@@ -18,14 +19,11 @@ use super::speculation::Speculation;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::models::{Batch, KVCache, Model, Rows};
-use crate::ops::{Adapters, LowRankUpdates};
+use crate::ops::LowRankUpdates;
+use crate::ops::adapters::Adapters;
 use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::time::Instant;
-
-/// Maximum number of logits of decoding sequences that a step with a prompt reads back from a device. With more logits, reading
-/// and sampling takes longer than a separate pass.
-const MAX_READ_LOGITS: usize = 1 << 19;
 
 /// Continues many prompts with one model: continuous batching without threads or waiting.
 ///
@@ -226,7 +224,7 @@ impl Scheduler {
             return Err(Error::argument("adapter", message));
         }
         self.slots.forget_adapter(adapter);
-        self.device_decoding.retain(|held| held != Some(adapter));
+        self.device_decoding.forget(adapter);
         self.adapters.remove(adapter)
     }
 
@@ -384,59 +382,13 @@ impl Scheduler {
         grown.map(|_| ())
     }
 
-    /// Decodes sequences on the device, if it has kernels for them and no prompt is pending; returns the indices of the other
-    /// sequences.
-    fn decode(&mut self) -> Result<Vec<usize>> {
-        let is_active = |&index: &usize| !self.running[index].is_paused();
-        let all: Vec<usize> = (0..self.running.len()).filter(is_active).collect();
-        if self.model.device().is_cpu() {
-            return Ok(all);
-        }
-        // with a prompt in the step, one pass over the weights serves both, if only few logits are read back
-        let (prompts, decoding): (Vec<usize>, Vec<usize>) =
-            all.iter().partition(|&&index| self.running[index].num_waiting() > 1);
-        if !prompts.is_empty() && decoding.len() * self.model.config().vocab_size <= MAX_READ_LOGITS {
-            return Ok(all);
-        }
-        let has_row = |&index: &usize| self.running[index].decoding_row().is_some();
-        let (mut left, mut rest): (Vec<usize>, Vec<usize>) = all.into_iter().partition(has_row);
-        left.sort_by_key(|&index| self.running[index].adapter());
-        let running = &self.running;
-        self.device_decoding.retain(|held| running.iter().any(|sequence| sequence.adapter() == held));
-        while let Some(&first) = left.first() {
-            let adapter = self.running[first].adapter();
-            let count = left.iter().take_while(|&&index| self.running[index].adapter() == adapter).count();
-            let later = left.split_off(count);
-            if !self.decode_with(adapter, &left)? {
-                rest.append(&mut left);
-            }
-            left = later;
-        }
-        rest.sort_unstable();
-        Ok(rest)
-    }
-
-    /// Decodes sequences with one adapter on the device; returns false if it has no kernels.
-    fn decode_with(&mut self, adapter: Option<AdapterId>, indices: &[usize]) -> Result<bool> {
-        let rows: Vec<_> = indices.iter().filter_map(|&index| self.running[index].decoding_row()).collect();
-        let terms = self.adapters.of(adapter)?;
-        let Some(cache) = self.slots.cache() else { return Ok(false) };
-        let Some(tokens) = self.device_decoding.decode(&self.model, cache, (adapter, terms), &rows)? else {
-            return Ok(false);
+    /// The index in the adapter set of each of these sequences' adapters.
+    fn adapter_indices(&self, sequences: impl Iterator<Item = usize>) -> Result<Vec<Option<u32>>> {
+        let index_of = |index: usize| -> Result<Option<u32>> {
+            let index = self.running[index].adapter().map(|adapter| self.adapters.index(adapter)).transpose()?;
+            Ok(index.map(|index| index as u32))
         };
-        for (&index, token) in indices.iter().zip(tokens) {
-            let sequence = &mut self.running[index];
-            sequence.set_cached(sequence.num_cached() + 1, self.num_steps);
-            cache.set_len(sequence.slot(), sequence.num_cached());
-            let result = match token {
-                DeviceToken::Sampled(decoded) => sequence.accept(decoded),
-                DeviceToken::Broken(logits) => {
-                    with_logits(&logits, |logits| sequence.advance(logits, &mut self.allowed, None))
-                }
-            };
-            report(&mut self.events, sequence, result);
-        }
-        Ok(true)
+        sequences.map(index_of).collect()
     }
 
     /// Computes the next tokens of decoding sequences and the next chunks of prompts in one pass.
@@ -467,7 +419,6 @@ impl Scheduler {
     }
 
     fn forward_tokens(&mut self, all: &[Fed]) -> Result<()> {
-        let mut of_sequence = Vec::with_capacity(all.len());
         let mut batch = Batch::new();
         let mut rows = Vec::new();
         for fed in all {
@@ -478,9 +429,8 @@ impl Scheduler {
             if fed.end == sequence.ids().len() {
                 rows.extend(batch.num_tokens() - 1 - fed.num_drafts..batch.num_tokens());
             }
-            let index = sequence.adapter().map(|adapter| self.adapters.index(adapter)).transpose()?;
-            of_sequence.push(index.map(|index| index as u32));
         }
+        let of_sequence = self.adapter_indices(all.iter().map(|fed| fed.index))?;
         let cache = self.slots.cache().ok_or(Error::Stopped)?;
         let is_mixed = of_sequence.windows(2).any(|pair| pair[0] != pair[1]);
         let logits = if is_mixed {

@@ -3,13 +3,15 @@
 
 use super::parts::pass::missing;
 use super::parts::step::{
-    MAX_RANK, MatmulBuffers, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, multiply, norm_words,
+    MAX_RANK, MatmulBuffers, Posts, ROW_THREADS, Step, StepLinear, StepShape, Threads, norm_words,
 };
 use super::{KVCache, Model};
 use crate::error::{Error, Result};
 use crate::ops::activation::kernel_kind;
+use crate::ops::adapters::BatchUpdates;
 use crate::ops::gpu::{self, Arg, Grid, Kernel, Recording, Source, Word};
 use crate::ops::gpu_blocks::MAX_VECTORS;
+use crate::ops::row_updates::RowUpdates;
 use crate::ops::{LowRank, LowRankUpdates};
 use candle_core::{DType, Tensor};
 
@@ -81,10 +83,10 @@ pub(crate) struct Decoding {
 impl Model {
     /// Whether [`Model::decode`] supports these low-rank updates and this cache, and is the fastest path for this
     /// number of rows.
-    pub(crate) fn can_decode(&self, rows: usize, updates: Option<&LowRankUpdates>, cache: &KVCache) -> bool {
+    pub(crate) fn can_decode(&self, rows: usize, updates: BatchUpdates, cache: &KVCache) -> bool {
         let hidden = self.config().hidden_size;
-        let uses_matmul = self.uses_matmul(rows, has_updates(updates));
-        if rows > MAX_ROWS || (!uses_matmul && rows * hidden > MAX_VECTOR_ELEMENTS) {
+        let uses_matmul = self.uses_matmul(rows, updates);
+        if rows > MAX_ROWS || (!uses_matmul && (rows * hidden > MAX_VECTOR_ELEMENTS || updates.is_mixed())) {
             return false;
         }
         let dtype = self.activation_dtype();
@@ -98,16 +100,21 @@ impl Model {
             && cache.kind().dtype() == dtype
             && (uses_matmul || hidden <= self.max_normed())
             && self.inner.rotary.iter().all(|table| table.is_fixed(cache.config().max_seq_len))
-            && updates.into_iter().flat_map(LowRankUpdates::iter).all(fits)
+            && updates.all().flat_map(LowRankUpdates::iter).all(fits)
+    }
+
+    /// Whether a step with these rows reads their adapters from a table, so that any rows can have any adapter.
+    pub(crate) fn decodes_by_row(&self, rows: usize, updates: BatchUpdates) -> bool {
+        has_updates(updates) && self.uses_matmul(rows, updates)
     }
 
     /// Whether a step with this number of rows uses matrix products.
-    fn uses_matmul(&self, rows: usize, has_updates: bool) -> bool {
+    fn uses_matmul(&self, rows: usize, updates: BatchUpdates) -> bool {
         let elements = rows * self.config().hidden_size;
         let is_large = elements > MAX_VECTOR_ELEMENTS || self.config().hidden_size > self.max_normed();
-        // quantized weights have a kernel for few vectors, which does not support low-rank updates
-        let has_own = self.inner.formats.has_blocks() && self.activation_dtype() != DType::F32 && !has_updates;
-        let most = if has_own { 0 } else { MAX_VECTOR_ROWS };
+        // quantized weights have a kernel for few vectors
+        let has_own = self.inner.formats.has_blocks() && self.activation_dtype() != DType::F32;
+        let most = if has_own || updates.is_mixed() { 0 } else { MAX_VECTOR_ROWS };
         self.like().is_ok_and(gpu::has_products) && (rows > most || is_large)
     }
 
@@ -116,13 +123,13 @@ impl Model {
         self.inner.norm.norm.weight.as_ref().ok_or_else(missing)
     }
 
-    /// Decodes the next token of each row. `decoding` stores the buffers between steps; as long as it is reused,
-    /// `updates` and `cache` must be the same.
+    /// Decodes the next token of each row. `decoding` stores the buffers between steps; as long as it is reused, `cache`
+    /// must be the same, and so must `updates` unless the step [decodes by row](Model::decodes_by_row).
     pub(crate) fn decode(
         &self,
         decoding: &mut Option<Decoding>,
         rows: &[DecodingRow],
-        updates: Option<&LowRankUpdates>,
+        updates: BatchUpdates,
         cache: &mut KVCache,
     ) -> Result<Vec<Decoded>> {
         self.device().pooled(|| {
@@ -130,7 +137,9 @@ impl Model {
             // rows that ended are replaced by copies of the last row until half of them have ended
             let fits = |held: &Decoding| {
                 let fits_rows = (rows.len()..2 * rows.len()).contains(&held.rows.len());
-                fits_rows && held.step.max_seq_len == max_seq_len
+                fits_rows
+                    && held.step.max_seq_len == max_seq_len
+                    && held.step.updates_by_row() == self.decodes_by_row(held.rows.len(), updates)
             };
             if !decoding.as_ref().is_some_and(fits) {
                 // capacity grows in powers of two, so that rows that join one by one cause few recordings
@@ -148,6 +157,14 @@ impl Model {
             if held.step.grow(rows.iter().map(|row| row.position + 1).max().unwrap_or(1)) {
                 held.recording = None;
             }
+            let mut updates_of_step = updates.same();
+            if let Some(by_row) = held.step.matmul.as_mut().and_then(|matmul| matmul.updates.as_mut()) {
+                if !by_row.set(updates)? {
+                    held.recording = None;
+                }
+                updates_of_step = None;
+            }
+            let updates = updates_of_step;
             if let Some(recording) = &mut held.recording {
                 recording.replay()?;
             } else {
@@ -181,13 +198,13 @@ impl Model {
         })
     }
 
-    fn new_decoding(&self, rows: usize, max_seq_len: usize, updates: Option<&LowRankUpdates>) -> Result<Decoding> {
+    fn new_decoding(&self, rows: usize, max_seq_len: usize, updates: BatchUpdates) -> Result<Decoding> {
         let (hidden, vocab) = (self.config().hidden_size, self.config().vocab_size);
         let like = self.like()?;
         let blocks = self.inner.decode_sizes.ok_or_else(missing)?;
         let shape = StepShape {
             batch: rows.min(MAX_BATCH).min(self.max_normed() / hidden).max(1),
-            uses_matmul: self.uses_matmul(rows, has_updates(updates)),
+            uses_matmul: self.uses_matmul(rows, updates),
             dtype: self.activation_dtype(),
             hidden,
             heads: blocks.heads,
@@ -204,11 +221,12 @@ impl Model {
         let dequantizes = rows > MAX_VECTORS || shape.dtype == DType::F32;
         let matmul = if shape.uses_matmul {
             let dequantized = self.dequantized_len().filter(|_| dequantizes);
+            let by_row = self.decodes_by_row(rows, updates);
             Some(MatmulBuffers {
                 normed: empty(hidden)?,
                 gate: empty(blocks.inner)?,
                 up: empty(blocks.inner)?,
-                z: gpu::empty(rows * MAX_RANK, like)?,
+                updates: by_row.then(|| RowUpdates::new(rows, self.linears().len(), like)).transpose()?,
                 scratch: dequantized.map(|len| gpu::empty(len, like)).transpose()?,
             })
         } else {
@@ -282,7 +300,7 @@ impl Model {
     }
 
     fn step_head<'a>(&self, updates: Option<&'a LowRankUpdates>) -> StepLinear<'a> {
-        StepLinear::new(&self.inner.head.linear, updates.and_then(|updates| updates.get(self.head_id())))
+        StepLinear::new(&self.inner.head.linear, self.head_id(), updates)
     }
 
     /// Computes the norm, the logits and the maximum of each part of them with matrix-vector kernels; returns the
@@ -319,7 +337,7 @@ impl Model {
         let (step, vocab) = (&held.step, self.config().vocab_size);
         let matmul = step.matmul()?;
         self.inner.norm.norm.forward_into(&step.x, &matmul.normed)?;
-        multiply(&self.step_head(updates), &matmul.normed, (&held.logits, 1.0, 0.0), matmul)?;
+        step.multiply(&self.step_head(updates), &matmul.normed, (&held.logits, 1.0, 0.0))?;
         self.inner.head.form_on_device(&held.logits)?;
         let groups = vocab.div_ceil(LOGITS_PER_PART);
         let args = [Arg::In(&held.logits), Arg::Out(&held.parts)];
@@ -329,8 +347,8 @@ impl Model {
     }
 }
 
-fn has_updates(updates: Option<&LowRankUpdates>) -> bool {
-    updates.is_some_and(|updates| updates.iter().next().is_some())
+fn has_updates(updates: BatchUpdates) -> bool {
+    updates.all().any(|updates| updates.iter().next().is_some())
 }
 
 /// A row that equals no sequence's.

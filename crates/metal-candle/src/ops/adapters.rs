@@ -63,6 +63,15 @@ impl<'a> BatchUpdates<'a> {
         LayerUpdates::ByRows(tokens.iter().enumerate().map(|(row, &token)| (row..row + 1, of_token(token))).collect())
     }
 
+    /// The adapters of all runs of tokens.
+    pub(crate) fn all(self) -> impl Iterator<Item = &'a LowRankUpdates> {
+        let (same, by_rows) = match self {
+            Self::Same(updates) => (updates, &[][..]),
+            Self::ByRows(runs) => (None, runs),
+        };
+        same.into_iter().chain(by_rows.iter().filter_map(|run| run.updates))
+    }
+
     /// Whether tokens have different adapters.
     pub(crate) fn is_mixed(self) -> bool {
         matches!(self, Self::ByRows(_))

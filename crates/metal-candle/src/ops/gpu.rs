@@ -65,6 +65,17 @@ pub(crate) fn product(_: &Tensor, _: (&Tensor, bool), _: (&Tensor, bool), _: f32
     Err(crate::error::Error::Bug("a build without CUDA called a CUDA matrix product".into()))
 }
 
+/// The address of a contiguous tensor on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(super) fn device_address(tensor: &Tensor) -> Result<u64> {
+    Ok(gpu::cuda::device_address(tensor)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(super) fn device_address(_: &Tensor) -> Result<u64> {
+    Err(crate::error::Error::Bug("a build without CUDA used a device address".into()))
+}
+
 /// Whether each tensor starts at a multiple of four elements.
 pub(super) fn are_aligned_to_four(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))

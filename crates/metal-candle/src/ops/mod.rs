@@ -35,6 +35,7 @@ pub(crate) mod rotary;
 mod rotary_scaling;
 #[cfg(test)]
 mod rotary_tests;
+pub(crate) mod row_updates;
 mod spans;
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,9 @@
 //! Tests decode steps, which have their own kernels on accelerators: with every kind of layer, with and without an
 //! adapter, for few and for many sequences, short and long.
 
+use super::inference_scheduler::Collected;
 use candle_core::{DType, Tensor};
-use metal_candle::inference::{GenerationConfig, Generator, SamplingConfig};
+use metal_candle::inference::{GenerationConfig, Generator, Request, SamplingConfig, Scheduler};
 use metal_candle::models::{Batch, Model, Role, Rows};
 use metal_candle::ops::LowRankUpdates;
 use metal_candle::training::{LoRAAdapter, TargetModule};
@@ -14,6 +15,7 @@ on_each_device! {
     long_sequences_match_the_cpu,
     many_sequences_match_the_cpu,
     half_precision_and_wide_layers_match_the_cpu,
+    rows_with_different_adapters_match_the_cpu,
 }
 
 /// Keys of models that support decode steps, with the feature that each of them adds.
@@ -93,6 +95,29 @@ pub(crate) fn terms(model: &Model, rank: usize, range: f32) -> LowRankUpdates {
     adapter.with_parameters(parameters).unwrap().low_rank_updates().unwrap()
 }
 
+/// The tokens of a sequence whose log-probabilities differ from those of the model on the CPU for the same tokens.
+fn wrong(
+    (cpu, updates): (&Model, Option<&LowRankUpdates>),
+    prompt: &[u32],
+    tokens: &[u32],
+    log_probabilities: &[f32],
+    tolerance: f32,
+) -> Vec<String> {
+    let sequence = [prompt, tokens].concat();
+    let logits = cpu.forward(&Batch::single(&sequence), updates, None, Rows::All).unwrap();
+    let logits: Vec<Vec<f32>> = logits.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
+    let mut wrong = Vec::new();
+    for (i, (&token, found)) in tokens.iter().zip(log_probabilities).enumerate() {
+        let logits = &logits[prompt.len() + i - 1];
+        let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+        let expected = logits[token as usize] - largest - sum.ln();
+        let is_close = (found - expected).abs() < tolerance;
+        wrong.extend((!is_close).then(|| format!("token {i}: {found}, not {expected}")));
+    }
+    wrong
+}
+
 /// Compares the log-probabilities of the tokens that `model` generates with those of the model on the CPU for the same
 /// tokens.
 fn failures(what: &str, [model, cpu]: [&Model; 2], rank: usize, prompts: &[Vec<u32>], tolerance: f32) -> Vec<String> {
@@ -105,21 +130,50 @@ fn failures(what: &str, [model, cpu]: [&Model; 2], rank: usize, prompts: &[Vec<u
     let all = generator.generate_batch(prompts.to_vec(), &configs).unwrap();
     let mut failures = Vec::new();
     for (row, (found, prompt)) in all.iter().zip(prompts).enumerate() {
-        let sequence = [&prompt[..], &found.tokens].concat();
-        let logits = cpu.forward(&Batch::single(&sequence), on_cpu.as_ref(), None, Rows::All).unwrap();
-        let logits: Vec<Vec<f32>> = logits.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
-        for (i, (&token, found)) in found.tokens.iter().zip(&found.log_probabilities).enumerate() {
-            let logits = &logits[prompt.len() + i - 1];
-            let largest = logits.iter().copied().fold(f32::MIN, f32::max);
-            let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
-            let expected = logits[token as usize] - largest - sum.ln();
-            let is_close = (found - expected).abs() < tolerance;
-            failures.extend((!is_close).then(|| {
-                format!("{what}, rank {rank}, row {row} of {}, token {i}: {found}, not {expected}", prompts.len())
-            }));
-        }
+        let wrong = wrong((cpu, on_cpu.as_ref()), prompt, &found.tokens, &found.log_probabilities, tolerance);
+        let what = format!("{what}, rank {rank}, row {row} of {}", prompts.len());
+        failures.extend(wrong.into_iter().map(|wrong| format!("{what}, {wrong}")));
     }
     failures
+}
+
+/// Sequences with three adapters and without one, of which some end earlier. Then an adapter is replaced by another one.
+fn rows_with_different_adapters_match_the_cpu(device: Device) {
+    let mut failures = Vec::new();
+    let half = (("half precision", json!({"model_type": "qwen3", "head_dim": 16})), DType::BF16, 4e-1);
+    let all = kinds().into_iter().map(|kind| (kind, DType::F32, 2e-3)).chain([half]);
+    for ((what, keys), dtype, tolerance) in all {
+        let (own, cpu) = (model(&keys, dtype, device), model(&keys, dtype, Device::CPU));
+        let sizes = [(16, 0.4), (5, 0.6), (64, 0.2), (8, 0.5)];
+        let [of_own, of_cpu] = [&own, &cpu].map(|model| sizes.map(|(rank, range)| terms(model, rank, range)));
+        let mut scheduler = Scheduler::new(own);
+        let mut ids = [0, 1, 2].map(|index| scheduler.add_adapter(&of_own[index]).unwrap());
+        let mut adapters = [0, 1, 2];
+        for rows in [13, 3] {
+            let prompts = prompts(rows, 11);
+            let mut sequences = Vec::new();
+            for (row, prompt) in prompts.iter().enumerate() {
+                let adapter = (row % 4 < 3).then_some(row % 4);
+                let config = GenerationConfig { ignore_eos: true, ..GenerationConfig::default() };
+                let config = config.with_sampling(SamplingConfig::greedy()).with_max_tokens(3 + row);
+                let request = Request::new(prompt.clone(), config).with_adapter(adapter.map(|index| ids[index]));
+                sequences.push((adapter.map(|index| &of_cpu[adapters[index]]), scheduler.admit(request).unwrap()[0]));
+            }
+            let found = Collected::run(&mut scheduler);
+            for (row, ((updates, id), prompt)) in sequences.into_iter().zip(&prompts).enumerate() {
+                let pieces = &found.pieces[&id];
+                assert_eq!(pieces.len(), 3 + row, "{what}");
+                let tokens: Vec<u32> = pieces.iter().map(|piece| piece.token).collect();
+                let log_probabilities: Vec<f32> = pieces.iter().map(|piece| piece.log_probability).collect();
+                let wrong = wrong((&cpu, updates), prompt, &tokens, &log_probabilities, tolerance);
+                failures.extend(wrong.into_iter().map(|wrong| format!("{what}, row {row} of {rows}, {wrong}")));
+            }
+            scheduler.remove_adapter(ids[1]).unwrap();
+            ids[1] = scheduler.add_adapter(&of_own[3]).unwrap();
+            adapters[1] = 3;
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 fn prompts(rows: usize, len: usize) -> Vec<Vec<u32>> {

@@ -7,7 +7,7 @@ use super::super::tensors::Tensors;
 use super::input::{Input, Output, Pending};
 use super::linear::{ExtraMemory, LinearLayer, are_frozen, are_fused, fused_layers};
 use super::pass::{Backward, Context, MemoryMeter, StepSize, missing};
-use super::step::{Branch, Posts, Step, StepLinear, fits, multiply_together, norm_words};
+use super::step::{Branch, Posts, Step, StepLinear, fits, norm_words};
 use super::sublayer::{Part, Saved};
 use crate::error::Result;
 use crate::ops::activation::{self, Activation};
@@ -308,7 +308,7 @@ impl GatedMlp {
         let layers = StepLinear::of_each(&self.inputs, [self.inner; 2], updates)?;
         if let Some(matmul) = &step.matmul {
             let x = step.normed(branch, matmul)?;
-            multiply_together(&layers, x, [&matmul.gate, &matmul.up], matmul)?;
+            step.multiply_together(&layers, x, [&matmul.gate, &matmul.up])?;
             activation::gated_into(self.activation, &matmul.gate, &matmul.up, &step.activation)?;
         } else {
             self.vector_activation(&layers, branch, step)?;

@@ -8,9 +8,11 @@ use super::norm::NormLayer;
 use super::pass::missing;
 use super::sublayer::Sublayer;
 use crate::error::{Error, Result};
+use crate::models::registry::LinearId;
 use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::ops::linear::Linear;
 use crate::ops::norm::NormKind;
+use crate::ops::row_updates::RowUpdates;
 use crate::ops::{LowRank, LowRankUpdates, Weight};
 use candle_core::{DType, Tensor};
 
@@ -262,8 +264,8 @@ pub(in crate::models) struct MatmulBuffers {
     pub(in crate::models) normed: Tensor,
     pub(in crate::models) gate: Tensor,
     pub(in crate::models) up: Tensor,
-    /// Products with A of low-rank updates: `rows * MAX_RANK` elements.
-    pub(in crate::models) z: Tensor,
+    /// The low-rank updates of the rows, if there are any.
+    pub(in crate::models) updates: Option<RowUpdates>,
     /// A buffer for dequantized weights, if any weight is quantized.
     pub(in crate::models) scratch: Option<Tensor>,
 }
@@ -314,6 +316,11 @@ impl Step {
         has_grown
     }
 
+    /// Whether rows may have different low-rank updates.
+    pub(in crate::models) fn updates_by_row(&self) -> bool {
+        self.matmul.as_ref().is_some_and(|matmul| matmul.updates.is_some())
+    }
+
     /// The words that a kernel clears, as its arguments.
     pub(in crate::models) fn cleared(&self, posts: Posts) -> [Word; 2] {
         if self.has_updates { posts.range(self.rows).map(Word::from) } else { [Word(0); 2] }
@@ -351,8 +358,8 @@ impl Step {
     ) -> Result<()> {
         let (y, factor) = if branch.after.is_some() { (&self.branch, 1.0) } else { (&self.x, branch.factor) };
         let is_added = branch.after.is_none();
-        if let Some(matmul) = &self.matmul {
-            multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }), matmul)?;
+        if self.shape.uses_matmul {
+            self.multiply(layer, x, (y, factor, if is_added { 1.0 } else { 0.0 }))?;
         } else {
             let [a, b] = layer.update_args();
             let args = [Arg::In(x), layer.weight()?, a, b, Arg::Out(y), Arg::Out(&self.posted)];
@@ -377,6 +384,33 @@ impl Step {
         let Some(norm) = branch.before else { return Ok(&self.x) };
         norm.norm.forward_into(&self.x, &matmul.normed)?;
         Ok(&matmul.normed)
+    }
+
+    /// `y = factor x W^T + beta y` plus low-rank updates, with matrix products.
+    pub(in crate::models) fn multiply(
+        &self,
+        layer: &StepLinear,
+        x: &Tensor,
+        (y, factor, beta): (&Tensor, f32, f32),
+    ) -> Result<()> {
+        let matmul = self.matmul()?;
+        layer.weight.multiply_on_gpu(y, x, true, (factor, beta), matmul.scratch.as_ref())?;
+        matmul.updates.as_ref().map_or(Ok(()), |updates| updates.add(x, &[(layer.id, layer.start, y)], factor))
+    }
+
+    /// `y = x W^T` plus low-rank updates, for layers that share an input.
+    pub(in crate::models) fn multiply_together<const N: usize>(
+        &self,
+        layers: &[StepLinear; N],
+        x: &Tensor,
+        ys: [&Tensor; N],
+    ) -> Result<()> {
+        let matmul = self.matmul()?;
+        let products: Vec<_> = layers.iter().map(|layer| &layer.weight).zip(ys).collect();
+        Weight::multiply_together(x, &products, matmul.scratch.as_ref())?;
+        let Some(updates) = &matmul.updates else { return Ok(()) };
+        let layers: Vec<_> = layers.iter().zip(ys).map(|(layer, y)| (layer.id, layer.start, y)).collect();
+        updates.add(x, &layers, 1.0)
     }
 
     pub(in crate::models) fn matmul(&self) -> Result<&MatmulBuffers> {
@@ -413,19 +447,22 @@ pub(in crate::models) struct StepLinear<'a> {
     /// `[out_features, in_features]`
     pub(in crate::models) weight: Weight,
     pub(in crate::models) bias: Option<Tensor>,
-    /// The low-rank update, and the rows of its B.
+    id: LinearId,
+    /// The first of its rows.
+    start: usize,
+    /// The low-rank update of all rows of the step, and the rows of its B.
     update: Option<(&'a LowRank, Tensor)>,
 }
 
 impl<'a> StepLinear<'a> {
-    pub(in crate::models) fn new(linear: &Linear, update: Option<&'a LowRank>) -> Self {
-        let update = update.map(|update| (update, update.b.clone()));
-        Self { weight: linear.weight.clone(), bias: linear.bias.clone(), update }
+    pub(in crate::models) fn new(linear: &Linear, id: LinearId, updates: Option<&'a LowRankUpdates>) -> Self {
+        let update = updates.and_then(|updates| updates.get(id)).map(|update| (update, update.b.clone()));
+        Self { weight: linear.weight.clone(), bias: linear.bias.clone(), id, start: 0, update }
     }
 
     /// A linear layer of a part.
     pub(in crate::models) fn of(layer: &LinearLayer, updates: Option<&'a LowRankUpdates>) -> Self {
-        Self::new(&layer.linear, updates.and_then(|updates| updates.get(layer.slot.id)))
+        Self::new(&layer.linear, layer.slot.id, updates)
     }
 
     /// The layers of these widths, which may be stored as the rows of one layer.
@@ -446,6 +483,8 @@ impl<'a> StepLinear<'a> {
         Ok(Self {
             weight: self.weight.narrow_rows(start, count)?,
             bias: self.bias.as_ref().map(|bias| bias.narrow(0, start, count)).transpose()?,
+            id: self.id,
+            start: self.start + start,
             update: self
                 .update
                 .as_ref()
@@ -471,37 +510,6 @@ impl<'a> StepLinear<'a> {
     pub(in crate::models) fn scale(&self) -> f32 {
         self.update.as_ref().map_or(0.0, |(update, _)| update.scale)
     }
-}
-
-/// `y = factor x W^T + beta y` plus the low-rank update, with matrix products.
-pub(in crate::models) fn multiply(
-    layer: &StepLinear,
-    x: &Tensor,
-    (y, factor, beta): (&Tensor, f32, f32),
-    matmul: &MatmulBuffers,
-) -> Result<()> {
-    layer.weight.multiply_on_gpu(y, x, true, (factor, beta), matmul.scratch.as_ref())?;
-    add_update(layer, x, (y, factor), matmul)
-}
-
-/// `y = x W^T` plus low-rank updates, for layers that share an input.
-pub(in crate::models) fn multiply_together<const N: usize>(
-    layers: &[StepLinear; N],
-    x: &Tensor,
-    ys: [&Tensor; N],
-    matmul: &MatmulBuffers,
-) -> Result<()> {
-    let products: Vec<_> = layers.iter().map(|layer| &layer.weight).zip(ys).collect();
-    Weight::multiply_together(x, &products, matmul.scratch.as_ref())?;
-    layers.iter().zip(ys).try_for_each(|(layer, y)| add_update(layer, x, (y, 1.0), matmul))
-}
-
-fn add_update(layer: &StepLinear, x: &Tensor, (y, factor): (&Tensor, f32), matmul: &MatmulBuffers) -> Result<()> {
-    let Some((update, b)) = &layer.update else { return Ok(()) };
-    let (rows, rank) = (x.dim(0)?, update.a.dim(0)?);
-    let z = matmul.z.narrow(0, 0, rows * rank)?.reshape((rows, rank))?;
-    gpu::product(&z, (x, false), (&update.a, true), factor * update.scale, 0.0)?;
-    gpu::product(y, (&z, false), (b, true), 1.0, 1.0)
 }
 
 /// Whether kernels can load eight elements of the layer's weight at once.

@@ -3,7 +3,7 @@
 use super::super::linear::LinearLayer;
 use super::super::norm::NormLayer;
 use super::super::pass::missing;
-use super::super::step::{Branch, Posts, Step, StepLinear, fits, is_rms_norm, multiply_together, norm_words};
+use super::super::step::{Branch, Posts, Step, StepLinear, fits, is_rms_norm, norm_words};
 use super::Attention;
 use crate::error::Result;
 use crate::models::description::{QkNormExtent, QkNormSpec};
@@ -45,7 +45,7 @@ impl Attention {
         let layers = StepLinear::of_each(&self.inputs, self.spec.widths(), updates)?;
         if let Some(matmul) = &step.matmul {
             let x = step.normed(branch, matmul)?;
-            multiply_together(&layers, x, [&step.q, &step.k, &step.v], matmul)?;
+            step.multiply_together(&layers, x, [&step.q, &step.k, &step.v])?;
         } else {
             vector_projections(&layers, branch, step)?;
         }
