@@ -19,7 +19,7 @@ use measure::{Measured, measure, weights_bytes};
 use metal_candle::inference::KVCacheType;
 use metal_candle::models::{MatmulPrecision, save_model};
 use metal_candle::{Device, Model, ModelConfig};
-use peer::Peer;
+use peer::{Peer, PeerKind};
 use report::{Report, Row};
 use shape::Shape;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ Examples:
   metal-candle bench --shape qwen2.5-7b --skip train
   metal-candle bench --model ./Qwen2.5-Coder-0.5B --prefill 1024 --decode-batch 1,4,16 --context 2048
   metal-candle bench --against mlx-lm --python ~/mlx/bin/python
-  metal-candle bench --against transformers --shape qwen2.5-0.5b --json
+  metal-candle bench --against transformers --best --shape qwen2.5-0.5b --json
 
 --against needs a Python with mlx-lm, or with torch, transformers and peft. For it, random weights are written to a
 temporary folder (TMPDIR). Both programs load the model, and each row is measured by one and then the other; if memory
@@ -46,7 +46,10 @@ is short, this program measures all its rows first.";
 pub(crate) fn run(flags: &BenchArguments, output: Output) -> Result<()> {
     let device = flags.device.open(output)?;
     // report missing packages before loading anything
-    let mut peer = flags.against.map(|kind| Peer::start(kind, &flags.python, device)).transpose()?;
+    if flags.best && flags.against != Some(PeerKind::Transformers) {
+        return Err(UserError::new("`--best` is only for `--against transformers`").into());
+    }
+    let mut peer = flags.against.map(|kind| Peer::start(kind, flags.best, &flags.python, device)).transpose()?;
     let origin = Origin::find(flags, device, output)?;
     // report wrong sizes before loading and quantizing
     let works = flags.works(&origin.config()?, device, output)?;

@@ -83,6 +83,11 @@ pub(crate) struct BenchArguments {
     #[arg(long, value_enum, help_heading = "Comparison")]
     pub(super) against: Option<PeerKind>,
 
+    /// Run transformers at its best: static cache, compiled passes, adapters in the type of the weights, fused optimizer,
+    /// and Liger's kernels if installed. Compilation takes minutes and is not counted.
+    #[arg(long, requires = "against", help_heading = "Comparison")]
+    pub(super) best: bool,
+
     /// The Python interpreter with that program.
     #[arg(long, value_name = "PROGRAM", default_value = "python3", help_heading = "Comparison")]
     pub(super) python: String,

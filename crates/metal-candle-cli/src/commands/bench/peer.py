@@ -1,6 +1,6 @@
 """Measures mlx-lm or transformers for `metal-candle bench --against`.
 
-Arguments: `mlx-lm` or `transformers`, and `cpu`, `metal` or `cuda`. The first printed line contains the name and version, or what is
+Arguments: `mlx-lm`, `transformers` or `transformers-best`, and `cpu`, `metal` or `cuda`. The first printed line contains the name and version, or what is
 missing. Then each line of standard input is a request in JSON, answered by one line of JSON.
 """
 
@@ -260,10 +260,108 @@ class Transformers:
         return repeated(repeats, work)
 
 
+class TransformersAtItsBest(Transformers):
+    """Compiled forward passes over a static cache, tokens that stay on the device, and for training adapters in the type of the
+    weights, a compiled model, a fused optimizer, and Liger's kernels if they are installed. Compilation is not counted."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.torch.set_float32_matmul_precision("high")
+        # each shape is compiled on its own
+        import torch._dynamo as dynamo
+
+        dynamo.config.cache_size_limit = 64
+        self.name += ", static cache and torch.compile"
+
+    def compiled(self, function):
+        mode = "reduce-overhead" if self.device == "cuda" else None
+        return self.torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
+
+    def static_cache(self, sequences, length):
+        config = self.model.config
+        return self.transformers.StaticCache(config=config, max_batch_size=sequences, max_cache_len=length)
+
+    def next_tokens(self, forward, tokens, positions, cache):
+        if self.device == "cuda":
+            self.torch.compiler.cudagraph_mark_step_begin()
+        logits = forward(
+            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        return logits[:, -1].argmax(-1, keepdim=True).clone()
+
+    def prefill(self, length, repeats):
+        prompt, forward = self.batch(1, length), self.compiled(self.model.forward)
+        positions = self.torch.arange(length, device=self.device)[None]
+        cache = self.static_cache(1, length)
+
+        def work():
+            cache.reset()
+            self.next_tokens(forward, prompt, positions, cache).cpu()
+
+        with self.torch.inference_mode():
+            return repeated(repeats, work, warm_up=4)
+
+    def decode(self, sequences, length, steps, rank):
+        plain, torch = self.model, self.torch
+        if rank > 0:
+            self.model = self.with_adapter(rank)
+        prompts, forward = self.batch(sequences, length), self.compiled(self.model.forward)
+        cache = self.static_cache(sequences, length + steps + WARM_UP_STEPS)
+
+        def decoded(count):
+            cache.reset()
+            positions = torch.arange(length, device=self.device).expand(sequences, -1)
+            tokens = self.next_tokens(self.model.forward, prompts, positions, cache)
+            positions = torch.full((sequences, 1), length, device=self.device)
+            self.synchronize()
+            started = time.perf_counter()
+            for _ in range(count):
+                tokens = self.next_tokens(forward, tokens, positions, cache)
+                positions = positions + 1
+            tokens.cpu()
+            return (time.perf_counter() - started) / count
+
+        with torch.inference_mode():
+            decoded(WARM_UP_STEPS)
+            seconds = [decoded(steps) for _ in range(3)]
+        if rank > 0:
+            self.model.unload()
+            self.model = plain
+        return seconds
+
+    def with_adapter(self, rank):
+        config = self.peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return self.peft.get_peft_model(self.model, config, autocast_adapter_dtype=False)
+
+    def train(self, sequences, length, rank, repeats):
+        torch = self.torch
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=self.model)
+        except ImportError:
+            pass
+        model = self.with_adapter(rank)
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=self.device != "mps")
+        batch, compiled = self.batch(sequences, length), torch.compile(model)
+
+        def work():
+            compiled(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.synchronize()
+
+        return repeated(repeats, work, warm_up=4)
+
+
 def main():
     kind, device = sys.argv[1:3]
+    kinds = {"mlx-lm": MlxLm, "transformers": Transformers, "transformers-best": TransformersAtItsBest}
     try:
-        peer = MlxLm(device) if kind == "mlx-lm" else Transformers(device)
+        peer = kinds[kind](device)
     except ImportError as error:
         answer(missing=str(error))
         return

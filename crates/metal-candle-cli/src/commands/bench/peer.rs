@@ -66,12 +66,13 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    /// Starts the process; no model is loaded yet.
-    pub(super) fn start(kind: PeerKind, python: &str, device: Device) -> Result<Self> {
+    /// Starts the process; no model is loaded yet. `is_best` is only for transformers.
+    pub(super) fn start(kind: PeerKind, is_best: bool, python: &str, device: Device) -> Result<Self> {
         let said =
             tempfile::NamedTempFile::new().context("cannot create a file for the output of the other program")?;
+        let name = format!("{}{}", kind.name(), if is_best { "-best" } else { "" });
         let started = Command::new(python)
-            .args(["-c", PROGRAM, kind.name(), device.name()])
+            .args(["-c", PROGRAM, &name, device.name()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(said.reopen().context("cannot create a file for the output of the other program")?)
