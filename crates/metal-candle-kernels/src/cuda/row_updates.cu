@@ -1,7 +1,8 @@
 // Low-rank updates of the rows of a decode step, each of which may have another adapter: y[row] += factor * B z with
 // z = scale * A x[row]. CUDA only.
 //
-// `table` has the update of each adapter and linear layer. `adapters` has the index of each row's adapter, or EMPTY.
+// `table` has the update of each adapter and linear layer. `adapters` has the index of each row's adapter, or EMPTY. Both are
+// written before a step and are not changed by it, so they are read while the previous kernel runs.
 
 #define MAX_RANK 64
 #define WARPS 8
@@ -22,6 +23,11 @@ FUNCTION Update update_of(const uint* table, uint adapter, uint num_linears, uin
     return adapter == EMPTY ? none : reinterpret_cast<const Update*>(table)[wide(adapter) * num_linears + id];
 }
 
+FUNCTION void prefetch_lines(const T* from, uint num_bytes, uint first, uint step) {
+    const uchar* start = reinterpret_cast<const uchar*>(from);
+    for (uint at = 128 * first; at < num_bytes; at += 128 * step) PREFETCH(start + at);
+}
+
 struct InputWords {
     uint rows;
     uint width;
@@ -33,7 +39,12 @@ struct InputWords {
 KERNEL(row_inputs)(IN(T, x, 0), IN(uint, table, 1), IN(uint, adapters, 2), OUT(float, z, 3), WORDS(InputWords, 4) INDICES) {
     const uint row = group.x, layer = group.y;
     const Update update = update_of(table, adapters[row], p.num_linears, p.ids[layer]);
-    for (uint r = group.z * WARPS + warp; r < update.rank; r += WARPS * RANK_PARTS) {
+    const uint first = group.z * WARPS + warp;
+    for (uint r = first; r < update.rank; r += WARPS * RANK_PARTS) {
+        prefetch_lines(update.a + wide(r) * p.width, uint(sizeof(T)) * p.width, lane, 32);
+    }
+    WAIT_FOR_INPUT;
+    for (uint r = first; r < update.rank; r += WARPS * RANK_PARTS) {
         const T* a = update.a + wide(r) * p.width;
         float sum = 0.0f;
         UNROLL4 for (uint i = 8 * lane; i < p.width; i += 256) {
@@ -76,7 +87,9 @@ KERNEL(row_outputs)
         const uint row = group.y * ROWS + i;
         updates[i] = update_of(table, row < p.rows ? adapters[row] : EMPTY, p.num_linears, p.ids[layer]);
         updates[i].b += wide(p.starts[layer] + column) * updates[i].rank;
+        if (column < width && updates[i].rank > 0) PREFETCH(updates[i].b);
     }
+    WAIT_FOR_INPUT;
     if (column >= width) return;
     UNROLL for (uint i = 0; i < ROWS; i++) {
         const uint row = group.y * ROWS + i, rank = updates[i].rank;

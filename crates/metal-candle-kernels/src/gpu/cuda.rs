@@ -121,12 +121,10 @@ pub fn device_address(tensor: &Tensor) -> Result<u64> {
     }
 }
 
-/// The streams and the cuBLAS handle of a recording.
+/// The stream and the cuBLAS handle of a recording.
 #[derive(Clone)]
 struct Recorder {
     stream: Arc<CudaStream>,
-    /// The stream for work [`beside`] that of the first stream.
-    side: Arc<CudaStream>,
     products: Arc<Products>,
 }
 
@@ -238,8 +236,8 @@ pub(super) fn launch(device: &CudaDevice, kernel: &Kernel, grid: Grid, args: &[A
 
 /// Whether a kernel may start before the previous kernel has ended: it contains `WAIT_FOR_INPUT`, and the device supports it.
 fn waits_for_input(kernel: &Kernel, stream: &CudaStream) -> Result<bool> {
-    use Source::{BlockProduct, Decode, DecodeAttention, Sampling};
-    if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | Sampling) {
+    use Source::{BlockProduct, Decode, DecodeAttention, RowUpdates, Sampling};
+    if !matches!(kernel.source, BlockProduct | Decode | DecodeAttention | RowUpdates | Sampling) {
         return Ok(false);
     }
     let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
@@ -447,25 +445,6 @@ pub fn product(c: &Tensor, a: Operand, b: Operand, alpha: f32, beta: f32) -> Res
     status.result().map_err(candle_core::Error::wrap)
 }
 
-/// Runs two pieces of work that do not depend on each other, while recording such that both may run at the same time. The
-/// first only launches kernels that do not start before the previous kernel has ended.
-///
-/// # Errors
-/// The work fails.
-pub fn beside(first: impl FnOnce() -> Result<()>, second: impl FnOnce() -> Result<()>) -> Result<()> {
-    let Some(recorder) = RECORDING.with_borrow(Clone::clone) else {
-        first()?;
-        return second();
-    };
-    recorder.side.join(&recorder.stream).map_err(candle_core::Error::wrap)?;
-    RECORDING.set(Some(Recorder { stream: Arc::clone(&recorder.side), ..recorder.clone() }));
-    let done = first();
-    RECORDING.set(Some(recorder.clone()));
-    done?;
-    second()?;
-    recorder.stream.join(&recorder.side).map_err(candle_core::Error::wrap)
-}
-
 /// A recorded sequence of kernels and products that can be replayed.
 pub struct Graph {
     recorded: CudaGraph,
@@ -488,12 +467,10 @@ impl Graph {
         let _lock = lock_out_recordings();
         let stream = device.cuda_stream();
         let recorder = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
-        let side = stream.context().new_stream().map_err(candle_core::Error::wrap)?;
         let products = Arc::new(Products::new(&recorder)?);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         recorder.begin_capture(mode).map_err(candle_core::Error::wrap)?;
-        let products_of = Arc::clone(&products);
-        RECORDING.set(Some(Recorder { stream: Arc::clone(&recorder), side, products: products_of }));
+        RECORDING.set(Some(Recorder { stream: Arc::clone(&recorder), products: Arc::clone(&products) }));
         let work_result = work();
         RECORDING.set(None);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;

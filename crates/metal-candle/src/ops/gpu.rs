@@ -76,20 +76,6 @@ pub(super) fn device_address(_: &Tensor) -> Result<u64> {
     Err(crate::error::Error::Bug("a build without CUDA used a device address".into()))
 }
 
-/// Runs two independent pieces of work. While recording on CUDA, both may run at the same time; the first then only
-/// launches kernels that do not start before the previous kernel has ended.
-#[cfg(feature = "cuda")]
-pub(crate) fn beside(first: impl FnOnce() -> Result<()>, second: impl FnOnce() -> Result<()>) -> Result<()> {
-    let wrapped = |work: Result<()>| work.map_err(candle_core::Error::wrap);
-    Ok(gpu::cuda::beside(|| wrapped(first()), || wrapped(second()))?)
-}
-
-#[cfg(not(feature = "cuda"))]
-pub(crate) fn beside(first: impl FnOnce() -> Result<()>, second: impl FnOnce() -> Result<()>) -> Result<()> {
-    first()?;
-    second()
-}
-
 /// Whether each tensor starts at a multiple of four elements.
 pub(super) fn are_aligned_to_four(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.layout().start_offset().is_multiple_of(4))

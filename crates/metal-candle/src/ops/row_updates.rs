@@ -6,7 +6,7 @@
 use super::adapters::BatchUpdates;
 use super::gpu::{self, Arg, Grid, Kernel, Source, Word};
 use super::low_rank::LowRankUpdates;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{DType, Tensor, TensorId};
 
 /// The maximum rank, and the words of an update in the table.
@@ -103,44 +103,42 @@ impl RowUpdates {
         Ok(is_valid)
     }
 
-    /// Computes `scale * x A^T` for layers that share `x: [rows, width]`. [`Self::add`] must follow.
-    pub(crate) fn multiply(&self, x: &Tensor, layers: &[RowLayer]) -> Result<()> {
+    /// `y += factor * scale * x A^T B^T` for layers that share `x: [rows, width]`.
+    pub(crate) fn add(&self, x: &Tensor, layers: &[RowLayer], factor: f32) -> Result<()> {
+        let Some((_, _, first)) = layers.first().filter(|_| layers.len() <= MAX_LAYERS) else {
+            return Err(Error::Bug(format!("expected 1 to {MAX_LAYERS} layers, found {}", layers.len())));
+        };
+        let kernel = |name| {
+            let is_f32 = first.dtype() == DType::F32 && x.dtype() != DType::F32;
+            Kernel::new(Source::RowUpdates, name, x.dtype()).with("OUT_F32", usize::from(is_f32))
+        };
+        let each = |of: &dyn Fn(&RowLayer) -> usize| {
+            let mut all = [Word(0); MAX_LAYERS];
+            for (word, layer) in all.iter_mut().zip(layers) {
+                *word = of(layer).into();
+            }
+            all
+        };
+        let tables = [Arg::In(&self.table), Arg::In(&self.of_rows)];
         let mut words: Vec<Word> = vec![self.rows.into(), x.dim(1)?.into(), self.num_linears.into()];
-        words.extend(each(layers, |(id, _, _)| *id));
-        let args = [Arg::In(x), Arg::In(&self.table), Arg::In(&self.of_rows), Arg::Out(&self.z)];
+        words.extend(each(&|(id, _, _)| *id));
+        let args: Vec<Arg> = [Arg::In(x)].into_iter().chain(tables).chain([Arg::Out(&self.z)]).collect();
         let grid = Grid { groups: [self.rows, layers.len(), RANK_PARTS], ..Grid::row(1, THREADS) };
-        let kernel = Kernel::new(Source::RowUpdates, "row_inputs", x.dtype()).with("OUT_F32", 0);
-        gpu::launch(&kernel, grid, &args, &words)
-    }
-
-    /// `y += factor * z B^T` for the layers of the last [`Self::multiply`], whose input has type `dtype`.
-    pub(crate) fn add(&self, layers: &[RowLayer], factor: f32, dtype: DType) -> Result<()> {
+        gpu::launch(&kernel("row_inputs"), grid, &args, &words)?;
         let width = |y: &Tensor| y.dims()[1];
         let mut words: Vec<Word> = vec![self.rows.into(), self.num_linears.into()];
-        words.extend(each(layers, |(id, _, _)| *id));
-        words.extend(each(layers, |(_, _, y)| width(y)));
-        words.extend(each(layers, |(_, start, _)| *start));
+        words.extend(each(&|(id, _, _)| *id));
+        words.extend(each(&|(_, _, y)| width(y)));
+        words.extend(each(&|(_, start, _)| *start));
         words.push(factor.into());
         let mut outputs = [Arg::None; MAX_LAYERS];
         for (output, (_, _, y)) in outputs.iter_mut().zip(layers) {
             *output = Arg::Out(y);
         }
-        let read = [&self.z, &self.table, &self.of_rows].map(Arg::In);
-        let args: Vec<Arg> = read.into_iter().chain(outputs).collect();
-        let is_f32 = layers.iter().any(|(_, _, y)| y.dtype() != dtype);
-        let kernel = Kernel::new(Source::RowUpdates, "row_outputs", dtype).with("OUT_F32", usize::from(is_f32));
+        let args: Vec<Arg> = [Arg::In(&self.z)].into_iter().chain(tables).chain(outputs).collect();
         let tiles = layers.iter().map(|(_, _, y)| width(y).div_ceil(THREADS)).sum();
-        gpu::launch(&kernel, Grid::plane((tiles, self.rows.div_ceil(ROWS)), THREADS), &args, &words)
+        gpu::launch(&kernel("row_outputs"), Grid::plane((tiles, self.rows.div_ceil(ROWS)), THREADS), &args, &words)
     }
-}
-
-/// A word for each of the [`MAX_LAYERS`] layers of a kernel.
-fn each(layers: &[RowLayer], of: impl Fn(&RowLayer) -> usize) -> [Word; MAX_LAYERS] {
-    let mut all = [Word(0); MAX_LAYERS];
-    for (word, layer) in all.iter_mut().zip(layers) {
-        *word = of(layer).into();
-    }
-    all
 }
 
 /// Differs for any two adapters with different tensors.

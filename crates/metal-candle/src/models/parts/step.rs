@@ -12,7 +12,7 @@ use crate::models::registry::LinearId;
 use crate::ops::gpu::{self, Arg, Formats, Grid, Kernel, Source, Word};
 use crate::ops::linear::Linear;
 use crate::ops::norm::NormKind;
-use crate::ops::row_updates::{RowLayer, RowUpdates};
+use crate::ops::row_updates::RowUpdates;
 use crate::ops::{LowRank, LowRankUpdates, Weight};
 use candle_core::{DType, Tensor};
 
@@ -393,9 +393,9 @@ impl Step {
         x: &Tensor,
         (y, factor, beta): (&Tensor, f32, f32),
     ) -> Result<()> {
-        let scratch = self.matmul()?.scratch.as_ref();
-        let multiply = || layer.weight.multiply_on_gpu(y, x, true, (factor, beta), scratch);
-        self.add_updates(x, &[(layer.id, layer.start, y)], factor, multiply)
+        let matmul = self.matmul()?;
+        layer.weight.multiply_on_gpu(y, x, true, (factor, beta), matmul.scratch.as_ref())?;
+        matmul.updates.as_ref().map_or(Ok(()), |updates| updates.add(x, &[(layer.id, layer.start, y)], factor))
     }
 
     /// `y = x W^T` plus low-rank updates, for layers that share an input.
@@ -405,23 +405,12 @@ impl Step {
         x: &Tensor,
         ys: [&Tensor; N],
     ) -> Result<()> {
-        let scratch = self.matmul()?.scratch.as_ref();
+        let matmul = self.matmul()?;
         let products: Vec<_> = layers.iter().map(|layer| &layer.weight).zip(ys).collect();
+        Weight::multiply_together(x, &products, matmul.scratch.as_ref())?;
+        let Some(updates) = &matmul.updates else { return Ok(()) };
         let layers: Vec<_> = layers.iter().zip(ys).map(|(layer, y)| (layer.id, layer.start, y)).collect();
-        self.add_updates(x, &layers, 1.0, || Weight::multiply_together(x, &products, scratch))
-    }
-
-    /// Computes products of `x` with `multiply`, and adds the rows' low-rank updates to them.
-    fn add_updates(
-        &self,
-        x: &Tensor,
-        layers: &[RowLayer],
-        factor: f32,
-        multiply: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let Some(updates) = &self.matmul()?.updates else { return multiply() };
-        gpu::beside(|| updates.multiply(x, layers), multiply)?;
-        updates.add(layers, factor, x.dtype())
+        updates.add(x, &layers, 1.0)
     }
 
     pub(in crate::models) fn matmul(&self) -> Result<&MatmulBuffers> {
