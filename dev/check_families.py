@@ -79,7 +79,7 @@ def draw_keys(draw, family):
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=draw.choice([256, 512]), tie_word_embeddings=maybe(draw),
     )
     eps = draw.choice([1e-5, 1e-6, 1e-3])
-    keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith("cohere") else "rms_norm_eps"] = eps
+    keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith(("cohere", "stablelm")) else "rms_norm_eps"] = eps
     partial = 1.0
     if family == "phi3" or (head_dim * heads == hidden and maybe(draw)):
         # transformers derives the size of phi3's tables from hidden size and heads
@@ -93,6 +93,10 @@ def draw_keys(draw, family):
     if family == "helium":
         # its output projection is square
         keys |= dict(hidden_size=heads * head_dim, head_dim=head_dim)
+    if family == "stablelm":
+        # the size of a head is always that quotient
+        keys |= dict(hidden_size=heads * head_dim, use_qkv_bias=maybe(draw), use_parallel_residual=maybe(draw))
+        keys.pop("head_dim", None)
     if family == "seed_oss":
         keys["attention_out_bias"] = maybe(draw)
     if family == "ernie4_5":
@@ -111,8 +115,8 @@ def draw_keys(draw, family):
         keys["sliding_window"] = window
         if maybe(draw):
             keys["layer_types"] = draw_layer_types(draw, layers)
-    if family in ("phi3", "glm", "glm4"):
-        partial = draw.choice([0.5, 0.75, 1.0])
+    if family in ("phi3", "glm", "glm4", "stablelm"):
+        partial = draw.choice([0.25, 0.5, 0.75, 1.0])
         if head_dim * partial % 2:
             partial = 1.0
     rope = draw_rope(draw, int(head_dim * partial), **(dict(types=("longrope",)) if family == "phi3" else {}))
@@ -125,7 +129,7 @@ def draw_keys(draw, family):
         keys["original_max_position_embeddings"] = draw.choice([8, 256])
     if maybe(draw, 0.1):
         keys["intermediate_size"] = transformers.AutoConfig.for_model(family).get_text_config().intermediate_size
-    if family in ("phi3", "glm", "glm4"):
+    if family in ("phi3", "glm", "glm4", "stablelm"):
         rope["partial_rotary_factor"] = partial
     if family == "phi3":
         keys["original_max_position_embeddings"] = draw.choice([32, 64, 256])
@@ -169,7 +173,7 @@ def draw_keys(draw, family):
 
 FAMILIES = [
     "qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "smollm3", "phi3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "starcoder2",
-    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "ernie4_5", "helium", "exaone4", "hunyuan_v1_dense",
+    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "ernie4_5", "helium", "exaone4", "hunyuan_v1_dense", "stablelm",
 ]
 
 

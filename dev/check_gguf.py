@@ -88,6 +88,9 @@ CASES = {
         model_type="granitemoehybrid", shared_intermediate_size=96, layer_types=[FULL] * 2, position_embedding_type="rope", rope_parameters=PLAIN,
         embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.5, num_experts_per_tok=0, **NO_MAMBA,
     ),
+    # the converter writes no rotary base
+    "stablelm": dict(model_type="stablelm", use_qkv_bias=True, rope_parameters=PLAIN | dict(rope_theta=1e4, partial_rotary_factor=0.25)),
+    "stablelm-parallel": dict(model_type="stablelm", use_parallel_residual=True, rope_parameters=PLAIN | dict(rope_theta=1e4, partial_rotary_factor=0.5)),
     "seed_oss": dict(model_type="seed_oss", head_dim=32, rope_parameters=PLAIN, attention_bias=True, attention_out_bias=False),
 }
 

@@ -39,6 +39,7 @@ const FORWARD_KEYS: &[&str] = &[
     "rope_scaling",
     "sliding_window",
     "use_bias",
+    "use_parallel_residual",
     "use_qk_norm",
     "use_qkv_bias",
 ];

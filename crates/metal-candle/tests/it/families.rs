@@ -301,15 +301,15 @@ fn write_adapter(case: &Case, folder: &Path) -> BTreeMap<String, Tensor> {
     tensors
 }
 
-/// Without `partial_rotary_factor`, transformers rotates half of each head in these families.
+/// Without `partial_rotary_factor`, transformers rotates the family's share of each head.
 #[test]
 fn an_absent_partial_rotary_factor_is_the_default_of_the_family() {
-    for name in ["glm", "glm4"] {
+    for (name, expected) in [("glm", 0.5), ("glm4", 0.5), ("stablelm-parallel", 0.25)] {
         let case = Case::open(name);
         let path = case.folder.path().join("config.json");
         let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         let share = config["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
-        assert_eq!(share, Some(serde_json::json!(0.5)), "{name}");
+        assert_eq!(share, Some(serde_json::json!(expected)), "{name}");
         std::fs::write(&path, config.to_string()).unwrap();
         let found = logits(&case.model(Device::CPU), &case.ids("ids"), None);
         let difference = relative(&found, &case.golden.values("logits"));

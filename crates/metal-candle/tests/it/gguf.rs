@@ -10,7 +10,7 @@ use metal_candle::training::{LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "arcee",
     "ernie4_5",
     "exaone4",
@@ -22,6 +22,7 @@ const NAMES: [&str; 11] = [
     "phi3",
     "qwen2",
     "seed_oss",
+    "stablelm",
 ];
 
 fn path(name: &str) -> PathBuf {

@@ -122,7 +122,7 @@ fn absent_keys_have_the_defaults_of_transformers() {
 
 /// Vocabulary, hidden size, MLP width, layers, heads, key/value heads and head width of a configuration without any
 /// key, in transformers 5.24.
-const DEFAULT_SIZES: [(&str, [usize; 7]); 25] = [
+const DEFAULT_SIZES: [(&str, [usize; 7]); 26] = [
     ("arcee", [32_000, 2560, 18_432, 32, 32, 32, 80]),
     ("ernie4_5", [103_424, 1024, 3072, 18, 16, 2, 128]),
     ("exaone4", [102_400, 4096, 16_384, 32, 32, 32, 128]),
@@ -141,6 +141,7 @@ const DEFAULT_SIZES: [(&str, [usize; 7]); 25] = [
     ("olmo2", [50_304, 4096, 11_008, 32, 32, 32, 128]),
     ("olmo3", [50_304, 4096, 11_008, 32, 32, 32, 128]),
     ("granite", [32_000, 4096, 11_008, 32, 32, 32, 128]),
+    ("stablelm", [50_304, 2560, 6912, 32, 32, 32, 80]),
     ("starcoder2", [49_152, 3072, 12_288, 30, 24, 2, 128]),
     ("gemma", [256_000, 3072, 24_576, 28, 16, 16, 256]),
     ("gemma2", [256_000, 2304, 9216, 26, 8, 4, 256]),
@@ -214,6 +215,7 @@ fn unsupported_values_are_refused_by_key() {
         (json!({"quantization_config": {"quant_method": "aqlm", "bits": 4}}), ["quantization_config", "aqlm"]),
         (json!({"quantization": {"bits": 4}}), ["quantization", "quantized"]),
         (json!({"use_mrope": true}), ["use_mrope", "rotary"]),
+        (json!({"model_type": "stablelm", "qk_layernorm": true}), ["qk_layernorm", "one tensor per head"]),
     ] {
         let error = parse(&with(changes.clone())).expect_err(&changes.to_string());
         assert!(matches!(error, Error::Unsupported(_)), "{changes}: {error:?}");
@@ -270,6 +272,7 @@ fn invalid_values_are_named_with_what_was_expected() {
         (with(json!({"num_key_value_heads": 3})), ["`num_key_value_heads`", "divisor", "3"]),
         (with(json!({"num_key_value_heads": 0})), ["`num_key_value_heads`", "expected 1 to", "0"]),
         (with(json!({"head_dim": 15})), ["`head_dim`", "even", "15"]),
+        (with(json!({"model_type": "stablelm", "head_dim": 32})), ["`head_dim`", "`hidden_size /", "32"]),
         (with(json!({"vocab_size": 1e30})), ["`vocab_size`", "whole number", "1e"]),
         (with(json!({"vocab_size": u64::MAX})), ["`vocab_size`", "expected 1 to", "18446744073709551615"]),
         (

@@ -19,6 +19,7 @@ mod qwen;
 mod rotary;
 mod seed_oss;
 mod smollm3;
+mod stablelm;
 mod starcoder2;
 
 pub(crate) use family::Family;
@@ -51,6 +52,7 @@ const FAMILIES: &[&Family] = &[
     &qwen::QWEN3,
     &seed_oss::SEED_OSS,
     &smollm3::SMOLLM3,
+    &stablelm::STABLELM,
     &starcoder2::STARCODER2,
 ];
 

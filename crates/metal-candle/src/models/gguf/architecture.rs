@@ -148,6 +148,14 @@ const ARCHITECTURES: &[Architecture] = &[
         keys: starcoder2,
         ..BASE
     },
+    Architecture {
+        name: "stablelm",
+        model_type: "stablelm",
+        bias_key: Some("use_qkv_bias"),
+        reads: &["rope.dimension_count", "use_parallel_residual"],
+        keys: stablelm,
+        ..BASE
+    },
     Architecture { name: "command-r", model_type: "cohere", reads: &["logit_scale"], keys: cohere, ..BASE },
     Architecture {
         name: "cohere2",
@@ -395,6 +403,14 @@ fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
         map.insert("sliding_window".into(), window.into());
     }
     layer_norm_eps(metadata, map, "norm_epsilon")
+}
+
+fn stablelm(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    rotated_fraction(metadata, map)?;
+    // as in llama.cpp, the tensors decide, whatever `use_parallel_residual` says
+    map.insert("use_parallel_residual".into(), (!metadata.has_tensor("blk.0.ffn_norm.weight")).into());
+    map.insert("qk_layernorm".into(), metadata.has_tensor("blk.0.attn_q_norm.weight").into());
+    layer_norm_eps(metadata, map, "layer_norm_eps")
 }
 
 fn cohere(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {

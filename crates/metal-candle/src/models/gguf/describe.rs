@@ -134,6 +134,9 @@ impl Writer {
         self.optional("attn_logit_softcapping", first.attention.soft_cap.map(f64::from));
         self.optional("attention.clamp_kqv", first.attention.clip.map(f64::from));
         self.optional("attention.temperature_scale", first.attention.query_scaling.map(|scaling| scaling.beta));
+        if self.architecture.reads.contains(&"use_parallel_residual") {
+            self.own("use_parallel_residual", GgufValue::Flag(first.is_parallel));
+        }
         self.windows(description);
         self.rotary(description);
     }

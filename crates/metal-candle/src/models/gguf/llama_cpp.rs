@@ -7,6 +7,8 @@ use metal_candle_kernels::Mask;
 
 /// Architectures without a separate head.
 const TIED: &[&str] = &["gemma", "gemma2", "command-r", "cohere2"];
+/// Architectures without a tied head.
+const UNTIED: &[&str] = &["olmo2", "stablelm"];
 /// Architectures whose heads together are as wide as the embedding.
 const SQUARE: &[&str] = &["qwen2", "phi3", "olmo2", "olmo", "starcoder2", "command-r", "cohere2"];
 /// Architectures that may have a bias after attention.
@@ -22,7 +24,7 @@ pub(super) fn limits(name: &str, config: &ModelConfig, description: &Description
     let is_square = attention().all(|attention| attention.heads * attention.head_dim == config.hidden_size);
     let separate = if config.tie_word_embeddings { "a tied head" } else { "a separate head" };
     let refused = [
-        (separate, if config.tie_word_embeddings { name == "olmo2" } else { TIED.contains(&name) }),
+        (separate, if config.tie_word_embeddings { UNTIED.contains(&name) } else { TIED.contains(&name) }),
         ("a bias after attention", has_output_bias && !OUTPUT_BIAS.contains(&name)),
         ("no biases", name == "starcoder2" && !has_output_bias),
         ("heads of another width than the embedding", !is_square && SQUARE.contains(&name)),
@@ -75,6 +77,7 @@ mod tests {
         for (family, more, expected) in [
             ("gemma", json!({"tie_word_embeddings": false}), "a separate head"),
             ("olmo2", json!({"tie_word_embeddings": true}), "a tied head"),
+            ("stablelm", json!({"tie_word_embeddings": true}), "a tied head"),
             ("qwen3", json!({"attention_bias": true}), "a bias after attention"),
             ("starcoder2", json!({"use_bias": false}), "no biases"),
             ("cohere2", json!({"head_dim": 32}), "heads of another width"),
@@ -100,6 +103,7 @@ mod tests {
             ("cohere", json!({"use_qk_norm": false})),
             ("olmo2", json!({"tie_word_embeddings": false})),
             ("starcoder2", json!({"sliding_window": null})),
+            ("stablelm", json!({"use_qkv_bias": true})),
         ] {
             assert_eq!(limits(family, &more), [""; 0], "{family} {more}");
         }
