@@ -79,7 +79,7 @@ def draw_keys(draw, family):
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=draw.choice([256, 512]), tie_word_embeddings=maybe(draw),
     )
     eps = draw.choice([1e-5, 1e-6, 1e-3])
-    keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith(("cohere", "stablelm")) else "rms_norm_eps"] = eps
+    keys["norm_epsilon" if family == "starcoder2" else "layer_norm_eps" if family.startswith(("cohere", "stablelm", "jais2")) else "rms_norm_eps"] = eps
     partial = 1.0
     if family == "phi3" or (head_dim * heads == hidden and maybe(draw)):
         # transformers derives the size of phi3's tables from hidden size and heads
@@ -88,7 +88,7 @@ def draw_keys(draw, family):
             keys["head_dim"] = head_dim
     else:
         keys["head_dim"] = head_dim
-    if family in ("llama", "qwen3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "helium", "hunyuan_v1_dense"):
+    if family in ("llama", "qwen3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "helium", "hunyuan_v1_dense", "jais2"):
         keys["attention_bias"] = maybe(draw)
     if family == "helium":
         # its output projection is square
@@ -105,7 +105,7 @@ def draw_keys(draw, family):
         keys |= draw.choice([dict(sliding_window=None, layer_types=[FULL] * layers), dict(sliding_window=window), dict(sliding_window=window, sliding_window_pattern=2)])
         if keys["sliding_window"] and maybe(draw):
             keys["layer_types"] = draw_layer_types(draw, layers)
-    if family in ("llama", "smollm3", "granite", "arcee", "seed_oss", "helium"):
+    if family in ("llama", "smollm3", "granite", "arcee", "seed_oss", "helium", "jais2"):
         keys["mlp_bias"] = maybe(draw)
     if family in ("qwen2", "qwen3"):
         keys |= dict(use_sliding_window=maybe(draw), sliding_window=window, max_window_layers=draw.randint(0, layers))
@@ -173,7 +173,7 @@ def draw_keys(draw, family):
 
 FAMILIES = [
     "qwen2", "qwen3", "llama", "mistral", "ministral", "ministral3", "smollm3", "phi3", "olmo", "olmo2", "olmo3", "granite", "granitemoehybrid", "starcoder2",
-    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "ernie4_5", "helium", "exaone4", "hunyuan_v1_dense", "stablelm",
+    "gemma", "gemma2", "gemma3_text", "gemma3", "glm", "glm4", "cohere", "cohere2", "arcee", "seed_oss", "ernie4_5", "helium", "exaone4", "hunyuan_v1_dense", "stablelm", "jais2",
 ]
 
 
@@ -404,6 +404,7 @@ RENAMED = {
     "glm": JOINED,
     "glm4": JOINED,
     "arcee": {"gate_proj": "up_proj"},
+    "jais2": {"gate_proj": "up_proj"},
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
     "granitemoehybrid": {"gate_proj": "input_linear", "up_proj": "input_linear", "down_proj": "output_linear", "mlp.down_proj": "shared_mlp.output_linear"},
 }

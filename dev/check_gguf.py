@@ -91,6 +91,7 @@ CASES = {
     # the converter writes no rotary base
     "stablelm": dict(model_type="stablelm", use_qkv_bias=True, rope_parameters=PLAIN | dict(rope_theta=1e4, partial_rotary_factor=0.25)),
     "stablelm-parallel": dict(model_type="stablelm", use_parallel_residual=True, rope_parameters=PLAIN | dict(rope_theta=1e4, partial_rotary_factor=0.5)),
+    "jais2": dict(model_type="jais2", head_dim=32, rope_parameters=PLAIN),
     "seed_oss": dict(model_type="seed_oss", head_dim=32, rope_parameters=PLAIN, attention_bias=True, attention_out_bias=False),
 }
 

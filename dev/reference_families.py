@@ -115,6 +115,7 @@ CASES = {
     "cohere2-heads": dict(model_type="cohere2", head_dim=16, sliding_window=4, tie_word_embeddings=True, layer_types=[SLIDING, FULL]),
     "stablelm": dict(model_type="stablelm", use_qkv_bias=True, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)),
     "stablelm-parallel": dict(model_type="stablelm", num_attention_heads=2, num_key_value_heads=1, use_parallel_residual=True, tie_word_embeddings=True),
+    "jais2": dict(model_type="jais2", head_dim=16, rope_parameters=PLAIN),
 }
 # Replacements in config.json, equivalent for transformers: the key next to the settings takes precedence.
 FILES = {"llama-original": dict(rope_parameters=LLAMA3)}

@@ -27,6 +27,7 @@ MODELS = {
     "llama-tied": ("MOSTLY_Q8_0", WIDE), "gemma2": ("MOSTLY_F16", WIDE), "phi3": ("MOSTLY_Q8_0", WIDE), "qwen2": ("MOSTLY_BF16", WIDE),
     "arcee": ("MOSTLY_BF16", NARROW), "ernie4_5": ("MOSTLY_BF16", NARROW), "exaone4": ("MOSTLY_BF16", NARROW), "glm": ("MOSTLY_BF16", NARROW),
     "hunyuan_v1_dense": ("MOSTLY_BF16", NARROW), "ministral3": ("MOSTLY_BF16", NARROW), "seed_oss": ("MOSTLY_BF16", NARROW), "stablelm": ("MOSTLY_BF16", dict(hidden_size=32, intermediate_size=32)),
+    "jais2": ("MOSTLY_BF16", NARROW),
 }
 
 

@@ -10,13 +10,14 @@ use metal_candle::training::{LoRAAdapter, Trainer, TrainingConfig};
 use metal_candle::{Device, Error, ModelLoader};
 use std::path::PathBuf;
 
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 13] = [
     "arcee",
     "ernie4_5",
     "exaone4",
     "gemma2",
     "glm",
     "hunyuan_v1_dense",
+    "jais2",
     "llama-tied",
     "ministral3",
     "phi3",

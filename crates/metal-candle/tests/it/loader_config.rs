@@ -122,12 +122,13 @@ fn absent_keys_have_the_defaults_of_transformers() {
 
 /// Vocabulary, hidden size, MLP width, layers, heads, key/value heads and head width of a configuration without any
 /// key, in transformers 5.24.
-const DEFAULT_SIZES: [(&str, [usize; 7]); 26] = [
+const DEFAULT_SIZES: [(&str, [usize; 7]); 27] = [
     ("arcee", [32_000, 2560, 18_432, 32, 32, 32, 80]),
     ("ernie4_5", [103_424, 1024, 3072, 18, 16, 2, 128]),
     ("exaone4", [102_400, 4096, 16_384, 32, 32, 32, 128]),
     ("helium", [48_000, 2560, 7040, 24, 20, 20, 128]),
     ("hunyuan_v1_dense", [290_943, 4096, 11_008, 32, 32, 32, 128]),
+    ("jais2", [150_272, 3328, 26_624, 32, 26, 26, 128]),
     ("seed_oss", [155_136, 4096, 27_648, 64, 80, 8, 128]),
     ("qwen2", [151_936, 4096, 22_016, 32, 32, 32, 128]),
     ("qwen3", [151_936, 4096, 22_016, 32, 32, 32, 128]),

@@ -11,6 +11,7 @@ mod glm;
 mod granite;
 mod helium;
 mod hunyuan_v1_dense;
+mod jais2;
 mod llama;
 mod mistral;
 mod olmo;
@@ -40,6 +41,7 @@ const FAMILIES: &[&Family] = &[
     &granite::GRANITE_HYBRID,
     &helium::HELIUM,
     &hunyuan_v1_dense::HUNYUAN,
+    &jais2::JAIS2,
     &llama::LLAMA,
     &mistral::MINISTRAL,
     &mistral::MINISTRAL3,

@@ -223,6 +223,7 @@ const ARCHITECTURES: &[Architecture] = &[
         keys: mistral3,
         ..BASE
     },
+    Architecture { name: "jais2", model_type: "jais2", keys: jais2, ..BASE },
     Architecture {
         name: "seed_oss",
         model_type: "seed_oss",
@@ -403,6 +404,11 @@ fn starcoder2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
         map.insert("sliding_window".into(), window.into());
     }
     layer_norm_eps(metadata, map, "norm_epsilon")
+}
+
+fn jais2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
+    map.insert("mlp_bias".into(), metadata.has_tensor("blk.0.ffn_up.bias").into());
+    layer_norm_eps(metadata, map, "layer_norm_eps")
 }
 
 fn stablelm(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {

@@ -1,7 +1,7 @@
 //! What llama.cpp does not load or ignores, although a GGUF file can hold it.
 
 use crate::models::ModelConfig;
-use crate::models::description::Description;
+use crate::models::description::{Description, FeedForwardSpec};
 use crate::ops::rotary::RotaryScaling;
 use metal_candle_kernels::Mask;
 
@@ -12,7 +12,9 @@ const UNTIED: &[&str] = &["olmo2", "stablelm"];
 /// Architectures whose heads together are as wide as the embedding.
 const SQUARE: &[&str] = &["qwen2", "phi3", "olmo2", "olmo", "starcoder2", "command-r", "cohere2"];
 /// Architectures that may have a bias after attention.
-const OUTPUT_BIAS: &[&str] = &["llama", "granite", "starcoder2"];
+const OUTPUT_BIAS: &[&str] = &["llama", "granite", "starcoder2", "jais2"];
+/// Architectures that must have a bias after attention and in the MLP.
+const ALL_BIASES: &[&str] = &["starcoder2", "jais2"];
 /// Architectures whose windows are ignored.
 const WITHOUT_WINDOWS: &[&str] = &["llama", "phi3", "starcoder2"];
 
@@ -21,12 +23,16 @@ pub(super) fn limits(name: &str, config: &ModelConfig, description: &Description
     let mut limits = Vec::new();
     let attention = || description.layers.iter().map(|layer| &layer.attention);
     let has_output_bias = attention().any(|attention| attention.has_output_bias);
+    let has_mlp_bias = description.layers.iter().any(|layer| match &layer.feed_forward {
+        FeedForwardSpec::Gated(mlp) => mlp.has_bias,
+        FeedForwardSpec::Plain(mlp) => mlp.has_bias,
+    });
     let is_square = attention().all(|attention| attention.heads * attention.head_dim == config.hidden_size);
     let separate = if config.tie_word_embeddings { "a tied head" } else { "a separate head" };
     let refused = [
         (separate, if config.tie_word_embeddings { UNTIED.contains(&name) } else { TIED.contains(&name) }),
         ("a bias after attention", has_output_bias && !OUTPUT_BIAS.contains(&name)),
-        ("no biases", name == "starcoder2" && !has_output_bias),
+        ("no bias after attention or in the MLP", ALL_BIASES.contains(&name) && !(has_output_bias && has_mlp_bias)),
         ("heads of another width than the embedding", !is_square && SQUARE.contains(&name)),
         (
             "norms of q and k in fewer than 64 layers",
@@ -79,7 +85,8 @@ mod tests {
             ("olmo2", json!({"tie_word_embeddings": true}), "a tied head"),
             ("stablelm", json!({"tie_word_embeddings": true}), "a tied head"),
             ("qwen3", json!({"attention_bias": true}), "a bias after attention"),
-            ("starcoder2", json!({"use_bias": false}), "no biases"),
+            ("starcoder2", json!({"use_bias": false}), "no bias after attention or in the MLP"),
+            ("jais2", json!({"mlp_bias": false}), "no bias after attention or in the MLP"),
             ("cohere2", json!({"head_dim": 32}), "heads of another width"),
             ("cohere", json!({"use_qk_norm": true}), "norms of q and k"),
             ("mistral", json!({"sliding_window": 8}), "ignores attention windows"),
@@ -103,6 +110,7 @@ mod tests {
             ("cohere", json!({"use_qk_norm": false})),
             ("olmo2", json!({"tie_word_embeddings": false})),
             ("starcoder2", json!({"sliding_window": null})),
+            ("jais2", json!({"head_dim": 32, "tie_word_embeddings": true})),
             ("stablelm", json!({"use_qkv_bias": true})),
         ] {
             assert_eq!(limits(family, &more), [""; 0], "{family} {more}");
