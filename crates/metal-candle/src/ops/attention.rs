@@ -282,14 +282,20 @@ fn probabilities(
         scores = split.broadcast_add(&mask)?.reshape((kv_heads, rows, keys))?;
     }
     let Some(sinks) = sinks else {
-        let of_keys = candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?;
+        let of_keys = softmax(&scores)?;
         return Ok(Probabilities { of_keys, of_sink: None, cap_slope });
     };
     let sinks = sinks.to_dtype(DType::F32)?.reshape((kv_heads, rows / queries, 1))?;
     let sinks = sinks.broadcast_as((kv_heads, rows / queries, queries))?.contiguous()?.reshape((kv_heads, rows, 1))?;
-    let all = candle_nn::ops::softmax_last_dim(&Tensor::cat(&[scores, sinks], D::Minus1)?)?;
+    let all = softmax(&Tensor::cat(&[scores, sinks], D::Minus1)?)?;
     let of_keys = all.narrow(D::Minus1, 0, keys)?.contiguous()?;
     Ok(Probabilities { of_keys, of_sink: Some(all.narrow(D::Minus1, keys, 1)?.contiguous()?), cap_slope })
+}
+
+/// The softmax over the last dimension.
+fn softmax(scores: &Tensor) -> Result<Tensor> {
+    let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    Ok(exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?)
 }
 
 /// 0 where query `i` of the last `queries` sees the key, otherwise a large negative number: `[queries, keys]`.
