@@ -117,9 +117,12 @@ def draw_keys(draw, family):
             keys["layer_types"] = draw_layer_types(draw, layers)
     if family in ("phi3", "glm", "glm4", "stablelm"):
         partial = draw.choice([0.25, 0.5, 0.75, 1.0])
-        if head_dim * partial % 2:
+        if int(head_dim * partial) < 3 or (family == "stablelm" and int(head_dim * partial) % 2):
+            # transformers cannot rotate an odd number of elements in StableLM
             partial = 1.0
-    rope = draw_rope(draw, int(head_dim * partial), **(dict(types=("longrope",)) if family == "phi3" else {}))
+    rotated = int(head_dim * partial)
+    types = ("longrope",) if family == "phi3" else ("linear", "llama3", "dynamic", "longrope") if rotated % 2 else ("linear", "llama3", "yarn", "dynamic", "longrope")
+    rope = draw_rope(draw, rotated + rotated % 2, types=types)
     if rope["rope_type"] == "dynamic":
         # shorter than the longest text
         keys["max_position_embeddings"] = 128

@@ -116,6 +116,8 @@ CASES = {
     "stablelm": dict(model_type="stablelm", use_qkv_bias=True, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)),
     "stablelm-parallel": dict(model_type="stablelm", num_attention_heads=2, num_key_value_heads=1, use_parallel_residual=True, tie_word_embeddings=True),
     "jais2": dict(model_type="jais2", head_dim=16, rope_parameters=PLAIN),
+    # 7 of 14 elements, so 4 pairs
+    "glm4-odd": dict(model_type="glm4", head_dim=14, rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)),
 }
 # Replacements in config.json, equivalent for transformers: the key next to the settings takes precedence.
 FILES = {"llama-original": dict(rope_parameters=LLAMA3)}

@@ -33,6 +33,11 @@ CASES = [
     ("longrope", 8, 1.0, 1e4, 64, [4, 40],
      {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.5,
       "short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [1.0, 3.0, 7.5, 20.0]}),
+    # 7 of 14 elements, so 4 pairs
+    ("linear", 14, 0.5, 1e4, 64, [10], {"factor": 4.0}),
+    ("dynamic", 14, 0.5, 1e4, 16, [10, 40], {"factor": 2.5}),
+    ("longrope", 14, 0.5, 1e4, 64, [16],
+     {"factor": 4.0, "original_max_position_embeddings": 32, "short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [1.0, 3.0, 7.5, 20.0]}),
     ("proportional", 16, 0.25, 1e6, 64, [10], {"factor": 1.0}),
     ("proportional", 32, 0.5, 1e4, 64, [10], {"factor": 8.0}),
 ]

@@ -90,7 +90,7 @@ impl RotaryTable {
 
     /// The number of rotated elements of a head.
     pub(crate) fn dim(&self) -> usize {
-        self.spec.dim
+        2 * self.spec.num_pairs()
     }
 
     /// The sequence length above which all positions of a sequence have other frequencies.
@@ -114,7 +114,7 @@ impl RotaryTable {
                 format!("the offsets of a batch do not run from 0 to its number of positions, {}", positions.len());
             return Err(Error::Bug(message));
         }
-        let half = self.spec.dim / 2;
+        let half = self.spec.num_pairs();
         let capacity = positions.len() * half;
         let (mut cos, mut sin) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
         for sequence in offsets.windows(2).map(|window| &positions[window[0]..window[1]]) {
@@ -152,7 +152,7 @@ impl RotaryTable {
                 format!("one rotary table for sequences of up to {positions} tokens with {:?}", self.spec.scaling);
             return Err(Error::Unsupported(message));
         }
-        let (rows, half) = (self.short.rows(positions)?, self.spec.dim / 2);
+        let (rows, half) = (self.short.rows(positions)?, self.spec.num_pairs());
         let part = |table: &[f32]| Tensor::from_slice(&table[..positions * half], (positions, half), device);
         Ok((part(&rows.cos)?, part(&rows.sin)?))
     }

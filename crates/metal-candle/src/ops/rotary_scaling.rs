@@ -6,7 +6,8 @@ use metal_candle_kernels::Pairs;
 /// The rotary embedding of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct RotarySpec {
-    /// The number of leading elements of a head that are rotated; even.
+    /// The number of leading elements of a head that are rotated. With an odd number, the element after them is rotated
+    /// with the last one, and the frequencies follow from the odd number.
     pub(crate) dim: usize,
     pub(crate) theta: f64,
     pub(crate) scaling: RotaryScaling,
@@ -43,9 +44,9 @@ pub(crate) enum RotaryScaling {
     /// `LongRoPE` (<https://arxiv.org/abs/2402.13753>): a divisor for each pair, with other divisors for sequences
     /// longer than `original_max_position_embeddings`, and a factor on cosines and sines.
     LongRope {
-        /// `[dim / 2]`.
+        /// `[num_pairs]`.
         short_factor: Vec<f64>,
-        /// `[dim / 2]`.
+        /// `[num_pairs]`.
         long_factor: Vec<f64>,
         /// None for `max_position_embeddings / original_max_position_embeddings`.
         factor: Option<f64>,
@@ -59,13 +60,18 @@ pub(crate) enum RotaryScaling {
 }
 
 impl RotarySpec {
+    /// The number of pairs of elements that are rotated.
+    pub(crate) fn num_pairs(&self) -> usize {
+        self.dim.div_ceil(2)
+    }
+
     /// # Errors
     /// The first setting that is out of range.
     pub(super) fn check(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::argument("rotary embedding", message));
-        let half = self.dim / 2;
-        if self.dim == 0 || !self.dim.is_multiple_of(2) {
-            return wrong(format!("expected an even number of elements to rotate, found {}", self.dim));
+        let half = self.num_pairs();
+        if self.dim == 0 {
+            return wrong("expected at least one element to rotate, found 0".into());
         }
         if !(self.theta.is_finite() && self.theta >= 1.0) {
             return wrong(format!("expected a theta of at least 1, found {}", self.theta));
@@ -77,8 +83,8 @@ impl RotarySpec {
             RotaryScaling::Default => Vec::new(),
             RotaryScaling::Linear { factor } => vec![("factor", *factor)],
             RotaryScaling::Dynamic { factor } => {
-                if self.dim < 4 {
-                    return wrong(format!("dynamic scaling needs at least 4 elements to rotate, found {}", self.dim));
+                if self.dim < 3 {
+                    return wrong(format!("dynamic scaling needs at least 3 elements to rotate, found {}", self.dim));
                 }
                 vec![("factor", *factor)]
             }
@@ -102,6 +108,12 @@ impl RotarySpec {
             RotaryScaling::Yarn { factor, original_max_position_embeddings: o, beta_fast, beta_slow, .. } => {
                 if self.theta <= 1.0 {
                     return wrong("yarn scaling needs a theta above 1".into());
+                }
+                if !self.dim.is_multiple_of(2) {
+                    return wrong(format!(
+                        "yarn scaling needs an even number of elements to rotate, found {}",
+                        self.dim
+                    ));
                 }
                 vec![
                     ("factor", factor.unwrap_or(1.0)),
@@ -172,7 +184,7 @@ impl RotarySpec {
         }
     }
 
-    /// The frequency of each pair for a sequence of `length` tokens: `[dim / 2]`.
+    /// The frequency of each pair for a sequence of `length` tokens: `[num_pairs]`.
     pub(crate) fn frequencies(&self, length: usize) -> Vec<f32> {
         let (dim, max) = (self.dim as f64, self.max_position_embeddings as f64);
         match &self.scaling {
@@ -213,7 +225,7 @@ impl RotarySpec {
             }
             RotaryScaling::LongRope { short_factor, long_factor, original_max_position_embeddings, .. } => {
                 let divisors = if length > *original_max_position_embeddings { long_factor } else { short_factor };
-                let powers = (0..self.dim / 2).map(|i| self.power(self.theta, i));
+                let powers = (0..self.num_pairs()).map(|i| self.power(self.theta, i));
                 powers.zip(divisors).map(|(power, divisor)| 1.0 / (*divisor as f32 * power)).collect()
             }
             RotaryScaling::Proportional { factor, rotated_pairs } => {
@@ -248,6 +260,6 @@ impl RotarySpec {
     }
 
     fn unscaled(&self, theta: f64) -> Vec<f32> {
-        (0..self.dim / 2).map(|i| 1.0 / self.power(theta, i)).collect()
+        (0..self.num_pairs()).map(|i| 1.0 / self.power(theta, i)).collect()
     }
 }

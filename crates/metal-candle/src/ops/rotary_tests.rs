@@ -62,7 +62,7 @@ fn spec(case: &Value) -> RotarySpec {
 #[test]
 fn frequencies_and_factors_are_those_of_transformers() {
     let cases = golden();
-    assert_eq!(cases.len(), 18);
+    assert_eq!(cases.len(), 22);
     for case in cases {
         let (spec, length) = (spec(&case), case["length"].as_u64().unwrap() as usize);
         let expected: Vec<f64> = case["frequencies"].as_array().unwrap().iter().map(|f| f.as_f64().unwrap()).collect();
@@ -114,7 +114,7 @@ fn each_sequence_has_the_table_of_its_length() {
         assert_eq!(values(sin), parts.iter().flat_map(|part| part.1.clone()).collect::<Vec<_>>());
         // position 1 of a short and of a long sequence
         let of_long = rows((0..=limit as u32).collect()).1;
-        let half = spec.dim / 2;
+        let half = spec.num_pairs();
         assert_ne!(parts[0].1[half..2 * half], of_long[half..2 * half]);
 
         let (cos, _) = table.on_device(limit, &Device::Cpu).unwrap();
@@ -135,12 +135,22 @@ fn settings_out_of_range_are_named() {
         original_max_position_embeddings: 16,
         attention_factor: None,
     };
+    let yarn = RotaryScaling::Yarn {
+        factor: Some(2.0),
+        original_max_position_embeddings: 16,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        mscale: None,
+        mscale_all_dim: None,
+        attention_factor: None,
+        truncate: true,
+    };
     for (spec, word) in [
-        (spec(7, 1e4, RotaryScaling::Default), "even"),
-        (spec(0, 1e4, RotaryScaling::Default), "even"),
+        (spec(0, 1e4, RotaryScaling::Default), "at least one"),
         (spec(8, f64::NAN, RotaryScaling::Default), "theta"),
         (spec(8, 1e4, RotaryScaling::Linear { factor: 0.0 }), "`factor`"),
-        (spec(2, 1e4, RotaryScaling::Dynamic { factor: 2.0 }), "at least 4"),
+        (spec(2, 1e4, RotaryScaling::Dynamic { factor: 2.0 }), "at least 3"),
+        (spec(7, 1e4, yarn), "even"),
         (spec(8, 1e4, long_rope), "`long_factor`"),
         (spec(8, 1e4, RotaryScaling::Proportional { factor: 1.0, rotated_pairs: 5 }), "at most 4"),
     ] {

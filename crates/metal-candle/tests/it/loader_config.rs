@@ -217,6 +217,7 @@ fn unsupported_values_are_refused_by_key() {
         (json!({"quantization": {"bits": 4}}), ["quantization", "quantized"]),
         (json!({"use_mrope": true}), ["use_mrope", "rotary"]),
         (json!({"model_type": "stablelm", "qk_layernorm": true}), ["qk_layernorm", "one tensor per head"]),
+        (json!({"model_type": "stablelm", "partial_rotary_factor": 0.2}), ["partial_rotary_factor", "odd number"]),
     ] {
         let error = parse(&with(changes.clone())).expect_err(&changes.to_string());
         assert!(matches!(error, Error::Unsupported(_)), "{changes}: {error:?}");

@@ -101,10 +101,8 @@ impl RopeKeys {
 
     /// The rotary table for the heads of `config`.
     pub(super) fn table(&self, config: &ModelConfig) -> RotarySpec {
-        // an odd number of elements is rounded up to whole pairs
-        let dim = ((config.head_dim as f64 * self.share) as usize).next_multiple_of(2);
         RotarySpec {
-            dim,
+            dim: (config.head_dim as f64 * self.share) as usize,
             theta: self.theta,
             scaling: self.scaling.clone(),
             pairs: Pairs::Halves,
@@ -166,7 +164,7 @@ impl RopeKeys {
                 mscale_all_dim: rope.number("mscale_all_dim")?,
             },
             "longrope" => {
-                let pairs = (config.head_dim as f64 * self.share) as usize / 2;
+                let pairs = ((config.head_dim as f64 * self.share) as usize).div_ceil(2);
                 RotaryScaling::LongRope {
                     short_factor: factors(rope, "short_factor", pairs)?,
                     long_factor: factors(rope, "long_factor", pairs)?,

@@ -38,6 +38,11 @@ fn stablelm(config: &mut ModelConfig, keys: &Keys) -> Result<Description> {
     }
     let options = RopeOptions { partial: Some(0.25), ..RopeOptions::default() };
     let mut description = decoder_with_rotary(config, keys, options)?;
+    if let Some(table) = description.rotary.iter().find(|table| !table.dim.is_multiple_of(2)) {
+        // transformers cannot rotate these
+        let what = format!("an odd number of rotated elements in a head, {}", table.dim);
+        return Err(keys.unsupported("partial_rotary_factor", &what));
+    }
     description.norm = NormSpec { kind: NormKind::Layer, has_bias: true, ..description.norm };
     if keys.flag("use_parallel_residual")?.unwrap_or(false) {
         for layer in &mut description.layers {

@@ -435,7 +435,10 @@ fn cohere2(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
 fn rotated_fraction(metadata: &Metadata, map: &mut Map<String, Value>) -> Result<()> {
     let head_dim = metadata.head_dim()?;
     let rotated = metadata.size("rope.dimension_count")?.unwrap_or(head_dim);
-    map.insert("partial_rotary_factor".into(), (rotated as f64 / head_dim.max(1) as f64).into());
+    let quotient = rotated as f64 / head_dim.max(1) as f64;
+    // the family rounds the product down, which must not be one less because the quotient was rounded
+    let is_exact = (head_dim as f64 * quotient) as usize >= rotated;
+    map.insert("partial_rotary_factor".into(), if is_exact { quotient } else { quotient.next_up() }.into());
     Ok(())
 }
 

@@ -35,6 +35,10 @@ pub(super) fn limits(name: &str, config: &ModelConfig, description: &Description
         ("no bias after attention or in the MLP", ALL_BIASES.contains(&name) && !(has_output_bias && has_mlp_bias)),
         ("heads of another width than the embedding", !is_square && SQUARE.contains(&name)),
         (
+            "an odd number of rotated elements in a head",
+            description.rotary.iter().any(|table| !table.dim.is_multiple_of(2)),
+        ),
+        (
             "norms of q and k in fewer than 64 layers",
             name == "command-r"
                 && description.layers.len() < 64
@@ -89,6 +93,7 @@ mod tests {
             ("jais2", json!({"mlp_bias": false}), "no bias after attention or in the MLP"),
             ("cohere2", json!({"head_dim": 32}), "heads of another width"),
             ("cohere", json!({"use_qk_norm": true}), "norms of q and k"),
+            ("glm4", json!({"head_dim": 14}), "an odd number of rotated elements"),
             ("mistral", json!({"sliding_window": 8}), "ignores attention windows"),
             ("llama", json!({"rope_scaling": yarn}), "ignores `beta_fast`"),
         ] {

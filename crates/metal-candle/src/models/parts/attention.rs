@@ -153,7 +153,7 @@ impl Attention {
             can_fuse,
             qk_norm,
             sinks: slots.sinks.map(|index| Ok::<_, crate::Error>((index, tensors.small(index)?))).transpose()?,
-            rotary: table.map(|(index, table)| (index, table.pairs, table.dim)),
+            rotary: table.map(|(index, table)| (index, table.pairs, 2 * table.num_pairs())),
         })
     }
 
