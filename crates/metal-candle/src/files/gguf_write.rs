@@ -2,7 +2,7 @@
 
 use super::gguf_header::{DEFAULT_ALIGNMENT, GgufValue, MAGIC};
 use super::gguf_type::GgufType;
-use super::write::write_contents;
+use super::write::{Access, write_contents};
 use crate::error::{Error, Result};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -58,7 +58,7 @@ pub(crate) fn write_gguf(
 ) -> Result<()> {
     let header = header(metadata, tensors)?;
     let sizes = tensors.iter().map(NewTensor::num_bytes).collect::<Result<Vec<_>>>()?;
-    write_contents(path, |file| {
+    write_contents(path, Access::Shared, |file| {
         let written = |done: io::Result<()>| done.map_err(|error| Error::write(path, error));
         written(file.write_all(&header))?;
         for (index, num_bytes) in sizes.iter().enumerate() {

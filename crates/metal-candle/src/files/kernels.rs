@@ -1,13 +1,15 @@
 //! Caches compiled kernels in the user's cache folder, so that only the first start on a machine compiles them.
 
-use super::{create_folder, read_bounded, write_atomically};
+use super::keyed_file::KeyedFile;
+use super::write::{Access, create_folder};
+use crate::error::Error;
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 
-/// The first bytes of a file. The length of the key (8 bytes), the key, the code, and a CRC-32C of all these bytes follow.
-const MAGIC: &[u8] = b"metal-candle kernels 1\n";
+/// The files, whose contents is the code.
+const FILES: KeyedFile = KeyedFile { magic: b"metal-candle kernels 1\n", access: Access::Shared };
 
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
@@ -43,24 +45,16 @@ impl KernelFolder {
 
     /// Loads the code of a key; `None` if the file is missing, damaged, unreadable or has another key.
     pub(crate) fn load(&self, key: &str) -> Option<Vec<u8>> {
-        let mut bytes = read_bounded(self.path(key), MAX_FILE_BYTES).ok()?;
-        let sum = bytes.split_off(bytes.len().checked_sub(4)?);
-        if sum != crc32c::crc32c(&bytes).to_le_bytes() {
-            return None;
-        }
-        let rest = bytes.strip_prefix(MAGIC)?;
-        let (length, rest) = rest.split_first_chunk()?;
-        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
-        let (found, code) = rest.split_at_checked(length)?;
-        (found == key.as_bytes()).then(|| code.to_vec())
+        let file = FILES.load(&self.path(key), MAX_FILE_BYTES).ok()?;
+        (file.key() == key.as_bytes()).then(|| file.contents().to_vec())
     }
 
     /// Saves the code of a key. A failure is not an error: the next process compiles again.
     pub(crate) fn save(&self, key: &str, code: &[u8]) {
-        let mut bytes = [MAGIC, &(key.len() as u64).to_le_bytes(), key.as_bytes(), code].concat();
-        bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
-        let saved =
-            create_folder(&self.folder).and_then(|()| write_atomically(self.path(key), |file| file.write_all(&bytes)));
+        let path = self.path(key);
+        let saved = create_folder(&self.folder).and_then(|()| {
+            FILES.save(&path, key.as_bytes(), |file| file.write_all(code).map_err(|error| Error::write(&path, error)))
+        });
         match saved {
             Ok(()) => self.remove_oldest(),
             Err(error) => tracing::debug!("compiled kernels are not cached: {error}"),

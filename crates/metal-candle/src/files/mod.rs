@@ -2,6 +2,7 @@
 //! models from the Hub.
 
 mod convert;
+mod digest;
 mod foreign;
 mod gguf;
 mod gguf_header;
@@ -16,6 +17,7 @@ mod hub;
 mod json_object;
 #[cfg(any(test, feature = "cuda"))]
 mod kernels;
+mod keyed_file;
 mod read;
 mod safetensors;
 mod sanitize;
@@ -24,6 +26,7 @@ mod shards;
 mod write;
 
 pub use crate::error::format_bytes;
+pub(crate) use digest::Digest;
 pub use gguf::GgufFile;
 pub use gguf_header::{GgufTensor, GgufValue};
 pub(crate) use gguf_tokens::{END_MARKS, end_of_generation_ids};
@@ -35,6 +38,7 @@ pub use hub::{DownloadProgress, Hub, HubName};
 pub(crate) use json_object::{JsonObject, describe};
 #[cfg(feature = "cuda")]
 pub(crate) use kernels::KernelFolder;
+pub(crate) use keyed_file::KeyedFile;
 pub use read::{
     BoundedLines, MAX_METRICS_LINE_BYTES, MAX_SIDE_FILE_BYTES, check_integers, read_bounded, read_if_exists, read_json,
     read_stream, read_text, read_text_stream,
@@ -42,8 +46,9 @@ pub use read::{
 pub(crate) use safetensors::element_count;
 pub use safetensors::{SafetensorsFile, TensorEntry};
 pub use sanitize::{printable, printable_json, sanitize};
+pub(crate) use saver::write_tensor;
 pub use saver::{check_finite, write_safetensors};
 pub(crate) use shards::Shards;
 pub use shards::shard_names;
-pub(crate) use write::sync_folder;
+pub(crate) use write::{Access, create_private_folder, is_temporary, sync_folder};
 pub use write::{create_folder, open_to_append, remove_stale_temporaries, write_atomically};

@@ -1,6 +1,6 @@
 //! Writes safetensors files.
 
-use super::write::write_contents;
+use super::write::{Access, write_contents};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -27,7 +27,7 @@ pub fn write_safetensors<S: AsRef<str>>(
     // wide dtypes first, so that every tensor starts at a multiple of its width
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
     let header = header(&tensors, metadata)?;
-    write_contents(path, |file| {
+    write_contents(path, Access::Shared, |file| {
         let written = |done: io::Result<()>| done.map_err(|error| Error::write(path, error));
         written(file.write_all(&(header.len() as u64).to_le_bytes()))?;
         written(file.write_all(&header))?;
@@ -100,7 +100,8 @@ pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
     }
 }
 
-fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io::Result<()>> {
+/// Writes the elements of a tensor, little-endian and row by row.
+pub(crate) fn write_tensor(file: &mut dyn Write, tensor: &Tensor) -> candle_core::Result<io::Result<()>> {
     let tensor = to_host(tensor)?.flatten_all()?;
     Ok(match tensor.dtype() {
         DType::F32 => write_all(file, &tensor.to_vec1::<f32>()?, f32::to_le_bytes),

@@ -21,6 +21,15 @@ enum Destination {
     Stream,
 }
 
+/// Who may read a new file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Everyone whom the umask permits.
+    Shared,
+    /// Only the user of this process, on Unix.
+    Private,
+}
+
 /// Writes a temporary file next to `path` and renames it over `path` once it is complete and synced.
 ///
 /// Only regular files are replaced. For a symbolic link, its target is replaced. Pipes and devices are written to
@@ -30,25 +39,32 @@ enum Destination {
 /// The file cannot be written, or `path` is a folder. Then a file at `path` is unchanged, and the temporary file is
 /// removed.
 pub fn write_atomically(path: impl AsRef<Path>, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let path = path.as_ref();
+    write_with_access(path.as_ref(), Access::Shared, write)
+}
+
+fn write_with_access(path: &Path, access: Access, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     if path.file_name().is_none() {
         return Err(Error::argument("path", format!("expected a file, found `{}`", path.display())));
     }
     let written = match destination(path) {
-        Ok(Destination::File(target)) => replace(&target, write),
+        Ok(Destination::File(target)) => replace(&target, access, write),
         Ok(Destination::Stream) => write_through(path, write),
         Err(error) => Err(error),
     };
     written.map_err(|e| Error::write(path, e))
 }
 
-/// As [`write_atomically`], with a function that returns the library's errors.
+/// As [`write_atomically`], with a function that returns the library's errors, and with this access to a new file.
 ///
 /// # Errors
 /// As [`write_atomically`], or errors of `write`.
-pub(crate) fn write_contents(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+pub(crate) fn write_contents(
+    path: &Path,
+    access: Access,
+    write: impl FnOnce(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
     let mut failure = None;
-    let written = write_atomically(path, |file| {
+    let written = write_with_access(path, access, |file| {
         write(file).map_err(|error| {
             failure = Some(error);
             io::Error::other("the contents could not be created")
@@ -78,6 +94,31 @@ pub fn open_to_append(path: impl AsRef<Path>) -> Result<File> {
 pub fn create_folder(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     fs::create_dir_all(path).map_err(|e| Error::write(path, e))
+}
+
+/// Creates a folder and its parents for files that only the user of this process may read.
+///
+/// # Errors
+/// The folder cannot be created, or on Unix, the folder exists and other users may access it.
+pub(crate) fn create_private_folder(path: &Path) -> Result<()> {
+    let failed = |error| Error::write(path, error);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+        // parents that are missing are created with the same access
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+        let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            let message = format!(
+                "expected a folder that only its owner may access (mode 700), found mode {mode:o}; use another folder, or run \
+                 `chmod 700` on it"
+            );
+            return Err(failed(io::Error::new(ErrorKind::PermissionDenied, message)));
+        }
+    }
+    #[cfg(not(unix))]
+    fs::create_dir_all(path).map_err(failed)?;
+    Ok(())
 }
 
 /// Removes temporary files of killed processes from `folder`. The caller must hold a lock that keeps other processes from
@@ -130,9 +171,9 @@ fn follow(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("too many symbolic links"))
 }
 
-fn replace(target: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+fn replace(target: &Path, access: Access, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let temporary = temporary_beside(target);
-    let replaced = write_and_rename(&temporary, target, write);
+    let replaced = write_and_rename(&temporary, target, access, write);
     if replaced.is_err() {
         // the first error is the one to report
         drop(fs::remove_file(&temporary));
@@ -143,10 +184,19 @@ fn replace(target: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) 
 fn write_and_rename(
     temporary: &Path,
     target: &Path,
+    access: Access,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut file = BufWriter::new(OpenOptions::new().write(true).create_new(true).open(temporary)?);
-    if let Ok(found) = fs::metadata(target) {
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    if access == Access::Private {
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    }
+    let mut file = BufWriter::new(options.open(temporary)?);
+    if access == Access::Shared
+        && let Ok(found) = fs::metadata(target)
+    {
         file.get_ref().set_permissions(found.permissions())?;
     }
     write(&mut file)?;
@@ -182,7 +232,7 @@ fn temporary_beside(target: &Path) -> PathBuf {
 }
 
 /// Whether a name was created by [`temporary_beside`] of this or an earlier version.
-fn is_temporary(name: &str) -> bool {
+pub(crate) fn is_temporary(name: &str) -> bool {
     if ["run.json.part", "loss.svg.part"].contains(&name) {
         return true;
     }
