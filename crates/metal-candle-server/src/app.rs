@@ -185,9 +185,9 @@ impl App {
     }
 
     /// The prefix cache salt of a client's requests.
-    pub(crate) fn salt(&self, client: &Client, cache_salt: Option<&str>) -> u64 {
+    pub(crate) fn salt(&self, client: &Client, cache_salt: Option<&str>) -> u128 {
         let owner = if self.config.share_prefixes { 0 } else { client.owner };
-        self.hasher.hash_one((owner, cache_salt))
+        self.hasher.hash_one((owner, cache_salt)).into()
     }
 
     /// Runs a CPU task on a blocking thread.

@@ -42,7 +42,7 @@ pub(crate) struct Job {
     /// The text that the client expects.
     pub(crate) prediction: Vec<u32>,
     /// The prefix cache salt: jobs with equal salts share prefixes.
-    pub(crate) salt: u64,
+    pub(crate) salt: u128,
     /// The index of the key that the job belongs to.
     pub(crate) owner: usize,
     /// Maximum number of sequences of this owner that run at the same time.

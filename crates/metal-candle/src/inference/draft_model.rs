@@ -1,11 +1,12 @@
 //! Drafts the next tokens of sequences with a small model that has its own KV cache.
 
+use super::prefix_folder::num_common;
 use super::request::SequenceId;
 use super::sample_token::with_logits;
 use super::sampler::Sampler;
 use super::sampling::SamplingConfig;
 use super::sequence::Sequence;
-use super::slots::{check_kind, new_cache, num_common};
+use super::slots::{check_kind, new_cache};
 use crate::error::{Error, Result};
 use crate::models::{Batch, KVCache, KVCacheType, Model, Rows};
 

@@ -11,7 +11,7 @@ use crate::ops::LowRankUpdates;
 use std::ops::ControlFlow;
 
 /// All generations of a generator share cached prefixes.
-const PREFIX_KEY: u64 = 0;
+const PREFIX_KEY: u128 = 0;
 
 /// Continues prompts with a model and optionally an adapter, which can be swapped between generations.
 ///

@@ -48,7 +48,9 @@ pub struct Request {
     pub prediction: Vec<u32>,
     /// Requests with the same key and adapter share the cache of a common prefix. Without a key, nothing is shared. The time
     /// to the first token reveals whether a prefix was cached, so callers that do not trust each other need different keys.
-    pub prefix_key: Option<u64>,
+    /// With [`Scheduler::with_prefix_storage`](super::Scheduler::with_prefix_storage), a key means the same in all processes
+    /// that use the folder.
+    pub prefix_key: Option<u128>,
 }
 
 impl Request {
@@ -111,7 +113,7 @@ impl Request {
 
     /// Shares the cache of common prefixes with requests of the same key.
     #[must_use]
-    pub fn with_prefix_key(mut self, key: u64) -> Self {
+    pub fn with_prefix_key(mut self, key: u128) -> Self {
         self.prefix_key = Some(key);
         self
     }

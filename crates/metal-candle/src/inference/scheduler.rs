@@ -2,6 +2,7 @@
 
 mod admission;
 mod decoding;
+mod prefixes;
 
 use super::adapter_set::AdapterSet;
 use super::device_decoding::DeviceDecoding;
@@ -209,7 +210,9 @@ impl Scheduler {
     /// # Errors
     /// The adapter does not fit the model.
     pub fn add_adapter(&mut self, terms: &LowRankUpdates) -> Result<AdapterId> {
-        Ok(self.adapters.add(self.model.with_cached_factors(terms)?))
+        let adapter = self.adapters.add(self.model.with_cached_factors(terms)?);
+        self.slots.add_adapter(adapter, terms)?;
+        Ok(adapter)
     }
 
     /// Removes an adapter.

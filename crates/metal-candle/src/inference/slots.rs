@@ -1,9 +1,13 @@
 //! Manages the slots of a scheduler's KV cache, and the prefixes that remain in released slots.
 
+use super::prefix_folder::{MIN_TOKENS, PrefixFolder, PrefixStorage, Scope, num_common};
 use super::request::AdapterId;
 use crate::error::{Error, Result};
 use crate::models::{KVCache, KVCacheConfig, KVCacheType, Model};
+use crate::ops::LowRankUpdates;
 use candle_core::DType;
+use std::cmp::Reverse;
+use std::collections::HashMap;
 
 /// The slots and the cache that they index.
 #[derive(Debug, Default)]
@@ -14,6 +18,12 @@ pub(super) struct Slots {
     all: Vec<Slot>,
     /// The number of releases so far.
     releases: u64,
+    /// The folder for prefixes that are overwritten.
+    folder: Option<PrefixFolder>,
+    /// The digests of the adapters, if there is a folder.
+    adapters: HashMap<AdapterId, [u8; 32]>,
+    /// The number of tokens read from the folder since [`Slots::take_num_read`].
+    num_read: usize,
 }
 
 #[derive(Debug, Default)]
@@ -35,19 +45,53 @@ pub(super) struct Prefix {
 /// The key for sharing prefixes: sequences with equal values share them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sharing {
-    pub(super) key: u64,
+    pub(super) key: u128,
     pub(super) adapter: Option<AdapterId>,
-}
-
-/// The length of the common prefix of two texts.
-pub(super) fn num_common(left: &[u32], right: &[u32]) -> usize {
-    left.iter().zip(right).take_while(|(left, right)| left == right).count()
 }
 
 impl Slots {
     /// Creates an empty cache of this type; `None` for the default of the model.
     pub(super) fn new(kind: Option<KVCacheType>) -> Self {
         Self { kind, ..Self::default() }
+    }
+
+    /// Saves prefixes of at least [`MIN_TOKENS`] that are overwritten, and reads them when a sequence needs them.
+    ///
+    /// # Errors
+    /// As [`PrefixFolder::open`].
+    pub(super) fn open_folder(&mut self, storage: &PrefixStorage, model: &Model) -> Result<()> {
+        let kind = self.kind.unwrap_or_else(|| default_kind(model));
+        let longest = cache_config(model, 1, model.config().max_sequence_length());
+        self.folder = Some(PrefixFolder::open(storage, model, kind, longest)?);
+        Ok(())
+    }
+
+    /// Computes the digest of a new adapter, if there is a folder.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(super) fn add_adapter(&mut self, adapter: AdapterId, updates: &LowRankUpdates) -> Result<()> {
+        if self.folder.is_some() {
+            self.adapters.insert(adapter, updates.digest()?);
+        }
+        Ok(())
+    }
+
+    /// Saves the prefixes of all free slots, and waits until they are written.
+    pub(super) fn save_prefixes(&mut self) {
+        let len = |index: &usize| self.all[*index].prefix.as_ref().map_or(0, |prefix| prefix.ids.len());
+        let mut order: Vec<usize> = (0..self.all.len()).collect();
+        // a text that contains another is saved first, so that the other is not saved
+        order.sort_by_key(|index| Reverse(len(index)));
+        for index in order {
+            self.save(index, 0, true);
+        }
+        self.folder.iter().for_each(PrefixFolder::finish);
+    }
+
+    /// The number of tokens that were read from the folder since the last call.
+    pub(super) fn take_num_read(&mut self) -> usize {
+        std::mem::take(&mut self.num_read)
     }
 
     /// The cache, once slots are allocated.
@@ -121,6 +165,10 @@ impl Slots {
             Some((num_common(&prefix.ids, ids), index, prefix.ids.len()))
         };
         let (count, index, len) = self.all.iter().enumerate().filter_map(held).max().unwrap_or((0, free, 0));
+        let longest = busy.map_or(count, |(_, shared)| shared.max(count));
+        if let Some(read) = self.read(free, ids, sharing, longest) {
+            return Some((free, read));
+        }
         let (from, count, is_copied) = match busy {
             Some((slot, shared)) if shared > count => (slot, shared, true),
             // do not overwrite another text that has little in common with this one
@@ -135,6 +183,63 @@ impl Slots {
         Some((free, if copied { count } else { 0 }))
     }
 
+    /// Takes free slot `index` for a text and reads its first tokens from the folder; returns their number. `None` if no file
+    /// has enough tokens more than `held`, the number in another slot.
+    fn read(&mut self, index: usize, ids: &[u32], sharing: Sharing, held: usize) -> Option<usize> {
+        // before the files are searched
+        if ids.len() < held + MIN_TOKENS {
+            return None;
+        }
+        let scope = self.scope(sharing)?;
+        let capacity = self.cache.as_ref()?.config().max_seq_len;
+        let folder = self.folder.as_mut()?;
+        let found = folder.find(&scope, ids)?;
+        let count = found.shared.min(capacity);
+        if count < held + MIN_TOKENS {
+            return None;
+        }
+        let tensors = folder.load(&scope, &found)?;
+        self.mark_taken(index, 0);
+        match self.cache.as_mut()?.write_slot(index, count, &tensors) {
+            Ok(()) => {
+                self.num_read += count;
+                Some(count)
+            }
+            Err(error) => {
+                tracing::warn!("a saved prefix is not used: {error}");
+                Some(0)
+            }
+        }
+    }
+
+    /// Saves the prefix of a slot whose first `kept` tokens remain in the cache, if it is long and no file has it. If other
+    /// prefixes are being written, it is dropped, unless `waits`.
+    fn save(&mut self, index: usize, kept: usize, waits: bool) {
+        let Some(prefix) = self.all.get(index).and_then(|slot| slot.prefix.as_ref()) else { return };
+        if prefix.ids.len() < kept + MIN_TOKENS {
+            return;
+        }
+        let Some(scope) = self.scope(prefix.sharing) else { return };
+        let (Some(folder), Some(cache)) = (&mut self.folder, &self.cache) else { return };
+        if !folder.lacks(&scope, &prefix.ids) {
+            return;
+        }
+        match cache.read_slot(index, prefix.ids.len()) {
+            Ok(tensors) => folder.save(&scope, &prefix.ids, tensors, waits),
+            Err(error) => tracing::warn!("a prefix was not saved: {error}"),
+        }
+    }
+
+    /// The scope of files, if there is a folder.
+    fn scope(&self, sharing: Sharing) -> Option<Scope> {
+        let adapter = sharing.adapter.map(|adapter| self.adapters.get(&adapter));
+        match adapter {
+            // its digest is unknown
+            Some(None) => None,
+            adapter => Some(self.folder.as_ref()?.scope(sharing.key, adapter.flatten())),
+        }
+    }
+
     /// The free slot to overwrite: an empty one, else the least recently released one.
     fn next_free(&self) -> Option<usize> {
         let free = self.all.iter().enumerate().filter(|(_, slot)| !slot.is_taken);
@@ -143,6 +248,7 @@ impl Slots {
 
     /// Takes a slot and keeps its first `len` tokens.
     fn mark_taken(&mut self, index: usize, len: usize) {
+        self.save(index, len, false);
         (self.all[index].is_taken, self.all[index].prefix) = (true, None);
         self.truncate(index, len);
     }
@@ -158,6 +264,7 @@ impl Slots {
 
     /// Drops the prefixes of an adapter.
     pub(super) fn forget_adapter(&mut self, adapter: AdapterId) {
+        self.adapters.remove(&adapter);
         for slot in &mut self.all {
             slot.prefix.take_if(|prefix| prefix.sharing.adapter == Some(adapter));
         }

@@ -310,4 +310,33 @@ impl KVCache {
         self.lengths[to] = length;
         Ok(())
     }
+
+    /// Copies the first `len` tokens of `slot`, or all if it has fewer: keys and values of each layer in turn,
+    /// `[num_heads, len, head_dim]`, or the bytes of quantized blocks in the last dimension.
+    ///
+    /// # Errors
+    /// The slot is out of range.
+    pub(crate) fn read_slot(&self, slot: usize, len: usize) -> Result<Vec<Tensor>> {
+        let len = len.min(self.len(slot));
+        let tensors = self.keys.iter().zip(&self.values).flat_map(|(keys, values)| [keys, values]);
+        tensors.map(|tensor| Ok(tensor.get(slot)?.narrow(1, 0, len)?.force_contiguous()?)).collect()
+    }
+
+    /// Replaces the contents of `slot` by the first `len` tokens of tensors as [`KVCache::read_slot`] returns them.
+    ///
+    /// # Errors
+    /// The slot is out of range, the tokens do not fit, or there are fewer; then the slot is empty.
+    pub(crate) fn write_slot(&mut self, slot: usize, len: usize, tensors: &[Tensor]) -> Result<()> {
+        self.truncate(slot, 0);
+        let expected = self.keys.len() + self.values.len();
+        if tensors.len() != expected {
+            return Err(Error::argument("tensors", format!("expected {expected}, found {}", tensors.len())));
+        }
+        let own = self.keys.iter().zip(&self.values).flat_map(|(keys, values)| [keys, values]);
+        for (to, from) in own.zip(tensors) {
+            to.get(slot)?.slice_set(&from.narrow(1, 0, len)?.contiguous()?, 1, 0)?;
+        }
+        self.set_len(slot, len);
+        Ok(())
+    }
 }

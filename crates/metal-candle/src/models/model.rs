@@ -16,6 +16,7 @@ use super::tensors::Tensors;
 use super::{Batch, KVCache};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::Digest;
 use crate::ops::adapters::{Adapters, BatchUpdates, LayerUpdates};
 use crate::ops::attention::{CacheSlots, Spans};
 use crate::ops::gpu::{self, Formats};
@@ -25,6 +26,7 @@ use crate::ops::rotary::{RotaryTable, Rotation};
 use crate::ops::{LowRankUpdates, MappedFiles, Weight, embedding};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{AttentionShape, BlockFormat, MatmulPrecision};
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -460,6 +462,23 @@ impl Model {
             cached.insert(id, update.with_cached_factors(weight, id == self.embedding_id())?);
         }
         Ok(cached)
+    }
+
+    /// A SHA-256 of everything that determines the results of the model: configuration, weights and the precision of products.
+    /// It reads all weights.
+    ///
+    /// # Errors
+    /// A file of the weights has been truncated or overwritten, or the device fails.
+    pub(crate) fn digest(&self) -> Result<[u8; 32]> {
+        let weights = self.parameters().par_iter().map(|(_, weight)| weight.digest()).collect::<Result<Vec<_>>>()?;
+        let mut digest = Digest::new("model");
+        digest.add(self.config().identity().as_bytes());
+        digest.add(format!("{:?}", self.matmul_precision()).as_bytes());
+        for ((name, _), weight) in self.parameters().iter().zip(weights) {
+            digest.add(name.as_bytes());
+            digest.add(&weight);
+        }
+        Ok(digest.finish())
     }
 
     /// The id of the embedding among [`Model::linears`].

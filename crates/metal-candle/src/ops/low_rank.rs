@@ -5,6 +5,7 @@ use super::host::{Host, edit};
 use super::products::{Accumulator, ScaledProduct, add_scaled, outer, product, row_dots, sum};
 use super::weight::Weight;
 use crate::error::Result;
+use crate::files::Digest;
 use crate::profile::{Kind, span};
 use candle_core::{DType, Tensor};
 use metal_candle_kernels::{LowRankUpdate, add_low_rank_updates};
@@ -186,6 +187,26 @@ impl LowRankUpdates {
     /// The low-rank update of linear layer `id`.
     pub fn get(&self, id: usize) -> Option<&LowRank> {
         self.updates.get(id).and_then(Option::as_ref)
+    }
+
+    /// A SHA-256 of everything that determines the results of inference: the ids of the layers and their updates.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(crate) fn digest(&self) -> Result<[u8; 32]> {
+        let mut digest = Digest::new("low-rank updates");
+        for (id, update) in self.iter() {
+            digest.add_number(id as u64);
+            digest.add_number(u64::from(update.scale.to_bits()));
+            let initial = update.initial_factors.as_ref().map(|(a, b)| [a, b]);
+            let magnitude = update.magnitude.as_ref().map(|magnitude| &magnitude.m);
+            let parts = [Some(&update.a), Some(&update.b), initial.map(|[a, _]| a), initial.map(|[_, b]| b), magnitude];
+            for part in parts {
+                digest.add_number(u64::from(part.is_some()));
+                part.map_or(Ok(()), |tensor| digest.add_tensor(tensor))?;
+            }
+        }
+        Ok(digest.finish())
     }
 
     /// The low-rank updates with the ids of their layers.

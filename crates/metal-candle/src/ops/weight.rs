@@ -5,6 +5,7 @@ use super::gpu_blocks::{GpuBlocks, MAX_WEIGHTS, block_product};
 use super::host::{Host, tensor};
 use super::quantized::Quantized;
 use crate::error::{Error, Result};
+use crate::files::Digest;
 use candle_core::{DType, Device, Shape, Tensor};
 use metal_candle_kernels::{BlockFormat, BlockMatrix, ElementType, MappedFile, MatmulPrecision, Matrix, widen};
 use std::ops::Range;
@@ -320,6 +321,31 @@ impl Weight {
                 Err(Error::Bug("a dense weight was read as quantized blocks".into()))
             }
         }
+    }
+
+    /// A SHA-256 of format, shape and elements.
+    ///
+    /// # Errors
+    /// The file has been truncated or overwritten, or the device fails.
+    pub(crate) fn digest(&self) -> Result<[u8; 32]> {
+        let mut digest = Digest::new("weight");
+        digest.add(self.block_format().map_or("", BlockFormat::name).as_bytes());
+        self.dims().iter().for_each(|&size| digest.add_number(size as u64));
+        if let Stored::Quantized(quantized) = &self.stored {
+            digest.add(quantized.matrix()?.bytes());
+            quantized.check()?;
+            return Ok(digest.finish());
+        }
+        if self.block_format().is_some() {
+            digest.add(&self.block_bytes()?);
+            return Ok(digest.finish());
+        }
+        // in chunks, so that mapped weights are not copied as a whole
+        let count = self.dims().first().copied().unwrap_or(0);
+        for start in (0..count).step_by(ROWS_WIDENED) {
+            digest.add_tensor(&self.narrow_rows(start, ROWS_WIDENED.min(count - start))?.tensor()?)?;
+        }
+        Ok(digest.finish())
     }
 
     /// The rows with these indices in `dtype`: `[ids, columns]`.

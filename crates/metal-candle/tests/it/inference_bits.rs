@@ -163,7 +163,7 @@ fn prefixes_are_shared_by_key_and_adapter_only() {
     let mut scheduler = Scheduler::new(model.clone());
     scheduler.reserve(4, 64).unwrap();
     let adapter = scheduler.add_adapter(&adapter(&model, 1)).unwrap();
-    let mut reused = |key: Option<u64>, adapter, prompt: &[u32]| {
+    let mut reused = |key: Option<u128>, adapter, prompt: &[u32]| {
         let mut request = Request::new(prompt, greedy(3)).with_adapter(adapter);
         request.prefix_key = key;
         let id = scheduler.admit(request).unwrap()[0];

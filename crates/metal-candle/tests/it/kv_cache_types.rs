@@ -13,7 +13,7 @@ use serde_json::json;
 use std::collections::HashMap;
 
 /// Models with grouped heads of one, two and three blocks, with windows and soft caps.
-fn models() -> Vec<(&'static str, Model)> {
+pub(super) fn models() -> Vec<(&'static str, Model)> {
     let model = |keys: serde_json::Value| {
         let mut config = json!({
             "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,

@@ -40,6 +40,7 @@ mod long_sequences;
 mod metal_budget;
 mod mlx_export;
 mod packed;
+mod prefix_storage;
 mod quick_start;
 #[cfg(feature = "hub")]
 mod stand_in_hub;

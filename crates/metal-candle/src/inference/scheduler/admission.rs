@@ -2,9 +2,10 @@
 
 use super::Scheduler;
 use crate::error::{Error, Result};
+use crate::inference::prefix_folder::num_common;
 use crate::inference::request::SequenceId;
 use crate::inference::sequence::Sequence;
-use crate::inference::slots::{Slots, num_common};
+use crate::inference::slots::Slots;
 use std::collections::VecDeque;
 
 impl Scheduler {
