@@ -11,7 +11,7 @@ use crate::jobs::Jobs;
 use crate::metrics::Metrics;
 use crate::served::Served;
 use metal_candle::inference::{GenerationConfig, Speculation};
-use std::hash::{BuildHasher, RandomState};
+use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -49,8 +49,6 @@ pub(crate) struct App {
     pub(crate) jobs: Option<Arc<Jobs>>,
     /// Limits the number of job plans that run at the same time.
     pub(crate) planning: Arc<Semaphore>,
-    /// The hasher of cache salts, with random keys so that clients cannot guess a salt.
-    hasher: RandomState,
     side_tasks: Arc<Semaphore>,
     side_queue: Arc<Semaphore>,
 }
@@ -84,7 +82,6 @@ impl App {
             files: None,
             jobs: None,
             planning: Arc::new(Semaphore::new(1)),
-            hasher: RandomState::new(),
             side_tasks: Arc::new(Semaphore::new(MAX_SIDE_TASKS)),
             side_queue: Arc::new(Semaphore::new(MAX_SIDE_WAITING)),
         }
@@ -184,10 +181,21 @@ impl App {
         if self.config.speculation || has_prediction { Speculation::LOOKUP } else { Speculation::Off }
     }
 
-    /// The prefix cache salt of a client's requests.
+    /// The prefix cache salt of a client's requests: the same after a restart, because prefixes may be stored. It depends on the
+    /// client's key, which other clients do not know, so they cannot choose a `cache_salt` with an equal salt.
     pub(crate) fn salt(&self, client: &Client, cache_salt: Option<&str>) -> u128 {
-        let owner = if self.config.share_prefixes { 0 } else { client.owner };
-        self.hasher.hash_one((owner, cache_salt)).into()
+        let mut digest = Sha256::new();
+        match self.keys.digest(client) {
+            _ if self.config.share_prefixes => digest.update(b"all keys"),
+            None => digest.update(b"no keys"),
+            Some(key) => digest.update([b"key ", &key[..]].concat()),
+        }
+        if let Some(salt) = cache_salt {
+            digest.update([b"/", salt.as_bytes()].concat());
+        }
+        let mut half = [0; 16];
+        half.copy_from_slice(&digest.finalize()[..16]);
+        u128::from_le_bytes(half)
     }
 
     /// Runs a CPU task on a blocking thread.

@@ -84,6 +84,11 @@ impl Keys {
         found.cloned().ok_or_else(|| ApiError::unauthorized("the key is unknown"))
     }
 
+    /// The SHA-256 of a client's key; `None` if the server has no keys.
+    pub(crate) fn digest(&self, client: &Client) -> Option<&[u8; 32]> {
+        self.known.iter().find(|known| known.client.owner == client.owner).map(|known| &known.digest)
+    }
+
     /// Charges `tokens` to the client's budget per minute.
     ///
     /// # Errors

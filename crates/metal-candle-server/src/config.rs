@@ -1,6 +1,6 @@
 //! The settings of a server.
 
-use metal_candle::inference::KVCacheType;
+use metal_candle::inference::{KVCacheType, PrefixStorage};
 use metal_candle::models::Model;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -49,6 +49,8 @@ pub struct ServerConfig {
     pub max_adapters: usize,
     /// Whether keys share the prefix cache. The time to the first token then reveals prompts of other keys.
     pub share_prefixes: bool,
+    /// Where prefixes are saved that the KV cache gives up, on the CPU; `None` to drop them.
+    pub prefix_storage: Option<PrefixStorage>,
     /// Whether tokens are drafted from the text so far and verified several at a time. Answers do not change.
     pub speculation: bool,
     /// A smaller model with the same vocabulary that drafts the tokens of all answers. Answers do not change.
@@ -82,6 +84,7 @@ impl Default for ServerConfig {
             adapter_root: None,
             max_adapters: 64,
             share_prefixes: false,
+            prefix_storage: None,
             speculation: false,
             draft_model: None,
             metrics: false,

@@ -52,8 +52,8 @@ impl Server {
     /// Starts the engine: allocates its cache and starts its thread.
     ///
     /// # Errors
-    /// The cache does not fit in `cache_bytes` or on the device, the type `kv_cache` is not supported, or a limit is out of
-    /// range.
+    /// The cache does not fit in `cache_bytes` or on the device, the type `kv_cache` is not supported, a limit is out of
+    /// range, or prefixes cannot be stored.
     pub fn new(model: &Model, tokenizer: Tokenizer, config: ServerConfig) -> metal_candle::Result<Self> {
         let limits = limits(model, &config)?;
         let metrics = Arc::new(Metrics::default());
@@ -63,6 +63,7 @@ impl Server {
             step_tokens: config.prefill_chunk + limits.slots,
             kv_cache: config.kv_cache,
         };
+        let scheduler = (scheduler, config.prefix_storage.as_ref());
         let (engine, thread) =
             Engine::start(model, &tokenizer, config.draft_model.as_ref(), scheduler, limits, Arc::clone(&metrics))?;
         let served = Served::new(config.name.clone(), model, tokenizer, limits.context);
@@ -106,7 +107,7 @@ impl Server {
             .with_state(app)
     }
 
-    /// Answers requests until `shutdown` completes, then waits up to `drain_timeout` for running requests.
+    /// Answers requests until `shutdown` completes, then waits up to `drain_timeout` for running requests and saves prefixes.
     ///
     /// # Errors
     /// The listener fails.

@@ -5,7 +5,7 @@ use super::worker::{Calculation, Command, Shared, Task, run};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use metal_candle::data::Tokenizer;
-use metal_candle::inference::{Scheduler, SchedulerConfig};
+use metal_candle::inference::{PrefixStorage, Scheduler, SchedulerConfig};
 use metal_candle::models::Model;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,21 +26,25 @@ impl Engine {
     /// Starts the thread and allocates its cache.
     ///
     /// # Errors
-    /// The device cannot hold the cache, or the thread cannot be started.
+    /// The device cannot hold the cache, prefixes cannot be stored, or the thread cannot be started.
     pub(crate) fn start(
         model: &Model,
         tokenizer: &Tokenizer,
         draft_model: Option<&Model>,
-        config: SchedulerConfig,
+        (config, storage): (SchedulerConfig, Option<&PrefixStorage>),
         limits: EngineLimits,
         metrics: Arc<Metrics>,
     ) -> metal_candle::Result<(Self, JoinHandle<()>)> {
         let new_scheduler = {
             let (model, tokenizer, draft_model) = (model.clone(), tokenizer.clone(), draft_model.cloned());
+            let storage = storage.cloned();
             move || -> metal_candle::Result<Scheduler> {
                 let mut scheduler = Scheduler::with_config(model.clone(), config)?.with_tokenizer(tokenizer.clone());
                 if let Some(draft_model) = &draft_model {
                     scheduler = scheduler.with_draft_model(draft_model.clone())?;
+                }
+                if let Some(storage) = &storage {
+                    scheduler = scheduler.with_prefix_storage(storage)?;
                 }
                 scheduler.reserve(limits.slots, limits.context)?;
                 Ok(scheduler)
@@ -173,7 +177,7 @@ mod tests {
             request_timeout: minute,
             stall_timeout: minute,
         };
-        let (engine, _) = Engine::start(&model, &nano(), None, config, limits, Arc::default()).unwrap();
+        let (engine, _) = Engine::start(&model, &nano(), None, (config, None), limits, Arc::default()).unwrap();
         let job = Job {
             prompt: vec![40, 41],
             config: GenerationConfig::default().with_max_tokens(400).with_ignore_eos(true),

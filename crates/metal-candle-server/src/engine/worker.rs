@@ -107,6 +107,7 @@ pub(super) fn run<F>(
         has_stepped: false,
     };
     worker.run(commands, &new_scheduler);
+    worker.scheduler.save_prefixes();
 }
 
 struct Worker<'a> {
@@ -384,6 +385,7 @@ impl Worker<'_> {
         let stepped = catch_unwind(AssertUnwindSafe(|| self.scheduler.step()));
         self.shared.metrics.step_seconds.observe(started.elapsed());
         self.shared.metrics.batch_rows.observe_count(rows as u64);
+        self.shared.metrics.prefix_disk_hits.add(self.scheduler.take_num_stored_tokens() as u64);
         match stepped {
             Ok(Ok(events)) => self.deliver(events),
             Ok(Err(error)) => self.recover(&error.to_string(), new_scheduler),

@@ -8,7 +8,7 @@ use serde_json::json;
 use std::path::Path;
 
 /// Writes an adapter with values that change every answer.
-fn write(folder: &Path, rank: usize, target: TargetModule) {
+pub(crate) fn write(folder: &Path, rank: usize, target: TargetModule) {
     let config = LoRAAdapterConfig { rank, alpha: 8.0, dropout: 0.0, target_modules: vec![target] };
     let adapter = LoRAAdapter::new(&MODEL, config, &metal_candle::Device::CPU).unwrap();
     let count = adapter.num_parameters();

@@ -5,4 +5,5 @@
 mod adapters;
 mod answers;
 mod limits;
+mod prefix_storage;
 mod running;
