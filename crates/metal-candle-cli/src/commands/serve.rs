@@ -9,10 +9,11 @@ use crate::matmul_precision::PrecisionArguments;
 use crate::model_source::{ModelArguments, ModelSource, check_adapter};
 use crate::output::Output;
 use crate::templates::TemplateArguments;
-use crate::values::parse_bytes;
+use crate::values::{ByteSize, parse_bytes};
 use anyhow::{Context, Result};
 use clap::Args;
 use jobs::JobArguments;
+use metal_candle::inference::PrefixStorage;
 use metal_candle_server::{ApiKey, Server, ServerConfig};
 use serde::Deserialize;
 use serde_json::json;
@@ -87,6 +88,16 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "SIZE")]
     pub(crate) cache_memory: Option<String>,
 
+    /// Save long prompts' keys and values in this folder when they leave the KV cache, and read them instead of computing
+    /// them again, also after a restart. CPU only. The files contain prompts and answers; the folder must be accessible to
+    /// its owner only. Servers may share it.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) prefix_cache: Option<PathBuf>,
+
+    /// Maximum size of the files in --prefix-cache; the least recently used ones are removed.
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", requires = "prefix_cache")]
+    pub(crate) prefix_cache_size: ByteSize,
+
     /// Size of prefill chunks in tokens; other requests wait for their next token during a chunk.
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub(crate) prefill_chunk: usize,
@@ -108,6 +119,13 @@ pub(crate) struct LimitArguments {
     /// Maximum number of adapters that are loaded at the same time.
     #[arg(long, default_value_t = 64)]
     pub(crate) max_adapters: usize,
+}
+
+impl LimitArguments {
+    fn storage(&self) -> Option<PrefixStorage> {
+        let folder = self.prefix_cache.clone()?;
+        Some(PrefixStorage { folder, max_bytes: self.prefix_cache_size.0 as u64 })
+    }
 }
 
 /// Access control of the server.
@@ -182,6 +200,7 @@ pub(crate) fn run(flags: &ServeArguments, output: Output) -> Result<()> {
         cors_origins: flags.access.cors_origin.clone(),
         adapter_root: flags.adapter_root.clone(),
         share_prefixes: flags.access.share_prefixes,
+        prefix_storage: limits.storage(),
         speculation: limits.speculate,
         draft_model,
         metrics: flags.access.metrics,
