@@ -92,13 +92,15 @@ impl PrefixFolder {
         config: KVCacheConfig,
     ) -> Result<Self> {
         if !model.device().is_cpu() {
-            let message = format!("expected a model on the CPU, found one on {}", model.device().name());
-            return Err(Error::argument("prefix_storage", message));
+            let device = model.device().name();
+            let message =
+                format!("expected a model on the CPU, found one on {device}; use the CPU, or no folder for prefixes");
+            return Err(Error::argument("prefix_cache", message));
         }
         if model.rotary_limit().is_some() {
             let message =
                 "the keys of this model depend on the length of the text (longrope), so they cannot be reused";
-            return Err(Error::argument("prefix_storage", message));
+            return Err(Error::argument("prefix_cache", message));
         }
         create_private_folder(&storage.folder)?;
         let mut digest = Digest::new("prefix 1");

@@ -17,7 +17,7 @@ impl Scheduler {
     pub fn with_prefix_storage(mut self, storage: &PrefixStorage) -> Result<Self> {
         if !self.adapters.terms().is_empty() {
             return Err(Error::argument(
-                "prefix_storage",
+                "prefix_cache",
                 "expected no adapter yet; set the storage before adapters are added",
             ));
         }
