@@ -46,7 +46,9 @@ impl Model {
             dtype,
             stream: tokens * self.config().hidden_size * dtype.size_in_bytes(),
             is_rounded: self.device().is_cpu() && self.dtype() != DType::F32,
-            is_gathered: fused::has_kernels(&self.device().candle(), dtype),
+            is_gathered: trainable
+                .low_rank
+                .is_some_and(|updates| fused::gathers_gradients(updates, &self.device().candle(), dtype)),
             updates: trainable.low_rank,
             trained: &is_trained,
             elements: &elements,

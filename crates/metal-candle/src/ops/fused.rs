@@ -56,6 +56,11 @@ fn is_plain(update: &LowRank, dtype: DType, is_training: bool) -> bool {
     !drops && update.initial_factors.is_none() && update.magnitude.is_none() && fits(&update.a) && fits(&update.b)
 }
 
+/// Whether one launch computes the gradients of a block's low-rank updates in training.
+pub(crate) fn gathers_gradients(updates: &LowRankUpdates, device: &Device, dtype: DType) -> bool {
+    has_kernels(device, dtype) && updates.iter().any(|(_, update)| is_plain(update, dtype, true))
+}
+
 /// A linear layer and its low-rank update.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Layer<'a> {
