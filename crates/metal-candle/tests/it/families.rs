@@ -317,6 +317,25 @@ fn an_absent_partial_rotary_factor_is_the_default_of_the_family() {
     }
 }
 
+/// With a null `partial_rotary_factor`, transformers rotates whole heads in these families.
+#[test]
+fn a_null_partial_rotary_factor_is_one() {
+    for name in ["glm", "glm4"] {
+        let case = Case::open(name);
+        let path = case.folder.path().join("config.json");
+        let config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let with = |factor: serde_json::Value| {
+            let mut config = config.clone();
+            config["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
+            config["partial_rotary_factor"] = factor;
+            std::fs::write(&path, config.to_string()).unwrap();
+            logits(&case.model(Device::CPU), &case.ids("ids"), None)
+        };
+        assert_eq!(with(serde_json::Value::Null), with(serde_json::json!(1.0)), "{name}");
+        assert_ne!(with(serde_json::Value::Null), with(serde_json::json!(0.5)), "{name}");
+    }
+}
+
 #[test]
 fn an_adapter_of_peft_is_read_and_written() {
     for case in Case::all() {

@@ -71,7 +71,9 @@ impl RopeKeys {
         let beside = if options.layer_type == Some("sliding_attention") { None } else { keys.number("rope_theta")? };
         let theta = number("rope_theta")?.or(beside).unwrap_or(config.rope_theta);
         let share = number("partial_rotary_factor")?.or(keys.number("partial_rotary_factor")?);
-        let share = share.or(options.partial).unwrap_or(1.0);
+        // for transformers, null is not an absent key: whole heads are rotated
+        let default = options.partial.filter(|_| !keys.is_null("partial_rotary_factor"));
+        let share = share.or(default).unwrap_or(1.0);
         if !THETAS.contains(&theta) {
             return Err(keys.wrong("rope_theta", "a number from 1 to 1e30", &Value::from(theta)));
         }
