@@ -141,7 +141,31 @@ impl RowUpdates {
     }
 }
 
-/// Differs for any two adapters with different tensors.
-fn identity(updates: &LowRankUpdates) -> Vec<(usize, TensorId, TensorId)> {
-    updates.iter().map(|(id, update)| (id, update.a.id(), update.b.id())).collect()
+/// Differs for any two adapters with different tensors or factors.
+fn identity(updates: &LowRankUpdates) -> Vec<(usize, TensorId, TensorId, u32)> {
+    updates.iter().map(|(id, update)| (id, update.a.id(), update.b.id(), update.scale.to_bits())).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::ops::LowRank;
+    use candle_core::Device;
+
+    #[test]
+    fn adapters_with_the_same_tensors_differ_by_layer_and_factor() {
+        let tensor = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let (a, b) = (tensor((2, 4)), tensor((4, 2)));
+        let adapter = |layer: usize, a: &Tensor, scale: f32| {
+            let mut updates = LowRankUpdates::new();
+            updates.insert(layer, LowRank::new(a.clone(), b.clone(), scale));
+            identity(&updates)
+        };
+        let first = adapter(1, &a, 1.0);
+        assert_eq!(first, adapter(1, &a, 1.0));
+        for other in [adapter(1, &a, 2.0), adapter(0, &a, 1.0), adapter(1, &tensor((2, 4)), 1.0)] {
+            assert_ne!(first, other);
+        }
+    }
 }
