@@ -267,7 +267,8 @@ pub(crate) fn finish_qkv(
     words.extend(layers.iter().map(|layer| Word::from(layer.linear.bias.is_some())));
     words.extend(layers.iter().map(|layer| Word::from(layer.rank())));
     words.extend(layers.iter().map(|layer| Word::from(layer.scale())));
-    let kernel = Finish::new("finish_qkv", layers, head_dim, &made.y[0]);
+    let others = layers.iter().map(|layer| layer.linear.bias.as_ref()).chain([cos, sin]);
+    let kernel = Finish::new("finish_qkv", layers, head_dim, &made.y[0], others);
     let columns = (q_heads + 2 * kv_heads) * half;
     kernel.launch_by_column(tokens, (columns, 2 * columns / TILE_COLUMNS), &args, &words)
 }
@@ -298,8 +299,18 @@ fn uses_tiles(layers: &[Layer], width: usize, like: &Tensor) -> bool {
 }
 
 impl Finish {
-    fn new(name: &'static str, layers: &[Layer], width: usize, like: &Tensor) -> Self {
-        if !uses_tiles(layers, width, like) {
+    /// `like` and `others` are inputs; `others` may start anywhere, so tiles are used only if they start at a multiple of
+    /// eight elements.
+    fn new<'t>(
+        name: &'static str,
+        layers: &[Layer],
+        width: usize,
+        like: &Tensor,
+        others: impl IntoIterator<Item = Option<&'t Tensor>>,
+    ) -> Self {
+        let mut others = others.into_iter().flatten();
+        let are_aligned = others.all(|tensor| tensor.layout().start_offset().is_multiple_of(8));
+        if !are_aligned || !uses_tiles(layers, width, like) {
             return Self::Rows(Kernel::new(Source::Fused, name, like.dtype()));
         }
         let rank = layers.iter().map(Layer::rank).max().unwrap_or(0);
@@ -348,7 +359,7 @@ impl Finish {
 pub(crate) fn finish_mlp(layers: &[Layer; 2], made: &Products) -> Result<Tensor> {
     let _span = span("swiglu", Kind::Elementwise);
     let (tokens, width) = made.y[0].dims2()?;
-    let kernel = Finish::new("finish_mlp", layers, width, &made.y[0]);
+    let kernel = Finish::new("finish_mlp", layers, width, &made.y[0], []);
     if gpu::has_products(&made.y[0]) && made.z.iter().all(Option::is_none) {
         return activation::gated(Activation::Silu, &made.y[0], &made.y[1]);
     }
@@ -393,7 +404,7 @@ pub(crate) fn finish_mlp_backward(
     let outs = [&d_activation, &d_up, &y].map(Arg::Out);
     let mut args: Vec<Arg> = [Arg::In(gate), Arg::In(up)].into_iter().chain(outs).chain([read(dz), down.a()]).collect();
     let mut words = vec![tokens.into(), width.into(), down.rank().into()];
-    let kernel = Finish::new("finish_mlp_backward", &[layers[0], layers[1], down], width, gate);
+    let kernel = Finish::new("finish_mlp_backward", &[layers[0], layers[1], down], width, gate, []);
     if matches!(kernel, Finish::Tiles(_)) {
         args.extend(made.z.iter().map(|z| read(z.as_ref())));
         args.extend(layers.iter().map(Layer::b));
@@ -426,7 +437,8 @@ pub(crate) fn finish_stream(
     let eps = norm.map_or(0.0, |norm| norm.eps as f32);
     let words =
         [tokens.into(), width.into(), eps.into(), norm.is_some().into(), layer.rank().into(), layer.scale().into()];
-    Finish::new("finish_stream", &[layer], width, &y).launch_by_token(tokens, &args, &words)?;
+    let weight = norm.and_then(Norm::plain_weight);
+    Finish::new("finish_stream", &[layer], width, &y, [weight]).launch_by_token(tokens, &args, &words)?;
     Ok((y, normed))
 }
 
@@ -450,7 +462,8 @@ pub(crate) fn finish_norm_backward(
     args.extend(each(layers.iter().map(Layer::a)));
     let mut words: Vec<Word> = vec![tokens.into(), width.into(), (norm.eps as f32).into()];
     words.extend(each_word(layers.iter().map(|layer| layer.rank().into())));
-    Finish::new("finish_norm_backward", layers, width, x).launch_by_token(tokens, &args, &words)?;
+    Finish::new("finish_norm_backward", layers, width, x, [norm.plain_weight()])
+        .launch_by_token(tokens, &args, &words)?;
     Ok((d_normed, normed))
 }
 
